@@ -1,0 +1,193 @@
+"""What an agent asked for and what it is answered, free of any dialect (protocol.md §1).
+
+`dialects` turn a legacy request into one of the `…Call` types and one of the outcome types into a legacy reply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Kind(Enum):
+    """How a call names its session (protocol.md §1.6)."""
+
+    CLUSTER = "cluster"  # by the cluster id
+    AGENT = "agent"  # by the agent id
+    ALIAS = "alias"  # by an agent id that may be an alias of a cluster session; else as AGENT
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The session that a call means: `ident` is the agent's own id for it, decoded from the path or the body."""
+
+    kind: Kind
+    ident: str
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterCall:
+    """A registration. `payload` is the upstream `register` payload by the map of wire-facts §4.
+
+    It carries `agent_id` and `name` and only what the agent sent otherwise, never `k8s_service_token`, which stands in
+    `secret` because it is never stored. `known_by_agent` tells that the session is keyed by agent id (dialect `agents`).
+    """
+
+    dialect: str
+    agent_id: str
+    name: str
+    payload: dict[str, Any]
+    secret: str = ""
+    known_by_agent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatCall:
+    """A heartbeat. `status` and `tunnel_status` are the agent's own words, `""` where it sent none.
+
+    `payload` holds `metadata` and monitoring groups exactly as they go upstream; `known` what the call tells about the
+    agent for an adopted session's registration (`name`, `agent_version`, …; protocol.md §1.4).
+    """
+
+    dialect: str
+    target: Target
+    agent_id: str
+    status: str = ""
+    tunnel_status: str = ""
+    payload: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StatusCall:
+    """A cluster status report (dialect `agents`); `body` goes upstream as it is."""
+
+    dialect: str
+    target: Target
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PollCall:
+    """A poll for commands."""
+
+    dialect: str
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class ResultCall:
+    """A command result. `body` holds what the agent sent of `success, output, error, metadata, timestamp`."""
+
+    dialect: str
+    target: Target
+    command_id: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelPollCall:
+    """A tunnel status poll (protocol.md §1.5)."""
+
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelInfoCall:
+    """A question for the registration's tunnel data (dialect `clusters_agent`)."""
+
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCall:
+    """Is the shim there?"""
+
+
+AgentCall = (
+    RegisterCall
+    | HeartbeatCall
+    | StatusCall
+    | PollCall
+    | ResultCall
+    | TunnelPollCall
+    | TunnelInfoCall
+    | HealthCall
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A successful registration as the agent gets it.
+
+    `cluster_id` is non-empty and URL-safe. `workspace_id` and `registered_at` (RFC 3339) are `None` where unknown.
+    `cached` says that it came from the store and not from the controller just now.
+    """
+
+    cluster_id: str
+    cluster_uuid: str
+    name: str
+    agent_id: str
+    status: str = "registered"
+    tunnel_url: str = ""
+    api_server: str = ""
+    workspace_id: int | None = None
+    registered_at: str | None = None
+    cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A heartbeat, status or result was taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedCommand:
+    """A command as it stands in a poll reply: every field has its exact type (protocol.md §1.3)."""
+
+    id: str
+    type: str
+    payload: dict[str, Any]
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """A poll's answer: the commands in order, possibly none."""
+
+    commands: tuple[OfferedCommand, ...]
+    poll_frequency_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelState:
+    """A tunnel poll's answer: the payload of the latest `tunnel_status`, or `None` for the default."""
+
+    payload: dict[str, Any] | None
+    poll_frequency_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelInfo:
+    """The registration's tunnel data."""
+
+    registered: Registered
+
+
+@dataclass(frozen=True, slots=True)
+class Healthy:
+    """The shim serves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The call failed with this HTTP status. `cluster_id` is set where a conflict carries the existing id (409)."""
+
+    status: int
+    error: str
+    retry_after_s: int | None = None
+    cluster_id: str = ""
+
+
+Outcome = Registered | Accepted | Commands | TunnelState | TunnelInfo | Healthy | Failed

@@ -1,0 +1,285 @@
+"""What is kept on disk, as pure data, and the operations that keep it (protocol.md §1.6, §3).
+
+The core returns these operations as effects; a `ports.CommandStore` carries them out. `wall` times are Unix seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+
+class SessionKey(NamedTuple):
+    """(owner, `cluster` or `agent`, the agent's own id). Its text form is the primary key of everything stored."""
+
+    owner: str
+    kind: str
+    ident: str
+
+    def __str__(self) -> str:
+        return f"{self.owner}/{self.kind}/{self.ident}"
+
+    @classmethod
+    def parse(cls, text: str) -> SessionKey:
+        """Inverse of `str()`; ids and owners never contain `/`."""
+        owner, kind, ident = text.split("/")
+        return cls(owner, kind, ident)
+
+
+class State(Enum):
+    """The life of a command (protocol.md §3). A command without evidence is UNCERTAIN until it is offered again."""
+
+    QUEUED = "queued"
+    OFFERED = "offered"
+    UNCERTAIN = "uncertain"
+    DELIVERED = "delivered"
+    ANSWERED = "answered"
+    CLOSED = "closed"
+    EXPIRED = "expired"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class CommandRecord:
+    """A normalised command. `payload` is an object; `created_at` RFC 3339 UTC; `size_bytes` its JSON size.
+
+    `seq` orders the commands of a store; 0 until it is stored. `attempts` counts offers that may have been received.
+    """
+
+    session: SessionKey
+    id: str
+    type: str
+    payload: dict[str, Any]
+    created_at: str
+    arrived_wall: float
+    expires_wall: float
+    request_id: str = ""
+    size_bytes: int = 0
+    state: State = State.QUEUED
+    attempts: int = 0
+    seq: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """A session as it is stored; never with `k8s_service_token` or an agent's own token.
+
+    `registration` is the upstream register payload, `reply` the fields of the last `register_success` that may be
+    passed down, `hold` the learnt hold state (JSON objects; empty where there is none).
+    """
+
+    key: SessionKey
+    dialect: str
+    agent_id: str
+    upstream_cluster_id: str
+    last_seen_wall: float
+    registration: dict[str, Any] = field(default_factory=dict)
+    reply: dict[str, Any] = field(default_factory=dict)
+    hold: dict[str, Any] = field(default_factory=dict)
+    superseded_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxEntry:
+    """A `command_result` on its way up; `seq` orders them, and the row goes when the result is CLOSED."""
+
+    seq: int
+    session: SessionKey
+    command_id: str
+    request_id: str
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceEntry:
+    """One step in the life of a command."""
+
+    wall: float
+    event: str
+    detail: str = ""
+
+
+# --- operations -------------------------------------------------------------------------------------------------------
+# Each tells the result that a store gives for it; `None` where none is named.
+
+
+@dataclass(frozen=True, slots=True)
+class PutCommand:
+    """Queue a command unless (session, id) is known. Result: `PutOutcome`."""
+
+    record: CommandRecord
+
+
+@dataclass(frozen=True, slots=True)
+class PutOutcome:
+    """`seq` of the stored command; for a duplicate the state it is in and its result's outbox payload, if any."""
+
+    seq: int
+    duplicate: bool = False
+    state: State = State.QUEUED
+    result: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MarkCommands:
+    """Move commands of a session to `state`. `attempts` is added to their count. Unknown ids are ignored."""
+
+    session: SessionKey
+    ids: tuple[str, ...]
+    state: State
+    wall: float
+    attempts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PutResult:
+    """Store an agent's result and its outbox entry in one step. Result: `ResultOutcome`.
+
+    The first result per (session, id) wins. `payload` is the upstream `command_result` payload; for an unknown id it is
+    put into the outbox all the same, with `code: unknown_command` added.
+    """
+
+    session: SessionKey
+    command_id: str
+    payload: dict[str, Any]
+    wall: float
+
+
+@dataclass(frozen=True, slots=True)
+class ResultOutcome:
+    """`entry` is the outbox entry to send, `None` for a repeat. `known` tells whether the command was ours;
+
+    `state` is the command's state before the result."""
+
+    entry: OutboxEntry | None
+    known: bool
+    state: State | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PutOutbox:
+    """Put a rejection or a final failure into the outbox. Result: the `OutboxEntry` with its `seq`."""
+
+    session: SessionKey
+    command_id: str
+    request_id: str
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CloseOutbox:
+    """The controller has these entries: delete them; commands that are ANSWERED become CLOSED."""
+
+    seqs: tuple[int, ...]
+    wall: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOutbox:
+    """Result: up to `limit` `OutboxEntry`s of the owner with `seq` above `after`, in order, as a list."""
+
+    owner: str
+    after: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaveSession:
+    """Insert or replace a session."""
+
+    record: SessionRecord
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteSession:
+    """Delete a session with its aliases and tunnel state; its commands must have been ended before."""
+
+    key: SessionKey
+
+
+@dataclass(frozen=True, slots=True)
+class MoveSession:
+    """Move commands, outbox entries, aliases, tunnel state and traces from one session to another; delete the first.
+
+    Where both know a command id, the target's stands.
+    """
+
+    source: SessionKey
+    target: SessionKey
+
+
+@dataclass(frozen=True, slots=True)
+class SaveAlias:
+    """Insert or replace (owner, agent_id) -> session."""
+
+    owner: str
+    agent_id: str
+    session: SessionKey
+
+
+@dataclass(frozen=True, slots=True)
+class SaveTunnel:
+    """Insert or replace the tunnel state of a session."""
+
+    session: SessionKey
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AddTrace:
+    """Add one step to the trace of each of these commands."""
+
+    session: SessionKey
+    ids: tuple[str, ...]
+    entry: TraceEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Prune:
+    """Forget commands (with traces) that ended, or were delivered, before `before_wall`; outbox entries stay."""
+
+    before_wall: float
+
+
+@dataclass(frozen=True, slots=True)
+class FindCommand:
+    """Result: a list of (`CommandRecord`, result payload or `None`, list of `TraceEntry`) with this id, any session."""
+
+    command_id: str
+
+
+Operation = (
+    PutCommand
+    | MarkCommands
+    | PutResult
+    | PutOutbox
+    | CloseOutbox
+    | ReadOutbox
+    | SaveSession
+    | DeleteSession
+    | MoveSession
+    | SaveAlias
+    | SaveTunnel
+    | AddTrace
+    | Prune
+    | FindCommand
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a store holds when it is opened. `commands` are those in QUEUED, OFFERED or UNCERTAIN, by `seq`.
+
+    `key` is the store's random 32-byte key for owner ids. `quarantined` counts rows that could not be decoded and were
+    moved aside; `moved_aside` is the path that a corrupt database was moved to, else empty.
+    """
+
+    key: bytes
+    sessions: tuple[SessionRecord, ...] = ()
+    aliases: tuple[tuple[str, str, SessionKey], ...] = ()
+    tunnels: tuple[tuple[SessionKey, dict[str, Any]], ...] = ()
+    commands: tuple[CommandRecord, ...] = ()
+    outbox_owners: tuple[str, ...] = ()
+    quarantined: int = 0
+    moved_aside: str = ""

@@ -1,0 +1,60 @@
+"""Errors by whose fault they are; only the edges turn them into HTTP statuses or exit codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class ShimError(Exception):
+    """Base of every error this package raises on purpose. Its text never contains a secret or echoed input."""
+
+
+class AgentError(ShimError):
+    """The local agent sent something that cannot be served (protocol.md §1).
+
+    `status` is the HTTP status that says so; the text becomes the `error` field of the reply.
+    """
+
+    def __init__(self, status: int, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+class MessageError(ShimError):
+    """The controller sent a frame that is no message (protocol.md §2). `kind` is a short bounded label for metrics."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+class StoreError(ShimError):
+    """The store could not carry out a write or a read; nothing of the submission was applied."""
+
+
+class StoreVersionError(StoreError):
+    """The database was written by a newer shim and must not be touched (exit 78)."""
+
+
+class IllegalTransition(ShimError):
+    """A state machine was given an event that its table forbids in its state. Nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault of the configuration: dotted key path and what is wrong, without the value where it may be secret."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class ConfigError(ShimError):
+    """The configuration has faults; all of them are listed (exit 2)."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        super().__init__("; ".join(map(str, faults)))
+        self.faults = faults

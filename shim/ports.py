@@ -1,0 +1,99 @@
+"""What the bridge needs of the outside, as Protocols: a command store and the WebSocket side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from shim.core.records import Loaded, Operation
+from shim.errors import StoreError
+from shim.messages import Message
+
+StoreDone = Callable[[list[Any] | StoreError], None]
+
+
+class CommandStore(Protocol):
+    """A durable store. Submissions are carried out in order; each is atomic; many may share one commit."""
+
+    def open(self) -> Loaded:
+        """Open or create the store and return what it holds; blocks. Raises `StoreVersionError`, `StoreError`."""
+
+    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
+        """Queue operations as one atomic unit. Never blocks.
+
+        When they are committed and synced, `done` is called on the event loop with one result per operation; when they
+        could not be carried out, with a `StoreError` (then nothing of this submission was applied).
+        """
+
+    def close(self) -> None:
+        """Carry out what was submitted, then close; blocks. Idempotent."""
+
+
+class Socket(Protocol):
+    """An open upstream WebSocket. All methods return at once; the outcome of a close is an event."""
+
+    def send(self, message: Message) -> None:
+        """Queue one envelope as a text frame. What cannot be written any more is dropped: the close is reported."""
+
+    def ping(self, payload: bytes) -> None:
+        """Queue a ping frame; its pong is reported as `on_pong(payload)`."""
+
+    def close(self, code: int) -> None:
+        """Close with a close frame of this code, or at once when the peer does not answer in time."""
+
+    def abort(self) -> None:
+        """Drop the connection without a close frame."""
+
+
+class SocketEvents(Protocol):
+    """What a socket reports, always on the event loop, in the order of the frames; `on_closed` is last and comes once."""
+
+    def on_message(self, message: Message) -> None:
+        """A well-formed envelope arrived."""
+
+    def on_bad_frame(self, kind: str) -> None:
+        """A data frame arrived that is no envelope (`MessageError.kind`)."""
+
+    def on_frame(self) -> None:
+        """Any inbound frame arrived, pings and pongs included (before what it carries is reported)."""
+
+    def on_pong(self, payload: bytes) -> None:
+        """A pong arrived."""
+
+    def on_closed(self, by_close_frame: bool, code: int) -> None:
+        """The connection is gone; `code` is the peer's close code, 0 if there was none."""
+
+
+@dataclass(frozen=True, slots=True)
+class DialSpec:
+    """Where and how to dial. `url` is ws/wss without the token; `query` extra query parameters; the token's two places."""
+
+    url: str
+    token: str = field(repr=False)
+    in_header: bool = True
+    in_query: bool = False
+    query: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DialFailure:
+    """Why a dial failed: the HTTP `status` of the handshake (0 if there was none), `retry_after_s` of its header in
+    seconds as sent, and a short bounded `reason` for metrics and logs (`dns`, `tcp`, `tls`, `timeout`, `proxy`,
+    `status`, `handshake`), never with the URL's query or a header.
+    """
+
+    reason: str
+    status: int = 0
+    retry_after_s: float | None = None
+    detail: str = ""
+
+
+class UpstreamPort(Protocol):
+    """Opens WebSockets."""
+
+    def dial(self, spec: DialSpec, events: SocketEvents, done: Callable[[Socket | DialFailure], None]) -> None:
+        """Dial in the background, at most `upstream.connect_timeout_s`; `done` is called once, on the event loop.
+
+        When `done` gets a socket, events flow from then on, never before.
+        """

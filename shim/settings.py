@@ -1,0 +1,174 @@
+"""The validated configuration: frozen, pure data, no side effects. `config.py` reads files and fills it.
+
+Units are in the names: `_s` seconds, `_bytes` bytes. Every key is described in docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all sections."""
+
+
+class TlsFiles(Section):
+    cert_file: str = ""
+    key_file: str = ""
+
+
+class Listen(Section):
+    host: str = "127.0.0.1"
+    port: int = 7080
+    base_path: str = ""
+    auth: Literal["auto", "required", "off"] = "auto"
+    allowed_hosts: tuple[str, ...] = ()
+    tls: TlsFiles = TlsFiles()
+    max_body_bytes: int = 1_048_576
+    max_status_body_bytes: int = 16_777_216
+    max_connections: int = 2048
+    max_in_flight_per_session: int = 8
+    header_timeout_s: float = 10
+    body_timeout_s: float = 30
+    keepalive_s: float = 120
+
+
+class Admin(Section):
+    host: str = "127.0.0.1"
+    port: int = 7090
+    token_file: str = ""
+    ready_requires_upstream: bool = False
+
+
+class Reconnect(Section):
+    initial_s: float = 1
+    max_s: float = 5
+    refused_max_s: float = 60
+    stable_after_s: float = 30
+
+
+class Upstream(Section):
+    url: str = "https://api.pipeops.io"
+    path: str = "/api/v1/clusters/agent/ws"
+    token: str = ""
+    token_file: str = ""
+    auth: Literal["auto", "query", "header", "both"] = "auto"
+    share_link: bool = True
+    max_links: int = 64
+    allow_insecure: bool = False
+    insecure_skip_verify: bool = False
+    ca_file: str = ""
+    client_cert_file: str = ""
+    client_key_file: str = ""
+    proxy: str = ""
+    gateway_hosts: tuple[str, ...] = ()
+    connect_timeout_s: float = 5
+    ping_interval_s: float = 25
+    read_timeout_s: float = 55
+    heartbeat_interval_s: float = 27.5
+    idle_close_s: float = 90
+    reconnect: Reconnect = Reconnect()
+    max_message_bytes: int = 16_777_216
+    max_send_bytes: int = 1_048_576
+    send_status: bool = True
+    send_command_ack: bool = False
+
+    @property
+    def own_tokens(self) -> bool:
+        """True when each agent's own Bearer token opens its link (protocol.md §1.6)."""
+        return not self.token and not self.token_file
+
+
+class Register(Section):
+    deadline_s: float = 25
+
+
+class Heartbeat(Section):
+    when_link_down: Literal["accept", "fail"] = "accept"
+
+
+class Poll(Section):
+    hold: Literal["auto", "off"] | float = "auto"
+    max_hold_s: float = 20
+    hold_tunnel: bool = False
+    max_batch: int = 100
+    max_bytes: int = 1_048_576
+    frequency_s: int = 5
+
+
+class Commands(Section):
+    types: tuple[str, ...] = ("command",)
+    ttl_s: float = 86_400
+    retain_s: float = 86_400
+    dedupe_s: float = 86_400
+    evidence_s: float = 60
+    uncertain: Literal["redeliver", "dead"] = "redeliver"
+    at_most_once: tuple[str, ...] = ()
+    max_attempts: int = 5
+    max_queued: int = 1000
+    max_queued_bytes: int = 16_777_216
+
+
+class Sessions(Section):
+    retain_s: float = 2_592_000
+
+
+class Identity(Section):
+    name: str = ""
+    k8s_version: str = ""
+    agent_version: str = ""
+    hostname: str = ""
+    region: str = ""
+    cloud_provider: str = ""
+    labels: dict[str, str] = {}
+
+
+class Store(Section):
+    path: str = "./agent-shim.db"
+    url: str = ""
+
+
+class Fallback(Section):
+    url: str = ""
+    after_s: float = 10
+    hold_down_s: float = 60
+    use_upstream_token: bool = False
+
+
+class Rollout(Section):
+    percent: float = 100
+
+
+class Sunset(Section):
+    deprecation_at: str = ""
+    at: str = ""
+    link: str = ""
+
+
+class Log(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class Settings(Section):
+    """Everything a running shim is told. Defaults are those of docs/configuration.md."""
+
+    mode: Literal["websocket", "http", "auto"] = "websocket"
+    listen: Listen = Listen()
+    admin: Admin = Admin()
+    upstream: Upstream = Upstream()
+    register: Register = Register()
+    heartbeat: Heartbeat = Heartbeat()
+    poll: Poll = Poll()
+    commands: Commands = Commands()
+    sessions: Sessions = Sessions()
+    identity: Identity = Identity()
+    store: Store = Store()
+    fallback: Fallback = Fallback()
+    rollout: Rollout = Rollout()
+    sunset: Sunset = Sunset()
+    log: Log = Log()
