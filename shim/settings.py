@@ -16,12 +16,12 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of all sections."""
 
 
-class TlsFiles(Section):
+class TlsFiles(Section, frozen=True):
     cert_file: str = ""
     key_file: str = ""
 
 
-class Listen(Section):
+class Listen(Section, frozen=True):
     host: str = "127.0.0.1"
     port: int = 7080
     base_path: str = ""
@@ -37,21 +37,21 @@ class Listen(Section):
     keepalive_s: float = 120
 
 
-class Admin(Section):
+class Admin(Section, frozen=True):
     host: str = "127.0.0.1"
     port: int = 7090
     token_file: str = ""
     ready_requires_upstream: bool = False
 
 
-class Reconnect(Section):
+class Reconnect(Section, frozen=True):
     initial_s: float = 1
     max_s: float = 5
     refused_max_s: float = 60
     stable_after_s: float = 30
 
 
-class Upstream(Section):
+class Upstream(Section, frozen=True):
     url: str = "https://api.pipeops.io"
     path: str = "/api/v1/clusters/agent/ws"
     token: str = ""
@@ -83,15 +83,15 @@ class Upstream(Section):
         return not self.token and not self.token_file
 
 
-class Register(Section):
+class Register(Section, frozen=True):
     deadline_s: float = 25
 
 
-class Heartbeat(Section):
+class Heartbeat(Section, frozen=True):
     when_link_down: Literal["accept", "fail"] = "accept"
 
 
-class Poll(Section):
+class Poll(Section, frozen=True):
     hold: Literal["auto", "off"] | float = "auto"
     max_hold_s: float = 20
     hold_tunnel: bool = False
@@ -100,7 +100,7 @@ class Poll(Section):
     frequency_s: int = 5
 
 
-class Commands(Section):
+class Commands(Section, frozen=True):
     types: tuple[str, ...] = ("command",)
     ttl_s: float = 86_400
     retain_s: float = 86_400
@@ -113,11 +113,11 @@ class Commands(Section):
     max_queued_bytes: int = 16_777_216
 
 
-class Sessions(Section):
+class Sessions(Section, frozen=True):
     retain_s: float = 2_592_000
 
 
-class Identity(Section):
+class Identity(Section, frozen=True):
     name: str = ""
     k8s_version: str = ""
     agent_version: str = ""
@@ -127,34 +127,34 @@ class Identity(Section):
     labels: dict[str, str] = {}
 
 
-class Store(Section):
+class Store(Section, frozen=True):
     path: str = "./agent-shim.db"
     url: str = ""
 
 
-class Fallback(Section):
+class Fallback(Section, frozen=True):
     url: str = ""
     after_s: float = 10
     hold_down_s: float = 60
     use_upstream_token: bool = False
 
 
-class Rollout(Section):
+class Rollout(Section, frozen=True):
     percent: float = 100
 
 
-class Sunset(Section):
+class Sunset(Section, frozen=True):
     deprecation_at: str = ""
     at: str = ""
     link: str = ""
 
 
-class Log(Section):
+class Log(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
 
 
-class Settings(Section):
+class Settings(Section, frozen=True):
     """Everything a running shim is told. Defaults are those of docs/configuration.md."""
 
     mode: Literal["websocket", "http", "auto"] = "websocket"

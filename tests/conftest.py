@@ -1,0 +1,101 @@
+"""What every test is run under: tools it needs, an event loop that must not be blocked, settings of hypothesis."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+BLOCKED_S = 1.5
+NODE_MODULES = Path(__file__).parent / "clients" / "node_modules"
+
+# Examples are bounded in number; a shared machine must not fail them for being slow.
+hypothesis.settings.register_profile("shim", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("shim")
+
+
+def _is_there(tool: str) -> bool:
+    kind, _, name = tool.rpartition(":")
+    return (NODE_MODULES / name).is_dir() if kind == "npm" else shutil.which(name) is not None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `needs(...)` without its tools; with AGENT_SHIM_REQUIRE_TOOLS=1 their absence is a failure."""
+    wanted = [tool for marker in item.iter_markers("needs") for tool in marker.args]
+    missing = ", ".join(tool for tool in wanted if not _is_there(tool))
+    if not missing:
+        return
+    if os.environ.get("AGENT_SHIM_REQUIRE_TOOLS") == "1":
+        pytest.fail(f"needs {missing}, and AGENT_SHIM_REQUIRE_TOOLS=1 says that it must be there", pytrace=False)
+    pytest.skip(f"needs {missing}")
+
+
+def _waited_for_cpu_s() -> float:
+    """Seconds this thread was ready to run and had no processor; 0 where the kernel does not tell."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+class _LoopWatch:
+    """Times each callback of every event loop of asyncio's own kind by standing in front of `asyncio.Handle._run`.
+
+    asyncio's debug mode would tell the same, at many times the cost of a callback.
+    """
+
+    def __init__(self) -> None:
+        self.blocked: list[str] = []
+        self._waited_s = 0.0
+        self._run: Callable[[asyncio.Handle], Any] = asyncio.Handle._run
+
+    def install(self) -> None:
+        run, clock = self._run, time.perf_counter
+
+        def timed(handle: asyncio.Handle) -> None:
+            start = clock()
+            run(handle)
+            took_s = clock() - start
+            if took_s > BLOCKED_S:
+                self._slow(handle, took_s)
+
+        asyncio.Handle._run = timed  # type: ignore[method-assign, assignment]
+
+    def uninstall(self) -> None:
+        asyncio.Handle._run = self._run  # type: ignore[method-assign, assignment]
+
+    def start_test(self) -> None:
+        self.blocked.clear()
+        self._waited_s = _waited_for_cpu_s()
+
+    def _slow(self, handle: asyncio.Handle, took_s: float) -> None:
+        # All waiting since the test's start is forgiven: at most too much, so a busy machine fails no test.
+        if took_s - (_waited_for_cpu_s() - self._waited_s) > BLOCKED_S:
+            self.blocked.append(f"{handle!r} for {took_s:.2f} s")
+
+
+_watch = _LoopWatch()
+
+
+def pytest_configure() -> None:
+    _watch.install()
+
+
+def pytest_unconfigure() -> None:
+    _watch.uninstall()
+
+
+@pytest.fixture(autouse=True)
+def _event_loop_never_blocked() -> Iterator[None]:
+    """Fail the test during which an event loop was blocked."""
+    _watch.start_test()
+    yield
+    if _watch.blocked:
+        pytest.fail("the event loop was blocked: " + "; ".join(_watch.blocked), pytrace=False)
