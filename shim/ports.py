@@ -1,4 +1,4 @@
-"""What the bridge needs of the outside, as Protocols: a command store and the WebSocket side."""
+"""The seams as Protocols: what the bridge needs of store and WebSockets, and what the frontend needs of the bridge."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from shim.core.calls import AgentCall, Outcome
 from shim.core.records import Loaded, Operation
 from shim.errors import StoreError
 from shim.messages import Message
@@ -47,7 +48,7 @@ class Socket(Protocol):
 
 
 class SocketEvents(Protocol):
-    """What a socket reports, always on the event loop, in the order of the frames; `on_closed` is last and comes once."""
+    """What a socket reports, always on the event loop, in the order of frames; `on_closed` is last and comes once."""
 
     def on_message(self, message: Message) -> None:
         """A well-formed envelope arrived."""
@@ -56,7 +57,10 @@ class SocketEvents(Protocol):
         """A data frame arrived that is no envelope (`MessageError.kind`)."""
 
     def on_frame(self) -> None:
-        """Any inbound frame arrived, pings and pongs included (before what it carries is reported)."""
+        """Any inbound frame arrived, pings and pongs included (before what it carries is reported), or a part of one.
+
+        A long message on a slow line is life, too.
+        """
 
     def on_pong(self, payload: bytes) -> None:
         """A pong arrived."""
@@ -67,7 +71,7 @@ class SocketEvents(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DialSpec:
-    """Where and how to dial. `url` is ws/wss without the token; `query` extra query parameters; the token's two places."""
+    """Where and how to dial. `url` is ws/wss without the token; `query` holds extra parameters, never the token."""
 
     url: str
     token: str = field(repr=False)
@@ -96,4 +100,50 @@ class UpstreamPort(Protocol):
         """Dial in the background, at most `upstream.connect_timeout_s`; `done` is called once, on the event loop.
 
         When `done` gets a socket, events flow from then on, never before.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who is calling: the Bearer token (`""` if none) and the number of the TCP connection, unique in the process."""
+
+    token: str = field(repr=False)
+    connection: int
+
+
+class Lease(Protocol):
+    """The commands that a reply offers, as the switchboard knows them; opaque to the frontend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A call's outcome; `lease` is set when it offers commands."""
+
+    outcome: Outcome
+    lease: Lease | None = None
+
+
+class Switchboard(Protocol):
+    """The bridge as the frontend sees it. `written` or `unwritten` follows each lease exactly once, then evidence."""
+
+    async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
+        """Carry out a call. `arrived_s` is the loop time of the request's first byte, as well as it can be known.
+
+        Never raises `AgentError` (a failure is an outcome). Cancelled when the agent hangs up: what was about to be
+        offered is then the switchboard's own business, also when the cancellation meets an answer that is just ready.
+        """
+
+    def written(self, lease: Lease) -> None:
+        """The whole reply was handed to the kernel."""
+
+    def unwritten(self, lease: Lease) -> None:
+        """It was not: the agent had hung up before the first byte of the body, or writing failed."""
+
+    def next_request(self, connection: int) -> None:
+        """Another request arrived on a connection with a written lease, sent after that reply was written."""
+
+    def connection_closed(self, connection: int, clean: bool) -> None:
+        """A connection that had a written lease is gone.
+
+        `clean`: it was closed by FIN, and all that was written had been acknowledged by the peer's kernel.
         """

@@ -1,0 +1,66 @@
+"""URL arithmetic of the upstream side."""
+
+from __future__ import annotations
+
+import pytest
+
+from shim.core.urls import host_of, is_loopback, origin_of, with_query, ws_url
+
+
+@pytest.mark.parametrize(
+    "base,path,expected",
+    [
+        ("https://api.example.com", "/a/ws", "wss://api.example.com/a/ws"),
+        ("http://127.0.0.1:8000", "/a/ws", "ws://127.0.0.1:8000/a/ws"),
+        ("WSS://API.example.com:443/", "a/ws", "wss://api.example.com:443/a/ws"),
+        ("ws://h/base/", "/ws", "ws://h/base/ws"),
+        ("https://h/base%2Fx?tenant=a%26b&c", "/ws", "wss://h/base%2Fx/ws?tenant=a%26b&c"),
+        ("https://[::1]:9/x#part", "/ws", "wss://[::1]:9/x/ws"),
+        ("https://user:secret@h/x", "/ws", "wss://h/x/ws"),
+        ("wss://gateway/given?x=1", "", "wss://gateway/given?x=1"),
+    ],
+)
+def test_ws_url_keeps_the_base_and_changes_the_scheme(base: str, path: str, expected: str) -> None:
+    assert ws_url(base, path) == expected
+
+
+@pytest.mark.parametrize("base", ["ftp://h", "api.example.com", "https://", "https://h:99999", "https://[::1", ""])
+def test_ws_url_refuses_without_echo(base: str) -> None:
+    with pytest.raises(ValueError, match=r"URL|scheme|host") as caught:
+        ws_url(base + "?token=hush" if base else base, "/ws")
+    assert "hush" not in str(caught.value)
+
+
+def test_with_query_appends_and_escapes() -> None:
+    assert with_query("ws://h/p", []) == "ws://h/p"
+    assert with_query("ws://h/p", [("token", "a b&=/+")]) == "ws://h/p?token=a%20b%26%3D%2F%2B"
+    assert with_query("ws://h/p?x=%2f", [("t", "1"), ("u", "2")]) == "ws://h/p?x=%2f&t=1&u=2"
+    assert with_query("ws://h/p?", [("t", "1")]) == "ws://h/p?t=1"
+
+
+def test_what_may_be_logged_of_a_url() -> None:
+    assert origin_of("https://u:pw@h.example:8443/p?token=hush") == "https://h.example:8443"
+    assert origin_of("ws://[::1]/p") == "ws://[::1]"
+    assert origin_of("ws://[::1") == "?"
+    assert host_of("wss://A.Example/x") == "a.example"
+    assert host_of("ws://[::1") == ""
+
+
+@pytest.mark.parametrize(
+    "host,expected",
+    [
+        ("localhost", True),
+        ("LOCALHOST.", True),
+        ("a.localhost", True),
+        ("127.9.9.9", True),
+        ("[::1]", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("10.0.0.1", False),
+        ("localhost.example.com", False),
+        ("127.0.0.1.example.com", False),
+        ("", False),
+    ],
+)
+def test_is_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
