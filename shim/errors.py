@@ -12,13 +12,17 @@ class ShimError(Exception):
 class AgentError(ShimError):
     """The local agent sent something that cannot be served (protocol.md §1).
 
-    `status` is the HTTP status that says so; the text becomes the `error` field of the reply.
+    `status` is the HTTP status that says so; the text becomes the `error` field of the reply. `allow` lists the methods
+    of the route where the status is 405 (the `Allow` header of RFC 9110).
     """
 
-    def __init__(self, status: int, message: str, *, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, retry_after_s: int | None = None, allow: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+        self.allow = allow
 
 
 class MessageError(ShimError):

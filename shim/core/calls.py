@@ -31,14 +31,14 @@ class RegisterCall:
     """A registration. `payload` is the upstream `register` payload by the map of wire-facts §4.
 
     It carries `agent_id` and `name` and only what the agent sent otherwise, never `k8s_service_token`, which stands in
-    `secret` because it is never stored. `known_by_agent` tells that the session is keyed by agent id (dialect `agents`).
+    `secret` because it is never stored. `known_by_agent`: the session is keyed by agent id (dialect `agents`).
     """
 
     dialect: str
     agent_id: str
     name: str
-    payload: dict[str, Any]
-    secret: str = ""
+    payload: dict[str, Any] = field(repr=False)
+    secret: str = field(default="", repr=False)
     known_by_agent: bool = False
 
 
@@ -46,8 +46,9 @@ class RegisterCall:
 class HeartbeatCall:
     """A heartbeat. `status` and `tunnel_status` are the agent's own words, `""` where it sent none.
 
-    `payload` holds `metadata` and monitoring groups exactly as they go upstream; `known` what the call tells about the
-    agent for an adopted session's registration (`name`, `agent_version`, …; protocol.md §1.4).
+    For the dialect `agents`, which knows no tunnel status, `tunnel_status` is `disconnected` then. `payload` holds
+    `metadata` and monitoring groups exactly as they go upstream; `known` what the call tells about the agent for an
+    adopted session's registration (`name`, `agent_version`, …; protocol.md §1.4).
     """
 
     dialect: str
@@ -55,7 +56,7 @@ class HeartbeatCall:
     agent_id: str
     status: str = ""
     tunnel_status: str = ""
-    payload: dict[str, Any] = field(default_factory=dict)
+    payload: dict[str, Any] = field(default_factory=dict, repr=False)
     known: dict[str, Any] = field(default_factory=dict)
 
 
@@ -65,7 +66,7 @@ class StatusCall:
 
     dialect: str
     target: Target
-    body: dict[str, Any]
+    body: dict[str, Any] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class ResultCall:
     dialect: str
     target: Target
     command_id: str
-    body: dict[str, Any]
+    body: dict[str, Any] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +107,7 @@ class HealthCall:
 
 
 AgentCall = (
-    RegisterCall
-    | HeartbeatCall
-    | StatusCall
-    | PollCall
-    | ResultCall
-    | TunnelPollCall
-    | TunnelInfoCall
-    | HealthCall
+    RegisterCall | HeartbeatCall | StatusCall | PollCall | ResultCall | TunnelPollCall | TunnelInfoCall | HealthCall
 )
 
 

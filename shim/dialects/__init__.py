@@ -7,7 +7,8 @@ A dialect is one module of this package with
     def parse(operation: str, call: Call) -> AgentCall      # raises errors.AgentError
     def render(operation: str, outcome: Outcome, call: Call) -> Reply
 
-and is found by its name, so that a new dialect is one new file. What all of them share stands here.
+and is found by its name, so that a new dialect is one new file. What dialects share stands in `_requests` and
+`_replies`; names with an underscore are no dialects.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
-from shim.core.calls import Accepted, AgentCall, Commands, Failed, Healthy, Outcome, Registered, TunnelInfo, TunnelState
+from shim.core.calls import AgentCall, Failed, Outcome
 from shim.errors import AgentError
 
 MAX_ID_BYTES = 256
@@ -31,7 +32,7 @@ class Call:
     """One legacy request, read and decoded: `params` are the path's ids, `body` the JSON value (`None` if empty)."""
 
     params: Mapping[str, str]
-    body: Any = None
+    body: Any = field(default=None, repr=False)
     user_agent: str = ""
 
 
@@ -73,8 +74,16 @@ class Dialect(Protocol):
 
 def load() -> tuple[Dialect, ...]:
     """All dialects of this package, in the order of their names."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)  # type: ignore[misc]
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)
+
+
+def error_reply(failed: Failed) -> Reply:
+    """The error shape of every legacy reply; a conflict carries the ids in both places where agents look."""
+    body: dict[str, Any] = {"success": False, "error": failed.error}
+    if failed.cluster_id:
+        body |= {"cluster_id": failed.cluster_id, "cluster": {"id": failed.cluster_id}}
+    return Reply(failed.status, body, failed.retry_after_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,23 +127,29 @@ class Router:
     def match(self, method: str, raw_path: str) -> Match:
         """Route a request by its raw, still encoded path without the query.
 
-        Leading slashes are folded into one and the base path, if configured, is taken off. Raises `AgentError` with
-        404 (no such route), 405 (another method) or 400 (an id that is not 1-256 printable bytes without `/`).
+        Leading slashes are folded into one; the path counts with and without the configured base path, whose trailing
+        slash may be doubled. Raises `AgentError` with 404 (no such route), 405 (another method; `allow` is set) or 400
+        (an id that is not 1-256 printable bytes without `/`).
         """
-        parts = raw_path.lstrip("/").split("/")
-        base = self._base
-        if base and parts[: len(base)] == base:
-            # a configured base with a trailing slash gives `base//api`
-            parts = "/".join(parts[len(base) :]).lstrip("/").split("/")
-        found = self._walk(self._root, parts, 0, [])
+        found = self._find(raw_path)
         if found is None:
             raise AgentError(404, "no such endpoint")
         node, raw_ids = found
         entry = node.routes.get(method)
         if entry is None:
-            raise AgentError(405, "method not allowed")
+            raise AgentError(405, "method not allowed", allow=tuple(sorted(node.routes)))
         dialect, route, names = entry
         return Match(dialect, route, {name: decode_id(raw) for name, raw in zip(names, raw_ids, strict=True)})
+
+    def _find(self, raw_path: str) -> tuple[_Node, list[str]] | None:
+        parts = raw_path.lstrip("/").split("/")
+        base = self._base
+        if base and parts[: len(base)] == base:
+            # agents join by concatenation: a setting that ends in a slash gives `base//api`
+            found = self._walk(self._root, "/".join(parts[len(base) :]).lstrip("/").split("/"), 0, [])
+            if found is not None:
+                return found
+        return self._walk(self._root, parts, 0, [])
 
     def _walk(self, node: _Node, parts: list[str], at: int, ids: list[str]) -> tuple[_Node, list[str]] | None:
         if at == len(parts):
@@ -152,116 +167,20 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9_\-]{1,256}", re.ASCII)
 
 
 def decode_id(raw: str) -> str:
-    """Decode a path id once. Raises `AgentError` 400 unless it is 1-256 printable bytes without `/`, not `.` or `..`."""
+    """Decode a path id once. Raises `AgentError` 400 unless it is 1-256 printable bytes without `/`, no `.` or `..`."""
     if _PLAIN_ID.fullmatch(raw):
         return raw
-    return valid_id(unquote_to_bytes(raw))
+    # a server may hand over undecodable bytes of the path as surrogates; they become invalid UTF-8 again here
+    return valid_id(unquote_to_bytes(raw.encode("utf-8", "surrogatepass")))
 
 
-def valid_id(data: bytes | str) -> str:
-    """Check an id from a path or a body (protocol.md §1); raises `AgentError` 400."""
+def valid_id(data: bytes | str, what: str = "id") -> str:
+    """Check an id from a path or a body (protocol.md §1). Raises `AgentError` 400, which names `what`."""
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise AgentError(400, "invalid id") from None
+        raise AgentError(400, f"invalid {what}") from None
     if not 1 <= len(raw) <= MAX_ID_BYTES or "/" in text or text in (".", "..") or not text.isprintable():
-        raise AgentError(400, "invalid id")
+        raise AgentError(400, f"invalid {what}")
     return text
-
-
-def render_common(outcome: Outcome, call: Call) -> Reply:
-    """The superset replies that every generation decodes (protocol.md §1.1-1.5)."""
-    match outcome:
-        case Registered():
-            return Reply(200, registered_body(outcome))
-        case Accepted():
-            # Go's client drops its connection when a success it does not read has a body (wire-facts §1.0).
-            return Reply(204) if call.user_agent.startswith("Go-http-client") else Reply(200, {"success": True})
-        case Commands():
-            return Reply(200, commands_body(outcome))
-        case TunnelState():
-            return Reply(200, outcome.payload or {"status": "IDLE", "poll_frequency": outcome.poll_frequency_s})
-        case TunnelInfo():
-            known = outcome.registered
-            return Reply(
-                200,
-                {
-                    "success": True,
-                    "cluster_id": known.cluster_id,
-                    "status": known.status,
-                    "tunnel_url": known.tunnel_url,
-                    "api_server": known.api_server,
-                },
-            )
-        case Healthy():
-            return Reply(200, {"status": "healthy"})
-        case Failed():
-            return error_reply(outcome)
-
-
-def error_reply(failed: Failed) -> Reply:
-    """The error shape of every legacy reply; a conflict carries the ids in both places where agents look."""
-    body: dict[str, Any] = {"success": False, "error": failed.error}
-    if failed.cluster_id:
-        body |= {"cluster_id": failed.cluster_id, "cluster": {"id": failed.cluster_id}}
-    return Reply(failed.status, body, failed.retry_after_s)
-
-
-def registered_body(known: Registered) -> dict[str, Any]:
-    """One register reply that satisfies all generations (wire-facts §1.1); `token` and gateway are never in it."""
-    text = "registered (cached)" if known.cached else "registered"
-    cluster: dict[str, Any] = {
-        "id": known.cluster_id,
-        "uuid": known.cluster_uuid,
-        "name": known.name,
-        "status": known.status,
-        "agent_id": known.agent_id,
-    }
-    data: dict[str, Any] = {
-        "cluster_id": known.cluster_id,
-        "status": known.status,
-        "tunnel_url": known.tunnel_url,
-    }
-    if known.workspace_id is not None:
-        cluster["workspace_id"] = known.workspace_id
-    if known.registered_at is not None:
-        cluster["registered_at"] = data["registered_at"] = known.registered_at
-    return {
-        "success": True,
-        "message": text,
-        "cluster_id": known.cluster_id,
-        "cluster_uuid": known.cluster_uuid,
-        "name": known.name,
-        "status": known.status,
-        "tunnel_url": known.tunnel_url,
-        "api_server": known.api_server,
-        "cluster": cluster,
-        "data": data,
-    }
-
-
-def commands_body(answer: Commands) -> dict[str, Any]:
-    """The superset poll reply of protocol.md §1.3."""
-    return {
-        "success": True,
-        "commands": [
-            {"id": c.id, "type": c.type, "payload": c.payload, "created_at": c.created_at} for c in answer.commands
-        ],
-        "status": "IDLE",
-        "poll_frequency": answer.poll_frequency_s,
-    }
-
-
-def body_object(call: Call) -> dict[str, Any]:
-    """The request's JSON object. Raises `AgentError` 400 if it is something else."""
-    if not isinstance(call.body, dict):
-        raise AgentError(400, "the body must be a JSON object")
-    return call.body
-
-
-def text(value: Any) -> str:
-    """A leniently read string field: numbers become text, anything else that is no string becomes empty."""
-    if isinstance(value, str):
-        return value
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else ""

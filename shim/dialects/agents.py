@@ -1,0 +1,38 @@
+"""`/api/v1/agents/…` (A1 to A4): sessions by agent id, because these agents know no cluster id (protocol.md §1)."""
+
+from __future__ import annotations
+
+from shim.core.calls import AgentCall, Kind, Outcome, PollCall, StatusCall, Target
+from shim.dialects import Call, Reply, Route, _replies, _requests
+
+NAME = "agents"
+
+ROUTES = (
+    Route("POST", "/api/v1/agents/register", "register"),
+    Route("POST", "/api/v1/agents/{agent_id}/heartbeat", "heartbeat"),
+    Route("POST", "/api/v1/agents/{agent_id}/status", "status", large=True),
+    Route("GET", "/api/v1/agents/{agent_id}/commands", "poll"),
+    Route("POST", "/api/v1/agents/{agent_id}/commands/{command_id}/result", "result"),
+)
+
+
+def parse(operation: str, call: Call) -> AgentCall:
+    """Turn a request into a call. Raises `AgentError` (400) for what cannot be understood."""
+    if operation == "register":
+        return _requests.read_register(NAME, call, known_by_agent=True)
+    agent_id = call.params["agent_id"]
+    target = Target(Kind.AGENT, agent_id)
+    if operation == "heartbeat":
+        # `proxy_status` is no tunnel status: these agents have no tunnel to tell of (protocol.md §2)
+        body = _requests.body_object(call)
+        return _requests.read_heartbeat(NAME, target, agent_id, body, tunnel_status="disconnected")
+    if operation == "status":
+        return StatusCall(NAME, target, _requests.body_object(call))
+    if operation == "poll":
+        return PollCall(NAME, target)
+    return _requests.read_result(NAME, target, call)
+
+
+def render(operation: str, outcome: Outcome, call: Call) -> Reply:
+    """Turn an outcome into this generation's reply."""
+    return _replies.render(outcome, call)

@@ -1,0 +1,30 @@
+"""`/clusters/{agent_id}…` (B3): the agent id in the path, the cluster id in a heartbeat's body (protocol.md §1.6)."""
+
+from __future__ import annotations
+
+from shim.core.calls import AgentCall, Kind, Outcome, Target
+from shim.dialects import Call, Reply, Route, _replies, _requests, valid_id
+
+NAME = "clusters"
+
+ROUTES = (
+    Route("POST", "/clusters/{agent_id}", "register"),
+    Route("POST", "/clusters/{agent_id}/heartbeat", "heartbeat"),
+)
+
+
+def parse(operation: str, call: Call) -> AgentCall:
+    """Turn a request into a call. Raises `AgentError` (400) for what cannot be understood."""
+    if operation == "register":
+        # this generation alone calls the ServiceAccount token `token`
+        return _requests.read_register(NAME, call, secret_keys=("token", "k8s_service_token"))
+    agent_id = call.params["agent_id"]
+    body = _requests.body_object(call)
+    cluster_id = _requests.text(body.get("cluster_id"))
+    target = Target(Kind.CLUSTER, valid_id(cluster_id, "cluster_id")) if cluster_id else Target(Kind.ALIAS, agent_id)
+    return _requests.read_heartbeat(NAME, target, agent_id, body)
+
+
+def render(operation: str, outcome: Outcome, call: Call) -> Reply:
+    """Turn an outcome into this generation's reply."""
+    return _replies.render(outcome, call)

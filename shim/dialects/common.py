@@ -1,0 +1,25 @@
+"""Calls that several generations share: the tunnel poll (A2 to B7) and the health check (protocol.md §1, §1.5)."""
+
+from __future__ import annotations
+
+from shim.core.calls import AgentCall, HealthCall, Kind, Outcome, Target, TunnelPollCall
+from shim.dialects import Call, Reply, Route, _replies
+
+NAME = "common"
+
+ROUTES = (
+    Route("GET", "/api/agents/{agent_id}/tunnel/status", "tunnel_poll"),
+    Route("GET", "/api/v1/health", "health", open=True),
+)
+
+
+def parse(operation: str, call: Call) -> AgentCall:
+    """Turn a request into a call. The tunnel poll knows only the agent id, also of agents that are known by cluster."""
+    if operation == "tunnel_poll":
+        return TunnelPollCall(Target(Kind.ALIAS, call.params["agent_id"]))
+    return HealthCall()
+
+
+def render(operation: str, outcome: Outcome, call: Call) -> Reply:
+    """Turn an outcome into this generation's reply."""
+    return _replies.render(outcome, call)
