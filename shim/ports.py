@@ -14,6 +14,30 @@ from shim.messages import Message
 StoreDone = Callable[[list[Any] | StoreError], None]
 
 
+class Clock(Protocol):
+    """Where the time comes from; the real one is `shim.clock.Clock`."""
+
+    def monotonic_s(self) -> float:
+        """Seconds that never step."""
+
+    def wall_s(self) -> float:
+        """Unix seconds; may step."""
+
+
+class Timer(Protocol):
+    """A pending call."""
+
+    def cancel(self) -> None:
+        """Do not call; harmless when it was called or cancelled already."""
+
+
+class Timers(Protocol):
+    """Calls later; an event loop is one."""
+
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
+        """Call `callback` on the event loop after `delay` seconds."""
+
+
 class CommandStore(Protocol):
     """A durable store. Submissions are carried out in order; each is atomic; many may share one commit."""
 

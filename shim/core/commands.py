@@ -1,0 +1,284 @@
+"""The life of a command and the queue of one session (protocol.md §3). Pure: the caller performs what is returned."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from shim.core.records import CommandRecord, State
+from shim.errors import IllegalTransition
+
+
+class Step(Enum):
+    """What can happen to a command."""
+
+    OFFER = "offer"  # put into a poll reply
+    UNWRITTEN = "unwritten"  # the reply did not reach the agent: no attempt
+    EVIDENCE = "evidence"  # the agent has it
+    NO_EVIDENCE = "no_evidence"  # nobody can tell
+    RESULT = "result"  # the agent's result is on disk
+    FENCED = "fenced"  # the controller has the result
+    EXPIRE = "expire"
+    GIVE_UP = "give_up"  # attempts used up, at most once, or purged by hand
+    REDELIVER = "redeliver"  # by hand
+
+
+_S, _E = State, Step
+TRANSITIONS: dict[tuple[State, Step], State] = {
+    (_S.QUEUED, _E.OFFER): _S.OFFERED,
+    (_S.QUEUED, _E.EXPIRE): _S.EXPIRED,
+    (_S.QUEUED, _E.GIVE_UP): _S.DEAD,
+    (_S.OFFERED, _E.UNWRITTEN): _S.QUEUED,
+    (_S.OFFERED, _E.EVIDENCE): _S.DELIVERED,
+    (_S.OFFERED, _E.NO_EVIDENCE): _S.UNCERTAIN,
+    (_S.UNCERTAIN, _E.OFFER): _S.OFFERED,
+    (_S.UNCERTAIN, _E.EVIDENCE): _S.DELIVERED,
+    (_S.UNCERTAIN, _E.GIVE_UP): _S.DEAD,
+    (_S.DELIVERED, _E.REDELIVER): _S.QUEUED,
+    (_S.EXPIRED, _E.REDELIVER): _S.QUEUED,
+    (_S.DEAD, _E.REDELIVER): _S.QUEUED,
+    (_S.ANSWERED, _E.FENCED): _S.CLOSED,
+    # A valid result is always stored, in every state; after an end it changes the state no more than a repeat does.
+    (_S.QUEUED, _E.RESULT): _S.ANSWERED,
+    (_S.OFFERED, _E.RESULT): _S.ANSWERED,
+    (_S.UNCERTAIN, _E.RESULT): _S.ANSWERED,
+    (_S.DELIVERED, _E.RESULT): _S.ANSWERED,
+    (_S.EXPIRED, _E.RESULT): _S.ANSWERED,
+    (_S.DEAD, _E.RESULT): _S.ANSWERED,
+    (_S.ANSWERED, _E.RESULT): _S.ANSWERED,
+    (_S.CLOSED, _E.RESULT): _S.CLOSED,
+}
+
+
+def next_state(state: State, step: Step) -> State:
+    """The state after `step`; raises `IllegalTransition` for a cell that the table does not have."""
+    after = TRANSITIONS.get((state, step))
+    if after is None:
+        raise IllegalTransition(f"{step.name} in {state.name}")
+    return after
+
+
+@dataclass(slots=True, order=True)
+class Live:
+    """A command that waits for its agent, ordered by arrival. `reason` says why it is offered again."""
+
+    seq: int
+    record: CommandRecord = field(compare=False)
+    state: State = field(compare=False)
+    attempts: int = field(compare=False)
+    reason: str = field(compare=False, default="")
+    expires_at: float = field(compare=False, default=0.0)
+
+
+@dataclass(slots=True)
+class Offer:
+    """A batch in a poll reply, until there is evidence or none. `connection` is the reply's TCP connection."""
+
+    number: int
+    commands: tuple[Live, ...]
+    connection: int
+    written_at: float | None = None
+    cleanly_closed: bool | None = None  # None while the connection is open
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The commands' ids in order."""
+        return tuple(live.record.id for live in self.commands)
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePolicy:
+    """Bounds of a session's queue and of one reply, and what to do without evidence."""
+
+    max_queued: int
+    max_queued_bytes: int
+    max_batch: int
+    max_bytes: int
+    max_attempts: int
+    redeliver: bool
+    at_most_once: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """What became of a batch without evidence: commands to offer again, and commands given up."""
+
+    again: tuple[Live, ...]
+    dead: tuple[Live, ...]
+
+
+class CommandQueue:
+    """The commands of one session that its agent has not been seen to have, in the order of their arrival."""
+
+    __slots__ = ("_by_id", "_bytes", "_order", "_reserved", "_reserved_bytes", "offer")
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Live] = {}
+        self._order: list[Live] = []
+        self._bytes = 0
+        self._reserved = 0
+        self._reserved_bytes = 0
+        self.offer: Offer | None = None
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    @property
+    def size_bytes(self) -> int:
+        """JSON bytes of the commands held."""
+        return self._bytes
+
+    def get(self, command_id: str) -> Live | None:
+        """A held command."""
+        return self._by_id.get(command_id)
+
+    def all(self) -> tuple[Live, ...]:
+        """All held commands, offered ones included, in order."""
+        return tuple(self._order)
+
+    def waiting(self) -> bool:
+        """True if a command could be offered now."""
+        return self.offer is None and bool(self._order)
+
+    def room_for(self, size_bytes: int, policy: QueuePolicy) -> bool:
+        """Whether the bounds allow one more command of this size."""
+        return (
+            len(self._by_id) + self._reserved < policy.max_queued
+            and self._bytes + self._reserved_bytes + size_bytes <= policy.max_queued_bytes
+        )
+
+    def reserve(self, size_bytes: int) -> None:
+        """A command is on its way to the disk."""
+        self._reserved += 1
+        self._reserved_bytes += size_bytes
+
+    def release(self, size_bytes: int) -> None:
+        """It has arrived there, or not."""
+        self._reserved -= 1
+        self._reserved_bytes -= size_bytes
+
+    def add(self, record: CommandRecord, expires_at: float, reason: str = "") -> Live:
+        """Take in a stored command; `expires_at` is monotonic."""
+        live = Live(record.seq, record, record.state, record.attempts, reason, expires_at)
+        self._by_id[record.id] = live
+        insort(self._order, live)
+        self._bytes += record.size_bytes
+        return live
+
+    def take(self, number: int, connection: int, policy: QueuePolicy) -> Offer | None:
+        """Offer the oldest commands within the reply's bounds, at least one; `None` if there is nothing to offer."""
+        if not self.waiting():
+            return None
+        batch: list[Live] = []
+        size_bytes = 0
+        for live in self._order:
+            size_bytes += live.record.size_bytes
+            if batch and (len(batch) >= policy.max_batch or size_bytes > policy.max_bytes):
+                break
+            batch.append(live)
+        for live in batch:
+            live.state = next_state(live.state, Step.OFFER)
+            live.attempts += 1
+        self.offer = Offer(number, tuple(batch), connection)
+        return self.offer
+
+    def unwritten(self, offer: Offer) -> tuple[Live, ...]:
+        """The reply did not reach the agent: its commands are back in their old places, and that was no attempt."""
+        back = tuple(live for live in offer.commands if live.state is State.OFFERED)
+        for live in back:
+            # What was uncertain before stays so: a further offer that failed is no news about the earlier one.
+            uncertain = bool(live.reason)
+            live.state = State.UNCERTAIN if uncertain else next_state(live.state, Step.UNWRITTEN)
+            live.attempts -= 1
+        if self.offer is offer:
+            self.offer = None
+        return back
+
+    def delivered(self, offer: Offer) -> tuple[Live, ...]:
+        """There is evidence: the agent has the batch. Returns those that were still open."""
+        done = tuple(live for live in offer.commands if live.state is State.OFFERED)
+        for live in done:
+            live.state = next_state(live.state, Step.EVIDENCE)
+            self._drop(live)
+        if self.offer is offer:
+            self.offer = None
+        return done
+
+    def doubt(self, offer: Offer, reason: str, policy: QueuePolicy) -> Doubt:
+        """No evidence came: offer again or give up (protocol.md §3, *uncertain*)."""
+        open_ = [live for live in offer.commands if live.state is State.OFFERED]
+        for live in open_:
+            live.state = next_state(live.state, Step.NO_EVIDENCE)
+            live.reason = reason
+        if self.offer is offer:
+            self.offer = None
+        return self._judge(open_, policy)
+
+    def judge_loaded(self, policy: QueuePolicy) -> Doubt:
+        """After a restart: commands that were offered, or uncertain already, are uncertain now."""
+        doubtful = [live for live in self._order if live.state in (State.OFFERED, State.UNCERTAIN)]
+        for live in doubtful:
+            if live.state is State.OFFERED:
+                live.state = next_state(live.state, Step.NO_EVIDENCE)
+            live.reason = live.reason or "restart"
+        return self._judge(doubtful, policy)
+
+    def _judge(self, doubtful: Iterable[Live], policy: QueuePolicy) -> Doubt:
+        again: list[Live] = []
+        dead: list[Live] = []
+        for live in doubtful:
+            once = live.record.type in policy.at_most_once
+            if once or not policy.redeliver or live.attempts >= policy.max_attempts:
+                live.state = next_state(live.state, Step.GIVE_UP)
+                self._drop(live)
+                dead.append(live)
+            else:
+                again.append(live)
+        return Doubt(tuple(again), tuple(dead))
+
+    def answered(self, command_id: str) -> Live | None:
+        """The agent posted a result for it: it waits no more."""
+        live = self._by_id.get(command_id)
+        if live is not None:
+            live.state = next_state(live.state, Step.RESULT)
+            self._drop(live)
+        return live
+
+    def expire(self, command_id: str) -> Live | None:
+        """Its time is over; only a QUEUED command expires."""
+        live = self._by_id.get(command_id)
+        if live is None or live.state is not State.QUEUED:
+            return None
+        live.state = next_state(live.state, Step.EXPIRE)
+        self._drop(live)
+        return live
+
+    def give_up(self, command_id: str) -> Live | None:
+        """Purge by hand; an offered command cannot be taken back."""
+        live = self._by_id.get(command_id)
+        if live is None or live.state is State.OFFERED:
+            return None
+        live.state = next_state(live.state, Step.GIVE_UP)
+        self._drop(live)
+        return live
+
+    def drain_to(self, other: CommandQueue, rekey: Callable[[CommandRecord], CommandRecord]) -> None:
+        """Move everything to a successor's queue; commands that both know stay the successor's. An open offer ends
+
+        in doubt, because its evidence would come under another session.
+        """
+        for live in list(self._order):
+            self._drop(live)
+            if other.get(live.record.id) is None:
+                state = State.UNCERTAIN if live.state is State.OFFERED else live.state
+                reason = live.reason or ("superseded" if state is State.UNCERTAIN else "")
+                record = replace(rekey(live.record), state=state, attempts=live.attempts)
+                other.add(record, live.expires_at, reason)
+        self.offer = None
+
+    def _drop(self, live: Live) -> None:
+        if self._by_id.pop(live.record.id, None) is not None:
+            self._order.remove(live)
+            self._bytes -= live.record.size_bytes

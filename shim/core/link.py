@@ -1,0 +1,390 @@
+"""The life of one upstream link as a total table (protocol.md §2.1): events and the time in, effects out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from shim.core.backoff import Backoff, FailureKind, classify
+from shim.errors import IllegalTransition
+
+CONTENDED_AFTER = 3
+CONTENDED_WITHIN_S = 30.0
+HURRY_INTERVAL_S = 5.0
+
+
+class LinkState(Enum):
+    """Where a link is."""
+
+    IDLE = "idle"  # nobody needs it
+    OPENING = "opening"  # a dial is under way
+    REPLAYING = "replaying"  # the socket is open, registrations are being replayed
+    ONLINE = "online"
+    WAITING = "waiting"  # backing off before the next dial
+    STOPPED = "stopped"
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An agent called: the link is needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hurry:
+    """A registration waits for the link: cut a backoff short, at most every 5 s and never against Retry-After."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The dial succeeded."""
+
+
+@dataclass(frozen=True, slots=True)
+class DialFailed:
+    """The dial failed; `status` as in `ports.DialFailure`."""
+
+    status: int = 0
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """Every fresh session was told to the controller again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """The controller accepted a registration on this connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stable:
+    """The connection has been open for `stable_after_s`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The socket is gone."""
+
+    by_close_frame: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The watchdog found the connection half-open or its application stalled."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryDue:
+    """The backoff is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChanged:
+    """The token is another one now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unneeded:
+    """No fresh session has used the link for `idle_close_s`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The shim stops."""
+
+
+LinkEvent = (
+    Wanted
+    | Hurry
+    | Opened
+    | DialFailed
+    | Replayed
+    | Registered
+    | Stable
+    | Lost
+    | Broken
+    | RetryDue
+    | TokenChanged
+    | Unneeded
+    | Stop
+)
+EVENT_TYPES: tuple[type, ...] = LinkEvent.__args__
+
+
+# --- effects ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """Dial now with the token in the header, the query or both."""
+
+    in_header: bool
+    in_query: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSocket:
+    """Close the socket with this code; 0 drops it without a close frame."""
+
+    code: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelDial:
+    """Forget the dial under way; its socket, should it open, is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartReplay:
+    """Tell the controller every fresh session."""
+
+
+@dataclass(frozen=True, slots=True)
+class WentOnline:
+    """Send what was held back."""
+
+
+@dataclass(frozen=True, slots=True)
+class WentOffline:
+    """The connection is no more; answers that were awaited on it will not come."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetRetry:
+    """Report `RetryDue` after this many seconds."""
+
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRetry:
+    """Forget the retry timer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The token was refused by every way there is."""
+
+
+LinkEffect = (
+    Dial | CloseSocket | CancelDial | StartReplay | WentOnline | WentOffline | SetRetry | CancelRetry | Refusal
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPolicy:
+    """What the configuration says of a link. `own_token`: an agent's, which may never have been accepted."""
+
+    auth: Literal["auto", "query", "header", "both"] = "auto"
+    own_token: bool = False
+
+
+_Step = tuple[LinkState, list[LinkEffect]]
+
+
+class Link:
+    """One upstream link. `handle` is the only way to change it; a cell missing in `TRANSITIONS` raises."""
+
+    def __init__(self, policy: LinkPolicy, backoff: Backoff) -> None:
+        self._policy = policy
+        self._backoff = backoff
+        self.state = LinkState.IDLE
+        self.refused = False
+        self.contended = False
+        self.accepted_at: float | None = None
+        self._working_until: float | None = None
+        self._query_first = False
+        self._other_way_tried = False
+        self._registered_at: float | None = None
+        self._short_lives = 0
+        self._hurried_at: float | None = None
+        self._not_before: float | None = None
+
+    @property
+    def connected(self) -> bool:
+        """True while a socket is open."""
+        return self.state in (LinkState.REPLAYING, LinkState.ONLINE)
+
+    @property
+    def failures(self) -> int:
+        """Failed dials and short connections since the link was last stable."""
+        return self._backoff.failures
+
+    def handle(self, event: LinkEvent, now: float) -> list[LinkEffect]:
+        """Apply one event at `now` (monotonic seconds). Raises `IllegalTransition` and changes nothing if forbidden."""
+        step = TRANSITIONS.get((self.state, type(event)))
+        if step is None:
+            raise IllegalTransition(f"{type(event).__name__} in {self.state.name}")
+        self.state, effects = step(self, event, now)
+        return effects
+
+    # Each step returns the next state and the effects. Names say what the cell of the table does.
+
+    def _stay(self, event: LinkEvent, now: float) -> _Step:
+        return self.state, []
+
+    def _dial(self, event: LinkEvent, now: float) -> _Step:
+        self._other_way_tried = False
+        self._not_before = None
+        return LinkState.OPENING, [self._way(self._query_first)]
+
+    def _redial(self, event: LinkEvent, now: float) -> _Step:
+        state, effects = self._dial(event, now)
+        return state, [CancelRetry(), *effects]
+
+    def _hurry(self, event: LinkEvent, now: float) -> _Step:
+        if self._not_before is not None and now < self._not_before:
+            return self.state, []
+        if self._hurried_at is not None and now - self._hurried_at < HURRY_INTERVAL_S:
+            return self.state, []
+        self._hurried_at = now
+        return self._redial(event, now)
+
+    def _way(self, query: bool) -> Dial:
+        match self._policy.auth:
+            case "auto":
+                return Dial(in_header=not query, in_query=query)
+            case "both":
+                return Dial(in_header=True, in_query=True)
+            case way:
+                return Dial(in_header=way == "header", in_query=way == "query")
+
+    def _opened(self, event: LinkEvent, now: float) -> _Step:
+        if self._other_way_tried:
+            self._query_first = not self._query_first
+        self.refused = False
+        self.accepted_at = now
+        self._registered_at = None
+        return LinkState.REPLAYING, [StartReplay()]
+
+    def _dial_failed(self, event: LinkEvent, now: float) -> _Step:
+        assert isinstance(event, DialFailed)
+        unauthorised = event.status in (401, 403)
+        if unauthorised and self._policy.auth == "auto" and not self._other_way_tried:
+            self._other_way_tried = True
+            return LinkState.OPENING, [self._way(not self._query_first)]
+        effects: list[LinkEffect] = []
+        if unauthorised:
+            self.refused = True
+            effects.append(Refusal())
+        since_working_s = None if self._working_until is None else now - self._working_until
+        kind = classify(event.status, event.retry_after_s, since_working_s)
+        if self.contended or (unauthorised and self._policy.own_token and self.accepted_at is None):
+            delay_s = self._backoff.fixed_delay_s()
+        else:
+            delay_s = self._backoff.next_delay_s(kind, event.retry_after_s)
+        if event.retry_after_s is not None:
+            self._not_before = now + delay_s
+        return LinkState.WAITING, [*effects, SetRetry(delay_s)]
+
+    def _online(self, event: LinkEvent, now: float) -> _Step:
+        return LinkState.ONLINE, [WentOnline()]
+
+    def _registered(self, event: LinkEvent, now: float) -> _Step:
+        self._registered_at = now
+        return self.state, []
+
+    def _stable(self, event: LinkEvent, now: float) -> _Step:
+        self._backoff.reset()
+        self._short_lives = 0
+        self.contended = False
+        return self.state, []
+
+    def _lost(self, event: LinkEvent, now: float) -> _Step:
+        assert isinstance(event, Lost)
+        self._working_until = now
+        short = self._registered_at is not None and now - self._registered_at < CONTENDED_WITHIN_S
+        self._short_lives = self._short_lives + 1 if event.by_close_frame and short else 0
+        if self._short_lives >= CONTENDED_AFTER:
+            self.contended = True
+        if self.contended:
+            delay_s = self._backoff.fixed_delay_s()
+        else:
+            delay_s = self._backoff.next_delay_s(FailureKind.LOSS)
+        return LinkState.WAITING, [WentOffline(), SetRetry(delay_s)]
+
+    def _broken(self, event: LinkEvent, now: float) -> _Step:
+        state, effects = self._lost(Lost(), now)
+        return state, [CloseSocket(0), *effects]
+
+    def _reopen(self, event: LinkEvent, now: float) -> _Step:
+        self._working_until = now
+        state, effects = self._dial(event, now)
+        return state, [CloseSocket(1000), WentOffline(), *effects]
+
+    def _dial_again(self, event: LinkEvent, now: float) -> _Step:
+        state, effects = self._dial(event, now)
+        return state, [CancelDial(), *effects]
+
+    def _idle(self, event: LinkEvent, now: float) -> _Step:
+        self._working_until = now
+        return LinkState.IDLE, [CloseSocket(1000), WentOffline()]
+
+    def _idle_undialled(self, event: LinkEvent, now: float) -> _Step:
+        return LinkState.IDLE, [CancelDial() if self.state is LinkState.OPENING else CancelRetry()]
+
+    def _stop(self, event: LinkEvent, now: float) -> _Step:
+        match self.state:
+            case LinkState.REPLAYING | LinkState.ONLINE:
+                return LinkState.STOPPED, [CloseSocket(1000), WentOffline()]
+            case LinkState.OPENING:
+                return LinkState.STOPPED, [CancelDial()]
+            case LinkState.WAITING:
+                return LinkState.STOPPED, [CancelRetry()]
+            case _:
+                return LinkState.STOPPED, []
+
+
+_S = LinkState
+_Cell = Callable[[Link, LinkEvent, float], _Step]
+
+TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
+    (_S.IDLE, Wanted): Link._dial,
+    (_S.IDLE, Hurry): Link._dial,
+    (_S.IDLE, TokenChanged): Link._stay,
+    (_S.IDLE, Unneeded): Link._stay,
+    (_S.IDLE, Stop): Link._stop,
+    (_S.OPENING, Wanted): Link._stay,
+    (_S.OPENING, Hurry): Link._stay,
+    (_S.OPENING, Opened): Link._opened,
+    (_S.OPENING, DialFailed): Link._dial_failed,
+    (_S.OPENING, TokenChanged): Link._dial_again,
+    (_S.OPENING, Unneeded): Link._idle_undialled,
+    (_S.OPENING, Stop): Link._stop,
+    (_S.REPLAYING, Wanted): Link._stay,
+    (_S.REPLAYING, Hurry): Link._stay,
+    (_S.REPLAYING, Replayed): Link._online,
+    (_S.REPLAYING, Registered): Link._registered,
+    (_S.REPLAYING, Stable): Link._stable,
+    (_S.REPLAYING, Lost): Link._lost,
+    (_S.REPLAYING, Broken): Link._broken,
+    (_S.REPLAYING, TokenChanged): Link._reopen,
+    (_S.REPLAYING, Unneeded): Link._idle,
+    (_S.REPLAYING, Stop): Link._stop,
+    (_S.ONLINE, Wanted): Link._stay,
+    (_S.ONLINE, Hurry): Link._stay,
+    (_S.ONLINE, Registered): Link._registered,
+    (_S.ONLINE, Stable): Link._stable,
+    (_S.ONLINE, Lost): Link._lost,
+    (_S.ONLINE, Broken): Link._broken,
+    (_S.ONLINE, TokenChanged): Link._reopen,
+    (_S.ONLINE, Unneeded): Link._idle,
+    (_S.ONLINE, Stop): Link._stop,
+    (_S.WAITING, Wanted): Link._stay,
+    (_S.WAITING, Hurry): Link._hurry,
+    (_S.WAITING, RetryDue): Link._dial,
+    (_S.WAITING, TokenChanged): Link._redial,
+    (_S.WAITING, Unneeded): Link._idle_undialled,
+    (_S.WAITING, Stop): Link._stop,
+    (_S.STOPPED, Wanted): Link._stay,
+    (_S.STOPPED, Hurry): Link._stay,
+    (_S.STOPPED, TokenChanged): Link._stay,
+    (_S.STOPPED, Unneeded): Link._stay,
+    (_S.STOPPED, Stop): Link._stay,
+}

@@ -1,0 +1,85 @@
+"""Is the peer of an open connection alive, and is its application (protocol.md §2.1)?"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
+
+MAX_TRACKED_HEARTBEATS = 4096
+
+
+class Verdict(Enum):
+    """What a check found."""
+
+    ALIVE = "alive"
+    PING = "ping"  # nothing came in for a while: ask
+    HALF_OPEN = "half_open"  # no frame at all for read_timeout_s
+    STALLED = "stalled"  # frames come, but acknowledgements stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A verdict, and the seconds until the next check is due."""
+
+    verdict: Verdict
+    next_s: float
+
+
+class Liveness:
+    """Watches one connection. Times are monotonic seconds."""
+
+    def __init__(self, now: float, ping_interval_s: float, read_timeout_s: float, ack_timeout_s: float) -> None:
+        self._ping_interval_s = ping_interval_s
+        self._read_timeout_s = read_timeout_s
+        self._ack_timeout_s = ack_timeout_s
+        self._last_frame = now
+        self._pinged_at: float | None = None
+        self._unacked: OrderedDict[str, float] = OrderedDict()
+        self.acks_seen = False
+
+    def frame(self, now: float) -> None:
+        """Any inbound frame is life."""
+        self._last_frame = now
+        self._pinged_at = None
+
+    def heartbeat_sent(self, request_id: str, now: float) -> None:
+        """A heartbeat went out and its acknowledgement is awaited."""
+        self._unacked[request_id] = now
+        if len(self._unacked) > MAX_TRACKED_HEARTBEATS:
+            self._unacked.popitem(last=False)
+
+    def acked(self, request_id: str) -> float | None:
+        """A `heartbeat_ack` came; without a `request_id` it answers the oldest. Returns when that one was sent.
+
+        Later heartbeats prove nothing about earlier ones, but an application that answers is not stalled: what was
+        sent before the answered one is no longer waited for.
+        """
+        self.acks_seen = True
+        if request_id and request_id not in self._unacked:
+            return None
+        while self._unacked:
+            oldest, sent = self._unacked.popitem(last=False)
+            if not request_id or oldest == request_id:
+                return sent
+        return None
+
+    def check(self, now: float) -> Check:
+        """Judge the connection; call it again after `next_s`."""
+        silent_s = now - self._last_frame
+        if silent_s >= self._read_timeout_s:
+            return Check(Verdict.HALF_OPEN, 0)
+        if self.acks_seen and self._unacked:
+            waited_s = now - next(iter(self._unacked.values()))
+            if waited_s >= self._ack_timeout_s:
+                return Check(Verdict.STALLED, 0)
+            ack_s = self._ack_timeout_s - waited_s
+        else:
+            ack_s = self._ack_timeout_s
+        left_s = min(self._read_timeout_s - silent_s, ack_s)
+        if silent_s < self._ping_interval_s:
+            return Check(Verdict.ALIVE, min(left_s, self._ping_interval_s - silent_s))
+        if self._pinged_at is None:
+            self._pinged_at = now
+            return Check(Verdict.PING, left_s)
+        return Check(Verdict.ALIVE, left_s)

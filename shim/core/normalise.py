@@ -1,0 +1,126 @@
+"""Bring a controller's `command` message into one shape (protocol.md §3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from shim.core import rfc3339
+from shim.errors import ShimError
+from shim.messages import Message
+
+MAX_ID_BYTES = 256
+
+_OWN_KEYS = frozenset(
+    {
+        "command_id",
+        "id",
+        "type",
+        "command",
+        "action",
+        "created_at",
+        "expires_at",
+        "ttl_seconds",
+        "cluster_id",
+        "agent_id",
+    }
+)
+
+
+class Malformed(ShimError):
+    """A command that cannot be brought into the shape that every agent decodes. `command_id` is set if it is known."""
+
+    def __init__(self, reason: str, command_id: str = "") -> None:
+        super().__init__(reason)
+        self.command_id = command_id
+
+
+@dataclass(frozen=True, slots=True)
+class Normalised:
+    """A command as agents get it. `created_at` is RFC 3339 UTC; `expires_wall` Unix seconds; targets may be empty."""
+
+    id: str
+    type: str
+    payload: dict[str, Any]
+    created_at: str
+    expires_wall: float
+    cluster_id: str
+    agent_id: str
+
+
+def normalise(message: Message, wall: float, ttl_s: float, new_id: Callable[[], str]) -> Normalised:
+    """Normalise a command that arrived at `wall`; raises `Malformed`."""
+    payload = message.payload
+    command_id = _command_id(payload, message.request_id, new_id)
+    kind = _command_type(payload, command_id)
+    return Normalised(
+        id=command_id,
+        type=kind,
+        payload=_command_payload(payload),
+        created_at=_created_at(payload, message.timestamp, wall),
+        expires_wall=_expires_wall(payload, message.timestamp, wall, ttl_s),
+        cluster_id=_scalar(payload.get("cluster_id")),
+        agent_id=_scalar(payload.get("agent_id")),
+    )
+
+
+def _scalar(value: Any) -> str:
+    """A string or number as text; everything else is as if it were absent."""
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+
+
+def _command_id(payload: dict[str, Any], request_id: str, new_id: Callable[[], str]) -> str:
+    for value in (payload.get("command_id"), payload.get("id"), request_id):
+        found = _scalar(value)
+        if found:
+            # Agents put the id into their result's path as it is: what cannot stand there could never be answered.
+            if len(found.encode("utf-8", "replace")) > MAX_ID_BYTES or "/" in found or not found.isprintable():
+                raise Malformed("the command id must be 1-256 printable bytes without '/'")
+            if found in (".", ".."):
+                raise Malformed("the command id must not be a dot segment")
+            return found
+    return new_id()
+
+
+def _command_type(payload: dict[str, Any], command_id: str) -> str:
+    present = [payload[key] for key in ("type", "command", "action") if payload.get(key) not in (None, "")]
+    for value in present:
+        if isinstance(value, str):
+            return value
+    if present:
+        raise Malformed("the command type must be a string", command_id)
+    return "command"
+
+
+def _command_payload(payload: dict[str, Any]) -> dict[str, Any]:
+    for key in ("payload", "params", "args"):
+        if key in payload and payload[key] is not None:
+            value = payload[key]
+            return value if isinstance(value, dict) else {"value": value}
+    return {key: value for key, value in payload.items() if key not in _OWN_KEYS}
+
+
+def _created_at(payload: dict[str, Any], timestamp: str, wall: float) -> str:
+    for value in (payload.get("created_at"), timestamp):
+        moment = rfc3339.parse(value)
+        if moment is not None:
+            try:
+                return rfc3339.utc_text(moment)
+            except OverflowError:
+                continue
+    return rfc3339.from_wall(wall)
+
+
+def _expires_wall(payload: dict[str, Any], timestamp: str, wall: float, ttl_s: float) -> float:
+    expires = rfc3339.to_wall(payload.get("expires_at"))
+    if expires is not None:
+        # The controller's clock may be off: what it meant is the distance to its own send time.
+        sent = rfc3339.to_wall(timestamp)
+        return expires + (wall - sent) if sent is not None else expires
+    ttl = payload.get("ttl_seconds")
+    if isinstance(ttl, (int, float)) and not isinstance(ttl, bool) and 0 <= ttl < 1e10:
+        return wall + ttl
+    return wall + ttl_s

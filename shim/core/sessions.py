@@ -1,0 +1,261 @@
+"""What the shim knows about each agent, and whether it is alive (protocol.md §1.6, §2.1)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from statistics import median
+from typing import Any
+
+from shim.core.calls import HeartbeatCall, Kind, Target
+from shim.core.records import SessionKey, SessionRecord
+
+DEFAULT_INTERVAL_S = 30.0
+MIN_FRESH_S = 35.0
+FRESH_FACTOR = 1.5
+MIN_GAPS = 3
+
+
+class Session:
+    """One agent. Times called `…_at` are monotonic seconds, `None` where it never happened in this process."""
+
+    __slots__ = (
+        "agent_id",
+        "contact_at",
+        "dialect",
+        "first_waiting_at",
+        "gaps",
+        "heartbeat",
+        "heartbeat_at",
+        "held",
+        "hold",
+        "key",
+        "known",
+        "poll_at",
+        "registration",
+        "reply",
+        "saved_seen_wall",
+        "secret",
+        "seen_wall",
+        "sent_at",
+        "sent_words",
+        "superseded_by",
+        "told_on",
+        "tunnel",
+        "upstream_cluster_id",
+        "waiting_reported",
+    )
+
+    def __init__(self, key: SessionKey, dialect: str) -> None:
+        self.key = key
+        self.dialect = dialect
+        self.agent_id = key.ident if key.kind == Kind.AGENT.value else ""
+        self.upstream_cluster_id = key.ident if key.kind == Kind.CLUSTER.value else ""
+        self.registration: dict[str, Any] = {}
+        self.reply: dict[str, Any] = {}
+        self.secret = ""
+        self.known: dict[str, Any] = {}
+        self.superseded_by: SessionKey | None = None
+        self.tunnel: dict[str, Any] | None = None
+        self.hold: dict[str, Any] = {}
+        self.seen_wall = 0.0
+        self.saved_seen_wall = 0.0
+        self.contact_at: float | None = None
+        self.heartbeat_at: float | None = None
+        self.poll_at: float | None = None
+        self.gaps: deque[float] = deque(maxlen=8)
+        self.held = 0
+        self.heartbeat: HeartbeatCall | None = None
+        self.sent_at: float | None = None
+        self.sent_words: tuple[str, str] | None = None
+        self.told_on = 0
+        self.first_waiting_at: float | None = None
+        self.waiting_reported = False
+
+    @classmethod
+    def from_record(cls, record: SessionRecord) -> Session:
+        """A session loaded from disk; it is not fresh before its agent calls."""
+        session = cls(record.key, record.dialect)
+        session.agent_id = record.agent_id
+        session.upstream_cluster_id = record.upstream_cluster_id
+        session.registration = dict(record.registration)
+        session.reply = dict(record.reply)
+        session.hold = dict(record.hold)
+        session.seen_wall = session.saved_seen_wall = record.last_seen_wall
+        session.superseded_by = SessionKey.parse(record.superseded_by) if record.superseded_by else None
+        return session
+
+    def record(self) -> SessionRecord:
+        """What is stored of it; never a secret."""
+        self.saved_seen_wall = self.seen_wall
+        return SessionRecord(
+            key=self.key,
+            dialect=self.dialect,
+            agent_id=self.agent_id,
+            upstream_cluster_id=self.upstream_cluster_id,
+            last_seen_wall=self.seen_wall,
+            registration=dict(self.registration),
+            reply=dict(self.reply),
+            hold=dict(self.hold),
+            superseded_by=str(self.superseded_by) if self.superseded_by else "",
+        )
+
+    @property
+    def interval_s(self) -> float:
+        """The agent's heartbeat interval: the median of its last 8 gaps, 30 s until three are known."""
+        return median(self.gaps) if len(self.gaps) >= MIN_GAPS else DEFAULT_INTERVAL_S
+
+    @property
+    def fresh_for_s(self) -> float:
+        """How long a contact vouches for the agent."""
+        return max(FRESH_FACTOR * self.interval_s, MIN_FRESH_S)
+
+    def fresh(self, now: float) -> bool:
+        """True while the agent's own contact vouches for it; a held poll is contact while it is open."""
+        if self.held:
+            return True
+        return self.contact_at is not None and now - self.contact_at < self.fresh_for_s
+
+    def contact(self, now: float, wall: float) -> None:
+        """The agent called."""
+        self.contact_at = now
+        self.seen_wall = wall
+
+    def beat(self, call: HeartbeatCall, now: float) -> None:
+        """A heartbeat came: measure the gap, keep the newest."""
+        if self.heartbeat_at is not None:
+            self.gaps.append(now - self.heartbeat_at)
+        self.heartbeat_at = now
+        self.heartbeat = call
+        if call.agent_id:
+            self.agent_id = call.agent_id
+        if call.known:
+            self.known.update(call.known)
+
+    def words(self) -> tuple[str, str]:
+        """(status, tunnel_status) as they would go up now."""
+        beat = self.heartbeat
+        if beat is None:
+            return "", "disconnected"
+        return beat.status, beat.tunnel_status or "disconnected"
+
+    def heartbeat_due(self, now: float, interval_s: float) -> bool:
+        """Whether a heartbeat should go up on this contact: the last is old enough, or the words changed."""
+        if self.sent_at is None or now - self.sent_at >= interval_s:
+            return True
+        return self.words() != self.sent_words
+
+    def heartbeat_payload(self) -> dict[str, Any]:
+        """The upstream payload of the newest heartbeat (protocol.md §2)."""
+        status, tunnel_status = self.words()
+        payload: dict[str, Any] = {"cluster_id": self.upstream_cluster_id, "agent_id": self.agent_id}
+        if status:
+            payload["status"] = status
+        payload["tunnel_status"] = tunnel_status
+        payload["metadata"] = {}
+        if self.heartbeat is not None:
+            payload.update(self.heartbeat.payload)
+        return payload
+
+    def register_payload(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """What a `register` for it can say: stored registration, heartbeat fields, `identity`; `None` without a name."""
+        payload = {**identity, **self.known, **self.registration}
+        if not payload.get("name"):
+            return None
+        payload["agent_id"] = self.agent_id or payload.get("agent_id", "")
+        if self.upstream_cluster_id:
+            payload["cluster_id"] = self.upstream_cluster_id
+        if self.secret:
+            payload["k8s_service_token"] = self.secret
+        return payload
+
+
+class Sessions:
+    """All sessions, by key, by alias and by the ids that the controller uses."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[SessionKey, Session] = {}
+        self._aliases: dict[tuple[str, str], SessionKey] = {}
+        self._by_owner: dict[str, dict[SessionKey, Session]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._by_key.values()))
+
+    def get(self, key: SessionKey) -> Session | None:
+        """The session with this key."""
+        return self._by_key.get(key)
+
+    def of_owner(self, owner: str) -> Iterable[Session]:
+        """All sessions of an owner."""
+        return list(self._by_owner.get(owner, {}).values())
+
+    def add(self, session: Session) -> None:
+        """Take a session in."""
+        self._by_key[session.key] = session
+        self._by_owner.setdefault(session.key.owner, {})[session.key] = session
+
+    def remove(self, session: Session) -> None:
+        """Forget a session and its aliases."""
+        self._by_key.pop(session.key, None)
+        owned = self._by_owner.get(session.key.owner, {})
+        owned.pop(session.key, None)
+        if not owned:
+            self._by_owner.pop(session.key.owner, None)
+        for alias in [alias for alias, key in self._aliases.items() if key == session.key]:
+            del self._aliases[alias]
+
+    def alias(self, owner: str, agent_id: str) -> Session | None:
+        """The session that this agent id of the owner stands for."""
+        key = self._aliases.get((owner, agent_id))
+        return self._by_key.get(key) if key is not None else None
+
+    def set_alias(self, owner: str, agent_id: str, key: SessionKey) -> SessionKey | None:
+        """Let an agent id stand for a session. Returns the key it stood for, if that was another one."""
+        before = self._aliases.get((owner, agent_id))
+        self._aliases[(owner, agent_id)] = key
+        return before if before != key else None
+
+    def alias_is(self, owner: str, agent_id: str, key: SessionKey) -> bool:
+        """Whether the alias already points there (the agent's path asks this on every heartbeat)."""
+        return self._aliases.get((owner, agent_id)) == key
+
+    def move_aliases(self, source: SessionKey, target: SessionKey) -> None:
+        """Aliases of a superseded session point to its successor."""
+        for (owner, agent_id), key in list(self._aliases.items()):
+            if key == source:
+                del self._aliases[(owner, agent_id)]
+                self._aliases[(target.owner, agent_id)] = target
+
+    def key_of(self, owner: str, target: Target) -> SessionKey:
+        """The session key that a call means (protocol.md §1.6)."""
+        if target.kind is Kind.ALIAS:
+            aliased = self.alias(owner, target.ident)
+            if aliased is not None:
+                return aliased.key
+            return SessionKey(owner, Kind.AGENT.value, target.ident)
+        return SessionKey(owner, target.kind.value, target.ident)
+
+    def find(self, owner: str, cluster_id: str, agent_id: str) -> list[Session]:
+        """Sessions of the owner that a controller's target means, the most recently seen first.
+
+        A cluster id matches the agent's own or the controller's; an agent id matches a session's or its alias. Where
+        both are given both must match, but a cluster id alone decides if no session has both: agent ids change.
+        """
+        if cluster_id:
+            exact = self.get(SessionKey(owner, Kind.CLUSTER.value, cluster_id))
+            if exact is not None and exact.upstream_cluster_id == cluster_id and not agent_id:
+                return [exact]
+        found = [
+            s
+            for s in self.of_owner(owner)
+            if cluster_id in (s.upstream_cluster_id, s.key.ident if s.key.kind == Kind.CLUSTER.value else None)
+        ]
+        if not cluster_id or (agent_id and len(found) > 1):
+            aliased = self.alias(owner, agent_id)
+            pool = found if cluster_id else self.of_owner(owner)
+            by_agent = [s for s in pool if s.agent_id == agent_id or s is aliased]
+            found = by_agent or found
+        return sorted(found, key=lambda s: (s.contact_at or 0.0, s.seen_wall), reverse=True)
