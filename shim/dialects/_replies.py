@@ -17,8 +17,8 @@ from shim.dialects import Call, Reply, error_reply
 _URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)
 
 
-def render(outcome: Outcome, call: Call) -> Reply:
-    """The reply that satisfies all generations."""
+def render(operation: str, outcome: Outcome, call: Call) -> Reply:  # noqa: ARG001 - a dialect's own may need it
+    """The reply that satisfies all generations; the outcome alone says which."""
     match outcome:
         case Registered():
             return _registered(outcome)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shim.core.calls import AgentCall, Kind, Outcome, Target
-from shim.dialects import Call, Reply, Route, _replies, _requests, valid_id
+from shim.core.calls import AgentCall, Kind, Target
+from shim.dialects import Call, Route, _replies, _requests, valid_id
 
 NAME = "clusters"
 
@@ -11,6 +11,8 @@ ROUTES = (
     Route("POST", "/clusters/{agent_id}", "register"),
     Route("POST", "/clusters/{agent_id}/heartbeat", "heartbeat"),
 )
+
+render = _replies.render
 
 
 def parse(operation: str, call: Call) -> AgentCall:
@@ -23,8 +25,3 @@ def parse(operation: str, call: Call) -> AgentCall:
     cluster_id = _requests.text(body.get("cluster_id"))
     target = Target(Kind.CLUSTER, valid_id(cluster_id, "cluster_id")) if cluster_id else Target(Kind.ALIAS, agent_id)
     return _requests.read_heartbeat(NAME, target, agent_id, body)
-
-
-def render(operation: str, outcome: Outcome, call: Call) -> Reply:
-    """Turn an outcome into this generation's reply."""
-    return _replies.render(outcome, call)

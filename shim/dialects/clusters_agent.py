@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shim.core.calls import AgentCall, Kind, Outcome, PollCall, Target, TunnelInfoCall
-from shim.dialects import Call, Reply, Route, _replies, _requests, valid_id
+from shim.core.calls import AgentCall, Kind, PollCall, Target, TunnelInfoCall
+from shim.dialects import Call, Route, _replies, _requests, valid_id
 
 NAME = "clusters_agent"
 
@@ -14,6 +14,8 @@ ROUTES = (
     Route("GET", "/api/v1/clusters/agent/{cluster_id}/tunnel-info", "tunnel_info"),
     Route("POST", "/api/v1/clusters/agent/{cluster_id}/commands/{command_id}/result", "result"),
 )
+
+render = _replies.render
 
 
 def parse(operation: str, call: Call) -> AgentCall:
@@ -31,8 +33,3 @@ def parse(operation: str, call: Call) -> AgentCall:
     if operation == "tunnel_info":
         return TunnelInfoCall(target)
     return _requests.read_result(NAME, target, call)
-
-
-def render(operation: str, outcome: Outcome, call: Call) -> Reply:
-    """Turn an outcome into this generation's reply."""
-    return _replies.render(outcome, call)

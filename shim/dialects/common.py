@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shim.core.calls import AgentCall, HealthCall, Kind, Outcome, Target, TunnelPollCall
-from shim.dialects import Call, Reply, Route, _replies
+from shim.core.calls import AgentCall, HealthCall, Kind, Target, TunnelPollCall
+from shim.dialects import Call, Route, _replies
 
 NAME = "common"
 
@@ -12,14 +12,11 @@ ROUTES = (
     Route("GET", "/api/v1/health", "health", open=True),
 )
 
+render = _replies.render
+
 
 def parse(operation: str, call: Call) -> AgentCall:
     """Turn a request into a call. The tunnel poll knows only the agent id, also of agents that are known by cluster."""
     if operation == "tunnel_poll":
         return TunnelPollCall(Target(Kind.ALIAS, call.params["agent_id"]))
     return HealthCall()
-
-
-def render(operation: str, outcome: Outcome, call: Call) -> Reply:
-    """Turn an outcome into this generation's reply."""
-    return _replies.render(outcome, call)
