@@ -1,0 +1,76 @@
+# Needs Python >= 3.11 and make; everything else goes into $(VENV), from the locked files in requirements/.
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# A newer interpreter under another name will do where `python3` is too old.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+
+PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
+DEV := $(VENV)/.dev
+# What running needs is part of what developing needs.
+RUN := $(if $(wildcard $(DEV)),$(DEV),$(VENV)/.tools)
+
+CLIENTS := tests/clients
+NODE_DEPS := $(if $(shell command -v npm 2>/dev/null),$(CLIENTS)/node_modules/.package-lock.json)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install check test cov demo run lock clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(DEV) ## create .venv with everything that development needs
+
+check: $(DEV) ## lint, format, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict shim
+	$(BIN)/lint-imports
+
+test: $(DEV) $(NODE_DEPS) ## run the tests (ARGS go to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+cov: export COVERAGE_FILE := $(CURDIR)/.coverage
+cov: $(DEV) $(NODE_DEPS) ## run the tests and hold the branch coverage of shim/, subprocesses included
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+demo: $(RUN) ## watch an unmodified agent work through the shim (ARGS=--once ends by itself)
+	@$(BIN)/agent-shim demo $(ARGS)
+
+run: $(RUN) ## run the shim with config/agent-shim.yaml (ARGS go to the command)
+	@$(BIN)/agent-shim run --config config/agent-shim.yaml $(ARGS)
+
+lock: $(DEV) ## resolve the dependencies anew into requirements/ (ARGS=--upgrade for newer releases)
+	$(PIP) install 'uv>=0.7'
+	$(call compile,dev,--extra tools --extra nats --group dev)
+	$(call compile,tools,--extra tools --group build --constraints requirements/dev.txt)
+	$(call compile,run,--constraints requirements/dev.txt)
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) dist build htmlcov .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .import_linter_cache $(CLIENTS)/node_modules
+	find shim tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One file per purpose: dev (all), tools (demo, run), run (the container image).
+define compile
+$(BIN)/uv pip compile pyproject.toml --quiet --universal --generate-hashes --python-version 3.11 \
+	--custom-compile-command "make lock" $(2) $(ARGS) --output-file requirements/$(1).txt
+endef
+
+$(VENV)/.%: requirements/%.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(BIN)/python -c "" 2>/dev/null || { echo "creating $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv --clear $(VENV); }
+	@echo "installing requirements/$*.txt into $(VENV)"
+	@$(PIP) install --require-hashes --requirement requirements/$*.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Without them (no network, say) the tests that use them are skipped and say so.
+$(CLIENTS)/node_modules/.package-lock.json: $(CLIENTS)/package-lock.json $(CLIENTS)/package.json
+	-npm --prefix $(CLIENTS) ci --no-audit --no-fund --loglevel=error && touch $@
