@@ -1,0 +1,83 @@
+"""Why a dial failed, in words that hold no secret: aiohttp's own texts show the URL with its token."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+
+import aiohttp
+
+from shim.errors import ShimError
+from shim.ports import DialFailure
+
+
+class Unanswered(ShimError):
+    """The connection was lost before the handshake was answered."""
+
+
+class Refused(ShimError):
+    """The handshake was answered with a status other than 101, redirects included."""
+
+    def __init__(self, status: int, retry_after_s: float | None) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a `Retry-After` header (RFC 9110 §10.2.3), `None` if there is none to be understood.
+
+    A date is taken relative to the response's own `Date`, so that a wrong clock on either side does no harm.
+    """
+    value = headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
+    try:
+        then = parsedate_to_datetime(value)
+        now = parsedate_to_datetime(headers.get("Date", ""))
+        return max(0.0, (then - now).total_seconds())
+    except (ValueError, TypeError):  # TypeError: only one of the dates names a zone
+        return None
+
+
+def failure_of(error: Exception) -> DialFailure:
+    """Classify what a dial raised; of an error that is not expected only its type is told."""
+    if isinstance(error, Refused):
+        return DialFailure("status", error.status, error.retry_after_s, f"HTTP {error.status}")
+    reason, detail = _classify(error)
+    return DialFailure(reason, detail=detail)
+
+
+def _classify(error: Exception) -> tuple[str, str]:
+    match error:
+        case TimeoutError():
+            return "timeout", "no answer in time"
+        case aiohttp.ClientHttpProxyError():
+            return "proxy", f"the proxy answered HTTP {error.status}"
+        case aiohttp.ClientProxyConnectionError():
+            return "proxy", f"cannot reach the proxy: {_os_text(error.os_error)}"
+        case aiohttp.ClientConnectorDNSError():
+            return "dns", f"cannot resolve {error.host}: {_os_text(error.os_error)}"
+        case aiohttp.ClientConnectorCertificateError():
+            return "tls", _tls_text(error.certificate_error)
+        case aiohttp.ClientConnectorSSLError():
+            return "tls", _tls_text(error.os_error)
+        case aiohttp.ClientConnectorError():
+            return "tcp", _os_text(error.os_error)
+        case Unanswered():
+            return "handshake", "the connection was closed before the handshake was answered"
+        case aiohttp.WSServerHandshakeError():
+            return "handshake", error.message
+    return "handshake", type(error).__name__
+
+
+def _os_text(error: OSError) -> str:
+    return error.strerror or type(error).__name__
+
+
+def _tls_text(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    reason = getattr(error, "reason", None)
+    return reason if isinstance(reason, str) and reason else type(error).__name__

@@ -1,0 +1,199 @@
+"""Moves frames between one open WebSocket and its events (protocol.md §2, 2.1)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Protocol
+
+from aiohttp import WebSocketError, WSCloseCode, WSMsgType
+
+from shim import messages
+from shim.errors import MessageError
+from shim.ports import SocketEvents
+from shim.upstream.socket import RawWebSocket
+
+CLOSE_WAIT_S = 2.0
+MAX_WAITING_BYTES = 64 * 1024 * 1024
+FRAME_COST_BYTES = 128  # what a queued frame weighs besides its payload: many tiny ones must not slip under the bound
+FRAMES_PER_TURN = 64
+
+logger = logging.getLogger(__name__)
+
+
+class WireObserver(Protocol):
+    """What a pump tells besides its events: payload bytes of data and control frames, and handlers that raised."""
+
+    def received(self, size_bytes: int) -> None:
+        """A frame's payload arrived."""
+
+    def sent(self, size_bytes: int) -> None:
+        """A frame's payload was handed to the transport."""
+
+    def handler_failed(self) -> None:
+        """A handler of `SocketEvents` raised; the pump went on."""
+
+
+class _State(Enum):
+    OPEN = "open"
+    CLOSING = "closing"  # a close frame is on its way, the timer runs
+    GONE = "gone"
+
+
+class WebSocketPump:
+    """`ports.Socket` on aiohttp. `run()` reads and `write()` writes, each in one task, until the connection is gone."""
+
+    def __init__(self, ws: RawWebSocket, events: SocketEvents, wire: WireObserver) -> None:
+        self._ws = ws
+        self._events = events
+        self._wire = wire
+        self._state = _State.OPEN
+        self._close_code = 1000
+        self._close_sent = False
+        self._frames: deque[tuple[bytes, WSMsgType]] = deque()
+        self._waiting_bytes = 0
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self.ended = asyncio.Event()
+        ws.watch(self._on_bytes)
+
+    # --- ports.Socket ---
+
+    def send(self, message: messages.Message) -> None:
+        """Queue one envelope as a text frame."""
+        self._queue(messages.encode(message), WSMsgType.TEXT)
+
+    def ping(self, payload: bytes) -> None:
+        """Queue a ping behind everything sent before, so that its pong tells that all of that has arrived."""
+        self._queue(payload, WSMsgType.PING)
+
+    def close(self, code: int) -> None:
+        """Send what is queued and a close frame; wait up to 2 s in all for the peer, then abort."""
+        self._begin_close(code)
+
+    def abort(self) -> None:
+        """Drop the connection; `run` ends and reports it in the loop's next turn."""
+        self._state = _State.GONE
+        self._frames.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._wake.set()
+        self._ws.abort()
+
+    # --- writing ---
+
+    def _queue(self, data: bytes, kind: WSMsgType) -> None:
+        if self._state is not _State.OPEN:
+            return
+        self._waiting_bytes += len(data) + FRAME_COST_BYTES
+        if self._waiting_bytes > MAX_WAITING_BYTES:
+            logger.warning("the peer does not read: the connection is dropped with %d bytes unsent", MAX_WAITING_BYTES)
+            self.abort()
+            return
+        self._frames.append((data, kind))
+        self._wake.set()
+
+    def _begin_close(self, code: int) -> None:
+        if self._state is _State.OPEN:
+            self._state = _State.CLOSING
+            self._close_code = code
+            self._timer = self._loop.call_later(CLOSE_WAIT_S, self.abort)
+            self._wake.set()
+
+    async def write(self) -> None:
+        """Write queued frames in order, last of all the close frame; return when the connection is gone."""
+        try:
+            while self._state is not _State.GONE:
+                while self._frames:
+                    data, kind = self._frames.popleft()
+                    await self._ws.send_frame(data, kind)
+                    self._waiting_bytes -= len(data) + FRAME_COST_BYTES
+                    self._wire.sent(len(data))
+                if self._state is _State.CLOSING and not self._close_sent:
+                    self._close_sent = True
+                    await self._ws.send_close(self._close_code)
+                self._wake.clear()
+                await self._wake.wait()
+        except ConnectionError:
+            logger.debug("writing failed; the reader reports the end of the connection")
+
+    # --- reading ---
+
+    async def run(self) -> None:
+        """Read until the end and report it. What the peer still sends after a protocol error is thrown away."""
+        by_close_frame, code, reply = False, 0, 0
+        try:
+            by_close_frame, code, reply = await self._read()
+        finally:
+            if reply and not self._close_sent:
+                # Nothing queued is of use to a peer that closes or cannot be understood. The TCP connection stays until
+                # the timer fires, so that the close frame is not lost to a reset.
+                self._frames.clear()
+                self._begin_close(reply)
+            else:
+                self.abort()
+            self._report(self._events.on_closed, by_close_frame, code)
+            self.ended.set()
+
+    async def _read(self) -> tuple[bool, int, int]:
+        """Handle frames. Returns whether a close frame ended it, its code, and the code to answer with (0: none)."""
+        frames = 0
+        while True:
+            message = await self._ws.receive()
+            match message.type:
+                case WSMsgType.TEXT | WSMsgType.BINARY:
+                    self._on_data(bytes(message.data))
+                case WSMsgType.PING:
+                    self._on_control(message.data)
+                    self._queue(bytes(message.data), WSMsgType.PONG)
+                case WSMsgType.PONG:
+                    self._on_control(message.data)
+                    self._report(self._events.on_pong, bytes(message.data))
+                case WSMsgType.CLOSE:
+                    self._report(self._events.on_frame)
+                    return True, message.data or 0, message.data or 1000
+                case WSMsgType.ERROR:
+                    return False, 0, self._on_error(message.data)
+                case _:
+                    return False, 0, 0
+            frames += 1
+            if frames % FRAMES_PER_TURN == 0:
+                # receive() does not suspend while frames are buffered; others have a right to the loop, too
+                await asyncio.sleep(0)
+
+    def _on_bytes(self) -> None:
+        self._report(self._events.on_frame)
+
+    def _on_control(self, payload: bytes) -> None:
+        self._wire.received(len(payload))
+        self._report(self._events.on_frame)
+
+    def _on_data(self, frame: bytes) -> None:
+        self._wire.received(len(frame))
+        self._report(self._events.on_frame)
+        try:
+            message = messages.decode(frame)
+        except MessageError as error:
+            self._report(self._events.on_bad_frame, error.kind)
+        else:
+            self._report(self._events.on_message, message)
+
+    def _on_error(self, error: BaseException) -> int:
+        """Report a protocol error; returns the code for the close frame."""
+        code = int(error.code) if isinstance(error, WebSocketError) else int(WSCloseCode.PROTOCOL_ERROR)
+        kind = "too_big" if code == WSCloseCode.MESSAGE_TOO_BIG else "protocol_error"
+        self._report(self._events.on_bad_frame, kind)
+        return code
+
+    def _report(self, handler: Callable[..., None], *values: Any) -> None:
+        """Call a handler; what it raises must not cost the connection."""
+        try:
+            handler(*values)
+        except Exception:
+            logger.exception("a handler of socket events failed")
+            self._wire.handler_failed()
