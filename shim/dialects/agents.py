@@ -7,7 +7,7 @@ from shim.dialects import Call, Route, _replies, _requests
 
 NAME = "agents"
 
-ROUTES = (
+ROUTES: tuple[Route, ...] = (
     Route("POST", "/api/v1/agents/register", "register"),
     Route("POST", "/api/v1/agents/{agent_id}/heartbeat", "heartbeat"),
     Route("POST", "/api/v1/agents/{agent_id}/status", "status", large=True),

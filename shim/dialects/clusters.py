@@ -7,7 +7,7 @@ from shim.dialects import Call, Route, _replies, _requests, valid_id
 
 NAME = "clusters"
 
-ROUTES = (
+ROUTES: tuple[Route, ...] = (
     Route("POST", "/clusters/{agent_id}", "register"),
     Route("POST", "/clusters/{agent_id}/heartbeat", "heartbeat"),
 )

@@ -7,7 +7,7 @@ from shim.dialects import Call, Route, _replies, _requests, valid_id
 
 NAME = "clusters_agent"
 
-ROUTES = (
+ROUTES: tuple[Route, ...] = (
     Route("POST", "/api/v1/clusters/agent/register", "register"),
     Route("POST", "/api/v1/clusters/agent/{cluster_id}/heartbeat", "heartbeat"),
     Route("GET", "/api/v1/clusters/agent/{cluster_id}/poll", "poll"),

@@ -7,7 +7,7 @@ from shim.dialects import Call, Route, _replies
 
 NAME = "common"
 
-ROUTES = (
+ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/agents/{agent_id}/tunnel/status", "tunnel_poll"),
     Route("GET", "/api/v1/health", "health", open=True),
 )
