@@ -7,6 +7,7 @@ exit over it (wire-facts §1.1).
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from shim.core import rfc3339
@@ -34,7 +35,8 @@ def render(operation: str, outcome: Outcome, call: Call) -> Reply:  # noqa: ARG0
         case Healthy():
             return Reply(200, {"status": "healthy"})
         case Failed():
-            return error_reply(outcome)
+            usable = _URL_SAFE.fullmatch(outcome.cluster_id)
+            return error_reply(outcome if usable else replace(outcome, cluster_id=""))
 
 
 def _registered(known: Registered) -> Reply:
