@@ -1,0 +1,1 @@
+"""Commands for people: a development controller, simulated agents, a demonstration. Nothing that `run` needs."""

@@ -1,0 +1,147 @@
+"""How legacy agents decode replies (wire-facts §1): as strict about types as Go, as lenient about absence."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+Rfc3339 = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d+)?"
+        r"(Z|[+-]([01]\d|2[0-3]):[0-5]\d)$"
+    ),
+]
+
+
+class Undecodable(Exception):
+    """A success that this generation cannot use: a real agent logs an error, or exits. The text never has the body."""
+
+
+class Command(msgspec.Struct, frozen=True):
+    """A command as an agent decodes it. Go reads a `null` anywhere as the zero value."""
+
+    id: str
+    type: str
+    payload: dict[str, Any] | None = None
+    created_at: Rfc3339 | None = None
+
+
+class Registration(msgspec.Struct, frozen=True):
+    """What an agent keeps of a register reply; empty where it reads nothing. `token` replaces its service token."""
+
+    cluster_id: str = ""
+    token: str = ""
+
+
+class TunnelForward(msgspec.Struct, frozen=True):
+    name: str | None = None
+    remote_port: int | None = None
+
+
+class TunnelStatus(msgspec.Struct, frozen=True):
+    """A tunnel poll's reply; everything is optional."""
+
+    status: str | None = None
+    forwards: list[TunnelForward] | None = None
+    credentials: str | None = None
+    poll_frequency: int | None = None
+    tunnel_server_addr: str | None = None
+    server_fingerprint: str | None = None
+
+
+class _Commands(msgspec.Struct, frozen=True):
+    commands: list[Command] | None = None
+
+
+class _Cluster(msgspec.Struct, frozen=True):
+    id: str | None = None
+    uuid: str | None = None
+    name: str | None = None
+    status: str | None = None
+    tunnel_status: str | None = None
+    agent_id: str | None = None
+    agent_hostname: str | None = None
+    agent_version: str | None = None
+    cloud_provider: str | None = None
+    region: str | None = None
+    cluster_version: str | None = None
+    token: str | None = None
+    api_server: str | None = None
+    workspace_id: int | None = None
+    registered_at: Rfc3339 | None = None
+
+
+class _Data(msgspec.Struct, frozen=True):
+    cluster_id: str | None = None
+    status: str | None = None
+    tunnel_url: str | None = None
+    registered_at: Rfc3339 | None = None
+
+
+class _Registered(msgspec.Struct, frozen=True):
+    """The declared shape of B4 and later: one wrong type anywhere fails the whole reply."""
+
+    success: bool | None = None
+    message: str | None = None
+    cluster_id: str | None = None
+    cluster_uuid: str | None = None
+    name: str | None = None
+    status: str | None = None
+    tunnel_url: str | None = None
+    api_server: str | None = None
+    cluster: _Cluster | None = None
+    data: _Data | None = None
+
+
+class _ClusterOfB3(msgspec.Struct, frozen=True):
+    id: str | None = None
+    name: str | None = None
+    token: str | None = None
+    api_server: str | None = None
+
+
+class _RegisteredB3(msgspec.Struct, frozen=True):
+    success: bool | None = None
+    message: str | None = None
+    cluster: _ClusterOfB3 | None = None
+
+
+_Reply = TypeVar("_Reply")
+
+
+def _decode(kind: type[_Reply], body: bytes, what: str) -> _Reply:
+    try:
+        # Go leaves the struct as it is when the whole reply is `null`.
+        reply = msgspec.json.decode(body, type=kind | None)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise Undecodable(f"the {what} reply does not decode") from None
+    return kind() if reply is None else reply
+
+
+def decode_commands(body: bytes) -> list[Command]:
+    """A drain's commands; raises `Undecodable`."""
+    return _decode(_Commands, body, "commands").commands or []
+
+
+def decode_tunnel(body: bytes) -> TunnelStatus:
+    """A tunnel poll's reply; raises `Undecodable`."""
+    return _decode(TunnelStatus, body, "tunnel")
+
+
+def decode_registration(body: bytes) -> Registration:
+    """B4 and later: the top-level `cluster_id` is mandatory and nothing stands in for it; raises `Undecodable`."""
+    reply = _decode(_Registered, body, "register")
+    if not reply.cluster_id:
+        raise Undecodable("the register reply has no cluster_id")
+    return Registration(reply.cluster_id, reply.cluster.token or "" if reply.cluster else "")
+
+
+def decode_registration_b3(body: bytes) -> Registration:
+    """B1-B3: the nested `cluster.id`; without one the agent is registered and never sends a heartbeat.
+
+    Raises `Undecodable`.
+    """
+    cluster = _decode(_RegisteredB3, body, "register").cluster or _ClusterOfB3()
+    return Registration(cluster.id or "", cluster.token or "")
