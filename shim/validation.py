@@ -1,0 +1,287 @@
+"""What values must fulfil beyond their types: bounds, forms, and keys that depend on each other. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from shim.errors import Fault
+from shim.settings import LOOPBACK_HOSTS, Section, Settings
+
+_PORT = (0, 65_535)
+_COUNT = (1, 1_000_000)
+_BYTES = (1024, 1 << 30)
+_LONG_S = 315_360_000  # ten years
+_WAIT_S = (0.001, 3600)
+_KEPT_S = (1, _LONG_S)
+
+# Lowest and highest allowed value of every key that is a number.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "listen.port": _PORT,
+    "listen.max_body_bytes": _BYTES,
+    "listen.max_status_body_bytes": _BYTES,
+    "listen.max_connections": _COUNT,
+    "listen.max_in_flight_per_session": _COUNT,
+    "listen.header_timeout_s": _WAIT_S,
+    "listen.body_timeout_s": _WAIT_S,
+    "listen.keepalive_s": _WAIT_S,
+    "admin.port": _PORT,
+    "upstream.max_links": _COUNT,
+    "upstream.connect_timeout_s": _WAIT_S,
+    "upstream.ping_interval_s": _WAIT_S,
+    "upstream.read_timeout_s": _WAIT_S,
+    "upstream.heartbeat_interval_s": _WAIT_S,
+    "upstream.idle_close_s": (0, _LONG_S),
+    "upstream.reconnect.initial_s": _WAIT_S,
+    "upstream.reconnect.max_s": _WAIT_S,
+    "upstream.reconnect.refused_max_s": _WAIT_S,
+    "upstream.reconnect.stable_after_s": (0, 3600),
+    "upstream.max_message_bytes": _BYTES,
+    "upstream.max_send_bytes": _BYTES,
+    # Agents give a register up after 30 s (wire-facts §1.1) and a poll too (protocol.md §1.3).
+    "register.deadline_s": (0.1, 29),
+    "poll.hold": (0, 25),
+    "poll.max_hold_s": (0.1, 25),
+    "poll.max_batch": _COUNT,
+    "poll.max_bytes": _BYTES,
+    "poll.frequency_s": (1, 3600),
+    "commands.ttl_s": _KEPT_S,
+    "commands.retain_s": _KEPT_S,
+    "commands.dedupe_s": (0, _LONG_S),
+    "commands.evidence_s": (0.1, _LONG_S),
+    "commands.max_attempts": _COUNT,
+    "commands.max_queued": _COUNT,
+    "commands.max_queued_bytes": _BYTES,
+    "sessions.retain_s": _KEPT_S,
+    "fallback.after_s": (0, _LONG_S),
+    "fallback.hold_down_s": (0, _LONG_S),
+    "rollout.percent": (0, 100),
+}
+
+_HOST = re.compile(r"[A-Za-z0-9_.:\-]+", re.ASCII)
+_TOKEN = re.compile(r"[!-~]+", re.ASCII)
+_DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[Tt]\d\d:\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d))?", re.ASCII)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is sent to or listens on this host name or address stays on the machine."""
+    if host.lower() in LOOPBACK_HOSTS:
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def instant_s(text: str) -> float:
+    """Unix seconds of an RFC 3339 time, or of the first moment (UTC) of a date. Raises `ValueError`."""
+    if not _DATE.fullmatch(text):
+        raise ValueError("neither RFC 3339 nor a date")
+    moment = datetime.fromisoformat(text.upper())
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def semantic_faults(settings: Settings, broken: frozenset[str]) -> list[Fault]:
+    """All faults of settings whose values have their types. Keys in `broken` have a fault already.
+
+    A rule that reads a broken key is left out: it would judge the default that stands in for it.
+    """
+    checks = _Checks(settings, broken)
+    checks.numbers_and_texts()
+    checks.listeners()
+    checks.upstream()
+    checks.times()
+    checks.queue_and_store()
+    checks.modes()
+    return checks.faults
+
+
+class _Checks:
+    def __init__(self, settings: Settings, broken: frozenset[str]) -> None:
+        self.settings = settings
+        self.faults: list[Fault] = []
+        self._broken = set(broken)
+
+    def _must(self, fulfilled: bool, message: str, path: str, *read: str) -> bool:
+        """Report `message` under `path` unless `fulfilled`; `read` are the other keys that the rule reads."""
+        if fulfilled or not self._broken.isdisjoint((path, *read)):
+            return fulfilled
+        self.faults.append(Fault(path, message))
+        return False
+
+    def numbers_and_texts(self) -> None:
+        for path, value in _values(self.settings):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                low, high = BOUNDS[path]
+                if not self._must(low <= value <= high, f"must be from {low} to {high}", path):
+                    self._broken.add(path)
+            elif not all(text.isprintable() for text in _texts(value)):
+                self._must(False, "must not contain line breaks or other control characters", path)
+                self._broken.add(path)
+
+    def listeners(self) -> None:
+        listen, admin = self.settings.listen, self.settings.admin
+        for path, host in (("listen.host", listen.host), ("admin.host", admin.host)):
+            self._must(bool(_HOST.fullmatch(host)), "must be a host name or an address", path)
+        self._must(
+            listen.auth != "off" or is_loopback(listen.host),
+            "must not be off while listen.host is reachable from other machines",
+            "listen.auth",
+            "listen.host",
+        )
+        self._must(
+            listen.port == 0 or (listen.host, listen.port) != (admin.host, admin.port),
+            "must differ from listen.port",
+            "admin.port",
+            *("admin.host", "listen.host", "listen.port"),
+        )
+        self._must(_is_path(listen.base_path), "must be empty or start with / and have no ? or #", "listen.base_path")
+        hosts = listen.allowed_hosts
+        self._must(all(map(_HOST.fullmatch, hosts)), "must be host names or addresses", "listen.allowed_hosts")
+        self._pair(listen.tls.cert_file, listen.tls.key_file, "listen.tls.cert_file", "listen.tls.key_file")
+
+    def upstream(self) -> None:
+        upstream = self.settings.upstream
+        self._url("upstream.url", upstream.url, ("https", "wss"), ("http", "ws"))
+        self._must(_is_path(upstream.path), "must be empty or start with / and have no ? or #", "upstream.path")
+        self._must(
+            not (upstream.token and upstream.token_file),
+            "must be empty while upstream.token is set",
+            "upstream.token_file",
+            "upstream.token",
+        )
+        self._must(
+            not upstream.token or bool(_TOKEN.fullmatch(upstream.token)),
+            "must be one word of printable ASCII",
+            "upstream.token",
+        )
+        client = (upstream.client_cert_file, upstream.client_key_file)
+        self._pair(*client, "upstream.client_cert_file", "upstream.client_key_file")
+        proxy = _split(upstream.proxy)
+        self._must(
+            not upstream.proxy or (proxy is not None and proxy.scheme in ("http", "https")),
+            "must be a URL http://host:port or https://host:port",
+            "upstream.proxy",
+        )
+        hosts = upstream.gateway_hosts
+        self._must(all(map(_HOST.fullmatch, hosts)), "must be host names or addresses", "upstream.gateway_hosts")
+
+    def times(self) -> None:
+        upstream, poll, sunset = self.settings.upstream, self.settings.poll, self.settings.sunset
+        self._at_least("upstream.read_timeout_s", upstream.read_timeout_s, "upstream.ping_interval_s", more=True)
+        self._at_least("upstream.reconnect.max_s", upstream.reconnect.max_s, "upstream.reconnect.initial_s")
+        refused = upstream.reconnect.refused_max_s
+        self._at_least("upstream.reconnect.refused_max_s", refused, "upstream.reconnect.initial_s")
+        if isinstance(poll.hold, float):
+            self._must(poll.hold <= poll.max_hold_s, "must not exceed poll.max_hold_s", "poll.hold", "poll.max_hold_s")
+        start_s = self._date("sunset.deprecation_at", sunset.deprecation_at)
+        end_s = self._date("sunset.at", sunset.at)
+        if start_s is not None and end_s is not None:
+            # RFC 9745 §4
+            message = "must not be earlier than sunset.deprecation_at"
+            self._must(start_s <= end_s, message, "sunset.at", "sunset.deprecation_at")
+        link = _split(sunset.link)
+        fits = link is not None and link.scheme in ("http", "https") and not re.search(r'[\s<>"]', sunset.link)
+        self._must(not sunset.link or fits, "must be a URL http:// or https://", "sunset.link")
+
+    def queue_and_store(self) -> None:
+        commands, store = self.settings.commands, self.settings.store
+        self._must(bool(commands.types), "must name at least one type", "commands.types")
+        for path, names in (("commands.types", commands.types), ("commands.at_most_once", commands.at_most_once)):
+            self._must(all(names), "must not contain an empty text", path)
+        self._must(bool(store.path), "must not be empty", "store.path")
+        if store.url:
+            servers = [_split(server.strip()) for server in store.url.split(",")]
+            fits = all(server is not None and server.scheme in ("nats", "tls") for server in servers)
+            self._must(fits, "must be empty or nats://host:port, several with commas", "store.url")
+
+    def modes(self) -> None:
+        settings, fallback = self.settings, self.settings.fallback
+        if fallback.url:
+            self._url("fallback.url", fallback.url, ("https",), ("http",))
+        message = "must be set while mode is http or auto"
+        self._must(bool(fallback.url) or settings.mode == "websocket", message, "fallback.url", "mode")
+        self._must(
+            bool(fallback.url) or settings.rollout.percent == 100,
+            "must be 100 while fallback.url is empty: the other agents would have nowhere to go",
+            "rollout.percent",
+            "fallback.url",
+        )
+        self._must(
+            not (fallback.use_upstream_token and settings.upstream.own_tokens),
+            "needs upstream.token or upstream.token_file",
+            "fallback.use_upstream_token",
+            *("upstream.token", "upstream.token_file"),
+        )
+
+    def _pair(self, cert: str, key: str, cert_path: str, key_path: str) -> None:
+        """A certificate and its key come together; the fault is told where something is missing."""
+        self._must(bool(key) or not cert, f"must be set with {cert_path}", key_path, cert_path)
+        self._must(bool(cert) or not key, f"must be set with {key_path}", cert_path, key_path)
+
+    def _at_least(self, path: str, value: float, other: str, *, more: bool = False) -> None:
+        bound = dict(_values(self.settings))[other]
+        word = "more than" if more else "at least"
+        self._must(value > bound or (value == bound and not more), f"must be {word} {other}", path, other)
+
+    def _url(self, path: str, url: str, secure: tuple[str, ...], plain: tuple[str, ...]) -> None:
+        """A URL that tokens are sent to."""
+        parts = _split(url)
+        or_words = " or ".join(f"{scheme}://" for scheme in secure)
+        schemes = ", ".join(f"{scheme}://" for scheme in (*secure, *plain))
+        if parts is None or parts.scheme not in (*secure, *plain):
+            self._must(False, f"must be a URL with a host, starting with one of {schemes}", path)
+            return
+        self._must("@" not in parts.netloc, "must not contain user name or password", path)
+        self._must(not parts.fragment, "must not contain #", path)
+        self._must(
+            parts.scheme in secure or is_loopback(parts.hostname or "") or self.settings.upstream.allow_insecure,
+            f"must be {or_words} unless its host is loopback or upstream.allow_insecure is true",
+            path,
+            "upstream.allow_insecure",
+        )
+
+    def _date(self, path: str, text: str) -> float | None:
+        try:
+            return instant_s(text) if text else None
+        except ValueError:
+            self._must(False, "must be a date (2026-01-31) or an RFC 3339 time (2026-01-31T12:00:00Z)", path)
+            return None
+
+
+def _values(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name in section.__struct_fields__:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value: itself, or those of a list or of a map's keys and values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple):
+        yield from value
+    elif isinstance(value, dict):
+        yield from value
+        yield from value.values()
+
+
+def _split(url: str) -> SplitResult | None:
+    """The parts of a URL that has a host and, if any, a port that is one; `None` for anything else."""
+    try:
+        parts = urlsplit(url)
+        well_formed = parts.port != 0 and bool(parts.hostname) and bool(_HOST.fullmatch(parts.hostname or ""))
+    except ValueError:
+        return None
+    return parts if well_formed and not re.search(r"\s", url) else None
+
+
+def _is_path(path: str) -> bool:
+    return not path or (path.startswith("/") and not re.search(r"[?#\s]", path))
