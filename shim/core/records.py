@@ -159,7 +159,10 @@ class ResultOutcome:
 
 @dataclass(frozen=True, slots=True)
 class PutOutbox:
-    """Put a rejection or a final failure into the outbox. Result: the `OutboxEntry` with its `seq`."""
+    """Put a rejection or a final failure into the outbox. Result: the `OutboxEntry` with its `seq`.
+
+    A quarantined command is answered by it (`Loaded.quarantined_commands`).
+    """
 
     session: SessionKey
     command_id: str
@@ -169,7 +172,7 @@ class PutOutbox:
 
 @dataclass(frozen=True, slots=True)
 class CloseOutbox:
-    """The controller has these entries: delete them; commands that are ANSWERED become CLOSED."""
+    """The controller has these entries: delete them; commands that are ANSWERED become CLOSED with their last entry."""
 
     seqs: tuple[int, ...]
     wall: float
@@ -244,7 +247,10 @@ class Prune:
 
 @dataclass(frozen=True, slots=True)
 class FindCommand:
-    """Result: a list of (`CommandRecord`, result payload or `None`, list of `TraceEntry`) with this id, any session."""
+    """Result: a list of (`CommandRecord`, result payload or `None`, list of `TraceEntry`) with this id, any session.
+
+    Where only a trace is known (a rejected command was never stored), the record has `seq` 0, is DEAD and empty else.
+    """
 
     command_id: str
 
@@ -272,7 +278,10 @@ class Loaded:
     """What a store holds when it is opened. `commands` are those in QUEUED, OFFERED or UNCERTAIN, by `seq`.
 
     `key` is the store's random 32-byte key for owner ids. `quarantined` counts rows that could not be decoded and were
-    moved aside; `moved_aside` is the path that a corrupt database was moved to, else empty.
+    moved aside. `quarantined_commands` names the commands among them as (session, id, request_id): session `None` and
+    the texts empty where they cannot be read. One that has a session and an id is named at every opening until a
+    `PutOutbox` for it is stored. `moved_aside` is the path that a corrupt database was moved to, else empty;
+    `warnings` are sentences for the log.
     """
 
     key: bytes
@@ -282,4 +291,6 @@ class Loaded:
     commands: tuple[CommandRecord, ...] = ()
     outbox_owners: tuple[str, ...] = ()
     quarantined: int = 0
+    quarantined_commands: tuple[tuple[SessionKey | None, str, str], ...] = ()
     moved_aside: str = ""
+    warnings: tuple[str, ...] = ()
