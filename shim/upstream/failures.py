@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -73,6 +74,9 @@ def _classify(error: Exception) -> tuple[str, str]:
 
 
 def _os_text(error: OSError) -> str:
+    # asyncio puts its own words and the address into strerror; resolver errors have numbers of their own, below zero
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
     return error.strerror or type(error).__name__
 
 
