@@ -1,0 +1,108 @@
+"""The command `agent-shim`. Each subcommand's module is imported only when it is called: `run` stays small.
+
+Exit codes: 0 done, 1 a command found or met a failure, 2 faults in the configuration or the command line, 70 an
+internal error, 78 the store was written by a newer version.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from shim import __version__
+from shim.errors import ConfigError, StoreVersionError
+
+EXIT_CONFIG = 2
+EXIT_INTERNAL = 70
+EXIT_STORE_VERSION = 78
+
+_OPTIONAL = {"rich": "tools", "ruamel": "tools", "nats": "nats"}
+
+# Modules of `shim.tools` whose click command is named `command`, with the help that is shown without importing them.
+_TOOLS = {
+    "controller": "A development controller: the vendor's WebSocket API with fault scripts.",
+    "demo": "Controller, shim and one legacy agent in this terminal, step by step.",
+    "fleet": "Simulated legacy agents of every dialect, with a latency report.",
+}
+
+
+class _Commands(click.Group):
+    """A group that knows the tools by name and imports one when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_TOOLS])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _TOOLS:
+            return super().get_command(ctx, cmd_name)
+        try:
+            command: click.Command = importlib.import_module(f"shim.tools.{cmd_name}").command
+        except ModuleNotFoundError as exc:
+            extra = _OPTIONAL.get((exc.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            raise click.ClickException(f"{cmd_name} needs more: pip install 'agent-shim[{extra}]'") from None
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        own = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted({**own, **_TOOLS}.items()))
+
+
+_config = click.option("--config", metavar="FILE", help="The YAML file; without it, defaults and environment.")
+_sets = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Overrides file and environment.")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Serve an agent's legacy HTTP API on localhost and speak the vendor's WebSocket API for it."""
+
+
+@cli.command()
+@_config
+@_sets
+@click.option("--ready-file", metavar="FILE", help="Written when the shim serves: its addresses and pid as JSON.")
+def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> NoReturn:
+    """Run the sidecar until SIGTERM or SIGINT."""
+    from shim import app  # noqa: PLC0415 - no other command needs it
+
+    sys.exit(app.main(config, sets, ready_file))
+
+
+@cli.command("check-config")
+@_config
+@_sets
+def check_config(config: str | None, sets: tuple[str, ...]) -> None:
+    """Print the effective configuration with secrets masked, or all its faults."""
+    from shim.config import dump, load  # noqa: PLC0415 - yaml is for commands that read a file
+
+    click.echo(dump(load(config, os.environ, sets)), nl=False)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Carry out the command line (default: that of the process) and exit with its code."""
+    try:
+        cli.main(args, prog_name="agent-shim")
+    except ConfigError as exc:
+        plural = "s" if len(exc.faults) > 1 else ""
+        click.echo(f"{len(exc.faults)} fault{plural} in the configuration:", err=True)
+        for fault in exc.faults:
+            click.echo(f"  {fault}", err=True)
+        sys.exit(EXIT_CONFIG)
+    except StoreVersionError as exc:
+        click.echo(f"store: {exc}", err=True)
+        sys.exit(EXIT_STORE_VERSION)
+    except Exception:  # noqa: BLE001 - the last resort: a defect has its own exit code
+        from shim.logs import Redaction  # noqa: PLC0415 - for a fault only
+
+        click.echo(Redaction().text(traceback.format_exc()), err=True, nl=False)
+        sys.exit(EXIT_INTERNAL)
+    sys.exit(0)
