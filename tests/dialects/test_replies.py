@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shim import dialects
-from shim.core import rfc3339
 from shim.core.calls import (
     Accepted,
     Commands,
@@ -22,76 +21,11 @@ from shim.core.calls import (
 )
 from shim.dialects import Call, Reply, error_reply
 from tests.support.generations import ALL, Generation, Reading, Verdict, Who
+from tests.support.outcomes import COMMANDS, FAILURES, REGISTERED, TUNNELS
 
 DIALECTS = {dialect.NAME: dialect for dialect in dialects.load()}
 GO = "Go-http-client/1.1"
 
-TEXT = st.text(max_size=20)
-IDS = st.text("abcXYZ019-._~!$&'()*+,;=:@", min_size=1, max_size=40).filter(lambda ident: ident not in (".", ".."))
-MOMENTS = st.datetimes(timezones=st.timezones()).map(lambda moment: moment.isoformat())
-JSON_VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
-    max_leaves=10,
-)
-OBJECTS = st.dictionaries(TEXT, JSON_VALUES, max_size=4)
-REGISTERED = st.builds(
-    Registered,
-    cluster_id=IDS,
-    cluster_uuid=TEXT,
-    name=TEXT,
-    agent_id=TEXT,
-    status=TEXT,
-    tunnel_url=TEXT,
-    api_server=TEXT,
-    workspace_id=st.none() | st.integers() | st.booleans() | st.floats(),
-    registered_at=st.none() | MOMENTS | TEXT,
-    cached=st.booleans(),
-)
-COMMANDS = st.builds(
-    Commands,
-    commands=st.lists(
-        st.builds(
-            OfferedCommand,
-            id=TEXT.filter(bool),
-            type=TEXT.filter(bool),
-            payload=OBJECTS,
-            created_at=MOMENTS.filter(lambda text: rfc3339.parse(text) is not None),
-        ),
-        max_size=4,
-    ).map(tuple),
-    poll_frequency_s=st.integers(1, 3600),
-)
-FORWARDS = st.lists(st.fixed_dictionaries({}, optional={"name": JSON_VALUES, "remote_port": JSON_VALUES}) | JSON_VALUES)
-TUNNELS = st.builds(
-    TunnelState,
-    payload=st.none()
-    | st.fixed_dictionaries(
-        {},
-        optional={
-            "status": st.sampled_from(["IDLE", "REQUIRED", "ACTIVE"]) | JSON_VALUES,
-            "forwards": FORWARDS | JSON_VALUES,
-            "credentials": JSON_VALUES,
-            "poll_frequency": JSON_VALUES,
-            "tunnel_server_addr": JSON_VALUES,
-            "server_fingerprint": JSON_VALUES,
-            "Poll_Frequency": JSON_VALUES,
-            "other": JSON_VALUES,
-        },
-    ),
-    poll_frequency_s=st.integers(1, 3600),
-)
-FAILURES = st.builds(
-    Failed,
-    status=st.sampled_from([400, 401, 403, 404, 405, 408, 409, 413, 429, 500, 502, 503]),
-    error=TEXT,
-    retry_after_s=st.none() | st.integers(1, 300),
-    cluster_id=st.just("") | IDS,
-)
 WHO = Who()
 
 
