@@ -1,0 +1,52 @@
+"""The history on disk: one JSON object a line, for a judge who comes after a `kill -9`."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class Journal:
+    """Appends to a file. A line has reached the operating system when `write` returns, so the death of this process
+    loses none of them (the death of the machine may). Several runs may follow each other in one file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file; ends the torn last line of a run that was killed, if there is one."""
+        self.last_n = _last_n(path)
+        self._file = path.open("ab", buffering=0)
+        if path.stat().st_size and not _ends_a_line(path):
+            self._file.write(b"\n")
+
+    def write(self, event: dict[str, Any]) -> None:
+        """Append one event. Raises `OSError` where that is not possible."""
+        self._file.write(msgspec.json.encode(event) + b"\n")
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._file.close()
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
+
+
+def _last_n(path: Path) -> int:
+    """The number of the last whole event of the file, 0 if there is none."""
+    if not path.exists() or not path.stat().st_size:
+        return 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = content.rfind(b"\n")
+        while end > 0:
+            start = content.rfind(b"\n", 0, end) + 1
+            try:
+                return int(json.loads(content[start:end])["n"])
+            except (ValueError, KeyError, TypeError):
+                end = start - 1
+    return 0

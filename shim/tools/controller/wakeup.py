@@ -1,0 +1,23 @@
+"""Waiting for a state to become true on one event loop, without polling."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+
+class Wakeup:
+    """A condition without a lock: whoever changes the state calls `wake`, whoever waits looks at it again."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def wake(self) -> None:
+        """Let every waiter look at the state."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def until(self, ready: Callable[[], bool]) -> None:
+        """Return when `ready()` holds, at once if it does already."""
+        while not ready():
+            await self._event.wait()
