@@ -62,7 +62,10 @@ def next_state(state: State, step: Step) -> State:
 
 @dataclass(slots=True, order=True)
 class Live:
-    """A command that waits for its agent, ordered by arrival. `reason` says why it is offered again."""
+    """A command that waits for its agent, ordered by arrival. `reason` says why it is offered again.
+
+    `arrived_at` and `expires_at` are monotonic seconds; the first is `None` after a restart.
+    """
 
     seq: int
     record: CommandRecord = field(compare=False)
@@ -70,6 +73,7 @@ class Live:
     attempts: int = field(compare=False)
     reason: str = field(compare=False, default="")
     expires_at: float = field(compare=False, default=0.0)
+    arrived_at: float | None = field(compare=False, default=None)
 
 
 @dataclass(slots=True)

@@ -36,7 +36,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Hurry:
-    """A registration waits for the link: cut a backoff short, at most every 5 s and never against Retry-After."""
+    """A registration waits for the link: cut a backoff short, at most every 5 s, and never one that was imposed:
+
+    by Retry-After, on an own token that was never accepted, on a contended identity.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,10 +280,10 @@ class Link:
         kind = classify(event.status, event.retry_after_s, since_working_s)
         if self.contended or (unauthorised and self._policy.own_token and self.accepted_at is None):
             delay_s = self._backoff.fixed_delay_s()
+            self._not_before = now + delay_s
         else:
             delay_s = self._backoff.next_delay_s(kind, event.retry_after_s)
-        if event.retry_after_s is not None:
-            self._not_before = now + delay_s
+            self._not_before = now + delay_s if event.retry_after_s is not None else None
         return LinkState.WAITING, [*effects, SetRetry(delay_s)]
 
     def _online(self, event: LinkEvent, now: float) -> _Step:
@@ -305,6 +308,7 @@ class Link:
             self.contended = True
         if self.contended:
             delay_s = self._backoff.fixed_delay_s()
+            self._not_before = now + delay_s
         else:
             delay_s = self._backoff.next_delay_s(FailureKind.LOSS)
         return LinkState.WAITING, [WentOffline(), SetRetry(delay_s)]
@@ -327,6 +331,7 @@ class Link:
         return LinkState.IDLE, [CloseSocket(1000), WentOffline()]
 
     def _idle_undialled(self, event: LinkEvent, now: float) -> _Step:
+        self.refused = False  # what the controller thinks of the token will be seen at the next call
         return LinkState.IDLE, [CancelDial() if self.state is LinkState.OPENING else CancelRetry()]
 
     def _stop(self, event: LinkEvent, now: float) -> _Step:

@@ -49,20 +49,23 @@ class Liveness:
         if len(self._unacked) > MAX_TRACKED_HEARTBEATS:
             self._unacked.popitem(last=False)
 
-    def acked(self, request_id: str) -> float | None:
-        """A `heartbeat_ack` came; without a `request_id` it answers the oldest. Returns when that one was sent.
+    def acked(self, request_id: str) -> None:
+        """A `heartbeat_ack` came; without a `request_id` it answers the oldest.
 
         Later heartbeats prove nothing about earlier ones, but an application that answers is not stalled: what was
         sent before the answered one is no longer waited for.
         """
         self.acks_seen = True
         if request_id and request_id not in self._unacked:
-            return None
+            return
         while self._unacked:
-            oldest, sent = self._unacked.popitem(last=False)
+            oldest, _ = self._unacked.popitem(last=False)
             if not request_id or oldest == request_id:
-                return sent
-        return None
+                return
+
+    def answered(self, request_id: str) -> None:
+        """The application answered a heartbeat with something else than an acknowledgement."""
+        self._unacked.pop(request_id, None)
 
     def check(self, now: float) -> Check:
         """Judge the connection; call it again after `next_s`."""

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shim.core import rfc3339
+from shim.core import rfc3339 as form
+from shim.core.timestamps import parse_rfc3339, rfc3339
 from shim.errors import ShimError
 from shim.messages import Message
 
@@ -105,20 +106,20 @@ def _command_payload(payload: dict[str, Any]) -> dict[str, Any]:
 
 def _created_at(payload: dict[str, Any], timestamp: str, wall: float) -> str:
     for value in (payload.get("created_at"), timestamp):
-        moment = rfc3339.parse(value)
+        moment = form.parse(value)
         if moment is not None:
             try:
-                return rfc3339.utc_text(moment)
+                return form.utc_text(moment)
             except OverflowError:
                 continue
-    return rfc3339.from_wall(wall)
+    return rfc3339(wall)
 
 
 def _expires_wall(payload: dict[str, Any], timestamp: str, wall: float, ttl_s: float) -> float:
-    expires = rfc3339.to_wall(payload.get("expires_at"))
+    expires = parse_rfc3339(payload.get("expires_at"))
     if expires is not None:
         # The controller's clock may be off: what it meant is the distance to its own send time.
-        sent = rfc3339.to_wall(timestamp)
+        sent = parse_rfc3339(timestamp)
         return expires + (wall - sent) if sent is not None else expires
     ttl = payload.get("ttl_seconds")
     if isinstance(ttl, (int, float)) and not isinstance(ttl, bool) and 0 <= ttl < 1e10:

@@ -246,6 +246,13 @@ class Prune:
 
 
 @dataclass(frozen=True, slots=True)
+class Touch:
+    """Write something, to learn whether the store can be written (readiness)."""
+
+    wall: float
+
+
+@dataclass(frozen=True, slots=True)
 class FindCommand:
     """Result: a list of (`CommandRecord`, result payload or `None`, list of `TraceEntry`) with this id, any session.
 
@@ -269,6 +276,7 @@ Operation = (
     | SaveTunnel
     | AddTrace
     | Prune
+    | Touch
     | FindCommand
 )
 

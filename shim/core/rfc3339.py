@@ -33,14 +33,3 @@ def parse(value: object) -> datetime | None:
 def utc_text(moment: datetime) -> str:
     """The moment as RFC 3339 in UTC. Raises `OverflowError` where the offset leads out of the years 1 to 9999."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
-
-
-def from_wall(wall_s: float) -> str:
-    """Unix seconds as RFC 3339 in UTC with milliseconds."""
-    return datetime.fromtimestamp(wall_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def to_wall(value: object) -> float | None:
-    """Unix seconds of an RFC 3339 text, else `None`."""
-    moment = parse(value)
-    return moment.timestamp() if moment is not None else None

@@ -244,10 +244,10 @@ class Sessions:
         A cluster id matches the agent's own or the controller's; an agent id matches a session's or its alias. Where
         both are given both must match, but a cluster id alone decides if no session has both: agent ids change.
         """
-        if cluster_id:
-            exact = self.get(SessionKey(owner, Kind.CLUSTER.value, cluster_id))
-            if exact is not None and exact.upstream_cluster_id == cluster_id and not agent_id:
-                return [exact]
+        kind, ident = (Kind.CLUSTER, cluster_id) if cluster_id else (Kind.AGENT, agent_id)
+        exact = self.get(SessionKey(owner, kind.value, ident))
+        if exact is not None and not (cluster_id and agent_id) and exact.upstream_cluster_id == (cluster_id or exact.upstream_cluster_id):
+            return [exact]
         found = [
             s
             for s in self.of_owner(owner)

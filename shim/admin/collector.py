@@ -1,0 +1,67 @@
+"""Gauges read from the bridge when Prometheus asks, so that they cost nothing in between and never go stale."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from shim.bridge import Bridge
+from shim.core.link import LinkState
+
+
+class BridgeCollector:
+    """A `prometheus_client` collector over one bridge."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+
+    def collect(self) -> Iterator[Metric]:
+        """All gauges."""
+        yield from self._links()
+        yield from self._sessions()
+        yield from self._queues()
+
+    def _links(self) -> Iterator[Metric]:
+        states = Counter(link.state for link in self._bridge.links)
+        family = GaugeMetricFamily("agent_shim_links", "Upstream links by state.", labels=["state"])
+        for state in LinkState:
+            family.add_metric([state.value], states[state])
+        yield family
+        refused = sum(link.machine.refused for link in self._bridge.links)
+        yield GaugeMetricFamily("agent_shim_links_refused", "Links whose token the controller refuses.", value=refused)
+        contended = sum(link.machine.contended for link in self._bridge.links)
+        yield GaugeMetricFamily(
+            "agent_shim_links_contended", "Links that another process with our identity keeps closing.", value=contended
+        )
+
+    def _sessions(self) -> Iterator[Metric]:
+        now = self._bridge.ctx.now
+        counts = Counter((s.dialect, s.fresh(now)) for s in self._bridge.ctx.sessions)
+        family = GaugeMetricFamily(
+            "agent_shim_sessions", "Known agents by dialect and freshness.", labels=["dialect", "fresh"]
+        )
+        for (dialect, fresh), number in sorted(counts.items()):
+            family.add_metric([dialect, "true" if fresh else "false"], number)
+        yield family
+        yield GaugeMetricFamily("agent_shim_polls_held", "Polls held open now.", value=self._bridge.delivery.held())
+
+    def _queues(self) -> Iterator[Metric]:
+        states: Counter[str] = Counter()
+        size_bytes = 0
+        for _, queue in self._bridge.delivery.queues():
+            size_bytes += queue.size_bytes
+            states.update(live.state.value for live in queue.all())
+        family = GaugeMetricFamily(
+            "agent_shim_commands_queued", "Commands that agents are not known to have, by state.", labels=["state"]
+        )
+        for state in ("queued", "offered", "uncertain"):
+            family.add_metric([state], states[state])
+        yield family
+        yield GaugeMetricFamily("agent_shim_queue_bytes", "JSON bytes of those commands.", value=size_bytes)
+        yield GaugeMetricFamily(
+            "agent_shim_results_pending",
+            "Results that the controller is not known to have.",
+            value=len(self._bridge.outbox),
+        )

@@ -1,0 +1,57 @@
+"""Liveness and readiness: does the loop turn, can the shim serve and its store be written?"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from shim.bridge import Bridge
+from shim.core.records import Touch
+from shim.errors import StoreError
+
+STORE_PROBE_S = 2.0
+
+
+class Health:
+    """Answers `/readyz`. It never depends on the upstream unless `admin.ready_requires_upstream` says so."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._probe: asyncio.Future[bool] | None = None
+        self._probed_at = float("-inf")
+        self._writable = False
+
+    async def reasons_not_ready(self) -> list[str]:
+        """What keeps the shim from being ready; empty when it is."""
+        reasons = []
+        if self._bridge.stopping:
+            reasons.append("stopping")
+        if not await self.store_writable():
+            reasons.append("the store cannot be written")
+        requires_upstream = self._bridge.ctx.settings.admin.ready_requires_upstream
+        if requires_upstream and not any(link.online for link in self._bridge.links):
+            reasons.append("no upstream link is online")
+        return reasons
+
+    async def store_writable(self) -> bool:
+        """A real, synced write, at most one in 2 s however many ask."""
+        ctx = self._bridge.ctx
+        if ctx.now - self._probed_at < STORE_PROBE_S:
+            return self._writable
+        if self._probe is None:
+            probe: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self._probe = probe
+
+            def done(outcome: list[Any] | StoreError) -> None:
+                self._probe = None
+                self._writable = not isinstance(outcome, StoreError)
+                self._probed_at = ctx.now
+                if not probe.done():
+                    probe.set_result(self._writable)
+
+            ctx.store.submit([Touch(ctx.clock.wall_s())], done)
+        try:
+            async with asyncio.timeout(STORE_PROBE_S):
+                return await asyncio.shield(self._probe)
+        except TimeoutError:
+            return False

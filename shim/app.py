@@ -1,0 +1,275 @@
+"""Composition root: builds everything, owns the one TaskGroup, handles signals, and undoes the start list in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import uuid
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from shim import __version__, config, dialects, logs
+from shim.admin import AdminServer
+from shim.bridge import Bridge, Context
+from shim.clock import Clock
+from shim.core.sessions import Sessions
+from shim.core.urls import origin_of
+from shim.errors import ConfigError, StoreError, StoreVersionError
+from shim.frontend import Frontend
+from shim.metrics import Metrics
+from shim.settings import Settings
+from shim.store import open_store
+from shim.upstream import AiohttpUpstream
+
+log = logs.get("shim.app")
+
+EXIT_OK = 0
+EXIT_CONFIG = 2
+EXIT_INTERNAL = 70
+EXIT_STORE_VERSION = 78
+WATCH_S = 2.0
+STOP_S = 4.0
+RELOADABLE = frozenset({"mode", "rollout", "fallback", "log", "heartbeat", "poll", "commands"})
+
+Undo = Callable[[], Coroutine[Any, Any, None]]
+
+
+def main(config_path: str | None, sets: tuple[str, ...], ready_file: str | None) -> int:
+    """Run the sidecar until SIGTERM or SIGINT; returns the exit code (0, 2, 70 or 78)."""
+
+    def load() -> Settings:
+        return config.load(config_path, os.environ, sets)
+
+    settings = load()
+    with contextlib.closing(logs.setup(settings.log.level, settings.log.format)) as logging:
+        app = App(settings, load, logging, config_path, ready_file)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(app.run())
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop  # noqa: PLC0415 - not installed everywhere
+    except ModuleNotFoundError:
+        return None
+    return uvloop.new_event_loop
+
+
+class App:
+    """One running shim. Two may run in one process: nothing here is global."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[], Settings],
+        logging: logs.Logs,
+        config_path: str | None = None,
+        ready_file: str | None = None,
+    ) -> None:
+        self.settings = settings
+        self.stop_requested = asyncio.Event()
+        self.bridge: Bridge | None = None
+        self.addresses: dict[str, str] = {}
+        self.ready = asyncio.Event()
+        self._load = load
+        self._logging = logging
+        self._config_path = config_path
+        self._ready_file = ready_file
+        self._tasks: asyncio.TaskGroup | None = None
+        self._undo: list[Undo] = []
+        self._metrics = Metrics(CollectorRegistry())
+        self._seen: dict[str, object] = {}
+
+    async def run(self) -> int:
+        """Start, serve until a stop is requested, stop. Returns the exit code."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                try:
+                    await self._start()
+                    await self.stop_requested.wait()
+                finally:
+                    await self._stop()
+        except* StoreVersionError as group:
+            log.error("store_version", error=str(group.exceptions[0]))
+            return EXIT_STORE_VERSION
+        except* Exception as group:
+            log.error("stopped_by_fault", error="; ".join(_describe(exc) for exc in group.exceptions))
+            log.debug("fault", exc_info=group)
+            return EXIT_INTERNAL
+        return EXIT_OK
+
+    def spawn(self, name: str, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+        """Run a coroutine as a task that this process owns; while it stops, the coroutine is closed instead."""
+        if self._tasks is None or self.stop_requested.is_set():
+            coro.close()
+            return None
+        return self._tasks.create_task(coro, name=name)
+
+    # --- the start list -----------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        settings = self.settings
+        for secret in config.secrets(settings):
+            self._logging.redaction.add(secret)
+        upstream = AiohttpUpstream(settings.upstream, self.spawn)
+        self._undo.append(upstream.close)
+        store = open_store(settings.store, loop.call_soon_threadsafe)
+        loaded = await asyncio.to_thread(store.open)
+        self._undo.append(lambda: asyncio.to_thread(store.close))
+        ctx = Context(
+            settings=settings,
+            clock=Clock(),
+            timers=loop,
+            rng=random.random,
+            new_id=lambda: uuid.uuid4().hex,
+            store=store,
+            upstream=upstream,
+            metrics=self._metrics,
+            read_token=self._read_token,
+            sessions=Sessions(),
+        )
+        bridge = self.bridge = Bridge(ctx)
+        admin = AdminServer(settings.admin, bridge, self._metrics.registry)
+        host, port = await admin.start()
+        self.addresses["admin"] = f"{host}:{port}"
+        self._undo.append(admin.stop)
+        bridge.start(loaded)
+        self._undo.append(self._stop_bridge)
+        frontend = Frontend(settings.listen, bridge, dialects.load(), self._metrics)
+        host, port = await frontend.start()
+        self.addresses["listen"] = f"{host}:{port}"
+        self._undo.append(frontend.stop)
+        self._handle_signals(loop)
+        self.spawn("watch", self._watch())
+        self._announce()
+
+    def _announce(self) -> None:
+        log.info(
+            "serving",
+            version=__version__,
+            mode=self.settings.mode,
+            upstream=origin_of(self.settings.upstream.url),
+            **self.addresses,
+        )
+        if self._ready_file:
+            text = json.dumps({**self.addresses, "pid": os.getpid()})
+            temporary = Path(f"{self._ready_file}.{os.getpid()}")
+            temporary.write_text(text)
+            temporary.replace(self._ready_file)
+        self.ready.set()
+
+    async def _stop_bridge(self) -> None:
+        if self.bridge is not None:
+            self.bridge.stop()
+
+    async def _stop(self) -> None:
+        """Undo the start list in reverse. Held polls are answered first: their agents must not wait for a drain."""
+        self.stop_requested.set()
+        if self.bridge is not None:
+            self.bridge.stopping = True
+            self.bridge.delivery.end_all()
+        for undo in reversed(self._undo):
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await undo()
+            except Exception as error:  # noqa: BLE001 - the rest of the list must be undone all the same
+                log.error("stop_failed", step=getattr(undo, "__qualname__", "?"), error=_describe(error))
+        log.info("stopped")
+
+    def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: the owner stops us
+                loop.add_signal_handler(number, self.stop_requested.set)
+        with contextlib.suppress(ValueError, RuntimeError):
+            loop.add_signal_handler(signal.SIGHUP, self.reload)
+
+    # --- configuration that changes -----------------------------------------------------------------------------------
+
+    def _read_token(self) -> str:
+        token = config.read_token(self.settings)
+        self._logging.redaction.add(token)
+        return token
+
+    async def _watch(self) -> None:
+        """Notice a changed configuration or token file, Kubernetes' symlink swap included."""
+        self._changed()
+        while not self.stop_requested.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await self.stop_requested.wait()
+            changed = self._changed()
+            if "config" in changed:
+                self.reload()
+            if "token" in changed and self.bridge is not None:
+                log.info("token_changed")
+                self.bridge.links.token_changed()
+
+    def _changed(self) -> set[str]:
+        files = {"config": self._config_path, "token": self.settings.upstream.token_file}
+        changed = set()
+        for name, path in files.items():
+            if not path:
+                continue
+            try:
+                found = os.stat(path)
+                mark: object = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+            except OSError:
+                mark = None
+            if self._seen.get(name, mark) != mark and mark is not None:
+                changed.add(name)
+            if mark is not None or name not in self._seen:
+                self._seen[name] = mark
+        return changed
+
+    def reload(self) -> None:
+        """Read the configuration again: what may change at run time does, the rest is named; faults keep the old."""
+        try:
+            fresh = self._load()
+        except ConfigError as error:
+            self._metrics.config_valid.set(0)
+            log.error("config_faulty", faults=[str(fault) for fault in error.faults])
+            return
+        self._metrics.config_valid.set(1)
+        old, self.settings = self.settings, effective(self.settings, fresh)
+        for secret in config.secrets(fresh):
+            self._logging.redaction.add(secret)
+        self._logging.set_level(self.settings.log.level)
+        if self.bridge is not None:
+            self.bridge.ctx.settings = self.settings
+            if old.upstream != self.settings.upstream:
+                self.bridge.links.token_changed()
+        ignored = needs_restart(self.settings, fresh)
+        log.info("config_reloaded", needs_restart=ignored)
+
+
+def effective(running: Settings, fresh: Settings) -> Settings:
+    """The running settings with what may change without a restart taken from the fresh ones (protocol.md §4)."""
+    import msgspec  # noqa: PLC0415
+
+    kept = {name: getattr(fresh, name) for name in RELOADABLE}
+    token = {"token": fresh.upstream.token, "token_file": fresh.upstream.token_file}
+    upstream = running.upstream
+    if fresh.upstream.own_tokens == upstream.own_tokens:
+        upstream = msgspec.structs.replace(upstream, **token)
+    return msgspec.structs.replace(running, upstream=upstream, **kept)
+
+
+def needs_restart(running: Settings, fresh: Settings) -> list[str]:
+    """The sections whose changes wait for a restart."""
+    return [name for name in Settings.__struct_fields__ if getattr(running, name) != getattr(fresh, name)]
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(_describe(inner) for inner in error.exceptions)
+    if isinstance(error, (StoreError, OSError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

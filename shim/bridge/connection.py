@@ -1,0 +1,235 @@
+"""One open upstream connection: numbering, liveness, and the fence behind which results are known to have arrived."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple, Protocol
+
+from shim.bridge.context import Context
+from shim.core.timestamps import rfc3339
+from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, Verdict
+from shim.core.records import SessionKey
+from shim.logs import get
+from shim.messages import Message
+from shim.ports import Socket, Timer
+
+log = get("link")
+
+KNOWN_TYPES = frozenset(
+    {
+        "register",
+        "register_success",
+        "register_in_progress",
+        "heartbeat",
+        "heartbeat_ack",
+        "status",
+        "command",
+        "command_ack",
+        "command_result",
+        "tunnel_status",
+        "ping",
+        "pong",
+        "error",
+        "proxy_request",
+        "proxy_error",
+        "proxy_response_abort",
+        "tcp_tunnel_start",
+        "tcp_tunnel_close",
+        "proxy_websocket_start",
+        "ws_start",
+    }
+)
+
+
+def type_label(kind: str) -> str:
+    """A bounded metric label for a message type."""
+    return kind if kind in KNOWN_TYPES else "other"
+
+
+class _Sent(NamedTuple):
+    """A heartbeat under way."""
+
+    session: SessionKey
+    order: int
+    at: float
+
+
+class ConnectionOwner(Protocol):
+    """Who is told what happens on a connection."""
+
+    def connection_message(self, connection: Connection, message: Message) -> None:
+        """A message arrived."""
+
+    def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
+        """The controller has these outbox entries."""
+
+    def connection_broken(self, connection: Connection, verdict: Verdict) -> None:
+        """The watchdog condemned it; the owner drops it."""
+
+    def connection_closed(self, connection: Connection, by_close_frame: bool, code: int) -> None:
+        """It is gone."""
+
+
+class Connection:
+    """Implements `ports.SocketEvents`. `serial` is unique in the process and never 0."""
+
+    def __init__(self, ctx: Context, serial: int, label: str, owner: ConnectionOwner) -> None:
+        upstream = ctx.settings.upstream
+        self.serial = serial
+        self.label = label
+        self._ctx = ctx
+        self._owner = owner
+        self._socket: Socket | None = None
+        self._watch: Timer | None = None
+        self._liveness = Liveness(
+            ctx.now, upstream.ping_interval_s, upstream.read_timeout_s, 2 * upstream.heartbeat_interval_s
+        )
+        self._order = 0
+        self._heartbeats: dict[str, _Sent] = {}
+        self._results: deque[tuple[int, int]] = deque()  # (order, outbox seq)
+        self._fence_ping: tuple[bytes, int] | None = None
+        self._application_seen = False
+        self._bad_kinds: set[str] = set()
+        self.opened_at = ctx.now
+
+    def bind(self, socket: Socket) -> None:
+        """The dial succeeded."""
+        self._socket = socket
+        self._check()
+
+    # --- sending ------------------------------------------------------------------------------------------------------
+
+    def send(self, kind: str, payload: dict[str, Any], request_id: str = "") -> None:
+        """Send one envelope; nothing happens once the connection is gone."""
+        if self._socket is None:
+            return
+        self._order += 1
+        self._ctx.metrics.messages.labels("out", type_label(kind)).inc()
+        self._socket.send(Message(kind, payload, request_id, rfc3339(self._ctx.clock.wall_s())))
+
+    def send_heartbeat(self, key: SessionKey, payload: dict[str, Any]) -> None:
+        """Send a session's heartbeat and await its acknowledgement."""
+        request_id = self._ctx.new_id()
+        self.send("heartbeat", payload, request_id)
+        now = self._ctx.now
+        self._heartbeats[request_id] = _Sent(key, self._order, now)
+        while len(self._heartbeats) > MAX_TRACKED_HEARTBEATS:
+            del self._heartbeats[next(iter(self._heartbeats))]
+        self._liveness.heartbeat_sent(request_id, now)
+
+    def heartbeat_failed(self, request_id: str) -> SessionKey | None:
+        """An `error` came with this request id: if it answers a heartbeat, nothing is awaited for that any more.
+
+        Returns the heartbeat's session.
+        """
+        sent = self._heartbeats.pop(request_id, None)
+        if sent is None:
+            return None
+        self._liveness.answered(request_id)
+        return sent.session
+
+    def send_result(self, seq: int, request_id: str, payload: dict[str, Any]) -> None:
+        """Send a `command_result` and a ping behind it, whose pong tells that it arrived (protocol.md §3, CLOSED)."""
+        if self._socket is None:
+            return
+        self.send("command_result", payload, request_id)
+        self._results.append((self._order, seq))
+        self._ping_fence()
+
+    def _ping_fence(self) -> None:
+        if self._fence_ping is None and self._socket is not None and self._results:
+            self._order += 1
+            payload = b"fence-%d" % self._order
+            self._fence_ping = (payload, self._order)
+            self._socket.ping(payload)
+
+    def close(self, code: int) -> None:
+        """Close it and forget it: nothing more is reported."""
+        socket, self._socket = self._socket, None
+        self._stop_watch()
+        if socket is not None:
+            if code:
+                socket.close(code)
+            else:
+                socket.abort()
+
+    # --- ports.SocketEvents -------------------------------------------------------------------------------------------
+
+    def on_frame(self) -> None:
+        """Any frame is life."""
+        self._liveness.frame(self._ctx.now)
+
+    def on_message(self, message: Message) -> None:
+        """A message: acknowledgements are used here, everything goes to the owner."""
+        if self._socket is None:
+            return
+        self._application_seen = True
+        self._ctx.metrics.messages.labels("in", type_label(message.type)).inc()
+        if message.type == "heartbeat_ack":
+            self._acked(message.request_id)
+        self._owner.connection_message(self, message)
+
+    def on_bad_frame(self, kind: str) -> None:
+        """A frame that is no envelope: counted, logged once per kind and connection."""
+        self._ctx.metrics.bad_frames.labels(kind).inc()
+        if kind not in self._bad_kinds:
+            self._bad_kinds.add(kind)
+            log.warning("frame_ignored", link=self.label, kind=kind)
+
+    def on_pong(self, payload: bytes) -> None:
+        """A pong: behind the fence everything sent before its ping was read by the peer's WebSocket layer.
+
+        That is not enough where the application has been seen to acknowledge: a live proxy answers pings for a stalled
+        application. There only acknowledgements count. Nor does it count before the application has said anything.
+        """
+        if self._fence_ping is None or payload != self._fence_ping[0]:
+            return
+        order = self._fence_ping[1]
+        self._fence_ping = None
+        if self._application_seen and not self._liveness.acks_seen:
+            self._fenced(order)
+        if self._results and self._results[-1][0] > order:
+            self._ping_fence()
+
+    def on_closed(self, by_close_frame: bool, code: int) -> None:
+        """The peer or the network ended it."""
+        if self._socket is not None:
+            self._socket = None
+            self._stop_watch()
+            self._owner.connection_closed(self, by_close_frame, code)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _acked(self, request_id: str) -> None:
+        self._liveness.acked(request_id)
+        if not request_id and self._heartbeats:
+            request_id = next(iter(self._heartbeats))
+        found = self._heartbeats.pop(request_id, None)
+        if found is None:
+            return
+        self._ctx.metrics.heartbeats_up.labels("acked").inc()
+        self._ctx.metrics.heartbeat_ack_seconds.observe(self._ctx.now - found.at)
+        self._fenced(found.order)
+
+    def _fenced(self, order: int) -> None:
+        seqs: list[int] = []
+        while self._results and self._results[0][0] < order:
+            seqs.append(self._results.popleft()[1])
+        if seqs:
+            self._owner.connection_fenced(self, tuple(seqs))
+
+    def _check(self) -> None:
+        if self._socket is None:
+            return
+        check = self._liveness.check(self._ctx.now)
+        if check.verdict in (Verdict.HALF_OPEN, Verdict.STALLED):
+            self._owner.connection_broken(self, check.verdict)
+            return
+        if check.verdict is Verdict.PING:
+            self._socket.ping(b"alive")
+        self._watch = self._ctx.timers.call_later(max(check.next_s, 0.01), self._check)
+
+    def _stop_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None

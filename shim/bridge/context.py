@@ -1,0 +1,64 @@
+"""What the parts of the bridge share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from shim.core.backoff import BackoffPolicy
+from shim.core.commands import QueuePolicy
+from shim.core.sessions import Sessions
+from shim.metrics import Metrics
+from shim.ports import Clock, CommandStore, Timers, UpstreamPort
+from shim.settings import Settings
+
+DEFAULT_OWNER = "default"
+
+
+class TokenSource(Protocol):
+    """Reads the configured upstream token afresh; raises `ShimError` when it cannot."""
+
+    def __call__(self) -> str: ...
+
+
+@dataclass(slots=True)
+class Context:
+    """The bridge's surroundings. `settings` is replaced on a reload; `rng` yields floats in [0, 1)."""
+
+    settings: Settings
+    clock: Clock
+    timers: Timers
+    rng: Callable[[], float]
+    new_id: Callable[[], str]
+    store: CommandStore
+    upstream: UpstreamPort
+    metrics: Metrics
+    read_token: TokenSource
+    sessions: Sessions
+    owner_key: bytes = b""
+
+    @property
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return self.clock.monotonic_s()
+
+    @property
+    def queue_policy(self) -> QueuePolicy:
+        """The bounds of a queue and of a reply as they are configured now."""
+        commands, poll = self.settings.commands, self.settings.poll
+        return QueuePolicy(
+            max_queued=commands.max_queued,
+            max_queued_bytes=commands.max_queued_bytes,
+            max_batch=poll.max_batch,
+            max_bytes=poll.max_bytes,
+            max_attempts=commands.max_attempts,
+            redeliver=commands.uncertain == "redeliver",
+            at_most_once=frozenset(commands.at_most_once),
+        )
+
+    @property
+    def backoff_policy(self) -> BackoffPolicy:
+        """The delays between dials."""
+        reconnect = self.settings.upstream.reconnect
+        return BackoffPolicy(reconnect.initial_s, reconnect.max_s, reconnect.refused_max_s)

@@ -1,0 +1,179 @@
+"""What the controller says, sorted (protocol.md §2): one method per message type, everything else counted and survived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from shim.bridge.connection import Connection
+from shim.bridge.context import Context
+from shim.bridge.delivery import Delivery
+from shim.bridge.outbox import Outbox
+from shim.bridge.registrations import Job, Registrations
+from shim.bridge.roster import Roster
+from shim.core.normalise import Malformed, normalise
+from shim.core.records import SessionKey
+from shim.core.refusals import LEFTOVER_TYPES, REFUSED_TYPES, refuse
+from shim.core.replies import error_text, forgotten, tunnel_state
+from shim.core.sessions import Session
+from shim.core.timestamps import rfc3339
+from shim.logs import get
+from shim.messages import Message
+
+log = get("inbound")
+
+MAX_UNKNOWN_TYPES = 64
+LINK_KIND = "link"
+"""The kind of a `SessionKey` that stands for a link itself: where rejections without a session are filed."""
+
+
+class Source(Protocol):
+    """Whose connection a message came in on."""
+
+    @property
+    def owner(self) -> str:
+        """The owner of its sessions."""
+
+    @property
+    def link_name(self) -> str:
+        """The link that it belongs to."""
+
+    def sessions(self) -> Iterable[Session]:
+        """The sessions whose traffic it carries."""
+
+    def gateway_offered(self, session: Session, url: str) -> None:
+        """A registration named a gateway."""
+
+    def introduce(self, session: Session) -> None:
+        """Tell the controller about a session again."""
+
+
+class Inbound:
+    """Handles messages. Nothing here waits: what takes time is handed over."""
+
+    def __init__(
+        self, ctx: Context, registrations: Registrations, roster: Roster, delivery: Delivery, outbox: Outbox
+    ) -> None:
+        self._ctx = ctx
+        self._registrations = registrations
+        self._roster = roster
+        self._delivery = delivery
+        self._outbox = outbox
+        self._unknown: set[str] = set()
+        self._handlers: dict[str, Callable[[Connection, Message, Source], None]] = {
+            "register_success": self._register_success,
+            "register_in_progress": self._nothing,
+            "heartbeat_ack": self._nothing,
+            "pong": self._nothing,
+            "ping": self._ping,
+            "error": self._error,
+            "tunnel_status": self._tunnel_status,
+        }
+
+    def handle(self, connection: Connection, message: Message, source: Source) -> None:
+        """Handle one message."""
+        handler = self._handlers.get(message.type)
+        if handler is not None:
+            handler(connection, message, source)
+        elif message.type in self._ctx.settings.commands.types:
+            self._command(connection, message, source)
+        elif message.type in REFUSED_TYPES:
+            self._refuse(connection, message)
+        elif message.type in LEFTOVER_TYPES:
+            self._ctx.metrics.leftovers.inc()
+        else:
+            self._unknown_type(message)
+
+    # --- by type ------------------------------------------------------------------------------------------------------
+
+    def _nothing(self, connection: Connection, message: Message, source: Source) -> None:
+        """Its arrival was all it had to say."""
+
+    def _register_success(self, connection: Connection, message: Message, source: Source) -> None:
+        job: Job | None = self._registrations.succeeded(connection, message)
+        url = message.payload.get("gateway_ws_url")
+        if job is not None and job.session is not None and isinstance(url, str) and url:
+            source.gateway_offered(job.session, url)
+
+    def _ping(self, connection: Connection, message: Message, source: Source) -> None:
+        connection.send("pong", {"timestamp": rfc3339(self._ctx.clock.wall_s())}, message.request_id)
+
+    def _error(self, connection: Connection, message: Message, source: Source) -> None:
+        if self._registrations.refused(connection, message):
+            return
+        self._ctx.metrics.upstream_errors.inc()
+        about = connection.heartbeat_failed(message.request_id)
+        if forgotten(message.payload):
+            for session in source.sessions():
+                if (about is None or session.key == about) and session.fresh(self._ctx.now):
+                    source.introduce(session)
+        else:
+            log.warning("upstream_error", error=error_text(message.payload))
+
+    def _tunnel_status(self, connection: Connection, message: Message, source: Source) -> None:
+        session = self._target(source, message.payload)
+        if isinstance(session, Session):
+            self._roster.set_tunnel(session, tunnel_state(message.payload, self._ctx.settings.poll.frequency_s))
+        else:
+            log.warning("tunnel_status_without_target", code=session)
+
+    def _command(self, connection: Connection, message: Message, source: Source) -> None:
+        wall = self._ctx.clock.wall_s()
+        new_id = self._ctx.new_id
+        try:
+            command = normalise(message, wall, self._ctx.settings.commands.ttl_s, new_id)
+        except Malformed as error:
+            command_id = error.command_id or message.request_id or new_id()
+            self._reject(source, command_id, message.request_id, "malformed", str(error))
+            return
+        session = self._target(source, {"cluster_id": command.cluster_id, "agent_id": command.agent_id})
+        if not isinstance(session, Session):
+            self._reject(source, command.id, message.request_id, session, "no such agent is served here")
+            return
+        acked = None
+        if self._ctx.settings.upstream.send_command_ack:
+
+            def acked() -> None:
+                connection.send("command_ack", {"command_id": command.id}, message.request_id)
+
+        self._delivery.arrive(session, command, message.request_id, acked)
+
+    def _target(self, source: Source, payload: dict[str, Any]) -> Session | str:
+        """The session that a message means, or the code that says why there is none (protocol.md §3, target)."""
+        cluster_id = _text(payload.get("cluster_id"))
+        agent_id = _text(payload.get("agent_id"))
+        if cluster_id or agent_id:
+            found = self._ctx.sessions.find(source.owner, cluster_id, agent_id)
+            return found[0] if found else "unknown_agent"
+        sessions = list(source.sessions())
+        fresh = [session for session in sessions if session.fresh(self._ctx.now)]
+        if len(fresh) > 1:
+            return "ambiguous_target"
+        if fresh:
+            return fresh[0]
+        return max(sessions, key=lambda s: (s.contact_at or 0.0, s.seen_wall), default="unknown_agent")
+
+    def _reject(self, source: Source, command_id: str, request_id: str, code: str, error: str) -> None:
+        self._ctx.metrics.commands.labels(f"rejected_{code}").inc()
+        log.warning("command_rejected", command=command_id, code=code)
+        key = SessionKey(source.owner, LINK_KIND, source.link_name)
+        self._outbox.report(key, None, command_id, request_id, code=code, error=error)
+
+    def _refuse(self, connection: Connection, message: Message) -> None:
+        self._ctx.metrics.refused.labels(message.type).inc()
+        refusal = refuse(message.type, message.request_id, message.payload)
+        if refusal is not None:
+            kind, request_id, payload = refusal
+            connection.send(kind, payload, request_id)
+
+    def _unknown_type(self, message: Message) -> None:
+        """Counted as `other` already; said once per type, as far as there are not too many."""
+        if message.type not in self._unknown and len(self._unknown) < MAX_UNKNOWN_TYPES:
+            self._unknown.add(message.type)
+            log.warning("unknown_type", type=message.type[:64])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""

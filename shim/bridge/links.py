@@ -1,0 +1,312 @@
+"""Upstream links at run time: performs what `core.link` decides, one runner per token or per session (protocol.md §2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from typing import Protocol
+
+from shim.bridge.connection import Connection
+from shim.bridge.context import Context
+from shim.core import link as l
+from shim.core.backoff import Backoff
+from shim.core.liveness import Verdict
+from shim.core.urls import ws_url
+from shim.errors import AgentError, IllegalTransition, ShimError
+from shim.logs import get
+from shim.messages import Message
+from shim.ports import DialFailure, DialSpec, Socket, Timer
+
+log = get("link")
+
+BUSY_RETRY_AFTER_S = 30
+IDLE_CHECK_S = 5.0
+
+
+class LinkListener(Protocol):
+    """The rest of the bridge, as a link sees it."""
+
+    def link_opened(self, runner: LinkRunner) -> None:
+        """A connection is open: replay, then call `runner.replayed()`."""
+
+    def link_online(self, runner: LinkRunner) -> None:
+        """Everything that was held back may go up."""
+
+    def link_offline(self, runner: LinkRunner, connection: Connection) -> None:
+        """The connection is no more."""
+
+    def link_refused(self, runner: LinkRunner) -> None:
+        """The controller refuses the token."""
+
+    def link_needed(self, runner: LinkRunner) -> bool:
+        """Whether a fresh session uses it."""
+
+    def connection_message(self, connection: Connection, message: Message, runner: LinkRunner) -> None:
+        """A message arrived."""
+
+    def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
+        """The controller has these outbox entries."""
+
+
+class LinkRunner:
+    """One link: the state machine, its socket and its timers. `token` is held in memory only."""
+
+    def __init__(self, ctx: Context, owner: str, name: str, listener: LinkListener, serials: Iterator[int]) -> None:
+        self.owner = owner
+        self.name = name
+        self.token = ""
+        self.connection: Connection | None = None
+        self._ctx = ctx
+        self._listener = listener
+        self._serials = serials
+        upstream = ctx.settings.upstream
+        self.machine = l.Link(
+            l.LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng)
+        )
+        self.needed_at = ctx.now
+        self.state_since_wall = ctx.clock.wall_s()
+        self.lost_at: float | None = None
+        self.last_failure = ""
+        self.cancelled = False
+        self._dial = 0
+        self._dialled_at = 0.0
+        self._timers: dict[str, Timer] = {}
+        self._arm("idle", IDLE_CHECK_S, self._check_idle)
+
+    @property
+    def state(self) -> l.LinkState:
+        """Where the link is."""
+        return self.machine.state
+
+    @property
+    def online(self) -> bool:
+        """True when everything may go up."""
+        return self.machine.state is l.LinkState.ONLINE
+
+    @property
+    def up_connection(self) -> Connection | None:
+        """The connection for heartbeats and results, `None` while registrations are still being replayed."""
+        return self.connection if self.online else None
+
+    def wanted(self) -> None:
+        """An agent called."""
+        self.needed_at = self._ctx.now
+        if self.machine.state is l.LinkState.IDLE:
+            self.apply(l.Wanted())
+
+    def apply(self, event: l.LinkEvent) -> None:
+        """Let the machine decide and perform what it says. Never raises: a forbidden event is logged and ignored."""
+        before = self.machine.state
+        try:
+            effects = self.machine.handle(event, self._ctx.now)
+        except IllegalTransition as error:
+            log.error("illegal_transition", link=self.name, error=str(error))
+            return
+        if self.machine.state is not before:
+            self.state_since_wall = self._ctx.clock.wall_s()
+            log.info("link_state", link=self.name, state=self.machine.state.value, was=before.value)
+        for effect in effects:
+            self._perform(effect)
+
+    def replayed(self) -> None:
+        """All fresh sessions were told."""
+        if self.machine.state is l.LinkState.REPLAYING:
+            self.apply(l.Replayed())
+
+    def stop(self) -> None:
+        """Close with 1000 and never dial again."""
+        self.cancelled = True
+        self.apply(l.Stop())
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+
+    # --- performing effects -------------------------------------------------------------------------------------------
+
+    def _perform(self, effect: l.LinkEffect) -> None:
+        match effect:
+            case l.Dial():
+                self._start_dial(effect)
+            case l.CancelDial():
+                self._dial += 1
+            case l.SetRetry():
+                self._arm("retry", effect.delay_s, lambda: self.apply(l.RetryDue()))
+                log.info("link_retry", link=self.name, delay_s=round(effect.delay_s, 3), failure=self.last_failure)
+            case l.CancelRetry():
+                self._disarm("retry")
+            case l.StartReplay():
+                self._arm("stable", self._ctx.settings.upstream.reconnect.stable_after_s, self._stable)
+                self._listener.link_opened(self)
+            case l.WentOnline():
+                self._went_online()
+            case l.WentOffline():
+                self._went_offline()
+            case l.CloseSocket():
+                if self.connection is not None:
+                    self.connection.close(effect.code)
+            case l.Refusal():
+                self._listener.link_refused(self)
+
+    def _start_dial(self, effect: l.Dial) -> None:
+        self._dial += 1
+        dial = self._dial
+        self._dialled_at = self._ctx.now
+        upstream = self._ctx.settings.upstream
+        try:
+            if not upstream.own_tokens:
+                self.token = self._ctx.read_token()
+        except ShimError as error:
+            self.last_failure = "token"
+            log.error("token_unreadable", link=self.name, error=str(error))
+            self._ctx.timers.call_later(0, lambda: self._dialled(dial, None, DialFailure("token")))
+            return
+        connection = Connection(self._ctx, next(self._serials), self.name, self)
+        spec = DialSpec(ws_url(upstream.url, upstream.path), self.token, effect.in_header, effect.in_query)
+        self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(dial, connection, outcome))
+
+    def _dialled(self, dial: int, connection: Connection | None, outcome: Socket | DialFailure) -> None:
+        if isinstance(outcome, DialFailure):
+            self._ctx.metrics.dials.labels(outcome.reason).inc()
+            if dial == self._dial:
+                self.last_failure = f"{outcome.reason} {outcome.status}" if outcome.status else outcome.reason
+                log.warning("dial_failed", link=self.name, reason=self.last_failure, detail=outcome.detail)
+                self.apply(l.DialFailed(outcome.status, outcome.retry_after_s))
+            return
+        if dial != self._dial or connection is None or self.machine.state is not l.LinkState.OPENING:
+            outcome.close(1000)
+            return
+        self._ctx.metrics.dials.labels("ok").inc()
+        self.connection = connection
+        self.last_failure = ""
+        connection.bind(outcome)
+        self.apply(l.Opened())
+
+    def _went_online(self) -> None:
+        if self.lost_at is not None:
+            self._ctx.metrics.reconnect_seconds.observe(self._ctx.now - self.lost_at)
+            self.lost_at = None
+        self._listener.link_online(self)
+
+    def _went_offline(self) -> None:
+        connection, self.connection = self.connection, None
+        self._disarm("stable")
+        self.lost_at = self._ctx.now
+        if connection is not None:
+            self._listener.link_offline(self, connection)
+
+    def _stable(self) -> None:
+        if self.machine.connected:
+            self.apply(l.Stable())
+
+    def _check_idle(self) -> None:
+        idle_close_s = self._ctx.settings.upstream.idle_close_s
+        if self._listener.link_needed(self):
+            self.needed_at = self._ctx.now
+        elif idle_close_s and self._ctx.now - self.needed_at >= idle_close_s:
+            self.lost_at = None
+            if self.machine.state is not l.LinkState.IDLE:
+                self.apply(l.Unneeded())
+        self._arm("idle", IDLE_CHECK_S, self._check_idle)
+
+    def _arm(self, name: str, delay_s: float, callback: Callable[[], None]) -> None:
+        self._disarm(name)
+        if not self.cancelled:
+            self._timers[name] = self._ctx.timers.call_later(delay_s, callback)
+
+    def _disarm(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    # --- connection.ConnectionOwner -----------------------------------------------------------------------------------
+
+    def connection_message(self, connection: Connection, message: Message) -> None:
+        """Hand a message on; a successful registration is news for the link as well."""
+        if message.type == "register_success" and self.machine.connected:
+            self.apply(l.Registered())
+        self._listener.connection_message(connection, message, self)
+
+    def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
+        """Hand on."""
+        self._listener.connection_fenced(connection, seqs)
+
+    def connection_broken(self, connection: Connection, verdict: Verdict) -> None:
+        """The watchdog condemned the connection."""
+        if connection is self.connection:
+            self.last_failure = verdict.value
+            self._ctx.metrics.disconnects.labels(verdict.value).inc()
+            log.warning("link_broken", link=self.name, reason=verdict.value)
+            self.apply(l.Broken())
+
+    def connection_closed(self, connection: Connection, by_close_frame: bool, code: int) -> None:
+        """The peer or the network ended the connection."""
+        if connection is not self.connection:
+            return
+        contended = self.machine.contended
+        self.last_failure = f"closed {code}" if by_close_frame else "connection lost"
+        self._ctx.metrics.disconnects.labels("closed" if by_close_frame else "lost").inc()
+        log.warning("link_lost", link=self.name, reason=self.last_failure)
+        self.apply(l.Lost(by_close_frame))
+        if self.machine.contended and not contended:
+            log.error(
+                "link_contended",
+                link=self.name,
+                hint="another process registers with this identity; the controller closes our connections",
+            )
+
+
+class LinkSet:
+    """All links: by owner, or by session with `upstream.share_link: false`."""
+
+    def __init__(self, ctx: Context, listener: LinkListener, serials: Iterator[int]) -> None:
+        self._ctx = ctx
+        self._listener = listener
+        self._serials = serials
+        self._links: dict[str, LinkRunner] = {}
+
+    def __iter__(self) -> Iterator[LinkRunner]:
+        return iter(list(self._links.values()))
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    def name_for(self, owner: str, identity: str) -> str:
+        """The link's name: the owner's, or one made of the session's identity where links are not shared."""
+        if self._ctx.settings.upstream.share_link:
+            return owner
+        return f"{owner}:{sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+    def find(self, name: str) -> LinkRunner | None:
+        """A link that exists."""
+        return self._links.get(name)
+
+    def get(self, owner: str, name: str, token: str) -> LinkRunner:
+        """The link of this name, made on first use. Raises `AgentError` 503 when there are `upstream.max_links`."""
+        runner = self._links.get(name)
+        if runner is None:
+            if len(self._links) >= self._ctx.settings.upstream.max_links and not self._drop_one():
+                raise AgentError(503, "too many upstream links", retry_after_s=BUSY_RETRY_AFTER_S)
+            runner = self._links[name] = LinkRunner(self._ctx, owner, name, self._listener, self._serials)
+            runner.token = token
+        return runner
+
+    def _drop_one(self) -> bool:
+        """Make room: forget a link that is idle or that nobody needs any more."""
+        for name, runner in self._links.items():
+            if runner.state is l.LinkState.IDLE or (
+                runner.machine.refused and not self._listener.link_needed(runner)
+            ):
+                runner.stop()
+                del self._links[name]
+                return True
+        return False
+
+    def token_changed(self) -> None:
+        """The configured token is another one: re-dial at once."""
+        for runner in self:
+            runner.apply(l.TokenChanged())
+
+    def stop(self) -> None:
+        """Close all."""
+        for runner in self:
+            runner.stop()

@@ -1,0 +1,167 @@
+"""What goes up for living agents: heartbeats, status reports; never for the dead (protocol.md §1.2, §2, §2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from shim.bridge.connection import Connection
+from shim.bridge.context import Context
+from shim.bridge.links import LinkRunner
+from shim.bridge.registrations import Registrations
+from shim.core.calls import Kind
+from shim.core.records import SessionKey
+from shim.core.sessions import Session
+from shim.logs import get
+from shim.ports import Timer
+
+log = get("presence")
+
+HELD_BEAT_S = 30.0
+STATUS_EVERY_S = 30.0
+
+
+class Presence:
+    """Decides when something is said upstream for a session. `gateway_of` yields its gateway connection, if any."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        registrations: Registrations,
+        runner_of: Callable[[Session], LinkRunner | None],
+        gateway_of: Callable[[SessionKey], Connection | None],
+    ) -> None:
+        self._ctx = ctx
+        self._registrations = registrations
+        self._runner_of = runner_of
+        self._gateway_of = gateway_of
+        self._held: dict[SessionKey, Timer] = {}
+        self._status: dict[SessionKey, dict[str, Any]] = {}
+        self._status_at: dict[SessionKey, float] = {}
+        self._nameless: set[SessionKey] = set()
+
+    def route(self, session: Session) -> Connection | None:
+        """The connection that carries a session's traffic now."""
+        gateway = self._gateway_of(session.key)
+        if gateway is not None:
+            return gateway
+        runner = self._runner_of(session)
+        return runner.up_connection if runner is not None else None
+
+    def identity(self) -> dict[str, Any]:
+        """What the configuration says of agents that never registered here; absent fields are left out."""
+        known = msgspec.structs.asdict(self._ctx.settings.identity)
+        return {key: value for key, value in known.items() if value}
+
+    # --- heartbeats ---------------------------------------------------------------------------------------------------
+
+    def called(self, session: Session, *, force: bool = False) -> None:
+        """The agent called (or, with `force`, something changed): a heartbeat goes up if one is due and allowed."""
+        connection = self.route(session)
+        if connection is None or not session.fresh(self._ctx.now):
+            return
+        if session.heartbeat is None and session.poll_at is None:
+            return  # it has only registered so far: its own first heartbeat says more
+        interval_s = self._ctx.settings.upstream.heartbeat_interval_s
+        if not force and not session.heartbeat_due(self._ctx.now, interval_s):
+            return
+        if not self._told(session, connection):
+            return
+        session.sent_at = self._ctx.now
+        session.sent_words = session.words()
+        self._ctx.metrics.heartbeats_up.labels("sent").inc()
+        connection.send_heartbeat(session.key, session.heartbeat_payload())
+
+    def _told(self, session: Session, connection: Connection) -> bool:
+        """Whether the controller has just been told about the session; else it is told first, where that is possible."""
+        if session.told_on == connection.serial or self._gateway_of(session.key) is connection:
+            return bool(session.upstream_cluster_id)
+        adopted = not session.registration
+        if adopted and session.key.kind == Kind.CLUSTER.value:
+            return True
+        self.introduce(session)
+        return False
+
+    def introduce(self, session: Session) -> None:
+        """Register a session from what is known of it; without a name nothing is sent, and the log says what helps."""
+        runner = self._runner_of(session)
+        if runner is None or runner.connection is None or not session.fresh(self._ctx.now):
+            return
+        payload = session.register_payload(self.identity())
+        if payload is not None:
+            self._registrations.ask(session, runner, payload)
+        elif session.key not in self._nameless:
+            self._nameless.add(session.key)
+            log.warning("name_unknown", session=session.key.ident, hint="set identity.name in the configuration")
+
+    def told(self, session: Session, connection: Connection) -> None:
+        """The controller knows the session on this connection: its newest heartbeat may follow."""
+        session.told_on = connection.serial
+        if self.route(session) is connection:
+            self.called(session, force=True)
+
+    def online(self, runner: LinkRunner, sessions: list[Session]) -> None:
+        """After the replay: the newest heartbeat of each fresh session at once."""
+        for session in sessions:
+            self.called(session, force=True)
+
+    def hold_started(self, session: Session) -> None:
+        """A poll is held: contact for as long as its connection is open."""
+        session.held += 1
+        if session.held == 1:
+            self.called(session)
+            self._held[session.key] = self._ctx.timers.call_later(HELD_BEAT_S, lambda: self._held_beat(session))
+
+    def _held_beat(self, session: Session) -> None:
+        if session.held:
+            session.contact(self._ctx.now, self._ctx.clock.wall_s())
+            self.called(session)
+            self._held[session.key] = self._ctx.timers.call_later(HELD_BEAT_S, lambda: self._held_beat(session))
+
+    def hold_ended(self, session: Session) -> None:
+        """The poll is over. Its connection was open until now, also if it was the agent that hung up: that is contact."""
+        session.held -= 1
+        if not session.held:
+            timer = self._held.pop(session.key, None)
+            if timer is not None:
+                timer.cancel()
+        session.contact(self._ctx.now, self._ctx.clock.wall_s())
+        self.called(session)
+
+    # --- status -------------------------------------------------------------------------------------------------------
+
+    def status(self, session: Session, body: dict[str, Any]) -> None:
+        """A cluster status report: the latest wins, at most one in 30 s goes up."""
+        upstream = self._ctx.settings.upstream
+        if not upstream.send_status or len(msgspec.json.encode(body)) > upstream.max_send_bytes:
+            self._ctx.metrics.status_dropped.inc()
+            return
+        waiting = session.key in self._status
+        self._status[session.key] = body
+        if waiting:
+            return
+        last = self._status_at.get(session.key)
+        wait_s = 0.0 if last is None else max(0.0, last + STATUS_EVERY_S - self._ctx.now)
+        if wait_s:
+            self._ctx.timers.call_later(wait_s, lambda: self._send_status(session))
+        else:
+            self._send_status(session)
+
+    def _send_status(self, session: Session) -> None:
+        body = self._status.pop(session.key, None)
+        connection = self.route(session)
+        told = connection is not None and session.told_on == connection.serial
+        if body is None or connection is None or not told or not session.fresh(self._ctx.now):
+            if body is not None:
+                self._ctx.metrics.status_dropped.inc()
+            return
+        self._status_at[session.key] = self._ctx.now
+        connection.send("status", body)
+
+    def forget(self, key: SessionKey) -> None:
+        """The session is gone."""
+        self._status.pop(key, None)
+        self._status_at.pop(key, None)
+        self._nameless.discard(key)

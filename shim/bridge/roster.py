@@ -1,0 +1,221 @@
+"""Which session a call belongs to: adoption, registration, succession, retention (protocol.md §1.4, §1.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from shim.bridge.context import Context
+from shim.core.calls import HeartbeatCall, Kind, Registered, RegisterCall, Target
+from shim.core.records import DeleteSession, Loaded, MoveSession, SaveAlias, SaveSession, SaveTunnel, SessionKey
+from shim.core.sessions import Session
+from shim.logs import get
+
+log = get("sessions")
+
+SAVE_SEEN_EVERY_S = 3600.0
+
+
+class Roster:
+    """Sessions and what is stored of them. `moved` and `ended` tell the queues what became of a session."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self.moved: Callable[[SessionKey, SessionKey], None] = lambda source, target: None
+        self.ended: Callable[[SessionKey], None] = lambda key: None
+
+    def load(self, loaded: Loaded) -> None:
+        """Take in what the store holds."""
+        for record in loaded.sessions:
+            self._ctx.sessions.add(Session.from_record(record))
+        for owner, agent_id, key in loaded.aliases:
+            self._ctx.sessions.set_alias(owner, agent_id, key)
+        for key, payload in loaded.tunnels:
+            session = self._ctx.sessions.get(key)
+            if session is not None:
+                session.tunnel = payload
+
+    def called(self, owner: str, target: Target, dialect: str) -> Session:
+        """The session of a call, adopted if its owner does not have it; the call is a contact."""
+        sessions = self._ctx.sessions
+        key = sessions.key_of(owner, target)
+        session = sessions.get(key)
+        now, wall = self._ctx.now, self._ctx.clock.wall_s()
+        if session is None:
+            session = Session(key, dialect)
+            session.contact(now, wall)
+            sessions.add(session)
+            self._ctx.metrics.sessions_adopted.inc()
+            log.info("session_adopted", session=key.ident, kind=key.kind, dialect=dialect)
+            self.save(session)
+            return session
+        first = session.contact_at is None
+        session.contact(now, wall)
+        if first:
+            session.dialect = dialect
+            log.info("agent_seen", session=key.ident, dialect=dialect)
+        if first or wall - session.saved_seen_wall > SAVE_SEEN_EVERY_S:
+            self.save(session)
+        return session
+
+    def known(self, owner: str, target: Target) -> Session | None:
+        """The session of a call that adopts nothing (tunnel polls); the call is a contact of one that exists."""
+        session = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, target))
+        if session is not None:
+            session.contact(self._ctx.now, self._ctx.clock.wall_s())
+        return session
+
+    def heartbeat(self, owner: str, call: HeartbeatCall) -> Session:
+        """The session of a heartbeat, which is also news of the agent's id."""
+        session = self.called(owner, call.target, call.dialect)
+        session.beat(call, self._ctx.now)
+        if call.agent_id and not self._ctx.sessions.alias_is(owner, call.agent_id, session.key):
+            self._set_alias(session, call.agent_id)
+        return session
+
+    def stored_for(self, owner: str, call: RegisterCall) -> Session | None:
+        """A stored registration of the same identity: (name) for cluster sessions; (agent id), else (cluster name)."""
+        sessions = self._ctx.sessions
+        if call.known_by_agent:
+            exact = sessions.get(SessionKey(owner, Kind.AGENT.value, call.agent_id))
+            if exact is not None and exact.reply:
+                return exact
+        kind = (Kind.AGENT if call.known_by_agent else Kind.CLUSTER).value
+        found = [
+            s
+            for s in sessions.of_owner(owner)
+            if s.key.kind == kind and s.reply and s.registration.get("name") == call.name
+        ]
+        return max(found, key=lambda s: (s.superseded_by is None, s.seen_wall), default=None)
+
+    # --- registration -------------------------------------------------------------------------------------------------
+
+    def register(
+        self, owner: str, call: RegisterCall | None, session: Session | None, payload: dict[str, Any], reply: dict[str, Any]
+    ) -> Session:
+        """The controller accepted a registration: make or update its session and store it."""
+        cluster_id = reply["cluster_id"]
+        if session is None:
+            assert call is not None
+            session = self._session_for(owner, call, cluster_id)
+        session.upstream_cluster_id = cluster_id
+        session.registration = {k: v for k, v in payload.items() if k not in ("cluster_id", "k8s_service_token")}
+        session.reply = reply
+        if call is not None:
+            session.secret = call.secret
+            session.dialect = call.dialect
+            session.contact(self._ctx.now, self._ctx.clock.wall_s())
+        agent_id = payload.get("agent_id")
+        if isinstance(agent_id, str) and agent_id:
+            session.agent_id = agent_id
+            self._set_alias(session, agent_id)
+        self._supersede(session)
+        self.save(session)
+        log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
+        return session
+
+    def _session_for(self, owner: str, call: RegisterCall, cluster_id: str) -> Session:
+        if call.known_by_agent:
+            key = SessionKey(owner, Kind.AGENT.value, call.agent_id)
+        else:
+            key = SessionKey(owner, Kind.CLUSTER.value, cluster_id)
+        session = self._ctx.sessions.get(key)
+        if session is None:
+            session = Session(key, call.dialect)
+            self._ctx.sessions.add(session)
+        session.superseded_by = None
+        return session
+
+    def _supersede(self, session: Session) -> None:
+        """Sessions with the same cluster id, or of the same cluster name, give way as soon as they are not fresh."""
+        own_tokens = self._ctx.settings.upstream.own_tokens
+        pool = self._ctx.sessions if own_tokens else self._ctx.sessions.of_owner(session.key.owner)
+        name = session.registration.get("name")
+        for other in pool:
+            if other is session or other.key.kind != session.key.kind and other.key.owner != session.key.owner:
+                continue
+            same_owner = other.key.owner == session.key.owner
+            same_cluster = other.upstream_cluster_id == session.upstream_cluster_id
+            same_name = same_owner and other.key.kind == session.key.kind == Kind.CLUSTER.value
+            same_name = same_name and bool(name) and other.registration.get("name") == name
+            if same_cluster or same_name:
+                other.superseded_by = session.key
+                self.save(other)
+        self.sweep_superseded()
+
+    def sweep_superseded(self) -> None:
+        """Let superseded sessions that are not fresh any more go over into their successors."""
+        now = self._ctx.now
+        for session in self._ctx.sessions:
+            target = session.superseded_by
+            if target is None or session.fresh(now):
+                continue
+            successor = self._ctx.sessions.get(target)
+            if successor is None or successor is session:
+                session.superseded_by = None
+                continue
+            log.info("session_superseded", session=session.key.ident, by=target.ident)
+            self._ctx.sessions.move_aliases(session.key, target)
+            self._ctx.sessions.remove(session)
+            if successor.tunnel is None:
+                successor.tunnel = session.tunnel
+            self._ctx.store.submit([MoveSession(session.key, target)])
+            self.moved(session.key, target)
+
+    def expire(self) -> None:
+        """Delete sessions that were not seen for `sessions.retain_s`; their commands end EXPIRED."""
+        before = self._ctx.clock.wall_s() - self._ctx.settings.sessions.retain_s
+        now = self._ctx.now
+        for session in self._ctx.sessions:
+            if session.seen_wall < before and not session.fresh(now):
+                log.info("session_forgotten", session=session.key.ident)
+                self.ended(session.key)
+                self._ctx.sessions.remove(session)
+                self._ctx.store.submit([DeleteSession(session.key)])
+
+    # --- small things -------------------------------------------------------------------------------------------------
+
+    def set_tunnel(self, session: Session, state: dict[str, Any]) -> None:
+        """The latest tunnel state wins."""
+        session.tunnel = state
+        self._ctx.store.submit([SaveTunnel(session.key, state)])
+
+    def save(self, session: Session) -> None:
+        """Store a session as it is now; where the disk refuses, memory goes on."""
+        self._ctx.store.submit([SaveSession(session.record())])
+
+    def _set_alias(self, session: Session, agent_id: str) -> None:
+        owner = session.key.owner
+        if self._ctx.sessions.alias_is(owner, agent_id, session.key):
+            return
+        before = self._ctx.sessions.set_alias(owner, agent_id, session.key)
+        self._ctx.store.submit([SaveAlias(owner, agent_id, session.key)])
+        other = self._ctx.sessions.get(before) if before is not None else None
+        if other is not None and other.fresh(self._ctx.now):
+            self._ctx.metrics.alias_conflicts.inc()
+            log.warning("alias_moved", agent=agent_id, session=session.key.ident, was=other.key.ident)
+
+
+def outcome_of(session: Session, cached: bool) -> Registered:
+    """What the agent is told of its registration: its own id stays what it was (protocol.md §1.6)."""
+    reply = session.reply
+    cluster_id = session.key.ident if session.key.kind == Kind.CLUSTER.value else session.upstream_cluster_id
+    uuid = reply.get("cluster_uuid", cluster_id) if cluster_id == session.upstream_cluster_id else cluster_id
+    return Registered(
+        cluster_id=cluster_id,
+        cluster_uuid=uuid,
+        name=reply.get("name") or session.registration.get("name") or "",
+        agent_id=session.agent_id,
+        status=reply.get("status") or "registered",
+        tunnel_url=reply.get("tunnel_url", ""),
+        api_server=reply.get("api_server", ""),
+        workspace_id=reply.get("workspace_id"),
+        registered_at=reply.get("registered_at"),
+        cached=cached,
+    )
+
+
+def renamed(outcome: Registered, agent_id: str) -> Registered:
+    """The same registration, told to another agent id of the same cluster."""
+    return replace(outcome, agent_id=agent_id)

@@ -1,0 +1,113 @@
+"""What the controller answers, read with suspicion: register replies, errors, tunnel state (protocol.md §1.1, §1.5)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from shim.core import rfc3339
+
+_URL_SAFE = re.compile(r"[A-Za-z0-9._~-]{1,256}", re.ASCII)
+_PATTERNS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (401, ("unauthor", "invalid token", "forbidden")),
+    (409, ("already", "conflict", "not unique")),
+    (400, ("required", "invalid", "missing", "validation")),
+)
+_STATUS_OF_CODE = {400: 400, 401: 401, 403: 401, 409: 409, 422: 400}
+FORGOTTEN = ("not registered", "cluster not found")
+MAX_ERROR_CHARS = 200
+
+
+def url_safe_id(value: Any) -> str:
+    """An id that agents may put into a path unescaped, or `""`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, str) and _URL_SAFE.fullmatch(value) and value not in (".", ".."):
+        return value
+    return ""
+
+
+def register_reply(payload: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `register_success` that may be passed down, each of its exact type; `{}` without a usable id.
+
+    `token` and `gateway_ws_url` never are.
+    """
+    cluster_id = url_safe_id(payload.get("cluster_id"))
+    if not cluster_id:
+        return {}
+    reply: dict[str, Any] = {
+        "cluster_id": cluster_id,
+        "cluster_uuid": url_safe_id(payload.get("cluster_uuid")) or cluster_id,
+    }
+    for key in ("name", "status", "tunnel_url", "api_server"):
+        if isinstance(payload.get(key), str):
+            reply[key] = payload[key]
+    workspace = payload.get("workspace_id")
+    if isinstance(workspace, float) and workspace.is_integer():
+        workspace = int(workspace)
+    if isinstance(workspace, int) and not isinstance(workspace, bool) and -(2**63) <= workspace < 2**63:
+        reply["workspace_id"] = workspace
+    if rfc3339.parse(payload.get("registered_at")) is not None:
+        reply["registered_at"] = payload["registered_at"]
+    return reply
+
+
+def error_text(payload: dict[str, Any]) -> str:
+    """The error's text, printable and short."""
+    for key in ("error", "message"):
+        value = payload.get(key)
+        if isinstance(value, str) and value:
+            return "".join(c if c.isprintable() else " " for c in value[:MAX_ERROR_CHARS])
+    return "the controller reported an error"
+
+
+def error_status(payload: dict[str, Any]) -> int:
+    """The HTTP status for an agent: by `code` if there is one, else by the text, first match (protocol.md §1.1)."""
+    code = payload.get("code")
+    if isinstance(code, (int, float)) and not isinstance(code, bool):
+        return _STATUS_OF_CODE.get(int(code), 502)
+    if isinstance(code, str) and code:
+        if code.isdecimal() and len(code) < 6:
+            return _STATUS_OF_CODE.get(int(code), 502)
+        return _by_words(code.replace("_", " ").replace("-", " "))
+    return _by_words(error_text(payload))
+
+
+def _by_words(text: str) -> int:
+    folded = text.casefold()
+    for status, words in _PATTERNS:
+        if any(word in folded for word in words):
+            return status
+    return 502
+
+
+def forgotten(payload: dict[str, Any]) -> bool:
+    """The controller does not know the cluster (any more)."""
+    folded = error_text(payload).casefold()
+    return any(words in folded for words in FORGOTTEN)
+
+
+def conflict_id(payload: dict[str, Any]) -> str:
+    """The existing cluster's id, where a conflict carries it."""
+    cluster = payload.get("cluster")
+    nested = cluster.get("id") if isinstance(cluster, dict) else None
+    return url_safe_id(payload.get("cluster_id")) or url_safe_id(nested)
+
+
+def tunnel_state(payload: dict[str, Any], poll_frequency_s: int) -> dict[str, Any]:
+    """A `tunnel_status` payload as every agent's Go struct decodes it; wrong types are left out."""
+    state: dict[str, Any] = {"status": "IDLE", "poll_frequency": poll_frequency_s}
+    for key in ("status", "credentials", "tunnel_server_addr", "server_fingerprint"):
+        if isinstance(payload.get(key), str):
+            state[key] = payload[key]
+    frequency = payload.get("poll_frequency")
+    if isinstance(frequency, int) and not isinstance(frequency, bool):
+        state["poll_frequency"] = frequency
+    forwards = payload.get("forwards")
+    if isinstance(forwards, list):
+        state["forwards"] = [
+            {"name": f["name"], "remote_port": f["remote_port"]}
+            for f in forwards
+            if isinstance(f, dict) and isinstance(f.get("name"), str) and type(f.get("remote_port")) is int
+        ]
+    return state
