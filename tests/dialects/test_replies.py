@@ -176,6 +176,14 @@ def test_an_integral_workspace_id_is_written_as_an_integer() -> None:
     assert repr(body_of(known, "register")["cluster"]["workspace_id"]) == "12"
 
 
+def test_integers_that_go_cannot_hold_are_left_out() -> None:
+    known = Registered("c", "c", "n", "a", workspace_id=2**63)
+    assert "workspace_id" not in body_of(known, "register")["cluster"]
+    state = {"poll_frequency": 2**63, "forwards": [{"name": "a", "remote_port": -(2**63) - 1}]}
+    shown = body_of(TunnelState(state, 5), "tunnel_poll", "common")
+    assert shown == {"status": "IDLE", "poll_frequency": 5, "forwards": []}
+
+
 def test_a_poll_is_the_superset() -> None:
     command = OfferedCommand("cmd-1", "scale", {"replicas": 3}, "2025-10-08T00:00:00Z")
     expected = {"id": "cmd-1", "type": "scale", "payload": {"replicas": 3}, "created_at": "2025-10-08T00:00:00Z"}
