@@ -1,0 +1,110 @@
+"""Many simulated agents at once: built by a plan, run until told to stop, counted while they live."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shim.clock import Clock
+from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, Outcome, Profile, What
+
+_VITAL = frozenset({What.REGISTER, What.HEARTBEAT, What.POLL, What.RESULT, What.STATUS, What.TUNNEL})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which agents to run. Profiles are dealt round the herd; agents start evenly spread over `spread_s` seconds.
+
+    An agent whose process exits is started again after `restart_s`, as Kubernetes does it at first.
+    """
+
+    url: str
+    agents: int
+    profiles: tuple[Profile, ...]
+    token: str = field(repr=False)
+    prefix: str = "fleet"
+    spread_s: float = 0
+    restart_s: float = 10
+
+
+class Tally:
+    """What happened to a herd, by kind of call and outcome."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[What, Outcome]] = Counter()
+        self.took_s: defaultdict[What, array[float]] = defaultdict(lambda: array("d"))
+        self.alive: set[str] = set()
+        self._failing: dict[tuple[str, What], str] = {}
+        self._spoilt: dict[str, str] = {}
+
+    def record(self, event: Event) -> None:
+        """Count an event."""
+        self.counts[event.what, event.outcome] += 1
+        key = (event.agent_id, event.what)
+        if event.outcome is Outcome.OK:
+            self._failing.pop(key, None)
+            if event.what is not What.COMMAND:
+                self.took_s[event.what].append(event.at_s - event.started_s)
+            if event.what in (What.REGISTER, What.HEARTBEAT):
+                self.alive.add(event.agent_id)
+            return
+        reason = f"{event.what.value}: {event.detail or f'status {event.status}'}"
+        if event.outcome is Outcome.UNDECODABLE:
+            self._spoilt.setdefault(event.agent_id, reason)
+        if event.what in _VITAL:
+            self._failing[key] = reason
+
+    def failing(self) -> dict[str, str]:
+        """Agents that are not well, by id, each with a reason.
+
+        A reply that an agent could not decode counts for ever; other failures until the same call succeeds again.
+        """
+        return {agent_id: reason for (agent_id, _), reason in self._failing.items()} | self._spoilt
+
+
+class Herd:
+    """The agents of a plan."""
+
+    def __init__(self, plan: Plan, clock: Clock, listeners: tuple[Callable[[Event], None], ...]) -> None:
+        """Every event of every agent goes to each of `listeners`."""
+        self._plan = plan
+
+        def on_event(event: Event) -> None:
+            for listener in listeners:
+                listener(event)
+
+        callbacks = Callbacks(event=on_event)
+        self.agents = [self._agent(number, clock, callbacks) for number in range(plan.agents)]
+
+    def _agent(self, number: int, clock: Clock, callbacks: Callbacks) -> LegacyAgent:
+        plan = self._plan
+        name = f"{plan.prefix}-{number + 1}"
+        profile = plan.profiles[number % len(plan.profiles)]
+        who = Identity(agent_id=f"agent-{name}", cluster_name=name, token=plan.token)
+        return LegacyAgent(plan.url, who, profile, clock, callbacks)
+
+    @property
+    def connections_opened(self) -> int:
+        """TCP connections that all agents opened."""
+        return sum(agent.connections_opened for agent in self.agents)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run all agents until `stop` is set; then every one dies at once, calls under way included."""
+        plan = self._plan
+        async with asyncio.TaskGroup() as group:
+            lives = [
+                group.create_task(self._live(agent, plan.spread_s * number / plan.agents))
+                for number, agent in enumerate(self.agents)
+            ]
+            await stop.wait()
+            for life in lives:
+                life.cancel()
+
+    async def _live(self, agent: LegacyAgent, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        while True:
+            await agent.run()
+            await asyncio.sleep(self._plan.restart_s)
