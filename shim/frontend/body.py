@@ -1,0 +1,83 @@
+"""Request bodies: bounded in size, also after inflation, and in time; decoded from JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from aiohttp import hdrs, web
+from aiohttp.http import HttpVersion11
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestPayloadError
+
+from shim.errors import AgentError
+
+_decode = msgspec.json.Decoder().decode
+
+
+class BodyRefused(AgentError):
+    """The rest of the body is not wanted: the connection ends with the reply.
+
+    `linger`: what the agent still sends is read and thrown away for a moment, so that it gets to see the reply.
+    """
+
+    def __init__(self, status: int, message: str, *, linger: bool) -> None:
+        super().__init__(status, message)
+        self.linger = linger
+
+
+async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float) -> bytes:
+    """Read the whole body. Raises `BodyRefused` (408, 413, 417 or 400 for what is not chunked or gzipped properly)."""
+    payload = request.content
+    if not payload.is_eof():
+        _check_announcement(request, limit_bytes)
+    try:
+        if payload.is_eof():
+            return _bounded(payload.read_nowait(), limit_bytes)
+        async with asyncio.timeout(timeout_s):
+            parts, size = [], 0
+            while part := await payload.readany():
+                size += len(part)
+                if size > limit_bytes:
+                    raise _too_large(linger=False)
+                parts.append(part)
+        return b"".join(parts)
+    except TimeoutError:
+        raise BodyRefused(408, "the body did not arrive in time", linger=False) from None
+    except (HttpProcessingError, RequestPayloadError):
+        raise BodyRefused(400, "the body cannot be read", linger=False) from None
+
+
+def decode_body(data: bytes) -> Any:
+    """The JSON value of a body, `None` if it is empty. Raises `AgentError` 400."""
+    if not data:
+        return None
+    try:
+        return _decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise AgentError(400, "the body is not valid JSON") from None
+
+
+def _check_announcement(request: web.BaseRequest, limit_bytes: int) -> None:
+    """Refuse by the headers what would be refused later, and let a waiting agent send the rest."""
+    length = request.content_length
+    if length is not None and length > limit_bytes:
+        raise _too_large(linger=True)
+    expectation = request.headers.get(hdrs.EXPECT)
+    if expectation is None or request.version < HttpVersion11:
+        return
+    if expectation.lower() != "100-continue":
+        raise BodyRefused(417, "the expectation cannot be met", linger=True)
+    if request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def _bounded(data: bytes, limit_bytes: int) -> bytes:
+    if len(data) > limit_bytes:
+        raise _too_large(linger=False)
+    return data
+
+
+def _too_large(*, linger: bool) -> BodyRefused:
+    return BodyRefused(413, "the body is too large", linger=linger)

@@ -1,0 +1,266 @@
+"""One agent's TCP connection: arrival times, slow heads, and the evidence of delivery that its end gives."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import RequestHandler
+
+from shim.frontend import kernel
+from shim.frontend.replies import SENT_CLOSE, Replies
+from shim.metrics import Metrics
+from shim.ports import Client, Switchboard
+from shim.settings import Listen
+
+FAREWELL_S = 2.0
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """What all connections of one frontend share."""
+
+    listen: Listen
+    switchboard: Switchboard
+    metrics: Metrics
+    replies: Replies
+
+
+class ConnectionServer(web.Server):
+    """aiohttp's server with connections of our own kind."""
+
+    def __init__(self, handler: Handler, house: House, **options: Any) -> None:
+        # aiohttp's default keeps a handler running after its agent has left: a held poll would swallow a command
+        super().__init__(handler, handler_cancellation=True, **options)
+        self.open_connections = 0
+        self._house = house
+        self._numbers = itertools.count(1)
+
+    def __call__(self) -> Connection:
+        return Connection(self, self._house, next(self._numbers), self._kwargs)
+
+
+class Connection(RequestHandler):
+    """aiohttp's protocol for one connection, with what it does not tell. `client` is who called last."""
+
+    __slots__ = (
+        "_aborted",
+        "_acknowledged",
+        "_answered",
+        "_arrivals_s",
+        "_body",
+        "_had_lease",
+        "_head_since_s",
+        "_head_timer",
+        "_house",
+        "_lease_open",
+        "_owner",
+        "_pipelined",
+        "_refused",
+        "_tls",
+        "_wire",
+        "authorization",
+        "client",
+        "number",
+    )
+
+    def __init__(self, server: ConnectionServer, house: House, number: int, options: dict[str, Any]) -> None:
+        super().__init__(server, loop=asyncio.get_running_loop(), **options)
+        self.number = number
+        self.client: Client | None = None
+        self.authorization: str | None = None
+        self._owner = server
+        self._house = house
+        self._wire: asyncio.Transport | None = None  # aiohttp forgets its `transport` before the end
+        self._tls = False
+        self._refused = False
+        self._arrivals_s: list[float] = []
+        self._head_since_s: float | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._body: StreamReader | None = None
+        self._answered = 0
+        self._pipelined = False
+        self._lease_open = False
+        self._had_lease = False
+        self._acknowledged = False
+        self._aborted = False
+
+    # --- the life of the connection ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._wire = wire = cast("asyncio.Transport", transport)
+        self._tls = wire.get_extra_info("sslcontext") is not None
+        self._owner.open_connections += 1
+        self._house.metrics.connections.inc()
+        if self._owner.open_connections > self._house.listen.max_connections:
+            self._refused = True
+            self._house.metrics.bad_requests.labels("connections").inc()
+            wire.write(self._house.replies.error(503, "too many connections"))
+            wire.close()
+            return
+        # Writing pauses when the kernel does not take a reply whole, so that "written" means handed to the kernel.
+        # asyncio's TLS compares with >=, and 0 would pause it for ever.
+        wire.set_write_buffer_limits(high=1 if self._tls else 0, low=0)
+        super().connection_made(transport)
+
+    def eof_received(self) -> None:
+        self._note_acknowledgement()  # with TLS the socket is closed before `connection_lost` comes
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._owner.open_connections -= 1
+        self._house.metrics.connections.dec()
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        if self._refused:
+            return
+        if not self._tls:
+            self._note_acknowledgement()
+        super().connection_lost(exc)
+        if self._had_lease:
+            self._house.switchboard.connection_closed(self.number, exc is None and self._acknowledged)
+
+    def force_close(self) -> None:
+        self._note_acknowledgement()
+        super().force_close()
+
+    def abort(self) -> None:
+        """Drop the connection with everything unsent."""
+        self._aborted = True
+        if self._wire is not None:
+            self._wire.abort()
+
+    def _note_acknowledgement(self) -> None:
+        if self._had_lease and not self._acknowledged and not self._aborted and self._wire is not None:
+            self._acknowledged = kernel.acknowledged(self._wire)
+
+    def now_s(self) -> float:
+        """The event loop's time."""
+        return self._loop.time()
+
+    # --- requests ---
+
+    @property
+    def closing(self) -> bool:
+        """True when the next reply is the last."""
+        return self._close or self._force_close
+
+    def data_received(self, data: bytes) -> None:
+        if self.closing:
+            return
+        now_s = self._loop.time()
+        before = self._request_count
+        in_body = self._body is not None and not self._body.is_eof()
+        # RFC 9112 §2.2: an empty line before a request is not its beginning
+        if data and not in_body and self._head_since_s is None and data != b"\r\n":
+            self._head_since_s = now_s
+            # A request sent before the last one was answered is no sign that its sender has read anything.
+            self._pipelined = self._pipelined or before > self._answered
+        super().data_received(data)
+        arrived = self._request_count - before
+        if arrived:
+            self._heads_complete(arrived, now_s)
+        elif self._head_since_s is not None and self._head_timer is None:
+            timeout_s = self._house.listen.header_timeout_s
+            self._head_timer = self._loop.call_later(timeout_s, self._head_too_slow)
+
+    def _heads_complete(self, arrived: int, now_s: float) -> None:
+        self._arrivals_s.append(now_s if self._head_since_s is None else self._head_since_s)
+        self._arrivals_s.extend([now_s] * (arrived - 1))
+        self._head_since_s = None
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        self._body = self._messages[-1][1]
+        self._pipelined = self._pipelined or self._request_count - self._answered > 1
+
+    def _head_too_slow(self) -> None:
+        self._head_timer = None
+        self._house.metrics.bad_requests.labels("head").inc()
+        if self._request_count > self._answered:
+            self.close()  # an earlier request is being served and gets its answer
+            return
+        if self._wire is not None:
+            self._wire.write(self._house.replies.error(408, "the request did not arrive in time"))
+        self.force_close()
+
+    def begin_request(self) -> float:
+        """Called once by the handler of each request; returns the loop time of its first byte."""
+        if self._lease_open and not self._pipelined:
+            self._lease_open = False
+            self._house.switchboard.next_request(self.number)
+        return self._arrivals_s.pop(0) if self._arrivals_s else self._loop.time()
+
+    # --- replies ---
+
+    def can_write(self, *, for_commands: bool) -> bool:
+        """False when the agent is known to have hung up; for a reply with commands the kernel is asked, too."""
+        wire = self._wire
+        if wire is None or wire.is_closing() or self.transport is None:
+            return False
+        return not (for_commands and kernel.hung_up(wire))
+
+    async def write(self, response: bytes, timeout_s: float) -> bool:
+        """Hand a whole response to the kernel. False: it could not be, and the connection is as good as gone."""
+        wire = self._wire
+        if wire is None:
+            return False
+        wire.write(response)
+        if self.writing_paused:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._drain_helper()
+            except TimeoutError:
+                self.abort()
+            except ConnectionError:
+                return False
+        self._answered += 1
+        return not wire.is_closing()
+
+    def lease_written(self) -> None:
+        """The response that was just written offers commands: how the connection goes on is evidence."""
+        self._lease_open = self._had_lease = True
+
+    async def part(self) -> None:
+        """After a last reply with commands: wait a moment for the agent to close, which tells that it has read it."""
+        wire = self._wire
+        if wire is None or wire.is_closing():
+            return
+        if wire.can_write_eof():
+            wire.write_eof()
+        await asyncio.sleep(FAREWELL_S)  # cut short: when the agent closes, aiohttp cancels the handler
+
+    def dismiss(self, *, linger: bool) -> None:
+        """Say whether aiohttp shall read and throw away what is left of a body before it closes the connection."""
+        if not linger:
+            self._lingering_time = 0.0
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what the HTTP parser refused: aiohttp would answer in text and echo the input, also to the log."""
+        if not isinstance(exc, HttpProcessingError):
+            self._house.metrics.internal_errors.labels("frontend").inc()
+            logger.error("a handler failed after its reply", exc_info=exc)
+            return SENT_CLOSE
+        self._house.metrics.bad_requests.labels("http").inc()
+        logger.debug("a malformed request: %s", type(exc).__name__)
+        too_long = isinstance(exc, LineTooLong)
+        text = "a line of the request is too long" if too_long else "malformed request"
+        if self._wire is not None and not self._wire.is_closing():
+            self._wire.write(self._house.replies.error(431 if too_long else 400, text))
+        return SENT_CLOSE

@@ -1,0 +1,95 @@
+"""Legacy replies as bytes: whole responses are written at once, without the cost of a response object."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.helpers import rfc822_formatted_time
+
+StaticHeaders = Callable[[], Mapping[str, str]]
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:@/+=\-]{1,128}", re.ASCII)
+_UNFIT = re.compile(r"[^\t\x20-\x7e]+")
+_NO_HEADERS: Mapping[str, str] = {}
+
+encode_body: Callable[[Any], bytes] = msgspec.json.Encoder().encode
+
+
+def no_static_headers() -> Mapping[str, str]:
+    """The default of `Frontend`'s `static_headers`."""
+    return _NO_HEADERS
+
+
+class Sent(web.StreamResponse):
+    """What a handler returns to aiohttp when it has written the response itself; two of them serve everybody."""
+
+    def __init__(self, keep: bool) -> None:
+        super().__init__()
+        self._keep = keep
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._keep
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return None
+
+
+SENT_KEEP = Sent(keep=True)
+SENT_CLOSE = Sent(keep=False)
+
+
+class Replies:
+    """Builds responses. `static_headers` returns the same mapping object until its content changes."""
+
+    def __init__(self, static_headers: StaticHeaders = no_static_headers) -> None:
+        self._static_headers = static_headers
+        self._seen: Mapping[str, str] = _NO_HEADERS
+        self._heads: dict[tuple[int, bool], str] = {}
+        self._prefix = secrets.token_hex(4)
+        self._numbers = itertools.count(1)
+
+    def request_id(self, given: str | None) -> str:
+        """The request's own id if it is sane, else a new one."""
+        if given is not None and _SANE_ID.fullmatch(given):
+            return given
+        return f"{self._prefix}-{next(self._numbers):x}"
+
+    def response(
+        self, status: int, body: bytes | None, request_id: str, more: str, *, head_only: bool = False
+    ) -> bytes:
+        """A whole response. `more` holds further header lines, each with its CRLF; `None` is no body at all."""
+        static = self._static_headers()
+        if static is not self._seen:
+            self._seen = static
+            self._heads.clear()
+        head = self._heads.get((status, body is None))
+        if head is None:
+            head = self._heads[status, body is None] = self._head(status, body is None)
+        length = "" if body is None else f"{len(body)}\r\n"
+        text = f"{head}{length}Date: {rfc822_formatted_time()}\r\nX-Request-Id: {request_id}\r\n{more}\r\n"
+        return text.encode("ascii") if body is None or head_only else text.encode("ascii") + body
+
+    def error(self, status: int, text: str, request_id: str | None = None) -> bytes:
+        """A response for what never becomes a call; the connection closes after it."""
+        body = encode_body({"success": False, "error": text})
+        return self.response(status, body, self.request_id(request_id), "Connection: close\r\n")
+
+    def _head(self, status: int, empty: bool) -> str:
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+        lines += (f"{_UNFIT.sub('', name)}: {_UNFIT.sub('', value)}" for name, value in self._seen.items())
+        if empty:
+            # RFC 9110 §8.6: a 204 has no Content-Length
+            return "\r\n".join([*lines, ""] if status == 204 else [*lines, "Content-Length: 0", ""])
+        return "\r\n".join([*lines, "Content-Type: application/json", "Content-Length: "])
