@@ -10,8 +10,8 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import click
 
@@ -24,25 +24,29 @@ EXIT_STORE_VERSION = 78
 
 _OPTIONAL = {"rich": "tools", "ruamel": "tools", "nats": "nats"}
 
-# Modules of `shim.tools` whose click command is named `command`, with the help that is shown without importing them.
+# Modules that hold a click command named `command`, with the help that is shown without importing them.
 _TOOLS = {
-    "controller": "A development controller: the vendor's WebSocket API with fault scripts.",
-    "demo": "Controller, shim and one legacy agent in this terminal, step by step.",
-    "fleet": "Simulated legacy agents of every dialect, with a latency report.",
+    "controller": ("shim.tools.controller", "A development controller: the vendor's WebSocket API with fault scripts."),
+    "demo": ("shim.tools.demo", "Controller, shim and one legacy agent in this terminal, step by step."),
+    "fleet": ("shim.tools.fleet", "Simulated legacy agents of every dialect, with a latency report."),
 }
 
 
-class _Commands(click.Group):
-    """A group that knows the tools by name and imports one when it is called."""
+class LazyGroup(click.Group):
+    """A group that imports the module of a subcommand when it is called; `modules` maps names to (module, help)."""
+
+    def __init__(self, *args: Any, modules: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._modules = modules
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *_TOOLS])
+        return sorted([*super().list_commands(ctx), *self._modules])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _TOOLS:
+        if cmd_name not in self._modules:
             return super().get_command(ctx, cmd_name)
         try:
-            command: click.Command = importlib.import_module(f"shim.tools.{cmd_name}").command
+            command: click.Command = importlib.import_module(self._modules[cmd_name][0]).command
         except ModuleNotFoundError as exc:
             extra = _OPTIONAL.get((exc.name or "").partition(".")[0])
             if extra is None:
@@ -52,15 +56,16 @@ class _Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         own = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
+        lazy = {name: text for name, (_, text) in self._modules.items()}
         with formatter.section("Commands"):
-            formatter.write_dl(sorted({**own, **_TOOLS}.items()))
+            formatter.write_dl(sorted({**own, **lazy}.items()))
 
 
 _config = click.option("--config", metavar="FILE", help="The YAML file; without it, defaults and environment.")
 _sets = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Overrides file and environment.")
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, modules=_TOOLS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Serve an agent's legacy HTTP API on localhost and speak the vendor's WebSocket API for it."""

@@ -1,0 +1,211 @@
+"""Lines that tools and people can read, and that show no secret whatever is logged."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from shim import logs
+from shim.logs import Redaction
+
+
+class Output(io.StringIO):
+    """A stream that may claim to be a terminal."""
+
+    def __init__(self, tty: bool = False) -> None:
+        super().__init__()
+        self._tty = tty
+
+    def isatty(self) -> bool:
+        return self._tty
+
+    def entries(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.getvalue().splitlines()]
+
+
+@pytest.fixture
+def out() -> Output:
+    return Output()
+
+
+@pytest.fixture
+def json_logs(out: Output) -> Iterator[logs.Logs]:
+    made = logs.setup("info", "json", stream=out)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def console_logs(out: Output) -> Iterator[logs.Logs]:
+    made = logs.setup("info", "console", stream=out)
+    yield made
+    made.close()
+
+
+def test_a_line_is_a_json_object_with_the_fields(json_logs: logs.Logs, out: Output) -> None:
+    logs.get("shim.link").info("link_state", state="online", attempts=3, delay_s=0.5, up=True, reason=None)
+    (entry,) = out.entries()
+    assert entry.pop("time").endswith("Z")
+    assert entry == {
+        "level": "info",
+        "logger": "shim.link",
+        "event": "link_state",
+        "state": "online",
+        "attempts": 3,
+        "delay_s": 0.5,
+        "up": True,
+        "reason": None,
+    }
+
+
+def test_fields_never_replace_our_own_keys(json_logs: logs.Logs, out: Output) -> None:
+    logs.get("shim.x").warning("seen", event="other", level=3, time=1)
+    (entry,) = out.entries()
+    assert (entry["event"], entry["event_"], entry["level"], entry["level_"]) == ("seen", "other", "warning", 3)
+
+
+def test_odd_values_are_written_as_text(json_logs: logs.Logs, out: Output) -> None:
+    logs.get("shim.x").error("odd", error=ValueError("no"), items={1, 2}, inf=float("inf"), deep={3: (b"x",)})
+    (entry,) = out.entries()
+    assert entry["error"] == "no"
+    assert sorted(entry["items"]) == [1, 2]
+    assert (entry["inf"], entry["deep"]) == ("inf", {"3": ["b'x'"]})
+
+
+def test_a_line_break_in_a_value_makes_no_second_line(json_logs: logs.Logs, out: Output) -> None:
+    logs.get("shim.x").info("forged", name='a\n{"level":"error"}')
+    assert len(out.getvalue().splitlines()) == 1
+
+
+def test_exceptions_carry_their_traceback(json_logs: logs.Logs, out: Output) -> None:
+    try:
+        raise ValueError("sent with Bearer hunter2")
+    except ValueError:
+        logs.get("shim.x").exception("failed", part="reader")
+    (entry,) = out.entries()
+    assert (entry["level"], entry["part"]) == ("error", "reader")
+    assert "ValueError: sent with Bearer ***" in entry["exception"]
+
+
+def test_the_level_changes_at_run_time(json_logs: logs.Logs, out: Output) -> None:
+    log = logs.get("shim.x")
+    log.debug("one")
+    json_logs.set_level("debug")
+    log.debug("two")
+    json_logs.set_level("error")
+    log.warning("three")
+    assert [entry["event"] for entry in out.entries()] == ["two"]
+
+
+def test_other_libraries_are_heard_from_warnings_upwards(json_logs: logs.Logs, out: Output) -> None:
+    json_logs.set_level("debug")
+    other = logging.getLogger("aiohttp.server")
+    other.info("access %s", "log")
+    other.warning("careful with token=%s", "hunter2")
+    assert [(entry["logger"], entry["event"]) for entry in out.entries()] == [
+        ("aiohttp.server", "careful with token=***")
+    ]
+
+
+def test_closed_logs_write_nothing(json_logs: logs.Logs, out: Output) -> None:
+    json_logs.close()
+    json_logs.close()
+    logs.get("shim.x").info("unheard")
+    assert out.getvalue() == ""
+
+
+def test_a_broken_stream_is_survived_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(Output):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    made = logs.setup("info", "json", stream=Broken())
+    logs.get("shim.x").info("lost", password="hunter2")
+    made.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_stderr_is_where_logs_go_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    made = logs.setup("info", "json")
+    logs.get("shim.x").info("here")
+    made.close()
+    shown = capsys.readouterr()
+    assert (json.loads(shown.err)["event"], shown.out) == ("here", "")
+
+
+def test_known_secrets_are_masked_wherever_they_are(json_logs: logs.Logs, out: Output) -> None:
+    json_logs.redaction.add('hun"ter\\2')
+    logs.get("shim.x").info('at hun"ter\\2', a='x hun"ter\\2 y', b=[{'hun"ter\\2': ('hun"ter\\2',)}])
+    assert "ter" not in out.getvalue()
+    (entry,) = out.entries()
+    assert (entry["event"], entry["a"], entry["b"]) == ("at ***", "x *** y", [{"***": ["***"]}])
+
+
+@pytest.mark.parametrize(
+    "text,masked",
+    [
+        ("wss://h/ws?token=abc.def-1&x=1", "wss://h/ws?token=***&x=1"),
+        ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
+        ("'bearer   abc', more", "'bearer   ***', more"),
+        ("access_token=abc", "access_token=***"),
+        ("client_secret=abc;PASSWORD=def", "client_secret=***;PASSWORD=***"),
+        ("the token is refused", "the token is refused"),
+    ],
+)
+def test_what_usually_carries_a_secret_is_masked(text: str, masked: str) -> None:
+    assert Redaction().text(text) == masked
+
+
+@pytest.mark.parametrize("name", ["token", "k8s_service_token", "Authorization", "proxy_password", "client_secret"])
+def test_fields_named_like_secrets_are_masked(name: str) -> None:
+    assert Redaction().value({name: "abc", "n": {name: ["abc"]}}) == {name: "***", "n": {name: "***"}}
+
+
+def test_secrets_come_and_go() -> None:
+    redaction = Redaction(["first", "first-and-more"])
+    assert redaction.text("first-and-more first") == "*** ***"
+    redaction.discard("first")
+    redaction.discard("unknown")
+    assert redaction.text("first-and-more first") == "*** first"
+    redaction.discard("first-and-more")
+    assert redaction.text("first-and-more") == "first-and-more"
+
+
+def test_a_secret_too_short_to_mask_garbles_nothing() -> None:
+    assert Redaction(["", "abc"]).text("abc") == "abc"
+
+
+def test_console_lines_are_readable(console_logs: logs.Logs, out: Output) -> None:
+    logs.get("shim.x").warning("link_lost", link="default", detail="timed out", failures=2, ids=["a"])
+    time, rest = out.getvalue().split(" ", 1)
+    assert len(time) == len("21:56:41.123")
+    assert rest == 'WARNING link_lost link=default detail="timed out" failures=2 ids=["a"]\n'
+
+
+def test_console_lines_cannot_be_forged(console_logs: logs.Logs, out: Output) -> None:
+    logs.get("shim.x").info("a\x1b[2J", name="x\n21:00 ERROR forged \x1b[31m")
+    assert out.getvalue().count("\n") == 1
+    assert "\x1b" not in out.getvalue()
+
+
+def test_console_tracebacks_stand_on_their_own_lines(console_logs: logs.Logs, out: Output) -> None:
+    try:
+        raise ValueError("a\x1b")
+    except ValueError:
+        logs.get("shim.x").exception("failed")
+    lines = out.getvalue().splitlines()
+    assert lines[0].endswith("ERROR   failed")
+    assert lines[-1] == "    ValueError: a\\u001b"
+
+
+def test_colour_is_for_terminals() -> None:
+    out = Output(tty=True)
+    made = logs.setup("info", "console", stream=out)
+    logs.get("shim.x").error("red")
+    made.close()
+    assert "\x1b[31mERROR  \x1b[0m red" in out.getvalue()
