@@ -1,4 +1,4 @@
-"""Composition root: builds everything, owns the one TaskGroup, handles signals, and undoes the start list in reverse."""
+"""Composition root: builds everything, owns the one TaskGroup, handles signals, undoes the start list in reverse."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shim.settings import Settings
 from shim.store import open_store
 from shim.upstream import AiohttpUpstream
 
-log = logs.get("shim.app")
+log = logs.get(__name__)
 
 EXIT_OK = 0
 EXIT_CONFIG = 2
@@ -86,9 +86,11 @@ class App:
         self._undo: list[Undo] = []
         self._metrics = Metrics(CollectorRegistry())
         self._seen: dict[str, object] = {}
+        self._token = ""
 
     async def run(self) -> int:
         """Start, serve until a stop is requested, stop. Returns the exit code."""
+        code = EXIT_OK
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 try:
@@ -97,13 +99,12 @@ class App:
                 finally:
                     await self._stop()
         except* StoreVersionError as group:
-            log.error("store_version", error=str(group.exceptions[0]))
-            return EXIT_STORE_VERSION
-        except* Exception as group:
-            log.error("stopped_by_fault", error="; ".join(_describe(exc) for exc in group.exceptions))
-            log.debug("fault", exc_info=group)
-            return EXIT_INTERNAL
-        return EXIT_OK
+            code = EXIT_STORE_VERSION
+            log.error("store_version", error=_describe(group))
+        except* Exception as group:  # noqa: BLE001 - the one place where a fault ends the process
+            code = EXIT_INTERNAL
+            log.error("stopped_by_fault", error=_describe(group))
+        return code
 
     def spawn(self, name: str, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
         """Run a coroutine as a task that this process owns; while it stops, the coroutine is closed instead."""
@@ -143,7 +144,8 @@ class App:
         self._undo.append(admin.stop)
         bridge.start(loaded)
         self._undo.append(self._stop_bridge)
-        frontend = Frontend(settings.listen, bridge, dialects.load(), self._metrics)
+        token = None if settings.upstream.own_tokens else self._token_for_agents
+        frontend = Frontend(settings.listen, bridge, dialects.load(), self._metrics, token=token)
         host, port = await frontend.start()
         self.addresses["listen"] = f"{host}:{port}"
         self._undo.append(frontend.stop)
@@ -174,8 +176,7 @@ class App:
         """Undo the start list in reverse. Held polls are answered first: their agents must not wait for a drain."""
         self.stop_requested.set()
         if self.bridge is not None:
-            self.bridge.stopping = True
-            self.bridge.delivery.end_all()
+            self.bridge.quiesce()
         for undo in reversed(self._undo):
             try:
                 async with asyncio.timeout(STOP_S):
@@ -194,9 +195,13 @@ class App:
     # --- configuration that changes -----------------------------------------------------------------------------------
 
     def _read_token(self) -> str:
-        token = config.read_token(self.settings)
+        token = self._token = config.read_token(self.settings)
         self._logging.redaction.add(token)
         return token
+
+    def _token_for_agents(self) -> str:
+        """What an agent's Bearer must equal where that is asked; read once, and again when it changes."""
+        return self._token or self._read_token()
 
     async def _watch(self) -> None:
         """Notice a changed configuration or token file, Kubernetes' symlink swap included."""
@@ -210,6 +215,7 @@ class App:
                 self.reload()
             if "token" in changed and self.bridge is not None:
                 log.info("token_changed")
+                self._token = ""
                 self.bridge.links.token_changed()
 
     def _changed(self) -> set[str]:
@@ -219,7 +225,7 @@ class App:
             if not path:
                 continue
             try:
-                found = os.stat(path)
+                found = Path(path).stat()
                 mark: object = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
             except OSError:
                 mark = None
@@ -245,6 +251,7 @@ class App:
         if self.bridge is not None:
             self.bridge.ctx.settings = self.settings
             if old.upstream != self.settings.upstream:
+                self._token = ""
                 self.bridge.links.token_changed()
         ignored = needs_restart(self.settings, fresh)
         log.info("config_reloaded", needs_restart=ignored)

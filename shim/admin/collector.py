@@ -50,7 +50,7 @@ class BridgeCollector:
     def _queues(self) -> Iterator[Metric]:
         states: Counter[str] = Counter()
         size_bytes = 0
-        for _, queue in self._bridge.delivery.queues():
+        for queue in self._bridge.queues.values():
             size_bytes += queue.size_bytes
             states.update(live.state.value for live in queue.all())
         family = GaugeMetricFamily(

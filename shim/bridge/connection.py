@@ -6,14 +6,14 @@ from collections import deque
 from typing import Any, NamedTuple, Protocol
 
 from shim.bridge.context import Context
-from shim.core.timestamps import rfc3339
 from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, Verdict
 from shim.core.records import SessionKey
+from shim.core.timestamps import rfc3339
 from shim.logs import get
 from shim.messages import Message
 from shim.ports import Socket, Timer
 
-log = get("link")
+log = get(__name__)
 
 KNOWN_TYPES = frozenset(
     {

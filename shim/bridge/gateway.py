@@ -18,7 +18,7 @@ from shim.logs import get
 from shim.messages import Message
 from shim.ports import DialFailure, DialSpec, Socket
 
-log = get("gateway")
+log = get(__name__)
 
 
 class Leg:
@@ -108,7 +108,7 @@ class Gateways:
         if scheme in ("ws", "http") and not is_loopback(host) and not upstream.allow_insecure:
             return False
         if upstream.gateway_hosts:
-            return any(host == h or h.startswith("*.") and host.endswith(h[1:]) for h in upstream.gateway_hosts)
+            return any(host == h or (h.startswith("*.") and host.endswith(h[1:])) for h in upstream.gateway_hosts)
         return same_registrable_domain(host, host_of(upstream.url))
 
     def _dial(self, leg: Leg) -> None:

@@ -1,4 +1,4 @@
-"""What the controller says, sorted (protocol.md §2): one method per message type, everything else counted and survived."""
+"""What the controller says (protocol.md §2): one method per message type, everything else counted and survived."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 from shim.bridge.connection import Connection
 from shim.bridge.context import Context
-from shim.bridge.delivery import Delivery
+from shim.bridge.intake import Intake
 from shim.bridge.outbox import Outbox
 from shim.bridge.registrations import Job, Registrations
 from shim.bridge.roster import Roster
+from shim.bridge.routes import LINK_KIND
 from shim.core.normalise import Malformed, normalise
 from shim.core.records import SessionKey
 from shim.core.refusals import LEFTOVER_TYPES, REFUSED_TYPES, refuse
@@ -20,11 +21,9 @@ from shim.core.timestamps import rfc3339
 from shim.logs import get
 from shim.messages import Message
 
-log = get("inbound")
+log = get(__name__)
 
 MAX_UNKNOWN_TYPES = 64
-LINK_KIND = "link"
-"""The kind of a `SessionKey` that stands for a link itself: where rejections without a session are filed."""
 
 
 class Source(Protocol):
@@ -52,12 +51,12 @@ class Inbound:
     """Handles messages. Nothing here waits: what takes time is handed over."""
 
     def __init__(
-        self, ctx: Context, registrations: Registrations, roster: Roster, delivery: Delivery, outbox: Outbox
+        self, ctx: Context, registrations: Registrations, roster: Roster, intake: Intake, outbox: Outbox
     ) -> None:
         self._ctx = ctx
         self._registrations = registrations
         self._roster = roster
-        self._delivery = delivery
+        self._intake = intake
         self._outbox = outbox
         self._unknown: set[str] = set()
         self._handlers: dict[str, Callable[[Connection, Message, Source], None]] = {
@@ -136,7 +135,7 @@ class Inbound:
             def acked() -> None:
                 connection.send("command_ack", {"command_id": command.id}, message.request_id)
 
-        self._delivery.arrive(session, command, message.request_id, acked)
+        self._intake.arrive(session, command, message.request_id, acked)
 
     def _target(self, source: Source, payload: dict[str, Any]) -> Session | str:
         """The session that a message means, or the code that says why there is none (protocol.md §3, target)."""

@@ -1,4 +1,4 @@
-"""Upstream links at run time: performs what `core.link` decides, one runner per token or per session (protocol.md §2)."""
+"""Upstream links at run time: performs what `core.link` decides, one runner per token or session (protocol.md §2)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Protocol
 
 from shim.bridge.connection import Connection
 from shim.bridge.context import Context
-from shim.core import link as l
+from shim.core import link_events as ev
 from shim.core.backoff import Backoff
+from shim.core.link import Link, LinkPolicy, LinkState
 from shim.core.liveness import Verdict
 from shim.core.urls import ws_url
 from shim.errors import AgentError, IllegalTransition, ShimError
@@ -17,7 +18,7 @@ from shim.logs import get
 from shim.messages import Message
 from shim.ports import DialFailure, DialSpec, Socket, Timer
 
-log = get("link")
+log = get(__name__)
 
 BUSY_RETRY_AFTER_S = 30
 IDLE_CHECK_S = 5.0
@@ -60,9 +61,7 @@ class LinkRunner:
         self._listener = listener
         self._serials = serials
         upstream = ctx.settings.upstream
-        self.machine = l.Link(
-            l.LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng)
-        )
+        self.machine = Link(LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng))
         self.needed_at = ctx.now
         self.state_since_wall = ctx.clock.wall_s()
         self.lost_at: float | None = None
@@ -74,14 +73,14 @@ class LinkRunner:
         self._arm("idle", IDLE_CHECK_S, self._check_idle)
 
     @property
-    def state(self) -> l.LinkState:
+    def state(self) -> LinkState:
         """Where the link is."""
         return self.machine.state
 
     @property
     def online(self) -> bool:
         """True when everything may go up."""
-        return self.machine.state is l.LinkState.ONLINE
+        return self.machine.state is LinkState.ONLINE
 
     @property
     def up_connection(self) -> Connection | None:
@@ -91,10 +90,10 @@ class LinkRunner:
     def wanted(self) -> None:
         """An agent called."""
         self.needed_at = self._ctx.now
-        if self.machine.state is l.LinkState.IDLE:
-            self.apply(l.Wanted())
+        if self.machine.state is LinkState.IDLE:
+            self.apply(ev.Wanted())
 
-    def apply(self, event: l.LinkEvent) -> None:
+    def apply(self, event: ev.LinkEvent) -> None:
         """Let the machine decide and perform what it says. Never raises: a forbidden event is logged and ignored."""
         before = self.machine.state
         try:
@@ -110,44 +109,44 @@ class LinkRunner:
 
     def replayed(self) -> None:
         """All fresh sessions were told."""
-        if self.machine.state is l.LinkState.REPLAYING:
-            self.apply(l.Replayed())
+        if self.machine.state is LinkState.REPLAYING:
+            self.apply(ev.Replayed())
 
     def stop(self) -> None:
         """Close with 1000 and never dial again."""
         self.cancelled = True
-        self.apply(l.Stop())
+        self.apply(ev.Stop())
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
 
     # --- performing effects -------------------------------------------------------------------------------------------
 
-    def _perform(self, effect: l.LinkEffect) -> None:
+    def _perform(self, effect: ev.LinkEffect) -> None:
         match effect:
-            case l.Dial():
+            case ev.Dial():
                 self._start_dial(effect)
-            case l.CancelDial():
+            case ev.CancelDial():
                 self._dial += 1
-            case l.SetRetry():
-                self._arm("retry", effect.delay_s, lambda: self.apply(l.RetryDue()))
+            case ev.SetRetry():
+                self._arm("retry", effect.delay_s, lambda: self.apply(ev.RetryDue()))
                 log.info("link_retry", link=self.name, delay_s=round(effect.delay_s, 3), failure=self.last_failure)
-            case l.CancelRetry():
+            case ev.CancelRetry():
                 self._disarm("retry")
-            case l.StartReplay():
+            case ev.StartReplay():
                 self._arm("stable", self._ctx.settings.upstream.reconnect.stable_after_s, self._stable)
                 self._listener.link_opened(self)
-            case l.WentOnline():
+            case ev.WentOnline():
                 self._went_online()
-            case l.WentOffline():
+            case ev.WentOffline():
                 self._went_offline()
-            case l.CloseSocket():
+            case ev.CloseSocket():
                 if self.connection is not None:
                     self.connection.close(effect.code)
-            case l.Refusal():
+            case ev.Refusal():
                 self._listener.link_refused(self)
 
-    def _start_dial(self, effect: l.Dial) -> None:
+    def _start_dial(self, effect: ev.Dial) -> None:
         self._dial += 1
         dial = self._dial
         self._dialled_at = self._ctx.now
@@ -170,16 +169,16 @@ class LinkRunner:
             if dial == self._dial:
                 self.last_failure = f"{outcome.reason} {outcome.status}" if outcome.status else outcome.reason
                 log.warning("dial_failed", link=self.name, reason=self.last_failure, detail=outcome.detail)
-                self.apply(l.DialFailed(outcome.status, outcome.retry_after_s))
+                self.apply(ev.DialFailed(outcome.status, outcome.retry_after_s))
             return
-        if dial != self._dial or connection is None or self.machine.state is not l.LinkState.OPENING:
+        if dial != self._dial or connection is None or self.machine.state is not LinkState.OPENING:
             outcome.close(1000)
             return
         self._ctx.metrics.dials.labels("ok").inc()
         self.connection = connection
         self.last_failure = ""
         connection.bind(outcome)
-        self.apply(l.Opened())
+        self.apply(ev.Opened())
 
     def _went_online(self) -> None:
         if self.lost_at is not None:
@@ -196,7 +195,7 @@ class LinkRunner:
 
     def _stable(self) -> None:
         if self.machine.connected:
-            self.apply(l.Stable())
+            self.apply(ev.Stable())
 
     def _check_idle(self) -> None:
         idle_close_s = self._ctx.settings.upstream.idle_close_s
@@ -204,8 +203,8 @@ class LinkRunner:
             self.needed_at = self._ctx.now
         elif idle_close_s and self._ctx.now - self.needed_at >= idle_close_s:
             self.lost_at = None
-            if self.machine.state is not l.LinkState.IDLE:
-                self.apply(l.Unneeded())
+            if self.machine.state is not LinkState.IDLE:
+                self.apply(ev.Unneeded())
         self._arm("idle", IDLE_CHECK_S, self._check_idle)
 
     def _arm(self, name: str, delay_s: float, callback: Callable[[], None]) -> None:
@@ -223,7 +222,7 @@ class LinkRunner:
     def connection_message(self, connection: Connection, message: Message) -> None:
         """Hand a message on; a successful registration is news for the link as well."""
         if message.type == "register_success" and self.machine.connected:
-            self.apply(l.Registered())
+            self.apply(ev.Registered())
         self._listener.connection_message(connection, message, self)
 
     def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
@@ -236,7 +235,7 @@ class LinkRunner:
             self.last_failure = verdict.value
             self._ctx.metrics.disconnects.labels(verdict.value).inc()
             log.warning("link_broken", link=self.name, reason=verdict.value)
-            self.apply(l.Broken())
+            self.apply(ev.Broken())
 
     def connection_closed(self, connection: Connection, by_close_frame: bool, code: int) -> None:
         """The peer or the network ended the connection."""
@@ -246,7 +245,7 @@ class LinkRunner:
         self.last_failure = f"closed {code}" if by_close_frame else "connection lost"
         self._ctx.metrics.disconnects.labels("closed" if by_close_frame else "lost").inc()
         log.warning("link_lost", link=self.name, reason=self.last_failure)
-        self.apply(l.Lost(by_close_frame))
+        self.apply(ev.Lost(by_close_frame))
         if self.machine.contended and not contended:
             log.error(
                 "link_contended",
@@ -293,9 +292,7 @@ class LinkSet:
     def _drop_one(self) -> bool:
         """Make room: forget a link that is idle or that nobody needs any more."""
         for name, runner in self._links.items():
-            if runner.state is l.LinkState.IDLE or (
-                runner.machine.refused and not self._listener.link_needed(runner)
-            ):
+            if runner.state is LinkState.IDLE or (runner.machine.refused and not self._listener.link_needed(runner)):
                 runner.stop()
                 del self._links[name]
                 return True
@@ -304,7 +301,7 @@ class LinkSet:
     def token_changed(self) -> None:
         """The configured token is another one: re-dial at once."""
         for runner in self:
-            runner.apply(l.TokenChanged())
+            runner.apply(ev.TokenChanged())
 
     def stop(self) -> None:
         """Close all."""

@@ -8,13 +8,13 @@ from typing import Any
 
 from shim.bridge.connection import Connection
 from shim.bridge.context import Context
-from shim.core.timestamps import rfc3339
 from shim.core.records import AddTrace, CloseOutbox, OutboxEntry, PutOutbox, ReadOutbox, SessionKey, TraceEntry
 from shim.core.sessions import Session
+from shim.core.timestamps import rfc3339
 from shim.errors import StoreError
 from shim.logs import get
 
-log = get("results")
+log = get(__name__)
 
 PAGE = 32
 WINDOW_BYTES = 8 * 1024 * 1024
@@ -35,10 +35,9 @@ class _OnDisk:
 class Outbox:
     """All unconfirmed `command_result`s. In memory stand only their numbers; what they say is read when it is sent."""
 
-    def __init__(self, ctx: Context, route: Route, closed: Callable[[SessionKey, str], None]) -> None:
+    def __init__(self, ctx: Context, route: Route) -> None:
         self._ctx = ctx
         self._route = route
-        self._closed = closed
         self._entries: dict[int, _OnDisk] = {}
         self._pumping: dict[str, int] = {}  # owner -> last seq read
         self._again: set[str] = set()
@@ -78,9 +77,7 @@ class Outbox:
             if entry.sent_on in self._in_flight:
                 self._in_flight[entry.sent_on] -= entry.size_bytes
         wall = self._ctx.clock.wall_s()
-        traces = [
-            AddTrace(entry.session, (entry.command_id,), TraceEntry(wall, "closed")) for entry in closed.values()
-        ]
+        traces = [AddTrace(entry.session, (entry.command_id,), TraceEntry(wall, "closed")) for entry in closed.values()]
 
         def done(outcome: list[Any] | StoreError) -> None:
             if isinstance(outcome, StoreError):
@@ -90,7 +87,7 @@ class Outbox:
         self._ctx.store.submit([CloseOutbox(tuple(closed), wall), *traces], done)
         for entry in closed.values():
             self._ctx.metrics.commands.labels("closed").inc()
-            self._closed(entry.session, entry.command_id)
+            log.info("result_closed", command=entry.command_id, session=entry.session.ident)
         for owner in list(self._blocked):
             self._blocked.discard(owner)
             self.online(owner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -11,44 +10,35 @@ from shim.bridge.connection import Connection
 from shim.bridge.context import Context
 from shim.bridge.links import LinkRunner
 from shim.bridge.registrations import Registrations
+from shim.bridge.routes import Routes
 from shim.core.calls import Kind
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
 from shim.logs import get
 from shim.ports import Timer
 
-log = get("presence")
+log = get(__name__)
 
 HELD_BEAT_S = 30.0
 STATUS_EVERY_S = 30.0
 
 
 class Presence:
-    """Decides when something is said upstream for a session. `gateway_of` yields its gateway connection, if any."""
+    """Decides when something is said upstream for a session."""
 
     def __init__(
         self,
         ctx: Context,
         registrations: Registrations,
-        runner_of: Callable[[Session], LinkRunner | None],
-        gateway_of: Callable[[SessionKey], Connection | None],
+        routes: Routes,
     ) -> None:
         self._ctx = ctx
         self._registrations = registrations
-        self._runner_of = runner_of
-        self._gateway_of = gateway_of
+        self._routes = routes
         self._held: dict[SessionKey, Timer] = {}
         self._status: dict[SessionKey, dict[str, Any]] = {}
         self._status_at: dict[SessionKey, float] = {}
         self._nameless: set[SessionKey] = set()
-
-    def route(self, session: Session) -> Connection | None:
-        """The connection that carries a session's traffic now."""
-        gateway = self._gateway_of(session.key)
-        if gateway is not None:
-            return gateway
-        runner = self._runner_of(session)
-        return runner.up_connection if runner is not None else None
 
     def identity(self) -> dict[str, Any]:
         """What the configuration says of agents that never registered here; absent fields are left out."""
@@ -59,7 +49,7 @@ class Presence:
 
     def called(self, session: Session, *, force: bool = False) -> None:
         """The agent called (or, with `force`, something changed): a heartbeat goes up if one is due and allowed."""
-        connection = self.route(session)
+        connection = self._routes.connection_of(session)
         if connection is None or not session.fresh(self._ctx.now):
             return
         if session.heartbeat is None and session.poll_at is None:
@@ -75,8 +65,8 @@ class Presence:
         connection.send_heartbeat(session.key, session.heartbeat_payload())
 
     def _told(self, session: Session, connection: Connection) -> bool:
-        """Whether the controller has just been told about the session; else it is told first, where that is possible."""
-        if session.told_on == connection.serial or self._gateway_of(session.key) is connection:
+        """Whether the controller has just been told about the session; else it is told first, where possible."""
+        if session.told_on == connection.serial or self._routes.gateway_of(session.key) is connection:
             return bool(session.upstream_cluster_id)
         adopted = not session.registration
         if adopted and session.key.kind == Kind.CLUSTER.value:
@@ -86,7 +76,7 @@ class Presence:
 
     def introduce(self, session: Session) -> None:
         """Register a session from what is known of it; without a name nothing is sent, and the log says what helps."""
-        runner = self._runner_of(session)
+        runner = self._routes.runner_of(session)
         if runner is None or runner.connection is None or not session.fresh(self._ctx.now):
             return
         payload = session.register_payload(self.identity())
@@ -99,7 +89,7 @@ class Presence:
     def told(self, session: Session, connection: Connection) -> None:
         """The controller knows the session on this connection: its newest heartbeat may follow."""
         session.told_on = connection.serial
-        if self.route(session) is connection:
+        if self._routes.connection_of(session) is connection:
             self.called(session, force=True)
 
     def online(self, runner: LinkRunner, sessions: list[Session]) -> None:
@@ -121,7 +111,7 @@ class Presence:
             self._held[session.key] = self._ctx.timers.call_later(HELD_BEAT_S, lambda: self._held_beat(session))
 
     def hold_ended(self, session: Session) -> None:
-        """The poll is over. Its connection was open until now, also if it was the agent that hung up: that is contact."""
+        """The poll is over. Its connection was open until now, also if the agent hung up: that is contact."""
         session.held -= 1
         if not session.held:
             timer = self._held.pop(session.key, None)
@@ -151,7 +141,7 @@ class Presence:
 
     def _send_status(self, session: Session) -> None:
         body = self._status.pop(session.key, None)
-        connection = self.route(session)
+        connection = self._routes.connection_of(session)
         told = connection is not None and session.told_on == connection.serial
         if body is None or connection is None or not told or not session.fresh(self._ctx.now):
             if body is not None:

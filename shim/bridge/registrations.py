@@ -1,4 +1,4 @@
-"""Registrations on their way up: an agent's own, a replay after a reconnect, one for an adopted agent (protocol.md §1.1, §1.4)."""
+"""Registrations on their way up: an agent's own, a replay, one for an adopted agent (protocol.md §1.1, §1.4)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any, Protocol
 from shim.bridge.connection import Connection
 from shim.bridge.context import Context
 from shim.bridge.links import LinkRunner
-from shim.core import link as l
+from shim.core import link_events as ev
 from shim.core.calls import Failed, Outcome, RegisterCall
+from shim.core.link import LinkState
 from shim.core.replies import conflict_id, error_status, error_text, register_reply
 from shim.core.sessions import Session
 from shim.logs import get
 from shim.messages import Message
 
-log = get("register")
+log = get(__name__)
 
 CACHED_AFTER_S = 5.0
 REPLAY_WINDOW = 32
@@ -90,8 +91,8 @@ class Registrations:
         if ready is not None and self._ctx.now - ready[1] < UNCLAIMED_S:
             return ready[0]
         job = self._join(runner, identity, call)
-        runner.apply(l.Hurry())
-        if runner.machine.refused and runner.state is l.LinkState.WAITING:
+        runner.apply(ev.Hurry())
+        if runner.machine.refused and runner.state is LinkState.WAITING:
             self._leave(job)
             return Failed(401, "the controller refuses the token")
         waiter: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()

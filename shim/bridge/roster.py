@@ -7,23 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 from shim.bridge.context import Context
-from shim.core.calls import HeartbeatCall, Kind, Registered, RegisterCall, Target
+from shim.core.calls import HeartbeatCall, Kind, RegisterCall, Registered, Target
 from shim.core.records import DeleteSession, Loaded, MoveSession, SaveAlias, SaveSession, SaveTunnel, SessionKey
 from shim.core.sessions import Session
 from shim.logs import get
 
-log = get("sessions")
+log = get(__name__)
 
 SAVE_SEEN_EVERY_S = 3600.0
 
 
 class Roster:
-    """Sessions and what is stored of them. `moved` and `ended` tell the queues what became of a session."""
+    """Sessions and what is stored of them. `moved(source, target)` and `ended(key)` are told what became of one."""
 
-    def __init__(self, ctx: Context) -> None:
+    def __init__(
+        self, ctx: Context, moved: Callable[[SessionKey, SessionKey], None], ended: Callable[[SessionKey], None]
+    ) -> None:
         self._ctx = ctx
-        self.moved: Callable[[SessionKey, SessionKey], None] = lambda source, target: None
-        self.ended: Callable[[SessionKey], None] = lambda key: None
+        self._moved = moved
+        self._ended = ended
 
     def load(self, loaded: Loaded) -> None:
         """Take in what the store holds."""
@@ -92,12 +94,18 @@ class Roster:
     # --- registration -------------------------------------------------------------------------------------------------
 
     def register(
-        self, owner: str, call: RegisterCall | None, session: Session | None, payload: dict[str, Any], reply: dict[str, Any]
+        self,
+        owner: str,
+        call: RegisterCall | None,
+        session: Session | None,
+        payload: dict[str, Any],
+        reply: dict[str, Any],
     ) -> Session:
         """The controller accepted a registration: make or update its session and store it."""
         cluster_id = reply["cluster_id"]
         if session is None:
-            assert call is not None
+            if call is None:
+                raise ValueError("a registration is an agent's or a session's")
             session = self._session_for(owner, call, cluster_id)
         session.upstream_cluster_id = cluster_id
         session.registration = {k: v for k, v in payload.items() if k not in ("cluster_id", "k8s_service_token")}
@@ -133,7 +141,7 @@ class Roster:
         pool = self._ctx.sessions if own_tokens else self._ctx.sessions.of_owner(session.key.owner)
         name = session.registration.get("name")
         for other in pool:
-            if other is session or other.key.kind != session.key.kind and other.key.owner != session.key.owner:
+            if other is session or (other.key.kind != session.key.kind and other.key.owner != session.key.owner):
                 continue
             same_owner = other.key.owner == session.key.owner
             same_cluster = other.upstream_cluster_id == session.upstream_cluster_id
@@ -161,7 +169,7 @@ class Roster:
             if successor.tunnel is None:
                 successor.tunnel = session.tunnel
             self._ctx.store.submit([MoveSession(session.key, target)])
-            self.moved(session.key, target)
+            self._moved(session.key, target)
 
     def expire(self) -> None:
         """Delete sessions that were not seen for `sessions.retain_s`; their commands end EXPIRED."""
@@ -170,7 +178,7 @@ class Roster:
         for session in self._ctx.sessions:
             if session.seen_wall < before and not session.fresh(now):
                 log.info("session_forgotten", session=session.key.ident)
-                self.ended(session.key)
+                self._ended(session.key)
                 self._ctx.sessions.remove(session)
                 self._ctx.store.submit([DeleteSession(session.key)])
 

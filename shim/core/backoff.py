@@ -34,7 +34,7 @@ def classify(status: int, retry_after_s: float | None, since_working_s: float | 
     `since_working_s` is the age of the last working link, `None` if there was none: a 404 shortly after one is a
     controller that is being redeployed, not a wrong address.
     """
-    if status == 0 or status == 408:
+    if status in {0, 408}:
         return FailureKind.LOSS
     if retry_after_s is not None:
         return FailureKind.REFUSED
@@ -69,7 +69,7 @@ class Backoff:
     def next_delay_s(self, kind: FailureKind, retry_after_s: float | None = None) -> float:
         """Count one failure and draw the delay before the next dial."""
         cap_s = self._policy.max_s if kind is FailureKind.LOSS else self._policy.refused_max_s
-        bound_s = min(cap_s, self._policy.initial_s * 2 ** min(self._failures, 16))
+        bound_s = min(cap_s, self._policy.initial_s * float(1 << min(self._failures, 16)))
         self._failures += 1
         if retry_after_s is not None:
             floor_s = min(max(retry_after_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)

@@ -12,6 +12,7 @@ from shim.errors import ShimError
 from shim.messages import Message
 
 MAX_ID_BYTES = 256
+MAX_NUMBER = int(1.7976931348623157e308)
 
 _OWN_KEYS = frozenset(
     {
@@ -27,6 +28,9 @@ _OWN_KEYS = frozenset(
         "agent_id",
     }
 )
+
+
+_UNFIT = frozenset("/?#%")
 
 
 class Malformed(ShimError):
@@ -53,6 +57,8 @@ class Normalised:
 def normalise(message: Message, wall: float, ttl_s: float, new_id: Callable[[], str]) -> Normalised:
     """Normalise a command that arrived at `wall`; raises `Malformed`."""
     payload = message.payload
+    if not _fits_go(payload):
+        raise Malformed("a number is beyond what agents can decode", _scalar(payload.get("command_id")))
     command_id = _command_id(payload, message.request_id, new_id)
     kind = _command_type(payload, command_id)
     return Normalised(
@@ -64,6 +70,15 @@ def normalise(message: Message, wall: float, ttl_s: float, new_id: Callable[[], 
         cluster_id=_scalar(payload.get("cluster_id")),
         agent_id=_scalar(payload.get("agent_id")),
     )
+
+
+def _fits_go(value: Any) -> bool:
+    """Whether Go decodes every number in it: one that does not fit a float64 makes an agent drop the whole batch."""
+    if isinstance(value, dict):
+        return all(map(_fits_go, value.values()))
+    if isinstance(value, list):
+        return all(map(_fits_go, value))
+    return not isinstance(value, int) or -MAX_NUMBER <= value <= MAX_NUMBER
 
 
 def _scalar(value: Any) -> str:
@@ -78,8 +93,8 @@ def _command_id(payload: dict[str, Any], request_id: str, new_id: Callable[[], s
         found = _scalar(value)
         if found:
             # Agents put the id into their result's path as it is: what cannot stand there could never be answered.
-            if len(found.encode("utf-8", "replace")) > MAX_ID_BYTES or "/" in found or not found.isprintable():
-                raise Malformed("the command id must be 1-256 printable bytes without '/'")
+            if len(found.encode("utf-8", "replace")) > MAX_ID_BYTES or not found.isprintable() or _UNFIT & set(found):
+                raise Malformed("the command id must be 1-256 printable bytes without any of / ? # %")
             if found in (".", ".."):
                 raise Malformed("the command id must not be a dot segment")
             return found

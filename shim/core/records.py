@@ -150,7 +150,8 @@ class PutResult:
 class ResultOutcome:
     """`entry` is the outbox entry to send, `None` for a repeat. `known` tells whether the command was ours;
 
-    `state` is the command's state before the result."""
+    `state` is the command's state before the result.
+    """
 
     entry: OutboxEntry | None
     known: bool

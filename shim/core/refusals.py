@@ -1,4 +1,4 @@
-"""How the shim refuses what only a WebSocket agent can serve, so that the controller need not wait (wire-facts §3.3)."""
+"""How the shim refuses what only a WebSocket agent can serve: the controller must not wait (wire-facts §3.3)."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ class Session:
         return payload
 
     def register_payload(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """What a `register` for it can say: stored registration, heartbeat fields, `identity`; `None` without a name."""
+        """What a `register` for it says: stored registration, heartbeat fields, `identity`; `None` without a name."""
         payload = {**identity, **self.known, **self.registration}
         if not payload.get("name"):
             return None
@@ -246,7 +246,11 @@ class Sessions:
         """
         kind, ident = (Kind.CLUSTER, cluster_id) if cluster_id else (Kind.AGENT, agent_id)
         exact = self.get(SessionKey(owner, kind.value, ident))
-        if exact is not None and not (cluster_id and agent_id) and exact.upstream_cluster_id == (cluster_id or exact.upstream_cluster_id):
+        if (
+            exact is not None
+            and not (cluster_id and agent_id)
+            and exact.upstream_cluster_id == (cluster_id or exact.upstream_cluster_id)
+        ):
             return [exact]
         found = [
             s

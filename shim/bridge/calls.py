@@ -1,0 +1,219 @@
+"""What each kind of agent's call does (protocol.md §1): synchronous but for what must be awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from shim.bridge.context import Context
+from shim.bridge.delivery import Delivery, Poll
+from shim.bridge.links import LinkRunner
+from shim.bridge.presence import Presence
+from shim.bridge.registrations import Registrations
+from shim.bridge.roster import Roster, outcome_of
+from shim.bridge.routes import Routes
+from shim.core.calls import (
+    Accepted,
+    AgentCall,
+    Commands,
+    Failed,
+    HealthCall,
+    Healthy,
+    HeartbeatCall,
+    Outcome,
+    PollCall,
+    RegisterCall,
+    ResultCall,
+    StatusCall,
+    TunnelInfo,
+    TunnelInfoCall,
+    TunnelPollCall,
+    TunnelState,
+)
+from shim.core.link import LinkState
+from shim.core.records import AddTrace, PutResult, ResultOutcome, SessionKey, TraceEntry
+from shim.core.sessions import Session
+from shim.core.timestamps import rfc3339
+from shim.errors import AgentError, StoreError
+from shim.logs import get
+from shim.ports import Answer, Client
+
+log = get(__name__)
+
+RETRY_AFTER_S = 5
+
+
+class Calls:
+    """Carries out agents' calls."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        routes: Routes,
+        roster: Roster,
+        presence: Presence,
+        registrations: Registrations,
+        delivery: Delivery,
+    ) -> None:
+        self._ctx = ctx
+        self._routes = routes
+        self._roster = roster
+        self._presence = presence
+        self._registrations = registrations
+        self._delivery = delivery
+        self.stopping = False
+
+    async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
+        """Carry out one call (`ports.Switchboard.call`)."""
+        if isinstance(call, HealthCall):
+            return Answer(Healthy())
+        owner = self._routes.owner_of(client.token)
+        if owner is None:
+            return Answer(Failed(401, "a Bearer token is required"))
+        try:
+            match call:
+                case HeartbeatCall():
+                    return Answer(self._heartbeat(owner, client, call))
+                case PollCall():
+                    return await self._poll(owner, client, call)
+                case RegisterCall():
+                    return Answer(await self._register(owner, client, call, arrived_s))
+                case ResultCall():
+                    return Answer(await self._result(owner, client, call))
+                case StatusCall():
+                    return Answer(self._status(owner, client, call))
+                case TunnelPollCall():
+                    return Answer(self._tunnel_poll(owner, client, call))
+                case TunnelInfoCall():
+                    return Answer(self._tunnel_info(owner, call))
+        except AgentError as error:
+            return Answer(Failed(error.status, str(error), error.retry_after_s))
+
+    def _heartbeat(self, owner: str, client: Client, call: HeartbeatCall) -> Outcome:
+        session = self._roster.heartbeat(owner, call)
+        runner = self._routes.link_for(session, client)
+        self._presence.called(session)
+        return self._verdict(runner)
+
+    def _verdict(self, runner: LinkRunner) -> Outcome:
+        if runner.machine.refused:
+            return Failed(401, "the controller refuses the token")
+        down = runner.state in (LinkState.WAITING, LinkState.STOPPED)
+        if down and self._ctx.settings.heartbeat.when_link_down == "fail":
+            return Failed(503, "the controller cannot be reached", retry_after_s=RETRY_AFTER_S)
+        return Accepted()
+
+    def _status(self, owner: str, client: Client, call: StatusCall) -> Outcome:
+        session = self._roster.called(owner, call.target, call.dialect)
+        self._routes.link_for(session, client)
+        self._presence.called(session)
+        self._presence.status(session, call.body)
+        return Accepted()
+
+    async def _register(self, owner: str, client: Client, call: RegisterCall, arrived_s: float) -> Outcome:
+        stored = self._roster.stored_for(owner, call)
+        identity = call.agent_id if call.known_by_agent else call.name
+        name = self._routes.link_name(stored) if stored is not None else self._routes.links.name_for(owner, identity)
+        runner = self._routes.links.get(owner, name, client.token)
+        runner.wanted()
+        if stored is not None and stored.upstream_cluster_id:
+            call.payload.setdefault("cluster_id", stored.upstream_cluster_id)
+
+        def cached() -> Outcome | None:
+            known = self._roster.stored_for(owner, call)
+            if known is None:
+                return None
+            known.contact(self._ctx.now, self._ctx.clock.wall_s())
+            return outcome_of(known, cached=True)
+
+        return await self._registrations.register(runner, call, cached, arrived_s)
+
+    async def _result(self, owner: str, client: Client, call: ResultCall) -> Outcome:
+        session = self._roster.called(owner, call.target, call.dialect)
+        self._routes.link_for(session, client)
+        wall = self._ctx.clock.wall_s()
+        payload: dict[str, Any] = {
+            "command_id": call.command_id,
+            "cluster_id": session.upstream_cluster_id,
+            "agent_id": session.agent_id,
+            **call.body,
+        }
+        payload.setdefault("timestamp", rfc3339(wall))
+        stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        key = session.key
+
+        def done(outcome: list[Any] | StoreError) -> None:
+            # Also after the agent hung up: what is on disk is on its way.
+            failed = isinstance(outcome, StoreError)
+            if not isinstance(outcome, StoreError):
+                self._result_stored(key, call.command_id, outcome[0])
+            if not stored.done():
+                stored.set_result(not failed)
+
+        trace = AddTrace(key, (call.command_id,), TraceEntry(wall, "result", f"success {call.body.get('success')}"))
+        self._ctx.store.submit([PutResult(key, call.command_id, payload, wall), trace], done)
+        self._presence.called(session)
+        if await stored:
+            return Accepted()
+        return Failed(503, "the result cannot be stored now", retry_after_s=RETRY_AFTER_S)
+
+    def _result_stored(self, key: SessionKey, command_id: str, outcome: ResultOutcome) -> None:
+        self._ctx.metrics.results.labels(
+            "repeat" if outcome.entry is None else "known" if outcome.known else "unknown"
+        ).inc()
+        log.info("result_stored", command=command_id, session=key.ident, known=outcome.known)
+        if outcome.entry is not None:
+            self._delivery.outbox.added(outcome.entry)
+        self._delivery.answered(key, command_id)
+
+    async def _poll(self, owner: str, client: Client, call: PollCall) -> Answer:
+        session = self._roster.called(owner, call.target, call.dialect)
+        session.poll_at = self._ctx.now
+        self._routes.link_for(session, client)
+        hold_s = self._hold_s(session)
+        poll = self._delivery.poll(session.key, client.connection, hold=hold_s > 0)
+        if poll.offered.done():
+            self._presence.called(session)
+        else:
+            await self._wait(session, poll, hold_s)
+        offering = poll.offered.result()
+        commands = offering.commands if offering is not None else ()
+        poll.offering = None
+        return Answer(Commands(commands, self._ctx.settings.poll.frequency_s), offering)
+
+    async def _wait(self, session: Session, poll: Poll, hold_s: float) -> None:
+        """Wait for the poll's answer: the disk's, if an offer is on its way, else up to `hold_s` for a command."""
+        timer = None
+        self._presence.hold_started(session)
+        try:
+            if poll.offering is None:
+                timer = self._ctx.timers.call_later(hold_s, lambda: self._delivery.end_poll(session.key, poll))
+            await poll.offered
+        except asyncio.CancelledError:
+            self._delivery.abandon(session.key, poll)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._presence.hold_ended(session)
+
+    def _hold_s(self, session: Session) -> float:
+        hold = self._ctx.settings.poll.hold
+        if self.stopping or not isinstance(hold, (int, float)):
+            return 0.0
+        return min(float(hold), self._ctx.settings.poll.max_hold_s)
+
+    def _tunnel_poll(self, owner: str, client: Client, call: TunnelPollCall) -> Outcome:
+        session = self._roster.known(owner, call.target)
+        frequency_s = self._ctx.settings.poll.frequency_s
+        if session is None:
+            return TunnelState(None, frequency_s)
+        self._routes.link_for(session, client)
+        self._presence.called(session)
+        return TunnelState(session.tunnel, frequency_s)
+
+    def _tunnel_info(self, owner: str, call: TunnelInfoCall) -> Outcome:
+        session = self._roster.known(owner, call.target)
+        if session is None or not session.reply:
+            return Failed(404, "not registered")
+        return TunnelInfo(outcome_of(session, cached=False))

@@ -1,0 +1,136 @@
+"""The queues of all sessions, what befalls their commands, and when they expire (protocol.md §3)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+from shim.bridge.context import Context
+from shim.bridge.outbox import Outbox
+from shim.core.commands import CommandQueue, Doubt, Live
+from shim.core.records import AddTrace, CommandRecord, MarkCommands, SessionKey, State, TraceEntry
+from shim.logs import get
+
+log = get(__name__)
+
+EXPIRY_SLACK = 4096
+MAX_TIMER_S = 86_400.0
+
+
+class Queues:
+    """One `CommandQueue` per session, made on first use."""
+
+    def __init__(self, ctx: Context, outbox: Outbox) -> None:
+        self._ctx = ctx
+        self.outbox = outbox
+        self._queues: dict[SessionKey, CommandQueue] = {}
+        self._expiries: list[tuple[float, int, SessionKey, str]] = []
+        self._timer_at: float | None = None
+
+    def get(self, key: SessionKey) -> CommandQueue | None:
+        """A session's queue, if it has one."""
+        return self._queues.get(key)
+
+    def of(self, key: SessionKey) -> CommandQueue:
+        """A session's queue."""
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = CommandQueue()
+        return queue
+
+    def pop(self, key: SessionKey) -> CommandQueue | None:
+        """Take a session's queue away."""
+        return self._queues.pop(key, None)
+
+    def items(self) -> Iterable[tuple[SessionKey, CommandQueue]]:
+        """All queues that hold something."""
+        return [(key, queue) for key, queue in self._queues.items() if len(queue)]
+
+    def values(self) -> Iterable[CommandQueue]:
+        """The queues alone."""
+        return [queue for _, queue in self.items()]
+
+    def admit(self, record: CommandRecord, expires_at: float) -> Live:
+        """Take in a stored command; `expires_at` is monotonic."""
+        live = self.of(record.session).add(record, expires_at)
+        self.watch(record.session, live)
+        return live
+
+    # --- what befalls commands ----------------------------------------------------------------------------------------
+
+    def mark(
+        self, key: SessionKey, ids: tuple[str, ...], state: State, event: str, *, detail: str, attempts: int = 0
+    ) -> None:
+        """Count, store and trace one step of some commands; nothing happens without ids."""
+        if ids:
+            self.count(event, len(ids))
+            wall = self._ctx.clock.wall_s()
+            trace = AddTrace(key, ids, TraceEntry(wall, event, detail))
+            self._ctx.store.submit([MarkCommands(key, ids, state, wall, attempts), trace])
+
+    def doubted(self, key: SessionKey, doubt: Doubt, reason: str) -> None:
+        """Commands without evidence: some will be offered again, some are given up."""
+        again = tuple(live.record.id for live in doubt.again)
+        if again:
+            log.warning("commands_uncertain", session=key.ident, commands=len(again), reason=reason)
+            self.mark(key, again, State.UNCERTAIN, "uncertain", detail=reason)
+        for live in doubt.dead:
+            self.end(key, live, State.DEAD, "undeliverable", f"given up after {live.attempts} offers: {reason}")
+
+    def end(self, key: SessionKey, live: Live, state: State, code: str, error: str) -> None:
+        """A command that left its queue ends EXPIRED or DEAD, and the controller is told."""
+        log.warning("command_ended", command=live.record.id, session=key.ident, code=code)
+        self.mark(key, (live.record.id,), state, state.value, detail=error)
+        session = self._ctx.sessions.get(key)
+        self.outbox.report(key, session, live.record.id, live.record.request_id, code=code, error=error)
+
+    def end_session(self, key: SessionKey) -> None:
+        """The session is deleted: its commands end EXPIRED."""
+        queue = self.pop(key)
+        for live in queue.all() if queue is not None else ():
+            self.end(key, live, State.EXPIRED, "expired", "the agent was not seen for too long")
+
+    def count(self, event: str, number: int = 1) -> None:
+        """Count an event in the life of commands."""
+        self._ctx.metrics.commands.labels(event).inc(number)
+
+    # --- expiry -------------------------------------------------------------------------------------------------------
+
+    def watch(self, key: SessionKey, live: Live) -> None:
+        """Let a command expire in time."""
+        heapq.heappush(self._expiries, (live.expires_at, live.seq, key, live.record.id))
+        if len(self._expiries) > EXPIRY_SLACK and len(self._expiries) > 2 * sum(map(len, self._queues.values())):
+            # Most commands are fetched long before they expire: forget the dates of those that are.
+            self._expiries = [entry for entry in self._expiries if self._held(entry[2], entry[3])]
+            heapq.heapify(self._expiries)
+        self._arm()
+
+    def expire(self, key: SessionKey, command_id: str) -> None:
+        """Its time is over; only a QUEUED command expires."""
+        queue = self._queues.get(key)
+        live = queue.expire(command_id) if queue is not None else None
+        if live is not None:
+            self.end(key, live, State.EXPIRED, "expired", "not fetched in time")
+
+    def _held(self, key: SessionKey, command_id: str) -> bool:
+        queue = self._queues.get(key)
+        return queue is not None and queue.get(command_id) is not None
+
+    def _arm(self) -> None:
+        if not self._expiries:
+            return
+        due_at = self._expiries[0][0]
+        if self._timer_at is not None and self._timer_at <= due_at:
+            return
+        self._timer_at = due_at
+        delay_s = min(max(due_at - self._ctx.now, 0.0), MAX_TIMER_S)
+        self._ctx.timers.call_later(delay_s, lambda: self._due(due_at))
+
+    def _due(self, armed_for: float) -> None:
+        if self._timer_at != armed_for:
+            return
+        self._timer_at = None
+        while self._expiries and self._expiries[0][0] <= self._ctx.now:
+            _, _, key, command_id = heapq.heappop(self._expiries)
+            self.expire(key, command_id)
+        self._arm()
