@@ -127,6 +127,12 @@ class Metrics:
             buckets=latency_s,
             registry=registry,
         )
+        self.hold_seconds = Histogram(
+            "agent_shim_poll_hold_seconds",
+            "How long polls were held, however they ended.",
+            buckets=(0.1, 0.5, 1, 2, 5, 10, 15, 20, 30),
+            registry=registry,
+        )
         self.sessions_adopted = Counter(
             "agent_shim_sessions_adopted", "Sessions made for agents that did not register here.", registry=registry
         )

@@ -6,9 +6,9 @@ import asyncio
 from typing import Any
 
 from shim.bridge.context import Context
-from shim.bridge.delivery import Delivery, Poll
+from shim.bridge.delivery import Delivery
+from shim.bridge.holding import Holding
 from shim.bridge.links import LinkRunner
-from shim.bridge.presence import Presence
 from shim.bridge.registrations import Registrations
 from shim.bridge.roster import Roster, outcome_of
 from shim.bridge.routes import Routes
@@ -32,7 +32,6 @@ from shim.core.calls import (
 )
 from shim.core.link import LinkState
 from shim.core.records import AddTrace, PutResult, ResultOutcome, SessionKey, TraceEntry
-from shim.core.sessions import Session
 from shim.core.timestamps import rfc3339
 from shim.errors import AgentError, StoreError
 from shim.logs import get
@@ -51,17 +50,17 @@ class Calls:
         ctx: Context,
         routes: Routes,
         roster: Roster,
-        presence: Presence,
         registrations: Registrations,
         delivery: Delivery,
+        holding: Holding,
     ) -> None:
         self._ctx = ctx
         self._routes = routes
         self._roster = roster
-        self._presence = presence
+        self._presence = holding.presence
         self._registrations = registrations
         self._delivery = delivery
-        self.stopping = False
+        self._holding = holding
 
     async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
         """Carry out one call (`ports.Switchboard.call`)."""
@@ -83,7 +82,7 @@ class Calls:
                 case StatusCall():
                     return Answer(self._status(owner, client, call))
                 case TunnelPollCall():
-                    return Answer(self._tunnel_poll(owner, client, call))
+                    return Answer(await self._tunnel_poll(owner, client, call))
                 case TunnelInfoCall():
                     return Answer(self._tunnel_info(owner, call))
         except AgentError as error:
@@ -170,46 +169,34 @@ class Calls:
         session = self._roster.called(owner, call.target, call.dialect)
         session.poll_at = self._ctx.now
         self._routes.link_for(session, client)
-        hold_s = self._hold_s(session)
-        poll = self._delivery.poll(session.key, client.connection, hold=hold_s > 0)
-        if poll.offered.done():
-            self._presence.called(session)
-        else:
-            await self._wait(session, poll, hold_s)
+        session.hold.poll_arrived(self._ctx.now)
+        key = session.key
+        poll = self._delivery.poll(key, client.connection, hold=self._holding.limit_s(session.hold) > 0)
+        try:
+            if poll.offering is not None or poll.offered.done():
+                self._presence.called(session)
+                await poll.offered
+            else:
+                await self._holding.wait(
+                    session, session.hold, poll.offered, lambda: self._delivery.end_poll(key, poll)
+                )
+        except asyncio.CancelledError:
+            self._delivery.abandon(key, poll)
+            raise
+        self._holding.answered(session.hold)
         offering = poll.offered.result()
         commands = offering.commands if offering is not None else ()
         poll.offering = None
         return Answer(Commands(commands, self._ctx.settings.poll.frequency_s), offering)
 
-    async def _wait(self, session: Session, poll: Poll, hold_s: float) -> None:
-        """Wait for the poll's answer: the disk's, if an offer is on its way, else up to `hold_s` for a command."""
-        timer = None
-        self._presence.hold_started(session)
-        try:
-            if poll.offering is None:
-                timer = self._ctx.timers.call_later(hold_s, lambda: self._delivery.end_poll(session.key, poll))
-            await poll.offered
-        except asyncio.CancelledError:
-            self._delivery.abandon(session.key, poll)
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-            self._presence.hold_ended(session)
-
-    def _hold_s(self, session: Session) -> float:
-        hold = self._ctx.settings.poll.hold
-        if self.stopping or not isinstance(hold, (int, float)):
-            return 0.0
-        return min(float(hold), self._ctx.settings.poll.max_hold_s)
-
-    def _tunnel_poll(self, owner: str, client: Client, call: TunnelPollCall) -> Outcome:
+    async def _tunnel_poll(self, owner: str, client: Client, call: TunnelPollCall) -> Outcome:
         session = self._roster.known(owner, call.target)
         frequency_s = self._ctx.settings.poll.frequency_s
         if session is None:
             return TunnelState(None, frequency_s)
         self._routes.link_for(session, client)
         self._presence.called(session)
+        await self._holding.tunnel(session)
         return TunnelState(session.tunnel, frequency_s)
 
     def _tunnel_info(self, owner: str, call: TunnelInfoCall) -> Outcome:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from shim.bridge.connection import Connection
 from shim.bridge.context import Context
+from shim.bridge.holding import Holding
 from shim.bridge.intake import Intake
 from shim.bridge.outbox import Outbox
 from shim.bridge.registrations import Job, Registrations
@@ -51,13 +52,20 @@ class Inbound:
     """Handles messages. Nothing here waits: what takes time is handed over."""
 
     def __init__(
-        self, ctx: Context, registrations: Registrations, roster: Roster, intake: Intake, outbox: Outbox
+        self,
+        ctx: Context,
+        registrations: Registrations,
+        roster: Roster,
+        intake: Intake,
+        outbox: Outbox,
+        holding: Holding,
     ) -> None:
         self._ctx = ctx
         self._registrations = registrations
         self._roster = roster
         self._intake = intake
         self._outbox = outbox
+        self._holding = holding
         self._unknown: set[str] = set()
         self._handlers: dict[str, Callable[[Connection, Message, Source], None]] = {
             "register_success": self._register_success,
@@ -112,7 +120,9 @@ class Inbound:
     def _tunnel_status(self, connection: Connection, message: Message, source: Source) -> None:
         session = self._target(source, message.payload)
         if isinstance(session, Session):
-            self._roster.set_tunnel(session, tunnel_state(message.payload, self._ctx.settings.poll.frequency_s))
+            state = tunnel_state(message.payload, self._ctx.settings.poll.frequency_s)
+            if self._roster.set_tunnel(session, state):
+                self._holding.tunnel_changed(session.key)
         else:
             log.warning("tunnel_status_without_target", code=session)
 

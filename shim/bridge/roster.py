@@ -71,6 +71,8 @@ class Roster:
     def heartbeat(self, owner: str, call: HeartbeatCall) -> Session:
         """The session of a heartbeat, which is also news of the agent's id."""
         session = self.called(owner, call.target, call.dialect)
+        if call.agent_id and session.agent_id and call.agent_id != session.agent_id:
+            session.new_process()
         session.beat(call, self._ctx.now)
         if call.agent_id and not self._ctx.sessions.alias_is(owner, call.agent_id, session.key):
             self._set_alias(session, call.agent_id)
@@ -112,6 +114,7 @@ class Roster:
         session.reply = reply
         if call is not None:
             session.secret = call.secret
+            session.new_process()
             session.dialect = call.dialect
             session.contact(self._ctx.now, self._ctx.clock.wall_s())
         agent_id = payload.get("agent_id")
@@ -184,10 +187,12 @@ class Roster:
 
     # --- small things -------------------------------------------------------------------------------------------------
 
-    def set_tunnel(self, session: Session, state: dict[str, Any]) -> None:
-        """The latest tunnel state wins."""
+    def set_tunnel(self, session: Session, state: dict[str, Any]) -> bool:
+        """The latest tunnel state wins. True if it is another one than before."""
+        changed = session.tunnel != state
         session.tunnel = state
         self._ctx.store.submit([SaveTunnel(session.key, state)])
+        return changed
 
     def save(self, session: Session) -> None:
         """Store a session as it is now; where the disk refuses, memory goes on."""

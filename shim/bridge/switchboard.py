@@ -11,6 +11,7 @@ from shim.bridge.connection import Connection
 from shim.bridge.context import DEFAULT_OWNER, Context
 from shim.bridge.delivery import Delivery, Offering
 from shim.bridge.gateway import Gateways, Leg
+from shim.bridge.holding import Holding
 from shim.bridge.inbound import Inbound
 from shim.bridge.intake import Intake
 from shim.bridge.links import LinkRunner, LinkSet
@@ -34,6 +35,7 @@ log = get(__name__)
 
 SWEEP_S = 1.0
 HOUSEKEEPING_S = 600.0
+HOLDS_SAVED_S = 60.0
 UNPOLLED_WARNING_S = 600.0
 STORE_RETRY_AFTER_S = 5
 
@@ -86,11 +88,12 @@ class Bridge:
         self.delivery = Delivery(ctx, self.queues)
         self.intake = Intake(ctx, self.queues, self.outbox, self.delivery.wake)
         self.presence = Presence(ctx, self.registrations, self.routes)
-        self.inbound = Inbound(ctx, self.registrations, self.roster, self.intake, self.outbox)
-        self.calls = Calls(ctx, self.routes, self.roster, self.presence, self.registrations, self.delivery)
+        self.holding = Holding(ctx, self.presence, self.roster)
+        self.inbound = Inbound(ctx, self.registrations, self.roster, self.intake, self.outbox, self.holding)
+        self.calls = Calls(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
         self.stopping = False
         self._sources: dict[LinkRunner, _LinkSource] = {}
-        self._housekept_at = ctx.now
+        self._housekept_at = self._holds_saved_at = ctx.now
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -117,8 +120,10 @@ class Bridge:
 
     def quiesce(self) -> None:
         """Hold no poll any more: those that are held are answered empty."""
-        self.stopping = self.calls.stopping = True
+        self.stopping = True
+        self.holding.end_all()
         self.delivery.end_all()
+        self._save_holds()
 
     def stop(self) -> None:
         """Answer held polls, close links. The store is closed by its owner, after this."""
@@ -136,6 +141,9 @@ class Bridge:
             session = self.ctx.sessions.get(key)
             if session is not None:
                 self._warn_unpolled(session, len(queue), now)
+        if now - self._holds_saved_at >= HOLDS_SAVED_S:
+            self._holds_saved_at = now
+            self._save_holds()
         if now - self._housekept_at >= HOUSEKEEPING_S:
             self._housekept_at = now
             self.roster.expire()
@@ -143,6 +151,11 @@ class Bridge:
             kept_s = max(commands.retain_s, commands.dedupe_s)
             self.ctx.store.submit([Prune(self.ctx.clock.wall_s() - kept_s)])
         self.ctx.timers.call_later(SWEEP_S, self._sweep)
+
+    def _save_holds(self) -> None:
+        for session in self.ctx.sessions:
+            if session.hold.changed or session.tunnel_hold.changed:
+                self.roster.save(session)
 
     def _warn_unpolled(self, session: Session, waiting: int, now: float) -> None:
         since = max(session.first_waiting_at or now, session.poll_at or 0.0)

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from shim.core.calls import HeartbeatCall, Kind, Target
+from shim.core.hold import Hold
 from shim.core.records import SessionKey, SessionRecord
 
 DEFAULT_INTERVAL_S = 30.0
@@ -42,6 +43,7 @@ class Session:
         "superseded_by",
         "told_on",
         "tunnel",
+        "tunnel_hold",
         "upstream_cluster_id",
         "waiting_reported",
     )
@@ -57,7 +59,8 @@ class Session:
         self.known: dict[str, Any] = {}
         self.superseded_by: SessionKey | None = None
         self.tunnel: dict[str, Any] | None = None
-        self.hold: dict[str, Any] = {}
+        self.hold = Hold()
+        self.tunnel_hold = Hold()
         self.seen_wall = 0.0
         self.saved_seen_wall = 0.0
         self.contact_at: float | None = None
@@ -80,7 +83,8 @@ class Session:
         session.upstream_cluster_id = record.upstream_cluster_id
         session.registration = dict(record.registration)
         session.reply = dict(record.reply)
-        session.hold = dict(record.hold)
+        session.hold = Hold(record.hold.get("poll"))
+        session.tunnel_hold = Hold(record.hold.get("tunnel"))
         session.seen_wall = session.saved_seen_wall = record.last_seen_wall
         session.superseded_by = SessionKey.parse(record.superseded_by) if record.superseded_by else None
         return session
@@ -96,7 +100,7 @@ class Session:
             last_seen_wall=self.seen_wall,
             registration=dict(self.registration),
             reply=dict(self.reply),
-            hold=dict(self.hold),
+            hold={"poll": self.hold.stored(), "tunnel": self.tunnel_hold.stored()},
             superseded_by=str(self.superseded_by) if self.superseded_by else "",
         )
 
@@ -126,11 +130,17 @@ class Session:
         if self.heartbeat_at is not None:
             self.gaps.append(now - self.heartbeat_at)
         self.heartbeat_at = now
+        self.hold.heartbeat(median(self.gaps) if len(self.gaps) >= MIN_GAPS else None, during_hold=self.held > 0)
         self.heartbeat = call
         if call.agent_id:
             self.agent_id = call.agent_id
         if call.known:
             self.known.update(call.known)
+
+    def new_process(self) -> None:
+        """Another process speaks for the agent now: what its client allows must be learnt again."""
+        self.hold.new_process()
+        self.tunnel_hold.new_process()
 
     def words(self) -> tuple[str, str]:
         """(status, tunnel_status) as they would go up now."""

@@ -1,0 +1,93 @@
+"""Polls that are held open until something arrives (protocol.md §1.3, §1.5)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from shim.bridge.context import Context
+from shim.bridge.presence import Presence
+from shim.bridge.roster import Roster
+from shim.core.hold import Hold
+from shim.core.records import SessionKey
+from shim.core.sessions import Session
+
+
+class Holding:
+    """Holds polls, and learns from how they end how long each agent may be held."""
+
+    def __init__(self, ctx: Context, presence: Presence, roster: Roster) -> None:
+        self._ctx = ctx
+        self.presence = presence
+        self._roster = roster
+        self._tunnels: dict[SessionKey, asyncio.Future[None]] = {}
+        self.stopping = False
+
+    def limit_s(self, hold: Hold) -> float:
+        """How long a poll may be held now; 0 = answer at once."""
+        poll = self._ctx.settings.poll
+        if self.stopping or poll.hold == "off":
+            return 0.0
+        if poll.hold == "auto":
+            return hold.limit_s(poll.max_hold_s)
+        return min(poll.hold, poll.max_hold_s)
+
+    async def wait(self, session: Session, hold: Hold, answered: asyncio.Future[Any], end: Callable[[], None]) -> None:
+        """Wait for an answer; `end` is called when the hold is over and must bring it about.
+
+        Raises `CancelledError` when the agent hangs up first, having learnt from it.
+        """
+        started = self._ctx.now
+        timer = self._ctx.timers.call_later(self.limit_s(hold), end)
+        self.presence.hold_started(session)
+        try:
+            await answered
+        except asyncio.CancelledError:
+            if not self.stopping:
+                hold.left(self._ctx.now - started)
+                self._roster.save(session)
+            raise
+        finally:
+            timer.cancel()
+            held_s = self._ctx.now - started
+            self._ctx.metrics.hold_seconds.observe(held_s)
+            self.presence.hold_ended(session)
+
+    def answered(self, hold: Hold) -> None:
+        """A poll ended with our reply."""
+        hold.replied(self._ctx.now, self._ctx.settings.poll.max_hold_s)
+
+    # --- tunnel polls -------------------------------------------------------------------------------------------------
+
+    async def tunnel(self, session: Session) -> None:
+        """Hold a tunnel poll until its state changes, if `poll.hold_tunnel` is on. An older one is answered at once."""
+        hold = session.tunnel_hold
+        hold.poll_arrived(self._ctx.now)
+        if self._ctx.settings.poll.hold_tunnel and self.limit_s(hold) > 0:
+            self.tunnel_changed(session.key)
+            changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._tunnels[session.key] = changed
+
+            def end() -> None:
+                if not changed.done():
+                    changed.set_result(None)
+
+            try:
+                await self.wait(session, hold, changed, end)
+            finally:
+                if self._tunnels.get(session.key) is changed:
+                    del self._tunnels[session.key]
+        self.answered(hold)
+
+    def tunnel_changed(self, key: SessionKey) -> None:
+        """Answer the tunnel poll that waits for this session."""
+        waiting = self._tunnels.pop(key, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    def end_all(self) -> None:
+        """Hold nothing any more."""
+        self.stopping = True
+        for key in list(self._tunnels):
+            self.tunnel_changed(key)
