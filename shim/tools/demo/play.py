@@ -1,0 +1,75 @@
+"""The demo from curtain to curtain: its processes, signals and exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from shim.clock import Clock
+from shim.tools.control_client import ControlError
+from shim.tools.demo.children import Child, ChildFailed
+from shim.tools.demo.stage import Stage, StepFailed
+from shim.tools.demo.story import Story
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def play(*, once: bool, colour: bool) -> int:
+    """Run the demo; returns the exit code. Without `once` it ends with Ctrl-C."""
+    with tempfile.TemporaryDirectory(prefix="agent-shim-demo-") as folder:
+        return asyncio.run(_play(Path(folder), once=once, colour=colour))
+
+
+async def _play(folder: Path, *, once: bool, colour: bool) -> int:
+    clock = Clock()
+    stage = Stage(sys.stdout, clock, colour=colour)
+    controller, shim = Child("controller", folder), Child("shim", folder)
+    story = Story(stage, clock, controller, shim, folder / "agent-shim.db")
+    _cancel_on_signal()
+    try:
+        code = await _perform(story, stage, once=once)
+    except asyncio.CancelledError:
+        # Ctrl-C is how the demo ends, once its steps are over.
+        code = EXIT_OK if story.told else EXIT_INTERRUPTED
+        stage.headline("Stopping.")
+    finally:
+        await shim.stop()
+        await controller.stop()
+    return code
+
+
+async def _perform(story: Story, stage: Stage, *, once: bool) -> int:
+    failures: list[str] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            await story.tell(group)
+            if not once:
+                await story.stay()
+            story.dismiss()
+    except* (StepFailed, ChildFailed, ControlError) as found:
+        failures += map(str, found.exceptions)
+    if not failures:
+        stage.headline("Every step done.")
+        return EXIT_OK
+    for child in story.children:
+        stage.headline(f"The {child.name} {child.fate}. The last lines of its log:")
+        stage.plain("\n".join(child.tail()))
+    stage.headline(f"The demo failed: {'; '.join(failures)}")
+    return EXIT_FAILED
+
+
+def _cancel_on_signal() -> None:
+    """Let the first Ctrl-C or SIGTERM cancel this task; more of them do not disturb its end."""
+    main, loop = asyncio.current_task(), asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        if main is not None and not main.cancelling():
+            main.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
