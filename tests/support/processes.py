@@ -1,0 +1,222 @@
+"""The real shim and the real development controller as processes, watched by what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import yaml
+
+from shim.tools.control_client import ControlClient
+
+TOKEN = "tok-of-the-cluster"
+START_S = 30.0
+STOP_S = 20.0
+
+
+def free_port() -> int:
+    """A loopback port that nobody uses now: for a process that must come back on the same one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class _Child:
+    """A child process whose output lines can be awaited. It is killed when its block is left."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._grown = asyncio.Condition()
+
+    async def _spawn(self, *args: str) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "shim", *args),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            limit=2**24,
+        )
+        self._reader = asyncio.create_task(self._read(self._process))
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            self.lines.append(line.decode(errors="replace").rstrip("\n"))
+            async with self._grown:
+                self._grown.notify_all()
+        async with self._grown:
+            self._grown.notify_all()
+
+    async def _line(self, found: Callable[[str], bool], after: int = 0, timeout_s: float = START_S) -> int:
+        """Wait for a line; its index."""
+        reader = self._reader
+        assert reader is not None
+        async with asyncio.timeout(timeout_s), self._grown:
+            at = after
+            while True:
+                for index in range(at, len(self.lines)):
+                    if found(self.lines[index]):
+                        return index
+                at = len(self.lines)
+                assert not reader.done(), "the process ended:\n" + "\n".join(self.lines[-30:])
+                await self._grown.wait()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def send(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    async def wait(self) -> int:
+        """Wait for the end; the exit code."""
+        assert self._process is not None
+        assert self._reader is not None
+        async with asyncio.timeout(STOP_S):
+            await self._reader
+            return await self._process.wait()
+
+    async def kill(self) -> None:
+        """As a crash does it."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self.wait()
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.kill()
+
+
+class Shim(_Child):
+    """`agent-shim run`; `config` is written to a file and may be changed with `write`."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        super().__init__()
+        self._path = folder / "agent-shim.yaml"
+        self._config = {
+            "listen": {"port": 0},
+            "admin": {"port": 0},
+            "store": {"path": str(folder / "agent-shim.db")},
+        } | config
+        self.write(self._config)
+        self.url = ""
+        self.admin = ""
+
+    def write(self, config: dict[str, Any]) -> None:
+        """Replace the configuration file in one step, as an editor or a ConfigMap does."""
+        temporary = self._path.with_suffix(".new")
+        temporary.write_text(yaml.safe_dump(self._config | config))
+        temporary.replace(self._path)
+
+    async def start(self, *args: str) -> Shim:
+        """Start it and wait until it serves."""
+        after = len(self.lines)
+        await self.launch(*args)
+        serving = await self.event("serving", after)
+        self.url, self.admin = f"http://{serving['listen']}", f"http://{serving['admin']}"
+        return self
+
+    async def launch(self, *args: str) -> None:
+        """Start it without expecting that it will serve."""
+        await self._spawn("run", "--config", str(self._path), *args)
+
+    async def event(self, name: str, after: int = 0, **fields: Any) -> dict[str, Any]:
+        """Wait for a log event with these fields."""
+
+        def found(line: str) -> bool:
+            entry = _entry(line)
+            return entry.get("event") == name and all(entry.get(key) == value for key, value in fields.items())
+
+        return _entry(self.lines[await self._line(found, after)])
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The log events of this name so far."""
+        return [entry for entry in map(_entry, self.lines) if entry.get("event") == name]
+
+    async def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.send(signal.SIGTERM)
+        return await self.wait()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await super().__aexit__()
+        if error is not None:
+            print(*self.lines[-60:], sep="\n")
+
+
+def _entry(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+class Controller(_Child):
+    """`agent-shim controller` on a port that stays the same when it is killed and started again."""
+
+    def __init__(self, folder: Path, session: aiohttp.ClientSession, *options: str) -> None:
+        super().__init__()
+        self._options = ("--state", str(folder / "controller.json"), "--token", TOKEN, *options)
+        self._session = session
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        self.url = f"http://{self.address}"
+        self.api = ControlClient(session, self.url)
+
+    async def start(self) -> Controller:
+        """Start it and wait until it listens."""
+        after = len(self.lines)
+        await self._spawn("controller", "--listen", self.address, *self._options)
+        await self._line(lambda line: self.address in line, after)
+        return self
+
+    async def control(self, method: str, path: str, body: Any = None) -> Any:
+        """One call of the control API."""
+        async with self._session.request(method, self.url + path, json=body) as response:
+            assert response.status < 300, await response.text()
+            return await response.json()
+
+    async def until(self, count: int = 1, after: int = 0, **filters: str) -> list[dict[str, Any]]:
+        """Wait for so many events of the history that pass the filters (`type`, `kind`, `direction`)."""
+        found: list[dict[str, Any]] = []
+        async with asyncio.timeout(START_S):
+            while len(found) < count:
+                events, after = await self.api.events(after, 10, **filters)
+                found += events
+        return found
+
+    async def __aenter__(self) -> Self:
+        return self
+
+
+@asynccontextmanager
+async def world(
+    folder: Path, config: dict[str, Any] | None = None, *options: str
+) -> AsyncIterator[tuple[Shim, Controller]]:
+    """A controller that serves and a shim that is configured for it with the controller's token, not yet started."""
+    async with aiohttp.ClientSession() as session, Controller(folder, session, *options) as controller:
+        await controller.start()
+        upstream = {"url": controller.url, "token": TOKEN}
+        given = dict(config or {})
+        upstream |= given.pop("upstream", {})
+        async with Shim(folder, {"upstream": upstream, **given}) as shim:
+            yield shim, controller
