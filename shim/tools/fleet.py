@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from shim.clock import Clock
-from shim.tools.agents import GENERATIONS, PollStyle, Pool, Profile
+from shim.tools.agents import GENERATIONS, Callbacks, Event, PollStyle, Pool, Profile
 from shim.tools.control_client import control_client
 from shim.tools.fleet_report import Report, lines, report
 from shim.tools.herd import Herd, Plan, Tally
@@ -147,7 +147,7 @@ async def _run(plan: Plan, given: dict[str, Any], console: Console) -> Report:
         loop.add_signal_handler(number, stop.set)
     start_s = clock.monotonic_s()
     async with _pusher(given, clock) as pusher:
-        herd = Herd(plan, clock, (tally.record, pusher.record) if pusher else (tally.record,))
+        herd = Herd(plan, clock, _callbacks(tally, pusher))
         over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             group.create_task(herd.run(over))
@@ -156,6 +156,17 @@ async def _run(plan: Plan, given: dict[str, Any], console: Console) -> Report:
             over.set()
             progress.cancel()
         return report(clock.monotonic_s() - start_s, herd.agents, tally, pusher)
+
+
+def _callbacks(tally: Tally, pusher: Pusher | None) -> Callbacks:
+    if pusher is None:
+        return Callbacks(event=tally.record)
+
+    def record(event: Event) -> None:
+        tally.record(event)
+        pusher.record(event)
+
+    return Callbacks(event=record, call=pusher.call)
 
 
 @asynccontextmanager

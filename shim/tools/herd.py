@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shim.clock import Clock
@@ -68,15 +67,9 @@ class Tally:
 class Herd:
     """The agents of a plan."""
 
-    def __init__(self, plan: Plan, clock: Clock, listeners: tuple[Callable[[Event], None], ...]) -> None:
-        """Every event of every agent goes to each of `listeners`."""
+    def __init__(self, plan: Plan, clock: Clock, callbacks: Callbacks) -> None:
+        """All agents share `callbacks`; events and exchanges carry the agent's id."""
         self._plan = plan
-
-        def on_event(event: Event) -> None:
-            for listener in listeners:
-                listener(event)
-
-        callbacks = Callbacks(event=on_event)
         self.agents = [self._agent(number, clock, callbacks) for number in range(plan.agents)]
 
     def _agent(self, number: int, clock: Clock, callbacks: Callbacks) -> LegacyAgent:

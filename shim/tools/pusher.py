@@ -8,14 +8,14 @@ import uuid
 from collections.abc import Sequence
 
 from shim.clock import Clock
-from shim.tools.agents import Event, LegacyAgent, Outcome, What
+from shim.tools.agents import Event, Exchange, LegacyAgent, Outcome, Response, What
 from shim.tools.control_client import ControlClient, ControlError
 
 _MAX_AT_ONCE = 64
 
 
 class Pusher:
-    """Pushes commands in turn to the agents that poll; `record` must get every event of the herd.
+    """Pushes commands in turn to the agents that poll; the herd's callbacks must be its `record` and `call`.
 
     The latency runs from the controller's send to the agent having the command in hand, on the monotonic clock that all
     processes of one host share.
@@ -28,23 +28,24 @@ class Pusher:
         self._sent_s: dict[str, float] = {}
         self._in_hand_s: dict[str, float] = {}
         self._answered: set[str] = set()
-        self._reachable: set[str] = set()
+        self._polling: set[str] = set()
         self._changed = asyncio.Event()
         self.refused: list[str] = []
 
     def record(self, event: Event) -> None:
         """Note what arrived where."""
-        if event.outcome is not Outcome.OK:
-            return
-        if event.what is What.POLL:
-            self._reachable.add(event.agent_id)
-            return
-        if event.command is not None:
+        if event.outcome is Outcome.OK and event.command is not None:
             if event.what is What.COMMAND:
                 self._in_hand_s.setdefault(event.command.id, event.at_s)
             else:
                 self._answered.add(event.command.id)
             self._changed.set()
+
+    async def call(self, exchange: Exchange) -> Response:
+        """Make an agent's call. From its first poll on it is given commands: by then it is known upstream."""
+        if exchange.what is What.POLL:
+            self._polling.add(exchange.agent_id)
+        return await exchange.send()
 
     @property
     def pushed(self) -> int:
@@ -72,8 +73,7 @@ class Pusher:
         async with asyncio.TaskGroup() as group:
             for number in range(math.floor(rate_hz * duration_s)):
                 await asyncio.sleep(start_s + number / rate_hz - self._clock.monotonic_s())
-                # An agent that has polled is known upstream; the first poll of another may still be on its way.
-                ready = [agent for agent in pollers if agent.who.agent_id in self._reachable]
+                ready = [agent for agent in pollers if agent.who.agent_id in self._polling]
                 if ready:
                     await slots.acquire()
                     group.create_task(self._push(ready[number % len(ready)], number, slots))

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from shim.clock import Clock
-from shim.tools.agents import Command, Event, Outcome, Profile, Response, What
+from shim.tools.agents import Callbacks, Command, Event, Outcome, Profile, Response, What
 from shim.tools.control_client import ControlClient, ControlError, control_client
 from shim.tools.fleet_report import lines, report
 from shim.tools.herd import Herd, Plan, Tally
@@ -23,6 +23,7 @@ from shim.tools.pusher import Pusher
 from tests.support.recording_server import Recorded, RecordingServer, http
 
 CLOCK = Clock()
+IGNORE = Callbacks(event=lambda event: None)
 
 
 @dataclass
@@ -162,12 +163,13 @@ async def test_an_agent_that_exits_is_started_again_and_then_well() -> None:
     tally, stop = Tally(), asyncio.Event()
 
     def listen(event: Event) -> None:
+        tally.record(event)
         if event.what is What.HEARTBEAT:
             stop.set()
 
     async with RecordingServer(lambda call: next(answers, None) or legacy(call)) as server:
         plan = Plan(url=server.url, agents=1, profiles=(Profile(),), token="t", restart_s=0.001)
-        herd = Herd(plan, CLOCK, (tally.record, listen))
+        herd = Herd(plan, CLOCK, Callbacks(event=listen))
         async with asyncio.timeout(10):
             await herd.run(stop)
         assert tally.counts[What.EXIT, Outcome.FAILED] == 1
@@ -177,7 +179,7 @@ async def test_an_agent_that_exits_is_started_again_and_then_well() -> None:
 
 def test_silent_agents_fail_and_long_lists_are_cut() -> None:
     plan = Plan(url="http://127.0.0.1:1", agents=7, profiles=(Profile(dialect="agents"),), token="t")
-    found = report(1.0, Herd(plan, CLOCK, ()).agents, Tally(), None)
+    found = report(1.0, Herd(plan, CLOCK, IGNORE).agents, Tally(), None)
     assert not found.good
     shown = lines(found)
     assert shown[-1] == "  …"
@@ -189,12 +191,13 @@ async def test_refused_pushes_are_told_and_a_run_without_any_command_is_not_good
     async with RecordingServer(legacy) as server, control_client(server.url, "secret") as control:
         pusher = Pusher(control, CLOCK)
         plan = Plan(url=server.url, agents=1, profiles=(Profile(poll_interval_s=1),), token="t")
-        agents = Herd(plan, CLOCK, ()).agents
+        agents = Herd(plan, CLOCK, Callbacks(event=pusher.record, call=pusher.call)).agents
         await pusher.run(agents, 1000, 0.003)
         assert server.calls == []
-        pusher.record(event(What.POLL, agent_id="agent-fleet-1"))
+        await agents[0].poll()
+        agents[0].close()
         await pusher.run(agents, 1000, 0.003)
-        assert dict(map(tuple, server.calls[0].headers))["Authorization"] == "Bearer secret"
+        assert dict(map(tuple, server.calls[-1].headers))["Authorization"] == "Bearer secret"
         found = report(1.0, agents, Tally(), pusher)
         assert found.commands is not None
         assert list(found.commands.refused.values()) == [3]
@@ -207,8 +210,9 @@ async def test_a_command_that_never_arrives_is_lost_after_the_grace() -> None:
     async with RecordingServer(legacy) as server, control_client(server.url) as control:
         pusher = Pusher(control, CLOCK)
         plan = Plan(url=server.url, agents=1, profiles=(Profile(poll_interval_s=1),), token="t")
-        agents = Herd(plan, CLOCK, ()).agents
-        pusher.record(event(What.POLL, agent_id="agent-fleet-1"))
+        agents = Herd(plan, CLOCK, Callbacks(event=pusher.record, call=pusher.call)).agents
+        await agents[0].poll()
+        agents[0].close()
         await pusher.run(agents, 1000, 0.001)
         await pusher.settle(0.001)
         assert len(pusher.lost()) == 1

@@ -61,6 +61,7 @@ class Event:
 class Exchange:
     """A call that is about to be made: `send()` makes it as a sound agent would."""
 
+    agent_id: str
     what: What
     request: Request
     pool: Pool

@@ -220,7 +220,7 @@ class LegacyAgent:
         request = replace(request, timeout_s=request.timeout_s * self.profile.timeout_scale)
         started_s = self._clock.monotonic_s()
         try:
-            response = await self._callbacks.call(Exchange(what, request, pool))
+            response = await self._callbacks.call(Exchange(self.who.agent_id, what, request, pool))
         except WireError as error:
             self._emit(what, Outcome.FAILED, started_s, detail=str(error), command=command)
             return None
