@@ -201,7 +201,7 @@ class Connection:
     async def _data(self, frame: WSMessage) -> None:
         size_bytes = len(frame.data)
         if slow := self._faults.peek(fault.Slow, self.scope()):
-            await asyncio.sleep(slow.latency_s + (size_bytes / slow.bytes_per_s if slow.bytes_per_s else 0))
+            await self._wakeup.until(lambda: self._left is not None, timeout_s=slow.takes_s(size_bytes))
         detail: dict[str, Any] = {
             "frame": "text" if frame.type is WSMsgType.TEXT else "binary",
             "size_bytes": size_bytes,

@@ -60,7 +60,7 @@ class Handshakes:
             await self._handshake_faults(Scope(endpoint, self._hub.next_number))
             owner = self._owner(request, endpoint)
             cluster = self._gateway_cluster(request, owner) if endpoint is Endpoint.GATEWAY else None
-            socket = await self._accept(request)
+            socket, transport = await self._accept(request)
         except HandshakeRefused as refusal:
             self._books.history.record(
                 EventKind.REFUSED,
@@ -71,11 +71,6 @@ class Handshakes:
             )
             body = {"success": False, "error": refusal.reason}
             return web.json_response(body, status=refusal.status, headers=refusal.headers)
-        if socket is None:
-            return web.Response(status=499)  # nobody is there to read it
-        transport = request.transport
-        if not isinstance(transport, asyncio.Transport):
-            return socket
         connection = self._open(request, Accepted(self._hub.next_number, endpoint, owner, socket, transport))
         if cluster is not None:
             connection.clusters[cluster] = ""
@@ -130,8 +125,8 @@ class Handshakes:
             raise HandshakeRefused(404, "cluster not found")
         return known.cluster_id
 
-    async def _accept(self, request: web.Request) -> web.WebSocketResponse | None:
-        options = self._books.options
+    async def _accept(self, request: web.Request) -> tuple[web.WebSocketResponse, asyncio.Transport]:
+        options, transport = self._books.options, request.transport
         socket = web.WebSocketResponse(
             timeout=options.close_timeout_s,
             autoclose=False,
@@ -141,13 +136,10 @@ class Handshakes:
         )
         if request.headers.get("Upgrade", "").lower() != "websocket":
             raise HandshakeRefused(426, "this is a WebSocket endpoint", {"Upgrade": "websocket"})
-        if not socket.can_prepare(request):
+        if transport is None or not socket.can_prepare(request):
             raise HandshakeRefused(400, "malformed WebSocket handshake")
-        try:
-            await socket.prepare(request)
-        except ConnectionError:
-            return None
-        return socket
+        await socket.prepare(request)
+        return socket, transport
 
 
 def _tokens_sent(request: web.Request) -> dict[str, str]:

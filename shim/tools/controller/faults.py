@@ -110,6 +110,10 @@ class Slow(Fault, frozen=True, tag="slow"):
     latency_s: Seconds = 0
     bytes_per_s: Positive | None = None
 
+    def takes_s(self, size_bytes: int) -> float:
+        """How long a message of this size takes."""
+        return self.latency_s + (size_bytes / self.bytes_per_s if self.bytes_per_s else 0)
+
 
 # --- messages to the agent --------------------------------------------------------------------------------------------
 

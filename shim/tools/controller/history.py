@@ -151,12 +151,7 @@ class History:
 
     async def until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
         """Wait for a state that changes only with events; false if it does not come in time."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._wakeup.until(ready)
-        except TimeoutError:
-            return False
-        return True
+        return await self._wakeup.until(ready, timeout_s=timeout_s)
 
     async def wait_for(self, wanted: Wanted, *, after: int = 0, timeout_s: float = 5) -> Event:
         """The first event above `after` that is wanted, also one that lies in the past. Raises `TimeoutError`."""

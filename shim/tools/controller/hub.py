@@ -158,16 +158,11 @@ class Hub:
             del self.connections[connection.number]
             self.changed.wake()
 
-    async def drop_all(self, how: How, timeout_s: float) -> None:
-        """End all connections, and cut those that are not gone in time."""
+    async def drop_all(self, how: How) -> None:
+        """End all connections; returns when they are gone, which each is in `close_timeout_s`."""
         for connection in list(self.connections.values()):
             connection.drop(how, 1001, "going away")
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.changed.until(lambda: not self.connections)
-        except TimeoutError:
-            for connection in list(self.connections.values()):
-                connection.drop(How.ABORT)
+        await self.changed.until(lambda: not self.connections)
 
 
 async def written(items: Sequence[Outgoing], timeout_s: float = 1) -> list[Event | None]:

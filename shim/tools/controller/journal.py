@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from io import SEEK_END, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,9 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file; ends the torn last line of a run that was killed, if there is one."""
+        """Open or create the file. Raises `OSError`."""
         self.last_n = _last_n(path)
-        self._file = path.open("ab", buffering=0)
-        if path.stat().st_size and not _ends_a_line(path):
-            self._file.write(b"\n")
+        self._file = append_lines(path)
 
     def write(self, event: dict[str, Any]) -> None:
         """Append one event. Raises `OSError` where that is not possible."""
@@ -31,10 +30,14 @@ class Journal:
         self._file.close()
 
 
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) == b"\n"
+def append_lines(path: Path) -> FileIO:
+    """Open a file of lines for appending, unbuffered, and end the torn last line of a run that was killed."""
+    file = path.open("ab+", buffering=0)
+    if file.tell():
+        file.seek(-1, SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
 
 
 def _last_n(path: Path) -> int:

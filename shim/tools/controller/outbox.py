@@ -190,7 +190,7 @@ class Outbox:
     async def _write(self, item: Outgoing) -> None:
         size_bytes = len(item.data)
         if slow := self._faults.peek(fault.Slow, self._scope(self._type(item))):
-            await asyncio.sleep(slow.latency_s + (size_bytes / slow.bytes_per_s if slow.bytes_per_s else 0))
+            await asyncio.sleep(slow.takes_s(size_bytes))
         if self._socket.closed:
             raise ConnectionResetError("the connection is closed")
         kind = EventKind.SENT if item.message else EventKind.SENT_RAW

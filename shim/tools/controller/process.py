@@ -88,9 +88,9 @@ async def _serve(controller: DevController, faults: list[AnyFault], *, ready_fil
             controller.history.listeners.append(lambda event: click.echo(line(event)))
         for fault in faults:
             controller.set_fault(fault)
-        click.echo(f"controller: upstream.url is {controller.url}; control API at {controller.control_url}/control")
         if ready_file is not None:
             _write_ready(ready_file, controller)
+        click.echo(f"controller: upstream.url is {controller.url}; control API at {controller.control_url}/control")
         await stop.wait()
     finally:
         await controller.stop()

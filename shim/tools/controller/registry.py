@@ -12,6 +12,7 @@ import msgspec
 
 from shim.clock import Clock
 from shim.core.timestamps import rfc3339
+from shim.tools.controller.journal import append_lines
 
 _NAMESPACE = uuid.UUID("3f1c6d0e-7b52-4a0e-9a53-1f0f6a3f5c11")
 
@@ -50,10 +51,9 @@ class Registry:
         self._clusters: dict[str, Registration] = {}
         self._presences: dict[str, Presence] = {}
         self._generations: Counter[tuple[str, str]] = Counter()
-        self._state = state.open("ab+", buffering=0) if state else None
-        if self._state:
-            self._state.seek(0)
-            for line in self._state.read().splitlines():
+        self._state = append_lines(state) if state else None
+        if state:
+            for line in state.read_bytes().splitlines():
                 self._load(line)
 
     def _load(self, line: bytes) -> None:

@@ -85,7 +85,10 @@ class DevController:
         if not self._runners:
             return
         try:
-            await self.hub.drop_all(how, self._options.close_timeout_s)
+            for runner in self._runners:
+                for site in list(runner.sites):
+                    await site.stop()  # first, else who is dropped comes back at once
+            await self.hub.drop_all(how)
             self.books.faults.clear_all()
             self.books.history.record(EventKind.STOPPED)
         finally:

@@ -17,7 +17,12 @@ class Wakeup:
         self._event.set()
         self._event = asyncio.Event()
 
-    async def until(self, ready: Callable[[], bool]) -> None:
-        """Return when `ready()` holds, at once if it does already."""
-        while not ready():
-            await self._event.wait()
+    async def until(self, ready: Callable[[], bool], *, timeout_s: float | None = None) -> bool:
+        """Return true when `ready()` holds, at once if it does already; false if it does not in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not ready():
+                    await self._event.wait()
+        except TimeoutError:
+            return False
+        return True
