@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from shim.errors import Fault
-from shim.settings import LOOPBACK_HOSTS, Section, Settings
+from shim.settings import Section, Settings, is_loopback
 
 _PORT = (0, 65_535)
 _COUNT = (1, 1_000_000)
@@ -65,16 +64,6 @@ BOUNDS: dict[str, tuple[float, float]] = {
 _HOST = re.compile(r"[A-Za-z0-9_.:\-]+", re.ASCII)
 _TOKEN = re.compile(r"[!-~]+", re.ASCII)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[Tt]\d\d:\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d))?", re.ASCII)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether what is sent to or listens on this host name or address stays on the machine."""
-    if host.lower() in LOOPBACK_HOSTS:
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def instant_s(text: str) -> float:

@@ -9,8 +9,8 @@ import pytest
 from shim.config import load
 from shim.conversion import leaves
 from shim.errors import ConfigError
-from shim.settings import Settings
-from shim.validation import BOUNDS, instant_s, is_loopback, semantic_faults
+from shim.settings import Settings, is_loopback
+from shim.validation import BOUNDS, instant_s, semantic_faults
 
 
 def faulty(*sets: str) -> list[str]:
@@ -145,11 +145,15 @@ def test_a_broken_key_starts_no_second_fault() -> None:
     "host,expected",
     [
         ("localhost", True),
-        ("LOCALHOST", True),
-        ("127.8.9.1", True),
+        ("LOCALHOST.", True),
+        ("a.localhost", True),
+        ("127.9.9.9", True),
+        ("[::1]", True),
         ("::1", True),
         ("0.0.0.0", False),
+        ("10.0.0.1", False),
         ("localhost.example.com", False),
+        ("127.0.0.1.example.com", False),
         ("", False),
     ],
 )

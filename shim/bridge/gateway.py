@@ -12,11 +12,12 @@ from shim.core.backoff import Backoff, FailureKind
 from shim.core.liveness import Verdict
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
-from shim.core.urls import host_of, is_loopback, ws_url
+from shim.core.urls import host_of, ws_url
 from shim.errors import ShimError
 from shim.logs import get
 from shim.messages import Message
 from shim.ports import DialFailure, DialSpec, Socket
+from shim.settings import is_loopback
 
 log = get(__name__)
 

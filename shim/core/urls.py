@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import ip_address
 from urllib.parse import quote, urlsplit
 
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
@@ -63,14 +62,3 @@ def origin_of(url: str) -> str:
     if ":" in authority:
         authority = f"[{authority}]"
     return f"{parts.scheme}://{authority}" + (f":{port}" if port is not None else "")
-
-
-def is_loopback(host: str) -> bool:
-    """True for `localhost`, its subdomains (RFC 6761) and loopback addresses, with or without brackets."""
-    name = host.lower().rstrip(".").removeprefix("[").removesuffix("]")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return False

@@ -9,8 +9,7 @@ from aiohttp import hdrs
 from multidict import istr
 
 from shim.core.calls import Failed
-from shim.core.urls import is_loopback
-from shim.settings import Listen
+from shim.settings import Listen, is_loopback
 
 _SEC_FETCH_SITE = istr("Sec-Fetch-Site")
 _REMEMBERED_HOSTS = 256

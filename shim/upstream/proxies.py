@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from ipaddress import ip_address, ip_network
 from urllib.parse import urlsplit
 
-from shim.core.urls import is_loopback
+from shim.settings import is_loopback
 
 _VARIABLES = {"wss": ("https_proxy", "all_proxy"), "ws": ("http_proxy", "all_proxy")}
 _DEFAULT_PORTS = {"wss": 443, "ws": 80}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.urls import host_of, is_loopback, origin_of, with_query, ws_url
+from shim.core.urls import host_of, origin_of, with_query, ws_url
 
 
 @pytest.mark.parametrize(
@@ -44,23 +44,3 @@ def test_what_may_be_logged_of_a_url() -> None:
     assert origin_of("ws://[::1") == "?"
     assert host_of("wss://A.Example/x") == "a.example"
     assert host_of("ws://[::1") == ""
-
-
-@pytest.mark.parametrize(
-    "host,expected",
-    [
-        ("localhost", True),
-        ("LOCALHOST.", True),
-        ("a.localhost", True),
-        ("127.9.9.9", True),
-        ("[::1]", True),
-        ("::1", True),
-        ("0.0.0.0", False),
-        ("10.0.0.1", False),
-        ("localhost.example.com", False),
-        ("127.0.0.1.example.com", False),
-        ("", False),
-    ],
-)
-def test_is_loopback(host: str, expected: bool) -> None:
-    assert is_loopback(host) is expected
