@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -65,10 +66,11 @@ class Connection(RequestHandler):
         "_head_timer",
         "_house",
         "_lease_open",
+        "_own_socket",
         "_owner",
         "_pipelined",
         "_refused",
-        "_tls",
+        "_socket",
         "_wire",
         "authorization",
         "client",
@@ -83,7 +85,8 @@ class Connection(RequestHandler):
         self._owner = server
         self._house = house
         self._wire: asyncio.Transport | None = None  # aiohttp forgets its `transport` before the end
-        self._tls = False
+        self._socket: socket.socket | None = None  # or what transports give instead, which knows the same methods
+        self._own_socket: socket.socket | None = None
         self._refused = False
         self._arrivals_s: list[float] = []
         self._head_since_s: float | None = None
@@ -100,7 +103,11 @@ class Connection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._wire = wire = cast("asyncio.Transport", transport)
-        self._tls = wire.get_extra_info("sslcontext") is not None
+        tls = wire.get_extra_info("sslcontext") is not None
+        self._socket = wire.get_extra_info("socket")
+        if tls:
+            # the transport's own is closed before `connection_lost` comes
+            self._socket = self._own_socket = self._socket.dup()
         self._owner.open_connections += 1
         self._house.metrics.connections.inc()
         if self._owner.open_connections > self._house.listen.max_connections:
@@ -111,21 +118,23 @@ class Connection(RequestHandler):
             return
         # Writing pauses when the kernel does not take a reply whole, so that "written" means handed to the kernel.
         # asyncio's TLS compares with >=, and 0 would pause it for ever.
-        wire.set_write_buffer_limits(high=1 if self._tls else 0, low=0)
+        wire.set_write_buffer_limits(high=1 if tls else 0, low=0)
         super().connection_made(transport)
 
     def eof_received(self) -> None:
-        self._note_acknowledgement()  # with TLS the socket is closed before `connection_lost` comes
+        self._note_acknowledgement()  # TLS is going to answer with bytes of its own, which nobody will acknowledge
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._owner.open_connections -= 1
         self._house.metrics.connections.dec()
         if self._head_timer is not None:
             self._head_timer.cancel()
+        self._note_acknowledgement()
+        if self._own_socket is not None:
+            self._own_socket.close()
+        self._wire = self._socket = None  # the file descriptor may soon be another connection's
         if self._refused:
             return
-        if not self._tls:
-            self._note_acknowledgement()
         super().connection_lost(exc)
         if self._had_lease:
             self._house.switchboard.connection_closed(self.number, exc is None and self._acknowledged)
@@ -141,8 +150,9 @@ class Connection(RequestHandler):
             self._wire.abort()
 
     def _note_acknowledgement(self) -> None:
-        if self._had_lease and not self._acknowledged and not self._aborted and self._wire is not None:
-            self._acknowledged = kernel.acknowledged(self._wire)
+        wire, sock = self._wire, self._socket
+        if self._had_lease and not self._acknowledged and not self._aborted and wire is not None and sock is not None:
+            self._acknowledged = not wire.get_write_buffer_size() and kernel.acknowledged(sock)
 
     def now_s(self) -> float:
         """The event loop's time."""
@@ -181,7 +191,12 @@ class Connection(RequestHandler):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-        self._body = self._messages[-1][1]
+        message, payload = self._messages[-1]
+        fault = getattr(message, "exc", None)
+        if fault is not None and self._body is not None and not self._body.is_eof():
+            # aiohttp queues a fault in a body as if it were a request of its own, and the body's reader waits on
+            self._body.set_exception(fault)
+        self._body = payload
         self._pipelined = self._pipelined or self._request_count - self._answered > 1
 
     def _head_too_slow(self) -> None:
@@ -205,10 +220,10 @@ class Connection(RequestHandler):
 
     def can_write(self, *, for_commands: bool) -> bool:
         """False when the agent is known to have hung up; for a reply with commands the kernel is asked, too."""
-        wire = self._wire
-        if wire is None or wire.is_closing() or self.transport is None:
+        wire, sock = self._wire, self._socket
+        if wire is None or sock is None or wire.is_closing() or self.transport is None:
             return False
-        return not (for_commands and kernel.hung_up(wire))
+        return not (for_commands and kernel.hung_up(sock))
 
     async def write(self, response: bytes, timeout_s: float) -> bool:
         """Hand a whole response to the kernel. False: it could not be, and the connection is as good as gone."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import socket
 import sys
@@ -11,43 +10,30 @@ import termios
 _LINUX = sys.platform.startswith("linux")
 _SIOCOUTQ = termios.TIOCOUTQ  # the same number on Linux
 _ESTABLISHED = 1
-_CLOSED = 7
 
 
-def acknowledged(transport: asyncio.Transport) -> bool:
-    """True if the peer's kernel has acknowledged everything that was written to an open transport.
+def acknowledged(sock: socket.socket) -> bool:
+    """True if the peer's kernel has acknowledged everything that was written to an open socket, and sent no reset.
 
-    A peer that had closed before our bytes came answers them with a reset; but when its FIN was already queued, asyncio
-    reports an orderly end all the same. The bytes then stay unacknowledged, and the state is CLOSED instead of
-    CLOSE_WAIT. Outside Linux only the transport's own buffer is known.
+    A peer that had closed before our bytes came answers them with a reset; but when its FIN was already queued, reading
+    gives an orderly end all the same. The bytes then stay unacknowledged, and the reset is the socket's pending error.
+    Outside Linux nothing is known and the orderly end is believed.
     """
-    if transport.get_write_buffer_size():
-        return False
     if not _LINUX:
         return True
     try:
-        unacknowledged = fcntl.ioctl(_descriptor(transport), _SIOCOUTQ, b"\0\0\0\0")
-        return unacknowledged == b"\0\0\0\0" and _state(transport) != _CLOSED
-    except OSError:
+        unacknowledged = fcntl.ioctl(sock.fileno(), _SIOCOUTQ, b"\0\0\0\0")
+        return unacknowledged == b"\0\0\0\0" and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+    except (OSError, ValueError):  # ValueError: the socket is closed
         return False
 
 
-def hung_up(transport: asyncio.Transport) -> bool:
+def hung_up(sock: socket.socket) -> bool:
     """True if the peer's FIN or RST is already here, even if the event loop has not seen it yet."""
     if not _LINUX:
         return False
     try:
-        return _state(transport) != _ESTABLISHED
+        # The first byte of struct tcp_info is tcpi_state.
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _ESTABLISHED
     except OSError:
         return True
-
-
-def _descriptor(transport: asyncio.Transport) -> int:
-    descriptor: int = transport.get_extra_info("socket").fileno()
-    return descriptor
-
-
-def _state(transport: asyncio.Transport) -> int:
-    # The first byte of struct tcp_info is tcpi_state.
-    info: bytes = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    return info[0]
