@@ -1,0 +1,48 @@
+"""docs/controller.md names every fault with its fields, every call and the options that it says it names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+
+from shim.clock import Clock
+from shim.tools.controller import command
+from shim.tools.controller.books import Books
+from shim.tools.controller.commands import CommandBook, CommandSpec
+from shim.tools.controller.control import Control
+from shim.tools.controller.faultbook import FaultBook
+from shim.tools.controller.faults import AnyFault, Fault
+from shim.tools.controller.history import History
+from shim.tools.controller.hub import Hub
+from shim.tools.controller.options import Options
+from shim.tools.controller.registry import Registry
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "controller.md").read_text()
+
+
+def _fields(struct: type[msgspec.Struct]) -> set[str]:
+    return set(struct.__struct_fields__)
+
+
+def test_every_fault_with_its_fields() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|$", PAGE.split("## Faults")[1], re.MULTILINE)
+    told = {kind: set(re.findall(r"`(\w+)`", fields)) for kind, fields in rows}
+    assert told == {kind.__struct_config__.tag: _fields(kind) - _fields(Fault) for kind in AnyFault.__args__}
+    assert {name for name in _fields(Fault) if f"`{name}`" not in PAGE} == set()
+
+
+def test_every_call() -> None:
+    clock = Clock()
+    history = History(clock, max_events=1, max_bytes=1)
+    hub = Hub(Books(clock, Options(), history, FaultBook(), Registry(clock), CommandBook()))
+    calls = {f"{route.method} {route.path}" for route in Control(hub).routes()}
+    told = set(re.findall(r"`((?:GET|POST|DELETE) /control/[^`?]*)`", PAGE))
+    assert told == calls - {"GET /control"}
+    assert {name for name in _fields(CommandSpec) if f"`{name}`" not in PAGE} == set()
+
+
+def test_options_exist() -> None:
+    there = {name for option in command.params for name in option.opts}
+    assert set(re.findall(r"(--[a-z][a-z-]+)", PAGE)) <= there | {"--help"}
