@@ -29,6 +29,8 @@ _TOOLS = {
     "controller": ("shim.tools.controller", "A development controller: the vendor's WebSocket API with fault scripts."),
     "demo": ("shim.tools.demo", "Controller, shim and one legacy agent in this terminal, step by step."),
     "fleet": ("shim.tools.fleet", "Simulated legacy agents of every dialect, with a latency report."),
+    "health": ("shim.tools.health", "Ask a running shim how it is: exit code 0 or 1."),
+    "inject": ("shim.tools.inject", "Add the sidecar to a manifest of the agent, or take it out again."),
 }
 
 
@@ -110,4 +112,3 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
         click.echo(Redaction().text(traceback.format_exc()), err=True, nl=False)
         sys.exit(EXIT_INTERNAL)
-    sys.exit(0)

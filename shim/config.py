@@ -89,13 +89,8 @@ def read_secret(path: str, key: str) -> str:
 
 def secrets(settings: Settings) -> list[str]:
     """The secret texts that stand in the settings themselves, for `logs.Redaction`."""
-    found = [settings.upstream.token]
-    for url in (settings.upstream.proxy, *settings.store.url.split(",")):
-        try:
-            parts = urlsplit(url)
-        except ValueError:
-            continue
-        found.append(parts.password or "")
+    urls = (settings.upstream.proxy, *settings.store.url.split(","))
+    found = [settings.upstream.token, *(urlsplit(url.strip()).password for url in urls)]
     return [text for text in found if text]
 
 

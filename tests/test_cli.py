@@ -78,6 +78,16 @@ def test_check_config_tells_all_faults_and_exits_2(tmp_path: Path) -> None:
     ]
 
 
+def test_run_tells_all_faults_and_exits_2(tmp_path: Path) -> None:
+    done = agent_shim("run", "--config", str(tmp_path / "none.yaml"), "--set", "admin.port=-1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "2 faults in the configuration:",
+        f"  {tmp_path}/none.yaml cannot be read: No such file or directory",
+        "  admin.port: must be from 0 to 65535",
+    ]
+
+
 def test_one_fault_is_not_faults(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("check-config", "--set", "mode=x") == 2
     assert capsys.readouterr().err.startswith("1 fault in")
@@ -134,6 +144,7 @@ def invoke(group: cli.LazyGroup, tmp_path: Path) -> tuple[int, str, BaseExceptio
 def test_a_lazy_command_is_imported_when_called(tmp_path: Path) -> None:
     group = lazy(tmp_path, "import click\ncommand = click.Command('extra', callback=lambda: click.echo('done'))\n")
     assert "An extra." in CliRunner().invoke(group, ["--help"]).output
+    assert group.list_commands(click.Context(group)) == ["extra"]
     assert invoke(group, tmp_path)[:2] == (0, "done\n")
 
 

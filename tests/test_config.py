@@ -195,6 +195,14 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str, part: str) -
     assert part in faults_of(tmp_path, text)[""]
 
 
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "shim.yaml"
+    file.write_bytes(b"upstream: {token: hunter2\xff}")
+    with pytest.raises(ConfigError) as caught:
+        load(str(file), {}, ())
+    assert str(caught.value) == f"{file} is not valid YAML"
+
+
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     for path in (str(tmp_path / "none.yaml"), str(tmp_path), "a\0b"):
         with pytest.raises(ConfigError, match="cannot be read") as caught:
