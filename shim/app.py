@@ -154,6 +154,11 @@ class App:
         self._announce()
 
     def _announce(self) -> None:
+        if self._ready_file:
+            text = json.dumps({**self.addresses, "pid": os.getpid()})
+            temporary = Path(f"{self._ready_file}.{os.getpid()}")
+            temporary.write_text(text)
+            temporary.replace(self._ready_file)
         log.info(
             "serving",
             version=__version__,
@@ -161,11 +166,6 @@ class App:
             upstream=origin_of(self.settings.upstream.url),
             **self.addresses,
         )
-        if self._ready_file:
-            text = json.dumps({**self.addresses, "pid": os.getpid()})
-            temporary = Path(f"{self._ready_file}.{os.getpid()}")
-            temporary.write_text(text)
-            temporary.replace(self._ready_file)
         self.ready.set()
 
     async def _stop_bridge(self) -> None:

@@ -93,6 +93,9 @@ async def test_every_generation_is_served_while_the_controller_goes_away_and_com
                 first = await push(controller)
                 assert (await result_of(controller, first))["success"] is True
 
+            if dialect == "agents":
+                await controller.until(type="status", direction="in")
+
             await controller.kill()
             await shim.event("link_lost")
             before = len(life.of(What.HEARTBEAT))
@@ -107,8 +110,6 @@ async def test_every_generation_is_served_while_the_controller_goes_away_and_com
                 result = await result_of(controller, second)
                 assert result["output"] == "done scale"
                 assert [command.id for command in life.commands] == [first, second]
-            if dialect == "agents":
-                await controller.until(type="status", direction="in")
             assert life.bad == []
         assert await shim.stop() == 0
 
