@@ -428,6 +428,17 @@ async def test_close_after_register(controller: DevController, how: How) -> None
     assert sent == ["register_success"]
 
 
+async def test_close_after_a_late_register_success(controller: DevController) -> None:
+    controller.set_fault(fault.CloseAfterRegister(code=1008, count=1))
+    controller.set_fault(fault.RegisterInProgress(interval_s=0.02, count=1))
+    controller.set_fault(fault.Delay(delay_s=0.05, types=("register_success",), count=1))
+    async with connected(controller) as agent:
+        await agent.send("register", {"agent_id": "a", "name": "c"}, request_id="r-1")
+        await agent.receive("register_in_progress")
+        await agent.receive("register_success")
+        assert (await agent.end()).code == 1008
+
+
 async def test_no_heartbeat_acks(controller: DevController) -> None:
     async with registered(controller) as agent:
         controller.set_fault(fault.NoHeartbeatAcks(count=2))

@@ -56,11 +56,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """End the connection once the answers before this are written."""
+    """End the connection once the answer before this is written."""
 
     how: How
     code: int
-    delay_s: float = 0
     reason: str = ""
 
 
@@ -127,7 +126,7 @@ class Desk:
             success["gateway_ws_url"] = redirect.url or self.gateway_url
         answers.append(Answer(Message("register_success", success, message.request_id), delay_s))
         if contended := self._faults.take(fault.CloseAfterRegister, scope):
-            answers.append(Leave(contended.how, contended.code, delay_s))
+            answers.append(Leave(contended.how, contended.code))
         return answers
 
     def _register_problem(self, peer: Peer, payload: dict[str, Any]) -> str:

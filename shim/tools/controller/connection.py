@@ -7,6 +7,7 @@ import contextlib
 import socket as sockets
 import struct
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from aiohttp import WebSocketError, WSMessage, WSMsgType, web
@@ -19,7 +20,7 @@ from shim.tools.controller.answers import Answer, Desk, Leave
 from shim.tools.controller.books import Books
 from shim.tools.controller.faultbook import Scope
 from shim.tools.controller.faults import Endpoint, How
-from shim.tools.controller.history import EventKind
+from shim.tools.controller.history import Event, EventKind
 from shim.tools.controller.outbox import Outbox, Outgoing, outgoing
 from shim.tools.controller.wakeup import Wakeup
 
@@ -223,8 +224,12 @@ class Connection:
 
     def _handle(self, message: Message, detail: dict[str, Any]) -> None:
         event = self._history.record(EventKind.RECEIVED, self.number, message, **detail)
+        last: Outgoing | None = None
         for answer in self._desk.handle(self, message, event):
             if isinstance(answer, Answer):
-                self.send(answer.message, delay_s=answer.delay_s)
-            else:
-                self.outbox.put(answer, answer.delay_s)
+                last = self.send(answer.message, delay_s=answer.delay_s)
+            elif last is not None:
+                last.written.add_done_callback(partial(self._leave_after, answer))
+
+    def _leave_after(self, leave: Leave, _written: asyncio.Future[Event | None]) -> None:
+        self.outbox.put(leave)

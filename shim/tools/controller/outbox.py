@@ -114,7 +114,7 @@ class Outbox:
         self._held.clear()
 
     async def run(self) -> Leave | None:
-        """Send until the connection is over; returns the `Leave` whose close frame was sent, if one was."""
+        """Send until the connection is over; returns the `Leave` whose turn it is, if one came."""
         try:
             while True:
                 await self._wakeup.until(lambda: bool(self._leaving or (self._items and not self._gated())))
