@@ -28,11 +28,6 @@ class ControlClient:
         command: dict[str, Any] = reply["commands"][0]
         return command
 
-    async def command(self, command_id: str, wait: str, timeout_s: float) -> dict[str, Any]:
-        """All that is known of a command, once it was `sent`, or has an `ack` or a `result`."""
-        query = {"wait": wait, "timeout_s": str(timeout_s)}
-        return await self._call("GET", f"/control/commands/{command_id}", timeout_s, params=query)
-
     async def events(self, after: int, wait_s: float, **filters: str) -> tuple[list[dict[str, Any]], int]:
         """The events above number `after` that pass the filters (`type`, `kind`, `direction`), and where to go on.
 
@@ -41,10 +36,6 @@ class ControlClient:
         query = {"after": str(after), "wait_s": str(wait_s)} | filters
         reply = await self._call("GET", "/control/messages", wait_s, params=query)
         return reply["messages"], reply["next"]
-
-    async def agents(self) -> dict[str, Any]:
-        """The registered agents and the open connections."""
-        return await self._call("GET", "/control/agents")
 
     async def _call(self, method: str, path: str, wait_s: float = 0, **rest: Any) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=wait_s + _SLACK_S)

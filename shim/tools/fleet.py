@@ -25,7 +25,7 @@ from shim.tools.pusher import Pusher
 
 _REFRESH_S = 0.25
 _GRACE_S = 5
-_FILES_PER_AGENT = 4
+_FILES_PER_AGENT = 3
 _SECONDS = click.FloatRange(min=0, max=86_400)
 _INTERVAL = click.FloatRange(min=0.001, max=86_400)
 
@@ -83,19 +83,22 @@ def command(**given: Any) -> None:
     if given["control"] and not any(profile.drains for profile in plan.profiles):
         raise click.UsageError("agents that do not poll cannot be given commands")
     _allow_files(plan.agents)
-    console = Console(stderr=True)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        found = runner.run(_run(plan, given, console))
-    if given["json_file"]:
-        with click.open_file(given["json_file"], "w") as file:
+        sys.exit(_publish(runner.run(_run(plan, given)), given["json_file"]))
+
+
+def _publish(found: Report, json_file: str | None) -> int:
+    """Show the report and return the exit code."""
+    if json_file:
+        with click.open_file(json_file, "w") as file:
             file.write(json.dumps(found.to_json()) + "\n")
-    if given["json_file"] != "-":
+    if json_file != "-":
         click.echo("\n".join(lines(found)))
-    sys.exit(0 if found.good else 1)
+    return 0 if found.good else 1
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Uvloop's where there is one: a herd costs less on it."""
+    """A loop of uvloop where there is one: a herd costs less on it."""
     try:
         import uvloop  # noqa: PLC0415 - only on Linux
     except ModuleNotFoundError:
@@ -140,7 +143,7 @@ def _allow_files(agents: int) -> None:
         click.echo(f"warning: only {allowed} open files are allowed here, {wanted} may be needed", err=True)
 
 
-async def _run(plan: Plan, given: dict[str, Any], console: Console) -> Report:
+async def _run(plan: Plan, given: dict[str, Any]) -> Report:
     clock, tally, stop = Clock(), Tally(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -151,7 +154,7 @@ async def _run(plan: Plan, given: dict[str, Any], console: Console) -> Report:
         over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             group.create_task(herd.run(over))
-            progress = group.create_task(_show(console, tally, pusher, plan.agents, given["duration"]))
+            progress = group.create_task(_show(tally, pusher, plan.agents, given["duration"]))
             await _until(stop, given, herd, pusher)
             over.set()
             progress.cancel()
@@ -192,8 +195,9 @@ async def _until(stop: asyncio.Event, given: dict[str, Any], herd: Herd, pusher:
             await pusher.settle(_GRACE_S + 2 * given["poll_interval"])
 
 
-async def _show(console: Console, tally: Tally, pusher: Pusher | None, agents: int, duration_s: float) -> None:
+async def _show(tally: Tally, pusher: Pusher | None, agents: int, duration_s: float) -> None:
     """A progress bar on a terminal; elsewhere nothing."""
+    console = Console(stderr=True)
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=duration_s)

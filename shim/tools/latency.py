@@ -65,16 +65,12 @@ def histogram(samples_s: Sequence[float], width: int = 40) -> list[str]:
 
 def _bounds(least_s: float, most_s: float) -> list[float]:
     """Upper bounds of the buckets that hold everything between the two."""
-    bounds: list[float] = []
-    for exponent in count(math.floor(math.log10(least_s)) - 1):
-        for factor in (1, 2, 5):
-            bound = float(f"{factor}e{exponent}")
-            if bound < least_s:
-                continue
-            bounds.append(bound)
-            if bound >= most_s:
-                return bounds
-    raise AssertionError("unreachable")
+    first = math.floor(math.log10(least_s)) - 1
+    steps = (float(f"{factor}e{exponent}") for exponent in count(first) for factor in (1, 2, 5))
+    bounds = [next(bound for bound in steps if bound >= least_s)]
+    while bounds[-1] < most_s:
+        bounds.append(next(steps))
+    return bounds
 
 
 def _bar(share: float, width: int) -> str:

@@ -418,3 +418,11 @@ def test_defaults_are_the_intervals_of_real_agents(dialect: str) -> None:
     profile = Profile(dialect=dialect, poll_interval_s=30)
     assert profile.beat_s == (5 if dialect == "clusters_agent" else 30)
     assert profile.drains == (dialect != "clusters")
+
+
+async def test_b3_has_no_commands_to_drain_or_answer() -> None:
+    async with harness(lambda call: http(204), Profile(dialect="clusters")) as it:
+        with pytest.raises(NotImplementedError):
+            await it.agent.poll()
+        with pytest.raises(NotImplementedError):
+            await it.agent.answer(Command("1", "a"), Result())

@@ -194,3 +194,12 @@ async def test_a_refused_connection_is_named() -> None:
         url = server.url
     with pytest.raises(WireError, match="ConnectionRefusedError"):
         await Pool(url, Now()).exchange(GET)
+
+
+async def test_an_aborted_connection_is_gone_at_once() -> None:
+    async with served(lambda call: http(204)) as (pool, server):
+        connection = await pool.dial()
+        await connection.send(pool.encode(GET))
+        connection.abort()
+        await server.until(lambda: server.closed == 1)
+        assert connection.stale

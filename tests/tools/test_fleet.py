@@ -33,6 +33,7 @@ class Legacy:
     queues: defaultdict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     deliver: bool = True
     refuse_push: bool = False
+    unsent: bool = False
 
     def __call__(self, call: Recorded) -> bytes:
         parts = call.path.strip("/").split("/")
@@ -51,6 +52,8 @@ class Legacy:
     def _push(self, spec: dict[str, Any]) -> bytes:
         if self.refuse_push:
             return http(409, {"success": False, "error": "no open connection speaks for this target"})
+        if self.unsent:
+            return http(200, {"success": True, "commands": [{"sent": False, "sent_monotonic_s": None}]})
         command = {"id": spec["id"], "type": spec["type"], "payload": spec["payload"]}
         self.queues[spec.get("cluster_id") or spec["agent_id"]].append(command)
         return http(200, {"success": True, "commands": [{"sent": True, "sent_monotonic_s": CLOCK.monotonic_s()}]})
@@ -115,6 +118,19 @@ async def test_ctrl_c_ends_it_early_with_a_report() -> None:
         out, _ = await process.communicate()
         assert process.returncode == 0
         assert "1 agents (1 clusters_agent)" in out.decode()
+
+
+async def test_too_few_open_files_are_a_warning() -> None:
+    shell = f'ulimit -n 200; exec {sys.executable} -m shim fleet "$@"'
+    async with RecordingServer(Legacy()) as server:
+        process = await asyncio.create_subprocess_exec(
+            *("sh", "-c", shell, "sh", "--url", server.url, "--agents", "1", "--duration", "0.1"),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, err = await process.communicate()
+        assert process.returncode == 0
+        assert b"only 200 open files are allowed here" in err
 
 
 @pytest.mark.parametrize(
@@ -205,6 +221,17 @@ async def test_refused_pushes_are_told_and_a_run_without_any_command_is_not_good
         assert any("3 times: the control API refused: 409" in line for line in lines(found))
 
 
+async def test_what_the_controller_could_not_send_is_not_counted_as_sent() -> None:
+    async with RecordingServer(Legacy(unsent=True)) as server, control_client(server.url) as control:
+        pusher = Pusher(control, CLOCK)
+        plan = Plan(url=server.url, agents=1, profiles=(Profile(poll_interval_s=1),), token="t")
+        agents = Herd(plan, CLOCK, Callbacks(event=pusher.record, call=pusher.call)).agents
+        await agents[0].poll()
+        agents[0].close()
+        await pusher.run(agents, 1000, 0.001)
+        assert (pusher.pushed, pusher.refused) == (0, ["the controller could not send it"])
+
+
 async def test_a_command_that_never_arrives_is_lost_after_the_grace() -> None:
     legacy = Legacy(deliver=False)
     async with RecordingServer(legacy) as server, control_client(server.url) as control:
@@ -227,7 +254,7 @@ async def test_a_command_that_never_arrives_is_lost_after_the_grace() -> None:
 async def test_what_is_no_control_api_is_said(body: bytes) -> None:
     async with RecordingServer(lambda call: http(200, body)) as server, control_client(server.url) as control:
         with pytest.raises(ControlError, match="control API"):
-            await control.agents()
+            await control.events(0, 0)
 
 
 async def test_a_control_api_that_is_not_there_is_said() -> None:
