@@ -1,0 +1,31 @@
+"""Where commands, results and sessions outlive the process: the implementations of `ports.CommandStore`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shim import settings
+from shim.errors import StoreError
+from shim.ports import CommandStore
+from shim.store.delivery import Post
+from shim.store.memory import MemoryStore
+from shim.store.sqlite import SqliteStore
+from shim.store.writer import CommitProbe
+
+__all__ = ["CommitProbe", "Post", "open_store"]
+
+IN_MEMORY = ":memory:"
+
+
+def open_store(configured: settings.Store, post: Post, probe: CommitProbe | None = None) -> CommandStore:
+    """The store that the configuration asks for; its `open()` is still to be called.
+
+    `post` hands a callable to the event loop from any thread (`loop.call_soon_threadsafe`); every `done` comes through
+    it. A path of `:memory:` keeps everything in this process only. Raises `StoreError` for a `store.url` that nothing
+    here can serve.
+    """
+    if configured.url:
+        raise StoreError("store.url names a kind of store that this shim does not have")
+    if configured.path == IN_MEMORY:
+        return MemoryStore(post)
+    return SqliteStore(Path(configured.path), post, probe)

@@ -1,0 +1,121 @@
+"""Commands and their traces as SQL (the operations of `core.records`)."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any
+
+from shim.core.records import (
+    AddTrace,
+    CommandRecord,
+    FindCommand,
+    MarkCommands,
+    Prune,
+    PutCommand,
+    PutOutcome,
+    SessionKey,
+    State,
+    TraceEntry,
+)
+from shim.store import rows
+from shim.store.rows import UndecodableRow, encode_json, optional_object, parse_key
+from shim.store.schema import ENDED
+
+# One `Prune` gives back so many of the free pages: enough to follow, too few to be felt. Some are kept, to be used again.
+_VACUUM_PAGES = 1000
+_KEPT_PAGES = 2500
+
+_INSERT_COMMAND = (
+    "INSERT INTO commands (session, id, request_id, state, attempts, updated, arrived, expires, size_bytes, type,"
+    " created_at, payload) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (session, id) DO NOTHING"
+)
+_SELECT_COMMAND = "SELECT seq, state, result FROM commands WHERE session = ? AND id = ?"
+_FIND_COMMANDS = (
+    f"SELECT result, {rows.COMMAND_COLUMNS} FROM commands"  # noqa: S608
+    " WHERE seq IN (SELECT seq FROM commands WHERE id = ?) ORDER BY seq"
+)
+_MARK = "UPDATE commands SET state = ?, attempts = attempts + ?, updated = ? WHERE session = ? AND id = ?"
+_INSERT_TRACE = (
+    "INSERT INTO traces (command, wall, event, detail) SELECT seq, ?, ?, ? FROM commands WHERE session = ? AND id = ?"
+)
+_INSERT_LONE_TRACE = "INSERT INTO lone_traces (session, command_id, wall, event, detail) VALUES (?, ?, ?, ?, ?)"
+_PRUNE = (
+    f"DELETE FROM traces WHERE command IN (SELECT seq FROM commands WHERE {ENDED} AND updated < :before)",  # noqa: S608
+    f"DELETE FROM commands WHERE {ENDED} AND updated < :before",  # noqa: S608
+    "DELETE FROM lone_traces WHERE wall < :before",
+    "DELETE FROM unknown_results WHERE wall < :before",
+)
+
+
+class CommandOperations:
+    """Works on the cursor of a transaction that the caller has begun and will end."""
+
+    def __init__(self, cursor: sqlite3.Cursor) -> None:
+        self._cursor = cursor
+
+    def put(self, operation: PutCommand) -> PutOutcome:
+        record = operation.record
+        session = str(record.session)
+        self._cursor.execute(
+            _INSERT_COMMAND,
+            (
+                session,
+                record.id,
+                record.request_id,
+                record.state.value,
+                record.attempts,
+                record.arrived_wall,
+                record.arrived_wall,
+                record.expires_wall,
+                record.size_bytes,
+                record.type,
+                record.created_at,
+                encode_json(record.payload),
+            ),
+        )
+        if self._cursor.rowcount and self._cursor.lastrowid:
+            return PutOutcome(self._cursor.lastrowid)
+        seq, state, result = self._cursor.execute(_SELECT_COMMAND, (session, record.id)).fetchone()
+        return PutOutcome(seq, duplicate=True, state=State(state), result=optional_object(result))
+
+    def mark(self, operation: MarkCommands) -> None:
+        state, session = operation.state.value, str(operation.session)
+        self._cursor.executemany(
+            _MARK, [(state, operation.attempts, operation.wall, session, each) for each in operation.ids]
+        )
+
+    def find(self, operation: FindCommand) -> list[tuple[CommandRecord, dict[str, Any] | None, list[TraceEntry]]]:
+        lone: dict[SessionKey, list[TraceEntry]] = {}
+        for session, *step in self._cursor.execute(
+            "SELECT session, wall, event, detail FROM lone_traces WHERE command_id = ? ORDER BY id",
+            (operation.command_id,),
+        ):
+            lone.setdefault(parse_key(session), []).append(TraceEntry(*step))
+        found = []
+        for result, *row in self._cursor.execute(_FIND_COMMANDS, (operation.command_id,)).fetchall():
+            try:
+                record = rows.command(tuple(row))
+            except UndecodableRow:
+                continue  # it is ended, and of no use to the core; a live one is found at the next opening
+            steps = self._cursor.execute(
+                "SELECT wall, event, detail FROM traces WHERE command = ? ORDER BY id", (record.seq,)
+            )
+            trace = lone.pop(record.session, []) + [TraceEntry(*step) for step in steps]
+            found.append((record, optional_object(result), trace))
+        return found + [
+            (rows.never_stored(key, operation.command_id, trace), None, trace) for key, trace in lone.items()
+        ]
+
+    def add_trace(self, operation: AddTrace) -> None:
+        session, step = str(operation.session), operation.entry
+        for each in operation.ids:
+            self._cursor.execute(_INSERT_TRACE, (step.wall, step.event, step.detail, session, each))
+            if not self._cursor.rowcount:
+                self._cursor.execute(_INSERT_LONE_TRACE, (session, each, step.wall, step.event, step.detail))
+
+    def prune(self, operation: Prune) -> None:
+        for statement in _PRUNE:
+            self._cursor.execute(statement, {"before": operation.before_wall})
+        (free,) = self._cursor.execute("PRAGMA freelist_count").fetchone()
+        for _ in range(min(free - _KEPT_PAGES, _VACUUM_PAGES)):
+            self._cursor.execute("PRAGMA incremental_vacuum(1)")  # Python steps a pragma once: one page, whatever N

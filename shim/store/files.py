@@ -1,0 +1,75 @@
+"""The files of a database: created for our eyes only, and moved aside when they are beyond repair."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+COMPANIONS = ("-wal", "-shm")
+
+
+def companion(path: Path, suffix: str) -> Path:
+    """The file beside a database that SQLite names by appending `suffix`."""
+    return path.with_name(path.name + suffix)
+
+
+def prepare_directory(path: Path) -> tuple[str, ...]:
+    """Make the directory of `path`, with missing parents, mode 0700. Returns warnings. Raises `OSError`."""
+    missing = []
+    directory = path.absolute().parent
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    for each in reversed(missing):
+        each.mkdir(mode=0o700, exist_ok=True)
+    mode = path.absolute().parent.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        return ("the directory of store.path can be written by everyone: others may replace the database",)
+    return ()
+
+
+def create(path: Path) -> None:
+    """Create an empty database file, mode 0600 whatever the umask, unless there is one. Raises `OSError`.
+
+    SQLite gives `-wal` and `-shm` the mode of the database.
+    """
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(descriptor, 0o600)
+        finally:
+            os.close(descriptor)
+
+
+def make_private(path: Path) -> None:
+    """Take from others what an older file grants them. Left as it is where the file belongs to somebody else."""
+    for each in (path, *(companion(path, suffix) for suffix in COMPANIONS)):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            mode = stat.S_IMODE(each.stat().st_mode)
+            if mode & 0o077:
+                each.chmod(mode & 0o700)
+
+
+def move_aside(path: Path) -> Path:
+    """Move a database with its companions to `<path>.corrupt-<n>`, never over another file. Raises `OSError`."""
+    number = 1
+    while True:
+        target = companion(path, f".corrupt-{number}")
+        taken = any(os.path.lexists(companion(target, suffix)) for suffix in COMPANIONS)
+        if not taken and _reserve(target):
+            break
+        number += 1
+    for suffix in COMPANIONS:
+        with contextlib.suppress(FileNotFoundError):
+            companion(path, suffix).replace(companion(target, suffix))
+    return path.replace(target)
+
+
+def _reserve(target: Path) -> bool:
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        return False
+    return True

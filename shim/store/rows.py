@@ -1,0 +1,175 @@
+"""Rows to records and back. A row is believed in nothing: SQLite keeps any type in any column."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from shim.core.records import CommandRecord, SessionKey, SessionRecord, State, TraceEntry
+from shim.errors import ShimError
+
+COMMAND_COLUMNS = (
+    "seq, session, id, request_id, state, attempts, arrived, expires, size_bytes, type, created_at, payload"
+)
+SESSION_COLUMNS = "session, dialect, agent_id, upstream_cluster_id, last_seen, superseded_by, registration, reply, hold"
+
+encode_json = msgspec.json.Encoder().encode
+_decode_object = msgspec.json.Decoder(dict[str, Any]).decode
+_Row = TypeVar("_Row", bound=tuple[Any, ...])
+
+
+class UndecodableRow(ShimError):
+    """A row that is no record; the text says what is wrong, without its content."""
+
+
+class _CommandRow(NamedTuple):
+    seq: int
+    session: str
+    id: str
+    request_id: str
+    state: str
+    attempts: int
+    arrived: float
+    expires: float
+    size_bytes: int
+    type: str
+    created_at: str
+    payload: Any
+
+
+class _SessionRow(NamedTuple):
+    session: str
+    dialect: str
+    agent_id: str
+    upstream_cluster_id: str
+    last_seen: float
+    superseded_by: str
+    registration: Any
+    reply: Any
+    hold: Any
+
+
+class _AliasRow(NamedTuple):
+    owner: str
+    agent_id: str
+    session: str
+
+
+class _TunnelRow(NamedTuple):
+    session: str
+    payload: Any
+
+
+class _OutboxKeys(NamedTuple):
+    owner: str
+    session: str
+    command_id: str
+    request_id: str
+
+
+def _typed(row: tuple[Any, ...], kind: type[_Row]) -> _Row:
+    try:
+        typed: _Row = msgspec.convert(row, kind)
+    except msgspec.ValidationError as error:
+        raise UndecodableRow(f"a column has the wrong type: {error}") from None
+    return typed
+
+
+def decode_object(column: Any) -> dict[str, Any]:
+    """A JSON object as it stands in a column. Raises `UndecodableRow`."""
+    try:
+        return _decode_object(column)
+    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
+        raise UndecodableRow(f"no JSON object: {type(error).__name__}") from None
+
+
+def optional_object(column: Any) -> dict[str, Any] | None:
+    """A JSON object as it stands in a column, `None` where there is none or none that can be read."""
+    try:
+        return decode_object(column)
+    except UndecodableRow:
+        return None
+
+
+def parse_key(text: str) -> SessionKey:
+    """A session key as it stands in a column. Raises `UndecodableRow`."""
+    try:
+        return SessionKey.parse(text)
+    except ValueError:
+        raise UndecodableRow("no session key") from None
+
+
+def command(row: tuple[Any, ...]) -> CommandRecord:
+    """The record of a row of `COMMAND_COLUMNS`. Raises `UndecodableRow`."""
+    typed = _typed(row, _CommandRow)
+    try:
+        state = State(typed.state)
+    except ValueError:
+        raise UndecodableRow("no known state") from None
+    return CommandRecord(
+        session=parse_key(typed.session),
+        id=typed.id,
+        type=typed.type,
+        payload=decode_object(typed.payload),
+        created_at=typed.created_at,
+        arrived_wall=typed.arrived,
+        expires_wall=typed.expires,
+        request_id=typed.request_id,
+        size_bytes=typed.size_bytes,
+        state=state,
+        attempts=typed.attempts,
+        seq=typed.seq,
+    )
+
+
+def session(row: tuple[Any, ...]) -> SessionRecord:
+    """The record of a row of `SESSION_COLUMNS`. Raises `UndecodableRow`."""
+    typed = _typed(row, _SessionRow)
+    if typed.superseded_by:
+        parse_key(typed.superseded_by)
+    return SessionRecord(
+        key=parse_key(typed.session),
+        dialect=typed.dialect,
+        agent_id=typed.agent_id,
+        upstream_cluster_id=typed.upstream_cluster_id,
+        last_seen_wall=typed.last_seen,
+        registration=decode_object(typed.registration),
+        reply=decode_object(typed.reply),
+        hold=decode_object(typed.hold),
+        superseded_by=typed.superseded_by,
+    )
+
+
+def alias(row: tuple[Any, ...]) -> tuple[str, str, SessionKey]:
+    """(owner, agent id, session) of such a row. Raises `UndecodableRow`."""
+    typed = _typed(row, _AliasRow)
+    return typed.owner, typed.agent_id, parse_key(typed.session)
+
+
+def tunnel(row: tuple[Any, ...]) -> tuple[SessionKey, dict[str, Any]]:
+    """(session, payload) of such a row. Raises `UndecodableRow`."""
+    typed = _typed(row, _TunnelRow)
+    return parse_key(typed.session), decode_object(typed.payload)
+
+
+def outbox_owner(row: tuple[Any, ...]) -> str:
+    """The owner of a row (owner, session, command_id, request_id). Raises `UndecodableRow`."""
+    typed = _typed(row, _OutboxKeys)
+    parse_key(typed.session)
+    return typed.owner
+
+
+def never_stored(key: SessionKey, command_id: str, trace: list[TraceEntry]) -> CommandRecord:
+    """What `FindCommand` gives for a command of which only the trace is known."""
+    wall = trace[0].wall
+    return CommandRecord(
+        session=key,
+        id=command_id,
+        type="",
+        payload={},
+        created_at="",
+        arrived_wall=wall,
+        expires_wall=wall,
+        state=State.DEAD,
+    )

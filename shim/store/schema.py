@@ -1,0 +1,224 @@
+"""The tables of the SQLite store, their migrations, and who may read them.
+
+Migrations only add: every statement of this package names its columns, so a shim runs on the database of a later one
+as long as that one left `min_reader_version` at or below this one's `SCHEMA_VERSION`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shim.errors import StoreError, StoreVersionError
+from shim.store.files import companion
+
+APPLICATION_ID = 0x41534D31
+
+# States after which nothing more is expected; the index that serves `Prune` needs the condition word for word.
+ENDED = "state IN ('delivered', 'closed', 'expired', 'dead')"
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One step of the schema. `script` holds its statements, separated by semicolons that stand nowhere else.
+
+    `min_reader_version` is the oldest schema version whose shim may still use the result.
+    """
+
+    min_reader_version: int
+    script: str
+
+
+_VERSION_1 = f"""
+PRAGMA application_id = {APPLICATION_ID};
+
+CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL);
+
+-- updated: wall time of the last change of state. result: repeats the payload of the outbox entry, which goes when the
+-- controller has it, while a duplicate of the command must still be answered.
+CREATE TABLE commands (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    session TEXT NOT NULL,
+    id TEXT NOT NULL,
+    request_id TEXT NOT NULL,
+    state TEXT NOT NULL,
+    attempts INTEGER NOT NULL,
+    updated REAL NOT NULL,
+    arrived REAL NOT NULL,
+    expires REAL NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    type TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    payload BLOB NOT NULL,
+    result BLOB
+);
+CREATE UNIQUE INDEX commands_by_id ON commands (session, id);
+CREATE INDEX commands_ended ON commands (updated) WHERE {ENDED};
+
+CREATE TABLE outbox (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    owner TEXT NOT NULL,
+    session TEXT NOT NULL,
+    command_id TEXT NOT NULL,
+    request_id TEXT NOT NULL,
+    payload BLOB NOT NULL
+);
+CREATE INDEX outbox_by_owner ON outbox (owner);
+CREATE INDEX outbox_by_command ON outbox (session, command_id);
+
+-- Results for ids that were not known: the first one was forwarded, repeats must not be.
+CREATE TABLE unknown_results (
+    session TEXT NOT NULL,
+    command_id TEXT NOT NULL,
+    wall REAL NOT NULL,
+    PRIMARY KEY (session, command_id)
+);
+
+CREATE TABLE traces (
+    id INTEGER PRIMARY KEY,
+    command INTEGER NOT NULL,
+    wall REAL NOT NULL,
+    event TEXT NOT NULL,
+    detail TEXT NOT NULL
+);
+CREATE INDEX traces_by_command ON traces (command);
+
+-- Steps of commands that have no row: rejected ones, unknown ones.
+CREATE TABLE lone_traces (
+    id INTEGER PRIMARY KEY,
+    session TEXT NOT NULL,
+    command_id TEXT NOT NULL,
+    wall REAL NOT NULL,
+    event TEXT NOT NULL,
+    detail TEXT NOT NULL
+);
+CREATE INDEX lone_traces_by_command ON lone_traces (session, command_id);
+CREATE INDEX lone_traces_by_wall ON lone_traces (wall);
+
+CREATE TABLE sessions (
+    id INTEGER PRIMARY KEY,
+    session TEXT NOT NULL UNIQUE,
+    dialect TEXT NOT NULL,
+    agent_id TEXT NOT NULL,
+    upstream_cluster_id TEXT NOT NULL,
+    last_seen REAL NOT NULL,
+    superseded_by TEXT NOT NULL,
+    registration BLOB NOT NULL,
+    reply BLOB NOT NULL,
+    hold BLOB NOT NULL
+);
+
+CREATE TABLE aliases (
+    id INTEGER PRIMARY KEY,
+    owner TEXT NOT NULL,
+    agent_id TEXT NOT NULL,
+    session TEXT NOT NULL,
+    UNIQUE (owner, agent_id)
+);
+CREATE INDEX aliases_by_session ON aliases (session);
+
+CREATE TABLE tunnels (
+    id INTEGER PRIMARY KEY,
+    session TEXT NOT NULL UNIQUE,
+    payload BLOB NOT NULL
+);
+
+-- Rows that could not be decoded. pending: a command of which the controller has not been told yet.
+CREATE TABLE quarantine (
+    id INTEGER PRIMARY KEY,
+    origin TEXT NOT NULL,
+    session TEXT NOT NULL,
+    command_id TEXT NOT NULL,
+    request_id TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    content BLOB NOT NULL,
+    pending INTEGER NOT NULL
+);
+CREATE INDEX quarantine_pending ON quarantine (session, command_id) WHERE pending
+"""
+
+MIGRATIONS = (Migration(min_reader_version=1, script=_VERSION_1),)
+SCHEMA_VERSION = len(MIGRATIONS)
+
+
+def _number(connection: sqlite3.Connection, statement: str) -> int:
+    row = connection.execute(statement).fetchone()
+    return row[0] if row is not None and isinstance(row[0], int) else 0
+
+
+def check_version(connection: sqlite3.Connection) -> None:
+    """Raise `StoreVersionError` for the database of a shim that is too new, `StoreError` for one that is not ours.
+
+    A database without tables passes: it is new.
+    """
+    if _number(connection, "SELECT count(*) FROM sqlite_master") == 0:
+        return
+    if _number(connection, "PRAGMA application_id") != APPLICATION_ID:
+        raise StoreError("the file at store.path is the database of another application")
+    wanted = _number(connection, "SELECT value FROM meta WHERE key = 'min_reader_version'")
+    if wanted > SCHEMA_VERSION:
+        raise StoreVersionError(
+            f"the database needs a shim that knows schema version {wanted}; this one knows {SCHEMA_VERSION}"
+        )
+
+
+def check_untouched(path: Path, timeout_s: float) -> None:
+    """`check_version` without leaving a trace on the disk; anything but a clear answer passes.
+
+    What is wrong with the file otherwise is found when it is opened for writing, under locks. Without content in the
+    `-wal` everything is in the file itself (migrations see to it), and `immutable` makes SQLite create nothing.
+    """
+    wal = companion(path, "-wal")
+    hot = wal.exists() and wal.stat().st_size > 0
+    uri = f"{path.absolute().as_uri()}?mode=ro{'' if hot else '&immutable=1'}"
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(connect(uri, timeout_s)) as connection:
+        check_version(connection)
+
+
+def connect(uri: str, timeout_s: float) -> sqlite3.Connection:
+    """A connection without implicit transactions that may be handed to another thread and decodes any text."""
+    connection = sqlite3.connect(uri, timeout=timeout_s, isolation_level=None, check_same_thread=False, uri=True)
+    connection.text_factory = _text
+    return connection
+
+
+def _text(raw: bytes) -> str | bytes:
+    """Text, or the bytes of what is not UTF-8, so that one such row does not make its whole table unreadable."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw
+
+
+def migrate(connection: sqlite3.Connection, migrations: Sequence[Migration] = MIGRATIONS) -> None:
+    """Bring the schema up to the last of `migrations`, each in one transaction. Raises `sqlite3.Error`."""
+    changed = False
+    while _next_migration(connection, migrations):
+        changed = True
+    if changed:
+        # The version must be in the database file itself: see `check_untouched`.
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def _next_migration(connection: sqlite3.Connection, migrations: Sequence[Migration]) -> bool:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        version = _number(connection, "PRAGMA user_version")
+        if version < len(migrations):
+            for statement in migrations[version].script.split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {version + 1}")
+            connection.execute(
+                "INSERT INTO meta (key, value) VALUES ('min_reader_version', ?)"
+                " ON CONFLICT (key) DO UPDATE SET value = max(value, excluded.value)",
+                (migrations[version].min_reader_version,),
+            )
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    return version < len(migrations)

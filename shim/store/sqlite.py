@@ -1,0 +1,133 @@
+"""The command store on SQLite: one file, write-ahead log, every commit synced before anybody is told."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from shim.core.records import Loaded, Operation
+from shim.errors import StoreError
+from shim.ports import StoreDone
+from shim.store import files, schema
+from shim.store.delivery import Post, deliver, store_error
+from shim.store.loading import load
+from shim.store.writer import CommitProbe, Writer
+
+BUSY_TIMEOUT_S = 5.0
+# What a damaged file is found by. A plain SQL error means that tables or columns are not what the version says.
+_CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR})
+_WAL_LIMIT_BYTES = 16 * 1024 * 1024
+
+
+class _CorruptError(StoreError):
+    """The file is no database of ours any more."""
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Tell damage from trouble that passes (locked, full, unreadable)."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"the file at store.path cannot be used: {error.strerror}") from error
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT:
+            raise _CorruptError(str(store_error(error))) from error
+        raise store_error(error) from error
+
+
+class SqliteStore:
+    """A `ports.CommandStore` in the file at `path`. It is opened once.
+
+    `busy_timeout_s` is how long a commit waits for another process that holds the database.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        post: Post,
+        probe: CommitProbe | None = None,
+        busy_timeout_s: float = BUSY_TIMEOUT_S,
+    ) -> None:
+        self._path = path
+        self._post = post
+        self._probe = probe
+        self._busy_timeout_s = busy_timeout_s
+        # Nothing may be queued behind the end of the queue.
+        self._gate = threading.Lock()
+        self._writer: Writer | None = None
+
+    def open(self) -> Loaded:
+        """See `ports.CommandStore`. A corrupt database is moved aside and replaced by a new one."""
+        with _translated():
+            warnings = files.prepare_directory(self._path)
+        moved_aside = ""
+        try:
+            connection, loaded = self._open()
+        except _CorruptError:
+            with _translated():
+                moved_aside = str(files.move_aside(self._path))
+            try:
+                connection, loaded = self._open()
+            except StoreError as error:
+                raise StoreError(f"{error} (the corrupt database was moved to {moved_aside})") from error
+        self._writer = Writer(connection, self._post, self._probe)
+        self._writer.start()
+        return replace(loaded, moved_aside=moved_aside, warnings=warnings)
+
+    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
+        """See `ports.CommandStore`; a store that is not open answers with a `StoreError`."""
+        with self._gate:
+            if self._writer is not None:
+                self._writer.submit((tuple(operations), done))
+                return
+        if done is not None:
+            deliver(self._post, [partial(done, StoreError("the store is not open"))])
+
+    def close(self) -> None:
+        """See `ports.CommandStore`; may be called from any thread."""
+        with self._gate:
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def _open(self) -> tuple[sqlite3.Connection, Loaded]:
+        with _translated():
+            if self._path.exists():
+                schema.check_untouched(self._path, self._busy_timeout_s)
+            files.create(self._path)
+            connection = schema.connect(f"{self._path.absolute().as_uri()}?mode=rw", self._busy_timeout_s)
+            try:
+                if self._path.stat().st_size == 0:
+                    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before anything was read or written
+                schema.check_version(connection)
+                _configure(connection)
+                _check_integrity(connection)
+                schema.migrate(connection)
+                loaded = load(connection)
+                files.make_private(self._path)
+            except BaseException:
+                connection.close()
+                raise
+        return connection, loaded
+
+
+def _configure(connection: sqlite3.Connection) -> None:
+    mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    if mode != "wal":
+        raise StoreError("the file system of store.path cannot carry a write-ahead log")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA wal_autocheckpoint = 2000")  # pages: 8 MiB
+    connection.execute("PRAGMA cache_size = -4096")  # KiB
+    connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
+    connection.execute("PRAGMA temp_store = MEMORY")  # a full disk must not stop a rollback
+
+
+def _check_integrity(connection: sqlite3.Connection) -> None:
+    if connection.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
+        raise _CorruptError("the database failed its integrity check")

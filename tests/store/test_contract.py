@@ -1,0 +1,426 @@
+"""What every command store does with each operation; one suite for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shim import settings
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    CommandRecord,
+    DeleteSession,
+    FindCommand,
+    MarkCommands,
+    MoveSession,
+    Operation,
+    OutboxEntry,
+    Prune,
+    PutOutbox,
+    PutResult,
+    ReadOutbox,
+    ResultOutcome,
+    SaveAlias,
+    SaveSession,
+    SaveTunnel,
+    State,
+    TraceEntry,
+)
+from shim.errors import StoreError
+from shim.store import open_store
+from tests.support.stores import KEY, OTHER, POISON, STRANGER, StoreClient, command, put, session
+
+Reopen = Callable[[StoreClient], StoreClient]
+RESULT = {"command_id": "1", "success": True, "output": "done"}
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return ":memory:" if request.param == "memory" else str(tmp_path / "shim.db")
+
+
+@pytest.fixture
+def client(path: str) -> Iterator[StoreClient]:
+    client = StoreClient(lambda post: open_store(settings.Store(path=path), post))
+    client.open()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def reopen(path: str) -> Iterator[Reopen]:
+    """Close a store and open what it left behind."""
+    opened: list[StoreClient] = []
+
+    def again(client: StoreClient) -> StoreClient:
+        client.close()
+        if path == ":memory:":
+            return client
+        opened.append(StoreClient(lambda post: open_store(settings.Store(path=path), post)))
+        return opened[-1]
+
+    yield again
+    for each in opened:
+        each.close()
+
+
+def found(client: StoreClient, command_id: str) -> list[tuple[CommandRecord, object, list[TraceEntry]]]:
+    answer: list[tuple[CommandRecord, object, list[TraceEntry]]] = client.one(FindCommand(command_id))
+    return answer
+
+
+def state_of(client: StoreClient, command_id: str) -> State:
+    return found(client, command_id)[0][0].state
+
+
+def outbox(client: StoreClient, owner: str = "default", after: int = 0, limit: int = 100) -> list[OutboxEntry]:
+    entries: list[OutboxEntry] = client.one(ReadOutbox(owner, after, limit))
+    return entries
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_command_comes_back_as_it_was_put(client: StoreClient, reopen: Reopen) -> None:
+    record = command("1", payload={"deep": [{"a": 1.5}, "ü\x00\n", True, None, 2**63]})
+    outcome = client.one(put("1", payload=record.payload))
+    assert (outcome.duplicate, outcome.result) == (False, None)
+
+    assert reopen(client).open().commands == (replace(record, seq=outcome.seq),)
+
+
+def test_commands_are_numbered_upwards_and_loaded_in_that_order(client: StoreClient, reopen: Reopen) -> None:
+    seqs = [outcome.seq for outcome in client.run(put("b"), put("a", OTHER), put("c"))]
+    assert seqs == sorted(set(seqs))
+    assert seqs[0] > 0
+
+    assert [record.id for record in reopen(client).open().commands] == ["b", "a", "c"]
+
+
+def test_a_number_is_never_given_twice(client: StoreClient) -> None:
+    first = client.one(put("1", state=State.DEAD)).seq
+    client.one(Prune(1000.0))
+    assert client.one(put("1")).seq > first
+
+
+def test_the_same_id_is_a_duplicate_until_it_is_pruned(client: StoreClient, reopen: Reopen) -> None:
+    seq = client.one(put("1")).seq
+    client.one(MarkCommands(KEY, ("1",), State.DELIVERED, wall=110.0))
+
+    client = reopen(client)
+    client.open()
+    again = client.one(put("1", payload={"other": 1}))
+    assert (again.seq, again.duplicate, again.state, again.result) == (seq, True, State.DELIVERED, None)
+    assert found(client, "1")[0][0].payload == command("1").payload
+
+    client.one(Prune(110.5))
+    assert not client.one(put("1")).duplicate
+
+
+def test_the_same_id_in_another_session_is_another_command(client: StoreClient) -> None:
+    assert [outcome.duplicate for outcome in client.run(put("1"), put("1", OTHER), put("1", STRANGER))] == [False] * 3
+    assert [record.session for record, _, _ in found(client, "1")] == [KEY, OTHER, STRANGER]
+
+
+def test_a_duplicate_tells_the_result_also_after_the_controller_has_it(client: StoreClient) -> None:
+    client.run(put("1"), PutResult(KEY, "1", RESULT, wall=120.0))
+    assert client.one(put("1")).result == RESULT
+    client.one(CloseOutbox((outbox(client)[0].seq,), wall=130.0))
+    again = client.one(put("1"))
+    assert (again.duplicate, again.state, again.result) == (True, State.CLOSED, RESULT)
+
+
+def test_marking_counts_attempts_and_ignores_unknown_ids(client: StoreClient) -> None:
+    client.run(put("1"), put("2"), put("1", OTHER))
+    client.one(MarkCommands(KEY, ("1", "nobody"), State.OFFERED, wall=110.0, attempts=1))
+    client.one(MarkCommands(KEY, ("1", "2"), State.OFFERED, wall=111.0, attempts=1))
+    client.one(MarkCommands(KEY, ("2",), State.QUEUED, wall=112.0, attempts=-1))
+
+    assert {(r.session, r.id): (r.state, r.attempts) for i in "12" for r, _, _ in found(client, i)} == {
+        (KEY, "1"): (State.OFFERED, 2),
+        (KEY, "2"): (State.QUEUED, 0),
+        (OTHER, "1"): (State.QUEUED, 0),
+    }
+
+
+def test_only_commands_that_may_still_be_offered_are_loaded(client: StoreClient, reopen: Reopen) -> None:
+    for each in State:
+        client.run(put(each.value), MarkCommands(KEY, (each.value,), each, wall=110.0))
+    loaded = reopen(client).open()
+    assert [record.state for record in loaded.commands] == [State.QUEUED, State.OFFERED, State.UNCERTAIN]
+
+
+@pytest.mark.parametrize("state", State)
+def test_pruning_forgets_what_ended_and_keeps_what_is_awaited(client: StoreClient, state: State) -> None:
+    trace = AddTrace(KEY, ("1",), TraceEntry(105.0, "arrived"))
+    client.run(put("1"), trace, MarkCommands(KEY, ("1",), state, wall=110.0))
+
+    client.one(Prune(110.0))  # `updated` must be before it
+    assert len(found(client, "1")) == 1
+
+    client.one(Prune(110.5))
+    ended = state in {State.DELIVERED, State.CLOSED, State.EXPIRED, State.DEAD}
+    assert len(found(client, "1")) == (0 if ended else 1)
+
+
+def test_pruning_leaves_the_outbox_alone(client: StoreClient) -> None:
+    client.run(put("1"), MarkCommands(KEY, ("1",), State.EXPIRED, wall=110.0), PutOutbox(KEY, "1", "r-1", RESULT))
+    client.run(put("2"), PutResult(KEY, "2", RESULT, wall=110.0))
+    client.one(Prune(1000.0))
+    assert [entry.command_id for entry in outbox(client)] == ["1", "2"]
+    assert state_of(client, "2") is State.ANSWERED
+
+
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_command_is_found_by_its_id_with_result_and_trace(client: StoreClient) -> None:
+    steps = [TraceEntry(100.0, "arrived", "exec"), TraceEntry(99.0, "offered"), TraceEntry(101.0, "result", "ok")]
+    client.run(put("1"), put("2"), AddTrace(KEY, ("1", "2"), steps[0]), AddTrace(KEY, ("1",), steps[1]))
+    client.run(PutResult(KEY, "1", RESULT, wall=101.0), AddTrace(KEY, ("1",), steps[2]))
+
+    ((record, result, trace),) = found(client, "1")
+    assert (record.id, record.state, result, trace) == ("1", State.ANSWERED, RESULT, steps)
+    assert found(client, "2")[0][1:] == (None, steps[:1])
+    assert found(client, "3") == []
+
+
+def test_a_rejected_command_is_found_by_its_trace_until_that_is_old(client: StoreClient) -> None:
+    steps = [TraceEntry(100.0, "reported", "queue_full"), TraceEntry(105.0, "closed")]
+    client.run(*(AddTrace(OTHER, ("1",), step) for step in steps), put("2"))
+
+    ((record, result, trace),) = found(client, "1")
+    assert (record.session, record.id, record.seq, record.state) == (OTHER, "1", 0, State.DEAD)
+    assert (result, trace) == (None, steps)
+
+    client.one(Prune(105.0))
+    assert found(client, "1")[0][2] == steps[1:]
+    client.one(Prune(106.0))
+    assert found(client, "1") == []
+
+
+def test_what_was_traced_before_the_command_was_stored_belongs_to_it(client: StoreClient) -> None:
+    steps = [TraceEntry(100.0, "reported", "queue_full"), TraceEntry(110.0, "arrived")]
+    client.run(AddTrace(KEY, ("1",), steps[0]), put("1"), AddTrace(KEY, ("1",), steps[1]))
+    assert [trace for _, _, trace in found(client, "1")] == [steps]
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [s for s in State if s not in {State.ANSWERED, State.CLOSED}])
+def test_the_first_result_is_stored_in_every_state(client: StoreClient, state: State) -> None:
+    client.run(put("1"), MarkCommands(KEY, ("1",), state, wall=110.0))
+    outcome: ResultOutcome = client.one(PutResult(KEY, "1", RESULT, wall=120.0))
+    assert (outcome.known, outcome.state) == (True, state)
+    assert outcome.entry is not None
+    assert (outcome.entry.session, outcome.entry.command_id) == (KEY, "1")
+    assert (outcome.entry.request_id, outcome.entry.payload) == ("r-1", RESULT)
+    assert outbox(client) == [outcome.entry]
+    assert state_of(client, "1") is State.ANSWERED
+
+
+def test_a_repeated_result_changes_nothing(client: StoreClient, reopen: Reopen) -> None:
+    client.run(put("1"), PutResult(KEY, "1", RESULT, wall=120.0))
+    before = outbox(client)
+    repeat = PutResult(KEY, "1", {"success": False}, wall=130.0)
+    assert client.one(repeat) == ResultOutcome(None, known=True, state=State.ANSWERED)
+    assert outbox(client) == before
+
+    client = reopen(client)
+    client.open()
+    client.one(CloseOutbox((before[0].seq,), wall=140.0))
+    assert client.one(repeat) == ResultOutcome(None, known=True, state=State.CLOSED)
+    assert found(client, "1")[0][1] == RESULT
+
+
+def test_the_result_for_an_unknown_id_is_forwarded_once_and_says_so(client: StoreClient, reopen: Reopen) -> None:
+    outcome: ResultOutcome = client.one(PutResult(KEY, "ghost", RESULT, wall=120.0))
+    assert (outcome.known, outcome.state) == (False, None)
+    assert outcome.entry is not None
+    assert (outcome.entry.request_id, outcome.entry.payload) == ("", RESULT | {"code": "unknown_command"})
+    assert outbox(client) == [outcome.entry]
+
+    client = reopen(client)
+    client.open()
+    client.one(CloseOutbox((outcome.entry.seq,), wall=130.0))
+    assert client.one(PutResult(KEY, "ghost", RESULT, wall=140.0)) == ResultOutcome(None, known=False)
+    assert client.one(PutResult(OTHER, "ghost", RESULT, wall=140.0)).entry is not None
+
+    client.one(Prune(120.5))
+    assert client.one(PutResult(KEY, "ghost", RESULT, wall=150.0)).entry is not None
+
+
+def test_a_command_that_comes_after_a_result_for_its_id_gets_its_own_result(client: StoreClient) -> None:
+    client.one(PutResult(KEY, "1", RESULT, wall=90.0))
+    assert not client.one(put("1")).duplicate
+    outcome: ResultOutcome = client.one(PutResult(KEY, "1", RESULT, wall=120.0))
+    assert outcome.known
+    assert outcome.entry is not None
+    assert "code" not in outcome.entry.payload
+
+
+# --- outbox -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_outbox_is_read_in_order_by_owner_and_page(client: StoreClient, reopen: Reopen) -> None:
+    sessions = (KEY, STRANGER, OTHER, KEY)
+    entries = client.run(*(PutOutbox(key, str(n), f"r{n}", {"n": n}) for n, key in enumerate(sessions)))
+    mine = [entries[0], entries[2], entries[3]]
+    assert outbox(client, limit=2) == mine[:2]
+    assert outbox(client, after=mine[1].seq) == mine[2:]
+    assert outbox(client, owner="0f0f") == [entries[1]]
+    assert outbox(client, owner="nobody") == []
+
+    client = reopen(client)
+    assert client.open().outbox_owners == ("0f0f", "default")
+    assert outbox(client) == mine
+
+
+def test_closing_the_last_entry_closes_the_answered_command(client: StoreClient) -> None:
+    client.run(put("1"), MarkCommands(KEY, ("1",), State.DEAD, wall=110.0))
+    failure: OutboxEntry = client.one(PutOutbox(KEY, "1", "r-1", {"code": "undeliverable"}))
+    result: ResultOutcome = client.one(PutResult(KEY, "1", RESULT, wall=120.0))
+    assert result.entry is not None
+
+    client.one(CloseOutbox((failure.seq,), wall=130.0))
+    assert state_of(client, "1") is State.ANSWERED
+    client.one(CloseOutbox((failure.seq, result.entry.seq, 999), wall=140.0))
+    assert state_of(client, "1") is State.CLOSED
+    assert outbox(client) == []
+
+
+def test_closing_a_failure_leaves_the_state_of_its_command(client: StoreClient) -> None:
+    client.run(put("1"), MarkCommands(KEY, ("1",), State.EXPIRED, wall=110.0))
+    failure: OutboxEntry = client.one(PutOutbox(KEY, "1", "r-1", {"code": "expired"}))
+    client.one(CloseOutbox((failure.seq,), wall=130.0))
+    assert state_of(client, "1") is State.EXPIRED
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------------
+
+
+def test_sessions_aliases_and_tunnels_are_kept_and_replaced(client: StoreClient, reopen: Reopen) -> None:
+    final = session(registration={"name": "b"}, superseded_by=str(OTHER), last_seen_wall=7.25)
+    client.run(SaveSession(session()), SaveSession(session(OTHER)), SaveSession(final))
+    client.run(SaveAlias("default", "pod-1", OTHER), SaveAlias("default", "pod-1", KEY), SaveAlias("x", "pod-1", OTHER))
+    client.run(SaveTunnel(KEY, {"status": "IDLE"}), SaveTunnel(KEY, {"status": "ACTIVE"}))
+
+    loaded = reopen(client).open()
+    assert loaded.sessions == (session(OTHER), final)
+    assert loaded.aliases == (("default", "pod-1", KEY), ("x", "pod-1", OTHER))
+    assert loaded.tunnels == ((KEY, {"status": "ACTIVE"}),)
+
+
+def test_deleting_a_session_deletes_its_aliases_and_tunnel_only(client: StoreClient, reopen: Reopen) -> None:
+    client.run(SaveSession(session()), SaveSession(session(OTHER)), put("1"), put("2", OTHER))
+    client.run(SaveAlias("default", "pod-1", KEY), SaveAlias("default", "pod-2", OTHER), SaveTunnel(KEY, {"a": 1}))
+    client.run(PutOutbox(KEY, "1", "r-1", {"code": "expired"}), DeleteSession(KEY))
+
+    client = reopen(client)
+    loaded = client.open()
+    assert [record.key for record in loaded.sessions] == [OTHER]
+    assert loaded.aliases == (("default", "pod-2", OTHER),)
+    assert loaded.tunnels == ()
+    assert len(outbox(client)) == 1
+
+
+def test_moving_a_session_takes_everything_along_to_the_new_owner(client: StoreClient, reopen: Reopen) -> None:
+    step = TraceEntry(100.0, "arrived")
+    client.run(SaveSession(session()), SaveAlias("default", "pod-1", KEY), SaveTunnel(KEY, {"a": 1}))
+    client.run(put("1"), AddTrace(KEY, ("1", "rejected"), step), PutOutbox(KEY, "1", "r-1", {"n": 1}))
+    client.one(PutResult(KEY, "ghost", RESULT, wall=100.0))
+    client.one(MoveSession(KEY, STRANGER))
+
+    assert outbox(client) == []
+    assert [entry.session for entry in outbox(client, owner="0f0f")] == [STRANGER, STRANGER]
+    assert [(record.session, trace) for record, _, trace in found(client, "1")] == [(STRANGER, [step])]
+    assert [(record.session, trace) for record, _, trace in found(client, "rejected")] == [(STRANGER, [step])]
+    assert client.one(PutResult(STRANGER, "ghost", RESULT, wall=101.0)).entry is None
+
+    loaded = reopen(client).open()
+    assert loaded.sessions == ()
+    assert loaded.aliases == (("0f0f", "pod-1", STRANGER),)
+    assert loaded.tunnels == ((STRANGER, {"a": 1}),)
+    assert [record.session for record in loaded.commands] == [STRANGER]
+
+
+def test_where_both_sessions_have_something_the_targets_stands(client: StoreClient, reopen: Reopen) -> None:
+    client.run(SaveSession(session()), SaveSession(session(OTHER)))
+    client.run(SaveTunnel(KEY, {"from": "source"}), SaveTunnel(OTHER, {"from": "target"}))
+    client.run(put("1", payload={"from": "source"}), AddTrace(KEY, ("1",), TraceEntry(1.0, "source")), put("2"))
+    client.run(put("1", OTHER, payload={"from": "target"}), AddTrace(OTHER, ("1",), TraceEntry(2.0, "target")))
+    client.one(MoveSession(KEY, OTHER))
+
+    assert [(r.payload, trace) for r, _, trace in found(client, "1")] == [
+        ({"from": "target"}, [TraceEntry(2.0, "target")])
+    ]
+    loaded = reopen(client).open()
+    assert [(record.session, record.id) for record in loaded.commands] == [(OTHER, "2"), (OTHER, "1")]
+    assert [record.key for record in loaded.sessions] == [OTHER]
+    assert loaded.tunnels == ((OTHER, {"from": "target"}),)
+
+
+def test_moving_between_owners_never_replaces_an_alias_of_the_new_owner(client: StoreClient, reopen: Reopen) -> None:
+    third = STRANGER._replace(ident="c-3")
+    client.run(SaveAlias("default", "pod-1", KEY), SaveAlias("0f0f", "pod-1", third), MoveSession(KEY, STRANGER))
+    assert reopen(client).open().aliases == (("0f0f", "pod-1", third),)
+
+
+def test_moving_a_session_onto_itself_loses_nothing(client: StoreClient, reopen: Reopen) -> None:
+    client.run(SaveSession(session()), put("1"), SaveAlias("default", "pod-1", KEY), MoveSession(KEY, KEY))
+    loaded = reopen(client).open()
+    assert (len(loaded.sessions), len(loaded.commands), len(loaded.aliases)) == (1, 1, 1)
+
+
+# --- the store itself -------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_random_and_stays(client: StoreClient, reopen: Reopen) -> None:
+    key = reopen(client).open().key
+    assert len(key) == 32
+    assert reopen(client).open().key == key
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_a_submission_that_cannot_be_stored_fails_as_a_whole(client: StoreClient, poison: Operation) -> None:
+    with pytest.raises(StoreError) as failure:
+        client.run(put("1"), poison, put("2"))
+    assert "poison" not in str(failure.value)
+    assert found(client, "1") == []
+    assert not client.one(put("2")).duplicate
+
+
+def test_outcomes_come_in_the_order_of_submission(client: StoreClient) -> None:
+    order: list[int] = []
+    for n in range(500):
+        client.store.submit([POISON[0] if n % 50 == 7 else put(str(n))], lambda _, n=n: order.append(n))
+    client.run(put("last"))
+    assert order == list(range(500))
+
+
+def test_a_store_that_is_not_open_says_so(client: StoreClient, path: str) -> None:
+    client.close()
+    client.close()
+    with pytest.raises(StoreError):
+        client.run(put("1"))
+
+    unopened = StoreClient(lambda post: open_store(settings.Store(path=path), post))
+    with pytest.raises(StoreError):
+        unopened.run(put("1"))
+    unopened.close()
+
+
+def test_a_submission_may_come_without_a_callback(client: StoreClient) -> None:
+    client.store.submit([put("1")])
+    assert client.one(put("1")).duplicate
+
+
+def test_an_unknown_kind_of_store_is_refused_without_its_url() -> None:
+    with pytest.raises(StoreError) as failure:
+        open_store(settings.Store(url="nats://user:secret@nats"), lambda call: None)
+    assert "secret" not in str(failure.value)

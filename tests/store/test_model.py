@@ -1,0 +1,121 @@
+"""Any sequence of operations has the same results on SQLite as in the model."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hypothesis import settings as search
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    CommandRecord,
+    DeleteSession,
+    FindCommand,
+    MarkCommands,
+    MoveSession,
+    Operation,
+    Prune,
+    PutOutbox,
+    PutOutcome,
+    PutResult,
+    ReadOutbox,
+    SaveAlias,
+    SaveSession,
+    SaveTunnel,
+    State,
+    TraceEntry,
+)
+from shim.errors import StoreError
+from shim.store.memory import MemoryStore
+from shim.store.sqlite import SqliteStore
+from tests.support.stores import KEY, OTHER, POISON, STRANGER, StoreClient, put, session
+
+Outcome = list[list[Any] | StoreError]
+
+keys = st.sampled_from((KEY, OTHER, STRANGER))
+ids = st.sampled_from(("1", "2", "3", "ü/"))
+some_ids = st.lists(ids, max_size=3).map(tuple)
+walls = st.integers(90, 110).map(float)
+states = st.sampled_from(State)
+payloads = st.dictionaries(st.text(max_size=3), st.none() | st.integers() | st.text(max_size=3), max_size=2)
+entries = st.builds(TraceEntry, walls, st.text(max_size=3), st.text(max_size=3))
+
+operations: st.SearchStrategy[Operation] = st.one_of(
+    st.builds(put, ids, keys, payload=payloads, arrived_wall=walls),
+    st.builds(MarkCommands, keys, some_ids, states, walls, st.integers(-1, 1)),
+    st.builds(PutResult, keys, ids, payloads, walls),
+    st.builds(PutOutbox, keys, ids, ids, payloads),
+    st.builds(CloseOutbox, st.lists(st.integers(0, 12), max_size=4).map(tuple), walls),
+    st.builds(ReadOutbox, st.sampled_from(("default", "0f0f")), st.integers(0, 12), st.integers(0, 3)),
+    st.builds(SaveSession, st.builds(session, keys, registration=payloads, last_seen_wall=walls)),
+    st.builds(DeleteSession, keys),
+    st.builds(MoveSession, keys, keys),
+    st.builds(SaveAlias, st.sampled_from(("default", "0f0f")), ids, keys),
+    st.builds(SaveTunnel, keys, payloads),
+    st.builds(AddTrace, keys, some_ids, entries),
+    st.builds(Prune, walls),
+    st.builds(FindCommand, ids),
+)
+
+
+class Comparison(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self._stack = contextlib.ExitStack()
+        self._path = Path(self._stack.enter_context(tempfile.TemporaryDirectory())) / "shim.db"
+        self._model = StoreClient(MemoryStore)
+        self._real_names: dict[int, int] = {}
+        self._model_names: dict[int, int] = {}
+        self._open_both()
+
+    def _open_both(self) -> None:
+        self._real = StoreClient(lambda post: SqliteStore(self._path, post))
+        real, model = self._real.open(), self._model.open()
+        assert self._names(real.commands, self._real_names) == self._names(model.commands, self._model_names)
+        assert replace(real, key=b"", commands=()) == replace(model, key=b"", commands=())
+
+    def _names(self, outcome: Any, names: dict[int, int]) -> Any:
+        """The outcome with the numbers of commands replaced by names, because a store may leave numbers out."""
+        if isinstance(outcome, StoreError):
+            return "failed"
+        if isinstance(outcome, (PutOutcome, CommandRecord)):
+            return replace(outcome, seq=names.setdefault(outcome.seq, len(names)) if outcome.seq else -1)
+        if type(outcome) in {list, tuple}:
+            return [self._names(each, names) for each in outcome]
+        return outcome
+
+    @rule(submission=st.lists(operations, max_size=4))
+    def one_submission(self, submission: list[Operation]) -> None:
+        self._compare([(self._real.submit(*submission), self._model.submit(*submission))])
+
+    @rule(
+        submissions=st.lists(st.lists(operations | st.sampled_from(POISON), max_size=3), min_size=1, max_size=4),
+    )
+    def several_at_once_some_of_them_poisoned(self, submissions: list[list[Operation]]) -> None:
+        self._compare([(self._real.submit(*each), self._model.submit(*each)) for each in submissions])
+
+    def _compare(self, outcomes: list[tuple[Outcome, Outcome]]) -> None:
+        for real, model in outcomes:
+            found = self._names(self._real.wait(real), self._real_names)
+            assert found == self._names(self._model.wait(model), self._model_names)
+
+    @rule()
+    def restart(self) -> None:
+        self._real.close()
+        self._model.close()
+        self._open_both()
+
+    def teardown(self) -> None:
+        self._real.close()
+        self._stack.close()
+
+
+TestComparison = Comparison.TestCase
+TestComparison.settings = search(max_examples=40, stateful_step_count=25)

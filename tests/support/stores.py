@@ -1,0 +1,93 @@
+"""A synchronous client of a command store, and records to put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+from shim.core.records import CommandRecord, Loaded, Operation, PutCommand, SessionKey, SessionRecord
+from shim.errors import StoreError
+from shim.ports import CommandStore
+from shim.store.delivery import Post
+
+TIMEOUT_S = 30.0
+KEY = SessionKey("default", "cluster", "c-1")
+OTHER = SessionKey("default", "agent", "a-1")
+STRANGER = SessionKey("0f0f", "cluster", "c-1")
+
+
+class StoreClient:
+    """Stands in for the event loop: what the store posts is run by the test's thread, when it waits."""
+
+    def __init__(self, make: Callable[[Post], CommandStore]) -> None:
+        self._posted: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.store = make(self._posted.put)
+
+    def open(self) -> Loaded:
+        return self.store.open()
+
+    def submit(self, *operations: Operation) -> list[list[Any] | StoreError]:
+        """Submit, and return the list that will hold the outcome."""
+        outcome: list[list[Any] | StoreError] = []
+        self.store.submit(operations, outcome.append)
+        return outcome
+
+    def wait(self, outcome: list[list[Any] | StoreError]) -> list[Any] | StoreError:
+        """Run what is posted until this outcome is there."""
+        while not outcome:
+            self._posted.get(timeout=TIMEOUT_S)()
+        return outcome[0]
+
+    def run(self, *operations: Operation) -> list[Any]:
+        """Submit and return the results. Raises `StoreError`."""
+        outcome = self.wait(self.submit(*operations))
+        if isinstance(outcome, StoreError):
+            raise outcome
+        return outcome
+
+    def one(self, operation: Operation) -> Any:
+        """The result of a single operation."""
+        return self.run(operation)[0]
+
+    def drain(self) -> None:
+        """Run what has been posted so far."""
+        while not self._posted.empty():
+            self._posted.get()()
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def command(command_id: str, session: SessionKey = KEY, **fields: Any) -> CommandRecord:
+    defaults: dict[str, Any] = {
+        "type": "exec",
+        "payload": {"cmd": ["true"], "n": 1, "é": None},
+        "created_at": "2026-11-23T05:08:13Z",
+        "arrived_wall": 100.0,
+        "expires_wall": 200.0,
+        "request_id": f"r-{command_id}",
+        "size_bytes": 21,
+    }
+    return CommandRecord(session=session, id=command_id, **(defaults | fields))
+
+
+def put(command_id: str, session: SessionKey = KEY, **fields: Any) -> PutCommand:
+    return PutCommand(command(command_id, session, **fields))
+
+
+def session(key: SessionKey = KEY, **fields: Any) -> SessionRecord:
+    defaults: dict[str, Any] = {
+        "dialect": "clusters_agent",
+        "agent_id": "pod-1",
+        "upstream_cluster_id": "up-1",
+        "last_seen_wall": 100.5,
+        "registration": {"name": "prod"},
+        "reply": {"cluster_id": "up-1"},
+        "hold": {"held_s": 5.0},
+    }
+    return SessionRecord(key=key, **(defaults | fields))
+
+
+# What no store can keep: an object that JSON cannot express, and text that is not Unicode.
+POISON = (put("poison", payload={"x": object()}), put("poison-\ud800"))
