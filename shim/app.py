@@ -19,13 +19,16 @@ from shim import __version__, config, dialects, logs
 from shim.admin import AdminServer
 from shim.bridge import Bridge, Context
 from shim.clock import Clock
+from shim.core.records import Loaded
 from shim.core.sessions import Sessions
 from shim.core.urls import origin_of
 from shim.errors import ConfigError, StoreError, StoreVersionError
 from shim.frontend import Frontend
+from shim.lag import watch_loop
 from shim.metrics import Metrics
+from shim.ports import CommandStore, Switchboard, UpstreamPort
 from shim.settings import Settings
-from shim.store import open_store
+from shim.store import Post, open_store
 from shim.upstream import AiohttpUpstream
 
 log = logs.get(__name__)
@@ -36,20 +39,19 @@ EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
 WATCH_S = 2.0
 STOP_S = 4.0
-RELOADABLE = frozenset({"mode", "rollout", "fallback", "log", "heartbeat", "poll", "commands"})
 
 Undo = Callable[[], Coroutine[Any, Any, None]]
 
 
-def main(config_path: str | None, sets: tuple[str, ...], ready_file: str | None) -> int:
-    """Run the sidecar until SIGTERM or SIGINT; returns the exit code (0, 2, 70 or 78)."""
+def main(config_path: str | None, sets: tuple[str, ...], ready_file: str | None, kind: type[App] | None = None) -> int:
+    """Run the sidecar until SIGTERM or SIGINT; returns the exit code (0, 2, 70 or 78). `kind` is `App` or one of it."""
 
     def load() -> Settings:
         return config.load(config_path, os.environ, sets)
 
     settings = load()
     with contextlib.closing(logs.setup(settings.log.level, settings.log.format)) as logging:
-        app = App(settings, load, logging, config_path, ready_file)
+        app = (kind or App)(settings, load, logging, config_path, ready_file)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(app.run())
 
@@ -117,22 +119,23 @@ class App:
 
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
-        settings = self.settings
+        settings, clock = self.settings, Clock()
         for secret in config.secrets(settings):
             self._logging.redaction.add(secret)
         upstream = AiohttpUpstream(settings.upstream, self.spawn)
         self._undo.append(upstream.close)
-        store = open_store(settings.store, loop.call_soon_threadsafe)
+        store = self.make_store(loop.call_soon_threadsafe)
         loaded = await asyncio.to_thread(store.open)
         self._undo.append(lambda: asyncio.to_thread(store.close))
+        self._tell_of_store(loaded)
         ctx = Context(
             settings=settings,
-            clock=Clock(),
+            clock=clock,
             timers=loop,
             rng=random.random,
             new_id=lambda: uuid.uuid4().hex,
             store=store,
-            upstream=upstream,
+            upstream=self.wrap_upstream(upstream),
             metrics=self._metrics,
             read_token=self._read_token,
             sessions=Sessions(),
@@ -145,13 +148,44 @@ class App:
         bridge.start(loaded)
         self._undo.append(self._stop_bridge)
         token = None if settings.upstream.own_tokens else self._token_for_agents
-        frontend = Frontend(settings.listen, bridge, dialects.load(), self._metrics, token=token)
+        switchboard = self.wrap_switchboard(bridge)
+        frontend = Frontend(settings.listen, switchboard, dialects.load(), self._metrics, token=token)
         host, port = await frontend.start()
         self.addresses["listen"] = f"{host}:{port}"
         self._undo.append(frontend.stop)
         self._handle_signals(loop)
         self.spawn("watch", self._watch())
+        self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
         self._announce()
+
+    # Seams: a test that must be there when something happens stands between two parts.
+
+    def make_store(self, post: Post) -> CommandStore:
+        """The store; `post` as in `open_store`."""
+        return open_store(self.settings.store, post)
+
+    def wrap_upstream(self, upstream: UpstreamPort) -> UpstreamPort:
+        """What the bridge dials with."""
+        return upstream
+
+    def wrap_switchboard(self, switchboard: Switchboard) -> Switchboard:
+        """What the frontend calls."""
+        return switchboard
+
+    def _tell_of_store(self, loaded: Loaded) -> None:
+        """Say what was wrong with the database: a person has to know of what is gone."""
+        for warning in loaded.warnings:
+            log.warning("store_warning", warning=warning)
+        if loaded.quarantined:
+            self._metrics.store_quarantined.inc(loaded.quarantined)
+            log.error("store_rows_quarantined", rows=loaded.quarantined)
+        if loaded.moved_aside:
+            self._metrics.store_moved_aside.inc()
+            log.error(
+                "store_moved_aside",
+                path=loaded.moved_aside,
+                hint="the database was corrupt: commands and results that were only in it are lost; agents are adopted",
+            )
 
     def _announce(self) -> None:
         if self._ready_file:
@@ -244,7 +278,7 @@ class App:
             log.error("config_faulty", faults=[str(fault) for fault in error.faults])
             return
         self._metrics.config_valid.set(1)
-        old, self.settings = self.settings, effective(self.settings, fresh)
+        old, self.settings = self.settings, config.effective(self.settings, fresh)
         for secret in config.secrets(fresh):
             self._logging.redaction.add(secret)
         self._logging.set_level(self.settings.log.level)
@@ -253,25 +287,8 @@ class App:
             if old.upstream != self.settings.upstream:
                 self._token = ""
                 self.bridge.links.token_changed()
-        ignored = needs_restart(self.settings, fresh)
+        ignored = config.needs_restart(self.settings, fresh)
         log.info("config_reloaded", needs_restart=ignored)
-
-
-def effective(running: Settings, fresh: Settings) -> Settings:
-    """The running settings with what may change without a restart taken from the fresh ones (protocol.md §4)."""
-    import msgspec  # noqa: PLC0415
-
-    kept = {name: getattr(fresh, name) for name in RELOADABLE}
-    token = {"token": fresh.upstream.token, "token_file": fresh.upstream.token_file}
-    upstream = running.upstream
-    if fresh.upstream.own_tokens == upstream.own_tokens:
-        upstream = msgspec.structs.replace(upstream, **token)
-    return msgspec.structs.replace(running, upstream=upstream, **kept)
-
-
-def needs_restart(running: Settings, fresh: Settings) -> list[str]:
-    """The sections whose changes wait for a restart."""
-    return [name for name in Settings.__struct_fields__ if getattr(running, name) != getattr(fresh, name)]
 
 
 def _describe(error: BaseException) -> str:

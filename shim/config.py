@@ -20,6 +20,7 @@ from shim.settings import Settings
 from shim.validation import semantic_faults
 
 _ENV_PREFIX = "SHIM_"
+_RELOADABLE = frozenset({"mode", "rollout", "fallback", "log", "heartbeat", "poll", "commands"})
 _MAX_SECRET_BYTES = 65_536
 _MASK = "***"
 _USERINFO = re.compile(r"(?<=://)[^/?#@,]*@")
@@ -40,6 +41,21 @@ def load(path: str | None, env: Mapping[str, str], sets: Iterable[str]) -> Setti
     if faults:
         raise ConfigError(faults)
     return settings
+
+
+def effective(running: Settings, fresh: Settings) -> Settings:
+    """The running settings with what may change without a restart taken from the fresh ones (protocol.md §4)."""
+    kept = {name: getattr(fresh, name) for name in _RELOADABLE}
+    token = {"token": fresh.upstream.token, "token_file": fresh.upstream.token_file}
+    upstream = running.upstream
+    if fresh.upstream.own_tokens == upstream.own_tokens:
+        upstream = msgspec.structs.replace(upstream, **token)
+    return msgspec.structs.replace(running, upstream=upstream, **kept)
+
+
+def needs_restart(running: Settings, fresh: Settings) -> list[str]:
+    """The sections whose changes wait for a restart."""
+    return [name for name in Settings.__struct_fields__ if getattr(running, name) != getattr(fresh, name)]
 
 
 def mask(settings: Settings) -> dict[str, Any]:

@@ -47,6 +47,16 @@ class Metrics:
             ("part",),
             registry=registry,
         )
+        self.loop_lag_seconds = Histogram(
+            "agent_shim_event_loop_lag_seconds",
+            "How late the event loop came to a timer, sampled ten times a second.",
+            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5),
+            registry=registry,
+        )
+        self.loop_lag_max_seconds = Gauge(
+            "agent_shim_event_loop_lag_max_seconds", "The longest of those delays since the start.", registry=registry
+        )
+        self._add_store(registry)
         self._add_upstream(registry)
         self._add_commands(registry)
         self.config_valid = Gauge(
@@ -55,6 +65,16 @@ class Metrics:
             registry=registry,
         )
         self.config_valid.set(1)
+
+    def _add_store(self, registry: CollectorRegistry) -> None:
+        self.store_moved_aside = Counter(
+            "agent_shim_store_moved_aside",
+            "Corrupt databases that were moved aside: what was only in them is lost.",
+            registry=registry,
+        )
+        self.store_quarantined = Counter(
+            "agent_shim_store_quarantined_rows", "Rows of the database that could not be decoded.", registry=registry
+        )
 
     def _add_upstream(self, registry: CollectorRegistry) -> None:
         self.dials = Counter(

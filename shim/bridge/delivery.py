@@ -148,18 +148,25 @@ class Delivery:
                 queue.unwritten(offer)
                 poll.answer(None)
                 return
-            self._observe_offer(offer)
+            self._observe_offer(offer, recorded=not isinstance(outcome, StoreError))
             poll.answer(offering)
 
         self._ctx.store.submit(operations, done)
 
-    def _observe_offer(self, offer: Offer) -> None:
+    def _observe_offer(self, offer: Offer, *, recorded: bool) -> None:
+        """`recorded`: the disk knows of it, so that after a crash it counts as an attempt."""
         now = self._ctx.now
         for live in offer.commands:
             self._queues.count("offered" if live.attempts == 1 else "redelivered")
             if live.arrived_at is not None and not live.reason:
                 self._ctx.metrics.offer_seconds.observe(now - live.arrived_at)
-            log.info("command_offered", command=live.record.id, attempt=live.attempts, reason=live.reason)
+            log.info(
+                "command_offered",
+                command=live.record.id,
+                attempt=live.attempts,
+                reason=live.reason,
+                recorded=recorded,
+            )
 
     # --- evidence -----------------------------------------------------------------------------------------------------
 
@@ -188,6 +195,7 @@ class Delivery:
             self._queues.mark(key, ids, state, "requeued", detail="not written", attempts=-1)
         now = self._ctx.now
         for live in back:
+            log.info("command_requeued", command=live.record.id, session=key.ident)
             if live.state is State.QUEUED and live.expires_at <= now:
                 self._queues.expire(key, live.record.id)
         self.wake(key)
@@ -221,6 +229,8 @@ class Delivery:
         done = queue.delivered(offer)
         ids = tuple(live.record.id for live in done)
         self._queues.mark(key, ids, State.DELIVERED, "delivered", detail=evidence)
+        for command_id in ids:
+            log.info("command_delivered", command=command_id, session=key.ident, evidence=evidence)
         session = self._ctx.sessions.get(key)
         if session is not None:
             session.first_waiting_at = self._ctx.now if len(queue) else None
