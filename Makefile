@@ -50,7 +50,7 @@ lock: $(DEV) ## resolve the dependencies anew into requirements/ (ARGS=--upgrade
 	$(PIP) install 'uv>=0.7'
 	$(call compile,dev,--extra tools --extra nats --group dev)
 	$(call compile,tools,--extra tools --group build --constraints requirements/dev.txt)
-	$(call compile,run,--constraints requirements/dev.txt)
+	$(call compile,run,--extra tools --extra nats --constraints requirements/dev.txt)
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) dist build htmlcov .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,63 @@
+"""`agent-shim health`: one question to the admin port of a running shim, for health checks of containers and units.
+
+Standard library only: a health check every few seconds must cost little.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from http.client import HTTPConnection, HTTPException
+from urllib.parse import urlsplit
+
+import click
+
+_UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - addresses to listen on
+_SHOWN_BYTES = 300
+
+
+@click.command("health")
+@click.option("--config", metavar="FILE", help="The shim's configuration: it says where the admin port is.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="As given to `run`.")
+@click.option("--url", metavar="URL", help="The admin port itself, http://host:port, instead of a configuration.")
+@click.option("--ready", is_flag=True, help="Ask whether it can serve (/readyz), not only whether it lives (/healthz).")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 60), default=3, show_default=True, metavar="S")
+def command(config: str | None, sets: tuple[str, ...], url: str | None, ready: bool, timeout_s: float) -> None:
+    """Ask a running shim how it is: exit code 0 if it is well, 1 if not or if nobody answers."""
+    host, port = _given(url) if url else _configured(config, sets)
+    well, text = ask(host, port, "/readyz" if ready else "/healthz", timeout_s)
+    click.echo(text, err=not well)
+    sys.exit(0 if well else 1)
+
+
+def ask(host: str, port: int, path: str, timeout_s: float) -> tuple[bool, str]:
+    """GET `path`: whether the answer was 200, and what to tell a person."""
+    connection = HTTPConnection(host, port, timeout=timeout_s)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read(_SHOWN_BYTES).decode("utf-8", "replace").strip()
+    except (OSError, HTTPException) as error:
+        return False, f"no answer from the admin port {host}:{port}: {str(error) or type(error).__name__}"
+    finally:
+        connection.close()
+    return response.status == 200, body if response.status == 200 else f"{response.status} {body}"
+
+
+def _given(url: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme == "http" and parts.hostname:
+            return parts.hostname, parts.port or 80
+    except ValueError:
+        pass
+    raise click.BadParameter("expected http://host:port", param_hint="--url")
+
+
+def _configured(config: str | None, sets: tuple[str, ...]) -> tuple[str, int]:
+    from shim.config import load  # noqa: PLC0415 - not needed with --url
+
+    admin = load(config, os.environ, sets).admin
+    if admin.port == 0:
+        raise click.UsageError("admin.port is 0, any free port: give --url")
+    return _UNSPECIFIED.get(admin.host, admin.host), admin.port

@@ -1,0 +1,244 @@
+"""The sidecar in an agent's pod, however it came there. Pure: maps and lists of a manifest, changed in place.
+
+The chart's policy, the Kustomize components (generated from here) and `agent-shim inject` make the same pod; tests hold
+them together. `docs/kubernetes.md` gives the reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, MutableSequence
+from dataclasses import dataclass
+from typing import Any
+
+from shim import __version__
+
+NAME = "agent-shim"
+INJECTED_LABEL = "agent-shim/sidecar"
+OPT_OUT_LABEL = "agent-shim/inject"
+AGENT_CONTAINERS = ("agent", "pipeops-agent")
+API_URL = "PIPEOPS_API_URL"
+TOKEN = "PIPEOPS_TOKEN"  # noqa: S105 - the name of a variable and of a Secret's key
+SHIM_URL = "http://127.0.0.1:7080"
+UPSTREAM_URL = "SHIM_UPSTREAM__URL"
+ADMIN_PORT = 7090
+CONFIG_DIR = "/etc/agent-shim"
+STORE_DIR = "/var/lib/agent-shim"
+TOKEN_DIR = "/var/run/agent-shim"  # noqa: S105 - a directory
+API_TOKEN_DIR = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a directory
+USER = 10001
+
+Map = MutableMapping[str, Any]
+PREFIX = f"{NAME}-"
+
+
+class InjectError(Exception):
+    """A manifest that cannot be given the sidecar; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """What differs between agents.
+
+    `upstream` is the value part of an env entry (`value` or `valueFrom`) that holds the controller's URL; empty: the
+    configuration says it. `secret` holds the token under `token_key`; empty: each agent's own token is used.
+    """
+
+    image: str = f"{NAME}:{__version__}"
+    upstream: Mapping[str, Any] | None = None
+    secret: str = "pipeops-agent-config"  # noqa: S105 - the name of a Secret
+    token_key: str = TOKEN
+    config_map: str = NAME
+
+    @property
+    def container(self) -> dict[str, Any]:
+        """A native sidecar: an init container that stays, and that must serve before the agent starts."""
+        env: list[dict[str, Any]] = [
+            {"name": "SHIM_ADMIN__HOST", "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "status.podIP"}}}
+        ]
+        if self.upstream:
+            env.append({"name": UPSTREAM_URL, **self.upstream})
+        mounts = [
+            {"name": f"{NAME}-config", "mountPath": CONFIG_DIR, "readOnly": True},
+            {"name": f"{NAME}-store", "mountPath": STORE_DIR},
+            # Stands where Kubernetes would mount the agent's ServiceAccount token, which is none of our business.
+            {"name": f"{NAME}-empty", "mountPath": API_TOKEN_DIR, "readOnly": True},
+        ]
+        if self.secret:
+            mounts.append({"name": f"{NAME}-token", "mountPath": TOKEN_DIR, "readOnly": True})
+        return {
+            "name": NAME,
+            "image": self.image,
+            "imagePullPolicy": "IfNotPresent",
+            "restartPolicy": "Always",
+            "args": ["run", "--config", f"{CONFIG_DIR}/config.yaml"],
+            "env": env,
+            "ports": [{"name": "shim-admin", "containerPort": ADMIN_PORT, "protocol": "TCP"}],
+            "startupProbe": _probe("/readyz", period_s=1, failures=60),
+            "readinessProbe": _probe("/readyz", period_s=10, failures=3),
+            "livenessProbe": _probe("/healthz", period_s=10, failures=6),
+            "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "128Mi"}},
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": USER,
+                "runAsGroup": USER,
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "terminationMessagePath": "/dev/termination-log",
+            "terminationMessagePolicy": "FallbackToLogsOnError",
+            "volumeMounts": mounts,
+        }
+
+    @property
+    def volumes(self) -> list[dict[str, Any]]:
+        """What it mounts. The Secret is a file, so that a changed token needs no restart."""
+        volumes: list[dict[str, Any]] = [
+            {"name": f"{NAME}-config", "configMap": {"name": self.config_map, "defaultMode": 0o444}},
+            {"name": f"{NAME}-store", "emptyDir": {"sizeLimit": "1Gi"}},
+            {"name": f"{NAME}-empty", "emptyDir": {"sizeLimit": "1Mi"}},
+        ]
+        if self.secret:
+            items = [{"key": self.token_key, "path": "token"}]
+            secret = {"secretName": self.secret, "items": items, "defaultMode": 0o444}
+            volumes.append({"name": f"{NAME}-token", "secret": secret})
+        return volumes
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The shim's configuration file for this pod (docs/configuration.md)."""
+        upstream = {"token_file": f"{TOKEN_DIR}/token"} if self.secret else {}
+        return {
+            "mode": "websocket",
+            "listen": {"host": "127.0.0.1", "port": 7080},
+            "admin": {"port": ADMIN_PORT},
+            **({"upstream": upstream} if upstream else {}),
+            "store": {"path": f"{STORE_DIR}/data/agent-shim.db"},
+        }
+
+
+def _probe(path: str, period_s: int, failures: int) -> dict[str, Any]:
+    return {
+        "httpGet": {"path": path, "port": "shim-admin", "scheme": "HTTP"},
+        "periodSeconds": period_s,
+        "timeoutSeconds": 3,
+        "successThreshold": 1,
+        "failureThreshold": failures,
+    }
+
+
+def recognise(agent: Mapping[str, Any], image: str, config_map: str, own_token: bool) -> Sidecar:
+    """How this agent is given its URL and token (wire-facts §6): by a Secret as a whole, or key by key.
+
+    Raises `InjectError` when its manifest does not tell.
+    """
+    names = [source["secretRef"]["name"] for source in agent.get("envFrom") or [] if "secretRef" in source]
+    url = _entry(agent, API_URL)
+    upstream: Mapping[str, Any] | None = None
+    if url is not None:
+        upstream = {key: url[key] for key in ("value", "valueFrom") if key in url}
+        if str(upstream.get("value", "")).startswith("http://127.0.0.1"):
+            raise InjectError(
+                f"{API_URL} of container {agent['name']} is {upstream['value']} already: set the real URL"
+            )
+    elif names:
+        upstream = {"valueFrom": {"secretKeyRef": {"name": names[0], "key": API_URL, "optional": True}}}
+    if own_token:
+        return Sidecar(image, upstream, "", "", config_map)
+    token = _entry(agent, TOKEN)
+    if token is not None:
+        reference = (token.get("valueFrom") or {}).get("secretKeyRef")
+        if reference is None:
+            raise InjectError(f"{TOKEN} of container {agent['name']} is in no Secret: use --own-token")
+        return Sidecar(image, upstream, reference["name"], reference["key"], config_map)
+    if not names:
+        raise InjectError(f"container {agent['name']} takes {TOKEN} from no Secret: use --own-token")
+    return Sidecar(image, upstream, names[0], TOKEN, config_map)
+
+
+def add(template: Map, sidecar: Sidecar, agent: Map) -> None:
+    """Put the sidecar into a pod template (`metadata`, `spec`) and let its container `agent` call it.
+
+    Raises `InjectError` for pods in the node's network: loopback is not theirs there.
+    """
+    spec = template["spec"]
+    if spec.get("hostNetwork"):
+        raise InjectError("the pod uses hostNetwork, where 127.0.0.1 is the whole node's: use the chart's gateway mode")
+    _section(_section(template, "metadata"), "labels")[INJECTED_LABEL] = "enabled"
+    if "initContainers" in spec:
+        spec["initContainers"].insert(0, sidecar.container)
+    else:
+        _insert(spec, "containers", "initContainers", [sidecar.container])
+    spec.setdefault("volumes", []).extend(sidecar.volumes)
+    entry = _entry(agent, API_URL)
+    if entry is not None:
+        entry.pop("valueFrom", None)
+        entry["value"] = SHIM_URL
+    elif "env" in agent:
+        agent["env"].insert(0, {"name": API_URL, "value": SHIM_URL})
+    else:
+        agent["env"] = [{"name": API_URL, "value": SHIM_URL}]
+
+
+def remove(template: Map) -> bool:
+    """Take the sidecar out of a pod template and give the agent its own URL back; whether there was one."""
+    spec = template["spec"]
+    ours = [container for container in spec.get("initContainers") or [] if container["name"] == NAME]
+    for container in ours:
+        spec["initContainers"].remove(container)
+        for agent in spec["containers"]:
+            _give_back(agent, _entry(container, UPSTREAM_URL))
+    volumes = spec.get("volumes") or []
+    for volume in [volume for volume in volumes if volume["name"].startswith(PREFIX)]:
+        volumes.remove(volume)
+    labels = (template.get("metadata") or {}).get("labels") or {}
+    labels.pop(INJECTED_LABEL, None)
+    for key in ("initContainers", "volumes"):
+        if key in spec and not spec[key]:
+            del spec[key]
+    return bool(ours)
+
+
+def _give_back(agent: Map, upstream: Map | None) -> None:
+    entry = _entry(agent, API_URL)
+    if entry is None or entry.get("value") != SHIM_URL:
+        return
+    reference = ((upstream or {}).get("valueFrom") or {}).get("secretKeyRef") or {}
+    if upstream is None or reference.get("optional"):
+        agent["env"].remove(entry)
+        if not agent["env"]:
+            del agent["env"]
+        return
+    del entry["value"]
+    entry.update((key, value) for key, value in upstream.items() if key != "name")
+
+
+def is_agent(container: Mapping[str, Any], template: Mapping[str, Any]) -> bool:
+    """Whether this is the vendor's agent: by its container's name, and by something of the vendor's around it."""
+    name = container.get("name")
+    if name not in AGENT_CONTAINERS:
+        return False
+    around = f"{container}{(template.get('metadata') or {}).get('labels')}".lower()
+    return name != "agent" or "pipeops" in around
+
+
+def _entry(container: Mapping[str, Any], name: str) -> Any:
+    """The env entry of this name; the last one counts, as in Kubernetes."""
+    return next((entry for entry in reversed(container.get("env") or []) if entry.get("name") == name), None)
+
+
+def _section(parent: Map, key: str) -> Map:
+    if parent.get(key) is None:
+        parent[key] = {}
+    section: Map = parent[key]
+    return section
+
+
+def _insert(parent: Map, before: str, key: str, value: MutableSequence[Any]) -> None:
+    """Set a key in front of another where the map has an order of its own (a round-trip library's)."""
+    insert = getattr(parent, "insert", None)
+    if insert is None:
+        parent[key] = value
+    else:
+        insert(list(parent).index(before), key, value)
