@@ -1,0 +1,79 @@
+"""Which way a call goes (protocol.md §4)."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shim.core.modes import BREAKER_MAX_S, Breaker, Failover, Way, bucket
+
+
+def test_buckets_never_change() -> None:
+    """Other shims, other versions and other languages must place an agent alike: these values are for ever."""
+    assert f"{bucket('prod-cluster'):.9f}" == "6.120480289"
+    assert f"{bucket('staging'):.9f}" == "91.054769312"
+    assert f"{bucket(''):.9f}" == "88.941599489"
+    assert f"{bucket('größe'):.9f}" == "82.549490945"
+
+
+@given(st.text())
+def test_a_bucket_is_a_percentage(name: str) -> None:
+    assert 0 <= bucket(name) < 100
+
+
+def test_buckets_are_spread_evenly() -> None:
+    inside = sum(bucket(f"cluster-{n}") < 10 for n in range(10_000))
+    assert 900 < inside < 1100
+
+
+def look(failover: Failover, now: float, up: bool) -> Way:
+    return failover.look(now, up=up, after_s=10, hold_down_s=60)
+
+
+def test_fails_over_after_a_while_and_comes_back_after_a_longer_while() -> None:
+    failover = Failover(0)
+    assert look(failover, 0, True) is Way.WEBSOCKET
+    assert look(failover, 100, False) is Way.WEBSOCKET
+    assert look(failover, 109.9, False) is Way.WEBSOCKET
+    assert look(failover, 110, False) is Way.HTTP
+    assert look(failover, 200, True) is Way.HTTP
+    assert look(failover, 259, True) is Way.HTTP
+    assert look(failover, 260, True) is Way.WEBSOCKET
+
+
+def test_a_short_return_of_the_link_starts_the_hold_down_anew() -> None:
+    failover = Failover(0)
+    look(failover, 10, False)
+    look(failover, 20, False)
+    assert look(failover, 30, True) is Way.HTTP
+    assert look(failover, 80, False) is Way.HTTP
+    assert look(failover, 90, True) is Way.HTTP
+    assert look(failover, 149, True) is Way.HTTP
+    assert look(failover, 150, True) is Way.WEBSOCKET
+
+
+def test_a_link_that_never_came_up_fails_over_too() -> None:
+    failover = Failover(5)
+    assert look(failover, 14.9, False) is Way.WEBSOCKET
+    assert look(failover, 15, False) is Way.HTTP
+
+
+def test_the_breaker_opens_after_three_failures_ever_longer_and_closes_with_a_success() -> None:
+    breaker = Breaker()
+    for now in (0.0, 0.1):
+        breaker.failed(now)
+        assert breaker.allows(now)
+    breaker.failed(0.2)
+    assert breaker.open
+    assert not breaker.allows(1.1)
+    assert breaker.allows(1.2)
+    breaker.failed(1.2)
+    assert not breaker.allows(3.1)
+    for _ in range(20):
+        breaker.failed(10)
+    assert not breaker.allows(10 + BREAKER_MAX_S - 0.1)
+    assert breaker.allows(10 + BREAKER_MAX_S)
+    breaker.succeeded()
+    assert not breaker.open
+    breaker.failed(200)
+    assert breaker.allows(200)
