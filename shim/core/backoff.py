@@ -72,11 +72,16 @@ class Backoff:
         bound_s = min(cap_s, self._policy.initial_s * float(1 << min(self._failures, 16)))
         self._failures += 1
         if retry_after_s is not None:
-            floor_s = min(max(retry_after_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)
+            floor_s = _clamped(retry_after_s)
             return floor_s + self._rng() * min(bound_s, floor_s)
         return self._rng() * bound_s
 
-    def fixed_delay_s(self) -> float:
-        """Count one failure and return the pace of a contended or never accepted identity."""
+    def fixed_delay_s(self, retry_after_s: float | None = None) -> float:
+        """Count one failure and return the pace of a contended or never accepted identity, or what was asked for."""
         self._failures += 1
-        return self._policy.contended_s * (1 + 0.1 * self._rng())
+        floor_s = 0.0 if retry_after_s is None else _clamped(retry_after_s)
+        return max(self._policy.contended_s, floor_s) * (1 + 0.1 * self._rng())
+
+
+def _clamped(retry_after_s: float) -> float:
+    return min(max(retry_after_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)

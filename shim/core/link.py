@@ -109,6 +109,10 @@ class Link:
         self._not_before = None
         return LinkState.OPENING, [self._way(self._query_first)]
 
+    def _dial_if_due(self, event: LinkEvent, now: float) -> _Step:
+        wait_s = 0.0 if self._not_before is None else self._not_before - now
+        return (LinkState.WAITING, [SetRetry(wait_s)]) if wait_s > 0 else self._dial(event, now)
+
     def _redial(self, event: LinkEvent, now: float) -> _Step:
         state, effects = self._dial(event, now)
         return state, [CancelRetry(), *effects]
@@ -151,7 +155,7 @@ class Link:
         since_working_s = None if self._working_until is None else now - self._working_until
         kind = classify(event.status, event.retry_after_s, since_working_s)
         if self.contended or (unauthorised and self._policy.own_token and self.accepted_at is None):
-            delay_s = self._backoff.fixed_delay_s()
+            delay_s = self._backoff.fixed_delay_s(event.retry_after_s)
             self._not_before = now + delay_s
         else:
             delay_s = self._backoff.next_delay_s(kind, event.retry_after_s)
@@ -189,14 +193,26 @@ class Link:
         state, effects = self._lost(Lost(), now)
         return state, [CloseSocket(0), *effects]
 
-    def _reopen(self, event: LinkEvent, now: float) -> _Step:
+    # With another token, what was said of the old one counts no more.
+
+    def _new_token(self, event: LinkEvent, now: float) -> _Step:
+        self.refused = False
+        self._not_before = None
+        return self.state, []
+
+    def _new_token_open(self, event: LinkEvent, now: float) -> _Step:
         self._working_until = now
         state, effects = self._dial(event, now)
         return state, [CloseSocket(1000), WentOffline(), *effects]
 
-    def _dial_again(self, event: LinkEvent, now: float) -> _Step:
+    def _new_token_opening(self, event: LinkEvent, now: float) -> _Step:
+        self.refused = False
         state, effects = self._dial(event, now)
         return state, [CancelDial(), *effects]
+
+    def _new_token_waiting(self, event: LinkEvent, now: float) -> _Step:
+        self.refused = False
+        return self._redial(event, now)
 
     def _idle(self, event: LinkEvent, now: float) -> _Step:
         self._working_until = now
@@ -222,16 +238,16 @@ _S = LinkState
 _Cell = Callable[[Link, LinkEvent, float], _Step]
 
 TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
-    (_S.IDLE, Wanted): Link._dial,
-    (_S.IDLE, Hurry): Link._dial,
-    (_S.IDLE, TokenChanged): Link._stay,
+    (_S.IDLE, Wanted): Link._dial_if_due,
+    (_S.IDLE, Hurry): Link._dial_if_due,
+    (_S.IDLE, TokenChanged): Link._new_token,
     (_S.IDLE, Unneeded): Link._stay,
     (_S.IDLE, Stop): Link._stop,
     (_S.OPENING, Wanted): Link._stay,
     (_S.OPENING, Hurry): Link._stay,
     (_S.OPENING, Opened): Link._opened,
     (_S.OPENING, DialFailed): Link._dial_failed,
-    (_S.OPENING, TokenChanged): Link._dial_again,
+    (_S.OPENING, TokenChanged): Link._new_token_opening,
     (_S.OPENING, Unneeded): Link._idle_undialled,
     (_S.OPENING, Stop): Link._stop,
     (_S.REPLAYING, Wanted): Link._stay,
@@ -241,7 +257,7 @@ TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
     (_S.REPLAYING, Stable): Link._stable,
     (_S.REPLAYING, Lost): Link._lost,
     (_S.REPLAYING, Broken): Link._broken,
-    (_S.REPLAYING, TokenChanged): Link._reopen,
+    (_S.REPLAYING, TokenChanged): Link._new_token_open,
     (_S.REPLAYING, Unneeded): Link._idle,
     (_S.REPLAYING, Stop): Link._stop,
     (_S.ONLINE, Wanted): Link._stay,
@@ -250,13 +266,13 @@ TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
     (_S.ONLINE, Stable): Link._stable,
     (_S.ONLINE, Lost): Link._lost,
     (_S.ONLINE, Broken): Link._broken,
-    (_S.ONLINE, TokenChanged): Link._reopen,
+    (_S.ONLINE, TokenChanged): Link._new_token_open,
     (_S.ONLINE, Unneeded): Link._idle,
     (_S.ONLINE, Stop): Link._stop,
     (_S.WAITING, Wanted): Link._stay,
     (_S.WAITING, Hurry): Link._hurry,
     (_S.WAITING, RetryDue): Link._dial,
-    (_S.WAITING, TokenChanged): Link._redial,
+    (_S.WAITING, TokenChanged): Link._new_token_waiting,
     (_S.WAITING, Unneeded): Link._idle_undialled,
     (_S.WAITING, Stop): Link._stop,
     (_S.STOPPED, Wanted): Link._stay,

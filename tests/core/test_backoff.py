@@ -1,0 +1,91 @@
+"""Loss or refusal, and how long to wait (protocol.md §2.1)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shim.core.backoff import Backoff, BackoffPolicy, FailureKind, classify
+
+LOSS, REFUSED = FailureKind.LOSS, FailureKind.REFUSED
+RNG = st.floats(0, 1, exclude_max=True)
+
+
+@pytest.mark.parametrize(
+    "status, retry_after_s, since_working_s, kind",
+    [
+        (0, None, None, LOSS),
+        (408, None, None, LOSS),
+        (500, None, None, LOSS),
+        (502, None, None, LOSS),
+        (503, None, None, LOSS),
+        (503, 1.0, None, REFUSED),
+        (500, 0.0, None, REFUSED),
+        (401, None, 5.0, REFUSED),
+        (403, None, 5.0, REFUSED),
+        (429, None, 5.0, REFUSED),
+        (429, 30.0, None, REFUSED),
+        (400, None, 5.0, REFUSED),
+        (410, None, 5.0, REFUSED),
+        (426, None, 5.0, REFUSED),
+        (200, None, 5.0, REFUSED),
+        (301, None, 5.0, REFUSED),
+        (404, None, None, REFUSED),
+        (404, None, 599.0, LOSS),
+        (404, None, 600.0, REFUSED),
+        (404, 10.0, 5.0, REFUSED),
+    ],
+)
+def test_classify(status: int, retry_after_s: float | None, since_working_s: float | None, kind: FailureKind) -> None:
+    assert classify(status, retry_after_s, since_working_s) is kind
+
+
+@given(st.lists(st.tuples(st.sampled_from(FailureKind), RNG), min_size=1, max_size=80))
+def test_full_jitter_doubles_up_to_the_cap_of_its_kind(failures: list[tuple[FailureKind, float]]) -> None:
+    backoff = Backoff(BackoffPolicy(), lambda: drawn)
+    for number, (kind, drawn) in enumerate(failures):
+        bound_s = min(5.0 if kind is LOSS else 60.0, 2.0**number)
+        assert backoff.next_delay_s(kind) == pytest.approx(drawn * bound_s)
+    assert backoff.failures == len(failures)
+
+
+@given(st.floats(allow_nan=False), RNG, st.integers(0, 30), st.sampled_from(FailureKind))
+def test_retry_after_is_clamped_and_never_undercut(
+    asked_s: float, drawn: float, failures: int, kind: FailureKind
+) -> None:
+    backoff = Backoff(BackoffPolicy(), lambda: drawn)
+    for _ in range(failures):
+        backoff.next_delay_s(kind)
+    floor_s = min(max(asked_s, 1.0), 300.0)
+    assert floor_s <= backoff.next_delay_s(kind, asked_s) <= 2 * floor_s
+
+
+def test_those_who_were_told_the_same_second_do_not_come_back_in_it() -> None:
+    delays = {Backoff(BackoffPolicy(), lambda n=n: n / 10).next_delay_s(REFUSED, 30.0) for n in range(10)}  # type: ignore[misc]
+    assert len(delays) == 10
+
+
+def test_starts_over_only_when_told() -> None:
+    backoff = Backoff(BackoffPolicy(), lambda: 1.0)
+    assert [backoff.next_delay_s(REFUSED) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    backoff.reset()
+    assert backoff.failures == 0
+    assert backoff.next_delay_s(LOSS) == 1
+
+
+@given(RNG, st.one_of(st.none(), st.floats(0, 10_000)))
+def test_a_fixed_pace_is_about_a_minute_but_respects_retry_after(drawn: float, asked_s: float | None) -> None:
+    delay_s = Backoff(BackoffPolicy(), lambda: drawn).fixed_delay_s(asked_s)
+    assert delay_s >= 60
+    assert delay_s >= min(asked_s or 0.0, 300.0)
+    assert delay_s <= 1.1 * max(60.0, min(asked_s or 0.0, 300.0))
+
+
+def test_the_configured_delays_are_used() -> None:
+    backoff = Backoff(BackoffPolicy(initial_s=0.1, max_s=0.2, refused_max_s=0.3, contended_s=9), lambda: 0.999)
+    for _ in range(5):
+        backoff.next_delay_s(LOSS)
+    assert backoff.next_delay_s(LOSS) == pytest.approx(0.1998)
+    assert backoff.next_delay_s(REFUSED) == pytest.approx(0.2997)
+    assert backoff.fixed_delay_s() == pytest.approx(9.8991)
