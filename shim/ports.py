@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -171,3 +171,48 @@ class Switchboard(Protocol):
 
         `clean`: it was closed by FIN, and all that was written had been acknowledged by the peer's kernel.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """An agent's request as it came. `target` is the path under the configured base path, with its query.
+
+    `body` is the whole body, or its chunks where it is larger than a call's body may be; `call` is what the dialect
+    made of it, `None` where it was not or could not be read.
+    """
+
+    method: str
+    target: str
+    headers: tuple[tuple[str, str], ...] = field(repr=False)
+    body: bytes | AsyncIterator[bytes] = field(repr=False)
+    client: Client
+    call: AgentCall | None
+
+
+@dataclass(frozen=True, slots=True)
+class Proxied:
+    """What the vendor's HTTP API answered, without hop-by-hop headers. `body` is whole or comes in chunks.
+
+    `lease` as in `Answer`.
+    """
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes | AsyncIterator[bytes] = field(repr=False)
+    lease: Lease | None = None
+
+
+class Fallback(Protocol):
+    """Serves calls by the vendor's HTTP API (protocol.md §4)."""
+
+    def takes_all(self) -> bool:
+        """True while every call goes that way, whatever it is: nothing of it need be understood."""
+
+    def takes_some(self) -> bool:
+        """True while some calls may go that way."""
+
+    def takes(self, client: Client, call: AgentCall) -> bool:
+        """Whether this call goes that way."""
+
+    async def serve(self, request: Forwarded) -> Proxied | Answer | None:
+        """Serve it. An `Answer` where the switchboard had to do with it; `None`: serve it over the WebSocket after all."""

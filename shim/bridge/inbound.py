@@ -139,13 +139,12 @@ class Inbound:
         if not isinstance(session, Session):
             self._reject(source, command.id, message.request_id, session, "no such agent is served here")
             return
-        acked = None
-        if self._ctx.settings.upstream.send_command_ack:
 
-            def acked() -> None:
+        def settled(safe: bool) -> None:
+            if safe and self._ctx.settings.upstream.send_command_ack:
                 connection.send("command_ack", {"command_id": command.id}, message.request_id)
 
-        self._intake.arrive(session, command, message.request_id, acked)
+        self._intake.arrive(session, command, message.request_id, settled)
 
     def _target(self, source: Source, payload: dict[str, Any]) -> Session | str:
         """The session that a message means, or the code that says why there is none (protocol.md §3, target)."""

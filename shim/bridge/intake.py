@@ -12,12 +12,17 @@ from shim.bridge.context import Context
 from shim.bridge.outbox import Outbox
 from shim.bridge.queues import Queues
 from shim.core.normalise import Normalised
-from shim.core.records import AddTrace, CommandRecord, PutCommand, PutOutcome, SessionKey, TraceEntry
+from shim.core.records import VIA_HTTP, AddTrace, CommandRecord, PutCommand, PutOutcome, SessionKey, TraceEntry
 from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.logs import get
 
 log = get(__name__)
+
+REFUSALS = {
+    "queue_full": "the queue for this cluster is full",
+    "store_unavailable": "the queue cannot be written",
+}
 
 
 class Intake:
@@ -41,18 +46,26 @@ class Intake:
                 session.first_waiting_at = now
 
     def arrive(
-        self, session: Session, command: Normalised, request_id: str, acked: Callable[[], None] | None = None
+        self,
+        session: Session,
+        command: Normalised,
+        request_id: str,
+        settled: Callable[[bool], None] | None = None,
+        via: str = "",
     ) -> None:
-        """A command for this session. `acked` is called when it is safe, also for a duplicate.
+        """A command for this session. `settled(True)` is called when it is safe, also for a duplicate.
 
-        Refusals go to the controller with their code (`queue_full`, `store_unavailable`).
+        Refusals go to the controller with their code (`queue_full`, `store_unavailable`), and `settled(False)` is
+        called. `via` as in `CommandRecord`; who sent a command by HTTP cannot be told.
         """
         key = session.key
         now, wall = self._ctx.now, self._ctx.clock.wall_s()
         size_bytes = len(msgspec.json.encode(command.payload)) + len(command.id) + len(command.type)
         queue = self._queues.of(key)
         if not queue.room_for(size_bytes, self._ctx.queue_policy) and queue.get(command.id) is None:
-            self._refuse(session, command.id, request_id, "queue_full", "the queue for this cluster is full")
+            self._refuse(session, command.id, request_id, "queue_full", via)
+            if settled is not None:
+                settled(False)
             return
         record = CommandRecord(
             session=key,
@@ -64,6 +77,7 @@ class Intake:
             expires_wall=command.expires_wall,
             request_id=request_id,
             size_bytes=size_bytes,
+            via=via,
         )
         queue.reserve(size_bytes)
 
@@ -71,11 +85,11 @@ class Intake:
             queue.release(size_bytes)
             if isinstance(outcome, StoreError):
                 log.error("command_not_stored", command=command.id, error=str(outcome))
-                self._refuse(session, command.id, request_id, "store_unavailable", "the queue cannot be written")
-                return
-            self._stored(session, record, outcome[0], now)
-            if acked is not None:
-                acked()
+                self._refuse(session, command.id, request_id, "store_unavailable", via)
+            else:
+                self._stored(session, record, outcome[0], now)
+            if settled is not None:
+                settled(not isinstance(outcome, StoreError))
 
         trace = AddTrace(key, (record.id,), TraceEntry(wall, "arrived", record.type))
         self._ctx.store.submit([PutCommand(record), trace], done)
@@ -97,7 +111,8 @@ class Intake:
             session.first_waiting_at = self._ctx.now
         self._wake(key)
 
-    def _refuse(self, session: Session, command_id: str, request_id: str, code: str, error: str) -> None:
+    def _refuse(self, session: Session, command_id: str, request_id: str, code: str, via: str) -> None:
         self._queues.count(f"rejected_{code}")
         log.warning("command_rejected", command=command_id, session=session.key.ident, code=code)
-        self._outbox.report(session.key, session, command_id, request_id, code=code, error=error)
+        if via != VIA_HTTP:
+            self._outbox.report(session.key, session, command_id, request_id, code=code, error=REFUSALS[code])

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from shim.bridge.context import Context
 from shim.bridge.outbox import Outbox
 from shim.core.commands import CommandQueue, Doubt, Live
-from shim.core.records import AddTrace, CommandRecord, MarkCommands, SessionKey, State, TraceEntry
+from shim.core.records import VIA_HTTP, AddTrace, CommandRecord, MarkCommands, SessionKey, State, TraceEntry
 from shim.logs import get
 
 log = get(__name__)
@@ -81,6 +81,8 @@ class Queues:
         """A command that left its queue ends EXPIRED or DEAD, and the controller is told."""
         log.warning("command_ended", command=live.record.id, session=key.ident, code=code)
         self.mark(key, (live.record.id,), state, state.value, detail=error)
+        if live.record.via == VIA_HTTP:
+            return  # the vendor's HTTP API has no way to be told
         session = self._ctx.sessions.get(key)
         self.outbox.report(key, session, live.record.id, live.record.request_id, code=code, error=error)
 

@@ -61,6 +61,35 @@ class Roster:
             self.save(session)
         return session
 
+    def met(self, owner: str, target: Target, dialect: str) -> Session:
+        """The session of a call that goes by the vendor's HTTP API: made if need be, but that is no contact here."""
+        key = self._ctx.sessions.key_of(owner, target)
+        session = self._ctx.sessions.get(key)
+        if session is None:
+            session = Session(key, dialect)
+            session.seen_wall = self._ctx.clock.wall_s()
+            self._ctx.sessions.add(session)
+            self.save(session)
+        return session
+
+    def note(self, owner: str, call: RegisterCall, reply: dict[str, Any]) -> None:
+        """The vendor's HTTP API registered an agent: keep what is known for the day it goes by the WebSocket.
+
+        `reply` as `core.replies.register_reply` gives it; empty where the API said nothing usable.
+        """
+        cluster_id = reply.get("cluster_id", "")
+        if not cluster_id and not call.known_by_agent:
+            return
+        session = self._session_for(owner, call, cluster_id)
+        session.seen_wall = self._ctx.clock.wall_s()
+        session.registration = {k: v for k, v in call.payload.items() if k != "cluster_id"}
+        session.agent_id = call.agent_id
+        session.secret = call.secret
+        if reply:
+            session.reply, session.upstream_cluster_id = reply, cluster_id
+        self._set_alias(session, call.agent_id)
+        self.save(session)
+
     def known(self, owner: str, target: Target) -> Session | None:
         """The session of a call that adopts nothing (tunnel polls); the call is a contact of one that exists."""
         session = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, target))

@@ -27,6 +27,9 @@ class SessionKey(NamedTuple):
         return cls(owner, kind, ident)
 
 
+VIA_HTTP = "http"
+
+
 class State(Enum):
     """The life of a command (protocol.md §3). A command without evidence is UNCERTAIN until it is offered again."""
 
@@ -45,6 +48,7 @@ class CommandRecord:
     """A normalised command. `payload` is an object; `created_at` RFC 3339 UTC; `size_bytes` its JSON size.
 
     `seq` orders the commands of a store; 0 until it is stored. `attempts` counts offers that may have been received.
+    `via` is `VIA_HTTP` for a command that came by the vendor's HTTP API: its result goes back that way.
     """
 
     session: SessionKey
@@ -59,6 +63,7 @@ class CommandRecord:
     state: State = State.QUEUED
     attempts: int = 0
     seq: int = 0
+    via: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,13 @@ from shim.store import rows
 from shim.store.rows import UndecodableRow, encode_json, optional_object, parse_key
 from shim.store.schema import ENDED
 
-# One `Prune` gives back so many of the free pages: enough to follow, too few to be felt. Some are kept, to be used again.
+# One `Prune` gives back so many of the free pages: enough to follow, too few to be felt; some are kept for use.
 _VACUUM_PAGES = 1000
 _KEPT_PAGES = 2500
 
 _INSERT_COMMAND = (
     "INSERT INTO commands (session, id, request_id, state, attempts, updated, arrived, expires, size_bytes, type,"
-    " created_at, payload) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (session, id) DO NOTHING"
+    " created_at, payload, via) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (session, id) DO NOTHING"
 )
 _SELECT_COMMAND = "SELECT seq, state, result FROM commands WHERE session = ? AND id = ?"
 _FIND_COMMANDS = (
@@ -71,6 +71,7 @@ class CommandOperations:
                 record.type,
                 record.created_at,
                 encode_json(record.payload),
+                record.via,
             ),
         )
         if self._cursor.rowcount and self._cursor.lastrowid:

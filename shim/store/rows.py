@@ -10,7 +10,7 @@ from shim.core.records import CommandRecord, SessionKey, SessionRecord, State, T
 from shim.errors import ShimError
 
 COMMAND_COLUMNS = (
-    "seq, session, id, request_id, state, attempts, arrived, expires, size_bytes, type, created_at, payload"
+    "seq, session, id, request_id, state, attempts, arrived, expires, size_bytes, type, created_at, payload, via"
 )
 SESSION_COLUMNS = "session, dialect, agent_id, upstream_cluster_id, last_seen, superseded_by, registration, reply, hold"
 
@@ -36,6 +36,7 @@ class _CommandRow(NamedTuple):
     type: str
     created_at: str
     payload: Any
+    via: str
 
 
 class _SessionRow(NamedTuple):
@@ -120,6 +121,7 @@ def command(row: tuple[Any, ...]) -> CommandRecord:
         state=state,
         attempts=typed.attempts,
         seq=typed.seq,
+        via=typed.via,
     )
 
 

@@ -53,6 +53,7 @@ CREATE TABLE commands (
     type TEXT NOT NULL,
     created_at TEXT NOT NULL,
     payload BLOB NOT NULL,
+    via TEXT NOT NULL,
     result BLOB
 );
 CREATE UNIQUE INDEX commands_by_id ON commands (session, id);

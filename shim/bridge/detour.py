@@ -1,0 +1,166 @@
+"""What the bridge has to do with calls that go by the vendor's HTTP API (protocol.md §4)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from shim.bridge.context import Context
+from shim.bridge.delivery import Delivery
+from shim.bridge.intake import Intake
+from shim.bridge.queues import Queues
+from shim.bridge.roster import Roster
+from shim.bridge.routes import Routes
+from shim.core.calls import AgentCall, Commands, HealthCall, HeartbeatCall, PollCall, RegisterCall, ResultCall
+from shim.core.normalise import Malformed, normalise
+from shim.core.records import (
+    VIA_HTTP,
+    AddTrace,
+    FindCommand,
+    MarkCommands,
+    SessionKey,
+    State,
+    TraceEntry,
+)
+from shim.core.replies import register_reply
+from shim.core.sessions import Session
+from shim.errors import StoreError
+from shim.messages import Message
+from shim.ports import Answer, Client
+
+
+class Detour:
+    """Keeps commands and names across both ways: one id is delivered once, whichever way it came."""
+
+    def __init__(
+        self, ctx: Context, routes: Routes, roster: Roster, queues: Queues, intake: Intake, delivery: Delivery
+    ) -> None:
+        self._ctx = ctx
+        self._queues = queues
+        self._routes = routes
+        self._roster = roster
+        self._intake = intake
+        self._delivery = delivery
+
+    def name_of(self, client: Client, call: AgentCall) -> str:
+        """What an agent is placed by: its cluster's name where it is known, else the id that it calls itself."""
+        if isinstance(call, RegisterCall):
+            return call.name
+        if isinstance(call, HealthCall):
+            return ""
+        owner = self._routes.owner_of(client.token) or ""
+        session = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, call.target))
+        name = ""
+        if session is not None:
+            name = session.registration.get("name") or session.known.get("name") or ""
+        if not name and isinstance(call, HeartbeatCall):
+            name = call.known.get("name") or ""
+        return str(name) or (session.key.ident if session is not None else call.target.ident)
+
+    def link_up(self, client: Client, call: AgentCall) -> bool | None:
+        """Whether the link that would carry the call is online; keeps it dialling. `None` without an owner."""
+        owner = self._routes.owner_of(client.token)
+        if owner is None:
+            return None
+        if isinstance(call, (RegisterCall, HealthCall)):
+            ident = call.name if isinstance(call, RegisterCall) else ""
+            name = self._routes.links.name_for(owner, ident)
+        else:
+            session = Session(self._ctx.sessions.key_of(owner, call.target), call_dialect(call))
+            name = self._routes.link_name(session)
+        runner = self._routes.links.get(owner, name, client.token)
+        runner.wanted()
+        return runner.online
+
+    # --- registrations ------------------------------------------------------------------------------------------------
+
+    def registered(self, client: Client, call: RegisterCall, reply: dict[str, Any]) -> None:
+        """The vendor's HTTP API registered an agent: keep its name and ids for the day it goes by the WebSocket."""
+        owner = self._routes.owner_of(client.token)
+        cluster = reply.get("cluster")
+        ids = {"cluster_id": cluster.get("id")} if isinstance(cluster, dict) else {}
+        known = register_reply({**ids, **{k: v for k, v in reply.items() if v is not None}})
+        if owner is not None:
+            self._roster.note(owner, call, known)
+
+    # --- polls --------------------------------------------------------------------------------------------------------
+
+    def waiting(self, client: Client, call: PollCall) -> bool:
+        """Whether commands on disk wait for this agent."""
+        owner = self._routes.owner_of(client.token)
+        if owner is None:
+            return False
+        queue = self._queues.get(self._ctx.sessions.key_of(owner, call.target))
+        return queue is not None and len(queue) > 0
+
+    async def merge(self, client: Client, call: PollCall, commands: list[Any]) -> Answer | None:
+        """Take in what the vendor's API handed out, and answer the poll from the queue: what was on disk comes first.
+
+        `None` when the disk refuses: then the API's own answer must go to the agent as it is.
+        """
+        owner = self._routes.owner_of(client.token) or ""
+        session = self._roster.met(owner, call.target, call.dialect)
+        if not await self._take_in(session, commands):
+            return None
+        poll = self._delivery.poll(session.key, client.connection, hold=False)
+        try:
+            offering = await poll.offered
+        except asyncio.CancelledError:
+            self._delivery.abandon(session.key, poll)
+            raise
+        poll.offering = None
+        offered = offering.commands if offering is not None else ()
+        return Answer(Commands(offered, self._ctx.settings.poll.frequency_s), offering)
+
+    async def _take_in(self, session: Session, commands: list[Any]) -> bool:
+        loop = asyncio.get_running_loop()
+        settled: list[asyncio.Future[bool]] = []
+        for entry in commands:
+            if not isinstance(entry, dict):
+                continue
+            wall = self._ctx.clock.wall_s()
+            try:
+                command = normalise(
+                    Message("command", entry), wall, self._ctx.settings.commands.ttl_s, self._ctx.new_id
+                )
+            except Malformed:
+                continue  # agents could not have decoded it either: their whole reply would have been lost
+            stored: asyncio.Future[bool] = loop.create_future()
+            settled.append(stored)
+            self._intake.arrive(session, command, "", via=VIA_HTTP, settled=stored.set_result)
+        return all([await stored for stored in settled])
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    async def goes_by_http(self, client: Client, call: ResultCall) -> bool:
+        """Whether a result goes to the vendor's HTTP API: unless its command came over the WebSocket."""
+        key = self._key(client, call)
+        found: asyncio.Future[list[Any] | StoreError] = asyncio.get_running_loop().create_future()
+
+        def done(outcome: list[Any] | StoreError) -> None:
+            if not found.done():
+                found.set_result(outcome)
+
+        self._ctx.store.submit([FindCommand(call.command_id)], done)
+        outcome = await found
+        if isinstance(outcome, StoreError):
+            return False  # the switchboard says 503: nothing is lost
+        return all(record.via == VIA_HTTP for record, _, _ in outcome[0] if record.session == key)
+
+    def result_taken(self, client: Client, call: ResultCall) -> None:
+        """The vendor's HTTP API has the result of a command that came from there."""
+        key, wall = self._key(client, call), self._ctx.clock.wall_s()
+        ids = (call.command_id,)
+        self._ctx.store.submit(
+            [MarkCommands(key, ids, State.CLOSED, wall), AddTrace(key, ids, TraceEntry(wall, "closed", "by HTTP"))]
+        )
+        self._delivery.answered(key, call.command_id)
+
+    def _key(self, client: Client, call: ResultCall) -> SessionKey:
+        owner = self._routes.owner_of(client.token) or ""
+        return self._ctx.sessions.key_of(owner, call.target)
+
+
+def call_dialect(call: AgentCall) -> str:
+    """The dialect of a call, where it tells."""
+    return getattr(call, "dialect", "")
