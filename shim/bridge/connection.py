@@ -90,11 +90,11 @@ class Connection:
         self._fence_ping: tuple[bytes, int] | None = None
         self._application_seen = False
         self._bad_kinds: set[str] = set()
-        self.opened_at = ctx.now
 
     def bind(self, socket: Socket) -> None:
-        """The dial succeeded."""
+        """The dial succeeded: the handshake's answer was the first sign of life."""
         self._socket = socket
+        self._liveness.frame(self._ctx.now)
         self._check()
 
     # --- sending ------------------------------------------------------------------------------------------------------
@@ -163,7 +163,9 @@ class Connection:
         """A message: acknowledgements are used here, everything goes to the owner."""
         if self._socket is None:
             return
-        self._application_seen = True
+        if not self._application_seen:
+            self._application_seen = True
+            self._ping_fence()  # a pong that came earlier proved nothing
         self._ctx.metrics.messages.labels("in", type_label(message.type)).inc()
         if message.type == "heartbeat_ack":
             self._acked(message.request_id)

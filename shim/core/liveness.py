@@ -52,12 +52,12 @@ class Liveness:
     def acked(self, request_id: str) -> None:
         """A `heartbeat_ack` came; without a `request_id` it answers the oldest.
 
-        Later heartbeats prove nothing about earlier ones, but an application that answers is not stalled: what was
-        sent before the answered one is no longer waited for.
+        An application that answers is not stalled: what was sent before the answered one is no longer waited for, and
+        nothing that was sent so far if it cannot be told which one was.
         """
         self.acks_seen = True
         if request_id and request_id not in self._unacked:
-            return
+            self._unacked.clear()
         while self._unacked:
             oldest, _ = self._unacked.popitem(last=False)
             if not request_id or oldest == request_id:

@@ -295,12 +295,12 @@ def test_three_short_lives_after_registering_are_contention() -> None:
     assert 60 <= retry.delay_s <= 66
     assert machine.handle(ev.Hurry(), 240) == []
     machine.handle(ev.RetryDue(), 300)
-    assert machine.handle(ev.DialFailed(503, 120), 300)[-1].delay_s >= 120  # type: ignore[union-attr]
+    assert machine.handle(ev.DialFailed(503, 120), 300)[-1].delay_s >= 120
     machine.handle(ev.RetryDue(), 500)
     machine.handle(ev.Opened(), 500)
     machine.handle(ev.Stable(), 530)
     assert not machine.contended
-    assert machine.handle(ev.Lost(by_close_frame=True), 540)[-1].delay_s < 1  # type: ignore[union-attr]
+    assert machine.handle(ev.Lost(by_close_frame=True), 540)[-1].delay_s < 1
 
 
 @pytest.mark.parametrize("other", [{"registered": False}, {"by_close_frame": False}])
