@@ -214,6 +214,8 @@ class Connection:
             if not self._shows(fault.Stalled):
                 self.send(Message("error", {"error": _PROBLEMS[error.kind]}))
             return
+        if message.timestamp:
+            detail["timestamp"] = message.timestamp
         drop = self._faults.take(fault.Drop, self.scope(message.type))
         if self._left is not None or self._shows(fault.Stalled) or (drop is not None and drop.discard):
             self._history.record(EventKind.DISCARDED, self.number, message, **detail)

@@ -27,7 +27,7 @@ class EventKind(Enum):
     STOPPED = "stopped"
     REFUSED = "refused"  # a handshake; `status`, `reason`
     OPENED = "opened"  # a connection; `endpoint`, `auth` (the places where the token stood), `query`, `user_agent`
-    RECEIVED = "received"  # a message that was handled
+    RECEIVED = "received"  # a message that was handled; `timestamp` as it was sent
     DISCARDED = "discarded"  # a message that a fault kept from being handled
     BAD_FRAME = "bad_frame"  # a data frame that is no message; `problem`
     SENT = "sent"  # a message, handed to the socket
