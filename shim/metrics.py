@@ -5,35 +5,63 @@ Names start with `agent_shim_`; every label has a bounded set of values.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 
 # Register may take 25 s, a held poll 20 s, everything else well under 10 ms.
 REQUEST_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)
 
 
+M = TypeVar("M", bound=MetricWrapperBase)
+
+
+class Children(dict[tuple[str, ...], M]):
+    """The children of a metric with labels, each resolved once: `labels` of the library itself takes a lock."""
+
+    def __init__(self, metric: M) -> None:
+        super().__init__()
+        self._metric = metric
+
+    def __missing__(self, values: tuple[str, ...]) -> M:
+        child = self[values] = self._metric.labels(*values)
+        return child
+
+    def labels(self, *values: str) -> M:
+        """The child with these label values."""
+        return self[values]
+
+
 class Metrics:
-    """The metrics by attribute. Hot paths resolve their labels once and keep the child."""
+    """The metrics by attribute."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.requests = Counter(
-            "agent_shim_requests",
-            "Legacy requests answered, by dialect, operation and HTTP status; empty labels where no route matched.",
-            ("dialect", "operation", "status"),
-            registry=registry,
+        self.requests = Children(
+            Counter(
+                "agent_shim_requests",
+                "Legacy requests answered, by dialect, operation and HTTP status; empty labels where no route matched.",
+                ("dialect", "operation", "status"),
+                registry=registry,
+            )
         )
-        self.request_seconds = Histogram(
-            "agent_shim_request_duration_seconds",
-            "Time from a legacy request's first byte to its reply's last byte, hold times of polls included.",
-            ("dialect", "operation"),
-            buckets=REQUEST_BUCKETS_S,
-            registry=registry,
+        self.request_seconds = Children(
+            Histogram(
+                "agent_shim_request_duration_seconds",
+                "Time from a legacy request's first byte to its reply's last byte, hold times of polls included.",
+                ("dialect", "operation"),
+                buckets=REQUEST_BUCKETS_S,
+                registry=registry,
+            )
         )
-        self.bad_requests = Counter(
-            "agent_shim_bad_requests",
-            "Legacy requests refused before the switchboard saw them, by the step that refused them.",
-            ("reason",),
-            registry=registry,
+        self.bad_requests = Children(
+            Counter(
+                "agent_shim_bad_requests",
+                "Legacy requests refused before the switchboard saw them, by the step that refused them.",
+                ("reason",),
+                registry=registry,
+            )
         )
         self.replies_lost = Counter(
             "agent_shim_replies_lost",
@@ -41,11 +69,13 @@ class Metrics:
             registry=registry,
         )
         self.connections = Gauge("agent_shim_connections", "Open legacy connections.", registry=registry)
-        self.internal_errors = Counter(
-            "agent_shim_internal_errors",
-            "Defects of the shim that were caught at a boundary.",
-            ("part",),
-            registry=registry,
+        self.internal_errors = Children(
+            Counter(
+                "agent_shim_internal_errors",
+                "Defects of the shim that were caught at a boundary.",
+                ("part",),
+                registry=registry,
+            )
         )
         self.loop_lag_seconds = Histogram(
             "agent_shim_event_loop_lag_seconds",
@@ -77,11 +107,13 @@ class Metrics:
         )
 
     def _add_upstream(self, registry: CollectorRegistry) -> None:
-        self.dials = Counter(
-            "agent_shim_upstream_dials", "Dials of the controller by outcome.", ("outcome",), registry=registry
+        self.dials = Children(
+            Counter("agent_shim_upstream_dials", "Dials of the controller by outcome.", ("outcome",), registry=registry)
         )
-        self.disconnects = Counter(
-            "agent_shim_upstream_disconnects", "Connections that ended, by reason.", ("reason",), registry=registry
+        self.disconnects = Children(
+            Counter(
+                "agent_shim_upstream_disconnects", "Connections that ended, by reason.", ("reason",), registry=registry
+            )
         )
         self.reconnect_seconds = Histogram(
             "agent_shim_upstream_reconnect_seconds",
@@ -89,35 +121,46 @@ class Metrics:
             buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600),
             registry=registry,
         )
-        self.messages = Counter(
-            "agent_shim_upstream_messages",
-            "Upstream envelopes by direction and type (unknown types as other).",
-            ("direction", "type"),
-            registry=registry,
+        self.messages = Children(
+            Counter(
+                "agent_shim_upstream_messages",
+                "Upstream envelopes by direction and type (unknown types as other).",
+                ("direction", "type"),
+                registry=registry,
+            )
         )
-        self.bad_frames = Counter(
-            "agent_shim_upstream_bad_frames", "Data frames that were no envelope.", ("kind",), registry=registry
+        self.bad_frames = Children(
+            Counter(
+                "agent_shim_upstream_bad_frames", "Data frames that were no envelope.", ("kind",), registry=registry
+            )
         )
         self.upstream_errors = Counter(
             "agent_shim_upstream_errors", "Error messages that answered no registration.", registry=registry
         )
-        self.refused = Counter(
-            "agent_shim_upstream_refused", "Requests that a legacy agent cannot serve.", ("type",), registry=registry
+        self.refused = Children(
+            Counter(
+                "agent_shim_upstream_refused",
+                "Requests that a legacy agent cannot serve.",
+                ("type",),
+                registry=registry,
+            )
         )
         self.leftovers = Counter(
             "agent_shim_upstream_leftovers", "Streaming messages that belong to nothing.", registry=registry
         )
-        self.gateway = Counter(
-            "agent_shim_gateway_dials", "Dials of a gateway by outcome.", ("outcome",), registry=registry
+        self.gateway = Children(
+            Counter("agent_shim_gateway_dials", "Dials of a gateway by outcome.", ("outcome",), registry=registry)
         )
-        self.registrations = Counter(
-            "agent_shim_registrations", "Registrations by outcome.", ("outcome",), registry=registry
+        self.registrations = Children(
+            Counter("agent_shim_registrations", "Registrations by outcome.", ("outcome",), registry=registry)
         )
-        self.heartbeats_up = Counter(
-            "agent_shim_upstream_heartbeats",
-            "Heartbeats sent upstream and acknowledged.",
-            ("event",),
-            registry=registry,
+        self.heartbeats_up = Children(
+            Counter(
+                "agent_shim_upstream_heartbeats",
+                "Heartbeats sent upstream and acknowledged.",
+                ("event",),
+                registry=registry,
+            )
         )
         self.heartbeat_ack_seconds = Histogram(
             "agent_shim_upstream_heartbeat_ack_seconds",
@@ -131,21 +174,34 @@ class Metrics:
 
     def _add_commands(self, registry: CollectorRegistry) -> None:
         latency_s = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-        self.commands = Counter("agent_shim_commands", "What happened to commands.", ("event",), registry=registry)
-        self.results = Counter(
-            "agent_shim_results", "Results that agents posted: known, repeat, unknown.", ("kind",), registry=registry
+        self.commands = Children(
+            Counter("agent_shim_commands", "What happened to commands.", ("event",), registry=registry)
         )
-        self.offer_seconds = Histogram(
-            "agent_shim_command_offer_seconds",
-            "Time from a command's arrival to its first offer: the shim's own share while a poll is held.",
-            buckets=latency_s,
-            registry=registry,
+        self.results = Children(
+            Counter(
+                "agent_shim_results",
+                "Results that agents posted: known, repeat, unknown.",
+                ("kind",),
+                registry=registry,
+            )
         )
-        self.hand_over_seconds = Histogram(
-            "agent_shim_command_hand_over_seconds",
-            "Time from a command's arrival to its reply being handed to the agent's connection.",
-            buckets=latency_s,
-            registry=registry,
+        self.offer_seconds = Children(
+            Histogram(
+                "agent_shim_command_offer_seconds",
+                "Time from a command's arrival to its first offer: the shim's own share while a poll is held.",
+                ("dialect",),
+                buckets=latency_s,
+                registry=registry,
+            )
+        )
+        self.hand_over_seconds = Children(
+            Histogram(
+                "agent_shim_command_hand_over_seconds",
+                "Time from a command's arrival to its reply being handed to the agent's connection.",
+                ("dialect",),
+                buckets=latency_s,
+                registry=registry,
+            )
         )
         self.hold_seconds = Histogram(
             "agent_shim_poll_hold_seconds",

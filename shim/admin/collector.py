@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from shim.bridge import Bridge
+from shim.core.hold import Pace
 from shim.core.link import LinkState
 
 
@@ -44,6 +45,15 @@ class BridgeCollector:
         )
         for (dialect, fresh), number in sorted(counts.items()):
             family.add_metric([dialect, "true" if fresh else "false"], number)
+        yield family
+        paces = Counter(s.hold.pace for s in self._bridge.ctx.sessions if s.fresh(now) and s.poll_at is not None)
+        family = GaugeMetricFamily(
+            "agent_shim_polling_sessions",
+            "Fresh agents that poll for commands, by how they space their polls.",
+            labels=["pace"],
+        )
+        for pace in Pace:
+            family.add_metric([pace.value], paces[pace])
         yield family
         yield GaugeMetricFamily("agent_shim_polls_held", "Polls held open now.", value=self._bridge.delivery.held())
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from shim.bridge.context import Context
-from shim.bridge.delivery import Delivery
+from shim.bridge.delivery import Delivery, Poll
 from shim.bridge.holding import Holding
 from shim.bridge.links import LinkRunner
 from shim.bridge.registrations import Registrations
@@ -30,6 +31,7 @@ from shim.core.calls import (
     TunnelPollCall,
     TunnelState,
 )
+from shim.core.hold import Hold
 from shim.core.link import LinkState
 from shim.core.records import AddTrace, PutResult, ResultOutcome, SessionKey, TraceEntry
 from shim.core.timestamps import rfc3339
@@ -169,25 +171,32 @@ class Calls:
         session = self._roster.called(owner, call.target, call.dialect)
         session.poll_at = self._ctx.now
         self._routes.link_for(session, client)
-        session.hold.poll_arrived(self._ctx.now)
-        key = session.key
-        poll = self._delivery.poll(key, client.connection, hold=self._holding.limit_s(session.hold) > 0)
+        key, hold = session.key, session.hold
+        limit_s = self._holding.poll_arrived(session, hold)
+        poll = self._delivery.poll(key, client.connection, hold=limit_s > 0)
         try:
             if poll.offering is not None or poll.offered.done():
                 self._presence.called(session)
-                await poll.offered
+                await self._on_disk(poll, hold)
             else:
-                await self._holding.wait(
-                    session, session.hold, poll.offered, lambda: self._delivery.end_poll(key, poll)
-                )
+                end = partial(self._delivery.end_poll, key, poll)
+                await self._holding.wait(session, hold, limit_s, poll.offered, end)
         except asyncio.CancelledError:
             self._delivery.abandon(key, poll)
             raise
-        self._holding.answered(session.hold)
+        self._holding.answered(hold)
         offering = poll.offered.result()
         commands = offering.commands if offering is not None else ()
         poll.offering = None
         return Answer(Commands(commands, self._ctx.settings.poll.frequency_s), offering)
+
+    async def _on_disk(self, poll: Poll, hold: Hold) -> None:
+        """Wait for the record of the offer, which takes no longer than the disk does."""
+        try:
+            await poll.offered
+        except asyncio.CancelledError:
+            hold.gone()
+            raise
 
     async def _tunnel_poll(self, owner: str, client: Client, call: TunnelPollCall) -> Outcome:
         session = self._roster.known(owner, call.target)

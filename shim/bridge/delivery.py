@@ -7,6 +7,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+from prometheus_client import Histogram
+
 from shim.bridge.context import Context
 from shim.bridge.queues import Queues
 from shim.core.calls import OfferedCommand
@@ -14,6 +16,7 @@ from shim.core.commands import CommandQueue, Offer
 from shim.core.records import AddTrace, MarkCommands, Operation, SessionKey, State, TraceEntry
 from shim.errors import StoreError
 from shim.logs import get
+from shim.metrics import Children
 from shim.ports import Timer
 
 log = get(__name__)
@@ -148,18 +151,16 @@ class Delivery:
                 queue.unwritten(offer)
                 poll.answer(None)
                 return
-            self._observe_offer(offer, recorded=not isinstance(outcome, StoreError))
+            self._observe_offer(key, offer, recorded=not isinstance(outcome, StoreError))
             poll.answer(offering)
 
         self._ctx.store.submit(operations, done)
 
-    def _observe_offer(self, offer: Offer, *, recorded: bool) -> None:
+    def _observe_offer(self, key: SessionKey, offer: Offer, *, recorded: bool) -> None:
         """`recorded`: the disk knows of it, so that after a crash it counts as an attempt."""
-        now = self._ctx.now
+        self._observe_age(key, offer, self._ctx.metrics.offer_seconds)
         for live in offer.commands:
             self._queues.count("offered" if live.attempts == 1 else "redelivered")
-            if live.arrived_at is not None and not live.reason:
-                self._ctx.metrics.offer_seconds.observe(now - live.arrived_at)
             log.info(
                 "command_offered",
                 command=live.record.id,
@@ -168,6 +169,16 @@ class Delivery:
                 recorded=recorded,
             )
 
+    def _observe_age(self, key: SessionKey, offer: Offer, seconds: Children[Histogram]) -> None:
+        """Observe how long ago the commands that are offered for the first time arrived."""
+        session = self._ctx.sessions.get(key)
+        if session is None:
+            return
+        child, now = seconds.labels(session.dialect), self._ctx.now
+        for live in offer.commands:
+            if live.arrived_at is not None and not live.reason:
+                child.observe(now - live.arrived_at)
+
     # --- evidence -----------------------------------------------------------------------------------------------------
 
     def written(self, offering: Offering) -> None:
@@ -175,10 +186,7 @@ class Delivery:
         offer = offering.offer
         offer.written_at = self._ctx.now
         self._by_connection.setdefault(offer.connection, []).append(offering)
-        now = offer.written_at
-        for live in offer.commands:
-            if live.arrived_at is not None and not live.reason:
-                self._ctx.metrics.hand_over_seconds.observe(now - live.arrived_at)
+        self._observe_age(offering.key, offer, self._ctx.metrics.hand_over_seconds)
         self._evidence_timers[offer.number] = self._ctx.timers.call_later(
             self._ctx.settings.commands.evidence_s, lambda: self._evidence_due(offering)
         )

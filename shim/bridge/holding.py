@@ -12,6 +12,9 @@ from shim.bridge.roster import Roster
 from shim.core.hold import Hold
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
+from shim.logs import get
+
+log = get(__name__)
 
 
 class Holding:
@@ -33,25 +36,34 @@ class Holding:
             return hold.limit_s(poll.max_hold_s)
         return min(poll.hold, poll.max_hold_s)
 
-    async def wait(self, session: Session, hold: Hold, answered: asyncio.Future[Any], end: Callable[[], None]) -> None:
-        """Wait for an answer; `end` is called when the hold is over and must bring it about.
+    def poll_arrived(self, session: Session, hold: Hold) -> float:
+        """A poll came. Returns how long it may be held; exactly one of `wait`, `answered` and `Hold.gone` follows."""
+        if hold.poll_arrived(self._ctx.now):
+            log.info("poll_pace", session=session.key.ident, pace=hold.pace.value, interval_s=hold.interval_s)
+        return self.limit_s(hold)
+
+    async def wait(
+        self, session: Session, hold: Hold, limit_s: float, answered: asyncio.Future[Any], end: Callable[[], None]
+    ) -> None:
+        """Wait for an answer; after `limit_s` `end` is called, which must bring one about.
 
         Raises `CancelledError` when the agent hangs up first, having learnt from it.
         """
         started = self._ctx.now
-        timer = self._ctx.timers.call_later(self.limit_s(hold), end)
+        timer = self._ctx.timers.call_later(limit_s, end)
         self.presence.hold_started(session)
         try:
             await answered
         except asyncio.CancelledError:
-            if not self.stopping:
+            if self.stopping:
+                hold.gone()
+            else:
                 hold.left(self._ctx.now - started)
                 self._roster.save(session)
             raise
         finally:
             timer.cancel()
-            held_s = self._ctx.now - started
-            self._ctx.metrics.hold_seconds.observe(held_s)
+            self._ctx.metrics.hold_seconds.observe(self._ctx.now - started)
             self.presence.hold_ended(session)
 
     def answered(self, hold: Hold) -> None:
@@ -63,8 +75,8 @@ class Holding:
     async def tunnel(self, session: Session) -> None:
         """Hold a tunnel poll until its state changes, if `poll.hold_tunnel` is on. An older one is answered at once."""
         hold = session.tunnel_hold
-        hold.poll_arrived(self._ctx.now)
-        if self._ctx.settings.poll.hold_tunnel and self.limit_s(hold) > 0:
+        limit_s = self.poll_arrived(session, hold)
+        if self._ctx.settings.poll.hold_tunnel and limit_s > 0:
             self.tunnel_changed(session.key)
             changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._tunnels[session.key] = changed
@@ -74,7 +86,7 @@ class Holding:
                     changed.set_result(None)
 
             try:
-                await self.wait(session, hold, changed, end)
+                await self.wait(session, hold, limit_s, changed, end)
             finally:
                 if self._tunnels.get(session.key) is changed:
                     del self._tunnels[session.key]

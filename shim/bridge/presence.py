@@ -15,11 +15,9 @@ from shim.core.calls import Kind
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
 from shim.logs import get
-from shim.ports import Timer
 
 log = get(__name__)
 
-HELD_BEAT_S = 30.0
 STATUS_EVERY_S = 30.0
 
 
@@ -35,7 +33,7 @@ class Presence:
         self._ctx = ctx
         self._registrations = registrations
         self._routes = routes
-        self._held: dict[SessionKey, Timer] = {}
+        self._held: dict[SessionKey, Session] = {}
         self._status: dict[SessionKey, dict[str, Any]] = {}
         self._status_at: dict[SessionKey, float] = {}
         self._nameless: set[SessionKey] = set()
@@ -100,25 +98,23 @@ class Presence:
     def hold_started(self, session: Session) -> None:
         """A poll is held: contact for as long as its connection is open."""
         session.held += 1
-        if session.held == 1:
-            self.called(session)
-            self._held[session.key] = self._ctx.timers.call_later(HELD_BEAT_S, lambda: self._held_beat(session))
-
-    def _held_beat(self, session: Session) -> None:
-        if session.held:
-            session.contact(self._ctx.now, self._ctx.clock.wall_s())
-            self.called(session)
-            self._held[session.key] = self._ctx.timers.call_later(HELD_BEAT_S, lambda: self._held_beat(session))
+        self._held[session.key] = session
+        self.called(session)
 
     def hold_ended(self, session: Session) -> None:
         """The poll is over. Its connection was open until now, also if the agent hung up: that is contact."""
         session.held -= 1
         if not session.held:
-            timer = self._held.pop(session.key, None)
-            if timer is not None:
-                timer.cancel()
+            self._held.pop(session.key, None)
         session.contact(self._ctx.now, self._ctx.clock.wall_s())
         self.called(session)
+
+    def sweep(self) -> None:
+        """Send the heartbeats that became due while polls are held; to be called every few seconds."""
+        now, wall = self._ctx.now, self._ctx.clock.wall_s()
+        for session in list(self._held.values()):
+            session.contact(now, wall)
+            self.called(session)
 
     # --- status -------------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ log = get(__name__)
 SWEEP_S = 1.0
 HOUSEKEEPING_S = 600.0
 HOLDS_SAVED_S = 60.0
+HELD_SWEEP_S = 5.0
 UNPOLLED_WARNING_S = 600.0
 STORE_RETRY_AFTER_S = 5
 
@@ -93,7 +94,7 @@ class Bridge:
         self.calls = Calls(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
         self.stopping = False
         self._sources: dict[LinkRunner, _LinkSource] = {}
-        self._housekept_at = self._holds_saved_at = ctx.now
+        self._housekept_at = self._holds_saved_at = self._held_swept_at = ctx.now
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -141,6 +142,9 @@ class Bridge:
             session = self.ctx.sessions.get(key)
             if session is not None:
                 self._warn_unpolled(session, len(queue), now)
+        if now - self._held_swept_at >= HELD_SWEEP_S:
+            self._held_swept_at = now
+            self.presence.sweep()
         if now - self._holds_saved_at >= HOLDS_SAVED_S:
             self._holds_saved_at = now
             self._save_holds()

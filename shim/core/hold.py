@@ -11,9 +11,12 @@ STEP_S = 1.0
 MARGIN_S = 1.0
 PROBE_AFTER = 50
 MAX_PROBE_AFTER = 3200
+SERIAL_PROBE_AFTER = 10
 MIN_SAMPLES = 4
 AT_ONCE_S = 0.1
 STEADY = 0.15
+TELLING = 0.02
+CONTRAST = 3.0
 
 
 class Pace(Enum):
@@ -30,30 +33,44 @@ class Hold:
     It grows by 1 s with each poll that ended with our reply, halves when the agent leaves first, and then stays 1 s
     under the time at which it left. That ceiling is what the agent's client allows, or the moment at which the agent
     died: so after many answered polls at the ceiling it is tried 1 s higher, each time more rarely.
+
+    An agent that heartbeats, but never while a poll of it was held, is taken for serial: it makes one call after the
+    other, and its heartbeats wait for our reply. Two loops of the same rate look the same as long as no hold is longer
+    than the interval, so after some polls one is held 1 s longer: a heartbeat that comes during it tells them apart.
+
+    `poll_arrived` is followed by exactly one of `replied`, `left` and `gone`.
     """
 
     __slots__ = (
         "_answered_at",
         "_arrived_at",
         "_at_ceiling",
+        "_at_interval",
         "_base_interval_s",
         "_concurrent",
         "_gaps",
+        "_open",
         "_pauses",
         "_probe_after",
+        "_serial_for_sure",
         "ceiling_s",
         "changed",
         "held_s",
+        "pace",
     )
 
     def __init__(self, stored: dict[str, Any] | None = None) -> None:
         known = stored or {}
         self.held_s: float = _number(known.get("hold_s"), STEP_S)
         self.ceiling_s: float | None = _number(known.get("ceiling_s"), None)
+        self.pace = next((pace for pace in Pace if pace.value == known.get("pace")), Pace.UNKNOWN)
         self._concurrent = known.get("concurrent") is True
+        self._serial_for_sure = known.get("serial") is True
         self._base_interval_s: float | None = _number(known.get("interval_s"), None)
         self._at_ceiling = 0
+        self._at_interval = 0
         self._probe_after = int(_number(known.get("probe_after"), PROBE_AFTER))
+        self._open = 0
         self._arrived_at: float | None = None
         self._answered_at: float | None = None
         self._gaps: deque[float] = deque(maxlen=8)
@@ -67,8 +84,10 @@ class Hold:
             "hold_s": self.held_s,
             "ceiling_s": self.ceiling_s,
             "concurrent": self._concurrent,
+            "serial": self._serial_for_sure,
             "interval_s": self._base_interval_s,
             "probe_after": self._probe_after,
+            "pace": self.pace.value,
         }
 
     @property
@@ -76,26 +95,42 @@ class Hold:
         """True for an agent that heartbeats, but has never done so while a poll of it was held."""
         return self._base_interval_s is not None and not self._concurrent
 
+    @property
+    def interval_s(self) -> float | None:
+        """Seconds between polls of a ticker, or the pause after each answer; `None` while the pace is not known."""
+        if self.pace is Pace.UNKNOWN or not self._gaps:
+            return None
+        return median(self._gaps if self.pace is Pace.TICKER else self._pauses or self._gaps)
+
     def limit_s(self, max_s: float) -> float:
         """How long the next poll may be held at most."""
-        bounds: list[float] = [self.held_s, max_s]
+        bound_s = min(self.held_s, max_s)
         if self.ceiling_s is not None:
-            bounds.append(self.ceiling_s)
-        if self.serial and self._base_interval_s is not None:
-            bounds.append(self._base_interval_s - MARGIN_S)
-        return max(0.0, min(bounds))
+            bound_s = min(bound_s, self.ceiling_s)
+        if self._base_interval_s is not None and not self._concurrent:
+            probing = self._at_interval >= SERIAL_PROBE_AFTER and not self._serial_for_sure
+            bound_s = min(bound_s, self._base_interval_s + (MARGIN_S if probing else -MARGIN_S))
+        return max(0.0, bound_s)
 
-    def poll_arrived(self, now: float) -> None:
-        """A poll came: learn the agent's pace."""
+    def poll_arrived(self, now: float) -> bool:
+        """A poll came: learn the agent's pace. True if that is news."""
+        self._open += 1
         if self._arrived_at is not None:
             self._gaps.append(now - self._arrived_at)
         if self._answered_at is not None:
             self._pauses.append(now - self._answered_at)
         self._arrived_at, self._answered_at = now, None
+        pace = self._judge_pace()
+        if pace in (Pace.UNKNOWN, self.pace):
+            return False
+        self.pace = pace
+        self.changed = True
+        return True
 
     def replied(self, now: float, max_s: float) -> None:
         """The poll ended with our reply."""
-        self._answered_at = now
+        self._closed(now)
+        self._learn_serial(now)
         if self.ceiling_s is not None and self.held_s >= self.ceiling_s:
             self._at_ceiling += 1
             if self._at_ceiling >= self._probe_after and self.ceiling_s < max_s:
@@ -110,41 +145,62 @@ class Hold:
 
     def left(self, after_s: float) -> None:
         """The agent hung up `after_s` after its poll arrived, before our reply."""
+        self.gone()
         self.held_s /= 2
         self.ceiling_s = max(0.0, after_s - MARGIN_S)
         self.held_s = min(self.held_s, self.ceiling_s)
         self._at_ceiling = 0
         self._probe_after = min(2 * self._probe_after, MAX_PROBE_AFTER)
-        self._answered_at = None
         self.changed = True
 
-    def heartbeat(self, interval_s: float | None, *, during_hold: bool) -> None:
+    def gone(self) -> None:
+        """The poll ended in a way that tells nothing about the agent's patience."""
+        self._closed(None)
+
+    def heartbeat(self, interval_s: float | None) -> None:
         """A heartbeat came. `interval_s` is the measured interval, `None` while it is not known.
 
         Of a serial agent's intervals the shortest counts: the later ones contain our holds.
         """
-        if during_hold and not self._concurrent:
+        if self._open and not self._concurrent:
             self._concurrent = self.changed = True
         if interval_s is not None and (self._base_interval_s is None or interval_s < self._base_interval_s):
             self._base_interval_s = interval_s
             self.changed = True
 
     def new_process(self) -> None:
-        """Another process speaks for the agent now: its client may allow more."""
-        if self.ceiling_s is not None:
+        """Another process speaks for the agent now: its client may allow more, its loops may be others."""
+        if self.ceiling_s is not None or self._serial_for_sure:
             self.ceiling_s = None
             self._probe_after = PROBE_AFTER
+            self._serial_for_sure = False
+            self._at_interval = 0
             self.changed = True
 
-    @property
-    def pace(self) -> Pace:
-        """How the agent spaces its polls, as far as that can be told."""
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _closed(self, answered_at: float | None) -> None:
+        self._open = max(0, self._open - 1)
+        if not self._open:  # else the agent has polled again before this answer: no pause lies between
+            self._answered_at = answered_at
+
+    def _learn_serial(self, now: float) -> None:
+        if self._base_interval_s is None or self._concurrent or self._serial_for_sure or self._arrived_at is None:
+            return
+        if now - self._arrived_at >= self._base_interval_s:
+            self._serial_for_sure = self.changed = True
+        elif self.held_s > self._base_interval_s:
+            self._at_interval += 1
+
+    def _judge_pace(self) -> Pace:
+        """What the last polls show; UNKNOWN where they fit both, as polls do that are all held equally long."""
         if len(self._pauses) < MIN_SAMPLES or len(self._gaps) < MIN_SAMPLES:
             return Pace.UNKNOWN
-        if median(self._pauses) < AT_ONCE_S:
+        if median(self._pauses) < AT_ONCE_S and median(self._gaps) > 2 * AT_ONCE_S:
             return Pace.TICKER  # its ticks come faster than our replies
         pause_spread, gap_spread = _spread(self._pauses), _spread(self._gaps)
-        if min(pause_spread, gap_spread) > STEADY or pause_spread == gap_spread:
+        steadier, other = sorted((pause_spread, gap_spread))
+        if steadier > STEADY or other < max(TELLING, CONTRAST * steadier):
             return Pace.UNKNOWN
         return Pace.PAUSE if pause_spread < gap_spread else Pace.TICKER
 

@@ -130,7 +130,9 @@ class Session:
         if self.heartbeat_at is not None:
             self.gaps.append(now - self.heartbeat_at)
         self.heartbeat_at = now
-        self.hold.heartbeat(median(self.gaps) if len(self.gaps) >= MIN_GAPS else None, during_hold=self.held > 0)
+        interval_s = median(self.gaps) if len(self.gaps) >= MIN_GAPS else None
+        self.hold.heartbeat(interval_s)
+        self.tunnel_hold.heartbeat(interval_s)
         self.heartbeat = call
         if call.agent_id:
             self.agent_id = call.agent_id

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.hold import MAX_PROBE_AFTER, PROBE_AFTER, Hold, Pace
+from shim.core.hold import MAX_PROBE_AFTER, PROBE_AFTER, SERIAL_PROBE_AFTER, Hold, Pace
 
 MAX_S = 20.0
 
@@ -61,19 +61,21 @@ def test_a_ceiling_is_tried_one_second_higher_ever_more_rarely() -> None:
 def test_a_serial_agent_is_held_less_than_its_heartbeat_interval() -> None:
     hold = Hold()
     answered(hold, 20)
-    hold.heartbeat(5.0, during_hold=False)
+    hold.heartbeat(5.0)
     assert hold.serial
     assert hold.limit_s(MAX_S) == 4
     # its later intervals contain our holds: they must not loosen the bound
-    hold.heartbeat(9.0, during_hold=False)
+    hold.heartbeat(9.0)
     assert hold.limit_s(MAX_S) == 4
 
 
 def test_a_heartbeat_during_a_hold_shows_that_the_agent_is_not_serial() -> None:
     hold = Hold()
     answered(hold, 20)
-    hold.heartbeat(5.0, during_hold=False)
-    hold.heartbeat(5.0, during_hold=True)
+    hold.heartbeat(5.0)
+    hold.poll_arrived(0.0)
+    hold.heartbeat(5.0)
+    hold.replied(1.0, MAX_S)
     assert not hold.serial
     assert hold.limit_s(MAX_S) == 20
 
@@ -96,7 +98,7 @@ def test_a_new_process_may_allow_more_than_its_predecessor() -> None:
 def test_what_was_learnt_survives_a_restart() -> None:
     hold = Hold()
     answered(hold, 9)
-    hold.heartbeat(5.0, during_hold=False)
+    hold.heartbeat(5.0)
     hold.left(8.0)
     assert hold.changed
     again = Hold(hold.stored())
@@ -110,35 +112,126 @@ def test_a_stored_state_that_makes_no_sense_starts_afresh(stored: dict[str, obje
     assert Hold(stored).limit_s(MAX_S) == 1
 
 
-def play(hold: Hold, arrivals: list[tuple[float, float]]) -> Pace:
-    """Polls as (arrival, answer) times."""
-    for arrived, at in arrivals:
-        hold.poll_arrived(arrived)
-        hold.replied(at, MAX_S)
-    return hold.pace
+class Polls:
+    """Polls of an agent, played one after the other."""
+
+    def __init__(self, hold: Hold) -> None:
+        self.hold = hold
+        self.now = 1000.0
+
+    def held(self, for_s: float, then_s: float = 0.0) -> None:
+        """A poll that ends with our reply; the next comes `then_s` after that."""
+        self.hold.poll_arrived(self.now)
+        self.hold.replied(self.now + for_s, MAX_S)
+        self.now += for_s + then_s
+
+
+def test_two_loops_of_one_rate_are_told_from_a_serial_agent_by_one_longer_hold() -> None:
+    hold = Hold()
+    answered(hold, 20)
+    polls = Polls(hold)
+    hold.heartbeat(5.0)
+    for _ in range(SERIAL_PROBE_AFTER):
+        assert hold.limit_s(MAX_S) == 4
+        polls.held(4.0, 1.0)  # the heartbeat comes just before each poll, never during it
+        hold.heartbeat(5.0)
+    assert hold.limit_s(MAX_S) == 6
+    hold.poll_arrived(polls.now)
+    hold.heartbeat(5.0)
+    hold.replied(polls.now + 6, MAX_S)
+    assert hold.limit_s(MAX_S) == 20
+
+
+def test_a_serial_agent_is_held_longer_once_and_never_again() -> None:
+    hold = Hold()
+    answered(hold, 20)
+    polls = Polls(hold)
+    hold.heartbeat(5.0)
+    for _ in range(SERIAL_PROBE_AFTER):
+        polls.held(4.0, 1.0)
+    polls.held(2.0, 1.0)  # a command came: nothing was learnt
+    assert hold.limit_s(MAX_S) == 6
+    polls.held(6.0, 1.0)
+    for _ in range(5 * SERIAL_PROBE_AFTER):
+        assert Hold(hold.stored()).limit_s(MAX_S) == hold.limit_s(MAX_S) == 4
+        polls.held(4.0, 1.0)
+    hold.new_process()
+    assert hold.limit_s(MAX_S) == 4  # and what it is will be found out again
+    for _ in range(SERIAL_PROBE_AFTER):
+        polls.held(4.0, 1.0)
+    assert hold.limit_s(MAX_S) == 6
+
+
+HOLDS_S = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+
+
+def ticker(polls: Polls, interval_s: float, holds_s: list[float]) -> Pace:
+    for held_s in holds_s:
+        polls.held(held_s, interval_s - held_s)
+    return polls.hold.pace
+
+
+def pauser(polls: Polls, pause_s: float, holds_s: list[float]) -> Pace:
+    for held_s in holds_s:
+        polls.held(held_s, pause_s)
+    return polls.hold.pace
 
 
 def test_tells_a_ticker_from_a_pause() -> None:
-    holds = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
-    assert play(Hold(), [(10.0 * n, 10.0 * n + held) for n, held in enumerate(holds)]) is Pace.TICKER
-    now, paused = 0.0, []
-    for held in holds:
-        paused.append((now, now + held))
-        now += held + 10.0
-    assert play(Hold(), paused) is Pace.PAUSE
+    ticking, pausing = Hold(), Hold()
+    assert ticker(Polls(ticking), 10.0, HOLDS_S) is Pace.TICKER
+    assert ticking.interval_s == pytest.approx(10)
+    assert pauser(Polls(pausing), 10.0, HOLDS_S) is Pace.PAUSE
+    assert pausing.interval_s == pytest.approx(10)
 
 
 def test_an_agent_that_comes_back_at_once_ticks_faster_than_it_is_answered() -> None:
-    now, polls = 0.0, []
-    for held in (5.0, 6.0, 7.0, 8.0, 9.0, 10.0):
-        polls.append((now, now + held))
-        now += held + 0.01
-    assert play(Hold(), polls) is Pace.TICKER
+    assert pauser(Polls(Hold()), 0.01, HOLDS_S[4:]) is Pace.TICKER
 
 
 def test_the_pace_is_unknown_while_little_was_seen_or_nothing_tells_the_two_apart() -> None:
-    assert play(Hold(), [(0.0, 1.0), (10.0, 11.0)]) is Pace.UNKNOWN
-    assert play(Hold(), [(10.0 * n, 10.0 * n + 1.0) for n in range(9)]) is Pace.UNKNOWN
+    assert ticker(Polls(Hold()), 10.0, [0.0, 1.0]) is Pace.UNKNOWN
+    assert ticker(Polls(Hold()), 10.0, [1.0] * 9) is Pace.UNKNOWN
+    assert Hold().interval_s is None
+
+
+def test_tiny_differences_between_equal_holds_tell_nothing() -> None:
+    holds_s = [1.0, 1.02, 0.99, 1.03, 1.01, 0.98, 1.0, 1.01, 1.02]
+    assert ticker(Polls(Hold()), 10.0, holds_s) is Pace.UNKNOWN
+    assert pauser(Polls(Hold()), 10.0, holds_s) is Pace.UNKNOWN
+
+
+def test_a_pace_once_seen_is_kept_when_all_polls_are_held_equally_long_and_over_a_restart() -> None:
+    hold = Hold()
+    polls = Polls(hold)
+    ticker(polls, 30.0, HOLDS_S)
+    assert ticker(polls, 30.0, [20.0, 20.01, 19.99] * 9) is Pace.TICKER
+    assert hold.changed
+    assert Hold(hold.stored()).pace is Pace.TICKER
+    assert pauser(polls, 5.0, [*HOLDS_S, *HOLDS_S]) is Pace.PAUSE  # it may change, too
+
+
+def test_a_pace_is_news_once() -> None:
+    hold = Hold()
+    news = []
+    now = 0.0
+    for held_s in HOLDS_S:
+        news.append(hold.poll_arrived(now))
+        hold.replied(now + held_s, MAX_S)
+        now += 10.0
+    assert news.count(True) == 1
+
+
+def test_a_poll_that_overtakes_another_leaves_no_pause_between_them() -> None:
+    hold = Hold()
+    for n in range(12):
+        hold.poll_arrived(float(n))
+        if n:
+            hold.replied(float(n), MAX_S)  # the older one is answered when the newer arrives
+    assert hold.pace is Pace.UNKNOWN
+    assert not hold.serial
+    hold.heartbeat(5.0)
+    assert Hold(hold.stored()).stored()["concurrent"] is True
 
 
 @given(
@@ -162,7 +255,10 @@ def test_never_above_any_bound(events: list[tuple[str, float]], max_s: float) ->
                 hold.left(value)
                 assert hold.limit_s(max_s) <= max(0.0, value - 1)
             case _:
-                hold.heartbeat(value, during_hold=kind == "beat_held")
+                if kind == "beat_held":
+                    hold.poll_arrived(0.0)
+                hold.heartbeat(value)
+                hold.gone()
         assert 0 <= hold.limit_s(max_s) <= max_s
         restored = Hold(hold.stored())
         assert restored.limit_s(max_s) == hold.limit_s(max_s)
