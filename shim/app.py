@@ -152,6 +152,7 @@ class App:
         frontend = Frontend(settings.listen, switchboard, dialects.load(), self._metrics, token=token)
         host, port = await frontend.start()
         self.addresses["listen"] = f"{host}:{port}"
+        admin.agents_served = True
         self._undo.append(frontend.stop)
         self._handle_signals(loop)
         self.spawn("watch", self._watch())

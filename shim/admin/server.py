@@ -15,9 +15,13 @@ STOP_S = 1.0
 
 
 class AdminServer:
-    """Serves the admin port; reads the bridge, changes nothing."""
+    """Serves the admin port; reads the bridge, changes nothing.
+
+    `agents_served` is set once the legacy API listens: as a sidecar, the agent must not start before that.
+    """
 
     def __init__(self, settings: Admin, bridge: Bridge, registry: CollectorRegistry) -> None:
+        self.agents_served = False
         self._settings = settings
         self._registry = registry
         self._health = Health(bridge)
@@ -45,6 +49,8 @@ class AdminServer:
 
     async def _readyz(self, request: web.Request) -> web.Response:
         reasons = await self._health.reasons_not_ready()
+        if not self.agents_served:
+            reasons.append("agents are not served yet")
         if reasons:
             return web.json_response({"status": "not ready", "reasons": reasons}, status=503)
         return web.json_response({"status": "ready"})
