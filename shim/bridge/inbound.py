@@ -120,7 +120,7 @@ class Inbound:
     def _tunnel_status(self, connection: Connection, message: Message, source: Source) -> None:
         session = self._target(source, message.payload)
         if isinstance(session, Session):
-            state = tunnel_state(message.payload, self._ctx.settings.poll.frequency_s)
+            state = tunnel_state(message.payload)
             if self._roster.set_tunnel(session, state):
                 self._holding.tunnel_changed(session.key)
         else:

@@ -12,9 +12,12 @@ from shim.errors import ShimError
 from shim.messages import Message
 
 MAX_ID_BYTES = 256
+MAX_DEPTH = 64
+"""Arrays and objects in one another; far above what commands have, far below where encoders fail."""
 MAX_NUMBER = int(1.7976931348623157e308)
 
-_OWN_KEYS = frozenset(
+_PAYLOAD_KEYS = ("payload", "params", "args")
+_OWN_KEYS = frozenset(_PAYLOAD_KEYS) | frozenset(
     {
         "command_id",
         "id",
@@ -28,8 +31,6 @@ _OWN_KEYS = frozenset(
         "agent_id",
     }
 )
-
-
 _UNFIT = frozenset("/?#%")
 
 
@@ -57,9 +58,8 @@ class Normalised:
 def normalise(message: Message, wall: float, ttl_s: float, new_id: Callable[[], str]) -> Normalised:
     """Normalise a command that arrived at `wall`; raises `Malformed`."""
     payload = message.payload
-    if not _fits_go(payload):
-        raise Malformed("a number is beyond what agents can decode", _scalar(payload.get("command_id")))
     command_id = _command_id(payload, message.request_id, new_id)
+    _check_decodable(payload, command_id)
     kind = _command_type(payload, command_id)
     return Normalised(
         id=command_id,
@@ -72,13 +72,17 @@ def normalise(message: Message, wall: float, ttl_s: float, new_id: Callable[[], 
     )
 
 
-def _fits_go(value: Any) -> bool:
-    """Whether Go decodes every number in it: one that does not fit a float64 makes an agent drop the whole batch."""
-    if isinstance(value, dict):
-        return all(map(_fits_go, value.values()))
-    if isinstance(value, list):
-        return all(map(_fits_go, value))
-    return not isinstance(value, int) or -MAX_NUMBER <= value <= MAX_NUMBER
+def _check_decodable(payload: dict[str, Any], command_id: str) -> None:
+    """Refuse what makes an agent drop a whole batch: a number that does not fit Go's float64, nesting without end."""
+    level: list[Any] = [payload]
+    for _ in range(MAX_DEPTH):
+        inner = [value for outer in level for value in (outer.values() if isinstance(outer, dict) else outer)]
+        if any(isinstance(value, int) and not -MAX_NUMBER <= value <= MAX_NUMBER for value in inner):
+            raise Malformed("a number is beyond what agents can decode", command_id)
+        level = [value for value in inner if isinstance(value, (dict, list))]
+        if not level:
+            return
+    raise Malformed("the command is nested too deeply", command_id)
 
 
 def _scalar(value: Any) -> str:
@@ -112,9 +116,9 @@ def _command_type(payload: dict[str, Any], command_id: str) -> str:
 
 
 def _command_payload(payload: dict[str, Any]) -> dict[str, Any]:
-    for key in ("payload", "params", "args"):
-        if key in payload and payload[key] is not None:
-            value = payload[key]
+    for key in _PAYLOAD_KEYS:
+        value = payload.get(key)
+        if value is not None:
             return value if isinstance(value, dict) else {"value": value}
     return {key: value for key, value in payload.items() if key not in _OWN_KEYS}
 

@@ -7,14 +7,24 @@ from typing import Any
 
 from shim.core import rfc3339
 
-_URL_SAFE = re.compile(r"[A-Za-z0-9._~-]{1,256}", re.ASCII)
+# RFC 3986: what stands in a path segment unescaped
+_URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)
 _PATTERNS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (401, ("unauthor", "invalid token", "forbidden")),
     (409, ("already", "conflict", "not unique")),
     (400, ("required", "invalid", "missing", "validation")),
 )
 _STATUS_OF_CODE = {400: 400, 401: 401, 403: 401, 409: 409, 422: 400}
+_STATUS_OF_WORD = {str(code): status for code, status in _STATUS_OF_CODE.items()}
 FORGOTTEN = ("not registered", "cluster not found")
+TUNNEL_KEYS = (
+    "status",
+    "forwards",
+    "credentials",
+    "poll_frequency",
+    "tunnel_server_addr",
+    "server_fingerprint",
+)
 MAX_ERROR_CHARS = 200
 
 
@@ -22,9 +32,7 @@ def url_safe_id(value: Any) -> str:
     """An id that agents may put into a path unescaped, or `""`."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    if isinstance(value, str) and _URL_SAFE.fullmatch(value) and value not in (".", ".."):
-        return value
-    return ""
+    return value if isinstance(value, str) and _URL_SAFE.fullmatch(value) else ""
 
 
 def register_reply(payload: dict[str, Any]) -> dict[str, Any]:
@@ -64,12 +72,10 @@ def error_text(payload: dict[str, Any]) -> str:
 def error_status(payload: dict[str, Any]) -> int:
     """The HTTP status for an agent: by `code` if there is one, else by the text, first match (protocol.md §1.1)."""
     code = payload.get("code")
-    if isinstance(code, (int, float)) and not isinstance(code, bool):
+    if isinstance(code, (int, float)) and not isinstance(code, bool) and code:
         return _STATUS_OF_CODE.get(int(code), 502)
     if isinstance(code, str) and code:
-        if code.isdecimal() and len(code) < 6:
-            return _STATUS_OF_CODE.get(int(code), 502)
-        return _by_words(code.replace("_", " ").replace("-", " "))
+        return _STATUS_OF_WORD.get(code) or _by_words(code.replace("_", " ").replace("-", " "))
     return _by_words(error_text(payload))
 
 
@@ -94,20 +100,6 @@ def conflict_id(payload: dict[str, Any]) -> str:
     return url_safe_id(payload.get("cluster_id")) or url_safe_id(nested)
 
 
-def tunnel_state(payload: dict[str, Any], poll_frequency_s: int) -> dict[str, Any]:
-    """A `tunnel_status` payload as every agent's Go struct decodes it; wrong types are left out."""
-    state: dict[str, Any] = {"status": "IDLE", "poll_frequency": poll_frequency_s}
-    for key in ("status", "credentials", "tunnel_server_addr", "server_fingerprint"):
-        if isinstance(payload.get(key), str):
-            state[key] = payload[key]
-    frequency = payload.get("poll_frequency")
-    if isinstance(frequency, int) and not isinstance(frequency, bool):
-        state["poll_frequency"] = frequency
-    forwards = payload.get("forwards")
-    if isinstance(forwards, list):
-        state["forwards"] = [
-            {"name": f["name"], "remote_port": f["remote_port"]}
-            for f in forwards
-            if isinstance(f, dict) and isinstance(f.get("name"), str) and type(f.get("remote_port")) is int
-        ]
-    return state
+def tunnel_state(payload: dict[str, Any]) -> dict[str, Any]:
+    """What a `tunnel_status` says of the tunnel itself; the dialects see to it that agents can decode it."""
+    return {key: payload[key] for key in TUNNEL_KEYS if key in payload}
