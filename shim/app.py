@@ -26,6 +26,7 @@ from shim.errors import ConfigError, StoreError, StoreVersionError
 from shim.frontend import Frontend
 from shim.lag import watch_loop
 from shim.metrics import Metrics
+from shim.passthrough import Passthrough, sunset_headers
 from shim.ports import CommandStore, Switchboard, UpstreamPort
 from shim.settings import Settings
 from shim.store import Post, open_store
@@ -149,7 +150,18 @@ class App:
         self._undo.append(self._stop_bridge)
         token = None if settings.upstream.own_tokens else self._token_for_agents
         switchboard = self.wrap_switchboard(bridge)
-        frontend = Frontend(settings.listen, switchboard, dialects.load(), self._metrics, token=token)
+        passthrough = Passthrough(bridge)
+        self._undo.append(passthrough.close)
+        sunset = sunset_headers(settings.sunset)
+        frontend = Frontend(
+            settings.listen,
+            switchboard,
+            dialects.load(),
+            self._metrics,
+            token=token,
+            static_headers=lambda: sunset,
+            fallback=passthrough,
+        )
         host, port = await frontend.start()
         self.addresses["listen"] = f"{host}:{port}"
         admin.agents_served = True

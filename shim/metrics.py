@@ -151,6 +151,14 @@ class Metrics:
         self.gateway = Children(
             Counter("agent_shim_gateway_dials", "Dials of a gateway by outcome.", ("outcome",), registry=registry)
         )
+        self.fallback = Children(
+            Counter(
+                "agent_shim_fallback_calls",
+                "Calls that went to the vendor's HTTP API, by the class of its answer, or unreachable.",
+                ("outcome",),
+                registry=registry,
+            )
+        )
         self.registrations = Children(
             Counter("agent_shim_registrations", "Registrations by outcome.", ("outcome",), registry=registry)
         )

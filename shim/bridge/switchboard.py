@@ -10,6 +10,7 @@ from shim.bridge.calls import Calls
 from shim.bridge.connection import Connection
 from shim.bridge.context import DEFAULT_OWNER, Context
 from shim.bridge.delivery import Delivery, Offering
+from shim.bridge.detour import Detour
 from shim.bridge.gateway import Gateways, Leg
 from shim.bridge.holding import Holding
 from shim.bridge.inbound import Inbound
@@ -91,6 +92,7 @@ class Bridge:
         self.presence = Presence(ctx, self.registrations, self.routes)
         self.holding = Holding(ctx, self.presence, self.roster)
         self.inbound = Inbound(ctx, self.registrations, self.roster, self.intake, self.outbox, self.holding)
+        self.detour = Detour(ctx, self.routes, self.roster, self.queues, self.intake, self.delivery)
         self.calls = Calls(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
         self.stopping = False
         self._sources: dict[LinkRunner, _LinkSource] = {}
@@ -115,7 +117,8 @@ class Bridge:
                     error="the stored command could not be read",
                 )
         upstream = self.ctx.settings.upstream
-        if not upstream.own_tokens and upstream.share_link:
+        wanted = self.ctx.settings.mode != "http" or bool(loaded.outbox_owners)
+        if wanted and not upstream.own_tokens and upstream.share_link:
             self.links.get(DEFAULT_OWNER, DEFAULT_OWNER, "").wanted()
         self.ctx.timers.call_later(SWEEP_S, self._sweep)
 

@@ -225,8 +225,11 @@ class Connection(RequestHandler):
             return False
         return not (for_commands and kernel.hung_up(sock))
 
-    async def write(self, response: bytes, timeout_s: float) -> bool:
-        """Hand a whole response to the kernel. False: it could not be, and the connection is as good as gone."""
+    async def write(self, response: bytes, timeout_s: float, *, answered: bool = True) -> bool:
+        """Hand a response to the kernel, or a further piece of one (`answered=False`).
+
+        False: it could not be, and the connection is as good as gone.
+        """
         wire = self._wire
         if wire is None:
             return False
@@ -239,7 +242,7 @@ class Connection(RequestHandler):
                 self.abort()
             except ConnectionError:
                 return False
-        self._answered += 1
+        self._answered += answered
         return not wire.is_closing()
 
     def lease_written(self) -> None:

@@ -54,7 +54,7 @@ class Replies:
     """Builds responses. `static_headers` returns the same mapping object until its content changes."""
 
     def __init__(self, static_headers: StaticHeaders = no_static_headers) -> None:
-        self._static_headers = static_headers
+        self.static_headers = static_headers
         self._seen: Mapping[str, str] = _NO_HEADERS
         self._heads: dict[tuple[int, bool], str] = {}
         self._prefix = secrets.token_hex(4)
@@ -70,7 +70,7 @@ class Replies:
         self, status: int, body: bytes | None, request_id: str, more: str, *, head_only: bool = False
     ) -> bytes:
         """A whole response. `more` holds further header lines, each with its CRLF; `None` is no body at all."""
-        static = self._static_headers()
+        static = self.static_headers()
         if static is not self._seen:
             self._seen = static
             self._heads.clear()

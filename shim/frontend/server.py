@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import cast
 
+import aiohttp
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from multidict import istr
@@ -18,10 +20,11 @@ from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
 from shim.errors import AgentError
 from shim.frontend.body import BodyRefused, decode_body, read_body
 from shim.frontend.connection import Connection, ConnectionServer, House
+from shim.frontend.forwarding import chunk, forwarded, head, is_large
 from shim.frontend.guard import Guard, bearer
 from shim.frontend.replies import SENT_CLOSE, SENT_KEEP, Replies, StaticHeaders, encode_body, no_static_headers
 from shim.metrics import Metrics
-from shim.ports import Client, Lease, Switchboard
+from shim.ports import Answer, Client, Fallback, Lease, Proxied, Switchboard
 from shim.settings import Listen
 
 MAX_LINE_BYTES = 16_384
@@ -67,13 +70,16 @@ class Frontend:
         *,
         token: Callable[[], str] | None = None,
         static_headers: StaticHeaders = no_static_headers,
+        fallback: Fallback | None = None,
     ) -> None:
         """`token` gives the upstream token of the moment, or is `None` when agents bring tokens of their own.
 
         `static_headers` are added to every reply; it returns the same mapping object until its content changes.
+        `fallback` serves calls that go by the vendor's HTTP API.
         """
         self._listen = listen
         self._switchboard = switchboard
+        self._fallback = fallback
         self._metrics = metrics
         self._guard = Guard(listen, token)
         self._router = Router(dialects, listen.base_path)
@@ -128,6 +134,8 @@ class Frontend:
         visit = _Visit(request)
         try:
             reply = await self._answer(visit)
+            if isinstance(reply, Proxied):
+                return await self._hand_down(visit, reply)
             body = None if reply.body is None else encode_body(reply.body)
         except AgentError as error:
             reply = self._refuse(visit, error)
@@ -142,11 +150,13 @@ class Frontend:
                 visit.lease = None
         return await self._reply(visit, reply, body)
 
-    async def _answer(self, visit: _Visit) -> Reply:
+    async def _answer(self, visit: _Visit) -> Reply | Proxied:
         """Everything from the headers to the reply. Raises `AgentError`."""
         request, listen = visit.request, self._listen
         headers = request.headers
         _enforce(self._guard.check(headers))
+        if self._fallback is not None and self._fallback.takes_all():
+            return await self._pass_on(visit, self._fallback)
         visit.step = "route"
         match = visit.match = self._route(request)
         route = match.route
@@ -162,9 +172,46 @@ class Frontend:
         call = Call(match.params, body, headers.get(hdrs.USER_AGENT, ""))
         agent_call = match.dialect.parse(route.operation, call)
         visit.step = "answer"
-        answer = await self._switchboard.call(client, agent_call, visit.started_s)
+        answer: Answer | None = None
+        if self._fallback is not None and self._fallback.takes_some() and self._fallback.takes(client, agent_call):
+            served = await self._fallback.serve(forwarded(request, listen.base_path, client, data, agent_call))
+            if isinstance(served, Proxied):
+                visit.lease = served.lease
+                return served
+            answer = served
+        if answer is None:
+            answer = await self._switchboard.call(client, agent_call, visit.started_s)
         visit.lease = answer.lease
         return match.dialect.render(route.operation, answer.outcome, call)
+
+    async def _pass_on(self, visit: _Visit, fallback: Fallback) -> Reply | Proxied:
+        """Every call goes by the vendor's HTTP API, also what no route of ours or no dialect understands."""
+        request, listen = visit.request, self._listen
+        with contextlib.suppress(AgentError):
+            visit.match = self._route(request)
+        match = visit.match
+        client = _identify(visit.connection, request.headers.get(hdrs.AUTHORIZATION))
+        if match is None or not match.route.open:
+            _enforce(self._guard.authorize(client.token))
+        data = None
+        if not is_large(request, listen.max_body_bytes):
+            data = await read_body(request, listen.max_body_bytes, listen.body_timeout_s)
+        call, agent_call = Call({}), None
+        if match is not None and data is not None:
+            with contextlib.suppress(AgentError):
+                body = decode_body(data) if match.route.method == hdrs.METH_POST else None
+                call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""))
+                agent_call = match.dialect.parse(match.route.operation, call)
+        answer = await fallback.serve(forwarded(request, listen.base_path, client, data, agent_call))
+        if isinstance(answer, Proxied):
+            visit.lease = answer.lease
+            return answer
+        if match is None or agent_call is None:
+            raise AgentError(502, "the vendor's HTTP API cannot be reached")
+        if answer is None:
+            answer = await self._switchboard.call(client, agent_call, visit.started_s)
+        visit.lease = answer.lease
+        return match.dialect.render(match.route.operation, answer.outcome, call)
 
     def _route(self, request: web.BaseRequest) -> Match:
         key = (request.method, request.raw_path)
@@ -235,6 +282,41 @@ class Frontend:
         if not keep and visit.lease is not None:
             await connection.part()
         return SENT_KEEP if keep else SENT_CLOSE
+
+    async def _hand_down(self, visit: _Visit, proxied: Proxied) -> web.StreamResponse:
+        """Write the API's reply: at once where it is whole, else piece by piece."""
+        request, connection = visit.request, visit.connection
+        keep = request.keep_alive and not connection.closing and request.content.is_eof()
+        more = dict(self._replies.static_headers())
+        more[_REQUEST_ID] = self._replies.request_id(request.headers.get(_REQUEST_ID))
+        start, chunked = head(proxied, more, keep, request.version == HttpVersion11)
+        if isinstance(proxied.body, bytes):
+            written = await self._hand_over(visit, start if request.method == hdrs.METH_HEAD else start + proxied.body)
+        else:
+            written = await self._stream(connection, start, proxied.body, chunked=chunked)
+            keep = keep and (chunked or b"\r\nConnection: close" not in start)
+        self._count(visit, proxied.status)
+        if not written:
+            self._metrics.replies_lost.inc()
+            connection.force_close()
+            return SENT_CLOSE
+        return SENT_KEEP if keep else SENT_CLOSE
+
+    async def _stream(
+        self, connection: Connection, start: bytes, pieces: AsyncIterator[bytes], *, chunked: bool
+    ) -> bool:
+        timeout_s = self._listen.body_timeout_s
+        written = await connection.write(start, timeout_s)
+        try:
+            async for piece in pieces:
+                if not written:
+                    break
+                written = await connection.write(chunk(piece) if chunked else piece, timeout_s, answered=False)
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False  # the reply broke off: only the end of the connection can say so
+        if chunked and written:
+            written = await connection.write(chunk(b""), timeout_s, answered=False)
+        return written
 
     async def _hand_over(self, visit: _Visit, response: bytes) -> bool:
         """Write the response and settle the lease, whatever happens meanwhile (protocol.md §3, OFFERED)."""

@@ -1,0 +1,71 @@
+"""Calls that go by the vendor's HTTP API: the agent's request as it came, and the API's reply as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from aiohttp import hdrs, web
+
+from shim.core.calls import AgentCall
+from shim.ports import Client, Forwarded, Proxied
+
+_BODILESS = frozenset({204, 304})
+
+
+def is_large(request: web.BaseRequest, limit_bytes: int) -> bool:
+    """Whether a body is passed on in pieces: it is larger than a call's may be, or does not say how large it is."""
+    length = request.content_length
+    return length > limit_bytes if length is not None else not request.content.is_eof()
+
+
+def forwarded(
+    request: web.BaseRequest, base_path: str, client: Client, data: bytes | None, call: AgentCall | None
+) -> Forwarded:
+    """The request for `ports.Fallback`; without `data` its body is streamed."""
+    pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers]
+    encoded = hdrs.CONTENT_ENCODING in request.headers
+    # aiohttp has inflated the body: it goes on as what it is now
+    gone = {"content-encoding", "content-length"} if encoded else {"content-length"} if data is not None else set()
+    headers = tuple((name, value) for name, value in pairs if name.lower() not in gone)
+    body = request.content.iter_any() if data is None else data
+    return Forwarded(request.method, target_of(request.raw_path, base_path), headers, body, client, call)
+
+
+def target_of(raw_target: str, base_path: str) -> str:
+    """The request target under the configured base path, with one leading slash."""
+    target = "/" + raw_target.lstrip("/")
+    base = base_path.strip("/")
+    if base and (target == f"/{base}" or target.startswith((f"/{base}/", f"/{base}?"))):
+        target = "/" + target[len(base) + 1 :].lstrip("/")
+    return target
+
+
+def head(proxied: Proxied, more: Mapping[str, str], keep: bool, http11: bool) -> tuple[bytes, bool]:
+    """The head of a reply, and whether its body goes out in chunks."""
+    whole = isinstance(proxied.body, bytes)
+    sized = any(name.lower() == "content-length" for name, _ in proxied.headers)
+    own = {name.lower() for name in more} | ({"content-length"} if whole else set())
+    lines = [f"HTTP/1.1 {proxied.status} {_phrase(proxied.status)}"]
+    lines += [f"{name}: {value}" for name, value in proxied.headers if name.lower() not in own]
+    lines += [f"{name}: {value}" for name, value in more.items()]
+    if isinstance(proxied.body, bytes) and proxied.status not in _BODILESS:
+        lines.append(f"Content-Length: {len(proxied.body)}")
+    chunked = not whole and not sized and http11
+    if chunked:
+        lines.append(f"{hdrs.TRANSFER_ENCODING}: chunked")
+    if not keep or (not whole and not sized and not http11):
+        lines.append(f"{hdrs.CONNECTION}: close")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace"), chunked
+
+
+def chunk(piece: bytes) -> bytes:
+    """One chunk of a chunked body; the empty one ends it."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return ""

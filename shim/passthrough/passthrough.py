@@ -1,0 +1,168 @@
+"""Decides which calls go by the vendor's HTTP API, and serves them so that no command is lost or doubled on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from shim.bridge import Bridge
+from shim.core.calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
+from shim.core.modes import Breaker, Failover, Way, bucket
+from shim.logs import get
+from shim.passthrough.proxy import Proxy, Unreachable
+from shim.ports import Answer, Client, Forwarded, Proxied
+from shim.validation import instant_s
+
+log = get(__name__)
+
+GONE = frozenset({404, 405, 410})
+BROKEN = frozenset({502, 503, 504})
+REGISTERED = frozenset({200, 201})
+
+
+class Passthrough:
+    """Implements `ports.Fallback` on a bridge whose settings may change at any time."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._proxy = Proxy()
+        self._failovers: dict[str, Failover] = {}
+        self._breaker = Breaker()
+
+    async def close(self) -> None:
+        """Close the connections to the vendor's API."""
+        await self._proxy.close()
+
+    # --- which way ----------------------------------------------------------------------------------------------------
+
+    def takes_all(self) -> bool:
+        """Mode `http`, before the sunset."""
+        settings = self._bridge.ctx.settings
+        return settings.mode == "http" and not self._sunset_over()
+
+    def takes_some(self) -> bool:
+        """Mode `auto`, or a rollout that has not reached everybody, before the sunset."""
+        settings = self._bridge.ctx.settings
+        if settings.mode == "http" or not settings.fallback.url:
+            return False
+        return (settings.mode == "auto" or settings.rollout.percent < 100) and not self._sunset_over()
+
+    def takes(self, client: Client, call: AgentCall) -> bool:
+        """Whether this call goes by HTTP."""
+        if isinstance(call, HealthCall):
+            return False
+        settings = self._bridge.ctx.settings
+        if bucket(self._bridge.detour.name_of(client, call)) >= settings.rollout.percent:
+            return True
+        return (
+            settings.mode == "auto" and self._failed_over(client, call) and self._breaker.allows(self._bridge.ctx.now)
+        )
+
+    def active(self) -> bool:
+        """Whether calls go by HTTP now because of the mode or a link that is down (not because of the rollout)."""
+        return self.takes_all() or any(failover.way is Way.HTTP for failover in self._failovers.values())
+
+    def _failed_over(self, client: Client, call: AgentCall) -> bool:
+        ctx = self._bridge.ctx
+        up = self._bridge.detour.link_up(client, call)
+        if up is None:
+            return False
+        owner = self._bridge.routes.owner_of(client.token) or ""
+        failover = self._failovers.get(owner)
+        if failover is None:
+            failover = self._failovers[owner] = Failover(ctx.now)
+        before = failover.way
+        fallback = ctx.settings.fallback
+        way = failover.look(ctx.now, up=up, after_s=fallback.after_s, hold_down_s=fallback.hold_down_s)
+        if way is not before:
+            log.warning("failover", way=way.value, was=before.value)
+        return way is Way.HTTP
+
+    def _sunset_over(self) -> bool:
+        at = self._bridge.ctx.settings.sunset.at
+        return bool(at) and self._bridge.ctx.clock.wall_s() >= instant_s(at)
+
+    # --- serving ------------------------------------------------------------------------------------------------------
+
+    async def serve(self, request: Forwarded) -> Proxied | Answer | None:
+        """Serve a call by HTTP (`ports.Fallback.serve`)."""
+        call = request.call
+        if isinstance(call, HealthCall):
+            return None  # it asks for the shim
+        if isinstance(call, ResultCall) and not await self._bridge.detour.goes_by_http(request.client, call):
+            return None  # its command came over the WebSocket
+        try:
+            reply = await self._send(request)
+        except Unreachable:
+            self._breaker.failed(self._bridge.ctx.now)
+            self._count("unreachable")
+            if isinstance(call, PollCall) and self._bridge.detour.waiting(request.client, call):
+                return await self._bridge.detour.merge(request.client, call, [])
+            return self._instead(request)
+        self._judge(request, reply)
+        if isinstance(call, PollCall):
+            return await self._merged(request.client, call, reply)
+        if isinstance(call, RegisterCall) and reply.status in REGISTERED and isinstance(reply.body, bytes):
+            self._bridge.detour.registered(request.client, call, _object(reply.body))
+        if isinstance(call, ResultCall) and reply.status in (200, 204):
+            self._bridge.detour.result_taken(request.client, call)
+        return reply
+
+    async def _send(self, request: Forwarded) -> Proxied:
+        ctx = self._bridge.ctx
+        fallback = ctx.settings.fallback
+        bearer = ctx.read_token() if fallback.use_upstream_token else None
+        whole = isinstance(request.call, (PollCall, RegisterCall))
+        return await self._proxy.send(fallback.url, request, bearer, whole=whole)
+
+    def _judge(self, request: Forwarded, reply: Proxied) -> None:
+        self._count(f"{reply.status // 100}xx")
+        if reply.status in BROKEN or reply.status == 410:
+            self._breaker.failed(self._bridge.ctx.now)
+        else:
+            self._breaker.succeeded()
+
+    def _instead(self, request: Forwarded) -> Proxied | None:
+        """The API cannot be reached: `auto` goes on over the WebSocket side, where the agent has its normal answers.
+
+        There is no other way in mode `http`, for an agent outside the rollout, or when the body is used up.
+        """
+        if self._bridge.ctx.settings.mode == "auto" and isinstance(request.body, bytes) and request.call is not None:
+            return None
+        body = msgspec.json.encode({"success": False, "error": "the vendor's HTTP API cannot be reached"})
+        return Proxied(502, (("Content-Type", "application/json"),), body)
+
+    async def _merged(self, client: Client, call: PollCall, reply: Proxied) -> Proxied | Answer:
+        """The only reply that is rewritten: what is on disk comes first, and one id is delivered once."""
+        detour = self._bridge.detour
+        body = _object(reply.body) if isinstance(reply.body, bytes) else {}
+        listed = body.get("commands")
+        handed_out = listed if reply.status == 200 and isinstance(listed, list) else []
+        if not handed_out and not detour.waiting(client, call):
+            return reply
+        answer = await detour.merge(client, call, handed_out)
+        if answer is None:
+            return reply
+        if reply.status != 200 or not isinstance(answer.outcome, Commands):
+            return answer
+        commands = [
+            {"id": c.id, "type": c.type, "payload": c.payload, "created_at": c.created_at}
+            for c in answer.outcome.commands
+        ]
+        merged = msgspec.json.encode({**body, "commands": commands})
+        headers = tuple(
+            (name, value) for name, value in reply.headers if name.lower() not in ("content-length", "etag")
+        )
+        return Proxied(reply.status, headers, merged, answer.lease)
+
+    def _count(self, outcome: str) -> None:
+        self._bridge.ctx.metrics.fallback.labels(outcome).inc()
+
+
+def _object(body: bytes | Any) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
