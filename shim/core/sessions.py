@@ -253,25 +253,19 @@ class Sessions:
     def find(self, owner: str, cluster_id: str, agent_id: str) -> list[Session]:
         """Sessions of the owner that a controller's target means, the most recently seen first.
 
-        A cluster id matches the agent's own or the controller's; an agent id matches a session's or its alias. Where
-        both are given both must match, but a cluster id alone decides if no session has both: agent ids change.
+        A cluster id matches the agent's own or the controller's. An agent id means the session of its latest register
+        or heartbeat; beside a cluster id it only chooses among several, because agent ids change.
         """
-        kind, ident = (Kind.CLUSTER, cluster_id) if cluster_id else (Kind.AGENT, agent_id)
-        exact = self.get(SessionKey(owner, kind.value, ident))
-        if (
-            exact is not None
-            and not (cluster_id and agent_id)
-            and exact.upstream_cluster_id == (cluster_id or exact.upstream_cluster_id)
-        ):
-            return [exact]
-        found = [
-            s
-            for s in self.of_owner(owner)
-            if cluster_id in (s.upstream_cluster_id, s.key.ident if s.key.kind == Kind.CLUSTER.value else None)
-        ]
-        if not cluster_id or (agent_id and len(found) > 1):
-            aliased = self.alias(owner, agent_id)
-            pool = found if cluster_id else self.of_owner(owner)
-            by_agent = [s for s in pool if s.agent_id == agent_id or s is aliased]
-            found = by_agent or found
+        if not cluster_id:
+            return self._of_agent(owner, agent_id)
+        exact = self.get(SessionKey(owner, Kind.CLUSTER.value, cluster_id))
+        if exact is not None and exact.upstream_cluster_id == cluster_id and agent_id in ("", exact.agent_id):
+            return [exact]  # without a look at all the others
+        found = [s for s in self.of_owner(owner) if s is exact or s.upstream_cluster_id == cluster_id]
+        if agent_id and len(found) > 1:
+            found = [s for s in found if s.agent_id == agent_id] or found
         return sorted(found, key=lambda s: (s.contact_at or 0.0, s.seen_wall), reverse=True)
+
+    def _of_agent(self, owner: str, agent_id: str) -> list[Session]:
+        aliased = self.alias(owner, agent_id) or self.get(SessionKey(owner, Kind.AGENT.value, agent_id))
+        return [aliased] if aliased is not None else []

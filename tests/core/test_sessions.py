@@ -1,0 +1,245 @@
+"""Sessions: whether an agent is alive, and which one is meant (protocol.md §1.6, §2.1)."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shim.core.calls import HeartbeatCall, Kind, Target
+from shim.core.records import SessionKey
+from shim.core.sessions import Session, Sessions
+
+OWNER, OTHER = "default", "0f0f"
+GAPS = st.lists(st.floats(0, 600), max_size=20)
+
+
+def cluster(ident: str, owner: str = OWNER, **fields: Any) -> Session:
+    return _with(Session(SessionKey(owner, "cluster", ident), "clusters_agent"), fields)
+
+
+def agent(ident: str, owner: str = OWNER, **fields: Any) -> Session:
+    return _with(Session(SessionKey(owner, "agent", ident), "agents"), fields)
+
+
+def _with(session: Session, fields: dict[str, Any]) -> Session:
+    for name, value in fields.items():
+        setattr(session, name, value)
+    return session
+
+
+def beat(session: Session, now: float, status: str = "healthy", tunnel: str = "connected", **more: Any) -> None:
+    session.contact(now, now)
+    session.beat(HeartbeatCall("clusters_agent", Target(Kind.CLUSTER, "c-1"), "pod-1", status, tunnel, **more), now)
+
+
+# --- freshness --------------------------------------------------------------------------------------------------------
+
+
+@given(GAPS)
+def test_fresh_for_one_and_a_half_intervals_but_at_least_35_s(gaps: list[float]) -> None:
+    session, now = cluster("c-1"), 50.0
+    for gap in [0.0, *gaps]:
+        now += gap
+        beat(session, now)
+    measured = [b - a for a, b in zip(_times(gaps), _times(gaps)[1:], strict=False)][-8:]
+    interval_s = median(measured) if len(measured) >= 3 else 30.0
+    assert session.interval_s == pytest.approx(interval_s)
+    bound_s = max(1.5 * interval_s, 35.0)
+    assert session.fresh(now + bound_s - 0.001)
+    assert not session.fresh(now + bound_s + 0.001)
+
+
+def _times(gaps: list[float]) -> list[float]:
+    times = [50.0]
+    for gap in gaps:
+        times.append(times[-1] + gap)
+    return times
+
+
+def test_any_contact_counts_but_only_heartbeats_measure_the_interval() -> None:
+    session = cluster("c-1")
+    for now in (0.0, 5.0, 10.0, 15.0):
+        beat(session, now)
+    session.contact(100.0, 100.0)
+    assert session.fresh(134.9)
+    assert session.interval_s == 5.0
+
+
+def test_what_was_loaded_from_disk_is_not_fresh() -> None:
+    before = cluster("c-1", agent_id="pod-1", upstream_cluster_id="up", registration={"name": "prod"}, secret="s")
+    before.contact(0.0, 1000.0)
+    before.superseded_by = SessionKey(OWNER, "cluster", "c-2")
+    record = before.record()
+    assert "s" not in record.registration.values()
+    session = Session.from_record(record)
+    assert not session.fresh(0.0)
+    assert session.record() == record
+    assert session.secret == ""
+
+
+def test_a_held_poll_is_life_for_as_long_as_it_is_open() -> None:
+    session = cluster("c-1")
+    session.contact(0.0, 0.0)
+    session.held = 1
+    assert session.fresh(10_000.0)
+    session.held = 0
+    assert not session.fresh(10_000.0)
+
+
+# --- heartbeats and registrations -------------------------------------------------------------------------------------
+
+
+def test_heartbeats_are_due_when_old_enough_or_when_their_words_change() -> None:
+    session = cluster("c-1")
+    beat(session, 0.0)
+    assert session.heartbeat_due(0.0, 27.5)
+    session.sent_at, session.sent_words = 0.0, session.words()
+    assert not session.heartbeat_due(27.4, 27.5)
+    assert session.heartbeat_due(27.5, 27.5)
+    beat(session, 5.0, status="unhealthy")
+    assert session.heartbeat_due(5.0, 27.5)
+    session.sent_words = session.words()
+    beat(session, 10.0, status="unhealthy", tunnel="disconnected")
+    assert session.heartbeat_due(10.0, 27.5)
+
+
+def test_heartbeat_payload_is_what_the_newest_said() -> None:
+    session = cluster("c-1", upstream_cluster_id="up-1")
+    beat(session, 0.0, payload={"metadata": {"k8s_nodes": 3}, "prometheus_url": "http://p"})
+    assert session.heartbeat_payload() == {
+        "cluster_id": "up-1",
+        "agent_id": "pod-1",
+        "status": "healthy",
+        "tunnel_status": "connected",
+        "metadata": {"k8s_nodes": 3},
+        "prometheus_url": "http://p",
+    }
+
+
+def test_an_agent_that_only_polls_has_no_status_to_tell() -> None:
+    payload = agent("a-1").heartbeat_payload()
+    assert payload == {"cluster_id": "", "agent_id": "a-1", "tunnel_status": "disconnected", "metadata": {}}
+
+
+def test_register_payload_prefers_what_the_agent_said_itself() -> None:
+    session = cluster("c-1", agent_id="pod-2", registration={"name": "prod", "region": "eu"}, secret="sa")
+    session.known = {"name": "known", "agent_version": "1.2"}
+    identity = {"name": "configured", "hostname": "h", "region": "us"}
+    assert session.register_payload(identity) == {
+        "name": "prod",
+        "region": "eu",
+        "agent_version": "1.2",
+        "hostname": "h",
+        "agent_id": "pod-2",
+        "cluster_id": "c-1",
+        "k8s_service_token": "sa",
+    }
+
+
+def test_no_name_no_registration_and_nothing_is_made_up() -> None:
+    session = agent("a-1")
+    assert session.register_payload({"region": "eu"}) is None
+    session.known = {"name": "prod"}
+    assert session.register_payload({}) == {"agent_id": "a-1", "name": "prod"}
+
+
+# --- which session ----------------------------------------------------------------------------------------------------
+
+
+def table(*sessions: Session) -> Sessions:
+    known = Sessions()
+    for session in sessions:
+        known.add(session)
+    return known
+
+
+def test_an_alias_names_the_session_else_the_agent_id_does() -> None:
+    known = table(cluster("c-1"), agent("a-1"))
+    known.set_alias(OWNER, "pod-1", SessionKey(OWNER, "cluster", "c-1"))
+    assert known.key_of(OWNER, Target(Kind.ALIAS, "pod-1")) == SessionKey(OWNER, "cluster", "c-1")
+    assert known.key_of(OWNER, Target(Kind.ALIAS, "a-1")) == SessionKey(OWNER, "agent", "a-1")
+    assert known.key_of(OWNER, Target(Kind.CLUSTER, "pod-1")) == SessionKey(OWNER, "cluster", "pod-1")
+    assert known.key_of(OTHER, Target(Kind.ALIAS, "pod-1")) == SessionKey(OTHER, "agent", "pod-1")
+
+
+def test_an_alias_of_a_session_that_is_gone_names_nothing() -> None:
+    session = cluster("c-1")
+    known = table(session)
+    known.set_alias(OWNER, "pod-1", session.key)
+    known.remove(session)
+    assert known.alias(OWNER, "pod-1") is None
+    assert len(known) == 0
+    assert not list(known.of_owner(OWNER))
+
+
+def test_setting_an_alias_tells_whom_it_stood_for() -> None:
+    first, second = cluster("c-1"), cluster("c-2")
+    known = table(first, second)
+    assert known.set_alias(OWNER, "pod-1", first.key) is None
+    assert known.set_alias(OWNER, "pod-1", first.key) is None
+    assert known.set_alias(OWNER, "pod-1", second.key) == first.key
+    assert known.alias_is(OWNER, "pod-1", second.key)
+    known.move_aliases(second.key, first.key)
+    assert known.alias(OWNER, "pod-1") is first
+
+
+@pytest.mark.parametrize(
+    "cluster_id, agent_id, found",
+    [
+        ("c-1", "", ["c-1"]),
+        ("up-2", "", ["c-2"]),  # the controller's id for it
+        ("c-2", "", ["c-2"]),  # the agent's own
+        ("up-3", "", ["a-1"]),
+        ("c-1", "pod-1", ["c-1"]),
+        ("c-1", "pod-9", ["c-1"]),  # agent ids change
+        ("", "pod-1", ["c-1"]),
+        ("", "pod-2", ["c-2"]),
+        ("", "a-1", ["a-1"]),
+        ("", "a-new", ["a-new"]),
+        ("", "pod-9", []),
+        ("c-9", "", []),
+        ("c-9", "pod-1", []),
+    ],
+)
+def test_a_target_means_one_session(cluster_id: str, agent_id: str, found: list[str]) -> None:
+    known = table(
+        cluster("c-1", upstream_cluster_id="c-1", agent_id="pod-1"),
+        cluster("c-2", upstream_cluster_id="up-2", agent_id="pod-2"),
+        agent("a-1", upstream_cluster_id="up-3"),
+        agent("a-new"),  # has no cluster id upstream yet
+        cluster("c-1", OTHER, upstream_cluster_id="c-9", agent_id="pod-9"),
+    )
+    known.set_alias(OWNER, "pod-1", SessionKey(OWNER, "cluster", "c-1"))
+    known.set_alias(OWNER, "pod-2", SessionKey(OWNER, "cluster", "c-2"))
+    known.set_alias(OTHER, "pod-9", SessionKey(OTHER, "cluster", "c-1"))
+    assert [session.key.ident for session in known.find(OWNER, cluster_id, agent_id)] == found
+
+
+def test_of_several_the_most_recently_seen_is_meant_unless_the_agent_id_tells() -> None:
+    old = cluster("c-1", upstream_cluster_id="c-1", agent_id="pod-1", contact_at=5.0)
+    new = cluster("c-2", upstream_cluster_id="c-1", agent_id="pod-2", contact_at=9.0)
+    stored = cluster("c-3", upstream_cluster_id="c-1", agent_id="pod-3", seen_wall=1e9)
+    known = table(old, new, stored)
+    assert known.find(OWNER, "c-1", "pod-9") == [new, old, stored]
+    assert known.find(OWNER, "c-1", "pod-1") == [old]
+    assert known.find(OWNER, "c-1", "pod-2") == [new]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["x", "y"]), st.sampled_from("abc"), st.booleans()), max_size=12))
+def test_no_lookup_ever_crosses_owners(entries: list[tuple[str, str, bool]]) -> None:
+    known = Sessions()
+    for owner, ident, by_cluster in entries:
+        session = cluster(ident, owner, upstream_cluster_id=ident) if by_cluster else agent(ident, owner)
+        known.add(session)
+        known.set_alias(owner, f"alias-{ident}", session.key)
+    for owner in ("x", "y"):
+        for ident in ("a", "b", "c"):
+            keys = [known.key_of(owner, Target(kind, ident)) for kind in Kind]
+            keys += [known.key_of(owner, Target(Kind.ALIAS, f"alias-{ident}"))]
+            keys += [session.key for session in known.find(owner, ident, "")]
+            keys += [session.key for session in known.find(owner, "", f"alias-{ident}")]
+            assert {key.owner for key in keys} <= {owner}
