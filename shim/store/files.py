@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 COMPANIONS = ("-wal", "-shm")
+_HEADER = b"SQLite format 3\x00"
 
 
 def companion(path: Path, suffix: str) -> Path:
@@ -50,6 +51,30 @@ def make_private(path: Path) -> None:
             mode = stat.S_IMODE(each.stat().st_mode)
             if mode & 0o077:
                 each.chmod(mode & 0o700)
+
+
+def is_garbage(path: Path) -> bool:
+    """Whether the file does not begin as a database does; SQLite begins a new one over some of these. Raises `OSError`.
+
+    A file of one byte is its own workaround for a file system.
+    """
+    with path.open("rb") as file:
+        head = file.read(len(_HEADER))
+    return len(head) > 1 and head != _HEADER
+
+
+def is_ragged(path: Path, page_bytes: int) -> bool:
+    """Whether the last page is cut, of which SQLite reads the missing end as zeros. Raises `OSError`.
+
+    While there is a log to recover it from, the file may end anywhere.
+    """
+    return path.stat().st_size % page_bytes != 0 and not has_log(path)
+
+
+def has_log(path: Path) -> bool:
+    """Whether a write-ahead log may hold more than the database itself. Raises `OSError`."""
+    wal = companion(path, "-wal")
+    return wal.exists() and wal.stat().st_size > 0
 
 
 def move_aside(path: Path) -> Path:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shim.errors import StoreError, StoreVersionError
-from shim.store.files import companion
+from shim.store.files import has_log
 
 APPLICATION_ID = 0x41534D31
 
@@ -172,9 +172,7 @@ def check_untouched(path: Path, timeout_s: float) -> None:
     What is wrong with the file otherwise is found when it is opened for writing, under locks. Without content in the
     `-wal` everything is in the file itself (migrations see to it), and `immutable` makes SQLite create nothing.
     """
-    wal = companion(path, "-wal")
-    hot = wal.exists() and wal.stat().st_size > 0
-    uri = f"{path.absolute().as_uri()}?mode=ro{'' if hot else '&immutable=1'}"
+    uri = f"{path.absolute().as_uri()}?mode=ro{'' if has_log(path) else '&immutable=1'}"
     with contextlib.suppress(sqlite3.Error), contextlib.closing(connect(uri, timeout_s)) as connection:
         check_version(connection)
 

@@ -99,22 +99,31 @@ class SqliteStore:
     def _open(self) -> tuple[sqlite3.Connection, Loaded]:
         with _translated():
             if self._path.exists():
+                if files.is_garbage(self._path):
+                    raise _CorruptError("the file is no database")
                 schema.check_untouched(self._path, self._busy_timeout_s)
             files.create(self._path)
             connection = schema.connect(f"{self._path.absolute().as_uri()}?mode=rw", self._busy_timeout_s)
             try:
-                if self._path.stat().st_size == 0:
-                    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before anything was read or written
-                schema.check_version(connection)
-                _configure(connection)
-                _check_integrity(connection)
-                schema.migrate(connection)
-                loaded = load(connection)
-                files.make_private(self._path)
+                loaded = self._prepare(connection)
             except BaseException:
                 connection.close()
                 raise
         return connection, loaded
+
+    def _prepare(self, connection: sqlite3.Connection) -> Loaded:
+        if self._path.stat().st_size == 0:
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before anything was read or written
+        schema.check_version(connection)
+        if files.is_ragged(self._path, connection.execute("PRAGMA page_size").fetchone()[0]):
+            raise _CorruptError("the database is cut")
+        _configure(connection)
+        if connection.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
+            raise _CorruptError("the database failed its integrity check")
+        schema.migrate(connection)
+        loaded = load(connection)
+        files.make_private(self._path)
+        return loaded
 
 
 def _configure(connection: sqlite3.Connection) -> None:
@@ -126,8 +135,3 @@ def _configure(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA cache_size = -4096")  # KiB
     connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
     connection.execute("PRAGMA temp_store = MEMORY")  # a full disk must not stop a rollback
-
-
-def _check_integrity(connection: sqlite3.Connection) -> None:
-    if connection.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
-        raise _CorruptError("the database failed its integrity check")

@@ -19,6 +19,17 @@ from shim.store.operations import Operations
 
 _Submission = tuple[Sequence[Operation], StoreDone | None]
 _Outcome = list[Any] | StoreError
+_COMMON = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_READONLY,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,52 +93,49 @@ class Writer:
         return batch
 
     def _serve(self, batch: list[_Submission]) -> None:
-        started = self._probe.monotonic() if self._probe is not None else 0.0
         callbacks: list[Callable[[], None]] = []
-        outcomes: Sequence[_Outcome]
-        try:
-            outcomes = self._commit(batch)
-        except Exception as error:  # noqa: BLE001 - whatever it was, this thread must live to serve the next batch
-            self._roll_back()
-            outcomes = [store_error(error)] * len(batch)
-        else:
-            if self._probe is not None:
-                carried_out = sum(len(ops) for (ops, _), o in zip(batch, outcomes, strict=True) if isinstance(o, list))
-                callbacks.append(partial(self._probe.observe, self._probe.monotonic() - started, carried_out))
-        for (_, done), outcome in zip(batch, outcomes, strict=True):
+        for outcome, (_, done) in zip(self._outcomes(batch, callbacks), batch, strict=True):
             if done is not None:
                 callbacks.append(partial(done, outcome))
         deliver(self._post, callbacks)
 
-    def _commit(self, batch: list[_Submission]) -> Sequence[_Outcome]:
-        """Carry a batch out. Raises where all of it failed."""
-        self._cursor.execute("BEGIN IMMEDIATE")
-        outcomes: Sequence[_Outcome]
-        try:
-            outcomes = [self._operations.carry_out(operations) for operations, _ in batch]
-        except Exception:  # noqa: BLE001 - it is found again, and told, one by one
-            # Savepoints cost a copy of every page that is touched: only when one of the batch is known to be poisoned.
-            self._roll_back()
-            self._cursor.execute("BEGIN IMMEDIATE")
-            outcomes = [self._carry_out_alone(operations) for operations, _ in batch]
-        self._cursor.execute("COMMIT")
-        return outcomes
+    def _outcomes(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[_Outcome]:
+        """Carry out a batch; what the probe is to be told is appended to `callbacks`.
 
-    def _carry_out_alone(self, operations: Sequence[Operation]) -> _Outcome:
-        """Carry one submission out so that its failure leaves the others' work as it is."""
-        self._cursor.execute("SAVEPOINT submission")
+        A batch that fails is halved until what cannot be stored stands alone. Savepoints would do the same at the price
+        of a copy of every page that is touched, paid by every commit for a case that hardly ever comes.
+        """
         try:
-            results = self._operations.carry_out(operations)
-        except Exception as error:
-            if not self._connection.in_transaction:
-                raise  # SQLite itself rolled everything back, the work of the others included
-            self._cursor.execute("ROLLBACK TO submission")
-            self._cursor.execute("RELEASE submission")
-            return store_error(error)
-        self._cursor.execute("RELEASE submission")
-        return results
+            return self._commit(batch, callbacks)
+        except Exception as error:  # noqa: BLE001 - whatever it was, this thread must live to serve the next batch
+            self._roll_back()
+            failure = store_error(error)
+            if len(batch) == 1 or _concerns_all(error):
+                return [failure] * len(batch)
+        half = len(batch) // 2
+        return self._outcomes(batch[:half], callbacks) + self._outcomes(batch[half:], callbacks)
+
+    def _commit(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[_Outcome]:
+        probe = self._probe
+        started = probe.monotonic() if probe is not None else 0.0
+        self._cursor.execute("BEGIN IMMEDIATE")
+        outcomes: list[_Outcome] = [self._operations.carry_out(operations) for operations, _ in batch]
+        self._cursor.execute("COMMIT")
+        if probe is not None:
+            carried_out = sum(len(operations) for operations, _ in batch)
+            callbacks.append(partial(probe.observe, probe.monotonic() - started, carried_out))
+        return outcomes
 
     def _roll_back(self) -> None:
         with contextlib.suppress(sqlite3.Error):
             if self._connection.in_transaction:
                 self._cursor.execute("ROLLBACK")
+
+
+def _concerns_all(error: Exception) -> bool:
+    """Whether a smaller transaction would fail for the same reason: the database is locked, read-only or broken.
+
+    A full disk may still have room for a small one; anything else is the fault of one submission.
+    """
+    primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return primary in _COMMON

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from shim.core.records import (
     Operation,
     OutboxEntry,
     Prune,
+    PutCommand,
     PutOutbox,
     PutResult,
     ReadOutbox,
@@ -28,6 +30,7 @@ from shim.core.records import (
     SaveSession,
     SaveTunnel,
     State,
+    Touch,
     TraceEntry,
 )
 from shim.errors import StoreError
@@ -86,8 +89,8 @@ def outbox(client: StoreClient, owner: str = "default", after: int = 0, limit: i
 
 
 def test_a_command_comes_back_as_it_was_put(client: StoreClient, reopen: Reopen) -> None:
-    record = command("1", payload={"deep": [{"a": 1.5}, "ü\x00\n", True, None, 2**63]})
-    outcome = client.one(put("1", payload=record.payload))
+    record = command("1", payload={"deep": [{"a": 1.5}, "ü\x00\n", True, None, 2**63]}, via="http", attempts=2)
+    outcome = client.one(PutCommand(record))
     assert (outcome.duplicate, outcome.result) == (False, None)
 
     assert reopen(client).open().commands == (replace(record, seq=outcome.seq),)
@@ -397,8 +400,12 @@ def test_a_submission_that_cannot_be_stored_fails_as_a_whole(client: StoreClient
 
 def test_outcomes_come_in_the_order_of_submission(client: StoreClient) -> None:
     order: list[int] = []
+
+    def done(number: int, outcome: object) -> None:
+        order.append(number)
+
     for n in range(500):
-        client.store.submit([POISON[0] if n % 50 == 7 else put(str(n))], lambda _, n=n: order.append(n))
+        client.store.submit([POISON[0] if n % 50 == 7 else put(str(n))], partial(done, n))
     client.run(put("last"))
     assert order == list(range(500))
 
@@ -412,7 +419,12 @@ def test_a_store_that_is_not_open_says_so(client: StoreClient, path: str) -> Non
     unopened = StoreClient(lambda post: open_store(settings.Store(path=path), post))
     with pytest.raises(StoreError):
         unopened.run(put("1"))
+    unopened.store.submit([put("1")])
     unopened.close()
+
+
+def test_touching_shows_that_the_store_can_be_written(client: StoreClient) -> None:
+    assert client.run(Touch(1.0), Touch(2.0)) == [None, None]
 
 
 def test_a_submission_may_come_without_a_callback(client: StoreClient) -> None:

@@ -30,6 +30,7 @@ from shim.core.records import (
     SaveSession,
     SaveTunnel,
     State,
+    Touch,
     TraceEntry,
 )
 from shim.errors import StoreError
@@ -48,7 +49,7 @@ payloads = st.dictionaries(st.text(max_size=3), st.none() | st.integers() | st.t
 entries = st.builds(TraceEntry, walls, st.text(max_size=3), st.text(max_size=3))
 
 operations: st.SearchStrategy[Operation] = st.one_of(
-    st.builds(put, ids, keys, payload=payloads, arrived_wall=walls),
+    st.builds(put, ids, keys, payload=payloads, arrived_wall=walls, via=st.sampled_from(("", "http"))),
     st.builds(MarkCommands, keys, some_ids, states, walls, st.integers(-1, 1)),
     st.builds(PutResult, keys, ids, payloads, walls),
     st.builds(PutOutbox, keys, ids, ids, payloads),
@@ -61,6 +62,7 @@ operations: st.SearchStrategy[Operation] = st.one_of(
     st.builds(SaveTunnel, keys, payloads),
     st.builds(AddTrace, keys, some_ids, entries),
     st.builds(Prune, walls),
+    st.builds(Touch, walls),
     st.builds(FindCommand, ids),
 )
 

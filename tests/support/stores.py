@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -10,6 +11,7 @@ from shim.core.records import CommandRecord, Loaded, Operation, PutCommand, Sess
 from shim.errors import StoreError
 from shim.ports import CommandStore
 from shim.store.delivery import Post
+from shim.store.sqlite import SqliteStore
 
 TIMEOUT_S = 30.0
 KEY = SessionKey("default", "cluster", "c-1")
@@ -57,6 +59,38 @@ class StoreClient:
 
     def close(self) -> None:
         self.store.close()
+
+
+class Stores:
+    """Opens SQLite stores that do not wait long for locks, and closes them all in the end."""
+
+    def __init__(self) -> None:
+        self._clients: list[StoreClient] = []
+
+    def client(self, path: Path) -> StoreClient:
+        """A client of a store that is yet to be opened."""
+        self._clients.append(StoreClient(lambda post: SqliteStore(path, post, busy_timeout_s=0.05)))
+        return self._clients[-1]
+
+    def open(self, path: Path) -> tuple[StoreClient, Loaded]:
+        client = self.client(path)
+        return client, client.open()
+
+    def loaded(self, path: Path) -> Loaded:
+        """What the store holds; closed again."""
+        client, loaded = self.open(path)
+        client.close()
+        return loaded
+
+    def fill(self, path: Path, commands: int) -> None:
+        """Put so many commands with the ids `0` and up, and close."""
+        client, _ = self.open(path)
+        client.run(*(put(str(n), payload={"x": "x" * 200}) for n in range(commands)))
+        client.close()
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
 
 
 def command(command_id: str, session: SessionKey = KEY, **fields: Any) -> CommandRecord:

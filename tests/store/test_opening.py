@@ -1,0 +1,280 @@
+"""Opening what lies on the disk: new, ours, somebody else's, newer, damaged, or not to be had."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from shim.core.records import Loaded
+from shim.errors import StoreError, StoreVersionError
+from shim.store import schema
+from tests.support.stores import Stores, put
+
+SOME_COMMANDS = 300
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], object]]:
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def change(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in directory.iterdir()}
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o777])
+def test_the_files_are_ours_alone_whatever_the_umask(
+    stores: Stores, path: Path, umask: Callable[[int], object], mask: int
+) -> None:
+    umask(mask)
+    client, _ = stores.open(path)
+    client.run(put("1"))
+    umask(0o022)
+    files = {each.name: mode(each) for each in path.parent.iterdir()}
+    client.close()
+    assert files == {"shim.db": 0o600, "shim.db-wal": 0o600, "shim.db-shm": 0o600}
+
+
+def test_missing_directories_are_made_for_us_alone(
+    stores: Stores, tmp_path: Path, umask: Callable[[int], object]
+) -> None:
+    umask(0)
+    assert stores.loaded(tmp_path / "a" / "b" / "shim.db").warnings == ()
+    assert [mode(tmp_path / "a"), mode(tmp_path / "a" / "b")] == [0o700, 0o700]
+
+
+def test_an_older_file_that_others_could_read_is_made_private(stores: Stores, path: Path) -> None:
+    stores.fill(path, SOME_COMMANDS)
+    path.chmod(0o644)
+    stores.loaded(path)
+    assert mode(path) == 0o600
+
+
+@pytest.mark.parametrize("bits, warned", [(0o777, True), (0o1777, False), (0o750, False)])
+def test_a_directory_that_everybody_can_write_is_warned_about(
+    stores: Stores, tmp_path: Path, bits: int, warned: bool
+) -> None:
+    directory = tmp_path / "open"
+    directory.mkdir()
+    directory.chmod(bits)
+    warnings = stores.loaded(directory / "shim.db").warnings
+    assert bool(warnings) == warned
+    assert all("store.path" in warning for warning in warnings)
+
+
+def test_a_path_with_every_odd_character_is_a_path(stores: Stores, tmp_path: Path) -> None:
+    path = tmp_path / "a ?#%20'ü" / "x?mode=ro&.db"
+    stores.fill(path, SOME_COMMANDS)
+    assert len(stores.loaded(path).commands) == SOME_COMMANDS
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_an_empty_file_becomes_a_database(stores: Stores, path: Path) -> None:
+    path.touch()
+    loaded = stores.loaded(path)
+    assert (loaded.moved_aside, len(loaded.key)) == ("", 32)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA application_id").fetchone() == (schema.APPLICATION_ID,)
+        assert connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def make_newer(path: Path, min_reader_version: int) -> None:
+    change(
+        path,
+        f"UPDATE meta SET value = {min_reader_version} WHERE key = 'min_reader_version'",  # noqa: S608
+        f"PRAGMA user_version = {schema.SCHEMA_VERSION + 3}",
+    )
+
+
+def test_a_newer_database_is_left_untouched(stores: Stores, path: Path) -> None:
+    stores.fill(path, SOME_COMMANDS)
+    make_newer(path, schema.SCHEMA_VERSION + 1)
+    path.chmod(0o640)
+    before = hashes(path.parent)
+    for _ in range(2):
+        with pytest.raises(StoreVersionError, match=f"schema version {schema.SCHEMA_VERSION + 1}"):
+            stores.open(path)
+    assert hashes(path.parent) == before
+    assert mode(path) == 0o640
+
+
+def test_a_newer_database_that_was_not_closed_is_left_untouched(stores: Stores, path: Path, tmp_path: Path) -> None:
+    stores.fill(path, SOME_COMMANDS)
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE meta SET value = 99 WHERE key = 'min_reader_version'")
+        for each in tmp_path.glob("shim.db*"):
+            shutil.copy(each, crashed)
+    before = hashes(crashed)
+    assert before.keys() == {"shim.db", "shim.db-wal", "shim.db-shm"}
+    with pytest.raises(StoreVersionError):
+        stores.open(crashed / "shim.db")
+    after = hashes(crashed)
+    assert after.keys() == before.keys()
+    assert (after["shim.db"], after["shim.db-wal"]) == (before["shim.db"], before["shim.db-wal"])
+
+
+def test_a_newer_database_that_we_may_read_is_used(stores: Stores, path: Path) -> None:
+    stores.fill(path, SOME_COMMANDS)
+    make_newer(path, schema.SCHEMA_VERSION)
+    change(path, "ALTER TABLE commands ADD COLUMN later TEXT DEFAULT 'x'", "CREATE TABLE later (a)")
+    client, loaded = stores.open(path)
+    assert len(loaded.commands) == SOME_COMMANDS
+    assert client.one(put("1")).duplicate
+    assert not client.one(put("new")).duplicate
+    client.close()
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (schema.SCHEMA_VERSION + 3,)
+
+
+@pytest.mark.parametrize("application_id", [0, 0x1234])
+def test_the_database_of_another_application_is_left_alone(stores: Stores, path: Path, application_id: int) -> None:
+    change(path, "CREATE TABLE theirs (a)", f"PRAGMA application_id = {application_id}")
+    before = hashes(path.parent)
+    with pytest.raises(StoreError, match="another application"):
+        stores.open(path)
+    assert hashes(path.parent) == before
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def assert_replaced(stores: Stores, path: Path, number: int = 1) -> Loaded:
+    client, loaded = stores.open(path)
+    assert loaded.moved_aside == f"{path}.corrupt-{number}"
+    assert (loaded.commands, len(loaded.key)) == ((), 32)
+    assert not client.one(put("1")).duplicate
+    client.close()
+    assert mode(path) == 0o600
+    assert stores.loaded(path).moved_aside == ""
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "content", [b"xy", b"SQLite format 3\x00", b"garbage" * 10_000], ids=["short", "head", "garbage"]
+)
+def test_what_is_no_database_is_moved_aside_as_it_is(stores: Stores, path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    moved = Path(assert_replaced(stores, path).moved_aside)
+    assert moved.read_bytes() == content
+
+
+@pytest.mark.parametrize("cut", [50, 100, 4095, 4096, 3 * 4096, 3 * 4096 + 100, -1, -4096, -100_000])
+def test_a_truncated_database_is_moved_aside(stores: Stores, path: Path, cut: int) -> None:
+    stores.fill(path, SOME_COMMANDS)
+    os.truncate(path, cut if cut > 0 else path.stat().st_size + cut)
+    assert_replaced(stores, path)
+
+
+@pytest.mark.parametrize("page", [1, 2, 5, 20])
+def test_an_overwritten_page_is_damage(stores: Stores, path: Path, page: int) -> None:
+    stores.fill(path, SOME_COMMANDS)
+    with path.open("r+b") as file:
+        file.seek(page * 4096)
+        file.write(b"\xff" * 4096)
+    assert_replaced(stores, path)
+
+
+def test_missing_tables_are_damage(stores: Stores, path: Path) -> None:
+    stores.fill(path, SOME_COMMANDS)
+    change(path, "DROP TABLE outbox")
+    assert_replaced(stores, path)
+
+
+def test_companions_are_moved_along_and_nothing_is_overwritten(stores: Stores, path: Path) -> None:
+    path.write_bytes(b"third")
+    for name, content in {"corrupt-1": b"first", "corrupt-2-wal": b"second"}.items():
+        Path(f"{path}.{name}").write_bytes(content)
+    Path(f"{path}-wal").write_bytes(b"log")
+    assert_replaced(stores, path, number=3)
+    kept = {each.name: each.read_bytes() for each in path.parent.glob("*.corrupt-*")}
+    assert kept == {
+        "shim.db.corrupt-1": b"first",
+        "shim.db.corrupt-2-wal": b"second",
+        "shim.db.corrupt-3": b"third",
+        "shim.db.corrupt-3-wal": b"log",
+    }
+
+
+def test_when_no_new_database_can_be_made_the_error_says_where_the_old_one_is(stores: Stores, path: Path) -> None:
+    path.write_bytes(b"garbage")
+    # The new database's journal cannot be created: its name is taken by a directory.
+    Path(f"{path}-journal").mkdir()
+    with pytest.raises(StoreError, match=r"was moved to .*shim\.db\.corrupt-1"):
+        stores.open(path)
+    assert Path(f"{path}.corrupt-1").read_bytes() == b"garbage"
+
+
+# --- trouble that is no damage ----------------------------------------------------------------------------------------
+
+
+def test_a_locked_database_is_no_damage(stores: Stores, path: Path) -> None:
+    stores.fill(path, SOME_COMMANDS)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StoreError, match="SQLITE_BUSY"):
+            stores.open(path)
+        other.execute("ROLLBACK")
+    loaded = stores.loaded(path)
+    assert (len(loaded.commands), loaded.moved_aside) == (SOME_COMMANDS, "")
+
+
+def test_a_directory_in_its_place_is_no_damage(stores: Stores, path: Path) -> None:
+    path.mkdir()
+    with pytest.raises(StoreError, match=r"store\.path"):
+        stores.open(path)
+    assert [each.name for each in path.parent.iterdir()] == ["shim.db"]
+
+
+def test_a_file_in_place_of_its_directory_is_told(stores: Stores, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"store\.path"):
+        stores.open(tmp_path / "file" / "shim.db")
+
+
+def test_a_failed_opening_can_be_repeated(stores: Stores, path: Path) -> None:
+    stores.fill(path, SOME_COMMANDS)
+    client = stores.client(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StoreError):
+            client.open()
+        other.execute("ROLLBACK")
+    assert len(client.open().commands) == SOME_COMMANDS
+    client.close()
+
+
+def test_two_may_have_it_open(stores: Stores, path: Path) -> None:
+    first, _ = stores.open(path)
+    second, _ = stores.open(path)
+    first.run(put("1"))
+    assert second.one(put("1")).duplicate
+    first.close()
+    second.close()

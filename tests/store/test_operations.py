@@ -1,0 +1,88 @@
+"""The SQL of the operations: it stays quick while tables grow."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    DeleteSession,
+    FindCommand,
+    MarkCommands,
+    MoveSession,
+    Operation,
+    Prune,
+    PutOutbox,
+    PutResult,
+    ReadOutbox,
+    SaveAlias,
+    SaveSession,
+    SaveTunnel,
+    State,
+    Touch,
+    TraceEntry,
+)
+from shim.errors import StoreError
+from shim.store import schema, sqlite
+from shim.store.operations import Operations
+from tests.support.stores import KEY, OTHER, put, session
+
+STEP = TraceEntry(1.0, "arrived")
+ALL: list[Operation] = [
+    put("1"),
+    put("1"),
+    MarkCommands(KEY, ("1",), State.OFFERED, 1.0, 1),
+    AddTrace(KEY, ("1", "2"), STEP),
+    PutResult(KEY, "1", {}, 1.0),
+    PutResult(KEY, "2", {}, 1.0),
+    PutOutbox(KEY, "3", "", {}),
+    ReadOutbox("default", 0, 10),
+    CloseOutbox((1, 2), 2.0),
+    SaveSession(session()),
+    SaveAlias("default", "a", KEY),
+    SaveTunnel(KEY, {}),
+    MoveSession(KEY, OTHER),
+    DeleteSession(OTHER),
+    Touch(1.0),
+    Prune(3.0),
+]
+
+
+def scans(operations: list[Operation]) -> set[str]:
+    """The tables and indexes that operations read from end to end."""
+    traced: list[str] = []
+    with closing(schema.connect("file::memory:", 1.0)) as connection:
+        schema.migrate(connection)
+        connection.set_trace_callback(traced.append)
+        Operations(connection.cursor()).carry_out(operations)
+        connection.set_trace_callback(None)
+        assert len(traced) >= len(operations)
+        steps = [
+            detail
+            for statement in traced
+            if not statement.startswith("PRAGMA")
+            for *_, detail in connection.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall()
+        ]
+    assert any(step.startswith("SEARCH commands") for step in steps)
+    return {step for step in steps if step.startswith("SCAN")}
+
+
+def test_no_operation_reads_a_whole_table() -> None:
+    # Results for unknown ids are few, and only `Prune` looks at all of them.
+    assert scans(ALL) == {"SCAN unknown_results"}
+
+
+def test_finding_a_command_reads_keys_and_the_traces_of_the_rejected() -> None:
+    assert scans([put("1"), FindCommand("1")]) == {
+        "SCAN commands USING COVERING INDEX commands_by_id",
+        "SCAN lone_traces",
+    }
+
+
+def test_without_a_write_ahead_log_there_is_no_store() -> None:
+    with closing(sqlite3.connect(":memory:")) as connection, pytest.raises(StoreError, match="write-ahead log"):
+        sqlite._configure(connection)

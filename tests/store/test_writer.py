@@ -1,0 +1,351 @@
+"""The writer thread: shared commits, failures that stay alone, and databases that refuse for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shim import settings
+from shim.core.records import FindCommand, MarkCommands, Prune, ReadOutbox, State
+from shim.errors import StoreError
+from shim.store import CommitProbe, open_store
+from shim.store.sqlite import SqliteStore
+from tests.support.stores import KEY, POISON, TIMEOUT_S, StoreClient, put
+
+
+@pytest.fixture
+def client(path: Path) -> Iterator[StoreClient]:
+    client = StoreClient(lambda post: SqliteStore(path, post, busy_timeout_s=0.05))
+    client.open()
+    yield client
+    client.close()
+
+
+class Gate:
+    """A clock that holds the writer when it begins a batch, and keeps what it observes of the commits."""
+
+    def __init__(self) -> None:
+        self.commits: list[tuple[float, int]] = []
+        self._now = 0.0
+        self._entered = threading.Event()
+        self._open = threading.Event()
+        self.probe = CommitProbe(
+            self._monotonic, lambda commit_s, operations: self.commits.append((commit_s, operations))
+        )
+
+    def _monotonic(self) -> float:
+        self._entered.set()
+        assert self._open.wait(TIMEOUT_S)
+        self._now += 1.5
+        return self._now
+
+    def wait_until_busy(self) -> None:
+        assert self._entered.wait(TIMEOUT_S)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def gated(path: Path, gate: Gate) -> Iterator[StoreClient]:
+    """A store whose writer has taken one submission (id `first`) and waits at the gate."""
+    client = StoreClient(lambda post: open_store(settings.Store(path=str(path)), post, gate.probe))
+    client.open()
+    client.submit(put("first"))
+    gate.wait_until_busy()
+    yield client
+    gate.open()
+    client.close()
+
+
+def test_submissions_that_wait_share_one_commit(gated: StoreClient, gate: Gate) -> None:
+    outcomes = [gated.submit(put(str(n)), put(f"{n}b")) for n in range(250)]
+    gate.open()
+    assert all(isinstance(gated.wait(outcome), list) for outcome in outcomes)
+    # The time of the commits themselves: each batch reads the clock twice.
+    assert gate.commits == [(1.5, 1), (1.5, 500)]
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_a_poisoned_submission_fails_alone(gated: StoreClient, gate: Gate, poison: Any) -> None:
+    before = [gated.submit(put(f"before-{n}")) for n in range(500)]
+    bad = gated.submit(put("beside"), poison)
+    after = [gated.submit(put(f"after-{n}"), put("before-0")) for n in range(499)]
+    gate.open()
+    assert all(isinstance(gated.wait(outcome), list) for outcome in before)
+    assert isinstance(gated.wait(bad), StoreError)
+    for outcome in after:
+        results = gated.wait(outcome)
+        assert isinstance(results, list)
+        assert [result.duplicate for result in results] == [False, True]
+    assert gated.one(FindCommand("beside")) == []
+    assert sum(operations for _, operations in gate.commits) == 1 + 500 + 998 + 1
+    assert len(gate.commits) < 15
+
+
+def test_a_callback_that_fails_keeps_the_outcome_from_nobody(gated: StoreClient, gate: Gate) -> None:
+    def fails(outcome: object) -> None:
+        raise ValueError("in a callback")
+
+    gated.store.submit([put("1")], fails)
+    later = gated.submit(put("2"))
+    gate.open()
+    with pytest.raises(ExceptionGroup) as raised:
+        gated.wait(later)
+    assert [str(error) for error in raised.value.exceptions] == ["in a callback"]
+    assert isinstance(later[0], list)
+
+
+def test_closing_carries_out_what_was_submitted(gated: StoreClient, gate: Gate, path: Path) -> None:
+    outcomes = [gated.submit(put(str(n))) for n in range(20)]
+    gate.open()
+    gated.close()
+    late = gated.submit(put("late"))
+    gated.drain()
+    assert all(isinstance(outcome[0], list) for outcome in outcomes)
+    assert isinstance(late[0], StoreError)
+
+    again = StoreClient(lambda post: SqliteStore(path, post))
+    assert len(again.open().commands) == 21
+    again.close()
+
+
+def test_closing_checkpoints(client: StoreClient, path: Path) -> None:
+    client.run(*(put(str(n)) for n in range(100)))
+    client.close()
+    assert [each.name for each in path.parent.iterdir()] == ["shim.db"]
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT count(*) FROM commands").fetchone() == (100,)
+    connection.close()
+
+
+async def test_outcomes_arrive_on_the_event_loop(path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    store = open_store(settings.Store(path=str(path)), loop.call_soon_threadsafe)
+    store.open()
+    arrived: asyncio.Queue[tuple[int, threading.Thread]] = asyncio.Queue()
+    for n in range(300):
+        store.submit([put(str(n))], lambda outcome: arrived.put_nowait((outcome[0].seq, threading.current_thread())))  # type: ignore[index]
+    async with asyncio.timeout(TIMEOUT_S):
+        assert [await arrived.get() for _ in range(300)] == [(n, threading.current_thread()) for n in range(1, 301)]
+    store.close()
+
+
+def test_a_closed_loop_does_not_stop_the_writer(path: Path) -> None:
+    loop = asyncio.new_event_loop()
+    loop.close()
+    store = open_store(settings.Store(path=str(path)), loop.call_soon_threadsafe)
+    store.open()
+    for n in range(300):
+        store.submit([put(str(n))], lambda outcome: None)
+    store.close()
+    store.submit([put("late")], lambda outcome: None)
+
+    again = StoreClient(lambda post: SqliteStore(path, post))
+    assert len(again.open().commands) == 300
+    again.close()
+
+
+# --- databases that refuse ----------------------------------------------------------------------------------------
+
+
+def test_a_locked_database_costs_one_batch(client: StoreClient, path: Path) -> None:
+    client.run(put("1"))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreError, match="SQLITE_BUSY"):
+        client.run(put("2"))
+    other.execute("ROLLBACK")
+    other.close()
+    assert not client.one(put("2")).duplicate
+    assert client.one(put("1")).duplicate
+
+
+def test_a_lock_that_is_given_up_in_time_costs_nothing(path: Path, gate: Gate) -> None:
+    client = StoreClient(lambda post: SqliteStore(path, post, gate.probe, busy_timeout_s=TIMEOUT_S))
+    client.open()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    outcome = client.submit(put("1"))
+    gate.wait_until_busy()
+    gate.open()
+    other.execute("COMMIT")
+    other.close()
+    assert isinstance(client.wait(outcome), list)
+    client.close()
+
+
+def limit_pages(client: StoreClient, more: int) -> None:
+    """Let the database grow by so many pages: then it is full."""
+    store = client.store
+    assert isinstance(store, SqliteStore)
+    assert store._writer is not None
+    connection = store._writer._connection
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages + more}").fetchall()
+
+
+def test_a_full_database_refuses_reads_on_and_recovers(client: StoreClient) -> None:
+    client.run(put("1"))
+    limit_pages(client, 2)
+    for attempt in range(3):
+        with pytest.raises(StoreError, match="SQLITE_FULL"):
+            client.run(put(f"big-{attempt}", payload={"x": "x" * 100_000}))
+    assert client.one(FindCommand("big-0")) == []
+    assert client.one(ReadOutbox("default", 0, 10)) == []
+    client.run(MarkCommands(KEY, ("1",), State.DELIVERED, wall=1.0))
+
+    limit_pages(client, 1000)
+    assert not client.one(put("big-0", payload={"x": "x" * 100_000})).duplicate
+
+
+def test_what_fits_is_stored_beside_what_does_not(gated: StoreClient, gate: Gate) -> None:
+    limit_pages(gated, 8)
+    small = [gated.submit(put("1")), gated.submit(put("2"))]
+    big = gated.submit(put("big", payload={"x": "x" * 100_000}))
+    small.append(gated.submit(put("3")))
+    gate.open()
+    assert isinstance(gated.wait(big), StoreError)
+    assert all(isinstance(gated.wait(outcome), list) for outcome in small)
+
+
+def test_the_file_shrinks_again(client: StoreClient, path: Path) -> None:
+    for n in range(20):
+        client.run(*(put(f"{n}-{m}", payload={"x": "x" * 20_000}, state=State.DEAD) for m in range(50)))
+    store = client.store
+    assert isinstance(store, SqliteStore)
+
+    def pages() -> int:
+        with sqlite3.connect(path) as connection:
+            (count,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.close()
+        return int(count)
+
+    grown = pages()
+    for _ in range(10):
+        client.run(Prune(1000.0))
+    assert grown > 5000
+    assert pages() < grown * 0.6
+    assert not client.one(put("0-0")).duplicate
+
+
+# --- file systems that refuse, in a mount namespace of their own ----------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+IN_NAMESPACE = """
+import json, sys
+from pathlib import Path
+from subprocess import run
+from shim.errors import StoreError
+from shim.store.sqlite import SqliteStore
+from tests.support.stores import StoreClient, put
+
+root = Path(sys.argv[1])
+run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", root], check=True)
+print(json.dumps("mounted"), flush=True)
+client = StoreClient(lambda post: SqliteStore(root / "shim.db", post))
+client.open()
+
+def attempt(command_id, size):
+    try:
+        return client.one(put(command_id, payload={"x": "x" * size})).duplicate
+    except StoreError as error:
+        return str(error)
+
+answers = {}
+"""
+FULL = """
+answers["before"] = attempt("before", 10)
+filler = root / "filler"
+with filler.open("wb", buffering=0) as file:
+    try:
+        while file.write(b"x" * 4096):
+            pass
+    except OSError:
+        pass
+answers["full"] = [attempt(f"full-{n}", 200_000) for n in range(3)]
+other = StoreClient(lambda post: SqliteStore(root / "other.db", post))
+try:
+    other.open()
+except StoreError as error:
+    answers["opened when full"] = str(error)
+filler.unlink()
+answers["after"] = [attempt("full-0", 200_000), attempt("before", 10)]
+client.close()
+client = StoreClient(lambda post: SqliteStore(root / "shim.db", post))
+answers["kept"] = [record.id for record in client.open().commands]
+answers["files"] = sorted(each.name for each in root.iterdir() if "corrupt" in each.name)
+client.close()
+print(json.dumps(answers))
+"""
+READ_ONLY = """
+answers["before"] = attempt("before", 10)
+client.close()
+before = (root / "shim.db").read_bytes()
+run(["mount", "-o", "remount,ro", root], check=True)
+client = StoreClient(lambda post: SqliteStore(root / "shim.db", post))
+try:
+    client.open()
+except StoreError as error:
+    answers["opened"] = str(error)
+answers["untouched"] = before == (root / "shim.db").read_bytes()
+answers["files"] = [each.name for each in root.iterdir()]
+run(["mount", "-o", "remount,rw", root], check=True)
+client = StoreClient(lambda post: SqliteStore(root / "shim.db", post))
+client.open()
+answers["after"] = attempt("before", 10)
+client.close()
+print(json.dumps(answers))
+"""
+
+
+def in_namespace(script: str, root: Path) -> dict[str, Any]:
+    """Run a script with a small tmpfs on `root` that nobody else sees; skipped where that is not permitted."""
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", sys.executable, "-c", IN_NAMESPACE + script, str(root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    if '"mounted"' not in done.stdout:
+        pytest.skip(f"mounting is not permitted: {done.stderr.strip().splitlines()[-1:]}")
+    assert done.returncode == 0, done.stderr
+    answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+@pytest.mark.needs("unshare", "mount")
+def test_a_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
+    answers = in_namespace(FULL, tmp_path)
+    assert answers["before"] is False
+    assert len(answers["full"]) == 3
+    assert all(str(answer).startswith("the database refused: SQLITE_") for answer in answers["full"])
+    assert "SQLITE_" in answers["opened when full"]
+    assert answers["after"] == [False, True]
+    assert answers["kept"] == ["before", "full-0"]
+    assert answers["files"] == []
+
+
+@pytest.mark.needs("unshare", "mount")
+def test_a_read_only_disk_is_no_corruption(tmp_path: Path) -> None:
+    answers = in_namespace(READ_ONLY, tmp_path)
+    assert "SQLITE_" in answers["opened"]
+    assert answers["untouched"]
+    assert answers["files"] == ["shim.db"]
+    assert answers["after"] is True
