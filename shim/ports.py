@@ -215,4 +215,4 @@ class Fallback(Protocol):
         """Whether this call goes that way."""
 
     async def serve(self, request: Forwarded) -> Proxied | Answer | None:
-        """Serve it. An `Answer` where the switchboard had to do with it; `None`: serve it over the WebSocket after all."""
+        """Serve it. An `Answer` where the switchboard had to do with it; `None`: it goes over the WebSocket."""

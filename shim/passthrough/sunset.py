@@ -10,7 +10,7 @@ from shim.validation import instant_s
 
 
 def sunset_headers(sunset: Sunset) -> Mapping[str, str]:
-    """`Deprecation` (RFC 9745, a structured date), `Sunset` (RFC 8594, an HTTP date), `Link`; what is not set is absent."""
+    """`Deprecation` (RFC 9745, a structured date), `Sunset` (RFC 8594, an HTTP date), `Link`; absent if not set."""
     found: dict[str, str] = {}
     if sunset.deprecation_at:
         found["Deprecation"] = f"@{int(instant_s(sunset.deprecation_at))}"
