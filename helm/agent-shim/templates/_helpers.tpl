@@ -1,0 +1,191 @@
+{{- define "agent-shim.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "agent-shim.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 52 | trimSuffix "-" }}
+{{- else if contains (include "agent-shim.name" .) .Release.Name }}
+{{- .Release.Name | trunc 52 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name (include "agent-shim.name" .) | trunc 52 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* Objects outside namespaces: two releases must not share them. */}}
+{{- define "agent-shim.clusterName" -}}
+{{- printf "%s.%s" (include "agent-shim.fullname" .) .Release.Namespace | trunc 200 | trimSuffix "." }}
+{{- end }}
+
+{{- define "agent-shim.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "agent-shim.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "agent-shim.labels" -}}
+{{ include "agent-shim.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* metadata of an object: (dict "root" $ "name" …), and optionally "labels", "annotations", "cluster" (no namespace). */}}
+{{- define "agent-shim.metadata" -}}
+{{- $root := .root -}}
+name: {{ .name }}
+{{- if not .cluster }}
+namespace: {{ $root.Release.Namespace }}
+{{- end }}
+labels:
+  {{- include "agent-shim.labels" $root | nindent 2 }}
+  {{- with .labels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with merge (dict) (.annotations | default dict) $root.Values.commonAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "agent-shim.image" -}}
+{{- $image := .Values.image -}}
+{{- $name := $image.repository -}}
+{{- with $image.registry }}{{ $name = printf "%s/%s" (trimSuffix "/" .) $name }}{{ end -}}
+{{- if $image.digest -}}
+{{ $name }}@{{ $image.digest }}
+{{- else -}}
+{{ $name }}:{{ $image.tag | default .Chart.AppVersion }}
+{{- end }}
+{{- end }}
+
+{{- define "agent-shim.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{ .Values.serviceAccount.name | default (include "agent-shim.fullname" .) }}
+{{- else -}}
+{{ .Values.serviceAccount.name | default "default" }}
+{{- end }}
+{{- end }}
+
+{{/* The Secret that the token is read from; empty: agents' own tokens. */}}
+{{- define "agent-shim.tokenSecret" -}}
+{{- $token := .Values.upstream.token -}}
+{{- if eq $token.from "agentSecret" }}{{ .Values.agent.secretName }}
+{{- else if eq $token.from "secret" }}{{ $token.secretName }}
+{{- else if eq $token.from "value" }}{{ include "agent-shim.fullname" . }}-token
+{{- end }}
+{{- end }}
+
+{{- define "agent-shim.tokenKey" -}}
+{{- $token := .Values.upstream.token -}}
+{{- $vendor := ternary "token" "PIPEOPS_TOKEN" (eq .Values.agent.install "chart") -}}
+{{- $token.secretKey | default (ternary $vendor "token" (eq $token.from "agentSecret")) }}
+{{- end }}
+
+{{- define "agent-shim.claim" -}}
+{{- .Values.store.existingClaim | default (printf "%s-store" (include "agent-shim.fullname" .)) }}
+{{- end }}
+
+{{- define "agent-shim.agentContainers" -}}
+{{- $vendor := ternary (list "pipeops-agent") (list "agent") (eq .Values.agent.install "chart") -}}
+{{- .Values.agent.containers | default $vendor | toJson }}
+{{- end }}
+
+{{/* What agents call. */}}
+{{- define "agent-shim.agentURL" -}}
+{{- if eq .Values.mode "sidecar" -}}
+http://127.0.0.1:{{ .Values.ports.legacy }}
+{{- else -}}
+{{ ternary "https" "http" (ne .Values.gateway.tlsSecretName "") }}://{{ include "agent-shim.fullname" . }}.{{ .Release.Namespace }}.svc:{{ .Values.gateway.service.port }}
+{{- end }}
+{{- end }}
+
+{{/* The version of the MutatingAdmissionPolicy API to use; empty: none. */}}
+{{- define "agent-shim.policyVersion" -}}
+{{- $policy := .Values.injection.admissionPolicy -}}
+{{- $found := "" -}}
+{{- range $version := list "v1beta1" "v1" -}}
+{{- if $.Capabilities.APIVersions.Has (printf "admissionregistration.k8s.io/%s/MutatingAdmissionPolicy" $version) -}}
+{{- $found = $version -}}
+{{- end -}}
+{{- end -}}
+{{- if eq (toString $policy.enabled) "false" -}}
+{{- else if eq (toString $policy.enabled) "true" -}}
+{{ $policy.apiVersion | default $found | default (ternary "v1" "v1beta1" (semverCompare ">=1.36.0-0" .Capabilities.KubeVersion.Version)) }}
+{{- else if $found -}}
+{{ $policy.apiVersion | default $found }}
+{{- end }}
+{{- end }}
+
+{{/* What the schema cannot say readably: values that exclude each other. */}}
+{{- define "agent-shim.validate" -}}
+{{- $v := .Values -}}
+{{- range $name, $port := $v.ports -}}
+{{- if has (int $port) (list 8080 8090) -}}
+{{- fail (printf "ports.%s is %d, which belongs to the vendor's agent in the same pod" $name (int $port)) -}}
+{{- end -}}
+{{- end -}}
+{{- if eq (int $v.ports.legacy) (int $v.ports.admin) -}}
+{{- fail "ports.legacy and ports.admin are the same" -}}
+{{- end -}}
+{{- if eq $v.mode "sidecar" -}}
+{{- if $v.agent.hostNetwork -}}
+{{- fail "agent.hostNetwork: agents in the node's network cannot have a sidecar, 127.0.0.1 is the whole node's there; use mode: gateway" -}}
+{{- end -}}
+{{- if $v.agent.namespaces -}}
+{{- fail "agent.namespaces is for mode: gateway; a sidecar needs the ConfigMap and the Secret of its own namespace: install one release in each" -}}
+{{- end -}}
+{{- if and $v.networkPolicy.enabled (not $v.networkPolicy.agentEgress) -}}
+{{- fail "networkPolicy.agentEgress: the policy holds for the whole pod, so it must also allow what the agent itself needs, at least the Kubernetes API" -}}
+{{- end -}}
+{{- if $v.store.url -}}
+{{- fail "store.url is for mode: gateway; a sidecar has its own file" -}}
+{{- end -}}
+{{- else -}}
+{{- if and (gt (int $v.gateway.replicas) 1) (not $v.store.url) -}}
+{{- fail "gateway.replicas: more than one replica needs a shared store (store.url), a file has one writer" -}}
+{{- end -}}
+{{- end -}}
+{{- $token := $v.upstream.token -}}
+{{- if and (eq $token.from "secret") (not $token.secretName) -}}
+{{- fail "upstream.token.secretName is missing: upstream.token.from is secret" -}}
+{{- end -}}
+{{- if and (eq $token.from "value") (not $token.value) -}}
+{{- fail "upstream.token.value is missing: upstream.token.from is value" -}}
+{{- end -}}
+{{- if and $token.value (ne $token.from "value") -}}
+{{- fail "upstream.token.value is given, but upstream.token.from is not value" -}}
+{{- end -}}
+{{- $config := $v.config -}}
+{{- $percent := dig "rollout" "percent" 100 $config -}}
+{{- $needs := or (lt (float64 $percent) 100.0) (has (dig "mode" "websocket" $config) (list "http" "auto")) -}}
+{{- if and $needs (not (dig "fallback" "url" "" $config)) -}}
+{{- fail "config.fallback.url is missing: with this config.mode or config.rollout.percent agents are sent there" -}}
+{{- end -}}
+{{- range $v.extraVolumes -}}
+{{- if not (hasPrefix "agent-shim-" .name) -}}
+{{- fail (printf "extraVolumes: the name %s must begin with agent-shim-, so that it is not one of the agent's and goes with the sidecar" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* The shim's configuration file. */}}
+{{- define "agent-shim.config" -}}
+{{- $ours := dict
+  "mode" "websocket"
+  "listen" (dict "host" "127.0.0.1" "port" (int .Values.ports.legacy))
+  "admin" (dict "port" (int .Values.ports.admin))
+  "store" (dict "path" "/var/lib/agent-shim/data/agent-shim.db") -}}
+{{- $upstream := dict -}}
+{{- with include "agent-shim.tokenSecret" . }}{{ $_ := set $upstream "token_file" "/var/run/agent-shim/token" }}{{ end -}}
+{{- with .Values.upstream.url }}{{ $_ := set $upstream "url" . }}{{ end -}}
+{{- with $upstream }}{{ $_ := set $ours "upstream" . }}{{ end -}}
+{{- if and (eq .Values.mode "gateway") .Values.gateway.tlsSecretName -}}
+{{- $tls := dict "cert_file" "/etc/agent-shim-tls/tls.crt" "key_file" "/etc/agent-shim-tls/tls.key" -}}
+{{- $_ := set (get $ours "listen") "tls" $tls -}}
+{{- end -}}
+{{- with .Values.store.url }}{{ $_ := set $ours "store" (dict "url" .) }}{{ end -}}
+{{- toYaml (mergeOverwrite $ours (deepCopy .Values.config)) }}
+{{- end }}

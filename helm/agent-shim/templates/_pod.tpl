@@ -1,0 +1,139 @@
+{{/* The container with the shim, as YAML; the same in agents' pods, in the gateway's and in the test's. */}}
+{{- define "agent-shim.container" -}}
+name: agent-shim
+image: {{ include "agent-shim.image" . | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+args: [run, --config, /etc/agent-shim/config.yaml]
+env:
+  {{- include "agent-shim.env" . | nindent 2 }}
+ports:
+  - name: shim-admin
+    containerPort: {{ .Values.ports.admin }}
+    protocol: TCP
+startupProbe:
+  {{- include "agent-shim.probe" (dict "path" "/readyz" "period" 1 "failures" 60) | nindent 2 }}
+readinessProbe:
+  {{- include "agent-shim.probe" (dict "path" "/readyz" "period" 10 "failures" 3) | nindent 2 }}
+livenessProbe:
+  {{- include "agent-shim.probe" (dict "path" "/healthz" "period" 10 "failures" 6) | nindent 2 }}
+resources:
+  {{- toYaml .Values.resources | nindent 2 }}
+securityContext:
+  {{- toYaml .Values.securityContext | nindent 2 }}
+terminationMessagePath: /dev/termination-log
+terminationMessagePolicy: FallbackToLogsOnError
+volumeMounts:
+  {{- include "agent-shim.volumeMounts" . | nindent 2 }}
+{{- end }}
+
+{{- define "agent-shim.probe" -}}
+httpGet:
+  path: {{ .path }}
+  port: shim-admin
+  scheme: HTTP
+periodSeconds: {{ .period }}
+timeoutSeconds: 3
+successThreshold: 1
+failureThreshold: {{ .failures }}
+{{- end }}
+
+{{- define "agent-shim.env" -}}
+- name: SHIM_ADMIN__HOST
+  valueFrom:
+    fieldRef:
+      apiVersion: v1
+      fieldPath: status.podIP
+{{- if eq .Values.mode "gateway" }}
+- name: SHIM_LISTEN__HOST
+  valueFrom:
+    fieldRef:
+      apiVersion: v1
+      fieldPath: status.podIP
+{{- end }}
+{{- if and (not .Values.upstream.url) (eq .Values.agent.install "manifest") }}
+- name: SHIM_UPSTREAM__URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.agent.secretName }}
+      key: PIPEOPS_API_URL
+      optional: true
+{{- end }}
+{{- with .Values.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* The empty one stands where Kubernetes would mount the ServiceAccount's token: the shim never talks to that API. */}}
+{{- define "agent-shim.volumeMounts" -}}
+- name: agent-shim-config
+  mountPath: /etc/agent-shim
+  readOnly: true
+- name: agent-shim-store
+  mountPath: /var/lib/agent-shim
+- name: agent-shim-empty
+  mountPath: /var/run/secrets/kubernetes.io/serviceaccount
+  readOnly: true
+{{- if include "agent-shim.tokenSecret" . }}
+- name: agent-shim-token
+  mountPath: /var/run/agent-shim
+  readOnly: true
+{{- end }}
+{{- if and (eq .Values.mode "gateway") .Values.gateway.tlsSecretName }}
+- name: agent-shim-tls
+  mountPath: /etc/agent-shim-tls
+  readOnly: true
+{{- end }}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Modes are decimal here: 292 is 0444, readable for whatever user the pod runs as. */}}
+{{- define "agent-shim.volumes" -}}
+- name: agent-shim-config
+  configMap:
+    name: {{ include "agent-shim.fullname" . }}
+    defaultMode: 292
+- name: agent-shim-store
+{{- if eq .Values.store.type "pvc" }}
+  persistentVolumeClaim:
+    claimName: {{ include "agent-shim.claim" . }}
+{{- else }}
+  emptyDir:
+    sizeLimit: {{ .Values.store.sizeLimit }}
+{{- end }}
+- name: agent-shim-empty
+  emptyDir:
+    sizeLimit: 1Mi
+{{- if include "agent-shim.tokenSecret" . }}
+- name: agent-shim-token
+  secret:
+    secretName: {{ include "agent-shim.tokenSecret" . }}
+    items:
+      - key: {{ include "agent-shim.tokenKey" . }}
+        path: token
+    defaultMode: 292
+{{- end }}
+{{- if and (eq .Values.mode "gateway") .Values.gateway.tlsSecretName }}
+- name: agent-shim-tls
+  secret:
+    secretName: {{ .Values.gateway.tlsSecretName }}
+    defaultMode: 288
+{{- end }}
+{{- with .Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "agent-shim.podSpec" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  {{- toYaml .Values.podSecurityContext | nindent 2 }}
+volumes:
+  {{- include "agent-shim.volumes" . | nindent 2 }}
+{{- end }}
