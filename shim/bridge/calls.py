@@ -35,6 +35,7 @@ from shim.core.hold import Hold
 from shim.core.link import LinkState
 from shim.core.records import AddTrace, PutResult, ResultOutcome, SessionKey, TraceEntry
 from shim.core.timestamps import rfc3339
+from shim.core.usage import route_of
 from shim.errors import AgentError, StoreError
 from shim.logs import get
 from shim.ports import Answer, Client
@@ -59,6 +60,7 @@ class Calls:
         self._ctx = ctx
         self._routes = routes
         self._roster = roster
+        self._usage = roster.usage
         self._presence = holding.presence
         self._registrations = registrations
         self._delivery = delivery
@@ -92,6 +94,7 @@ class Calls:
 
     def _heartbeat(self, owner: str, client: Client, call: HeartbeatCall) -> Outcome:
         session = self._roster.heartbeat(owner, call)
+        self._usage.note(session.key, call.dialect, "heartbeat", session.seen_wall)
         runner = self._routes.link_for(session, client)
         self._presence.called(session)
         return self._verdict(runner)
@@ -106,6 +109,7 @@ class Calls:
 
     def _status(self, owner: str, client: Client, call: StatusCall) -> Outcome:
         session = self._roster.called(owner, call.target, call.dialect)
+        self._usage.note(session.key, call.dialect, "status", session.seen_wall)
         self._routes.link_for(session, client)
         self._presence.called(session)
         self._presence.status(session, call.body)
@@ -125,12 +129,14 @@ class Calls:
             if known is None:
                 return None
             known.contact(self._ctx.now, self._ctx.clock.wall_s())
+            self._usage.note(known.key, call.dialect, "register", known.seen_wall)
             return outcome_of(known, cached=True)
 
         return await self._registrations.register(runner, call, cached, arrived_s)
 
     async def _result(self, owner: str, client: Client, call: ResultCall) -> Outcome:
         session = self._roster.called(owner, call.target, call.dialect)
+        self._usage.note(session.key, call.dialect, "result", session.seen_wall)
         self._routes.link_for(session, client)
         wall = self._ctx.clock.wall_s()
         payload: dict[str, Any] = {
@@ -170,6 +176,7 @@ class Calls:
     async def _poll(self, owner: str, client: Client, call: PollCall) -> Answer:
         session = self._roster.called(owner, call.target, call.dialect)
         session.poll_at = self._ctx.now
+        self._usage.note(session.key, call.dialect, "poll", session.seen_wall)
         self._routes.link_for(session, client)
         key, hold = session.key, session.hold
         limit_s = self._holding.poll_arrived(session, hold)
@@ -200,6 +207,8 @@ class Calls:
 
     async def _tunnel_poll(self, owner: str, client: Client, call: TunnelPollCall) -> Outcome:
         session = self._roster.known(owner, call.target)
+        key = session.key if session is not None else self._ctx.sessions.key_of(owner, call.target)
+        self._usage.note(key, *route_of(call), self._ctx.clock.wall_s())
         frequency_s = self._ctx.settings.poll.frequency_s
         if session is None:
             return TunnelState(None, frequency_s)
@@ -212,4 +221,5 @@ class Calls:
         session = self._roster.known(owner, call.target)
         if session is None or not session.reply:
             return Failed(404, "not registered")
+        self._usage.note(session.key, *route_of(call), session.seen_wall)
         return TunnelInfo(outcome_of(session, cached=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -20,6 +21,8 @@ from shim.metrics import Children
 from shim.ports import Timer
 
 log = get(__name__)
+
+HAND_OVERS = 1024
 
 
 class Offering:
@@ -67,6 +70,7 @@ class Delivery:
         self._by_connection: dict[int, list[Offering]] = {}
         self._evidence_timers: dict[int, Timer] = {}
         self._numbers = count(1)
+        self.hand_overs_s: deque[float] = deque(maxlen=HAND_OVERS)
 
     def held(self) -> int:
         """How many polls wait."""
@@ -178,6 +182,8 @@ class Delivery:
         for live in offer.commands:
             if live.arrived_at is not None and not live.reason:
                 child.observe(now - live.arrived_at)
+                if seconds is self._ctx.metrics.hand_over_seconds:
+                    self.hand_overs_s.append(now - live.arrived_at)
 
     # --- evidence -----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from shim.core import link_events as ev
 from shim.core.backoff import Backoff
 from shim.core.link import Link, LinkPolicy, LinkState
 from shim.core.liveness import Verdict
+from shim.core.timeline import Timeline, phase_of
 from shim.core.urls import ws_url
 from shim.errors import AgentError, IllegalTransition, ShimError
 from shim.logs import get
@@ -63,6 +64,7 @@ class LinkRunner:
         upstream = ctx.settings.upstream
         self.machine = Link(LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng))
         self.needed_at = ctx.now
+        self.timeline = Timeline(ctx.now)
         self.state_since_wall = ctx.clock.wall_s()
         self.lost_at: float | None = None
         self.last_failure = ""
@@ -104,6 +106,7 @@ class LinkRunner:
         if self.machine.state is not before:
             self.state_since_wall = self._ctx.clock.wall_s()
             log.info("link_state", link=self.name, state=self.machine.state.value, was=before.value)
+        self.timeline.enter(phase_of(self.machine), self._ctx.now, self.last_failure)
         for effect in effects:
             self._perform(effect)
 

@@ -10,6 +10,7 @@ from shim.bridge.context import Context
 from shim.core.calls import HeartbeatCall, Kind, RegisterCall, Registered, Target
 from shim.core.records import DeleteSession, Loaded, MoveSession, SaveAlias, SaveSession, SaveTunnel, SessionKey
 from shim.core.sessions import Session
+from shim.core.usage import Usage
 from shim.logs import get
 
 log = get(__name__)
@@ -26,6 +27,7 @@ class Roster:
         self._ctx = ctx
         self._moved = moved
         self._ended = ended
+        self.usage = Usage()
 
     def load(self, loaded: Loaded) -> None:
         """Take in what the store holds."""
@@ -146,6 +148,7 @@ class Roster:
             session.new_process()
             session.dialect = call.dialect
             session.contact(self._ctx.now, self._ctx.clock.wall_s())
+            self.usage.note(session.key, call.dialect, "register", session.seen_wall)
         agent_id = payload.get("agent_id")
         if isinstance(agent_id, str) and agent_id:
             session.agent_id = agent_id

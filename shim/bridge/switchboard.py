@@ -279,10 +279,12 @@ class Bridge:
         self.routes.forget(source)
         self.gateways.forget(source)
         self.presence.forget(source)
+        self.roster.usage.forget(source)
         self.delivery.move(source, target)
 
     def _ended(self, key: SessionKey) -> None:
         self.routes.forget(key)
         self.gateways.forget(key)
         self.presence.forget(key)
+        self.roster.usage.forget(key)
         self.queues.end_session(key)
