@@ -166,34 +166,35 @@ class Connection(RequestHandler):
         return self._close or self._force_close
 
     def data_received(self, data: bytes) -> None:
-        if self.closing:
+        # also called without data, for what the parser held back
+        if self._close or self._force_close:
             return
-        now_s = self._loop.time()
         before = self._request_count
-        in_body = self._body is not None and not self._body.is_eof()
         # RFC 9112 §2.2: an empty line before a request is not its beginning
-        if data and not in_body and self._head_since_s is None and data != b"\r\n":
-            self._head_since_s = now_s
+        if data and self._head_since_s is None and not self._in_body() and data != b"\r\n":
+            self._head_since_s = self._loop.time()
             # A request sent before the last one was answered is no sign that its sender has read anything.
             self._pipelined = self._pipelined or before > self._answered
         super().data_received(data)
-        arrived = self._request_count - before
-        if arrived:
-            self._heads_complete(arrived, now_s)
+        if self._request_count > before:
+            self._heads_complete(self._request_count - before)
         elif self._head_since_s is not None and self._head_timer is None:
             timeout_s = self._house.listen.header_timeout_s
             self._head_timer = self._loop.call_later(timeout_s, self._head_too_slow)
 
-    def _heads_complete(self, arrived: int, now_s: float) -> None:
-        self._arrivals_s.append(now_s if self._head_since_s is None else self._head_since_s)
-        self._arrivals_s.extend([now_s] * (arrived - 1))
+    def _in_body(self) -> bool:
+        return self._body is not None and not self._body.is_eof()
+
+    def _heads_complete(self, arrived: int) -> None:
+        self._arrivals_s.append(self._loop.time() if self._head_since_s is None else self._head_since_s)
+        if arrived > 1:
+            self._arrivals_s.extend([self._loop.time()] * (arrived - 1))
         self._head_since_s = None
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
         message, payload = self._messages[-1]
-        fault = getattr(message, "exc", None)
-        if fault is not None and self._body is not None and not self._body.is_eof():
+        if self._body is not None and self._in_body() and isinstance(fault := getattr(message, "exc", None), Exception):
             # aiohttp queues a fault in a body as if it were a request of its own, and the body's reader waits on
             self._body.set_exception(fault)
         self._body = payload
