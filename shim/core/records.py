@@ -138,6 +138,19 @@ class MarkCommands:
 
 
 @dataclass(frozen=True, slots=True)
+class RequeueCommand:
+    """By hand: a command that is DELIVERED, EXPIRED or DEAD is QUEUED again, with no attempts and another expiry.
+
+    Result: whether it was; in any other state nothing changes.
+    """
+
+    session: SessionKey
+    command_id: str
+    wall: float
+    expires_wall: float
+
+
+@dataclass(frozen=True, slots=True)
 class PutResult:
     """Store an agent's result and its outbox entry in one step. Result: `ResultOutcome`.
 
@@ -271,6 +284,7 @@ class FindCommand:
 Operation = (
     PutCommand
     | MarkCommands
+    | RequeueCommand
     | PutResult
     | PutOutbox
     | CloseOutbox

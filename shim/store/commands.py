@@ -13,6 +13,7 @@ from shim.core.records import (
     Prune,
     PutCommand,
     PutOutcome,
+    RequeueCommand,
     SessionKey,
     State,
     TraceEntry,
@@ -35,6 +36,10 @@ _FIND_COMMANDS = (
     " WHERE seq IN (SELECT seq FROM commands WHERE id = ?) ORDER BY seq"
 )
 _MARK = "UPDATE commands SET state = ?, attempts = attempts + ?, updated = ? WHERE session = ? AND id = ?"
+_REQUEUE = (
+    "UPDATE commands SET state = 'queued', attempts = 0, expires = ?, updated = ?"
+    " WHERE session = ? AND id = ? AND state IN ('delivered', 'expired', 'dead')"
+)
 _INSERT_TRACE = (
     "INSERT INTO traces (command, wall, event, detail) SELECT seq, ?, ?, ? FROM commands WHERE session = ? AND id = ?"
 )
@@ -84,6 +89,12 @@ class CommandOperations:
         self._cursor.executemany(
             _MARK, [(state, operation.attempts, operation.wall, session, each) for each in operation.ids]
         )
+
+    def requeue(self, operation: RequeueCommand) -> bool:
+        self._cursor.execute(
+            _REQUEUE, (operation.expires_wall, operation.wall, str(operation.session), operation.command_id)
+        )
+        return self._cursor.rowcount == 1
 
     def find(self, operation: FindCommand) -> list[tuple[CommandRecord, dict[str, Any] | None, list[TraceEntry]]]:
         lone: dict[SessionKey, list[TraceEntry]] = {}

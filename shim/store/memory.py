@@ -28,6 +28,7 @@ from shim.core.records import (
     PutOutcome,
     PutResult,
     ReadOutbox,
+    RequeueCommand,
     ResultOutcome,
     SaveAlias,
     SaveSession,
@@ -79,6 +80,7 @@ class MemoryStore:
         self._carriers: dict[type[Operation], Callable[[Any], Any]] = {
             PutCommand: self._put_command,
             MarkCommands: self._mark,
+            RequeueCommand: self._requeue,
             AddTrace: self._add_trace,
             Prune: self._prune,
             FindCommand: self._find,
@@ -146,6 +148,14 @@ class MemoryStore:
             command = self._commands.get((operation.session, each))
             if command is not None:
                 command.enter(operation.state, operation.wall, operation.attempts)
+
+    def _requeue(self, operation: RequeueCommand) -> bool:
+        command = self._commands.get((operation.session, operation.command_id))
+        if command is None or command.record.state not in (State.DELIVERED, State.EXPIRED, State.DEAD):
+            return False
+        command.enter(State.QUEUED, operation.wall, -command.record.attempts)
+        command.record = replace(command.record, expires_wall=operation.expires_wall)
+        return True
 
     def _add_trace(self, operation: AddTrace) -> None:
         for each in operation.ids:

@@ -19,6 +19,7 @@ from shim.core.records import (
     PutOutbox,
     PutResult,
     ReadOutbox,
+    RequeueCommand,
     SaveAlias,
     SaveSession,
     SaveTunnel,
@@ -37,6 +38,7 @@ class Operations:
         self._carriers: dict[type[Operation], Callable[[Any], Any]] = {
             PutCommand: commands.put,
             MarkCommands: commands.mark,
+            RequeueCommand: commands.requeue,
             AddTrace: commands.add_trace,
             Prune: commands.prune,
             FindCommand: commands.find,

@@ -25,6 +25,7 @@ from shim.core.records import (
     PutOutbox,
     PutResult,
     ReadOutbox,
+    RequeueCommand,
     ResultOutcome,
     SaveAlias,
     SaveSession,
@@ -147,6 +148,23 @@ def test_marking_counts_attempts_and_ignores_unknown_ids(client: StoreClient) ->
         (KEY, "1"): (State.OFFERED, 2),
         (KEY, "2"): (State.QUEUED, 0),
         (OTHER, "1"): (State.QUEUED, 0),
+    }
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_command_is_queued_again_by_hand_only_when_it_has_ended_without_a_result(
+    client: StoreClient, reopen: Reopen, state: State
+) -> None:
+    client.run(put("1"), MarkCommands(KEY, ("1",), state, wall=110.0, attempts=5), put("1", OTHER))
+    ended = state in (State.DELIVERED, State.EXPIRED, State.DEAD)
+    assert client.one(RequeueCommand(KEY, "1", wall=500.0, expires_wall=900.0)) is ended
+    assert client.one(RequeueCommand(KEY, "nobody", wall=500.0, expires_wall=900.0)) is False
+
+    client = reopen(client)
+    client.open()
+    assert {(r.session, r.state, r.attempts, r.expires_wall) for r, _, _ in found(client, "1")} == {
+        (KEY, State.QUEUED, 0, 900.0) if ended else (KEY, state, 5, 200.0),
+        (OTHER, State.QUEUED, 0, 200.0),
     }
 
 

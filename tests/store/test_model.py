@@ -26,6 +26,7 @@ from shim.core.records import (
     PutOutcome,
     PutResult,
     ReadOutbox,
+    RequeueCommand,
     SaveAlias,
     SaveSession,
     SaveTunnel,
@@ -51,6 +52,7 @@ entries = st.builds(TraceEntry, walls, st.text(max_size=3), st.text(max_size=3))
 operations: st.SearchStrategy[Operation] = st.one_of(
     st.builds(put, ids, keys, payload=payloads, arrived_wall=walls, via=st.sampled_from(("", "http"))),
     st.builds(MarkCommands, keys, some_ids, states, walls, st.integers(-1, 1)),
+    st.builds(RequeueCommand, keys, ids, walls, walls),
     st.builds(PutResult, keys, ids, payloads, walls),
     st.builds(PutOutbox, keys, ids, ids, payloads),
     st.builds(CloseOutbox, st.lists(st.integers(0, 12), max_size=4).map(tuple), walls),
