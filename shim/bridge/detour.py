@@ -24,6 +24,7 @@ from shim.core.records import (
 )
 from shim.core.replies import register_reply
 from shim.core.sessions import Session
+from shim.core.usage import route_of
 from shim.errors import StoreError
 from shim.messages import Message
 from shim.ports import Answer, Client
@@ -71,6 +72,15 @@ class Detour:
         runner = self._routes.links.get(owner, name, client.token)
         runner.wanted()
         return runner.online
+
+    def used(self, client: Client, call: AgentCall | None) -> None:
+        """The vendor's HTTP API has served a call: its agent uses a legacy route all the same."""
+        if call is None or isinstance(call, (RegisterCall, HealthCall)):
+            return
+        owner = self._routes.owner_of(client.token)
+        if owner is not None:
+            key = self._ctx.sessions.key_of(owner, call.target)
+            self._roster.usage.note(key, *route_of(call), self._ctx.clock.wall_s())
 
     # --- registrations ------------------------------------------------------------------------------------------------
 

@@ -84,6 +84,7 @@ class Roster:
             return
         session = self._session_for(owner, call, cluster_id)
         session.seen_wall = self._ctx.clock.wall_s()
+        self.usage.note(session.key, call.dialect, "register", session.seen_wall)
         session.registration = {k: v for k, v in call.payload.items() if k != "cluster_id"}
         session.agent_id = call.agent_id
         session.secret = call.secret

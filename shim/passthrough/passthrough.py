@@ -101,6 +101,7 @@ class Passthrough:
                 return await self._bridge.detour.merge(request.client, call, [])
             return self._instead(request)
         self._judge(request, reply)
+        self._bridge.detour.used(request.client, call)
         if isinstance(call, PollCall):
             return await self._merged(request.client, call, reply)
         if isinstance(call, RegisterCall) and reply.status in REGISTERED and isinstance(reply.body, bytes):
