@@ -1,0 +1,33 @@
+"""One request on its way through the frontend."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from aiohttp import web
+
+from shim.dialects import Match
+from shim.frontend.connection import Connection
+from shim.ports import Lease
+
+
+class Visit:
+    """One request on its way through; `step` is where it is, in words of the metric `bad_requests`."""
+
+    __slots__ = ("connection", "lease", "match", "more", "must_close", "request", "started_s", "step")
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        self.request = request
+        self.connection = cast("Connection", request.protocol)
+        self.started_s = self.connection.begin_request()
+        self.match: Match | None = None
+        self.lease: Lease | None = None
+        self.step = "guard"
+        self.more = ""
+        self.must_close = False
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Dialect and operation, empty where no route matched."""
+        match = self.match
+        return ("", "") if match is None else (match.dialect.NAME, match.route.operation)

@@ -1,0 +1,111 @@
+"""Replies on their way out, and what becomes of the commands in them (protocol.md §3)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import aiohttp
+from aiohttp import hdrs, web
+from aiohttp.http import HttpVersion11
+from multidict import istr
+from prometheus_client import Counter, Histogram
+
+from shim.dialects import Reply
+from shim.frontend.connection import Connection, House
+from shim.frontend.forwarding import chunk, head
+from shim.frontend.replies import SENT_CLOSE, SENT_KEEP
+from shim.frontend.visit import Visit
+from shim.ports import Proxied
+
+_REQUEST_ID = istr("X-Request-Id")
+
+
+class Writer:
+    """Writes replies, settles leases, counts."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
+    async def reply(self, visit: Visit, reply: Reply, body: bytes | None) -> web.StreamResponse:
+        """Write one of our own replies; `body` is its encoded JSON."""
+        request, connection = visit.request, visit.connection
+        keep = request.keep_alive and not visit.must_close and not connection.closing
+        more = visit.more
+        if not keep:
+            more += "Connection: close\r\n"
+        elif request.version != HttpVersion11:
+            more += "Connection: keep-alive\r\n"
+        if reply.retry_after_s is not None:
+            more += f"Retry-After: {reply.retry_after_s}\r\n"
+        request_id = self._house.replies.request_id(request.headers.get(_REQUEST_ID))
+        head_only = request.method == hdrs.METH_HEAD
+        response = self._house.replies.response(reply.status, body, request_id, more, head_only=head_only)
+        written = await self._hand_over(visit, response)
+        return await self._end(visit, reply.status, written=written, keep=keep)
+
+    async def hand_down(self, visit: Visit, proxied: Proxied) -> web.StreamResponse:
+        """Write the API's reply: at once where it is whole, else piece by piece."""
+        request, connection = visit.request, visit.connection
+        keep = request.keep_alive and not connection.closing and request.content.is_eof()
+        more = dict(self._house.replies.static_headers())
+        more[_REQUEST_ID] = self._house.replies.request_id(request.headers.get(_REQUEST_ID))
+        start, chunked = head(proxied, more, keep, request.version == HttpVersion11)
+        if isinstance(proxied.body, bytes):
+            written = await self._hand_over(visit, start if request.method == hdrs.METH_HEAD else start + proxied.body)
+        else:
+            written = await self._stream(connection, start, proxied.body, chunked=chunked)
+            keep = keep and (chunked or b"\r\nConnection: close" not in start)
+        return await self._end(visit, proxied.status, written=written, keep=keep)
+
+    async def _stream(
+        self, connection: Connection, start: bytes, pieces: AsyncIterator[bytes], *, chunked: bool
+    ) -> bool:
+        timeout_s = self._house.listen.body_timeout_s
+        written = await connection.write(start, timeout_s)
+        try:
+            async for piece in pieces:
+                if not written:
+                    break
+                written = await connection.write(chunk(piece) if chunked else piece, timeout_s, answered=False)
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False  # the reply broke off: only the end of the connection can say so
+        if chunked and written:
+            written = await connection.write(chunk(b""), timeout_s, answered=False)
+        return written
+
+    async def _hand_over(self, visit: Visit, response: bytes) -> bool:
+        """Write the response and settle the lease, whatever happens meanwhile (protocol.md §3, OFFERED)."""
+        connection, lease = visit.connection, visit.lease
+        written = False
+        try:
+            if connection.can_write(for_commands=lease is not None):
+                written = await connection.write(response, self._house.listen.body_timeout_s)
+        finally:
+            if lease is not None and written:
+                connection.lease_written()
+                self._house.switchboard.written(lease)
+            elif lease is not None:
+                self._house.switchboard.unwritten(lease)
+        return written
+
+    async def _end(self, visit: Visit, status: int, *, written: bool, keep: bool) -> web.StreamResponse:
+        self._count(visit, status)
+        if not written:
+            self._house.metrics.replies_lost.inc()
+            visit.connection.force_close()
+            return SENT_CLOSE
+        if not keep and visit.lease is not None:
+            await visit.connection.part()
+        return SENT_KEEP if keep else SENT_CLOSE
+
+    def _count(self, visit: Visit, status: int) -> None:
+        dialect, operation = visit.place
+        children = self._counted.get((dialect, operation, status))
+        if children is None:
+            children = self._counted[dialect, operation, status] = (
+                self._house.metrics.requests.labels(dialect, operation, str(status)),
+                self._house.metrics.request_seconds.labels(dialect, operation),
+            )
+        children[0].inc()
+        children[1].observe(visit.connection.now_s() - visit.started_s)
