@@ -13,7 +13,7 @@ from prometheus_client import Histogram
 from shim.bridge.context import Context
 from shim.bridge.queues import Queues
 from shim.core.calls import OfferedCommand
-from shim.core.commands import CommandQueue, Offer
+from shim.core.commands import CommandQueue, Live, Offer
 from shim.core.records import AddTrace, MarkCommands, Operation, SessionKey, State, TraceEntry
 from shim.errors import StoreError
 from shim.logs import get
@@ -152,7 +152,7 @@ class Delivery:
                 # An offer that leaves no record could be repeated after a crash: not for these.
                 log.error("offer_not_stored", session=key.ident, error=str(outcome))
                 poll.offering = None
-                queue.unwritten(offer)
+                self._take_back(key, queue, offer)
                 poll.answer(None)
                 return
             self._observe_offer(key, offer, recorded=not isinstance(outcome, StoreError))
@@ -201,8 +201,11 @@ class Delivery:
         """The reply did not reach the agent: everything is queued again in its old place; that was no attempt."""
         key, offer = offering.key, offering.offer
         queue = self._queues.get(key)
-        if queue is None or offer.written_at is not None:
-            return
+        if queue is not None and offer.written_at is None:
+            self._take_back(key, queue, offer)
+            self.wake(key)
+
+    def _take_back(self, key: SessionKey, queue: CommandQueue, offer: Offer) -> None:
         back = queue.unwritten(offer)
         for state in (State.QUEUED, State.UNCERTAIN):
             ids = tuple(live.record.id for live in back if live.state is state)
@@ -212,13 +215,12 @@ class Delivery:
             log.info("command_requeued", command=live.record.id, session=key.ident)
             if live.state is State.QUEUED and live.expires_at <= now:
                 self._queues.expire(key, live.record.id)
-        self.wake(key)
 
     def next_request(self, connection: int) -> None:
         """The agent goes on with the connection that carried a reply: it has read it."""
         for offering in self._by_connection.pop(connection, ()):
             queue = self._queues.get(offering.key)
-            if queue is not None and queue.offer is offering.offer:
+            if queue is not None:
                 self._delivered(offering.key, queue, offering.offer, "next request")
 
     def connection_closed(self, connection: int, clean: bool) -> None:
@@ -229,27 +231,22 @@ class Delivery:
     def answered(self, key: SessionKey, command_id: str) -> None:
         """A result is on disk: the agent has the command, and the whole reply that it came in."""
         queue = self._queues.get(key)
-        if queue is None:
-            return
-        queue.answered(command_id)
-        if queue.offer is not None and command_id in queue.offer.ids:
-            self._delivered(key, queue, queue.offer, "result")
-        self.wake(key)
+        if queue is not None:
+            self._note_delivered(key, queue.answered(command_id), "result")
+            self.wake(key)
 
     def _delivered(self, key: SessionKey, queue: CommandQueue, offer: Offer, evidence: str) -> None:
         timer = self._evidence_timers.pop(offer.number, None)
         if timer is not None:
             timer.cancel()
-        done = queue.delivered(offer)
+        self._note_delivered(key, queue.delivered(offer), evidence)
+        self.wake(key)
+
+    def _note_delivered(self, key: SessionKey, done: tuple[Live, ...], evidence: str) -> None:
         ids = tuple(live.record.id for live in done)
         self._queues.mark(key, ids, State.DELIVERED, "delivered", detail=evidence)
         for command_id in ids:
             log.info("command_delivered", command=command_id, session=key.ident, evidence=evidence)
-        session = self._ctx.sessions.get(key)
-        if session is not None:
-            session.first_waiting_at = self._ctx.now if len(queue) else None
-            session.waiting_reported = False
-        self.wake(key)
 
     def _evidence_due(self, offering: Offering) -> None:
         self._evidence_timers.pop(offering.offer.number, None)
@@ -268,6 +265,9 @@ class Delivery:
         queue = self._queues.pop(source)
         if queue is None:
             return
+        if queue.offer is not None:
+            doubt = queue.doubt(queue.offer, "superseded", self._ctx.queue_policy)
+            self._queues.doubted(target, doubt, "superseded")
         successor = self._queues.of(target)
         queue.drain_to(successor, lambda record: replace(record, session=target))
         for live in successor.all():

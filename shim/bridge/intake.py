@@ -38,12 +38,10 @@ class Intake:
         """Take in what the store holds after a restart; offered commands are uncertain now."""
         now, wall = self._ctx.now, self._ctx.clock.wall_s()
         for record in records:
-            self._queues.admit(record, now + (record.expires_wall - wall))
+            live = self._queues.admit(record, now + (record.expires_wall - wall))
+            live.replies = 1  # nobody remembers whether an agent that hung up got it all the same
         for key, queue in self._queues.items():
             self._queues.doubted(key, queue.judge_loaded(self._ctx.queue_policy), "restart")
-            session = self._ctx.sessions.get(key)
-            if session is not None:
-                session.first_waiting_at = now
 
     def arrive(
         self,
@@ -107,8 +105,6 @@ class Intake:
         expires_at = arrived_at + (record.expires_wall - record.arrived_wall)
         live = self._queues.admit(replace(record, seq=put.seq), expires_at)
         live.arrived_at = arrived_at
-        if session.first_waiting_at is None:
-            session.first_waiting_at = self._ctx.now
         self._wake(key)
 
     def _refuse(self, session: Session, command_id: str, request_id: str, code: str, via: str) -> None:

@@ -52,7 +52,7 @@ class Queues:
 
     def admit(self, record: CommandRecord, expires_at: float) -> Live:
         """Take in a stored command; `expires_at` is monotonic."""
-        live = self.of(record.session).add(record, expires_at)
+        live = self.of(record.session).add(record, expires_at, self._ctx.now)
         self.watch(record.session, live)
         return live
 
@@ -89,7 +89,7 @@ class Queues:
     def end_session(self, key: SessionKey) -> None:
         """The session is deleted: its commands end EXPIRED."""
         queue = self.pop(key)
-        for live in queue.all() if queue is not None else ():
+        for live in queue.forget_all() if queue is not None else ():
             self.end(key, live, State.EXPIRED, "expired", "the agent was not seen for too long")
 
     def count(self, event: str, number: int = 1) -> None:

@@ -39,7 +39,6 @@ HOUSEKEEPING_S = 600.0
 HOLDS_SAVED_S = 60.0
 HELD_SWEEP_S = 5.0
 UNPOLLED_WARNING_S = 600.0
-STORE_RETRY_AFTER_S = 5
 
 
 class _LinkSource:
@@ -95,6 +94,7 @@ class Bridge:
         self.detour = Detour(ctx, self.routes, self.roster, self.queues, self.intake, self.delivery)
         self.calls = Calls(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
         self.stopping = False
+        self.unpolled: set[SessionKey] = set()
         self._sources: dict[LinkRunner, _LinkSource] = {}
         self._housekept_at = self._holds_saved_at = self._held_swept_at = ctx.now
 
@@ -141,10 +141,7 @@ class Bridge:
         now = self.ctx.now
         self.roster.sweep_superseded()
         self.gateways.sweep(now)
-        for key, queue in self.queues.items():
-            session = self.ctx.sessions.get(key)
-            if session is not None:
-                self._warn_unpolled(session, len(queue), now)
+        self._warn_unpolled(now)
         if now - self._held_swept_at >= HELD_SWEEP_S:
             self._held_swept_at = now
             self.presence.sweep()
@@ -164,16 +161,22 @@ class Bridge:
             if session.hold.changed or session.tunnel_hold.changed:
                 self.roster.save(session)
 
-    def _warn_unpolled(self, session: Session, waiting: int, now: float) -> None:
-        since = max(session.first_waiting_at or now, session.poll_at or 0.0)
-        if not session.waiting_reported and now - since >= UNPOLLED_WARNING_S:
-            session.waiting_reported = True
-            log.warning(
-                "commands_not_polled",
-                session=session.key.ident,
-                commands=waiting,
-                hint="this agent has not polled for 10 minutes; stock agents never fetch commands",
-            )
+    def _warn_unpolled(self, now: float) -> None:
+        """Commands wait and their agent has not polled for 10 minutes: said once (protocol.md §1)."""
+        overdue = set()
+        for key, queue in self.queues.items():
+            session, since = self.ctx.sessions.get(key), queue.waiting_since
+            if session is None or since is None or now - max(since, session.poll_at or 0.0) < UNPOLLED_WARNING_S:
+                continue
+            overdue.add(key)
+            if key not in self.unpolled:
+                log.warning(
+                    "commands_not_polled",
+                    session=key.ident,
+                    commands=len(queue),
+                    hint="this agent has not polled for 10 minutes; stock agents never fetch commands",
+                )
+        self.unpolled = overdue
 
     # --- ports.Switchboard --------------------------------------------------------------------------------------------
 

@@ -1,78 +1,31 @@
-"""The life of a command and the queue of one session (protocol.md §3). Pure: the caller performs what is returned."""
+"""The queue of one session: commands that its agent has not been seen to have (protocol.md §3)."""
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from enum import Enum
 
+from shim.core.life import Step, next_state
 from shim.core.records import CommandRecord, State
-from shim.errors import IllegalTransition
-
-
-class Step(Enum):
-    """What can happen to a command."""
-
-    OFFER = "offer"  # put into a poll reply
-    UNWRITTEN = "unwritten"  # the reply did not reach the agent: no attempt
-    EVIDENCE = "evidence"  # the agent has it
-    NO_EVIDENCE = "no_evidence"  # nobody can tell
-    RESULT = "result"  # the agent's result is on disk
-    FENCED = "fenced"  # the controller has the result
-    EXPIRE = "expire"
-    GIVE_UP = "give_up"  # attempts used up, at most once, or purged by hand
-    REDELIVER = "redeliver"  # by hand
-
-
-_S, _E = State, Step
-TRANSITIONS: dict[tuple[State, Step], State] = {
-    (_S.QUEUED, _E.OFFER): _S.OFFERED,
-    (_S.QUEUED, _E.EXPIRE): _S.EXPIRED,
-    (_S.QUEUED, _E.GIVE_UP): _S.DEAD,
-    (_S.OFFERED, _E.UNWRITTEN): _S.QUEUED,
-    (_S.OFFERED, _E.EVIDENCE): _S.DELIVERED,
-    (_S.OFFERED, _E.NO_EVIDENCE): _S.UNCERTAIN,
-    (_S.UNCERTAIN, _E.OFFER): _S.OFFERED,
-    (_S.UNCERTAIN, _E.EVIDENCE): _S.DELIVERED,
-    (_S.UNCERTAIN, _E.GIVE_UP): _S.DEAD,
-    (_S.DELIVERED, _E.REDELIVER): _S.QUEUED,
-    (_S.EXPIRED, _E.REDELIVER): _S.QUEUED,
-    (_S.DEAD, _E.REDELIVER): _S.QUEUED,
-    (_S.ANSWERED, _E.FENCED): _S.CLOSED,
-    # A valid result is always stored, in every state; after an end it changes the state no more than a repeat does.
-    (_S.QUEUED, _E.RESULT): _S.ANSWERED,
-    (_S.OFFERED, _E.RESULT): _S.ANSWERED,
-    (_S.UNCERTAIN, _E.RESULT): _S.ANSWERED,
-    (_S.DELIVERED, _E.RESULT): _S.ANSWERED,
-    (_S.EXPIRED, _E.RESULT): _S.ANSWERED,
-    (_S.DEAD, _E.RESULT): _S.ANSWERED,
-    (_S.ANSWERED, _E.RESULT): _S.ANSWERED,
-    (_S.CLOSED, _E.RESULT): _S.CLOSED,
-}
-
-
-def next_state(state: State, step: Step) -> State:
-    """The state after `step`; raises `IllegalTransition` for a cell that the table does not have."""
-    after = TRANSITIONS.get((state, step))
-    if after is None:
-        raise IllegalTransition(f"{step.name} in {state.name}")
-    return after
 
 
 @dataclass(slots=True, order=True)
 class Live:
     """A command that waits for its agent, ordered by arrival. `reason` says why it is offered again.
 
-    `arrived_at` and `expires_at` are monotonic seconds; the first is `None` after a restart.
+    `replies` counts the poll replies that it was put into, also those that were not written. `since` (when it was taken
+    in), `arrived_at` (`None` after a restart) and `expires_at` are monotonic seconds.
     """
 
     seq: int
     record: CommandRecord = field(compare=False)
     state: State = field(compare=False)
     attempts: int = field(compare=False)
+    expires_at: float = field(compare=False)
+    since: float = field(compare=False)
     reason: str = field(compare=False, default="")
-    expires_at: float = field(compare=False, default=0.0)
+    replies: int = field(compare=False, default=0)
     arrived_at: float | None = field(compare=False, default=None)
 
 
@@ -134,6 +87,11 @@ class CommandQueue:
         """JSON bytes of the commands held."""
         return self._bytes
 
+    @property
+    def waiting_since(self) -> float | None:
+        """When the oldest command was taken in (monotonic), `None` if there is none."""
+        return self._order[0].since if self._order else None
+
     def get(self, command_id: str) -> Live | None:
         """A held command."""
         return self._by_id.get(command_id)
@@ -163,9 +121,9 @@ class CommandQueue:
         self._reserved -= 1
         self._reserved_bytes -= size_bytes
 
-    def add(self, record: CommandRecord, expires_at: float, reason: str = "") -> Live:
-        """Take in a stored command; `expires_at` is monotonic."""
-        live = Live(record.seq, record, record.state, record.attempts, reason, expires_at)
+    def add(self, record: CommandRecord, expires_at: float, since: float) -> Live:
+        """Take in a stored command."""
+        live = Live(record.seq, record, record.state, record.attempts, expires_at, since)
         self._by_id[record.id] = live
         insort(self._order, live)
         self._bytes += record.size_bytes
@@ -185,6 +143,7 @@ class CommandQueue:
         for live in batch:
             live.state = next_state(live.state, Step.OFFER)
             live.attempts += 1
+            live.replies += 1
         self.offer = Offer(number, tuple(batch), connection)
         return self.offer
 
@@ -193,16 +152,20 @@ class CommandQueue:
         back = tuple(live for live in offer.commands if live.state is State.OFFERED)
         for live in back:
             # What was uncertain before stays so: a further offer that failed is no news about the earlier one.
-            uncertain = bool(live.reason)
-            live.state = State.UNCERTAIN if uncertain else next_state(live.state, Step.UNWRITTEN)
+            live.state = next_state(live.state, Step.NO_EVIDENCE if live.reason else Step.UNWRITTEN)
             live.attempts -= 1
         if self.offer is offer:
             self.offer = None
         return back
 
     def delivered(self, offer: Offer) -> tuple[Live, ...]:
-        """There is evidence: the agent has the batch. Returns those that were still open."""
-        done = tuple(live for live in offer.commands if live.state is State.OFFERED)
+        """There is evidence: the agent has the batch. Returns those that were still open.
+
+        Evidence may come late: then it settles what became uncertain and has not been offered again.
+        """
+        open_states = (State.OFFERED, State.UNCERTAIN) if self.offer is offer else (State.UNCERTAIN,)
+        held = (live for live in offer.commands if self._by_id.get(live.record.id) is live)
+        done = tuple(live for live in held if live.state in open_states)
         for live in done:
             live.state = next_state(live.state, Step.EVIDENCE)
             self._drop(live)
@@ -234,21 +197,26 @@ class CommandQueue:
         dead: list[Live] = []
         for live in doubtful:
             once = live.record.type in policy.at_most_once
-            if once or not policy.redeliver or live.attempts >= policy.max_attempts:
-                live.state = next_state(live.state, Step.GIVE_UP)
-                self._drop(live)
-                dead.append(live)
-            else:
+            if not once and policy.redeliver and live.attempts < policy.max_attempts:
                 again.append(live)
+                continue
+            live.state = next_state(live.state, Step.GIVE_UP)
+            self._drop(live)
+            dead.append(live)
         return Doubt(tuple(again), tuple(dead))
 
-    def answered(self, command_id: str) -> Live | None:
-        """The agent posted a result for it: it waits no more."""
+    def answered(self, command_id: str) -> tuple[Live, ...]:
+        """The agent posted a result for it. Returns what else it must have because of that.
+
+        It has the rest of the reply that the command came in, if it can have come in no other.
+        """
         live = self._by_id.get(command_id)
-        if live is not None:
-            live.state = next_state(live.state, Step.RESULT)
-            self._drop(live)
-        return live
+        if live is None:
+            return ()
+        offer = self.offer if live.state is State.OFFERED and live.replies == 1 else None
+        live.state = next_state(live.state, Step.RESULT)
+        self._drop(live)
+        return self.delivered(offer) if offer is not None else ()
 
     def expire(self, command_id: str) -> Live | None:
         """Its time is over; only a QUEUED command expires."""
@@ -268,19 +236,26 @@ class CommandQueue:
         self._drop(live)
         return live
 
-    def drain_to(self, other: CommandQueue, rekey: Callable[[CommandRecord], CommandRecord]) -> None:
-        """Move everything to a successor's queue; commands that both know stay the successor's. An open offer ends
+    def forget_all(self) -> tuple[Live, ...]:
+        """The session is deleted: all of its commands end."""
+        ended = self.all()
+        for live in ended:
+            live.state = next_state(live.state, Step.FORGET)
+            self._drop(live)
+        self.offer = None
+        return ended
 
-        in doubt, because its evidence would come under another session.
+    def drain_to(self, other: CommandQueue, rekey: Callable[[CommandRecord], CommandRecord]) -> None:
+        """Move everything to a successor's queue; commands that both know stay the successor's.
+
+        An open offer must have been settled before: its evidence would come under another session.
         """
-        for live in list(self._order):
+        for live in self.all():
             self._drop(live)
             if other.get(live.record.id) is None:
-                state = State.UNCERTAIN if live.state is State.OFFERED else live.state
-                reason = live.reason or ("superseded" if state is State.UNCERTAIN else "")
-                record = replace(rekey(live.record), state=state, attempts=live.attempts)
-                other.add(record, live.expires_at, reason)
-        self.offer = None
+                record = replace(rekey(live.record), state=live.state, attempts=live.attempts)
+                moved = other.add(record, live.expires_at, live.since)
+                moved.reason, moved.replies, moved.arrived_at = live.reason, live.replies, live.arrived_at
 
     def _drop(self, live: Live) -> None:
         if self._by_id.pop(live.record.id, None) is not None:

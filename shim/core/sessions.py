@@ -24,7 +24,6 @@ class Session:
         "agent_id",
         "contact_at",
         "dialect",
-        "first_waiting_at",
         "gaps",
         "heartbeat",
         "heartbeat_at",
@@ -45,7 +44,6 @@ class Session:
         "tunnel",
         "tunnel_hold",
         "upstream_cluster_id",
-        "waiting_reported",
     )
 
     def __init__(self, key: SessionKey, dialect: str) -> None:
@@ -72,8 +70,6 @@ class Session:
         self.sent_at: float | None = None
         self.sent_words: tuple[str, str] | None = None
         self.told_on = 0
-        self.first_waiting_at: float | None = None
-        self.waiting_reported = False
 
     @classmethod
     def from_record(cls, record: SessionRecord) -> Session:
