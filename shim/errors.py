@@ -25,6 +25,14 @@ class AgentError(ShimError):
         self.allow = allow
 
 
+class OperatorError(ShimError):
+    """What a person asked of the admin port cannot be done; `status` is the HTTP status that says so."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class MessageError(ShimError):
     """The controller sent a frame that is no message (protocol.md §2). `kind` is a short bounded label for metrics."""
 

@@ -12,7 +12,16 @@ from shim.bridge.context import Context
 from shim.bridge.outbox import Outbox
 from shim.bridge.queues import Queues
 from shim.core.normalise import Normalised
-from shim.core.records import VIA_HTTP, AddTrace, CommandRecord, PutCommand, PutOutcome, SessionKey, TraceEntry
+from shim.core.records import (
+    VIA_HTTP,
+    AddTrace,
+    CommandRecord,
+    FindCommand,
+    PutCommand,
+    PutOutcome,
+    SessionKey,
+    TraceEntry,
+)
 from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.logs import get
@@ -23,6 +32,7 @@ REFUSALS = {
     "queue_full": "the queue for this cluster is full",
     "store_unavailable": "the queue cannot be written",
 }
+DRAINED = "the shim is being drained and takes no new commands"
 
 
 class Intake:
@@ -33,6 +43,8 @@ class Intake:
         self._queues = queues
         self._outbox = outbox
         self._wake = wake
+        self.closed = False
+        self.refused_by_drain = 0
 
     def load(self, records: tuple[CommandRecord, ...]) -> None:
         """Take in what the store holds after a restart; offered commands are uncertain now."""
@@ -55,7 +67,34 @@ class Intake:
 
         Refusals go to the controller with their code (`queue_full`, `store_unavailable`), and `settled(False)` is
         called. `via` as in `CommandRecord`; who sent a command by HTTP cannot be told.
+
+        While the intake is `closed` only what is known already is taken (a duplicate must not be refused), and what an
+        agent is fetching by HTTP just now.
         """
+        if not self.closed or via == VIA_HTTP:
+            self._take(session, command, request_id, settled, via)
+            return
+
+        def looked_up(outcome: list[Any] | StoreError) -> None:
+            found = [] if isinstance(outcome, StoreError) else outcome[0]
+            if any(record.session == session.key and record.seq for record, _, _ in found):
+                self._take(session, command, request_id, settled, via)
+                return
+            self.refused_by_drain += 1
+            self._refuse(session, command.id, request_id, "queue_full", via, DRAINED)
+            if settled is not None:
+                settled(False)
+
+        self._ctx.store.submit([FindCommand(command.id)], looked_up)
+
+    def _take(
+        self,
+        session: Session,
+        command: Normalised,
+        request_id: str,
+        settled: Callable[[bool], None] | None,
+        via: str,
+    ) -> None:
         key = session.key
         now, wall = self._ctx.now, self._ctx.clock.wall_s()
         size_bytes = len(msgspec.json.encode(command.payload)) + len(command.id) + len(command.type)
@@ -107,8 +146,8 @@ class Intake:
         live.arrived_at = arrived_at
         self._wake(key)
 
-    def _refuse(self, session: Session, command_id: str, request_id: str, code: str, via: str) -> None:
+    def _refuse(self, session: Session, command_id: str, request_id: str, code: str, via: str, error: str = "") -> None:
         self._queues.count(f"rejected_{code}")
         log.warning("command_rejected", command=command_id, session=session.key.ident, code=code)
         if via != VIA_HTTP:
-            self._outbox.report(session.key, session, command_id, request_id, code=code, error=REFUSALS[code])
+            self._outbox.report(session.key, session, command_id, request_id, code=code, error=error or REFUSALS[code])

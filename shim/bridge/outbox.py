@@ -48,6 +48,11 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def empty(self) -> bool:
+        """Whether the controller has everything, what stands on disk from before included."""
+        return not (self._entries or self._unread or self._pumping)
+
     def loaded(self, owners: tuple[str, ...]) -> None:
         """These owners have entries on disk from before."""
         self._unread.update(owners)

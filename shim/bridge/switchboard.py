@@ -16,6 +16,7 @@ from shim.bridge.holding import Holding
 from shim.bridge.inbound import Inbound
 from shim.bridge.intake import Intake
 from shim.bridge.links import LinkRunner, LinkSet
+from shim.bridge.operator import Operator
 from shim.bridge.outbox import Outbox
 from shim.bridge.presence import Presence
 from shim.bridge.queues import Queues
@@ -91,6 +92,7 @@ class Bridge:
         self.presence = Presence(ctx, self.registrations, self.routes)
         self.holding = Holding(ctx, self.presence, self.roster)
         self.inbound = Inbound(ctx, self.registrations, self.roster, self.intake, self.outbox, self.holding)
+        self.operator = Operator(ctx, self.queues, self.intake, self.delivery)
         self.detour = Detour(ctx, self.routes, self.roster, self.queues, self.intake, self.delivery)
         self.calls = Calls(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
         self.stopping = False
@@ -132,6 +134,7 @@ class Bridge:
     def stop(self) -> None:
         """Answer held polls, close links. The store is closed by its owner, after this."""
         self.quiesce()
+        self.operator.stop()
         self.gateways.stop()
         self.links.stop()
 
