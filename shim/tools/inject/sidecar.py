@@ -170,7 +170,7 @@ def add(template: Map, sidecar: Sidecar, agent: Map) -> None:
         spec["initContainers"].insert(0, sidecar.container)
     else:
         _insert(spec, "containers", "initContainers", [sidecar.container])
-    spec.setdefault("volumes", []).extend(sidecar.volumes)
+    spec.setdefault("volumes", [])[:0] = sidecar.volumes
     entry = _entry(agent, API_URL)
     if entry is not None:
         entry.pop("valueFrom", None)
