@@ -100,12 +100,16 @@ def post_rendered(helm: str, folder: Path, *args: str, shape: str = "chart") -> 
 def test_the_post_renderer_makes_the_pod_that_the_command_makes(helm: str, tmp_path: Path) -> None:
     text = post_rendered(helm, tmp_path, "--image", IMAGE)
     assert pod_of(text) == by_command("chart")
-    assert not [each for each in documents(text) if each["kind"] == "ConfigMap" and each["metadata"]["name"] == "agent-shim"]
+    assert not [
+        each for each in documents(text) if each["kind"] == "ConfigMap" and each["metadata"]["name"] == "agent-shim"
+    ]
 
 
 @pytest.mark.needs("helm3", "kubectl")
 def test_the_post_renderer_takes_manifest_shapes_and_adds_the_config_map_if_asked(tmp_path: Path) -> None:
-    text = post_rendered("helm3", tmp_path, "--install", "manifest", "--with-config", "--image", IMAGE, shape="manifest")
+    text = post_rendered(
+        "helm3", tmp_path, "--install", "manifest", "--with-config", "--image", IMAGE, shape="manifest"
+    )
     assert pod_of(text) == by_command("manifest")
     assert "token_file" in one(documents(text), "ConfigMap", "agent-shim")["data"]["config.yaml"]
 
@@ -121,8 +125,8 @@ def test_the_post_renderer_takes_manifest_shapes_and_adds_the_config_map_if_aske
 )
 @pytest.mark.needs("kubectl")
 def test_the_post_renderer_refuses(args: tuple[str, ...], change: tuple[str, str], said: str) -> None:
+    script = POST_RENDERER / "agent-shim-sidecar.sh"
     with pytest.raises(Refused, match=said):
-        script = POST_RENDERER / "agent-shim-sidecar.sh"
         run(script, "--install", "manifest", *args, stdin=vendor_text("manifest").replace(*change))
 
 

@@ -1,7 +1,7 @@
 """What an API server does with a MutatingAdmissionPolicy of JSON patches: selectors, conditions, variables, CEL, patch.
 
-The expressions are evaluated by a CEL implementation that knows no object types. `plain` turns `Object.spec.x{a: 1}` into
-a map, and checks on the way what Kubernetes checks: that a type's name is the path at which the object stands.
+The expressions are evaluated by a CEL implementation that knows no object types. `plain` turns `Object.spec.x{a: 1}`
+into a map, and checks on the way what Kubernetes checks: that a type's name is the path at which the object stands.
 """
 
 from __future__ import annotations

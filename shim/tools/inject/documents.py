@@ -12,6 +12,7 @@ from typing import Any
 from shim.tools.inject import sidecar
 from shim.tools.inject.sidecar import InjectError, Map, Sidecar
 
+_HEAD = "---\n"
 _SEPARATOR = re.compile(r"^---(?=\s|$)", re.MULTILINE)
 # A key with a list below it: how far each is indented, with comments between them.
 _LIST = re.compile(r"^( *)(?:- )?[\w.\-/\"']+:[ \t]*(?:#.*)?\n(?:[ \t]*(?:#.*)?\n)*( *)- ", re.MULTILINE)
@@ -45,12 +46,9 @@ def inject(text: str, options: Options) -> str:
 
     Raises `InjectError` when there is no agent, or one that cannot be given the sidecar.
     """
-    chunks = [_Chunk(part) for part in _split(text)]
     agents = 0
     out: list[str] = []
-    for chunk in chunks:
-        if chunk.is_our_config():
-            continue
+    for chunk in _chunks(text):
         configs = []
         for found in chunk.agents(options.container):
             agents += 1
@@ -59,7 +57,7 @@ def inject(text: str, options: Options) -> str:
             sidecar.add(found.template, with_shim, found.container)
             configs.append(_config_map(with_shim, found.namespace))
         if options.config and configs:
-            out.append(configs[0])
+            out.append(f"{_HEAD}{configs[0]}" if chunk.has_head else f"{configs[0]}{_HEAD}")
         out.append(chunk.text())
     if not agents:
         raise InjectError("no agent in it: no workload has a container named agent or pipeops-agent; see --container")
@@ -69,13 +67,23 @@ def inject(text: str, options: Options) -> str:
 def remove(text: str) -> str:
     """The manifests without the sidecar and its ConfigMap."""
     out = []
-    for chunk in map(_Chunk, _split(text)):
-        if chunk.is_our_config():
-            continue
+    for chunk in _chunks(text):
         for template, _ in chunk.templates():
             sidecar.remove(template)
         out.append(chunk.text())
     return "".join(out)
+
+
+def _chunks(text: str) -> list[_Chunk]:
+    """The documents of a stream without our ConfigMaps. The first needed no `---` before one of ours came before it."""
+    chunks: list[_Chunk] = []
+    bare = False
+    for part in _split(text):
+        chunk = _Chunk(part.removeprefix(_HEAD) if bare else part)
+        bare = chunk.is_our_config() and not chunk.has_head and not chunks
+        if not chunk.is_our_config():
+            chunks.append(chunk)
+    return chunks
 
 
 class _Chunk:
@@ -89,6 +97,11 @@ class _Chunk:
         self._data = _load(self._yaml, text[len(self._head) :])
         # What the library makes of it without any change: only a difference from this is a change.
         self._before = self._dump()
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it begins with a `---` line."""
+        return bool(self._head)
 
     def text(self) -> str:
         """As it came with the changed lines, or, where its lines are not the library's, as the library writes it."""
@@ -149,7 +162,7 @@ def _config_map(with_shim: Sidecar, namespace: str) -> str:
     data = {"config.yaml": LiteralScalarString(out.getvalue())}
     text = io.StringIO()
     writer.dump({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}, text)
-    return f"---\n{text.getvalue()}"
+    return text.getvalue()
 
 
 def _split(text: str) -> list[str]:
@@ -191,8 +204,17 @@ def _patch(original: str, before: str, after: str) -> str:
         return ""
     out: list[str] = []
     for tag, start, end, new_start, new_end in difflib.SequenceMatcher(None, known, new, autojunk=False).get_opcodes():
-        out += lines[start:end] if tag == "equal" else new[new_start:new_end]
+        if tag == "equal":
+            out += lines[start:end]
+            continue
+        at = min(start, len(lines) - 1)
+        shift = _indent(lines[at]) - _indent(known[at])
+        out += [" " * shift + line[max(0, -shift) :] for line in new[new_start:new_end]]
     return "".join(out)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
 
 
 def _parsed(text: str) -> Any:

@@ -192,12 +192,19 @@ def remove(template: Map) -> bool:
     volumes = spec.get("volumes") or []
     for volume in [volume for volume in volumes if volume["name"].startswith(PREFIX)]:
         volumes.remove(volume)
-    labels = (template.get("metadata") or {}).get("labels") or {}
-    labels.pop(INJECTED_LABEL, None)
-    for key in ("initContainers", "volumes"):
-        if key in spec and not spec[key]:
-            del spec[key]
+    metadata = template.get("metadata") or {}
+    if (metadata.get("labels") or {}).pop(INJECTED_LABEL, None):
+        _drop_empty(metadata, "labels")
+        _drop_empty(template, "metadata")
+    if ours:
+        _drop_empty(spec, "initContainers")
+        _drop_empty(spec, "volumes")
     return bool(ours)
+
+
+def _drop_empty(parent: Map, key: str) -> None:
+    if key in parent and not parent[key]:
+        del parent[key]
 
 
 def _give_back(agent: Map, upstream: Map | None) -> None:
@@ -207,8 +214,7 @@ def _give_back(agent: Map, upstream: Map | None) -> None:
     reference = ((upstream or {}).get("valueFrom") or {}).get("secretKeyRef") or {}
     if upstream is None or reference.get("optional"):
         agent["env"].remove(entry)
-        if not agent["env"]:
-            del agent["env"]
+        _drop_empty(agent, "env")
         return
     del entry["value"]
     entry.update((key, value) for key, value in upstream.items() if key != "name")

@@ -1,0 +1,189 @@
+"""`agent-shim inject`: comments, order, idempotence, removal, and what it refuses."""
+
+from __future__ import annotations
+
+import difflib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shim.tools.inject.documents import Options, inject, remove
+from shim.tools.inject.sidecar import InjectError
+from tests.support.manifests import SHAPES, container, documents, env_of, one, pod_of, vendor_text
+
+IMAGE = "example/agent-shim:v9"
+OPTIONS = Options(IMAGE)
+
+MINIMAL = """\
+apiVersion: v1
+kind: Pod
+metadata: {name: one}
+spec:
+  containers:
+    - name: pipeops-agent
+      image: agent
+"""
+
+BY_REFERENCE = """\
+valueFrom:
+                secretKeyRef:
+                  name: pipeops-agent-config
+                  key: token
+"""
+
+
+def agent_shim(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shim", "inject", *args]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_removal_gives_the_vendors_text_back_to_the_byte(shape: str) -> None:
+    text = vendor_text(shape)
+    assert remove(inject(text, OPTIONS)) == text
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_second_time_changes_nothing(shape: str) -> None:
+    once = inject(vendor_text(shape), OPTIONS)
+    assert inject(once, OPTIONS) == once
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_only_lines_of_ours_are_added(shape: str) -> None:
+    before, after = vendor_text(shape).splitlines(), inject(vendor_text(shape), OPTIONS).splitlines()
+    diff = difflib.unified_diff(before, after, lineterm="", n=0)
+    missing = [line[1:] for line in diff if line.startswith("-") and not line.startswith("---")]
+    # The chart's own URL moves to the sidecar; everything else stays, comments included, in its order.
+    assert missing == (['              value: "https://api.pipeops.sh"'] if shape == "chart" else [])
+
+
+def test_another_image_takes_the_place_of_the_first() -> None:
+    once = inject(vendor_text("chart"), OPTIONS)
+    pod = pod_of(inject(once, Options("example/agent-shim:v10")))
+    assert [each["image"] for each in pod["spec"]["initContainers"]] == ["example/agent-shim:v10"]
+    assert env_of(container(pod, "agent-shim"))["SHIM_UPSTREAM__URL"] == "https://api.pipeops.sh"
+    assert len(pod["spec"]["volumes"]) == 6
+
+
+def test_the_config_map_stands_in_front_of_the_agent_and_in_its_namespace() -> None:
+    kinds = [(each["kind"], each["metadata"]["name"]) for each in documents(inject(vendor_text("installer"), OPTIONS))]
+    assert kinds[-2:] == [("ConfigMap", "agent-shim"), ("Deployment", "pipeops-agent")]
+    assert (
+        one(documents(inject(vendor_text("installer"), OPTIONS)), "ConfigMap")["metadata"]["namespace"]
+        == "pipeops-system"
+    )
+    assert "kind: ConfigMap" not in inject(vendor_text("installer"), Options(IMAGE, config=False))
+
+
+def test_an_own_token_needs_no_secret() -> None:
+    pod = documents(inject(MINIMAL, Options(IMAGE, own_token=True)))[-1]
+    assert [each["name"] for each in pod["spec"]["volumes"]] == [
+        "agent-shim-config",
+        "agent-shim-store",
+        "agent-shim-empty",
+    ]
+    config = documents(documents(inject(MINIMAL, Options(IMAGE, own_token=True)))[0]["data"]["config.yaml"])[0]
+    assert "upstream" not in config
+
+
+def test_a_list_of_kubectl_and_a_named_container() -> None:
+    text = "apiVersion: v1\nkind: List\nitems:\n" + "".join(
+        f"{'- ' if not at else '  '}{line}\n"
+        for at, line in enumerate(MINIMAL.replace("pipeops-agent", "mine").splitlines())
+    )
+    with pytest.raises(InjectError, match="--container"):
+        inject(text, Options(IMAGE, own_token=True))
+    found = documents(inject(text, Options(IMAGE, container="mine", own_token=True)))[-1]
+    assert found["items"][0]["spec"]["initContainers"][0]["name"] == "agent-shim"
+    assert remove(inject(text, Options(IMAGE, container="mine", own_token=True))) == text
+
+
+def test_a_source_of_the_url_moves_over_and_comes_back() -> None:
+    by_reference = vendor_text("chart").replace(
+        'value: "https://api.pipeops.sh"', "valueFrom: {configMapKeyRef: {name: urls, key: api}}"
+    )
+    pod = pod_of(inject(by_reference, OPTIONS))
+    assert env_of(container(pod, "agent-shim"))["SHIM_UPSTREAM__URL"] == {
+        "configMapKeyRef": {"name": "urls", "key": "api"}
+    }
+    assert documents(remove(inject(by_reference, OPTIONS))) == documents(by_reference)
+
+
+def test_lists_indented_in_two_ways_stay_valid() -> None:
+    text = vendor_text("chart").replace("          env:\n            - name", "          env:\n          - name", 1)
+    text = text.replace('              value: "https://api.pipeops.sh"', '            value: "https://api.pipeops.sh"')
+    head, _, rest = text.partition('            value: "https://api.pipeops.sh"\n')
+    env, _, tail = rest.partition("          ports:")
+    text = (
+        f'{head}            value: "https://api.pipeops.sh"\n'
+        + "".join(f"{line[2:]}\n" for line in env.splitlines())
+        + f"          ports:{tail}"
+    )
+    assert pod_of(inject(text, OPTIONS)) == pod_of(inject(vendor_text("chart"), OPTIONS))
+    assert documents(remove(inject(text, OPTIONS))) == documents(text)
+
+
+def test_an_agent_that_opted_out_is_none() -> None:
+    text = vendor_text("installer").replace(
+        "        app: pipeops-agent\n    spec",
+        "        app: pipeops-agent\n        agent-shim/inject: disabled\n    spec",
+    )
+    with pytest.raises(InjectError, match="no agent"):
+        inject(text, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("serviceAccountName: pipeops-agent", "hostNetwork: true", "hostNetwork, where 127.0.0.1"),
+        ("          envFrom:\n            - secretRef:\n                name: pipeops-agent-config\n", "", "no Secret"),
+        ("- name: agent\n", "- name: web\n", "no agent in it"),
+        ("kind: Deployment", "kind: Deployment\n  x: [", "not valid YAML in line"),
+    ],
+)
+def test_what_cannot_be_done_is_said(old: str, new: str, said: str) -> None:
+    assert old in vendor_text("manifest")
+    with pytest.raises(InjectError, match=said):
+        inject(vendor_text("manifest").replace(old, new), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("https://api.pipeops.sh", "http://127.0.0.1:9000", "is http://127.0.0.1:9000 already"),
+        (
+            BY_REFERENCE,
+            "value: in-the-open\n",
+            "in no Secret: use --own-token",
+        ),
+    ],
+)
+def test_what_the_vendors_chart_cannot_be_given_is_said(old: str, new: str, said: str) -> None:
+    assert old in vendor_text("chart")
+    with pytest.raises(InjectError, match=said):
+        inject(vendor_text("chart").replace(old, new), OPTIONS)
+
+
+def test_the_command_reads_files_and_stdin(tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_text(vendor_text("manifest"))
+    by_file = agent_shim("-f", str(file), "--image", IMAGE)
+    by_stdin = agent_shim("--image", IMAGE, stdin=vendor_text("manifest"))
+    assert by_file.stdout == by_stdin.stdout == inject(vendor_text("manifest"), OPTIONS)
+    assert (by_file.returncode, by_file.stderr) == (0, "")
+    assert agent_shim("--remove", stdin=by_stdin.stdout).stdout == vendor_text("manifest")
+
+
+def test_a_dry_run_shows_the_difference_and_an_error_ends_with_1(tmp_path: Path) -> None:
+    shown = agent_shim("--dry-run", "--no-config", stdin=vendor_text("installer")).stdout.splitlines()
+    assert [line for line in shown if line.startswith("-")] == ["--- stdin"]
+    assert "+        - name: PIPEOPS_API_URL" in shown
+    failed = agent_shim(stdin="kind: ConfigMap\n")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert "no agent in it" in failed.stderr
+    missing = agent_shim("-f", str(tmp_path / "none.yaml"))
+    assert missing.returncode == 1
+    assert "cannot be read" in missing.stderr
