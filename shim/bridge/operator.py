@@ -12,16 +12,9 @@ from shim.bridge.delivery import Delivery
 from shim.bridge.intake import Intake
 from shim.bridge.queues import Queues
 from shim.core.commands import CommandQueue
-from shim.core.records import (
-    AddTrace,
-    CommandRecord,
-    FindCommand,
-    RequeueCommand,
-    SessionKey,
-    State,
-    TraceEntry,
-)
-from shim.errors import OperatorError, StoreError
+from shim.core.life import Step, next_state
+from shim.core.records import AddTrace, CommandRecord, FindCommand, RequeueCommand, SessionKey, State, TraceEntry
+from shim.errors import IllegalTransition, OperatorError, StoreError
 from shim.logs import get
 from shim.ports import Timer
 
@@ -29,7 +22,6 @@ log = get(__name__)
 
 CHECK_S = 0.5
 REASON_CHARS = 200
-ENDED = (State.DELIVERED, State.EXPIRED, State.DEAD)
 
 
 class DrainState(Enum):
@@ -191,8 +183,10 @@ class Operator:
             raise OperatorError(409, "the shim is being drained: cancel that first (agent-shim drain --cancel)")
         record = _only(await self.find(command_id), session).record
         key = record.session
-        if record.state not in ENDED:
-            raise OperatorError(409, f"it is {record.state.name}: only a command without a result can be redelivered")
+        try:
+            queued = next_state(record.state, Step.REDELIVER)
+        except IllegalTransition:
+            raise OperatorError(409, f"it is {record.state.name}: only what ended without a result can be") from None
         if record.seq == 0:
             raise OperatorError(409, "it was rejected when it arrived and never stored: the controller has to send it")
         if self._ctx.sessions.get(key) is None:
@@ -201,7 +195,7 @@ class Operator:
             raise OperatorError(409, "the queue of its agent is full")
         why = _with_reason("by an operator", reason)
         wall, ttl_s = self._ctx.clock.wall_s(), self._ctx.settings.commands.ttl_s
-        again = replace(record, state=State.QUEUED, attempts=0, expires_wall=wall + ttl_s)
+        again = replace(record, state=queued, attempts=0, expires_wall=wall + ttl_s)
         trace = AddTrace(key, (command_id,), TraceEntry(wall, "redeliver", f"{why}; it was {record.state.name}"))
         if not await self._ask(RequeueCommand(key, command_id, wall, again.expires_wall), trace, then=again):
             raise OperatorError(409, "something happened to it meanwhile: look at it and try again")
