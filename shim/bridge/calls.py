@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from shim.core.calls import (
     Outcome,
     PollCall,
     RegisterCall,
+    Registered,
     ResultCall,
     StatusCall,
     TunnelInfo,
@@ -122,17 +124,17 @@ class Calls:
         runner = self._routes.links.get(owner, name, client.token)
         runner.wanted()
         if stored is not None and stored.upstream_cluster_id:
-            call.payload.setdefault("cluster_id", stored.upstream_cluster_id)
+            payload = {"cluster_id": stored.upstream_cluster_id, **call.payload}
+            call = replace(call, payload=payload)
 
         def cached() -> Outcome | None:
             known = self._roster.stored_for(owner, call)
-            if known is None:
-                return None
-            known.contact(self._ctx.now, self._ctx.clock.wall_s())
-            self._usage.note(known.key, call.dialect, "register", known.seen_wall)
-            return outcome_of(known, cached=True)
+            return outcome_of(known, cached=True) if known is not None else None
 
-        return await self._registrations.register(runner, call, cached, arrived_s)
+        outcome = await self._registrations.register(runner, call, cached, arrived_s)
+        if isinstance(outcome, Registered):
+            self._roster.answered(owner, call, outcome)
+        return outcome
 
     async def _result(self, owner: str, client: Client, call: ResultCall) -> Outcome:
         session = self._roster.called(owner, call.target, call.dialect)

@@ -9,8 +9,9 @@ from shim.bridge.connection import Connection
 from shim.bridge.context import Context
 from shim.bridge.holding import Holding
 from shim.bridge.intake import Intake
+from shim.bridge.jobs import Job
 from shim.bridge.outbox import Outbox
-from shim.bridge.registrations import Job, Registrations
+from shim.bridge.registrations import Registrations
 from shim.bridge.roster import Roster
 from shim.bridge.routes import LINK_KIND
 from shim.core.normalise import Malformed, normalise
@@ -69,7 +70,7 @@ class Inbound:
         self._unknown: set[str] = set()
         self._handlers: dict[str, Callable[[Connection, Message, Source], None]] = {
             "register_success": self._register_success,
-            "register_in_progress": self._nothing,
+            "register_in_progress": self._register_in_progress,
             "heartbeat_ack": self._nothing,
             "pong": self._nothing,
             "ping": self._ping,
@@ -95,6 +96,9 @@ class Inbound:
 
     def _nothing(self, connection: Connection, message: Message, source: Source) -> None:
         """Its arrival was all it had to say."""
+
+    def _register_in_progress(self, connection: Connection, message: Message, source: Source) -> None:
+        self._registrations.in_progress(message)
 
     def _register_success(self, connection: Connection, message: Message, source: Source) -> None:
         job: Job | None = self._registrations.succeeded(connection, message)

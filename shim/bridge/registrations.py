@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 from shim.bridge.connection import Connection
 from shim.bridge.context import Context
+from shim.bridge.jobs import Identity, Job, RegistrationListener, Replay, identity_of, identity_of_call
 from shim.bridge.links import LinkRunner
 from shim.core import link_events as ev
-from shim.core.calls import Failed, Outcome, RegisterCall
+from shim.core.calls import Failed, Outcome, RegisterCall, Registered
 from shim.core.link import LinkState
 from shim.core.replies import conflict_id, error_status, error_text, register_reply
 from shim.core.sessions import Session
@@ -23,46 +24,14 @@ log = get(__name__)
 
 CACHED_AFTER_S = 5.0
 REPLAY_WINDOW = 32
-REPLAY_ANSWER_S = 10.0
+ANSWER_S = 10.0
 UNCLAIMED_S = 600.0
 ABANDONED_S = 60.0
+LOST_S = 60.0
 AGAIN_S = 10.0
+RETRY_AFTER_S = 5
 
-Identity = tuple[str, ...]
-
-
-def identity_of(session: Session) -> Identity | None:
-    """Who registers: (owner, `name`, cluster name), or (owner, `agent`, agent id) where the dialect is keyed by it."""
-    if session.key.kind == "agent":
-        return session.key.owner, "agent", session.key.ident
-    name = session.registration.get("name")
-    return (session.key.owner, "name", name) if name else None
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One registration that the controller has not answered. `session` is set where the shim itself asks."""
-
-    identity: Identity
-    runner: LinkRunner
-    payload: dict[str, Any]
-    secret: str
-    call: RegisterCall | None = None
-    session: Session | None = None
-    waiters: set[asyncio.Future[Outcome]] = field(default_factory=set)
-    request_id: str = ""
-    sent_on: int = 0
-    abandoned_at: float | None = None
-
-
-class RegistrationListener(Protocol):
-    """Who makes a session of an answer."""
-
-    def registered(self, job: Job, reply: dict[str, Any], connection: Connection) -> Outcome:
-        """The controller accepted; `reply` as `core.replies.register_reply` gives it."""
-
-    def told(self, session: Session, connection: Connection) -> None:
-        """The controller has just been told about this session."""
+REFUSED = Failed(401, "the controller refuses the token")
 
 
 class Registrations:
@@ -74,8 +43,28 @@ class Registrations:
         self._by_identity: dict[Identity, Job] = {}
         self._by_request: dict[str, Job] = {}
         self._unclaimed: dict[Identity, tuple[Outcome, float]] = {}
-        self._replays: dict[LinkRunner, _Replay] = {}
+        self._replays: dict[LinkRunner, Replay] = {}
         self._asked_at: dict[Identity, float] = {}
+        self._stopping = False
+
+    def waiting_for(self, runner: LinkRunner) -> bool:
+        """Whether an agent waits for an answer over this link."""
+        return any(job.runner is runner and job.waiters for job in self._by_identity.values())
+
+    def sweep(self, now: float) -> None:
+        """Forget what nobody will ask for any more."""
+        self._unclaimed = {i: kept for i, kept in self._unclaimed.items() if now - kept[1] < UNCLAIMED_S}
+        self._asked_at = {i: at for i, at in self._asked_at.items() if now - at < AGAIN_S}
+        for job in list(self._by_identity.values()):
+            patience_s = UNCLAIMED_S if job.sent_on else ABANDONED_S
+            if job.abandoned_at is not None and now - job.abandoned_at >= patience_s:
+                self._forget(job)
+
+    def end_all(self) -> None:
+        """The shim stops: agents that wait are told so."""
+        self._stopping = True
+        for job in self._by_identity.values():
+            job.answer(Failed(503, "the shim is stopping", retry_after_s=RETRY_AFTER_S))
 
     # --- an agent registers -------------------------------------------------------------------------------------------
 
@@ -86,27 +75,35 @@ class Registrations:
 
         `cached` yields the answer from the store; it is asked after 5 s without a result.
         """
-        identity = self._identity(runner, call)
-        ready = self._unclaimed.pop(identity, None)
-        if ready is not None and self._ctx.now - ready[1] < UNCLAIMED_S:
-            return ready[0]
-        job = self._join(runner, identity, call)
+        if self._stopping:
+            return Failed(503, "the shim is stopping", retry_after_s=RETRY_AFTER_S)
         runner.apply(ev.Hurry())
         if runner.machine.refused and runner.state is LinkState.WAITING:
-            self._leave(job)
-            return Failed(401, "the controller refuses the token")
+            return REFUSED
+        identity = identity_of_call(runner.owner, call)
+        outcome, at = self._unclaimed.pop(identity, (None, 0.0))
+        if outcome is None or self._ctx.now - at >= UNCLAIMED_S:
+            outcome = await self._join_and_wait(runner, identity, call, cached, arrived_s)
+        # It may be the answer to another process of the same cluster, which calls itself otherwise.
+        return replace(outcome, agent_id=call.agent_id) if isinstance(outcome, Registered) else outcome
+
+    async def _join_and_wait(
+        self,
+        runner: LinkRunner,
+        identity: Identity,
+        call: RegisterCall,
+        cached: Callable[[], Outcome | None],
+        arrived_s: float,
+    ) -> Outcome:
+        job = self._join(runner, identity, call)
         waiter: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         job.waiters.add(waiter)
         try:
             return await self._await(runner, waiter, cached, arrived_s)
         finally:
             job.waiters.discard(waiter)
-            self._leave(job)
-
-    def _identity(self, runner: LinkRunner, call: RegisterCall) -> Identity:
-        if call.known_by_agent:
-            return runner.owner, "agent", call.agent_id
-        return runner.owner, "name", call.name
+            if not job.waiters:
+                job.abandoned_at = self._ctx.now
 
     async def _await(
         self,
@@ -121,45 +118,43 @@ class Registrations:
             await asyncio.wait((waiter,), timeout=max(0.0, until - self._ctx.now))
             if waiter.done():
                 return waiter.result()
-            if not runner.machine.refused:
-                found = cached()
-                if found is not None:
-                    self._ctx.metrics.registrations.labels("cached").inc()
-                    return found
+            found = None if runner.machine.refused else cached()
+            if found is not None:
+                self._ctx.metrics.registrations.labels("cached").inc()
+                return found
         self._ctx.metrics.registrations.labels("timeout").inc()
-        return Failed(503, "the controller did not answer in time", retry_after_s=5)
+        if runner.machine.refused:
+            return REFUSED
+        return Failed(503, "the controller did not answer in time", retry_after_s=RETRY_AFTER_S)
 
     def _join(self, runner: LinkRunner, identity: Identity, call: RegisterCall) -> Job:
         job = self._by_identity.get(identity)
-        if job is not None:
-            job.abandoned_at = None
-            if job.call is None:  # a replay is under way: its answer serves this agent too, and the news is kept
-                job.call, job.payload, job.secret = call, {**job.payload, **call.payload}, call.secret
-            return job
-        job = Job(identity, runner, dict(call.payload), call.secret, call=call)
-        self._by_identity[identity] = job
+        if job is None:
+            job = self._by_identity[identity] = Job(identity, runner, dict(call.payload), call.secret, call=call)
+        elif job.call is None:  # a replay is under way: its answer serves this agent too, and the news is kept
+            job.call, job.payload, job.secret = call, {**job.payload, **call.payload}, call.secret
+        if job.runner is not runner:  # its link had to make room for others
+            self._forget_requests(job)
+            job.runner = runner
+        job.abandoned_at = None
         self._try_send(job)
         return job
 
-    def _leave(self, job: Job) -> None:
-        if not job.waiters and self._by_identity.get(job.identity) is job:
-            job.abandoned_at = self._ctx.now
-
     # --- the shim registers -------------------------------------------------------------------------------------------
 
-    def ask(self, session: Session, runner: LinkRunner, payload: dict[str, Any]) -> bool:
-        """Register a session from what is known of it, at most once in 10 s. False if nothing was started."""
-        identity = identity_of(session) or (*session.key,)
-        now = self._ctx.now
-        if identity in self._by_identity or now - self._asked_at.get(identity, -AGAIN_S) < AGAIN_S:
-            return False
-        self._asked_at[identity] = now
-        self._start(session, runner, payload, identity)
-        return True
+    def ask(self, session: Session, runner: LinkRunner, payload: dict[str, Any]) -> None:
+        """Register a session from what is known of it, at most once in 10 s."""
+        identity = identity_of(session)
+        pending = self._by_identity.get(identity)
+        if pending is not None:
+            self._try_send(pending)
+        elif self._ctx.now - self._asked_at.get(identity, -AGAIN_S) >= AGAIN_S:
+            self._asked_at[identity] = self._ctx.now
+            self._start(session, runner, payload, identity)
 
     def _start(self, session: Session, runner: LinkRunner, payload: dict[str, Any], identity: Identity) -> Job:
         secret = payload.pop("k8s_service_token", "")
-        job = Job(identity, runner, payload, secret, session=session)
+        job = Job(identity, runner, payload, secret, session=session, abandoned_at=self._ctx.now)
         self._by_identity[identity] = job
         self._try_send(job)
         return job
@@ -168,54 +163,34 @@ class Registrations:
 
     def replay(self, runner: LinkRunner, sessions: list[tuple[Session, dict[str, Any]]]) -> None:
         """After a reconnect: tell these sessions, a window at a time, then agents' own pending registrations."""
-        now = self._ctx.now
-        for job in list(self._by_identity.values()):
-            if job.runner is runner:
-                if job.abandoned_at is not None and now - job.abandoned_at > ABANDONED_S:
-                    self._forget(job)
-                else:
-                    self._try_send(job)
+        self.sweep(self._ctx.now)
         pending = {job.identity: job for job in self._by_identity.values() if job.runner is runner}
         todo = deque(item for item in sessions if identity_of(item[0]) not in pending)
-        replay = _Replay(runner, todo, set(pending.values()))
-        self._replays[runner] = replay
+        replay = self._replays[runner] = Replay(runner, todo, set(pending.values()))
         for job in pending.values():
-            self._give_time(replay, job)
+            self._try_send(job)
         self._advance(replay)
 
-    def _advance(self, replay: _Replay) -> None:
+    def _advance(self, replay: Replay) -> None:
         runner = replay.runner
         if self._replays.get(runner) is not replay or runner.connection is None:
             return
         while replay.todo and len(replay.waiting) < REPLAY_WINDOW:
             session, payload = replay.todo.popleft()
-            identity = identity_of(session) or (*session.key,)
-            if identity in self._by_identity:
-                continue
-            job = self._start(session, runner, payload, identity)
-            replay.waiting.add(job)
-            self._give_time(replay, job)
+            identity = identity_of(session)
+            if identity not in self._by_identity:
+                replay.waiting.add(self._start(session, runner, payload, identity))
         if not replay.todo and not replay.waiting:
             del self._replays[runner]
             runner.replayed()
-
-    def _give_time(self, replay: _Replay, job: Job) -> None:
-        def over() -> None:
-            if job in replay.waiting and self._replays.get(replay.runner) is replay:
-                replay.waiting.discard(job)
-                if job.session is not None and replay.runner.connection is not None:
-                    self._listener.told(job.session, replay.runner.connection)
-                self._advance(replay)
-
-        self._ctx.timers.call_later(REPLAY_ANSWER_S, over)
 
     def link_lost(self, runner: LinkRunner) -> None:
         """Answers will not come: agents' own registrations are sent again on the next connection."""
         self._replays.pop(runner, None)
         for job in list(self._by_identity.values()):
             if job.runner is runner:
-                self._by_request.pop(job.request_id, None)
-                job.request_id, job.sent_on = "", 0
+                self._forget_requests(job)
+                job.sent_on = 0
                 if job.call is None:
                     self._forget(job)
 
@@ -223,21 +198,36 @@ class Registrations:
         """The token is refused: so is every registration that waits."""
         for job in list(self._by_identity.values()):
             if job.runner is runner:
-                self._finish(job, Failed(401, "the controller refuses the token"))
+                self._finish(job, REFUSED)
 
     def _try_send(self, job: Job) -> None:
-        connection = job.runner.connection
-        if connection is None or job.sent_on == connection.serial:
+        """Send it, unless it is on its way already: an answer that is a minute late may never come."""
+        connection, now = job.runner.connection, self._ctx.now
+        if connection is None or (job.sent_on == connection.serial and now - job.sent_at < LOST_S):
             return
-        job.request_id = f"req_{self._ctx.new_id()}"
-        job.sent_on = connection.serial
-        self._by_request[job.request_id] = job
-        payload = dict(job.payload)
-        if job.secret:
-            payload["k8s_service_token"] = job.secret
-        connection.send("register", payload, job.request_id)
+        request_id = f"req_{self._ctx.new_id()}"
+        job.request_ids.append(request_id)
+        job.sent_on, job.sent_at = connection.serial, now
+        self._by_request[request_id] = job
+        secret = {"k8s_service_token": job.secret} if job.secret else {}
+        connection.send("register", {**job.payload, **secret}, request_id)
+        self._ctx.timers.call_later(ANSWER_S, lambda: self._unanswered(job, connection))
+
+    def _unanswered(self, job: Job, connection: Connection) -> None:
+        """The controller has been told, though it does not say so: others and heartbeats do not wait for it."""
+        if self._by_identity.get(job.identity) is not job or job.sent_on != connection.serial:
+            return
+        if job.session is not None:
+            self._listener.told(job.session, connection)
+        self._settled(job)
 
     # --- the controller answers ---------------------------------------------------------------------------------------
+
+    def in_progress(self, message: Message) -> None:
+        """A `register_in_progress`: the controller is at it, and need not be asked again."""
+        job = self._by_request.get(message.request_id)
+        if job is not None:
+            job.sent_at = self._ctx.now
 
     def succeeded(self, connection: Connection, message: Message) -> Job | None:
         """A `register_success`. Returns its job, `None` if nobody waits for this `request_id`."""
@@ -259,7 +249,7 @@ class Registrations:
             return False
         status = error_status(message.payload)
         text = error_text(message.payload)
-        if job.runner.token and job.runner.token in text:
+        if any(secret and secret in text for secret in (job.runner.token, job.secret)):
             text = "the controller reported an error"
         log.warning("register_failed", status=status, error=text, session=str(job.identity[-1]))
         known = conflict_id(message.payload) if status == 409 else ""
@@ -272,34 +262,24 @@ class Registrations:
 
     def _finish(self, job: Job, outcome: Outcome, connection: Connection | None = None) -> None:
         self._forget(job)
-        waiting = [waiter for waiter in job.waiters if not waiter.done()]
-        for waiter in waiting:
-            waiter.set_result(outcome)
-        if not waiting and job.call is not None and not isinstance(outcome, Failed):
+        if not job.answer(outcome) and job.call is not None and not isinstance(outcome, Failed):
             self._unclaimed[job.identity] = (outcome, self._ctx.now)
-            self._prune_unclaimed()
         if connection is not None and job.session is not None:
             self._listener.told(job.session, connection)
-        for replay in list(self._replays.values()):
-            if job in replay.waiting:
-                replay.waiting.discard(job)
-                self._advance(replay)
+        self._settled(job)
+
+    def _settled(self, job: Job) -> None:
+        replay = self._replays.get(job.runner)
+        if replay is not None and job in replay.waiting:
+            replay.waiting.discard(job)
+            self._advance(replay)
 
     def _forget(self, job: Job) -> None:
-        self._by_request.pop(job.request_id, None)
+        self._forget_requests(job)
         if self._by_identity.get(job.identity) is job:
             del self._by_identity[job.identity]
 
-    def _prune_unclaimed(self) -> None:
-        now = self._ctx.now
-        for identity in [i for i, (_, at) in self._unclaimed.items() if now - at >= UNCLAIMED_S]:
-            del self._unclaimed[identity]
-
-
-@dataclass(slots=True, eq=False)
-class _Replay:
-    """What a reconnect still has to tell, and what it waits for."""
-
-    runner: LinkRunner
-    todo: deque[tuple[Session, dict[str, Any]]]
-    waiting: set[Job]
+    def _forget_requests(self, job: Job) -> None:
+        for request_id in job.request_ids:
+            self._by_request.pop(request_id, None)
+        job.request_ids.clear()

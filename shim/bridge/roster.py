@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from shim.bridge.context import Context
@@ -125,6 +124,20 @@ class Roster:
         ]
         return max(found, key=lambda s: (s.superseded_by is None, s.seen_wall), default=None)
 
+    def answered(self, owner: str, call: RegisterCall, outcome: Registered) -> None:
+        """An agent has its registration, maybe from the store or by another's request: it lives, and has this id."""
+        if call.known_by_agent:
+            key = SessionKey(owner, Kind.AGENT.value, call.agent_id)
+        else:
+            key = SessionKey(owner, Kind.CLUSTER.value, outcome.cluster_id)
+        session = self._ctx.sessions.get(key)
+        if session is None:
+            return  # the registration of another agent of its cluster will do; it is known by its own calls
+        session.contact(self._ctx.now, self._ctx.clock.wall_s())
+        self.usage.note(session.key, call.dialect, "register", session.seen_wall)
+        session.agent_id, session.secret = call.agent_id, call.secret or session.secret
+        self._set_alias(session, call.agent_id)
+
     # --- registration -------------------------------------------------------------------------------------------------
 
     def register(
@@ -149,7 +162,6 @@ class Roster:
             session.new_process()
             session.dialect = call.dialect
             session.contact(self._ctx.now, self._ctx.clock.wall_s())
-            self.usage.note(session.key, call.dialect, "register", session.seen_wall)
         agent_id = payload.get("agent_id")
         if isinstance(agent_id, str) and agent_id:
             session.agent_id = agent_id
@@ -260,8 +272,3 @@ def outcome_of(session: Session, cached: bool) -> Registered:
         registered_at=reply.get("registered_at"),
         cached=cached,
     )
-
-
-def renamed(outcome: Registered, agent_id: str) -> Registered:
-    """The same registration, told to another agent id of the same cluster."""
-    return replace(outcome, agent_id=agent_id)

@@ -15,18 +15,17 @@ from shim.bridge.gateway import Gateways, Leg
 from shim.bridge.holding import Holding
 from shim.bridge.inbound import Inbound
 from shim.bridge.intake import Intake
+from shim.bridge.jobs import Job
 from shim.bridge.links import LinkRunner, LinkSet
 from shim.bridge.operator import Operator
 from shim.bridge.outbox import Outbox
 from shim.bridge.presence import Presence
 from shim.bridge.queues import Queues
-from shim.bridge.registrations import Job, Registrations
+from shim.bridge.registrations import Registrations
 from shim.bridge.roster import Roster, outcome_of
 from shim.bridge.routes import Routes
-from shim.core.calls import (
-    AgentCall,
-    Outcome,
-)
+from shim.bridge.timers import OwnedTimers
+from shim.core.calls import AgentCall, Failed, Outcome
 from shim.core.records import Loaded, Prune, SessionKey
 from shim.core.sessions import Session
 from shim.logs import get
@@ -77,6 +76,7 @@ class Bridge:
 
     def __init__(self, ctx: Context) -> None:
         serials = count(1)
+        self._timers = ctx.timers = OwnedTimers(ctx.timers)
         self.ctx = ctx
         self.links = LinkSet(ctx, self, serials)
         self.registrations = Registrations(ctx, self)
@@ -97,7 +97,6 @@ class Bridge:
         self.calls = Calls(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
         self.stopping = False
         self.unpolled: set[SessionKey] = set()
-        self._sources: dict[LinkRunner, _LinkSource] = {}
         self._housekept_at = self._holds_saved_at = self._held_swept_at = ctx.now
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -125,18 +124,20 @@ class Bridge:
         self.ctx.timers.call_later(SWEEP_S, self._sweep)
 
     def quiesce(self) -> None:
-        """Hold no poll any more: those that are held are answered empty."""
+        """Answer what waits: held polls empty, registrations with 503."""
         self.stopping = True
+        self.registrations.end_all()
         self.holding.end_all()
         self.delivery.end_all()
         self._save_holds()
 
     def stop(self) -> None:
-        """Answer held polls, close links. The store is closed by its owner, after this."""
+        """Answer what waits, close links. The store is closed by its owner, after this."""
         self.quiesce()
         self.operator.stop()
         self.gateways.stop()
         self.links.stop()
+        self._timers.close()
 
     def _sweep(self) -> None:
         if self.stopping:
@@ -148,6 +149,7 @@ class Bridge:
         if now - self._held_swept_at >= HELD_SWEEP_S:
             self._held_swept_at = now
             self.presence.sweep()
+            self.registrations.sweep(now)
         if now - self._holds_saved_at >= HOLDS_SAVED_S:
             self._holds_saved_at = now
             self._save_holds()
@@ -207,6 +209,10 @@ class Bridge:
 
     def registered(self, job: Job, reply: dict[str, Any], connection: Connection) -> Outcome:
         """The controller accepted a registration."""
+        if job.session is not None and self.ctx.sessions.get(job.session.key) is not job.session:
+            job.session = None  # it was superseded or deleted meanwhile
+        if job.session is None and job.call is None:
+            return Failed(404, "the session is gone")
         session = self.roster.register(job.runner.owner, job.call, job.session, job.payload, reply)
         job.session = session
         self.routes.bind(session, job.runner)
@@ -254,10 +260,7 @@ class Bridge:
 
     def connection_message(self, connection: Connection, message: Message, runner: LinkRunner) -> None:
         """A message on a link's connection."""
-        source = self._sources.get(runner)
-        if source is None:
-            source = self._sources[runner] = _LinkSource(self, runner)
-        self.inbound.handle(connection, message, source)
+        self.inbound.handle(connection, message, _LinkSource(self, runner))
 
     def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
         """The controller has these results."""
