@@ -1,0 +1,45 @@
+"""All tests here run in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import pytest
+
+from shim.ports import CommandStore
+from tests.support.virtual import VirtualLoop
+from tests.support.world import World, settings
+
+MakeWorld = Callable[..., Awaitable[World]]
+
+
+def pytest_asyncio_loop_factories(config: Any, item: Any) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"virtual": VirtualLoop}
+
+
+@pytest.fixture
+async def make_world() -> AsyncIterator[MakeWorld]:
+    """Makes worlds, started and settled; at the end stops them and holds them to leaving nothing behind."""
+    worlds: list[World] = []
+
+    async def make(make_store: Callable[[], CommandStore] | None = None, **sections: Any) -> World:
+        world = World(settings(**sections), make_store)
+        worlds.append(world)
+        world.start()
+        await world.settle()
+        return world
+
+    yield make
+    for world in worlds:
+        if not world.bridge.stopping:
+            await world.stop()
+        assert not world.faults, world.faults
+        assert not world.timers.pending(), world.timers.pending()
+
+
+@pytest.fixture
+async def world(make_world: MakeWorld) -> World:
+    """A shim with a configured token, online, without agents."""
+    return await make_world()

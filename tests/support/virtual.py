@@ -1,0 +1,87 @@
+"""An event loop whose clock jumps to the next timer as soon as nothing is ready: hours of protocol in milliseconds."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+START_S = 1000.0
+WALL_AT_START_S = 1_795_555_683.0  # 2026-11-24T21:28:03Z
+MAX_JUMPS = 1_000_000
+OUTSIDE_S = 20.0
+
+
+class Hang(BaseException):
+    """Nothing will ever happen again, or far too much has happened: the test waits for something that never comes."""
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Instead of sleeping until the next timer, puts the loop's clock there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = START_S
+        self.jumps = 0
+        self.outside: Callable[[], bool] = lambda: False
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        found = super().select(0)
+        if found or (timeout is not None and timeout <= 0):
+            return found
+        if self.outside():
+            # A thread is at work for the test; what it does takes no virtual time.
+            found = super().select(OUTSIDE_S)
+            if not found:
+                raise Hang(f"work outside the loop took more than {OUTSIDE_S} s")
+            return found
+        if timeout is None:
+            raise Hang("no timer, no callback: nothing will ever happen")
+        self.jumps += 1
+        if self.jumps > MAX_JUMPS:
+            raise Hang(f"{MAX_JUMPS} timers fired")
+        self.now_s += timeout
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """A selector event loop in virtual time; `outside` tells whether a thread is at work that will wake the loop."""
+
+    def __init__(self) -> None:
+        self._jumping = _JumpingSelector()
+        super().__init__(self._jumping)
+        self._clock_resolution = 1e-6  # a jump may miss its timer by a rounding error
+
+    def time(self) -> float:
+        return self._jumping.now_s
+
+    @property
+    def outside(self) -> Callable[[], bool]:
+        return self._jumping.outside
+
+    @outside.setter
+    def outside(self, busy: Callable[[], bool]) -> None:
+        self._jumping.outside = busy
+
+
+class VirtualClock:
+    """A `ports.Clock` on a loop's time. `wall_offset_s` steps the wall clock."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.wall_offset_s = 0.0
+
+    def monotonic_s(self) -> float:
+        return self._loop.time()
+
+    def wall_s(self) -> float:
+        return WALL_AT_START_S + self.wall_offset_s + self._loop.time() - START_S
+
+
+def run_virtual(coro: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a virtual loop of its own, as `asyncio.run` does."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(coro)

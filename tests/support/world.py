@@ -1,0 +1,412 @@
+"""A whole bridge in virtual time: settings, a store, a controller in memory, agents that call as the frontend does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, cast
+
+import msgspec
+from prometheus_client import CollectorRegistry
+
+from shim.bridge import Bridge, Context
+from shim.core.calls import (
+    AgentCall,
+    Commands,
+    HeartbeatCall,
+    Kind,
+    OfferedCommand,
+    Outcome,
+    PollCall,
+    RegisterCall,
+    ResultCall,
+    StatusCall,
+    Target,
+    TunnelPollCall,
+)
+from shim.core.records import AddTrace, FindCommand, Loaded, Operation
+from shim.core.sessions import Session, Sessions
+from shim.errors import ShimError, StoreError
+from shim.metrics import Metrics
+from shim.ports import Answer, Client, CommandStore, StoreDone, Timer
+from shim.settings import Settings
+from shim.store.memory import MemoryStore
+from tests.support.upstream import Controller
+from tests.support.virtual import VirtualClock, VirtualLoop
+
+TOKEN = "upstream-token"
+HALF = 0.5
+
+
+def settings(**sections: Any) -> Settings:
+    """Settings with these sections' keys replaced; a configured token and no holding of polls unless told otherwise."""
+    base: dict[str, Any] = {
+        "upstream": {"url": "https://api.vendor.test", "token": TOKEN},
+        "poll": {"hold": "off"},
+        "store": {"path": ":memory:"},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return msgspec.convert(base, Settings)
+
+
+class OwnedTimers:
+    """`ports.Timers` on a loop: a test sees what is pending, and a crash takes all of it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._pending: set[asyncio.TimerHandle] = set()
+        self._dead = False
+
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
+        def fire() -> None:
+            self._pending.discard(handle)
+            callback()
+
+        handle = self._loop.call_later(delay, fire)
+        if self._dead:
+            handle.cancel()
+        self._pending.add(handle)
+        return handle
+
+    def pending(self) -> list[asyncio.TimerHandle]:
+        return [handle for handle in self._pending if not handle.cancelled()]
+
+    def crash(self) -> None:
+        self._dead = True
+        for handle in self._pending:
+            handle.cancel()
+
+
+class FlakyStore:
+    """A `ports.CommandStore` in front of another: fails while `failing` says so, answers late while it is `slow`."""
+
+    def __init__(self, inner: CommandStore) -> None:
+        self.inner = inner
+        self.failing: Callable[[Sequence[Operation]], bool] = lambda operations: False
+        self.slow = False
+        self.dead = False
+        self.log: list[Operation] = []
+        self.outstanding = 0
+        self._late: list[Callable[[], None]] = []
+
+    def open(self) -> Loaded:
+        return self.inner.open()
+
+    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
+        if self.dead:
+            return
+        loop = asyncio.get_running_loop()
+        if self.failing(operations):
+            self._deliver(loop, done, StoreError("the disk is full"))
+            return
+        self.log.extend(operations)
+        self.outstanding += 1
+
+        def finished(outcome: list[Any] | StoreError) -> None:
+            self.outstanding -= 1
+            if self.slow:
+                self._late.append(lambda: self._tell(done, outcome))
+            else:
+                self._tell(done, outcome)
+
+        self.inner.submit(operations, finished)
+
+    def _deliver(self, loop: asyncio.AbstractEventLoop, done: StoreDone | None, outcome: StoreError) -> None:
+        loop.call_soon(self._tell, done, outcome)
+
+    def _tell(self, done: StoreDone | None, outcome: list[Any] | StoreError) -> None:
+        if done is not None and not self.dead:
+            done(outcome)
+
+    def fail(self) -> None:
+        """The disk is full from now on."""
+        self.failing = lambda operations: True
+
+    def heal(self) -> None:
+        self.failing = lambda operations: False
+
+    def catch_up(self) -> None:
+        """What was slow is answered now."""
+        self.slow = False
+        late, self._late = self._late, []
+        for tell in late:
+            tell()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class World:
+    """One shim and its surroundings. `start()` comes first; it may be stopped, killed and started again."""
+
+    def __init__(
+        self,
+        configured: Settings | None = None,
+        make_store: Callable[[], CommandStore] | None = None,
+        rng: Callable[[], float] = lambda: HALF,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        self.loop = loop
+        self.settings = configured or settings()
+        self.clock = VirtualClock(loop)
+        self.controller = Controller()
+        self.token = TOKEN
+        self.token_error: ShimError | None = None
+        self.faults: list[dict[str, Any]] = []
+        self._rng = rng
+        self._memory = MemoryStore(loop.call_soon)
+        self._make_store = make_store
+        self._ids = count(1)
+        self._connections = count(1)
+        self.store = FlakyStore(self._memory)
+        loop.outside = lambda: make_store is not None and self.store.outstanding > 0
+        loop.set_exception_handler(lambda _, context: self.faults.append(context))
+        self.timers: OwnedTimers
+        self.registry: CollectorRegistry
+        self.bridge: Bridge
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> World:
+        self.timers = OwnedTimers(self.loop)
+        self.registry = CollectorRegistry()
+        self.store = FlakyStore(self._make_store() if self._make_store is not None else self._memory)
+        ctx = Context(
+            settings=self.settings,
+            clock=self.clock,
+            timers=self.timers,
+            rng=self._rng,
+            new_id=lambda: f"id-{next(self._ids)}",
+            store=self.store,
+            upstream=self.controller.upstream,
+            metrics=Metrics(self.registry),
+            read_token=self._read_token,
+            sessions=Sessions(),
+        )
+        self.bridge = Bridge(ctx)
+        self.bridge.start(self.store.open())
+        return self
+
+    def _read_token(self) -> str:
+        if self.token_error is not None:
+            raise self.token_error
+        return self.token
+
+    async def stop(self) -> None:
+        """As SIGTERM does."""
+        self.bridge.quiesce()
+        await self.settle()
+        self.bridge.stop()
+        await self.settle()
+        self.store.close()
+
+    async def crash(self) -> None:
+        """As `kill -9` does: nothing more is said, what is on disk stays."""
+        self.timers.crash()
+        self.store.dead = True
+        self.store.close()
+        for socket in self.controller.open_sockets():
+            socket.lose()
+            socket.closed_by_us = 0
+        await self.settle()
+
+    async def restart(self) -> None:
+        await self.stop()
+        self.start()
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Let everything happen that takes no time."""
+        for _ in range(20):
+            await asyncio.sleep(0)
+        if self.loop.outside():
+            await self._pause(1e-6)
+            await self.settle()
+
+    async def pass_s(self, seconds: float) -> None:
+        """Let virtual time pass."""
+        await self._pause(seconds)
+        await self.settle()
+
+    async def until(self, true: Callable[[], bool], within_s: float = 120.0, step_s: float = 0.05) -> None:
+        """Let virtual time pass until something is true."""
+        deadline = self.now + within_s
+        while not true():
+            assert self.now < deadline, f"it did not come true within {within_s} s"
+            await self._pause(step_s)
+
+    async def _pause(self, seconds: float) -> None:
+        over = self.loop.create_future()
+        self.loop.call_later(seconds, over.set_result, None)
+        await over
+
+    @property
+    def now(self) -> float:
+        return self.loop.time()
+
+    # --- looking inside -----------------------------------------------------------------------------------------------
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(f"agent_shim_{name}", labels) or 0.0
+
+    def session(self, ident: str) -> Session:
+        found = [session for session in self.bridge.ctx.sessions if session.key.ident == ident]
+        assert len(found) == 1, f"{len(found)} sessions {ident}"
+        return found[0]
+
+    async def trace(self, command_id: str) -> list[str]:
+        """The events in the life of a command, as they are on disk."""
+        found: asyncio.Future[list[Any] | StoreError] = self.loop.create_future()
+        self.store.inner.submit([FindCommand(command_id)], found.set_result)
+        outcome = await found
+        assert not isinstance(outcome, StoreError)
+        return [entry.event for _, _, trace in outcome[0] for entry in trace]
+
+    async def state(self, command_id: str) -> str:
+        """The state of a command on disk."""
+        found: asyncio.Future[list[Any] | StoreError] = self.loop.create_future()
+        self.store.inner.submit([FindCommand(command_id)], found.set_result)
+        outcome = await found
+        assert not isinstance(outcome, StoreError)
+        return ",".join(record.state.value for record, _, _ in outcome[0])
+
+    def agent(self, **fields: Any) -> Agent:
+        return Agent(self, **fields)
+
+    def connection(self) -> int:
+        return next(self._connections)
+
+
+class Agent:
+    """A legacy agent on one keep-alive connection at a time. It tells the bridge what the frontend would tell."""
+
+    def __init__(
+        self,
+        world: World,
+        dialect: str = "clusters_agent",
+        agent_id: str = "pod-1",
+        name: str = "prod",
+        cluster_id: str = "",
+        token: str = TOKEN,
+    ) -> None:
+        self.world = world
+        self.dialect = dialect
+        self.agent_id = agent_id
+        self.name = name
+        self.cluster_id = cluster_id
+        self.token = token
+        self.connection = world.connection()
+        self.extra: dict[str, Any] = {"k8s_version": "v1.28.3"}
+        self._leased = False
+
+    @property
+    def target(self) -> Target:
+        if self.dialect == "agents":
+            return Target(Kind.AGENT, self.agent_id)
+        if self.cluster_id:
+            return Target(Kind.CLUSTER, self.cluster_id)
+        return Target(Kind.ALIAS, self.agent_id)
+
+    async def call(self, call: AgentCall, arrived_s: float | None = None) -> Answer:
+        """One request on the agent's connection. A reply with commands is written, unless `poll` does otherwise."""
+        world = self.world
+        if self._leased:
+            self._leased = False
+            world.bridge.next_request(self.connection)
+        at_s = world.now if arrived_s is None else arrived_s
+        return await world.bridge.call(Client(self.token, self.connection), call, at_s)
+
+    async def outcome(self, call: AgentCall) -> Outcome:
+        return (await self.call(call)).outcome
+
+    async def register(self, secret: str = "") -> Outcome:
+        payload = {"agent_id": self.agent_id, "name": self.name, **self.extra}
+        outcome = await self.outcome(
+            RegisterCall(self.dialect, self.agent_id, self.name, payload, secret, self.dialect == "agents")
+        )
+        cluster_id = getattr(outcome, "cluster_id", "")
+        if cluster_id and self.dialect != "agents":
+            self.cluster_id = cluster_id
+        return outcome
+
+    def heartbeat_call(
+        self, status: str = "healthy", tunnel_status: str = "connected", **payload: Any
+    ) -> HeartbeatCall:
+        known: dict[str, Any] = {"name": self.name} if self.dialect == "agents" else {}
+        if self.dialect == "agents":
+            tunnel_status = "disconnected"
+        return HeartbeatCall(self.dialect, self.target, self.agent_id, status, tunnel_status, payload, known)
+
+    async def heartbeat(self, status: str = "healthy", tunnel_status: str = "connected", **payload: Any) -> Outcome:
+        return await self.outcome(self.heartbeat_call(status, tunnel_status, **payload))
+
+    async def status(self, **body: Any) -> Outcome:
+        return await self.outcome(StatusCall(self.dialect, self.target, body))
+
+    async def tunnel_poll(self) -> Outcome:
+        return await self.outcome(TunnelPollCall(Target(Kind.ALIAS, self.agent_id)))
+
+    async def result(self, command_id: str, success: bool = True, **body: Any) -> Outcome:
+        return await self.outcome(ResultCall(self.dialect, self.target, command_id, {"success": success, **body}))
+
+    async def poll(self) -> list[str]:
+        """Poll, read the whole reply, return the ids of its commands."""
+        return [command.id for command in await self.poll_commands()]
+
+    async def poll_commands(self) -> tuple[OfferedCommand, ...]:
+        answer = await self.call(PollCall(self.dialect, self.target))
+        return self.take(answer)
+
+    def take(self, answer: Answer) -> tuple[OfferedCommand, ...]:
+        """The reply of a poll is written and arrives."""
+        if answer.lease is not None:
+            self.world.bridge.written(answer.lease)
+            self._leased = True
+        assert isinstance(answer.outcome, Commands)
+        return answer.outcome.commands
+
+    async def poll_unwritten(self) -> tuple[OfferedCommand, ...]:
+        """Poll, and hang up before the reply's first byte."""
+        answer = await self.call(PollCall(self.dialect, self.target))
+        if answer.lease is not None:
+            self.world.bridge.unwritten(answer.lease)
+        self.reconnect(clean=False)
+        return cast("Commands", answer.outcome).commands
+
+    def poll_task(self) -> asyncio.Task[Answer]:
+        """A poll that is under way; to hang up, cancel it."""
+        return self.world.loop.create_task(self.call(PollCall(self.dialect, self.target)))
+
+    def reconnect(self, clean: bool = True) -> None:
+        """Close the connection, by FIN or by RST, and open another."""
+        if self._leased:
+            self._leased = False
+            self.world.bridge.connection_closed(self.connection, clean)
+        self.connection = self.world.connection()
+
+    async def live(self, seconds: float, every_s: float = 5.0) -> None:
+        """Heartbeat for a while."""
+        end = self.world.now + seconds
+        while self.world.now < end:
+            await self.heartbeat()
+            await self.world.pass_s(min(every_s, max(end - self.world.now, 0.001)))
+
+
+@contextmanager
+def no_faults(world: World) -> Iterator[None]:
+    """Nothing was raised where nobody could catch it."""
+    yield
+    assert not world.faults
+
+
+def traces(world: World, command_id: str) -> list[str]:
+    """What the shim wrote down about a command, in order, as `event: detail`."""
+    return [
+        f"{operation.entry.event}: {operation.entry.detail}"
+        for operation in world.store.log
+        if isinstance(operation, AddTrace) and command_id in operation.ids
+    ]
