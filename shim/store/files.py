@@ -53,6 +53,13 @@ def make_private(path: Path) -> None:
                 each.chmod(mode & 0o700)
 
 
+def others_files(path: Path) -> tuple[str, ...]:
+    """A warning where the database belongs to another user, who can read what is in it. Raises `OSError`."""
+    if path.stat().st_uid == os.geteuid():
+        return ()
+    return ("the database belongs to another user, who can read the commands in it",)
+
+
 def is_garbage(path: Path) -> bool:
     """Whether the file does not begin as a database does; SQLite begins a new one over some of these. Raises `OSError`.
 

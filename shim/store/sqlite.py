@@ -16,6 +16,7 @@ from shim.ports import StoreDone
 from shim.store import files, schema
 from shim.store.delivery import Post, deliver, store_error
 from shim.store.loading import load
+from shim.store.lock import StoreLock
 from shim.store.writer import CommitProbe, Writer
 
 BUSY_TIMEOUT_S = 5.0
@@ -42,9 +43,9 @@ def _translated() -> Iterator[None]:
 
 
 class SqliteStore:
-    """A `ports.CommandStore` in the file at `path`. It is opened once.
+    """A `ports.CommandStore` in the file at `path`. It is opened once, by one process at a time.
 
-    `busy_timeout_s` is how long a commit waits for another process that holds the database.
+    `busy_timeout_s` is how long a commit waits for another program that holds the database: a backup, say.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class SqliteStore:
         self._post = post
         self._probe = probe
         self._busy_timeout_s = busy_timeout_s
+        self._lock = StoreLock(path)
         # Nothing may be queued behind the end of the queue.
         self._gate = threading.Lock()
         self._writer: Writer | None = None
@@ -66,6 +68,14 @@ class SqliteStore:
         """See `ports.CommandStore`. A corrupt database is moved aside and replaced by a new one."""
         with _translated():
             warnings = files.prepare_directory(self._path)
+            warnings += self._lock.acquire()
+        try:
+            return self._open_or_replace(warnings)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open_or_replace(self, warnings: tuple[str, ...]) -> Loaded:
         moved_aside = ""
         try:
             connection, loaded = self._open()
@@ -78,7 +88,7 @@ class SqliteStore:
                 raise StoreError(f"{error} (the corrupt database was moved to {moved_aside})") from error
         self._writer = Writer(connection, self._post, self._probe)
         self._writer.start()
-        return replace(loaded, moved_aside=moved_aside, warnings=warnings)
+        return replace(loaded, moved_aside=moved_aside, warnings=warnings + loaded.warnings)
 
     def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
         """See `ports.CommandStore`; a store that is not open answers with a `StoreError`."""
@@ -95,6 +105,7 @@ class SqliteStore:
             writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+        self._lock.release()
 
     def _open(self) -> tuple[sqlite3.Connection, Loaded]:
         with _translated():
@@ -123,7 +134,7 @@ class SqliteStore:
         schema.migrate(connection)
         loaded = load(connection)
         files.make_private(self._path)
-        return loaded
+        return replace(loaded, warnings=files.others_files(self._path))
 
 
 def _configure(connection: sqlite3.Connection) -> None:

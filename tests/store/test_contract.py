@@ -402,9 +402,10 @@ def test_moving_a_session_onto_itself_loses_nothing(client: StoreClient, reopen:
 
 
 def test_the_key_is_random_and_stays(client: StoreClient, reopen: Reopen) -> None:
-    key = reopen(client).open().key
+    again = reopen(client)
+    key = again.open().key
     assert len(key) == 32
-    assert reopen(client).open().key == key
+    assert reopen(again).open().key == key
 
 
 @pytest.mark.parametrize("poison", POISON)

@@ -6,6 +6,8 @@ import hashlib
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +20,7 @@ from shim.store import schema
 from tests.support.stores import Stores, put
 
 SOME_COMMANDS = 300
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -34,7 +37,9 @@ def change(path: Path, *statements: str) -> None:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    return {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in directory.iterdir()}
+    """What is in a directory, the lock apart, which says nothing of a database."""
+    found = (each for each in directory.iterdir() if each.suffix != ".lock")
+    return {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in found}
 
 
 def mode(path: Path) -> int:
@@ -54,7 +59,7 @@ def test_the_files_are_ours_alone_whatever_the_umask(
     umask(0o022)
     files = {each.name: mode(each) for each in path.parent.iterdir()}
     client.close()
-    assert files == {"shim.db": 0o600, "shim.db-wal": 0o600, "shim.db-shm": 0o600}
+    assert files == {"shim.db": 0o600, "shim.db-wal": 0o600, "shim.db-shm": 0o600, "shim.db.lock": 0o600}
 
 
 def test_missing_directories_are_made_for_us_alone(
@@ -88,7 +93,7 @@ def test_a_path_with_every_odd_character_is_a_path(stores: Stores, tmp_path: Pat
     path = tmp_path / "a ?#%20'ü" / "x?mode=ro&.db"
     stores.fill(path, SOME_COMMANDS)
     assert len(stores.loaded(path).commands) == SOME_COMMANDS
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert hashes(path.parent).keys() == {path.name}
 
 
 def test_an_empty_file_becomes_a_database(stores: Stores, path: Path) -> None:
@@ -250,7 +255,7 @@ def test_a_directory_in_its_place_is_no_damage(stores: Stores, path: Path) -> No
     path.mkdir()
     with pytest.raises(StoreError, match=r"store\.path"):
         stores.open(path)
-    assert [each.name for each in path.parent.iterdir()] == ["shim.db"]
+    assert sorted(each.name for each in path.parent.iterdir()) == ["shim.db", "shim.db.lock"]
 
 
 def test_a_file_in_place_of_its_directory_is_told(stores: Stores, tmp_path: Path) -> None:
@@ -271,10 +276,48 @@ def test_a_failed_opening_can_be_repeated(stores: Stores, path: Path) -> None:
     client.close()
 
 
-def test_two_may_have_it_open(stores: Stores, path: Path) -> None:
+# --- one process to a database ---------------------------------------------------------------------------------------
+
+
+def test_a_second_shim_is_told_to_take_a_database_of_its_own(stores: Stores, path: Path) -> None:
     first, _ = stores.open(path)
-    second, _ = stores.open(path)
     first.run(put("1"))
-    assert second.one(put("1")).duplicate
+    before = hashes(path.parent)
+    with pytest.raises(StoreError, match="another agent-shim uses the database"):
+        stores.open(path)
+    assert hashes(path.parent) == before
     first.close()
-    second.close()
+    assert len(stores.loaded(path).commands) == 1
+
+
+def test_a_predecessor_that_was_killed_does_not_block(stores: Stores, path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from shim.store.sqlite import SqliteStore;"
+        "SqliteStore(Path(sys.argv[1]), lambda call: call()).open(); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(StoreError, match="another agent-shim"):
+            stores.open(path)
+        holder.kill()
+        holder.wait()
+    assert stores.loaded(path).commands == ()
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(stores: Stores, path: Path, tmp_path: Path) -> None:
+    target = tmp_path / "somebody-elses"
+    target.write_bytes(b"theirs")
+    Path(f"{path}.lock").symlink_to(target)
+    with pytest.raises(StoreError, match=r"store\.path cannot be used"):
+        stores.open(path)
+    assert target.read_bytes() == b"theirs"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_database_of_another_user_is_warned_about(stores: Stores, path: Path) -> None:
+    assert stores.loaded(path).warnings == ()
+    os.chown(path, 65534, -1)
+    assert "another user" in stores.loaded(path).warnings[0]

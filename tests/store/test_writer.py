@@ -127,7 +127,7 @@ def test_closing_carries_out_what_was_submitted(gated: StoreClient, gate: Gate, 
 def test_closing_checkpoints(client: StoreClient, path: Path) -> None:
     client.run(*(put(str(n)) for n in range(100)))
     client.close()
-    assert [each.name for each in path.parent.iterdir()] == ["shim.db"]
+    assert sorted(each.name for each in path.parent.iterdir()) == ["shim.db", "shim.db.lock"]
     with sqlite3.connect(path) as connection:
         assert connection.execute("SELECT count(*) FROM commands").fetchone() == (100,)
     connection.close()
@@ -345,7 +345,7 @@ def test_a_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
 @pytest.mark.needs("unshare", "mount")
 def test_a_read_only_disk_is_no_corruption(tmp_path: Path) -> None:
     answers = in_namespace(READ_ONLY, tmp_path)
-    assert "SQLITE_" in answers["opened"]
+    assert "Read-only file system" in answers["opened"]
     assert answers["untouched"]
-    assert answers["files"] == ["shim.db"]
+    assert sorted(answers["files"]) == ["shim.db", "shim.db.lock"]
     assert answers["after"] is True
