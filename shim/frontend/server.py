@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
 from collections.abc import Callable, Iterable
 
 from aiohttp import hdrs, web
@@ -19,6 +18,7 @@ from shim.frontend.forwarding import forwarded, is_large
 from shim.frontend.guard import Guard, bearer
 from shim.frontend.replies import Replies, StaticHeaders, encode_body, no_static_headers
 from shim.frontend.routing import Routes
+from shim.frontend.tls import ServerTls
 from shim.frontend.visit import Visit
 from shim.frontend.writing import Writer
 from shim.metrics import Metrics
@@ -76,11 +76,7 @@ class Frontend:
             max_field_size=MAX_LINE_BYTES,
             lingering_time=LINGER_S,
         )
-        tls = None
-        if listen.tls.cert_file:
-            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            tls.minimum_version = ssl.TLSVersion.TLSv1_2
-            tls.load_cert_chain(listen.tls.cert_file, listen.tls.key_file or None, password="")
+        tls = ServerTls(listen.tls).context if listen.tls.cert_file else None
         self._server = await asyncio.get_running_loop().create_server(
             self._web,
             listen.host,

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import trustme
+from cryptography import x509
 
 from shim.ports import Client
 from shim.settings import Listen, TlsFiles
-from tests.support.frontend import POLL, get, offering, running
+from tests.support.frontend import POLL, House, get, offering, running
 from tests.support.frontend import Board as FakeBoard
 
 POLL_PATH = "/api/v1/clusters/agent/c1/poll"
@@ -209,3 +210,81 @@ async def test_plain_http_on_a_tls_listener_and_old_tls(tls: tuple[Listen, ssl.S
             context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
         with pytest.raises((ssl.SSLError, ConnectionError)):
             await asyncio.open_connection(house.host, house.port, ssl=context)
+
+
+class Certificates:
+    """The listener's files as a Secret's volume has them, and clients that tell what they were shown."""
+
+    def __init__(self, folder: Path) -> None:
+        self.authority = trustme.CA()
+        self.listen = Listen(
+            port=0,
+            keepalive_s=60,
+            tls=TlsFiles(cert_file=str(folder / "data" / "tls.crt"), key_file=str(folder / "data" / "tls.key")),
+        )
+        self._folder = folder
+        self._number = 0
+
+    def put(self, *names: str) -> int:
+        """Swap the symlink of the folder to a new pair; returns the certificate's serial number."""
+        issued = self.authority.issue_cert(*names)
+        self.put_bytes(issued.cert_chain_pems[0].bytes(), issued.private_key_pem.bytes())
+        return x509.load_pem_x509_certificate(issued.cert_chain_pems[0].bytes()).serial_number
+
+    def put_bytes(self, certificate: bytes, key: bytes) -> None:
+        self._number += 1
+        version = self._folder / f"version-{self._number}"
+        version.mkdir()
+        (version / "tls.crt").write_bytes(certificate)
+        (version / "tls.key").write_bytes(key)
+        (self._folder / "new").symlink_to(version.name)
+        (self._folder / "new").replace(self._folder / "data")
+
+    async def connect(self, house: House, name: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, int]:
+        """Connect with this server name, or none as clients do that dial an address; what certificate was shown."""
+        context = ssl.create_default_context()
+        self.authority.configure_trust(context)
+        context.check_hostname = name is not None
+        reader, writer = await asyncio.open_connection(house.host, house.port, ssl=context, server_hostname=name or "")
+        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        return reader, writer, x509.load_der_x509_certificate(shown).serial_number
+
+    async def shown(self, house: House, name: str | None = "localhost") -> int:
+        _, writer, serial = await self.connect(house, name)
+        writer.transport.abort()
+        return serial
+
+
+async def test_a_replaced_certificate_is_shown_and_no_connection_is_dropped(tmp_path: Path) -> None:
+    certificates = Certificates(tmp_path)
+    first = certificates.put("localhost")
+    async with running(certificates.listen) as house:
+        reader, writer, serial = await certificates.connect(house, "localhost")
+        assert serial == first
+        second = certificates.put("localhost")
+        assert await certificates.shown(house) == second
+        assert await certificates.shown(house, None) == second, "a hello without a server name"
+        writer.write(POLL)
+        assert b" 200 " in await reader.readline()
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize("part", ["certificate", "key", "files"])
+async def test_a_certificate_that_cannot_be_used_leaves_the_old_one(
+    tmp_path: Path, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    certificates = Certificates(tmp_path)
+    first = certificates.put("localhost")
+    other = certificates.authority.issue_cert("localhost")
+    async with running(certificates.listen) as house:
+        if part == "certificate":
+            certificates.put_bytes(b"no certificate", other.private_key_pem.bytes())
+        elif part == "key":
+            mine = certificates.authority.issue_cert("localhost").cert_chain_pems[0].bytes()
+            certificates.put_bytes(mine, other.private_key_pem.bytes())
+        else:
+            (tmp_path / "data").unlink()
+        assert [await certificates.shown(house) for _ in range(2)] == [first, first]
+        assert caplog.text.count("the old one stays") == 1
+        second = certificates.put("localhost")
+        assert await certificates.shown(house) == second
