@@ -80,7 +80,7 @@ class Calls:
                 case HeartbeatCall():
                     return Answer(self._heartbeat(owner, client, call))
                 case PollCall():
-                    return await self._poll(owner, client, call)
+                    return await self._poll(owner, client, call, arrived_s)
                 case RegisterCall():
                     return Answer(await self._register(owner, client, call, arrived_s))
                 case ResultCall():
@@ -175,14 +175,14 @@ class Calls:
             self._delivery.outbox.added(outcome.entry)
         self._delivery.answered(key, command_id)
 
-    async def _poll(self, owner: str, client: Client, call: PollCall) -> Answer:
+    async def _poll(self, owner: str, client: Client, call: PollCall, arrived_s: float) -> Answer:
         session = self._roster.called(owner, call.target, call.dialect)
         session.poll_at = self._ctx.now
         self._usage.note(session.key, call.dialect, "poll", session.seen_wall)
         self._routes.link_for(session, client)
         key, hold = session.key, session.hold
         limit_s = self._holding.poll_arrived(session, hold)
-        poll = self._delivery.poll(key, client.connection, hold=limit_s > 0)
+        poll = self._delivery.poll(key, client.connection, arrived_s, hold=limit_s > 0)
         try:
             if poll.offering is not None or poll.offered.done():
                 self._presence.called(session)

@@ -78,7 +78,7 @@ class Delivery:
 
     # --- polls --------------------------------------------------------------------------------------------------------
 
-    def poll(self, key: SessionKey, connection: int, hold: bool) -> Poll:
+    def poll(self, key: SessionKey, connection: int, arrived_s: float, *, hold: bool) -> Poll:
         """A poll arrived: its earlier offer may be evidenced by it; then it gets what there is, or waits if `hold`.
 
         A poll of this session that waits already is answered empty.
@@ -86,7 +86,9 @@ class Delivery:
         queue = self._queues.get(key)
         if queue is not None and queue.offer is not None:
             offer = queue.offer
-            if offer.written_at is not None and offer.cleanly_closed is not False:
+            # A poll that was sent before that reply was written tells nothing of it: agents may poll twice at once.
+            later = offer.written_at is not None and arrived_s >= offer.written_at
+            if later and offer.cleanly_closed is not False:
                 self._delivered(key, queue, offer, "poll")
         older = self._polls.pop(key, None)
         if older is not None:
