@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from shim.bridge.context import Context
+from shim.bridge.saves import Saves
 from shim.core.calls import HeartbeatCall, Kind, RegisterCall, Registered, Target
-from shim.core.records import DeleteSession, Loaded, MoveSession, SaveAlias, SaveSession, SaveTunnel, SessionKey
+from shim.core.records import DeleteSession, Loaded, MoveSession, SessionKey
 from shim.core.sessions import Session
 from shim.core.usage import Usage
 from shim.logs import get
@@ -26,6 +27,7 @@ class Roster:
         self._ctx = ctx
         self._moved = moved
         self._ended = ended
+        self._saves = Saves(ctx)
         self.usage = Usage()
 
     def load(self, loaded: Loaded) -> None:
@@ -83,6 +85,7 @@ class Roster:
             return
         session = self._session_for(owner, call, cluster_id)
         session.seen_wall = self._ctx.clock.wall_s()
+        session.superseded_by = None
         self.usage.note(session.key, call.dialect, "register", session.seen_wall)
         session.registration = {k: v for k, v in call.payload.items() if k != "cluster_id"}
         session.agent_id = call.agent_id
@@ -157,16 +160,18 @@ class Roster:
         session.upstream_cluster_id = cluster_id
         session.registration = {k: v for k, v in payload.items() if k not in ("cluster_id", "k8s_service_token")}
         session.reply = reply
+        agent_id = payload.get("agent_id")
+        if isinstance(agent_id, str) and agent_id:
+            session.agent_id = agent_id
+            self._set_alias(session, agent_id)
         if call is not None:
             session.secret = call.secret
             session.new_process()
             session.dialect = call.dialect
             session.contact(self._ctx.now, self._ctx.clock.wall_s())
-        agent_id = payload.get("agent_id")
-        if isinstance(agent_id, str) and agent_id:
-            session.agent_id = agent_id
-            self._set_alias(session, agent_id)
-        self._supersede(session)
+            session.superseded_by = None
+        if session.superseded_by is None:  # what the shim repeats for an older session says nothing about newer ones
+            self._supersede(session)
         self.save(session)
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
         return session
@@ -180,27 +185,25 @@ class Roster:
         if session is None:
             session = Session(key, call.dialect)
             self._ctx.sessions.add(session)
-        session.superseded_by = None
         return session
 
     def _supersede(self, session: Session) -> None:
-        """Sessions with the same cluster id, or of the same cluster name, give way as soon as they are not fresh."""
-        own_tokens = self._ctx.settings.upstream.own_tokens
-        pool = self._ctx.sessions if own_tokens else self._ctx.sessions.of_owner(session.key.owner)
-        name = session.registration.get("name")
-        for other in pool:
-            if other is session or (other.key.kind != session.key.kind and other.key.owner != session.key.owner):
-                continue
-            same_owner = other.key.owner == session.key.owner
-            same_cluster = other.upstream_cluster_id == session.upstream_cluster_id
-            same_name = same_owner and other.key.kind == session.key.kind == Kind.CLUSTER.value
-            same_name = same_name and bool(name) and other.registration.get("name") == name
-            if same_cluster or same_name:
+        """Sessions that have the same cluster id upstream give way as soon as they are not fresh (protocol.md §1.6).
+
+        Across owners too: that the controller returned the id on this owner's link proves whose cluster it is.
+        """
+        for other in self._ctx.sessions:
+            if other is not session and other.upstream_cluster_id == session.upstream_cluster_id:
                 other.superseded_by = session.key
                 self.save(other)
-        self.sweep_superseded()
+        self._sweep_superseded()
 
-    def sweep_superseded(self) -> None:
+    def sweep(self) -> None:
+        """What is to be looked after every second: successions, and what the disk has refused."""
+        self._saves.retry()
+        self._sweep_superseded()
+
+    def _sweep_superseded(self) -> None:
         """Let superseded sessions that are not fresh any more go over into their successors."""
         now = self._ctx.now
         for session in self._ctx.sessions:
@@ -208,7 +211,7 @@ class Roster:
             if target is None or session.fresh(now):
                 continue
             successor = self._ctx.sessions.get(target)
-            if successor is None or successor is session:
+            if successor is None:
                 session.superseded_by = None
                 continue
             log.info("session_superseded", session=session.key.ident, by=target.ident)
@@ -236,19 +239,19 @@ class Roster:
         """The latest tunnel state wins. True if it is another one than before."""
         changed = session.tunnel != state
         session.tunnel = state
-        self._ctx.store.submit([SaveTunnel(session.key, state)])
+        self._saves.tunnel(session, state)
         return changed
 
     def save(self, session: Session) -> None:
-        """Store a session as it is now; where the disk refuses, memory goes on."""
-        self._ctx.store.submit([SaveSession(session.record())])
+        """Store a session as it is now."""
+        self._saves.session(session)
 
     def _set_alias(self, session: Session, agent_id: str) -> None:
         owner = session.key.owner
         if self._ctx.sessions.alias_is(owner, agent_id, session.key):
             return
         before = self._ctx.sessions.set_alias(owner, agent_id, session.key)
-        self._ctx.store.submit([SaveAlias(owner, agent_id, session.key)])
+        self._saves.alias(session, agent_id)
         other = self._ctx.sessions.get(before) if before is not None else None
         if other is not None and other.fresh(self._ctx.now):
             self._ctx.metrics.alias_conflicts.inc()

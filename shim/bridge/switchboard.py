@@ -143,7 +143,7 @@ class Bridge:
         if self.stopping:
             return
         now = self.ctx.now
-        self.roster.sweep_superseded()
+        self.roster.sweep()
         self.gateways.sweep(now)
         self._warn_unpolled(now)
         if now - self._held_swept_at >= HELD_SWEEP_S:

@@ -1,0 +1,53 @@
+"""Sessions on their way to the disk; where it refuses, memory goes on, and they are stored when it takes them again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shim.bridge.context import Context
+from shim.core.records import Operation, SaveAlias, SaveSession, SaveTunnel, SessionKey
+from shim.core.sessions import Session
+from shim.errors import StoreError
+
+
+class Saves:
+    """Stores sessions, their aliases and tunnel states."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._unsaved: set[SessionKey] = set()
+
+    def session(self, session: Session) -> None:
+        """Store a session as it is now."""
+        self._submit(session.key, [SaveSession(session.record())])
+
+    def tunnel(self, session: Session, state: dict[str, Any]) -> None:
+        """Store its tunnel state."""
+        self._submit(session.key, [SaveTunnel(session.key, state)])
+
+    def alias(self, session: Session, agent_id: str) -> None:
+        """Store that this agent id stands for it."""
+        self._submit(session.key, [SaveAlias(session.key.owner, agent_id, session.key)])
+
+    def retry(self) -> None:
+        """Try one that the disk has refused; once it is taken, the others follow."""
+        while self._unsaved:
+            session = self._ctx.sessions.get(self._unsaved.pop())
+            if session is None:
+                continue
+            operations: list[Operation] = [SaveSession(session.record())]
+            if session.tunnel is not None:
+                operations.append(SaveTunnel(session.key, session.tunnel))
+            if self._ctx.sessions.alias_is(session.key.owner, session.agent_id, session.key):
+                operations.append(SaveAlias(session.key.owner, session.agent_id, session.key))
+            self._submit(session.key, operations)
+            return
+
+    def _submit(self, key: SessionKey, operations: list[Operation]) -> None:
+        def done(outcome: list[Any] | StoreError) -> None:
+            if isinstance(outcome, StoreError):
+                self._unsaved.add(key)
+            elif self._unsaved:
+                self.retry()
+
+        self._ctx.store.submit(operations, done)
