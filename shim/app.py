@@ -13,8 +13,6 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry
-
 from shim import __version__, config, dialects, logs
 from shim.admin import AdminServer
 from shim.bridge import Bridge, Context
@@ -25,11 +23,11 @@ from shim.core.urls import origin_of
 from shim.errors import ConfigError, StoreError, StoreVersionError
 from shim.frontend import Frontend
 from shim.lag import watch_loop
-from shim.metrics import Metrics
+from shim.metrics import Metrics, Registry
 from shim.passthrough import Passthrough, sunset_headers
 from shim.ports import CommandStore, Switchboard, UpstreamPort
 from shim.settings import Settings
-from shim.store import Post, open_store
+from shim.store import CommitProbe, Post, open_store
 from shim.upstream import AiohttpUpstream
 
 log = logs.get(__name__)
@@ -87,7 +85,7 @@ class App:
         self._ready_file = ready_file
         self._tasks: asyncio.TaskGroup | None = None
         self._undo: list[Undo] = []
-        self._metrics = Metrics(CollectorRegistry())
+        self._metrics = Metrics(Registry())
         self._seen: dict[str, object] = {}
         self._token = ""
 
@@ -152,6 +150,7 @@ class App:
         switchboard = self.wrap_switchboard(bridge)
         passthrough = Passthrough(bridge)
         self._undo.append(passthrough.close)
+        self._metrics.fallback_active.set_function(passthrough.active)
         sunset = sunset_headers(settings.sunset)
         frontend = Frontend(
             settings.listen,
@@ -175,7 +174,15 @@ class App:
 
     def make_store(self, post: Post) -> CommandStore:
         """The store; `post` as in `open_store`."""
-        return open_store(self.settings.store, post)
+        metrics = self._metrics
+
+        def committed(commit_s: float, operations: int) -> None:
+            metrics.store_commit_seconds.observe(commit_s)
+            metrics.store_operations.inc(operations)
+
+        return open_store(
+            self.settings.store, post, CommitProbe(Clock().monotonic_s, committed, metrics.store_failures.inc)
+        )
 
     def wrap_upstream(self, upstream: UpstreamPort) -> UpstreamPort:
         """What the bridge dials with."""

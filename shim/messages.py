@@ -12,6 +12,32 @@ import msgspec
 
 from shim.errors import MessageError
 
+# What the vendor documents and what the shim answers with; a controller may send anything else.
+KNOWN_TYPES = frozenset(
+    {
+        "register",
+        "register_success",
+        "register_in_progress",
+        "heartbeat",
+        "heartbeat_ack",
+        "status",
+        "command",
+        "command_ack",
+        "command_result",
+        "tunnel_status",
+        "ping",
+        "pong",
+        "error",
+        "proxy_request",
+        "proxy_error",
+        "proxy_response_abort",
+        "tcp_tunnel_start",
+        "tcp_tunnel_close",
+        "proxy_websocket_start",
+        "ws_start",
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Message:

@@ -1,31 +1,67 @@
 """All metrics of one shim, in one registry that is passed down: two shims in one process share nothing.
 
-Names start with `agent_shim_`; every label has a bounded set of values.
+docs/metrics.md says exactly what each counts and what it does not say. Every label has a bounded set of values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
+from itertools import product
 from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.metrics import MetricWrapperBase
+
+from shim.core.coverage import Covered
+from shim.core.liveness import Verdict
+from shim.core.reach import FAILURES, Attempt
+from shim.core.refusals import REFUSED_TYPES
+from shim.messages import KNOWN_TYPES
+
+MAX_CHILDREN = 1024
+OTHER = "other"
+OPEN = None  # the values come from routes, dialects or HTTP; `MAX_CHILDREN` bounds them
 
 # Register may take 25 s, a held poll 20 s, everything else well under 10 ms.
 REQUEST_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)
+LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+RECONNECT_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 
+ENDINGS = ("closed", "lost", Verdict.HALF_OPEN.value, Verdict.STALLED.value)
+COMMAND_EVENTS = (
+    *("queued", "duplicate", "offered", "redelivered", "requeued", "uncertain", "delivered", "closed"),
+    *("expired", "dead", "rejected_malformed", "rejected_queue_full", "rejected_store_unavailable"),
+    *("rejected_unknown_agent", "rejected_ambiguous_target"),
+)
+REGISTRATION_OUTCOMES = ("ok", "cached", "timeout", "400", "401", "409", "502")
+BAD_REQUEST_REASONS = ("guard", "route", "auth", "body", "call", "answer", "connections", "head", "http")
 
 M = TypeVar("M", bound=MetricWrapperBase)
+Values = Collection[str] | None
 
 
 class Children(dict[tuple[str, ...], M]):
-    """The children of a metric with labels, each resolved once: `labels` of the library itself takes a lock."""
+    """The children of a metric with labels, each resolved once: `labels` of the library itself takes a lock.
 
-    def __init__(self, metric: M) -> None:
+    A value that the label does not have counts as `other`. Where all values are known all children exist from the
+    start, because the first increase of a series that did not exist before is none to Prometheus.
+    """
+
+    def __init__(self, metric: M, values_of: Mapping[str, Values]) -> None:
         super().__init__()
         self._metric = metric
+        self.values_of = values_of
+        closed = [each for each in values_of.values() if each is not None]
+        if len(closed) == len(values_of):
+            for known in product(*closed):
+                self.labels(*known)
 
-    def __missing__(self, values: tuple[str, ...]) -> M:
-        child = self[values] = self._metric.labels(*values)
+    def __missing__(self, given: tuple[str, ...]) -> M:
+        allowed = self.values_of.values()
+        bounded = (v if known is None or v in known else OTHER for v, known in zip(given, allowed, strict=True))
+        if len(self) >= MAX_CHILDREN:
+            return self._metric.labels(*([OTHER] * len(given)))
+        child = self[given] = self._metric.labels(*bounded)
         return child
 
     def labels(self, *values: str) -> M:
@@ -33,193 +69,211 @@ class Children(dict[tuple[str, ...], M]):
         return self[values]
 
 
+class Registry(CollectorRegistry):
+    """A registry that shows each counter once: without the `_created` companions, which would double all series."""
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics."""
+        for metric in super().collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+
 class Metrics:
-    """The metrics by attribute."""
+    """The metrics by attribute; names start with `agent_shim_`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.requests = Children(
-            Counter(
-                "agent_shim_requests",
-                "Legacy requests answered, by dialect, operation and HTTP status; empty labels where no route matched.",
-                ("dialect", "operation", "status"),
-                registry=registry,
-            )
+        self._add_agents()
+        self._add_process()
+        self._add_link()
+        self._add_messages()
+        self._add_commands()
+
+    # --- making them --------------------------------------------------------------------------------------------------
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"agent_shim_{name}", text, registry=self.registry)
+
+    def _counters(self, name: str, text: str, **labels: Values) -> Children[Counter]:
+        return Children(Counter(f"agent_shim_{name}", text, tuple(labels), registry=self.registry), labels)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"agent_shim_{name}", text, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"agent_shim_{name}", text, buckets=buckets, registry=self.registry)
+
+    def _histograms(self, name: str, text: str, buckets: tuple[float, ...], **labels: Values) -> Children[Histogram]:
+        metric = Histogram(f"agent_shim_{name}", text, tuple(labels), buckets=buckets, registry=self.registry)
+        return Children(metric, labels)
+
+    # --- what there is ------------------------------------------------------------------------------------------------
+
+    def _add_agents(self) -> None:
+        self.requests = self._counters(
+            "requests",
+            "Legacy requests answered, by dialect, operation and HTTP status; empty labels where no route matched.",
+            dialect=OPEN,
+            operation=OPEN,
+            status=OPEN,
         )
-        self.request_seconds = Children(
-            Histogram(
-                "agent_shim_request_duration_seconds",
-                "Time from a legacy request's first byte to its reply's last byte, hold times of polls included.",
-                ("dialect", "operation"),
-                buckets=REQUEST_BUCKETS_S,
-                registry=registry,
-            )
+        self.request_seconds = self._histograms(
+            "request_duration_seconds",
+            "Time from a legacy request's first byte to its reply's last byte, hold times of polls included.",
+            REQUEST_BUCKETS_S,
+            dialect=OPEN,
+            operation=OPEN,
         )
-        self.bad_requests = Children(
-            Counter(
-                "agent_shim_bad_requests",
-                "Legacy requests refused before the switchboard saw them, by the step that refused them.",
-                ("reason",),
-                registry=registry,
-            )
+        self.deprecated_calls = self._counters(
+            "deprecated_calls",
+            "Calls of routes that the vendor removes, by dialect and route, however they were answered.",
+            dialect=OPEN,
+            route=OPEN,
         )
-        self.replies_lost = Counter(
-            "agent_shim_replies_lost",
-            "Legacy replies that could not be written: the agent had hung up or did not read.",
-            registry=registry,
+        self.bad_requests = self._counters(
+            "bad_requests",
+            "Legacy requests refused before the switchboard saw them, by the step that refused them.",
+            reason=BAD_REQUEST_REASONS,
         )
-        self.connections = Gauge("agent_shim_connections", "Open legacy connections.", registry=registry)
-        self.internal_errors = Children(
-            Counter(
-                "agent_shim_internal_errors",
-                "Defects of the shim that were caught at a boundary.",
-                ("part",),
-                registry=registry,
-            )
+        self.replies_lost = self._counter(
+            "replies_lost", "Legacy replies that could not be written: the agent had hung up or did not read."
         )
-        self.loop_lag_seconds = Histogram(
-            "agent_shim_event_loop_lag_seconds",
+        self.connections = self._gauge("connections", "Open legacy connections.")
+        self.hold_seconds = self._histograms(
+            "poll_hold_seconds",
+            "How long polls were held, by who ended it: our reply, or the agent that left.",
+            (0.1, 0.5, 1, 2, 5, 10, 15, 20, 30),
+            ended=("replied", "left"),
+        )
+        self.sessions_adopted = self._counter(
+            "sessions_adopted", "Sessions made for agents that did not register here."
+        )
+        self.alias_conflicts = self._counter("alias_conflicts", "Agent ids that moved between two fresh sessions.")
+        self.agent_heartbeats = self._counters(
+            "agent_heartbeats",
+            "Agents' heartbeats by what the controller heard of them within one interval.",
+            outcome=[each.value for each in Covered],
+        )
+        self.fallback = self._counters(
+            "fallback_calls",
+            "Calls that went to the vendor's HTTP API, by the class of its answer, or unreachable.",
+            outcome=("1xx", "2xx", "3xx", "4xx", "5xx", "unreachable"),
+        )
+        self.fallback_active = self._gauge(
+            "fallback_active", "1 while calls go by HTTP because of the mode or of a link that is down."
+        )
+
+    def _add_process(self) -> None:
+        self.internal_errors = self._counters(
+            "internal_errors", "Defects of the shim that were caught at a boundary.", part=("frontend",)
+        )
+        self.loop_lag_seconds = self._histogram(
+            "event_loop_lag_seconds",
             "How late the event loop came to a timer, sampled ten times a second.",
-            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5),
-            registry=registry,
+            (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5),
         )
-        self.loop_lag_max_seconds = Gauge(
-            "agent_shim_event_loop_lag_max_seconds", "The longest of those delays since the start.", registry=registry
+        self.loop_lag_max_seconds = self._gauge(
+            "event_loop_lag_max_seconds", "The longest of those delays since the start."
         )
-        self._add_store(registry)
-        self._add_upstream(registry)
-        self._add_commands(registry)
-        self.config_valid = Gauge(
-            "agent_shim_config_valid",
-            "0 while the configuration file is faulty and an older one is used.",
-            registry=registry,
+        self.store_commit_seconds = self._histogram(
+            "store_commit_seconds", "Time of a commit of the store, its sync included.", LATENCY_BUCKETS_S
+        )
+        self.store_operations = self._counter("store_operations", "Operations that those commits carried out.")
+        self.store_failures = self._counter("store_failures", "Submissions that the store could not carry out.")
+        self.store_moved_aside = self._counter(
+            "store_moved_aside", "Corrupt databases that were moved aside: what was only in them is lost."
+        )
+        self.store_quarantined = self._counter(
+            "store_quarantined_rows", "Rows of the database that could not be decoded."
+        )
+        self.config_valid = self._gauge(
+            "config_valid", "0 while the configuration file is faulty and an older one is used."
         )
         self.config_valid.set(1)
 
-    def _add_store(self, registry: CollectorRegistry) -> None:
-        self.store_moved_aside = Counter(
-            "agent_shim_store_moved_aside",
-            "Corrupt databases that were moved aside: what was only in them is lost.",
-            registry=registry,
+    def _add_link(self) -> None:
+        self.attempts = self._counters(
+            "connection_attempts",
+            "Attempts to get a link online: ok, failed although the controller was there, or made while it was away.",
+            outcome=[each.value for each in Attempt],
         )
-        self.store_quarantined = Counter(
-            "agent_shim_store_quarantined_rows", "Rows of the database that could not be decoded.", registry=registry
+        self.dials = self._counters(
+            "upstream_dials", "Handshakes with the controller, by outcome.", outcome=("ok", *FAILURES)
+        )
+        self.retries = self._counters(
+            "upstream_retries", "Waits before another dial, by what made it necessary.", reason=(*FAILURES, *ENDINGS)
+        )
+        self.disconnects = self._counters("upstream_disconnects", "Connections that ended, by reason.", reason=ENDINGS)
+        self.early_disconnects = self._counter(
+            "upstream_early_disconnects", "Those that ended before upstream.reconnect.stable_after_s."
+        )
+        self.reconnect_seconds = self._histogram(
+            "upstream_reconnect_seconds", "Time from the loss of a link to it being online again.", RECONNECT_BUCKETS_S
+        )
+        self.return_seconds = self._histogram(
+            "upstream_reconnect_after_return_seconds",
+            "Upper bound of the time from the controller's return to a lost link being online again.",
+            RECONNECT_BUCKETS_S,
+        )
+        self.gateway = self._counters(
+            "gateway_dials", "Dials of a gateway by outcome.", outcome=("ok", "failed", "host_refused")
         )
 
-    def _add_upstream(self, registry: CollectorRegistry) -> None:
-        self.dials = Children(
-            Counter("agent_shim_upstream_dials", "Dials of the controller by outcome.", ("outcome",), registry=registry)
+    def _add_messages(self) -> None:
+        self.messages = self._counters(
+            "upstream_messages",
+            "Upstream envelopes by direction and type (unknown types as other).",
+            direction=OPEN,
+            type=(*sorted(KNOWN_TYPES), OTHER),
         )
-        self.disconnects = Children(
-            Counter(
-                "agent_shim_upstream_disconnects", "Connections that ended, by reason.", ("reason",), registry=registry
-            )
+        self.message_seconds = self._histograms(
+            "message_latency_seconds",
+            "Time that messages spend in the shim while their way on is open: a poll is held, the link is up.",
+            LATENCY_BUCKETS_S,
+            direction=("down", "up"),
         )
-        self.reconnect_seconds = Histogram(
-            "agent_shim_upstream_reconnect_seconds",
-            "Time from the loss of a link to it being online again.",
-            buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600),
-            registry=registry,
+        self.bad_frames = self._counters(
+            "upstream_bad_frames",
+            "Data frames that were no envelope.",
+            kind=("not_json", "not_object", "no_type", "bad_payload", "too_big", "protocol_error"),
         )
-        self.messages = Children(
-            Counter(
-                "agent_shim_upstream_messages",
-                "Upstream envelopes by direction and type (unknown types as other).",
-                ("direction", "type"),
-                registry=registry,
-            )
+        self.unknown_types = self._counter(
+            "upstream_unknown_types", "Messages of a type that the shim does not know; it goes on."
         )
-        self.bad_frames = Children(
-            Counter(
-                "agent_shim_upstream_bad_frames", "Data frames that were no envelope.", ("kind",), registry=registry
-            )
+        self.upstream_errors = self._counter("upstream_errors", "Error messages that answered no registration.")
+        self.refused = self._counters(
+            "upstream_refused", "Requests that a legacy agent cannot serve, refused.", type=sorted(REFUSED_TYPES)
         )
-        self.upstream_errors = Counter(
-            "agent_shim_upstream_errors", "Error messages that answered no registration.", registry=registry
+        self.leftovers = self._counter("upstream_leftovers", "Streaming messages that belong to nothing.")
+        self.registrations = self._counters("registrations", "Registrations by outcome.", outcome=REGISTRATION_OUTCOMES)
+        self.heartbeats_up = self._counters(
+            "upstream_heartbeats", "Heartbeats sent upstream and acknowledged.", event=("sent", "acked")
         )
-        self.refused = Children(
-            Counter(
-                "agent_shim_upstream_refused",
-                "Requests that a legacy agent cannot serve.",
-                ("type",),
-                registry=registry,
-            )
-        )
-        self.leftovers = Counter(
-            "agent_shim_upstream_leftovers", "Streaming messages that belong to nothing.", registry=registry
-        )
-        self.gateway = Children(
-            Counter("agent_shim_gateway_dials", "Dials of a gateway by outcome.", ("outcome",), registry=registry)
-        )
-        self.fallback = Children(
-            Counter(
-                "agent_shim_fallback_calls",
-                "Calls that went to the vendor's HTTP API, by the class of its answer, or unreachable.",
-                ("outcome",),
-                registry=registry,
-            )
-        )
-        self.registrations = Children(
-            Counter("agent_shim_registrations", "Registrations by outcome.", ("outcome",), registry=registry)
-        )
-        self.heartbeats_up = Children(
-            Counter(
-                "agent_shim_upstream_heartbeats",
-                "Heartbeats sent upstream and acknowledged.",
-                ("event",),
-                registry=registry,
-            )
-        )
-        self.heartbeat_ack_seconds = Histogram(
-            "agent_shim_upstream_heartbeat_ack_seconds",
+        self.heartbeat_ack_seconds = self._histogram(
+            "upstream_heartbeat_ack_seconds",
             "Time from a heartbeat to its acknowledgement.",
-            buckets=(0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
-            registry=registry,
+            (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
         )
-        self.status_dropped = Counter(
-            "agent_shim_status_dropped", "Status reports that did not go upstream.", registry=registry
-        )
+        self.status_dropped = self._counter("status_dropped", "Status reports that did not go upstream.")
 
-    def _add_commands(self, registry: CollectorRegistry) -> None:
-        latency_s = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-        self.commands = Children(
-            Counter("agent_shim_commands", "What happened to commands.", ("event",), registry=registry)
+    def _add_commands(self) -> None:
+        self.commands = self._counters("commands", "What happened to commands.", event=COMMAND_EVENTS)
+        self.results = self._counters(
+            "results",
+            "Results that agents posted: of a command that is known, a repeat, or of an unknown one.",
+            kind=("known", "repeat", "unknown"),
+            success=("true", "false"),
         )
-        self.results = Children(
-            Counter(
-                "agent_shim_results",
-                "Results that agents posted: known, repeat, unknown.",
-                ("kind",),
-                registry=registry,
-            )
+        self.offer_seconds = self._histograms(
+            "command_offer_seconds",
+            "Time from a command's arrival to its first offer: the shim's own share while a poll is held.",
+            LATENCY_BUCKETS_S,
+            dialect=OPEN,
         )
-        self.offer_seconds = Children(
-            Histogram(
-                "agent_shim_command_offer_seconds",
-                "Time from a command's arrival to its first offer: the shim's own share while a poll is held.",
-                ("dialect",),
-                buckets=latency_s,
-                registry=registry,
-            )
-        )
-        self.hand_over_seconds = Children(
-            Histogram(
-                "agent_shim_command_hand_over_seconds",
-                "Time from a command's arrival to its reply being handed to the agent's connection.",
-                ("dialect",),
-                buckets=latency_s,
-                registry=registry,
-            )
-        )
-        self.hold_seconds = Histogram(
-            "agent_shim_poll_hold_seconds",
-            "How long polls were held, however they ended.",
-            buckets=(0.1, 0.5, 1, 2, 5, 10, 15, 20, 30),
-            registry=registry,
-        )
-        self.sessions_adopted = Counter(
-            "agent_shim_sessions_adopted", "Sessions made for agents that did not register here.", registry=registry
-        )
-        self.alias_conflicts = Counter(
-            "agent_shim_alias_conflicts", "Agent ids that moved between two fresh sessions.", registry=registry
+        self.hand_over_seconds = self._histograms(
+            "command_hand_over_seconds",
+            "Time from a command's arrival to its reply being handed to the agent's connection.",
+            LATENCY_BUCKETS_S,
+            dialect=OPEN,
         )

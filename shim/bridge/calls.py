@@ -98,7 +98,7 @@ class Calls:
         session = self._roster.heartbeat(owner, call)
         self._usage.note(session.key, call.dialect, "heartbeat", session.seen_wall)
         runner = self._routes.link_for(session, client)
-        self._presence.called(session)
+        self._presence.heartbeat(session)
         return self._verdict(runner)
 
     def _verdict(self, runner: LinkRunner) -> Outcome:
@@ -150,12 +150,13 @@ class Calls:
         payload.setdefault("timestamp", rfc3339(wall))
         stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         key = session.key
+        posted_at = self._ctx.now if self._routes.connection_of(session) is not None else None
 
         def done(outcome: list[Any] | StoreError) -> None:
             # Also after the agent hung up: what is on disk is on its way.
             failed = isinstance(outcome, StoreError)
             if not isinstance(outcome, StoreError):
-                self._result_stored(key, call.command_id, outcome[0])
+                self._result_stored(key, call, outcome[0], posted_at)
             if not stored.done():
                 stored.set_result(not failed)
 
@@ -166,14 +167,16 @@ class Calls:
             return Accepted()
         return Failed(503, "the result cannot be stored now", retry_after_s=RETRY_AFTER_S)
 
-    def _result_stored(self, key: SessionKey, command_id: str, outcome: ResultOutcome) -> None:
-        self._ctx.metrics.results.labels(
-            "repeat" if outcome.entry is None else "known" if outcome.known else "unknown"
-        ).inc()
-        log.info("result_stored", command=command_id, session=key.ident, known=outcome.known)
+    def _result_stored(
+        self, key: SessionKey, call: ResultCall, outcome: ResultOutcome, posted_at: float | None
+    ) -> None:
+        kind = "repeat" if outcome.entry is None else "known" if outcome.known else "unknown"
+        success = "true" if call.body.get("success") is True else "false"
+        self._ctx.metrics.results.labels(kind, success).inc()
+        log.info("result_stored", command=call.command_id, session=key.ident, known=outcome.known)
         if outcome.entry is not None:
-            self._delivery.outbox.added(outcome.entry)
-        self._delivery.answered(key, command_id)
+            self._delivery.outbox.added(outcome.entry, posted_at)
+        self._delivery.answered(key, call.command_id)
 
     async def _poll(self, owner: str, client: Client, call: PollCall, arrived_s: float) -> Answer:
         session = self._roster.called(owner, call.target, call.dialect)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from shim.bridge.context import Context
@@ -10,35 +11,10 @@ from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, Verdict
 from shim.core.records import SessionKey
 from shim.core.timestamps import rfc3339
 from shim.logs import get
-from shim.messages import Message
+from shim.messages import KNOWN_TYPES, Message
 from shim.ports import Socket, Timer
 
 log = get(__name__)
-
-KNOWN_TYPES = frozenset(
-    {
-        "register",
-        "register_success",
-        "register_in_progress",
-        "heartbeat",
-        "heartbeat_ack",
-        "status",
-        "command",
-        "command_ack",
-        "command_result",
-        "tunnel_status",
-        "ping",
-        "pong",
-        "error",
-        "proxy_request",
-        "proxy_error",
-        "proxy_response_abort",
-        "tcp_tunnel_start",
-        "tcp_tunnel_close",
-        "proxy_websocket_start",
-        "ws_start",
-    }
-)
 
 
 def type_label(kind: str) -> str:
@@ -52,6 +28,7 @@ class _Sent(NamedTuple):
     session: SessionKey
     order: int
     at: float
+    acked: Callable[[], None]
 
 
 class ConnectionOwner(Protocol):
@@ -91,6 +68,11 @@ class Connection:
         self._application_seen = False
         self._bad_kinds: set[str] = set()
 
+    @property
+    def heard_at(self) -> float:
+        """When the last frame came in, also after the end; before the first, when it was dialled."""
+        return self._liveness.heard_at
+
     def bind(self, socket: Socket) -> None:
         """The dial succeeded: the handshake's answer was the first sign of life."""
         self._socket = socket
@@ -107,12 +89,12 @@ class Connection:
         self._ctx.metrics.messages.labels("out", type_label(kind)).inc()
         self._socket.send(Message(kind, payload, request_id, rfc3339(self._ctx.clock.wall_s())))
 
-    def send_heartbeat(self, key: SessionKey, payload: dict[str, Any]) -> None:
-        """Send a session's heartbeat and await its acknowledgement."""
+    def send_heartbeat(self, key: SessionKey, payload: dict[str, Any], acked: Callable[[], None]) -> None:
+        """Send a session's heartbeat; `acked` is called when it is acknowledged."""
         request_id = self._ctx.new_id()
         self.send("heartbeat", payload, request_id)
         now = self._ctx.now
-        self._heartbeats[request_id] = _Sent(key, self._order, now)
+        self._heartbeats[request_id] = _Sent(key, self._order, now, acked)
         while len(self._heartbeats) > MAX_TRACKED_HEARTBEATS:
             del self._heartbeats[next(iter(self._heartbeats))]
         self._liveness.heartbeat_sent(request_id, now)
@@ -211,6 +193,7 @@ class Connection:
             return
         self._ctx.metrics.heartbeats_up.labels("acked").inc()
         self._ctx.metrics.heartbeat_ack_seconds.observe(self._ctx.now - found.at)
+        found.acked()
         self._fenced(found.order)
 
     def _fenced(self, order: int) -> None:

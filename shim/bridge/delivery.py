@@ -26,13 +26,14 @@ HAND_OVERS = 1024
 
 
 class Offering:
-    """A batch that a reply carries: what `ports.Lease` is to the frontend."""
+    """A batch that a reply carries: what `ports.Lease` is to the frontend. `polled_at`: when its poll came."""
 
-    __slots__ = ("key", "offer")
+    __slots__ = ("key", "offer", "polled_at")
 
-    def __init__(self, key: SessionKey, offer: Offer) -> None:
+    def __init__(self, key: SessionKey, offer: Offer, polled_at: float) -> None:
         self.key = key
         self.offer = offer
+        self.polled_at = polled_at
 
     @property
     def commands(self) -> tuple[OfferedCommand, ...]:
@@ -46,10 +47,11 @@ class Offering:
 class Poll:
     """A poll that waits: `offered` is resolved with an offering, or with `None` for an empty answer."""
 
-    __slots__ = ("connection", "offered", "offering")
+    __slots__ = ("arrived_at", "connection", "offered", "offering")
 
-    def __init__(self, connection: int) -> None:
+    def __init__(self, connection: int, arrived_at: float) -> None:
         self.connection = connection
+        self.arrived_at = arrived_at
         self.offered: asyncio.Future[Offering | None] = asyncio.get_running_loop().create_future()
         self.offering: Offering | None = None
 
@@ -93,7 +95,7 @@ class Delivery:
         older = self._polls.pop(key, None)
         if older is not None:
             older.answer(None)
-        poll = Poll(connection)
+        poll = Poll(connection, self._ctx.now)
         if queue is not None and queue.waiting():
             self._offer(key, queue, poll)
         elif hold:
@@ -138,7 +140,7 @@ class Delivery:
         if offer is None:
             poll.answer(None)
             return
-        offering = poll.offering = Offering(key, offer)
+        offering = poll.offering = Offering(key, offer, poll.arrived_at)
         wall = self._ctx.clock.wall_s()
         operations: list[Operation] = [MarkCommands(key, offer.ids, State.OFFERED, wall, attempts=1)]
         for live in offer.commands:
@@ -157,15 +159,15 @@ class Delivery:
                 self._take_back(key, queue, offer)
                 poll.answer(None)
                 return
-            self._observe_offer(key, offer, recorded=not isinstance(outcome, StoreError))
+            self._observe_offer(offering, recorded=not isinstance(outcome, StoreError))
             poll.answer(offering)
 
         self._ctx.store.submit(operations, done)
 
-    def _observe_offer(self, key: SessionKey, offer: Offer, *, recorded: bool) -> None:
+    def _observe_offer(self, offering: Offering, *, recorded: bool) -> None:
         """`recorded`: the disk knows of it, so that after a crash it counts as an attempt."""
-        self._observe_age(key, offer, self._ctx.metrics.offer_seconds)
-        for live in offer.commands:
+        self._observe_age(offering, self._ctx.metrics.offer_seconds)
+        for live in offering.offer.commands:
             self._queues.count("offered" if live.attempts == 1 else "redelivered")
             log.info(
                 "command_offered",
@@ -175,17 +177,21 @@ class Delivery:
                 recorded=recorded,
             )
 
-    def _observe_age(self, key: SessionKey, offer: Offer, seconds: Children[Histogram]) -> None:
+    def _observe_age(self, offering: Offering, seconds: Children[Histogram]) -> None:
         """Observe how long ago the commands that are offered for the first time arrived."""
-        session = self._ctx.sessions.get(key)
+        session = self._ctx.sessions.get(offering.key)
         if session is None:
             return
-        child, now = seconds.labels(session.dialect), self._ctx.now
-        for live in offer.commands:
-            if live.arrived_at is not None and not live.reason:
-                child.observe(now - live.arrived_at)
-                if seconds is self._ctx.metrics.hand_over_seconds:
-                    self.hand_overs_s.append(now - live.arrived_at)
+        child, now, metrics = seconds.labels(session.dialect), self._ctx.now, self._ctx.metrics
+        for live in offering.offer.commands:
+            if live.arrived_at is None or live.reason:
+                continue
+            age_s = now - live.arrived_at
+            child.observe(age_s)
+            if seconds is metrics.hand_over_seconds:
+                self.hand_overs_s.append(age_s)
+                if offering.polled_at <= live.arrived_at:
+                    metrics.message_seconds.labels("down").observe(age_s)
 
     # --- evidence -----------------------------------------------------------------------------------------------------
 
@@ -194,7 +200,7 @@ class Delivery:
         offer = offering.offer
         offer.written_at = self._ctx.now
         self._by_connection.setdefault(offer.connection, []).append(offering)
-        self._observe_age(offering.key, offer, self._ctx.metrics.hand_over_seconds)
+        self._observe_age(offering, self._ctx.metrics.hand_over_seconds)
         self._evidence_timers[offer.number] = self._ctx.timers.call_later(
             self._ctx.settings.commands.evidence_s, lambda: self._evidence_due(offering)
         )

@@ -49,12 +49,13 @@ class Holding:
 
         Raises `CancelledError` when the agent hangs up first, having learnt from it.
         """
-        started = self._ctx.now
+        started, ended = self._ctx.now, "replied"
         timer = self._ctx.timers.call_later(limit_s, end)
         self.presence.hold_started(session)
         try:
             await answered
         except asyncio.CancelledError:
+            ended = "left"
             if self.stopping:
                 hold.gone()
             else:
@@ -63,7 +64,7 @@ class Holding:
             raise
         finally:
             timer.cancel()
-            self._ctx.metrics.hold_seconds.observe(self._ctx.now - started)
+            self._ctx.metrics.hold_seconds.labels(ended).observe(self._ctx.now - started)
             self.presence.hold_ended(session)
 
     def answered(self, hold: Hold) -> None:

@@ -179,7 +179,8 @@ class Inbound:
             connection.send(kind, payload, request_id)
 
     def _unknown_type(self, message: Message) -> None:
-        """Counted as `other` already; said once per type, as far as there are not too many."""
+        """Said once per type, as far as there are not too many."""
+        self._ctx.metrics.unknown_types.inc()
         if message.type not in self._unknown and len(self._unknown) < MAX_UNKNOWN_TYPES:
             self._unknown.add(message.type)
             log.warning("unknown_type", type=message.type[:64])

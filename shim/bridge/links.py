@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from typing import Protocol
 
+from shim.bridge.attempts import Attempts
 from shim.bridge.connection import Connection
 from shim.bridge.context import Context
 from shim.core import link_events as ev
@@ -43,6 +44,9 @@ class LinkListener(Protocol):
     def link_needed(self, runner: LinkRunner) -> bool:
         """Whether a fresh session uses it."""
 
+    def heard_since(self, at_s: float) -> bool:
+        """Whether a frame of the controller came in on any link after this moment."""
+
     def connection_message(self, connection: Connection, message: Message, runner: LinkRunner) -> None:
         """A message arrived."""
 
@@ -66,11 +70,10 @@ class LinkRunner:
         self.needed_at = ctx.now
         self.timeline = Timeline(ctx.now)
         self.state_since_wall = ctx.clock.wall_s()
-        self.lost_at: float | None = None
+        self.attempts = Attempts(ctx, listener.heard_since)
         self.last_failure = ""
         self.cancelled = False
         self._dial = 0
-        self._dialled_at = 0.0
         self._timers: dict[str, Timer] = {}
         self._arm("idle", IDLE_CHECK_S, self._check_idle)
 
@@ -133,6 +136,7 @@ class LinkRunner:
                 self._dial += 1
             case ev.SetRetry():
                 self._arm("retry", effect.delay_s, lambda: self.apply(ev.RetryDue()))
+                self._ctx.metrics.retries.labels(self.attempts.reason).inc()
                 log.info("link_retry", link=self.name, delay_s=round(effect.delay_s, 3), failure=self.last_failure)
             case ev.CancelRetry():
                 self._disarm("retry")
@@ -144,6 +148,8 @@ class LinkRunner:
             case ev.WentOffline():
                 self._went_offline()
             case ev.CloseSocket():
+                if effect.code:
+                    self.attempts.closed()
                 if self.connection is not None:
                     self.connection.close(effect.code)
             case ev.Refusal():
@@ -152,7 +158,7 @@ class LinkRunner:
     def _start_dial(self, effect: ev.Dial) -> None:
         self._dial += 1
         dial = self._dial
-        self._dialled_at = self._ctx.now
+        self.attempts.begun()
         upstream = self._ctx.settings.upstream
         try:
             if not upstream.own_tokens:
@@ -168,31 +174,30 @@ class LinkRunner:
 
     def _dialled(self, dial: int, connection: Connection | None, outcome: Socket | DialFailure) -> None:
         if isinstance(outcome, DialFailure):
-            self._ctx.metrics.dials.labels(outcome.reason).inc()
+            self.attempts.handshake_failed(outcome)
             if dial == self._dial:
                 self.last_failure = f"{outcome.reason} {outcome.status}" if outcome.status else outcome.reason
                 log.warning("dial_failed", link=self.name, reason=self.last_failure, detail=outcome.detail)
                 self.apply(ev.DialFailed(outcome.status, outcome.retry_after_s))
+                if self.machine.state is not LinkState.OPENING:  # else the other way to present the token is tried
+                    self.attempts.failed(outcome)
             return
         if dial != self._dial or connection is None or self.machine.state is not LinkState.OPENING:
             outcome.close(1000)
             return
-        self._ctx.metrics.dials.labels("ok").inc()
+        self.attempts.opened()
         self.connection = connection
         self.last_failure = ""
         connection.bind(outcome)
         self.apply(ev.Opened())
 
     def _went_online(self) -> None:
-        if self.lost_at is not None:
-            self._ctx.metrics.reconnect_seconds.observe(self._ctx.now - self.lost_at)
-            self.lost_at = None
+        self.attempts.online()
         self._listener.link_online(self)
 
     def _went_offline(self) -> None:
         connection, self.connection = self.connection, None
         self._disarm("stable")
-        self.lost_at = self._ctx.now
         if connection is not None:
             self._listener.link_offline(self, connection)
 
@@ -205,7 +210,7 @@ class LinkRunner:
         if self._listener.link_needed(self):
             self.needed_at = self._ctx.now
         elif idle_close_s and self._ctx.now - self.needed_at >= idle_close_s:
-            self.lost_at = None
+            self.attempts.closed()
             if self.machine.state is not LinkState.IDLE:
                 self.apply(ev.Unneeded())
         self._arm("idle", IDLE_CHECK_S, self._check_idle)
@@ -236,7 +241,7 @@ class LinkRunner:
         """The watchdog condemned the connection."""
         if connection is self.connection:
             self.last_failure = verdict.value
-            self._ctx.metrics.disconnects.labels(verdict.value).inc()
+            self.attempts.lost(verdict.value)
             log.warning("link_broken", link=self.name, reason=verdict.value)
             self.apply(ev.Broken())
 
@@ -246,7 +251,7 @@ class LinkRunner:
             return
         contended = self.machine.contended
         self.last_failure = f"closed {code}" if by_close_frame else "connection lost"
-        self._ctx.metrics.disconnects.labels("closed" if by_close_frame else "lost").inc()
+        self.attempts.lost("closed" if by_close_frame else "lost")
         log.warning("link_lost", link=self.name, reason=self.last_failure)
         self.apply(ev.Lost(by_close_frame))
         if self.machine.contended and not contended:

@@ -24,12 +24,16 @@ Route = Callable[[SessionKey], Connection | None]
 
 @dataclass(slots=True)
 class _OnDisk:
-    """An entry that the controller is not known to have; `sent_on` is a connection's serial, 0 = not sent there."""
+    """An entry that the controller is not known to have; `sent_on` is a connection's serial, 0 = not sent there.
+
+    `posted_at`: when the agent's result came, if the link was up then and it was not sent yet.
+    """
 
     session: SessionKey
     command_id: str
     sent_on: int = 0
     size_bytes: int = 0
+    posted_at: float | None = None
 
 
 class Outbox:
@@ -61,9 +65,12 @@ class Outbox:
         """Whether something of this owner was never sent at all."""
         return owner in self._unread or any(e.sent_on == 0 and e.session.owner == owner for e in self._entries.values())
 
-    def added(self, entry: OutboxEntry) -> None:
-        """An entry has been committed: send it, unless a pump that reads the disk will come to it."""
-        self._entries[entry.seq] = _OnDisk(entry.session, entry.command_id)
+    def added(self, entry: OutboxEntry, posted_at: float | None = None) -> None:
+        """An entry has been committed: send it, unless a pump that reads the disk will come to it.
+
+        `posted_at`: when the agent's result came, if the link was up then.
+        """
+        self._entries[entry.seq] = _OnDisk(entry.session, entry.command_id, posted_at=posted_at)
         if entry.session.owner not in self._pumping:
             self._send(entry)
 
@@ -178,6 +185,9 @@ class Outbox:
         known.size_bytes = sum(len(v) for v in entry.payload.values() if isinstance(v, str)) + 512
         self._in_flight[connection.serial] = in_flight + known.size_bytes
         connection.send_result(entry.seq, entry.request_id, self._fitting(entry.payload))
+        if known.posted_at is not None:
+            self._ctx.metrics.message_seconds.labels("up").observe(self._ctx.now - known.posted_at)
+            known.posted_at = None
 
     def _fitting(self, payload: dict[str, Any]) -> dict[str, Any]:
         """The controller's limit is `upstream.max_send_bytes`: a longer output is cut and says so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from shim.bridge.links import LinkRunner
 from shim.bridge.registrations import Registrations
 from shim.bridge.routes import Routes
 from shim.core.calls import Kind
+from shim.core.coverage import ACK_GRACE_S, Covered
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
 from shim.logs import get
@@ -37,6 +39,8 @@ class Presence:
         self._status: dict[SessionKey, dict[str, Any]] = {}
         self._status_at: dict[SessionKey, float] = {}
         self._nameless: set[SessionKey] = set()
+        self._acks_seen = False
+        self._uncovered: set[Session] = set()
 
     def identity(self) -> dict[str, Any]:
         """What the configuration says of agents that never registered here; absent fields are left out."""
@@ -44,6 +48,33 @@ class Presence:
         return {key: value for key, value in known.items() if value}
 
     # --- heartbeats ---------------------------------------------------------------------------------------------------
+
+    def heartbeat(self, session: Session) -> None:
+        """The agent's heartbeat: contact, and a claim that the controller hears of it within one interval."""
+        self.called(session)
+        line = self._routes.connection_of(session)
+        if session.coverage.beat(self._ctx.now, line, self._window_s):
+            self._ctx.metrics.agent_heartbeats.labels(Covered.ACKED.value).inc()
+        else:
+            self._uncovered.add(session)
+
+    def settle(self) -> None:
+        """Judge heartbeats of agents that the controller had an interval's time to hear of; called every second."""
+        now, window_s = self._ctx.now, self._window_s
+        for session in list(self._uncovered):
+            for outcome, number in session.coverage.settle(now, window_s, acks=self._acks_seen).items():
+                self._ctx.metrics.agent_heartbeats.labels(outcome.value).inc(number)
+            if not session.coverage.waiting:
+                self._uncovered.discard(session)
+
+    @property
+    def _window_s(self) -> float:
+        return self._ctx.settings.upstream.heartbeat_interval_s + ACK_GRACE_S
+
+    def _acked(self, session: Session, sent_at: float, line: Connection) -> None:
+        self._acks_seen = True
+        covered = session.coverage.acked(sent_at, line, self._ctx.now, self._window_s)
+        self._ctx.metrics.agent_heartbeats.labels(Covered.ACKED.value).inc(covered)
 
     def called(self, session: Session, *, force: bool = False) -> None:
         """The agent called (or, with `force`, something changed): a heartbeat goes up if one is due and allowed."""
@@ -57,10 +88,12 @@ class Presence:
             return
         if not self._told(session, connection):
             return
-        session.sent_at = self._ctx.now
+        sent_at = session.sent_at = self._ctx.now
         session.sent_words = session.words()
+        session.coverage.written(sent_at, connection)
         self._ctx.metrics.heartbeats_up.labels("sent").inc()
-        connection.send_heartbeat(session.key, session.heartbeat_payload())
+        acked = partial(self._acked, session, sent_at, connection)
+        connection.send_heartbeat(session.key, session.heartbeat_payload(), acked)
 
     def _told(self, session: Session, connection: Connection) -> bool:
         """Whether the controller has just been told about the session; else it is told first, where possible."""

@@ -144,6 +144,7 @@ class Bridge:
             return
         now = self.ctx.now
         self.roster.sweep()
+        self.presence.settle()
         self.gateways.sweep(now)
         self._warn_unpolled(now)
         if now - self._held_swept_at >= HELD_SWEEP_S:
@@ -257,6 +258,10 @@ class Bridge:
         if any(s.fresh(now) and self.gateways.connection_of(s.key) is None for s in self.routes.sessions_of(runner)):
             return True
         return self.outbox.unsent_for(runner.owner)
+
+    def heard_since(self, at_s: float) -> bool:
+        """Whether a frame of the controller came in on any link after this moment."""
+        return any(link.connection is not None and link.connection.heard_at > at_s for link in self.links)
 
     def connection_message(self, connection: Connection, message: Message, runner: LinkRunner) -> None:
         """A message on a link's connection."""

@@ -38,6 +38,11 @@ class Liveness:
         self._unacked: OrderedDict[str, float] = OrderedDict()
         self.acks_seen = False
 
+    @property
+    def heard_at(self) -> float:
+        """When the last frame came in; before the first, when the connection was dialled."""
+        return self._last_frame
+
     def frame(self, now: float) -> None:
         """Any inbound frame is life."""
         self._last_frame = now

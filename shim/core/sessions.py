@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from shim.core.calls import HeartbeatCall, Kind, Target
+from shim.core.coverage import Coverage
 from shim.core.hold import Hold
 from shim.core.records import SessionKey, SessionRecord
 
@@ -23,6 +24,7 @@ class Session:
     __slots__ = (
         "agent_id",
         "contact_at",
+        "coverage",
         "dialect",
         "gaps",
         "heartbeat",
@@ -66,6 +68,7 @@ class Session:
         self.poll_at: float | None = None
         self.gaps: deque[float] = deque(maxlen=8)
         self.held = 0
+        self.coverage = Coverage()
         self.heartbeat: HeartbeatCall | None = None
         self.sent_at: float | None = None
         self.sent_words: tuple[str, str] | None = None

@@ -25,7 +25,7 @@ class Writer:
 
     def __init__(self, house: House) -> None:
         self._house = house
-        self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram, Counter | None]] = {}
 
     async def reply(self, visit: Visit, reply: Reply, body: bytes | None) -> web.StreamResponse:
         """Write one of our own replies; `body` is its encoded JSON."""
@@ -103,9 +103,17 @@ class Writer:
         dialect, operation = visit.place
         children = self._counted.get((dialect, operation, status))
         if children is None:
+            metrics, match = self._house.metrics, visit.match
+            deprecated = None
+            if match is not None and not match.route.open:  # the health check is no agent's call
+                deprecated = metrics.deprecated_calls.labels(dialect, f"{match.route.method} {match.route.pattern}")
             children = self._counted[dialect, operation, status] = (
-                self._house.metrics.requests.labels(dialect, operation, str(status)),
-                self._house.metrics.request_seconds.labels(dialect, operation),
+                metrics.requests.labels(dialect, operation, str(status)),
+                metrics.request_seconds.labels(dialect, operation),
+                deprecated,
             )
-        children[0].inc()
-        children[1].observe(visit.connection.now_s() - visit.started_s)
+        answered, took, deprecated = children
+        answered.inc()
+        took.observe(visit.connection.now_s() - visit.started_s)
+        if deprecated is not None:
+            deprecated.inc()

@@ -37,11 +37,13 @@ class CommitProbe:
     """Watches commits: `observe(commit_s, operations)` is called on the event loop after each one that succeeded.
 
     `commit_s` is the time by `monotonic` (seconds) from the beginning of the transaction to its sync, with any wait for
-    another process; `operations` is how many it carried out.
+    another process; `operations` is how many it carried out. `failed(submissions)` is called with how many could not be
+    carried out.
     """
 
     monotonic: Callable[[], float]
     observe: Callable[[float, int], None]
+    failed: Callable[[int], None] | None = None
 
 
 class Writer:
@@ -111,6 +113,8 @@ class Writer:
             self._roll_back()
             failure = store_error(error)
             if len(batch) == 1 or _concerns_all(error):
+                if self._probe is not None and self._probe.failed is not None:
+                    callbacks.append(partial(self._probe.failed, len(batch)))
                 return [failure] * len(batch)
         half = len(batch) // 2
         return self._outcomes(batch[:half], callbacks) + self._outcomes(batch[half:], callbacks)
