@@ -22,6 +22,7 @@ from shim.core.sessions import Sessions
 from shim.core.urls import origin_of
 from shim.errors import ConfigError, StoreError, StoreVersionError
 from shim.frontend import Frontend
+from shim.hardening import keep_memory_private, open_doors
 from shim.lag import watch_loop
 from shim.metrics import Metrics, Registry
 from shim.passthrough import Passthrough, sunset_headers
@@ -48,8 +49,11 @@ def main(config_path: str | None, sets: tuple[str, ...], ready_file: str | None,
     def load() -> Settings:
         return config.load(config_path, os.environ, sets)
 
+    private = keep_memory_private()
     settings = load()
     with contextlib.closing(logs.setup(settings.log.level, settings.log.format)) as logging:
+        if not private:
+            log.warning("memory_not_private", hint="the kernel refused; a core dump would hold tokens")
         app = (kind or App)(settings, load, logging, config_path, ready_file)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(app.run())
@@ -121,6 +125,8 @@ class App:
         settings, clock = self.settings, Clock()
         for secret in config.secrets(settings):
             self._logging.redaction.add(secret)
+        for event, hint in open_doors(settings):
+            log.warning(event, hint=hint)
         upstream = AiohttpUpstream(settings.upstream, self.spawn)
         self._undo.append(upstream.close)
         store = self.make_store(loop.call_soon_threadsafe)

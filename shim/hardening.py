@@ -1,0 +1,36 @@
+"""What a process with secrets in its memory does at its start, and what its configuration leaves open."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+
+from shim.settings import Settings, is_loopback
+
+_PR_SET_DUMPABLE = 4
+
+
+def keep_memory_private() -> bool:
+    """No core dump of this process, and no debugger of its own user: tokens are in its memory. False if refused.
+
+    The limit alone is not enough: the kernel ignores it where `core_pattern` is a pipe. A process that is not dumpable
+    is not dumped at all, and another process of the same user, in a pod with a shared process namespace say, can read
+    neither its memory nor its environment. Root with CAP_SYS_PTRACE still can.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if not sys.platform.startswith("linux"):
+        return True
+    import ctypes  # noqa: PLC0415 - for one call, on Linux
+
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    return prctl is not None and prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
+
+
+def open_doors(settings: Settings) -> Iterator[tuple[str, str]]:
+    """What the configuration allows and a person should know of: (event, hint)."""
+    listen, upstream = settings.listen, settings.upstream
+    if not is_loopback(listen.host) and not listen.tls.cert_file:
+        yield "listen_without_tls", "agents' tokens and commands can be read on the way: set listen.tls"
+    if upstream.allow_insecure:
+        yield "upstream_allow_insecure", "tokens may be sent in the clear"
