@@ -16,8 +16,10 @@ from shim.tools.controller.faultbook import FaultBook
 from shim.tools.controller.faults import AnyFault, Fault
 from shim.tools.controller.history import History
 from shim.tools.controller.hub import Hub
+from shim.tools.controller.legacy import LegacyApi
 from shim.tools.controller.options import Options
 from shim.tools.controller.registry import Registry
+from shim.tools.controller.tokens import Tokens
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "controller.md").read_text()
 
@@ -36,8 +38,9 @@ def test_every_fault_with_its_fields() -> None:
 def test_every_call() -> None:
     clock = Clock()
     history = History(clock, max_events=1, max_bytes=1)
-    hub = Hub(Books(clock, Options(), history, FaultBook(), Registry(clock), CommandBook()))
-    calls = {f"{route.method} {route.path}" for route in Control(hub).routes()}
+    books = Books(clock, Options(), history, FaultBook(), Registry(clock), CommandBook())
+    control = Control(Hub(books), LegacyApi(books, Tokens([])))
+    calls = {f"{route.method} {route.path}" for route in control.routes()}
     told = set(re.findall(r"`((?:GET|POST|DELETE) /control/[^`?]*)`", PAGE))
     assert told == calls - {"GET /control"}
     assert {name for name in _fields(CommandSpec) if f"`{name}`" not in PAGE} == set()

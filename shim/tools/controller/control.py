@@ -16,6 +16,7 @@ from shim.tools.controller.errors import RequestRefused
 from shim.tools.controller.faultbook import parse_fault
 from shim.tools.controller.history import Event
 from shim.tools.controller.hub import DropSpec, Hub, RawSpec, written
+from shim.tools.controller.legacy import LegacyApi
 from shim.tools.controller.tokens import bearer
 
 T = TypeVar("T")
@@ -31,8 +32,9 @@ _WAITS: dict[str, Callable[[Command], bool]] = {
 class Control:
     """JSON over HTTP. Refusals are `{"success": false, "error": …}` with a status that says whose fault it is."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, legacy: LegacyApi) -> None:
         self._hub = hub
+        self._legacy = legacy
         self._books = hub.books
 
     def routes(self) -> list[web.RouteDef]:
@@ -43,6 +45,8 @@ class Control:
             web.get("/control/messages", self._guarded(self._messages)),
             web.post("/control/commands", self._guarded(self._push)),
             web.get("/control/commands/{id}", self._guarded(self._command)),
+            web.post("/control/legacy", self._guarded(self._switch_legacy)),
+            web.post("/control/legacy/commands", self._guarded(self._push_legacy)),
             web.post("/control/send", self._guarded(self._send)),
             web.post("/control/drop", self._guarded(self._drop)),
             web.get("/control/faults", self._guarded(self._faults)),
@@ -125,6 +129,14 @@ class Control:
             for (command, _), event in zip(pushed, sent, strict=True)
         ]
         return web.json_response({"success": True, "ids": [c["id"] for c in commands], "commands": commands})
+
+    async def _switch_legacy(self, request: web.Request) -> web.Response:
+        self._legacy.switch(await _body(request))
+        return web.json_response({"success": True, "refuse": self._legacy.refuse})
+
+    async def _push_legacy(self, request: web.Request) -> web.Response:
+        self._legacy.push(await _body(request))
+        return web.json_response({"success": True})
 
     async def _command(self, request: web.Request) -> web.Response:
         """`wait` (`sent`, `ack`, `result`) and `timeout_s`; `waited_for` tells whether it came."""

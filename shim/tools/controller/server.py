@@ -19,6 +19,7 @@ from shim.tools.controller.faults import AnyFault, How
 from shim.tools.controller.history import Event, EventKind, History, Wanted
 from shim.tools.controller.hub import DropSpec, Hub, RawSpec, written
 from shim.tools.controller.journal import Journal
+from shim.tools.controller.legacy import LegacyApi
 from shim.tools.controller.options import Options
 from shim.tools.controller.registry import Registry
 from shim.tools.controller.tokens import Tokens
@@ -61,8 +62,11 @@ class DevController:
         self.books = Books(self._clock, options, history, FaultBook(), registry, CommandBook())
         self.hub = Hub(self.books)
         routes = Handshakes(self.hub, self._tokens).routes()
-        control = Control(self.hub).routes()
-        self.listen = await self._serve(routes if options.control else routes + control, options.host, self._port)
+        legacy = LegacyApi(self.books, self._tokens)
+        control = Control(self.hub, legacy).routes()
+        routes = routes if options.control else routes + control
+        routes += legacy.routes()
+        self.listen = await self._serve(routes, options.host, self._port)
         self.control = await self._serve(control, *options.control) if options.control else self.listen
         scheme = "wss" if options.tls else "ws"
         self.hub.desk.gateway_url = f"{scheme}://{address(self.listen)}{GATEWAY_PATH}"
