@@ -276,7 +276,7 @@ class App:
             if "token" in changed and self.bridge is not None:
                 log.info("token_changed")
                 self._token = ""
-                self.bridge.links.token_changed()
+                self.bridge.token_changed()
 
     def _changed(self) -> set[str]:
         files = {"config": self._config_path, "token": self.settings.upstream.token_file}
@@ -312,7 +312,7 @@ class App:
             self.bridge.ctx.settings = self.settings
             if old.upstream != self.settings.upstream:
                 self._token = ""
-                self.bridge.links.token_changed()
+                self.bridge.token_changed()
         ignored = config.needs_restart(self.settings, fresh)
         log.info("config_reloaded", needs_restart=ignored)
 

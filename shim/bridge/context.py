@@ -14,6 +14,8 @@ from shim.ports import Clock, CommandStore, Timers, UpstreamPort
 from shim.settings import Settings
 
 DEFAULT_OWNER = "default"
+ENVELOPE_BYTES = 512
+"""More than an upstream envelope adds to its payload."""
 
 
 class TokenSource(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from shim.bridge.connection import Connection
@@ -18,6 +19,9 @@ from shim.logs import get
 from shim.messages import Message
 from shim.ports import DialFailure, DialSpec, Socket
 from shim.settings import is_loopback
+
+if TYPE_CHECKING:
+    from publicsuffixlist import PublicSuffixList
 
 log = get(__name__)
 
@@ -36,34 +40,44 @@ class Leg:
         self.waiting = False
 
 
-class Gateways:
-    """All gateway legs. The listener's callbacks are those of a link."""
+class GatewayListener(Protocol):
+    """The rest of the bridge, as gateways see it."""
 
-    def __init__(
-        self,
-        ctx: Context,
-        serials: Iterator[int],
-        up: Callable[[Leg], None],
-        down: Callable[[Leg, Connection], None],
-        message: Callable[[Connection, Message, Leg], None],
-        fenced: Callable[[Connection, tuple[int, ...]], None],
-    ) -> None:
+    def gateway_up(self, leg: Leg) -> None:
+        """Heartbeats and results may go this way."""
+
+    def gateway_released(self, connection: Connection) -> None:
+        """The connection is no more."""
+
+    def gateway_lost(self, leg: Leg) -> None:
+        """It went away by itself: back to the controller with a full registration."""
+
+    def gateway_message(self, connection: Connection, message: Message, leg: Leg) -> None:
+        """A message arrived."""
+
+    def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
+        """The controller has these outbox entries."""
+
+
+class Gateways:
+    """All gateway legs."""
+
+    def __init__(self, ctx: Context, serials: Iterator[int], listener: GatewayListener) -> None:
         self._ctx = ctx
         self._serials = serials
-        self._up = up
-        self._down = down
-        self._message = message
-        self._fenced = fenced
+        self._listener = listener
         self._legs: dict[SessionKey, Leg] = {}
+        self._suffixes: PublicSuffixList | None = None
+
+    def carries(self, key: SessionKey) -> bool:
+        """Whether a session's traffic goes through a gateway, or will as soon as the dial under way succeeds."""
+        leg = self._legs.get(key)
+        return leg is not None and leg.connection is not None
 
     def connection_of(self, key: SessionKey) -> Connection | None:
         """The open gateway connection of a session."""
         leg = self._legs.get(key)
         return leg.connection if leg is not None and leg.opened_at is not None else None
-
-    def open_legs(self) -> int:
-        """How many are open or being dialled (they count as links)."""
-        return sum(1 for leg in self._legs.values() if not leg.waiting)
 
     def offered(self, session: Session, runner: LinkRunner, url: str) -> None:
         """A `register_success` named a gateway: go there, if the token may."""
@@ -80,6 +94,16 @@ class Gateways:
         self._drop(leg)
         if not leg.waiting:
             self._dial(leg)
+
+    def token_changed(self) -> None:
+        """The configured token is another one: back to the controller with it."""
+        for leg in list(self._legs.values()):
+            self.dismiss(leg)
+
+    def dismiss(self, leg: Leg) -> None:
+        """The gateway serves the session no more: back to the controller, which may name another."""
+        self.forget(leg.session.key)
+        self._listener.gateway_lost(leg)
 
     def forget(self, key: SessionKey) -> None:
         """The session is gone."""
@@ -103,14 +127,29 @@ class Gateways:
 
     def _allowed(self, url: str) -> bool:
         upstream = self._ctx.settings.upstream
-        host, scheme = host_of(url), urlsplit(url).scheme
-        if scheme not in ("ws", "wss", "http", "https") or not host:
+        try:
+            scheme, host = urlsplit(ws_url(url)).scheme, host_of(url)
+        except ValueError:
             return False
-        if scheme in ("ws", "http") and not is_loopback(host) and not upstream.allow_insecure:
+        if scheme == "ws" and not is_loopback(host) and not upstream.allow_insecure:
             return False
         if upstream.gateway_hosts:
             return any(host == h or (h.startswith("*.") and host.endswith(h[1:])) for h in upstream.gateway_hosts)
-        return same_registrable_domain(host, host_of(upstream.url))
+        return self._same_registrable_domain(host, host_of(upstream.url))
+
+    def _same_registrable_domain(self, host: str, other: str) -> bool:
+        """Whether two hosts belong to one registrant by the Public Suffix List; addresses and bare names are equal."""
+        if host == other:
+            return True
+        if host.replace(".", "").isdigit():
+            return False
+        if self._suffixes is None:
+            # Imported here because the list costs memory that most shims never need.
+            from publicsuffixlist import PublicSuffixList
+
+            self._suffixes = PublicSuffixList()
+        domain = self._suffixes.privatesuffix(host)
+        return domain is not None and domain == self._suffixes.privatesuffix(other)
 
     def _dial(self, leg: Leg) -> None:
         leg.dial += 1
@@ -143,17 +182,17 @@ class Gateways:
         leg.opened_at = self._ctx.now
         connection.bind(outcome)
         log.info("gateway_open", session=leg.session.key.ident, host=host_of(leg.url))
-        self._up(leg)
+        self._listener.gateway_up(leg)
 
     def _drop(self, leg: Leg) -> None:
         connection, leg.connection = leg.connection, None
         leg.opened_at = None
         if connection is not None:
             connection.close(1000)
-            self._down(leg, connection)
+            self._listener.gateway_released(connection)
 
     def _back(self, leg: Leg) -> None:
-        """The gateway does not serve: back to the controller with a full registration; try again later."""
+        """The gateway does not serve: try again later."""
         stable_s = self._ctx.settings.upstream.reconnect.stable_after_s
         if leg.opened_at is not None and self._ctx.now - leg.opened_at >= stable_s:
             leg.backoff.reset()
@@ -161,7 +200,8 @@ class Gateways:
         leg.opened_at = None
         leg.waiting = True
         if connection is not None:
-            self._down(leg, connection)
+            self._listener.gateway_released(connection)
+            self._listener.gateway_lost(leg)
         dial = leg.dial
 
         def again() -> None:
@@ -180,11 +220,11 @@ class Gateways:
         """Hand on."""
         leg = self._leg_of(connection)
         if leg is not None:
-            self._message(connection, message, leg)
+            self._listener.gateway_message(connection, message, leg)
 
     def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
         """Hand on."""
-        self._fenced(connection, seqs)
+        self._listener.connection_fenced(connection, seqs)
 
     def connection_broken(self, connection: Connection, verdict: Verdict) -> None:
         """The watchdog condemned it."""
@@ -202,15 +242,3 @@ class Gateways:
         if leg is not None:
             log.warning("gateway_lost", session=leg.session.key.ident, reason=reason)
             self._back(leg)
-
-
-def same_registrable_domain(host: str, other: str) -> bool:
-    """Whether two hosts belong to one registrant by the Public Suffix List; addresses and bare names must be equal."""
-    if host == other:
-        return True
-    # Imported here because the list costs memory that most shims never need.
-    from publicsuffixlist import PublicSuffixList
-
-    suffixes = PublicSuffixList()
-    domain = suffixes.privatesuffix(host)
-    return domain is not None and domain == suffixes.privatesuffix(other) and not host.replace(".", "").isdigit()

@@ -13,7 +13,6 @@ from shim.bridge.jobs import Job
 from shim.bridge.outbox import Outbox
 from shim.bridge.registrations import Registrations
 from shim.bridge.roster import Roster
-from shim.bridge.routes import LINK_KIND
 from shim.core.normalise import Malformed, normalise
 from shim.core.records import SessionKey
 from shim.core.refusals import LEFTOVER_TYPES, REFUSED_TYPES, refuse
@@ -36,8 +35,8 @@ class Source(Protocol):
         """The owner of its sessions."""
 
     @property
-    def link_name(self) -> str:
-        """The link that it belongs to."""
+    def rejection_key(self) -> SessionKey:
+        """What rejections without a session are filed under, so that they go back the same way."""
 
     def sessions(self) -> Iterable[Session]:
         """The sessions whose traffic it carries."""
@@ -168,8 +167,7 @@ class Inbound:
     def _reject(self, source: Source, command_id: str, request_id: str, code: str, error: str) -> None:
         self._ctx.metrics.commands.labels(f"rejected_{code}").inc()
         log.warning("command_rejected", command=command_id, code=code)
-        key = SessionKey(source.owner, LINK_KIND, source.link_name)
-        self._outbox.report(key, None, command_id, request_id, code=code, error=error)
+        self._outbox.report(source.rejection_key, None, command_id, request_id, code=code, error=error)
 
     def _refuse(self, connection: Connection, message: Message) -> None:
         self._ctx.metrics.refused.labels(message.type).inc()

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from shim.bridge.connection import Connection
-from shim.bridge.context import Context
+from shim.bridge.context import ENVELOPE_BYTES, Context
 from shim.bridge.links import LinkRunner
 from shim.bridge.registrations import Registrations
 from shim.bridge.routes import Routes
@@ -97,13 +97,16 @@ class Presence:
 
     def _told(self, session: Session, connection: Connection) -> bool:
         """Whether the controller has just been told about the session; else it is told first, where possible."""
-        if session.told_on == connection.serial or self._routes.gateway_of(session.key) is connection:
-            return bool(session.upstream_cluster_id)
+        if self._is_told(session, connection) and session.upstream_cluster_id:
+            return True
         adopted = not session.registration
         if adopted and session.key.kind == Kind.CLUSTER.value:
             return True
         self.introduce(session)
         return False
+
+    def _is_told(self, session: Session, connection: Connection) -> bool:
+        return session.told_on == connection.serial or self._routes.gateways.connection_of(session.key) is connection
 
     def introduce(self, session: Session) -> None:
         """Register a session from what is known of it; without a name nothing is sent, and the log says what helps."""
@@ -154,7 +157,7 @@ class Presence:
     def status(self, session: Session, body: dict[str, Any]) -> None:
         """A cluster status report: the latest wins, at most one in 30 s goes up."""
         upstream = self._ctx.settings.upstream
-        if not upstream.send_status or len(msgspec.json.encode(body)) > upstream.max_send_bytes:
+        if not upstream.send_status or len(msgspec.json.encode(body)) + ENVELOPE_BYTES > upstream.max_send_bytes:
             self._ctx.metrics.status_dropped.inc()
             return
         waiting = session.key in self._status
@@ -171,7 +174,7 @@ class Presence:
     def _send_status(self, session: Session) -> None:
         body = self._status.pop(session.key, None)
         connection = self._routes.connection_of(session)
-        told = connection is not None and session.told_on == connection.serial
+        told = connection is not None and self._is_told(session, connection)
         if body is None or connection is None or not told or not session.fresh(self._ctx.now):
             if body is not None:
                 self._ctx.metrics.status_dropped.inc()

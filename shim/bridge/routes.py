@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
 from functools import lru_cache
 
 from shim.bridge.connection import Connection
 from shim.bridge.context import DEFAULT_OWNER, Context
+from shim.bridge.gateway import Gateways
 from shim.bridge.links import LinkRunner, LinkSet
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
@@ -18,11 +18,11 @@ LINK_KIND = "link"
 
 
 class Routes:
-    """Finds owners, links and connections. `gateway_of` yields a session's open gateway connection, if any."""
+    """Finds owners, links and connections."""
 
-    def __init__(self, ctx: Context, links: LinkSet, gateway_of: Callable[[SessionKey], Connection | None]) -> None:
+    def __init__(self, ctx: Context, links: LinkSet, gateways: Gateways) -> None:
         self.links = links
-        self.gateway_of = gateway_of
+        self.gateways = gateways
         self._ctx = ctx
         self._owner_of = lru_cache(maxsize=4096)(self._hash_owner)
         self._link_of: dict[SessionKey, str] = {}
@@ -58,7 +58,8 @@ class Routes:
     def link_for(self, session: Session, client: Client) -> LinkRunner:
         """The link of a session whose agent just called, dialled if need be; raises `AgentError` 503."""
         runner = self.links.get(session.key.owner, self.link_name(session), client.token)
-        runner.wanted()
+        if not self.gateways.carries(session.key):
+            runner.wanted()
         return runner
 
     def sessions_of(self, runner: LinkRunner) -> list[Session]:
@@ -72,7 +73,7 @@ class Routes:
 
     def connection_of(self, session: Session) -> Connection | None:
         """The connection that carries a session's heartbeats and results now: its gateway's, else its link's."""
-        gateway = self.gateway_of(session.key)
+        gateway = self.gateways.connection_of(session.key)
         if gateway is not None:
             return gateway
         runner = self.runner_of(session)

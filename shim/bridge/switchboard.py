@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import count
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from shim.bridge.queues import Queues
 from shim.bridge.registrations import Registrations
 from shim.bridge.roster import Roster, outcome_of
 from shim.bridge.routes import Routes
+from shim.bridge.sources import LegSource, LinkSource
 from shim.bridge.timers import OwnedTimers
 from shim.core.calls import AgentCall, Failed, Outcome
 from shim.core.records import Loaded, Prune, SessionKey
@@ -41,36 +41,6 @@ HELD_SWEEP_S = 5.0
 UNPOLLED_WARNING_S = 600.0
 
 
-class _LinkSource:
-    """`inbound.Source` for a link's own connection."""
-
-    def __init__(self, bridge: Bridge, runner: LinkRunner) -> None:
-        self._bridge = bridge
-        self._runner = runner
-        self.owner = runner.owner
-        self.link_name = runner.name
-
-    def sessions(self) -> Iterable[Session]:
-        return self._bridge.routes.sessions_of(self._runner)
-
-    def gateway_offered(self, session: Session, url: str) -> None:
-        self._bridge.gateways.offered(session, self._runner, url)
-
-    def introduce(self, session: Session) -> None:
-        self._bridge.presence.introduce(session)
-
-
-class _LegSource(_LinkSource):
-    """`inbound.Source` for a gateway connection, which carries one session."""
-
-    def __init__(self, bridge: Bridge, leg: Leg) -> None:
-        super().__init__(bridge, leg.runner)
-        self._leg = leg
-
-    def sessions(self) -> Iterable[Session]:
-        return (self._leg.session,)
-
-
 class Bridge:
     """Implements `ports.Switchboard`. Every change happens synchronously on the event loop; answers are awaited."""
 
@@ -81,10 +51,8 @@ class Bridge:
         self.links = LinkSet(ctx, self, serials)
         self.registrations = Registrations(ctx, self)
         self.roster = Roster(ctx, self._moved, self._ended)
-        self.gateways = Gateways(
-            ctx, serials, self._gateway_up, self._gateway_down, self._gateway_message, self.connection_fenced
-        )
-        self.routes = Routes(ctx, self.links, self.gateways.connection_of)
+        self.gateways = Gateways(ctx, serials, self)
+        self.routes = Routes(ctx, self.links, self.gateways)
         self.outbox = Outbox(ctx, self.routes.connection_for_key)
         self.queues = Queues(ctx, self.outbox)
         self.delivery = Delivery(ctx, self.queues)
@@ -231,6 +199,8 @@ class Bridge:
         identity = self.presence.identity()
         todo: list[tuple[Session, dict[str, Any]]] = []
         for session in self.routes.sessions_of(runner):
+            if self.gateways.connection_of(session.key) is not None:
+                continue  # it is known by that
             if session.fresh(now) and (session.registration or session.key.kind == "agent"):
                 payload = session.register_payload(identity)
                 if payload is not None:
@@ -255,7 +225,7 @@ class Bridge:
     def link_needed(self, runner: LinkRunner) -> bool:
         """Whether a fresh session speaks over it (one on its gateway does not), or a result was never sent."""
         now = self.ctx.now
-        if any(s.fresh(now) and self.gateways.connection_of(s.key) is None for s in self.routes.sessions_of(runner)):
+        if any(s.fresh(now) and not self.gateways.carries(s.key) for s in self.routes.sessions_of(runner)):
             return True
         return self.outbox.unsent_for(runner.owner)
 
@@ -265,27 +235,38 @@ class Bridge:
 
     def connection_message(self, connection: Connection, message: Message, runner: LinkRunner) -> None:
         """A message on a link's connection."""
-        self.inbound.handle(connection, message, _LinkSource(self, runner))
+        self.inbound.handle(connection, message, LinkSource(runner, self.routes, self.presence))
 
     def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
         """The controller has these results."""
         self.outbox.fenced(seqs)
 
+    def token_changed(self) -> None:
+        """The configured token is another one: dial with it at once."""
+        self.links.token_changed()
+        self.gateways.token_changed()
+
     # --- gateways -----------------------------------------------------------------------------------------------------
 
-    def _gateway_up(self, leg: Leg) -> None:
+    def gateway_up(self, leg: Leg) -> None:
+        """Results and heartbeats go this way now."""
         self.outbox.online(leg.session.key.owner)
         self.presence.called(leg.session, force=True)
 
-    def _gateway_down(self, leg: Leg, connection: Connection) -> None:
+    def gateway_released(self, connection: Connection) -> None:
+        """What was awaited on the connection will not come."""
         self.outbox.offline(connection)
+
+    def gateway_lost(self, leg: Leg) -> None:
+        """Back to the controller with a full registration."""
         if not self.stopping and leg.session.fresh(self.ctx.now):
             leg.session.told_on = 0
             leg.runner.wanted()
             self.presence.introduce(leg.session)
 
-    def _gateway_message(self, connection: Connection, message: Message, leg: Leg) -> None:
-        self.inbound.handle(connection, message, _LegSource(self, leg))
+    def gateway_message(self, connection: Connection, message: Message, leg: Leg) -> None:
+        """A message on a gateway's connection."""
+        self.inbound.handle(connection, message, LegSource(leg, self.gateways))
 
     # --- sessions that move or end ------------------------------------------------------------------------------------
 
