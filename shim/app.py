@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shim import __version__, config, dialects, logs
-from shim.admin import AdminServer
+from shim.admin import AdminServer, Journal
 from shim.bridge import Bridge, Context
 from shim.clock import Clock
 from shim.core.records import Loaded
@@ -133,20 +133,22 @@ class App:
         loaded = await asyncio.to_thread(store.open)
         self._undo.append(lambda: asyncio.to_thread(store.close))
         self._tell_of_store(loaded)
+        journal = Journal(store)
         ctx = Context(
             settings=settings,
             clock=clock,
             timers=loop,
             rng=random.random,
             new_id=lambda: uuid.uuid4().hex,
-            store=store,
+            store=journal,
             upstream=self.wrap_upstream(upstream),
             metrics=self._metrics,
             read_token=self._read_token,
             sessions=Sessions(),
         )
         bridge = self.bridge = Bridge(ctx)
-        admin = AdminServer(settings.admin, bridge, self._metrics.registry)
+        redact = self._logging.redaction.add
+        admin = AdminServer(settings.admin, bridge, self._metrics.registry, journal, self.addresses, redact)
         host, port = await admin.start()
         self.addresses["admin"] = f"{host}:{port}"
         self._undo.append(admin.stop)

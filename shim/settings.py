@@ -51,6 +51,7 @@ class Admin(Section, frozen=True):
     host: str = "127.0.0.1"
     port: int = 7090
     token_file: str = ""
+    allowed_hosts: tuple[str, ...] = ()
     ready_requires_upstream: bool = False
 
 

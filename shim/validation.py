@@ -129,8 +129,9 @@ class _Checks:
             *("admin.host", "listen.host", "listen.port"),
         )
         self._must(_is_path(listen.base_path), "must be empty or start with / and have no ? or #", "listen.base_path")
-        hosts = listen.allowed_hosts
-        self._must(all(map(_HOST.fullmatch, hosts)), "must be host names or addresses", "listen.allowed_hosts")
+        names = {"listen.allowed_hosts": listen.allowed_hosts, "admin.allowed_hosts": admin.allowed_hosts}
+        for path, hosts in names.items():
+            self._must(all(map(_HOST.fullmatch, hosts)), "must be host names or addresses", path)
         self._pair(listen.tls.cert_file, listen.tls.key_file, "listen.tls.cert_file", "listen.tls.key_file")
 
     def upstream(self) -> None:

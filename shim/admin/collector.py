@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from shim import __version__
 from shim.bridge import Bridge
 from shim.core.hold import Pace
 from shim.core.link import LinkState
@@ -20,9 +21,19 @@ class BridgeCollector:
 
     def collect(self) -> Iterator[Metric]:
         """All gauges."""
+        yield from self._build()
         yield from self._links()
         yield from self._sessions()
         yield from self._queues()
+
+    def _build(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily("agent_shim_build_info", "1, with the version that runs.", labels=["version"])
+        family.add_metric([__version__], 1)
+        yield family
+        family = GaugeMetricFamily("agent_shim_mode", "1 for the configured mode.", labels=["mode"])
+        for mode in ("websocket", "http", "auto"):
+            family.add_metric([mode], mode == self._bridge.ctx.settings.mode)
+        yield family
 
     def _links(self) -> Iterator[Metric]:
         states = Counter(link.state for link in self._bridge.links)
@@ -60,9 +71,12 @@ class BridgeCollector:
     def _queues(self) -> Iterator[Metric]:
         states: Counter[str] = Counter()
         size_bytes = 0
+        now = oldest = self._bridge.ctx.clock.wall_s()
         for queue in self._bridge.queues.values():
             size_bytes += queue.size_bytes
-            states.update(live.state.value for live in queue.all())
+            for live in queue.all():
+                states[live.state.value] += 1
+                oldest = min(oldest, live.record.arrived_wall)
         family = GaugeMetricFamily(
             "agent_shim_commands_queued", "Commands that agents are not known to have, by state.", labels=["state"]
         )
@@ -70,6 +84,9 @@ class BridgeCollector:
             family.add_metric([state], states[state])
         yield family
         yield GaugeMetricFamily("agent_shim_queue_bytes", "JSON bytes of those commands.", value=size_bytes)
+        yield GaugeMetricFamily(
+            "agent_shim_command_oldest_seconds", "Age of the oldest of those commands.", value=now - oldest
+        )
         yield GaugeMetricFamily(
             "agent_shim_results_pending",
             "Results that the controller is not known to have.",

@@ -26,6 +26,8 @@ class Health:
         reasons = []
         if self._bridge.stopping:
             reasons.append("stopping")
+        if self._bridge.operator.draining:
+            reasons.append("draining")
         if not await self.store_writable():
             reasons.append("the store cannot be written")
         requires_upstream = self._bridge.ctx.settings.admin.ready_requires_upstream

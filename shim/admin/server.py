@@ -1,56 +1,137 @@
-"""The admin HTTP server: `/healthz`, `/readyz`, `/metrics`."""
+"""The admin HTTP server: health, metrics, the status page with its JSON, and what a person may change."""
 
 from __future__ import annotations
 
-from aiohttp import web
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from shim import __version__, config
 from shim.admin.collector import BridgeCollector
+from shim.admin.commands import CommandPages
+from shim.admin.guard import Access, Guard
 from shim.admin.health import Health
+from shim.admin.journal import Journal
+from shim.admin.live import Live
+from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, serve_file
+from shim.admin.series import Sampler
+from shim.admin.snapshot import Facts, Snapshots
 from shim.bridge import Bridge
+from shim.errors import ConfigError, OperatorError
 from shim.settings import Admin
 
 STOP_S = 1.0
+MAX_BODY_BYTES = 65_536
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Server": "agent-shim",
+    "X-Content-Type-Options": "nosniff",
+}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class AdminServer:
-    """Serves the admin port; reads the bridge, changes nothing.
+    """Serves the admin port. `redact` is told the admin token, so that no log shows it.
 
     `agents_served` is set once the legacy API listens: as a sidecar, the agent must not start before that.
     """
 
-    def __init__(self, settings: Admin, bridge: Bridge, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        settings: Admin,
+        bridge: Bridge,
+        registry: CollectorRegistry,
+        journal: Journal,
+        addresses: dict[str, str],
+        redact: Callable[[str], None],
+    ) -> None:
         self.agents_served = False
         self._settings = settings
         self._registry = registry
+        self._redact = redact
         self._health = Health(bridge)
+        self._guard = Guard(settings, self._token)
+        self._sampler = Sampler(bridge)
+        started_at = bridge.ctx.clock.wall_s()
+        facts = Facts(__version__, started_at, addresses, self._guard.required)
+        self._snapshots = Snapshots(bridge, self._sampler, journal, facts)
+        self._live = Live(self._take, self._sampler)
         registry.register(BridgeCollector(bridge))
-        app = web.Application()
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/readyz", self._readyz)
-        app.router.add_get("/metrics", self._metrics)
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_say_errors])
+        app.on_response_prepare.append(_add_headers)
+        self._route(app, CommandPages(bridge))
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=STOP_S)
+
+    def _route(self, app: web.Application, commands: CommandPages) -> None:
+        routes: list[tuple[str, str, Handler, Access]] = [
+            (hdrs.METH_GET, "/healthz", self._healthz, Access.OPEN),
+            (hdrs.METH_GET, "/readyz", self._readyz, Access.OPEN),
+            (hdrs.METH_GET, "/metrics", self._metrics, Access.OPEN),
+            *((hdrs.METH_GET, path, serve_file, Access.SHELL) for path in FILES),
+            (hdrs.METH_GET, "/status.json", self._status, Access.DATA),
+            (hdrs.METH_GET, "/events", self._live.serve, Access.DATA),
+            (hdrs.METH_GET, "/commands/{id}.json", commands.trace, Access.DATA),
+            (hdrs.METH_POST, "/commands/{id}/purge", commands.purge, Access.CHANGE),
+            (hdrs.METH_POST, "/commands/{id}/redeliver", commands.redeliver, Access.CHANGE),
+            (hdrs.METH_POST, "/drain", commands.drain, Access.CHANGE),
+            (hdrs.METH_DELETE, "/drain", commands.resume, Access.CHANGE),
+        ]
+        for method, path, handler, access in routes:
+            app.router.add_route(method, path, self._guarded(handler, access))
+
+    def _guarded(self, handler: Handler, access: Access) -> Handler:
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            self._guard.check(request, access)
+            return await handler(request)
+
+        return guarded
 
     async def start(self) -> tuple[str, int]:
         """Listen; returns the address that was bound."""
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._settings.host, self._settings.port)
         await site.start()
+        self._sampler.start()
         host, port, *_ = self._runner.addresses[0]
         return str(host), int(port)
 
     async def stop(self) -> None:
         """Stop listening and end what is open."""
+        self._sampler.stop()
+        self._live.stop()
         await self._runner.cleanup()
+
+    def _token(self) -> str:
+        """The admin token as it is now."""
+        try:
+            token = config.read_secret(self._settings.token_file, "admin.token_file")
+        except ConfigError as error:
+            raise OperatorError(503, str(error)) from None
+        self._redact(token)
+        return token
+
+    async def _not_ready(self) -> list[str]:
+        reasons = await self._health.reasons_not_ready()
+        if not self.agents_served:
+            reasons.append("agents are not served yet")
+        return reasons
+
+    async def _take(self) -> dict[str, Any]:
+        return self._snapshots.take(await self._not_ready())
 
     async def _healthz(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
     async def _readyz(self, request: web.Request) -> web.Response:
-        reasons = await self._health.reasons_not_ready()
-        if not self.agents_served:
-            reasons.append("agents are not served yet")
+        reasons = await self._not_ready()
         if reasons:
             return web.json_response({"status": "not ready", "reasons": reasons}, status=503)
         return web.json_response({"status": "ready"})
@@ -58,3 +139,24 @@ class AdminServer:
     async def _metrics(self, request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
+
+    async def _status(self, request: web.Request) -> web.Response:
+        status = {**await self._take(), "series": self._sampler.last()}
+        return web.Response(body=msgspec.json.encode(status), content_type="application/json")
+
+
+@web.middleware
+async def _say_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Errors are JSON with one sentence, whoever raised them."""
+    try:
+        return await handler(request)
+    except OperatorError as error:
+        headers = {hdrs.WWW_AUTHENTICATE: "Bearer"} if error.status == 401 else None
+        return web.json_response({"error": str(error)}, status=error.status, headers=headers)
+    except web.HTTPException as error:
+        allow = {name: error.headers[name] for name in (hdrs.ALLOW,) if name in error.headers}
+        return web.json_response({"error": error.reason.lower()}, status=error.status, headers=allow)
+
+
+async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(HEADERS)

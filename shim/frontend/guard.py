@@ -9,7 +9,10 @@ from aiohttp import hdrs
 from multidict import istr
 
 from shim.core.calls import Failed
+from shim.core.headers import bearer, host_name
 from shim.settings import Listen, is_loopback
+
+__all__ = ["Guard", "bearer"]
 
 _SEC_FETCH_SITE = istr("Sec-Fetch-Site")
 _REMEMBERED_HOSTS = 256
@@ -61,16 +64,5 @@ class Guard:
         return known
 
     def _matches(self, host: str) -> bool:
-        name, colon, port = host.lower().rpartition(":")
-        if not colon or not port.isdigit() or (":" in name and not name.endswith("]")):
-            name = host.lower()
-        name = name.removeprefix("[").removesuffix("]").rstrip(".")
+        name = host_name(host)
         return is_loopback(name) or name in self._hosts
-
-
-def bearer(authorization: str | None) -> str | None:
-    """The Bearer token of an Authorization header: `""` if there is none, `None` if it cannot be one."""
-    if authorization is None or authorization[:7].lower() != "bearer ":
-        return ""
-    token = authorization[7:].strip(" \t")
-    return token if token.isascii() and token.isprintable() and " " not in token else None

@@ -1,0 +1,105 @@
+"""Single commands on the admin port: a trace without its payload, and what a person may do."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from shim.bridge import Bridge
+from shim.bridge.operator import Found
+from shim.core.records import CommandRecord
+from shim.errors import OperatorError
+
+MAX_DRAIN_S = 86_400.0
+
+_Body = TypeVar("_Body", bound=msgspec.Struct)
+
+
+class Choice(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of a purge or a redelivery."""
+
+    session: str = ""
+    reason: str = ""
+
+
+class DrainOrder(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of a drain."""
+
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_DRAIN_S)] = 300.0
+
+
+class CommandPages:
+    """The handlers; errors are `OperatorError`s."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+
+    async def trace(self, request: web.Request) -> web.Response:
+        """GET /commands/{id}.json: every command with this id, in whichever session."""
+        found = await self._bridge.operator.find(request.match_info["id"])
+        if not found:
+            raise OperatorError(404, "no command with this id is known; ended ones are kept for commands.retain_s")
+        return _json({"commands": [self._describe(each) for each in found]})
+
+    async def purge(self, request: web.Request) -> web.Response:
+        """POST /commands/{id}/purge."""
+        choice = await _body(request, Choice)
+        record = await self._bridge.operator.purge(request.match_info["id"], choice.session, choice.reason)
+        return _json({"command": _outcome(record)})
+
+    async def redeliver(self, request: web.Request) -> web.Response:
+        """POST /commands/{id}/redeliver."""
+        choice = await _body(request, Choice)
+        record = await self._bridge.operator.redeliver(request.match_info["id"], choice.session, choice.reason)
+        return _json({"command": _outcome(record)})
+
+    async def drain(self, request: web.Request) -> web.Response:
+        """POST /drain: begin, or move the deadline."""
+        order = await _body(request, DrainOrder)
+        return _json({"drain": msgspec.to_builtins(self._bridge.operator.drain(order.timeout_s))})
+
+    async def resume(self, request: web.Request) -> web.Response:
+        """DELETE /drain: take commands again."""
+        return _json({"drain": msgspec.to_builtins(self._bridge.operator.resume())})
+
+    def _describe(self, found: Found) -> dict[str, Any]:
+        record, result, trace = found
+        stored = record.seq > 0
+        session = self._bridge.ctx.sessions.get(record.session)
+        return {
+            **_outcome(record),
+            "agent": None if session is None else session.registration.get("name") or None,
+            "dialect": None if session is None else session.dialect,
+            "type": record.type or None,
+            "via": record.via or "websocket",
+            "created_at": record.created_at or None,
+            "arrived_at": record.arrived_wall if stored else None,
+            "expires_at": record.expires_wall if stored else None,
+            "size_bytes": record.size_bytes,
+            "attempts": record.attempts,
+            "result": None if result is None else {"success": result.get("success"), "code": result.get("code")},
+            "trace": [{"at": entry.wall, "event": entry.event, "detail": entry.detail} for entry in trace],
+        }
+
+
+def _outcome(record: CommandRecord) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "session": {"key": str(record.session), "kind": record.session.kind, "id": record.session.ident},
+        "state": record.state.value,
+        "stored": record.seq > 0,
+    }
+
+
+async def _body(request: web.Request, kind: type[_Body]) -> _Body:
+    data = await request.read()
+    try:
+        return msgspec.json.decode(data, type=kind) if data else kind()
+    except msgspec.DecodeError as error:  # its text names keys and types, no values
+        raise OperatorError(400, f"the body cannot be read: {error}") from None
+
+
+def _json(data: dict[str, Any]) -> web.Response:
+    return web.Response(body=msgspec.json.encode(data), content_type="application/json")

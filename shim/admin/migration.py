@@ -1,0 +1,126 @@
+"""The migration panel: who still calls which deprecated route, how long that will work, and whether the shim can go."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from shim import dialects
+from shim.admin.words import plural, span
+from shim.bridge import Bridge
+from shim.core.records import SessionKey
+from shim.core.usage import Route, Use
+from shim.settings import Sunset
+from shim.validation import instant_s
+
+QUIET_S = 86_400.0
+"""Without a deprecated call for so long, agents are taken to have migrated."""
+DAY_S = 86_400.0
+MAX_AGENTS = 200
+
+_Uses = list[tuple[SessionKey, dict[Route, Use]]]
+
+
+@cache
+def paths() -> dict[Route, tuple[str, str]]:
+    """(dialect, operation) -> (method, path pattern), of every deprecated route."""
+    return {(d.NAME, r.operation): (r.method, r.pattern) for d in dialects.load() for r in d.ROUTES}
+
+
+def migration(bridge: Bridge, wall: float, started_wall: float) -> dict[str, Any]:
+    """The panel's data at `wall`. Calls are counted since the start; when an agent was last seen survives restarts."""
+    uses: _Uses = list(bridge.roster.usage)
+    last_seen = {session.key: session.seen_wall for session in bridge.ctx.sessions}
+    for key, routes in uses:
+        last_seen[key] = max(last_seen.get(key, 0.0), *(use.last_wall for use in routes.values()))
+    reasons = _reasons(bridge, last_seen, wall, started_wall)
+    return {
+        "sunset": sunset(bridge.ctx.settings.sunset, wall),
+        "counted_since": started_wall,
+        "routes": _by_route(uses),
+        "agents": _by_agent(bridge, dict(uses), last_seen),
+        "removable": not reasons,
+        "reasons": reasons,
+    }
+
+
+def sunset(configured: Sunset, wall: float) -> dict[str, Any]:
+    """What is configured of the end of the legacy API; `days_left` is negative when it is over."""
+    at = instant_s(configured.at) if configured.at else None
+    return {
+        "deprecated_at": instant_s(configured.deprecation_at) if configured.deprecation_at else None,
+        "at": at,
+        "days_left": None if at is None else (at - wall) / DAY_S,
+        "link": configured.link or None,
+    }
+
+
+def _reasons(bridge: Bridge, last_seen: dict[SessionKey, float], wall: float, started_wall: float) -> list[str]:
+    """Why the shim cannot be removed; empty when it can."""
+    reasons = []
+    active = [seen for seen in last_seen.values() if wall - seen < QUIET_S]
+    if active:
+        ago = span(wall - max(active))
+        reasons.append(f"{plural(len(active), 'agent')} called in the last 24 h, the last one {ago} ago")
+    elif wall - started_wall < QUIET_S:
+        reasons.append(f"it has watched for {span(wall - started_wall)} only: wait for 24 h without a call")
+    commands = sum(map(len, bridge.queues.values()))
+    if commands:
+        reasons.append(f"{plural(commands, 'command')} wait for their agents")
+    if not bridge.outbox.empty:
+        reasons.append("results have not reached the controller yet")
+    return reasons
+
+
+def _route(route: Route) -> dict[str, Any]:
+    method, path = paths().get(route, ("", ""))
+    return {"dialect": route[0], "operation": route[1], "method": method, "path": path}
+
+
+def _by_route(uses: _Uses) -> list[dict[str, Any]]:
+    found: dict[Route, list[Use]] = {}
+    for _, routes in uses:
+        for route, use in routes.items():
+            found.setdefault(route, []).append(use)
+    rows = [
+        {
+            **_route(route),
+            "agents": len(each),
+            "calls": sum(use.count for use in each),
+            "last": max(use.last_wall for use in each),
+        }
+        for route, each in found.items()
+    ]
+    return sorted(rows, key=lambda row: (row["dialect"], -row["calls"]))
+
+
+def _by_agent(
+    bridge: Bridge, uses: dict[SessionKey, dict[Route, Use]], last: dict[SessionKey, float]
+) -> dict[str, Any]:
+    newest = sorted(last, key=lambda key: last[key], reverse=True)
+    return {
+        "total": len(newest),
+        "items": [_agent(bridge, key, uses.get(key, {}), last[key]) for key in newest[:MAX_AGENTS]],
+    }
+
+
+def _agent(bridge: Bridge, key: SessionKey, routes: dict[Route, Use], last: float) -> dict[str, Any]:
+    session = bridge.ctx.sessions.get(key)
+    name = session.registration.get("name") or session.known.get("name") if session is not None else None
+    return {
+        "id": key.ident,
+        "kind": key.kind,
+        "name": name or None,
+        "dialect": session.dialect if session is not None else None,
+        "last": last or None,
+        "calls": sum(use.count for use in routes.values()),
+        "routes": [
+            {**_route(route), "calls": use.count, "every_s": _every_s(use), "last": use.last_wall}
+            for route, use in sorted(routes.items(), key=lambda each: -each[1].count)
+        ],
+    }
+
+
+def _every_s(use: Use) -> float | None:
+    """Seconds between calls on average, `None` for a single one."""
+    return None if use.count < 2 else round((use.last_wall - use.first_wall) / (use.count - 1), 1)

@@ -1,0 +1,34 @@
+"""The status page's own files, as they lie in the package: no build step, no other origin."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+from aiohttp import web
+
+FILES = {
+    "/": ("index.html", "text/html"),
+    "/status.js": ("status.js", "text/javascript"),
+    "/status.css": ("status.css", "text/css"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/uplot.js": ("uPlot.iife.min.js", "text/javascript"),
+    "/uplot.css": ("uPlot.min.css", "text/css"),
+    "/uplot.LICENSE": ("uPlot.LICENSE", "text/plain"),
+}
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+async def serve_file(request: web.Request) -> web.Response:
+    """One of `FILES`."""
+    name, content_type = FILES[request.path]
+    return web.Response(body=_read(name), content_type=content_type, charset="utf-8")
+
+
+@cache
+def _read(name: str) -> bytes:
+    return files("shim.admin").joinpath("static", name).read_bytes()

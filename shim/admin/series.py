@@ -1,0 +1,97 @@
+"""Queue depth and command latency of the last hour, sampled every few seconds: what the plots show."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, fields
+from typing import Any
+
+from shim.bridge import Bridge
+from shim.core.records import State
+from shim.ports import Timer
+
+EVERY_S = 5.0
+KEPT = 720
+RECENT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One look. `waiting`, `offered`: commands that agents are not known to have; `results`: not confirmed upstream.
+
+    `handed_over` counts the commands handed to agents since the sample before; `p50_s` and `p95_s` are the times from
+    their arrival to that, `None` if there were none.
+    """
+
+    at: float
+    waiting: int
+    offered: int
+    results: int
+    held: int
+    handed_over: int
+    p50_s: float | None
+    p95_s: float | None
+
+
+class Sampler:
+    """Takes samples from `start` to `stop`."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._samples: deque[Sample] = deque(maxlen=KEPT)
+        self._recent_s: deque[float] = deque(maxlen=RECENT)
+        self._timer: Timer | None = None
+        self.taken = 0
+
+    def start(self) -> None:
+        """Take a sample now and then every `EVERY_S`."""
+        self.take()
+        self._timer = self._bridge.ctx.timers.call_later(EVERY_S, self.start)
+
+    def stop(self) -> None:
+        """Take none any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def take(self) -> Sample:
+        """Look once."""
+        bridge = self._bridge
+        waiting = offered = 0
+        for queue in bridge.queues.values():
+            under_way = sum(live.state is State.OFFERED for live in queue.offer.commands) if queue.offer else 0
+            offered += under_way
+            waiting += len(queue) - under_way
+        times_s = list(bridge.delivery.hand_overs_s)
+        bridge.delivery.hand_overs_s.clear()
+        self._recent_s.extend(times_s)
+        sample = Sample(
+            at=round(bridge.ctx.clock.wall_s(), 1),
+            waiting=waiting,
+            offered=offered,
+            results=len(bridge.outbox),
+            held=bridge.delivery.held(),
+            handed_over=len(times_s),
+            p50_s=quantile(times_s, 0.5),
+            p95_s=quantile(times_s, 0.95),
+        )
+        self._samples.append(sample)
+        self.taken += 1
+        return sample
+
+    def last(self, number: int = KEPT) -> dict[str, list[Any]]:
+        """The last samples by column, the oldest first."""
+        samples = list(self._samples)[-number:] if number > 0 else []
+        return {field.name: [getattr(sample, field.name) for sample in samples] for field in fields(Sample)}
+
+    def latency(self) -> dict[str, Any]:
+        """Of the last commands that were handed over: how many, and how long half and 95 % of them took at most."""
+        times_s = [*self._recent_s, *self._bridge.delivery.hand_overs_s]
+        return {"commands": len(times_s), "p50_s": quantile(times_s, 0.5), "p95_s": quantile(times_s, 0.95)}
+
+
+def quantile(values: list[float], share: float) -> float | None:
+    """The smallest value that this share of the values does not exceed; `None` without values."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return round(ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))], 6)

@@ -1,0 +1,265 @@
+"""The JSON of the status page, read from a running bridge: no payloads, no secrets, bounded in size.
+
+Times called `…_at`, `since` and `last` are Unix seconds, `None` where something never happened; `…_s` are seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import Gauge
+
+from shim.admin.journal import Journal
+from shim.admin.migration import migration
+from shim.admin.series import Sampler
+from shim.admin.verdict import judge
+from shim.bridge import Bridge
+from shim.bridge.links import LinkRunner
+from shim.core.commands import CommandQueue, Live
+from shim.core.records import SessionKey, State
+from shim.core.sessions import MIN_GAPS, Session
+from shim.core.urls import origin_of
+
+HOUR_S = 3600.0
+MAX_SESSIONS = 200
+MAX_LINKS = 20
+MAX_WAITING = 50
+OWNER_CHARS = 12
+SILENT_S = 3 * 86_400.0
+"""An agent that was not seen for longer than a long weekend is gone, not silent."""
+NOT_POLLING_S = 60.0
+"""Commands wait, and their agent has not asked for any for so long: worth a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the bridge does not know."""
+
+    version: str
+    started_at: float
+    addresses: dict[str, str]
+    token_required: bool
+
+
+class Snapshots:
+    """Takes snapshots of one bridge."""
+
+    def __init__(self, bridge: Bridge, sampler: Sampler, journal: Journal, facts: Facts) -> None:
+        self._bridge = bridge
+        self._sampler = sampler
+        self._journal = journal
+        self._facts = facts
+
+    def take(self, not_ready: list[str]) -> dict[str, Any]:
+        """The whole status but for the series; `not_ready` are the reasons of `/readyz`."""
+        ctx = self._bridge.ctx
+        now, wall = ctx.now, ctx.clock.wall_s()
+        view = _View(self._bridge, now, wall)
+        status: dict[str, Any] = {
+            "now": wall,
+            **self._about(wall),
+            "not_ready": not_ready,
+            "drain": self._drain(),
+            "links": view.links(),
+            "sessions": view.sessions(),
+            "commands": {**view.commands(), "latency": self._sampler.latency(), "recent": self._recent()},
+            "migration": migration(self._bridge, wall, self._facts.started_at),
+        }
+        return {"overall": judge(status), **status}
+
+    def _about(self, wall: float) -> dict[str, Any]:
+        settings = self._bridge.ctx.settings
+        fallback = settings.fallback.url
+        metrics = self._bridge.ctx.metrics
+        return {
+            "version": self._facts.version,
+            "started_at": self._facts.started_at,
+            "mode": settings.mode,
+            "rollout_percent": settings.rollout.percent,
+            "by_http": bool(_value(metrics.fallback_active)),
+            "upstream": origin_of(settings.upstream.url),
+            "fallback": origin_of(fallback) if fallback else None,
+            "listen": self._facts.addresses.get("listen"),
+            "own_tokens": settings.upstream.own_tokens,
+            "token_required": self._facts.token_required,
+            "config_valid": bool(_value(metrics.config_valid)),
+        }
+
+    def _drain(self) -> dict[str, Any]:
+        drain = self._bridge.operator.progress()
+        return {
+            "state": drain.state.value,
+            "since": drain.since_wall or None,
+            "deadline_at": drain.deadline_wall or None,
+            "commands": drain.commands,
+            "results": drain.results,
+            "refused": drain.refused,
+        }
+
+    def _recent(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": recent.id,
+                "session": recent.session.ident,
+                "type": recent.type or None,
+                "arrived_at": recent.arrived_wall or None,
+                "event": recent.event,
+                "detail": recent.detail,
+                "at": recent.wall,
+            }
+            for recent in self._journal
+        ]
+
+
+def _value(gauge: Gauge) -> float:
+    return next(iter(gauge.collect())).samples[0].value
+
+
+class _View:
+    """One look at a bridge at one moment."""
+
+    def __init__(self, bridge: Bridge, now: float, wall: float) -> None:
+        self._bridge = bridge
+        self._now = now
+        self._wall = wall
+
+    def _wall_of(self, at: float | None) -> float | None:
+        return None if at is None else self._wall - (self._now - at)
+
+    # --- links --------------------------------------------------------------------------------------------------------
+
+    def links(self) -> dict[str, Any]:
+        """Counts, and the links themselves: those in trouble first."""
+        runners = sorted(self._bridge.links, key=lambda runner: (runner.online, runner.name))
+        return {
+            "total": len(runners),
+            "online": sum(runner.online for runner in runners),
+            "items": [self._link(runner) for runner in runners[:MAX_LINKS]],
+        }
+
+    def _link(self, runner: LinkRunner) -> dict[str, Any]:
+        current = runner.timeline.current
+        return {
+            "name": runner.name[:OWNER_CHARS],
+            "state": runner.state.value,
+            "phase": current.phase.value,
+            "since": self._wall_of(current.since_s),
+            "reason": runner.last_failure or current.reason or None,
+            "contended": runner.machine.contended,
+            "failures": runner.machine.failures,
+            "timeline": [
+                {"phase": segment.phase.value, "since": self._wall_of(segment.since_s), "reason": segment.reason}
+                for segment in runner.timeline.last(self._now, HOUR_S)
+            ],
+        }
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    def sessions(self) -> dict[str, Any]:
+        """Counts, and the agents themselves: those in trouble first, then the most recently seen."""
+        found = list(self._bridge.ctx.sessions)
+        fresh = {session.key for session in found if session.fresh(self._now)}
+        unpolled = {key for key, queue in self._bridge.queues.items() if self._not_polling(key, queue)}
+        silent = {session.key for session in found if session.key not in fresh and self._silent(session)}
+        trouble = {**dict.fromkeys(fresh, 2), **dict.fromkeys(silent, 1), **dict.fromkeys(unpolled, 0)}
+        found.sort(key=lambda session: (trouble.get(session.key, 3), -session.seen_wall))
+        return {
+            "total": len(found),
+            "fresh": len(fresh),
+            "silent": len(silent),
+            "not_polling": len(unpolled),
+            "items": [self._session(s, s.key in fresh, s.key in unpolled) for s in found[:MAX_SESSIONS]],
+        }
+
+    def _silent(self, session: Session) -> bool:
+        return session.superseded_by is None and self._wall - session.seen_wall < SILENT_S
+
+    def _not_polling(self, key: SessionKey, queue: CommandQueue) -> bool:
+        session, since = self._bridge.ctx.sessions.get(key), queue.waiting_since
+        if session is None or since is None or session.held:
+            return False
+        return self._now - max(since, session.poll_at or 0.0) >= NOT_POLLING_S
+
+    def _session(self, session: Session, fresh: bool, not_polling: bool) -> dict[str, Any]:
+        contact = session.contact_at
+        stale_at = session.seen_wall if contact is None else self._wall_of(contact + session.fresh_for_s)
+        status, tunnel_status = session.words()
+        return {
+            "id": session.key.ident,
+            "kind": session.key.kind,
+            "owner": session.key.owner[:OWNER_CHARS],
+            "name": session.registration.get("name") or session.known.get("name") or None,
+            "agent_id": session.agent_id or None,
+            "upstream_cluster_id": session.upstream_cluster_id or None,
+            "dialect": session.dialect,
+            "fresh": fresh,
+            "stale_since": None if fresh else stale_at,
+            "seen_at": session.seen_wall or None,
+            "status": status or None,
+            "tunnel_status": tunnel_status if session.heartbeat is not None else None,
+            "heartbeat_s": session.interval_s if len(session.gaps) >= MIN_GAPS else None,
+            "heartbeat_at": self._wall_of(session.heartbeat_at),
+            "poll_at": self._wall_of(session.poll_at),
+            "polling_now": session.held > 0,
+            "hold": self._hold(session),
+            "gateway": self._bridge.gateways.connection_of(session.key) is not None,
+            "superseded": session.superseded_by is not None,
+            "queue": self._queue(session.key, not_polling),
+        }
+
+    def _hold(self, session: Session) -> dict[str, Any]:
+        poll = self._bridge.ctx.settings.poll
+        hold = session.hold
+        fixed = None if poll.hold in ("auto", "off") else float(poll.hold)
+        limit_s = 0.0 if poll.hold == "off" else hold.limit_s(poll.max_hold_s) if fixed is None else fixed
+        return {
+            "limit_s": limit_s,
+            "ceiling_s": hold.ceiling_s,
+            "learnt": poll.hold == "auto",
+            "pace": hold.pace.value,
+            "interval_s": hold.interval_s,
+            "serial": hold.serial,
+        }
+
+    def _queue(self, key: SessionKey, not_polling: bool) -> dict[str, Any]:
+        queue = self._bridge.queues.get(key)
+        held = () if queue is None else queue.all()
+        states = [live.state for live in held]
+        return {
+            "waiting": len(held) - states.count(State.OFFERED),
+            "offered": states.count(State.OFFERED),
+            "uncertain": states.count(State.UNCERTAIN),
+            "bytes": 0 if queue is None else queue.size_bytes,
+            "oldest_at": None if queue is None else self._wall_of(queue.waiting_since),
+            "not_polling": not_polling,
+        }
+
+    # --- commands -----------------------------------------------------------------------------------------------------
+
+    def commands(self) -> dict[str, Any]:
+        """Counts over all agents, and the commands that wait longest."""
+        held = [(key, live) for key, queue in self._bridge.queues.items() for live in queue.all()]
+        states = [live.state for _, live in held]
+        held.sort(key=lambda each: each[1].since)
+        return {
+            "waiting": len(held) - states.count(State.OFFERED),
+            "offered": states.count(State.OFFERED),
+            "uncertain": states.count(State.UNCERTAIN),
+            "bytes": sum(queue.size_bytes for queue in self._bridge.queues.values()),
+            "results": len(self._bridge.outbox),
+            "held_polls": self._bridge.delivery.held(),
+            "items": [self._command(key, live) for key, live in held[:MAX_WAITING]],
+        }
+
+    def _command(self, key: SessionKey, live: Live) -> dict[str, Any]:
+        return {
+            "id": live.record.id,
+            "type": live.record.type,
+            "session": key.ident,
+            "state": live.state.value,
+            "since": self._wall_of(live.since),
+            "attempts": live.attempts,
+            "reason": live.reason or None,
+            "expires_at": self._wall_of(live.expires_at),
+        }
