@@ -22,6 +22,9 @@ from shim.ports import Timer
 
 log = get(__name__)
 
+CLOCK_GRAIN_S = 0.001
+"""Arrivals are loop times, which uvloop counts in whole milliseconds."""
+
 HAND_OVERS = 1024
 
 
@@ -89,7 +92,7 @@ class Delivery:
         if queue is not None and queue.offer is not None:
             offer = queue.offer
             # A poll that was sent before that reply was written tells nothing of it: agents may poll twice at once.
-            later = offer.written_at is not None and arrived_s >= offer.written_at
+            later = offer.written_at is not None and arrived_s + CLOCK_GRAIN_S >= offer.written_at
             if later and offer.cleanly_closed is not False:
                 self._delivered(key, queue, offer, "poll")
         older = self._polls.pop(key, None)

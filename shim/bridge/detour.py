@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from shim.bridge.context import Context
@@ -109,10 +110,11 @@ class Detour:
         `None` when the disk refuses: then the API's own answer must go to the agent as it is.
         """
         owner = self._routes.owner_of(client.token) or ""
+        arrived_s = self._ctx.now
         session = self._roster.met(owner, call.target, call.dialect)
         if not await self._take_in(session, commands):
             return None
-        poll = self._delivery.poll(session.key, client.connection, hold=False)
+        poll = self._delivery.poll(session.key, client.connection, arrived_s, hold=False)
         try:
             offering = await poll.offered
         except asyncio.CancelledError:
@@ -137,7 +139,7 @@ class Detour:
                 continue  # agents could not have decoded it either: their whole reply would have been lost
             stored: asyncio.Future[bool] = loop.create_future()
             settled.append(stored)
-            self._intake.arrive(session, command, "", via=VIA_HTTP, settled=stored.set_result)
+            self._intake.arrive(session, command, "", via=VIA_HTTP, settled=partial(_settle, stored))
         return all([await stored for stored in settled])
 
     # --- results ------------------------------------------------------------------------------------------------------
@@ -169,6 +171,11 @@ class Detour:
     def _key(self, client: Client, call: ResultCall) -> SessionKey:
         owner = self._routes.owner_of(client.token) or ""
         return self._ctx.sessions.key_of(owner, call.target)
+
+
+def _settle(stored: asyncio.Future[bool], safe: bool) -> None:
+    if not stored.done():  # the agent may have hung up
+        stored.set_result(safe)
 
 
 def call_dialect(call: AgentCall) -> str:

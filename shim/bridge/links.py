@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from typing import Protocol
 
 from shim.bridge.attempts import Attempts
@@ -15,14 +14,13 @@ from shim.core.link import Link, LinkPolicy, LinkState
 from shim.core.liveness import Verdict
 from shim.core.timeline import Timeline, phase_of
 from shim.core.urls import ws_url
-from shim.errors import AgentError, IllegalTransition, ShimError
+from shim.errors import IllegalTransition, ShimError
 from shim.logs import get
 from shim.messages import Message
 from shim.ports import DialFailure, DialSpec, Socket, Timer
 
 log = get(__name__)
 
-BUSY_RETRY_AFTER_S = 30
 IDLE_CHECK_S = 5.0
 
 
@@ -43,6 +41,9 @@ class LinkListener(Protocol):
 
     def link_needed(self, runner: LinkRunner) -> bool:
         """Whether a fresh session uses it."""
+
+    def link_replaced(self, runner: LinkRunner) -> bool:
+        """Whether all that would go over it goes over gateways."""
 
     def heard_since(self, at_s: float) -> bool:
         """Whether a frame of the controller came in on any link after this moment."""
@@ -135,7 +136,7 @@ class LinkRunner:
             case ev.CancelDial():
                 self._dial += 1
             case ev.SetRetry():
-                self._arm("retry", effect.delay_s, lambda: self.apply(ev.RetryDue()))
+                self._arm("retry", effect.delay_s, self._retry)
                 self._ctx.metrics.retries.labels(self.attempts.reason).inc()
                 log.info("link_retry", link=self.name, delay_s=round(effect.delay_s, 3), failure=self.last_failure)
             case ev.CancelRetry():
@@ -205,6 +206,14 @@ class LinkRunner:
         if self.machine.connected:
             self.apply(ev.Stable())
 
+    def _retry(self) -> None:
+        """Dial again, unless gateways carry everything: then the controller is left alone until it is wanted."""
+        if self._listener.link_replaced(self):
+            self.attempts.closed()
+            self.apply(ev.Unneeded())
+        else:
+            self.apply(ev.RetryDue())
+
     def _check_idle(self) -> None:
         idle_close_s = self._ctx.settings.upstream.idle_close_s
         if self._listener.link_needed(self):
@@ -260,58 +269,3 @@ class LinkRunner:
                 link=self.name,
                 hint="another process registers with this identity; the controller closes our connections",
             )
-
-
-class LinkSet:
-    """All links: by owner, or by session with `upstream.share_link: false`."""
-
-    def __init__(self, ctx: Context, listener: LinkListener, serials: Iterator[int]) -> None:
-        self._ctx = ctx
-        self._listener = listener
-        self._serials = serials
-        self._links: dict[str, LinkRunner] = {}
-
-    def __iter__(self) -> Iterator[LinkRunner]:
-        return iter(list(self._links.values()))
-
-    def __len__(self) -> int:
-        return len(self._links)
-
-    def name_for(self, owner: str, identity: str) -> str:
-        """The link's name: the owner's, or one made of the session's identity where links are not shared."""
-        if self._ctx.settings.upstream.share_link:
-            return owner
-        return f"{owner}:{sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
-
-    def find(self, name: str) -> LinkRunner | None:
-        """A link that exists."""
-        return self._links.get(name)
-
-    def get(self, owner: str, name: str, token: str) -> LinkRunner:
-        """The link of this name, made on first use. Raises `AgentError` 503 when there are `upstream.max_links`."""
-        runner = self._links.get(name)
-        if runner is None:
-            if len(self._links) >= self._ctx.settings.upstream.max_links and not self._drop_one():
-                raise AgentError(503, "too many upstream links", retry_after_s=BUSY_RETRY_AFTER_S)
-            runner = self._links[name] = LinkRunner(self._ctx, owner, name, self._listener, self._serials)
-            runner.token = token
-        return runner
-
-    def _drop_one(self) -> bool:
-        """Make room: forget a link that is idle or that nobody needs any more."""
-        for name, runner in self._links.items():
-            if runner.state is LinkState.IDLE or (runner.machine.refused and not self._listener.link_needed(runner)):
-                runner.stop()
-                del self._links[name]
-                return True
-        return False
-
-    def token_changed(self) -> None:
-        """The configured token is another one: re-dial at once."""
-        for runner in self:
-            runner.apply(ev.TokenChanged())
-
-    def stop(self) -> None:
-        """Close all."""
-        for runner in self:
-            runner.stop()

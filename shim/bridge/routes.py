@@ -8,7 +8,8 @@ from functools import lru_cache
 from shim.bridge.connection import Connection
 from shim.bridge.context import DEFAULT_OWNER, Context
 from shim.bridge.gateway import Gateways
-from shim.bridge.links import LinkRunner, LinkSet
+from shim.bridge.links import LinkRunner
+from shim.bridge.linkset import LinkSet
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
 from shim.ports import Client

@@ -15,7 +15,8 @@ from shim.bridge.holding import Holding
 from shim.bridge.inbound import Inbound
 from shim.bridge.intake import Intake
 from shim.bridge.jobs import Job
-from shim.bridge.links import LinkRunner, LinkSet
+from shim.bridge.links import LinkRunner
+from shim.bridge.linkset import LinkSet
 from shim.bridge.operator import Operator
 from shim.bridge.outbox import Outbox
 from shim.bridge.presence import Presence
@@ -228,6 +229,14 @@ class Bridge:
         if any(s.fresh(now) and not self.gateways.carries(s.key) for s in self.routes.sessions_of(runner)):
             return True
         return self.outbox.unsent_for(runner.owner)
+
+    def link_replaced(self, runner: LinkRunner) -> bool:
+        """Whether every fresh session speaks over its gateway, and nothing else waits for the link."""
+        now = self.ctx.now
+        fresh = [session for session in self.routes.sessions_of(runner) if session.fresh(now)]
+        if not fresh or not all(self.gateways.carries(session.key) for session in fresh):
+            return False
+        return not self.outbox.unsent_for(runner.owner) and not self.registrations.waiting_for(runner)
 
     def heard_since(self, at_s: float) -> bool:
         """Whether a frame of the controller came in on any link after this moment."""
