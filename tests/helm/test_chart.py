@@ -1,0 +1,391 @@
+"""The chart under Helm 3 and 4: lint, rendering, schemas of four Kubernetes versions, refusals, what matters in it."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from shim import __version__, config
+from tests.support.manifests import (
+    CHART,
+    HELMS,
+    NAMESPACE,
+    ROOT,
+    Refused,
+    container,
+    documents,
+    env_of,
+    one,
+    pod_of,
+    rendered,
+    run,
+    template,
+    vendor_text,
+)
+from tests.support.policy import admit
+
+pytestmark = pytest.mark.needs("helm3", "helm4")
+
+VALUE_SETS = sorted(path.name for path in (CHART / "ci").glob("*.yaml"))
+KUBERNETES = ("1.29", "1.31", "1.34", "1.36")
+POLICIES = {"1.29": "false", "1.31": "false", "1.34": "true", "1.36": "true"}
+"""Whether the API server has MutatingAdmissionPolicies."""
+
+
+@pytest.mark.parametrize("values", VALUE_SETS)
+@pytest.mark.parametrize("helm", HELMS)
+def test_lint(helm: str, values: str) -> None:
+    run(helm, "lint", "--strict", CHART, "--values", CHART / "ci" / values)
+
+
+@pytest.mark.parametrize("values", VALUE_SETS)
+def test_both_helms_render_the_same(values: str) -> None:
+    on = "injection.admissionPolicy.enabled=true"
+    three, four = (rendered(on, helm=helm, values=CHART / "ci" / values) for helm in HELMS)
+    assert three == four
+
+
+@pytest.mark.parametrize("values", VALUE_SETS)
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_every_object_is_valid(version: str, values: str) -> None:
+    policy = f"injection.admissionPolicy.enabled={POLICIES[version]}"
+    objects = rendered(policy, kube=version, values=CHART / "ci" / values)
+    for each in objects:
+        if not each["apiVersion"].startswith("monitoring.coreos.com/"):
+            kubernetes_validate.validate(each, version, strict=True)
+    kinds = {each["kind"] for each in objects}
+    assert ("MutatingAdmissionPolicy" in kinds) == (POLICIES[version] == "true")
+
+
+@pytest.mark.parametrize(
+    "has, kube, version",
+    [
+        ("admissionregistration.k8s.io/v1/MutatingAdmissionPolicy", "1.36", "v1"),
+        ("admissionregistration.k8s.io/v1beta1/MutatingAdmissionPolicy", "1.34", "v1beta1"),
+        ("", "1.31", ""),
+    ],
+)
+def test_the_policy_is_there_if_the_api_is(has: str, kube: str, version: str) -> None:
+    # Helm 3.17 knows of neither by itself.
+    more = ["--api-versions", has] if has else []
+    objects = documents(run("helm3", "template", "x", CHART, "--kube-version", kube, *more))
+    found = {
+        each["apiVersion"].partition("/")[2] for each in objects if each["kind"].startswith("MutatingAdmissionPolicy")
+    }
+    assert found == ({version} if version else set())
+
+
+def test_the_policy_can_be_forced_and_left_out() -> None:
+    forced = one(rendered("injection.admissionPolicy.enabled=true", kube="1.35"), "MutatingAdmissionPolicy")
+    assert forced["apiVersion"] == "admissionregistration.k8s.io/v1beta1"
+    named = one(
+        rendered("injection.admissionPolicy.enabled=true", "injection.admissionPolicy.apiVersion=v1", kube="1.35"),
+        "MutatingAdmissionPolicy",
+    )
+    assert named["apiVersion"] == "admissionregistration.k8s.io/v1"
+    off = rendered("injection.admissionPolicy.enabled=false", helm="helm4")
+    assert not [each for each in off if each["kind"].startswith("Mutating")]
+
+
+@pytest.mark.parametrize(
+    "sets, said",
+    [
+        (["mode=side"], "mode"),
+        (["config.rollout.percnt=10"], "percnt"),
+        (["config.poll.max_hold_s=99"], "max_hold_s"),
+        (["config.mode=off"], "mode"),
+        (["config.listen.port=9"], "port"),
+        (["config.upstream.token=abc"], "token"),
+        (["ports.legacy=70000"], "legacy"),
+        (["image.tag=12"], "tag"),
+        (["image.digest=sha256:abc"], "digest"),
+        (["upstream.url=api.pipeops.io"], "url"),
+        (["store.type=hostPath"], "type"),
+        (["gateway.replicas=0"], "replicas"),
+        (["unknown=1"], "unknown"),
+        (["injection.admissionPolicy.failurePolicy=Maybe"], "failurePolicy"),
+        (["ports.legacy=8080"], "ports.legacy is 8080, which belongs to the vendor's agent"),
+        (["ports.admin=8090"], "ports.admin is 8090, which belongs to the vendor's agent"),
+        (["ports.admin=7080"], "ports.legacy and ports.admin are the same"),
+        (["agent.hostNetwork=true"], "agents in the node's network cannot have a sidecar"),
+        (["agent.namespaces={a}"], "agent.namespaces is for mode: gateway"),
+        (["networkPolicy.enabled=true"], "it must also allow what the agent itself needs"),
+        (["store.url=nats://n:4222"], "store.url is for mode: gateway"),
+        (["mode=gateway", "gateway.replicas=2"], "more than one replica needs a shared store"),
+        (["upstream.token.from=secret"], "upstream.token.secretName is missing"),
+        (["upstream.token.from=value"], "upstream.token.value is missing"),
+        (["upstream.token.value=x"], "upstream.token.from is not value"),
+        (["config.rollout.percent=10"], "config.fallback.url is missing"),
+        (["config.mode=http"], "config.fallback.url is missing"),
+        (["extraVolumes[0].name=ca"], "must begin with agent-shim-"),
+    ],
+)
+@pytest.mark.parametrize("helm", HELMS)
+def test_values_that_make_no_sense_are_refused(helm: str, sets: list[str], said: str) -> None:
+    with pytest.raises(Refused) as refused:
+        template(*sets, helm=helm)
+    message = str(refused.value)
+    assert said in message
+    assert "template:" not in message.partition("Error:")[2].partition("at (")[0]
+
+
+@pytest.mark.parametrize("values", ["", *VALUE_SETS])
+def test_the_shim_takes_the_configuration(values: str, tmp_path: Path) -> None:
+    text = one(rendered(values=CHART / "ci" / values if values else None), "ConfigMap", "agent-shim")["data"][
+        "config.yaml"
+    ]
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    settings = config.load(str(file), {"SHIM_ADMIN__HOST": "10.0.0.7"}, [])
+    assert settings.listen.host == "127.0.0.1"
+    assert (settings.listen.port, settings.admin.port) == (7080, 7090)
+
+
+def test_everything_of_the_configuration_can_be_said_and_the_rest_is_the_charts() -> None:
+    schema = yaml.safe_load((CHART / "values.schema.json").read_text())["properties"]["config"]
+    assert schema["properties"]["poll"]["properties"]["max_hold_s"] == {"type": "number", "minimum": 0.1, "maximum": 25}
+    assert "store" not in schema["properties"]
+    assert "token" not in schema["properties"]["upstream"]["properties"]
+
+
+def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every pod that the chart owns or makes of the vendor's."""
+    found = [each for each in objects if each["kind"] == "Pod"]
+    found += [each["spec"]["template"] for each in objects if each["kind"] == "Deployment"]
+    for policy in objects:
+        if policy["kind"] == "MutatingAdmissionPolicy":
+            shape = (
+                "chart"
+                if "pipeops-agent" in str(policy["spec"]["matchConditions"][0]).partition("c.name in")[2]
+                else "manifest"
+            )
+            namespace = policy["spec"]["matchConstraints"]["namespaceSelector"]["matchExpressions"][0]["values"][0]
+            found.append(admit(policy, pod_of(vendor_text(shape)), namespace))
+    return found
+
+
+@pytest.mark.parametrize("values", ["", *VALUE_SETS])
+def test_our_containers_are_restricted_and_get_no_rights(values: str) -> None:
+    on = "injection.admissionPolicy.enabled=true"
+    objects = rendered(on, values=CHART / "ci" / values if values else None)
+    assert not [each["kind"] for each in objects if "Role" in each["kind"]]
+    checked = 0
+    for pod in pods(objects):
+        spec = pod["spec"]
+        for each in [*spec["containers"], *spec.get("initContainers", [])]:
+            if each["name"] != "agent-shim":
+                continue
+            checked += 1
+            context = each["securityContext"]
+            assert context["runAsNonRoot"] is True
+            assert isinstance(context["runAsUser"], int)
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+            assert each["resources"] == {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "128Mi"}}
+            mounts = {mount["mountPath"]: mount["name"] for mount in each["volumeMounts"]}
+            # Not the agent's cluster-admin token.
+            assert mounts["/var/run/secrets/kubernetes.io/serviceaccount"] == "agent-shim-empty"
+        if spec["containers"][0]["name"] == "agent-shim":
+            assert spec["automountServiceAccountToken"] is False
+    assert checked
+
+
+def test_the_sidecar_is_native_and_comes_first() -> None:
+    (pod,) = [
+        pod for pod in pods(rendered("injection.admissionPolicy.enabled=true")) if "initContainers" in pod["spec"]
+    ]
+    sidecar = pod["spec"]["initContainers"][0]
+    assert (sidecar["name"], sidecar["restartPolicy"]) == ("agent-shim", "Always")
+    assert sidecar["startupProbe"]["httpGet"] == {"path": "/readyz", "port": "shim-admin", "scheme": "HTTP"}
+    assert [port["containerPort"] for port in sidecar["ports"]] == [7090]
+    env = env_of(sidecar)
+    assert env["SHIM_ADMIN__HOST"] == {"fieldRef": {"apiVersion": "v1", "fieldPath": "status.podIP"}}
+    agent = container(pod, "agent")
+    assert env_of(agent)["PIPEOPS_API_URL"] == "http://127.0.0.1:7080"
+    assert agent["envFrom"] == [{"secretRef": {"name": "pipeops-agent-config"}}]
+    used = {port["containerPort"] for each in [agent, sidecar] for port in each["ports"]}
+    assert used == {8080, 8090, 7090}
+
+
+def test_other_ports_reach_all_that_must_know_them() -> None:
+    sets = ("injection.admissionPolicy.enabled=true", "ports.legacy=7081", "ports.admin=7091")
+    objects = rendered(*sets)
+    (pod,) = [pod for pod in pods(objects) if "initContainers" in pod["spec"]]
+    assert container(pod, "agent-shim")["ports"][0]["containerPort"] == 7091
+    assert env_of(container(pod, "agent"))["PIPEOPS_API_URL"] == "http://127.0.0.1:7081"
+    settings = yaml.safe_load(one(objects, "ConfigMap")["data"]["config.yaml"])
+    assert (settings["listen"]["port"], settings["admin"]["port"]) == (7081, 7091)
+
+
+def test_extras_go_into_agents_pods() -> None:
+    objects = rendered("injection.admissionPolicy.enabled=true", values=CHART / "ci" / "sidecar.yaml")
+    (pod,) = [pod for pod in pods(objects) if "initContainers" in pod["spec"]]
+    sidecar = container(pod, "agent-shim")
+    assert env_of(sidecar)["HTTPS_PROXY"] == "http://proxy.example:3128"
+    assert sidecar["volumeMounts"][-1]["mountPath"] == "/etc/company-ca"
+    assert {"name": "agent-shim-ca", "configMap": {"name": "company-ca"}} in pod["spec"]["volumes"]
+    assert sidecar["image"].startswith("registry.example/agent-shim:")
+
+
+def test_whole_numbers_as_quantities_are_texts_in_the_policy() -> None:
+    (pod,) = [
+        pod
+        for pod in pods(rendered("injection.admissionPolicy.enabled=true", "resources.requests.cpu=1"))
+        if "initContainers" in pod["spec"]
+    ]
+    assert container(pod, "agent-shim")["resources"]["requests"] == {"cpu": "1", "memory": "64Mi"}
+
+
+def test_a_digest_wins() -> None:
+    digest = "sha256:" + "a" * 64
+    (pod,) = [
+        each for each in rendered(f"image.digest={digest}", "image.registry=r.example/x/") if each["kind"] == "Pod"
+    ]
+    assert pod["spec"]["containers"][0]["image"] == f"r.example/x/agent-shim@{digest}"
+
+
+def test_the_gateway() -> None:
+    objects = rendered(values=CHART / "ci" / "gateway.yaml")
+    deployment, service = one(objects, "Deployment"), one(objects, "Service")
+    spec = deployment["spec"]["template"]["spec"]
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+    assert service["spec"]["ports"] == [{"name": "https", "port": 7080, "targetPort": "shim-legacy", "protocol": "TCP"}]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    for selector in (service["spec"]["selector"], deployment["spec"]["selector"]["matchLabels"]):
+        assert selector.items() <= labels.items()
+    assert one(objects, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert one(objects, "ServiceAccount")["automountServiceAccountToken"] is False
+    env = env_of(spec["containers"][0])
+    assert env["SHIM_LISTEN__HOST"] == env["SHIM_ADMIN__HOST"]
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert volumes["agent-shim-store"]["persistentVolumeClaim"] == {"claimName": "shim-store"}
+    assert volumes["agent-shim-tls"]["secret"]["secretName"] == "shim-tls"
+    assert one(objects, "Secret")["stringData"] == {"token": "a-token"}
+    ingress = one(objects, "NetworkPolicy")["spec"]["ingress"][0]["from"]
+    assert [each["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for each in ingress] == [
+        "team-a",
+        "team-b",
+    ]
+
+
+def test_replicas_with_a_shared_store() -> None:
+    objects = rendered(values=CHART / "ci" / "gateway-replicas.yaml")
+    deployment = one(objects, "Deployment")
+    assert (deployment["spec"]["replicas"], deployment["spec"]["strategy"]["type"]) == (3, "RollingUpdate")
+    assert "podAntiAffinity" in deployment["spec"]["template"]["spec"]["affinity"]
+    settings = yaml.safe_load(one(objects, "ConfigMap")["data"]["config.yaml"])
+    assert settings["store"] == {"url": "nats://nats:4222"}
+
+
+def test_only_changes_that_need_it_restart_the_gateway() -> None:
+    def checksum(*sets: str) -> str:
+        found = one(rendered("mode=gateway", "config.fallback.url=https://api.pipeops.io", *sets), "Deployment")
+        mark: str = found["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
+        return mark
+
+    base = checksum()
+    assert checksum("config.rollout.percent=50") == base
+    assert checksum("config.mode=http") == base
+    assert checksum("config.upstream.ping_interval_s=20") != base
+
+
+def test_helm_test_runs_doctor_with_the_same_configuration() -> None:
+    pod = one(rendered(), "Pod")
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    assert pod["spec"]["containers"][0]["args"] == ["doctor", "--config", "/etc/agent-shim/config.yaml"]
+    assert pod["spec"]["restartPolicy"] == "Never"
+    assert not [each for each in rendered("tests.enabled=false") if each["kind"] == "Pod"]
+
+
+def test_rules_and_dashboards_are_those_of_config(tmp_path: Path) -> None:
+    files = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "config" / "prometheus").glob("*.y*ml"))]
+    groups = [group for file in files for group in (file or {}).get("groups", [])]
+    on = ("monitoring.prometheusRule.enabled=true", "monitoring.dashboards.enabled=true")
+    objects = rendered(*on)
+    assert one(objects, "PrometheusRule")["spec"]["groups"] == groups
+    of_gateway = one(rendered("mode=gateway", *on), "PrometheusRule")["spec"]["groups"]
+    assert [group["name"] for group in groups if group not in of_gateway] == ["agent-shim-sidecar"]
+    dashboards = one(objects, "ConfigMap", "agent-shim-dashboards")
+    assert dashboards["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert set(dashboards["data"] or {}) == {path.name for path in (ROOT / "config" / "grafana").glob("*.json")}
+
+
+@pytest.mark.needs("promtool")
+def test_promtool_takes_the_rule_object(tmp_path: Path) -> None:
+    spec = one(rendered("monitoring.prometheusRule.enabled=true"), "PrometheusRule")["spec"]
+    file = tmp_path / "rules.yaml"
+    file.write_text(yaml.safe_dump(spec))
+    run("promtool", "check", "rules", file)
+
+
+@pytest.mark.needs("promtool")
+def test_the_gap_alert(tmp_path: Path) -> None:
+    run("promtool", "test", "rules", ROOT / "tests" / "helm" / "sidecar.test.yaml")
+
+
+def test_the_pod_monitor_finds_injected_pods() -> None:
+    objects = rendered("injection.admissionPolicy.enabled=true", "monitoring.podMonitor.enabled=true")
+    monitor = one(objects, "PodMonitor")["spec"]
+    (pod,) = [pod for pod in pods(objects) if "initContainers" in pod["spec"]]
+    assert monitor["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    names = [port["name"] for port in container(pod, "agent-shim")["ports"]]
+    assert [endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]] == names
+
+
+def test_the_network_policy_leaves_the_agent_what_it_needs() -> None:
+    spec = one(rendered(values=CHART / "ci" / "sidecar.yaml"), "NetworkPolicy")["spec"]
+    assert spec["policyTypes"] == ["Egress"]
+    assert [sorted({port["port"] for port in rule["ports"]}) for rule in spec["egress"]] == [[53], [443], [6443]]
+
+
+def test_notes_tell_what_to_check_next(tmp_path: Path) -> None:
+    # Helm shows notes when it installs only, and that wants a cluster.
+    shutil.copytree(CHART, tmp_path / "chart")
+    templates = tmp_path / "chart" / "templates"
+    text = (templates / "NOTES.txt").read_text()
+    shown = '{{ include "notes" . | quote }}'
+    (templates / "notes.yaml").write_text(f'{{{{- define "notes" }}}}{text}{{{{ end }}}}kind: Notes\nnotes: {shown}\n')
+
+    def notes(*sets: str) -> str:
+        more = [part for pair in sets for part in ("--set", pair)]
+        command = ("helm3", "template", "agent-shim", tmp_path / "chart", "--namespace", NAMESPACE)
+        found: str = one(documents(run(*command, *more)), "Notes")["notes"]
+        return found
+
+    assert "NOTHING IS INJECTED YET" in notes("injection.admissionPolicy.enabled=false")
+    with_policy = notes("injection.admissionPolicy.enabled=true")
+    assert "rollout restart deployment pipeops-agent" in with_policy
+    assert "helm test agent-shim --namespace pipeops-system" in with_policy
+    assert "http://agent-shim.pipeops-system.svc:7080" in notes("mode=gateway")
+    assert "Prefer a Secret" in notes("upstream.token.from=value", "upstream.token.value=t")
+
+
+@pytest.mark.parametrize("helm", HELMS)
+def test_the_package_holds_what_it_needs_and_renders_the_same(helm: str, tmp_path: Path) -> None:
+    run(helm, "package", CHART, "--destination", tmp_path)
+    package = tmp_path / f"agent-shim-{__version__}.tgz"
+    with tarfile.open(package) as archive:
+        names = archive.getnames()
+    assert "agent-shim/files/prometheus/sidecar.yaml" in names
+    assert not [name for name in names if "/ci/" in name or "/schema/" in name]
+    on = "monitoring.prometheusRule.enabled=true"
+    packed = run(
+        helm, "template", "agent-shim", package, "--namespace", NAMESPACE, "--kube-version", "1.36", "--set", on
+    )
+    assert documents(packed) == rendered(on, helm=helm)
+
+
+def test_one_number_for_chart_program_and_components() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (__version__, __version__)
+    assert f"agent-shim:{__version__}" in chart["annotations"]["artifacthub.io/images"]
+    plugin = yaml.safe_load((ROOT / "helm" / "post-renderer" / "plugin.yaml").read_text())
+    assert plugin["version"] == __version__
