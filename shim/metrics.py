@@ -30,7 +30,14 @@ RECONNECT_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 ENDINGS = ("closed", "lost", Verdict.HALF_OPEN.value, Verdict.STALLED.value)
 COMMAND_EVENTS = (
     *("queued", "duplicate", "offered", "redelivered", "requeued", "uncertain", "delivered", "closed"),
-    *("expired", "dead", "rejected_malformed", "rejected_queue_full", "rejected_store_unavailable"),
+    *(
+        "redelivered_by_hand",
+        "expired",
+        "dead",
+        "rejected_malformed",
+        "rejected_queue_full",
+        "rejected_store_unavailable",
+    ),
     *("rejected_unknown_agent", "rejected_ambiguous_target"),
 )
 REGISTRATION_OUTCOMES = ("ok", "cached", "timeout", "400", "401", "409", "502")
