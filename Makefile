@@ -17,7 +17,7 @@ NODE_DEPS := $(if $(shell command -v npm 2>/dev/null),$(CLIENTS)/node_modules/.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test cov demo run lock clean
+.PHONY: help install check test cov demo run chart lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ check: $(DEV) ## lint, format, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict shim
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/yamllint --strict .
+	$(BIN)/shellcheck .ci/run .ci/helm-tools helm/post-renderer/*.sh
+	$(BIN)/python helm/generate.py --check
 
 test: $(DEV) $(NODE_DEPS) ## run the tests (ARGS go to pytest)
 	$(BIN)/python -m pytest $(ARGS)
@@ -45,6 +49,9 @@ demo: $(RUN) ## watch an unmodified agent work through the shim (ARGS=--once end
 
 run: $(RUN) ## run the shim with config/agent-shim.yaml (ARGS go to the command)
 	@$(BIN)/agent-shim run --config config/agent-shim.yaml $(ARGS)
+
+chart: $(DEV) ## write the chart's schema and README and the Kustomize components from their sources
+	$(BIN)/python helm/generate.py
 
 lock: $(DEV) ## resolve the dependencies anew into requirements/ (ARGS=--upgrade for newer releases)
 	$(PIP) install 'uv>=0.7'
