@@ -41,7 +41,10 @@ COMMAND_EVENTS = (
     *("rejected_unknown_agent", "rejected_ambiguous_target"),
 )
 REGISTRATION_OUTCOMES = ("ok", "cached", "timeout", "400", "401", "409", "502")
-BAD_REQUEST_REASONS = ("guard", "route", "auth", "body", "call", "answer", "connections", "head", "http")
+BAD_REQUEST_REASONS = (
+    *("guard", "route", "auth", "in_flight", "body", "call", "answer"),
+    *("connections", "head", "http"),
+)
 
 M = TypeVar("M", bound=MetricWrapperBase)
 Values = Collection[str] | None

@@ -12,6 +12,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestPayloadError
 
 from shim.errors import AgentError
+from shim.frontend.limits import RETRY_AFTER_S, BodyBudget
 
 _decode = msgspec.json.Decoder().decode
 
@@ -22,31 +23,39 @@ class BodyRefused(AgentError):
     `linger`: what the agent still sends is read and thrown away for a moment, so that it gets to see the reply.
     """
 
-    def __init__(self, status: int, message: str, *, linger: bool) -> None:
-        super().__init__(status, message)
+    def __init__(self, status: int, message: str, *, linger: bool, retry_after_s: int | None = None) -> None:
+        super().__init__(status, message, retry_after_s=retry_after_s)
         self.linger = linger
 
 
-async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float) -> bytes:
-    """Read the whole body. Raises `BodyRefused` (408, 413, 417 or 400 for what is not chunked or gzipped properly)."""
+async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float, budget: BodyBudget) -> bytes:
+    """Read the whole body; what it takes of the budget meanwhile is given back at the end.
+
+    Raises `BodyRefused` (408, 413, 417, 503 or 400 for what is not chunked or gzipped properly).
+    """
     payload = request.content
     if not payload.is_eof():
         _check_announcement(request, limit_bytes)
+    size = 0
     try:
         if payload.is_eof():
             return _bounded(payload.read_nowait(), limit_bytes)
         async with asyncio.timeout(timeout_s):
-            parts, size = [], 0
+            parts = []
             while part := await payload.readany():
-                size += len(part)
-                if size > limit_bytes:
+                if size + len(part) > limit_bytes:
                     raise _too_large(linger=False)
+                if not budget.take(len(part)):
+                    raise BodyRefused(503, "too many large bodies at a time", linger=False, retry_after_s=RETRY_AFTER_S)
+                size += len(part)
                 parts.append(part)
         return b"".join(parts)
     except TimeoutError:
         raise BodyRefused(408, "the body did not arrive in time", linger=False) from None
     except (HttpProcessingError, RequestPayloadError):
         raise BodyRefused(400, "the body cannot be read", linger=False) from None
+    finally:
+        budget.give_back(size)
 
 
 def decode_body(data: bytes) -> Any:

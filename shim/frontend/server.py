@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable
 
 from aiohttp import hdrs, web
 
-from shim.core.calls import Failed
+from shim.core.calls import AgentCall, Failed, RegisterCall
 from shim.dialects import Call, Dialect, Reply, Router, error_reply
 from shim.errors import AgentError
 from shim.frontend.body import BodyRefused, decode_body, read_body
 from shim.frontend.connection import Connection, ConnectionServer, House
 from shim.frontend.forwarding import forwarded, is_large
 from shim.frontend.guard import Guard, bearer
+from shim.frontend.limits import BodyBudget, InFlight
 from shim.frontend.replies import Replies, StaticHeaders, encode_body, no_static_headers
 from shim.frontend.routing import Routes
 from shim.frontend.tls import ServerTls
@@ -56,6 +57,9 @@ class Frontend:
         self._fallback = fallback
         self._metrics = metrics
         self._guard = Guard(listen, token)
+        self._own_tokens = token is None
+        self._in_flight = InFlight(listen.max_in_flight_per_session)
+        self._budget = BodyBudget(2 * max(listen.max_status_body_bytes, listen.max_body_bytes))
         self._routes = Routes(Router(dialects, listen.base_path))
         self._house = House(listen, switchboard, metrics, Replies(static_headers))
         self._writer = Writer(self._house)
@@ -101,6 +105,13 @@ class Frontend:
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         visit = Visit(request)
         try:
+            return await self._attend(visit)
+        finally:
+            if visit.session is not None:
+                self._in_flight.leave(visit.session)
+
+    async def _attend(self, visit: Visit) -> web.StreamResponse:
+        try:
             reply = await self._answer(visit)
             body = None if isinstance(reply, Proxied) or reply.body is None else encode_body(reply.body)
         except AgentError as error:
@@ -132,13 +143,7 @@ class Frontend:
         client = _identify(visit.connection, headers.get(hdrs.AUTHORIZATION))
         if not route.open:
             _enforce(self._guard.authorize(client.token))
-        visit.step = "body"
-        limit_bytes = listen.max_status_body_bytes if route.large else listen.max_body_bytes
-        data = await read_body(request, limit_bytes, listen.body_timeout_s)
-        body = decode_body(data) if route.method == hdrs.METH_POST else None
-        visit.step = "call"
-        call = Call(match.params, body, headers.get(hdrs.USER_AGENT, ""))
-        agent_call = match.dialect.parse(route.operation, call)
+        data, call, agent_call = await self._read(visit, client, match)
         visit.step = "answer"
         answer: Answer | None = None
         if self._fallback is not None and self._fallback.takes_some() and self._fallback.takes(client, agent_call):
@@ -152,6 +157,23 @@ class Frontend:
         visit.lease = answer.lease
         return match.dialect.render(route.operation, answer.outcome, call)
 
+    async def _read(self, visit: Visit, client: Client, match: Match) -> tuple[bytes, Call, AgentCall]:
+        """The body of a call and what the dialect makes of it. Raises `AgentError`."""
+        request, listen, route = visit.request, self._listen, match.route
+        visit.step = "in_flight"
+        self._count_in(visit, client, _session_in(match))
+        visit.step = "body"
+        limit_bytes = listen.max_status_body_bytes if route.large else listen.max_body_bytes
+        data = await read_body(request, limit_bytes, listen.body_timeout_s, self._budget)
+        body = decode_body(data) if route.method == hdrs.METH_POST else None
+        visit.step = "call"
+        call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""))
+        agent_call = match.dialect.parse(route.operation, call)
+        if isinstance(agent_call, RegisterCall):
+            visit.step = "in_flight"
+            self._count_in(visit, client, agent_call.agent_id or agent_call.name)
+        return data, call, agent_call
+
     async def _pass_on(self, visit: Visit, fallback: Fallback) -> Reply | Proxied:
         """Every call goes by the vendor's HTTP API, also what no route of ours or no dialect understands."""
         request, listen = visit.request, self._listen
@@ -161,9 +183,13 @@ class Frontend:
         client = _identify(visit.connection, request.headers.get(hdrs.AUTHORIZATION))
         if match is None or not match.route.open:
             _enforce(self._guard.authorize(client.token))
+        if match is not None:
+            visit.step = "in_flight"
+            self._count_in(visit, client, _session_in(match))
         data = None
         if not is_large(request, listen.max_body_bytes):
-            data = await read_body(request, listen.max_body_bytes, listen.body_timeout_s)
+            visit.step = "body"
+            data = await read_body(request, listen.max_body_bytes, listen.body_timeout_s, self._budget)
         call, agent_call = Call({}), None
         if match is not None and data is not None:
             with contextlib.suppress(AgentError):
@@ -181,6 +207,13 @@ class Frontend:
         visit.lease = answer.lease
         return match.dialect.render(match.route.operation, answer.outcome, call)
 
+    def _count_in(self, visit: Visit, client: Client, ident: str) -> None:
+        """Count a request among those of its agent, once. Raises `AgentError` 429."""
+        if ident and visit.session is None:
+            key = (client.token if self._own_tokens else "", ident)
+            self._in_flight.enter(key)
+            visit.session = key
+
     def _refuse(self, visit: Visit, error: AgentError) -> Reply:
         """The reply to what never became a call."""
         self._metrics.bad_requests.labels(visit.step).inc()
@@ -196,6 +229,11 @@ class Frontend:
         if match is None:
             return error_reply(failed)
         return match.dialect.render(match.route.operation, failed, Call(match.params))
+
+
+def _session_in(match: Match) -> str:
+    """The id that a path names the caller by, `""` if it names none."""
+    return match.params.get("cluster_id") or match.params.get("agent_id", "")
 
 
 def _enforce(failed: Failed | None) -> None:

@@ -14,7 +14,7 @@ from shim.ports import Lease
 class Visit:
     """One request on its way through; `step` is where it is, in words of the metric `bad_requests`."""
 
-    __slots__ = ("connection", "lease", "match", "more", "must_close", "request", "started_s", "step")
+    __slots__ = ("connection", "lease", "match", "more", "must_close", "request", "session", "started_s", "step")
 
     def __init__(self, request: web.BaseRequest) -> None:
         self.request = request
@@ -22,6 +22,7 @@ class Visit:
         self.started_s = self.connection.begin_request()
         self.match: Match | None = None
         self.lease: Lease | None = None
+        self.session: tuple[str, str] | None = None  # whose request it is, once it is counted among those in flight
         self.step = "guard"
         self.more = ""
         self.must_close = False

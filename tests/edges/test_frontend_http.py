@@ -559,3 +559,113 @@ async def test_stop_does_not_wait_for_ever() -> None:
         await house.board.until("cancelled")
         assert await agent.closed_by_peer() == b""
         await house.frontend.stop()
+
+
+# --- what is under way at a time ----------------------------------------------------------------------------------
+
+
+class Gate:
+    """A script whose answers wait until the gate is opened."""
+
+    def __init__(self, board: Board) -> None:
+        self.open = asyncio.Event()
+        board.script = self._script
+
+    async def _script(self, client: Client, call: AgentCall) -> Answer:
+        await self.open.wait()
+        return await plain_answer(client, call)
+
+
+async def test_one_agent_has_so_many_requests_at_a_time_and_others_theirs() -> None:
+    board = Board()
+    gate = Gate(board)
+    async with running(Listen(port=0, max_in_flight_per_session=2), board) as house:
+        waiting = [await house.agent() for _ in range(3)]
+        await waiting[0].send(POLL)
+        await waiting[1].send(post(HEARTBEAT))
+        await waiting[2].send(get("/api/v1/clusters/agent/c2/poll"))
+        await board.until("call", 3)
+        reply = await house.ask(POLL)
+        assert_error(reply, 429, "too many requests of this agent at a time")
+        assert reply.headers["retry-after"] == "1"
+        assert house.count("bad_requests_total", reason="in_flight") == 1
+        gate.open.set()
+        for agent in waiting:
+            assert (await agent.reply()).status == 200
+        assert (await house.ask(POLL)).status == 200
+        assert len(house.frontend._in_flight) == 0
+
+
+async def test_an_agent_that_hangs_up_is_not_counted_any_more() -> None:
+    board = Board()
+    Gate(board)
+    async with running(Listen(port=0, max_in_flight_per_session=1), board) as house:
+        agent = await house.agent()
+        await agent.send(POLL)
+        await board.until("call")
+        agent.close()
+        await board.until("cancelled")
+        again = await house.agent()
+        await again.send(POLL)
+        await board.until("call", 2)
+
+
+@pytest.mark.parametrize("own_tokens", [True, False])
+async def test_agents_are_told_apart_by_their_tokens_where_these_are_their_own(own_tokens: bool) -> None:
+    board = Board()
+    gate = Gate(board)
+    options = {"token": None} if own_tokens else {}
+    async with running(Listen(port=0, max_in_flight_per_session=1), board, **options) as house:
+        first = await house.agent()
+        await first.send(get("/api/v1/clusters/agent/c1/poll", "Authorization: Bearer one"))
+        await board.until("call")
+        second = await house.agent()
+        await second.send(get("/api/v1/clusters/agent/c1/poll", "Authorization: Bearer two"))
+        if own_tokens:
+            await board.until("call", 2)
+            gate.open.set()
+        assert (await second.reply()).status == (200 if own_tokens else 429)
+
+
+async def test_registers_count_by_the_name_in_their_body() -> None:
+    board = Board()
+    Gate(board)
+    async with running(Listen(port=0, max_in_flight_per_session=1), board) as house:
+        for number in (1, 2):
+            agent = await house.agent()
+            body = json.dumps({"name": "prod", "agent_id": f"pod-{number}"}).encode()
+            await agent.send(post("/api/v1/clusters/agent/register", body))
+            await board.until("call", number)
+        reply = await house.ask(post("/api/v1/clusters/agent/register", b'{"name": "prod", "agent_id": "pod-1"}'))
+        assert reply.status == 429
+
+
+async def test_large_bodies_are_refused_while_others_fill_the_memory_for_them() -> None:
+    async with running(Listen(port=0, max_body_bytes=1024, max_status_body_bytes=100_000)) as house:
+        whole = post(STATUS, b'{"x":"' + b"y" * 99_990 + b'"}')
+        agents = [await house.agent() for _ in range(2)]
+        for number, agent in enumerate(agents):
+            await agent.send(whole.replace(b"/a1/", f"/b{number}/".encode())[:-1000])
+        async with asyncio.timeout(10):
+            while house.frontend._budget.used_bytes < 190_000:
+                await house.ask(get("/nope"))
+        late = await house.agent()
+        await late.send(whole[:20_000])
+        reply = await late.reply()
+        assert_error(reply, 503, "too many large bodies at a time")
+        assert reply.headers["retry-after"] == "1"
+        for agent in agents:
+            await agent.send(whole[-1000:])
+            assert (await agent.reply()).status == 200
+        assert (await house.ask(whole)).status == 200
+        assert house.frontend._budget.used_bytes == 0
+
+
+async def test_an_agent_that_reads_no_reply_is_dropped() -> None:
+    board = Board()
+    board.script = offering(3_000_000)
+    async with running(Listen(port=0, body_timeout_s=0.2), board) as house:
+        agent = await house.agent(receive_buffer_bytes=4096)
+        await agent.send(POLL)
+        await board.until("unwritten")
+        assert house.count("replies_lost_total") == 1
