@@ -122,7 +122,7 @@ class App:
 
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
-        settings, clock = self.settings, Clock()
+        settings, clock = self.settings, self.make_clock()
         for secret in config.secrets(settings):
             self._logging.redaction.add(secret)
         for event, hint in open_doors(settings):
@@ -179,6 +179,10 @@ class App:
         self._announce()
 
     # Seams: a test that must be there when something happens stands between two parts.
+
+    def make_clock(self) -> Clock:
+        """The time."""
+        return Clock()
 
     def make_store(self, post: Post) -> CommandStore:
         """The store; `post` as in `open_store`."""
