@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from aiohttp import hdrs, web
 
 from shim.core.calls import AgentCall, Failed, RegisterCall
-from shim.dialects import Call, Dialect, Reply, Router, error_reply
+from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
 from shim.errors import AgentError
 from shim.frontend.body import BodyRefused, decode_body, read_body
 from shim.frontend.connection import Connection, ConnectionServer, House
