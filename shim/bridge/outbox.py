@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from shim.bridge.connection import Connection
-from shim.bridge.context import Context
+from shim.bridge.context import ENVELOPE_BYTES, Context
+from shim.core.fitting import fit
 from shim.core.records import AddTrace, CloseOutbox, OutboxEntry, PutOutbox, ReadOutbox, SessionKey, TraceEntry
 from shim.core.sessions import Session
 from shim.core.timestamps import rfc3339
@@ -18,6 +20,7 @@ log = get(__name__)
 
 PAGE = 32
 WINDOW_BYTES = 8 * 1024 * 1024
+MAX_UNTOLD = 1000
 
 Route = Callable[[SessionKey], Connection | None]
 
@@ -46,8 +49,10 @@ class Outbox:
         self._pumping: dict[str, int] = {}  # owner -> last seq read
         self._again: set[str] = set()
         self._in_flight: dict[int, int] = {}  # connection serial -> bytes sent and not confirmed
-        self._blocked: set[str] = set()
+        self._blocked: dict[str, int] = {}  # owner -> where to read on once there is room
         self._unread: set[str] = set()
+        self._closing: set[int] = set()
+        self._untold: deque[tuple[SessionKey, str, dict[str, Any]]] = deque(maxlen=MAX_UNTOLD)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -55,7 +60,7 @@ class Outbox:
     @property
     def empty(self) -> bool:
         """Whether the controller has everything, what stands on disk from before included."""
-        return not (self._entries or self._unread or self._pumping)
+        return not (self._entries or self._unread or self._pumping or self._closing)
 
     def loaded(self, owners: tuple[str, ...]) -> None:
         """These owners have entries on disk from before."""
@@ -76,10 +81,18 @@ class Outbox:
 
     def online(self, owner: str) -> None:
         """A connection of this owner came up: read the disk and send what was not sent on it."""
+        untold = [each for each in self._untold if each[0].owner == owner]
+        for each in untold:
+            self._untold.remove(each)
+            self._tell(*each)
+        self._pump(owner, 0)
+
+    def _pump(self, owner: str, after: int) -> None:
         if owner in self._pumping:
             self._again.add(owner)
             return
-        self._pumping[owner] = 0
+        self._blocked.pop(owner, None)
+        self._pumping[owner] = after
         self._read(owner)
 
     def fenced(self, seqs: tuple[int, ...]) -> None:
@@ -88,30 +101,42 @@ class Outbox:
         for entry in closed.values():
             if entry.sent_on in self._in_flight:
                 self._in_flight[entry.sent_on] -= entry.size_bytes
+        self._close(closed)
+        for owner, after in list(self._blocked.items()):
+            self._pump(owner, after)
+
+    def _close(self, closed: dict[int, _OnDisk]) -> None:
+        if not closed:
+            return
         wall = self._ctx.clock.wall_s()
         traces = [AddTrace(entry.session, (entry.command_id,), TraceEntry(wall, "closed")) for entry in closed.values()]
+        self._closing.update(closed)
 
         def done(outcome: list[Any] | StoreError) -> None:
+            self._closing.difference_update(closed)
             if isinstance(outcome, StoreError):
                 # Still on disk: it will be sent once more after the next connect, which is allowed.
                 self._entries.update(closed)
+                return
+            for entry in closed.values():
+                self._ctx.metrics.commands.labels("closed").inc()
+                log.info("result_closed", command=entry.command_id, session=entry.session.ident)
 
         self._ctx.store.submit([CloseOutbox(tuple(closed), wall), *traces], done)
-        for entry in closed.values():
-            self._ctx.metrics.commands.labels("closed").inc()
-            log.info("result_closed", command=entry.command_id, session=entry.session.ident)
-        for owner in list(self._blocked):
-            self._blocked.discard(owner)
-            self.online(owner)
 
     def resend(self, key: SessionKey, command_id: str, request_id: str, payload: dict[str, Any]) -> None:
         """The controller sent a command again whose result is on disk: it wants that result."""
         outstanding = any(e.command_id == command_id and e.session == key for e in self._entries.values())
         if not outstanding:
-            self._ctx.store.submit(
-                [PutOutbox(key, command_id, request_id, payload)],
-                lambda outcome: None if isinstance(outcome, StoreError) else self.added(outcome[0]),
-            )
+            self._put(key, request_id, payload)
+
+    def move(self, source: SessionKey, target: SessionKey) -> None:
+        """The session `source` was superseded: its results go the successor's way."""
+        moved = [entry for entry in self._entries.values() if entry.session == source]
+        for entry in moved:
+            entry.session = target
+        if moved or source.owner in self._unread:
+            self.online(target.owner)
 
     def offline(self, connection: Connection) -> None:
         """The connection is no more: what it carried unconfirmed will be sent on the next."""
@@ -124,17 +149,27 @@ class Outbox:
         """
         payload = self.failure(key, session, command_id, **fields)
         wall = self._ctx.clock.wall_s()
-        trace = AddTrace(key, (command_id,), TraceEntry(wall, "reported", str(fields.get("code", ""))))
+        self._put(key, request_id, payload, TraceEntry(wall, "reported", str(fields.get("code", ""))))
+
+    def _put(self, key: SessionKey, request_id: str, payload: dict[str, Any], trace: TraceEntry | None = None) -> None:
+        command_id = payload["command_id"]
 
         def done(outcome: list[Any] | StoreError) -> None:
             if isinstance(outcome, StoreError):
-                connection = self._route(key)
-                if connection is not None:
-                    connection.send("command_result", payload, request_id)
+                self._tell(key, request_id, payload)
             else:
                 self.added(outcome[0])
 
-        self._ctx.store.submit([PutOutbox(key, command_id, request_id, payload), trace], done)
+        traces = [AddTrace(key, (command_id,), trace)] if trace is not None else []
+        self._ctx.store.submit([PutOutbox(key, command_id, request_id, payload), *traces], done)
+
+    def _tell(self, key: SessionKey, request_id: str, payload: dict[str, Any]) -> None:
+        """Say what could not be stored; kept in memory until there is a connection."""
+        connection = self._route(key)
+        if connection is None:
+            self._untold.append((key, request_id, payload))
+        else:
+            connection.send("command_result", payload, request_id)
 
     def failure(self, key: SessionKey, session: Session | None, command_id: str, **fields: Any) -> dict[str, Any]:
         """The payload of a `command_result` that the shim itself makes."""
@@ -154,53 +189,55 @@ class Outbox:
         self._ctx.store.submit([ReadOutbox(owner, after, PAGE)], lambda outcome: self._page(owner, outcome))
 
     def _page(self, owner: str, outcome: list[Any] | StoreError) -> None:
-        page: list[OutboxEntry] = [] if isinstance(outcome, StoreError) else outcome[0]
         if isinstance(outcome, StoreError):
             log.warning("outbox_unreadable", error=str(outcome))
             self._ctx.timers.call_later(5.0, lambda: self.online(owner))
-        for entry in page:
-            self._entries.setdefault(entry.seq, _OnDisk(entry.session, entry.command_id))
-            self._send(entry)
-        if len(page) == PAGE:
-            self._pumping[owner] = page[-1].seq
-            self._read(owner)
+            self._pumped(owner)
             return
-        del self._pumping[owner]
-        if not isinstance(outcome, StoreError):
+        for entry in outcome[0]:
+            if entry.seq in self._closing:
+                continue
+            self._entries.setdefault(entry.seq, _OnDisk(entry.session, entry.command_id))
+            if not self._send(entry):
+                self._blocked[owner] = entry.seq - 1
+                self._unread.add(owner)
+                self._pumped(owner)
+                return
+        if len(outcome[0]) == PAGE:
+            self._pumping[owner] = outcome[0][-1].seq
+            self._read(owner)
+        else:
             self._unread.discard(owner)
+            self._pumped(owner)
+
+    def _pumped(self, owner: str) -> None:
+        del self._pumping[owner]
         if owner in self._again:
             self._again.discard(owner)
-            self.online(owner)
+            self._pump(owner, 0)
 
-    def _send(self, entry: OutboxEntry) -> None:
+    def _send(self, entry: OutboxEntry) -> bool:
+        """Send an entry if its connection is up and has not carried it yet. False if it has to wait for others."""
         connection = self._route(entry.session)
         known = self._entries.get(entry.seq)
         if connection is None or known is None or known.sent_on == connection.serial:
-            return
+            return True
         in_flight = self._in_flight.get(connection.serial, 0)
         if in_flight >= WINDOW_BYTES:
-            self._blocked.add(entry.session.owner)
-            return
+            self._blocked.setdefault(entry.session.owner, entry.seq - 1)
+            return False
         known.sent_on = connection.serial
-        known.size_bytes = sum(len(v) for v in entry.payload.values() if isinstance(v, str)) + 512
+        known.size_bytes = sum(len(v) for v in entry.payload.values() if isinstance(v, str)) + ENVELOPE_BYTES
         self._in_flight[connection.serial] = in_flight + known.size_bytes
-        connection.send_result(entry.seq, entry.request_id, self._fitting(entry.payload))
+        connection.send_result(entry.seq, entry.request_id, self._as_sent(entry))
         if known.posted_at is not None:
             self._ctx.metrics.message_seconds.labels("up").observe(self._ctx.now - known.posted_at)
             known.posted_at = None
+        return True
 
-    def _fitting(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """The controller's limit is `upstream.max_send_bytes`: a longer output is cut and says so."""
-        limit = self._ctx.settings.upstream.max_send_bytes
-        texts = [key for key in ("output", "error") if isinstance(payload.get(key), str)]
-        size = sum(len(payload[key]) for key in texts)
-        budget = max(limit - 65_536, 1024)
-        if size <= budget // 6:  # even if every character is escaped
-            return payload
-        cut = dict(payload)
-        for key in texts:
-            data = payload[key].encode("utf-8", "replace")
-            if len(data) > budget // 2:
-                cut[key] = data[: budget // 2].decode("utf-8", "ignore")
-                cut["metadata"] = {**(payload.get("metadata") or {}), f"{key}_truncated_bytes": len(data) - budget // 2}
-        return cut
+    def _as_sent(self, entry: OutboxEntry) -> dict[str, Any]:
+        """The payload with the cluster id that the controller uses by now, and no longer than it takes."""
+        payload, session = entry.payload, self._ctx.sessions.get(entry.session)
+        if session is not None and session.upstream_cluster_id:
+            payload = {**payload, "cluster_id": session.upstream_cluster_id}
+        return fit(payload, self._ctx.settings.upstream.max_send_bytes - ENVELOPE_BYTES)

@@ -267,7 +267,8 @@ class Bridge:
         self.outbox.offline(connection)
 
     def gateway_lost(self, leg: Leg) -> None:
-        """Back to the controller with a full registration."""
+        """Back to the controller with a full registration, and with the results that nobody confirmed."""
+        self.outbox.online(leg.session.key.owner)
         if not self.stopping and leg.session.fresh(self.ctx.now):
             leg.session.told_on = 0
             leg.runner.wanted()
