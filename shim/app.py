@@ -320,7 +320,7 @@ class App:
                 self._token = ""
                 self.bridge.token_changed()
         ignored = config.needs_restart(self.settings, fresh)
-        log.info("config_reloaded", needs_restart=ignored)
+        log.info("config_reloaded", mode=self.settings.mode, needs_restart=ignored)
 
 
 def _describe(error: BaseException) -> str:

@@ -178,7 +178,7 @@ class Forwarded:
     """An agent's request as it came. `target` is the path under the configured base path, with its query.
 
     `body` is the whole body, or its chunks where it is larger than a call's body may be; `call` is what the dialect
-    made of it, `None` where it was not or could not be read.
+    made of it, `None` where it was not or could not be read; `arrived_s` as in `Switchboard.call`.
     """
 
     method: str
@@ -187,6 +187,7 @@ class Forwarded:
     body: bytes | AsyncIterator[bytes] = field(repr=False)
     client: Client
     call: AgentCall | None
+    arrived_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,13 +104,12 @@ class Detour:
         queue = self._queues.get(self._ctx.sessions.key_of(owner, call.target))
         return queue is not None and len(queue) > 0
 
-    async def merge(self, client: Client, call: PollCall, commands: list[Any]) -> Answer | None:
+    async def merge(self, client: Client, call: PollCall, commands: list[Any], arrived_s: float) -> Answer | None:
         """Take in what the vendor's API handed out, and answer the poll from the queue: what was on disk comes first.
 
         `None` when the disk refuses: then the API's own answer must go to the agent as it is.
         """
         owner = self._routes.owner_of(client.token) or ""
-        arrived_s = self._ctx.now
         session = self._roster.met(owner, call.target, call.dialect)
         if not await self._take_in(session, commands):
             return None

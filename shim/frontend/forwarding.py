@@ -8,6 +8,7 @@ from http import HTTPStatus
 from aiohttp import hdrs, web
 
 from shim.core.calls import AgentCall
+from shim.frontend.visit import Visit
 from shim.ports import Client, Forwarded, Proxied
 
 _BODILESS = frozenset({204, 304})
@@ -19,17 +20,17 @@ def is_large(request: web.BaseRequest, limit_bytes: int) -> bool:
     return length > limit_bytes if length is not None else not request.content.is_eof()
 
 
-def forwarded(
-    request: web.BaseRequest, base_path: str, client: Client, data: bytes | None, call: AgentCall | None
-) -> Forwarded:
+def forwarded(visit: Visit, base_path: str, client: Client, data: bytes | None, call: AgentCall | None) -> Forwarded:
     """The request for `ports.Fallback`; without `data` its body is streamed."""
+    request = visit.request
     pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers]
     encoded = hdrs.CONTENT_ENCODING in request.headers
     # aiohttp has inflated the body: it goes on as what it is now
     gone = {"content-encoding", "content-length"} if encoded else {"content-length"} if data is not None else set()
     headers = tuple((name, value) for name, value in pairs if name.lower() not in gone)
     body = request.content.iter_any() if data is None else data
-    return Forwarded(request.method, target_of(request.raw_path, base_path), headers, body, client, call)
+    target = target_of(request.raw_path, base_path)
+    return Forwarded(request.method, target, headers, body, client, call, visit.started_s)
 
 
 def target_of(raw_target: str, base_path: str) -> str:

@@ -147,7 +147,7 @@ class Frontend:
         visit.step = "answer"
         answer: Answer | None = None
         if self._fallback is not None and self._fallback.takes_some() and self._fallback.takes(client, agent_call):
-            served = await self._fallback.serve(forwarded(request, listen.base_path, client, data, agent_call))
+            served = await self._fallback.serve(forwarded(visit, listen.base_path, client, data, agent_call))
             if isinstance(served, Proxied):
                 visit.lease = served.lease
                 return served
@@ -196,7 +196,7 @@ class Frontend:
                 body = decode_body(data) if match.route.method == hdrs.METH_POST else None
                 call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""))
                 agent_call = match.dialect.parse(match.route.operation, call)
-        answer = await fallback.serve(forwarded(request, listen.base_path, client, data, agent_call))
+        answer = await fallback.serve(forwarded(visit, listen.base_path, client, data, agent_call))
         if isinstance(answer, Proxied):
             visit.lease = answer.lease
             return answer

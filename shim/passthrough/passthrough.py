@@ -98,12 +98,12 @@ class Passthrough:
             self._breaker.failed(self._bridge.ctx.now)
             self._count("unreachable")
             if isinstance(call, PollCall) and self._bridge.detour.waiting(request.client, call):
-                return await self._bridge.detour.merge(request.client, call, [])
+                return await self._bridge.detour.merge(request.client, call, [], request.arrived_s)
             return self._instead(request)
         self._judge(request, reply)
         self._bridge.detour.used(request.client, call)
         if isinstance(call, PollCall):
-            return await self._merged(request.client, call, reply)
+            return await self._merged(request, call, reply)
         if isinstance(call, RegisterCall) and reply.status in REGISTERED and isinstance(reply.body, bytes):
             self._bridge.detour.registered(request.client, call, _object(reply.body))
         if isinstance(call, ResultCall) and reply.status in (200, 204):
@@ -134,15 +134,15 @@ class Passthrough:
         body = msgspec.json.encode({"success": False, "error": "the vendor's HTTP API cannot be reached"})
         return Proxied(502, (("Content-Type", "application/json"),), body)
 
-    async def _merged(self, client: Client, call: PollCall, reply: Proxied) -> Proxied | Answer:
+    async def _merged(self, request: Forwarded, call: PollCall, reply: Proxied) -> Proxied | Answer:
         """The only reply that is rewritten: what is on disk comes first, and one id is delivered once."""
         detour = self._bridge.detour
         body = _object(reply.body) if isinstance(reply.body, bytes) else {}
         listed = body.get("commands")
         handed_out = listed if reply.status == 200 and isinstance(listed, list) else []
-        if not handed_out and not detour.waiting(client, call):
+        if not handed_out and not detour.waiting(request.client, call):
             return reply
-        answer = await detour.merge(client, call, handed_out)
+        answer = await detour.merge(request.client, call, handed_out, request.arrived_s)
         if answer is None:
             return reply
         if reply.status != 200 or not isinstance(answer.outcome, Commands):
