@@ -104,7 +104,8 @@ class Calls:
     def _verdict(self, runner: LinkRunner) -> Outcome:
         if runner.machine.refused:
             return Failed(401, "the controller refuses the token")
-        down = runner.state in (LinkState.WAITING, LinkState.STOPPED)
+        # A first dial under way is no failure yet.
+        down = not runner.machine.connected and (runner.machine.failures > 0 or runner.state is LinkState.STOPPED)
         if down and self._ctx.settings.heartbeat.when_link_down == "fail":
             return Failed(503, "the controller cannot be reached", retry_after_s=RETRY_AFTER_S)
         return Accepted()

@@ -33,7 +33,7 @@ async def make_world() -> AsyncIterator[MakeWorld]:
 
     yield make
     for world in worlds:
-        if not world.bridge.stopping:
+        if world.running:
             await world.stop()
         assert not world.faults, world.faults
         assert not world.timers.pending(), world.timers.pending()

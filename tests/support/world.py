@@ -157,6 +157,7 @@ class World:
         self.token = TOKEN
         self.token_error: ShimError | None = None
         self.faults: list[dict[str, Any]] = []
+        self.running = False
         self._rng = rng
         self._memory = MemoryStore(loop.call_soon)
         self._make_store = make_store
@@ -189,6 +190,7 @@ class World:
         )
         self.bridge = Bridge(ctx)
         self.bridge.start(self.store.open())
+        self.running = True
         return self
 
     def _read_token(self) -> str:
@@ -198,6 +200,7 @@ class World:
 
     async def stop(self) -> None:
         """As SIGTERM does."""
+        self.running = False
         self.bridge.quiesce()
         await self.settle()
         self.bridge.stop()
@@ -206,6 +209,7 @@ class World:
 
     async def crash(self) -> None:
         """As `kill -9` does: nothing more is said, what is on disk stays."""
+        self.running = False
         self.timers.crash()
         self.store.dead = True
         self.store.close()

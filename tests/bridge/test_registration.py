@@ -1,0 +1,354 @@
+"""Registrations are answered in time, by whom they must be (protocol.md §1.1)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from shim.core.calls import Failed, Outcome, RegisterCall, Registered
+from shim.ports import DialFailure
+from tests.bridge.conftest import MakeWorld
+from tests.support.upstream import GONE, REFUSED
+from tests.support.world import Agent, World
+
+
+def registering(agent: Agent, secret: str = "") -> asyncio.Task[Outcome]:
+    return asyncio.get_running_loop().create_task(agent.register(secret))
+
+
+async def answered_after(world: World, agent: Agent) -> tuple[Outcome, float]:
+    start = world.now
+    outcome = await agent.register()
+    return outcome, world.now - start
+
+
+async def test_the_controllers_answer_reaches_the_agent(world: World) -> None:
+    agent = world.agent()
+    outcome = await agent.register("sa-token")
+    assert outcome == Registered(
+        cluster_id="c-1", cluster_uuid="uuid-c-1", name="prod", agent_id="pod-1", workspace_id=7
+    )
+    [sent] = world.controller.got("register")
+    assert sent.payload == {
+        "agent_id": "pod-1",
+        "name": "prod",
+        "k8s_version": "v1.28.3",
+        "k8s_service_token": "sa-token",
+    }
+    assert sent.request_id
+
+
+async def test_the_service_token_is_never_stored(world: World) -> None:
+    await world.agent().register("sa-token")
+    await world.settle()
+    assert "sa-token" not in repr(world.store.log)
+
+
+async def test_an_agent_that_calls_before_the_link_is_up_waits_for_it(make_world: MakeWorld) -> None:
+    world = await make_world()
+    world.controller.go_away()
+    await world.pass_s(1)
+    agent = registering(world.agent())
+    await world.pass_s(2)
+    assert not agent.done()
+    world.controller.come_back()
+    assert isinstance(await agent, Registered)
+
+
+async def test_the_deadline_counts_from_the_requests_first_byte(world: World) -> None:
+    world.controller.manners.registers = False
+    agent = world.agent()
+    call = RegisterCall("clusters_agent", "pod-1", "prod", {"agent_id": "pod-1", "name": "prod"})
+    start = world.now
+    answer = await agent.call(call, arrived_s=start - 4)
+    assert world.now == pytest.approx(start + 21)
+    assert isinstance(answer.outcome, Failed)
+    assert answer.outcome.status == 503
+    assert answer.outcome.retry_after_s is not None
+
+
+async def test_a_late_result_serves_the_next_attempt_at_once(world: World) -> None:
+    world.controller.manners.registers = False
+    agent = world.agent()
+    outcome = await agent.register()
+    assert isinstance(outcome, Failed)
+    await world.pass_s(10)
+    world.controller.answer_register()
+    await world.settle()
+    other = world.agent(agent_id="pod-2")
+    outcome, took_s = await answered_after(world, other)
+    assert took_s == 0
+    assert isinstance(outcome, Registered)
+    assert not outcome.cached
+    assert outcome.agent_id == "pod-2", "and it is told its own id"
+    assert len(world.controller.got("register")) == 1
+
+
+async def test_a_late_result_is_not_kept_for_ever(world: World) -> None:
+    world.controller.manners.registers = False
+    agent = world.agent()
+    await agent.register()
+    world.controller.answer_register()
+    world.controller.manners.registers = True
+    await world.pass_s(601)
+    await agent.register()
+    assert len(world.controller.got("register")) == 2
+
+
+async def test_concurrent_registers_of_one_identity_share_one_request(world: World) -> None:
+    world.controller.manners.registers = False
+    first, second = registering(world.agent()), registering(world.agent(agent_id="pod-2"))
+    stranger = registering(world.agent(agent_id="pod-3", name="other"))
+    await world.settle()
+    assert len(world.controller.got("register")) == 2
+    world.controller.answer_register()
+    world.controller.answer_register()
+    outcomes = [await task for task in (first, second, stranger)]
+    assert [getattr(outcome, "agent_id", "") for outcome in outcomes] == ["pod-1", "pod-2", "pod-3"]
+    assert [getattr(outcome, "cluster_id", "") for outcome in outcomes] == ["c-1", "c-1", "c-2"]
+    assert world.bridge.ctx.sessions.alias("default", "pod-2") is world.session("c-1")
+
+
+async def test_an_agent_that_hangs_up_leaves_the_registration_to_the_next(world: World) -> None:
+    world.controller.manners.registers = False
+    agent = registering(world.agent())
+    await world.settle()
+    agent.cancel()
+    await world.pass_s(1)
+    world.controller.answer_register()
+    await world.settle()
+    _, took_s = await answered_after(world, world.agent())
+    assert took_s == 0
+    assert len(world.controller.got("register")) == 1
+
+
+async def test_register_in_progress_keeps_waiting(world: World) -> None:
+    world.controller.manners.registers = False
+    agent = registering(world.agent())
+    await world.settle()
+    [sent] = world.controller.got("register")
+    for _ in range(4):
+        world.controller.socket.says("register_in_progress", {}, sent.request_id)
+        await world.pass_s(5)
+    assert not agent.done()
+    world.controller.answer_register()
+    assert isinstance(await agent, Registered)
+
+
+async def test_a_request_that_is_never_answered_is_made_again_a_minute_later(world: World) -> None:
+    world.controller.manners.registers = False
+    agent = world.agent()
+    await agent.register()
+    await world.pass_s(20)
+    retry = registering(agent)
+    await world.settle()
+    assert len(world.controller.got("register")) == 1, "the first is still under way"
+    await retry
+    retry = registering(agent)
+    await world.settle()
+    assert len(world.controller.got("register")) == 2
+    world.controller.answer_register()  # the first request, after all
+    assert isinstance(await retry, Registered)
+
+
+# --- from the store ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialect", ["clusters_agent", "agents"])
+async def test_a_stored_registration_is_answered_after_five_seconds(make_world: MakeWorld, dialect: str) -> None:
+    world = await make_world()
+    await world.agent(dialect=dialect).register()
+    await world.restart()
+    world.controller.manners.registers = False
+    await world.pass_s(30)
+    outcome, took_s = await answered_after(world, world.agent(dialect=dialect))
+    assert took_s == pytest.approx(5)
+    assert outcome == Registered("c-1", "uuid-c-1", "prod", "pod-1", workspace_id=7, cached=True)
+
+
+async def test_so_it_is_when_the_link_is_down(world: World) -> None:
+    await world.agent().register()
+    world.controller.go_away()
+    await world.pass_s(60)
+    outcome, took_s = await answered_after(world, world.agent(agent_id="pod-2"))
+    assert took_s == pytest.approx(5)
+    assert isinstance(outcome, Registered)
+    assert (outcome.cached, outcome.agent_id) == (True, "pod-2")
+
+
+async def test_an_agent_of_another_cluster_name_has_nothing_in_the_store(world: World) -> None:
+    await world.agent().register()
+    world.controller.go_away()
+    await world.settle()
+    outcome, took_s = await answered_after(world, world.agent(name="other"))
+    assert took_s == pytest.approx(25)
+    assert isinstance(outcome, Failed)
+
+
+async def test_a_new_agent_id_of_dialect_agents_is_served_by_cluster_name_and_vouches_for_nobody(world: World) -> None:
+    await world.agent(dialect="agents", agent_id="a-1").register()
+    world.controller.go_away()
+    await world.pass_s(60)
+    outcome, _ = await answered_after(world, world.agent(dialect="agents", agent_id="a-2"))
+    assert isinstance(outcome, Registered)
+    assert (outcome.cached, outcome.agent_id, outcome.cluster_id) == (True, "a-2", "c-1")
+    assert not world.session("a-1").fresh(world.now)
+
+
+async def test_the_upstream_registration_goes_on_after_a_cached_answer(world: World) -> None:
+    agent = world.agent()
+    await agent.register()
+    world.controller.go_away()
+    await world.pass_s(60)
+    agent.extra = {"k8s_version": "v1.30.0"}
+    await agent.register()
+    world.controller.come_back()
+    await world.pass_s(10)
+    assert world.session("c-1").registration["k8s_version"] == "v1.30.0"
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_refused_token_is_told_at_once_and_nothing_cached_is_given(world: World) -> None:
+    await world.agent().register()
+    world.controller.go_away(REFUSED)
+    await world.pass_s(20)
+    outcome, took_s = await answered_after(world, world.agent())
+    assert took_s < 1
+    assert isinstance(outcome, Failed)
+    assert outcome.status == 401
+
+
+async def test_a_registration_that_waits_is_told_of_the_refusal(make_world: MakeWorld) -> None:
+    world = await make_world(upstream={"token": ""})
+    world.controller.manners.hangs = True
+    agent = registering(world.agent(token="own"))
+    await world.settle()
+    for dial in world.controller.dials:
+        dial.fail(REFUSED)
+    await world.settle()
+    world.controller.dials[-1].fail(REFUSED)
+    outcome = await agent
+    assert isinstance(outcome, Failed)
+    assert outcome.status == 401
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        ({"error": "Unauthorized"}, 401),
+        ({"error": "cluster name already in use", "cluster_id": "c-9"}, 409),
+        ({"error": "name is required"}, 400),
+        ({"error": "exploded"}, 502),
+        ({"error": "exploded", "code": 409}, 409),
+    ],
+)
+async def test_an_error_goes_to_the_agent_at_once(world: World, error: dict[str, object], status: int) -> None:
+    world.controller.manners.registers = False
+    agent = registering(world.agent())
+    await world.settle()
+    [sent] = world.controller.got("register")
+    world.controller.socket.says("error", error, sent.request_id)
+    await world.settle()
+    outcome = agent.result()
+    assert isinstance(outcome, Failed)
+    assert (outcome.status, outcome.cluster_id) == (status, error.get("cluster_id", ""))
+
+
+async def test_an_error_text_never_passes_on_a_secret(world: World) -> None:
+    world.controller.manners.registers = False
+    agent = registering(world.agent(), secret="sa-secret")
+    await world.settle()
+    [sent] = world.controller.got("register")
+    world.controller.socket.says("error", {"error": "invalid token sa-secret"}, sent.request_id)
+    outcome = await agent
+    assert isinstance(outcome, Failed)
+    assert "sa-secret" not in outcome.error
+    assert outcome.status == 401
+
+
+@pytest.mark.parametrize("cluster_id", ["", "a/b", ".."])
+async def test_a_success_without_a_usable_id_is_none(world: World, cluster_id: str) -> None:
+    world.controller.manners.cluster_id = lambda payload: cluster_id
+    outcome = await world.agent().register()
+    assert isinstance(outcome, Failed)
+    assert outcome.status == 502
+    assert len(world.bridge.ctx.sessions) == 0
+
+
+async def test_an_answer_to_nobodys_request_is_ignored(world: World) -> None:
+    world.controller.socket.says("register_success", {"cluster_id": "c-9"}, "foreign")
+    await world.settle()
+    assert len(world.bridge.ctx.sessions) == 0
+
+
+# --- hurrying ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_register_cuts_a_backoff_short_but_not_more_than_once_in_five_seconds(make_world: MakeWorld) -> None:
+    world = await make_world(upstream={"reconnect": {"initial_s": 60, "max_s": 60}})
+    world.controller.go_away()
+    await world.pass_s(1)
+    dials = len(world.controller.dials)
+    tasks = [registering(world.agent(name=f"n{n}")) for n in range(3)]
+    await world.settle()
+    assert len(world.controller.dials) == dials + 1
+    await world.pass_s(4.9)
+    tasks.append(registering(world.agent(name="n3")))
+    await world.settle()
+    assert len(world.controller.dials) == dials + 1
+    await world.pass_s(0.2)
+    tasks.append(registering(world.agent(name="n4")))
+    await world.settle()
+    assert len(world.controller.dials) == dials + 2
+    for task in tasks:
+        task.cancel()
+
+
+async def test_a_register_never_goes_against_retry_after(world: World) -> None:
+    world.controller.go_away(DialFailure("status", 429, 30.0))
+    await world.pass_s(6)
+    dials = len(world.controller.dials)
+    outcome, _ = await answered_after(world, world.agent())
+    assert isinstance(outcome, Failed)
+    assert outcome.status == 503
+    assert len(world.controller.dials) == dials
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+async def test_stopping_answers_registrations_that_wait(world: World) -> None:
+    world.controller.manners.registers = False
+    agent = registering(world.agent())
+    await world.settle()
+    world.bridge.quiesce()
+    await world.settle()
+    outcome = agent.result()
+    assert isinstance(outcome, Failed)
+    assert outcome.status == 503
+    outcome, took_s = await answered_after(world, world.agent())
+    assert isinstance(outcome, Failed)
+    assert took_s == 0
+
+
+async def test_a_registration_in_flight_is_sent_again_after_a_loss(world: World) -> None:
+    world.controller.manners.registers = False
+    agent = registering(world.agent())
+    await world.settle()
+    world.controller.socket.lose()
+    world.controller.manners.registers = True
+    await world.settle()
+    assert not agent.done()
+    assert isinstance(await agent, Registered)
+    assert len(world.controller.got("register")) == 2
+
+
+async def test_a_link_that_cannot_come_up_is_named_in_time(world: World) -> None:
+    world.controller.go_away(GONE)
+    await world.settle()
+    outcome, took_s = await answered_after(world, world.agent())
+    assert isinstance(outcome, Failed)
+    assert (outcome.status, took_s) == (503, pytest.approx(25))
