@@ -1,4 +1,4 @@
-"""The image as it is run: read-only, without rights, in 128 MiB, stopped by SIGTERM; nothing of this machine is in it."""
+"""The image as it is run: read-only, without rights, in 128 MiB, stopped by SIGTERM; it knows nothing of this machine."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ for top in ("/opt", "/etc/agent-shim", "/var/lib/agent-shim", "/build", "/root")
             for mark in marks:
                 if mark in data:
                     print(path, mark)
-            if name in ("direct_url.json", "pip.conf") or path.endswith(".pyc") and (b"/build/shim" in data or b"/build/backend" in data):
+            of_build = b"/build/shim" in data or b"/build/backend" in data
+            if name in ("direct_url.json", "pip.conf") or path.endswith(".pyc") and of_build:
                 print("left behind:", path)
 """
     marks = (str(ROOT), str(Path.home() / ".cache"), str(engine.work))

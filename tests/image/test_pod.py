@@ -6,22 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
-from shim.tools.inject.documents import Options, inject, remove
 from tests.image.test_image import wait_ready
 from tests.support.containers import Engine
-from tests.support.manifests import container, documents, one, pod_of, vendor_text
+from tests.support.manifests import NAMESPACE, container, documents, one, pod_of, rendered, vendor_text
 from tests.support.podman_pod import playable
+from tests.support.policy import admit
 
 TOKEN = "token-of-the-vendors-secret"
 CONTROLLER = "127.0.0.1:8900"
 AGENT = (Path(__file__).parent / "agent.py").read_text()
 
+ADMIN_TOKEN = "token-of-whoever-drains"
+CHART = ("injection.admissionPolicy.enabled=true", "admin.tokenSecret=shim-admin")
+
 ASK = """
 import json, sys, urllib.request
-method, path, body = sys.argv[1:]
-request = urllib.request.Request(path, body.encode() or None, method=method)
+method, path, token, body = sys.argv[1:]
+request = urllib.request.Request(path, body.encode() or None, {"Authorization": "Bearer " + token}, method=method)
 print(urllib.request.urlopen(request, timeout=20).read().decode())
 """
 
@@ -32,9 +36,8 @@ def vendor_manifest() -> str:
     return text.replace("https://api.pipeops.sh", f"http://{CONTROLLER}")
 
 
-def stand_in(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The pod of a manifest with a stand-in for the agent's program and a controller beside it; its ConfigMaps."""
-    pod = pod_of(text)
+def stand_in(pod: dict[str, Any]) -> dict[str, Any]:
+    """The pod with a stand-in for the agent's program, and a controller beside it."""
     pod["metadata"]["name"] = "pipeops-agent"
     agent = container(pod, "agent")
     del agent["args"]
@@ -43,17 +46,20 @@ def stand_in(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     pod["spec"]["volumes"].append({"name": "program", "configMap": {"name": "program"}})
     controller = {"name": "controller", "args": ["controller", "--listen", CONTROLLER, "--token", TOKEN]}
     pod["spec"]["containers"].append(controller)
-    program = {"kind": "ConfigMap", "metadata": {"name": "program"}, "data": {"agent.py": AGENT}}
-    return pod, [each for each in documents(text) if each["kind"] == "ConfigMap"] + [program]
+    return pod
 
 
 class Pod:
-    """A pod of this name under podman; its containers are started one by one, as a kubelet does."""
+    """The pod that the chart's policy makes of the vendor's, under podman; started one by one, as a kubelet does."""
 
-    def __init__(self, engine: Engine, text: str, image: str) -> None:
+    def __init__(self, engine: Engine, image: str) -> None:
         self.engine = engine
-        pod, config_maps = stand_in(text)
-        secrets = [each for each in documents(text) if each["kind"] == "Secret"]
+        chart, vendors = rendered(*CHART), documents(vendor_manifest())
+        pod = stand_in(admit(one(chart, "MutatingAdmissionPolicy"), pod_of(vendor_manifest()), NAMESPACE))
+        program = {"kind": "ConfigMap", "metadata": {"name": "program"}, "data": {"agent.py": AGENT}}
+        config_maps = [each for each in (*chart, *vendors, program) if each["kind"] == "ConfigMap"]
+        admin = {"kind": "Secret", "metadata": {"name": "shim-admin"}, "stringData": {"token": ADMIN_TOKEN}}
+        secrets = [each for each in (*vendors, admin) if each["kind"] == "Secret"]
         played = yaml.safe_dump_all(playable(pod, config_maps, secrets, image))
         engine.podman("play", "kube", "--network=none", "--start=false", "-", stdin=played)
 
@@ -62,10 +68,10 @@ class Pod:
         self.engine.podman("start", full)
         return full
 
-    def ask(self, method: str, url: str, body: Any = None) -> str:
+    def ask(self, method: str, url: str, body: Any = None, token: str = "") -> str:
         """An HTTP request from inside the pod, whose loopback all containers share."""
         text = "" if body is None else json.dumps(body)
-        return self.engine.podman("exec", "pipeops-agent-controller", "python3", "-c", ASK, method, url, text)
+        return self.engine.podman("exec", "pipeops-agent-controller", "python3", "-c", ASK, method, url, token, text)
 
     def push(self, **command: Any) -> str:
         command_id: str = json.loads(self.ask("POST", f"http://{CONTROLLER}/control/commands", command))["ids"][0]
@@ -82,51 +88,73 @@ class Pod:
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
+@pytest.mark.needs("helm4")
 def test_the_injected_pod_does_the_main_job_and_is_taken_apart_without_a_loss(
     engine: Engine, image: str, started: list[str]
 ) -> None:
-    text = inject(vendor_manifest(), Options(image))
     started.append("pod:pipeops-agent")
-    pod = Pod(engine, text, image)
+    pod = Pod(engine, image)
     pod.start("controller")
     shim = pod.start("agent-shim")
     wait_ready(engine, shim)
     agent = pod.start("agent")
+    the_chart_s_limits_hold(engine, shim)
+    commands_come_and_results_go(pod, shim, agent)
+    a_command_waits_through_a_crash(pod, shim, agent)
+    a_drain_leaves_nothing_behind(pod, agent)
+    engine.podman("stop", "-t", "10", shim)
+    assert engine.inspect(shim)["State"]["ExitCode"] == 0
 
+
+def the_chart_s_limits_hold(engine: Engine, shim: str) -> None:
     known = engine.inspect(shim)
     assert known["HostConfig"]["ReadonlyRootfs"]
     assert known["HostConfig"]["Memory"] == 128 * 1024 * 1024
     assert known["EffectiveCaps"] in (None, [])
     assert known["Config"]["User"] == "10001:10001"
+    listing = "import os; print(os.listdir('/var/run/secrets/kubernetes.io/serviceaccount'))"
+    assert engine.podman("exec", shim, "python3", "-c", listing) == "[]\n"
 
-    # Registered through the sidecar before anything else: its first registration would have ended the agent.
+
+def commands_come_and_results_go(pod: Pod, shim: str, agent: str) -> None:
+    # Registered through the sidecar before anything else: a first registration that fails ends the agent.
     query = "?type=register&direction=in&wait_s=10"
     assert json.loads(pod.ask("GET", f"http://{CONTROLLER}/control/messages{query}"))["messages"]
     done = pod.result(pod.push(type="deploy", payload={"app": "web"}))
-    assert done["success"]
-    assert done["output"] == "done: {'app': 'web'}"
-    assert "registered" in engine.podman("logs", agent)
-    assert "http://127.0.0.1:7080" in engine.podman("logs", agent)
-    listing = "import os; print(os.listdir('/var/run/secrets/kubernetes.io/serviceaccount'))"
-    assert engine.podman("exec", shim, "python3", "-c", listing) == "[]\n"
+    assert (done["success"], done["output"]) == (True, "done: {'app': 'web'}")
+    assert "at http://127.0.0.1:7080" in pod.engine.podman("logs", agent)
     for name in (shim, agent):
-        assert TOKEN not in engine.podman("logs", name)
+        logs = pod.engine.podman("logs", name)
+        assert TOKEN not in logs
+        assert ADMIN_TOKEN not in logs
 
-    # A command for an agent that is away waits, through a crash of the sidecar, too.
-    engine.podman("stop", "-t", "1", agent)
-    waiting = pod.push(type="restart", payload={})
-    pod.ask("GET", f"http://{CONTROLLER}/control/commands/{waiting}?wait=sent&timeout_s=10")
-    engine.podman("kill", "--signal", "KILL", shim)
-    engine.podman("wait", shim)
-    engine.podman("start", shim)
-    wait_ready(engine, shim)
+
+def push_to_nobody(pod: Pod, agent: str, **payload: int) -> str:
+    """The id of a command that the shim has and no agent fetches."""
+    pod.engine.podman("stop", "-t", "1", agent)
+    command_id = pod.push(type="restart", payload=payload)
+    pod.ask("GET", f"http://{CONTROLLER}/control/commands/{command_id}?wait=sent&timeout_s=10")
+    return command_id
+
+
+def a_command_waits_through_a_crash(pod: Pod, shim: str, agent: str) -> None:
+    waiting = push_to_nobody(pod, agent, n=1)
+    pod.engine.podman("kill", "--signal", "KILL", shim)
+    pod.engine.podman("wait", shim)
+    pod.engine.podman("start", shim)
+    wait_ready(pod.engine, shim)
     assert pod.metric('agent_shim_commands_queued{state="queued"}') == 1
-    engine.podman("start", agent)
+    pod.engine.podman("start", agent)
     assert pod.result(waiting)["success"]
 
-    # Removal: nothing waits, the sidecar stops, the manifest is the vendor's again.
+
+def a_drain_leaves_nothing_behind(pod: Pod, agent: str) -> None:
+    """docs/kubernetes.md, Removal: what waits when it begins is delivered, what comes later is refused."""
+    last = push_to_nobody(pod, agent, n=2)
+    drain = json.loads(pod.ask("POST", "http://127.0.0.1:7090/drain", token=ADMIN_TOKEN))["drain"]
+    assert (drain["state"], drain["commands"]) == ("draining", 1)
+    late = pod.result(pod.push(type="restart", payload={"n": 3}))
+    assert not late["success"]
+    pod.engine.podman("start", agent)
+    assert pod.result(last)["success"]
     assert pod.metric("agent_shim_commands_queued") == 0
-    engine.podman("stop", "-t", "10", shim)
-    assert engine.inspect(shim)["State"]["ExitCode"] == 0
-    assert remove(text) == vendor_manifest()
-    assert "agent-shim" not in str(one(documents(remove(text)), "Deployment"))

@@ -178,6 +178,7 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
   "listen" (dict "host" "127.0.0.1" "port" (int .Values.ports.legacy))
   "admin" (dict "port" (int .Values.ports.admin))
   "store" (dict "path" "/var/lib/agent-shim/data/agent-shim.db") -}}
+{{- if .Values.admin.tokenSecret }}{{ $_ := set (get $ours "admin") "token_file" "/var/run/agent-shim-admin/token" }}{{ end -}}
 {{- $upstream := dict -}}
 {{- with include "agent-shim.tokenSecret" . }}{{ $_ := set $upstream "token_file" "/var/run/agent-shim/token" }}{{ end -}}
 {{- with .Values.upstream.url }}{{ $_ := set $upstream "url" . }}{{ end -}}

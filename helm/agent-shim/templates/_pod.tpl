@@ -78,6 +78,11 @@ failureThreshold: {{ .failures }}
   mountPath: /var/run/agent-shim
   readOnly: true
 {{- end }}
+{{- if .Values.admin.tokenSecret }}
+- name: agent-shim-admin
+  mountPath: /var/run/agent-shim-admin
+  readOnly: true
+{{- end }}
 {{- if and (eq .Values.mode "gateway") .Values.gateway.tlsSecretName }}
 - name: agent-shim-tls
   mountPath: /etc/agent-shim-tls
@@ -111,6 +116,15 @@ failureThreshold: {{ .failures }}
     secretName: {{ include "agent-shim.tokenSecret" . }}
     items:
       - key: {{ include "agent-shim.tokenKey" . }}
+        path: token
+    defaultMode: 292
+{{- end }}
+{{- with .Values.admin.tokenSecret }}
+- name: agent-shim-admin
+  secret:
+    secretName: {{ . }}
+    items:
+      - key: {{ $.Values.admin.tokenKey }}
         path: token
     defaultMode: 292
 {{- end }}
