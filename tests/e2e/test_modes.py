@@ -39,8 +39,8 @@ async def register(http: aiohttp.ClientSession, shim: Shim, name: str = "prod-cl
         return str((await response.json())["cluster_id"])
 
 
-async def heartbeat(http: aiohttp.ClientSession, shim: Shim, cluster_id: str) -> int:
-    body = {"cluster_id": cluster_id, "agent_id": "agent-1", "status": "healthy"}
+async def heartbeat(http: aiohttp.ClientSession, shim: Shim, cluster_id: str, status: str = "healthy") -> int:
+    body = {"cluster_id": cluster_id, "agent_id": "agent-1", "status": status}
     async with http.post(f"{shim.url}/api/v1/clusters/agent/{cluster_id}/heartbeat", json=body) as response:
         return response.status
 
@@ -142,7 +142,7 @@ async def test_rollback_and_return_without_touching_the_agent(tmp_path: Path, ht
         shim.send(signal.SIGHUP)
         await shim.event("config_reloaded", mode="websocket")
         before = len(await ways(controller, "heartbeat"))
-        assert await heartbeat(http, shim, cluster_id) == 200
+        assert await heartbeat(http, shim, cluster_id, "another status: it goes up at once") == 200
         await controller.until(before + 1, type="heartbeat", direction="in")
         assert (await ways(controller, "heartbeat"))[-1] == "websocket"
 
