@@ -159,6 +159,9 @@ class Metrics:
         self.sessions_adopted = self._counter(
             "sessions_adopted", "Sessions made for agents that did not register here."
         )
+        self.sessions_refused = self._counter(
+            "sessions_refused", "Agents that were refused because their token had too many already."
+        )
         self.alias_conflicts = self._counter("alias_conflicts", "Agent ids that moved between two fresh sessions.")
         self.agent_heartbeats = self._counters(
             "agent_heartbeats",

@@ -126,6 +126,7 @@ class Commands(Section, frozen=True):
 
 class Sessions(Section, frozen=True):
     retain_s: float = 2_592_000
+    max_per_owner: int = 10_000
 
 
 class Identity(Section, frozen=True):

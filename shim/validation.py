@@ -56,6 +56,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "commands.max_queued": _COUNT,
     "commands.max_queued_bytes": _BYTES,
     "sessions.retain_s": _KEPT_S,
+    "sessions.max_per_owner": _COUNT,
     "fallback.after_s": (0, _LONG_S),
     "fallback.hold_down_s": (0, _LONG_S),
     "rollout.percent": (0, 100),

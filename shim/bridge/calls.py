@@ -76,6 +76,8 @@ class Calls:
         if owner is None:
             return Answer(Failed(401, "a Bearer token is required"))
         try:
+            if isinstance(call, (HeartbeatCall, PollCall, StatusCall, ResultCall)):
+                self._vet(owner, client, call)
             match call:
                 case HeartbeatCall():
                     return Answer(self._heartbeat(owner, client, call))
@@ -93,6 +95,23 @@ class Calls:
                     return Answer(self._tunnel_info(owner, call))
         except AgentError as error:
             return Answer(Failed(error.status, str(error), error.retry_after_s))
+
+    def _vet(self, owner: str, client: Client, call: HeartbeatCall | PollCall | StatusCall | ResultCall) -> None:
+        """An unknown agent with a token of its own must get a link, and no refusal, before anything is kept of it.
+
+        Raises `AgentError`.
+        """
+        if not self._ctx.settings.upstream.own_tokens:
+            return
+        key = self._ctx.sessions.key_of(owner, call.target)
+        if self._ctx.sessions.get(key) is not None and not self._roster.admission.withheld(key):
+            return
+        runner = self._routes.links.get(owner, self._routes.links.name_for(owner, str(key)), client.token)
+        runner.wanted()
+        if runner.machine.refused and runner.machine.accepted_at is None:
+            raise AgentError(401, "the controller refuses the token")
+        if runner.machine.accepted_at is None and isinstance(call, ResultCall):
+            raise AgentError(503, "the controller has not accepted the token yet", retry_after_s=RETRY_AFTER_S)
 
     def _heartbeat(self, owner: str, client: Client, call: HeartbeatCall) -> Outcome:
         session = self._roster.heartbeat(owner, call)
@@ -123,6 +142,8 @@ class Calls:
         identity = call.agent_id if call.known_by_agent else call.name
         name = self._routes.link_name(stored) if stored is not None else self._routes.links.name_for(owner, identity)
         runner = self._routes.links.get(owner, name, client.token)
+        if stored is None:
+            self._roster.admission.admit(owner)
         runner.wanted()
         if stored is not None and stored.upstream_cluster_id:
             payload = {"cluster_id": stored.upstream_cluster_id, **call.payload}

@@ -42,6 +42,9 @@ class LinkListener(Protocol):
     def link_needed(self, runner: LinkRunner) -> bool:
         """Whether a fresh session uses it."""
 
+    def link_dropped(self, runner: LinkRunner) -> None:
+        """It was forgotten, and its token with it."""
+
     def link_replaced(self, runner: LinkRunner) -> bool:
         """Whether all that would go over it goes over gateways."""
 

@@ -12,6 +12,7 @@ from shim.core.link import LinkState
 from shim.errors import AgentError
 
 BUSY_RETRY_AFTER_S = 30
+UNPROVEN_KEPT_S = 30.0
 
 
 class LinkSet:
@@ -51,12 +52,31 @@ class LinkSet:
 
     def _drop_one(self) -> bool:
         """Make room: forget a link that is idle or that nobody needs any more."""
-        for name, runner in self._links.items():
+        for runner in self:
             if runner.state is LinkState.IDLE or (runner.machine.refused and not self._listener.link_needed(runner)):
-                runner.stop()
-                del self._links[name]
+                self._drop(runner)
                 return True
         return False
+
+    def _drop(self, runner: LinkRunner) -> None:
+        runner.stop()
+        del self._links[runner.name]
+        self._listener.link_dropped(runner)
+
+    def proven(self, owner: str) -> bool:
+        """Whether the controller has accepted the owner's token since our start; a configured token needs no proof."""
+        if not self._ctx.settings.upstream.own_tokens:
+            return True
+        return any(runner.owner == owner and runner.machine.accepted_at is not None for runner in self._links.values())
+
+    def sweep(self) -> None:
+        """Keep no link and no token of an agent that has stopped calling and was never accepted."""
+        if not self._ctx.settings.upstream.own_tokens:
+            return
+        for runner in self:
+            unneeded = runner.machine.accepted_at is None and not self._listener.link_needed(runner)
+            if unneeded and self._ctx.now - runner.needed_at >= UNPROVEN_KEPT_S:
+                self._drop(runner)
 
     def token_changed(self) -> None:
         """The configured token is another one: re-dial at once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from shim.bridge.admission import Admission
 from shim.bridge.context import Context
 from shim.bridge.saves import Saves
 from shim.core.calls import HeartbeatCall, Kind, RegisterCall, Registered, Target
@@ -22,12 +23,17 @@ class Roster:
     """Sessions and what is stored of them. `moved(source, target)` and `ended(key)` are told what became of one."""
 
     def __init__(
-        self, ctx: Context, moved: Callable[[SessionKey, SessionKey], None], ended: Callable[[SessionKey], None]
+        self,
+        ctx: Context,
+        moved: Callable[[SessionKey, SessionKey], None],
+        ended: Callable[[SessionKey], None],
+        proven: Callable[[str], bool],
     ) -> None:
         self._ctx = ctx
         self._moved = moved
         self._ended = ended
-        self._saves = Saves(ctx)
+        self.admission = Admission(ctx, proven)
+        self._saves = Saves(ctx, self.admission.withheld)
         self.usage = Usage()
 
     def load(self, loaded: Loaded) -> None:
@@ -42,15 +48,17 @@ class Roster:
                 session.tunnel = payload
 
     def called(self, owner: str, target: Target, dialect: str) -> Session:
-        """The session of a call, adopted if its owner does not have it; the call is a contact."""
+        """The session of a call, adopted if its owner does not have it; the call is a contact. Raises `AgentError`."""
         sessions = self._ctx.sessions
         key = sessions.key_of(owner, target)
         session = sessions.get(key)
         now, wall = self._ctx.now, self._ctx.clock.wall_s()
         if session is None:
+            self.admission.admit(owner)
             session = Session(key, dialect)
             session.contact(now, wall)
             sessions.add(session)
+            self.admission.adopted(key)
             self._ctx.metrics.sessions_adopted.inc()
             log.info("session_adopted", session=key.ident, kind=key.kind, dialect=dialect)
             self.save(session)
@@ -64,11 +72,29 @@ class Roster:
             self.save(session)
         return session
 
+    def proved(self, owner: str) -> None:
+        """The controller has accepted the owner's token: what was adopted on it is stored."""
+        for key in self.admission.proved(owner):
+            self._saves.whole(key)
+
+    def disowned(self, owner: str) -> None:
+        """The owner's last link is gone: what was adopted on a token that was never accepted is forgotten."""
+        for key in self.admission.disowned(owner):
+            session = self._ctx.sessions.get(key)
+            if session is not None:
+                log.info("session_disowned", session=key.ident)
+                self._ended(key)
+                self._ctx.sessions.remove(session)
+
     def met(self, owner: str, target: Target, dialect: str) -> Session:
-        """The session of a call that goes by the vendor's HTTP API: made if need be, but that is no contact here."""
+        """The session of a call that goes by the vendor's HTTP API: made if need be, but that is no contact here.
+
+        Raises `AgentError`.
+        """
         key = self._ctx.sessions.key_of(owner, target)
         session = self._ctx.sessions.get(key)
         if session is None:
+            self.admission.admit(owner)
             session = Session(key, dialect)
             session.seen_wall = self._ctx.clock.wall_s()
             self._ctx.sessions.add(session)

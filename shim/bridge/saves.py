@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from shim.bridge.context import Context
@@ -11,10 +12,11 @@ from shim.errors import StoreError
 
 
 class Saves:
-    """Stores sessions, their aliases and tunnel states."""
+    """Stores sessions, their aliases and tunnel states; nothing of one that is `withheld`."""
 
-    def __init__(self, ctx: Context) -> None:
+    def __init__(self, ctx: Context, withheld: Callable[[SessionKey], bool]) -> None:
         self._ctx = ctx
+        self._withheld = withheld
         self._unsaved: set[SessionKey] = set()
 
     def session(self, session: Session) -> None:
@@ -32,18 +34,26 @@ class Saves:
     def retry(self) -> None:
         """Try one that the disk has refused; once it is taken, the others follow."""
         while self._unsaved:
-            session = self._ctx.sessions.get(self._unsaved.pop())
-            if session is None:
-                continue
-            operations: list[Operation] = [SaveSession(session.record())]
-            if session.tunnel is not None:
-                operations.append(SaveTunnel(session.key, session.tunnel))
-            if self._ctx.sessions.alias_is(session.key.owner, session.agent_id, session.key):
-                operations.append(SaveAlias(session.key.owner, session.agent_id, session.key))
-            self._submit(session.key, operations)
-            return
+            if self.whole(self._unsaved.pop()):
+                return
+
+    def whole(self, key: SessionKey) -> bool:
+        """Store a session with its alias and tunnel state. False if it is gone."""
+        session = self._ctx.sessions.get(key)
+        if session is None:
+            return False
+        operations: list[Operation] = [SaveSession(session.record())]
+        if session.tunnel is not None:
+            operations.append(SaveTunnel(key, session.tunnel))
+        if self._ctx.sessions.alias_is(key.owner, session.agent_id, key):
+            operations.append(SaveAlias(key.owner, session.agent_id, key))
+        self._submit(key, operations)
+        return True
 
     def _submit(self, key: SessionKey, operations: list[Operation]) -> None:
+        if self._withheld(key):
+            return
+
         def done(outcome: list[Any] | StoreError) -> None:
             if isinstance(outcome, StoreError):
                 self._unsaved.add(key)

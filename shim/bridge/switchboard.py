@@ -51,7 +51,7 @@ class Bridge:
         self.ctx = ctx
         self.links = LinkSet(ctx, self, serials)
         self.registrations = Registrations(ctx, self)
-        self.roster = Roster(ctx, self._moved, self._ended)
+        self.roster = Roster(ctx, self._moved, self._ended, self.links.proven)
         self.gateways = Gateways(ctx, serials, self)
         self.routes = Routes(ctx, self.links, self.gateways)
         self.outbox = Outbox(ctx, self.routes.connection_for_key)
@@ -112,6 +112,7 @@ class Bridge:
         if self.stopping:
             return
         now = self.ctx.now
+        self.links.sweep()
         self.roster.sweep()
         self.presence.settle()
         self.gateways.sweep(now)
@@ -196,6 +197,7 @@ class Bridge:
 
     def link_opened(self, runner: LinkRunner) -> None:
         """Replay the registration of every fresh session."""
+        self.roster.proved(runner.owner)
         now = self.ctx.now
         identity = self.presence.identity()
         todo: list[tuple[Session, dict[str, Any]]] = []
@@ -222,6 +224,11 @@ class Bridge:
         """The token is refused."""
         log.error("token_refused", link=runner.name[:16], hint="check upstream.token and its permissions")
         self.registrations.link_refused(runner)
+
+    def link_dropped(self, runner: LinkRunner) -> None:
+        """It was forgotten, and its token with it."""
+        if not any(link.owner == runner.owner for link in self.links):
+            self.roster.disowned(runner.owner)
 
     def link_needed(self, runner: LinkRunner) -> bool:
         """Whether a fresh session speaks over it (one on its gateway does not), or a result was never sent."""

@@ -203,6 +203,10 @@ class Sessions:
         """All sessions of an owner."""
         return list(self._by_owner.get(owner, {}).values())
 
+    def count_of(self, owner: str) -> int:
+        """How many sessions an owner has."""
+        return len(self._by_owner.get(owner, ()))
+
     def add(self, session: Session) -> None:
         """Take a session in."""
         self._by_key[session.key] = session
