@@ -91,17 +91,15 @@ def _by_route(uses: _Uses) -> list[dict[str, Any]]:
         }
         for route, each in found.items()
     ]
-    return sorted(rows, key=lambda row: (row["dialect"], -row["calls"]))
+    return sorted(rows, key=lambda row: (row["dialect"], row["path"]))
 
 
 def _by_agent(
     bridge: Bridge, uses: dict[SessionKey, dict[Route, Use]], last: dict[SessionKey, float]
 ) -> dict[str, Any]:
-    newest = sorted(last, key=lambda key: last[key], reverse=True)
-    return {
-        "total": len(newest),
-        "items": [_agent(bridge, key, uses.get(key, {}), last[key]) for key in newest[:MAX_AGENTS]],
-    }
+    newest = sorted(last, key=lambda key: last[key], reverse=True)[:MAX_AGENTS]
+    agents = [_agent(bridge, key, uses.get(key, {}), last[key]) for key in newest]
+    return {"total": len(last), "items": sorted(agents, key=lambda agent: agent["name"] or agent["id"])}
 
 
 def _agent(bridge: Bridge, key: SessionKey, routes: dict[Route, Use], last: float) -> dict[str, Any]:
@@ -116,7 +114,7 @@ def _agent(bridge: Bridge, key: SessionKey, routes: dict[Route, Use], last: floa
         "calls": sum(use.count for use in routes.values()),
         "routes": [
             {**_route(route), "calls": use.count, "every_s": _every_s(use), "last": use.last_wall}
-            for route, use in sorted(routes.items(), key=lambda each: -each[1].count)
+            for route, use in sorted(routes.items())
         ],
     }
 

@@ -17,16 +17,25 @@ FILES = {
     "/uplot.LICENSE": ("uPlot.LICENSE", "text/plain"),
 }
 
+_NO_TOKEN = b'data-token="none"'
+
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
-async def serve_file(request: web.Request) -> web.Response:
-    """One of `FILES`."""
-    name, content_type = FILES[request.path]
-    return web.Response(body=_read(name), content_type=content_type, charset="utf-8")
+class Pages:
+    """Serves `FILES`; the page itself is told whether it has to ask for a token before it asks for data."""
+
+    def __init__(self, token_required: bool) -> None:
+        self._token = b'data-token="required"' if token_required else _NO_TOKEN
+
+    async def serve(self, request: web.Request) -> web.Response:
+        """One of `FILES`."""
+        name, content_type = FILES[request.path]
+        body = _read(name).replace(_NO_TOKEN, self._token, 1) if request.path == "/" else _read(name)
+        return web.Response(body=body, content_type=content_type, charset="utf-8")
 
 
 @cache

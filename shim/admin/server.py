@@ -17,7 +17,7 @@ from shim.admin.guard import Access, Guard
 from shim.admin.health import Health
 from shim.admin.journal import Journal
 from shim.admin.live import Live
-from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, serve_file
+from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, Pages
 from shim.admin.series import Sampler
 from shim.admin.snapshot import Facts, Snapshots
 from shim.bridge import Bridge
@@ -71,11 +71,12 @@ class AdminServer:
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=STOP_S)
 
     def _route(self, app: web.Application, commands: CommandPages) -> None:
+        pages = Pages(self._guard.required)
         routes: list[tuple[str, str, Handler, Access]] = [
             (hdrs.METH_GET, "/healthz", self._healthz, Access.OPEN),
             (hdrs.METH_GET, "/readyz", self._readyz, Access.OPEN),
             (hdrs.METH_GET, "/metrics", self._metrics, Access.OPEN),
-            *((hdrs.METH_GET, path, serve_file, Access.SHELL) for path in FILES),
+            *((hdrs.METH_GET, path, pages.serve, Access.SHELL) for path in FILES),
             (hdrs.METH_GET, "/status.json", self._status, Access.DATA),
             (hdrs.METH_GET, "/events", self._live.serve, Access.DATA),
             (hdrs.METH_GET, "/commands/{id}.json", commands.trace, Access.DATA),

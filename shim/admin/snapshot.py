@@ -112,6 +112,10 @@ class Snapshots:
         ]
 
 
+def _name(session: Session) -> str | None:
+    return session.registration.get("name") or session.known.get("name") or None
+
+
 def _value(gauge: Gauge) -> float:
     return next(iter(gauge.collect())).samples[0].value
 
@@ -163,7 +167,7 @@ class _View:
         unpolled = {key for key, queue in self._bridge.queues.items() if self._not_polling(key, queue)}
         silent = {session.key for session in found if session.key not in fresh and self._silent(session)}
         trouble = {**dict.fromkeys(fresh, 2), **dict.fromkeys(silent, 1), **dict.fromkeys(unpolled, 0)}
-        found.sort(key=lambda session: (trouble.get(session.key, 3), -session.seen_wall))
+        found.sort(key=lambda session: (trouble.get(session.key, 3), _name(session) or session.key.ident))
         return {
             "total": len(found),
             "fresh": len(fresh),
@@ -189,7 +193,7 @@ class _View:
             "id": session.key.ident,
             "kind": session.key.kind,
             "owner": session.key.owner[:OWNER_CHARS],
-            "name": session.registration.get("name") or session.known.get("name") or None,
+            "name": _name(session),
             "agent_id": session.agent_id or None,
             "upstream_cluster_id": session.upstream_cluster_id or None,
             "dialect": session.dialect,

@@ -96,7 +96,7 @@ def _of_link(link: dict[str, Any], status: dict[str, Any]) -> Iterator[Problem]:
         if since_s < SETTLING_S:
             yield Problem("warning", f"Connecting to the controller ({why}).")
         else:
-            rest = "Agents' calls go by the vendor's HTTP API." if status["by_http"] else "Agents get their answers."
+            rest = "Calls go by the vendor's HTTP API." if status["by_http"] else "Agents are answered as usual."
             yield Problem(
                 "bad",
                 f"The controller has been away for {span(since_s)}: {why}. {rest}",

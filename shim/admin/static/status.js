@@ -1,0 +1,534 @@
+"use strict";
+// The status page: follows /events and shows what comes. Text only ever goes in as text, never as markup.
+
+const $ = (id) => document.getElementById(id);
+const TOKEN = "agent-shim-admin-token";
+const SILENCE_MS = 10000;
+const HOUR = 3600;
+let now = Date.now() / 1000; // the shim's clock, of the snapshot on show
+let level = null;
+
+// --- small things -------------------------------------------------------------------------------------------------
+
+function el(tag, attributes, ...children) {
+  const svg = tag === "svg" || tag === "rect" || tag === "title";
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (name === "onclick") node.addEventListener("click", value);
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+  return node;
+}
+
+// Puts nodes into a place unless they look the same as what is there: focus and selection stay.
+function put(place, ...nodes) {
+  const fresh = el("div", {}, ...nodes);
+  if (place.shown !== fresh.innerHTML) {
+    place.shown = fresh.innerHTML;
+    place.replaceChildren(...fresh.childNodes);
+  }
+}
+
+function span(seconds) {
+  const left = Math.max(0, Math.floor(seconds));
+  if (left < 60) return `${left} s`;
+  if (left < HOUR) return `${Math.floor(left / 60)} min`;
+  const [big, small, size] = left < 86400 ? ["h", "min", HOUR] : ["d", "h", 86400];
+  const rest = Math.floor((left % size) / (size === HOUR ? 60 : HOUR));
+  return `${Math.floor(left / size)} ${big}${rest ? ` ${rest} ${small}` : ""}`;
+}
+
+const plural = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+const clock = (at) => new Date(at * 1000).toLocaleTimeString("en-GB");
+const moment = (at) => (now - at < 86400 ? clock(at) : new Date(at * 1000).toLocaleString("en-GB"));
+const ago = (at) => (at === null ? "never" : el("time", { datetime: new Date(at * 1000).toISOString(), title: moment(at) }, `${span(now - at)} ago`));
+const rough = (s) => (s < 10 ? Math.round(s * 10) / 10 : Math.round(s)) + " s";
+const every = (s) => (s === null ? "" : s < 0.1 ? "many a second" : `every ${s < 120 ? rough(s) : span(s)}`);
+const mark = (name, ...text) => el("span", { class: "mark", "data-level": name }, el("span", {}, ...text));
+const chip = (name, text) => el("span", { class: "chip", "data-level": name }, text);
+const id = (text) => el("span", { class: "id" }, text);
+const under = (...text) => el("small", {}, ...text);
+
+function latency(s) {
+  if (s === null) return "–";
+  return s < 0.001 ? "< 1 ms" : s < 1 ? `${Math.round(s * 1000)} ms` : rough(s);
+}
+
+function bytes(number) {
+  return number < 1024 ? `${number} B` : number < 1048576 ? `${Math.round(number / 1024)} KiB` : `${(number / 1048576).toFixed(1)} MiB`;
+}
+
+// --- tables: rows are kept by key, cells are only touched when they change ----------------------------------------
+
+function table(place, caption, columns, rows, key) {
+  if (!rows.length) {
+    place.replaceChildren();
+    place.body = null;
+    return;
+  }
+  if (!place.body) {
+    const heads = columns.map(([name, , kind]) => el("th", { scope: "col", role: "columnheader", class: kind }, name));
+    place.body = el("tbody", { role: "rowgroup" });
+    place.rows = new Map();
+    place.replaceChildren(
+      el("table", { role: "table" },
+        caption ? el("caption", {}, caption) : null,
+        el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, heads)),
+        place.body));
+  }
+  const seen = new Map();
+  rows.forEach((data, index) => {
+    const name = key(data);
+    const row = place.rows.get(name) || el("tr", { role: "row" }, columns.map(([label, , kind], at) => at
+      ? el("td", { role: "cell", "data-label": label, class: kind }, el("div"))
+      : el("th", { role: "rowheader", scope: "row" }, el("div"))));
+    columns.forEach(([, cell], at) => put(row.children[at].firstChild, ...[cell(data)].flat()));
+    if (place.body.children[index] !== row) place.body.insertBefore(row, place.body.children[index] || null);
+    seen.set(name, row);
+  });
+  while (place.body.children.length > rows.length) place.body.lastChild.remove();
+  place.rows = seen;
+}
+
+// --- the sections -------------------------------------------------------------------------------------------------
+
+function showOverall(status) {
+  const { overall } = status;
+  $("overall").dataset.level = overall.level;
+  put($("sentence"), el("span", {}, overall.text));
+  put($("problems"), ...overall.problems.map((problem, index) =>
+    el("li", {}, index ? el("span", {}, problem.text) : null, problem.hint ? el("span", { class: "hint" }, problem.hint) : null)));
+  const sign = { good: "✓", waiting: "…", warning: "!", bad: "✕" }[overall.level];
+  document.title = `${sign} agent-shim`;
+  if (level !== overall.level) $("announce").textContent = overall.text; // said aloud on a change, not each second
+  level = overall.level;
+}
+
+function tile(name, value, below, state) {
+  return el("div", { "data-level": state }, el("dt", {}, name), el("dd", {}, value), el("dd", {}, below));
+}
+
+function showTiles(status) {
+  const { links, sessions, commands, migration } = status;
+  const first = links.items[0];
+  const phase = { up: "connected", down: "away", refused: "token refused", idle: "at rest" };
+  const queued = commands.waiting + commands.offered;
+  const days = migration.sunset.days_left;
+  put($("tiles"),
+    tile("Controller",
+      !first ? "no link" : links.total > 1 ? `${links.online} of ${links.total} links up` : phase[first.phase],
+      first ? `for ${span(now - first.since)}` : "dialled at an agent's first call",
+      first && (first.phase === "down" || first.phase === "refused") ? "bad" : "good"),
+    tile("Agents", `${sessions.fresh} alive`, `of ${sessions.total} known${sessions.silent ? `, ${sessions.silent} silent` : ""}`,
+      sessions.silent && !status.by_http ? "warning" : "good"),
+    tile("Commands waiting", queued.toLocaleString("en"),
+      [plural(commands.results, "result") + " to report", commands.uncertain ? `, ${commands.uncertain} in doubt` : ""].join(""),
+      sessions.not_polling || commands.uncertain ? "warning" : "good"),
+    tile("Hand-over, typical", latency(commands.latency.p50_s),
+      commands.latency.commands ? `95 % within ${latency(commands.latency.p95_s)}` : "no command yet", "good"),
+    tile("Legacy API ends", days === null ? "unknown" : days < 0 ? "over" : `in ${days < 2 ? span(days * 86400) : plural(Math.floor(days), "day")}`,
+      days === null ? "set sunset.at" : new Date(migration.sunset.at * 1000).toLocaleDateString("en-GB", { dateStyle: "medium" }),
+      days !== null && days < 7 ? "warning" : "good"));
+}
+
+// The segments of the last hour; `from` and `to` are seconds since its begin. A first dial that succeeds is no loss.
+function segments(link) {
+  const { timeline } = link;
+  const parts = timeline.map((segment, index) => ({
+    ...segment,
+    from: Math.max(0, HOUR - (now - segment.since)),
+    to: index + 1 < timeline.length ? HOUR - (now - timeline[index + 1].since) : HOUR,
+  }));
+  const starting = (part, index) => part.phase === "down" && part.to - part.from < 10 && !parts.slice(0, index).some((each) => each.phase === "up");
+  return parts
+    .map((part, index) => (starting(part, index) ? { ...part, phase: "idle" } : part))
+    .filter((part) => part.to > 0)
+    .map((part) => ({ ...part, lost: part.phase === "down" || part.phase === "refused" }));
+}
+
+function lane(link, several, started) {
+  const parts = segments(link);
+  const length = (wanted) => parts.filter(wanted).reduce((sum, part) => sum + part.to - part.from, 0);
+  const wanted = length((part) => part.phase !== "idle");
+  const share = wanted ? (100 * length((part) => part.phase === "up")) / wanted : 0;
+  const summary = wanted
+    ? `connected ${share > 99.995 ? "100" : share.toFixed(share < 99 ? 1 : 2)} % of the time it was wanted, ${plural(parts.filter((part) => part.lost).length, "interruption")}${now - started < HOUR ? ` (the shim started ${span(now - started)} ago)` : ""}`
+    : "not wanted in the last hour";
+  // Bad news is painted last, and never too narrow to be seen.
+  const rects = [...parts].sort((a, b) => a.lost - b.lost).map((part) => {
+    const width = Math.max(part.to - part.from, part.lost ? 10 : 0);
+    return el("rect", { class: part.phase, x: Math.min(part.from, HOUR - width).toFixed(1), y: 0, width: width.toFixed(1), height: 30 },
+      el("title", {}, `${part.phase} from ${clock(part.since)} for ${span(part.to - part.from)}${part.reason ? `: ${part.reason}` : ""}`));
+  });
+  return el("div", { class: "lane" },
+    el("p", {}, several ? id(link.name) : null, el("span", { class: "muted" }, summary)),
+    el("svg", { viewBox: `0 0 ${HOUR} 30`, preserveAspectRatio: "none", role: "img", "aria-label": summary }, rects));
+}
+
+function losses(links) {
+  const found = links.flatMap((link) => segments(link).filter((part) => part.lost));
+  found.sort((a, b) => b.since - a.since);
+  return found.slice(0, 20).map((part) =>
+    el("li", {}, `${clock(part.since)} · ${part.to >= HOUR ? "until now" : `for ${span(part.to - part.from)}`} · ${part.phase === "refused" ? "token refused" : part.reason || "first dial"}`));
+}
+
+function showTimeline(status) {
+  const { items, total } = status.links;
+  const open = $("timeline").querySelector("details")?.open;
+  const list = losses(items);
+  put($("timeline"),
+    items.length ? null : el("p", { class: "empty" }, "No link yet: it is dialled at an agent's first call."),
+    items.map((link) => lane(link, total > 1, status.started_at)),
+    items.length ? el("div", { class: "axis", "aria-hidden": "true" }, ["60 min ago", "45", "30", "15", "now"].map((text) => el("span", {}, text))) : null,
+    total > items.length ? el("p", { class: "muted" }, `${total - items.length} more links are up.`) : null,
+    list.length ? el("details", { open }, el("summary", {}, "When it was away"), el("ul", {}, list)) : null);
+}
+
+const AGENT_COLUMNS = [
+  ["Agent", (s) => [s.name ? el("strong", {}, s.name) : id(s.id), under(s.name ? [id(s.id), " · "] : null, s.dialect || "")].flat()],
+  ["Alive", (s) => s.fresh
+    ? [mark("good", "alive"), under("last call ", ago(s.seen_at))]
+    : [mark(s.superseded || now - s.seen_at > 3 * 86400 ? "waiting" : "warning", s.superseded ? "replaced" : "silent"), under(s.stale_since === null ? "never seen" : ["since ", moment(s.stale_since), ` (${span(now - s.stale_since)})`].join(""))]],
+  ["Says", (s) => [s.status || "–", s.tunnel_status ? under(`tunnel ${s.tunnel_status}`) : ""]],
+  ["Heartbeats", (s) => [s.heartbeat_s === null ? (s.heartbeat_at === null ? "none" : "measuring") : every(s.heartbeat_s), s.heartbeat_at === null ? "" : under(ago(s.heartbeat_at))]],
+  ["Polls", (s) => [s.polling_now ? "held now" : s.poll_at === null ? "none" : ago(s.poll_at), s.hold.interval_s ? under(s.hold.pace === "pause" ? `${rough(s.hold.interval_s)} after each` : every(s.hold.interval_s)) : ""]],
+  ["Held up to", (s) => s.poll_at === null && !s.polling_now && !s.hold.ceiling_s ? "–"
+    : [s.hold.limit_s ? rough(s.hold.limit_s) : "not held", under(!s.hold.learnt ? "as configured" : s.hold.ceiling_s === null ? "still learning" : `its client allows ${rough(s.hold.ceiling_s)}`)]],
+  ["Queue", (s) => [
+    s.queue.waiting + s.queue.offered ? `${s.queue.waiting} waiting${s.queue.offered ? `, ${s.queue.offered} offered` : ""}` : "empty",
+    s.queue.not_polling ? under(chip("warning", "does not poll")) : s.queue.oldest_at !== null ? under("oldest ", ago(s.queue.oldest_at)) : ""]],
+];
+
+function showAgents(status) {
+  const { sessions } = status;
+  const hidden = sessions.total - sessions.items.length;
+  put($("agents-count"), hidden > 0 ? `${sessions.items.length} of ${sessions.total}, those in trouble first` : `${sessions.total} known`);
+  if (!sessions.items.length) {
+    put($("agents"), el("p", { class: "empty" }, "None has called yet."));
+    $("agents").body = null;
+    return;
+  }
+  $("agents").shown = null;
+  table($("agents"), "", AGENT_COLUMNS, sessions.items, (s) => `${s.owner}/${s.kind}/${s.id}`);
+}
+
+const STATES = {
+  queued: ["waiting", "waiting"], offered: ["waiting", "offered"], uncertain: ["warning", "in doubt"], delivered: ["good", "delivered"],
+  answered: ["good", "answered"], closed: ["good", "done"], expired: ["bad", "expired"], dead: ["bad", "given up"],
+};
+const EVENTS = {
+  arrived: ["waiting", "arrived"], offered: ["waiting", "offered to the agent"], delivered: ["good", "the agent has it"],
+  result: ["good", "the agent answered"], closed: ["good", "the controller has the result"], uncertain: ["warning", "in doubt"],
+  requeued: ["warning", "waits again"], reported: ["bad", "failure told to the controller"], dead: ["bad", "given up"],
+  expired: ["bad", "expired"], redeliver: ["warning", "queued again by hand"],
+};
+const eventOf = (name) => EVENTS[name] || ["waiting", name];
+const linkTo = (command) => el("a", { href: `#command=${encodeURIComponent(command)}`, class: "id" }, command);
+
+const WAITING_COLUMNS = [
+  ["Command", (c) => linkTo(c.id)],
+  ["Type", (c) => c.type],
+  ["Agent", (c) => id(c.session)],
+  ["State", (c) => [chip(...STATES[c.state]), c.reason ? under(c.reason) : ""]],
+  ["Since", (c) => ago(c.since)],
+  ["Offers", (c) => String(c.attempts), "number"],
+];
+const RECENT_COLUMNS = [
+  ["Command", (c) => linkTo(c.id)],
+  ["Type", (c) => c.type || ""],
+  ["Agent", (c) => id(c.session)],
+  ["Newest step", (c) => [mark(...eventOf(c.event)), c.detail && c.event !== "arrived" ? under(c.detail) : ""]],
+  ["When", (c) => ago(c.at)],
+];
+
+function showCommands(status) {
+  const { commands } = status;
+  const queued = commands.waiting + commands.offered;
+  put($("commands-count"), queued ? `${plural(queued, "command")} here, ${bytes(commands.bytes)}` : "");
+  table($("waiting"), "Waiting for their agents, the oldest first", WAITING_COLUMNS, commands.items, (c) => `${c.session}/${c.id}`);
+  table($("recent"), "The latest", RECENT_COLUMNS, commands.recent.slice(0, 12), (c) => `${c.session}/${c.id}`);
+}
+
+const ROUTE_COLUMNS = [
+  ["Route", (r) => el("code", {}, `${r.method} ${r.path}`)],
+  ["Dialect", (r) => r.dialect],
+  ["Agents", (r) => r.agents.toLocaleString("en"), "number"],
+  ["Calls", (r) => r.calls.toLocaleString("en"), "number"],
+  ["Last", (r) => ago(r.last)],
+];
+const USER_COLUMNS = [
+  ["Agent", (a) => [a.name ? el("strong", {}, a.name) : id(a.id), a.name ? under(id(a.id)) : ""]],
+  ["Calls", (a) => a.routes.length
+    ? el("ul", { class: "inline" }, a.routes.map((r) => el("li", {}, `${r.operation.replace("_", " ")} `, el("span", { class: "muted" }, `${r.calls.toLocaleString("en")}${r.every_s === null ? "" : `, ${every(r.every_s)}`}`))))
+    : el("span", { class: "muted" }, "none since the start")],
+  ["Last call", (a) => ago(a.last)],
+];
+
+function showMigration(status) {
+  const { sunset, removable, reasons, routes, agents, counted_since } = status.migration;
+  put($("sunset"), sunset.at === null ? "no sunset date is configured" : `legacy API ends ${new Date(sunset.at * 1000).toLocaleDateString("en-GB", { dateStyle: "long" })}`);
+  put($("removable"), el("div", { class: "go" },
+    removable ? chip("good", "The shim can be removed") : chip("waiting", "The shim is still needed"),
+    el("ul", { class: "inline" }, removable ? el("li", {}, "no agent has called a deprecated route for 24 h, and nothing waits here") : reasons.map((reason) => el("li", {}, reason)))));
+  table($("routes"), `Deprecated routes in use since ${moment(counted_since)}`, ROUTE_COLUMNS, routes, (r) => `${r.dialect}/${r.operation}`);
+  table($("users"), `Who uses them${agents.total > agents.items.length ? ` (${agents.items.length} of ${agents.total})` : ""}`, USER_COLUMNS, agents.items, (a) => `${a.kind}/${a.id}`);
+}
+
+function show(status) {
+  now = status.now;
+  $("status").hidden = false;
+  $("login").hidden = true;
+  put($("about"), `${status.version} · ${status.mode === "websocket" && status.rollout_percent < 100 ? `${status.rollout_percent} % of agents` : `mode ${status.mode}`}`);
+  put($("facts"), `up ${span(now - status.started_at)} · agents call ${status.listen || "?"} · controller ${status.upstream}${status.fallback ? ` · fallback ${status.fallback}` : ""}`);
+  for (const part of [showOverall, showTiles, showTimeline, showAgents, showCommands, showMigration]) part(status);
+}
+
+// --- plots --------------------------------------------------------------------------------------------------------
+
+const plots = { data: null, all: [] };
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function axes(unit) {
+  const shared = { stroke: colour("--muted"), font: "12px system-ui, sans-serif", grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 } };
+  return [
+    { ...shared, values: (_, ticks) => ticks.map((at) => new Date(at * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" })) },
+    { ...shared, size: 58, values: (_, ticks) => ticks.map((value) => (unit === "ms" ? (value >= 1000 ? `${value / 1000} s` : `${value} ms`) : Number.isInteger(value) ? value.toLocaleString("en") : "")) },
+  ];
+}
+
+// The guide's objective as a dashed line, where the plot reaches it.
+function objective(plot) {
+  const y = plot.valToPos(100, "y", true);
+  if (plot.scales.y.max < 100) return;
+  const { ctx, bbox } = plot;
+  ctx.save();
+  ctx.strokeStyle = colour("--warning");
+  ctx.setLineDash([6, 5]);
+  ctx.beginPath();
+  ctx.moveTo(bbox.left, y);
+  ctx.lineTo(bbox.left + bbox.width, y);
+  ctx.stroke();
+  ctx.restore();
+}
+
+function plot(place, unit, lines, least, draw) {
+  place.replaceChildren();
+  // Without a cursor the key shows the newest value.
+  const ms = (made, given, column, index) => {
+    const value = index === null && made ? made.data[column].findLast((each) => each !== null) : given;
+    return value === null || value === undefined ? "–" : unit === "ms" ? latency(value / 1000) : value.toLocaleString("en");
+  };
+  const series = lines.map(([label, name, more]) => ({
+    label, stroke: colour(name), width: 2, value: ms, points: { show: unit === "ms", size: 5, fill: colour(name) }, ...more,
+  }));
+  const made = new uPlot({
+    width: place.clientWidth, height: 190, cursor: { y: false, drag: { setScale: false } },
+    scales: { x: { time: true, range: () => [plots.data.at.at(-1) - HOUR, plots.data.at.at(-1)] }, y: { range: (_, low, high) => [0, Math.max(least, high * 1.15)] } },
+    axes: axes(unit),
+    series: [{ label: "", value: (_, at) => (at ? clock(at) : "latest") }, ...series],
+    hooks: draw ? { draw: [draw] } : {},
+  }, [[], ...lines.map(() => [])], place);
+  place.append(el("p", { class: "empty", hidden: true }));
+  return made;
+}
+
+function makePlots() {
+  const soft = colour("--good-soft");
+  const stepped = { paths: uPlot.paths.stepped({ align: 1 }) };
+  plots.all = [
+    plot($("latency"), "ms", [["95 % within", "--accent", {}], ["typical", "--good", {}]], 20, objective),
+    plot($("depth"), "", [["commands", "--accent", { ...stepped, fill: soft }], ["results to report", "--warning", stepped]], 4),
+  ];
+  drawPlots();
+}
+
+function drawPlots() {
+  const { at, waiting, offered, results, p50_s, p95_s } = plots.data;
+  const ms = (column) => column.map((value) => (value === null ? null : value * 1000));
+  const queued = waiting.map((number, index) => number + offered[index]);
+  plots.all[0].setData([at, ms(p95_s), ms(p50_s)]);
+  plots.all[1].setData([at, queued, results]);
+  const handed = p95_s.filter((value) => value !== null);
+  const [note, ,] = [$("latency").querySelector(".empty")];
+  note.hidden = handed.length > 0;
+  note.textContent = "No command was handed over in this time.";
+  $("latency").setAttribute("aria-label", handed.length ? `the slowest 5 s had 95 % within ${latency(Math.max(...handed))}` : note.textContent);
+  $("depth").setAttribute("aria-label", `now ${queued.at(-1)} commands and ${results.at(-1)} results, at most ${Math.max(...queued)} commands in the last hour`);
+}
+
+function addSamples(columns) {
+  for (const [name, values] of Object.entries(columns)) plots.data[name] = [...plots.data[name], ...values].slice(-720);
+  drawPlots();
+}
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plots.data && makePlots());
+new ResizeObserver(() => plots.all.forEach((made) => {
+  const width = made.root.parentElement.clientWidth;
+  if (width && width !== made.width) made.setSize({ width, height: 190 });
+})).observe($("main"));
+
+// --- one command --------------------------------------------------------------------------------------------------
+
+function fact(name, value) {
+  return value === null || value === "" ? null : el("div", {}, el("dt", {}, name), el("dd", {}, value));
+}
+
+function steps(trace) {
+  return el("ol", { class: "steps" }, trace.map((step, index) => {
+    const [state, words] = eventOf(step.event);
+    const since = index ? step.at - trace[index - 1].at : null;
+    return el("li", { "data-level": state },
+      el("time", { datetime: new Date(step.at * 1000).toISOString() }, `${clock(step.at)}.${String(Math.floor((step.at % 1) * 1000)).padStart(3, "0")}`),
+      el("span", { class: "delta" }, since === null ? "" : `+ ${since < 60 ? latency(Math.max(since, 0)) : span(since)}`),
+      el("span", {}, words, step.detail ? under(step.detail) : null));
+  }));
+}
+
+function todo(command) {
+  const by = { queued: ["purge", "gives it up"], uncertain: ["purge", "gives it up"], dead: ["redeliver", "queues it again"], expired: ["redeliver", "queues it again"], delivered: ["redeliver", "queues it again, if the agent has lost it"] }[command.state];
+  return by && command.stored ? el("p", { class: "todo" }, el("code", {}, `agent-shim ${by[0]} ${command.id}`), ` ${by[1]}.`) : null;
+}
+
+function found(command) {
+  const result = command.result && (command.result.success ? "success" : `failure${command.result.code ? ` (${command.result.code})` : ""}`);
+  return el("div", { class: "found" },
+    el("p", {}, el("strong", { class: "id" }, command.id), chip(...(command.stored ? STATES[command.state] : ["bad", "rejected"])), el("button", { type: "button", class: "plain", onclick: leave }, "Close")),
+    el("dl", { class: "facts" },
+      fact("Type", command.type), fact("Agent", command.agent ? `${command.agent} (${command.session.id})` : command.session.id),
+      fact("Arrived", command.arrived_at && moment(command.arrived_at)), fact("Offers", command.stored ? String(command.attempts) : null),
+      fact("Payload", command.stored ? bytes(command.size_bytes) : null), fact("Result", result),
+      fact("Expires", ["queued", "uncertain"].includes(command.state) ? moment(command.expires_at) : null), fact("Came by", command.via)),
+    steps(command.trace), todo(command));
+}
+
+async function showTrace() {
+  const wanted = /^#command=(.+)$/.exec(location.hash);
+  if (!wanted) return $("trace").replaceChildren();
+  const name = decodeURIComponent(wanted[1]);
+  $("command").value = name;
+  const response = await ask(`commands/${encodeURIComponent(name)}.json`).catch(() => null);
+  const answer = response && (await response.json().catch(() => null));
+  if (response && response.ok) $("trace").replaceChildren(...answer.commands.map(found));
+  else $("trace").replaceChildren(el("p", { class: "error" }, answer ? `${answer.error}.` : "The shim does not answer."));
+  $("commands-title").scrollIntoView({ block: "start" });
+}
+
+function leave() {
+  history.pushState(null, "", location.pathname + location.search);
+  $("trace").replaceChildren();
+  $("command").focus();
+}
+
+$("search").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const hash = `#command=${encodeURIComponent($("command").value.trim())}`;
+  if (location.hash === hash) showTrace();
+  else location.hash = hash;
+});
+addEventListener("hashchange", showTrace);
+addEventListener("keydown", (event) => {
+  if (event.key === "/" && !/INPUT|TEXTAREA/.test(document.activeElement.tagName) && !$("status").hidden) {
+    event.preventDefault();
+    $("command").focus();
+  }
+});
+
+// --- following the shim -------------------------------------------------------------------------------------------
+
+// The token goes into a header, not into a cookie: a cookie of this host would go to every other port of it, too.
+function ask(path, signal) {
+  const token = sessionStorage.getItem(TOKEN);
+  return fetch(path, { headers: token ? { Authorization: `Bearer ${token}` } : {}, cache: "no-store", credentials: "omit", signal });
+}
+
+function receive(event, data) {
+  if (event === "series") {
+    plots.data = data;
+    plots.all.length ? drawPlots() : null;
+  } else if (event === "samples") {
+    addSamples(data);
+  } else if (event === "status") {
+    const first = $("status").hidden;
+    show(data);
+    setLive("live");
+    if (!plots.all.length) makePlots();
+    if (first) showTrace();
+  }
+}
+
+async function read(body, alive) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    alive();
+    text += value;
+    const blocks = text.split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const fields = Object.fromEntries(block.split("\n").map((line) => [line.slice(0, line.indexOf(": ")), line.slice(line.indexOf(": ") + 2)]));
+      receive(fields.event, JSON.parse(fields.data));
+    }
+  }
+}
+
+function setLive(state) {
+  const words = { live: "live", connecting: "connecting", lost: `no answer from the shim since ${clock(Date.now() / 1000)}` };
+  if ($("live").dataset.state === state) return;
+  $("live").dataset.state = state;
+  $("live").textContent = words[state];
+  $("status").toggleAttribute("data-stale", state === "lost");
+  if (state === "lost") $("announce").textContent = words.lost;
+  else level = null;
+}
+
+const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
+function askForToken(error) {
+  sessionStorage.removeItem(TOKEN);
+  $("status").hidden = true;
+  $("login").hidden = false;
+  $("login-error").textContent = error;
+  $("token").focus();
+  return new Promise((resolve) => $("login").addEventListener("submit", (event) => {
+    event.preventDefault();
+    sessionStorage.setItem(TOKEN, $("token").value.trim());
+    $("token").value = "";
+    resolve();
+  }, { once: true }));
+}
+
+async function follow() {
+  if (document.documentElement.dataset.token === "required" && !sessionStorage.getItem(TOKEN)) await askForToken("");
+  for (let wait = 500; ; wait = Math.min(2 * wait, 5000)) {
+    const control = new AbortController();
+    let watchdog;
+    const alive = () => {
+      clearTimeout(watchdog);
+      watchdog = setTimeout(() => control.abort(), SILENCE_MS);
+    };
+    try {
+      alive();
+      const response = await ask("events", control.signal);
+      if (response.status === 401) {
+        await askForToken((await response.json()).error + ".");
+        wait = 250;
+        continue;
+      }
+      if (response.ok) {
+        wait = 250;
+        await read(response.body, alive);
+      }
+    } catch (error) {
+      if (error instanceof SyntaxError || error instanceof ReferenceError) throw error;
+    } finally {
+      clearTimeout(watchdog);
+    }
+    setLive("lost");
+    await sleep(wait);
+  }
+}
+
+follow();
