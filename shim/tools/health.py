@@ -1,6 +1,6 @@
 """`agent-shim health`: one question to the admin port of a running shim, for health checks of containers and units.
 
-Standard library only: a health check every few seconds must cost little.
+Standard library, where it talks to the shim: a health check every few seconds must cost little.
 """
 
 from __future__ import annotations
@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from http.client import HTTPConnection, HTTPException
+from threading import Event
 from urllib.parse import urlsplit
 
 import click
 
+from shim.clock import Clock
+
 _UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - addresses to listen on
 _SHOWN_BYTES = 300
+_PAUSE_S = 0.2
 
 
 @click.command("health")
@@ -21,11 +25,19 @@ _SHOWN_BYTES = 300
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="As given to `run`.")
 @click.option("--url", metavar="URL", help="The admin port itself, http://host:port, instead of a configuration.")
 @click.option("--ready", is_flag=True, help="Ask whether it can serve (/readyz), not only whether it lives (/healthz).")
+@click.option("--wait", "wait_s", type=click.FloatRange(0, 600), default=0, metavar="S", help="Ask again for so long.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 60), default=3, show_default=True, metavar="S")
-def command(config: str | None, sets: tuple[str, ...], url: str | None, ready: bool, timeout_s: float) -> None:
+def command(
+    config: str | None, sets: tuple[str, ...], url: str | None, ready: bool, wait_s: float, timeout_s: float
+) -> None:
     """Ask a running shim how it is: exit code 0 if it is well, 1 if not or if nobody answers."""
     host, port = _given(url) if url else _configured(config, sets)
-    well, text = ask(host, port, "/readyz" if ready else "/healthz", timeout_s)
+    path, clock = "/readyz" if ready else "/healthz", Clock()
+    end_s = clock.monotonic_s() + wait_s
+    well, text = ask(host, port, path, timeout_s)
+    while not well and clock.monotonic_s() < end_s:
+        Event().wait(_PAUSE_S)
+        well, text = ask(host, port, path, timeout_s)
     click.echo(text, err=not well)
     sys.exit(0 if well else 1)
 

@@ -1,4 +1,4 @@
-"""The image as it is run: read-only, without rights, in 128 MiB, stopped by SIGTERM; it knows nothing of this machine."""
+"""The image as it is run: read-only, without rights, in 128 MiB, stopped by SIGTERM; nothing of a machine in it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,10 @@ def start(engine: Engine, image: str, started: list[str], *options: str) -> str:
 
 def wait_ready(engine: Engine, name: str) -> None:
     """As the kubelet does with a startup probe."""
-    for _ in range(40):
-        try:
-            engine.podman("exec", name, *HEALTH, "--ready")
-        except Refused:
-            continue
-        return
-    pytest.fail(f"{name} does not serve: {engine.podman('logs', name)}")
+    try:
+        engine.podman("exec", name, *HEALTH, "--ready", "--wait", "20")
+    except Refused as refused:
+        pytest.fail(f"{name} does not serve: {refused} {engine.podman('logs', name)}")
 
 
 def test_it_serves_hardened_and_stops_cleanly(engine: Engine, image: str, started: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -73,3 +74,26 @@ def test_nobody_there(port: int) -> None:
 )
 def test_wrong_uses(args: tuple[str, ...]) -> None:
     assert health(*args).returncode == 2
+
+
+def test_waiting_for_a_shim_that_starts() -> None:
+    with HTTPServer(("127.0.0.1", 0), Admin, bind_and_activate=False) as server:
+        server.server_bind()
+        command = [
+            sys.executable,
+            "-m",
+            "shim",
+            "health",
+            "--url",
+            f"http://127.0.0.1:{server.server_port}",
+            "--wait",
+            "30",
+        ]
+        waiting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # Bound and not listening, it refuses; only then does it begin to answer.
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(server.server_address):
+            pass
+        server.server_activate()
+        server.handle_request()
+        assert waiting.communicate(timeout=30)[0] == '{"status": "ok"}\n'
+        assert waiting.returncode == 0
