@@ -63,6 +63,7 @@ class Connection(RequestHandler):
         "_body",
         "_had_lease",
         "_head_since_s",
+        "_head_timed",
         "_head_timer",
         "_house",
         "_lease_open",
@@ -90,6 +91,7 @@ class Connection(RequestHandler):
         self._refused = False
         self._arrivals_s: list[float] = []
         self._head_since_s: float | None = None
+        self._head_timed = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._body: StreamReader | None = None
         self._answered = 0
@@ -120,6 +122,8 @@ class Connection(RequestHandler):
         # asyncio's TLS compares with >=, and 0 would pause it for ever.
         wire.set_write_buffer_limits(high=1 if tls else 0, low=0)
         super().connection_made(transport)
+        # Clients may connect before they have something to say; one that never speaks must not take a place for ever.
+        self._head_timer = self._loop.call_later(self._house.listen.keepalive_s, self._never_spoke)
 
     def eof_received(self) -> None:
         self._note_acknowledgement()  # TLS is going to answer with bytes of its own, which nobody will acknowledge
@@ -178,7 +182,10 @@ class Connection(RequestHandler):
         super().data_received(data)
         if self._request_count > before:
             self._heads_complete(self._request_count - before)
-        elif self._head_since_s is not None and self._head_timer is None:
+        elif self._head_since_s is not None and not self._head_timed:
+            self._head_timed = True
+            if self._head_timer is not None:
+                self._head_timer.cancel()
             timeout_s = self._house.listen.header_timeout_s
             self._head_timer = self._loop.call_later(timeout_s, self._head_too_slow)
 
@@ -190,6 +197,7 @@ class Connection(RequestHandler):
         if arrived > 1:
             self._arrivals_s.extend([self._loop.time()] * (arrived - 1))
         self._head_since_s = None
+        self._head_timed = False
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -199,6 +207,10 @@ class Connection(RequestHandler):
             self._body.set_exception(fault)
         self._body = payload
         self._pipelined = self._pipelined or self._request_count - self._answered > 1
+
+    def _never_spoke(self) -> None:
+        self._head_timer = None
+        self.force_close()
 
     def _head_too_slow(self) -> None:
         self._head_timer = None

@@ -385,6 +385,13 @@ async def test_idle_connections_and_stray_empty_lines_are_no_slow_heads() -> Non
         assert house.count("bad_requests_total", reason="head") == 1
 
 
+async def test_a_connection_that_never_speaks_is_closed() -> None:
+    async with running(Listen(port=0, keepalive_s=0.1)) as house:
+        agent = await house.agent()
+        assert await agent.closed_by_peer() == b""
+        assert house.count("bad_requests_total", reason="head") == 0
+
+
 async def test_a_slow_body() -> None:
     async with running(Listen(port=0, body_timeout_s=0.2)) as house:
         agent = await house.agent()
