@@ -116,6 +116,7 @@ class Gateways:
         """A gateway of a session that is not fresh any more is closed; its next call leads through the controller."""
         for key, leg in list(self._legs.items()):
             if not leg.session.fresh(now):
+                leg.session.told_on = 0
                 self.forget(key)
 
     def stop(self) -> None:
