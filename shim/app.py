@@ -22,7 +22,7 @@ from shim.core.sessions import Sessions
 from shim.core.urls import origin_of
 from shim.errors import ConfigError, StoreError, StoreVersionError
 from shim.frontend import Frontend
-from shim.hardening import keep_memory_private, open_doors
+from shim.hardening import allow_connections, keep_memory_private, open_doors
 from shim.lag import watch_loop
 from shim.metrics import Metrics, Registry
 from shim.passthrough import Passthrough, sunset_headers
@@ -52,6 +52,9 @@ def main(config_path: str | None, sets: tuple[str, ...], ready_file: str | None,
     private = keep_memory_private()
     settings = load()
     with contextlib.closing(logs.setup(settings.log.level, settings.log.format)) as logging:
+        connections = settings.listen.max_connections + settings.upstream.max_links
+        if allow_connections(connections) < connections:
+            log.warning("few_open_files", hint="the limit of open files is below listen.max_connections: raise it")
         if not private:
             log.warning("memory_not_private", hint="the kernel refused; a core dump would hold tokens")
         app = (kind or App)(settings, load, logging, config_path, ready_file)

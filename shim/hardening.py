@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from shim.settings import Settings, is_loopback
 
 _PR_SET_DUMPABLE = 4
+_OTHER_FILES = 256  # the store, the admin port, listeners, the event loop
 
 
 def keep_memory_private() -> bool:
@@ -25,6 +26,16 @@ def keep_memory_private() -> bool:
 
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     return prctl is not None and prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
+
+
+def allow_connections(count: int) -> int:
+    """Raise the limit of open files to what so many connections need. Returns the limit in force."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else soft
 
 
 def open_doors(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from shim.admin.commands import CommandPages
 from shim.admin.guard import Access, Guard
 from shim.admin.health import Health
 from shim.admin.journal import Journal
+from shim.admin.limits import Bounded
 from shim.admin.live import Live
 from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, Pages
 from shim.admin.series import Sampler
@@ -69,6 +71,7 @@ class AdminServer:
         app.on_response_prepare.append(_add_headers)
         self._route(app, CommandPages(bridge))
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=STOP_S)
+        self._listener: asyncio.Server | None = None
 
     def _route(self, app: web.Application, commands: CommandPages) -> None:
         pages = Pages(self._guard.required)
@@ -98,16 +101,21 @@ class AdminServer:
     async def start(self) -> tuple[str, int]:
         """Listen; returns the address that was bound."""
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._settings.host, self._settings.port)
-        await site.start()
+        if self._runner.server is None:
+            raise RuntimeError("the runner made no server")
+        bounded = Bounded(self._runner.server)
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(bounded, self._settings.host, self._settings.port)
         self._sampler.start()
-        host, port, *_ = self._runner.addresses[0]
+        host, port, *_ = self._listener.sockets[0].getsockname()
         return str(host), int(port)
 
     async def stop(self) -> None:
         """Stop listening and end what is open."""
         self._sampler.stop()
         self._live.stop()
+        if self._listener is not None:
+            self._listener.close()
         await self._runner.cleanup()
 
     def _token(self) -> str:
