@@ -1,4 +1,4 @@
-"""What runs and rolls out the shim besides the chart: GitOps values, compose, systemd; and no drift of generated files."""
+"""What runs and rolls out the shim besides the chart: GitOps values, compose, systemd; no drift in generated files."""
 
 from __future__ import annotations
 

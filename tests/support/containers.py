@@ -79,7 +79,7 @@ class Engine:
             return image
         if not self.has_image(BASE):
             self.run("sh", ROOT / "tests/support/make-python-base.sh", self.work, BASE, timeout_s=240)
-        options = ("--format", "docker", "--pull-never", "--isolation=chroot", "--network=host")
+        options = ("--format", "docker", "--layers", "--pull-never", "--isolation=chroot", "--network=host")
         mounts = ("-v", f"{CERTIFICATES}:{CERTIFICATES}:ro", "-v", f"{self.work}/pip.conf:/etc/pip.conf:ro")
         args = ("--build-arg", f"PYTHON_IMAGE={BASE}", "--build-arg", "VERSION=ci", "--build-arg", "REVISION=abc")
         self.run("buildah", "bud", *options, *args, *mounts, "-t", image, ROOT, timeout_s=240)
