@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,13 +15,13 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
-from shim.conversion import Text, sections, to_settings
+from shim.conversion import Text, leaves, sections, to_settings
 from shim.errors import ConfigError, Fault
 from shim.settings import Settings
 from shim.validation import semantic_faults
 
 _ENV_PREFIX = "SHIM_"
-_RELOADABLE = frozenset({"mode", "rollout", "fallback", "log", "heartbeat", "poll", "commands"})
+_RELOADABLE = frozenset({"mode", "rollout", "fallback", "heartbeat", "poll", "commands"})
 _MAX_SECRET_BYTES = 65_536
 _MASK = "***"
 _USERINFO = re.compile(r"(?<=://)[^/?#@,]*@")
@@ -50,12 +51,13 @@ def effective(running: Settings, fresh: Settings) -> Settings:
     upstream = running.upstream
     if fresh.upstream.own_tokens == upstream.own_tokens:
         upstream = msgspec.structs.replace(upstream, **token)
-    return msgspec.structs.replace(running, upstream=upstream, **kept)
+    log = msgspec.structs.replace(running.log, level=fresh.log.level)
+    return msgspec.structs.replace(running, upstream=upstream, log=log, **kept)
 
 
 def needs_restart(running: Settings, fresh: Settings) -> list[str]:
-    """The sections whose changes wait for a restart."""
-    return [name for name in Settings.__struct_fields__ if getattr(running, name) != getattr(fresh, name)]
+    """The keys whose changes wait for a restart."""
+    return [key for key, _, _ in leaves() if attrgetter(key)(running) != attrgetter(key)(fresh)]
 
 
 def mask(settings: Settings) -> dict[str, Any]:

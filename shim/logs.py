@@ -12,12 +12,15 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 MASK = "***"
 _MIN_SECRET_CHARS = 4  # masking a shorter one would garble every line and tell what it is
 _OWN = ("time", "level", "logger", "event", "exception")
+REPEAT_S = 60.0
+_MAX_REPEATS = 1024
 _CARRIERS = re.compile(r"((?:token|secret|password)=|\bBearer\s+)[^\s&\"'<>,;]+", re.IGNORECASE)
 _SECRET_FIELD = re.compile(r"token$|secret|password|authorization", re.IGNORECASE)
 _PLAIN = re.compile(r"[^\s\"'=\\\x00-\x1f\x7f-\x9f]+")
@@ -27,32 +30,39 @@ Level = Literal["debug", "info", "warning", "error"]
 
 
 class Logger:
-    """A logger whose messages are event names (`link_state`), with everything variable in the fields."""
+    """A logger whose messages are event names (`link_state`), with everything variable in the fields.
+
+    With `about` an event is one that may come again and again: of those that are about the same, one a minute is
+    written, with the number of those left out before it in the field `repeats`.
+    """
 
     __slots__ = ("_logger",)
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
 
-    def debug(self, event: str, /, **fields: Any) -> None:
-        self._log(logging.DEBUG, event, fields)
+    def debug(self, event: str, /, *, about: str | None = None, **fields: Any) -> None:
+        self._log(logging.DEBUG, event, about, fields)
 
-    def info(self, event: str, /, **fields: Any) -> None:
-        self._log(logging.INFO, event, fields)
+    def info(self, event: str, /, *, about: str | None = None, **fields: Any) -> None:
+        self._log(logging.INFO, event, about, fields)
 
-    def warning(self, event: str, /, **fields: Any) -> None:
-        self._log(logging.WARNING, event, fields)
+    def warning(self, event: str, /, *, about: str | None = None, **fields: Any) -> None:
+        self._log(logging.WARNING, event, about, fields)
 
-    def error(self, event: str, /, **fields: Any) -> None:
-        self._log(logging.ERROR, event, fields)
+    def error(self, event: str, /, *, about: str | None = None, **fields: Any) -> None:
+        self._log(logging.ERROR, event, about, fields)
 
-    def exception(self, event: str, /, **fields: Any) -> None:
+    def exception(self, event: str, /, *, about: str | None = None, **fields: Any) -> None:
         """An error with the traceback of the exception that is being handled."""
-        self._log(logging.ERROR, event, fields, exc_info=True)
+        self._log(logging.ERROR, event, about, fields, exc_info=True)
 
-    def _log(self, level: int, event: str, fields: dict[str, Any], *, exc_info: bool = False) -> None:
+    def _log(
+        self, level: int, event: str, about: str | None, fields: dict[str, Any], *, exc_info: bool = False
+    ) -> None:
         if self._logger.isEnabledFor(level):
-            self._logger.log(level, "%s", event, exc_info=exc_info, extra={"fields": fields})
+            extra = {"fields": fields, "about": about}
+            self._logger.log(level, "%s", event, exc_info=exc_info, extra=extra)
 
 
 def get(name: str) -> Logger:
@@ -102,6 +112,38 @@ class Redaction:
         if isinstance(value, (list, tuple, set, frozenset)):
             return [self.value(below) for below in value]
         return self.text(str(value))
+
+
+@dataclass(slots=True)
+class _Repeated:
+    """When an event was last written, in Unix seconds, and how many were left out since."""
+
+    written_at: float
+    left_out: int = 0
+
+
+class _Repeats(logging.Filter):
+    """Leaves out repeats of events that are about something; of very many things the oldest are forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[tuple[str, str, str], _Repeated] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        about: str | None = getattr(record, "about", None)
+        if about is None:
+            return True
+        key = (record.name, record.getMessage(), about)
+        seen = self._seen.get(key)
+        if seen is not None and 0 <= record.created - seen.written_at < REPEAT_S:
+            seen.left_out += 1
+            return False
+        if seen is None and len(self._seen) >= _MAX_REPEATS:
+            del self._seen[next(iter(self._seen))]
+        elif seen is not None and seen.left_out:
+            record.fields = {**getattr(record, "fields", {}), "repeats": seen.left_out}
+        self._seen[key] = _Repeated(record.created)
+        return True
 
 
 class _Formatter(logging.Formatter):
@@ -195,6 +237,7 @@ def setup(level: Level, form: Literal["json", "console"], *, stream: TextIO | No
     handler.setFormatter(
         JsonFormatter(redaction) if json_lines else ConsoleFormatter(redaction, colour=target.isatty())
     )
+    handler.addFilter(_Repeats())
     logging.getLogger().addHandler(handler)
     logs = Logs(handler, redaction)
     logs.set_level(level)

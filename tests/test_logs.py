@@ -209,3 +209,45 @@ def test_colour_is_for_terminals() -> None:
     logs.get("shim.x").error("red")
     made.close()
     assert "\x1b[31mERROR  \x1b[0m red" in out.getvalue()
+
+
+def said(event: str, about: str | None, at: float, **fields: Any) -> None:
+    """One record of the shim's at a moment."""
+    values = {"name": "shim.x", "msg": "%s", "args": (event,), "levelno": logging.WARNING, "levelname": "WARNING"}
+    record = logging.makeLogRecord({**values, "created": at, "about": about, "fields": fields})
+    logging.getLogger("shim.x").handle(record)
+
+
+def test_repeats_are_left_out_for_a_minute_and_counted(json_logs: logs.Logs, out: Output) -> None:
+    for second in range(0, 180, 2):
+        said("dial_failed", "default tcp", 1000 + second, reason="tcp")
+    lines = out.entries()
+    assert [line.get("repeats") for line in lines] == [None, 29, 29]
+    assert {line["reason"] for line in lines} == {"tcp"}
+
+
+def test_what_is_about_something_else_is_no_repeat(json_logs: logs.Logs, out: Output) -> None:
+    said("dial_failed", "default tcp", 1000)
+    said("dial_failed", "default dns", 1001)
+    said("link_lost", "default tcp", 1002)
+    said("command_queued", None, 1003)
+    said("command_queued", None, 1003)
+    said("dial_failed", "default tcp", 900)  # the clock was set back
+    assert len(out.entries()) == 6
+
+
+def test_the_memory_for_repeats_is_bounded(json_logs: logs.Logs, out: Output) -> None:
+    for number in range(3000):
+        said("upstream_error", f"text {number}", 1000)
+    said("upstream_error", "text 0", 1001)  # forgotten, and so written again
+    said("upstream_error", "text 2999", 1001)
+    assert len(out.entries()) == 3001
+
+
+def test_repeats_are_those_of_one_setup(out: Output) -> None:
+    for _ in range(2):
+        made = logs.setup("info", "json", stream=out)
+        logs.get("shim.x").warning("dial_failed", about="default tcp")
+        logs.get("shim.x").warning("dial_failed", about="default tcp")
+        made.close()
+    assert len(out.entries()) == 2

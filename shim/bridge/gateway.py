@@ -83,7 +83,9 @@ class Gateways:
         """A `register_success` named a gateway: go there, if the token may."""
         if not self._allowed(url):
             self._ctx.metrics.gateway.labels("host_refused").inc()
-            log.error("gateway_refused", host=host_of(url), hint="add the host to upstream.gateway_hosts")
+            log.error(
+                "gateway_refused", about=host_of(url), host=host_of(url), hint="add the host to upstream.gateway_hosts"
+            )
             return
         leg = self._legs.get(session.key)
         if leg is None:
@@ -158,7 +160,7 @@ class Gateways:
         try:
             token = leg.runner.token if self._ctx.settings.upstream.own_tokens else self._ctx.read_token()
         except ShimError as error:
-            log.error("token_unreadable", error=str(error))
+            log.error("token_unreadable", about="gateway", error=str(error))
             self._back(leg)
             return
         path = "" if urlsplit(leg.url).path.strip("/") else "/ws"
@@ -175,7 +177,8 @@ class Gateways:
             return
         if isinstance(outcome, DialFailure):
             self._ctx.metrics.gateway.labels("failed").inc()
-            log.warning("gateway_dial_failed", reason=outcome.reason, status=outcome.status)
+            about = f"{host_of(leg.url)} {outcome.reason}"
+            log.warning("gateway_dial_failed", about=about, reason=outcome.reason, status=outcome.status)
             leg.connection = None
             self._back(leg)
             return

@@ -118,7 +118,8 @@ class Inbound:
                 if (about is None or session.key == about) and session.fresh(self._ctx.now):
                     source.introduce(session)
         else:
-            log.warning("upstream_error", error=error_text(message.payload))
+            text = error_text(message.payload)
+            log.warning("upstream_error", about=text, error=text)
 
     def _tunnel_status(self, connection: Connection, message: Message, source: Source) -> None:
         session = self._target(source, message.payload)
@@ -127,7 +128,7 @@ class Inbound:
             if self._roster.set_tunnel(session, state):
                 self._holding.tunnel_changed(session.key)
         else:
-            log.warning("tunnel_status_without_target", code=session)
+            log.warning("tunnel_status_without_target", about=session, code=session)
 
     def _command(self, connection: Connection, message: Message, source: Source) -> None:
         wall = self._ctx.clock.wall_s()

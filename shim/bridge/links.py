@@ -22,6 +22,7 @@ from shim.ports import DialFailure, DialSpec, Socket, Timer
 log = get(__name__)
 
 IDLE_CHECK_S = 5.0
+_TOLD = frozenset({LinkState.ONLINE, LinkState.REPLAYING})
 
 
 class LinkListener(Protocol):
@@ -112,10 +113,16 @@ class LinkRunner:
             return
         if self.machine.state is not before:
             self.state_since_wall = self._ctx.clock.wall_s()
-            log.info("link_state", link=self.name, state=self.machine.state.value, was=before.value)
+            self._tell_state(before)
         self.timeline.enter(phase_of(self.machine), self._ctx.now, self.last_failure)
         for effect in effects:
             self._perform(effect)
+
+    def _tell_state(self, before: LinkState) -> None:
+        """A line for what matters; each turn of waiting and dialling only for who looks closely."""
+        state = self.machine.state
+        matters = before in _TOLD or state in (LinkState.ONLINE, LinkState.IDLE, LinkState.STOPPED)
+        (log.info if matters else log.debug)("link_state", link=self.name, state=state.value, was=before.value)
 
     def replayed(self) -> None:
         """All fresh sessions were told."""
@@ -141,7 +148,7 @@ class LinkRunner:
             case ev.SetRetry():
                 self._arm("retry", effect.delay_s, self._retry)
                 self._ctx.metrics.retries.labels(self.attempts.reason).inc()
-                log.info("link_retry", link=self.name, delay_s=round(effect.delay_s, 3), failure=self.last_failure)
+                log.debug("link_retry", link=self.name, delay_s=round(effect.delay_s, 3), failure=self.last_failure)
             case ev.CancelRetry():
                 self._disarm("retry")
             case ev.StartReplay():
@@ -169,7 +176,7 @@ class LinkRunner:
                 self.token = self._ctx.read_token()
         except ShimError as error:
             self.last_failure = "token"
-            log.error("token_unreadable", link=self.name, error=str(error))
+            log.error("token_unreadable", about=self.name, link=self.name, error=str(error))
             self._ctx.timers.call_later(0, lambda: self._dialled(dial, None, DialFailure("token")))
             return
         connection = Connection(self._ctx, next(self._serials), self.name, self)
@@ -181,7 +188,8 @@ class LinkRunner:
             self.attempts.handshake_failed(outcome)
             if dial == self._dial:
                 self.last_failure = f"{outcome.reason} {outcome.status}" if outcome.status else outcome.reason
-                log.warning("dial_failed", link=self.name, reason=self.last_failure, detail=outcome.detail)
+                why, about = self.last_failure, f"{self.name} {self.last_failure}"
+                log.warning("dial_failed", about=about, link=self.name, reason=why, detail=outcome.detail)
                 self.apply(ev.DialFailed(outcome.status, outcome.retry_after_s))
                 if self.machine.state is not LinkState.OPENING:  # else the other way to present the token is tried
                     self.attempts.failed(outcome)

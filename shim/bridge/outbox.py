@@ -190,7 +190,7 @@ class Outbox:
 
     def _page(self, owner: str, outcome: list[Any] | StoreError) -> None:
         if isinstance(outcome, StoreError):
-            log.warning("outbox_unreadable", error=str(outcome))
+            log.warning("outbox_unreadable", about=owner, error=str(outcome))
             self._ctx.timers.call_later(5.0, lambda: self.online(owner))
             self._pumped(owner)
             return

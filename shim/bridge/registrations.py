@@ -251,7 +251,8 @@ class Registrations:
         text = error_text(message.payload)
         if any(secret and secret in text for secret in (job.runner.token, job.secret)):
             text = "the controller reported an error"
-        log.warning("register_failed", status=status, error=text, session=str(job.identity[-1]))
+        session = str(job.identity[-1])
+        log.warning("register_failed", about=f"{session} {status}", status=status, error=text, session=session)
         known = conflict_id(message.payload) if status == 409 else ""
         self._failed(job, connection, Failed(status, text, cluster_id=known))
         return True

@@ -222,7 +222,8 @@ class Bridge:
 
     def link_refused(self, runner: LinkRunner) -> None:
         """The token is refused."""
-        log.error("token_refused", link=runner.name[:16], hint="check upstream.token and its permissions")
+        hint = "check upstream.token and its permissions"
+        log.error("token_refused", about=runner.name, link=runner.name[:16], hint=hint)
         self.registrations.link_refused(runner)
 
     def link_dropped(self, runner: LinkRunner) -> None:

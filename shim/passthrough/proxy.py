@@ -66,7 +66,8 @@ class Proxy:
                 skip_auto_headers=("User-Agent", "Content-Type", "Accept", "Accept-Encoding"),
             )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            log.warning("fallback_unreachable", upstream=origin_of(base), reason=type(error).__name__)
+            reason = type(error).__name__
+            log.warning("fallback_unreachable", about=reason, upstream=origin_of(base), reason=reason)
             raise Unreachable("the vendor's HTTP API cannot be reached") from None
         return await self._reply(response, whole=whole)
 

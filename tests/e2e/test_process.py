@@ -116,7 +116,7 @@ async def test_sighup_and_a_changed_file_reload_what_may_change(tmp_path: Path, 
         shim.write({"poll": {"hold": "off", "frequency_s": 9}, "listen": {"port": 7}})
         shim.send(signal.SIGHUP)
         reloaded = await shim.event("config_reloaded")
-        assert reloaded["needs_restart"] == ["listen"]
+        assert reloaded["needs_restart"] == ["listen.port"]
         assert (await poll(http, shim, cluster_id))[1]["poll_frequency"] == 9
         # a faulty file keeps the old configuration, and says so in the log and a metric
         shim.write({"poll": {"hold": "sometimes"}})
