@@ -48,6 +48,7 @@ class Outbox:
         self._entries: dict[int, _OnDisk] = {}
         self._pumping: dict[str, int] = {}  # owner -> last seq read
         self._again: set[str] = set()
+        self._then: dict[str, list[Callable[[], None]]] = {}
         self._in_flight: dict[int, int] = {}  # connection serial -> bytes sent and not confirmed
         self._blocked: dict[str, int] = {}  # owner -> where to read on once there is room
         self._unread: set[str] = set()
@@ -79,8 +80,10 @@ class Outbox:
         if entry.session.owner not in self._pumping:
             self._send(entry)
 
-    def online(self, owner: str) -> None:
-        """A connection of this owner came up: read the disk and send what was not sent on it."""
+    def online(self, owner: str, then: Callable[[], None] | None = None) -> None:
+        """A connection of this owner came up: read the disk and send what was not sent on it; `then` follows that."""
+        if then is not None:
+            self._then.setdefault(owner, []).append(then)
         untold = [each for each in self._untold if each[0].owner == owner]
         for each in untold:
             self._untold.remove(each)
@@ -215,6 +218,9 @@ class Outbox:
         if owner in self._again:
             self._again.discard(owner)
             self._pump(owner, 0)
+            return
+        for then in self._then.pop(owner, ()):
+            then()
 
     def _send(self, entry: OutboxEntry) -> bool:
         """Send an entry if its connection is up and has not carried it yet. False if it has to wait for others."""

@@ -9,7 +9,6 @@ import msgspec
 
 from shim.bridge.connection import Connection
 from shim.bridge.context import ENVELOPE_BYTES, Context
-from shim.bridge.links import LinkRunner
 from shim.bridge.registrations import Registrations
 from shim.bridge.routes import Routes
 from shim.core.calls import Kind
@@ -126,8 +125,8 @@ class Presence:
         if self._routes.connection_of(session) is connection:
             self.called(session, force=True)
 
-    def online(self, runner: LinkRunner, sessions: list[Session]) -> None:
-        """After the replay: the newest heartbeat of each fresh session at once."""
+    def online(self, sessions: list[Session]) -> None:
+        """After the replay and the results: the newest heartbeat of each fresh session at once."""
         for session in sessions:
             self.called(session, force=True)
 

@@ -212,8 +212,7 @@ class Bridge:
 
     def link_online(self, runner: LinkRunner) -> None:
         """Results that were held back, then the newest heartbeats."""
-        self.outbox.online(runner.owner)
-        self.presence.online(runner, self.routes.sessions_of(runner))
+        self.outbox.online(runner.owner, lambda: self.presence.online(self.routes.sessions_of(runner)))
 
     def link_offline(self, runner: LinkRunner, connection: Connection) -> None:
         """What was awaited on the connection will not come."""
@@ -267,8 +266,7 @@ class Bridge:
 
     def gateway_up(self, leg: Leg) -> None:
         """Results and heartbeats go this way now."""
-        self.outbox.online(leg.session.key.owner)
-        self.presence.called(leg.session, force=True)
+        self.outbox.online(leg.session.key.owner, lambda: self.presence.called(leg.session, force=True))
 
     def gateway_released(self, connection: Connection) -> None:
         """What was awaited on the connection will not come."""

@@ -1,0 +1,580 @@
+"""The life of a command through the bridge (protocol.md §1.3, §3)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from shim.core.calls import Accepted, PollCall
+from tests.bridge.conftest import MakeWorld
+from tests.support.world import Agent, World, traces
+
+
+async def living(world: World, **fields: str) -> Agent:
+    agent = world.agent(**fields)
+    await agent.register()
+    await agent.heartbeat()
+    await world.settle()
+    return agent
+
+
+async def given(world: World, *commands: str, **payload: Any) -> Agent:
+    """A living agent for which these commands wait."""
+    agent = await living(world)
+    for command_id in commands:
+        world.controller.push(command_id, **payload)
+    await world.settle()
+    return agent
+
+
+def codes(world: World, command_id: str) -> list[str]:
+    return [result.get("code", "") for result in world.controller.results(command_id)]
+
+
+# --- the normal life --------------------------------------------------------------------------------------------------
+
+
+async def test_from_the_controller_to_the_agent_and_back(world: World) -> None:
+    agent = await living(world)
+    world.controller.push("k1", type="scale", payload={"replicas": 3}, created_at="2026-11-24T21:00:00Z")
+    await world.settle()
+    [command] = await agent.poll_commands()
+    assert (command.id, command.type, command.payload) == ("k1", "scale", {"replicas": 3})
+    assert command.created_at == "2026-11-24T21:00:00Z"
+    assert await agent.result("k1", output="done", metadata={"took": 1}) == Accepted()
+    await agent.live(40)
+    [result] = world.controller.got("command_result")
+    assert result.request_id == "r-k1"
+    assert result.payload == {
+        "command_id": "k1",
+        "cluster_id": "c-1",
+        "agent_id": "pod-1",
+        "success": True,
+        "output": "done",
+        "metadata": {"took": 1},
+        "timestamp": result.payload["timestamp"],
+    }
+    assert await world.trace("k1") == ["arrived", "offered", "delivered", "result", "closed"]
+    assert await world.state("k1") == "closed"
+
+
+async def test_first_come_first_served_and_within_the_bounds_of_a_reply(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"max_batch": 3})
+    agent = await given(world, *(f"k{n}" for n in range(7)))
+    polls = [await agent.poll() for _ in range(4)]
+    assert polls == [["k0", "k1", "k2"], ["k3", "k4", "k5"], ["k6"], []]
+
+
+async def test_a_reply_holds_no_more_bytes_than_allowed_but_at_least_one(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"max_bytes": 4096})
+    agent = await living(world)
+    for number, size in enumerate((1000, 1000, 1000, 1000, 9000, 10)):
+        world.controller.push(f"k{number}", payload={"data": "x" * size})
+    await world.settle()
+    polls = [await agent.poll() for _ in range(3)]
+    assert polls == [["k0", "k1", "k2"], ["k3"], ["k4"]]
+
+
+async def test_acks_go_up_only_when_the_command_is_on_disk(make_world: MakeWorld) -> None:
+    world = await make_world(upstream={"send_command_ack": True})
+    await living(world)
+    world.store.slow = True
+    world.controller.push("k1")
+    await world.settle()
+    assert not world.controller.got("command_ack")
+    world.store.catch_up()
+    await world.settle()
+    [ack] = world.controller.got("command_ack")
+    assert (ack.payload, ack.request_id) == ({"command_id": "k1"}, "r-k1")
+    world.controller.push("k1")
+    await world.settle()
+    assert len(world.controller.got("command_ack")) == 2, "a duplicate is safe as well"
+
+
+async def test_agents_that_never_post_results_leave_commands_delivered(make_world: MakeWorld) -> None:
+    world = await make_world(commands={"retain_s": 3600, "dedupe_s": 3600})
+    agent = await given(world, "k1")
+    await agent.poll()
+    await agent.live(1000, every_s=30)
+    assert await world.state("k1") == "delivered"
+    await agent.live(5000, every_s=30)
+    assert await world.state("k1") == ""
+    world.controller.push("k1")
+    await world.settle()
+    assert await agent.poll() == ["k1"], "after dedupe_s it is another command"
+
+
+async def test_other_message_types_may_be_commands(make_world: MakeWorld) -> None:
+    world = await make_world(commands={"types": ["command", "task"]})
+    agent = await living(world)
+    world.controller.socket.says("task", {"id": "k1"})
+    await world.settle()
+    assert await agent.poll() == ["k1"]
+
+
+# --- evidence ---------------------------------------------------------------------------------------------------------
+
+
+async def offered(world: World) -> Agent:
+    agent = await given(world, "k1")
+    assert await agent.poll() == ["k1"]
+    assert await world.state("k1") == "offered"
+    return agent
+
+
+async def test_the_next_request_on_the_same_connection_is_evidence(world: World) -> None:
+    agent = await offered(world)
+    await agent.heartbeat()
+    await world.settle()
+    assert await world.state("k1") == "delivered"
+    assert "delivered: next request" in traces(world, "k1")
+
+
+async def test_a_heartbeat_on_another_connection_is_none(world: World) -> None:
+    await offered(world)
+    other = world.agent(cluster_id="c-1")
+    await other.heartbeat()
+    await world.settle()
+    assert await world.state("k1") == "offered"
+
+
+@pytest.mark.parametrize("clean, state", [(True, "delivered"), (False, "offered")])
+async def test_a_later_poll_is_evidence_if_the_connection_ended_cleanly(world: World, clean: bool, state: str) -> None:
+    agent = await offered(world)
+    agent.reconnect(clean=clean)
+    assert await agent.poll() == []
+    await world.settle()
+    assert await world.state("k1") == state
+
+
+async def test_a_later_poll_is_evidence_while_the_connection_is_open(world: World) -> None:
+    await offered(world)
+    other = world.agent(cluster_id="c-1")
+    assert await other.poll() == []
+    await world.settle()
+    assert await world.state("k1") == "delivered"
+
+
+async def test_a_poll_that_overlaps_is_no_evidence(world: World) -> None:
+    agent = await living(world)
+    start = world.now
+    world.controller.push("k1")
+    await world.settle()
+    await world.pass_s(1)
+    assert await agent.poll() == ["k1"]
+    other = world.agent(cluster_id="c-1")
+    answer = await other.call(PollCall("clusters_agent", other.target), arrived_s=start)
+    assert answer.lease is None
+    await world.settle()
+    assert await world.state("k1") == "offered"
+
+
+async def test_a_result_is_evidence_for_the_whole_reply(world: World) -> None:
+    agent = await given(world, "k1", "k2")
+    assert await agent.poll() == ["k1", "k2"]
+    agent.reconnect(clean=False)
+    await agent.result("k1")
+    await world.settle()
+    assert await world.state("k2") == "delivered"
+    assert "delivered: result" in traces(world, "k2")
+
+
+async def test_without_evidence_nothing_newer_is_offered(world: World) -> None:
+    agent = await offered(world)
+    agent.reconnect(clean=False)
+    world.controller.push("k2")
+    await world.settle()
+    assert await agent.poll() == []
+    await world.pass_s(61)
+    assert await agent.poll() == ["k1", "k2"]
+
+
+# --- replies that do not arrive ---------------------------------------------------------------------------------------
+
+
+async def test_an_unwritten_reply_is_queued_again_at_once_and_was_no_attempt(world: World) -> None:
+    agent = await given(world, "k1", "k2")
+    for _ in range(20):
+        assert [command.id for command in await agent.poll_unwritten()] == ["k1", "k2"]
+        await world.settle()
+        assert await world.state("k1") == "queued"
+    assert await agent.poll() == ["k1", "k2"]
+    assert traces(world, "k1")[-1] == "offered: attempt 1"
+
+
+async def test_an_agent_that_hangs_up_while_the_offer_goes_to_disk_swallows_nothing(world: World) -> None:
+    agent = await given(world, "k1")
+    world.store.slow = True
+    poll = agent.poll_task()
+    await world.settle()
+    poll.cancel()
+    await world.settle()
+    world.store.catch_up()
+    await world.settle()
+    assert await world.state("k1") == "queued"
+    assert await agent.poll() == ["k1"]
+
+
+async def test_the_cancellation_may_meet_the_answer(world: World) -> None:
+    agent = await given(world, "k1")
+    world.store.slow = True
+    poll = agent.poll_task()
+    await world.settle()
+    world.store.catch_up()  # the answer is ready, its task has not run yet
+    poll.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await poll
+    await world.settle()
+    assert await world.state("k1") == "queued"
+
+
+async def test_an_agent_that_hangs_up_on_a_held_poll_swallows_nothing(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 20})
+    agent = await living(world)
+    poll = agent.poll_task()
+    await world.pass_s(3)
+    poll.cancel()
+    world.controller.push("k1")
+    await world.settle()
+    assert await agent.poll() == ["k1"]
+
+
+async def test_a_held_poll_gets_the_command_at_once(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 20})
+    agent = await living(world)
+    poll = agent.poll_task()
+    await world.pass_s(7)
+    world.controller.push("k1")
+    await world.settle()
+    assert [command.id for command in agent.take(poll.result())] == ["k1"]
+
+
+# --- doubt ------------------------------------------------------------------------------------------------------------
+
+
+async def test_without_evidence_in_time_it_is_offered_again_with_a_reason(world: World) -> None:
+    agent = await offered(world)
+    agent.reconnect(clean=False)
+    await world.pass_s(59.9)
+    assert await world.state("k1") == "offered"
+    await world.pass_s(0.2)
+    assert await world.state("k1") == "uncertain"
+    assert await agent.poll() == ["k1"]
+    assert traces(world, "k1")[-2:] == ["uncertain: no evidence", "offered: attempt 2, no evidence"]
+    assert world.metric("commands_total", event="redelivered") == 1
+
+
+async def test_a_slow_agent_on_a_kept_connection_gets_nothing_twice(world: World) -> None:
+    agent = await offered(world)
+    await world.pass_s(90)
+    assert await agent.poll() == []
+    await world.settle()
+    assert await world.state("k1") == "delivered"
+
+
+async def test_after_max_attempts_it_is_dead_and_the_controller_is_told(make_world: MakeWorld) -> None:
+    world = await make_world(commands={"max_attempts": 3})
+    agent = await given(world, "k1", "k2")
+    for attempt in range(3):
+        assert await agent.poll() == ["k1", "k2"], attempt
+        agent.reconnect(clean=False)
+        await agent.live(61)
+    assert await agent.poll() == []
+    await agent.live(30)
+    assert await world.state("k1") == "dead"
+    [result] = world.controller.results("k1")
+    assert (result["success"], result["code"]) == (False, "undeliverable")
+
+
+@pytest.mark.parametrize("settings", [{"at_most_once": ["once"]}, {"uncertain": "dead"}])
+async def test_some_are_never_offered_twice(make_world: MakeWorld, settings: dict[str, Any]) -> None:
+    world = await make_world(commands=settings)
+    agent = await given(world, "k1", type="once")
+    assert await agent.poll() == ["k1"]
+    agent.reconnect(clean=False)
+    await world.pass_s(61)
+    assert await agent.poll() == []
+    await world.settle()
+    assert codes(world, "k1") == ["undeliverable"]
+    assert await agent.result("k1") == Accepted()
+    await world.settle()
+    assert await world.state("k1") == "answered", "a valid result is stored in every state"
+
+
+async def test_a_restart_makes_an_offer_uncertain(world: World) -> None:
+    agent = await offered(world)
+    await world.crash()
+    world.start()
+    await world.settle()
+    assert await world.state("k1") == "uncertain"
+    assert await agent.poll() == ["k1"]
+    assert traces(world, "k1") == ["uncertain: restart", "offered: attempt 2, restart"]
+
+
+async def test_after_a_restart_attempts_count_on(make_world: MakeWorld) -> None:
+    world = await make_world(commands={"max_attempts": 3})
+    agent = await given(world, "k1")
+    for _ in range(3):
+        assert await agent.poll() == ["k1"]
+        await world.crash()
+        world.start()
+        await world.settle()
+    assert await agent.poll() == []
+    await world.settle()
+    assert codes(world, "k1") == ["undeliverable"]
+
+
+async def test_a_crash_before_the_reply_was_read_loses_nothing(world: World) -> None:
+    agent = await given(world, "k1", "k2")
+    poll = agent.poll_task()
+    await world.crash()
+    poll.cancel()
+    world.start()
+    await world.settle()
+    assert await agent.poll() == ["k1", "k2"]
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_command_that_is_not_fetched_in_time_expires(world: World) -> None:
+    agent = await given(world, "k1", ttl_seconds=60)
+    await agent.live(61)
+    assert await agent.poll() == []
+    assert await world.state("k1") == "expired"
+    assert codes(world, "k1") == ["expired"]
+
+
+async def test_only_queued_commands_expire(world: World) -> None:
+    agent = await given(world, "k1", ttl_seconds=30)
+    assert await agent.poll() == ["k1"]
+    agent.reconnect(clean=False)
+    await agent.live(70)
+    assert await world.state("k1") == "uncertain"
+    assert await agent.poll() == ["k1"]
+
+
+async def test_one_that_comes_back_after_its_time_expires_at_once(world: World) -> None:
+    agent = await given(world, "k1", ttl_seconds=30)
+    answer = await agent.call(PollCall("clusters_agent", agent.target))
+    await world.pass_s(31)
+    assert answer.lease is not None
+    world.bridge.unwritten(answer.lease)
+    await world.settle()
+    assert await world.state("k1") == "expired"
+
+
+async def test_expiry_survives_a_restart(world: World) -> None:
+    agent = await given(world, "k1", "k2", ttl_seconds=100)
+    await world.stop()
+    await world.pass_s(90)
+    world.start()
+    await agent.live(11)
+    assert codes(world, "k1") == ["expired"]
+    assert codes(world, "k2") == ["expired"]
+
+
+async def test_very_late_expiries_do_not_upset_the_timers(world: World) -> None:
+    agent = await given(world, "k1", ttl_seconds=9e9)
+    world.controller.push("k2", ttl_seconds=40)
+    await agent.live(50)
+    assert codes(world, "k2") == ["expired"]
+    assert await agent.poll() == ["k1"]
+
+
+@pytest.mark.parametrize("settings", [{"max_queued": 2}, {"max_queued_bytes": 1400}])
+async def test_the_queue_is_bounded(make_world: MakeWorld, settings: dict[str, int]) -> None:
+    world = await make_world(commands=settings)
+    agent = await given(world, "k1", "k2", "k3", payload={"data": "x" * 600})
+    assert codes(world, "k3") == ["queue_full"]
+    world.controller.push("k1", payload={"data": "x" * 600})
+    await world.settle()
+    assert not codes(world, "k1"), "a duplicate is none too many"
+    assert await agent.poll() == ["k1", "k2"]
+    await agent.heartbeat()
+    world.controller.push("k3", payload={"data": "x" * 600})
+    await world.settle()
+    assert await agent.poll() == ["k3"]
+
+
+async def test_bounds_hold_for_a_burst_on_its_way_to_the_disk(make_world: MakeWorld) -> None:
+    world = await make_world(commands={"max_queued": 3})
+    await living(world)
+    world.store.slow = True
+    for number in range(6):
+        world.controller.push(f"k{number}")
+    await world.settle()
+    world.store.catch_up()
+    await world.settle()
+    assert [codes(world, f"k{n}") for n in range(6)] == [[], [], [], ["queue_full"], ["queue_full"], ["queue_full"]]
+
+
+# --- duplicates -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_duplicate_is_not_queued_twice(world: World) -> None:
+    agent = await given(world, "k1", "k1")
+    world.controller.push("k1")
+    await world.settle()
+    assert await agent.poll() == ["k1"]
+    await agent.heartbeat()
+    world.controller.push("k1")
+    await world.settle()
+    assert await agent.poll() == []
+    assert world.metric("commands_total", event="duplicate") == 3
+
+
+async def test_not_even_across_restarts_and_its_result_is_sent_again(world: World) -> None:
+    agent = await given(world, "k1")
+    await agent.poll()
+    await agent.result("k1", output="once")
+    await agent.live(40)
+    await world.restart()
+    await agent.live(10)
+    assert len(world.controller.results("k1")) == 1
+    world.controller.push("k1")
+    await world.settle()
+    assert await agent.poll() == []
+    first, second = world.controller.results("k1")
+    assert first["output"] == second["output"] == "once"
+    await agent.live(40)
+    assert await world.state("k1") == "closed"
+    assert world.bridge.outbox.empty
+
+
+async def test_the_same_id_for_two_agents_is_two_commands(world: World) -> None:
+    one = await living(world, name="one")
+    two = await living(world, name="two", agent_id="pod-2")
+    world.controller.push("k1", cluster_id=one.cluster_id)
+    world.controller.push("k1", cluster_id=two.cluster_id)
+    await world.settle()
+    assert await one.poll() == ["k1"]
+    assert await two.poll() == ["k1"]
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+async def test_the_first_result_wins_and_repeats_are_idempotent(world: World) -> None:
+    agent = await given(world, "k1")
+    await agent.poll()
+    assert await agent.result("k1", output="first") == Accepted()
+    assert await agent.result("k1", output="second") == Accepted()
+    await agent.live(40)
+    assert await agent.result("k1", output="third") == Accepted()
+    await agent.live(40)
+    assert [result["output"] for result in world.controller.results("k1")] == ["first"]
+    assert world.metric("results_total", kind="repeat", success="true") == 2
+
+
+async def test_a_result_for_a_queued_command_ends_its_waiting(world: World) -> None:
+    agent = await given(world, "k1")
+    await agent.result("k1")
+    assert await agent.poll() == []
+    assert await world.state("k1") == "answered"
+
+
+async def test_a_result_after_expiry_still_reaches_the_controller(world: World) -> None:
+    agent = await given(world, "k1", ttl_seconds=10)
+    await agent.live(15)
+    await agent.result("k1", output="late")
+    await world.settle()
+    assert codes(world, "k1") == ["expired", ""]
+
+
+async def test_results_of_unknown_commands_are_forwarded_once(world: World) -> None:
+    agent = await living(world)
+    await agent.result("k9")
+    await agent.result("k9")
+    await world.settle()
+    assert codes(world, "k9") == ["unknown_command"]
+
+
+async def test_an_agent_that_hangs_up_has_posted_its_result_all_the_same(world: World) -> None:
+    agent = await given(world, "k1")
+    await agent.poll()
+    world.store.slow = True
+    post = world.loop.create_task(agent.result("k1"))
+    await world.settle()
+    post.cancel()
+    world.store.catch_up()
+    await world.settle()
+    assert len(world.controller.results("k1")) == 1
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+async def test_without_a_target_the_only_fresh_session_is_meant(world: World) -> None:
+    first = await living(world, name="one")
+    await world.pass_s(60)
+    second = await living(world, name="two", agent_id="pod-2")
+    world.controller.push("k1")
+    await world.settle()
+    assert await second.poll() == ["k1"]
+    await world.pass_s(60)
+    world.controller.push("k2")
+    await world.settle()
+    assert await first.poll() == []
+    assert await second.poll() == ["k2"], "none fresh: the most recently seen"
+
+
+async def test_with_several_fresh_ones_it_is_ambiguous(world: World) -> None:
+    one = await living(world, name="one")
+    two = await living(world, name="two", agent_id="pod-2")
+    world.controller.push("k1")
+    world.controller.push("k2", cluster_id="c-9")
+    world.controller.push("k3", agent_id="pod-2")
+    await world.settle()
+    assert codes(world, "k1") == ["ambiguous_target"]
+    assert codes(world, "k2") == ["unknown_agent"]
+    assert await one.poll() == []
+    assert await two.poll() == ["k3"]
+
+
+async def test_without_any_session_nobody_is_meant(world: World) -> None:
+    world.controller.push("k1")
+    await world.settle()
+    assert codes(world, "k1") == ["unknown_agent"]
+
+
+@pytest.mark.parametrize(
+    "payload", [{"id": "a/b"}, {"id": "x" * 300}, {"id": "k1", "type": 5}, {"id": "k1", "payload": {"n": 10**400}}]
+)
+async def test_what_cannot_be_shaped_is_rejected_and_poisons_nothing(world: World, payload: dict[str, Any]) -> None:
+    agent = await living(world)
+    world.controller.socket.says("command", payload, "r1")
+    world.controller.push("k2")
+    await world.settle()
+    assert await agent.poll() == ["k2"]
+    [rejected] = world.controller.got("command_result")
+    assert rejected.payload["code"] == "malformed"
+    assert rejected.request_id == "r1"
+    assert rejected.payload["command_id"] in ("k1", "r1")
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+async def test_commands_that_nobody_polls_for_are_said_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    def warnings() -> int:
+        return [record.getMessage() for record in caplog.records].count("commands_not_polled")
+
+    agent = await given(world, "k1")
+    await agent.live(595)
+    assert warnings() == 0
+    await agent.live(30)
+    assert warnings() == 1
+    assert world.bridge.unpolled == {world.session("c-1").key}
+    await agent.live(1000, every_s=30)
+    assert warnings() == 1
+    await agent.poll()
+    await agent.live(20)
+    assert not world.bridge.unpolled
+    world.controller.push("k2")
+    await agent.live(550)
+    assert warnings() == 1, "it has not waited for ten minutes"
+    await agent.live(100)
+    assert warnings() == 2

@@ -1,0 +1,221 @@
+"""Results reach the controller at least once, and are closed when it has them (protocol.md §3, CLOSED)."""
+
+from __future__ import annotations
+
+import pytest
+
+from shim.core.calls import Accepted
+from shim.core.records import CloseOutbox, Operation, PutOutbox, ReadOutbox
+from tests.bridge.conftest import MakeWorld
+from tests.support.world import Agent, World
+
+
+async def answered(world: World, *commands: str, output: str = "done") -> Agent:
+    """A living agent that has posted these results."""
+    agent = world.agent()
+    await agent.register()
+    await agent.heartbeat()
+    for command_id in commands:
+        world.controller.push(command_id)
+    await world.settle()
+    await agent.poll()
+    for command_id in commands:
+        assert await agent.result(command_id, output=output) == Accepted()
+    await world.settle()
+    return agent
+
+
+def sent(world: World, command_id: str) -> int:
+    return len(world.controller.results(command_id))
+
+
+async def test_a_pong_closes_where_the_controller_acknowledges_nothing(world: World) -> None:
+    world.controller.manners.acks = False
+    await answered(world, "k1")
+    assert await world.state("k1") == "closed"
+
+
+async def test_only_a_later_acknowledgement_does_where_it_acknowledges(world: World) -> None:
+    agent = await answered(world, "k1")
+    assert await world.state("k1") == "answered", "pongs may come from a proxy whose application stalled"
+    await agent.live(40)
+    assert await world.state("k1") == "closed"
+    assert sent(world, "k1") == 1
+
+
+async def test_the_acknowledgement_of_an_earlier_heartbeat_closes_nothing(world: World) -> None:
+    agent = await answered(world)
+    world.controller.manners.acks = False
+    await world.pass_s(30)
+    await agent.heartbeat()
+    await world.settle()
+    earlier = world.controller.got("heartbeat")[-1]
+    await agent.result("k9")
+    await world.settle()
+    world.controller.socket.says("heartbeat_ack", {}, earlier.request_id)
+    await world.settle()
+    assert not world.bridge.outbox.empty
+    world.controller.manners.acks = True
+    await agent.live(40)
+    assert world.bridge.outbox.empty
+
+
+async def test_a_pong_before_the_application_has_spoken_proves_nothing(world: World) -> None:
+    agent = await answered(world, "k1")
+    world.controller.go_away()
+    await world.settle()
+    await agent.result("k2")
+    await world.restart()  # nothing is fresh: no registration, no heartbeat is sent
+    world.controller.come_back()
+    world.controller.manners.acks = False
+    await world.pass_s(10)
+    assert sent(world, "k2") == 1
+    assert not world.bridge.outbox.empty
+    world.controller.socket.says("ping", {})
+    await world.settle()
+    assert world.bridge.outbox.empty
+
+
+async def test_until_then_it_is_sent_again_after_each_reconnect(world: World) -> None:
+    world.controller.manners.pongs = world.controller.manners.acks = False
+    agent = await answered(world, "k1")
+    for round_ in range(2, 5):
+        world.controller.socket.lose()
+        await agent.live(5)
+        assert sent(world, "k1") == round_
+    world.controller.manners.acks = True
+    world.controller.socket.lose()
+    await agent.live(5)
+    assert await world.state("k1") == "closed", "the heartbeat after it was acknowledged"
+    world.controller.socket.lose()
+    await agent.live(5)
+    assert sent(world, "k1") == 5
+
+
+async def test_what_was_sent_into_a_dying_connection_is_sent_again(world: World) -> None:
+    agent = await answered(world)
+    world.controller.socket.swallows = True
+    await agent.result("k1")
+    await world.settle()
+    world.controller.socket.lose()
+    await agent.live(5)
+    assert sent(world, "k1") == 1
+
+
+async def test_results_wait_on_disk_while_the_link_is_down_also_through_a_restart(world: World) -> None:
+    agent = await answered(world)
+    world.controller.go_away()
+    await world.settle()
+    for number in range(100):
+        await agent.result(f"k{number}")
+    await world.restart()
+    world.controller.come_back()
+    await world.pass_s(10)
+    order = [message.payload["command_id"] for message in world.controller.got("command_result")]
+    assert order == [f"k{number}" for number in range(100)]
+    await agent.live(40)
+    assert world.bridge.outbox.empty
+
+
+async def test_replayed_registrations_go_before_results(world: World) -> None:
+    world.controller.manners.pongs = world.controller.manners.acks = False
+    agent = await answered(world, "k1")
+    before = len(world.controller.log)
+    world.controller.socket.lose()
+    await agent.live(5)
+    kinds = [entry.message.type for entry in world.controller.log[before:]]
+    assert kinds == ["register", "command_result", "heartbeat"]
+
+
+async def test_long_results_do_not_pile_up_on_the_connection(world: World) -> None:
+    world.controller.manners.acks = world.controller.manners.pongs = False
+    agent = await answered(world, *(f"k{n}" for n in range(20)), output="x" * 900_000)
+    assert len(world.controller.got("command_result")) < 12
+    for _ in range(8):
+        for payload in list(world.controller.socket.pings):
+            world.controller.socket.pong(payload)
+        await world.settle()
+    assert len(world.controller.got("command_result")) == 20
+    assert agent.world.bridge.outbox.empty
+
+
+async def test_a_result_longer_than_the_controller_takes_is_cut_and_says_so(make_world: MakeWorld) -> None:
+    world = await make_world(upstream={"max_send_bytes": 65_536})
+    await answered(world, "k1", output="x" * 100_000)
+    [result] = world.controller.results("k1")
+    assert 60_000 < len(result["output"]) < 65_536
+    assert result["metadata"] == {"output_truncated_bytes": 100_000 - len(result["output"])}
+
+
+# --- a store that refuses ---------------------------------------------------------------------------------------------
+
+
+async def test_a_close_that_the_disk_refuses_is_made_up_for(world: World) -> None:
+    agent = await answered(world, "k1")
+    world.store.failing = lambda operations: isinstance(operations[0], CloseOutbox)
+    await agent.live(40)
+    assert await world.state("k1") == "answered"
+    world.store.heal()
+    world.controller.socket.lose()
+    await agent.live(40)
+    assert sent(world, "k1") == 2
+    assert await world.state("k1") == "closed"
+
+
+async def test_an_outbox_that_cannot_be_read_is_read_later(world: World) -> None:
+    agent = await answered(world)
+    world.controller.go_away()
+    await world.settle()
+    await agent.result("k1")
+    world.store.failing = lambda operations: isinstance(operations[0], ReadOutbox)
+    world.controller.come_back()
+    await agent.live(10)
+    assert sent(world, "k1") == 0
+    world.store.heal()
+    await agent.live(10)
+    assert sent(world, "k1") == 1
+
+
+def no_outbox(operations: list[Operation]) -> bool:
+    return isinstance(operations[0], PutOutbox)
+
+
+async def test_what_cannot_be_stored_is_told_at_once(world: World) -> None:
+    world.store.failing = no_outbox  # type: ignore[assignment]
+    world.controller.push("k1")
+    await world.settle()
+    assert [result["code"] for result in world.controller.results("k1")] == ["unknown_agent"]
+
+
+async def test_or_when_there_is_a_connection_again(world: World) -> None:
+    agent = await answered(world)
+    world.controller.push("k1", ttl_seconds=10)
+    await world.settle()
+    world.controller.go_away()
+    world.store.fail()
+    await agent.live(15)
+    world.controller.come_back()
+    await agent.live(10)
+    assert [result["code"] for result in world.controller.results("k1")] == ["expired"]
+
+
+async def test_a_page_read_before_a_close_does_not_send_the_closed_again(world: World) -> None:
+    agent = await answered(world, "k1")
+    world.store.slow = True
+    world.bridge.outbox.online("default")  # the page is read, but has not arrived
+    await agent.live(40)  # the acknowledgement closes it meanwhile
+    world.store.catch_up()
+    await world.settle()
+    assert sent(world, "k1") == 1
+    assert world.bridge.outbox.empty
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_nothing_is_left_when_all_is_confirmed(world: World, late: bool) -> None:
+    agent = await answered(world, *(f"k{n}" for n in range(40)))
+    world.store.slow = late
+    await agent.live(40)
+    world.store.catch_up()
+    await world.settle()
+    assert world.bridge.outbox.empty
+    assert len(world.bridge.outbox) == 0
