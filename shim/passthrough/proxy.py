@@ -19,7 +19,8 @@ log = get(__name__)
 
 CONNECT_S = 5.0
 READ_S = 60.0  # between two pieces of a reply; agents themselves give up after 30 s
-WHOLE_BYTES = 262_144
+WHOLE_BYTES = 262_144  # a reply up to here goes down at once
+MAX_READ_BYTES = 16_777_216  # one that must be understood here may be so large
 HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -94,13 +95,36 @@ class Proxy:
             return Proxied(response.status, headers, _pieces(response))
         try:
             async with response:
-                body = await response.read()
+                body = await _read(response.content)
         except (aiohttp.ClientError, TimeoutError, OSError):
             raise Unreachable("the vendor's HTTP API broke off") from None
         if whole and response.headers.get("Content-Encoding", "").lower() == "gzip":
-            body = zlib.decompress(body, 31)
+            body = _inflate(body)
             headers = tuple((name, value) for name, value in headers if name.lower() != "content-encoding")
         return Proxied(response.status, headers, body)
+
+
+async def _read(content: aiohttp.StreamReader) -> bytes:
+    """A whole body. Raises `Unreachable` for one that is larger than any reply that is read here."""
+    parts, size = [], 0
+    async for piece in content.iter_any():
+        size += len(piece)
+        if size > MAX_READ_BYTES:
+            raise Unreachable("the vendor's HTTP API answered more than can be read")
+        parts.append(piece)
+    return b"".join(parts)
+
+
+def _inflate(body: bytes) -> bytes:
+    """Decode gzip that was not asked for. Raises `Unreachable` for what is none, or too much."""
+    decoder = zlib.decompressobj(31)
+    try:
+        plain = decoder.decompress(body, MAX_READ_BYTES)
+    except zlib.error:
+        raise Unreachable("the vendor's HTTP API answered something that is no gzip") from None
+    if not decoder.eof:
+        raise Unreachable("the vendor's HTTP API answered more than can be read")
+    return plain
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
