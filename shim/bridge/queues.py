@@ -15,6 +15,7 @@ log = get(__name__)
 
 EXPIRY_SLACK = 4096
 MAX_TIMER_S = 86_400.0
+WALL_STEP_S = 1.0
 
 
 class Queues:
@@ -26,6 +27,7 @@ class Queues:
         self._queues: dict[SessionKey, CommandQueue] = {}
         self._expiries: list[tuple[float, int, SessionKey, str]] = []
         self._timer_at: float | None = None
+        self._wall_offset_s = ctx.clock.wall_s() - ctx.now
 
     def get(self, key: SessionKey) -> CommandQueue | None:
         """A session's queue, if it has one."""
@@ -114,6 +116,22 @@ class Queues:
         if live is not None:
             self.end(key, live, State.EXPIRED, "expired", "not fetched in time")
 
+    def sweep(self) -> None:
+        """Notice that the wall clock was set: a machine may start with a wrong one.
+
+        Commands loaded from disk expire by it; what arrived in this process does not.
+        """
+        by_s = self._ctx.clock.wall_s() - self._ctx.now - self._wall_offset_s
+        if abs(by_s) < WALL_STEP_S:
+            return
+        self._wall_offset_s += by_s
+        log.warning("wall_clock_stepped", by_s=round(by_s, 3))
+        for key, queue in self.items():
+            for live in queue.all():
+                if live.arrived_at is None:
+                    live.expires_at -= by_s
+                    self.watch(key, live)
+
     def _held(self, key: SessionKey, command_id: str) -> bool:
         queue = self._queues.get(key)
         return queue is not None and queue.get(command_id) is not None
@@ -134,5 +152,8 @@ class Queues:
         self._timer_at = None
         while self._expiries and self._expiries[0][0] <= self._ctx.now:
             _, _, key, command_id = heapq.heappop(self._expiries)
-            self.expire(key, command_id)
+            queue = self._queues.get(key)
+            live = queue.get(command_id) if queue is not None else None
+            if live is not None and live.expires_at <= self._ctx.now:
+                self.expire(key, command_id)
         self._arm()

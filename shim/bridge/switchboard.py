@@ -113,6 +113,7 @@ class Bridge:
             return
         now = self.ctx.now
         self.links.sweep()
+        self.queues.sweep()
         self.roster.sweep()
         self.presence.settle()
         self.gateways.sweep(now)

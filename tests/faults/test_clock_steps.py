@@ -1,0 +1,56 @@
+"""The wall clock steps: what arrived in this process keeps its time, what came from disk follows the clock."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.support.virtual import run_virtual
+from tests.support.world import World
+
+HOURS_S = 3600.0
+
+
+def test_a_command_that_arrived_here_lives_as_long_as_was_said_whatever_the_wall_clock_does() -> None:
+    async def scenario() -> None:
+        world = World().start()
+        agent = world.agent()
+        await agent.register()
+        await agent.heartbeat()
+        world.controller.push("c1", cluster_id=agent.cluster_id, ttl_seconds=60)
+        await world.settle()
+        world.clock.wall_offset_s = 6 * HOURS_S
+        await asyncio.sleep(50)
+        assert await world.state("c1") == "queued"
+        world.clock.wall_offset_s = -6 * HOURS_S
+        await asyncio.sleep(11)
+        assert await world.state("c1") == "expired"
+        await world.stop()
+
+    run_virtual(scenario())
+
+
+def test_a_command_from_disk_expires_by_the_wall_clock_also_when_that_is_set_right_only_later() -> None:
+    async def scenario() -> None:
+        world = World().start()
+        agent = world.agent()
+        await agent.register()
+        for command_id, ttl_s in (("short", 60), ("long", 7200)):
+            world.controller.push(command_id, cluster_id=agent.cluster_id, ttl_seconds=ttl_s)
+        await world.settle()
+        await world.crash()
+
+        world.clock.wall_offset_s = -6 * HOURS_S  # the machine comes back with a wrong clock
+        world.start()
+        await asyncio.sleep(120)
+        assert await world.state("short") == "queued"
+        world.clock.wall_offset_s = 0
+        await asyncio.sleep(2)
+        assert (await world.state("short"), await world.state("long")) == ("expired", "queued")
+        assert [result["code"] for result in world.controller.results("short")] == ["expired"]
+
+        world.clock.wall_offset_s = 6 * HOURS_S
+        await asyncio.sleep(2)
+        assert await world.state("long") == "expired"
+        await world.stop()
+
+    run_virtual(scenario())
