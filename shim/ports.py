@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -199,7 +199,7 @@ class Proxied:
 
     status: int
     headers: tuple[tuple[str, str], ...]
-    body: bytes | AsyncIterator[bytes] = field(repr=False)
+    body: bytes | AsyncGenerator[bytes, None] = field(repr=False)
     lease: Lease | None = None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncGenerator
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -59,15 +60,16 @@ class Writer:
         return await self._end(visit, proxied.status, written=written, keep=keep)
 
     async def _stream(
-        self, connection: Connection, start: bytes, pieces: AsyncIterator[bytes], *, chunked: bool
+        self, connection: Connection, start: bytes, pieces: AsyncGenerator[bytes, None], *, chunked: bool
     ) -> bool:
         timeout_s = self._house.listen.body_timeout_s
         written = await connection.write(start, timeout_s)
         try:
-            async for piece in pieces:
-                if not written:
-                    break
-                written = await connection.write(chunk(piece) if chunked else piece, timeout_s, answered=False)
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    if not written:
+                        break
+                    written = await connection.write(chunk(piece) if chunked else piece, timeout_s, answered=False)
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False  # the reply broke off: only the end of the connection can say so
         if chunked and written:

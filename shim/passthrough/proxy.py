@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -127,7 +127,7 @@ def _inflate(body: bytes) -> bytes:
     return plain
 
 
-async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
     async with response:
         async for piece in response.content.iter_any():
             yield piece

@@ -201,6 +201,11 @@ class Agent:
         body, self._unread = self._unread[:size], self._unread[size:]
         return Reply(int(lines[0].split()[1]), headers, body)
 
+    def take(self) -> bytes:
+        """What was received behind the last response."""
+        data, self._unread = self._unread, b""
+        return data
+
     async def _more(self) -> None:
         data = await self.receive()
         if not data:
