@@ -121,6 +121,16 @@ class FlakyStore:
         if done is not None and not self.dead:
             done(outcome)
 
+    async def find(self, command_id: str) -> list[Any]:
+        """What the store below knows of a command, whatever trouble this one makes."""
+        found: asyncio.Future[list[Any] | StoreError] = asyncio.get_running_loop().create_future()
+        self.outstanding += 1
+        self.inner.submit([FindCommand(command_id)], found.set_result)
+        outcome = await found
+        self.outstanding -= 1
+        assert not isinstance(outcome, StoreError)
+        return list(outcome[0])
+
     def fail(self) -> None:
         """The disk is full from now on."""
         self.failing = lambda operations: True
@@ -264,19 +274,11 @@ class World:
 
     async def trace(self, command_id: str) -> list[str]:
         """The events in the life of a command, as they are on disk."""
-        found: asyncio.Future[list[Any] | StoreError] = self.loop.create_future()
-        self.store.inner.submit([FindCommand(command_id)], found.set_result)
-        outcome = await found
-        assert not isinstance(outcome, StoreError)
-        return [entry.event for _, _, trace in outcome[0] for entry in trace]
+        return [entry.event for _, _, trace in await self.store.find(command_id) for entry in trace]
 
     async def state(self, command_id: str) -> str:
         """The state of a command on disk."""
-        found: asyncio.Future[list[Any] | StoreError] = self.loop.create_future()
-        self.store.inner.submit([FindCommand(command_id)], found.set_result)
-        outcome = await found
-        assert not isinstance(outcome, StoreError)
-        return ",".join(record.state.value for record, _, _ in outcome[0])
+        return ",".join(record.state.value for record, _, _ in await self.store.find(command_id))
 
     def agent(self, **fields: Any) -> Agent:
         return Agent(self, **fields)
