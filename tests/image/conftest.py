@@ -40,3 +40,5 @@ def started(engine: Engine) -> Iterator[list[str]]:
     for name in names:
         kind, _, rest = name.rpartition(":")
         engine.podman(*(["pod"] if kind else []), "rm", "-f", "-t", "1", rest, check=False)
+    # A pod's ConfigMaps stay behind as volumes, and would be taken for those of the next.
+    engine.podman("volume", "prune", "-f")

@@ -13,6 +13,8 @@ from tests.support.manifests import ROOT, Refused
 
 TOOLS = ("buildah", "podman", "runc", "mmdebstrap")
 BASE = "localhost/python-base:ci"
+OURS = "localhost/agent-shim"
+KEPT = 8
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 _STORAGE = '[storage]\ndriver="overlay"\ngraphroot="{0}/graph"\nrunroot="{0}/run"\n'
 # crun fails on some cgroup layouts, and default limits cannot be raised in a sandbox.
@@ -74,9 +76,10 @@ class Engine:
 
     def build(self) -> str:
         """The name of the image of this checkout; built once for each content."""
-        image = f"localhost/agent-shim:{_digest()}"
+        image = f"{OURS}:{_digest()}"
         if self.has_image(image):
             return image
+        self._tidy()
         if not self.has_image(BASE):
             self.run("sh", ROOT / "tests/support/make-python-base.sh", self.work, BASE, timeout_s=240)
         options = ("--format", "docker", "--layers", "--pull-never", "--isolation=chroot", "--network=host")
@@ -84,6 +87,13 @@ class Engine:
         args = ("--build-arg", f"PYTHON_IMAGE={BASE}", "--build-arg", "VERSION=ci", "--build-arg", "REVISION=abc")
         self.run("buildah", "bud", *options, *args, *mounts, "-t", image, ROOT, timeout_s=240)
         return image
+
+    def _tidy(self) -> None:
+        """Images of former contents go when they become many; with them the layers that only they had."""
+        names = [name for name in self.podman("images", "--format", "{{.Repository}}:{{.Tag}}").split() if OURS in name]
+        if len(names) > KEPT:
+            self.podman("rmi", "-f", *names)
+            self.podman("image", "prune", "-f")
 
 
 def _digest() -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import sys
+from typing import NoReturn
 
 import click
 import ruamel.yaml  # noqa: F401 - said here, so that its absence names the extra that brings it
 
 from shim import __version__
-from shim.tools.inject import documents
+from shim.tools.inject import documents, gap
 from shim.tools.inject.sidecar import NAME, InjectError
 
 
@@ -22,6 +23,7 @@ from shim.tools.inject.sidecar import NAME, InjectError
 @click.option("--no-config", is_flag=True, help="Do not write that ConfigMap: the chart's release has it.")
 @click.option("--remove", is_flag=True, help="Take the sidecar out again.")
 @click.option("--dry-run", is_flag=True, help="Print what would change instead of the manifest.")
+@click.option("--check", is_flag=True, help="Read `kubectl get pods -o json`: exit code 1 if an agent is without it.")
 def command(  # noqa: PLR0913, PLR0917 - one for each option
     filename: str,
     image: str,
@@ -31,6 +33,7 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
     no_config: bool,
     remove: bool,
     dry_run: bool,
+    check: bool,
 ) -> None:
     """Add the sidecar to the agent's manifest; print the result. Doing it twice is doing it once."""
     try:
@@ -38,6 +41,8 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise click.ClickException(f"{filename} cannot be read: {error}") from None
+    if check:
+        _check(text)
     options = documents.Options(image, container, config_map, not no_config, own_token)
     try:
         after = documents.remove(text) if remove else documents.inject(text, options)
@@ -50,3 +55,15 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
             difflib.unified_diff(before, new, name, f"{name} with the sidecar{'' if not remove else ' removed'}")
         )
     sys.stdout.write(after)
+
+
+def _check(text: str) -> NoReturn:
+    try:
+        agents = gap.agents(gap.listed(text))
+    except InjectError as error:
+        raise click.ClickException(str(error)) from None
+    for pod in agents:
+        click.echo(f"{pod.namespace}/{pod.name}: {pod.fault or ('opted out' if pod.opted_out else 'ok')}")
+    if not agents:
+        click.echo("no agent is running here")
+    sys.exit(1 if any(pod.fault for pod in agents) else 0)
