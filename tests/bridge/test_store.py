@@ -50,7 +50,7 @@ async def test_the_whole_life_on_sqlite_through_a_stop_and_a_crash(make_world: M
     world.controller.push("k1")
     await world.settle()
     assert await agent.poll() == []
-    assert await world.trace("k0") == ["arrived", "offered", "result", "closed"]
+    assert await world.trace("k0") == ["arrived", "offered", "delivered", "result", "closed", "arrived"]
 
 
 async def test_sessions_aliases_and_tunnels_come_back_from_sqlite(make_world: MakeWorld, tmp_path: Path) -> None:
