@@ -28,9 +28,13 @@ _OPTIONAL = {"rich": "tools", "ruamel": "tools", "nats": "nats"}
 _TOOLS = {
     "controller": ("shim.tools.controller", "A development controller: the vendor's WebSocket API with fault scripts."),
     "demo": ("shim.tools.demo", "Controller, shim and one legacy agent in this terminal, step by step."),
+    "drain": ("shim.tools.drain", "Tell a running shim to take no new commands and hand over what it has."),
     "fleet": ("shim.tools.fleet", "Simulated legacy agents of every dialect, with a latency report."),
     "health": ("shim.tools.health", "Ask a running shim how it is: exit code 0 or 1."),
     "inject": ("shim.tools.inject", "Add the sidecar to a manifest of the agent, or take it out again."),
+    "purge": ("shim.tools.purge", "Give up a command that waits for its agent."),
+    "redeliver": ("shim.tools.redeliver", "Queue a command again that ended without a result."),
+    "status": ("shim.tools.status", "What a running shim does, once or live: links, agents, commands."),
 }
 
 

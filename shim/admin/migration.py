@@ -6,10 +6,10 @@ from functools import cache
 from typing import Any
 
 from shim import dialects
-from shim.admin.words import plural, span
 from shim.bridge import Bridge
 from shim.core.records import SessionKey
 from shim.core.usage import Route, Use
+from shim.core.words import plural, span
 from shim.settings import Sunset
 from shim.validation import instant_s
 
@@ -68,7 +68,7 @@ def _reasons(bridge: Bridge, last_seen: dict[SessionKey, float], wall: float, st
     if commands:
         reasons.append(f"{plural(commands, 'command')} wait for their agents")
     if not bridge.outbox.empty:
-        reasons.append("results have not reached the controller yet")
+        reasons.append("results are not confirmed by the controller yet")
     return reasons
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from shim.admin.words import plural, span
+from shim.core.words import plural, span
 
 LEVELS = ("good", "waiting", "warning", "bad")
 SETTLING_S = 10.0

@@ -1,0 +1,120 @@
+"""How `agent-shim status` says what `/status.json` holds: as lines of a summary and rows of a table. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from shim.core.words import plural, span
+
+HEAD = ("AGENT", "DIALECT", "ALIVE", "HEARTBEATS", "POLLS", "HELD UP TO", "QUEUE")
+PHASES = {"up": "connected", "down": "away", "refused": "token refused", "idle": "at rest"}
+WORDS = {"good": "OK", "waiting": "--", "warning": "WARN", "bad": "BAD"}
+
+
+class View(NamedTuple):
+    """`level` is that of the sentence; `rows` are tuples as long as `HEAD`, with the level of each."""
+
+    level: str
+    sentence: str
+    hints: list[str]
+    lines: list[tuple[str, str]]
+    rows: list[tuple[str, tuple[str, ...]]]
+    more: str
+
+
+def view(status: dict[str, Any]) -> View:
+    """Everything that is shown of a status."""
+    overall, sessions = status["overall"], status["sessions"]
+    hidden = sessions["total"] - len(sessions["items"])
+    first, *others = overall["problems"] or [{"hint": "", "text": ""}]
+    hints = [first["hint"]] if first["hint"] else []
+    hints += [" ".join(filter(None, (problem["text"], problem["hint"]))) for problem in others]
+    return View(
+        overall["level"],
+        overall["text"],
+        hints,
+        _lines(status),
+        [_row(session, status["now"]) for session in sessions["items"]],
+        f"and {plural(hidden, 'more agent')}" if hidden > 0 else "",
+    )
+
+
+def plain(shown: View) -> str:
+    """Without colours, for pipes and where rich is not installed."""
+    lines = [f"{WORDS[shown.level]}: {shown.sentence}", *(f"  {hint}" for hint in shown.hints), ""]
+    lines += [f"{name:<12}{text}" for name, text in shown.lines]
+    if shown.rows:
+        table = [HEAD, *(cells for _, cells in shown.rows)]
+        widths = [max(len(row[column]) for row in table) for column in range(len(HEAD))]
+        lines += [
+            "",
+            *("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table),
+        ]
+    return "\n".join([*lines, *([shown.more] if shown.more else [])])
+
+
+def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
+    commands, now = status["commands"], status["now"]
+    latency = commands["latency"]
+    timing = f"half handed over within {_ms(latency['p50_s'])}, 95 % within {_ms(latency['p95_s'])}"
+    lines = [
+        ("shim", f"{status['version']}, mode {status['mode']}, up {span(now - status['started_at'])}"),
+        ("controller", f"{status['upstream']}: {_links(status['links'], now)}"),
+        ("commands", f"{commands['waiting']} waiting, {commands['offered']} offered, {commands['uncertain']} in doubt"),
+        ("results", f"{commands['results']} to report"),
+        ("latency", timing if latency["commands"] else "no command handed over yet"),
+        ("removal", _removal(status["migration"])),
+    ]
+    if status["drain"]["state"] != "off":
+        lines.append(("drain", drain_line(status["drain"])))
+    return lines
+
+
+def drain_line(drain: dict[str, Any]) -> str:
+    """A drain's progress in one line."""
+    left = f"{plural(drain['commands'], 'command')} and {plural(drain['results'], 'result')} left"
+    return f"{drain['state']}: {left}, {drain['refused']} refused"
+
+
+def _links(links: dict[str, Any], now: float) -> str:
+    if not links["items"]:
+        return "no link yet"
+    if links["total"] > 1:
+        return f"{links['online']} of {links['total']} links up"
+    link = links["items"][0]
+    reason = f" ({link['reason']})" if link["reason"] and link["phase"] != "up" else ""
+    return f"{PHASES[link['phase']]} for {span(now - link['since'])}{reason}"
+
+
+def _removal(migration: dict[str, Any]) -> str:
+    days = migration["sunset"]["days_left"]
+    sunset = (
+        "" if days is None else "; the legacy API is over" if days < 0 else f"; sunset in {plural(int(days), 'day')}"
+    )
+    return ("possible" if migration["removable"] else f"not yet: {', '.join(migration['reasons'])}") + sunset
+
+
+def _row(session: dict[str, Any], now: float) -> tuple[str, tuple[str, ...]]:
+    queue, hold = session["queue"], session["hold"]
+    waiting = queue["waiting"] + queue["offered"]
+    since = session["stale_since"]
+    alive = "alive" if session["fresh"] else "silent" if since is None else f"silent for {span(now - since)}"
+    polled = "held now" if session["polling_now"] else _ago(session["poll_at"], now)
+    level = "warning" if queue["not_polling"] or not session["fresh"] else "good"
+    return level, (
+        session["name"] or session["id"],
+        session["dialect"],
+        alive,
+        f"every {session['heartbeat_s']:.0f} s" if session["heartbeat_s"] else _ago(session["heartbeat_at"], now),
+        polled,
+        f"{hold['limit_s']:.0f} s" if hold["limit_s"] else "not held",
+        (f"{waiting} waiting" if waiting else "empty") + (", does not poll" if queue["not_polling"] else ""),
+    )
+
+
+def _ago(at: float | None, now: float) -> str:
+    return "never" if at is None else f"{span(now - at)} ago"
+
+
+def _ms(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
