@@ -132,8 +132,8 @@ async def test_the_dashboard_fits_grafanas_own_types(tmp_path: Path) -> None:
             assert panel["type"] == "row"
     (tmp_path / "node_modules").symlink_to(modules)
     (tmp_path / "dashboard.mts").write_text("\n".join(lines))
-    options = {"noEmit": True, "strict": True, "module": "nodenext", "skipLibCheck": True, "types": []}
-    (tmp_path / "tsconfig.json").write_text(json.dumps({"compilerOptions": options, "files": ["dashboard.mts"]}))
+    compiler = {"noEmit": True, "strict": True, "module": "nodenext", "skipLibCheck": True, "types": []}
+    (tmp_path / "tsconfig.json").write_text(json.dumps({"compilerOptions": compiler, "files": ["dashboard.mts"]}))
     process = await asyncio.create_subprocess_exec(
         *(str(modules / ".bin" / "tsc"), "-p", str(tmp_path)), stdout=asyncio.subprocess.PIPE
     )
