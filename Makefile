@@ -17,7 +17,7 @@ NODE_DEPS := $(if $(shell command -v npm 2>/dev/null),$(CLIENTS)/node_modules/.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test cov demo run chart lock clean
+.PHONY: help install check test cov demo run chart lock audit sbom licenses clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,7 @@ install: $(DEV) ## create .venv with everything that development needs
 check: $(DEV) ## lint, format, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict shim
+	$(BIN)/mypy --strict shim supply
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/yamllint --strict .
@@ -58,6 +58,16 @@ lock: $(DEV) ## resolve the dependencies anew into requirements/ (ARGS=--upgrade
 	$(call compile,dev,--extra tools --extra nats --group dev)
 	$(call compile,tools,--extra tools --group build --constraints requirements/dev.txt)
 	$(call compile,run,--extra tools --extra nats --constraints requirements/dev.txt)
+
+audit: $(DEV) ## known vulnerabilities of what the image runs (ARGS go to pip-audit); exit code 2 where nobody can tell
+	$(BIN)/python -m supply.audit $(ARGS)
+
+sbom: $(DEV) ## CycloneDX bills of materials into dist/: the wheel's, and with IMAGE=name that image's
+	$(BIN)/python -m supply.sbom dist/agent-shim.cdx.json
+	$(if $(IMAGE),$(BIN)/python -m supply.sbom dist/agent-shim-image.cdx.json --image $(IMAGE))
+
+licenses: $(DEV) ## write docs/licenses.md from the locked packages' metadata
+	$(BIN)/python -m supply.licenses --write
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) dist build htmlcov .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
