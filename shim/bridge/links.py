@@ -229,6 +229,8 @@ class LinkRunner:
         idle_close_s = self._ctx.settings.upstream.idle_close_s
         if self._listener.link_needed(self):
             self.needed_at = self._ctx.now
+            if self.machine.state is LinkState.IDLE and self.machine.accepted_at is not None:
+                self.apply(ev.Wanted())  # a command ended while nobody called: the controller waits for word of it
         elif idle_close_s and self._ctx.now - self.needed_at >= idle_close_s:
             self.attempts.closed()
             if self.machine.state is not LinkState.IDLE:

@@ -46,6 +46,7 @@ def test_a_command_from_disk_expires_by_the_wall_clock_also_when_that_is_set_rig
         world.clock.wall_offset_s = 0
         await asyncio.sleep(2)
         assert (await world.state("short"), await world.state("long")) == ("expired", "queued")
+        await world.controller.until("command_result", within_s=10)
         assert [result["code"] for result in world.controller.results("short")] == ["expired"]
 
         world.clock.wall_offset_s = 6 * HOURS_S
