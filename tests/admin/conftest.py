@@ -1,0 +1,61 @@
+"""What the status page would show of a world in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from shim.admin.journal import Journal
+from shim.admin.series import Sampler
+from shim.admin.snapshot import Facts, Snapshots
+from tests.bridge.conftest import make_world, pytest_asyncio_loop_factories, world
+from tests.support.world import World
+
+__all__ = ["make_world", "pytest_asyncio_loop_factories", "world"]
+
+
+@dataclass
+class Page:
+    """The status of one world."""
+
+    world: World
+    sampler: Sampler
+    snapshots: Snapshots
+
+    def status(self, *not_ready: str) -> dict[str, Any]:
+        return self.snapshots.take(list(not_ready))
+
+    @property
+    def sentence(self) -> tuple[str, str]:
+        overall = self.status()["overall"]
+        return overall["level"], overall["text"]
+
+
+MakePage = Callable[[World], Page]
+
+
+@pytest.fixture
+def make_page() -> Iterator[MakePage]:
+    pages: list[Page] = []
+
+    def make(of: World) -> Page:
+        journal = Journal(of.bridge.ctx.store)
+        of.bridge.ctx.store = journal
+        sampler = Sampler(of.bridge)
+        sampler.start()
+        facts = Facts("1.2.3", of.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
+        pages.append(Page(of, sampler, Snapshots(of.bridge, sampler, journal, facts)))
+        return pages[-1]
+
+    yield make
+    for each in pages:
+        each.sampler.stop()
+
+
+@pytest.fixture
+def page(world: World, make_page: MakePage) -> Page:
+    """The page of a shim with a configured token, online, without agents."""
+    return make_page(world)
