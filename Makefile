@@ -29,6 +29,7 @@ check: $(DEV) ## lint, format, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict shim supply
 	$(BIN)/lint-imports
+	$(BIN)/zizmor --offline --pedantic --quiet --no-progress .github/workflows
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/yamllint --strict .
 	$(BIN)/shellcheck .ci/run .ci/helm-tools helm/post-renderer/*.sh

@@ -1,7 +1,7 @@
 """`docs/licenses.md`: the licences of all that is shipped, from the packages' own metadata, held to a list of them.
 
-`python -m supply.licenses` prints it, `--write` writes it, `--check` compares and exits 1 on a difference; all exit 1 for
-a licence that is not allowed. Packages that are not installed here are taken over from the file as it is.
+`python -m supply.licenses` prints it, `--write` writes it, `--check` compares and exits 1 on a difference; all exit 1
+for a licence that is not allowed. Packages that are not installed here are taken over from the file as it is.
 """
 
 from __future__ import annotations

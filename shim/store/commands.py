@@ -32,7 +32,7 @@ _INSERT_COMMAND = (
 )
 _SELECT_COMMAND = "SELECT seq, state, result FROM commands WHERE session = ? AND id = ?"
 _FIND_COMMANDS = (
-    f"SELECT result, {rows.COMMAND_COLUMNS} FROM commands"  # noqa: S608
+    f"SELECT result, {rows.COMMAND_COLUMNS} FROM commands"  # noqa: S608 - constants
     " WHERE seq IN (SELECT seq FROM commands WHERE id = ?) ORDER BY seq"
 )
 _MARK = "UPDATE commands SET state = ?, attempts = attempts + ?, updated = ? WHERE session = ? AND id = ?"
@@ -45,8 +45,8 @@ _INSERT_TRACE = (
 )
 _INSERT_LONE_TRACE = "INSERT INTO lone_traces (session, command_id, wall, event, detail) VALUES (?, ?, ?, ?, ?)"
 _PRUNE = (
-    f"DELETE FROM traces WHERE command IN (SELECT seq FROM commands WHERE {ENDED} AND updated < :before)",  # noqa: S608
-    f"DELETE FROM commands WHERE {ENDED} AND updated < :before",  # noqa: S608
+    f"DELETE FROM traces WHERE command IN (SELECT seq FROM commands WHERE {ENDED} AND updated < :before)",  # noqa: S608 - constants
+    f"DELETE FROM commands WHERE {ENDED} AND updated < :before",  # noqa: S608 - constants
     "DELETE FROM lone_traces WHERE wall < :before",
     "DELETE FROM unknown_results WHERE wall < :before",
 )

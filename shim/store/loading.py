@@ -29,7 +29,7 @@ class _Table:
     @property
     def query(self) -> str:
         # Constants of this module only; nothing that was ever input becomes SQL.
-        return f"SELECT {self.id}, {self.columns} FROM {self.name} WHERE {self.condition} ORDER BY {self.order}"  # noqa: S608
+        return f"SELECT {self.id}, {self.columns} FROM {self.name} WHERE {self.condition} ORDER BY {self.order}"  # noqa: S608 - constants
 
 
 # A state that nobody knows is among what is read, so that it is found.
@@ -69,7 +69,7 @@ class _Reader:
     def _put_aside(self, table: _Table, number: int, row: list[Any], reason: str) -> None:
         content = dict(zip(table.columns.split(", "), row, strict=True))
         command = quarantine.keep(self._cursor, table.name, content, reason)
-        self._cursor.execute(f"DELETE FROM {table.name} WHERE {table.id} = ?", (number,))  # noqa: S608
+        self._cursor.execute(f"DELETE FROM {table.name} WHERE {table.id} = ?", (number,))  # noqa: S608 - constants
         self.quarantined += 1
         if table is _COMMANDS and (command[0] is None or not command[1]):
             self.unanswerable.append(command)

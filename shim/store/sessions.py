@@ -9,7 +9,7 @@ from shim.store import rows
 from shim.store.rows import encode_json
 
 _SAVE_SESSION = (
-    f"INSERT INTO sessions ({rows.SESSION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+    f"INSERT INTO sessions ({rows.SESSION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - constants
     " ON CONFLICT (session) DO UPDATE SET dialect = excluded.dialect, agent_id = excluded.agent_id,"
     " upstream_cluster_id = excluded.upstream_cluster_id, last_seen = excluded.last_seen,"
     " superseded_by = excluded.superseded_by, registration = excluded.registration, reply = excluded.reply,"
@@ -57,7 +57,7 @@ class SessionOperations:
 
     def delete(self, operation: DeleteSession) -> None:
         for table in ("aliases", "tunnels", "sessions"):
-            self._cursor.execute(f"DELETE FROM {table} WHERE session = ?", (str(operation.key),))  # noqa: S608
+            self._cursor.execute(f"DELETE FROM {table} WHERE session = ?", (str(operation.key),))  # noqa: S608 - constants
 
     def move(self, operation: MoveSession) -> None:
         source, target = operation.source, operation.target

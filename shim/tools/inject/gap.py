@@ -57,7 +57,9 @@ def in_cluster(namespace: str = "") -> list[Mapping[str, Any]]:
     where = ["--namespace", namespace] if namespace else ["--all-namespaces"]
     command = ["kubectl", "get", "pods", *where, "--output", "json", f"--request-timeout={_KUBECTL_S}s"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_KUBECTL_S + 5, check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
+            command, capture_output=True, text=True, timeout=_KUBECTL_S + 5, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InjectError(f"kubectl cannot be asked: {type(error).__name__}") from None
     if done.returncode:

@@ -1,0 +1,85 @@
+"""The workflows cannot be run here: they are linted, and what matters about them is asserted."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".github" / "workflows"
+FILES = sorted(FOLDER.glob("*.yml"))
+PINNED = re.compile(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
+
+
+def workflow(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text())
+    return loaded
+
+
+def test_there_is_one_for_every_push_and_one_for_releases() -> None:
+    assert [file.name for file in FILES] == ["ci.yml", "release.yml"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_every_action_is_pinned_by_its_commit_and_the_file_says_that_it_was_not_run(file: Path) -> None:
+    used = re.findall(r"uses: (.*)", file.read_text())
+    assert used
+    assert [each for each in used if not PINNED.fullmatch(each)] == []
+    assert "Not yet run" in file.read_text().splitlines()[0]
+
+
+def test_one_action_has_one_commit() -> None:
+    used = {use for file in FILES for use in re.findall(r"uses: (\S+@\S+)", file.read_text())}
+    assert len(used) == len({use.partition("@")[0] for use in used})
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_nothing_is_permitted_that_a_job_does_not_ask_for(file: Path) -> None:
+    loaded = workflow(file.name)
+    assert loaded["permissions"] == {}
+    assert all("permissions" in job and "timeout-minutes" in job for job in loaded["jobs"].values())
+
+
+def test_the_matrix_has_every_python_that_the_package_claims() -> None:
+    claimed = re.findall(r"Programming Language :: Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    matrix = workflow("ci.yml")["jobs"]["python"]["strategy"]["matrix"]["python"]
+    assert matrix == ["3.11", "3.12", "3.13", "3.14"]
+    assert not claimed or sorted(claimed, key=lambda each: int(each[2:])) == matrix
+
+
+def test_a_release_is_attested_and_signed_before_anything_is_published() -> None:
+    jobs = workflow("release.yml")["jobs"]
+    assert set(jobs["publish"]["needs"]) == {"attest", "image", "chart"}
+    said = (FOLDER / "release.yml").read_text()
+    assert said.count("actions/attest-build-provenance@") == 2, "wheel and image"
+    assert said.count("cosign sign --yes") == 2, "image and chart"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_the_scripts_in_it_pass_shellcheck(file: Path, tmp_path: Path) -> None:
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("needs shellcheck")
+    steps = [step["run"] for job in workflow(file.name)["jobs"].values() for step in job["steps"] if "run" in step]
+    for number, script in enumerate(steps):
+        path = tmp_path / f"{number}.sh"
+        path.write_text(f"set -e\n{script}")
+        done = subprocess.run([shellcheck, "--shell=bash", path], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_zizmor_has_nothing_to_say() -> None:
+    zizmor = Path(sys.executable).with_name("zizmor")
+    if not zizmor.exists():
+        pytest.skip("needs zizmor")
+    done = subprocess.run(
+        [zizmor, "--offline", "--pedantic", "--no-progress", *FILES], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
