@@ -12,6 +12,8 @@ from shim.errors import ShimError
 from shim.messages import Message
 
 MAX_ID_BYTES = 256
+MAX_ECHO_CHARS = 1024
+"""How much of an id that cannot be used goes back with the rejection."""
 MAX_DEPTH = 64
 """Arrays and objects in one another; far above what commands have, far below where encoders fail."""
 MAX_NUMBER = int(1.7976931348623157e308)
@@ -35,7 +37,10 @@ _UNFIT = frozenset("/?#%")
 
 
 class Malformed(ShimError):
-    """A command that cannot be brought into the shape that every agent decodes. `command_id` is set if it is known."""
+    """A command that cannot be brought into the shape that every agent decodes.
+
+    `command_id` is what the controller calls it, also where that is the fault; empty if it has no name.
+    """
 
     def __init__(self, reason: str, command_id: str = "") -> None:
         super().__init__(reason)
@@ -98,9 +103,11 @@ def _command_id(payload: dict[str, Any], request_id: str, new_id: Callable[[], s
         if found:
             # Agents put the id into their result's path as it is: what cannot stand there could never be answered.
             if len(found.encode("utf-8", "replace")) > MAX_ID_BYTES or not found.isprintable() or _UNFIT & set(found):
-                raise Malformed("the command id must be 1-256 printable bytes without any of / ? # %")
+                raise Malformed(
+                    "the command id must be 1-256 printable bytes without any of / ? # %", found[:MAX_ECHO_CHARS]
+                )
             if found in (".", ".."):
-                raise Malformed("the command id must not be a dot segment")
+                raise Malformed("the command id must not be a dot segment", found)
             return found
     return new_id()
 

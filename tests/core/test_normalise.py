@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shim import dialects
 from shim.core.calls import Commands, OfferedCommand
-from shim.core.normalise import MAX_DEPTH, Malformed, Normalised, normalise
+from shim.core.normalise import MAX_DEPTH, MAX_ECHO_CHARS, Malformed, Normalised, normalise
 from shim.core.timestamps import rfc3339
 from shim.dialects import Call
 from shim.messages import Message
@@ -54,9 +54,16 @@ def test_the_id_is_the_first_there_is(payload: dict[str, Any], request_id: str, 
 @pytest.mark.parametrize(
     "command_id", ["a/b", "/", ".", "..", "a?b", "a#b", "a%2f", "x" * 257, "ü" * 129, "a\nb", "\x00", "a\u202eb"]
 )
-def test_an_id_that_no_agent_could_answer_is_refused(command_id: str) -> None:
-    with pytest.raises(Malformed):
-        normal({"command_id": command_id})
+def test_an_id_that_no_agent_could_answer_is_refused_by_its_name(command_id: str) -> None:
+    with pytest.raises(Malformed) as refused:
+        normal({"command_id": command_id}, "r")
+    assert refused.value.command_id == command_id, "the controller knows it by no other"
+
+
+def test_a_huge_id_goes_back_shortened() -> None:
+    with pytest.raises(Malformed) as refused:
+        normal({"command_id": "x" * 5000})
+    assert refused.value.command_id == "x" * MAX_ECHO_CHARS
 
 
 # --- type and payload -------------------------------------------------------------------------------------------------
