@@ -157,6 +157,9 @@ class Switchboard(Protocol):
         offered is then the switchboard's own business, also when the cancellation meets an answer that is just ready.
         """
 
+    def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
+        """Carry out a call that need not wait, as `call` does. `None` where it must, and then nothing has happened."""
+
     def written(self, lease: Lease) -> None:
         """The whole reply was handed to the kernel."""
 

@@ -36,6 +36,7 @@ from shim.core.calls import (
 from shim.core.hold import Hold
 from shim.core.link import LinkState
 from shim.core.records import AddTrace, PutResult, ResultOutcome, SessionKey, TraceEntry
+from shim.core.sessions import Session
 from shim.core.timestamps import rfc3339
 from shim.core.usage import route_of
 from shim.errors import AgentError, StoreError
@@ -70,6 +71,27 @@ class Calls:
 
     async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
         """Carry out one call (`ports.Switchboard.call`)."""
+        answer = self.at_once(client, call, arrived_s)
+        if answer is not None:
+            return answer
+        owner = self._routes.owner_of(client.token) or ""
+        try:
+            match call:
+                case PollCall():
+                    return await self._poll(owner, client, call, arrived_s)
+                case RegisterCall():
+                    return Answer(await self._register(owner, client, call, arrived_s))
+                case ResultCall():
+                    return Answer(await self._result(owner, client, call))
+                case TunnelPollCall():
+                    return Answer(await self._tunnel_poll(owner, client, call))
+                case _:
+                    raise TypeError(f"{type(call).__name__} is answered at once")
+        except AgentError as error:
+            return _failed(error)
+
+    def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
+        """Carry out a call that need not wait (`ports.Switchboard.at_once`)."""
         if isinstance(call, HealthCall):
             return Answer(Healthy())
         owner = self._routes.owner_of(client.token)
@@ -82,19 +104,17 @@ class Calls:
                 case HeartbeatCall():
                     return Answer(self._heartbeat(owner, client, call))
                 case PollCall():
-                    return await self._poll(owner, client, call, arrived_s)
-                case RegisterCall():
-                    return Answer(await self._register(owner, client, call, arrived_s))
-                case ResultCall():
-                    return Answer(await self._result(owner, client, call))
+                    return self._empty_poll(owner, client, call)
                 case StatusCall():
                     return Answer(self._status(owner, client, call))
-                case TunnelPollCall():
-                    return Answer(await self._tunnel_poll(owner, client, call))
+                case TunnelPollCall() if not self._ctx.settings.poll.hold_tunnel:
+                    return Answer(self._tunnel_state(owner, client, call))
                 case TunnelInfoCall():
                     return Answer(self._tunnel_info(owner, call))
+                case _:
+                    return None
         except AgentError as error:
-            return Answer(Failed(error.status, str(error), error.retry_after_s))
+            return _failed(error)
 
     def _vet(self, owner: str, client: Client, call: HeartbeatCall | PollCall | StatusCall | ResultCall) -> None:
         """An unknown agent with a token of its own must get a link, and no refusal, before anything is kept of it.
@@ -200,11 +220,26 @@ class Calls:
             self._delivery.outbox.added(outcome.entry, posted_at)
         self._delivery.answered(key, call.command_id)
 
-    async def _poll(self, owner: str, client: Client, call: PollCall, arrived_s: float) -> Answer:
+    def _polled(self, owner: str, client: Client, call: PollCall) -> Session:
         session = self._roster.called(owner, call.target, call.dialect)
         session.poll_at = self._ctx.now
         self._usage.note(session.key, call.dialect, "poll", session.seen_wall)
         self._routes.link_for(session, client)
+        return session
+
+    def _empty_poll(self, owner: str, client: Client, call: PollCall) -> Answer | None:
+        """Answer a poll for which there is nothing, and which may not be held either."""
+        known = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, call.target))
+        if known is None or self._holding.limit_s(known.hold) > 0 or self._delivery.concerned(known.key):
+            return None
+        session = self._polled(owner, client, call)
+        self._holding.poll_arrived(session, session.hold)
+        self._presence.called(session)
+        self._holding.answered(session.hold)
+        return Answer(Commands((), self._ctx.settings.poll.frequency_s))
+
+    async def _poll(self, owner: str, client: Client, call: PollCall, arrived_s: float) -> Answer:
+        session = self._polled(owner, client, call)
         key, hold = session.key, session.hold
         limit_s = self._holding.poll_arrived(session, hold)
         poll = self._delivery.poll(key, client.connection, arrived_s, hold=limit_s > 0)
@@ -232,17 +267,24 @@ class Calls:
             hold.gone()
             raise
 
-    async def _tunnel_poll(self, owner: str, client: Client, call: TunnelPollCall) -> Outcome:
+    def _tunnel_polled(self, owner: str, client: Client, call: TunnelPollCall) -> Session | None:
         session = self._roster.known(owner, call.target)
         key = session.key if session is not None else self._ctx.sessions.key_of(owner, call.target)
         self._usage.note(key, *route_of(call), self._ctx.clock.wall_s())
-        frequency_s = self._ctx.settings.poll.frequency_s
-        if session is None:
-            return TunnelState(None, frequency_s)
-        self._routes.link_for(session, client)
-        self._presence.called(session)
-        await self._holding.tunnel(session)
-        return TunnelState(session.tunnel, frequency_s)
+        if session is not None:
+            self._routes.link_for(session, client)
+            self._presence.called(session)
+        return session
+
+    def _tunnel_state(self, owner: str, client: Client, call: TunnelPollCall) -> Outcome:
+        session = self._tunnel_polled(owner, client, call)
+        return TunnelState(None if session is None else session.tunnel, self._ctx.settings.poll.frequency_s)
+
+    async def _tunnel_poll(self, owner: str, client: Client, call: TunnelPollCall) -> Outcome:
+        session = self._tunnel_polled(owner, client, call)
+        if session is not None:
+            await self._holding.tunnel(session)
+        return TunnelState(None if session is None else session.tunnel, self._ctx.settings.poll.frequency_s)
 
     def _tunnel_info(self, owner: str, call: TunnelInfoCall) -> Outcome:
         session = self._roster.known(owner, call.target)
@@ -250,3 +292,7 @@ class Calls:
             return Failed(404, "not registered")
         self._usage.note(session.key, *route_of(call), session.seen_wall)
         return TunnelInfo(outcome_of(session, cached=False))
+
+
+def _failed(error: AgentError) -> Answer:
+    return Answer(Failed(error.status, str(error), error.retry_after_s))

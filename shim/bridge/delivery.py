@@ -83,6 +83,11 @@ class Delivery:
 
     # --- polls --------------------------------------------------------------------------------------------------------
 
+    def concerned(self, key: SessionKey) -> bool:
+        """Whether a poll would change anything: commands wait or are on their way, or another poll is held."""
+        queue = self._queues.get(key)
+        return key in self._polls or (queue is not None and len(queue) > 0)
+
     def poll(self, key: SessionKey, connection: int, arrived_s: float, *, hold: bool) -> Poll:
         """A poll arrived: its earlier offer may be evidenced by it; then it gets what there is, or waits if `hold`.
 

@@ -161,6 +161,10 @@ class Bridge:
         """Carry out an agent's call (`ports.Switchboard.call`)."""
         return await self.calls.call(client, call, arrived_s)
 
+    def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
+        """Carry out a call that need not wait (`ports.Switchboard.at_once`)."""
+        return self.calls.at_once(client, call, arrived_s)
+
     def written(self, lease: Lease) -> None:
         """The whole reply was handed to the kernel."""
         self.delivery.written(cast("Offering", lease))

@@ -25,15 +25,21 @@ from shim.core.calls import AgentCall, Failed, Outcome
 from shim.errors import AgentError
 
 MAX_ID_BYTES = 256
+MAX_DEPTH = 64
+"""Arrays and objects in one another that a body may have; far above what agents send, far below where encoders fail."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One legacy request, read and decoded: `params` are the path's ids, `body` the JSON value (`None` if empty)."""
+    """One legacy request, read and decoded: `params` are the path's ids, `body` the JSON value (`None` if empty).
+
+    `shallow`: the body has so few brackets that it cannot be nested too deeply; the dialect need not look.
+    """
 
     params: Mapping[str, str]
     body: Any = field(default=None, repr=False)
     user_agent: str = ""
+    shallow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +182,8 @@ def decode_id(raw: str) -> str:
 
 def valid_id(data: bytes | str, what: str = "id") -> str:
     """Check an id from a path or a body (protocol.md §1). Raises `AgentError` 400, which names `what`."""
+    if isinstance(data, str) and _PLAIN_ID.fullmatch(data):
+        return data
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     try:
         text = raw.decode("utf-8")

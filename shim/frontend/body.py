@@ -9,8 +9,10 @@ import msgspec
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
+from shim.dialects import MAX_DEPTH
 from shim.errors import AgentError
 from shim.frontend.limits import RETRY_AFTER_S, BodyBudget
 
@@ -58,6 +60,14 @@ async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float
         budget.give_back(size)
 
 
+def peek(payload: StreamReader) -> bytes:
+    """A whole body, left where it is. `read_nowait` would let aiohttp parse and read on, which is not wanted yet."""
+    if payload is EMPTY_PAYLOAD:
+        return b""
+    parts = payload._buffer  # noqa: SLF001
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def decode_body(data: bytes) -> Any:
     """The JSON value of a body, `None` if it is empty. Raises `AgentError` 400."""
     if not data:
@@ -66,6 +76,11 @@ def decode_body(data: bytes) -> Any:
         return _decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise AgentError(400, "the body is not valid JSON") from None
+
+
+def is_shallow(data: bytes) -> bool:
+    """True for what cannot be nested deeper than `MAX_DEPTH`, because it has no more brackets."""
+    return data.count(b"{") + data.count(b"[") <= MAX_DEPTH
 
 
 def _check_announcement(request: web.BaseRequest, limit_bytes: int) -> None:

@@ -3,53 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import socket
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 
 from shim.frontend import kernel
-from shim.frontend.replies import SENT_CLOSE, Replies
-from shim.metrics import Metrics
-from shim.ports import Client, Switchboard
-from shim.settings import Listen
+from shim.frontend.gate import Gate
+from shim.frontend.house import House
+from shim.frontend.replies import SENT_CLOSE
+from shim.ports import Client
 
 FAREWELL_S = 2.0
 
+Express = Callable[["Connection", RawRequestMessage, StreamReader, float], bytes | None]
+"""Makes the whole response to a request at once, or `None`; the number is the loop time of its first byte."""
+
 logger = logging.getLogger(__name__)
-
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-
-
-@dataclass(frozen=True, slots=True)
-class House:
-    """What all connections of one frontend share."""
-
-    listen: Listen
-    switchboard: Switchboard
-    metrics: Metrics
-    replies: Replies
-
-
-class ConnectionServer(web.Server):
-    """aiohttp's server with connections of our own kind."""
-
-    def __init__(self, handler: Handler, house: House, **options: Any) -> None:
-        # aiohttp's default keeps a handler running after its agent has left: a held poll would swallow a command
-        super().__init__(handler, handler_cancellation=True, **options)
-        self.open_connections = 0
-        self._house = house
-        self._numbers = itertools.count(1)
-
-    def __call__(self) -> Connection:
-        return Connection(self, self._house, next(self._numbers), self._kwargs)
 
 
 class Connection(RequestHandler):
@@ -61,6 +37,7 @@ class Connection(RequestHandler):
         "_answered",
         "_arrivals_s",
         "_body",
+        "_express",
         "_had_lease",
         "_head_since_s",
         "_head_timed",
@@ -68,7 +45,6 @@ class Connection(RequestHandler):
         "_house",
         "_lease_open",
         "_own_socket",
-        "_owner",
         "_pipelined",
         "_refused",
         "_socket",
@@ -78,12 +54,15 @@ class Connection(RequestHandler):
         "number",
     )
 
-    def __init__(self, server: ConnectionServer, house: House, number: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self, server: web.Server, house: House, express: Express, number: int, options: dict[str, Any]
+    ) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self.number = number
         self.client: Client | None = None
         self.authorization: str | None = None
-        self._owner = server
+        self._express = express
+        self._parser = cast("Any", Gate(self._parser, self._answered_at_once))
         self._house = house
         self._wire: asyncio.Transport | None = None  # aiohttp forgets its `transport` before the end
         self._socket: socket.socket | None = None  # or what transports give instead, which knows the same methods
@@ -101,8 +80,6 @@ class Connection(RequestHandler):
         self._acknowledged = False
         self._aborted = False
 
-    # --- the life of the connection ---
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._wire = wire = cast("asyncio.Transport", transport)
         tls = wire.get_extra_info("sslcontext") is not None
@@ -110,9 +87,9 @@ class Connection(RequestHandler):
         if tls:
             # the transport's own is closed before `connection_lost` comes
             self._socket = self._own_socket = self._socket.dup()
-        self._owner.open_connections += 1
+        self._house.doors.open += 1
         self._house.metrics.connections.inc()
-        if self._owner.open_connections > self._house.listen.max_connections:
+        if self._house.doors.open > self._house.listen.max_connections:
             self._refused = True
             self._house.metrics.bad_requests.labels("connections").inc()
             wire.write(self._house.replies.error(503, "too many connections"))
@@ -129,10 +106,9 @@ class Connection(RequestHandler):
         self._note_acknowledgement()  # TLS is going to answer with bytes of its own, which nobody will acknowledge
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._owner.open_connections -= 1
+        self._house.doors.open -= 1
         self._house.metrics.connections.dec()
-        if self._head_timer is not None:
-            self._head_timer.cancel()
+        self._stop_head_timer()
         self._note_acknowledgement()
         if self._own_socket is not None:
             self._own_socket.close()
@@ -197,16 +173,38 @@ class Connection(RequestHandler):
         if arrived > 1:
             self._arrivals_s.extend([self._loop.time()] * (arrived - 1))
         self._head_since_s = None
-        self._head_timed = False
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        self._stop_head_timer()
         message, payload = self._messages[-1]
         if self._body is not None and self._in_body() and isinstance(fault := getattr(message, "exc", None), Exception):
             # aiohttp queues a fault in a body as if it were a request of its own, and the body's reader waits on
             self._body.set_exception(fault)
         self._body = payload
         self._pipelined = self._pipelined or self._request_count - self._answered > 1
+
+    def _answered_at_once(self, request: RawRequestMessage, body: StreamReader) -> bool:
+        """Answer a request that has just been parsed, if nothing else is under way and nothing of it needs to wait."""
+        waiter, wire = self._waiter, self._wire
+        if waiter is None or waiter.done() or self._messages or self._pipelined or self.writing_paused:
+            return False
+        if wire is None or wire.is_closing() or self._head_since_s is None:
+            return False
+        if request.should_close or request.upgrade or not body.is_eof() or body.exception() is not None:
+            return False
+        self._note_next_request()
+        response = self._express(self, request, body, self._head_since_s)
+        if response is None:
+            return False
+        self._head_since_s = None
+        self._stop_head_timer()
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        wire.write(response)
+        return True
+
+    def _stop_head_timer(self) -> None:
+        self._head_timed = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def _never_spoke(self) -> None:
         self._head_timer = None
@@ -224,12 +222,13 @@ class Connection(RequestHandler):
 
     def begin_request(self) -> float:
         """Called once by the handler of each request; returns the loop time of its first byte."""
+        self._note_next_request()
+        return self._arrivals_s.pop(0) if self._arrivals_s else self._loop.time()
+
+    def _note_next_request(self) -> None:
         if self._lease_open and not self._pipelined:
             self._lease_open = False
             self._house.switchboard.next_request(self.number)
-        return self._arrivals_s.pop(0) if self._arrivals_s else self._loop.time()
-
-    # --- replies ---
 
     def can_write(self, *, for_commands: bool) -> bool:
         """False when the agent is known to have hung up; for a reply with commands the kernel is asked, too."""

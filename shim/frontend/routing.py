@@ -22,6 +22,10 @@ class Routes:
         """How many targets are remembered."""
         return len(self._matches)
 
+    def remembered(self, method: str, target: str) -> Match | None:
+        """The route of a target that was seen before."""
+        return self._matches.get((method, target))
+
     def match(self, request: web.BaseRequest) -> Match:
         """Route a request. Raises `AgentError` 400, 404 or 405."""
         key = (request.method, request.raw_path)

@@ -12,16 +12,19 @@ from aiohttp import hdrs, web
 from shim.core.calls import AgentCall, Failed, RegisterCall
 from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
 from shim.errors import AgentError
-from shim.frontend.body import BodyRefused, decode_body, read_body
-from shim.frontend.connection import Connection, ConnectionServer, House
+from shim.frontend.body import BodyRefused, decode_body, is_shallow, read_body
+from shim.frontend.connection import Connection
+from shim.frontend.express import Express
 from shim.frontend.forwarding import forwarded, is_large
 from shim.frontend.guard import Guard, bearer
+from shim.frontend.house import House
 from shim.frontend.limits import BodyBudget, InFlight
+from shim.frontend.listener import ConnectionServer
 from shim.frontend.replies import Replies, StaticHeaders, encode_body, no_static_headers
 from shim.frontend.routing import Routes
 from shim.frontend.tls import ServerTls
 from shim.frontend.visit import Visit
-from shim.frontend.writing import Writer
+from shim.frontend.writing import Counts, Writer
 from shim.metrics import Metrics
 from shim.ports import Answer, Client, Fallback, Proxied, Switchboard
 from shim.settings import Listen
@@ -62,7 +65,9 @@ class Frontend:
         self._budget = BodyBudget(2 * max(listen.max_status_body_bytes, listen.max_body_bytes))
         self._routes = Routes(Router(dialects, listen.base_path))
         self._house = House(listen, switchboard, metrics, Replies(static_headers))
-        self._writer = Writer(self._house)
+        counts = Counts(metrics)
+        self._writer = Writer(self._house, counts)
+        self._express = Express(self._house, self._guard, self._routes, counts, fallback)
         self._web: ConnectionServer | None = None
         self._server: asyncio.Server | None = None
 
@@ -72,6 +77,7 @@ class Frontend:
         self._web = ConnectionServer(
             self._serve,
             self._house,
+            self._express.answer,
             keepalive_timeout=listen.keepalive_s,
             tcp_keepalive=True,
             access_log=None,  # it shows request targets
@@ -167,7 +173,7 @@ class Frontend:
         data = await read_body(request, limit_bytes, listen.body_timeout_s, self._budget)
         body = decode_body(data) if route.method == hdrs.METH_POST else None
         visit.step = "call"
-        call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""))
+        call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(data))
         agent_call = match.dialect.parse(route.operation, call)
         if isinstance(agent_call, RegisterCall):
             visit.step = "in_flight"
@@ -194,7 +200,7 @@ class Frontend:
         if match is not None and data is not None:
             with contextlib.suppress(AgentError):
                 body = decode_body(data) if match.route.method == hdrs.METH_POST else None
-                call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""))
+                call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(data))
                 agent_call = match.dialect.parse(match.route.operation, call)
         answer = await fallback.serve(forwarded(visit, listen.base_path, client, data, agent_call))
         if isinstance(answer, Proxied):

@@ -11,22 +11,52 @@ from aiohttp.http import HttpVersion11
 from multidict import istr
 from prometheus_client import Counter, Histogram
 
-from shim.dialects import Reply
-from shim.frontend.connection import Connection, House
+from shim.dialects import Match, Reply
+from shim.frontend.connection import Connection
 from shim.frontend.forwarding import chunk, head
+from shim.frontend.house import House
 from shim.frontend.replies import SENT_CLOSE, SENT_KEEP
 from shim.frontend.visit import Visit
+from shim.metrics import Metrics
 from shim.ports import Proxied
 
-_REQUEST_ID = istr("X-Request-Id")
+REQUEST_ID = istr("X-Request-Id")
+
+
+class Counts:
+    """Counts answered requests."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram, Counter | None]] = {}
+
+    def count(self, match: Match | None, status: int, took_s: float) -> None:
+        """One request was answered; `match` is `None` where no route fitted."""
+        dialect, operation = ("", "") if match is None else (match.dialect.NAME, match.route.operation)
+        children = self._counted.get((dialect, operation, status))
+        if children is None:
+            deprecated = None
+            if match is not None and not match.route.open:  # the health check is no agent's call
+                route = f"{match.route.method} {match.route.pattern}"
+                deprecated = self._metrics.deprecated_calls.labels(dialect, route)
+            children = self._counted[dialect, operation, status] = (
+                self._metrics.requests.labels(dialect, operation, str(status)),
+                self._metrics.request_seconds.labels(dialect, operation),
+                deprecated,
+            )
+        answered, took, deprecated = children
+        answered.inc()
+        took.observe(took_s)
+        if deprecated is not None:
+            deprecated.inc()
 
 
 class Writer:
     """Writes replies, settles leases, counts."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: House, counts: Counts) -> None:
         self._house = house
-        self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram, Counter | None]] = {}
+        self._counts = counts
 
     async def reply(self, visit: Visit, reply: Reply, body: bytes | None) -> web.StreamResponse:
         """Write one of our own replies; `body` is its encoded JSON."""
@@ -39,7 +69,7 @@ class Writer:
             more += "Connection: keep-alive\r\n"
         if reply.retry_after_s is not None:
             more += f"Retry-After: {reply.retry_after_s}\r\n"
-        request_id = self._house.replies.request_id(request.headers.get(_REQUEST_ID))
+        request_id = self._house.replies.request_id(request.headers.get(REQUEST_ID))
         head_only = request.method == hdrs.METH_HEAD
         response = self._house.replies.response(reply.status, body, request_id, more, head_only=head_only)
         written = await self._hand_over(visit, response)
@@ -50,7 +80,7 @@ class Writer:
         request, connection = visit.request, visit.connection
         keep = request.keep_alive and not connection.closing and request.content.is_eof()
         more = dict(self._house.replies.static_headers())
-        more[_REQUEST_ID] = self._house.replies.request_id(request.headers.get(_REQUEST_ID))
+        more[REQUEST_ID] = self._house.replies.request_id(request.headers.get(REQUEST_ID))
         start, chunked = head(proxied, more, keep, request.version == HttpVersion11)
         if isinstance(proxied.body, bytes):
             written = await self._hand_over(visit, start if request.method == hdrs.METH_HEAD else start + proxied.body)
@@ -92,7 +122,7 @@ class Writer:
         return written
 
     async def _end(self, visit: Visit, status: int, *, written: bool, keep: bool) -> web.StreamResponse:
-        self._count(visit, status)
+        self._counts.count(visit.match, status, visit.connection.now_s() - visit.started_s)
         if not written:
             self._house.metrics.replies_lost.inc()
             visit.connection.force_close()
@@ -100,22 +130,3 @@ class Writer:
         if not keep and visit.lease is not None:
             await visit.connection.part()
         return SENT_KEEP if keep else SENT_CLOSE
-
-    def _count(self, visit: Visit, status: int) -> None:
-        dialect, operation = visit.place
-        children = self._counted.get((dialect, operation, status))
-        if children is None:
-            metrics, match = self._house.metrics, visit.match
-            deprecated = None
-            if match is not None and not match.route.open:  # the health check is no agent's call
-                deprecated = metrics.deprecated_calls.labels(dialect, f"{match.route.method} {match.route.pattern}")
-            children = self._counted[dialect, operation, status] = (
-                metrics.requests.labels(dialect, operation, str(status)),
-                metrics.request_seconds.labels(dialect, operation),
-                deprecated,
-            )
-        answered, took, deprecated = children
-        answered.inc()
-        took.observe(visit.connection.now_s() - visit.started_s)
-        if deprecated is not None:
-            deprecated.inc()

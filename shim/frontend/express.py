@@ -1,0 +1,88 @@
+"""Calls that are answered in the moment they arrive: without a task, a request object, a wait (design.md §2).
+
+Most of what agents send is a heartbeat, alone on its connection and whole in one segment. Whatever is in any way
+different takes the long way through `server`, and nothing of it has happened until then.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from aiohttp import hdrs
+from aiohttp.http import HttpVersion11
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import StreamReader
+
+from shim.core.calls import Failed
+from shim.dialects import Call, error_reply
+from shim.errors import AgentError
+from shim.frontend.body import decode_body, is_shallow, peek
+from shim.frontend.connection import Connection
+from shim.frontend.guard import Guard
+from shim.frontend.house import House
+from shim.frontend.replies import encode_body
+from shim.frontend.routing import Routes
+from shim.frontend.writing import REQUEST_ID, Counts
+from shim.ports import Fallback
+
+OPERATIONS = frozenset({"heartbeat", "poll", "tunnel_poll", "tunnel_info", "health"})
+
+logger = logging.getLogger(__name__)
+
+
+class Express:
+    """Answers what can be answered at once."""
+
+    def __init__(self, house: House, guard: Guard, routes: Routes, counts: Counts, fallback: Fallback | None) -> None:
+        self._house = house
+        self._guard = guard
+        self._routes = routes
+        self._counts = counts
+        self._fallback = fallback
+
+    def answer(
+        self, connection: Connection, request: RawRequestMessage, body: StreamReader, started_s: float
+    ) -> bytes | None:
+        """The whole response to a request, `None` for one that takes the long way. Never raises.
+
+        The connection is idle but for this request, which began at `started_s`, is whole and keeps it open.
+        """
+        match = self._routes.remembered(request.method, request.path)
+        headers = request.headers
+        if match is None or match.route.operation not in OPERATIONS or request.version != HttpVersion11:
+            return None
+        if self._guard.check(headers) is not None or self._elsewhere():
+            return None
+        client = connection.client
+        if client is None or headers.get(hdrs.AUTHORIZATION) != connection.authorization:
+            return None
+        if not match.route.open and self._guard.authorize(client.token) is not None:
+            return None
+        data = peek(body)
+        if len(data) > self._house.listen.max_body_bytes:
+            return None
+        try:
+            decoded = decode_body(data) if match.route.method == hdrs.METH_POST else None
+            call = Call(match.params, decoded, headers.get(hdrs.USER_AGENT, ""), is_shallow(data))
+            agent_call = match.dialect.parse(match.route.operation, call)
+        except AgentError:
+            return None
+        try:
+            answer = self._house.switchboard.at_once(client, agent_call, started_s)
+            if answer is None:
+                return None
+            reply = match.dialect.render(match.route.operation, answer.outcome, call)
+        except Exception:
+            logger.exception("a defect while serving %s", (match.dialect.NAME, match.route.operation))
+            self._house.metrics.internal_errors.labels("frontend").inc()
+            reply = error_reply(Failed(500, "internal error"))
+        more = "" if reply.retry_after_s is None else f"Retry-After: {reply.retry_after_s}\r\n"
+        request_id = self._house.replies.request_id(headers.get(REQUEST_ID))
+        encoded = None if reply.body is None else encode_body(reply.body)
+        response = self._house.replies.response(reply.status, encoded, request_id, more)
+        self._counts.count(match, reply.status, connection.now_s() - started_s)
+        return response
+
+    def _elsewhere(self) -> bool:
+        """Calls may have to go by the vendor's HTTP API."""
+        return self._fallback is not None and (self._fallback.takes_all() or self._fallback.takes_some())
