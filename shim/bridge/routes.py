@@ -42,7 +42,11 @@ class Routes:
     def link_name(self, session: Session) -> str:
         """The name of the link that a session belongs to."""
         name = self._link_of.get(session.key)
-        return name if name is not None else self.links.name_for(session.key.owner, str(session.key))
+        if name is None:
+            key = session.key
+            shared = self._ctx.settings.upstream.share_link
+            name = key.owner if shared else self.links.name_for(key.owner, str(key))
+        return name
 
     def bind(self, session: Session, runner: LinkRunner) -> None:
         """The session registered over this link."""

@@ -53,6 +53,7 @@ class Hold:
         "_pauses",
         "_probe_after",
         "_serial_for_sure",
+        "_unjudged",
         "ceiling_s",
         "changed",
         "held_s",
@@ -71,6 +72,7 @@ class Hold:
         self._at_interval = 0
         self._probe_after = int(_number(known.get("probe_after"), PROBE_AFTER))
         self._open = 0
+        self._unjudged = -1
         self._arrived_at: float | None = None
         self._answered_at: float | None = None
         self._gaps: deque[float] = deque(maxlen=8)
@@ -120,6 +122,10 @@ class Hold:
         if self._answered_at is not None:
             self._pauses.append(now - self._answered_at)
         self._arrived_at, self._answered_at = now, None
+        self._unjudged += 1
+        if self._unjudged < MIN_SAMPLES:
+            return False
+        self._unjudged = 0
         pace = self._judge_pace()
         if pace in (Pace.UNKNOWN, self.pace):
             return False

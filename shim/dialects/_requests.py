@@ -14,11 +14,8 @@ import msgspec
 
 from shim.core import rfc3339
 from shim.core.calls import HeartbeatCall, RegisterCall, ResultCall, Target
-from shim.dialects import Call, valid_id
+from shim.dialects import MAX_DEPTH, Call, valid_id
 from shim.errors import AgentError
-
-MAX_DEPTH = 64
-"""Arrays and objects in one another that a body may have; far above what agents send, far below where encoders fail."""
 
 _TEXTS = ("k8s_version", "hostname", "agent_version", "server_ip", "region", "cloud_provider", "cluster_id")
 _OBJECTS = ("tunnel_port_config", "server_specs", "metadata")
@@ -33,6 +30,7 @@ _MONITORING = re.compile(r"(tunnel_)?(prometheus|loki|grafana|opencost)_\w+")
 _SECRET = re.compile(
     r"token|passw|secret|credential|authorization|cookie|kubeconfig|(private|api|access)_?key", re.IGNORECASE
 )
+_HOST_KEYS = ("k8s_version", "hostname", "server_ip", "region", "cloud_provider")
 _GROUPS = (
     ("prometheus_url", "prometheus"),
     ("loki_url", "loki"),
@@ -45,6 +43,8 @@ def body_object(call: Call) -> dict[str, Any]:
     """The request's JSON object. Raises `AgentError` 400 if it is something else or nested deeper than `MAX_DEPTH`."""
     if not isinstance(call.body, dict):
         raise AgentError(400, "the body must be a JSON object")
+    if call.shallow:
+        return call.body
     level: list[Any] = [call.body]
     for _ in range(MAX_DEPTH):
         level = [
@@ -165,7 +165,7 @@ def _monitoring(body: dict[str, Any]) -> dict[str, Any]:
     """The monitoring groups of a heartbeat: each one only if its URL is there, and only what it has."""
     found: dict[str, Any] = {}
     for url_key, group in _GROUPS:
-        url = text(body.get(url_key))
+        url = text(body[url_key]) if url_key in body else ""
         if not url:
             continue
         found[url_key] = url
@@ -179,13 +179,16 @@ def _monitoring(body: dict[str, Any]) -> dict[str, Any]:
 
 def _known(body: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     """What a heartbeat tells for the registration of an adopted session (protocol.md §1.4)."""
-    found = {
-        "name": first_text(body, "cluster_name", "name"),
-        "agent_version": first_text(body, "agent_version", "version")
-        or first_text(metadata, "agent_version", "version"),
-    }
-    for key in ("k8s_version", "hostname", "server_ip", "region", "cloud_provider"):
-        found[key] = text(body.get(key)) or text(metadata.get(key))
+    # This is done for every heartbeat, and most have next to none of these.
+    found = {}
+    if "cluster_name" in body or "name" in body:
+        found["name"] = first_text(body, "cluster_name", "name")
+    for source in (metadata, body):
+        if "agent_version" in source or "version" in source:
+            found["agent_version"] = first_text(source, "agent_version", "version") or found.get("agent_version", "")
+        for key in _HOST_KEYS:
+            if key in source:
+                found[key] = text(source[key]) or found.get(key, "")
     return {key: value for key, value in found.items() if value}
 
 
