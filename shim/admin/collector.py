@@ -66,7 +66,10 @@ class BridgeCollector:
         for pace in Pace:
             family.add_metric([pace.value], paces[pace])
         yield family
-        yield GaugeMetricFamily("agent_shim_polls_held", "Polls held open now.", value=self._bridge.delivery.held())
+        held = self._bridge.delivery.held() + self._bridge.holding.held_tunnels()
+        yield GaugeMetricFamily(
+            "agent_shim_polls_held", "Polls held open now, those for tunnel states too.", value=held
+        )
 
     def _queues(self) -> Iterator[Metric]:
         states: Counter[str] = Counter()

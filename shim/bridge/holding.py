@@ -74,10 +74,13 @@ class Holding:
     # --- tunnel polls -------------------------------------------------------------------------------------------------
 
     async def tunnel(self, session: Session) -> None:
-        """Hold a tunnel poll until its state changes, if `poll.hold_tunnel` is on. An older one is answered at once."""
+        """Hold a tunnel poll until its state changes, if `poll.hold_tunnel` is on. An older one is answered at once.
+
+        One that comes after a change of which its agent was not told yet is not held.
+        """
         hold = session.tunnel_hold
         limit_s = self.poll_arrived(session, hold)
-        if self._ctx.settings.poll.hold_tunnel and limit_s > 0:
+        if self._ctx.settings.poll.hold_tunnel and limit_s > 0 and session.tunnel == session.tunnel_told:
             self.tunnel_changed(session.key)
             changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._tunnels[session.key] = changed
@@ -91,6 +94,7 @@ class Holding:
             finally:
                 if self._tunnels.get(session.key) is changed:
                     del self._tunnels[session.key]
+        session.tunnel_told = session.tunnel
         self.answered(hold)
 
     def tunnel_changed(self, key: SessionKey) -> None:
@@ -98,6 +102,10 @@ class Holding:
         waiting = self._tunnels.pop(key, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(None)
+
+    def held_tunnels(self) -> int:
+        """How many tunnel polls wait."""
+        return len(self._tunnels)
 
     def end_all(self) -> None:
         """Hold nothing any more."""

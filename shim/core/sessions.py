@@ -33,6 +33,7 @@ class Session:
         "hold",
         "key",
         "known",
+        "measured_interval_s",
         "poll_at",
         "registration",
         "reply",
@@ -45,6 +46,7 @@ class Session:
         "told_on",
         "tunnel",
         "tunnel_hold",
+        "tunnel_told",
         "upstream_cluster_id",
     )
 
@@ -59,6 +61,7 @@ class Session:
         self.known: dict[str, Any] = {}
         self.superseded_by: SessionKey | None = None
         self.tunnel: dict[str, Any] | None = None
+        self.tunnel_told: dict[str, Any] | None = {}  # what the agent got last; no state is empty
         self.hold = Hold()
         self.tunnel_hold = Hold()
         self.seen_wall = 0.0
@@ -66,6 +69,7 @@ class Session:
         self.contact_at: float | None = None
         self.heartbeat_at: float | None = None
         self.poll_at: float | None = None
+        self.measured_interval_s: float | None = None
         self.gaps: deque[float] = deque(maxlen=8)
         self.held = 0
         self.coverage = Coverage()
@@ -106,7 +110,7 @@ class Session:
     @property
     def interval_s(self) -> float:
         """The agent's heartbeat interval: the median of its last 8 gaps, 30 s until three are known."""
-        return median(self.gaps) if len(self.gaps) >= MIN_GAPS else DEFAULT_INTERVAL_S
+        return DEFAULT_INTERVAL_S if self.measured_interval_s is None else self.measured_interval_s
 
     @property
     def fresh_for_s(self) -> float:
@@ -128,10 +132,11 @@ class Session:
         """A heartbeat came: measure the gap, keep the newest."""
         if self.heartbeat_at is not None:
             self.gaps.append(now - self.heartbeat_at)
+            if len(self.gaps) >= MIN_GAPS:
+                self.measured_interval_s = median(self.gaps)
         self.heartbeat_at = now
-        interval_s = median(self.gaps) if len(self.gaps) >= MIN_GAPS else None
-        self.hold.heartbeat(interval_s)
-        self.tunnel_hold.heartbeat(interval_s)
+        self.hold.heartbeat(self.measured_interval_s)
+        self.tunnel_hold.heartbeat(self.measured_interval_s)
         self.heartbeat = call
         if call.agent_id:
             self.agent_id = call.agent_id
