@@ -17,7 +17,7 @@ NODE_DEPS := $(if $(shell command -v npm 2>/dev/null),$(CLIENTS)/node_modules/.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test cov demo run chart lock audit sbom licenses clean
+.PHONY: help install check test cov demo run chart docs lock audit sbom licenses clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,7 @@ check: $(DEV) ## lint, format, types and import rules
 	$(BIN)/yamllint --strict .
 	$(BIN)/shellcheck .ci/run .ci/helm-tools helm/post-renderer/*.sh
 	$(BIN)/python helm/generate.py --check
+	$(BIN)/python docs/generate.py --check
 
 test: $(DEV) $(NODE_DEPS) ## run the tests (ARGS go to pytest)
 	$(BIN)/python -m pytest $(ARGS)
@@ -50,6 +51,9 @@ demo: $(RUN) ## watch an unmodified agent work through the shim (ARGS=--once end
 
 run: $(RUN) ## run the shim with config/agent-shim.yaml (ARGS go to the command)
 	@$(BIN)/agent-shim run --config config/agent-shim.yaml $(ARGS)
+
+docs: $(DEV) ## draw the state machines in docs/ from their tables
+	$(BIN)/python docs/generate.py
 
 chart: $(DEV) ## write the chart's schema and README and the Kustomize components from their sources
 	$(BIN)/python helm/generate.py
