@@ -1,0 +1,62 @@
+"""The threat model is true: its tests exist, and an attacker who tries gets what it says."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.security import attack
+
+ROOT = Path(__file__).parents[2]
+PAGE = attack.PAGE.read_text()
+NAMED = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
+
+
+@cache
+def names_in(path: Path) -> set[str]:
+    """The names of the tests in a file."""
+    tree = ast.parse(path.read_text())
+    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    return {node.name for node in functions if node.name.startswith("test_")}
+
+
+def rows() -> list[list[str]]:
+    """The cells of all rows of the tables that name tests."""
+    found = []
+    naming = False
+    for line in PAGE.splitlines():
+        if line.startswith("| could |"):
+            naming = True
+        elif not line.startswith("|"):
+            naming = False
+        elif naming and not line.startswith("|---"):
+            found.append([cell.strip() for cell in line.strip("|").split("|")])
+    return found
+
+
+def test_every_row_names_tests_that_exist() -> None:
+    assert len(rows()) > 40
+    for cells in rows():
+        assert len(cells) == 3, cells
+        named = NAMED.findall(cells[2])
+        assert named, f"no test for: {cells[0]}"
+        for file, name in named:
+            path = ROOT / file
+            assert path.is_file(), f"{file} does not exist"
+            assert name in names_in(path), f"{file} has no {name}"
+
+
+@pytest.mark.timeout(180)
+async def test_an_attacker_gets_what_the_threat_model_says() -> None:
+    findings, breaches = await attack.attack()
+    assert breaches == []
+    assert attack.placed(PAGE, attack.table(findings)) == PAGE, "python -m tests.security.attack --write"
+
+
+def test_a_breach_is_told() -> None:
+    with pytest.raises(attack.Breach, match="it gave way"):
+        attack.held(False, "it gave way")
