@@ -226,8 +226,8 @@ class Bridge:
 
     def link_refused(self, runner: LinkRunner) -> None:
         """The token is refused."""
-        hint = "check upstream.token and its permissions"
-        log.error("token_refused", about=runner.name, link=runner.name[:16], hint=hint)
+        whose = "the agent's own token" if self.ctx.settings.upstream.own_tokens else "upstream.token"
+        log.error("token_refused", about=runner.name, link=runner.name, hint=f"check {whose} and its permissions")
         self.registrations.link_refused(runner)
 
     def link_dropped(self, runner: LinkRunner) -> None:

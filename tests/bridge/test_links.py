@@ -236,6 +236,20 @@ async def test_an_own_token_that_is_refused_is_dialled_once_a_minute(make_world:
     assert len(world.controller.dials) == dials, "when its agent stops calling it is dropped"
 
 
+@pytest.mark.parametrize("token, whose", [("", "the agent's own token"), ("upstream-token", "upstream.token")])
+async def test_a_refusal_says_whose_token_it_is(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture, token: str, whose: str
+) -> None:
+    world = await make_world(upstream={"token": token, "auth": "header"})
+    if token:
+        world.controller.socket.lose()
+    world.controller.manners.dial = REFUSED
+    await world.agent(token="bad", cluster_id="c-1").live(10)
+    said = {r.getMessage(): r.fields for r in caplog.records}  # type: ignore[attr-defined]
+    assert said["token_refused"]["hint"] == f"check {whose} and its permissions"
+    assert said["token_refused"]["link"] == said["dial_failed"]["link"], "so that one finds all lines of a link"
+
+
 # --- idleness ---------------------------------------------------------------------------------------------------------
 
 
