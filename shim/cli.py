@@ -28,6 +28,7 @@ _OPTIONAL = {"rich": "tools", "ruamel": "tools", "nats": "nats"}
 _TOOLS = {
     "controller": ("shim.tools.controller", "A development controller: the vendor's WebSocket API with fault scripts."),
     "demo": ("shim.tools.demo", "Controller, shim and one legacy agent in this terminal, step by step."),
+    "doctor": ("shim.tools.doctor", "What stands between this machine and a working shim, with what to do."),
     "drain": ("shim.tools.drain", "Tell a running shim to take no new commands and hand over what it has."),
     "fleet": ("shim.tools.fleet", "Simulated legacy agents of every dialect, with a latency report."),
     "health": ("shim.tools.health", "Ask a running shim how it is: exit code 0 or 1."),

@@ -7,14 +7,24 @@ from pathlib import Path
 from shim import settings
 from shim.errors import StoreError
 from shim.ports import CommandStore
+from shim.store import schema
 from shim.store.delivery import Post
 from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore
 from shim.store.writer import CommitProbe
 
-__all__ = ["CommitProbe", "Post", "open_store"]
+__all__ = ["CommitProbe", "Post", "check_database", "open_store"]
 
 IN_MEMORY = ":memory:"
+CHECK_S = 1.0
+
+
+def check_database(path: Path) -> None:
+    """Raise `StoreVersionError` for the database of a newer shim, `StoreError` for one that is not ours.
+
+    Leaves no trace; a shim may be at work on it.
+    """
+    schema.check_untouched(path, CHECK_S)
 
 
 def open_store(configured: settings.Store, post: Post, probe: CommitProbe | None = None) -> CommandStore:

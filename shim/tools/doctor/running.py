@@ -1,0 +1,210 @@
+"""What a running shim tells of itself on its admin port: its link, its agents, what became of their calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from shim.core.urls import origin_of
+from shim.settings import Settings
+from shim.tools.doctor.findings import Finding, failed, passed, warned
+
+TIMEOUT_S = 5.0
+EARLY_MANY = 3
+MISSED_SHARE = 0.001
+SHOWN = 5
+
+Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A shim's answers; nothing where none answers. `trouble` is why `/status.json` could not be read."""
+
+    where: str
+    answers: bool = False
+    status: dict[str, Any] = field(default_factory=dict)
+    samples: Samples = field(default_factory=dict)
+    trouble: str = ""
+
+    def holds(self, check: str, port: int) -> bool:
+        """Whether it listens on this port for agents (`listen`) or for people (`admin`)."""
+        if not self.answers:
+            return False
+        place = self.where if check == "admin" else str(self.status.get("listen", ""))
+        return place.rpartition(":")[2] == str(port)
+
+    def is_online(self, settings: Settings) -> bool:
+        """Whether its link to the controller of this configuration is up."""
+        same = self.status.get("upstream") == origin_of(settings.upstream.url)
+        return same and bool(self.status.get("links", {}).get("online"))
+
+    def count(self, name: str, **labels: str) -> float:
+        """A counter's value by all or some of its labels."""
+        wanted = set(labels.items())
+        return sum(value for (found, given), value in self.samples.items() if found == name and wanted <= set(given))
+
+
+def ask(host: str, port: int, token: str) -> Running:
+    """Ask the admin port."""
+    where = f"{host}:{port}"
+    try:
+        status, text = _get(host, port, "/metrics", "")
+        if status != 200 or "agent_shim_" not in text:
+            return Running(where)
+        samples = {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+        status, body = _get(host, port, "/status.json", token)
+        told = json.loads(body) if body else {}
+    except (OSError, HTTPException, ValueError):
+        return Running(where)
+    if status != 200 or not isinstance(told, dict):
+        why = "it wants the admin token: --admin-token-file" if status == 401 else f"/status.json answers {status}"
+        return Running(where, True, {}, samples, why)
+    return Running(where, True, told, samples)
+
+
+def _get(host: str, port: int, path: str, token: str) -> tuple[int, str]:
+    connection = HTTPConnection(host, port, timeout=TIMEOUT_S)
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+        response = connection.getresponse()
+        return response.status, response.read().decode("utf-8", "replace")
+    finally:
+        connection.close()
+
+
+def examine(running: Running) -> Iterator[Finding]:
+    """What it tells, as findings."""
+    if not running.answers:
+        todo = "agents, sessions and heartbeats are examined where one runs: admin.host, admin.port"
+        yield warned("shim", f"none answers on {running.where}", todo)
+        return
+    status = running.status
+    if running.trouble:
+        yield warned("shim", f"one answers on {running.where}", running.trouble)
+    else:
+        yield _shim(running.where, status)
+        yield from _links(status)
+    yield from _endings(running)
+    yield from _registrations(running)
+    yield from _heartbeats(running)
+    if not running.trouble:
+        yield from _agents(status)
+
+
+def _shim(where: str, status: dict[str, Any]) -> Finding:
+    text = f"version {status['version']} on {where}, mode {status['mode']}"
+    if status["not_ready"]:
+        return failed("shim", f"{text}, not ready: {'; '.join(status['not_ready'])}", "its log says more")
+    if not status["config_valid"]:
+        return warned("shim", f"{text}, with an older configuration", "agent-shim check-config lists the file's faults")
+    return passed("shim", f"{text}, ready")
+
+
+def _links(status: dict[str, Any]) -> Iterator[Finding]:
+    links = status["links"]
+    for link in links["items"]:
+        reason = f": {link['reason']}" if link["reason"] else ""
+        if link["contended"]:
+            todo = "stop the other process that registers with this identity"
+            yield failed("link", f"{link['name']}: another process has its identity", todo)
+        elif link["phase"] == "refused":
+            yield failed("link", f"{link['name']}: the controller refuses the token", "see the line token")
+        elif link["phase"] == "down":
+            yield failed("link", f"{link['name']}: down{reason}", "the lines dns to token say where it ends")
+    if links["online"]:
+        yield passed("link", f"{links['online']} of {links['total']} online")
+    elif all(link["phase"] == "idle" for link in links["items"]):
+        yield passed("link", "idle: no living agent needs it")
+
+
+def _endings(running: Running) -> Iterator[Finding]:
+    early = running.count("agent_shim_upstream_early_disconnects_total")
+    name = "agent_shim_upstream_disconnects_total"
+    reasons = {reason: running.count(name, reason=reason) for reason in ("closed", "lost", "half_open", "stalled")}
+    told = ", ".join(f"{reason} {number:.0f}" for reason, number in reasons.items() if number)
+    if early > EARLY_MANY:
+        todo = "docs/troubleshooting.md, AgentShimFlapping: what each reason means"
+        yield warned("stability", f"{early:.0f} connections ended within seconds of being made ({told})", todo)
+    elif told:
+        yield passed("stability", f"connections that ended since the start: {told}")
+    else:
+        yield passed("stability", "no connection was lost since the start")
+
+
+def _registrations(running: Running) -> Iterator[Finding]:
+    name = "agent_shim_registrations_total"
+    refused = {outcome: running.count(name, outcome=outcome) for outcome in ("400", "401", "409", "502", "timeout")}
+    told = ", ".join(f"{outcome} {number:.0f}" for outcome, number in refused.items() if number)
+    text = f"{running.count(name, outcome='ok'):.0f} accepted"
+    if told:
+        todo = "the log line register_failed has the controller's text; docs/troubleshooting.md, Registration fails"
+        yield warned("registrations", f"{text}, refused or unanswered: {told}", todo)
+    else:
+        yield passed("registrations", text)
+
+
+def _heartbeats(running: Running) -> Iterator[Finding]:
+    name = "agent_shim_agent_heartbeats_total"
+    acked, written, missed = (running.count(name, outcome=each) for each in ("acked", "written", "missed"))
+    total = acked + written + missed
+    text = f"{acked:.0f} acknowledged, {missed:.0f} not heard of"
+    if written:
+        text += f", {written:.0f} only written: the controller never acknowledges"
+    if total and missed / total > MISSED_SHARE:
+        todo = "docs/troubleshooting.md, AgentShimHeartbeatsNotHeard: the link, the cluster id, identity.name"
+        yield warned("heartbeats", text, todo)
+    else:
+        yield passed("heartbeats", text if total else "none yet, or none whose time is over")
+
+
+def _agents(status: dict[str, Any]) -> Iterator[Finding]:
+    sessions = status["sessions"]
+    if not sessions["total"]:
+        todo = f"point an agent at it: PIPEOPS_API_URL=http://{status['listen']}"
+        yield warned("agents", "none has called yet", todo)
+        return
+    yield passed("agents", f"{sessions['fresh']} alive of {sessions['total']} known")
+    now = float(status["now"])
+    stale = [each for each in sessions["items"] if not each["fresh"] and not each["superseded"]]
+    if stale:
+        shown = ", ".join(f"{_named(each)} (seen {_ago(now, each['seen_at'])})" for each in stale[:SHOWN])
+        todo = "are these agents running? nothing is said upstream for them until they call again"
+        yield warned("sessions", f"{len(stale)} not fresh: {shown}{' …' if len(stale) > SHOWN else ''}", todo)
+    else:
+        yield passed("sessions", "all are fresh")
+    yield from _patience(sessions["items"])
+    waiting = [each for each in sessions["items"] if each["queue"]["not_polling"]]
+    if waiting:
+        todo = "stock agents never poll for commands; else its poll loop has stopped: restart the agent"
+        yield warned("commands", f"not fetched by {', '.join(_named(each) for each in waiting[:SHOWN])}", todo)
+
+
+def _patience(items: list[dict[str, Any]]) -> Iterator[Finding]:
+    """What the shim has learnt of the time-outs of agents' HTTP clients."""
+    learnt = [each for each in items if each["hold"]["ceiling_s"] is not None]
+    if learnt:
+        told = ", ".join(f"{_named(each)} {each['hold']['ceiling_s'] + 1:.0f} s" for each in learnt[:SHOWN])
+        yield passed("timeouts", f"learnt of clients that hang up: {told}; polls are answered 1 s before")
+    elif any(each["poll_at"] is not None for each in items):
+        yield passed("timeouts", "no client has hung up on a held poll")
+
+
+def _named(session: dict[str, Any]) -> str:
+    return str(session["name"] or session["id"])
+
+
+def _ago(now: float, then: float | None) -> str:
+    if then is None:
+        return "never"
+    age_s = max(0.0, now - then)
+    return f"{age_s:.0f} s ago" if age_s < 120 else f"{age_s / 60:.0f} min ago"
