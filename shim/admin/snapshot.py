@@ -220,6 +220,7 @@ class _View:
         return {
             "limit_s": limit_s,
             "ceiling_s": hold.ceiling_s,
+            "max_s": poll.max_hold_s,
             "learnt": poll.hold == "auto",
             "pace": hold.pace.value,
             "interval_s": hold.interval_s,

@@ -185,6 +185,12 @@ function showTimeline(status) {
     list.length ? el("details", { open }, el("summary", {}, "When it was away"), el("ul", {}, list)) : null);
 }
 
+function held(hold) {
+  if (!hold.learnt) return "as configured";
+  if (hold.limit_s >= hold.max_s) return "the most there is";
+  return hold.ceiling_s === null ? "still learning" : `its client allows ${rough(hold.ceiling_s)}`;
+}
+
 const AGENT_COLUMNS = [
   ["Agent", (s) => [s.name ? el("strong", {}, s.name) : id(s.id), under(s.name ? [id(s.id), " · "] : null, s.dialect || "")].flat()],
   ["Alive", (s) => s.fresh
@@ -194,7 +200,7 @@ const AGENT_COLUMNS = [
   ["Heartbeats", (s) => [s.heartbeat_s === null ? (s.heartbeat_at === null ? "none" : "measuring") : every(s.heartbeat_s), s.heartbeat_at === null ? "" : under(ago(s.heartbeat_at))]],
   ["Polls", (s) => [s.polling_now ? "held now" : s.poll_at === null ? "none" : ago(s.poll_at), s.hold.interval_s ? under(s.hold.pace === "pause" ? `${rough(s.hold.interval_s)} after each` : every(s.hold.interval_s)) : ""]],
   ["Held up to", (s) => s.poll_at === null && !s.polling_now && !s.hold.ceiling_s ? "–"
-    : [s.hold.limit_s ? rough(s.hold.limit_s) : "not held", under(!s.hold.learnt ? "as configured" : s.hold.ceiling_s === null ? "still learning" : `its client allows ${rough(s.hold.ceiling_s)}`)]],
+    : [s.hold.limit_s ? rough(s.hold.limit_s) : "not held", under(held(s.hold))]],
   ["Queue", (s) => [
     s.queue.waiting + s.queue.offered ? `${s.queue.waiting} waiting${s.queue.offered ? `, ${s.queue.offered} offered` : ""}` : "empty",
     s.queue.not_polling ? under(chip("warning", "does not poll")) : s.queue.oldest_at !== null ? under("oldest ", ago(s.queue.oldest_at)) : ""]],
@@ -247,7 +253,7 @@ function showCommands(status) {
   const queued = commands.waiting + commands.offered;
   put($("commands-count"), queued ? `${plural(queued, "command")} here, ${bytes(commands.bytes)}` : "");
   table($("waiting"), "Waiting for their agents, the oldest first", WAITING_COLUMNS, commands.items, (c) => `${c.session}/${c.id}`);
-  table($("recent"), "The latest", RECENT_COLUMNS, commands.recent.slice(0, 12), (c) => `${c.session}/${c.id}`);
+  table($("recent"), "The latest", RECENT_COLUMNS, commands.recent.slice(0, 8), (c) => `${c.session}/${c.id}`);
 }
 
 const ROUTE_COLUMNS = [
@@ -289,18 +295,24 @@ function show(status) {
 const plots = { data: null, all: [] };
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+// A logarithmic scale has its lines at the powers of ten only.
+function decades(unit, { grid, ticks }) {
+  if (unit !== "ms") return {};
+  const filter = (_, splits) => splits.map((value) => (Number.isInteger(Math.log10(value)) ? value : null));
+  return { grid: { ...grid, filter }, ticks: { ...ticks, filter } };
+}
+
 function axes(unit) {
   const shared = { stroke: colour("--muted"), font: "12px system-ui, sans-serif", grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 } };
   return [
     { ...shared, values: (_, ticks) => ticks.map((at) => new Date(at * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" })) },
-    { ...shared, size: 58, values: (_, ticks) => ticks.map((value) => (unit === "ms" ? (value >= 1000 ? `${value / 1000} s` : `${value} ms`) : Number.isInteger(value) ? value.toLocaleString("en") : "")) },
+    { ...shared, ...decades(unit, shared), size: 58, values: (_, ticks) => ticks.map((value) => (value === null || !Number.isInteger(value) ? "" : unit === "ms" ? latency(value / 1000) : value.toLocaleString("en"))) },
   ];
 }
 
-// The guide's objective as a dashed line, where the plot reaches it.
+// The guide's objective as a dashed line.
 function objective(plot) {
   const y = plot.valToPos(100, "y", true);
-  if (plot.scales.y.max < 100) return;
   const { ctx, bbox } = plot;
   ctx.save();
   ctx.strokeStyle = colour("--warning");
@@ -312,7 +324,11 @@ function objective(plot) {
   ctx.restore();
 }
 
-function plot(place, unit, lines, least, draw) {
+// From milliseconds to the half minute of an agent that polls rarely: only a logarithm shows both.
+const TIMES = { distr: 3, log: 10, range: (_, low, high) => [1, Math.max(300, high * 1.6)] };
+const NUMBERS = { range: (_, low, high) => [0, Math.max(4, high * 1.15)] };
+
+function plot(place, unit, lines, y, draw) {
   place.replaceChildren();
   // Without a cursor the key shows the newest value.
   const ms = (made, given, column, index) => {
@@ -324,7 +340,7 @@ function plot(place, unit, lines, least, draw) {
   }));
   const made = new uPlot({
     width: place.clientWidth, height: 190, cursor: { y: false, drag: { setScale: false } },
-    scales: { x: { time: true, range: () => [plots.data.at.at(-1) - HOUR, plots.data.at.at(-1)] }, y: { range: (_, low, high) => [0, Math.max(least, high * 1.15)] } },
+    scales: { x: { time: true, range: () => [plots.data.at.at(-1) - HOUR, plots.data.at.at(-1)] }, y },
     axes: axes(unit),
     series: [{ label: "", value: (_, at) => (at ? clock(at) : "latest") }, ...series],
     hooks: draw ? { draw: [draw] } : {},
@@ -337,20 +353,20 @@ function makePlots() {
   const soft = colour("--good-soft");
   const stepped = { paths: uPlot.paths.stepped({ align: 1 }) };
   plots.all = [
-    plot($("latency"), "ms", [["95 % within", "--accent", {}], ["typical", "--good", {}]], 20, objective),
-    plot($("depth"), "", [["commands", "--accent", { ...stepped, fill: soft }], ["results to report", "--warning", stepped]], 4),
+    plot($("latency"), "ms", [["95 % within", "--accent", {}], ["typical", "--good", {}]], TIMES, objective),
+    plot($("depth"), "", [["commands", "--accent", { ...stepped, fill: soft }], ["results", "--warning", stepped]], NUMBERS),
   ];
   drawPlots();
 }
 
 function drawPlots() {
   const { at, waiting, offered, results, p50_s, p95_s } = plots.data;
-  const ms = (column) => column.map((value) => (value === null ? null : value * 1000));
+  const ms = (column) => column.map((value) => (value === null ? null : Math.max(1, value * 1000)));
   const queued = waiting.map((number, index) => number + offered[index]);
   plots.all[0].setData([at, ms(p95_s), ms(p50_s)]);
   plots.all[1].setData([at, queued, results]);
   const handed = p95_s.filter((value) => value !== null);
-  const [note, ,] = [$("latency").querySelector(".empty")];
+  const note = $("latency").querySelector(".empty");
   note.hidden = handed.length > 0;
   note.textContent = "No command was handed over in this time.";
   $("latency").setAttribute("aria-label", handed.length ? `the slowest 5 s had 95 % within ${latency(Math.max(...handed))}` : note.textContent);
