@@ -22,8 +22,8 @@ from shim.ports import Timer
 
 log = get(__name__)
 
-CLOCK_GRAIN_S = 0.001
-"""Arrivals are loop times, which uvloop counts in whole milliseconds."""
+OVERLAP_S = 0.02
+"""A poll that comes so soon after a reply on another connection may have been sent before that was read."""
 
 HAND_OVERS = 1024
 
@@ -94,12 +94,8 @@ class Delivery:
         A poll of this session that waits already is answered empty.
         """
         queue = self._queues.get(key)
-        if queue is not None and queue.offer is not None:
-            offer = queue.offer
-            # A poll that was sent before that reply was written tells nothing of it: agents may poll twice at once.
-            later = offer.written_at is not None and arrived_s + CLOCK_GRAIN_S >= offer.written_at
-            if later and offer.cleanly_closed is not False:
-                self._delivered(key, queue, offer, "poll")
+        if queue is not None and queue.offer is not None and _read_before(queue.offer, arrived_s):
+            self._delivered(key, queue, queue.offer, "poll")
         older = self._polls.pop(key, None)
         if older is not None:
             older.answer(None)
@@ -289,3 +285,14 @@ class Delivery:
         for live in successor.all():
             self._queues.watch(target, live)
         self.wake(target)
+
+
+def _read_before(offer: Offer, arrived_s: float) -> bool:
+    """Whether a poll that arrived then tells that the agent has read the reply with this offer (protocol.md §3).
+
+    A connection that was closed in an orderly way has been read. While it is open only a poll that cannot have been
+    under way already tells something: agents may poll twice at once, and pipeline.
+    """
+    if offer.cleanly_closed is not None:
+        return offer.cleanly_closed
+    return offer.written_at is not None and arrived_s >= offer.written_at + OVERLAP_S

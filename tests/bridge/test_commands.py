@@ -154,6 +154,10 @@ async def test_a_later_poll_is_evidence_while_the_connection_is_open(world: Worl
     other = world.agent(cluster_id="c-1")
     assert await other.poll() == []
     await world.settle()
+    assert await world.state("k1") == "offered"  # it may have been sent before that reply was read
+    await world.pass_s(0.05)
+    assert await other.poll() == []
+    await world.settle()
     assert await world.state("k1") == "delivered"
 
 

@@ -58,7 +58,7 @@ def test_a_poll_that_was_sent_after_it_is() -> None:
         offered = await _poll(world, agent, agent.connection, world.now)
         assert offered.lease is not None
         world.bridge.written(offered.lease)
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
         await _poll(world, agent, world.connection(), world.now)
         assert await world.state("c1") == "delivered"
         await world.stop()
