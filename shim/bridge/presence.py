@@ -37,6 +37,7 @@ class Presence:
         self._held: dict[SessionKey, Session] = {}
         self._status: dict[SessionKey, dict[str, Any]] = {}
         self._status_at: dict[SessionKey, float] = {}
+        self._status_timed: set[SessionKey] = set()
         self._nameless: set[SessionKey] = set()
         self._acks_seen = False
         self._uncovered: set[Session] = set()
@@ -123,12 +124,17 @@ class Presence:
         """The controller knows the session on this connection: its newest heartbeat may follow."""
         session.told_on = connection.serial
         if self._routes.connection_of(session) is connection:
-            self.called(session, force=True)
+            self._speak_for(session)
 
     def online(self, sessions: list[Session]) -> None:
         """After the replay and the results: the newest heartbeat of each fresh session at once."""
         for session in sessions:
-            self.called(session, force=True)
+            self._speak_for(session)
+
+    def _speak_for(self, session: Session) -> None:
+        self.called(session, force=True)
+        if session.key not in self._status_timed:
+            self._send_status(session)
 
     def hold_started(self, session: Session) -> None:
         """A poll is held: contact for as long as its connection is open."""
@@ -159,24 +165,32 @@ class Presence:
         if not upstream.send_status or len(msgspec.json.encode(body)) + ENVELOPE_BYTES > upstream.max_send_bytes:
             self._ctx.metrics.status_dropped.inc()
             return
-        waiting = session.key in self._status
         self._status[session.key] = body
-        if waiting:
+        if session.key in self._status_timed:
             return
         last = self._status_at.get(session.key)
         wait_s = 0.0 if last is None else max(0.0, last + STATUS_EVERY_S - self._ctx.now)
         if wait_s:
-            self._ctx.timers.call_later(wait_s, lambda: self._send_status(session))
+            self._status_timed.add(session.key)
+            self._ctx.timers.call_later(wait_s, lambda: self._status_due(session))
         else:
             self._send_status(session)
 
+    def _status_due(self, session: Session) -> None:
+        self._status_timed.discard(session.key)
+        self._send_status(session)
+
     def _send_status(self, session: Session) -> None:
-        body = self._status.pop(session.key, None)
         connection = self._routes.connection_of(session)
+        if session.key not in self._status:
+            return
+        speaks = connection is not None and session.fresh(self._ctx.now)
         told = connection is not None and self._is_told(session, connection)
-        if body is None or connection is None or not told or not session.fresh(self._ctx.now):
-            if body is not None:
-                self._ctx.metrics.status_dropped.inc()
+        if speaks and not told and session.register_payload(self.identity()) is not None:
+            return  # an adopted agent's: it follows the registration, which its heartbeat brings about
+        body = self._status.pop(session.key)
+        if connection is None or not speaks or not told:
+            self._ctx.metrics.status_dropped.inc()
             return
         self._status_at[session.key] = self._ctx.now
         connection.send("status", body)

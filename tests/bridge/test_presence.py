@@ -237,6 +237,27 @@ async def test_status_reports_are_coalesced_to_one_in_thirty_seconds(world: Worl
     assert [m.payload["pods"] for m in world.controller.got("status")] == [0, 3, 6, 7]
 
 
+async def test_a_report_that_comes_before_an_adopted_agents_registration_follows_it(world: World) -> None:
+    agent = world.agent(dialect="agents", agent_id="a-1", name="prod")
+    await agent.heartbeat()
+    await agent.status(pods=1)
+    await agent.status(pods=2)
+    assert not world.controller.got("status"), "the controller does not know the agent yet"
+    await world.settle()
+    assert [sent.message.type for sent in world.controller.log] == ["register", "heartbeat", "status"]
+    assert [m.payload["pods"] for m in world.controller.got("status")] == [2]
+    assert world.metric("status_dropped_total") == 0
+
+
+async def test_a_report_of_an_agent_that_cannot_be_registered_is_counted_and_not_kept(world: World) -> None:
+    agent = world.agent(dialect="agents", agent_id="a-1", name="")
+    await agent.heartbeat()
+    await agent.status(pods=1)
+    await world.settle()
+    assert not world.controller.got("status")
+    assert world.metric("status_dropped_total") == 1
+
+
 async def test_a_report_that_is_too_long_or_unwanted_is_counted(make_world: MakeWorld) -> None:
     world = await make_world(upstream={"max_send_bytes": 65_536})
     agent = await old_agent(world)
