@@ -162,6 +162,8 @@ async def test_a_command_that_waits_says_what_can_be_done(
         await expect(waiting).to_contain_text("offered")
         await agent.beat()
         await expect(waiting).to_be_empty()
+        # an open trace follows its command
+        await expect(page.locator("#trace")).to_contain_text("the agent has it")
         assert tab.complaints == []
 
 

@@ -418,21 +418,32 @@ function found(command) {
     steps(command.trace), todo(command));
 }
 
+const ENDED = ["closed", "expired", "dead"];
+let following;
+
+// Shows the command that the address names, and follows it until it has ended.
 async function showTrace() {
-  const wanted = /^#command=(.+)$/.exec(location.hash);
-  if (!wanted) return $("trace").replaceChildren();
+  clearTimeout(following);
+  const { hash } = location;
+  const wanted = /^#command=(.+)$/.exec(hash);
+  if (!wanted) return put($("trace"));
   const name = decodeURIComponent(wanted[1]);
-  $("command").value = name;
+  const first = $("trace").dataset.of !== hash;
+  if (first) $("command").value = name;
   const response = await ask(`commands/${encodeURIComponent(name)}.json`).catch(() => null);
   const answer = response && (await response.json().catch(() => null));
-  if (response && response.ok) $("trace").replaceChildren(...answer.commands.map(found));
-  else $("trace").replaceChildren(el("p", { class: "error" }, answer ? `${answer.error}.` : "The shim does not answer."));
-  $("commands-title").scrollIntoView({ block: "start" });
+  if (location.hash !== hash) return;
+  $("trace").dataset.of = hash;
+  if (response && response.ok) put($("trace"), ...answer.commands.map(found));
+  else put($("trace"), el("p", { class: "error" }, answer ? `${answer.error}.` : "The shim does not answer."));
+  if (first) $("commands-title").scrollIntoView({ block: "start" });
+  if (response && response.ok && !answer.commands.every(({ state }) => ENDED.includes(state))) following = setTimeout(showTrace, 2000);
 }
 
 function leave() {
   history.pushState(null, "", location.pathname + location.search);
-  $("trace").replaceChildren();
+  showTrace();
+  $("trace").dataset.of = "";
   $("command").focus();
 }
 
