@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from shim.core.calls import AgentCall, Outcome
 from shim.core.records import Loaded, Operation
 from shim.errors import StoreError
@@ -139,8 +141,7 @@ class Lease(Protocol):
     """The commands that a reply offers, as the switchboard knows them; opaque to the frontend."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """A call's outcome; `lease` is set when it offers commands."""
 
     outcome: Outcome

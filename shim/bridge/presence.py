@@ -20,6 +20,7 @@ from shim.logs import get
 log = get(__name__)
 
 STATUS_EVERY_S = 30.0
+_ACKED = Covered.ACKED.value
 
 
 class Presence:
@@ -54,7 +55,7 @@ class Presence:
         self.called(session)
         line = self._routes.connection_of(session)
         if session.coverage.beat(self._ctx.now, line, self._window_s):
-            self._ctx.metrics.agent_heartbeats.labels(Covered.ACKED.value).inc()
+            self._ctx.metrics.agent_heartbeats.labels(_ACKED).inc()
         else:
             self._uncovered.add(session)
 

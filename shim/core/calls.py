@@ -1,6 +1,7 @@
 """What an agent asked for and what it is answered, free of any dialect (protocol.md §1).
 
-`dialects` turn a legacy request into one of the `…Call` types and one of the outcome types into a legacy reply.
+`dialects` turn a legacy request into one of the `…Call` types and one of the outcome types into a legacy reply. What
+comes with every heartbeat and poll is a `Struct`: making one costs a tenth of what a frozen dataclass does.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+import msgspec
 
 
 class Kind(Enum):
@@ -18,8 +21,7 @@ class Kind(Enum):
     ALIAS = "alias"  # by an agent id that may be an alias of a cluster session; else as AGENT
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """The session that a call means: `ident` is the agent's own id for it, decoded from the path or the body."""
 
     kind: Kind
@@ -42,8 +44,7 @@ class RegisterCall:
     known_by_agent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class HeartbeatCall:
+class HeartbeatCall(msgspec.Struct, frozen=True):
     """A heartbeat. `status` and `tunnel_status` are the agent's own words, `""` where it sent none.
 
     For the dialect `agents`, which knows no tunnel status, `tunnel_status` is `disconnected` then. `payload` holds
@@ -56,8 +57,11 @@ class HeartbeatCall:
     agent_id: str
     status: str = ""
     tunnel_status: str = ""
-    payload: dict[str, Any] = field(default_factory=dict, repr=False)
-    known: dict[str, Any] = field(default_factory=dict)
+    payload: dict[str, Any] = {}
+    known: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"HeartbeatCall({self.dialect!r}, {self.target!r}, {self.agent_id!r}, {self.status!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,7 @@ class StatusCall:
     body: dict[str, Any] = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class PollCall:
+class PollCall(msgspec.Struct, frozen=True):
     """A poll for commands."""
 
     dialect: str

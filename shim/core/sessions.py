@@ -16,6 +16,7 @@ DEFAULT_INTERVAL_S = 30.0
 MIN_FRESH_S = 35.0
 FRESH_FACTOR = 1.5
 MIN_GAPS = 3
+_KINDS = (Kind.AGENT.value, Kind.CLUSTER.value)
 
 
 class Session:
@@ -256,7 +257,7 @@ class Sessions:
             if aliased is not None:
                 return aliased.key
             return SessionKey(owner, Kind.AGENT.value, target.ident)
-        return SessionKey(owner, target.kind.value, target.ident)
+        return SessionKey(owner, _KINDS[target.kind is Kind.CLUSTER], target.ident)
 
     def find(self, owner: str, cluster_id: str, agent_id: str) -> list[Session]:
         """Sessions of the owner that a controller's target means, the most recently seen first.

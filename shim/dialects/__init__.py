@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
+import msgspec
+
 from shim.core.calls import AgentCall, Failed, Outcome
 from shim.errors import AgentError
 
@@ -29,17 +31,19 @@ MAX_DEPTH = 64
 """Arrays and objects in one another that a body may have; far above what agents send, far below where encoders fail."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """One legacy request, read and decoded: `params` are the path's ids, `body` the JSON value (`None` if empty).
 
     `shallow`: the body has so few brackets that it cannot be nested too deeply; the dialect need not look.
     """
 
     params: Mapping[str, str]
-    body: Any = field(default=None, repr=False)
+    body: Any = None
     user_agent: str = ""
     shallow: bool = False
+
+    def __repr__(self) -> str:
+        return f"Call({self.params!r}, user_agent={self.user_agent!r})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from shim.core import rfc3339
 from shim.core.calls import Accepted, Commands, Failed, Healthy, Outcome, Registered, TunnelInfo, TunnelState
 from shim.dialects import Call, Reply, error_reply
 
+_NO_CONTENT = Reply(204)
+_ACCEPTED = Reply(200, {"success": True})
 # RFC 3986: what stands in a path segment unescaped; agents insert their cluster id raw
 _URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)
 
@@ -25,7 +27,7 @@ def render(operation: str, outcome: Outcome, call: Call) -> Reply:  # noqa: ARG0
             return _registered(outcome)
         case Accepted():
             # Go's client drops its connection when a success it does not read has a body (wire-facts §1.0).
-            return Reply(204) if call.user_agent.startswith("Go-http-client") else Reply(200, {"success": True})
+            return _NO_CONTENT if call.user_agent.startswith("Go-http-client") else _ACCEPTED
         case Commands():
             return Reply(200, _commands(outcome))
         case TunnelState():
