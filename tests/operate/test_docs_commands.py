@@ -1,0 +1,141 @@
+"""The shell commands of the documents that can run here do run, beside a running shim with an agent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shim.conversion import leaves, sections
+from tests.e2e.test_main_job import living
+from tests.support.processes import TOKEN, Shim, free_port, world
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+ADMIN = "token-of-the-admin-port"
+
+
+def blocks(name: str) -> list[str]:
+    """The blocks of a page that are marked `sh run`, without the indentation of a list around them."""
+    text = (DOCS / name).read_text()
+    found = re.findall(r"^( *)```sh run\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
+
+
+async def run(block: str, folder: Path) -> str:
+    """A block as a person would run it, in a directory with `agent-shim.yaml` and the project's `config`."""
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-euo", "pipefail", "-c", block),
+        cwd=folder,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(50):
+        output, _ = await process.communicate()
+    assert process.returncode == 0, f"{block}\n{output.decode()}"
+    return output.decode()
+
+
+def prepare(folder: Path) -> None:
+    (folder / "bin").mkdir()
+    program = folder / "bin" / "agent-shim"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m shim "$@"\n')
+    program.chmod(0o755)
+    (folder / "config").symlink_to(ROOT / "config")
+    (folder / "admin-token").write_text(ADMIN)
+
+
+@pytest.mark.needs("bash", "promtool")
+async def test_operations(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    async with world(tmp_path) as (_, controller):
+        config = {
+            "mode": "websocket",
+            "rollout": {"percent": 10},
+            "fallback": {"url": controller.url},
+            "upstream": {"url": controller.url, "token": TOKEN},
+            "listen": {"port": free_port()},
+            "admin": {"port": free_port(), "token_file": str(tmp_path / "admin-token")},
+            "store": {"path": str(tmp_path / "agent-shim.db")},
+        }
+        async with Shim(tmp_path, config) as shim:
+            path = tmp_path / "agent-shim.yaml"
+            await shim.start()
+            async with living(shim, "clusters_agent"):
+                await controller.until(type="register", direction="in")
+                seen = 0
+                for block in blocks("operations.md"):
+                    before, after = path.read_text(), len(shim.lines)
+                    output = await run(block, tmp_path)
+                    assert TOKEN not in output
+                    assert ADMIN not in output
+                    seen += 1
+                    if path.read_text() != before:
+                        reloaded = await shim.event("config_reloaded", after)
+                        assert reloaded["needs_restart"] == []
+                        told = json.loads(await run("agent-shim status --config agent-shim.yaml --json", tmp_path))
+                        now = yaml.safe_load(path.read_text())
+                        assert (told["mode"], told["rollout_percent"]) == (now["mode"], now["rollout"]["percent"])
+                assert seen >= 8
+
+
+@pytest.mark.needs("bash")
+@pytest.mark.parametrize("name", ["faq.md", "troubleshooting.md"])
+async def test_what_needs_no_shim(name: str, tmp_path: Path) -> None:
+    prepare(tmp_path)
+    (tmp_path / "agent-shim.yaml").write_text("mode: websocket\n")
+    for block in blocks(name):
+        await run(block, tmp_path)
+
+
+@pytest.mark.parametrize("page", ["operations.md", "troubleshooting.md", "faq.md", "metrics.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (DOCS / page).read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        path = (DOCS / file).resolve() if file else DOCS / page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, target
+
+
+def test_the_pages_name_only_configuration_that_exists() -> None:
+    known = {path for path, _, _ in leaves()} | sections()
+    for page in ("operations.md", "troubleshooting.md", "faq.md", "metrics.md"):
+        named = set(
+            re.findall(
+                r"`((?:upstream|listen|admin|poll|commands|store|log|fallback|rollout|sunset|identity|"
+                r"heartbeat|register|sessions)\.[a-z_.]+)`",
+                (DOCS / page).read_text(),
+            )
+        )
+        assert named <= known, (page, named - known)
+
+
+def test_the_pages_name_only_log_events_that_exist() -> None:
+    source = "\n".join(path.read_text() for path in (ROOT / "shim").rglob("*.py"))
+    events = set(re.findall(r'log\.(?:debug|info|warning|error|exception)\(\s*"([a-z_]+)"', source)) | {"link_state"}
+    for page in ("operations.md", "troubleshooting.md", "faq.md"):
+        text = (DOCS / page).read_text()
+        named = {
+            word
+            for group in re.findall(r"[Ll]og ((?:line )?`[a-z_]+`(?:(?:,| or| and) `[a-z_]+`)*)", text)
+            for word in re.findall(r"`([a-z_]+)`", group)
+        }
+        assert named - events - {"link", "command"} == set(), (page, named - events)
+    assert "link_lost" in events
+
+
+def test_the_guides_questions_are_answered() -> None:
+    answered = re.findall(r"^\| \*\*(.+?)\*\* \|", (DOCS / "faq.md").read_text(), re.MULTILINE)
+    assert len(answered) == 7
