@@ -8,15 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
 from shim.config import load, read_secret
 from shim.errors import ConfigError
+from shim.tools.admin_address import configured, given
 
 TIMEOUT_S = 5.0
-_UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - addresses to listen on
 
 
 class AdminError(click.ClickException):
@@ -87,22 +86,9 @@ def admin_options(command: Callable[..., None]) -> Callable[..., None]:
 def port_of(url: str | None, config: str | None, sets: tuple[str, ...], token_file: str | None) -> AdminPort:
     """The admin port that the options mean. Raises click's errors, `AdminError`, `ConfigError`."""
     admin = load(config, os.environ, sets).admin
-    host, port = given(url) if url else (_UNSPECIFIED.get(admin.host, admin.host), admin.port)
-    if not port:
-        raise click.UsageError("admin.port is 0, any free port: give --url")
+    host, port = given(url) if url else configured(admin.host, admin.port)
     path = token_file or admin.token_file
     try:
         return AdminPort(host, port, read_secret(path, "the token file") if path else "")
     except ConfigError as error:
         raise AdminError(str(error)) from None
-
-
-def given(url: str) -> tuple[str, int]:
-    """Host and port of `--url`."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme == "http" and parts.hostname:
-            return parts.hostname, parts.port or 80
-    except ValueError:
-        pass
-    raise click.BadParameter("expected http://host:port", param_hint="--url")

@@ -9,13 +9,12 @@ import os
 import sys
 from http.client import HTTPConnection, HTTPException
 from threading import Event
-from urllib.parse import urlsplit
 
 import click
 
 from shim.clock import Clock
+from shim.tools.admin_address import configured, given
 
-_UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - addresses to listen on
 _SHOWN_BYTES = 300
 _PAUSE_S = 0.2
 
@@ -31,7 +30,7 @@ def command(
     config: str | None, sets: tuple[str, ...], url: str | None, ready: bool, wait_s: float, timeout_s: float
 ) -> None:
     """Ask a running shim how it is: exit code 0 if it is well, 1 if not or if nobody answers."""
-    host, port = _given(url) if url else _configured(config, sets)
+    host, port = given(url) if url else _configured(config, sets)
     path, clock = "/readyz" if ready else "/healthz", Clock()
     end_s = clock.monotonic_s() + wait_s
     well, text = ask(host, port, path, timeout_s)
@@ -56,20 +55,8 @@ def ask(host: str, port: int, path: str, timeout_s: float) -> tuple[bool, str]:
     return response.status == 200, body if response.status == 200 else f"{response.status} {body}"
 
 
-def _given(url: str) -> tuple[str, int]:
-    try:
-        parts = urlsplit(url)
-        if parts.scheme == "http" and parts.hostname:
-            return parts.hostname, parts.port or 80
-    except ValueError:
-        pass
-    raise click.BadParameter("expected http://host:port", param_hint="--url")
-
-
 def _configured(config: str | None, sets: tuple[str, ...]) -> tuple[str, int]:
     from shim.config import load  # noqa: PLC0415 - not needed with --url
 
     admin = load(config, os.environ, sets).admin
-    if admin.port == 0:
-        raise click.UsageError("admin.port is 0, any free port: give --url")
-    return _UNSPECIFIED.get(admin.host, admin.host), admin.port
+    return configured(admin.host, admin.port)

@@ -13,7 +13,7 @@ import click
 from shim import config as configuration
 from shim.errors import ConfigError
 from shim.logs import Redaction
-from shim.tools.admin_client import given
+from shim.tools.admin_address import given
 
 
 @click.command("doctor")

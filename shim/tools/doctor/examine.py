@@ -10,20 +10,20 @@ import msgspec
 from shim import config
 from shim.errors import ConfigError
 from shim.settings import Settings, Upstream
+from shim.tools.admin_address import reachable
 from shim.tools.doctor import machine, running
 from shim.tools.doctor.findings import Finding, failed, passed, warned
 from shim.tools.doctor.handshake import Answer, ask, ask_time, judge_clock, judge_token, judge_upgrade, ping
 from shim.tools.doctor.network import Blocked, Target, connect, target_of
 from shim.tools.doctor.running import Running
 
-_UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - addresses to listen on
 _UPGRADED = 101
 _REFUSED = (401, 403)
 
 
 def running_shim(settings: Settings, admin: tuple[str, int] | None, token: str) -> Running:
     """What the shim says that listens where the configuration, or `admin`, says."""
-    host, port = admin or (_UNSPECIFIED.get(settings.admin.host, settings.admin.host), settings.admin.port)
+    host, port = admin or (reachable(settings.admin.host), settings.admin.port)
     return running.ask(host, port, token) if port else Running(f"{host}:0")
 
 
