@@ -12,19 +12,37 @@ from aiohttp import web
 
 from shim.admin.series import Sampler
 from shim.errors import OperatorError
+from shim.ports import Clock
 
 EVERY_S = 1.0
+MAX_EVERY_S = 5.0
+SHARE = 0.02
+"""Of the event loop's time: with thousands of agents a snapshot takes so long that it must be taken less often."""
 MAX_READERS = 16
 
 
 class Live:
-    """Serves `/events`; `take` makes a snapshot."""
+    """Serves `/events`. `prepare` gets what takes its time, and `take` makes the snapshot of it at once.
 
-    def __init__(self, take: Callable[[], Awaitable[dict[str, Any]]], sampler: Sampler) -> None:
-        self._take = take
+    All readers share a snapshot, so that their number costs the agents nothing.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        sampler: Sampler,
+        prepare: Callable[[], Awaitable[list[str]]],
+        take: Callable[[list[str]], dict[str, Any]],
+    ) -> None:
+        self._clock = clock
         self._sampler = sampler
+        self._prepare = prepare
+        self._take = take
         self._stopped = asyncio.Event()
         self._readers = 0
+        self._every_s = EVERY_S
+        self._taken_at = float("-inf")
+        self._status = b""
 
     def stop(self) -> None:
         """End all streams."""
@@ -48,13 +66,24 @@ class Live:
         taken = self._sampler.taken
         await response.write(_event("series", self._sampler.last()))
         while not self._stopped.is_set():
-            await response.write(_event("status", await self._take()))
+            await response.write(await self.status())
             if self._sampler.taken > taken:
                 await response.write(_event("samples", self._sampler.last(self._sampler.taken - taken)))
                 taken = self._sampler.taken
             with suppress(TimeoutError):
-                async with asyncio.timeout(EVERY_S):
+                async with asyncio.timeout(self._every_s):
                     await self._stopped.wait()
+
+    async def status(self) -> bytes:
+        """The event of a snapshot that is not older than its readers' pace."""
+        reasons = await self._prepare()
+        began = self._clock.monotonic_s()
+        if began - self._taken_at >= self._every_s / 2:
+            self._status = _event("status", self._take(reasons))
+            took_s = self._clock.monotonic_s() - began
+            self._taken_at = began
+            self._every_s = min(max(EVERY_S, took_s / SHARE), MAX_EVERY_S)
+        return self._status
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import msgspec
 from aiohttp import hdrs, web
@@ -65,7 +64,7 @@ class AdminServer:
         started_at = bridge.ctx.clock.wall_s()
         facts = Facts(__version__, started_at, addresses, self._guard.required)
         self._snapshots = Snapshots(bridge, self._sampler, journal, facts)
-        self._live = Live(self._take, self._sampler)
+        self._live = Live(bridge.ctx.clock, self._sampler, self._not_ready, self._snapshots.take)
         registry.register(BridgeCollector(bridge))
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_say_errors])
         app.on_response_prepare.append(_add_headers)
@@ -133,9 +132,6 @@ class AdminServer:
             reasons.append("agents are not served yet")
         return reasons
 
-    async def _take(self) -> dict[str, Any]:
-        return self._snapshots.take(await self._not_ready())
-
     async def _healthz(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
@@ -150,7 +146,7 @@ class AdminServer:
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
 
     async def _status(self, request: web.Request) -> web.Response:
-        status = {**await self._take(), "series": self._sampler.last()}
+        status = {**self._snapshots.take(await self._not_ready()), "series": self._sampler.last()}
         return web.Response(body=msgspec.json.encode(status), content_type="application/json")
 
 
