@@ -59,6 +59,11 @@ async def test_alerts_fire_when_the_controller_is_cut_and_clear_when_it_is_back(
             await prom.until("Scraped", firing=True)
             assert await prom.query("ALERTS{alertname=~'AgentShim(Down|LinkDown|StoreFailing)'}") == []
             await every_query(prom)
+            routes = {each["metric"]["route"] for each in await prom.query("agent_shim_deprecated_calls_total > 0")}
+            assert "POST /api/v1/clusters/agent/{cluster_id}/heartbeat" in routes
+            assert not any("health" in route for route in routes)
+            assert await prom.query("agent_shim_agent_heartbeats_total{outcome='acked'} > 0")
+            assert await prom.query("agent_shim_message_latency_seconds_count{direction='up'} == 3")
 
             await controller.kill()
             await prom.until("AgentShimLinkDown", firing=True)
