@@ -64,7 +64,7 @@ def peek(payload: StreamReader) -> bytes:
     """A whole body, left where it is. `read_nowait` would let aiohttp parse and read on, which is not wanted yet."""
     if payload is EMPTY_PAYLOAD:
         return b""
-    parts = payload._buffer  # noqa: SLF001
+    parts = payload._buffer  # noqa: SLF001 - see above
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 

@@ -38,7 +38,7 @@ def command(
     Exit code 1 if a line says FAIL.
     """
     from shim.tools.doctor import examine  # noqa: PLC0415 - the command list must not load it
-    from shim.tools.doctor.findings import Report  # noqa: PLC0415
+    from shim.tools.doctor.findings import Report  # noqa: PLC0415 - as above
 
     redaction = Redaction()
     report = Report(redaction)
