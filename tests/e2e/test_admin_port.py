@@ -93,6 +93,7 @@ async def test_without_a_token_it_may_be_read_and_nothing_changed(tmp_path: Path
             assert (status, "admin.token_file" in refusal["error"]) == (403, True)
         assert await ask("/nowhere") == (404, {"error": "not found"})
         assert (await ask("/status.json", "POST"))[0] == 405
+        assert await shim.stop() == 0
 
 
 async def test_with_a_token_all_but_health_and_metrics_is_closed(tmp_path: Path, http: aiohttp.ClientSession) -> None:
@@ -150,6 +151,7 @@ async def test_other_sites_pages_and_other_hosts_names_get_nothing(tmp_path: Pat
         assert (await ask("/", Host="rebound.example"))[0] == 403
         # probes and Prometheus call by whatever name they have
         assert (await ask("/metrics", Host="agent-shim.prod.svc"))[0] == 200
+        assert await shim.stop() == 0
 
 
 async def test_every_answer_keeps_browsers_in_bounds(tmp_path: Path, http: aiohttp.ClientSession) -> None:
@@ -175,6 +177,7 @@ async def test_every_answer_keeps_browsers_in_bounds(tmp_path: Path, http: aioht
             page = await response.text()
         # nothing inline, nothing from elsewhere
         assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\son\w+=|\sstyle=|https?://|//", page)
+        assert await shim.stop() == 0
 
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -229,6 +232,7 @@ async def test_a_page_too_many_is_refused_and_one_that_left_makes_room(
                 pass
         for response in opened:
             response.close()
+        assert await shim.stop() == 0
 
 
 # --- single commands --------------------------------------------------------------------------------------------------
@@ -264,6 +268,7 @@ async def test_a_trace_tells_the_whole_life_without_payload(tmp_path: Path, http
         times = [step["at"] for step in done["trace"]]
         assert times == sorted(times)
         assert "in-the-" not in json.dumps(done)
+        assert await shim.stop() == 0
 
 
 async def waiting_command(http: aiohttp.ClientSession, shim: Shim, controller: Controller, command_id: str) -> str:
@@ -302,3 +307,4 @@ async def test_purge_redeliver_and_drain_over_http(tmp_path: Path, http: aiohttp
         status, answered = await order("/drain", method="DELETE")
         assert (status, answered["drain"]["state"]) == (200, "off")
         assert (await ask("/readyz"))[0] == 200
+        assert await shim.stop() == 0

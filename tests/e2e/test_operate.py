@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
+import signal
+import struct
 import sys
+import termios
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +102,57 @@ async def test_status_says_it_in_the_terminal_and_as_json(tmp_path: Path, http: 
         assert (code, json.loads(out)["commands"]["waiting"]) == (0, 1)
 
 
+class Terminal:
+    """A command in a terminal."""
+
+    def __init__(self) -> None:
+        self._master, self._slave = os.openpty()
+        fcntl.ioctl(self._slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
+        self._seen = b""
+
+    async def start(self, *args: str) -> asyncio.subprocess.Process:
+        environment = os.environ | {"TERM": "xterm-256color"}
+        command = (sys.executable, "-m", "shim", *args)
+        process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=self._slave)
+        os.close(self._slave)
+        os.set_blocking(self._master, False)
+        return process
+
+    async def until(self, text: str) -> str:
+        """Read until this text has been written; all that was seen."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(30):
+            while text.encode() not in self._seen:
+                readable = asyncio.Event()
+                loop.add_reader(self._master, readable.set)
+                try:
+                    await readable.wait()
+                finally:
+                    loop.remove_reader(self._master)
+                self._seen += os.read(self._master, 65_536)
+        seen, self._seen = self._seen, b""
+        return seen.decode()
+
+    def close(self) -> None:
+        os.close(self._master)
+
+
+async def test_in_a_terminal_it_has_colours_and_can_be_watched(tmp_path: Path, http: aiohttp.ClientSession) -> None:
+    async with world(tmp_path, with_token(tmp_path)) as (shim, controller):
+        await shim.start()
+        await agent(http, shim, controller)
+        for watch in ((), ("--watch",)):
+            terminal = Terminal()
+            process = await terminal.start("status", *watch, *where(shim, tmp_path))
+            assert "\x1b[" in await terminal.until("All is well: the controller is connected, 1 agent alive.")
+            if watch:
+                await shim.stop()
+                await terminal.until("no answer from the admin port")
+                process.send_signal(signal.SIGINT)
+            assert await process.wait() == 0
+            terminal.close()
+
+
 async def test_watching_goes_on_while_the_shim_is_away(tmp_path: Path) -> None:
     async with world(tmp_path, with_token(tmp_path)) as (shim, _):
         await shim.start()
@@ -111,7 +166,7 @@ async def test_watching_goes_on_while_the_shim_is_away(tmp_path: Path) -> None:
             await shim.stop()
             while b"no answer from the admin port" not in await watching.stdout.readline():
                 pass
-            watching.send_signal(2)
+            watching.send_signal(signal.SIGINT)
             assert await watching.wait() == 0
 
 
