@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -32,17 +33,24 @@ def free_port() -> int:
 
 
 class _Child:
-    """A child process whose output lines can be awaited. It is killed when its block is left."""
+    """A child process whose output lines can be awaited. It is killed when its block is left.
+
+    `program` and `environment` (what is added to ours) may be changed before a start; `on_line` is told each line.
+    """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.program: tuple[str, ...] = (sys.executable, "-m", "shim")
+        self.environment: dict[str, str] = {}
+        self.on_line: Callable[[str], None] = lambda line: None
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._grown = asyncio.Condition()
 
     async def _spawn(self, *args: str) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "shim", *args),
+            *(*self.program, *args),
+            env=os.environ | self.environment,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -54,6 +62,7 @@ class _Child:
         assert process.stdout is not None
         async for line in process.stdout:
             self.lines.append(line.decode(errors="replace").rstrip("\n"))
+            self.on_line(self.lines[-1])
             async with self._grown:
                 self._grown.notify_all()
         async with self._grown:

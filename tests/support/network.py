@@ -1,0 +1,134 @@
+"""A second host for tests: a network namespace behind a veth pair, and what may go wrong on the way to it.
+
+Everything here needs a network and mount namespace of one's own (`unshare --net --mount`): `reenter` gets one, and all
+of it is gone with the process. `TwoHosts` then makes the far host; faults are about one TCP port there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+FAR = "far"
+NEAR_ADDRESS = "10.213.0.1"
+FAR_ADDRESS = "10.213.0.2"
+INSIDE = "AGENT_SHIM_TEST_NAMESPACE"
+TOOLS = ("unshare", "ip", "iptables", "tc")
+_QUEUE = 7
+_DELAY = Path(__file__).with_name("nfq_delay.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where a server of the test runs: its address, and the command prefix that starts a program there."""
+
+    address: str = "127.0.0.1"
+    inside: tuple[str, ...] = ()
+
+
+def permitted() -> str:
+    """Why network namespaces cannot be had here; empty if they can."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        return f"needs {', '.join(missing)}"
+    probe = "ip link set lo up && iptables -L -n && ip netns list && ip link add type veth"
+    done = subprocess.run(["unshare", "--net", "--mount", "sh", "-c", probe], capture_output=True, check=False)
+    return "" if done.returncode == 0 else "network namespaces are not permitted here"
+
+
+def reenter(module: str, args: Sequence[str]) -> int | None:
+    """Run `python -m module args` in namespaces of its own: its exit code, `None` if we are in them already."""
+    if os.environ.get(INSIDE):
+        return None
+    command = ["unshare", "--net", "--mount", "--propagation", "private", sys.executable, "-m", module, *args]
+    return subprocess.run(command, env=os.environ | {INSIDE: "1"}, check=False).returncode
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+class TwoHosts:
+    """This host and a far one. Each fault lasts as long as its block; they must not overlap."""
+
+    def __init__(self) -> None:
+        """Must run inside `reenter`."""
+        assert os.environ.get(INSIDE), "in somebody else's network"
+        Path("/run/netns").mkdir(exist_ok=True)
+        _run("mount", "-t", "tmpfs", "none", "/run/netns")  # names that nobody else sees
+        _run("ip", "link", "set", "lo", "up")
+        _run("ip", "netns", "add", FAR)
+        _run("ip", "link", "add", "near", "type", "veth", "peer", "name", "veth0", "netns", FAR)
+        _run("ip", "address", "add", f"{NEAR_ADDRESS}/24", "dev", "near")
+        _run("ip", "link", "set", "near", "up")
+        _run("ip", "-n", FAR, "address", "add", f"{FAR_ADDRESS}/24", "dev", "veth0")
+        _run("ip", "-n", FAR, "link", "set", "veth0", "up")
+        _run("ip", "-n", FAR, "link", "set", "lo", "up")
+        self.far = Host(FAR_ADDRESS, ("ip", "netns", "exec", FAR))
+
+    @contextmanager
+    def _rules(self, port: int, *target: str, each: Sequence[str] = (), answers: bool = True) -> Iterator[None]:
+        """What is sent to the port goes to `target`, and with `answers` what comes from it, too."""
+        rules = [("OUTPUT", "-p", "tcp", "--dport", str(port), *each, *target)]
+        rules += [("INPUT", "-p", "tcp", "--sport", str(port), *each, *target)] * answers
+        for rule in rules:
+            _run("iptables", "-w", "-A", *rule)
+        try:
+            yield
+        finally:
+            for rule in rules:
+                _run("iptables", "-w", "-D", *rule)
+
+    @contextmanager
+    def cut(self, port: int) -> Iterator[None]:
+        """No packet passes, and nobody is told."""
+        with self._rules(port, "-j", "DROP"):
+            yield
+
+    @contextmanager
+    def reset(self, port: int) -> Iterator[None]:
+        """Every packet that is sent is answered with a reset."""
+        with self._rules(port, "-j", "REJECT", "--reject-with", "tcp-reset", answers=False):
+            yield
+
+    @contextmanager
+    def loss(self, port: int, share: float) -> Iterator[None]:
+        """This share of the packets is lost, each way."""
+        some = ("-m", "statistic", "--mode", "random", "--probability", f"{share:.3f}")
+        with self._rules(port, "-j", "DROP", each=some):
+            yield
+
+    @contextmanager
+    def latency(self, port: int, one_way_ms: float) -> Iterator[None]:
+        """Every packet comes later, each way."""
+        command = [sys.executable, str(_DELAY), str(_QUEUE), str(one_way_ms)]
+        delayer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert delayer.stdout is not None
+            if delayer.stdout.readline().strip() != "ready":
+                raise OSError("packets cannot be queued here")
+            with self._rules(port, "-j", "NFQUEUE", "--queue-num", str(_QUEUE), "--queue-bypass"):
+                yield
+        finally:
+            delayer.kill()
+            delayer.communicate()
+
+    @contextmanager
+    def narrow(self, kbit_per_s: int) -> Iterator[None]:
+        """The whole line between the hosts carries no more than this, each way."""
+        shape = ("root", "tbf", "rate", f"{kbit_per_s}kbit", "burst", "8kb", "latency", "2s")
+        _run("tc", "qdisc", "add", "dev", "near", *shape)
+        _run("ip", "netns", "exec", FAR, "tc", "qdisc", "add", "dev", "veth0", *shape)
+        try:
+            yield
+        finally:
+            _run("tc", "qdisc", "del", "dev", "near", "root")
+            _run("ip", "netns", "exec", FAR, "tc", "qdisc", "del", "dev", "veth0", "root")
