@@ -87,7 +87,7 @@ class Roster:
                 self._ctx.sessions.remove(session)
 
     def met(self, owner: str, target: Target, dialect: str) -> Session:
-        """The session of a call by the vendor's HTTP API, made if need be: that is no contact. Raises `AgentError`."""
+        """The session of a call that goes by the vendor's HTTP API, made if need be: no contact. Raises 503."""
         key = self._ctx.sessions.key_of(owner, target)
         session = self._ctx.sessions.get(key)
         if session is None:
