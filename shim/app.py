@@ -21,6 +21,7 @@ from shim.core.records import Loaded
 from shim.core.sessions import Sessions
 from shim.core.urls import origin_of
 from shim.errors import ConfigError, StoreError, StoreVersionError
+from shim.filemarks import Watched
 from shim.frontend import Frontend
 from shim.hardening import allow_connections, keep_memory_private, open_doors
 from shim.lag import watch_loop
@@ -93,7 +94,7 @@ class App:
         self._tasks: asyncio.TaskGroup | None = None
         self._undo: list[Undo] = []
         self._metrics = Metrics(Registry())
-        self._seen: dict[str, object] = {}
+        self._files = Watched()
         self._token = ""
 
     async def run(self) -> int:
@@ -288,21 +289,7 @@ class App:
                 self.bridge.token_changed()
 
     def _changed(self) -> set[str]:
-        files = {"config": self._config_path, "token": self.settings.upstream.token_file}
-        changed = set()
-        for name, path in files.items():
-            if not path:
-                continue
-            try:
-                found = Path(path).stat()
-                mark: object = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-            except OSError:
-                mark = None
-            if self._seen.get(name, mark) != mark and mark is not None:
-                changed.add(name)
-            if mark is not None or name not in self._seen:
-                self._seen[name] = mark
-        return changed
+        return self._files.changed({"config": self._config_path, "token": self.settings.upstream.token_file})
 
     def reload(self) -> None:
         """Read the configuration again: what may change at run time does, the rest is named; faults keep the old."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import ssl
-from pathlib import Path
 
+from shim.filemarks import Mark, marks
 from shim.settings import TlsFiles
 
 logger = logging.getLogger(__name__)
-
-_Signature = tuple[tuple[int, int, int], ...]
 
 
 class ServerTls:
@@ -30,14 +28,13 @@ class ServerTls:
         self.context = self._current
         self.context.sni_callback = self._on_hello
 
-    def _look(self) -> _Signature:
+    def _look(self) -> tuple[Mark, ...]:
         """What tells the files from others; empty when one is missing."""
         names = (self._files.cert_file, self._files.key_file)
         try:
-            found = [Path(name).stat() for name in names if name]
+            return marks(name for name in names if name)
         except OSError:
             return ()
-        return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in found)
 
     def _build(self) -> ssl.SSLContext:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+from shim.filemarks import Mark, marks
 from shim.settings import Upstream
-
-_Signature = tuple[tuple[int, int, int], ...]
 
 
 class ClientTls:
@@ -18,11 +17,11 @@ class ClientTls:
         names = (settings.ca_file, settings.client_cert_file, settings.client_key_file)
         self._files = [Path(name) for name in names if name]
         self._context: ssl.SSLContext | None = None
-        self._signature: _Signature = ()
+        self._signature: tuple[Mark, ...] = ()
 
     def context(self) -> ssl.SSLContext:
         """The context for the next dial. Raises `OSError` (`ssl.SSLError` included) when a file cannot be used."""
-        signature = tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in (f.stat() for f in self._files))
+        signature = marks(self._files)
         if self._context is None or signature != self._signature:
             self._context = self._build()
             self._signature = signature
