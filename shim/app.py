@@ -17,7 +17,6 @@ from shim import __version__, config, dialects, logs
 from shim.admin import AdminServer, Journal
 from shim.bridge import Bridge, Context
 from shim.clock import Clock
-from shim.core.records import Loaded
 from shim.core.sessions import Sessions
 from shim.core.urls import origin_of
 from shim.errors import ConfigError, StoreError, StoreVersionError
@@ -29,7 +28,8 @@ from shim.metrics import Metrics, Registry
 from shim.passthrough import Passthrough, sunset_headers
 from shim.ports import CommandStore, Switchboard, UpstreamPort
 from shim.settings import Settings
-from shim.store import CommitProbe, Post, open_store
+from shim.store import Post, open_store
+from shim.storewatch import probe, tell_findings
 from shim.upstream import AiohttpUpstream
 
 log = logs.get(__name__)
@@ -95,6 +95,7 @@ class App:
         self._undo: list[Undo] = []
         self._metrics = Metrics(Registry())
         self._files = Watched()
+        self._store_fault: StoreError | None = None
         self._token = ""
 
     async def run(self) -> int:
@@ -105,6 +106,8 @@ class App:
                 try:
                     await self._start()
                     await self.stop_requested.wait()
+                    if self._store_fault is not None:
+                        raise self._store_fault
                 finally:
                     await self._stop()
         except* StoreVersionError as group:
@@ -136,7 +139,7 @@ class App:
         store = self.make_store(loop.call_soon_threadsafe)
         loaded = await asyncio.to_thread(store.open)
         self._undo.append(lambda: asyncio.to_thread(store.close))
-        self._tell_of_store(loaded)
+        tell_findings(loaded, self._metrics)
         journal = Journal(store)
         ctx = Context(
             settings=settings,
@@ -190,15 +193,12 @@ class App:
 
     def make_store(self, post: Post) -> CommandStore:
         """The store; `post` as in `open_store`."""
-        metrics = self._metrics
+        return open_store(self.settings.store, post, probe(self._metrics, self._store_broken))
 
-        def committed(commit_s: float, operations: int) -> None:
-            metrics.store_commit_seconds.observe(commit_s)
-            metrics.store_operations.inc(operations)
-
-        return open_store(
-            self.settings.store, post, CommitProbe(Clock().monotonic_s, committed, metrics.store_failures.inc)
-        )
+    def _store_broken(self, error: StoreError) -> None:
+        """End the process: its successor moves the database aside; this one could only refuse for ever."""
+        self._store_fault = error
+        self.stop_requested.set()
 
     def wrap_upstream(self, upstream: UpstreamPort) -> UpstreamPort:
         """What the bridge dials with."""
@@ -207,21 +207,6 @@ class App:
     def wrap_switchboard(self, switchboard: Switchboard) -> Switchboard:
         """What the frontend calls."""
         return switchboard
-
-    def _tell_of_store(self, loaded: Loaded) -> None:
-        """Say what was wrong with the database: a person has to know of what is gone."""
-        for warning in loaded.warnings:
-            log.warning("store_warning", warning=warning)
-        if loaded.quarantined:
-            self._metrics.store_quarantined.inc(loaded.quarantined)
-            log.error("store_rows_quarantined", rows=loaded.quarantined)
-        if loaded.moved_aside:
-            self._metrics.store_moved_aside.inc()
-            log.error(
-                "store_moved_aside",
-                path=loaded.moved_aside,
-                hint="the database was corrupt: commands and results that were only in it are lost; agents are adopted",
-            )
 
     def _announce(self) -> None:
         if self._ready_file:

@@ -63,8 +63,8 @@ def others_files(path: Path) -> tuple[str, ...]:
 def is_garbage(path: Path) -> bool:
     """Whether the file does not begin as a database does; SQLite begins a new one over some of these. Raises `OSError`.
 
-    A file of one byte is its own workaround for a file system. It takes an empty one for new, and deletes the log beside
-    it; but a log is begun only when the file has its first page.
+    A file of one byte is its own workaround for a file system. An empty one it takes for new, and deletes the log that
+    lies beside it; but a log is begun only when the file has its first page.
     """
     with path.open("rb") as file:
         head = file.read(len(_HEADER))

@@ -17,11 +17,11 @@ from shim.store import files, schema
 from shim.store.delivery import Post, deliver, store_error
 from shim.store.loading import load
 from shim.store.lock import StoreLock
-from shim.store.writer import CommitProbe, Writer
+from shim.store.writer import CORRUPT, CommitProbe, Writer
 
 BUSY_TIMEOUT_S = 5.0
 # What a damaged file is found by. A plain SQL error means that tables or columns are not what the version says.
-_CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR})
+_CORRUPT = CORRUPT | {sqlite3.SQLITE_ERROR}
 _WAL_LIMIT_BYTES = 16 * 1024 * 1024
 
 

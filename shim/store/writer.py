@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -17,6 +17,7 @@ from shim.ports import StoreDone
 from shim.store.delivery import Post, deliver, store_error
 from shim.store.operations import Operations
 
+CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _Submission = tuple[Sequence[Operation], StoreDone | None]
 _Outcome = list[Any] | StoreError
 _COMMON = frozenset(
@@ -38,12 +39,13 @@ class CommitProbe:
 
     `commit_s` is the time by `monotonic` (seconds) from the beginning of the transaction to its sync, with any wait for
     another process; `operations` is how many it carried out. `failed(submissions)` is called with how many could not be
-    carried out.
+    carried out, `corrupt(error)` after each that shows that the database is damaged: nothing will be stored any more.
     """
 
     monotonic: Callable[[], float]
     observe: Callable[[float, int], None]
     failed: Callable[[int], None] | None = None
+    corrupt: Callable[[StoreError], None] | None = None
 
 
 class Writer:
@@ -113,11 +115,17 @@ class Writer:
             self._roll_back()
             failure = store_error(error)
             if len(batch) == 1 or _concerns_all(error):
-                if self._probe is not None and self._probe.failed is not None:
-                    callbacks.append(partial(self._probe.failed, len(batch)))
+                callbacks.extend(self._bad_news(error, failure, len(batch)))
                 return [failure] * len(batch)
         half = len(batch) // 2
         return self._outcomes(batch[:half], callbacks) + self._outcomes(batch[half:], callbacks)
+
+    def _bad_news(self, error: Exception, failure: StoreError, submissions: int) -> Iterator[Callable[[], None]]:
+        probe = self._probe
+        if probe is not None and probe.failed is not None:
+            yield partial(probe.failed, submissions)
+        if probe is not None and probe.corrupt is not None and _primary(error) in CORRUPT:
+            yield partial(probe.corrupt, failure)
 
     def _commit(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[_Outcome]:
         probe = self._probe
@@ -141,5 +149,9 @@ def _concerns_all(error: Exception) -> bool:
 
     A full disk may still have room for a small one; anything else is the fault of one submission.
     """
-    primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return primary in _COMMON
+    return _primary(error) in _COMMON
+
+
+def _primary(error: Exception) -> int:
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF

@@ -25,6 +25,20 @@ def mounted(folder: Path, size_mib: int = SIZE_MIB) -> Iterator[bool]:
             subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
 
 
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """A mounted folder cannot be written while the block lasts; nobody may have a file of it open."""
+    _remount(folder, "ro")
+    try:
+        yield
+    finally:
+        _remount(folder, "rw")
+
+
+def _remount(folder: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], capture_output=True, check=True)
+
+
 def permitted(folder: Path) -> bool:
     """Whether `mounted` works here."""
     with mounted(folder, 1) as works:

@@ -1,0 +1,40 @@
+"""What the store has to say: to metrics about its commits, to a person about what was wrong with its database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shim.clock import Clock
+from shim.core.records import Loaded
+from shim.errors import StoreError
+from shim.logs import get
+from shim.metrics import Metrics
+from shim.store import CommitProbe
+
+log = get(__name__)
+
+
+def probe(metrics: Metrics, broken: Callable[[StoreError], None]) -> CommitProbe:
+    """Measures commits; `broken` is called when the database turns out to be damaged while it is used."""
+
+    def committed(commit_s: float, operations: int) -> None:
+        metrics.store_commit_seconds.observe(commit_s)
+        metrics.store_operations.inc(operations)
+
+    return CommitProbe(Clock().monotonic_s, committed, metrics.store_failures.inc, broken)
+
+
+def tell_findings(loaded: Loaded, metrics: Metrics) -> None:
+    """Say what was found when the database was opened: a person has to know of what is gone."""
+    for warning in loaded.warnings:
+        log.warning("store_warning", warning=warning)
+    if loaded.quarantined:
+        metrics.store_quarantined.inc(loaded.quarantined)
+        log.error("store_rows_quarantined", rows=loaded.quarantined)
+    if loaded.moved_aside:
+        metrics.store_moved_aside.inc()
+        log.error(
+            "store_moved_aside",
+            path=loaded.moved_aside,
+            hint="the database was corrupt: commands and results that were only in it are lost; agents are adopted",
+        )
