@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from shim.bridge.context import Context
-from shim.bridge.delivery import Delivery, Poll
+from shim.bridge.delivery import Delivery
 from shim.bridge.holding import Holding
 from shim.bridge.links import LinkRunner
+from shim.bridge.polls import Polls, failed
 from shim.bridge.registrations import Registrations
 from shim.bridge.roster import Roster, outcome_of
 from shim.bridge.routes import Routes
 from shim.core.calls import (
     Accepted,
     AgentCall,
-    Commands,
     Failed,
     HealthCall,
     Healthy,
@@ -33,7 +33,6 @@ from shim.core.calls import (
     TunnelPollCall,
     TunnelState,
 )
-from shim.core.hold import Hold
 from shim.core.link import LinkState
 from shim.core.records import AddTrace, PutResult, ResultOutcome, SessionKey, TraceEntry
 from shim.core.sessions import Session
@@ -68,17 +67,21 @@ class Calls:
         self._registrations = registrations
         self._delivery = delivery
         self._holding = holding
+        self._polls = Polls(ctx, routes, roster, delivery, holding)
 
-    async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
+    def call(self, client: Client, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, Answer]:
         """Carry out one call (`ports.Switchboard.call`)."""
         answer = self.at_once(client, call, arrived_s)
         if answer is not None:
-            return answer
+            return _ready(answer)
         owner = self._routes.owner_of(client.token) or ""
+        if isinstance(call, PollCall):
+            return self._polls.wait(owner, client, call, arrived_s)
+        return self._wait(owner, client, call, arrived_s)
+
+    async def _wait(self, owner: str, client: Client, call: AgentCall, arrived_s: float) -> Answer:
         try:
             match call:
-                case PollCall():
-                    return await self._poll(owner, client, call, arrived_s)
                 case RegisterCall():
                     return Answer(await self._register(owner, client, call, arrived_s))
                 case ResultCall():
@@ -88,7 +91,7 @@ class Calls:
                 case _:
                     raise TypeError(f"{type(call).__name__} is answered at once")
         except AgentError as error:
-            return _failed(error)
+            return failed(error)
 
     def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
         """Carry out a call that need not wait (`ports.Switchboard.at_once`)."""
@@ -104,7 +107,7 @@ class Calls:
                 case HeartbeatCall():
                     return Answer(self._heartbeat(owner, client, call))
                 case PollCall():
-                    return self._empty_poll(owner, client, call)
+                    return self._polls.empty(owner, client, call)
                 case StatusCall():
                     return Answer(self._status(owner, client, call))
                 case TunnelPollCall() if not self._ctx.settings.poll.hold_tunnel:
@@ -114,7 +117,7 @@ class Calls:
                 case _:
                     return None
         except AgentError as error:
-            return _failed(error)
+            return failed(error)
 
     def _vet(self, owner: str, client: Client, call: HeartbeatCall | PollCall | StatusCall | ResultCall) -> None:
         """An unknown agent with a token of its own must get a link, and no refusal, before anything is kept of it.
@@ -220,53 +223,6 @@ class Calls:
             self._delivery.outbox.added(outcome.entry, posted_at)
         self._delivery.answered(key, call.command_id)
 
-    def _polled(self, owner: str, client: Client, call: PollCall) -> Session:
-        session = self._roster.called(owner, call.target, call.dialect)
-        session.poll_at = self._ctx.now
-        self._usage.note(session.key, call.dialect, "poll", session.seen_wall)
-        self._routes.link_for(session, client)
-        return session
-
-    def _empty_poll(self, owner: str, client: Client, call: PollCall) -> Answer | None:
-        """Answer a poll for which there is nothing, and which may not be held either."""
-        known = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, call.target))
-        if known is None or self._holding.limit_s(known.hold) > 0 or self._delivery.concerned(known.key):
-            return None
-        session = self._polled(owner, client, call)
-        self._holding.poll_arrived(session, session.hold)
-        self._presence.called(session)
-        self._holding.answered(session.hold)
-        return Answer(Commands((), self._ctx.settings.poll.frequency_s))
-
-    async def _poll(self, owner: str, client: Client, call: PollCall, arrived_s: float) -> Answer:
-        session = self._polled(owner, client, call)
-        key, hold = session.key, session.hold
-        limit_s = self._holding.poll_arrived(session, hold)
-        poll = self._delivery.poll(key, client.connection, arrived_s, hold=limit_s > 0)
-        try:
-            if poll.offering is not None or poll.offered.done():
-                self._presence.called(session)
-                await self._on_disk(poll, hold)
-            else:
-                end = partial(self._delivery.end_poll, key, poll)
-                await self._holding.wait(session, hold, limit_s, poll.offered, end)
-        except asyncio.CancelledError:
-            self._delivery.abandon(key, poll)
-            raise
-        self._holding.answered(hold)
-        offering = poll.offered.result()
-        commands = offering.commands if offering is not None else ()
-        poll.offering = None
-        return Answer(Commands(commands, self._ctx.settings.poll.frequency_s), offering)
-
-    async def _on_disk(self, poll: Poll, hold: Hold) -> None:
-        """Wait for the record of the offer, which takes no longer than the disk does."""
-        try:
-            await poll.offered
-        except asyncio.CancelledError:
-            hold.gone()
-            raise
-
     def _tunnel_polled(self, owner: str, client: Client, call: TunnelPollCall) -> Session | None:
         session = self._roster.known(owner, call.target)
         key = session.key if session is not None else self._ctx.sessions.key_of(owner, call.target)
@@ -294,5 +250,5 @@ class Calls:
         return TunnelInfo(outcome_of(session, cached=False))
 
 
-def _failed(error: AgentError) -> Answer:
-    return Answer(Failed(error.status, str(error), error.retry_after_s))
+async def _ready(answer: Answer) -> Answer:
+    return answer

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from shim.bridge.context import Context
+from shim.bridge.deadlines import Deadlines, Due
 from shim.bridge.presence import Presence
 from shim.bridge.roster import Roster
 from shim.core.hold import Hold
@@ -25,6 +25,7 @@ class Holding:
         self.presence = presence
         self._roster = roster
         self._tunnels: dict[SessionKey, asyncio.Future[None]] = {}
+        self._deadlines = Deadlines(ctx)
         self.stopping = False
 
     def limit_s(self, hold: Hold) -> float:
@@ -37,35 +38,36 @@ class Holding:
         return min(poll.hold, poll.max_hold_s)
 
     def poll_arrived(self, session: Session, hold: Hold) -> float:
-        """A poll came. Returns how long it may be held; exactly one of `wait`, `answered` and `Hold.gone` follows."""
+        """A poll came. Returns how long it may be held; exactly one of `answered`, `left` and `Hold.gone` follows."""
         if hold.poll_arrived(self._ctx.now):
             log.info("poll_pace", session=session.key.ident, pace=hold.pace.value, interval_s=hold.interval_s)
         return self.limit_s(hold)
 
-    async def wait(
-        self, session: Session, hold: Hold, limit_s: float, answered: asyncio.Future[Any], end: Callable[[], None]
-    ) -> None:
-        """Wait for an answer; after `limit_s` `end` is called, which must bring one about.
+    def begin(self, session: Session, limit_s: float, end: Due, poll: Any) -> float:
+        """The poll waits from now on; after `limit_s` `end(session.key, poll)` is called, which answers it if it must.
 
-        Raises `CancelledError` when the agent hangs up first, having learnt from it.
+        Returns the time; it goes into `replied` or `left`, one of which follows.
         """
-        started, ended = self._ctx.now, "replied"
-        timer = self._ctx.timers.call_later(limit_s, end)
+        self._deadlines.add(limit_s, end, session.key, poll)
         self.presence.hold_started(session)
-        try:
-            await answered
-        except asyncio.CancelledError:
-            ended = "left"
-            if self.stopping:
-                hold.gone()
-            else:
-                hold.left(self._ctx.now - started)
-                self._roster.save(session)
-            raise
-        finally:
-            timer.cancel()
-            self._ctx.metrics.hold_seconds.labels(ended).observe(self._ctx.now - started)
-            self.presence.hold_ended(session)
+        return self._ctx.now
+
+    def replied(self, session: Session, started: float) -> None:
+        """The wait ended with our reply."""
+        self._ended(session, started, "replied")
+
+    def left(self, session: Session, hold: Hold, started: float) -> None:
+        """The agent hung up first, and something is learnt from it, unless we are stopping."""
+        if self.stopping:
+            hold.gone()
+        else:
+            hold.left(self._ctx.now - started)
+            self._roster.save(session)
+        self._ended(session, started, "left")
+
+    def _ended(self, session: Session, started: float, how: str) -> None:
+        self._ctx.metrics.hold_seconds.labels(how).observe(self._ctx.now - started)
+        self.presence.hold_ended(session)
 
     def answered(self, hold: Hold) -> None:
         """A poll ended with our reply."""
@@ -84,16 +86,15 @@ class Holding:
             self.tunnel_changed(session.key)
             changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._tunnels[session.key] = changed
-
-            def end() -> None:
-                if not changed.done():
-                    changed.set_result(None)
-
+            started = self.begin(session, limit_s, self._tunnel_over, changed)
             try:
-                await self.wait(session, hold, limit_s, changed, end)
+                await changed
+            except asyncio.CancelledError:
+                self.left(session, hold, started)
+                raise
             finally:
-                if self._tunnels.get(session.key) is changed:
-                    del self._tunnels[session.key]
+                self._tunnel_over(session.key, changed)
+            self.replied(session, started)
         session.tunnel_told = session.tunnel
         self.answered(hold)
 
@@ -102,6 +103,10 @@ class Holding:
         waiting = self._tunnels.pop(key, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(None)
+
+    def _tunnel_over(self, key: SessionKey, changed: asyncio.Future[None]) -> None:
+        if self._tunnels.get(key) is changed:
+            self.tunnel_changed(key)
 
     def held_tunnels(self) -> int:
         """How many tunnel polls wait."""

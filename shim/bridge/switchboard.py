@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from itertools import count
 from typing import Any, cast
 
@@ -135,7 +136,7 @@ class Bridge:
 
     def _save_holds(self) -> None:
         for session in self.ctx.sessions:
-            if session.hold.changed or session.tunnel_hold.changed:
+            if session.holds_changed:
                 self.roster.save(session)
 
     def _warn_unpolled(self, now: float) -> None:
@@ -157,9 +158,9 @@ class Bridge:
 
     # --- ports.Switchboard --------------------------------------------------------------------------------------------
 
-    async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
+    def call(self, client: Client, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, Answer]:
         """Carry out an agent's call (`ports.Switchboard.call`)."""
-        return await self.calls.call(client, call, arrived_s)
+        return self.calls.call(client, call, arrived_s)
 
     def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
         """Carry out a call that need not wait (`ports.Switchboard.at_once`)."""

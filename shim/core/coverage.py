@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -48,8 +48,8 @@ class Coverage:
     def __init__(self) -> None:
         self._acked_at = float("-inf")
         self._acked_on: Line | None = None
-        self._writes: deque[tuple[float, Line]] = deque(maxlen=MAX_WRITES)
-        self._waiting: deque[_Waiting] = deque()
+        self._writes: tuple[tuple[float, Line], ...] = ()
+        self._waiting: list[_Waiting] = []
 
     @property
     def waiting(self) -> bool:
@@ -68,7 +68,7 @@ class Coverage:
 
     def written(self, now: float, line: Line) -> None:
         """A heartbeat of this agent was written upstream."""
-        self._writes.append((now, line))
+        self._writes = (*self._writes[1 - MAX_WRITES :], (now, line))
 
     def acked(self, sent_at: float, line: Line, now: float, window_s: float) -> int:
         """The heartbeat that was written at `sent_at` is acknowledged. Returns how many of the agent's that covers."""
@@ -85,7 +85,7 @@ class Coverage:
         """Judge those whose window is over. `acks`: this controller is known to acknowledge heartbeats."""
         judged: Counter[Covered] = Counter()
         while self._waiting and now > self._waiting[0].at + window_s:
-            waiting = self._waiting.popleft()
+            waiting = self._waiting.pop(0)
             written = not acks and any(
                 abs(sent_at - waiting.at) <= window_s and line.heard_at > sent_at for sent_at, line in self._writes
             )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from enum import Enum
-from statistics import median
 from typing import Any
 
 STEP_S = 1.0
@@ -17,6 +15,9 @@ AT_ONCE_S = 0.1
 STEADY = 0.15
 TELLING = 0.02
 CONTRAST = 3.0
+MAX_SAMPLES = 8
+
+Samples = tuple[float, ...]
 
 
 class Pace(Enum):
@@ -75,8 +76,8 @@ class Hold:
         self._unjudged = -1
         self._arrived_at: float | None = None
         self._answered_at: float | None = None
-        self._gaps: deque[float] = deque(maxlen=8)
-        self._pauses: deque[float] = deque(maxlen=8)
+        self._gaps: Samples = ()
+        self._pauses: Samples = ()
         self.changed = False
 
     def stored(self) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class Hold:
         """Seconds between polls of a ticker, or the pause after each answer; `None` while the pace is not known."""
         if self.pace is Pace.UNKNOWN or not self._gaps:
             return None
-        return median(self._gaps if self.pace is Pace.TICKER else self._pauses or self._gaps)
+        return middle_of(self._gaps if self.pace is Pace.TICKER else self._pauses or self._gaps)
 
     def limit_s(self, max_s: float) -> float:
         """How long the next poll may be held at most."""
@@ -118,9 +119,9 @@ class Hold:
         """A poll came: learn the agent's pace. True if that is news."""
         self._open += 1
         if self._arrived_at is not None:
-            self._gaps.append(now - self._arrived_at)
+            self._gaps = remember(self._gaps, now - self._arrived_at)
         if self._answered_at is not None:
-            self._pauses.append(now - self._answered_at)
+            self._pauses = remember(self._pauses, now - self._answered_at)
         self._arrived_at, self._answered_at = now, None
         self._unjudged += 1
         if self._unjudged < MIN_SAMPLES:
@@ -202,7 +203,7 @@ class Hold:
         """What the last polls show; UNKNOWN where they fit both, as polls do that are all held equally long."""
         if len(self._pauses) < MIN_SAMPLES or len(self._gaps) < MIN_SAMPLES:
             return Pace.UNKNOWN
-        if median(self._pauses) < AT_ONCE_S and median(self._gaps) > 2 * AT_ONCE_S:
+        if middle_of(self._pauses) < AT_ONCE_S and middle_of(self._gaps) > 2 * AT_ONCE_S:
             return Pace.TICKER  # its ticks come faster than our replies
         pause_spread, gap_spread = _spread(self._pauses), _spread(self._gaps)
         steadier, other = sorted((pause_spread, gap_spread))
@@ -211,10 +212,22 @@ class Hold:
         return Pace.PAUSE if pause_spread < gap_spread else Pace.TICKER
 
 
-def _spread(values: deque[float]) -> float:
+def middle_of(samples: Samples) -> float:
+    """The median of at least one sample. `statistics` would bring along decimals and fractions, and is slower."""
+    ordered = sorted(samples)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def remember(samples: Samples, value: float) -> Samples:
+    """With one more sample; of more than eight the oldest is forgotten. There are thousands of these, mostly empty."""
+    return (*samples[1 - MAX_SAMPLES :], value)
+
+
+def _spread(values: Samples) -> float:
     """Median deviation relative to the median."""
-    middle = median(values)
-    return median(abs(value - middle) for value in values) / middle if middle else 0.0
+    middle = middle_of(values)
+    return middle_of(tuple(abs(value - middle) for value in values)) / middle if middle else 0.0
 
 
 def _number(value: Any, default: Any) -> Any:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from statistics import median
 from typing import Any
 
 from shim.core.calls import HeartbeatCall, Kind, Target
 from shim.core.coverage import Coverage
-from shim.core.hold import Hold
+from shim.core.hold import Hold, Samples, middle_of, remember
 from shim.core.records import SessionKey, SessionRecord
 
 DEFAULT_INTERVAL_S = 30.0
@@ -23,6 +21,7 @@ class Session:
     """One agent. Times called `…_at` are monotonic seconds, `None` where it never happened in this process."""
 
     __slots__ = (
+        "_tunnel_hold",
         "agent_id",
         "contact_at",
         "coverage",
@@ -46,7 +45,6 @@ class Session:
         "superseded_by",
         "told_on",
         "tunnel",
-        "tunnel_hold",
         "tunnel_told",
         "upstream_cluster_id",
     )
@@ -64,14 +62,14 @@ class Session:
         self.tunnel: dict[str, Any] | None = None
         self.tunnel_told: dict[str, Any] | None = {}  # what the agent got last; no state is empty
         self.hold = Hold()
-        self.tunnel_hold = Hold()
+        self._tunnel_hold: Hold | None = None  # most agents' tunnel polls are never held
         self.seen_wall = 0.0
         self.saved_seen_wall = 0.0
         self.contact_at: float | None = None
         self.heartbeat_at: float | None = None
         self.poll_at: float | None = None
         self.measured_interval_s: float | None = None
-        self.gaps: deque[float] = deque(maxlen=8)
+        self.gaps: Samples = ()
         self.held = 0
         self.coverage = Coverage()
         self.heartbeat: HeartbeatCall | None = None
@@ -88,7 +86,8 @@ class Session:
         session.registration = dict(record.registration)
         session.reply = dict(record.reply)
         session.hold = Hold(record.hold.get("poll"))
-        session.tunnel_hold = Hold(record.hold.get("tunnel"))
+        if record.hold.get("tunnel"):
+            session._tunnel_hold = Hold(record.hold["tunnel"])
         session.seen_wall = session.saved_seen_wall = record.last_seen_wall
         session.superseded_by = SessionKey.parse(record.superseded_by) if record.superseded_by else None
         return session
@@ -96,6 +95,7 @@ class Session:
     def record(self) -> SessionRecord:
         """What is stored of it; never a secret."""
         self.saved_seen_wall = self.seen_wall
+        tunnel = self._tunnel_hold
         return SessionRecord(
             key=self.key,
             dialect=self.dialect,
@@ -104,9 +104,21 @@ class Session:
             last_seen_wall=self.seen_wall,
             registration=dict(self.registration),
             reply=dict(self.reply),
-            hold={"poll": self.hold.stored(), "tunnel": self.tunnel_hold.stored()},
+            hold={"poll": self.hold.stored()} | ({"tunnel": tunnel.stored()} if tunnel is not None else {}),
             superseded_by=str(self.superseded_by) if self.superseded_by else "",
         )
+
+    @property
+    def tunnel_hold(self) -> Hold:
+        """What was learnt of its tunnel polls."""
+        if self._tunnel_hold is None:
+            self._tunnel_hold = Hold()
+        return self._tunnel_hold
+
+    @property
+    def holds_changed(self) -> bool:
+        """Whether something was learnt that is not stored."""
+        return self.hold.changed or (self._tunnel_hold is not None and self._tunnel_hold.changed)
 
     @property
     def interval_s(self) -> float:
@@ -132,12 +144,13 @@ class Session:
     def beat(self, call: HeartbeatCall, now: float) -> None:
         """A heartbeat came: measure the gap, keep the newest."""
         if self.heartbeat_at is not None:
-            self.gaps.append(now - self.heartbeat_at)
+            self.gaps = remember(self.gaps, now - self.heartbeat_at)
             if len(self.gaps) >= MIN_GAPS:
-                self.measured_interval_s = median(self.gaps)
+                self.measured_interval_s = middle_of(self.gaps)
         self.heartbeat_at = now
         self.hold.heartbeat(self.measured_interval_s)
-        self.tunnel_hold.heartbeat(self.measured_interval_s)
+        if self._tunnel_hold is not None:
+            self._tunnel_hold.heartbeat(self.measured_interval_s)
         self.heartbeat = call
         if call.agent_id:
             self.agent_id = call.agent_id
@@ -147,7 +160,8 @@ class Session:
     def new_process(self) -> None:
         """Another process speaks for the agent now: what its client allows must be learnt again."""
         self.hold.new_process()
-        self.tunnel_hold.new_process()
+        if self._tunnel_hold is not None:
+            self._tunnel_hold.new_process()
 
     def words(self) -> tuple[str, str]:
         """(status, tunnel_status) as they would go up now."""

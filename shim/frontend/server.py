@@ -111,29 +111,30 @@ class Frontend:
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         visit = Visit(request)
         try:
-            return await self._attend(visit)
+            try:
+                reply = await self._answer(visit)
+                body = None if isinstance(reply, Proxied) or reply.body is None else encode_body(reply.body)
+            except AgentError as error:
+                reply = self._refuse(visit, error)
+                body = encode_body(reply.body)
+            except Exception:
+                logger.exception("a defect while serving %s", visit.place)
+                reply = self._fail(visit)
+                body = encode_body(reply.body)
+            if isinstance(reply, Proxied):
+                return await self._writer.hand_down(visit, reply)
+            return await self._writer.reply(visit, reply, body)
         finally:
             if visit.session is not None:
                 self._in_flight.leave(visit.session)
 
-    async def _attend(self, visit: Visit) -> web.StreamResponse:
-        try:
-            reply = await self._answer(visit)
-            body = None if isinstance(reply, Proxied) or reply.body is None else encode_body(reply.body)
-        except AgentError as error:
-            reply = self._refuse(visit, error)
-            body = encode_body(reply.body)
-        except Exception:
-            logger.exception("a defect while serving %s", visit.place)
-            self._metrics.internal_errors.labels("frontend").inc()
-            reply = error_reply(Failed(500, "internal error"))
-            body = encode_body(reply.body)
-            if visit.lease is not None:
-                self._switchboard.unwritten(visit.lease)
-                visit.lease = None
-        if isinstance(reply, Proxied):
-            return await self._writer.hand_down(visit, reply)
-        return await self._writer.reply(visit, reply, body)
+    def _fail(self, visit: Visit) -> Reply:
+        """The reply to what met a defect."""
+        self._metrics.internal_errors.labels("frontend").inc()
+        if visit.lease is not None:
+            self._switchboard.unwritten(visit.lease)
+            visit.lease = None
+        return error_reply(Failed(500, "internal error"))
 
     async def _answer(self, visit: Visit) -> Reply | Proxied:
         """Everything from the headers to the reply. Raises `AgentError`."""
