@@ -9,7 +9,6 @@ from shim.errors import StoreError
 from shim.ports import CommandStore
 from shim.store import schema
 from shim.store.delivery import Post
-from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore
 from shim.store.writer import CommitProbe
 
@@ -37,5 +36,7 @@ def open_store(configured: settings.Store, post: Post, probe: CommitProbe | None
     if configured.url:
         raise StoreError("store.url names a kind of store that this shim does not have")
     if configured.path == IN_MEMORY:
+        from shim.store.memory import MemoryStore  # noqa: PLC0415 - only those who use it pay for it
+
         return MemoryStore(post)
     return SqliteStore(Path(configured.path), post, probe)
