@@ -18,9 +18,9 @@ import aiohttp
 
 from tests.support.processes import Controller, Shim, world
 
-HOLD_S = 20.0
-LONG = {"poll": {"hold": HOLD_S, "hold_tunnel": True}}
-AT_ONCE_S = 8.0  # far below a hold, far above what a busy machine takes
+HOLD_S = 25.0
+LONG = {"poll": {"hold": HOLD_S, "max_hold_s": HOLD_S, "hold_tunnel": True}}
+AT_ONCE_S = 20.0  # far below a hold, far above what a busy machine takes
 STOP_S = 4.0  # what a stop takes at most where it does wait for requests under way
 
 
@@ -100,7 +100,9 @@ class Agent:
 
     async def commands(self) -> list[str]:
         """Poll once to the end, with a sound client."""
-        answer = await (await self.poll()).answer(HOLD_S + AT_ONCE_S)
+        call = await self.poll()
+        answer = await call.answer(HOLD_S + AT_ONCE_S)
+        await call.close()
         return [command["id"] for command in answer["commands"]]
 
     async def tunnel_poll(self) -> Call:
