@@ -2,6 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+RUNNER ?= python -m pytest
 
 # A newer interpreter under another name will do where `python3` is too old.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -37,12 +38,12 @@ check: $(DEV) ## lint, format, types and import rules
 	$(BIN)/python docs/generate.py --check
 
 test: $(DEV) $(NODE_DEPS) ## run the tests (ARGS go to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/$(RUNNER) $(ARGS)
 
 cov: export COVERAGE_FILE := $(CURDIR)/.coverage
-cov: $(DEV) $(NODE_DEPS) ## run the tests and hold the branch coverage of shim/, subprocesses included
+cov: ## run the tests and hold the branch coverage of shim/, subprocesses included
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest $(ARGS)
+	$(MAKE) test RUNNER="coverage run -m pytest"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
