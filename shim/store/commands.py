@@ -28,11 +28,12 @@ _KEPT_PAGES = 2500
 
 _INSERT_COMMAND = (
     "INSERT INTO commands (session, id, request_id, state, attempts, updated, arrived, expires, size_bytes, type,"
-    " created_at, payload, via) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (session, id) DO NOTHING"
+    " created_at, payload, via, first_step) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT (session, id) DO NOTHING"
 )
 _SELECT_COMMAND = "SELECT seq, state, result FROM commands WHERE session = ? AND id = ?"
 _FIND_COMMANDS = (
-    f"SELECT result, {rows.COMMAND_COLUMNS} FROM commands"  # noqa: S608 - constants
+    f"SELECT result, first_step, {rows.COMMAND_COLUMNS} FROM commands"  # noqa: S608 - constants
     " WHERE seq IN (SELECT seq FROM commands WHERE id = ?) ORDER BY seq"
 )
 _MARK = "UPDATE commands SET state = ?, attempts = attempts + ?, updated = ? WHERE session = ? AND id = ?"
@@ -58,7 +59,7 @@ class CommandOperations:
     def __init__(self, cursor: sqlite3.Cursor) -> None:
         self._cursor = cursor
 
-    def put(self, operation: PutCommand) -> PutOutcome:
+    def put(self, operation: PutCommand, first_step: str = "") -> PutOutcome:
         record = operation.record
         session = str(record.session)
         self._cursor.execute(
@@ -77,12 +78,26 @@ class CommandOperations:
                 record.created_at,
                 encode_json(record.payload),
                 record.via,
+                first_step,
             ),
         )
         if self._cursor.rowcount and self._cursor.lastrowid:
             return PutOutcome(self._cursor.lastrowid)
         seq, state, result = self._cursor.execute(_SELECT_COMMAND, (session, record.id)).fetchone()
         return PutOutcome(seq, duplicate=True, state=State(state), result=optional_object(result))
+
+    def put_with_step(self, operation: PutCommand, step: AddTrace) -> PutOutcome:
+        """Put a command and add a step to its trace: in one row, if it is new and the step can be told from it."""
+        record, entry = operation.record, step.entry
+        told = (record.session, (record.id,), record.arrived_wall, record.type)
+        if (step.session, step.ids, entry.wall, entry.detail) != told:
+            outcome = self.put(operation)
+        else:
+            outcome = self.put(operation, entry.event)
+            if not outcome.duplicate:
+                return outcome
+        self.add_trace(step)
+        return outcome
 
     def mark(self, operation: MarkCommands) -> None:
         state, session = operation.state.value, str(operation.session)
@@ -104,7 +119,7 @@ class CommandOperations:
         ):
             lone.setdefault(parse_key(session), []).append(TraceEntry(*step))
         found = []
-        for result, *row in self._cursor.execute(_FIND_COMMANDS, (operation.command_id,)).fetchall():
+        for result, first_step, *row in self._cursor.execute(_FIND_COMMANDS, (operation.command_id,)).fetchall():
             try:
                 record = rows.command(tuple(row))
             except UndecodableRow:
@@ -112,7 +127,8 @@ class CommandOperations:
             steps = self._cursor.execute(
                 "SELECT wall, event, detail FROM traces WHERE command = ? ORDER BY id", (record.seq,)
             )
-            trace = lone.pop(record.session, []) + [TraceEntry(*step) for step in steps]
+            first = [TraceEntry(record.arrived_wall, first_step, record.type)] if first_step else []
+            trace = lone.pop(record.session, []) + first + [TraceEntry(*step) for step in steps]
             found.append((record, optional_object(result), trace))
         return found + [
             (rows.never_stored(key, operation.command_id, trace), None, trace) for key, trace in lone.items()

@@ -35,6 +35,7 @@ class Operations:
 
     def __init__(self, cursor: sqlite3.Cursor) -> None:
         commands, outbox, sessions = CommandOperations(cursor), OutboxOperations(cursor), SessionOperations(cursor)
+        self._commands = commands
         self._carriers: dict[type[Operation], Callable[[Any], Any]] = {
             PutCommand: commands.put,
             MarkCommands: commands.mark,
@@ -57,4 +58,8 @@ class Operations:
     def carry_out(self, operations: Sequence[Operation]) -> list[Any]:
         """One result per operation. Raises whatever makes one of them impossible."""
         carriers = self._carriers
+        if len(operations) == 2:
+            first, second = operations
+            if isinstance(first, PutCommand) and isinstance(second, AddTrace):
+                return [self._commands.put_with_step(first, second), None]
         return [carriers[type(operation)](operation) for operation in operations]

@@ -38,7 +38,8 @@ PRAGMA application_id = {APPLICATION_ID};
 CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL);
 
 -- updated: wall time of the last change of state. result: repeats the payload of the outbox entry, which goes when the
--- controller has it, while a duplicate of the command must still be answered.
+-- controller has it, while a duplicate of the command must still be answered. first_step: the event of the first step
+-- in the command's trace, if it happened at `arrived` with `type` for its detail, as nearly all do: that saves a row.
 CREATE TABLE commands (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     session TEXT NOT NULL,
@@ -54,6 +55,7 @@ CREATE TABLE commands (
     created_at TEXT NOT NULL,
     payload BLOB NOT NULL,
     via TEXT NOT NULL,
+    first_step TEXT NOT NULL,
     result BLOB
 );
 CREATE UNIQUE INDEX commands_by_id ON commands (session, id);

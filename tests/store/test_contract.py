@@ -210,6 +210,24 @@ def test_a_command_is_found_by_its_id_with_result_and_trace(client: StoreClient)
     assert found(client, "3") == []
 
 
+@pytest.mark.parametrize(
+    "step",
+    [TraceEntry(100.0, "arrived", "exec"), TraceEntry(100.0, "arrived", "other"), TraceEntry(9.0, "arrived", "exec")],
+)
+def test_a_first_step_that_comes_with_its_command_is_traced_each_time(client: StoreClient, step: TraceEntry) -> None:
+    later = TraceEntry(101.0, "offered")
+    for _ in range(2):
+        client.run(put("1"), AddTrace(KEY, ("1",), step))
+    client.run(AddTrace(KEY, ("1",), later))
+    client.run(put("2"), AddTrace(KEY, ("2",), step))
+    client.run(put("3"), AddTrace(KEY, ("3", "2"), step))
+    client.run(put("4"), AddTrace(OTHER, ("4",), step))
+    assert found(client, "1")[0][2] == [step, step, later]
+    assert found(client, "2")[0][2] == [step, step]
+    assert found(client, "3")[0][2] == [step]
+    assert [(record.session, trace) for record, _, trace in found(client, "4")] == [(KEY, []), (OTHER, [step])]
+
+
 def test_a_rejected_command_is_found_by_its_trace_until_that_is_old(client: StoreClient) -> None:
     steps = [TraceEntry(100.0, "reported", "queue_full"), TraceEntry(105.0, "closed")]
     client.run(*(AddTrace(OTHER, ("1",), step) for step in steps), put("2"))
