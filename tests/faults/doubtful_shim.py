@@ -1,4 +1,4 @@
-"""The real shim with what faults need inside of it: `python -m tests.faults.doubtful_shim [options] CONFIG`.
+"""The real shim with what faults need inside of it: `python -m tests.faults.doubtful_shim [options] run --config F`.
 
 `--crash POINT N`: it is killed by SIGKILL when the point (`schedule.CRASH_POINTS`) is reached for the N-th time.
 `--clock FILE`: its wall clock is wrong by as many seconds as the file says. All the rest is the shim's own code.
@@ -225,7 +225,8 @@ def main(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.doubtful_shim")
     parser.add_argument("--crash", nargs=2, default=("", "0"), metavar=("POINT", "N"))
     parser.add_argument("--clock", type=Path, metavar="FILE")
-    parser.add_argument("config")
+    parser.add_argument("command", choices=["run"])
+    parser.add_argument("--config", required=True)
     given = parser.parse_args(args)
     point, count = given.crash
     return app.main(given.config, (), None, doubtful(Trap(point, int(count)), given.clock))

@@ -26,6 +26,7 @@ RETRY_AFTER_S = 2
 MAX_CRASH_COUNT = 4
 OVERSIZE_BYTES = 2_000_000
 FILLER = "filler"
+RECONNECT_BEFORE_S = 6.0
 
 
 @dataclass(slots=True)
@@ -258,6 +259,20 @@ def _agent_dies(before: Callable[[Part], None], *, factor: float = 1.0) -> Injur
     return injure
 
 
+async def _agent_is_away(stage: Stage, planned: Planned) -> None:
+    """Dead for longer than any contact vouches for it; then a reconnect asks the shim who is alive."""
+    living = [part for part in stage.parts if part.agent is not None]
+    part = living[int(planned.roll * len(living))]
+    with stage.fault(planned.kind, part.cast.name):
+        revive = await part.die()
+        try:
+            await last(planned.lasts_s - RECONNECT_BEFORE_S)
+            await stage.controller.control("POST", "/control/faults", _drops("rst"))
+            await last(RECONNECT_BEFORE_S)
+        finally:
+            revive()
+
+
 INJURIES: dict[str, Injury] = {
     "controller_killed": _controller_dies(signal.SIGKILL),
     "controller_restarted": _controller_dies(signal.SIGTERM),
@@ -301,5 +316,5 @@ INJURIES: dict[str, Injury] = {
     "agent_dies": _agent_dies(lambda part: None),
     "agent_new_pod": _agent_dies(Part.new_pod, factor=0.2),
     "agent_forgets_id": _agent_dies(Part.forget_id, factor=0.2),
-    "agent_is_away": _agent_dies(lambda part: None),
+    "agent_is_away": _agent_is_away,
 }

@@ -23,6 +23,8 @@ from tests.support.processes import Shim, _Child, free_port
 
 TOKEN = "tok-of-the-harness"
 RESTART_S = 0.3
+SOUND = (sys.executable, "-m", "shim")
+DOUBTFUL = (sys.executable, "-m", "tests.faults.doubtful_shim")
 EXIT_STORE = 70
 
 # Errors that the faults explain; anything else that is said at this level, and any traceback, is a defect.
@@ -71,12 +73,11 @@ class ShimKeeper:
             await self._may_run.wait()
             options, self._armed = self._armed, ()
             armed = " ".join(options)
-            before = options or ("run", "--config")
-            self._shim.program = (sys.executable, "-m", "tests.faults.doubtful_shim" if options else "shim")
+            self._shim.program = (*DOUBTFUL, *options) if options else SOUND
             self._expected = ""
             self._gone.clear()
             self._note(ev.Life(time.monotonic(), "shim", born=True, detail=armed))
-            code = await self._shim.live(*before, str(self._config))
+            code = await self._shim.live("run", "--config", str(self._config))
             self.serving.clear()
             self.deaths += 1
             self._note(ev.Life(time.monotonic(), "shim", born=False, detail=self._fate(code, armed)))
