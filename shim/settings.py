@@ -142,6 +142,9 @@ class Identity(Section, frozen=True):
 class Store(Section, frozen=True):
     path: str = "./agent-shim.db"
     url: str = ""
+    credentials_file: str = ""
+    ca_file: str = ""
+    replicas: int = 3
 
 
 class Fallback(Section, frozen=True):

@@ -57,6 +57,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "commands.max_queued_bytes": _BYTES,
     "sessions.retain_s": _KEPT_S,
     "sessions.max_per_owner": _COUNT,
+    "store.replicas": (1, 5),
     "fallback.after_s": (0, _LONG_S),
     "fallback.hold_down_s": (0, _LONG_S),
     "rollout.percent": (0, 100),
@@ -189,6 +190,10 @@ class _Checks:
             servers = [_split(server.strip()) for server in store.url.split(",")]
             fits = all(server is not None and server.scheme in ("nats", "tls") for server in servers)
             self._must(fits, "must be empty or nats://host:port, several with commas", "store.url")
+            secure = {server.scheme for server in servers if server is not None}
+            self._must(len(secure) <= 1, "must be nats:// or tls:// for all servers alike", "store.url")
+            message = "must be tls:// where store.ca_file is set"
+            self._must(not store.ca_file or "nats" not in secure, message, "store.url", "store.ca_file")
 
     def modes(self) -> None:
         settings, fallback = self.settings, self.settings.fallback

@@ -30,13 +30,21 @@ def open_store(configured: settings.Store, post: Post, probe: CommitProbe | None
     """The store that the configuration asks for; its `open()` is still to be called.
 
     `post` hands a callable to the event loop from any thread (`loop.call_soon_threadsafe`); every `done` comes through
-    it. A path of `:memory:` keeps everything in this process only. Raises `StoreError` for a `store.url` that nothing
-    here can serve.
+    it. A path of `:memory:` keeps everything in this process only. Raises `StoreError` where `store.url` is set and the
+    extra that it needs is not installed.
     """
     if configured.url:
-        raise StoreError("store.url names a kind of store that this shim does not have")
+        return _nats_store(configured, post, probe)
     if configured.path == IN_MEMORY:
         from shim.store.memory import MemoryStore  # noqa: PLC0415 - only those who use it pay for it
 
         return MemoryStore(post)
     return SqliteStore(Path(configured.path), post, probe)
+
+
+def _nats_store(configured: settings.Store, post: Post, probe: CommitProbe | None) -> CommandStore:
+    try:
+        from shim.store.jetstream import NatsStore  # noqa: PLC0415 - an extra, and memory that only gateways pay for
+    except ModuleNotFoundError as error:
+        raise StoreError(f"store.url needs the extra agent-shim[nats]: {error.name} is not installed") from error
+    return NatsStore(configured, post, probe)

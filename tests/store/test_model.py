@@ -1,13 +1,15 @@
-"""Any sequence of operations has the same results on SQLite as in the model."""
+"""Any sequence of operations has the same results on SQLite, and on NATS, as in the model."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import pytest
 from hypothesis import settings as search
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -37,6 +39,7 @@ from shim.core.records import (
 from shim.errors import StoreError
 from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore
+from tests.support.natsd import new_store
 from tests.support.stores import KEY, OTHER, POISON, STRANGER, StoreClient, put, session
 
 Outcome = list[list[Any] | StoreError]
@@ -73,14 +76,19 @@ class Comparison(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._stack = contextlib.ExitStack()
-        self._path = Path(self._stack.enter_context(tempfile.TemporaryDirectory())) / "shim.db"
+        self._make = self._place()
         self._model = StoreClient(MemoryStore)
         self._real_names: dict[int, int] = {}
         self._model_names: dict[int, int] = {}
         self._open_both()
 
+    def _place(self) -> Callable[[], StoreClient]:
+        """Where the store is; gone with `self._stack`."""
+        path = Path(self._stack.enter_context(tempfile.TemporaryDirectory())) / "shim.db"
+        return lambda: StoreClient(lambda post: SqliteStore(path, post))
+
     def _open_both(self) -> None:
-        self._real = StoreClient(lambda post: SqliteStore(self._path, post))
+        self._real = self._make()
         real, model = self._real.open(), self._model.open()
         assert self._names(real.commands, self._real_names) == self._names(model.commands, self._model_names)
         assert replace(real, key=b"", commands=()) == replace(model, key=b"", commands=())
@@ -121,5 +129,23 @@ class Comparison(RuleBasedStateMachine):
         self._stack.close()
 
 
+class NatsComparison(Comparison):
+    url: ClassVar[str] = ""
+
+    def _place(self) -> Callable[[], StoreClient]:
+        return self._stack.enter_context(new_store(self.url))
+
+
+@pytest.fixture
+def nats(nats_url: str) -> None:
+    NatsComparison.url = nats_url
+
+
 TestComparison = Comparison.TestCase
 TestComparison.settings = search(max_examples=40, stateful_step_count=25)
+
+
+@pytest.mark.needs("nats-server")
+@pytest.mark.usefixtures("nats")
+class TestNatsComparison(NatsComparison.TestCase):  # type: ignore[misc, valid-type]
+    settings = search(max_examples=15, stateful_step_count=25, deadline=None)

@@ -1,0 +1,8 @@
+"""The command store on NATS JetStream. Imported only where `store.url` is set: it needs the extra `agent-shim[nats]`."""
+
+from __future__ import annotations
+
+from shim.store.jetstream.layout import Layout
+from shim.store.jetstream.store import NatsStore
+
+__all__ = ["Layout", "NatsStore"]

@@ -1,0 +1,175 @@
+"""Real NATS servers on loopback, and what a test does to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nats
+import nats.js.errors
+from nats.js.api import StreamInfo
+
+from shim import settings
+from shim.store import Post
+from shim.store.jetstream import Layout, NatsStore
+from tests.support.processes import free_port
+from tests.support.stores import TIMEOUT_S, StoreClient
+
+_NUMBERS = itertools.count()
+
+
+class NatsServer:
+    """One `nats-server` with JetStream in `directory`. `extra` is put into its configuration."""
+
+    def __init__(self, directory: Path, extra: str = "", name: str = "n1") -> None:
+        self.port = free_port()
+        self._directory = directory / name
+        self._config = directory / f"{name}.conf"
+        self._text = f'server_name: {name}\nhost: 127.0.0.1\nport: {self.port}\njetstream {{store_dir: "{self._directory}"}}\n'
+        self._extra = extra
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    def start(self, extra: str | None = None) -> None:
+        """Start it and wait until it takes clients."""
+        self._config.write_text(self._text + (self._extra if extra is None else extra))
+        self._process = subprocess.Popen(
+            ["nats-server", "-c", str(self._config)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        assert self._process.stderr is not None
+        said = []
+        for line in self._process.stderr:
+            said.append(line)
+            if "Server is ready" in line:
+                # It says little once it runs; the pipe holds it.
+                return
+        raise AssertionError("".join(said))
+
+    def kill(self) -> None:
+        """SIGKILL, at once."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(TIMEOUT_S)
+            if self._process.stderr is not None:
+                self._process.stderr.close()
+            self._process = None
+
+    def signal(self, number: int) -> None:
+        """SIGSTOP and SIGCONT: a server that is there and does not answer."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+
+@contextlib.contextmanager
+def running(*servers: NatsServer) -> Iterator[None]:
+    try:
+        for server in servers:
+            server.start()
+        yield
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def cluster(directory: Path) -> list[NatsServer]:
+    """Three servers that know each other; not started."""
+    routes = [free_port() for _ in range(3)]
+    everybody = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes)
+    return [
+        NatsServer(
+            directory,
+            f"cluster {{name: c, host: 127.0.0.1, port: {port}, routes: [{everybody}]}}\n",
+            name=f"n{number}",
+        )
+        for number, port in enumerate(routes, 1)
+    ]
+
+
+def client(
+    url: str,
+    prefix: str = "agent-shim",
+    replicas: int = 1,
+    kind: Callable[..., NatsStore] = NatsStore,
+    **configured: Any,
+) -> StoreClient:
+    """A client of a store that is yet to be opened."""
+    store = settings.Store(url=url, replicas=replicas, **configured)
+
+    def make(post: Post) -> NatsStore:
+        return kind(store, post, None, Layout(prefix))
+
+    return StoreClient(make)
+
+
+@contextlib.contextmanager
+def new_store(url: str) -> Iterator[Callable[[], StoreClient]]:
+    """Makes clients of one store of its own, which is deleted in the end."""
+    prefix = f"t{next(_NUMBERS)}"
+    yield lambda: client(url, prefix)
+
+    async def forget() -> None:
+        connection = await nats.connect(url)
+        try:
+            js = connection.jetstream()
+            for name in [*Layout(prefix).rows, Layout(prefix).journal]:
+                with contextlib.suppress(nats.js.errors.NotFoundError):
+                    await js.delete_stream(name)
+        finally:
+            await connection.close()
+
+    asyncio.run(forget())
+
+
+def streams(url: str) -> dict[str, StreamInfo]:
+    """What JetStream has."""
+
+    async def ask() -> dict[str, StreamInfo]:
+        connection = await nats.connect(url)
+        try:
+            return {str(info.config.name): info for info in await connection.jetstream().streams_info()}
+        finally:
+            await connection.close()
+
+    return asyncio.run(ask())
+
+
+def messages(url: str, stream: str) -> list[tuple[str, Any]]:
+    """(subject, decoded body) of all messages of a stream."""
+
+    async def ask() -> list[tuple[str, Any]]:
+        connection = await nats.connect(url)
+        found = []
+        try:
+            js = connection.jetstream()
+            state = (await js.stream_info(stream)).state
+            for seq in range(state.first_seq, state.last_seq + 1):
+                with contextlib.suppress(nats.js.errors.NotFoundError):
+                    message = await js.get_msg(stream, seq=seq)
+                    found.append((str(message.subject), json.loads(message.data or b"null")))
+            return found
+        finally:
+            await connection.close()
+
+    return asyncio.run(ask())
+
+
+def publish(url: str, subject: str, body: bytes) -> None:
+    """Store a message from outside."""
+
+    async def send() -> None:
+        connection = await nats.connect(url)
+        try:
+            await connection.jetstream().publish(subject, body)
+        finally:
+            await connection.close()
+
+    asyncio.run(send())
