@@ -16,7 +16,7 @@ from supply.locked import ROOT, packages
 
 PAGE = ROOT / "docs" / "licenses.md"
 # SPDX identifiers of licences that Apache-2.0 software may be shipped with, as it is.
-ALLOWED = frozenset({"Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT", "MPL-2.0", "PSF-2.0"})
+ALLOWED = frozenset({"Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT", "MIT-0", "MPL-2.0", "PSF-2.0"})
 _SPELT = {
     "apache 2.0": "Apache-2.0",
     "apache 2": "Apache-2.0",

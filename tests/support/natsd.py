@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import contextlib
 import itertools
 import json
@@ -12,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import nats
+import nats.errors
 import nats.js.errors
+from nacl.signing import SigningKey
 from nats.js.api import StreamInfo
+from nats.js.client import JetStreamContext
 
 from shim import settings
 from shim.store import Post
@@ -31,7 +36,8 @@ class NatsServer:
         self.port = free_port()
         self._directory = directory / name
         self._config = directory / f"{name}.conf"
-        self._text = f'server_name: {name}\nhost: 127.0.0.1\nport: {self.port}\njetstream {{store_dir: "{self._directory}"}}\n'
+        self._text = f"server_name: {name}\nhost: 127.0.0.1\nport: {self.port}\n"
+        self._text += f'jetstream {{store_dir: "{self._directory}"}}\n'
         self._extra = extra
         self._process: subprocess.Popen[str] | None = None
 
@@ -115,8 +121,13 @@ def new_store(url: str) -> Iterator[Callable[[], StoreClient]]:
     """Makes clients of one store of its own, which is deleted in the end."""
     prefix = f"t{next(_NUMBERS)}"
     yield lambda: client(url, prefix)
+    forget(url, prefix)
 
-    async def forget() -> None:
+
+def forget(url: str, prefix: str) -> None:
+    """Delete a store."""
+
+    async def ask() -> None:
         connection = await nats.connect(url)
         try:
             js = connection.jetstream()
@@ -126,7 +137,94 @@ def new_store(url: str) -> Iterator[Callable[[], StoreClient]]:
         finally:
             await connection.close()
 
-    asyncio.run(forget())
+    asyncio.run(ask())
+
+
+def until_current(urls: str, layout: Layout) -> None:
+    """Wait until all replicas of a store are up to date with their leader."""
+
+    async def ask() -> None:
+        connection = await nats.connect(urls.split(","))
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                for name in [*layout.rows, layout.journal]:
+                    while not await _is_current(connection.jetstream(), name):
+                        await asyncio.sleep(0)
+        finally:
+            await connection.close()
+
+    asyncio.run(ask())
+
+
+async def _is_current(js: JetStreamContext, stream: str) -> bool:
+    try:
+        info = (await js.stream_info(stream)).cluster
+    except (nats.errors.Error, TimeoutError):
+        return False
+    replicas = (info.replicas if info is not None else None) or []
+    return len(replicas) == 2 and all(each.current and not each.offline for each in replicas)
+
+
+def encode(body: Any) -> bytes:
+    """JSON as a row has it."""
+    return json.dumps(body).encode()
+
+
+class Account:
+    """An operator, an account and a user of their own, as a NATS server with a memory resolver wants them."""
+
+    def __init__(self) -> None:
+        self._operator, self._account, self._user = SigningKey.generate(), SigningKey.generate(), SigningKey.generate()
+        unlimited = {"subs": -1, "data": -1, "payload": -1}
+        operator = self._jwt(self._operator, self._operator, _OPERATOR, {"type": "operator", "version": 2})
+        limits = unlimited | {"imports": -1, "exports": -1, "wildcards": True, "conn": -1, "leaf": -1}
+        limits |= {"mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1}
+        account = self._jwt(
+            self._operator, self._account, _ACCOUNT, {"type": "account", "version": 2, "limits": limits}, _OPERATOR
+        )
+        self._user_jwt = self._jwt(
+            self._account, self._user, _USER, {"type": "user", "version": 2, **unlimited}, _ACCOUNT
+        )
+        name = _public(_ACCOUNT, self._account)
+        self.configuration = f"operator: {operator}\nresolver: MEMORY\nresolver_preload: {{{name}: {account}}}\n"
+
+    def credentials(self) -> str:
+        """The user's credentials file."""
+        raw = bytes([(18 << 3) | (_USER >> 5), (_USER & 31) << 3]) + bytes(self._user)
+        return (
+            f"-----BEGIN NATS USER JWT-----\n{self._user_jwt}\n------END NATS USER JWT------\n\n"
+            f"-----BEGIN USER NKEY SEED-----\n{_checked(raw)}\n------END USER NKEY SEED------\n"
+        )
+
+    def _jwt(
+        self, issuer: SigningKey, subject: SigningKey, kind: int, claims: dict[str, Any], by: int | None = None
+    ) -> str:
+        body = {
+            "iss": _public(kind if by is None else by, issuer),
+            "sub": _public(kind, subject),
+            "iat": 1,
+            "name": "test",
+            "nats": claims,
+        }
+        text = f"{_base64({'typ': 'JWT', 'alg': 'ed25519-nkey'})}.{_base64(body)}"
+        signature = base64.urlsafe_b64encode(issuer.sign(text.encode()).signature).decode().rstrip("=")
+        return f"{text}.{signature}"
+
+
+_OPERATOR, _ACCOUNT, _USER = 14 << 3, 0, 20 << 3
+
+
+def _public(kind: int, key: SigningKey) -> str:
+    return _checked(bytes([kind]) + bytes(key.verify_key))
+
+
+def _checked(raw: bytes) -> str:
+    checksum = binascii.crc_hqx(raw, 0).to_bytes(2, "little")
+    return base64.b32encode(raw + checksum).decode().rstrip("=")
+
+
+def _base64(body: Any) -> str:
+    return base64.urlsafe_b64encode(json.dumps(body).encode()).decode().rstrip("=")
 
 
 def streams(url: str) -> dict[str, StreamInfo]:

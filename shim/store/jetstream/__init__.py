@@ -1,4 +1,4 @@
-"""The command store on NATS JetStream. Imported only where `store.url` is set: it needs the extra `agent-shim[nats]`."""
+"""The command store on NATS JetStream; imported only where `store.url` is set, and needs `agent-shim[nats]`."""
 
 from __future__ import annotations
 

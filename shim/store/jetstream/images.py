@@ -55,6 +55,7 @@ _TABLES = {
     Kind.META: _table("meta", "key value", "key"),
 }
 _TRACE = "trace"
+_INSERT_LONE_TRACE = "INSERT INTO lone_traces (id, session, command_id, wall, event, detail) VALUES (?, ?, ?, ?, ?, ?)"
 _decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -120,8 +121,7 @@ def insert(cursor: sqlite3.Cursor, images: Iterable[Image]) -> int:
         elif image.key.kind is Kind.LONE_TRACE:
             session, command_id = image.columns["session"], image.columns["command_id"]
             rows = [(number, session, command_id, *step) for number, *step in image.trace]
-            statement = "INSERT INTO lone_traces (id, session, command_id, wall, event, detail) VALUES (?, ?, ?, ?, ?, ?)"
-            refused += not _insert_all(cursor, statement, rows)
+            refused += not _insert_all(cursor, _INSERT_LONE_TRACE, rows)
         else:
             refused += not _insert(cursor, _TABLES[image.key.kind].name, image.columns)
     for parts in commands.values():

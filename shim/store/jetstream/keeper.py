@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from shim.errors import StoreError
@@ -19,13 +20,22 @@ from shim.store.jetstream.journal import Header, Part
 from shim.store.jetstream.layout import Kind, Layout, RowKey
 from shim.store.jetstream.server import Conflict, Server, Stored, Unavailable
 
-BACKOFF_S = 0.1
+BACKOFF_S = 0.25
 PURGE_EVERY = 64
 _AT_ONCE = 64
 
 
 class Fenced(StoreError):
     """Another writer has taken the store over, or the streams are not those that were opened. It does not pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a store held: its rows, the highest numbers given, and how many messages are no rows."""
+
+    rows: list[Image]
+    high: dict[str, int]
+    unreadable: int
 
 
 class Keeper:
@@ -56,8 +66,8 @@ class Keeper:
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
-    async def open(self) -> tuple[list[Image], dict[str, int], int]:
-        """Take the store over. Returns its rows, the highest numbers given, and how many messages are no rows."""
+    async def open(self) -> Taken:
+        """Take the store over."""
         self._revisions.clear()
         self._pending.clear()
         await self._server.connect()
@@ -76,7 +86,7 @@ class Keeper:
         found = [image for key, (image, _) in rows.items() if key not in unfinished.writes]
         found += [images.decode(key.kind, value) for key, value in unfinished.writes.items() if value is not None]
         self._opening = False
-        return found, unfinished.high, unreadable
+        return Taken(found, unfinished.high, unreadable)
 
     async def _rows(self) -> tuple[dict[RowKey, tuple[Image, bytes]], int]:
         rows: dict[RowKey, tuple[Image, bytes]] = {}

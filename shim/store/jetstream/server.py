@@ -21,6 +21,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, StreamConfig
 
 from shim import settings
 from shim.errors import StoreError
+from shim.store.jetstream.credentials import read_credentials
 
 ANSWER_S = 2.0
 CONNECT_S = 3.0
@@ -134,7 +135,10 @@ class Server:
         if any(urlsplit(each).scheme == "tls" for each in self._servers):
             options["tls"] = ssl.create_default_context(cafile=self._ca_file or None)
         if self._credentials_file:
-            options["user_credentials"] = self._credentials_file
+            # Read for every connection: what was renewed is taken up by itself.
+            credentials = read_credentials(self._credentials_file)
+            options["user_jwt_cb"] = lambda: bytearray(credentials.jwt.encode())
+            options["signature_cb"] = credentials.sign
         return options
 
     async def _note(self, error: Exception) -> None:
@@ -174,11 +178,11 @@ class Server:
         js = self._connected().jetstream(timeout=CONNECT_S)
         for configuration in streams:
             wanted = StreamConfig(**configuration)
-            assert wanted.name is not None
+            name = str(wanted.name)
             try:
                 with _translated():
                     try:
-                        found = (await js.stream_info(wanted.name)).config
+                        found = (await js.stream_info(name)).config
                     except nats.js.errors.NotFoundError:
                         found = (await js.add_stream(wanted)).config
                     if found.num_replicas != wanted.num_replicas:

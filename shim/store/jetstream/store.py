@@ -16,7 +16,7 @@ from shim.store.delivery import Post, deliver
 from shim.store.jetstream.keeper import Keeper
 from shim.store.jetstream.layout import Layout
 from shim.store.jetstream.server import Server
-from shim.store.jetstream.worker import Submission, Worker
+from shim.store.jetstream.worker import Limits, Submission, Worker
 from shim.store.writer import CommitProbe
 
 
@@ -32,12 +32,18 @@ class NatsStore:
     """
 
     def __init__(
-        self, configured: settings.Store, post: Post, probe: CommitProbe | None = None, layout: Layout | None = None
+        self,
+        configured: settings.Store,
+        post: Post,
+        probe: CommitProbe | None = None,
+        layout: Layout | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._configured = configured
         self._post = post
         self._probe = probe
         self._layout = layout or Layout()
+        self._limits = limits or Limits()
         self._gate = threading.Lock()
         self._worker: Worker | None = None
         self._thread: threading.Thread | None = None
@@ -66,7 +72,8 @@ class NatsStore:
         async def main() -> None:
             server = self.make_server()
             try:
-                worker = Worker(Keeper(server, self._layout, self._configured.replicas), self._post, self._probe)
+                keeper = Keeper(server, self._layout, self._configured.replicas)
+                worker = Worker(keeper, self._post, self._probe, self._limits)
                 started.set_result(worker)
                 await worker.run(opened)
             finally:

@@ -1,4 +1,4 @@
-"""Carries submissions out on the mirror and commits what they changed; lives in a thread of its own, on its own loop."""
+"""Carries submissions out on the mirror and commits what they changed, in a thread and on a loop of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,17 +15,14 @@ from shim.errors import StoreError
 from shim.ports import StoreDone
 from shim.store.delivery import Post, deliver, store_error
 from shim.store.jetstream import journal
-from shim.store.jetstream.keeper import Keeper
+from shim.store.jetstream.keeper import Keeper, Taken
 from shim.store.jetstream.layout import RowKey
 from shim.store.jetstream.mirror import Mirror
 from shim.store.jetstream.server import Rejected, Unavailable
 from shim.store.writer import CommitProbe
 
-# How long a commit may take: a cluster that lost a node needs some seconds to agree on a new leader.
-COMMIT_LIMIT_S = 8.0
-# After a failure nobody is kept waiting as long; nor is anybody while the store closes.
+# After a failure nobody is kept waiting long; nor is anybody while the store closes.
 DOWN_LIMIT_S = 2.5
-OPEN_LIMIT_S = 30.0
 # How often rows that could not be written are tried again while nothing else is to be done.
 RETRY_S = 1.0
 _BATCH = 500
@@ -34,45 +31,54 @@ Submission = tuple[Sequence[Operation], StoreDone | None]
 _Outcome = list[Any] | StoreError
 
 
-class Worker:
-    """`run` in the thread; `submit` and `close` from any other one, after `run` has opened the store."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long may be waited for the servers, in seconds.
 
-    def __init__(self, keeper: Keeper, post: Post, probe: CommitProbe | None) -> None:
+    A cluster that lost a node needs some seconds to agree on a new leader; the commits of that time wait for it.
+    """
+
+    commit_s: float = 8.0
+    open_s: float = 30.0
+
+
+class Worker:
+    """Made and `run` on the loop of its thread; `submit` and `close` come from any other, once `run` has opened."""
+
+    def __init__(self, keeper: Keeper, post: Post, probe: CommitProbe | None, limits: Limits) -> None:
         self._keeper = keeper
         self._post = post
         self._probe = probe
+        self._limits = limits
         self._mirror = Mirror()
         self._queue: asyncio.Queue[Submission | None] = asyncio.Queue()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = asyncio.get_running_loop()
         self._scope: asyncio.Timeout | None = None
         self._is_down = False
         self._is_closing = False
 
     def submit(self, submission: Submission) -> None:
         """Queue a submission; not after `close()`."""
-        assert self._loop is not None
         self._loop.call_soon_threadsafe(self._queue.put_nowait, submission)
 
     def close(self) -> None:
         """Have `run` end when what was submitted is carried out, or cannot be."""
-        assert self._loop is not None
         self._loop.call_soon_threadsafe(self._hurry)
 
     def _hurry(self) -> None:
         self._is_closing = True
         self._queue.put_nowait(None)
-        if self._scope is not None and self._loop is not None:
+        if self._scope is not None:
             soon = self._loop.time() + DOWN_LIMIT_S
             self._scope.reschedule(min(soon, self._scope.when() or soon))
 
     async def run(self, opened: Future[Loaded]) -> None:
         """Open the store, tell so, and serve until `close()`."""
-        self._loop = asyncio.get_running_loop()
         try:
             try:
                 loaded = await self._open()
-            except BaseException as error:
-                opened.set_exception(error if isinstance(error, StoreError) else store_error(_plain(error)))
+            except Exception as error:  # noqa: BLE001 - who waits for `opened` must be told, whatever it was
+                opened.set_exception(error if isinstance(error, StoreError) else store_error(error))
                 return
             opened.set_result(loaded)
             await self._serve()
@@ -82,17 +88,11 @@ class Worker:
     async def _open(self) -> Loaded:
         reason = "the NATS server did not answer in time"
         try:
-            async with asyncio.timeout(OPEN_LIMIT_S):
-                while True:
-                    try:
-                        rows, high, unreadable = await self._keeper.open()
-                        break
-                    except Rejected:
-                        raise
-                    except Unavailable as error:
-                        reason = str(error)
-                        await asyncio.sleep(RETRY_S)
-                loaded, refused = self._mirror.fill(rows, high)
+            async with asyncio.timeout(self._limits.open_s):
+                while isinstance(taken := await self._take_over(), str):
+                    reason = taken
+                    await asyncio.sleep(RETRY_S)
+                loaded, refused = self._mirror.fill(taken.rows, taken.high)
                 self._mirror.begin()
                 writes = self._keeper.needed(self._mirror.changes())
                 await self._keeper.commit(writes, self._mirror.high())
@@ -101,7 +101,16 @@ class Worker:
                 await self._keeper.purge()
         except TimeoutError:
             raise StoreError(reason) from None
-        return replace(loaded, quarantined=loaded.quarantined + unreadable + refused)
+        return replace(loaded, quarantined=loaded.quarantined + taken.unreadable + refused)
+
+    async def _take_over(self) -> Taken | str:
+        """What the keeper found, or why it has to be tried again."""
+        try:
+            return await self._keeper.open()
+        except Rejected:
+            raise
+        except Unavailable as error:
+            return str(error)
 
     # --- serving ------------------------------------------------------------------------------------------------------
 
@@ -181,7 +190,9 @@ class Worker:
             await self._within_limit(lambda: self._keeper.commit(needed, self._mirror.high()))
 
     async def _within_limit(self, step: Callable[[], Any]) -> None:
-        limit_s = DOWN_LIMIT_S if self._is_down or self._is_closing else COMMIT_LIMIT_S
+        limit_s = self._limits.commit_s
+        if self._is_down or self._is_closing:
+            limit_s = min(limit_s, DOWN_LIMIT_S)
         try:
             async with asyncio.timeout(limit_s) as self._scope:
                 await step()
@@ -191,7 +202,3 @@ class Worker:
         finally:
             self._scope = None
         self._is_down = False
-
-
-def _plain(error: BaseException) -> Exception:
-    return error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
