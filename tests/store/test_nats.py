@@ -280,6 +280,7 @@ def test_what_was_reported_as_failed_is_taken_back_when_the_server_answers_again
     clients.append(client)
     client.open()
     client.one(put("1"))
+    client.one(Touch(1.0))  # waits for the rows of the first
     server.signal(signal.SIGSTOP)
     outcome = client.submit(put("2"), put("3"))
     failure = client.wait(outcome)
@@ -386,6 +387,7 @@ def test_messages_that_are_no_rows_are_counted_and_left_out(nats_url: str, clien
     clients.append(client)
     client.open()
     client.run(put("1"), SaveSession(session()), put("2"))
+    client.one(Touch(1.0))  # the last record would mend its rows
     client.close()
     key = RowKey(Kind.STATE, str(KEY), "1")
     natsd.publish(nats_url, layout.subject(key), b'{"seq": 1}')
@@ -405,6 +407,7 @@ def test_what_cannot_be_decoded_is_put_aside_and_named_until_it_is_answered(
     clients.append(client)
     client.open()
     client.run(put("1"), put("2"))
+    client.one(Touch(1.0))
     client.close()
     layout = Layout("aside")
     subject = layout.subject(RowKey(Kind.STATE, str(KEY), "1"))

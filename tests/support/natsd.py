@@ -149,7 +149,7 @@ def until_current(urls: str, layout: Layout) -> None:
             async with asyncio.timeout(TIMEOUT_S):
                 for name in [*layout.rows, layout.journal]:
                     while not await _is_current(connection.jetstream(), name):
-                        await asyncio.sleep(0)
+                        await connection.flush()
         finally:
             await connection.close()
 
@@ -186,7 +186,11 @@ class Account:
             self._account, self._user, _USER, {"type": "user", "version": 2, **unlimited}, _ACCOUNT
         )
         name = _public(_ACCOUNT, self._account)
-        self.configuration = f"operator: {operator}\nresolver: MEMORY\nresolver_preload: {{{name}: {account}}}\n"
+        everything = SigningKey.generate()
+        system = self._jwt(self._operator, everything, _ACCOUNT, {"type": "account", "version": 2}, _OPERATOR)
+        system_name = _public(_ACCOUNT, everything)
+        self.configuration = f"operator: {operator}\nresolver: MEMORY\nsystem_account: {system_name}\n"
+        self.configuration += f"resolver_preload: {{{name}: {account}, {system_name}: {system}}}\n"
 
     def credentials(self) -> str:
         """The user's credentials file."""

@@ -26,6 +26,7 @@ from shim.store.jetstream.credentials import read_credentials
 ANSWER_S = 2.0
 CONNECT_S = 3.0
 PING_INTERVAL_S = 5
+_CLOSE_S = 1.0
 _WRONG_SEQUENCE = frozenset({10071, 10164})
 _NO_REPLICAS = 10074
 _NO_SUCH_MESSAGE = frozenset({10037, 10043, 10057})
@@ -88,6 +89,13 @@ class _Client(Client):
         await super()._process_info(info, initial_connection)
 
 
+async def _close(client: Client) -> None:
+    """Close; a TLS connection whose handshake failed would never be."""
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(_CLOSE_S):
+            await client.close()
+
+
 class Server:
     """One connection at a time, made anew where it was lost. Everything raises `StoreError`."""
 
@@ -97,11 +105,8 @@ class Server:
         self._ca_file = configured.ca_file
         self._client: _Client | None = None
         self._reason = ""
-
-    @property
-    def max_payload_bytes(self) -> int:
-        """What the server takes in one message; known once `connect` has been."""
-        return self._client.max_payload if self._client is not None else 0
+        # What the server takes in one message; known once `connect` has been.
+        self.max_payload_bytes = 0
 
     async def connect(self) -> None:
         """Make sure that there is a connection. Raises `Unavailable`."""
@@ -114,11 +119,11 @@ class Server:
             async with asyncio.timeout(CONNECT_S):
                 await client.connect(**self._options())
         except (nats.errors.Error, OSError, TimeoutError, EOFError, ValueError) as error:
-            with contextlib.suppress(Exception):
-                await client.close()
+            await _close(client)
             reason = self._why(error)
             raise (Rejected(reason) if reason in _LASTING else Unavailable(reason)) from None
         self._client = client
+        self.max_payload_bytes = client.max_payload
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -165,8 +170,7 @@ class Server:
         """Drop the connection, if there is one."""
         client, self._client = self._client, None
         if client is not None:
-            with contextlib.suppress(Exception):
-                await client.close()
+            await _close(client)
 
     def _connected(self) -> _Client:
         if self._client is None or not self._client.is_connected:
