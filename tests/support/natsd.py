@@ -8,6 +8,8 @@ import binascii
 import contextlib
 import itertools
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +75,8 @@ class NatsServer:
         """SIGSTOP and SIGCONT: a server that is there and does not answer."""
         assert self._process is not None
         self._process.send_signal(number)
+        if number == signal.SIGSTOP:
+            os.waitpid(self._process.pid, os.WUNTRACED)
 
 
 @contextlib.contextmanager
