@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import nats
-import nats.errors
 import nats.js.errors
 from nacl.signing import SigningKey
 from nats.js.api import StreamInfo
-from nats.js.client import JetStreamContext
 
 from shim import settings
 from shim.store import Post
@@ -35,6 +33,7 @@ class NatsServer:
     """One `nats-server` with JetStream in `directory`. `extra` is put into its configuration."""
 
     def __init__(self, directory: Path, extra: str = "", name: str = "n1") -> None:
+        self.name = name
         self.port = free_port()
         self._directory = directory / name
         self._config = directory / f"{name}.conf"
@@ -142,31 +141,6 @@ def forget(url: str, prefix: str) -> None:
             await connection.close()
 
     asyncio.run(ask())
-
-
-def until_current(urls: str, layout: Layout) -> None:
-    """Wait until all replicas of a store are up to date with their leader."""
-
-    async def ask() -> None:
-        connection = await nats.connect(urls.split(","))
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                for name in [*layout.rows, layout.journal]:
-                    while not await _is_current(connection.jetstream(), name):
-                        await connection.flush()
-        finally:
-            await connection.close()
-
-    asyncio.run(ask())
-
-
-async def _is_current(js: JetStreamContext, stream: str) -> bool:
-    try:
-        info = (await js.stream_info(stream)).cluster
-    except (nats.errors.Error, TimeoutError):
-        return False
-    replicas = (info.replicas if info is not None else None) or []
-    return len(replicas) == 2 and all(each.current and not each.offline for each in replicas)
 
 
 def encode(body: Any) -> bytes:
