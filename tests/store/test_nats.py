@@ -39,7 +39,7 @@ from shim.errors import StoreError
 from shim.store import CommitProbe, open_store
 from shim.store.jetstream import Layout, NatsStore
 from shim.store.jetstream.layout import Kind, RowKey
-from shim.store.jetstream.server import Server
+from shim.store.jetstream.server import Server, Unavailable
 from shim.store.jetstream.worker import Limits
 from shim.store.memory import MemoryStore
 from tests.support import natsd
@@ -188,6 +188,60 @@ def test_a_crash_between_any_two_writes_leaves_each_submission_done_or_not_done(
         again.close()
         natsd.forget(small_url, prefix)
     assert at > 50
+
+
+class LossyServer(Server):
+    """Carries out every write and loses every second answer; `knows_ids`: whether it remembers message ids."""
+
+    def __init__(self, configured: settings.Store, *, knows_ids: bool) -> None:
+        super().__init__(configured)
+        self.lost = 0
+        self._writes = 0
+        self._knows_ids = knows_ids
+
+    def _lose(self) -> None:
+        self._writes += 1
+        if self._writes % 2:
+            self.lost += 1
+            raise Unavailable("lost")
+
+    async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
+        kept = {name: value for name, value in headers.items() if self._knows_ids or name != "Nats-Msg-Id"}
+        seq = await super().publish(subject, body, kept)
+        self._lose()
+        return seq
+
+    async def delete(self, stream: str, seq: int) -> None:
+        await super().delete(stream, seq)
+        self._lose()
+
+
+class LossyStore(NatsStore):
+    knows_ids = True
+
+    def make_server(self) -> Server:
+        self.server = LossyServer(self._configured, knows_ids=self.knows_ids)
+        return self.server
+
+
+class ForgetfulStore(LossyStore):
+    knows_ids = False
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("kind", [LossyStore, ForgetfulStore])
+def test_what_was_written_without_an_answer_is_written_once(small_url: str, kind: type[LossyStore]) -> None:
+    prefix = kind.__name__
+    client = natsd.client(small_url, prefix, kind=kind)
+    client.open()
+    for step in STEPS:
+        client.run(*step)
+    client.close()
+    assert isinstance(client.store, LossyStore)
+    assert client.store.server.lost > 15
+    again = natsd.client(small_url, prefix)
+    assert snapshot(again, again.open()) == snapshots()[-1]
+    again.close()
 
 
 VICTIM = """

@@ -8,6 +8,7 @@ where a crash comes between, the next opening writes them. Every append names th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -203,7 +204,8 @@ class Keeper:
             if self._pending:
                 await self._pause()
         if self._unpurged >= PURGE_EVERY:
-            await self.purge()
+            with contextlib.suppress(StoreError):  # the next time will do
+                await self.purge()
 
     async def purge(self) -> None:
         """Forget records whose rows are written. The last one stays: it knows the highest numbers."""
@@ -225,9 +227,13 @@ class Keeper:
         headers = {"Nats-Msg-Id": message_id, "Nats-Expected-Last-Subject-Sequence": expected}
         try:
             self._revisions[key] = await self._server.publish(subject, value, headers)
+        except Unavailable:
+            # The revision keeps it from being written twice; the id might be held by a leader that is none any more.
+            self._pending[key] = (value, uuid.uuid4().hex)
+            raise
         except Conflict:
             there = await self._server.message(self._layout.stream(key), subject=subject)
-            if there is not None and (there.message_id == message_id or there.body == value):
+            if there is not None and there.body == value:
                 self._revisions[key] = there.seq
             elif self._opening:
                 # The last breath of an earlier writer.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import ssl
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ PING_INTERVAL_S = 5
 _CLOSE_S = 1.0
 _WRONG_SEQUENCE = frozenset({10071, 10164})
 _NO_REPLICAS = 10074
-_NO_SUCH_MESSAGE = frozenset({10037, 10043, 10057})
+_NO_SUCH_MESSAGE = re.compile(r"not found|no message found|EOF$")
 _REFUSED = "the NATS server refuses the credentials"
 _NO_TLS = "the NATS server has no TLS, store.url asks for it"
 _NOT_TRUSTED = "the NATS server's certificate is not trusted: see store.ca_file"
@@ -60,7 +61,6 @@ class Stored:
     seq: int
     subject: str
     body: bytes
-    message_id: str
 
 
 @contextlib.contextmanager
@@ -203,7 +203,10 @@ class Server:
         """Store a message; its sequence. A duplicate (by `Nats-Msg-Id`) has the sequence of the first."""
         js = self._connected().jetstream()
         with _translated():
-            return (await js.publish(subject, body, timeout=ANSWER_S, headers=headers)).seq
+            seq = (await js.publish(subject, body, timeout=ANSWER_S, headers=headers)).seq
+        if not seq:
+            raise Unavailable("a duplicate of what the servers have not agreed upon yet")
+        return seq
 
     async def last_sequence(self, stream: str) -> int:
         """The highest sequence that a stream ever had."""
@@ -219,8 +222,7 @@ class Server:
                 found = await js.get_msg(stream, seq=seq or None, subject=subject or None)
             except nats.js.errors.NotFoundError:
                 return None
-        message_id = (found.headers or {}).get("Nats-Msg-Id", "")
-        return Stored(found.seq or 0, found.subject or "", found.data or b"", message_id)
+        return Stored(found.seq or 0, found.subject or "", found.data or b"")
 
     async def delete(self, stream: str, seq: int) -> None:
         """Delete the message with this sequence, if it is there."""
@@ -228,10 +230,11 @@ class Server:
         request = json.dumps({"seq": seq, "no_erase": True}).encode()
         with _translated():
             answer = await client.request(f"$JS.API.STREAM.MSG.DELETE.{stream}", request, timeout=ANSWER_S)
-        error = json.loads(answer.data).get("error")
-        if error and error.get("code") == 503:
+        error = json.loads(answer.data).get("error", {})
+        if error.get("code") == 503:
             raise Unavailable("JetStream is not available")
-        if error and error.get("err_code") not in _NO_SUCH_MESSAGE:
+        # The code of a message that is not there is also that of a delete which failed.
+        if error and not _NO_SUCH_MESSAGE.search(error.get("description", "")):
             raise StoreError(f"JetStream refused to delete: error {error.get('err_code')}")
 
     async def purge(self, stream: str, before: int) -> None:
@@ -256,9 +259,8 @@ class Server:
             subscription = await js.pull_subscribe_bind(name, stream)
             found: list[Stored] = []
             while len(found) < waiting:
-                for each in await subscription.fetch(_FETCH, timeout=CONNECT_S):
-                    message_id = (each.headers or {}).get("Nats-Msg-Id", "")
-                    found.append(Stored(each.metadata.sequence.stream, each.subject, each.data, message_id))
+                messages = await subscription.fetch(_FETCH, timeout=CONNECT_S)
+                found += [Stored(each.metadata.sequence.stream, each.subject, each.data) for each in messages]
             await subscription.unsubscribe()
             await js.delete_consumer(stream, name)
         return found

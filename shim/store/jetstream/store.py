@@ -12,7 +12,7 @@ from shim import settings
 from shim.core.records import Loaded, Operation
 from shim.errors import StoreError
 from shim.ports import StoreDone
-from shim.store.delivery import Post, deliver
+from shim.store.delivery import Post, deliver, store_error
 from shim.store.jetstream.keeper import Keeper
 from shim.store.jetstream.layout import Layout
 from shim.store.jetstream.server import Server
@@ -60,12 +60,13 @@ class NatsStore:
         thread = threading.Thread(target=self._run, args=(started, opened), name="store-nats", daemon=True)
         thread.start()
         try:
+            worker = started.result()
             loaded = opened.result()
         except BaseException:
             thread.join()
             raise
         with self._gate:
-            self._worker, self._thread = started.result(), thread
+            self._worker, self._thread = worker, thread
         return loaded
 
     def _run(self, started: Future[Worker], opened: Future[Loaded]) -> None:
@@ -73,7 +74,11 @@ class NatsStore:
             server = self.make_server()
             try:
                 keeper = Keeper(server, self._layout, self._configured.replicas)
-                worker = Worker(keeper, self._post, self._probe, self._limits)
+                try:
+                    worker = Worker(keeper, self._post, self._probe, self._limits)
+                except Exception as error:  # noqa: BLE001 - who opens the store must be told, whatever it was
+                    started.set_exception(store_error(error))
+                    return
                 started.set_result(worker)
                 await worker.run(opened)
             finally:

@@ -188,6 +188,7 @@ class Worker:
             await self._within_limit(self._keeper.settle)
             needed = self._keeper.needed(writes)
             await self._within_limit(lambda: self._keeper.commit(needed, self._mirror.high()))
+            self._is_down = False
 
     async def _within_limit(self, step: Callable[[], Any]) -> None:
         limit_s = self._limits.commit_s
@@ -201,4 +202,3 @@ class Worker:
             raise StoreError("the NATS server did not answer in time") from None
         finally:
             self._scope = None
-        self._is_down = False
