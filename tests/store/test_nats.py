@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -357,11 +358,14 @@ def test_what_was_reported_as_failed_is_taken_back_when_the_server_answers_again
 def test_closing_is_bounded_without_a_server(server: NatsServer) -> None:
     client = natsd.client(server.url)
     client.open()
+    client.one(put("1"))
     server.kill()
-    outcome = client.submit(put("1"))
+    outcomes = [client.submit(put(str(n))) for n in range(2, 5)]
+    began = time.monotonic()
     client.close()
+    assert time.monotonic() - began < 6.0
     client.drain()
-    assert isinstance(outcome[0], StoreError)
+    assert all(isinstance(outcome[0], StoreError) for outcome in outcomes)
 
 
 def test_of_two_who_open_the_store_the_later_one_has_it(nats_url: str, clients: list[StoreClient]) -> None:

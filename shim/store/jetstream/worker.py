@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -21,8 +22,10 @@ from shim.store.jetstream.mirror import Mirror
 from shim.store.jetstream.server import Rejected, Unavailable
 from shim.store.writer import CommitProbe
 
-# After a failure nobody is kept waiting long; nor is anybody while the store closes.
+# After a failure nobody is kept waiting long.
 DOWN_LIMIT_S = 2.5
+# All that a store which closes still waits for: the shim stops within 5 s, servers or not.
+CLOSE_LIMIT_S = 2.5
 # How often rows that could not be written are tried again while nothing else is to be done.
 RETRY_S = 1.0
 _BATCH = 500
@@ -55,7 +58,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._scope: asyncio.Timeout | None = None
         self._is_down = False
-        self._is_closing = False
+        self._closes_at = math.inf
 
     def submit(self, submission: Submission) -> None:
         """Queue a submission; not after `close()`."""
@@ -66,11 +69,10 @@ class Worker:
         self._loop.call_soon_threadsafe(self._hurry)
 
     def _hurry(self) -> None:
-        self._is_closing = True
+        self._closes_at = self._loop.time() + CLOSE_LIMIT_S
         self._queue.put_nowait(None)
         if self._scope is not None:
-            soon = self._loop.time() + DOWN_LIMIT_S
-            self._scope.reschedule(min(soon, self._scope.when() or soon))
+            self._scope.reschedule(min(self._closes_at, self._scope.when() or math.inf))
 
     async def run(self, opened: Future[Loaded]) -> None:
         """Open the store, tell so, and serve until `close()`."""
@@ -192,10 +194,11 @@ class Worker:
 
     async def _within_limit(self, step: Callable[[], Any]) -> None:
         limit_s = self._limits.commit_s
-        if self._is_down or self._is_closing:
+        if self._is_down:
             limit_s = min(limit_s, DOWN_LIMIT_S)
+        ends_at = min(self._loop.time() + limit_s, self._closes_at)
         try:
-            async with asyncio.timeout(limit_s) as self._scope:
+            async with asyncio.timeout_at(ends_at) as self._scope:
                 await step()
         except TimeoutError:
             self._is_down = True
