@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class NatsServer:
         self._text += f'jetstream {{store_dir: "{self._directory}"}}\n'
         self._extra = extra
         self._process: subprocess.Popen[str] | None = None
+        self._drain: threading.Thread | None = None
 
     @property
     def url(self) -> str:
@@ -57,7 +59,9 @@ class NatsServer:
         for line in self._process.stderr:
             said.append(line)
             if "Server is ready" in line:
-                # It says little once it runs; the pipe holds it.
+                # What it says from now on is of no interest, and must not fill the pipe.
+                self._drain = threading.Thread(target=self._process.stderr.read, daemon=True)
+                self._drain.start()
                 return
         raise AssertionError("".join(said))
 
@@ -66,6 +70,8 @@ class NatsServer:
         if self._process is not None:
             self._process.kill()
             self._process.wait(TIMEOUT_S)
+            if self._drain is not None:
+                self._drain.join()
             if self._process.stderr is not None:
                 self._process.stderr.close()
             self._process = None

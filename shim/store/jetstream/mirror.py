@@ -73,6 +73,7 @@ class Mirror:
         self._connection.execute("PRAGMA temp_store = MEMORY")
         self._cursor = self._connection.cursor()
         self._operations = Operations(self._cursor)
+        self._has_savepoint = False
 
     def fill(self, rows: Iterable[Image], high: Mapping[str, int]) -> tuple[Loaded, int]:
         """Take what the streams hold, once. Returns what the core wants of it, and how many rows were no use.
@@ -94,10 +95,14 @@ class Mirror:
 
     def begin(self) -> None:
         self._cursor.execute("BEGIN")
+        self._has_savepoint = False
 
     def carry_out(self, operations: Sequence[Operation]) -> tuple[list[Any], dict[RowKey, bytes | None]]:
         """One result per operation, and the rows that they changed; on any exception nothing happened."""
+        if self._has_savepoint:
+            self._cursor.execute("RELEASE submission")
         self._cursor.execute("SAVEPOINT submission")
+        self._has_savepoint = True
         try:
             results = self._operations.carry_out(operations)
             return results, self.changes()
