@@ -20,6 +20,7 @@ from shim.store.jetstream.images import Image, UnreadableRow
 from shim.store.jetstream.journal import Header, Part
 from shim.store.jetstream.layout import Kind, Layout, RowKey
 from shim.store.jetstream.server import Conflict, Server, Stored, Unavailable
+from shim.store.rows import encode_json
 
 BACKOFF_S = 0.25
 PURGE_EVERY = 64
@@ -76,7 +77,7 @@ class Keeper:
         self._last = await self._server.last_sequence(self._layout.journal)
         # From here on no append of an earlier writer is taken any more, and the journal says all that it had committed.
         await self._append(Header(self._writer, uuid.uuid4().hex), {})
-        parts = [journal.decode(each.body) for each in await self._server.read(self._layout.journal)]
+        parts = [journal.decode(each.body) for each in await self._server.read(self._layout.journal, self._last)]
         unfinished = journal.redo(parts)
         rows, unreadable = await self._rows()
         for number, (key, value) in enumerate(unfinished.writes.items()):
@@ -93,7 +94,12 @@ class Keeper:
         rows: dict[RowKey, tuple[Image, bytes]] = {}
         unreadable = 0
         for stream in self._layout.rows:
-            for message in await self._server.read(stream):
+            marker = self._layout.marker(stream)
+            # Written through the stream's leader: it has everything that was acknowledged before.
+            seq = await self._server.publish(marker, encode_json({"writer": self._writer}), {})
+            for message in await self._server.read(stream, seq):
+                if message.subject == marker:
+                    continue
                 try:
                     image = images.decode(self._kind(stream, message), message.body)
                 except UnreadableRow:

@@ -105,6 +105,12 @@ class Layout:
         bucket = self.stream(key).removeprefix("KV_")
         return f"$KV.{bucket}.{key.kind.value}.{token(key.first)}.{token(key.second)}"
 
+    def marker(self, stream: str) -> str:
+        """Where in a stream of rows every opening writes before it reads: what was acknowledged before is then there."""
+        if stream in (self.states, self.sessions):
+            return f"$KV.{stream.removeprefix('KV_')}.opened"
+        return f"{self.prefix}.{'cmd' if stream == self.commands else 'out'}.opened"
+
     def configurations(self, replicas: int) -> tuple[dict[str, Any], ...]:
         """The streams as `nats.js.api.StreamConfig` takes them."""
         common = {

@@ -243,8 +243,11 @@ class Server:
         with _translated():
             await js.purge_stream(stream, seq=before)
 
-    async def read(self, stream: str) -> list[Stored]:
-        """All messages of a stream, in order, by one consumer that exists only meanwhile."""
+    async def read(self, stream: str, until: int) -> list[Stored]:
+        """All messages of a stream up to this sequence, which exists, by one consumer that exists only meanwhile.
+
+        The consumer may live on a server that lags behind the others: only `until` itself tells that all has come.
+        """
         js = self._connected().jetstream(timeout=CONNECT_S)
         # By name: what a reader that died left behind would be in the way on a work-queue stream.
         name = "opening"
@@ -254,11 +257,10 @@ class Server:
         with _translated():
             with contextlib.suppress(nats.js.errors.NotFoundError):
                 await js.delete_consumer(stream, name)
-            info = await js.add_consumer(stream, config)
-            waiting = info.num_pending or 0
+            await js.add_consumer(stream, config)
             subscription = await js.pull_subscribe_bind(name, stream)
             found: list[Stored] = []
-            while len(found) < waiting:
+            while not found or found[-1].seq < until:
                 messages = await subscription.fetch(_FETCH, timeout=CONNECT_S)
                 found += [Stored(each.metadata.sequence.stream, each.subject, each.data) for each in messages]
             await subscription.unsubscribe()
