@@ -95,9 +95,7 @@ class Keeper:
         unreadable = 0
         for stream in self._layout.rows:
             marker = self._layout.marker(stream)
-            # Written through the stream's leader: it has everything that was acknowledged before.
-            seq = await self._server.publish(marker, encode_json({"writer": self._writer}), {})
-            for message in await self._server.read(stream, seq):
+            for message in await self._server.read(stream, await self._mark(marker)):
                 if message.subject == marker:
                     continue
                 try:
@@ -111,6 +109,14 @@ class Keeper:
                 rows[image.key] = image, message.body
                 self._revisions[image.key] = message.seq
         return rows, unreadable
+
+    async def _mark(self, subject: str) -> int:
+        """The sequence of a mark: its stream's leader has everything that was acknowledged before."""
+        while True:
+            try:
+                return await self._server.publish(subject, encode_json({"writer": self._writer}), {})
+            except Unavailable:
+                await self._pause()
 
     def _kind(self, stream: str, message: Stored) -> Kind:
         if stream == self._layout.commands:

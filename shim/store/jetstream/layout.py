@@ -106,7 +106,7 @@ class Layout:
         return f"$KV.{bucket}.{key.kind.value}.{token(key.first)}.{token(key.second)}"
 
     def marker(self, stream: str) -> str:
-        """Where in a stream of rows every opening writes before it reads: what was acknowledged before is then there."""
+        """Where in a stream of rows every opening writes before it reads: what was acknowledged is then there."""
         if stream in (self.states, self.sessions):
             return f"$KV.{stream.removeprefix('KV_')}.opened"
         return f"{self.prefix}.{'cmd' if stream == self.commands else 'out'}.opened"
