@@ -33,7 +33,7 @@ def _table(name: str, columns: str, key: str, json: str = "") -> _Table:
     return _Table(name, tuple(columns.split()), tuple(key.split()), frozenset(json.split()))
 
 
-_COMMAND_COLUMNS = "seq session id request_id arrived size_bytes type created_at payload via"
+_COMMAND_COLUMNS = "seq session id request_id arrived size_bytes type created_at payload via first_step"
 _TABLES = {
     Kind.COMMAND: _table("commands", _COMMAND_COLUMNS, "session id", "payload"),
     Kind.STATE: _table("commands", "seq session id state attempts updated expires", "session id"),
