@@ -18,7 +18,7 @@ NODE_DEPS := $(if $(shell command -v npm 2>/dev/null),$(CLIENTS)/node_modules/.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test cov faults demo run chart docs lock audit sbom licenses clean
+.PHONY: help install check test cov faults bench demo run chart docs lock audit sbom licenses clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ cov: ## run the tests and hold the branch coverage of shim/, subprocesses includ
 
 faults: $(DEV) ## break everything on purpose and prove that nothing is lost (LONG=1: an hour; SEED=n: the same again)
 	$(BIN)/python -m tests.faults $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+bench: $(DEV) ## measure against baselines in the same run (ONLY=latency: a part; ARGS=--docs: write the pages)
+	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 demo: $(RUN) ## watch an unmodified agent work through the shim (ARGS=--once ends by itself)
 	@$(BIN)/agent-shim demo $(ARGS)

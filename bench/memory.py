@@ -1,0 +1,98 @@
+"""Resident memory: idle, with 10,000 polls held, and over a million calls (item 3)."""
+
+from __future__ import annotations
+
+import time
+
+from bench import loads, requests
+from bench.figures import Figure, Log, compared
+from bench.load import Plan
+from bench.servers import Bench, Server, end
+
+PART = "Memory"
+STARTS = 3
+HELD = 10_000
+HELD_ROUNDS = 2
+SOAK_CALLS = 1_000_000
+SOAK_CONNECTIONS = 64
+SOAK_STEPS = 10
+SETTLE_S = 1.5
+MB = 1e6
+
+
+def measure(bench: Bench, log: Log) -> list[Figure]:
+    """All three."""
+    return [*idle(bench, log), held(bench, log), soak(bench, log)]
+
+
+def idle(bench: Bench, log: Log) -> list[Figure]:
+    """Fresh processes, online, without agents."""
+    controller = bench.controller()
+    ours: list[float] = []
+    bare: list[float] = []
+    naive: list[float] = []
+    for _ in range(STARTS):
+        servers = [bench.shim(controller), bench.bare("server"), bench.naive(controller)]
+        time.sleep(SETTLE_S)
+        for found, server in zip((ours, bare, naive), servers, strict=True):
+            found.append(server.rss_bytes() / MB)
+            end(server.process)
+    log(f"idle: {ours[-1]:.1f} MB")
+    return [
+        compared(PART, "idle RSS", "MB", ours, bare, against="aiohttp, same imports", aim=1.15),
+        Figure(PART, "idle RSS, absolute", "MB", max(ours), aim=50.0, absolute=True),
+        compared(PART, "idle RSS", "MB", ours, naive, against="naive"),
+    ]
+
+
+def held(bench: Bench, log: Log) -> Figure:
+    """What one more waiting request costs: a poll of an agent that the shim keeps a session of, and a bare one."""
+    controller = bench.controller()
+    ours, bare = [], []
+    for _ in range(HELD_ROUNDS):
+        ours.append(_per_request(bench.shim(controller, poll={"hold": 20.0}, log={"level": "warning"}), "poll"))
+        bare.append(_per_request(bench.bare("server"), "hang"))
+    log(f"{HELD} held: {ours[-1]:.1f} kB each")
+    return compared(PART, f"each of {HELD:,} held polls", "kB", ours, bare, against="hanging on aiohttp", aim=1.3)
+
+
+def _per_request(server: Server, path: str) -> float:
+    time.sleep(SETTLE_S)
+    before = server.rss_bytes()
+    plan = Plan(
+        host=server.host,
+        port=server.port,
+        requests=[requests.poll(server, number, path) for number in range(HELD)],
+        connections=HELD,
+        mode="held",
+    )
+    with loads.start(plan) as process:
+        loads.held(process)
+        time.sleep(SETTLE_S)
+        grown = server.rss_bytes() - before
+    end(server.process)
+    return grown / HELD / 1e3
+
+
+def soak(bench: Bench, log: Log) -> Figure:
+    """Heartbeats and polls in turn. The first tenth fills caches and pools; growth after it is what counts."""
+    controller = bench.controller()
+    server = bench.shim(controller, poll={"hold": "off"}, log={"level": "warning"})
+    sizes = []
+    for step in range(SOAK_STEPS):
+        makes = (requests.heartbeat, requests.poll)
+        plan = Plan(
+            host=server.host,
+            port=server.port,
+            requests=[makes[number % 2](server, number // 2) for number in range(SOAK_CONNECTIONS)],
+            connections=SOAK_CONNECTIONS,
+            total=SOAK_CALLS // SOAK_STEPS,
+        )
+        found = loads.run(plan)
+        if found.errors:
+            raise RuntimeError(f"{found.errors} calls of the soak failed")
+        sizes.append(server.rss_bytes())
+        log(f"soak: {(step + 1) * SOAK_CALLS // SOAK_STEPS:,} calls, {sizes[-1] / MB:.1f} MB")
+    grown = (sizes[-1] - sizes[0]) / MB
+    note = f"{sizes[0] / MB:.1f} MB after the first tenth, {sizes[-1] / MB:.1f} MB in the end"
+    return Figure(PART, f"growth over {SOAK_CALLS:,} calls", "MB", grown, aim=1.0, absolute=True, note=note)

@@ -1,0 +1,190 @@
+"""The processes that are measured: each started on a core of its own, watched through /proc, ended with its block."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import yaml
+
+TOKEN = "tok-bench"  # noqa: S105
+START_S = 30.0
+STOP_S = 10.0
+ROOT = Path(__file__).absolute().parent.parent
+CORES = sorted(os.sched_getaffinity(0))
+SERVER_CORE = {CORES[0]}
+OTHER_CORES = set(CORES[1:]) or SERVER_CORE
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(slots=True)
+class Server:
+    """A running server process. `host` and `port` are where agents call; `start_s` is the time from exec to serving."""
+
+    process: subprocess.Popen[bytes]
+    host: str
+    port: int
+    start_s: float
+    ready: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def cpu_s(self) -> float:
+        """CPU seconds used so far, user and system."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS
+
+    def ask(self, job: Any) -> Any:
+        """Have a controller do a job; returns its answer when it is over."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(msgspec.json.encode(job) + b"\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def histogram_quantile(self, name: str, q: float) -> float:
+        """The upper bound of the bucket that holds the quantile, over all labels; from the admin port."""
+        with urllib.request.urlopen(f"http://{self.ready['admin']}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        buckets: dict[float, float] = {}
+        for bound, value in re.findall(rf'^{name}_bucket{{[^}}]*le="([^"]+)"[^}}]*}} (\S+)$', text, re.MULTILINE):
+            buckets[float(bound)] = buckets.get(float(bound), 0.0) + float(value)
+        return next(bound for bound, count in sorted(buckets.items()) if count >= q * buckets[float("inf")])
+
+    def rss_bytes(self) -> int:
+        """Resident memory now."""
+        return _status_kib(self.process.pid, "VmRSS") * 1024
+
+
+def _status_kib(pid: int, key: str) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    raise ValueError(f"the kernel does not tell {key}")
+
+
+def allow_files() -> int:
+    """Raise the limit of open files as far as it goes, for this process and its children; returns it."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def spawn(args: list[str], cores: set[int], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a Python program of this checkout on these cores."""
+
+    def pin() -> None:
+        os.sched_setaffinity(0, cores)
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
+    return subprocess.Popen(
+        [sys.executable, *args],
+        cwd=ROOT,
+        env=environment,
+        preexec_fn=pin,  # noqa: PLW1509 - this process has no threads when it starts others
+        stdout=options.get("stdout", subprocess.DEVNULL),
+        stderr=options.get("stderr", subprocess.DEVNULL),
+        stdin=options.get("stdin", subprocess.DEVNULL),
+    )
+
+
+@contextmanager
+def serving(args: list[str], cores: set[int], folder: Path, *, jobs: bool = False) -> Iterator[Server]:
+    """A program that writes `{"listen": "host:port"}` to its `--ready-file` when it serves; SIGTERM at the end.
+
+    `jobs`: it takes lines on stdin and answers on stdout.
+    """
+    pipe = subprocess.PIPE if jobs else subprocess.DEVNULL
+    ready_file = Path(tempfile.mkdtemp(dir=folder)) / "ready.json"
+    log = ready_file.with_name("stderr")
+    started_s = time.monotonic()
+    with log.open("wb") as stderr:
+        process = spawn([*args, "--ready-file", str(ready_file)], cores, stderr=stderr, stdin=pipe, stdout=pipe)
+    try:
+        while not ready_file.exists():
+            if process.poll() is not None or time.monotonic() - started_s > START_S:
+                raise RuntimeError(f"{args} did not start:\n{log.read_text()[-4000:]}")
+            time.sleep(0.002)
+        start_s = time.monotonic() - started_s
+        ready = json.loads(ready_file.read_text())
+        host, port = ready["listen"].rsplit(":", 1)
+        yield Server(process, host, int(port), start_s, ready)
+    finally:
+        end(process)
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, and SIGKILL for those that do not go."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class Bench:
+    """What one run of the bench starts; everything ends with its block, in reverse."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="agent-shim-bench-")))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def controller(self) -> Server:
+        """`bench.controller`, which takes its jobs by `Server.ask`. It is not measured."""
+        return self._stack.enter_context(serving(["-m", "bench.controller"], OTHER_CORES, self.folder, jobs=True))
+
+    def dev_controller(self) -> Server:
+        """`agent-shim controller`, for `fleet`."""
+        args = ["-m", "shim", "controller", "--listen", "127.0.0.1:0", "--token", TOKEN]
+        return self._stack.enter_context(serving(args, OTHER_CORES, self.folder))
+
+    def shim(self, controller: Server, cores: set[int] = SERVER_CORE, **sections: dict[str, Any]) -> Server:
+        """`agent-shim run` with these sections over what the bench needs."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        config: dict[str, dict[str, Any]] = {
+            "listen": {"port": 0, "max_connections": 20_000},
+            "admin": {"port": 0},
+            "upstream": {"url": controller.url, "token": TOKEN},
+            "store": {"path": str(folder / "agent-shim.db")},
+        }
+        for name, values in sections.items():
+            config[name] = {**config.get(name, {}), **values}
+        path = folder / "agent-shim.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return self._stack.enter_context(serving(["-m", "shim", "run", "--config", str(path)], cores, self.folder))
+
+    def bare(self, kind: str = "server", cores: set[int] = SERVER_CORE) -> Server:
+        """`bench.bare`: aiohttp and nothing else."""
+        return self._stack.enter_context(serving(["-m", "bench.bare", kind], cores, self.folder))
+
+    def naive(self, upstream: Server, cores: set[int] = SERVER_CORE) -> Server:
+        """`bench.naive`: what one would write in an afternoon."""
+        args = ["-m", "bench.naive", "--upstream", upstream.url, "--token", TOKEN]
+        return self._stack.enter_context(serving(args, cores, self.folder))
