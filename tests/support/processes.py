@@ -22,6 +22,7 @@ from shim.tools.control_client import ControlClient
 TOKEN = "tok-of-the-cluster"
 START_S = 30.0
 STOP_S = 20.0
+GRACE_S = 5.0
 
 
 def free_port() -> int:
@@ -106,7 +107,18 @@ class _Child:
             await self.wait()
 
     async def __aexit__(self, *exc: object) -> None:
-        await self.kill()
+        """End it in an orderly way where it can still do so: a process that is killed tells no coverage."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            process.terminate()
+            try:
+                async with asyncio.timeout(GRACE_S):
+                    await process.wait()
+            except TimeoutError:
+                await self.kill()
+        if self._reader is not None:
+            async with asyncio.timeout(STOP_S):
+                await self._reader
 
 
 class Shim(_Child):
