@@ -214,7 +214,8 @@ def fifo(found: Case) -> Iterator[Violation]:
     position = {word.command: index for index, word in enumerate(told)}
     for commands in sessions.values():
         commands.sort(key=lambda command: command.received[0].at)
-        yield from _inversions([(c.stored[0].seq, c.id) for c in commands if c.stored])
+        since = max(found.lost_stores, default=0.0)  # a new database counts from one again
+        yield from _inversions([(c.stored[0].seq, c.id) for c in commands if c.stored and c.received[0].at >= since])
         told_once = [c for c in commands if len(c.queued) == 1]
         yield from _inversions([(position[c.id], c.id) for c in told_once])
 
@@ -287,8 +288,8 @@ def introduced(found: Case) -> Iterator[Violation]:
     for event in found.of(ev.Introduced):
         told.setdefault((event.connection, event.session), event.at)
     for beat in found.of(ev.Beat):
-        if beat.session in found.nameless:
-            continue
+        if beat.session in found.nameless or any(lost <= beat.at for lost in found.lost_stores):
+            continue  # there is no registration to tell of: the agent was adopted
         if told.get((beat.connection, beat.session), float("inf")) > beat.at:
             yield Violation("introduced", beat.session, f"a heartbeat at {beat.at:.3f} on {beat.connection} before it")
 

@@ -122,6 +122,10 @@ def _fifo() -> Iterator[History]:
     yield "out of order", [*two, *both, received(4, "s.2"), received(5, "s.1")], {"fifo"}
     seqs = [ev.Stored(9, "s.1", 8, "closed"), ev.Stored(9, "s.2", 7, "closed")]
     yield "out of the store's order", [*two, *both, received(4, "s.1"), received(5, "s.2"), *seqs], {"fifo"}
+    before = [queued(1, "s.2"), offered(2, command="s.2"), received(3, "s.2"), ev.StoreLost(5)]
+    after = [queued(6, "s.1"), queued(6.5, "s.2"), offered(7, command="s.1"), received(8, "s.1")]
+    counted = [ev.Stored(9, "s.1", 1, "closed"), ev.Stored(9, "s.2", 2, "queued")]
+    yield "a new database counts from one again", [*before, *after, *counted], set()
     other = [pushed(1, "t.1"), queued(1.5, "t.1"), offered(3, command="t.1"), received(6, "t.1")]
     yield "another session's order is its own", [*two, *both, *other, received(4, "s.1"), received(5, "s.2")], set()
 
@@ -146,6 +150,7 @@ def _heartbeats() -> Iterator[History]:
 
     yield "told on this connection", [told, contact(1), beat(2)], set()
     yield "told on another one", [told, contact(1), beat(2, connection="1/2")], {"introduced"}
+    yield "adopted after the database was destroyed", [ev.StoreLost(0.5), contact(1), beat(2)], set()
     yield "told after it", [ev.Introduced(3, "1/1", "s"), contact(1), beat(2)], {"introduced"}
 
 
