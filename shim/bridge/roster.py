@@ -191,7 +191,7 @@ class Roster:
             session.secret = call.secret
             session.new_process()
             session.dialect = call.dialect
-            session.contact(self._ctx.now, self._ctx.clock.wall_s())
+            session.seen_wall = self._ctx.clock.wall_s()  # no contact: the agent may have given up long ago
             session.superseded_by = None
         if session.superseded_by is None:  # what the shim repeats for an older session says nothing about newer ones
             self._supersede(session)

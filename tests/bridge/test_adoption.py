@@ -88,12 +88,12 @@ async def test_a_registered_cluster_that_was_forgotten_is_registered_as_it_was(w
 
 
 async def test_without_a_request_id_all_fresh_sessions_of_the_link_are_registered(world: World) -> None:
-    for number in range(3):
-        agent = world.agent(name=f"n{number}", agent_id=f"pod-{number}")
+    agents = [world.agent(name=f"n{number}", agent_id=f"pod-{number}") for number in range(3)]
+    for agent in agents:
         await agent.register()
         await agent.heartbeat()
         await world.pass_s(20)
-    await agent.heartbeat()
+    await agents[2].heartbeat()
     before = len(world.controller.log)
     world.controller.socket.says("error", {"error": "cluster not found"})
     await world.settle()
