@@ -26,7 +26,7 @@ class _Table:
     def select(self) -> str:
         # Constants of this module only; nothing that was ever input becomes SQL.
         condition = " AND ".join(f"{column} = ?" for column in self.key)
-        return f"SELECT {', '.join(self.columns)} FROM {self.name} WHERE {condition}"  # noqa: S608
+        return f"SELECT {', '.join(self.columns)} FROM {self.name} WHERE {condition}"  # noqa: S608 - names of ours
 
 
 def _table(name: str, columns: str, key: str, json: str = "") -> _Table:
@@ -145,7 +145,7 @@ def _insert_command(cursor: sqlite3.Cursor, parts: dict[Kind, Image]) -> bool:
 
 def _insert(cursor: sqlite3.Cursor, table: str, columns: dict[str, Any]) -> bool:
     names, marks = ", ".join(columns), ", ".join("?" * len(columns))
-    return _insert_all(cursor, f"INSERT INTO {table} ({names}) VALUES ({marks})", [tuple(columns.values())])  # noqa: S608
+    return _insert_all(cursor, f"INSERT INTO {table} ({names}) VALUES ({marks})", [tuple(columns.values())])  # noqa: S608 - names of ours
 
 
 def _insert_all(cursor: sqlite3.Cursor, statement: str, rows: list[tuple[Any, ...]]) -> bool:

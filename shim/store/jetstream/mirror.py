@@ -83,7 +83,7 @@ class Mirror:
         self._cursor.execute("BEGIN")
         refused = images.insert(self._cursor, rows)
         for table in ("commands", "outbox"):
-            (highest,) = self._cursor.execute(f"SELECT coalesce(max(seq), 0) FROM {table}").fetchone()  # noqa: S608
+            (highest,) = self._cursor.execute(f"SELECT coalesce(max(seq), 0) FROM {table}").fetchone()  # noqa: S608 - names of ours
             self._cursor.execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
             number = max(highest, high.get(table, 0))
             self._cursor.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, number))

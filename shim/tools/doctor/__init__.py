@@ -23,21 +23,26 @@ from shim.tools.admin_address import given
 @click.option("--admin-token-file", metavar="FILE", help="Holds the admin token; default: admin.token_file.")
 @click.option("--url", metavar="URL", help="The running shim's admin port, http://host:port; default: as configured.")
 @click.option("--dial", is_flag=True, help="Try the WebSocket also while the running shim's link is online.")
+@click.option(
+    "--cluster", metavar="NAMESPACE", help="Also find agents without the shim, with kubectl; `all`: everywhere."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def command(
+def command(  # noqa: PLR0913, PLR0917 - one parameter per option
     config: str | None,
     sets: tuple[str, ...],
     token_file: str | None,
     admin_token_file: str | None,
     url: str | None,
     dial: bool,
+    cluster: str | None,
     as_json: bool,
 ) -> None:
     """Examine DNS, TCP, TLS, proxy, WebSocket, token, clock, ports, store and the running shim.
 
     Exit code 1 if a line says FAIL.
     """
-    from shim.tools.doctor import examine  # noqa: PLC0415 - the command list must not load it
+    from shim.tools.doctor import cluster as pods  # noqa: PLC0415 - the command list must not load it
+    from shim.tools.doctor import examine  # noqa: PLC0415 - as above
     from shim.tools.doctor.findings import Report  # noqa: PLC0415 - as above
 
     redaction = Redaction()
@@ -55,5 +60,7 @@ def command(
         found, token = examine.examine(settings, shim, token_file, os.environ, dial=dial)
         redaction.add(token)
         report.add([examine.configuration(config, settings), *found])
+    if cluster:
+        report.add(pods.examine(cluster))
     click.echo(report.json() if as_json else "\n".join(report.lines()))
     sys.exit(0 if report.ok else 1)
