@@ -74,7 +74,6 @@ class LinkRunner:
         self.machine = Link(LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng))
         self.needed_at = ctx.now
         self.timeline = Timeline(ctx.now)
-        self.state_since_wall = ctx.clock.wall_s()
         self.attempts = Attempts(ctx, listener.heard_since)
         self.last_failure = ""
         self.cancelled = False
@@ -112,7 +111,6 @@ class LinkRunner:
             log.error("illegal_transition", link=self.name, error=str(error))
             return
         if self.machine.state is not before:
-            self.state_since_wall = self._ctx.clock.wall_s()
             self._tell_state(before)
         self.timeline.enter(phase_of(self.machine), self._ctx.now, self.last_failure)
         for effect in effects:

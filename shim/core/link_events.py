@@ -72,7 +72,7 @@ class TokenChanged:
 
 @dataclass(frozen=True, slots=True)
 class Unneeded:
-    """No fresh session has used the link for `idle_close_s`."""
+    """No fresh session has used the link for `idle_close_s`, or gateways carry them all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from shim.core.link import LinkState
+from shim.errors import ShimError
 from shim.ports import DialSpec
 from tests.bridge.conftest import MakeWorld
 from tests.support.upstream import GONE, FakeSocket
@@ -233,6 +234,25 @@ async def test_a_new_token_reaches_gateways(world: World) -> None:
     _, gateways = sockets(world)
     assert gateway.closed_by_us == 1000
     assert gateways[-1].spec.token == "second"
+
+
+async def test_a_token_that_cannot_be_read_is_a_failed_dial_of_the_gateway(world: World) -> None:
+    world.token_error = ShimError("unreadable")
+    agent = await redirected(world)
+    assert not sockets(world)[1]
+    world.token_error = None
+    await agent.live(10)
+    assert len(sockets(world)[1]) == 1
+
+
+async def test_a_gateway_that_opens_too_late_is_closed(world: World) -> None:
+    world.controller.manners.hangs = True
+    agent = await redirected(world)
+    late = world.controller.dials[-1]
+    await redirected(world, "wss://gw.vendor.test/two")
+    socket = late.accept()
+    await agent.live(5)
+    assert socket.closed_by_us == 1000
 
 
 async def test_what_a_gateway_sends_is_rejected_there(world: World) -> None:

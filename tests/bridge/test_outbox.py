@@ -210,6 +210,20 @@ async def test_a_page_read_before_a_close_does_not_send_the_closed_again(world: 
     assert world.bridge.outbox.empty
 
 
+async def test_a_connection_that_comes_up_while_the_disk_is_read_gets_everything(world: World) -> None:
+    world.controller.manners.pongs = world.controller.manners.acks = False
+    agent = await answered(world, *(f"k{n}" for n in range(40)))
+    world.store.slow = True
+    before = len(world.controller.log)
+    for _ in range(3):
+        world.controller.socket.lose()
+        await agent.live(5)
+    world.store.catch_up()
+    await agent.live(5)
+    sent_again = [message.payload["command_id"] for message in world.controller.got("command_result", before)]
+    assert sorted(sent_again) == sorted(f"k{n}" for n in range(40))
+
+
 @pytest.mark.parametrize("late", [False, True])
 async def test_nothing_is_left_when_all_is_confirmed(world: World, late: bool) -> None:
     agent = await answered(world, *(f"k{n}" for n in range(40)))

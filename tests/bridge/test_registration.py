@@ -353,3 +353,46 @@ async def test_a_link_that_cannot_come_up_is_named_in_time(world: World) -> None
     assert isinstance(outcome, Failed)
     assert outcome.status == 503
     assert took_s == pytest.approx(25)
+
+
+async def test_a_replay_under_way_serves_the_agent_that_registers_meanwhile(world: World) -> None:
+    agent = world.agent()
+    await agent.register()
+    world.controller.manners.registers = False
+    world.controller.socket.lose()
+    await world.pass_s(3)
+    again = world.agent(agent_id="pod-2")
+    again.extra = {"k8s_version": "v1.30.0"}
+    task = registering(again, "new-secret")
+    await world.settle()
+    assert len(world.controller.got("register")) == 2, "it waits for the replay's answer"
+    world.controller.answer_register()
+    outcome = await task
+    assert isinstance(outcome, Registered)
+    assert outcome.agent_id == "pod-2"
+    session = world.session("c-1")
+    assert (session.registration["k8s_version"], session.secret) == ("v1.30.0", "new-secret")
+
+
+async def test_a_registration_moves_to_the_link_that_its_agent_gets(make_world: MakeWorld) -> None:
+    """Its first link had to make room for others while nobody waited any more."""
+    world = await make_world(upstream={"token": "", "max_links": 1})
+    world.controller.manners.registers = False
+    agent = world.agent(token="one")
+    await agent.register()
+    await world.pass_s(100)
+    await world.agent(token="two", cluster_id="c-9").heartbeat()
+    await world.pass_s(200)
+    world.controller.manners.registers = True
+    assert isinstance(await agent.register(), Registered)
+
+
+async def test_unanswered_registrations_are_not_kept_for_ever(world: World) -> None:
+    world.controller.manners.registers = False
+    for number in range(5):
+        task = registering(world.agent(name=f"n{number}"))
+        await world.settle()
+        task.cancel()
+    await world.pass_s(700)
+    assert not world.bridge.registrations._by_identity
+    assert not world.bridge.registrations._by_request
