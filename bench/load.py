@@ -23,8 +23,8 @@ _IDS = re.compile(rb'"id": ?"([^"]+)"')
 
 class Plan(msgspec.Struct, kw_only=True):
     """`requests` are dealt round the connections. `closed`: each connection sends the next request when it has its
-    answer, for `duration_s` or `total` requests. `paced`: each request goes out every `interval_s`, spread evenly. `held`:
-    once. `polling`: for ever.
+    answer, for `duration_s` or `total` requests. `paced`: each request goes out every `interval_s`, spread evenly.
+    `held`: once. `polling`: for ever.
     """
 
     host: str
