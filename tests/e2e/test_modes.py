@@ -238,3 +238,35 @@ async def test_http_mode_without_the_api_says_so(tmp_path: Path, http: aiohttp.C
             f"{shim.url}/api/v1/clusters/agent/register", json={"agent_id": "a", "name": "n"}
         ) as answer:
             assert (answer.status, (await answer.json())["success"]) == (502, False)
+
+
+async def test_a_switch_drops_no_connection_and_a_crash_in_the_middle_of_it_loses_nothing(tmp_path: Path) -> None:
+    opened: list[float] = []
+    trace = aiohttp.TraceConfig()
+
+    async def on_open(_: object, __: object, ___: object) -> None:
+        opened.append(asyncio.get_running_loop().time())
+
+    trace.on_connection_create_end.append(on_open)
+    async with (
+        world(tmp_path, FAST) as (shim, controller),
+        aiohttp.ClientSession(trace_configs=[trace], headers=AUTH, connector=aiohttp.TCPConnector(limit=1)) as agent,
+    ):
+        shim.write(config(controller.url))
+        await shim.start()
+        cluster_id = await register(agent, shim)
+        for mode in ("http", "auto", "websocket"):
+            shim.write(config(controller.url, mode=mode))
+            shim.send(signal.SIGHUP)
+            await shim.event("config_reloaded", mode=mode)
+            assert await heartbeat(agent, shim, cluster_id) == 200
+        assert len(opened) == 1
+        await controller.api.push({"id": "before-the-crash", "cluster_id": cluster_id})
+        await shim.event("command_queued")
+        shim.write(config(controller.url, mode="http"))
+        shim.send(signal.SIGHUP)
+        await shim.kill()
+        await shim.start()
+        assert shim.events("serving")[-1]["mode"] == "http"
+        await controller.control("POST", "/control/legacy/commands", {"ident": cluster_id, "id": "after-it"})
+        assert await drain(agent, shim, cluster_id) == ["before-the-crash", "after-it"]
