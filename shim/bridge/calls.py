@@ -168,9 +168,9 @@ class Calls:
         if stored is None:
             self._roster.admission.admit(owner)
         runner.wanted()
-        if stored is not None and stored.upstream_cluster_id:
-            payload = {"cluster_id": stored.upstream_cluster_id, **call.payload}
-            call = replace(call, payload=payload)
+        cluster_id = self._roster.upstream_id(owner, call, stored)
+        if cluster_id:
+            call = replace(call, payload={**call.payload, "cluster_id": cluster_id})
 
         def cached() -> Outcome | None:
             known = self._roster.stored_for(owner, call)

@@ -63,6 +63,7 @@ class Connection:
         )
         self._order = 0
         self._heartbeats: dict[str, _Sent] = {}
+        self._statuses: deque[int] = deque(maxlen=MAX_TRACKED_HEARTBEATS)  # their orders
         self._results: deque[tuple[int, int]] = deque()  # (order, outbox seq)
         self._fence_ping: tuple[bytes, int] | None = None
         self._application_seen = False
@@ -98,6 +99,11 @@ class Connection:
         while len(self._heartbeats) > MAX_TRACKED_HEARTBEATS:
             del self._heartbeats[next(iter(self._heartbeats))]
         self._liveness.heartbeat_sent(request_id, now)
+
+    def send_status(self, payload: dict[str, Any]) -> None:
+        """Send a status report, which the controller acknowledges like a heartbeat: its id tells them apart."""
+        self.send("status", payload, self._ctx.new_id())
+        self._statuses.append(self._order)
 
     def heartbeat_failed(self, request_id: str) -> SessionKey | None:
         """An `error` came with this request id: if it answers a heartbeat, nothing is awaited for that any more.
@@ -186,7 +192,8 @@ class Connection:
 
     def _acked(self, request_id: str) -> None:
         self._liveness.acked(request_id)
-        if not request_id and self._heartbeats:
+        named = bool(request_id)
+        if not named and self._heartbeats:
             request_id = next(iter(self._heartbeats))
         found = self._heartbeats.pop(request_id, None)
         if found is None:
@@ -194,7 +201,9 @@ class Connection:
         self._ctx.metrics.heartbeats_up.labels("acked").inc()
         self._ctx.metrics.heartbeat_ack_seconds.observe(self._ctx.now - found.at)
         found.acked()
-        self._fenced(found.order)
+        # Without an id it may have answered a status report that was sent before.
+        in_doubt = not named and self._statuses and self._statuses[0] < found.order
+        self._fenced(self._statuses.popleft() if in_doubt else found.order)
 
     def _fenced(self, order: int) -> None:
         seqs: list[int] = []

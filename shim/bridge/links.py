@@ -224,6 +224,7 @@ class LinkRunner:
             self.apply(ev.RetryDue())
 
     def _check_idle(self) -> None:
+        self._arm("idle", IDLE_CHECK_S, self._check_idle)
         idle_close_s = self._ctx.settings.upstream.idle_close_s
         if self._listener.link_needed(self):
             self.needed_at = self._ctx.now
@@ -233,7 +234,6 @@ class LinkRunner:
             self.attempts.closed()
             if self.machine.state is not LinkState.IDLE:
                 self.apply(ev.Unneeded())
-        self._arm("idle", IDLE_CHECK_S, self._check_idle)
 
     def _arm(self, name: str, delay_s: float, callback: Callable[[], None]) -> None:
         self._disarm(name)

@@ -194,7 +194,7 @@ class Presence:
             self._ctx.metrics.status_dropped.inc()
             return
         self._status_at[session.key] = self._ctx.now
-        connection.send("status", body)
+        connection.send_status(body)
 
     def forget(self, key: SessionKey) -> None:
         """The session is gone."""

@@ -150,6 +150,15 @@ class Roster:
         ]
         return max(found, key=lambda s: (s.superseded_by is None, s.seen_wall), default=None)
 
+    def upstream_id(self, owner: str, call: RegisterCall, stored: Session | None) -> str:
+        """The cluster id to register with: the controller's for the one that the agent names, else for what is stored.
+
+        Empty where nothing is known but what the agent says itself.
+        """
+        named = call.payload.get("cluster_id")
+        session = self._ctx.sessions.get(SessionKey(owner, Kind.CLUSTER.value, named)) if named else stored
+        return session.upstream_cluster_id if session is not None else ""
+
     def answered(self, owner: str, call: RegisterCall, outcome: Registered) -> None:
         """An agent has its registration, maybe from the store or by another's request: it lives, and has this id."""
         if call.known_by_agent:

@@ -112,6 +112,7 @@ class Bridge:
     def _sweep(self) -> None:
         if self.stopping:
             return
+        self.ctx.timers.call_later(SWEEP_S, self._sweep)  # first: a defect below must not end it
         now = self.ctx.now
         self.links.sweep()
         self.queues.sweep()
@@ -132,7 +133,6 @@ class Bridge:
             commands = self.ctx.settings.commands
             kept_s = max(commands.retain_s, commands.dedupe_s)
             self.ctx.store.submit([Prune(self.ctx.clock.wall_s() - kept_s)])
-        self.ctx.timers.call_later(SWEEP_S, self._sweep)
 
     def _save_holds(self) -> None:
         for session in self.ctx.sessions:

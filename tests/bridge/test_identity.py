@@ -164,6 +164,21 @@ async def test_an_agent_never_sees_its_cluster_id_change(world: World) -> None:
     assert (outcome.cluster_id, outcome.cached) == ("c-1", True)
 
 
+async def test_an_agent_that_registers_with_its_own_id_is_registered_under_the_controllers(world: World) -> None:
+    agent = await registered(world)
+    await agent.heartbeat()
+    world.controller.manners.cluster_id = lambda payload: "c-new"
+    world.controller.socket.lose()
+    await world.pass_s(3)
+    agent.extra = {"cluster_id": "c-1"}
+    await agent.register()
+    assert world.controller.got("register")[-1].payload["cluster_id"] == "c-new"
+    stranger = world.agent(name="other", agent_id="pod-9")
+    stranger.extra = {"cluster_id": "c-unknown"}
+    await stranger.register()
+    assert world.controller.got("register")[-1].payload["cluster_id"] == "c-unknown"
+
+
 # --- succession -------------------------------------------------------------------------------------------------------
 
 

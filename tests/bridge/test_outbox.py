@@ -60,6 +60,27 @@ async def test_the_acknowledgement_of_an_earlier_heartbeat_closes_nothing(world:
     assert world.bridge.outbox.empty
 
 
+async def test_the_acknowledgement_of_a_status_report_is_not_taken_for_a_heartbeats(world: World) -> None:
+    agent = world.agent(dialect="agents", agent_id="a-1")
+    await agent.register()
+    await agent.heartbeat()
+    await world.settle()
+    world.controller.manners.acks = False
+    await agent.status(pods=1)
+    await agent.result("k9")
+    await world.pass_s(30)
+    await agent.heartbeat()
+    await world.settle()
+    [report] = world.controller.got("status")
+    assert report.request_id
+    world.controller.socket.says("heartbeat_ack")  # does not say which: it may be the report's
+    await world.settle()
+    assert not world.bridge.outbox.empty
+    world.controller.manners.acks = True
+    await agent.live(40)
+    assert world.bridge.outbox.empty
+
+
 async def test_a_pong_before_the_application_has_spoken_proves_nothing(world: World) -> None:
     agent = await answered(world, "k1")
     world.controller.go_away()
