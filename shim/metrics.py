@@ -179,7 +179,7 @@ class Metrics:
 
     def _add_process(self) -> None:
         self.internal_errors = self._counters(
-            "internal_errors", "Defects of the shim that were caught at a boundary.", part=("frontend",)
+            "internal_errors", "Defects of the shim that were caught at a boundary.", part=("frontend", "bridge")
         )
         self.loop_lag_seconds = self._histogram(
             "event_loop_lag_seconds",

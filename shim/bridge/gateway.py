@@ -114,10 +114,10 @@ class Gateways:
             leg.dial = -1
             self._drop(leg)
 
-    def sweep(self, now: float) -> None:
+    def sweep(self) -> None:
         """A gateway of a session that is not fresh any more is closed; its next call leads through the controller."""
         for key, leg in list(self._legs.items()):
-            if not leg.session.fresh(now):
+            if not leg.session.fresh(self._ctx.now):
                 leg.session.told_on = 0
                 self.forget(key)
 

@@ -51,8 +51,9 @@ class Registrations:
         """Whether an agent waits for an answer over this link."""
         return any(job.runner is runner and job.waiters for job in self._by_identity.values())
 
-    def sweep(self, now: float) -> None:
+    def sweep(self) -> None:
         """Forget what nobody will ask for any more."""
+        now = self._ctx.now
         self._unclaimed = {i: kept for i, kept in self._unclaimed.items() if now - kept[1] < UNCLAIMED_S}
         self._asked_at = {i: at for i, at in self._asked_at.items() if now - at < AGAIN_S}
         for job in list(self._by_identity.values()):
@@ -163,7 +164,7 @@ class Registrations:
 
     def replay(self, runner: LinkRunner, sessions: list[tuple[Session, dict[str, Any]]]) -> None:
         """After a reconnect: tell these sessions, a window at a time, then agents' own pending registrations."""
-        self.sweep(self._ctx.now)
+        self.sweep()
         pending = {job.identity: job for job in self._by_identity.values() if job.runner is runner}
         todo = deque(item for item in sessions if identity_of(item[0]) not in pending)
         replay = self._replays[runner] = Replay(runner, todo, set(pending.values()))

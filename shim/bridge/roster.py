@@ -1,4 +1,4 @@
-"""Which session a call belongs to: adoption, registration, succession, retention (protocol.md §1.4, §1.6)."""
+"""Which session a call belongs to: adoption and registration (protocol.md §1.4, §1.6)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 from shim.bridge.admission import Admission
 from shim.bridge.context import Context
 from shim.bridge.saves import Saves
+from shim.bridge.succession import Succession
 from shim.core.calls import HeartbeatCall, Kind, RegisterCall, Registered, Target
-from shim.core.records import DeleteSession, Loaded, MoveSession, SessionKey
+from shim.core.records import Loaded, SessionKey
 from shim.core.sessions import Session
 from shim.core.usage import Usage
 from shim.logs import get
@@ -30,10 +31,9 @@ class Roster:
         proven: Callable[[str], bool],
     ) -> None:
         self._ctx = ctx
-        self._moved = moved
-        self._ended = ended
         self.admission = Admission(ctx, proven)
         self._saves = Saves(ctx, self.admission.withheld)
+        self._succession = Succession(ctx, self._saves, moved, ended)
         self.usage = Usage()
 
     def load(self, loaded: Loaded) -> None:
@@ -203,7 +203,7 @@ class Roster:
             session.seen_wall = self._ctx.clock.wall_s()  # no contact: the agent may have given up long ago
             session.superseded_by = None
         if session.superseded_by is None:  # what the shim repeats for an older session says nothing about newer ones
-            self._supersede(session)
+            self._succession.supersede(session)
         self.save(session)
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
         return session
@@ -219,51 +219,14 @@ class Roster:
             self._ctx.sessions.add(session)
         return session
 
-    def _supersede(self, session: Session) -> None:
-        """Sessions that have the same cluster id upstream give way as soon as they are not fresh (protocol.md §1.6).
-
-        Across owners too: that the controller returned the id on this owner's link proves whose cluster it is.
-        """
-        for other in self._ctx.sessions:
-            if other is not session and other.upstream_cluster_id == session.upstream_cluster_id:
-                other.superseded_by = session.key
-                self.save(other)
-        self._sweep_superseded()
+    def expire(self) -> None:
+        """Delete sessions that were not seen for `sessions.retain_s`."""
+        self._succession.expire()
 
     def sweep(self) -> None:
         """What is to be looked after every second: successions, and what the disk has refused."""
         self._saves.retry()
-        self._sweep_superseded()
-
-    def _sweep_superseded(self) -> None:
-        """Let superseded sessions that are not fresh any more go over into their successors."""
-        now = self._ctx.now
-        for session in self._ctx.sessions:
-            target = session.superseded_by
-            if target is None or session.fresh(now):
-                continue
-            successor = self._ctx.sessions.get(target)
-            if successor is None:
-                session.superseded_by = None
-                continue
-            log.info("session_superseded", session=session.key.ident, by=target.ident)
-            self._ctx.sessions.move_aliases(session.key, target)
-            self._ctx.sessions.remove(session)
-            if successor.tunnel is None:
-                successor.tunnel = session.tunnel
-            self._ctx.store.submit([MoveSession(session.key, target)])
-            self._moved(session.key, target)
-
-    def expire(self) -> None:
-        """Delete sessions that were not seen for `sessions.retain_s`; their commands end EXPIRED."""
-        before = self._ctx.clock.wall_s() - self._ctx.settings.sessions.retain_s
-        now = self._ctx.now
-        for session in self._ctx.sessions:
-            if session.seen_wall < before and not session.fresh(now):
-                log.info("session_forgotten", session=session.key.ident)
-                self._ended(session.key)
-                self._ctx.sessions.remove(session)
-                self._ctx.store.submit([DeleteSession(session.key)])
+        self._succession.sweep()
 
     # --- small things -------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from shim.bridge.roster import Roster, outcome_of
 from shim.bridge.routes import Routes
 from shim.bridge.sources import LegSource, LinkSource
 from shim.bridge.timers import OwnedTimers
+from shim.bridge.upkeep import Duty, Unpolled, Upkeep
 from shim.core.calls import AgentCall, Failed, Outcome
 from shim.core.records import Loaded, Prune, SessionKey
 from shim.core.sessions import Session
@@ -35,12 +36,6 @@ from shim.messages import Message
 from shim.ports import Answer, Client, Lease
 
 log = get(__name__)
-
-SWEEP_S = 1.0
-HOUSEKEEPING_S = 600.0
-HOLDS_SAVED_S = 60.0
-HELD_SWEEP_S = 5.0
-UNPOLLED_WARNING_S = 600.0
 
 
 class Bridge:
@@ -66,8 +61,22 @@ class Bridge:
         self.detour = Detour(ctx, self.routes, self.roster, self.queues, self.intake, self.delivery)
         self.calls = Calls(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
         self.stopping = False
-        self.unpolled: set[SessionKey] = set()
-        self._housekept_at = self._holds_saved_at = self._held_swept_at = ctx.now
+        self.unpolled = Unpolled(ctx, self.queues)
+        self._upkeep = Upkeep(ctx, self._duties())
+
+    def _duties(self) -> tuple[Duty, ...]:
+        return (
+            (1, self.links.sweep),
+            (1, self.queues.sweep),
+            (1, self.roster.sweep),
+            (1, self.presence.settle),
+            (1, self.gateways.sweep),
+            (1, self.unpolled.look),
+            (5, self.presence.sweep),
+            (5, self.registrations.sweep),
+            (60, self._save_holds),
+            (600, self._forget_old),
+        )
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -91,7 +100,7 @@ class Bridge:
         wanted = self.ctx.settings.mode != "http" or bool(loaded.outbox_owners)
         if wanted and not upstream.own_tokens and upstream.share_link:
             self.links.get(DEFAULT_OWNER, DEFAULT_OWNER, "").wanted()
-        self.ctx.timers.call_later(SWEEP_S, self._sweep)
+        self._upkeep.start()
 
     def quiesce(self) -> None:
         """Answer what waits: held polls empty, registrations with 503."""
@@ -109,52 +118,16 @@ class Bridge:
         self.links.stop()
         self._timers.close()
 
-    def _sweep(self) -> None:
-        if self.stopping:
-            return
-        self.ctx.timers.call_later(SWEEP_S, self._sweep)  # first: a defect below must not end it
-        now = self.ctx.now
-        self.links.sweep()
-        self.queues.sweep()
-        self.roster.sweep()
-        self.presence.settle()
-        self.gateways.sweep(now)
-        self._warn_unpolled(now)
-        if now - self._held_swept_at >= HELD_SWEEP_S:
-            self._held_swept_at = now
-            self.presence.sweep()
-            self.registrations.sweep(now)
-        if now - self._holds_saved_at >= HOLDS_SAVED_S:
-            self._holds_saved_at = now
-            self._save_holds()
-        if now - self._housekept_at >= HOUSEKEEPING_S:
-            self._housekept_at = now
-            self.roster.expire()
-            commands = self.ctx.settings.commands
-            kept_s = max(commands.retain_s, commands.dedupe_s)
-            self.ctx.store.submit([Prune(self.ctx.clock.wall_s() - kept_s)])
-
     def _save_holds(self) -> None:
         for session in self.ctx.sessions:
             if session.holds_changed:
                 self.roster.save(session)
 
-    def _warn_unpolled(self, now: float) -> None:
-        """Commands wait and their agent has not polled for 10 minutes: said once (protocol.md §1)."""
-        overdue = set()
-        for key, queue in self.queues.items():
-            session, since = self.ctx.sessions.get(key), queue.waiting_since
-            if session is None or since is None or now - max(since, session.poll_at or 0.0) < UNPOLLED_WARNING_S:
-                continue
-            overdue.add(key)
-            if key not in self.unpolled:
-                log.warning(
-                    "commands_not_polled",
-                    session=key.ident,
-                    commands=len(queue),
-                    hint="this agent has not polled for 10 minutes; stock agents never fetch commands",
-                )
-        self.unpolled = overdue
+    def _forget_old(self) -> None:
+        self.roster.expire()
+        commands = self.ctx.settings.commands
+        kept_s = max(commands.retain_s, commands.dedupe_s)
+        self.ctx.store.submit([Prune(self.ctx.clock.wall_s() - kept_s)])
 
     # --- ports.Switchboard --------------------------------------------------------------------------------------------
 

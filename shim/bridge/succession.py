@@ -1,0 +1,70 @@
+"""How sessions end: one gives way to another of the same cluster, or nobody has seen its agent (protocol.md §1.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shim.bridge.context import Context
+from shim.bridge.saves import Saves
+from shim.core.records import DeleteSession, MoveSession, SessionKey
+from shim.core.sessions import Session
+from shim.logs import get
+
+log = get(__name__)
+
+
+class Succession:
+    """`moved(source, target)` and `ended(key)` are told what became of a session."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        saves: Saves,
+        moved: Callable[[SessionKey, SessionKey], None],
+        ended: Callable[[SessionKey], None],
+    ) -> None:
+        self._ctx = ctx
+        self._saves = saves
+        self._moved = moved
+        self._ended = ended
+
+    def supersede(self, session: Session) -> None:
+        """Sessions that have the same cluster id upstream give way as soon as they are not fresh.
+
+        Across owners too: that the controller returned the id on this owner's link proves whose cluster it is.
+        """
+        for other in self._ctx.sessions:
+            if other is not session and other.upstream_cluster_id == session.upstream_cluster_id:
+                other.superseded_by = session.key
+                self._saves.session(other)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Let superseded sessions that are not fresh any more go over into their successors."""
+        now = self._ctx.now
+        for session in self._ctx.sessions:
+            target = session.superseded_by
+            if target is None or session.fresh(now):
+                continue
+            successor = self._ctx.sessions.get(target)
+            if successor is None:
+                session.superseded_by = None
+                continue
+            log.info("session_superseded", session=session.key.ident, by=target.ident)
+            self._ctx.sessions.move_aliases(session.key, target)
+            self._ctx.sessions.remove(session)
+            if successor.tunnel is None:
+                successor.tunnel = session.tunnel
+            self._ctx.store.submit([MoveSession(session.key, target)])
+            self._moved(session.key, target)
+
+    def expire(self) -> None:
+        """Delete sessions that were not seen for `sessions.retain_s`; their commands end EXPIRED."""
+        before = self._ctx.clock.wall_s() - self._ctx.settings.sessions.retain_s
+        now = self._ctx.now
+        for session in self._ctx.sessions:
+            if session.seen_wall < before and not session.fresh(now):
+                log.info("session_forgotten", session=session.key.ident)
+                self._ended(session.key)
+                self._ctx.sessions.remove(session)
+                self._ctx.store.submit([DeleteSession(session.key)])
