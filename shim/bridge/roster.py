@@ -83,7 +83,7 @@ class Roster:
             session = self._ctx.sessions.get(key)
             if session is not None:
                 log.info("session_disowned", session=key.ident)
-                self._ended(key)
+                self._succession.ended(key)
                 self._ctx.sessions.remove(session)
 
     def met(self, owner: str, target: Target, dialect: str) -> Session:

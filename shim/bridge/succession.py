@@ -26,7 +26,7 @@ class Succession:
         self._ctx = ctx
         self._saves = saves
         self._moved = moved
-        self._ended = ended
+        self.ended = ended
 
     def supersede(self, session: Session) -> None:
         """Sessions that have the same cluster id upstream give way as soon as they are not fresh.
@@ -65,6 +65,6 @@ class Succession:
         for session in self._ctx.sessions:
             if session.seen_wall < before and not session.fresh(now):
                 log.info("session_forgotten", session=session.key.ident)
-                self._ended(session.key)
+                self.ended(session.key)
                 self._ctx.sessions.remove(session)
                 self._ctx.store.submit([DeleteSession(session.key)])
