@@ -18,7 +18,7 @@ NODE_DEPS := $(if $(shell command -v npm 2>/dev/null),$(CLIENTS)/node_modules/.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test cov faults bench demo run chart docs lock audit sbom licenses clean
+.PHONY: help install check test cov faults fuzz bench demo run chart docs lock audit sbom licenses clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ cov: ## run the tests and hold the branch coverage of shim/, subprocesses includ
 
 faults: $(DEV) ## break everything on purpose and prove that nothing is lost (LONG=1: an hour; SEED=n: the same again)
 	$(BIN)/python -m tests.faults $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+fuzz: export AGENT_SHIM_FUZZ_INPUTS := $(or $(INPUTS),1000000)
+fuzz: $(DEV) ## a million inputs into parsers, decoders and a whole bridge (INPUTS=n: another number)
+	$(BIN)/python -m pytest tests/faults/test_fuzz.py tests/faults/test_schemathesis.py $(ARGS)
 
 bench: $(DEV) ## measure against baselines in the same run (ONLY=latency: a part; ARGS=--docs: write the pages)
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
