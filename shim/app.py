@@ -23,7 +23,7 @@ from shim.errors import ConfigError, StoreError, StoreVersionError
 from shim.filemarks import Watched
 from shim.frontend import Frontend
 from shim.hardening import allow_connections, keep_memory_private, open_doors
-from shim.lag import watch_loop
+from shim.lag import collect_rarely, watch_loop
 from shim.metrics import Metrics, Registry
 from shim.passthrough import Passthrough, sunset_headers
 from shim.ports import CommandStore, Switchboard, UpstreamPort
@@ -59,6 +59,7 @@ def main(config_path: str | None, sets: tuple[str, ...], ready_file: str | None,
         if not private:
             log.warning("memory_not_private", hint="the kernel refused; a core dump would hold tokens")
         app = (kind or App)(settings, load, logging, config_path, ready_file)
+        collect_rarely()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(app.run())
 

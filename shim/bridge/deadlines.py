@@ -11,6 +11,9 @@ from typing import Any
 from shim.bridge.context import Context
 from shim.core.records import SessionKey
 
+# Agents that polled together, after a restart say, are due together, too: the others' calls come in between.
+AT_A_TIME = 64
+
 Due = Callable[[SessionKey, Any], None]
 
 
@@ -41,7 +44,9 @@ class Deadlines:
             return
         self._armed_for = None
         now = max(self._ctx.now, armed_for)
-        while self._heap and self._heap[0][0] <= now:
+        for _ in range(AT_A_TIME):
+            if not self._heap or self._heap[0][0] > now:
+                break
             _, _, due, key, item = heapq.heappop(self._heap)
             due(key, item)
         self._arm()
