@@ -14,7 +14,8 @@ from pathlib import Path
 import aiohttp
 
 from tests.faults.harness import Plan, Played, Round
-from tests.faults.report import figures, table
+from tests.faults.pages import write
+from tests.faults.report import figures, simulated, table
 from tests.faults.schedule import Decks
 from tests.support import disks, network
 
@@ -31,6 +32,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pace", type=float, default=10.0, help="with --seconds: how much faster than real")
     parser.add_argument("--only", default="", help="only faults of these kinds (comma-separated)")
     parser.add_argument("--json", type=Path, default=FIGURES, help=f"write the figures there; default: {FIGURES}")
+    parser.add_argument("--docs", action="store_true", help="put the figures into docs/reliability.md")
     parser.add_argument("--keep", type=Path, help="keep histories and logs there")
     return parser.parse_args(given)
 
@@ -73,10 +75,12 @@ def main(given: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found = figures(asyncio.run(play(options, folder)))
+        found = figures(asyncio.run(play(options, folder))) | simulated()
     print("\n".join(table(found)))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=2) + "\n")
+    if options.docs:
+        write(found)
     return 1 if found["violations"] else 0
 
 

@@ -7,11 +7,14 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from bench.herd import measured
 from tests.faults import events as ev
 from tests.faults.checker import Case, Violation, case, check
 from tests.faults.harness import Played
+from tests.faults.outages import half_open_s, returns_s, stalled_s
 
 # Faults during which nobody can reach the controller, and those in which it answers and wants us to wait.
 REFUSING = frozenset({"refuse_401", "refuse_403", "refuse_429", "refuse_503_later", "register_closes"})
@@ -98,6 +101,18 @@ def detections(history: Sequence[ev.AnyEvent], kind: str) -> list[float]:
     return found
 
 
+def simulated() -> dict[str, Any]:
+    """What takes too long in real time: recovery with the shim's real settings, and a thousand shims at once."""
+    return {
+        "virtual": {
+            "link_back": distribution(returns_s(1000)),
+            "half_open_found": distribution(half_open_s(200)),
+            "stalled_found": distribution(stalled_s(200)),
+        },
+        "herd": [asdict(herd) | {"ratio": round(herd.ratio, 2)} for herd in measured()],
+    }
+
+
 def figures(played: Sequence[Played]) -> dict[str, Any]:
     """All rounds together, as JSON. Times in seconds, as measured: at pace p time-outs are p times shorter."""
     judged = [(one, case(one.history, one.nameless)) for one in played]
@@ -172,13 +187,13 @@ def _commands(cases: Sequence[Case]) -> dict[str, Any]:
 
 def _recovery(played: Sequence[Played]) -> dict[str, Any]:
     back = [seconds for one in played for seconds in recoveries(one.history)]
-    found: dict[str, Any] = {"link_back": _distribution(back)}
+    found: dict[str, Any] = {"link_back": distribution(back)}
     for kind in (HALF_OPEN, STALLED):
-        found[f"{kind}_found"] = _distribution([s for one in played for s in detections(one.history, kind)])
+        found[f"{kind}_found"] = distribution([s for one in played for s in detections(one.history, kind)])
     return found
 
 
-def _distribution(values: Sequence[float]) -> dict[str, float]:
+def distribution(values: Sequence[float]) -> dict[str, float]:
     shares = {"p50": 0.5, "p95": 0.95, "p99.9": 0.999}
     found = {name: round(percentile(values, share), 3) for name, share in shares.items()}
     return {"count": len(values), **found, "max": round(max(values, default=0.0), 3)}
@@ -206,11 +221,13 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     yield f"shim starts: {found['shim_starts']}; databases destroyed: {found['stores_lost']}"
     yield f"longest block of the shim's event loop: {found['loop_blocked_max_s'] * 1000:.0f} ms"
     yield ""
-    yield f"{'recovery (s)':<28}{'n':>5}{'p50':>9}{'p95':>9}{'p99.9':>9}{'max':>9}"
-    for pace, kinds in found["recovery"].items():
+    yield f"{'recovery (s)':<36}{'n':>5}{'p50':>9}{'p95':>9}{'p99.9':>9}{'max':>9}"
+    for pace, kinds in (found["recovery"] | {"virtual time": found["virtual"]}).items():
         for kind, d in kinds.items():
+            if not d["count"]:
+                continue
             name = f"{kind.replace('_', ' ')}, {pace}"
-            yield f"{name:<28}{d['count']:>5}{d['p50']:>9.3f}{d['p95']:>9.3f}{d['p99.9']:>9.3f}{d['max']:>9.3f}"
+            yield f"{name:<36}{d['count']:>5}{d['p50']:>9.3f}{d['p95']:>9.3f}{d['p99.9']:>9.3f}{d['max']:>9.3f}"
     yield ""
     seeds = ", ".join(f"{one['seed']} (pace {one['pace']:g}, {one['duration_s']:.0f} s)" for one in found["rounds"])
     yield f"seeds: {seeds}"
