@@ -1,4 +1,4 @@
-"""The figures of docs/reliability.md, from the harness's JSON beside it; `python -m tests.faults.pages` puts them in."""
+"""The figures of docs/reliability.md, from the harness's JSON beside it: `python -m tests.faults.pages`."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _run(found: dict[str, Any]) -> Iterator[str]:
     minutes = sum(one["duration_s"] for one in found["rounds"]) / 60
     paces = sorted({one["pace"] for one in found["rounds"]})
     speed = " and ".join("as real ones" if pace == 1 else f"{pace:g} times as fast as real ones" for pace in paces)
-    yield f"- machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}"
+    yield f"- {machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}"
     yield f"- {len(found['rounds'])} rounds, {minutes:.0f} minutes of faults; agents and time-outs {speed}"
     yield f"- seed {found['rounds'][0]['seed']}; the shim was started {found['shim_starts']} times"
     yield f"- broken promises that the checker found: **{len(found['violations'])}**"
