@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shim.core.calls import Accepted, Commands
 from shim.ports import Answer, DialFailure
-from tests.support.upstream import GONE, REFUSED, Sent
+from tests.support.upstream import GONE, REFUSED, FakeSocket, Sent
 from tests.support.virtual import VirtualLoop
 from tests.support.world import Agent, World
 from tests.support.world import settings as shim_settings
@@ -91,26 +91,35 @@ class Machine(RuleBasedStateMachine):
 
         self.run(done())
 
-    @initialize(hold=st.sampled_from(["off", "auto", 20]), acks=st.booleans(), uncertain=st.sampled_from(["redeliver"]))
-    def begin(self, hold: Any, acks: bool, uncertain: str) -> None:
+    @initialize(
+        hold=st.sampled_from(["off", "auto", 20]),
+        acks=st.booleans(),
+        links=st.sampled_from(["one", "each", "own tokens"]),
+    )
+    def begin(self, hold: Any, acks: bool, links: str) -> None:
+        upstream = {"send_command_ack": True, "share_link": links != "each"}
+        if links == "own tokens":
+            upstream["token"] = ""
+
         async def make() -> World:
             configured = shim_settings(
                 poll={"hold": hold, "max_batch": 2},
-                commands={"at_most_once": ["once"], "max_queued": 5, "uncertain": uncertain},
-                upstream={"send_command_ack": True},
+                commands={"at_most_once": ["once"], "max_queued": 5},
+                upstream=upstream,
             )
             return World(configured).start()
 
         self.world = self.run(make())
         self.controller = self.world.controller
         self.controller.manners.acks = acks
-        w = self.world
         self.lives = [
-            Life(w.agent(name="one", agent_id="pod-1")),
-            Life(w.agent(name="two", agent_id="pod-2")),
-            Life(w.agent(name="three", agent_id="a-3", dialect="agents")),
-            Life(w.agent(name="", agent_id="pod-4", cluster_id="c-saved"), registers=False),
+            Life(self.world.agent(name="one", agent_id="pod-1")),
+            Life(self.world.agent(name="two", agent_id="pod-2")),
+            Life(self.world.agent(name="three", agent_id="a-3", dialect="agents")),
+            Life(self.world.agent(name="", agent_id="pod-4", cluster_id="c-saved"), registers=False),
         ]
+        for life in self.lives:
+            life.agent.token = f"own-{life.agent.agent_id}"  # not looked at where one is configured
         self.run(self.world.settle())
         for who in range(4):
             self.register(who)
@@ -219,12 +228,20 @@ class Machine(RuleBasedStateMachine):
     # --- the controller ---
 
     def online(self) -> bool:
-        return bool(self.controller.sockets) and self.controller.sockets[-1].open
+        return any(True for _ in self.controller.open_sockets())
+
+    def socket_of(self, life: Life) -> FakeSocket | None:
+        """The open socket that speaks for an agent."""
+        for sent in reversed(self.controller.log):
+            if sent.message.payload.get("agent_id") == life.agent.agent_id and sent.socket.open:
+                return sent.socket
+        return None
 
     def push(self, command_id: str, who: int, **payload: Any) -> None:
-        target = self.lives[who].agent
-        ids = {"cluster_id": target.cluster_id} if target.cluster_id else {"agent_id": target.agent_id}
-        self.do(lambda: self.controller.push(command_id, **ids, **payload))
+        target, socket = self.lives[who].agent, self.socket_of(self.lives[who])
+        if socket is not None:
+            ids = {"cluster_id": target.cluster_id} if target.cluster_id else {"agent_id": target.agent_id}
+            self.do(socket.says, "command", {"command_id": command_id, **ids, **payload}, f"r-{command_id}")
 
     @precondition(online)
     @rule(who=WHO, kinds=st.lists(st.sampled_from(["exec", "exec", "once"]), min_size=1, max_size=3))
@@ -252,10 +269,11 @@ class Machine(RuleBasedStateMachine):
         kind=st.sampled_from(["boom", "cluster not registered", "ping", "heartbeat_ack", "proxy_request", "nonsense"])
     )
     def message(self, kind: str) -> None:
-        if kind in ("boom", "cluster not registered"):
-            self.do(self.controller.socket.says, "error", {"error": kind})
-        else:
-            self.do(self.controller.socket.says, kind)
+        for socket in self.controller.open_sockets():
+            if kind in ("boom", "cluster not registered"):
+                self.do(socket.says, "error", {"error": kind})
+            else:
+                self.do(socket.says, kind)
 
     @rule(
         how=st.sampled_from(["comes back", "comes back", "lost", "closed", "deaf", "refuses", "busy", "gone"]),
@@ -394,6 +412,8 @@ class Machine(RuleBasedStateMachine):
             socket.lose()  # a ping that was not answered would not be sent again on it
         end = world.now + AGAIN_S
         while world.now < end:
+            for socket in controller.open_sockets():
+                socket.says("ping")
             for life in self.lives:
                 await self._go_on(life)
             await world.pass_s(9.0)
