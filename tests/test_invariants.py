@@ -156,16 +156,22 @@ class Machine(RuleBasedStateMachine):
             self.run(life.agent.heartbeat(status))
             self.run(self.world.settle())
 
-    @rule(who=WHO, how=st.sampled_from(["result", "result", "tunnel poll"]))
+    @rule(who=WHO, how=st.sampled_from(["result", "lost result", "tunnel poll"]))
     def call(self, who: int, how: str) -> None:
+        """A tunnel poll, or the result of a command; `lost`: the connection that takes it up is about to break."""
         life = self.able(who)
-        if life is not None and how == "tunnel poll":
-            self.called(life)
+        if life is None or (how != "tunnel poll" and (not life.read or self.world.store.slow)):
+            return
+        self.called(life)
+        if how == "tunnel poll":
             self.run(life.agent.tunnel_poll())
-        elif life is not None and life.read and not self.world.store.slow:
-            self.called(life)
-            self.run(self._post(life, life.read[-1]))
-            self.run(self.world.settle())
+            return
+        socket = self.socket_of(life)
+        if how == "lost result" and socket is not None:
+            socket.swallows = True
+        unanswered = [command_id for command_id in life.read if command_id not in self.posted]
+        self.run(self._post(life, (unanswered or life.read)[-1]))
+        self.run(self.world.settle())
 
     async def _post(self, life: Life, command_id: str) -> None:
         if await life.agent.result(command_id) == Accepted():
