@@ -14,6 +14,7 @@ DEFAULT_INTERVAL_S = 30.0
 MIN_FRESH_S = 35.0
 FRESH_FACTOR = 1.5
 MIN_GAPS = 3
+_NOTHING: dict[str, Any] = {}  # what thousands of sessions have; these are replaced, never changed
 _KINDS = (Kind.AGENT.value, Kind.CLUSTER.value)
 
 
@@ -54,10 +55,10 @@ class Session:
         self.dialect = dialect
         self.agent_id = key.ident if key.kind == Kind.AGENT.value else ""
         self.upstream_cluster_id = key.ident if key.kind == Kind.CLUSTER.value else ""
-        self.registration: dict[str, Any] = {}
-        self.reply: dict[str, Any] = {}
+        self.registration: dict[str, Any] = _NOTHING
+        self.reply: dict[str, Any] = _NOTHING
         self.secret = ""
-        self.known: dict[str, Any] = {}
+        self.known: dict[str, Any] = _NOTHING
         self.superseded_by: SessionKey | None = None
         self.tunnel: dict[str, Any] | None = None
         self.tunnel_told: dict[str, Any] | None = {}  # what the agent got last; no state is empty
@@ -155,7 +156,7 @@ class Session:
         if call.agent_id:
             self.agent_id = call.agent_id
         if call.known:
-            self.known.update(call.known)
+            self.known = self.known | call.known
 
     def new_process(self) -> None:
         """Another process speaks for the agent now: what its client allows must be learnt again."""

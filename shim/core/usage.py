@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -55,6 +54,7 @@ class Use:
     count: int
     first_wall: float
     last_wall: float
+    route: Route = ("", "")
 
 
 class Usage:
@@ -62,29 +62,31 @@ class Usage:
 
     def __init__(self, max_agents: int = MAX_AGENTS) -> None:
         self._max_agents = max_agents
-        self._agents: OrderedDict[SessionKey, dict[Route, Use]] = OrderedDict()
+        self._agents: dict[SessionKey, list[Use]] = {}  # an agent uses few routes: less than a dict is worth
+        self._routes: dict[Route, Route] = {}
 
     def note(self, key: SessionKey, dialect: str, operation: str, wall: float) -> None:
         """A call; this is on the path of every request."""
-        routes = self._agents.get(key)
-        if routes is None:
-            routes = self._add(key)
-        use = routes.get((dialect, operation))
-        if use is None:
-            routes[dialect, operation] = Use(1, wall, wall)
-        else:
-            use.count += 1
-            use.last_wall = wall
+        uses = self._agents.get(key)
+        if uses is None:
+            uses = self._add(key)
+        route = (dialect, operation)
+        for use in uses:
+            if use.route == route:
+                use.count += 1
+                use.last_wall = wall
+                return
+        uses.append(Use(1, wall, wall, self._routes.setdefault(route, route)))
 
     def forget(self, key: SessionKey) -> None:
         """The session is gone, or lives on under another key."""
         self._agents.pop(key, None)
 
     def __iter__(self) -> Iterator[tuple[SessionKey, dict[Route, Use]]]:
-        return iter(list(self._agents.items()))
+        return iter([(key, {use.route: use for use in uses}) for key, uses in self._agents.items()])
 
-    def _add(self, key: SessionKey) -> dict[Route, Use]:
+    def _add(self, key: SessionKey) -> list[Use]:
         if len(self._agents) >= self._max_agents:
-            self._agents.popitem(last=False)
-        routes = self._agents[key] = {}
-        return routes
+            del self._agents[next(iter(self._agents))]
+        uses = self._agents[key] = []
+        return uses

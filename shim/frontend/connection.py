@@ -62,13 +62,13 @@ class Connection(RequestHandler):
         self.client: Client | None = None
         self.authorization: str | None = None
         self._express = express
-        self._parser = cast("Any", Gate(self._parser, self._answered_at_once))
+        self._parser = cast("Any", Gate(self._parser, self))
         self._house = house
         self._wire: asyncio.Transport | None = None  # aiohttp forgets its `transport` before the end
         self._socket: socket.socket | None = None  # or what transports give instead, which knows the same methods
         self._own_socket: socket.socket | None = None
         self._refused = False
-        self._arrivals_s: list[float] = []
+        self._arrivals_s: tuple[float, ...] = ()
         self._head_since_s: float | None = None
         self._head_timed = False
         self._head_timer: asyncio.TimerHandle | None = None
@@ -169,9 +169,9 @@ class Connection(RequestHandler):
         return self._body is not None and not self._body.is_eof()
 
     def _heads_complete(self, arrived: int) -> None:
-        self._arrivals_s.append(self._loop.time() if self._head_since_s is None else self._head_since_s)
+        self._arrivals_s += (self._loop.time() if self._head_since_s is None else self._head_since_s,)
         if arrived > 1:
-            self._arrivals_s.extend([self._loop.time()] * (arrived - 1))
+            self._arrivals_s += (self._loop.time(),) * (arrived - 1)
         self._head_since_s = None
         self._stop_head_timer()
         message, payload = self._messages[-1]
@@ -181,7 +181,7 @@ class Connection(RequestHandler):
         self._body = payload
         self._pipelined = self._pipelined or self._request_count - self._answered > 1
 
-    def _answered_at_once(self, request: RawRequestMessage, body: StreamReader) -> bool:
+    def answered_at_once(self, request: RawRequestMessage, body: StreamReader) -> bool:
         """Answer a request that has just been parsed, if nothing else is under way and nothing of it needs to wait."""
         waiter, wire = self._waiter, self._wire
         if waiter is None or waiter.done() or self._messages or self._pipelined or self.writing_paused:
@@ -223,7 +223,9 @@ class Connection(RequestHandler):
     def begin_request(self) -> float:
         """Called once by the handler of each request; returns the loop time of its first byte."""
         self._note_next_request()
-        return self._arrivals_s.pop(0) if self._arrivals_s else self._loop.time()
+        arrived_s = self._arrivals_s[0] if self._arrivals_s else self._loop.time()
+        self._arrivals_s = self._arrivals_s[1:]
+        return arrived_s
 
     def _note_next_request(self) -> None:
         if self._lease_open and not self._pipelined:

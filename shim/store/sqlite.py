@@ -143,6 +143,6 @@ def _configure(connection: sqlite3.Connection) -> None:
         raise StoreError("the file system of store.path cannot carry a write-ahead log")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA wal_autocheckpoint = 2000")  # pages: 8 MiB
-    connection.execute("PRAGMA cache_size = -4096")  # KiB
+    connection.execute("PRAGMA cache_size = -2048")  # KiB
     connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
     connection.execute("PRAGMA temp_store = MEMORY")  # a full disk must not stop a rollback
