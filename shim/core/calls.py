@@ -90,22 +90,19 @@ class ResultCall:
     body: dict[str, Any] = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class TunnelPollCall:
+class TunnelPollCall(msgspec.Struct, frozen=True):
     """A tunnel status poll (protocol.md §1.5)."""
 
     target: Target
 
 
-@dataclass(frozen=True, slots=True)
-class TunnelInfoCall:
+class TunnelInfoCall(msgspec.Struct, frozen=True):
     """A question for the registration's tunnel data (dialect `clusters_agent`)."""
 
     target: Target
 
 
-@dataclass(frozen=True, slots=True)
-class HealthCall:
+class HealthCall(msgspec.Struct, frozen=True):
     """Is the shim there?"""
 
 
@@ -134,13 +131,11 @@ class Registered:
     cached: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True):
     """A heartbeat, status or result was taken."""
 
 
-@dataclass(frozen=True, slots=True)
-class OfferedCommand:
+class OfferedCommand(msgspec.Struct, frozen=True):
     """A command as it stands in a poll reply: every field has its exact type (protocol.md §1.3)."""
 
     id: str
@@ -149,31 +144,27 @@ class OfferedCommand:
     created_at: str
 
 
-@dataclass(frozen=True, slots=True)
-class Commands:
+class Commands(msgspec.Struct, frozen=True):
     """A poll's answer: the commands in order, possibly none."""
 
     commands: tuple[OfferedCommand, ...]
     poll_frequency_s: int
 
 
-@dataclass(frozen=True, slots=True)
-class TunnelState:
+class TunnelState(msgspec.Struct, frozen=True):
     """A tunnel poll's answer: the payload of the latest `tunnel_status`, or `None` for the default."""
 
     payload: dict[str, Any] | None
     poll_frequency_s: int
 
 
-@dataclass(frozen=True, slots=True)
-class TunnelInfo:
+class TunnelInfo(msgspec.Struct, frozen=True):
     """The registration's tunnel data."""
 
     registered: Registered
 
 
-@dataclass(frozen=True, slots=True)
-class Healthy:
+class Healthy(msgspec.Struct, frozen=True):
     """The shim serves."""
 
 

@@ -2,81 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True):
     """An agent called: the link is needed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hurry:
+class Hurry(msgspec.Struct, frozen=True):
     """A registration waits for the link: cut a backoff short, at most every 5 s, and never one that was imposed:
 
     by Retry-After, on an own token that was never accepted, on a contended identity.
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(msgspec.Struct, frozen=True):
     """The dial succeeded."""
 
 
-@dataclass(frozen=True, slots=True)
-class DialFailed:
+class DialFailed(msgspec.Struct, frozen=True):
     """The dial failed; `status` as in `ports.DialFailure`."""
 
     status: int = 0
     retry_after_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Replayed:
+class Replayed(msgspec.Struct, frozen=True):
     """Every fresh session was told to the controller again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Registered:
+class Registered(msgspec.Struct, frozen=True):
     """The controller accepted a registration on this connection."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stable:
+class Stable(msgspec.Struct, frozen=True):
     """The connection has been open for `stable_after_s`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(msgspec.Struct, frozen=True):
     """The socket is gone."""
 
     by_close_frame: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Broken:
+class Broken(msgspec.Struct, frozen=True):
     """The watchdog found the connection half-open or its application stalled."""
 
 
-@dataclass(frozen=True, slots=True)
-class RetryDue:
+class RetryDue(msgspec.Struct, frozen=True):
     """The backoff is over."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenChanged:
+class TokenChanged(msgspec.Struct, frozen=True):
     """The token is another one now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unneeded:
+class Unneeded(msgspec.Struct, frozen=True):
     """No fresh session has used the link for `idle_close_s`, or gateways carry them all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """The shim stops."""
 
 
@@ -101,55 +88,46 @@ EVENT_TYPES: tuple[type, ...] = LinkEvent.__args__
 # --- effects ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Dial:
+class Dial(msgspec.Struct, frozen=True):
     """Dial now with the token in the header, the query or both."""
 
     in_header: bool
     in_query: bool
 
 
-@dataclass(frozen=True, slots=True)
-class CloseSocket:
+class CloseSocket(msgspec.Struct, frozen=True):
     """Close the socket with this code; 0 drops it without a close frame."""
 
     code: int
 
 
-@dataclass(frozen=True, slots=True)
-class CancelDial:
+class CancelDial(msgspec.Struct, frozen=True):
     """Forget the dial under way; its socket, should it open, is closed."""
 
 
-@dataclass(frozen=True, slots=True)
-class StartReplay:
+class StartReplay(msgspec.Struct, frozen=True):
     """Tell the controller every fresh session."""
 
 
-@dataclass(frozen=True, slots=True)
-class WentOnline:
+class WentOnline(msgspec.Struct, frozen=True):
     """Send what was held back."""
 
 
-@dataclass(frozen=True, slots=True)
-class WentOffline:
+class WentOffline(msgspec.Struct, frozen=True):
     """The connection is no more; answers that were awaited on it will not come."""
 
 
-@dataclass(frozen=True, slots=True)
-class SetRetry:
+class SetRetry(msgspec.Struct, frozen=True):
     """Report `RetryDue` after this many seconds."""
 
     delay_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class CancelRetry:
+class CancelRetry(msgspec.Struct, frozen=True):
     """Forget the retry timer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True):
     """The token was refused by every way there is."""
 
 

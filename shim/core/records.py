@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
+import msgspec
+
 
 class SessionKey(NamedTuple):
     """(owner, `cluster` or `agent`, the agent's own id). Its text form is the primary key of everything stored."""
@@ -96,8 +98,7 @@ class OutboxEntry:
     payload: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class TraceEntry:
+class TraceEntry(msgspec.Struct, frozen=True):
     """One step in the life of a command."""
 
     wall: float
@@ -109,8 +110,7 @@ class TraceEntry:
 # Each tells the result that a store gives for it; `None` where none is named.
 
 
-@dataclass(frozen=True, slots=True)
-class PutCommand:
+class PutCommand(msgspec.Struct, frozen=True):
     """Queue a command unless (session, id) is known. Result: `PutOutcome`."""
 
     record: CommandRecord
@@ -126,8 +126,7 @@ class PutOutcome:
     result: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class MarkCommands:
+class MarkCommands(msgspec.Struct, frozen=True):
     """Move commands of a session to `state`. `attempts` is added to their count. Unknown ids are ignored."""
 
     session: SessionKey
@@ -137,8 +136,7 @@ class MarkCommands:
     attempts: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RequeueCommand:
+class RequeueCommand(msgspec.Struct, frozen=True):
     """By hand: a command that is DELIVERED, EXPIRED or DEAD is QUEUED again, with no attempts and another expiry.
 
     Result: whether it was; in any other state nothing changes.
@@ -150,8 +148,7 @@ class RequeueCommand:
     expires_wall: float
 
 
-@dataclass(frozen=True, slots=True)
-class PutResult:
+class PutResult(msgspec.Struct, frozen=True):
     """Store an agent's result and its outbox entry in one step. Result: `ResultOutcome`.
 
     The first result per (session, id) wins. `payload` is the upstream `command_result` payload; for an unknown id it is
@@ -176,8 +173,7 @@ class ResultOutcome:
     state: State | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PutOutbox:
+class PutOutbox(msgspec.Struct, frozen=True):
     """Put a rejection or a final failure into the outbox. Result: the `OutboxEntry` with its `seq`.
 
     A quarantined command is answered by it (`Loaded.quarantined_commands`).
@@ -189,16 +185,14 @@ class PutOutbox:
     payload: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class CloseOutbox:
+class CloseOutbox(msgspec.Struct, frozen=True):
     """The controller has these entries: delete them; commands that are ANSWERED become CLOSED with their last entry."""
 
     seqs: tuple[int, ...]
     wall: float
 
 
-@dataclass(frozen=True, slots=True)
-class ReadOutbox:
+class ReadOutbox(msgspec.Struct, frozen=True):
     """Result: up to `limit` `OutboxEntry`s of the owner with `seq` above `after`, in order, as a list."""
 
     owner: str
@@ -206,22 +200,19 @@ class ReadOutbox:
     limit: int
 
 
-@dataclass(frozen=True, slots=True)
-class SaveSession:
+class SaveSession(msgspec.Struct, frozen=True):
     """Insert or replace a session."""
 
     record: SessionRecord
 
 
-@dataclass(frozen=True, slots=True)
-class DeleteSession:
+class DeleteSession(msgspec.Struct, frozen=True):
     """Delete a session with its aliases and tunnel state; its commands must have been ended before."""
 
     key: SessionKey
 
 
-@dataclass(frozen=True, slots=True)
-class MoveSession:
+class MoveSession(msgspec.Struct, frozen=True):
     """Move commands, outbox entries, aliases, tunnel state and traces from one session to another; delete the first.
 
     Where both know a command id, the target's stands.
@@ -231,8 +222,7 @@ class MoveSession:
     target: SessionKey
 
 
-@dataclass(frozen=True, slots=True)
-class SaveAlias:
+class SaveAlias(msgspec.Struct, frozen=True):
     """Insert or replace (owner, agent_id) -> session."""
 
     owner: str
@@ -240,16 +230,14 @@ class SaveAlias:
     session: SessionKey
 
 
-@dataclass(frozen=True, slots=True)
-class SaveTunnel:
+class SaveTunnel(msgspec.Struct, frozen=True):
     """Insert or replace the tunnel state of a session."""
 
     session: SessionKey
     payload: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class AddTrace:
+class AddTrace(msgspec.Struct, frozen=True):
     """Add one step to the trace of each of these commands."""
 
     session: SessionKey
@@ -257,22 +245,19 @@ class AddTrace:
     entry: TraceEntry
 
 
-@dataclass(frozen=True, slots=True)
-class Prune:
+class Prune(msgspec.Struct, frozen=True):
     """Forget commands (with traces) that ended, or were delivered, before `before_wall`; outbox entries stay."""
 
     before_wall: float
 
 
-@dataclass(frozen=True, slots=True)
-class Touch:
+class Touch(msgspec.Struct, frozen=True):
     """Write something, to learn whether the store can be written (readiness)."""
 
     wall: float
 
 
-@dataclass(frozen=True, slots=True)
-class FindCommand:
+class FindCommand(msgspec.Struct, frozen=True):
     """Result: a list of (`CommandRecord`, result payload or `None`, list of `TraceEntry`) with this id, any session.
 
     Where only a trace is known (a rejected command was never stored), the record has `seq` 0, is DEAD and empty else.
