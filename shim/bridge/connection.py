@@ -48,9 +48,14 @@ class ConnectionOwner(Protocol):
 
 
 class Connection:
-    """Implements `ports.SocketEvents`. `serial` is unique in the process and never 0."""
+    """Implements `ports.SocketEvents`. `serial` is unique in the process and never 0.
 
-    def __init__(self, ctx: Context, serial: int, label: str, owner: ConnectionOwner) -> None:
+    `acknowledges`: on an earlier connection this peer has acknowledged heartbeats.
+    """
+
+    def __init__(
+        self, ctx: Context, serial: int, label: str, owner: ConnectionOwner, *, acknowledges: bool = False
+    ) -> None:
         upstream = ctx.settings.upstream
         self.serial = serial
         self.label = label
@@ -67,12 +72,18 @@ class Connection:
         self._results: deque[tuple[int, int]] = deque()  # (order, outbox seq)
         self._fence_ping: tuple[bytes, int] | None = None
         self._application_seen = False
+        self._acknowledged_before = acknowledges
         self._bad_kinds: set[str] = set()
 
     @property
     def heard_at(self) -> float:
         """When the last frame came in, also after the end; before the first, when it was dialled."""
         return self._liveness.heard_at
+
+    @property
+    def acknowledges(self) -> bool:
+        """Whether a heartbeat was acknowledged on this connection."""
+        return self._liveness.acks_seen
 
     def bind(self, socket: Socket) -> None:
         """The dial succeeded: the handshake's answer was the first sign of life."""
@@ -170,13 +181,15 @@ class Connection:
         """A pong: behind the fence everything sent before its ping was read by the peer's WebSocket layer.
 
         That is not enough where the application has been seen to acknowledge: a live proxy answers pings for a stalled
-        application. There only acknowledgements count. Nor does it count before the application has said anything.
+        application. There only acknowledgements count. Nor does it count before the application has said anything, or
+        while a peer that used to acknowledge owes the first acknowledgement on this connection.
         """
         if self._fence_ping is None or payload != self._fence_ping[0]:
             return
         order = self._fence_ping[1]
         self._fence_ping = None
-        if self._application_seen and not self._liveness.acks_seen:
+        owes_ack = self._acknowledged_before and self._liveness.awaits(self._ctx.now)
+        if self._application_seen and not self.acknowledges and not owes_ack:
             self._fenced(order)
         if self._results and self._results[-1][0] > order:
             self._ping_fence()
@@ -221,6 +234,7 @@ class Connection:
             return
         if check.verdict is Verdict.PING:
             self._socket.ping(b"alive")
+        self._ping_fence()  # a pong that came too early to count is asked for again
         self._watch = self._ctx.timers.call_later(max(check.next_s, 0.01), self._check)
 
     def _stop_watch(self) -> None:

@@ -60,13 +60,17 @@ class LinkListener(Protocol):
 
 
 class LinkRunner:
-    """One link: the state machine, its socket and its timers. `token` is held in memory only."""
+    """One link: the state machine, its socket and its timers. `token` is held in memory only.
+
+    `acknowledges`: an earlier connection has seen heartbeats acknowledged.
+    """
 
     def __init__(self, ctx: Context, owner: str, name: str, listener: LinkListener, serials: Iterator[int]) -> None:
         self.owner = owner
         self.name = name
         self.token = ""
         self.connection: Connection | None = None
+        self.acknowledges = False
         self._ctx = ctx
         self._listener = listener
         self._serials = serials
@@ -177,7 +181,7 @@ class LinkRunner:
             log.error("token_unreadable", about=self.name, link=self.name, error=str(error))
             self._ctx.timers.call_later(0, lambda: self._dialled(dial, None, DialFailure("token")))
             return
-        connection = Connection(self._ctx, next(self._serials), self.name, self)
+        connection = Connection(self._ctx, next(self._serials), self.name, self, acknowledges=self.acknowledges)
         spec = DialSpec(ws_url(upstream.url, upstream.path), self.token, effect.in_header, effect.in_query)
         self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(dial, connection, outcome))
 
@@ -209,6 +213,7 @@ class LinkRunner:
         connection, self.connection = self.connection, None
         self._disarm("stable")
         if connection is not None:
+            self.acknowledges = self.acknowledges or connection.acknowledges
             self._listener.link_offline(self, connection)
 
     def _stable(self) -> None:

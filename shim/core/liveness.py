@@ -72,6 +72,10 @@ class Liveness:
         """The application answered a heartbeat with something else than an acknowledgement."""
         self._unacked.pop(request_id, None)
 
+    def awaits(self, now: float) -> bool:
+        """Whether an acknowledgement is outstanding that may still come."""
+        return bool(self._unacked) and now - next(iter(self._unacked.values())) < self._ack_timeout_s
+
     def check(self, now: float) -> Check:
         """Judge the connection; call it again after `next_s`."""
         silent_s = now - self._last_frame
