@@ -50,11 +50,11 @@ class ConnectionOwner(Protocol):
 class Connection:
     """Implements `ports.SocketEvents`. `serial` is unique in the process and never 0.
 
-    `acknowledges`: on an earlier connection this peer has acknowledged heartbeats.
+    `used_to_ack`: whether this peer acknowledged heartbeats on earlier connections, `None` if that is not known.
     """
 
     def __init__(
-        self, ctx: Context, serial: int, label: str, owner: ConnectionOwner, *, acknowledges: bool = False
+        self, ctx: Context, serial: int, label: str, owner: ConnectionOwner, *, used_to_ack: bool | None = None
     ) -> None:
         upstream = ctx.settings.upstream
         self.serial = serial
@@ -64,7 +64,7 @@ class Connection:
         self._socket: Socket | None = None
         self._watch: Timer | None = None
         self._liveness = Liveness(
-            ctx.now, upstream.ping_interval_s, upstream.read_timeout_s, 2 * upstream.heartbeat_interval_s
+            ctx.now, upstream.ping_interval_s, upstream.read_timeout_s, 2 * upstream.heartbeat_interval_s, used_to_ack
         )
         self._order = 0
         self._heartbeats: dict[str, _Sent] = {}
@@ -72,7 +72,6 @@ class Connection:
         self._results: deque[tuple[int, int]] = deque()  # (order, outbox seq)
         self._fence_ping: tuple[bytes, int] | None = None
         self._application_seen = False
-        self._acknowledged_before = acknowledges
         self._bad_kinds: set[str] = set()
 
     @property
@@ -81,9 +80,9 @@ class Connection:
         return self._liveness.heard_at
 
     @property
-    def acknowledges(self) -> bool:
-        """Whether a heartbeat was acknowledged on this connection."""
-        return self._liveness.acks_seen
+    def acks_learnt(self) -> bool | None:
+        """Whether the peer acknowledges heartbeats, as this connection has shown; `None`: no news."""
+        return self._liveness.learnt
 
     def bind(self, socket: Socket) -> None:
         """The dial succeeded: the handshake's answer was the first sign of life."""
@@ -182,14 +181,13 @@ class Connection:
 
         That is not enough where the application has been seen to acknowledge: a live proxy answers pings for a stalled
         application. There only acknowledgements count. Nor does it count before the application has said anything, or
-        while a peer that used to acknowledge owes the first acknowledgement on this connection.
+        while the first acknowledgement on this connection may still come.
         """
         if self._fence_ping is None or payload != self._fence_ping[0]:
             return
         order = self._fence_ping[1]
         self._fence_ping = None
-        owes_ack = self._acknowledged_before and self._liveness.awaits(self._ctx.now)
-        if self._application_seen and not self.acknowledges and not owes_ack:
+        if self._application_seen and not self._liveness.may_ack(self._ctx.now):
             self._fenced(order)
         if self._results and self._results[-1][0] > order:
             self._ping_fence()

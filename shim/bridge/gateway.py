@@ -166,7 +166,7 @@ class Gateways:
         path = "" if urlsplit(leg.url).path.strip("/") else "/ws"
         uuid = leg.session.reply.get("cluster_uuid") or leg.session.upstream_cluster_id
         label = f"gateway {leg.session.key.ident}"
-        connection = Connection(self._ctx, next(self._serials), label, self, acknowledges=leg.runner.acknowledges)
+        connection = Connection(self._ctx, next(self._serials), label, self, used_to_ack=leg.runner.acks)
         spec = DialSpec(ws_url(leg.url, path), token, True, False, (("cluster_uuid", uuid),))
         leg.connection = connection
         self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(leg, dial, connection, outcome))

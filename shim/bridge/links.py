@@ -62,7 +62,7 @@ class LinkListener(Protocol):
 class LinkRunner:
     """One link: the state machine, its socket and its timers. `token` is held in memory only.
 
-    `acknowledges`: an earlier connection has seen heartbeats acknowledged.
+    `acks`: whether the controller acknowledges heartbeats, as far as its connections have shown.
     """
 
     def __init__(self, ctx: Context, owner: str, name: str, listener: LinkListener, serials: Iterator[int]) -> None:
@@ -70,7 +70,7 @@ class LinkRunner:
         self.name = name
         self.token = ""
         self.connection: Connection | None = None
-        self.acknowledges = False
+        self.acks: bool | None = None
         self._ctx = ctx
         self._listener = listener
         self._serials = serials
@@ -181,7 +181,7 @@ class LinkRunner:
             log.error("token_unreadable", about=self.name, link=self.name, error=str(error))
             self._ctx.timers.call_later(0, lambda: self._dialled(dial, None, DialFailure("token")))
             return
-        connection = Connection(self._ctx, next(self._serials), self.name, self, acknowledges=self.acknowledges)
+        connection = Connection(self._ctx, next(self._serials), self.name, self, used_to_ack=self.acks)
         spec = DialSpec(ws_url(upstream.url, upstream.path), self.token, effect.in_header, effect.in_query)
         self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(dial, connection, outcome))
 
@@ -213,7 +213,8 @@ class LinkRunner:
         connection, self.connection = self.connection, None
         self._disarm("stable")
         if connection is not None:
-            self.acknowledges = self.acknowledges or connection.acknowledges
+            if connection.acks_learnt is not None:
+                self.acks = connection.acks_learnt
             self._listener.link_offline(self, connection)
 
     def _stable(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 MAX_TRACKED_HEARTBEATS = 4096
+FIRST_ACK_S = 10.0
 
 
 class Verdict(Enum):
@@ -27,15 +28,27 @@ class Check:
 
 
 class Liveness:
-    """Watches one connection. Times are monotonic seconds."""
+    """Watches one connection. Times are monotonic seconds.
 
-    def __init__(self, now: float, ping_interval_s: float, read_timeout_s: float, ack_timeout_s: float) -> None:
+    `used_to_ack`: whether the peer acknowledged heartbeats on earlier connections, `None` if that is not known.
+    """
+
+    def __init__(
+        self,
+        now: float,
+        ping_interval_s: float,
+        read_timeout_s: float,
+        ack_timeout_s: float,
+        used_to_ack: bool | None = None,
+    ) -> None:
         self._ping_interval_s = ping_interval_s
         self._read_timeout_s = read_timeout_s
         self._ack_timeout_s = ack_timeout_s
         self._last_frame = now
         self._pinged_at: float | None = None
         self._unacked: OrderedDict[str, float] = OrderedDict()
+        self._used_to_ack = used_to_ack
+        self._disproved: bool | None = None
         self.acks_seen = False
 
     @property
@@ -72,18 +85,28 @@ class Liveness:
         """The application answered a heartbeat with something else than an acknowledgement."""
         self._unacked.pop(request_id, None)
 
-    def awaits(self, now: float) -> bool:
-        """Whether an acknowledgement is outstanding that may still come."""
-        return bool(self._unacked) and now - next(iter(self._unacked.values())) < self._ack_timeout_s
+    @property
+    def learnt(self) -> bool | None:
+        """Whether the peer acknowledges heartbeats, as this connection has shown; `None`: no news."""
+        return True if self.acks_seen else self._disproved
+
+    def may_ack(self, now: float) -> bool:
+        """Whether acknowledgements come, or a first one may still come: then only they tell what has arrived."""
+        if self.acks_seen or not self._unacked:
+            return self.acks_seen
+        if self._used_to_ack is None and now - next(iter(self._unacked.values())) >= FIRST_ACK_S:
+            self._disproved = False
+        return self._used_to_ack is not False and self._disproved is not False
 
     def check(self, now: float) -> Check:
         """Judge the connection; call it again after `next_s`."""
         silent_s = now - self._last_frame
         if silent_s >= self._read_timeout_s:
             return Check(Verdict.HALF_OPEN, 0)
-        if self.acks_seen and self._unacked:
+        if (self.acks_seen or self._used_to_ack) and self._unacked:
             waited_s = now - next(iter(self._unacked.values()))
             if waited_s >= self._ack_timeout_s:
+                self._disproved = False
                 return Check(Verdict.STALLED, 0)
             ack_s = self._ack_timeout_s - waited_s
         else:

@@ -32,6 +32,8 @@ def sent(world: World, command_id: str) -> int:
 async def test_a_pong_closes_where_the_controller_acknowledges_nothing(world: World) -> None:
     world.controller.manners.acks = False
     await answered(world, "k1")
+    assert await world.state("k1") == "answered", "the first acknowledgement may still come"
+    await world.pass_s(30)
     assert await world.state("k1") == "closed"
 
 
@@ -152,6 +154,7 @@ async def test_long_results_do_not_pile_up_on_the_connection(world: World) -> No
     world.controller.manners.acks = world.controller.manners.pongs = False
     agent = await answered(world, *(f"k{n}" for n in range(20)), output="x" * 900_000)
     assert len(world.controller.got("command_result")) < 12
+    await world.pass_s(11)  # no acknowledgement came
     for _ in range(8):
         for payload in list(world.controller.socket.pings):
             world.controller.socket.pong(payload)

@@ -61,13 +61,15 @@ def test_a_peer_that_never_acknowledged_is_believed_its_pongs() -> None:
         await agent.register()
         await agent.heartbeat()
         await _answered(world, agent, "c1")
+        await asyncio.sleep(30)
         assert await world.state("c1") == "closed"
+        assert len(world.controller.results("c1")) == 1
         await world.stop()
 
     run_virtual(scenario())
 
 
-def test_a_peer_that_no_longer_acknowledges_is_believed_its_pongs_after_a_while() -> None:
+def test_a_peer_that_no_longer_acknowledges_is_taken_for_stalled_once_and_then_believed_its_pongs() -> None:
     async def scenario() -> None:
         world, agent = await _living()
         world.controller.manners.acks = False
@@ -75,9 +77,11 @@ def test_a_peer_that_no_longer_acknowledges_is_believed_its_pongs_after_a_while(
         await agent.heartbeat()
         await _answered(world, agent, "c1")
         assert await world.state("c1") == "answered"
-        await agent.live(100, every_s=30)
+        dials = len(world.controller.dials)
+        await agent.live(600, every_s=30)
         assert await world.state("c1") == "closed"
-        assert len(world.controller.results("c1")) == 1
+        assert len(world.controller.results("c1")) == 2
+        assert len(world.controller.dials) == dials + 1  # taken for stalled once, then for what it is
         await world.stop()
 
     run_virtual(scenario())
