@@ -156,6 +156,12 @@ class Link(Event, frozen=True, tag="link"):
     was: str = ""
 
 
+class Condemned(Event, frozen=True, tag="condemned"):
+    """The shim gave a connection up that nobody closed."""
+
+    reason: str
+
+
 class WallClock(Event, frozen=True, tag="wall_clock"):
     """From now on wall time minus monotonic time is this for a shim that starts or runs."""
 
@@ -207,6 +213,7 @@ AnyEvent = (
     | Introduced
     | Beat
     | Link
+    | Condemned
     | WallClock
     | Fault
     | StoreLost

@@ -202,7 +202,7 @@ class Round:
 
     async def _all_connected(self, running: list[asyncio.Task[None]]) -> None:
         """Start the agents when the shim serves, as a startup probe has it."""
-        async with asyncio.timeout(START_S):
+        async with asyncio.timeout(START_S + 60 / self._plan.pace):  # some first call after half a minute
             await self._keeper.serving.wait()
             running += [asyncio.create_task(part.run()) for part in self._parts]
             for part in self._parts:

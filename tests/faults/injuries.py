@@ -9,7 +9,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,29 +181,21 @@ async def _clock(stage: Stage, planned: Planned) -> None:
 
 async def _disk_full(stage: Stage, planned: Planned) -> None:
     filler = stage.database.with_name(FILLER)
-    stage.shim.excused += 1
-    try:
-        with stage.fault(planned.kind):
+    with stage.shim.in_trouble(), stage.fault(planned.kind):
+        try:
             fill(filler)
             await last(planned.lasts_s)
-            filler.unlink()
-    finally:
-        filler.unlink(missing_ok=True)
-        stage.shim.excused -= 1
+        finally:
+            filler.unlink(missing_ok=True)
 
 
 async def _locked(stage: Stage, planned: Planned) -> None:
     """Another process (a backup, a curious person) holds the database's write lock."""
     connection = sqlite3.connect(stage.database, timeout=0, isolation_level=None)
-    stage.shim.excused += 1
-    try:
-        with stage.fault(planned.kind):
-            until = time.monotonic() + planned.lasts_s
-            await true_within(planned.lasts_s, lambda: _begin(connection))
-            await last(until - time.monotonic())
-    finally:
-        connection.close()
-        stage.shim.excused -= 1
+    with stage.shim.in_trouble(), stage.fault(planned.kind), closing(connection):
+        until = time.monotonic() + planned.lasts_s
+        await true_within(planned.lasts_s, lambda: _begin(connection))
+        await last(until - time.monotonic())
 
 
 def _begin(connection: sqlite3.Connection) -> bool:

@@ -23,6 +23,7 @@ from tests.support.processes import Shim, _Child, free_port
 
 TOKEN = "tok-of-the-harness"
 RESTART_S = 0.3
+EXCUSED_S = 10.0  # SQLite waits for a lock for 5 s, and a start takes a while
 SOUND = (sys.executable, "-m", "shim")
 DOUBTFUL = (sys.executable, "-m", "tests.faults.doubtful_shim")
 EXIT_STORE = 70
@@ -44,13 +45,12 @@ Note = Callable[[ev.AnyEvent], None]
 
 
 class ShimKeeper:
-    """The shim. `excused` counts the reasons for which it may refuse to start now."""
+    """The shim. While its store is `in_trouble`, and for a moment after that, it may refuse to start."""
 
     def __init__(self, shim: KeptShim, config: Path, note: Note) -> None:
         self.serving = asyncio.Event()
         self.url = ""
         self.admin = ""
-        self.excused = 0
         self.deaths = 0
         self._shim = shim
         self._config = config
@@ -59,6 +59,8 @@ class ShimKeeper:
         self._may_run.set()
         self._held = 0
         self._armed: tuple[str, ...] = ()
+        self._troubles = 0
+        self._excused_until = 0.0
         self._expected = ""
         self._gone = asyncio.Event()
         shim.on_line = self._on_line
@@ -89,7 +91,7 @@ class ShimKeeper:
             return self._expected or f"died of {armed}"
         if code == 0 and self._expected == "stopped":
             return self._expected
-        if code == EXIT_STORE and self.excused:
+        if code == EXIT_STORE and (self._troubles or time.monotonic() < self._excused_until):
             return "could not use its store"
         self._note(ev.Defect(time.monotonic(), f"the shim ended with {code} ({self._expected or 'by itself'})"))
         return f"ended with {code}"
@@ -128,6 +130,16 @@ class ShimKeeper:
             if not self._held:
                 self._may_run.set()
 
+    @contextmanager
+    def in_trouble(self) -> Iterator[None]:
+        """Its store cannot be used while the block lasts."""
+        self._troubles += 1
+        try:
+            yield
+        finally:
+            self._troubles -= 1
+            self._excused_until = time.monotonic() + EXCUSED_S
+
     def _on_line(self, line: str) -> None:
         at = time.monotonic()
         try:
@@ -152,6 +164,8 @@ class ShimKeeper:
                 self._note(ev.Delivered(at, command, entry["evidence"]))
             case "link_state":
                 self._note(ev.Link(at, entry["state"], entry["was"]))
+            case "link_broken":
+                self._note(ev.Condemned(at, entry["reason"]))
             case "store_moved_aside":
                 self._note(ev.StoreLost(at))
         unexplained = entry.get("level") in ("error", "critical") and name not in _EXPLAINED

@@ -87,17 +87,13 @@ def recoveries(history: Sequence[ev.AnyEvent]) -> list[float]:
 
 
 def detections(history: Sequence[ev.AnyEvent], kind: str) -> list[float]:
-    """Seconds from the beginning of a fault that only silence tells of to the link being given up."""
+    """Seconds from the beginning of a fault that only silence tells of to the connection being given up for it."""
+    given_up = sorted(event.at for event in history if isinstance(event, ev.Condemned) and event.reason == kind)
     found = []
-    others = spans(history, AWAY | REFUSING | DEGRADED | {"drop_close", "drop_rst", "result_lost", "result_cut"})
-    lives = [event.at for event in history if isinstance(event, ev.Life) and event.who in ("shim", "controller")]
-    links = sorted((event for event in history if isinstance(event, ev.Link)), key=lambda event: event.at)
     for since, until in spans(history, frozenset({kind})):
-        before = [link for link in links if link.at <= since]
-        gone = next((link.at for link in links if link.at > since and link.was in ("online", "replaying")), None)
-        disturbed = _touches(others, since, until) or any(since <= at <= until for at in lives)
-        if gone is not None and gone <= until and not disturbed and before and before[-1].state == "online":
-            found.append(gone - since)
+        at = next((at for at in given_up if since < at <= until), None)
+        if at is not None:
+            found.append(at - since)
     return found
 
 

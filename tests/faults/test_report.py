@@ -46,10 +46,10 @@ def test_what_is_no_recovery_from_a_loss_is_left_out(disturbance: list[ev.AnyEve
 
 
 def test_detection_counts_from_the_beginning_of_the_silence() -> None:
-    history = [ONLINE, *lasting("half_open", 50, 200), ev.Link(104, "waiting", "online")]
-    assert detections(history, "half_open") == [54]
-    assert detections([*history, *lasting("controller_killed", 60, 70)], "half_open") == []
-    assert detections([ev.Link(40, "waiting", "online"), *history[1:]], "half_open") == []
+    silence = lasting("half_open", 50, 200)
+    assert detections([*silence, ev.Condemned(104, "half_open")], "half_open") == [54]
+    assert detections([*silence, ev.Condemned(104, "stalled")], "half_open") == []
+    assert detections([*silence, ev.Condemned(40, "half_open"), LOST], "half_open") == []
 
 
 def test_a_fault_without_an_end_lasts_for_ever() -> None:
