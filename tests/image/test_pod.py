@@ -60,6 +60,9 @@ class Pod:
         config_maps = [each for each in (*chart, *vendors, program) if each["kind"] == "ConfigMap"]
         admin = {"kind": "Secret", "metadata": {"name": "shim-admin"}, "stringData": {"token": ADMIN_TOKEN}}
         secrets = [each for each in (*vendors, admin) if each["kind"] == "Secret"]
+        # A run that was killed leaves its pod in the tests' own storage, under this name.
+        engine.podman("pod", "rm", "-f", "-t", "1", "pipeops-agent", check=False)
+        engine.podman("volume", "prune", "-f")
         played = yaml.safe_dump_all(playable(pod, config_maps, secrets, image))
         engine.podman("play", "kube", "--network=none", "--start=false", "-", stdin=played)
 
