@@ -91,7 +91,10 @@ class Controller:
         """Do the jobs of stdin until it ends."""
         loop = asyncio.get_running_loop()
         while line := await loop.run_in_executor(None, sys.stdin.buffer.readline):
-            answer = await self.send(msgspec.json.decode(line, type=Send))
+            try:
+                answer = await self.send(msgspec.json.decode(line, type=Send))
+            except Exception as error:  # noqa: BLE001 - it is told
+                answer = {"error": repr(error)}
             print(json.dumps(answer), flush=True)
 
 

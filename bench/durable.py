@@ -8,19 +8,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
+from statistics import median
+from typing import Any
 
 import msgspec
 
+from bench import loads, requests
 from bench.controller import Send
 from bench.figures import Figure, Log, compared
-from bench.requests import cluster
+from bench.load import Plan
 from bench.servers import Bench
 from shim.core.records import AddTrace, CommandRecord, PutCommand, SessionKey, TraceEntry
+from shim.store import CommitProbe
 from shim.store.sqlite import SqliteStore
 
 PART = "Durable commands"
 ROUNDS = 5
-SIZES = {1: 200, 10: 2000, 100: 5000}
+OUTSTANDING = {1: 400, 10: 3000, 100: 8000}
 AIM = 0.7
 FLOOD = 3000
 FLOODED = 100
@@ -36,19 +40,25 @@ _INSERT = "INSERT INTO commands VALUES (NULL, ?, ?, ?, 'queued', 0, ?, ?, ?, ?, 
 
 
 def measure(bench: Bench, log: Log) -> list[Figure]:
-    """The store in batches of 1, 10 and 100, then the whole way."""
+    """The store with 1, 10 and 100 commands on their way at a time, then the whole way.
+
+    What arrives during a commit shares the next: plain sqlite3 is given batches of the size that came of it.
+    """
     figures = []
-    for batch, count in SIZES.items():
-        ours, bare = [], []
+    for outstanding, count in OUTSTANDING.items():
+        ours, bare, sizes = [], [], []
         for _ in range(ROUNDS):
             with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-                ours.append(_through_store(Path(folder) / "ours.db", _records(count), batch))
-                bare.append(_through_sqlite(Path(folder) / "bare.db", _records(count), batch))
-        log(f"durable, {batch} to a commit: {count / ours[-1]:,.0f}/s")
+                took_s, commits = _through_store(Path(folder) / "ours.db", _records(count), outstanding)
+                sizes.append(count / commits)
+                ours.append(took_s)
+                bare.append(_through_sqlite(Path(folder) / "bare.db", _records(count), max(1, round(sizes[-1]))))
+        log(f"durable, {outstanding} outstanding: {count / ours[-1]:,.0f}/s, {sizes[-1]:.1f} to a commit")
         rates, bare_rates = [count / each for each in ours], [count / each for each in bare]
-        rest = {"against": "plain sqlite3", "better": "more", "aim": AIM}
-        figures.append(compared(PART, f"commands, {batch} to a commit", "1/s", rates, bare_rates, **rest))
-        if batch == 1:
+        what = f"{outstanding} at a time, {median(sizes):.0f} to a commit"
+        rest: dict[str, Any] = {"against": "plain sqlite3", "better": "more", "aim": AIM}
+        figures.append(compared(PART, what, "1/s", rates, bare_rates, **rest))
+        if outstanding == 1:
             latency_ms, bare_ms = ([each / count * 1e3 for each in found] for found in (ours, bare))
             figures.append(compared(PART, "one commit, until told", "ms", latency_ms, bare_ms, against="bare commit"))
     figures.append(flood(bench, log))
@@ -58,9 +68,10 @@ def measure(bench: Bench, log: Log) -> list[Figure]:
 def flood(bench: Bench, log: Log) -> Figure:
     """Commands as fast as the controller can send them, until all are acknowledged as stored."""
     controller = bench.controller()
-    bench.shim(controller, upstream={"send_command_ack": True}, log={"level": "warning"})
-    time.sleep(0.5)
-    clusters = [cluster(number) for number in range(FLOODED)]
+    server = bench.shim(controller, upstream={"send_command_ack": True}, log={"level": "warning"})
+    beats = [requests.heartbeat(server, number) for number in range(FLOODED)]
+    loads.run(Plan(host=server.host, port=server.port, requests=beats, connections=FLOODED, total=FLOODED))
+    clusters = [requests.cluster(number) for number in range(FLOODED)]
     rates = []
     for round_ in range(3):
         answer = controller.ask(Send(clusters, FLOOD, 0, f"flood-{round_}", acked=True))
@@ -70,7 +81,7 @@ def flood(bench: Bench, log: Log) -> Figure:
 
 
 def _records(count: int) -> list[CommandRecord]:
-    key = SessionKey("default", "cluster", cluster(1))
+    key = SessionKey("default", "cluster", requests.cluster(1))
     payload = {"replicas": 3, "deployment": "web", "namespace": "default"}
     return [
         CommandRecord(key, f"cmd-{n}", "scale", payload, "2026-11-24T21:28:03Z", 1.0, 86_401.0, f"req-{n}", 60)
@@ -78,27 +89,36 @@ def _records(count: int) -> list[CommandRecord]:
     ]
 
 
-def _through_store(path: Path, records: list[CommandRecord], batch: int) -> float:
-    """Seconds; each batch is submitted as commands that arrive together are, and awaited."""
+def _through_store(path: Path, records: list[CommandRecord], outstanding: int) -> tuple[float, int]:
+    """Seconds, and how many commits it took; so many commands are on their way at a time."""
     posted: SimpleQueue[Callable[[], None]] = SimpleQueue()
-    store = SqliteStore(path, posted.put)
-    store.open()
-    done = 0
+    commits = done = 0
 
-    def count(_: object) -> None:
+    def committed(_seconds: float, _operations: int) -> None:
+        nonlocal commits
+        commits += 1
+
+    def stored(_: object) -> None:
         nonlocal done
         done += 1
+        if coming:
+            submit(coming.pop())
 
+    def submit(record: CommandRecord) -> None:
+        step = AddTrace(record.session, (record.id,), TraceEntry(record.arrived_wall, "arrived", record.type))
+        store.submit([PutCommand(record), step], stored)
+
+    store = SqliteStore(path, posted.put, CommitProbe(time.monotonic, committed))
+    store.open()
+    coming = records[::-1]
     started_s = time.perf_counter()
-    for first in range(0, len(records), batch):
-        for record in records[first : first + batch]:
-            step = AddTrace(record.session, (record.id,), TraceEntry(record.arrived_wall, "arrived", record.type))
-            store.submit([PutCommand(record), step], count)
-        while done < min(first + batch, len(records)):
-            posted.get()()
+    for _ in range(outstanding):
+        submit(coming.pop())
+    while done < len(records):
+        posted.get()()
     took_s = time.perf_counter() - started_s
     store.close()
-    return took_s
+    return took_s, commits
 
 
 def _through_sqlite(path: Path, records: list[CommandRecord], batch: int) -> float:

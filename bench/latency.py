@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from statistics import median
 
 from bench import loads, requests, simulation
 from bench.controller import Send
-from bench.figures import Figure, Log
+from bench.figures import Figure, Log, number
 from bench.load import Plan
 from bench.requests import cluster
 from bench.servers import OTHER_CORES, TOKEN, Bench, Server, spawn
@@ -18,10 +19,11 @@ SIMULATED = "Latency of single commands, an hour of virtual time"
 REAL = "Latency, real time"
 QUIET = {"level": "warning"}
 SHARE_SESSIONS = 1000
-SHARE_COMMANDS = 2000
+SHARE_COMMANDS = 800
+SHARE_ROUNDS = 3
 SHARE_RATE_HZ = 200.0
 FLEET_AGENTS = 50
-FLEET_S = 25
+FLEET_S = 15
 FLEET_RATE_HZ = 2.0
 
 
@@ -59,7 +61,7 @@ def _fleet(bench: Bench, log: Log) -> list[Figure]:
     found: dict[str, dict[str, float]] = {}
     for name, server in servers.items():
         if name == "auto":
-            _run_fleet(server, None, name, 35)  # the holds grow by a second with each poll
+            _run_fleet(server, None, name, 45)  # the holds grow by a second with each poll
         found[name] = _run_fleet(server, controller, name, FLEET_S)
         log(f"fleet, {name}: p50 {found[name]['p50_s'] * 1e3:.1f} ms, p99 {found[name]['p99_s'] * 1e3:.1f} ms")
     for name in ("hold off", "naive"):
@@ -93,30 +95,34 @@ def _share(bench: Bench, log: Log) -> list[Figure]:
     plan = Plan(
         host=server.host,
         port=server.port,
-        requests=[requests.poll(server, number) for number in range(SHARE_SESSIONS)],
+        requests=[requests.poll(server, n) for n in range(SHARE_SESSIONS)],
         connections=SHARE_SESSIONS,
         mode="polling",
     )
+    seen_ms: list[list[float]] = []
     with loads.start(plan) as process:
         loads.held(process)
         time.sleep(1.0)
-        clusters = [cluster(number) for number in range(SHARE_SESSIONS)]
-        sent_s = controller.ask(Send(clusters, SHARE_COMMANDS, SHARE_RATE_HZ, "share"))["sent"]
+        clusters = [cluster(n) for n in range(SHARE_SESSIONS)]
+        jobs = [Send(clusters, SHARE_COMMANDS, SHARE_RATE_HZ, f"share-{n}") for n in range(SHARE_ROUNDS)]
+        sent_s: list[dict[str, float]] = [controller.ask(job)["sent"] for job in jobs]
         time.sleep(0.5)
         in_hand_s = loads.found(process).in_hand_s
-    missing = len(sent_s) - len(in_hand_s)
-    if missing:
-        raise RuntimeError(f"{missing} commands did not arrive")
-    seen_ms = sorted((in_hand_s[command_id] - at_s) * 1e3 for command_id, at_s in sent_s.items())
-    log(f"own share: p99 {percentile(seen_ms, 99):.1f} ms at the agent")
+    for sent in sent_s:
+        if missing := sent.keys() - in_hand_s.keys():
+            raise RuntimeError(f"{len(missing)} commands did not arrive")
+        seen_ms.append(sorted((in_hand_s[command_id] - at_s) * 1e3 for command_id, at_s in sent.items()))
+    log(f"own share: p99 {percentile(seen_ms[-1], 99):.1f} ms at the agent")
+    held = f"{SHARE_SESSIONS:,} sessions held, {SHARE_RATE_HZ:.0f} commands/s"
     figures = []
     for q in (50, 95, 99):
-        what = f"{SHARE_SESSIONS:,} sessions held, {SHARE_RATE_HZ:.0f} commands/s, in hand p{q}"
-        figures.append(Figure(REAL, what, "ms", percentile(seen_ms, q)))
+        found = sorted(percentile(each, q) for each in seen_ms)
+        note = f"rounds from {number(found[0])} to {number(found[-1])} ms"
+        figures.append(Figure(REAL, f"{held}, in hand p{q}", "ms", median(found), note=note))
     for q in (50, 99):
         bound_ms = server.histogram_quantile("agent_shim_command_offer_seconds", q / 100) * 1e3
-        what = f"{SHARE_SESSIONS:,} sessions held, the shim's own share, p{q} at most"
         aim = 10.0 if q == 99 else None
         note = "upper bound of the bucket of agent_shim_command_offer_seconds" if q == 99 else ""
+        what = f"{held}, the shim's own share, p{q} at most"
         figures.append(Figure(REAL, what, "ms", bound_ms, aim=aim, absolute=True, note=note))
     return figures

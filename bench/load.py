@@ -165,7 +165,7 @@ class Load:
         for number, agent in enumerate(self._agents.values(), 1):
             self._send(agent)
             if number % BACKLOG == 0:
-                time.sleep(0.05)
+                time.sleep(0.02)
         print(msgspec.json.encode({"held": len(self._agents)}).decode(), flush=True)
         sys.stdin.buffer.read()
 

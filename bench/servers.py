@@ -56,7 +56,10 @@ class Server:
         assert self.process.stdout is not None
         self.process.stdin.write(msgspec.json.encode(job) + b"\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        answer = json.loads(self.process.stdout.readline())
+        if "error" in answer:
+            raise RuntimeError(f"the controller could not do it: {answer['error']}")
+        return answer
 
     def histogram_quantile(self, name: str, q: float) -> float:
         """The upper bound of the bucket that holds the quantile, over all labels; from the admin port."""
@@ -89,19 +92,17 @@ def allow_files() -> int:
 def spawn(args: list[str], cores: set[int], **options: Any) -> subprocess.Popen[bytes]:
     """Start a Python program of this checkout on these cores."""
 
-    def pin() -> None:
-        os.sched_setaffinity(0, cores)
-
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *args],
         cwd=ROOT,
         env=environment,
-        preexec_fn=pin,  # noqa: PLW1509 - this process has no threads when it starts others
         stdout=options.get("stdout", subprocess.DEVNULL),
         stderr=options.get("stderr", subprocess.DEVNULL),
         stdin=options.get("stdin", subprocess.DEVNULL),
     )
+    os.sched_setaffinity(process.pid, cores)
+    return process
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from tests.support.virtual import VirtualClock, VirtualLoop, run_virtual
 TOKEN = "tok-bench"  # noqa: S105
 PACES = (PollStyle.TICKER, PollStyle.PAUSE)
 INTERVALS_S = (5.0, 10.0, 30.0)
-AGENTS_PER_KIND = 8
+AGENTS_PER_KIND = 6
 WARM_UP_S = 900.0
 MEASURED_S = 3600.0
 # Commands to one agent are far enough apart that each finds it polling again: a further one waits for the next poll.

@@ -11,7 +11,7 @@ from bench.load import Plan
 from bench.servers import Bench, Server
 
 PART = "Throughput: 32 keep-alive connections, one core"
-ROUNDS = 7
+ROUNDS = 5
 CONNECTIONS = 32
 AIM = 0.7
 QUIET = {"level": "warning"}
