@@ -13,7 +13,7 @@ from prometheus_client import Histogram
 from shim.bridge.context import Context
 from shim.bridge.queues import Queues
 from shim.core.calls import OfferedCommand
-from shim.core.commands import CommandQueue, Live, Offer
+from shim.core.commands import CommandQueue, Live, Offer, QueuePolicy
 from shim.core.records import AddTrace, MarkCommands, Operation, SessionKey, State, TraceEntry
 from shim.errors import StoreError
 from shim.logs import get
@@ -22,8 +22,7 @@ from shim.ports import Timer
 
 log = get(__name__)
 
-OVERLAP_S = 0.02
-"""A poll that comes so soon after a reply on another connection may have been sent before that was read."""
+OVERLAP_S = 0.02  # a poll so soon after a reply on another connection may have been sent before that was read
 
 HAND_OVERS = 1024
 
@@ -154,19 +153,22 @@ class Delivery:
         def done(outcome: list[Any] | StoreError) -> None:
             if poll.offering is not offering:
                 return  # abandoned meanwhile
-            if isinstance(outcome, StoreError) and any(
-                live.record.type in policy.at_most_once for live in offer.commands
-            ):
-                # An offer that leaves no record could be repeated after a crash: not for these.
-                log.error("offer_not_stored", session=key.ident, error=str(outcome))
-                poll.offering = None
-                self._take_back(key, queue, offer)
-                poll.answer(None)
-                return
-            self._observe_offer(offering, recorded=not isinstance(outcome, StoreError))
-            poll.answer(offering)
+            recorded = not isinstance(outcome, StoreError)
+            left = poll.offering = offering if recorded else self._unrecorded(queue, offering, policy)
+            if left is not None:
+                self._observe_offer(left, recorded=recorded)
+            poll.answer(left)
 
         self._ctx.store.submit(operations, done)
+
+    def _unrecorded(self, queue: CommandQueue, offering: Offering, policy: QueuePolicy) -> Offering | None:
+        """What goes out although the disk took no record of it."""
+        offer = queue.unrecorded(offering.offer, policy)
+        log.error("offer_not_stored", session=offering.key.ident, offered=len(offer.ids) if offer else 0)
+        for live in offering.offer.commands:
+            if live.state is State.QUEUED and live.expires_at <= self._ctx.now:
+                self._queues.expire(offering.key, live.record.id)
+        return Offering(offering.key, offer, offering.polled_at) if offer is not None else None
 
     def _observe_offer(self, offering: Offering, *, recorded: bool) -> None:
         """`recorded`: the disk knows of it, so that after a crash it counts as an attempt."""

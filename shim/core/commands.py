@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from shim.core.life import Step, next_state
 from shim.core.records import CommandRecord, State
@@ -145,6 +146,21 @@ class CommandQueue:
             live.attempts += 1
             live.replies += 1
         self.offer = Offer(number, tuple(batch), connection)
+        return self.offer
+
+    def unrecorded(self, offer: Offer, policy: QueuePolicy) -> Offer | None:
+        """The disk took no record of an offer, so that a crash would repeat it. Returns what may go out all the same.
+
+        What must not be repeated waits, and everything behind it.
+        """
+        kept = tuple(takewhile(lambda live: live.record.type not in policy.at_most_once, offer.commands))
+        for live in offer.commands[len(kept) :]:
+            if live.state is not State.OFFERED:
+                continue
+            live.state = next_state(live.state, Step.NO_EVIDENCE if live.reason else Step.UNWRITTEN)
+            live.attempts -= 1
+            live.replies -= 1
+        self.offer = Offer(offer.number, kept, offer.connection) if kept else None
         return self.offer
 
     def unwritten(self, offer: Offer) -> tuple[Live, ...]:

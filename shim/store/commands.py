@@ -36,7 +36,7 @@ _FIND_COMMANDS = (
     f"SELECT result, first_step, {rows.COMMAND_COLUMNS} FROM commands"  # noqa: S608 - constants
     " WHERE seq IN (SELECT seq FROM commands WHERE id = ?) ORDER BY seq"
 )
-_MARK = "UPDATE commands SET state = ?, attempts = attempts + ?, updated = ? WHERE session = ? AND id = ?"
+_MARK = "UPDATE commands SET state = ?, attempts = max(attempts + ?, 0), updated = ? WHERE session = ? AND id = ?"
 _REQUEUE = (
     "UPDATE commands SET state = 'queued', attempts = 0, expires = ?, updated = ?"
     " WHERE session = ? AND id = ? AND state IN ('delivered', 'expired', 'dead')"

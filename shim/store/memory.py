@@ -57,7 +57,7 @@ class _Command:
     trace: list[TraceEntry]
 
     def enter(self, state: State, wall: float, attempts: int = 0) -> None:
-        self.record = replace(self.record, state=state, attempts=self.record.attempts + attempts)
+        self.record = replace(self.record, state=state, attempts=max(self.record.attempts + attempts, 0))
         self.updated_wall = wall
 
 
