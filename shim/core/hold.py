@@ -48,6 +48,7 @@ class Hold:
         "_at_ceiling",
         "_at_interval",
         "_base_interval_s",
+        "_before_left_s",
         "_concurrent",
         "_gaps",
         "_open",
@@ -69,6 +70,7 @@ class Hold:
         self._concurrent = known.get("concurrent") is True
         self._serial_for_sure = known.get("serial") is True
         self._base_interval_s: float | None = _number(known.get("interval_s"), None)
+        self._before_left_s: float | None = None
         self._at_ceiling = 0
         self._at_interval = 0
         self._probe_after = int(_number(known.get("probe_after"), PROBE_AFTER))
@@ -138,6 +140,7 @@ class Hold:
         """The poll ended with our reply."""
         self._closed(now)
         self._learn_serial(now)
+        self._before_left_s = None
         if self.ceiling_s is not None and self.held_s >= self.ceiling_s:
             self._at_ceiling += 1
             if self._at_ceiling >= self._probe_after and self.ceiling_s < max_s:
@@ -153,6 +156,8 @@ class Hold:
     def left(self, after_s: float) -> None:
         """The agent hung up `after_s` after its poll arrived, before our reply."""
         self.gone()
+        if self._before_left_s is None:
+            self._before_left_s = self.held_s
         self.held_s /= 2
         self.ceiling_s = max(0.0, after_s - MARGIN_S)
         self.held_s = min(self.held_s, self.ceiling_s)
@@ -176,7 +181,13 @@ class Hold:
             self.changed = True
 
     def new_process(self) -> None:
-        """Another process speaks for the agent now: its client may allow more, its loops may be others."""
+        """Another process speaks for the agent now: its client may allow more, its loops may be others.
+
+        If its predecessor hung up and was not heard of again, that was its end: nothing is learnt from it.
+        """
+        if self._before_left_s is not None:
+            self.held_s, self._before_left_s = max(self.held_s, self._before_left_s), None
+            self.changed = True
         if self.ceiling_s is not None or self._serial_for_sure:
             self.ceiling_s = None
             self._probe_after = PROBE_AFTER

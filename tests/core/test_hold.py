@@ -95,6 +95,24 @@ def test_a_new_process_may_allow_more_than_its_predecessor() -> None:
     assert hold.limit_s(MAX_S) == 20
 
 
+def test_a_process_that_died_during_a_hold_taught_its_successor_nothing() -> None:
+    hold = Hold()
+    answered(hold, 20)
+    hold.left(0.5)
+    assert hold.limit_s(MAX_S) == 0
+    hold.new_process()
+    assert hold.limit_s(MAX_S) == 20
+
+
+def test_an_agent_that_hung_up_and_polls_on_was_impatient() -> None:
+    hold = Hold()
+    answered(hold, 20)
+    hold.left(5.0)
+    answered(hold, 1)
+    hold.new_process()
+    assert hold.limit_s(MAX_S) == 4
+
+
 def test_what_was_learnt_survives_a_restart() -> None:
     hold = Hold()
     answered(hold, 9)
