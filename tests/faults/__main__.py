@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import random
 import sys
 import tempfile
@@ -28,6 +29,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--seed", type=int, help="play what was played before; default: a new one")
     parser.add_argument("--long", action="store_true", help="an hour instead of a few minutes")
+    parser.add_argument("--rounds", type=int, help="only so many of the rounds; with --long they are 2 and 8 minutes")
     parser.add_argument("--seconds", type=float, help="one round of this length")
     parser.add_argument("--pace", type=float, default=10.0, help="with --seconds: how much faster than real")
     parser.add_argument("--only", default="", help="only faults of these kinds (comma-separated)")
@@ -43,6 +45,7 @@ async def play(options: argparse.Namespace, folder: Path) -> list[Played]:
     small_disks = disks.permitted(folder)
     decks = Decks(options.seed, network=hosts is not None, store=small_disks)
     rounds = ((options.seconds, options.pace),) if options.seconds else LONG if options.long else SHORT
+    rounds = rounds[: options.rounds]
     played = []
     for number, (duration_s, pace) in enumerate(rounds):
         faults = decks.run(duration_s, pace, rare=number % 2 == 1)
@@ -71,6 +74,7 @@ def main(given: Sequence[str]) -> int:
         code = network.reenter("tests.faults", given)
         if code is not None:
             return code
+    logging.getLogger().addHandler(logging.NullHandler())  # the shims in virtual time have much to say
     print(f"seed {options.seed}; network faults: {reason or 'yes'}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
