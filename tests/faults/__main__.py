@@ -14,6 +14,9 @@ from pathlib import Path
 
 import aiohttp
 
+from tests.faults.agents import NAMELESS
+from tests.faults.checker import case, check
+from tests.faults.events import read
 from tests.faults.harness import Plan, Played, Round
 from tests.faults.pages import write
 from tests.faults.report import figures, simulated, table
@@ -35,7 +38,8 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="only faults of these kinds (comma-separated)")
     parser.add_argument("--json", type=Path, default=FIGURES, help=f"write the figures there; default: {FIGURES}")
     parser.add_argument("--docs", action="store_true", help="put the figures into docs/reliability.md")
-    parser.add_argument("--keep", type=Path, help="keep histories and logs there")
+    parser.add_argument("--keep", type=Path, help="keep histories, logs and databases there")
+    parser.add_argument("--judge", type=Path, help="play nothing: judge the histories that were kept there")
     return parser.parse_args(given)
 
 
@@ -64,8 +68,20 @@ async def play(options: argparse.Namespace, folder: Path) -> list[Played]:
     return played
 
 
+def judge(kept: Path) -> int:
+    """Say what is wrong with kept histories."""
+    histories = sorted(kept.rglob("history.jsonl"))
+    found = [(path, violation) for path in histories for violation in check(case(read(path), NAMELESS))]
+    for path, violation in found:
+        print(f"{path.parent.name}: {violation}")
+    print(f"histories: {len(histories)}; violations: {len(found)}")
+    return 1 if found or not histories else 0
+
+
 def main(given: Sequence[str]) -> int:
     options = arguments(given)
+    if options.judge is not None:
+        return judge(options.judge)
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(1_000_000)
         given = [*given, "--seed", str(options.seed)]
