@@ -195,6 +195,18 @@ class Lag(Event, frozen=True, tag="lag"):
     seconds: float
 
 
+class Late(Event, frozen=True, tag="late"):
+    """The harness itself had no time to look for so many seconds before `at`: it cannot tell what came first then."""
+
+    seconds: float
+
+
+class Stopped(Event, frozen=True, tag="stopped"):
+    """The shim was gone so many seconds after a SIGTERM."""
+
+    seconds: float
+
+
 AnyEvent = (
     Pushed
     | Queued
@@ -219,6 +231,8 @@ AnyEvent = (
     | StoreLost
     | Defect
     | Lag
+    | Late
+    | Stopped
 )
 
 _encoder = msgspec.json.Encoder()
