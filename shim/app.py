@@ -23,7 +23,8 @@ from shim.errors import ConfigError, StoreError, StoreVersionError
 from shim.filemarks import Watched
 from shim.frontend import Frontend
 from shim.hardening import allow_connections, keep_memory_private, open_doors
-from shim.lag import collect_rarely, watch_loop
+from shim.heap import collect_rarely, give_back
+from shim.lag import watch_loop
 from shim.metrics import Metrics, Registry
 from shim.passthrough import Passthrough, sunset_headers
 from shim.ports import CommandStore, Switchboard, UpstreamPort
@@ -184,6 +185,7 @@ class App:
         self._handle_signals(loop)
         self.spawn("watch", self._watch())
         self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
+        give_back()
         self._announce()
 
     # Seams: a test that must be there when something happens stands between two parts.

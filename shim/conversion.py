@@ -7,7 +7,6 @@ import math
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -127,6 +126,8 @@ def _expected(kind: Any) -> str:
 
 def _suggestion(key: str, path: str, names: Iterable[str]) -> str:
     """Names a near key of the same section, else the same key of another section."""
+    from difflib import get_close_matches  # noqa: PLC0415 - for a fault only
+
     near = get_close_matches(key.lower(), names, n=1)
     if near:
         return f", did you mean {path}.{near[0]}?" if path else f", did you mean {near[0]}?"

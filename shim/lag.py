@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 
 from shim.metrics import Metrics
 from shim.ports import Clock
 
 SAMPLE_S = 0.1
-
-# With 10,000 sessions a search for garbage through everything takes most of a second, in which no agent is answered,
-# and by default it comes whenever a quarter more is alive than before: with every wave of held polls. What is garbage
-# is nearly always young: the young are searched, and all only after tens of millions of objects.
-_YOUNG, _MIDDLE, _ALL = 10_000, 20, 200
-
-
-def collect_rarely() -> None:
-    """Spare this process's event loop long searches. What is alive now, modules and classes, is left out of all."""
-    gc.freeze()
-    gc.set_threshold(_YOUNG, _MIDDLE, _ALL)
 
 
 async def watch_loop(clock: Clock, metrics: Metrics, stop: asyncio.Event) -> None:

@@ -5,22 +5,18 @@ docs/metrics.md says exactly what each counts and what it does not say. Every la
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from itertools import product
-from typing import TypeVar
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
-from prometheus_client.metrics import MetricWrapperBase
 
 from shim.core.coverage import Covered
 from shim.core.liveness import Verdict
 from shim.core.reach import FAILURES, Attempt
 from shim.core.refusals import REFUSED_TYPES
+from shim.counting import OTHER, Counts, Spreads, Values
 from shim.messages import KNOWN_TYPES
 
-MAX_CHILDREN = 1024
-OTHER = "other"
-OPEN = None  # the values come from routes, dialects or HTTP; `MAX_CHILDREN` bounds them
+OPEN = None  # the values come from routes, dialects or HTTP
 
 # Register may take 25 s, a held poll 20 s, everything else well under 10 ms.
 REQUEST_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)
@@ -45,38 +41,6 @@ BAD_REQUEST_REASONS = (
     *("guard", "route", "auth", "in_flight", "body", "call", "answer"),
     *("connections", "head", "http"),
 )
-
-M = TypeVar("M", bound=MetricWrapperBase)
-Values = Collection[str] | None
-
-
-class Children(dict[tuple[str, ...], M]):
-    """The children of a metric with labels, each resolved once: `labels` of the library itself takes a lock.
-
-    A value that the label does not have counts as `other`. Where all values are known all children exist from the
-    start, because the first increase of a series that did not exist before is none to Prometheus.
-    """
-
-    def __init__(self, metric: M, values_of: Mapping[str, Values]) -> None:
-        super().__init__()
-        self._metric = metric
-        self.values_of = values_of
-        closed = [each for each in values_of.values() if each is not None]
-        if len(closed) == len(values_of):
-            for known in product(*closed):
-                self.labels(*known)
-
-    def __missing__(self, given: tuple[str, ...]) -> M:
-        allowed = self.values_of.values()
-        bounded = (v if known is None or v in known else OTHER for v, known in zip(given, allowed, strict=True))
-        if len(self) >= MAX_CHILDREN:
-            return self._metric.labels(*([OTHER] * len(given)))
-        child = self[given] = self._metric.labels(*bounded)
-        return child
-
-    def labels(self, *values: str) -> M:
-        """The child with these label values."""
-        return self[values]
 
 
 class Registry(CollectorRegistry):
@@ -105,8 +69,10 @@ class Metrics:
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"agent_shim_{name}", text, registry=self.registry)
 
-    def _counters(self, name: str, text: str, **labels: Values) -> Children[Counter]:
-        return Children(Counter(f"agent_shim_{name}", text, tuple(labels), registry=self.registry), labels)
+    def _counters(self, name: str, text: str, **labels: Values) -> Counts:
+        metric = Counts(f"agent_shim_{name}", text, labels)
+        self.registry.register(metric)
+        return metric
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"agent_shim_{name}", text, registry=self.registry)
@@ -114,9 +80,10 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"agent_shim_{name}", text, buckets=buckets, registry=self.registry)
 
-    def _histograms(self, name: str, text: str, buckets: tuple[float, ...], **labels: Values) -> Children[Histogram]:
-        metric = Histogram(f"agent_shim_{name}", text, tuple(labels), buckets=buckets, registry=self.registry)
-        return Children(metric, labels)
+    def _histograms(self, name: str, text: str, buckets: tuple[float, ...], **labels: Values) -> Spreads:
+        metric = Spreads(f"agent_shim_{name}", text, labels, buckets)
+        self.registry.register(metric)
+        return metric
 
     # --- what there is ------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 from aiohttp import web
 
@@ -40,4 +40,4 @@ class Pages:
 
 @cache
 def _read(name: str) -> bytes:
-    return files("shim.admin").joinpath("static", name).read_bytes()
+    return (Path(__file__).parent / "static" / name).read_bytes()

@@ -8,16 +8,14 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from prometheus_client import Histogram
-
 from shim.bridge.context import Context
 from shim.bridge.queues import Queues
 from shim.core.calls import OfferedCommand
 from shim.core.commands import CommandQueue, Live, Offer, QueuePolicy
 from shim.core.records import AddTrace, MarkCommands, Operation, SessionKey, State, TraceEntry
+from shim.counting import Spreads
 from shim.errors import StoreError
 from shim.logs import get
-from shim.metrics import Children
 from shim.ports import Timer
 
 log = get(__name__)
@@ -183,7 +181,7 @@ class Delivery:
                 recorded=recorded,
             )
 
-    def _observe_age(self, offering: Offering, seconds: Children[Histogram]) -> None:
+    def _observe_age(self, offering: Offering, seconds: Spreads) -> None:
         """Observe how long ago the commands that are offered for the first time arrived."""
         session = self._ctx.sessions.get(offering.key)
         if session is None:

@@ -48,7 +48,7 @@ class Outbox:
         self._entries: dict[int, _OnDisk] = {}
         self._pumping: dict[str, int] = {}  # owner -> last seq read
         self._again: set[str] = set()
-        self._then: dict[str, list[Callable[[], None]]] = {}
+        self._then: dict[str, list[Callable[[], object]]] = {}
         self._in_flight: dict[int, int] = {}  # connection serial -> bytes sent and not confirmed
         self._blocked: dict[str, int] = {}  # owner -> where to read on once there is room
         self._unread: set[str] = set()
@@ -80,7 +80,7 @@ class Outbox:
         if entry.session.owner not in self._pumping:
             self._send(entry)
 
-    def online(self, owner: str, then: Callable[[], None] | None = None) -> None:
+    def online(self, owner: str, then: Callable[[], object] | None = None) -> None:
         """A connection of this owner came up: read the disk and send what was not sent on it; `then` follows that."""
         if then is not None:
             self._then.setdefault(owner, []).append(then)

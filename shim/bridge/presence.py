@@ -20,7 +20,6 @@ from shim.logs import get
 log = get(__name__)
 
 STATUS_EVERY_S = 30.0
-_ACKED = Covered.ACKED.value
 
 
 class Presence:
@@ -42,6 +41,7 @@ class Presence:
         self._nameless: set[SessionKey] = set()
         self._acks_seen = False
         self._uncovered: set[Session] = set()
+        self._covered = ctx.metrics.agent_heartbeats.labels(Covered.ACKED.value)
 
     def identity(self) -> dict[str, Any]:
         """What the configuration says of agents that never registered here; absent fields are left out."""
@@ -52,10 +52,9 @@ class Presence:
 
     def heartbeat(self, session: Session) -> None:
         """The agent's heartbeat: contact, and a claim that the controller hears of it within one interval."""
-        self.called(session)
-        line = self._routes.connection_of(session)
+        line = self.called(session)
         if session.coverage.beat(self._ctx.now, line, self._window_s):
-            self._ctx.metrics.agent_heartbeats.labels(_ACKED).inc()
+            self._covered.value += 1
         else:
             self._uncovered.add(session)
 
@@ -78,20 +77,25 @@ class Presence:
             return
         self._acks_seen = True
         covered = session.coverage.acked(sent_at, line, self._ctx.now, self._window_s)
-        self._ctx.metrics.agent_heartbeats.labels(Covered.ACKED.value).inc(covered)
+        self._covered.inc(covered)
 
-    def called(self, session: Session, *, force: bool = False) -> None:
-        """The agent called (or, with `force`, something changed): a heartbeat goes up if one is due and allowed."""
+    def called(self, session: Session, *, force: bool = False) -> Connection | None:
+        """The agent called (or, with `force`, something changed): a heartbeat goes up if one is due and allowed.
+
+        Returns the connection that the session's heartbeats take now.
+        """
         connection = self._routes.connection_of(session)
         if connection is None or not session.fresh(self._ctx.now):
-            return
+            return connection
         if session.heartbeat is None and session.poll_at is None:
-            return  # it has only registered so far: its own first heartbeat says more
+            return connection  # it has only registered so far: its own first heartbeat says more
         interval_s = self._ctx.settings.upstream.heartbeat_interval_s
-        if not force and not session.heartbeat_due(self._ctx.now, interval_s):
-            return
-        if not self._told(session, connection):
-            return
+        due = force or session.heartbeat_due(self._ctx.now, interval_s)
+        if due and self._told(session, connection):
+            self._send(session, connection)
+        return connection
+
+    def _send(self, session: Session, connection: Connection) -> None:
         sent_at = session.sent_at = self._ctx.now
         session.sent_words = session.words()
         session.coverage.written(sent_at, connection)

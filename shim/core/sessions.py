@@ -135,7 +135,10 @@ class Session:
         """True while the agent's own contact vouches for it; a held poll is contact while it is open."""
         if self.held:
             return True
-        return self.contact_at is not None and now - self.contact_at < self.fresh_for_s
+        if self.contact_at is None:
+            return False
+        since_s = now - self.contact_at
+        return since_s < MIN_FRESH_S or since_s < self.fresh_for_s
 
     def contact(self, now: float, wall: float) -> None:
         """The agent called."""

@@ -46,8 +46,7 @@ class Call(msgspec.Struct, frozen=True):
         return f"Call({self.params!r}, user_agent={self.user_agent!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """What goes back: a status and a JSON object, or no body at all (`None`)."""
 
     status: int
@@ -55,8 +54,7 @@ class Reply:
     retry_after_s: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """One legacy route: `pattern` has `{name}` segments; `operation` is what `parse` and `render` are given.
 
     `large` marks bodies that may be up to `listen.max_status_body_bytes`; `open` needs no Authorization header.

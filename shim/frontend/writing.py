@@ -9,8 +9,8 @@ import aiohttp
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from multidict import istr
-from prometheus_client import Counter, Histogram
 
+from shim.counting import Count, Spread
 from shim.dialects import Match, Reply
 from shim.frontend.connection import Connection
 from shim.frontend.forwarding import chunk, head
@@ -28,7 +28,7 @@ class Counts:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram, Counter | None]] = {}
+        self._counted: dict[tuple[str, str, int], tuple[Count, Spread, Count | None]] = {}
 
     def count(self, match: Match | None, status: int, took_s: float) -> None:
         """One request was answered; `match` is `None` where no route fitted."""
@@ -45,10 +45,10 @@ class Counts:
                 deprecated,
             )
         answered, took, deprecated = children
-        answered.inc()
+        answered.value += 1
         took.observe(took_s)
         if deprecated is not None:
-            deprecated.inc()
+            deprecated.value += 1
 
 
 class Writer:

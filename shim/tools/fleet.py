@@ -70,6 +70,7 @@ def _url(_context: click.Context, _option: click.Parameter, value: str | None) -
 @click.option("--prefix", default="fleet", show_default=True, help="The agents' names begin with it.")
 @click.option("--control", callback=_url, metavar="URL", help="Push commands through this development controller.")
 @click.option("--control-token", default="", metavar="T", help="The Bearer token of its control API.")
+@click.option("--warm-up", type=_SECONDS, default=0, show_default=True, help="Push none in the first so many s.")
 @click.option("--rate", type=click.FloatRange(0.001, 10_000), default=1, show_default=True, help="Commands a second.")
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the report; - is stdout."
@@ -82,6 +83,8 @@ def command(**given: Any) -> None:
     plan = _plan(given)
     if given["control"] and not any(profile.drains for profile in plan.profiles):
         raise click.UsageError("agents that do not poll cannot be given commands")
+    if given["warm_up"] >= given["duration"]:
+        raise click.UsageError("--warm-up must be shorter than --duration")
     _allow_files(plan.agents)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         sys.exit(_publish(runner.run(_run(plan, given)), given["json_file"]))
@@ -184,7 +187,7 @@ async def _pusher(given: dict[str, Any], clock: Clock) -> AsyncIterator[Pusher |
 async def _until(stop: asyncio.Event, given: dict[str, Any], herd: Herd, pusher: Pusher | None) -> None:
     """Return when the time is over, or `stop` is set; with commands on their way they get a poll's time to arrive."""
     async with asyncio.TaskGroup() as group:
-        pushing = group.create_task(pusher.run(herd.agents, given["rate"], given["duration"])) if pusher else None
+        pushing = group.create_task(_push(given, herd, pusher)) if pusher else None
         try:
             async with asyncio.timeout(given["duration"]):
                 await stop.wait()
@@ -193,6 +196,12 @@ async def _until(stop: asyncio.Event, given: dict[str, Any], herd: Herd, pusher:
         if pusher and pushing:
             pushing.cancel()
             await pusher.settle(_GRACE_S + 2 * given["poll_interval"])
+
+
+async def _push(given: dict[str, Any], herd: Herd, pusher: Pusher) -> None:
+    """Push commands when the agents have warmed up: by then it is learnt how long their polls may be held."""
+    await asyncio.sleep(given["warm_up"])
+    await pusher.run(herd.agents, given["rate"], given["duration"] - given["warm_up"])
 
 
 async def _show(tally: Tally, pusher: Pusher | None, agents: int, duration_s: float) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from prometheus_client import Counter, Gauge, Histogram
 
 from shim.admin.collector import BridgeCollector
-from shim.metrics import COMMAND_EVENTS, Children, Metrics, Registry
+from shim.counting import Family
+from shim.metrics import COMMAND_EVENTS, Metrics, Registry
 from tests.support.virtual import run_virtual
 from tests.support.world import World
 
@@ -45,17 +46,17 @@ def strip(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def own() -> Iterator[tuple[str, Described]]:
     """The metrics that the shim counts itself."""
     for held in vars(Metrics(Registry())).values():
-        if isinstance(held, Children):
-            metric, values_of = held._metric, held.values_of
+        if isinstance(held, Family):
+            name, kind, values_of = held.name, held.kind, held.values_of
         elif isinstance(held, Counter | Gauge | Histogram):
-            metric, values_of = held, {}
+            name, kind, values_of = held._name, held._type, {}
         else:
             continue
         labels = sorted(
             (label, (OPEN,) if values is None else tuple(sorted(set(values) - {"other"})))
             for label, values in values_of.items()
         )
-        yield metric._name, Described(metric._type, tuple(labels))
+        yield name, Described(kind, tuple(labels))
 
 
 async def collected() -> dict[str, Described]:
@@ -119,7 +120,7 @@ def test_label_values_in_the_code_are_declared() -> None:
         tree = ast.parse(path.read_text())
         for call, of in literals("labels", tree):
             held = getattr(metrics, of.rpartition("metrics.")[2], None) if "metrics." in of else None
-            if not isinstance(held, Children):
+            if not isinstance(held, Family):
                 continue
             assert len(call.args) == len(held.values_of), (path, call.lineno)
             for argument, (label, allowed) in zip(call.args, held.values_of.items(), strict=True):

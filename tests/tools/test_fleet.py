@@ -92,6 +92,18 @@ async def test_a_mixed_fleet_pushes_measures_and_reports(tmp_path: Path) -> None
         assert any(call.path.startswith("/api/agents/") for call in server.calls)
 
 
+async def test_no_command_is_pushed_while_the_agents_warm_up() -> None:
+    async with RecordingServer(Legacy()) as server:
+        code, out, err = await fleet(
+            *("--url", server.url, "--agents", "2", "--duration", "0.9", "--warm-up", "0.6", "--json", "-", *FAST),
+            *("--control", f"{server.url}/control", "--rate", "40"),
+        )
+        assert (code, err) == (0, ""), out
+        assert 0 < json.loads(out)["commands"]["sent"] <= 40 * 0.3
+        first = next(n for n, call in enumerate(server.calls) if call.path == "/control/commands")
+        assert any(call.path.endswith("/heartbeat") for call in server.calls[:first])
+
+
 async def test_failing_agents_make_exit_code_1(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("from-file\n")
@@ -141,6 +153,7 @@ async def test_too_few_open_files_are_a_warning() -> None:
         (["--url", "http://127.0.0.1:1", "--control", "http://127.0.0.1:1", "--poll-interval", "0"], "do not poll"),
         (["--url", "http://127.0.0.1:1", "--control", "http://127.0.0.1:1", "--dialect", "clusters"], "do not poll"),
         (["--url", "http://127.0.0.1:1", "--agents", "0"], "agents"),
+        (["--url", "http://127.0.0.1:1", "--duration", "5", "--warm-up", "5"], "shorter than --duration"),
     ],
 )
 async def test_what_makes_no_sense_is_refused(args: list[str], text: str) -> None:
