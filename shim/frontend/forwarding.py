@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -11,6 +12,7 @@ from shim.core.calls import AgentCall
 from shim.frontend.visit import Visit
 from shim.ports import Client, Forwarded, Proxied
 
+_ORIGIN = re.compile(r"\A[A-Za-z][A-Za-z0-9+.\-]*://[^/?#]*", re.ASCII)
 _BODILESS = frozenset({204, 304})
 
 
@@ -34,8 +36,8 @@ def forwarded(visit: Visit, base_path: str, client: Client, data: bytes | None, 
 
 
 def target_of(raw_target: str, base_path: str) -> str:
-    """The request target under the configured base path, with one leading slash."""
-    target = "/" + raw_target.lstrip("/")
+    """The path and query of a request target, under the configured base path, with one leading slash."""
+    target = "/" + _ORIGIN.sub("", raw_target).lstrip("/")
     base = base_path.strip("/")
     if base and (target == f"/{base}" or target.startswith((f"/{base}/", f"/{base}?"))):
         target = "/" + target[len(base) + 1 :].lstrip("/")

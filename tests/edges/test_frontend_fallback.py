@@ -214,6 +214,9 @@ async def test_to_head_the_length_is_the_apis_and_no_body_follows(length: str | 
         ("/base//api", "base/", "/api"),
         ("/base?x", "/base", "/?x"),
         ("/basement/api", "/base", "/basement/api"),
+        ("http://127.0.0.1:7080/base//api?x=http://y", "/base", "/api?x=http://y"),
+        ("HTTP://[::1]?x", "", "/?x"),
+        ("/x?y=http://z/w", "", "/x?y=http://z/w"),
     ],
 )
 def test_targets(raw: str, base: str, target: str) -> None:
