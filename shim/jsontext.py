@@ -1,8 +1,8 @@
 """JSON from others, read as leniently as Go reads it: an unpaired surrogate in a text becomes U+FFFD.
 
 RFC 8259 §8.2 leaves open what becomes of half an escaped pair (`ud83d` alone). Programs do write it: a JavaScript text
-that was cut in the middle of a character, Python's way to keep bytes that are no UTF-8. Neither a command nor a result
-is to be lost for it.
+that was cut in the middle of a character, Python's way to keep bytes that are no UTF-8. No command or result is
+to be lost for it.
 """
 
 from __future__ import annotations
