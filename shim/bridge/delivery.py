@@ -224,7 +224,7 @@ class Delivery:
             self._queues.mark(key, ids, state, "requeued", detail="not written", attempts=-1)
         now = self._ctx.now
         for live in back:
-            log.info("command_requeued", command=live.record.id, session=key.ident)
+            log.info("command_requeued", command=live.record.id, session=key.ident, attempt=live.attempts + 1)
             if live.state is State.QUEUED and live.expires_at <= now:
                 self._queues.expire(key, live.record.id)
 

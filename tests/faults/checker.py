@@ -164,8 +164,7 @@ def redelivered(found: Case) -> Iterator[Violation]:
         counting: list[ev.Offered] = []
         for step in command.offers:
             if isinstance(step, ev.Requeued):
-                if counting:
-                    counting.pop()
+                _take_back(found, counting, step)
                 continue
             problem = _offer_problem(found, counting, step)
             if problem:
@@ -174,6 +173,12 @@ def redelivered(found: Case) -> Iterator[Violation]:
         times = len(command.received)
         if times > len(counting):
             yield Violation("redelivery", command.id, f"received {times} times, offered {len(counting)} times")
+
+
+def _take_back(found: Case, counting: list[ev.Offered], step: ev.Requeued) -> None:
+    """Forget the offer that a shim took back; it was never said to be made if its agent left before it was on disk."""
+    if counting and counting[-1].attempt == step.attempt and not _died(found, counting[-1].at, step.at):
+        counting.pop()
 
 
 def _offer_problem(found: Case, before: Sequence[ev.Offered], offer: ev.Offered) -> str:
@@ -203,9 +208,14 @@ def at_most_once(found: Case) -> Iterator[Violation]:
     for command in found.commands.values():
         if not command.once:
             continue
-        offers = sum(1 if isinstance(step, ev.Offered) else -1 for step in command.offers)
-        if offers > 1 and not found.lost_stores:
-            yield Violation("at_most_once", command.id, f"offered {offers} times")
+        counting: list[ev.Offered] = []
+        for step in command.offers:
+            if isinstance(step, ev.Offered):
+                counting.append(step)
+            else:
+                _take_back(found, counting, step)
+        if len(counting) > 1 and not found.lost_stores:
+            yield Violation("at_most_once", command.id, f"offered {len(counting)} times")
         if len(command.received) > 1 and not found.lost_stores:
             yield Violation("at_most_once", command.id, f"received {len(command.received)} times")
 

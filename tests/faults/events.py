@@ -61,9 +61,10 @@ class Offered(Event, frozen=True, tag="offered"):
 
 
 class Requeued(Event, frozen=True, tag="requeued"):
-    """The shim took the last offer back: its reply did not reach the agent."""
+    """The shim took an offer back: its reply did not reach the agent. Perhaps it had not even said that it made it."""
 
     command: str
+    attempt: int = 1
 
 
 class Delivered(Event, frozen=True, tag="delivered"):

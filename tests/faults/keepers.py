@@ -163,7 +163,7 @@ class ShimKeeper:
             case "command_offered":
                 self._note(ev.Offered(at, command, entry["attempt"], entry["reason"], entry["recorded"]))
             case "command_requeued":
-                self._note(ev.Requeued(at, command))
+                self._note(ev.Requeued(at, command, entry["attempt"]))
             case "command_delivered":
                 self._note(ev.Delivered(at, command, entry["evidence"]))
             case "link_state":

@@ -86,6 +86,17 @@ def _redelivery() -> Iterator[History]:
         [pushed(), queued(), offered(3), received(3.5), ev.Requeued(4, C), offered(5), received(6)],
         {"redelivery"},
     )
+    killed = [*DELIVERED[:-1], shim(5, born=False), shim(6, born=True)]
+    yield (
+        "an offer taken back before anybody was told of it is none",
+        [*killed, ev.Requeued(7, C, 2), offered(8, 2, "restart"), received(9)],
+        set(),
+    )
+    yield (
+        "nor is it the same as one of an earlier life",
+        [*killed, ev.Requeued(7, C, 1), offered(8, 2, "restart"), received(9)],
+        set(),
+    )
     unrecorded = [pushed(), queued(), offered(3, recorded=False), received(4)]
     yield "an offer that no disk remembers, and a restart", [*unrecorded, shim(5, born=False), offered(6)], set()
     yield "an offer that no disk remembers, without one", [*unrecorded, offered(6)], {"redelivery"}
@@ -97,6 +108,11 @@ def _at_most_once() -> Iterator[History]:
     yield "once", once, set()
     yield "once, offered twice", [*once, offered(6, 2, "restart")], {"at_most_once"}
     yield "once, received twice", [*once, offered(6, 2, "restart"), received(7)], {"at_most_once"}
+    yield (
+        "once, another offer than the one taken back",
+        [*once, offered(6, 2, "restart"), ev.Requeued(7, C, 3)],
+        {"at_most_once"},
+    )
     yield "once, taken back first", [once[0], once[1], offered(3), ev.Requeued(4, C), offered(5), received(6)], set()
 
 
