@@ -12,6 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from shim.admin.collector import BridgeCollector
 from shim.metrics import COMMAND_EVENTS, Children, Metrics, Registry
+from shim.shards.metrics import ShardMetrics
 from tests.support.virtual import run_virtual
 from tests.support.world import World
 
@@ -44,7 +45,8 @@ def strip(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def own() -> Iterator[tuple[str, Described]]:
     """The metrics that the shim counts itself."""
-    for held in vars(Metrics(Registry())).values():
+    metrics = Metrics(Registry())
+    for held in (*vars(metrics).values(), *vars(ShardMetrics(metrics)).values()):
         if isinstance(held, Children):
             metric, values_of = held._metric, held.values_of
         elif isinstance(held, Counter | Gauge | Histogram):
