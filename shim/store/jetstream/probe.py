@@ -60,7 +60,7 @@ class Probe(Server):
 
     async def may_publish(self) -> None:
         """Ask where nobody listens and no stream keeps it: the server says so, or that it is forbidden (`Denied`)."""
-        client = self._connected()
+        client = self.connected()
         try:
             await client.request(f"{self._layout.prefix}.doctor", timeout=ANSWER_S)
         except nats.errors.NoRespondersError:
@@ -119,7 +119,7 @@ class Probe(Server):
         self, subject: str, body: dict[str, Any] | None = None, absent: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """An answer of JetStream's API; `absent` where it says that there is no such stream."""
-        client = self._connected()
+        client = self.connected()
         try:
             answer = await client.request(subject, json.dumps(body).encode() if body else b"", timeout=ANSWER_S)
         except nats.errors.NoRespondersError:
