@@ -8,7 +8,6 @@ from typing import Any
 
 from shim.bridge import Bridge
 from shim.composition import Surroundings
-from shim.core.leases import Entry
 from shim.core.shards import moves
 from shim.errors import StoreError
 from shim.logs import get
@@ -68,12 +67,12 @@ class Steward:
 
     # --- taking and giving away ---------------------------------------------------------------------------------------
 
-    async def run(self, me: Entry) -> None:
+    async def run(self, me: str) -> None:
         """Look what is to be done, at each change and from time to time, until cancelled."""
         while True:
             self._table.forget()
             if not self.stopping:
-                self._look(me.process)
+                self._look(me)
             await self._table.change(LOOK_S)
 
     def _look(self, me: str) -> None:
@@ -110,14 +109,14 @@ class Steward:
 
     async def _take(self, number: int) -> None:
         try:
-            term = self._tenure.adopt(number) or await self._tenure.take(number)
+            term = await self._tenure.take(number)
         except StoreError:
             self._later(number, LOOK_S)
             return
         if term is None:
             self._later(number, LOOK_S)
             return
-        self._tenure.arm(self._around.timers, number)
+        self._tenure.arm(number)
         shard = self._shards[number] = Shard(number, term, self._around, self.owner_key, self.settings)
         try:
             await shard.open()
