@@ -138,6 +138,7 @@ class Sharded:
             self._steward.usable,
             owner_key,
             settings.shards.count,
+            self._place.process,
         )
         self._replicas = Replicas(known, self._table, self._relay, self._metrics, self._around.spawn)
         self.switchboard = self._replicas

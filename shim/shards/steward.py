@@ -85,7 +85,9 @@ class Steward:
         now = self._around.clock.monotonic_s()
         if self._joined_at is None and me in members:
             self._joined_at = now
-        settled = self._joined_at is not None and now >= self._joined_at + SETTLE_S
+        settled = any(each != me for each in holders.values()) or (
+            self._joined_at is not None and now >= self._joined_at + SETTLE_S
+        )
         for number in wanted.take if settled else ():
             if self._not_before.get(number, 0.0) <= now:
                 self._begin(number, self._take(number))
