@@ -10,7 +10,7 @@ from shim.admin.commands import describe
 from shim.bridge import Bridge
 from shim.errors import OperatorError
 from shim.shards.bus import Bus
-from shim.shards.service import Place
+from shim.shards.place import Place
 from shim.shards.table import Table
 from shim.shards.wire import AnyMessage, Found, Look, encode
 
@@ -29,7 +29,7 @@ class Lookup:
 
     async def elsewhere(self, command_id: str) -> list[dict[str, Any]]:
         """What other replicas know of a command."""
-        others = [process for process in self._table.members() if process != self._place.me]
+        others = [process for process in self._table.members() if process != self._place.process]
         number = next(self._place.numbers)
         answers = self._waiting[number] = asyncio.Queue()
         found: list[dict[str, Any]] = []
@@ -66,4 +66,6 @@ class Lookup:
             answers.put_nowait(said.commands)
 
     def _say(self, process: str, said: AnyMessage) -> None:
-        self._bus.post(process, encode(self._place.me, said, next(self._place.numbers), self._bus.max_payload_bytes))
+        self._bus.post(
+            process, encode(self._place.process, said, next(self._place.numbers), self._bus.max_payload_bytes)
+        )

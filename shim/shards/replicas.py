@@ -65,6 +65,7 @@ class Known:
     shard: Callable[[int], Shard | None]
     owner_key: bytes
     count: int
+    process: str
 
 
 class Replicas:
@@ -115,7 +116,7 @@ class Replicas:
             if shard is not None:
                 return await self._here(shard, client, call, arrived_s)
             holder = self._table.holder(place)
-            if holder in self._table.members() and not self.stopping:
+            if self._is_elsewhere(holder) and not self.stopping:
                 answer = await self._there(holder, place, client, call, arrived_s)
                 if isinstance(answer, Answer):
                     return answer
@@ -126,6 +127,10 @@ class Replicas:
                 self._metrics.relayed.labels(kind_of(call), "no_owner").inc()
                 return self._without(client, call)
             await self._table.change(min(left_s, AGAIN_S))
+
+    def _is_elsewhere(self, holder: str) -> bool:
+        """Whether a shard is another living replica's. Ours, still being opened, are waited for."""
+        return holder != self._known.process and holder in self._table.members()
 
     async def _here(self, shard: Shard, client: Client, call: AgentCall, arrived_s: float) -> Answer:
         answer = await shard.bridge.call(client, call, arrived_s)
@@ -188,7 +193,7 @@ class Replicas:
                 if shard is not None:
                     shard.bridge.at_once(client, call, arrived_s)
                     return
-                if holder in self._table.members():
+                if self._is_elsewhere(holder):
                     answer = await self._there(holder, place, client, call, arrived_s)
                     if isinstance(answer, Answer):
                         return

@@ -15,12 +15,12 @@ from itertools import count
 import msgspec
 
 from shim.bridge import Bridge
-from shim.composition import Spawn
 from shim.core.calls import Failed, PollCall
 from shim.logs import get
-from shim.ports import Answer, Client, Clock, Lease, Timer, Timers
+from shim.ports import Answer, Client, Lease, Timer
 from shim.shards.bus import Bus
 from shim.shards.metrics import ShardMetrics
+from shim.shards.place import Place
 from shim.shards.shard import Shard
 from shim.shards.wire import Answered, Ask, Closed, NextRequest, WireError, encode, pack, token_text, unpack_call
 
@@ -40,17 +40,6 @@ class _Lent:
     lease: Lease
     connection: int
     timer: Timer
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a service stands in its process."""
-
-    me: str
-    clock: Clock
-    timers: Timers
-    spawn: Spawn
-    numbers: count[int]
 
 
 class Service:
@@ -207,4 +196,4 @@ class Service:
         self._bus.post(process, self._encode(said))
 
     def _encode(self, said: Answered) -> list[bytes]:
-        return encode(self._place.me, said, next(self._place.numbers), self._bus.max_payload_bytes)
+        return encode(self._place.process, said, next(self._place.numbers), self._bus.max_payload_bytes)

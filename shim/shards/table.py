@@ -9,6 +9,7 @@ import msgspec
 from shim.core.leases import Entry, LeasePolicy, Offset, Sighting, Sightings
 from shim.logs import get
 from shim.ports import Clock
+from shim.shards.wire import Present
 
 log = get(__name__)
 
@@ -55,10 +56,22 @@ class Table:
         if entry is None:
             log.warning("lease_unreadable", key=key)
             return
+        self._saw(key, entry, revision)
+
+    def _saw(self, key: str, entry: Entry, revision: int) -> None:
         now = self._clock.monotonic_s()
         self.heard(entry.process, entry.clock)
         if self._sightings.saw(key, Sighting(entry, revision, now)):
             self.ring()
+
+    def present(self, process: str, said: Present) -> None:
+        """A replica tells what it has written."""
+        entry = Entry(process, said.name, said.clock, said.leaving)
+        self._saw(member_key(process), entry, said.revision)
+        for shard, revision in said.held:
+            self._saw(lease_key(shard), entry, revision)
+        for shard, revision in said.given:
+            self._saw(lease_key(shard), Entry(""), revision)
 
     def heard(self, process: str, its_clock: float) -> None:
         """A replica's clock showed this a moment ago."""

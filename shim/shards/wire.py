@@ -123,6 +123,17 @@ class Found(Said, frozen=True):
     commands: list[dict[str, Any]]
 
 
+class Present(Said, frozen=True):
+    """To all: who is there, and what it has written to the bucket of leases, as (shard, revision)."""
+
+    name: str
+    clock: float
+    leaving: bool
+    revision: int
+    held: tuple[tuple[int, int], ...] = ()
+    given: tuple[tuple[int, int], ...] = ()
+
+
 class Piece(Said, frozen=True):
     """A part of a message that is larger than NATS takes."""
 
@@ -132,7 +143,7 @@ class Piece(Said, frozen=True):
     body: bytes
 
 
-AnyMessage = Ask | Answered | Left | Written | Unwritten | NextRequest | Closed | Look | Found | Piece
+AnyMessage = Ask | Answered | Left | Written | Unwritten | NextRequest | Closed | Look | Found | Present | Piece
 
 
 class Envelope(msgspec.Struct, frozen=True):
