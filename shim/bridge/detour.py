@@ -27,8 +27,11 @@ from shim.core.replies import register_reply
 from shim.core.sessions import Session
 from shim.core.usage import route_of
 from shim.errors import StoreError
+from shim.logs import get
 from shim.messages import Message
 from shim.ports import Answer, Client
+
+log = get(__name__)
 
 
 class Detour:
@@ -134,8 +137,11 @@ class Detour:
                 command = normalise(
                     Message("command", entry), wall, self._ctx.settings.commands.ttl_s, self._ctx.new_id
                 )
-            except Malformed:
-                continue  # agents could not have decoded it either: their whole reply would have been lost
+            except Malformed as error:
+                # most agents could not have decoded it either: their whole reply would have been lost
+                self._queues.count("rejected_malformed")
+                log.warning("command_rejected", command=error.command_id, session=session.key.ident, code="malformed")
+                continue
             stored: asyncio.Future[bool] = loop.create_future()
             settled.append(stored)
             self._intake.arrive(session, command, "", via=VIA_HTTP, settled=partial(_settle, stored))

@@ -17,9 +17,9 @@ from shim.validation import instant_s
 
 log = get(__name__)
 
-GONE = frozenset({404, 405, 410})
 BROKEN = frozenset({502, 503, 504})
 REGISTERED = frozenset({200, 201})
+MAX_OWNERS = 1024
 
 
 class Passthrough:
@@ -73,6 +73,8 @@ class Passthrough:
         failover = self._failovers.get(owner)
         if failover is None:
             failover = self._failovers[owner] = Failover(ctx.now)
+            if len(self._failovers) > MAX_OWNERS:
+                del self._failovers[next(iter(self._failovers))]
         before = failover.way
         fallback = ctx.settings.fallback
         way = failover.look(ctx.now, up=up, after_s=fallback.after_s, hold_down_s=fallback.hold_down_s)
