@@ -9,6 +9,7 @@ from typing import Any
 from shim.bridge.context import Context
 from shim.bridge.delivery import Delivery
 from shim.bridge.intake import Intake
+from shim.bridge.links import LinkRunner
 from shim.bridge.queues import Queues
 from shim.bridge.roster import Roster
 from shim.bridge.routes import Routes
@@ -62,8 +63,8 @@ class Detour:
             name = call.known.get("name") or ""
         return str(name) or (session.key.ident if session is not None else call.target.ident)
 
-    def link_up(self, client: Client, call: AgentCall) -> bool | None:
-        """Whether the link that would carry the call is online; keeps it dialling. `None` without an owner."""
+    def link_for(self, client: Client, call: AgentCall) -> LinkRunner | None:
+        """The link that would carry the call; it is kept dialling. `None` without an owner."""
         owner = self._routes.owner_of(client.token)
         if owner is None:
             return None
@@ -75,7 +76,7 @@ class Detour:
             name = self._routes.link_name(session)
         runner = self._routes.links.get(owner, name, client.token)
         runner.wanted()
-        return runner.online
+        return runner
 
     def used(self, client: Client, call: AgentCall | None) -> None:
         """The vendor's HTTP API has served a call: its agent uses a legacy route all the same."""
