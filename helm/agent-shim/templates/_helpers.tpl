@@ -149,6 +149,9 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- if eq (int $v.ports.legacy) (int $v.ports.admin) -}}
 {{- fail "ports.legacy and ports.admin are the same" -}}
 {{- end -}}
+{{- if not $v.agent.podLabels -}}
+{{- fail "agent.podLabels is empty: nothing tells which pods are agents" -}}
+{{- end -}}
 {{- if eq $v.mode "sidecar" -}}
 {{- if $v.agent.hostNetwork -}}
 {{- fail "agent.hostNetwork: agents in the node's network cannot have a sidecar, 127.0.0.1 is the whole node's there; use mode: gateway" -}}
@@ -180,6 +183,22 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- $needs := or (lt (float64 $percent) 100.0) (has (dig "mode" "websocket" $config) (list "http" "auto")) -}}
 {{- if and $needs (not (dig "fallback" "url" "" $config)) -}}
 {{- fail "config.fallback.url is missing: with this config.mode or config.rollout.percent agents are sent there" -}}
+{{- end -}}
+{{- if not (dig "upstream" "allow_insecure" false $config) -}}
+{{- range $name, $url := dict "upstream.url" $v.upstream.url "config.fallback.url" (dig "fallback" "url" "" $config) -}}
+{{- if and (regexMatch "^(http|ws)://" $url) (not (regexMatch "^(http|ws)://(127(\\.[0-9]+){3}|localhost|\\[::1\\])([:/?]|$)" $url)) -}}
+{{- fail (printf "%s is not encrypted: tokens can be read on the way, unless config.upstream.allow_insecure is true the shim refuses it" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and (dig "fallback" "use_upstream_token" false $config) (eq $token.from "agent") -}}
+{{- fail "config.fallback.use_upstream_token: there is no upstream token where upstream.token.from is agent" -}}
+{{- end -}}
+{{- if and $v.store.existingClaim (ne $v.store.type "pvc") -}}
+{{- fail "store.existingClaim is given, but store.type is not pvc" -}}
+{{- end -}}
+{{- if and (eq $v.mode "gateway") (eq (dig "listen" "auth" "auto" $config) "off") -}}
+{{- fail "config.listen.auth: off is for 127.0.0.1, a gateway is reachable from other pods" -}}
 {{- end -}}
 {{- range $v.extraVolumes -}}
 {{- if not (hasPrefix "agent-shim-" .name) -}}
