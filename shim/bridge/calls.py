@@ -101,7 +101,7 @@ class Calls:
         if owner is None:
             return Answer(Failed(401, "a Bearer token is required"))
         try:
-            if isinstance(call, (HeartbeatCall, PollCall, StatusCall, ResultCall)):
+            if self._ctx.settings.upstream.own_tokens:
                 self._vet(owner, client, call)
             match call:
                 case HeartbeatCall():
@@ -119,12 +119,12 @@ class Calls:
         except AgentError as error:
             return failed(error)
 
-    def _vet(self, owner: str, client: Client, call: HeartbeatCall | PollCall | StatusCall | ResultCall) -> None:
+    def _vet(self, owner: str, client: Client, call: AgentCall) -> None:
         """An unknown agent with a token of its own must get a link, and no refusal, before anything is kept of it.
 
         Raises `AgentError`.
         """
-        if not self._ctx.settings.upstream.own_tokens:
+        if not isinstance(call, (HeartbeatCall, PollCall, StatusCall, ResultCall)):
             return
         key = self._ctx.sessions.key_of(owner, call.target)
         if self._ctx.sessions.get(key) is not None and not self._roster.admission.withheld(key):
