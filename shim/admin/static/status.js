@@ -401,9 +401,12 @@ function steps(trace) {
   }));
 }
 
+// The controller's ids are not to run in the shell of whoever copies the line.
+const shellWord = (text) => (/^\w[\w.:@=+-]*$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+
 function todo(command) {
   const by = { queued: ["purge", "gives it up"], uncertain: ["purge", "gives it up"], dead: ["redeliver", "queues it again"], expired: ["redeliver", "queues it again"], delivered: ["redeliver", "queues it again, if the agent has lost it"] }[command.state];
-  return by && command.stored ? el("p", { class: "todo" }, el("code", {}, `agent-shim ${by[0]} ${command.id}`), ` ${by[1]}.`) : null;
+  return by && command.stored ? el("p", { class: "todo" }, el("code", {}, `agent-shim ${by[0]} ${shellWord(command.id)}`), ` ${by[1]}.`) : null;
 }
 
 function found(command) {
