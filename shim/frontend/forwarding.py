@@ -52,7 +52,8 @@ def head(proxied: Proxied, more: Mapping[str, str], keep: bool, http11: bool) ->
     lines += [f"{name}: {value}" for name, value in more.items()]
     if isinstance(proxied.body, bytes) and proxied.status not in _BODILESS:
         lines.append(f"Content-Length: {len(proxied.body)}")
-    chunked = not whole and not sized and http11
+    # RFC 9112 §6.1: these have no body, and so no chunks
+    chunked = not whole and not sized and http11 and proxied.status not in _BODILESS
     if chunked:
         lines.append(f"{hdrs.TRANSFER_ENCODING}: chunked")
     if not keep or (not whole and not sized and not http11):
