@@ -142,7 +142,7 @@ class Sharded:
         )
         self._replicas = Replicas(known, self._table, self._relay, self._metrics, self._around.spawn)
         self.switchboard = self._replicas
-        self.fallback = Rollback(self._replicas, known, self._around)
+        self.fallback = Rollback(self._replicas, known, self._around, self._lookup)
 
     def start(self) -> None:
         """Join the others."""

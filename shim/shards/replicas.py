@@ -35,7 +35,7 @@ from shim.shards.metrics import ShardMetrics
 from shim.shards.relay import Asked, Miss, Relay, RemoteLease
 from shim.shards.shard import Shard
 from shim.shards.table import Table
-from shim.shards.wire import kind_of
+from shim.shards.wire import AnyCall, Leftovers, kind_of
 
 log = get(__name__)
 
@@ -91,6 +91,19 @@ class Replicas:
             return shard_of(DEFAULT_OWNER, self._known.count)
         return self._place_of(token) if token else None
 
+    def owner(self, client: Client) -> str:
+        """The owner of a caller's sessions, `""` without a token where one is needed."""
+        if not self._known.settings().upstream.own_tokens:
+            return DEFAULT_OWNER
+        return owner_id(self._known.owner_key, client.token) if client.token else ""
+
+    def unowned(self, client: Client) -> bool:
+        """Whether nobody has the caller's shard now."""
+        place = self.place(client.token)
+        return (
+            place is not None and self._known.shard(place) is None and not self._is_elsewhere(self._table.holder(place))
+        )
+
     # --- calls --------------------------------------------------------------------------------------------------------
 
     def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
@@ -108,9 +121,19 @@ class Replicas:
         place = self.place(client.token)
         if isinstance(call, HealthCall) or place is None:
             return self.at_once(client, call, arrived_s) or Answer(Healthy())
+        return await self._call(place, client, call, arrived_s)
+
+    async def leftovers(self, client: Client, call: PollCall, arrived_s: float) -> Answer | None:
+        """What came over the WebSocket before and still waits for an agent that goes by HTTP now."""
+        place = self.place(client.token)
+        if place is None:
+            return None
+        return await self._call(place, client, Leftovers(call.dialect, call.target), arrived_s)
+
+    async def _call(self, place: int, client: Client, call: AnyCall, arrived_s: float) -> Answer:
         now_s = self._known.clock.monotonic_s
         # A heartbeat is answered at once (protocol.md §1.2): it is kept for the next owner.
-        until = now_s() + (AGAIN_S if isinstance(call, HeartbeatCall) else PATIENCE_S)
+        until = now_s() + (AGAIN_S if isinstance(call, (HeartbeatCall, Leftovers)) else PATIENCE_S)
         while True:
             shard = self._known.shard(place)
             if shard is not None:
@@ -120,7 +143,7 @@ class Replicas:
                 answer = await self._there(holder, place, client, call, arrived_s)
                 if isinstance(answer, Answer):
                     return answer
-                if answer is Miss.LOST and not isinstance(call, (PollCall, HeartbeatCall)):
+                if answer is Miss.LOST and not isinstance(call, (PollCall, HeartbeatCall, Leftovers)):
                     return self._without(client, call)
             left_s = until - now_s()
             if left_s <= 0 or self.stopping:
@@ -132,8 +155,8 @@ class Replicas:
         """Whether a shard is another living replica's. Ours, still being opened, are waited for."""
         return holder != self._known.process and holder in self._table.members()
 
-    async def _here(self, shard: Shard, client: Client, call: AgentCall, arrived_s: float) -> Answer:
-        answer = await shard.bridge.call(client, call, arrived_s)
+    async def _here(self, shard: Shard, client: Client, call: AnyCall, arrived_s: float) -> Answer:
+        answer = await shard.call(client, call, arrived_s)
         if answer.lease is None:
             return answer
         if not shard.usable:
@@ -142,7 +165,7 @@ class Replicas:
             return Answer(Commands((), self._known.settings().poll.frequency_s))
         return Answer(answer.outcome, LocalLease(shard.bridge, answer.lease, client.connection))
 
-    async def _there(self, holder: str, place: int, client: Client, call: AgentCall, arrived_s: float) -> Answer | Miss:
+    async def _there(self, holder: str, place: int, client: Client, call: AnyCall, arrived_s: float) -> Answer | Miss:
         answer = await self._relay.ask(Asked(holder, place, self._limit_s(call)), client, call, arrived_s)
         if isinstance(answer, Answer):
             self._metrics.relayed.labels(kind_of(call), "answered").inc()
@@ -150,7 +173,7 @@ class Replicas:
             self._metrics.relayed.labels(kind_of(call), "lost").inc()
         return answer
 
-    def _limit_s(self, call: AgentCall) -> float:
+    def _limit_s(self, call: AnyCall) -> float:
         """How long the owner may take at most; after that its answer was lost."""
         settings = self._known.settings()
         if isinstance(call, (PollCall, TunnelPollCall)):
@@ -159,10 +182,10 @@ class Replicas:
 
     # --- without an owner ---------------------------------------------------------------------------------------------
 
-    def _without(self, client: Client, call: AgentCall) -> Answer:
+    def _without(self, client: Client, call: AnyCall) -> Answer:
         settings = self._known.settings()
         outcome: Outcome = Failed(503, "the agent's link is between two replicas", retry_after_s=RETRY_AFTER_S)
-        if isinstance(call, PollCall):
+        if isinstance(call, (PollCall, Leftovers)):
             outcome = Commands((), settings.poll.frequency_s)
         elif isinstance(call, HeartbeatCall):
             self._keep(client, call)

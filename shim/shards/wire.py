@@ -22,6 +22,14 @@ class WireError(ShimError):
     """A message that cannot be said, or was not understood."""
 
 
+class Leftovers(msgspec.Struct, frozen=True):
+    """A poll of an agent that goes by HTTP now: is there anything of before? Nothing is held, no link is dialled."""
+
+    dialect: str
+    target: calls.Target
+
+
+AnyCall = calls.AgentCall | Leftovers
 _CALLS: dict[str, type[Any]] = {
     "register": calls.RegisterCall,
     "heartbeat": calls.HeartbeatCall,
@@ -30,6 +38,7 @@ _CALLS: dict[str, type[Any]] = {
     "result": calls.ResultCall,
     "tunnel_poll": calls.TunnelPollCall,
     "tunnel_info": calls.TunnelInfoCall,
+    "leftovers": Leftovers,
 }
 _OUTCOMES: dict[str, type[Any]] = {
     "registered": calls.Registered,
@@ -157,7 +166,7 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Envelope).decode
 
 
-def kind_of(call: calls.AgentCall) -> str:
+def kind_of(call: AnyCall) -> str:
     """One of `KINDS`."""
     return _NAMES[type(call)]
 
@@ -170,7 +179,7 @@ def pack(value: Any) -> tuple[str, msgspec.Raw]:
         raise WireError(f"it cannot be passed on: {type(error).__name__}") from None
 
 
-def unpack_call(kind: str, body: msgspec.Raw) -> calls.AgentCall:
+def unpack_call(kind: str, body: msgspec.Raw) -> AnyCall:
     """Inverse of `pack` for calls. Raises `WireError`."""
     return _unpack(_CALLS, kind, body)  # type: ignore[no-any-return]
 
