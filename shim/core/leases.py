@@ -92,6 +92,10 @@ class Sightings:
             del self._known[key]
         return bool(gone)
 
+    def drop(self, key: str) -> None:
+        """Its holder does not count on it any more."""
+        self._known.pop(key, None)
+
     def items(self) -> Iterator[tuple[str, Sighting]]:
         """All entries."""
         return iter(list(self._known.items()))

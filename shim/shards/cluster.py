@@ -30,6 +30,7 @@ from shim.shards.service import Service
 from shim.shards.steward import Steward
 from shim.shards.table import Table
 from shim.shards.tenure import Tenure
+from shim.shards.vouching import Vouching
 from shim.store.jetstream.server import Rejected
 
 log = get(__name__)
@@ -45,6 +46,7 @@ class Sharded:
 
     switchboard: Switchboard
     fallback: Rollback
+    _vouching: Vouching
 
     def __init__(self, around: Surroundings) -> None:
         settings = around.settings
@@ -140,7 +142,8 @@ class Sharded:
             settings.shards.count,
             self._place.process,
         )
-        self._replicas = Replicas(known, self._table, self._relay, self._metrics, self._around.spawn)
+        self._vouching = vouching = Vouching(known, self._table, self._relay)
+        self._replicas = Replicas(known, self._table, self._relay, self._metrics, vouching.heard)
         self.switchboard = self._replicas
         self.fallback = Rollback(self._replicas, known, self._around, self._lookup)
 
@@ -152,6 +155,7 @@ class Sharded:
             ("leases", self._tenure.run()),
             ("shards", self._steward.run(process)),
             ("peers", self._watch_peers()),
+            ("vouching", self._vouching.run()),
         ):
             task = self._around.spawn(name, coro)
             if task is not None:

@@ -1,7 +1,7 @@
 """The switchboard of a replica: calls are carried out here or passed on to the owner of their link.
 
-What may be said while nobody owns the link: polls that there is nothing, heartbeats what is said while a link is down;
-the newest heartbeat of each agent is kept for the next owner. Never that something is stored.
+What may be said while nobody owns the link: polls that there is nothing, heartbeats what is said while a link is down
+(the next owner is told of them). Never that something is stored.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from shim.bridge import Bridge
 from shim.bridge.context import DEFAULT_OWNER
@@ -44,7 +43,11 @@ PATIENCE_S = 10.0
 RETRY_AFTER_S = 3
 AGAIN_S = 0.2
 ANSWER_S = 10.0
-MAX_KEPT = 50_000
+HEARTBEAT_S = 1.0
+
+
+Heard = Callable[[int, Client, HeartbeatCall], None]
+"""Told of each heartbeat: the shard, who calls, the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +74,13 @@ class Known:
 class Replicas:
     """Implements `ports.Switchboard`."""
 
-    def __init__(self, known: Known, table: Table, relay: Relay, metrics: ShardMetrics, spawn: Any) -> None:
+    def __init__(self, known: Known, table: Table, relay: Relay, metrics: ShardMetrics, heard: Heard) -> None:
         self._known = known
         self._table = table
         self._relay = relay
         self._metrics = metrics
-        self._spawn = spawn
+        self._heard = heard
         self._place_of = lru_cache(maxsize=65_536)(self._find_place)
-        self._kept: dict[tuple[str, object], HeartbeatCall] = {}
         self._local: dict[int, set[Bridge]] = {}
         self.stopping = False
 
@@ -114,14 +116,24 @@ class Replicas:
         if place is None:
             return Answer(Failed(401, "a Bearer token is required"))
         shard = self._known.shard(place)
-        return None if shard is None else shard.bridge.at_once(client, call, arrived_s)
+        answer = None if shard is None else shard.bridge.at_once(client, call, arrived_s)
+        if answer is not None and isinstance(call, HeartbeatCall):
+            self._remember(place, client, call, answer)
+        return answer
+
+    def _remember(self, place: int, client: Client, call: HeartbeatCall, answer: Answer) -> None:
+        if isinstance(answer.outcome, Accepted):
+            self._heard(place, client, call)
 
     async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
         """See `ports.Switchboard`."""
         place = self.place(client.token)
         if isinstance(call, HealthCall) or place is None:
             return self.at_once(client, call, arrived_s) or Answer(Healthy())
-        return await self._call(place, client, call, arrived_s)
+        answer = await self._call(place, client, call, arrived_s)
+        if isinstance(call, HeartbeatCall):
+            self._remember(place, client, call, answer)
+        return answer
 
     async def leftovers(self, client: Client, call: PollCall, arrived_s: float) -> Answer | None:
         """What came over the WebSocket before and still waits for an agent that goes by HTTP now."""
@@ -132,7 +144,7 @@ class Replicas:
 
     async def _call(self, place: int, client: Client, call: AnyCall, arrived_s: float) -> Answer:
         now_s = self._known.clock.monotonic_s
-        # A heartbeat is answered at once (protocol.md §1.2): it is kept for the next owner.
+        # A heartbeat is answered at once (protocol.md §1.2): the next owner will be told of it.
         until = now_s() + (AGAIN_S if isinstance(call, (HeartbeatCall, Leftovers)) else PATIENCE_S)
         while True:
             shard = self._known.shard(place)
@@ -178,6 +190,8 @@ class Replicas:
         settings = self._known.settings()
         if isinstance(call, (PollCall, TunnelPollCall)):
             return settings.poll.max_hold_s + ANSWER_S
+        if isinstance(call, HeartbeatCall):
+            return HEARTBEAT_S
         return settings.register.deadline_s + 1 if isinstance(call, RegisterCall) else ANSWER_S
 
     # --- without an owner ---------------------------------------------------------------------------------------------
@@ -188,41 +202,11 @@ class Replicas:
         if isinstance(call, (PollCall, Leftovers)):
             outcome = Commands((), settings.poll.frequency_s)
         elif isinstance(call, HeartbeatCall):
-            self._keep(client, call)
             if settings.heartbeat.when_link_down == "accept":
                 outcome = Accepted()
         elif isinstance(call, StatusCall) and settings.heartbeat.when_link_down == "accept":
             outcome = Accepted()
         return Answer(outcome)
-
-    def _keep(self, client: Client, call: HeartbeatCall) -> None:
-        """The next owner will hear of it."""
-        key = (client.token, call.target)
-        waits = key in self._kept
-        if not waits and len(self._kept) >= MAX_KEPT:
-            return
-        self._kept[key] = call
-        if not waits:
-            self._spawn("heartbeat kept", self._pass_on(key, client))
-
-    async def _pass_on(self, key: tuple[str, object], client: Client) -> None:
-        place = self.place(client.token)
-        until = self._known.clock.monotonic_s() + 3 * PATIENCE_S
-        try:
-            while place is not None and not self.stopping and self._known.clock.monotonic_s() < until:
-                shard, holder = self._known.shard(place), self._table.holder(place)
-                call = self._kept[key]
-                arrived_s = self._known.clock.monotonic_s()
-                if shard is not None:
-                    shard.bridge.at_once(client, call, arrived_s)
-                    return
-                if self._is_elsewhere(holder):
-                    answer = await self._there(holder, place, client, call, arrived_s)
-                    if isinstance(answer, Answer):
-                        return
-                await self._table.change(1.0)
-        finally:
-            del self._kept[key]
 
     # --- evidence -----------------------------------------------------------------------------------------------------
 

@@ -10,13 +10,13 @@ from weakref import WeakSet
 from shim.admin import Journal
 from shim.bridge import Bridge, Context
 from shim.composition import Surroundings
-from shim.core.calls import Commands, PollCall
+from shim.core.calls import Accepted, Commands, PollCall
 from shim.core.leases import Term
 from shim.core.sessions import Sessions
 from shim.messages import Message
 from shim.ports import Answer, Client, DialFailure, DialSpec, Socket, SocketEvents, UpstreamPort
 from shim.settings import Settings
-from shim.shards.wire import AnyCall, Leftovers
+from shim.shards.wire import AnyCall, Leftovers, Vouch
 from shim.store import open_store
 from shim.storewatch import probe, tell_findings
 
@@ -135,6 +135,9 @@ class Shard:
 
     def at_once(self, client: Client, call: AnyCall, arrived_s: float) -> Answer | None:
         """See `ports.Switchboard`."""
+        if isinstance(call, Vouch):
+            self.bridge.vouched(client, call.heartbeat, call.age_s)
+            return Answer(Accepted())
         if not isinstance(call, Leftovers):
             return self.bridge.at_once(client, call, arrived_s)
         poll = PollCall(call.dialect, call.target)
@@ -144,6 +147,8 @@ class Shard:
 
     async def call(self, client: Client, call: AnyCall, arrived_s: float) -> Answer:
         """See `ports.Switchboard`."""
+        if isinstance(call, Vouch):
+            raise TypeError("it is answered at once")
         if not isinstance(call, Leftovers):
             return await self.bridge.call(client, call, arrived_s)
         poll = PollCall(call.dialect, call.target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import msgspec
 
@@ -40,6 +41,13 @@ def write_entry(entry: Entry) -> bytes:
     return _encode(entry)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Tenant:
+    """A replica's time with a shard."""
+
+    process: str
+
+
 class Table:
     """Sightings by shard and by replica."""
 
@@ -48,6 +56,7 @@ class Table:
         self._count = count
         self._sightings = Sightings(policy)
         self._offsets: dict[str, Offset] = {}
+        self._tenants: dict[int, Tenant] = {}
         self._bell = asyncio.Event()
 
     def saw(self, key: str, body: bytes, revision: int) -> None:
@@ -72,6 +81,12 @@ class Table:
             self._saw(lease_key(shard), entry, revision)
         for shard, revision in said.given:
             self._saw(lease_key(shard), Entry(""), revision)
+        held = {shard for shard, _ in said.held}
+        for shard in range(self._count):
+            if shard not in held and self.holder(shard) == process:
+                self._sightings.drop(lease_key(shard))
+                self._tenants.pop(shard, None)
+                self.ring()
 
     def heard(self, process: str, its_clock: float) -> None:
         """A replica's clock showed this a moment ago."""
@@ -107,6 +122,17 @@ class Table:
         """The process that holds a shard, `""` if none does."""
         seen = self.lease(shard)
         return "" if seen is None else seen.entry.process
+
+    def tenant(self, shard: int) -> Tenant | None:
+        """Another one each time that a living replica has taken the shard, `None` while nobody has it."""
+        holder = self.holder(shard)
+        if not holder or holder not in self.members():
+            self._tenants.pop(shard, None)
+            return None
+        tenant = self._tenants.get(shard)
+        if tenant is None or tenant.process != holder:
+            tenant = self._tenants[shard] = Tenant(holder)
+        return tenant
 
     def members(self) -> dict[str, Entry]:
         """The replicas that live, by process."""

@@ -29,7 +29,14 @@ class Leftovers(msgspec.Struct, frozen=True):
     target: calls.Target
 
 
-AnyCall = calls.AgentCall | Leftovers
+class Vouch(msgspec.Struct, frozen=True):
+    """Another replica heard this heartbeat so long ago, when somebody else had the link."""
+
+    heartbeat: calls.HeartbeatCall
+    age_s: float
+
+
+AnyCall = calls.AgentCall | Leftovers | Vouch
 _CALLS: dict[str, type[Any]] = {
     "register": calls.RegisterCall,
     "heartbeat": calls.HeartbeatCall,
@@ -39,6 +46,7 @@ _CALLS: dict[str, type[Any]] = {
     "tunnel_poll": calls.TunnelPollCall,
     "tunnel_info": calls.TunnelInfoCall,
     "leftovers": Leftovers,
+    "vouch": Vouch,
 }
 _OUTCOMES: dict[str, type[Any]] = {
     "registered": calls.Registered,
