@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -13,48 +14,53 @@ from bench.figures import Figure
 from bench.servers import ROOT, Bench, allow_files
 
 WANTED_FILES = 17_000
+PARTS = ("latency", "throughput", "memory", "durable", "traffic", "sizing")
 
 
 def main() -> None:
     """Parts run one after the other, each with processes of its own."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[], metavar="PART", help="throughput, memory, durable, …")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results.json", metavar="FILE")
-    parser.add_argument("--docs", action="store_true", help="write the tables into docs/performance.md and sizing.md")
-    given = parser.parse_args()
-    figures: list[Figure] = []
-    rows: list[sizing.Row] = []
+    given = _parsed()
+    if given.render:
+        report.write_pages(json.loads(report.DATA.read_text()))
+        return
     started_s = time.monotonic()
 
     def log(line: str) -> None:
         print(f"{time.monotonic() - started_s:6.0f} s  {line}", file=sys.stderr, flush=True)
 
-    def size(bench: Bench) -> list[Figure]:
+    figures: list[Figure] = []
+    rows: list[sizing.Row] = []
+
+    def size(bench: Bench, _log: Callable[[str], None]) -> list[Figure]:
         found, more = sizing.measure(bench, log)
         rows.extend(more)
         return found
 
-    parts: dict[str, Callable[[Bench], list[Figure]]] = {
-        "latency": lambda bench: latency.measure(bench, log),
-        "throughput": lambda bench: throughput.measure(bench, log),
-        "memory": lambda bench: memory.measure(bench, log),
-        "durable": lambda bench: durable.measure(bench, log),
-        "traffic": lambda _: traffic.measure(log),
-        "sizing": size,
-    }
-    unknown = set(given.only) - parts.keys()
-    if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    parts = (latency.measure, throughput.measure, memory.measure, durable.measure, traffic.measure, size)
     if (files := allow_files()) < WANTED_FILES:
         log(f"only {files} open files are allowed here: {WANTED_FILES} may be needed")
-    for name, measure in parts.items():
+    for name, measure in zip(PARTS, parts, strict=True):
         if not given.only or name in given.only:
-            with Bench() as bench:
-                figures += measure(bench)
-    report.write_json(given.json, figures, rows)
-    print(report.text(figures, rows))
+            with Bench(quick=given.quick) as bench:
+                figures += measure(bench, log)
+    found = report.content(figures, rows)
+    report.write_json(given.json, found)
+    print(report.text(found))
     if given.docs:
-        report.write_pages(ROOT / "docs", figures, rows)
+        report.write_pages(found)
+
+
+def _parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[], metavar="PART", choices=PARTS, help=", ".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help="a little of everything: shows that it works, no figures")
+    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results.json", metavar="FILE")
+    parser.add_argument("--docs", action="store_true", help="write performance.md, sizing.md and performance.json")
+    parser.add_argument("--render", action="store_true", help="measure nothing; write the pages anew from the JSON")
+    given: argparse.Namespace = parser.parse_args()
+    if given.docs and (given.only or given.quick):
+        parser.error("the pages show one whole run: --docs goes with neither --only nor --quick")
+    return given
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import msgspec
 
 from bench import loads, requests
 from bench.controller import Send
-from bench.figures import Figure, Log, compared
+from bench.figures import Figure, Log, compared, spread
 from bench.load import Plan
 from bench.servers import Bench
 from shim.core.records import AddTrace, CommandRecord, PutCommand, SessionKey, TraceEntry
@@ -25,7 +25,7 @@ from shim.store import CommitProbe
 from shim.store.sqlite import SqliteStore
 
 PART = "Durable commands"
-ROUNDS = 5
+ROUNDS = 7
 OUTSTANDING = {1: 400, 10: 3000, 100: 8000}
 AIM = 0.7
 FLOOD = 3000
@@ -47,9 +47,10 @@ def measure(bench: Bench, log: Log) -> list[Figure]:
     What arrives during a commit shares the next: plain sqlite3 is given batches of the size that came of it.
     """
     figures = []
-    for outstanding, count in OUTSTANDING.items():
+    for outstanding, all_of_them in OUTSTANDING.items():
+        count = bench.pick(all_of_them, 100)
         ours, bare, threaded, sizes = [], [], [], []
-        for _ in range(ROUNDS):
+        for _ in range(bench.pick(ROUNDS, 1)):
             with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
                 took_s, commits = _through_store(Path(folder) / "ours.db", _records(count), outstanding)
                 sizes.append(count / commits)
@@ -80,12 +81,15 @@ def flood(bench: Bench, log: Log) -> Figure:
     beats = [requests.heartbeat(server, number) for number in range(FLOODED)]
     loads.run(Plan(host=server.host, port=server.port, requests=beats, connections=FLOODED, total=FLOODED))
     clusters = [requests.cluster(number) for number in range(FLOODED)]
+    count = bench.pick(FLOOD, 100)
     rates = []
-    for round_ in range(3):
-        answer = controller.ask(Send(clusters, FLOOD, 0, f"flood-{round_}", acked=True))
-        rates.append(FLOOD / answer["acked_s"])
+    for round_ in range(bench.pick(5, 1)):
+        answer = controller.ask(Send(clusters, count, 0, f"flood-{round_}", acked=True))
+        rates.append(count / answer["acked_s"])
     log(f"flood: {rates[-1]:,.0f}/s")
-    return Figure(PART, "the whole way: send to acknowledgement", "1/s", sorted(rates)[1], better="more")
+    return Figure(
+        PART, "the whole way: send to acknowledgement", "1/s", median(rates), better="more", note=spread(rates)
+    )
 
 
 def _records(count: int) -> list[CommandRecord]:

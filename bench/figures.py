@@ -61,21 +61,29 @@ class Figure:
             "ours": self.ours,
             "baseline": self.baseline,
             "against": self.against,
-            "ratio": self.ratio,
-            "worst": self.worst,
-            "best": self.best,
-            "rounds": len(self.ratios),
+            "ratios": list(self.ratios),
             "better": self.better,
             "aim": self.aim,
+            "absolute": self.absolute,
             "met": self.met,
             "note": self.note,
         }
 
 
+def from_json(known: dict[str, Any]) -> Figure:
+    """Inverse of `Figure.to_json`."""
+    return Figure(**{key: value for key, value in known.items() if key != "met"})
+
+
 def compared(part: str, what: str, unit: str, ours: Sequence[float], base: Sequence[float], **rest: Any) -> Figure:
     """A figure of paired rounds."""
-    ratios = tuple(one / other for one, other in zip(ours, base, strict=True))
+    ratios = tuple(one / other for one, other in zip(ours, base, strict=True) if other)
     return Figure(part, what, unit, median(ours), median(base), ratios=ratios, **rest)
+
+
+def spread(rounds: Sequence[float]) -> str:
+    """What a figure without a baseline came to in the rounds."""
+    return f"rounds from {number(min(rounds))} to {number(max(rounds))}"
 
 
 def number(value: float | None) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections import Counter
 from statistics import median
 
 from bench import loads, requests, simulation
 from bench.controller import Send
-from bench.figures import Figure, Log, number
+from bench.figures import Figure, Log, spread
 from bench.load import Plan
 from bench.requests import cluster
 from bench.servers import OTHER_CORES, TOKEN, Bench, Server, spawn
+from shim.tools.agents import PollStyle
 from shim.tools.latency import percentile
 
 SIMULATED = "Latency of single commands, an hour of virtual time"
@@ -20,52 +22,62 @@ REAL = "Latency, real time"
 QUIET = {"level": "warning"}
 SHARE_SESSIONS = 1000
 SHARE_COMMANDS = 800
-SHARE_ROUNDS = 3
+SHARE_ROUNDS = 5
 SHARE_RATE_HZ = 200.0
+SHARE = "agent_shim_command_offer_seconds"
+AIM_MS = 10.0
 FLEET_AGENTS = 50
-FLEET_S = 15
-FLEET_RATE_HZ = 2.0
+FLEET_S = 60
+FLEET_RATE_HZ = 4.0
+# A hold grows by a second with each poll, and whether heartbeats run beside the polls is found out in some more.
+FLEET_WARM_UP_S = 75
+MOST_HOLD_S = 20.0
 
 
 def measure(bench: Bench, log: Log) -> list[Figure]:
     """Virtual time for the agents' paces, real time for what the shim itself takes."""
-    return [*_paces(log), *_fleet(bench, log), *_share(bench, log)]
+    return [*_paces(bench, log), *_fleets(bench, log), *_share(bench, log)]
 
 
-def _paces(log: Log) -> list[Figure]:
+def _paces(bench: Bench, log: Log) -> list[Figure]:
     figures: list[Figure] = []
-    found = {hold: simulation.latencies_s(hold) for hold in ("off", "auto")}
-    for (pace, interval_s), auto in found["auto"].items():
-        off = sorted(found["off"][pace, interval_s])
-        held = sorted(auto)
-        log(f"{pace} {interval_s:.0f} s: {len(held)} commands")
+    span = bench.pick(simulation.Span(), simulation.Span(1, 60.0, 200.0))
+    found = {hold: simulation.latencies_s(hold, span) for hold in ("off", "auto")}
+    for pace, interval_s in sorted(found["auto"].keys() & found["off"].keys(), reverse=True):
+        off, held = (sorted(found[hold][pace, interval_s]) for hold in ("off", "auto"))
+        ticker = pace == PollStyle.TICKER.value
+        kind = f"fixed {'rate' if ticker else 'pause'} {interval_s:.0f} s"
+        log(f"{kind}: {len(held)} commands")
         for q in (50, 95, 99):
             ours, base = percentile(held, q), percentile(off, q)
             # An agent that polls at a fixed rate is always held if its interval fits into a hold.
-            aim = 0.1 if pace == "ticker" and interval_s <= 20 and q == 99 else None
-            what = f"{'fixed rate' if pace == 'ticker' else 'fixed pause'} {interval_s:.0f} s, p{q}"
+            aim = 0.1 if ticker and interval_s <= MOST_HOLD_S and q == 99 else None
             ratios = (ours / base,) if base else ()
-            figures.append(Figure(SIMULATED, what, "s", ours, base, "hold off", ratios, aim=aim, absolute=True))
+            figures.append(
+                Figure(SIMULATED, f"{kind}, p{q}", "s", ours, base, "hold off", ratios, aim=aim, absolute=True)
+            )
     return figures
 
 
-def _fleet(bench: Bench, log: Log) -> list[Figure]:
-    """`fleet`, whose agents poll every 5 s at a fixed rate: with holds that were learnt, without, and by `naive`."""
-    figures: list[Figure] = []
+def _fleets(bench: Bench, log: Log) -> list[Figure]:
+    """`fleet`, whose agents poll every 5 s at a fixed rate, of three servers at the same time."""
     controller = bench.dev_controller()
     servers = {
         "auto": bench.shim(controller, log=QUIET),
         "hold off": bench.shim(controller, log=QUIET, poll={"hold": "off"}),
         "naive": bench.naive(controller),
     }
+    running = {name: _start_fleet(bench, server, controller, name) for name, server in servers.items()}
     found: dict[str, dict[str, float]] = {}
-    for name, server in servers.items():
-        if name == "auto":
-            _run_fleet(server, None, name, 45)  # the holds grow by a second with each poll
-        found[name] = _run_fleet(server, controller, name, FLEET_S)
+    for name, process in running.items():
+        commands = json.loads(process.communicate()[0])["commands"]
+        if commands["in_hand"] != commands["sent"]:
+            raise RuntimeError(f"{name}: {commands['sent'] - commands['in_hand']} commands did not arrive")
+        found[name] = commands["latency"]
         log(f"fleet, {name}: p50 {found[name]['p50_s'] * 1e3:.1f} ms, p99 {found[name]['p99_s'] * 1e3:.1f} ms")
+    figures: list[Figure] = []
     for name in ("hold off", "naive"):
-        for q in ("p50_s", "p95_s", "p99_s"):
+        for q in ("p50_s", "p95_s", "p99_s", "max_s"):
             ours, base = found["auto"][q], found[name][q]
             what = f"{FLEET_AGENTS} agents polling every 5 s, {q[:-2]}"
             aim = 0.1 if q == "p99_s" and name == "hold off" else None
@@ -73,56 +85,63 @@ def _fleet(bench: Bench, log: Log) -> list[Figure]:
     return figures
 
 
-def _run_fleet(server: Server, controller: Server | None, name: str, duration_s: int) -> dict[str, float]:
+def _start_fleet(bench: Bench, server: Server, controller: Server, name: str) -> subprocess.Popen[bytes]:
+    warm_up_s, measured_s = bench.pick((FLEET_WARM_UP_S, FLEET_S), (5, 2))
     args = ["-m", "shim", "fleet", "--url", server.url, "--agents", str(FLEET_AGENTS), "--token", TOKEN]
     args += ["--dialect", "clusters_agent", "--poll-interval", "5", "--heartbeat-interval", "5", "--spread", "4.5"]
-    args += ["--duration", str(duration_s), "--prefix", name.replace(" ", "-"), "--json", "-"]
-    if controller is not None:
-        args += ["--control", controller.url, "--rate", str(FLEET_RATE_HZ)]
-    process = spawn(args, OTHER_CORES, stdout=subprocess.PIPE)
-    out, _ = process.communicate()
-    if controller is None:
-        return {}
-    report = json.loads(out)
-    latency: dict[str, float] = report["commands"]["latency"]
-    return latency
+    args += ["--duration", str(warm_up_s + measured_s), "--warm-up", str(warm_up_s), "--rate", str(FLEET_RATE_HZ)]
+    args += ["--prefix", name.replace(" ", "-"), "--control", controller.url, "--json", "-"]
+    return spawn(args, OTHER_CORES, stdout=subprocess.PIPE)
 
 
 def _share(bench: Bench, log: Log) -> list[Figure]:
     """What the shim itself takes while 1,000 polls are held, by its own histogram and by what agents see."""
-    controller = bench.controller()
-    server = bench.shim(controller, poll={"hold": 20.0}, log={"level": "warning"})
+    controller, sessions = bench.controller(), bench.pick(SHARE_SESSIONS, 20)
+    server = bench.shim(controller, poll={"hold": MOST_HOLD_S}, log=QUIET)
     plan = Plan(
         host=server.host,
         port=server.port,
-        requests=[requests.poll(server, n) for n in range(SHARE_SESSIONS)],
-        connections=SHARE_SESSIONS,
+        requests=[requests.poll(server, n) for n in range(sessions)],
+        connections=sessions,
         mode="polling",
     )
-    seen_ms: list[list[float]] = []
+    sent_s: list[dict[str, float]] = []
+    own: list[Counter[float]] = []
     with loads.start(plan) as process:
         loads.held(process)
         time.sleep(1.0)
-        clusters = [cluster(n) for n in range(SHARE_SESSIONS)]
-        jobs = [Send(clusters, SHARE_COMMANDS, SHARE_RATE_HZ, f"share-{n}") for n in range(SHARE_ROUNDS)]
-        sent_s: list[dict[str, float]] = [controller.ask(job)["sent"] for job in jobs]
-        time.sleep(0.5)
+        clusters = [cluster(n) for n in range(sessions)]
+        before = server.buckets(SHARE)
+        for round_ in range(bench.pick(SHARE_ROUNDS, 1)):
+            job = Send(clusters, bench.pick(SHARE_COMMANDS, 20), SHARE_RATE_HZ, f"share-{round_}")
+            sent_s.append(controller.ask(job)["sent"])
+            time.sleep(0.5)
+            after = server.buckets(SHARE)
+            own.append(Counter({bound: count - before[bound] for bound, count in after.items()}))
+            before = after
         in_hand_s = loads.found(process).in_hand_s
-    for sent in sent_s:
-        if missing := sent.keys() - in_hand_s.keys():
-            raise RuntimeError(f"{len(missing)} commands did not arrive")
-        seen_ms.append(sorted((in_hand_s[command_id] - at_s) * 1e3 for command_id, at_s in sent.items()))
+    seen_ms = [_latencies_ms(sent, in_hand_s) for sent in sent_s]
     log(f"own share: p99 {percentile(seen_ms[-1], 99):.1f} ms at the agent")
-    held = f"{SHARE_SESSIONS:,} sessions held, {SHARE_RATE_HZ:.0f} commands/s"
+    held = f"{sessions:,} sessions held, {SHARE_RATE_HZ:.0f} commands/s"
     figures = []
     for q in (50, 95, 99):
-        found = sorted(percentile(each, q) for each in seen_ms)
-        note = f"rounds from {number(found[0])} to {number(found[-1])} ms"
-        figures.append(Figure(REAL, f"{held}, in hand p{q}", "ms", median(found), note=note))
+        found = [percentile(each, q) for each in seen_ms]
+        figures.append(Figure(REAL, f"{held}, in hand p{q}", "ms", median(found), note=spread(found)))
     for q in (50, 99):
-        bound_ms = server.histogram_quantile("agent_shim_command_offer_seconds", q / 100) * 1e3
-        aim = 10.0 if q == 99 else None
-        note = "upper bound of the bucket of agent_shim_command_offer_seconds" if q == 99 else ""
+        found = [_at_most(each, q / 100) * 1e3 for each in own]
+        aim = AIM_MS if q == 99 else None
+        note = f"{spread(found)}; each is the upper bound of a bucket of `{SHARE}`"
         what = f"{held}, the shim's own share, p{q} at most"
-        figures.append(Figure(REAL, what, "ms", bound_ms, aim=aim, absolute=True, note=note))
+        figures.append(Figure(REAL, what, "ms", median(found), aim=aim, absolute=True, note=note))
     return figures
+
+
+def _latencies_ms(sent_s: dict[str, float], in_hand_s: dict[str, float]) -> list[float]:
+    if missing := sent_s.keys() - in_hand_s.keys():
+        raise RuntimeError(f"{len(missing)} commands did not arrive")
+    return sorted((in_hand_s[command_id] - at_s) * 1e3 for command_id, at_s in sent_s.items())
+
+
+def _at_most(buckets: Counter[float], q: float) -> float:
+    """The upper bound of the bucket that holds the quantile."""
+    return next(bound for bound, count in sorted(buckets.items()) if count >= q * buckets[float("inf")])

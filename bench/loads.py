@@ -30,7 +30,6 @@ def start(plan: Plan) -> Iterator[subprocess.Popen[bytes]]:
         process.stdin.flush()
         yield process
     finally:
-        process.stdin.close()
         end(process)
         process.stdout.close()
 

@@ -4,53 +4,76 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import machine, sizing
-from bench.figures import Figure, markdown, table
+from bench import machine, sizing, traffic
+from bench.figures import Figure, from_json, markdown, table
+from bench.servers import ROOT
 
 BEGIN = "<!-- bench: begin -->"
 END = "<!-- bench: end -->"
+DOCS = ROOT / "docs"
+DATA = DOCS / "performance.json"
+PAGES = ("performance.md", "sizing.md")
+OF_SIZING = (sizing.PART, traffic.PART)
 
 
-def text(figures: Sequence[Figure], rows: Sequence[sizing.Row]) -> str:
-    """What a terminal shows."""
-    lines = [*_about(), "", *table(figures)]
-    if rows:
-        lines += ["", *sizing.markdown(list(rows))]
-    return "\n".join(lines)
-
-
-def write_json(path: Path, figures: Sequence[Figure], rows: Sequence[sizing.Row]) -> None:
-    """Everything, for machines."""
-    content: dict[str, Any] = {
+def content(figures: Sequence[Figure], rows: Sequence[sizing.Row]) -> dict[str, Any]:
+    """Everything that was measured, as plain data."""
+    return {
         "about": machine.described(),
         "load": machine.load(),
         "figures": [figure.to_json() for figure in figures],
-        "sizing": [{name: getattr(row, name) for name in row.__slots__} for row in rows],
+        "sizing": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write_pages(docs: Path, figures: Sequence[Figure], rows: Sequence[sizing.Row]) -> None:
-    """Put the tables between the markers of the pages."""
-    about = ["", *(f"- {line}" for line in _about()), ""]
-    _between(docs / "performance.md", [*about, *markdown(figures), ""])
-    if rows:
-        _between(docs / "sizing.md", [*about, *sizing.markdown(list(rows)), ""])
+def write_json(path: Path, found: dict[str, Any]) -> None:
+    """For machines."""
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _about() -> list[str]:
-    known = machine.described()
+def text(found: dict[str, Any]) -> str:
+    """What a terminal shows."""
+    lines = [*_about(found), "", *table(_figures(found))]
+    if found["sizing"]:
+        lines += ["", *sizing.markdown(_rows(found))]
+    return "\n".join(lines)
+
+
+def rendered(page: str, name: str, found: dict[str, Any]) -> str:
+    """One of `PAGES` with the tables between its markers."""
+    lines = ["", *(f"- {line}" for line in _about(found)), ""]
+    if name == "sizing.md":
+        lines += ["### By number of agents", "", *sizing.markdown(_rows(found))]
+    lines += markdown([each for each in _figures(found) if (each.part in OF_SIZING) == (name == "sizing.md")])
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return "\n".join([before + BEGIN, *lines, END + after])
+
+
+def write_pages(found: dict[str, Any]) -> None:
+    """The pages and the JSON beside them."""
+    write_json(DATA, found)
+    for name in PAGES:
+        path = DOCS / name
+        path.write_text(rendered(path.read_text(), name, found))
+
+
+def _figures(found: dict[str, Any]) -> list[Figure]:
+    return [from_json(each) for each in found["figures"]]
+
+
+def _rows(found: dict[str, Any]) -> list[sizing.Row]:
+    return [sizing.Row(**each) for each in found["sizing"]]
+
+
+def _about(found: dict[str, Any]) -> list[str]:
+    known = found["about"]
     return [
         f"{known['machine']}; {known['system']}",
         f"{known['python']}, {known['libraries']}",
-        f"agent-shim {known['shim']}, {known['date']}; load before the end {machine.load():.1f}",
+        f"agent-shim {known['shim']}, {known['date']}; load before the end {found['load']:.1f}",
     ]
-
-
-def _between(path: Path, lines: Sequence[str]) -> None:
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text("\n".join([before + BEGIN, *lines, END + after.rstrip("\n"), ""]))

@@ -12,11 +12,12 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 import yaml
@@ -28,7 +29,6 @@ ROOT = Path(__file__).absolute().parent.parent
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE = {CORES[0]}
 OTHER_CORES = set(CORES[1:]) or SERVER_CORE
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(slots=True)
@@ -46,9 +46,9 @@ class Server:
         return f"http://{self.host}:{self.port}"
 
     def cpu_s(self) -> float:
-        """CPU seconds used so far, user and system."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+        """CPU seconds that its threads have used so far, to the nanosecond."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
     def ask(self, job: Any) -> Any:
         """Have a controller do a job; returns its answer when it is over."""
@@ -61,14 +61,14 @@ class Server:
             raise RuntimeError(f"the controller could not do it: {answer['error']}")
         return answer
 
-    def histogram_quantile(self, name: str, q: float) -> float:
-        """The upper bound of the bucket that holds the quantile, over all labels; from the admin port."""
+    def buckets(self, name: str) -> Counter[float]:
+        """A histogram's cumulative counts by upper bound, over all labels; from the admin port."""
         with urllib.request.urlopen(f"http://{self.ready['admin']}/metrics", timeout=10) as response:
             text = response.read().decode()
-        buckets: dict[float, float] = {}
+        buckets: Counter[float] = Counter()
         for bound, value in re.findall(rf'^{name}_bucket{{[^}}]*le="([^"]+)"[^}}]*}} (\S+)$', text, re.MULTILINE):
-            buckets[float(bound)] = buckets.get(float(bound), 0.0) + float(value)
-        return next(bound for bound, count in sorted(buckets.items()) if count >= q * buckets[float("inf")])
+            buckets[float(bound)] += int(float(value))
+        return buckets
 
     def rss_bytes(self) -> int:
         """Resident memory now."""
@@ -128,13 +128,14 @@ def serving(args: list[str], cores: set[int], folder: Path, *, jobs: bool = Fals
         yield Server(process, host, int(port), start_s, ready)
     finally:
         end(process)
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                stream.close()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, and SIGKILL for those that do not go."""
+    """No more jobs, SIGTERM, and SIGKILL for those that do not go."""
+    if process.stdin is not None:
+        process.stdin.close()
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
@@ -144,10 +145,17 @@ def end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-class Bench:
-    """What one run of the bench starts; everything ends with its block, in reverse."""
+T = TypeVar("T")
 
-    def __init__(self) -> None:
+
+class Bench:
+    """What one run of the bench starts; everything ends with its block, in reverse.
+
+    `quick`: as little of everything as shows that it works.
+    """
+
+    def __init__(self, *, quick: bool = False) -> None:
+        self._quick = quick
         self._stack = ExitStack()
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="agent-shim-bench-")))
 
@@ -156,6 +164,10 @@ class Bench:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
+
+    def pick(self, full: T, quick: T) -> T:
+        """How much of something there is to be."""
+        return quick if self._quick else full
 
     def controller(self) -> Server:
         """`bench.controller`, which takes its jobs by `Server.ask`. It is not measured."""

@@ -28,9 +28,6 @@ from tests.support.virtual import VirtualClock, VirtualLoop, run_virtual
 TOKEN = "tok-bench"  # noqa: S105
 PACES = (PollStyle.TICKER, PollStyle.PAUSE)
 INTERVALS_S = (5.0, 10.0, 30.0)
-AGENTS_PER_KIND = 6
-WARM_UP_S = 900.0
-MEASURED_S = 3600.0
 # Commands to one agent are far enough apart that each finds it polling again: a further one waits for the next poll.
 LEAST_GAP_S, MOST_GAP_S = 70.0, 190.0
 
@@ -147,12 +144,21 @@ def run(simulation: Coroutine[Any, Any, T]) -> T:
     return run_virtual(wound_up())
 
 
-def latencies_s(hold: str) -> dict[Kind, list[float]]:
+@dataclass(frozen=True, slots=True)
+class Span:
+    """How many agents of each kind live for how long, and for how long they were learnt before."""
+
+    agents_per_kind: int = 6
+    warm_up_s: float = 900.0
+    measured_s: float = 3600.0
+
+
+def latencies_s(hold: str, span: Span) -> dict[Kind, list[float]]:
     """Seconds from send to hand by the agents' pace and interval, after they were learnt."""
-    return run(_latencies_s(hold))
+    return run(_latencies_s(hold, span))
 
 
-async def _latencies_s(hold: str) -> dict[Kind, list[float]]:
+async def _latencies_s(hold: str, span: Span) -> dict[Kind, list[float]]:
     loop = asyncio.get_running_loop()
     sent_s: dict[str, float] = {}
     found: dict[Kind, list[float]] = {}
@@ -166,8 +172,8 @@ async def _latencies_s(hold: str) -> dict[Kind, list[float]]:
         return event
 
     async def push(agent: LegacyAgent) -> None:
-        end_s = loop.time() + WARM_UP_S + MEASURED_S
-        await asyncio.sleep(WARM_UP_S)
+        end_s = loop.time() + span.warm_up_s + span.measured_s
+        await asyncio.sleep(span.warm_up_s)
         while loop.time() < end_s:
             await asyncio.sleep(rng.uniform(LEAST_GAP_S, MOST_GAP_S))
             command_id = f"cmd-{len(sent_s)}"
@@ -178,7 +184,7 @@ async def _latencies_s(hold: str) -> dict[Kind, list[float]]:
         lives, pushes = [], []
         for pace in PACES:
             for interval_s in INTERVALS_S:
-                for number in range(AGENTS_PER_KIND):
+                for number in range(span.agents_per_kind):
                     name = f"{pace.value}-{interval_s:.0f}-{number}"
                     who = Identity(agent_id=f"agent-{name}", cluster_name=name, token=TOKEN)
                     profile = Profile(poll_interval_s=interval_s, poll_style=pace, heartbeat_interval_s=30.0)

@@ -11,7 +11,7 @@ from bench.load import Plan
 from bench.servers import Bench, Server
 
 PART = "Throughput: 32 keep-alive connections, one core"
-ROUNDS = 5
+ROUNDS = 9
 CONNECTIONS = 32
 AIM = 0.7
 QUIET = {"level": "warning"}
@@ -29,12 +29,13 @@ def measure(bench: Bench, log: Log) -> list[Figure]:
         "naive": bench.naive(controller),
     }
     figures: list[Figure] = []
+    rounds = bench.pick(ROUNDS, 1)
     for what, make in (("heartbeats", requests.heartbeat), ("empty polls", requests.poll)):
         rates: dict[str, list[float]] = {name: [] for name in servers}
         costs_us: dict[str, list[float]] = {name: [] for name in servers}
-        for round_ in range(ROUNDS + 1):
+        for round_ in range(rounds + 1):
             for name, server in servers.items():
-                rate, cost_us = _round(server, make)
+                rate, cost_us = _round(server, make, bench.pick(1.0, 0.1))
                 if round_:
                     rates[name].append(rate)
                     costs_us[name].append(cost_us)
@@ -52,14 +53,14 @@ def measure(bench: Bench, log: Log) -> list[Figure]:
     return figures
 
 
-def _round(server: Server, make: Make) -> tuple[float, float]:
+def _round(server: Server, make: Make, duration_s: float) -> tuple[float, float]:
     """Calls per second, and CPU microseconds per call."""
     plan = Plan(
         host=server.host,
         port=server.port,
         requests=[make(server, number) for number in range(CONNECTIONS)],
         connections=CONNECTIONS,
-        duration_s=1.0,
+        duration_s=duration_s,
     )
     before_s = server.cpu_s()
     found = loads.run(plan)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from bench import simulation
 from bench.figures import Figure, Log
+from bench.servers import Bench
 from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, Profile, What
 from tests.support.virtual import VirtualClock
 
@@ -65,7 +66,7 @@ class Hour:
         self.upstream_bytes = 0
 
 
-async def _hour(hold: str) -> Hour:
+async def _hour(hold: str, commands: int) -> Hour:
     hour, agent_wire, upstream_wire = Hour(), Wire(), Wire()
     loop = asyncio.get_running_loop()
     clock: Any = VirtualClock(loop)
@@ -80,7 +81,7 @@ async def _hour(hold: str) -> Hour:
         await asyncio.sleep(600.0)  # the holds are learnt
         hour.calls, agent_wire.size_bytes, upstream_wire.size_bytes = 0, 0, 0
         first = world.controller.history.last_n
-        for number in range(COMMANDS):
+        for number in range(commands):
             await asyncio.sleep(HOUR_S / COMMANDS)
             await world.controller.push_command(id=f"cmd-{number}", cluster_id=agent.cluster_id)
         await asyncio.sleep(30.0)
@@ -91,9 +92,9 @@ async def _hour(hold: str) -> Hour:
     return hour
 
 
-def measure(log: Log) -> list[Figure]:
+def measure(bench: Bench, log: Log) -> list[Figure]:
     """The shim with holds against the agent's own calls without."""
-    plain, held = simulation.run(_hour("off")), simulation.run(_hour("auto"))
+    plain, held = (simulation.run(_hour(hold, bench.pick(COMMANDS, 1))) for hold in ("off", "auto"))
     log(f"traffic: {held.messages} messages for {plain.calls} calls")
     note = "requests and responses against messages both ways; payload of TCP, without TLS"
     return [

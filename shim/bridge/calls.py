@@ -101,7 +101,7 @@ class Calls:
         if owner is None:
             return Answer(Failed(401, "a Bearer token is required"))
         try:
-            if isinstance(call, (HeartbeatCall, PollCall, StatusCall, ResultCall)):
+            if self._ctx.settings.upstream.own_tokens:
                 self._vet(owner, client, call)
             match call:
                 case HeartbeatCall():
@@ -119,12 +119,12 @@ class Calls:
         except AgentError as error:
             return failed(error)
 
-    def _vet(self, owner: str, client: Client, call: HeartbeatCall | PollCall | StatusCall | ResultCall) -> None:
+    def _vet(self, owner: str, client: Client, call: AgentCall) -> None:
         """An unknown agent with a token of its own must get a link, and no refusal, before anything is kept of it.
 
         Raises `AgentError`.
         """
-        if not self._ctx.settings.upstream.own_tokens:
+        if not isinstance(call, (HeartbeatCall, PollCall, StatusCall, ResultCall)):
             return
         key = self._ctx.sessions.key_of(owner, call.target)
         if self._ctx.sessions.get(key) is not None and not self._roster.admission.withheld(key):
@@ -142,6 +142,16 @@ class Calls:
         runner = self._routes.link_for(session, client)
         self._presence.heartbeat(session)
         return self._verdict(runner)
+
+    def vouched(self, client: Client, call: HeartbeatCall, age_s: float) -> None:
+        """A heartbeat that another process heard so long ago, for an agent that has not called here yet."""
+        owner = self._routes.owner_of(client.token)
+        key = self._ctx.sessions.key_of(owner, call.target) if owner is not None else None
+        session = self._ctx.sessions.get(key) if key is not None else None
+        if session is None or session.contact_at is not None:
+            return
+        self.at_once(client, call, self._ctx.now)
+        session.contact_at = session.heartbeat_at = self._ctx.now - age_s
 
     def _verdict(self, runner: LinkRunner) -> Outcome:
         if runner.machine.refused:

@@ -31,6 +31,7 @@ _SECRET = re.compile(
     r"token|passw|secret|credential|authorization|cookie|kubeconfig|(private|api|access)_?key", re.IGNORECASE
 )
 _HOST_KEYS = ("k8s_version", "hostname", "server_ip", "region", "cloud_provider")
+_TELLING = frozenset({"agent_version", "version", *_HOST_KEYS})
 _GROUPS = (
     ("prometheus_url", "prometheus"),
     ("loki_url", "loki"),
@@ -184,6 +185,8 @@ def _known(body: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     if "cluster_name" in body or "name" in body:
         found["name"] = first_text(body, "cluster_name", "name")
     for source in (metadata, body):
+        if _TELLING.isdisjoint(source):
+            continue
         if "agent_version" in source or "version" in source:
             found["agent_version"] = first_text(source, "agent_version", "version") or found.get("agent_version", "")
         for key in _HOST_KEYS:

@@ -1,6 +1,6 @@
 """The JetStream server as the store sees it: bounded requests, and errors that say what may be done about them.
 
-This module and `probe` alone import `nats`; they are imported where `store.url` is set, never otherwise.
+It imports `nats`, and is itself imported where `store.url` is set, never otherwise.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ _NO_FILE = "store.credentials_file or store.ca_file cannot be read"
 _NO_CREDENTIALS = "store.credentials_file holds no credentials"
 _LASTING = frozenset({_REFUSED, _NO_TLS, _NOT_TRUSTED, _NO_FILE, _NO_CREDENTIALS})
 _FETCH = 64
+FEW = 2000
+_WAYS = 16
 # Longer than a store takes to be read: nothing is acknowledged, and nothing must come twice.
 _ACK_WAIT_S = 3600.0
 
@@ -64,7 +66,8 @@ class Stored:
 
 
 @contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
+    """Errors of the client as `StoreError`s."""
     try:
         yield
     except nats.js.errors.ServiceUnavailableError as error:
@@ -172,19 +175,20 @@ class Server:
         if client is not None:
             await _close(client)
 
-    def _connected(self) -> _Client:
+    def connected(self) -> Client:
+        """The client of the connection that there is. Raises `Unavailable`."""
         if self._client is None or not self._client.is_connected:
             raise Unavailable("there is no connection to the NATS server")
         return self._client
 
     async def ensure(self, streams: Iterable[dict[str, Any]]) -> None:
         """Create streams, or set their number of replicas where they exist."""
-        js = self._connected().jetstream(timeout=CONNECT_S)
+        js = self.connected().jetstream(timeout=CONNECT_S)
         for configuration in streams:
             wanted = StreamConfig(**configuration)
             name = str(wanted.name)
             try:
-                with _translated():
+                with translated():
                     try:
                         found = (await js.stream_info(name)).config
                     except nats.js.errors.NotFoundError:
@@ -199,25 +203,25 @@ class Server:
                     ) from None
                 raise
 
-    async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
+    async def publish(self, subject: str, body: bytes, headers: dict[str, str], answer_s: float = ANSWER_S) -> int:
         """Store a message; its sequence. A duplicate (by `Nats-Msg-Id`) has the sequence of the first."""
-        js = self._connected().jetstream()
-        with _translated():
-            seq = (await js.publish(subject, body, timeout=ANSWER_S, headers=headers)).seq
+        js = self.connected().jetstream()
+        with translated():
+            seq = (await js.publish(subject, body, timeout=answer_s, headers=headers)).seq
         if not seq:
             raise Unavailable("a duplicate of what the servers have not agreed upon yet")
         return seq
 
     async def last_sequence(self, stream: str) -> int:
         """The highest sequence that a stream ever had."""
-        js = self._connected().jetstream(timeout=ANSWER_S)
-        with _translated():
+        js = self.connected().jetstream(timeout=ANSWER_S)
+        with translated():
             return (await js.stream_info(stream)).state.last_seq
 
     async def message(self, stream: str, seq: int = 0, subject: str = "") -> Stored | None:
         """The message with this sequence, or the last one of this subject."""
-        js = self._connected().jetstream(timeout=ANSWER_S)
-        with _translated():
+        js = self.connected().jetstream(timeout=ANSWER_S)
+        with translated():
             try:
                 found = await js.get_msg(stream, seq=seq or None, subject=subject or None)
             except nats.js.errors.NotFoundError:
@@ -226,9 +230,9 @@ class Server:
 
     async def delete(self, stream: str, seq: int) -> None:
         """Delete the message with this sequence, if it is there."""
-        client = self._connected()
+        client = self.connected()
         request = json.dumps({"seq": seq, "no_erase": True}).encode()
-        with _translated():
+        with translated():
             answer = await client.request(f"$JS.API.STREAM.MSG.DELETE.{stream}", request, timeout=ANSWER_S)
         error = json.loads(answer.data).get("error", {})
         if error.get("code") == 503:
@@ -239,22 +243,50 @@ class Server:
 
     async def purge(self, stream: str, before: int) -> None:
         """Delete what is older than this sequence."""
-        js = self._connected().jetstream(timeout=ANSWER_S)
-        with _translated():
+        js = self.connected().jetstream(timeout=ANSWER_S)
+        with translated():
             await js.purge_stream(stream, seq=before)
 
     async def read(self, stream: str, until: int) -> list[Stored]:
-        """All messages of a stream up to this sequence, which exists, by one consumer that exists only meanwhile.
+        """All messages of a stream up to this sequence, which exists.
 
-        The consumer may live on a server that lags behind the others: only `until` itself tells that all has come.
+        Few are asked for one by one: that needs the stream's own leader only, a consumer those of the whole cluster.
         """
-        js = self._connected().jetstream(timeout=CONNECT_S)
+        js = self.connected().jetstream(timeout=CONNECT_S)
+        with translated():
+            state = (await js.stream_info(stream)).state
+        if state.messages > FEW:
+            return await self._consume(stream, until)
+        share = max(1, -(-(until + 1 - state.first_seq) // _WAYS))
+        starts = range(state.first_seq, until + 1, share)
+        parts = await asyncio.gather(*(self._walk(stream, start, min(start + share, until + 1)) for start in starts))
+        return [each for part in parts for each in part]
+
+    async def _walk(self, stream: str, start: int, end: int) -> list[Stored]:
+        """The messages from one sequence to before another."""
+        js = self.connected().jetstream(timeout=CONNECT_S)
+        found: list[Stored] = []
+        with translated(), contextlib.suppress(nats.js.errors.NotFoundError):
+            while start < end:
+                message = await js.get_msg(stream, seq=start, subject=">", next=True)
+                seq = message.seq or end
+                if seq < end:
+                    found.append(Stored(seq, message.subject or "", message.data or b""))
+                start = seq + 1
+        return found
+
+    async def _consume(self, stream: str, until: int) -> list[Stored]:
+        """By one consumer that exists only meanwhile.
+
+        It may live on a server that lags behind the others: only `until` itself tells that all has come.
+        """
+        js = self.connected().jetstream(timeout=CONNECT_S)
         # By name: what a reader that died left behind would be in the way on a work-queue stream.
         name = "opening"
         config = ConsumerConfig(
             durable_name=name, ack_policy=AckPolicy.EXPLICIT, ack_wait=_ACK_WAIT_S, max_ack_pending=-1
         )
-        with _translated():
+        with translated():
             with contextlib.suppress(nats.js.errors.NotFoundError):
                 await js.delete_consumer(stream, name)
             await js.add_consumer(stream, config)
