@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import Counter, Histogram, generate_latest
 
 from shim.counting import Counts, Spreads
 from shim.metrics import Registry
@@ -12,8 +12,8 @@ BOUNDS = (0.001, 0.25, 1, 30)
 VALUES = (0.0, 0.001, 0.0011, 0.25, 1.0, 29.9, 30.0, 31.0, 0.2)
 
 
-def both() -> tuple[CollectorRegistry, CollectorRegistry]:
-    """A registry of ours and one of the library's, with nothing in them."""
+def both() -> tuple[Registry, Registry]:
+    """Registries for ours and for the library's."""
     return Registry(), Registry()
 
 
