@@ -39,6 +39,7 @@ log = get(__name__)
 
 SILENCE_S = 10.0
 """A replica that has said nothing of a reply for so long will not."""
+AFTERWARDS_S = 0.05
 _PEER_BITS = 40
 
 
@@ -192,6 +193,10 @@ class Service:
         for process, number in list(self._tasks):
             if process not in living:
                 self.left(process, number)
+        # Its polls are over by then: nothing that is in doubt now may be offered to them.
+        self._place.timers.call_later(AFTERWARDS_S, lambda: self._forsake(living))
+
+    def _forsake(self, living: frozenset[str]) -> None:
         for lease, lent in list(self._lent.items()):
             if lent.process not in living:
                 self._doubt(lease)
