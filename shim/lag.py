@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Callable
 
 from shim.metrics import Metrics
 from shim.ports import Clock
@@ -14,6 +15,15 @@ SAMPLE_S = 0.1
 # and by default it comes whenever a quarter more is alive than before: with every wave of held polls. What is garbage
 # is nearly always young: the young are searched, and all only after tens of millions of objects.
 _YOUNG, _MIDDLE, _ALL = 10_000, 20, 200
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """The fastest event loop that is installed; `None` is asyncio's own."""
+    try:
+        import uvloop  # noqa: PLC0415 - not installed everywhere
+    except ModuleNotFoundError:
+        return None
+    return uvloop.new_event_loop
 
 
 def collect_rarely() -> None:

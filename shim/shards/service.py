@@ -174,7 +174,7 @@ class Service:
         if lent is not None:
             self.written(lent.process, lease)
             self._carrying.pop(lent.connection, None)
-            lent.bridge.connection_lost(lent.connection)
+            lent.bridge.delivery.connection_lost(lent.connection)
 
     def next_request(self, sender: str, said: NextRequest) -> None:
         """The agent went on with a connection."""
@@ -203,7 +203,7 @@ class Service:
         dead = {self._peers.pop(process) for process in list(self._peers) if process not in living}
         for connection in [each for each in self._carrying if each >> _PEER_BITS in dead]:
             for bridge in self._carrying.pop(connection):
-                bridge.connection_lost(connection)
+                bridge.delivery.connection_lost(connection)
 
     # ------------------------------------------------------------------------------------------------------------------
 
