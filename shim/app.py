@@ -17,19 +17,19 @@ from shim import __version__, config, dialects, logs
 from shim.admin import AdminServer
 from shim.bridge import Bridge
 from shim.clock import Clock
+from shim.compose import compose
 from shim.composition import Composition, Surroundings
 from shim.core.urls import origin_of
-from shim.errors import ConfigError, StoreError, StoreVersionError
+from shim.errors import ConfigError, StoreError, StoreVersionError, describe
 from shim.filemarks import Watched
 from shim.frontend import Frontend
 from shim.hardening import allow_connections, keep_memory_private, open_doors
 from shim.heap import collect_rarely, give_back
-from shim.lag import watch_loop
+from shim.lag import loop_factory, watch_loop
 from shim.metrics import Metrics, Registry
 from shim.passthrough import sunset_headers
 from shim.ports import CommandStore, Switchboard, UpstreamPort
 from shim.settings import Settings
-from shim.single import Single
 from shim.store import Post, open_store
 from shim.storewatch import probe
 from shim.upstream import AiohttpUpstream
@@ -62,16 +62,8 @@ def main(config_path: str | None, sets: tuple[str, ...], ready_file: str | None,
             log.warning("memory_not_private", hint="the kernel refused; a core dump would hold tokens")
         app = (kind or App)(settings, load, logging, config_path, ready_file)
         collect_rarely()
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(app.run())
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop  # noqa: PLC0415 - not installed everywhere
-    except ModuleNotFoundError:
-        return None
-    return uvloop.new_event_loop
 
 
 class App:
@@ -116,13 +108,13 @@ class App:
                     await self._stop()
         except* ConfigError as group:
             code = EXIT_CONFIG
-            log.error("config_refused", error=_describe(group))
+            log.error("config_refused", error=describe(group))
         except* StoreVersionError as group:
             code = EXIT_STORE_VERSION
-            log.error("store_version", error=_describe(group))
+            log.error("store_version", error=describe(group))
         except* Exception as group:  # noqa: BLE001 - the one place where a fault ends the process
             code = EXIT_INTERNAL
-            log.error("stopped_by_fault", error=_describe(group))
+            log.error("stopped_by_fault", error=describe(group))
         return code
 
     def spawn(self, name: str, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
@@ -156,7 +148,9 @@ class App:
             read_token=self._read_token,
             broken=self._store_broken,
         )
-        parts = self._compose(around)
+        parts = compose(around, self.make_store)
+        if isinstance(parts.subject, Bridge):
+            self.bridge = parts.subject
         self._undo.append(parts.close)
         await parts.open()
         self._parts = parts
@@ -175,21 +169,6 @@ class App:
         self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
         give_back()
         self._announce()
-
-    def _compose(self, around: Surroundings) -> Composition:
-        """One bridge, or this replica's share of many."""
-        if self.settings.shards.count:
-            return self._shards(around)
-        parts = Single(around, self.make_store(around.post))
-        self.bridge = parts.subject
-        return parts
-
-    def _shards(self, around: Surroundings) -> Composition:
-        try:
-            from shim.shards.cluster import Sharded  # noqa: PLC0415 - an extra, and memory that only gateways pay for
-        except ModuleNotFoundError as error:
-            raise StoreError(f"shards.count needs the extra agent-shim[nats]: {error.name} is not installed") from error
-        return Sharded(around)
 
     async def _serve_agents(self, parts: Composition) -> None:
         settings = self.settings
@@ -256,7 +235,7 @@ class App:
                 async with asyncio.timeout(STOP_S):
                     await undo()
             except Exception as error:  # noqa: BLE001 - the rest of the list must be undone all the same
-                log.error("stop_failed", step=getattr(undo, "__qualname__", "?"), error=_describe(error))
+                log.error("stop_failed", step=getattr(undo, "__qualname__", "?"), error=describe(error))
         log.info("stopped")
 
     def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -315,11 +294,3 @@ class App:
                 self._parts.token_changed()
         ignored = config.needs_restart(self.settings, fresh)
         log.info("config_reloaded", mode=self.settings.mode, needs_restart=ignored)
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, BaseExceptionGroup):
-        return "; ".join(_describe(inner) for inner in error.exceptions)
-    if isinstance(error, (StoreError, ConfigError, OSError)):
-        return str(error)
-    return f"{type(error).__name__}: {error}"

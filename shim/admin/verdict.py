@@ -62,6 +62,7 @@ def _problems(status: dict[str, Any]) -> Iterator[Problem]:
             yield from _of_link(link, status)
     yield from _of_agents(status)
     yield from _of_drain(status["drain"])
+    yield from _of_replicas(status.get("replicas"))
 
 
 def _own(status: dict[str, Any]) -> Iterator[Problem]:
@@ -135,6 +136,16 @@ def _names(sessions: list[dict[str, Any]], number: int) -> str:
     return shown if number <= 3 else f"{shown} and {number - 3} more"
 
 
+def _of_replicas(replicas: dict[str, Any] | None) -> Iterator[Problem]:
+    if replicas is not None and replicas["unowned"]:
+        number = plural(replicas["unowned"], "shard")
+        yield Problem(
+            "warning",
+            f"{number} without an owner: the links in it are down.",
+            "Taken by a replica within seconds; if not, see its log (shard_not_opened, nats_lost).",
+        )
+
+
 def _of_drain(drain: dict[str, Any]) -> Iterator[Problem]:
     left = f"{plural(drain['commands'], 'command')} and {plural(drain['results'], 'result')} left"
     match drain["state"]:
@@ -158,6 +169,8 @@ def _all_well(status: dict[str, Any]) -> tuple[str, str]:
     sessions = status["sessions"]
     if status["mode"] == "http":
         return "good", f"All calls go by the vendor's HTTP API ({status['fallback']}), as mode http says."
+    if not sessions["total"] and status.get("replicas"):
+        return "good", "This replica serves agents; it owns no agent's link now."
     if not sessions["total"]:
         where = f"http://{status['listen']}" if status["listen"] else "the shim"
         return "waiting", f"Nobody has called yet: point the agent's PIPEOPS_API_URL at {where}."

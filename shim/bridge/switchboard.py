@@ -172,10 +172,6 @@ class Bridge:
         """A connection that carried an offer is gone."""
         self.delivery.connection_closed(connection, clean)
 
-    def connection_lost(self, connection: int) -> None:
-        """The replica that served a connection is gone, and what it knew of the connection with it."""
-        self.delivery.connection_lost(connection)
-
     # --- registrations.RegistrationListener ---------------------------------------------------------------------------
 
     def registered(self, job: Job, reply: dict[str, Any], connection: Connection) -> Outcome:

@@ -39,6 +39,7 @@ log = get(__name__)
 
 SILENCE_S = 10.0
 """A replica that has said nothing of a reply for so long will not."""
+AFTERWARDS_S = 0.05
 _PEER_BITS = 40
 
 
@@ -173,7 +174,7 @@ class Service:
         if lent is not None:
             self.written(lent.process, lease)
             self._carrying.pop(lent.connection, None)
-            lent.bridge.connection_lost(lent.connection)
+            lent.bridge.delivery.connection_lost(lent.connection)
 
     def next_request(self, sender: str, said: NextRequest) -> None:
         """The agent went on with a connection."""
@@ -192,13 +193,17 @@ class Service:
         for process, number in list(self._tasks):
             if process not in living:
                 self.left(process, number)
+        # Its polls are over by then: nothing that is in doubt now may be offered to them.
+        self._place.timers.call_later(AFTERWARDS_S, lambda: self._forsake(living))
+
+    def _forsake(self, living: frozenset[str]) -> None:
         for lease, lent in list(self._lent.items()):
             if lent.process not in living:
                 self._doubt(lease)
         dead = {self._peers.pop(process) for process in list(self._peers) if process not in living}
         for connection in [each for each in self._carrying if each >> _PEER_BITS in dead]:
             for bridge in self._carrying.pop(connection):
-                bridge.connection_lost(connection)
+                bridge.delivery.connection_lost(connection)
 
     # ------------------------------------------------------------------------------------------------------------------
 

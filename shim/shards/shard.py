@@ -17,7 +17,7 @@ from shim.messages import Message
 from shim.ports import Answer, Client, DialFailure, DialSpec, Socket, SocketEvents, UpstreamPort
 from shim.settings import Settings
 from shim.shards.wire import AnyCall, Leftovers, Vouch
-from shim.store import open_store
+from shim.store import Partition, open_store
 from shim.storewatch import probe, tell_findings
 
 
@@ -100,13 +100,14 @@ class Shard:
     def __init__(self, number: int, term: Term, around: Surroundings, owner_key: bytes, settings: Settings) -> None:
         self.number = number
         self.term = term
+        self.fence = term.revision
         self.serving = False
         self._clock = around.clock
         self._metrics = around.metrics
         self._owner_key = owner_key
         self._fence = Fence(around.upstream, self.valid)
         watch = probe(around.metrics, around.broken)
-        store = open_store(around.settings.store, around.post, watch, f"s{number}")
+        store = open_store(around.settings.store, around.post, watch, Partition(f"s{number}", term.revision))
         self.recent = Journal(store)
         self.bridge = Bridge(
             Context(

@@ -129,10 +129,12 @@ class Steward:
             self._later(number, AFTER_FAILURE_S)
             await self._tenure.give_back(number)
             return
-        if shard.usable:
-            self._metrics.taken.inc()
-            self._count()
-            log.info("shard_taken", shard=number, fence=term.revision)
+        if not shard.usable:
+            await shard.close()  # the lease ended meanwhile
+            return
+        self._metrics.taken.inc()
+        self._count()
+        log.info("shard_taken", shard=number, fence=shard.fence)
 
     def _later(self, number: int, after_s: float) -> None:
         self._not_before[number] = self._around.clock.monotonic_s() + after_s
@@ -158,7 +160,7 @@ class Steward:
         shard.cut()
         self._metrics.released.labels(reason).inc()
         self._count()
-        self._begin(number, shard.close())
+        self._begin(number, shard.close())  # one that is still being opened is closed after that
         self._changed()
 
     def _count(self) -> None:
@@ -167,6 +169,8 @@ class Steward:
     async def give_all(self) -> None:
         """Give everything away."""
         self.stopping = True
+        while self._busy:
+            await self._table.change(LOOK_S)  # what is being opened must be open before another may have it
         numbers = {*self._shards, *self._tenure.shards()}
         await asyncio.gather(*(self.give(number) for number in numbers))
 

@@ -65,9 +65,18 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("latency", timing if latency["commands"] else "no command handed over yet"),
         ("removal", _removal(status["migration"])),
     ]
+    if "replicas" in status:
+        lines.append(("replicas", replicas_line(status["replicas"])))
     if status["drain"]["state"] != "off":
         lines.append(("drain", drain_line(status["drain"])))
     return lines
+
+
+def replicas_line(replicas: dict[str, Any]) -> str:
+    """What a gateway's replica owns, and who else is there."""
+    others = ", ".join(f"{each['name']}: {each['shards']}" for each in replicas["replicas"] if not each["self"])
+    unowned = f", {replicas['unowned']} without an owner" if replicas["unowned"] else ""
+    return f"{len(replicas['owned'])} of {replicas['shards']} shards here{unowned}; others: {others or 'none'}"
 
 
 def drain_line(drain: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -566,6 +567,49 @@ def patient(*arguments: Any) -> NatsStore:
 
 def impatient(*arguments: Any) -> NatsStore:
     return NatsStore(*arguments, limits=Limits(open_s=1.0))
+
+
+def test_who_has_an_older_fencing_token_does_not_get_the_store_any_more(
+    nats_url: str, clients: list[StoreClient]
+) -> None:
+    """A replica that was paused while it opened the store wakes up when another has it."""
+
+    def of(fence: int) -> StoreClient:
+        client = natsd.client(nats_url, "tokens", kind=partial(NatsStore, fence=fence))
+        clients.append(client)
+        return client
+
+    owner = of(7)
+    owner.open()
+    owner.one(put("1"))
+    with pytest.raises(StoreError, match="a later owner"):
+        of(6).open()
+    owner.one(put("2"))
+    successor = of(8)
+    assert [record.id for record in successor.open().commands] == ["1", "2"]
+    with pytest.raises(StoreError):
+        owner.one(put("3"))
+
+
+class Hurried(Server):
+    """Reads any stream by a consumer, as large ones are read."""
+
+    few = 0
+
+
+def test_large_streams_are_read_by_a_consumer(nats_url: str, clients: list[StoreClient]) -> None:
+    class Store(NatsStore):
+        def make_server(self) -> Server:
+            return Hurried(self._configured)
+
+    first = natsd.client(nats_url, "consumed")
+    clients.append(first)
+    first.open()
+    for number in range(5):
+        first.one(put(str(number)))
+    second = natsd.client(nats_url, "consumed", kind=Store)
+    clients.append(second)
+    assert [record.id for record in second.open().commands] == ["0", "1", "2", "3", "4"]
 
 
 # --- what is kept where -----------------------------------------------------------------------------------------------

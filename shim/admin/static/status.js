@@ -111,7 +111,7 @@ function tile(name, value, below, state) {
 }
 
 function showTiles(status) {
-  const { links, sessions, commands, migration } = status;
+  const { links, sessions, commands, migration, replicas } = status;
   const first = links.items[0];
   const phase = { up: "connected", down: "away", refused: "token refused", idle: "at rest" };
   const queued = commands.waiting + commands.offered;
@@ -130,7 +130,10 @@ function showTiles(status) {
       commands.latency.commands ? `95 % within ${latency(commands.latency.p95_s)}` : "no command yet", "good"),
     tile("Legacy API ends", days === null ? "unknown" : days < 0 ? "over" : `in ${days < 2 ? span(days * 86400) : plural(Math.floor(days), "day")}`,
       days === null ? "set sunset.at" : new Date(migration.sunset.at * 1000).toLocaleDateString("en-GB", { dateStyle: "medium" }),
-      days !== null && days < 7 ? "warning" : "good"));
+      days !== null && days < 7 ? "warning" : "good"),
+    replicas ? tile(`Replica ${replicas.replica}`, `${replicas.owned.length} of ${replicas.shards} shards`,
+      `${plural(replicas.replicas.length, "replica")} alive${replicas.unowned ? `, ${plural(replicas.unowned, "shard")} without an owner` : ""}`,
+      replicas.unowned ? "warning" : "good") : null);
 }
 
 // The segments of the last hour; `from` and `to` are seconds since its begin. A first dial that succeeds is no loss.

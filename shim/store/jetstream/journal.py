@@ -27,7 +27,10 @@ class _Row(msgspec.Struct, array_like=True):
 
 
 class Part(msgspec.Struct):
-    """One message of the journal. `high` holds the highest numbers given so far, by table."""
+    """One message of the journal. `high` holds the highest numbers given so far, by table.
+
+    `fence` is the writer's fencing token: who has a lower one must not take the store over any more.
+    """
 
     writer: str
     record: str
@@ -36,6 +39,7 @@ class Part(msgspec.Struct):
     skip: list[str] = []
     high: dict[str, int] = {}
     rows: list[_Row] = []
+    fence: int = 0
 
 
 _encode = msgspec.json.Encoder().encode
@@ -51,6 +55,7 @@ class Header:
     record: str
     skip: tuple[str, ...] = ()
     high: dict[str, int] = field(default_factory=dict)
+    fence: int = 0
 
 
 def fits(key: RowKey, value: bytes | None, max_payload_bytes: int) -> bool:
@@ -76,7 +81,7 @@ def encode(header: Header, writes: Writes, max_payload_bytes: int) -> list[bytes
         used += size
         groups[-1].append(_Row(*key, _NULL if value is None else msgspec.Raw(value)))
     return [
-        _encode(Part(header.writer, header.record, n, len(groups), list(header.skip), header.high, rows))
+        _encode(Part(header.writer, header.record, n, len(groups), list(header.skip), header.high, rows, header.fence))
         for n, rows in enumerate(groups)
     ]
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shim.errors import StoreError
@@ -43,10 +43,11 @@ class Taken:
 class Keeper:
     """The streams of one store. Methods wait as long as it takes: the caller sets the limit (`asyncio.timeout`)."""
 
-    def __init__(self, server: Server, layout: Layout, replicas: int) -> None:
+    def __init__(self, server: Server, layout: Layout, replicas: int, fence: int = 0) -> None:
         self._server = server
         self._layout = layout
         self._replicas = replicas
+        self._fence_token = fence
         self._writer = uuid.uuid4().hex
         self._last = 0
         self._skip: set[str] = set()
@@ -69,14 +70,15 @@ class Keeper:
     # --- opening ------------------------------------------------------------------------------------------------------
 
     async def open(self) -> Taken:
-        """Take the store over."""
+        """Take the store over, unless somebody with a higher fencing token has it."""
         self._revisions.clear()
         self._pending.clear()
         await self._server.connect()
         await self._server.ensure(self._layout.configurations(self._replicas))
         self._last = await self._server.last_sequence(self._layout.journal)
+        await self._defer_to_later()
         # From here on no append of an earlier writer is taken any more, and the journal says all that it had committed.
-        await self._append(Header(self._writer, uuid.uuid4().hex), {})
+        await self._append(Header(self._writer, uuid.uuid4().hex, fence=self._fence_token), {})
         parts = [journal.decode(each.body) for each in await self._server.read(self._layout.journal, self._last)]
         unfinished = journal.redo(parts)
         rows, unreadable = await self._rows()
@@ -89,6 +91,11 @@ class Keeper:
         found += [images.decode(key.kind, value) for key, value in unfinished.writes.items() if value is not None]
         self._opening = False
         return Taken(found, unfinished.high, unreadable)
+
+    async def _defer_to_later(self) -> None:
+        stored = await self._server.message(self._layout.journal, seq=self._last) if self._last else None
+        if stored is not None and journal.decode(stored.body).fence > self._fence_token:
+            raise self._fence("a later owner has the store")
 
     async def _rows(self) -> tuple[dict[RowKey, tuple[Image, bytes]], int]:
         rows: dict[RowKey, tuple[Image, bytes]] = {}
@@ -147,7 +154,7 @@ class Keeper:
         When it is cut off, nothing was committed as far as this store is concerned: should the record have been stored
         all the same, the next one takes it back.
         """
-        header = Header(self._writer, uuid.uuid4().hex, high=high)
+        header = Header(self._writer, uuid.uuid4().hex, high=high, fence=self._fence_token)
         await self._append(header, writes)
         self._skip.clear()
         self._pending = {key: (value, f"{header.record}.{n}") for n, (key, value) in enumerate(writes.items())}
@@ -156,7 +163,7 @@ class Keeper:
         await self._reach()
         first, number = 0, 0
         while True:
-            whole = Header(header.writer, header.record, tuple(sorted(self._skip)), header.high)
+            whole = replace(header, skip=tuple(sorted(self._skip)))
             bodies = journal.encode(whole, writes, self.max_payload_bytes)
             if number == len(bodies):
                 break
@@ -196,6 +203,7 @@ class Keeper:
         if self._opening:
             # Not ours yet: somebody else was quicker.
             self._last = newest
+            await self._defer_to_later()
             return 0
         for seq in range(self._last + 1, newest + 1):
             stored = await self._server.message(self._layout.journal, seq=seq)

@@ -61,8 +61,8 @@ class Layout:
 
     @classmethod
     def of_shard(cls, shard: str) -> Layout:
-        """The names of one of several stores; `""` is the only one."""
-        return cls(f"{PREFIX}-{shard}" if shard else PREFIX)
+        """The names of one of several stores."""
+        return cls(f"{PREFIX}-{shard}")
 
     @property
     def journal(self) -> str:

@@ -38,7 +38,6 @@ _NO_FILE = "store.credentials_file or store.ca_file cannot be read"
 _NO_CREDENTIALS = "store.credentials_file holds no credentials"
 _LASTING = frozenset({_REFUSED, _NO_TLS, _NOT_TRUSTED, _NO_FILE, _NO_CREDENTIALS})
 _FETCH = 64
-FEW = 2000
 _WAYS = 16
 # Longer than a store takes to be read: nothing is acknowledged, and nothing must come twice.
 _ACK_WAIT_S = 3600.0
@@ -101,6 +100,9 @@ async def _close(client: Client) -> None:
 
 class Server:
     """One connection at a time, made anew where it was lost. Everything raises `StoreError`."""
+
+    few = 2000
+    """Streams of more messages are read by a consumer."""
 
     def __init__(self, configured: settings.Store) -> None:
         self._servers = [each.strip() for each in configured.url.split(",")]
@@ -255,7 +257,7 @@ class Server:
         js = self.connected().jetstream(timeout=CONNECT_S)
         with translated():
             state = (await js.stream_info(stream)).state
-        if state.messages > FEW:
+        if state.messages > self.few:
             return await self._consume(stream, until)
         share = max(1, -(-(until + 1 - state.first_seq) // _WAYS))
         starts = range(state.first_seq, until + 1, share)

@@ -28,7 +28,8 @@ class NatsStore:
     crash came between. One case is open by nature: where the server stored a record but its answer was lost, `done` is
     told a `StoreError` and the next record takes it back; should this process die before that, it stands.
 
-    Whoever opens the store takes it over: an earlier user's submissions fail from then on.
+    Whoever opens the store takes it over: an earlier user's submissions fail from then on. Who has a lower fencing
+    token (`fence`) than the one before is refused.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class NatsStore:
         probe: CommitProbe | None = None,
         layout: Layout | None = None,
         limits: Limits | None = None,
+        fence: int = 0,
     ) -> None:
         self._configured = configured
         self._post = post
         self._probe = probe
         self._layout = layout or Layout()
         self._limits = limits or Limits()
+        self._fence = fence
         self._gate = threading.Lock()
         self._worker: Worker | None = None
         self._thread: threading.Thread | None = None
@@ -73,7 +76,7 @@ class NatsStore:
         async def main() -> None:
             server = self.make_server()
             try:
-                keeper = Keeper(server, self._layout, self._configured.replicas)
+                keeper = Keeper(server, self._layout, self._configured.replicas, self._fence)
                 try:
                     worker = Worker(keeper, self._post, self._probe, self._limits)
                 except Exception as error:  # noqa: BLE001 - who opens the store must be told, whatever it was
