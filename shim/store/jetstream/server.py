@@ -1,6 +1,6 @@
 """The JetStream server as the store sees it: bounded requests, and errors that say what may be done about them.
 
-The only module that imports `nats`; it is imported where `store.url` is set, never otherwise.
+It imports `nats`, and is itself imported where `store.url` is set, never otherwise.
 """
 
 from __future__ import annotations
