@@ -59,15 +59,16 @@ class Probe(Server):
         self._denied = ""
 
     async def may_publish(self) -> None:
-        """Publish where nobody listens and no stream keeps it. Raises `Denied`."""
+        """Ask where nobody listens and no stream keeps it: the server says so, or that it is forbidden (`Denied`)."""
         client = self.connected()
         try:
-            await client.publish(f"{self._layout.prefix}.doctor", b"")
-            await client.flush(timeout=int(ANSWER_S))
+            await client.request(f"{self._layout.prefix}.doctor", timeout=ANSWER_S)
+        except nats.errors.NoRespondersError:
+            return
         except (nats.errors.Error, OSError, TimeoutError) as error:
+            if self._denied:
+                raise Denied(self._denied) from None
             raise Unavailable(f"the NATS server does not answer: {type(error).__name__}") from None
-        if self._denied:
-            raise Denied(self._denied)
 
     async def account(self) -> Account:
         """Raises `NoJetStream` where there is none."""
