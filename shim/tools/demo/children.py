@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 NATS_SERVER = "nats-server"
+_SBIN = ("/usr/local/sbin", "/usr/sbin")
 _LOOK_S = 0.02
 _TAIL_LINES = 12
 
@@ -108,6 +110,11 @@ class Child:
             await process.wait()
 
 
+def nats_server() -> str | None:
+    """The program's path. Debian puts it where only an administrator's PATH looks."""
+    return shutil.which(NATS_SERVER, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *_SBIN]))
+
+
 class NatsServer(Child):
     """`nats-server` with JetStream on a free port of loopback, its files in `folder`."""
 
@@ -117,7 +124,19 @@ class NatsServer(Child):
 
     def _command(self, args: Sequence[str]) -> Sequence[str]:
         stored, ports = str(self._folder / "jetstream"), str(self._folder)
-        return (NATS_SERVER, "-a", "127.0.0.1", "-p", "-1", "-js", "-sd", stored, "--ports_file_dir", ports, *args)
+        return (
+            nats_server() or NATS_SERVER,
+            "-a",
+            "127.0.0.1",
+            "-p",
+            "-1",
+            "-js",
+            "-sd",
+            stored,
+            "--ports_file_dir",
+            ports,
+            *args,
+        )
 
     def _ready(self, pid: int) -> dict[str, str] | None:
         try:
