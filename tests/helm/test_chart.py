@@ -346,7 +346,7 @@ def test_one_replica_over_a_shared_store() -> None:
     assert "lifecycle" not in shim
     settings = yaml.safe_load(one(objects, "ConfigMap")["data"]["config.yaml"])
     assert settings["store"] == {"replicas": 1}
-    assert settings["shards"] == {"count": 16}
+    assert settings["shards"] == {"count": 16, "lease_s": 6}
     # Without shards a store in NATS has one writer, as a file has.
     alone = rendered(*ON_NATS)
     assert one(alone, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
