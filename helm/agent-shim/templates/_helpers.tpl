@@ -101,7 +101,7 @@ annotations:
 {{/* The number of link partitions. */}}
 {{- define "agent-shim.shards" -}}
 {{- if eq (toString .Values.gateway.shards) "auto" -}}
-{{ ternary 16 0 (gt (int .Values.gateway.replicas) 1) }}
+{{ ternary 16 0 (ne (include "agent-shim.nats" .) "") }}
 {{- else -}}
 {{ int .Values.gateway.shards }}
 {{- end }}
@@ -205,6 +205,13 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- end -}}
 {{- if and $shards (gt (int $gateway.replicas) $shards) -}}
 {{- fail (printf "gateway.shards is %d: with %d replicas some would own nothing" $shards (int $gateway.replicas)) -}}
+{{- end -}}
+{{- $config := .Values.config -}}
+{{- if and $shards (eq (dig "mode" "websocket" $config) "auto") -}}
+{{- fail "config.mode: auto is for one shim with all its links; with gateway.shards use websocket or http" -}}
+{{- end -}}
+{{- if and $shards (lt (float64 (dig "rollout" "percent" 100 $config)) 100.0) -}}
+{{- fail "config.rollout.percent must be 100 with gateway.shards: all agents go the same way" -}}
 {{- end -}}
 {{- if and $store.url $store.nats.urlSecretName -}}
 {{- fail "store.nats.urlSecretName holds the URL: leave store.url empty" -}}
