@@ -12,7 +12,7 @@ import nats.errors
 
 from shim import settings
 from shim.errors import StoreError
-from shim.store.jetstream.layout import PREFIX
+from shim.store.jetstream.layout import PREFIX, Layout
 from shim.store.jetstream.server import ANSWER_S, Server, Unavailable
 
 # Servers wait that long themselves for streams whose leader does not answer.
@@ -60,11 +60,14 @@ class Probe(Server):
         super().__init__(configured)
         self._denied = ""
 
-    async def may_publish(self) -> None:
-        """Ask where nobody listens and no stream keeps it: the server says so, or that it is forbidden (`Denied`)."""
+    async def may_publish(self, shard: str = "") -> None:
+        """Ask where nobody listens and no stream keeps it: the server says so, or that it is forbidden (`Denied`).
+
+        `shard` names one of several stores, as in `Layout.of_shard`.
+        """
         client = self.connected()
         try:
-            await client.request(f"{PREFIX}.doctor", timeout=ANSWER_S)
+            await client.request(f"{Layout.of_shard(shard).prefix}.doctor", timeout=ANSWER_S)
         except nats.errors.NoRespondersError:
             return
         except (nats.errors.Error, OSError, TimeoutError) as error:

@@ -66,7 +66,8 @@ async def _inside(probe: Probe, settings: Settings, there: Sequence[Greeting], f
     """What only a user may ask."""
     try:
         found.append(_room(await probe.account(), settings.shards.count))
-        await probe.may_publish()
+        for shard in ("", f"s{settings.shards.count - 1}") if settings.shards.count else ("",):
+            await probe.may_publish(shard)
         streams = await probe.streams()
         shards = await leases.examine(probe, settings.shards, streams)
     except StoreError as error:

@@ -109,10 +109,14 @@ async def test_passwords_and_credentials_files(doctor: Doctor, tmp_path: Path) -
 async def test_what_the_user_may_not_do(doctor: Doctor, tmp_path: Path) -> None:
     api = '"$JS.API.>", "_INBOX.>"'
     users = f"""{{user: little, password: p, permissions: {{publish: [{api}], subscribe: ["_INBOX.>"]}}}},
+        {{user: whole, password: p, permissions: {{publish: [{api}, "agent-shim.>"], subscribe: ["_INBOX.>"]}}}},
         {{user: less, password: p, permissions: {{publish: ["other.>"], subscribe: ["_INBOX.>"]}}}}"""
     with serving(tmp_path, f"accounts {{A: {{jetstream: enabled, users: [{users}]}}}}\n") as server:
         found = await examine(doctor, server.url.replace("//", "//little:p@"))
         found.expect("nats-user", "FAIL", "not allowed: publish to agent-shim.doctor", "docs/scaling.md")
+        whole = {"url": server.url.replace("//", "//whole:p@"), "replicas": 1}
+        found = await doctor.examine(store=whole, upstream=NOWHERE, shards={"count": 3})
+        found.expect("nats-user", "FAIL", "not allowed: publish to agent-shim-s2.doctor")
         found = await examine(doctor, server.url.replace("//", "//less:p@"))
         found.expect("nats-user", "FAIL", "not allowed: publish to $js.api.info")
 
