@@ -67,7 +67,10 @@ class GatewayStory(Tale):
                 ("push a command: the agent has it at once", f"curl -s {control}/commands -d '{push}'"),
                 ("heartbeat by this replica", f"curl -i http://{one['listen']}{beat} {auth} -d '{{}}'"),
                 ("and by the other one", f"curl -i http://{two['listen']}{beat} {auth} -d '{{}}'"),
-                ("who owns what", f"curl -s http://{{{one['admin']},{two['admin']}}}/metrics | grep agent_shim_shards"),
+                (
+                    "who owns what",
+                    f"curl -s http://{{{one['admin']},{two['admin']}}}/metrics | grep '^agent_shim_shards '",
+                ),
             )
         )
 
