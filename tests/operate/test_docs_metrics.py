@@ -39,6 +39,11 @@ def documented() -> dict[str, Described]:
     return found
 
 
+def of_replicas() -> set[str]:
+    """Those that only a replica among several has."""
+    return set(re.findall(r"^\| `(agent_shim_\w+)` \|", DOCS.partition("## Replicas")[2], re.MULTILINE))
+
+
 def strip(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return sorted((label, values.strip()) for label, values in pairs)
 
