@@ -227,10 +227,10 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- end -}}
 {{- $config := .Values.config -}}
 {{- if and $shards (eq (dig "mode" "websocket" $config) "auto") -}}
-{{- fail "config.mode: auto is for one shim with all its links; with gateway.shards use websocket or http" -}}
+{{- fail "config.mode: auto is for one shim with all its links: websocket or http, or one replica with gateway.shards 0" -}}
 {{- end -}}
 {{- if and $shards (lt (float64 (dig "rollout" "percent" 100 $config)) 100.0) -}}
-{{- fail "config.rollout.percent must be 100 with gateway.shards: all agents go the same way" -}}
+{{- fail "config.rollout.percent must be 100 with gateway.shards, where all agents go the same way; or one replica with gateway.shards 0" -}}
 {{- end -}}
 {{- if and $store.url $store.nats.urlSecretName -}}
 {{- fail "store.nats.urlSecretName holds the URL: leave store.url empty" -}}
