@@ -96,6 +96,12 @@ class _WatchedPool(Pool):
     def __init__(self, url: str, now_s: Callable[[], float], took: Callable[[bytes], object]) -> None:
         super().__init__(url, now_s)
         self._took = took
+        self.where = lambda: url
+
+    async def dial(self) -> Connection:
+        parts = urlsplit(self.where())
+        self._host, self._port = str(parts.hostname), int(parts.port or 80)
+        return await super().dial()
 
     def discard(self, connection: Connection) -> None:
         self._took(bytes(connection.reader._buffer))  # type: ignore[attr-defined]
@@ -129,6 +135,7 @@ class Part:
         self._down: asyncio.Event | None = None
         self._polls: set[asyncio.Task[Any]] = set()
         self.polite = False
+        self.where = lambda: url  # a service of several replicas chooses one for each connection
         self.rude_calls: dict[str, int] = {}
 
     # --- lives --------------------------------------------------------------------------------------------------------
@@ -196,6 +203,8 @@ class Part:
         agent = LegacyAgent(self._url, who, self.profile(), self._clock, callbacks, self._cluster_id)
         agent._control = _WatchedPool(self._url, self._now, self._take)
         agent._default = _WatchedPool(self._url, self._now, self._take)
+        for pool in (agent._control, agent._default):
+            pool.where = self.where
         agent._drain_pool = agent._default if self.cast.dialect != "agents" else agent._control
         self.agent = agent
         self._note(ev.Life(self._now(), self.cast.name, born=True, detail=self.process))
@@ -281,7 +290,7 @@ class Part:
         return await way(self, exchange)
 
     async def _dial(self) -> socket.socket:
-        parts = urlsplit(self._url)
+        parts = urlsplit(self.where())
         raw = socket.socket()
         raw.setblocking(False)
         try:

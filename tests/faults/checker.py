@@ -23,6 +23,7 @@ MIN_GAPS = 3
 KEPT_GAPS = 8
 LOOK_S = 0.02  # how often the harness looks whether it is late
 SLACK_S = 2.0  # between a call's end at the agent and its being noted by the shim, and for the clocks' resolution
+STAMP_S = 0.002  # envelopes tell milliseconds
 LATE_S = 120.0  # how long a sent heartbeat may lie in buffers before the controller reads it
 
 E = TypeVar("E", bound=ev.Event)
@@ -332,6 +333,19 @@ def introduced(found: Case) -> Iterator[Violation]:
             yield Violation("introduced", beat.session, f"a heartbeat at {beat.at:.3f} on {beat.connection} before it")
 
 
+def sole_owner(found: Case) -> Iterator[Violation]:
+    """Two owners never send at once: what is sent on an owner's later connection is later than all on earlier ones."""
+    spoken: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for event in found.of(ev.Spoke):
+        spoken[event.owner].setdefault(event.connection, []).append(event.sent_wall)
+    for owner, connections in spoken.items():
+        spans = sorted((min(sent), max(sent), name) for name, sent in connections.items())
+        for (_, until, earlier), (since, _, later) in pairwise(spans):
+            if until > since + STAMP_S:
+                text = f"{earlier} was spoken on until {until:.3f}, {later} from {since:.3f}"
+                yield Violation("sole_owner", owner, text)
+
+
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +370,7 @@ RULES: tuple[Callable[[Case], Iterator[Violation]], ...] = (
     fifo,
     vouched,
     introduced,
+    sole_owner,
     decodable,
     sound,
 )

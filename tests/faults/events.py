@@ -150,6 +150,14 @@ class Beat(Event, frozen=True, tag="beat"):
     sent_wall: float = 0.0
 
 
+class Spoke(Event, frozen=True, tag="spoke"):
+    """A message came from this owner's side of a connection; `sent_wall` is its envelope's time."""
+
+    owner: str
+    connection: str
+    sent_wall: float
+
+
 class Link(Event, frozen=True, tag="link"):
     """The shim says that its link is in another state now."""
 
@@ -225,6 +233,7 @@ AnyEvent = (
     | Opened
     | Introduced
     | Beat
+    | Spoke
     | Link
     | Condemned
     | WallClock

@@ -38,6 +38,7 @@ _EXPLAINED = frozenset(
         "store_moved_aside",
         "store_rows_quarantined",
         "stopped_by_fault",
+        "shard_not_opened",
     }
 )
 
@@ -47,7 +48,8 @@ Note = Callable[[ev.AnyEvent], None]
 class ShimKeeper:
     """The shim. A life that has seen its store `in_trouble` may have refused to start."""
 
-    def __init__(self, shim: KeptShim, config: Path, note: Note) -> None:
+    def __init__(self, shim: KeptShim, config: Path, note: Note, inside: tuple[str, ...] = ()) -> None:
+        """`inside`: the command prefix that starts it on another host."""
         self.serving = asyncio.Event()
         self.url = ""
         self.admin = ""
@@ -55,6 +57,7 @@ class ShimKeeper:
         self._shim = shim
         self._config = config
         self._note = note
+        self._inside = inside
         self._may_run = asyncio.Event()
         self._may_run.set()
         self._held = 0
@@ -75,7 +78,7 @@ class ShimKeeper:
             await self._may_run.wait()
             options, self._armed = self._armed, ()
             armed = " ".join(options)
-            self._shim.program = (*DOUBTFUL, *options) if options else SOUND
+            self._shim.program = (*self._inside, *((*DOUBTFUL, *options) if options else SOUND))
             self._expected = ""
             self._saw_trouble = self._troubles > 0
             self._gone.clear()
@@ -245,12 +248,14 @@ class ControllerKeeper(_Child):
 class JournalReader:
     """Reads what the controller has written since the last time, as events. Numbers of connections differ by life."""
 
-    def __init__(self, path: Path, session_of: Callable[[dict[str, Any]], str]) -> None:
-        """`session_of` finds the harness's name for what a message's payload names."""
+    def __init__(self, path: Path, session_of: Callable[[dict[str, Any]], str], *, owners: bool = False) -> None:
+        """`session_of` finds the harness's name for what a message's payload names. `owners`: tell who speaks, too."""
+        self._watches_owners = owners
         self._path = path
         self._session_of = session_of
         self._offset = 0
         self._life = 0
+        self._owners: dict[str, str] = {}
         self.cluster_names: dict[str, str] = {}
         self.latest_ids: dict[str, str] = {}
 
@@ -276,11 +281,15 @@ class JournalReader:
         if kind == "started":
             self._life += 1
         elif kind == "opened":
+            self._owners[connection] = entry.get("owner", "")
             yield ev.Opened(at, connection)
             uuid = entry.get("query", {}).get("cluster_uuid", "")
             if uuid in self.cluster_names:
                 yield ev.Introduced(at, connection, self.cluster_names[uuid])
         elif kind in ("sent", "received", "discarded"):
+            if self._watches_owners and kind != "sent":
+                sent = parse_rfc3339(entry.get("timestamp")) or 0.0
+                yield ev.Spoke(at, self._owners.get(connection, ""), connection, sent)
             yield from self._message(entry, kind, at, connection)
 
     def _message(self, entry: dict[str, Any], kind: str, at: float, connection: str) -> Iterator[ev.AnyEvent]:

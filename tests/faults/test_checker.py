@@ -183,12 +183,23 @@ def _heartbeats() -> Iterator[History]:
     yield "told after it", [ev.Introduced(3, "1/1", "s"), contact(1), beat(2)], {"introduced"}
 
 
+def spoke(connection: str, sent_wall: float, owner: str = "o") -> ev.Spoke:
+    return ev.Spoke(sent_wall + 1, owner, connection, sent_wall)
+
+
+def _owners() -> Iterator[History]:
+    first, second = [spoke("1/1", 1), spoke("1/1", 2)], [spoke("1/2", 3), spoke("1/2", 4)]
+    yield "one owner after another", [*first, *second], set()
+    yield "two at once", [*first, *second, spoke("1/1", 3.5)], {"sole_owner"}
+    yield "two owners of two links", [*first, *second, spoke("1/3", 3.5, owner="p")], set()
+
+
 def _the_rest() -> Iterator[History]:
     yield "a reply that cannot be decoded", [ev.Spoilt(1, "s", "poll", "A2: created_at")], {"decodable"}
     yield "a traceback", [ev.Defect(1, "Traceback")], {"sound"}
 
 
-GROUPS = (_all_is_well, _lost, _redelivery, _at_most_once, _results, _unread, _fifo, _heartbeats, _the_rest)
+GROUPS = (_all_is_well, _lost, _redelivery, _at_most_once, _results, _unread, _fifo, _heartbeats, _owners, _the_rest)
 CASES = [one for group in GROUPS for one in group()]
 
 
@@ -200,6 +211,7 @@ def test_a_history_is_judged(history: list[ev.AnyEvent], rules: set[str]) -> Non
 def test_every_rule_is_broken_by_some_history() -> None:
     named = set.union(*(rules for _, _, rules in CASES))
     assert named == {"lost", "redelivery", "at_most_once", "result", "unread", "fifo", "vouched", "introduced"} | {
+        "sole_owner",
         "decodable",
         "sound",
     }

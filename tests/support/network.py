@@ -132,3 +132,39 @@ class TwoHosts:
         finally:
             _run("tc", "qdisc", "del", "dev", "near", "root")
             _run("ip", "netns", "exec", FAR, "tc", "qdisc", "del", "dev", "veth0", "root")
+
+
+class ManyHosts:
+    """This host and others around it, each behind a cable of its own; this one forwards what they say to each other."""
+
+    def __init__(self, *names: str) -> None:
+        """Must run inside `reenter`."""
+        assert os.environ.get(INSIDE), "in somebody else's network"
+        Path("/run/netns").mkdir(exist_ok=True)
+        _run("mount", "-t", "tmpfs", "none", "/run/netns")  # names that nobody else sees
+        _run("ip", "link", "set", "lo", "up")
+        Path("/proc/sys/net/ipv4/ip_forward").write_text("1\n")
+        self.hosts: dict[str, Host] = {}
+        for number, name in enumerate(names):
+            near, far = f"10.214.{number}.1", f"10.214.{number}.2"
+            _run("ip", "netns", "add", name)
+            _run("ip", "link", "add", f"near{number}", "type", "veth", "peer", "name", "veth0", "netns", name)
+            _run("ip", "address", "add", f"{near}/24", "dev", f"near{number}")
+            _run("ip", "link", "set", f"near{number}", "up")
+            _run("ip", "-n", name, "address", "add", f"{far}/24", "dev", "veth0")
+            _run("ip", "-n", name, "link", "set", "veth0", "up")
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+            _run("ip", "-n", name, "route", "add", "default", "via", near)
+            self.hosts[name] = Host(far, ("ip", "netns", "exec", name))
+
+    @contextmanager
+    def cut(self, name: str) -> Iterator[None]:
+        """No packet comes to a host or from it, and nobody is told."""
+        rules = [("INPUT", "-i", "veth0"), ("OUTPUT", "-o", "veth0")]
+        for rule in rules:
+            _run(*self.hosts[name].inside, "iptables", "-w", "-A", *rule, "-j", "DROP")
+        try:
+            yield
+        finally:
+            for rule in rules:
+                _run(*self.hosts[name].inside, "iptables", "-w", "-D", *rule, "-j", "DROP")
