@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import msgspec
+from dataclasses import dataclass
 
 
 class ShimError(Exception):
@@ -53,7 +53,8 @@ class IllegalTransition(ShimError):
     """A state machine was given an event that its table forbids in its state. Nothing was changed."""
 
 
-class Fault(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Fault:
     """One fault of the configuration: dotted key path and what is wrong, without the value where it may be secret."""
 
     path: str
