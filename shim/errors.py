@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
 class ShimError(Exception):
@@ -53,7 +53,8 @@ class IllegalTransition(ShimError):
     """A state machine was given an event that its table forbids in its state. Nothing was changed."""
 
 
-class Fault(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Fault:
     """One fault of the configuration: dotted key path and what is wrong, without the value where it may be secret."""
 
     path: str
@@ -69,12 +70,3 @@ class ConfigError(ShimError):
     def __init__(self, faults: list[Fault]) -> None:
         super().__init__("; ".join(map(str, faults)))
         self.faults = faults
-
-
-def describe(error: BaseException) -> str:
-    """An error for the log: by its own text where that is ours or the system's."""
-    if isinstance(error, BaseExceptionGroup):
-        return "; ".join(describe(inner) for inner in error.exceptions)
-    if isinstance(error, (StoreError, ConfigError, OSError)):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
