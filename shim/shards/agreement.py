@@ -6,10 +6,10 @@ import secrets
 
 import msgspec
 
-from shim.errors import ConfigError, Fault, StoreError
+from shim.errors import ConfigError, Fault
 from shim.settings import Shards
 from shim.shards.bus import CLUSTER, Bus
-from shim.store.jetstream.server import Conflict, Unavailable
+from shim.store.jetstream.server import Conflict, Rejected, Unavailable
 
 KEY = "config"
 KEY_BYTES = 32
@@ -27,7 +27,10 @@ class Agreement(msgspec.Struct, frozen=True):
 
 
 async def agree(bus: Bus, wanted: Shards) -> bytes:
-    """The key for owner ids. Raises `ConfigError` where others use another number of shards or other leases."""
+    """The key for owner ids.
+
+    Raises `ConfigError` where others use another number of shards or other leases, `Rejected` where nobody can tell.
+    """
     mine = Agreement(wanted.count, wanted.lease_s, secrets.token_bytes(KEY_BYTES))
     while True:
         found = await bus.get(CLUSTER, KEY)
@@ -40,7 +43,7 @@ async def agree(bus: Bus, wanted: Shards) -> bytes:
     try:
         agreed = msgspec.json.decode(found[0], type=Agreement)
     except (msgspec.MsgspecError, ValueError):
-        raise StoreError("what the replicas have agreed upon (bucket agent-shim-cluster) cannot be read") from None
+        raise Rejected("what the replicas have agreed upon (bucket agent-shim-cluster) cannot be read") from None
     faults = [
         Fault(f"shards.{name}", f"the replicas of this NATS account use {theirs:g}: all must have the same")
         for name, ours, theirs in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import Any, Protocol
 
@@ -159,8 +160,9 @@ class Bus(Server):
             await client.subscribe(f"{PREFIX}.replica.{self._process}.in", cb=self._on_message)
             await client.subscribe(f"{PREFIX}.replica.{self._process}.lost.*", cb=self._on_lost)
             await client.subscribe(f"{PREFIX}.replica.all", cb=self._on_message)
-        for key, body, revision in await self.entries():
-            listener.entry(key, body, revision)
+        with contextlib.suppress(StoreError):  # its servers may be electing: the others tell, too
+            for key, body, revision in await self.entries():
+                listener.entry(key, body, revision)
         self.is_up = True
         log.info("nats_connected")
         listener.up()

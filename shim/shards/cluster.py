@@ -38,6 +38,8 @@ log = get(__name__)
 OPEN_S = 30.0
 RETRY_S = 1.0
 LOOK_S = 1.0
+ANSWER_LEASES = 3
+"""NATS that has taken no word from us for so many leases does not answer: not ready."""
 STOP_S = 3.0
 
 
@@ -91,7 +93,7 @@ class Sharded:
     def _answers(self) -> bool:
         """Whether NATS has taken a word from us lately."""
         heard_s = self._around.clock.monotonic_s() - self._tenure.renewed_at
-        return self._bus.is_up and heard_s < self._steward.settings.shards.lease_s
+        return self._bus.is_up and heard_s < ANSWER_LEASES * self._steward.settings.shards.lease_s
 
     def _about_replicas(self) -> dict[str, Any]:
         holders, members = self._table.holders(), self._table.members()

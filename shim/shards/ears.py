@@ -45,6 +45,8 @@ class Ears:
                 self._hear(envelope)
         except WireError as error:
             log.error("relay_unreadable", error=str(error))
+        except Exception:
+            log.exception("relay_failed")  # a defect; the messages behind it must be heard all the same
 
     def _hear(self, envelope: Envelope) -> None:
         sender = envelope.sender

@@ -34,7 +34,8 @@ class Lookup:
     async def _here(self, command_id: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for bridge in self._bridges():
-            found += [describe(each, bridge.sessions) for each in await bridge.operator.find(command_id)]
+            here = await bridge.operator.find(command_id)
+            found += [describe(each, bridge.sessions) | {"replica": self._place.name} for each in here]
         return found
 
     async def elsewhere(self, command_id: str) -> list[dict[str, Any]]:

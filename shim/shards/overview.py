@@ -146,7 +146,9 @@ class _Operator(_All):
         """The bridge that knows a command. Raises `OperatorError`."""
         knowing = [bridge for bridge in self._bridges() if await bridge.operator.find(command_id)]
         if not knowing:
-            raise OperatorError(404, "this replica does not own the command's link: ask the one that its trace names")
+            raise OperatorError(
+                404, "this replica does not own the command's link: ask the replica that its trace names"
+            )
         if len(knowing) > 1:
             raise OperatorError(409, "several tokens have a command with this id: choose its session at its owner")
         return knowing[0]

@@ -97,6 +97,9 @@ class Service:
         async def carry_out() -> None:
             try:
                 answer = await shard.call(client, call, arrived_s)
+            except Exception:
+                log.exception("relayed_call_failed", kind=asked.kind)
+                answer = Answer(Failed(500, "internal error"))
             finally:
                 self._tasks.pop((sender, asked.number), None)
             self._reply(sender, asked.number, shard, client, answer)

@@ -17,7 +17,7 @@ from tests.support.natsd import NatsServer, cluster, running
 from tests.support.processes import Shim
 from tests.support.replicas import Agent, Gateway, gateway
 
-pytestmark = [pytest.mark.needs("nats-server"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("nats-server"), pytest.mark.timeout(300)]
 
 
 ENDED = ("answered", "closed")
@@ -81,6 +81,7 @@ async def test_any_replica_serves_any_agent(tmp_path: Path, nats: NatsServer) ->
             found = await gate.until_state(replica, "c-1", *ENDED)
             assert events(found)[:4] == ["arrived", "offered", "delivered", "result"]
             assert found["trace"][2]["detail"] == "next request"
+        assert found["replica"] == next(name for name, replica in gate.replicas.items() if replica is owner)
         status, _ = await agent.call(other, "GET", f"{agent.cluster_id}/tunnel-info")
         assert status == 200
         # An agent that leaves during a held poll frees it at the owner.
@@ -92,8 +93,7 @@ async def test_any_replica_serves_any_agent(tmp_path: Path, nats: NatsServer) ->
         body = {"agent_id": agent.agent_id, "name": agent.name, "metadata": {"note": "x" * 100_000}}
         assert (await agent.call(other, "POST", "register", body))[0] in (200, 503)
         assert 'agent_shim_relayed_calls_total{kind="poll",outcome="answered"} ' in await gate.metrics(other)
-        ready = await gate.admin(other, "/readyz")
-        assert ready == {"status": "ready"}
+        await gate.until_ready(other)
 
 
 async def test_the_owner_dies(tmp_path: Path, nats: NatsServer) -> None:

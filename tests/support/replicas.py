@@ -14,7 +14,7 @@ import aiohttp
 from tests.support.processes import Controller, Shim
 
 TOKENS = "agent-token-"
-WAIT_S = 45.0
+WAIT_S = 90.0
 HEADERS = {"User-Agent": "Go-http-client/1.1"}
 
 
@@ -181,6 +181,14 @@ class Gateway:
         """JSON of the admin port."""
         async with self._http.get(replica.admin + path) as response:
             return await response.json()
+
+    async def until_ready(self, replica: Shim) -> None:
+        """Wait until Kubernetes would send agents there."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                if await self.admin(replica, "/readyz") == {"status": "ready"}:
+                    return
+                await asyncio.sleep(0.1)
 
     async def metrics(self, replica: Shim) -> str:
         """What Prometheus reads."""
