@@ -70,3 +70,12 @@ class ConfigError(ShimError):
     def __init__(self, faults: list[Fault]) -> None:
         super().__init__("; ".join(map(str, faults)))
         self.faults = faults
+
+
+def describe(error: BaseException) -> str:
+    """An error for the log: by its own text where that is ours or the system's."""
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(describe(inner) for inner in error.exceptions)
+    if isinstance(error, (StoreError, ConfigError, OSError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
