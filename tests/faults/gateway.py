@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.faults.agents import CAST, Part
 from tests.faults.checker import LOOK_S, Case, case, check
 from tests.faults.harness import LATE_S, Plan, Settling, configuration
 from tests.faults.keepers import ControllerKeeper, JournalReader, KeptShim, ShimKeeper
+from tests.faults.pages import write_gateway
 from tests.faults.report import distribution, machine
 from tests.faults.waiting import last
 from tests.support import network
@@ -297,14 +299,17 @@ class Replicas:
             await self.controller.push(spec)
 
 
-def figures(seed: int, history: Sequence[ev.AnyEvent], counts: Counter[str], settled_s: float) -> dict[str, Any]:
+def figures(
+    options: argparse.Namespace, history: Sequence[ev.AnyEvent], counts: Counter[str], settled_s: float
+) -> dict[str, Any]:
     """What a run came to."""
     found: Case = case(history)
     commands = list(found.commands.values())
     stops = [event.seconds for event in history if isinstance(event, ev.Stopped)]
     return {
         "machine": machine(),
-        "seed": seed,
+        "seed": options.seed,
+        "duration_s": options.seconds,
         "settled_s": round(settled_s, 1),
         "faults": dict(sorted(counts.items())),
         "commands": {
@@ -317,17 +322,20 @@ def figures(seed: int, history: Sequence[ev.AnyEvent], counts: Counter[str], set
         },
         "heartbeats_upstream": len(found.of(ev.Beat)),
         "stops": distribution(stops),
-        "violations": [str(violation) for violation in check(found)],
+        "violations": [asdict(violation) for violation in check(found)],
     }
 
 
 def main(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.gateway", description=__doc__)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
-    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--seconds", type=float, help="how long; default: 150")
+    parser.add_argument("--long", action="store_true", help="half an hour")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--docs", action="store_true", help="put the figures into docs/reliability.md")
     options = parser.parse_args(given)
+    options.seconds = options.seconds or (1800.0 if options.long else 150.0)
     reason = network.permitted()
     if reason:
         print(f"not here: {reason}")
@@ -342,6 +350,8 @@ def main(given: Sequence[str]) -> int:
     print(json.dumps(found, indent=1))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.docs:
+        write_gateway(found)
     return 1 if found["violations"] else 0
 
 
@@ -350,7 +360,7 @@ async def _play(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     async with aiohttp.ClientSession() as session:
         gateway = Replicas(options.seed, folder, session, hosts)
         history, settled_s = await gateway.play(options.seconds)
-    return figures(options.seed, history, gateway.counts, settled_s)
+    return figures(options, history, gateway.counts, settled_s)
 
 
 if __name__ == "__main__":
