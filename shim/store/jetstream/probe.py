@@ -60,14 +60,15 @@ class Probe(Server):
         super().__init__(configured)
         self._denied = ""
 
-    async def may_publish(self, shard: str = "") -> None:
+    async def may_publish(self, shard: str) -> None:
         """Ask where nobody listens and no stream keeps it: the server says so, or that it is forbidden (`Denied`).
 
-        `shard` names one of several stores, as in `Layout.of_shard`.
+        `shard` names one of several stores, as in `Layout.of_shard`; `""` is the only one.
         """
+        layout = Layout.of_shard(shard) if shard else Layout()
         client = self.connected()
         try:
-            await client.request(f"{Layout.of_shard(shard).prefix}.doctor", timeout=ANSWER_S)
+            await client.request(f"{layout.prefix}.doctor", timeout=ANSWER_S)
         except nats.errors.NoRespondersError:
             return
         except (nats.errors.Error, OSError, TimeoutError) as error:
