@@ -141,7 +141,7 @@ def _of_replicas(replicas: dict[str, Any] | None) -> Iterator[Problem]:
         number = plural(replicas["unowned"], "shard")
         yield Problem(
             "warning",
-            f"{number} without an owner: the links in it are down.",
+            f"{number} without an owner: links are down.",
             "Taken by a replica within seconds; if not, see its log (shard_not_opened, nats_lost).",
         )
 

@@ -39,8 +39,7 @@ class FencedSocket:
             self._socket.ping(payload)
 
     def close(self, code: int) -> None:
-        """See `ports.Socket`."""
-        self._fence.sockets.discard(self)
+        """See `ports.Socket`. Until the peer has answered it counts as open: `Fence.cut` ends that."""
         if self._fence.open:
             self._socket.close(code)
         else:
@@ -175,5 +174,6 @@ class Shard:
         self.bridge.stop()
 
     async def close(self) -> None:
-        """Close the store; what was submitted is stored, unless the next owner has it already."""
+        """Close the store; what was submitted is stored, unless the next owner has it already. Nothing is open then."""
         await asyncio.to_thread(self.recent.close)
+        self._fence.cut()

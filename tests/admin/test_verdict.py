@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from shim.admin.verdict import judge, reason_text
+from shim.tools.status_view import replicas_line
 
 NOW = 10_000.0
 
@@ -149,3 +150,25 @@ def test_of_several_links_the_one_in_trouble_is_named() -> None:
 )
 def test_reasons(reason: str | None, text: str) -> None:
     assert reason_text(reason) == text
+
+
+def replicas(unowned: int = 0) -> dict[str, Any]:
+    others = [{"name": "b", "self": False, "leaving": False, "shards": 4}]
+    return {"replica": "a", "shards": 8, "owned": [0, 1, 2, 3], "unowned": unowned, "replicas": others}
+
+
+def test_shards_without_an_owner_are_a_warning() -> None:
+    told = judge(status(replicas=replicas(unowned=2)))
+    assert told["level"] == "warning"
+    assert told["text"] == "2 shards without an owner: links are down."
+
+
+def test_a_replica_without_links_of_its_own_is_well() -> None:
+    told = judge(status(replicas=replicas(), sessions=[], links=[]))
+    assert told["level"] == "good"
+    assert "owns no agent's link" in told["text"]
+
+
+def test_the_command_tells_of_the_other_replicas() -> None:
+    assert replicas_line(replicas(unowned=1)) == "4 of 8 shards here, 1 without an owner; others: b: 4"
+    assert replicas_line(replicas() | {"replicas": []}).endswith("others: none")
