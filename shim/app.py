@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from shim import __version__, config, dialects, logs
-from shim.admin import AdminServer, Journal
-from shim.bridge import Bridge, Context
+from shim.admin import AdminServer
+from shim.bridge import Bridge
 from shim.clock import Clock
-from shim.core.sessions import Sessions
+from shim.composition import Composition, Surroundings
 from shim.core.urls import origin_of
 from shim.errors import ConfigError, StoreError, StoreVersionError
 from shim.filemarks import Watched
@@ -26,11 +26,12 @@ from shim.hardening import allow_connections, keep_memory_private, open_doors
 from shim.heap import collect_rarely, give_back
 from shim.lag import watch_loop
 from shim.metrics import Metrics, Registry
-from shim.passthrough import Passthrough, sunset_headers
+from shim.passthrough import sunset_headers
 from shim.ports import CommandStore, Switchboard, UpstreamPort
 from shim.settings import Settings
+from shim.single import Single
 from shim.store import Post, open_store
-from shim.storewatch import probe, tell_findings
+from shim.storewatch import probe
 from shim.upstream import AiohttpUpstream
 
 log = logs.get(__name__)
@@ -99,6 +100,7 @@ class App:
         self._files = Watched()
         self._store_fault: StoreError | None = None
         self._token = ""
+        self._parts: Composition | None = None
 
     async def run(self) -> int:
         """Start, serve until a stop is requested, stop. Returns the exit code."""
@@ -112,6 +114,9 @@ class App:
                         raise self._store_fault
                 finally:
                     await self._stop()
+        except* ConfigError as group:
+            code = EXIT_CONFIG
+            log.error("config_refused", error=_describe(group))
         except* StoreVersionError as group:
             code = EXIT_STORE_VERSION
             log.error("store_version", error=_describe(group))
@@ -138,55 +143,65 @@ class App:
             log.warning(event, hint=hint)
         upstream = AiohttpUpstream(settings.upstream, self.spawn)
         self._undo.append(upstream.close)
-        store = self.make_store(loop.call_soon_threadsafe)
-        loaded = await asyncio.to_thread(store.open)
-        self._undo.append(lambda: asyncio.to_thread(store.close))
-        tell_findings(loaded, self._metrics)
-        journal = Journal(store)
-        ctx = Context(
+        around = Surroundings(
             settings=settings,
             clock=clock,
             timers=loop,
             rng=random.random,
             new_id=lambda: uuid.uuid4().hex,
-            store=journal,
-            upstream=self.wrap_upstream(upstream),
+            post=loop.call_soon_threadsafe,
+            spawn=self.spawn,
             metrics=self._metrics,
+            upstream=self.wrap_upstream(upstream),
             read_token=self._read_token,
-            sessions=Sessions(),
+            broken=self._store_broken,
         )
-        bridge = self.bridge = Bridge(ctx)
+        parts = self._compose(around)
+        self._undo.append(parts.close)
+        await parts.open()
+        self._parts = parts
         redact = self._logging.redaction.add
-        admin = AdminServer(settings.admin, bridge, self._metrics.registry, journal, self.addresses, redact)
+        admin = AdminServer(settings.admin, parts.subject, self._metrics.registry, parts.recent, self.addresses, redact)
         host, port = await admin.start()
         self.addresses["admin"] = f"{host}:{port}"
         self._undo.append(admin.stop)
-        bridge.start(loaded)
-        self._undo.append(self._stop_bridge)
-        token = None if settings.upstream.own_tokens else self._token_for_agents
-        switchboard = self.wrap_switchboard(bridge)
-        passthrough = Passthrough(bridge)
-        self._undo.append(passthrough.close)
-        self._metrics.fallback_active.set_function(passthrough.active)
-        sunset = sunset_headers(settings.sunset)
-        frontend = Frontend(
-            settings.listen,
-            switchboard,
-            dialects.load(),
-            self._metrics,
-            token=token,
-            static_headers=lambda: sunset,
-            fallback=passthrough,
-        )
-        host, port = await frontend.start()
-        self.addresses["listen"] = f"{host}:{port}"
+        self._undo.append(parts.stop)
+        parts.start()
+        self._undo.append(parts.fallback.close)
+        await self._serve_agents(parts)
         admin.agents_served = True
-        self._undo.append(frontend.stop)
         self._handle_signals(loop)
         self.spawn("watch", self._watch())
         self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
         give_back()
         self._announce()
+
+    def _compose(self, around: Surroundings) -> Composition:
+        """One bridge, or this replica's share of many."""
+        if self.settings.shards.count:
+            from shim.shards.cluster import Sharded  # noqa: PLC0415 - an extra, and memory that only gateways pay for
+
+            return Sharded(around)
+        parts = Single(around, self.make_store(around.post))
+        self.bridge = parts.subject
+        return parts
+
+    async def _serve_agents(self, parts: Composition) -> None:
+        settings = self.settings
+        self._metrics.fallback_active.set_function(parts.fallback.active)
+        sunset = sunset_headers(settings.sunset)
+        frontend = Frontend(
+            settings.listen,
+            self.wrap_switchboard(parts.switchboard),
+            dialects.load(),
+            self._metrics,
+            token=None if settings.upstream.own_tokens else self._token_for_agents,
+            static_headers=lambda: sunset,
+            fallback=parts.fallback,
+        )
+        host, port = await frontend.start()
+        self.addresses["listen"] = f"{host}:{port}"
+        self._undo.append(frontend.stop)
 
     # Seams: a test that must be there when something happens stands between two parts.
 
@@ -226,15 +241,11 @@ class App:
         )
         self.ready.set()
 
-    async def _stop_bridge(self) -> None:
-        if self.bridge is not None:
-            self.bridge.stop()
-
     async def _stop(self) -> None:
         """Undo the start list in reverse. Held polls are answered first: their agents must not wait for a drain."""
         self.stop_requested.set()
-        if self.bridge is not None:
-            self.bridge.quiesce()
+        if self._parts is not None:
+            self._parts.quiesce()
         for undo in reversed(self._undo):
             try:
                 async with asyncio.timeout(STOP_S):
@@ -271,10 +282,10 @@ class App:
             changed = self._changed()
             if "config" in changed:
                 self.reload()
-            if "token" in changed and self.bridge is not None:
+            if "token" in changed and self._parts is not None:
                 log.info("token_changed")
                 self._token = ""
-                self.bridge.token_changed()
+                self._parts.token_changed()
 
     def _changed(self) -> set[str]:
         return self._files.changed({"config": self._config_path, "token": self.settings.upstream.token_file})
@@ -292,11 +303,11 @@ class App:
         for secret in config.secrets(fresh):
             self._logging.redaction.add(secret)
         self._logging.set_level(self.settings.log.level)
-        if self.bridge is not None:
-            self.bridge.ctx.settings = self.settings
+        if self._parts is not None:
+            self._parts.reload(self.settings)
             if old.upstream != self.settings.upstream:
                 self._token = ""
-                self.bridge.token_changed()
+                self._parts.token_changed()
         ignored = config.needs_restart(self.settings, fresh)
         log.info("config_reloaded", mode=self.settings.mode, needs_restart=ignored)
 
@@ -304,6 +315,6 @@ class App:
 def _describe(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(_describe(inner) for inner in error.exceptions)
-    if isinstance(error, (StoreError, OSError)):
+    if isinstance(error, (StoreError, ConfigError, OSError)):
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from shim import jsontext
 from shim.errors import MessageError
 
 # What the vendor documents and what the shim answers with; a controller may send anything else.
@@ -49,7 +50,6 @@ class Message:
     timestamp: str = ""
 
 
-_decoder = msgspec.json.Decoder()
 _encoder = msgspec.json.Encoder()
 
 
@@ -60,8 +60,8 @@ def decode(frame: str | bytes) -> Message:
     dropped.
     """
     try:
-        raw = _decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raw = jsontext.decode(frame)
+    except (ValueError, RecursionError):
         raise MessageError("not_json") from None
     if not isinstance(raw, dict):
         raise MessageError("not_object")

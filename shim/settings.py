@@ -147,6 +147,12 @@ class Store(Section, frozen=True):
     replicas: int = 3
 
 
+class Shards(Section, frozen=True):
+    count: int = 0
+    replica: str = ""
+    lease_s: float = 5
+
+
 class Fallback(Section, frozen=True):
     url: str = ""
     after_s: float = 10
@@ -183,6 +189,7 @@ class Settings(Section, frozen=True):
     sessions: Sessions = Sessions()
     identity: Identity = Identity()
     store: Store = Store()
+    shards: Shards = Shards()
     fallback: Fallback = Fallback()
     rollout: Rollout = Rollout()
     sunset: Sunset = Sunset()

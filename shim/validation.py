@@ -58,6 +58,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "sessions.retain_s": _KEPT_S,
     "sessions.max_per_owner": _COUNT,
     "store.replicas": (1, 5),
+    "shards.count": (0, 256),
+    "shards.lease_s": (2, 60),
     "fallback.after_s": (0, _LONG_S),
     "fallback.hold_down_s": (0, _LONG_S),
     "rollout.percent": (0, 100),
@@ -88,6 +90,7 @@ def semantic_faults(settings: Settings, broken: frozenset[str]) -> list[Fault]:
     checks.times()
     checks.queue_and_store()
     checks.modes()
+    checks.shards()
     return checks.faults
 
 
@@ -213,6 +216,19 @@ class _Checks:
             "fallback.use_upstream_token",
             *("upstream.token", "upstream.token_file"),
         )
+
+    def shards(self) -> None:
+        settings = self.settings
+        if not settings.shards.count:
+            return
+        self._must(bool(settings.store.url), "needs store.url: shards are kept in NATS", "shards.count", "store.url")
+        message = "must be websocket or http with shards.count: the link that it would look at may be another replica's"
+        self._must(settings.mode != "auto", message, "mode", "shards.count")
+        message = "must be 100 with shards.count: its agents would be placed by what another replica knows"
+        self._must(settings.rollout.percent == 100, message, "rollout.percent", "shards.count")
+        word = re.fullmatch(r"[A-Za-z0-9._\-]{0,63}", settings.shards.replica, re.ASCII)
+        message = "must be at most 63 letters, digits, dots, hyphens and underscores"
+        self._must(word is not None, message, "shards.replica")
 
     def _pair(self, cert: str, key: str, cert_path: str, key_path: str) -> None:
         """A certificate and its key come together; the fault is told where something is missing."""

@@ -51,6 +51,15 @@ async def body_of(reply: Proxied) -> bytes:
     return reply.body if isinstance(reply.body, bytes) else b"".join([piece async for piece in reply.body])
 
 
+@pytest.mark.parametrize("method, status", [("POST", 204), ("HEAD", 200), ("HEAD", 404)])
+async def test_what_has_no_body_is_not_awaited(method: str, status: int) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(status=status)
+
+    async with api(answer) as (proxy, base):
+        assert (await proxy.send(base, request(method=method), None, whole=False)).body == b""
+
+
 async def test_only_hop_by_hop_headers_and_the_host_are_changed() -> None:
     headers = [
         ("Host", "127.0.0.1:7080"),

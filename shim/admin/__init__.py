@@ -1,6 +1,7 @@
 """The admin port: health, readiness, metrics, the status page and what a person may change."""
 
-from shim.admin.journal import Journal
+from shim.admin.journal import Journal, Recent
 from shim.admin.server import AdminServer
+from shim.admin.subject import Subject
 
-__all__ = ["AdminServer", "Journal"]
+__all__ = ["AdminServer", "Journal", "Recent", "Subject"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from shim import __version__
-from shim.bridge import Bridge
+from shim.admin.subject import Subject
 from shim.core.hold import Pace
 from shim.core.link import LinkState
 
@@ -16,7 +16,7 @@ from shim.core.link import LinkState
 class BridgeCollector:
     """A `prometheus_client` collector over one bridge."""
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: Subject) -> None:
         self._bridge = bridge
 
     def collect(self) -> Iterator[Metric]:
@@ -50,14 +50,14 @@ class BridgeCollector:
 
     def _sessions(self) -> Iterator[Metric]:
         now = self._bridge.ctx.now
-        counts = Counter((s.dialect, s.fresh(now)) for s in self._bridge.ctx.sessions)
+        counts = Counter((s.dialect, s.fresh(now)) for s in self._bridge.sessions)
         family = GaugeMetricFamily(
             "agent_shim_sessions", "Known agents by dialect and freshness.", labels=["dialect", "fresh"]
         )
         for (dialect, fresh), number in sorted(counts.items()):
             family.add_metric([dialect, "true" if fresh else "false"], number)
         yield family
-        paces = Counter(s.hold.pace for s in self._bridge.ctx.sessions if s.fresh(now) and s.poll_at is not None)
+        paces = Counter(s.hold.pace for s in self._bridge.sessions if s.fresh(now) and s.poll_at is not None)
         family = GaugeMetricFamily(
             "agent_shim_polling_sessions",
             "Fresh agents that poll for commands, by how they space their polls.",

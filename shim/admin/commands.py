@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from aiohttp import web
 
-from shim.bridge import Bridge
+from shim.admin.subject import Agents, Subject
 from shim.bridge.operator import Found
 from shim.core.records import CommandRecord
 from shim.errors import OperatorError
@@ -33,15 +33,21 @@ class DrainOrder(msgspec.Struct, forbid_unknown_fields=True):
 class CommandPages:
     """The handlers; errors are `OperatorError`s."""
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: Subject) -> None:
         self._bridge = bridge
 
     async def trace(self, request: web.Request) -> web.Response:
         """GET /commands/{id}.json: every command with this id, in whichever session."""
-        found = await self._bridge.operator.find(request.match_info["id"])
+        command_id = request.match_info["id"]
+        here = await self.described(command_id)
+        found = [*here, *await self._bridge.found_elsewhere(command_id)]
         if not found:
             raise OperatorError(404, "no command with this id is known; ended ones are kept for commands.retain_s")
-        return _json({"commands": [self._describe(each) for each in found]})
+        return _json({"commands": found})
+
+    async def described(self, command_id: str) -> list[dict[str, Any]]:
+        """All that is known here of commands with this id."""
+        return [describe(each, self._bridge.sessions) for each in await self._bridge.operator.find(command_id)]
 
     async def purge(self, request: web.Request) -> web.Response:
         """POST /commands/{id}/purge."""
@@ -64,24 +70,26 @@ class CommandPages:
         """DELETE /drain: take commands again."""
         return _json({"drain": msgspec.to_builtins(self._bridge.operator.resume())})
 
-    def _describe(self, found: Found) -> dict[str, Any]:
-        record, result, trace = found
-        stored = record.seq > 0
-        session = self._bridge.ctx.sessions.get(record.session)
-        return {
-            **_outcome(record),
-            "agent": None if session is None else session.registration.get("name") or None,
-            "dialect": None if session is None else session.dialect,
-            "type": record.type or None,
-            "via": record.via or "websocket",
-            "created_at": record.created_at or None,
-            "arrived_at": record.arrived_wall if stored else None,
-            "expires_at": record.expires_wall if stored else None,
-            "size_bytes": record.size_bytes,
-            "attempts": record.attempts,
-            "result": None if result is None else {"success": result.get("success"), "code": result.get("code")},
-            "trace": [{"at": entry.wall, "event": entry.event, "detail": entry.detail} for entry in trace],
-        }
+
+def describe(found: Found, sessions: Agents) -> dict[str, Any]:
+    """A command with its trace, without its payload."""
+    record, result, trace = found
+    stored = record.seq > 0
+    session = sessions.get(record.session)
+    return {
+        **_outcome(record),
+        "agent": None if session is None else session.registration.get("name") or None,
+        "dialect": None if session is None else session.dialect,
+        "type": record.type or None,
+        "via": record.via or "websocket",
+        "created_at": record.created_at or None,
+        "arrived_at": record.arrived_wall if stored else None,
+        "expires_at": record.expires_wall if stored else None,
+        "size_bytes": record.size_bytes,
+        "attempts": record.attempts,
+        "result": None if result is None else {"success": result.get("success"), "code": result.get("code")},
+        "trace": [{"at": entry.wall, "event": entry.event, "detail": entry.detail} for entry in trace],
+    }
 
 
 def _outcome(record: CommandRecord) -> dict[str, Any]:

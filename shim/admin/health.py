@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from shim.bridge import Bridge
+from shim.admin.subject import Subject
 from shim.core.records import Touch
 from shim.errors import StoreError
 
@@ -15,7 +15,7 @@ STORE_PROBE_S = 2.0
 class Health:
     """Answers `/readyz`. It never depends on the upstream unless `admin.ready_requires_upstream` says so."""
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: Subject) -> None:
         self._bridge = bridge
         self._probe: asyncio.Future[bool] | None = None
         self._probed_at = float("-inf")

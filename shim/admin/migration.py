@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from shim import dialects
-from shim.bridge import Bridge
+from shim.admin.subject import Subject
 from shim.core.records import SessionKey
 from shim.core.usage import Route, Use
 from shim.core.words import plural, span
@@ -27,10 +27,10 @@ def paths() -> dict[Route, tuple[str, str]]:
     return {(d.NAME, r.operation): (r.method, r.pattern) for d in dialects.load() for r in d.ROUTES}
 
 
-def migration(bridge: Bridge, wall: float, started_wall: float) -> dict[str, Any]:
+def migration(bridge: Subject, wall: float, started_wall: float) -> dict[str, Any]:
     """The panel's data at `wall`. Calls are counted since the start; when an agent was last seen survives restarts."""
     uses: _Uses = list(bridge.roster.usage)
-    last_seen = {session.key: session.seen_wall for session in bridge.ctx.sessions}
+    last_seen = {session.key: session.seen_wall for session in bridge.sessions}
     for key, routes in uses:
         last_seen[key] = max(last_seen.get(key, 0.0), *(use.last_wall for use in routes.values()))
     reasons = _reasons(bridge, last_seen, wall, started_wall)
@@ -55,7 +55,7 @@ def sunset(configured: Sunset, wall: float) -> dict[str, Any]:
     }
 
 
-def _reasons(bridge: Bridge, last_seen: dict[SessionKey, float], wall: float, started_wall: float) -> list[str]:
+def _reasons(bridge: Subject, last_seen: dict[SessionKey, float], wall: float, started_wall: float) -> list[str]:
     """Why the shim cannot be removed; empty when it can."""
     reasons = []
     active = [seen for seen in last_seen.values() if wall - seen < QUIET_S]
@@ -95,15 +95,15 @@ def _by_route(uses: _Uses) -> list[dict[str, Any]]:
 
 
 def _by_agent(
-    bridge: Bridge, uses: dict[SessionKey, dict[Route, Use]], last: dict[SessionKey, float]
+    bridge: Subject, uses: dict[SessionKey, dict[Route, Use]], last: dict[SessionKey, float]
 ) -> dict[str, Any]:
     newest = sorted(last, key=lambda key: last[key], reverse=True)[:MAX_AGENTS]
     agents = [_agent(bridge, key, uses.get(key, {}), last[key]) for key in newest]
     return {"total": len(last), "items": sorted(agents, key=lambda agent: agent["name"] or agent["id"])}
 
 
-def _agent(bridge: Bridge, key: SessionKey, routes: dict[Route, Use], last: float) -> dict[str, Any]:
-    session = bridge.ctx.sessions.get(key)
+def _agent(bridge: Subject, key: SessionKey, routes: dict[Route, Use], last: float) -> dict[str, Any]:
+    session = bridge.sessions.get(key)
     name = session.registration.get("name") or session.known.get("name") if session is not None else None
     return {
         "id": key.ident,

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, fields
 from typing import Any
 
-from shim.bridge import Bridge
+from shim.admin.subject import Subject
 from shim.core.records import State
 from shim.ports import Timer
 
@@ -36,7 +36,7 @@ class Sample:
 class Sampler:
     """Takes samples from `start` to `stop`."""
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: Subject) -> None:
         self._bridge = bridge
         self._samples: deque[Sample] = deque(maxlen=KEPT)
         self._recent_s: deque[float] = deque(maxlen=RECENT)

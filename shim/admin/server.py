@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 from aiohttp import hdrs, web
@@ -15,13 +15,13 @@ from shim.admin.collector import BridgeCollector
 from shim.admin.commands import CommandPages
 from shim.admin.guard import Access, Guard
 from shim.admin.health import Health
-from shim.admin.journal import Journal
+from shim.admin.journal import Recent
 from shim.admin.limits import Bounded
 from shim.admin.live import Live
 from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, Pages
 from shim.admin.series import Sampler
 from shim.admin.snapshot import Facts, Snapshots
-from shim.bridge import Bridge
+from shim.admin.subject import Subject
 from shim.errors import ConfigError, OperatorError
 from shim.settings import Admin
 
@@ -48,9 +48,9 @@ class AdminServer:
     def __init__(
         self,
         settings: Admin,
-        bridge: Bridge,
+        bridge: Subject,
         registry: CollectorRegistry,
-        journal: Journal,
+        journal: Iterable[Recent],
         addresses: dict[str, str],
         redact: Callable[[str], None],
     ) -> None:

@@ -5,16 +5,17 @@ Times called `…_at`, `since` and `last` are Unix seconds, `None` where somethi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import Gauge
 
-from shim.admin.journal import Journal
+from shim.admin.journal import Recent
 from shim.admin.migration import migration
 from shim.admin.series import Sampler
+from shim.admin.subject import Subject
 from shim.admin.verdict import judge
-from shim.bridge import Bridge
 from shim.bridge.links import LinkRunner
 from shim.core.commands import CommandQueue, Live
 from shim.core.records import SessionKey, State
@@ -45,7 +46,7 @@ class Facts:
 class Snapshots:
     """Takes snapshots of one bridge."""
 
-    def __init__(self, bridge: Bridge, sampler: Sampler, journal: Journal, facts: Facts) -> None:
+    def __init__(self, bridge: Subject, sampler: Sampler, journal: Iterable[Recent], facts: Facts) -> None:
         self._bridge = bridge
         self._sampler = sampler
         self._journal = journal
@@ -66,6 +67,9 @@ class Snapshots:
             "commands": {**view.commands(), "latency": self._sampler.latency(), "recent": self._recent()},
             "migration": migration(self._bridge, wall, self._facts.started_at),
         }
+        replicas = self._bridge.replicas()
+        if replicas is not None:
+            status["replicas"] = replicas
         return {"overall": judge(status), **status}
 
     def _about(self, wall: float) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def _value(gauge: Gauge) -> float:
 class _View:
     """One look at a bridge at one moment."""
 
-    def __init__(self, bridge: Bridge, now: float, wall: float) -> None:
+    def __init__(self, bridge: Subject, now: float, wall: float) -> None:
         self._bridge = bridge
         self._now = now
         self._wall = wall
@@ -162,7 +166,7 @@ class _View:
 
     def sessions(self) -> dict[str, Any]:
         """Counts, and the agents themselves: those in trouble first, then the most recently seen."""
-        found = list(self._bridge.ctx.sessions)
+        found = list(self._bridge.sessions)
         fresh = {session.key for session in found if session.fresh(self._now)}
         unpolled = {key for key, queue in self._bridge.queues.items() if self._not_polling(key, queue)}
         silent = {session.key for session in found if session.key not in fresh and self._silent(session)}
@@ -180,7 +184,7 @@ class _View:
         return session.superseded_by is None and self._wall - session.seen_wall < SILENT_S
 
     def _not_polling(self, key: SessionKey, queue: CommandQueue) -> bool:
-        session, since = self._bridge.ctx.sessions.get(key), queue.waiting_since
+        session, since = self._bridge.sessions.get(key), queue.waiting_since
         if session is None or since is None or session.held:
             return False
         return self._now - max(since, session.poll_at or 0.0) >= NOT_POLLING_S

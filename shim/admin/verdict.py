@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from shim.core.words import plural, span
+from shim.core.words import brief, plural, span
 
 LEVELS = ("good", "waiting", "warning", "bad")
 SETTLING_S = 10.0
@@ -131,7 +131,7 @@ def _of_agents(status: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _names(sessions: list[dict[str, Any]], number: int) -> str:
-    shown = ", ".join(session["name"] or session["id"] for session in sessions[:3])
+    shown = ", ".join(brief(session["name"] or session["id"]) for session in sessions[:3])
     return shown if number <= 3 else f"{shown} and {number - 3} more"
 
 

@@ -28,7 +28,7 @@ class _Sent(NamedTuple):
     session: SessionKey
     order: int
     at: float
-    acked: Callable[[], None]
+    answered: Callable[[bool], None]
 
 
 class ConnectionOwner(Protocol):
@@ -100,12 +100,12 @@ class Connection:
         self._ctx.metrics.messages.labels("out", type_label(kind)).inc()
         self._socket.send(Message(kind, payload, request_id, rfc3339(self._ctx.clock.wall_s())))
 
-    def send_heartbeat(self, key: SessionKey, payload: dict[str, Any], acked: Callable[[], None]) -> None:
-        """Send a session's heartbeat; `acked` is called when it is acknowledged."""
+    def send_heartbeat(self, key: SessionKey, payload: dict[str, Any], answered: Callable[[bool], None]) -> None:
+        """Send a session's heartbeat; `answered` is called when it is acknowledged, or (`False`) refused by name."""
         request_id = self._ctx.new_id()
         self.send("heartbeat", payload, request_id)
         now = self._ctx.now
-        self._heartbeats[request_id] = _Sent(key, self._order, now, acked)
+        self._heartbeats[request_id] = _Sent(key, self._order, now, answered)
         while len(self._heartbeats) > MAX_TRACKED_HEARTBEATS:
             del self._heartbeats[next(iter(self._heartbeats))]
         self._liveness.heartbeat_sent(request_id, now)
@@ -124,6 +124,7 @@ class Connection:
         if sent is None:
             return None
         self._liveness.answered(request_id)
+        sent.answered(False)
         return sent.session
 
     def send_result(self, seq: int, request_id: str, payload: dict[str, Any]) -> None:
@@ -211,7 +212,7 @@ class Connection:
             return
         self._ctx.metrics.heartbeats_up.labels("acked").inc()
         self._ctx.metrics.heartbeat_ack_seconds.observe(self._ctx.now - found.at)
-        found.acked()
+        found.answered(True)
         # Without an id it may have answered a status report that was sent before.
         in_doubt = not named and self._statuses and self._statuses[0] < found.order
         self._fenced(self._statuses.popleft() if in_doubt else found.order)

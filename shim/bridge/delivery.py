@@ -20,8 +20,6 @@ from shim.ports import Timer
 
 log = get(__name__)
 
-OVERLAP_S = 0.02  # a poll so soon after a reply on another connection may have been sent before that was read
-
 HAND_OVERS = 1024
 
 
@@ -91,7 +89,7 @@ class Delivery:
         A poll of this session that waits already is answered empty.
         """
         queue = self._queues.get(key)
-        if queue is not None and queue.offer is not None and _read_before(queue.offer, arrived_s):
+        if queue is not None and queue.offer is not None and queue.offer.read_before(arrived_s):
             self._delivered(key, queue, queue.offer, "poll")
         older = self._polls.pop(key, None)
         if older is not None:
@@ -224,7 +222,7 @@ class Delivery:
             self._queues.mark(key, ids, state, "requeued", detail="not written", attempts=-1)
         now = self._ctx.now
         for live in back:
-            log.info("command_requeued", command=live.record.id, session=key.ident)
+            log.info("command_requeued", command=live.record.id, session=key.ident, attempt=live.attempts + 1)
             if live.state is State.QUEUED and live.expires_at <= now:
                 self._queues.expire(key, live.record.id)
 
@@ -239,6 +237,11 @@ class Delivery:
         """The connection that carried a reply is gone; if it was not closed cleanly, a later poll proves nothing."""
         for offering in self._by_connection.pop(connection, ()):
             offering.offer.cleanly_closed = clean
+
+    def connection_lost(self, connection: int) -> None:
+        """Whoever served the connection is gone: nobody will ever tell what was read on it."""
+        for offering in self._by_connection.pop(connection, ()):
+            self._evidence_due(offering)
 
     def answered(self, key: SessionKey, command_id: str) -> None:
         """A result is on disk: the agent has the command, and the whole reply that it came in."""
@@ -285,14 +288,3 @@ class Delivery:
         for live in successor.all():
             self._queues.watch(target, live)
         self.wake(target)
-
-
-def _read_before(offer: Offer, arrived_s: float) -> bool:
-    """Whether a poll that arrived then tells that the agent has read the reply with this offer (protocol.md §3).
-
-    A connection that was closed in an orderly way has been read. While it is open only a poll that cannot have been
-    under way already tells something: agents may poll twice at once, and pipeline.
-    """
-    if offer.cleanly_closed is not None:
-        return offer.cleanly_closed
-    return offer.written_at is not None and arrived_s >= offer.written_at + OVERLAP_S

@@ -116,6 +116,8 @@ class Inbound:
         if forgotten(message.payload):
             for session in source.sessions():
                 if (about is None or session.key == about) and session.fresh(self._ctx.now):
+                    if about is None:
+                        session.coverage.refused()
                     source.introduce(session)
         else:
             text = error_text(message.payload)

@@ -71,7 +71,10 @@ class Presence:
     def _window_s(self) -> float:
         return self._ctx.settings.upstream.heartbeat_interval_s + ACK_GRACE_S
 
-    def _acked(self, session: Session, sent_at: float, line: Connection) -> None:
+    def _answered(self, session: Session, sent_at: float, line: Connection, accepted: bool) -> None:
+        if not accepted:
+            session.coverage.refused(sent_at)
+            return
         self._acks_seen = True
         covered = session.coverage.acked(sent_at, line, self._ctx.now, self._window_s)
         self._covered.inc(covered)
@@ -97,8 +100,8 @@ class Presence:
         session.sent_words = session.words()
         session.coverage.written(sent_at, connection)
         self._ctx.metrics.heartbeats_up.labels("sent").inc()
-        acked = partial(self._acked, session, sent_at, connection)
-        connection.send_heartbeat(session.key, session.heartbeat_payload(), acked)
+        answered = partial(self._answered, session, sent_at, connection)
+        connection.send_heartbeat(session.key, session.heartbeat_payload(), answered)
 
     def _told(self, session: Session, connection: Connection) -> bool:
         """Whether the controller has just been told about the session; else it is told first, where possible."""

@@ -61,6 +61,7 @@ class Roster:
             self.admission.adopted(key)
             self._ctx.metrics.sessions_adopted.inc()
             log.info("session_adopted", session=key.ident, kind=key.kind, dialect=dialect)
+            self._succession.inherit(session)
             self.save(session)
             return session
         first = session.contact_at is None
@@ -95,6 +96,7 @@ class Roster:
             session = Session(key, dialect)
             session.seen_wall = self._ctx.clock.wall_s()
             self._ctx.sessions.add(session)
+            self._succession.inherit(session)
             self.save(session)
         return session
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from functools import lru_cache
 
 from shim.bridge.connection import Connection
@@ -10,6 +9,7 @@ from shim.bridge.context import DEFAULT_OWNER, Context
 from shim.bridge.gateway import Gateways
 from shim.bridge.links import LinkRunner
 from shim.bridge.linkset import LinkSet
+from shim.core.owners import owner_id
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
 from shim.ports import Client
@@ -35,7 +35,7 @@ class Routes:
         return self._owner_of(token) if token else None
 
     def _hash_owner(self, token: str) -> str:
-        return hmac.digest(self._ctx.owner_key, token.encode("utf-8", "surrogatepass"), "sha256").hex()
+        return owner_id(self._ctx.owner_key, token)
 
     # --- links --------------------------------------------------------------------------------------------------------
 

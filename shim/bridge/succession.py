@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from shim.bridge.context import Context
 from shim.bridge.saves import Saves
 from shim.core.records import DeleteSession, MoveSession, SessionKey
 from shim.core.sessions import Session
+from shim.errors import StoreError
 from shim.logs import get
 
 log = get(__name__)
@@ -26,6 +28,7 @@ class Succession:
         self._ctx = ctx
         self._saves = saves
         self._moved = moved
+        self._unmoved: list[MoveSession] = []
         self.ended = ended
 
     def supersede(self, session: Session) -> None:
@@ -39,8 +42,28 @@ class Succession:
                 self._saves.session(other)
         self.sweep()
 
+    def inherit(self, session: Session) -> None:
+        """An adopted session whose id the controller has given to others of its owner is their successor.
+
+        That id was an answer to a register whose session the shim forgot: it was killed while the disk took nothing.
+        What is known of the cluster goes over, and the others give way as they would have.
+        """
+        ident = session.upstream_cluster_id
+        older = [o for o in self._ctx.sessions.of_owner(session.key.owner) if o.upstream_cluster_id == ident]
+        older = [other for other in older if other is not session]
+        if not ident or not older:
+            return
+        latest = max(older, key=lambda other: other.seen_wall)
+        session.registration, session.reply = latest.registration, latest.reply
+        for other in older:
+            other.superseded_by = session.key
+            self._saves.session(other)
+
     def sweep(self) -> None:
         """Let superseded sessions that are not fresh any more go over into their successors."""
+        unmoved, self._unmoved = self._unmoved, []
+        for move in unmoved:
+            self._store(move)
         now = self._ctx.now
         for session in self._ctx.sessions:
             target = session.superseded_by
@@ -55,8 +78,17 @@ class Succession:
             self._ctx.sessions.remove(session)
             if successor.tunnel is None:
                 successor.tunnel = session.tunnel
-            self._ctx.store.submit([MoveSession(session.key, target)])
+            self._store(MoveSession(session.key, target))
             self._moved(session.key, target)
+
+    def _store(self, move: MoveSession) -> None:
+        """Until the disk takes it: what is written of the moved commands later is written of the successor's."""
+
+        def done(outcome: list[Any] | StoreError) -> None:
+            if isinstance(outcome, StoreError):
+                self._unmoved.append(move)
+
+        self._ctx.store.submit([move], done)
 
     def expire(self) -> None:
         """Delete sessions that were not seen for `sessions.retain_s`; their commands end EXPIRED."""

@@ -30,7 +30,7 @@ from shim.bridge.timers import OwnedTimers
 from shim.bridge.upkeep import Duty, Unpolled, Upkeep
 from shim.core.calls import AgentCall, Failed, Outcome
 from shim.core.records import Loaded, Prune, SessionKey
-from shim.core.sessions import Session
+from shim.core.sessions import Session, Sessions
 from shim.logs import get
 from shim.messages import Message
 from shim.ports import Answer, Client, Lease
@@ -77,6 +77,19 @@ class Bridge:
             (60, self._save_holds),
             (600, self._forget_old),
         )
+
+    @property
+    def sessions(self) -> Sessions:
+        """All agents."""
+        return self.ctx.sessions
+
+    def replicas(self) -> dict[str, Any] | None:
+        """There are no others."""
+        return None
+
+    async def found_elsewhere(self, command_id: str) -> list[dict[str, Any]]:
+        """There is nowhere else to look."""
+        return []
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -154,6 +167,10 @@ class Bridge:
     def connection_closed(self, connection: int, clean: bool) -> None:
         """A connection that carried an offer is gone."""
         self.delivery.connection_closed(connection, clean)
+
+    def connection_lost(self, connection: int) -> None:
+        """The replica that served a connection is gone, and what it knew of the connection with it."""
+        self.delivery.connection_lost(connection)
 
     # --- registrations.RegistrationListener ---------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ from itertools import takewhile
 from shim.core.life import Step, next_state
 from shim.core.records import CommandRecord, State
 
+OVERLAP_S = 0.02  # a poll so soon after a reply on another connection may have been sent before that was read
+
 
 @dataclass(slots=True, order=True)
 class Live:
@@ -44,6 +46,16 @@ class Offer:
     def ids(self) -> tuple[str, ...]:
         """The commands' ids in order."""
         return tuple(live.record.id for live in self.commands)
+
+    def read_before(self, arrived_s: float) -> bool:
+        """Whether a poll that arrived then tells that the agent has read the reply with this offer (protocol.md §3).
+
+        A connection that was closed in an orderly way has been read. While it is open only a poll that cannot have been
+        under way already tells something: agents may poll twice at once, and pipeline.
+        """
+        if self.cleanly_closed is not None:
+            return self.cleanly_closed
+        return self.written_at is not None and arrived_s >= self.written_at + OVERLAP_S
 
 
 @dataclass(frozen=True, slots=True)

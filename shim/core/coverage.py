@@ -16,7 +16,7 @@ class Covered(Enum):
     """What became of an agent's heartbeat."""
 
     ACKED = "acked"  # the controller acknowledged a heartbeat of this agent in time
-    WRITTEN = "written"  # this controller never acknowledges; one was written to a connection that lived on
+    WRITTEN = "written"  # this controller never acknowledges; one was written to a connection that lived on, unrefused
     MISSED = "missed"
 
 
@@ -69,6 +69,10 @@ class Coverage:
     def written(self, now: float, line: Line) -> None:
         """A heartbeat of this agent was written upstream."""
         self._writes = (*self._writes[1 - MAX_WRITES :], (now, line))
+
+    def refused(self, sent_at: float | None = None) -> None:
+        """The heartbeat that was written at `sent_at` is answered with an error; `None`: nobody can tell which one."""
+        self._writes = tuple(write for write in self._writes if sent_at is not None and write[0] != sent_at)
 
     def acked(self, sent_at: float, line: Line, now: float, window_s: float) -> int:
         """The heartbeat that was written at `sent_at` is acknowledged. Returns how many of the agent's that covers."""

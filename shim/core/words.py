@@ -1,6 +1,8 @@
-"""Numbers and times as a person reads them."""
+"""Numbers, times and the names of others as a person reads them."""
 
 from __future__ import annotations
+
+MAX_NAME_CHARS = 64
 
 _UNITS = ((86_400.0, "day"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
@@ -26,3 +28,14 @@ def span(seconds: float) -> str:
 def plural(number: int, noun: str) -> str:
     """`1 agent`, `2 agents`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def printable(text: str) -> str:
+    """Somebody else's text for a terminal, which it must not steer: `?` for control characters and the like."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def brief(name: str) -> str:
+    """An agent's name for a sentence or a table: printable, and of a length that leaves room for the rest."""
+    shown = printable(name)
+    return shown if len(shown) <= MAX_NAME_CHARS else f"{shown[: MAX_NAME_CHARS - 1]}…"

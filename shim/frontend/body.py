@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import msgspec
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
+from shim import jsontext
 from shim.dialects import MAX_DEPTH
 from shim.errors import AgentError
 from shim.frontend.limits import RETRY_AFTER_S, BodyBudget
-
-_decode = msgspec.json.Decoder().decode
 
 
 class BodyRefused(AgentError):
@@ -73,8 +71,8 @@ def decode_body(data: bytes) -> Any:
     if not data:
         return None
     try:
-        return _decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return jsontext.decode(data)
+    except (ValueError, RecursionError):
         raise AgentError(400, "the body is not valid JSON") from None
 
 

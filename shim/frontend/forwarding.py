@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -11,6 +12,7 @@ from shim.core.calls import AgentCall
 from shim.frontend.visit import Visit
 from shim.ports import Client, Forwarded, Proxied
 
+_ORIGIN = re.compile(r"\A[A-Za-z][A-Za-z0-9+.\-]*://[^/?#]*", re.ASCII)
 _BODILESS = frozenset({204, 304})
 
 
@@ -34,28 +36,34 @@ def forwarded(visit: Visit, base_path: str, client: Client, data: bytes | None, 
 
 
 def target_of(raw_target: str, base_path: str) -> str:
-    """The request target under the configured base path, with one leading slash."""
-    target = "/" + raw_target.lstrip("/")
+    """The path and query of a request target, under the configured base path, with one leading slash."""
+    target = "/" + _ORIGIN.sub("", raw_target).lstrip("/")
     base = base_path.strip("/")
     if base and (target == f"/{base}" or target.startswith((f"/{base}/", f"/{base}?"))):
         target = "/" + target[len(base) + 1 :].lstrip("/")
     return target
 
 
-def head(proxied: Proxied, more: Mapping[str, str], keep: bool, http11: bool) -> tuple[bytes, bool]:
-    """The head of a reply, and whether its body goes out in chunks."""
+def head(
+    proxied: Proxied, more: Mapping[str, str], *, keep: bool, http11: bool, head_only: bool = False
+) -> tuple[bytes, bool]:
+    """The head of a reply, and whether its body goes out in chunks; `head_only`: it has none, the request was HEAD."""
     whole = isinstance(proxied.body, bytes)
-    sized = any(name.lower() == "content-length" for name, _ in proxied.headers)
-    own = {name.lower() for name in more} | ({"content-length"} if whole else set())
+    # RFC 9112 §6: a length or chunks where no body may be would be read as the beginning of the next reply
+    bodiless = proxied.status in _BODILESS
+    framed = whole or bodiless or head_only or any(name.lower() == "content-length" for name, _ in proxied.headers)
+    own = {name.lower() for name in more}
+    if bodiless or (whole and not head_only):
+        own.add("content-length")
     lines = [f"HTTP/1.1 {proxied.status} {_phrase(proxied.status)}"]
     lines += [f"{name}: {value}" for name, value in proxied.headers if name.lower() not in own]
     lines += [f"{name}: {value}" for name, value in more.items()]
-    if isinstance(proxied.body, bytes) and proxied.status not in _BODILESS:
+    if isinstance(proxied.body, bytes) and not bodiless and not head_only:
         lines.append(f"Content-Length: {len(proxied.body)}")
-    chunked = not whole and not sized and http11
+    chunked = not framed and http11
     if chunked:
         lines.append(f"{hdrs.TRANSFER_ENCODING}: chunked")
-    if not keep or (not whole and not sized and not http11):
+    if not keep or not (framed or http11):
         lines.append(f"{hdrs.CONNECTION}: close")
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace"), chunked
 

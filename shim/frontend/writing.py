@@ -81,9 +81,10 @@ class Writer:
         keep = request.keep_alive and not connection.closing and request.content.is_eof()
         more = dict(self._house.replies.static_headers())
         more[REQUEST_ID] = self._house.replies.request_id(request.headers.get(REQUEST_ID))
-        start, chunked = head(proxied, more, keep, request.version == HttpVersion11)
+        http11, head_only = request.version == HttpVersion11, request.method == hdrs.METH_HEAD
+        start, chunked = head(proxied, more, keep=keep, http11=http11, head_only=head_only)
         if isinstance(proxied.body, bytes):
-            written = await self._hand_over(visit, start if request.method == hdrs.METH_HEAD else start + proxied.body)
+            written = await self._hand_over(visit, start if head_only else start + proxied.body)
         else:
             written = await self._stream(connection, start, proxied.body, chunked=chunked)
             keep = keep and (chunked or b"\r\nConnection: close" not in start)

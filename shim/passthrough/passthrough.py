@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from shim import jsontext
 from shim.bridge import Bridge
 from shim.core.calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
 from shim.core.modes import Breaker, Failover, Way, bucket
@@ -163,7 +164,7 @@ class Passthrough:
 
 def _object(body: bytes | Any) -> dict[str, Any]:
     try:
-        value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        value = jsontext.decode(body)
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

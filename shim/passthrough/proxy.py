@@ -91,7 +91,8 @@ class Proxy:
     async def _reply(self, response: aiohttp.ClientResponse, *, whole: bool) -> Proxied:
         headers = tuple(_end_to_end(response.headers.items()))
         length = response.content_length
-        if not whole and (length is None or length > WHOLE_BYTES):
+        long = length > WHOLE_BYTES if length is not None else not response.content.at_eof()
+        if not whole and long:
             return Proxied(response.status, headers, _pieces(response))
         try:
             async with response:

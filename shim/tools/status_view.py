@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from shim.core.words import plural, span
+from shim.core.words import brief, plural, printable, span
 
 HEAD = ("AGENT", "DIALECT", "ALIVE", "HEARTBEATS", "POLLS", "HELD UP TO", "QUEUE")
 PHASES = {"up": "connected", "down": "away", "refused": "token refused", "idle": "at rest"}
@@ -23,7 +23,7 @@ class View(NamedTuple):
 
 
 def view(status: dict[str, Any]) -> View:
-    """Everything that is shown of a status."""
+    """Everything that is shown of a status; nothing in it steers a terminal."""
     overall, sessions = status["overall"], status["sessions"]
     hidden = sessions["total"] - len(sessions["items"])
     first, *others = overall["problems"] or [{"hint": "", "text": ""}]
@@ -31,9 +31,9 @@ def view(status: dict[str, Any]) -> View:
     hints += [" ".join(filter(None, (problem["text"], problem["hint"]))) for problem in others]
     return View(
         overall["level"],
-        overall["text"],
-        hints,
-        _lines(status),
+        printable(overall["text"]),
+        [printable(hint) for hint in hints],
+        [(name, printable(text)) for name, text in _lines(status)],
         [_row(session, status["now"]) for session in sessions["items"]],
         f"and {plural(hidden, 'more agent')}" if hidden > 0 else "",
     )
@@ -102,7 +102,7 @@ def _row(session: dict[str, Any], now: float) -> tuple[str, tuple[str, ...]]:
     polled = "held now" if session["polling_now"] else _ago(session["poll_at"], now)
     level = "warning" if queue["not_polling"] or not session["fresh"] else "good"
     return level, (
-        session["name"] or session["id"],
+        brief(session["name"] or session["id"]),
         session["dialect"],
         alive,
         f"every {session['heartbeat_s']:.0f} s" if session["heartbeat_s"] else _ago(session["heartbeat_at"], now),

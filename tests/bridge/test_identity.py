@@ -206,6 +206,48 @@ async def test_a_new_agent_of_the_cluster_supersedes_one_that_is_gone(world: Wor
     assert [session.key.ident for session in world.bridge.ctx.sessions] == ["a-2"]
 
 
+async def test_an_id_that_was_handed_out_and_forgotten_by_a_killed_shim_still_leads_to_its_cluster(
+    world: World,
+) -> None:
+    old = await registered(world)
+    await old.heartbeat()
+    world.controller.manners.cluster_id = lambda payload: "c-new"
+    world.controller.socket.lose()
+    await world.until(lambda: world.session(old.cluster_id).upstream_cluster_id == "c-new")
+    world.controller.push("k1", cluster_id="c-new")
+    await world.settle()
+    world.store.fail()
+    new = await registered(world)
+    assert new.cluster_id == "c-new"
+    await world.crash()  # nothing of the new session is on disk
+    world.start()
+    world.store.heal()
+    said = len(world.controller.log)
+    await new.heartbeat()
+    await world.pass_s(2)
+    assert await new.poll() == ["k1"]
+    assert [session.key.ident for session in world.bridge.ctx.sessions] == ["c-new"]
+    spoken = [m.message.type for m in world.controller.log[said:] if m.message.type in ("register", "heartbeat")]
+    assert spoken[0] == "register", "what the shim knows of the cluster is told first"
+    assert "heartbeat" in spoken
+
+
+async def test_a_succession_that_the_disk_refused_is_stored_later(world: World) -> None:
+    world.controller.manners.cluster_id = same_cluster
+    old = await registered(world, dialect="agents", agent_id="a-1")
+    world.controller.push("k1", agent_id="a-1")
+    await old.heartbeat()
+    new = await registered(world, dialect="agents", agent_id="a-2")
+    world.store.fail()
+    await new.live(50, every_s=10)
+    assert [session.key.ident for session in world.bridge.ctx.sessions] == ["a-2"]
+    world.store.heal()
+    await world.pass_s(3)
+    await world.restart()
+    assert [session.key.ident for session in world.bridge.ctx.sessions] == ["a-2"]
+    assert await new.poll() == ["k1"]
+
+
 async def test_what_was_offered_to_the_old_one_is_uncertain_for_the_new(make_world: MakeWorld) -> None:
     world = await make_world(commands={"at_most_once": ["once"]})
     world.controller.manners.cluster_id = same_cluster

@@ -204,6 +204,21 @@ async def test_where_the_controller_never_acknowledges_a_write_to_a_living_link_
     assert heartbeats(world) == (0, 24, 0)
 
 
+@pytest.mark.parametrize("named", [True, False])
+async def test_a_heartbeat_that_was_refused_is_not_taken_for_written(world: World, named: bool) -> None:
+    world.controller.manners.acks = False
+    agent = world.agent(cluster_id="c-saved")  # without a name nothing can be mended
+    for _ in range(5):
+        before = len(world.controller.log)
+        await agent.heartbeat()
+        await world.settle()
+        for beat in world.controller.got("heartbeat", before):
+            world.controller.socket.says("error", {"error": "cluster not found"}, beat.request_id if named else "")
+        await world.pass_s(30)
+    await world.pass_s(40)
+    assert heartbeats(world) == (0, 0, 5)
+
+
 async def test_acknowledgements_that_stop_are_missed(world: World) -> None:
     agent = world.agent()
     await agent.register()

@@ -102,6 +102,22 @@ async def test_status_says_it_in_the_terminal_and_as_json(tmp_path: Path, http: 
         assert (code, json.loads(out)["commands"]["waiting"]) == (0, 1)
 
 
+async def test_what_agents_call_themselves_does_not_steer_the_terminal(
+    tmp_path: Path, http: aiohttp.ClientSession
+) -> None:
+    async with world(tmp_path, with_token(tmp_path)) as (shim, _):
+        await shim.start()
+        body = {"agent_id": "agent-1", "name": "\x1b]0;mine\x07prod\n" + "x" * 100_000}
+        async with http.post(f"{shim.url}{BASE}/register", json=body) as response:
+            assert response.status == 200
+        code, out, _ = await run("status", *where(shim, tmp_path))
+        assert code == 0
+        lines = out.splitlines()
+        assert max(map(len, lines)) < 300
+        assert all(map(str.isprintable, lines))
+        assert lines[-1].startswith("?]0;mine?prod?xxx")
+
+
 class Terminal:
     """A command in a terminal."""
 

@@ -179,6 +179,33 @@ async def test_an_unknown_status_has_no_phrase_and_no_content_has_no_length() ->
     assert (reply.status, "content-length" in reply.headers) == (204, False)
 
 
+@pytest.mark.parametrize("body", [b"", None])
+@pytest.mark.parametrize("status", [204, 304])
+async def test_behind_a_reply_without_a_body_nothing_follows_on_the_connection(status: int, body: bytes | None) -> None:
+    api = Api(Proxied(status, (("Content-Length", "9"),), pieces() if body is None else body), plain())
+    async with running(fallback=api) as house:
+        agent = await house.agent()
+        await agent.send(BEAT)
+        reply = await agent.reply()
+        assert (reply.status, reply.headers.keys() & {"content-length", "transfer-encoding"}) == (status, set())
+        await agent.send(BEAT)
+        assert (await agent.reply()).body == b'{"a":1}'
+
+
+@pytest.mark.parametrize("length", ["442", None])
+@pytest.mark.parametrize("body", [b"", None])
+async def test_to_head_the_length_is_the_apis_and_no_body_follows(length: str | None, body: bytes | None) -> None:
+    headers = () if length is None else (("Content-Length", length),)
+    api = Api(Proxied(200, headers, pieces() if body is None else body), plain())
+    async with running(fallback=api) as house:
+        agent = await house.agent()
+        await agent.send(get("/unheard-of", method="HEAD"))
+        reply = await agent.reply(head_only=True)
+        assert (reply.headers.get("content-length"), "transfer-encoding" in reply.headers) == (length, False)
+        await agent.send(BEAT)
+        assert (await agent.reply()).body == b'{"a":1}'
+
+
 @pytest.mark.parametrize(
     "raw,base,target",
     [
@@ -187,6 +214,9 @@ async def test_an_unknown_status_has_no_phrase_and_no_content_has_no_length() ->
         ("/base//api", "base/", "/api"),
         ("/base?x", "/base", "/?x"),
         ("/basement/api", "/base", "/basement/api"),
+        ("http://127.0.0.1:7080/base//api?x=http://y", "/base", "/api?x=http://y"),
+        ("HTTP://[::1]?x", "", "/?x"),
+        ("/x?y=http://z/w", "", "/x?y=http://z/w"),
     ],
 )
 def test_targets(raw: str, base: str, target: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import random
 import sys
 import tempfile
@@ -13,6 +14,9 @@ from pathlib import Path
 
 import aiohttp
 
+from tests.faults.agents import NAMELESS
+from tests.faults.checker import case, check
+from tests.faults.events import read
 from tests.faults.harness import Plan, Played, Round
 from tests.faults.pages import write
 from tests.faults.report import figures, simulated, table
@@ -28,12 +32,14 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--seed", type=int, help="play what was played before; default: a new one")
     parser.add_argument("--long", action="store_true", help="an hour instead of a few minutes")
+    parser.add_argument("--rounds", type=int, help="only so many of the rounds; with --long they are 2 and 8 minutes")
     parser.add_argument("--seconds", type=float, help="one round of this length")
     parser.add_argument("--pace", type=float, default=10.0, help="with --seconds: how much faster than real")
     parser.add_argument("--only", default="", help="only faults of these kinds (comma-separated)")
     parser.add_argument("--json", type=Path, default=FIGURES, help=f"write the figures there; default: {FIGURES}")
     parser.add_argument("--docs", action="store_true", help="put the figures into docs/reliability.md")
-    parser.add_argument("--keep", type=Path, help="keep histories and logs there")
+    parser.add_argument("--keep", type=Path, help="keep histories, logs and databases there")
+    parser.add_argument("--judge", type=Path, help="play nothing: judge the histories that were kept there")
     return parser.parse_args(given)
 
 
@@ -43,6 +49,7 @@ async def play(options: argparse.Namespace, folder: Path) -> list[Played]:
     small_disks = disks.permitted(folder)
     decks = Decks(options.seed, network=hosts is not None, store=small_disks)
     rounds = ((options.seconds, options.pace),) if options.seconds else LONG if options.long else SHORT
+    rounds = rounds[: options.rounds]
     played = []
     for number, (duration_s, pace) in enumerate(rounds):
         faults = decks.run(duration_s, pace, rare=number % 2 == 1)
@@ -61,8 +68,20 @@ async def play(options: argparse.Namespace, folder: Path) -> list[Played]:
     return played
 
 
+def judge(kept: Path) -> int:
+    """Say what is wrong with kept histories."""
+    histories = sorted(kept.rglob("history.jsonl"))
+    found = [(path, violation) for path in histories for violation in check(case(read(path), NAMELESS))]
+    for path, violation in found:
+        print(f"{path.parent.name}: {violation}")
+    print(f"histories: {len(histories)}; violations: {len(found)}")
+    return 1 if found or not histories else 0
+
+
 def main(given: Sequence[str]) -> int:
     options = arguments(given)
+    if options.judge is not None:
+        return judge(options.judge)
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(1_000_000)
         given = [*given, "--seed", str(options.seed)]
@@ -71,6 +90,7 @@ def main(given: Sequence[str]) -> int:
         code = network.reenter("tests.faults", given)
         if code is not None:
             return code
+    logging.getLogger().addHandler(logging.NullHandler())  # the shims in virtual time have much to say
     print(f"seed {options.seed}; network faults: {reason or 'yes'}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)

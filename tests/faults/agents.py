@@ -87,6 +87,9 @@ CAST = (
 )
 
 
+NAMELESS = frozenset(cast.name for cast in CAST if cast.adopted)  # whom nobody ever registered
+
+
 class _WatchedPool(Pool):
     """What a call that is given up, or a dying process, had read whole it has received, even if nobody looked at it."""
 

@@ -21,6 +21,7 @@ MIN_FRESH_S = 35.0
 FRESH_FACTOR = 1.5
 MIN_GAPS = 3
 KEPT_GAPS = 8
+LOOK_S = 0.02  # how often the harness looks whether it is late
 SLACK_S = 2.0  # between a call's end at the agent and its being noted by the shim, and for the clocks' resolution
 LATE_S = 120.0  # how long a sent heartbeat may lie in buffers before the controller reads it
 
@@ -77,6 +78,25 @@ def session_of(command: str) -> str:
     return command.rpartition(".")[0]
 
 
+class Spells:
+    """The times in which the harness had no time to look, each of them one moment in its notes."""
+
+    def __init__(self, late: Iterable[ev.Late]) -> None:
+        self._begins: list[float] = []
+        self._ends: list[float] = []
+        for begin, end in sorted((event.at - event.seconds - LOOK_S, event.at + LOOK_S) for event in late):
+            if self._ends and begin <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end)
+            else:
+                self._begins.append(begin)
+                self._ends.append(end)
+
+    def moment(self, at: float) -> float:
+        """The same for all times that the notes cannot tell apart."""
+        index = bisect_right(self._begins, at) - 1
+        return self._begins[index] if index >= 0 and at <= self._ends[index] else at
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A history, sorted for the rules. `nameless`: sessions that were adopted and have no registration to replay."""
@@ -85,6 +105,7 @@ class Case:
     lost_stores: tuple[float, ...]
     others: dict[type, list[ev.AnyEvent]]
     nameless: frozenset[str]
+    spells: Spells
 
     def of(self, kind: type[E]) -> list[E]:
         """The events of one kind that belong to no command."""
@@ -121,7 +142,8 @@ def case(history: Iterable[ev.AnyEvent], nameless: Iterable[str] = ()) -> Case:
             ident: str = event.command  # type: ignore[union-attr]
             getattr(commands.setdefault(ident, Command(ident)), name).append(event)
     gone = tuple(event.at for event in others[ev.StoreLost])
-    return Case(commands, gone, others, frozenset(nameless))
+    spells = Spells(cast("list[ev.Late]", others[ev.Late]))
+    return Case(commands, gone, others, frozenset(nameless), spells)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -142,8 +164,7 @@ def redelivered(found: Case) -> Iterator[Violation]:
         counting: list[ev.Offered] = []
         for step in command.offers:
             if isinstance(step, ev.Requeued):
-                if counting:
-                    counting.pop()
+                _take_back(found, counting, step)
                 continue
             problem = _offer_problem(found, counting, step)
             if problem:
@@ -152,6 +173,12 @@ def redelivered(found: Case) -> Iterator[Violation]:
         times = len(command.received)
         if times > len(counting):
             yield Violation("redelivery", command.id, f"received {times} times, offered {len(counting)} times")
+
+
+def _take_back(found: Case, counting: list[ev.Offered], step: ev.Requeued) -> None:
+    """Forget the offer that a shim took back; it was never said to be made if its agent left before it was on disk."""
+    if counting and counting[-1].attempt == step.attempt and not _died(found, counting[-1].at, step.at):
+        counting.pop()
 
 
 def _offer_problem(found: Case, before: Sequence[ev.Offered], offer: ev.Offered) -> str:
@@ -181,9 +208,14 @@ def at_most_once(found: Case) -> Iterator[Violation]:
     for command in found.commands.values():
         if not command.once:
             continue
-        offers = sum(1 if isinstance(step, ev.Offered) else -1 for step in command.offers)
-        if offers > 1 and not found.lost_stores:
-            yield Violation("at_most_once", command.id, f"offered {offers} times")
+        counting: list[ev.Offered] = []
+        for step in command.offers:
+            if isinstance(step, ev.Offered):
+                counting.append(step)
+            else:
+                _take_back(found, counting, step)
+        if len(counting) > 1 and not found.lost_stores:
+            yield Violation("at_most_once", command.id, f"offered {len(counting)} times")
         if len(command.received) > 1 and not found.lost_stores:
             yield Violation("at_most_once", command.id, f"received {len(command.received)} times")
 
@@ -198,9 +230,10 @@ def results(found: Case) -> Iterator[Violation]:
 
 def unread(found: Case) -> Iterator[Violation]:
     """No reply that the agent never read counts as delivered."""
+    moment = found.spells.moment
     for command in found.commands.values():
         for step in command.delivered:
-            if not any(receipt.at <= step.at for receipt in command.received):
+            if not any(moment(receipt.at) <= moment(step.at) for receipt in command.received):
                 yield Violation("unread", command.id, f"delivered ({step.evidence}) at {step.at:.3f}, but never read")
 
 
@@ -212,16 +245,17 @@ def fifo(found: Case) -> Iterator[Violation]:
             sessions[command.session].append(command)
     told = sorted((word for command in found.commands.values() for word in command.queued), key=lambda word: word.at)
     position = {word.command: index for index, word in enumerate(told)}
+    since = max(found.lost_stores, default=0.0)  # a new database counts from one again
     for commands in sessions.values():
-        commands.sort(key=lambda command: command.received[0].at)
-        since = max(found.lost_stores, default=0.0)  # a new database counts from one again
-        yield from _inversions([(c.stored[0].seq, c.id) for c in commands if c.stored and c.received[0].at >= since])
-        told_once = [c for c in commands if len(c.queued) == 1]
-        yield from _inversions([(position[c.id], c.id) for c in told_once])
+        at = {command.id: found.spells.moment(command.received[0].at) for command in commands}
+        stored = [c for c in commands if c.stored and c.received[0].at >= since]
+        yield from _inversions([(at[c.id], c.stored[0].seq, c.id) for c in stored])
+        yield from _inversions([(at[c.id], position[c.id], c.id) for c in commands if len(c.queued) == 1])
 
 
-def _inversions(order: list[tuple[int, str]]) -> Iterator[Violation]:
-    for (before, earlier), (after, later) in pairwise(order):
+def _inversions(received: list[tuple[float, int, str]]) -> Iterator[Violation]:
+    """Of commands as (when they were received, their place in the order of arrival, their id)."""
+    for (_, before, earlier), (_, after, later) in pairwise(sorted(received)):
         if before > after:
             yield Violation("fifo", later, f"stored before {earlier}, received after it")
 
@@ -232,18 +266,20 @@ def _inversions(order: list[tuple[int, str]]) -> Iterator[Violation]:
 class _Vouchers:
     """When a session's agent called, and how long that vouches for it."""
 
-    def __init__(self, contacts: list[ev.Contact], deaths: list[float], shims: list[float]) -> None:
+    def __init__(self, contacts: list[ev.Contact], deaths: list[float], shims: list[float], slack_s: float) -> None:
         self._spans = sorted((contact.since, contact.at) for contact in contacts)
         self._ends = sorted([end for _, end in self._spans] + deaths)
         self._beats = sorted(contact.since for contact in contacts if contact.what == "heartbeat")
         self._shims = shims
+        self._slack_s = slack_s
 
     def vouch(self, at: float) -> bool:
         """Whether a contact lies within the bound before `at`, or is under way then."""
-        if any(since <= at + SLACK_S and end >= at - SLACK_S for since, end in self._spans):
+        slack_s = self._slack_s
+        if any(since <= at + slack_s and end >= at - slack_s for since, end in self._spans):
             return True
-        index = bisect_right(self._ends, at + SLACK_S)
-        return index > 0 and at - self._ends[index - 1] <= self._fresh_for_s(at) + SLACK_S
+        index = bisect_right(self._ends, at + slack_s)
+        return index > 0 and at - self._ends[index - 1] <= self._fresh_for_s(at) + slack_s
 
     def _fresh_for_s(self, at: float) -> float:
         """The bound as a shim that started last before `at` knows it."""
@@ -267,7 +303,9 @@ def vouched(found: Case) -> Iterator[Violation]:
         elif not life.born:
             deaths[life.who].append(life.at)
     offsets = found.of(ev.WallClock)
-    vouchers = {name: _Vouchers(contacts[name], deaths[name], shims) for name in {*contacts, *deaths}}
+    blocked_s = max((lag.seconds for lag in found.of(ev.Lag)), default=0.0)  # a call may have waited that long
+    slack_s = SLACK_S + blocked_s + max((late.seconds for late in found.of(ev.Late)), default=0.0)
+    vouchers = {name: _Vouchers(contacts[name], deaths[name], shims, slack_s) for name in {*contacts, *deaths}}
     for beat in found.of(ev.Beat):
         known = vouchers.get(beat.session)
         if known is None or not any(map(known.vouch, _sent_at(beat, offsets))):

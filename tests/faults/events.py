@@ -61,9 +61,10 @@ class Offered(Event, frozen=True, tag="offered"):
 
 
 class Requeued(Event, frozen=True, tag="requeued"):
-    """The shim took the last offer back: its reply did not reach the agent."""
+    """The shim took an offer back: its reply did not reach the agent. Perhaps it had not even said that it made it."""
 
     command: str
+    attempt: int = 1
 
 
 class Delivered(Event, frozen=True, tag="delivered"):
@@ -195,6 +196,18 @@ class Lag(Event, frozen=True, tag="lag"):
     seconds: float
 
 
+class Late(Event, frozen=True, tag="late"):
+    """The harness itself had no time to look for so many seconds before `at`: it cannot tell what came first then."""
+
+    seconds: float
+
+
+class Stopped(Event, frozen=True, tag="stopped"):
+    """The shim was gone so many seconds after a SIGTERM."""
+
+    seconds: float
+
+
 AnyEvent = (
     Pushed
     | Queued
@@ -219,6 +232,8 @@ AnyEvent = (
     | StoreLost
     | Defect
     | Lag
+    | Late
+    | Stopped
 )
 
 _encoder = msgspec.json.Encoder()

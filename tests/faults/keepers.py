@@ -17,13 +17,13 @@ import aiohttp
 from shim.core.timestamps import parse_rfc3339
 from shim.tools.control_client import ControlClient, ControlError
 from tests.faults import events as ev
-from tests.faults.waiting import last
+from tests.faults.waiting import last, true_within
 from tests.support.network import Host
 from tests.support.processes import Shim, _Child, free_port
 
 TOKEN = "tok-of-the-harness"
 RESTART_S = 0.3
-EXCUSED_S = 10.0  # SQLite waits for a lock for 5 s, and a start takes a while
+START_S = 60.0
 SOUND = (sys.executable, "-m", "shim")
 DOUBTFUL = (sys.executable, "-m", "tests.faults.doubtful_shim")
 EXIT_STORE = 70
@@ -45,7 +45,7 @@ Note = Callable[[ev.AnyEvent], None]
 
 
 class ShimKeeper:
-    """The shim. While its store is `in_trouble`, and for a moment after that, it may refuse to start."""
+    """The shim. A life that has seen its store `in_trouble` may have refused to start."""
 
     def __init__(self, shim: KeptShim, config: Path, note: Note) -> None:
         self.serving = asyncio.Event()
@@ -60,7 +60,7 @@ class ShimKeeper:
         self._held = 0
         self._armed: tuple[str, ...] = ()
         self._troubles = 0
-        self._excused_until = 0.0
+        self._saw_trouble = False
         self._expected = ""
         self._gone = asyncio.Event()
         shim.on_line = self._on_line
@@ -77,6 +77,7 @@ class ShimKeeper:
             armed = " ".join(options)
             self._shim.program = (*DOUBTFUL, *options) if options else SOUND
             self._expected = ""
+            self._saw_trouble = self._troubles > 0
             self._gone.clear()
             self._note(ev.Life(time.monotonic(), "shim", born=True, detail=armed))
             code = await self._shim.live("run", "--config", str(self._config))
@@ -91,7 +92,7 @@ class ShimKeeper:
             return self._expected or f"died of {armed}"
         if code == 0 and self._expected == "stopped":
             return self._expected
-        if code == EXIT_STORE and (self._troubles or time.monotonic() < self._excused_until):
+        if code == EXIT_STORE and self._saw_trouble:
             return "could not use its store"
         self._note(ev.Defect(time.monotonic(), f"the shim ended with {code} ({self._expected or 'by itself'})"))
         return f"ended with {code}"
@@ -100,19 +101,22 @@ class ShimKeeper:
         """`kill -9`, and wait until it is gone."""
         await self._end("killed", signal.SIGKILL)
 
-    async def stop(self) -> float:
-        """SIGTERM; returns how long it took to go, in seconds."""
-        started = time.monotonic()
+    async def stop(self) -> None:
+        """SIGTERM, and wait until it is gone."""
         await self._end("stopped", signal.SIGTERM)
-        return time.monotonic() - started
 
     async def _end(self, how: str, number: signal.Signals) -> None:
-        if self._gone.is_set() or not self.serving.is_set():
+        """A life that has just begun is let alone until it serves, or ends by itself."""
+        await true_within(START_S, lambda: self._gone.is_set() or self.serving.is_set())
+        if self._gone.is_set():
             return
         self._expected = how
+        began = time.monotonic()
         with suppress(ProcessLookupError):
             self._shim.send(number)
         await self._gone.wait()
+        if number is signal.SIGTERM:
+            self._note(ev.Stopped(time.monotonic(), time.monotonic() - began))
 
     def arm(self, *options: str) -> None:
         """The next life is one of `doubtful_shim` with these options."""
@@ -134,11 +138,11 @@ class ShimKeeper:
     def in_trouble(self) -> Iterator[None]:
         """Its store cannot be used while the block lasts."""
         self._troubles += 1
+        self._saw_trouble = True
         try:
             yield
         finally:
             self._troubles -= 1
-            self._excused_until = time.monotonic() + EXCUSED_S
 
     def _on_line(self, line: str) -> None:
         at = time.monotonic()
@@ -159,7 +163,7 @@ class ShimKeeper:
             case "command_offered":
                 self._note(ev.Offered(at, command, entry["attempt"], entry["reason"], entry["recorded"]))
             case "command_requeued":
-                self._note(ev.Requeued(at, command))
+                self._note(ev.Requeued(at, command, entry["attempt"]))
             case "command_delivered":
                 self._note(ev.Delivered(at, command, entry["evidence"]))
             case "link_state":

@@ -39,8 +39,8 @@ WORDS = {
     "gateway": "registrations redirect to a gateway",
     "slow": "50 ms a message and 20 kB/s",
     "delay": "messages come 0.7 s late and overtake each other",
-    "duplicate": "each command comes three times",
-    "reorder": "commands come in another order",
+    "duplicate": "each message comes three times",
+    "reorder": "messages come in another order",
     "garbage": "frames that are no messages",
     "oversize": "frames larger than `upstream.max_message_bytes`",
     "binary": "messages in binary frames",
@@ -90,7 +90,9 @@ def _run(found: dict[str, Any]) -> Iterator[str]:
     speed = " and ".join("as real ones" if pace == 1 else f"{pace:g} times as fast as real ones" for pace in paces)
     yield f"- {machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}"
     yield f"- {len(found['rounds'])} rounds, {minutes:.0f} minutes of faults; agents and time-outs {speed}"
+    late_ms = found["harness_late_max_s"] * 1000
     yield f"- seed {found['rounds'][0]['seed']}; the shim was started {found['shim_starts']} times"
+    yield f"- longest time for which the machine did not let the harness itself run: {late_ms:.0f} ms"
     yield f"- broken promises that the checker found: **{len(found['violations'])}**"
 
 
@@ -135,6 +137,9 @@ def _recovery(found: dict[str, Any]) -> Iterator[str]:
             if d["count"]:
                 times = " | ".join(f"{d[share]:.2f} s" for share in ("p50", "p95", "p99.9", "max"))
                 yield f"| {names[kind]} ({pace}) | {d['count']} | {times} |"
+    stops = found["stops"]
+    times = " | ".join(f"{stops[share]:.2f} s" for share in ("p50", "p95", "p99.9", "max"))
+    yield f"| gone after SIGTERM | {stops['count']} | {times} |"
     yield f"| longest block of the event loop | | | | | {found['loop_blocked_max_s'] * 1000:.0f} ms |"
 
 

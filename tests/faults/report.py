@@ -135,11 +135,15 @@ def figures(played: Sequence[Played]) -> dict[str, Any]:
         "shim_starts": sum(1 for one in played for e in one.history if isinstance(e, ev.Life) and _shim_born(e)),
         "stores_lost": sum(len(found.lost_stores) for _, found in judged),
         "recovery": {f"pace {pace:g}": _recovery([o for o in played if o.plan.pace == pace]) for pace in by_pace},
-        "loop_blocked_max_s": max(
-            (e.seconds for one in played for e in one.history if isinstance(e, ev.Lag)), default=0
-        ),
+        "stops": distribution([e.seconds for one in played for e in one.history if isinstance(e, ev.Stopped)]),
+        "loop_blocked_max_s": _longest(played, ev.Lag),
+        "harness_late_max_s": _longest(played, ev.Late),
         "violations": [{"seed": seed, **_shown(violation)} for seed, violation in violations],
     }
+
+
+def _longest(played: Sequence[Played], kind: type[ev.Lag | ev.Late]) -> float:
+    return max((event.seconds for one in played for event in one.history if isinstance(event, kind)), default=0.0)
 
 
 def _is_beat(event: ev.AnyEvent) -> bool:
@@ -216,9 +220,11 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     yield f"heartbeats: {found['heartbeats']['from_agents']} from agents, {found['heartbeats']['upstream']} upstream"
     yield f"shim starts: {found['shim_starts']}; databases destroyed: {found['stores_lost']}"
     yield f"longest block of the shim's event loop: {found['loop_blocked_max_s'] * 1000:.0f} ms"
+    yield f"longest time in which the harness itself was not served: {found['harness_late_max_s'] * 1000:.0f} ms"
     yield ""
     yield f"{'recovery (s)':<36}{'n':>5}{'p50':>9}{'p95':>9}{'p99.9':>9}{'max':>9}"
-    for pace, kinds in (found["recovery"] | {"virtual time": found["virtual"]}).items():
+    stops = {"all": {"gone_after_sigterm": found["stops"]}}
+    for pace, kinds in (stops | found["recovery"] | {"virtual time": found["virtual"]}).items():
         for kind, d in kinds.items():
             if not d["count"]:
                 continue

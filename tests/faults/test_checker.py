@@ -86,6 +86,17 @@ def _redelivery() -> Iterator[History]:
         [pushed(), queued(), offered(3), received(3.5), ev.Requeued(4, C), offered(5), received(6)],
         {"redelivery"},
     )
+    killed = [*DELIVERED[:-1], shim(5, born=False), shim(6, born=True)]
+    yield (
+        "an offer taken back before anybody was told of it is none",
+        [*killed, ev.Requeued(7, C, 2), offered(8, 2, "restart"), received(9)],
+        set(),
+    )
+    yield (
+        "nor is it the same as one of an earlier life",
+        [*killed, ev.Requeued(7, C, 1), offered(8, 2, "restart"), received(9)],
+        set(),
+    )
     unrecorded = [pushed(), queued(), offered(3, recorded=False), received(4)]
     yield "an offer that no disk remembers, and a restart", [*unrecorded, shim(5, born=False), offered(6)], set()
     yield "an offer that no disk remembers, without one", [*unrecorded, offered(6)], {"redelivery"}
@@ -97,6 +108,11 @@ def _at_most_once() -> Iterator[History]:
     yield "once", once, set()
     yield "once, offered twice", [*once, offered(6, 2, "restart")], {"at_most_once"}
     yield "once, received twice", [*once, offered(6, 2, "restart"), received(7)], {"at_most_once"}
+    yield (
+        "once, another offer than the one taken back",
+        [*once, offered(6, 2, "restart"), ev.Requeued(7, C, 3)],
+        {"at_most_once"},
+    )
     yield "once, taken back first", [once[0], once[1], offered(3), ev.Requeued(4, C), offered(5), received(6)], set()
 
 
@@ -113,6 +129,10 @@ def _unread() -> Iterator[History]:
     guess = ev.Delivered(4, C, "poll")
     yield "counted as delivered, never read", [pushed(), queued(), offered(3), guess], {"unread", "lost"}
     yield "counted as delivered before it was read", [pushed(), queued(), offered(3), guess, received(5)], {"unread"}
+    late = [pushed(), queued(), offered(3), guess, received(4.2), ev.Late(4.3, 0.5)]
+    yield "the harness had no time to look which of the two came first", late, set()
+    early = [pushed(), queued(), offered(3), guess, received(4.2), ev.Late(4.3, 0.1)]
+    yield "it had none only when the reply was read", early, {"unread"}
 
 
 def _fifo() -> Iterator[History]:
@@ -126,6 +146,13 @@ def _fifo() -> Iterator[History]:
     after = [queued(6, "s.1"), queued(6.5, "s.2"), offered(7, command="s.1"), received(8, "s.1")]
     counted = [ev.Stored(9, "s.1", 1, "closed"), ev.Stored(9, "s.2", 2, "queued")]
     yield "a new database counts from one again", [*before, *after, *counted], set()
+    busy = ev.Late(5.2, 1.3)
+    yield (
+        "out of order for a harness that had no time to look",
+        [*two, *both, received(4, "s.2"), received(5, "s.1"), busy],
+        set(),
+    )
+    yield "out of order before it had none", [*two, *both, received(3.5, "s.2"), received(5, "s.1"), busy], {"fifo"}
     other = [pushed(1, "t.1"), queued(1.5, "t.1"), offered(3, command="t.1"), received(6, "t.1")]
     yield "another session's order is its own", [*two, *both, *other, received(4, "s.1"), received(5, "s.2")], set()
 
@@ -139,6 +166,8 @@ def _heartbeats() -> Iterator[History]:
     yield "nobody was ever there", [told, beat(10)], {"vouched"}
     yield "read late, sent in time", [ev.WallClock(0, WALL_S), *living, beat(110, sent_at=38)], set()
     yield "read late, sent late", [ev.WallClock(0, WALL_S), *living, beat(110, sent_at=90)], {"vouched"}
+    yield "a call may have waited while the shim's loop was blocked", [*living, beat(76), ev.Lag(20, 5)], set()
+    yield "but not for longer than that", [*living, beat(80), ev.Lag(20, 1)], {"vouched"}
     stepped = [ev.WallClock(0, WALL_S), ev.WallClock(20, WALL_S + 3600), ev.WallClock(30, WALL_S)]
     yield "sent under a clock that was wrong", [*stepped, *living, beat(25.1, sent_at=25 + 3600)], set()
     held = [told, contact(1, 100, "poll"), beat(95)]

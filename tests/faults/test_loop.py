@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 
 from shim.clock import Clock
-from tests.faults.waiting import last
+from tests.faults.waiting import last, waited_for_cpu_s
 from tests.support.processes import TOKEN, Controller, Shim, world
 
 AGENTS = 60
@@ -18,11 +18,6 @@ ROUNDS = 10
 LONGEST_S = 0.1
 LARGE_BYTES = 900_000
 _MAX = re.compile(r"^agent_shim_event_loop_lag_max_seconds ([0-9.e+-]+)$", re.MULTILINE)
-
-
-def waited_for_cpu_s(pid: int) -> float:
-    """Seconds that the process's main thread was ready to run and had no processor."""
-    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 async def longest_s(shim: Shim, session: aiohttp.ClientSession) -> float:

@@ -23,6 +23,6 @@ def test_each_fault_is_seen_by_an_open_connection_and_heals() -> None:
     found = json.loads(done.stdout)
     assert found["cut"] == found["loss"] == "TimeoutError"  # nobody was told
     assert found["reset"] == "ConnectionResetError"
-    assert 0.1 <= found["latency"] < 1
+    assert found["latency"] >= 0.1
     assert found["narrow"] > 1  # 32 kB each way at 128 kbit/s
-    assert found["healed"] < 1
+    assert found["healed"] < found["narrow"]  # as many bytes

@@ -13,6 +13,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from shim.admin.collector import BridgeCollector
 from shim.counting import Family
 from shim.metrics import COMMAND_EVENTS, Metrics, Registry
+from shim.shards.metrics import ShardMetrics
 from tests.support.virtual import run_virtual
 from tests.support.world import World
 
@@ -45,7 +46,8 @@ def strip(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def own() -> Iterator[tuple[str, Described]]:
     """The metrics that the shim counts itself."""
-    for held in vars(Metrics(Registry())).values():
+    metrics = Metrics(Registry())
+    for held in (*vars(metrics).values(), *vars(ShardMetrics(metrics)).values()):
         if isinstance(held, Family):
             name, kind, values_of = held.name, held.kind, held.values_of
         elif isinstance(held, Counter | Gauge | Histogram):

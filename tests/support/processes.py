@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,11 +27,19 @@ GRACE_S = 5.0
 
 
 def free_port() -> int:
-    """A loopback port that nobody uses now: for a process that must come back on the same one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody uses now: for a process that must come back on the same one.
+
+    It is none of those that the kernel gives to connections: while the process is down, somebody else's connection
+    (even an agent's own one to this very port) would get it, and the process could not come back.
+    """
+    kernel = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    below = int(kernel.read_text().split()[0]) if kernel.exists() else 32_768
+    candidates = range(min(10_000, below - 1_000), below)
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = random.SystemRandom().choice(candidates)
+            probe.bind(("", port))
+            return port
 
 
 class _Child:

@@ -93,9 +93,13 @@ class Keeper:
     async def _rows(self) -> tuple[dict[RowKey, tuple[Image, bytes]], int]:
         rows: dict[RowKey, tuple[Image, bytes]] = {}
         unreadable = 0
-        for stream in self._layout.rows:
+        streams = self._layout.rows
+        found = await asyncio.gather(*map(self._all_of, streams), return_exceptions=True)
+        for stream, messages in zip(streams, found, strict=True):
+            if isinstance(messages, BaseException):
+                raise messages
             marker = self._layout.marker(stream)
-            for message in await self._server.read(stream, await self._mark(marker)):
+            for message in messages:
                 if message.subject == marker:
                     continue
                 try:
@@ -109,6 +113,9 @@ class Keeper:
                 rows[image.key] = image, message.body
                 self._revisions[image.key] = message.seq
         return rows, unreadable
+
+    async def _all_of(self, stream: str) -> list[Stored]:
+        return await self._server.read(stream, await self._mark(self._layout.marker(stream)))
 
     async def _mark(self, subject: str) -> int:
         """The sequence of a mark: its stream's leader has everything that was acknowledged before."""

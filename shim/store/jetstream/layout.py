@@ -59,6 +59,11 @@ class Layout:
 
     prefix: str = PREFIX
 
+    @classmethod
+    def of_shard(cls, shard: str) -> Layout:
+        """The names of one of several stores; `""` is the only one."""
+        return cls(f"{PREFIX}-{shard}" if shard else PREFIX)
+
     @property
     def journal(self) -> str:
         return f"{self.prefix}-journal"

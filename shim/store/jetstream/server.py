@@ -1,6 +1,6 @@
 """The JetStream server as the store sees it: bounded requests, and errors that say what may be done about them.
 
-The only module that imports `nats`; it is imported where `store.url` is set, never otherwise.
+It imports `nats`, and is itself imported where `store.url` is set, never otherwise.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Stored:
 
 
 @contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
+    """Errors of the client as `StoreError`s."""
     try:
         yield
     except nats.js.errors.ServiceUnavailableError as error:
@@ -172,19 +173,20 @@ class Server:
         if client is not None:
             await _close(client)
 
-    def _connected(self) -> _Client:
+    def connected(self) -> Client:
+        """The client of the connection that there is. Raises `Unavailable`."""
         if self._client is None or not self._client.is_connected:
             raise Unavailable("there is no connection to the NATS server")
         return self._client
 
     async def ensure(self, streams: Iterable[dict[str, Any]]) -> None:
         """Create streams, or set their number of replicas where they exist."""
-        js = self._connected().jetstream(timeout=CONNECT_S)
+        js = self.connected().jetstream(timeout=CONNECT_S)
         for configuration in streams:
             wanted = StreamConfig(**configuration)
             name = str(wanted.name)
             try:
-                with _translated():
+                with translated():
                     try:
                         found = (await js.stream_info(name)).config
                     except nats.js.errors.NotFoundError:
@@ -199,25 +201,25 @@ class Server:
                     ) from None
                 raise
 
-    async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
+    async def publish(self, subject: str, body: bytes, headers: dict[str, str], answer_s: float = ANSWER_S) -> int:
         """Store a message; its sequence. A duplicate (by `Nats-Msg-Id`) has the sequence of the first."""
-        js = self._connected().jetstream()
-        with _translated():
-            seq = (await js.publish(subject, body, timeout=ANSWER_S, headers=headers)).seq
+        js = self.connected().jetstream()
+        with translated():
+            seq = (await js.publish(subject, body, timeout=answer_s, headers=headers)).seq
         if not seq:
             raise Unavailable("a duplicate of what the servers have not agreed upon yet")
         return seq
 
     async def last_sequence(self, stream: str) -> int:
         """The highest sequence that a stream ever had."""
-        js = self._connected().jetstream(timeout=ANSWER_S)
-        with _translated():
+        js = self.connected().jetstream(timeout=ANSWER_S)
+        with translated():
             return (await js.stream_info(stream)).state.last_seq
 
     async def message(self, stream: str, seq: int = 0, subject: str = "") -> Stored | None:
         """The message with this sequence, or the last one of this subject."""
-        js = self._connected().jetstream(timeout=ANSWER_S)
-        with _translated():
+        js = self.connected().jetstream(timeout=ANSWER_S)
+        with translated():
             try:
                 found = await js.get_msg(stream, seq=seq or None, subject=subject or None)
             except nats.js.errors.NotFoundError:
@@ -226,9 +228,9 @@ class Server:
 
     async def delete(self, stream: str, seq: int) -> None:
         """Delete the message with this sequence, if it is there."""
-        client = self._connected()
+        client = self.connected()
         request = json.dumps({"seq": seq, "no_erase": True}).encode()
-        with _translated():
+        with translated():
             answer = await client.request(f"$JS.API.STREAM.MSG.DELETE.{stream}", request, timeout=ANSWER_S)
         error = json.loads(answer.data).get("error", {})
         if error.get("code") == 503:
@@ -239,8 +241,8 @@ class Server:
 
     async def purge(self, stream: str, before: int) -> None:
         """Delete what is older than this sequence."""
-        js = self._connected().jetstream(timeout=ANSWER_S)
-        with _translated():
+        js = self.connected().jetstream(timeout=ANSWER_S)
+        with translated():
             await js.purge_stream(stream, seq=before)
 
     async def read(self, stream: str, until: int) -> list[Stored]:
@@ -248,13 +250,13 @@ class Server:
 
         The consumer may live on a server that lags behind the others: only `until` itself tells that all has come.
         """
-        js = self._connected().jetstream(timeout=CONNECT_S)
+        js = self.connected().jetstream(timeout=CONNECT_S)
         # By name: what a reader that died left behind would be in the way on a work-queue stream.
         name = "opening"
         config = ConsumerConfig(
             durable_name=name, ack_policy=AckPolicy.EXPLICIT, ack_wait=_ACK_WAIT_S, max_ack_pending=-1
         )
-        with _translated():
+        with translated():
             with contextlib.suppress(nats.js.errors.NotFoundError):
                 await js.delete_consumer(stream, name)
             await js.add_consumer(stream, config)

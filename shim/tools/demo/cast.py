@@ -31,9 +31,11 @@ TOKEN = "demo"  # noqa: S105 - nothing real behind it
 class Agent:
     """One legacy agent of the latest generation, its calls quickened, and everything that happens to it."""
 
-    def __init__(self, url: str, clock: Clock) -> None:
+    def __init__(self, url: str, clock: Clock, number: int = 0, token: str = TOKEN) -> None:
         profile = Profile(heartbeat_interval_s=BEAT_S, poll_interval_s=POLL_S, retry_initial_s=BEAT_S, retry_max_s=1)
-        who = Identity(agent_id="agent-demo-0", cluster_name="demo", token=TOKEN)
+        who = Identity(
+            agent_id=f"agent-demo-{number}", cluster_name=f"demo-{number}" if number else "demo", token=token
+        )
         callbacks = Callbacks(event=self._record, execute=self._execute, call=self._call)
         self.legacy = LegacyAgent(url, who, profile, clock, callbacks)
         self.events: list[Event] = []

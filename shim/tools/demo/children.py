@@ -1,16 +1,19 @@
-"""The demo's two processes, started as a user starts them."""
+"""The demo's processes, started as a user starts them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+NATS_SERVER = "nats-server"
+_SBIN = ("/usr/local/sbin", "/usr/sbin")
 _LOOK_S = 0.02
 _TAIL_LINES = 12
 
@@ -20,7 +23,10 @@ class ChildFailed(Exception):
 
 
 class Child:
-    """`agent-shim <args>` with a ready file and a log file in `folder`; it may be killed and started again."""
+    """`agent-shim <args>` with a ready file and a log file in `folder`; it may be killed and started again.
+
+    Another program is another class: its `_command`, and what `_ready` finds once it is there.
+    """
 
     def __init__(self, name: str, folder: Path, stop_s: float = 6) -> None:
         """`stop_s` is how long a stop may take."""
@@ -28,27 +34,38 @@ class Child:
         self._stop_s = stop_s
         self._expected: asyncio.subprocess.Process | None = None
         self.log = folder / f"{name}.log"
-        self._ready = folder / f"{name}.ready.json"
+        self._ready_file = folder / f"{name}.ready.json"
         self._process: asyncio.subprocess.Process | None = None
 
+    def _command(self, args: Sequence[str]) -> Sequence[str]:
+        self._ready_file.unlink(missing_ok=True)
+        return (sys.executable, "-m", "shim", *args, "--ready-file", str(self._ready_file))
+
+    def _ready(self, pid: int) -> dict[str, str] | None:
+        """Its addresses once it serves."""
+        del pid
+        if not self._ready_file.exists():
+            return None
+        found: dict[str, str] = json.loads(self._ready_file.read_text())
+        return found
+
     async def start(self, args: Sequence[str]) -> dict[str, str]:
-        """Start it and return what its ready file says. Raises `ChildFailed` if it ends instead."""
-        self._ready.unlink(missing_ok=True)
+        """Start it and return its addresses, once it serves. Raises `ChildFailed` if it ends instead."""
+        command = self._command(args)
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C is for the demo, which stops its children in order.
             process = self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "shim", *args, "--ready-file", str(self._ready)),
+                *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=_environment(),
                 start_new_session=True,
             )
-        while not self._ready.exists():
+        while (ready := self._ready(process.pid)) is None:
             if process.returncode is not None:
                 raise ChildFailed(f"the {self.name} {self.fate}")
             await asyncio.sleep(_LOOK_S)
-        ready: dict[str, str] = json.loads(self._ready.read_text())
         return ready
 
     @property
@@ -91,6 +108,42 @@ class Child:
             with suppress(ProcessLookupError):
                 process.send_signal(number)
             await process.wait()
+
+
+def nats_server() -> str | None:
+    """The program's path. Debian puts it where only an administrator's PATH looks."""
+    return shutil.which(NATS_SERVER, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *_SBIN]))
+
+
+class NatsServer(Child):
+    """`nats-server` with JetStream on a free port of loopback, its files in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("nats-server", folder)
+        self._folder = folder
+
+    def _command(self, args: Sequence[str]) -> Sequence[str]:
+        stored, ports = str(self._folder / "jetstream"), str(self._folder)
+        return (
+            nats_server() or NATS_SERVER,
+            "-a",
+            "127.0.0.1",
+            "-p",
+            "-1",
+            "-js",
+            "-sd",
+            stored,
+            "--ports_file_dir",
+            ports,
+            *args,
+        )
+
+    def _ready(self, pid: int) -> dict[str, str] | None:
+        try:
+            ports = json.loads((self._folder / f"{NATS_SERVER}_{pid}.ports").read_text())
+        except (FileNotFoundError, ValueError):  # it may be half written
+            return None
+        return {"nats": ports["nats"][0]}
 
 
 def _environment() -> dict[str, str]:

@@ -3,48 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from shim.clock import Clock
-from shim.tools.agents import Event, Outcome, What
-from shim.tools.control_client import ControlError, control_client
+from shim.tools.agents import What
+from shim.tools.control_client import control_client
 from shim.tools.demo.cast import BEAT_S, POLL_S, SLOW, TOKEN, Agent, Watch
 from shim.tools.demo.children import Child
 from shim.tools.demo.stage import Stage
+from shim.tools.demo.tale import Tale
 
 _HOLD_S = 10
 _BEATS = 6
 
 
-class Story:
-    """Tells itself on a stage. The children are stopped by whoever made them, also when it fails half-way."""
+class Story(Tale):
+    """One agent, one shim, one controller: a command, and then each of the two dies."""
 
     def __init__(self, stage: Stage, clock: Clock, controller: Child, shim: Child, store: Path) -> None:
-        self.children = (controller, shim)
-        self.told = False
-        self._stage = stage
-        self._clock = clock
-        self._controller = controller
+        super().__init__(stage, clock, (controller, shim))
         self._shim = shim
         self._store = store
-        self._addresses: dict[str, str] = {}
-        self._tasks: list[asyncio.Task[None]] = []
-        self._group: asyncio.TaskGroup
-        self._agent: Agent
 
     async def tell(self, group: asyncio.TaskGroup) -> None:
-        """All acts; the agent and guards over the processes run in `group`.
-
-        Raises `StepFailed` at the first step that fails; a process that dies unasked fails the group.
-        """
         self._stage.headline("agent-shim demo: an unmodified legacy agent, through the shim, over a real WebSocket")
         self._group = group
         await self._open()
         async with control_client(f"http://{self._addresses['controller']}") as control:
             watch = Watch(control)
-            agent = self._agent = Agent(f"http://{self._addresses['shim']}", self._clock)
+            agent = Agent(f"http://{self._addresses['shim']}", self._clock)
+            self._agents.append(agent)
             await self._link_up(watch)
             await self._agent_arrives(agent, watch)
             await self._command_through(agent, watch)
@@ -52,21 +41,12 @@ class Story:
             await self._shim_dies(agent, watch)
         self.told = True
 
-    async def stay(self) -> None:
-        """Leave everything running and show what happens, until cancelled."""
-        self._agent.listener = self._show_live
-        self._show_commands()
-        async with control_client(f"http://{self._addresses['controller']}") as control:
-            _, after = await control.events(0, 0)
-            while True:
-                events, after = await control.events(after, 60, kind="opened,closed")
-                for event in events:
-                    self._stage.happened(f"link {event['kind']}", f"connection {event['connection']}")
-
-    def dismiss(self) -> None:
-        """End the agent and everything else that runs in the group."""
-        for task in self._tasks:
-            task.cancel()
+    def show_commands(self) -> None:
+        """What a person may try now."""
+        legacy = f"http://{self._addresses['shim']}/api/v1/clusters/agent"
+        control = f"http://{self._addresses['controller']}/control"
+        cluster = self._agents[0].legacy.cluster_id
+        self._show_tries(_tries(legacy, control, f"http://{self._addresses['admin']}", cluster))
 
     # --- acts
 
@@ -169,14 +149,6 @@ class Story:
 
     # --- how
 
-    def _spawn(self, coro: Coroutine[Any, Any, None]) -> None:
-        self._tasks.append(self._group.create_task(coro))
-
-    async def _start_controller(self, listen: str) -> None:
-        ready = await self._controller.start(["controller", "--listen", listen, "--token", TOKEN])
-        self._spawn(self._controller.guard())
-        self._addresses["controller"] = ready["listen"]
-
     async def _start_shim(self, listen: str, admin: str) -> None:
         values = {
             "upstream.url": f"ws://{self._addresses['controller']}",
@@ -191,31 +163,6 @@ class Story:
         ready = await self._shim.start(["run", *args])
         self._spawn(self._shim.guard())
         self._addresses |= {"shim": ready["listen"], "admin": ready["admin"]}
-
-    async def _push(self, agent: Agent, watch: Watch, kind: str) -> tuple[float, str]:
-        """Push a command of a type to the agent; when it was sent (monotonic seconds), and its id."""
-        sent = await watch.control.push({"type": kind, "cluster_id": agent.legacy.cluster_id})
-        if not sent["sent"]:
-            raise ControlError("the controller could not send the command")
-        return sent["sent_monotonic_s"], sent["id"]
-
-    def _show_live(self, event: Event) -> None:
-        if event.what is What.COMMAND and event.command:
-            self._stage.happened("command in the agent's hand", f"{event.command.type}, {event.command.id}")
-        elif event.what is What.RESULT and event.command:
-            self._stage.happened("result posted", f"HTTP {event.status}, {event.command.id}")
-        elif event.outcome is not Outcome.OK:
-            self._stage.happened(f"{event.what.value} {event.outcome.value}", event.detail or f"HTTP {event.status}")
-
-    def _show_commands(self) -> None:
-        legacy = f"http://{self._addresses['shim']}/api/v1/clusters/agent"
-        control = f"http://{self._addresses['controller']}/control"
-        cluster = self._agent.legacy.cluster_id
-        self._stage.headline("All of it keeps running. In another terminal, try:")
-        for comment, line in _tries(legacy, control, f"http://{self._addresses['admin']}", cluster):
-            self._stage.note(f"# {comment}")
-            self._stage.plain(f"  {line}")
-        self._stage.headline("Ctrl-C ends it.")
 
 
 def _tries(legacy: str, control: str, admin: str, cluster: str) -> Sequence[tuple[str, str]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from shim.core.words import printable
 from shim.logs import Redaction
 
 
@@ -66,9 +67,9 @@ class Report:
         width = max((len(finding.check) for finding in self._findings), default=0)
         lines = []
         for finding in self._findings:
-            lines.append(f"{finding.status.value}  {finding.check:<{width}}  {_printable(finding.text)}")
+            lines.append(f"{finding.status.value}  {finding.check:<{width}}  {printable(finding.text)}")
             if finding.todo:
-                lines.append(f"      {'':<{width}}  -> {_printable(finding.todo)}")
+                lines.append(f"      {'':<{width}}  -> {printable(finding.todo)}")
         return lines
 
     def json(self) -> str:
@@ -78,8 +79,3 @@ class Report:
             for each in self._findings
         ]
         return json.dumps({"ok": self.ok, "findings": findings}, indent=2)
-
-
-def _printable(text: str) -> str:
-    """Texts of servers must not steer the terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)

@@ -87,10 +87,7 @@ def _bind(host: str, port: int) -> int:
 
 
 def examine_store(store: settings.Store, running: Running) -> Iterator[Finding]:
-    """Whether the store can be written, and how long what is in it lasts."""
-    if store.url:
-        yield warned("store", "store.url: a shared store is not examined here")
-        return
+    """Whether the store's file can be written, and how long what is in it lasts."""
     if store.path == ":memory:":
         yield warned("store", "in memory: nothing survives the process", "give store.path a file on a disk")
         return

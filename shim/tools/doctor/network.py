@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import socket
 import ssl
 from collections.abc import Mapping
@@ -15,11 +14,11 @@ from urllib.parse import unquote, urlsplit
 from shim.clock import Clock
 from shim.core.urls import ws_url
 from shim.settings import Upstream, is_loopback
+from shim.tools.doctor.certificates import certificate, reason, trust
 from shim.tools.doctor.findings import Finding, failed, passed, warned
 from shim.upstream.proxies import environment_proxy
 from shim.upstream.tls import ClientTls
 
-EXPIRES_SOON_S = 14 * 86_400.0
 SHOWN_ADDRESSES = 4
 _PORTS = {"wss": 443, "ws": 80, "https": 443, "http": 80}
 
@@ -135,7 +134,7 @@ async def _resolve(host: str, port: int, timeout_s: float, *, through: bool) -> 
         raise Blocked(failed("dns", f"{whose}: no answer within {timeout_s:g} s", todo)) from None
     except (OSError, UnicodeError) as error:
         todo = f"is {key} spelt right? then look at the pod's DNS (/etc/resolv.conf)"
-        raise Blocked(failed("dns", f"{whose}: {_reason(error)}", todo)) from None
+        raise Blocked(failed("dns", f"{whose}: {reason(error)}", todo)) from None
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
     more = f" and {len(addresses) - SHOWN_ADDRESSES} more" if len(addresses) > SHOWN_ADDRESSES else ""
     return passed("dns", f"{whose} is {', '.join(addresses[:SHOWN_ADDRESSES])}{more}")
@@ -155,7 +154,7 @@ async def _open(
         raise Blocked(failed("tcp", f"{where}: no answer within {timeout_s:g} s", todo)) from None
     except OSError as error:
         todo = "is the port right, and is something listening there? a firewall may also reject it"
-        raise Blocked(failed("tcp", f"{where}: {_reason(error)}", todo)) from None
+        raise Blocked(failed("tcp", f"{where}: {reason(error)}", todo)) from None
     took_ms = (clock.monotonic_s() - before) * 1000
     return reader, writer, passed("tcp", f"{where} answers in {took_ms:.0f} ms")
 
@@ -191,15 +190,13 @@ async def _protect(line: Line, target: Target, upstream: Upstream) -> Finding:
         context = ClientTls(upstream).context()
     except OSError as error:
         todo = "upstream.ca_file, client_cert_file and client_key_file must be readable PEM files that fit each other"
-        raise Blocked(
-            failed("tls", f"a file of the TLS configuration cannot be used: {_reason(error)}", todo)
-        ) from None
+        raise Blocked(failed("tls", f"a file of the TLS configuration cannot be used: {reason(error)}", todo)) from None
     await _secure(line, context, target.host, upstream.connect_timeout_s, "tls")
     tls: ssl.SSLObject = line.writer.get_extra_info("ssl_object")
     if upstream.insecure_skip_verify:
         todo = "remove upstream.insecure_skip_verify: anyone on the way can read the token"
         return warned("tls", f"{tls.version()}, and the certificate is not checked", todo)
-    return _certificate(tls, upstream.ca_file)
+    return certificate("tls", tls, upstream.ca_file)
 
 
 async def _secure(line: Line, context: ssl.SSLContext, host: str, timeout_s: float, check: str) -> None:
@@ -207,46 +204,8 @@ async def _secure(line: Line, context: ssl.SSLContext, host: str, timeout_s: flo
         async with asyncio.timeout(timeout_s):
             await line.writer.start_tls(context, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
-        raise Blocked(failed(check, f"{host}: {error.verify_message}", _trust(error, host))) from None
+        todo = trust(error, host, "upstream.url", "upstream.ca_file")
+        raise Blocked(failed(check, f"{host}: {error.verify_message}", todo)) from None
     except (ssl.SSLError, OSError) as error:  # TimeoutError is one
         todo = "does this port speak TLS 1.2 or later? something on the way may end it"
-        raise Blocked(failed(check, f"{host}: {_reason(error)}", todo)) from None
-
-
-def _trust(error: ssl.SSLCertVerificationError, host: str) -> str:
-    message = error.verify_message.lower()
-    if "expired" in message or "not yet valid" in message:
-        return "the certificate must be renewed, unless the clock of this machine is wrong: see the line clock"
-    if "mismatch" in message or "not valid for" in message:
-        return f"the certificate is for other names: upstream.url must use one of them instead of {host}"
-    return "a private authority or an inspecting proxy? put its certificate into upstream.ca_file"
-
-
-def _certificate(tls: ssl.SSLObject, ca_file: str) -> Finding:
-    certificate = tls.getpeercert() or {}
-    expires = str(certificate.get("notAfter", ""))
-    left_s = ssl.cert_time_to_seconds(expires) - Clock().wall_s() if expires else EXPIRES_SOON_S
-    trusted = f"trusted by {ca_file}" if ca_file else "trusted"
-    text = f"{tls.version()}, {trusted}, issued by {_issuer(certificate)}, expires in {left_s / 86_400:.0f} days"
-    if left_s < EXPIRES_SOON_S:
-        return warned("tls", text, "have the certificate renewed, or expect the link to fail then")
-    return passed("tls", text)
-
-
-def _issuer(certificate: Mapping[str, object]) -> str:
-    names = certificate.get("issuer")
-    found = {}
-    if isinstance(names, tuple):
-        found = {pair[0]: pair[1] for group in names for pair in group}
-    return str(found.get("organizationName") or found.get("commonName") or "?")
-
-
-def _reason(error: Exception) -> str:
-    """An error in words: asyncio and the resolver put their own in front of the system's."""
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    if isinstance(error, ssl.SSLError):
-        return error.reason or type(error).__name__
-    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
-        return os.strerror(error.errno)
-    return getattr(error, "strerror", None) or type(error).__name__
+        raise Blocked(failed(check, f"{host}: {reason(error)}", todo)) from None

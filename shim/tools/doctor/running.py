@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from shim.core.urls import origin_of
+from shim.core.words import brief
 from shim.settings import Settings
 from shim.tools.doctor.findings import Finding, failed, passed, warned
 
@@ -200,7 +201,7 @@ def _patience(items: list[dict[str, Any]]) -> Iterator[Finding]:
 
 
 def _named(session: dict[str, Any]) -> str:
-    return str(session["name"] or session["id"])
+    return brief(session["name"] or session["id"])
 
 
 def _ago(now: float, then: float | None) -> str:

@@ -1,0 +1,226 @@
+"""`python -m bench.plan [--json FILE]`: a fleet on paper, from what was measured (docs/scaling.md).
+
+Nothing but arithmetic: the sizing rows of the benchmark's JSON give what an agent costs, the fleet below what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "scaling.md"
+MEASURED = ROOT / "bench" / "results.json"
+BEGIN = "<!-- plan: begin -->"
+END = "<!-- plan: end -->"
+
+WRITES_PER_COMMAND = 11
+"""Messages that JetStream stores from a command's arrival to its end, where no two commands share a commit."""
+KEPT_BYTES = 1700
+"""What the streams keep of a command that ended, without its payload. Both are held by tests/bench/test_plan.py."""
+STREAMS_PER_SHARD = 5
+MB = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """What is planned for. `used` is the share of a core that a replica may use: the rest is for restarts and peaks."""
+
+    agents: int = 100_000
+    tokens: int = 200
+    heartbeat_s: float = 5.0
+    hold_s: float = 20.0
+    upstream_heartbeat_s: float = 27.5
+    commands_per_hour: float = 6.0
+    payload_bytes: int = 1000
+    kept_s: float = 3600.0
+    used: float = 0.5
+    shards: int = 64
+    lease_s: float = 5.0
+    copies: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a replica takes without agents, and what each agent adds: the line through the two largest measurements."""
+
+    base_mb: float
+    agent_mb: float
+    base_cpu: float
+    agent_cpu: float
+    measured: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Cost:
+        """Raises `ValueError` where there are not two sizes."""
+        if len(rows) < 2:
+            raise ValueError("the JSON has no sizing rows: measure with `make bench ONLY=sizing`")
+        less, more = sorted(rows, key=lambda row: row["agents"])[-2:]
+        between = more["agents"] - less["agents"]
+        agent_mb = (more["rss_mb"] - less["rss_mb"]) / between
+        agent_cpu = (more["cpu_percent"] - less["cpu_percent"]) / between / 100
+        base_mb = more["rss_mb"] - agent_mb * more["agents"]
+        base_cpu = max(0.0, more["cpu_percent"] / 100 - agent_cpu * more["agents"])
+        return cls(max(0.0, base_mb), agent_mb, base_cpu, agent_cpu, more["agents"])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The fleet on replicas: how many, and what each of them and NATS have to do."""
+
+    fleet: Fleet
+    cost: Cost
+
+    @property
+    def per_replica(self) -> int:
+        """Agents whose links one replica owns: it answers as many others' calls, too, which counts as much again."""
+        room = self.fleet.used - self.cost.base_cpu
+        return max(1, int(room / (2 * self.cost.agent_cpu)))
+
+    @property
+    def needed(self) -> int:
+        """Replicas without a spare one."""
+        return ceil(self.fleet.agents / self.per_replica)
+
+    @property
+    def replicas(self) -> int:
+        """With one to lose."""
+        return self.needed + 1
+
+    @property
+    def shares(self) -> float:
+        """Agents to a replica while one is lost."""
+        return self.fleet.agents / self.needed
+
+    @property
+    def commands_s(self) -> float:
+        return self.fleet.agents * self.fleet.commands_per_hour / 3600
+
+    @property
+    def calls_s(self) -> float:
+        """Heartbeats, polls that were held to their end, and results."""
+        fleet = self.fleet
+        return fleet.agents / fleet.heartbeat_s + fleet.agents / fleet.hold_s + self.commands_s
+
+    @property
+    def kept(self) -> float:
+        """Commands in the streams."""
+        return self.commands_s * self.fleet.kept_s
+
+    @property
+    def kept_mb(self) -> float:
+        return self.kept * (self.fleet.payload_bytes + KEPT_BYTES) / MB
+
+    @property
+    def replica_mb(self) -> float:
+        """Memory of a replica while one is lost: agents, and the mirror of its links' commands."""
+        return self.cost.base_mb + self.cost.agent_mb * self.shares + self.kept_mb / self.needed
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(what, how it follows, number)."""
+        fleet, cost = self.fleet, self.cost
+        away = 1 - 1 / self.replicas
+        return [
+            ("**Replicas**", "", ""),
+            ("an agent", f"between the two largest measurements, up to {cost.measured:,} agents", _agent(cost)),
+            (
+                "agents to a replica",
+                f"{fleet.used:.0%} of a core; an owner's call comes in at another replica, so it counts twice",
+                f"{self.per_replica:,}",
+            ),
+            ("replicas", "agents / that, and one to lose", f"{self.replicas}"),
+            ("memory of each", "its agents and its commands, while one is lost", f"{self.replica_mb:,.0f} MB"),
+            ("**Connections**", "", ""),
+            ("agents' TCP connections", "2 each: control and polls", f"{2 * fleet.agents:,}"),
+            (
+                "to a replica, one lost",
+                "`listen.max_connections` and open files above that",
+                f"{ceil(2 * self.shares):,}",
+            ),
+            ("links to the controller", "one a token", f"{fleet.tokens:,}"),
+            ("agents on a link", "one owner each; `sessions.max_per_owner`", f"{ceil(fleet.agents / fleet.tokens):,}"),
+            ("links to a replica, one lost", "`upstream.max_links`", f"{ceil(fleet.tokens / self.needed):,}"),
+            ("**Messages per second**", "", ""),
+            ("agents' calls", "heartbeats, polls held to their end, results", f"{self.calls_s:,.0f}"),
+            ("up to the controller", "coalesced heartbeats, results", f"{self._up_s:,.0f}"),
+            ("commands", "", f"{self.commands_s:,.0f}"),
+            ("between replicas, core NATS", "call and answer, of calls that do not meet the owner", _rate(self, away)),
+            ("**NATS JetStream**", "", ""),
+            ("stored messages per second", f"{WRITES_PER_COMMAND} for a command, and renewed leases", self._stored),
+            ("commands kept", "`commands.retain_s`, `commands.dedupe_s`", f"{self.kept:,.0f}"),
+            ("disk of each server", "with their payloads, twice over", f"{2 * self.kept_mb / 1000:,.1f} GB"),
+            (
+                "streams",
+                f"{STREAMS_PER_SHARD} to a shard, and 2; each is a Raft group of {fleet.copies}",
+                f"{STREAMS_PER_SHARD * fleet.shards + 2:,}",
+            ),
+        ]
+
+    @property
+    def _up_s(self) -> float:
+        return self.fleet.agents / self.fleet.upstream_heartbeat_s + self.commands_s
+
+    @property
+    def _stored(self) -> str:
+        renewals = (self.fleet.shards + self.replicas) * 3 / self.fleet.lease_s
+        return f"{self.commands_s * WRITES_PER_COMMAND + renewals:,.0f}"
+
+
+def _agent(cost: Cost) -> str:
+    return f"{cost.agent_mb * 1000:.1f} KB, {cost.agent_cpu * 1e6:.0f} µs of CPU a second"
+
+
+def _rate(plan: Plan, away: float) -> str:
+    return f"{2 * plan.calls_s * away:,.0f}"
+
+
+def text(measured: Mapping[str, Any], fleet: Fleet) -> list[str]:
+    """What stands between the markers."""
+    plan = Plan(fleet, Cost.of(measured["sizing"]))
+    about = measured["about"]
+    for_whom = (
+        f"{fleet.agents:,} agents with {fleet.tokens} tokens, a heartbeat every {fleet.heartbeat_s:g} s, polls",
+        f"held for {fleet.hold_s:g} s; {fleet.commands_per_hour:g} commands an hour of {fleet.payload_bytes:,} bytes",
+        f"for each agent, kept for {fleet.kept_s:,.0f} s; {fleet.shards} shards. Measured on {about['machine']};",
+        f"agent-shim {about['shim']}, {about['date']}.",
+    )
+    return [
+        "",
+        *for_whom,
+        "",
+        "| | how it follows | |",
+        "|---|---|--:|",
+        *(f"| {what} | {how} | {number} |" for what, how, number in plan.rows()),
+        "",
+    ]
+
+
+def page(before: str, lines: Sequence[str]) -> str:
+    """The page with the plan between its markers."""
+    head, _, rest = before.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return "\n".join([head + BEGIN, *lines, END + tail])
+
+
+def main() -> int:
+    """Write the page; with `--check` say whether it is what the JSON makes of it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__)
+    parser.add_argument("--json", type=Path, default=MEASURED, metavar="FILE", help="what `make bench` wrote")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page would change")
+    given = parser.parse_args()
+    before = PAGE.read_text()
+    after = page(before, text(json.loads(given.json.read_text()), Fleet()))
+    if given.check:
+        return int(before != after)
+    PAGE.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What the admin port looks at: one bridge, or all that a replica has, as if they were one."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from shim.bridge import Context
+from shim.bridge.connection import Connection
+from shim.bridge.links import LinkRunner
+from shim.bridge.operator import Drain, Found
+from shim.core.commands import CommandQueue
+from shim.core.records import CommandRecord, SessionKey
+from shim.core.sessions import Session
+from shim.core.usage import Route, Use
+
+
+class Agents(Protocol):
+    """Sessions."""
+
+    def __iter__(self) -> Iterator[Session]: ...
+
+    def get(self, key: SessionKey) -> Session | None: ...
+
+
+class Waiting(Protocol):
+    """Queues of commands."""
+
+    def get(self, key: SessionKey) -> CommandQueue | None: ...
+
+    def items(self) -> Iterable[tuple[SessionKey, CommandQueue]]: ...
+
+    def values(self) -> Iterable[CommandQueue]: ...
+
+
+class Outgoing(Protocol):
+    """Results on their way up."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def empty(self) -> bool: ...
+
+
+class Handing(Protocol):
+    """Polls, and how long commands took."""
+
+    @property
+    def hand_overs_s(self) -> deque[float]: ...
+
+    def held(self) -> int: ...
+
+
+class Holds(Protocol):
+    def held_tunnels(self) -> int: ...
+
+
+class Legs(Protocol):
+    def connection_of(self, key: SessionKey) -> Connection | None: ...
+
+
+class Census(Protocol):
+    @property
+    def usage(self) -> Iterable[tuple[SessionKey, dict[Route, Use]]]: ...
+
+
+class Hands(Protocol):
+    """What a person may do (`bridge.operator`)."""
+
+    @property
+    def draining(self) -> bool: ...
+
+    def progress(self) -> Drain: ...
+
+    def drain(self, timeout_s: float) -> Drain: ...
+
+    def resume(self) -> Drain: ...
+
+    async def find(self, command_id: str) -> list[Found]: ...
+
+    async def purge(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord: ...
+
+    async def redeliver(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord: ...
+
+
+class Subject(Protocol):
+    """A bridge, as far as the admin port needs one."""
+
+    stopping: bool
+
+    @property
+    def ctx(self) -> Context: ...
+
+    @property
+    def sessions(self) -> Agents: ...
+
+    @property
+    def links(self) -> Iterable[LinkRunner]: ...
+
+    @property
+    def queues(self) -> Waiting: ...
+
+    @property
+    def outbox(self) -> Outgoing: ...
+
+    @property
+    def delivery(self) -> Handing: ...
+
+    @property
+    def holding(self) -> Holds: ...
+
+    @property
+    def gateways(self) -> Legs: ...
+
+    @property
+    def roster(self) -> Census: ...
+
+    @property
+    def operator(self) -> Hands: ...
+
+    def replicas(self) -> dict[str, Any] | None:
+        """What there is to say of several replicas, `None` where there is one."""
+
+    async def found_elsewhere(self, command_id: str) -> list[dict[str, Any]]:
+        """What other replicas know of a command, described as this one would."""

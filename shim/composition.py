@@ -1,0 +1,85 @@
+"""What `app` starts and stops between the upstream client and the two servers: one bridge, or a replica's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from shim.admin import Recent, Subject
+from shim.clock import Clock
+from shim.errors import StoreError
+from shim.metrics import Metrics
+from shim.ports import Fallback, Switchboard, Timers, UpstreamPort
+from shim.settings import Settings
+from shim.store import Post
+
+Spawn = Callable[[str, Coroutine[Any, Any, None]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the composition gets of the process. `broken` ends it: the store is damaged."""
+
+    settings: Settings
+    clock: Clock
+    timers: Timers
+    rng: Callable[[], float]
+    new_id: Callable[[], str]
+    post: Post
+    spawn: Spawn
+    metrics: Metrics
+    upstream: UpstreamPort
+    read_token: Callable[[], str]
+    broken: Callable[[StoreError], None]
+
+
+class Detour(Fallback, Protocol):
+    """The way by the vendor's HTTP API."""
+
+    def active(self) -> bool:
+        """Whether calls go that way because of the mode, or of a link that is down."""
+
+    async def close(self) -> None:
+        """Close the connections to the vendor's API."""
+
+
+class Composition(Protocol):
+    """Calls come in this order: `open`, `start`, …, `quiesce`, `stop`, `close`. The parts are there once it is open."""
+
+    @property
+    def subject(self) -> Subject:
+        """What the admin port shows."""
+
+    @property
+    def recent(self) -> Iterable[Recent]:
+        """What happened last to commands."""
+
+    @property
+    def switchboard(self) -> Switchboard:
+        """What the frontend calls."""
+
+    @property
+    def fallback(self) -> Detour:
+        """The other way."""
+
+    async def open(self) -> None:
+        """Make sure of the store. Raises `StoreError`, `ConfigError`."""
+
+    def start(self) -> None:
+        """Begin to work."""
+
+    def quiesce(self) -> None:
+        """Answer what waits."""
+
+    async def stop(self) -> None:
+        """End the work; what is submitted is still stored."""
+
+    async def close(self) -> None:
+        """Close the store."""
+
+    def reload(self, settings: Settings) -> None:
+        """Go on with these settings."""
+
+    def token_changed(self) -> None:
+        """The upstream token is another one."""

@@ -1,0 +1,61 @@
+"""Mode `http` on a replica: calls go to the vendor's HTTP API, and what came by the WebSocket before is not lost."""
+
+from __future__ import annotations
+
+import msgspec
+
+from shim.composition import Surroundings
+from shim.core.calls import AgentCall, HealthCall, PollCall
+from shim.passthrough.proxy import Proxy, Unreachable
+from shim.ports import Answer, Client, Forwarded, Proxied
+from shim.shards.replicas import Known, Replicas
+from shim.validation import instant_s
+
+
+class Rollback:
+    """Implements `ports.Fallback`. There is no mode `auto` and no partial rollout with shards (docs/decisions)."""
+
+    def __init__(self, replicas: Replicas, known: Known, around: Surroundings) -> None:
+        self._replicas = replicas
+        self._known = known
+        self._around = around
+        self._proxy = Proxy()
+
+    async def close(self) -> None:
+        """Close the connections to the vendor's API."""
+        await self._proxy.close()
+
+    def active(self) -> bool:
+        """Whether calls go by HTTP now."""
+        return self.takes_all()
+
+    def takes_all(self) -> bool:
+        """Mode `http`, before the sunset."""
+        settings = self._known.settings()
+        at = settings.sunset.at
+        return settings.mode == "http" and not (at and self._around.clock.wall_s() >= instant_s(at))
+
+    def takes_some(self) -> bool:
+        """All or none."""
+        return False
+
+    def takes(self, client: Client, call: AgentCall) -> bool:
+        """All or none."""
+        return False
+
+    async def serve(self, request: Forwarded) -> Proxied | Answer | None:
+        """See `ports.Fallback`."""
+        settings = self._known.settings()
+        call = request.call
+        if isinstance(call, HealthCall):
+            return None
+        bearer = self._around.read_token() if settings.fallback.use_upstream_token else None
+        try:
+            reply = await self._proxy.send(settings.fallback.url, request, bearer, whole=isinstance(call, PollCall))
+        except Unreachable:
+            self._around.metrics.fallback.labels("unreachable").inc()
+            body = msgspec.json.encode({"success": False, "error": "the vendor's HTTP API cannot be reached"})
+            reply = Proxied(502, (("Content-Type", "application/json"),), body)
+        else:
+            self._around.metrics.fallback.labels(f"{reply.status // 100}xx").inc()
+        return reply

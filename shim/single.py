@@ -1,0 +1,69 @@
+"""The usual composition: one bridge with its store."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shim.admin import Journal
+from shim.bridge import Bridge, Context
+from shim.composition import Surroundings
+from shim.core.records import Loaded
+from shim.core.sessions import Sessions
+from shim.passthrough import Passthrough
+from shim.ports import CommandStore
+from shim.settings import Settings
+from shim.storewatch import tell_findings
+
+
+class Single:
+    """Implements `composition.Composition`."""
+
+    def __init__(self, around: Surroundings, store: CommandStore) -> None:
+        self._metrics = around.metrics
+        self.recent = Journal(store)
+        ctx = Context(
+            settings=around.settings,
+            clock=around.clock,
+            timers=around.timers,
+            rng=around.rng,
+            new_id=around.new_id,
+            store=self.recent,
+            upstream=around.upstream,
+            metrics=around.metrics,
+            read_token=around.read_token,
+            sessions=Sessions(),
+        )
+        self.subject = self.switchboard = Bridge(ctx)
+        self.fallback = Passthrough(self.subject)
+        self._loaded: Loaded | None = None
+
+    async def open(self) -> None:
+        """See `composition.Composition`."""
+        self._loaded = await asyncio.to_thread(self.recent.open)
+        tell_findings(self._loaded, self._metrics)
+
+    def start(self) -> None:
+        """See `composition.Composition`."""
+        if self._loaded is not None:
+            self.subject.start(self._loaded)
+            self._loaded = None
+
+    def quiesce(self) -> None:
+        """See `composition.Composition`."""
+        self.subject.quiesce()
+
+    async def stop(self) -> None:
+        """See `composition.Composition`."""
+        self.subject.stop()
+
+    async def close(self) -> None:
+        """See `composition.Composition`."""
+        await asyncio.to_thread(self.recent.close)
+
+    def reload(self, settings: Settings) -> None:
+        """See `composition.Composition`."""
+        self.subject.ctx.settings = settings
+
+    def token_changed(self) -> None:
+        """See `composition.Composition`."""
+        self.subject.token_changed()

@@ -1,0 +1,204 @@
+"""Replicas of a gateway as processes, on real NATS servers, with the development controller and agents over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from tests.support.processes import Controller, Shim
+
+TOKENS = "agent-token-"
+WAIT_S = 45.0
+HEADERS = {"User-Agent": "Go-http-client/1.1"}
+
+
+def token(number: int) -> str:
+    """The own token of an agent."""
+    return f"{TOKENS}{number}"
+
+
+class Agent:
+    """An agent with a token of its own, whose every call may go to another replica."""
+
+    def __init__(self, http: aiohttp.ClientSession, number: int) -> None:
+        self._http = http
+        self.name = f"cluster-{number}"
+        self.agent_id = f"agent-{number}"
+        self.cluster_id = ""
+        self._headers = {"Authorization": f"Bearer {token(number)}"}
+
+    async def call(self, replica: Shim, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """Status and decoded body."""
+        url = f"{replica.url}/api/v1/clusters/agent/{path}"
+        async with self._http.request(method, url, json=body, headers=self._headers) as response:
+            data = await response.read()
+            return response.status, json.loads(data) if data else None
+
+    async def register(self, replica: Shim) -> None:
+        """Until it is registered, as agents do."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                body = {"agent_id": self.agent_id, "name": self.name}
+                status, reply = await self.call(replica, "POST", "register", body)
+                if status == 200:
+                    self.cluster_id = reply["cluster_id"]
+                    return
+                assert status == 503, reply
+                await asyncio.sleep(0.2)
+
+    async def heartbeat(self, replica: Shim) -> int:
+        """The status."""
+        body = {"cluster_id": self.cluster_id, "agent_id": self.agent_id, "status": "healthy"}
+        status, _ = await self.call(replica, "POST", f"{self.cluster_id}/heartbeat", body)
+        return status
+
+    async def poll(self, replica: Shim) -> list[str]:
+        """The ids of the commands."""
+        status, reply = await self.call(replica, "GET", f"{self.cluster_id}/poll")
+        assert status == 200, reply
+        return [command["id"] for command in reply["commands"]]
+
+    async def poll_until(self, replica: Shim, command: str) -> list[str]:
+        """Poll until a command has come; all that came."""
+        found: list[str] = []
+        async with asyncio.timeout(WAIT_S):
+            while command not in found:
+                found += await self.poll(replica)
+        return found
+
+    async def result(self, replica: Shim, command: str) -> int:
+        """Post a result until it is taken; the number of tries."""
+        async with asyncio.timeout(WAIT_S):
+            tries = 0
+            while True:
+                tries += 1
+                path = f"{self.cluster_id}/commands/{command}/result"
+                status, reply = await self.call(replica, "POST", path, {"success": True, "output": "done"})
+                if status < 300:
+                    return tries
+                assert status == 503, reply
+                await asyncio.sleep(0.2)
+
+
+class Gateway:
+    """Replicas by name, their controller and their agents."""
+
+    def __init__(
+        self, folder: Path, controller: Controller, http: aiohttp.ClientSession, config: dict[str, Any]
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._http = http
+        self._stack = AsyncExitStack()
+        self.controller = controller
+        self.replicas: dict[str, Shim] = {}
+
+    async def add(self, *names: str) -> list[Shim]:
+        """Start replicas, side by side."""
+        added = []
+        for name in names:
+            folder = self._folder / name
+            folder.mkdir(exist_ok=True)
+            config = self._config | {"shards": self._config["shards"] | {"replica": name}}
+            shim = await self._stack.enter_async_context(Shim(folder, config))
+            self.replicas[name] = shim
+            added.append(shim)
+        await asyncio.gather(*(shim.start() for shim in added))
+        return added
+
+    def agent(self, number: int) -> Agent:
+        return Agent(self._http, number)
+
+    async def status(self, replica: Shim) -> dict[str, Any]:
+        """What its status page says of replicas."""
+        async with self._http.get(f"{replica.admin}/status.json") as response:
+            return dict((await response.json())["replicas"])
+
+    async def until(self, replica: Shim, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Wait until the view of a replica fits."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                status = await self.status(replica)
+                if fits(status):
+                    return status
+                await asyncio.sleep(0.05)
+
+    async def settled(self, *replicas: Shim) -> list[int]:
+        """Wait until exactly these replicas have all shards between them, evenly; how many each has."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                seen = [await self.status(replica) for replica in replicas]
+                owned = [len(each["owned"]) for each in seen]
+                if sum(owned) == seen[0]["shards"] and max(owned) - min(owned) <= 1:
+                    return owned
+                await asyncio.sleep(0.05)
+
+    async def owner(self, agent: Agent) -> Shim:
+        """The replica that has an agent's session."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                for replica in self.replicas.values():
+                    async with self._http.get(f"{replica.admin}/status.json") as response:
+                        status = await response.json()
+                    if any(each["id"] == agent.cluster_id for each in status["sessions"]["items"]):
+                        return replica
+                await asyncio.sleep(0.05)
+
+    async def push(self, agent: Agent, command: str) -> None:
+        """Have the controller send a command, as soon as the agent is there."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                spec = {"cluster_id": agent.cluster_id, "id": command, "type": "command", "payload": {"n": 1}}
+                async with self._http.post(f"{self.controller.url}/control/commands", json=spec) as response:
+                    if response.status < 300:
+                        return
+                await asyncio.sleep(0.1)
+
+    async def trace(self, replica: Shim, command: str) -> list[dict[str, Any]]:
+        """What any replica knows of a command."""
+        async with self._http.get(f"{replica.admin}/commands/{command}.json") as response:
+            return list((await response.json())["commands"]) if response.status == 200 else []
+
+    async def until_state(self, replica: Shim, command: str, *states: str) -> dict[str, Any]:
+        """Wait until a command is in one of these states."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                for found in await self.trace(replica, command):
+                    if found["state"] in states:
+                        return found
+                await asyncio.sleep(0.05)
+
+    async def aclose(self) -> None:
+        await self._stack.aclose()
+
+
+@asynccontextmanager
+async def gateway(
+    folder: Path, nats_url: str, count: int = 8, replicas: int = 1, **config: Any
+) -> AsyncIterator[Gateway]:
+    """A gateway without replicas yet, whose agents have tokens of their own."""
+    options = ("--token-prefix", TOKENS, "--journal", str(folder / "journal.jsonl"))
+    timeout = aiohttp.ClientTimeout(total=60)
+    async with (
+        aiohttp.ClientSession(timeout=timeout, headers=HEADERS) as http,
+        Controller(folder, http, *options) as controller,
+    ):
+        await controller.start()
+        settings = {
+            "upstream": {"url": controller.url},
+            "store": {"url": nats_url, "replicas": replicas},
+            "shards": {"count": count},
+            "commands": {"evidence_s": 20},
+            **config,
+        }
+        made = Gateway(folder, controller, http, settings)
+        try:
+            yield made
+        finally:
+            await made.aclose()

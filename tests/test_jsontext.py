@@ -1,0 +1,53 @@
+"""JSON of other programs: what Go would read is read."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shim import jsontext
+
+HALVES = st.characters(min_codepoint=0xD7F0, max_codepoint=0xE00F)
+TEXTS = st.text(st.one_of(HALVES, st.sampled_from('\\"ude8\n😀')))
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        (rb'"\ud83d"', "\ufffd"),
+        (rb'"a\udcffb"', "a\ufffdb"),
+        (rb'"\ud83d\ude00\uD83D"', "😀\ufffd"),
+        (rb'"\udc00\ud83d"', "\ufffd\ufffd"),
+        (rb'"\ud83d\u0041"', "\ufffdA"),
+        (rb'"\\ud83d"', r"\ud83d"),
+        (rb'["\ud83d", "\\ud83d"]', ["\ufffd", r"\ud83d"]),
+        (rb'{"\ud83d": 1}', {"\ufffd": 1}),
+        (r'"\ud83d"', "\ufffd"),
+    ],
+)
+def test_an_unpaired_surrogate_is_replaced(text: str | bytes, value: object) -> None:
+    assert jsontext.decode(text) == value
+
+
+@given(st.one_of(TEXTS, st.lists(TEXTS)))
+def test_every_text_that_python_writes_is_read(value: object) -> None:
+    text = json.dumps(value)
+    paired = json.loads(text)  # two halves that happen to fit are one character
+
+    def fit(found: object) -> object:
+        if isinstance(found, list):
+            return [fit(item) for item in found]
+        assert isinstance(found, str)
+        return "".join("\ufffd" if "\ud800" <= char <= "\udfff" else char for char in found)
+
+    assert jsontext.decode(text) == fit(paired)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"NaN", b"\xff", rb'"\ud8"', rb'{"\ud83d"', rb'"\ud83d', '"\ud83d"'])
+def test_what_is_no_json_stays_none(text: str | bytes) -> None:
+    with pytest.raises((msgspec.DecodeError, UnicodeError)):
+        jsontext.decode(text)
