@@ -16,6 +16,7 @@ HELD_ROUNDS = 3
 SOAK_CALLS = 1_000_000
 SOAK_CONNECTIONS = 64
 SOAK_STEPS = 10
+WARM_UP_ROUNDS = 40
 SETTLE_S = 1.5
 MB = 1e6
 
@@ -77,25 +78,35 @@ def _per_request(server: Server, path: str, count: int, settle_s: float) -> floa
 
 
 def soak(bench: Bench, log: Log) -> Figure:
-    """Heartbeats and polls in turn. The first tenth fills caches and pools; growth after it is what counts."""
+    """Heartbeats and polls in turn, over new connections in each tenth.
+
+    What closed connections leave is searched for rarely (`shim.heap`), so memory has a level that it reaches after some
+    thousand of them; and the first tenth fills caches and pools. Growth after that is what counts.
+    """
     controller = bench.controller()
     server = bench.shim(controller, poll={"hold": "off"}, log={"level": "warning"})
+    for _ in range(bench.pick(WARM_UP_ROUNDS, 1)):
+        _calls(server, SOAK_CONNECTIONS)
     sizes = []
     calls, steps = bench.pick((SOAK_CALLS, SOAK_STEPS), (2000, 2))
     for step in range(steps):
-        makes = (requests.heartbeat, requests.poll)
-        plan = Plan(
-            host=server.host,
-            port=server.port,
-            requests=[makes[number % 2](server, number // 2) for number in range(SOAK_CONNECTIONS)],
-            connections=SOAK_CONNECTIONS,
-            total=calls // steps,
-        )
-        found = loads.run(plan)
-        if found.errors:
-            raise RuntimeError(f"{found.errors} calls of the soak failed")
+        _calls(server, calls // steps)
         sizes.append(server.rss_bytes())
         log(f"soak: {(step + 1) * calls // steps:,} calls, {sizes[-1] / MB:.1f} MB")
     grown = (sizes[-1] - sizes[0]) / MB
     note = f"{sizes[0] / MB:.1f} MB after the first tenth, {sizes[-1] / MB:.1f} MB in the end"
     return Figure(PART, f"growth over {calls:,} calls", "MB", grown, aim=1.0, absolute=True, note=note)
+
+
+def _calls(server: Server, total: int) -> None:
+    makes = (requests.heartbeat, requests.poll)
+    plan = Plan(
+        host=server.host,
+        port=server.port,
+        requests=[makes[number % 2](server, number // 2) for number in range(SOAK_CONNECTIONS)],
+        connections=SOAK_CONNECTIONS,
+        total=total,
+    )
+    found = loads.run(plan)
+    if found.errors:
+        raise RuntimeError(f"{found.errors} calls of the soak failed")

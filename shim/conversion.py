@@ -6,7 +6,6 @@ import json
 import math
 import types
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -15,8 +14,7 @@ from shim.errors import Fault
 from shim.settings import Section, Settings
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(msgspec.Struct, frozen=True):
     """A value that came as text from `source` and is converted by the type of its key; lists and maps are JSON."""
 
     text: str

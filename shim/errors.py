@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
 class ShimError(Exception):
@@ -53,8 +53,7 @@ class IllegalTransition(ShimError):
     """A state machine was given an event that its table forbids in its state. Nothing was changed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(msgspec.Struct, frozen=True):
     """One fault of the configuration: dotted key path and what is wrong, without the value where it may be secret."""
 
     path: str

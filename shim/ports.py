@@ -106,8 +106,7 @@ class DialSpec:
     query: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class DialFailure:
+class DialFailure(msgspec.Struct, frozen=True):
     """Why a dial failed: the HTTP `status` of the handshake (0 if there was none), `retry_after_s` of its header in
     seconds as sent, and a short bounded `reason` for metrics and logs (`dns`, `tcp`, `tls`, `timeout`, `proxy`,
     `status`, `handshake`), never with the URL's query or a header.

@@ -6,9 +6,9 @@ Times called `…_at`, `since` and `last` are Unix seconds, `None` where somethi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from prometheus_client import Gauge
 
 from shim.admin.journal import Recent
@@ -33,8 +33,7 @@ NOT_POLLING_S = 60.0
 """Commands wait, and their agent has not asked for any for so long: worth a word."""
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True):
     """What the bridge does not know."""
 
     version: str

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from typing import Any, NamedTuple
+
+import msgspec
 
 from shim.bridge.context import Context
 from shim.bridge.delivery import Delivery
@@ -33,8 +35,7 @@ class DrainState(Enum):
     TIMED_OUT = "timed out"  # still not taking commands, and not empty in time
 
 
-@dataclass(frozen=True, slots=True)
-class Drain:
+class Drain(msgspec.Struct, frozen=True):
     """A drain's progress. `commands` and `results` are still here; `refused` were not taken since it began.
 
     `since_wall` and `deadline_wall` are Unix seconds, 0 while nothing is drained.

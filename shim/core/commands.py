@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
+import msgspec
+
 from shim.core.life import Step, next_state
 from shim.core.records import CommandRecord, State
 
@@ -71,8 +73,7 @@ class QueuePolicy:
     at_most_once: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Doubt:
+class Doubt(msgspec.Struct, frozen=True):
     """What became of a batch without evidence: commands to offer again, and commands given up."""
 
     again: tuple[Live, ...]

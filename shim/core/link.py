@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
+
+import msgspec
 
 from shim.core.backoff import Backoff, FailureKind, classify
 from shim.core.link_events import (
@@ -52,8 +53,7 @@ class LinkState(Enum):
     STOPPED = "stopped"
 
 
-@dataclass(frozen=True, slots=True)
-class LinkPolicy:
+class LinkPolicy(msgspec.Struct, frozen=True):
     """What the configuration says of a link. `own_token`: an agent's, which may never have been accepted."""
 
     auth: Literal["auto", "query", "header", "both"] = "auto"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 MAX_TRACKED_HEARTBEATS = 4096
 FIRST_ACK_S = 10.0
@@ -19,8 +20,7 @@ class Verdict(Enum):
     STALLED = "stalled"  # frames come, but acknowledgements stopped
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(msgspec.Struct, frozen=True):
     """A verdict, and the seconds until the next check is due."""
 
     verdict: Verdict

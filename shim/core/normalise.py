@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from shim.core import rfc3339 as form
 from shim.core.timestamps import parse_rfc3339, rfc3339
@@ -47,8 +48,7 @@ class Malformed(ShimError):
         self.command_id = command_id
 
 
-@dataclass(frozen=True, slots=True)
-class Normalised:
+class Normalised(msgspec.Struct, frozen=True):
     """A command as agents get it. `created_at` is RFC 3339 UTC; `expires_wall` Unix seconds; targets may be empty."""
 
     id: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from shim.core.link import Link, LinkState
 
@@ -29,8 +30,7 @@ def phase_of(link: Link) -> Phase:
     return Phase.REFUSED if link.refused else Phase.DOWN
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True):
     """A phase from `since_s` on, until the next segment; `reason` says why it began, where that is known."""
 
     phase: Phase

@@ -94,8 +94,7 @@ def error_reply(failed: Failed) -> Reply:
     return Reply(failed.status, body, failed.retry_after_s)
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(msgspec.Struct, frozen=True):
     """A routed request."""
 
     dialect: Dialect

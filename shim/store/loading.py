@@ -5,8 +5,9 @@ from __future__ import annotations
 import secrets
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import msgspec
 
 from shim.core.records import Loaded
 from shim.store import quarantine, rows
@@ -16,8 +17,7 @@ _KEY_BYTES = 32
 _Record = TypeVar("_Record")
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
+class _Table(msgspec.Struct, frozen=True):
     """What to read of a table: `columns` of the rows that meet `condition`, sorted by `order`; `id` names a row."""
 
     name: str

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from shim.errors import StoreError, StoreVersionError
 from shim.store.files import has_log
@@ -23,8 +24,7 @@ APPLICATION_ID = 0x41534D31
 ENDED = "state <> 'queued' AND state IN ('delivered', 'closed', 'expired', 'dead')"
 
 
-@dataclass(frozen=True, slots=True)
-class Migration:
+class Migration(msgspec.Struct, frozen=True):
     """One step of the schema. `script` holds its statements, separated by semicolons that stand nowhere else.
 
     `min_reader_version` is the oldest schema version whose shim may still use the result.

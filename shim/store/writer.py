@@ -6,10 +6,11 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
+
+import msgspec
 
 from shim.core.records import Operation
 from shim.errors import StoreError
@@ -33,8 +34,7 @@ _COMMON = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class CommitProbe:
+class CommitProbe(msgspec.Struct, frozen=True):
     """Watches commits: `observe(commit_s, operations)` is called on the event loop after each one that succeeded.
 
     `commit_s` is the time by `monotonic` (seconds) from the beginning of the transaction to its sync, with any wait for
