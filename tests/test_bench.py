@@ -22,7 +22,7 @@ FOUND = json.loads(DATA.read_text())
 def test_a_part_of_the_bench_runs(part: str, tmp_path: Path) -> None:
     written = tmp_path / "results.json"
     args = ["--quick", "--only", part, "--json", str(written)]
-    done = subprocess.run([sys.executable, "-m", "bench", *args], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "bench", *args], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(written.read_text())
     assert found["figures"]
