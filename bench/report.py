@@ -8,15 +8,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import machine, sizing, traffic
+from bench import latency, machine, sizing, traffic
 from bench.figures import Figure, from_json, markdown, table
 from bench.servers import ROOT
+from shim.tools.latency import duration
 
 BEGIN = "<!-- bench: begin -->"
 END = "<!-- bench: end -->"
 DOCS = ROOT / "docs"
 DATA = DOCS / "performance.json"
-PAGES = ("performance.md", "sizing.md")
+PAGES = {
+    "README.md": ROOT / "README.md",
+    "performance.md": DOCS / "performance.md",
+    "sizing.md": DOCS / "sizing.md",
+}
 OF_SIZING = (sizing.PART, traffic.PART)
 
 
@@ -44,22 +49,30 @@ def text(found: dict[str, Any]) -> str:
 
 
 def rendered(page: str, name: str, found: dict[str, Any]) -> str:
-    """One of `PAGES` with the tables between its markers."""
+    """One of `PAGES` with what was measured between its markers."""
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2]
+    if name == "README.md":
+        return f"{before}{BEGIN}{_in_short(found)}{END}{after}"
     lines = ["", *(f"- {line}" for line in _about(found)), ""]
     if name == "sizing.md":
         lines += ["### By number of agents", "", *sizing.markdown(_rows(found))]
     lines += markdown([each for each in _figures(found) if (each.part in OF_SIZING) == (name == "sizing.md")])
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
     return "\n".join([before + BEGIN, *lines, END + after])
 
 
 def write_pages(found: dict[str, Any]) -> None:
     """The pages and the JSON beside them."""
     write_json(DATA, found)
-    for name in PAGES:
-        path = DOCS / name
+    for name, path in PAGES.items():
         path.write_text(rendered(path.read_text(), name, found))
+
+
+def _in_short(found: dict[str, Any]) -> str:
+    """What holding polls does for half of all commands, as a part of a sentence."""
+    of = (latency.REAL, f"{latency.FLEET_AGENTS} agents polling every 5 s, p50", "hold off")
+    figure = next(each for each in _figures(found) if (each.part, each.what, each.against) == of)
+    return f"{duration(figure.ours)} instead of {duration(figure.baseline or 0.0)}"
 
 
 def _figures(found: dict[str, Any]) -> list[Figure]:

@@ -70,8 +70,8 @@ def _minutes(bench: Bench, log: Log) -> list[Figure]:
     minute_s, warm_up_s = bench.pick((MINUTE_S, 2.5), (0.5, 0.2))
     spent_s: dict[tuple[int, str], list[float]] = {}
     for _ in range(bench.pick(MINUTES, 1)):
+        servers: dict[tuple[int, str], Server] = {}
         with ExitStack() as running:
-            servers: dict[tuple[int, str], Server] = {}
             for agents in (1, many):
                 of_these = {"ours": bench.shim(controller), "aiohttp": bench.bare(), "naive": bench.naive(controller)}
                 for name, server in of_these.items():
@@ -82,7 +82,8 @@ def _minutes(bench: Bench, log: Log) -> list[Figure]:
             time.sleep(minute_s)
             for key, server in servers.items():
                 spent_s.setdefault(key, []).append((server.cpu_s() - before_s[key]) / minute_s * MINUTE_S)
-                end(server.process)
+        for server in servers.values():  # after what loads them
+            end(server.process)
     figures = []
     for agents in (1, many):
         what = f"CPU of a minute, {agents:,} agent{'s' if agents > 1 else ''} at 5 s"
