@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
-MEASURED = ROOT / "bench" / "results.json"
+MEASURED = ROOT / "docs" / "performance.json"
 BEGIN = "<!-- plan: begin -->"
 END = "<!-- plan: end -->"
 
@@ -211,7 +211,7 @@ def page(before: str, lines: Sequence[str]) -> str:
 def main() -> int:
     """Write the page; with `--check` say whether it is what the JSON makes of it."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__)
-    parser.add_argument("--json", type=Path, default=MEASURED, metavar="FILE", help="what `make bench` wrote")
+    parser.add_argument("--json", type=Path, default=MEASURED, metavar="FILE", help="what the bench wrote")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page would change")
     given = parser.parse_args()
     before = PAGE.read_text()
