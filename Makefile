@@ -57,7 +57,7 @@ fuzz: $(DEV) ## a million inputs into parsers, decoders and a whole bridge (INPU
 bench: $(DEV) ## measure against baselines in the same run (ONLY=latency: a part; ARGS=--docs: write the pages)
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
-demo: $(RUN) ## watch an unmodified agent work through the shim (ARGS=--once ends by itself)
+demo: $(RUN) ## watch an unmodified agent work through the shim (ARGS=--once ends by itself, --gateway: two replicas)
 	@$(BIN)/agent-shim demo $(ARGS)
 
 run: $(RUN) ## run the shim with config/agent-shim.yaml (ARGS go to the command)
@@ -72,7 +72,7 @@ chart: $(DEV) ## write the chart's schema and README and the Kustomize component
 lock: $(DEV) ## resolve the dependencies anew into requirements/ (ARGS=--upgrade for newer releases)
 	$(PIP) install 'uv>=0.7'
 	$(call compile,dev,--extra tools --extra nats --group dev)
-	$(call compile,tools,--extra tools --group build --constraints requirements/dev.txt)
+	$(call compile,tools,--extra tools --extra nats --group build --constraints requirements/dev.txt)
 	$(call compile,run,--extra tools --extra nats --constraints requirements/dev.txt)
 
 audit: $(DEV) ## known vulnerabilities of what the image runs (ARGS go to pip-audit); exit code 2 where nobody can tell

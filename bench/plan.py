@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def per_replica(self) -> int:
-        """Agents whose links one replica owns: it answers as many others' calls, too, which counts as much again."""
+        """Agents to a replica. Nearly every call comes in where its link is not owned: that is taken as two calls."""
         room = self.fleet.used - self.cost.base_cpu
         return max(1, int(room / (2 * self.cost.agent_cpu)))
 
@@ -131,7 +131,7 @@ class Plan:
             ("an agent", f"between the two largest measurements, up to {cost.measured:,} agents", _agent(cost)),
             (
                 "agents to a replica",
-                f"{fleet.used:.0%} of a core; an owner's call comes in at another replica, so it counts twice",
+                f"{fleet.used:.0%} of a core; a call that another replica passes on is taken as two",
                 f"{self.per_replica:,}",
             ),
             ("replicas", "agents / that, and one to lose", f"{self.replicas}"),
@@ -211,7 +211,7 @@ def page(before: str, lines: Sequence[str]) -> str:
 def main() -> int:
     """Write the page; with `--check` say whether it is what the JSON makes of it."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__)
-    parser.add_argument("--json", type=Path, default=MEASURED, metavar="FILE", help="what the bench wrote")
+    parser.add_argument("--json", type=Path, default=MEASURED, metavar="FILE", help="the JSON beside docs/sizing.md")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page would change")
     given = parser.parse_args()
     before = PAGE.read_text()

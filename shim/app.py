@@ -179,12 +179,17 @@ class App:
     def _compose(self, around: Surroundings) -> Composition:
         """One bridge, or this replica's share of many."""
         if self.settings.shards.count:
-            from shim.shards.cluster import Sharded  # noqa: PLC0415 - an extra, and memory that only gateways pay for
-
-            return Sharded(around)
+            return self._shards(around)
         parts = Single(around, self.make_store(around.post))
         self.bridge = parts.subject
         return parts
+
+    def _shards(self, around: Surroundings) -> Composition:
+        try:
+            from shim.shards.cluster import Sharded  # noqa: PLC0415 - an extra, and memory that only gateways pay for
+        except ModuleNotFoundError as error:
+            raise StoreError(f"shards.count needs the extra agent-shim[nats]: {error.name} is not installed") from error
+        return Sharded(around)
 
     async def _serve_agents(self, parts: Composition) -> None:
         settings = self.settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import msgspec
+from typing import NamedTuple
 
 
 class ShimError(Exception):
@@ -53,7 +53,7 @@ class IllegalTransition(ShimError):
     """A state machine was given an event that its table forbids in its state. Nothing was changed."""
 
 
-class Fault(msgspec.Struct, frozen=True):
+class Fault(NamedTuple):
     """One fault of the configuration: dotted key path and what is wrong, without the value where it may be secret."""
 
     path: str

@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 
 _decode = msgspec.json.Decoder().decode
-# Every escape is matched, so that the `u` behind an escaped backslash begins none.
-_ESCAPE = re.compile(rb"\\u(?i:d[89ab][0-9a-f]{2})\\u(?i:d[c-f][0-9a-f]{2})|(\\u(?i:d[89a-f][0-9a-f]{2}))|\\.")
+_HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_UNPAIRED = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW))
+_BACKSLASH, _MASK = rb"\\", b"\0\0"
 
 
 def decode(text: str | bytes) -> Any:
@@ -23,6 +24,10 @@ def decode(text: str | bytes) -> Any:
         return _decode(text)
     except msgspec.DecodeError:
         raw = text.encode() if isinstance(text, str) else text
-        if not any(match[1] for match in _ESCAPE.finditer(raw)):
+        # NUL is in no JSON, and so can hide escaped backslashes: what follows them is no escape
+        if b"\0" in raw or rb"\u" not in raw:
             raise
-        return _decode(_ESCAPE.sub(lambda match: rb"\ufffd" if match[1] else match[0], raw))
+        mended = _UNPAIRED.sub(rb"\\ufffd", raw.replace(_BACKSLASH, _MASK)).replace(_MASK, _BACKSLASH)
+        if mended == raw:
+            raise
+        return _decode(mended)

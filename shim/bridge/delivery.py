@@ -245,6 +245,7 @@ class Delivery:
 
     def answered(self, key: SessionKey, command_id: str) -> None:
         """A result is on disk: the agent has the command, and the whole reply that it came in."""
+        self._queues.answered(key, command_id)
         queue = self._queues.get(key)
         if queue is not None:
             self._note_delivered(key, queue.answered(command_id), "result")
@@ -277,6 +278,7 @@ class Delivery:
         poll = self._polls.pop(source, None)
         if poll is not None:
             poll.answer(None)
+        self._queues.moved(source, target)
         queue = self._queues.pop(source)
         if queue is None:
             return

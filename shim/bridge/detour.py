@@ -9,6 +9,7 @@ from typing import Any
 from shim.bridge.context import Context
 from shim.bridge.delivery import Delivery
 from shim.bridge.intake import Intake
+from shim.bridge.links import LinkRunner
 from shim.bridge.queues import Queues
 from shim.bridge.roster import Roster
 from shim.bridge.routes import Routes
@@ -27,8 +28,11 @@ from shim.core.replies import register_reply
 from shim.core.sessions import Session
 from shim.core.usage import route_of
 from shim.errors import StoreError
+from shim.logs import get
 from shim.messages import Message
 from shim.ports import Answer, Client
+
+log = get(__name__)
 
 
 class Detour:
@@ -59,8 +63,8 @@ class Detour:
             name = call.known.get("name") or ""
         return str(name) or (session.key.ident if session is not None else call.target.ident)
 
-    def link_up(self, client: Client, call: AgentCall) -> bool | None:
-        """Whether the link that would carry the call is online; keeps it dialling. `None` without an owner."""
+    def link_for(self, client: Client, call: AgentCall) -> LinkRunner | None:
+        """The link that would carry the call; it is kept dialling. `None` without an owner."""
         owner = self._routes.owner_of(client.token)
         if owner is None:
             return None
@@ -72,7 +76,7 @@ class Detour:
             name = self._routes.link_name(session)
         runner = self._routes.links.get(owner, name, client.token)
         runner.wanted()
-        return runner.online
+        return runner
 
     def used(self, client: Client, call: AgentCall | None) -> None:
         """The vendor's HTTP API has served a call: its agent uses a legacy route all the same."""
@@ -134,8 +138,11 @@ class Detour:
                 command = normalise(
                     Message("command", entry), wall, self._ctx.settings.commands.ttl_s, self._ctx.new_id
                 )
-            except Malformed:
-                continue  # agents could not have decoded it either: their whole reply would have been lost
+            except Malformed as error:
+                # most agents could not have decoded it either: their whole reply would have been lost
+                self._queues.count("rejected_malformed")
+                log.warning("command_rejected", command=error.command_id, session=session.key.ident, code="malformed")
+                continue
             stored: asyncio.Future[bool] = loop.create_future()
             settled.append(stored)
             self._intake.arrive(session, command, "", via=VIA_HTTP, settled=partial(_settle, stored))

@@ -10,7 +10,16 @@ from typing import Any
 from shim.bridge.connection import Connection
 from shim.bridge.context import ENVELOPE_BYTES, Context
 from shim.core.fitting import fit
-from shim.core.records import AddTrace, CloseOutbox, OutboxEntry, PutOutbox, ReadOutbox, SessionKey, TraceEntry
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    Operation,
+    OutboxEntry,
+    PutOutbox,
+    ReadOutbox,
+    SessionKey,
+    TraceEntry,
+)
 from shim.core.sessions import Session
 from shim.core.timestamps import rfc3339
 from shim.errors import StoreError
@@ -87,7 +96,7 @@ class Outbox:
         untold = [each for each in self._untold if each[0].owner == owner]
         for each in untold:
             self._untold.remove(each)
-            self._tell(*each)
+            self.tell(*each)
         self._pump(owner, 0)
 
     def _pump(self, owner: str, after: int) -> None:
@@ -154,19 +163,40 @@ class Outbox:
         wall = self._ctx.clock.wall_s()
         self._put(key, request_id, payload, TraceEntry(wall, "reported", str(fields.get("code", ""))))
 
+    def end(
+        self,
+        key: SessionKey,
+        request_id: str,
+        payload: dict[str, Any],
+        ending: tuple[Operation, ...],
+        then: Callable[[bool], None],
+    ) -> None:
+        """A report that stands on disk together with the `ending` that it is about, or not at all; `then(stored)`."""
+        command_id = payload["command_id"]
+
+        def done(outcome: list[Any] | StoreError) -> None:
+            stored = not isinstance(outcome, StoreError)
+            if not isinstance(outcome, StoreError):
+                self.added(outcome[-1])
+            then(stored)
+
+        trace = TraceEntry(self._ctx.clock.wall_s(), "reported", payload["code"])
+        put = PutOutbox(key, command_id, request_id, payload)
+        self._ctx.store.submit([*ending, AddTrace(key, (command_id,), trace), put], done)
+
     def _put(self, key: SessionKey, request_id: str, payload: dict[str, Any], trace: TraceEntry | None = None) -> None:
         command_id = payload["command_id"]
 
         def done(outcome: list[Any] | StoreError) -> None:
             if isinstance(outcome, StoreError):
-                self._tell(key, request_id, payload)
+                self.tell(key, request_id, payload)
             else:
                 self.added(outcome[0])
 
         traces = [AddTrace(key, (command_id,), trace)] if trace is not None else []
         self._ctx.store.submit([PutOutbox(key, command_id, request_id, payload), *traces], done)
 
-    def _tell(self, key: SessionKey, request_id: str, payload: dict[str, Any]) -> None:
+    def tell(self, key: SessionKey, request_id: str, payload: dict[str, Any]) -> None:
         """Say what could not be stored; kept in memory until there is a connection."""
         connection = self._route(key)
         if connection is None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from shim.bridge.context import Context
 from shim.bridge.outbox import Outbox
 from shim.core.commands import CommandQueue, Doubt, Live
 from shim.core.records import VIA_HTTP, AddTrace, CommandRecord, MarkCommands, SessionKey, State, TraceEntry
+from shim.errors import StoreError
 from shim.logs import get
 
 log = get(__name__)
@@ -16,6 +18,17 @@ log = get(__name__)
 EXPIRY_SLACK = 4096
 MAX_TIMER_S = 86_400.0
 WALL_STEP_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How a command ended, other than by its agent's result; `code` and `error` are for the controller."""
+
+    key: SessionKey
+    record: CommandRecord
+    state: State
+    code: str
+    error: str
 
 
 class Queues:
@@ -27,6 +40,7 @@ class Queues:
         self._queues: dict[SessionKey, CommandQueue] = {}
         self._expiries: list[tuple[float, int, SessionKey, str]] = []
         self._timer_at: float | None = None
+        self._unstored: dict[tuple[SessionKey, str], _Ending] = {}
         self._wall_offset_s = ctx.clock.wall_s() - ctx.now
 
     def get(self, key: SessionKey) -> CommandQueue | None:
@@ -82,11 +96,52 @@ class Queues:
     def end(self, key: SessionKey, live: Live, state: State, code: str, error: str) -> None:
         """A command that left its queue ends EXPIRED or DEAD, and the controller is told."""
         log.warning("command_ended", command=live.record.id, session=key.ident, code=code)
-        self.mark(key, (live.record.id,), state, state.value, detail=error)
-        if live.record.via == VIA_HTTP:
-            return  # the vendor's HTTP API has no way to be told
+        self.count(state.value)
+        self._store(_Ending(key, live.record, state, code, error), again=False)
+
+    def _store(self, ending: _Ending, *, again: bool) -> None:
+        """The end and its report, together. Where the disk refuses, the controller is told at once, and it is tried
+
+        again until the disk takes it: what was told may not have arrived, and would come back after a restart.
+        """
+        key, record = ending.key, ending.record
+        wall, name = self._ctx.clock.wall_s(), (record.id,)
+        steps = (
+            MarkCommands(key, name, ending.state, wall),
+            AddTrace(key, name, TraceEntry(wall, ending.state.value, ending.error)),
+        )
         session = self._ctx.sessions.get(key)
-        self.outbox.report(key, session, live.record.id, live.record.request_id, code=code, error=error)
+        report = self.outbox.failure(key, session, record.id, code=ending.code, error=ending.error)
+        told = record.via != VIA_HTTP  # the vendor's HTTP API has no way to be told
+
+        def done(stored: bool) -> None:
+            if stored:
+                self._retry()
+                return
+            self._unstored[key, record.id] = ending
+            if told and not again:
+                self.outbox.tell(key, record.request_id, report)
+
+        if told:
+            self.outbox.end(key, record.request_id, report, steps, done)
+        else:
+            self._ctx.store.submit(steps, lambda outcome: done(not isinstance(outcome, StoreError)))
+
+    def _retry(self) -> None:
+        """Try one end that the disk has refused; once it is taken, the others follow."""
+        if self._unstored:
+            name = next(iter(self._unstored))
+            self._store(self._unstored.pop(name), again=True)
+
+    def answered(self, key: SessionKey, command_id: str) -> None:
+        """The agent's result is on disk: it counts for more than an end that is not."""
+        self._unstored.pop((key, command_id), None)
+
+    def moved(self, source: SessionKey, target: SessionKey) -> None:
+        """The session `source` was superseded."""
+        for key, command_id in [name for name in self._unstored if name[0] == source]:
+            ending = self._unstored.pop((key, command_id))
+            self._unstored[target, command_id] = replace(ending, key=target)
 
     def end_session(self, key: SessionKey) -> None:
         """The session is deleted: its commands end EXPIRED."""
@@ -117,10 +172,11 @@ class Queues:
             self.end(key, live, State.EXPIRED, "expired", "not fetched in time")
 
     def sweep(self) -> None:
-        """Notice that the wall clock was set: a machine may start with a wrong one.
+        """Store what the disk refused, and notice that the wall clock was set: a machine may start with a wrong one.
 
         Commands loaded from disk expire by it; what arrived in this process does not.
         """
+        self._retry()
         by_s = self._ctx.clock.wall_s() - self._ctx.now - self._wall_offset_s
         if abs(by_s) < WALL_STEP_S:
             return

@@ -64,12 +64,17 @@ class Sightings:
     def __init__(self, policy: LeasePolicy) -> None:
         self._policy = policy
         self._known: dict[str, Sighting] = {}
+        self._newest: dict[str, int] = {}
 
     def saw(self, key: str, sighting: Sighting) -> bool:
-        """An entry was seen. True if something changed but the time."""
-        before = self._known.get(key)
-        if before is not None and before.revision >= sighting.revision:
+        """An entry was seen. True if something changed but the time.
+
+        Seen again it is as old as it was: the servers count from when it was written, and may drop it a little late.
+        """
+        if self._newest.get(key, 0) >= sighting.revision:
             return False
+        self._newest[key] = sighting.revision
+        before = self._known.get(key)
         self._known[key] = sighting
         if before is None:
             return True
@@ -86,6 +91,10 @@ class Sightings:
         for key in gone:
             del self._known[key]
         return bool(gone)
+
+    def drop(self, key: str) -> None:
+        """Its holder does not count on it any more."""
+        self._known.pop(key, None)
 
     def items(self) -> Iterator[tuple[str, Sighting]]:
         """All entries."""

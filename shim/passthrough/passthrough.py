@@ -9,6 +9,7 @@ import msgspec
 from shim import jsontext
 from shim.bridge import Bridge
 from shim.core.calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
+from shim.core.link import LinkState
 from shim.core.modes import Breaker, Failover, Way, bucket
 from shim.logs import get
 from shim.passthrough.proxy import Proxy, Unreachable
@@ -17,7 +18,6 @@ from shim.validation import instant_s
 
 log = get(__name__)
 
-GONE = frozenset({404, 405, 410})
 BROKEN = frozenset({502, 503, 504})
 REGISTERED = frozenset({200, 201})
 
@@ -62,20 +62,28 @@ class Passthrough:
 
     def active(self) -> bool:
         """Whether calls go by HTTP now because of the mode or a link that is down (not because of the rollout)."""
-        return self.takes_all() or any(failover.way is Way.HTTP for failover in self._failovers.values())
+        return self.takes_all() or any(
+            failover.way is Way.HTTP and self._is_used(name) for name, failover in self._failovers.items()
+        )
+
+    def _is_used(self, name: str) -> bool:
+        """Whether agents call for the link of this name: one that is idle, or gone, carries nobody's calls."""
+        runner = self._bridge.routes.links.find(name)
+        return runner is not None and runner.state is not LinkState.IDLE
 
     def _failed_over(self, client: Client, call: AgentCall) -> bool:
         ctx = self._bridge.ctx
-        up = self._bridge.detour.link_up(client, call)
-        if up is None:
+        runner = self._bridge.detour.link_for(client, call)
+        if runner is None:
             return False
-        owner = self._bridge.routes.owner_of(client.token) or ""
-        failover = self._failovers.get(owner)
+        failover = self._failovers.get(runner.name)
         if failover is None:
-            failover = self._failovers[owner] = Failover(ctx.now)
+            links = self._bridge.routes.links
+            self._failovers = {name: each for name, each in self._failovers.items() if links.find(name) is not None}
+            failover = self._failovers[runner.name] = Failover(ctx.now)
         before = failover.way
         fallback = ctx.settings.fallback
-        way = failover.look(ctx.now, up=up, after_s=fallback.after_s, hold_down_s=fallback.hold_down_s)
+        way = failover.look(ctx.now, up=runner.online, after_s=fallback.after_s, hold_down_s=fallback.hold_down_s)
         if way is not before:
             log.warning("failover", way=way.value, was=before.value)
         return way is Way.HTTP

@@ -10,7 +10,7 @@ from typing import Any
 
 from shim.bridge import Context
 from shim.composition import Surroundings
-from shim.core.leases import Entry, LeasePolicy
+from shim.core.leases import LeasePolicy
 from shim.core.sessions import Sessions
 from shim.errors import StoreError
 from shim.logs import get
@@ -22,13 +22,15 @@ from shim.shards.ears import Ears
 from shim.shards.lookup import Lookup
 from shim.shards.metrics import ShardMetrics
 from shim.shards.overview import NatsProbe, Overview, Recents
+from shim.shards.place import Place
 from shim.shards.relay import Relay
 from shim.shards.replicas import Known, Replicas
 from shim.shards.rollback import Rollback
-from shim.shards.service import Place, Service
+from shim.shards.service import Service
 from shim.shards.steward import Steward
 from shim.shards.table import Table
 from shim.shards.tenure import Tenure
+from shim.shards.vouching import Vouching
 from shim.store.jetstream.server import Rejected
 
 log = get(__name__)
@@ -44,19 +46,20 @@ class Sharded:
 
     switchboard: Switchboard
     fallback: Rollback
+    _vouching: Vouching
 
     def __init__(self, around: Surroundings) -> None:
         settings = around.settings
         self._around = around
         process = uuid.uuid4().hex[:16]
-        self._me = Entry(process, settings.shards.replica or f"{gethostname()}-{process[:4]}")
+        name = settings.shards.replica or f"{gethostname()}-{process[:4]}"
         policy = LeasePolicy(settings.shards.lease_s)
+        place = self._place = Place(process, name, policy, around.clock, around.timers, around.spawn, count(1))
         metrics = self._metrics = ShardMetrics(around.metrics)
         self._table = Table(policy, around.clock, settings.shards.count)
-        self._bus = Bus(settings.store, process, around.clock, policy.renew_s + 1.0)
-        self._tenure = Tenure(self._bus, self._table, policy, around.clock, self._me, self._ended)
+        self._bus = Bus(settings.store, process)
+        self._tenure = Tenure(self._bus, self._table, place, self._ended)
         self._steward = Steward(around, self._table, self._tenure, metrics, self._table.ring)
-        place = Place(process, around.clock, around.timers, around.spawn, count(1))
         self._relay = Relay(self._bus, self._table, process, place.numbers)
         service = Service(self._bus, place, metrics, self._steward.usable)
         self._lookup = Lookup(self._bus, self._table, place, self._steward.bridges)
@@ -94,14 +97,14 @@ class Sharded:
         holders, members = self._table.holders(), self._table.members()
         total = self._steward.settings.shards.count
         return {
-            "replica": self._me.name,
+            "replica": self._place.name,
             "shards": total,
             "owned": sorted(shard.number for shard in self._steward.serving()),
             "unowned": total - sum(holder in members for holder in holders.values()),
             "replicas": [
                 {
                     "name": entry.name,
-                    "self": process == self._me.process,
+                    "self": process == self._place.process,
                     "leaving": entry.leaving,
                     "shards": sum(holder == process for holder in holders.values()),
                 }
@@ -137,23 +140,27 @@ class Sharded:
             self._steward.usable,
             owner_key,
             settings.shards.count,
+            self._place.process,
         )
-        self._replicas = Replicas(known, self._table, self._relay, self._metrics, self._around.spawn)
+        self._vouching = vouching = Vouching(known, self._table, self._relay)
+        self._replicas = Replicas(known, self._table, self._relay, self._metrics, vouching.heard)
         self.switchboard = self._replicas
-        self.fallback = Rollback(self._replicas, known, self._around)
+        self.fallback = Rollback(self._replicas, known, self._around, self._lookup)
 
     def start(self) -> None:
         """Join the others."""
+        process = self._place.process
         for name, coro in (
             ("bus", self._bus.run(self._ears)),
             ("leases", self._tenure.run()),
-            ("shards", self._steward.run(self._me)),
+            ("shards", self._steward.run(process)),
             ("peers", self._watch_peers()),
+            ("vouching", self._vouching.run()),
         ):
             task = self._around.spawn(name, coro)
             if task is not None:
                 self._tasks.append(task)
-        log.info("replica_started", replica=self._me.name, shards=self._steward.settings.shards.count)
+        log.info("replica_started", replica=self._place.name, shards=self._steward.settings.shards.count)
 
     async def _watch_peers(self) -> None:
         while True:

@@ -17,6 +17,7 @@ from shim.shards.wire import (
     Left,
     Look,
     NextRequest,
+    Present,
     Unwritten,
     WireError,
     Written,
@@ -52,6 +53,8 @@ class Ears:
                 self._service.ask(sender, said)
             case Answered() as said:
                 self._relay.answered(sender, said)
+            case Present() as said:
+                self._table.present(sender, said)
             case Left(number):
                 self._service.left(sender, number)
             case Written(lease):

@@ -10,7 +10,7 @@ from shim.admin.commands import describe
 from shim.bridge import Bridge
 from shim.errors import OperatorError
 from shim.shards.bus import Bus
-from shim.shards.service import Place
+from shim.shards.place import Place
 from shim.shards.table import Table
 from shim.shards.wire import AnyMessage, Found, Look, encode
 
@@ -27,9 +27,19 @@ class Lookup:
         self._bridges = bridges
         self._waiting: dict[int, asyncio.Queue[list[dict[str, Any]]]] = {}
 
+    async def everywhere(self, command_id: str) -> list[dict[str, Any]]:
+        """What is known of a command here and there. Raises `OperatorError`."""
+        return [*await self._here(command_id), *await self.elsewhere(command_id)]
+
+    async def _here(self, command_id: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for bridge in self._bridges():
+            found += [describe(each, bridge.sessions) for each in await bridge.operator.find(command_id)]
+        return found
+
     async def elsewhere(self, command_id: str) -> list[dict[str, Any]]:
         """What other replicas know of a command."""
-        others = [process for process in self._table.members() if process != self._place.me]
+        others = [process for process in self._table.members() if process != self._place.process]
         number = next(self._place.numbers)
         answers = self._waiting[number] = asyncio.Queue()
         found: list[dict[str, Any]] = []
@@ -49,10 +59,8 @@ class Lookup:
         """Another replica looks for a command."""
 
         async def look() -> None:
-            found: list[dict[str, Any]] = []
             try:
-                for bridge in self._bridges():
-                    found += [describe(each, bridge.sessions) for each in await bridge.operator.find(said.command)]
+                found = await self._here(said.command)
             except OperatorError:
                 return
             self._say(sender, Found(said.number, found))
@@ -66,4 +74,6 @@ class Lookup:
             answers.put_nowait(said.commands)
 
     def _say(self, process: str, said: AnyMessage) -> None:
-        self._bus.post(process, encode(self._place.me, said, next(self._place.numbers), self._bus.max_payload_bytes))
+        self._bus.post(
+            process, encode(self._place.process, said, next(self._place.numbers), self._bus.max_payload_bytes)
+        )

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import count
 
-from shim.core.calls import AgentCall, Failed
+from shim.core.calls import Failed
 from shim.logs import get
 from shim.ports import Answer, Client
 from shim.shards.bus import Bus
 from shim.shards.table import Table
 from shim.shards.wire import (
     Answered,
+    AnyCall,
     AnyMessage,
     Ask,
     Closed,
@@ -78,7 +79,7 @@ class Relay:
         """How many calls are under way."""
         return len(self._pending)
 
-    async def ask(self, asked: Asked, client: Client, call: AgentCall, arrived_s: float) -> Answer | Miss:
+    async def ask(self, asked: Asked, client: Client, call: AnyCall, arrived_s: float) -> Answer | Miss:
         """Have a call carried out there. Cancelled when the agent hangs up."""
         process, shard = asked.process, asked.shard
         number = next(self._numbers)

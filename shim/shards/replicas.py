@@ -1,7 +1,7 @@
 """The switchboard of a replica: calls are carried out here or passed on to the owner of their link.
 
-What may be said while nobody owns the link: polls that there is nothing, heartbeats what is said while a link is down;
-the newest heartbeat of each agent is kept for the next owner. Never that something is stored.
+What may be said while nobody owns the link: polls that there is nothing, heartbeats what is said while a link is down
+(the next owner is told of them). Never that something is stored.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from shim.bridge import Bridge
 from shim.bridge.context import DEFAULT_OWNER
@@ -35,7 +34,7 @@ from shim.shards.metrics import ShardMetrics
 from shim.shards.relay import Asked, Miss, Relay, RemoteLease
 from shim.shards.shard import Shard
 from shim.shards.table import Table
-from shim.shards.wire import kind_of
+from shim.shards.wire import AnyCall, Leftovers, kind_of
 
 log = get(__name__)
 
@@ -44,7 +43,11 @@ PATIENCE_S = 10.0
 RETRY_AFTER_S = 3
 AGAIN_S = 0.2
 ANSWER_S = 10.0
-MAX_KEPT = 50_000
+HEARTBEAT_S = 1.0
+
+
+Heard = Callable[[int, Client, HeartbeatCall], None]
+"""Told of each heartbeat: the shard, who calls, the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +68,19 @@ class Known:
     shard: Callable[[int], Shard | None]
     owner_key: bytes
     count: int
+    process: str
 
 
 class Replicas:
     """Implements `ports.Switchboard`."""
 
-    def __init__(self, known: Known, table: Table, relay: Relay, metrics: ShardMetrics, spawn: Any) -> None:
+    def __init__(self, known: Known, table: Table, relay: Relay, metrics: ShardMetrics, heard: Heard) -> None:
         self._known = known
         self._table = table
         self._relay = relay
         self._metrics = metrics
-        self._spawn = spawn
+        self._heard = heard
         self._place_of = lru_cache(maxsize=65_536)(self._find_place)
-        self._kept: dict[tuple[str, object], HeartbeatCall] = {}
         self._local: dict[int, set[Bridge]] = {}
         self.stopping = False
 
@@ -90,6 +93,19 @@ class Replicas:
             return shard_of(DEFAULT_OWNER, self._known.count)
         return self._place_of(token) if token else None
 
+    def owner(self, client: Client) -> str:
+        """The owner of a caller's sessions, `""` without a token where one is needed."""
+        if not self._known.settings().upstream.own_tokens:
+            return DEFAULT_OWNER
+        return owner_id(self._known.owner_key, client.token) if client.token else ""
+
+    def unowned(self, client: Client) -> bool:
+        """Whether nobody has the caller's shard now."""
+        place = self.place(client.token)
+        return (
+            place is not None and self._known.shard(place) is None and not self._is_elsewhere(self._table.holder(place))
+        )
+
     # --- calls --------------------------------------------------------------------------------------------------------
 
     def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
@@ -100,26 +116,46 @@ class Replicas:
         if place is None:
             return Answer(Failed(401, "a Bearer token is required"))
         shard = self._known.shard(place)
-        return None if shard is None else shard.bridge.at_once(client, call, arrived_s)
+        answer = None if shard is None else shard.bridge.at_once(client, call, arrived_s)
+        if answer is not None and isinstance(call, HeartbeatCall):
+            self._remember(place, client, call, answer)
+        return answer
+
+    def _remember(self, place: int, client: Client, call: HeartbeatCall, answer: Answer) -> None:
+        if isinstance(answer.outcome, Accepted):
+            self._heard(place, client, call)
 
     async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
         """See `ports.Switchboard`."""
         place = self.place(client.token)
         if isinstance(call, HealthCall) or place is None:
             return self.at_once(client, call, arrived_s) or Answer(Healthy())
+        answer = await self._call(place, client, call, arrived_s)
+        if isinstance(call, HeartbeatCall):
+            self._remember(place, client, call, answer)
+        return answer
+
+    async def leftovers(self, client: Client, call: PollCall, arrived_s: float) -> Answer | None:
+        """What came over the WebSocket before and still waits for an agent that goes by HTTP now."""
+        place = self.place(client.token)
+        if place is None:
+            return None
+        return await self._call(place, client, Leftovers(call.dialect, call.target), arrived_s)
+
+    async def _call(self, place: int, client: Client, call: AnyCall, arrived_s: float) -> Answer:
         now_s = self._known.clock.monotonic_s
-        # A heartbeat is answered at once (protocol.md §1.2): it is kept for the next owner.
-        until = now_s() + (AGAIN_S if isinstance(call, HeartbeatCall) else PATIENCE_S)
+        # A heartbeat is answered at once (protocol.md §1.2): the next owner will be told of it.
+        until = now_s() + (AGAIN_S if isinstance(call, (HeartbeatCall, Leftovers)) else PATIENCE_S)
         while True:
             shard = self._known.shard(place)
             if shard is not None:
                 return await self._here(shard, client, call, arrived_s)
             holder = self._table.holder(place)
-            if holder in self._table.members() and not self.stopping:
+            if self._is_elsewhere(holder) and not self.stopping:
                 answer = await self._there(holder, place, client, call, arrived_s)
                 if isinstance(answer, Answer):
                     return answer
-                if answer is Miss.LOST and not isinstance(call, (PollCall, HeartbeatCall)):
+                if answer is Miss.LOST and not isinstance(call, (PollCall, HeartbeatCall, Leftovers)):
                     return self._without(client, call)
             left_s = until - now_s()
             if left_s <= 0 or self.stopping:
@@ -127,8 +163,12 @@ class Replicas:
                 return self._without(client, call)
             await self._table.change(min(left_s, AGAIN_S))
 
-    async def _here(self, shard: Shard, client: Client, call: AgentCall, arrived_s: float) -> Answer:
-        answer = await shard.bridge.call(client, call, arrived_s)
+    def _is_elsewhere(self, holder: str) -> bool:
+        """Whether a shard is another living replica's. Ours, still being opened, are waited for."""
+        return holder != self._known.process and holder in self._table.members()
+
+    async def _here(self, shard: Shard, client: Client, call: AnyCall, arrived_s: float) -> Answer:
+        answer = await shard.call(client, call, arrived_s)
         if answer.lease is None:
             return answer
         if not shard.usable:
@@ -137,7 +177,7 @@ class Replicas:
             return Answer(Commands((), self._known.settings().poll.frequency_s))
         return Answer(answer.outcome, LocalLease(shard.bridge, answer.lease, client.connection))
 
-    async def _there(self, holder: str, place: int, client: Client, call: AgentCall, arrived_s: float) -> Answer | Miss:
+    async def _there(self, holder: str, place: int, client: Client, call: AnyCall, arrived_s: float) -> Answer | Miss:
         answer = await self._relay.ask(Asked(holder, place, self._limit_s(call)), client, call, arrived_s)
         if isinstance(answer, Answer):
             self._metrics.relayed.labels(kind_of(call), "answered").inc()
@@ -145,56 +185,28 @@ class Replicas:
             self._metrics.relayed.labels(kind_of(call), "lost").inc()
         return answer
 
-    def _limit_s(self, call: AgentCall) -> float:
+    def _limit_s(self, call: AnyCall) -> float:
         """How long the owner may take at most; after that its answer was lost."""
         settings = self._known.settings()
         if isinstance(call, (PollCall, TunnelPollCall)):
             return settings.poll.max_hold_s + ANSWER_S
+        if isinstance(call, HeartbeatCall):
+            return HEARTBEAT_S
         return settings.register.deadline_s + 1 if isinstance(call, RegisterCall) else ANSWER_S
 
     # --- without an owner ---------------------------------------------------------------------------------------------
 
-    def _without(self, client: Client, call: AgentCall) -> Answer:
+    def _without(self, client: Client, call: AnyCall) -> Answer:
         settings = self._known.settings()
         outcome: Outcome = Failed(503, "the agent's link is between two replicas", retry_after_s=RETRY_AFTER_S)
-        if isinstance(call, PollCall):
+        if isinstance(call, (PollCall, Leftovers)):
             outcome = Commands((), settings.poll.frequency_s)
         elif isinstance(call, HeartbeatCall):
-            self._keep(client, call)
             if settings.heartbeat.when_link_down == "accept":
                 outcome = Accepted()
         elif isinstance(call, StatusCall) and settings.heartbeat.when_link_down == "accept":
             outcome = Accepted()
         return Answer(outcome)
-
-    def _keep(self, client: Client, call: HeartbeatCall) -> None:
-        """The next owner will hear of it."""
-        key = (client.token, call.target)
-        waits = key in self._kept
-        if not waits and len(self._kept) >= MAX_KEPT:
-            return
-        self._kept[key] = call
-        if not waits:
-            self._spawn("heartbeat kept", self._pass_on(key, client))
-
-    async def _pass_on(self, key: tuple[str, object], client: Client) -> None:
-        place = self.place(client.token)
-        until = self._known.clock.monotonic_s() + 3 * PATIENCE_S
-        try:
-            while place is not None and not self.stopping and self._known.clock.monotonic_s() < until:
-                shard, holder = self._known.shard(place), self._table.holder(place)
-                call = self._kept[key]
-                arrived_s = self._known.clock.monotonic_s()
-                if shard is not None:
-                    shard.bridge.at_once(client, call, arrived_s)
-                    return
-                if holder in self._table.members():
-                    answer = await self._there(holder, place, client, call, arrived_s)
-                    if isinstance(answer, Answer):
-                        return
-                await self._table.change(1.0)
-        finally:
-            del self._kept[key]
 
     # --- evidence -----------------------------------------------------------------------------------------------------
 

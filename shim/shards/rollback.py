@@ -5,9 +5,12 @@ from __future__ import annotations
 import msgspec
 
 from shim.composition import Surroundings
-from shim.core.calls import AgentCall, HealthCall, PollCall
+from shim.core.calls import AgentCall, HealthCall, PollCall, ResultCall
+from shim.core.records import VIA_HTTP
+from shim.errors import OperatorError
 from shim.passthrough.proxy import Proxy, Unreachable
 from shim.ports import Answer, Client, Forwarded, Proxied
+from shim.shards.lookup import Lookup
 from shim.shards.replicas import Known, Replicas
 from shim.validation import instant_s
 
@@ -15,10 +18,11 @@ from shim.validation import instant_s
 class Rollback:
     """Implements `ports.Fallback`. There is no mode `auto` and no partial rollout with shards (docs/decisions)."""
 
-    def __init__(self, replicas: Replicas, known: Known, around: Surroundings) -> None:
+    def __init__(self, replicas: Replicas, known: Known, around: Surroundings, lookup: Lookup) -> None:
         self._replicas = replicas
         self._known = known
         self._around = around
+        self._lookup = lookup
         self._proxy = Proxy()
 
     async def close(self) -> None:
@@ -44,10 +48,12 @@ class Rollback:
         return False
 
     async def serve(self, request: Forwarded) -> Proxied | Answer | None:
-        """See `ports.Fallback`."""
+        """See `ports.Fallback`. Results go the way that their commands came."""
         settings = self._known.settings()
         call = request.call
         if isinstance(call, HealthCall):
+            return None
+        if isinstance(call, ResultCall) and await self._came_by_websocket(request.client, call):
             return None
         bearer = self._around.read_token() if settings.fallback.use_upstream_token else None
         try:
@@ -58,4 +64,30 @@ class Rollback:
             reply = Proxied(502, (("Content-Type", "application/json"),), body)
         else:
             self._around.metrics.fallback.labels(f"{reply.status // 100}xx").inc()
+        if isinstance(call, PollCall) and not _has_commands(reply):
+            left = await self._replicas.leftovers(request.client, call, request.arrived_s)
+            if left is not None and left.lease is not None:
+                return left
         return reply
+
+    async def _came_by_websocket(self, client: Client, call: ResultCall) -> bool:
+        """Where that cannot be known now, the switchboard says so: it waits for the owner, and answers 503 without."""
+        if self._replicas.unowned(client):
+            return True
+        try:
+            found = await self._lookup.everywhere(call.command_id)
+        except OperatorError:
+            return True
+        owner = self._replicas.owner(client)
+        return any(
+            each["stored"] and each["via"] != VIA_HTTP and each["session"]["key"].startswith(f"{owner}/")
+            for each in found
+        )
+
+
+def _has_commands(reply: Proxied) -> bool:
+    try:
+        body = msgspec.json.decode(reply.body) if isinstance(reply.body, bytes) else {}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return reply.status == 200 and isinstance(body, dict) and bool(body.get("commands"))

@@ -15,14 +15,25 @@ from itertools import count
 import msgspec
 
 from shim.bridge import Bridge
-from shim.composition import Spawn
 from shim.core.calls import Failed, PollCall
 from shim.logs import get
-from shim.ports import Answer, Client, Clock, Lease, Timer, Timers
+from shim.ports import Answer, Client, Lease, Timer
 from shim.shards.bus import Bus
 from shim.shards.metrics import ShardMetrics
+from shim.shards.place import Place
 from shim.shards.shard import Shard
-from shim.shards.wire import Answered, Ask, Closed, NextRequest, WireError, encode, pack, token_text, unpack_call
+from shim.shards.wire import (
+    Answered,
+    Ask,
+    Closed,
+    Leftovers,
+    NextRequest,
+    WireError,
+    encode,
+    pack,
+    token_text,
+    unpack_call,
+)
 
 log = get(__name__)
 
@@ -40,17 +51,6 @@ class _Lent:
     lease: Lease
     connection: int
     timer: Timer
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a service stands in its process."""
-
-    me: str
-    clock: Clock
-    timers: Timers
-    spawn: Spawn
-    numbers: count[int]
 
 
 class Service:
@@ -86,17 +86,16 @@ class Service:
         call = unpack_call(asked.kind, asked.body)
         client = Client(token_text(asked.token), self._connection(sender, asked.connection))
         now = self._place.clock.monotonic_s()
-        unknown = -math.inf if isinstance(call, PollCall) else now
+        unknown = -math.inf if isinstance(call, (PollCall, Leftovers)) else now
         arrived_s = unknown if asked.arrived is None else min(asked.arrived, now)
-        bridge = shard.bridge
-        answer = bridge.at_once(client, call, arrived_s)
+        answer = shard.at_once(client, call, arrived_s)
         if answer is not None:
             self._reply(sender, asked.number, shard, client, answer)
             return
 
         async def carry_out() -> None:
             try:
-                answer = await bridge.call(client, call, arrived_s)
+                answer = await shard.call(client, call, arrived_s)
             finally:
                 self._tasks.pop((sender, asked.number), None)
             self._reply(sender, asked.number, shard, client, answer)
@@ -207,4 +206,4 @@ class Service:
         self._bus.post(process, self._encode(said))
 
     def _encode(self, said: Answered) -> list[bytes]:
-        return encode(self._place.me, said, next(self._place.numbers), self._bus.max_payload_bytes)
+        return encode(self._place.process, said, next(self._place.numbers), self._bus.max_payload_bytes)

@@ -10,11 +10,13 @@ from weakref import WeakSet
 from shim.admin import Journal
 from shim.bridge import Bridge, Context
 from shim.composition import Surroundings
+from shim.core.calls import Accepted, Commands, PollCall
 from shim.core.leases import Term
 from shim.core.sessions import Sessions
 from shim.messages import Message
-from shim.ports import DialFailure, DialSpec, Socket, SocketEvents, UpstreamPort
+from shim.ports import Answer, Client, DialFailure, DialSpec, Socket, SocketEvents, UpstreamPort
 from shim.settings import Settings
+from shim.shards.wire import AnyCall, Leftovers, Vouch
 from shim.store import open_store
 from shim.storewatch import probe, tell_findings
 
@@ -130,6 +132,28 @@ class Shard:
     def usable(self) -> bool:
         """Whether calls may be carried out here."""
         return self.serving and self.valid()
+
+    def at_once(self, client: Client, call: AnyCall, arrived_s: float) -> Answer | None:
+        """See `ports.Switchboard`."""
+        if isinstance(call, Vouch):
+            self.bridge.vouched(client, call.heartbeat, call.age_s)
+            return Answer(Accepted())
+        if not isinstance(call, Leftovers):
+            return self.bridge.at_once(client, call, arrived_s)
+        poll = PollCall(call.dialect, call.target)
+        if self.bridge.detour.waiting(client, poll):
+            return None
+        return Answer(Commands((), self.bridge.ctx.settings.poll.frequency_s))
+
+    async def call(self, client: Client, call: AnyCall, arrived_s: float) -> Answer:
+        """See `ports.Switchboard`."""
+        if isinstance(call, Vouch):
+            raise TypeError("it is answered at once")
+        if not isinstance(call, Leftovers):
+            return await self.bridge.call(client, call, arrived_s)
+        poll = PollCall(call.dialect, call.target)
+        answer = await self.bridge.detour.merge(client, poll, [], arrived_s)
+        return answer or Answer(Commands((), self.bridge.ctx.settings.poll.frequency_s))
 
     async def open(self) -> None:
         """Take the store over and begin to work, unless the lease ends meanwhile. Raises `StoreError`."""

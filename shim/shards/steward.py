@@ -8,7 +8,6 @@ from typing import Any
 
 from shim.bridge import Bridge
 from shim.composition import Surroundings
-from shim.core.leases import Entry
 from shim.core.shards import moves
 from shim.errors import StoreError
 from shim.logs import get
@@ -68,12 +67,12 @@ class Steward:
 
     # --- taking and giving away ---------------------------------------------------------------------------------------
 
-    async def run(self, me: Entry) -> None:
+    async def run(self, me: str) -> None:
         """Look what is to be done, at each change and from time to time, until cancelled."""
         while True:
             self._table.forget()
             if not self.stopping:
-                self._look(me.process)
+                self._look(me)
             await self._table.change(LOOK_S)
 
     def _look(self, me: str) -> None:
@@ -86,7 +85,9 @@ class Steward:
         now = self._around.clock.monotonic_s()
         if self._joined_at is None and me in members:
             self._joined_at = now
-        settled = self._joined_at is not None and now >= self._joined_at + SETTLE_S
+        settled = any(each != me for each in holders.values()) or (
+            self._joined_at is not None and now >= self._joined_at + SETTLE_S
+        )
         for number in wanted.take if settled else ():
             if self._not_before.get(number, 0.0) <= now:
                 self._begin(number, self._take(number))
@@ -110,14 +111,14 @@ class Steward:
 
     async def _take(self, number: int) -> None:
         try:
-            term = self._tenure.adopt(number) or await self._tenure.take(number)
+            term = await self._tenure.take(number)
         except StoreError:
             self._later(number, LOOK_S)
             return
         if term is None:
             self._later(number, LOOK_S)
             return
-        self._tenure.arm(self._around.timers, number)
+        self._tenure.arm(number)
         shard = self._shards[number] = Shard(number, term, self._around, self.owner_key, self.settings)
         try:
             await shard.open()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import msgspec
 
 from shim.core.leases import Entry, LeasePolicy, Offset, Sighting, Sightings
 from shim.logs import get
 from shim.ports import Clock
+from shim.shards.wire import Present
 
 log = get(__name__)
 
@@ -39,6 +41,13 @@ def write_entry(entry: Entry) -> bytes:
     return _encode(entry)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Tenant:
+    """A replica's time with a shard."""
+
+    process: str
+
+
 class Table:
     """Sightings by shard and by replica."""
 
@@ -47,6 +56,7 @@ class Table:
         self._count = count
         self._sightings = Sightings(policy)
         self._offsets: dict[str, Offset] = {}
+        self._tenants: dict[int, Tenant] = {}
         self._bell = asyncio.Event()
 
     def saw(self, key: str, body: bytes, revision: int) -> None:
@@ -55,10 +65,28 @@ class Table:
         if entry is None:
             log.warning("lease_unreadable", key=key)
             return
+        self._saw(key, entry, revision)
+
+    def _saw(self, key: str, entry: Entry, revision: int) -> None:
         now = self._clock.monotonic_s()
         self.heard(entry.process, entry.clock)
         if self._sightings.saw(key, Sighting(entry, revision, now)):
             self.ring()
+
+    def present(self, process: str, said: Present) -> None:
+        """A replica tells what it has written."""
+        entry = Entry(process, said.name, said.clock, said.leaving)
+        self._saw(member_key(process), entry, said.revision)
+        for shard, revision in said.held:
+            self._saw(lease_key(shard), entry, revision)
+        for shard, revision in said.given:
+            self._saw(lease_key(shard), Entry(""), revision)
+        held = {shard for shard, _ in said.held}
+        for shard in range(self._count):
+            if shard not in held and self.holder(shard) == process:
+                self._sightings.drop(lease_key(shard))
+                self._tenants.pop(shard, None)
+                self.ring()
 
     def heard(self, process: str, its_clock: float) -> None:
         """A replica's clock showed this a moment ago."""
@@ -94,6 +122,17 @@ class Table:
         """The process that holds a shard, `""` if none does."""
         seen = self.lease(shard)
         return "" if seen is None else seen.entry.process
+
+    def tenant(self, shard: int) -> Tenant | None:
+        """Another one each time that a living replica has taken the shard, `None` while nobody has it."""
+        holder = self.holder(shard)
+        if not holder or holder not in self.members():
+            self._tenants.pop(shard, None)
+            return None
+        tenant = self._tenants.get(shard)
+        if tenant is None or tenant.process != holder:
+            tenant = self._tenants[shard] = Tenant(holder)
+        return tenant
 
     def members(self) -> dict[str, Entry]:
         """The replicas that live, by process."""

@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from shim.core.leases import Entry, LeasePolicy, Term
+from shim.core.leases import Entry, Term
 from shim.errors import StoreError
 from shim.logs import get
-from shim.ports import Clock, Timer, Timers
+from shim.ports import Timer
 from shim.shards.bus import LEASES, Bus
+from shim.shards.place import Place
 from shim.shards.table import Table, lease_key, member_key, read_entry, write_entry
+from shim.shards.wire import Present, encode
 from shim.store.jetstream.server import Conflict
 
 log = get(__name__)
@@ -25,23 +27,19 @@ class Tenure:
     back, and why (`expired`, `taken`).
     """
 
-    def __init__(
-        self, bus: Bus, table: Table, policy: LeasePolicy, clock: Clock, me: Entry, ended: Callable[[int, str], None]
-    ) -> None:
+    def __init__(self, bus: Bus, table: Table, place: Place, ended: Callable[[int, str], None]) -> None:
         self._bus = bus
         self._table = table
-        self._policy = policy
-        self._clock = clock
-        self._me = me
+        self._place = place
+        self._clock = place.clock
         self._ended = ended
         self._terms: dict[int, Term] = {}
         self._timers: dict[int, Timer] = {}
         self._member_revision = 0
-        self._failures = 0
         self.renewed_at = float("-inf")
         self.leaving = False
 
-    def arm(self, timers: Timers, shard: int) -> None:
+    def arm(self, shard: int) -> None:
         """See to it that a term ends in time."""
         term = self._terms.get(shard)
         if term is None:
@@ -50,7 +48,7 @@ class Tenure:
             self._lose(shard, "expired")
             return
         left_s = term.ends_at - self._clock.monotonic_s()
-        self._timers[shard] = timers.call_later(max(left_s, 0.001), lambda: self.arm(timers, shard))
+        self._timers[shard] = self._place.timers.call_later(max(left_s, 0.001), lambda: self.arm(shard))
 
     def term(self, shard: int) -> Term | None:
         """The term of a shard that is ours now."""
@@ -62,14 +60,14 @@ class Tenure:
         return tuple(self._terms)
 
     def _entry(self) -> Entry:
-        return Entry(self._me.process, self._me.name, self._clock.monotonic_s(), self.leaving)
+        return Entry(self._place.process, self._place.name, self._clock.monotonic_s(), self.leaving)
 
     # --- taking and giving back ---------------------------------------------------------------------------------------
 
     async def take(self, shard: int) -> Term | None:
         """Take a lease that nobody has; `None` if somebody does. Raises `StoreError`."""
         seen = self._table.lease(shard)
-        revision = seen.revision if seen is not None else 0
+        revision = seen.revision if seen is not None and self._is_free(seen.entry) else 0
         for _ in range(ATTEMPTS):
             entry = self._entry()
             try:
@@ -77,25 +75,23 @@ class Tenure:
             except Conflict:
                 found = await self._bus.get(LEASES, lease_key(shard))
                 held = read_entry(found[0]) if found is not None else None
-                if found is not None and held is not None and held.process:
+                if found is not None and held is not None and not self._is_free(held):
                     self._table.saw(lease_key(shard), *found)
-                    return None
+                    return None  # also where it has run out, and the servers have not dropped it yet
                 revision = found[1] if found is not None else 0
                 continue
-            return self._begin(shard, Term(self._policy, entry.clock, revision))
+            return self._begin(shard, Term(self._place.policy, entry.clock, revision))
         return None
 
-    def adopt(self, shard: int) -> Term | None:
-        """A lease of ours whose taking was not answered, but seen."""
-        seen = self._table.lease(shard)
-        if seen is None or seen.entry.process != self._me.process:
-            return None
-        return self._begin(shard, Term(self._policy, seen.entry.clock, seen.revision))
+    def _is_free(self, entry: Entry) -> bool:
+        """It was given back, or it is ours: taking it was not answered, or giving it back."""
+        return entry.process in ("", self._place.process)
 
     def _begin(self, shard: int, term: Term) -> Term | None:
         if not term.valid(self._clock.monotonic_s()):
             return None
         self._terms[shard] = term
+        self._tell()
         return term
 
     async def give_back(self, shard: int) -> None:
@@ -107,7 +103,7 @@ class Tenure:
         revision = term.revision
         for _ in range(ATTEMPTS):
             try:
-                await self._bus.put(LEASES, lease_key(shard), write_entry(Entry("")), revision)
+                revision = await self._bus.put(LEASES, lease_key(shard), write_entry(Entry("")), revision)
             except Conflict:
                 # A renewal was still under way.
                 found = await self._mine(shard)
@@ -117,6 +113,7 @@ class Tenure:
             except StoreError:
                 break
             else:
+                self._tell(given=((shard, revision),))
                 return
         log.info("lease_left", shard=shard)  # it runs out by itself
 
@@ -127,7 +124,7 @@ class Tenure:
         except StoreError:
             return 0
         entry = read_entry(found[0]) if found is not None else None
-        return found[1] if found is not None and entry is not None and entry.process == self._me.process else 0
+        return found[1] if found is not None and entry is not None and entry.process == self._place.process else 0
 
     def _drop(self, shard: int) -> Term | None:
         timer = self._timers.pop(shard, None)
@@ -147,7 +144,7 @@ class Tenure:
     async def run(self) -> None:
         """Renew until cancelled."""
         while True:
-            pause_s = self._policy.renew_s if await self.renew() else RETRY_S
+            pause_s = self._place.policy.renew_s if await self.renew() else RETRY_S
             await asyncio.sleep(pause_s)
 
     async def renew(self) -> bool:
@@ -155,10 +152,17 @@ class Tenure:
         steps: list[Coroutine[Any, Any, bool]] = [self._renew_member()]
         steps += [self._renew(shard, term) for shard, term in self._terms.items()]
         done = all(await asyncio.gather(*steps))
-        self._failures = 0 if done else self._failures + 1
-        if self._failures and self._failures % 2 == 0:
-            self._bus.drop()
+        self._tell()
+        if not done:
+            await self._bus.check()
         return done
+
+    def _tell(self, given: tuple[tuple[int, int], ...] = ()) -> None:
+        """Let the others know at once what the servers have of us."""
+        held = tuple((shard, term.revision) for shard, term in self._terms.items())
+        place, clock = self._place, self._clock.monotonic_s()
+        said = Present(place.name, clock, self.leaving, self._member_revision, held, given)
+        self._bus.post("", encode(place.process, said, next(place.numbers), self._bus.max_payload_bytes))
 
     async def _renew_member(self) -> bool:
         entry = self._entry()
@@ -198,7 +202,7 @@ class Tenure:
         except StoreError:
             return False
         entry = read_entry(found[0]) if found is not None else None
-        if found is None or entry is None or entry.process != self._me.process:
+        if found is None or entry is None or entry.process != self._place.process:
             if self._terms.get(shard) is term:
                 self._lose(shard, "taken" if entry is not None and entry.process else "expired")
             return True
@@ -208,7 +212,9 @@ class Tenure:
     async def leave(self) -> None:
         """The last word: we are not there any more."""
         self.leaving = True
+        key = member_key(self._place.process)
         try:
-            await self._bus.put(LEASES, member_key(self._me.process), write_entry(Entry("")), self._member_revision)
+            self._member_revision = await self._bus.put(LEASES, key, write_entry(self._entry()), self._member_revision)
+            self._tell()
         except StoreError:
             log.info("membership_left")

@@ -22,6 +22,21 @@ class WireError(ShimError):
     """A message that cannot be said, or was not understood."""
 
 
+class Leftovers(msgspec.Struct, frozen=True):
+    """A poll of an agent that goes by HTTP now: is there anything of before? Nothing is held, no link is dialled."""
+
+    dialect: str
+    target: calls.Target
+
+
+class Vouch(msgspec.Struct, frozen=True):
+    """Another replica heard this heartbeat so long ago, when somebody else had the link."""
+
+    heartbeat: calls.HeartbeatCall
+    age_s: float
+
+
+AnyCall = calls.AgentCall | Leftovers | Vouch
 _CALLS: dict[str, type[Any]] = {
     "register": calls.RegisterCall,
     "heartbeat": calls.HeartbeatCall,
@@ -30,6 +45,8 @@ _CALLS: dict[str, type[Any]] = {
     "result": calls.ResultCall,
     "tunnel_poll": calls.TunnelPollCall,
     "tunnel_info": calls.TunnelInfoCall,
+    "leftovers": Leftovers,
+    "vouch": Vouch,
 }
 _OUTCOMES: dict[str, type[Any]] = {
     "registered": calls.Registered,
@@ -123,6 +140,17 @@ class Found(Said, frozen=True):
     commands: list[dict[str, Any]]
 
 
+class Present(Said, frozen=True):
+    """To all: who is there, and what it has written to the bucket of leases, as (shard, revision)."""
+
+    name: str
+    clock: float
+    leaving: bool
+    revision: int
+    held: tuple[tuple[int, int], ...] = ()
+    given: tuple[tuple[int, int], ...] = ()
+
+
 class Piece(Said, frozen=True):
     """A part of a message that is larger than NATS takes."""
 
@@ -132,7 +160,7 @@ class Piece(Said, frozen=True):
     body: bytes
 
 
-AnyMessage = Ask | Answered | Left | Written | Unwritten | NextRequest | Closed | Look | Found | Piece
+AnyMessage = Ask | Answered | Left | Written | Unwritten | NextRequest | Closed | Look | Found | Present | Piece
 
 
 class Envelope(msgspec.Struct, frozen=True):
@@ -146,7 +174,7 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Envelope).decode
 
 
-def kind_of(call: calls.AgentCall) -> str:
+def kind_of(call: AnyCall) -> str:
     """One of `KINDS`."""
     return _NAMES[type(call)]
 
@@ -159,7 +187,7 @@ def pack(value: Any) -> tuple[str, msgspec.Raw]:
         raise WireError(f"it cannot be passed on: {type(error).__name__}") from None
 
 
-def unpack_call(kind: str, body: msgspec.Raw) -> calls.AgentCall:
+def unpack_call(kind: str, body: msgspec.Raw) -> AnyCall:
     """Inverse of `pack` for calls. Raises `WireError`."""
     return _unpack(_CALLS, kind, body)  # type: ignore[no-any-return]
 

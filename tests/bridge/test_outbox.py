@@ -223,6 +223,41 @@ async def test_or_when_there_is_a_connection_again(world: World) -> None:
     assert [result["code"] for result in world.controller.results("k1")] == ["expired"]
 
 
+async def test_an_end_that_the_disk_refused_is_reported_until_it_has_arrived(world: World) -> None:
+    agent = await answered(world)
+    world.controller.push("k1", ttl_seconds=10)
+    world.controller.push("k2", ttl_seconds=10)
+    await world.settle()
+    world.store.fail()
+    world.controller.manners.pongs = world.controller.manners.acks = False
+    await agent.live(15)
+    assert len(world.controller.results("k1")) == 1, "told at once"
+    assert await world.state("k1") == "queued", "nothing of it is on disk"
+    world.controller.socket.lose()  # and nobody knows whether that arrived
+    world.store.heal()
+    world.controller.manners.pongs = world.controller.manners.acks = True
+    await agent.live(60)
+    assert [await world.state(each) for each in ("k1", "k2")] == ["expired", "expired"]
+    assert {result["code"] for result in world.controller.results("k1")} == {"expired"}
+    assert len(world.controller.results("k1")) == 2, "once more from disk, and confirmed"
+    await world.restart()
+    await agent.live(10)
+    assert len(world.controller.results("k1")) == 2
+
+
+async def test_a_result_outweighs_an_end_that_the_disk_refused(world: World) -> None:
+    agent = await answered(world)
+    world.controller.push("k1", ttl_seconds=10)
+    await world.settle()
+    world.store.fail()
+    await agent.live(15)
+    world.store.heal()
+    await agent.result("k1")
+    await agent.live(60)
+    assert [result.get("code") for result in world.controller.results("k1")] == ["expired", None]
+    assert await world.state("k1") == "closed"
+
+
 async def test_a_page_read_before_a_close_does_not_send_the_closed_again(world: World) -> None:
     agent = await answered(world, "k1")
     world.store.slow = True

@@ -158,6 +158,8 @@ async def test_a_command_that_waits_says_what_can_be_done(
         await expect(page.locator("#agents")).to_contain_text("1 waiting")
         await waiting.get_by_role("link", name="build-3").click()
         await expect(page.locator("#trace")).to_contain_text("agent-shim purge build-3")
+        # in a day, which a time alone would not tell
+        await expect(page.locator("#trace")).to_contain_text(re.compile(r"Expires\d\d/\d\d/\d{4}, \d\d:\d\d:\d\d"))
         assert await agent.fetch() == ["build-3"]
         await expect(waiting).to_contain_text("offered")
         await agent.beat()
@@ -197,9 +199,21 @@ async def test_names_are_text_whatever_is_in_them(
         await expect(page.locator("#agents")).to_contain_text(hostile)
         await expect(page.locator("#waiting")).to_contain_text("<i>exec</i>")
         await page.locator("#waiting").get_by_role("link", name="<b>1").click()
-        await expect(page.locator("#trace")).to_contain_text("<b>1")
+        await expect(page.locator("#trace")).to_contain_text("agent-shim purge '<b>1' gives it up")
         assert await page.locator("img").count() == 1  # our own
         assert tab.complaints == []
+
+
+async def test_a_name_without_end_leaves_room_for_the_rest(
+    tmp_path: Path, http: aiohttp.ClientSession, open_tab: OpenTab
+) -> None:
+    async with world(tmp_path, FAST) as (shim, _):
+        await shim.start()
+        await Agent(http, shim).register("x" * 100_000)
+        page = (await open_tab(shim.admin)).page
+        await expect(page.locator("#agents")).to_contain_text("xxx")
+        await expect(page.locator("#users")).to_contain_text("xxx")
+        assert await page.evaluate("document.body.scrollHeight") < 6000
 
 
 async def test_with_a_token_it_asks_for_it_and_keeps_it_in_this_tab_only(

@@ -147,6 +147,19 @@ async def test_rollback_and_return_without_touching_the_agent(tmp_path: Path, ht
         assert (await ways(controller, "heartbeat"))[-1] == "websocket"
 
 
+async def test_what_the_api_hands_out_and_no_agent_can_take_is_said(
+    tmp_path: Path, http: aiohttp.ClientSession
+) -> None:
+    async with world(tmp_path, FAST) as (shim, controller):
+        shim.write(config(controller.url, mode="http"))
+        await shim.start()
+        cluster_id = await register(http, shim)
+        for command_id in ("no/path/has/it", "good"):
+            await controller.control("POST", "/control/legacy/commands", {"ident": cluster_id, "id": command_id})
+        assert await drain(http, shim, cluster_id) == ["good"]
+        await shim.event("command_rejected", command="no/path/has/it", code="malformed")
+
+
 async def test_an_agent_that_registered_by_http_is_known_when_it_goes_by_the_socket(
     tmp_path: Path, http: aiohttp.ClientSession
 ) -> None:

@@ -20,7 +20,7 @@ from tests.faults.agents import CAST, Cast, Part
 from tests.faults.checker import LOOK_S
 from tests.faults.injuries import INJURIES, Stage
 from tests.faults.keepers import TOKEN, ControllerKeeper, JournalReader, KeptShim, ShimKeeper
-from tests.faults.schedule import Planned
+from tests.faults.schedule import Planned, in_lanes
 from tests.faults.waiting import last
 from tests.support.disks import mounted
 from tests.support.network import Host, TwoHosts
@@ -217,8 +217,8 @@ class Round:
         pushing = asyncio.create_task(self._push_all())
         start = time.monotonic()
         async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as group:
-            for planned in self._plan.faults:
-                group.create_task(self._injure(planned, start))
+            for lane in in_lanes(self._plan.faults):
+                group.create_task(self._injure(lane, start))
             await last(self._plan.duration_s)
             limit.reschedule(asyncio.get_running_loop().time() + 2 * START_S)
         pushing.cancel()
@@ -228,9 +228,11 @@ class Round:
             while await self._controller.control("DELETE", "/control/faults") is None:
                 await last(RETRY_S)
 
-    async def _injure(self, planned: Planned, start: float) -> None:
-        await last(start + planned.at_s - time.monotonic())
-        await INJURIES[planned.kind](self._stage, planned)
+    async def _injure(self, lane: Sequence[Planned], start: float) -> None:
+        """Each fault at its time, or as soon as the one before it is really over."""
+        for planned in lane:
+            await last(start + planned.at_s - time.monotonic())
+            await INJURIES[planned.kind](self._stage, planned)
 
     async def _settle(self) -> float:
         """Peace, until nothing is owed and has not been for a moment; returns how long that took."""

@@ -95,6 +95,16 @@ class Planned:
     roll: float
 
 
+LANES = (LINK, MESSAGES, NETWORK, SHIM, STORE, AGENTS)
+
+
+def in_lanes(faults: Sequence[Planned]) -> list[list[Planned]]:
+    """The same faults, a list for each lane and one for the rest: on a busy machine one may end later than planned."""
+    lanes = [[fault for fault in faults if fault.kind in lane.kinds] for lane in LANES]
+    known = {kind for lane in LANES for kind in lane.kinds}
+    return [*lanes, [fault for fault in faults if fault.kind not in known]]
+
+
 class Decks:
     """Deals faults for one run after another."""
 

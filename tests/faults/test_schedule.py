@@ -5,9 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 from tests.faults.injuries import INJURIES
-from tests.faults.schedule import AGENTS, AWAY, LINK, MESSAGES, NETWORK, RARE, SHIM, STORE, Decks, Planned
+from tests.faults.schedule import AWAY, LANES, LINK, NETWORK, RARE, STORE, Decks, Planned, in_lanes
 
-LANES = (LINK, MESSAGES, NETWORK, SHIM, STORE, AGENTS)
+
+def _time(fault: Planned) -> float:
+    return fault.at_s
 
 
 def runs(seed: int, count: int = 3, **possible: bool) -> list[list[Planned]]:
@@ -38,6 +40,14 @@ def test_faults_of_one_lane_do_not_overlap_and_end_in_time() -> None:
             own = [fault for fault in run if fault.kind in lane.kinds]
             assert all(earlier.at_s + earlier.lasts_s < later.at_s for earlier, later in pairwise(own))
         assert all(fault.at_s >= 0 and fault.at_s + fault.lasts_s <= 60 for fault in run)
+
+
+def test_every_fault_is_in_one_lane_in_the_order_of_its_time() -> None:
+    for run in runs(6, 5):
+        lanes = in_lanes(run)
+        assert sorted((fault for lane in lanes for fault in lane), key=_time) == run
+        assert all(lane == sorted(lane, key=_time) for lane in lanes)
+        assert [len(lane) for lane in lanes[-1:]] == [1]  # the agent that is away
 
 
 def test_databases_are_destroyed_once_in_every_second_run_at_most() -> None:

@@ -115,6 +115,7 @@ def test_the_policy_can_be_forced_and_left_out() -> None:
         (["ports.admin=8090"], "ports.admin is 8090, which belongs to the vendor's agent"),
         (["ports.admin=7080"], "ports.legacy and ports.admin are the same"),
         (["agent.hostNetwork=true"], "agents in the node's network cannot have a sidecar"),
+        (["agent.podLabels=null"], "agent.podLabels is empty"),
         (["agent.namespaces={a}"], "agent.namespaces is for mode: gateway"),
         (["networkPolicy.enabled=true"], "it must also allow what the agent itself needs"),
         (["store.url=nats://n:4222"], "store.url is for mode: gateway"),
@@ -128,6 +129,11 @@ def test_the_policy_can_be_forced_and_left_out() -> None:
         ([*ON_NATS, "store.nats.urlSecretName=s"], "leave store.url empty"),
         ([*ON_NATS, "store.type=pvc"], "store.type: pvc is for a file"),
         ([*ON_NATS, "store.nats.caSecretName=ca"], "without tls:// in store.url"),
+        ([*ON_NATS, "config.mode=auto", "config.fallback.url=https://a.example"], "config.mode: auto is for one shim"),
+        (
+            [*ON_NATS, "config.rollout.percent=10", "config.fallback.url=https://a.example"],
+            "config.rollout.percent must be 100",
+        ),
         (["mode=gateway", "store.nats.credentialsSecretName=c"], "neither store.url nor store.nats.urlSecretName"),
         (["mode=gateway", "gateway.drainSeconds=25"], "terminationGracePeriodSeconds must be more than 5 s longer"),
         (["upstream.token.from=secret"], "upstream.token.secretName is missing"),
@@ -135,6 +141,11 @@ def test_the_policy_can_be_forced_and_left_out() -> None:
         (["upstream.token.value=x"], "upstream.token.from is not value"),
         (["config.rollout.percent=10"], "config.fallback.url is missing"),
         (["config.mode=http"], "config.fallback.url is missing"),
+        (["upstream.url=http://controller.local"], "upstream.url is not encrypted"),
+        (["config.fallback.url=http://127.0.0.1.evil.test"], "config.fallback.url is not encrypted"),
+        (["upstream.token.from=agent", "config.fallback.use_upstream_token=true"], "there is no upstream token"),
+        (["store.existingClaim=mine"], "store.type is not pvc"),
+        (["mode=gateway", "config.listen.auth=off"], "off is for 127.0.0.1"),
         (["extraVolumes[0].name=ca"], "must begin with agent-shim-"),
     ],
 )
@@ -298,7 +309,7 @@ def test_replicas_with_a_shared_store() -> None:
     assert spec["replicas"] == 3
     # Each takes part before the next one is touched.
     assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
-    assert spec["minReadySeconds"] > 5
+    assert spec["minReadySeconds"] == 10
     pod = spec["template"]["spec"]
     labels = spec["template"]["metadata"]["labels"]
     (near,) = pod["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
@@ -343,12 +354,13 @@ def test_one_replica_over_a_shared_store() -> None:
     assert (spec["replicas"], spec["strategy"]["type"]) == (1, "RollingUpdate")
     (shim,) = spec["template"]["spec"]["containers"]
     assert env_of(shim)["SHIM_STORE__URL"] == {"secretKeyRef": {"name": "shim-nats", "key": "url"}}
-    assert "lifecycle" not in shim
+    assert spec["minReadySeconds"] == 12
     settings = yaml.safe_load(one(objects, "ConfigMap")["data"]["config.yaml"])
     assert settings["store"] == {"replicas": 1}
-    assert settings["shards"] == {"count": 16}
+    assert settings["shards"] == {"count": 16, "lease_s": 6}
     # Without shards a store in NATS has one writer, as a file has.
-    alone = rendered(*ON_NATS)
+    assert one(rendered(*ON_NATS), "Deployment")["spec"]["strategy"]["type"] == "RollingUpdate"
+    alone = rendered(*ON_NATS, "gateway.shards=0")
     assert one(alone, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
     assert "shards" not in yaml.safe_load(one(alone, "ConfigMap")["data"]["config.yaml"])
 

@@ -112,6 +112,44 @@ def test_a_source_of_the_url_moves_over_and_comes_back() -> None:
     assert documents(remove(inject(by_reference, OPTIONS))) == documents(by_reference)
 
 
+def test_keys_without_a_value_are_as_if_they_were_not_there() -> None:
+    empty = MINIMAL + "      env:\n  initContainers:\n  volumes:\n"
+    own_token = Options(IMAGE, own_token=True)
+    assert documents(inject(empty, own_token)) == documents(inject(MINIMAL, own_token))
+    assert documents(remove(inject(empty, own_token))) == documents(MINIMAL)
+
+
+def test_what_other_places_mean_by_an_alias_is_left_alone() -> None:
+    text = """\
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: agent
+  labels: &labels {app: pipeops-agent}
+spec:
+  selector:
+    matchLabels: *labels
+  template:
+    metadata:
+      labels: *labels
+    spec:
+      containers:
+        - name: other
+          env: &env
+            - {name: PIPEOPS_API_URL, value: "https://controller.test"}
+        - name: agent
+          env: *env
+"""
+    before, after = documents(text)[0], documents(inject(text, Options(IMAGE, own_token=True)))[-1]
+    assert after["metadata"] == before["metadata"]
+    assert after["spec"]["selector"] == before["spec"]["selector"]  # which Kubernetes lets nobody change
+    assert after["spec"]["template"]["metadata"]["labels"] == {"app": "pipeops-agent", "agent-shim/sidecar": "enabled"}
+    pod = after["spec"]["template"]
+    assert env_of(container(pod, "other"))["PIPEOPS_API_URL"] == "https://controller.test"
+    assert env_of(container(pod, "agent"))["PIPEOPS_API_URL"] == "http://127.0.0.1:7080"
+    assert documents(remove(inject(text, Options(IMAGE, own_token=True)))) == [before]
+
+
 def test_lists_indented_in_two_ways_stay_valid() -> None:
     text = vendor_text("chart").replace("          env:\n            - name", "          env:\n          - name", 1)
     text = text.replace('              value: "https://api.pipeops.sh"', '            value: "https://api.pipeops.sh"')

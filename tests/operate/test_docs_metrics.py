@@ -47,7 +47,18 @@ def strip(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def own() -> Iterator[tuple[str, Described]]:
     """The metrics that the shim counts itself."""
     metrics = Metrics(Registry())
-    for held in (*vars(metrics).values(), *vars(ShardMetrics(metrics)).values()):
+    yield from described(metrics)
+    yield from described(ShardMetrics(metrics))
+
+
+def of_shards() -> set[str]:
+    """Those that only a replica among others has."""
+    return {name for name, _ in described(ShardMetrics(Metrics(Registry())))}
+
+
+def described(holder: Metrics | ShardMetrics) -> Iterator[tuple[str, Described]]:
+    """The metrics that are attributes of an object."""
+    for held in vars(holder).values():
         if isinstance(held, Family):
             name, kind, values_of = held.name, held.kind, held.values_of
         elif isinstance(held, Counter | Gauge | Histogram):

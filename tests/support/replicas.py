@@ -113,7 +113,10 @@ class Gateway:
         return added
 
     def agent(self, number: int) -> Agent:
-        return Agent(self._http, number)
+        """Agents share no connection: how one goes on is evidence."""
+        http = aiohttp.ClientSession(timeout=self._http.timeout, headers=HEADERS)
+        self._stack.push_async_callback(http.close)
+        return Agent(http, number)
 
     async def status(self, replica: Shim) -> dict[str, Any]:
         """What its status page says of replicas."""
@@ -174,6 +177,24 @@ class Gateway:
                         return found
                 await asyncio.sleep(0.05)
 
+    async def admin(self, replica: Shim, path: str) -> Any:
+        """JSON of the admin port."""
+        async with self._http.get(replica.admin + path) as response:
+            return await response.json()
+
+    async def metrics(self, replica: Shim) -> str:
+        """What Prometheus reads."""
+        async with self._http.get(f"{replica.admin}/metrics") as response:
+            return await response.text()
+
+    async def until_held(self, replica: Shim, polls: int = 1) -> None:
+        """Wait until a replica's own bridges hold so many polls."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                if f"agent_shim_polls_held {float(polls)}" in await self.metrics(replica):
+                    return
+                await asyncio.sleep(0.02)
+
     async def aclose(self) -> None:
         await self._stack.aclose()
 
@@ -193,7 +214,7 @@ async def gateway(
         settings = {
             "upstream": {"url": controller.url},
             "store": {"url": nats_url, "replicas": replicas},
-            "shards": {"count": count},
+            "shards": {"count": count, "lease_s": 4},
             "commands": {"evidence_s": 20},
             **config,
         }

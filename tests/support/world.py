@@ -48,7 +48,7 @@ def settings(**sections: Any) -> Settings:
         "store": {"path": ":memory:"},
     }
     for name, values in sections.items():
-        base[name] = {**base.get(name, {}), **values}
+        base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
     return msgspec.convert(base, Settings)
 
 

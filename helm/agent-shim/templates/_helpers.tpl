@@ -101,7 +101,7 @@ annotations:
 {{/* The number of link partitions. */}}
 {{- define "agent-shim.shards" -}}
 {{- if eq (toString .Values.gateway.shards) "auto" -}}
-{{ ternary 16 0 (gt (int .Values.gateway.replicas) 1) }}
+{{ ternary 16 0 (ne (include "agent-shim.nats" .) "") }}
 {{- else -}}
 {{ int .Values.gateway.shards }}
 {{- end }}
@@ -149,6 +149,9 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- if eq (int $v.ports.legacy) (int $v.ports.admin) -}}
 {{- fail "ports.legacy and ports.admin are the same" -}}
 {{- end -}}
+{{- if not $v.agent.podLabels -}}
+{{- fail "agent.podLabels is empty: nothing tells which pods are agents" -}}
+{{- end -}}
 {{- if eq $v.mode "sidecar" -}}
 {{- if $v.agent.hostNetwork -}}
 {{- fail "agent.hostNetwork: agents in the node's network cannot have a sidecar, 127.0.0.1 is the whole node's there; use mode: gateway" -}}
@@ -181,6 +184,22 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- if and $needs (not (dig "fallback" "url" "" $config)) -}}
 {{- fail "config.fallback.url is missing: with this config.mode or config.rollout.percent agents are sent there" -}}
 {{- end -}}
+{{- if not (dig "upstream" "allow_insecure" false $config) -}}
+{{- range $name, $url := dict "upstream.url" $v.upstream.url "config.fallback.url" (dig "fallback" "url" "" $config) -}}
+{{- if and (regexMatch "^(http|ws)://" $url) (not (regexMatch "^(http|ws)://(127(\\.[0-9]+){3}|localhost|\\[::1\\])([:/?]|$)" $url)) -}}
+{{- fail (printf "%s is not encrypted: tokens can be read on the way, unless config.upstream.allow_insecure is true the shim refuses it" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and (dig "fallback" "use_upstream_token" false $config) (eq $token.from "agent") -}}
+{{- fail "config.fallback.use_upstream_token: there is no upstream token where upstream.token.from is agent" -}}
+{{- end -}}
+{{- if and $v.store.existingClaim (ne $v.store.type "pvc") -}}
+{{- fail "store.existingClaim is given, but store.type is not pvc" -}}
+{{- end -}}
+{{- if and (eq $v.mode "gateway") (eq (dig "listen" "auth" "auto" $config) "off") -}}
+{{- fail "config.listen.auth: off is for 127.0.0.1, a gateway is reachable from other pods" -}}
+{{- end -}}
 {{- range $v.extraVolumes -}}
 {{- if not (hasPrefix "agent-shim-" .name) -}}
 {{- fail (printf "extraVolumes: the name %s must begin with agent-shim-, so that it is not one of the agent's and goes with the sidecar" .name) -}}
@@ -205,6 +224,13 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- end -}}
 {{- if and $shards (gt (int $gateway.replicas) $shards) -}}
 {{- fail (printf "gateway.shards is %d: with %d replicas some would own nothing" $shards (int $gateway.replicas)) -}}
+{{- end -}}
+{{- $config := .Values.config -}}
+{{- if and $shards (eq (dig "mode" "websocket" $config) "auto") -}}
+{{- fail "config.mode: auto is for one shim with all its links; with gateway.shards use websocket or http" -}}
+{{- end -}}
+{{- if and $shards (lt (float64 (dig "rollout" "percent" 100 $config)) 100.0) -}}
+{{- fail "config.rollout.percent must be 100 with gateway.shards: all agents go the same way" -}}
 {{- end -}}
 {{- if and $store.url $store.nats.urlSecretName -}}
 {{- fail "store.nats.urlSecretName holds the URL: leave store.url empty" -}}

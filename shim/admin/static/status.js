@@ -41,7 +41,8 @@ function span(seconds) {
 
 const plural = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 const clock = (at) => new Date(at * 1000).toLocaleTimeString("en-GB");
-const moment = (at) => (now - at < 86400 ? clock(at) : new Date(at * 1000).toLocaleString("en-GB"));
+const day = (at) => new Date(at * 1000).toDateString();
+const moment = (at) => (day(at) === day(now) ? clock(at) : new Date(at * 1000).toLocaleString("en-GB"));
 const ago = (at) => (at === null ? "never" : el("time", { datetime: new Date(at * 1000).toISOString(), title: moment(at) }, `${span(now - at)} ago`));
 const rough = (s) => (s < 10 ? Math.round(s * 10) / 10 : Math.round(s)) + " s";
 const every = (s) => (s === null ? "" : s < 0.1 ? "many a second" : `every ${s < 120 ? rough(s) : span(s)}`);
@@ -401,9 +402,12 @@ function steps(trace) {
   }));
 }
 
+// The controller's ids are not to run in the shell of whoever copies the line.
+const shellWord = (text) => (/^\w[\w.:@=+-]*$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+
 function todo(command) {
   const by = { queued: ["purge", "gives it up"], uncertain: ["purge", "gives it up"], dead: ["redeliver", "queues it again"], expired: ["redeliver", "queues it again"], delivered: ["redeliver", "queues it again, if the agent has lost it"] }[command.state];
-  return by && command.stored ? el("p", { class: "todo" }, el("code", {}, `agent-shim ${by[0]} ${command.id}`), ` ${by[1]}.`) : null;
+  return by && command.stored ? el("p", { class: "todo" }, el("code", {}, `agent-shim ${by[0]} ${shellWord(command.id)}`), ` ${by[1]}.`) : null;
 }
 
 function found(command) {

@@ -12,9 +12,13 @@ import nats.errors
 
 from shim import settings
 from shim.errors import StoreError
-from shim.store.jetstream.layout import Layout
+from shim.store.jetstream.layout import PREFIX, Layout
 from shim.store.jetstream.server import ANSWER_S, Server, Unavailable
 
+# Servers wait that long themselves for streams whose leader does not answer.
+_LIST_S = 8.0
+_OURS = re.compile(rf"(KV_)?{PREFIX}(-s\d+)?-(journal|commands|outbox|states|sessions|leases|cluster)$")
+_NO_LEADER = "no server answers for it: has it lost its leader?"
 _DENIED = re.compile(r"permissions violation for (\w+) to \"?([^\"\s]+)", re.IGNORECASE)
 _JETSTREAM_OFF = frozenset({10039, 10076})
 _NO_STREAM = 10059
@@ -46,23 +50,24 @@ class StreamFacts:
     bytes_used: int
     replicas: int
     current: int
-    leader: str
     problem: str = ""
 
 
 class Probe(Server):
     """A connection as the store makes it. Everything raises `StoreError`."""
 
-    def __init__(self, configured: settings.Store, layout: Layout | None = None) -> None:
+    def __init__(self, configured: settings.Store) -> None:
         super().__init__(configured)
-        self._layout = layout or Layout()
         self._denied = ""
 
-    async def may_publish(self) -> None:
-        """Ask where nobody listens and no stream keeps it: the server says so, or that it is forbidden (`Denied`)."""
+    async def may_publish(self, shard: str = "") -> None:
+        """Ask where nobody listens and no stream keeps it: the server says so, or that it is forbidden (`Denied`).
+
+        `shard` names one of several stores, as in `Layout.of_shard`.
+        """
         client = self.connected()
         try:
-            await client.request(f"{self._layout.prefix}.doctor", timeout=ANSWER_S)
+            await client.request(f"{Layout.of_shard(shard).prefix}.doctor", timeout=ANSWER_S)
         except nats.errors.NoRespondersError:
             return
         except (nats.errors.Error, OSError, TimeoutError) as error:
@@ -80,48 +85,40 @@ class Probe(Server):
         return Account(int(found.get("storage", 0)), allowed, int(limits.get("max_streams", -1)))
 
     async def streams(self) -> Sequence[StreamFacts]:
-        """Those of the store that exist; none before the first start."""
-        names = (self._layout.journal, *self._layout.rows)
-        found = [await self._stream(name) for name in names]
-        return [each for each in found if each is not None]
+        """Those of the store and of its shards that exist; none before the first start."""
+        found: list[dict[str, Any]] = []
+        missing: set[str] = set()
+        total = 1
+        while len(found) + len(missing) < total:
+            page = await self._ask("$JS.API.STREAM.LIST", {"offset": len(found) + len(missing)}, timeout_s=_LIST_S)
+            total = page["total"] if page.get("streams") or page.get("missing") else 0
+            found += page.get("streams") or ()
+            missing |= set(page.get("missing") or ())
+        gone = [StreamFacts(name, 0, 0, 0, 0, problem=_NO_LEADER) for name in sorted(missing)]
+        return [each for each in [*map(_facts, found), *gone] if _OURS.match(each.name)]
 
-    async def bucket(self, name: str) -> dict[str, Any]:
-        """Subjects and their last values of a key-value bucket, `{}` where there is none."""
-        stream = f"KV_{name}"
-        found = await self._ask(f"$JS.API.STREAM.INFO.{stream}", {"subjects_filter": f"$KV.{name}.>"}, absent={})
-        values: dict[str, Any] = {}
+    async def entries(self, stream: str) -> dict[str, bytes]:
+        """Keys and values of a key-value bucket, which is `KV_…` as a stream; none where there is no such bucket."""
+        prefix = f"$KV.{stream.removeprefix('KV_')}."
+        found = await self._ask(f"$JS.API.STREAM.INFO.{stream}", {"subjects_filter": f"{prefix}>"}, absent={})
+        values: dict[str, bytes] = {}
         for subject in (found.get("state") or {}).get("subjects") or {}:
             stored = await self.message(stream, subject=subject)
             if stored is not None:
-                values[subject.removeprefix(f"$KV.{name}.")] = stored.body
+                values[subject.removeprefix(prefix)] = stored.body
         return values
 
-    async def _stream(self, name: str) -> StreamFacts | None:
-        try:
-            found = await self._ask(f"$JS.API.STREAM.INFO.{name}", absent={})
-        except Unavailable:
-            return StreamFacts(name, 0, 0, 0, 0, "", "no server answers for it: has it lost its leader?")
-        if not found:
-            return None
-        state, config = found["state"], found["config"]
-        group = found.get("cluster") or {}
-        others = group.get("replicas") or []
-        return StreamFacts(
-            name,
-            messages=state["messages"],
-            bytes_used=state["bytes"],
-            replicas=config["num_replicas"],
-            current=1 + sum(bool(each.get("current")) and not each.get("offline") for each in others),
-            leader=group.get("leader", ""),
-        )
-
     async def _ask(
-        self, subject: str, body: dict[str, Any] | None = None, absent: dict[str, Any] | None = None
+        self,
+        subject: str,
+        body: dict[str, Any] | None = None,
+        absent: dict[str, Any] | None = None,
+        timeout_s: float = ANSWER_S,
     ) -> dict[str, Any]:
         """An answer of JetStream's API; `absent` where it says that there is no such stream."""
         client = self.connected()
         try:
-            answer = await client.request(subject, json.dumps(body).encode() if body else b"", timeout=ANSWER_S)
+            answer = await client.request(subject, json.dumps(body).encode() if body else b"", timeout=timeout_s)
         except nats.errors.NoRespondersError:
             raise NoJetStream("nobody answers for JetStream") from None
         except (nats.errors.Error, OSError, TimeoutError) as error:
@@ -143,3 +140,15 @@ class Probe(Server):
         if denied := _DENIED.search(str(error)):
             self._denied = f"{denied[1].lower()} to {denied[2]}"
         await super()._note(error)
+
+
+def _facts(found: dict[str, Any]) -> StreamFacts:
+    state, config = found["state"], found["config"]
+    others = (found.get("cluster") or {}).get("replicas") or []
+    return StreamFacts(
+        config["name"],
+        messages=state["messages"],
+        bytes_used=state["bytes"],
+        replicas=config["num_replicas"],
+        current=1 + sum(bool(each.get("current")) and not each.get("offline") for each in others),
+    )

@@ -38,6 +38,8 @@ _NO_FILE = "store.credentials_file or store.ca_file cannot be read"
 _NO_CREDENTIALS = "store.credentials_file holds no credentials"
 _LASTING = frozenset({_REFUSED, _NO_TLS, _NOT_TRUSTED, _NO_FILE, _NO_CREDENTIALS})
 _FETCH = 64
+FEW = 2000
+_WAYS = 16
 # Longer than a store takes to be read: nothing is acknowledged, and nothing must come twice.
 _ACK_WAIT_S = 3600.0
 
@@ -246,9 +248,37 @@ class Server:
             await js.purge_stream(stream, seq=before)
 
     async def read(self, stream: str, until: int) -> list[Stored]:
-        """All messages of a stream up to this sequence, which exists, by one consumer that exists only meanwhile.
+        """All messages of a stream up to this sequence, which exists.
 
-        The consumer may live on a server that lags behind the others: only `until` itself tells that all has come.
+        Few are asked for one by one: that needs the stream's own leader only, a consumer those of the whole cluster.
+        """
+        js = self.connected().jetstream(timeout=CONNECT_S)
+        with translated():
+            state = (await js.stream_info(stream)).state
+        if state.messages > FEW:
+            return await self._consume(stream, until)
+        share = max(1, -(-(until + 1 - state.first_seq) // _WAYS))
+        starts = range(state.first_seq, until + 1, share)
+        parts = await asyncio.gather(*(self._walk(stream, start, min(start + share, until + 1)) for start in starts))
+        return [each for part in parts for each in part]
+
+    async def _walk(self, stream: str, start: int, end: int) -> list[Stored]:
+        """The messages from one sequence to before another."""
+        js = self.connected().jetstream(timeout=CONNECT_S)
+        found: list[Stored] = []
+        with translated(), contextlib.suppress(nats.js.errors.NotFoundError):
+            while start < end:
+                message = await js.get_msg(stream, seq=start, subject=">", next=True)
+                seq = message.seq or end
+                if seq < end:
+                    found.append(Stored(seq, message.subject or "", message.data or b""))
+                start = seq + 1
+        return found
+
+    async def _consume(self, stream: str, until: int) -> list[Stored]:
+        """By one consumer that exists only meanwhile.
+
+        It may live on a server that lags behind the others: only `until` itself tells that all has come.
         """
         js = self.connected().jetstream(timeout=CONNECT_S)
         # By name: what a reader that died left behind would be in the way on a work-queue stream.

@@ -155,6 +155,9 @@ def examine(
         token = upstream_token(settings, token_file)
     except ConfigError as error:
         todo = "the file must exist, be readable for the shim's user, and hold one word"
+        # the way up to the handshake needs no token, and may have a fault of its own
+        way = asyncio.run(_examine_network(settings, "", environ, quiet=True))
+        found += [finding for finding in way if finding.check not in ("upgrade", "token")]
         return [*found, failed("token", str(error), todo), *running.examine(shim)], ""
     quiet = not dial and not token_file and shim.is_online(settings)
     found += asyncio.run(_examine_network(settings, token, environ, quiet=quiet))

@@ -10,6 +10,7 @@ import msgspec
 
 from shim.errors import StoreError
 from shim.settings import Settings
+from shim.tools.doctor import leases
 from shim.tools.doctor.findings import Finding, Status, failed, passed, warned
 from shim.tools.doctor.greeting import Greeting, greet, judge
 
@@ -22,6 +23,8 @@ LITTLE_BYTES = 64 * 1024 * 1024
 PAYLOAD_BYTES = 1024 * 1024
 PAYLOAD_MOST_BYTES = 8 * 1024 * 1024
 STREAMS = 5
+"""Of a store, which is one for each shard; replicas share two more."""
+SHARED_STREAMS = 2
 _MIB = 1024 * 1024
 
 _HELP = (
@@ -62,15 +65,17 @@ async def examine(settings: Settings) -> list[Finding]:
 async def _inside(probe: Probe, settings: Settings, there: Sequence[Greeting], found: list[Finding]) -> None:
     """What only a user may ask."""
     try:
-        account = await probe.account()
-        found.append(_room(account))
-        await probe.may_publish()
+        found.append(_room(await probe.account(), settings.shards.count))
+        for shard in ("", f"s{settings.shards.count - 1}") if settings.shards.count else ("",):
+            await probe.may_publish(shard)
         streams = await probe.streams()
+        shards = await leases.examine(probe, settings.shards, streams)
     except StoreError as error:
         found.append(_fault(error))
         return
     found.extend(_copies(settings.store.replicas, there, streams))
     found.extend(_streams(streams))
+    found.extend(shards)
 
 
 def _refused(error: StoreError) -> Finding:
@@ -126,17 +131,20 @@ def _payload(there: Sequence[Greeting]) -> Finding:
     return passed("payload", text)
 
 
-def _room(account: Account) -> Finding:
+def _room(account: Account, shards: int) -> Finding:
     used = f"{account.bytes_used / _MIB:.0f} MiB used"
-    if 0 <= account.streams_allowed < STREAMS:
-        todo = f"max_streams of the account: at least {STREAMS}"
+    needed = STREAMS * shards + SHARED_STREAMS if shards else STREAMS
+    if 0 <= account.streams_allowed < needed:
+        todo = f"max_streams of the account: at least {needed}"
         return failed("jetstream", f"the account may have {account.streams_allowed} streams", todo)
     if account.bytes_allowed < 0:
         return passed("jetstream", f"{used}; the account has no limit, the servers' max_file_store has")
     left = account.bytes_allowed - account.bytes_used
     text = f"{used} of {account.bytes_allowed / _MIB:.0f} MiB"
     if left < LITTLE_BYTES:
-        return warned("jetstream", text, "more disk for the account, or a shorter commands.retain_s")
+        return warned(
+            "jetstream", text, "more disk for the account, or shorter commands.retain_s and commands.dedupe_s"
+        )
     return passed("jetstream", text)
 
 

@@ -7,6 +7,7 @@ them together. `docs/kubernetes.md` gives the reasons.
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, MutableSequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,20 +166,17 @@ def add(template: Map, sidecar: Sidecar, agent: Map) -> None:
     spec = template["spec"]
     if spec.get("hostNetwork"):
         raise InjectError("the pod uses hostNetwork, where 127.0.0.1 is the whole node's: use the chart's gateway mode")
-    _section(_section(template, "metadata"), "labels")[INJECTED_LABEL] = "enabled"
-    if "initContainers" in spec:
-        spec["initContainers"].insert(0, sidecar.container)
-    else:
-        _insert(spec, "containers", "initContainers", [sidecar.container])
-    spec.setdefault("volumes", [])[:0] = sidecar.volumes
-    entry = _entry(agent, API_URL)
+    _own(_own(template, "metadata", dict), "labels", dict)[INJECTED_LABEL] = "enabled"
+    if "initContainers" not in spec:
+        _insert(spec, "containers", "initContainers", [])
+    _own(spec, "initContainers", list).insert(0, sidecar.container)
+    _own(spec, "volumes", list)[:0] = sidecar.volumes
+    env, entry = _own(agent, "env", list), _entry(agent, API_URL)
     if entry is not None:
         entry.pop("valueFrom", None)
         entry["value"] = SHIM_URL
-    elif "env" in agent:
-        agent["env"].insert(0, {"name": API_URL, "value": SHIM_URL})
     else:
-        agent["env"] = [{"name": API_URL, "value": SHIM_URL}]
+        env.insert(0, {"name": API_URL, "value": SHIM_URL})
 
 
 def remove(template: Map) -> bool:
@@ -234,11 +232,15 @@ def _entry(container: Mapping[str, Any], name: str) -> Any:
     return next((entry for entry in reversed(container.get("env") or []) if entry.get("name") == name), None)
 
 
-def _section(parent: Map, key: str) -> Map:
-    if parent.get(key) is None:
-        parent[key] = {}
-    section: Map = parent[key]
-    return section
+def _own(parent: Map, key: str, kind: type) -> Any:
+    """What stands under a key, to be changed: made where nothing does, and no longer what an alias elsewhere means."""
+    found = parent.get(key)
+    if found is None:
+        found = parent[key] = kind()
+    elif getattr(getattr(found, "anchor", None), "value", None):
+        found = parent[key] = deepcopy(found)
+        found.yaml_set_anchor(None)
+    return found
 
 
 def _insert(parent: Map, before: str, key: str, value: MutableSequence[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,9 @@ import trustme
 
 from tests.support import natsd
 from tests.support.natsd import NatsServer, running
+from tests.support.processes import Shim
 from tests.support.sockets import tcp_server
+from tests.support.stores import put
 from tests.tools.doctor.conftest import Diagnosis, Doctor
 
 pytestmark = pytest.mark.needs("nats-server")
@@ -106,10 +109,14 @@ async def test_passwords_and_credentials_files(doctor: Doctor, tmp_path: Path) -
 async def test_what_the_user_may_not_do(doctor: Doctor, tmp_path: Path) -> None:
     api = '"$JS.API.>", "_INBOX.>"'
     users = f"""{{user: little, password: p, permissions: {{publish: [{api}], subscribe: ["_INBOX.>"]}}}},
+        {{user: whole, password: p, permissions: {{publish: [{api}, "agent-shim.>"], subscribe: ["_INBOX.>"]}}}},
         {{user: less, password: p, permissions: {{publish: ["other.>"], subscribe: ["_INBOX.>"]}}}}"""
     with serving(tmp_path, f"accounts {{A: {{jetstream: enabled, users: [{users}]}}}}\n") as server:
         found = await examine(doctor, server.url.replace("//", "//little:p@"))
         found.expect("nats-user", "FAIL", "not allowed: publish to agent-shim.doctor", "docs/scaling.md")
+        whole = {"url": server.url.replace("//", "//whole:p@"), "replicas": 1}
+        found = await doctor.examine(store=whole, upstream=NOWHERE, shards={"count": 3})
+        found.expect("nats-user", "FAIL", "not allowed: publish to agent-shim-s2.doctor")
         found = await examine(doctor, server.url.replace("//", "//less:p@"))
         found.expect("nats-user", "FAIL", "not allowed: publish to $js.api.info")
 
@@ -165,6 +172,39 @@ async def test_tls(doctor: Doctor, tmp_path: Path) -> None:
         server.start(extra="")
         found = await examine(doctor, secure, ca_file=ca)
         found.expect("nats-tls", "FAIL", "has no TLS", "a tls block")
+
+
+async def test_who_owns_the_shards(doctor: Doctor, tmp_path: Path) -> None:
+    shards = {"count": 4, "lease_s": 2, "replica": "north"}
+
+    async def lines() -> list[str]:
+        _, text = await doctor.run("--json", store={"url": server.url, "replicas": 1}, upstream=NOWHERE, shards=shards)
+        return [each["text"] for each in json.loads(text)["findings"] if each["check"] == "shards"]
+
+    async def look(**wanted: Any) -> Diagnosis:
+        store = {"url": server.url, "replicas": 1}
+        return await doctor.examine(store=store, upstream=NOWHERE, shards={**shards, **wanted})
+
+    with serving(tmp_path) as server:
+        (await look()).expect("shards", "WARN", "4 shards, and no replica lives")
+        client = natsd.client(server.url)
+        await asyncio.to_thread(client.open)
+        await asyncio.to_thread(client.one, put("1"))
+        await asyncio.to_thread(client.close)
+        config = {"store": {"url": server.url, "replicas": 1}, "upstream": NOWHERE, "shards": shards}
+        async with Shim(new_folder(tmp_path), config) as shim:
+            await shim.start()
+            for number in range(4):
+                await shim.event("shard_taken", shard=number)
+            left = "agent-shim-commands has 1 commands of shards.count: 0, which nobody offers"
+            assert await lines() == ["4, owned by north 4", left]
+            (await look()).expect("streams", "PASS", "27, all copies up to date")
+            (await look(count=8)).expect("shards", "FAIL", "agreed upon 4 and 2", "docs/operations.md")
+            (await look(count=0)).expect("shards", "FAIL", "replicas with shards live here: north")
+            await shim.kill()
+        # Its leases end by themselves.
+        while (await lines())[0] != "4 shards, and no replica lives":
+            pass
 
 
 @pytest.mark.timeout(150)

@@ -255,6 +255,7 @@ async def test_a_token_that_is_taken_in_the_query_only(doctor: Doctor) -> None:
 async def test_a_token_file_that_cannot_be_read(doctor: Doctor) -> None:
     found = await doctor.examine(upstream={"url": "http://127.0.0.1:1", "token_file": str(doctor.folder / "none")})
     found.expect("token", "FAIL", "upstream.token_file", "readable")
+    found.expect("tcp", "FAIL", "127.0.0.1:1")  # two things can be wrong at a time
 
 
 async def test_agents_own_tokens(doctor: Doctor) -> None:

@@ -1,0 +1,63 @@
+"""Mode `auto`: which calls go by HTTP, judged by the link that would carry them (protocol.md §4)."""
+
+from __future__ import annotations
+
+from shim.passthrough import Passthrough
+from shim.ports import Client
+from tests.bridge.conftest import MakeWorld
+from tests.support.upstream import REFUSED
+from tests.support.world import Agent
+
+AUTO = {"mode": "auto", "fallback": {"url": "https://old.vendor.test", "after_s": 10, "hold_down_s": 60}}
+
+
+def by_http(passthrough: Passthrough, agent: Agent) -> bool:
+    return passthrough.takes(Client(agent.token, agent.connection), agent.heartbeat_call())
+
+
+async def test_where_links_are_not_shared_each_agent_fails_over_for_itself(make_world: MakeWorld) -> None:
+    world = await make_world(**AUTO, upstream={"share_link": False})
+    passthrough = Passthrough(world.bridge)
+    cut, well = (world.agent(name=name, agent_id=f"pod-{name}") for name in ("cut", "well"))
+    for agent in (cut, well):
+        await agent.register()
+        await agent.heartbeat()
+    first, _ = world.controller.open_sockets()
+    world.controller.manners.dial = REFUSED
+    first.lose()
+    for _ in range(12):
+        ways = by_http(passthrough, cut), by_http(passthrough, well)
+        await well.heartbeat()
+        await world.pass_s(1)
+    assert ways == (True, False)
+    assert passthrough.active()
+
+
+async def test_an_agent_that_is_gone_leaves_no_failover_behind(make_world: MakeWorld) -> None:
+    world = await make_world(**AUTO, upstream={"token": ""})
+    passthrough = Passthrough(world.bridge)
+    world.controller.manners.refuse = lambda spec: REFUSED if spec.token == "guessed" else None
+    stranger = world.agent(token="guessed", cluster_id="c-1")
+    by_http(passthrough, stranger)
+    await world.pass_s(12)
+    assert by_http(passthrough, stranger)
+    assert passthrough.active()
+    await world.pass_s(120)
+    assert not list(world.bridge.links)
+    assert not passthrough.active()
+
+
+async def test_nothing_goes_by_http_while_no_agent_calls(make_world: MakeWorld) -> None:
+    world = await make_world(**AUTO)
+    passthrough = Passthrough(world.bridge)
+    agent = world.agent()
+    await agent.register()
+    world.controller.go_away()
+    for _ in range(12):
+        way = by_http(passthrough, agent)
+        await world.pass_s(1)
+    assert way
+    assert passthrough.active()
+    await world.pass_s(200)
+    assert not passthrough.active()
+    assert by_http(passthrough, agent), "it begins where it was"
