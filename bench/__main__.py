@@ -43,8 +43,8 @@ def main() -> None:
         if not given.only or name in given.only:
             with Bench(quick=given.quick) as bench:
                 figures += measure(bench, log)
+            report.write_json(given.json, report.content(figures, rows))
     found = report.content(figures, rows)
-    report.write_json(given.json, found)
     print(report.text(found))
     if given.docs:
         report.write_pages(found)
