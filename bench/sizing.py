@@ -138,8 +138,8 @@ def _row(bench: Bench, agents: int, log: Log) -> Row:
     commands_ms = sorted((in_hand_s[command_id] - at_s) * 1e3 for command_id, at_s in sent_s.items())
     beats_ms = [each / 1e3 for each in found.latencies_us]
     log(f"{agents} agents: {rss_mb:.0f} MB, {cpu_percent:.1f} % CPU, commands p99 {percentile(commands_ms, 99):.1f} ms")
-    times_ms = (percentile(each, q) for each in (beats_ms, commands_ms) for q in (50, 99))
-    return Row(agents, rss_mb, cpu_percent, *times_ms, late=found.errors)
+    times_ms = [percentile(each, q) for each in (beats_ms, commands_ms) for q in (50, 99)]
+    return Row(agents, rss_mb, cpu_percent, times_ms[0], times_ms[1], times_ms[2], times_ms[3], found.errors)
 
 
 HEAD = (
