@@ -49,7 +49,10 @@ MB = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Three replicas with so many agents between them; memory and CPU are those of the replica that has most."""
+    """Three replicas with so many agents between them; memory and CPU are those of the replica that has most.
+
+    `late` heartbeats had no answer when the next one was due.
+    """
 
     agents: int
     rss_mb: float
@@ -60,6 +63,7 @@ class Row:
     beat_p99_ms: float
     command_p50_ms: float
     command_p99_ms: float
+    late: int
 
 
 # --- the store --------------------------------------------------------------------------------------------------------
@@ -183,13 +187,13 @@ def _row(bench: Bench, agents: int, log: Log) -> Row:
         time.sleep(bench.pick(INTERVAL_S, 1.0))
         measured = [*replicas, Server(server.process, "", 0, 0.0)]
         before_s, started_s = [each.cpu_s() for each in measured], time.monotonic()
-        latencies_us = _beat(beats, bench.pick(WINDOW_S, 2.0))
+        latencies_us, late = _beat(beats, bench.pick(WINDOW_S, 2.0))
         window_s = time.monotonic() - started_s
         cpu = [(each.cpu_s() - before) / window_s * 100 for each, before in zip(measured, before_s, strict=True)]
         rss = [each.rss_bytes() / MB for each in measured]
         clusters = [requests.cluster(each * agents // COMMANDS) for each in range(COMMANDS)]
         sent_s = controller.ask(Send(clusters, bench.pick(COMMANDS, 10), RATE_HZ, "nats"))["sent"]
-        time.sleep(1.0)
+        time.sleep(bench.pick(5.0, 1.0))
         in_hand_s: dict[str, float] = {}
         for each in polls:
             in_hand_s |= loads.found(each).in_hand_s
@@ -198,8 +202,8 @@ def _row(bench: Bench, agents: int, log: Log) -> Row:
     end(controller.process)
     commands_ms = sorted((in_hand_s[command_id] - at_s) * 1e3 for command_id, at_s in sent_s.items())
     beats_ms = sorted(each / 1e3 for each in latencies_us)
-    times_ms = (percentile(each, q) for each in (beats_ms, commands_ms) for q in (50, 99))
-    row = Row(agents, max(rss[:-1]), max(cpu[:-1]), rss[-1], cpu[-1], *times_ms)
+    t = [percentile(each, q) for each in (beats_ms, commands_ms) for q in (50, 99)]
+    row = Row(agents, max(rss[:-1]), max(cpu[:-1]), rss[-1], cpu[-1], t[0], t[1], t[2], t[3], late)
     log(f"{agents} agents on {REPLICAS} replicas: {row.rss_mb:.0f} MB, {row.cpu_percent:.0f} %")
     return row
 
@@ -272,18 +276,20 @@ def _all_known(beats: Sequence[Plan]) -> None:
     raise RuntimeError("heartbeats are still refused")
 
 
-def _beat(beats: Sequence[Plan], duration_s: float) -> list[int]:
+def _beat(beats: Sequence[Plan], duration_s: float) -> tuple[list[int], int]:
+    """Latencies in microseconds, and how many heartbeats had no answer in time."""
     with ThreadPoolExecutor() as together:
         again = [msgspec.structs.replace(plan, duration_s=duration_s) for plan in beats]
         found = list(together.map(loads.run, again))
-    if errors := sum(each.errors for each in found):
-        raise RuntimeError(f"{errors} heartbeats failed")
-    return [latency_us for each in found for latency_us in each.latencies_us]
+    return [latency_us for each in found for latency_us in each.latencies_us], sum(each.errors for each in found)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
-HEAD = ("agents", "memory of a replica", "CPU of a core", "of nats-server", "", "heartbeat p50", "p99", "command p50")
+HEAD = (
+    *("agents", "replica: memory", "CPU of one core", "nats-server: memory", "CPU of one core"),
+    *("heartbeat p50", "heartbeat p99", "command p50", "command p99", "late"),
+)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -293,12 +299,13 @@ def lines(found: dict[str, Any]) -> list[str]:
     shown[-1] += f", {about['date']}; {found['server']}"
     shown += ["", *markdown([from_json(each) for each in found["figures"]])]
     shown += [f"### {REPLICAS} replicas, {SHARDS} shards, {TOKENS} tokens", ""]
-    shown += [f"| {' | '.join((*HEAD, 'command p99'))} |", "|" + "--:|" * (len(HEAD) + 1)]
+    shown += [f"| {' | '.join(HEAD)} |", "|" + "--:|" * len(HEAD)]
     for row in found["rows"]:
         cells = [f"{row['agents']:,}", f"{row['rss_mb']:.0f} MB", f"{number(row['cpu_percent'])} %"]
         cells += [f"{row['nats_rss_mb']:.0f} MB", f"{number(row['nats_cpu_percent'])} %"]
         times = ("beat_p50_ms", "beat_p99_ms", "command_p50_ms", "command_p99_ms")
-        shown.append(f"| {' | '.join([*cells, *(f'{number(row[key])} ms' for key in times)])} |")
+        cells += [*(f"{number(row[key])} ms" for key in times), f"{row['late']:,}"]
+        shown.append(f"| {' | '.join(cells)} |")
     return [*shown, ""]
 
 
