@@ -40,6 +40,7 @@ ROUNDS = 5
 OUTSTANDING = {1: 200, 10: 1000, 100: 3000}
 AGENTS = (100, 1000, 10_000)
 REPLICAS, SHARDS, TOKENS = 3, 12, 60
+LEASE_S = 20.0  # server, replicas, controller and agents share two cores here
 INTERVAL_S, WINDOW_S = 10.0, 20.0
 COMMANDS, RATE_HZ = 200, 20.0
 KNOWN_S = 120.0
@@ -215,7 +216,7 @@ def _replica(bench: Bench, controller: Server, url: str, name: str) -> Server:
         upstream={"token": ""},
         poll={"hold": 20.0},
         store={"url": url, "replicas": 1},
-        shards={"count": SHARDS, "replica": name},
+        shards={"count": SHARDS, "replica": name, "lease_s": LEASE_S},
     )
 
 
