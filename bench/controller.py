@@ -40,6 +40,7 @@ class Controller:
 
     def __init__(self) -> None:
         self._sockets: list[web.WebSocketResponse] = []
+        self._carries: dict[str, web.WebSocketResponse] = {}  # by cluster
         self._acks: set[str] = set()
         self._acked = asyncio.Event()
 
@@ -54,6 +55,8 @@ class Controller:
         return ws
 
     async def _take(self, ws: web.WebSocketResponse, message: dict[str, Any]) -> None:
+        if cluster_id := (message.get("payload") or {}).get("cluster_id"):
+            self._carries[cluster_id] = ws
         match message["type"]:
             case "register":
                 payload = message["payload"]
@@ -71,7 +74,7 @@ class Controller:
         await ws.send_str(msgspec.json.encode(message).decode())
 
     async def send(self, job: Send) -> dict[str, Any]:
-        ws, sent, start_s = self._sockets[-1], {}, time.monotonic()
+        sent, start_s = {}, time.monotonic()
         self._acks.clear()
         for number in range(job.count):
             if job.rate_hz:
@@ -80,6 +83,7 @@ class Controller:
             cluster_id = job.clusters[number % len(job.clusters)]
             payload = {"command_id": command_id, "type": "scale", "payload": {"n": number}, "cluster_id": cluster_id}
             sent[command_id] = time.monotonic()
+            ws = self._carries.get(cluster_id, self._sockets[-1])
             await self._say(ws, "command", command_id, payload)
         async with asyncio.timeout(ACKED_S):
             while job.acked and len(self._acks) < job.count:

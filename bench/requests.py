@@ -14,7 +14,7 @@ def cluster(number: int) -> str:
     return f"cluster-{number:05d}"
 
 
-def heartbeat(server: Server, number: int, user_agent: str = GO) -> bytes:
+def heartbeat(server: Server, number: int, token: str = TOKEN) -> bytes:
     """A heartbeat as B4+ sends it every 5 s."""
     body = {
         "cluster_id": cluster(number),
@@ -30,19 +30,19 @@ def heartbeat(server: Server, number: int, user_agent: str = GO) -> bytes:
             "memory_usage": 40.25,
         },
     }
-    return request(server, "POST", f"{PATH}/{cluster(number)}/heartbeat", json.dumps(body).encode(), user_agent)
+    return request(server, "POST", f"{PATH}/{cluster(number)}/heartbeat", json.dumps(body).encode(), token)
 
 
-def poll(server: Server, number: int, path: str = "poll") -> bytes:
+def poll(server: Server, number: int, path: str = "poll", token: str = TOKEN) -> bytes:
     """A poll for commands as the guide documents it."""
-    return request(server, "GET", f"{PATH}/{cluster(number)}/{path}", b"", GO)
+    return request(server, "GET", f"{PATH}/{cluster(number)}/{path}", b"", token)
 
 
-def request(server: Server, method: str, path: str, body: bytes = b"", user_agent: str = GO) -> bytes:
+def request(server: Server, method: str, path: str, body: bytes = b"", token: str = TOKEN) -> bytes:
     """A request as Go's client writes it."""
     length = f"Content-Length: {len(body)}\r\nContent-Type: application/json\r\n" if method == "POST" else ""
     head = (
-        f"{method} {path} HTTP/1.1\r\nHost: {server.host}:{server.port}\r\nUser-Agent: {user_agent}\r\n"
-        f"{length}Authorization: Bearer {TOKEN}\r\nAccept-Encoding: gzip\r\n\r\n"
+        f"{method} {path} HTTP/1.1\r\nHost: {server.host}:{server.port}\r\nUser-Agent: {GO}\r\n"
+        f"{length}Authorization: Bearer {token}\r\nAccept-Encoding: gzip\r\n\r\n"
     )
     return head.encode() + body

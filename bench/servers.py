@@ -35,7 +35,7 @@ OTHER_CORES = set(CORES[1:]) or SERVER_CORE
 class Server:
     """A running server process. `host` and `port` are where agents call; `start_s` is the time from exec to serving."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[Any]
     host: str
     port: int
     start_s: float

@@ -48,6 +48,12 @@ class NatsServer:
     def url(self) -> str:
         return f"nats://127.0.0.1:{self.port}"
 
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        """The running server."""
+        assert self._process is not None
+        return self._process
+
     def start(self, extra: str | None = None) -> None:
         """Start it and wait until it takes clients."""
         self._config.write_text(self._text + (self._extra if extra is None else extra))
