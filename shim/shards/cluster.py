@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from itertools import count
 from socket import gethostname
 from typing import Any
@@ -41,6 +42,15 @@ LOOK_S = 1.0
 ANSWER_LEASES = 3
 """NATS that has taken no word from us for so many leases does not answer: not ready."""
 STOP_S = 3.0
+AGAIN_S = 0.2
+
+
+async def end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended: the NATS client swallows a cancellation that comes while it connects."""
+    while left := [task for task in tasks if not task.done()]:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=AGAIN_S)
 
 
 class Sharded:
@@ -189,8 +199,7 @@ class Sharded:
 
     async def close(self) -> None:
         """Leave NATS."""
-        for task in self._tasks:
-            task.cancel()
+        await end(self._tasks)
         await self._steward.close()
         await self._bus.close()
 
