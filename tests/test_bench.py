@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,39 @@ ROOT = Path(__file__).parents[1]
 FOUND = json.loads(DATA.read_text())
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Every part, a little of it, all at the same time: what they find is no figure."""
+    folder = tmp_path_factory.getbasetemp()
+    command = [sys.executable, "-m", "bench", "--quick", "--only"]
+    running = {
+        part: subprocess.Popen(
+            [*command, part, "--json", str(folder / f"{part}.json")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in PARTS
+    }
+    yield running
+    for process in running.values():
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_of_the_bench_runs(part: str, tmp_path: Path) -> None:
-    written = tmp_path / "results.json"
-    args = ["--quick", "--only", part, "--json", str(written)]
-    done = subprocess.run([sys.executable, "-m", "bench", *args], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(written.read_text())
+def test_a_part_of_the_bench_runs(
+    part: str, runs: dict[str, subprocess.Popen[str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shown, told = runs[part].communicate(timeout=280)
+    assert runs[part].returncode == 0, told
+    found = json.loads((tmp_path_factory.getbasetemp() / f"{part}.json").read_text())
     assert found["figures"]
     assert all(each["ours"] is not None for each in found["figures"])
     assert [row["agents"] for row in found["sizing"]] == (list(sizing.FEW) if part == "sizing" else [])
-    assert "ours" in done.stdout
+    assert "ours" in shown
 
 
 @pytest.mark.parametrize("name", PAGES)

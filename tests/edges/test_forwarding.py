@@ -17,6 +17,6 @@ async def pieces() -> AsyncGenerator[bytes, None]:
 @pytest.mark.parametrize("status, chunked", [(200, True), (204, False), (304, False)])
 def test_a_reply_that_has_no_body_has_no_chunks(status: int, chunked: bool) -> None:
     """The end of chunks would be taken for the next reply."""
-    start, in_chunks = head(Proxied(status, (), pieces()), {}, True, True)
+    start, in_chunks = head(Proxied(status, (), pieces()), {}, keep=True, http11=True)
     assert in_chunks is chunked
     assert (b"Transfer-Encoding" in start) is chunked
