@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from shim.admin import Recent, Subject
+from shim.bridge import Context
 from shim.clock import Clock
+from shim.core.sessions import Sessions
 from shim.errors import StoreError
 from shim.metrics import Metrics
-from shim.ports import Fallback, Switchboard, Timers, UpstreamPort
+from shim.ports import CommandStore, Fallback, Switchboard, Timers, UpstreamPort
 from shim.settings import Settings
 from shim.store import Post
 
@@ -32,6 +34,24 @@ class Surroundings:
     upstream: UpstreamPort
     read_token: Callable[[], str]
     broken: Callable[[StoreError], None]
+
+    def context(
+        self, settings: Settings, store: CommandStore, upstream: UpstreamPort, owner_key: bytes = b""
+    ) -> Context:
+        """The surroundings of one bridge."""
+        return Context(
+            settings=settings,
+            clock=self.clock,
+            timers=self.timers,
+            rng=self.rng,
+            new_id=self.new_id,
+            store=store,
+            upstream=upstream,
+            metrics=self.metrics,
+            read_token=self.read_token,
+            sessions=Sessions(),
+            owner_key=owner_key,
+        )
 
 
 class Detour(Fallback, Protocol):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from shim.admin import Journal
-from shim.bridge import Bridge, Context
+from shim.bridge import Bridge
 from shim.composition import Surroundings
 from shim.core.records import Loaded
-from shim.core.sessions import Sessions
 from shim.passthrough import Passthrough
 from shim.ports import CommandStore
 from shim.settings import Settings
@@ -21,19 +20,7 @@ class Single:
     def __init__(self, around: Surroundings, store: CommandStore) -> None:
         self._metrics = around.metrics
         self.recent = Journal(store)
-        ctx = Context(
-            settings=around.settings,
-            clock=around.clock,
-            timers=around.timers,
-            rng=around.rng,
-            new_id=around.new_id,
-            store=self.recent,
-            upstream=around.upstream,
-            metrics=around.metrics,
-            read_token=around.read_token,
-            sessions=Sessions(),
-        )
-        self.subject = self.switchboard = Bridge(ctx)
+        self.subject = self.switchboard = Bridge(around.context(around.settings, self.recent, around.upstream))
         self.fallback = Passthrough(self.subject)
         self._loaded: Loaded | None = None
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
-from shim import jsontext
 from shim.bridge import Bridge
 from shim.core.calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
 from shim.core.link import LinkState
 from shim.core.modes import Breaker, Failover, Way, bucket
 from shim.logs import get
-from shim.passthrough.proxy import Proxy, Unreachable
+from shim.passthrough.proxy import Proxy, Unreachable, object_of, unreachable_reply
+from shim.passthrough.sunset import is_over
 from shim.ports import Answer, Client, Forwarded, Proxied
-from shim.validation import instant_s
 
 log = get(__name__)
 
@@ -89,8 +86,7 @@ class Passthrough:
         return way is Way.HTTP
 
     def _sunset_over(self) -> bool:
-        at = self._bridge.ctx.settings.sunset.at
-        return bool(at) and self._bridge.ctx.clock.wall_s() >= instant_s(at)
+        return is_over(self._bridge.ctx.settings.sunset, self._bridge.ctx.clock.wall_s())
 
     # --- serving ------------------------------------------------------------------------------------------------------
 
@@ -114,7 +110,7 @@ class Passthrough:
         if isinstance(call, PollCall):
             return await self._merged(request, call, reply)
         if isinstance(call, RegisterCall) and reply.status in REGISTERED and isinstance(reply.body, bytes):
-            self._bridge.detour.registered(request.client, call, _object(reply.body))
+            self._bridge.detour.registered(request.client, call, object_of(reply.body))
         if isinstance(call, ResultCall) and reply.status in (200, 204):
             self._bridge.detour.result_taken(request.client, call)
         return reply
@@ -140,13 +136,12 @@ class Passthrough:
         """
         if self._bridge.ctx.settings.mode == "auto" and isinstance(request.body, bytes) and request.call is not None:
             return None
-        body = msgspec.json.encode({"success": False, "error": "the vendor's HTTP API cannot be reached"})
-        return Proxied(502, (("Content-Type", "application/json"),), body)
+        return unreachable_reply()
 
     async def _merged(self, request: Forwarded, call: PollCall, reply: Proxied) -> Proxied | Answer:
         """The only reply that is rewritten: what is on disk comes first, and one id is delivered once."""
         detour = self._bridge.detour
-        body = _object(reply.body) if isinstance(reply.body, bytes) else {}
+        body = object_of(reply.body)
         listed = body.get("commands")
         handed_out = listed if reply.status == 200 and isinstance(listed, list) else []
         if not handed_out and not detour.waiting(request.client, call):
@@ -168,11 +163,3 @@ class Passthrough:
 
     def _count(self, outcome: str) -> None:
         self._bridge.ctx.metrics.fallback.labels(outcome).inc()
-
-
-def _object(body: bytes | Any) -> dict[str, Any]:
-    try:
-        value = jsontext.decode(body)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import AsyncGenerator, Iterable
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import msgspec
 from multidict import CIMultiDict
 from yarl import URL
 
+from shim import jsontext
 from shim.core.urls import origin_of
 from shim.errors import ShimError
 from shim.logs import get
@@ -126,6 +129,21 @@ def _inflate(body: bytes) -> bytes:
     if not decoder.eof:
         raise Unreachable("the vendor's HTTP API answered more than can be read")
     return plain
+
+
+def unreachable_reply() -> Proxied:
+    """What an agent gets where there is no other way than an API that cannot be reached."""
+    body = msgspec.json.encode({"success": False, "error": "the vendor's HTTP API cannot be reached"})
+    return Proxied(502, (("Content-Type", "application/json"),), body)
+
+
+def object_of(body: bytes | AsyncGenerator[bytes, None]) -> dict[str, Any]:
+    """The JSON object in a reply that was read whole; an empty one where it is none."""
+    try:
+        value = jsontext.decode(body) if isinstance(body, bytes) else None
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:

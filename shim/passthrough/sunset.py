@@ -19,3 +19,8 @@ def sunset_headers(sunset: Sunset) -> Mapping[str, str]:
     if sunset.link:
         found["Link"] = f'<{sunset.link}>; rel="deprecation"'
     return found
+
+
+def is_over(sunset: Sunset, wall_s: float) -> bool:
+    """Whether the legacy API is gone by then (Unix seconds): nothing goes that way any more."""
+    return bool(sunset.at) and wall_s >= instant_s(sunset.at)

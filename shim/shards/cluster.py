@@ -9,10 +9,8 @@ from itertools import count
 from socket import gethostname
 from typing import Any
 
-from shim.bridge import Context
 from shim.composition import Surroundings
 from shim.core.leases import LeasePolicy
-from shim.core.sessions import Sessions
 from shim.errors import StoreError
 from shim.logs import get
 from shim.ports import Switchboard
@@ -83,18 +81,7 @@ class Sharded:
 
     def _make_overview(self) -> Overview:
         around = self._around
-        ctx = Context(
-            settings=around.settings,
-            clock=around.clock,
-            timers=around.timers,
-            rng=around.rng,
-            new_id=around.new_id,
-            store=NatsProbe(self._answers, around.post),
-            upstream=around.upstream,
-            metrics=around.metrics,
-            read_token=around.read_token,
-            sessions=Sessions(),
-        )
+        ctx = around.context(around.settings, NatsProbe(self._answers, around.post), around.upstream)
         return Overview(ctx, self._steward.bridges, self._about_replicas, self._lookup.elsewhere)
 
     def _ended(self, shard: int, reason: str) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from shim.composition import Surroundings
 from shim.core.calls import AgentCall, HealthCall, PollCall, ResultCall
 from shim.core.records import VIA_HTTP
 from shim.errors import OperatorError
-from shim.passthrough.proxy import Proxy, Unreachable
+from shim.passthrough.proxy import Proxy, Unreachable, object_of, unreachable_reply
+from shim.passthrough.sunset import is_over
 from shim.ports import Answer, Client, Forwarded, Proxied
 from shim.shards.lookup import Lookup
 from shim.shards.replicas import Known, Replicas
-from shim.validation import instant_s
 
 
 class Rollback:
@@ -36,8 +34,7 @@ class Rollback:
     def takes_all(self) -> bool:
         """Mode `http`, before the sunset."""
         settings = self._known.settings()
-        at = settings.sunset.at
-        return settings.mode == "http" and not (at and self._around.clock.wall_s() >= instant_s(at))
+        return settings.mode == "http" and not is_over(settings.sunset, self._around.clock.wall_s())
 
     def takes_some(self) -> bool:
         """All or none."""
@@ -60,8 +57,7 @@ class Rollback:
             reply = await self._proxy.send(settings.fallback.url, request, bearer, whole=isinstance(call, PollCall))
         except Unreachable:
             self._around.metrics.fallback.labels("unreachable").inc()
-            body = msgspec.json.encode({"success": False, "error": "the vendor's HTTP API cannot be reached"})
-            reply = Proxied(502, (("Content-Type", "application/json"),), body)
+            reply = unreachable_reply()
         else:
             self._around.metrics.fallback.labels(f"{reply.status // 100}xx").inc()
         if isinstance(call, PollCall) and not _has_commands(reply):
@@ -86,8 +82,4 @@ class Rollback:
 
 
 def _has_commands(reply: Proxied) -> bool:
-    try:
-        body = msgspec.json.decode(reply.body) if isinstance(reply.body, bytes) else {}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return reply.status == 200 and isinstance(body, dict) and bool(body.get("commands"))
+    return reply.status == 200 and bool(object_of(reply.body).get("commands"))

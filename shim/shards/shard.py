@@ -8,11 +8,10 @@ from dataclasses import replace
 from weakref import WeakSet
 
 from shim.admin import Journal
-from shim.bridge import Bridge, Context
+from shim.bridge import Bridge
 from shim.composition import Surroundings
 from shim.core.calls import Accepted, Commands, PollCall
 from shim.core.leases import Term
-from shim.core.sessions import Sessions
 from shim.messages import Message
 from shim.ports import Answer, Client, DialFailure, DialSpec, Socket, SocketEvents, UpstreamPort
 from shim.settings import Settings
@@ -108,21 +107,7 @@ class Shard:
         watch = probe(around.metrics, around.broken)
         store = open_store(around.settings.store, around.post, watch, Partition(f"s{number}", term.revision))
         self.recent = Journal(store)
-        self.bridge = Bridge(
-            Context(
-                settings=settings,
-                clock=around.clock,
-                timers=around.timers,
-                rng=around.rng,
-                new_id=around.new_id,
-                store=self.recent,
-                upstream=self._fence,
-                metrics=around.metrics,
-                read_token=around.read_token,
-                sessions=Sessions(),
-                owner_key=owner_key,
-            )
-        )
+        self.bridge = Bridge(around.context(settings, self.recent, self._fence, owner_key))
 
     def valid(self) -> bool:
         """Whether it is ours."""

@@ -239,7 +239,7 @@ async def test_another_number_of_shards_is_refused(tmp_path: Path, nats: NatsSer
         assert "shards.lease_s" in refused["error"]
 
 
-async def test_a_cluster_of_nats_servers_loses_each_of_its_nodes(tmp_path: Path) -> None:
+async def test_a_cluster_of_nats_servers_loses_one_of_its_nodes(tmp_path: Path) -> None:
     folder = tmp_path / "nats"
     folder.mkdir()
     servers = cluster(folder)
