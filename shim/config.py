@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,12 +16,14 @@ import yaml
 
 from shim.conversion import Text, leaves, sections, to_settings
 from shim.errors import ConfigError, Fault
+from shim.regular_files import read_regular, reason
 from shim.settings import Settings
 from shim.validation import semantic_faults
 
 _ENV_PREFIX = "SHIM_"
 _RELOADABLE = frozenset({"mode", "rollout", "fallback", "heartbeat", "poll", "commands"})
 _MAX_SECRET_BYTES = 65_536
+_MAX_FILE_BYTES = 1_048_576
 _MASK = "***"
 _USERINFO = re.compile(r"(?<=://)[^/?#@,]*@")
 
@@ -93,14 +94,13 @@ def read_secret(path: str, key: str) -> str:
     Raises `ConfigError` when there is no such word. Neither its text nor its cause contains any of the file.
     """
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(_MAX_SECRET_BYTES + 1)
+        data = read_regular(path, _MAX_SECRET_BYTES)
     except (OSError, ValueError) as exc:
-        raise ConfigError([Fault(key, f"cannot be read: {_reason(exc)}")]) from None
+        raise ConfigError([Fault(key, f"cannot be read: {reason(exc)}")]) from None
     word = data.decode("ascii", "replace").strip()
     if not word:
         raise ConfigError([Fault(key, "the file is empty")])
-    if len(data) > _MAX_SECRET_BYTES or not re.fullmatch(r"[!-~]+", word):
+    if not re.fullmatch(r"[!-~]+", word):
         raise ConfigError([Fault(key, "the file must hold one word of printable ASCII")])
     return word
 
@@ -112,18 +112,14 @@ def secrets(settings: Settings) -> list[str]:
     return [text for text in found if text]
 
 
-def _reason(exc: Exception) -> str:
-    return exc.strerror or type(exc).__name__ if isinstance(exc, OSError) else "not a path"
-
-
 # --- where values come from ---
 
 
 def _read_file(path: str, faults: list[Fault]) -> dict[str, Any]:
     try:
-        data = Path(path).read_bytes()
+        data = read_regular(path, _MAX_FILE_BYTES)
     except (OSError, ValueError) as exc:
-        faults.append(Fault("", f"{path} cannot be read: {_reason(exc)}"))
+        faults.append(Fault("", f"{path} cannot be read: {reason(exc)}"))
         return {}
     loader = None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -281,7 +282,7 @@ def test_a_token_in_the_settings_and_none() -> None:
         (b"hunter2 hunter2", "the file must hold one word of printable ASCII"),
         (b"hunter2\x00", "the file must hold one word of printable ASCII"),
         (b"\xff\xfehunter2", "the file must hold one word of printable ASCII"),
-        (b"hunter2" * 10_000, "the file must hold one word of printable ASCII"),
+        (b"hunter2" * 10_000, "cannot be read: larger than 65536 bytes"),
         (None, "cannot be read: No such file or directory"),
     ],
 )
@@ -292,6 +293,16 @@ def test_secret_files_that_hold_no_secret(tmp_path: Path, data: bytes | None, me
     with pytest.raises(ConfigError) as caught:
         read_secret(str(file), "upstream.token_file")
     assert str(caught.value) == f"upstream.token_file: {message}"
+
+
+@pytest.mark.timeout(5)
+def test_a_fifo_in_the_place_of_a_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(ConfigError, match="upstream.token_file: cannot be read: not a regular file"):
+        read_secret(str(fifo), "upstream.token_file")
+    with pytest.raises(ConfigError, match="cannot be read: not a regular file"):
+        load(str(fifo), {}, ())
 
 
 def test_sections_are_the_parents_of_all_keys() -> None:

@@ -6,6 +6,7 @@ import logging
 import ssl
 
 from shim.filemarks import Mark, marks
+from shim.regular_files import require_regular
 from shim.settings import TlsFiles
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class ServerTls:
     def _build(self) -> ssl.SSLContext:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        for name in filter(None, (self._files.cert_file, self._files.key_file)):
+            require_regular(name)
         # An encrypted key must not stop the process at a prompt.
         context.load_cert_chain(self._files.cert_file, self._files.key_file or None, password="")
         return context

@@ -1,0 +1,46 @@
+"""Read files that the configuration names without ever waiting for one: only regular files are opened.
+
+A FIFO, a device or a socket in a file's place would stop the event loop, or never end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def read_regular(path: str | Path, limit_bytes: int) -> bytes:
+    """Return the content of a regular file, symbolic links followed.
+
+    Raises `OSError` when the file cannot be read, is not a regular file, or is larger than `limit_bytes`, and
+    `ValueError` when `path` contains a null byte. `reason` turns both into words.
+    """
+    require_regular(path)
+    # The file may have been replaced since the check: opening must not wait for a FIFO's writer, nor take a terminal.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with os.fdopen(descriptor, "rb") as file:
+        _check(os.fstat(descriptor))
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise OSError(errno.EFBIG, f"larger than {limit_bytes} bytes")
+    return data
+
+
+def require_regular(path: str | Path) -> None:
+    """Raise `OSError` unless `path` is an existing regular file.
+
+    Call this before a library opens a file by its name, for example the certificates that `ssl` loads.
+    """
+    _check(Path(path).stat())
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Return why a file could not be read, in words without its name or content."""
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else "not a path"
+
+
+def _check(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
