@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 
 from shim.core.coverage import Covered
+from shim.core.fallback_record import OUTCOMES
 from shim.core.liveness import Verdict
 from shim.core.reach import FAILURES, Attempt
 from shim.core.refusals import REFUSED_TYPES
@@ -138,7 +139,7 @@ class Metrics:
         self.fallback = self._counters(
             "fallback_calls",
             "Calls that went to the vendor's HTTP API, by the class of its answer, or unreachable.",
-            outcome=("1xx", "2xx", "3xx", "4xx", "5xx", "unreachable"),
+            outcome=OUTCOMES,
         )
         self.fallback_active = self._gauge(
             "fallback_active", "1 while calls go by HTTP because of the mode or of a link that is down."

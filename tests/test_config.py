@@ -299,7 +299,7 @@ def test_secret_files_that_hold_no_secret(tmp_path: Path, data: bytes | None, me
 def test_a_fifo_in_the_place_of_a_file_is_refused_without_waiting(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    with pytest.raises(ConfigError, match="upstream.token_file: cannot be read: not a regular file"):
+    with pytest.raises(ConfigError, match=r"upstream\.token_file: cannot be read: not a regular file"):
         read_secret(str(fifo), "upstream.token_file")
     with pytest.raises(ConfigError, match="cannot be read: not a regular file"):
         load(str(fifo), {}, ())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from shim.core.backoff import BackoffPolicy
 from shim.core.commands import QueuePolicy
+from shim.core.fallback_record import FallbackRecord
 from shim.core.sessions import Sessions
 from shim.metrics import Metrics
 from shim.ports import Clock, CommandStore, Timers, UpstreamPort
@@ -26,7 +27,10 @@ class TokenSource(Protocol):
 
 @dataclass(slots=True)
 class Context:
-    """The bridge's surroundings. `settings` is replaced on a reload; `rng` yields floats in [0, 1)."""
+    """The bridge's surroundings. `settings` is replaced on a reload; `rng` yields floats in [0, 1).
+
+    `fallback` records how calls to the vendor's HTTP API end.
+    """
 
     settings: Settings
     clock: Clock
@@ -39,6 +43,7 @@ class Context:
     read_token: TokenSource
     sessions: Sessions
     owner_key: bytes = b""
+    fallback: FallbackRecord = field(default_factory=FallbackRecord)
 
     @property
     def now(self) -> float:

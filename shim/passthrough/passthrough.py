@@ -6,8 +6,10 @@ import msgspec
 
 from shim.bridge import Bridge
 from shim.core.calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
+from shim.core.fallback_record import FallbackCall
 from shim.core.link import LinkState
 from shim.core.modes import Breaker, Failover, Way, bucket
+from shim.core.usage import route_of
 from shim.logs import get
 from shim.passthrough.proxy import Proxy, Unreachable, object_of, unreachable_reply
 from shim.passthrough.sunset import is_over
@@ -99,9 +101,9 @@ class Passthrough:
             return None  # its command came over the WebSocket
         try:
             reply = await self._send(request)
-        except Unreachable:
+        except Unreachable as error:
             self._breaker.failed(self._bridge.ctx.now)
-            self._count("unreachable")
+            self._record(request, reason=str(error))
             if isinstance(call, PollCall) and self._bridge.detour.waiting(request.client, call):
                 return await self._bridge.detour.merge(request.client, call, [], request.arrived_s)
             return self._instead(request)
@@ -123,7 +125,7 @@ class Passthrough:
         return await self._proxy.send(fallback.url, request, bearer, whole=whole)
 
     def _judge(self, request: Forwarded, reply: Proxied) -> None:
-        self._count(f"{reply.status // 100}xx")
+        self._record(request, reply.status)
         if reply.status in BROKEN or reply.status == 410:
             self._breaker.failed(self._bridge.ctx.now)
         else:
@@ -161,5 +163,14 @@ class Passthrough:
         )
         return Proxied(reply.status, headers, merged, answer.lease)
 
-    def _count(self, outcome: str) -> None:
-        self._bridge.ctx.metrics.fallback.labels(outcome).inc()
+    def _record(self, request: Forwarded, status: int = 0, reason: str = "") -> None:
+        """Record how a call ended, for the metrics and the status."""
+        call, ctx = request.call, self._bridge.ctx
+        agent = None
+        if call is not None and not isinstance(call, (RegisterCall, HealthCall)):
+            owner = self._bridge.routes.owner_of(request.client.token)
+            agent = None if owner is None else ctx.sessions.key_of(owner, call.target)
+        operation = route_of(call)[1] if call is not None else ""
+        ended = FallbackCall(ctx.clock.wall_s(), operation, status, reason)
+        ctx.fallback.add(ended, agent)
+        ctx.metrics.fallback.labels(ended.outcome).inc()

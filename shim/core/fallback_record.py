@@ -1,0 +1,70 @@
+"""Record how calls to the vendor's HTTP API end, for the status, doctor and the alerts. Pure; times are Unix seconds.
+
+Rules: docs/reference/protocol.md#4-modes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from shim.core.records import SessionKey
+
+UNREACHABLE = "unreachable"
+OUTCOMES = ("1xx", "2xx", "3xx", "4xx", "5xx", UNREACHABLE)
+MAX_AGENTS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class FallbackCall:
+    """One call that ended. `status` is 0 and `reason` says why when the API could not be reached."""
+
+    wall_s: float
+    operation: str
+    status: int = 0
+    reason: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """The class of the answer, one of `OUTCOMES`; a status that HTTP does not define counts as 5xx."""
+        return f"{min(self.status // 100, 5)}xx" if self.status >= 100 else UNREACHABLE
+
+    @property
+    def ok(self) -> bool:
+        """True for 2xx and 3xx: the API served the agent."""
+        return 200 <= self.status < 400
+
+
+@dataclass(slots=True)
+class FallbackRecord:
+    """Counts per outcome since the start, the newest calls, and each agent's newest call.
+
+    `failing_since_s` is when the present row of failures began, `None` while the newest call was served;
+    `failures` is the length of that row.
+    """
+
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    last: FallbackCall | None = None
+    last_ok: FallbackCall | None = None
+    last_failure: FallbackCall | None = None
+    failures: int = 0
+    failing_since_s: float | None = None
+    by_agent: OrderedDict[SessionKey, FallbackCall] = field(default_factory=OrderedDict)
+
+    def add(self, call: FallbackCall, agent: SessionKey | None = None) -> None:
+        """Record a call that ended; `agent` is its caller's session where that is known."""
+        self.counts[call.outcome] += 1
+        self.last = call
+        if call.ok:
+            self.last_ok = call
+            self.failures, self.failing_since_s = 0, None
+        else:
+            self.last_failure = call
+            self.failures += 1
+            if self.failing_since_s is None:
+                self.failing_since_s = call.wall_s
+        if agent is not None:
+            self.by_agent[agent] = call
+            self.by_agent.move_to_end(agent)
+            if len(self.by_agent) > MAX_AGENTS:
+                self.by_agent.popitem(last=False)

@@ -1,0 +1,50 @@
+"""The record of how calls to the vendor's HTTP API end."""
+
+from __future__ import annotations
+
+import pytest
+
+from shim.core.fallback_record import MAX_AGENTS, OUTCOMES, FallbackCall, FallbackRecord
+from shim.core.records import SessionKey
+
+
+@pytest.mark.parametrize(
+    "status, outcome, ok",
+    [
+        (204, "2xx", True),
+        (302, "3xx", True),
+        (401, "4xx", False),
+        (503, "5xx", False),
+        (777, "5xx", False),
+        (0, "unreachable", False),
+    ],
+)
+def test_the_class_of_an_answer(status: int, outcome: str, ok: bool) -> None:
+    call = FallbackCall(1.0, "heartbeat", status)
+    assert (call.outcome, call.ok) == (outcome, ok)
+    assert outcome in OUTCOMES
+
+
+def test_a_row_of_failures_begins_with_the_first_and_ends_with_a_success() -> None:
+    record = FallbackRecord()
+    assert (record.last, record.failing_since_s) == (None, None)
+    for wall_s, status in ((1.0, 204), (2.0, 401), (3.0, 0)):
+        record.add(FallbackCall(wall_s, "heartbeat", status))
+    assert (record.failures, record.failing_since_s) == (2, 2.0)
+    assert record.last is record.last_failure
+    assert record.last_ok is not None
+    assert record.last_ok.wall_s == 1.0
+    record.add(FallbackCall(4.0, "heartbeat", 200))
+    assert (record.failures, record.failing_since_s) == (0, None)
+    assert record.counts == {"1xx": 0, "2xx": 2, "3xx": 0, "4xx": 1, "5xx": 0, "unreachable": 1}
+
+
+def test_the_newest_call_of_each_agent_is_kept_for_a_bounded_number() -> None:
+    record = FallbackRecord()
+    keys = [SessionKey("default", "cluster", str(number)) for number in range(MAX_AGENTS + 1)]
+    for number, key in enumerate(keys):
+        record.add(FallbackCall(float(number), "poll", 200), key)
+        record.add(FallbackCall(float(number), "poll", 500), keys[0])
+    assert len(record.by_agent) == MAX_AGENTS
+    assert record.by_agent[keys[0]].status == 500
+    assert keys[1] not in record.by_agent
