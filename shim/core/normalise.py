@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 
 from shim.core import rfc3339 as form
+from shim.core.bounds import MAX_ID_BYTES
 from shim.core.timestamps import parse_rfc3339, rfc3339
 from shim.errors import ShimError
 from shim.messages import Message
 
-MAX_ID_BYTES = 256
 MAX_ECHO_CHARS = 1024
 """How much of an id that cannot be used goes back with the rejection."""
 MAX_DEPTH = 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MAX_NAME_CHARS = 64
+from shim.core.bounds import MAX_SHOWN_CHARS, cut
 
 _UNITS = ((86_400.0, "day"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
@@ -36,6 +36,5 @@ def printable(text: str) -> str:
 
 
 def brief(name: str) -> str:
-    """An agent's name for a sentence or a table: printable, and of a length that leaves room for the rest."""
-    shown = printable(name)
-    return shown if len(shown) <= MAX_NAME_CHARS else f"{shown[: MAX_NAME_CHARS - 1]}…"
+    """Return an agent's name for a sentence or a table: printable, and short enough to leave room for the rest."""
+    return cut(printable(name), MAX_SHOWN_CHARS)

@@ -23,10 +23,10 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
+from shim.core.bounds import MAX_ID_BYTES
 from shim.core.calls import AgentCall, Failed, Outcome
 from shim.errors import AgentError
 
-MAX_ID_BYTES = 256
 MAX_DEPTH = 64
 """Arrays and objects in one another that a body may have; far above what agents send, far below where encoders fail."""
 
@@ -34,13 +34,15 @@ MAX_DEPTH = 64
 class Call(msgspec.Struct, frozen=True):
     """One legacy request, read and decoded: `params` are the path's ids, `body` the JSON value (`None` if empty).
 
-    `shallow`: the body has so few brackets that it cannot be nested too deeply; the dialect need not look.
+    `size_bytes` is the body's size after inflation. `shallow`: the body has so few brackets that it cannot be nested
+    too deeply; the dialect need not look.
     """
 
     params: Mapping[str, str]
     body: Any = None
     user_agent: str = ""
     shallow: bool = False
+    size_bytes: int = 0
 
     def __repr__(self) -> str:
         return f"Call({self.params!r}, user_agent={self.user_agent!r})"

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from shim.core import rfc3339
+from shim.core.bounds import MAX_ID_BYTES, MAX_KEPT_BYTES, MAX_LABELS, MAX_NAME_CHARS, MAX_WORD_CHARS, cut
 from shim.core.calls import HeartbeatCall, RegisterCall, ResultCall, Target
 from shim.dialects import MAX_DEPTH, Call, valid_id
 from shim.errors import AgentError
@@ -70,6 +71,18 @@ def text(value: Any) -> str:
     return str(value) if plain else ""
 
 
+def word(value: Any) -> str:
+    """Return a leniently read text that tells about an agent and identifies nothing, cut to its bound."""
+    return cut(text(value), MAX_WORD_CHARS)
+
+
+def bounded_object(call: Call) -> dict[str, Any]:
+    """Return the JSON object of a call whose content is kept. Raises `AgentError` 413 if it is too large for that."""
+    if call.size_bytes > MAX_KEPT_BYTES:
+        raise AgentError(413, f"a registration or heartbeat may have {MAX_KEPT_BYTES} bytes, this one has more")
+    return body_object(call)
+
+
 def first_text(source: Mapping[str, Any], *keys: str) -> str:
     """The first of these fields that is a non-empty text; empty if none is."""
     for key in keys:
@@ -92,11 +105,11 @@ def read_register(
     The ServiceAccount token is the first of `secret_keys`. Unknown keys are kept in the payload, except those whose
     name tells of a secret, because registrations are stored. Raises `AgentError` 400 where no agent id or no name is.
     """
-    body = body_object(call)
+    body = bounded_object(call)
     agent_id = first_text(body, "agent_id", "id") or call.params.get("agent_id", "")
     if not agent_id:
         raise AgentError(400, "agent_id is required")
-    name = first_text(body, "cluster_name", "name")
+    name = _name(body)
     if not name:
         raise AgentError(400, "name or cluster_name is required")
     agent_id = valid_id(agent_id, "agent_id")
@@ -110,12 +123,23 @@ def read_register(
     )
 
 
+def _name(body: dict[str, Any]) -> str:
+    """Return the name that a body gives its agent, empty if none. Raises `AgentError` 400 if it is too long."""
+    name = first_text(body, "cluster_name", "name")
+    if len(name) > MAX_NAME_CHARS:
+        raise AgentError(400, f"name or cluster_name may have {MAX_NAME_CHARS} characters")
+    return name
+
+
 def _mapped(body: dict[str, Any]) -> dict[str, Any]:
     """The fields of an upstream `register` that the body has, apart from the two that every one has."""
-    labels = {key: text(value) for key, value in object_or_empty(body.get("labels")).items() if _is_text(value)}
-    found: dict[str, Any] = {key: text(body.get(key)) for key in _TEXTS}
+    if len(text(body.get("cluster_id")).encode("utf-8", "replace")) > MAX_ID_BYTES:
+        raise AgentError(400, "invalid cluster_id")
+    given = object_or_empty(body.get("labels")).items()
+    labels = dict([(cut(key, MAX_WORD_CHARS), word(value)) for key, value in given if _is_text(value)][:MAX_LABELS])
+    found: dict[str, Any] = {key: word(body.get(key)) for key in _TEXTS}
     found |= {key: object_or_empty(body.get(key)) for key in _OBJECTS}
-    found["agent_version"] = first_text(body, "agent_version", "version")
+    found["agent_version"] = word(first_text(body, "agent_version", "version"))
     found["hostname"] = found["hostname"] or labels.get("hostname")
     found["tunnel_port_config"] = found["tunnel_port_config"] or object_or_empty(body.get("tunnel_config"))
     found["metadata"] = _without_secrets(found["metadata"])
@@ -155,8 +179,8 @@ def read_heartbeat(
         dialect=dialect,
         target=target,
         agent_id=agent_id,
-        status=text(body.get("status")),
-        tunnel_status=text(body.get("tunnel_status")) or tunnel_status,
+        status=word(body.get("status")),
+        tunnel_status=word(body.get("tunnel_status")) or tunnel_status,
         payload=payload,
         known=_known(body, object_or_empty(metadata)),
     )
@@ -183,15 +207,16 @@ def _known(body: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     # This is done for every heartbeat, and most have next to none of these.
     found = {}
     if "cluster_name" in body or "name" in body:
-        found["name"] = first_text(body, "cluster_name", "name")
+        found["name"] = _name(body)
     for source in (metadata, body):
         if _TELLING.isdisjoint(source):
             continue
         if "agent_version" in source or "version" in source:
-            found["agent_version"] = first_text(source, "agent_version", "version") or found.get("agent_version", "")
+            version = first_text(source, "agent_version", "version")
+            found["agent_version"] = cut(version, MAX_WORD_CHARS) or found.get("agent_version", "")
         for key in _HOST_KEYS:
             if key in source:
-                found[key] = text(source[key]) or found.get(key, "")
+                found[key] = word(source[key]) or found.get(key, "")
     return {key: value for key, value in found.items() if value}
 
 

@@ -21,7 +21,7 @@ def parse(operation: str, call: Call) -> AgentCall:
         # this generation alone calls the ServiceAccount token `token`
         return _requests.read_register(NAME, call, secret_keys=("token", "k8s_service_token"))
     agent_id = call.params["agent_id"]
-    body = _requests.body_object(call)
+    body = _requests.bounded_object(call)
     cluster_id = _requests.text(body.get("cluster_id"))
     target = Target(Kind.CLUSTER, valid_id(cluster_id, "cluster_id")) if cluster_id else Target(Kind.ALIAS, agent_id)
     return _requests.read_heartbeat(NAME, target, agent_id, body)

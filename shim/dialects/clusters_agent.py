@@ -25,7 +25,7 @@ def parse(operation: str, call: Call) -> AgentCall:
     target = Target(Kind.CLUSTER, call.params["cluster_id"])
     if operation == "heartbeat":
         # the path's cluster id wins over the body's
-        body = _requests.body_object(call)
+        body = _requests.bounded_object(call)
         agent_id = _requests.text(body.get("agent_id"))
         return _requests.read_heartbeat(NAME, target, agent_id and valid_id(agent_id, "agent_id"), body)
     if operation == "poll":

@@ -63,7 +63,7 @@ class Express:
             return None
         try:
             decoded = decode_body(data) if match.route.method == hdrs.METH_POST else None
-            call = Call(match.params, decoded, headers.get(hdrs.USER_AGENT, ""), is_shallow(data))
+            call = Call(match.params, decoded, headers.get(hdrs.USER_AGENT, ""), is_shallow(data), len(data))
             agent_call = match.dialect.parse(match.route.operation, call)
         except AgentError:
             return None

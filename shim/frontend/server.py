@@ -174,7 +174,7 @@ class Frontend:
         data = await read_body(request, limit_bytes, listen.body_timeout_s, self._budget)
         body = decode_body(data) if route.method == hdrs.METH_POST else None
         visit.step = "call"
-        call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(data))
+        call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(data), len(data))
         agent_call = match.dialect.parse(route.operation, call)
         if isinstance(agent_call, RegisterCall):
             visit.step = "in_flight"
@@ -201,7 +201,7 @@ class Frontend:
         if match is not None and data is not None:
             with contextlib.suppress(AgentError):
                 body = decode_body(data) if match.route.method == hdrs.METH_POST else None
-                call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(data))
+                call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(data), len(data))
                 agent_call = match.dialect.parse(match.route.operation, call)
         answer = await fallback.serve(forwarded(visit, listen.base_path, client, data, agent_call))
         if isinstance(answer, Proxied):

@@ -1,0 +1,29 @@
+"""Bounds on texts that others choose: one where a text enters, a shorter one where it is shown or logged.
+
+`docs/threat-model.md` lists them beside the bounds that are settings. A text beyond its bound is cut, except where it
+identifies something: an id or a name that is too long is refused, because a cut one could be another's.
+"""
+
+from __future__ import annotations
+
+MAX_ID_BYTES = 256
+"""Ids of agents, clusters and commands, in paths and bodies."""
+MAX_NAME_CHARS = 256
+"""Names of agents and clusters; Kubernetes allows 253 characters."""
+MAX_WORD_CHARS = 256
+"""Statuses, types, versions, regions, user agents: what fits on a line."""
+MAX_LABELS = 128
+"""Labels of one registration; further ones are left out."""
+MAX_KEPT_BYTES = 65_536
+"""JSON bytes of one registration or heartbeat: the newest of each agent is kept in memory."""
+MAX_TEXT_CHARS = 4096
+"""Reasons and error texts that are passed on."""
+MAX_SHOWN_CHARS = 64
+"""Names, ids, types and statuses on the status page, in tables and in sentences."""
+MAX_LOGGED_CHARS = 200
+"""One text in a log line."""
+
+
+def cut(text: str, limit_chars: int) -> str:
+    """Return the text, shortened to the limit with `…` as its last character where it is longer."""
+    return text if len(text) <= limit_chars else f"{text[: limit_chars - 1]}…"
