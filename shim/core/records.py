@@ -126,6 +126,13 @@ class PutOutcome:
     result: dict[str, Any] | None = None
 
 
+class LookUpCommand(msgspec.Struct, frozen=True):
+    """Tell what is stored of a command of a session. Result: `PutOutcome` as for a duplicate, `None` if unknown."""
+
+    session: SessionKey
+    command_id: str
+
+
 class MarkCommands(msgspec.Struct, frozen=True):
     """Move commands of a session to `state`. `attempts` is added to their count. Unknown ids are ignored."""
 
@@ -268,6 +275,7 @@ class FindCommand(msgspec.Struct, frozen=True):
 
 Operation = (
     PutCommand
+    | LookUpCommand
     | MarkCommands
     | RequeueCommand
     | PutResult

@@ -9,6 +9,7 @@ from shim.core.records import (
     AddTrace,
     CommandRecord,
     FindCommand,
+    LookUpCommand,
     MarkCommands,
     Prune,
     PutCommand,
@@ -26,15 +27,30 @@ from shim.store.schema import ENDED
 _VACUUM_PAGES = 1000
 _KEPT_PAGES = 2500
 
+# Steps of commands that were refused; each has an id and a reason whose lengths are bounded where they enter.
+MAX_LONE_TRACES = 10_000
+
 _INSERT_COMMAND = (
     "INSERT INTO commands (session, id, request_id, state, attempts, updated, arrived, expires, size_bytes, type,"
     " created_at, payload, via, first_step) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
     " ON CONFLICT (session, id) DO NOTHING"
 )
 _SELECT_COMMAND = "SELECT seq, state, result FROM commands WHERE session = ? AND id = ?"
+# The indexes begin with the session, because that is what nearly all statements name. A command that is looked for in
+# any session is found by one probe per session that the index knows; an index of its own would slow every insert down.
+_ANY_SESSION = (
+    "WITH RECURSIVE known (session) AS (SELECT min(session) FROM {table} UNION ALL"
+    " SELECT (SELECT min(session) FROM {table} WHERE session > known.session) FROM known"
+    " WHERE known.session IS NOT NULL)"
+)
 _FIND_COMMANDS = (
-    f"SELECT result, first_step, {rows.COMMAND_COLUMNS} FROM commands"  # noqa: S608 - constants
-    " WHERE seq IN (SELECT seq FROM commands WHERE id = ?) ORDER BY seq"
+    f"{_ANY_SESSION.format(table='commands')} SELECT result, first_step, {rows.COMMAND_COLUMNS} FROM commands"  # noqa: S608 - constants
+    " WHERE seq IN (SELECT c.seq FROM known CROSS JOIN commands AS c WHERE c.session = known.session AND c.id = ?)"
+    " ORDER BY seq"
+)
+_FIND_LONE_TRACES = (
+    f"{_ANY_SESSION.format(table='lone_traces')} SELECT t.session, t.wall, t.event, t.detail"  # noqa: S608 - constants
+    " FROM known CROSS JOIN lone_traces AS t WHERE t.session = known.session AND t.command_id = ? ORDER BY t.id"
 )
 _MARK = "UPDATE commands SET state = ?, attempts = max(attempts + ?, 0), updated = ? WHERE session = ? AND id = ?"
 _REQUEUE = (
@@ -45,6 +61,8 @@ _INSERT_TRACE = (
     "INSERT INTO traces (command, wall, event, detail) SELECT seq, ?, ?, ? FROM commands WHERE session = ? AND id = ?"
 )
 _INSERT_LONE_TRACE = "INSERT INTO lone_traces (session, command_id, wall, event, detail) VALUES (?, ?, ?, ?, ?)"
+# The oldest go first: whoever looks for a refused command looks for one of the last.
+_TRIM_LONE_TRACES = "DELETE FROM lone_traces WHERE id <= (SELECT max(id) FROM lone_traces) - ?"
 _PRUNE = (
     f"DELETE FROM traces WHERE command IN (SELECT seq FROM commands WHERE {ENDED} AND updated < :before)",  # noqa: S608 - constants
     f"DELETE FROM commands WHERE {ENDED} AND updated < :before",  # noqa: S608 - constants
@@ -83,8 +101,12 @@ class CommandOperations:
         )
         if self._cursor.rowcount and self._cursor.lastrowid:
             return PutOutcome(self._cursor.lastrowid)
-        seq, state, result = self._cursor.execute(_SELECT_COMMAND, (session, record.id)).fetchone()
-        return PutOutcome(seq, duplicate=True, state=State(state), result=optional_object(result))
+        return _duplicate(*self._cursor.execute(_SELECT_COMMAND, (session, record.id)).fetchone())
+
+    def look_up(self, operation: LookUpCommand) -> PutOutcome | None:
+        key = (str(operation.session), operation.command_id)
+        row = self._cursor.execute(_SELECT_COMMAND, key).fetchone()
+        return None if row is None else _duplicate(*row)
 
     def put_with_step(self, operation: PutCommand, step: AddTrace) -> PutOutcome:
         """Put a command and add a step to its trace: in one row, if it is new and the step can be told from it."""
@@ -113,10 +135,7 @@ class CommandOperations:
 
     def find(self, operation: FindCommand) -> list[tuple[CommandRecord, dict[str, Any] | None, list[TraceEntry]]]:
         lone: dict[SessionKey, list[TraceEntry]] = {}
-        for session, *step in self._cursor.execute(
-            "SELECT session, wall, event, detail FROM lone_traces WHERE command_id = ? ORDER BY id",
-            (operation.command_id,),
-        ):
+        for session, *step in self._cursor.execute(_FIND_LONE_TRACES, (operation.command_id,)):
             lone.setdefault(parse_key(session), []).append(TraceEntry(*step))
         found = []
         for result, first_step, *row in self._cursor.execute(_FIND_COMMANDS, (operation.command_id,)).fetchall():
@@ -140,6 +159,7 @@ class CommandOperations:
             self._cursor.execute(_INSERT_TRACE, (step.wall, step.event, step.detail, session, each))
             if not self._cursor.rowcount:
                 self._cursor.execute(_INSERT_LONE_TRACE, (session, each, step.wall, step.event, step.detail))
+                self._cursor.execute(_TRIM_LONE_TRACES, (MAX_LONE_TRACES,))
 
     def prune(self, operation: Prune) -> None:
         for statement in _PRUNE:
@@ -147,3 +167,7 @@ class CommandOperations:
         (free,) = self._cursor.execute("PRAGMA freelist_count").fetchone()
         for _ in range(min(free - _KEPT_PAGES, _VACUUM_PAGES)):
             self._cursor.execute("PRAGMA incremental_vacuum(1)")  # Python steps a pragma once: one page, whatever N
+
+
+def _duplicate(seq: int, state: str, result: Any) -> PutOutcome:
+    return PutOutcome(seq, duplicate=True, state=State(state), result=optional_object(result))

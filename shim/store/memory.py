@@ -18,6 +18,7 @@ from shim.core.records import (
     DeleteSession,
     FindCommand,
     Loaded,
+    LookUpCommand,
     MarkCommands,
     MoveSession,
     Operation,
@@ -44,6 +45,7 @@ from shim.ports import StoreDone
 from shim.store.delivery import Post, deliver, store_error
 from shim.store.rows import encode_json, never_stored
 
+MAX_LONE_TRACES = 10_000
 _LIVE = frozenset({State.QUEUED, State.OFFERED, State.UNCERTAIN})
 _ENDED = frozenset({State.DELIVERED, State.CLOSED, State.EXPIRED, State.DEAD})
 _CommandKey = tuple[SessionKey, str]
@@ -79,6 +81,7 @@ class MemoryStore:
         self._tunnels: dict[SessionKey, dict[str, Any]] = {}
         self._carriers: dict[type[Operation], Callable[[Any], Any]] = {
             PutCommand: self._put_command,
+            LookUpCommand: self._look_up,
             MarkCommands: self._mark,
             RequeueCommand: self._requeue,
             AddTrace: self._add_trace,
@@ -134,14 +137,20 @@ class MemoryStore:
 
     def _put_command(self, operation: PutCommand) -> PutOutcome:
         record = operation.record
-        known = self._commands.get((record.session, record.id))
+        known = self._look_up(LookUpCommand(record.session, record.id))
         if known is not None:
-            return PutOutcome(known.record.seq, duplicate=True, state=known.record.state, result=known.result)
+            return known
         self._last_command += 1
         self._commands[record.session, record.id] = _Command(
             replace(record, seq=self._last_command), record.arrived_wall, None, []
         )
         return PutOutcome(self._last_command)
+
+    def _look_up(self, operation: LookUpCommand) -> PutOutcome | None:
+        known = self._commands.get((operation.session, operation.command_id))
+        if known is None:
+            return None
+        return PutOutcome(known.record.seq, duplicate=True, state=known.record.state, result=known.result)
 
     def _mark(self, operation: MarkCommands) -> None:
         for each in operation.ids:
@@ -164,6 +173,7 @@ class MemoryStore:
                 command.trace.append(operation.entry)
             else:
                 self._lone_traces.append(((operation.session, each), operation.entry))
+                del self._lone_traces[:-MAX_LONE_TRACES]
 
     def _prune(self, operation: Prune) -> None:
         before = operation.before_wall

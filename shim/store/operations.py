@@ -11,6 +11,7 @@ from shim.core.records import (
     CloseOutbox,
     DeleteSession,
     FindCommand,
+    LookUpCommand,
     MarkCommands,
     MoveSession,
     Operation,
@@ -38,6 +39,7 @@ class Operations:
         self._commands = commands
         self._carriers: dict[type[Operation], Callable[[Any], Any]] = {
             PutCommand: commands.put,
+            LookUpCommand: commands.look_up,
             MarkCommands: commands.mark,
             RequeueCommand: commands.requeue,
             AddTrace: commands.add_trace,

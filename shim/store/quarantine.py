@@ -8,6 +8,9 @@ from typing import Any
 from shim.core.records import SessionKey
 from shim.store.rows import UndecodableRow, encode_json, parse_key
 
+MAX_ROWS = 256
+MAX_COLUMN_CHARS = 64 * 1024
+"""A quarantined row is for people to look at: the beginning of a column tells them what it was."""
 QuarantinedCommand = tuple[SessionKey | None, str, str]
 
 
@@ -15,7 +18,8 @@ def keep(cursor: sqlite3.Cursor, origin: str, content: dict[str, Any], reason: s
     """Store the columns of a row of the table `origin`; the caller takes the row itself away.
 
     Returns what can be read of (session, command id, request id). The row of a command stays pending, if these suffice
-    to answer the controller, until `answered`.
+    to answer the controller, until a `PutOutbox` for it is stored. Columns are cut at `MAX_COLUMN_CHARS`. Of the rows
+    that are not pending the newest `MAX_ROWS` stay: the oldest have been there to be looked at for the longest time.
     """
     session, request_id = _readable(content, "session"), _readable(content, "request_id")
     command_id = _readable(content, "id" if origin == "commands" else "command_id")
@@ -27,9 +31,19 @@ def keep(cursor: sqlite3.Cursor, origin: str, content: dict[str, Any], reason: s
     cursor.execute(
         "INSERT INTO quarantine (origin, session, command_id, request_id, reason, content, pending)"
         " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (origin, session, command_id, request_id, reason, encode_json(content), int(pending)),
+        (origin, session, command_id, request_id, reason, encode_json(_cut(content)), int(pending)),
+    )
+    cursor.execute(
+        "DELETE FROM quarantine WHERE NOT pending AND id <="
+        " (SELECT id FROM quarantine WHERE NOT pending ORDER BY id DESC LIMIT 1 OFFSET ?)",
+        (MAX_ROWS,),
     )
     return key, command_id, request_id
+
+
+def _cut(content: dict[str, Any]) -> dict[str, Any]:
+    long = {name: value for name, value in content.items() if isinstance(value, str | bytes)}
+    return {**content, **{name: value[:MAX_COLUMN_CHARS] for name, value in long.items()}}
 
 
 def _readable(content: dict[str, Any], column: str) -> str:

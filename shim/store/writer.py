@@ -15,8 +15,12 @@ import msgspec
 from shim.core.records import Operation
 from shim.errors import StoreError
 from shim.ports import StoreDone
-from shim.store.delivery import Post, deliver, store_error
+from shim.store.delivery import CallbackQueue, Post, store_error
 from shim.store.operations import Operations
+
+# Submissions that share a commit. A commit of that many costs little more for each than one of thousands, and what is
+# submitted meanwhile, an agent's result say, does not wait for long.
+MAX_BATCH = 256
 
 CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _Submission = tuple[Sequence[Operation], StoreDone | None]
@@ -55,7 +59,7 @@ class Writer:
         self._connection = connection
         self._cursor = connection.cursor()
         self._operations = Operations(self._cursor)
-        self._post = post
+        self._callbacks = CallbackQueue(post)
         self._probe = probe
         self._queue: SimpleQueue[_Submission | None] = SimpleQueue()
         # A daemon, so that a process which dies without `close()` does not hang; the database survives that.
@@ -92,7 +96,7 @@ class Writer:
     def _next_batch(self) -> list[_Submission | None]:
         batch = [self._queue.get()]
         with contextlib.suppress(Empty):
-            while True:
+            while len(batch) < MAX_BATCH:
                 batch.append(self._queue.get_nowait())
         return batch
 
@@ -101,7 +105,7 @@ class Writer:
         for outcome, (_, done) in zip(self._outcomes(batch, callbacks), batch, strict=True):
             if done is not None:
                 callbacks.append(partial(done, outcome))
-        deliver(self._post, callbacks)
+        self._callbacks.add(callbacks)
 
     def _outcomes(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[_Outcome]:
         """Carry out a batch; what the probe is to be told is appended to `callbacks`.

@@ -16,6 +16,7 @@ from shim.core.records import (
     CommandRecord,
     DeleteSession,
     FindCommand,
+    LookUpCommand,
     MarkCommands,
     MoveSession,
     Operation,
@@ -23,6 +24,7 @@ from shim.core.records import (
     Prune,
     PutCommand,
     PutOutbox,
+    PutOutcome,
     PutResult,
     ReadOutbox,
     RequeueCommand,
@@ -36,7 +38,7 @@ from shim.core.records import (
 )
 from shim.errors import StoreError
 from shim.store import open_store
-from shim.store.memory import MemoryStore
+from shim.store.memory import MAX_LONE_TRACES, MemoryStore
 from tests.support.natsd import new_store
 from tests.support.stores import KEY, OTHER, POISON, STRANGER, StoreClient, command, put, session
 
@@ -254,6 +256,23 @@ def test_what_was_traced_before_the_command_was_stored_belongs_to_it(client: Sto
     steps = [TraceEntry(100.0, "reported", "queue_full"), TraceEntry(110.0, "arrived")]
     client.run(AddTrace(KEY, ("1",), steps[0]), put("1"), AddTrace(KEY, ("1",), steps[1]))
     assert [trace for _, _, trace in found(client, "1")] == [steps]
+
+
+def test_a_command_is_looked_up_in_its_session_only(client: StoreClient) -> None:
+    client.run(put("1"), PutResult(KEY, "1", RESULT, wall=120.0))
+    known: PutOutcome = client.one(LookUpCommand(KEY, "1"))
+    assert (known.duplicate, known.state, known.result) == (True, State.ANSWERED, RESULT)
+    assert client.one(LookUpCommand(OTHER, "1")) is None
+    assert client.one(LookUpCommand(KEY, "2")) is None
+
+
+def test_of_the_traces_of_refused_commands_the_newest_are_kept(make: Make) -> None:
+    client = make()
+    client.open()
+    ids = tuple(f"refused-{n}" for n in range(MAX_LONE_TRACES + 2))
+    client.run(AddTrace(KEY, ids, TraceEntry(100.0, "refused", "malformed")))
+    assert [len(found(client, each)) for each in (ids[0], ids[1], ids[2], ids[-1])] == [0, 0, 1, 1]
+    client.close()
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from shim.core.records import (
     CommandRecord,
     DeleteSession,
     FindCommand,
+    LookUpCommand,
     MarkCommands,
     MoveSession,
     Operation,
@@ -69,6 +70,7 @@ operations: st.SearchStrategy[Operation] = st.one_of(
     st.builds(Prune, walls),
     st.builds(Touch, walls),
     st.builds(FindCommand, ids),
+    st.builds(LookUpCommand, keys, ids),
 )
 
 

@@ -12,6 +12,7 @@ from shim.core.records import (
     CloseOutbox,
     DeleteSession,
     FindCommand,
+    LookUpCommand,
     MarkCommands,
     MoveSession,
     Operation,
@@ -78,11 +79,10 @@ def test_no_operation_reads_a_whole_table() -> None:
     assert scans(ALL) == {"SCAN unknown_results"}
 
 
-def test_finding_a_command_reads_keys_and_the_traces_of_the_rejected() -> None:
-    assert scans([put("1"), FindCommand("1")]) == {
-        "SCAN commands USING COVERING INDEX commands_by_id",
-        "SCAN lone_traces",
-    }
+def test_looking_a_command_up_reads_no_table_to_its_end() -> None:
+    assert scans([put("1"), LookUpCommand(KEY, "1")]) == set()
+    # `known` holds one row per session: the probes of the index that stand for a search in any session.
+    assert scans([put("1"), FindCommand("1")]) == {"SCAN known"}
 
 
 def test_without_a_write_ahead_log_there_is_no_store() -> None:

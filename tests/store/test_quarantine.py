@@ -22,6 +22,7 @@ from shim.core.records import (
     SaveTunnel,
     State,
 )
+from shim.store.quarantine import MAX_COLUMN_CHARS, MAX_ROWS
 from tests.support.stores import KEY, OTHER, Stores, put, session
 
 
@@ -171,3 +172,26 @@ def test_an_ended_command_that_cannot_be_decoded_stays_a_duplicate(stores: Store
     assert client.one(put("2")).duplicate
     assert client.one(FindCommand("2")) == []
     client.close()
+
+
+def test_the_quarantine_keeps_the_newest_rows_and_what_nobody_was_told_of(stores: Stores, path: Path) -> None:
+    client, _ = stores.open(path)
+    client.run(put("told"), *(SaveSession(session(KEY._replace(ident=f"c-{n}"))) for n in range(MAX_ROWS + 2)))
+    client.close()
+    change(path, "UPDATE commands SET state = 'dreaming'")
+    stores.loaded(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE sessions SET dialect = x'00'")
+    assert stores.loaded(path).quarantined == MAX_ROWS + 2
+
+    kept = rows(path)
+    assert [origin for origin, _, _ in kept] == ["commands"] + ["sessions"] * MAX_ROWS
+    assert '"c-0"' not in str(kept[1])
+
+
+def test_a_huge_row_is_kept_in_part(stores: Stores, filled: Path) -> None:
+    change(filled, "UPDATE sessions SET reply = ? WHERE id = 1", "{" + "x" * 5_000_000)
+    assert stores.loaded(filled).quarantined == 1
+    ((_, _, content),) = rows(filled)
+    assert len(content) < 2 * MAX_COLUMN_CHARS
+    assert msgspec.json.decode(content)["reply"].startswith("{xx")

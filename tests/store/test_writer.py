@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from shim.core.records import FindCommand, MarkCommands, Prune, ReadOutbox, Stat
 from shim.errors import StoreError
 from shim.store import CommitProbe, open_store
 from shim.store.sqlite import SqliteStore
+from shim.store.writer import MAX_BATCH
 from tests.support.stores import KEY, POISON, TIMEOUT_S, StoreClient, put
 
 
@@ -78,6 +80,41 @@ def test_submissions_that_wait_share_one_commit(gated: StoreClient, gate: Gate) 
     assert all(isinstance(gated.wait(outcome), list) for outcome in outcomes)
     # The time of the commits themselves: each batch reads the clock twice.
     assert gate.commits == [(1.5, 1), (1.5, 500)]
+
+
+def test_no_commit_is_shared_by_more_than_the_batch_allows(gated: StoreClient, gate: Gate) -> None:
+    """Else what an agent posts during a flood would wait for all of the flood to be committed."""
+    outcomes = [gated.submit(put(str(n))) for n in range(3 * MAX_BATCH)]
+    gate.open()
+    assert all(isinstance(gated.wait(outcome), list) for outcome in outcomes)
+    assert [operations for _, operations in gate.commits] == [1, MAX_BATCH, MAX_BATCH, MAX_BATCH]
+
+
+async def test_outcomes_of_a_flood_leave_the_loop_to_others_in_between(path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    store = open_store(settings.Store(path=str(path)), loop.call_soon_threadsafe)
+    store.open()
+    turn, told_in = 0, Counter[int]()
+    told = asyncio.Event()
+
+    def count_turns() -> None:
+        nonlocal turn
+        turn += 1
+        if not told.is_set():
+            loop.call_soon(count_turns)
+
+    def done(_outcome: object) -> None:
+        told_in[turn] += 1
+        if told_in.total() == 1000:
+            told.set()
+
+    loop.call_soon(count_turns)
+    for n in range(1000):
+        store.submit([put(str(n))], done)
+    async with asyncio.timeout(TIMEOUT_S):
+        await told.wait()
+    store.close()
+    assert max(told_in.values()) <= 64
 
 
 @pytest.mark.parametrize("poison", POISON)
