@@ -89,6 +89,7 @@ class App:
         self._tasks: asyncio.TaskGroup | None = None
         self._undo: list[Undo] = []
         self._metrics = Metrics(Registry())
+        logging.count_drops(self._metrics.log_lines_dropped.inc)
         self._files = Watched()
         self._store_fault: StoreError | None = None
         self._token = ""

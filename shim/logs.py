@@ -1,29 +1,31 @@
 """Logging: an event's name and its fields, as one JSON object a line or readable for a console; secrets are masked.
 
 `get(__name__)` may be called anywhere, `setup` once by whoever owns the process. Other libraries' records come out in
-the same form, from warnings upwards.
+the same form, from warnings upwards. Lines are formatted where they are logged and written by `log_writer`'s thread.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
-MASK = "***"
-_MIN_SECRET_CHARS = 4  # masking a shorter one would garble every line and tell what it is
+from shim.log_writer import LineWriter
+from shim.redaction import MASK, MAX_TEXT_CHARS, Redaction
+
+__all__ = ["MASK", "Logger", "Logs", "Redaction", "get", "setup"]
+
 _OWN = ("time", "level", "logger", "event", "exception")
+FLUSH_S = 1.0
 REPEAT_S = 60.0
 _MAX_REPEATS = 1024
-_CARRIERS = re.compile(r"((?:token|secret|password)=|\bBearer\s+)[^\s&\"'<>,;]+", re.IGNORECASE)
-_SECRET_FIELD = re.compile(r"token$|secret|password|authorization", re.IGNORECASE)
-_PLAIN = re.compile(r"[^\s\"'=\\\x00-\x1f\x7f-\x9f]+")
+_EXCEPTION_CHARS = 16_384  # of a traceback the end says what happened
+_PLAIN = re.compile(r"[^\s\"'=\\]+")
 _COLOURS = {"debug": "2", "info": "36", "warning": "33", "error": "31", "critical": "31"}
 
 Level = Literal["debug", "info", "warning", "error"]
@@ -70,50 +72,6 @@ def get(name: str) -> Logger:
     return Logger(logging.getLogger(name))
 
 
-class Redaction:
-    """Masks known secrets, what follows `token=` or `Bearer `, and fields whose names say that they are secret."""
-
-    def __init__(self, secrets: Iterable[str] = ()) -> None:
-        self._secrets: set[str] = set()
-        self._known: re.Pattern[str] | None = None
-        for secret in secrets:
-            self.add(secret)
-
-    def add(self, secret: str) -> None:
-        """Mask this text from now on; texts of fewer than four characters are left alone."""
-        if len(secret) >= _MIN_SECRET_CHARS and secret not in self._secrets:
-            self._secrets.add(secret)
-            self._compile()
-
-    def discard(self, secret: str) -> None:
-        """Mask it no longer: it is not valid any more, or its owner has gone."""
-        if secret in self._secrets:
-            self._secrets.remove(secret)
-            self._compile()
-
-    def _compile(self) -> None:
-        longest_first = sorted(self._secrets, key=len, reverse=True)
-        self._known = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-    def text(self, text: str) -> str:
-        """The text without secrets."""
-        if self._known is not None:
-            text = self._known.sub(MASK, text)
-        return _CARRIERS.sub(rf"\1{MASK}", text)
-
-    def value(self, value: Any, name: str = "") -> Any:
-        """The value of the field `name` as JSON can hold it, without secrets in it or in anything below it."""
-        if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
-            return value
-        if _SECRET_FIELD.search(name):
-            return MASK
-        if isinstance(value, Mapping):
-            return {self.text(str(key)): self.value(below, str(key)) for key, below in value.items()}
-        if isinstance(value, (list, tuple, set, frozenset)):
-            return [self.value(below) for below in value]
-        return self.text(str(value))
-
-
 @dataclass(slots=True)
 class _Repeated:
     """When an event was last written, in Unix seconds, and how many were left out since."""
@@ -158,13 +116,13 @@ class _Formatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "event": self._redaction.text(record.getMessage()),
+            "event": self._redaction.text(record.getMessage(), MAX_TEXT_CHARS),
         }
         fields: dict[str, Any] = getattr(record, "fields", {})
         for name, value in fields.items():
             entry[f"{name}_" if name in _OWN else name] = self._redaction.value(value, name)
         if record.exc_info:
-            entry["exception"] = self._redaction.text(self.formatException(record.exc_info))
+            entry["exception"] = self._redaction.text(self.formatException(record.exc_info))[-_EXCEPTION_CHARS:]
         return entry
 
 
@@ -172,7 +130,7 @@ class JsonFormatter(_Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(self._entry(record), ensure_ascii=False)
+        return _escaped(json.dumps(self._entry(record), ensure_ascii=False))
 
 
 class ConsoleFormatter(_Formatter):
@@ -194,8 +152,8 @@ class ConsoleFormatter(_Formatter):
 
 
 def _quoted(value: Any) -> str:
-    """A bare word as it is, anything else as JSON: no value can forge a line or steer the terminal."""
-    if isinstance(value, str) and _PLAIN.fullmatch(value):
+    """Return a bare word as it is and anything else as JSON: no value can forge a line or steer the terminal."""
+    if isinstance(value, str) and value.isprintable() and _PLAIN.fullmatch(value):
         return value
     return json.dumps(value, ensure_ascii=True)
 
@@ -204,41 +162,82 @@ def _line(text: str) -> str:
     return text if text.isprintable() else json.dumps(text)[1:-1]
 
 
-class _Handler(logging.StreamHandler[TextIO]):
-    """A line that cannot be written is dropped: the library would print its arguments, unmasked, to stderr."""
+def _escaped(line: str) -> str:
+    """Escape what json leaves raw and a terminal or a log viewer obeys: C1, U+2028, bidi controls, lone surrogates."""
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line)
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
-        pass
+
+class _Handler(logging.Handler):
+    """Format a record in the thread that logs it, because its fields may change afterwards, and queue the line."""
+
+    def __init__(self, writer: LineWriter) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue one line. A record that cannot be formatted is dropped: the library would print its arguments."""
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001 - a log line must not end what it tells of
+            self._writer.drop()
+            return
+        self._writer.put(line)
 
 
 class Logs:
     """The logging of this process as `setup` has made it."""
 
-    def __init__(self, handler: logging.Handler, redaction: Redaction) -> None:
+    def __init__(self, handler: logging.Handler, redaction: Redaction, writer: LineWriter) -> None:
         self._handler = handler
+        self._writer = writer
         self.redaction = redaction
 
+    @property
+    def dropped(self) -> int:
+        """Lines since the start that could not be written: the reader was too slow, or writing failed."""
+        return self._writer.dropped
+
+    def count_drops(self, increase: Callable[[], None]) -> None:
+        """Call `increase` once for each line that is dropped from now on, in any thread."""
+        self._writer.on_drop = increase
+
     def set_level(self, level: Level) -> None:
-        """Change what the shim's own modules say, at run time."""
+        """Change what the shim's own modules log, at run time."""
         logging.getLogger("shim").setLevel(level.upper())
 
+    def flush(self, timeout_s: float = FLUSH_S) -> bool:
+        """Wait until all lines so far are written or dropped. False if that has not happened within `timeout_s`."""
+        return self._writer.flush(timeout_s)
+
     def close(self) -> None:
-        """Stop writing. Idempotent."""
+        """Stop logging; what is queued is written for at most a second. Idempotent."""
         logging.getLogger().removeHandler(self._handler)
         self._handler.close()
+        self._writer.close(FLUSH_S)
 
 
 def setup(level: Level, form: Literal["json", "console"], *, stream: TextIO | None = None) -> Logs:
     """Write all records of this process to `stream` (default stderr), until the result is closed."""
     target = sys.stderr if stream is None else stream
     redaction = Redaction()
-    handler = _Handler(target)
-    json_lines = form == "json"
-    handler.setFormatter(
-        JsonFormatter(redaction) if json_lines else ConsoleFormatter(redaction, colour=target.isatty())
-    )
+    formatter: _Formatter = JsonFormatter(redaction)
+    if form == "console":
+        formatter = ConsoleFormatter(redaction, colour=target.isatty())
+    writer = LineWriter(target, lambda count: formatter.format(_dropped_lines(count)))
+    handler = _Handler(writer)
+    handler.setFormatter(formatter)
     handler.addFilter(_Repeats())
     logging.getLogger().addHandler(handler)
-    logs = Logs(handler, redaction)
+    logs = Logs(handler, redaction, writer)
     logs.set_level(level)
     return logs
+
+
+def _dropped_lines(count: int) -> logging.LogRecord:
+    """Return the record that reports lines lost before it."""
+    fields = {"count": count, "hint": "nobody read the log fast enough, or it could not be written"}
+    record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, "log_lines_dropped", None, None)
+    record.fields = fields
+    return record

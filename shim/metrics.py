@@ -149,6 +149,9 @@ class Metrics:
         self.internal_errors = self._counters(
             "internal_errors", "Defects of the shim that were caught at a boundary.", part=("frontend", "bridge")
         )
+        self.log_lines_dropped = self._counter(
+            "log_lines_dropped", "Log lines that could not be written: nobody read fast enough, or writing failed."
+        )
         self.loop_lag_seconds = self._histogram(
             "event_loop_lag_seconds",
             "How late the event loop came to a timer, sampled ten times a second.",

@@ -20,9 +20,15 @@ class Output(io.StringIO):
     def __init__(self, tty: bool = False) -> None:
         super().__init__()
         self._tty = tty
+        self.logs: logs.Logs | None = None
 
     def isatty(self) -> bool:
         return self._tty
+
+    def getvalue(self) -> str:
+        """Everything that was logged so far."""
+        assert self.logs is None or self.logs.flush()
+        return super().getvalue()
 
     def entries(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.getvalue().splitlines()]
@@ -35,14 +41,14 @@ def out() -> Output:
 
 @pytest.fixture
 def json_logs(out: Output) -> Iterator[logs.Logs]:
-    made = logs.setup("info", "json", stream=out)
+    made = out.logs = logs.setup("info", "json", stream=out)
     yield made
     made.close()
 
 
 @pytest.fixture
 def console_logs(out: Output) -> Iterator[logs.Logs]:
-    made = logs.setup("info", "console", stream=out)
+    made = out.logs = logs.setup("info", "console", stream=out)
     yield made
     made.close()
 
@@ -251,3 +257,37 @@ def test_repeats_are_those_of_one_setup(out: Output) -> None:
         logs.get("shim.x").warning("dial_failed", about="default tcp")
         made.close()
     assert len(out.entries()) == 2
+
+
+@pytest.mark.parametrize("char", ["\x85", "\u2028", "\u2029", "\u202e", "\u2066", "\x9b", "\x7f", "\ufeff", "\ud800"])
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_characters_that_steer_a_viewer_are_escaped(form: Any, char: str) -> None:
+    out = Output()
+    out.logs = logs.setup("info", form, stream=out)
+    logs.get("shim.x").info(f"a{char}b", name=f"é{char}ü", nested={f"k{char}": [char]})
+    text = out.getvalue()
+    out.logs.close()
+    assert text.removesuffix("\n").isprintable()
+    if form == "json":
+        (entry,) = out.entries()
+        assert (entry["event"], entry["name"], entry["nested"]) == (f"a{char}b", f"é{char}ü", {f"k{char}": [char]})
+
+
+def test_a_long_text_is_masked_and_then_cut(json_logs: logs.Logs, out: Output) -> None:
+    json_logs.redaction.add("hunter2-hunter2")
+    logs.get("shim.x").info("e" * 10_000, text="x" * 4090 + "hunter2-hunter2")
+    (entry,) = out.entries()
+    assert len(entry["event"]) == 4096
+    assert entry["text"] == "x" * 4090 + "***"
+    assert "hunter" not in out.getvalue()
+
+
+def test_a_record_that_cannot_be_formatted_is_dropped_and_counted(json_logs: logs.Logs, out: Output) -> None:
+    class Odd:
+        def __str__(self) -> str:
+            raise ValueError
+
+    logs.get("shim.x").info("odd", value=Odd())
+    logs.get("shim.x").info("next")
+    assert [entry["event"] for entry in out.entries()] == ["next", "log_lines_dropped"]
+    assert json_logs.dropped == 1

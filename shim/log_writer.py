@@ -1,0 +1,134 @@
+"""Write log lines in a thread of their own: a reader that stands still must not stop the event loop."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TextIO
+
+MAX_QUEUED_BYTES = 4 * 1024 * 1024
+RETRY_MS = 1000
+
+
+class LineWriter:
+    """Writes lines in order. Beyond `MAX_QUEUED_BYTES` waiting the newest are dropped and counted.
+
+    `tell(count)` makes the line that reports dropped ones; it is written as soon as writing works again. The standard
+    library's QueueListener is not used: its stop waits for ever for a write that hangs, and it bounds no bytes.
+    """
+
+    def __init__(self, stream: TextIO, tell: Callable[[int], str]) -> None:
+        self.dropped = 0
+        self.on_drop: Callable[[], None] | None = None
+        self._told = 0
+        self._tell = tell
+        self._stream = stream
+        self._fd = _fd_of(stream)
+        self._lines: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._writing = False
+        self._torn = False
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def put(self, line: str) -> None:
+        """Queue one line without waiting for anything but another thread's append."""
+        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        with self._changed:
+            if not self._closing and self._queued_bytes + len(data) <= MAX_QUEUED_BYTES:
+                self._lines.append(data)
+                self._queued_bytes += len(data)
+                self._changed.notify_all()
+                return
+        self.drop()
+
+    def drop(self) -> None:
+        """Count a line that is lost."""
+        with self._changed:
+            self.dropped += 1
+        if self.on_drop is not None:
+            self.on_drop()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until nothing is queued or being written. False if that takes longer than `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._lines and not self._writing, timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """Write what is queued for at most `timeout_s`, then end. Idempotent."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._lines or self._closing)
+                if not self._lines:
+                    return
+                line = self._lines.popleft()
+                self._queued_bytes -= len(line)
+                self._writing = True
+            if not self._write(line):
+                self.drop()
+            elif self.dropped > self._told and not self._lines:
+                count = self.dropped - self._told
+                if self._write(self._tell(count).encode("utf-8", "backslashreplace") + b"\n"):
+                    self._told += count
+
+    def _write(self, line: bytes) -> bool:
+        """Write one line; waits as long as the reader does. False if it cannot be written."""
+        # What a full disk has torn must not garble the line after it.
+        data = b"\n" + line if self._torn else line
+        try:
+            if self._fd is None:
+                self._stream.write(data.decode("utf-8"))
+                self._stream.flush()
+            else:
+                _write_all(self._fd, data)
+        except _Torn:
+            self._torn = True
+            return False
+        except (OSError, ValueError):  # EPIPE, ENOSPC, EIO; a stream that is closed
+            return False
+        self._torn = False
+        return True
+
+
+class _Torn(Exception):
+    """Only a part of a line could be written."""
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    """Write to a descriptor that may be non-blocking: another process that shares it may have made it so."""
+    total = len(data)
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            writable = select.poll()
+            writable.register(fd, select.POLLOUT)
+            writable.poll(RETRY_MS)
+        except OSError as error:
+            if len(data) < total:
+                raise _Torn from error
+            raise
+
+
+def _fd_of(stream: TextIO) -> int | None:
+    """Return the descriptor behind a stream: writing to it needs no lock that the end of the process would wait for."""
+    try:
+        stream.flush()
+        return stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return None
