@@ -47,8 +47,8 @@ cov: ## run the tests and hold the branch coverage of shim/, subprocesses includ
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-faults: $(DEV) ## break everything on purpose and prove that nothing is lost (LONG=1: an hour; SEED=n: the same again; GATEWAY=1: three replicas on NATS)
-	$(BIN)/python -m tests.faults$(if $(GATEWAY),.gateway) $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(ARGS)
+faults: $(DEV) ## break everything on purpose and prove that nothing is lost (LONG=1: an hour; SEED=n: the same again)
+	$(BIN)/python -m tests.faults $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 fuzz: export AGENT_SHIM_FUZZ_INPUTS := $(or $(INPUTS),1000000)
 fuzz: $(DEV) ## a million inputs into parsers, decoders and a whole bridge (INPUTS=n: another number)
@@ -57,7 +57,7 @@ fuzz: $(DEV) ## a million inputs into parsers, decoders and a whole bridge (INPU
 bench: $(DEV) ## measure against baselines in the same run (ONLY=latency: a part; ARGS=--docs: write the pages)
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
-demo: $(RUN) ## watch an unmodified agent work through the shim (ARGS=--once ends by itself, --gateway: two replicas)
+demo: $(RUN) ## watch an unmodified agent work through the shim (ARGS=--once ends by itself)
 	@$(BIN)/agent-shim demo $(ARGS)
 
 run: $(RUN) ## run the shim with config/agent-shim.yaml (ARGS go to the command)
@@ -71,9 +71,9 @@ chart: $(DEV) ## write the chart's schema and README and the Kustomize component
 
 lock: $(DEV) ## resolve the dependencies anew into requirements/ (ARGS=--upgrade for newer releases)
 	$(PIP) install 'uv>=0.7'
-	$(call compile,dev,--extra tools --extra nats --group dev)
-	$(call compile,tools,--extra tools --extra nats --group build --constraints requirements/dev.txt)
-	$(call compile,run,--extra tools --extra nats --constraints requirements/dev.txt)
+	$(call compile,dev,--extra tools --extra postgres --group dev)
+	$(call compile,tools,--extra tools --extra postgres --group build --constraints requirements/dev.txt)
+	$(call compile,run,--extra tools --extra postgres --constraints requirements/dev.txt)
 
 audit: $(DEV) ## known vulnerabilities of what the image runs (ARGS go to pip-audit); exit code 2 where nobody can tell
 	$(BIN)/python -m supply.audit $(ARGS)

@@ -20,11 +20,8 @@ MEASURED = ROOT / "docs" / "performance.json"
 BEGIN = "<!-- plan: begin -->"
 END = "<!-- plan: end -->"
 
-WRITES_PER_COMMAND = 11
-"""Messages that JetStream stores from a command's arrival to its end, where no two commands share a commit."""
 KEPT_BYTES = 1700
-"""What the streams keep of a command that ended, without its payload. Both are held by tests/bench/test_plan.py."""
-STREAMS_PER_SHARD = 5
+"""What the store keeps of a command that ended, without its payload."""
 MB = 1e6
 
 
@@ -41,9 +38,6 @@ class Fleet:
     payload_bytes: int = 1000
     kept_s: float = 3600.0
     used: float = 0.5
-    shards: int = 64
-    lease_s: float = 5.0
-    copies: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +66,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The fleet on replicas: how many, and what each of them and NATS have to do."""
+    """The fleet on replicas: how many, and what each of them has to do."""
 
     fleet: Fleet
     cost: Cost
@@ -110,7 +104,7 @@ class Plan:
 
     @property
     def kept(self) -> float:
-        """Commands in the streams."""
+        """Commands that the store keeps."""
         return self.commands_s * self.fleet.kept_s
 
     @property
@@ -119,13 +113,12 @@ class Plan:
 
     @property
     def replica_mb(self) -> float:
-        """Memory of a replica while one is lost: agents, and the mirror of its links' commands."""
-        return self.cost.base_mb + self.cost.agent_mb * self.shares + self.kept_mb / self.needed
+        """Memory of a replica while one is lost."""
+        return self.cost.base_mb + self.cost.agent_mb * self.shares
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, how it follows, number)."""
         fleet, cost = self.fleet, self.cost
-        away = 1 - 1 / self.replicas
         return [
             ("**Replicas**", "", ""),
             ("an agent", f"between the two largest measurements, up to {cost.measured:,} agents", _agent(cost)),
@@ -135,7 +128,7 @@ class Plan:
                 f"{self.per_replica:,}",
             ),
             ("replicas", "agents / that, and one to lose", f"{self.replicas}"),
-            ("memory of each", "its agents and its commands, while one is lost", f"{self.replica_mb:,.0f} MB"),
+            ("memory of each", "its agents, while one is lost", f"{self.replica_mb:,.0f} MB"),
             ("**Connections**", "", ""),
             ("agents' TCP connections", "2 each: control and polls", f"{2 * fleet.agents:,}"),
             (
@@ -146,40 +139,22 @@ class Plan:
             ("links to the controller", "one a token", f"{fleet.tokens:,}"),
             ("agents on a link", "one owner each; `sessions.max_per_owner`", f"{ceil(fleet.agents / fleet.tokens):,}"),
             ("links to a replica, one lost", "", f"{ceil(fleet.tokens / self.needed):,}"),
-            ("links to a shard", "`upstream.max_links`, each shard for itself", f"{ceil(fleet.tokens / fleet.shards)}"),
-            ("connections to NATS", "one a shard, one a replica", f"{fleet.shards + self.replicas}"),
             ("**Messages per second**", "", ""),
             ("agents' calls", "heartbeats, polls held to their end, results", f"{self.calls_s:,.0f}"),
             ("up to the controller", "coalesced heartbeats, results", f"{self._up_s:,.0f}"),
             ("commands", "", f"{self.commands_s:,.0f}"),
-            ("between replicas, core NATS", "call and answer, of calls that do not meet the owner", _rate(self, away)),
-            ("**NATS JetStream**", "", ""),
-            ("stored messages per second", f"{WRITES_PER_COMMAND} for a command, and renewed leases", self._stored),
+            ("**Store**", "", ""),
             ("commands kept", "`commands.retain_s`, `commands.dedupe_s`", f"{self.kept:,.0f}"),
-            ("disk of each server", "with their payloads, twice over", f"{2 * self.kept_mb / 1000:,.1f} GB"),
-            (
-                "streams",
-                f"{STREAMS_PER_SHARD} to a shard, and 2; each is a Raft group of {fleet.copies}",
-                f"{STREAMS_PER_SHARD * fleet.shards + 2:,}",
-            ),
+            ("disk", "with their payloads, twice over", f"{2 * self.kept_mb / 1000:,.1f} GB"),
         ]
 
     @property
     def _up_s(self) -> float:
         return self.fleet.agents / self.fleet.upstream_heartbeat_s + self.commands_s
 
-    @property
-    def _stored(self) -> str:
-        renewals = (self.fleet.shards + self.replicas) * 3 / self.fleet.lease_s
-        return f"{self.commands_s * WRITES_PER_COMMAND + renewals:,.0f}"
-
 
 def _agent(cost: Cost) -> str:
     return f"{cost.agent_mb * 1000:.1f} KB, {cost.agent_cpu * 1e6:.0f} µs of CPU a second"
-
-
-def _rate(plan: Plan, away: float) -> str:
-    return f"{2 * plan.calls_s * away:,.0f}"
 
 
 def text(measured: Mapping[str, Any], fleet: Fleet) -> list[str]:
@@ -189,7 +164,7 @@ def text(measured: Mapping[str, Any], fleet: Fleet) -> list[str]:
     for_whom = (
         f"{fleet.agents:,} agents with {fleet.tokens} tokens, a heartbeat every {fleet.heartbeat_s:g} s, polls",
         f"held for {fleet.hold_s:g} s; {fleet.commands_per_hour:g} commands an hour of {fleet.payload_bytes:,} bytes",
-        f"for each agent, kept for {fleet.kept_s:,.0f} s; {fleet.shards} shards. Measured on {about['machine']};",
+        f"for each agent, kept for {fleet.kept_s:,.0f} s. Measured on {about['machine']};",
         f"agent-shim {about['shim']}, {about['date']}.",
     )
     return [

@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "agent-shim"
 COMPONENTS = ROOT / "config" / "kustomize"
 
-# What the chart sets itself: by ports, admin, store, upstream, gateway.shards and gateway.tlsSecretName.
+# What the chart sets itself: by ports, admin, store, upstream and gateway.tlsSecretName.
 OWNED = (
     *("listen.host", "listen.port", "listen.tls", "admin.host", "admin.port", "admin.token_file"),
-    *("store", "upstream.url", "upstream.token", "upstream.token_file", "shards.count", "shards.replica"),
+    *("store", "upstream.url", "upstream.token", "upstream.token_file"),
 )
 _GENERATED = "# Written by `make chart` from shim/tools/inject/sidecar.py.\n"
 

@@ -22,7 +22,7 @@ EXIT_CONFIG = 2
 EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
 
-_OPTIONAL = {"rich": "tools", "ruamel": "tools", "nats": "nats"}
+_OPTIONAL = {"rich": "tools", "ruamel": "tools"}
 
 # Modules that hold a click command named `command`, with the help that is shown without importing them.
 _TOOLS = {

@@ -64,13 +64,12 @@ def needs_restart(running: Settings, fresh: Settings) -> list[str]:
 def mask(settings: Settings) -> dict[str, Any]:
     """The effective configuration as plain data, without tokens, user info of URLs and the upstream URL's query."""
     plain: dict[str, Any] = msgspec.to_builtins(settings)
-    upstream, store = plain["upstream"], plain["store"]
+    upstream = plain["upstream"]
     if upstream["token"]:
         upstream["token"] = _MASK
     base, has_query, _ = upstream["url"].partition("?")
     upstream["url"] = base + (f"?{_MASK}" if has_query else "")
     upstream["proxy"] = _USERINFO.sub(f"{_MASK}@", upstream["proxy"])
-    store["url"] = ",".join(_USERINFO.sub(f"{_MASK}@", server) for server in store["url"].split(","))
     return plain
 
 
@@ -107,8 +106,7 @@ def read_secret(path: str, key: str) -> str:
 
 def secrets(settings: Settings) -> list[str]:
     """The secret texts that stand in the settings themselves, for `logs.Redaction`."""
-    urls = (settings.upstream.proxy, *settings.store.url.split(","))
-    found = [settings.upstream.token, *(urlsplit(url.strip()).password for url in urls)]
+    found = [settings.upstream.token, urlsplit(settings.upstream.proxy).password]
     return [text for text in found if text]
 
 

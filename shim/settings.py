@@ -141,16 +141,6 @@ class Identity(Section, frozen=True):
 
 class Store(Section, frozen=True):
     path: str = "./agent-shim.db"
-    url: str = ""
-    credentials_file: str = ""
-    ca_file: str = ""
-    replicas: int = 3
-
-
-class Shards(Section, frozen=True):
-    count: int = 0
-    replica: str = ""
-    lease_s: float = 5
 
 
 class Fallback(Section, frozen=True):
@@ -189,7 +179,6 @@ class Settings(Section, frozen=True):
     sessions: Sessions = Sessions()
     identity: Identity = Identity()
     store: Store = Store()
-    shards: Shards = Shards()
     fallback: Fallback = Fallback()
     rollout: Rollout = Rollout()
     sunset: Sunset = Sunset()

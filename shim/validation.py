@@ -57,9 +57,6 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "commands.max_queued_bytes": _BYTES,
     "sessions.retain_s": _KEPT_S,
     "sessions.max_per_owner": _COUNT,
-    "store.replicas": (1, 5),
-    "shards.count": (0, 256),
-    "shards.lease_s": (2, 60),
     "fallback.after_s": (0, _LONG_S),
     "fallback.hold_down_s": (0, _LONG_S),
     "rollout.percent": (0, 100),
@@ -90,7 +87,6 @@ def semantic_faults(settings: Settings, broken: frozenset[str]) -> list[Fault]:
     checks.times()
     checks.queue_and_store()
     checks.modes()
-    checks.shards()
     return checks.faults
 
 
@@ -189,14 +185,6 @@ class _Checks:
         for path, names in (("commands.types", commands.types), ("commands.at_most_once", commands.at_most_once)):
             self._must(all(names), "must not contain an empty text", path)
         self._must(bool(store.path), "must not be empty", "store.path")
-        if store.url:
-            servers = [_split(server.strip()) for server in store.url.split(",")]
-            fits = all(server is not None and server.scheme in ("nats", "tls") for server in servers)
-            self._must(fits, "must be empty or nats://host:port, several with commas", "store.url")
-            secure = {server.scheme for server in servers if server is not None}
-            self._must(len(secure) <= 1, "must be nats:// or tls:// for all servers alike", "store.url")
-            message = "must be tls:// where store.ca_file is set"
-            self._must(not store.ca_file or "nats" not in secure, message, "store.url", "store.ca_file")
 
     def modes(self) -> None:
         settings, fallback = self.settings, self.settings.fallback
@@ -216,19 +204,6 @@ class _Checks:
             "fallback.use_upstream_token",
             *("upstream.token", "upstream.token_file"),
         )
-
-    def shards(self) -> None:
-        settings = self.settings
-        if not settings.shards.count:
-            return
-        self._must(bool(settings.store.url), "needs store.url: shards are kept in NATS", "shards.count", "store.url")
-        message = "must be websocket or http with shards.count: the link that it would look at may be another replica's"
-        self._must(settings.mode != "auto", message, "mode", "shards.count")
-        message = "must be 100 with shards.count: its agents would be placed by what another replica knows"
-        self._must(settings.rollout.percent == 100, message, "rollout.percent", "shards.count")
-        word = re.fullmatch(r"[A-Za-z0-9._\-]{0,63}", settings.shards.replica, re.ASCII)
-        message = "must be at most 63 letters, digits, dots, hyphens and underscores"
-        self._must(word is not None, message, "shards.replica")
 
     def _pair(self, cert: str, key: str, cert_path: str, key_path: str) -> None:
         """A certificate and its key come together; the fault is told where something is missing."""

@@ -236,7 +236,6 @@ SECRET = load(
     [
         "upstream.url=https://h/base?key=url-hunter2",
         "upstream.proxy=http://user:proxy-hunter2@p:3128",
-        "store.url=nats://u:nats-hunter2@a:4222,nats://b:4222",
     ],
 )
 
@@ -248,7 +247,6 @@ def test_dump_masks_secrets_and_reads_back() -> None:
     assert plain["upstream"]["token"] == "***"
     assert plain["upstream"]["url"] == "https://h/base?***"
     assert plain["upstream"]["proxy"] == "http://***@p:3128"
-    assert plain["store"]["url"] == "nats://***@a:4222,nats://b:4222"
 
 
 def test_dump_of_settings_without_secrets_is_a_configuration(tmp_path: Path) -> None:
@@ -257,7 +255,7 @@ def test_dump_of_settings_without_secrets_is_a_configuration(tmp_path: Path) -> 
 
 
 def test_secrets_are_the_texts_to_be_masked_in_logs() -> None:
-    assert secrets(SECRET) == ["tok-hunter2", "proxy-hunter2", "nats-hunter2"]
+    assert secrets(SECRET) == ["tok-hunter2", "proxy-hunter2"]
     assert secrets(Settings()) == []
 
 

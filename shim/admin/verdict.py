@@ -142,7 +142,7 @@ def _of_replicas(replicas: dict[str, Any] | None) -> Iterator[Problem]:
         yield Problem(
             "warning",
             f"{number} without an owner: links are down.",
-            "Taken by a replica within seconds; if not, see its log (shard_not_opened, nats_lost).",
+            "Taken by a replica within seconds; if not, see its log (shard_not_opened).",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import pytest
 
 from shim.clock import Clock
 from shim.tools.agents import Callbacks, Command, Event, Identity, LegacyAgent, Outcome, Profile, What
-from tests.support.natsd import NatsServer, running
 from tests.support.processes import TOKEN, Controller, Shim, world
 
 FAST = {"upstream": {"heartbeat_interval_s": 0.2}, "poll": {"hold": "off"}}
@@ -115,21 +114,8 @@ async def test_every_generation_is_served_while_the_controller_goes_away_and_com
         assert await shim.stop() == 0
 
 
-@pytest.fixture(params=["file", pytest.param("nats", marks=pytest.mark.needs("nats-server"))])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """The configuration of each kind of store that outlives the shim."""
-    if request.param == "file":
-        yield {}
-        return
-    server = NatsServer(tmp_path)
-    with running(server):
-        yield {"store": {"url": server.url, "replicas": 1}}
-
-
-async def test_a_restarted_shim_serves_an_agent_that_never_registers_again(
-    tmp_path: Path, store: dict[str, Any]
-) -> None:
-    async with world(tmp_path, {**FAST, **store}) as (shim, controller):
+async def test_a_restarted_shim_serves_an_agent_that_never_registers_again(tmp_path: Path) -> None:
+    async with world(tmp_path, FAST) as (shim, controller):
         await shim.start()
         async with living(shim, "clusters_agent") as (agent, life):
             await life.until(What.HEARTBEAT)

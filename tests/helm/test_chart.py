@@ -34,7 +34,6 @@ pytestmark = pytest.mark.needs("helm3", "helm4")
 
 VALUE_SETS = sorted(path.name for path in (CHART / "ci").glob("*.yaml"))
 KUBERNETES = ("1.29", "1.31", "1.34", "1.36")
-ON_NATS = ("mode=gateway", "store.url=nats://n:4222")
 POLICIES = {"1.29": "false", "1.31": "false", "1.34": "true", "1.36": "true"}
 """Whether the API server has MutatingAdmissionPolicies."""
 
@@ -118,24 +117,7 @@ def test_the_policy_can_be_forced_and_left_out() -> None:
         (["agent.podLabels=null"], "agent.podLabels is empty"),
         (["agent.namespaces={a}"], "agent.namespaces is for mode: gateway"),
         (["networkPolicy.enabled=true"], "it must also allow what the agent itself needs"),
-        (["store.url=nats://n:4222"], "store.url is for mode: gateway"),
-        (["store.nats.urlSecretName=s"], "store.url is for mode: gateway"),
-        (["mode=gateway", "store.url=nats://me:secret@n:4222"], "url"),
-        (["mode=gateway", "gateway.shards=257"], "shards"),
-        (["mode=gateway", "gateway.replicas=2"], "more than one replica needs a shared store"),
-        ([*ON_NATS, "gateway.replicas=2", "gateway.shards=0"], "gateway.shards is 0"),
-        ([*ON_NATS, "gateway.replicas=3", "gateway.shards=2"], "with 3 replicas some would own nothing"),
-        (["mode=gateway", "gateway.shards=4"], "gateway.shards needs a shared store"),
-        ([*ON_NATS, "store.nats.urlSecretName=s"], "leave store.url empty"),
-        ([*ON_NATS, "store.type=pvc"], "store.type: pvc is for a file"),
-        ([*ON_NATS, "store.nats.caSecretName=ca"], "without tls:// in store.url"),
-        ([*ON_NATS, "config.mode=auto", "config.fallback.url=https://a.example"], "config.mode: auto is for one shim"),
-        (
-            [*ON_NATS, "config.rollout.percent=10", "config.fallback.url=https://a.example"],
-            "config.rollout.percent must be 100",
-        ),
-        (["mode=gateway", "store.nats.credentialsSecretName=c"], "neither store.url nor store.nats.urlSecretName"),
-        (["mode=gateway", "gateway.drainSeconds=25"], "terminationGracePeriodSeconds must be more than 5 s longer"),
+        (["mode=gateway", "gateway.replicas=2"], "a file has one writer"),
         (["upstream.token.from=secret"], "upstream.token.secretName is missing"),
         (["upstream.token.from=value"], "upstream.token.value is missing"),
         (["upstream.token.value=x"], "upstream.token.from is not value"),
@@ -165,8 +147,6 @@ def test_the_shim_takes_the_configuration(values: str, tmp_path: Path) -> None:
     file.write_text(one(objects, "ConfigMap", "agent-shim")["data"]["config.yaml"])
     given = {
         "SHIM_ADMIN__HOST": "10.0.0.7",
-        "SHIM_SHARDS__REPLICA": "agent-shim-7d-x",
-        "SHIM_STORE__URL": "tls://n:4222",
     }
     names = env_of(container(one(objects, "Pod"), "agent-shim"))
     settings = config.load(str(file), {name: value for name, value in given.items() if name in names}, [])
@@ -301,68 +281,6 @@ def test_the_gateway() -> None:
         "team-a",
         "team-b",
     ]
-
-
-def test_replicas_with_a_shared_store() -> None:
-    objects = rendered(values=CHART / "ci" / "gateway-replicas.yaml")
-    spec = one(objects, "Deployment")["spec"]
-    assert spec["replicas"] == 3
-    # Each takes part before the next one is touched.
-    assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
-    assert spec["minReadySeconds"] == 10
-    pod = spec["template"]["spec"]
-    labels = spec["template"]["metadata"]["labels"]
-    (near,) = pod["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
-    (zones,) = pod["topologySpreadConstraints"]
-    for selector in (near["podAffinityTerm"]["labelSelector"], zones["labelSelector"]):
-        assert selector["matchLabels"].items() <= labels.items()
-    assert zones["whenUnsatisfiable"] == "ScheduleAnyway"
-    (shim,) = pod["containers"]
-    assert env_of(shim)["SHIM_SHARDS__REPLICA"]["fieldRef"]["fieldPath"] == "metadata.name"
-    assert shim["lifecycle"]["preStop"]["exec"]["command"][0] == "/opt/agent-shim/bin/python"
-    assert one(objects, "Service")["spec"]["sessionAffinity"] == "None"
-    assert one(objects, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
-    assert [{"protocol": "TCP", "port": 4222}] in [
-        rule["ports"] for rule in one(objects, "NetworkPolicy")["spec"]["egress"]
-    ]
-
-
-def test_the_store_in_nats_is_reached_with_what_the_secrets_hold() -> None:
-    objects = rendered(values=CHART / "ci" / "gateway-replicas.yaml")
-    settings = yaml.safe_load(one(objects, "ConfigMap")["data"]["config.yaml"])
-    mount = "/var/run/agent-shim-nats"
-    assert settings["store"]["replicas"] == 3
-    assert settings["store"]["url"].startswith("tls://nats-0.nats-headless.nats.svc:4222,")
-    assert settings["shards"] == {"count": 16}
-    for pod in pods(objects):
-        # Also the pod that runs doctor.
-        shim = container(pod, "agent-shim")
-        assert {"name": "agent-shim-nats", "mountPath": mount, "readOnly": True} in shim["volumeMounts"]
-        (volume,) = [each for each in pod["spec"]["volumes"] if each["name"] == "agent-shim-nats"]
-        files = {
-            f"{mount}/{item['path']}": (source["secret"]["name"], item["key"])
-            for source in volume["projected"]["sources"]
-            for item in source["secret"]["items"]
-        }
-        assert files[settings["store"]["credentials_file"]] == ("shim-nats", "nats.creds")
-        assert files[settings["store"]["ca_file"]] == ("nats-ca", "ca.crt")
-
-
-def test_one_replica_over_a_shared_store() -> None:
-    objects = rendered(values=CHART / "ci" / "gateway-nats.yaml")
-    spec = one(objects, "Deployment")["spec"]
-    assert (spec["replicas"], spec["strategy"]["type"]) == (1, "RollingUpdate")
-    (shim,) = spec["template"]["spec"]["containers"]
-    assert env_of(shim)["SHIM_STORE__URL"] == {"secretKeyRef": {"name": "shim-nats", "key": "url"}}
-    assert spec["minReadySeconds"] == 12
-    settings = yaml.safe_load(one(objects, "ConfigMap")["data"]["config.yaml"])
-    assert settings["store"] == {"replicas": 1}
-    assert settings["shards"] == {"count": 16, "lease_s": 6}
-    # Without shards a store in NATS has one writer, as a file has.
-    assert one(rendered(*ON_NATS), "Deployment")["spec"]["strategy"]["type"] == "RollingUpdate"
-    alone = rendered(*ON_NATS, "gateway.shards=0")
-    assert one(alone, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
-    assert "shards" not in yaml.safe_load(one(alone, "ConfigMap")["data"]["config.yaml"])
 
 
 def test_only_changes_that_need_it_restart_the_gateway() -> None:

@@ -13,7 +13,6 @@ from prometheus_client import Counter, Gauge, Histogram
 from shim.admin.collector import BridgeCollector
 from shim.counting import Family
 from shim.metrics import COMMAND_EVENTS, Metrics, Registry
-from shim.shards.metrics import ShardMetrics
 from tests.support.virtual import run_virtual
 from tests.support.world import World
 
@@ -46,17 +45,10 @@ def strip(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def own() -> Iterator[tuple[str, Described]]:
     """The metrics that the shim counts itself."""
-    metrics = Metrics(Registry())
-    yield from described(metrics)
-    yield from described(ShardMetrics(metrics))
+    yield from described(Metrics(Registry()))
 
 
-def of_shards() -> set[str]:
-    """Those that only a replica among others has."""
-    return {name for name, _ in described(ShardMetrics(Metrics(Registry())))}
-
-
-def described(holder: Metrics | ShardMetrics) -> Iterator[tuple[str, Described]]:
+def described(holder: Metrics) -> Iterator[tuple[str, Described]]:
     """The metrics that are attributes of an object."""
     for held in vars(holder).values():
         if isinstance(held, Family):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.test_main_job import living, push, result_of
-from tests.operate.test_docs_metrics import documented, of_shards
+from tests.operate.test_docs_metrics import documented
 from tests.support.processes import Controller, world
 from tests.support.prometheus import Prometheus, prometheus
 
@@ -86,7 +86,7 @@ async def every_query(prom: Prometheus) -> None:
     # what did not happen is not shown, and a share of nothing is none
     assert [each for each in empty if not each[1].endswith("> 0") and "ratio_rate" not in each[1]] == []
     exposed = {re.sub(r"_(total|bucket|count|sum)$", "", name) for name in names if name.startswith("agent_shim_")}
-    missing = set(documented()) - of_shards() - exposed
+    missing = set(documented()) - exposed
     assert not missing, "documented, and not exposed by a shim with an agent"
     assert exposed - set(documented()) == set()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.natsd import NatsServer, running
 from tests.support.stores import Stores
 
 
@@ -16,7 +15,7 @@ from tests.support.stores import Stores
 def _no_thread_is_left() -> Iterator[None]:
     yield
     names = [thread.name for thread in threading.enumerate()]
-    assert [name for name in names if name in {"store-writer", "store-nats"}] == []
+    assert [name for name in names if name == "store-writer"] == []
 
 
 @pytest.fixture
@@ -29,11 +28,3 @@ def stores(_no_thread_is_left: None) -> Iterator[Stores]:
     stores = Stores()
     yield stores
     stores.close()
-
-
-@pytest.fixture(scope="session")
-def nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A NATS server for all tests that do nothing to it; needs nats-server."""
-    server = NatsServer(tmp_path_factory.mktemp("nats"))
-    with running(server):
-        yield server.url

@@ -39,7 +39,6 @@ from shim.core.records import (
 from shim.errors import StoreError
 from shim.store import open_store
 from shim.store.memory import MAX_LONE_TRACES, MemoryStore
-from tests.support.natsd import new_store
 from tests.support.stores import KEY, OTHER, POISON, STRANGER, StoreClient, command, put, session
 
 Make = Callable[[], StoreClient]
@@ -47,14 +46,10 @@ Reopen = Callable[[StoreClient], StoreClient]
 RESULT = {"command_id": "1", "success": True, "output": "done"}
 
 
-@pytest.fixture(params=["memory", "sqlite", pytest.param("nats", marks=pytest.mark.needs("nats-server"))])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
-    if request.param == "nats":
-        with new_store(request.getfixturevalue("nats_url")) as make_client:
-            yield make_client
-        return
+@pytest.fixture(params=["memory", "sqlite"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     path = ":memory:" if request.param == "memory" else str(tmp_path / "shim.db")
-    yield lambda: StoreClient(lambda post: open_store(settings.Store(path=path), post))
+    return lambda: StoreClient(lambda post: open_store(settings.Store(path=path), post))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Any sequence of operations has the same results on SQLite, and on NATS, as in the model."""
+"""Any sequence of operations has the same results on SQLite as in the model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import pytest
 from hypothesis import settings as search
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -40,7 +39,6 @@ from shim.core.records import (
 from shim.errors import StoreError
 from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore
-from tests.support.natsd import new_store
 from tests.support.stores import KEY, OTHER, POISON, STRANGER, StoreClient, put, session
 
 Outcome = list[list[Any] | StoreError]
@@ -131,23 +129,5 @@ class Comparison(RuleBasedStateMachine):
         self._stack.close()
 
 
-class NatsComparison(Comparison):
-    url: ClassVar[str] = ""
-
-    def _place(self) -> Callable[[], StoreClient]:
-        return self._stack.enter_context(new_store(self.url))
-
-
-@pytest.fixture
-def nats(nats_url: str) -> None:
-    NatsComparison.url = nats_url
-
-
 TestComparison = Comparison.TestCase
 TestComparison.settings = search(max_examples=40, stateful_step_count=25)
-
-
-@pytest.mark.needs("nats-server")
-@pytest.mark.usefixtures("nats")
-class TestNatsComparison(NatsComparison.TestCase):  # type: ignore[misc, valid-type]
-    settings = search(max_examples=15, stateful_step_count=25, deadline=None)

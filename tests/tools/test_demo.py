@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import json
 import os
@@ -17,11 +16,8 @@ import aiohttp
 import pytest
 
 from shim.clock import Clock
-from shim.tools.demo import children, play
 from shim.tools.demo.children import Child, ChildFailed
-from shim.tools.demo.service import Service
 from shim.tools.demo.stage import Stage, StepFailed
-from tests.support.sockets import tcp_server
 
 CONTROLLER = ["controller", "--listen", "127.0.0.1:0", "--token", "t"]
 
@@ -67,11 +63,6 @@ class Demo:
         (file,) = self.folder.glob(f"agent-shim-demo-*/{name}.ready.json")
         pid: int = json.loads(file.read_text())["pid"]
         return pid
-
-    def nats(self) -> int:
-        """The pid of the NATS server, which its ports file is named after."""
-        (file,) = self.folder.glob("agent-shim-demo-*/nats-server_*.ports")
-        return int(file.stem.rpartition("_")[2])
 
 
 def alive(pid: int) -> bool:
@@ -143,79 +134,6 @@ async def test_ctrl_c_before_the_end_is_130(tmp_path: Path) -> None:
     assert code == 130
     assert "Stopping." in out
     assert not alive(pid)
-
-
-# --- gateway mode
-
-
-@pytest.mark.needs("nats-server")
-@pytest.mark.timeout(240)
-async def test_gateway_once_kills_the_owner_and_nothing_is_doubled_without_a_reason(tmp_path: Path) -> None:
-    demo = await Demo.start(tmp_path, "--gateway", "--once")
-    code, out = await demo.end()
-    assert code == 0, out
-    assert "✗" not in out
-    for step in (
-        "link partitions shared out .* north 8, south 8",
-        r"the first agent calls the other .* its link is (\w+)'s, (?!\1)\w+ answers it",
-        "in the agent's hand .* since the controller sent it",
-        r"replica (north|south) killed \(kill -9\)",
-        "has its links .* registration replayed, 0 by the agent",
-        "what waited arrives, in order .* 6 commands, (each once|again with a reason)",
-        "and so do the results .* 6 at the controller",
-        "link partitions shared out anew .* north 8, south 8",
-        "every link is up ",
-    ):
-        assert re.search(f"✓  .*{step}", out), (step, out)
-
-
-@pytest.mark.needs("nats-server")
-@pytest.mark.timeout(120)
-async def test_gateway_ends_all_it_started_on_ctrl_c(tmp_path: Path) -> None:
-    demo = await Demo.start(tmp_path, "--gateway")
-    await demo.line("link partitions shared out")
-    pids = [demo.nats(), *(demo.child(name) for name in ("controller", "north", "south"))]
-    assert all(map(alive, pids))
-    demo.process.send_signal(signal.SIGINT)
-    code, out = await demo.end()
-    assert code == 130, out
-    assert not any(map(alive, pids))
-
-
-def test_gateway_without_a_nats_server_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(children, "_SBIN", ())
-    assert play.play(once=True, colour=False, gateway=True) == play.EXIT_MISSING
-    assert "apt-get install nats-server" in capsys.readouterr().err
-
-
-async def test_the_service_of_the_demo_goes_to_whoever_takes_connections() -> None:
-    async with contextlib.AsyncExitStack() as stack:
-        ports = {}
-        for name in ("north", "south"):
-
-            async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str = name) -> None:
-                writer.write(f"{name}\n".encode())
-                await reader.read()
-                writer.close()
-
-            ports[name] = await stack.enter_async_context(tcp_server(serve))
-        async with tcp_server(serve) as gone:
-            pass
-        service = Service({"west": f"127.0.0.1:{gone}", **{name: f"127.0.0.1:{port}" for name, port in ports.items()}})
-        port = int((await service.listen()).rpartition(":")[2])
-        stack.callback(service.close)
-        service.prefer("south")
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        assert (await reader.readline(), service.reached) == (b"south\n", "south")
-        service.prefer("west")
-        assert await reader.read() == b"", "what was open ends"
-        writer.close()
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        assert (await reader.readline(), service.reached) == (b"north\n", "north")
-        writer.close()
 
 
 # --- parts

@@ -88,25 +88,6 @@ annotations:
 {{- .Values.store.existingClaim | default (printf "%s-store" (include "agent-shim.fullname" .)) }}
 {{- end }}
 
-{{/* Not empty where the store is in NATS. */}}
-{{- define "agent-shim.nats" -}}
-{{- or .Values.store.url .Values.store.nats.urlSecretName }}
-{{- end }}
-
-{{/* Not empty where files of NATS are mounted. */}}
-{{- define "agent-shim.natsFiles" -}}
-{{- or .Values.store.nats.credentialsSecretName .Values.store.nats.caSecretName }}
-{{- end }}
-
-{{/* The number of link partitions. */}}
-{{- define "agent-shim.shards" -}}
-{{- if eq (toString .Values.gateway.shards) "auto" -}}
-{{ ternary 16 0 (ne (include "agent-shim.nats" .) "") }}
-{{- else -}}
-{{ int .Values.gateway.shards }}
-{{- end }}
-{{- end }}
-
 {{- define "agent-shim.agentContainers" -}}
 {{- $vendor := ternary (list "pipeops-agent") (list "agent") (eq .Values.agent.install "chart") -}}
 {{- .Values.agent.containers | default $vendor | toJson }}
@@ -162,11 +143,8 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- if and $v.networkPolicy.enabled (not $v.networkPolicy.agentEgress) -}}
 {{- fail "networkPolicy.agentEgress: the policy holds for the whole pod, so it must also allow what the agent itself needs, at least the Kubernetes API" -}}
 {{- end -}}
-{{- if include "agent-shim.nats" . -}}
-{{- fail "store.url is for mode: gateway; a sidecar has its own file" -}}
-{{- end -}}
-{{- else -}}
-{{- include "agent-shim.validateGateway" . -}}
+{{- else if gt (int $v.gateway.replicas) 1 -}}
+{{- fail "gateway.replicas: a file has one writer, so there is one replica" -}}
 {{- end -}}
 {{- $token := $v.upstream.token -}}
 {{- if and (eq $token.from "secret") (not $token.secretName) -}}
@@ -207,48 +185,6 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- end -}}
 {{- end }}
 
-{{/* The same for gateway mode: replicas, shards and their store. */}}
-{{- define "agent-shim.validateGateway" -}}
-{{- $gateway := .Values.gateway -}}
-{{- $store := .Values.store -}}
-{{- $nats := include "agent-shim.nats" . -}}
-{{- $shards := int (include "agent-shim.shards" .) -}}
-{{- if and (gt (int $gateway.replicas) 1) (not $nats) -}}
-{{- fail "gateway.replicas: more than one replica needs a shared store (store.url), a file has one writer" -}}
-{{- end -}}
-{{- if and (gt (int $gateway.replicas) 1) (not $shards) -}}
-{{- fail "gateway.shards is 0: the replica has the whole store, and several would take it from each other; give it 1 to 256" -}}
-{{- end -}}
-{{- if and $shards (not $nats) -}}
-{{- fail "gateway.shards needs a shared store (store.url)" -}}
-{{- end -}}
-{{- if and $shards (gt (int $gateway.replicas) $shards) -}}
-{{- fail (printf "gateway.shards is %d: with %d replicas some would own nothing" $shards (int $gateway.replicas)) -}}
-{{- end -}}
-{{- $config := .Values.config -}}
-{{- if and $shards (eq (dig "mode" "websocket" $config) "auto") -}}
-{{- fail "config.mode: auto is for one shim with all its links: websocket or http, or one replica with gateway.shards 0" -}}
-{{- end -}}
-{{- if and $shards (lt (float64 (dig "rollout" "percent" 100 $config)) 100.0) -}}
-{{- fail "config.rollout.percent must be 100 with gateway.shards, where all agents go the same way; or one replica with gateway.shards 0" -}}
-{{- end -}}
-{{- if and $store.url $store.nats.urlSecretName -}}
-{{- fail "store.nats.urlSecretName holds the URL: leave store.url empty" -}}
-{{- end -}}
-{{- if and $nats (eq $store.type "pvc") -}}
-{{- fail "store.type: pvc is for a file, and store.url puts the store into NATS" -}}
-{{- end -}}
-{{- if and (include "agent-shim.natsFiles" .) (not $nats) -}}
-{{- fail "store.nats: Secrets are given, but neither store.url nor store.nats.urlSecretName" -}}
-{{- end -}}
-{{- if and $store.nats.caSecretName (hasPrefix "nats://" $store.url) -}}
-{{- fail "store.nats.caSecretName: without tls:// in store.url it would not be used" -}}
-{{- end -}}
-{{- if ge (int $gateway.drainSeconds) (sub (int $gateway.terminationGracePeriodSeconds) 5) -}}
-{{- fail "gateway.terminationGracePeriodSeconds must be more than 5 s longer than gateway.drainSeconds" -}}
-{{- end -}}
-{{- end }}
-
 {{/* The shim's configuration file. */}}
 {{- define "agent-shim.config" -}}
 {{- $ours := dict
@@ -264,15 +200,6 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- if and (eq .Values.mode "gateway") .Values.gateway.tlsSecretName -}}
 {{- $tls := dict "cert_file" "/etc/agent-shim-tls/tls.crt" "key_file" "/etc/agent-shim-tls/tls.key" -}}
 {{- $_ := set (get $ours "listen") "tls" $tls -}}
-{{- end -}}
-{{- if include "agent-shim.nats" . -}}
-{{- $nats := .Values.store.nats -}}
-{{- $store := dict "replicas" (int $nats.replicas) -}}
-{{- with .Values.store.url }}{{ $_ := set $store "url" . }}{{ end -}}
-{{- if $nats.credentialsSecretName }}{{ $_ := set $store "credentials_file" "/var/run/agent-shim-nats/nats.creds" }}{{ end -}}
-{{- if $nats.caSecretName }}{{ $_ := set $store "ca_file" "/var/run/agent-shim-nats/ca.crt" }}{{ end -}}
-{{- $_ := set $ours "store" $store -}}
-{{- with int (include "agent-shim.shards" .) }}{{ $_ := set $ours "shards" (dict "count" .) }}{{ end -}}
 {{- end -}}
 {{- toYaml (mergeOverwrite $ours (deepCopy .Values.config)) }}
 {{- end }}

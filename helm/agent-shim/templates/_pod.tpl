@@ -50,20 +50,6 @@ failureThreshold: {{ .failures }}
       apiVersion: v1
       fieldPath: status.podIP
 {{- end }}
-{{- if gt (int (include "agent-shim.shards" .)) 0 }}
-- name: SHIM_SHARDS__REPLICA
-  valueFrom:
-    fieldRef:
-      apiVersion: v1
-      fieldPath: metadata.name
-{{- end }}
-{{- with .Values.store.nats.urlSecretName }}
-- name: SHIM_STORE__URL
-  valueFrom:
-    secretKeyRef:
-      name: {{ . }}
-      key: {{ $.Values.store.nats.urlSecretKey }}
-{{- end }}
 {{- if and (not .Values.upstream.url) (eq .Values.agent.install "manifest") }}
 - name: SHIM_UPSTREAM__URL
   valueFrom:
@@ -95,11 +81,6 @@ failureThreshold: {{ .failures }}
 {{- if .Values.admin.tokenSecret }}
 - name: agent-shim-admin
   mountPath: /var/run/agent-shim-admin
-  readOnly: true
-{{- end }}
-{{- if include "agent-shim.natsFiles" . }}
-- name: agent-shim-nats
-  mountPath: /var/run/agent-shim-nats
   readOnly: true
 {{- end }}
 {{- if and (eq .Values.mode "gateway") .Values.gateway.tlsSecretName }}
@@ -146,26 +127,6 @@ failureThreshold: {{ .failures }}
       - key: {{ $.Values.admin.tokenKey }}
         path: token
     defaultMode: 292
-{{- end }}
-{{- if include "agent-shim.natsFiles" . }}
-- name: agent-shim-nats
-  projected:
-    defaultMode: 292
-    sources:
-      {{- with .Values.store.nats.credentialsSecretName }}
-      - secret:
-          name: {{ . }}
-          items:
-            - key: {{ $.Values.store.nats.credentialsSecretKey }}
-              path: nats.creds
-      {{- end }}
-      {{- with .Values.store.nats.caSecretName }}
-      - secret:
-          name: {{ . }}
-          items:
-            - key: {{ $.Values.store.nats.caSecretKey }}
-              path: ca.crt
-      {{- end }}
 {{- end }}
 {{- if and (eq .Values.mode "gateway") .Values.gateway.tlsSecretName }}
 - name: agent-shim-tls

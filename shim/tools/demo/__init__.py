@@ -9,10 +9,9 @@ import click
 
 @click.command("demo")
 @click.option("--once", is_flag=True, help="End after the last step; exit 1 if one failed.")
-@click.option("--gateway", is_flag=True, help="Two replicas over a NATS server; the owner of a link is killed.")
 @click.option("--no-color", is_flag=True, help="No colours; so does NO_COLOR, and output that is no terminal.")
-def command(once: bool, gateway: bool, no_color: bool) -> None:
+def command(once: bool, no_color: bool) -> None:
     """Controller, shim and one legacy agent in this terminal, step by step, then left running for you to try."""
     from shim.tools.demo.play import play  # noqa: PLC0415 - the command list must not load agents and servers
 
-    sys.exit(play(once=once, colour=not no_color, gateway=gateway))
+    sys.exit(play(once=once, colour=not no_color))

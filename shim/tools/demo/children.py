@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-NATS_SERVER = "nats-server"
-_SBIN = ("/usr/local/sbin", "/usr/sbin")
 _LOOK_S = 0.02
 _TAIL_LINES = 12
 
@@ -108,42 +105,6 @@ class Child:
             with suppress(ProcessLookupError):
                 process.send_signal(number)
             await process.wait()
-
-
-def nats_server() -> str | None:
-    """The program's path. Debian puts it where only an administrator's PATH looks."""
-    return shutil.which(NATS_SERVER, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *_SBIN]))
-
-
-class NatsServer(Child):
-    """`nats-server` with JetStream on a free port of loopback, its files in `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__("nats-server", folder)
-        self._folder = folder
-
-    def _command(self, args: Sequence[str]) -> Sequence[str]:
-        stored, ports = str(self._folder / "jetstream"), str(self._folder)
-        return (
-            nats_server() or NATS_SERVER,
-            "-a",
-            "127.0.0.1",
-            "-p",
-            "-1",
-            "-js",
-            "-sd",
-            stored,
-            "--ports_file_dir",
-            ports,
-            *args,
-        )
-
-    def _ready(self, pid: int) -> dict[str, str] | None:
-        try:
-            ports = json.loads((self._folder / f"{NATS_SERVER}_{pid}.ports").read_text())
-        except (FileNotFoundError, ValueError):  # it may be half written
-            return None
-        return {"nats": ports["nats"][0]}
 
 
 def _environment() -> dict[str, str]:

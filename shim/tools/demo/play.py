@@ -7,52 +7,28 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 from shim.clock import Clock
 from shim.tools.control_client import ControlError
-from shim.tools.demo.children import NATS_SERVER, Child, ChildFailed, NatsServer, nats_server
-from shim.tools.demo.gateway import GatewayStory
+from shim.tools.demo.children import Child, ChildFailed
 from shim.tools.demo.stage import Stage, StepFailed
 from shim.tools.demo.story import Story
 from shim.tools.demo.tale import Tale
 
 EXIT_OK = 0
 EXIT_FAILED = 1
-EXIT_MISSING = 69  # EX_UNAVAILABLE of sysexits.h
 EXIT_INTERRUPTED = 130
 
 
-def play(*, once: bool, colour: bool, gateway: bool = False) -> int:
+def play(*, once: bool, colour: bool) -> int:
     """Run the demo; returns the exit code. Without `once` it ends with Ctrl-C."""
-    if gateway and (missing := _missing()):
-        print(f"demo --gateway: {missing}", file=sys.stderr)
-        return EXIT_MISSING
-    make = _gateway if gateway else _sidecar
     with tempfile.TemporaryDirectory(prefix="agent-shim-demo-") as folder:
-        return asyncio.run(_play(Path(folder), make, once=once, colour=colour))
-
-
-def _missing() -> str:
-    """What gateway mode needs and this machine has not, with what to do."""
-    if nats_server() is None:
-        return (
-            f"{NATS_SERVER} is not on the PATH. Debian and Ubuntu: apt-get install nats-server; macOS: brew install "
-            "nats-server; else a release of nats-io/nats-server, 2.9 or later"
-        )
-    if find_spec("nats") is None:
-        return "the extra is missing: pip install 'agent-shim[nats]'"
-    return ""
+        return asyncio.run(_play(Path(folder), _sidecar, once=once, colour=colour))
 
 
 def _sidecar(stage: Stage, clock: Clock, folder: Path) -> Tale:
     return Story(stage, clock, Child("controller", folder), Child("shim", folder), folder / "agent-shim.db")
-
-
-def _gateway(stage: Stage, clock: Clock, folder: Path) -> Tale:
-    replicas = [Child(name, folder) for name in ("north", "south")]
-    return GatewayStory(stage, clock, Child("controller", folder), NatsServer(folder), replicas)
 
 
 async def _play(folder: Path, make: Callable[[Stage, Clock, Path], Tale], *, once: bool, colour: bool) -> int:

@@ -11,7 +11,7 @@ from shim import config
 from shim.errors import ConfigError
 from shim.settings import Settings, Upstream
 from shim.tools.admin_address import reachable
-from shim.tools.doctor import jetstream, machine, running
+from shim.tools.doctor import machine, running
 from shim.tools.doctor.findings import Finding, failed, passed, warned
 from shim.tools.doctor.handshake import Answer, ask, ask_time, judge_clock, judge_token, judge_upgrade, ping
 from shim.tools.doctor.network import Blocked, Target, connect, target_of
@@ -30,7 +30,7 @@ def running_shim(settings: Settings, admin: tuple[str, int] | None, token: str) 
 def examine_machine(settings: Settings, shim: Running) -> list[Finding]:
     """Ports and store."""
     store = settings.store
-    kept = asyncio.run(jetstream.examine(settings)) if store.url else list(machine.examine_store(store, shim))
+    kept = machine.examine_store(store, shim)
     return [
         machine.examine_port("listen", settings.listen.host, settings.listen.port, shim),
         machine.examine_port("admin", settings.admin.host, settings.admin.port, shim),
