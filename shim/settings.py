@@ -152,6 +152,13 @@ class Fallback(Section, frozen=True):
 
 class Rollout(Section, frozen=True):
     percent: float = 100
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def partial(self) -> bool:
+        """True where some agents may go by the vendor's HTTP API."""
+        return self.percent < 100 or bool(self.exclude)
 
 
 class Sunset(Section, frozen=True):

@@ -199,6 +199,15 @@ class _Checks:
             "fallback.url",
         )
         self._must(
+            bool(fallback.url) or not settings.rollout.exclude,
+            "must be empty while fallback.url is empty: these agents would have nowhere to go",
+            "rollout.exclude",
+            "fallback.url",
+        )
+        for key in ("include", "exclude"):
+            patterns = getattr(settings.rollout, key)
+            self._must(all(patterns), "must not hold an empty name: it matches no agent", f"rollout.{key}")
+        self._must(
             not (fallback.use_upstream_token and settings.upstream.own_tokens),
             "needs upstream.token or upstream.token_file",
             "fallback.use_upstream_token",

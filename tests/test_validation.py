@@ -119,6 +119,8 @@ def test_what_makes_sense_is_no_fault(sets: list[str]) -> None:
         (["mode=http"], "fallback.url"),
         (["mode=auto"], "fallback.url"),
         (["rollout.percent=99"], "rollout.percent"),
+        (["rollout.exclude=prod"], "rollout.exclude"),
+        (["rollout.include="], "rollout.include"),
         (["fallback.url=http://example.com"], "fallback.url"),
         (["fallback.url=wss://example.com"], "fallback.url"),
         (["fallback.use_upstream_token=true"], "fallback.use_upstream_token"),

@@ -9,6 +9,7 @@ from typing import Protocol
 from shim.core.backoff import BackoffPolicy
 from shim.core.commands import QueuePolicy
 from shim.core.fallback_record import FallbackRecord
+from shim.core.recent_calls import RecentCalls
 from shim.core.sessions import Sessions
 from shim.metrics import Metrics
 from shim.ports import Clock, CommandStore, Timers, UpstreamPort
@@ -29,7 +30,7 @@ class TokenSource(Protocol):
 class Context:
     """The bridge's surroundings. `settings` is replaced on a reload; `rng` yields floats in [0, 1).
 
-    `fallback` records how calls to the vendor's HTTP API end.
+    `fallback` records how calls to the vendor's HTTP API end, `refused_calls` which of the agents' calls were refused.
     """
 
     settings: Settings
@@ -44,6 +45,7 @@ class Context:
     sessions: Sessions
     owner_key: bytes = b""
     fallback: FallbackRecord = field(default_factory=FallbackRecord)
+    refused_calls: RecentCalls = field(default_factory=RecentCalls)
 
     @property
     def now(self) -> float:

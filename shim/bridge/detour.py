@@ -13,7 +13,17 @@ from shim.bridge.links import LinkRunner
 from shim.bridge.queues import Queues
 from shim.bridge.roster import Roster
 from shim.bridge.routes import Routes
-from shim.core.calls import AgentCall, Commands, HealthCall, HeartbeatCall, PollCall, RegisterCall, ResultCall
+from shim.core.calls import (
+    AgentCall,
+    Commands,
+    HealthCall,
+    HeartbeatCall,
+    PollCall,
+    RegisterCall,
+    ResultCall,
+    TunnelInfoCall,
+    TunnelPollCall,
+)
 from shim.core.normalise import Malformed, normalise
 from shim.core.records import (
     VIA_HTTP,
@@ -86,6 +96,27 @@ class Detour:
         if owner is not None:
             key = self._ctx.sessions.key_of(owner, call.target)
             self._roster.usage.note(key, *route_of(call), self._ctx.clock.wall_s())
+
+    def agent_of(self, client: Client, call: AgentCall) -> SessionKey | None:
+        """Return the session key that a call by HTTP is shown under, `None` where it does not name its agent.
+
+        A tunnel call names an agent id, which stands for no agent of its own unless one is known by it; the same holds
+        for the registration of an agent that is known by its cluster id.
+        """
+        owner = self._routes.owner_of(client.token)
+        if owner is None or isinstance(call, HealthCall):
+            return None
+        sessions = self._ctx.sessions
+        if isinstance(call, RegisterCall):
+            known = sessions.alias(owner, call.agent_id)
+            if known is not None:
+                return known.key
+            return SessionKey(owner, "agent", call.agent_id) if call.known_by_agent else None
+        key = sessions.key_of(owner, call.target)
+        if isinstance(call, (TunnelPollCall, TunnelInfoCall)):
+            known_already = sessions.get(key) is not None or key in self._ctx.fallback.by_agent
+            return key if known_already else None
+        return key
 
     # --- registrations ------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from enum import Enum
 
+from shim.core.recent_calls import RecentCalls
 from shim.core.records import SessionKey
 
 UNREACHABLE = "unreachable"
@@ -15,14 +17,32 @@ OUTCOMES = ("1xx", "2xx", "3xx", "4xx", "5xx", UNREACHABLE)
 MAX_AGENTS = 10_000
 
 
+class Why(Enum):
+    """Reasons why an agent's calls go to the vendor's HTTP API."""
+
+    MODE = "mode"
+    ROLLOUT = "rollout"
+    LINK_DOWN = "link_down"
+
+
+_NORMAL = frozenset({(404, "tunnel_poll"), (404, "tunnel_info"), (404, ""), (409, "register")})
+"""Answers beyond 399 that agents live with: an API without tunnels, an unknown path, a cluster that exists already."""
+
+
 @dataclass(frozen=True, slots=True)
 class FallbackCall:
-    """One call that ended. `status` is 0 and `reason` says why when the API could not be reached."""
+    """One call that ended. `status` is 0 and `reason` says why when the API could not be reached.
+
+    `name` is what the rollout places the caller by, its cluster's name or else its id.
+    """
 
     wall_s: float
     operation: str
     status: int = 0
     reason: str = ""
+    dialect: str = ""
+    name: str = ""
+    why: Why = Why.MODE
 
     @property
     def outcome(self) -> str:
@@ -31,8 +51,8 @@ class FallbackCall:
 
     @property
     def ok(self) -> bool:
-        """True for 2xx and 3xx: the API served the agent."""
-        return 200 <= self.status < 400
+        """True where the API served the agent: 2xx, 3xx, and what agents live with."""
+        return 200 <= self.status < 400 or (self.status, self.operation) in _NORMAL
 
 
 @dataclass(slots=True)
@@ -40,7 +60,8 @@ class FallbackRecord:
     """Counts per outcome since the start, the newest calls, and each agent's newest call.
 
     `failing_since_s` is when the present row of failures began, `None` while the newest call was served;
-    `failures` is the length of that row.
+    `failures` is the length of that row. `recent` are the calls of the last minute, `recent_failures` those of them
+    that were not served.
     """
 
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
@@ -50,11 +71,17 @@ class FallbackRecord:
     failures: int = 0
     failing_since_s: float | None = None
     by_agent: OrderedDict[SessionKey, FallbackCall] = field(default_factory=OrderedDict)
+    recent: RecentCalls = field(default_factory=RecentCalls)
+    recent_failures: RecentCalls = field(default_factory=RecentCalls)
 
     def add(self, call: FallbackCall, agent: SessionKey | None = None) -> None:
         """Record a call that ended; `agent` is its caller's session where that is known."""
         self.counts[call.outcome] += 1
         self.last = call
+        route = call.operation or "another call"
+        self.recent.note(call.wall_s, call.status, route, "")
+        if not call.ok:
+            self.recent_failures.note(call.wall_s, call.status, route, call.reason)
         if call.ok:
             self.last_ok = call
             self.failures, self.failing_since_s = 0, None

@@ -1,10 +1,12 @@
-"""Which way an agent's call goes: over the WebSocket, or as it came to the vendor's HTTP API (protocol.md §4)."""
+"""Decide which way an agent's calls go: over the WebSocket or by HTTP (docs/reference/protocol.md#4-modes)."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 
 BREAKER_INITIAL_S = 1.0
 BREAKER_MAX_S = 60.0
@@ -12,12 +14,19 @@ BREAKER_THRESHOLD = 3
 
 
 def bucket(name: str) -> float:
-    """Where in [0, 100) an agent stands by the stable hash of its cluster name (else its id).
+    """Return the place of an agent in [0, 100), by a stable hash of its cluster name, else of its id.
 
-    The same on every shim and in every version: a fleet that goes from 10 to 50 percent keeps its first 10.
+    It is the same on every shim and in every version: a fleet that goes from 10 to 50 percent keeps its first 10.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8]) / 2**64 * 100
+
+
+def in_rollout(name: str, percent: float, include: Iterable[str], exclude: Iterable[str]) -> bool:
+    """Return whether the shim serves an agent of this name. `exclude` comes first, then `include`, then the hash."""
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return False
+    return any(fnmatchcase(name, pattern) for pattern in include) or bucket(name) < percent
 
 
 class Way(Enum):

@@ -6,9 +6,9 @@ import msgspec
 
 from shim.bridge import Bridge
 from shim.core.calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
-from shim.core.fallback_record import FallbackCall
+from shim.core.fallback_record import FallbackCall, Why
 from shim.core.link import LinkState
-from shim.core.modes import Breaker, Failover, Way, bucket
+from shim.core.modes import Breaker, Failover, Way, in_rollout
 from shim.core.usage import route_of
 from shim.logs import get
 from shim.passthrough.proxy import Proxy, Unreachable, object_of, unreachable_reply
@@ -46,18 +46,25 @@ class Passthrough:
         settings = self._bridge.ctx.settings
         if settings.mode == "http" or not settings.fallback.url:
             return False
-        return (settings.mode == "auto" or settings.rollout.percent < 100) and not self._sunset_over()
+        return (settings.mode == "auto" or settings.rollout.partial) and not self._sunset_over()
 
     def takes(self, client: Client, call: AgentCall) -> bool:
         """Whether this call goes by HTTP."""
         if isinstance(call, HealthCall):
             return False
         settings = self._bridge.ctx.settings
-        if bucket(self._bridge.detour.name_of(client, call)) >= settings.rollout.percent:
+        if not self._in_rollout(client, call):
             return True
         return (
             settings.mode == "auto" and self._failed_over(client, call) and self._breaker.allows(self._bridge.ctx.now)
         )
+
+    def _in_rollout(self, client: Client, call: AgentCall) -> bool:
+        rollout = self._bridge.ctx.settings.rollout
+        if not rollout.partial:
+            return True
+        name = self._bridge.detour.name_of(client, call)
+        return in_rollout(name, rollout.percent, rollout.include, rollout.exclude)
 
     def active(self) -> bool:
         """Whether calls go by HTTP now because of the mode or a link that is down (not because of the rollout)."""
@@ -166,11 +173,17 @@ class Passthrough:
     def _record(self, request: Forwarded, status: int = 0, reason: str = "") -> None:
         """Record how a call ended, for the metrics and the status."""
         call, ctx = request.call, self._bridge.ctx
-        agent = None
-        if call is not None and not isinstance(call, (RegisterCall, HealthCall)):
-            owner = self._bridge.routes.owner_of(request.client.token)
-            agent = None if owner is None else ctx.sessions.key_of(owner, call.target)
-        operation = route_of(call)[1] if call is not None else ""
-        ended = FallbackCall(ctx.clock.wall_s(), operation, status, reason)
+        if call is None:
+            ended, agent = FallbackCall(ctx.clock.wall_s(), "", status, reason), None
+        else:
+            dialect, operation = route_of(call)
+            name, why = self._bridge.detour.name_of(request.client, call), self._why(request.client, call)
+            ended = FallbackCall(ctx.clock.wall_s(), operation, status, reason, dialect, name, why)
+            agent = self._bridge.detour.agent_of(request.client, call)
         ctx.fallback.add(ended, agent)
         ctx.metrics.fallback.labels(ended.outcome).inc()
+
+    def _why(self, client: Client, call: AgentCall) -> Why:
+        if self.takes_all():
+            return Why.MODE
+        return Why.LINK_DOWN if self._in_rollout(client, call) else Why.ROLLOUT

@@ -25,6 +25,25 @@ def test_the_class_of_an_answer(status: int, outcome: str, ok: bool) -> None:
     assert outcome in OUTCOMES
 
 
+@pytest.mark.parametrize(
+    "operation, status, ok",
+    [
+        ("tunnel_poll", 404, True),
+        ("", 404, True),
+        ("register", 409, True),
+        ("heartbeat", 404, False),
+        ("tunnel_poll", 401, False),
+        ("poll", 409, False),
+    ],
+)
+def test_answers_that_agents_live_with_are_no_failures(operation: str, status: int, ok: bool) -> None:
+    record = FallbackRecord()
+    record.add(FallbackCall(1.0, operation, status))
+    assert (record.failures == 0) is ok
+    assert bool(record.recent_failures.last_minute(1.0)) is not ok
+    assert len(record.recent.last_minute(1.0)) == 1
+
+
 def test_a_row_of_failures_begins_with_the_first_and_ends_with_a_success() -> None:
     record = FallbackRecord()
     assert (record.last, record.failing_since_s) == (None, None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.modes import BREAKER_MAX_S, Breaker, Failover, Way, bucket
+from shim.core.modes import BREAKER_MAX_S, Breaker, Failover, Way, bucket, in_rollout
 
 
 def test_buckets_never_change() -> None:
@@ -77,3 +78,21 @@ def test_the_breaker_opens_after_three_failures_ever_longer_and_closes_with_a_su
     assert not breaker.open
     breaker.failed(200)
     assert breaker.allows(200)
+
+
+@pytest.mark.parametrize(
+    "name, percent, include, exclude, served",
+    [
+        ("prod-cluster", 10, (), (), True),
+        ("staging", 10, (), (), False),
+        ("staging", 10, ("stag*",), (), True),
+        ("staging", 0, ("staging",), (), True),
+        ("prod-cluster", 100, (), ("prod-*",), False),
+        ("prod-cluster", 100, ("prod-cluster",), ("prod-*",), False),
+        ("Prod-cluster", 100, (), ("prod-*",), True),
+    ],
+)
+def test_named_clusters_come_before_the_hash(
+    name: str, percent: float, include: tuple[str, ...], exclude: tuple[str, ...], served: bool
+) -> None:
+    assert in_rollout(name, percent, include, exclude) is served

@@ -158,9 +158,9 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- end -}}
 {{- $config := $v.config -}}
 {{- $percent := dig "rollout" "percent" 100 $config -}}
-{{- $needs := or (lt (float64 $percent) 100.0) (has (dig "mode" "websocket" $config) (list "http" "auto")) -}}
+{{- $needs := or (lt (float64 $percent) 100.0) (dig "rollout" "exclude" false $config) (has (dig "mode" "websocket" $config) (list "http" "auto")) -}}
 {{- if and $needs (not (dig "fallback" "url" "" $config)) -}}
-{{- fail "config.fallback.url is missing: with this config.mode or config.rollout.percent agents are sent there" -}}
+{{- fail "config.fallback.url is missing: with this config.mode or config.rollout agents are sent there" -}}
 {{- end -}}
 {{- if not (dig "upstream" "allow_insecure" false $config) -}}
 {{- range $name, $url := dict "upstream.url" $v.upstream.url "config.fallback.url" (dig "fallback" "url" "" $config) -}}

@@ -1,0 +1,42 @@
+"""Calls of the last minute are counted by kind, within a fixed bound."""
+
+from __future__ import annotations
+
+from shim.core.recent_calls import MAX_ROUTE_CHARS, OTHER_ROUTES, RecentCalls
+
+
+def test_calls_are_counted_for_a_minute_the_most_frequent_first() -> None:
+    calls = RecentCalls()
+    for at in range(5):
+        calls.note(float(at), 404, "GET /a", "not found")
+    calls.note(30.0, 401, "GET /b", "a Bearer token is required")
+    assert [(each.kind.status, each.calls) for each in calls.last_minute(50.0)] == [(404, 5), (401, 1)]
+    assert [(each.kind.status, each.calls) for each in calls.last_minute(70.0)] == [(401, 1)]
+    assert calls.last_minute(90.0) == []
+
+
+def test_what_goes_on_for_hours_is_still_counted_by_the_minute() -> None:
+    calls = RecentCalls()
+    for second in range(7200):
+        calls.note(float(second), 400, "POST /x", "")
+    ((_, counted, last_at),) = calls.last_minute(7200.0)
+    assert 55 <= counted <= 60
+    assert last_at == 7199.0
+
+
+def test_kinds_and_texts_are_bounded_and_printable() -> None:
+    calls = RecentCalls(max_kinds=3)
+    for number in range(1000):
+        calls.note(0.0, 404, f"GET /{number}\x1b[2J" + "x" * 5000, "r" * 5000)
+    found = calls.last_minute(1.0)
+    assert len(found) == 4
+    assert found[0].kind == (404, OTHER_ROUTES, "")
+    assert sum(each.calls for each in found) == 1000
+    assert all(len(each.kind.route) <= MAX_ROUTE_CHARS and each.kind.route.isprintable() for each in found)
+
+
+def test_kinds_of_the_past_make_room() -> None:
+    calls = RecentCalls(max_kinds=1)
+    calls.note(0.0, 404, "GET /old", "")
+    calls.note(100.0, 404, "GET /new", "")
+    assert [each.kind.route for each in calls.last_minute(100.0)] == ["GET /new"]
