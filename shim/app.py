@@ -183,6 +183,7 @@ class App:
             token=None if settings.upstream.own_tokens else self._token_for_agents,
             static_headers=lambda: sunset,
             fallback=parts.fallback,
+            refused_calls=parts.subject.ctx.refused_calls,
         )
         host, port = await frontend.start()
         self.addresses["listen"] = f"{host}:{port}"

@@ -17,6 +17,7 @@ from aiohttp.web_protocol import RequestHandler
 from shim.frontend import kernel
 from shim.frontend.gate import Gate
 from shim.frontend.house import House
+from shim.frontend.refused import NO_ROUTE
 from shim.frontend.replies import SENT_CLOSE
 from shim.ports import Client
 
@@ -92,7 +93,7 @@ class Connection(RequestHandler):
         if self._house.doors.open > self._house.listen.max_connections:
             self._refused = True
             self._house.metrics.bad_requests.labels("connections").inc()
-            wire.write(self._house.replies.error(503, "too many connections"))
+            wire.write(self._refusal(503, "too many connections"))
             wire.close()
             return
         # Writing pauses when the kernel does not take a reply whole, so that "written" means handed to the kernel.
@@ -217,8 +218,13 @@ class Connection(RequestHandler):
             self.close()  # an earlier request is being served and gets its answer
             return
         if self._wire is not None:
-            self._wire.write(self._house.replies.error(408, "the request did not arrive in time"))
+            self._wire.write(self._refusal(408, "the request did not arrive in time"))
         self.force_close()
+
+    def _refusal(self, status: int, error: str) -> bytes:
+        """Return the response to what is refused before its route is known, and note it."""
+        self._house.refused.note(self._loop.time(), status, NO_ROUTE, error)
+        return self._house.replies.error(status, error)
 
     def begin_request(self) -> float:
         """Called once by the handler of each request; returns the loop time of its first byte."""
@@ -294,5 +300,5 @@ class Connection(RequestHandler):
         too_long = isinstance(exc, LineTooLong)
         text = "a line of the request is too long" if too_long else "malformed request"
         if self._wire is not None and not self._wire.is_closing():
-            self._wire.write(self._house.replies.error(431 if too_long else 400, text))
+            self._wire.write(self._refusal(431 if too_long else 400, text))
         return SENT_CLOSE

@@ -20,6 +20,7 @@ from shim.frontend.body import decode_body, is_shallow, peek
 from shim.frontend.connection import Connection
 from shim.frontend.guard import Guard
 from shim.frontend.house import House
+from shim.frontend.refused import route_of
 from shim.frontend.replies import encode_body
 from shim.frontend.routing import Routes
 from shim.frontend.writing import REQUEST_ID, Counts
@@ -81,6 +82,9 @@ class Express:
         encoded = None if reply.body is None else encode_body(reply.body)
         response = self._house.replies.response(reply.status, encoded, request_id, more)
         self._counts.count(match, reply.status, connection.now_s() - started_s)
+        if reply.status >= 400:
+            route = route_of(request.method, request.path, match)
+            self._house.refused.note(connection.now_s(), reply.status, route, reply.body)
         return response
 
     def _elsewhere(self) -> bool:

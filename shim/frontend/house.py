@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from shim.frontend.refused import RefusedCalls
 from shim.frontend.replies import Replies
 from shim.metrics import Metrics
 from shim.ports import Switchboard
@@ -25,4 +26,5 @@ class House:
     switchboard: Switchboard
     metrics: Metrics
     replies: Replies
+    refused: RefusedCalls
     doors: Doors = field(default_factory=Doors)

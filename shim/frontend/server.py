@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from aiohttp import hdrs, web
 
 from shim.core.calls import AgentCall, Failed, RegisterCall
+from shim.core.recent_calls import RecentCalls
 from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
 from shim.errors import AgentError
 from shim.frontend.body import BodyRefused, decode_body, is_shallow, read_body
@@ -20,6 +21,7 @@ from shim.frontend.guard import Guard, bearer
 from shim.frontend.house import House
 from shim.frontend.limits import BodyBudget, InFlight
 from shim.frontend.listener import ConnectionServer
+from shim.frontend.refused import RefusedCalls
 from shim.frontend.replies import Replies, StaticHeaders, encode_body, no_static_headers
 from shim.frontend.routing import Routes
 from shim.frontend.tls import ServerTls
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 class Frontend:
     """The legacy server. `start()` and `stop()` are called once each."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its surroundings, each given once by the composition root
         self,
         listen: Listen,
         switchboard: Switchboard,
@@ -49,11 +51,12 @@ class Frontend:
         token: Callable[[], str] | None = None,
         static_headers: StaticHeaders = no_static_headers,
         fallback: Fallback | None = None,
+        refused_calls: RecentCalls | None = None,
     ) -> None:
         """`token` gives the upstream token of the moment, or is `None` when agents bring tokens of their own.
 
         `static_headers` are added to every reply; it returns the same mapping object until its content changes.
-        `fallback` serves calls that go by the vendor's HTTP API.
+        `fallback` serves calls that go by the vendor's HTTP API. `refused_calls` counts those that are refused.
         """
         self._listen = listen
         self._switchboard = switchboard
@@ -64,7 +67,9 @@ class Frontend:
         self._in_flight = InFlight(listen.max_in_flight_per_session)
         self._budget = BodyBudget(2 * max(listen.max_status_body_bytes, listen.max_body_bytes))
         self._routes = Routes(Router(dialects, listen.base_path))
-        self._house = House(listen, switchboard, metrics, Replies(static_headers))
+        self._house = House(
+            listen, switchboard, metrics, Replies(static_headers), RefusedCalls(refused_calls or RecentCalls())
+        )
         counts = Counts(metrics)
         self._writer = Writer(self._house, counts)
         self._express = Express(self._house, self._guard, self._routes, counts, fallback)

@@ -15,6 +15,7 @@ from shim.dialects import Match, Reply
 from shim.frontend.connection import Connection
 from shim.frontend.forwarding import chunk, head
 from shim.frontend.house import House
+from shim.frontend.refused import route_of
 from shim.frontend.replies import SENT_CLOSE, SENT_KEEP
 from shim.frontend.visit import Visit
 from shim.metrics import Metrics
@@ -72,6 +73,9 @@ class Writer:
         request_id = self._house.replies.request_id(request.headers.get(REQUEST_ID))
         head_only = request.method == hdrs.METH_HEAD
         response = self._house.replies.response(reply.status, body, request_id, more, head_only=head_only)
+        if reply.status >= 400:
+            route = route_of(request.method, request.raw_path, visit.match)
+            self._house.refused.note(connection.now_s(), reply.status, route, reply.body)
         written = await self._hand_over(visit, response)
         return await self._end(visit, reply.status, written=written, keep=keep)
 
