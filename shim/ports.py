@@ -91,8 +91,11 @@ class SocketEvents(Protocol):
     def on_pong(self, payload: bytes) -> None:
         """A pong arrived."""
 
-    def on_closed(self, by_close_frame: bool, code: int) -> None:
-        """The connection is gone; `code` is the peer's close code, 0 if there was none."""
+    def on_closed(self, by_close_frame: bool, code: int, reason: str) -> None:
+        """The connection is gone; `code` is the peer's close code, 0 if there was none, `reason` the text beside it.
+
+        The text is the peer's own: it may hold anything, a token included.
+        """
 
 
 @dataclass(frozen=True, slots=True)

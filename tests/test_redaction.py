@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
-from shim.redaction import Redaction
+from shim.redaction import Redaction, without_secrets
 
 TOKEN = "tok-" + "a1B2" * 47  # 192 characters: longer than most cuts leave room for
 
@@ -47,3 +47,25 @@ def test_basic_credentials_are_masked_like_bearer_tokens() -> None:
 
 def test_half_a_character_in_a_secret_is_survived() -> None:
     assert Redaction(["abcd\udc80"]).text("x abcd\udc80 y") == "x *** y"
+
+
+OWN = "tok-0123456789-0123456789"
+JWT = "eyJhbGciOiJSUzI1NiIsImtpZCI6IiJ9.eyJpc3MiOiJrdWJlcm5ldGVzIn0.c2ln"
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        (f"invalid token {OWN}", "invalid token ***"),
+        (f"invalid token {OWN[:15]}", "invalid token ***"),  # cut off by its sender
+        (f"{OWN}/{OWN[:9]}?", "***/***?"),
+        (f"?token={OWN[:3]}", "?token=***"),
+        (f"bad service token {JWT}", "bad service token ***"),
+        (f"bad service token {JWT[:20]}", "bad service token ***"),
+        ("invalid token", "invalid token"),
+        ("", ""),
+    ],
+)
+def test_texts_of_others_are_shown_without_secrets(text: str, shown: str) -> None:
+    assert without_secrets(text, OWN) == shown
+    assert without_secrets("a text", "") == "a text"

@@ -153,6 +153,7 @@ class _View:
             "phase": current.phase.value,
             "since": self._wall_of(current.since_s),
             "reason": runner.last_failure or current.reason or None,
+            "detail": runner.last_detail or None,
             "contended": runner.machine.contended,
             "failures": runner.machine.failures,
             "timeline": [

@@ -50,9 +50,14 @@ def reason_text(reason: str | None) -> str:
     kind, _, number = reason.partition(" ")
     if kind == "status":
         return f"it answers {number}"
-    if kind == "closed":
+    if kind == "closed" and number.isdigit():
         return f"it closed the connection ({number})"
     return _REASONS.get(reason, reason)
+
+
+def _words(link: dict[str, Any]) -> str:
+    """The controller's own words about the link's end, where it gave any."""
+    return f": “{brief(link['detail'])}”" if link.get("detail") else ""
 
 
 def _problems(status: dict[str, Any]) -> Iterator[Problem]:
@@ -85,7 +90,7 @@ def _of_link(link: dict[str, Any], status: dict[str, Any]) -> Iterator[Problem]:
     since_s = status["now"] - link["since"]
     if link["phase"] == "refused":
         hint = "An agent's own token: check the agent's." if status["own_tokens"] else "Check upstream.token."
-        yield Problem("bad", f"The controller refuses the token ({name}{link['reason']}).", hint)
+        yield Problem("bad", f"The controller refuses the token ({name}{link['reason']}{_words(link)}).", hint)
     elif link["contended"]:
         yield Problem(
             "bad",
@@ -93,7 +98,7 @@ def _of_link(link: dict[str, Any], status: dict[str, Any]) -> Iterator[Problem]:
             "Is a second shim, or a migrated agent, running for the same cluster?",
         )
     elif link["phase"] == "down":
-        why = f"{name}{reason_text(link['reason'])}"
+        why = f"{name}{reason_text(link['reason'])}{_words(link)}"
         if since_s < SETTLING_S:
             yield Problem("warning", f"Connecting to the controller ({why}).")
         else:

@@ -133,7 +133,8 @@ class Calls:
         runner.wanted()
         if runner.machine.refused and runner.machine.accepted_at is None:
             raise AgentError(401, "the controller refuses the token")
-        if runner.machine.accepted_at is None and isinstance(call, ResultCall):
+        unjudged = runner.machine.accepted_at is None and not runner.machine.connected
+        if unjudged and isinstance(call, ResultCall):
             raise AgentError(503, "the controller has not accepted the token yet", retry_after_s=RETRY_AFTER_S)
 
     def _heartbeat(self, owner: str, client: Client, call: HeartbeatCall) -> Outcome:

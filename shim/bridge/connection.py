@@ -10,11 +10,15 @@ from shim.bridge.context import Context
 from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, Verdict
 from shim.core.records import SessionKey
 from shim.core.timestamps import rfc3339
+from shim.core.words import printable
 from shim.logs import get
 from shim.messages import KNOWN_TYPES, Message
 from shim.ports import Socket, Timer
+from shim.redaction import without_secrets
 
 log = get(__name__)
+
+MAX_CLOSE_REASON_CHARS = 123  # RFC 6455 section 5.5: a control frame has 125 bytes at most, two of them the code
 
 
 def type_label(kind: str) -> str:
@@ -31,6 +35,30 @@ class _Sent(NamedTuple):
     answered: Callable[[bool], None]
 
 
+class Ending(NamedTuple):
+    """How a connection ended, as in `ports.SocketEvents.on_closed`."""
+
+    by_close_frame: bool
+    code: int
+    reason: str
+
+    @property
+    def metric(self) -> str:
+        """The `reason` label of `agent_shim_upstream_disconnects_total`."""
+        return "closed" if self.by_close_frame else "lost"
+
+    @property
+    def text(self) -> str:
+        """The ending without the controller's own words, as logs and the status show it."""
+        if not self.by_close_frame:
+            return "connection lost"
+        return f"closed {self.code}" if self.code else "closed without a code"
+
+    def detail(self, token: str) -> str:
+        """The controller's own words, with secrets masked: bounded as the frame is, in printable characters."""
+        return printable(without_secrets(self.reason, token))[:MAX_CLOSE_REASON_CHARS]
+
+
 class ConnectionOwner(Protocol):
     """Who is told what happens on a connection."""
 
@@ -43,8 +71,8 @@ class ConnectionOwner(Protocol):
     def connection_broken(self, connection: Connection, verdict: Verdict) -> None:
         """The watchdog condemned it; the owner drops it."""
 
-    def connection_closed(self, connection: Connection, by_close_frame: bool, code: int) -> None:
-        """It is gone."""
+    def connection_closed(self, connection: Connection, ending: Ending) -> None:
+        """The connection is gone."""
 
 
 class Connection:
@@ -193,12 +221,12 @@ class Connection:
         if self._results and self._results[-1][0] > order:
             self._ping_fence()
 
-    def on_closed(self, by_close_frame: bool, code: int) -> None:
+    def on_closed(self, by_close_frame: bool, code: int, reason: str) -> None:
         """The peer or the network ended it."""
         if self._socket is not None:
             self._socket = None
             self._stop_watch()
-            self._owner.connection_closed(self, by_close_frame, code)
+            self._owner.connection_closed(self, Ending(by_close_frame, code, reason))
 
     # --- inside -------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
-from shim.bridge.connection import Connection
+from shim.bridge.connection import Connection, Ending
 from shim.bridge.context import Context
 from shim.bridge.links import LinkRunner
 from shim.core.backoff import Backoff, FailureKind
@@ -38,6 +38,7 @@ class Leg:
         self.dial = 0
         self.opened_at: float | None = None
         self.waiting = False
+        self.token = ""
 
 
 class GatewayListener(Protocol):
@@ -163,6 +164,7 @@ class Gateways:
             log.error("token_unreadable", about="gateway", error=str(error))
             self._back(leg)
             return
+        leg.token = token
         path = "" if urlsplit(leg.url).path.strip("/") else "/ws"
         uuid = leg.session.reply.get("cluster_uuid") or leg.session.upstream_cluster_id
         label = f"gateway {leg.session.key.ident}"
@@ -237,13 +239,14 @@ class Gateways:
         connection.close(0)
         self._lost(connection, verdict.value)
 
-    def connection_closed(self, connection: Connection, by_close_frame: bool, code: int) -> None:
-        """It is gone."""
-        self._ctx.metrics.disconnects.labels("closed" if by_close_frame else "lost").inc()
-        self._lost(connection, f"closed {code}" if by_close_frame else "connection lost")
+    def connection_closed(self, connection: Connection, ending: Ending) -> None:
+        """The peer or the network ended the connection."""
+        self._ctx.metrics.disconnects.labels(ending.metric).inc()
+        self._lost(connection, ending.text, ending)
 
-    def _lost(self, connection: Connection, reason: str) -> None:
+    def _lost(self, connection: Connection, reason: str, ending: Ending | None = None) -> None:
         leg = self._leg_of(connection)
         if leg is not None:
-            log.warning("gateway_lost", session=leg.session.key.ident, reason=reason)
+            detail = {"detail": ending.detail(leg.token)} if ending is not None and ending.reason else {}
+            log.warning("gateway_lost", session=leg.session.key.ident, reason=reason, **detail)
             self._back(leg)

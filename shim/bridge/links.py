@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from shim.bridge.attempts import Attempts
-from shim.bridge.connection import Connection
+from shim.bridge.connection import Connection, Ending
 from shim.bridge.context import Context
 from shim.core import link_events as ev
 from shim.core.backoff import Backoff
@@ -30,6 +30,9 @@ class LinkListener(Protocol):
 
     def link_opened(self, runner: LinkRunner) -> None:
         """A connection is open: replay, then call `runner.replayed()`."""
+
+    def link_accepted(self, runner: LinkRunner) -> None:
+        """The controller has accepted the token for the first time."""
 
     def link_online(self, runner: LinkRunner) -> None:
         """Everything that was held back may go up."""
@@ -80,6 +83,7 @@ class LinkRunner:
         self.timeline = Timeline(ctx.now)
         self.attempts = Attempts(ctx, listener.heard_since)
         self.last_failure = ""
+        self.last_detail = ""
         self.cancelled = False
         self._dial = 0
         self._timers: dict[str, Timer] = {}
@@ -108,7 +112,7 @@ class LinkRunner:
 
     def apply(self, event: ev.LinkEvent) -> None:
         """Let the machine decide and perform what it says. Never raises: a forbidden event is logged and ignored."""
-        before = self.machine.state
+        before, proven = self.machine.state, self.machine.accepted_at is not None
         try:
             effects = self.machine.handle(event, self._ctx.now)
         except IllegalTransition as error:
@@ -116,6 +120,10 @@ class LinkRunner:
             return
         if self.machine.state is not before:
             self._tell_state(before)
+        if self.machine.state is LinkState.ONLINE and not self.machine.refused:
+            self.last_failure = self.last_detail = ""
+        if not proven and self.machine.accepted_at is not None:
+            self._listener.link_accepted(self)
         self.timeline.enter(phase_of(self.machine), self._ctx.now, self.last_failure)
         for effect in effects:
             self._perform(effect)
@@ -177,7 +185,7 @@ class LinkRunner:
             if not upstream.own_tokens:
                 self.token = self._ctx.read_token()
         except ShimError as error:
-            self.last_failure = "token"
+            self.last_failure, self.last_detail = "token", ""
             log.error("token_unreadable", about=self.name, link=self.name, error=str(error))
             self._ctx.timers.call_later(0, lambda: self._dialled(dial, None, DialFailure("token")))
             return
@@ -190,6 +198,7 @@ class LinkRunner:
             self.attempts.handshake_failed(outcome)
             if dial == self._dial:
                 self.last_failure = f"{outcome.reason} {outcome.status}" if outcome.status else outcome.reason
+                self.last_detail = "" if outcome.status else outcome.detail
                 why, about = self.last_failure, f"{self.name} {self.last_failure}"
                 log.warning("dial_failed", about=about, link=self.name, reason=why, detail=outcome.detail)
                 self.apply(ev.DialFailed(outcome.status, outcome.retry_after_s))
@@ -201,7 +210,6 @@ class LinkRunner:
             return
         self.attempts.opened()
         self.connection = connection
-        self.last_failure = ""
         connection.bind(outcome)
         self.apply(ev.Opened())
 
@@ -254,9 +262,12 @@ class LinkRunner:
     # --- connection.ConnectionOwner -----------------------------------------------------------------------------------
 
     def connection_message(self, connection: Connection, message: Message) -> None:
-        """Hand a message on; a successful registration is news for the link as well."""
-        if message.type == "register_success" and self.machine.connected:
-            self.apply(ev.Registered())
+        """Hand a message on; one that shows that the token is accepted is news for the link as well."""
+        if self.machine.connected:
+            if message.type == "register_success":
+                self.apply(ev.Registered())
+            elif message.type == "heartbeat_ack" and (self.machine.refused or self.machine.accepted_at is None):
+                self.apply(ev.Acknowledged())
         self._listener.connection_message(connection, message, self)
 
     def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
@@ -266,20 +277,21 @@ class LinkRunner:
     def connection_broken(self, connection: Connection, verdict: Verdict) -> None:
         """The watchdog condemned the connection."""
         if connection is self.connection:
-            self.last_failure = verdict.value
+            self.last_failure, self.last_detail = verdict.value, ""
             self.attempts.lost(verdict.value)
             log.warning("link_broken", link=self.name, reason=verdict.value)
             self.apply(ev.Broken())
 
-    def connection_closed(self, connection: Connection, by_close_frame: bool, code: int) -> None:
+    def connection_closed(self, connection: Connection, ending: Ending) -> None:
         """The peer or the network ended the connection."""
         if connection is not self.connection:
             return
         contended = self.machine.contended
-        self.last_failure = f"closed {code}" if by_close_frame else "connection lost"
-        self.attempts.lost("closed" if by_close_frame else "lost")
-        log.warning("link_lost", link=self.name, reason=self.last_failure)
-        self.apply(ev.Lost(by_close_frame))
+        self.last_failure, self.last_detail = ending.text, ending.detail(self.token)
+        self.attempts.lost(ending.metric)
+        detail = {"detail": self.last_detail} if self.last_detail else {}
+        log.warning("link_lost", link=self.name, reason=self.last_failure, **detail)
+        self.apply(ev.Lost(ending.by_close_frame, ending.code))
         if self.machine.contended and not contended:
             log.error(
                 "link_contended",

@@ -13,6 +13,7 @@ from shim.errors import AgentError
 
 BUSY_RETRY_AFTER_S = 30
 UNPROVEN_KEPT_S = 30.0
+MAX_TURNED_AWAY = 4096
 
 
 class LinkSet:
@@ -23,6 +24,7 @@ class LinkSet:
         self._listener = listener
         self._serials = serials
         self._links: dict[str, LinkRunner] = {}
+        self._turned_away: dict[str, float] = {}  # until when a token is not dialled again
 
     def __iter__(self) -> Iterator[LinkRunner]:
         return iter(list(self._links.values()))
@@ -41,9 +43,14 @@ class LinkSet:
         return self._links.get(name)
 
     def get(self, owner: str, name: str, token: str) -> LinkRunner:
-        """The link of this name, made on first use. Raises `AgentError` 503 when there are `upstream.max_links`."""
+        """Return the link of this name, made on first use.
+
+        Raises `AgentError`: 503 when there are `upstream.max_links`, 401 for a token that was refused a moment ago.
+        """
         runner = self._links.get(name)
         if runner is None:
+            if self._ctx.now < self._turned_away.get(name, 0.0):
+                raise AgentError(401, "the controller refuses the token")
             if len(self._links) >= self._ctx.settings.upstream.max_links and not self._drop_one():
                 raise AgentError(503, "too many upstream links", retry_after_s=BUSY_RETRY_AFTER_S)
             runner = self._links[name] = LinkRunner(self._ctx, owner, name, self._listener, self._serials)
@@ -51,12 +58,31 @@ class LinkSet:
         return runner
 
     def _drop_one(self) -> bool:
-        """Make room: forget a link that is idle or that nobody needs any more."""
-        for runner in self:
-            if runner.state is LinkState.IDLE or (runner.machine.refused and not self._listener.link_needed(runner)):
-                self._drop(runner)
+        """Make room for another link; return False where all are in use.
+
+        A token that was refused and never accepted gives way even while its agent calls: anybody can make one up. It
+        is not dialled again before its time, so that the controller sees no more dials than with room for all.
+        """
+        for dispensable in (self._is_idle, self._is_made_up, self._is_useless):
+            found = min(filter(dispensable, self), key=lambda runner: runner.needed_at, default=None)
+            if found is not None:
+                if self._is_made_up(found):
+                    self._turned_away[found.name] = self._ctx.now + self._ctx.backoff_policy.contended_s
+                    while len(self._turned_away) > MAX_TURNED_AWAY:
+                        del self._turned_away[next(iter(self._turned_away))]
+                self._drop(found)
                 return True
         return False
+
+    def _is_idle(self, runner: LinkRunner) -> bool:
+        return runner.state is LinkState.IDLE
+
+    def _is_made_up(self, runner: LinkRunner) -> bool:
+        machine = runner.machine
+        return self._ctx.settings.upstream.own_tokens and machine.refused and machine.accepted_at is None
+
+    def _is_useless(self, runner: LinkRunner) -> bool:
+        return runner.machine.refused and not self._listener.link_needed(runner)
 
     def _drop(self, runner: LinkRunner) -> None:
         runner.stop()

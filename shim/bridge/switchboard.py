@@ -193,7 +193,6 @@ class Bridge:
 
     def link_opened(self, runner: LinkRunner) -> None:
         """Replay the registration of every fresh session."""
-        self.roster.proved(runner.owner)
         now = self.ctx.now
         identity = self.presence.identity()
         todo: list[tuple[Session, dict[str, Any]]] = []
@@ -205,6 +204,10 @@ class Bridge:
                 if payload is not None:
                     todo.append((session, payload))
         self.registrations.replay(runner, todo)
+
+    def link_accepted(self, runner: LinkRunner) -> None:
+        """Store what was adopted on the token."""
+        self.roster.proved(runner.owner)
 
     def link_online(self, runner: LinkRunner) -> None:
         """Results that were held back, then the newest heartbeats."""

@@ -19,6 +19,36 @@ class FailureKind(Enum):
     REFUSED = "refused"
 
 
+class CloseMeaning(Enum):
+    """The part of a close code that decides about the next dial (docs/reference/protocol.md#21-link-life)."""
+
+    COME_AGAIN = "come again"  # the controller restarts, is busy or has failed: dial again soon
+    REFUSED = "refused"  # the controller does not accept the token
+    COMPLAINT = "complaint"  # the controller could not use what we sent: dial again, more and more rarely
+    OTHER = "other"  # soon after a registration, three in a row mean that another process has our identity
+
+
+# RFC 6455 section 7.4.1 and IANA's registry of close codes. 3000 is Unauthorized, 3003 Forbidden, 3008 Timeout.
+_MEANINGS = {
+    **dict.fromkeys((1001, 1011, 1012, 1013, 1014, 3008), CloseMeaning.COME_AGAIN),
+    **dict.fromkeys((1008, 3000, 3003), CloseMeaning.REFUSED),
+    **dict.fromkeys((1002, 1003, 1007, 1009, 1010), CloseMeaning.COMPLAINT),
+}
+# Applications commonly close with 4000 + an HTTP status; 4409 (conflict) is left to the check for contention.
+_MEANINGS_OF_STATUS = {
+    401: CloseMeaning.REFUSED,
+    403: CloseMeaning.REFUSED,
+    408: CloseMeaning.COME_AGAIN,
+    429: CloseMeaning.COMPLAINT,
+    **dict.fromkeys(range(500, 600), CloseMeaning.COME_AGAIN),
+}
+
+
+def close_meaning(code: int) -> CloseMeaning:
+    """Return the meaning of a close frame's code; 0 is a frame without one."""
+    return _MEANINGS.get(code) or _MEANINGS_OF_STATUS.get(code - 4000, CloseMeaning.OTHER)
+
+
 class BackoffPolicy(msgspec.Struct, frozen=True):
     """Delays in seconds; `contended_s` is also the pace of an own token that was never accepted."""
 

@@ -8,8 +8,9 @@ from typing import Literal
 
 import msgspec
 
-from shim.core.backoff import Backoff, FailureKind, classify
+from shim.core.backoff import Backoff, CloseMeaning, FailureKind, classify, close_meaning
 from shim.core.link_events import (
+    Acknowledged,
     Broken,
     CancelDial,
     CancelRetry,
@@ -73,6 +74,7 @@ class Link:
         self.refused = False
         self.contended = False
         self.accepted_at: float | None = None
+        self.closed_as_refused = False
         self._working_until: float | None = None
         self._query_first = False
         self._other_way_tried = False
@@ -137,8 +139,10 @@ class Link:
     def _opened(self, event: LinkEvent, now: float) -> _Step:
         if self._other_way_tried:
             self._query_first = not self._query_first
-        self.refused = False
-        self.accepted_at = now
+        if not self.closed_as_refused:  # else the controller looks at the token only behind the handshake
+            self.refused = False
+        if not self._policy.own_token:
+            self.accepted_at = now
         self._registered_at = None
         return LinkState.REPLAYING, [StartReplay()]
 
@@ -167,27 +171,56 @@ class Link:
 
     def _registered(self, event: LinkEvent, now: float) -> _Step:
         self._registered_at = now
+        self._accepted(now)
+        return self.state, []
+
+    def _acknowledged(self, event: LinkEvent, now: float) -> _Step:
+        self._accepted(now)
         return self.state, []
 
     def _stable(self, event: LinkEvent, now: float) -> _Step:
         self._backoff.reset()
         self._short_lives = 0
         self.contended = False
+        self._accepted(now)
         return self.state, []
+
+    def _accepted(self, now: float) -> None:
+        """Note that the controller accepts the token: it took a registration or a heartbeat, or kept us for long.
+
+        An agent's own token is not accepted by the handshake alone: some controllers look at it only behind that.
+        """
+        self.refused = self.closed_as_refused = False
+        if self.accepted_at is None:
+            self.accepted_at = now
 
     def _lost(self, event: LinkEvent, now: float) -> _Step:
         assert isinstance(event, Lost)
         self._working_until = now
+        meaning = close_meaning(event.code) if event.by_close_frame else CloseMeaning.COME_AGAIN
         short = self._registered_at is not None and now - self._registered_at < CONTENDED_WITHIN_S
-        self._short_lives = self._short_lives + 1 if event.by_close_frame and short else 0
+        self._short_lives = self._short_lives + 1 if meaning is CloseMeaning.OTHER and short else 0
         if self._short_lives >= CONTENDED_AFTER:
             self.contended = True
-        if self.contended:
+        effects: list[LinkEffect] = [WentOffline()]
+        if meaning is CloseMeaning.REFUSED:
+            self._refused_by_close()
+            effects.append(Refusal())
+        unproven = self.refused and self._policy.own_token and self.accepted_at is None
+        if self.contended or unproven:
             delay_s = self._backoff.fixed_delay_s()
             self._not_before = now + delay_s
         else:
-            delay_s = self._backoff.next_delay_s(FailureKind.LOSS)
-        return LinkState.WAITING, [WentOffline(), SetRetry(delay_s)]
+            soon = meaning in (CloseMeaning.COME_AGAIN, CloseMeaning.OTHER)
+            delay_s = self._backoff.next_delay_s(FailureKind.LOSS if soon else FailureKind.REFUSED)
+        return LinkState.WAITING, [*effects, SetRetry(delay_s)]
+
+    def _refused_by_close(self) -> None:
+        """Note that the controller refused the token after it had accepted the handshake."""
+        self.refused = self.closed_as_refused = True
+        if self._registered_at is None and self._policy.auth == "auto":
+            # It may read the token only where this dial did not have it: the next one presents it the other way.
+            self._query_first = not self._query_first
 
     def _broken(self, event: LinkEvent, now: float) -> _Step:
         state, effects = self._lost(Lost(), now)
@@ -196,22 +229,23 @@ class Link:
     # With another token, what was said of the old one counts no more.
 
     def _new_token(self, event: LinkEvent, now: float) -> _Step:
-        self.refused = False
+        self.refused = self.closed_as_refused = False
         self._not_before = None
         return self.state, []
 
     def _new_token_open(self, event: LinkEvent, now: float) -> _Step:
         self._working_until = now
+        self.refused = self.closed_as_refused = False
         state, effects = self._dial(event, now)
         return state, [CloseSocket(1000), WentOffline(), *effects]
 
     def _new_token_opening(self, event: LinkEvent, now: float) -> _Step:
-        self.refused = False
+        self.refused = self.closed_as_refused = False
         state, effects = self._dial(event, now)
         return state, [CancelDial(), *effects]
 
     def _new_token_waiting(self, event: LinkEvent, now: float) -> _Step:
-        self.refused = False
+        self.refused = self.closed_as_refused = False
         return self._redial(event, now)
 
     def _idle(self, event: LinkEvent, now: float) -> _Step:
@@ -219,7 +253,9 @@ class Link:
         return LinkState.IDLE, [CloseSocket(1000), WentOffline()]
 
     def _idle_undialled(self, event: LinkEvent, now: float) -> _Step:
-        self.refused = False  # what the controller thinks of the token will be seen at the next call
+        self.refused = self.closed_as_refused = (
+            False  # what the controller thinks of the token will be seen at the next call
+        )
         return LinkState.IDLE, [CancelDial() if self.state is LinkState.OPENING else CancelRetry()]
 
     def _stop(self, event: LinkEvent, now: float) -> _Step:
@@ -254,6 +290,7 @@ TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
     (_S.REPLAYING, Hurry): Link._stay,
     (_S.REPLAYING, Replayed): Link._online,
     (_S.REPLAYING, Registered): Link._registered,
+    (_S.REPLAYING, Acknowledged): Link._acknowledged,
     (_S.REPLAYING, Stable): Link._stable,
     (_S.REPLAYING, Lost): Link._lost,
     (_S.REPLAYING, Broken): Link._broken,
@@ -263,6 +300,7 @@ TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
     (_S.ONLINE, Wanted): Link._stay,
     (_S.ONLINE, Hurry): Link._stay,
     (_S.ONLINE, Registered): Link._registered,
+    (_S.ONLINE, Acknowledged): Link._acknowledged,
     (_S.ONLINE, Stable): Link._stable,
     (_S.ONLINE, Lost): Link._lost,
     (_S.ONLINE, Broken): Link._broken,

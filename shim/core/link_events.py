@@ -37,14 +37,19 @@ class Registered(msgspec.Struct, frozen=True):
     """The controller accepted a registration on this connection."""
 
 
+class Acknowledged(msgspec.Struct, frozen=True):
+    """The controller acknowledged a heartbeat on this connection."""
+
+
 class Stable(msgspec.Struct, frozen=True):
     """The connection has been open for `stable_after_s`."""
 
 
 class Lost(msgspec.Struct, frozen=True):
-    """The socket is gone."""
+    """The socket is gone. `code`: of the close frame that ended it, 0 if there was no frame or none in it."""
 
     by_close_frame: bool = False
+    code: int = 0
 
 
 class Broken(msgspec.Struct, frozen=True):
@@ -74,6 +79,7 @@ LinkEvent = (
     | DialFailed
     | Replayed
     | Registered
+    | Acknowledged
     | Stable
     | Lost
     | Broken

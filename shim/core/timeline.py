@@ -23,11 +23,11 @@ class Phase(Enum):
 
 def phase_of(link: Link) -> Phase:
     """The phase that a link is in."""
-    if link.state is LinkState.ONLINE:
-        return Phase.UP
     if link.state in (LinkState.IDLE, LinkState.STOPPED):
         return Phase.IDLE
-    return Phase.REFUSED if link.refused else Phase.DOWN
+    if link.refused:
+        return Phase.REFUSED
+    return Phase.UP if link.state is LinkState.ONLINE else Phase.DOWN
 
 
 class Segment(msgspec.Struct, frozen=True):

@@ -91,7 +91,8 @@ def _links(links: dict[str, Any], now: float) -> str:
     if links["total"] > 1:
         return f"{links['online']} of {links['total']} links up"
     link = links["items"][0]
-    reason = f" ({link['reason']})" if link["reason"] and link["phase"] != "up" else ""
+    told = ", ".join(printable(part) for part in (link["reason"], link.get("detail")) if part)
+    reason = f" ({told})" if told and link["phase"] != "up" else ""
     return f"{PHASES[link['phase']]} for {span(now - link['since'])}{reason}"
 
 

@@ -20,7 +20,7 @@ from shim.settings import Upstream
 from shim.upstream.failures import Refused, Unanswered, failure_of, retry_after_s
 from shim.upstream.proxies import environment_proxy
 from shim.upstream.pump import CLOSE_WAIT_S, WebSocketPump, WireObserver
-from shim.upstream.socket import RawWebSocket
+from shim.upstream.socket import RawWebSocket, websocket_class
 from shim.upstream.tls import ClientTls
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
@@ -177,7 +177,7 @@ class AiohttpUpstream:
                 headers={"User-Agent": f"agent-shim/{shim.__version__}"},
                 skip_auto_headers=("Accept-Encoding",),
                 middlewares=(_one_plain_answer,),
-                ws_response_class=RawWebSocket,
+                ws_response_class=websocket_class(self._settings.max_message_bytes + 1),
             )
         return self._session
 

@@ -14,7 +14,7 @@ from aiohttp import WebSocketError, WSCloseCode, WSMsgType
 from shim import messages
 from shim.errors import MessageError
 from shim.ports import SocketEvents
-from shim.upstream.socket import RawWebSocket
+from shim.upstream.socket import RawWebSocket, reply_code
 
 CLOSE_WAIT_S = 2.0
 MAX_WAITING_BYTES = 64 * 1024 * 1024
@@ -126,9 +126,9 @@ class WebSocketPump:
 
     async def run(self) -> None:
         """Read until the end and report it. What the peer still sends after a protocol error is thrown away."""
-        by_close_frame, code, reply = False, 0, 0
+        by_close_frame, code, reason, reply = False, 0, "", 0
         try:
-            by_close_frame, code, reply = await self._read()
+            by_close_frame, code, reason, reply = await self._read()
         finally:
             if reply and not self._close_sent:
                 # Nothing queued is of use to a peer that closes or cannot be understood. The TCP connection stays until
@@ -137,11 +137,11 @@ class WebSocketPump:
                 self._begin_close(reply)
             else:
                 self.abort()
-            self._report(self._events.on_closed, by_close_frame, code)
+            self._report(self._events.on_closed, by_close_frame, code, reason)
             self.ended.set()
 
-    async def _read(self) -> tuple[bool, int, int]:
-        """Handle frames. Returns whether a close frame ended it, its code, and the code to answer with (0: none)."""
+    async def _read(self) -> tuple[bool, int, str, int]:
+        """Handle frames. Return whether a close frame ended it, its code and text, and the reply's code (0: none)."""
         frames = 0
         while True:
             message = await self._ws.receive()
@@ -156,11 +156,11 @@ class WebSocketPump:
                     self._report(self._events.on_pong, bytes(message.data))
                 case WSMsgType.CLOSE:
                     self._report(self._events.on_frame)
-                    return True, message.data or 0, message.data or 1000
+                    return True, message.data, message.extra or "", reply_code(message.data)
                 case WSMsgType.ERROR:
-                    return False, 0, self._on_error(message.data)
+                    return False, 0, "", self._on_error(message.data)
                 case _:
-                    return False, 0, 0
+                    return False, 0, "", 0
             frames += 1
             if frames % FRAMES_PER_TURN == 0:
                 # receive() does not suspend while frames are buffered; others have a right to the loop, too

@@ -141,11 +141,26 @@ async def test_strangers_use_up_no_links_for_good(make_world: MakeWorld) -> None
         await beat(world.agent(cluster_id=f"c-{n}", token=f"bad-{n}"))
         await world.settle()
     assert len(world.bridge.links) == 2
-    assert await beat(world.agent(cluster_id="c-mine", token="good")) == 503
-    await world.pass_s(90)
-    assert await beat(world.agent(cluster_id="c-mine", token="good")) == 200
+    assert await beat(world.agent(cluster_id="c-mine", token="good")) == 200, "a refused token makes room at once"
     await world.settle()
-    assert sessions(world) == ["c-mine"]
+    assert "c-mine" in sessions(world)
+    assert await beat(world.agent(cluster_id="c-second", token="good-2")) == 200
+    await world.settle()
+    assert await beat(world.agent(cluster_id="c-third", token="good-3")) == 503, "accepted ones do not"
+    await world.pass_s(90)
+    assert sessions(world) == ["c-mine", "c-second"]
+
+
+async def test_made_up_tokens_that_made_room_are_not_dialled_again_at_once(make_world: MakeWorld) -> None:
+    world = await make_world(upstream={"token": "", "max_links": 2, "auth": "header"})
+    refuse(world, *(f"bad-{n}" for n in range(9)))
+    strangers = [world.agent(cluster_id=f"c-{n}", token=f"bad-{n}") for n in range(9)]
+    for _ in range(12):
+        for stranger in strangers:
+            await beat(stranger)
+            await world.settle()
+        await world.pass_s(5)
+    assert len(world.controller.dials) <= 2 * len(strangers), "one dial a minute each"
 
 
 @pytest.mark.parametrize("good", ["good", ""])

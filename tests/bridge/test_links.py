@@ -9,6 +9,7 @@ from shim.core.link import LinkState
 from shim.errors import ShimError
 from shim.ports import DialFailure
 from tests.bridge.conftest import MakeWorld
+from tests.bridge.test_admission import status
 from tests.support.upstream import REFUSED
 from tests.support.world import Agent, World
 
@@ -212,7 +213,7 @@ async def test_pings_of_the_controller_are_life(world: World) -> None:
 async def test_contention_is_said_once_and_paced(world: World, caplog: pytest.LogCaptureFixture) -> None:
     agent = await living(world)
     for _ in range(3):
-        world.controller.socket.lose(by_close_frame=True, code=1008)
+        world.controller.socket.lose(by_close_frame=True, code=4000)
         await agent.live(6)
     assert [record.getMessage() for record in caplog.records].count("link_contended") == 1
     assert [link.machine.contended for link in world.bridge.links] == [True]
@@ -222,6 +223,35 @@ async def test_contention_is_said_once_and_paced(world: World, caplog: pytest.Lo
     await agent.live(60)
     assert len(world.controller.dials) == dials + 1
     assert [link.machine.contended for link in world.bridge.links] == [False]
+
+
+async def test_a_rolling_update_of_the_controller_is_no_contention(world: World) -> None:
+    agent = await living(world)
+    for _ in range(5):
+        lost_at = world.now
+        world.controller.socket.lose(by_close_frame=True, code=1001)
+        dials = len(world.controller.dials)
+        await world.until(lambda known=dials: len(world.controller.dials) > known)  # type: ignore[misc]
+        assert world.now - lost_at <= 5
+        await agent.live(6)
+    assert [link.machine.contended for link in world.bridge.links] == [False]
+
+
+async def test_a_close_frame_may_refuse_the_token(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    agent = await living(world)
+    world.controller.manners.closes = (4401, f"invalid token {world.settings.upstream.token}"[:123])
+    world.controller.socket.lose(by_close_frame=True, code=4401, reason="revoked")
+    await agent.live(240)
+    assert len(world.controller.dials) < 30, "a refusal is not dialled at the pace of a loss"
+    assert status(await agent.heartbeat()) == 401
+    link = next(iter(world.bridge.links))
+    assert (link.last_failure, link.last_detail) == ("closed 4401", "invalid token ***")
+    lines = [record.fields for record in caplog.records if record.getMessage() == "link_lost"]  # type: ignore[attr-defined]
+    assert {line["detail"] for line in lines} == {"revoked", "invalid token ***"}
+    world.controller.manners.closes = None
+    await agent.live(90)
+    assert status(await agent.heartbeat()) == 200
+    assert (link.last_failure, link.last_detail) == ("", "")
 
 
 async def test_an_own_token_that_is_refused_is_dialled_once_a_minute(make_world: MakeWorld) -> None:

@@ -23,6 +23,7 @@ EXPECTED: dict[type, dict[LinkState, LinkState]] = {
     ev.DialFailed: {S.OPENING: S.WAITING},
     ev.Replayed: {S.REPLAYING: S.ONLINE},
     ev.Registered: {S.REPLAYING: S.REPLAYING, S.ONLINE: S.ONLINE},
+    ev.Acknowledged: {S.REPLAYING: S.REPLAYING, S.ONLINE: S.ONLINE},
     ev.Stable: {S.REPLAYING: S.REPLAYING, S.ONLINE: S.ONLINE},
     ev.Lost: {S.REPLAYING: S.WAITING, S.ONLINE: S.WAITING},
     ev.Broken: {S.REPLAYING: S.WAITING, S.ONLINE: S.WAITING},
@@ -250,6 +251,7 @@ def test_an_own_token_that_was_never_accepted_is_dialled_once_a_minute() -> None
 
 def test_an_own_token_that_was_accepted_before_backs_off_like_any_other() -> None:
     machine = in_state(S.ONLINE, own_token=True, auth="header")
+    machine.handle(ev.Acknowledged(), 5)
     machine.handle(ev.Lost(), 10)
     machine.handle(ev.RetryDue(), 11)
     assert machine.handle(ev.DialFailed(401), 11)[-1] == ev.SetRetry(1.0)
@@ -273,7 +275,9 @@ def test_a_fresh_backoff_must_be_earned() -> None:
     assert machine.handle(ev.Lost(), 40)[-1] == ev.SetRetry(0.999)
 
 
-def short_life(machine: Link, now: float, *, registered: bool = True, by_close_frame: bool = True) -> list[Any]:
+def short_life(
+    machine: Link, now: float, *, registered: bool = True, by_close_frame: bool = True, code: int = 1000
+) -> list[Any]:
     if machine.state is S.IDLE:
         machine.handle(ev.Wanted(), now)
     elif machine.state is S.WAITING:
@@ -282,7 +286,7 @@ def short_life(machine: Link, now: float, *, registered: bool = True, by_close_f
     if registered:
         machine.handle(ev.Registered(), now)
     machine.handle(ev.Replayed(), now)
-    return machine.handle(ev.Lost(by_close_frame), now + 29)
+    return machine.handle(ev.Lost(by_close_frame, code), now + 29)
 
 
 def test_three_short_lives_after_registering_are_contention() -> None:
@@ -301,6 +305,72 @@ def test_three_short_lives_after_registering_are_contention() -> None:
     machine.handle(ev.Stable(), 530)
     assert not machine.contended
     assert machine.handle(ev.Lost(by_close_frame=True), 540)[-1].delay_s < 1
+
+
+@pytest.mark.parametrize("code", [1001, 1011, 1012, 1013, 1014, 3008, 4408, 4500, 4503])
+def test_a_restarting_or_busy_controller_is_dialled_again_soon_and_is_no_contention(code: int) -> None:
+    machine = link(rng=0.999)
+    delays = [short_life(machine, 100.0 * round_, code=code)[-1].delay_s for round_ in range(6)]
+    assert not machine.contended
+    assert not machine.refused
+    assert max(delays) < 5
+
+
+@pytest.mark.parametrize("code", [0, 1000, 3001, 4000, 4001, 4409, 4999])
+def test_any_other_close_soon_after_registering_may_be_contention(code: int) -> None:
+    machine = link()
+    for round_ in range(3):
+        short_life(machine, 100.0 * round_, code=code)
+    assert machine.contended
+    assert not machine.refused
+
+
+@pytest.mark.parametrize("code", [1002, 1003, 1007, 1009, 1010, 4429])
+def test_a_controller_that_cannot_use_what_we_send_is_dialled_more_and_more_rarely(code: int) -> None:
+    machine = link(rng=0.999)
+    delays = [short_life(machine, 100.0 * round_, code=code)[-1].delay_s for round_ in range(7)]
+    assert not machine.contended
+    assert not machine.refused
+    assert delays == pytest.approx([0.999 * min(60, 2**n) for n in range(7)])
+
+
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("code", [1008, 3000, 3003, 4401, 4403])
+def test_a_close_code_that_refuses_counts_as_a_refusal(code: int, registered: bool) -> None:
+    machine = link(auth="header", rng=0.999)
+    effects = []
+    for round_ in range(7):
+        effects = short_life(machine, 100.0 * round_, registered=registered, code=code)
+        assert machine.refused
+        assert ev.Refusal() in effects
+    assert not machine.contended
+    assert effects[-1] == ev.SetRetry(pytest.approx(0.999 * 60)), "the cap of refusals, not of losses"
+    machine.handle(ev.RetryDue(), 800)
+    machine.handle(ev.Opened(), 800)
+    machine.handle(ev.Replayed(), 800)
+    assert machine.refused, "the handshake proves nothing to a controller that looks at the token behind it"
+    machine.handle(ev.Registered(), 801)
+    assert not machine.refused
+
+
+def test_a_token_refused_behind_the_handshake_is_presented_the_other_way_at_the_next_dial() -> None:
+    machine = link()
+    assert machine.handle(ev.Wanted(), 0) == [HEADER]
+    machine.handle(ev.Opened(), 0)
+    machine.handle(ev.Lost(True, 4401), 0)
+    assert machine.handle(ev.RetryDue(), 1) == [QUERY]
+    machine.handle(ev.Opened(), 1)
+    machine.handle(ev.Registered(), 1)
+    machine.handle(ev.Lost(True, 4401), 40)
+    assert machine.handle(ev.RetryDue(), 41) == [QUERY], "what worked is kept"
+
+
+def test_an_own_token_that_is_always_refused_behind_the_handshake_is_dialled_once_a_minute() -> None:
+    machine = link(own_token=True)
+    for round_ in range(3):
+        retry = short_life(machine, 100.0 * round_, registered=False, code=4401)[-1]
+        assert 60 <= retry.delay_s <= 66
+        assert machine.handle(ev.Hurry(), 100.0 * round_ + 50) == []
 
 
 @pytest.mark.parametrize("other", [{"registered": False}, {"by_close_frame": False}])

@@ -310,7 +310,6 @@ async def test_a_peer_that_stops_reading_is_dropped_before_memory_fills(caplog: 
         b"\x80\x00",  # a continuation of nothing
         b"\x09\x00",  # a fragmented ping
         b"\x88\x01\x00",  # a close frame of one byte
-        b"\x88\x02\x03\xed",  # close code 1005
     ],
 )
 async def test_a_broken_protocol_ends_the_connection_with_1002(garbage: bytes) -> None:
@@ -335,6 +334,52 @@ async def test_a_broken_protocol_ends_the_connection_with_1002(garbage: bytes) -
             ("bad", "protocol_error"),
             ("closed", False, 0),
         ]
+        await upstream.close()
+        await tasks.finish()
+
+
+CUT = ("ü" * 61).encode()[:121]  # a text that its sender cut in the middle of a character
+
+
+@pytest.mark.parametrize(
+    "code, text, told, reply",
+    [
+        (1000, b"", "", 1000),
+        (1001, b"going away", "going away", 1001),
+        (4401, b"invalid token", "invalid token", 4401),
+        (4401, CUT, "ü" * 60 + "\ufffd", 4401),
+        (1008, b"\xff\xfe", "\ufffd\ufffd", 1008),
+        (3000, b"x" * 123, "x" * 123, 3000),
+        *((code, b"", "", code) for code in (1002, 1003, 1007, 1009, 1010, 1011, 1012, 1013, 1014, 4999)),
+        *((code, b"why", "why", 1002) for code in (1, 999, 1004, 1005, 1006, 1015, 2999)),
+        (5000, b"", "", 1002),
+    ],
+)
+async def test_every_close_frame_is_taken_with_its_code_and_its_text(
+    code: int, text: bytes, told: str, reply: int
+) -> None:
+    received = asyncio.get_running_loop().create_future()
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await accept_websocket(reader, writer)
+        payload = code.to_bytes(2, "big") + text
+        writer.write(b"\x81\x0f" + b'{"type":"last"}' + b"\x88" + bytes([len(payload)]) + payload)
+        received.set_result(await reader.readexactly(8))
+        writer.close()
+
+    async with tcp_server(converse) as port:
+        tasks, events = Tasks(), Events()
+        upstream = AiohttpUpstream(Upstream(), tasks.spawn, environ={})
+        await connect(upstream, DialSpec(f"ws://127.0.0.1:{port}", "t"), events)
+        await events.until("closed")
+        frame = await received
+        sent = bytes(a ^ b for a, b in zip(frame[6:8], frame[2:4], strict=True))
+        assert (frame[0], int.from_bytes(sent, "big")) == (0x88, reply)
+        assert [entry for entry in events.log if entry[0] != "frame"] == [
+            ("message", Message("last")),
+            ("closed", True, code),
+        ]
+        assert events.close_reason == told
         await upstream.close()
         await tasks.finish()
 

@@ -166,8 +166,8 @@ class _Events:
     def on_pong(self, payload: bytes) -> None:
         self._inner.on_pong(payload)
 
-    def on_closed(self, by_close_frame: bool, code: int) -> None:
-        self._inner.on_closed(by_close_frame, code)
+    def on_closed(self, by_close_frame: bool, code: int, reason: str) -> None:
+        self._inner.on_closed(by_close_frame, code, reason)
 
 
 class _Socket:

@@ -22,6 +22,7 @@ class Events:
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
         self.failing = False
+        self.close_reason: str | None = None
         self._changed = asyncio.Event()
 
     def _note(self, *entry: Any) -> None:
@@ -42,8 +43,9 @@ class Events:
     def on_pong(self, payload: bytes) -> None:
         self._note("pong", payload)
 
-    def on_closed(self, by_close_frame: bool, code: int) -> None:
+    def on_closed(self, by_close_frame: bool, code: int, reason: str) -> None:
         self._note("closed", by_close_frame, code)
+        self.close_reason = reason
 
     def of(self, kind: str) -> list[tuple[Any, ...]]:
         """The noted events of one kind, without the kind."""

@@ -88,9 +88,9 @@ class FakeSocket:
         self._in(self._events.on_frame)
         self._in(self._events.on_pong, payload)
 
-    def lose(self, *, by_close_frame: bool = False, code: int = 0) -> None:
+    def lose(self, *, by_close_frame: bool = False, code: int = 0, reason: str = "") -> None:
         """The connection ends without our doing."""
-        self._loop.call_soon(self._end, by_close_frame, code)
+        self._loop.call_soon(self._end, by_close_frame, code, reason)
 
     def _in(self, handler: Callable[..., None], *values: Any) -> None:
         self._loop.call_soon(lambda: None if self._over else handler(*values))
@@ -99,10 +99,10 @@ class FakeSocket:
         self._events.on_frame()
         self._events.on_message(message)
 
-    def _end(self, by_close_frame: bool, code: int) -> None:
+    def _end(self, by_close_frame: bool, code: int, reason: str = "") -> None:
         if not self._over:
             self._over = True
-            self._events.on_closed(by_close_frame, code)
+            self._events.on_closed(by_close_frame, code, reason)
 
 
 @dataclass(slots=True)
@@ -152,6 +152,7 @@ class Manners:
     refuse: Callable[[DialSpec], DialFailure | None] = lambda spec: None
     hangs: bool = False  # dials are never answered
     registers: bool = True  # answers registers
+    closes: tuple[int, str] | None = None  # answers the first message with a close frame
     acks: bool = True  # acknowledges heartbeats
     pongs: bool = True  # answers ping frames
     success: dict[str, Any] = field(default_factory=dict)  # more fields of register_success
@@ -243,7 +244,10 @@ class Controller:
     def _said(self, socket: FakeSocket, message: Message) -> None:
         self.log.append(Sent(asyncio.get_running_loop().time(), socket, message))
         self._changed.set()
-        if message.type == "register":
+        if self.manners.closes is not None:
+            code, reason = self.manners.closes
+            socket.lose(by_close_frame=True, code=code, reason=reason)
+        elif message.type == "register":
             if self.manners.registers:
                 self._register(socket, message)
             else:

@@ -114,12 +114,13 @@ def _shim(where: str, status: dict[str, Any]) -> Finding:
 def _links(status: dict[str, Any]) -> Iterator[Finding]:
     links = status["links"]
     for link in links["items"]:
-        reason = f": {link['reason']}" if link["reason"] else ""
+        told = ", ".join(part for part in (link["reason"], link.get("detail")) if part)
+        reason = f": {told}" if told else ""
         if link["contended"]:
             todo = "stop the other process that registers with this identity"
             yield failed("link", f"{link['name']}: another process has its identity", todo)
         elif link["phase"] == "refused":
-            yield failed("link", f"{link['name']}: the controller refuses the token", "see the line token")
+            yield failed("link", f"{link['name']}: the controller refuses the token{reason}", "see the line token")
         elif link["phase"] == "down":
             yield failed("link", f"{link['name']}: down{reason}", "the lines dns to token say where it ends")
     if links["online"]:
