@@ -120,13 +120,16 @@ class Detour:
 
     # --- registrations ------------------------------------------------------------------------------------------------
 
-    def registered(self, client: Client, call: RegisterCall, reply: dict[str, Any]) -> None:
-        """The vendor's HTTP API registered an agent: keep its name and ids for the day it goes by the WebSocket."""
+    def registered(self, client: Client, call: RegisterCall, reply: dict[str, Any], *, conflict: bool = False) -> None:
+        """Keep the name and ids of an agent that the API registered, for the day it goes by the WebSocket.
+
+        With `conflict` (409) that is done only where the reply carries the id of the cluster that exists.
+        """
         owner = self._routes.owner_of(client.token)
         cluster = reply.get("cluster")
         ids = {"cluster_id": cluster.get("id")} if isinstance(cluster, dict) else {}
         known = register_reply({**ids, **{k: v for k, v in reply.items() if v is not None}})
-        if owner is not None:
+        if owner is not None and (known or not conflict):
             self._roster.note(owner, call, known)
 
     # --- polls --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from shim.core.records import SessionKey
 from shim.core.refusals import LEFTOVER_TYPES, REFUSED_TYPES, refuse
 from shim.core.replies import error_text, forgotten, tunnel_state
 from shim.core.sessions import Session
+from shim.core.standing import TroubleKind
 from shim.core.timestamps import rfc3339
 from shim.logs import get
 from shim.messages import Message
@@ -113,15 +114,19 @@ class Inbound:
             return
         self._ctx.metrics.upstream_errors.inc()
         about = connection.heartbeat_failed(message.request_id)
+        text = error_text(message.payload)
         if forgotten(message.payload):
             for session in source.sessions():
                 if (about is None or session.key == about) and session.fresh(self._ctx.now):
                     if about is None:
                         session.coverage.refused()
+                    session.standing.fail(TroubleKind.UNKNOWN, text, self._ctx.now)
                     source.introduce(session)
-        else:
-            text = error_text(message.payload)
-            log.warning("upstream_error", about=text, error=text)
+            return
+        refused = self._ctx.sessions.get(about) if about is not None else None
+        if refused is not None:
+            refused.standing.fail(TroubleKind.HEARTBEATS_REFUSED, text, self._ctx.now)
+        log.warning("upstream_error", about=text, error=text)
 
     def _tunnel_status(self, connection: Connection, message: Message, source: Source) -> None:
         session = self._target(source, message.payload)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from shim.bridge.connection import Connection
 from shim.bridge.links import LinkRunner
@@ -58,6 +58,19 @@ class Job:
         return bool(waiting)
 
 
+class RefusedRegistration(NamedTuple):
+    """The newest answer to an identity's registration that was no success. `status` is 0 where none came in time.
+
+    `at` is monotonic, `name` the cluster's name, `agent` the id that the agent calls itself.
+    """
+
+    name: str
+    agent: str
+    status: int
+    error: str
+    at: float
+
+
 @dataclass(slots=True, eq=False)
 class Replay:
     """What a reconnect still has to tell, and what it waits for."""
@@ -70,8 +83,11 @@ class Replay:
 class RegistrationListener(Protocol):
     """Who makes a session of an answer."""
 
-    def registered(self, job: Job, reply: dict[str, Any], connection: Connection) -> Outcome:
-        """The controller accepted; `reply` as `core.replies.register_reply` gives it."""
+    def registered(self, job: Job, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
+        """Keep what the controller told of an agent; `reply` as `core.replies.register_reply` gives it.
+
+        `conflict`: it answered with an error that carries the cluster's id (409).
+        """
 
     def told(self, session: Session, connection: Connection) -> None:
         """The controller has just been told about this session."""

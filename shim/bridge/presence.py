@@ -15,6 +15,7 @@ from shim.core.calls import Kind
 from shim.core.coverage import ACK_GRACE_S, Covered
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
+from shim.core.standing import TroubleKind
 from shim.logs import get
 
 log = get(__name__)
@@ -38,7 +39,6 @@ class Presence:
         self._status: dict[SessionKey, dict[str, Any]] = {}
         self._status_at: dict[SessionKey, float] = {}
         self._status_timed: set[SessionKey] = set()
-        self._nameless: set[SessionKey] = set()
         self._acks_seen = False
         self._uncovered: set[Session] = set()
         self._covered = ctx.metrics.agent_heartbeats.labels(Covered.ACKED.value)
@@ -67,6 +67,15 @@ class Presence:
             if not session.coverage.waiting:
                 self._uncovered.discard(session)
 
+    def unacknowledged(self) -> list[tuple[Session, float]]:
+        """Return the agents whose heartbeats the controller does not acknowledge, and since when (monotonic)."""
+        now, found = self._ctx.now, []
+        for session in self._ctx.sessions:
+            since = session.standing.unacknowledged_since(now, self._window_s) if session.fresh(now) else None
+            if since is not None and self._routes.connection_of(session) is not None:
+                found.append((session, since))
+        return found
+
     @property
     def _window_s(self) -> float:
         return self._ctx.settings.upstream.heartbeat_interval_s + ACK_GRACE_S
@@ -76,6 +85,7 @@ class Presence:
             session.coverage.refused(sent_at)
             return
         self._acks_seen = True
+        session.standing.acknowledged()
         covered = session.coverage.acked(sent_at, line, self._ctx.now, self._window_s)
         self._covered.inc(covered)
 
@@ -99,6 +109,7 @@ class Presence:
         sent_at = session.sent_at = self._ctx.now
         session.sent_words = session.words()
         session.coverage.written(sent_at, connection)
+        session.standing.sent(sent_at, connection.serial)
         self._ctx.metrics.heartbeats_up.labels("sent").inc()
         answered = partial(self._answered, session, sent_at, connection)
         connection.send_heartbeat(session.key, session.heartbeat_payload(), answered)
@@ -124,8 +135,7 @@ class Presence:
         payload = session.register_payload(self.identity())
         if payload is not None:
             self._registrations.ask(session, runner, payload)
-        elif session.key not in self._nameless:
-            self._nameless.add(session.key)
+        elif session.standing.fail(TroubleKind.NAME_UNKNOWN, "", self._ctx.now):
             log.warning("name_unknown", session=session.key.ident, hint="set identity.name in the configuration")
 
     def told(self, session: Session, connection: Connection) -> None:
@@ -207,4 +217,3 @@ class Presence:
         """The session is gone."""
         self._status.pop(key, None)
         self._status_at.pop(key, None)
-        self._nameless.discard(key)

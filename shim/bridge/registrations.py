@@ -10,12 +10,20 @@ from typing import Any
 
 from shim.bridge.connection import Connection
 from shim.bridge.context import Context
-from shim.bridge.jobs import Identity, Job, RegistrationListener, Replay, identity_of, identity_of_call
+from shim.bridge.jobs import (
+    Identity,
+    Job,
+    RefusedRegistration,
+    RegistrationListener,
+    Replay,
+    identity_of,
+    identity_of_call,
+)
 from shim.bridge.links import LinkRunner
 from shim.core import link_events as ev
 from shim.core.calls import Failed, Outcome, RegisterCall, Registered
 from shim.core.link import LinkState
-from shim.core.replies import conflict_id, error_status, error_text, register_reply
+from shim.core.replies import conflict_reply, error_status, error_text, register_reply
 from shim.core.sessions import Session
 from shim.logs import get
 from shim.messages import Message
@@ -30,6 +38,9 @@ ABANDONED_S = 60.0
 LOST_S = 60.0
 AGAIN_S = 10.0
 RETRY_AFTER_S = 5
+REFUSED_S = 900.0
+"""A refusal is shown for so long after it came: an agent that is restarted over it tries again every few minutes."""
+MAX_REFUSED = 100
 
 REFUSED = Failed(401, "the controller refuses the token")
 
@@ -45,15 +56,30 @@ class Registrations:
         self._unclaimed: dict[Identity, tuple[Outcome, float]] = {}
         self._replays: dict[LinkRunner, Replay] = {}
         self._asked_at: dict[Identity, float] = {}
+        self._refusals: dict[Identity, RefusedRegistration] = {}
         self._stopping = False
 
     def waiting_for(self, runner: LinkRunner) -> bool:
         """Whether an agent waits for an answer over this link."""
         return any(job.runner is runner and job.waiters for job in self._by_identity.values())
 
+    @property
+    def refusals(self) -> list[RefusedRegistration]:
+        """The registrations that the controller refused or did not answer, and has not accepted since."""
+        return list(self._refusals.values())
+
+    def registers(self, agent_id: str) -> bool:
+        """Return whether an agent of this id waits for the answer to its registration."""
+        return any(job.call is not None and job.call.agent_id == agent_id for job in self._by_identity.values())
+
+    def forget(self, session: Session) -> None:
+        """Drop what is remembered of a session that is forgotten."""
+        self._refusals.pop(identity_of(session), None)
+
     def sweep(self) -> None:
         """Forget what nobody will ask for any more."""
         now = self._ctx.now
+        self._refusals = {i: each for i, each in self._refusals.items() if now - each.at < REFUSED_S}
         self._unclaimed = {i: kept for i, kept in self._unclaimed.items() if now - kept[1] < UNCLAIMED_S}
         self._asked_at = {i: at for i, at in self._asked_at.items() if now - at < AGAIN_S}
         for job in list(self._by_identity.values()):
@@ -218,6 +244,7 @@ class Registrations:
         """The controller has been told, though it does not say so: others and heartbeats do not wait for it."""
         if self._by_identity.get(job.identity) is not job or job.sent_on != connection.serial:
             return
+        self._note_refusal(job, 0, f"no answer within {ANSWER_S:g} s")
         if job.session is not None:
             self._listener.told(job.session, connection)
         self._settled(job)
@@ -240,7 +267,8 @@ class Registrations:
             self._failed(job, connection, Failed(502, "the controller answered without a usable cluster id"))
             return None
         self._ctx.metrics.registrations.labels("ok").inc()
-        self._finish(job, self._listener.registered(job, reply, connection), connection)
+        self._refusals.pop(job.identity, None)
+        self._finish(job, self._listener.registered(job, reply), connection)
         return job
 
     def refused(self, connection: Connection, message: Message) -> bool:
@@ -254,13 +282,26 @@ class Registrations:
             text = "the controller reported an error"
         session = str(job.identity[-1])
         log.warning("register_failed", about=f"{session} {status}", status=status, error=text, session=session)
-        known = conflict_id(message.payload) if status == 409 else ""
-        self._failed(job, connection, Failed(status, text, cluster_id=known))
+        reply = conflict_reply(message.payload) if status == 409 else {}
+        if reply:
+            self._listener.registered(job, reply, conflict=True)
+        self._failed(job, connection, Failed(status, text, cluster_id=reply.get("cluster_id", "")))
         return True
 
     def _failed(self, job: Job, connection: Connection, failed: Failed) -> None:
         self._ctx.metrics.registrations.labels(str(failed.status)).inc()
+        if failed.cluster_id:
+            self._refusals.pop(job.identity, None)  # agents take the id for an answer, and so does the status
+        else:
+            self._note_refusal(job, failed.status, failed.error)
         self._finish(job, failed, connection)
+
+    def _note_refusal(self, job: Job, status: int, error: str) -> None:
+        name, agent = str(job.payload.get("name", "")), str(job.payload.get("agent_id", ""))
+        self._refusals.pop(job.identity, None)
+        self._refusals[job.identity] = RefusedRegistration(name, agent, status, error, self._ctx.now)
+        if len(self._refusals) > MAX_REFUSED:
+            del self._refusals[next(iter(self._refusals))]
 
     def _finish(self, job: Job, outcome: Outcome, connection: Connection | None = None) -> None:
         self._forget(job)

@@ -184,14 +184,21 @@ class Roster:
         session: Session | None,
         payload: dict[str, Any],
         reply: dict[str, Any],
+        *,
+        conflict: bool = False,
     ) -> Session:
-        """The controller accepted a registration: make or update its session and store it."""
+        """Make or update the session of a registration and store it: the controller knows the agent.
+
+        With `conflict` it answered with an error and the id of a cluster that exists (409). That says which cluster the
+        agent is, but does not prove that its token may have another owner's: no other owner's session gives way.
+        """
         cluster_id = reply["cluster_id"]
         if session is None:
             if call is None:
                 raise ValueError("a registration is an agent's or a session's")
             session = self._session_for(owner, call, cluster_id)
         session.upstream_cluster_id = cluster_id
+        session.standing.recover()
         session.registration = {k: v for k, v in payload.items() if k not in ("cluster_id", "k8s_service_token")}
         session.reply = reply
         agent_id = payload.get("agent_id")
@@ -205,7 +212,7 @@ class Roster:
             session.seen_wall = self._ctx.clock.wall_s()  # no contact: the agent may have given up long ago
             session.superseded_by = None
         if session.superseded_by is None:  # what the shim repeats for an older session says nothing about newer ones
-            self._succession.supersede(session)
+            self._succession.supersede(session, across_owners=not conflict)
         self.save(session)
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
         return session

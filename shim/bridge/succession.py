@@ -31,12 +31,14 @@ class Succession:
         self._unmoved: list[MoveSession] = []
         self.ended = ended
 
-    def supersede(self, session: Session) -> None:
-        """Sessions that have the same cluster id upstream give way as soon as they are not fresh.
+    def supersede(self, session: Session, *, across_owners: bool = True) -> None:
+        """Let other sessions with the same upstream cluster id give way as soon as they are not fresh.
 
-        Across owners too: that the controller returned the id on this owner's link proves whose cluster it is.
+        Across owners too, where the controller accepted a registration on this owner's link with that id: it proves
+        whose cluster it is.
         """
-        for other in self._ctx.sessions:
+        sessions = self._ctx.sessions
+        for other in sessions if across_owners else sessions.of_owner(session.key.owner):
             if other is not session and other.upstream_cluster_id == session.upstream_cluster_id:
                 other.superseded_by = session.key
                 self._saves.session(other)

@@ -174,13 +174,13 @@ class Bridge:
 
     # --- registrations.RegistrationListener ---------------------------------------------------------------------------
 
-    def registered(self, job: Job, reply: dict[str, Any], connection: Connection) -> Outcome:
-        """The controller accepted a registration."""
+    def registered(self, job: Job, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
+        """Keep what the controller told of an agent (`jobs.RegistrationListener`)."""
         if job.session is not None and self.ctx.sessions.get(job.session.key) is not job.session:
             job.session = None  # it was superseded or deleted meanwhile
         if job.session is None and job.call is None:
             return Failed(404, "the session is gone")
-        session = self.roster.register(job.runner.owner, job.call, job.session, job.payload, reply)
+        session = self.roster.register(job.runner.owner, job.call, job.session, job.payload, reply, conflict=conflict)
         job.session = session
         self.routes.bind(session, job.runner)
         return outcome_of(session, cached=False)

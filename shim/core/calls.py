@@ -49,7 +49,8 @@ class HeartbeatCall(msgspec.Struct, frozen=True):
 
     For the dialect `agents`, which knows no tunnel status, `tunnel_status` is `disconnected` then. `payload` holds
     `metadata` and monitoring groups exactly as they go upstream; `known` what the call tells about the agent for an
-    adopted session's registration (`name`, `agent_version`, …; protocol.md §1.4).
+    adopted session's registration (`name`, `agent_version`, …; protocol.md §1.4). `secret` is the ServiceAccount token
+    that one generation sends here too; it is held in memory only.
     """
 
     dialect: str
@@ -59,6 +60,7 @@ class HeartbeatCall(msgspec.Struct, frozen=True):
     tunnel_status: str = ""
     payload: dict[str, Any] = {}
     known: dict[str, Any] = {}
+    secret: str = ""
 
     def __repr__(self) -> str:
         return f"HeartbeatCall({self.dialect!r}, {self.target!r}, {self.agent_id!r}, {self.status!r})"

@@ -93,11 +93,16 @@ def forgotten(payload: dict[str, Any]) -> bool:
     return any(words in folded for words in FORGOTTEN)
 
 
-def conflict_id(payload: dict[str, Any]) -> str:
-    """The existing cluster's id, where a conflict carries it."""
+def conflict_reply(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return what a conflict tells of the existing cluster, as `register_reply` does; `{}` where it carries no id.
+
+    Its `message` and `status` are about the error, not the cluster.
+    """
     cluster = payload.get("cluster")
-    nested = cluster.get("id") if isinstance(cluster, dict) else None
-    return url_safe_id(payload.get("cluster_id")) or url_safe_id(nested)
+    nested = cluster if isinstance(cluster, dict) else {}
+    cluster_id = url_safe_id(payload.get("cluster_id")) or url_safe_id(nested.get("id"))
+    told = {"cluster_uuid": nested.get("uuid"), "name": nested.get("name"), **payload, "cluster_id": cluster_id}
+    return register_reply({key: value for key, value in told.items() if key != "status"})
 
 
 def tunnel_state(payload: dict[str, Any]) -> dict[str, Any]:

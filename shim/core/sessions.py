@@ -9,6 +9,7 @@ from shim.core.calls import HeartbeatCall, Kind, Target
 from shim.core.coverage import Coverage
 from shim.core.hold import Hold, Samples, middle_of, remember
 from shim.core.records import SessionKey, SessionRecord
+from shim.core.standing import Standing
 
 DEFAULT_INTERVAL_S = 30.0
 MIN_FRESH_S = 35.0
@@ -43,6 +44,7 @@ class Session:
         "seen_wall",
         "sent_at",
         "sent_words",
+        "standing",
         "superseded_by",
         "told_on",
         "tunnel",
@@ -77,6 +79,7 @@ class Session:
         self.sent_at: float | None = None
         self.sent_words: tuple[str, str] | None = None
         self.told_on = 0
+        self.standing = Standing()
 
     @classmethod
     def from_record(cls, record: SessionRecord) -> Session:
@@ -160,6 +163,8 @@ class Session:
             self.agent_id = call.agent_id
         if call.known:
             self.known = self.known | call.known
+        if call.secret:
+            self.secret = call.secret
 
     def new_process(self) -> None:
         """Another process speaks for the agent now: what its client allows must be learnt again."""

@@ -168,9 +168,12 @@ def _cleaned(value: Any) -> Any:
 
 
 def read_heartbeat(
-    dialect: str, target: Target, agent_id: str, body: dict[str, Any], *, tunnel_status: str = ""
+    dialect: str, target: Target, agent_id: str, body: dict[str, Any], *, tunnel_status: str = "", secret: str = ""
 ) -> HeartbeatCall:
-    """A heartbeat of `target`. `tunnel_status` stands in where the body has none; an empty `agent_id` is unknown."""
+    """Read a heartbeat of `target`. An empty `agent_id` is unknown.
+
+    `tunnel_status` stands in where the body has none; `secret` is the ServiceAccount token, if the body has it.
+    """
     metadata = body.get("metadata")
     payload = _monitoring(body)
     if isinstance(metadata, dict):
@@ -183,6 +186,7 @@ def read_heartbeat(
         tunnel_status=word(body.get("tunnel_status")) or tunnel_status,
         payload=payload,
         known=_known(body, object_or_empty(metadata)),
+        secret=secret,
     )
 
 

@@ -18,7 +18,8 @@ from shim.ports import Answer, Client, Forwarded, Proxied
 log = get(__name__)
 
 BROKEN = frozenset({502, 503, 504})
-REGISTERED = frozenset({200, 201})
+TELLING = frozenset({200, 201, 409})
+"""Statuses of a registration that may tell the agent's cluster id."""
 
 
 class Passthrough:
@@ -118,8 +119,9 @@ class Passthrough:
         self._bridge.detour.used(request.client, call)
         if isinstance(call, PollCall):
             return await self._merged(request, call, reply)
-        if isinstance(call, RegisterCall) and reply.status in REGISTERED and isinstance(reply.body, bytes):
-            self._bridge.detour.registered(request.client, call, object_of(reply.body))
+        if isinstance(call, RegisterCall) and reply.status in TELLING and isinstance(reply.body, bytes):
+            told = object_of(reply.body)
+            self._bridge.detour.registered(request.client, call, told, conflict=reply.status == 409)
         if isinstance(call, ResultCall) and reply.status in (200, 204):
             self._bridge.detour.result_taken(request.client, call)
         return reply

@@ -396,3 +396,87 @@ async def test_unanswered_registrations_are_not_kept_for_ever(world: World) -> N
     await world.pass_s(700)
     assert not world.bridge.registrations._by_identity
     assert not world.bridge.registrations._by_request
+
+
+# --- what the controller refuses --------------------------------------------------------------------------------------
+
+
+async def refused_with(world: World, agent: Agent, **payload: object) -> Outcome:
+    """The agent registers, and the controller answers with an error."""
+    world.controller.manners.registers = False
+    task = registering(agent, "sa-token")
+    await world.settle()
+    socket, message = world.controller.held_registers.popleft()
+    socket.says("error", dict(payload), message.request_id)
+    return await task
+
+
+async def test_what_a_conflict_with_an_id_tells_is_kept_as_after_a_success(world: World) -> None:
+    agent = world.agent()
+    outcome = await refused_with(world, agent, error="name already taken", code=409, cluster_id="c-old")
+    assert outcome == Failed(409, "name already taken", cluster_id="c-old")
+    assert world.bridge.registrations.refusals == []
+    agent.cluster_id = "c-old"
+    await agent.heartbeat()
+    await world.restart()
+    await agent.heartbeat()
+    await world.settle()
+    [replayed] = world.controller.got("register")[1:]
+    assert (replayed.payload["name"], replayed.payload["cluster_id"]) == ("prod", "c-old")
+    assert replayed.payload["k8s_version"] == "v1.28.3"
+
+
+async def test_a_conflict_takes_no_session_from_another_owner(make_world: MakeWorld) -> None:
+    world = await make_world(upstream={"token": ""})
+    first, second = world.agent(token="token-a"), world.agent(token="token-b", agent_id="pod-2")
+    await first.register()
+    await first.heartbeat()
+    world.controller.push("k1", cluster_id=first.cluster_id)
+    await world.pass_s(100)  # it is not fresh any more, and would give way at once
+    await refused_with(world, second, error="already exists", code=409, cluster_id=first.cluster_id)
+    await world.pass_s(5)
+    assert await first.poll() == ["k1"]
+
+
+@pytest.mark.parametrize(
+    "payload, status",
+    [
+        ({"error": "name is required"}, 400),
+        ({"error": "no permission", "code": 403}, 401),
+        ({"error": "already taken"}, 409),
+        ({"error": "a defect"}, 502),
+    ],
+)
+async def test_a_refused_registration_is_remembered_until_it_is_accepted(
+    world: World, payload: dict[str, object], status: int
+) -> None:
+    agent = world.agent()
+    outcome = await refused_with(world, agent, **payload)
+    assert isinstance(outcome, Failed)
+    [refusal] = world.bridge.registrations.refusals
+    assert (refusal.name, refusal.agent, refusal.status, refusal.error) == (
+        "prod",
+        "pod-1",
+        status,
+        payload["error"],
+    )
+    world.controller.manners.registers = True
+    await agent.register()
+    assert world.bridge.registrations.refusals == []
+
+
+async def test_a_refusal_that_nobody_repeats_is_forgotten(world: World) -> None:
+    await refused_with(world, world.agent(), error="name is required")
+    await world.pass_s(950)
+    assert world.bridge.registrations.refusals == []
+
+
+async def test_a_registration_without_an_answer_is_remembered_too(world: World) -> None:
+    world.controller.manners.registers = False
+    task = registering(world.agent())
+    await world.pass_s(11)
+    [refusal] = world.bridge.registrations.refusals
+    assert (refusal.name, refusal.status) == ("prod", 0)
+    world.controller.answer_register()
+    assert isinstance(await task, Registered)
+    assert world.bridge.registrations.refusals == []

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shim.core.replies import (
-    conflict_id,
+    conflict_reply,
     error_status,
     error_text,
     forgotten,
@@ -82,8 +82,13 @@ def test_forgotten(text: str, known: bool) -> None:
         ({}, ""),
     ],
 )
-def test_conflict_id(payload: dict[str, Any], found: str) -> None:
-    assert conflict_id(payload) == found
+def test_the_id_of_a_conflict(payload: dict[str, Any], found: str) -> None:
+    assert conflict_reply(payload).get("cluster_id", "") == found
+
+
+def test_a_conflict_tells_of_the_cluster_and_its_status_is_not_the_clusters() -> None:
+    told = {"error": "already", "status": "conflict", "cluster": {"id": "c-2", "uuid": "u-2", "name": "prod"}}
+    assert conflict_reply(told) == {"cluster_id": "c-2", "cluster_uuid": "u-2", "name": "prod"}
 
 
 @pytest.mark.parametrize("value", ["c-1", "A.b_c~9", "a:b@c", "..."])

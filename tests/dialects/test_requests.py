@@ -260,6 +260,13 @@ def test_each_generation_heartbeats_with_what_it_sends(generation: Generation) -
     assert "cluster-token" not in repr(call) + json.dumps(call.payload)
 
 
+@pytest.mark.parametrize("dialect, secret", [("clusters", "sa"), ("clusters_agent", ""), ("agents", "")])
+def test_one_generation_repeats_its_service_account_token(dialect: str, secret: str) -> None:
+    call = heartbeat(dialect, {"token": "sa"})
+    assert call.secret == secret
+    assert "sa" not in repr(call.payload) + repr(call.known)
+
+
 def test_the_path_wins_over_the_body() -> None:
     assert heartbeat("clusters_agent", {"cluster_id": "other"}).target == Target(Kind.CLUSTER, "path-cluster")
     call = heartbeat("agents", {"agent_id": "other"})

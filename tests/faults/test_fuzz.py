@@ -22,7 +22,7 @@ from shim import dialects
 from shim.core.calls import Accepted, Commands, Failed, Healthy, OfferedCommand, Outcome, Registered, TunnelState
 from shim.core.normalise import Malformed, normalise
 from shim.core.refusals import REFUSED_TYPES, refuse
-from shim.core.replies import conflict_id, error_status, error_text, register_reply, tunnel_state
+from shim.core.replies import conflict_reply, error_status, error_text, register_reply, tunnel_state
 from shim.dialects import Call, Match, Router
 from shim.errors import AgentError, MessageError
 from shim.frontend.body import decode_body
@@ -219,7 +219,7 @@ def receive(frame: bytes) -> None:
     assert reply == {} or reply["cluster_id"]
     assert 400 <= error_status(payload) < 600
     assert error_text(payload).isprintable()
-    assert isinstance(conflict_id(payload), str)
+    assert isinstance(conflict_reply(payload), dict)
     for kind in REFUSED_TYPES:
         refusal = refuse(kind, message.request_id, payload)
         assert refusal is None or encode(Message(refusal[0], refusal[2], refusal[1]))
