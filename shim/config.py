@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import yaml
@@ -62,14 +62,14 @@ def needs_restart(running: Settings, fresh: Settings) -> list[str]:
 
 
 def mask(settings: Settings) -> dict[str, Any]:
-    """The effective configuration as plain data, without tokens, user info of URLs and the upstream URL's query."""
+    """The effective configuration as plain data, without tokens, user info of URLs and queries of the vendor's URLs."""
     plain: dict[str, Any] = msgspec.to_builtins(settings)
-    upstream = plain["upstream"]
-    if upstream["token"]:
-        upstream["token"] = _MASK
-    base, has_query, _ = upstream["url"].partition("?")
-    upstream["url"] = base + (f"?{_MASK}" if has_query else "")
-    upstream["proxy"] = _USERINFO.sub(f"{_MASK}@", upstream["proxy"])
+    if plain["upstream"]["token"]:
+        plain["upstream"]["token"] = _MASK
+    for section in (plain["upstream"], plain["fallback"]):
+        base, has_query, _ = section["url"].partition("?")
+        section["url"] = base + (f"?{_MASK}" if has_query else "")
+        section["proxy"] = _USERINFO.sub(f"{_MASK}@", section["proxy"])
     return plain
 
 
@@ -106,8 +106,10 @@ def read_secret(path: str, key: str) -> str:
 
 def secrets(settings: Settings) -> list[str]:
     """The secret texts that stand in the settings themselves, for `logs.Redaction`."""
-    found = [settings.upstream.token, urlsplit(settings.upstream.proxy).password]
-    return [text for text in found if text]
+    proxies = (settings.upstream.proxy, settings.fallback.proxy)
+    passwords = [password for proxy in proxies if (password := urlsplit(proxy).password)]
+    # A password may be shown as the URL has it, or decoded.
+    return [text for text in dict.fromkeys((settings.upstream.token, *passwords, *map(unquote, passwords))) if text]
 
 
 # --- where values come from ---

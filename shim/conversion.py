@@ -118,7 +118,13 @@ def _expected(kind: Any) -> str:
         return "a list of texts"
     if origin is dict:
         return "a map of texts to texts"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text, in quotes if need be"}
+    words = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a text, in quotes if need be",
+    }
     return words[kind]
 
 

@@ -10,10 +10,15 @@ from typing import Literal
 
 import msgspec
 
+from shim.hosts import plain_host
+
 
 def is_loopback(host: str) -> bool:
     """True for `localhost`, its subdomains (RFC 6761) and loopback addresses, with or without brackets."""
-    name = host.lower().rstrip(".").removeprefix("[").removesuffix("]")
+    try:
+        name = plain_host(host)
+    except ValueError:
+        return False
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
@@ -62,6 +67,27 @@ class Reconnect(Section, frozen=True):
     stable_after_s: float = 30
 
 
+class DialSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings that decide how a connection to the vendor is opened: trust, client certificate and proxy.
+
+    `section` is the configuration's section that they were asked for, `inherited` the names of those that stand in
+    `upstream` because that section leaves them out.
+    """
+
+    section: str
+    ca_file: str
+    client_cert_file: str
+    client_key_file: str
+    insecure_skip_verify: bool
+    proxy: str
+    connect_timeout_s: float
+    inherited: frozenset[str] = frozenset()
+
+    def key(self, name: str) -> str:
+        """Return the configuration key that the value called `name` comes from."""
+        return f"{'upstream' if name in self.inherited else self.section}.{name}"
+
+
 class Upstream(Section, frozen=True):
     url: str = "https://api.pipeops.io"
     path: str = "/api/v1/clusters/agent/ws"
@@ -92,6 +118,19 @@ class Upstream(Section, frozen=True):
     def own_tokens(self) -> bool:
         """True when each agent's own Bearer token opens its link (protocol.md §1.6)."""
         return not self.token and not self.token_file
+
+    @property
+    def dialling(self) -> DialSettings:
+        """How the link is dialled."""
+        return DialSettings(
+            section="upstream",
+            ca_file=self.ca_file,
+            client_cert_file=self.client_cert_file,
+            client_key_file=self.client_key_file,
+            insecure_skip_verify=self.insecure_skip_verify,
+            proxy=self.proxy,
+            connect_timeout_s=self.connect_timeout_s,
+        )
 
 
 class Register(Section, frozen=True):
@@ -145,9 +184,25 @@ class Store(Section, frozen=True):
 
 class Fallback(Section, frozen=True):
     url: str = ""
+    ca_file: str = ""
+    client_cert_file: str = ""
+    client_key_file: str = ""
+    proxy: str = ""
+    insecure_skip_verify: bool | None = None
     after_s: float = 10
     hold_down_s: float = 60
     use_upstream_token: bool = False
+
+    def dialling(self, upstream: Upstream) -> DialSettings:
+        """How the vendor's HTTP API is dialled: as the link, except for what this section sets itself."""
+        own = {name: getattr(self, name) for name in ("ca_file", "proxy") if getattr(self, name)}
+        if self.client_cert_file:
+            own |= {"client_cert_file": self.client_cert_file, "client_key_file": self.client_key_file}
+        if self.insecure_skip_verify is not None:
+            own["insecure_skip_verify"] = self.insecure_skip_verify
+        names = ("ca_file", "client_cert_file", "client_key_file", "insecure_skip_verify", "proxy")
+        inherited = frozenset(names).difference(own)
+        return msgspec.structs.replace(upstream.dialling, section="fallback", inherited=inherited, **own)
 
 
 class Rollout(Section, frozen=True):

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from shim.errors import Fault
-from shim.settings import Section, Settings, is_loopback
+from shim.hosts import plain_host
+from shim.settings import Fallback, Section, Settings, Upstream, is_loopback
 
 _PORT = (0, 65_535)
 _COUNT = (1, 1_000_000)
@@ -64,6 +65,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 _HOST = re.compile(r"[A-Za-z0-9_.:\-]+", re.ASCII)
 _TOKEN = re.compile(r"[!-~]+", re.ASCII)
+_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)  # names of query parameters that hold one
 _DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[Tt]\d\d:\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d))?", re.ASCII)
 
 
@@ -150,14 +152,7 @@ class _Checks:
             "must be one word of printable ASCII",
             "upstream.token",
         )
-        client = (upstream.client_cert_file, upstream.client_key_file)
-        self._pair(*client, "upstream.client_cert_file", "upstream.client_key_file")
-        proxy = _split(upstream.proxy)
-        self._must(
-            not upstream.proxy or (proxy is not None and proxy.scheme in ("http", "https")),
-            "must be a URL http://host:port or https://host:port",
-            "upstream.proxy",
-        )
+        self._dialling("upstream", upstream)
         hosts = upstream.gateway_hosts
         self._must(all(map(_HOST.fullmatch, hosts)), "must be host names or addresses", "upstream.gateway_hosts")
 
@@ -190,8 +185,7 @@ class _Checks:
         settings, fallback = self.settings, self.settings.fallback
         if fallback.url:
             self._url("fallback.url", fallback.url, ("https",), ("http",))
-        message = "must be set while mode is http or auto"
-        self._must(bool(fallback.url) or settings.mode == "websocket", message, "fallback.url", "mode")
+        self._dialling("fallback", fallback)
         self._must(
             bool(fallback.url) or settings.rollout.percent == 100,
             "must be 100 while fallback.url is empty: the other agents would have nowhere to go",
@@ -214,6 +208,17 @@ class _Checks:
             *("upstream.token", "upstream.token_file"),
         )
 
+    def _dialling(self, section: str, given: Upstream | Fallback) -> None:
+        """Check the keys that say how a connection is opened, the same in both sections."""
+        client = (given.client_cert_file, given.client_key_file)
+        self._pair(*client, f"{section}.client_cert_file", f"{section}.client_key_file")
+        proxy = _split(given.proxy)
+        self._must(
+            not given.proxy or (proxy is not None and proxy.scheme in ("http", "https")),
+            "must be a URL http://host:port or https://host:port",
+            f"{section}.proxy",
+        )
+
     def _pair(self, cert: str, key: str, cert_path: str, key_path: str) -> None:
         """A certificate and its key come together; the fault is told where something is missing."""
         self._must(bool(key) or not cert, f"must be set with {cert_path}", key_path, cert_path)
@@ -233,6 +238,11 @@ class _Checks:
             self._must(False, f"must be a URL with a host, starting with one of {schemes}", path)
             return
         self._must("@" not in parts.netloc, "must not contain user name or password", path)
+        self._must(
+            not any(_SECRET.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True)),
+            "must not contain a token: put it into the file that upstream.token_file names, or into upstream.token",
+            path,
+        )
         self._must(not parts.fragment, "must not contain #", path)
         self._must(
             parts.scheme in secure or is_loopback(parts.hostname or "") or self.settings.upstream.allow_insecure,
@@ -273,7 +283,7 @@ def _split(url: str) -> SplitResult | None:
     """The parts of a URL that has a host and, if any, a port that is one; `None` for anything else."""
     try:
         parts = urlsplit(url)
-        well_formed = parts.port != 0 and bool(parts.hostname) and bool(_HOST.fullmatch(parts.hostname or ""))
+        well_formed = parts.port != 0 and bool(_HOST.fullmatch(plain_host(parts.hostname or "")))
     except ValueError:
         return None
     return parts if well_formed and not re.search(r"\s", url) else None

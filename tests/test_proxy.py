@@ -14,6 +14,9 @@ from aiohttp import web
 
 from shim.passthrough.proxy import MAX_READ_BYTES, Proxy, Unreachable
 from shim.ports import Client, Forwarded, Proxied
+from shim.settings import Fallback, Upstream
+
+DIALLING = Fallback().dialling(Upstream())
 
 
 def request(target: str = "/api/v1/x", body: Any = b"", headers: Any = (), method: str = "POST") -> Forwarded:
@@ -28,7 +31,7 @@ async def api(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    proxy = Proxy()
+    proxy = Proxy({})
     try:
         yield proxy, f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
@@ -57,7 +60,7 @@ async def test_what_has_no_body_is_not_awaited(method: str, status: int) -> None
         return web.Response(status=status)
 
     async with api(answer) as (proxy, base):
-        assert (await proxy.send(base, request(method=method), None, whole=False)).body == b""
+        assert (await proxy.send(base, DIALLING, request(method=method), None, whole=False)).body == b""
 
 
 async def test_only_hop_by_hop_headers_and_the_host_are_changed() -> None:
@@ -73,7 +76,7 @@ async def test_only_hop_by_hop_headers_and_the_host_are_changed() -> None:
         ("X-Kept", "2"),
     ]
     async with api(echo) as (proxy, url):
-        reply = await proxy.send(url, request(body=b"{}", headers=headers), None, whole=False)
+        reply = await proxy.send(url, DIALLING, request(body=b"{}", headers=headers), None, whole=False)
         seen = json.loads(await body_of(reply))
     got = {name: [v for n, v in seen["headers"] if n == name] for name, _ in seen["headers"]}
     assert got.pop("Host") == [url.removeprefix("http://")]
@@ -87,7 +90,9 @@ async def test_only_hop_by_hop_headers_and_the_host_are_changed() -> None:
 
 async def test_the_upstream_token_may_stand_in_for_the_agents() -> None:
     async with api(echo) as (proxy, url):
-        reply = await proxy.send(url, request(headers=[("Authorization", "Bearer mine")]), "theirs", whole=False)
+        reply = await proxy.send(
+            url, DIALLING, request(headers=[("Authorization", "Bearer mine")]), "theirs", whole=False
+        )
         seen = json.loads(await body_of(reply))
     assert [value for name, value in seen["headers"] if name == "Authorization"] == ["Bearer theirs"]
 
@@ -103,7 +108,7 @@ async def test_the_upstream_token_may_stand_in_for_the_agents() -> None:
 )
 async def test_the_target_arrives_as_it_came(base: str, target: str, arrives: str) -> None:
     async with api(echo) as (proxy, url):
-        reply = await proxy.send(url + base, request(target, method="GET"), None, whole=False)
+        reply = await proxy.send(url + base, DIALLING, request(target, method="GET"), None, whole=False)
         assert json.loads(await body_of(reply))["target"] == arrives
 
 
@@ -114,7 +119,7 @@ async def test_a_streamed_body_keeps_its_length() -> None:
 
     async with api(echo) as (proxy, url):
         headers = [("Content-Length", "1000000")]
-        reply = await proxy.send(url, request(body=pieces(), headers=headers), None, whole=False)
+        reply = await proxy.send(url, DIALLING, request(body=pieces(), headers=headers), None, whole=False)
         seen = json.loads(await body_of(reply))
     assert ["Content-Length", "1000000"] in seen["headers"]
     assert seen["body"] == "x" * 1_000_000
@@ -127,7 +132,7 @@ async def test_large_replies_come_in_pieces_and_as_they_were() -> None:
         return web.Response(body=packed, headers={"Content-Encoding": "gzip", "Keep-Alive": "timeout=5"})
 
     async with api(large) as (proxy, url):
-        reply = await proxy.send(url, request(), None, whole=False)
+        reply = await proxy.send(url, DIALLING, request(), None, whole=False)
         assert not isinstance(reply.body, bytes)
         assert {"Content-Encoding", "Keep-Alive"} & {name for name, _ in reply.headers} == {"Content-Encoding"}
         assert await body_of(reply) == packed
@@ -138,7 +143,7 @@ async def test_redirects_are_handed_down() -> None:
         return web.Response(status=307, headers={"Location": "https://elsewhere.example/"})
 
     async with api(moved) as (proxy, url):
-        reply = await proxy.send(url, request(), None, whole=False)
+        reply = await proxy.send(url, DIALLING, request(), None, whole=False)
     assert (reply.status, dict(reply.headers)["Location"]) == (307, "https://elsewhere.example/")
 
 
@@ -148,7 +153,7 @@ async def test_a_reply_that_is_read_here_is_plain() -> None:
         return web.Response(body=gzip.compress(b'{"commands": []}'), headers={"Content-Encoding": "gzip"})
 
     async with api(poll) as (proxy, url):
-        reply = await proxy.send(url, request(headers=[("Accept-Encoding", "gzip")]), None, whole=True)
+        reply = await proxy.send(url, DIALLING, request(headers=[("Accept-Encoding", "gzip")]), None, whole=True)
     assert reply.body == b'{"commands": []}'
     assert "Content-Encoding" not in dict(reply.headers)
 
@@ -173,12 +178,12 @@ async def test_what_cannot_be_asked_or_breaks_off_is_unreachable() -> None:
 
     async with api(breaks_off) as (proxy, url):
         with pytest.raises(Unreachable):
-            await proxy.send(url, request(), None, whole=True)
+            await proxy.send(url, DIALLING, request(), None, whole=True)
     nobody = Proxy()
     with pytest.raises(Unreachable):
-        await nobody.send(url, request(), None, whole=False)
+        await nobody.send(url, DIALLING, request(), None, whole=False)
     await nobody.close()
     for handler in (lies, bomb, flood):
         async with api(handler) as (proxy, url):
             with pytest.raises(Unreachable):
-                await proxy.send(url, request(), None, whole=True)
+                await proxy.send(url, DIALLING, request(), None, whole=True)

@@ -20,7 +20,7 @@ from shim.bridge.links import LinkRunner
 from shim.core.commands import CommandQueue, Live
 from shim.core.records import SessionKey, State
 from shim.core.sessions import MIN_GAPS, Session
-from shim.core.urls import origin_of
+from shim.core.urls import fallback_url, origin_of
 
 HOUR_S = 3600.0
 MAX_SESSIONS = 200
@@ -73,7 +73,7 @@ class Snapshots:
 
     def _about(self, wall: float) -> dict[str, Any]:
         settings = self._bridge.ctx.settings
-        fallback = settings.fallback.url
+        has_fallback = bool(settings.fallback.url) or settings.mode != "websocket"
         metrics = self._bridge.ctx.metrics
         return {
             "version": self._facts.version,
@@ -82,7 +82,7 @@ class Snapshots:
             "rollout_percent": settings.rollout.percent,
             "by_http": bool(_value(metrics.fallback_active)),
             "upstream": origin_of(settings.upstream.url),
-            "fallback": origin_of(fallback) if fallback else None,
+            "fallback": origin_of(fallback_url(settings)) if has_fallback else None,
             "listen": self._facts.addresses.get("listen"),
             "own_tokens": settings.upstream.own_tokens,
             "token_required": self._facts.token_required,

@@ -9,7 +9,9 @@ from shim.core.calls import AgentCall, Commands, HealthCall, PollCall, RegisterC
 from shim.core.fallback_record import FallbackCall, Why
 from shim.core.link import LinkState
 from shim.core.modes import Breaker, Failover, Way, in_rollout
+from shim.core.urls import fallback_url
 from shim.core.usage import route_of
+from shim.errors import ConfigError
 from shim.logs import get
 from shim.passthrough.proxy import Proxy, Unreachable, object_of, unreachable_reply
 from shim.passthrough.sunset import is_over
@@ -45,7 +47,7 @@ class Passthrough:
     def takes_some(self) -> bool:
         """Mode `auto`, or a rollout that has not reached everybody, before the sunset."""
         settings = self._bridge.ctx.settings
-        if settings.mode == "http" or not settings.fallback.url:
+        if settings.mode == "http":
             return False
         return (settings.mode == "auto" or settings.rollout.partial) and not self._sunset_over()
 
@@ -129,9 +131,14 @@ class Passthrough:
     async def _send(self, request: Forwarded) -> Proxied:
         ctx = self._bridge.ctx
         fallback = ctx.settings.fallback
-        bearer = ctx.read_token() if fallback.use_upstream_token else None
+        try:
+            bearer = ctx.read_token() if fallback.use_upstream_token else None
+        except ConfigError as error:
+            log.error("token_unreadable", about="fallback", error=str(error))
+            raise Unreachable(str(error)) from None
         whole = isinstance(request.call, (PollCall, RegisterCall))
-        return await self._proxy.send(fallback.url, request, bearer, whole=whole)
+        base, dialling = fallback_url(ctx.settings), fallback.dialling(ctx.settings.upstream)
+        return await self._proxy.send(base, dialling, request, bearer, whole=whole)
 
     def _judge(self, request: Forwarded, reply: Proxied) -> None:
         self._record(request, reply.status)

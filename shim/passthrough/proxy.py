@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
+from aiohttp import hdrs
 from multidict import CIMultiDict
-from yarl import URL
 
 from shim import jsontext
-from shim.core.urls import origin_of
+from shim.core.urls import origin_of, under
 from shim.errors import ShimError
 from shim.logs import get
 from shim.ports import Forwarded, Proxied
+from shim.settings import DialSettings
+from shim.upstream import Dialler, Undialable, failure_of
 
 log = get(__name__)
 
-CONNECT_S = 5.0
 READ_S = 60.0  # between two pieces of a reply; agents themselves give up after 30 s
 WHOLE_BYTES = 262_144  # a reply up to here goes down at once
 MAX_READ_BYTES = 16_777_216  # one that must be understood here may be so large
@@ -44,52 +45,53 @@ class Unreachable(ShimError):
 
 
 class Proxy:
-    """One client session to the API. Redirects are handed down as they are, bodies are not decoded."""
+    """Sends agents' requests to the API. Redirects are handed down as they are, bodies are not decoded.
 
-    def __init__(self) -> None:
-        self._session: aiohttp.ClientSession | None = None
+    `environ` is where proxies are named that the configuration does not name.
+    """
 
-    async def send(self, base: str, request: Forwarded, bearer: str | None, *, whole: bool) -> Proxied:
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        self._environ = environ
+        self._diallers: dict[DialSettings, Dialler] = {}
+
+    async def send(
+        self, base: str, dialling: DialSettings, request: Forwarded, bearer: str | None, *, whole: bool
+    ) -> Proxied:
         """Send a request on. `bearer` replaces the agent's token. With `whole` the reply is read and decoded here.
 
         Raises `Unreachable`.
         """
         headers = CIMultiDict(_end_to_end(request.headers))
-        headers.popall("Host", None)
+        headers.popall(hdrs.HOST, None)
+        headers.popall(hdrs.EXPECT, None)  # answered by us: the API may never say 100
         if bearer is not None:
-            headers["Authorization"] = f"Bearer {bearer}"
+            headers[hdrs.AUTHORIZATION] = f"Bearer {bearer}"
         if whole:
-            headers["Accept-Encoding"] = "identity"
+            headers[hdrs.ACCEPT_ENCODING] = "identity"
         try:
-            response = await self._client().request(
-                request.method,
-                _url(base, request.target),
-                headers=headers,
-                data=request.body or None,
-                allow_redirects=False,
-                skip_auto_headers=("User-Agent", "Content-Type", "Accept", "Accept-Encoding"),
+            response = await self._dialler(dialling).request(
+                request.method, under(base, request.target), headers, request.body or None
             )
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            reason = type(error).__name__
-            log.warning("fallback_unreachable", about=reason, upstream=origin_of(base), reason=reason)
-            raise Unreachable("the vendor's HTTP API cannot be reached") from None
-        return await self._reply(response, whole=whole)
+            return await self._reply(response, whole=whole)
+        except (aiohttp.ClientError, TimeoutError, OSError, Undialable) as error:
+            failure = failure_of(error)
+            reason = "answer" if failure.reason == "handshake" else failure.reason
+            about, where = f"{reason} {failure.detail}", origin_of(base)
+            log.warning("fallback_unreachable", about=about, upstream=where, reason=reason, detail=failure.detail)
+            raise Unreachable(failure.detail) from None
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
+        for dialler in self._diallers.values():
+            await dialler.close()
 
-    def _client(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S),
-                connector=aiohttp.TCPConnector(limit=0),
-                auto_decompress=False,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=True,
+    def _dialler(self, settings: DialSettings) -> Dialler:
+        """Return the dialler of these settings. One of earlier settings stays: replies may still come through it."""
+        if settings not in self._diallers:
+            self._diallers[settings] = Dialler(
+                settings, self._environ, name="fallback", keep=True, read_timeout_s=READ_S
             )
-        return self._session
+        return self._diallers[settings]
 
     async def _reply(self, response: aiohttp.ClientResponse, *, whole: bool) -> Proxied:
         headers = tuple(_end_to_end(response.headers.items()))
@@ -97,11 +99,8 @@ class Proxy:
         long = length > WHOLE_BYTES if length is not None else not response.content.at_eof()
         if not whole and long:
             return Proxied(response.status, headers, _pieces(response))
-        try:
-            async with response:
-                body = await _read(response.content)
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            raise Unreachable("the vendor's HTTP API broke off") from None
+        async with response:
+            body = await _read(response.content)
         if whole and response.headers.get("Content-Encoding", "").lower() == "gzip":
             body = _inflate(body)
             headers = tuple((name, value) for name, value in headers if name.lower() != "content-encoding")
@@ -150,12 +149,6 @@ async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, Non
     async with response:
         async for piece in response.content.iter_any():
             yield piece
-
-
-def _url(base: str, target: str) -> URL:
-    """The target under the base's own path; its encoding is left as it came."""
-    parts = urlsplit(base)
-    return URL(f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}{target}", encoded=True)
 
 
 def _end_to_end(headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:

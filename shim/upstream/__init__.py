@@ -1,6 +1,11 @@
-"""The WebSocket side on aiohttp (protocol.md §2): dials, and pumps frames between a socket and its events."""
+"""Connections to the vendor on aiohttp: the dialler, WebSockets, and pumps between a socket and its events.
+
+Rules: docs/reference/protocol.md#2-upstream-side-the-websocket.
+"""
 
 from shim.upstream.dial import AiohttpUpstream
+from shim.upstream.dialler import Dialler, DialTrace
+from shim.upstream.failures import Undialable, failure_of
 from shim.upstream.pump import WebSocketPump, WireObserver
 
-__all__ = ["AiohttpUpstream", "WebSocketPump", "WireObserver"]
+__all__ = ["AiohttpUpstream", "DialTrace", "Dialler", "Undialable", "WebSocketPump", "WireObserver", "failure_of"]

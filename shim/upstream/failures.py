@@ -11,10 +11,14 @@ import aiohttp
 
 from shim.errors import ShimError
 from shim.ports import DialFailure
+from shim.upstream.http_client import InterimFlood
 
 
 class Unanswered(ShimError):
     """The connection was lost before the handshake was answered."""
+
+    def __init__(self) -> None:
+        super().__init__("the connection was closed before the handshake was answered")
 
 
 class Refused(ShimError):
@@ -24,6 +28,14 @@ class Refused(ShimError):
         super().__init__(f"HTTP {status}")
         self.status = status
         self.retry_after_s = retry_after_s
+
+
+class Undialable(ShimError):
+    """A dial ended without an answer of the vendor's: `failure` says why."""
+
+    def __init__(self, failure: DialFailure) -> None:
+        super().__init__(failure.detail)
+        self.failure = failure
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -46,6 +58,8 @@ def failure_of(error: Exception) -> DialFailure:
     """Classify what a dial raised; of an error that is not expected only its type is told."""
     if isinstance(error, Refused):
         return DialFailure("status", error.status, error.retry_after_s, f"HTTP {error.status}")
+    if isinstance(error, Undialable):
+        return error.failure
     reason, detail = _classify(error)
     return DialFailure(reason, detail=detail)
 
@@ -66,11 +80,19 @@ def _classify(error: Exception) -> tuple[str, str]:
             return "tls", _tls_text(error.os_error)
         case aiohttp.ClientConnectorError():
             return "tcp", _os_text(error.os_error)
-        case Unanswered():
-            return "handshake", "the connection was closed before the handshake was answered"
+    return "handshake", _answer_text(error)
+
+
+def _answer_text(error: Exception) -> str:
+    """Say what was wrong with an answer, or that it did not come."""
+    match error:
+        case Unanswered() | InterimFlood():
+            return str(error)
         case aiohttp.WSServerHandshakeError():
-            return "handshake", error.message
-    return "handshake", type(error).__name__
+            return error.message
+        case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | aiohttp.ClientOSError():
+            return "the connection was closed before the answer was complete"
+    return type(error).__name__
 
 
 def _os_text(error: OSError) -> str:

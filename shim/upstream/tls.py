@@ -1,4 +1,7 @@
-"""The client side of TLS: version, trust, client certificate (protocol.md §2)."""
+"""Make the client side's TLS context: version, trust, client certificate.
+
+Rules: docs/reference/protocol.md#2-upstream-side-the-websocket.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import ssl
 from pathlib import Path
 
 from shim.filemarks import Mark, marks
-from shim.settings import Upstream
+from shim.regular_files import require_regular
+from shim.settings import DialSettings
 
 
 class ClientTls:
-    """Makes the TLS context for the upstream and makes it anew when one of its files has changed."""
+    """Makes the TLS context of the next dial, and a new one when one of its files has changed."""
 
-    def __init__(self, settings: Upstream) -> None:
+    def __init__(self, settings: DialSettings) -> None:
         self._settings = settings
         names = (settings.ca_file, settings.client_cert_file, settings.client_key_file)
         self._files = [Path(name) for name in names if name]
@@ -20,7 +24,7 @@ class ClientTls:
         self._signature: tuple[Mark, ...] = ()
 
     def context(self) -> ssl.SSLContext:
-        """The context for the next dial. Raises `OSError` (`ssl.SSLError` included) when a file cannot be used."""
+        """Return the context. Raises `OSError` (`ssl.SSLError` included) when a file cannot be used."""
         signature = marks(self._files)
         if self._context is None or signature != self._signature:
             self._context = self._build()
@@ -29,6 +33,8 @@ class ClientTls:
 
     def _build(self) -> ssl.SSLContext:
         settings = self._settings
+        for path in self._files:
+            require_regular(path)
         # With a CA file of its own the upstream is trusted by that alone, not by every public authority, too.
         context = ssl.create_default_context(cafile=settings.ca_file or None)
         context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.urls import host_of, origin_of, with_query, ws_url
+from shim.core.urls import host_of, http_url, origin_of, under, with_query, ws_url
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,11 @@ from shim.core.urls import host_of, origin_of, with_query, ws_url
         ("https://[::1]:9/x#part", "/ws", "wss://[::1]:9/x/ws"),
         ("https://user:secret@h/x", "/ws", "wss://h/x/ws"),
         ("wss://gateway/given?x=1", "", "wss://gateway/given?x=1"),
+        ("wss://h/a/ws", "/a/ws", "wss://h/a/ws"),
+        ("wss://h/base/a/ws/?x=1", "/a/ws", "wss://h/base/a/ws/?x=1"),
+        ("wss://h/xa/ws", "/a/ws", "wss://h/xa/ws/a/ws"),
+        ("https://BÜCHER.example:1", "/ws", "wss://xn--bcher-kva.example:1/ws"),
+        ("https://h.example.", "/ws", "wss://h.example./ws"),
     ],
 )
 def test_ws_url_keeps_the_base_and_changes_the_scheme(base: str, path: str, expected: str) -> None:
@@ -29,6 +34,32 @@ def test_ws_url_refuses_without_echo(base: str) -> None:
     with pytest.raises(ValueError, match=r"URL|scheme|host") as caught:
         ws_url(base + "?token=hush" if base else base, "/ws")
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "base,expected",
+    [
+        ("https://h", "https://h"),
+        ("wss://h/a/ws", "https://h"),
+        ("ws://h:1/base/a/ws?x=1", "http://h:1/base?x=1"),
+        ("https://h/base", "https://h/base"),
+    ],
+)
+def test_the_http_api_is_where_the_websocket_endpoint_is(base: str, expected: str) -> None:
+    assert http_url(base, "/a/ws") == expected
+
+
+@pytest.mark.parametrize(
+    "base,target,expected",
+    [
+        ("https://h", "/x?a=%2F", "https://h/x?a=%2F"),
+        ("https://h/base/", "/x", "https://h/base/x"),
+        ("https://h/base?k=1", "/x", "https://h/base/x?k=1"),
+        ("https://h?k=1", "/x?a", "https://h/x?a&k=1"),
+    ],
+)
+def test_a_target_under_a_base_keeps_both_queries(base: str, target: str, expected: str) -> None:
+    assert under(base, target) == expected
 
 
 def test_with_query_appends_and_escapes() -> None:
@@ -43,4 +74,6 @@ def test_what_may_be_logged_of_a_url() -> None:
     assert origin_of("ws://[::1]/p") == "ws://[::1]"
     assert origin_of("ws://[::1") == "?"
     assert host_of("wss://A.Example/x") == "a.example"
+    assert host_of("wss://Bücher.example./x") == host_of("wss://xn--bcher-kva.example")
+    assert host_of("ws://[0:0::1]") == "::1"
     assert host_of("ws://[::1") == ""

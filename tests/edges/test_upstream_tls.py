@@ -17,7 +17,7 @@ from shim.messages import Message
 from shim.ports import DialFailure, DialSpec
 from shim.settings import Upstream
 from shim.upstream import AiohttpUpstream
-from shim.upstream.proxies import environment_proxy
+from shim.upstream.proxies import choose_proxy
 from tests.support.sockets import Events, Tasks, accept_websocket, answer, connect, read_head, refusal, tcp_server
 
 TOKEN = "token-canary"
@@ -193,7 +193,7 @@ async def test_a_proxy_with_credentials(
     assert line == "CONNECT controller.test:8443 HTTP/1.1"
     assert headers["proxy-authorization"] == "Basic " + base64.b64encode(b"user:pass word").decode()
     assert "authorization" not in headers, "the token is for the controller"
-    source = "environment" if by_environment else "configured"
+    source = "HTTPS_PROXY of the environment" if by_environment else "upstream.proxy"
     expected = f"upstream wss://controller.test:8443 is dialled through http://127.0.0.1:{port} ({source})"
     assert expected in caplog.text
     assert "pass" not in caplog.text
@@ -235,7 +235,7 @@ async def test_a_proxy_of_a_kind_that_is_not_spoken() -> None:
     ],
 )
 def test_the_proxy_of_the_environment(url: str, environ: dict[str, str], expected: str) -> None:
-    assert environment_proxy(url, environ) == expected
+    assert choose_proxy(url, Upstream().dialling, environ).url == expected
 
 
 @pytest.mark.parametrize(
@@ -255,8 +255,14 @@ def test_the_proxy_of_the_environment(url: str, environ: dict[str, str], expecte
         ("wss://[fd00::1]/ws", "fd00::/8", True),
         ("wss://[fd00::1]/ws", "fd00::1", True),
         ("wss://[fd00::1]:9/ws", "[fd00::1]:9", True),
+        ("wss://[fd00:0::1]/ws", "fd00::0:1", True),
+        ("wss://h.example./ws", "h.example", True),
+        ("wss://h.example/ws", "H.example.", True),
+        ("wss://bücher.example/ws", "xn--bcher-kva.example", True),
+        ("https://h.example/api", ".example", True),
+        ("wss://h.example/ws", ".", False),
     ],
 )
 def test_exceptions_from_the_proxy(url: str, no_proxy: str, direct: bool) -> None:
     environ = {"HTTPS_PROXY": "http://p:1", "NO_PROXY": no_proxy}
-    assert environment_proxy(url, environ) == ("" if direct else "http://p:1")
+    assert choose_proxy(url, Upstream().dialling, environ).url == ("" if direct else "http://p:1")

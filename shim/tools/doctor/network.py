@@ -16,7 +16,7 @@ from shim.core.urls import ws_url
 from shim.settings import Upstream, is_loopback
 from shim.tools.doctor.certificates import certificate, reason, trust
 from shim.tools.doctor.findings import Finding, failed, passed, warned
-from shim.upstream.proxies import environment_proxy
+from shim.upstream.proxies import choose_proxy
 from shim.upstream.tls import ClientTls
 
 SHOWN_ADDRESSES = 4
@@ -79,8 +79,8 @@ def target_of(upstream: Upstream, environ: Mapping[str, str]) -> Target:
     url = ws_url(upstream.url, upstream.path)
     parts = urlsplit(url)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    proxy_url = upstream.proxy or environment_proxy(url, environ)
-    proxy = _proxy(proxy_url, "upstream.proxy" if upstream.proxy else "the environment") if proxy_url else None
+    choice = choose_proxy(url, upstream.dialling, environ)
+    proxy = _proxy(choice.url, choice.source) if choice.url else None
     return Target(parts.hostname or "", parts.port or _PORTS[parts.scheme], parts.scheme == "wss", path, proxy)
 
 
@@ -187,7 +187,7 @@ async def _protect(line: Line, target: Target, upstream: Upstream) -> Finding:
             return passed("tls", "none: loopback")
         return warned("tls", "none: tokens can be read on the way", "use https in upstream.url")
     try:
-        context = ClientTls(upstream).context()
+        context = ClientTls(upstream.dialling).context()
     except OSError as error:
         todo = "upstream.ca_file, client_cert_file and client_key_file must be readable PEM files that fit each other"
         raise Blocked(failed("tls", f"a file of the TLS configuration cannot be used: {reason(error)}", todo)) from None

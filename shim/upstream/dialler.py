@@ -1,0 +1,222 @@
+"""Open connections to the vendor: one rule for link, gateway, HTTP fallback and doctor.
+
+The rule is docs/reference/protocol.md#2-upstream-side-the-websocket: whom to trust, which client certificate to show,
+which proxy to use, how names and addresses are written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import aiohttp
+from aiohttp import hdrs
+from multidict import CIMultiDict
+from yarl import URL
+
+from shim.core.urls import origin_of
+from shim.ports import DialFailure
+from shim.settings import DialSettings
+from shim.upstream.failures import Refused, Unanswered, Undialable, retry_after_s
+from shim.upstream.http_client import Connector, LenientResponse
+from shim.upstream.proxies import ProxyChoice, choose_proxy
+from shim.upstream.socket import RawWebSocket, websocket_class
+from shim.upstream.tls import ClientTls
+
+_PLAIN = {"ws": "http", "wss": "https"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class DialTrace:
+    """Facts about the newest dial, for doctor. Each is filled as soon as it is known.
+
+    `resolved` are the addresses of `resolving`; `tls` describes the connection once it is open.
+    """
+
+    proxy: ProxyChoice = field(default_factory=ProxyChoice)
+    resolving: str = ""
+    resolved: tuple[str, ...] = ()
+    connected: bool = False
+    tls: ssl.SSLObject | None = None
+    status: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class _TracedResolver(aiohttp.ThreadedResolver):
+    def __init__(self, trace: DialTrace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    async def resolve(self, *args: Any, **options: Any) -> list[aiohttp.abc.ResolveResult]:
+        self._trace.resolving = args[0]
+        found = await super().resolve(*args, **options)
+        self._trace.resolved = tuple(dict.fromkeys(each["host"] for each in found))
+        return found
+
+
+class Dialler:
+    """Sends HTTP requests and opens WebSockets by one set of settings.
+
+    `name` stands in the log (`upstream`, `fallback`). `keep` keeps connections for further requests; without it every
+    dial is a new connection to where the name points now. `max_message_bytes` bounds a message of a WebSocket.
+    `trace` is filled by each dial.
+    """
+
+    def __init__(
+        self,
+        settings: DialSettings,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        name: str = "upstream",
+        keep: bool = False,
+        read_timeout_s: float | None = None,
+        max_message_bytes: int = 0,
+        trace: DialTrace | None = None,
+    ) -> None:
+        self._settings = settings
+        self._environ = environ
+        self._name = name
+        self._keep = keep
+        self._read_timeout_s = read_timeout_s
+        self._max_message_bytes = max_message_bytes
+        self._trace = trace
+        self._tls = ClientTls(settings)
+        self._session: aiohttp.ClientSession | None = None
+        self._announced: set[tuple[str, str]] = set()
+        if settings.insecure_skip_verify:
+            key = settings.key("insecure_skip_verify")
+            logger.warning("%s: ANYONE ON THE PATH CAN READ THE TOKEN AND SEND COMMANDS", key)
+
+    async def websocket(self, url: str, headers: Mapping[str, str]) -> RawWebSocket:
+        """Open a WebSocket. Raises `Undialable` and what aiohttp raises."""
+        target, way = self._way(url)
+        opened = await self._open_session().ws_connect(
+            target,
+            headers={**_host_header(target), **headers},
+            autoclose=False,
+            autoping=False,
+            compress=0,
+            max_msg_size=self._max_message_bytes + 1,  # aiohttp refuses a message of exactly its limit
+            decode_text=False,  # text that is not UTF-8 is a bad frame, not the end of the connection
+            **way,
+        )
+        return cast("RawWebSocket", opened)  # the session's ws_response_class
+
+    async def request(
+        self, method: str, url: str, headers: Mapping[str, str], data: Any = None
+    ) -> aiohttp.ClientResponse:
+        """Send a request; nothing is added to its headers, no redirect is followed and no body is decoded.
+
+        Raises `Undialable` and what aiohttp raises.
+        """
+        target, way = self._way(url)
+        fields = CIMultiDict(headers)
+        fields.update(_host_header(target))
+        return await self._open_session().request(
+            method,
+            target,
+            headers=fields,
+            data=data,
+            allow_redirects=False,
+            skip_auto_headers=(hdrs.USER_AGENT, hdrs.CONTENT_TYPE, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING),
+            **way,
+        )
+
+    async def close(self) -> None:
+        """Close all connections. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    def _way(self, url: str) -> tuple[URL, dict[str, Any]]:
+        """Return the target for aiohttp and how to get there. Raises `Undialable`."""
+        proxy = choose_proxy(url, self._settings, self._environ)
+        if self._trace is not None:
+            self._trace.proxy = proxy
+        if proxy.url and urlsplit(proxy.url).scheme not in ("http", "https"):
+            raise Undialable(DialFailure("proxy", detail="only http and https proxies are supported"))
+        scheme, rest = url.split(":", 1)
+        # A plain WebSocket is asked of a proxy as http://: RFC 9110 knows no other scheme for it.
+        plain = f"{_PLAIN.get(scheme, scheme)}:{rest}"
+        try:
+            tls = self._tls.context() if plain.startswith("https:") or proxy.url.startswith("https:") else None
+        except OSError as error:
+            detail = f"a file of the TLS configuration cannot be used: {type(error).__name__}"
+            raise Undialable(DialFailure("tls", detail=detail)) from None
+        self._announce(url, proxy)
+        return URL(plain, encoded=plain.isascii()), {"proxy": proxy.url or None, "ssl": tls or True}
+
+    def _announce(self, url: str, proxy: ProxyChoice) -> None:
+        """Log the way to a host, once for each way taken."""
+        way = f"through {origin_of(proxy.url)}" if proxy.url else "direct"
+        if proxy.source:
+            way += f" ({proxy.source})"
+        key = (origin_of(url), way)
+        if key not in self._announced:
+            self._announced.add(key)
+            logger.info("%s %s is dialled %s", self._name, *key)
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            resolver = None if self._trace is None else _TracedResolver(self._trace)
+            # No cache of names: the vendor may move.
+            connector = Connector(
+                self._connected, limit=0, use_dns_cache=False, force_close=not self._keep, resolver=resolver
+            )
+            connect_s = self._settings.connect_timeout_s
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                timeout=aiohttp.ClientTimeout(total=None, connect=connect_s, sock_read=self._read_timeout_s),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                skip_auto_headers=(hdrs.ACCEPT_ENCODING,),
+                middlewares=(self._send,),
+                response_class=LenientResponse,
+                ws_response_class=websocket_class(self._max_message_bytes + 1),
+            )
+        return self._session
+
+    def _connected(self, transport: asyncio.BaseTransport | None) -> None:
+        if self._trace is not None and transport is not None:
+            self._trace.connected, self._trace.tls = True, transport.get_extra_info("ssl_object")
+
+    async def _send(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        """Client middleware: tell the proxy's own refusals from the controller's, and fill the trace.
+
+        For a WebSocket aiohttp would follow redirects with our token, and dial twice when the first dial is cut.
+        """
+        upgrade = hdrs.UPGRADE in request.headers
+        try:
+            response = await send(request)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+            if upgrade:
+                raise Unanswered from error
+            raise
+        if self._trace is not None:
+            self._trace.status, self._trace.headers = response.status, response.headers
+        if response.status == 407 and request.proxy is not None and not request.is_ssl():
+            response.close()
+            raise Undialable(DialFailure("proxy", detail="the proxy answered HTTP 407"))
+        if upgrade and response.status != 101:
+            response.close()
+            raise Refused(response.status, retry_after_s(response.headers))
+        return response
+
+
+def _host_header(target: URL) -> dict[str, str]:
+    """Return the `Host` header where aiohttp's is not the one that servers know: without a name's final dot."""
+    host = target.raw_host or ""
+    if not host.endswith("."):
+        return {}
+    port = "" if target.is_default_port() else f":{target.port}"
+    return {hdrs.HOST: host.rstrip(".") + port}

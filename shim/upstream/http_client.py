@@ -1,0 +1,92 @@
+"""Adapt aiohttp's client where it is stricter or laxer than HTTP wants it.
+
+All uses of aiohttp's private attributes by the dialler are in this module: aiohttp offers no public hook for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import aiohttp
+from aiohttp import hdrs
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
+from aiohttp.tracing import Trace
+from multidict import CIMultiDict, CIMultiDictProxy
+
+MAX_INTERIM_RESPONSES = 8
+_SWITCHING_PROTOCOLS = 101
+
+
+class InterimFlood(aiohttp.ClientError):
+    """A server or proxy sent more than `MAX_INTERIM_RESPONSES` responses with status 1xx to one request."""
+
+
+class BoundedResponseHandler(ResponseHandler):
+    """Limits interim responses. aiohttp reads them for ever, and without giving way to anything else in the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._interim = 0
+
+    def feed_data(self, data: Any, size: int = 0) -> None:
+        """Take the head of a response that was parsed; those beyond the limit are dropped and end the connection."""
+        code = data[0].code
+        if 100 <= code < 200 and code != _SWITCHING_PROTOCOLS:
+            self._interim += 1
+            if self._interim > MAX_INTERIM_RESPONSES:
+                if self._interim == MAX_INTERIM_RESPONSES + 1:
+                    self.set_exception(InterimFlood("too many interim responses (HTTP 1xx)"))
+                    self.pause_reading()
+                return
+        else:
+            self._interim = 0
+        super().feed_data(data, size)
+
+
+class LenientResponse(aiohttp.ClientResponse):
+    """Reads `Connection` of an upgrade as RFC 9110 says: a list of tokens, in one line or several, in any case."""
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        """Read the head; `aiohttp` accepts a 101 only where `Connection` is `upgrade` and nothing else."""
+        await super().start(connection)
+        lines = self.headers.getall(hdrs.CONNECTION, ())
+        tokens = {token.strip().lower() for line in lines for token in line.split(",")}
+        if self.status == _SWITCHING_PROTOCOLS and "upgrade" in tokens:
+            headers = CIMultiDict(self.headers)
+            headers[hdrs.CONNECTION] = "upgrade"
+            self._headers = CIMultiDictProxy(headers)
+        return self
+
+
+class Connector(aiohttp.TCPConnector):
+    """Opens connections, through a proxy with CONNECT where the target is https.
+
+    `connected` is called with the transport of each connection that a request gets.
+    """
+
+    def __init__(self, connected: Callable[[asyncio.BaseTransport | None], None], **options: Any) -> None:
+        super().__init__(**options)
+        self._connected = connected
+        self._factory = cast("partial[ResponseHandler]", partial(BoundedResponseHandler, loop=self._loop))
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the library's signature
+    ) -> Connection:
+        """Return a connection for a request."""
+        connection = await super().connect(req, traces, timeout)
+        self._connected(connection.transport)
+        return connection
+
+    def _update_proxy_auth_header_and_build_proxy_req(self, req: aiohttp.ClientRequest) -> aiohttp.ClientRequest:
+        """Build the request to the proxy. RFC 9110, 7.2: `Host` of a CONNECT is its target, the port included."""
+        request = super()._update_proxy_auth_header_and_build_proxy_req(req)
+        if req.is_ssl():
+            request.headers[hdrs.HOST] = f"{req.url.host_subcomponent}:{req.url.port}"
+        return request
