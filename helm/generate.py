@@ -17,12 +17,13 @@ import msgspec
 from ruamel.yaml import YAML
 
 from shim.settings import Settings
-from shim.tools.inject.sidecar import API_URL, INJECTED_LABEL, NAME, SHIM_URL, Sidecar
+from shim.tools.inject.sidecar import API_URL, INJECTED_LABEL, NAME, SHIM_URL, UPSTREAM_URL, Sidecar
 from shim.validation import BOUNDS
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "agent-shim"
 COMPONENTS = ROOT / "config" / "kustomize"
+VENDOR_NAMESPACE = "pipeops-system"
 
 # What the chart sets itself: by ports, admin, store, upstream and gateway.tlsSecretName.
 OWNED = (
@@ -117,18 +118,26 @@ def components() -> dict[Path, str]:
     """Path → text of every generated file of the components."""
     by_secret = {"valueFrom": {"secretKeyRef": {"name": "pipeops-agent-config", "key": API_URL, "optional": True}}}
     manifest = Sidecar(upstream=by_secret)
-    # The value is replaced by that of the agent's own variable, before that is changed.
+    # The entry is replaced by the agent's own variable, before that is changed; `rename` gives it its name back.
     chart = Sidecar(upstream={"value": "set-by-replacement"}, token_key="token")  # noqa: S106 - the name of a key
+    at = [entry["name"] for entry in chart.container["env"]].index(UPSTREAM_URL)
+    rename = {
+        "op": "replace",
+        "path": f"/spec/template/spec/initContainers/0/env/{at}/name",
+        "value": UPSTREAM_URL,
+    }
     config = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": {"name": NAME},
+        # Without a namespace it would land in the current one, and the agent's pod would wait for it.
+        "metadata": {"name": NAME, "namespace": VENDOR_NAMESPACE},
         "data": {"config.yaml": _yaml(manifest.settings)},
     }
     return {
         COMPONENTS / "manifest" / "sidecar.yaml": _GENERATED + _yaml(_patch(manifest, "agent", redirect=True)),
         COMPONENTS / "chart" / "sidecar" / "sidecar.yaml": _GENERATED + _yaml(_patch(chart, "", redirect=False)),
         COMPONENTS / "chart" / "redirect.yaml": _GENERATED + _yaml(_patch(None, "pipeops-agent", redirect=True)),
+        COMPONENTS / "chart" / "rename.yaml": _GENERATED + _yaml([rename]),
         COMPONENTS / "config" / "configmap.yaml": _GENERATED + _yaml(config),
     }
 

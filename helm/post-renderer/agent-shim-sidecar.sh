@@ -42,21 +42,51 @@ if grep -Eq '^ *hostNetwork: *"?true' "$work/rendered.yaml"; then
 fi
 # Kustomize wants components below or beside its root, and no symbolic links out of it.
 cp -RL "$here/components" "$work/components"
+# The components know the agent's Deployment by its label. Where Helm rendered several Deployments, the replacement that moves
+# the agent's URL needs its name, and Kustomize selects a source by nothing else.
+agent=$(awk '
+  function done() { if (kind && label && name) print name; kind = label = name = "" }
+  /^---/ { done() }
+  /^kind: *Deployment *$/ { kind = 1 }
+  /^metadata:/ { inside = 1; next }
+  /^[^ #]/ { inside = 0 }
+  inside && /^  name:/ { name = $2; gsub(/["'"'"']/, "", name) }
+  inside && /^    app.kubernetes.io\/name: *["'"'"']?pipeops-agent["'"'"']? *$/ { label = 1 }
+  END { done() }' "$work/rendered.yaml")
+if [ "$how" = chart ]; then
+  if [ "$(printf '%s\n' "$agent" | wc -w)" -ne 1 ]; then
+    echo "agent-shim post-renderer: one Deployment labelled app.kubernetes.io/name=pipeops-agent is expected in what Helm" \
+      "rendered; found: ${agent:-none}" >&2
+    exit 1
+  fi
+  sed -i "s/^\\( *\\)kind: Deployment\$/&\\n\\1name: '$agent'/" "$work/components/chart/sidecar/kustomization.yaml"
+  selector="labelSelector: app.kubernetes.io/name=pipeops-agent"
+else
+  selector="name: '(.+-)?pipeops-agent'"
+fi
 {
   echo "resources: [rendered.yaml]"
   echo "components:"
   echo "  - components/$how"
   [ -z "$config" ] || echo "  - components/config"
-  if [ -n "$image" ]; then
+  if [ -n "$config$image" ]; then
     echo "patches:"
-    echo "  - target: {kind: Deployment, name: '(.+-)?pipeops-agent'}"
+  fi
+  if [ -n "$config" ]; then
+    # Helm puts it into the release's namespace, as it does with the agent.
+    echo "  - target: {kind: ConfigMap, name: agent-shim}"
+    echo "    patch: |"
+    echo "      - {op: remove, path: /metadata/namespace}"
+  fi
+  if [ -n "$image" ]; then
+    echo "  - target: {kind: Deployment, $selector}"
     echo "    patch: |"
     echo "      - {op: replace, path: /spec/template/spec/initContainers/0/image, value: \"$image\"}"
   fi
 } >"$work/kustomization.yaml"
 $build "$work" >"$work/out.yaml"
 if ! grep -q 'agent-shim/sidecar: enabled' "$work/out.yaml"; then
-  echo "agent-shim post-renderer: no Deployment named pipeops-agent or ...-pipeops-agent in what Helm rendered" >&2
+  echo "agent-shim post-renderer: no Deployment of the agent in what Helm rendered" >&2
   exit 1
 fi
 cat "$work/out.yaml"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -74,7 +76,8 @@ def test_every_object_is_valid(version: str, values: str) -> None:
 def test_the_policy_is_there_if_the_api_is(has: str, kube: str, version: str) -> None:
     # Helm 3.17 knows of neither by itself.
     more = ["--api-versions", has] if has else []
-    objects = documents(run("helm3", "template", "x", CHART, "--kube-version", kube, *more))
+    image = ("--set", "image.registry=registry.example")
+    objects = documents(run("helm3", "template", "x", CHART, "--kube-version", kube, *image, *more))
     found = {
         each["apiVersion"].partition("/")[2] for each in objects if each["kind"].startswith("MutatingAdmissionPolicy")
     }
@@ -121,8 +124,18 @@ def test_the_policy_can_be_forced_and_left_out() -> None:
         (["upstream.token.from=secret"], "upstream.token.secretName is missing"),
         (["upstream.token.from=value"], "upstream.token.value is missing"),
         (["upstream.token.value=x"], "upstream.token.from is not value"),
-        (["config.rollout.percent=10"], "config.fallback.url is missing"),
-        (["config.mode=http"], "config.fallback.url is missing"),
+        (["image.registry="], "image.registry is missing"),
+        (["image.registry=", "image.repository=team/agent-shim"], "image.registry is missing"),
+        (["upstream.url=http://127.0.0.1:7080"], "upstream.url is the shim's own address"),
+        (["upstream.url=http://[::1]:7080/"], "upstream.url is the shim's own address"),
+        (["mode=gateway", "fullnameOverride=1shim"], "begins with a letter"),
+        (["fullnameOverride=Shim_1"], "fullnameOverride"),
+        (["extraEnv[0].name=A", "extraEnv[0].value=1"], "extraEnv"),
+        (["extraEnv[0].name=A", "extraEnv[0].value=true"], "extraEnv"),
+        (["resources.limits.memory=1x"], "memory"),
+        (["resources.requests.cpu=ten"], "cpu"),
+        (["resources.limit.cpu=1"], "limit"),
+        (["commonLabels.a=1"], "commonLabels"),
         (["upstream.url=http://controller.local"], "upstream.url is not encrypted"),
         (["config.fallback.url=http://127.0.0.1.evil.test"], "config.fallback.url is not encrypted"),
         (["upstream.token.from=agent", "config.fallback.use_upstream_token=true"], "there is no upstream token"),
@@ -251,6 +264,71 @@ def test_whole_numbers_as_quantities_are_texts_in_the_policy() -> None:
     assert container(pod, "agent-shim")["resources"]["requests"] == {"cpu": "1", "memory": "64Mi"}
 
 
+@pytest.mark.parametrize("word", ["1234567", "1e5", "0x1f", "null", "true", "no", "1_000"])
+@pytest.mark.parametrize("helm", HELMS)
+def test_texts_that_yaml_takes_for_something_else_stay_texts(helm: str, word: str, tmp_path: Path) -> None:
+    texts: dict[str, Any] = {
+        "image": {"registry": "registry.example", "tag": word},
+        "commonLabels": {"l": word},
+        "commonAnnotations": {"a": word},
+        "agent": {"secretName": word, "podLabels": [{"app": word}], "namespaces": [word]},
+        "upstream": {"token": {"from": "value", "secretKey": word, "value": word}},
+        "admin": {"tokenSecret": word, "tokenKey": word},
+        "store": {"type": "pvc", "storageClass": word},
+        "extraEnv": [{"name": "A", "value": word}],
+        "gateway": {"tlsSecretName": word, "priorityClassName": word, "nodeSelector": {"n": word}},
+        "serviceAccount": {"name": word},
+        "networkPolicy": {"enabled": True, "agentEgress": [{}]},
+        "monitoring": {"podMonitor": {"enabled": True, "labels": {"m": word}}, "dashboards": {"enabled": True}},
+    }
+    file = tmp_path / "values.yaml"
+    file.write_text(json.dumps(texts))
+    gateway = ("--set", "mode=gateway", "--set", "fullnameOverride=shim")
+    sidecar = ("--set-json", "agent.namespaces=[]", "--set", "injection.admissionPolicy.enabled=true")
+    for more in (gateway, sidecar):
+        release = word if re.fullmatch(r"[a-z0-9-]+", word) else "shim"
+        command = (helm, "template", release, CHART, "--namespace", release, "--kube-version", "1.36")
+        for each in documents(run(*command, "--values", file, *more)):
+            if not each["apiVersion"].startswith("monitoring.coreos.com/"):
+                kubernetes_validate.validate(each, "1.36", strict=True)
+            metadata = each["metadata"]
+            texts_of = [metadata["name"], *metadata["labels"].values(), *metadata.get("annotations", {}).values()]
+            assert [text for text in texts_of if not isinstance(text, str)] == []
+
+
+def test_a_parent_chart_may_switch_it_by_a_condition(tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    (parent / "charts").mkdir(parents=True)
+    shutil.copytree(CHART, parent / "charts" / "agent-shim")
+    dependency = {"name": "agent-shim", "version": __version__, "condition": "agent-shim.enabled"}
+    chart = {"apiVersion": "v2", "name": "parent", "version": "0.0.1", "dependencies": [dependency]}
+    (parent / "Chart.yaml").write_text(yaml.safe_dump(chart))
+    base = ("helm4", "template", "x", parent, "--set", "agent-shim.image.registry=r.example")
+    assert documents(run(*base, "--set", "agent-shim.enabled=true"))
+    assert documents(run(*base, "--set", "agent-shim.enabled=false")) == []
+
+
+def test_the_api_server_is_shown_the_sidecar_at_installation() -> None:
+    objects = rendered("injection.admissionPolicy.enabled=true", "resources.limits.cpu=2", "extraEnv[0].name=A")
+    (sidecar,) = one(objects, "PodTemplate")["template"]["spec"]["initContainers"]
+    (pod,) = [pod for pod in pods(objects) if len(pod["spec"].get("volumes", [])) > 4]
+    assert sidecar | {"resources": None} == container(pod, "agent-shim") | {"resources": None}
+    assert not [each for each in rendered("injection.admissionPolicy.enabled=false") if each["kind"] == "PodTemplate"]
+
+
+def test_an_image_without_a_registry_is_for_those_who_say_so() -> None:
+    (pod,) = [each for each in rendered("image.registry=", "image.allowBareName=true") if each["kind"] == "Pod"]
+    assert pod["spec"]["containers"][0]["image"] == f"agent-shim:{__version__}"
+    rendered("image.registry=", "image.repository=r.example/team/agent-shim")
+
+
+@pytest.mark.parametrize("mode", ["sidecar", "gateway"])
+def test_helm_test_has_a_store_of_its_own(mode: str) -> None:
+    pod = one(rendered(f"mode={mode}", "store.type=pvc"), "Pod")
+    (store,) = [each for each in pod["spec"]["volumes"] if each["name"] == "agent-shim-store"]
+    assert set(store) == {"name", "emptyDir"}
+
+
 def test_a_digest_wins() -> None:
     digest = "sha256:" + "a" * 64
     (pod,) = [
@@ -275,7 +353,7 @@ def test_the_gateway() -> None:
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     assert volumes["agent-shim-store"]["persistentVolumeClaim"] == {"claimName": "shim-store"}
     assert volumes["agent-shim-tls"]["secret"]["secretName"] == "shim-tls"
-    assert one(objects, "Secret")["stringData"] == {"token": "a-token"}
+    assert one(objects, "Secret")["data"] == {"token": "YS10b2tlbg=="}
     ingress = one(objects, "NetworkPolicy")["spec"]["ingress"][0]["from"]
     assert [each["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for each in ingress] == [
         "team-a",
@@ -354,7 +432,8 @@ def test_notes_tell_what_to_check_next(tmp_path: Path) -> None:
 
     def notes(*sets: str) -> str:
         more = [part for pair in sets for part in ("--set", pair)]
-        command = ("helm3", "template", "agent-shim", tmp_path / "chart", "--namespace", NAMESPACE)
+        image = ("--set", "image.registry=registry.example")
+        command = ("helm3", "template", "agent-shim", tmp_path / "chart", "--namespace", NAMESPACE, *image)
         found: str = one(documents(run(*command, *more)), "Notes")["notes"]
         return found
 
@@ -374,11 +453,10 @@ def test_the_package_holds_what_it_needs_and_renders_the_same(helm: str, tmp_pat
         names = archive.getnames()
     assert "agent-shim/files/prometheus/sidecar.yaml" in names
     assert not [name for name in names if "/ci/" in name or "/schema/" in name]
-    on = "monitoring.prometheusRule.enabled=true"
-    packed = run(
-        helm, "template", "agent-shim", package, "--namespace", NAMESPACE, "--kube-version", "1.36", "--set", on
-    )
-    assert documents(packed) == rendered(on, helm=helm)
+    sets = ("image.registry=registry.example", "monitoring.prometheusRule.enabled=true")
+    more = [part for pair in sets for part in ("--set", pair)]
+    packed = run(helm, "template", "agent-shim", package, "--namespace", NAMESPACE, "--kube-version", "1.36", *more)
+    assert documents(packed) == rendered(*sets, helm=helm)
 
 
 def test_one_number_for_chart_program_and_components() -> None:

@@ -17,6 +17,7 @@ SHAPES = {"manifest": "manifest", "installer": "manifest", "chart": "chart"}
 """The vendor's ways to install the agent → what our chart and components call them."""
 NAMESPACE = "pipeops-system"
 HELMS = ("helm3", "helm4")
+REGISTRY = "registry.example"
 
 
 class Refused(Exception):
@@ -45,7 +46,9 @@ def documents(text: str) -> list[dict[str, Any]]:
 
 
 def template(*sets: str, helm: str = "helm4", values: str | Path | None = None, kube: str = "1.36") -> str:
-    """The chart rendered as the release `agent-shim`; `sets` are `key=value`."""
+    """Render the chart as the release `agent-shim`; `sets` are `key=value`. Without `values` a registry is set."""
+    if values is None:
+        sets = (f"image.registry={REGISTRY}", *sets)
     more = [part for pair in sets for part in ("--set", pair)]
     if values is not None:
         more += ["--values", str(values)]

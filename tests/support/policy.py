@@ -20,6 +20,10 @@ class TypeMismatch(AssertionError):
     """A type's name is not the path of the object."""
 
 
+class ServerPanic(AssertionError):
+    """An API server panics over this patch: no pod is created, whatever `failurePolicy` says."""
+
+
 def admit(policy: dict[str, Any], pod: dict[str, Any], namespace: str) -> dict[str, Any]:
     """The pod as it is stored: mutated if the policy matches it."""
     spec = policy["spec"]
@@ -40,7 +44,7 @@ def admit(policy: dict[str, Any], pod: dict[str, Any], namespace: str) -> dict[s
 
 
 def plain(expression: str) -> str:
-    """The expression with maps in place of typed objects. Raises `TypeMismatch`."""
+    """The expression with maps in place of typed objects. Raises `TypeMismatch` and `ServerPanic`."""
     out: list[str] = []
     braces: list[str | None] = []
     field, tokens = "", _TOKEN.findall(expression)
@@ -51,6 +55,9 @@ def plain(expression: str) -> str:
             inside = [brace for brace in braces if brace and brace != "JSONPatch"]
             if inside and token != f"{inside[-1]}.{path[-1]}":
                 raise TypeMismatch(f"{token} stands at {inside[-1]}.{path[-1]}")
+            if out and _significant(out)[-3:] == ['"value"', ":", "["]:
+                # CEL converts a list to JSON element by element, and a typed object only knows how to become a map.
+                raise ServerPanic(f"a list of {token} is the value of a patch")
             field = token
         elif token == "{":
             braces.append(field or None)
@@ -70,6 +77,10 @@ def plain(expression: str) -> str:
     return "".join(out)
 
 
+def _significant(tokens: list[str]) -> list[str]:
+    return [token for token in tokens if not token.isspace()]
+
+
 def _evaluate(expression: str, variables: dict[str, Any]) -> Any:
     context = cel.Context()
     for name, value in variables.items():
@@ -87,20 +98,35 @@ def _selected(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 
 
 def _apply(patch: list[dict[str, Any]], target: dict[str, Any]) -> dict[str, Any]:
-    """RFC 6902, as far as `add` and `replace` go."""
+    """Apply RFC 6902's add, remove, replace and copy. Raises `ServerPanic` for a path whose parent is missing."""
     target = copy.deepcopy(target)
     for operation in patch:
-        *above, last = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
-        parent: Any = target
-        for part in above:
-            parent = parent[int(part)] if isinstance(parent, list) else parent[part]
-        value = copy.deepcopy(operation["value"])
-        if operation["op"] == "replace":
-            assert (int(last) < len(parent)) if isinstance(parent, list) else last in parent
-            parent[int(last) if isinstance(parent, list) else last] = value
-        elif isinstance(parent, list):
-            assert int(last) <= len(parent)
-            parent.insert(int(last), value)
+        parent, key = _resolve(target, operation["path"])
+        present = (key < len(parent)) if isinstance(parent, list) else key in parent
+        if operation["op"] != "add" and operation["op"] != "copy":
+            assert present, operation["path"]
+        if operation["op"] == "remove":
+            del parent[key]
+            continue
+        value = copy.deepcopy(operation.get("value"))
+        if operation["op"] == "copy":
+            source, at = _resolve(target, operation["from"])
+            value = copy.deepcopy(source[at])
+        if isinstance(parent, list) and operation["op"] != "replace":
+            assert key <= len(parent), operation["path"]
+            parent.insert(key, value)
         else:
-            parent[last] = value
+            parent[key] = value
     return target
+
+
+def _resolve(target: dict[str, Any], path: str) -> tuple[Any, Any]:
+    """Return the list or map that holds what a JSON pointer names, and its index or key there."""
+    *above, last = [part.replace("~1", "/").replace("~0", "~") for part in path.split("/")[1:]]
+    parent: Any = target
+    for part in above:
+        try:
+            parent = parent[int(part)] if isinstance(parent, list) else parent[part]
+        except (KeyError, IndexError):
+            raise ServerPanic(f"{path}: nothing is at {part}") from None
+    return parent, int(last) if isinstance(parent, list) else last

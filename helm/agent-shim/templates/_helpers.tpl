@@ -18,15 +18,15 @@
 {{- end }}
 
 {{- define "agent-shim.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "agent-shim.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "agent-shim.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "agent-shim.labels" -}}
 {{ include "agent-shim.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | quote }}
 {{- with .Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
@@ -35,9 +35,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{/* metadata of an object: (dict "root" $ "name" …), and optionally "labels", "annotations", "cluster" (no namespace). */}}
 {{- define "agent-shim.metadata" -}}
 {{- $root := .root -}}
-name: {{ .name }}
+name: {{ .name | quote }}
 {{- if not .cluster }}
-namespace: {{ $root.Release.Namespace }}
+namespace: {{ $root.Release.Namespace | quote }}
 {{- end }}
 labels:
   {{- include "agent-shim.labels" $root | nindent 2 }}
@@ -146,6 +146,18 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- else if gt (int $v.gateway.replicas) 1 -}}
 {{- fail "gateway.replicas: a file has one writer, so there is one replica" -}}
 {{- end -}}
+{{- if and (eq $v.mode "gateway") (regexMatch "^[0-9]" (include "agent-shim.fullname" .)) -}}
+{{- fail (printf "%s cannot be the name of a Service, which begins with a letter: set fullnameOverride" (include "agent-shim.fullname" .)) -}}
+{{- end -}}
+{{- $registry := $v.image.registry | default (regexFind "^([^/]*[.:][^/]*|localhost)/" $v.image.repository) -}}
+{{- if not (or $registry $v.image.allowBareName) -}}
+{{- fail "image.registry is missing: where you pushed the image, for example --set image.registry=registry.example.com/team (image.allowBareName=true if the nodes have an image of that bare name)" -}}
+{{- end -}}
+{{- range list "127.0.0.1" "localhost" "[::1]" -}}
+{{- if regexMatch (printf "^(http|ws)s?://%s:%v(/|$)" (replace "[" "\\[" . | replace "]" "\\]") $v.ports.legacy) $v.upstream.url -}}
+{{- fail "upstream.url is the shim's own address: give the controller's" -}}
+{{- end -}}
+{{- end -}}
 {{- $token := $v.upstream.token -}}
 {{- if and (eq $token.from "secret") (not $token.secretName) -}}
 {{- fail "upstream.token.secretName is missing: upstream.token.from is secret" -}}
@@ -157,11 +169,6 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- fail "upstream.token.value is given, but upstream.token.from is not value" -}}
 {{- end -}}
 {{- $config := $v.config -}}
-{{- $percent := dig "rollout" "percent" 100 $config -}}
-{{- $needs := or (lt (float64 $percent) 100.0) (dig "rollout" "exclude" false $config) (has (dig "mode" "websocket" $config) (list "http" "auto")) -}}
-{{- if and $needs (not (dig "fallback" "url" "" $config)) -}}
-{{- fail "config.fallback.url is missing: with this config.mode or config.rollout agents are sent there" -}}
-{{- end -}}
 {{- if not (dig "upstream" "allow_insecure" false $config) -}}
 {{- range $name, $url := dict "upstream.url" $v.upstream.url "config.fallback.url" (dig "fallback" "url" "" $config) -}}
 {{- if and (regexMatch "^(http|ws)://" $url) (not (regexMatch "^(http|ws)://(127(\\.[0-9]+){3}|localhost|\\[::1\\])([:/?]|$)" $url)) -}}

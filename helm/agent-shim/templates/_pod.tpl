@@ -54,7 +54,7 @@ failureThreshold: {{ .failures }}
 - name: SHIM_UPSTREAM__URL
   valueFrom:
     secretKeyRef:
-      name: {{ .Values.agent.secretName }}
+      name: {{ .Values.agent.secretName | quote }}
       key: PIPEOPS_API_URL
       optional: true
 {{- end }}
@@ -97,15 +97,15 @@ failureThreshold: {{ .failures }}
 {{- define "agent-shim.volumes" -}}
 - name: agent-shim-config
   configMap:
-    name: {{ include "agent-shim.fullname" . }}
+    name: {{ include "agent-shim.fullname" . | quote }}
     defaultMode: 292
 - name: agent-shim-store
 {{- if eq .Values.store.type "pvc" }}
   persistentVolumeClaim:
-    claimName: {{ include "agent-shim.claim" . }}
+    claimName: {{ include "agent-shim.claim" . | quote }}
 {{- else }}
   emptyDir:
-    sizeLimit: {{ .Values.store.sizeLimit }}
+    sizeLimit: {{ .Values.store.sizeLimit | quote }}
 {{- end }}
 - name: agent-shim-empty
   emptyDir:
@@ -113,25 +113,25 @@ failureThreshold: {{ .failures }}
 {{- if include "agent-shim.tokenSecret" . }}
 - name: agent-shim-token
   secret:
-    secretName: {{ include "agent-shim.tokenSecret" . }}
+    secretName: {{ include "agent-shim.tokenSecret" . | quote }}
     items:
-      - key: {{ include "agent-shim.tokenKey" . }}
+      - key: {{ include "agent-shim.tokenKey" . | quote }}
         path: token
     defaultMode: 292
 {{- end }}
 {{- with .Values.admin.tokenSecret }}
 - name: agent-shim-admin
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
     items:
-      - key: {{ $.Values.admin.tokenKey }}
+      - key: {{ $.Values.admin.tokenKey | quote }}
         path: token
     defaultMode: 292
 {{- end }}
 {{- if and (eq .Values.mode "gateway") .Values.gateway.tlsSecretName }}
 - name: agent-shim-tls
   secret:
-    secretName: {{ .Values.gateway.tlsSecretName }}
+    secretName: {{ .Values.gateway.tlsSecretName | quote }}
     defaultMode: 288
 {{- end }}
 {{- with .Values.extraVolumes }}
