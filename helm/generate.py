@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import msgspec
@@ -137,7 +138,7 @@ def components() -> dict[Path, str]:
         COMPONENTS / "manifest" / "sidecar.yaml": _GENERATED + _yaml(_patch(manifest, "agent", redirect=True)),
         COMPONENTS / "chart" / "sidecar" / "sidecar.yaml": _GENERATED + _yaml(_patch(chart, "", redirect=False)),
         COMPONENTS / "chart" / "redirect.yaml": _GENERATED + _yaml(_patch(None, "pipeops-agent", redirect=True)),
-        COMPONENTS / "chart" / "rename.yaml": _GENERATED + _yaml([rename]),
+        COMPONENTS / "chart" / "rename.yaml": _GENERATED + dedent(_yaml([rename])),
         COMPONENTS / "config" / "configmap.yaml": _GENERATED + _yaml(config),
     }
 

@@ -250,6 +250,15 @@ class _Checks:
             path,
             "upstream.allow_insecure",
         )
+        # The vendor's Secret changed to the shim's address, instead of the agent's variable, would make it call itself.
+        listen = self.settings.listen
+        port = parts.port or (443 if parts.scheme in ("https", "wss") else 80)
+        self._must(
+            port != listen.port or not (is_loopback(parts.hostname or "") or parts.hostname == listen.host),
+            "is the shim's own address, where agents call: set the vendor's",
+            path,
+            *("listen.host", "listen.port"),
+        )
 
     def _date(self, path: str, text: str) -> float | None:
         try:

@@ -422,27 +422,45 @@ def test_the_network_policy_leaves_the_agent_what_it_needs() -> None:
     assert [sorted({port["port"] for port in rule["ports"]}) for rule in spec["egress"]] == [[53], [443], [6443]]
 
 
+def notes(folder: Path, *sets: str) -> str:
+    """Return what `helm install` shows, rendered as a manifest: without a cluster Helm renders no notes."""
+    if not folder.exists():
+        shutil.copytree(CHART, folder)
+        text = (folder / "templates" / "NOTES.txt").read_text()
+        shown = '{{ include "notes" . | quote }}'
+        manifest = f'{{{{- define "notes" }}}}{text}{{{{ end }}}}kind: Notes\nnotes: {shown}\n'
+        (folder / "templates" / "notes.yaml").write_text(manifest)
+    more = [part for pair in ("image.registry=registry.example", *sets) for part in ("--set", pair)]
+    command = ("helm3", "template", "agent-shim", folder, "--namespace", NAMESPACE, *more)
+    found: str = one(documents(run(*command)), "Notes")["notes"]
+    return found
+
+
 def test_notes_tell_what_to_check_next(tmp_path: Path) -> None:
-    # Helm shows notes when it installs only, and that wants a cluster.
-    shutil.copytree(CHART, tmp_path / "chart")
-    templates = tmp_path / "chart" / "templates"
-    text = (templates / "NOTES.txt").read_text()
-    shown = '{{ include "notes" . | quote }}'
-    (templates / "notes.yaml").write_text(f'{{{{- define "notes" }}}}{text}{{{{ end }}}}kind: Notes\nnotes: {shown}\n')
-
-    def notes(*sets: str) -> str:
-        more = [part for pair in sets for part in ("--set", pair)]
-        image = ("--set", "image.registry=registry.example")
-        command = ("helm3", "template", "agent-shim", tmp_path / "chart", "--namespace", NAMESPACE, *image)
-        found: str = one(documents(run(*command, *more)), "Notes")["notes"]
-        return found
-
-    assert "NOTHING IS INJECTED YET" in notes("injection.admissionPolicy.enabled=false")
-    with_policy = notes("injection.admissionPolicy.enabled=true")
+    chart = tmp_path / "chart"
+    assert "NOTHING IS INJECTED YET" in notes(chart, "injection.admissionPolicy.enabled=false")
+    with_policy = notes(chart, "injection.admissionPolicy.enabled=true")
     assert "rollout restart deployment pipeops-agent" in with_policy
+    assert "feature gate MutatingAdmissionPolicy" in with_policy
     assert "helm test agent-shim --namespace pipeops-system" in with_policy
-    assert "http://agent-shim.pipeops-system.svc:7080" in notes("mode=gateway")
-    assert "Prefer a Secret" in notes("upstream.token.from=value", "upstream.token.value=t")
+    assert "http://agent-shim.pipeops-system.svc:7080" in notes(chart, "mode=gateway")
+    assert "Prefer a Secret" in notes(chart, "upstream.token.from=value", "upstream.token.value=t")
+
+
+@pytest.mark.parametrize("shape", ["manifest", "installer", "chart"])
+@pytest.mark.needs("kubectl")
+def test_the_command_before_the_restart_makes_the_agents_pod(shape: str, tmp_path: Path) -> None:
+    shown = notes(tmp_path / "chart", "injection.admissionPolicy.enabled=true")
+    (path,) = re.findall(r"get deployment pipeops-agent --output (jsonpath='.*')", shown)
+    assert path in (ROOT / "docs" / "kubernetes.md").read_text()
+    deployment = tmp_path / "deployment.yaml"
+    deployment.write_text(yaml.safe_dump(one(documents(vendor_text(shape)), "Deployment")))
+    # Without a cluster kubectl prints by a path what it was given, where the command is a local one.
+    text = run("kubectl", "label", "--local", "--filename", deployment, "a=b", "--output", path.replace("'", ""))
+    pod = yaml.safe_load(text)
+    kubernetes_validate.validate(pod, "1.36", strict=True)
+    assert pod["spec"] == pod_of(vendor_text(shape))["spec"]
+    assert pod["metadata"]["labels"] == pod_of(vendor_text(shape))["metadata"]["labels"]
 
 
 @pytest.mark.parametrize("helm", HELMS)
