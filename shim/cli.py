@@ -93,10 +93,14 @@ def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> No
 @_config
 @_sets
 def check_config(config: str | None, sets: tuple[str, ...]) -> None:
-    """Print the effective configuration with secrets masked, or all its faults."""
+    """Print the effective configuration with secrets masked, or all its faults. Warnings go to stderr."""
     from shim.config import dump, load  # noqa: PLC0415 - yaml is for commands that read a file
+    from shim.config_warnings import find_warnings  # noqa: PLC0415 - as above
 
-    click.echo(dump(load(config, os.environ, sets)), nl=False)
+    settings = load(config, os.environ, sets)
+    for warning in find_warnings(settings, os.environ):
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(dump(settings), nl=False)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

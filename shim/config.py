@@ -9,39 +9,44 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 import yaml
 
-from shim.conversion import Text, leaves, sections, to_settings
+from shim.conversion import Text, leaves, sections, shown_key, to_settings
 from shim.errors import ConfigError, Fault
+from shim.redaction import basic_credentials
 from shim.regular_files import read_regular, reason
 from shim.settings import Settings
 from shim.validation import semantic_faults
 
-_ENV_PREFIX = "SHIM_"
+ENV_PREFIX = "SHIM_"
 _RELOADABLE = frozenset({"mode", "rollout", "fallback", "heartbeat", "poll", "commands"})
 _MAX_SECRET_BYTES = 65_536
-_MAX_FILE_BYTES = 1_048_576
+_MAX_FILE_BYTES = 262_144  # a second of the library's time, and far more than a person writes
+_MAX_FAULTS_SHOWN = 100
+_MERGE = "tag:yaml.org,2002:merge"
 _MASK = "***"
 _USERINFO = re.compile(r"(?<=://)[^/?#@,]*@")
 
 
-def load(path: str | None, env: Mapping[str, str], sets: Iterable[str]) -> Settings:
+def load(path: str | None, env: Mapping[str, str], sets: Iterable[str], *, reload: bool = False) -> Settings:
     """Read and check the whole configuration; `path` is `None` for defaults. Raises `ConfigError` with all faults.
 
-    `sets` are `section.key=value` texts and win over `env`, which wins over the file.
+    `sets` are `section.key=value` texts and win over `env`, which wins over the file. With `reload` a file without any
+    content is a fault: it is being written, or its content is lost, and must not reset a running shim to its defaults.
     """
     faults: list[Fault] = []
-    tree = _read_file(path, faults) if path is not None else {}
+    tree = _read_file(path, faults, reload=reload) if path is not None else {}
     maps = sections()
     for dotted, text in [*_from_env(env), *_from_sets(sets, faults)]:
         _put(tree, dotted, _as_map(dotted, text, faults) if dotted in maps else text)
     settings = to_settings(tree, faults)
     faults += semantic_faults(settings, frozenset(fault.path for fault in faults))
     if faults:
-        raise ConfigError(faults)
+        more = len(faults) - _MAX_FAULTS_SHOWN
+        raise ConfigError(faults[:_MAX_FAULTS_SHOWN] + [Fault("", f"and {more} more")] * (more > 0))
     return settings
 
 
@@ -105,34 +110,35 @@ def read_secret(path: str, key: str) -> str:
 
 
 def secrets(settings: Settings) -> list[str]:
-    """The secret texts that stand in the settings themselves, for `logs.Redaction`."""
-    proxies = (settings.upstream.proxy, settings.fallback.proxy)
-    passwords = [password for proxy in proxies if (password := urlsplit(proxy).password)]
-    # A password may be shown as the URL has it, or decoded.
-    return [text for text in dict.fromkeys((settings.upstream.token, *passwords, *map(unquote, passwords))) if text]
+    """Return the secret texts that stand in the settings themselves, for `Redaction`."""
+    found = [settings.upstream.token]
+    upstream, fallback = settings.upstream, settings.fallback
+    for url in (upstream.proxy, upstream.url, fallback.proxy, fallback.url):
+        parts = urlsplit(url.strip())
+        found += [value for _, value in parse_qsl(parts.query)]
+        if parts.password:
+            password = unquote(parts.password)
+            found += [parts.password, password, basic_credentials(unquote(parts.username or ""), password)]
+    return [text for text in dict.fromkeys(found) if text]
 
 
 # --- where values come from ---
 
 
-def _read_file(path: str, faults: list[Fault]) -> dict[str, Any]:
+def _read_file(path: str, faults: list[Fault], *, reload: bool) -> dict[str, Any]:
     try:
         data = read_regular(path, _MAX_FILE_BYTES)
     except (OSError, ValueError) as exc:
         faults.append(Fault("", f"{path} cannot be read: {reason(exc)}"))
         return {}
-    loader = None
     try:
-        loader = _Loader(data)
-        tree = loader.get_single_data()
-        faults += loader.faults
-    except (yaml.YAMLError, RecursionError) as exc:
+        tree = _parse(data, faults)
+    except Exception as exc:  # noqa: BLE001 - no file may stop a running shim, whatever the library raises for it
         faults.append(Fault("", f"{path} is not valid YAML{_where(exc)}"))
         return {}
-    finally:
-        if loader is not None:
-            loader.dispose()
     if tree is None:
+        if reload:
+            faults.append(Fault("", f"{path} is empty; write {{}} for a configuration of defaults"))
         return {}
     if not isinstance(tree, dict):
         faults.append(Fault("", f"{path} must be a map of sections"))
@@ -140,20 +146,43 @@ def _read_file(path: str, faults: list[Fault]) -> dict[str, Any]:
     return tree
 
 
+def _parse(data: bytes, faults: list[Fault]) -> Any:
+    loader = _Loader(data)
+    try:
+        tree = loader.get_single_data()
+    finally:
+        loader.dispose()
+    faults += loader.faults
+    return tree
+
+
 def _where(exc: Exception) -> str:
-    """Line, column and problem, without the excerpt that yaml's own text has: it could show a secret."""
+    """Return line, column and problem, without any text of the file: it could be a secret.
+
+    The library's own message has an excerpt, and names tags, aliases and anchors, as which YAML reads a secret that
+    begins with `!`, `*` or `&`.
+    """
     if not isinstance(exc, yaml.MarkedYAMLError) or exc.problem_mark is None:
         return ""
-    return f": line {exc.problem_mark.line + 1}, column {exc.problem_mark.column + 1}: {exc.problem}"
+    problem = exc.problem or "not understood"
+    if re.search(r"tag|alias|anchor", problem):
+        problem = re.split(r"['\"]", problem)[0].strip()
+    return f": line {exc.problem_mark.line + 1}, column {exc.problem_mark.column + 1}: {problem}"
+
+
+def is_read(name: str) -> bool:
+    """Return True for `SHIM_MODE` and `SHIM_<SECTION>__<KEY>`, the variables that are part of the configuration.
+
+    Kubernetes sets `SHIM_PORT=tcp://…` for a Service named shim: it must not count.
+    """
+    section, separator, _ = name.removeprefix(ENV_PREFIX).lower().partition("__")
+    return name == "SHIM_MODE" or (name.startswith(ENV_PREFIX) and bool(separator) and section in sections())
 
 
 def _from_env(env: Mapping[str, str]) -> Iterator[tuple[str, Text]]:
-    """Only `SHIM_MODE` and `SHIM_<SECTION>__<KEY>`: Kubernetes injects `SHIM_PORT=tcp://…` for a Service named shim."""
-    known = sections()
     for name in sorted(env):
-        parts = name.removeprefix(_ENV_PREFIX).lower().split("__")
-        if name == "SHIM_MODE" or (name.startswith(_ENV_PREFIX) and len(parts) > 1 and parts[0] in known):
-            yield ".".join(parts), Text(env[name], name)
+        if is_read(name):
+            yield name.removeprefix(ENV_PREFIX).lower().replace("__", "."), Text(env[name], name)
 
 
 def _from_sets(sets: Iterable[str], faults: list[Fault]) -> Iterator[tuple[str, Text]]:
@@ -199,14 +228,23 @@ class _Loader(yaml.SafeLoader):
         super().__init__(data)
         self.faults: list[Fault] = []
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Turn what an explicit tag cannot be, `!!int word`, into an error with its place and without its text."""
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception:  # noqa: BLE001 - each tag fails in a way of its own
+            raise yaml.constructor.ConstructorError(None, None, "not a value of its type", node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = key_node.value
-            if isinstance(key, str) and key_node.tag != "tag:yaml.org,2002:merge":
+            if isinstance(key, str) and key_node.tag != _MERGE:
                 if key in seen:
                     where = f"line {key_node.start_mark.line + 1}"
-                    self.faults.append(Fault("", f"{where}: the key {key!r} is given twice"))
+                    self.faults.append(Fault("", f"{where}: the key {shown_key(key)!r} is given twice"))
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
 

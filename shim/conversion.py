@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin
@@ -12,6 +13,9 @@ import msgspec
 
 from shim.errors import Fault
 from shim.settings import Section, Settings
+
+_MAX_KEY_CHARS = 64
+_MAX_SUGGESTIONS = 100  # finding a near key takes a millisecond
 
 
 class Text(msgspec.Struct, frozen=True):
@@ -55,6 +59,19 @@ def to_settings(tree: dict[Any, Any], faults: list[Fault]) -> Settings:
     return settings
 
 
+def shown_key(key: Any) -> str:
+    """Return a key of the file for a message: short, printable, and without what follows `:` or `=` in it.
+
+    `{token:SECRET}` without a space is one key.
+    """
+    text = str(key)
+    cut = re.search(r"[:=]", text)
+    shown = f"{text[: cut.start()]}…" if cut else text
+    if len(shown) > _MAX_KEY_CHARS:
+        shown = f"{shown[:_MAX_KEY_CHARS]}…"
+    return "".join(char if char.isprintable() else "?" for char in shown)
+
+
 def _fields(cls: type[Any]) -> dict[str, msgspec.structs.FieldInfo]:
     return {field.name: field for field in msgspec.structs.fields(cls)}
 
@@ -69,10 +86,12 @@ def _section(cls: type[Any], value: Any, path: str, faults: list[Fault]) -> Any:
     fields = _fields(cls)
     read: dict[str, Any] = {}
     for key, below in value.items():
-        dotted = f"{path}.{key}" if path else str(key)
+        shown = shown_key(key)
+        dotted = f"{path}.{shown}" if path else shown
         field = fields.get(key) if isinstance(key, str) else None
         if field is None:
-            faults.append(Fault(dotted, f"unknown key{_suggestion(str(key), path, fields)}{_source(below)}"))
+            hint = _suggestion(shown, path, fields) if len(faults) < _MAX_SUGGESTIONS else ""
+            faults.append(Fault(dotted, f"unknown key{hint}{_source(below)}"))
         elif isinstance(field.default, Section):
             read[key] = _section(field.type, below, dotted, faults)
         else:

@@ -189,11 +189,48 @@ def test_overrides_with_faults(tmp_path: Path, item: str, path: str) -> None:
         ("a: \x07\n", "is not valid YAML"),
         ("[" * 3000, "is not valid YAML"),
         ("- a\n", "must be a map of sections"),
+        ("upstream: {token: !!int hunter2}", "line 1, column 19: not a value of its type"),
+        ("upstream: {token: !!timestamp hunter2}", "line 1, column 19: not a value of its type"),
+        ("upstream: {token: !!bool hunter2}", "line 1, column 19: not a value of its type"),
+        ("upstream: {token: !hunter2 x}", "could not determine a constructor for the tag"),
+        ("upstream: {token: *hunter2}", "found undefined alias"),
+        ("upstream: {token: !h!hunter2 x}", "found undefined tag handle"),
+        ("listen: {port: " + "9" * 5000 + "}", "line 1, column 16: not a value of its type"),
+        ("? [a]\n: 1\n", "found unhashable key"),
         ("upstream:\n  token: a\n  token: b\n", "line 3: the key 'token' is given twice"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path: Path, text: str, part: str) -> None:
     assert part in faults_of(tmp_path, text)[""]
+
+
+def test_files_that_grow_when_they_are_read_hurt_nobody(tmp_path: Path) -> None:
+    """Aliases double at each level, as items and as merged keys."""
+    lists = "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+    maps = "".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}\n" for n in range(1, 60))
+    found = faults_of(tmp_path, f"a0: &a0 [x, x]\n{lists}m0: &m0 {{k: 1, l: 1}}\n{maps}")
+    assert len(found) == 101
+
+
+def test_a_file_of_very_many_unknown_keys_names_some(tmp_path: Path) -> None:
+    found = faults_of(tmp_path, "".join(f"key{number}: v\n" for number in range(3000)))
+    assert len(found) == 101
+    assert found[""] == "and 2900 more"
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    assert "larger than 262144 bytes" in faults_of(tmp_path, "#" * 5_000_000)[""]
+
+
+@pytest.mark.parametrize("text", ["", "# a comment\n", "---\n", "~\n", "\n \n"])
+def test_a_file_without_content_is_a_fault_at_a_reload_only(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "shim.yaml"
+    file.write_text(text)
+    assert load(str(file), {}, ()) == Settings()
+    with pytest.raises(ConfigError, match="is empty"):
+        load(str(file), {}, (), reload=True)
+    file.write_text("{}")
+    assert load(str(file), {}, (), reload=True) == Settings()
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
@@ -223,6 +260,20 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         "upstream: {share_link: hunter2}",
         "upstream: {token: hunter2, token_file: /x}",
         'upstream: {token: "hunter2\\n"}',
+        "upstream: {token: !!int hunter2}",
+        "upstream: {token: !!float hunter2}",
+        "upstream: {token: !!binary hunter2}",
+        "upstream: {token: !hunter2 x}",
+        "upstream: {token: !h!hunter2 x}",
+        "upstream: {token: *hunter2}",
+        "upstream: {token: &hunter2 a, url: &hunter2 b}",
+        "upstream: {token:hunter2}",
+        "upstream: {token=hunter2}",
+        "upstream:\n  token:hunter2\n  url: x",
+        "upstream: {token: %hunter2}",
+        "upstream: {token: @hunter2}",
+        "upstream: {token: 'a' hunter2}",
+        'upstream: {token: "\\hunter2"}',
     ],
 )
 def test_no_fault_shows_a_value(tmp_path: Path, text: str) -> None:
@@ -255,7 +306,9 @@ def test_dump_of_settings_without_secrets_is_a_configuration(tmp_path: Path) -> 
 
 
 def test_secrets_are_the_texts_to_be_masked_in_logs() -> None:
-    assert secrets(SECRET) == ["tok-hunter2", "proxy-hunter2"]
+    found = secrets(SECRET)
+    assert {"tok-hunter2", "url-hunter2", "proxy-hunter2"} < set(found)
+    assert "dXNlcjpwcm94eS1odW50ZXIy" in found  # as Proxy-Authorization carries user and password
     assert secrets(Settings()) == []
 
 
