@@ -186,18 +186,6 @@ class _Checks:
         if fallback.url:
             self._url("fallback.url", fallback.url, ("https",), ("http",))
         self._dialling("fallback", fallback)
-        self._must(
-            bool(fallback.url) or settings.rollout.percent == 100,
-            "must be 100 while fallback.url is empty: the other agents would have nowhere to go",
-            "rollout.percent",
-            "fallback.url",
-        )
-        self._must(
-            bool(fallback.url) or not settings.rollout.exclude,
-            "must be empty while fallback.url is empty: these agents would have nowhere to go",
-            "rollout.exclude",
-            "fallback.url",
-        )
         for key in ("include", "exclude"):
             patterns = getattr(settings.rollout, key)
             self._must(all(patterns), "must not hold an empty name: it matches no agent", f"rollout.{key}")

@@ -133,8 +133,6 @@ def test_what_makes_sense_is_no_fault(sets: list[str]) -> None:
         (["fallback.client_key_file=/k"], "fallback.client_cert_file"),
         (["fallback.proxy=socks5://p.example:1"], "fallback.proxy"),
         (["fallback.insecure_skip_verify=perhaps"], "fallback.insecure_skip_verify"),
-        (["rollout.percent=99"], "rollout.percent"),
-        (["rollout.exclude=prod"], "rollout.exclude"),
         (["rollout.include="], "rollout.include"),
         (["fallback.url=http://example.com"], "fallback.url"),
         (["fallback.url=wss://example.com"], "fallback.url"),

@@ -43,7 +43,6 @@ class TestGitOps:
     def test_one_number_moves_the_fleet(self, percent: int, tmp_path: Path) -> None:
         settings = self.settings(tmp_path, f"config.rollout.percent={percent}")
         assert (settings.mode, settings.rollout.percent) == ("websocket", percent)
-        assert settings.fallback.url == "https://api.pipeops.io"
 
     def test_one_value_is_the_rollback(self, tmp_path: Path) -> None:
         assert self.settings(tmp_path, "config.mode=http").mode == "http"
@@ -51,7 +50,6 @@ class TestGitOps:
     def test_a_cluster_has_the_last_word(self, tmp_path: Path) -> None:
         settings = self.settings(tmp_path, files=("rollout.yaml", "clusters/staging.yaml"))
         assert settings.rollout.percent == 100
-        assert settings.fallback.url
 
     def test_the_application_set_names_files_that_are_there(self) -> None:
         source = yaml.safe_load((GITOPS / "applicationset.yaml").read_text())["spec"]["template"]["spec"]["source"]
