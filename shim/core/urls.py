@@ -41,7 +41,7 @@ def http_url(base: str, path: str = "") -> str:
 
 def fallback_url(settings: Settings) -> str:
     """Return the base of the vendor's HTTP API: `fallback.url`, else the upstream's own address."""
-    return settings.fallback.url or http_url(settings.upstream.url, settings.upstream.path)
+    return http_url(settings.fallback.url or settings.upstream.url, settings.upstream.path)
 
 
 def under(base: str, target: str) -> str:

@@ -152,7 +152,10 @@ class Dialler:
             detail = f"a file of the TLS configuration cannot be used: {type(error).__name__}"
             raise Undialable(DialFailure("tls", detail=detail)) from None
         self._announce(url, proxy)
-        return URL(plain, encoded=plain.isascii()), {"proxy": proxy.url or None, "ssl": tls or True}
+        target = URL(plain, encoded=plain.isascii())
+        # Certificates have names without a final dot. Behind a proxy aiohttp would ask for one with it.
+        name = (target.raw_host or "").rstrip(".") if tls and plain.startswith("https:") else None
+        return target, {"proxy": proxy.url or None, "ssl": tls or True, "server_hostname": name}
 
     def _announce(self, url: str, proxy: ProxyChoice) -> None:
         """Log the way to a host, once for each way taken."""

@@ -53,12 +53,13 @@ class LenientResponse(aiohttp.ClientResponse):
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
         """Read the head; `aiohttp` accepts a 101 only where `Connection` is `upgrade` and nothing else."""
         await super().start(connection)
-        lines = self.headers.getall(hdrs.CONNECTION, ())
+        lines = self._headers.getall(hdrs.CONNECTION, ())
         tokens = {token.strip().lower() for line in lines for token in line.split(",")}
         if self.status == _SWITCHING_PROTOCOLS and "upgrade" in tokens:
-            headers = CIMultiDict(self.headers)
+            headers = CIMultiDict(self._headers)
             headers[hdrs.CONNECTION] = "upgrade"
             self._headers = CIMultiDictProxy(headers)
+            self._cache.pop("headers", None)  # where aiohttp keeps what `headers` gave before
         return self
 
 

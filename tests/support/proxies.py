@@ -27,7 +27,7 @@ class ForwardProxy:
         self.heads.append(head)
         method, target, rest = head.split(" ", 2)
         if method == "CONNECT":
-            host, _, port = target.rpartition(":")
+            host, _, port = target.replace("[", "").replace("]", "").rpartition(":")
         else:
             parts = urlsplit(target)
             host, port = parts.hostname or "", str(parts.port or 80)

@@ -109,7 +109,7 @@ Conversation = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[
 
 
 @asynccontextmanager
-async def tcp_server(converse: Conversation, **options: Any) -> AsyncIterator[int]:
+async def tcp_server(converse: Conversation, host: str = "127.0.0.1", **options: Any) -> AsyncIterator[int]:
     """A server that holds a conversation by hand on each connection; yields its port."""
     writers: list[asyncio.StreamWriter] = []
 
@@ -119,7 +119,7 @@ async def tcp_server(converse: Conversation, **options: Any) -> AsyncIterator[in
             await converse(reader, writer)
         writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, **options)
+    server = await asyncio.start_server(serve, host, 0, **options)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:

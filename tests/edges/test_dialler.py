@@ -1,0 +1,371 @@
+"""The one rule by which link and HTTP fallback open connections, against real servers, proxies and certificates.
+
+Each test dials both ways where both have to do with it: what holds for the link holds for the fallback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import os
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trustme
+
+from shim.core.urls import fallback_url, ws_url
+from shim.passthrough.proxy import Proxy, Unreachable
+from shim.ports import Client, DialFailure, DialSpec, Forwarded, Proxied
+from shim.settings import Fallback, Settings, Upstream
+from shim.upstream import AiohttpUpstream
+from shim.upstream.http_client import MAX_INTERIM_RESPONSES
+from tests.support.proxies import ForwardProxy
+from tests.support.sockets import Events, Tasks, accept_websocket, answer, dial, read_head, tcp_server
+
+TOKEN = "token-canary"
+UPGRADED = "101 Switching Protocols"
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def ca_file(authority: trustme.CA, tmp_path: Path) -> str:
+    path = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(path)
+    return str(path)
+
+
+@pytest.fixture
+def client_files(authority: trustme.CA, tmp_path: Path) -> dict[str, str]:
+    client = authority.issue_cert("agent-shim")
+    client.private_key_pem.write_to_path(tmp_path / "key.pem")
+    client.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    return {"client_cert_file": str(tmp_path / "cert.pem"), "client_key_file": str(tmp_path / "key.pem")}
+
+
+def serving(authority: trustme.CA, *names: str, client: bool = False) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(*(names or ("127.0.0.1",))).configure_cert(context)
+    if client:
+        context.verify_mode = ssl.CERT_REQUIRED
+        authority.configure_trust(context)
+    return context
+
+
+class Vendor:
+    """Accepts WebSockets on `/ws` and answers 204 to everything else; keeps the heads."""
+
+    def __init__(self) -> None:
+        self.heads: list[dict[str, str]] = []
+
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        raw = await reader.readuntil(b"\r\n\r\n")
+        again = asyncio.StreamReader()
+        again.feed_data(raw)
+        _, headers = await read_head(again)
+        self.heads.append(headers)
+        if "upgrade" in headers:
+            again = asyncio.StreamReader()
+            again.feed_data(raw)
+            await accept_websocket(again, writer)
+            await reader.read(1)
+        else:
+            writer.write(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+
+
+async def link(upstream: Upstream, url: str, environ: dict[str, str] | None = None) -> str:
+    """Dial as the link does: `ok`, or why not."""
+    tasks = Tasks()
+    port = AiohttpUpstream(upstream, tasks.spawn, environ=environ or {})
+    try:
+        outcome = await dial(port, DialSpec(ws_url(url, "/ws"), TOKEN), Events())
+        return f"{outcome.reason}: {outcome.detail}" if isinstance(outcome, DialFailure) else "ok"
+    finally:
+        await port.close()
+        await tasks.finish()
+
+
+async def fallback(
+    upstream: Upstream, url: str, environ: dict[str, str] | None = None, own: Fallback | None = None
+) -> str:
+    """Send a call as the fallback does: `ok`, or why not."""
+    proxy = Proxy(environ or {})
+    headers = (("Authorization", f"Bearer {TOKEN}"),)
+    call = Forwarded("POST", "/api/v1/x", headers, b"{}", Client(TOKEN, 1), None, 0.0)
+    try:
+        base = fallback_url(Settings(fallback=Fallback(url=url)))
+        reply = await proxy.send(base, (own or Fallback()).dialling(upstream), call, None, whole=False)
+    except Unreachable as error:
+        return str(error)
+    finally:
+        await proxy.close()
+    return "ok" if reply.status == 204 else f"HTTP {reply.status}"
+
+
+Way = Callable[..., Awaitable[str]]
+BOTH = pytest.mark.parametrize("way", [link, fallback])
+
+
+# --- trust ------------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+async def test_trust_is_that_of_the_upstream(
+    way: Way, authority: trustme.CA, ca_file: str, client_files: dict[str, str]
+) -> None:
+    async with tcp_server(Vendor().converse, ssl=serving(authority, client=True)) as port:
+        url = f"https://127.0.0.1:{port}"
+        assert await way(Upstream(ca_file=ca_file, **client_files), url) == "ok"
+        assert "certificate" in await way(Upstream(**client_files), url)
+        assert await way(Upstream(ca_file=ca_file), url) != "ok"
+        assert await way(Upstream(insecure_skip_verify=True, **client_files), url) == "ok"
+
+
+async def test_the_fallback_may_have_a_trust_of_its_own(authority: trustme.CA, ca_file: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.pem"
+    trustme.CA().cert_pem.write_to_path(other)
+    async with tcp_server(Vendor().converse, ssl=serving(authority)) as port:
+        url = f"https://127.0.0.1:{port}"
+        upstream = Upstream(ca_file=str(other), insecure_skip_verify=True)
+        strict = Fallback(ca_file=ca_file, insecure_skip_verify=False)
+        assert await fallback(upstream, url, own=strict) == "ok"
+        assert "certificate" in await fallback(upstream, url, own=Fallback(insecure_skip_verify=False))
+        assert await fallback(upstream, url) == "ok"
+
+
+@pytest.mark.timeout(10)
+@BOTH
+async def test_a_file_that_is_no_file_is_told_at_once(way: Way, tmp_path: Path) -> None:
+    fifo = tmp_path / "ca.pem"
+    os.mkfifo(fifo)
+    assert "a file of the TLS configuration cannot be used" in await way(
+        Upstream(ca_file=str(fifo)), "https://127.0.0.1:1"
+    )
+
+
+# --- names and addresses ----------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["vendor.test.", "VENDOR.test", "vendor.test"])
+async def test_a_host_may_be_written_in_several_ways(way: Way, name: str, authority: trustme.CA, ca_file: str) -> None:
+    """The certificate and the `Host` header have no final dot; the resolver, here the proxy, is given it."""
+    vendor = Vendor()
+    async with tcp_server(vendor.converse, ssl=serving(authority, "vendor.test")) as target:
+        proxy = PickyProxy(target)
+        async with tcp_server(proxy.converse) as port:
+            upstream = Upstream(ca_file=ca_file, proxy=f"http://us%40er:pass%20word@127.0.0.1:{port}")
+            assert await way(upstream, f"https://{name}") == "ok"
+    assert vendor.heads[0]["host"] == "vendor.test"
+    assert proxy.heads == [f"CONNECT {name.lower()}:443 HTTP/1.1"]
+
+
+@BOTH
+async def test_a_name_in_another_alphabet(way: Way, authority: trustme.CA, ca_file: str) -> None:
+    async with tcp_server(Vendor().converse, ssl=serving(authority, "xn--bcher-kva.test")) as target:
+        proxy = PickyProxy(target)
+        async with tcp_server(proxy.converse) as port:
+            upstream = Upstream(ca_file=ca_file, proxy=f"http://us%40er:pass%20word@127.0.0.1:{port}")
+            assert await way(upstream, "https://Bücher.test:444") == "ok"
+    assert proxy.heads == ["CONNECT xn--bcher-kva.test:444 HTTP/1.1"]
+
+
+@BOTH
+async def test_an_ipv6_literal(way: Way, authority: trustme.CA, ca_file: str) -> None:
+    vendor, proxy = Vendor(), ForwardProxy()
+    async with (
+        tcp_server(vendor.converse, "::1", ssl=serving(authority, "::1")) as port,
+        tcp_server(proxy.converse, "::1") as proxy_port,
+    ):
+        url = f"https://[::1]:{port}"
+        assert await way(Upstream(ca_file=ca_file), url) == "ok"
+        assert await way(Upstream(ca_file=ca_file, proxy=f"http://[::1]:{proxy_port}"), url) == "ok"
+    assert [head.split("\r\n")[:2] for head in proxy.heads] == [
+        [f"CONNECT [::1]:{port} HTTP/1.1", f"Host: [::1]:{port}"]
+    ]
+
+
+# --- proxies ----------------------------------------------------------------------------------------------------------
+
+
+class PickyProxy(ForwardProxy):
+    """A CONNECT proxy that leads every name to `target` and insists on what RFC 9110 says and on credentials."""
+
+    def __init__(self, target: int) -> None:
+        super().__init__()
+        self._target = target
+
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line, headers = await read_head(reader)
+        self.heads.append(line)
+        authority = line.split(" ")[1]
+        if headers.get("host") != authority:
+            writer.write(answer("400 Bad Request"))
+            return
+        if headers.get("proxy-authorization") != "Basic " + base64.b64encode(b"us@er:pass word").decode():
+            writer.write(answer("407 Proxy Authentication Required", "Proxy-Authenticate: Basic"))
+            return
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._upstream(reader, back))
+                group.create_task(self._downstream(there, writer))
+        finally:
+            back.transport.abort()
+
+
+@BOTH
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_proxy_that_insists_on_credentials_and_on_host_with_its_port(
+    way: Way, secure: bool, authority: trustme.CA, ca_file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with tcp_server(Vendor().converse, ssl=serving(authority, "vendor.test")) as target:
+        proxy = PickyProxy(target)
+        options = {"ssl": serving(authority, "127.0.0.1")} if secure else {}
+        async with tcp_server(proxy.converse, **options) as port:
+            scheme = "https" if secure else "http"
+            address = f"{scheme}://us%40er:pass%20word@127.0.0.1:{port}"
+            with caplog.at_level(logging.DEBUG):
+                assert await way(Upstream(ca_file=ca_file, proxy=address), "https://Vendor.test") == "ok"
+                environ = {"HTTPS_PROXY": address, "NO_PROXY": "other.test,10.0.0.0/8"}
+                assert await way(Upstream(ca_file=ca_file), "https://vendor.test:8443", environ) == "ok"
+                nobody = f"{scheme}://127.0.0.1:{port}"
+                assert "407" in await way(Upstream(ca_file=ca_file, proxy=nobody), "https://vendor.test")
+    assert proxy.heads == [f"CONNECT vendor.test:{number} HTTP/1.1" for number in (443, 8443, 443)]
+    assert f"through {nobody} (upstream.proxy)" in caplog.text
+    assert f"through {nobody} (HTTPS_PROXY of the environment)" in caplog.text
+    assert "pass word" not in caplog.text
+    assert "pass%20word" not in caplog.text
+    assert TOKEN not in caplog.text
+
+
+@BOTH
+async def test_a_plain_request_that_the_proxy_refuses_is_no_answer_of_the_vendor(way: Way) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line, _ = await read_head(reader)
+        assert line.split(" ")[1].startswith("http://vendor.test/"), "RFC 9110 knows no proxy request for ws://"
+        writer.write(answer("407 Proxy Authentication Required", "Proxy-Authenticate: Basic"))
+
+    async with tcp_server(refuse) as port:
+        upstream = Upstream(proxy=f"http://127.0.0.1:{port}", allow_insecure=True)
+        assert "the proxy answered HTTP 407" in await way(upstream, "http://vendor.test")
+
+
+async def test_the_fallback_may_have_a_proxy_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    vendor, proxy = Vendor(), ForwardProxy()
+    async with tcp_server(vendor.converse) as target, tcp_server(proxy.converse) as port:
+        with caplog.at_level(logging.INFO):
+            own = Fallback(proxy=f"http://127.0.0.1:{port}")
+            assert await fallback(Upstream(proxy="http://127.0.0.1:1"), f"http://127.0.0.1:{target}", own=own) == "ok"
+            assert await fallback(Upstream(), f"http://127.0.0.1:{target}") == "ok"
+    assert len(proxy.heads) == 1
+    assert "proxy" not in {name for name in vendor.heads[0] if name.startswith("proxy")}
+    dialled = f"fallback http://127.0.0.1:{target} is dialled"
+    assert f"{dialled} through http://127.0.0.1:{port} (fallback.proxy)" in caplog.text
+    assert f"{dialled} direct" in caplog.text
+
+
+@BOTH
+async def test_no_proxy_decides_for_both_ways(way: Way, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        environ = {"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": "192.0.2.0/24, .vendor.invalid"}
+        upstream = Upstream(connect_timeout_s=0.2)
+        assert "proxy" not in await way(upstream, "http://api.vendor.invalid.", environ)
+        assert "cannot reach the proxy" in await way(upstream, "http://api.other.invalid", environ)
+    assert "is dialled direct (NO_PROXY of the environment)" in caplog.text
+
+
+# --- answers that libraries read otherwise ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["Connection: upgrade, keep-alive"],
+        ["Connection: Keep-Alive,UPGRADE"],
+        ["Connection: keep-alive", "connection: Upgrade"],
+        ["Connection: Upgrade", "Connection: Upgrade"],
+    ],
+)
+async def test_connection_of_an_upgrade_is_a_list_of_tokens(lines: list[str]) -> None:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        spoken = Spoken()
+        await accept_websocket(reader, spoken)  # type: ignore[arg-type]
+        writer.write(spoken.text.replace("Connection: Upgrade", "\r\n".join(lines)).encode())
+        await reader.read(1)
+
+    async with tcp_server(accept) as port:
+        assert await link(Upstream(), f"http://127.0.0.1:{port}") == "ok"
+
+
+async def test_an_upgrade_without_the_token_stays_refused() -> None:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        spoken = Spoken()
+        await accept_websocket(reader, spoken)  # type: ignore[arg-type]
+        writer.write(spoken.text.replace("Connection: Upgrade", "Connection: upgrades, x-upgrade").encode())
+        await reader.read(1)
+
+    async with tcp_server(accept) as port:
+        assert "handshake" in await link(Upstream(), f"http://127.0.0.1:{port}")
+
+
+class Spoken:
+    """A writer that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, data: bytes) -> None:
+        self.text += data.decode()
+
+
+@BOTH
+@pytest.mark.timeout(20)
+async def test_endless_interim_responses_end_the_call(way: Way) -> None:
+    """Also from a proxy, which is asked by the same library."""
+
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        while not writer.transport.is_closing():
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
+            await writer.drain()
+
+    async with tcp_server(flood) as port:
+        assert "too many interim responses" in await way(Upstream(), f"http://127.0.0.1:{port}")
+        upstream = Upstream(proxy=f"http://127.0.0.1:{port}")
+        assert "too many interim responses" in await way(upstream, "https://vendor.test")
+
+
+@BOTH
+async def test_a_few_interim_responses_are_normal(way: Way) -> None:
+    vendor = Vendor()
+
+    async def hints(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(MAX_INTERIM_RESPONSES):
+            writer.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+        await vendor.converse(reader, writer)
+
+    async with tcp_server(hints) as port:
+        assert await way(Upstream(), f"http://127.0.0.1:{port}") == "ok"
+
+
+async def test_the_fallback_waits_for_no_100_continue() -> None:
+    """The API may never say 100: the expectation was the agent's and is met by the shim."""
+    vendor = Vendor()
+    async with tcp_server(vendor.converse) as port:
+        proxy = Proxy({})
+        headers = (("Expect", "100-continue"), ("Content-Encoding", "x-gzip"), ("Content-Length", "2"))
+        call = Forwarded("POST", "/x", headers, b"{}", Client("", 1), None, 0.0)
+        reply = await proxy.send(f"http://127.0.0.1:{port}", Fallback().dialling(Upstream()), call, None, whole=False)
+        await proxy.close()
+    assert isinstance(reply, Proxied)
+    assert reply.status == 204
+    assert "expect" not in vendor.heads[0]
+    assert vendor.heads[0]["content-encoding"] == "x-gzip"
