@@ -1,4 +1,4 @@
-"""Request bodies: bounded in size, also after inflation, and in time; decoded from JSON."""
+"""Read request bodies, bounded in size and in time, and decode them from JSON."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class BodyRefused(AgentError):
 
 
 async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float, budget: BodyBudget) -> bytes:
-    """Read the whole body; what it takes of the budget meanwhile is given back at the end.
+    """Read the whole body as it came, compressed or not; what it takes of the budget is given back at the end.
 
-    Raises `BodyRefused` (408, 413, 417, 503 or 400 for what is not chunked or gzipped properly).
+    Raises `BodyRefused` (408, 413, 417, 503 or 400 for what is not chunked properly).
     """
     payload = request.content
     if not payload.is_eof():
@@ -44,7 +44,7 @@ async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float
             parts = []
             while part := await payload.readany():
                 if size + len(part) > limit_bytes:
-                    raise _too_large(linger=False)
+                    raise too_large(linger=False)
                 if not budget.take(len(part)):
                     raise BodyRefused(503, "too many large bodies at a time", linger=False, retry_after_s=RETRY_AFTER_S)
                 size += len(part)
@@ -85,7 +85,12 @@ def _check_announcement(request: web.BaseRequest, limit_bytes: int) -> None:
     """Refuse by the headers what would be refused later, and let a waiting agent send the rest."""
     length = request.content_length
     if length is not None and length > limit_bytes:
-        raise _too_large(linger=True)
+        raise too_large(linger=True)
+    meet_expectation(request)
+
+
+def meet_expectation(request: web.BaseRequest) -> None:
+    """Tell an agent that waits for it to go on sending (`Expect: 100-continue`). Raises `BodyRefused` 417."""
     expectation = request.headers.get(hdrs.EXPECT)
     if expectation is None or request.version < HttpVersion11:
         return
@@ -97,9 +102,10 @@ def _check_announcement(request: web.BaseRequest, limit_bytes: int) -> None:
 
 def _bounded(data: bytes, limit_bytes: int) -> bytes:
     if len(data) > limit_bytes:
-        raise _too_large(linger=False)
+        raise too_large(linger=False)
     return data
 
 
-def _too_large(*, linger: bool) -> BodyRefused:
+def too_large(*, linger: bool) -> BodyRefused:
+    """Return the refusal of a body beyond its limit."""
     return BodyRefused(413, "the body is too large", linger=linger)

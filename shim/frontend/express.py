@@ -52,6 +52,8 @@ class Express:
         headers = request.headers
         if match is None or match.route.operation not in OPERATIONS or request.version != HttpVersion11:
             return None
+        if hdrs.CONTENT_ENCODING in headers:
+            return None
         if self._guard.check(headers) is not None or self._elsewhere():
             return None
         client = connection.client

@@ -26,10 +26,8 @@ def forwarded(visit: Visit, base_path: str, client: Client, data: bytes | None, 
     """The request for `ports.Fallback`; without `data` its body is streamed."""
     request = visit.request
     pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers]
-    encoded = hdrs.CONTENT_ENCODING in request.headers
-    # aiohttp has inflated the body: it goes on as what it is now
-    gone = {"content-encoding", "content-length"} if encoded else {"content-length"} if data is not None else set()
-    headers = tuple((name, value) for name, value in pairs if name.lower() not in gone)
+    # The length of a whole body is known: aiohttp announces it itself.
+    headers = tuple((name, value) for name, value in pairs if data is None or name.lower() != "content-length")
     body = request.content.iter_any() if data is None else data
     target = target_of(request.raw_path, base_path)
     return Forwarded(request.method, target, headers, body, client, call, visit.started_s)

@@ -13,8 +13,9 @@ from shim.core.calls import AgentCall, Failed, RegisterCall
 from shim.core.recent_calls import RecentCalls
 from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
 from shim.errors import AgentError
-from shim.frontend.body import BodyRefused, decode_body, is_shallow, read_body
+from shim.frontend.body import BodyRefused, decode_body, is_shallow, meet_expectation, read_body
 from shim.frontend.connection import Connection
+from shim.frontend.content_coding import plain_body
 from shim.frontend.express import Express
 from shim.frontend.forwarding import forwarded, is_large
 from shim.frontend.guard import Guard, bearer
@@ -90,6 +91,7 @@ class Frontend:
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_LINE_BYTES,
             lingering_time=LINGER_S,
+            auto_decompress=False,  # `content_coding` does it where a body is understood here
         )
         tls = ServerTls(listen.tls).context if listen.tls.cert_file else None
         self._server = await asyncio.get_running_loop().create_server(
@@ -177,9 +179,10 @@ class Frontend:
         visit.step = "body"
         limit_bytes = listen.max_status_body_bytes if route.large else listen.max_body_bytes
         data = await read_body(request, limit_bytes, listen.body_timeout_s, self._budget)
-        body = decode_body(data) if route.method == hdrs.METH_POST else None
+        plain = await plain_body(request, data, limit_bytes, self._budget)
+        body = decode_body(plain) if route.method == hdrs.METH_POST else None
         visit.step = "call"
-        call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(data), len(data))
+        call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(plain), len(plain))
         agent_call = match.dialect.parse(route.operation, call)
         if isinstance(agent_call, RegisterCall):
             visit.step = "in_flight"
@@ -202,11 +205,14 @@ class Frontend:
         if not is_large(request, listen.max_body_bytes):
             visit.step = "body"
             data = await read_body(request, listen.max_body_bytes, listen.body_timeout_s, self._budget)
+        else:
+            meet_expectation(request)
         call, agent_call = Call({}), None
         if match is not None and data is not None:
             with contextlib.suppress(AgentError):
-                body = decode_body(data) if match.route.method == hdrs.METH_POST else None
-                call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(data), len(data))
+                plain = await plain_body(request, data, listen.max_body_bytes, self._budget)
+                body = decode_body(plain) if match.route.method == hdrs.METH_POST else None
+                call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(plain), len(plain))
                 agent_call = match.dialect.parse(match.route.operation, call)
         answer = await fallback.serve(forwarded(visit, listen.base_path, client, data, agent_call))
         if isinstance(answer, Proxied):

@@ -180,8 +180,12 @@ async def test_a_burst_of_pipelined_requests_is_answered_in_order() -> None:
         (b'{"agent_id":"a"}', ("Content-Type: text/plain",)),
         (gzip.compress(b'{"agent_id":"a"}', mtime=0), ("Content-Encoding: gzip",)),
         (zlib.compress(b'{"agent_id":"a"}'), ("Content-Encoding: deflate",)),
+        (zlib.compress(b'{"agent_id":"a"}', wbits=-15), ("Content-Encoding: deflate",)),
+        (gzip.compress(b'{"agent_id":"a"}'), ("Content-Encoding: X-GZIP",)),
+        (gzip.compress(b'{"agent_id"') + gzip.compress(b':"a"}'), ("Content-Encoding: gzip",)),
+        (b'{"agent_id":"a"}', ("Content-Encoding: identity",)),
     ],
-    ids=["plain", "gzip", "deflate"],
+    ids=["plain", "gzip", "deflate", "deflate-raw", "x-gzip", "gzip-members", "identity"],
 )
 async def test_bodies_are_decoded(body: bytes, headers: tuple[str, ...]) -> None:
     async with running() as house:
@@ -290,12 +294,22 @@ async def test_a_gzip_bomb_is_stopped_before_it_is_inflated() -> None:
         (b"this is not gzip", ("Content-Encoding: gzip",)),
         (b"{}", ("Content-Encoding: gzip",)),
         (b"\x00\x01\x02\x03", ("Content-Encoding: deflate",)),
+        (gzip.compress(b'{"agent_id":"a"}')[:-9], ("Content-Encoding: x-gzip",)),
+        (gzip.compress(b"{}") + b"no member", ("Content-Encoding: gzip",)),
     ],
 )
 async def test_bodies_that_cannot_be_inflated(body: bytes, headers: tuple[str, ...]) -> None:
     async with running() as house:
         reply = await house.ask(post(HEARTBEAT, body, *headers))
         assert (reply.status, reply.json["success"]) == (400, False)
+    assert house.board.calls == []
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "compress"])
+async def test_other_content_codings_are_refused(coding: str) -> None:
+    async with running() as house:
+        reply = await house.ask(post(HEARTBEAT, b"{}", f"Content-Encoding: {coding}"))
+        assert_error(reply, 415, "the content coding is not accepted: use gzip or none")
     assert house.board.calls == []
 
 
