@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from shim import jsontext
+from shim import jsontext, salvage
 from shim.errors import MessageError
 
 # What the vendor documents and what the shim answers with; a controller may send anything else.
@@ -42,12 +43,18 @@ KNOWN_TYPES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One envelope. `payload` is always an object (`null` and absent become `{}`); `timestamp` is the sender's text."""
+    """One envelope. `payload` is always an object (`null` and absent become `{}`); `timestamp` is the sender's text.
+
+    `fault`: why the payload cannot be used as it is, although the ids in it could be read; empty for nearly all.
+    `replaced`: bytes in it that were no UTF-8 became U+FFFD.
+    """
 
     type: str
     payload: dict[str, Any] = field(default_factory=dict)
     request_id: str = ""
     timestamp: str = ""
+    fault: str = ""
+    replaced: bool = False
 
 
 _encoder = msgspec.json.Encoder()
@@ -59,10 +66,57 @@ def decode(frame: str | bytes) -> Message:
     Lenient where a real controller may be: a numeric `request_id` becomes a string, a timestamp that is no string is
     dropped.
     """
+    replacements: list[None] = []
     try:
-        raw = jsontext.decode(frame)
+        raw = jsontext.decode(frame, lambda: replacements.append(None))
     except (ValueError, RecursionError):
         raise MessageError("not_json") from None
+    return _message(raw, replaced=bool(replacements))
+
+
+def decode_frame(frame: bytes) -> Sequence[Message | MessageError]:
+    """Decode all messages of a frame, usually one; what is no message is an error in its place. Raises nothing.
+
+    A message that cannot be used, but names itself by an id, comes with its `fault`, so that it can be answered.
+    """
+    try:
+        return (decode(frame),)
+    except MessageError as error:
+        if error.kind != "not_json":
+            return (_named(frame) or error,)
+    found = [_salvaged(each) for each in salvage.values_of(frame)]
+    return found or (MessageError("not_json"),)
+
+
+def _named(frame: bytes) -> Message | None:
+    """Return a message whose payload is no object, if it has a `request_id` to answer to."""
+    raw = jsontext.decode(frame)
+    if not isinstance(raw, dict) or raw.get("payload") is None:
+        return None
+    return _answerable({**raw, "payload": None}, "the payload must be an object")
+
+
+def _salvaged(found: salvage.Salvaged) -> Message | MessageError:
+    if not found.fault:
+        try:
+            return _message(found.value)
+        except MessageError as error:
+            return error
+    return _answerable(found.value, found.fault) or MessageError("not_json")
+
+
+def _answerable(raw: Any, fault: str) -> Message | None:
+    """Return a message with a fault, if there is an id by which its sender can be told of that."""
+    try:
+        message = _message(raw, fault=fault)
+    except MessageError:
+        return None
+    named = message.request_id or any(message.payload.get(key) for key in ("command_id", "id"))
+    return message if named else None
+
+
+def _message(raw: Any, *, fault: str = "", replaced: bool = False) -> Message:
+    """Bring a JSON value into the shape of an envelope. Raises `MessageError`."""
     if not isinstance(raw, dict):
         raise MessageError("not_object")
     kind = raw.get("type")
@@ -82,6 +136,8 @@ def decode(frame: str | bytes) -> Message:
         payload=payload,
         request_id=request_id if isinstance(request_id, str) else "",
         timestamp=timestamp if isinstance(timestamp, str) else "",
+        fault=fault,
+        replaced=replaced,
     )
 
 

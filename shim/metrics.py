@@ -222,6 +222,11 @@ class Metrics:
             "Data frames that were no envelope.",
             kind=("not_json", "not_object", "no_type", "bad_payload", "too_big", "protocol_error"),
         )
+        self.invalid_characters = self._counters(
+            "invalid_characters",
+            "Bodies and messages with bytes that are no UTF-8: taken, each such byte as U+FFFD.",
+            source=("agent", "controller", "fallback"),
+        )
         self.unknown_types = self._counter(
             "upstream_unknown_types", "Messages of a type that the shim does not know; it goes on."
         )

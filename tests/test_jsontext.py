@@ -27,9 +27,15 @@ TEXTS = st.text(st.one_of(HALVES, st.sampled_from('\\"ude8\n😀')))
         (rb'["\ud83d", "\\ud83d"]', ["\ufffd", r"\ud83d"]),
         (rb'{"\ud83d": 1}', {"\ufffd": 1}),
         (r'"\ud83d"', "\ufffd"),
+        (b'"caf\xe9"', "caf\ufffd"),
+        (b'"\xe2\x82"', "\ufffd\ufffd"),  # as Go: one for each byte
+        (b'"\xed\xa0\xbd\xc0\xafx"', "\ufffd" * 5 + "x"),
+        (b'{"\xff":"\xe2\x82\xac"}', {"\ufffd": "€"}),
+        (b'"\xff\\ud83d"', "\ufffd\ufffd"),
+        (b'\xef\xbb\xbf{"a":1}', {"a": 1}),
     ],
 )
-def test_an_unpaired_surrogate_is_replaced(text: str | bytes, value: object) -> None:
+def test_what_is_no_character_is_replaced(text: str | bytes, value: object) -> None:
     assert jsontext.decode(text) == value
 
 
@@ -51,3 +57,10 @@ def test_every_text_that_python_writes_is_read(value: object) -> None:
 def test_what_is_no_json_stays_none(text: str | bytes) -> None:
     with pytest.raises((msgspec.DecodeError, UnicodeError)):
         jsontext.decode(text)
+
+
+@pytest.mark.parametrize("text, times", [(b'"caf\xe9 \xff"', 1), (rb'"\ud83d"', 0), (b'\xef\xbb\xbf""', 0), (b'""', 0)])
+def test_a_replacement_of_bytes_is_told(text: bytes, times: int) -> None:
+    told: list[int] = []
+    jsontext.decode(text, lambda: told.append(1))
+    assert len(told) == times

@@ -194,6 +194,8 @@ class Connection:
             self._application_seen = True
             self._ping_fence()  # a pong that came earlier proved nothing
         self._ctx.metrics.messages.labels("in", type_label(message.type)).inc()
+        if message.replaced:
+            self._ctx.metrics.invalid_characters.labels("controller").inc()
         if message.type == "heartbeat_ack":
             self._acked(message.request_id)
         self._owner.connection_message(self, message)

@@ -22,6 +22,7 @@ from shim.core.standing import TroubleKind
 from shim.core.timestamps import rfc3339
 from shim.logs import get
 from shim.messages import Message
+from shim.salvage import OUT_OF_RANGE
 
 log = get(__name__)
 
@@ -79,7 +80,10 @@ class Inbound:
         }
 
     def handle(self, connection: Connection, message: Message, source: Source) -> None:
-        """Handle one message."""
+        """Handle one message. One that cannot be used is nobody's but a command's: that is answered."""
+        if message.fault and message.fault != OUT_OF_RANGE and message.type not in self._ctx.settings.commands.types:
+            connection.on_bad_frame("not_json")
+            return
         handler = self._handlers.get(message.type)
         if handler is not None:
             handler(connection, message, source)

@@ -64,6 +64,8 @@ def normalise(message: Message, wall: float, ttl_s: float, new_id: Callable[[], 
     """Normalise a command that arrived at `wall`; raises `Malformed`."""
     payload = message.payload
     command_id = _command_id(payload, message.request_id, new_id)
+    if message.fault:
+        raise Malformed(message.fault, command_id)
     _check_decodable(payload, command_id)
     kind = _command_type(payload, command_id)
     return Normalised(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -66,12 +67,15 @@ def peek(payload: StreamReader) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def decode_body(data: bytes) -> Any:
-    """The JSON value of a body, `None` if it is empty. Raises `AgentError` 400."""
+def decode_body(data: bytes, replaced: Callable[[], None]) -> Any:
+    """Return the JSON value of a body, `None` if it is empty; `replaced` as in `jsontext.decode`.
+
+    Raises `AgentError` 400.
+    """
     if not data:
         return None
     try:
-        return jsontext.decode(data)
+        return jsontext.decode(data, replaced)
     except (ValueError, RecursionError):
         raise AgentError(400, "the body is not valid JSON") from None
 

@@ -65,7 +65,7 @@ class Express:
         if len(data) > self._house.listen.max_body_bytes:
             return None
         try:
-            decoded = decode_body(data) if match.route.method == hdrs.METH_POST else None
+            decoded = decode_body(data, _take_the_long_way) if match.route.method == hdrs.METH_POST else None
             call = Call(match.params, decoded, headers.get(hdrs.USER_AGENT, ""), is_shallow(data), len(data))
             agent_call = match.dialect.parse(match.route.operation, call)
         except AgentError:
@@ -92,3 +92,8 @@ class Express:
     def _elsewhere(self) -> bool:
         """Calls may have to go by the vendor's HTTP API."""
         return self._fallback is not None and (self._fallback.takes_all() or self._fallback.takes_some())
+
+
+def _take_the_long_way() -> None:
+    """Leave a body with bytes that are no UTF-8 to the server, which counts it."""
+    raise AgentError(400, "the body is not valid UTF-8")

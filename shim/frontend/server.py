@@ -63,6 +63,7 @@ class Frontend:
         self._switchboard = switchboard
         self._fallback = fallback
         self._metrics = metrics
+        self._replaced = metrics.invalid_characters.labels("agent").inc
         self._guard = Guard(listen, token)
         self._own_tokens = token is None
         self._in_flight = InFlight(listen.max_in_flight_per_session)
@@ -180,7 +181,7 @@ class Frontend:
         limit_bytes = listen.max_status_body_bytes if route.large else listen.max_body_bytes
         data = await read_body(request, limit_bytes, listen.body_timeout_s, self._budget)
         plain = await plain_body(request, data, limit_bytes, self._budget)
-        body = decode_body(plain) if route.method == hdrs.METH_POST else None
+        body = decode_body(plain, self._replaced) if route.method == hdrs.METH_POST else None
         visit.step = "call"
         call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(plain), len(plain))
         agent_call = match.dialect.parse(route.operation, call)
@@ -211,7 +212,7 @@ class Frontend:
         if match is not None and data is not None:
             with contextlib.suppress(AgentError):
                 plain = await plain_body(request, data, listen.max_body_bytes, self._budget)
-                body = decode_body(plain) if match.route.method == hdrs.METH_POST else None
+                body = decode_body(plain, self._replaced) if match.route.method == hdrs.METH_POST else None
                 call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(plain), len(plain))
                 agent_call = match.dialect.parse(match.route.operation, call)
         answer = await fallback.serve(forwarded(visit, listen.base_path, client, data, agent_call))

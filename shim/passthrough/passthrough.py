@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from shim.bridge import Bridge
@@ -122,11 +124,14 @@ class Passthrough:
         if isinstance(call, PollCall):
             return await self._merged(request, call, reply)
         if isinstance(call, RegisterCall) and reply.status in TELLING and isinstance(reply.body, bytes):
-            told = object_of(reply.body)
+            told = self._read(reply) or {}
             self._bridge.detour.registered(request.client, call, told, conflict=reply.status == 409)
         if isinstance(call, ResultCall) and reply.status in (200, 204):
             self._bridge.detour.result_taken(request.client, call)
         return reply
+
+    def _read(self, reply: Proxied) -> dict[str, Any] | None:
+        return object_of(reply.body, self._bridge.ctx.metrics.invalid_characters.labels("fallback").inc)
 
     async def _send(self, request: Forwarded) -> Proxied:
         ctx = self._bridge.ctx
@@ -159,7 +164,10 @@ class Passthrough:
     async def _merged(self, request: Forwarded, call: PollCall, reply: Proxied) -> Proxied | Answer:
         """The only reply that is rewritten: what is on disk comes first, and one id is delivered once."""
         detour = self._bridge.detour
-        body = object_of(reply.body)
+        body = self._read(reply)
+        if body is None and reply.status == 200:
+            return reply  # commands may be in it that only the agent can read: ours wait for the next poll
+        body = body or {}
         listed = body.get("commands")
         handed_out = listed if reply.status == 200 and isinstance(listed, list) else []
         if not handed_out and not detour.waiting(request.client, call):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any
 
 import aiohttp
@@ -136,13 +136,13 @@ def unreachable_reply() -> Proxied:
     return Proxied(502, (("Content-Type", "application/json"),), body)
 
 
-def object_of(body: bytes | AsyncGenerator[bytes, None]) -> dict[str, Any]:
-    """The JSON object in a reply that was read whole; an empty one where it is none."""
+def object_of(body: bytes | AsyncGenerator[bytes, None], replaced: Callable[[], None]) -> dict[str, Any] | None:
+    """Return the JSON object in a reply that was read whole, `None` where it is none; `replaced` as in `jsontext`."""
     try:
-        value = jsontext.decode(body) if isinstance(body, bytes) else None
+        value = jsontext.decode(body, replaced) if isinstance(body, bytes) else None
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:

@@ -176,12 +176,11 @@ class WebSocketPump:
     def _on_data(self, frame: bytes) -> None:
         self._wire.received(len(frame))
         self._report(self._events.on_frame)
-        try:
-            message = messages.decode(frame)
-        except MessageError as error:
-            self._report(self._events.on_bad_frame, error.kind)
-        else:
-            self._report(self._events.on_message, message)
+        for message in messages.decode_frame(frame):
+            if isinstance(message, MessageError):
+                self._report(self._events.on_bad_frame, message.kind)
+            else:
+                self._report(self._events.on_message, message)
 
     def _on_error(self, error: BaseException) -> int:
         """Report a protocol error; returns the code for the close frame."""

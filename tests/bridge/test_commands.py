@@ -559,6 +559,59 @@ async def test_what_cannot_be_shaped_is_rejected_and_poisons_nothing(world: Worl
     assert rejected.payload["command_id"] == payload["id"]
 
 
+DEEP = b"[" * 5000 + b"]" * 5000
+
+
+@pytest.mark.parametrize(
+    "frame, error",
+    [
+        (b'{"type":"command","request_id":"r1","payload":{"id":"k1","n":1e400}}', "a number"),
+        (b'{"type":"command","request_id":"r1","payload":{"id":"k1","n":-1e999}}', "a number"),
+        (b'{"type":"command","request_id":"r1","payload":{"id":"k1","n":%b}}' % (b"9" * 5000), "a number"),
+        (b'{"type":"command","request_id":"r1","payload":{"id":"k1","n":NaN}}', "a number"),
+        (b'{"type":"command","request_id":"r1","payload":{"id":"k1","n":%b}}' % DEEP, "nested"),
+        (b'{"payload":{"n":%b,"id":"k1"},"type":"command","request_id":"r1"}' % DEEP, "nested"),
+        (b'{"type":"command","request_id":"r1","payload":{"id":"k1","n":[1,}}', "not valid JSON"),
+        (b'{"type":"command","request_id":"r1","payload":{"id":"k1","text":"half', "not valid JSON"),
+        (b'{"type":"command","request_id":"r1","id":"k1","payload":["k1"]}', "must be an object"),
+    ],
+)
+async def test_what_cannot_be_read_is_rejected_by_the_ids_in_it(world: World, frame: bytes, error: str) -> None:
+    agent = await living(world)
+    world.controller.socket.says_bytes(frame)
+    world.controller.push("k2")
+    await world.settle()
+    assert await agent.poll() == ["k2"]
+    [rejected] = world.controller.got("command_result")
+    assert rejected.payload["code"] == "malformed"
+    assert error in rejected.payload["error"]
+    assert rejected.request_id == "r1"
+    assert rejected.payload["command_id"] in ("k1", "r1")
+
+
+async def test_two_messages_of_one_frame_are_both_taken(world: World) -> None:
+    agent = await living(world)
+    first = b'{"type":"command","request_id":"r1","payload":{"id":"k1","text":"caf\xe9"}}'
+    broken = b'{"type":"command","request_id":"r2","payload":{"id":"k2","n":1e400}}'
+    third = b'{"type":"command","request_id":"r3","payload":{"id":"k3"}}'
+    world.controller.socket.says_bytes(b"\xef\xbb\xbf" + first + broken + b"\r\n" + third)
+    await world.settle()
+    assert await agent.poll() == ["k1", "k3"]
+    assert codes(world, "k2") == ["malformed"]
+
+
+async def test_other_messages_that_cannot_be_read_are_counted_and_survived(world: World) -> None:
+    agent = await living(world)
+    world.controller.socket.says_bytes(b'{"type":"ping","request_id":"p1","payload":{"n":%b}}' % DEEP)
+    world.controller.socket.says_bytes(b'{"type":"ping","request_id":"p2","payload":{"n":1e400}}')
+    world.controller.socket.says_bytes(b'{"type":"ping","payload":"x"}')
+    await world.settle()
+    assert [message.request_id for message in world.controller.got("pong")] == ["p2"]
+    assert world.metric("upstream_bad_frames_total", kind="not_json") == 1
+    assert world.metric("upstream_bad_frames_total", kind="bad_payload") == 1
+    assert await agent.poll() == []
+
+
 # --- the log ----------------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,14 @@ class FakeSocket:
         """A message from the controller arrives."""
         self._in(self._message, Message(kind, payload or {}, request_id, timestamp))
 
+    def says_bytes(self, frame: bytes) -> None:
+        """A data frame of the controller arrives, whatever is in it."""
+        for found in messages.decode_frame(frame):
+            if isinstance(found, Message):
+                self._in(self._message, found)
+            else:
+                self.bad_frame(found.kind)
+
     def frame(self) -> None:
         """A frame without meaning arrives: a ping of the peer's."""
         self._in(self._events.on_frame)

@@ -14,7 +14,7 @@ from aiohttp import WebSocketError, WSMessage, WSMsgType, web
 
 from shim.core.timestamps import rfc3339
 from shim.errors import MessageError
-from shim.messages import Message, decode
+from shim.messages import Message, decode_frame
 from shim.tools.controller import faults as fault
 from shim.tools.controller.answers import Answer, Desk, Leave
 from shim.tools.controller.books import Books
@@ -207,13 +207,16 @@ class Connection:
             "frame": "text" if frame.type is WSMsgType.TEXT else "binary",
             "size_bytes": size_bytes,
         }
-        try:
-            message = decode(frame.data)
-        except MessageError as error:
-            self._history.record(EventKind.BAD_FRAME, self.number, problem=error.kind, **detail)
-            if not self._shows(fault.Stalled):
-                self.send(Message("error", {"error": _PROBLEMS[error.kind]}))
-            return
+        for message in decode_frame(bytes(frame.data)):
+            if isinstance(message, MessageError) or message.fault:
+                kind = message.kind if isinstance(message, MessageError) else "not_json"
+                self._history.record(EventKind.BAD_FRAME, self.number, problem=kind, **detail)
+                if not self._shows(fault.Stalled):
+                    self.send(Message("error", {"error": _PROBLEMS[kind]}))
+            else:
+                self._take(message, dict(detail))
+
+    def _take(self, message: Message, detail: dict[str, Any]) -> None:
         if message.timestamp:
             detail["timestamp"] = message.timestamp
         drop = self._faults.take(fault.Drop, self.scope(message.type))

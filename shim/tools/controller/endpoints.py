@@ -133,6 +133,7 @@ class Handshakes:
             autoping=False,
             compress=False,
             max_msg_size=options.max_message_bytes,
+            decode_text=False,  # as Go's servers do: text that is no UTF-8 is read, and costs no connection
         )
         if request.headers.get("Upgrade", "").lower() != "websocket":
             raise HandshakeRefused(426, "this is a WebSocket endpoint", {"Upgrade": "websocket"})

@@ -1,0 +1,77 @@
+"""Frames that are not one plain JSON value: several values, numbers out of range, nesting without end."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shim.salvage import MAX_BYTES, MAX_VALUES, NO_JSON, OUT_OF_RANGE, TOO_DEEP, values_of
+
+OBJECTS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+).map(lambda value: {"payload": value})
+
+
+@given(st.lists(OBJECTS, min_size=1, max_size=5), st.sampled_from(["", " ", "\n", "\r\n", "\x1e", "\ufeff"]))
+def test_every_value_of_a_frame_is_found(values: list[Any], between: str) -> None:
+    frame = between.join(json.dumps(value) for value in values).encode()
+    found = list(values_of(frame))
+    assert [each.fault for each in found] == [""] * len(values)
+    for each, value in zip(found, values, strict=True):
+        if "\\u" not in json.dumps(value):  # unpaired surrogates are replaced
+            assert each.value == value
+
+
+@given(st.binary(max_size=200))
+def test_nothing_is_raised_for_what_is_no_json(frame: bytes) -> None:
+    for each in values_of(frame):
+        json.dumps(each.value)
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "9" * 5000, "-" + "9" * 400, "NaN", "Infinity", "-Infinity"])
+def test_a_number_out_of_range_is_left_out_and_the_rest_is_there(number: str) -> None:
+    [found] = values_of(f'{{"type":"command","payload":{{"id":"k","n":{number},"m":1.5}}}}'.encode())
+    assert found == ({"type": "command", "payload": {"id": "k", "n": None, "m": 1.5}}, OUT_OF_RANGE)
+
+
+def deep(payload: str) -> bytes:
+    return f'{{"type":"command","request_id":7,"payload":{{{payload}}},"timestamp":"t"}}'.encode()
+
+
+NEST = "[" * 5000 + "]" * 5000
+TRICKY = '["]",' * 5000 + "0" + "]" * 5000
+
+
+@pytest.mark.parametrize("payload", [f'"id":"k","n":{NEST}', f'"n":{NEST},"id":"k"', f'"n":{TRICKY},"id":"k"'])
+def test_of_what_is_nested_too_deeply_the_scalars_are_read(payload: str) -> None:
+    [found] = values_of(deep(payload))
+    assert found.fault == TOO_DEEP
+    assert found.value["request_id"] == 7
+    assert found.value["payload"]["id"] == "k"
+
+
+def test_what_stands_behind_a_value_that_is_nested_too_deeply_is_read() -> None:
+    found = list(values_of(deep(f'"id":"k","n":{NEST}') + b'{"type":"ping"}'))
+    assert [(each.value["type"], each.fault) for each in found] == [("command", TOO_DEEP), ("ping", "")]
+
+
+@pytest.mark.parametrize("broken", ['"id":"k","x":[1,}', '"id":"k","x":', '"id":"k" "x"', "'id':1"])
+def test_of_what_is_broken_the_envelope_is_read(broken: str) -> None:
+    first = next(values_of(deep(broken)))
+    assert first.fault == NO_JSON
+    assert first.value["request_id"] == 7
+
+
+def test_a_frame_is_skimmed_in_bounded_time() -> None:
+    huge = b'{"type":"command","request_id":"r","payload":{"n":' + b"[" * (2 * MAX_BYTES)
+    assert [(each.value["request_id"], each.fault) for each in values_of(huge)] == [("r", TOO_DEEP)]
+    assert len(list(values_of(b"{}" * (MAX_VALUES + 5)))) == MAX_VALUES
