@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,41 +26,66 @@ from shim.core.records import (
     Touch,
 )
 from shim.store.commands import CommandOperations
+from shim.store.database import Database, Finish, nothing
 from shim.store.outbox import OutboxOperations
 from shim.store.sessions import SessionOperations
 
 
 class Operations:
-    """Carries operations out on the cursor of a transaction that the caller has begun and will end."""
+    """Carry out operations in a transaction that the caller has begun and will end."""
 
-    def __init__(self, cursor: sqlite3.Cursor) -> None:
-        commands, outbox, sessions = CommandOperations(cursor), OutboxOperations(cursor), SessionOperations(cursor)
-        self._commands = commands
-        self._carriers: dict[type[Operation], Callable[[Any], Any]] = {
-            PutCommand: commands.put,
-            LookUpCommand: commands.look_up,
-            MarkCommands: commands.mark,
-            RequeueCommand: commands.requeue,
-            AddTrace: commands.add_trace,
-            Prune: commands.prune,
-            FindCommand: commands.find,
-            PutResult: outbox.put_result,
-            PutOutbox: outbox.put,
-            CloseOutbox: outbox.close,
-            ReadOutbox: outbox.read,
-            SaveSession: sessions.save,
-            DeleteSession: sessions.delete,
-            MoveSession: sessions.move,
-            SaveAlias: sessions.save_alias,
-            SaveTunnel: sessions.save_tunnel,
-            Touch: sessions.touch,
+    def __init__(
+        self,
+        database: Database,
+        commands: type[CommandOperations] = CommandOperations,
+        outbox: type[OutboxOperations] = OutboxOperations,
+    ) -> None:
+        """`commands` and `outbox` are what an engine carries out in another way."""
+        self._commands = on_commands = commands(database)
+        on_outbox, on_sessions = outbox(database), SessionOperations(database)
+        self._carriers: dict[type[Operation], Callable[[Any], Finish[Any]]] = {
+            PutCommand: on_commands.put,
+            LookUpCommand: on_commands.look_up,
+            MarkCommands: on_commands.mark,
+            RequeueCommand: on_commands.requeue,
+            AddTrace: on_commands.add_trace,
+            Prune: on_commands.prune,
+            FindCommand: on_commands.find,
+            PutResult: on_outbox.put_result,
+            PutOutbox: on_outbox.put,
+            CloseOutbox: on_outbox.close,
+            ReadOutbox: on_outbox.read,
+            SaveSession: on_sessions.save,
+            DeleteSession: on_sessions.delete,
+            MoveSession: on_sessions.move,
+            SaveAlias: on_sessions.save_alias,
+            SaveTunnel: on_sessions.save_tunnel,
+            Touch: database.touch,
         }
 
     def carry_out(self, operations: Sequence[Operation]) -> list[Any]:
         """One result per operation. Raises whatever makes one of them impossible."""
-        carriers = self._carriers
         if len(operations) == 2:
-            first, second = operations
-            if isinstance(first, PutCommand) and isinstance(second, AddTrace):
-                return [self._commands.put_with_step(first, second), None]
-        return [carriers[type(operation)](operation) for operation in operations]
+            finish = self._at_once(*operations)
+            if finish is not None:
+                return [finish(), None]
+        carriers = self._carriers
+        return [carriers[type(operation)](operation)() for operation in operations]
+
+    def begin(self, operations: Sequence[Operation]) -> list[Finish[Any]]:
+        """Carry out the statements of operations, for results that are taken once all of them are on their way."""
+        if len(operations) == 2:
+            finish = self._at_once(*operations)
+            if finish is not None:
+                return [finish, nothing]
+        return [self._carriers[type(operation)](operation) for operation in operations]
+
+    def _at_once(self, first: Operation, second: Operation) -> Finish[Any] | None:
+        """Carry out a change of a command with the step of its trace that tells of it: so are nearly all submissions."""
+        if not isinstance(second, AddTrace):
+            return None
+        if isinstance(first, PutCommand):
+            return self._commands.put_with_step(first, second)
+        if isinstance(first, MarkCommands) and (first.session, first.ids) == (second.session, second.ids):
+            return self._commands.mark_with_step(first, second)
+        return None

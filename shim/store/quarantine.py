@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import sqlite3
 from typing import Any
 
 from shim.core.records import SessionKey
+from shim.store.database import Database
 from shim.store.rows import UndecodableRow, encode_json, parse_key
 
 MAX_ROWS = 256
 MAX_COLUMN_CHARS = 64 * 1024
 """A quarantined row is for people to look at: the beginning of a column tells them what it was."""
+_INSERT = (
+    "INSERT INTO quarantine (origin, session, command_id, request_id, reason, content, pending)"
+    " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"
+)
+_TRIM = (
+    "DELETE FROM quarantine WHERE {mine} AND NOT pending AND id <="
+    " (SELECT id FROM quarantine WHERE {mine} AND NOT pending ORDER BY id DESC LIMIT 1 OFFSET ?1)"
+)
+_PENDING = "SELECT session, command_id, request_id FROM quarantine WHERE {mine} AND pending ORDER BY id"
+
 QuarantinedCommand = tuple[SessionKey | None, str, str]
 
 
-def keep(cursor: sqlite3.Cursor, origin: str, content: dict[str, Any], reason: str) -> QuarantinedCommand:
+def keep(database: Database, origin: str, content: dict[str, Any], reason: str) -> QuarantinedCommand:
     """Store the columns of a row of the table `origin`; the caller takes the row itself away.
 
     Returns what can be read of (session, command id, request id). The row of a command stays pending, if these suffice
@@ -28,16 +38,8 @@ def keep(cursor: sqlite3.Cursor, origin: str, content: dict[str, Any], reason: s
     except UndecodableRow:
         key = None
     pending = origin == "commands" and key is not None and bool(command_id)
-    cursor.execute(
-        "INSERT INTO quarantine (origin, session, command_id, request_id, reason, content, pending)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (origin, session, command_id, request_id, reason, encode_json(_cut(content)), int(pending)),
-    )
-    cursor.execute(
-        "DELETE FROM quarantine WHERE NOT pending AND id <="
-        " (SELECT id FROM quarantine WHERE NOT pending ORDER BY id DESC LIMIT 1 OFFSET ?)",
-        (MAX_ROWS,),
-    )
+    database.execute(_INSERT, (origin, session, command_id, request_id, reason, encode_json(_cut(content)), pending))
+    database.execute(_TRIM.format(mine=database.mine), (MAX_ROWS,))
     return key, command_id, request_id
 
 
@@ -51,7 +53,7 @@ def _readable(content: dict[str, Any], column: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def pending(cursor: sqlite3.Cursor) -> list[QuarantinedCommand]:
+def pending(database: Database) -> list[QuarantinedCommand]:
     """The commands that the controller has not been told about, oldest first."""
-    rows = cursor.execute("SELECT session, command_id, request_id FROM quarantine WHERE pending ORDER BY id")
+    rows = database.execute(_PENDING.format(mine=database.mine)).fetchall()
     return [(parse_key(session), command_id, request_id) for session, command_id, request_id in rows]

@@ -2,45 +2,66 @@
 
 from __future__ import annotations
 
-import sqlite3
-
-from shim.core.records import DeleteSession, MoveSession, SaveAlias, SaveSession, SaveTunnel, Touch
+from shim.core.records import DeleteSession, MoveSession, SaveAlias, SaveSession, SaveTunnel
 from shim.store import rows
+from shim.store.database import Database, Finish, nothing
 from shim.store.rows import encode_json
 
 _SAVE_SESSION = (
-    f"INSERT INTO sessions ({rows.SESSION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - constants
+    f"INSERT INTO sessions ({rows.SESSION_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"  # noqa: S608 - constants
     " ON CONFLICT (session) DO UPDATE SET dialect = excluded.dialect, agent_id = excluded.agent_id,"
     " upstream_cluster_id = excluded.upstream_cluster_id, last_seen = excluded.last_seen,"
     " superseded_by = excluded.superseded_by, registration = excluded.registration, reply = excluded.reply,"
     " hold = excluded.hold"
 )
-# `OR IGNORE` leaves behind what the target has too; that is deleted afterwards.
-_MOVE = (
-    "UPDATE OR IGNORE commands SET session = :target WHERE session = :source",
-    "DELETE FROM traces WHERE command IN (SELECT seq FROM commands WHERE session = :source)",
-    "DELETE FROM commands WHERE session = :source",
-    "UPDATE outbox SET session = :target, owner = :owner WHERE session = :source",
-    "UPDATE OR IGNORE unknown_results SET session = :target WHERE session = :source",
-    "DELETE FROM unknown_results WHERE session = :source",
-    "UPDATE lone_traces SET session = :target WHERE session = :source",
-    "UPDATE OR IGNORE aliases SET session = :target, owner = :owner WHERE session = :source",
-    "DELETE FROM aliases WHERE session = :source",
-    "UPDATE OR IGNORE tunnels SET session = :target WHERE session = :source",
-    "DELETE FROM tunnels WHERE session = :source",
-    "DELETE FROM sessions WHERE session = :source",
+_SAVE_ALIAS = (
+    "INSERT INTO aliases (owner, agent_id, session) VALUES (?1, ?2, ?3)"
+    " ON CONFLICT (owner, agent_id) DO UPDATE SET session = excluded.session"
 )
+_SAVE_TUNNEL = (
+    "INSERT INTO tunnels (session, payload) VALUES (?1, ?2)"
+    " ON CONFLICT (session) DO UPDATE SET payload = excluded.payload"
+)
+_DELETE = tuple(f"DELETE FROM {table} WHERE session = ?1" for table in ("aliases", "tunnels", "sessions"))  # noqa: S608 - constants
+
+
+def _move(table: str, key: str) -> str:
+    """Move what the target does not have too; the rest is deleted afterwards. `key` identifies a row of a session."""
+    return (
+        f"UPDATE {table} SET session = ?2 WHERE session = ?1 AND NOT EXISTS"  # noqa: S608 - constants
+        f" (SELECT 1 FROM {table} AS held WHERE held.session = ?2 AND held.{key} = {table}.{key})"
+    )
+
+
+_MOVE = (
+    _move("commands", "id"),
+    "DELETE FROM traces WHERE command IN (SELECT seq FROM commands WHERE session = ?1)",
+    "DELETE FROM commands WHERE session = ?1",
+    _move("unknown_results", "command_id"),
+    "DELETE FROM unknown_results WHERE session = ?1",
+    "UPDATE lone_traces SET session = ?2 WHERE session = ?1",
+    "UPDATE tunnels SET session = ?2 WHERE session = ?1 AND NOT EXISTS (SELECT 1 FROM tunnels WHERE session = ?2)",
+    "DELETE FROM tunnels WHERE session = ?1",
+    "DELETE FROM sessions WHERE session = ?1",
+)
+# Unique by owner and agent id, so that only a move to another owner can meet one that is there.
+_MOVE_OUTBOX = "UPDATE outbox SET session = ?2, owner = ?3 WHERE session = ?1"
+_MOVE_ALIASES = (
+    "UPDATE aliases SET session = ?2, owner = ?3 WHERE session = ?1 AND (owner = ?3 OR NOT EXISTS"
+    " (SELECT 1 FROM aliases AS held WHERE held.owner = ?3 AND held.agent_id = aliases.agent_id))"
+)
+_DELETE_ALIASES = "DELETE FROM aliases WHERE session = ?1"
 
 
 class SessionOperations:
-    """Works on the cursor of a transaction that the caller has begun and will end."""
+    """Carry out the operations on sessions in a transaction that the caller has begun and will end."""
 
-    def __init__(self, cursor: sqlite3.Cursor) -> None:
-        self._cursor = cursor
+    def __init__(self, database: Database) -> None:
+        self._execute = database.execute
 
-    def save(self, operation: SaveSession) -> None:
+    def save(self, operation: SaveSession) -> Finish[None]:
         record = operation.record
-        self._cursor.execute(
+        self._execute(
             _SAVE_SESSION,
             (
                 str(record.key),
@@ -54,35 +75,27 @@ class SessionOperations:
                 encode_json(record.hold),
             ),
         )
+        return nothing
 
-    def delete(self, operation: DeleteSession) -> None:
-        for table in ("aliases", "tunnels", "sessions"):
-            self._cursor.execute(f"DELETE FROM {table} WHERE session = ?", (str(operation.key),))  # noqa: S608 - constants
+    def delete(self, operation: DeleteSession) -> Finish[None]:
+        for statement in _DELETE:
+            self._execute(statement, (str(operation.key),))
+        return nothing
 
-    def move(self, operation: MoveSession) -> None:
-        source, target = operation.source, operation.target
+    def move(self, operation: MoveSession) -> Finish[None]:
+        source, target = str(operation.source), str(operation.target)
         if source != target:
-            names = {"source": str(source), "target": str(target), "owner": target.owner}
+            for statement in (_MOVE_OUTBOX, _MOVE_ALIASES):
+                self._execute(statement, (source, target, operation.target.owner))
+            self._execute(_DELETE_ALIASES, (source,))
             for statement in _MOVE:
-                self._cursor.execute(statement, names)
+                self._execute(statement, (source, target) if "?2" in statement else (source,))
+        return nothing
 
-    def save_alias(self, operation: SaveAlias) -> None:
-        self._cursor.execute(
-            "INSERT INTO aliases (owner, agent_id, session) VALUES (?, ?, ?)"
-            " ON CONFLICT (owner, agent_id) DO UPDATE SET session = excluded.session",
-            (operation.owner, operation.agent_id, str(operation.session)),
-        )
+    def save_alias(self, operation: SaveAlias) -> Finish[None]:
+        self._execute(_SAVE_ALIAS, (operation.owner, operation.agent_id, str(operation.session)))
+        return nothing
 
-    def touch(self, operation: Touch) -> None:
-        self._cursor.execute(
-            "INSERT INTO meta (key, value) VALUES ('touched', ?)"
-            " ON CONFLICT (key) DO UPDATE SET value = excluded.value",
-            (operation.wall,),
-        )
-
-    def save_tunnel(self, operation: SaveTunnel) -> None:
-        self._cursor.execute(
-            "INSERT INTO tunnels (session, payload) VALUES (?, ?)"
-            " ON CONFLICT (session) DO UPDATE SET payload = excluded.payload",
-            (str(operation.session), encode_json(operation.payload)),
-        )
+    def save_tunnel(self, operation: SaveTunnel) -> Finish[None]:
+        self._execute(_SAVE_TUNNEL, (str(operation.session), encode_json(operation.payload)))
+        return nothing

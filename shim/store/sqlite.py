@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from shim.core.records import Loaded, Operation
+from shim.core.records import Loaded, Operation, Touch
 from shim.errors import StoreError
 from shim.ports import StoreDone
-from shim.store import files, schema
+from shim.store import files, quarantine, schema
+from shim.store.database import Database, Finish, Rows, nothing
 from shim.store.delivery import Post, deliver, store_error
 from shim.store.loading import load
 from shim.store.lock import StoreLock
-from shim.store.writer import CORRUPT, CommitProbe, Writer
+from shim.store.operations import Operations
+from shim.store.writer import CommitProbe, Failure, Writer
 
 BUSY_TIMEOUT_S = 5.0
+CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 # What a damaged file is found by. A plain SQL error means that tables or columns are not what the version says.
 _CORRUPT = CORRUPT | {sqlite3.SQLITE_ERROR}
 _WAL_LIMIT_BYTES = 16 * 1024 * 1024
+# What a smaller transaction would fail of just the same. A full disk may still have room for a small one; anything else
+# is the fault of one submission.
+_COMMON = CORRUPT | {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_READONLY,
+}
+# One `Prune` gives back so many of the free pages: enough to follow, too few to be felt; some are kept for use.
+_VACUUM_PAGES = 1000
+_KEPT_PAGES = 2500
+_KEY_BYTES = 32
+_SAVE_META = "INSERT INTO meta (key, value) VALUES (?1, ?2) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
 
 class _CorruptError(StoreError):
@@ -86,7 +105,7 @@ class SqliteStore:
                 connection, loaded = self._open()
             except StoreError as error:
                 raise StoreError(f"{error} (the corrupt database was moved to {moved_aside})") from error
-        self._writer = Writer(connection, self._post, self._probe)
+        self._writer = Writer(SqliteEngine(connection), self._post, self._probe)
         self._writer.start()
         return replace(loaded, moved_aside=moved_aside, warnings=warnings + loaded.warnings)
 
@@ -132,9 +151,90 @@ class SqliteStore:
         if connection.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
             raise _CorruptError("the database failed its integrity check")
         schema.migrate(connection)
-        loaded = load(connection)
+        loaded = _load(connection)
         files.make_private(self._path)
         return replace(loaded, warnings=files.others_files(self._path))
+
+
+class SqliteDatabase:
+    """A `store.database.Database`: every row of the file belongs to the store."""
+
+    mine = "true"
+    # A state that nobody knows is among what is read, so that it is found.
+    live = "state NOT IN ('delivered', 'answered', 'closed', 'expired', 'dead')"
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._cursor = connection.cursor()
+        self.execute: Callable[..., Rows] = self._cursor.execute
+
+    def insert(self, statement: str, parameters: Sequence[Any]) -> int | None:
+        cursor = self._cursor
+        cursor.execute(statement, parameters)
+        return cursor.lastrowid if cursor.rowcount else None
+
+    def touch(self, operation: Touch) -> Finish[None]:
+        self.execute(_SAVE_META, ("touched", operation.wall))
+        return nothing
+
+    def reclaim(self) -> None:
+        (free,) = self.execute("PRAGMA freelist_count").fetchone()
+        for _ in range(min(free - _KEPT_PAGES, _VACUUM_PAGES)):
+            self.execute("PRAGMA incremental_vacuum(1)")  # Python steps a pragma once: one page, whatever N
+
+
+class SqliteEngine:
+    """A `store.writer.Engine`: carries out batches on a connection, each in one synced commit."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._database = SqliteDatabase(connection)
+        self._operations = Operations(self._database)
+
+    def commit(self, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
+        execute = self._database.execute
+        execute("BEGIN IMMEDIATE")
+        results = [self._operations.carry_out(operations) for operations in batch]
+        execute("COMMIT")
+        return results
+
+    def roll_back(self) -> None:
+        with suppress(sqlite3.Error):
+            if self._connection.in_transaction:
+                self._database.execute("ROLLBACK")
+
+    def failure(self, error: Exception) -> Failure:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        return Failure(store_error(error), concerns_all=code in _COMMON, corrupt=code in CORRUPT)
+
+    def close(self) -> None:
+        with suppress(sqlite3.Error):
+            self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        with suppress(sqlite3.Error):
+            self._connection.close()
+
+
+def _load(connection: sqlite3.Connection) -> Loaded:
+    database = SqliteDatabase(connection)
+    database.execute("BEGIN IMMEDIATE")
+    key, damaged = _owner_key(database)
+    loaded = load(database, key)
+    database.execute("COMMIT")
+    return replace(loaded, quarantined=loaded.quarantined + damaged)
+
+
+def _owner_key(database: Database) -> tuple[bytes, int]:
+    """Read the store's key for owner ids; it is made at the first opening, and again where it is no key.
+
+    The number says how many rows had to be put aside for that.
+    """
+    row = database.execute("SELECT value FROM meta WHERE key = 'owner_key'").fetchone()
+    if row is not None and isinstance(row[0], bytes) and len(row[0]) == _KEY_BYTES:
+        return row[0], 0
+    if row is not None:
+        quarantine.keep(database, "meta", {"key": "owner_key"}, "not a key of 32 bytes")
+    key = secrets.token_bytes(_KEY_BYTES)
+    database.execute(_SAVE_META, ("owner_key", key))
+    return key, int(row is not None)
 
 
 def _configure(connection: sqlite3.Connection) -> None:

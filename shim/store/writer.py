@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from shim.core.records import Operation
 from shim.errors import StoreError
 from shim.ports import StoreDone
-from shim.store.delivery import CallbackQueue, Post, store_error
-from shim.store.operations import Operations
+from shim.store.delivery import CallbackQueue, Post
 
 # Submissions that share a commit. A commit of that many costs little more for each than one of thousands, and what is
 # submitted meanwhile, an agent's result say, does not wait for long.
 MAX_BATCH = 256
 
-CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _Submission = tuple[Sequence[Operation], StoreDone | None]
 _Outcome = list[Any] | StoreError
-_COMMON = frozenset(
-    {
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_NOTADB,
-        sqlite3.SQLITE_PROTOCOL,
-        sqlite3.SQLITE_READONLY,
-    }
-)
 
 
 class CommitProbe(msgspec.Struct, frozen=True):
@@ -44,23 +30,49 @@ class CommitProbe(msgspec.Struct, frozen=True):
     `commit_s` is the time by `monotonic` (seconds) from the beginning of the transaction to its sync, with any wait for
     another process; `operations` is how many it carried out. `failed(submissions)` is called with how many could not be
     carried out, `corrupt(error)` after each that shows that the database is damaged: nothing will be stored any more.
+    `fenced()` is called once, when another replica has taken the shard.
     """
 
     monotonic: Callable[[], float]
     observe: Callable[[float, int], None]
     failed: Callable[[int], None] | None = None
     corrupt: Callable[[StoreError], None] | None = None
+    fenced: Callable[[], None] | None = None
+
+
+class Failure(NamedTuple):
+    """Why a batch was not stored. `concerns_all`: a smaller one would fail of the same."""
+
+    error: StoreError
+    concerns_all: bool = False
+    corrupt: bool = False
+    fenced: bool = False
+
+
+class Engine(Protocol):
+    """Carries out batches of submissions; used by the writer's thread only."""
+
+    def commit(self, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
+        """Carry out a batch in one synced commit; one result per operation. Raises whatever made it impossible."""
+
+    def roll_back(self) -> None:
+        """End what a failed commit left behind. Raises nothing."""
+
+    def failure(self, error: Exception) -> Failure:
+        """Tell what an exception of `commit` means."""
+
+    def close(self) -> None:
+        """Close the connection. Raises nothing."""
 
 
 class Writer:
-    """Owns a connection from `start()` on, until `close()`."""
+    """Owns an engine from `start()` on, until `close()`."""
 
-    def __init__(self, connection: sqlite3.Connection, post: Post, probe: CommitProbe | None) -> None:
-        self._connection = connection
-        self._cursor = connection.cursor()
-        self._operations = Operations(self._cursor)
+    def __init__(self, engine: Engine, post: Post, probe: CommitProbe | None) -> None:
+        self._engine = engine
         self._callbacks = CallbackQueue(post)
         self._probe = probe
+        self._fenced = False
         self._queue: SimpleQueue[_Submission | None] = SimpleQueue()
         # A daemon, so that a process which dies without `close()` does not hang; the database survives that.
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
@@ -88,10 +100,7 @@ class Writer:
             running = len(submissions) == len(batch)
             if submissions:
                 self._serve(submissions)
-        with contextlib.suppress(sqlite3.Error):
-            self._cursor.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-        with contextlib.suppress(sqlite3.Error):
-            self._connection.close()
+        self._engine.close()
 
     def _next_batch(self) -> list[_Submission | None]:
         batch = [self._queue.get()]
@@ -99,6 +108,21 @@ class Writer:
             while len(batch) < MAX_BATCH:
                 batch.append(self._queue.get_nowait())
         return batch
+
+    def refuse_waiting(self, error: StoreError) -> None:
+        """Answer what waits with an error: the engine cannot tell when it will be free."""
+        refused, ending = [], False
+        with contextlib.suppress(Empty):
+            while True:
+                submission = self._queue.get_nowait()
+                ending = ending or submission is None
+                if submission is not None:
+                    refused.append(submission)
+        if ending:
+            self._queue.put(None)
+        if refused:
+            callbacks = list(self._bad_news(Failure(error), len(refused)))
+            self._callbacks.add(callbacks + [partial(done, error) for _, done in refused if done is not None])
 
     def _serve(self, batch: list[_Submission]) -> None:
         callbacks: list[Callable[[], None]] = []
@@ -116,46 +140,31 @@ class Writer:
         try:
             return self._commit(batch, callbacks)
         except Exception as error:  # noqa: BLE001 - whatever it was, this thread must live to serve the next batch
-            self._roll_back()
-            failure = store_error(error)
-            if len(batch) == 1 or _concerns_all(error):
-                callbacks.extend(self._bad_news(error, failure, len(batch)))
-                return [failure] * len(batch)
+            self._engine.roll_back()
+            failure = self._engine.failure(error)
+            if len(batch) == 1 or failure.concerns_all:
+                callbacks.extend(self._bad_news(failure, len(batch)))
+                return [failure.error] * len(batch)
         half = len(batch) // 2
         return self._outcomes(batch[:half], callbacks) + self._outcomes(batch[half:], callbacks)
 
-    def _bad_news(self, error: Exception, failure: StoreError, submissions: int) -> Iterator[Callable[[], None]]:
+    def _bad_news(self, failure: Failure, submissions: int) -> Iterator[Callable[[], None]]:
         probe = self._probe
-        if probe is not None and probe.failed is not None:
+        if probe is None:
+            return
+        if probe.failed is not None:
             yield partial(probe.failed, submissions)
-        if probe is not None and probe.corrupt is not None and _primary(error) in CORRUPT:
-            yield partial(probe.corrupt, failure)
+        if probe.corrupt is not None and failure.corrupt:
+            yield partial(probe.corrupt, failure.error)
+        if probe.fenced is not None and failure.fenced and not self._fenced:
+            self._fenced = True
+            yield probe.fenced
 
     def _commit(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[_Outcome]:
         probe = self._probe
         started = probe.monotonic() if probe is not None else 0.0
-        self._cursor.execute("BEGIN IMMEDIATE")
-        outcomes: list[_Outcome] = [self._operations.carry_out(operations) for operations, _ in batch]
-        self._cursor.execute("COMMIT")
+        outcomes: list[_Outcome] = [*self._engine.commit([operations for operations, _ in batch])]
         if probe is not None:
             carried_out = sum(len(operations) for operations, _ in batch)
             callbacks.append(partial(probe.observe, probe.monotonic() - started, carried_out))
         return outcomes
-
-    def _roll_back(self) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            if self._connection.in_transaction:
-                self._cursor.execute("ROLLBACK")
-
-
-def _concerns_all(error: Exception) -> bool:
-    """Whether a smaller transaction would fail for the same reason: the database is locked, read-only or broken.
-
-    A full disk may still have room for a small one; anything else is the fault of one submission.
-    """
-    return _primary(error) in _COMMON
-
-
-def _primary(error: Exception) -> int:
-    code: int = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF

@@ -61,7 +61,7 @@ def scans(operations: list[Operation]) -> set[str]:
     with closing(schema.connect("file::memory:", 1.0)) as connection:
         schema.migrate(connection)
         connection.set_trace_callback(traced.append)
-        Operations(connection.cursor()).carry_out(operations)
+        Operations(sqlite.SqliteDatabase(connection)).carry_out(operations)
         connection.set_trace_callback(None)
         assert len(traced) >= len(operations)
         steps = [

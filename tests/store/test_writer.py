@@ -19,7 +19,7 @@ from shim import settings
 from shim.core.records import FindCommand, MarkCommands, Prune, ReadOutbox, State
 from shim.errors import StoreError
 from shim.store import CommitProbe, open_store
-from shim.store.sqlite import SqliteStore
+from shim.store.sqlite import SqliteEngine, SqliteStore
 from shim.store.writer import MAX_BATCH
 from tests.support.stores import KEY, POISON, TIMEOUT_S, StoreClient, put
 
@@ -231,7 +231,8 @@ def limit_pages(client: StoreClient, more: int) -> None:
     store = client.store
     assert isinstance(store, SqliteStore)
     assert store._writer is not None
-    connection = store._writer._connection
+    assert isinstance(store._writer._engine, SqliteEngine)
+    connection = store._writer._engine._connection
     (pages,) = connection.execute("PRAGMA page_count").fetchone()
     connection.execute(f"PRAGMA max_page_count = {pages + more}").fetchall()
 
@@ -288,7 +289,7 @@ import json, sys
 from pathlib import Path
 from subprocess import run
 from shim.errors import StoreError
-from shim.store.sqlite import SqliteStore
+from shim.store.sqlite import SqliteEngine, SqliteStore
 from tests.support.stores import StoreClient, put
 
 root = Path(sys.argv[1])
