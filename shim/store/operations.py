@@ -81,7 +81,7 @@ class Operations:
         return [self._carriers[type(operation)](operation) for operation in operations]
 
     def _at_once(self, first: Operation, second: Operation) -> Finish[Any] | None:
-        """Carry out a change of a command with the step of its trace that tells of it: so are nearly all submissions."""
+        """Carry out a change of a command with the step of its trace that tells of it: as nearly all are."""
         if not isinstance(second, AddTrace):
             return None
         if isinstance(first, PutCommand):
