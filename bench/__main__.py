@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import durable, latency, memory, report, sizing, throughput, traffic
+from bench import durable, latency, memory, overload, report, sizing, throughput, traffic
 from bench.figures import Figure
 from bench.servers import ROOT, Bench, allow_files
 
 WANTED_FILES = 17_000
-PARTS = ("latency", "throughput", "memory", "durable", "traffic", "sizing")
+PARTS = ("latency", "throughput", "memory", "durable", "overload", "traffic", "sizing")
 
 
 def main() -> None:
@@ -36,7 +36,15 @@ def main() -> None:
         rows.extend(more)
         return found
 
-    parts = (latency.measure, throughput.measure, memory.measure, durable.measure, traffic.measure, size)
+    parts = (
+        latency.measure,
+        throughput.measure,
+        memory.measure,
+        durable.measure,
+        overload.measure,
+        traffic.measure,
+        size,
+    )
     if (files := allow_files()) < WANTED_FILES:
         log(f"only {files} open files are allowed here: {WANTED_FILES} may be needed")
     for name, measure in zip(PARTS, parts, strict=True):

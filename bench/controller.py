@@ -25,7 +25,7 @@ class Send(msgspec.Struct):
     """Send `count` commands in turn to `clusters`, `rate_hz` a second (0: all at once).
 
     The answer is `{"sent": {id: monotonic seconds}, "acked_s": …}`: `acked_s` from the first send to the last
-    `command_ack`, 0 if not `acked`.
+    `command_ack`, or `command_result` of a refused one, 0 if not `acked`.
     """
 
     clusters: list[str]
@@ -64,7 +64,7 @@ class Controller:
                 await self._say(ws, "register_success", message.get("request_id", ""), found)
             case "heartbeat":
                 await self._say(ws, "heartbeat_ack", message.get("request_id", ""), {})
-            case "command_ack":
+            case "command_ack" | "command_result":
                 self._acks.add(message["payload"]["command_id"])
                 self._acked.set()
 

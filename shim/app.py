@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import sys
 import uuid
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -42,6 +43,9 @@ EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
 WATCH_S = 2.0
 STOP_S = 4.0
+# The store's thread gives the interpreter up for every statement. By default a busy event loop keeps it for 5 ms before
+# it gives it back: a commit of a hundred statements would take half a second.
+SWITCH_INTERVAL_S = 0.001
 
 Undo = Callable[[], Coroutine[Any, Any, None]]
 
@@ -53,6 +57,7 @@ def main(config_path: str | None, sets: tuple[str, ...], ready_file: str | None,
         return config.load(config_path, os.environ, sets)
 
     private = keep_memory_private()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     settings = load()
     with contextlib.closing(logs.setup(settings.log.level, settings.log.format)) as logging:
         connections = settings.listen.max_connections + settings.upstream.max_links

@@ -91,6 +91,9 @@ class SocketEvents(Protocol):
     def on_pong(self, payload: bytes) -> None:
         """A pong arrived."""
 
+    def has_room(self) -> bool:
+        """Return whether the next frame may be read: the socket waits for that, but not for long."""
+
     def on_closed(self, by_close_frame: bool, code: int, reason: str) -> None:
         """The connection is gone; `code` is the peer's close code, 0 if there was none, `reason` the text beside it.
 

@@ -186,6 +186,10 @@ class Connection:
         """Any frame is life."""
         self._liveness.frame(self._ctx.now)
 
+    def has_room(self) -> bool:
+        """Return False while too many commands are on their way to the disk."""
+        return self._ctx.arriving.has_room
+
     def on_message(self, message: Message) -> None:
         """A message: acknowledgements are used here, everything goes to the owner."""
         if self._socket is None:

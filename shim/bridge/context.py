@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from shim.core.backoff import BackoffPolicy
-from shim.core.commands import QueuePolicy
+from shim.core.commands import Arriving, QueuePolicy
 from shim.core.fallback_record import FallbackRecord
 from shim.core.recent_calls import RecentCalls
 from shim.core.sessions import Sessions
@@ -44,6 +44,7 @@ class Context:
     read_token: TokenSource
     sessions: Sessions
     owner_key: bytes = b""
+    arriving: Arriving = field(default_factory=Arriving)
     fallback: FallbackRecord = field(default_factory=FallbackRecord)
     refused_calls: RecentCalls = field(default_factory=RecentCalls)
 

@@ -10,6 +10,7 @@ from shim.bridge.connection import Connection, Ending
 from shim.bridge.context import Context
 from shim.bridge.links import LinkRunner
 from shim.core.backoff import Backoff, FailureKind
+from shim.core.bounds import MAX_LOGGED_CHARS, MAX_URL_CHARS, cut
 from shim.core.liveness import Verdict
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
@@ -82,11 +83,10 @@ class Gateways:
 
     def offered(self, session: Session, runner: LinkRunner, url: str) -> None:
         """A `register_success` named a gateway: go there, if the token may."""
-        if not self._allowed(url):
+        if len(url) > MAX_URL_CHARS or not self._allowed(url):
             self._ctx.metrics.gateway.labels("host_refused").inc()
-            log.error(
-                "gateway_refused", about=host_of(url), host=host_of(url), hint="add the host to upstream.gateway_hosts"
-            )
+            host = cut(host_of(url), MAX_LOGGED_CHARS)
+            log.error("gateway_refused", about=host, host=host, hint="add the host to upstream.gateway_hosts")
             return
         leg = self._legs.get(session.key)
         if leg is None:

@@ -10,9 +10,10 @@ from shim.bridge.context import Context
 from shim.bridge.holding import Holding
 from shim.bridge.intake import Intake
 from shim.bridge.jobs import Job
-from shim.bridge.outbox import Outbox
+from shim.bridge.refusals import Refusal, Refusals
 from shim.bridge.registrations import Registrations
 from shim.bridge.roster import Roster
+from shim.core.bounds import MAX_REQUEST_ID_CHARS, MAX_SHOWN_CHARS, cut
 from shim.core.normalise import Malformed, normalise
 from shim.core.records import SessionKey
 from shim.core.refusals import LEFTOVER_TYPES, REFUSED_TYPES, refuse
@@ -59,14 +60,14 @@ class Inbound:
         registrations: Registrations,
         roster: Roster,
         intake: Intake,
-        outbox: Outbox,
+        refusals: Refusals,
         holding: Holding,
     ) -> None:
         self._ctx = ctx
         self._registrations = registrations
         self._roster = roster
         self._intake = intake
-        self._outbox = outbox
+        self._refusals = refusals
         self._holding = holding
         self._unknown: set[str] = set()
         self._handlers: dict[str, Callable[[Connection, Message, Source], None]] = {
@@ -111,7 +112,8 @@ class Inbound:
             source.gateway_offered(job.session, url)
 
     def _ping(self, connection: Connection, message: Message, source: Source) -> None:
-        connection.send("pong", {"timestamp": rfc3339(self._ctx.clock.wall_s())}, message.request_id)
+        request_id = message.request_id[:MAX_REQUEST_ID_CHARS]
+        connection.send("pong", {"timestamp": rfc3339(self._ctx.clock.wall_s())}, request_id)
 
     def _error(self, connection: Connection, message: Message, source: Source) -> None:
         if self._registrations.refused(connection, message):
@@ -136,7 +138,9 @@ class Inbound:
         session = self._target(source, message.payload)
         if isinstance(session, Session):
             state = tunnel_state(message.payload)
-            if self._roster.set_tunnel(session, state):
+            if state is None:
+                log.warning("tunnel_status_too_large", about=session.key.ident, session=session.key.ident)
+            elif self._roster.set_tunnel(session, state):
                 self._holding.tunnel_changed(session.key)
         else:
             log.warning("tunnel_status_without_target", about=session, code=session)
@@ -147,8 +151,8 @@ class Inbound:
         try:
             command = normalise(message, wall, self._ctx.settings.commands.ttl_s, new_id)
         except Malformed as error:
-            command_id = error.command_id or message.request_id or new_id()
-            self._reject(source, command_id, message.request_id, "malformed", str(error))
+            request_id = message.request_id[:MAX_REQUEST_ID_CHARS]
+            self._reject(source, error.command_id or request_id or new_id(), request_id, "malformed", str(error))
             return
         session = self._target(source, {"cluster_id": command.cluster_id, "agent_id": command.agent_id})
         if not isinstance(session, Session):
@@ -177,9 +181,7 @@ class Inbound:
         return max(sessions, key=lambda s: (s.contact_at or 0.0, s.seen_wall), default="unknown_agent")
 
     def _reject(self, source: Source, command_id: str, request_id: str, code: str, error: str) -> None:
-        self._ctx.metrics.commands.labels(f"rejected_{code}").inc()
-        log.warning("command_rejected", command=command_id, code=code)
-        self._outbox.report(source.rejection_key, None, command_id, request_id, code=code, error=error)
+        self._refusals.refuse(Refusal(source.rejection_key, command_id, request_id, code, error))
 
     def _refuse(self, connection: Connection, message: Message) -> None:
         self._ctx.metrics.refused.labels(message.type).inc()
@@ -191,9 +193,10 @@ class Inbound:
     def _unknown_type(self, message: Message) -> None:
         """Said once per type, as far as there are not too many."""
         self._ctx.metrics.unknown_types.inc()
-        if message.type not in self._unknown and len(self._unknown) < MAX_UNKNOWN_TYPES:
-            self._unknown.add(message.type)
-            log.warning("unknown_type", type=message.type[:64])
+        kind = cut(message.type, MAX_SHOWN_CHARS)
+        if kind not in self._unknown and len(self._unknown) < MAX_UNKNOWN_TYPES:
+            self._unknown.add(kind)
+            log.warning("unknown_type", type=kind)
 
 
 def _text(value: Any) -> str:

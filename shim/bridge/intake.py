@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -11,12 +11,13 @@ import msgspec
 from shim.bridge.context import Context
 from shim.bridge.outbox import Outbox
 from shim.bridge.queues import Queues
+from shim.bridge.refusals import Refusal, Refusals
 from shim.core.normalise import Normalised
 from shim.core.records import (
     VIA_HTTP,
     AddTrace,
     CommandRecord,
-    FindCommand,
+    LookUpCommand,
     PutCommand,
     PutOutcome,
     SessionKey,
@@ -29,19 +30,33 @@ from shim.logs import get
 log = get(__name__)
 
 REFUSALS = {
+    "expired": "it had expired before it arrived",
     "queue_full": "the queue for this cluster is full",
     "store_unavailable": "the queue cannot be written",
 }
 DRAINED = "the shim is being drained and takes no new commands"
 
 
+@dataclass(slots=True)
+class _Arrival:
+    """A command that is being taken in, or refused. `at` is when it came, in monotonic seconds."""
+
+    session: Session
+    record: CommandRecord
+    at: float
+    settled: Callable[[bool], None] | None
+
+
 class Intake:
     """Takes commands in. `wake` is called when a session's queue has something new to offer."""
 
-    def __init__(self, ctx: Context, queues: Queues, outbox: Outbox, wake: Callable[[SessionKey], None]) -> None:
+    def __init__(
+        self, ctx: Context, queues: Queues, outbox: Outbox, refusals: Refusals, wake: Callable[[SessionKey], None]
+    ) -> None:
         self._ctx = ctx
         self._queues = queues
         self._outbox = outbox
+        self._refusals = refusals
         self._wake = wake
         self.closed = False
         self.refused_by_drain = 0
@@ -63,15 +78,33 @@ class Intake:
         settled: Callable[[bool], None] | None = None,
         via: str = "",
     ) -> None:
-        """A command for this session. `settled(True)` is called when it is safe, also for a duplicate.
+        """Take a command for this session. `settled(True)` is called when it is safe, also for a duplicate.
 
-        Refusals go to the controller with their code (`queue_full`, `store_unavailable`), and `settled(False)` is
-        called. `via` as in `CommandRecord`; who sent a command by HTTP cannot be told.
+        Refusals go to the controller with their code (`expired`, `queue_full`, `store_unavailable`) and are not stored;
+        `settled(False)` is called. `via` as in `CommandRecord`; who sent a command by HTTP cannot be told.
 
         While the intake is `closed` only what is known already is taken (a duplicate must not be refused), and what an
-        agent is fetching by HTTP just now.
+        agent is fetching by HTTP just now. The same goes for what has expired already and for a full queue.
         """
-        record = CommandRecord(
+        arrival = _Arrival(session, self._record(session, command, request_id, via), self._ctx.now, settled)
+        record = arrival.record
+        queue, by_http = self._queues.of(session.key), via == VIA_HTTP
+        live = queue.get(record.id)
+        if live is not None:
+            self._settle(arrival, PutOutcome(live.seq, duplicate=True, state=live.state))
+        elif self._ctx.arriving.exhausted:
+            self._refuse(arrival, "store_unavailable")
+        elif record.expires_wall <= record.arrived_wall and not by_http:
+            self._take_if_known(arrival, "expired", REFUSALS["expired"])
+        elif self.closed and not by_http:
+            self._take_if_known(arrival, "queue_full", DRAINED)
+        elif not queue.room_for(record.size_bytes, self._ctx.queue_policy):
+            self._take_if_known(arrival, "queue_full", REFUSALS["queue_full"])
+        else:
+            self._take(arrival)
+
+    def _record(self, session: Session, command: Normalised, request_id: str, via: str) -> CommandRecord:
+        return CommandRecord(
             session=session.key,
             id=command.id,
             type=command.type,
@@ -83,47 +116,45 @@ class Intake:
             size_bytes=_size_bytes(command),
             via=via,
         )
-        full = not self._queues.of(session.key).room_for(record.size_bytes, self._ctx.queue_policy)
-        drained = self.closed and via != VIA_HTTP
-        if full or drained:
-            self._take_if_known(session, record, settled, DRAINED if drained else REFUSALS["queue_full"])
-        else:
-            self._take(session, record, settled)
 
-    def _take(self, session: Session, record: CommandRecord, settled: Callable[[bool], None] | None) -> None:
-        queue, arrived_at = self._queues.of(session.key), self._ctx.now
+    def _take(self, arrival: _Arrival) -> None:
+        record = arrival.record
+        queue = self._queues.of(record.session)
         queue.reserve(record.size_bytes)
+        self._ctx.arriving.add(record.size_bytes)
 
         def done(outcome: list[Any] | StoreError) -> None:
             queue.release(record.size_bytes)
+            self._ctx.arriving.remove(record.size_bytes)
             if isinstance(outcome, StoreError):
                 log.error("command_not_stored", command=record.id, error=str(outcome))
-                self._refuse(session, record, "store_unavailable")
+                self._refuse(arrival, "store_unavailable")
             else:
-                self._stored(session, record, outcome[0], arrived_at)
-            if settled is not None:
-                settled(not isinstance(outcome, StoreError))
+                self._settle(arrival, outcome[0])
 
-        trace = AddTrace(session.key, (record.id,), TraceEntry(record.arrived_wall, "arrived", record.type))
+        trace = AddTrace(record.session, (record.id,), TraceEntry(record.arrived_wall, "arrived", record.type))
         self._ctx.store.submit([PutCommand(record), trace], done)
 
-    def _take_if_known(
-        self, session: Session, record: CommandRecord, settled: Callable[[bool], None] | None, error: str
-    ) -> None:
-        """Nothing new is taken; what was taken before is a duplicate all the same."""
+    def _take_if_known(self, arrival: _Arrival, code: str, error: str) -> None:
+        """Take nothing new; what was taken before is a duplicate all the same."""
+        # The payload is of no use any more, and many of these may wait for the disk at a time.
+        arrival.record = replace(arrival.record, payload={})
+        self._ctx.arriving.add(0)
 
         def done(outcome: list[Any] | StoreError) -> None:
-            found = [] if isinstance(outcome, StoreError) else outcome[0]
-            known = [(old, result) for old, result, _ in found if old.session == record.session and old.seq]
-            for old, result in known:
-                self._stored(session, record, PutOutcome(old.seq, True, old.state, result), self._ctx.now)
-            if not known:
+            self._ctx.arriving.remove(0)
+            if not isinstance(outcome, StoreError) and outcome[0] is not None:
+                self._settle(arrival, outcome[0])
+            else:
                 self.refused_by_drain += error is DRAINED
-                self._refuse(session, record, "queue_full", error)
-            if settled is not None:
-                settled(bool(known))
+                self._refuse(arrival, code, error)
 
-        self._ctx.store.submit([FindCommand(record.id)], done)
+        self._ctx.store.submit([LookUpCommand(arrival.record.session, arrival.record.id)], done)
+
+    def _settle(self, arrival: _Arrival, put: PutOutcome) -> None:
+        self._stored(arrival.session, arrival.record, put, arrival.at)
+        if arrival.settled is not None:
+            arrival.settled(True)
 
     def _stored(self, session: Session, record: CommandRecord, put: PutOutcome, arrived_at: float) -> None:
         if put.duplicate:
@@ -152,12 +183,14 @@ class Intake:
             session = successor
         return session.key
 
-    def _refuse(self, session: Session, record: CommandRecord, code: str, error: str = "") -> None:
-        self._queues.count(f"rejected_{code}")
-        log.warning("command_rejected", command=record.id, session=session.key.ident, code=code)
-        if record.via != VIA_HTTP:
-            error = error or REFUSALS[code]
-            self._outbox.report(session.key, session, record.id, record.request_id, code=code, error=error)
+    def _refuse(self, arrival: _Arrival, code: str, error: str = "") -> None:
+        record = arrival.record
+        refusal = Refusal(
+            record.session, record.id, record.request_id, code, error or REFUSALS[code], session=arrival.session
+        )
+        self._refusals.refuse(refusal, told=record.via != VIA_HTTP)
+        if arrival.settled is not None:
+            arrival.settled(False)
 
 
 def _size_bytes(command: Normalised) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ log = get(__name__)
 
 PAGE = 32
 WINDOW_BYTES = 8 * 1024 * 1024
-MAX_UNTOLD = 1000
+MAX_TOLD = 1000
 
 Route = Callable[[SessionKey], Connection | None]
 
@@ -48,6 +48,16 @@ class _OnDisk:
     posted_at: float | None = None
 
 
+@dataclass(slots=True)
+class _Told:
+    """A report that does not stand on disk; `sent_on` as in `_OnDisk`."""
+
+    session: SessionKey
+    request_id: str
+    payload: dict[str, Any]
+    sent_on: int = 0
+
+
 class Outbox:
     """All unconfirmed `command_result`s. In memory stand only their numbers; what they say is read when it is sent."""
 
@@ -62,7 +72,9 @@ class Outbox:
         self._blocked: dict[str, int] = {}  # owner -> where to read on once there is room
         self._unread: set[str] = set()
         self._closing: set[int] = set()
-        self._untold: deque[tuple[SessionKey, str, dict[str, Any]]] = deque(maxlen=MAX_UNTOLD)
+        self._told: dict[int, _Told] = {}  # by numbers below zero, the oldest first
+        self._last_told = 0
+        self._outstanding: Counter[tuple[SessionKey, str]] = Counter()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -70,7 +82,7 @@ class Outbox:
     @property
     def empty(self) -> bool:
         """Whether the controller has everything, what stands on disk from before included."""
-        return not (self._entries or self._unread or self._pumping or self._closing)
+        return not (self._entries or self._unread or self._pumping or self._closing or self._told)
 
     def loaded(self, owners: tuple[str, ...]) -> None:
         """These owners have entries on disk from before."""
@@ -78,25 +90,35 @@ class Outbox:
 
     def unsent_for(self, owner: str) -> bool:
         """Whether something of this owner was never sent at all."""
-        return owner in self._unread or any(e.sent_on == 0 and e.session.owner == owner for e in self._entries.values())
+        told = any(each.sent_on == 0 and each.session.owner == owner for each in self._told.values())
+        stored = any(e.sent_on == 0 and e.session.owner == owner for e in self._entries.values())
+        return owner in self._unread or told or stored
 
     def added(self, entry: OutboxEntry, posted_at: float | None = None) -> None:
         """An entry has been committed: send it, unless a pump that reads the disk will come to it.
 
         `posted_at`: when the agent's result came, if the link was up then.
         """
-        self._entries[entry.seq] = _OnDisk(entry.session, entry.command_id, posted_at=posted_at)
+        self._keep(entry.seq, _OnDisk(entry.session, entry.command_id, posted_at=posted_at))
         if entry.session.owner not in self._pumping:
             self._send(entry)
+
+    def _keep(self, seq: int, entry: _OnDisk) -> None:
+        self._entries[seq] = entry
+        self._outstanding[entry.session, entry.command_id] += 1
+
+    def _no_longer_outstanding(self, session: SessionKey, command_id: str) -> None:
+        self._outstanding[session, command_id] -= 1
+        if self._outstanding[session, command_id] <= 0:
+            del self._outstanding[session, command_id]
 
     def online(self, owner: str, then: Callable[[], object] | None = None) -> None:
         """A connection of this owner came up: read the disk and send what was not sent on it; `then` follows that."""
         if then is not None:
             self._then.setdefault(owner, []).append(then)
-        untold = [each for each in self._untold if each[0].owner == owner]
-        for each in untold:
-            self._untold.remove(each)
-            self.tell(*each)
+        for seq, told in list(self._told.items()):
+            if told.session.owner == owner:
+                self._send_told(seq, told)
         self._pump(owner, 0)
 
     def _pump(self, owner: str, after: int) -> None:
@@ -109,7 +131,12 @@ class Outbox:
 
     def fenced(self, seqs: tuple[int, ...]) -> None:
         """The controller has these."""
-        closed = {seq: entry for seq in seqs if (entry := self._entries.pop(seq, None)) is not None}
+        closed: dict[int, _OnDisk] = {}
+        for seq in seqs:
+            self._told.pop(seq, None)
+            if (entry := self._entries.pop(seq, None)) is not None:
+                closed[seq] = entry
+                self._no_longer_outstanding(entry.session, entry.command_id)
         for entry in closed.values():
             if entry.sent_on in self._in_flight:
                 self._in_flight[entry.sent_on] -= entry.size_bytes
@@ -128,7 +155,8 @@ class Outbox:
             self._closing.difference_update(closed)
             if isinstance(outcome, StoreError):
                 # Still on disk: it will be sent once more after the next connect, which is allowed.
-                self._entries.update(closed)
+                for seq, entry in closed.items():
+                    self._keep(seq, entry)
                 return
             for entry in closed.values():
                 self._ctx.metrics.commands.labels("closed").inc()
@@ -138,15 +166,20 @@ class Outbox:
 
     def resend(self, key: SessionKey, command_id: str, request_id: str, payload: dict[str, Any]) -> None:
         """The controller sent a command again whose result is on disk: it wants that result."""
-        outstanding = any(e.command_id == command_id and e.session == key for e in self._entries.values())
-        if not outstanding:
-            self._put(key, request_id, payload)
+        if not self._outstanding[key, command_id]:
+            self._outstanding[key, command_id] += 1  # until it is stored: the command may come again before that
+            self._put(key, request_id, payload, resent=True)
 
     def move(self, source: SessionKey, target: SessionKey) -> None:
         """The session `source` was superseded: its results go the successor's way."""
         moved = [entry for entry in self._entries.values() if entry.session == source]
         for entry in moved:
+            self._no_longer_outstanding(entry.session, entry.command_id)
             entry.session = target
+            self._outstanding[entry.session, entry.command_id] += 1
+        for told in self._told.values():
+            if told.session == source:
+                told.session = target
         if moved or source.owner in self._unread:
             self.online(target.owner)
 
@@ -184,10 +217,20 @@ class Outbox:
         put = PutOutbox(key, command_id, request_id, payload)
         self._ctx.store.submit([*ending, AddTrace(key, (command_id,), trace), put], done)
 
-    def _put(self, key: SessionKey, request_id: str, payload: dict[str, Any], trace: TraceEntry | None = None) -> None:
+    def _put(
+        self,
+        key: SessionKey,
+        request_id: str,
+        payload: dict[str, Any],
+        trace: TraceEntry | None = None,
+        *,
+        resent: bool = False,
+    ) -> None:
         command_id = payload["command_id"]
 
         def done(outcome: list[Any] | StoreError) -> None:
+            if resent:
+                self._no_longer_outstanding(key, command_id)
             if isinstance(outcome, StoreError):
                 self.tell(key, request_id, payload)
             else:
@@ -196,13 +239,26 @@ class Outbox:
         traces = [AddTrace(key, (command_id,), trace)] if trace is not None else []
         self._ctx.store.submit([PutOutbox(key, command_id, request_id, payload), *traces], done)
 
-    def tell(self, key: SessionKey, request_id: str, payload: dict[str, Any]) -> None:
-        """Say what could not be stored; kept in memory until there is a connection."""
+    def tell(self, key: SessionKey, request_id: str, payload: dict[str, Any], *, again: bool = True) -> None:
+        """Send what is not stored; the newest `MAX_TOLD` are kept in memory until the controller has them.
+
+        `again`: whether a report that was sent is sent once more after a reconnect, unless the controller had it.
+        """
         connection = self._route(key)
-        if connection is None:
-            self._untold.append((key, request_id, payload))
-        else:
+        if connection is not None and not again:
             connection.send("command_result", payload, request_id)
+            return
+        self._last_told -= 1
+        told = self._told[self._last_told] = _Told(key, request_id, payload)
+        if len(self._told) > MAX_TOLD:
+            del self._told[next(iter(self._told))]
+        self._send_told(self._last_told, told)
+
+    def _send_told(self, seq: int, told: _Told) -> None:
+        connection = self._route(told.session)
+        if connection is not None and told.sent_on != connection.serial:
+            told.sent_on = connection.serial
+            connection.send_result(seq, told.request_id, told.payload)
 
     def failure(self, key: SessionKey, session: Session | None, command_id: str, **fields: Any) -> dict[str, Any]:
         """The payload of a `command_result` that the shim itself makes."""
@@ -230,7 +286,8 @@ class Outbox:
         for entry in outcome[0]:
             if entry.seq in self._closing:
                 continue
-            self._entries.setdefault(entry.seq, _OnDisk(entry.session, entry.command_id))
+            if entry.seq not in self._entries:
+                self._keep(entry.seq, _OnDisk(entry.session, entry.command_id))
             if not self._send(entry):
                 self._blocked[owner] = entry.seq - 1
                 self._unread.add(owner)

@@ -16,6 +16,7 @@ from shim.logs import get
 log = get(__name__)
 
 EXPIRY_SLACK = 4096
+EXPIRED_PER_TURN = 64
 MAX_TIMER_S = 86_400.0
 WALL_STEP_S = 1.0
 
@@ -120,7 +121,7 @@ class Queues:
                 return
             self._unstored[key, record.id] = ending
             if told and not again:
-                self.outbox.tell(key, record.request_id, report)
+                self.outbox.tell(key, record.request_id, report, again=False)  # it is reported again from disk
 
         if told:
             self.outbox.end(key, record.request_id, report, steps, done)
@@ -206,7 +207,9 @@ class Queues:
         if self._timer_at != armed_for:
             return
         self._timer_at = None
-        while self._expiries and self._expiries[0][0] <= self._ctx.now:
+        for _ in range(EXPIRED_PER_TURN):
+            if not self._expiries or self._expiries[0][0] > self._ctx.now:
+                break
             _, _, key, command_id = heapq.heappop(self._expiries)
             queue = self._queues.get(key)
             live = queue.get(command_id) if queue is not None else None

@@ -22,6 +22,7 @@ from shim.bridge.operator import Operator
 from shim.bridge.outbox import Outbox
 from shim.bridge.presence import Presence
 from shim.bridge.queues import Queues
+from shim.bridge.refusals import Refusals
 from shim.bridge.registrations import Registrations
 from shim.bridge.roster import Roster, outcome_of
 from shim.bridge.routes import Routes
@@ -53,10 +54,11 @@ class Bridge:
         self.outbox = Outbox(ctx, self.routes.connection_for_key)
         self.queues = Queues(ctx, self.outbox)
         self.delivery = Delivery(ctx, self.queues)
-        self.intake = Intake(ctx, self.queues, self.outbox, self.delivery.wake)
+        refusals = Refusals(ctx, self.outbox)
+        self.intake = Intake(ctx, self.queues, self.outbox, refusals, self.delivery.wake)
         self.presence = Presence(ctx, self.registrations, self.routes)
         self.holding = Holding(ctx, self.presence, self.roster)
-        self.inbound = Inbound(ctx, self.registrations, self.roster, self.intake, self.outbox, self.holding)
+        self.inbound = Inbound(ctx, self.registrations, self.roster, self.intake, refusals, self.holding)
         self.operator = Operator(ctx, self.queues, self.intake, self.delivery)
         self.detour = Detour(ctx, self.routes, self.roster, self.queues, self.intake, self.delivery)
         self.calls = Calls(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)

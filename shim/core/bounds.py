@@ -14,8 +14,12 @@ MAX_WORD_CHARS = 256
 """Statuses, types, versions, regions, user agents: what fits on a line."""
 MAX_LABELS = 128
 """Labels of one registration; further ones are left out."""
+MAX_REQUEST_ID_CHARS = 1024
+"""Request ids of the controller's messages, which go back with what answers them."""
+MAX_URL_CHARS = 2048
+"""Addresses that the controller names: of gateways, tunnels and API servers."""
 MAX_KEPT_BYTES = 65_536
-"""JSON bytes of one registration or heartbeat: the newest of each agent is kept in memory."""
+"""JSON bytes of one registration, heartbeat or tunnel state: the newest of each agent is kept in memory."""
 MAX_TEXT_CHARS = 4096
 """Reasons and error texts that are passed on."""
 MAX_SHOWN_CHARS = 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -12,6 +12,10 @@ import msgspec
 from shim.core.life import Step, next_state
 from shim.core.records import CommandRecord, State
 
+ARRIVING_COMMANDS = 256
+ARRIVING_BYTES = 4 * 1024 * 1024
+MAX_ARRIVING_COMMANDS = 4096
+MAX_ARRIVING_BYTES = 24 * 1024 * 1024
 OVERLAP_S = 0.02  # a poll so soon after a reply on another connection may have been sent before that was read
 
 
@@ -71,6 +75,38 @@ class QueuePolicy:
     max_attempts: int
     redeliver: bool
     at_most_once: frozenset[str]
+
+
+@dataclass(slots=True)
+class Arriving:
+    """The commands of all sessions that are on their way to the disk, or are looked up there.
+
+    While there is no room, no further frame is read, so that the controller is slowed down by TCP. A disk that stands
+    still must not keep pings unread for long: then frames are read on, and commands beyond the limits are refused.
+    """
+
+    commands: int = 0
+    size_bytes: int = 0
+
+    def add(self, size_bytes: int) -> None:
+        """Count a command that was submitted to the store."""
+        self.commands += 1
+        self.size_bytes += size_bytes
+
+    def remove(self, size_bytes: int) -> None:
+        """Count it no more: the store has answered."""
+        self.commands -= 1
+        self.size_bytes -= size_bytes
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the next frame may be read."""
+        return self.commands < ARRIVING_COMMANDS and self.size_bytes < ARRIVING_BYTES
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether a further command must be refused without asking the store."""
+        return self.commands >= MAX_ARRIVING_COMMANDS or self.size_bytes >= MAX_ARRIVING_BYTES
 
 
 class Doubt(msgspec.Struct, frozen=True):
@@ -288,5 +324,5 @@ class CommandQueue:
 
     def _drop(self, live: Live) -> None:
         if self._by_id.pop(live.record.id, None) is not None:
-            self._order.remove(live)
+            del self._order[bisect_left(self._order, live)]
             self._bytes -= live.record.size_bytes

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from shim.core import rfc3339 as form
-from shim.core.bounds import MAX_ID_BYTES
+from shim.core.bounds import MAX_ID_BYTES, MAX_REQUEST_ID_CHARS, MAX_WORD_CHARS
 from shim.core.timestamps import parse_rfc3339, rfc3339
 from shim.errors import ShimError
 from shim.messages import Message
@@ -66,6 +66,8 @@ def normalise(message: Message, wall: float, ttl_s: float, new_id: Callable[[], 
     command_id = _command_id(payload, message.request_id, new_id)
     if message.fault:
         raise Malformed(message.fault, command_id)
+    if len(message.request_id) > MAX_REQUEST_ID_CHARS:
+        raise Malformed(f"the request_id may have {MAX_REQUEST_ID_CHARS} characters", command_id)
     _check_decodable(payload, command_id)
     kind = _command_type(payload, command_id)
     return Normalised(
@@ -118,6 +120,8 @@ def _command_type(payload: dict[str, Any], command_id: str) -> str:
     present = [payload[key] for key in ("type", "command", "action") if payload.get(key) not in (None, "")]
     for value in present:
         if isinstance(value, str):
+            if len(value) > MAX_WORD_CHARS:
+                raise Malformed(f"the command type may have {MAX_WORD_CHARS} characters", command_id)
             return value
     if present:
         raise Malformed("the command type must be a string", command_id)

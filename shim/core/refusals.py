@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from shim.core.bounds import MAX_REQUEST_ID_CHARS
+
 REASON = "this cluster is served by a legacy agent through agent-shim; it cannot serve proxied traffic"
 
 REFUSED_TYPES = frozenset({"proxy_request", "proxy_websocket_start", "ws_start", "tcp_tunnel_start"})
@@ -28,7 +30,11 @@ Refusal = tuple[str, str, dict[str, Any]]
 
 
 def refuse(kind: str, request_id: str, payload: dict[str, Any]) -> Refusal | None:
-    """The refusal's (type, request_id, payload), or `None` where a real agent would not answer either."""
+    """Return the refusal's (type, request_id, payload), or `None` where a real agent would not answer either.
+
+    Ids go back cut to `MAX_REQUEST_ID_CHARS`.
+    """
+    request_id = request_id[:MAX_REQUEST_ID_CHARS]
     if kind == "proxy_request":
         if not request_id or not payload:
             return None
@@ -39,7 +45,7 @@ def refuse(kind: str, request_id: str, payload: dict[str, Any]) -> Refusal | Non
             return None
         return "tcp_tunnel_close", request_id, {"reason": "connection_failed", "error": REASON}
     stream_id = payload.get("stream_id")
-    answered_id = stream_id if isinstance(stream_id, str) and stream_id else request_id
+    answered_id = stream_id[:MAX_REQUEST_ID_CHARS] if isinstance(stream_id, str) and stream_id else request_id
     if not answered_id:
         return None
     return "proxy_error", answered_id, {"request_id": answered_id, "error": REASON}

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import msgspec
+
 from shim.core import rfc3339
+from shim.core.bounds import MAX_KEPT_BYTES, MAX_NAME_CHARS, MAX_URL_CHARS, MAX_WORD_CHARS
 
 # RFC 3986: what stands in a path segment unescaped
 _URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)
@@ -26,6 +29,12 @@ TUNNEL_KEYS = (
     "server_fingerprint",
 )
 MAX_ERROR_CHARS = 200
+_REPLY_TEXTS = {
+    "name": MAX_NAME_CHARS,
+    "status": MAX_WORD_CHARS,
+    "tunnel_url": MAX_URL_CHARS,
+    "api_server": MAX_URL_CHARS,
+}
 
 
 def url_safe_id(value: Any) -> str:
@@ -47,9 +56,10 @@ def register_reply(payload: dict[str, Any]) -> dict[str, Any]:
         "cluster_id": cluster_id,
         "cluster_uuid": url_safe_id(payload.get("cluster_uuid")) or cluster_id,
     }
-    for key in ("name", "status", "tunnel_url", "api_server"):
-        if isinstance(payload.get(key), str):
-            reply[key] = payload[key]
+    for key, limit_chars in _REPLY_TEXTS.items():
+        value = payload.get(key)
+        if isinstance(value, str) and len(value) <= limit_chars:
+            reply[key] = value
     workspace = payload.get("workspace_id")
     if isinstance(workspace, float) and workspace.is_integer():
         workspace = int(workspace)
@@ -105,6 +115,10 @@ def conflict_reply(payload: dict[str, Any]) -> dict[str, Any]:
     return register_reply({key: value for key, value in told.items() if key != "status"})
 
 
-def tunnel_state(payload: dict[str, Any]) -> dict[str, Any]:
-    """What a `tunnel_status` says of the tunnel itself; the dialects see to it that agents can decode it."""
-    return {key: payload[key] for key in TUNNEL_KEYS if key in payload}
+def tunnel_state(payload: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a `tunnel_status` says of the tunnel itself, `None` if that is too large to be kept for each agent.
+
+    The dialects see to it that agents can decode it.
+    """
+    state = {key: payload[key] for key in TUNNEL_KEYS if key in payload}
+    return state if len(msgspec.json.encode(state)) <= MAX_KEPT_BYTES else None

@@ -20,6 +20,8 @@ CLOSE_WAIT_S = 2.0
 MAX_WAITING_BYTES = 64 * 1024 * 1024
 FRAME_COST_BYTES = 128  # what a queued frame weighs besides its payload: many tiny ones must not slip under the bound
 FRAMES_PER_TURN = 64
+HELD_BACK_S = 1.0
+ROOM_CHECK_S = 0.002
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class WebSocketPump:
         self._frames: deque[tuple[bytes, WSMsgType]] = deque()
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
+        self._impatient = False
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self.ended = asyncio.Event()
@@ -147,7 +150,10 @@ class WebSocketPump:
             message = await self._ws.receive()
             match message.type:
                 case WSMsgType.TEXT | WSMsgType.BINARY:
-                    self._on_data(bytes(message.data))
+                    frame = bytes(message.data)
+                    del message  # a long one must not be held twice, nor while the next is waited for
+                    await self._on_data(frame)
+                    del frame
                 case WSMsgType.PING:
                     self._on_control(message.data)
                     self._queue(bytes(message.data), WSMsgType.PONG)
@@ -166,6 +172,20 @@ class WebSocketPump:
                 # receive() does not suspend while frames are buffered; others have a right to the loop, too
                 await asyncio.sleep(0)
 
+    async def _wait_for_room(self) -> None:
+        """Wait until the receiver has room, so that a peer which sends too fast is slowed down by TCP.
+
+        After a second frames are read on whatever comes, until there was room again: pings must not wait for ever.
+        """
+        if self._events.has_room():
+            self._impatient = False
+        elif not self._impatient:
+            give_up_at = self._loop.time() + HELD_BACK_S
+            # Whoever makes the room need not know of this: it is the store of another connection's commands, too.
+            while not self._events.has_room() and self._loop.time() < give_up_at and self._state is _State.OPEN:  # noqa: ASYNC110
+                await asyncio.sleep(ROOM_CHECK_S)
+            self._impatient = not self._events.has_room()
+
     def _on_bytes(self) -> None:
         self._report(self._events.on_frame)
 
@@ -173,14 +193,18 @@ class WebSocketPump:
         self._wire.received(len(payload))
         self._report(self._events.on_frame)
 
-    def _on_data(self, frame: bytes) -> None:
+    async def _on_data(self, frame: bytes) -> None:
+        """Report the messages of a frame, of which there may be very many, as fast as the receiver has room."""
         self._wire.received(len(frame))
         self._report(self._events.on_frame)
-        for message in messages.decode_frame(frame):
+        for number, message in enumerate(messages.decode_frame(frame), 1):
             if isinstance(message, MessageError):
                 self._report(self._events.on_bad_frame, message.kind)
             else:
                 self._report(self._events.on_message, message)
+            await self._wait_for_room()
+            if number % FRAMES_PER_TURN == 0:
+                await asyncio.sleep(0)
 
     def _on_error(self, error: BaseException) -> int:
         """Report a protocol error; returns the code for the close frame."""

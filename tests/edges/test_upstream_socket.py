@@ -237,6 +237,28 @@ async def test_the_loop_gets_its_turn_under_a_flood_of_frames(stage: Stage) -> N
 # --- peers that misbehave on the level of bytes -------------------------------------------------------------------
 
 
+async def test_frames_are_not_read_while_there_is_no_room(stage: Stage) -> None:
+    stage.events.room = False
+    peer = await stage.peer.connection
+    for _ in range(3):
+        await peer.send(HELLO)
+    await stage.events.until("message")
+    await peer.ping()
+    assert len(stage.events.messages) == 1
+    stage.events.room = True
+    await stage.events.until("message", 3)
+
+
+async def test_a_receiver_that_never_has_room_does_not_keep_pings_unanswered(stage: Stage) -> None:
+    stage.events.room = False
+    peer = await stage.peer.connection
+    for _ in range(100):
+        await peer.send(HELLO)
+    async with asyncio.timeout(DEADLINE_S):
+        await (await peer.ping())
+    assert len(stage.events.messages) == 100
+
+
 async def test_a_long_message_on_a_slow_line_is_life() -> None:
     go_on = asyncio.Event()
 

@@ -163,6 +163,9 @@ class _Events:
     def on_frame(self) -> None:
         self._inner.on_frame()
 
+    def has_room(self) -> bool:
+        return self._inner.has_room()
+
     def on_pong(self, payload: bytes) -> None:
         self._inner.on_pong(payload)
 

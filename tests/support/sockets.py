@@ -23,6 +23,7 @@ class Events:
         self.log: list[tuple[Any, ...]] = []
         self.failing = False
         self.close_reason: str | None = None
+        self.room = True
         self._changed = asyncio.Event()
 
     def _note(self, *entry: Any) -> None:
@@ -39,6 +40,9 @@ class Events:
 
     def on_frame(self) -> None:
         self._note("frame")
+
+    def has_room(self) -> bool:
+        return self.room
 
     def on_pong(self, payload: bytes) -> None:
         self._note("pong", payload)
