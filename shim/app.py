@@ -9,10 +9,12 @@ import os
 import random
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shim import __version__, config, dialects, logs
 from shim.admin import AdminServer
@@ -20,8 +22,9 @@ from shim.bridge import Bridge
 from shim.clock import Clock
 from shim.compose import compose
 from shim.composition import Composition, Surroundings
+from shim.config_warnings import find_warnings
 from shim.core.urls import origin_of
-from shim.errors import ConfigError, StoreError, StoreVersionError, describe
+from shim.errors import ConfigError, Fault, StoreError, StoreVersionError, describe
 from shim.filemarks import Watched
 from shim.frontend import Frontend
 from shim.hardening import allow_connections, keep_memory_private, open_doors
@@ -42,7 +45,10 @@ EXIT_CONFIG = 2
 EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
 WATCH_S = 2.0
-STOP_S = 4.0
+STOP_S = 3.4
+STEP_S = 0.25
+FORCED_STOP_S = 4.2
+FORCED_FLUSH_S = 0.3
 # The store's thread gives the interpreter up for every statement. By default a busy event loop keeps it for 5 ms before
 # it gives it back: a commit of a hundred statements would take half a second.
 SWITCH_INTERVAL_S = 0.001
@@ -50,25 +56,69 @@ SWITCH_INTERVAL_S = 0.001
 Undo = Callable[[], Coroutine[Any, Any, None]]
 
 
-def main(config_path: str | None, sets: tuple[str, ...], ready_file: str | None, kind: type[App] | None = None) -> int:
-    """Run the sidecar until SIGTERM or SIGINT; returns the exit code (0, 2, 70 or 78). `kind` is `App` or one of it."""
+def main(
+    config_path: str | None, sets: tuple[str, ...], ready_file: str | None, kind: type[App] | None = None
+) -> NoReturn:
+    """Run the sidecar until SIGTERM or SIGINT, and end the process with 0, 2, 70 or 78. `kind` is `App` or one of it.
 
-    def load() -> Settings:
-        return config.load(config_path, os.environ, sets)
-
+    Raises `ConfigError` before anything has been started.
+    """
+    files = Watched()
+    files.changed({"config": config_path})  # before it is read: what changes from here on is noticed
     private = keep_memory_private()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    settings = load()
-    with contextlib.closing(logs.setup(settings.log.level, settings.log.format)) as logging:
-        connections = settings.listen.max_connections + settings.upstream.max_links
-        if allow_connections(connections) < connections:
-            log.warning("few_open_files", hint="the limit of open files is below listen.max_connections: raise it")
-        if not private:
-            log.warning("memory_not_private", hint="the kernel refused; a core dump would hold tokens")
-        app = (kind or App)(settings, load, logging, config_path, ready_file)
-        collect_rarely()
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(app.run())
+    settings = config.load(config_path, os.environ, sets)
+    _check_ready_file(ready_file)
+    logging = logs.setup(settings.log.level, settings.log.format)
+    connections = settings.listen.max_connections + settings.upstream.max_links
+    if allow_connections(connections) < connections:
+        log.warning("few_open_files", hint="the limit of open files is below listen.max_connections: raise it")
+    if not private:
+        log.warning("memory_not_private", hint="the kernel refused; a core dump would hold tokens")
+    for warning in find_warnings(settings, os.environ):
+        log.warning("config_doubtful", warning=warning)
+
+    def load() -> Settings:
+        return config.load(config_path, os.environ, sets, reload=True)
+
+    app = (kind or App)(settings, load, logging, config_path, ready_file, files)
+    app.stop_began = partial(_end_in_time, logging)
+    collect_rarely()
+    try:
+        code = asyncio.Runner(loop_factory=loop_factory()).run(app.run())
+    except BaseException:
+        log.exception("stopped_by_fault")
+        code = EXIT_INTERNAL
+    logging.close()
+    # Everything durable is closed. The usual end of an interpreter would wait for threads that cannot be cancelled: a
+    # name server that does not answer keeps getaddrinfo for many seconds.
+    os._exit(code)
+
+
+def _check_ready_file(path: str | None) -> None:
+    """Raise `ConfigError` if the ready file cannot be written, before anything is started."""
+    if path is None:
+        return
+    directory = Path(path).absolute().parent
+    if not directory.is_dir():
+        raise ConfigError([Fault("--ready-file", f"{path}: the directory {directory} does not exist: make it first")])
+    if Path(path).is_dir():
+        raise ConfigError([Fault("--ready-file", f"{path} is a directory: name a file")])
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError([Fault("--ready-file", f"{path} cannot be written by this user: name another file")])
+
+
+def _end_in_time(logging: logs.Logs) -> None:
+    """End the process by a thread if the event loop does not: it may be blocked by a disk that hangs."""
+
+    def end() -> None:
+        log.error("stop_forced", hint="something did not end in time; what was acknowledged is on disk")
+        logging.flush(FORCED_FLUSH_S)
+        os._exit(EXIT_INTERNAL)
+
+    timer = threading.Timer(FORCED_STOP_S, end)
+    timer.daemon = True
+    timer.start()
 
 
 class App:
@@ -81,9 +131,12 @@ class App:
         logging: logs.Logs,
         config_path: str | None = None,
         ready_file: str | None = None,
+        files: Watched | None = None,
     ) -> None:
+        """`load` reads the configuration again; `files` has seen the configuration file before it was read."""
         self.settings = settings
         self.stop_requested = asyncio.Event()
+        self.stop_began: Callable[[], None] = lambda: None
         self.bridge: Bridge | None = None
         self.addresses: dict[str, str] = {}
         self.ready = asyncio.Event()
@@ -95,7 +148,12 @@ class App:
         self._undo: list[Undo] = []
         self._metrics = Metrics(Registry())
         logging.count_drops(self._metrics.log_lines_dropped.inc)
-        self._files = Watched()
+        self._files = files or Watched()
+        self._changed()
+        self._start_scope: asyncio.Timeout | None = None
+        self._reloading = False
+        self._reload_wanted = False
+        self._owned: set[asyncio.Task[None]] = set()
         self._store_fault: StoreError | None = None
         self._token = ""
         self._parts: Composition | None = None
@@ -105,8 +163,9 @@ class App:
         code = EXIT_OK
         try:
             async with asyncio.TaskGroup() as self._tasks:
+                self._handle_signals(asyncio.get_running_loop())
                 try:
-                    await self._start()
+                    await self._start_unless_stopped()
                     await self.stop_requested.wait()
                     if self._store_fault is not None:
                         raise self._store_fault
@@ -128,9 +187,28 @@ class App:
         if self._tasks is None or self.stop_requested.is_set():
             coro.close()
             return None
-        return self._tasks.create_task(coro, name=name)
+        task = self._tasks.create_task(coro, name=name)
+        self._owned.add(task)
+        task.add_done_callback(self._owned.discard)
+        return task
 
     # --- the start list -----------------------------------------------------------------------------------------------
+
+    async def _start_unless_stopped(self) -> None:
+        """Start, and give up as soon as a signal asks for a stop: a store on a disk that hangs may take for ever."""
+        try:
+            async with asyncio.timeout(None) as self._start_scope:
+                await self._start()
+        except TimeoutError:
+            if not self.stop_requested.is_set():
+                raise
+        finally:
+            self._start_scope = None
+
+    def _request_stop(self) -> None:
+        self.stop_requested.set()
+        if self._start_scope is not None:
+            self._start_scope.reschedule(0)
 
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -158,29 +236,34 @@ class App:
         if isinstance(parts.subject, Bridge):
             self.bridge = parts.subject
         self._undo.append(parts.close)
-        await parts.open()
-        self._parts = parts
         redact = self._logging.redaction.add
         admin = AdminServer(settings.admin, parts.subject, self._metrics.registry, parts.recent, self.addresses, redact)
+        self._undo.append(admin.stop)
+        frontend = self._make_frontend(parts)
+        # Both ports are taken before the store is touched and anything is dialled: a second shim must not get that far.
+        admin.bind()
+        frontend.bind()
+        await parts.open()
+        self._parts = parts
         host, port = await admin.start()
         self.addresses["admin"] = f"{host}:{port}"
-        self._undo.append(admin.stop)
         self._undo.append(parts.stop)
         parts.start()
         self._undo.append(parts.fallback.close)
-        await self._serve_agents(parts)
+        self._undo.append(frontend.stop)
+        host, port = await frontend.start()
+        self.addresses["listen"] = f"{host}:{port}"
         admin.agents_served = True
-        self._handle_signals(loop)
         self.spawn("watch", self._watch())
         self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
         give_back()
         self._announce()
 
-    async def _serve_agents(self, parts: Composition) -> None:
+    def _make_frontend(self, parts: Composition) -> Frontend:
         settings = self.settings
         self._metrics.fallback_active.set_function(parts.fallback.active)
         sunset = sunset_headers(settings.sunset)
-        frontend = Frontend(
+        return Frontend(
             settings.listen,
             self.wrap_switchboard(parts.switchboard),
             dialects.load(),
@@ -190,9 +273,6 @@ class App:
             fallback=parts.fallback,
             refused_calls=parts.subject.ctx.refused_calls,
         )
-        host, port = await frontend.start()
-        self.addresses["listen"] = f"{host}:{port}"
-        self._undo.append(frontend.stop)
 
     # Seams: a test that must be there when something happens stands between two parts.
 
@@ -207,7 +287,7 @@ class App:
     def _store_broken(self, error: StoreError) -> None:
         """End the process: its successor moves the database aside; this one could only refuse for ever."""
         self._store_fault = error
-        self.stop_requested.set()
+        self._request_stop()
 
     def wrap_upstream(self, upstream: UpstreamPort) -> UpstreamPort:
         """What the bridge dials with."""
@@ -233,22 +313,32 @@ class App:
         self.ready.set()
 
     async def _stop(self) -> None:
-        """Undo the start list in reverse. Held polls are answered first: their agents must not wait for a drain."""
+        """Undo the start list in reverse. Held polls are answered first: their agents must not wait for a drain.
+
+        All steps together take at most `STOP_S`, and a step that hangs leaves `STEP_S` to each one after it.
+        """
         self.stop_requested.set()
+        self.stop_began()
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + STOP_S
         if self._parts is not None:
             self._parts.quiesce()
-        for undo in reversed(self._undo):
+        for later, undo in reversed(list(enumerate(self._undo))):
             try:
-                async with asyncio.timeout(STOP_S):
+                async with asyncio.timeout_at(end_s - STEP_S * later):
                     await undo()
             except Exception as error:  # noqa: BLE001 - the rest of the list must be undone all the same
                 log.error("stop_failed", step=getattr(undo, "__qualname__", "?"), error=describe(error))
+        if self._owned:
+            await asyncio.wait(self._owned, timeout=STEP_S)
+        for task in self._owned:
+            task.cancel()
         log.info("stopped")
 
     def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: the owner stops us
-                loop.add_signal_handler(number, self.stop_requested.set)
+                loop.add_signal_handler(number, self._request_stop)
         with contextlib.suppress(ValueError, RuntimeError):
             loop.add_signal_handler(signal.SIGHUP, self.reload)
 
@@ -265,14 +355,15 @@ class App:
 
     async def _watch(self) -> None:
         """Notice a changed configuration or token file, Kubernetes' symlink swap included."""
-        self._changed()
+        if self._reload_wanted:
+            await self._reload()
         while not self.stop_requested.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_S):
                     await self.stop_requested.wait()
             changed = self._changed()
             if "config" in changed:
-                self.reload()
+                await self._reload()
             if "token" in changed and self._parts is not None:
                 log.info("token_changed")
                 self._token = ""
@@ -282,13 +373,45 @@ class App:
         return self._files.changed({"config": self._config_path, "token": self.settings.upstream.token_file})
 
     def reload(self) -> None:
-        """Read the configuration again: what may change at run time does, the rest is named; faults keep the old."""
-        try:
-            fresh = self._load()
-        except ConfigError as error:
-            self._metrics.config_valid.set(0)
-            log.error("config_faulty", faults=[str(fault) for fault in error.faults])
+        """Read the configuration again soon: at once, or when the start is over."""
+        self._reload_wanted = True
+        if self.ready.is_set():
+            self.spawn("reload", self._reload())
+
+    async def _reload(self) -> None:
+        """Read the configuration again: what may change at run time does, the rest is named; faults keep the old.
+
+        The file is read in a thread, because a large one takes the library a second. A request that comes meanwhile is
+        served by the same reading unless the file has changed since it began.
+        """
+        if self._reloading:
             return
+        self._reloading = True
+        try:
+            changed = True
+            while changed and not self.stop_requested.is_set():
+                self._reload_wanted = False
+                self._files.changed({"config": self._config_path})
+                await self._read_and_apply()
+                changed = self._reload_wanted and bool(self._files.changed({"config": self._config_path}))
+        finally:
+            self._reloading = False
+
+    async def _read_and_apply(self) -> None:
+        try:
+            fresh = await asyncio.to_thread(self._load)
+        except ConfigError as error:
+            self._keep_old([str(fault) for fault in error.faults])
+        except Exception as error:  # noqa: BLE001 - no file may stop a running shim
+            self._keep_old([f"the configuration could not be read: {type(error).__name__}"])
+        else:
+            self._apply(fresh)
+
+    def _keep_old(self, faults: list[str]) -> None:
+        self._metrics.config_valid.set(0)
+        log.error("config_faulty", faults=faults)
+
+    def _apply(self, fresh: Settings) -> None:
         self._metrics.config_valid.set(1)
         old, self.settings = self.settings, config.effective(self.settings, fresh)
         for secret in config.secrets(fresh):

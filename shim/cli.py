@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import click
 from shim import __version__
 from shim.errors import ConfigError, StoreVersionError
 
+EXIT_OK = 0
 EXIT_CONFIG = 2
 EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
@@ -84,9 +86,12 @@ def cli() -> None:
 @click.option("--ready-file", metavar="FILE", help="Written when the shim serves: its addresses and pid as JSON.")
 def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> NoReturn:
     """Run the sidecar until SIGTERM or SIGINT."""
+    # Until the event loop takes signals: PID 1 would lose a SIGTERM, and a SIGHUP would end the process.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_OK))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from shim import app  # noqa: PLC0415 - no other command needs it
 
-    sys.exit(app.main(config, sets, ready_file))
+    app.main(config, sets, ready_file)
 
 
 @cli.command("check-config")

@@ -49,6 +49,10 @@ class StoreVersionError(StoreError):
     """The database was written by a newer shim and must not be touched (exit 78)."""
 
 
+class StartError(ShimError):
+    """The process cannot serve with this configuration on this machine; the text names key, value and what to do."""
+
+
 class IllegalTransition(ShimError):
     """A state machine was given an event that its table forbids in its state. Nothing was changed."""
 
@@ -72,9 +76,9 @@ class ConfigError(ShimError):
 
 
 def describe(error: BaseException) -> str:
-    """An error for the log: by its own text where that is ours or the system's."""
+    """Return an error for the log: its own text if that is ours or the system's."""
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(describe(inner) for inner in error.exceptions)
-    if isinstance(error, (StoreError, ConfigError, OSError)):
+    if isinstance(error, (StoreError, ConfigError, StartError, OSError)):
         return str(error)
     return f"{type(error).__name__}: {error}"

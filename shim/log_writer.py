@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import stat
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +17,9 @@ RETRY_MS = 1000
 class LineWriter:
     """Writes lines in order. Beyond `MAX_QUEUED_BYTES` waiting the newest are dropped and counted.
 
+    A pipe that has room takes a line at once, so that a kill in the next moment does not lose it; everything else is
+    left to the thread.
+
     `tell(count)` makes the line that reports dropped ones; it is written as soon as writing works again. The standard
     library's QueueListener is not used: its stop waits for ever for a write that hangs, and it bounds no bytes.
     """
@@ -27,6 +31,7 @@ class LineWriter:
         self._tell = tell
         self._stream = stream
         self._fd = _fd_of(stream)
+        self._pipe = None if self._fd is None else _own_end_of_pipe(self._fd)
         self._lines: deque[bytes] = deque()
         self._queued_bytes = 0
         self._writing = False
@@ -40,12 +45,24 @@ class LineWriter:
         """Queue one line without waiting for anything but another thread's append."""
         data = line.encode("utf-8", "backslashreplace") + b"\n"
         with self._changed:
+            if self._takes_at_once(data):
+                return
             if not self._closing and self._queued_bytes + len(data) <= MAX_QUEUED_BYTES:
                 self._lines.append(data)
                 self._queued_bytes += len(data)
                 self._changed.notify_all()
                 return
         self.drop()
+
+    def _takes_at_once(self, data: bytes) -> bool:
+        busy = self._lines or self._writing or self._torn or self._closing or self.dropped > self._told
+        if self._pipe is None or busy or len(data) > select.PIPE_BUF:
+            return False
+        try:
+            os.write(self._pipe, data)  # all or nothing, up to PIPE_BUF
+        except OSError:  # full, or nobody reads any more: the thread finds out
+            return False
+        return True
 
     def drop(self) -> None:
         """Count a line that is lost."""
@@ -64,6 +81,9 @@ class LineWriter:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+            if self._pipe is not None:
+                os.close(self._pipe)
+                self._pipe = None
         self._thread.join(timeout_s)
 
     # --- the thread ---------------------------------------------------------------------------------------------------
@@ -132,3 +152,17 @@ def _fd_of(stream: TextIO) -> int | None:
         return stream.fileno()
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def _own_end_of_pipe(fd: int) -> int | None:
+    """Return another, non-blocking descriptor of a pipe, or None for anything else.
+
+    The flag cannot be set on `fd` itself: other processes may share it. Without a right to open the pipe, as in a
+    container whose user is not the one who made it, all lines go through the thread.
+    """
+    try:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        pass
+    return None

@@ -21,7 +21,7 @@ from shim.redaction import MASK, MAX_TEXT_CHARS, Redaction
 __all__ = ["MASK", "Logger", "Logs", "Redaction", "get", "setup"]
 
 _OWN = ("time", "level", "logger", "event", "exception")
-FLUSH_S = 1.0
+FLUSH_S = 0.8
 REPEAT_S = 60.0
 _MAX_REPEATS = 1024
 _EXCEPTION_CHARS = 16_384  # of a traceback the end says what happened
@@ -212,7 +212,7 @@ class Logs:
         return self._writer.flush(timeout_s)
 
     def close(self) -> None:
-        """Stop logging; what is queued is written for at most a second. Idempotent."""
+        """Stop logging; what is queued is written for at most `FLUSH_S`. Idempotent."""
         logging.getLogger().removeHandler(self._handler)
         self._handler.close()
         self._writer.close(FLUSH_S)

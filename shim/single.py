@@ -23,10 +23,17 @@ class Single:
         self.subject = self.switchboard = Bridge(around.context(around.settings, self.recent, around.upstream))
         self.fallback = Passthrough(self.subject)
         self._loaded: Loaded | None = None
+        self._opening = False
 
     async def open(self) -> None:
         """See `composition.Composition`."""
-        self._loaded = await asyncio.to_thread(self.recent.open)
+        self._opening = True
+        try:
+            self._loaded = await asyncio.to_thread(self.recent.open)
+        except Exception:
+            self._opening = False
+            raise
+        self._opening = False
         tell_findings(self._loaded, self._metrics)
 
     def start(self) -> None:
@@ -44,8 +51,9 @@ class Single:
         self.subject.stop()
 
     async def close(self) -> None:
-        """See `composition.Composition`."""
-        await asyncio.to_thread(self.recent.close)
+        """See `composition.Composition`. A store that is still being opened is left to the end of the process."""
+        if not self._opening:
+            await asyncio.to_thread(self.recent.close)
 
     def reload(self, settings: Settings) -> None:
         """See `composition.Composition`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
@@ -23,6 +24,7 @@ from shim.admin.series import Sampler
 from shim.admin.snapshot import Facts, Snapshots
 from shim.admin.subject import Subject
 from shim.errors import ConfigError, OperatorError
+from shim.listening import bind
 from shim.settings import Admin
 
 STOP_S = 1.0
@@ -70,7 +72,8 @@ class AdminServer:
         app.on_response_prepare.append(_add_headers)
         self._route(app, CommandPages(bridge))
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=STOP_S)
-        self._listener: asyncio.Server | None = None
+        self._sockets: list[socket.socket] = []
+        self._listeners: list[asyncio.Server] = []
 
     def _route(self, app: web.Application, commands: CommandPages) -> None:
         pages = Pages(self._guard.required)
@@ -97,24 +100,33 @@ class AdminServer:
 
         return guarded
 
+    def bind(self) -> None:
+        """Take the port without serving yet. Raises `StartError`."""
+        self._sockets = bind("admin", self._settings.host, self._settings.port)
+
     async def start(self) -> tuple[str, int]:
-        """Listen; returns the address that was bound."""
+        """Listen on what `bind` has taken; returns the first address. Raises `StartError`, `OSError`."""
+        if not self._sockets:
+            self.bind()
         await self._runner.setup()
         if self._runner.server is None:
             raise RuntimeError("the runner made no server")
         bounded = Bounded(self._runner.server)
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(bounded, self._settings.host, self._settings.port)
+        host, port, *_ = self._sockets[0].getsockname()
+        for bound in self._sockets:
+            self._listeners.append(await loop.create_server(bounded, sock=bound))
         self._sampler.start()
-        host, port, *_ = self._listener.sockets[0].getsockname()
         return str(host), int(port)
 
     async def stop(self) -> None:
         """Stop listening and end what is open."""
         self._sampler.stop()
         self._live.stop()
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
+        for bound in self._sockets:
+            bound.close()
         await self._runner.cleanup()
 
     def _token(self) -> str:

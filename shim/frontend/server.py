@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
+import ssl
 from collections.abc import Callable, Iterable
 
 from aiohttp import hdrs, web
@@ -12,7 +14,7 @@ from aiohttp import hdrs, web
 from shim.core.calls import AgentCall, Failed, RegisterCall
 from shim.core.recent_calls import RecentCalls
 from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
-from shim.errors import AgentError
+from shim.errors import AgentError, StartError
 from shim.frontend.body import BodyRefused, decode_body, is_shallow, meet_expectation, read_body
 from shim.frontend.connection import Connection
 from shim.frontend.content_coding import plain_body
@@ -28,8 +30,10 @@ from shim.frontend.routing import Routes
 from shim.frontend.tls import ServerTls
 from shim.frontend.visit import Visit
 from shim.frontend.writing import Counts, Writer
+from shim.listening import bind
 from shim.metrics import Metrics
 from shim.ports import Answer, Client, Fallback, Proxied, Switchboard
+from shim.regular_files import reason
 from shim.settings import Listen
 
 MAX_LINE_BYTES = 16_384
@@ -76,10 +80,24 @@ class Frontend:
         self._writer = Writer(self._house, counts)
         self._express = Express(self._house, self._guard, self._routes, counts, fallback)
         self._web: ConnectionServer | None = None
-        self._server: asyncio.Server | None = None
+        self._sockets: list[socket.socket] = []
+        self._tls: ssl.SSLContext | None = None
+        self._servers: list[asyncio.Server] = []
+
+    def bind(self) -> None:
+        """Take the port and read the certificate without serving yet. Raises `StartError`."""
+        listen, tls = self._listen, self._listen.tls
+        try:
+            self._tls = ServerTls(tls).context if tls.cert_file else None
+        except (OSError, ValueError) as error:
+            files = f"listen.tls.cert_file {tls.cert_file} and listen.tls.key_file {tls.key_file}"
+            raise StartError(f"{files} cannot be used: {reason(error)}") from None
+        self._sockets = bind("listen", listen.host, listen.port)
 
     async def start(self) -> tuple[str, int]:
-        """Listen; returns the host and port in use. Raises `OSError` (`ssl.SSLError` included)."""
+        """Listen on what `bind` has taken; returns the host and port in use. Raises `StartError`, `OSError`."""
+        if not self._sockets:
+            self.bind()
         listen = self._listen
         self._web = ConnectionServer(
             self._serve,
@@ -94,22 +112,24 @@ class Frontend:
             lingering_time=LINGER_S,
             auto_decompress=False,  # `content_coding` does it where a body is understood here
         )
-        tls = ServerTls(listen.tls).context if listen.tls.cert_file else None
-        self._server = await asyncio.get_running_loop().create_server(
-            self._web,
-            listen.host,
-            listen.port,
-            backlog=BACKLOG,
-            ssl=tls,
-            ssl_handshake_timeout=listen.header_timeout_s if tls else None,
-        )
-        host, port = self._server.sockets[0].getsockname()[:2]
+        host, port = self._sockets[0].getsockname()[:2]
+        for bound in self._sockets:
+            server = await asyncio.get_running_loop().create_server(
+                self._web,
+                sock=bound,
+                backlog=BACKLOG,
+                ssl=self._tls,
+                ssl_handshake_timeout=listen.header_timeout_s if self._tls else None,
+            )
+            self._servers.append(server)
         return host, port
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Accept no more, let requests under way finish for at most `grace_s`, close all connections. Idempotent."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
+        for bound in self._sockets:
+            bound.close()
         if self._web is not None:
             self._web.pre_shutdown()
             await self._web.shutdown(grace_s / 2)  # aiohttp waits twice: for handlers to finish, then to be cancelled

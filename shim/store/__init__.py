@@ -8,10 +8,11 @@ from shim import settings
 from shim.ports import CommandStore
 from shim.store import schema
 from shim.store.delivery import Post
+from shim.store.files import advice
 from shim.store.sqlite import SqliteStore
 from shim.store.writer import CommitProbe
 
-__all__ = ["CommitProbe", "Post", "check_database", "open_store"]
+__all__ = ["CommitProbe", "Post", "advice", "check_database", "open_store"]
 
 IN_MEMORY = ":memory:"
 CHECK_S = 1.0

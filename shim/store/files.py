@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from pathlib import Path
@@ -14,6 +15,20 @@ _HEADER = b"SQLite format 3\x00"
 def companion(path: Path, suffix: str) -> Path:
     """The file beside a database that SQLite names by appending `suffix`."""
     return path.with_name(path.name + suffix)
+
+
+def advice(error: OSError, path: Path) -> str:
+    """Return what a person can do about a database file at `path` that cannot be used."""
+    match error.errno:
+        case errno.EROFS:
+            return "the file system is read-only: mount a volume that is not, or put store.path elsewhere"
+        case errno.EACCES | errno.EPERM:
+            return f"the user {os.geteuid()} needs to write there (fsGroup, or chown of {path.absolute().parent})"
+        case errno.ENOSPC | errno.EDQUOT:
+            return "make room: the disk, or the quota, is full"
+        case errno.EISDIR:
+            return "name a file in that directory"
+    return "put store.path on a directory that can be written"
 
 
 def prepare_directory(path: Path) -> tuple[str, ...]:

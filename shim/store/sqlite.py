@@ -49,12 +49,13 @@ class _CorruptError(StoreError):
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(path: Path) -> Iterator[None]:
     """Tell damage from trouble that passes (locked, full, unreadable)."""
     try:
         yield
     except OSError as error:
-        raise StoreError(f"the file at store.path cannot be used: {error.strerror}") from error
+        todo = files.advice(error, path)
+        raise StoreError(f"store.path {path} cannot be used: {error.strerror}: {todo}") from error
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT:
             raise _CorruptError(str(store_error(error))) from error
@@ -85,7 +86,7 @@ class SqliteStore:
 
     def open(self) -> Loaded:
         """See `ports.CommandStore`. A corrupt database is moved aside and replaced by a new one."""
-        with _translated():
+        with _translated(self._path):
             warnings = files.prepare_directory(self._path)
             warnings += self._lock.acquire()
         try:
@@ -99,7 +100,7 @@ class SqliteStore:
         try:
             connection, loaded = self._open()
         except _CorruptError:
-            with _translated():
+            with _translated(self._path):
                 moved_aside = str(files.move_aside(self._path))
             try:
                 connection, loaded = self._open()
@@ -127,7 +128,7 @@ class SqliteStore:
         self._lock.release()
 
     def _open(self) -> tuple[sqlite3.Connection, Loaded]:
-        with _translated():
+        with _translated(self._path):
             if self._path.exists():
                 if files.is_garbage(self._path):
                     raise _CorruptError("the file is no database")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sqlite3
 from collections.abc import AsyncIterator
@@ -197,6 +198,10 @@ async def test_faults_that_prevent_a_start_have_their_exit_codes(tmp_path: Path)
         async with Shim(tmp_path / "..", {"listen": {"port": int(first.url.rsplit(":", 1)[1])}}) as second:
             await second.launch()
             assert await second.wait() == 70
+            assert not second.events("link_state")  # nothing was dialled
+            error = second.events("stopped_by_fault")[0]["error"]
+            assert error.startswith(f"listen.port {first.url.rsplit(':', 1)[1]} on listen.host 127.0.0.1 is taken")
+            assert error.endswith("or change listen.port")
     database = tmp_path / "newer.db"
     async with Shim(tmp_path, {"store": {"path": str(database)}}) as shim:
         await shim.start()
@@ -207,3 +212,42 @@ async def test_faults_that_prevent_a_start_have_their_exit_codes(tmp_path: Path)
         await shim.launch()
         assert await shim.wait() == 78
         assert database.read_bytes() == before
+
+
+@pytest.mark.parametrize("ready,told", [("none/ready", "does not exist: make it first"), (".", "is a directory")])
+async def test_a_ready_file_that_cannot_be_written_is_refused_before_anything_starts(
+    ready: str, told: str, tmp_path: Path
+) -> None:
+    async with Shim(tmp_path, {}) as shim:
+        await shim.launch("--ready-file", str(tmp_path / ready))
+        assert await shim.wait() == 2
+        assert told in shim.lines[-1]
+        assert "--ready-file" in shim.lines[-1]
+        assert not (tmp_path / "agent-shim.db").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "mode: !!int abc", "listen: {port: " + "9" * 5000 + "}", "[" * 5000]
+)
+async def test_a_file_that_cannot_be_used_leaves_the_running_configuration(text: str, tmp_path: Path) -> None:
+    async with world(tmp_path) as (shim, _):
+        await shim.start()
+        (tmp_path / "agent-shim.yaml").write_text(text)
+        await shim.event("config_faulty")
+        assert await shim.stop() == 0
+
+
+async def test_what_takes_the_place_of_the_file_leaves_the_running_configuration(tmp_path: Path) -> None:
+    async with world(tmp_path) as (shim, _):
+        await shim.start()
+        file = tmp_path / "agent-shim.yaml"
+        for make in (os.mkfifo, os.mkdir, lambda path: Path(path).write_bytes(b"\xff\xfe\x00mode")):
+            kept, after = file.rename(tmp_path / "kept"), len(shim.lines)
+            make(file)
+            shim.send(signal.SIGHUP)
+            await shim.event("config_faulty", after)
+            file.rmdir() if file.is_dir() else file.unlink()
+            kept.rename(file)
+        after = len(shim.lines)
+        shim.send(signal.SIGHUP)
+        await shim.event("config_reloaded", after)

@@ -14,7 +14,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shim import app
 from shim.clock import Clock
@@ -223,8 +223,8 @@ def doubtful(trap: Trap, clock_file: Path | None) -> type[app.App]:
     return DoubtfulApp
 
 
-def main(args: Sequence[str]) -> int:
-    """Run until the trap springs; the shim's exit code if it never does."""
+def main(args: Sequence[str]) -> NoReturn:
+    """Run until the trap springs, or else until the shim ends the process."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.doubtful_shim")
     parser.add_argument("--crash", nargs=2, default=("", "0"), metavar=("POINT", "N"))
     parser.add_argument("--clock", type=Path, metavar="FILE")
@@ -232,8 +232,8 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--config", required=True)
     given = parser.parse_args(args)
     point, count = given.crash
-    return app.main(given.config, (), None, doubtful(Trap(point, int(count)), given.clock))
+    app.main(given.config, (), None, doubtful(Trap(point, int(count)), given.clock))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

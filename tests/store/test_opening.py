@@ -311,7 +311,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(stores: Stores, path: Path,
     target = tmp_path / "somebody-elses"
     target.write_bytes(b"theirs")
     Path(f"{path}.lock").symlink_to(target)
-    with pytest.raises(StoreError, match=r"store\.path cannot be used"):
+    with pytest.raises(StoreError, match=r"store\.path .* cannot be used"):
         stores.open(path)
     assert target.read_bytes() == b"theirs"
 

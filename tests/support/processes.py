@@ -163,6 +163,10 @@ class Shim(_Child):
         """Start it without expecting that it will serve."""
         await self._spawn("run", "--config", str(self._path), *args)
 
+    async def output(self, text: str, after: int = 0) -> None:
+        """Wait for a line with this text."""
+        await self._line(lambda line: text in line, after)
+
     async def event(self, name: str, after: int = 0, **fields: Any) -> dict[str, Any]:
         """Wait for a log event with these fields."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shim import settings
 from shim.errors import StoreError
-from shim.store import check_database
+from shim.store import advice, check_database
 from shim.tools.doctor.findings import Finding, failed, passed, warned
 from shim.tools.doctor.running import Running
 from shim.tools.doctor.volumes import Kind, Volume, volume_of
@@ -97,7 +97,7 @@ def examine_store(store: settings.Store, running: Running) -> Iterator[Finding]:
     try:
         yield _writable(path, place, volume)
     except OSError as error:
-        yield failed("store", f"{path} cannot be written: {os.strerror(error.errno or errno.EIO)}", _help(error, path))
+        yield failed("store", f"{path} cannot be written: {os.strerror(error.errno or errno.EIO)}", advice(error, path))
         return
     yield from _contents(path, running)
     yield from _space(place)
@@ -132,17 +132,6 @@ def _writable(path: Path, place: Path, volume: Volume) -> Finding:
         path.open("r+b").close()
         return passed("store", f"{path} can be written")
     return passed("store", f"{path} can be made")
-
-
-def _help(error: OSError, path: Path) -> str:
-    match error.errno:
-        case errno.EROFS:
-            return "the file system is read-only: mount a volume that is not, or put store.path elsewhere"
-        case errno.EACCES | errno.EPERM:
-            return f"the user {os.geteuid()} needs to write there (fsGroup, or chown of {path.parent})"
-        case errno.ENOSPC | errno.EDQUOT:
-            return "make room: the disk, or the quota, is full"
-    return "put store.path on a directory that can be written"
 
 
 def _contents(path: Path, running: Running) -> Iterator[Finding]:

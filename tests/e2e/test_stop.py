@@ -1,0 +1,200 @@
+"""The process is gone within 5 s of SIGTERM, whatever hangs; signals that come early or often do no harm."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.faults.waiting import Starved, last
+from tests.support.processes import Shim, free_port, world
+
+LIMIT_S = 5.0
+NAME_SERVER = "127.0.0.77"
+
+
+async def stop_in_time(shim: Shim, number: signal.Signals = signal.SIGTERM) -> int:
+    """Send the signal; the exit code, once the process has ended in time."""
+    starved = Starved(shim.pid, os.getpid())
+    watching = asyncio.create_task(starved.watch())
+    began = time.monotonic()
+    shim.send(number)
+    code = await shim.wait()
+    took_s = time.monotonic() - began
+    watching.cancel()
+    assert took_s - starved.for_s < LIMIT_S
+    return code
+
+
+@asynccontextmanager
+async def silent_server() -> AsyncIterator[tuple[int, asyncio.Event]]:
+    """A TCP server that takes connections and never says anything; its port, and an event for the first one."""
+    taken = asyncio.Event()
+    held: list[asyncio.StreamWriter] = []
+
+    def take(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.append(writer)
+        taken.set()
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], taken
+    finally:
+        server.close()
+        for writer in held:
+            writer.close()
+
+
+def may_mount() -> bool:
+    """True if a resolver configuration of the test's own can be put in place."""
+    unshare = shutil.which("unshare")
+    probe = [unshare or "false", "--mount", "mount", "--bind", "/etc/hosts", "/etc/resolv.conf"]
+    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="mount namespaces are not permitted here")
+async def test_a_name_server_that_answers_nothing(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as name_server:
+        name_server.bind((NAME_SERVER, 53))
+        name_server.setblocking(False)
+        resolver = tmp_path / "resolv.conf"
+        resolver.write_text(f"nameserver {NAME_SERVER}\nsearch a.test b.test c.test\noptions timeout:9 attempts:5\n")
+        async with Shim(tmp_path, {"upstream": {"url": "https://vendor.test", "token": "tok-abc"}}) as shim:
+            mount = f'mount --bind {resolver} /etc/resolv.conf && exec "$@"'
+            shim.program = ("unshare", "--mount", "sh", "-c", mount, "sh", *shim.program)
+            await shim.start()
+            async with asyncio.timeout(20):
+                await loop.sock_recv(name_server, 512)  # the question has been asked
+            assert await stop_in_time(shim) == 0
+            assert shim.events("stopped")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_proxy_that_accepts_and_says_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    async with silent_server() as (port, taken):
+        upstream = {"url": "https://vendor.test", "token": "tok-abc", "proxy": f"http://127.0.0.1:{port}"}
+        async with Shim(tmp_path, {"upstream": {**upstream, "connect_timeout_s": 60}}) as shim:
+            await shim.start()
+            async with asyncio.timeout(20):
+                await taken.wait()
+            assert await stop_in_time(shim, number) == 0
+
+
+async def test_a_controller_that_accepts_and_says_nothing(tmp_path: Path) -> None:
+    async with silent_server() as (port, taken):
+        upstream = {"url": f"http://127.0.0.1:{port}", "token": "tok-abc", "connect_timeout_s": 60}
+        async with Shim(tmp_path, {"upstream": upstream}) as shim:
+            await shim.start()
+            async with asyncio.timeout(20):
+                await taken.wait()
+            assert await stop_in_time(shim) == 0
+
+
+@pytest.mark.parametrize("step", ["open", "close"])
+async def test_a_store_on_a_disk_that_hangs(step: str, tmp_path: Path) -> None:
+    async with world(tmp_path) as (shim, _):
+        shim.program = (sys.executable, "-m", "tests.support.stalled_shim", step)
+        shim.environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        await shim.launch()
+        if step == "open":
+            await shim.output("stalled: open")
+        else:
+            await shim.event("serving")
+        await stop_in_time(shim)
+        assert shim.events("stopped")
+
+
+async def test_a_log_pipe_that_nobody_reads(tmp_path: Path) -> None:
+    """Agents are answered as ever, and the process ends in time."""
+    ready, port = tmp_path / "ready.json", free_port()
+    read_fd, write_fd = os.pipe()
+    fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
+    sets = {
+        "listen.port": port,
+        "admin.port": 0,
+        "log.level": "debug",
+        "store.path": tmp_path / "db",
+        "upstream.url": "http://127.0.0.1:1",
+        "upstream.token": "tok-abc",
+    }
+    options = [f"--set={key}={value}" for key, value in sets.items()]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "shim", "run", "--ready-file", str(ready), *options), stderr=write_fd
+    )
+    os.close(write_fd)
+    try:
+        async with asyncio.timeout(30):
+            while not ready.exists():
+                await last(0.05)
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session:
+            for number in range(200):  # each is refused with a log line of its own
+                url = f"http://127.0.0.1:{port}/nowhere/{number}/{'x' * 200}"
+                async with session.get(url) as response:
+                    assert response.status == 404
+            async with session.get(f"http://127.0.0.1:{port}/api/v1/health") as response:
+                assert response.status == 200
+        began = time.monotonic()
+        process.terminate()
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0
+        assert time.monotonic() - began < LIMIT_S + 1  # the machine may be busy
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(read_fd)
+
+
+async def test_signals_that_come_early_or_often(tmp_path: Path) -> None:
+    async with world(tmp_path, {"poll": {"hold": "off"}}) as (shim, _):
+        # at once, as PID 1 it would be lost: before the event loop runs the process just ends
+        await shim.launch()
+        assert await stop_in_time(shim) in (0, -signal.SIGTERM)
+        # SIGHUP during the start is no end, and the configuration is read again at most once for it
+        await shim.launch()
+        await shim.event("serving", len(shim.lines))
+        for _ in range(100):
+            shim.send(signal.SIGHUP)
+        await shim.event("config_reloaded")
+        shim.send(signal.SIGTERM)
+        assert await stop_in_time(shim) == 0
+
+
+async def test_sighup_during_the_start_is_taken(tmp_path: Path) -> None:
+    async with world(tmp_path) as (shim, _):
+        shim.program = (sys.executable, "-m", "tests.support.stalled_shim", "open")
+        shim.environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        await shim.launch()
+        await shim.output("stalled: open")
+        shim.send(signal.SIGHUP)
+        shim.send(signal.SIGHUP)
+        await stop_in_time(shim)
+        assert shim.events("stopped")
+
+
+async def test_sighup_beside_a_changed_file_reloads_once(tmp_path: Path) -> None:
+    async with world(tmp_path, {"poll": {"hold": "off", "frequency_s": 5}}) as (shim, _):
+        await shim.start()
+        for frequency_s in (7, 8):
+            after = len(shim.lines)
+            shim.write({"poll": {"hold": "off", "frequency_s": frequency_s}})
+            shim.send(signal.SIGHUP)
+            await shim.event("config_reloaded", after)
+        # A change that is noticed by itself comes after everything that the watch had to say of the former ones.
+        after = len(shim.lines)
+        shim.write({"poll": {"hold": "sometimes"}})
+        await shim.event("config_faulty", after)
+        assert len(shim.events("config_reloaded")) == 2
