@@ -29,7 +29,7 @@ AIM_MS = 10.0
 FLEET_AGENTS = 50
 FLEET_S = 60
 FLEET_RATE_HZ = 4.0
-# A hold grows by a second with each poll, and whether heartbeats run beside the polls is found out in some more.
+# A hold is learnt within some polls, and whether heartbeats run beside them.
 FLEET_WARM_UP_S = 75
 MOST_HOLD_S = 20.0
 

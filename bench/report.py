@@ -40,6 +40,15 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def with_virtual(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the whole run that the pages show, with these figures in the place of its own of the same parts."""
+    whole: dict[str, Any] = json.loads(DATA.read_text())
+    anew = {each["part"] for each in found["figures"]}
+    kept = [each for each in whole["figures"] if each["part"] not in anew]
+    behind = next((n for n, each in enumerate(kept) if each["part"] == latency.REAL), len(kept))
+    return {**whole, "figures": [*kept[:behind], *found["figures"], *kept[behind:]]}
+
+
 def text(found: dict[str, Any]) -> str:
     """What a terminal shows."""
     lines = [*_about(found), "", *table(_figures(found))]

@@ -71,8 +71,8 @@ class _VirtualApp(app.App):
     counted: _Counted
 
     def make_clock(self) -> Clock:
-        clock: Clock = _clock()
-        return clock
+        made: Clock = clock()
+        return made
 
     def make_store(self, post: Post) -> CommandStore:
         store = _Counted(open_store(self.settings.store, post))
@@ -84,7 +84,8 @@ class _VirtualApp(app.App):
         return store
 
 
-def _clock() -> Any:
+def clock() -> Any:
+    """Return the clock of the running virtual loop."""
     return VirtualClock(asyncio.get_running_loop())
 
 
@@ -108,7 +109,7 @@ async def running(
 ) -> AsyncIterator[World]:
     """A shim with these sections over what is needed; `between` may put something between it and the controller."""
     with tempfile.TemporaryDirectory(prefix="agent-shim-bench-") as folder:
-        async with DevController([TOKEN], clock=_clock()) as controller, between(controller.url) as url:
+        async with DevController([TOKEN], clock=clock()) as controller, between(controller.url) as url:
             values: dict[str, dict[str, Any]] = {
                 "listen": {"port": 0},
                 "admin": {"port": 0},
@@ -189,7 +190,7 @@ async def _latencies_s(hold: str, span: Span) -> dict[Kind, list[float]]:
                     who = Identity(agent_id=f"agent-{name}", cluster_name=name, token=TOKEN)
                     profile = Profile(poll_interval_s=interval_s, poll_style=pace, heartbeat_interval_s=30.0)
                     callbacks = Callbacks(event=seen((pace.value, interval_s)))
-                    agent = LegacyAgent(world.url, who, profile, _clock(), callbacks)
+                    agent = LegacyAgent(world.url, who, profile, clock(), callbacks)
                     lives.append(group.create_task(agent.run()))
                     pushes.append(group.create_task(push(agent)))
                     await asyncio.sleep(rng.uniform(0.0, 1.0))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import durable, latency, memory, sizing, throughput, traffic
+from bench import durable, first_minutes, latency, memory, sizing, throughput, traffic
 from bench.__main__ import PARTS
 from bench.report import DATA, PAGES, rendered
 
@@ -62,7 +62,7 @@ def test_a_page_shows_the_figures_of_the_json(name: str) -> None:
 def test_the_pages_are_of_a_whole_run() -> None:
     parts = {each["part"] for each in FOUND["figures"]}
     modules = (throughput.PART, memory.PART, durable.PART, traffic.PART, sizing.PART)
-    assert parts == {latency.SIMULATED, latency.REAL, *modules}
+    assert parts == {latency.SIMULATED, latency.REAL, *first_minutes.PARTS, *modules}
     assert [row["agents"] for row in FOUND["sizing"]] == [*sizing.FEW, *sizing.MANY]
     aims = {each["what"]: each["met"] for each in FOUND["figures"] if each["aim"] is not None}
     assert f"growth over {memory.SOAK_CALLS:,} calls" in aims
@@ -70,3 +70,13 @@ def test_the_pages_are_of_a_whole_run() -> None:
     assert {"heartbeats", "empty polls", "idle RSS", "idle RSS, absolute"} <= aims.keys()
     against = {each["against"] for each in FOUND["figures"]}
     assert {"aiohttp", "web.Application", "naive", "plain sqlite3", "hold off", "HTTP calls", "bare commit"} <= against
+
+
+def test_no_bridge_can_beat_the_bound_of_a_burst() -> None:
+    """A poll that is held takes the first command; the others wait for the agent's next one."""
+    assert first_minutes.best_s([31.0, 37.0, 43.0, 60.0], 0.0, 30.0) == [0.0, 23.0, 17.0, 0.0]
+    assert first_minutes.best_s([55.0], 0.0, 30.0) == [5.0]
+    assert first_minutes.best_s([7.0, 8.0, 9.0], 0.0, 5.0) == [0.0, 2.0, 1.0]
+    assert first_minutes.best_s([17.0, 18.0], 0.0, 5.0) == [0.0, 0.0], (
+        "a tick that was missed during a hold comes at once"
+    )

@@ -1,15 +1,16 @@
-"""How long a poll with nothing to deliver may be held open, learnt for each agent (protocol.md §1.3)."""
+"""Learn for each agent how long a poll may be held open that finds nothing (docs/reference/protocol.md#13-poll)."""
 
 from __future__ import annotations
 
 from enum import Enum
 from typing import Any
 
+START_S = 4.0  # under the shortest heartbeat interval: the first polls of a serial agent delay no heartbeat
 STEP_S = 1.0
 MARGIN_S = 1.0
 PROBE_AFTER = 50
 MAX_PROBE_AFTER = 3200
-SERIAL_PROBE_AFTER = 3
+SERIAL_PROBE_AFTER = 1
 MIN_SAMPLES = 4
 AT_ONCE_S = 0.1
 STEADY = 0.15
@@ -31,13 +32,14 @@ class Pace(Enum):
 class Hold:
     """The learnt hold of one session; all times in seconds, `now` monotonic.
 
-    It grows by 1 s with each poll that ended with our reply, halves when the agent leaves first, and then stays 1 s
-    under the time at which it left. That ceiling is what the agent's client allows, or the moment at which the agent
-    died: so after many answered polls at the ceiling it is tried 1 s higher, each time more rarely.
+    It starts at 4 s and doubles with each poll that ended with our reply. When the agent leaves first, its ceiling
+    becomes 1 s less than the time at which it left, the hold the half of that, and from then on it grows by 1 s. The
+    ceiling is what the agent's client allows, or the moment at which the agent died: so after many answered polls at
+    the ceiling it is tried 1 s higher, each time more rarely.
 
     An agent that heartbeats, but never while a poll of it was held, is taken for serial: it makes one call after the
     other, and its heartbeats wait for our reply. Two loops of the same rate look the same as long as no hold is longer
-    than the interval, so after some polls one is held 1 s longer: a heartbeat that comes during it tells them apart.
+    than the interval, so one poll is held 1 s longer: a heartbeat that comes during it tells them apart.
 
     `poll_arrived` is followed by exactly one of `replied`, `left` and `gone`.
     """
@@ -54,6 +56,7 @@ class Hold:
         "_open",
         "_pauses",
         "_probe_after",
+        "_provisional_s",
         "_serial_for_sure",
         "_unjudged",
         "ceiling_s",
@@ -64,12 +67,13 @@ class Hold:
 
     def __init__(self, stored: dict[str, Any] | None = None) -> None:
         known = stored or {}
-        self.held_s: float = _number(known.get("hold_s"), STEP_S)
+        self.held_s: float = _number(known.get("hold_s"), START_S)
         self.ceiling_s: float | None = _number(known.get("ceiling_s"), None)
         self.pace = next((pace for pace in Pace if pace.value == known.get("pace")), Pace.UNKNOWN)
         self._concurrent = known.get("concurrent") is True
         self._serial_for_sure = known.get("serial") is True
         self._base_interval_s: float | None = _number(known.get("interval_s"), None)
+        self._provisional_s: float | None = None
         self._before_left_s: float | None = None
         self._at_ceiling = 0
         self._at_interval = 0
@@ -112,9 +116,10 @@ class Hold:
         bound_s = min(self.held_s, max_s)
         if self.ceiling_s is not None:
             bound_s = min(bound_s, self.ceiling_s)
-        if self._base_interval_s is not None and not self._concurrent:
+        interval_s = self._provisional_s if self._base_interval_s is None else self._base_interval_s
+        if interval_s is not None and not self._concurrent:
             probing = self._at_interval >= SERIAL_PROBE_AFTER and not self._serial_for_sure
-            bound_s = min(bound_s, self._base_interval_s + (MARGIN_S if probing else -MARGIN_S))
+            bound_s = min(bound_s, interval_s + (MARGIN_S if probing else -MARGIN_S))
         return max(0.0, bound_s)
 
     def poll_arrived(self, now: float) -> bool:
@@ -148,7 +153,8 @@ class Hold:
                 self.ceiling_s += STEP_S
                 self.changed = True
         allowed = max_s if self.ceiling_s is None else min(max_s, self.ceiling_s)
-        grown = min(self.held_s + STEP_S, max(allowed, 0.0))
+        longer_s = self.held_s + (STEP_S if self.ceiling_s is not None else max(self.held_s, STEP_S))
+        grown = min(longer_s, max(allowed, 0.0))
         if grown != self.held_s:
             self.held_s = grown
             self.changed = True
@@ -158,9 +164,8 @@ class Hold:
         self.gone()
         if self._before_left_s is None:
             self._before_left_s = self.held_s
-        self.held_s /= 2
         self.ceiling_s = max(0.0, after_s - MARGIN_S)
-        self.held_s = min(self.held_s, self.ceiling_s)
+        self.held_s = self.ceiling_s / 2
         self._at_ceiling = 0
         self._probe_after = min(2 * self._probe_after, MAX_PROBE_AFTER)
         self.changed = True
@@ -169,11 +174,13 @@ class Hold:
         """The poll ended in a way that tells nothing about the agent's patience."""
         self._closed(None)
 
-    def heartbeat(self, interval_s: float | None) -> None:
-        """A heartbeat came. `interval_s` is the measured interval, `None` while it is not known.
+    def heartbeat(self, interval_s: float | None, provisional_s: float | None = None) -> None:
+        """Take note of a heartbeat. `interval_s` is the measured interval, `None` while it is not known.
 
-        Of a serial agent's intervals the shortest counts: the later ones contain our holds.
+        Until then `provisional_s`, what the first gaps look like, bounds the hold. Of a serial agent's intervals the
+        shortest counts: the later ones contain our holds.
         """
+        self._provisional_s = provisional_s
         if self._open and not self._concurrent:
             self._concurrent = self.changed = True
         if interval_s is not None and (self._base_interval_s is None or interval_s < self._base_interval_s):
@@ -207,7 +214,7 @@ class Hold:
             return
         if now - self._arrived_at >= self._base_interval_s:
             self._serial_for_sure = self.changed = True
-        elif self.held_s > self._base_interval_s:
+        elif self.held_s >= self._base_interval_s - MARGIN_S:
             self._at_interval += 1
 
     def _judge_pace(self) -> Pace:

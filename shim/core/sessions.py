@@ -155,9 +155,10 @@ class Session:
             if len(self.gaps) >= MIN_GAPS:
                 self.measured_interval_s = middle_of(self.gaps)
         self.heartbeat_at = now
-        self.hold.heartbeat(self.measured_interval_s)
+        provisional_s = middle_of(self.gaps) if self.gaps else None
+        self.hold.heartbeat(self.measured_interval_s, provisional_s)
         if self._tunnel_hold is not None:
-            self._tunnel_hold.heartbeat(self.measured_interval_s)
+            self._tunnel_hold.heartbeat(self.measured_interval_s, provisional_s)
         self.heartbeat = call
         if call.agent_id:
             self.agent_id = call.agent_id

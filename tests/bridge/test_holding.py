@@ -93,17 +93,17 @@ async def test_an_agent_that_gives_up_first_is_held_less(make_world: MakeWorld) 
     world = await make_world(poll=AUTO)
     agent = world.agent()
     await agent.register()
-    for _ in range(10):
+    for _ in range(2):
         await agent.poll()
     session = world.session(agent.cluster_id)
-    assert session.hold.limit_s(20.0) == 11.0
+    assert session.hold.limit_s(20.0) == 16.0
     poll = agent.poll_task()
     await world.pass_s(6.0)
     poll.cancel()
     await world.settle()
-    assert session.hold.limit_s(20.0) == 5.0  # half of what it was; never more than 6 s minus 1 s
+    assert session.hold.limit_s(20.0) == 2.5  # half of its ceiling, which is 6 s minus 1 s
     await world.restart()
-    assert world.session(agent.cluster_id).hold.limit_s(20.0) == 5.0
+    assert world.session(agent.cluster_id).hold.limit_s(20.0) == 2.5
 
 
 async def test_a_stop_teaches_nothing(make_world: MakeWorld) -> None:

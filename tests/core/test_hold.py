@@ -16,24 +16,30 @@ def answered(hold: Hold, times: int, max_s: float = MAX_S) -> None:
         hold.replied(0.0, max_s)
 
 
-def test_grows_by_a_second_with_each_answer_up_to_the_maximum() -> None:
+@pytest.mark.parametrize(
+    "max_s, seen", [(20.0, [4, 8, 16, 20, 20]), (28.0, [4, 8, 16, 28, 28]), (3.0, [3, 3, 3, 3, 3])]
+)
+def test_doubles_with_each_answer_up_to_the_maximum(max_s: float, seen: list[float]) -> None:
     hold = Hold()
-    seen = []
-    for _ in range(25):
-        seen.append(hold.limit_s(MAX_S))
-        answered(hold, 1)
-    assert seen == [float(min(n, 20)) for n in range(1, 26)]
+    found = []
+    for _ in seen:
+        found.append(hold.limit_s(max_s))
+        answered(hold, 1, max_s)
+    assert found == seen
 
 
-def test_an_agent_that_leaves_first_halves_it_and_sets_the_ceiling_below() -> None:
+def test_an_agent_that_leaves_first_sets_the_ceiling_below_and_growth_is_slow_from_then_on() -> None:
     hold = Hold()
-    answered(hold, 15)
+    answered(hold, 2)
     assert hold.limit_s(MAX_S) == 16
     hold.left(10.0)
-    assert hold.limit_s(MAX_S) == 8
+    assert hold.limit_s(MAX_S) == 4.5
     assert hold.ceiling_s == 9
-    answered(hold, 5)
-    assert hold.limit_s(MAX_S) == 9
+    seen = []
+    for _ in range(6):
+        answered(hold, 1)
+        seen.append(Hold(hold.stored()).limit_s(MAX_S))
+    assert seen == [5.5, 6.5, 7.5, 8.5, 9, 9]
 
 
 def test_an_agent_that_leaves_at_once_is_not_held_any_more() -> None:
@@ -46,13 +52,13 @@ def test_an_agent_that_leaves_at_once_is_not_held_any_more() -> None:
 def test_a_ceiling_is_tried_one_second_higher_ever_more_rarely() -> None:
     hold = Hold()
     hold.left(5.0)  # 4 s at most, and twice as many answers before the first trial
-    answered(hold, 4 + 2 * PROBE_AFTER - 1)
+    answered(hold, 2 + 2 * PROBE_AFTER - 1)
     assert hold.limit_s(MAX_S) == 4
     answered(hold, 2)
     assert hold.limit_s(MAX_S) == 5
     for _ in range(20):
         hold.left(5.0)
-    answered(hold, 5 + MAX_PROBE_AFTER - 10)
+    answered(hold, 2 + MAX_PROBE_AFTER - 10)
     assert hold.limit_s(MAX_S) == 4
     answered(hold, 20)
     assert hold.limit_s(MAX_S) == 5
@@ -110,7 +116,16 @@ def test_an_agent_that_hung_up_and_polls_on_was_impatient() -> None:
     hold.left(5.0)
     answered(hold, 1)
     hold.new_process()
-    assert hold.limit_s(MAX_S) == 4
+    assert hold.limit_s(MAX_S) == 3
+
+
+@pytest.mark.parametrize("interval_s, held_s", [(5.0, 4.0), (30.0, 8.0)])
+def test_the_first_gap_between_heartbeats_bounds_a_serial_agents_second_hold(interval_s: float, held_s: float) -> None:
+    hold = Hold()
+    hold.heartbeat(None)
+    answered(hold, 1)
+    hold.heartbeat(None, interval_s)
+    assert hold.limit_s(MAX_S) == held_s
 
 
 def test_what_was_learnt_survives_a_restart() -> None:
@@ -122,12 +137,12 @@ def test_what_was_learnt_survives_a_restart() -> None:
     again = Hold(hold.stored())
     assert not hold.changed
     assert again.stored() == hold.stored()
-    assert again.limit_s(MAX_S) == hold.limit_s(MAX_S) == 4
+    assert again.limit_s(MAX_S) == hold.limit_s(MAX_S) == 3.5
 
 
 @pytest.mark.parametrize("stored", [{}, {"hold_s": "x", "ceiling_s": [], "probe_after": None}, {"hold_s": -3}])
 def test_a_stored_state_that_makes_no_sense_starts_afresh(stored: dict[str, object]) -> None:
-    assert Hold(stored).limit_s(MAX_S) == 1
+    assert Hold(stored).limit_s(MAX_S) == 4
 
 
 class Polls:
