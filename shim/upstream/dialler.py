@@ -23,7 +23,7 @@ from yarl import URL
 from shim.core.urls import origin_of
 from shim.ports import DialFailure
 from shim.settings import DialSettings
-from shim.upstream.failures import Refused, Unanswered, Undialable, retry_after_s
+from shim.upstream.failures import Refused, Unanswered, Undialable, retry_after_s, tls_text
 from shim.upstream.http_client import Connector, LenientResponse
 from shim.upstream.proxies import ProxyChoice, choose_proxy
 from shim.upstream.socket import RawWebSocket, websocket_class
@@ -38,8 +38,11 @@ logger = logging.getLogger(__name__)
 class DialTrace:
     """Facts about the newest dial, for doctor. Each is filled as soon as it is known.
 
-    `resolved` are the addresses of `resolving`; `tls` describes the connection once it is open.
+    `tried`: the configuration allowed a dial. `resolved` are the addresses of `resolving`. `tls` describes the
+    connection once it is open.
     """
+
+    tried: bool = False
 
     proxy: ProxyChoice = field(default_factory=ProxyChoice)
     resolving: str = ""
@@ -90,6 +93,7 @@ class Dialler:
         self._trace = trace
         self._tls = ClientTls(settings)
         self._session: aiohttp.ClientSession | None = None
+        self._transport: asyncio.Transport | None = None
         self._announced: set[tuple[str, str]] = set()
         if settings.insecure_skip_verify:
             key = settings.key("insecure_skip_verify")
@@ -135,6 +139,11 @@ class Dialler:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+        if self._trace is not None:
+            # The tool's event loop ends with its last dial: nothing waits for the peer's half of a TLS shutdown.
+            if self._transport is not None:
+                self._transport.abort()
+            await asyncio.sleep(0)
 
     def _way(self, url: str) -> tuple[URL, dict[str, Any]]:
         """Return the target for aiohttp and how to get there. Raises `Undialable`."""
@@ -152,6 +161,8 @@ class Dialler:
             detail = f"a file of the TLS configuration cannot be used: {type(error).__name__}"
             raise Undialable(DialFailure("tls", detail=detail)) from None
         self._announce(url, proxy)
+        if self._trace is not None:
+            self._trace.tried = True
         target = URL(plain, encoded=plain.isascii())
         # Certificates have names without a final dot. Behind a proxy aiohttp would ask for one with it.
         name = (target.raw_host or "").rstrip(".") if tls and plain.startswith("https:") else None
@@ -190,6 +201,7 @@ class Dialler:
     def _connected(self, transport: asyncio.BaseTransport | None) -> None:
         if self._trace is not None and transport is not None:
             self._trace.connected, self._trace.tls = True, transport.get_extra_info("ssl_object")
+            self._transport = cast("asyncio.Transport", transport)
 
     async def _send(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         """Client middleware: tell the proxy's own refusals from the controller's, and fill the trace.
@@ -202,6 +214,8 @@ class Dialler:
         except aiohttp.ClientConnectorError:
             raise
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+            if isinstance(error.__cause__, ssl.SSLError):  # TLS 1.3 refuses a client after the handshake
+                raise Undialable(DialFailure("tls", detail=tls_text(error.__cause__))) from None
             if upgrade:
                 raise Unanswered from error
             raise

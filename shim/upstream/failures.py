@@ -13,12 +13,15 @@ from shim.errors import ShimError
 from shim.ports import DialFailure
 from shim.upstream.http_client import InterimFlood
 
+UNANSWERED = "the connection was closed before the handshake was answered"
+PROXY_UNREACHED = "cannot reach the proxy"
+
 
 class Unanswered(ShimError):
     """The connection was lost before the handshake was answered."""
 
     def __init__(self) -> None:
-        super().__init__("the connection was closed before the handshake was answered")
+        super().__init__(UNANSWERED)
 
 
 class Refused(ShimError):
@@ -71,13 +74,13 @@ def _classify(error: Exception) -> tuple[str, str]:
         case aiohttp.ClientHttpProxyError():
             return "proxy", f"the proxy answered HTTP {error.status}"
         case aiohttp.ClientProxyConnectionError():
-            return "proxy", f"cannot reach the proxy: {_os_text(error.os_error)}"
+            return "proxy", f"{PROXY_UNREACHED}: {_os_text(error.os_error)}"
         case aiohttp.ClientConnectorDNSError():
             return "dns", f"cannot resolve {error.host}: {_os_text(error.os_error)}"
         case aiohttp.ClientConnectorCertificateError():
-            return "tls", _tls_text(error.certificate_error)
+            return "tls", tls_text(error.certificate_error)
         case aiohttp.ClientConnectorSSLError():
-            return "tls", _tls_text(error.os_error)
+            return "tls", tls_text(error.os_error)
         case aiohttp.ClientConnectorError():
             return "tcp", _os_text(error.os_error)
     return "handshake", _answer_text(error)
@@ -102,7 +105,8 @@ def _os_text(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-def _tls_text(error: Exception) -> str:
+def tls_text(error: Exception) -> str:
+    """Return what OpenSSL says, without the library's place in its source."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message
     reason = getattr(error, "reason", None)

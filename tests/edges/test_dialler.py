@@ -6,11 +6,12 @@ Each test dials both ways where both have to do with it: what holds for the link
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import os
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from shim.ports import Client, DialFailure, DialSpec, Forwarded, Proxied
 from shim.settings import Fallback, Settings, Upstream
 from shim.upstream import AiohttpUpstream
 from shim.upstream.http_client import MAX_INTERIM_RESPONSES
-from tests.support.proxies import ForwardProxy
+from tests.support.proxies import ForwardProxy, PickyProxy
 from tests.support.sockets import Events, Tasks, accept_websocket, answer, dial, read_head, tcp_server
 
 TOKEN = "token-canary"
@@ -149,6 +150,37 @@ async def test_a_file_that_is_no_file_is_told_at_once(way: Way, tmp_path: Path) 
     )
 
 
+@BOTH
+async def test_a_client_certificate_that_is_asked_for_and_missing_is_told(
+    way: Way, authority: trustme.CA, ca_file: str
+) -> None:
+    """TLS 1.3 says so after the handshake; asyncio's servers never do, so this one is a thread."""
+    context = serving(authority, client=True)
+
+    def refuse(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        received, to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(received, to_send, server_side=True)
+        with connection:
+            received.write(connection.recv(65536))
+            with pytest.raises(ssl.SSLWantReadError):
+                tls.do_handshake()
+            connection.sendall(to_send.read())
+            connection.settimeout(0.3)  # the request is on its way with the rest of the handshake
+            with suppress(TimeoutError):
+                while data := connection.recv(65536):
+                    received.write(data)
+            with pytest.raises(ssl.SSLError):
+                tls.do_handshake()
+            connection.sendall(to_send.read())
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = asyncio.create_task(asyncio.to_thread(refuse, listener))
+        said = await way(Upstream(ca_file=ca_file), f"https://127.0.0.1:{listener.getsockname()[1]}")
+        await server
+    assert "CERTIFICATE_REQUIRED" in said
+
+
 # --- names and addresses ----------------------------------------------------------------------------------------------
 
 
@@ -194,33 +226,6 @@ async def test_an_ipv6_literal(way: Way, authority: trustme.CA, ca_file: str) ->
 # --- proxies ----------------------------------------------------------------------------------------------------------
 
 
-class PickyProxy(ForwardProxy):
-    """A CONNECT proxy that leads every name to `target` and insists on what RFC 9110 says and on credentials."""
-
-    def __init__(self, target: int) -> None:
-        super().__init__()
-        self._target = target
-
-    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line, headers = await read_head(reader)
-        self.heads.append(line)
-        authority = line.split(" ")[1]
-        if headers.get("host") != authority:
-            writer.write(answer("400 Bad Request"))
-            return
-        if headers.get("proxy-authorization") != "Basic " + base64.b64encode(b"us@er:pass word").decode():
-            writer.write(answer("407 Proxy Authentication Required", "Proxy-Authenticate: Basic"))
-            return
-        there, back = await asyncio.open_connection("127.0.0.1", self._target)
-        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._upstream(reader, back))
-                group.create_task(self._downstream(there, writer))
-        finally:
-            back.transport.abort()
-
-
 @BOTH
 @pytest.mark.parametrize("secure", [False, True])
 async def test_a_proxy_that_insists_on_credentials_and_on_host_with_its_port(
@@ -237,7 +242,7 @@ async def test_a_proxy_that_insists_on_credentials_and_on_host_with_its_port(
                 environ = {"HTTPS_PROXY": address, "NO_PROXY": "other.test,10.0.0.0/8"}
                 assert await way(Upstream(ca_file=ca_file), "https://vendor.test:8443", environ) == "ok"
                 nobody = f"{scheme}://127.0.0.1:{port}"
-                assert "407" in await way(Upstream(ca_file=ca_file, proxy=nobody), "https://vendor.test")
+                assert "HTTP 407" in await way(Upstream(ca_file=ca_file, proxy=nobody), "https://vendor.test")
     assert proxy.heads == [f"CONNECT vendor.test:{number} HTTP/1.1" for number in (443, 8443, 443)]
     assert f"through {nobody} (upstream.proxy)" in caplog.text
     assert f"through {nobody} (HTTPS_PROXY of the environment)" in caplog.text
@@ -286,44 +291,22 @@ async def test_no_proxy_decides_for_both_ways(way: Way, caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize(
-    "lines",
+    "connection, outcome",
     [
-        ["Connection: upgrade, keep-alive"],
-        ["Connection: Keep-Alive,UPGRADE"],
-        ["Connection: keep-alive", "connection: Upgrade"],
-        ["Connection: Upgrade", "Connection: Upgrade"],
+        ("upgrade, keep-alive", "ok"),
+        ("Keep-Alive,UPGRADE", "ok"),
+        ("keep-alive\r\nconnection: Upgrade", "ok"),
+        ("Upgrade\r\nConnection: Upgrade", "ok"),
+        ("upgrades, x-upgrade", "handshake: Invalid connection header"),
     ],
 )
-async def test_connection_of_an_upgrade_is_a_list_of_tokens(lines: list[str]) -> None:
+async def test_connection_of_an_upgrade_is_a_list_of_tokens(connection: str, outcome: str) -> None:
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        spoken = Spoken()
-        await accept_websocket(reader, spoken)  # type: ignore[arg-type]
-        writer.write(spoken.text.replace("Connection: Upgrade", "\r\n".join(lines)).encode())
+        await accept_websocket(reader, writer, connection=connection)
         await reader.read(1)
 
     async with tcp_server(accept) as port:
-        assert await link(Upstream(), f"http://127.0.0.1:{port}") == "ok"
-
-
-async def test_an_upgrade_without_the_token_stays_refused() -> None:
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        spoken = Spoken()
-        await accept_websocket(reader, spoken)  # type: ignore[arg-type]
-        writer.write(spoken.text.replace("Connection: Upgrade", "Connection: upgrades, x-upgrade").encode())
-        await reader.read(1)
-
-    async with tcp_server(accept) as port:
-        assert "handshake" in await link(Upstream(), f"http://127.0.0.1:{port}")
-
-
-class Spoken:
-    """A writer that keeps what is written."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, data: bytes) -> None:
-        self.text += data.decode()
+        assert await link(Upstream(), f"http://127.0.0.1:{port}") == outcome
 
 
 @BOTH

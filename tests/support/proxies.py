@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
-from tests.support.sockets import tcp_server
+from tests.support.sockets import answer, read_head, tcp_server
 
 
 class ForwardProxy:
@@ -70,6 +71,37 @@ class ForwardProxy:
         while data := await there.read(65536):
             writer.write(data)
         writer.close()
+
+
+class PickyProxy(ForwardProxy):
+    """A CONNECT proxy that leads every name to `target`; it insists on credentials and on what RFC 9110 says of `Host`.
+
+    `heads` are the first lines only.
+    """
+
+    CREDENTIALS = "us%40er:pass%20word"
+
+    def __init__(self, target: int) -> None:
+        super().__init__()
+        self._target = target
+
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line, headers = await read_head(reader)
+        self.heads.append(line)
+        if headers.get("host") != line.split(" ")[1]:
+            writer.write(answer("400 Bad Request"))
+            return
+        if headers.get("proxy-authorization") != "Basic " + base64.b64encode(b"us@er:pass word").decode():
+            writer.write(answer("407 Proxy Authentication Required", "Proxy-Authenticate: Basic"))
+            return
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._upstream(reader, back))
+                group.create_task(self._downstream(there, writer))
+        finally:
+            back.transport.abort()
 
 
 @asynccontextmanager

@@ -144,13 +144,18 @@ def answer(status: str, *headers: str) -> bytes:
     return "\r\n".join([f"HTTP/1.1 {status}", "Content-Length: 0", *headers, "", ""]).encode()
 
 
-async def accept_websocket(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[str, dict[str, str]]:
-    """Answer a WebSocket handshake; frames are the conversation's own business."""
+async def accept_websocket(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, connection: str = "Upgrade"
+) -> tuple[str, dict[str, str]]:
+    """Answer a WebSocket handshake; frames are the conversation's own business.
+
+    `connection` is the header of that name; a line end in it makes it several.
+    """
     line, headers = await read_head(reader)
     key = headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
     accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
     writer.write(
-        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: {connection}\r\n"
         f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode()
     )
     return line, headers

@@ -1,8 +1,7 @@
-"""What TLS says of the other side, and errors of the network in words."""
+"""Put into words what TLS says about the other side's certificate."""
 
 from __future__ import annotations
 
-import os
 import ssl
 from collections.abc import Mapping
 
@@ -24,14 +23,19 @@ def certificate(check: str, tls: ssl.SSLObject, ca_file: str) -> Finding:
     return passed(check, text)
 
 
-def trust(error: ssl.SSLCertVerificationError, host: str, url_key: str, ca_key: str) -> str:
-    """What helps against a certificate that is refused; the keys are those of the configuration."""
-    message = error.verify_message.lower()
+def trust(why: str, host: str, url_key: str, ca_key: str) -> str:
+    """Return what helps against a certificate that is refused, `""` if `why` is another trouble of TLS.
+
+    `why` is what OpenSSL says; the keys are those of the configuration.
+    """
+    message = why.lower()
     if "expired" in message or "not yet valid" in message:
         return "the certificate must be renewed, unless the clock of this machine is wrong: see the line clock"
     if "mismatch" in message or "not valid for" in message:
         return f"the certificate is for other names: {url_key} must use one of them instead of {host}"
-    return f"a private authority or an inspecting proxy? put its certificate into {ca_key}"
+    if "certificate" in message and "alert" not in message:
+        return f"a private authority or an inspecting proxy? put its certificate into {ca_key}"
+    return ""
 
 
 def _issuer(found: Mapping[str, object]) -> str:
@@ -40,14 +44,3 @@ def _issuer(found: Mapping[str, object]) -> str:
     if isinstance(names, tuple):
         parts = {pair[0]: pair[1] for group in names for pair in group}
     return str(parts.get("organizationName") or parts.get("commonName") or "?")
-
-
-def reason(error: Exception) -> str:
-    """An error in words: asyncio and the resolver put their own in front of the system's."""
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    if isinstance(error, ssl.SSLError):
-        return error.reason or type(error).__name__
-    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
-        return os.strerror(error.errno)
-    return getattr(error, "strerror", None) or type(error).__name__

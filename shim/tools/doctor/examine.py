@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 
-import msgspec
-
 from shim import config
+from shim.core.urls import fallback_url, under, ws_url
 from shim.errors import ConfigError
 from shim.settings import Settings, Upstream
 from shim.tools.admin_address import reachable
 from shim.tools.doctor import machine, running
-from shim.tools.doctor.findings import Finding, failed, passed, warned
-from shim.tools.doctor.handshake import Answer, ask, ask_time, judge_clock, judge_token, judge_upgrade, ping
-from shim.tools.doctor.network import Blocked, Target, connect, target_of
+from shim.tools.doctor.findings import Finding, Status, failed, passed, warned
+from shim.tools.doctor.probe import Dial, ask_head, ask_time_unverified, dial_websocket
 from shim.tools.doctor.running import Running
+from shim.tools.doctor.way import judge_clock, judge_fallback, judge_frames, judge_token, judge_upgrade, judge_way
 
-_UPGRADED = 101
 _REFUSED = (401, 403)
 
 
@@ -44,104 +43,65 @@ def upstream_token(settings: Settings, token_file: str | None) -> str:
 
 
 async def examine_way(settings: Settings, token: str, environ: Mapping[str, str], *, quiet: bool) -> list[Finding]:
-    """The way to the controller. With `quiet` no handshake is tried: a running shim's link proves it already."""
-    found: list[Finding] = []
+    """Return the findings on the way to the controller.
+
+    With `quiet` no handshake is tried: the link of a running shim proves already that it succeeds.
+    """
     upstream = settings.upstream
-    try:
-        target = target_of(upstream, environ)
-        answers, line_found = await _handshakes(target, upstream, token, found, quiet=quiet)
-    except Blocked as blocked:
-        found.append(blocked.finding)
-        if blocked.finding.check == "tls":
-            found.append(await _clock_behind(upstream, environ))
-        return found
-    found += line_found
-    found.append(judge_clock(next((answer for _, answer in answers if answer is not None), None)))
-    return found
-
-
-async def _handshakes(
-    target: Target, upstream: Upstream, token: str, found: list[Finding], *, quiet: bool
-) -> tuple[list[tuple[str, Answer | None]], list[Finding]]:
-    """Dial as the shim does, one way to present the token after the other; (way, answer) and what they mean."""
     if quiet:
-        line = await connect(target, upstream, found)
-        try:
-            answer = await ask_time(line, target, upstream)
-        finally:
-            await line.close()
+        dial = await ask_head(ws_url(upstream.url, upstream.path).partition("?")[0], upstream.dialling, environ)
+        found = judge_way(dial)
+        if _blocked(found):
+            return found
         online = "not tried: the running shim's link is online (--dial tries it all the same)"
-        return [("", answer)], [passed("upgrade", online), passed("token", online)]
-    answers: list[tuple[str, Answer | None]] = []
-    frames: list[Finding] = []
-    for way in _ways(upstream, token):
-        line = await connect(target, upstream, found if not answers else [])
-        try:
-            answer = await ask(line, target, upstream, token, query=way == "query")
-            answers.append((way, answer))
-            if answer is not None and answer.status == _UPGRADED:
-                frames.append(await ping(line, upstream.connect_timeout_s))
-        finally:
-            await line.close()
-        if answer is None or answer.status not in _REFUSED:
+        return [*found, passed("upgrade", online), passed("token", online), judge_clock(dial.trace.headers)]
+    dials: list[tuple[str, Dial]] = []
+    for way, in_header, in_query in _ways(upstream, token):
+        dial = await dial_websocket(upstream, token, environ, in_header=in_header, in_query=in_query)
+        dials.append((way, dial))
+        if dial.failure is None or dial.failure.status not in _REFUSED:
             break
-    return answers, [judge_upgrade(answers[-1][1]), judge_token(answers, given=bool(token)), *frames]
+    last = dials[-1][1]
+    found = judge_way(last)
+    if _blocked(found):
+        if found[-1].check == "tls":
+            found.append(judge_clock((await ask_time_unverified(upstream, environ)).trace.headers))
+        return found
+    found += [judge_upgrade(last), judge_token(dials, given=bool(token)), *judge_frames(last)]
+    return [*found, judge_clock(last.trace.headers)]
 
 
-def _ways(upstream: Upstream, token: str) -> tuple[str, ...]:
-    if not token:
-        return ("header",)
+def _blocked(found: list[Finding]) -> bool:
+    """True when the way ended before anything was answered."""
+    return found[-1].status is Status.FAIL
+
+
+def _ways(upstream: Upstream, token: str) -> tuple[tuple[str, bool, bool], ...]:
+    """Return how the shim presents the token, in the order of trying: (name, in the header, in the query)."""
+    header, query = ("header", True, False), ("query", False, True)
     match upstream.auth:
         case "auto":
-            return ("header", "query")
+            return (header, query) if token else (header,)
         case "query":
-            return ("query",)
+            return (query,)
+        case "both":
+            return (("header and the query", True, True),)
         case _:
-            return ("header",)
-
-
-async def _clock_behind(upstream: Upstream, environ: Mapping[str, str]) -> Finding:
-    """The clocks where a certificate is refused: a wrong clock makes good ones look expired.
-
-    The certificate is not checked for that, and nothing is said but a request without a name or a token.
-    """
-    unchecked = msgspec.structs.replace(upstream, insecure_skip_verify=True)
-    try:
-        target = target_of(unchecked, environ)
-        line = await connect(target, unchecked, [])
-    except Blocked:
-        return judge_clock(None)
-    try:
-        return judge_clock(await ask_time(line, target, unchecked))
-    finally:
-        await line.close()
+            return (header,)
 
 
 async def examine_fallback(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
-    """Whether the vendor's HTTP API, to which one may have to go back, can be reached."""
-    url = settings.fallback.url
-    if not url:
+    """Return whether the vendor's HTTP API can be reached: one may have to go back to it. Nothing if it is unused."""
+    if not settings.fallback.url and settings.mode == "websocket":
         return []
-    plain = Upstream(url=url, path="/api/v1/health", allow_insecure=True)
-    try:
-        target = target_of(plain, environ)
-        line = await connect(target, plain, [])
-    except Blocked as blocked:
-        finding = blocked.finding
-        return [failed("fallback", f"{finding.check}: {finding.text}", finding.todo)]
-    try:
-        answer = await ask_time(line, target, plain)
-    finally:
-        await line.close()
-    if answer is None or answer.status >= 500:
-        said = "no answer" if answer is None else f"HTTP {answer.status}"
-        return [failed("fallback", f"{target.host}: {said}", "modes http and auto need it: is fallback.url right?")]
-    if answer.status == 410:
-        return [warned("fallback", f"{target.host}: gone (HTTP 410)", "its sunset is over: there is no way back")]
-    return [passed("fallback", f"{target.host} answers (HTTP {answer.status})")]
+    dialling = settings.fallback.dialling(settings.upstream)
+    url = under(fallback_url(settings), "/api/v1/health")
+    return [judge_fallback(await ask_head(url, dialling, environ, name="fallback"))]
 
 
 async def _examine_network(settings: Settings, token: str, environ: Mapping[str, str], *, quiet: bool) -> list[Finding]:
+    # The dialler logs which way it takes; doctor says so in its own lines.
+    logging.getLogger("shim").addHandler(logging.NullHandler())
     way = await examine_way(settings, token, environ, quiet=quiet)
     return way + await examine_fallback(settings, environ)
 

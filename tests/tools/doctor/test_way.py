@@ -14,7 +14,7 @@ import trustme
 from shim.tools.controller.history import EventKind
 from shim.tools.controller.options import Options, TokenPlace
 from shim.tools.controller.server import DevController
-from tests.support.proxies import ForwardProxy, forward_proxy
+from tests.support.proxies import ForwardProxy, PickyProxy, forward_proxy
 from tests.support.sockets import accept_websocket, answer, read_head, tcp_server
 from tests.tools.doctor.conftest import PASSWORD, TOKEN, Doctor, upstream
 
@@ -177,7 +177,7 @@ async def test_a_good_proxy_of_the_environment(doctor: Doctor, authority: trustm
         found = await doctor.examine(
             upstream=upstream(f"https://127.0.0.1:{port}", ca_file=ca_file, proxy=f"http://u:{PASSWORD}@{proxy}")
         )
-    found.expect("dns", "PASS", "the proxy's name")
+    found.expect("dns", "PASS", "127.0.0.1 is an address")
     found.expect("tls", "PASS")
     found.expect("frames", "PASS")
     assert passed.heads[0].startswith(f"CONNECT 127.0.0.1:{port} HTTP/1.1")
@@ -196,7 +196,7 @@ async def test_a_proxy_that_refuses(status: str, part: str, doctor: Doctor) -> N
         found = await doctor.examine(
             upstream=upstream("https://controller.test", proxy=f"http://u:{PASSWORD}@127.0.0.1:{port}")
         )
-    found.expect("proxy", "FAIL", status, part)
+    found.expect("proxy", "FAIL", f"HTTP {status[:3]}", part)
 
 
 async def test_a_proxy_that_is_not_there(doctor: Doctor) -> None:
@@ -300,6 +300,46 @@ async def test_the_way_back(doctor: Doctor) -> None:
         async with tcp_server(gone) as port:
             over = await doctor.examine(upstream=way, fallback={"url": f"http://127.0.0.1:{port}"})
         over.expect("fallback", "WARN", "no way back")
+
+
+async def test_the_way_back_is_the_one_that_the_shim_takes(doctor: Doctor, authority: trustme.CA, ca_file: str) -> None:
+    """Trust, proxy and address are the upstream's where the fallback has none of its own."""
+
+    async def fine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(answer("200 OK"))
+
+    other = doctor.folder / "other.pem"
+    trustme.CA().cert_pem.write_to_path(str(other))
+    async with tcp_server(fine, ssl=serving(authority, "vendor.test")) as port:
+        proxy = PickyProxy(port)
+        async with tcp_server(proxy.converse) as proxy_port:
+            way = {
+                "url": "wss://vendor.test./api/v1/clusters/agent/ws",
+                "ca_file": ca_file,
+                "proxy": f"http://{PickyProxy.CREDENTIALS}@127.0.0.1:{proxy_port}",
+            }
+            good = await doctor.examine(mode="http", upstream=way)
+            good.expect("tls", "PASS")
+            good.expect("fallback", "PASS", "vendor.test answers (HTTP 200)", f"through http://127.0.0.1:{proxy_port}")
+            bad = await doctor.examine(mode="auto", upstream=way, fallback={"ca_file": str(other)})
+            bad.expect("fallback", "FAIL", "tls", "fallback.ca_file")
+            bad = await doctor.examine(mode="auto", upstream={**way, "ca_file": str(other)})
+            bad.expect("fallback", "FAIL", "tls", "upstream.ca_file")
+            bad = await doctor.examine(mode="auto", upstream=way, fallback={"proxy": f"http://127.0.0.1:{proxy_port}"})
+            bad.expect("fallback", "FAIL", "proxy: the proxy answered HTTP 407", "fallback.proxy")
+    assert set(proxy.heads) == {"CONNECT vendor.test.:443 HTTP/1.1"}
+
+
+@pytest.mark.parametrize("lines, status", [("keep-alive, Upgrade", "PASS"), ("close", "FAIL")])
+async def test_doctor_takes_for_an_upgrade_what_the_shim_does(lines: str, status: str, doctor: Doctor) -> None:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await accept_websocket(reader, writer, connection=lines)
+        await reader.read(1)
+
+    async with tcp_server(accept) as port:
+        found = await doctor.examine(upstream=upstream(f"http://127.0.0.1:{port}", connect_timeout_s=1))
+    found.expect("upgrade", status)
 
 
 async def test_all_faults_of_a_configuration(doctor: Doctor) -> None:
