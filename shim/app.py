@@ -231,6 +231,7 @@ class App:
             upstream=self.wrap_upstream(upstream),
             read_token=self._read_token,
             broken=self._store_broken,
+            redaction=self._logging.redaction,
         )
         parts = compose(around, self.make_store)
         if isinstance(parts.subject, Bridge):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from shim.admin import Recent, Subject
@@ -13,6 +13,7 @@ from shim.core.sessions import Sessions
 from shim.errors import StoreError
 from shim.metrics import Metrics
 from shim.ports import CommandStore, Fallback, Switchboard, Timers, UpstreamPort
+from shim.redaction import Redaction
 from shim.settings import Settings
 from shim.store import Post
 
@@ -34,6 +35,7 @@ class Surroundings:
     upstream: UpstreamPort
     read_token: Callable[[], str]
     broken: Callable[[StoreError], None]
+    redaction: Redaction = field(default_factory=Redaction)
 
     def context(
         self, settings: Settings, store: CommandStore, upstream: UpstreamPort, owner_key: bytes = b""
@@ -51,6 +53,7 @@ class Surroundings:
             read_token=self.read_token,
             sessions=Sessions(),
             owner_key=owner_key,
+            redaction=self.redaction,
         )
 
 

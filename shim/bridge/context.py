@@ -13,6 +13,7 @@ from shim.core.recent_calls import RecentCalls
 from shim.core.sessions import Sessions
 from shim.metrics import Metrics
 from shim.ports import Clock, CommandStore, Timers, UpstreamPort
+from shim.redaction import Redaction, without_secrets
 from shim.settings import Settings
 
 DEFAULT_OWNER = "default"
@@ -44,9 +45,17 @@ class Context:
     read_token: TokenSource
     sessions: Sessions
     owner_key: bytes = b""
+    redaction: Redaction = field(default_factory=Redaction)
     arriving: Arriving = field(default_factory=Arriving)
     fallback: FallbackRecord = field(default_factory=FallbackRecord)
     refused_calls: RecentCalls = field(default_factory=RecentCalls)
+
+    def masked(self, text: str, *secrets: str) -> str:
+        """Return a text of the controller as agents, logs and the status page may have it: without any secret.
+
+        `secrets` are those that only the caller knows. The text must be masked before it is cut.
+        """
+        return without_secrets(self.redaction.text(text), *secrets)
 
     @property
     def now(self) -> float:

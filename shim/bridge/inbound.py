@@ -120,7 +120,7 @@ class Inbound:
             return
         self._ctx.metrics.upstream_errors.inc()
         about = connection.heartbeat_failed(message.request_id)
-        text = error_text(message.payload)
+        text = error_text(message.payload, self._ctx.masked)
         if forgotten(message.payload):
             for session in source.sessions():
                 if (about is None or session.key == about) and session.fresh(self._ctx.now):

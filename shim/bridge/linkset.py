@@ -55,6 +55,8 @@ class LinkSet:
                 raise AgentError(503, "too many upstream links", retry_after_s=BUSY_RETRY_AFTER_S)
             runner = self._links[name] = LinkRunner(self._ctx, owner, name, self._listener, self._serials)
             runner.token = token
+            if self._ctx.settings.upstream.own_tokens:
+                self._ctx.redaction.add(token)  # until the link is dropped, no log and no reply shows it
         return runner
 
     def _drop_one(self) -> bool:
@@ -87,6 +89,8 @@ class LinkSet:
     def _drop(self, runner: LinkRunner) -> None:
         runner.stop()
         del self._links[runner.name]
+        if self._ctx.settings.upstream.own_tokens and all(other.token != runner.token for other in self):
+            self._ctx.redaction.discard(runner.token)
         self._listener.link_dropped(runner)
 
     def proven(self, owner: str) -> bool:

@@ -277,9 +277,7 @@ class Registrations:
         if job is None:
             return False
         status = error_status(message.payload)
-        text = error_text(message.payload)
-        if any(secret and secret in text for secret in (job.runner.token, job.secret)):
-            text = "the controller reported an error"
+        text = error_text(message.payload, lambda text: self._ctx.masked(text, job.runner.token, job.secret))
         session = str(job.identity[-1])
         log.warning("register_failed", about=f"{session} {status}", status=status, error=text, session=session)
         reply = conflict_reply(message.payload) if status == 409 else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -29,6 +30,7 @@ TUNNEL_KEYS = (
     "server_fingerprint",
 )
 MAX_ERROR_CHARS = 200
+MAX_MASKED_CHARS = 16_384
 _REPLY_TEXTS = {
     "name": MAX_NAME_CHARS,
     "status": MAX_WORD_CHARS,
@@ -70,12 +72,16 @@ def register_reply(payload: dict[str, Any]) -> dict[str, Any]:
     return reply
 
 
-def error_text(payload: dict[str, Any]) -> str:
-    """The error's text, printable and short."""
+def error_text(payload: dict[str, Any], mask: Callable[[str], str] = str) -> str:
+    """Return the error's text, printable and short. `mask` removes secrets from it before it is cut.
+
+    A secret that has been cut is not recognised, and nearly all of it would be shown.
+    """
     for key in ("error", "message"):
         value = payload.get(key)
         if isinstance(value, str) and value:
-            return "".join(c if c.isprintable() else " " for c in value[:MAX_ERROR_CHARS])
+            shown = mask(value[:MAX_MASKED_CHARS])[:MAX_ERROR_CHARS]
+            return "".join(c if c.isprintable() else " " for c in shown)
     return "the controller reported an error"
 
 

@@ -98,6 +98,17 @@ async def test_a_refused_token_gets_401_and_nothing_of_it_is_kept(make_world: Ma
     assert stored(world) == []
 
 
+async def test_an_agents_token_is_masked_as_long_as_its_link_is_kept(make_world: MakeWorld) -> None:
+    world = await make_world(**OWN)
+    refuse(world, "bad-token")
+    redaction = world.bridge.ctx.redaction
+    assert await beat(world.agent(cluster_id="c-9", token="bad-token")) == 200
+    assert redaction.text("a line about bad-token") == "a line about ***"
+    await world.pass_s(120)
+    assert len(world.bridge.links) == 0
+    assert redaction.text("a line about bad-token") == "a line about bad-token", "memory for tokens is bounded by links"
+
+
 async def test_a_token_that_was_never_judged_has_few_agents_and_no_results_on_disk(make_world: MakeWorld) -> None:
     world = await make_world(**OWN)
     world.controller.manners.dial = DialFailure("tcp")

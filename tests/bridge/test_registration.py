@@ -269,6 +269,20 @@ async def test_an_error_text_never_passes_on_a_secret(world: World) -> None:
     assert outcome.status == 401
 
 
+@pytest.mark.parametrize("lead", ["", "bad token: ", "x" * 150, "x" * 199])
+async def test_an_error_text_with_a_long_secret_is_masked_before_it_is_cut(world: World, lead: str) -> None:
+    secret = "sa-" + "S3cr3t" * 40
+    world.controller.manners.registers = False
+    agent = registering(world.agent(), secret=secret)
+    await world.settle()
+    [sent] = world.controller.got("register")
+    world.controller.socket.says("error", {"error": f"{lead}{secret} is invalid"}, sent.request_id)
+    outcome = await agent
+    assert isinstance(outcome, Failed)
+    assert "S3cr3t" not in outcome.error
+    assert outcome.error.startswith(f"{lead}***"[:200])
+
+
 @pytest.mark.parametrize("cluster_id", ["", "a/b", ".."])
 async def test_a_success_without_a_usable_id_is_none(world: World, cluster_id: str) -> None:
     world.controller.manners.cluster_id = lambda payload: cluster_id
