@@ -237,8 +237,8 @@ class App:
         if isinstance(parts.subject, Bridge):
             self.bridge = parts.subject
         self._undo.append(parts.close)
-        redact = self._logging.redaction.add
-        admin = AdminServer(settings.admin, parts.subject, self._metrics.registry, parts.recent, self.addresses, redact)
+        redaction, registry = self._logging.redaction, self._metrics.registry
+        admin = AdminServer(settings.admin, parts.subject, registry, parts.recent, self.addresses, redaction)
         self._undo.append(admin.stop)
         frontend = self._make_frontend(parts)
         # Both ports are taken before the store is touched and anything is dialled: a second shim must not get that far.

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from shim import __version__
+from shim.admin.call_status import RECENT_S, http_agent
+from shim.admin.sentences import PROBLEMS
 from shim.admin.subject import Subject
+from shim.core.fallback_record import Why
 from shim.core.hold import Pace
 from shim.core.link import LinkState
 
 
 class BridgeCollector:
-    """A `prometheus_client` collector over one bridge."""
+    """A `prometheus_client` collector over one bridge. `problems` returns the codes of the health summary."""
 
-    def __init__(self, bridge: Subject) -> None:
+    def __init__(self, bridge: Subject, problems: Callable[[], Iterable[str]]) -> None:
         self._bridge = bridge
+        self._problems = problems
 
     def collect(self) -> Iterator[Metric]:
-        """All gauges."""
+        """Yield all gauges."""
         yield from self._build()
+        yield from self._health()
         yield from self._links()
         yield from self._sessions()
         yield from self._queues()
@@ -33,6 +38,34 @@ class BridgeCollector:
         family = GaugeMetricFamily("agent_shim_mode", "1 for the configured mode.", labels=["mode"])
         for mode in ("websocket", "http", "auto"):
             family.add_metric([mode], mode == self._bridge.ctx.settings.mode)
+        yield family
+
+    def _health(self) -> Iterator[Metric]:
+        found = set(self._problems())
+        family = GaugeMetricFamily(
+            "agent_shim_health_problem",
+            "1 for each problem that the status shows now (docs/troubleshooting.md).",
+            labels=["problem"],
+        )
+        for code in PROBLEMS:
+            family.add_metric([code], code in found)
+        yield family
+        now, wall = self._bridge.ctx.now, self._bridge.ctx.clock.wall_s()
+        record = self._bridge.ctx.fallback
+        why: Counter[str] = Counter()
+        for key in record.by_agent:
+            session = self._bridge.sessions.get(key)
+            contact_at = session.contact_at if session is not None else None
+            call = http_agent(record, key, None if contact_at is None else wall - (now - contact_at), wall)
+            if call is not None and wall - call.wall_s < RECENT_S:
+                why[call.why.value] += 1
+        family = GaugeMetricFamily(
+            "agent_shim_agents_by_http",
+            "Agents whose calls went to the vendor's HTTP API within the last 2 minutes, by the reason.",
+            labels=["why"],
+        )
+        for each in Why:
+            family.add_metric([each.value], why[each.value])
         yield family
 
     def _links(self) -> Iterator[Metric]:

@@ -25,6 +25,7 @@ from shim.admin.snapshot import Facts, Snapshots
 from shim.admin.subject import Subject
 from shim.errors import ConfigError, OperatorError
 from shim.listening import bind
+from shim.redaction import Redaction
 from shim.settings import Admin
 
 STOP_S = 1.0
@@ -42,7 +43,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class AdminServer:
-    """Serves the admin port. `redact` is told the admin token, so that no log shows it.
+    """Serves the admin port. `redaction` is told the admin token, so that no log shows it, and masks others' texts.
 
     `agents_served` is set once the legacy API listens: as a sidecar, the agent must not start before that.
     """
@@ -54,20 +55,21 @@ class AdminServer:
         registry: CollectorRegistry,
         journal: Iterable[Recent],
         addresses: dict[str, str],
-        redact: Callable[[str], None],
+        redaction: Redaction,
     ) -> None:
         self.agents_served = False
         self._settings = settings
         self._registry = registry
-        self._redact = redact
+        self._redaction = redaction
         self._health = Health(bridge)
         self._guard = Guard(settings, self._token)
         self._sampler = Sampler(bridge)
         started_at = bridge.ctx.clock.wall_s()
-        facts = Facts(__version__, started_at, addresses, self._guard.required)
+        facts = Facts(__version__, started_at, addresses, self._guard.required, redaction.value)
         self._snapshots = Snapshots(bridge, self._sampler, journal, facts)
         self._live = Live(bridge.ctx.clock, self._sampler, self._not_ready, self._snapshots.take)
-        registry.register(BridgeCollector(bridge))
+        self._reasons: list[str] = []
+        registry.register(BridgeCollector(bridge, self._problems))
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_say_errors])
         app.on_response_prepare.append(_add_headers)
         self._route(app, CommandPages(bridge))
@@ -135,14 +137,19 @@ class AdminServer:
             token = config.read_secret(self._settings.token_file, "admin.token_file")
         except ConfigError as error:
             raise OperatorError(503, str(error)) from None
-        self._redact(token)
+        self._redaction.add(token)
         return token
 
     async def _not_ready(self) -> list[str]:
         reasons = await self._health.reasons_not_ready()
         if not self.agents_served:
             reasons.append("agents are not served yet")
+        self._reasons = reasons
         return reasons
+
+    def _problems(self) -> list[str]:
+        """Return the codes of what the status shows as wrong; whether the store can be written was asked before."""
+        return [problem["code"] for problem in self._snapshots.take(self._reasons)["overall"]["problems"]]
 
     async def _healthz(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -154,6 +161,7 @@ class AdminServer:
         return web.json_response({"status": "ready"})
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        await self._not_ready()
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
 

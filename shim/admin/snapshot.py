@@ -5,19 +5,23 @@ Times called `…_at`, `since` and `last` are Unix seconds, `None` where somethi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter as Counted
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 
+from shim.admin import call_status
+from shim.admin.call_status import name_of
+from shim.admin.health_summary import summarise
 from shim.admin.journal import Recent
 from shim.admin.migration import migration
 from shim.admin.series import Sampler
 from shim.admin.subject import Subject
-from shim.admin.verdict import judge
 from shim.bridge.links import LinkRunner
 from shim.core.commands import CommandQueue, Live
+from shim.core.fallback_record import FallbackCall, Why
 from shim.core.records import SessionKey, State
 from shim.core.sessions import MIN_GAPS, Session
 from shim.core.urls import fallback_url, origin_of
@@ -29,17 +33,21 @@ MAX_WAITING = 50
 OWNER_CHARS = 12
 SILENT_S = 3 * 86_400.0
 """An agent that was not seen for longer than a long weekend is gone, not silent."""
+CASUAL_SILENT_S = 86_400.0
+"""The same for one that neither registered nor sent a heartbeat, as far as is known: it may have been a single call."""
+LOST_SHOWN_S = 3600.0
 NOT_POLLING_S = 60.0
 """Commands wait, and their agent has not asked for any for so long: worth a word."""
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What the bridge does not know."""
+    """What the bridge does not know. `mask` returns a JSON value without secrets: it is for texts of the controller."""
 
     version: str
     started_at: float
     addresses: dict[str, str]
     token_required: bool
+    mask: Callable[[Any], Any] = lambda value: value
 
 
 class Snapshots:
@@ -50,18 +58,25 @@ class Snapshots:
         self._sampler = sampler
         self._journal = journal
         self._facts = facts
+        self._lost = 0
+        self._lost_at: float | None = None
 
     def take(self, not_ready: list[str]) -> dict[str, Any]:
         """The whole status but for the series; `not_ready` are the reasons of `/readyz`."""
         ctx = self._bridge.ctx
         now, wall = ctx.now, ctx.clock.wall_s()
-        view = _View(self._bridge, now, wall)
+        view, mask = _View(self._bridge, now, wall), self._facts.mask
         status: dict[str, Any] = {
             "now": wall,
             **self._about(wall),
             "not_ready": not_ready,
             "drain": self._drain(),
             "links": view.links(),
+            "controller": mask(call_status.controller(self._bridge, wall)),
+            "refused": mask(call_status.refused_calls(ctx)),
+            "fallback_calls": mask(call_status.fallback_calls(ctx, active=bool(_value(ctx.metrics.fallback_active)))),
+            "unregistered": call_status.unregistered(self._bridge, wall),
+            "log": self._log(now, wall),
             "sessions": view.sessions(),
             "commands": {**view.commands(), "latency": self._sampler.latency(), "recent": self._recent()},
             "migration": migration(self._bridge, wall, self._facts.started_at),
@@ -69,7 +84,16 @@ class Snapshots:
         replicas = self._bridge.replicas()
         if replicas is not None:
             status["replicas"] = replicas
-        return {"overall": judge(status), **status}
+        return {"overall": summarise(status), **status}
+
+    def _log(self, now: float, wall: float) -> dict[str, Any]:
+        """Return how many log lines were lost, while the loss is no older than `LOST_SHOWN_S`."""
+        lost = int(_value(self._bridge.ctx.metrics.log_lines_dropped))
+        if lost > self._lost:
+            self._lost, self._lost_at = lost, now
+        recent = self._lost_at is not None and now - self._lost_at < LOST_SHOWN_S
+        at = None if self._lost_at is None else wall - (now - self._lost_at)
+        return {"lost": lost if recent else 0, "lost_total": lost, "last": at}
 
     def _about(self, wall: float) -> dict[str, Any]:
         settings = self._bridge.ctx.settings
@@ -80,6 +104,7 @@ class Snapshots:
             "started_at": self._facts.started_at,
             "mode": settings.mode,
             "rollout_percent": settings.rollout.percent,
+            "rollout_lists": bool(settings.rollout.include or settings.rollout.exclude),
             "by_http": bool(_value(metrics.fallback_active)),
             "upstream": origin_of(settings.upstream.url),
             "fallback": origin_of(fallback_url(settings)) if has_fallback else None,
@@ -115,11 +140,7 @@ class Snapshots:
         ]
 
 
-def _name(session: Session) -> str | None:
-    return session.registration.get("name") or session.known.get("name") or None
-
-
-def _value(gauge: Gauge) -> float:
+def _value(gauge: Counter | Gauge) -> float:
     return next(iter(gauge.collect())).samples[0].value
 
 
@@ -167,21 +188,51 @@ class _View:
     def sessions(self) -> dict[str, Any]:
         """Counts, and the agents themselves: those in trouble first, then the most recently seen."""
         found = list(self._bridge.sessions)
-        fresh = {session.key for session in found if session.fresh(self._now)}
+        by_http = self._by_http(found)
+        found += [self._stranger(key, call) for key, call in by_http.items() if self._bridge.sessions.get(key) is None]
+        fresh = {session.key for session in found if session.key not in by_http and session.fresh(self._now)}
         unpolled = {key for key, queue in self._bridge.queues.items() if self._not_polling(key, queue)}
-        silent = {session.key for session in found if session.key not in fresh and self._silent(session)}
-        trouble = {**dict.fromkeys(fresh, 2), **dict.fromkeys(silent, 1), **dict.fromkeys(unpolled, 0)}
-        found.sort(key=lambda session: (trouble.get(session.key, 3), _name(session) or session.key.ident))
+        others = [session for session in found if session.key not in fresh and session.key not in by_http]
+        silent = {session.key for session in others if self._silent(session)}
+        order = {**dict.fromkeys(fresh, 4), **dict.fromkeys(by_http, 3), **dict.fromkeys(silent, 2)}
+        order |= {key: 1 for key, call in by_http.items() if not call.ok} | dict.fromkeys(unpolled, 0)
+        found.sort(key=lambda session: (order.get(session.key, 5), name_of(session) or session.key.ident))
+        why = Counted(call.why.value for call in by_http.values())
         return {
             "total": len(found),
             "fresh": len(fresh),
             "silent": len(silent),
+            "by_http": {each.value: why[each.value] for each in Why},
             "not_polling": len(unpolled),
-            "items": [self._session(s, s.key in fresh, s.key in unpolled) for s in found[:MAX_SESSIONS]],
+            "items": [
+                {
+                    **self._session(s, s.key in fresh, s.key in unpolled),
+                    "silent": s.key in silent,
+                    "http": call_status.by_http(by_http[s.key]) if s.key in by_http else None,
+                }
+                for s in found[:MAX_SESSIONS]
+            ],
         }
 
+    def _by_http(self, sessions: list[Session]) -> dict[SessionKey, FallbackCall]:
+        """Return the agents whose newest call went to the vendor's HTTP API, with that call."""
+        record = self._bridge.ctx.fallback
+        contacts = {session.key: self._wall_of(session.contact_at) for session in sessions}
+        calls = {key: call_status.http_agent(record, key, contacts.get(key), self._wall) for key in record.by_agent}
+        return {key: call for key, call in calls.items() if call is not None}
+
+    def _stranger(self, key: SessionKey, call: FallbackCall) -> Session:
+        """Return a session for the row of an agent that has only ever called by HTTP."""
+        session = Session(key, call.dialect)
+        session.seen_wall = call.wall_s
+        if call.name != key.ident:
+            session.known = {"name": call.name}
+        return session
+
     def _silent(self, session: Session) -> bool:
-        return session.superseded_by is None and self._wall - session.seen_wall < SILENT_S
+        casual = not session.registration and session.heartbeat is None
+        limit_s = CASUAL_SILENT_S if casual else SILENT_S
+        return session.superseded_by is None and self._wall - session.seen_wall < limit_s
 
     def _not_polling(self, key: SessionKey, queue: CommandQueue) -> bool:
         session, since = self._bridge.sessions.get(key), queue.waiting_since
@@ -197,7 +248,7 @@ class _View:
             "id": session.key.ident,
             "kind": session.key.kind,
             "owner": session.key.owner[:OWNER_CHARS],
-            "name": _name(session),
+            "name": name_of(session),
             "agent_id": session.agent_id or None,
             "upstream_cluster_id": session.upstream_cluster_id or None,
             "dialect": session.dialect,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from shim.bridge import Context
 from shim.bridge.connection import Connection
+from shim.bridge.jobs import RefusedRegistration
 from shim.bridge.links import LinkRunner
 from shim.bridge.operator import Drain, Found
 from shim.core.commands import CommandQueue
@@ -22,6 +23,23 @@ class Agents(Protocol):
     def __iter__(self) -> Iterator[Session]: ...
 
     def get(self, key: SessionKey) -> Session | None: ...
+
+    def alias(self, owner: str, agent_id: str) -> Session | None: ...
+
+
+class Registering(Protocol):
+    """Registrations."""
+
+    @property
+    def refusals(self) -> list[RefusedRegistration]: ...
+
+    def registers(self, agent_id: str) -> bool: ...
+
+
+class Heartbeats(Protocol):
+    """Heartbeats to the controller."""
+
+    def unacknowledged(self) -> list[tuple[Session, float]]: ...
 
 
 class Waiting(Protocol):
@@ -115,6 +133,12 @@ class Subject(Protocol):
 
     @property
     def roster(self) -> Census: ...
+
+    @property
+    def registrations(self) -> Registering: ...
+
+    @property
+    def presence(self) -> Heartbeats: ...
 
     @property
     def operator(self) -> Hands: ...

@@ -96,6 +96,7 @@ class Detour:
         if owner is not None:
             key = self._ctx.sessions.key_of(owner, call.target)
             self._roster.usage.note(key, *route_of(call), self._ctx.clock.wall_s())
+            self._roster.seen(key)
 
     def agent_of(self, client: Client, call: AgentCall) -> SessionKey | None:
         """Return the session key that a call by HTTP is shown under, `None` where it does not name its agent.

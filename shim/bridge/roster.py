@@ -87,6 +87,14 @@ class Roster:
                 self._succession.ended(key)
                 self._ctx.sessions.remove(session)
 
+    def seen(self, key: SessionKey) -> None:
+        """Note that an agent called by the vendor's HTTP API: no contact, but its session is kept meanwhile."""
+        session = self._ctx.sessions.get(key)
+        if session is not None:
+            session.seen_wall = self._ctx.clock.wall_s()
+            if session.seen_wall - session.saved_seen_wall > SAVE_SEEN_EVERY_S:
+                self.save(session)
+
     def met(self, owner: str, target: Target, dialect: str) -> Session:
         """The session of a call that goes by the vendor's HTTP API, made if need be: no contact. Raises 503."""
         key = self._ctx.sessions.key_of(owner, target)

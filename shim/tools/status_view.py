@@ -8,7 +8,8 @@ from shim.core.words import brief, plural, printable, span
 
 HEAD = ("AGENT", "DIALECT", "ALIVE", "HEARTBEATS", "POLLS", "HELD UP TO", "QUEUE")
 PHASES = {"up": "connected", "down": "away", "refused": "token refused", "idle": "at rest"}
-WORDS = {"good": "OK", "waiting": "--", "warning": "WARN", "bad": "BAD"}
+WORDS = {"good": "OK", "waiting": "WAIT", "warning": "WARN", "bad": "BAD"}
+WHY_HTTP = {"mode": "mode http", "rollout": "outside", "link_down": "link down"}
 
 
 class View(NamedTuple):
@@ -23,7 +24,7 @@ class View(NamedTuple):
 
 
 def view(status: dict[str, Any]) -> View:
-    """Everything that is shown of a status; nothing in it steers a terminal."""
+    """Return everything that is shown of a status; nothing in it steers a terminal."""
     overall, sessions = status["overall"], status["sessions"]
     hidden = sessions["total"] - len(sessions["items"])
     first, *others = overall["problems"] or [{"hint": "", "text": ""}]
@@ -34,7 +35,7 @@ def view(status: dict[str, Any]) -> View:
         printable(overall["text"]),
         [printable(hint) for hint in hints],
         [(name, printable(text)) for name, text in _lines(status)],
-        [_row(session, status["now"]) for session in sessions["items"]],
+        [_row(session, status) for session in sessions["items"]],
         f"and {plural(hidden, 'more agent')}" if hidden > 0 else "",
     )
 
@@ -62,6 +63,7 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("controller", f"{status['upstream']}: {_links(status['links'], now)}"),
         ("commands", f"{commands['waiting']} waiting, {commands['offered']} offered, {commands['uncertain']} in doubt"),
         ("results", f"{commands['results']} to report"),
+        *_calls(status),
         ("latency", timing if latency["commands"] else "no command handed over yet"),
         ("removal", _removal(status["migration"])),
     ]
@@ -104,26 +106,59 @@ def _removal(migration: dict[str, Any]) -> str:
     return ("possible" if migration["removable"] else f"not yet: {', '.join(migration['reasons'])}") + sunset
 
 
-def _row(session: dict[str, Any], now: float) -> tuple[str, tuple[str, ...]]:
-    queue, hold = session["queue"], session["hold"]
+def _calls(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the lines about calls that were refused, and about those by the vendor's HTTP API."""
+    refused, by_http, now = status["refused"], status["fallback_calls"], status["now"]
+    lines = [("refused", f"{plural(refused['calls'], 'call')} in the last minute")] if refused["calls"] else []
+    last = by_http["last"]
+    if by_http["used"] and last is not None:
+        how = last["status"] or last["reason"] or "no answer"
+        counts = f"{plural(by_http['calls'], 'call')} in the last minute, {by_http['failed']} not served"
+        lines.append(("by HTTP", f"{counts}; the last one {span(now - last['at'])} ago: {how}"))
+    return lines
+
+
+def _row(session: dict[str, Any], status: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    queue, hold, now = session["queue"], session["hold"], status["now"]
     waiting = queue["waiting"] + queue["offered"]
-    since = session["stale_since"]
-    alive = "alive" if session["fresh"] else "silent" if since is None else f"silent for {span(now - since)}"
-    polled = "held now" if session["polling_now"] else _ago(session["poll_at"], now)
-    level = "warning" if queue["not_polling"] or not session["fresh"] else "good"
+    level = "warning" if queue["not_polling"] or session["silent"] else "good"
+    beats = f"every {session['heartbeat_s']:.0f} s" if session["heartbeat_s"] else _ago(session["heartbeat_at"], now)
+    polls = "held now" if session["polling_now"] else _ago(session["poll_at"], now)
+    held = f"{hold['limit_s']:.0f} s" if hold["limit_s"] else "not held"
+    alive = _alive(session, now)
+    if session["http"] is not None:
+        http = session["http"]
+        level = "warning" if queue["not_polling"] or not http["served"] else "good"
+        alive, beats, polls, held = http_words(http, status), "by HTTP", "by HTTP", "by HTTP"
     return level, (
         brief(session["name"] or session["id"]),
         session["dialect"],
         alive,
-        f"every {session['heartbeat_s']:.0f} s" if session["heartbeat_s"] else _ago(session["heartbeat_at"], now),
-        polled,
-        f"{hold['limit_s']:.0f} s" if hold["limit_s"] else "not held",
+        beats,
+        polls,
+        held,
         (f"{waiting} waiting" if waiting else "empty") + (", does not poll" if queue["not_polling"] else ""),
     )
 
 
+def _alive(session: dict[str, Any], now: float) -> str:
+    if session["fresh"]:
+        return "alive"
+    since = session["stale_since"]
+    return "silent" if since is None else f"silent for {span(now - since)}"
+
+
+def http_words(http: dict[str, Any], status: dict[str, Any]) -> str:
+    """Return why an agent's calls go by HTTP, and how its last one ended."""
+    why = WHY_HTTP[http["why"]]
+    if http["why"] == "rollout":
+        why = f"outside {status['rollout_percent']:g} %, hash {http['hash']:.1f}"
+    ended = http["status"] or http["reason"] or "no answer"
+    return f"by HTTP ({why}), last call {span(status['now'] - http['at'])} ago: {ended}"
+
+
 def _ago(at: float | None, now: float) -> str:
-    return "never" if at is None else f"{span(now - at)} ago"
+    return "none since the start" if at is None else f"{span(now - at)} ago"
 
 
 def _ms(seconds: float | None) -> str:

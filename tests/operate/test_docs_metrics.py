@@ -74,7 +74,7 @@ async def collected() -> dict[str, Described]:
     await agent.heartbeat()
     await agent.poll()
     found = {}
-    for metric in BridgeCollector(world.bridge).collect():
+    for metric in BridgeCollector(world.bridge, list).collect():
         names = sorted({label for sample in metric.samples for label in sample.labels})
         values = {name: {sample.labels[name] for sample in metric.samples} for name in names}
         found[metric.name] = Described(metric.type, tuple((name, tuple(sorted(values[name]))) for name in names))

@@ -7,6 +7,7 @@ const SILENCE_MS = 10000;
 const HOUR = 3600;
 let now = Date.now() / 1000; // the shim's clock, of the snapshot on show
 let level = null;
+let percent = 100; // of the rollout
 
 // --- small things -------------------------------------------------------------------------------------------------
 
@@ -110,6 +111,8 @@ function tile(name, value, below, state) {
   return el("div", { "data-level": state }, el("dt", {}, name), el("dd", {}, value), el("dd", {}, below));
 }
 
+const byHttp = (sessions) => Object.values(sessions.by_http).reduce((sum, number) => sum + number, 0);
+
 function showTiles(status) {
   const { links, sessions, commands, migration, replicas } = status;
   const first = links.items[0];
@@ -121,8 +124,9 @@ function showTiles(status) {
       !first ? "no link" : links.total > 1 ? `${links.online} of ${links.total} links up` : phase[first.phase],
       first ? `for ${span(now - first.since)}` : "dialled at an agent's first call",
       first && (first.phase === "down" || first.phase === "refused") ? "bad" : "good"),
-    tile("Agents", `${sessions.fresh} alive`, `of ${sessions.total} known${sessions.silent ? `, ${sessions.silent} silent` : ""}`,
-      sessions.silent && !status.by_http ? "warning" : "good"),
+    tile("Agents", `${sessions.fresh} alive`,
+      [`of ${sessions.total} known`, byHttp(sessions) ? `, ${byHttp(sessions)} by HTTP` : "", sessions.silent ? `, ${sessions.silent} silent` : ""].join(""),
+      sessions.silent ? "warning" : "good"),
     tile("Commands waiting", queued.toLocaleString("en"),
       [plural(commands.results, "result") + " to report", commands.uncertain ? `, ${commands.uncertain} in doubt` : ""].join(""),
       sessions.not_polling || commands.uncertain ? "warning" : "good"),
@@ -189,6 +193,21 @@ function showTimeline(status) {
     list.length ? el("details", { open }, el("summary", {}, "When it was away"), el("ul", {}, list)) : null);
 }
 
+// Why an agent's calls go to the vendor's HTTP API, and how its last one ended.
+function http(session) {
+  const { why, hash, at, status, reason, served } = session.http;
+  const whys = { mode: "mode http", rollout: `outside ${percent} %, hash ${hash.toFixed(1)}`, link_down: "the link is down" };
+  return [mark(served ? "good" : "bad", "by HTTP"), under(`${whys[why]}; last call `, ago(at), `: ${status || reason || "no answer"}`)];
+}
+
+function alive(session) {
+  if (session.http) return http(session);
+  if (session.fresh) return [mark("good", "alive"), under("last call ", ago(session.seen_at))];
+  const since = session.stale_since;
+  return [mark(session.silent ? "warning" : "waiting", session.superseded ? "replaced" : "silent"),
+    under(since === null ? "never seen" : `since ${moment(since)} (${span(now - since)})`)];
+}
+
 function held(hold) {
   if (!hold.learnt) return "as configured";
   if (hold.limit_s >= hold.max_s) return "the most there is";
@@ -197,13 +216,11 @@ function held(hold) {
 
 const AGENT_COLUMNS = [
   ["Agent", (s) => [s.name ? el("strong", {}, s.name) : id(s.id), under(s.name ? [id(s.id), " · "] : null, s.dialect || "")].flat()],
-  ["Alive", (s) => s.fresh
-    ? [mark("good", "alive"), under("last call ", ago(s.seen_at))]
-    : [mark(s.superseded || now - s.seen_at > 3 * 86400 ? "waiting" : "warning", s.superseded ? "replaced" : "silent"), under(s.stale_since === null ? "never seen" : ["since ", moment(s.stale_since), ` (${span(now - s.stale_since)})`].join(""))]],
+  ["Alive", alive],
   ["Says", (s) => [s.status || "–", s.tunnel_status ? under(`tunnel ${s.tunnel_status}`) : ""]],
-  ["Heartbeats", (s) => [s.heartbeat_s === null ? (s.heartbeat_at === null ? "none" : "measuring") : every(s.heartbeat_s), s.heartbeat_at === null ? "" : under(ago(s.heartbeat_at))]],
-  ["Polls", (s) => [s.polling_now ? "held now" : s.poll_at === null ? "none" : ago(s.poll_at), s.hold.interval_s ? under(s.hold.pace === "pause" ? `${rough(s.hold.interval_s)} after each` : every(s.hold.interval_s)) : ""]],
-  ["Held up to", (s) => s.poll_at === null && !s.polling_now && !s.hold.ceiling_s ? "–"
+  ["Heartbeats", (s) => s.http ? "by HTTP" : [s.heartbeat_s === null ? (s.heartbeat_at === null ? "none" : "measuring") : every(s.heartbeat_s), s.heartbeat_at === null ? "" : under(ago(s.heartbeat_at))]],
+  ["Polls", (s) => s.http ? "by HTTP" : [s.polling_now ? "held now" : s.poll_at === null ? "none" : ago(s.poll_at), s.hold.interval_s ? under(s.hold.pace === "pause" ? `${rough(s.hold.interval_s)} after each` : every(s.hold.interval_s)) : ""]],
+  ["Held up to", (s) => s.http || s.poll_at === null && !s.polling_now && !s.hold.ceiling_s ? "–"
     : [s.hold.limit_s ? rough(s.hold.limit_s) : "not held", under(held(s.hold))]],
   ["Queue", (s) => [
     s.queue.waiting + s.queue.offered ? `${s.queue.waiting} waiting${s.queue.offered ? `, ${s.queue.offered} offered` : ""}` : "empty",
@@ -215,7 +232,7 @@ function showAgents(status) {
   const hidden = sessions.total - sessions.items.length;
   put($("agents-count"), hidden > 0 ? `${sessions.items.length} of ${sessions.total}, those in trouble first` : `${sessions.total} known`);
   if (!sessions.items.length) {
-    put($("agents"), el("p", { class: "empty" }, "None has called yet."));
+    put($("agents"), el("p", { class: "empty" }, "None is known yet."));
     $("agents").body = null;
     return;
   }
@@ -287,6 +304,7 @@ function showMigration(status) {
 
 function show(status) {
   now = status.now;
+  percent = status.rollout_percent;
   $("status").hidden = false;
   $("login").hidden = true;
   put($("about"), `${status.version} · ${status.mode === "websocket" && status.rollout_percent < 100 ? `${status.rollout_percent} % of agents` : `mode ${status.mode}`}`);

@@ -94,12 +94,23 @@ def examine(running: Running) -> Iterator[Finding]:
         yield warned("shim", f"one answers on {running.where}", running.trouble)
     else:
         yield _shim(running.where, status)
+        yield from _health(status["overall"])
         yield from _links(status)
     yield from _endings(running)
     yield from _registrations(running)
     yield from _heartbeats(running)
     if not running.trouble:
         yield from _agents(status)
+
+
+def _health(overall: dict[str, Any]) -> Iterator[Finding]:
+    """Repeat what the shim itself says of its health, so that doctor and the status page never differ."""
+    for problem in overall["problems"]:
+        finding = failed if problem["level"] == "bad" else warned
+        yield finding("health", problem["text"], problem["hint"] or "nothing: it passes by itself")
+    if not overall["problems"]:
+        text = overall["text"]
+        yield warned("health", text, "agents come first") if overall["level"] == "waiting" else passed("health", text)
 
 
 def _shim(where: str, status: dict[str, Any]) -> Finding:
@@ -112,17 +123,8 @@ def _shim(where: str, status: dict[str, Any]) -> Finding:
 
 
 def _links(status: dict[str, Any]) -> Iterator[Finding]:
+    """Count the links; those in trouble are among the health findings."""
     links = status["links"]
-    for link in links["items"]:
-        told = ", ".join(part for part in (link["reason"], link.get("detail")) if part)
-        reason = f": {told}" if told else ""
-        if link["contended"]:
-            todo = "stop the other process that registers with this identity"
-            yield failed("link", f"{link['name']}: another process has its identity", todo)
-        elif link["phase"] == "refused":
-            yield failed("link", f"{link['name']}: the controller refuses the token{reason}", "see the line token")
-        elif link["phase"] == "down":
-            yield failed("link", f"{link['name']}: down{reason}", "the lines dns to token say where it ends")
     if links["online"]:
         yield passed("link", f"{links['online']} of {links['total']} online")
     elif all(link["phase"] == "idle" for link in links["items"]):
@@ -170,25 +172,14 @@ def _heartbeats(running: Running) -> Iterator[Finding]:
 
 
 def _agents(status: dict[str, Any]) -> Iterator[Finding]:
+    """Count the agents; those in trouble are among the health findings."""
     sessions = status["sessions"]
     if not sessions["total"]:
-        todo = f"point an agent at it: PIPEOPS_API_URL=http://{status['listen']}"
-        yield warned("agents", "none has called yet", todo)
         return
-    yield passed("agents", f"{sessions['fresh']} alive of {sessions['total']} known")
-    now = float(status["now"])
-    stale = [each for each in sessions["items"] if not each["fresh"] and not each["superseded"]]
-    if stale:
-        shown = ", ".join(f"{_named(each)} (seen {_ago(now, each['seen_at'])})" for each in stale[:SHOWN])
-        todo = "are these agents running? nothing is said upstream for them until they call again"
-        yield warned("sessions", f"{len(stale)} not fresh: {shown}{' …' if len(stale) > SHOWN else ''}", todo)
-    else:
-        yield passed("sessions", "all are fresh")
+    by_http = sum(sessions.get("by_http", {}).values())  # older shims do not count them
+    text = f"{sessions['fresh']} alive of {sessions['total']} known"
+    yield passed("agents", f"{text}, {by_http} by HTTP" if by_http else text)
     yield from _patience(sessions["items"])
-    waiting = [each for each in sessions["items"] if each["queue"]["not_polling"]]
-    if waiting:
-        todo = "stock agents never poll for commands; else its poll loop has stopped: restart the agent"
-        yield warned("commands", f"not fetched by {', '.join(_named(each) for each in waiting[:SHOWN])}", todo)
 
 
 def _patience(items: list[dict[str, Any]]) -> Iterator[Finding]:
@@ -203,10 +194,3 @@ def _patience(items: list[dict[str, Any]]) -> Iterator[Finding]:
 
 def _named(session: dict[str, Any]) -> str:
     return brief(session["name"] or session["id"])
-
-
-def _ago(now: float, then: float | None) -> str:
-    if then is None:
-        return "never"
-    age_s = max(0.0, now - then)
-    return f"{age_s:.0f} s ago" if age_s < 120 else f"{age_s / 60:.0f} min ago"

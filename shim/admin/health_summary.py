@@ -1,0 +1,273 @@
+"""Summarise a status in one sentence, and list what is wrong with what to do about it. Pure: from the status's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from shim.admin.sentences import LEVELS, REFUSED_HINTS, SENTENCES
+from shim.core.words import brief, plural, span
+
+SETTLING_S = 10.0
+"""A link is back within 10 s of its controller's return: until then its loss is no reason for alarm."""
+STARTING_S = 60.0
+"""So long after the start agents of before have not had the time to call again."""
+KINDS_SHOWN = 3
+FALLBACK_FAILED_S = 86_400.0
+_REASONS = {
+    "dns": "its name cannot be resolved",
+    "tcp": "it cannot be reached",
+    "tls": "the TLS handshake fails",
+    "timeout": "it does not answer in time",
+    "proxy": "the proxy does not let us through",
+    "token": "the token cannot be read",
+    "handshake": "it does not speak WebSocket there",
+    "half_open": "it has gone silent",
+    "stalled": "it does not acknowledge heartbeats",
+    "connection lost": "the connection was lost",
+}
+
+
+class Problem(NamedTuple):
+    """One filled-in sentence; `code` is its key in `SENTENCES`."""
+
+    code: str
+    level: str
+    text: str
+    hint: str
+
+
+def say(code: str, **fields: Any) -> Problem:
+    """Fill in a sentence."""
+    sentence = SENTENCES[code]
+    return Problem(code, sentence.level, sentence.text.format(**fields), sentence.hint.format(**fields))
+
+
+def summarise(status: dict[str, Any]) -> dict[str, Any]:
+    """Return `level` (one of `LEVELS`), `code` and `text` of the sentence, and `problems`, the worst first."""
+    problems = sorted(_problems(status), key=lambda problem: -LEVELS.index(problem.level))
+    first = problems[0] if problems else _nothing_wrong(status)
+    return {
+        "level": first.level,
+        "code": first.code,
+        "text": first.text,
+        "problems": [problem._asdict() for problem in problems],
+    }
+
+
+def reason_text(reason: str | None) -> str:
+    """Return words for `LinkRunner.last_failure`."""
+    if not reason:
+        return "the reason is not known"
+    kind, _, number = reason.partition(" ")
+    if kind == "status":
+        return f"it answers {number}"
+    if kind == "closed" and number.isdigit():
+        return f"it closed the connection ({number})"
+    return _REASONS.get(reason, reason)
+
+
+def _problems(status: dict[str, Any]) -> Iterator[Problem]:
+    yield from _of_process(status)
+    if status["mode"] != "http":
+        for link in status["links"]["items"]:
+            yield from _of_link(link, status)
+        yield from _of_controller(status["controller"], status["now"])
+    yield from _of_fallback(status)
+    yield from _of_agents(status)
+    yield from _of_commands(status)
+    yield from _of_drain(status["drain"])
+    yield from _of_replicas(status.get("replicas"))
+
+
+def _of_process(status: dict[str, Any]) -> Iterator[Problem]:
+    for reason in status["not_ready"]:
+        if "store" in reason:
+            yield say("store_unwritable", reason=reason)
+        elif reason == "stopping":
+            yield say("stopping")
+    if not status["config_valid"]:
+        yield say("configuration_faulty")
+    if status["log"]["lost"]:
+        yield say("log_lines_lost", lines=plural(status["log"]["lost"], "log line"))
+
+
+# --- the link ---------------------------------------------------------------------------------------------------------
+
+
+def _words(link: dict[str, Any]) -> str:
+    """Return the controller's own words about the link's end, where it gave any."""
+    return f": “{brief(link['detail'])}”" if link.get("detail") else ""
+
+
+def _of_link(link: dict[str, Any], status: dict[str, Any]) -> Iterator[Problem]:
+    several = status["links"]["total"] > 1
+    name = f"link {link['name']}: " if several else ""
+    since_s = status["now"] - link["since"]
+    if link["phase"] == "refused":
+        hint = "An agent's own token: check the agent's." if status["own_tokens"] else "Check upstream.token."
+        yield say("token_refused", link=name, reason=f"{link['reason']}{_words(link)}", hint=hint)
+    elif link["contended"]:
+        yield say("identity_contended", link=name.rstrip(": ") or "the connection")
+    elif link["phase"] == "down":
+        why = f"{reason_text(link['reason'])}{_words(link)}"
+        if since_s < SETTLING_S:
+            yield say("link_connecting", link=name, reason=why)
+        else:
+            agents = "Calls go by the vendor's HTTP API." if status["by_http"] else "Agents are answered as usual."
+            yield say("link_down", time=span(since_s), link=name, reason=why, agents=agents)
+
+
+def _of_controller(controller: dict[str, Any], now: float) -> Iterator[Problem]:
+    for refusal in controller["registrations"]["items"]:
+        agent = brief(refusal["name"] or refusal["agent"] or "an agent")
+        if refusal["status"] is None:
+            yield say("registration_unanswered", agent=agent)
+        else:
+            yield say("registration_refused", agent=agent, status=refusal["status"], error=_text(refusal["error"]))
+    by_kind: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for each in controller["troubles"]["items"]:
+        if each["kind"] == "unknown" and now - each["since"] < SETTLING_S:
+            continue  # a registration is on its way
+        text = "" if each["kind"] == "name_unknown" else each["text"]
+        by_kind.setdefault((each["kind"], text), []).append(each)
+    codes = {"name_unknown": "name_unknown", "unknown": "agent_unknown", "heartbeats_refused": "heartbeats_refused"}
+    for (kind, text), agents in by_kind.items():
+        yield say(codes[kind], agents=_names(agents, len(agents)), error=_text(text))
+    unacknowledged = controller["unacknowledged"]
+    if unacknowledged["total"]:
+        yield say("heartbeats_unacknowledged", agents=_names(unacknowledged["items"], unacknowledged["total"]))
+
+
+def _text(error: str | None) -> str:
+    return brief((error or "no reason given").rstrip("."))
+
+
+# --- agents -----------------------------------------------------------------------------------------------------------
+
+
+def _of_agents(status: dict[str, Any]) -> Iterator[Problem]:
+    sessions, refused = status["sessions"], status["refused"]
+    unregistered = [each for each in status["unregistered"]["items"] if each["overdue"]]
+    if unregistered:
+        yield say("not_registered", agents=_names(unregistered, len(unregistered)))
+    if refused["calls"]:
+        yield say(
+            "calls_refused",
+            calls=plural(refused["calls"], "call"),
+            kinds=_kinds(refused["kinds"]),
+            hint=REFUSED_HINTS.get(refused["kinds"][0]["status"], ""),
+        )
+    if sessions["silent"] and status["now"] - status["started_at"] >= STARTING_S:
+        silent = [session for session in sessions["items"] if session["silent"]]
+        yield say(
+            "agents_silent", number=plural(sessions["silent"], "agent"), agents=_names(silent, sessions["silent"])
+        )
+
+
+def _of_commands(status: dict[str, Any]) -> Iterator[Problem]:
+    sessions, in_doubt = status["sessions"], status["commands"]["uncertain"]
+    if sessions["not_polling"]:
+        waiting = [session for session in sessions["items"] if session["queue"]["not_polling"]]
+        yield say("commands_not_fetched", agents=_names(waiting, sessions["not_polling"]))
+    if in_doubt:
+        yield say("commands_in_doubt", number=plural(in_doubt, "command"))
+
+
+def _kinds(kinds: list[dict[str, Any]]) -> str:
+    """Return calls by status, route and reason in words: `404 GET /x (no such endpoint, 4 times)`."""
+    shown = []
+    for kind in kinds[:KINDS_SHOWN]:
+        remarks = [kind["reason"]] if kind["reason"] else []
+        remarks += [f"{kind['calls']} times"] if kind["calls"] > 1 else []
+        remark = f" ({', '.join(remarks)})" if remarks else ""
+        shown.append(f"{kind['status'] or 'no answer,'} {kind['route']}{remark}")
+    more = len(kinds) - KINDS_SHOWN
+    return ", ".join(shown) + (f" and {plural(more, 'more kind')}" if more > 0 else "")
+
+
+def _names(agents: list[dict[str, Any]], number: int) -> str:
+    shown = ", ".join(brief(agent.get("name") or agent["id"]) for agent in agents[:3])
+    return shown if number <= 3 else f"{shown} and {number - 3} more"
+
+
+# --- the vendor's HTTP API --------------------------------------------------------------------------------------------
+
+
+def _of_fallback(status: dict[str, Any]) -> Iterator[Problem]:
+    calls = status["fallback_calls"]
+    if not calls["used"]:
+        return  # no call can go that way any more: its past is no problem
+    kinds = calls["failures"]
+    if kinds:
+        yield say(
+            "fallback_failing",
+            failed=calls["failed"],
+            calls=plural(calls["calls"], "call"),
+            kinds=_kinds(kinds),
+            hint=_fallback_hint(kinds[0]["status"]),
+        )
+        return
+    last = calls["last_failure"]
+    if calls["failing_since"] is not None and last and status["now"] - last["at"] < FALLBACK_FAILED_S:
+        yield say(
+            "fallback_failed",
+            time=span(status["now"] - last["at"]),
+            kinds=f"{last['status'] or last['reason'] or 'no answer'} {last['operation'] or 'another call'}",
+            hint=_fallback_hint(last["status"]),
+        )
+
+
+def _fallback_hint(status: int | None) -> str:
+    if status in (401, 403):
+        return "The agent's token is not accepted there: fallback.use_upstream_token sends the shim's own."
+    if status == 404:
+        return "Is fallback.url the vendor's API, with its base path?"
+    return REFUSED_HINTS.get(status or 0, "The vendor's side; a return to mode websocket needs no agent's restart.")
+
+
+# --- replicas, drain --------------------------------------------------------------------------------------------------
+
+
+def _of_replicas(replicas: dict[str, Any] | None) -> Iterator[Problem]:
+    if replicas is not None and replicas["unowned"]:
+        yield say("shards_unowned", number=plural(replicas["unowned"], "shard"))
+
+
+def _of_drain(drain: dict[str, Any]) -> Iterator[Problem]:
+    left = f"{plural(drain['commands'], 'command')} and {plural(drain['results'], 'result')} left"
+    codes = {"draining": "draining", "timed out": "drain_timed_out", "drained": "drained"}
+    if drain["state"] in codes:
+        yield say(codes[drain["state"]], left=left)
+
+
+# --- nothing is wrong -------------------------------------------------------------------------------------------------
+
+
+def _nothing_wrong(status: dict[str, Any]) -> Problem:
+    sessions = status["sessions"]
+    if status["mode"] == "http":
+        return say("all_by_http", url=status["fallback"], agents=_http_agents(status) or "nobody has called yet")
+    if not sessions["total"]:
+        if status.get("replicas"):
+            return say("replica_without_links")
+        arriving = status["unregistered"]["total"]
+        if arriving:
+            return say("agents_arriving", number=plural(arriving, "agent"))
+        return say("nobody_called", url=f"http://{status['listen']}" if status["listen"] else "the shim")
+    by_http = _http_agents(status)
+    alive = plural(sessions["fresh"], "agent") + " alive"
+    if status["links"]["online"]:
+        return say("all_well", link="the controller is connected", agents=f"{alive}, {by_http}" if by_http else alive)
+    if by_http and not sessions["fresh"]:
+        return say("all_well", link="no agent needs the link to the controller", agents=by_http)
+    return say("link_at_rest")
+
+
+_WHY = {"mode": "", "rollout": " (outside the rollout)", "link_down": " (while the link is down)"}
+
+
+def _http_agents(status: dict[str, Any]) -> str:
+    """Return how many agents go by HTTP and why, `""` where none does."""
+    reasons = status["sessions"]["by_http"]
+    return ", ".join(f"{plural(number, 'agent')} by HTTP{_WHY[why]}" for why, number in reasons.items() if number)
