@@ -138,7 +138,7 @@ async def test_a_held_poll_shows_what_was_learnt(make_world: MakeWorld, make_pag
     await world.settle()
     session = only(page.status()["sessions"]["items"])
     assert session["polling_now"] is True
-    assert session["hold"]["limit_s"] == 1.0
+    assert session["hold"]["limit_s"] == 4.0
     assert session["hold"]["learnt"] is True
     assert page.status()["commands"]["held_polls"] == 1
     await world.pass_s(0.5)
