@@ -113,7 +113,9 @@ def _convert(kind: Any, value: Any) -> Any:
     """Convert strictly; text from outside the file also by what it says. Raises `ValueError`."""
     if not isinstance(value, Text):
         converted = msgspec.convert(value, kind, strict=True)
-    elif get_origin(kind) in (tuple, dict):
+    elif get_origin(kind) in (tuple, dict) or (
+        value.text.startswith("[") and tuple in [get_origin(each) for each in get_args(kind)]
+    ):
         converted = msgspec.convert(value.json(), kind, strict=True)
     else:
         converted = msgspec.convert(value.text, kind, strict=False)

@@ -6,7 +6,7 @@ import resource
 import sys
 from collections.abc import Iterator
 
-from shim.settings import Settings, is_loopback
+from shim.settings import Settings
 
 _PR_SET_DUMPABLE = 4
 _OTHER_FILES = 256  # the store, the admin port, listeners, the event loop
@@ -41,7 +41,7 @@ def allow_connections(count: int) -> int:
 def open_doors(settings: Settings) -> Iterator[tuple[str, str]]:
     """What the configuration allows and a person should know of: (event, hint)."""
     listen, upstream = settings.listen, settings.upstream
-    if not is_loopback(listen.host) and not listen.tls.cert_file:
+    if not listen.on_loopback and not listen.tls.cert_file:
         yield "listen_without_tls", "agents' tokens and commands can be read on the way: set listen.tls"
     if upstream.allow_insecure:
         yield "upstream_allow_insecure", "tokens may be sent in the clear"

@@ -40,7 +40,7 @@ COMMAND_EVENTS = (
 REGISTRATION_OUTCOMES = ("ok", "cached", "timeout", "400", "401", "409", "502")
 BAD_REQUEST_REASONS = (
     *("guard", "route", "auth", "in_flight", "body", "call", "answer"),
-    *("connections", "head", "http"),
+    *("connections", "head", "http", "memory"),
 )
 
 

@@ -36,28 +36,52 @@ class TlsFiles(Section, frozen=True):
     key_file: str = ""
 
 
+Hosts = str | tuple[str, ...]
+"""One address to listen on, or several."""
+
+
+def hosts_in(host: Hosts) -> tuple[str, ...]:
+    """Return the addresses of a setting that names one or several."""
+    return (host,) if isinstance(host, str) else host
+
+
 class Listen(Section, frozen=True):
-    host: str = "127.0.0.1"
+    host: Hosts = "127.0.0.1"
     port: int = 7080
     base_path: str = ""
     auth: Literal["auto", "required", "off"] = "auto"
     allowed_hosts: tuple[str, ...] = ()
     tls: TlsFiles = TlsFiles()
     max_body_bytes: int = 1_048_576
-    max_status_body_bytes: int = 16_777_216
+    max_status_body_bytes: int = 4_194_304
     max_connections: int = 2048
     max_in_flight_per_session: int = 8
     header_timeout_s: float = 10
     body_timeout_s: float = 30
     keepalive_s: float = 120
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """All addresses to listen on."""
+        return hosts_in(self.host)
+
+    @property
+    def on_loopback(self) -> bool:
+        """True when only this machine can call."""
+        return all(is_loopback(host) for host in self.hosts)
+
 
 class Admin(Section, frozen=True):
-    host: str = "127.0.0.1"
+    host: Hosts = "127.0.0.1"
     port: int = 7090
     token_file: str = ""
     allowed_hosts: tuple[str, ...] = ()
     ready_requires_upstream: bool = False
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """All addresses to listen on."""
+        return hosts_in(self.host)
 
 
 class Reconnect(Section, frozen=True):

@@ -117,16 +117,17 @@ class _Checks:
 
     def listeners(self) -> None:
         listen, admin = self.settings.listen, self.settings.admin
-        for path, host in (("listen.host", listen.host), ("admin.host", admin.host)):
-            self._must(bool(_HOST.fullmatch(host)), "must be a host name or an address", path)
+        for path, hosts in (("listen.host", listen.hosts), ("admin.host", admin.hosts)):
+            is_host = bool(hosts) and all(map(_HOST.fullmatch, hosts))
+            self._must(is_host, "must be a host name or an address, or a list of them", path)
         self._must(
-            listen.auth != "off" or is_loopback(listen.host),
+            listen.auth != "off" or listen.on_loopback,
             "must not be off while listen.host is reachable from other machines",
             "listen.auth",
             "listen.host",
         )
         self._must(
-            listen.port == 0 or (listen.host, listen.port) != (admin.host, admin.port),
+            listen.port == 0 or listen.port != admin.port or set(listen.hosts).isdisjoint(admin.hosts),
             "must differ from listen.port",
             "admin.port",
             *("admin.host", "listen.host", "listen.port"),
@@ -242,7 +243,7 @@ class _Checks:
         listen = self.settings.listen
         port = parts.port or (443 if parts.scheme in ("https", "wss") else 80)
         self._must(
-            port != listen.port or not (is_loopback(parts.hostname or "") or parts.hostname == listen.host),
+            port != listen.port or not (is_loopback(parts.hostname or "") or parts.hostname in listen.hosts),
             "is the shim's own address, where agents call: set the vendor's",
             path,
             *("listen.host", "listen.port"),

@@ -34,7 +34,7 @@ class Guard:
 
     def __init__(self, admin: Admin, token: Callable[[], str]) -> None:
         self._token = token
-        self._hosts = {host.lower() for host in (*admin.allowed_hosts, admin.host)}
+        self._hosts = {host.lower() for host in (*admin.allowed_hosts, *admin.hosts)}
         self.required = bool(admin.token_file)
 
     def check(self, request: web.Request, access: Access) -> None:

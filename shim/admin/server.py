@@ -104,7 +104,7 @@ class AdminServer:
 
     def bind(self) -> None:
         """Take the port without serving yet. Raises `StartError`."""
-        self._sockets = bind("admin", self._settings.host, self._settings.port)
+        self._sockets = bind("admin", self._settings.hosts, self._settings.port)
 
     async def start(self) -> tuple[str, int]:
         """Listen on what `bind` has taken; returns the first address. Raises `StartError`, `OSError`."""

@@ -1,7 +1,8 @@
-"""Bounds on texts that others choose: one where a text enters, a shorter one where it is shown or logged.
+"""Bounds on what others can make the shim hold, all in one place; those that are settings stand in `settings`.
 
-`docs/threat-model.md` lists them beside the bounds that are settings. A text beyond its bound is cut, except where it
-identifies something: an id or a name that is too long is refused, because a cut one could be another's.
+Texts that others choose have one bound where they enter and a shorter one where they are shown or logged. A text beyond
+its bound is cut, except where it identifies something: an id or a name that is too long is refused, because a cut one
+could be another's. docs/threat-model.md#bounds lists all bounds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,18 @@ MAX_SHOWN_CHARS = 64
 """Names, ids, types and statuses on the status page, in tables and in sentences."""
 MAX_LOGGED_CHARS = 200
 """One text in a log line."""
+
+MAX_HEAD_BYTES = 32_768
+"""Request line and headers of one request of an agent together; beyond: 431."""
+MAX_LINE_BYTES = 16_384
+"""One line of them; beyond: 431."""
+MAX_WAITING_BYTES = 32_768
+"""Bytes of a connection behind an unanswered request; beyond, nothing is read before that is answered."""
+FREE_BYTES = 2048
+"""Bytes of each connection that are not counted among those of all connections together, which may be twice the largest
+body: a small request is never refused for others' large ones."""
+MAX_EMPTY_LINES = 1000
+"""Empty lines in one chunked body, each of which may be its end; JSON has none. Beyond: 400."""
 
 
 def cut(text: str, limit_chars: int) -> str:

@@ -13,50 +13,44 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
 from shim import jsontext
+from shim.core.bounds import FREE_BYTES
 from shim.dialects import MAX_DEPTH
 from shim.errors import AgentError
-from shim.frontend.limits import RETRY_AFTER_S, BodyBudget
+from shim.frontend.limits import RETRY_AFTER_S, Budget
 
 
 class BodyRefused(AgentError):
-    """The rest of the body is not wanted: the connection ends with the reply.
-
-    `linger`: what the agent still sends is read and thrown away for a moment, so that it gets to see the reply.
-    """
-
-    def __init__(self, status: int, message: str, *, linger: bool, retry_after_s: int | None = None) -> None:
-        super().__init__(status, message, retry_after_s=retry_after_s)
-        self.linger = linger
+    """The rest of the body is not wanted: the connection ends with the reply."""
 
 
-async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float, budget: BodyBudget) -> bytes:
+async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float, budget: Budget) -> bytes:
     """Read the whole body as it came, compressed or not; what it takes of the budget is given back at the end.
 
     Raises `BodyRefused` (408, 413, 417, 503 or 400 for what is not chunked properly).
     """
     payload = request.content
-    if not payload.is_eof():
-        _check_announcement(request, limit_bytes)
-    size = 0
+    _check_announcement(request, limit_bytes)
+    taken_bytes = 0
     try:
         if payload.is_eof():
             return _bounded(payload.read_nowait(), limit_bytes)
         async with asyncio.timeout(timeout_s):
-            parts = []
+            data = bytearray()
             while part := await payload.readany():
-                if size + len(part) > limit_bytes:
-                    raise too_large(linger=False)
-                if not budget.take(len(part)):
-                    raise BodyRefused(503, "too many large bodies at a time", linger=False, retry_after_s=RETRY_AFTER_S)
-                size += len(part)
-                parts.append(part)
-        return b"".join(parts)
+                if len(data) + len(part) > limit_bytes:
+                    raise too_large()
+                more_bytes = max(0, len(data) + len(part) - FREE_BYTES) - taken_bytes
+                if not budget.take(more_bytes):
+                    raise BodyRefused(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S)
+                taken_bytes += more_bytes
+                data += part
+        return bytes(data)
     except TimeoutError:
-        raise BodyRefused(408, "the body did not arrive in time", linger=False) from None
+        raise BodyRefused(408, "the body did not arrive in time") from None
     except (HttpProcessingError, RequestPayloadError):
-        raise BodyRefused(400, "the body cannot be read", linger=False) from None
+        raise BodyRefused(400, "the body cannot be read") from None
     finally:
-        budget.give_back(size)
+        budget.give_back(taken_bytes)
 
 
 def peek(payload: StreamReader) -> bytes:
@@ -89,7 +83,7 @@ def _check_announcement(request: web.BaseRequest, limit_bytes: int) -> None:
     """Refuse by the headers what would be refused later, and let a waiting agent send the rest."""
     length = request.content_length
     if length is not None and length > limit_bytes:
-        raise too_large(linger=True)
+        raise too_large()
     meet_expectation(request)
 
 
@@ -99,17 +93,17 @@ def meet_expectation(request: web.BaseRequest) -> None:
     if expectation is None or request.version < HttpVersion11:
         return
     if expectation.lower() != "100-continue":
-        raise BodyRefused(417, "the expectation cannot be met", linger=True)
-    if request.transport is not None:
+        raise BodyRefused(417, "the expectation cannot be met")
+    if request.transport is not None and not request.content.is_eof():
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def _bounded(data: bytes, limit_bytes: int) -> bytes:
     if len(data) > limit_bytes:
-        raise too_large(linger=False)
+        raise too_large()
     return data
 
 
-def too_large(*, linger: bool) -> BodyRefused:
+def too_large() -> BodyRefused:
     """Return the refusal of a body beyond its limit."""
-    return BodyRefused(413, "the body is too large", linger=linger)
+    return BodyRefused(413, "the body is too large")

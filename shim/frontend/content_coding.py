@@ -12,13 +12,13 @@ from aiohttp import hdrs, web
 
 from shim.errors import AgentError
 from shim.frontend.body import BodyRefused, too_large
-from shim.frontend.limits import RETRY_AFTER_S, BodyBudget
+from shim.frontend.limits import RETRY_AFTER_S, Budget
 
 _GZIP = zlib.MAX_WBITS | 16
 _SLICE_BYTES = 262_144
 
 
-async def plain_body(request: web.BaseRequest, data: bytes, limit_bytes: int, budget: BodyBudget) -> bytes:
+async def plain_body(request: web.BaseRequest, data: bytes, limit_bytes: int, budget: Budget) -> bytes:
     """Return the body that was read as `data` without its content coding.
 
     Raises `AgentError` 415 for a coding that is not accepted, and `BodyRefused` 400, 413 or 503 as `read_body` does.
@@ -35,7 +35,7 @@ async def plain_body(request: web.BaseRequest, data: bytes, limit_bytes: int, bu
     raise AgentError(415, "the content coding is not accepted: use gzip or none")
 
 
-async def _inflate(data: bytes, bits: int, limit_bytes: int, budget: BodyBudget) -> bytes:
+async def _inflate(data: bytes, bits: int, limit_bytes: int, budget: Budget) -> bytes:
     """Inflate piece by piece, so that neither memory nor the event loop belongs to one agent."""
     parts: list[bytes] = []
     size, rest = 0, data
@@ -47,16 +47,16 @@ async def _inflate(data: bytes, bits: int, limit_bytes: int, budget: BodyBudget)
             part = decoder.decompress(rest, _SLICE_BYTES)
             rest = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
             if size + len(part) > limit_bytes:
-                raise too_large(linger=False)
+                raise too_large()
             if not budget.take(len(part)):
-                raise BodyRefused(503, "too many large bodies at a time", linger=False, retry_after_s=RETRY_AFTER_S)
+                raise BodyRefused(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S)
             size += len(part)
             parts.append(part)
             if not part and not rest and not decoder.eof:
-                raise BodyRefused(400, "the body is cut short", linger=False)
+                raise BodyRefused(400, "the body is cut short")
             await asyncio.sleep(0)
     except zlib.error:
-        raise BodyRefused(400, "the body is not what its Content-Encoding says", linger=False) from None
+        raise BodyRefused(400, "the body is not what its Content-Encoding says") from None
     finally:
         budget.give_back(size)
     return b"".join(parts)

@@ -20,12 +20,14 @@ from shim.frontend.body import decode_body, is_shallow, peek
 from shim.frontend.connection import Connection
 from shim.frontend.guard import Guard
 from shim.frontend.house import House
+from shim.frontend.limits import InFlight
 from shim.frontend.refused import route_of
 from shim.frontend.replies import encode_body
-from shim.frontend.routing import Routes
+from shim.frontend.routing import Routes, session_in
 from shim.frontend.writing import REQUEST_ID, Counts
 from shim.ports import Fallback
 
+_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_POST})
 OPERATIONS = frozenset({"heartbeat", "poll", "tunnel_poll", "tunnel_info", "health"})
 
 logger = logging.getLogger(__name__)
@@ -34,10 +36,19 @@ logger = logging.getLogger(__name__)
 class Express:
     """Answers what can be answered at once."""
 
-    def __init__(self, house: House, guard: Guard, routes: Routes, counts: Counts, fallback: Fallback | None) -> None:
+    def __init__(
+        self,
+        house: House,
+        guard: Guard,
+        routes: Routes,
+        in_flight: InFlight,
+        counts: Counts,
+        fallback: Fallback | None,
+    ) -> None:
         self._house = house
         self._guard = guard
         self._routes = routes
+        self._in_flight = in_flight
         self._counts = counts
         self._fallback = fallback
 
@@ -52,7 +63,7 @@ class Express:
         headers = request.headers
         if match is None or match.route.operation not in OPERATIONS or request.version != HttpVersion11:
             return None
-        if hdrs.CONTENT_ENCODING in headers:
+        if request.method not in _METHODS or hdrs.EXPECT in headers or hdrs.CONTENT_ENCODING in headers:
             return None
         if self._guard.check(headers) is not None or self._elsewhere():
             return None
@@ -60,6 +71,8 @@ class Express:
         if client is None or headers.get(hdrs.AUTHORIZATION) != connection.authorization:
             return None
         if not match.route.open and self._guard.authorize(client.token) is not None:
+            return None
+        if not self._in_flight.has_room(self._in_flight.key(client.token, session_in(match))):
             return None
         data = peek(body)
         if len(data) > self._house.listen.max_body_bytes:

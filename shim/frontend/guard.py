@@ -22,11 +22,11 @@ class Guard:
     """Checks requests by their headers. `token` gives the upstream token; `None`: agents bring tokens of their own."""
 
     def __init__(self, listen: Listen, token: Callable[[], str] | None) -> None:
-        on_loopback = is_loopback(listen.host)
+        on_loopback = listen.on_loopback
         self._token = token
         self._required = listen.auth == "required" or (listen.auth == "auto" and not on_loopback)
         self._any_host = not on_loopback and not listen.allowed_hosts
-        self._hosts = {host.lower() for host in (*listen.allowed_hosts, listen.host)}
+        self._hosts = {host.lower() for host in (*listen.allowed_hosts, *listen.hosts)}
         self._known: dict[str, bool] = {}
 
     def check(self, headers: Mapping[str, str]) -> Failed | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from shim.frontend.limits import Budget
 from shim.frontend.refused import RefusedCalls
 from shim.frontend.replies import Replies
 from shim.metrics import Metrics
@@ -26,5 +27,6 @@ class House:
     switchboard: Switchboard
     metrics: Metrics
     replies: Replies
+    budget: Budget
     refused: RefusedCalls
     doors: Doors = field(default_factory=Doors)

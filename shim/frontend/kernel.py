@@ -8,6 +8,7 @@ import sys
 import termios
 
 _LINUX = sys.platform.startswith("linux")
+_SIOCINQ = termios.FIONREAD
 _SIOCOUTQ = termios.TIOCOUTQ  # the same number on Linux
 _ESTABLISHED = 1
 
@@ -37,3 +38,13 @@ def hung_up(sock: socket.socket) -> bool:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _ESTABLISHED
     except OSError:
         return True
+
+
+def unread(sock: socket.socket) -> bool:
+    """Return true if bytes of the peer have arrived that nobody has read yet."""
+    if not _LINUX:
+        return False
+    try:
+        return fcntl.ioctl(sock.fileno(), _SIOCINQ, b"\0\0\0\0") != b"\0\0\0\0"
+    except (OSError, ValueError):  # ValueError: the socket is closed
+        return False

@@ -8,22 +8,30 @@ RETRY_AFTER_S = 1
 
 
 class InFlight:
-    """Counts requests by agent. Its key is the agent's token, where that tells owners apart, and the id it calls by."""
+    """Counts requests by agent: by its token, where agents bring tokens of their own, and the id that it calls by."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, own_tokens: bool) -> None:
         self._limit = limit
+        self._own_tokens = own_tokens
         self._counts: dict[tuple[str, str], int] = {}
 
     def __len__(self) -> int:
         """How many agents have requests under way."""
         return len(self._counts)
 
+    def key(self, token: str, ident: str) -> tuple[str, str]:
+        """Return the key of the agent that calls with this token by this id."""
+        return (token if self._own_tokens else "", ident)
+
+    def has_room(self, key: tuple[str, str]) -> bool:
+        """Return true if one more request of this agent is within the limit."""
+        return self._counts.get(key, 0) < self._limit
+
     def enter(self, key: tuple[str, str]) -> None:
         """Count a request in. Raises `AgentError` 429 when its agent has enough under way."""
-        count = self._counts.get(key, 0)
-        if count >= self._limit:
+        if not self.has_room(key):
             raise AgentError(429, "too many requests of this agent at a time", retry_after_s=RETRY_AFTER_S)
-        self._counts[key] = count + 1
+        self._counts[key] = self._counts.get(key, 0) + 1
 
     def leave(self, key: tuple[str, str]) -> None:
         """Count it out."""
@@ -34,8 +42,11 @@ class InFlight:
             del self._counts[key]
 
 
-class BodyBudget:
-    """Bytes that the bodies being read may have in memory together: each may be large, but not all at a time."""
+class Budget:
+    """Bytes that all connections together may have in memory: bodies being read, unfinished heads, what waits.
+
+    Each may be large, but not all at a time. What each connection may hold anyway (`FREE_BYTES`) is not counted.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes

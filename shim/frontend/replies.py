@@ -81,10 +81,10 @@ class Replies:
         text = f"{head}{length}Date: {rfc822_formatted_time()}\r\nX-Request-Id: {request_id}\r\n{more}\r\n"
         return text.encode("ascii") if body is None or head_only else text.encode("ascii") + body
 
-    def error(self, status: int, text: str, request_id: str | None = None) -> bytes:
-        """A response for what never becomes a call; the connection closes after it."""
+    def error(self, status: int, text: str, *, more: str = "") -> bytes:
+        """Return the response to what never becomes a call; the connection closes after it."""
         body = encode_body({"success": False, "error": text})
-        return self.response(status, body, self.request_id(request_id), "Connection: close\r\n")
+        return self.response(status, body, self.request_id(None), f"Connection: close\r\n{more}")
 
     def _head(self, status: int, empty: bool) -> str:
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]

@@ -39,7 +39,7 @@ class Routes:
 
     def _find(self, request: web.BaseRequest) -> Match:
         if request.method == hdrs.METH_CONNECT:
-            raise BodyRefused(405, "method not allowed", linger=False)  # everything after it would count as its body
+            raise BodyRefused(405, "method not allowed")  # everything after it would count as its body
         path = _path_of(request)
         if request.method == hdrs.METH_HEAD:
             match = self._router.match(hdrs.METH_GET, path)
@@ -69,3 +69,8 @@ def _path_of(request: web.BaseRequest) -> str:
     except UnicodeEncodeError:
         raise AgentError(400, "the path is not valid UTF-8") from None
     return path
+
+
+def session_in(match: Match) -> str:
+    """Return the id by which a path names the caller, `""` if it names none."""
+    return match.params.get("cluster_id") or match.params.get("agent_id", "")

@@ -16,17 +16,17 @@ from shim.core.recent_calls import RecentCalls
 from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
 from shim.errors import AgentError, StartError
 from shim.frontend.body import BodyRefused, decode_body, is_shallow, meet_expectation, read_body
-from shim.frontend.connection import Connection
+from shim.frontend.connection import LINGER_S, Connection
 from shim.frontend.content_coding import plain_body
 from shim.frontend.express import Express
 from shim.frontend.forwarding import forwarded, is_large
 from shim.frontend.guard import Guard, bearer
 from shim.frontend.house import House
-from shim.frontend.limits import BodyBudget, InFlight
-from shim.frontend.listener import ConnectionServer
+from shim.frontend.limits import Budget, InFlight
+from shim.frontend.listener import ConnectionServer, TlsListener
 from shim.frontend.refused import RefusedCalls
 from shim.frontend.replies import Replies, StaticHeaders, encode_body, no_static_headers
-from shim.frontend.routing import Routes
+from shim.frontend.routing import Routes, session_in
 from shim.frontend.tls import ServerTls
 from shim.frontend.visit import Visit
 from shim.frontend.writing import Counts, Writer
@@ -37,8 +37,9 @@ from shim.regular_files import reason
 from shim.settings import Listen
 
 MAX_LINE_BYTES = 16_384
-LINGER_S = 2.0
 BACKLOG = 1024
+READ_BYTES = 65_536
+"""A body that nobody reads yet is buffered up to twice as much; then reading pauses."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,19 +70,24 @@ class Frontend:
         self._metrics = metrics
         self._replaced = metrics.invalid_characters.labels("agent").inc
         self._guard = Guard(listen, token)
-        self._own_tokens = token is None
-        self._in_flight = InFlight(listen.max_in_flight_per_session)
-        self._budget = BodyBudget(2 * max(listen.max_status_body_bytes, listen.max_body_bytes))
+        self._in_flight = InFlight(listen.max_in_flight_per_session, own_tokens=token is None)
+        self._budget = Budget(2 * max(listen.max_status_body_bytes, listen.max_body_bytes))
         self._routes = Routes(Router(dialects, listen.base_path))
         self._house = House(
-            listen, switchboard, metrics, Replies(static_headers), RefusedCalls(refused_calls or RecentCalls())
+            listen,
+            switchboard,
+            metrics,
+            Replies(static_headers),
+            self._budget,
+            RefusedCalls(refused_calls or RecentCalls()),
         )
         counts = Counts(metrics)
         self._writer = Writer(self._house, counts)
-        self._express = Express(self._house, self._guard, self._routes, counts, fallback)
+        self._express = Express(self._house, self._guard, self._routes, self._in_flight, counts, fallback)
         self._web: ConnectionServer | None = None
         self._sockets: list[socket.socket] = []
         self._tls: ssl.SSLContext | None = None
+        self._handshakes: TlsListener | None = None
         self._servers: list[asyncio.Server] = []
 
     def bind(self) -> None:
@@ -92,7 +98,7 @@ class Frontend:
         except (OSError, ValueError) as error:
             files = f"listen.tls.cert_file {tls.cert_file} and listen.tls.key_file {tls.key_file}"
             raise StartError(f"{files} cannot be used: {reason(error)}") from None
-        self._sockets = bind("listen", listen.host, listen.port)
+        self._sockets = bind("listen", listen.hosts, listen.port)
 
     async def start(self) -> tuple[str, int]:
         """Listen on what `bind` has taken; returns the host and port in use. Raises `StartError`, `OSError`."""
@@ -110,17 +116,16 @@ class Frontend:
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_LINE_BYTES,
             lingering_time=LINGER_S,
+            read_bufsize=READ_BYTES,
             auto_decompress=False,  # `content_coding` does it where a body is understood here
         )
         host, port = self._sockets[0].getsockname()[:2]
+        if self._tls is not None:
+            self._handshakes = TlsListener(self._web, self._tls, listen.header_timeout_s, BACKLOG)
+            self._handshakes.start(self._sockets)
+            return host, port
         for bound in self._sockets:
-            server = await asyncio.get_running_loop().create_server(
-                self._web,
-                sock=bound,
-                backlog=BACKLOG,
-                ssl=self._tls,
-                ssl_handshake_timeout=listen.header_timeout_s if self._tls else None,
-            )
+            server = await asyncio.get_running_loop().create_server(self._web, sock=bound, backlog=BACKLOG)
             self._servers.append(server)
         return host, port
 
@@ -128,6 +133,8 @@ class Frontend:
         """Accept no more, let requests under way finish for at most `grace_s`, close all connections. Idempotent."""
         for server in self._servers:
             server.close()
+        if self._handshakes is not None:
+            self._handshakes.stop()
         for bound in self._sockets:
             bound.close()
         if self._web is not None:
@@ -155,6 +162,7 @@ class Frontend:
         finally:
             if visit.session is not None:
                 self._in_flight.leave(visit.session)
+            visit.connection.request_over()
 
     def _fail(self, visit: Visit) -> Reply:
         """The reply to what met a defect."""
@@ -196,7 +204,7 @@ class Frontend:
         """The body of a call and what the dialect makes of it. Raises `AgentError`."""
         request, listen, route = visit.request, self._listen, match.route
         visit.step = "in_flight"
-        self._count_in(visit, client, _session_in(match))
+        self._count_in(visit, client, session_in(match))
         visit.step = "body"
         limit_bytes = listen.max_status_body_bytes if route.large else listen.max_body_bytes
         data = await read_body(request, limit_bytes, listen.body_timeout_s, self._budget)
@@ -221,7 +229,7 @@ class Frontend:
             _enforce(self._guard.authorize(client.token))
         if match is not None:
             visit.step = "in_flight"
-            self._count_in(visit, client, _session_in(match))
+            self._count_in(visit, client, session_in(match))
         data = None
         if not is_large(request, listen.max_body_bytes):
             visit.step = "body"
@@ -249,7 +257,7 @@ class Frontend:
     def _count_in(self, visit: Visit, client: Client, ident: str) -> None:
         """Count a request among those of its agent, once. Raises `AgentError` 429."""
         if ident and visit.session is None:
-            key = (client.token if self._own_tokens else "", ident)
+            key = self._in_flight.key(client.token, ident)
             self._in_flight.enter(key)
             visit.session = key
 
@@ -258,7 +266,6 @@ class Frontend:
         self._metrics.bad_requests.labels(visit.step).inc()
         if isinstance(error, BodyRefused):
             visit.must_close = True
-            visit.connection.dismiss(linger=error.linger)
         if error.status == 401:
             visit.more = "WWW-Authenticate: Bearer\r\n"
         elif error.status == 405:
@@ -268,11 +275,6 @@ class Frontend:
         if match is None:
             return error_reply(failed)
         return match.dialect.render(match.route.operation, failed, Call(match.params))
-
-
-def _session_in(match: Match) -> str:
-    """The id that a path names the caller by, `""` if it names none."""
-    return match.params.get("cluster_id") or match.params.get("agent_id", "")
 
 
 def _enforce(failed: Failed | None) -> None:

@@ -104,11 +104,11 @@ class Writer:
                 async for piece in pieces:
                     if not written:
                         break
-                    written = await connection.write(chunk(piece) if chunked else piece, timeout_s, answered=False)
+                    written = await connection.write(chunk(piece) if chunked else piece, timeout_s)
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False  # the reply broke off: only the end of the connection can say so
         if chunked and written:
-            written = await connection.write(chunk(b""), timeout_s, answered=False)
+            written = await connection.write(chunk(b""), timeout_s)
         return written
 
     async def _hand_over(self, visit: Visit, response: bytes) -> bool:
@@ -134,4 +134,7 @@ class Writer:
             return SENT_CLOSE
         if not keep and visit.lease is not None:
             await visit.connection.part()
+        elif visit.must_close:
+            visit.connection.end_after_reply()
+            return SENT_KEEP  # the connection ends itself
         return SENT_KEEP if keep else SENT_CLOSE

@@ -86,7 +86,7 @@ def admin_options(command: Callable[..., None]) -> Callable[..., None]:
 def port_of(url: str | None, config: str | None, sets: tuple[str, ...], token_file: str | None) -> AdminPort:
     """The admin port that the options mean. Raises click's errors, `AdminError`, `ConfigError`."""
     admin = load(config, os.environ, sets).admin
-    host, port = given(url) if url else configured(admin.host, admin.port)
+    host, port = given(url) if url else configured(admin.hosts[0], admin.port)
     path = token_file or admin.token_file
     try:
         return AdminPort(host, port, read_secret(path, "the token file") if path else "")

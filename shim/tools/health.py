@@ -59,4 +59,4 @@ def _configured(config: str | None, sets: tuple[str, ...]) -> tuple[str, int]:
     from shim.config import load  # noqa: PLC0415 - not needed with --url
 
     admin = load(config, os.environ, sets).admin
-    return configured(admin.host, admin.port)
+    return configured(admin.hosts[0], admin.port)

@@ -125,6 +125,7 @@ class House:
         self.frontend, self.board, self.metrics = frontend, board, metrics
         self.host, self.port = "", 0
         self._agents: list[Agent] = []
+        self._other: Agent | None = None
 
     async def agent(self, receive_buffer_bytes: int = 0) -> Agent:
         """A new connection."""
@@ -144,6 +145,17 @@ class House:
         reply = await agent.reply(head_only=request.startswith(b"HEAD"))
         agent.close()
         return reply
+
+    async def turn(self) -> None:
+        """Wait until the server has seen what was sent before: a request on another connection is answered later."""
+        if self._other is None:
+            self._other = await self.agent()
+        await self._other.send(get("/nope"))
+        await self._other.reply()
+
+    async def loop_turn(self) -> None:
+        """Let the event loop run once."""
+        await asyncio.sleep(0)
 
     def count(self, name: str, **labels: str) -> float:
         """A metric's value."""
@@ -228,6 +240,12 @@ class Agent:
     async def closed_by_peer(self) -> bytes:
         """Everything until the peer closes."""
         while data := await self.receive():
+            self._unread += data
+        return self._unread
+
+    async def closed_or(self, replies: int) -> bytes:
+        """Return everything until so many responses have begun or the peer closes."""
+        while self._unread.count(b"HTTP/1.1 ") < replies and (data := await self.receive()):
             self._unread += data
         return self._unread
 

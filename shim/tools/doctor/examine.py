@@ -22,7 +22,7 @@ _REFUSED = (401, 403)
 
 def running_shim(settings: Settings, admin: tuple[str, int] | None, token: str) -> Running:
     """What the shim says that listens where the configuration, or `admin`, says."""
-    host, port = admin or (reachable(settings.admin.host), settings.admin.port)
+    host, port = admin or (reachable(settings.admin.hosts[0]), settings.admin.port)
     return running.ask(host, port, token) if port else Running(f"{host}:0")
 
 
@@ -31,8 +31,8 @@ def examine_machine(settings: Settings, shim: Running) -> list[Finding]:
     store = settings.store
     kept = machine.examine_store(store, shim)
     return [
-        machine.examine_port("listen", settings.listen.host, settings.listen.port, shim),
-        machine.examine_port("admin", settings.admin.host, settings.admin.port, shim),
+        *(machine.examine_port("listen", host, settings.listen.port, shim) for host in settings.listen.hosts),
+        *(machine.examine_port("admin", host, settings.admin.port, shim) for host in settings.admin.hosts),
         *kept,
     ]
 
