@@ -24,7 +24,8 @@ EXIT_CONFIG = 2
 EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
 
-_OPTIONAL = {"rich": "tools", "ruamel": "tools"}
+# Packages that only an extra of ours brings. They are imported when they are needed, so that help needs none.
+_OPTIONAL = {"rich": "tools", "ruamel": "tools", "psycopg": "postgres"}
 
 # Modules that hold a click command named `command`, with the help that is shown without importing them.
 _TOOLS = {
@@ -54,13 +55,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._modules:
             return super().get_command(ctx, cmd_name)
-        try:
-            command: click.Command = importlib.import_module(self._modules[cmd_name][0]).command
-        except ModuleNotFoundError as exc:
-            extra = _OPTIONAL.get((exc.name or "").partition(".")[0])
-            if extra is None:
-                raise
-            raise click.ClickException(f"{cmd_name} needs more: pip install 'agent-shim[{extra}]'") from None
+        command: click.Command = importlib.import_module(self._modules[cmd_name][0]).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -121,7 +116,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except StoreVersionError as exc:
         click.echo(f"store: {exc}", err=True)
         sys.exit(EXIT_STORE_VERSION)
-    except Exception:  # noqa: BLE001 - the last resort: a defect has its own exit code
+    except Exception as exc:  # noqa: BLE001 - the last resort: a defect has its own exit code
+        package = (exc.name or "").partition(".")[0] if isinstance(exc, ModuleNotFoundError) else ""
+        if package in _OPTIONAL:
+            click.echo(f"Error: this needs {package}: pip install 'agent-shim[{_OPTIONAL[package]}]'", err=True)
+            sys.exit(EXIT_CONFIG)
         from shim.logs import Redaction  # noqa: PLC0415 - for a fault only
 
         click.echo(Redaction().text(traceback.format_exc()), err=True, nl=False)

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from shim.clock import Clock
 from shim.tools.agents import GENERATIONS, Callbacks, Event, PollStyle, Pool, Profile
@@ -27,6 +25,7 @@ _REFRESH_S = 0.25
 _GRACE_S = 5
 _FILES_PER_AGENT = 3
 _SECONDS = click.FloatRange(min=0, max=86_400)
+_WARM_UP_S = 60
 _INTERVAL = click.FloatRange(min=0.001, max=86_400)
 
 
@@ -60,7 +59,11 @@ def _url(_context: click.Context, _option: click.Parameter, value: str | None) -
 @click.option("--heartbeat-interval", type=_INTERVAL, help="In s; default: 5 or 30, as their generation does.")
 @click.option("--tunnel-interval", type=_SECONDS, default=0, show_default=True, help="Tunnel polls, in s; 0: none.")
 @click.option(
-    "--duration", type=_INTERVAL, default=30, show_default=True, help="How long, in s; Ctrl-C ends it earlier."
+    "--duration",
+    type=_INTERVAL,
+    default=30,
+    show_default=True,
+    help="How long, in s, a warm-up not counted; Ctrl-C ends it earlier.",
 )
 @click.option("--spread", type=_SECONDS, help="Start them over so many s; default: one interval, at most a fifth.")
 @click.option("--token", default="fleet", metavar="T", help="The agents' Bearer token.")
@@ -70,7 +73,12 @@ def _url(_context: click.Context, _option: click.Parameter, value: str | None) -
 @click.option("--prefix", default="fleet", show_default=True, help="The agents' names begin with it.")
 @click.option("--control", callback=_url, metavar="URL", help="Push commands through this development controller.")
 @click.option("--control-token", default="", metavar="T", help="The Bearer token of its control API.")
-@click.option("--warm-up", type=_SECONDS, default=0, show_default=True, help="Push none in the first so many s.")
+@click.option(
+    "--warm-up",
+    type=_SECONDS,
+    help=f"Push no commands in the first so many s, while polls are held briefly; default: {_WARM_UP_S}"
+    " with --control, else 0.",
+)
 @click.option("--rate", type=click.FloatRange(0.001, 10_000), default=1, show_default=True, help="Commands a second.")
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the report; - is stdout."
@@ -78,13 +86,18 @@ def _url(_context: click.Context, _option: click.Parameter, value: str | None) -
 def command(**given: Any) -> None:
     """Simulated legacy agents of every dialect, with a latency report.
 
+    With --control it also measures commands: from the controller's send until the agent has the command in hand. That
+    begins after a warm-up, because polls of an agent that has just appeared are held briefly at first.
+
     Exits with 1 if an agent was not well at the end, could not decode a reply, or a pushed command did not arrive.
     """
     plan = _plan(given)
     if given["control"] and not any(profile.drains for profile in plan.profiles):
         raise click.UsageError("agents that do not poll cannot be given commands")
-    if given["warm_up"] >= given["duration"]:
-        raise click.UsageError("--warm-up must be shorter than --duration")
+    if given["warm_up"] is None:
+        given["warm_up"] = _WARM_UP_S if given["control"] else 0
+    if given["warm_up"] and given["json_file"] != "-":
+        click.echo(f"warming up for {given['warm_up']:g} s, then measuring for {given['duration']:g} s", err=True)
     _allow_files(plan.agents)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         sys.exit(_publish(runner.run(_run(plan, given)), given["json_file"]))
@@ -157,11 +170,11 @@ async def _run(plan: Plan, given: dict[str, Any]) -> Report:
         over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             group.create_task(herd.run(over))
-            progress = group.create_task(_show(tally, pusher, plan.agents, given["duration"]))
+            progress = group.create_task(_show(tally, pusher, plan.agents, given["warm_up"] + given["duration"]))
             await _until(stop, given, herd, pusher)
             over.set()
             progress.cancel()
-        return report(clock.monotonic_s() - start_s, herd.agents, tally, pusher)
+        return report(clock.monotonic_s() - start_s, herd.agents, tally, pusher, given["warm_up"])
 
 
 def _callbacks(tally: Tally, pusher: Pusher | None) -> Callbacks:
@@ -189,7 +202,7 @@ async def _until(stop: asyncio.Event, given: dict[str, Any], herd: Herd, pusher:
     async with asyncio.TaskGroup() as group:
         pushing = group.create_task(_push(given, herd, pusher)) if pusher else None
         try:
-            async with asyncio.timeout(given["duration"]):
+            async with asyncio.timeout(given["warm_up"] + given["duration"]):
                 await stop.wait()
         except TimeoutError:
             pass
@@ -201,11 +214,16 @@ async def _until(stop: asyncio.Event, given: dict[str, Any], herd: Herd, pusher:
 async def _push(given: dict[str, Any], herd: Herd, pusher: Pusher) -> None:
     """Push commands when the agents have warmed up: by then it is learnt how long their polls may be held."""
     await asyncio.sleep(given["warm_up"])
-    await pusher.run(herd.agents, given["rate"], given["duration"] - given["warm_up"])
+    await pusher.run(herd.agents, given["rate"], given["duration"])
 
 
 async def _show(tally: Tally, pusher: Pusher | None, agents: int, duration_s: float) -> None:
-    """A progress bar on a terminal; elsewhere nothing."""
+    """Show a progress bar on a terminal where rich is installed; elsewhere nothing."""
+    try:
+        from rich.console import Console  # noqa: PLC0415 - of the extra `tools`
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415 - as above
+    except ModuleNotFoundError:
+        return
     console = Console(stderr=True)
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -37,6 +37,7 @@ class Pushed:
     answered: int
     refused: dict[str, int]
     latency: Summary | None
+    warm_up_s: float
     latencies_s: Sequence[float] = field(repr=False)
 
 
@@ -65,7 +66,9 @@ class Report:
         return shown
 
 
-def report(duration_s: float, agents: Sequence[LegacyAgent], tally: Tally, pusher: Pusher | None) -> Report:
+def report(
+    duration_s: float, agents: Sequence[LegacyAgent], tally: Tally, pusher: Pusher | None, warm_up_s: float = 0
+) -> Report:
     """Sum up a run. An agent that was never answered well is failing, whatever else."""
     silent = {agent.who.agent_id: "no answer to any call" for agent in agents if agent.who.agent_id not in tally.alive}
     calls = [
@@ -85,15 +88,15 @@ def report(duration_s: float, agents: Sequence[LegacyAgent], tally: Tally, pushe
         dict(Counter(agent.profile.dialect for agent in agents)),
         sum(agent.connections_opened for agent in agents),
         calls,
-        _pushed(pusher) if pusher else None,
+        _pushed(pusher, warm_up_s) if pusher else None,
         silent | tally.failing(),
     )
 
 
-def _pushed(pusher: Pusher) -> Pushed:
+def _pushed(pusher: Pusher, warm_up_s: float) -> Pushed:
     found = pusher.latencies_s()
     refused = dict(Counter(pusher.refused))
-    return Pushed(pusher.pushed, len(found), pusher.answered, refused, Summary.of(found), found)
+    return Pushed(pusher.pushed, len(found), pusher.answered, refused, Summary.of(found), warm_up_s, found)
 
 
 def lines(found: Report) -> list[str]:
@@ -120,6 +123,8 @@ def _command_lines(found: Pushed) -> list[str]:
     shown = [f"commands: {found.sent} sent, {found.in_hand} in hand, {found.answered} answered, {lost} missing"]
     shown += [f"  not sent: {count} times: {reason}" for reason, count in found.refused.items()]
     if found.latency:
-        shown.append(f"from the controller's send to in hand: mean {duration(found.latency.mean_s)}  {found.latency}")
+        after = f"after {found.warm_up_s:g} s of warm-up" if found.warm_up_s else "without a warm-up"
+        shown.append(f"from the controller's send until the agent has it in hand, {after}:")
+        shown.append(f"  mean {duration(found.latency.mean_s)}  {found.latency}")
         shown += [f"  {line}" for line in histogram(found.latencies_s)]
     return shown

@@ -141,14 +141,20 @@ async def test_register_success_has_all_fields(controller: DevController) -> Non
         payload = await agent.register("agent-9", "prod")
     assert set(payload) == {
         *("cluster_id", "cluster_uuid", "name", "status", "tunnel_url", "api_server", "workspace_id"),
-        *("registered_at", "token"),
+        "registered_at",
     }
     assert payload["name"] == "prod"
     assert payload["status"] == "registered"
     assert type(payload["workspace_id"]) is int
     assert parse_rfc3339(payload["registered_at"]) is not None
-    texts = ("cluster_id", "cluster_uuid", "tunnel_url", "api_server", "token")
+    texts = ("cluster_id", "cluster_uuid", "tunnel_url", "api_server")
     assert all(isinstance(payload[name], str) and payload[name] for name in texts)
+
+
+async def test_a_decoy_token_comes_only_where_it_is_asked_for() -> None:
+    """Agents that speak WebSocket themselves may store it over their own token."""
+    async with DevController([TOKEN], options=Options(decoy_token=True)) as other, connected(other) as agent:
+        assert (await agent.register("agent-9", "prod"))["token"]
 
 
 async def test_same_id_for_the_same_token_and_name(controller: DevController) -> None:

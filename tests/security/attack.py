@@ -111,7 +111,7 @@ async def site(config: dict[str, Any], *options: str) -> AsyncIterator[Site]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base: dict[str, Any] = {"poll": {"hold": "off"}, "log": {"level": "debug"}}
-        async with world(folder, base | config, *options) as (shim, controller):
+        async with world(folder, base | config, "--decoy-token", *options) as (shim, controller):
             await shim.start()
             yield Site(shim, controller, folder)
 

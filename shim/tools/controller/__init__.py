@@ -52,6 +52,9 @@ def _address(_context: click.Context, _option: click.Parameter, value: str | Non
 @click.option("--silent-after-s", type=_INTERVAL, default=60, show_default=True, help="Drop what was silent so long.")
 @click.option("--lenient", is_flag=True, help="Take heartbeats and results of unregistered clusters.")
 @click.option("--binary-frames", is_flag=True, help="Send JSON in binary frames.")
+@click.option(
+    "--decoy-token", is_flag=True, help="Put a token that opens nothing into register_success; agents may store it."
+)
 @click.option("--faults", "fault_file", type=_READABLE, help="A JSON list of faults to set at the start.")
 @click.option("--state", type=_FILE, help="A file in which registrations survive a restart.")
 @click.option("--journal", type=_FILE, help="A file to which every event is appended as a JSON line.")

@@ -15,7 +15,7 @@ from shim.tools.controller.faults import Endpoint, How
 from shim.tools.controller.history import Event
 from shim.tools.controller.registry import Registration
 
-DECOY_TOKEN = "decoy-never-to-be-passed-down"  # noqa: S105 - the real reply carries a token, this one opens nothing
+DECOY_TOKEN = "decoy-never-to-be-passed-down"  # noqa: S105 - it opens nothing
 _HEARD = frozenset(
     {
         "pong",
@@ -74,6 +74,7 @@ class Desk:
         self._commands = books.commands
         self._faults = books.faults
         self._strict_clusters = books.options.strict_clusters
+        self._decoy_token = books.options.decoy_token
         self.gateway_url = ""
         self._handlers: dict[str, Callable[[Peer, Message, Event], Answers]] = {
             "register": self._register,
@@ -152,8 +153,7 @@ class Desk:
             "api_server": f"https://{known.cluster_id}.api.invalid",
             "workspace_id": known.workspace_id,
             "registered_at": known.registered_at,
-            "token": DECOY_TOKEN,
-        }
+        } | ({"token": DECOY_TOKEN} if self._decoy_token else {})
 
     def _speaks_for(self, peer: Peer, known: Registration) -> None:
         peer.clusters[known.cluster_id] = known.agent_id

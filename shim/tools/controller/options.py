@@ -22,6 +22,7 @@ class Options:
 
     `token_prefixes`: any token that begins with one of them is accepted, each being an owner of its own.
     `strict_clusters`: heartbeats and results for a cluster that is not registered get an `error`; else they are taken.
+    `decoy_token`: `register_success` carries a `token` that opens nothing, to find shims that pass it down to agents.
     `control`: host and port of the control API, `None` for the listener of the WebSocket API.
     `base_path` is put before the paths of the WebSocket API. `journal` and `state`: see `journal.py`, `registry.py`.
     """
@@ -38,6 +39,7 @@ class Options:
     close_timeout_s: float = 2
     strict_clusters: bool = True
     binary_frames: bool = False
+    decoy_token: bool = False
     max_message_bytes: int = 33_554_432
     history_events: int = 20_000
     history_bytes: int = 67_108_864

@@ -47,6 +47,7 @@ def _options(given: dict[str, Any]) -> Options:
         silent_after_s=given["silent_after_s"],
         strict_clusters=not given["lenient"],
         binary_frames=given["binary_frames"],
+        decoy_token=given["decoy_token"],
         journal=given["journal"],
         state=given["state"],
     )

@@ -7,7 +7,6 @@ import sys
 from typing import NoReturn
 
 import click
-import ruamel.yaml  # noqa: F401 - said here, so that its absence names the extra that brings it
 
 from shim import __version__
 from shim.tools.inject import documents, gap
