@@ -16,6 +16,7 @@ from shim.core.records import SessionKey
 from shim.core.sessions import Session
 from shim.core.urls import host_of, ws_url
 from shim.errors import ShimError
+from shim.hosts import plain_host
 from shim.logs import get
 from shim.messages import Message
 from shim.ports import DialFailure, DialSpec, Socket
@@ -138,14 +139,15 @@ class Gateways:
         if scheme == "ws" and not is_loopback(host) and not upstream.allow_insecure:
             return False
         if upstream.gateway_hosts:
-            return any(host == h or (h.startswith("*.") and host.endswith(h[1:])) for h in upstream.gateway_hosts)
+            allowed = map(plain_host, upstream.gateway_hosts)
+            return any(host == each or (each.startswith("*.") and host.endswith(each[1:])) for each in allowed)
         return self._same_registrable_domain(host, host_of(upstream.url))
 
     def _same_registrable_domain(self, host: str, other: str) -> bool:
         """Whether two hosts belong to one registrant by the Public Suffix List; addresses and bare names are equal."""
         if host == other:
             return True
-        if host.replace(".", "").isdigit():
+        if ":" in host or host.replace(".", "").isdigit():
             return False
         if self._suffixes is None:
             # Imported here because the list costs memory that most shims never need.

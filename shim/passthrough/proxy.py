@@ -73,7 +73,7 @@ class Proxy:
                 request.method, under(base, request.target), headers, request.body or None
             )
             return await self._reply(response, whole=whole)
-        except (aiohttp.ClientError, TimeoutError, OSError, Undialable) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, Undialable) as error:
             failure = failure_of(error)
             reason = "answer" if failure.reason == "handshake" else failure.reason
             about, where = f"{reason} {failure.detail}", origin_of(base)
@@ -101,7 +101,7 @@ class Proxy:
             return Proxied(response.status, headers, _pieces(response))
         async with response:
             body = await _read(response.content)
-        if whole and response.headers.get("Content-Encoding", "").lower() == "gzip":
+        if whole and response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip"):
             body = _inflate(body)
             headers = tuple((name, value) for name, value in headers if name.lower() != "content-encoding")
         return Proxied(response.status, headers, body)

@@ -150,8 +150,7 @@ class Dialler:
         proxy = choose_proxy(url, self._settings, self._environ)
         if self._trace is not None:
             self._trace.proxy = proxy
-        if proxy.url and urlsplit(proxy.url).scheme not in ("http", "https"):
-            raise Undialable(DialFailure("proxy", detail="only http and https proxies are supported"))
+        _check(proxy)
         scheme, rest = url.split(":", 1)
         # A plain WebSocket is asked of a proxy as http://: RFC 9110 knows no other scheme for it.
         plain = f"{_PLAIN.get(scheme, scheme)}:{rest}"
@@ -228,6 +227,21 @@ class Dialler:
             response.close()
             raise Refused(response.status, retry_after_s(response.headers))
         return response
+
+
+def _check(proxy: ProxyChoice) -> None:
+    """Raise `Undialable` for a proxy that cannot be used; one of the environment was checked by nobody yet."""
+    if not proxy.url:
+        return
+    try:
+        parts = urlsplit(proxy.url)
+        scheme = parts.scheme if parts.hostname and parts.port != 0 else ""
+    except ValueError:
+        scheme = ""
+    if not scheme:
+        raise Undialable(DialFailure("proxy", detail="the address of the proxy is not a URL http://host:port"))
+    if scheme not in ("http", "https"):
+        raise Undialable(DialFailure("proxy", detail="only http and https proxies are supported"))
 
 
 def _host_header(target: URL) -> dict[str, str]:

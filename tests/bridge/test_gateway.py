@@ -84,9 +84,12 @@ async def test_tokens_go_to_no_other_host(make_world: MakeWorld, url: str) -> No
     assert world.controller.got("heartbeat"), "it stays on the controller"
 
 
-@pytest.mark.parametrize("host, goes", [("gw.other.test", True), ("a.b.cdn.test", True), ("gw.vendor.test", False)])
+@pytest.mark.parametrize(
+    "host, goes",
+    [("gw.other.test", True), ("GW.other.test.", True), ("a.b.cdn.test", True), ("gw.vendor.test", False)],
+)
 async def test_allowed_hosts_can_be_configured(make_world: MakeWorld, host: str, goes: bool) -> None:
-    world = await make_world(upstream={"gateway_hosts": ["gw.other.test", "*.cdn.test"]})
+    world = await make_world(upstream={"gateway_hosts": ["gw.Other.test.", "*.cdn.test"]})
     await redirected(world, f"wss://{host}")
     assert (len(world.controller.dials) == 2) is goes
 
@@ -99,6 +102,9 @@ async def test_allowed_hosts_can_be_configured(make_world: MakeWorld, host: str,
         ("https://one.co.uk", "wss://two.co.uk", False),
         ("https://10.1.0.1", "wss://10.2.0.1", False),
         ("https://10.1.0.1", "wss://10.1.0.1", True),
+        ("https://[fd00::1]", "wss://[fd00::2]", False),
+        ("https://[fd00::1]", "wss://[fd00:0::1]", True),
+        ("https://api.vendor.test.", "wss://gw.Vendor.test", True),
         ("http://127.0.0.1:9", "ws://127.0.0.1:10", True),
     ],
 )

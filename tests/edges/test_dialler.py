@@ -278,6 +278,28 @@ async def test_the_fallback_may_have_a_proxy_of_its_own(caplog: pytest.LogCaptur
 
 
 @BOTH
+@pytest.mark.parametrize("value", ["http://[::1", "http://:3128", "http://h:0", "http://h:x", "socks5://h:1"])
+async def test_a_proxy_of_the_environment_that_cannot_be_used_is_told(way: Way, value: str) -> None:
+    said = await way(Upstream(), "https://vendor.test", {"HTTPS_PROXY": value})
+    assert "http://host:port" in said or "only http and https proxies" in said
+
+
+@BOTH
+async def test_a_proxy_may_answer_connect_with_a_length(way: Way, authority: trustme.CA, ca_file: str) -> None:
+    """RFC 9110, 9.3.6: a successful answer to CONNECT has no body, whatever its headers say."""
+
+    class Wordy(ForwardProxy):
+        CONNECTED = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nVia: 1.1 wordy\r\n\r\n"
+
+    async with (
+        tcp_server(Vendor().converse, ssl=serving(authority)) as target,
+        tcp_server(Wordy().converse) as port,
+    ):
+        upstream = Upstream(ca_file=ca_file, proxy=f"http://127.0.0.1:{port}")
+        assert await way(upstream, f"https://127.0.0.1:{target}") == "ok"
+
+
+@BOTH
 async def test_no_proxy_decides_for_both_ways(way: Way, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         environ = {"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": "192.0.2.0/24, .vendor.invalid"}

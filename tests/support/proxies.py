@@ -18,6 +18,8 @@ class ForwardProxy:
     `swallows_frames`: passes the handshake on and nothing after it.
     """
 
+    CONNECTED = b"HTTP/1.1 200 Connection established\r\n\r\n"
+
     def __init__(self, *, strips_upgrade: bool = False, swallows_frames: bool = False) -> None:
         self._strips_upgrade = strips_upgrade
         self._swallows_frames = swallows_frames
@@ -41,7 +43,7 @@ class ForwardProxy:
             return
         try:
             if method == "CONNECT":
-                writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                writer.write(self.CONNECTED)
             else:
                 back.write(self._passed_on(head).encode())
             async with asyncio.TaskGroup() as group:
@@ -95,7 +97,7 @@ class PickyProxy(ForwardProxy):
             writer.write(answer("407 Proxy Authentication Required", "Proxy-Authenticate: Basic"))
             return
         there, back = await asyncio.open_connection("127.0.0.1", self._target)
-        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        writer.write(self.CONNECTED)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._upstream(reader, back))
