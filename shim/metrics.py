@@ -165,6 +165,8 @@ class Metrics:
         )
         self.store_operations = self._counter("store_operations", "Operations that those commits carried out.")
         self.store_failures = self._counter("store_failures", "Submissions that the store could not carry out.")
+        self.store_log_bytes = self._gauge("store_log_bytes", "Size of the database's write-ahead log.")
+        self.store_log_pinned = self._gauge("store_log_pinned", "1 while a reader keeps that log from being emptied.")
         self.store_moved_aside = self._counter(
             "store_moved_aside", "Corrupt databases that were moved aside: what was only in them is lost."
         )

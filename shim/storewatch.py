@@ -1,4 +1,4 @@
-"""What the store has to say: to metrics about its commits, to a person about what was wrong with its database."""
+"""Report on the store: its commits and its log to metrics, what was wrong with its database to a person."""
 
 from __future__ import annotations
 
@@ -13,15 +13,26 @@ from shim.store import CommitProbe
 
 log = get(__name__)
 
+PINNED_HINT = (
+    "another program reads the database in a transaction that it does not end, and the log beside the database grows "
+    "with every commit: end that program (a backup, a sqlite3 shell); the log is emptied within seconds after that"
+)
+
 
 def probe(metrics: Metrics, broken: Callable[[StoreError], None]) -> CommitProbe:
-    """Measures commits; `broken` is called when the database turns out to be damaged while it is used."""
+    """Return what measures commits; `broken` is called when the database turns out to be damaged while it is used."""
 
     def committed(commit_s: float, operations: int) -> None:
         metrics.store_commit_seconds.observe(commit_s)
         metrics.store_operations.inc(operations)
 
-    return CommitProbe(Clock().monotonic_s, committed, metrics.store_failures.inc, broken)
+    def logged(size_bytes: int, pinned: bool) -> None:
+        metrics.store_log_bytes.set(size_bytes)
+        metrics.store_log_pinned.set(pinned)
+        if pinned:
+            log.warning("store_log_pinned", about="store.path", size_bytes=size_bytes, hint=PINNED_HINT)
+
+    return CommitProbe(Clock().monotonic_s, committed, metrics.store_failures.inc, broken, log=logged)
 
 
 def tell_findings(loaded: Loaded, metrics: Metrics) -> None:

@@ -112,6 +112,10 @@ class Snapshots:
             "own_tokens": settings.upstream.own_tokens,
             "token_required": self._facts.token_required,
             "config_valid": bool(_value(metrics.config_valid)),
+            "store": {
+                "log_bytes": int(_value(metrics.store_log_bytes)),
+                "log_pinned": bool(_value(metrics.store_log_pinned)),
+            },
         }
 
     def _drain(self) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class Bridge:
             (1, self.gateways.sweep),
             (1, self.unpolled.look),
             (5, self.presence.sweep),
+            (5, self._look_after_store),
             (5, self.registrations.sweep),
             (60, self._save_holds),
             (600, self._forget_old),
@@ -132,6 +133,10 @@ class Bridge:
         self.gateways.stop()
         self.links.stop()
         self._timers.close()
+
+    def _look_after_store(self) -> None:
+        """Give the store a turn also when there is nothing to write: its log may be waiting to be emptied."""
+        self.ctx.store.submit(())
 
     def _save_holds(self) -> None:
         for session in self.ctx.sessions:

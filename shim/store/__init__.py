@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from shim import settings
+from shim.errors import StoreError
 from shim.ports import CommandStore
-from shim.store import schema
+from shim.store import files, schema
 from shim.store.delivery import Post
 from shim.store.files import advice
 from shim.store.sqlite import SqliteStore
 from shim.store.writer import CommitProbe
 
-__all__ = ["CommitProbe", "Post", "advice", "check_database", "open_store"]
+__all__ = ["CommitProbe", "Post", "advice", "check_database", "check_files", "open_store"]
 
 IN_MEMORY = ":memory:"
 CHECK_S = 1.0
@@ -23,7 +25,16 @@ def check_database(path: Path) -> None:
 
     Leaves no trace; a shim may be at work on it.
     """
-    schema.check_untouched(path, CHECK_S)
+    check_files(path)
+    schema.check_untouched(Path(os.path.realpath(path)), CHECK_S)
+
+
+def check_files(path: Path) -> None:
+    """Raise `StoreError` where a file of the store exists and is no regular file; nothing is opened."""
+    try:
+        files.require_regular_files(Path(os.path.realpath(path)))
+    except OSError as error:
+        raise StoreError(f"the file at store.path cannot be used: {error.strerror}") from error
 
 
 def open_store(configured: settings.Store, post: Post, probe: CommitProbe | None = None) -> CommandStore:

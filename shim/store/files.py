@@ -8,8 +8,38 @@ import os
 import stat
 from pathlib import Path
 
+from shim.errors import StoreError
+
 COMPANIONS = ("-wal", "-shm")
+LOCK_SUFFIX = ".lock"
 _HEADER = b"SQLite format 3\x00"
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+def require_regular(path: Path) -> None:
+    """Raise `StoreError` where `path` exists and is no regular file, symbolic links followed. Raises `OSError`.
+
+    SQLite would wait for the other end of a FIFO, and take any device for a damaged database.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "")
+        if kind:
+            raise StoreError(f"store.path must name a regular file, or none yet: {path} is {kind}")
+
+
+def require_regular_files(path: Path) -> None:
+    """Raise `StoreError` where the database or a companion exists and is no regular file. Raises `OSError`."""
+    for each in (path, *(companion(path, suffix) for suffix in (*COMPANIONS, LOCK_SUFFIX))):
+        require_regular(each)
 
 
 def companion(path: Path, suffix: str) -> Path:
@@ -121,3 +151,37 @@ def _reserve(target: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+class ReplacedError(StoreError):
+    """Another file has taken the place of an open one: what is written now would be lost with the next restart."""
+
+
+class OpenFiles:
+    """The files of an open database, as they were when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._log_path = companion(path, "-wal")
+        self._database = _identity(path.stat())
+        self._log: tuple[int, int] | None = None
+
+    def log_bytes(self) -> int:
+        """Return the size of the write-ahead log. Raises `ReplacedError`, `OSError`."""
+        try:
+            database = self._path.stat()
+            log = self._log_path.stat()
+        except FileNotFoundError as error:
+            raise ReplacedError(f"{error.filename} was removed while it was in use: {_REMEDY}") from None
+        if self._log is None:
+            self._log = _identity(log)
+        if _identity(database) != self._database or _identity(log) != self._log:
+            raise ReplacedError(f"another file has taken the place of {self._path}: {_REMEDY}")
+        return log.st_size
+
+
+_REMEDY = "put the right one back, or restart agent-shim to go on with what is there"
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino

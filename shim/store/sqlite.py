@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import sqlite3
 import threading
@@ -21,13 +22,13 @@ from shim.store.delivery import Post, deliver, store_error
 from shim.store.loading import load
 from shim.store.lock import StoreLock
 from shim.store.operations import Operations
+from shim.store.write_ahead_log import LIMIT_BYTES, WriteAheadLog
 from shim.store.writer import CommitProbe, Failure, Writer
 
 BUSY_TIMEOUT_S = 5.0
 CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 # What a damaged file is found by. A plain SQL error means that tables or columns are not what the version says.
 _CORRUPT = CORRUPT | {sqlite3.SQLITE_ERROR}
-_WAL_LIMIT_BYTES = 16 * 1024 * 1024
 # What a smaller transaction would fail of just the same. A full disk may still have room for a small one; anything else
 # is the fault of one submission.
 _COMMON = CORRUPT | {
@@ -79,36 +80,49 @@ class SqliteStore:
         self._post = post
         self._probe = probe
         self._busy_timeout_s = busy_timeout_s
-        self._lock = StoreLock(path)
+        self._lock: StoreLock | None = None
         # Nothing may be queued behind the end of the queue.
         self._gate = threading.Lock()
         self._writer: Writer | None = None
 
     def open(self) -> Loaded:
         """See `ports.CommandStore`. A corrupt database is moved aside and replaced by a new one."""
+        # SQLite puts its log beside the file that a symbolic link leads to, and so does the lock.
+        self._path = Path(os.path.realpath(self._path))
         with _translated(self._path):
+            files.require_regular_files(self._path)
             warnings = files.prepare_directory(self._path)
-            warnings += self._lock.acquire()
+            lock = StoreLock(self._path)
+            warnings += lock.acquire()
         try:
-            return self._open_or_replace(warnings)
+            loaded = self._open_or_replace(lock, warnings)
         except BaseException:
-            self._lock.release()
+            lock.release()
             raise
+        self._lock = lock
+        return loaded
 
-    def _open_or_replace(self, warnings: tuple[str, ...]) -> Loaded:
+    def _open_or_replace(self, lock: StoreLock, warnings: tuple[str, ...]) -> Loaded:
         moved_aside = ""
         try:
-            connection, loaded = self._open()
+            connection, loaded = self._open(lock)
         except _CorruptError:
             with _translated(self._path):
                 moved_aside = str(files.move_aside(self._path))
+            lock.release_database()
             try:
-                connection, loaded = self._open()
+                connection, loaded = self._open(lock)
             except StoreError as error:
                 raise StoreError(f"{error} (the corrupt database was moved to {moved_aside})") from error
-        self._writer = Writer(SqliteEngine(connection), self._post, self._probe)
+        log = WriteAheadLog(self._tell_log)
+        engine = SqliteEngine(connection, files.OpenFiles(self._path), log)
+        self._writer = Writer(engine, self._post, self._probe)
         self._writer.start()
         return replace(loaded, moved_aside=moved_aside, warnings=warnings + loaded.warnings)
+
+    def _tell_log(self, size_bytes: int, pinned: bool) -> None:
+        if self._probe is not None and self._probe.log is not None:
+            deliver(self._post, [partial(self._probe.log, size_bytes, pinned)])
 
     def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
         """See `ports.CommandStore`; a store that is not open answers with a `StoreError`."""
@@ -125,22 +139,28 @@ class SqliteStore:
             writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
-        self._lock.release()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
 
-    def _open(self) -> tuple[sqlite3.Connection, Loaded]:
+    def _open(self, lock: StoreLock) -> tuple[sqlite3.Connection, Loaded]:
         with _translated(self._path):
-            if self._path.exists():
+            exists = self._path.exists()
+            warnings = lock.acquire_database() if exists else ()
+            if exists:
                 if files.is_garbage(self._path):
                     raise _CorruptError("the file is no database")
                 schema.check_untouched(self._path, self._busy_timeout_s)
             files.create(self._path)
+            if not exists:
+                warnings = lock.acquire_database()
             connection = schema.connect(f"{self._path.absolute().as_uri()}?mode=rw", self._busy_timeout_s)
             try:
                 loaded = self._prepare(connection)
             except BaseException:
                 connection.close()
                 raise
-        return connection, loaded
+        return connection, replace(loaded, warnings=warnings + loaded.warnings)
 
     def _prepare(self, connection: sqlite3.Connection) -> Loaded:
         if self._path.stat().st_size == 0:
@@ -184,18 +204,25 @@ class SqliteDatabase:
 
 
 class SqliteEngine:
-    """A `store.writer.Engine`: carries out batches on a connection, each in one synced commit."""
+    """A `store.writer.Engine`: carries out batches on a connection, each in one synced commit.
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    `open_files` are the files of the connection's database.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, open_files: files.OpenFiles, log: WriteAheadLog) -> None:
         self._connection = connection
+        self._files = open_files
+        self._log = log
         self._database = SqliteDatabase(connection)
         self._operations = Operations(self._database)
 
     def commit(self, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
         execute = self._database.execute
+        log_bytes = self._files.log_bytes()
         execute("BEGIN IMMEDIATE")
         results = [self._operations.carry_out(operations) for operations in batch]
         execute("COMMIT")
+        self._log.look(self._connection, log_bytes)
         return results
 
     def roll_back(self) -> None:
@@ -204,6 +231,8 @@ class SqliteEngine:
                 self._database.execute("ROLLBACK")
 
     def failure(self, error: Exception) -> Failure:
+        if isinstance(error, files.ReplacedError):
+            return Failure(error, concerns_all=True)
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         return Failure(store_error(error), concerns_all=code in _COMMON, corrupt=code in CORRUPT)
 
@@ -245,5 +274,5 @@ def _configure(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA wal_autocheckpoint = 2000")  # pages: 8 MiB
     connection.execute("PRAGMA cache_size = -2048")  # KiB
-    connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
+    connection.execute(f"PRAGMA journal_size_limit = {LIMIT_BYTES}")
     connection.execute("PRAGMA temp_store = MEMORY")  # a full disk must not stop a rollback

@@ -30,7 +30,8 @@ class CommitProbe(msgspec.Struct, frozen=True):
     `commit_s` is the time by `monotonic` (seconds) from the beginning of the transaction to its sync, with any wait for
     another process; `operations` is how many it carried out. `failed(submissions)` is called with how many could not be
     carried out, `corrupt(error)` after each that shows that the database is damaged: nothing will be stored any more.
-    `fenced()` is called once, when another replica has taken the shard.
+    `fenced()` is called once, when another replica has taken the shard. `log(size_bytes, pinned)` is called when
+    the write-ahead log has grown or shrunk; `pinned`: a reader keeps it from being emptied.
     """
 
     monotonic: Callable[[], float]
@@ -38,6 +39,7 @@ class CommitProbe(msgspec.Struct, frozen=True):
     failed: Callable[[int], None] | None = None
     corrupt: Callable[[StoreError], None] | None = None
     fenced: Callable[[], None] | None = None
+    log: Callable[[int, bool], None] | None = None
 
 
 class Failure(NamedTuple):
@@ -164,7 +166,7 @@ class Writer:
         probe = self._probe
         started = probe.monotonic() if probe is not None else 0.0
         outcomes: list[_Outcome] = [*self._engine.commit([operations for operations, _ in batch])]
-        if probe is not None:
-            carried_out = sum(len(operations) for operations, _ in batch)
+        carried_out = sum(len(operations) for operations, _ in batch)
+        if probe is not None and carried_out:
             callbacks.append(partial(probe.observe, probe.monotonic() - started, carried_out))
         return outcomes

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 import sqlite3
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import pytest
 
 from shim.core.records import Loaded
 from shim.errors import StoreError, StoreVersionError
-from shim.store import schema
+from shim.store import check_database, schema
 from tests.support.stores import Stores, put
 
 SOME_COMMANDS = 300
@@ -255,7 +257,39 @@ def test_a_directory_in_its_place_is_no_damage(stores: Stores, path: Path) -> No
     path.mkdir()
     with pytest.raises(StoreError, match=r"store\.path"):
         stores.open(path)
-    assert sorted(each.name for each in path.parent.iterdir()) == ["shim.db", "shim.db.lock"]
+    assert sorted(each.name for each in path.parent.iterdir()) == ["shim.db"]
+
+
+def _device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # a /dev/zero of the test's own
+    except PermissionError:
+        pytest.skip("only root may make a device node")
+
+
+def _socket(path: Path) -> None:
+    with closing(socket.socket(socket.AF_UNIX)) as sock:
+        sock.bind(str(path))
+
+
+MAKE = {"a FIFO": os.mkfifo, "a socket": _socket, "a character device": _device, "a directory": os.mkdir}
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("place", ["shim.db", "shim.db-wal", "shim.db-shm", "shim.db.lock", "a link"])
+def test_what_is_no_regular_file_is_refused_as_it_is(stores: Stores, path: Path, kind: str, place: str) -> None:
+    odd = path.with_name("odd" if place == "a link" else place)
+    MAKE[kind](odd)
+    if place == "a link":
+        path.symlink_to(odd)
+    before = odd.lstat()
+    with pytest.raises(StoreError, match=rf"store\.path must name a regular file.*{odd.name} is {kind}"):
+        stores.open(path)
+    with pytest.raises(StoreError, match=r"store\.path"):
+        check_database(path)
+    after = odd.lstat()
+    assert (after.st_ino, after.st_mode, after.st_rdev) == (before.st_ino, before.st_mode, before.st_rdev)
+    assert not list(path.parent.glob("*corrupt*"))
 
 
 def test_a_file_in_place_of_its_directory_is_told(stores: Stores, tmp_path: Path) -> None:
@@ -288,6 +322,51 @@ def test_a_second_shim_is_told_to_take_a_database_of_its_own(stores: Stores, pat
     assert hashes(path.parent) == before
     first.close()
     assert len(stores.loaded(path).commands) == 1
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
+def test_another_name_of_the_database_does_not_open_it_twice(stores: Stores, path: Path, link: str) -> None:
+    first, _ = stores.open(path)
+    first.run(put("1"))
+    other = path.parent / "elsewhere" / "other.db"
+    other.parent.mkdir()
+    if link == "hard":
+        other.hardlink_to(path)
+    else:
+        other.symlink_to(path)
+    with pytest.raises(StoreError, match="another agent-shim uses the database"):
+        stores.open(other)
+    first.run(put("2"))
+    first.close()
+    assert len(stores.loaded(path).commands) == 2
+
+
+def test_a_removed_lock_file_does_not_open_it_twice(stores: Stores, path: Path) -> None:
+    first, _ = stores.open(path)
+    path.with_name("shim.db.lock").unlink()
+    with pytest.raises(StoreError, match="another agent-shim uses the database"):
+        stores.open(path)
+    first.close()
+    assert stores.loaded(path).commands == ()
+
+
+def test_a_database_that_replaced_a_corrupt_one_is_locked_too(stores: Stores, path: Path) -> None:
+    path.write_bytes(b"garbage")
+    first, loaded = stores.open(path)
+    assert loaded.moved_aside
+    path.with_name("shim.db.lock").unlink()
+    with pytest.raises(StoreError, match="another agent-shim uses the database"):
+        stores.open(path)
+    first.close()
+
+
+def test_a_symbolic_link_to_a_database_that_is_yet_to_be_made_is_followed(stores: Stores, path: Path) -> None:
+    target = path.parent / "target.db"
+    path.symlink_to(target)
+    client, _ = stores.open(path)
+    client.run(put("1"))
+    client.close()
+    assert len(stores.loaded(target).commands) == 1
 
 
 def test_a_predecessor_that_was_killed_does_not_block(stores: Stores, path: Path) -> None:

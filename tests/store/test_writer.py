@@ -20,6 +20,7 @@ from shim.core.records import FindCommand, MarkCommands, Prune, ReadOutbox, Stat
 from shim.errors import StoreError
 from shim.store import CommitProbe, open_store
 from shim.store.sqlite import SqliteEngine, SqliteStore
+from shim.store.write_ahead_log import LIMIT_BYTES
 from shim.store.writer import MAX_BATCH
 from tests.support.stores import KEY, POISON, TIMEOUT_S, StoreClient, put
 
@@ -223,6 +224,48 @@ def test_a_lock_that_is_given_up_in_time_costs_nothing(path: Path, gate: Gate) -
     other.execute("COMMIT")
     other.close()
     assert isinstance(client.wait(outcome), list)
+    client.close()
+
+
+@pytest.mark.parametrize("what", ["shim.db", "shim.db-wal"])
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_file_that_was_replaced_underneath_takes_nothing_more(
+    client: StoreClient, path: Path, what: str, how: str
+) -> None:
+    """SQLite would go on writing to the file without a name, and all of that would be gone after a restart."""
+    client.run(put("1"))
+    file, aside = path.with_name(what), path.with_name("aside")
+    file.rename(aside)
+    if how == "replaced":
+        file.touch()
+    with pytest.raises(StoreError, match="removed while it was in use" if how == "removed" else "taken the place of"):
+        client.run(put("2"))
+    aside.replace(file)
+    assert not client.one(put("2")).duplicate
+
+
+def test_a_reader_that_pins_the_log_is_told_and_the_log_emptied_when_it_goes(path: Path) -> None:
+    told: list[tuple[int, bool]] = []
+    probe = CommitProbe(lambda: 0.0, lambda commit_s, operations: None, log=lambda *each: told.append(each))
+    client = StoreClient(lambda post: SqliteStore(path, post, probe))
+    client.open()
+    client.run(put("first"))
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM commands").fetchone()
+    for n in range(40):
+        client.run(put(str(n), payload={"x": "x" * 1_000_000}))
+    wal = path.with_name("shim.db-wal")
+    assert wal.stat().st_size > 2 * LIMIT_BYTES
+    client.drain()
+    assert told[-1] == (pytest.approx(wal.stat().st_size, abs=4 * 1024 * 1024), True)
+
+    reader.execute("ROLLBACK")
+    client.run()
+    client.drain()
+    assert wal.stat().st_size == 0
+    assert told[-1] == (0, False)
+    reader.close()
     client.close()
 
 

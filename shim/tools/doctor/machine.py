@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shim import settings
 from shim.errors import StoreError
-from shim.store import advice, check_database
+from shim.store import advice, check_database, check_files
 from shim.tools.doctor.findings import Finding, failed, passed, warned
 from shim.tools.doctor.running import Running
 from shim.tools.doctor.volumes import Kind, Volume, volume_of
@@ -95,7 +95,11 @@ def examine_store(store: settings.Store, running: Running) -> Iterator[Finding]:
     place = _existing(path.parent)
     volume = _volume(place)
     try:
+        check_files(path)
         yield _writable(path, place, volume)
+    except StoreError as error:
+        yield failed("store", str(error), "put store.path on a file of its own: it is made where there is none")
+        return
     except OSError as error:
         yield failed("store", f"{path} cannot be written: {os.strerror(error.errno or errno.EIO)}", advice(error, path))
         return
@@ -149,13 +153,17 @@ def _contents(path: Path, running: Running) -> Iterator[Finding]:
 
 
 def _locked(path: Path) -> bool:
-    """Whether a process holds the store's lock, by the kernel's list: trying it could keep a shim from starting."""
+    """Return whether a process holds the store's lock, by the kernel's list: trying it could keep a shim from starting.
+
+    The lock is on the database itself, whatever name it has there; SQLite's own locks on it are of another kind.
+    """
     try:
-        lock = path.with_name(path.name + ".lock").stat()
-        held = LOCKS.read_text()
+        database = path.stat()
+        held = LOCKS.read_text().splitlines()
     except OSError:
         return False
-    return f" {os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino} " in held
+    inode = f" {os.major(database.st_dev):02x}:{os.minor(database.st_dev):02x}:{database.st_ino} "
+    return any(" OFDLCK " in line and inode in line for line in held)
 
 
 def _space(place: Path) -> Iterator[Finding]:
