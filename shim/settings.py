@@ -269,3 +269,8 @@ class Settings(Section, frozen=True):
     rollout: Rollout = Rollout()
     sunset: Sunset = Sunset()
     log: Log = Log()
+
+    @property
+    def uses_fallback(self) -> bool:
+        """True where calls may go by the vendor's HTTP API, now or after one change of `mode`."""
+        return bool(self.fallback.url) or self.mode != "websocket" or self.rollout.partial

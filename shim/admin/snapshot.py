@@ -97,7 +97,7 @@ class Snapshots:
 
     def _about(self, wall: float) -> dict[str, Any]:
         settings = self._bridge.ctx.settings
-        has_fallback = bool(settings.fallback.url) or settings.mode != "websocket"
+        has_fallback = settings.uses_fallback
         metrics = self._bridge.ctx.metrics
         return {
             "version": self._facts.version,

@@ -92,7 +92,7 @@ def _ways(upstream: Upstream, token: str) -> tuple[tuple[str, bool, bool], ...]:
 
 async def examine_fallback(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
     """Return whether the vendor's HTTP API can be reached: one may have to go back to it. Nothing if it is unused."""
-    if not settings.fallback.url and settings.mode == "websocket":
+    if not settings.uses_fallback:
         return []
     dialling = settings.fallback.dialling(settings.upstream)
     url = under(fallback_url(settings), "/api/v1/health")
