@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,61 @@ def agent_shim(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=30, check=False)
 
 
+def agent_shim_bytes(*args: str) -> bytes:
+    command = [sys.executable, "-m", "shim", "inject", *args]
+    return subprocess.run(command, capture_output=True, timeout=30, check=True).stdout
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_removal_gives_the_vendors_text_back_to_the_byte(shape: str) -> None:
     text = vendor_text(shape)
     assert remove(inject(text, OPTIONS)) == text
+
+
+def mixed(text: str) -> str:
+    """Every third line ends as on Windows."""
+    lines = text.split("\n")
+    return "".join(line + ("\r\n" if at % 3 == 0 else "\n") for at, line in enumerate(lines[:-1])) + lines[-1]
+
+
+FORMS: dict[str, Callable[[str], str]] = {
+    "crlf": lambda text: text.replace("\n", "\r\n"),
+    "mixed": mixed,
+    "bom": lambda text: "\ufeff" + text,
+    "bom-crlf-unended": lambda text: "\ufeff" + text.rstrip("\n").replace("\n", "\r\n"),
+    "unended": lambda text: text.rstrip("\n"),
+    "blank-lines-at-the-end": lambda text: text + "\n\n",
+    "wide": lambda text: text.replace("image: ", "image:   "),
+    "comment-at-the-end": lambda text: text + "# the end",
+    "trailing-spaces": lambda text: text.replace("spec:\n", "spec:  \n"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [*SHAPES, "minimal"])
+def test_the_form_of_the_text_is_kept(shape: str, form: str) -> None:
+    text = FORMS[form](MINIMAL if shape == "minimal" else vendor_text(shape))
+    options = Options(IMAGE, own_token=shape == "minimal")
+    once = inject(text, options)
+    assert once != text
+    assert inject(once, options) == once
+    assert once.startswith("\ufeff") == text.startswith("\ufeff")
+    assert once.endswith("\n") == text.endswith("\n")
+    if "crlf" in form:
+        assert once.count("\n") == once.count("\r\n")
+    back = remove(once)
+    if (shape, form) == ("chart", "mixed"):  # the line of the URL is replaced, and comes back as most lines end
+        back, text = back.replace("\r\n", "\n"), text.replace("\r\n", "\n")
+    assert back.encode() == text.encode()
+
+
+@pytest.mark.parametrize("form", ["bom-crlf-unended", "mixed"])
+def test_the_command_writes_the_bytes_that_it_read(form: str, tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_bytes(FORMS[form](MINIMAL).encode())
+    injected = agent_shim_bytes("--own-token", "-f", str(file))
+    file.with_name("with.yaml").write_bytes(injected)
+    assert agent_shim_bytes("--remove", "-f", str(file.with_name("with.yaml"))) == file.read_bytes()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -36,8 +37,9 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
 ) -> None:
     """Add the sidecar to the agent's manifest; print the result. Doing it twice is doing it once."""
     try:
-        with click.open_file(filename, encoding="utf-8") as file:
-            text = file.read()
+        # As bytes: reading text would turn CRLF into LF.
+        data = sys.stdin.buffer.read() if filename == "-" else Path(filename).read_bytes()
+        text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise click.ClickException(f"{filename} cannot be read: {error}") from None
     if check:
@@ -53,7 +55,7 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
         after = "".join(
             difflib.unified_diff(before, new, name, f"{name} with the sidecar{'' if not remove else ' removed'}")
         )
-    sys.stdout.write(after)
+    sys.stdout.buffer.write(after.encode("utf-8"))
 
 
 def _check(text: str) -> NoReturn:

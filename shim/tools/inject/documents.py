@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shim.tools.inject import sidecar
+from shim.tools.inject.line_endings import change_lines
 from shim.tools.inject.sidecar import InjectError, Map, Sidecar
 
 _HEAD = "---\n"
@@ -42,10 +43,20 @@ class _Found:
 
 
 def inject(text: str, options: Options) -> str:
-    """The manifests with the sidecar in every agent. Text that has it already comes back unchanged.
+    """Return the manifests with the sidecar in every agent. Text that has it already comes back unchanged.
 
-    Raises `InjectError` when there is no agent, or one that cannot be given the sidecar.
+    All other lines stay as they are, with their line ends. Raises `InjectError` when there is no agent, or one that
+    cannot be given the sidecar.
     """
+    return change_lines(text, lambda plain: _inject(plain, options))
+
+
+def remove(text: str) -> str:
+    """Return the manifests without the sidecar and its ConfigMap: byte for byte as they were before `inject`."""
+    return change_lines(text, _remove)
+
+
+def _inject(text: str, options: Options) -> str:
     agents = 0
     out: list[str] = []
     for chunk in _chunks(text):
@@ -64,8 +75,7 @@ def inject(text: str, options: Options) -> str:
     return _unless_equal("".join(out), text)
 
 
-def remove(text: str) -> str:
-    """The manifests without the sidecar and its ConfigMap."""
+def _remove(text: str) -> str:
     out = []
     for chunk in _chunks(text):
         for template, _ in chunk.templates():
@@ -198,9 +208,12 @@ def _load(yaml: Any, text: str) -> Any:
 
 
 def _patch(original: str, before: str, after: str) -> str:
-    """`original` with the line changes that lead from `before` to `after`; `""` where its lines are not those."""
+    """Return `original` with the line changes that lead from `before` to `after`; `""` if its lines are not those.
+
+    The library may write a line with other spaces. Whether the result means the same is for the caller to check.
+    """
     lines, known, new = (text.splitlines(keepends=True) for text in (original, before, after))
-    if [line.strip() for line in lines] != [line.strip() for line in known]:
+    if len(lines) != len(known):
         return ""
     out: list[str] = []
     for tag, start, end, new_start, new_end in difflib.SequenceMatcher(None, known, new, autojunk=False).get_opcodes():
