@@ -34,6 +34,7 @@ _TOOLS = {
     "doctor": ("shim.tools.doctor", "What stands between this machine and a working shim, with what to do."),
     "drain": ("shim.tools.drain", "Tell a running shim to take no new commands and hand over what it has."),
     "fleet": ("shim.tools.fleet", "Simulated legacy agents of every dialect, with a latency report."),
+    "forget": ("shim.tools.forget", "Forget an agent that does not call any more."),
     "health": ("shim.tools.health", "Ask a running shim how it is: exit code 0 or 1."),
     "inject": ("shim.tools.inject", "Add the sidecar to a manifest of the agent, or take it out again."),
     "purge": ("shim.tools.purge", "Give up a command that waits for its agent."),

@@ -61,6 +61,11 @@ class CommandPages:
         record = await self._bridge.operator.redeliver(request.match_info["id"], choice.session, choice.reason)
         return _json({"command": _outcome(record)})
 
+    async def forget(self, request: web.Request) -> web.Response:
+        """POST /agents/{id}/forget: an agent by name, id or whole key."""
+        key = await self._bridge.forgetting.forget(request.match_info["id"])
+        return _json({"agent": {"key": str(key), "kind": key.kind, "id": key.ident}})
+
     async def drain(self, request: web.Request) -> web.Response:
         """POST /drain: begin, or move the deadline."""
         order = await _body(request, DrainOrder)

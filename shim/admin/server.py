@@ -89,6 +89,7 @@ class AdminServer:
             (hdrs.METH_GET, "/commands/{id}.json", commands.trace, Access.DATA),
             (hdrs.METH_POST, "/commands/{id}/purge", commands.purge, Access.CHANGE),
             (hdrs.METH_POST, "/commands/{id}/redeliver", commands.redeliver, Access.CHANGE),
+            (hdrs.METH_POST, "/agents/{id}/forget", commands.forget, Access.CHANGE),
             (hdrs.METH_POST, "/drain", commands.drain, Access.CHANGE),
             (hdrs.METH_DELETE, "/drain", commands.resume, Access.CHANGE),
         ]

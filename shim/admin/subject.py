@@ -102,6 +102,12 @@ class Hands(Protocol):
     async def redeliver(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord: ...
 
 
+class Forgets(Protocol):
+    """Forgets agents by hand (`bridge.forgetting`)."""
+
+    async def forget(self, agent: str) -> SessionKey: ...
+
+
 class Subject(Protocol):
     """A bridge, as far as the admin port needs one."""
 
@@ -142,6 +148,9 @@ class Subject(Protocol):
 
     @property
     def operator(self) -> Hands: ...
+
+    @property
+    def forgetting(self) -> Forgets: ...
 
     def replicas(self) -> dict[str, Any] | None:
         """What there is to say of several replicas, `None` where there is one."""

@@ -148,7 +148,13 @@ class Queues:
         """The session is deleted: its commands end EXPIRED."""
         queue = self.pop(key)
         for live in queue.forget_all() if queue is not None else ():
-            self.end(key, live, State.EXPIRED, "expired", "the agent was not seen for too long")
+            self.end(
+                key,
+                live,
+                State.EXPIRED,
+                "expired",
+                "the agent was not seen for too long, or was forgotten by an operator",
+            )
 
     def count(self, event: str, number: int = 1) -> None:
         """Count an event in the life of commands."""

@@ -13,6 +13,7 @@ from shim.core.calls import HeartbeatCall, Kind, RegisterCall, Registered, Targe
 from shim.core.records import Loaded, SessionKey
 from shim.core.sessions import Session
 from shim.core.usage import Usage
+from shim.errors import StoreError
 from shim.logs import get
 
 log = get(__name__)
@@ -235,6 +236,10 @@ class Roster:
             session = Session(key, call.dialect)
             self._ctx.sessions.add(session)
         return session
+
+    async def forget(self, session: Session) -> StoreError | None:
+        """Delete a session by hand. Return the error where the disk refuses."""
+        return await self._succession.forget(session)
 
     def expire(self) -> None:
         """Delete sessions that were not seen for `sessions.retain_s`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from shim.core.records import DeleteSession, MoveSession, SessionKey
 from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.logs import get
+from shim.ports import StoreDone
 
 log = get(__name__)
 
@@ -99,6 +101,16 @@ class Succession:
         for session in self._ctx.sessions:
             if session.seen_wall < before and not session.fresh(now):
                 log.info("session_forgotten", session=session.key.ident)
-                self.ended(session.key)
-                self._ctx.sessions.remove(session)
-                self._ctx.store.submit([DeleteSession(session.key)])
+                self._end(session)
+
+    async def forget(self, session: Session) -> StoreError | None:
+        """Delete a session by hand; its commands end EXPIRED. Return the error where the disk refuses."""
+        stored: asyncio.Future[list[Any] | StoreError] = asyncio.get_running_loop().create_future()
+        self._end(session, lambda outcome: None if stored.done() else stored.set_result(outcome))
+        outcome = await stored
+        return outcome if isinstance(outcome, StoreError) else None
+
+    def _end(self, session: Session, done: StoreDone | None = None) -> None:
+        self.ended(session.key)
+        self._ctx.sessions.remove(session)
+        self._ctx.store.submit([DeleteSession(session.key)], done)

@@ -11,6 +11,7 @@ from shim.bridge.connection import Connection
 from shim.bridge.context import DEFAULT_OWNER, Context
 from shim.bridge.delivery import Delivery, Offering
 from shim.bridge.detour import Detour
+from shim.bridge.forgetting import Forgetting
 from shim.bridge.gateway import Gateways, Leg
 from shim.bridge.holding import Holding
 from shim.bridge.inbound import Inbound
@@ -60,6 +61,7 @@ class Bridge:
         self.holding = Holding(ctx, self.presence, self.roster)
         self.inbound = Inbound(ctx, self.registrations, self.roster, self.intake, refusals, self.holding)
         self.operator = Operator(ctx, self.queues, self.intake, self.delivery)
+        self.forgetting = Forgetting(ctx, self.roster.usage, self.registrations, self.roster.forget)
         self.detour = Detour(ctx, self.routes, self.roster, self.queues, self.intake, self.delivery)
         self.calls = Calls(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
         self.stopping = False

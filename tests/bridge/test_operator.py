@@ -276,3 +276,54 @@ async def test_two_at_once_queue_it_once(world: World) -> None:
     assert sum(isinstance(outcome, OperatorError) for outcome in outcomes) == 1
     assert await agent.poll() == ["k1"]
     assert await agent.poll() == []
+
+
+# --- forgetting an agent ----------------------------------------------------------------------------------------------
+
+
+async def test_an_agent_that_is_gone_is_forgotten_with_what_waits_for_it(world: World) -> None:
+    await polling(world, "k1", name="gone")
+    other = await polling(world, name="stays", agent_id="pod-2")
+    await other.live(60)
+    key = await world.bridge.forgetting.forget("gone")
+    assert await world.state("k1") == "expired"
+    await world.settle()
+    assert [result["code"] for result in world.controller.results("k1")] == ["expired"]
+    assert [session.key.ident for session in world.bridge.sessions] == [other.cluster_id]
+    await world.restart()
+    assert world.bridge.sessions.get(key) is None
+
+
+@pytest.mark.parametrize("by", ["name", "cluster id", "agent id", "whole key"])
+async def test_an_agent_is_named_as_people_know_it(world: World, by: str) -> None:
+    agent = await polling(world, name="prod")
+    key = world.session(agent.cluster_id).key
+    await world.pass_s(100)
+    names = {"name": "prod", "cluster id": agent.cluster_id, "agent id": "pod-1", "whole key": str(key)}
+    assert await world.bridge.forgetting.forget(names[by]) == key
+
+
+async def test_who_still_calls_is_ambiguous_or_unknown_is_not_forgotten(world: World) -> None:
+    agent = await polling(world, name="prod")
+    forget = world.bridge.forgetting.forget
+    with pytest.raises(OperatorError, match="stop it first"):
+        await forget("prod")
+    await world.agent(agent_id="tunnel-only").tunnel_poll()
+    with pytest.raises(OperatorError, match="stop it first"):
+        await forget("tunnel-only")
+    with pytest.raises(OperatorError, match="no agent of this name"):
+        await forget("nobody")
+    world.controller.manners.cluster_id = lambda payload: "c-other"
+    await polling(world, name="prod", agent_id="pod-9")
+    await world.pass_s(100)
+    with pytest.raises(OperatorError, match="2 agents have this name"):
+        await forget("prod")
+    assert agent.cluster_id in {session.key.ident for session in world.bridge.sessions}
+
+
+async def test_the_disk_may_refuse_to_forget(world: World) -> None:
+    agent = await polling(world, name="prod")
+    await world.pass_s(100)
+    world.store.fail()
+    with pytest.raises(OperatorError, match="back after a restart"):
+        await world.bridge.forgetting.forget(agent.cluster_id)

@@ -89,7 +89,7 @@ async def test_status_says_it_in_the_terminal_and_as_json(tmp_path: Path, http: 
         await shim.start()
         code, out, err = await run("status", *where(shim, tmp_path))
         assert (code, err) == (0, "")
-        assert out.startswith("--: Nobody has called yet: point the agent's PIPEOPS_API_URL at http://127.0.0.1:")
+        assert out.startswith("WAIT: Nobody has called yet: point the agent's PIPEOPS_API_URL at http://127.0.0.1:")
         await agent(http, shim, controller, "k1")
         code, out, err = await run("status", *where(shim, tmp_path))
         lines = out.splitlines()
@@ -107,7 +107,7 @@ async def test_what_agents_call_themselves_does_not_steer_the_terminal(
 ) -> None:
     async with world(tmp_path, with_token(tmp_path)) as (shim, _):
         await shim.start()
-        body = {"agent_id": "agent-1", "name": "\x1b]0;mine\x07prod\n" + "x" * 100_000}
+        body = {"agent_id": "agent-1", "name": "\x1b]0;mine\x07prod\n" + "x" * 200}
         async with http.post(f"{shim.url}{BASE}/register", json=body) as response:
             assert response.status == 200
         code, out, _ = await run("status", *where(shim, tmp_path))
@@ -275,3 +275,16 @@ async def test_a_drain_that_does_not_end_in_time_fails(tmp_path: Path, http: aio
         assert (code, out.splitlines()[-1]) == (1, "timed out: 1 command and 0 results left, 0 refused")
         code, out, _ = await run("status", *where(shim, tmp_path))
         assert out.startswith("BAD: The drain did not end in time")
+
+
+async def test_an_agent_is_forgotten_only_when_it_calls_no_more(tmp_path: Path, http: aiohttp.ClientSession) -> None:
+    async with world(tmp_path, with_token(tmp_path)) as (shim, controller):
+        await shim.start()
+        cluster_id = await agent(http, shim, controller)
+        code, _, err = await run("forget", cluster_id, *where(shim, tmp_path))
+        assert (code, "stop it first" in err) == (1, True)
+        code, _, err = await run("forget", "nobody/at all", *where(shim, tmp_path))
+        assert (code, "no agent of this name or id is known" in err) == (1, True)
+        code, _, err = await run("forget", cluster_id, "--url", shim.admin)
+        assert code == 1
+        assert ADMIN_TOKEN not in "\n".join(shim.lines)
