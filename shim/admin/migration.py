@@ -56,17 +56,18 @@ def sunset(configured: Sunset, wall: float) -> dict[str, Any]:
 
 
 def _reasons(bridge: Subject, last_seen: dict[SessionKey, float], wall: float, started_wall: float) -> list[str]:
-    """Why the shim cannot be removed; empty when it can."""
+    """Return the reasons why the shim cannot be removed; none when it can."""
     reasons = []
     active = [seen for seen in last_seen.values() if wall - seen < QUIET_S]
     if active:
         ago = span(wall - max(active))
         reasons.append(f"{plural(len(active), 'agent')} called in the last 24 h, the last one {ago} ago")
     elif wall - started_wall < QUIET_S:
-        reasons.append(f"it has watched for {span(wall - started_wall)} only: wait for 24 h without a call")
+        reasons.append(f"no call in the {span(wall - started_wall)} since the start: wait until it is 24 h")
     commands = sum(map(len, bridge.queues.values()))
     if commands:
-        reasons.append(f"{plural(commands, 'command')} wait for their agents")
+        verb = "waits" if commands == 1 else "wait"
+        reasons.append(f"{plural(commands, 'command')} {verb} to be fetched")
     if not bridge.outbox.empty:
         reasons.append("results are not confirmed by the controller yet")
     return reasons

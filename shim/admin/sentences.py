@@ -94,12 +94,12 @@ SENTENCES: dict[str, Sentence] = {
     ),
     "commands_not_fetched": Sentence(
         "warning",
-        "Commands wait for an agent that does not ask for them: {agents}.",
+        "Commands wait, and their agent does not fetch them: {agents}.",
         "Stock agents never fetch commands; agent-shim purge ID gives one up.",
     ),
     "commands_in_doubt": Sentence(
         "warning",
-        "{number} in doubt: offered, and nobody can tell whether the agent has it.",
+        "{number} in doubt: offered, and no evidence came that the agent has read it.",
         "Offered again at the agent's next poll, unless commands.at_most_once names its type.",
     ),
     # --- the vendor's HTTP API ---

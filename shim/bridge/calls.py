@@ -216,7 +216,8 @@ class Calls:
             if not stored.done():
                 stored.set_result(not failed)
 
-        trace = AddTrace(key, (call.command_id,), TraceEntry(wall, "result", f"success {call.body.get('success')}"))
+        how = "success" if call.body.get("success") is True else "failure"
+        trace = AddTrace(key, (call.command_id,), TraceEntry(wall, "result", how))
         self._ctx.store.submit([PutResult(key, call.command_id, payload, wall), trace], done)
         self._presence.called(session)
         if await stored:

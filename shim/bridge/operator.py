@@ -24,6 +24,16 @@ log = get(__name__)
 
 CHECK_S = 0.5
 REASON_CHARS = 200
+_STANDS = {
+    State.QUEUED: "it waits for its agent",
+    State.OFFERED: "it is in a reply that the agent may have",
+    State.UNCERTAIN: "it is in doubt and will be offered again",
+    State.DELIVERED: "it was delivered",
+    State.ANSWERED: "its agent has answered it",
+    State.CLOSED: "it is done, and the controller has its result",
+    State.EXPIRED: "it expired",
+    State.DEAD: "it was given up",
+}
 
 
 class DrainState(Enum):
@@ -158,7 +168,7 @@ class Operator:
         ]
         if not held:
             record = _only(await self.find(command_id), session).record
-            raise OperatorError(409, f"it is {record.state.name}: only a command that still waits can be purged")
+            raise OperatorError(409, f"{_STANDS[record.state]}: only one that still waits can be purged")
         key, queue = held[0]
         if len(held) > 1:
             raise _ambiguous([key for key, _ in held])
@@ -173,7 +183,7 @@ class Operator:
         if live is None:
             raise OperatorError(
                 409,
-                "it is OFFERED, in a reply that the agent may have: wait until it is delivered or uncertain "
+                "it is in a reply that the agent may have: wait until it is delivered or in doubt "
                 f"(at most {self._ctx.settings.commands.evidence_s:g} s) and look again",
             )
         self._queues.end(key, live, State.DEAD, "undeliverable", why)
@@ -187,7 +197,8 @@ class Operator:
         try:
             queued = next_state(record.state, Step.REDELIVER)
         except IllegalTransition:
-            raise OperatorError(409, f"it is {record.state.name}: only what ended without a result can be") from None
+            why = "only one that was delivered, expired or given up, and has no result, can be delivered again"
+            raise OperatorError(409, f"{_STANDS[record.state]}: {why}") from None
         if record.seq == 0:
             raise OperatorError(409, "it was rejected when it arrived and never stored: the controller has to send it")
         if self._ctx.sessions.get(key) is None:
@@ -197,7 +208,8 @@ class Operator:
         why = _with_reason("by an operator", reason)
         wall, ttl_s = self._ctx.clock.wall_s(), self._ctx.settings.commands.ttl_s
         again = replace(record, state=queued, attempts=0, expires_wall=wall + ttl_s)
-        trace = AddTrace(key, (command_id,), TraceEntry(wall, "redeliver", f"{why}; it was {record.state.name}"))
+        detail = f"{why}; before that, {_STANDS[record.state]}"
+        trace = AddTrace(key, (command_id,), TraceEntry(wall, "redeliver", detail))
         if not await self._ask(RequeueCommand(key, command_id, wall, again.expires_wall), trace, then=again):
             raise OperatorError(409, "something happened to it meanwhile: look at it and try again")
         return again

@@ -122,7 +122,8 @@ def _row(session: dict[str, Any], status: dict[str, Any]) -> tuple[str, tuple[st
     queue, hold, now = session["queue"], session["hold"], status["now"]
     waiting = queue["waiting"] + queue["offered"]
     level = "warning" if queue["not_polling"] or session["silent"] else "good"
-    beats = f"every {session['heartbeat_s']:.0f} s" if session["heartbeat_s"] else _ago(session["heartbeat_at"], now)
+    every = session["heartbeat_s"]
+    beats = f"every {round(every, 1):g} s" if every else _ago(session["heartbeat_at"], now)
     polls = "held now" if session["polling_now"] else _ago(session["poll_at"], now)
     held = f"{hold['limit_s']:.0f} s" if hold["limit_s"] else "not held"
     alive = _alive(session, now)

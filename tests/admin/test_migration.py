@@ -92,7 +92,7 @@ async def test_while_agents_call_the_shim_is_needed_and_a_quiet_day_later_not(wo
 
 
 async def test_a_shim_that_has_hardly_watched_knows_nothing(world: World) -> None:
-    assert panel(world, 3600)["reasons"] == ["it has watched for 1 h only: wait for 24 h without a call"]
+    assert panel(world, 3600)["reasons"] == ["no call in the 1 h since the start: wait until it is 24 h"]
     assert panel(world, DAY_S)["removable"] is True
 
 
@@ -116,7 +116,7 @@ async def test_what_waits_here_keeps_the_shim(make_world: MakeWorld) -> None:
     world.controller.push("k2", cluster_id=agent.cluster_id)
     await world.settle()
     world.clock.wall_offset_s += DAY_S + 60
-    assert panel(world, 2 * DAY_S)["reasons"] == ["2 commands wait for their agents"]
+    assert panel(world, 2 * DAY_S)["reasons"] == ["2 commands wait to be fetched"]
     world.controller.go_away()
     await agent.poll()
     await agent.result("k1")

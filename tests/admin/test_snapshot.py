@@ -186,7 +186,7 @@ async def test_waiting_commands_and_an_agent_that_does_not_poll(page: Page, worl
     await agent.live(61)
     sessions = page.status()["sessions"]
     assert (sessions["not_polling"], sessions["items"][0]["queue"]["not_polling"]) == (1, True)
-    assert page.sentence == ("warning", "Commands wait for an agent that does not ask for them: prod.")
+    assert page.sentence == ("warning", "Commands wait, and their agent does not fetch them: prod.")
     await agent.poll()
     assert page.status()["sessions"]["not_polling"] == 0
     commands = page.status()["commands"]

@@ -150,7 +150,7 @@ async def test_an_uncertain_command_can_be_purged_and_an_offered_one_not(make_wo
     world = await make_world(commands={"evidence_s": 60})
     agent = await polling(world, "k1")
     assert await agent.poll() == ["k1"]
-    assert "OFFERED" in await refused(world, 409, "k1")
+    assert "in a reply that the agent may have" in await refused(world, 409, "k1")
     agent.reconnect(clean=False)
     await world.pass_s(61)
     assert await world.state("k1") == "uncertain"
@@ -164,7 +164,7 @@ async def test_what_is_not_waiting_cannot_be_purged(world: World) -> None:
     await agent.poll()
     await agent.heartbeat()
     await world.settle()
-    assert "DELIVERED" in await refused(world, 409, "k1")
+    assert "it was delivered" in await refused(world, 409, "k1")
     assert "known" in await refused(world, 404, "nobody")
     assert "session" in await refused(world, 404, "k1", "another")
 
@@ -202,7 +202,7 @@ async def test_a_dead_command_is_delivered_again_also_after_a_restart(make_world
 
     record = await world.bridge.operator.redeliver("k1", reason="the agent was down")
     assert (record.state, record.attempts) == (State.QUEUED, 0)
-    assert traces(world, "k1")[-1] == "redeliver: by an operator: the agent was down; it was DEAD"
+    assert traces(world, "k1")[-1] == "redeliver: by an operator: the agent was down; before that, it was given up"
     await world.restart()
     await agent.heartbeat()
     assert await agent.poll() == ["k1"]
@@ -239,11 +239,11 @@ async def test_a_held_poll_gets_a_redelivered_command_at_once(make_world: MakeWo
 
 async def test_what_has_a_result_or_still_waits_is_not_redelivered(world: World) -> None:
     agent = await polling(world, "k1", "k2")
-    assert "QUEUED" in await refused(world, 409, "k1", redeliver=True)
+    assert "it waits for its agent" in await refused(world, 409, "k1", redeliver=True)
     await agent.poll()
     await agent.result("k1")
     await world.settle()
-    assert "ANSWERED" in await refused(world, 409, "k1", redeliver=True)
+    assert "its agent has answered it" in await refused(world, 409, "k1", redeliver=True)
     assert await refused(world, 404, "nobody", redeliver=True)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shim.clock import Clock
+from shim.core.words import plural
 from shim.tools.agents import What
 from shim.tools.control_client import control_client
 from shim.tools.demo.cast import BEAT_S, POLL_S, SLOW, TOKEN, Agent, Watch
@@ -140,7 +141,7 @@ class Story(Tale):
         async with self._stage.step("the command survived", 30) as step:
             in_hand = await agent.event(What.COMMAND, since, id=ident)
             registers = sum(event.what is What.REGISTER for event in agent.events[since:])
-            step.detail = f"in hand since it was sent; {registers} new registrations"
+            step.detail = f"in hand since it was sent; {plural(registers, 'new registration')}"
             step.took_s = in_hand.at_s - sent_s
         async with self._stage.step("and so did its result", 30) as step:
             result = await watch.event("received", 0, type="command_result", command_id=ident)
