@@ -246,6 +246,7 @@ class App:
         frontend.bind()
         await parts.open()
         self._parts = parts
+        self.addresses |= parts.addresses
         host, port = await admin.start()
         self.addresses["admin"] = f"{host}:{port}"
         self._undo.append(parts.stop)
@@ -272,6 +273,7 @@ class App:
             token=None if settings.upstream.own_tokens else self._token_for_agents,
             static_headers=lambda: sunset,
             fallback=parts.fallback,
+            forwarder=parts.forwarder,
             refused_calls=parts.subject.ctx.refused_calls,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from shim.clock import Clock
 from shim.core.sessions import Sessions
 from shim.errors import StoreError
 from shim.metrics import Metrics
-from shim.ports import CommandStore, Fallback, Switchboard, Timers, UpstreamPort
+from shim.ports import CommandStore, Fallback, Forwarder, Switchboard, Timers, UpstreamPort
 from shim.redaction import Redaction
 from shim.settings import Settings
 from shim.store import Post
@@ -81,6 +81,14 @@ class Composition(Protocol):
     @property
     def switchboard(self) -> Switchboard:
         """What the frontend calls."""
+
+    @property
+    def addresses(self) -> Mapping[str, str]:
+        """Further addresses that this process listens on, by name; there once it is open."""
+
+    @property
+    def forwarder(self) -> Forwarder | None:
+        """Sends calls on to other replicas; `None` where there are none."""
 
     @property
     def fallback(self) -> Detour:

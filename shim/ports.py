@@ -203,13 +203,43 @@ class Forwarded:
 class Proxied:
     """What the vendor's HTTP API answered, without hop-by-hop headers. `body` is whole or comes in chunks.
 
-    `lease` as in `Answer`.
+    `lease` as in `Answer`. `complete`: another replica made the reply, nothing is to be added to its headers.
     """
 
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes | AsyncGenerator[bytes, None] = field(repr=False)
     lease: Lease | None = None
+    complete: bool = False
+
+
+class Pending(Protocol):
+    """A request that another replica is answering."""
+
+    def forget(self) -> None:
+        """Want no answer any more."""
+
+
+class Forwarder(Protocol):
+    """Sends agents' requests to the replica that owns the caller's shard."""
+
+    def elsewhere(self, token: str) -> bool:
+        """Return whether calls with this token cannot be carried out here now."""
+
+    def at_once(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
+        """Send a whole request on if nothing needs to be waited for; `None` if something does.
+
+        `done` gets the bytes of the whole reply, or `None` where there is none.
+        """
+
+    async def forward(self, request: Forwarded, operation: str) -> Proxied | None:
+        """Send a request on; `None` where it is to be served here, also because nobody owns the caller's shard.
+
+        `operation` is the route's, empty where none matched. Cancelled when the agent hangs up. Raises `AgentError`.
+        """
+
+    def without_owner(self, call: AgentCall) -> Outcome:
+        """Return what an agent is answered while nobody owns its shard."""
 
 
 class Fallback(Protocol):

@@ -22,6 +22,8 @@ class Single:
         self.recent = Journal(store)
         self.subject = self.switchboard = Bridge(around.context(around.settings, self.recent, around.upstream))
         self.fallback = Passthrough(self.subject)
+        self.addresses: dict[str, str] = {}
+        self.forwarder = None
         self._loaded: Loaded | None = None
         self._opening = False
 

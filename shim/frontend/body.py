@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -53,6 +53,27 @@ async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float
         budget.give_back(taken_bytes)
 
 
+async def stream_body(request: web.BaseRequest, limit_bytes: float, timeout_s: float) -> AsyncGenerator[bytes, None]:
+    """Yield a body piece by piece, for another replica. Raises `BodyRefused` (408, 413, 417 or 400)."""
+    _check_announcement(request, limit_bytes)
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    size = 0
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline):
+                piece = await request.content.readany()
+        except TimeoutError:
+            raise BodyRefused(408, "the body did not arrive in time") from None
+        except (HttpProcessingError, RequestPayloadError):
+            raise BodyRefused(400, "the body cannot be read") from None
+        if not piece:
+            return
+        size += len(piece)
+        if size > limit_bytes:
+            raise too_large()
+        yield piece
+
+
 def peek(payload: StreamReader) -> bytes:
     """A whole body, left where it is. `read_nowait` would let aiohttp parse and read on, which is not wanted yet."""
     if payload is EMPTY_PAYLOAD:
@@ -79,7 +100,7 @@ def is_shallow(data: bytes) -> bool:
     return data.count(b"{") + data.count(b"[") <= MAX_DEPTH
 
 
-def _check_announcement(request: web.BaseRequest, limit_bytes: int) -> None:
+def _check_announcement(request: web.BaseRequest, limit_bytes: float) -> None:
     """Refuse by the headers what would be refused later, and let a waiting agent send the rest."""
     length = request.content_length
     if length is not None and length > limit_bytes:

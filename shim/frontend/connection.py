@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from aiohttp import hdrs, web
@@ -25,14 +25,17 @@ from shim.frontend import kernel
 from shim.frontend.house import House
 from shim.frontend.refused import NO_ROUTE
 from shim.frontend.replies import SENT_CLOSE
-from shim.ports import Client
+from shim.ports import Client, Lease, Pending
 
 FAREWELL_S = 2.0
 LINGER_S = 2.0
 CHUNKED = -1
 
-Express = Callable[["Connection", RawRequestMessage, StreamReader, float], bytes | None]
-"""Makes the whole response to a request at once, or `None`; the number is the loop time of its first byte."""
+Express = Callable[["Connection", RawRequestMessage, StreamReader, float], bytes | Pending | None]
+"""Makes the whole response to a request at once, or `None`; the number is the loop time of its first byte.
+
+`Pending`: another replica makes it; `answer_late` follows.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +85,9 @@ class Connection(RequestHandler):
         "_lease_open",
         "_open",
         "_own_socket",
+        "_pending",
         "_pipelined",
+        "_raw",
         "_refused",
         "_socket",
         "_turned_away",
@@ -125,6 +130,8 @@ class Connection(RequestHandler):
         self._unread_since_s: float | None = None  # when bytes were seen in the kernel that were not read yet
         self._charged_bytes = 0
         self._pipelined = False
+        self._pending: Pending | None = None
+        self._raw = b""
         self._lease_open = False
         self._had_lease = False
         self._acknowledged = False
@@ -153,8 +160,7 @@ class Connection(RequestHandler):
     def enter(self) -> bool:
         """Count the connection in, when it is accepted; false if there are too many."""
         self._entered = True
-        self._house.doors.open += 1
-        self._house.metrics.connections.inc()
+        self._house.doors.entered()
         if self._house.doors.open <= self._house.listen.max_connections:
             return True
         self._house.metrics.bad_requests.labels("connections").inc()
@@ -164,8 +170,7 @@ class Connection(RequestHandler):
         """Count the connection out; also called for one whose TLS handshake came to nothing. Idempotent."""
         if self._entered:
             self._entered = False
-            self._house.doors.open -= 1
-            self._house.metrics.connections.dec()
+            self._house.doors.left()
 
     def eof_received(self) -> None:
         self._note_acknowledgement()  # TLS is going to answer with bytes of its own, which nobody will acknowledge
@@ -184,8 +189,13 @@ class Connection(RequestHandler):
         if self._refused:
             return
         super().connection_lost(exc)
+        if self._pending is not None:
+            self._pending.forget()
         if self._had_lease:
-            self._house.switchboard.connection_closed(self.number, exc is None and self._acknowledged)
+            self._end_lease(exc is None and self._acknowledged)
+
+    def _end_lease(self, clean: bool) -> None:
+        self._house.switchboard.connection_closed(self.number, clean)
 
     def force_close(self) -> None:
         self._note_acknowledgement()
@@ -307,6 +317,9 @@ class Connection(RequestHandler):
             if not data:
                 return b""
             self._begin_head(since_s, waited=waited)
+            self._raw = data
+        else:
+            self._raw = b""
         end = self._empty_line.find(data)
         piece, rest = (data[:end], data[end:]) if end else (data, b"")
         self._head_bytes += len(piece)
@@ -350,8 +363,9 @@ class Connection(RequestHandler):
             size = self._size_in_body(rest)
             self._feed_body(rest[:size])
             rest = rest[size:]
+        self._raw = b"" if self._body_left else self._raw[: len(self._raw) - len(rest)]
         if self._answered_at_once(message, body, arrived_s):
-            self._open = False
+            self._open = self._pending is not None
         else:
             self._arrived_s = arrived_s
             self._request_count += 1
@@ -375,8 +389,24 @@ class Connection(RequestHandler):
             return False
         self._http.message_consumed()
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-        wire.write(response)
+        if isinstance(response, bytes):
+            wire.write(response)
+        else:
+            self._pending = response
         return True
+
+    @property
+    def raw_request(self) -> bytes:
+        """Return the bytes of the request that is being answered at once, empty where they came in pieces."""
+        return self._raw
+
+    def answer_late(self, response: bytes) -> None:
+        """Answer a request that another replica was asked for."""
+        self._pending = None
+        if self._wire is not None and not self._wire.is_closing():
+            self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+            self._wire.write(response)
+        self.request_over()
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -510,9 +540,24 @@ class Connection(RequestHandler):
                 return False
         return not wire.is_closing()
 
-    def lease_written(self) -> None:
-        """The response that was just written offers commands: how the connection goes on is evidence."""
-        self._lease_open = self._had_lease = True
+    def offer(self, lease: Lease) -> None:
+        """Note that the response that is about to be written offers commands."""
+
+    def settle(self, lease: Lease, *, written: bool) -> None:
+        """Tell what became of the response: once it is written, how the connection goes on is evidence."""
+        if written:
+            self._lease_open = self._had_lease = True
+            self._house.switchboard.written(lease)
+        else:
+            self._house.switchboard.unwritten(lease)
+
+    def remarks(self, lease: Lease | None) -> Mapping[str, str]:
+        """Return further headers for a reply."""
+        return {}
+
+    def arrival(self, started_s: float) -> tuple[float, float]:
+        """Return when the request arrived, and the moment before which it certainly did not."""
+        return started_s, started_s
 
     async def part(self) -> None:
         """After a last reply with commands: wait a moment for the agent to close, which tells that it has read it."""

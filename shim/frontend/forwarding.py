@@ -30,7 +30,7 @@ def forwarded(visit: Visit, base_path: str, client: Client, data: bytes | None, 
     headers = tuple((name, value) for name, value in pairs if data is None or name.lower() != "content-length")
     body = request.content.iter_any() if data is None else data
     target = target_of(request.raw_path, base_path)
-    return Forwarded(request.method, target, headers, body, client, call, visit.started_s)
+    return Forwarded(request.method, target, headers, body, client, call, visit.arrived_s)
 
 
 def target_of(raw_target: str, base_path: str) -> str:

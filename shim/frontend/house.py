@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from prometheus_client import Gauge
+
 from shim.frontend.limits import Budget
 from shim.frontend.refused import RefusedCalls
 from shim.frontend.replies import Replies
@@ -14,9 +16,22 @@ from shim.settings import Listen
 
 @dataclass(slots=True)
 class Doors:
-    """How many connections are open."""
+    """Counts the connections that are open, also in a gauge where one is given."""
 
+    gauge: Gauge | None = None
     open: int = 0
+
+    def entered(self) -> None:
+        """Count a connection in."""
+        self.open += 1
+        if self.gauge is not None:
+            self.gauge.inc()
+
+    def left(self) -> None:
+        """Count it out."""
+        self.open -= 1
+        if self.gauge is not None:
+            self.gauge.dec()
 
 
 @dataclass(frozen=True, slots=True)

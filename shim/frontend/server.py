@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import ssl
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 from aiohttp import hdrs, web
 
@@ -15,13 +18,13 @@ from shim.core.calls import AgentCall, Failed, RegisterCall
 from shim.core.recent_calls import RecentCalls
 from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
 from shim.errors import AgentError, StartError
-from shim.frontend.body import BodyRefused, decode_body, is_shallow, meet_expectation, read_body
+from shim.frontend.body import BodyRefused, decode_body, is_shallow, meet_expectation, read_body, stream_body
 from shim.frontend.connection import LINGER_S, Connection
 from shim.frontend.content_coding import plain_body
 from shim.frontend.express import Express
 from shim.frontend.forwarding import forwarded, is_large
 from shim.frontend.guard import Guard, bearer
-from shim.frontend.house import House
+from shim.frontend.house import Doors, House
 from shim.frontend.limits import Budget, InFlight
 from shim.frontend.listener import ConnectionServer, TlsListener
 from shim.frontend.refused import RefusedCalls
@@ -32,7 +35,7 @@ from shim.frontend.visit import Visit
 from shim.frontend.writing import Counts, Writer
 from shim.listening import bind
 from shim.metrics import Metrics
-from shim.ports import Answer, Client, Fallback, Proxied, Switchboard
+from shim.ports import Answer, Client, Fallback, Forwarder, Proxied, Switchboard
 from shim.regular_files import reason
 from shim.settings import Listen
 
@@ -47,6 +50,8 @@ logger = logging.getLogger(__name__)
 class Frontend:
     """The legacy server. `start()` and `stop()` are called once each."""
 
+    _section = "listen"
+
     def __init__(  # noqa: PLR0913 - its surroundings, each given once by the composition root
         self,
         listen: Listen,
@@ -58,18 +63,21 @@ class Frontend:
         static_headers: StaticHeaders = no_static_headers,
         fallback: Fallback | None = None,
         refused_calls: RecentCalls | None = None,
+        forwarder: Forwarder | None = None,
     ) -> None:
         """`token` gives the upstream token of the moment, or is `None` when agents bring tokens of their own.
 
         `static_headers` are added to every reply; it returns the same mapping object until its content changes.
         `fallback` serves calls that go by the vendor's HTTP API. `refused_calls` counts those that are refused.
+        `forwarder` sends calls on that another replica has to carry out.
         """
         self._listen = listen
+        self._forwarder = forwarder
         self._switchboard = switchboard
         self._fallback = fallback
         self._metrics = metrics
         self._replaced = metrics.invalid_characters.labels("agent").inc
-        self._guard = Guard(listen, token)
+        self._guard = self._make_guard(token)
         self._in_flight = InFlight(listen.max_in_flight_per_session, own_tokens=token is None)
         self._budget = Budget(2 * max(listen.max_status_body_bytes, listen.max_body_bytes))
         self._routes = Routes(Router(dialects, listen.base_path))
@@ -80,10 +88,11 @@ class Frontend:
             Replies(static_headers),
             self._budget,
             RefusedCalls(refused_calls or RecentCalls()),
+            self._make_doors(),
         )
         counts = Counts(metrics)
         self._writer = Writer(self._house, counts)
-        self._express = Express(self._house, self._guard, self._routes, self._in_flight, counts, fallback)
+        self._express = Express(self._house, self._guard, self._routes, self._in_flight, counts, fallback, forwarder)
         self._web: ConnectionServer | None = None
         self._sockets: list[socket.socket] = []
         self._tls: ssl.SSLContext | None = None
@@ -92,13 +101,16 @@ class Frontend:
 
     def bind(self) -> None:
         """Take the port and read the certificate without serving yet. Raises `StartError`."""
-        listen, tls = self._listen, self._listen.tls
+        self._tls = self._make_tls()
+        self._sockets = bind(self._section, self._listen.hosts, self._listen.port)
+
+    def _make_tls(self) -> ssl.SSLContext | None:
+        tls = self._listen.tls
         try:
-            self._tls = ServerTls(tls).context if tls.cert_file else None
+            return ServerTls(tls).context if tls.cert_file else None
         except (OSError, ValueError) as error:
             files = f"listen.tls.cert_file {tls.cert_file} and listen.tls.key_file {tls.key_file}"
             raise StartError(f"{files} cannot be used: {reason(error)}") from None
-        self._sockets = bind("listen", listen.hosts, listen.port)
 
     async def start(self) -> tuple[str, int]:
         """Listen on what `bind` has taken; returns the host and port in use. Raises `StartError`, `OSError`."""
@@ -109,6 +121,7 @@ class Frontend:
             self._serve,
             self._house,
             self._express.answer,
+            self._make_connection,
             keepalive_timeout=listen.keepalive_s,
             tcp_keepalive=True,
             access_log=None,  # it shows request targets
@@ -128,6 +141,15 @@ class Frontend:
             server = await asyncio.get_running_loop().create_server(self._web, sock=bound, backlog=BACKLOG)
             self._servers.append(server)
         return host, port
+
+    def _make_guard(self, token: Callable[[], str] | None) -> Guard:
+        return Guard(self._listen, token)
+
+    def _make_doors(self) -> Doors:
+        return Doors(self._metrics.connections)
+
+    def _make_connection(self, *args: Any) -> Connection:
+        return Connection(*args)
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Accept no more, let requests under way finish for at most `grace_s`, close all connections. Idempotent."""
@@ -186,6 +208,9 @@ class Frontend:
         client = _identify(visit.connection, headers.get(hdrs.AUTHORIZATION))
         if not route.open:
             _enforce(self._guard.authorize(client.token))
+            elsewhere = await self._elsewhere(visit, client)
+            if elsewhere is not None:
+                return elsewhere
         data, call, agent_call = await self._read(visit, client, match)
         visit.step = "answer"
         answer: Answer | None = None
@@ -196,9 +221,32 @@ class Frontend:
                 return served
             answer = served
         if answer is None:
-            answer = await self._switchboard.call(client, agent_call, visit.started_s)
+            answer = await self._switchboard.call(client, agent_call, visit.moment(agent_call))
         visit.lease = answer.lease
         return match.dialect.render(route.operation, answer.outcome, call)
+
+    async def _elsewhere(self, visit: Visit, client: Client) -> Proxied | None:
+        """Have another replica answer if it owns the caller's shard; `None` if we must. Raises `AgentError`."""
+        forwarder, request, match = self._forwarder, visit.request, visit.match
+        if forwarder is None or not forwarder.elsewhere(client.token):
+            return None
+        if match is not None:
+            visit.step = "in_flight"
+            self._count_in(visit, client, session_in(match))
+        limit_bytes = self._listen.max_body_bytes
+        if not is_large(request, limit_bytes):
+            visit.step = "body"
+            visit.body = await read_body(request, limit_bytes, self._listen.body_timeout_s, self._budget)
+        passed = forwarded(visit, "", client, visit.body, None)
+        if visit.body is None:
+            takes_all = self._fallback is not None and self._fallback.takes_all()
+            limit = math.inf if takes_all else self._listen.max_status_body_bytes
+            passed = replace(passed, body=stream_body(request, limit, self._listen.body_timeout_s))
+        visit.step = "answer"
+        reply = await forwarder.forward(passed, "" if match is None else match.route.operation)
+        if reply is not None:
+            visit.lease = reply.lease
+        return reply
 
     async def _read(self, visit: Visit, client: Client, match: Match) -> tuple[bytes, Call, AgentCall]:
         """The body of a call and what the dialect makes of it. Raises `AgentError`."""
@@ -207,7 +255,9 @@ class Frontend:
         self._count_in(visit, client, session_in(match))
         visit.step = "body"
         limit_bytes = listen.max_status_body_bytes if route.large else listen.max_body_bytes
-        data = await read_body(request, limit_bytes, listen.body_timeout_s, self._budget)
+        data = visit.body
+        if data is None:
+            data = await read_body(request, limit_bytes, listen.body_timeout_s, self._budget)
         plain = await plain_body(request, data, limit_bytes, self._budget)
         body = decode_body(plain, self._replaced) if route.method == hdrs.METH_POST else None
         visit.step = "call"
@@ -227,14 +277,17 @@ class Frontend:
         client = _identify(visit.connection, request.headers.get(hdrs.AUTHORIZATION))
         if match is None or not match.route.open:
             _enforce(self._guard.authorize(client.token))
+            elsewhere = await self._elsewhere(visit, client)
+            if elsewhere is not None:
+                return elsewhere
         if match is not None:
             visit.step = "in_flight"
             self._count_in(visit, client, session_in(match))
-        data = None
-        if not is_large(request, listen.max_body_bytes):
+        data = visit.body
+        if data is None and not is_large(request, listen.max_body_bytes):
             visit.step = "body"
             data = await read_body(request, listen.max_body_bytes, listen.body_timeout_s, self._budget)
-        else:
+        elif data is None:
             meet_expectation(request)
         call, agent_call = Call({}), None
         if match is not None and data is not None:
@@ -250,7 +303,7 @@ class Frontend:
         if match is None or agent_call is None:
             raise AgentError(502, "the vendor's HTTP API cannot be reached")
         if answer is None:
-            answer = await self._switchboard.call(client, agent_call, visit.started_s)
+            answer = await self._switchboard.call(client, agent_call, visit.moment(agent_call))
         visit.lease = answer.lease
         return match.dialect.render(match.route.operation, answer.outcome, call)
 

@@ -22,6 +22,7 @@ from shim.metrics import Metrics
 from shim.ports import Proxied
 
 REQUEST_ID = istr("X-Request-Id")
+MISDIRECTED = 421
 
 
 class Counts:
@@ -63,7 +64,7 @@ class Writer:
         """Write one of our own replies; `body` is its encoded JSON."""
         request, connection = visit.request, visit.connection
         keep = request.keep_alive and not visit.must_close and not connection.closing
-        more = visit.more
+        more = visit.more + "".join(f"{name}: {value}\r\n" for name, value in connection.remarks(visit.lease).items())
         if not keep:
             more += "Connection: close\r\n"
         elif request.version != HttpVersion11:
@@ -73,7 +74,7 @@ class Writer:
         request_id = self._house.replies.request_id(request.headers.get(REQUEST_ID))
         head_only = request.method == hdrs.METH_HEAD
         response = self._house.replies.response(reply.status, body, request_id, more, head_only=head_only)
-        if reply.status >= 400:
+        if reply.status >= 400 and reply.status != MISDIRECTED:  # that one is for another replica, not for an agent
             route = route_of(request.method, request.raw_path, visit.match)
             self._house.refused.note(connection.now_s(), reply.status, route, reply.body)
         written = await self._hand_over(visit, response)
@@ -83,8 +84,10 @@ class Writer:
         """Write the API's reply: at once where it is whole, else piece by piece."""
         request, connection = visit.request, visit.connection
         keep = request.keep_alive and not connection.closing and request.content.is_eof()
-        more = dict(self._house.replies.static_headers())
-        more[REQUEST_ID] = self._house.replies.request_id(request.headers.get(REQUEST_ID))
+        more: dict[str, str] = {}
+        if not proxied.complete:
+            more = {**self._house.replies.static_headers(), **connection.remarks(visit.lease)}
+            more[REQUEST_ID] = self._house.replies.request_id(request.headers.get(REQUEST_ID))
         http11, head_only = request.version == HttpVersion11, request.method == hdrs.METH_HEAD
         start, chunked = head(proxied, more, keep=keep, http11=http11, head_only=head_only)
         if isinstance(proxied.body, bytes):
@@ -92,7 +95,7 @@ class Writer:
         else:
             written = await self._stream(connection, start, proxied.body, chunked=chunked)
             keep = keep and (chunked or b"\r\nConnection: close" not in start)
-        return await self._end(visit, proxied.status, written=written, keep=keep)
+        return await self._end(visit, proxied.status, written=written, keep=keep, counts=not proxied.complete)
 
     async def _stream(
         self, connection: Connection, start: bytes, pieces: AsyncGenerator[bytes, None], *, chunked: bool
@@ -115,19 +118,21 @@ class Writer:
         """Write the response and settle the lease, whatever happens meanwhile (protocol.md §3, OFFERED)."""
         connection, lease = visit.connection, visit.lease
         written = False
+        if lease is not None:
+            connection.offer(lease)
         try:
             if connection.can_write(for_commands=lease is not None):
                 written = await connection.write(response, self._house.listen.body_timeout_s)
         finally:
-            if lease is not None and written:
-                connection.lease_written()
-                self._house.switchboard.written(lease)
-            elif lease is not None:
-                self._house.switchboard.unwritten(lease)
+            if lease is not None:
+                connection.settle(lease, written=written)
         return written
 
-    async def _end(self, visit: Visit, status: int, *, written: bool, keep: bool) -> web.StreamResponse:
-        self._counts.count(visit.match, status, visit.connection.now_s() - visit.started_s)
+    async def _end(
+        self, visit: Visit, status: int, *, written: bool, keep: bool, counts: bool = True
+    ) -> web.StreamResponse:
+        if counts:  # else the replica has done it that made the reply
+            self._counts.count(visit.match, status, visit.connection.now_s() - visit.started_s)
         if not written:
             self._house.metrics.replies_lost.inc()
             visit.connection.force_close()

@@ -7,11 +7,9 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.leases import Entry, LeasePolicy, Offset, Sighting, Sightings, Term
 from shim.core.owners import owner_id, shard_of
 from shim.core.shards import AT_ONCE, Moves, moves, shares
 
-POLICY = LeasePolicy(5.0)
 names = st.sets(st.text("abcdef", min_size=1, max_size=3), min_size=1, max_size=6)
 
 
@@ -85,73 +83,3 @@ def test_who_is_leaving_takes_nothing_and_its_shards_wait_for_nobody() -> None:
     assert moves("b", 4, {"a"}, holders).take == ()
     assert moves("a", 4, {"a"}, holders).give == ()
     assert moves("a", 4, {"a"}, {0: "a", 1: "a"}).take == (2, 3)
-
-
-# --- leases -----------------------------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.tuples(st.floats(0.0, 3.0), st.floats(0.0, 2.0)), min_size=1, max_size=30),
-    st.floats(0.0, 20.0),
-)
-def test_no_two_hold_a_lease_at_once(renewals: list[tuple[float, float]], late_s: float) -> None:
-    """A holder renews at any pace, over a line as slow as it may be; the server forgets, and another takes over."""
-    now = 0.0
-    stored_at = sent_at = now
-    term = Term(POLICY, sent_at, 1)
-    for revision, (pause_s, under_way_s) in enumerate(renewals, 2):
-        sent_at = now + pause_s
-        arrives_at = sent_at + under_way_s
-        if not term.valid(sent_at) or arrives_at >= stored_at + POLICY.lease_s:
-            break
-        stored_at = arrives_at
-        now = arrives_at
-        term.renewed(sent_at, revision)
-    taken_by_another_at = stored_at + POLICY.lease_s
-    assert term.ends_at <= taken_by_another_at - POLICY.margin_s
-    assert not term.valid(taken_by_another_at + late_s)
-
-
-def test_a_term_that_was_over_never_is_again() -> None:
-    term = Term(POLICY, 0.0, 1)
-    assert term.valid(3.9)
-    assert not term.valid(4.0)
-    term.renewed(4.5, 2)
-    assert not term.valid(4.6)
-    given_up = Term(POLICY, 0.0, 1)
-    given_up.end()
-    assert not given_up.valid(0.1)
-
-
-def sighting(revision: int, seen_at: float, process: str = "p") -> Sighting:
-    return Sighting(Entry(process), revision, seen_at)
-
-
-def test_what_is_not_renewed_is_forgotten_and_does_not_come_back_by_being_read_again() -> None:
-    seen = Sightings(POLICY)
-    assert seen.saw("shard.1", sighting(7, 0.0))
-    assert not seen.saw("shard.1", sighting(8, 3.0))
-    assert not seen.forget(7.9)
-    assert seen.forget(8.0)
-    assert seen.get("shard.1") is None
-    assert not seen.saw("shard.1", sighting(8, 8.1))
-    assert seen.get("shard.1") is None
-    assert seen.saw("shard.1", sighting(9, 8.2, "q"))
-    assert [(key, each.entry.process) for key, each in seen.items()] == [("shard.1", "q")]
-
-
-@given(
-    st.floats(-1e6, 1e6),
-    st.lists(st.tuples(st.floats(0.0, 100.0), st.floats(0.0, 5.0)), min_size=1, max_size=20),
-    st.floats(-50.0, 200.0),
-)
-def test_a_moment_told_on_another_clock_is_never_later_than_it_was(
-    ahead_s: float, heard: list[tuple[float, float]], moment: float
-) -> None:
-    offset = Offset()
-    assert offset.in_its_terms(moment) is None
-    for sent_at, under_way_s in sorted(heard):
-        offset.heard(sent_at + ahead_s, sent_at + under_way_s)
-    told = offset.in_its_terms(moment)
-    assert told is not None
-    assert told <= moment + ahead_s + 1e-6

@@ -1,0 +1,329 @@
+"""Requests on their way to the replica that owns the caller's shard, and what the agents get while nobody owns it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from shim.cluster.metrics import ClusterMetrics
+from shim.cluster.pairs import Pair, PairLost, Pairs
+from shim.composition import Spawn
+from shim.core.calls import Accepted, AgentCall, Commands, Failed, HeartbeatCall, Outcome, PollCall, StatusCall
+from shim.core.leases import Member, Offset
+from shim.core.reply_reader import ReplyHead
+from shim.core.telling import Note, came
+from shim.errors import AgentError
+from shim.frontend.internal import CLOCK_HEADER, LEASE_HEADER, NOT_AT_ONCE
+from shim.frontend.writing import MISDIRECTED
+from shim.ports import Clock, Forwarded, Pending, Proxied
+from shim.settings import Settings
+
+PATIENCE_S = 10.0
+"""How long a call waits for an owner: longer than a takeover takes, shorter than agents wait for an answer."""
+AGAIN_S = 0.2
+ANSWER_S = 1.0
+"""How long the owner may take for a heartbeat, which is answered at once (protocol.md#12)."""
+SWEEP_S = 0.25
+RETRY_AFTER_S = 3
+WHOLE_BYTES = 262_144
+TICK_S = 0.1
+STOOD_STILL_S = 0.3
+_HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", LEASE_HEADER.lower(), CLOCK_HEADER.lower()})
+_NOT_SENT = _HOP_BY_HOP | {"content-length", "expect", "proxy-connection", "te", "trailer", "upgrade"}
+# Carried out twice they change nothing: they may be sent again when their answer was lost.
+_REPEATABLE = frozenset({"register", "heartbeat", "status", "poll", "result", "tunnel_poll", "tunnel_info", "health"})
+
+
+class Directory(Protocol):
+    """Who owns what, as this replica knows it."""
+
+    def place(self, token: str) -> int | None:
+        """Return the shard of a caller, `None` without a token where one is needed."""
+
+    def serves(self, shard: int) -> bool:
+        """Return whether the shard is ours and can be served now."""
+
+    def owner(self, shard: int) -> Member | None:
+        """Return the living replica that owns a shard, also when it is this one."""
+
+    def is_me(self, member: Member) -> bool:
+        """Return whether this is our own row."""
+
+    def outdated(self) -> None:
+        """Read the leases anew: a replica did not own what it was said to own."""
+
+    def living(self) -> frozenset[str]:
+        """Return the processes of all replicas that live."""
+
+    async def change(self, at_most_s: float) -> None:
+        """Wait until something has changed, or so long."""
+
+    @property
+    def stopping(self) -> bool:
+        """True while this replica stops."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RemoteLease:
+    """A `ports.Lease` that the owner knows by the connection that carried its reply."""
+
+    pair: Pair
+    connection: int
+
+
+class _Asked:
+    """A heartbeat that the owner is answering. `long_way` is called when it cannot do so at once."""
+
+    __slots__ = ("_done", "_long_way", "due")
+
+    def __init__(self, done: Callable[[bytes | None], None], long_way: Callable[[_Asked], None], due: float) -> None:
+        self._done: Callable[[bytes | None], None] | None = done
+        self._long_way = long_way
+        self.due = due
+
+    def answered(self, reply: bytes | None) -> None:
+        if self._done is None:
+            return
+        if reply is not None and reply.startswith(NOT_AT_ONCE):
+            self._long_way(self)
+            return
+        done, self._done = self._done, None
+        # an owner that has just lost the shard is no owner: 421
+        done(reply if reply is not None and not reply.startswith(b"HTTP/1.1 421") else None)
+
+    @property
+    def over(self) -> bool:
+        return self._done is None
+
+    def forget(self) -> None:
+        """Want no answer any more."""
+        self._done = None
+
+
+class ReplicaForwarder:
+    """Implements `ports.Forwarder`, and takes the evidence for replies that owners elsewhere have made."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        pairs: Pairs,
+        clock: Clock,
+        settings: Callable[[], Settings],
+        metrics: ClusterMetrics,
+        spawn: Spawn,
+    ) -> None:
+        self._spawn = spawn
+        self._answered = metrics.forwarded.labels("answered")
+        self._directory = directory
+        self._pairs = pairs
+        self._clock = clock
+        self._settings = settings
+        self._metrics = metrics
+        self._offsets: defaultdict[str, Offset] = defaultdict(Offset)
+        self._carried: defaultdict[int, set[Pair]] = defaultdict(set)
+        self._asked: list[_Asked] = []
+        self._ticked_at = clock.monotonic_s()
+
+    # --- ports.Forwarder ---
+
+    def elsewhere(self, token: str) -> bool:
+        """Return whether calls with this token cannot be carried out here now."""
+        shard = self._directory.place(token)
+        return shard is not None and not self._directory.serves(shard)
+
+    def _owner(self, token: str) -> Member | None:
+        shard = self._directory.place(token)
+        owner = None if shard is None else self._directory.owner(shard)
+        return None if owner is None or self._directory.is_me(owner) else owner
+
+    def at_once(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
+        """Send a heartbeat on, if there is a connection for them to its owner."""
+        owner = self._owner(token)
+        lane = None if owner is None or self._directory.stopping else self._pairs.lane(owner.process)
+        if owner is None or lane is None:
+            return None
+
+        def long_way(asked: _Asked) -> None:
+            self._spawn("heartbeat", self._ask_alone(owner, request, asked))
+
+        asked = _Asked(done, long_way, self._clock.monotonic_s() + ANSWER_S)
+        self._asked.append(asked)
+        self._answered.value += 1
+        lane.send(request, asked.answered)
+        return asked
+
+    async def _ask_alone(self, owner: Member, request: bytes, asked: _Asked) -> None:
+        try:
+            pair = await self._pairs.acquire(owner)
+        except PairLost:
+            asked.answered(None)
+        else:
+            pair.ask(request, asked.answered)
+
+    async def forward(self, request: Forwarded, operation: str) -> Proxied | None:
+        """Send a request on, to one owner after another until one answers or patience ends."""
+        now_s = self._clock.monotonic_s
+        arrived_s = self._arrival(request.arrived_s)
+        token = request.client.token
+        until = now_s() + (AGAIN_S if operation == "heartbeat" else PATIENCE_S)
+        while True:
+            if not self.elsewhere(token) or self._directory.stopping:
+                return None
+            owner = self._owner(token)
+            if owner is not None:
+                try:
+                    return await self._ask(owner, request, arrived_s, operation)
+                except PairLost as lost:
+                    repeatable = operation in _REPEATABLE and isinstance(request.body, bytes)
+                    if lost.sent and not repeatable:
+                        self._metrics.forwarded.labels("lost").inc()
+                        raise AgentError(
+                            503, "the replica that owns the agent's link is gone", retry_after_s=RETRY_AFTER_S
+                        ) from None
+            left_s = until - now_s()
+            if left_s <= 0:
+                self._metrics.forwarded.labels("no_owner").inc()
+                return None
+            await self._directory.change(min(left_s, AGAIN_S))
+
+    def without_owner(self, call: AgentCall) -> Outcome:
+        """Return what an agent is answered while nobody owns its shard: never that something is stored."""
+        settings = self._settings()
+        if isinstance(call, PollCall):
+            return Commands((), settings.poll.frequency_s)
+        if isinstance(call, (HeartbeatCall, StatusCall)) and settings.heartbeat.when_link_down == "accept":
+            return Accepted()
+        return Failed(503, "the agent's link is between two replicas", retry_after_s=RETRY_AFTER_S)
+
+    # --- one request ---
+
+    def _arrival(self, arrived_s: float) -> float:
+        """Return a moment before which a request did not arrive.
+
+        After this process stood still, what it reads may have waited in its kernel since then.
+        """
+        stood_still = self._clock.monotonic_s() - self._ticked_at > STOOD_STILL_S
+        return min(arrived_s, self._ticked_at) if stood_still else arrived_s
+
+    async def _ask(self, owner: Member, request: Forwarded, arrived_s: float, operation: str) -> Proxied:
+        """Have an owner carry a request out. Raises `PairLost`."""
+        if operation == "heartbeat":
+            await self._pairs.open_lane(owner)
+        pair = await self._pairs.acquire(owner)
+        offset = self._offsets[owner.process]
+        age_s = self._clock.monotonic_s() - arrived_s
+        start = came(age_s, offset.in_its_terms(arrived_s)) + _head(request)
+        answered = False
+        try:
+            limit_s = ANSWER_S if operation == "heartbeat" else None
+            async with asyncio.timeout(limit_s):
+                reply = await self._reply(pair, request, start)
+            answered = True
+        except TimeoutError:
+            raise PairLost(sent=True) from None
+        finally:
+            if not answered:
+                # Whatever the owner has made of it by now, the agent has not seen it.
+                pair.tell(Note.UNWRITTEN)
+                pair.close()
+        self._answered.value += 1
+        return reply
+
+    async def _reply(self, pair: Pair, request: Forwarded, start: bytes) -> Proxied:
+        head = await pair.exchange(start, request.body, head_only=request.method == "HEAD")
+        self._hear(pair, head)
+        if head.status == MISDIRECTED:
+            with suppress(ConnectionError):
+                async for _ in pair.pieces():
+                    pass
+            self._pairs.release(pair)
+            self._directory.outdated()
+            raise PairLost(sent=False)
+        headers = tuple((name, value) for name, value in head.headers if name.lower() not in _HOP_BY_HOP)
+        leased = head.header(LEASE_HEADER.lower()) is not None
+        if not leased and (head.length is None or head.length > WHOLE_BYTES):
+            return Proxied(head.status, headers, self._stream(pair), complete=True)
+        try:
+            body = b"".join([piece async for piece in pair.pieces()])
+        except ConnectionError:
+            raise PairLost(sent=True) from None
+        if leased:
+            return Proxied(head.status, headers, body, RemoteLease(pair, request.client.connection), complete=True)
+        self._pairs.release(pair)
+        return Proxied(head.status, headers, body, complete=True)
+
+    async def _stream(self, pair: Pair) -> AsyncGenerator[bytes, None]:
+        try:
+            async for piece in pair.pieces():
+                yield piece
+        finally:
+            self._pairs.release(pair)  # closed unless it was read to its end
+
+    def _hear(self, pair: Pair, head: ReplyHead) -> None:
+        clock = head.header(CLOCK_HEADER.lower())
+        with suppress(ValueError, TypeError):
+            self._offsets[pair.process].heard(float(clock or ""), self._clock.monotonic_s())
+
+    # --- what became of replies ---
+
+    def written(self, lease: RemoteLease) -> None:
+        """Tell that a reply was handed to the kernel, and remember who is to hear how its connection goes on."""
+        lease.pair.tell(Note.WRITTEN)
+        self._carried[lease.connection].add(lease.pair)
+
+    def unwritten(self, lease: RemoteLease) -> None:
+        """Tell that a reply was not."""
+        lease.pair.tell(Note.UNWRITTEN)
+        self._pairs.release(lease.pair)
+
+    def next_request(self, connection: int) -> None:
+        """Tell that the agent went on with a connection."""
+        self._end(connection, Note.NEXT)
+
+    def connection_closed(self, connection: int, clean: bool) -> None:
+        """Tell that a connection is gone."""
+        self._end(connection, Note.CLOSED_CLEANLY if clean else Note.CLOSED)
+
+    def _end(self, connection: int, kind: Note) -> None:
+        for pair in self._carried.pop(connection, ()):
+            pair.tell(kind)
+            self._pairs.release(pair)
+
+    # --- looking after it ---
+
+    async def run(self) -> None:
+        """Look for connections and answers that are overdue, until cancelled."""
+        swept_at = 0.0
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = self._ticked_at = self._clock.monotonic_s()
+            if now - swept_at < SWEEP_S:
+                continue
+            swept_at = now
+            living = self._directory.living()
+            self._pairs.sweep(living, now)
+            for process in [each for each in self._offsets if each not in living]:
+                del self._offsets[process]
+            for asked in self._asked:
+                if not asked.over and asked.due <= now:
+                    asked.answered(None)
+            self._asked = [asked for asked in self._asked if not asked.over]
+
+    def close(self) -> None:
+        """Close all connections to other replicas."""
+        self._pairs.close()
+
+
+def _head(request: Forwarded) -> bytes:
+    """Return the head of a request as it goes to the owner: what concerns the agent's own connection stays here."""
+    lines = [f"{request.method} {request.target} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in request.headers if name.lower() not in _NOT_SENT]
+    if not isinstance(request.body, bytes):
+        lines.append("Transfer-Encoding: chunked")
+    elif request.body or request.method not in ("GET", "HEAD"):
+        lines.append(f"Content-Length: {len(request.body)}")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")

@@ -1,0 +1,188 @@
+"""From a caller to its shard: the switchboard and the fallback of a replica, which has many bridges or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from shim.bridge import Bridge
+from shim.bridge.context import DEFAULT_OWNER
+from shim.cluster.forwarding import RemoteLease, ReplicaForwarder
+from shim.cluster.shard import Shard
+from shim.core.calls import AgentCall, Commands, Failed, HealthCall, Healthy
+from shim.core.owners import owner_id, shard_of
+from shim.passthrough.sunset import is_over
+from shim.ports import Answer, Client, Clock, Forwarded, Lease, Proxied
+from shim.settings import Settings
+
+_NO_TOKEN = Answer(Failed(401, "a Bearer token is required"))
+
+
+class Places:
+    """Computes whose shard a token is, as soon as it is known what all replicas agree on."""
+
+    def __init__(self, own_tokens: bool) -> None:
+        self._own_tokens = own_tokens
+        self._default: int | None = None
+        self._own: Callable[[str], int | None] = lambda _: None
+
+    def agree(self, key: bytes, shards: int) -> None:
+        """Compute with the key for owner ids and the number of shards that all replicas have."""
+        self._default = shard_of(DEFAULT_OWNER, shards)
+        self._own = lru_cache(maxsize=65_536)(lambda token: shard_of(owner_id(key, token), shards))
+
+    def place(self, token: str) -> int | None:
+        """Return the shard of a caller, `None` without a token where one is needed."""
+        if not self._own_tokens:
+            return self._default
+        return self._own(token) if token else None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalLease:
+    """A `ports.Lease` of a bridge here, for a reply on a connection of ours."""
+
+    bridge: Bridge
+    lease: Lease
+    connection: int
+
+
+class Router:
+    """Implements `ports.Switchboard` and `listener.Doubter`. Calls for shards that are not here get the answers that
+
+    `ReplicaForwarder.without_owner` gives: whoever calls has tried to forward them before. `usable` returns a shard
+    that is ours and serves.
+    """
+
+    def __init__(self, places: Places, usable: Callable[[int], Shard | None], forwarder: ReplicaForwarder) -> None:
+        self._places = places
+        self._usable = usable
+        self._forwarder = forwarder
+        self._carrying: dict[int, set[Bridge]] = {}
+
+    def shard(self, token: str) -> Shard | None:
+        """Return the shard of a caller if it is ours and serves."""
+        place = self._places.place(token)
+        return None if place is None else self._usable(place)
+
+    # --- ports.Switchboard ---
+
+    def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
+        """Carry out a call that need not wait, if its shard is here."""
+        if isinstance(call, HealthCall):
+            return Answer(Healthy())
+        shard = self.shard(client.token)
+        return None if shard is None else shard.bridge.at_once(client, call, arrived_s)
+
+    async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
+        """Carry out a call here."""
+        if isinstance(call, HealthCall):
+            return Answer(Healthy())
+        if self._places.place(client.token) is None:
+            return _NO_TOKEN
+        shard = self.shard(client.token)
+        if shard is None:
+            return Answer(self._forwarder.without_owner(call))
+        return self.fenced(shard, client, await shard.bridge.call(client, call, arrived_s))
+
+    def fenced(self, shard: Shard, client: Client, answer: Answer) -> Answer:
+        """Return an answer, without its commands if another replica may be offering them by now."""
+        if answer.lease is None:
+            return answer
+        if not shard.usable:
+            shard.bridge.unwritten(answer.lease)
+            return Answer(Commands((), shard.bridge.ctx.settings.poll.frequency_s))
+        return Answer(answer.outcome, LocalLease(shard.bridge, answer.lease, client.connection))
+
+    # --- evidence ---
+
+    def written(self, lease: Lease) -> None:
+        """Note that a reply was handed to the kernel."""
+        if isinstance(lease, RemoteLease):
+            self._forwarder.written(lease)
+        elif isinstance(lease, LocalLease):
+            self._carrying.setdefault(lease.connection, set()).add(lease.bridge)
+            lease.bridge.written(lease.lease)
+
+    def unwritten(self, lease: Lease) -> None:
+        """Note that a reply was not."""
+        if isinstance(lease, RemoteLease):
+            self._forwarder.unwritten(lease)
+        elif isinstance(lease, LocalLease):
+            lease.bridge.unwritten(lease.lease)
+
+    def next_request(self, connection: int) -> None:
+        """Note that the agent went on with a connection."""
+        for bridge in self._carrying.pop(connection, ()):
+            bridge.next_request(connection)
+        self._forwarder.next_request(connection)
+
+    def connection_closed(self, connection: int, clean: bool) -> None:
+        """Note that a connection is gone."""
+        for bridge in self._carrying.pop(connection, ()):
+            bridge.connection_closed(connection, clean)
+        self._forwarder.connection_closed(connection, clean)
+
+    def doubted(self, lease: Lease, connection: int) -> None:
+        """Treat a reply as neither read nor unread: the replica that had it told nothing."""
+        self.written(lease)
+        self.lost(connection)
+
+    def lost(self, connection: int) -> None:
+        """Treat what was written to this connection as neither read nor unread."""
+        for bridge in self._carrying.pop(connection, ()):
+            bridge.delivery.connection_lost(connection)
+
+
+class Fallbacks:
+    """Implements `composition.Detour`: each shard has its own way by the vendor's HTTP API."""
+
+    def __init__(
+        self, settings: Callable[[], Settings], clock: Clock, router: Router, shards: Callable[[], Iterable[Shard]]
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._router = router
+        self._shards = shards
+
+    def _sunset_over(self) -> bool:
+        return is_over(self._settings().sunset, self._clock.wall_s())
+
+    def takes_all(self) -> bool:
+        """Return whether every call goes by HTTP: mode `http`, before the sunset."""
+        return self._settings().mode == "http" and not self._sunset_over()
+
+    def takes_some(self) -> bool:
+        """Return whether some calls may go by HTTP: mode `auto`, or a partial rollout, before the sunset."""
+        settings = self._settings()
+        if settings.mode == "http" or not settings.fallback.url:
+            return False
+        return (settings.mode == "auto" or settings.rollout.partial) and not self._sunset_over()
+
+    def takes(self, client: Client, call: AgentCall) -> bool:
+        """Return whether this call goes by HTTP."""
+        shard = self._router.shard(client.token)
+        return shard is not None and shard.fallback.takes(client, call)
+
+    def active(self) -> bool:
+        """Return whether calls go by HTTP now because of the mode, or of a link that is down."""
+        return self.takes_all() or any(shard.fallback.active() for shard in self._shards())
+
+    async def serve(self, request: Forwarded) -> Proxied | Answer | None:
+        """Serve a call by HTTP at the owner of its shard; without one it gets the answers of such a time."""
+        shard = self._router.shard(request.client.token)
+        if shard is None:
+            return None
+        served = await shard.fallback.serve(request)
+        if served is None or served.lease is None:
+            return served
+        if isinstance(served, Answer):
+            return self._router.fenced(shard, request.client, served)
+        fenced = self._router.fenced(shard, request.client, Answer(Commands((), 0), served.lease))
+        if fenced.lease is None:
+            return fenced
+        return Proxied(served.status, served.headers, served.body, fenced.lease)
+
+    async def close(self) -> None:
+        """Close nothing: each shard closes its own connections."""

@@ -1,0 +1,262 @@
+"""All shards of this replica as one `admin.Subject`, and what a person may do with commands wherever they are."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, Protocol
+
+from shim.admin import Recent
+from shim.bridge import Bridge, Context
+from shim.bridge.connection import Connection
+from shim.bridge.delivery import HAND_OVERS
+from shim.bridge.jobs import RefusedRegistration
+from shim.bridge.links import LinkRunner
+from shim.bridge.operator import Drain, DrainState, Found
+from shim.cluster.shard import Shard
+from shim.core.commands import CommandQueue
+from shim.core.records import CommandRecord, SessionKey
+from shim.core.sessions import Session
+from shim.core.usage import Route, Use
+from shim.errors import OperatorError
+
+KEPT = 50
+Bridges = Callable[[], list[Bridge]]
+
+
+class Others(Protocol):
+    """What other replicas can be asked for."""
+
+    async def find(self, command_id: str) -> list[dict[str, Any]]:
+        """Return what they know of a command."""
+
+    async def act(self, action: str, command_id: str, session: str, reason: str) -> CommandRecord | None:
+        """Purge or redeliver a command where it is; `None` if nobody knows it. Raises `OperatorError`."""
+
+    def drain(self, timeout_s: float) -> None:
+        """Have them drain, or move the deadline."""
+
+    def resume(self) -> None:
+        """Have them take commands again."""
+
+    def drains(self) -> list[Drain]:
+        """Return how far their drains are, as they said last."""
+
+
+class _All:
+    """Base of the parts."""
+
+    def __init__(self, bridges: Bridges) -> None:
+        self._bridges = bridges
+
+
+class _Sessions(_All):
+    def __iter__(self) -> Iterator[Session]:
+        return chain.from_iterable(bridge.sessions for bridge in self._bridges())
+
+    def get(self, key: SessionKey) -> Session | None:
+        return next((found for bridge in self._bridges() if (found := bridge.sessions.get(key)) is not None), None)
+
+    def alias(self, owner: str, agent_id: str) -> Session | None:
+        found = (bridge.sessions.alias(owner, agent_id) for bridge in self._bridges())
+        return next((each for each in found if each is not None), None)
+
+
+class _Registrations(_All):
+    @property
+    def refusals(self) -> list[RefusedRegistration]:
+        return [each for bridge in self._bridges() for each in bridge.registrations.refusals]
+
+    def registers(self, agent_id: str) -> bool:
+        return any(bridge.registrations.registers(agent_id) for bridge in self._bridges())
+
+
+class _Heartbeats(_All):
+    def unacknowledged(self) -> list[tuple[Session, float]]:
+        return [each for bridge in self._bridges() for each in bridge.presence.unacknowledged()]
+
+
+class _Queues(_All):
+    def get(self, key: SessionKey) -> CommandQueue | None:
+        return next((found for bridge in self._bridges() if (found := bridge.queues.get(key)) is not None), None)
+
+    def items(self) -> Iterable[tuple[SessionKey, CommandQueue]]:
+        return [each for bridge in self._bridges() for each in bridge.queues.items()]
+
+    def values(self) -> Iterable[CommandQueue]:
+        return [each for bridge in self._bridges() for each in bridge.queues.values()]
+
+
+class _Outbox(_All):
+    def __len__(self) -> int:
+        return sum(len(bridge.outbox) for bridge in self._bridges())
+
+    @property
+    def empty(self) -> bool:
+        return all(bridge.outbox.empty for bridge in self._bridges())
+
+
+class _Delivery(_All):
+    def __init__(self, bridges: Bridges) -> None:
+        super().__init__(bridges)
+        self._times_s: deque[float] = deque(maxlen=HAND_OVERS)
+
+    @property
+    def hand_overs_s(self) -> deque[float]:
+        for bridge in self._bridges():
+            self._times_s.extend(bridge.delivery.hand_overs_s)
+            bridge.delivery.hand_overs_s.clear()
+        return self._times_s
+
+    def held(self) -> int:
+        return sum(bridge.delivery.held() for bridge in self._bridges())
+
+
+class _Holding(_All):
+    def held_tunnels(self) -> int:
+        return sum(bridge.holding.held_tunnels() for bridge in self._bridges())
+
+
+class _Gateways(_All):
+    def connection_of(self, key: SessionKey) -> Connection | None:
+        found = (bridge.gateways.connection_of(key) for bridge in self._bridges())
+        return next((each for each in found if each is not None), None)
+
+
+class _Roster(_All):
+    @property
+    def usage(self) -> Iterable[tuple[SessionKey, dict[Route, Use]]]:
+        return chain.from_iterable(bridge.roster.usage for bridge in self._bridges())
+
+
+class Operations(_All):
+    """What a person does to the shards that are here."""
+
+    @property
+    def draining(self) -> bool:
+        """True while new commands are refused."""
+        return any(bridge.operator.draining for bridge in self._bridges())
+
+    def progress(self) -> Drain:
+        """Return how far the drain is."""
+        return together([bridge.operator.progress() for bridge in self._bridges()])
+
+    def drain(self, timeout_s: float) -> Drain:
+        """Refuse new commands, and wait until nothing is left."""
+        return together([bridge.operator.drain(timeout_s) for bridge in self._bridges()])
+
+    def resume(self) -> Drain:
+        """Take commands again."""
+        return together([bridge.operator.resume() for bridge in self._bridges()])
+
+    async def find(self, command_id: str) -> list[Found]:
+        """Return all commands with this id. Raises `OperatorError`."""
+        return [each for bridge in self._bridges() for each in await bridge.operator.find(command_id)]
+
+    async def act(self, action: str, command_id: str, session: str, reason: str) -> CommandRecord | None:
+        """Purge or redeliver a command; `None` if it is not here. Raises `OperatorError`."""
+        knowing = []
+        for bridge in self._bridges():
+            found = await bridge.operator.find(command_id)
+            if any(not session or session in (str(each[0].session), each[0].session.ident) for each in found):
+                knowing.append(bridge)
+        if len(knowing) > 1:
+            raise OperatorError(409, "several tokens have a command with this id: name its session")
+        if not knowing:
+            return None
+        operator = knowing[0].operator
+        do = operator.purge if action == "purge" else operator.redeliver
+        return await do(command_id, session, reason)
+
+
+class _Everywhere(Operations):
+    """What a person does, here and at the other replicas. A drain concerns the shards as they are when it begins."""
+
+    def __init__(self, bridges: Bridges, others: Others) -> None:
+        super().__init__(bridges)
+        self._others = others
+
+    def progress(self) -> Drain:
+        return together([super().progress(), *self._others.drains()])
+
+    def drain(self, timeout_s: float) -> Drain:
+        self._others.drain(timeout_s)
+        return super().drain(timeout_s)
+
+    def resume(self) -> Drain:
+        self._others.resume()
+        return super().resume()
+
+    async def purge(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
+        return await self._do("purge", command_id, session, reason)
+
+    async def redeliver(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
+        return await self._do("redeliver", command_id, session, reason)
+
+    async def _do(self, action: str, command_id: str, session: str, reason: str) -> CommandRecord:
+        done = await self.act(action, command_id, session, reason)
+        if done is None:
+            done = await self._others.act(action, command_id, session, reason)
+        if done is None:
+            raise OperatorError(404, "no command with this id is known; ended ones are kept for commands.retain_s")
+        return done
+
+
+def together(drains: list[Drain]) -> Drain:
+    """Return several drains as one."""
+    order = [DrainState.OFF, DrainState.DRAINED, DrainState.DRAINING, DrainState.TIMED_OUT]
+    return Drain(
+        max((each.state for each in drains), key=order.index, default=DrainState.OFF),
+        max((each.since_wall for each in drains), default=0.0),
+        max((each.deadline_wall for each in drains), default=0.0),
+        sum(each.commands for each in drains),
+        sum(each.results for each in drains),
+        sum(each.refused for each in drains),
+    )
+
+
+class Recents:
+    """What happened last to commands here, the newest first."""
+
+    def __init__(self, shards: Callable[[], list[Shard]]) -> None:
+        self._shards = shards
+
+    def __iter__(self) -> Iterator[Recent]:
+        merged = heapq.merge(*(shard.recent for shard in self._shards()), key=lambda each: each.wall, reverse=True)
+        return islice(merged, KEPT)
+
+
+class Overview:
+    """Implements `admin.Subject`. `replicas` describes all replicas."""
+
+    def __init__(self, ctx: Context, bridges: Bridges, replicas: Callable[[], dict[str, Any]], others: Others) -> None:
+        self.ctx = ctx
+        self.stopping = False
+        self._bridges = bridges
+        self._replicas = replicas
+        self._others = others
+        self.sessions = _Sessions(bridges)
+        self.queues = _Queues(bridges)
+        self.outbox = _Outbox(bridges)
+        self.delivery = _Delivery(bridges)
+        self.holding = _Holding(bridges)
+        self.gateways = _Gateways(bridges)
+        self.roster = _Roster(bridges)
+        self.registrations = _Registrations(bridges)
+        self.presence = _Heartbeats(bridges)
+        self.operator = _Everywhere(bridges, others)
+
+    @property
+    def links(self) -> Iterable[LinkRunner]:
+        """All links."""
+        return [link for bridge in self._bridges() for link in bridge.links]
+
+    def replicas(self) -> dict[str, Any] | None:
+        """Return what there is to say of all replicas."""
+        return self._replicas()
+
+    async def found_elsewhere(self, command_id: str) -> list[dict[str, Any]]:
+        """Return what other replicas know of a command."""
+        return await self._others.find(command_id)
