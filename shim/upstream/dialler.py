@@ -7,13 +7,14 @@ which proxy to use, how names and addresses are written.
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import aiohttp
 from aiohttp import hdrs
@@ -101,10 +102,10 @@ class Dialler:
 
     async def websocket(self, url: str, headers: Mapping[str, str]) -> RawWebSocket:
         """Open a WebSocket. Raises `Undialable` and what aiohttp raises."""
-        target, way = self._way(url)
+        target, more, way = self._way(url)
         opened = await self._open_session().ws_connect(
             target,
-            headers={**_host_header(target), **headers},
+            headers={**headers, **more},
             autoclose=False,
             autoping=False,
             compress=0,
@@ -121,9 +122,9 @@ class Dialler:
 
         Raises `Undialable` and what aiohttp raises.
         """
-        target, way = self._way(url)
+        target, more, way = self._way(url)
         fields = CIMultiDict(headers)
-        fields.update(_host_header(target))
+        fields.update(more)
         return await self._open_session().request(
             method,
             target,
@@ -145,8 +146,8 @@ class Dialler:
                 self._transport.abort()
             await asyncio.sleep(0)
 
-    def _way(self, url: str) -> tuple[URL, dict[str, Any]]:
-        """Return the target for aiohttp and how to get there. Raises `Undialable`."""
+    def _way(self, url: str) -> tuple[URL, dict[str, str], dict[str, Any]]:
+        """Return the target for aiohttp, headers to add, and how to get there. Raises `Undialable`."""
         proxy = choose_proxy(url, self._settings, self._environ)
         if self._trace is not None:
             self._trace.proxy = proxy
@@ -162,10 +163,14 @@ class Dialler:
         self._announce(url, proxy)
         if self._trace is not None:
             self._trace.tried = True
-        target = URL(plain, encoded=plain.isascii())
+        target, secure = URL(plain, encoded=plain.isascii()), plain.startswith("https:")
         # Certificates have names without a final dot. Behind a proxy aiohttp would ask for one with it.
-        name = (target.raw_host or "").rstrip(".") if tls and plain.startswith("https:") else None
-        return target, {"proxy": proxy.url or None, "ssl": tls or True, "server_hostname": name}
+        name = (target.raw_host or "").rstrip(".") if secure else None
+        address, credentials = _without_credentials(proxy.url)
+        way = {"proxy": address or None, "proxy_headers": None, "ssl": tls or True, "server_hostname": name}
+        if secure:
+            return target, _host_header(target), way | {"proxy_headers": credentials or None}
+        return target, _host_header(target) | credentials, way
 
     def _announce(self, url: str, proxy: ProxyChoice) -> None:
         """Log the way to a host, once for each way taken."""
@@ -242,6 +247,19 @@ def _check(proxy: ProxyChoice) -> None:
         raise Undialable(DialFailure("proxy", detail="the address of the proxy is not a URL http://host:port"))
     if scheme not in ("http", "https"):
         raise Undialable(DialFailure("proxy", detail="only http and https proxies are supported"))
+
+
+def _without_credentials(proxy: str) -> tuple[str, dict[str, str]]:
+    """Return a proxy's address without user name and password, and the header that carries them.
+
+    aiohttp would encode them in Latin-1, and fail with others; RFC 7617 makes UTF-8 the choice of today.
+    """
+    parts = urlsplit(proxy)
+    if parts.username is None:
+        return proxy, {}
+    words = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return address, {hdrs.PROXY_AUTHORIZATION: f"Basic {base64.b64encode(words.encode()).decode()}"}
 
 
 def _host_header(target: URL) -> dict[str, str]:

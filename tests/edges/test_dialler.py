@@ -192,7 +192,7 @@ async def test_a_host_may_be_written_in_several_ways(way: Way, name: str, author
     async with tcp_server(vendor.converse, ssl=serving(authority, "vendor.test")) as target:
         proxy = PickyProxy(target)
         async with tcp_server(proxy.converse) as port:
-            upstream = Upstream(ca_file=ca_file, proxy=f"http://us%40er:pass%20word@127.0.0.1:{port}")
+            upstream = Upstream(ca_file=ca_file, proxy=f"http://{PickyProxy.CREDENTIALS}@127.0.0.1:{port}")
             assert await way(upstream, f"https://{name}") == "ok"
     assert vendor.heads[0]["host"] == "vendor.test"
     assert proxy.heads == [f"CONNECT {name.lower()}:443 HTTP/1.1"]
@@ -203,7 +203,7 @@ async def test_a_name_in_another_alphabet(way: Way, authority: trustme.CA, ca_fi
     async with tcp_server(Vendor().converse, ssl=serving(authority, "xn--bcher-kva.test")) as target:
         proxy = PickyProxy(target)
         async with tcp_server(proxy.converse) as port:
-            upstream = Upstream(ca_file=ca_file, proxy=f"http://us%40er:pass%20word@127.0.0.1:{port}")
+            upstream = Upstream(ca_file=ca_file, proxy=f"http://{PickyProxy.CREDENTIALS}@127.0.0.1:{port}")
             assert await way(upstream, "https://Bücher.test:444") == "ok"
     assert proxy.heads == ["CONNECT xn--bcher-kva.test:444 HTTP/1.1"]
 
@@ -236,7 +236,7 @@ async def test_a_proxy_that_insists_on_credentials_and_on_host_with_its_port(
         options = {"ssl": serving(authority, "127.0.0.1")} if secure else {}
         async with tcp_server(proxy.converse, **options) as port:
             scheme = "https" if secure else "http"
-            address = f"{scheme}://us%40er:pass%20word@127.0.0.1:{port}"
+            address = f"{scheme}://{PickyProxy.CREDENTIALS}@127.0.0.1:{port}"
             with caplog.at_level(logging.DEBUG):
                 assert await way(Upstream(ca_file=ca_file, proxy=address), "https://Vendor.test") == "ok"
                 environ = {"HTTPS_PROXY": address, "NO_PROXY": "other.test,10.0.0.0/8"}
@@ -246,21 +246,36 @@ async def test_a_proxy_that_insists_on_credentials_and_on_host_with_its_port(
     assert proxy.heads == [f"CONNECT vendor.test:{number} HTTP/1.1" for number in (443, 8443, 443)]
     assert f"through {nobody} (upstream.proxy)" in caplog.text
     assert f"through {nobody} (HTTPS_PROXY of the environment)" in caplog.text
-    assert "pass word" not in caplog.text
-    assert "pass%20word" not in caplog.text
+    assert "pass w" not in caplog.text
+    assert "pass%20w" not in caplog.text
     assert TOKEN not in caplog.text
 
 
 @BOTH
 async def test_a_plain_request_that_the_proxy_refuses_is_no_answer_of_the_vendor(way: Way) -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line, _ = await read_head(reader)
+        line, headers = await read_head(reader)
         assert line.split(" ")[1].startswith("http://vendor.test/"), "RFC 9110 knows no proxy request for ws://"
+        assert headers["proxy-authorization"] == "Basic dTpw"
         writer.write(answer("407 Proxy Authentication Required", "Proxy-Authenticate: Basic"))
 
     async with tcp_server(refuse) as port:
-        upstream = Upstream(proxy=f"http://127.0.0.1:{port}", allow_insecure=True)
+        upstream = Upstream(proxy=f"http://u:p@127.0.0.1:{port}", allow_insecure=True)
         assert "the proxy answered HTTP 407" in await way(upstream, "http://vendor.test")
+
+
+async def test_other_settings_count_from_the_next_call(authority: trustme.CA, ca_file: str) -> None:
+    """The section is reloadable; replies that still come through the earlier connections are not cut."""
+    call = Forwarded("POST", "/x", (), b"{}", Client("", 1), None, 0.0)
+    async with tcp_server(Vendor().converse, ssl=serving(authority)) as port:
+        proxy, base = Proxy({}), f"https://127.0.0.1:{port}"
+        for own, fails in ((Fallback(), True), (Fallback(ca_file=ca_file), False), (Fallback(), True)):
+            try:
+                await proxy.send(base, own.dialling(Upstream()), call, None, whole=False)
+                assert not fails
+            except Unreachable:
+                assert fails
+        await proxy.close()
 
 
 async def test_the_fallback_may_have_a_proxy_of_its_own(caplog: pytest.LogCaptureFixture) -> None:

@@ -81,7 +81,7 @@ class PickyProxy(ForwardProxy):
     `heads` are the first lines only.
     """
 
-    CREDENTIALS = "us%40er:pass%20word"
+    CREDENTIALS = "us%40er:pass%20w%E2%82%ACrd"
 
     def __init__(self, target: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class PickyProxy(ForwardProxy):
         if headers.get("host") != line.split(" ")[1]:
             writer.write(answer("400 Bad Request"))
             return
-        if headers.get("proxy-authorization") != "Basic " + base64.b64encode(b"us@er:pass word").decode():
+        if headers.get("proxy-authorization") != "Basic " + base64.b64encode("us@er:pass w€rd".encode()).decode():
             writer.write(answer("407 Proxy Authentication Required", "Proxy-Authenticate: Basic"))
             return
         there, back = await asyncio.open_connection("127.0.0.1", self._target)

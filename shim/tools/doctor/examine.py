@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 
 from shim import config
-from shim.core.urls import fallback_url, under, ws_url
+from shim.core.urls import fallback_url, origin_of, under, ws_url
 from shim.errors import ConfigError
 from shim.settings import Settings, Upstream
 from shim.tools.admin_address import reachable
@@ -130,8 +130,10 @@ def faults(error: ConfigError) -> list[Finding]:
 
 
 def configuration(path: str | None, settings: Settings) -> Finding:
-    """What is examined."""
+    """Return what is examined."""
     where = path or "defaults and environment"
     if settings.mode != "http":
         return passed("config", f"{where}: mode {settings.mode}")
-    return warned("config", f"{where}: mode http, agents are served by fallback.url", "the WebSocket side is examined")
+    api = origin_of(fallback_url(settings))
+    todo = "the WebSocket side is examined as well: it is the way to go on to"
+    return warned("config", f"{where}: mode http, agents are served by the vendor's HTTP API at {api}", todo)
