@@ -127,7 +127,7 @@ class Intake:
             queue.release(record.size_bytes)
             self._ctx.arriving.remove(record.size_bytes)
             if isinstance(outcome, StoreError):
-                log.error("command_not_stored", command=record.id, error=str(outcome))
+                log.error("command_not_stored", about=str(outcome), command=record.id, error=str(outcome))
                 self._refuse(arrival, "store_unavailable")
             else:
                 self._settle(arrival, outcome[0])

@@ -17,6 +17,7 @@ log = get(__name__)
 
 EXPIRY_SLACK = 4096
 EXPIRED_PER_TURN = 64
+REST_S = 0.01
 MAX_TIMER_S = 86_400.0
 WALL_STEP_S = 1.0
 
@@ -115,7 +116,10 @@ class Queues:
         report = self.outbox.failure(key, session, record.id, code=ending.code, error=ending.error)
         told = record.via != VIA_HTTP  # the vendor's HTTP API has no way to be told
 
+        self._ctx.arriving.add(0)
+
         def done(stored: bool) -> None:
+            self._ctx.arriving.remove(0)
             if stored:
                 self._retry()
                 return
@@ -209,6 +213,11 @@ class Queues:
         delay_s = min(max(due_at - self._ctx.now, 0.0), MAX_TIMER_S)
         self._ctx.timers.call_later(delay_s, lambda: self._due(due_at))
 
+    def _rest(self) -> None:
+        """Let the disk catch up, so that nobody's result waits behind thousands of commands that expired at once."""
+        resume_at = self._timer_at = self._ctx.now + REST_S
+        self._ctx.timers.call_later(REST_S, lambda: self._due(resume_at))
+
     def _due(self, armed_for: float) -> None:
         if self._timer_at != armed_for:
             return
@@ -216,6 +225,9 @@ class Queues:
         for _ in range(EXPIRED_PER_TURN):
             if not self._expiries or self._expiries[0][0] > self._ctx.now:
                 break
+            if not self._ctx.arriving.has_room:
+                self._rest()
+                return
             _, _, key, command_id = heapq.heappop(self._expiries)
             queue = self._queues.get(key)
             live = queue.get(command_id) if queue is not None else None

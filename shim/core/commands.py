@@ -79,7 +79,7 @@ class QueuePolicy:
 
 @dataclass(slots=True)
 class Arriving:
-    """The commands of all sessions that are on their way to the disk, or are looked up there.
+    """The commands of all sessions that are on their way to the disk, are looked up there, or have just ended.
 
     While there is no room, no further frame is read, so that the controller is slowed down by TCP. A disk that stands
     still must not keep pings unread for long: then frames are read on, and commands beyond the limits are refused.

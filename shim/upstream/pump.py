@@ -20,6 +20,7 @@ CLOSE_WAIT_S = 2.0
 MAX_WAITING_BYTES = 64 * 1024 * 1024
 FRAME_COST_BYTES = 128  # what a queued frame weighs besides its payload: many tiny ones must not slip under the bound
 FRAMES_PER_TURN = 64
+LONG_FRAME_BYTES = 65_536
 HELD_BACK_S = 1.0
 ROOM_CHECK_S = 0.002
 
@@ -153,6 +154,8 @@ class WebSocketPump:
                     frame = bytes(message.data)
                     del message  # a long one must not be held twice, nor while the next is waited for
                     await self._on_data(frame)
+                    if len(frame) > LONG_FRAME_BYTES:
+                        await asyncio.sleep(0)
                     del frame
                 case WSMsgType.PING:
                     self._on_control(message.data)

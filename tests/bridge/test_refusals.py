@@ -11,7 +11,7 @@ from shim.bridge.outbox import MAX_TOLD
 from shim.bridge.refusals import LOGGED_PER_MINUTE, MAX_UNTRACED
 from shim.core.bounds import MAX_REQUEST_ID_CHARS
 from shim.core.calls import TunnelState
-from shim.core.commands import MAX_ARRIVING_BYTES
+from shim.core.commands import ARRIVING_COMMANDS, MAX_ARRIVING_BYTES
 from shim.core.records import AddTrace, LookUpCommand, PutCommand, PutOutbox
 from shim.core.replies import register_reply
 from shim.messages import encode
@@ -212,3 +212,18 @@ async def test_a_tunnel_state_without_end_is_not_kept(world: World) -> None:
 async def test_texts_without_end_in_a_register_reply_are_left_out() -> None:
     texts = dict.fromkeys(("name", "status", "tunnel_url", "api_server"), "x" * 1_000_000)
     assert register_reply({"cluster_id": "c-1", **texts}) == {"cluster_id": "c-1", "cluster_uuid": "c-1"}
+
+
+async def test_commands_that_expire_at_once_do_not_pile_up_before_a_slow_disk(make_world: MakeWorld) -> None:
+    world = await make_world(commands={"max_queued": 2000})
+    agent = await living(world)
+    for number in range(1000):
+        world.controller.push(f"k{number}", ttl_seconds=20)
+    await world.settle()
+    world.store.slow = True
+    await world.pass_s(21)
+    ended = [each for each in world.store.log if isinstance(each, PutOutbox)]
+    assert len(ended) == ARRIVING_COMMANDS, "what an agent posts now waits behind these only"
+    world.store.catch_up()
+    await agent.live(10)
+    assert world.metric("commands_total", event="expired") == 1000
