@@ -30,6 +30,9 @@ from shim.upstream.proxies import ProxyChoice, choose_proxy
 from shim.upstream.socket import RawWebSocket, websocket_class
 from shim.upstream.tls import ClientTls
 
+# An idle connection is dropped before the server does it: a request that crosses the server's close is lost, and only
+# who sent it knows whether it may be sent again. The shortest idle times in use are gunicorn's 2 s and Node's 5 s.
+KEEP_S = 1.5
 _PLAIN = {"ws": "http", "wss": "https"}
 
 logger = logging.getLogger(__name__)
@@ -69,8 +72,8 @@ class _TracedResolver(aiohttp.ThreadedResolver):
 class Dialler:
     """Sends HTTP requests and opens WebSockets by one set of settings.
 
-    `name` stands in the log (`upstream`, `fallback`). `keep` keeps connections for further requests; without it every
-    dial is a new connection to where the name points now. `max_message_bytes` bounds a message of a WebSocket.
+    `name` stands in the log (`upstream`, `fallback`). `keep` keeps connections a moment for further requests; without
+    it every dial is a new connection to where the name points now. `max_message_bytes` bounds a message of a WebSocket.
     `trace` is filled by each dial.
     """
 
@@ -155,11 +158,7 @@ class Dialler:
         scheme, rest = url.split(":", 1)
         # A plain WebSocket is asked of a proxy as http://: RFC 9110 knows no other scheme for it.
         plain = f"{_PLAIN.get(scheme, scheme)}:{rest}"
-        try:
-            tls = self._tls.context() if plain.startswith("https:") or proxy.url.startswith("https:") else None
-        except OSError as error:
-            detail = f"a file of the TLS configuration cannot be used: {type(error).__name__}"
-            raise Undialable(DialFailure("tls", detail=detail)) from None
+        tls = self._tls.context() if plain.startswith("https:") or proxy.url.startswith("https:") else None
         self._announce(url, proxy)
         if self._trace is not None:
             self._trace.tried = True
@@ -186,9 +185,8 @@ class Dialler:
         if self._session is None:
             resolver = None if self._trace is None else _TracedResolver(self._trace)
             # No cache of names: the vendor may move.
-            connector = Connector(
-                self._connected, limit=0, use_dns_cache=False, force_close=not self._keep, resolver=resolver
-            )
+            keep: dict[str, Any] = {"keepalive_timeout": KEEP_S} if self._keep else {"force_close": True}
+            connector = Connector(self._connected, limit=0, use_dns_cache=False, resolver=resolver, **keep)
             connect_s = self._settings.connect_timeout_s
             self._session = aiohttp.ClientSession(
                 connector=connector,

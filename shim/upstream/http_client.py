@@ -40,7 +40,8 @@ class BoundedResponseHandler(ResponseHandler):
             if self._interim > MAX_INTERIM_RESPONSES:
                 if self._interim == MAX_INTERIM_RESPONSES + 1:
                     self.set_exception(InterimFlood("too many interim responses (HTTP 1xx)"))
-                    self.pause_reading()
+                    if self.transport is not None:
+                        self.transport.pause_reading()  # not ours: that would stop the parser, which calls us
                 return
         else:
             self._interim = 0

@@ -9,8 +9,12 @@ import ssl
 from pathlib import Path
 
 from shim.filemarks import Mark, marks
-from shim.regular_files import require_regular
+from shim.ports import DialFailure
+from shim.regular_files import read_regular, reason
 from shim.settings import DialSettings
+from shim.upstream.failures import Undialable, tls_text
+
+_MAX_FILE_BYTES = 4_194_304  # the system's own bundle has 0.2 MB
 
 
 class ClientTls:
@@ -18,30 +22,47 @@ class ClientTls:
 
     def __init__(self, settings: DialSettings) -> None:
         self._settings = settings
-        names = (settings.ca_file, settings.client_cert_file, settings.client_key_file)
-        self._files = [Path(name) for name in names if name]
+        names = ("ca_file", "client_cert_file", "client_key_file")
+        self._files = {name: Path(path) for name in names if (path := getattr(settings, name))}
         self._context: ssl.SSLContext | None = None
         self._signature: tuple[Mark, ...] = ()
 
     def context(self) -> ssl.SSLContext:
-        """Return the context. Raises `OSError` (`ssl.SSLError` included) when a file cannot be used."""
-        signature = marks(self._files)
-        if self._context is None or signature != self._signature:
+        """Return the context. Raises `Undialable`, which names the key of a file that cannot be used."""
+        try:
+            signature = marks(self._files.values())
+        except OSError:
+            signature = ()  # which one is missing is said below
+        if self._context is None or signature != self._signature or len(signature) < len(self._files):
             self._context = self._build()
             self._signature = signature
         return self._context
 
     def _build(self) -> ssl.SSLContext:
         settings = self._settings
-        for path in self._files:
-            require_regular(path)
-        # With a CA file of its own the upstream is trusted by that alone, not by every public authority, too.
-        context = ssl.create_default_context(cafile=settings.ca_file or None)
+        for name, path in self._files.items():
+            try:
+                read_regular(path, _MAX_FILE_BYTES)
+            except (OSError, ValueError) as error:
+                raise self._unusable(reason(error), name) from None
+        try:
+            # With a CA file of its own the upstream is trusted by that alone, not by every public authority, too.
+            context = ssl.create_default_context(cafile=settings.ca_file or None)
+        except OSError as error:
+            raise self._unusable(f"no PEM file of certificates ({tls_text(error)})", "ca_file") from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if settings.client_cert_file:
-            # An encrypted key must not stop the process at a prompt.
-            context.load_cert_chain(settings.client_cert_file, settings.client_key_file or None, password="")
+            try:
+                # An encrypted key must not stop the process at a prompt.
+                context.load_cert_chain(settings.client_cert_file, settings.client_key_file or None, password="")
+            except OSError as error:
+                text = f"no PEM certificate and key that fit each other ({tls_text(error)})"
+                raise self._unusable(text, "client_cert_file", "client_key_file") from None
         if settings.insecure_skip_verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         return context
+
+    def _unusable(self, why: str, *names: str) -> Undialable:
+        keys = ", ".join(self._settings.key(name) for name in names)
+        return Undialable(DialFailure("tls", detail=f"{keys}: {why}"))

@@ -22,6 +22,7 @@ from shim.passthrough.proxy import Proxy, Unreachable
 from shim.ports import Client, DialFailure, DialSpec, Forwarded, Proxied
 from shim.settings import Fallback, Settings, Upstream
 from shim.upstream import AiohttpUpstream
+from shim.upstream.dialler import KEEP_S
 from shim.upstream.http_client import MAX_INTERIM_RESPONSES
 from tests.support.proxies import ForwardProxy, PickyProxy
 from tests.support.sockets import Events, Tasks, accept_websocket, answer, dial, read_head, tcp_server
@@ -145,9 +146,22 @@ async def test_the_fallback_may_have_a_trust_of_its_own(authority: trustme.CA, c
 async def test_a_file_that_is_no_file_is_told_at_once(way: Way, tmp_path: Path) -> None:
     fifo = tmp_path / "ca.pem"
     os.mkfifo(fifo)
-    assert "a file of the TLS configuration cannot be used" in await way(
-        Upstream(ca_file=str(fifo)), "https://127.0.0.1:1"
+    assert "upstream.ca_file: not a regular file" in await way(Upstream(ca_file=str(fifo)), "https://127.0.0.1:1")
+
+
+async def test_files_that_cannot_be_used_are_told_by_their_keys(
+    ca_file: str, client_files: dict[str, str], tmp_path: Path
+) -> None:
+    other = tmp_path / "other.key"
+    trustme.CA().issue_cert("agent-shim").private_key_pem.write_to_path(other)
+    upstream = Upstream(**(client_files | {"client_key_file": str(other)}))
+    said = await link(upstream, "https://127.0.0.1:1")
+    assert "upstream.client_cert_file, upstream.client_key_file: no PEM certificate and key" in said
+    assert "KEY_VALUES_MISMATCH" in said
+    said = await fallback(
+        Upstream(ca_file=ca_file), "https://127.0.0.1:1", own=Fallback(ca_file=str(tmp_path / "none"))
     )
+    assert said == "fallback.ca_file: No such file or directory"
 
 
 @BOTH
@@ -348,7 +362,7 @@ async def test_connection_of_an_upgrade_is_a_list_of_tokens(connection: str, out
 
 @BOTH
 @pytest.mark.timeout(20)
-async def test_endless_interim_responses_end_the_call(way: Way) -> None:
+async def test_endless_interim_responses_end_the_call(way: Way, caplog: pytest.LogCaptureFixture) -> None:
     """Also from a proxy, which is asked by the same library."""
 
     async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -361,6 +375,7 @@ async def test_endless_interim_responses_end_the_call(way: Way) -> None:
         assert "too many interim responses" in await way(Upstream(), f"http://127.0.0.1:{port}")
         upstream = Upstream(proxy=f"http://127.0.0.1:{port}")
         assert "too many interim responses" in await way(upstream, "https://vendor.test")
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 @BOTH
@@ -374,6 +389,32 @@ async def test_a_few_interim_responses_are_normal(way: Way) -> None:
 
     async with tcp_server(hints) as port:
         assert await way(Upstream(), f"http://127.0.0.1:{port}") == "ok"
+
+
+async def test_the_fallback_drops_idle_connections_before_servers_do() -> None:
+    """A call that crosses the server's close would be answered 502, and nobody may send it twice."""
+    calls, dropped = 0, asyncio.Event()
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
+            calls += 1
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            if calls == 2:
+                assert await reader.read(1) == b""
+                dropped.set()
+                return
+
+    async with tcp_server(converse) as port:
+        proxy, dialling = Proxy({}), Fallback().dialling(Upstream())
+        call = Forwarded("POST", "/x", (), b"{}", Client("", 1), None, 0.0)
+        for _ in range(2):
+            await proxy.send(f"http://127.0.0.1:{port}", dialling, call, None, whole=False)
+        assert calls == 2, "both calls take one connection"
+        async with asyncio.timeout(KEEP_S + 10):
+            await dropped.wait()
+        await proxy.close()
 
 
 async def test_the_fallback_waits_for_no_100_continue() -> None:

@@ -138,11 +138,11 @@ async def test_an_authority_that_changes_on_disk_counts_from_the_next_dial(
     settings = Upstream(ca_file=str(path))
     async with tcp_server(greet, ssl=server_context(authority)) as port, dialling(settings) as upstream:
         spec = DialSpec(f"wss://127.0.0.1:{port}/ws", TOKEN)
-        assert (await refusal(upstream, spec)).detail == (
-            "a file of the TLS configuration cannot be used: FileNotFoundError"
-        )
+        assert (await refusal(upstream, spec)).detail == "upstream.ca_file: No such file or directory"
         path.write_text("not a certificate")
-        assert (await refusal(upstream, spec)).detail == "a file of the TLS configuration cannot be used: SSLError"
+        assert (await refusal(upstream, spec)).detail == (
+            "upstream.ca_file: no PEM file of certificates (NO_CERTIFICATE_OR_CRL_FOUND)"
+        )
         authority.cert_pem.write_to_path(path)
         await greeted(upstream, spec.url)
 

@@ -52,8 +52,7 @@ def _files(dial: Dial) -> Finding | None:
     """A dial that was not tried, for no fault of the proxy's, lacks a file of the TLS configuration."""
     if dial.trace.tried or dial.failure is None:
         return None
-    names = ", ".join(dial.settings.key(name) for name in ("ca_file", "client_cert_file", "client_key_file"))
-    return failed("tls", dial.failure.detail, f"{names} must be readable PEM files that fit each other")
+    return failed("tls", dial.failure.detail, "name readable PEM files there, for the user that the shim runs as")
 
 
 def _proxy_refusal(dial: Dial) -> Finding | None:

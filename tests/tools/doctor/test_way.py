@@ -92,7 +92,7 @@ async def test_a_private_authority(doctor: Doctor, authority: trustme.CA, ca_fil
         not_trusted.expect("tls", "FAIL", "local issuer", "upstream.ca_file")
         not_trusted.expect("clock", "PASS")
         unread = await doctor.examine(upstream=upstream(f"https://127.0.0.1:{port}", ca_file=str(doctor.path)))
-        unread.expect("tls", "FAIL", "cannot be used", "upstream.ca_file")
+        unread.expect("tls", "FAIL", "no PEM file of certificates", "upstream.ca_file")
         loud = await doctor.examine(upstream=upstream(f"https://127.0.0.1:{port}", insecure_skip_verify=True))
         loud.expect("tls", "WARN", "not checked", "remove upstream.insecure_skip_verify")
 
