@@ -61,6 +61,7 @@ class AdminServer:
         self._settings = settings
         self._registry = registry
         self._redaction = redaction
+        self._bridge = bridge
         self._health = Health(bridge)
         self._guard = Guard(settings, self._token)
         self._sampler = Sampler(bridge)
@@ -85,6 +86,7 @@ class AdminServer:
             (hdrs.METH_GET, "/metrics", self._metrics, Access.OPEN),
             *((hdrs.METH_GET, path, pages.serve, Access.SHELL) for path in FILES),
             (hdrs.METH_GET, "/status.json", self._status, Access.DATA),
+            (hdrs.METH_GET, "/config.json", self._config, Access.DATA),
             (hdrs.METH_GET, "/events", self._live.serve, Access.DATA),
             (hdrs.METH_GET, "/commands/{id}.json", commands.trace, Access.DATA),
             (hdrs.METH_POST, "/commands/{id}/purge", commands.purge, Access.CHANGE),
@@ -165,6 +167,11 @@ class AdminServer:
         await self._not_ready()
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
+
+    async def _config(self, request: web.Request) -> web.Response:
+        """Show the configuration in force, with secrets masked: `agent-shim doctor --url` examines it."""
+        masked = config.mask(self._bridge.ctx.settings)
+        return web.Response(body=msgspec.json.encode(masked), content_type="application/json")
 
     async def _status(self, request: web.Request) -> web.Response:
         status = {**self._snapshots.take(await self._not_ready()), "series": self._sampler.last()}

@@ -17,7 +17,7 @@ from tests.support.processes import TOKEN, Controller, Shim, world
 
 ADMIN_TOKEN = "the-admin-token-of-this-test"
 REGISTER = {"agent_id": "agent-1", "name": "prod-cluster"}
-DATA = ("/status.json", "/events", "/commands/k1.json")
+DATA = ("/status.json", "/config.json", "/events", "/commands/k1.json")
 CHANGES = (
     ("POST", "/commands/k1/purge"),
     ("POST", "/commands/k1/redeliver"),

@@ -136,19 +136,19 @@ class Shim(_Child):
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         super().__init__()
         self._path = folder / "agent-shim.yaml"
-        self._config = {
+        self.config = {
             "listen": {"port": 0},
             "admin": {"port": 0},
             "store": {"path": str(folder / "agent-shim.db")},
         } | config
-        self.write(self._config)
+        self.write(self.config)
         self.url = ""
         self.admin = ""
 
     def write(self, config: dict[str, Any]) -> None:
         """Replace the configuration file in one step, as an editor or a ConfigMap does."""
         temporary = self._path.with_suffix(".new")
-        temporary.write_text(yaml.safe_dump(self._config | config))
+        temporary.write_text(yaml.safe_dump(self.config | config))
         temporary.replace(self._path)
 
     async def start(self, *args: str) -> Shim:

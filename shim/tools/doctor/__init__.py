@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
 from shim import config as configuration
+from shim.config_warnings import find_warnings
 from shim.errors import ConfigError
 from shim.logs import Redaction
+from shim.settings import is_loopback
 from shim.tools.admin_address import given
+
+if TYPE_CHECKING:
+    from shim.tools.doctor.findings import Report
 
 
 @click.command("doctor")
@@ -21,7 +28,13 @@ from shim.tools.admin_address import given
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="As given to `run`.")
 @click.option("--token-file", metavar="FILE", help="Holds the token to examine instead of the configured one.")
 @click.option("--admin-token-file", metavar="FILE", help="Holds the admin token; default: admin.token_file.")
-@click.option("--url", metavar="URL", help="The running shim's admin port, http://host:port; default: as configured.")
+@click.option(
+    "--url",
+    metavar="URL",
+    help="The running shim's admin port, http://host:port; default: as configured. Without --config, --set and --pid"
+    " the configuration that it works with is examined.",
+)
+@click.option("--pid", type=click.IntRange(1), help="Examine the configuration of this running `agent-shim run`.")
 @click.option("--dial", is_flag=True, help="Try the WebSocket also while the running shim's link is online.")
 @click.option(
     "--cluster", metavar="NAMESPACE", help="Also find agents without the shim, with kubectl; `all`: everywhere."
@@ -33,34 +46,99 @@ def command(  # noqa: PLR0913, PLR0917 - one parameter per option
     token_file: str | None,
     admin_token_file: str | None,
     url: str | None,
+    pid: int | None,
     dial: bool,
     cluster: str | None,
     as_json: bool,
 ) -> None:
     """Examine DNS, TCP, TLS, proxy, WebSocket, token, clock, ports, store and the running shim.
 
+    The first line names what the configuration was read from. Beside a service whose settings are in its own
+    environment (a systemd unit, a container) use --pid as root, or --url.
+
     Exit code 1 if a line says FAIL.
     """
     from shim.tools.doctor import cluster as pods  # noqa: PLC0415 - the command list must not load it
-    from shim.tools.doctor import examine  # noqa: PLC0415 - as above
     from shim.tools.doctor.findings import Report  # noqa: PLC0415 - as above
 
-    redaction = Redaction()
-    report = Report(redaction)
-    try:
-        settings = configuration.load(config, os.environ, sets)
-        path = admin_token_file or settings.admin.token_file
-        admin_token = configuration.read_secret(path, "admin.token_file") if path else ""
-    except ConfigError as error:
-        report.add(examine.faults(error))
-    else:
-        for secret in (*configuration.secrets(settings), admin_token):
-            redaction.add(secret)
-        shim = examine.running_shim(settings, given(url) if url else None, admin_token)
-        found, token = examine.examine(settings, shim, token_file, os.environ, dial=dial)
-        redaction.add(token)
-        report.add([examine.configuration(config, settings), *found])
+    if pid and (config or sets):
+        raise click.UsageError("--pid has the configuration of the process: leave out --config and --set")
+    report = Report(Redaction())
+    remote = bool(url) and not (config or sets or pid)
+    examine = _examine_remote if remote else _examine_given
+    options = _Options(config, sets, token_file, admin_token_file, url, pid, dial)
+    examine(options, report)
     if cluster:
         report.add(pods.examine(cluster))
     click.echo(report.json() if as_json else "\n".join(report.lines()))
     sys.exit(0 if report.ok else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    config: str | None
+    sets: tuple[str, ...]
+    token_file: str | None
+    admin_token_file: str | None
+    url: str | None
+    pid: int | None
+    dial: bool
+
+
+def _examine_given(options: _Options, report: Report) -> None:
+    """Examine the configuration of this command line, or of a process."""
+    from shim.tools.doctor import examine, sources  # noqa: PLC0415 - the command list must not load it
+
+    redaction = report.redaction
+    try:
+        if options.pid:
+            source = sources.of_process(options.pid)
+        else:
+            source = sources.Sources(options.config, options.sets, os.environ)
+        settings = source.load()
+        path = options.admin_token_file or settings.admin.token_file
+        admin_token = configuration.read_secret(path, "admin.token_file") if path else ""
+    except ConfigError as error:
+        report.add(examine.faults(error))
+        return
+    for secret in (*configuration.secrets(settings), admin_token):
+        redaction.add(secret)
+    shim = examine.running_shim(settings, given(options.url) if options.url else None, admin_token)
+    found, token = examine.examine(settings, shim, options.token_file, source.environ, dial=options.dial)
+    redaction.add(token)
+    report.add(examine.configuration(source.describe(), settings, find_warnings(settings, source.environ)))
+    if shim.configuration:
+        report.add(sources.compare(settings, shim.configuration))
+    report.add(found)
+
+
+def _examine_remote(options: _Options, report: Report) -> None:
+    """Examine the configuration that a running shim works with, as its admin port shows it."""
+    from shim.tools.doctor import examine, running, sources  # noqa: PLC0415 - the command list must not load it
+
+    host, port = given(options.url or "")
+    try:
+        path = options.admin_token_file
+        admin_token = configuration.read_secret(path, "--admin-token-file") if path else ""
+        report.redaction.add(admin_token)
+        shim = running.ask(host, port, admin_token)
+        if not shim.configuration:
+            report.add([sources.unreadable(shim.where), *running.examine(shim)])
+            return
+        settings = sources.of_running(shim.configuration)
+    except ConfigError as error:
+        report.add(examine.faults(error))
+        return
+    upstream = shim.configuration.get("upstream") or {}
+    hidden = bool(upstream.get("token") or upstream.get("token_file"))
+    found, token = examine.examine(
+        settings,
+        shim,
+        options.token_file,
+        os.environ,
+        dial=options.dial,
+        here=is_loopback(host),
+        hidden_token=hidden,
+    )
+    report.redaction.add(token)
+    report.add([*examine.configuration(f"the running shim on {shim.where}, as it is now", settings), *found])

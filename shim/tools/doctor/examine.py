@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from shim import config
 from shim.core.urls import fallback_url, origin_of, under, ws_url
 from shim.errors import ConfigError
 from shim.settings import Settings, Upstream
 from shim.tools.admin_address import reachable
-from shim.tools.doctor import machine, running
+from shim.tools.doctor import machine, running, sources
 from shim.tools.doctor.findings import Finding, Status, failed, passed, warned
 from shim.tools.doctor.probe import Dial, ask_head, ask_time_unverified, dial_websocket
 from shim.tools.doctor.running import Running
@@ -107,18 +107,32 @@ async def _examine_network(settings: Settings, token: str, environ: Mapping[str,
 
 
 def examine(
-    settings: Settings, shim: Running, token_file: str | None, environ: Mapping[str, str], *, dial: bool
+    settings: Settings,
+    shim: Running,
+    token_file: str | None,
+    environ: Mapping[str, str],
+    *,
+    dial: bool,
+    here: bool = True,
+    hidden_token: bool = False,
 ) -> tuple[list[Finding], str]:
-    """Everything after the configuration; the token that was used comes along, to be masked."""
-    found = examine_machine(settings, shim)
+    """Return the findings on everything after the configuration, and the token that was used, to be masked.
+
+    Without `here` the shim runs on another machine, of which ports and store cannot be examined. With `hidden_token`
+    the configuration came from the admin port, which shows no secret.
+    """
+    found = examine_machine(settings, shim) if here else []
     try:
+        if hidden_token and not token_file:
+            raise ConfigError([])
         token = upstream_token(settings, token_file)
     except ConfigError as error:
         todo = "the file must exist, be readable for the shim's user, and hold one word"
+        untested = sources.unknown_token() if hidden_token else failed("token", str(error), todo)
         # the way up to the handshake needs no token, and may have a fault of its own
         way = asyncio.run(_examine_network(settings, "", environ, quiet=True))
         found += [finding for finding in way if finding.check not in ("upgrade", "token")]
-        return [*found, failed("token", str(error), todo), *running.examine(shim)], ""
+        return [*found, untested, *running.examine(shim)], ""
     quiet = not dial and not token_file and shim.is_online(settings)
     found += asyncio.run(_examine_network(settings, token, environ, quiet=quiet))
     return [*found, *running.examine(shim)], token
@@ -129,11 +143,12 @@ def faults(error: ConfigError) -> list[Finding]:
     return [failed("config", str(fault), "docs/configuration.md describes each key") for fault in error.faults]
 
 
-def configuration(path: str | None, settings: Settings) -> Finding:
-    """Return what is examined."""
-    where = path or "defaults and environment"
+def configuration(where: str, settings: Settings, warnings: Iterable[str] = ()) -> list[Finding]:
+    """Return what is examined, and what is doubtful about it."""
+    todo = "docs/configuration.md describes each key and where values come from"
+    doubtful = [warned("config", warning, todo) for warning in warnings]
     if settings.mode != "http":
-        return passed("config", f"{where}: mode {settings.mode}")
+        return [passed("config", f"{where}: mode {settings.mode}"), *doubtful]
     api = origin_of(fallback_url(settings))
-    todo = "the WebSocket side is examined as well: it is the way to go on to"
-    return warned("config", f"{where}: mode http, agents are served by the vendor's HTTP API at {api}", todo)
+    text = f"{where}: mode http, agents are served by the vendor's HTTP API at {api}"
+    return [warned("config", text, "the WebSocket side is examined as well: it is the way to go on to"), *doubtful]

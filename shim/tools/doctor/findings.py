@@ -48,13 +48,13 @@ class Report:
     """All findings, in the order in which they were made. No secret that `redaction` knows is shown."""
 
     def __init__(self, redaction: Redaction) -> None:
-        self._redaction = redaction
+        self.redaction = redaction
         self._findings: list[Finding] = []
 
     def add(self, findings: Iterable[Finding]) -> None:
         """Take in what a check found."""
         for each in findings:
-            text, todo = self._redaction.text(each.text), self._redaction.text(each.todo)
+            text, todo = self.redaction.text(each.text), self.redaction.text(each.todo)
             self._findings.append(Finding(each.check, each.status, text, todo))
 
     @property

@@ -25,13 +25,17 @@ Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A shim's answers; nothing where none answers. `trouble` is why `/status.json` could not be read."""
+    """A shim's answers; nothing where none answers. `trouble` is why `/status.json` could not be read.
+
+    `configuration` is what it works with, secrets masked; empty if it does not show that.
+    """
 
     where: str
     answers: bool = False
     status: dict[str, Any] = field(default_factory=dict)
     samples: Samples = field(default_factory=dict)
     trouble: str = ""
+    configuration: dict[str, Any] = field(default_factory=dict)
 
     def holds(self, check: str, port: int) -> bool:
         """Whether it listens on this port for agents (`listen`) or for people (`admin`)."""
@@ -65,12 +69,14 @@ def ask(host: str, port: int, token: str) -> Running:
         }
         status, body = _get(host, port, "/status.json", token)
         told = json.loads(body) if body else {}
+        shown, body = _get(host, port, "/config.json", token)
+        configuration = json.loads(body) if shown == 200 else {}
     except (OSError, HTTPException, ValueError):
         return Running(where)
     if status != 200 or not isinstance(told, dict):
         why = "it wants the admin token: --admin-token-file" if status == 401 else f"/status.json answers {status}"
         return Running(where, True, {}, samples, why)
-    return Running(where, True, told, samples)
+    return Running(where, True, told, samples, configuration=configuration if isinstance(configuration, dict) else {})
 
 
 def _get(host: str, port: int, path: str, token: str) -> tuple[int, str]:
