@@ -287,6 +287,8 @@ SECRET = load(
     [
         "upstream.url=https://h/base?key=url-hunter2",
         "upstream.proxy=http://user:proxy-hunter2@p:3128",
+        "fallback.url=https://h/base?key=url-hunter2",
+        "fallback.proxy=http://user:other%40hunter2@p:3128",
     ],
 )
 

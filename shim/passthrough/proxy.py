@@ -18,7 +18,7 @@ from shim.errors import ShimError
 from shim.logs import get
 from shim.ports import Forwarded, Proxied
 from shim.settings import DialSettings
-from shim.upstream import Dialler, Undialable, failure_of
+from shim.upstream import DialError, Dialler, failure_of
 
 log = get(__name__)
 
@@ -73,7 +73,7 @@ class Proxy:
                 request.method, under(base, request.target), headers, request.body or None
             )
             return await self._reply(response, whole=whole)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, Undialable) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, DialError) as error:
             failure = failure_of(error)
             reason = "answer" if failure.reason == "handshake" else failure.reason
             about, where = f"{reason} {failure.detail}", origin_of(base)

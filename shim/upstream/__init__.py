@@ -5,7 +5,16 @@ Rules: docs/reference/protocol.md#2-upstream-side-the-websocket.
 
 from shim.upstream.dial import AiohttpUpstream
 from shim.upstream.dialler import Dialler, DialTrace
-from shim.upstream.failures import Undialable, failure_of
+from shim.upstream.failures import DialError, failure_of
 from shim.upstream.pump import WebSocketPump, WireObserver
 
-__all__ = ["AiohttpUpstream", "DialTrace", "Dialler", "Undialable", "WebSocketPump", "WireObserver", "failure_of"]
+__all__ = [
+    "AiohttpUpstream",
+    "DialError",
+    "DialTrace",
+    "Dialler",
+    "Unanswered",
+    "WebSocketPump",
+    "WireObserver",
+    "failure_of",
+]

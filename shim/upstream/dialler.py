@@ -24,7 +24,7 @@ from yarl import URL
 from shim.core.urls import origin_of
 from shim.ports import DialFailure
 from shim.settings import DialSettings
-from shim.upstream.failures import Refused, Unanswered, Undialable, retry_after_s, tls_text
+from shim.upstream.failures import UNANSWERED, DialError, Refused, retry_after_s, tls_text
 from shim.upstream.http_client import Connector, LenientResponse
 from shim.upstream.proxies import ProxyChoice, choose_proxy
 from shim.upstream.socket import RawWebSocket, websocket_class
@@ -104,7 +104,7 @@ class Dialler:
             logger.warning("%s: ANYONE ON THE PATH CAN READ THE TOKEN AND SEND COMMANDS", key)
 
     async def websocket(self, url: str, headers: Mapping[str, str]) -> RawWebSocket:
-        """Open a WebSocket. Raises `Undialable` and what aiohttp raises."""
+        """Open a WebSocket. Raises `DialError` and what aiohttp raises."""
         target, more, way = self._way(url)
         opened = await self._open_session().ws_connect(
             target,
@@ -123,7 +123,7 @@ class Dialler:
     ) -> aiohttp.ClientResponse:
         """Send a request; nothing is added to its headers, no redirect is followed and no body is decoded.
 
-        Raises `Undialable` and what aiohttp raises.
+        Raises `DialError` and what aiohttp raises.
         """
         target, more, way = self._way(url)
         fields = CIMultiDict(headers)
@@ -150,7 +150,7 @@ class Dialler:
             await asyncio.sleep(0)
 
     def _way(self, url: str) -> tuple[URL, dict[str, str], dict[str, Any]]:
-        """Return the target for aiohttp, headers to add, and how to get there. Raises `Undialable`."""
+        """Return the target for aiohttp, headers to add, and how to get there. Raises `DialError`."""
         proxy = choose_proxy(url, self._settings, self._environ)
         if self._trace is not None:
             self._trace.proxy = proxy
@@ -208,32 +208,30 @@ class Dialler:
     async def _send(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         """Client middleware: tell the proxy's own refusals from the controller's, and fill the trace.
 
-        For a WebSocket aiohttp would follow redirects with our token, and dial twice when the first dial is cut.
+        By itself aiohttp would send a GET a second time when its connection is cut: a handshake would be dialled twice,
+        and a poll might take commands twice. It would also follow redirects of a handshake, with our token.
         """
-        upgrade = hdrs.UPGRADE in request.headers
         try:
             response = await send(request)
         except aiohttp.ClientConnectorError:
             raise
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
             if isinstance(error.__cause__, ssl.SSLError):  # TLS 1.3 refuses a client after the handshake
-                raise Undialable(DialFailure("tls", detail=tls_text(error.__cause__))) from None
-            if upgrade:
-                raise Unanswered from error
-            raise
+                raise DialError(DialFailure("tls", detail=tls_text(error.__cause__))) from None
+            raise DialError(DialFailure("handshake", detail=UNANSWERED)) from error
         if self._trace is not None:
             self._trace.status, self._trace.headers = response.status, response.headers
         if response.status == 407 and request.proxy is not None and not request.is_ssl():
             response.close()
-            raise Undialable(DialFailure("proxy", detail="the proxy answered HTTP 407"))
-        if upgrade and response.status != 101:
+            raise DialError(DialFailure("proxy", detail="the proxy answered HTTP 407"))
+        if hdrs.UPGRADE in request.headers and response.status != 101:
             response.close()
             raise Refused(response.status, retry_after_s(response.headers))
         return response
 
 
 def _check(proxy: ProxyChoice) -> None:
-    """Raise `Undialable` for a proxy that cannot be used; one of the environment was checked by nobody yet."""
+    """Raise `DialError` for a proxy that cannot be used; one of the environment was checked by nobody yet."""
     if not proxy.url:
         return
     try:
@@ -242,9 +240,9 @@ def _check(proxy: ProxyChoice) -> None:
     except ValueError:
         scheme = ""
     if not scheme:
-        raise Undialable(DialFailure("proxy", detail="the address of the proxy is not a URL http://host:port"))
+        raise DialError(DialFailure("proxy", detail="the address of the proxy is not a URL http://host:port"))
     if scheme not in ("http", "https"):
-        raise Undialable(DialFailure("proxy", detail="only http and https proxies are supported"))
+        raise DialError(DialFailure("proxy", detail="only http and https proxies are supported"))
 
 
 def _without_credentials(proxy: str) -> tuple[str, dict[str, str]]:

@@ -13,15 +13,8 @@ from shim.errors import ShimError
 from shim.ports import DialFailure
 from shim.upstream.http_client import InterimFlood
 
-UNANSWERED = "the connection was closed before the handshake was answered"
+UNANSWERED = "the connection was closed before an answer came"
 PROXY_UNREACHED = "cannot reach the proxy"
-
-
-class Unanswered(ShimError):
-    """The connection was lost before the handshake was answered."""
-
-    def __init__(self) -> None:
-        super().__init__(UNANSWERED)
 
 
 class Refused(ShimError):
@@ -33,7 +26,7 @@ class Refused(ShimError):
         self.retry_after_s = retry_after_s
 
 
-class Undialable(ShimError):
+class DialError(ShimError):
     """A dial ended without an answer of the vendor's: `failure` says why."""
 
     def __init__(self, failure: DialFailure) -> None:
@@ -61,7 +54,7 @@ def failure_of(error: Exception) -> DialFailure:
     """Classify what a dial raised; of an error that is not expected only its type is told."""
     if isinstance(error, Refused):
         return DialFailure("status", error.status, error.retry_after_s, f"HTTP {error.status}")
-    if isinstance(error, Undialable):
+    if isinstance(error, DialError):
         return error.failure
     reason, detail = _classify(error)
     return DialFailure(reason, detail=detail)
@@ -89,7 +82,7 @@ def _classify(error: Exception) -> tuple[str, str]:
 def _answer_text(error: Exception) -> str:
     """Say what was wrong with an answer, or that it did not come."""
     match error:
-        case Unanswered() | InterimFlood():
+        case InterimFlood():
             return str(error)
         case aiohttp.WSServerHandshakeError():
             return error.message

@@ -12,7 +12,7 @@ from shim.filemarks import Mark, marks
 from shim.ports import DialFailure
 from shim.regular_files import read_regular, reason
 from shim.settings import DialSettings
-from shim.upstream.failures import Undialable, tls_text
+from shim.upstream.failures import DialError, tls_text
 
 _MAX_FILE_BYTES = 4_194_304  # the system's own bundle has 0.2 MB
 
@@ -28,7 +28,7 @@ class ClientTls:
         self._signature: tuple[Mark, ...] = ()
 
     def context(self) -> ssl.SSLContext:
-        """Return the context. Raises `Undialable`, which names the key of a file that cannot be used."""
+        """Return the context. Raises `DialError`, which names the key of a file that cannot be used."""
         try:
             signature = marks(self._files.values())
         except OSError:
@@ -63,6 +63,6 @@ class ClientTls:
             context.verify_mode = ssl.CERT_NONE
         return context
 
-    def _unusable(self, why: str, *names: str) -> Undialable:
+    def _unusable(self, why: str, *names: str) -> DialError:
         keys = ", ".join(self._settings.key(name) for name in names)
-        return Undialable(DialFailure("tls", detail=f"{keys}: {why}"))
+        return DialError(DialFailure("tls", detail=f"{keys}: {why}"))

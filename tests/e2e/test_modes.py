@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import signal
+import ssl
 from collections.abc import AsyncIterator
 from io import BytesIO
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Any
 
 import aiohttp
 import pytest_asyncio
+import trustme
 
 from shim.core.modes import bucket
 from tests.support.processes import TOKEN, Controller, Shim, world
+from tests.support.proxies import PickyProxy
+from tests.support.sockets import answer, read_head, tcp_server
 
 FAST = {"upstream": {"heartbeat_interval_s": 0.1}}
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
@@ -95,6 +99,42 @@ async def test_http_passes_everything_on_unchanged(tmp_path: Path, http: aiohttp
         assert await heartbeat(http, shim, cluster_id) == 410
         # nothing was said over a WebSocket
         assert set(await ways(controller, "register")) == {"http"}
+
+
+async def test_the_way_back_has_the_address_the_trust_and_the_proxy_of_the_link(
+    tmp_path: Path, http: aiohttp.ClientSession
+) -> None:
+    """`mode: http` is all that must be written: the vendor is only reachable as the link reaches it."""
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    authority.issue_cert("vendor.test").configure_cert(context)
+    seen: list[tuple[str, dict[str, str]]] = []
+
+    async def vendor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await read_head(reader))
+        writer.write(answer("200 OK"))
+
+    async with tcp_server(vendor, ssl=context) as target:
+        proxy = PickyProxy(target)
+        async with tcp_server(proxy.converse) as port, world(tmp_path, FAST) as (shim, _):
+            shim.write(
+                {
+                    "mode": "http",
+                    "upstream": {
+                        "url": "wss://vendor.test./api/v1/clusters/agent/ws",
+                        "ca_file": str(tmp_path / "ca.pem"),
+                        "proxy": f"http://{PickyProxy.CREDENTIALS}@127.0.0.1:{port}",
+                    },
+                }
+            )
+            await shim.start()
+            assert await heartbeat(http, shim, "c-1") == 200
+            way = f"fallback https://vendor.test. is dialled through http://127.0.0.1:{port} (upstream.proxy)"
+            await shim.output(way)
+    line, headers = seen[0]
+    assert line == "POST /api/v1/clusters/agent/c-1/heartbeat HTTP/1.1"
+    assert (headers["host"], headers["authorization"]) == ("vendor.test", AUTH["Authorization"])
+    assert proxy.heads == ["CONNECT vendor.test.:443 HTTP/1.1"]
 
 
 async def test_bodies_of_any_size_are_streamed(tmp_path: Path, http: aiohttp.ClientSession) -> None:

@@ -391,6 +391,25 @@ async def test_a_few_interim_responses_are_normal(way: Way) -> None:
         assert await way(Upstream(), f"http://127.0.0.1:{port}") == "ok"
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_call_that_is_cut_is_not_sent_again(method: str) -> None:
+    """A poll may have taken commands already; the agent decides what to do about a 502."""
+    calls = 0
+
+    async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
+        await read_head(reader)
+
+    async with tcp_server(cut) as port:
+        proxy = Proxy({})
+        call = Forwarded(method, "/x", (), b"", Client("", 1), None, 0.0)
+        with pytest.raises(Unreachable, match="the connection was closed before an answer came"):
+            await proxy.send(f"http://127.0.0.1:{port}", Fallback().dialling(Upstream()), call, None, whole=False)
+        await proxy.close()
+    assert calls == 1
+
+
 async def test_the_fallback_drops_idle_connections_before_servers_do() -> None:
     """A call that crosses the server's close would be answered 502, and nobody may send it twice."""
     calls, dropped = 0, asyncio.Event()
