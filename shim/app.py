@@ -274,6 +274,8 @@ class App:
             static_headers=lambda: sunset,
             fallback=parts.fallback,
             forwarder=parts.forwarder,
+            websockets=parts.websockets,
+            max_message_bytes=settings.upstream.max_message_bytes,
             refused_calls=parts.subject.ctx.refused_calls,
         )
 

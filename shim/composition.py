@@ -12,7 +12,7 @@ from shim.clock import Clock
 from shim.core.sessions import Sessions
 from shim.errors import StoreError
 from shim.metrics import Metrics
-from shim.ports import CommandStore, Fallback, Forwarder, Switchboard, Timers, UpstreamPort
+from shim.ports import AgentWebSockets, CommandStore, Fallback, Forwarder, Switchboard, Timers, UpstreamPort
 from shim.redaction import Redaction
 from shim.settings import Settings
 from shim.store import Post
@@ -93,6 +93,10 @@ class Composition(Protocol):
     @property
     def fallback(self) -> Detour:
         """The other way."""
+
+    @property
+    def websockets(self) -> AgentWebSockets:
+        """The way of agents that speak WebSocket by themselves."""
 
     async def open(self) -> None:
         """Make sure of the store. Raises `StoreError`, `ConfigError`."""

@@ -141,6 +141,14 @@ class Metrics:
             "Calls that went to the vendor's HTTP API, by the class of its answer, or unreachable.",
             outcome=OUTCOMES,
         )
+        self.websocket_handshakes = self._counters(
+            "websocket_agent_handshakes",
+            "WebSocket handshakes of agents that were passed on to the controller, by outcome.",
+            outcome=("ok", "refused", "failed", "busy"),
+        )
+        self.websocket_connections = self._gauge(
+            "websocket_agent_connections", "Agents whose own WebSocket is carried to the controller now."
+        )
         self.fallback_active = self._gauge(
             "fallback_active", "1 while calls go by HTTP because of the mode or of a link that is down."
         )

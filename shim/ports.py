@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -132,6 +132,62 @@ class UpstreamPort(Protocol):
 
         When `done` gets a socket, events flow from then on, never before.
         """
+
+
+class Frame(NamedTuple):
+    """One WebSocket frame, or a whole message that came in several. `data` of a close frame: its code and its text."""
+
+    kind: Literal["text", "binary", "ping", "pong", "close"]
+    data: bytes
+
+
+class FrameSocket(Protocol):
+    """An open WebSocket whose frames are passed on as they are."""
+
+    async def receive_frame(self) -> Frame | None:
+        """Wait for the next frame; `None` when the connection is gone or the peer broke the protocol."""
+
+    async def write_frame(self, frame: Frame) -> None:
+        """Write a frame, and wait while the peer does not read. Raises `ConnectionError`."""
+
+    def abort(self) -> None:
+        """Drop the connection. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """An agent's WebSocket handshake as it came; `target` as in `Forwarded`, `token` from its header or query."""
+
+    target: str = field(repr=False)
+    headers: tuple[tuple[str, str], ...] = field(repr=False)
+    token: str = field(repr=False)
+
+
+class CarriedSocket(Protocol):
+    """The controller's side of an agent's WebSocket."""
+
+    @property
+    def subprotocol(self) -> str:
+        """The subprotocol that the controller chose, or an empty text."""
+
+    async def run(self, agent: FrameSocket) -> None:
+        """Carry frames both ways until either side is gone."""
+
+    def abort(self) -> None:
+        """Drop it: the agent is gone already. Idempotent."""
+
+
+class AgentWebSockets(Protocol):
+    """Passes agents that speak WebSocket on to the controller (docs/reference/protocol.md section 5)."""
+
+    def serves(self, target: str) -> bool:
+        """Return whether a handshake for this request target is passed on."""
+
+    async def open(self, handshake: Handshake) -> CarriedSocket:
+        """Open the controller's side. Raises `AgentError` where that is not possible."""
+
+    async def close(self) -> None:
+        """Close all of them with 1001."""
 
 
 @dataclass(frozen=True, slots=True)

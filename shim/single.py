@@ -8,7 +8,7 @@ from shim.admin import Journal
 from shim.bridge import Bridge
 from shim.composition import Surroundings
 from shim.core.records import Loaded
-from shim.passthrough import Passthrough
+from shim.passthrough import Passthrough, WebSocketProxy
 from shim.ports import CommandStore
 from shim.settings import Settings
 from shim.storewatch import tell_findings
@@ -24,6 +24,8 @@ class Single:
         self.fallback = Passthrough(self.subject)
         self.addresses: dict[str, str] = {}
         self.forwarder = None
+        self.websockets = WebSocketProxy(lambda: self.subject.ctx.settings, around.metrics, around.spawn, self.subject)
+        around.metrics.websocket_connections.set_function(self.websockets.count)
         self._loaded: Loaded | None = None
         self._opening = False
 

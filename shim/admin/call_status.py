@@ -31,6 +31,27 @@ def refused_calls(ctx: Context) -> dict[str, Any]:
     return {"calls": sum(each.calls for each in counts), "kinds": rows(counts, MAX_SHOWN)}
 
 
+def websocket_agents(bridge: Subject) -> dict[str, Any]:
+    """Return the agents that speak WebSocket by themselves: they need the shim no more. The latest come first."""
+    agents = sorted(bridge.websocket_agents, key=lambda agent: (-agent.connections, -agent.seen_wall))
+    return {
+        "total": len(agents),
+        "connected": sum(agent.connections > 0 for agent in agents),
+        "items": [
+            {
+                "name": agent.name or None,
+                "agent_id": agent.agent_id or None,
+                "cluster_id": agent.cluster_id or None,
+                "accepted": agent.accepted,
+                "connected": agent.connections > 0,
+                "since": agent.since_wall,
+                "seen_at": agent.seen_wall,
+            }
+            for agent in agents[:MAX_SHOWN]
+        ],
+    }
+
+
 def fallback_calls(ctx: Context, *, active: bool) -> dict[str, Any]:
     """Return how calls to the vendor's HTTP API ended. `used`: calls may go there as things are now."""
     record, wall, settings = ctx.fallback, ctx.clock.wall_s(), ctx.settings

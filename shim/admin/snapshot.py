@@ -75,6 +75,7 @@ class Snapshots:
             "controller": mask(call_status.controller(self._bridge, wall)),
             "refused": mask(call_status.refused_calls(ctx)),
             "fallback_calls": mask(call_status.fallback_calls(ctx, active=bool(_value(ctx.metrics.fallback_active)))),
+            "websocket_agents": mask(call_status.websocket_agents(self._bridge)),
             "unregistered": call_status.unregistered(self._bridge, wall),
             "log": self._log(now, wall),
             "sessions": view.sessions(),
@@ -236,7 +237,8 @@ class _View:
     def _silent(self, session: Session) -> bool:
         casual = not session.registration and session.heartbeat is None
         limit_s = CASUAL_SILENT_S if casual else SILENT_S
-        return session.superseded_by is None and self._wall - session.seen_wall < limit_s
+        replaced = session.superseded_by is not None or session.migrated_at is not None
+        return not replaced and self._wall - session.seen_wall < limit_s
 
     def _not_polling(self, key: SessionKey, queue: CommandQueue) -> bool:
         session, since = self._bridge.sessions.get(key), queue.waiting_since
@@ -268,6 +270,7 @@ class _View:
             "hold": self._hold(session),
             "gateway": self._bridge.gateways.connection_of(session.key) is not None,
             "superseded": session.superseded_by is not None,
+            "migrated": session.migrated_at is not None,
             "queue": self._queue(session.key, not_polling),
         }
 

@@ -11,6 +11,7 @@ from shim.bridge.connection import Connection
 from shim.bridge.jobs import RefusedRegistration
 from shim.bridge.links import LinkRunner
 from shim.bridge.operator import Drain, Found
+from shim.bridge.websocket_agents import WebSocketAgent
 from shim.core.commands import CommandQueue
 from shim.core.records import CommandRecord, SessionKey
 from shim.core.sessions import Session
@@ -145,6 +146,9 @@ class Subject(Protocol):
 
     @property
     def presence(self) -> Heartbeats: ...
+
+    @property
+    def websocket_agents(self) -> Iterable[WebSocketAgent]: ...
 
     @property
     def operator(self) -> Hands: ...

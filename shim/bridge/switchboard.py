@@ -30,6 +30,7 @@ from shim.bridge.routes import Routes
 from shim.bridge.sources import LegSource, LinkSource
 from shim.bridge.timers import OwnedTimers
 from shim.bridge.upkeep import Duty, Unpolled, Upkeep
+from shim.bridge.websocket_agents import WebSocketAgents
 from shim.core.calls import AgentCall, Failed, HeartbeatCall, Outcome
 from shim.core.records import Loaded, Prune, SessionKey
 from shim.core.sessions import Session, Sessions
@@ -64,6 +65,7 @@ class Bridge:
         self.forgetting = Forgetting(ctx, self.roster.usage, self.registrations, self.roster.forget)
         self.detour = Detour(ctx, self.routes, self.roster, self.queues, self.intake, self.delivery)
         self.calls = Calls(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
+        self.websocket_agents = WebSocketAgents(ctx, self.routes.owner_of)
         self.stopping = False
         self.unpolled = Unpolled(ctx, self.queues)
         self._upkeep = Upkeep(ctx, self._duties())
@@ -269,6 +271,20 @@ class Bridge:
         """The configured token is another one: dial with it at once."""
         self.links.token_changed()
         self.gateways.token_changed()
+
+    # --- agents that speak WebSocket by themselves --------------------------------------------------------------------
+
+    def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
+        """An agent that is carried to the controller sent a `register`."""
+        self.websocket_agents.registers(token, payload, anew=anew)
+
+    def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
+        """The controller accepted it."""
+        self.websocket_agents.registered(token, payload, cluster_id)
+
+    def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
+        """Its connection is gone."""
+        self.websocket_agents.closed(token, payload)
 
     # --- gateways -----------------------------------------------------------------------------------------------------
 

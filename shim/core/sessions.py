@@ -36,6 +36,7 @@ class Session:
         "key",
         "known",
         "measured_interval_s",
+        "migrated_at",
         "poll_at",
         "registration",
         "reply",
@@ -69,6 +70,7 @@ class Session:
         self.seen_wall = 0.0
         self.saved_seen_wall = 0.0
         self.contact_at: float | None = None
+        self.migrated_at: float | None = None  # since when its agent speaks WebSocket by itself
         self.heartbeat_at: float | None = None
         self.poll_at: float | None = None
         self.measured_interval_s: float | None = None
@@ -145,8 +147,12 @@ class Session:
 
     def contact(self, now: float, wall: float) -> None:
         """The agent called."""
-        self.contact_at = now
+        self.contact_at, self.migrated_at = now, None
         self.seen_wall = wall
+
+    def migrate(self, now: float) -> None:
+        """Count the agent as gone: its successor speaks WebSocket by itself. A call of its own makes it alive again."""
+        self.contact_at, self.migrated_at = None, now
 
     def beat(self, call: HeartbeatCall, now: float) -> None:
         """A heartbeat came: measure the gap, keep the newest."""

@@ -18,11 +18,12 @@ from shim.core.calls import AgentCall, Failed, RegisterCall
 from shim.core.recent_calls import RecentCalls
 from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
 from shim.errors import AgentError, StartError
+from shim.frontend.agent_websocket import AgentWebSocket, is_handshake, token_of
 from shim.frontend.body import BodyRefused, decode_body, is_shallow, meet_expectation, read_body, stream_body
 from shim.frontend.connection import LINGER_S, Connection
 from shim.frontend.content_coding import plain_body
 from shim.frontend.express import Express
-from shim.frontend.forwarding import forwarded, is_large
+from shim.frontend.forwarding import forwarded, is_large, target_of
 from shim.frontend.guard import Guard, bearer
 from shim.frontend.house import Doors, House
 from shim.frontend.limits import Budget, InFlight
@@ -35,7 +36,7 @@ from shim.frontend.visit import Visit
 from shim.frontend.writing import Counts, Writer
 from shim.listening import bind
 from shim.metrics import Metrics
-from shim.ports import Answer, Client, Fallback, Forwarder, Proxied, Switchboard
+from shim.ports import AgentWebSockets, Answer, Client, Fallback, Forwarder, Handshake, Proxied, Switchboard
 from shim.regular_files import reason
 from shim.settings import Listen
 
@@ -62,6 +63,8 @@ class Frontend:
         token: Callable[[], str] | None = None,
         static_headers: StaticHeaders = no_static_headers,
         fallback: Fallback | None = None,
+        websockets: AgentWebSockets | None = None,
+        max_message_bytes: int = 0,
         refused_calls: RecentCalls | None = None,
         forwarder: Forwarder | None = None,
     ) -> None:
@@ -75,6 +78,8 @@ class Frontend:
         self._forwarder = forwarder
         self._switchboard = switchboard
         self._fallback = fallback
+        self._websockets = websockets
+        self._max_message_bytes = max_message_bytes
         self._metrics = metrics
         self._replaced = metrics.invalid_characters.labels("agent").inc
         self._guard = self._make_guard(token)
@@ -159,6 +164,8 @@ class Frontend:
             self._handshakes.stop()
         for bound in self._sockets:
             bound.close()
+        if self._websockets is not None:
+            await self._websockets.close()
         if self._web is not None:
             self._web.pre_shutdown()
             await self._web.shutdown(grace_s / 2)  # aiohttp waits twice: for handlers to finish, then to be cancelled
@@ -170,7 +177,7 @@ class Frontend:
         try:
             try:
                 reply = await self._answer(visit)
-                body = None if isinstance(reply, Proxied) or reply.body is None else encode_body(reply.body)
+                body = encode_body(reply.body) if isinstance(reply, Reply) and reply.body is not None else None
             except AgentError as error:
                 reply = self._refuse(visit, error)
                 body = encode_body(reply.body)
@@ -178,6 +185,8 @@ class Frontend:
                 logger.exception("a defect while serving %s", visit.place)
                 reply = self._fail(visit)
                 body = encode_body(reply.body)
+            if isinstance(reply, AgentWebSocket):
+                return reply
             if isinstance(reply, Proxied):
                 return await self._writer.hand_down(visit, reply)
             return await self._writer.reply(visit, reply, body)
@@ -194,11 +203,15 @@ class Frontend:
             visit.lease = None
         return error_reply(Failed(500, "internal error"))
 
-    async def _answer(self, visit: Visit) -> Reply | Proxied:
+    async def _answer(self, visit: Visit) -> Reply | Proxied | AgentWebSocket:
         """Everything from the headers to the reply. Raises `AgentError`."""
         request, listen = visit.request, self._listen
         headers = request.headers
         _enforce(self._guard.check(headers))
+        if self._websockets is not None and is_handshake(request):
+            target = target_of(request.raw_path, listen.base_path)
+            if self._websockets.serves(target):
+                return await self._carry(visit, self._websockets, target)
         if self._fallback is not None and self._fallback.takes_all():
             return await self._pass_on(visit, self._fallback)
         visit.step = "route"
@@ -247,6 +260,27 @@ class Frontend:
         if reply is not None:
             visit.lease = reply.lease
         return reply
+
+    async def _carry(self, visit: Visit, websockets: AgentWebSockets, target: str) -> AgentWebSocket:
+        """Carry an agent's own WebSocket until it is gone. Raises `AgentError` where the controller's cannot be had."""
+        request = visit.request
+        visit.step = "auth"
+        token = token_of(request)
+        _enforce(self._guard.authorize(token))
+        visit.step = "call"
+        if not AgentWebSocket(self._max_message_bytes, "").can_prepare(request):
+            raise AgentError(400, "malformed WebSocket handshake")
+        visit.step = "answer"
+        pairs = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers)
+        carried = await websockets.open(Handshake(target, pairs, token))
+        agent = AgentWebSocket(self._max_message_bytes, carried.subprotocol)
+        try:
+            await agent.prepare(request)
+        except BaseException:
+            carried.abort()
+            raise
+        await carried.run(agent)
+        return agent
 
     async def _read(self, visit: Visit, client: Client, match: Match) -> tuple[bytes, Call, AgentCall]:
         """The body of a call and what the dialect makes of it. Raises `AgentError`."""

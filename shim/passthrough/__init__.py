@@ -2,5 +2,6 @@
 
 from shim.passthrough.passthrough import Passthrough
 from shim.passthrough.sunset import sunset_headers
+from shim.passthrough.websocket_proxy import WebSocketProxy
 
-__all__ = ["Passthrough", "sunset_headers"]
+__all__ = ["Passthrough", "WebSocketProxy", "sunset_headers"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from aiohttp import ClientWebSocketResponse, WSCloseCode, WSMessage, WSMsgType
+from aiohttp import ClientWebSocketResponse, WebSocketError, WSCloseCode, WSMessage, WSMsgType, hdrs
 from aiohttp._websocket.reader import WebSocketDataQueue, WebSocketReader
+
+from shim.ports import Frame
 
 # RFC 6455 section 7.4: the codes between 1000 and 4999 that may not stand in a frame.
 _UNSENDABLE = frozenset({1004, 1005, 1006, *range(1015, 3000)})
@@ -17,6 +20,32 @@ def reply_code(code: int) -> int:
     if not code:
         return int(WSCloseCode.OK)
     return code if 1000 <= code < 5000 and code not in _UNSENDABLE else int(WSCloseCode.PROTOCOL_ERROR)
+
+
+_KINDS: dict[WSMsgType, Literal["text", "binary", "ping", "pong"]] = {
+    WSMsgType.TEXT: "text",
+    WSMsgType.BINARY: "binary",
+    WSMsgType.PING: "ping",
+    WSMsgType.PONG: "pong",
+}
+_OPCODES = {kind: opcode for opcode, kind in _KINDS.items()} | {"close": WSMsgType.CLOSE}
+_MAX_CLOSE_TEXT_BYTES = 123
+
+
+def frame_of(message: Any) -> Frame | None:
+    """Return one of aiohttp's messages as a frame, `None` for one that ends the connection without a close frame."""
+    kind = _KINDS.get(message.type)
+    if kind is not None:
+        return Frame(kind, bytes(message.data))
+    if message.type is not WSMsgType.CLOSE:
+        return None
+    text = (message.extra or "").encode()[:_MAX_CLOSE_TEXT_BYTES].decode("utf-8", "ignore").encode()
+    return Frame("close", message.data.to_bytes(2, "big") + text if message.data else b"")
+
+
+def opcode_of(frame: Frame) -> WSMsgType:
+    """Return the opcode of a frame."""
+    return _OPCODES[frame.kind]
 
 
 class CloseFrameReader(WebSocketReader):
@@ -70,6 +99,23 @@ class RawWebSocket(ClientWebSocketResponse):
     async def send_close(self, code: int) -> None:
         """Send a close frame. Raises `ConnectionError`."""
         await self.send_frame(code.to_bytes(2, "big"), WSMsgType.CLOSE)
+
+    @property
+    def subprotocol(self) -> str:
+        """The subprotocol that the server chose, or an empty text."""
+        return self._response.headers.get(hdrs.SEC_WEBSOCKET_PROTOCOL, "")
+
+    async def receive_frame(self) -> Frame | None:
+        """Wait for the next frame (`ports.FrameSocket`); a peer that breaks the protocol is told so."""
+        message = await self.receive()
+        if isinstance(message.data, WebSocketError):
+            with contextlib.suppress(ConnectionError):
+                await self.send_close(int(message.data.code))
+        return frame_of(message)
+
+    async def write_frame(self, frame: Frame) -> None:
+        """Write a frame, and wait while the peer does not read. Raises `ConnectionError`."""
+        await self.send_frame(frame.data, opcode_of(frame))
 
     async def close(self, *, code: int = 1000, message: bytes = b"") -> bool:
         """Do nothing: `receive` calls this on its own."""

@@ -1,0 +1,106 @@
+"""Agents that speak WebSocket by themselves and still call here: they need the shim no more.
+
+See docs/reference/protocol.md#5-an-agent-that-has-migrated-already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from shim.bridge.context import Context
+from shim.core.sessions import Session
+from shim.core.words import brief
+from shim.logs import get
+
+log = get(__name__)
+
+MAX_AGENTS = 1024
+
+
+class WebSocketAgent(msgspec.Struct):
+    """One such agent. `since_wall` and `seen_wall` are Unix seconds; `accepted`: the controller has registered it."""
+
+    name: str
+    agent_id: str
+    since_wall: float
+    seen_wall: float
+    cluster_id: str = ""
+    accepted: bool = False
+    connections: int = 0
+
+
+class WebSocketAgents:
+    """Keeps what the status shows of them, and ends the legacy sessions that they replace.
+
+    `owner_of(token)` tells whose sessions an agent with this token may replace.
+    """
+
+    def __init__(self, ctx: Context, owner_of: Callable[[str], str | None]) -> None:
+        self._ctx = ctx
+        self._owner_of = owner_of
+        self._agents: dict[tuple[str, str], WebSocketAgent] = {}
+
+    def __iter__(self) -> Iterator[WebSocketAgent]:
+        return iter(list(self._agents.values()))
+
+    def registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
+        """Take note of an agent's own `register`; `anew`: the first one on its connection."""
+        owner, wall = self._owner_of(token), self._ctx.clock.wall_s()
+        if owner is None:
+            return
+        key = (owner, _identity(payload))
+        agent = self._agents.get(key)
+        if agent is None:
+            while len(self._agents) >= MAX_AGENTS:
+                del self._agents[min(self._agents, key=lambda known: self._agents[known].seen_wall)]
+            agent = WebSocketAgent(_text(payload.get("name")), _text(payload.get("agent_id")), wall, wall)
+            self._agents[key] = agent
+            hint = "point its PIPEOPS_API_URL at the controller: it needs the shim no more"
+            log.info("websocket_agent", about=agent.name, name=agent.name, agent=agent.agent_id, hint=hint)
+        agent.seen_wall = wall
+        agent.agent_id = _text(payload.get("agent_id")) or agent.agent_id
+        agent.connections += anew
+        self._end_sessions(owner, payload, _text(payload.get("cluster_id")))
+
+    def registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
+        """Take note that the controller has accepted the `register` with this payload."""
+        owner = self._owner_of(token)
+        agent = self._agents.get((owner or "", _identity(payload)))
+        if owner is not None and agent is not None:
+            agent.accepted, agent.cluster_id = True, _text(cluster_id)
+            agent.seen_wall = self._ctx.clock.wall_s()
+            self._end_sessions(owner, payload, cluster_id)
+
+    def closed(self, token: str, payload: dict[str, Any]) -> None:
+        """Take note that a connection on which an agent had registered is gone."""
+        agent = self._agents.get((self._owner_of(token) or "", _identity(payload)))
+        if agent is not None:
+            agent.connections = max(0, agent.connections - 1)
+            agent.seen_wall = self._ctx.clock.wall_s()
+
+    def _end_sessions(self, owner: str, payload: dict[str, Any], cluster_id: str) -> None:
+        """Count the legacy sessions of the same identity as gone, until their agents call again."""
+        for session in self._sessions_of(owner, payload, cluster_id):
+            if session.migrated_at is None:
+                log.info("session_migrated", session=session.key.ident)
+            session.migrate(self._ctx.now)
+
+    def _sessions_of(self, owner: str, payload: dict[str, Any], cluster_id: str) -> list[Session]:
+        sessions, name = self._ctx.sessions, payload.get("name")
+        found = sessions.find(owner, cluster_id, "") if cluster_id else []
+        if not found and isinstance(agent_id := payload.get("agent_id"), str):
+            found = sessions.find(owner, "", agent_id)
+        if not found and isinstance(name, str) and name:
+            found = [each for each in sessions.of_owner(owner) if each.registration.get("name") == name]
+        return found
+
+
+def _identity(payload: dict[str, Any]) -> str:
+    return _text(payload.get("name")) or _text(payload.get("agent_id"))
+
+
+def _text(value: Any) -> str:
+    return brief(value) if isinstance(value, str) else ""
