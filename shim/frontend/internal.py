@@ -21,6 +21,7 @@ from shim.core.calls import Failed
 from shim.core.telling import HEARTBEATS, METHOD, OPERATOR, Note, read, read_came
 from shim.dialects import Reply
 from shim.errors import AgentError
+from shim.frontend.agent_websocket import AgentWebSocket
 from shim.frontend.body import read_body
 from shim.frontend.connection import Connection
 from shim.frontend.guard import Guard, bearer
@@ -242,7 +243,7 @@ class ClusterListener(Frontend):
     def _make_tls(self) -> ssl.SSLContext | None:
         return self._context
 
-    async def _answer(self, visit: Visit) -> Reply | Proxied:
+    async def _answer(self, visit: Visit) -> Reply | Proxied | AgentWebSocket:
         connection = cast("PairedConnection", visit.connection)
         if not connection.operator:
             return await super()._answer(visit)
