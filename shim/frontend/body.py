@@ -16,7 +16,8 @@ from shim import jsontext
 from shim.core.bounds import FREE_BYTES
 from shim.dialects import MAX_DEPTH
 from shim.errors import AgentError
-from shim.frontend.limits import RETRY_AFTER_S, Budget
+from shim.frontend.limits import RETRY_AFTER_S
+from shim.http_connection import Budget
 
 
 class BodyRefused(AgentError):

@@ -12,7 +12,8 @@ from aiohttp import hdrs, web
 
 from shim.errors import AgentError
 from shim.frontend.body import BodyRefused, too_large
-from shim.frontend.limits import RETRY_AFTER_S, Budget
+from shim.frontend.limits import RETRY_AFTER_S
+from shim.http_connection import Budget
 
 _GZIP = zlib.MAX_WBITS | 16
 _SLICE_BYTES = 262_144

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from prometheus_client import Gauge
 
-from shim.frontend.limits import Budget
 from shim.frontend.refused import RefusedCalls
 from shim.frontend.replies import Replies
+from shim.http_connection import Budget
 from shim.metrics import Metrics
 from shim.ports import Switchboard
 from shim.settings import Listen

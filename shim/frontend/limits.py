@@ -40,25 +40,3 @@ class InFlight:
             self._counts[key] = count
         else:
             del self._counts[key]
-
-
-class Budget:
-    """Bytes that all connections together may have in memory: bodies being read, unfinished heads, what waits.
-
-    Each may be large, but not all at a time. What each connection may hold anyway (`FREE_BYTES`) is not counted.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self.used_bytes = 0
-
-    def take(self, size_bytes: int) -> bool:
-        """Reserve so many more; false if there is no room, and nothing is reserved."""
-        if self.used_bytes + size_bytes > self._limit_bytes:
-            return False
-        self.used_bytes += size_bytes
-        return True
-
-    def give_back(self, size_bytes: int) -> None:
-        """They are free again."""
-        self.used_bytes -= size_bytes

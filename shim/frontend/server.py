@@ -20,13 +20,13 @@ from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
 from shim.errors import AgentError, StartError
 from shim.frontend.agent_websocket import AgentWebSocket, is_handshake, token_of
 from shim.frontend.body import BodyRefused, decode_body, is_shallow, meet_expectation, read_body, stream_body
-from shim.frontend.connection import LINGER_S, Connection
+from shim.frontend.connection import Connection
 from shim.frontend.content_coding import plain_body
 from shim.frontend.express import Express
 from shim.frontend.forwarding import forwarded, is_large, target_of
 from shim.frontend.guard import Guard, bearer
 from shim.frontend.house import Doors, House
-from shim.frontend.limits import Budget, InFlight
+from shim.frontend.limits import InFlight
 from shim.frontend.listener import ConnectionServer, TlsListener
 from shim.frontend.refused import RefusedCalls
 from shim.frontend.replies import Replies, StaticHeaders, encode_body, no_static_headers
@@ -34,6 +34,7 @@ from shim.frontend.routing import Routes, session_in
 from shim.frontend.tls import ServerTls
 from shim.frontend.visit import Visit
 from shim.frontend.writing import Counts, Writer
+from shim.http_connection import LINGER_S, Budget
 from shim.listening import bind
 from shim.metrics import Metrics
 from shim.ports import AgentWebSockets, Answer, Client, Fallback, Forwarder, Handshake, Proxied, Switchboard
@@ -193,7 +194,6 @@ class Frontend:
         finally:
             if visit.session is not None:
                 self._in_flight.leave(visit.session)
-            visit.connection.request_over()
 
     def _fail(self, visit: Visit) -> Reply:
         """The reply to what met a defect."""
