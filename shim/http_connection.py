@@ -273,6 +273,8 @@ class HttpConnection(RequestHandler):
         self._unread_since_s = None
         # A request that began before the last one was answered is no sign that its sender has read anything.
         self._pipelined = self._pipelined or waited
+        # the connection is not idle any more: from here on the head's own time counts
+        self._next_keepalive_close_time = self._loop.time() + self._head_timeout_s + self._keepalive_timeout
         self._stop_head_timer()
         self._head_timer = self._loop.call_later(self._head_timeout_s, self._head_too_slow)
 

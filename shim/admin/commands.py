@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -13,6 +14,7 @@ from shim.core.records import CommandRecord
 from shim.errors import OperatorError
 
 MAX_DRAIN_S = 86_400.0
+BODY_S = 10.0
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 
@@ -107,7 +109,11 @@ def _outcome(record: CommandRecord) -> dict[str, Any]:
 
 
 async def _body(request: web.Request, kind: type[_Body]) -> _Body:
-    data = await request.read()
+    try:
+        async with asyncio.timeout(BODY_S):
+            data = await request.read()
+    except TimeoutError:
+        raise OperatorError(408, "the body did not arrive in time") from None
     try:
         return msgspec.json.decode(data, type=kind) if data else kind()
     except msgspec.DecodeError as error:  # its text names keys and types, no values

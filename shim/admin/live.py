@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 
+from shim.admin.limits import AdminConnection
 from shim.admin.series import Sampler
 from shim.errors import OperatorError
 from shim.ports import Clock
@@ -39,7 +40,7 @@ class Live:
         self._prepare = prepare
         self._take = take
         self._stopped = asyncio.Event()
-        self._readers = 0
+        self._readers: set[AdminConnection] = set()
         self._every_s = EVERY_S
         self._taken_at = float("-inf")
         self._status = b""
@@ -49,18 +50,30 @@ class Live:
         self._stopped.set()
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """Stream until the reader leaves or the shim stops."""
-        if self._readers >= MAX_READERS:
-            raise OperatorError(503, "too many pages are open")
-        self._readers += 1
+        """Stream until the reader leaves or the shim stops. Raises `OperatorError` 503."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        if request.method == hdrs.METH_HEAD:
+            return response
+        reader = cast("AdminConnection", request.protocol)
+        if len(self._readers) >= MAX_READERS:
+            self._make_room()
+        self._readers.add(reader)
         try:
-            response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
             await response.prepare(request)
             with suppress(ConnectionError):
                 await self._stream(response)
         finally:
-            self._readers -= 1
+            self._readers.discard(reader)
         return response
+
+    def _make_room(self) -> None:
+        """Drop the readers that do not read. Raises `OperatorError` 503 if all do."""
+        stalled = {reader for reader in self._readers if reader.stalled}
+        if not stalled:
+            raise OperatorError(503, "too many pages are open")
+        self._readers -= stalled
+        for reader in stalled:
+            reader.abort()
 
     async def _stream(self, response: web.StreamResponse) -> None:
         taken = self._sampler.taken

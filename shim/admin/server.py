@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestPayloadError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
@@ -17,13 +19,14 @@ from shim.admin.commands import CommandPages
 from shim.admin.guard import Access, Guard
 from shim.admin.health import Health
 from shim.admin.journal import Recent
-from shim.admin.limits import Bounded
+from shim.admin.limits import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Connections
 from shim.admin.live import Live
 from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, Pages
 from shim.admin.series import Sampler
 from shim.admin.snapshot import Facts, Snapshots
 from shim.admin.subject import Subject
 from shim.errors import ConfigError, OperatorError
+from shim.http_connection import LINGER_S
 from shim.listening import bind
 from shim.redaction import Redaction
 from shim.settings import Admin
@@ -74,7 +77,16 @@ class AdminServer:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_say_errors])
         app.on_response_prepare.append(_add_headers)
         self._route(app, CommandPages(bridge))
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=STOP_S)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=STOP_S,
+            keepalive_timeout=IDLE_S,
+            lingering_time=LINGER_S,
+            read_bufsize=MAX_BODY_BYTES,
+        )
+        self._connections: Connections | None = None
         self._sockets: list[socket.socket] = []
         self._listeners: list[asyncio.Server] = []
 
@@ -97,10 +109,15 @@ class AdminServer:
         ]
         for method, path, handler, access in routes:
             app.router.add_route(method, path, self._guarded(handler, access))
+            if method == hdrs.METH_GET:
+                app.router.add_route(hdrs.METH_HEAD, path, self._guarded(handler, access))
 
     def _guarded(self, handler: Handler, access: Access) -> Handler:
         async def guarded(request: web.Request) -> web.StreamResponse:
             self._guard.check(request, access)
+            busy = 0 if self._connections is None else self._connections.busy
+            if busy > MAX_BUSY and request.path not in PROBES:
+                raise OperatorError(503, "too many requests at a time")
             return await handler(request)
 
         return guarded
@@ -116,11 +133,13 @@ class AdminServer:
         await self._runner.setup()
         if self._runner.server is None:
             raise RuntimeError("the runner made no server")
-        bounded = Bounded(self._runner.server)
+        options = self._runner.server._kwargs  # noqa: SLF001 - what its own connections would get
+        self._connections = Connections(self._runner.server, options, HEADERS)
         loop = asyncio.get_running_loop()
         host, port, *_ = self._sockets[0].getsockname()
         for bound in self._sockets:
-            self._listeners.append(await loop.create_server(bounded, sock=bound))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+            self._listeners.append(await loop.create_server(self._connections, sock=bound))
         self._sampler.start()
         return str(host), int(port)
 
@@ -186,6 +205,8 @@ async def _say_errors(request: web.Request, handler: Handler) -> web.StreamRespo
     except OperatorError as error:
         headers = {hdrs.WWW_AUTHENTICATE: "Bearer"} if error.status == 401 else None
         return web.json_response({"error": str(error)}, status=error.status, headers=headers)
+    except (RequestPayloadError, HttpProcessingError):
+        return web.json_response({"error": "the body cannot be read"}, status=400)
     except web.HTTPException as error:
         allow = {name: error.headers[name] for name in (hdrs.ALLOW,) if name in error.headers}
         return web.json_response({"error": error.reason.lower()}, status=error.status, headers=allow)

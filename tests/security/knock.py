@@ -57,14 +57,14 @@ class Line:
             self._writer.write(data)
             await self._writer.drain()
 
-    async def reply(self) -> Reply:
+    async def reply(self, *, head_only: bool = False) -> Reply:
         """The next response."""
         async with asyncio.timeout(WAIT_S):
             try:
                 head = await self._reader.readuntil(b"\r\n\r\n")
                 lines = head.decode("latin-1").split("\r\n")
                 headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
-                body = await self._reader.readexactly(int(headers.get("content-length", "0")))
+                body = await self._reader.readexactly(0 if head_only else int(headers.get("content-length", "0")))
             except (ConnectionError, asyncio.IncompleteReadError):
                 return Reply(0, {}, b"")
         return Reply(int(lines[0].split()[1]), headers, body)

@@ -1,87 +1,133 @@
-"""The admin listener is bounded: who reaches it must not use up the descriptors that agents need."""
+"""The admin port is bounded: who reaches it must neither use up what agents need nor keep probes and operators out."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
 
-from shim.admin.limits import FIRST_REQUEST_S, MAX_CONNECTIONS, Bounded
-from tests.support.virtual import VirtualLoop
+import pytest
 
+from shim.admin.limits import FIRST_REQUEST_S, IDLE_S, MAX_CONNECTIONS, PROBES, STALL_S
+from shim.admin.live import MAX_READERS
+from shim.admin.pages import FILES
+from tests.security.knock import Line, ask, request
+from tests.support.processes import Shim, world
 
-class Wire(asyncio.Transport):
-    """A transport that notes whether it was aborted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.aborted = False
-
-    def abort(self) -> None:
-        self.aborted = True
-
-
-class Inner(asyncio.Protocol):
-    """A protocol that notes what reaches it."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.log.append("made")
-
-    def data_received(self, data: bytes) -> None:
-        self.log.append(data.decode())
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.log.append("lost")
+HEALTHZ = request("GET", "/healthz")
 
 
-class Door:
-    """A bounded listener and those who knock."""
-
-    def __init__(self) -> None:
-        self.inner: list[Inner] = []
-        self.bounded = Bounded(self._make)
-
-    def _make(self) -> Inner:
-        self.inner.append(Inner())
-        return self.inner[-1]
-
-    def knock(self) -> tuple[asyncio.Protocol, Wire]:
-        protocol, wire = self.bounded(), Wire()
-        protocol.connection_made(wire)
-        return protocol, wire
+@pytest.fixture
+async def shim(tmp_path: Path) -> AsyncIterator[Shim]:
+    async with world(tmp_path, {"log": {"level": "debug"}}) as (it, _):
+        yield await it.start()
 
 
-async def test_so_many_connections_and_no_more() -> None:
-    door = Door()
-    crowd = [door.knock() for _ in range(MAX_CONNECTIONS)]
-    assert not any(wire.aborted for _, wire in crowd)
-    late, wire = door.knock()
-    assert wire.aborted
-    late.connection_lost(None)
-    assert door.inner[-1].log == [], "aiohttp never hears of it"
-    crowd[0][0].connection_lost(None)
-    again, wire = door.knock()
-    assert not wire.aborted
-    for protocol, _ in [*crowd[1:], (again, wire)]:
-        protocol.connection_lost(None)
-    assert door.bounded.open_connections == 0
+async def healthz(shim: Shim) -> int:
+    return (await ask(shim.admin, HEALTHZ)).status
 
 
-def test_a_slow_head_is_cut_off_and_a_whole_one_is_not_however_it_is_dripped() -> None:
-    async def scene() -> None:
-        door = Door()
-        (slow, slow_wire), (dripped, dripped_wire), (_, silent_wire) = (door.knock() for _ in range(3))
-        slow.data_received(b"GET / HTTP/1.1\r\nX: y\r\n")
-        for number in b"GET / HTTP/1.1\r\n\r\n":
-            dripped.data_received(bytes([number]))
-        await asyncio.sleep(FIRST_REQUEST_S - 1)
-        slow.data_received(b"Z: y\r\n")
-        assert not slow_wire.aborted
-        await asyncio.sleep(2)
-        assert [slow_wire.aborted, dripped_wire.aborted, silent_wire.aborted] == [True, False, True]
-        assert "".join(door.inner[1].log) == "madeGET / HTTP/1.1\r\n\r\n"
+async def test_idle_connections_make_room_for_probes_and_are_closed_within_seconds(shim: Shim) -> None:
+    crowd = [await Line.to(shim.admin) for _ in range(2 * MAX_CONNECTIONS)]
+    for line in crowd:
+        await line.send(HEALTHZ)
+    assert [await healthz(shim) for _ in range(MAX_CONNECTIONS)] == [200] * MAX_CONNECTIONS
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    assert all([await line.closed() for line in crowd])
+    assert loop.time() - began_s < IDLE_S + FIRST_REQUEST_S
+    for line in crowd:
+        line.close()
 
-    loop = VirtualLoop()
-    loop.run_until_complete(scene())
-    loop.close()
+
+@pytest.mark.parametrize(
+    "start", [b"", b"GET /healthz HTTP/1.1\r\nX: y\r\n", b"POST /drain HTTP/1.1\r\nHost: localhost\r\n"]
+)
+async def test_silent_and_slow_connections_keep_no_probe_out(shim: Shim, start: bytes) -> None:
+    crowd = [await Line.to(shim.admin) for _ in range(3 * MAX_CONNECTIONS)]
+    for line in crowd:
+        await line.send(start)
+    assert await healthz(shim) == 200
+    for line in crowd:
+        line.close()
+
+
+async def test_readers_that_do_not_read_are_dropped(shim: Shim) -> None:
+    events = request("GET", "/events")
+    readers = []
+    for _ in range(MAX_READERS):
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.setblocking(False)
+        host, _, port = shim.admin.removeprefix("http://").rpartition(":")
+        await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
+        await asyncio.get_running_loop().sock_sendall(sock, events)
+        readers.append(sock)
+    async with asyncio.timeout(STALL_S * 3):
+        while (reply := await ask(shim.admin, events)).status == 503:
+            pass
+    assert reply.status == 200
+    for sock in readers:
+        sock.close()
+
+
+async def test_a_reader_that_takes_nothing_of_a_large_answer_is_dropped(shim: Shim) -> None:
+    host, _, port = shim.admin.removeprefix("http://").rpartition(":")
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.connect((host, int(port)))
+        sock.sendall(request("GET", "/uplot.js"))
+        await shim.line("a reader of the admin port that does not read is dropped")
+
+
+MALFORMED = [
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Basic Y2FuYXJ5\x00\r\n\r\n", 400),
+    (b"GET / HTTP/9.9\r\nAuthorization: Basic Y2FuYXJ5\r\n\r\n", 400),
+    (b"Y2FuYXJ5 \x01\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nY2FuYXJ5 : x\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nY2FuYXJ5: x\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: Y2FuYXJ5" + b"x" * 20_000 + b"\r\n\r\n", 431),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: Y2FuYXJ5" * 4000 + b"\r\n\r\n", 431),
+    (request("GET", "/healthz", "Expect: Y2FuYXJ5"), 417),
+    (request("GET", "/nothing", "Expect: Y2FuYXJ5"), 417),
+    (request("POST", "/Y2FuYXJ5"), 404),
+    (request("PUT", "/healthz"), 405),
+    (request("POST", "/drain", "Transfer-Encoding: chunked"), 400),
+    (request("GET", "/%zz%00Y2FuYXJ5"), 404),
+]
+
+
+async def test_malformed_requests_get_no_page_of_the_library(shim: Shim) -> None:
+    for data, status in MALFORMED:
+        reply = await ask(shim.admin, data)
+        assert (reply.status, list(reply.json)) == (status, ["error"]), data[:80]
+        assert reply.headers["server"] == "agent-shim"
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert b"Y2FuYXJ5" not in reply.body
+    assert await healthz(shim) == 200
+    log = "\n".join(shim.lines)
+    assert "Traceback" not in log
+    assert "Y2FuYXJ5" not in log
+
+
+async def test_head_is_get_without_a_body(shim: Shim) -> None:
+    for path in (*sorted(PROBES), "/metrics", *FILES, "/status.json", "/events"):
+        line = await Line.to(shim.admin)
+        await line.send(request("HEAD", path) + HEALTHZ)
+        head = await line.reply(head_only=True)
+        assert head.status == 200, path
+        assert (await line.reply()).json == {"status": "ok"}, "nothing came between them"
+        line.close()
+
+
+async def test_a_slow_head_is_cut_off_however_it_is_dripped(shim: Shim) -> None:
+    line = await Line.to(shim.admin)
+    for number in HEALTHZ[:-2]:
+        await asyncio.sleep(0)
+        await line.send(bytes([number]))
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    assert (await line.reply()).status == 408
+    assert loop.time() - began_s < 2 * FIRST_REQUEST_S
+    line.close()

@@ -176,6 +176,10 @@ class Shim(_Child):
 
         return _entry(self.lines[await self._line(found, after)])
 
+    async def line(self, part: str) -> None:
+        """Wait for a log line that contains this text."""
+        await self._line(lambda line: part in line)
+
     def events(self, name: str) -> list[dict[str, Any]]:
         """The log events of this name so far."""
         return [entry for entry in map(_entry, self.lines) if entry.get("event") == name]
