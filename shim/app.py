@@ -24,10 +24,10 @@ from shim.compose import compose
 from shim.composition import Composition, Surroundings
 from shim.config_warnings import find_warnings
 from shim.core.urls import origin_of
-from shim.errors import ConfigError, Fault, StoreError, StoreVersionError, describe
+from shim.errors import ConfigError, Fault, StartError, StoreError, StoreVersionError, describe
 from shim.filemarks import Watched
 from shim.frontend import Frontend
-from shim.hardening import allow_connections, keep_memory_private, open_doors
+from shim.hardening import allow_connections, keep_memory_private, occupy_standard_streams, open_doors
 from shim.heap import collect_rarely, give_back
 from shim.lag import loop_factory, watch_loop
 from shim.metrics import Metrics, Registry
@@ -65,6 +65,7 @@ def main(
     """
     files = Watched()
     files.changed({"config": config_path})  # before it is read: what changes from here on is noticed
+    occupy_standard_streams()
     private = keep_memory_private()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     settings = config.load(config_path, os.environ, sets)
@@ -102,8 +103,8 @@ def _check_ready_file(path: str | None) -> None:
     directory = Path(path).absolute().parent
     if not directory.is_dir():
         raise ConfigError([Fault("--ready-file", f"{path}: the directory {directory} does not exist: make it first")])
-    if Path(path).is_dir():
-        raise ConfigError([Fault("--ready-file", f"{path} is a directory: name a file")])
+    if Path(path).exists() and not Path(path).is_file():  # it would be replaced: a device, too
+        raise ConfigError([Fault("--ready-file", f"{path} is not a regular file: name another one")])
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError([Fault("--ready-file", f"{path} cannot be written by this user: name another file")])
 
@@ -306,8 +307,12 @@ class App:
         if self._ready_file:
             text = json.dumps({**self.addresses, "pid": os.getpid()})
             temporary = Path(f"{self._ready_file}.{os.getpid()}")
-            temporary.write_text(text)
-            temporary.replace(self._ready_file)
+            try:
+                temporary.write_text(text)
+                temporary.replace(self._ready_file)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise StartError(f"--ready-file {self._ready_file} cannot be written: {error.strerror}") from None
         log.info(
             "serving",
             version=__version__,

@@ -6,6 +6,7 @@ internal error, 78 the store was written by a newer version.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -20,6 +21,7 @@ from shim import __version__
 from shim.errors import ConfigError, StoreVersionError
 
 EXIT_OK = 0
+EXIT_FAILED = 1
 EXIT_CONFIG = 2
 EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
@@ -118,6 +120,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         click.echo(f"store: {exc}", err=True)
         sys.exit(EXIT_STORE_VERSION)
     except Exception as exc:  # noqa: BLE001 - the last resort: a defect has its own exit code
+        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EIO):
+            click.echo(f"Error: the output cannot be written: {exc.strerror}", err=True)
+            sys.exit(EXIT_FAILED)
         package = (exc.name or "").partition(".")[0] if isinstance(exc, ModuleNotFoundError) else ""
         if package in _OPTIONAL:
             click.echo(f"Error: this needs {package}: pip install 'agent-shim[{_OPTIONAL[package]}]'", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,18 @@ from shim.settings import Settings
 
 _PR_SET_DUMPABLE = 4
 _OTHER_FILES = 256  # the store, the admin port, listeners, the event loop
+
+
+def occupy_standard_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr as /dev/null.
+
+    Otherwise the database or a socket would get the number 2, and what is printed to stderr would be written into it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
 def keep_memory_private() -> bool:

@@ -24,7 +24,7 @@ class LineWriter:
     library's QueueListener is not used: its stop waits for ever for a write that hangs, and it bounds no bytes.
     """
 
-    def __init__(self, stream: TextIO, tell: Callable[[int], str]) -> None:
+    def __init__(self, stream: TextIO | None, tell: Callable[[int], str]) -> None:
         self.dropped = 0
         self.on_drop: Callable[[], None] | None = None
         self._told = 0
@@ -111,6 +111,8 @@ class LineWriter:
         # What a full disk has torn must not garble the line after it.
         data = b"\n" + line if self._torn else line
         try:
+            if self._stream is None:
+                return False
             if self._fd is None:
                 self._stream.write(data.decode("utf-8"))
                 self._stream.flush()
@@ -145,12 +147,14 @@ def _write_all(fd: int, data: bytes) -> None:
             raise
 
 
-def _fd_of(stream: TextIO) -> int | None:
+def _fd_of(stream: TextIO | None) -> int | None:
     """Return the descriptor behind a stream: writing to it needs no lock that the end of the process would wait for."""
+    if stream is None:  # stderr was closed when the process began
+        return None
     try:
         stream.flush()
         return stream.fileno()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return None
 
 

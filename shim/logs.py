@@ -224,7 +224,7 @@ def setup(level: Level, form: Literal["json", "console"], *, stream: TextIO | No
     redaction = Redaction()
     formatter: _Formatter = JsonFormatter(redaction)
     if form == "console":
-        formatter = ConsoleFormatter(redaction, colour=target.isatty())
+        formatter = ConsoleFormatter(redaction, colour=target is not None and target.isatty())
     writer = LineWriter(target, lambda count: formatter.format(_dropped_lines(count)))
     handler = _Handler(writer)
     handler.setFormatter(formatter)

@@ -99,6 +99,13 @@ def test_a_wrong_command_line_exits_2(args: tuple[str, ...], capsys: pytest.Capt
     assert "Error: " in capsys.readouterr().err
 
 
+def test_a_full_disk_behind_the_output_is_said_in_one_line() -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123 - a device
+        command = [sys.executable, "-m", "shim", "check-config"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (1, "Error: the output cannot be written: No space left on device\n")
+
+
 def _raising(exc: Exception) -> click.Command:
     def fail() -> None:
         raise exc

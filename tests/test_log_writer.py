@@ -151,3 +151,11 @@ def test_many_threads_may_log(pipe: Pipe) -> None:
     for thread in threads:
         thread.join()
     writer.close(5)
+
+
+def test_without_a_stream_everything_is_dropped() -> None:
+    writer = LineWriter(None, tell)
+    writer.put("a")
+    assert writer.flush(5)
+    assert writer.dropped == 1
+    writer.close(5)

@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 from yarl import URL
 
+from tests.faults.waiting import last
 from tests.support.processes import TOKEN, Shim, free_port, world
 
 REGISTER = {"agent_id": "agent-1", "name": "prod-cluster"}
@@ -214,10 +215,14 @@ async def test_faults_that_prevent_a_start_have_their_exit_codes(tmp_path: Path)
         assert database.read_bytes() == before
 
 
-@pytest.mark.parametrize("ready,told", [("none/ready", "does not exist: make it first"), (".", "is a directory")])
+@pytest.mark.parametrize(
+    "ready,told",
+    [("none/ready", "does not exist: make it first"), (".", "not a regular file"), ("pipe", "not a regular")],
+)
 async def test_a_ready_file_that_cannot_be_written_is_refused_before_anything_starts(
     ready: str, told: str, tmp_path: Path
 ) -> None:
+    os.mkfifo(tmp_path / "pipe")
     async with Shim(tmp_path, {}) as shim:
         await shim.launch("--ready-file", str(tmp_path / ready))
         assert await shim.wait() == 2
@@ -251,3 +256,16 @@ async def test_what_takes_the_place_of_the_file_leaves_the_running_configuration
         after = len(shim.lines)
         shim.send(signal.SIGHUP)
         await shim.event("config_reloaded", after)
+
+
+async def test_closed_standard_streams_are_not_given_to_the_database(tmp_path: Path) -> None:
+    async with Shim(tmp_path, {"upstream": {"url": "http://127.0.0.1:1", "token": TOKEN}}) as shim:
+        shim.program = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *shim.program)
+        ready = tmp_path / "ready.json"
+        await shim.launch("--ready-file", str(ready))
+        async with asyncio.timeout(30):
+            while not ready.exists():
+                await last(0.05)
+        told = {number: (Path("/proc") / str(shim.pid) / "fd" / str(number)).readlink() for number in range(3)}
+        assert set(told.values()) == {Path("/dev/null")}
+        assert await shim.stop() == 0
