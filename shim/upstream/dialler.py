@@ -224,10 +224,13 @@ class Dialler:
         if response.status == 407 and request.proxy is not None and not request.is_ssl():
             response.close()
             raise DialError(DialFailure("proxy", detail="the proxy answered HTTP 407"))
-        if hdrs.UPGRADE in request.headers and response.status != 101:
-            response.close()
-            raise Refused(response.status, retry_after_s(response.headers))
-        return response
+        upgrade, upgraded = hdrs.UPGRADE in request.headers, response.status == 101
+        if upgrade is upgraded:
+            return response
+        response.close()
+        if upgraded:
+            raise DialError(DialFailure("handshake", detail="the answer is an upgrade that nobody asked for"))
+        raise Refused(response.status, retry_after_s(response.headers))
 
 
 def _check(proxy: ProxyChoice) -> None:

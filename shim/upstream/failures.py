@@ -86,6 +86,8 @@ def _answer_text(error: Exception) -> str:
             return str(error)
         case aiohttp.WSServerHandshakeError():
             return error.message
+        case aiohttp.ClientResponseError():  # raised by the parser only: statuses are not errors here
+            return "the answer is no HTTP, or its head is too large"
         case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | aiohttp.ClientOSError():
             return "the connection was closed before the answer was complete"
     return type(error).__name__

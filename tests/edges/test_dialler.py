@@ -410,6 +410,25 @@ async def test_a_call_that_is_cut_is_not_sent_again(method: str) -> None:
     assert calls == 1
 
 
+@pytest.mark.parametrize(
+    "reply, said",
+    [
+        (answer("101 Switching Protocols", "Upgrade: x", "Connection: upgrade"), "an upgrade that nobody asked for"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "no HTTP"),
+        (answer("200 OK", *[f"X-{number}: 1" for number in range(200)]), "its head is too large"),
+        (answer("200 OK", f"X: {'x' * 20_000}"), "its head is too large"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "closed before the answer was complete"),
+    ],
+)
+async def test_answers_that_no_agent_shall_get(reply: bytes, said: str) -> None:
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(reply)
+
+    async with tcp_server(converse) as port:
+        assert said in await fallback(Upstream(), f"http://127.0.0.1:{port}")
+
+
 async def test_the_fallback_drops_idle_connections_before_servers_do() -> None:
     """A call that crosses the server's close would be answered 502, and nobody may send it twice."""
     calls, dropped = 0, asyncio.Event()

@@ -90,7 +90,10 @@ async def test_the_token_goes_where_it_is_wanted(
             answer("101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Accept: no"),
             DialFailure("handshake", 0, None, "Invalid challenge response"),
         ),
-        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", DialFailure("handshake", 0, None, "ClientResponseError")),
+        (
+            b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+            DialFailure("handshake", 0, None, "the answer is no HTTP, or its head is too large"),
+        ),
     ],
 )
 async def test_answers_that_are_no_websocket(response: bytes, expected: DialFailure) -> None:
