@@ -255,13 +255,12 @@ def _nothing_wrong(status: dict[str, Any]) -> Problem:
         if arriving:
             return say("agents_arriving", number=plural(arriving, "agent"))
         return say("nobody_called", url=f"http://{status['listen']}" if status["listen"] else "the shim")
-    by_http = _http_agents(status)
-    alive = plural(sessions["fresh"], "agent") + " alive"
-    if status["links"]["online"]:
-        return say("all_well", link="the controller is connected", agents=f"{alive}, {by_http}" if by_http else alive)
-    if by_http and not sessions["fresh"]:
-        return say("all_well", link="no agent needs the link to the controller", agents=by_http)
-    return say("link_at_rest")
+    by_http, online = _http_agents(status), bool(status["links"]["online"])
+    if not sessions["fresh"] and not by_http:
+        return say("no_agent_alive", link="is up" if online else "rests")
+    alive = [f"{plural(sessions['fresh'], 'agent')} alive"] if sessions["fresh"] or not by_http else []
+    link = "the controller is connected" if online else "the link to the controller rests"
+    return say("all_well", link=link, agents=", ".join([*alive, *filter(None, [by_http])]))
 
 
 _WHY = {"mode": "", "rollout": " (outside the rollout)", "link_down": " (while the link is down)"}

@@ -130,7 +130,7 @@ SENTENCES: dict[str, Sentence] = {
     # --- nothing is wrong ---
     "nobody_called": Sentence("waiting", "Nobody has called yet: point the agent's PIPEOPS_API_URL at {url}."),
     "agents_arriving": Sentence("waiting", "{number} called and registered nothing yet."),
-    "link_at_rest": Sentence("waiting", "No agent is alive, so the link to the controller rests."),
+    "no_agent_alive": Sentence("waiting", "No known agent is alive; the link to the controller {link}."),
     "all_by_http": Sentence("good", "All calls go by the vendor's HTTP API ({url}), as mode http says: {agents}."),
     "replica_without_links": Sentence("good", "This replica serves agents; it owns no agent's link now."),
     "all_well": Sentence("good", "All is well: {link}, {agents}."),

@@ -86,6 +86,7 @@ class Presence:
             return
         self._acks_seen = True
         session.standing.acknowledged()
+        self._registrations.acknowledged(session)
         covered = session.coverage.acked(sent_at, line, self._ctx.now, self._window_s)
         self._covered.inc(covered)
 

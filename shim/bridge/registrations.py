@@ -72,6 +72,13 @@ class Registrations:
         """Return whether an agent of this id waits for the answer to its registration."""
         return any(job.call is not None and job.call.agent_id == agent_id for job in self._by_identity.values())
 
+    def acknowledged(self, session: Session) -> None:
+        """Drop that a registration had no answer: the controller acknowledges the agent's heartbeats."""
+        if self._refusals:
+            identity = identity_of(session)
+            if identity in self._refusals and not self._refusals[identity].status:
+                del self._refusals[identity]
+
     def forget(self, session: Session) -> None:
         """Drop what is remembered of a session that is forgotten."""
         self._refusals.pop(identity_of(session), None)

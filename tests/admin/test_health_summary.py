@@ -85,7 +85,7 @@ def sentence(**fields: Any) -> tuple[str, str]:
             "waiting",
             "Nobody has called yet: point the agent's PIPEOPS_API_URL at http://127.0.0.1:7080.",
         ),
-        ({"links": [link("idle")]}, "waiting", "No agent is alive, so the link to the controller rests."),
+        ({"links": [link("idle")]}, "good", "All is well: the link to the controller rests, 1 agent alive."),
         ({"links": [link("down", 3, "tcp")]}, "warning", "Connecting to the controller (it cannot be reached)."),
         (
             {"links": [link("down", 150, "status 502")]},
@@ -348,3 +348,9 @@ def test_agents_by_http_are_counted_and_never_silent() -> None:
 
 def test_after_a_start_agents_have_a_minute_to_call_again() -> None:
     assert summarise(status(sessions=[session("a", fresh=False)], started_at=NOW - 30))["code"] != "agents_silent"
+
+
+def test_agents_of_before_that_have_not_called_yet_are_not_alive() -> None:
+    found = summarise(status(sessions=[session("a", fresh=False)], started_at=NOW - 30))
+    assert (found["code"], found["level"]) == ("no_agent_alive", "waiting")
+    assert found["text"] == "No known agent is alive; the link to the controller is up."
