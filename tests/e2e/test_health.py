@@ -272,7 +272,7 @@ async def test_calls_by_http(tmp_path: Path, http: aiohttp.ClientSession) -> Non
             assert told["overall"]["level"] == "bad"
             code, out, _ = await run("doctor", "--url", shim.admin, "--set", f"upstream.url={controller.url}")
             assert (code, "The vendor's HTTP API did not serve" in out) == (1, True)
-            await controller.control("POST", "/control/legacy", {"refuse": None})
+            await controller.control("POST", "/control/legacy", {"refuse": 0})
         config["rollout"] = {"percent": 10, "include": [outside]}
         shim.write(config)
         await shim.event("config_reloaded")
