@@ -28,6 +28,7 @@ _MAX_FILE_BYTES = 262_144  # a second of the library's time, and far more than a
 _MAX_FAULTS_SHOWN = 100
 _MERGE = "tag:yaml.org,2002:merge"
 _MASK = "***"
+_PASSWORD = re.compile(r"(?<=://)([^/?#@]*?):[^/?#@]*@")
 _USERINFO = re.compile(r"(?<=://)[^/?#@,]*@")
 
 
@@ -71,11 +72,18 @@ def mask(settings: Settings) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(settings)
     if plain["upstream"]["token"]:
         plain["upstream"]["token"] = _MASK
+    plain["store"]["url"] = _without_password(plain["store"]["url"])
     for section in (plain["upstream"], plain["fallback"]):
         base, has_query, _ = section["url"].partition("?")
         section["url"] = base + (f"?{_MASK}" if has_query else "")
         section["proxy"] = _USERINFO.sub(f"{_MASK}@", section["proxy"])
     return plain
+
+
+def _without_password(url: str) -> str:
+    """A database's URL with what may be secret masked; user, hosts and database stay, so that it is recognised."""
+    base, has_query, _ = url.partition("?")
+    return _PASSWORD.sub(rf"\1:{_MASK}@", base) + (f"?{_MASK}" if has_query else "")
 
 
 def dump(settings: Settings) -> str:
@@ -119,6 +127,10 @@ def secrets(settings: Settings) -> list[str]:
         if parts.password:
             password = unquote(parts.password)
             found += [parts.password, password, basic_credentials(unquote(parts.username or ""), password)]
+    database = urlsplit(settings.store.url.strip())
+    in_query = [value for key, value in parse_qsl(database.query) if "password" in key]
+    for text in (database.password or "", *in_query):
+        found += [text, unquote(text)]
     return [text for text in dict.fromkeys(found) if text]
 
 

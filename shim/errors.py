@@ -45,6 +45,10 @@ class StoreError(ShimError):
     """The store could not carry out a write or a read; nothing of the submission was applied."""
 
 
+class StoreFenced(StoreError):
+    """Another replica has taken the shard; nothing of this one's is stored any more."""
+
+
 class StoreVersionError(StoreError):
     """The database was written by a newer shim and must not be touched (exit 78)."""
 

@@ -20,3 +20,13 @@ def plain_host(host: str) -> str:
         return str(ip_address(name))
     except ValueError:
         return name.lower()
+
+
+def is_this_machine(host: str) -> bool:
+    """Tell whether nobody on the network can listen to a connection: it goes to loopback or to a socket's path."""
+    if not host or host.startswith(("/", "@")) or host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

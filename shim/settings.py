@@ -204,6 +204,12 @@ class Identity(Section, frozen=True):
 
 class Store(Section, frozen=True):
     path: str = "./agent-shim.db"
+    url: str = ""
+    password_file: str = ""
+    ca_file: str = ""
+    client_cert_file: str = ""
+    client_key_file: str = ""
+    allow_insecure: bool = False
 
 
 class Fallback(Section, frozen=True):

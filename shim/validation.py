@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from shim.errors import Fault
-from shim.hosts import plain_host
-from shim.settings import Fallback, Section, Settings, Upstream, is_loopback
+from shim.hosts import is_this_machine, plain_host
+from shim.settings import Fallback, Section, Settings, Store, Upstream, is_loopback
 
 _PORT = (0, 65_535)
 _COUNT = (1, 1_000_000)
@@ -181,6 +181,27 @@ class _Checks:
         for path, names in (("commands.types", commands.types), ("commands.at_most_once", commands.at_most_once)):
             self._must(all(names), "must not contain an empty text", path)
         self._must(bool(store.path), "must not be empty", "store.path")
+        self._pair(store.client_cert_file, store.client_key_file, "store.client_cert_file", "store.client_key_file")
+        if store.url:
+            self._database(store)
+
+    def _database(self, store: Store) -> None:
+        """Check what can be known of a PostgreSQL URL without the driver, which is an extra."""
+        try:
+            parts = urlsplit(store.url)
+        except ValueError:
+            parts = urlsplit("")
+        if parts.scheme not in ("postgresql", "postgres") or re.search(r"\s", store.url):
+            self._must(False, "must be postgresql://user@host:port/database, several hosts with commas", "store.url")
+            return
+        query = dict(parse_qsl(parts.query))
+        named = len(parts.path) > 1 or bool(query.get("dbname"))
+        self._must(named, "must name a database: postgresql://user@host/DATABASE", "store.url")
+        hosts = [re.sub(r":\d*$", "", each) for each in parts.netloc.rpartition("@")[2].split(",")]
+        local = all(is_this_machine(host.strip("[]")) for host in [*hosts, *query.get("host", "").split(",")])
+        verified = query.get("sslmode", "verify-full") == "verify-full"
+        message = "must leave sslmode at verify-full off this machine, unless store.allow_insecure is true"
+        self._must(local or verified or store.allow_insecure, message, "store.url", "store.allow_insecure")
 
     def modes(self) -> None:
         settings, fallback = self.settings, self.settings.fallback

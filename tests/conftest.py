@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ hypothesis.settings.load_profile("gate" if os.environ.get("CI") else "search")
 
 
 def _is_there(tool: str) -> bool:
+    if tool == "postgresql":
+        return find_spec("psycopg") is not None and any(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     kind, _, name = tool.rpartition(":")
     return (NODE_MODULES / name).is_dir() if kind == "npm" else shutil.which(name) is not None
 
@@ -101,3 +104,19 @@ def _event_loop_never_blocked() -> Iterator[None]:
     yield
     if _watch.blocked:
         pytest.fail("the event loop was blocked: " + "; ".join(_watch.blocked), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server for all tests that do nothing to it (marked `needs("postgresql")`)."""
+    from tests.support.postgres import running  # noqa: PLC0415 - the driver is an extra
+
+    with running("fsync = off") as server:
+        yield server
+
+
+@pytest.fixture
+def pg_url(postgres: Any) -> str:
+    """The URL of a database of the test's own."""
+    url: str = postgres.create()
+    return url

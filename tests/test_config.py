@@ -289,6 +289,7 @@ SECRET = load(
         "upstream.proxy=http://user:proxy-hunter2@p:3128",
         "fallback.url=https://h/base?key=url-hunter2",
         "fallback.proxy=http://user:other%40hunter2@p:3128",
+        "store.url=postgresql://u:store-hunter2@a,b/shim",
     ],
 )
 
@@ -300,6 +301,7 @@ def test_dump_masks_secrets_and_reads_back() -> None:
     assert plain["upstream"]["token"] == "***"
     assert plain["upstream"]["url"] == "https://h/base?***"
     assert plain["upstream"]["proxy"] == "http://***@p:3128"
+    assert plain["store"]["url"] == "postgresql://u:***@a,b/shim"
 
 
 def test_dump_of_settings_without_secrets_is_a_configuration(tmp_path: Path) -> None:

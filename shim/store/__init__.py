@@ -9,12 +9,22 @@ from shim import settings
 from shim.errors import StoreError
 from shim.ports import CommandStore
 from shim.store import files, schema
+from shim.store.database import Partition
 from shim.store.delivery import Post
 from shim.store.files import advice
 from shim.store.sqlite import SqliteStore
 from shim.store.writer import CommitProbe
 
-__all__ = ["CommitProbe", "Post", "advice", "check_database", "check_files", "open_store"]
+__all__ = [
+    "CommitProbe",
+    "Partition",
+    "Post",
+    "advice",
+    "check_database",
+    "check_files",
+    "open_shard",
+    "open_store",
+]
 
 IN_MEMORY = ":memory:"
 CHECK_S = 1.0
@@ -43,8 +53,22 @@ def open_store(configured: settings.Store, post: Post, probe: CommitProbe | None
     `post` hands a callable to the event loop from any thread (`loop.call_soon_threadsafe`); every `done` comes through
     it. A path of `:memory:` keeps everything in this process only.
     """
+    if configured.url:
+        raise StoreError("store.url: a database is opened shard by shard")
     if configured.path == IN_MEMORY:
         from shim.store.memory import MemoryStore  # noqa: PLC0415 - only those who use it pay for it
 
         return MemoryStore(post)
     return SqliteStore(Path(configured.path), post, probe)
+
+
+def open_shard(configured: settings.Store, post: Post, probe: CommitProbe | None, partition: Partition) -> CommandStore:
+    """Make the store of one shard in the database at `store.url`; its `open()` is still to be called.
+
+    `post` as in `open_store`. Raises `StoreError` where the extra is not installed.
+    """
+    try:
+        from shim.store.postgres.store import PostgresStore  # noqa: PLC0415 - an extra, and memory that few pay for
+    except ModuleNotFoundError as error:
+        raise StoreError(f"store.url needs the extra agent-shim[postgres]: {error.name} is not installed") from error
+    return PostgresStore(configured, post, probe, partition)

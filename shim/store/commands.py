@@ -139,7 +139,9 @@ class CommandOperations:
     def find(
         self, operation: FindCommand
     ) -> Finish[list[tuple[CommandRecord, dict[str, Any] | None, list[TraceEntry]]]]:
-        return partial(self._found, operation.command_id)
+        # At once, with round trips: what is submitted later must not be found.
+        found = self._found(operation.command_id)
+        return lambda: found
 
     def _found(self, command_id: str) -> list[tuple[CommandRecord, dict[str, Any] | None, list[TraceEntry]]]:
         lone: dict[SessionKey, list[TraceEntry]] = {}

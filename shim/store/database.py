@@ -8,7 +8,7 @@ in one database, and only it has an index on whether a command is live.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from shim.core.records import Touch
 
@@ -16,6 +16,14 @@ _Result = TypeVar("_Result")
 
 Finish = Callable[[], _Result]
 """Gives the result of an operation once its statements are carried out; it may carry out more of them."""
+
+
+class Partition(NamedTuple):
+    """The shard that is opened, the fencing token of its lease, and the process that holds it."""
+
+    shard: int
+    fence: int
+    process: str
 
 
 class Rows(Protocol):

@@ -22,7 +22,7 @@ from shim.store.rows import UndecodableRow, decode_object, encode_json, parse_ke
 _SELECT_COMMAND = "SELECT seq, state, request_id, result FROM commands WHERE session = ?1 AND id = ?2"
 _ANSWER_COMMAND = "UPDATE commands SET state = 'answered', updated = ?1, result = ?2 WHERE seq = ?3"
 _INSERT_UNKNOWN = "INSERT INTO unknown_results (session, command_id, wall) VALUES (?1, ?2, ?3) ON CONFLICT DO NOTHING"
-_INSERT_OUTBOX = "INSERT INTO outbox (owner, session, command_id, request_id, payload) VALUES (?1, ?2, ?3, ?4, ?5)"
+INSERT_OUTBOX = "INSERT INTO outbox (owner, session, command_id, request_id, payload) VALUES (?1, ?2, ?3, ?4, ?5)"
 _ANSWER_QUARANTINED = "UPDATE quarantine SET pending = false WHERE pending AND session = ?1 AND command_id = ?2"
 # A command is closed with its last entry, which is the one that is deleted next.
 _CLOSE_COMMAND = (
@@ -76,7 +76,7 @@ class OutboxOperations:
     def _insert(
         self, key: SessionKey, command_id: str, request_id: str, payload: dict[str, Any], encoded: bytes
     ) -> Finish[OutboxEntry]:
-        seq = self._database.insert(_INSERT_OUTBOX, (key.owner, str(key), command_id, request_id, encoded))
+        seq = self._database.insert(INSERT_OUTBOX, (key.owner, str(key), command_id, request_id, encoded))
         return partial(OutboxEntry, seq or 0, key, command_id, request_id, payload)
 
     def close(self, operation: CloseOutbox) -> Finish[None]:

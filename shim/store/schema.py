@@ -1,4 +1,4 @@
-"""The tables of the SQLite store, their migrations, and who may read them.
+"""The tables of the store, their migrations on SQLite, and who may read them.
 
 Migrations only add: every statement of this package names its columns, so a shim runs on the database of a later one
 as long as that one left `min_reader_version` at or below this one's `SCHEMA_VERSION`.
@@ -27,23 +27,29 @@ ENDED = "state <> 'queued' AND state IN ('delivered', 'closed', 'expired', 'dead
 class Migration(msgspec.Struct, frozen=True):
     """One step of the schema. `script` holds its statements, separated by semicolons that stand nowhere else.
 
-    `min_reader_version` is the oldest schema version whose shim may still use the result.
+    `min_reader_version` is the oldest schema version whose shim may still use the result. PostgreSQL has the same
+    tables (`{shard}` is where it has one column more); `sqlite` holds statements for SQLite alone.
     """
 
     min_reader_version: int
     script: str
+    sqlite: str = ""
 
 
-_VERSION_1 = f"""
+_SQLITE_1 = f"""
 PRAGMA application_id = {APPLICATION_ID};
-
 CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL);
+CREATE INDEX commands_ended ON commands (updated) WHERE {ENDED};
+CREATE INDEX outbox_by_owner ON outbox (owner);
+CREATE INDEX lone_traces_by_wall ON lone_traces (wall)
+"""
 
+_VERSION_1 = """
 -- updated: wall time of the last change of state. result: repeats the payload of the outbox entry, which goes when the
 -- controller has it, while a duplicate of the command must still be answered. first_step: the event of the first step
 -- in the command's trace, if it happened at `arrived` with `type` for its detail, as nearly all do: that saves a row.
 CREATE TABLE commands (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    {shard}seq INTEGER PRIMARY KEY AUTOINCREMENT,
     session TEXT NOT NULL,
     id TEXT NOT NULL,
     request_id TEXT NOT NULL,
@@ -61,22 +67,20 @@ CREATE TABLE commands (
     result BLOB
 );
 CREATE UNIQUE INDEX commands_by_id ON commands (session, id);
-CREATE INDEX commands_ended ON commands (updated) WHERE {ENDED};
 
 CREATE TABLE outbox (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    {shard}seq INTEGER PRIMARY KEY AUTOINCREMENT,
     owner TEXT NOT NULL,
     session TEXT NOT NULL,
     command_id TEXT NOT NULL,
     request_id TEXT NOT NULL,
     payload BLOB NOT NULL
 );
-CREATE INDEX outbox_by_owner ON outbox (owner);
 CREATE INDEX outbox_by_command ON outbox (session, command_id);
 
 -- Results for ids that were not known: the first one was forwarded, repeats must not be.
 CREATE TABLE unknown_results (
-    session TEXT NOT NULL,
+    {shard}session TEXT NOT NULL,
     command_id TEXT NOT NULL,
     wall REAL NOT NULL,
     PRIMARY KEY (session, command_id)
@@ -93,7 +97,7 @@ CREATE INDEX traces_by_command ON traces (command);
 
 -- Steps of commands that have no row: rejected ones, unknown ones.
 CREATE TABLE lone_traces (
-    id INTEGER PRIMARY KEY,
+    {shard}id INTEGER PRIMARY KEY,
     session TEXT NOT NULL,
     command_id TEXT NOT NULL,
     wall REAL NOT NULL,
@@ -101,10 +105,9 @@ CREATE TABLE lone_traces (
     detail TEXT NOT NULL
 );
 CREATE INDEX lone_traces_by_command ON lone_traces (session, command_id);
-CREATE INDEX lone_traces_by_wall ON lone_traces (wall);
 
 CREATE TABLE sessions (
-    id INTEGER PRIMARY KEY,
+    {shard}id INTEGER PRIMARY KEY,
     session TEXT NOT NULL UNIQUE,
     dialect TEXT NOT NULL,
     agent_id TEXT NOT NULL,
@@ -117,7 +120,7 @@ CREATE TABLE sessions (
 );
 
 CREATE TABLE aliases (
-    id INTEGER PRIMARY KEY,
+    {shard}id INTEGER PRIMARY KEY,
     owner TEXT NOT NULL,
     agent_id TEXT NOT NULL,
     session TEXT NOT NULL,
@@ -126,14 +129,14 @@ CREATE TABLE aliases (
 CREATE INDEX aliases_by_session ON aliases (session);
 
 CREATE TABLE tunnels (
-    id INTEGER PRIMARY KEY,
+    {shard}id INTEGER PRIMARY KEY,
     session TEXT NOT NULL UNIQUE,
     payload BLOB NOT NULL
 );
 
 -- Rows that could not be decoded. pending: a command of which the controller has not been told yet.
 CREATE TABLE quarantine (
-    id INTEGER PRIMARY KEY,
+    {shard}id INTEGER PRIMARY KEY,
     origin TEXT NOT NULL,
     session TEXT NOT NULL,
     command_id TEXT NOT NULL,
@@ -145,7 +148,7 @@ CREATE TABLE quarantine (
 CREATE INDEX quarantine_pending ON quarantine (session, command_id) WHERE pending
 """
 
-MIGRATIONS = (Migration(min_reader_version=1, script=_VERSION_1),)
+MIGRATIONS = (Migration(min_reader_version=1, script=_VERSION_1, sqlite=_SQLITE_1),)
 SCHEMA_VERSION = len(MIGRATIONS)
 
 
@@ -211,7 +214,9 @@ def _next_migration(connection: sqlite3.Connection, migrations: Sequence[Migrati
     try:
         version = _number(connection, "PRAGMA user_version")
         if version < len(migrations):
-            for statement in migrations[version].script.split(";"):
+            migration = migrations[version]
+            script = migration.script.replace("{shard}", "")
+            for statement in [*script.split(";"), *migration.sqlite.split(";")]:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {version + 1}")
             connection.execute(

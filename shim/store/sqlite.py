@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -15,13 +14,13 @@ from typing import Any
 
 from shim.core.records import Loaded, Operation, Touch
 from shim.errors import StoreError
-from shim.ports import StoreDone
 from shim.store import files, quarantine, schema
 from shim.store.database import Database, Finish, Rows, nothing
 from shim.store.delivery import Post, deliver, store_error
 from shim.store.loading import load
 from shim.store.lock import StoreLock
 from shim.store.operations import Operations
+from shim.store.queued import QueuedStore
 from shim.store.write_ahead_log import LIMIT_BYTES, WriteAheadLog
 from shim.store.writer import CommitProbe, Failure, Writer
 
@@ -63,7 +62,7 @@ def _translated(path: Path) -> Iterator[None]:
         raise store_error(error) from error
 
 
-class SqliteStore:
+class SqliteStore(QueuedStore):
     """A `ports.CommandStore` in the file at `path`. It is opened once, by one process at a time.
 
     `busy_timeout_s` is how long a commit waits for another program that holds the database: a backup, say.
@@ -76,14 +75,11 @@ class SqliteStore:
         probe: CommitProbe | None = None,
         busy_timeout_s: float = BUSY_TIMEOUT_S,
     ) -> None:
+        super().__init__(post)
         self._path = path
-        self._post = post
         self._probe = probe
         self._busy_timeout_s = busy_timeout_s
         self._lock: StoreLock | None = None
-        # Nothing may be queued behind the end of the queue.
-        self._gate = threading.Lock()
-        self._writer: Writer | None = None
 
     def open(self) -> Loaded:
         """See `ports.CommandStore`. A corrupt database is moved aside and replaced by a new one."""
@@ -116,29 +112,16 @@ class SqliteStore:
                 raise StoreError(f"{error} (the corrupt database was moved to {moved_aside})") from error
         log = WriteAheadLog(self._tell_log)
         engine = SqliteEngine(connection, files.OpenFiles(self._path), log)
-        self._writer = Writer(engine, self._post, self._probe)
-        self._writer.start()
+        self._start(Writer(engine, self._post, self._probe))
         return replace(loaded, moved_aside=moved_aside, warnings=warnings + loaded.warnings)
 
     def _tell_log(self, size_bytes: int, pinned: bool) -> None:
         if self._probe is not None and self._probe.log is not None:
             deliver(self._post, [partial(self._probe.log, size_bytes, pinned)])
 
-    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
-        """See `ports.CommandStore`; a store that is not open answers with a `StoreError`."""
-        with self._gate:
-            if self._writer is not None:
-                self._writer.submit((tuple(operations), done))
-                return
-        if done is not None:
-            deliver(self._post, [partial(done, StoreError("the store is not open"))])
-
     def close(self) -> None:
-        """See `ports.CommandStore`; may be called from any thread."""
-        with self._gate:
-            writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
+        """Carry out what was submitted and close (`ports.CommandStore`); may be called from any thread."""
+        self._stop()
         lock, self._lock = self._lock, None
         if lock is not None:
             lock.release()

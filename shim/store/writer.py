@@ -87,10 +87,10 @@ class Writer:
         """Queue a submission; not after `close()`."""
         self._queue.put(submission)
 
-    def close(self) -> None:
-        """Wait until everything submitted is carried out and the connection is closed."""
+    def close(self, limit_s: float | None = None) -> None:
+        """Wait until everything submitted is carried out and the connection is closed, but no longer than `limit_s`."""
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(limit_s)
 
     # --- in the thread ------------------------------------------------------------------------------------------------
 

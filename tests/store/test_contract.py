@@ -46,8 +46,13 @@ Reopen = Callable[[StoreClient], StoreClient]
 RESULT = {"command_id": "1", "success": True, "output": "done"}
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", pytest.param("postgres", marks=pytest.mark.needs("postgresql"))])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
+    if request.param == "postgres":
+        from tests.support import postgres  # noqa: PLC0415 - the driver is an extra
+
+        url = request.getfixturevalue("pg_url")
+        return lambda: StoreClient(lambda post: postgres.store(url, post))
     path = ":memory:" if request.param == "memory" else str(tmp_path / "shim.db")
     return lambda: StoreClient(lambda post: open_store(settings.Store(path=path), post))
 

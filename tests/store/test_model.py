@@ -1,4 +1,4 @@
-"""Any sequence of operations has the same results on SQLite as in the model."""
+"""Any sequence of operations has the same results on SQLite, and on PostgreSQL, as in the model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import pytest
 from hypothesis import settings as search
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -23,12 +24,14 @@ from shim.core.records import (
     MarkCommands,
     MoveSession,
     Operation,
+    OutboxEntry,
     Prune,
     PutOutbox,
     PutOutcome,
     PutResult,
     ReadOutbox,
     RequeueCommand,
+    ResultOutcome,
     SaveAlias,
     SaveSession,
     SaveTunnel,
@@ -49,7 +52,9 @@ some_ids = st.lists(ids, max_size=3).map(tuple)
 walls = st.integers(90, 110).map(float)
 states = st.sampled_from(State)
 payloads = st.dictionaries(st.text(max_size=3), st.none() | st.integers() | st.text(max_size=3), max_size=2)
-entries = st.builds(TraceEntry, walls, st.text(max_size=3), st.text(max_size=3))
+# PostgreSQL keeps no NUL in texts: another character stands for it.
+words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=3)
+entries = st.builds(TraceEntry, walls, words, words)
 
 operations: st.SearchStrategy[Operation] = st.one_of(
     st.builds(put, ids, keys, payload=payloads, arrived_wall=walls, via=st.sampled_from(("", "http"))),
@@ -72,14 +77,30 @@ operations: st.SearchStrategy[Operation] = st.one_of(
 )
 
 
+class Names:
+    """The numbers that a store has given, each named by how many came before it."""
+
+    def __init__(self) -> None:
+        self.commands: dict[int, int] = {}
+        self.entries: dict[int, int] = {}
+
+    def numbered(self, operation: Operation) -> Operation:
+        """The operation with the store's numbers for the names of outbox entries; what is not there yet has none."""
+        numbers = {name: number for number, name in self.entries.items()}
+        if isinstance(operation, CloseOutbox):
+            return CloseOutbox(tuple(numbers.get(each, 1_000_000 + each) for each in operation.seqs), operation.wall)
+        if isinstance(operation, ReadOutbox):
+            return ReadOutbox(operation.owner, numbers.get(operation.after, 0), operation.limit)
+        return operation
+
+
 class Comparison(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._stack = contextlib.ExitStack()
         self._make = self._place()
         self._model = StoreClient(MemoryStore)
-        self._real_names: dict[int, int] = {}
-        self._model_names: dict[int, int] = {}
+        self._real_names, self._model_names = Names(), Names()
         self._open_both()
 
     def _place(self) -> Callable[[], StoreClient]:
@@ -93,27 +114,40 @@ class Comparison(RuleBasedStateMachine):
         assert self._names(real.commands, self._real_names) == self._names(model.commands, self._model_names)
         assert replace(real, key=b"", commands=()) == replace(model, key=b"", commands=())
 
-    def _names(self, outcome: Any, names: dict[int, int]) -> Any:
-        """The outcome with the numbers of commands replaced by names, because a store may leave numbers out."""
+    def _names(self, outcome: Any, names: Names) -> Any:
+        """The outcome with numbers replaced by names, because a store may leave numbers out."""
         if isinstance(outcome, StoreError):
             return "failed"
         if isinstance(outcome, (PutOutcome, CommandRecord)):
-            return replace(outcome, seq=names.setdefault(outcome.seq, len(names)) if outcome.seq else -1)
+            return replace(
+                outcome, seq=names.commands.setdefault(outcome.seq, len(names.commands)) if outcome.seq else -1
+            )
+        if isinstance(outcome, OutboxEntry):
+            return replace(outcome, seq=names.entries.setdefault(outcome.seq, len(names.entries)))
+        if isinstance(outcome, ResultOutcome):
+            return replace(outcome, entry=self._names(outcome.entry, names))
         if type(outcome) in {list, tuple}:
             return [self._names(each, names) for each in outcome]
         return outcome
 
     @rule(submission=st.lists(operations, max_size=4))
     def one_submission(self, submission: list[Operation]) -> None:
-        self._compare([(self._real.submit(*submission), self._model.submit(*submission))])
+        self._compare([submission])
 
     @rule(
         submissions=st.lists(st.lists(operations | st.sampled_from(POISON), max_size=3), min_size=1, max_size=4),
     )
     def several_at_once_some_of_them_poisoned(self, submissions: list[list[Operation]]) -> None:
-        self._compare([(self._real.submit(*each), self._model.submit(*each)) for each in submissions])
+        self._compare(submissions)
 
-    def _compare(self, outcomes: list[tuple[Outcome, Outcome]]) -> None:
+    def _compare(self, submissions: list[list[Operation]]) -> None:
+        outcomes = [
+            (
+                self._real.submit(*map(self._real_names.numbered, each)),
+                self._model.submit(*map(self._model_names.numbered, each)),
+            )
+            for each in submissions
+        ]
         for real, model in outcomes:
             found = self._names(self._real.wait(real), self._real_names)
             assert found == self._names(self._model.wait(model), self._model_names)
@@ -129,5 +163,27 @@ class Comparison(RuleBasedStateMachine):
         self._stack.close()
 
 
+class PostgresComparison(Comparison):
+    server: ClassVar[Any] = None
+
+    def _place(self) -> Callable[[], StoreClient]:
+        from tests.support import postgres  # noqa: PLC0415 - the driver is an extra
+
+        url = self.server.create()
+        return lambda: StoreClient(lambda post: postgres.store(url, post))
+
+
 TestComparison = Comparison.TestCase
 TestComparison.settings = search(max_examples=40, stateful_step_count=25)
+
+
+@pytest.fixture
+def on_postgres(postgres: Any) -> None:
+    PostgresComparison.server = postgres
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
+@pytest.mark.usefixtures("on_postgres")
+class TestPostgresComparison(PostgresComparison.TestCase):  # type: ignore[misc, valid-type]
+    settings = search(max_examples=4, stateful_step_count=25, deadline=None)

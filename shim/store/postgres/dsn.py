@@ -1,0 +1,75 @@
+"""Connection parameters as they follow from `store.*`: hosts, TLS, password, settings of the session."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from shim import config, settings
+from shim.errors import ConfigError, Fault
+from shim.hosts import is_this_machine
+
+SCHEMA = "agent_shim"
+# A peer that has vanished is noticed by the kernel: after 5 s of silence by three probes, after 8 s by what was sent.
+_NETWORK = {
+    "connect_timeout": "4",
+    "keepalives_idle": "5",
+    "keepalives_interval": "1",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "8000",
+}
+
+
+def application(process: str, shard: int | None = None) -> str:
+    """Return the name that a connection has among the server's backends: whose it is, and for which shard."""
+    return f"agent-shim {process}" if shard is None else f"agent-shim {process} {shard}"
+
+
+def conninfo(configured: settings.Store, name: str, **options: str) -> str:
+    """Return the text that psycopg connects with; `options` are settings of the session.
+
+    The password file is read each time, so that the next connection uses a rotated password. Raises `ConfigError`.
+    """
+    given = _parse(configured.url)
+    parameters: dict[str, Any] = _NETWORK | given
+    if configured.password_file:
+        parameters["password"] = config.read_secret(configured.password_file, "store.password_file")
+    hosts = str(given.get("host") or given.get("hostaddr") or "").split(",")
+    if not configured.allow_insecure and not all(map(is_this_machine, hosts)):
+        parameters["sslmode"] = "verify-full"
+    elif configured.ca_file:
+        parameters.setdefault("sslmode", "verify-full")
+    if str(parameters.get("sslmode", "")).startswith("verify"):
+        parameters["sslrootcert"] = configured.ca_file or given.get("sslrootcert") or _authorities()
+    if configured.client_cert_file:
+        parameters |= {"sslcert": configured.client_cert_file, "sslkey": configured.client_key_file}
+    session = {"search_path": SCHEMA, **options}
+    parameters |= {
+        "application_name": name,
+        "client_encoding": "UTF8",
+        "target_session_attrs": "read-write",
+        "options": " ".join(f"-c {key}={value}" for key, value in session.items()),
+    }
+    return make_conninfo("", **parameters)
+
+
+def _parse(url: str) -> dict[str, Any]:
+    try:
+        return dict(conninfo_to_dict(url))
+    except psycopg.Error:
+        # The driver's own words repeat a part of the URL, which may be the password.
+        message = "is no PostgreSQL URL: a parameter is unknown, or a % is out of place"
+        raise ConfigError([Fault("store.url", message)]) from None
+
+
+def _authorities() -> str:
+    """Return the system's authorities: the driver brings a library along that does not know where they are."""
+    found = ssl.get_default_verify_paths().cafile or ""
+    for path in (found, "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"):
+        if path and Path(path).exists():
+            return path
+    return "system"

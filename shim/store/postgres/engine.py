@@ -1,0 +1,274 @@
+"""Batches of submissions as transactions: two round trips and one sync each, fenced by the shard's lease.
+
+First `BEGIN`, the fencing update of the lease's row and the operations are sent together; their results and the row
+count are read before `COMMIT` is sent. So only a COMMIT can be in doubt, and the batch's number in the row tells what
+became of it: read in a transaction that waits for the standby itself, because a plain SELECT sees what a failover may
+undo.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+
+from shim import settings
+from shim.clock import Clock
+from shim.core.records import Loaded, Operation, Touch
+from shim.errors import ConfigError, StoreError, StoreFenced
+from shim.store.database import Finish, Partition, Rows, nothing
+from shim.store.delivery import store_error
+from shim.store.loading import load
+from shim.store.operations import Operations
+from shim.store.postgres.database import connect, refusal, schema_version, state_refusal
+from shim.store.postgres.dsn import application
+from shim.store.postgres.hot import HotCommandOperations, HotOutboxOperations
+from shim.store.postgres.pipeline import Lost, Pipeline, Refused
+from shim.store.writer import Failure
+
+PATIENCE_S = 8.0
+"""How long what is submitted waits for a database that does not answer, before it is refused."""
+_COMMIT_S = 15.0
+"""How long a COMMIT may take: one that waits for a standby is waited for, a server that hangs is left."""
+_PAUSE_S = 0.3
+_SESSION = {"statement_timeout": "8000", "lock_timeout": "4000", "idle_in_transaction_session_timeout": "5000"}
+# What is wrong with the submission itself: its data, a constraint, a limit of the server.
+_OWN_FAULT = ("22", "23", "54")
+
+_FENCE = "UPDATE leases SET batch = ?1 WHERE shard = ?2 AND fence = ?3"
+_OPEN = "UPDATE leases SET batch = batch + 1 WHERE shard = ?1 AND fence = ?2 RETURNING batch"
+_LAST_BATCH = "SELECT batch FROM leases WHERE shard = ?1 AND fence = ?2 FOR UPDATE"
+_OWNER_KEY = "SELECT owner_key FROM cluster"
+# An earlier connection of ours may still be in a transaction: its backend does not know that we have left.
+_END_OTHERS = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    " AND application_name = current_setting('application_name') AND usename = current_user"
+)
+# A commit that does not wait for the disk would break the promise; a server that waits for more may do so.
+_SYNCED = (
+    "SELECT set_config('synchronous_commit', 'on', false)"
+    " WHERE current_setting('synchronous_commit') IN ('off', 'local')"
+)
+monotonic = Clock().monotonic_s
+
+
+class PostgresDatabase:
+    """A `store.database.Database`: the rows of one shard."""
+
+    live = "live"
+
+    def __init__(self, pipeline: Pipeline, shard: int) -> None:
+        self.mine = f"shard = {shard:d}"
+        self.execute: Callable[..., Rows] = pipeline.execute
+
+    def insert(self, statement: str, parameters: Sequence[Any]) -> int | None:
+        row = self.execute(f"{statement} RETURNING seq", parameters).fetchone()
+        return None if row is None else row[0]
+
+    def touch(self, operation: Touch) -> Finish[None]:
+        """Write nothing: every transaction writes the lease's row."""
+        del operation
+        return nothing
+
+    def reclaim(self) -> None:
+        """Leave that to the server's autovacuum."""
+
+
+class PostgresEngine:
+    """A `store.writer.Engine`. `refuse` answers what is queued while nobody knows when the database will answer."""
+
+    def __init__(self, configured: settings.Store, partition: Partition) -> None:
+        self._configured = configured
+        self._partition = partition
+        self._key = (partition.shard, partition.fence)
+        self._pipeline: Pipeline | None = None
+        self._operations: Operations
+        self._batch = 0
+        self._down_since_s: float | None = None
+        self._tried_s = 0.0
+        self._cause = StoreError("the database does not answer")
+        self._closing = threading.Event()
+        self._fenced = False
+        self.refuse: Callable[[StoreError], None] = lambda _error: None
+
+    # --- opening ------------------------------------------------------------------------------------------------------
+
+    def open(self) -> Loaded:
+        """Read what the shard holds. Raises `StoreError`, `StoreVersionError`, `StoreFenced`."""
+        try:
+            return self._open()
+        except Exception as error:
+            self._disconnect()
+            raise self.failure(error).error from error
+
+    def _open(self) -> Loaded:
+        pipeline = self._connect()
+        execute = pipeline.execute
+        execute("BEGIN")
+        row = execute(_OPEN, self._key).fetchone()
+        if row is None:
+            raise StoreFenced("another replica has the shard")
+        self._batch = row[0]
+        key = execute(_OWNER_KEY).fetchone()
+        loaded = load(PostgresDatabase(pipeline, self._partition.shard), bytes(key[0]) if key is not None else b"")
+        execute("COMMIT")
+        pipeline.settle(_COMMIT_S)
+        return loaded
+
+    # --- store.writer.Engine ------------------------------------------------------------------------------------------
+
+    def commit(self, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
+        if self._fenced:
+            raise StoreFenced("another replica has the shard")
+        while True:
+            try:
+                results = self._carry_out(self._connected(), batch)
+            except Lost:
+                # The COMMIT was not sent: nothing of it stands.
+                self._disconnect()
+                continue
+            if self._end_transaction() or self._stands():
+                self._down_since_s = None
+                return results
+
+    def roll_back(self) -> None:
+        pipeline = self._pipeline
+        if pipeline is None:
+            return
+        try:
+            with suppress(Refused):
+                pipeline.settle()  # what was queued before a submission turned out to be impossible
+            pipeline.execute("ROLLBACK")
+            pipeline.settle()
+        except (Lost, Refused):
+            self._disconnect()
+
+    def failure(self, error: Exception) -> Failure:
+        if isinstance(error, StoreFenced):
+            self._fenced = True
+            return Failure(error, concerns_all=True, fenced=True)
+        if isinstance(error, Refused):
+            if error.state == "25006":
+                self._disconnect()  # it was a primary; the next connection looks for the one that is
+            return Failure(state_refusal(error.state), concerns_all=not error.state.startswith(_OWN_FAULT))
+        if isinstance(error, psycopg.Error):
+            return Failure(refusal(error), concerns_all=True)
+        if isinstance(error, Lost):
+            return Failure(self._cause, concerns_all=True)
+        if isinstance(error, (StoreError, ConfigError)):
+            return Failure(error if isinstance(error, StoreError) else StoreError(str(error)), concerns_all=True)
+        return Failure(store_error(error))
+
+    def close(self) -> None:
+        self._disconnect()
+
+    def give_up(self) -> None:
+        """Wait for no connection any more; may be called from any thread. A COMMIT in doubt is still waited for."""
+        self._closing.set()
+
+    # --- one transaction ----------------------------------------------------------------------------------------------
+
+    def _carry_out(self, pipeline: Pipeline, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
+        # A number is never used twice: not that of a batch that was lost either.
+        self._batch += 1
+        pipeline.execute("BEGIN")
+        fence = pipeline.execute(_FENCE, (self._batch, *self._key))
+        finishes = [self._operations.begin(operations) for operations in batch]
+        pipeline.settle()
+        if fence.rowcount != 1:
+            raise StoreFenced("another replica has the shard")
+        return [[finish() for finish in each] for each in finishes]
+
+    def _end_transaction(self) -> bool:
+        """Commit. False where it is in doubt: no answer, or the wait for the standby was broken off."""
+        pipeline = self._pipeline
+        if pipeline is None:
+            return False
+        pipeline.warned = False
+        try:
+            pipeline.execute("COMMIT")
+            pipeline.settle(_COMMIT_S)
+        except Lost:
+            self._disconnect()
+            return False
+        return not pipeline.warned
+
+    def _stands(self) -> bool:
+        """Learn what became of a COMMIT whose answer was lost, however long that takes."""
+        while True:
+            try:
+                pipeline = self._connected(patient=True)
+                pipeline.execute(_END_OTHERS)
+                pipeline.execute("BEGIN")
+                row = pipeline.execute(_LAST_BATCH, self._key).fetchone()
+                if row is None:
+                    raise StoreFenced("another replica has the shard")
+                if self._end_transaction():
+                    return bool(row[0] == self._batch)
+            except Lost:
+                self._disconnect()
+            except Refused:
+                self.roll_back()  # the row is locked by a backend that still waits for its standby
+                self._wait()
+
+    # --- the connection -----------------------------------------------------------------------------------------------
+
+    def _connected(self, *, patient: bool = False) -> Pipeline:
+        """Connect, if need be. Raises `StoreError` when that took too long; with `patient` never."""
+        while self._pipeline is None:
+            if self._down_since_s is None:
+                self._down_since_s = monotonic()
+            late = self._closing.is_set() or monotonic() - self._down_since_s > PATIENCE_S
+            if late and not patient and monotonic() - self._tried_s < _PAUSE_S:
+                raise self._cause
+            self._tried_s = monotonic()
+            try:
+                self._connect()
+            except StoreFenced:
+                raise
+            except (psycopg.Error, Lost, Refused, StoreError, ConfigError) as error:
+                self._cause = self.failure(error).error
+                self._disconnect()
+                if late and not patient:
+                    self.refuse(self._cause)
+                    raise self._cause from None
+                self._wait()
+        return self._pipeline
+
+    def _connect(self) -> Pipeline:
+        shard, _fence, process = self._partition
+        connection = connect(
+            self._configured, application(process, shard), **_SESSION, **{"agent_shim.shard": str(shard)}
+        )
+        try:
+            schema_version(connection)
+            connection.execute(_SYNCED)
+            pipeline = Pipeline(connection, self._tick)
+        except BaseException:
+            connection.close()
+            raise
+        self._pipeline = pipeline
+        self._operations = Operations(
+            PostgresDatabase(pipeline, shard), commands=HotCommandOperations, outbox=HotOutboxOperations
+        )
+        return pipeline
+
+    def _disconnect(self) -> None:
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            pipeline.close()
+            self._down_since_s = self._down_since_s or monotonic()
+
+    def _wait(self) -> None:
+        self._tick()
+        threading.Event().wait(_PAUSE_S)
+
+    def _tick(self) -> None:
+        """Refuse what is queued, once the database has kept us waiting for too long."""
+        if self._down_since_s is None:
+            self._down_since_s = monotonic()
+        if monotonic() - self._down_since_s > PATIENCE_S:
+            self.refuse(self._cause)

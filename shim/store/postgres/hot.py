@@ -1,0 +1,125 @@
+"""What every command goes through, each as one statement: a result that the next statement needs is a round trip.
+
+SQLite has no changing statements in a WITH clause, and needs none: there the same is done by the statements of
+`store.commands` and `store.outbox`, of which these are made.
+"""
+
+from __future__ import annotations
+
+from shim.core.records import (
+    AddTrace,
+    MarkCommands,
+    OutboxEntry,
+    PutCommand,
+    PutOutcome,
+    PutResult,
+    ResultOutcome,
+    SessionKey,
+    State,
+)
+from shim.store import commands, outbox
+from shim.store.commands import CommandOperations, duplicate, insert_parameters, told_by_first_step
+from shim.store.database import Finish, Rows, nothing
+from shim.store.outbox import OutboxOperations, as_unknown
+from shim.store.rows import encode_json
+
+# A duplicate gets a step of its trace from the parameters of its row: `?6` arrived, `?14` the step, `?10` the type.
+_PUT = (
+    f"WITH new AS ({commands.INSERT_COMMAND} RETURNING seq), old AS (SELECT seq, state, result FROM commands"
+    " WHERE session = ?1 AND id = ?2 AND NOT EXISTS (SELECT 1 FROM new)),"
+    " step AS (INSERT INTO traces (command, wall, event, detail) SELECT seq, ?6, ?14, ?10 FROM old WHERE ?14 <> '')"
+    " SELECT seq, NULL, NULL FROM new UNION ALL SELECT seq, state, result FROM old"
+)
+_LONE = (
+    " INSERT INTO lone_traces (session, command_id, wall, event, detail)"
+    " SELECT {session}, {id}, {wall}, {event}, {detail} WHERE NOT EXISTS (SELECT 1 FROM known)"
+)
+_ADD_TRACE = (
+    "WITH known AS (SELECT seq FROM commands WHERE session = ?4 AND id = ?5), step AS"
+    " (INSERT INTO traces (command, wall, event, detail) SELECT seq, ?1, ?2, ?3 FROM known)"
+) + _LONE.format(session="?4", id="?5", wall="?1", event="?2", detail="?3")
+_MARK = (
+    f"WITH known AS ({commands.MARK} RETURNING seq), step AS"
+    " (INSERT INTO traces (command, wall, event, detail) SELECT seq, ?6, ?7, ?8 FROM known)"
+) + _LONE.format(session="?4", id="?5", wall="?6", event="?7", detail="?8")
+_PUT_RESULT = (
+    "WITH known AS (SELECT seq, state, request_id, result FROM commands WHERE session = ?2 AND id = ?3),"
+    " answered AS (UPDATE commands SET state = 'answered', updated = ?4, result = ?5"
+    " WHERE seq IN (SELECT seq FROM known WHERE result IS NULL)),"
+    " unknown AS (INSERT INTO unknown_results (session, command_id, wall) SELECT ?2, ?3, ?4"
+    " WHERE NOT EXISTS (SELECT 1 FROM known) ON CONFLICT DO NOTHING RETURNING session),"
+    " entry AS (INSERT INTO outbox (owner, session, command_id, request_id, payload)"
+    " SELECT ?1, ?2, ?3, request_id, ?5 FROM known WHERE result IS NULL"
+    " UNION ALL SELECT ?1, ?2, ?3, '', ?6 FROM unknown RETURNING seq, request_id)"
+    " SELECT (SELECT state FROM known), (SELECT seq FROM entry), (SELECT request_id FROM entry)"
+)
+_PUT_OUTBOX = f"{outbox.INSERT_OUTBOX} RETURNING seq"
+
+
+class HotCommandOperations(CommandOperations):
+    """The operations on commands without a result that the client must see before the next statement."""
+
+    def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
+        found = self._execute(_PUT, insert_parameters(operation.record, first_step))
+
+        def finish() -> PutOutcome:
+            seq, state, result = found.fetchone()
+            return PutOutcome(seq) if state is None else duplicate(seq, state, result)
+
+        return finish
+
+    def put_with_step(self, operation: PutCommand, step: AddTrace) -> Finish[PutOutcome]:
+        if told_by_first_step(operation.record, step):
+            return self.put(operation, step.entry.event)
+        finish, finish_step = self.put(operation), self.add_trace(step)
+
+        def finish_both() -> PutOutcome:
+            finish_step()
+            return finish()
+
+        return finish_both
+
+    def mark_with_step(self, operation: MarkCommands, step: AddTrace) -> Finish[None]:
+        session, entry = str(operation.session), step.entry
+        marked = (operation.state.value, operation.attempts, operation.wall, session)
+        told = (entry.wall, entry.event, entry.detail)
+        return self._trimmed([self._execute(_MARK, (*marked, each, *told)) for each in operation.ids])
+
+    def add_trace(self, operation: AddTrace) -> Finish[None]:
+        session, step = str(operation.session), operation.entry
+        told = (step.wall, step.event, step.detail, session)
+        return self._trimmed([self._execute(_ADD_TRACE, (*told, each)) for each in operation.ids])
+
+    def _trimmed(self, lone: list[Rows]) -> Finish[None]:
+        def finish() -> None:
+            if sum(each.rowcount for each in lone):
+                self.trim_lone_traces()
+
+        return finish if lone else nothing
+
+
+class HotOutboxOperations(OutboxOperations):
+    """The operations on results without a result that the client must see before the next statement."""
+
+    def put_result(self, operation: PutResult) -> Finish[ResultOutcome]:
+        key, command_id, payload = operation.session, operation.command_id, operation.payload
+        unknown = as_unknown(payload)
+        found = self._execute(
+            _PUT_RESULT,
+            (key.owner, str(key), command_id, operation.wall, encode_json(payload), encode_json(unknown)),
+        )
+
+        def finish() -> ResultOutcome:
+            state, seq, request_id = found.fetchone()
+            entry = None
+            if seq is not None:
+                entry = OutboxEntry(seq, key, command_id, request_id, unknown if state is None else payload)
+            return ResultOutcome(entry, known=state is not None, state=None if state is None else State(state))
+
+        return finish
+
+    def _insert(
+        self, key: SessionKey, command_id: str, request_id: str, payload: dict[str, object], encoded: bytes
+    ) -> Finish[OutboxEntry]:
+        new = self._execute(_PUT_OUTBOX, (key.owner, str(key), command_id, request_id, encoded))
+        return lambda: OutboxEntry(new.fetchone()[0], key, command_id, request_id, payload)

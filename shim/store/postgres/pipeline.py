@@ -1,0 +1,203 @@
+"""One connection to PostgreSQL in pipeline mode: statements are queued, sent together, and their results read together.
+
+psycopg's cursors cost more than the server does; its `pq` level does not. Used by one thread.
+"""
+
+from __future__ import annotations
+
+import select
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psycopg
+from psycopg import pq
+from psycopg.pq import abc
+
+from shim.clock import Clock
+
+ANSWER_S = 10.0
+monotonic = Clock().monotonic_s
+_TICK_MS = 1000
+_TEXT, _INT, _FLOAT, _BYTES, _BOOL = 25, 20, 701, 17, 16
+_FORMATS = {_BYTES: 1}
+_OIDS: dict[type, int] = {str: _TEXT, int: _INT, float: _FLOAT, bytes: _BYTES, bool: _BOOL}
+_BINARY: dict[int, Callable[[bytes], Any]] = {
+    _INT: lambda raw: struct.unpack("!q", raw)[0],
+    23: lambda raw: struct.unpack("!i", raw)[0],
+    _FLOAT: lambda raw: struct.unpack("!d", raw)[0],
+    _BOOL: lambda raw: raw == b"\x01",
+    _BYTES: bytes,
+}
+
+
+class Refused(Exception):
+    """The server answered with an error; `state` is its SQLSTATE."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__(state)
+        self.state = state
+
+
+class Lost(Exception):
+    """The connection is gone, or the server did not answer in time."""
+
+
+class Answer:
+    """What a statement gave; it is waited for when it is first asked."""
+
+    __slots__ = ("_next", "_pipeline", "result")
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._next = 0
+        self.result: abc.PGresult | None = None
+
+    @property
+    def rowcount(self) -> int:
+        """How many rows were changed, or found."""
+        return self._here().command_tuples or 0
+
+    def fetchone(self) -> tuple[Any, ...] | None:
+        """Return the next row, `None` after the last one."""
+        result, row = self._here(), self._next
+        if row >= result.ntuples:
+            return None
+        self._next = row + 1
+        return tuple(_decode(result, row, column) for column in range(result.nfields))
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        """Return all rows that were not fetched yet."""
+        rows = []
+        while (row := self.fetchone()) is not None:
+            rows.append(row)
+        return rows
+
+    def _here(self) -> abc.PGresult:
+        if self.result is None:
+            self._pipeline.settle()
+        if self.result is None:
+            raise Lost
+        return self.result
+
+
+class Pipeline:
+    """Statements on their way. After `Refused` the transaction is to be rolled back, after `Lost` all is to be closed.
+
+    `waiting` is called each second while the server keeps us waiting; what it raises ends the wait.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any], waiting: Callable[[], None]) -> None:
+        self._tick = waiting
+        self.warned = False
+        connection.add_notice_handler(self._on_notice)
+        self._connection = connection
+        self._server = connection.pgconn
+        self._server.nonblocking = 1
+        self._server.enter_pipeline_mode()
+        self._poll = select.poll()
+        self._poll.register(self._server.socket, select.POLLIN)
+        # After an error nobody knows which statements of the pipeline were prepared: their names are never used again.
+        self._names = 0
+        self._prepared: dict[tuple[str, tuple[int, ...]], bytes] = {}
+        self._new: list[tuple[str, tuple[int, ...]]] = []
+        self._waiting: list[Answer] = []
+        self._limit_s = ANSWER_S
+
+    def execute(self, statement: str, parameters: Sequence[Any] = ()) -> Answer:
+        """Queue a statement. Its text is known to be a constant: it is prepared when it is first used."""
+        values: list[bytes | None] = []
+        types: list[int] = []
+        for value in parameters:
+            oid = _OIDS[type(value)]
+            types.append(oid)
+            if oid == _TEXT:
+                # PostgreSQL has no text with NUL in it; the sign for it stands in its place.
+                values.append((value.replace("\0", "␀") if "\0" in value else value).encode())
+            elif oid == _BYTES:
+                values.append(value)
+            else:
+                values.append(str(value).encode())
+        key = (statement, tuple(types))
+        try:
+            name = self._prepared.get(key) or self._prepare(key)
+            self._server.send_query_prepared(name, values, [_FORMATS.get(oid, 0) for oid in types], 1)
+        except psycopg.Error as error:
+            raise Lost from error
+        answer = Answer(self)
+        self._waiting.append(answer)
+        return answer
+
+    def _prepare(self, key: tuple[str, tuple[int, ...]]) -> bytes:
+        self._names += 1
+        name = self._prepared[key] = b"s%d" % self._names
+        self._new.append(key)
+        self._server.send_prepare(name, key[0].replace("?", "$").encode(), key[1])
+        self._waiting.append(Answer(self))
+        return name
+
+    def settle(self, limit_s: float = ANSWER_S) -> None:
+        """Send what is queued and read its results. Raises `Refused` with the first error, `Lost`.
+
+        Nothing that the server sends, and nothing for `limit_s`, is `Lost`.
+        """
+        waiting, self._waiting = self._waiting, []
+        self._limit_s = limit_s
+        refused = None
+        try:
+            self._server.pipeline_sync()
+            for answer in waiting:
+                while (result := self._next_result()) is not None:
+                    answer.result = result
+                    if result.status == pq.ExecStatus.FATAL_ERROR and refused is None:
+                        refused = result
+            if (end := self._next_result()) is None or end.status != pq.ExecStatus.PIPELINE_SYNC:
+                raise Lost
+        except psycopg.Error as error:
+            raise Lost from error
+        if refused is not None:
+            for key in self._new:
+                self._prepared.pop(key, None)
+            self._new.clear()
+            raise _refusal(refused)
+        self._new.clear()
+
+    def _next_result(self) -> abc.PGresult | None:
+        if self._server.is_busy():
+            self._communicate(monotonic() + self._limit_s)
+        return self._server.get_result()
+
+    def _communicate(self, until_s: float) -> None:
+        server = self._server
+        while True:
+            pending = server.flush()
+            self._poll.modify(server.socket, select.POLLIN | (select.POLLOUT if pending else 0))
+            if self._poll.poll(_TICK_MS):
+                server.consume_input()
+            elif monotonic() < until_s:
+                self._tick()
+            else:
+                raise Lost
+            if not server.is_busy():
+                return
+
+    def _on_notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        self.warned = self.warned or diagnostic.severity_nonlocalized == "WARNING"
+
+    def close(self) -> None:
+        """Close the connection. Raises nothing."""
+        self._connection.close()
+
+
+def _refusal(result: abc.PGresult) -> Exception:
+    state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+    # Without a code it is the driver's own word: the connection broke. 57P: the server goes down or ends this backend.
+    return Refused(state) if state and not state.startswith(("57P", "08", "25P03")) else Lost()
+
+
+def _decode(result: abc.PGresult, row: int, column: int) -> Any:
+    raw = result.get_value(row, column)
+    if raw is None:
+        return None
+    decode = _BINARY.get(result.ftype(column))
+    return raw.decode() if decode is None else decode(raw)

@@ -1,0 +1,42 @@
+"""What all stores with a writer thread have in common: submissions until the end, and nothing after it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import partial
+
+from shim.core.records import Operation
+from shim.errors import StoreError
+from shim.ports import StoreDone
+from shim.store.delivery import Post, deliver
+from shim.store.writer import Writer
+
+
+class QueuedStore:
+    """A `ports.CommandStore` without its `open()`, which calls `_start`."""
+
+    def __init__(self, post: Post) -> None:
+        self._post = post
+        # Nothing may be queued behind the end of the queue.
+        self._gate = threading.Lock()
+        self._writer: Writer | None = None
+
+    def _start(self, writer: Writer) -> None:
+        self._writer = writer
+        writer.start()
+
+    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
+        """Queue operations (`ports.CommandStore`); a store that is not open answers with a `StoreError`."""
+        with self._gate:
+            if self._writer is not None:
+                self._writer.submit((tuple(operations), done))
+                return
+        if done is not None:
+            deliver(self._post, [partial(done, StoreError("the store is not open"))])
+
+    def _stop(self, limit_s: float | None = None) -> None:
+        with self._gate:
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close(limit_s)
