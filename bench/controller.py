@@ -43,11 +43,13 @@ class Controller:
         self._carries: dict[str, web.WebSocketResponse] = {}  # by cluster
         self._acks: set[str] = set()
         self._acked = asyncio.Event()
+        self._connected = asyncio.Event()
 
     async def connect(self, request: web.Request) -> web.WebSocketResponse:
         ws = web.WebSocketResponse(max_msg_size=0)
         await ws.prepare(request)
         self._sockets.append(ws)
+        self._connected.set()
         async for frame in ws:
             if frame.type in (WSMsgType.TEXT, WSMsgType.BINARY):
                 await self._take(ws, msgspec.json.decode(frame.data))
@@ -74,6 +76,7 @@ class Controller:
         await ws.send_str(msgspec.json.encode(message).decode())
 
     async def send(self, job: Send) -> dict[str, Any]:
+        await self._connected.wait()
         sent, start_s = {}, time.monotonic()
         self._acks.clear()
         for number in range(job.count):

@@ -12,7 +12,7 @@ import msgspec
 from shim.core.life import Step, next_state
 from shim.core.records import CommandRecord, State
 
-ARRIVING_COMMANDS = 256
+ARRIVING_COMMANDS = 128
 ARRIVING_BYTES = 4 * 1024 * 1024
 MAX_ARRIVING_COMMANDS = 4096
 MAX_ARRIVING_BYTES = 24 * 1024 * 1024

@@ -22,7 +22,7 @@ FRAME_COST_BYTES = 128  # what a queued frame weighs besides its payload: many t
 FRAMES_PER_TURN = 64
 LONG_FRAME_BYTES = 65_536
 HELD_BACK_S = 1.0
-ROOM_CHECK_S = 0.002
+ROOM_CHECK_S = 0.001
 
 logger = logging.getLogger(__name__)
 
