@@ -125,7 +125,8 @@ class Roster:
         session.agent_id = call.agent_id
         session.secret = call.secret
         if reply:
-            session.reply, session.upstream_cluster_id = reply, cluster_id
+            session.reply = reply
+            self._ctx.sessions.set_upstream_id(session, cluster_id)
         self._set_alias(session, call.agent_id)
         self.save(session)
 
@@ -206,7 +207,7 @@ class Roster:
             if call is None:
                 raise ValueError("a registration is an agent's or a session's")
             session = self._session_for(owner, call, cluster_id)
-        session.upstream_cluster_id = cluster_id
+        self._ctx.sessions.set_upstream_id(session, cluster_id)
         session.standing.recover()
         session.registration = {k: v for k, v in payload.items() if k not in ("cluster_id", "k8s_service_token")}
         session.reply = reply

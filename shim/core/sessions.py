@@ -224,6 +224,7 @@ class Sessions:
         self._by_key: dict[SessionKey, Session] = {}
         self._aliases: dict[tuple[str, str], SessionKey] = {}
         self._by_owner: dict[str, dict[SessionKey, Session]] = {}
+        self._by_upstream_id: dict[tuple[str, str], dict[SessionKey, Session]] = {}
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -245,12 +246,36 @@ class Sessions:
 
     def add(self, session: Session) -> None:
         """Take a session in."""
+        before = self._by_key.get(session.key)
+        if before is not None:
+            self._drop_from_index(before)
         self._by_key[session.key] = session
         self._by_owner.setdefault(session.key.owner, {})[session.key] = session
+        self._index(session)
+
+    def set_upstream_id(self, session: Session, cluster_id: str) -> None:
+        """Set the id that the controller uses for a session, which need not be taken in yet."""
+        self._drop_from_index(session)
+        session.upstream_cluster_id = cluster_id
+        if self._by_key.get(session.key) is session:
+            self._index(session)
+
+    def _index(self, session: Session) -> None:
+        name = (session.key.owner, session.upstream_cluster_id)
+        self._by_upstream_id.setdefault(name, {})[session.key] = session
+
+    def _drop_from_index(self, session: Session) -> None:
+        name = (session.key.owner, session.upstream_cluster_id)
+        named = self._by_upstream_id.get(name, {})
+        if named.get(session.key) is session:
+            del named[session.key]
+            if not named:
+                del self._by_upstream_id[name]
 
     def remove(self, session: Session) -> None:
         """Forget a session and its aliases."""
         self._by_key.pop(session.key, None)
+        self._drop_from_index(session)
         owned = self._by_owner.get(session.key.owner, {})
         owned.pop(session.key, None)
         if not owned:
@@ -299,8 +324,10 @@ class Sessions:
             return self._of_agent(owner, agent_id)
         exact = self.get(SessionKey(owner, Kind.CLUSTER.value, cluster_id))
         if exact is not None and exact.upstream_cluster_id == cluster_id and agent_id in ("", exact.agent_id):
-            return [exact]  # without a look at all the others
-        found = [s for s in self.of_owner(owner) if s is exact or s.upstream_cluster_id == cluster_id]
+            return [exact]
+        found = list(self._by_upstream_id.get((owner, cluster_id), {}).values())
+        if exact is not None and exact not in found:
+            found.append(exact)
         if agent_id and len(found) > 1:
             found = [s for s in found if s.agent_id == agent_id] or found
         return sorted(found, key=lambda s: (s.contact_at or 0.0, s.seen_wall), reverse=True)

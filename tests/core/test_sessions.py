@@ -243,3 +243,21 @@ def test_no_lookup_ever_crosses_owners(entries: list[tuple[str, str, bool]]) -> 
             keys += [session.key for session in known.find(owner, ident, "")]
             keys += [session.key for session in known.find(owner, "", f"alias-{ident}")]
             assert {key.owner for key in keys} <= {owner}
+
+
+def test_a_session_is_found_by_the_id_that_the_controller_uses_now() -> None:
+    known = Sessions()
+    session = cluster("c-1")
+    known.set_upstream_id(session, "up-1")
+    assert known.find(OWNER, "up-1", "") == [], "it is not taken in yet"
+    known.add(session)
+    assert known.find(OWNER, "up-1", "") == [session]
+    known.set_upstream_id(session, "up-2")
+    assert [known.find(OWNER, ident, "") for ident in ("up-1", "up-2", "c-1")] == [[], [session], [session]]
+    successor = cluster("c-1", upstream_cluster_id="up-3")
+    known.add(successor)
+    assert [known.find(OWNER, ident, "") for ident in ("up-2", "up-3")] == [[], [successor]]
+    known.set_upstream_id(session, "up-4")
+    assert known.find(OWNER, "up-4", "") == [], "it was replaced"
+    known.remove(successor)
+    assert known.find(OWNER, "up-3", "") == []
