@@ -71,6 +71,7 @@ def main(
     settings = config.load(config_path, os.environ, sets)
     _check_ready_file(ready_file)
     logging = logs.setup(settings.log.level, settings.log.format)
+    logs.capture_stray_output()
     connections = settings.listen.max_connections + settings.upstream.max_links
     if allow_connections(connections) < connections:
         log.warning("few_open_files", hint="the limit of open files is below listen.max_connections: raise it")

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from typing import Any, Literal, TextIO
 from shim.log_writer import LineWriter
 from shim.redaction import MASK, MAX_TEXT_CHARS, Redaction
 
-__all__ = ["MASK", "Logger", "Logs", "Redaction", "get", "setup"]
+__all__ = ["MASK", "Logger", "Logs", "Redaction", "capture_stray_output", "get", "setup"]
 
 _OWN = ("time", "level", "logger", "event", "exception")
 FLUSH_S = 0.8
@@ -233,6 +234,28 @@ def setup(level: Level, form: Literal["json", "console"], *, stream: TextIO | No
     logs = Logs(handler, redaction, writer)
     logs.set_level(level)
     return logs
+
+
+def capture_stray_output() -> None:
+    """Log what Python itself prints to stderr: warnings, and exceptions in finalisers and threads.
+
+    Printed, it would wait for a reader on the event loop, and no secret in it would be masked.
+    """
+    logging.captureWarnings(True)
+    stray = logging.getLogger("shim.stray")
+
+    def unraisable(found: sys.UnraisableHookArgs) -> None:
+        if found.exc_value is not None:
+            error = (found.exc_type, found.exc_value, found.exc_traceback)
+            stray.error("%s", "error_ignored_by_python", exc_info=error)
+
+    def in_thread(found: threading.ExceptHookArgs) -> None:
+        if found.exc_value is not None:
+            error = (found.exc_type, found.exc_value, found.exc_traceback)
+            stray.error("%s", "error_in_thread", exc_info=error)
+
+    sys.unraisablehook = unraisable
+    threading.excepthook = in_thread
 
 
 def _dropped_lines(count: int) -> logging.LogRecord:

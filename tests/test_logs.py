@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -291,3 +293,30 @@ def test_a_record_that_cannot_be_formatted_is_dropped_and_counted(json_logs: log
     logs.get("shim.x").info("next")
     assert [entry["event"] for entry in out.entries()] == ["next", "log_lines_dropped"]
     assert json_logs.dropped == 1
+
+
+STRAY = """
+import threading, warnings
+from shim import logs
+made = logs.setup("info", "json")
+made.redaction.add("hunter2")
+logs.capture_stray_output()
+warnings.warn("about hunter2")
+class Odd:
+    def __del__(self): raise ValueError("hunter2")
+Odd()
+def fail(): raise ValueError("hunter2")
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+made.close()
+"""
+
+
+def test_what_python_prints_itself_is_logged_and_masked() -> None:
+    done = subprocess.run([sys.executable, "-c", STRAY], capture_output=True, text=True, timeout=30, check=True)
+    entries = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [entry["level"] for entry in entries] == ["warning", "error", "error"]
+    assert "about ***" in entries[0]["event"]
+    assert [entry["event"] for entry in entries[1:]] == ["error_ignored_by_python", "error_in_thread"]
+    assert all(entry["exception"].endswith("ValueError: ***") for entry in entries[1:])
