@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from operator import attrgetter
 
 from shim.config import ENV_PREFIX, is_read, read_secret
 from shim.conversion import leaves
@@ -22,7 +23,7 @@ _ADDRESS = re.compile(r"(?:tcp|udp|sctp)://")
 
 def find_warnings(settings: Settings, env: Mapping[str, str]) -> list[str]:
     """Return one sentence for each doubtful thing. No sentence contains a value of a secret key."""
-    found = [*_variables(env), *_secret_files(settings), *_other_files(settings)]
+    found = [*_variables(env), *_files(settings)]
     more = len(found) - _MAX_SHOWN
     return found[:_MAX_SHOWN] + [f"and {more} more"] * (more > 0)
 
@@ -54,28 +55,18 @@ def _letters(name: str) -> str:
     return name.replace("_", "")
 
 
-def _secret_files(settings: Settings) -> Iterator[str]:
-    files = {"upstream.token_file": settings.upstream.token_file, "admin.token_file": settings.admin.token_file}
-    for key, path in files.items():
-        if path:
-            try:
+def _files(settings: Settings) -> Iterator[str]:
+    """Look at every file that a key names."""
+    for key, _, _ in leaves():
+        path = attrgetter(key)(settings) if key.endswith("_file") else ""
+        if not path:
+            continue
+        try:
+            if key.endswith(("token_file", "password_file")):
                 read_secret(path, key)
-            except ConfigError as error:
-                yield f"{error} ({path})"
-
-
-def _other_files(settings: Settings) -> Iterator[str]:
-    upstream, tls = settings.upstream, settings.listen.tls
-    files = {
-        "listen.tls.cert_file": tls.cert_file,
-        "listen.tls.key_file": tls.key_file,
-        "upstream.ca_file": upstream.ca_file,
-        "upstream.client_cert_file": upstream.client_cert_file,
-        "upstream.client_key_file": upstream.client_key_file,
-    }
-    for key, path in files.items():
-        if path:
-            try:
+            else:
                 require_regular(path)
-            except (OSError, ValueError) as error:
-                yield f"{key}: cannot be read: {reason(error)} ({path})"
+        except ConfigError as error:
+            yield f"{error} ({path})"
+        except (OSError, ValueError) as error:
+            yield f"{key}: cannot be read: {reason(error)} ({path})"

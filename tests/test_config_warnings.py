@@ -73,7 +73,8 @@ def test_files_that_do_not_exist_are_named(tmp_path: Path) -> None:
         "listen.tls.cert_file",
         "listen.tls.key_file",
     ]
-    settings = load(None, {}, [f"{key}={missing}" for key in keys])
+    sets = [f"{key}={missing}" for key in keys]
+    settings = load(None, {}, [*sets, "store.url=postgresql://u@h/db", "fallback.url=https://h"])
     found = find_warnings(settings, {})
     assert {warning.partition(":")[0] for warning in found} == set(keys)
     assert all(f"No such file or directory ({missing})" in warning for warning in found)

@@ -105,8 +105,9 @@ def of_running(masked: Mapping[str, Any]) -> Settings:
     for section in tree.values():
         if isinstance(section, dict):
             for key in [key for key, value in section.items() if isinstance(value, str) and _MASK in value]:
-                # A masked query or user name is cut out, a masked token is not known.
-                section[key] = section[key].replace(f"?{_MASK}", "").replace(f"{_MASK}@", "").replace(_MASK, "")
+                # A masked query, password or user is cut out; a masked token is not known.
+                for hidden in (f"?{_MASK}", f":{_MASK}@", f"{_MASK}@", _MASK):
+                    section[key] = section[key].replace(hidden, "@" if hidden.startswith(":") else "")
     settings = to_settings(tree, faults)
     if faults:
         raise ConfigError(faults)

@@ -138,6 +138,9 @@ def test_masked_settings_are_read_back() -> None:
     found = of_running(json.loads(json.dumps(config.mask(config.load(None, {}, sets)))))
     assert (found.upstream.url, found.upstream.token, found.upstream.proxy) == ("https://h/x", "", "http://p:1")
     assert found.poll.hold == 5
+    database = "store.url=postgresql://shim:abcd@h:5432/db?sslmode=verify-full"
+    found = of_running(json.loads(json.dumps(config.mask(config.load(None, {}, [database])))))
+    assert found.store.url == "postgresql://shim@h:5432/db"
     assert compare(Settings(), json.loads(json.dumps(config.mask(Settings())))) == []
 
 
