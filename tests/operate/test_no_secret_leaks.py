@@ -125,7 +125,8 @@ async def work(agent: Caller, shim: Shim, controller: Controller) -> str:
 
 async def admin_pages(http: aiohttp.ClientSession, shim: Shim, command_id: str, written: Written) -> None:
     """Every page of the admin port, with the token, with a wrong one, without."""
-    paths = ("/", "/metrics", "/readyz", "/status.json", f"/commands/{command_id}.json", "/nothing", "/status.js")
+    data = ("/status.json", "/config.json", f"/commands/{command_id}.json")
+    paths = ("/", "/metrics", "/readyz", *data, "/nothing", "/status.js")
     for token in ("", ECHO, ADMIN):
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         for path in paths:
