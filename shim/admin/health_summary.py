@@ -44,7 +44,7 @@ def say(code: str, **fields: Any) -> Problem:
 
 
 def summarise(status: dict[str, Any]) -> dict[str, Any]:
-    """Return `level` (one of `LEVELS`), `code` and `text` of the sentence, and `problems`, the worst first."""
+    """Return `level`, `code` and `text` of the sentence, `problems`, the worst first, and `notes`."""
     problems = sorted(_problems(status), key=lambda problem: -LEVELS.index(problem.level))
     first = problems[0] if problems else _nothing_wrong(status)
     return {
@@ -52,6 +52,7 @@ def summarise(status: dict[str, Any]) -> dict[str, Any]:
         "code": first.code,
         "text": first.text,
         "problems": [problem._asdict() for problem in problems],
+        "notes": [note._asdict() for note in _notes(status) if note.code != first.code],
     }
 
 
@@ -244,6 +245,15 @@ def _of_drain(drain: dict[str, Any]) -> Iterator[Problem]:
 # --- nothing is wrong -------------------------------------------------------------------------------------------------
 
 
+def _notes(status: dict[str, Any]) -> Iterator[Problem]:
+    """Yield what is worth a word though nothing is wrong with it."""
+    agents = status["websocket_agents"]
+    if agents["total"]:
+        shown = [{"id": each["cluster_id"] or each["agent_id"] or "?", **each} for each in agents["items"]]
+        names = _names(shown, agents["total"])
+        yield say("needs_no_shim", number=plural(agents["total"], "agent"), agents=names)
+
+
 def _nothing_wrong(status: dict[str, Any]) -> Problem:
     sessions = status["sessions"]
     if status["mode"] == "http":
@@ -251,6 +261,9 @@ def _nothing_wrong(status: dict[str, Any]) -> Problem:
     if not sessions["total"]:
         if status.get("replicas"):
             return say("replica_without_links")
+        notes = list(_notes(status))
+        if notes:
+            return notes[0]
         arriving = status["unregistered"]["total"]
         if arriving:
             return say("agents_arriving", number=plural(arriving, "agent"))

@@ -131,6 +131,9 @@ SENTENCES: dict[str, Sentence] = {
     "nobody_called": Sentence("waiting", "Nobody has called yet: point the agent's PIPEOPS_API_URL at {url}."),
     "agents_arriving": Sentence("waiting", "{number} called and registered nothing yet."),
     "no_agent_alive": Sentence("waiting", "No known agent is alive; the link to the controller {link}."),
+    "needs_no_shim": Sentence(
+        "good", "{number} by WebSocket, without need of the shim: {agents}.", "Give the agent the vendor's own address."
+    ),
     "all_by_http": Sentence("good", "All calls go by the vendor's HTTP API ({url}), as mode http says: {agents}."),
     "replica_without_links": Sentence("good", "This replica serves agents; it owns no agent's link now."),
     "all_well": Sentence("good", "All is well: {link}, {agents}."),

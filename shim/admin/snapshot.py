@@ -201,6 +201,7 @@ class _View:
         silent = {session.key for session in others if self._silent(session)}
         order = {**dict.fromkeys(fresh, 4), **dict.fromkeys(by_http, 3), **dict.fromkeys(silent, 2)}
         order |= {key: 1 for key, call in by_http.items() if not call.ok} | dict.fromkeys(unpolled, 0)
+        order |= {session.key: 1 for session in found if session.key in fresh and session.standing.trouble is not None}
         found.sort(key=lambda session: (order.get(session.key, 5), name_of(session) or session.key.ident))
         why = Counted(call.why.value for call in by_http.values())
         return {
@@ -259,6 +260,7 @@ class _View:
             "upstream_cluster_id": session.upstream_cluster_id or None,
             "dialect": session.dialect,
             "fresh": fresh,
+            "trouble": session.standing.trouble.kind.value if fresh and session.standing.trouble else None,
             "stale_since": None if fresh else stale_at,
             "seen_at": session.seen_wall or None,
             "status": status or None,

@@ -9,6 +9,11 @@ from shim.core.words import brief, plural, printable, span
 HEAD = ("AGENT", "DIALECT", "ALIVE", "HEARTBEATS", "POLLS", "HELD UP TO", "QUEUE")
 PHASES = {"up": "connected", "down": "away", "refused": "token refused", "idle": "at rest"}
 WORDS = {"good": "OK", "waiting": "WAIT", "warning": "WARN", "bad": "BAD"}
+TROUBLES = {
+    "name_unknown": "unknown to the controller",
+    "unknown": "unknown to the controller",
+    "heartbeats_refused": "refused by the controller",
+}
 WHY_HTTP = {"mode": "mode http", "rollout": "outside", "link_down": "link down"}
 
 
@@ -29,7 +34,7 @@ def view(status: dict[str, Any]) -> View:
     hidden = sessions["total"] - len(sessions["items"])
     first, *others = overall["problems"] or [{"hint": "", "text": ""}]
     hints = [first["hint"]] if first["hint"] else []
-    hints += [" ".join(filter(None, (problem["text"], problem["hint"]))) for problem in others]
+    hints += [" ".join(filter(None, (each["text"], each["hint"]))) for each in [*others, *overall["notes"]]]
     return View(
         overall["level"],
         printable(overall["text"]),
@@ -121,7 +126,7 @@ def _calls(status: dict[str, Any]) -> list[tuple[str, str]]:
 def _row(session: dict[str, Any], status: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     queue, hold, now = session["queue"], session["hold"], status["now"]
     waiting = queue["waiting"] + queue["offered"]
-    level = "warning" if queue["not_polling"] or session["silent"] else "good"
+    level = "warning" if queue["not_polling"] or session["silent"] or session["trouble"] else "good"
     every = session["heartbeat_s"]
     beats = f"every {round(every, 1):g} s" if every else _ago(session["heartbeat_at"], now)
     polls = "held now" if session["polling_now"] else _ago(session["poll_at"], now)
@@ -144,7 +149,7 @@ def _row(session: dict[str, Any], status: dict[str, Any]) -> tuple[str, tuple[st
 
 def _alive(session: dict[str, Any], now: float) -> str:
     if session["fresh"]:
-        return "alive"
+        return f"alive, {TROUBLES[session['trouble']]}" if session["trouble"] else "alive"
     since = session["stale_since"]
     return "silent" if since is None else f"silent for {span(now - since)}"
 

@@ -59,6 +59,7 @@ def status(**fields: Any) -> dict[str, Any]:
         },
         "commands": {"uncertain": 0},
         "log": {"lost": 0},
+        "websocket_agents": {"total": 0, "items": []},
         "refused": {"calls": 0, "kinds": []},
         "unregistered": {"total": 0, "items": []},
         "controller": {
@@ -354,3 +355,12 @@ def test_agents_of_before_that_have_not_called_yet_are_not_alive() -> None:
     found = summarise(status(sessions=[session("a", fresh=False)], started_at=NOW - 30))
     assert (found["code"], found["level"]) == ("no_agent_alive", "waiting")
     assert found["text"] == "No known agent is alive; the link to the controller is up."
+
+
+def test_agents_that_need_the_shim_no_more_are_named_beside_whatever_else_is_said() -> None:
+    migrated = {"total": 1, "items": [{"name": "prod", "agent_id": "pod-1", "cluster_id": "c-1"}]}
+    text = "1 agent by WebSocket, without need of the shim: prod."
+    alone = summarise(status(sessions=[], websocket_agents=migrated))
+    assert (alone["code"], alone["text"], alone["notes"]) == ("needs_no_shim", text, [])
+    beside = summarise(status(websocket_agents=migrated))
+    assert (beside["code"], [note["text"] for note in beside["notes"]]) == ("all_well", [text])

@@ -77,6 +77,8 @@ async def test_a_real_client_works_through_the_shim(prepare: Prepare, mode: str,
             [agent] = status["websocket_agents"]["items"]
             assert (agent["name"], agent["agent_id"], agent["accepted"]) == ("cluster-1", "agent-1", True)
             assert status["sessions"]["total"] == 0, "nothing of it is ours"
+            said = [status["overall"]["code"], *(note["code"] for note in status["overall"]["notes"])]
+            assert "needs_no_shim" in said
             await controller.control("POST", "/control/drop", {"how": "close"})
             [_, again] = await controller.until(2, type="register", direction="in")
             assert again["request_id"] == "req_2"

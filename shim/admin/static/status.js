@@ -99,8 +99,9 @@ function showOverall(status) {
   const { overall } = status;
   $("overall").dataset.level = overall.level;
   put($("sentence"), el("span", {}, overall.text));
-  put($("problems"), ...overall.problems.map((problem, index) =>
-    el("li", {}, index ? el("span", {}, problem.text) : null, problem.hint ? el("span", { class: "hint" }, problem.hint) : null)));
+  const rows = [...overall.problems, ...overall.notes];
+  put($("problems"), ...rows.map((row, index) =>
+    el("li", {}, index || !overall.problems.length ? el("span", {}, row.text) : null, row.hint ? el("span", { class: "hint" }, row.hint) : null)));
   const sign = { good: "✓", waiting: "…", warning: "!", bad: "✕" }[overall.level];
   document.title = `${sign} agent-shim`;
   if (level !== overall.level) $("announce").textContent = overall.text; // said aloud on a change, not each second
@@ -202,7 +203,8 @@ function http(session) {
 
 function alive(session) {
   if (session.http) return http(session);
-  if (session.fresh) return [mark("good", "alive"), under("last call ", ago(session.seen_at))];
+  const trouble = { name_unknown: "unknown to the controller", unknown: "unknown to the controller", heartbeats_refused: "refused by the controller" }[session.trouble];
+  if (session.fresh) return [trouble ? mark("bad", trouble) : mark("good", "alive"), under("last call ", ago(session.seen_at))];
   const since = session.stale_since;
   return [mark(session.silent ? "warning" : "waiting", session.superseded ? "replaced" : "silent"),
     under(since === null ? "never seen" : `since ${moment(since)} (${span(now - since)})`)];
