@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from shim.bridge.context import Context
+from shim.bridge.timers import LATE_S
 from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, Verdict
 from shim.core.records import SessionKey
 from shim.core.timestamps import rfc3339
@@ -91,6 +92,7 @@ class Connection:
         self._owner = owner
         self._socket: Socket | None = None
         self._watch: Timer | None = None
+        self._check_at_s = ctx.now
         self._liveness = Liveness(
             ctx.now, upstream.ping_interval_s, upstream.read_timeout_s, 2 * upstream.heartbeat_interval_s, used_to_ack
         )
@@ -116,6 +118,7 @@ class Connection:
         """The dial succeeded: the handshake's answer was the first sign of life."""
         self._socket = socket
         self._liveness.frame(self._ctx.now)
+        self._check_at_s = self._ctx.now
         self._check()
 
     # --- sending ------------------------------------------------------------------------------------------------------
@@ -261,6 +264,8 @@ class Connection:
     def _check(self) -> None:
         if self._socket is None:
             return
+        if self._ctx.now - self._check_at_s > LATE_S:
+            self._liveness.excuse(self._ctx.now)
         check = self._liveness.check(self._ctx.now)
         if check.verdict in (Verdict.HALF_OPEN, Verdict.STALLED):
             self._owner.connection_broken(self, check.verdict)
@@ -268,7 +273,9 @@ class Connection:
         if check.verdict is Verdict.PING:
             self._socket.ping(b"alive")
         self._ping_fence()  # a pong that came too early to count is asked for again
-        self._watch = self._ctx.timers.call_later(max(check.next_s, 0.01), self._check)
+        wait_s = max(check.next_s, 0.01)
+        self._check_at_s = self._ctx.now + wait_s
+        self._watch = self._ctx.timers.call_later(wait_s, self._check)
 
     def _stop_watch(self) -> None:
         if self._watch is not None:

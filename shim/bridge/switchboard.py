@@ -46,7 +46,7 @@ class Bridge:
 
     def __init__(self, ctx: Context) -> None:
         serials = count(1)
-        self._timers = ctx.timers = OwnedTimers(ctx.timers)
+        self._timers = ctx.timers = OwnedTimers(ctx.timers, ctx.clock)
         self.ctx = ctx
         self.links = LinkSet(ctx, self, serials)
         self.registrations = Registrations(ctx, self)

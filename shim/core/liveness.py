@@ -98,6 +98,15 @@ class Liveness:
             self._disproved = False
         return self._used_to_ack is not False and self._disproved is not False
 
+    def excuse(self, now: float) -> None:
+        """Count no silence against the peer that fell into a pause of our own: it was not pinged meanwhile.
+
+        It is pinged at the next check, and has the usual time to answer; acknowledgements have all their time anew.
+        """
+        self._last_frame = max(self._last_frame, now - self._ping_interval_s)
+        self._pinged_at = None
+        self._unacked = OrderedDict.fromkeys(self._unacked, now)
+
     def check(self, now: float) -> Check:
         """Judge the connection; call it again after `next_s`."""
         silent_s = now - self._last_frame

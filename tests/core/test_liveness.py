@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, Verdict
+from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Check, Liveness, Verdict
 
 PING_S, READ_S, ACK_S = 25.0, 55.0, 55.0
 Deed = Callable[[Liveness, float], None]
@@ -161,3 +161,19 @@ def test_the_ping_comes_when_the_silence_is_25_s_old(first_silent_s: float) -> N
     assert check.verdict is Verdict.ALIVE
     assert check.next_s == pytest.approx(PING_S - first_silent_s)
     assert liveness.check(PING_S).verdict is Verdict.PING
+
+
+def test_a_pause_of_our_own_is_not_held_against_the_peer() -> None:
+    liveness = Liveness(0, 25, 55, 55)
+    liveness.heartbeat_sent("h1", 0)
+    liveness.acked("h1")
+    liveness.heartbeat_sent("h2", 1)
+    liveness.excuse(100)
+    assert liveness.check(100) == Check(Verdict.PING, 30)
+    assert liveness.check(129).verdict is Verdict.ALIVE
+    assert liveness.check(130).verdict is Verdict.HALF_OPEN
+    liveness.frame(130)
+    liveness.excuse(131)
+    assert liveness.check(131) == Check(Verdict.ALIVE, 24), "what came in during the pause counts as it is"
+    liveness.frame(186)
+    assert liveness.check(186).verdict is Verdict.STALLED
