@@ -36,6 +36,7 @@ from shim.ports import (
     UpstreamPort,
 )
 from shim.store import Post
+from shim.store.lock import StoreLock
 from shim.store.sqlite import SqliteStore
 
 FLUSHED_S = 0.01
@@ -72,8 +73,8 @@ class _Store(SqliteStore):
         self._trap = trap
         self._inserting = False
 
-    def _open(self) -> tuple[sqlite3.Connection, Loaded]:
-        connection, loaded = super()._open()
+    def _open(self, lock: StoreLock) -> tuple[sqlite3.Connection, Loaded]:
+        connection, loaded = super()._open(lock)
         connection.set_trace_callback(self._on_statement)
         return connection, loaded
 
