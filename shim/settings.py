@@ -212,6 +212,14 @@ class Store(Section, frozen=True):
     allow_insecure: bool = False
 
 
+class Cluster(Section, frozen=True):
+    host: str = "127.0.0.1"
+    port: int = 7081
+    advertise: str = ""
+    replica: str = ""
+    lease_s: float = 5
+
+
 class Fallback(Section, frozen=True):
     url: str = ""
     ca_file: str = ""
@@ -271,6 +279,7 @@ class Settings(Section, frozen=True):
     sessions: Sessions = Sessions()
     identity: Identity = Identity()
     store: Store = Store()
+    cluster: Cluster = Cluster()
     fallback: Fallback = Fallback()
     rollout: Rollout = Rollout()
     sunset: Sunset = Sunset()

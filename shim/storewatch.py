@@ -19,8 +19,13 @@ PINNED_HINT = (
 )
 
 
-def probe(metrics: Metrics, broken: Callable[[StoreError], None]) -> CommitProbe:
-    """Return what measures commits; `broken` is called when the database turns out to be damaged while it is used."""
+def probe(
+    metrics: Metrics, broken: Callable[[StoreError], None], fenced: Callable[[], None] | None = None
+) -> CommitProbe:
+    """Return what measures commits; `broken` is called when the database turns out to be damaged while it is used.
+
+    `fenced` is called when another replica has taken the shard.
+    """
 
     def committed(commit_s: float, operations: int) -> None:
         metrics.store_commit_seconds.observe(commit_s)
@@ -32,7 +37,7 @@ def probe(metrics: Metrics, broken: Callable[[StoreError], None]) -> CommitProbe
         if pinned:
             log.warning("store_log_pinned", about="store.path", size_bytes=size_bytes, hint=PINNED_HINT)
 
-    return CommitProbe(Clock().monotonic_s, committed, metrics.store_failures.inc, broken, log=logged)
+    return CommitProbe(Clock().monotonic_s, committed, metrics.store_failures.inc, broken, fenced, logged)
 
 
 def tell_findings(loaded: Loaded, metrics: Metrics) -> None:

@@ -58,11 +58,15 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "commands.max_queued_bytes": _BYTES,
     "sessions.retain_s": _KEPT_S,
     "sessions.max_per_owner": _COUNT,
+    "cluster.port": _PORT,
+    "cluster.lease_s": (1, 600),
     "fallback.after_s": (0, _LONG_S),
     "fallback.hold_down_s": (0, _LONG_S),
     "rollout.percent": (0, 100),
 }
 
+_EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - to recognise them
+_ADVERTISED = re.compile(r"(?:[A-Za-z0-9_.\-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9_.:\-]+", re.ASCII)
 _TOKEN = re.compile(r"[!-~]+", re.ASCII)
 _SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)  # names of query parameters that hold one
@@ -133,10 +137,30 @@ class _Checks:
             *("admin.host", "listen.host", "listen.port"),
         )
         self._must(_is_path(listen.base_path), "must be empty or start with / and have no ? or #", "listen.base_path")
+        if self.settings.store.url:
+            self._cluster()
         names = {"listen.allowed_hosts": listen.allowed_hosts, "admin.allowed_hosts": admin.allowed_hosts}
         for path, hosts in names.items():
             self._must(all(map(_HOST.fullmatch, hosts)), "must be host names or addresses", path)
         self._pair(listen.tls.cert_file, listen.tls.key_file, "listen.tls.cert_file", "listen.tls.key_file")
+
+    def _cluster(self) -> None:
+        """Check the internal listener, which is there with a PostgreSQL store only."""
+        cluster, listen, admin = self.settings.cluster, self.settings.listen, self.settings.admin
+        self._must(bool(_HOST.fullmatch(cluster.host)), "must be a host name or an address", "cluster.host")
+        for path, port in (("listen.port", listen.port), ("admin.port", admin.port)):
+            self._must(cluster.port != (port or -1), f"must differ from {path}", "cluster.port", path)
+        self._must(
+            bool(cluster.advertise) or cluster.host not in _EVERY_ADDRESS,
+            "must be set while cluster.host is every address: it is where other replicas reach this one",
+            "cluster.advertise",
+            "cluster.host",
+        )
+        self._must(
+            not cluster.advertise or bool(_ADVERTISED.fullmatch(cluster.advertise)),
+            "must be a host name or an address, with or without a port (an IPv6 address in brackets)",
+            "cluster.advertise",
+        )
 
     def upstream(self) -> None:
         upstream = self.settings.upstream

@@ -135,14 +135,15 @@ class ReplicaForwarder:
         shard = self._directory.place(token)
         return shard is not None and not self._directory.serves(shard)
 
-    def _owner(self, token: str) -> Member | None:
+    def owner_of(self, token: str) -> Member | None:
+        """Return another replica that owns the shard of a token."""
         shard = self._directory.place(token)
         owner = None if shard is None else self._directory.owner(shard)
         return None if owner is None or self._directory.is_me(owner) else owner
 
     def at_once(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
         """Send a heartbeat on, if there is a connection for them to its owner."""
-        owner = self._owner(token)
+        owner = self.owner_of(token)
         lane = None if owner is None or self._directory.stopping else self._pairs.lane(owner.process)
         if owner is None or lane is None:
             return None
@@ -173,7 +174,7 @@ class ReplicaForwarder:
         while True:
             if not self.elsewhere(token) or self._directory.stopping:
                 return None
-            owner = self._owner(token)
+            owner = self.owner_of(token)
             if owner is not None:
                 try:
                     return await self._ask(owner, request, arrived_s, operation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -11,12 +11,13 @@ import msgspec
 
 from shim.admin.commands import describe
 from shim.admin.subject import Agents
+from shim.bridge import Bridge
 from shim.bridge.operator import Drain
 from shim.cluster.pairs import PairLost, Pairs
 from shim.cluster.status import Operations
 from shim.composition import Spawn
 from shim.core.leases import Member
-from shim.core.records import CommandRecord
+from shim.core.records import CommandRecord, SessionKey
 from shim.core.telling import OPERATOR
 from shim.errors import OperatorError
 from shim.logs import get
@@ -28,14 +29,39 @@ PROGRESS_S = 1.0
 PATH = "/operate"
 
 
+class Migration(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An event of an agent that speaks WebSocket by itself, for the owner of its shard (`MigrationListener`)."""
+
+    event: Literal["registers", "registered", "closed"]
+    token: str
+    payload: dict[str, Any]
+    cluster_id: str = ""
+    anew: bool = False
+
+    def __repr__(self) -> str:
+        return f"Migration({self.event!r})"
+
+    def tell(self, bridge: Bridge) -> None:
+        """Tell the bridge of the shard."""
+        match self.event:
+            case "registers":
+                bridge.websocket_registers(self.token, self.payload, anew=self.anew)
+            case "registered":
+                bridge.websocket_registered(self.token, self.payload, self.cluster_id)
+            case "closed":
+                bridge.websocket_closed(self.token, self.payload)
+
+
 class Order(msgspec.Struct, omit_defaults=True):
     """One thing to do."""
 
-    do: Literal["find", "purge", "redeliver", "drain", "resume", "progress"]
+    do: Literal["find", "purge", "redeliver", "forget", "drain", "resume", "progress", "migration"]
     command: str = ""
+    agent: str = ""
     session: str = ""
     reason: str = ""
     timeout_s: float = 0.0
+    migration: Migration | None = None
 
 
 class Report(msgspec.Struct, omit_defaults=True):
@@ -43,6 +69,7 @@ class Report(msgspec.Struct, omit_defaults=True):
 
     commands: list[dict[str, Any]] = []
     record: CommandRecord | None = None
+    session: SessionKey | None = None
     drain: Drain | None = None
     error: str = ""
     status: int = 0
@@ -61,6 +88,8 @@ class Operators:
         self._others = others
         self._spawn = spawn
         self._drains: dict[str, Drain] = {}
+        self.bridge_of: Callable[[str], Bridge | None] = lambda _: None
+        self.owner_of: Callable[[str], Member | None] = lambda _: None
 
     # --- asked by others ----------------------------------------------------------------------------------------------
 
@@ -81,6 +110,13 @@ class Operators:
                 return Report([describe(each, self._sessions) | {"replica": self._name} for each in found])
             case "purge" | "redeliver":
                 return Report(record=await self._here.act(order.do, order.command, order.session, order.reason))
+            case "forget":
+                return Report(session=await self._here.forget_here(order.agent))
+            case "migration":
+                bridge = None if order.migration is None else self.bridge_of(order.migration.token)
+                if order.migration is not None and bridge is not None:
+                    order.migration.tell(bridge)
+                return Report()
             case "drain":
                 return Report(drain=self._here.drain(order.timeout_s))
             case "resume":
@@ -126,13 +162,48 @@ class Operators:
     async def act(self, action: str, command_id: str, session: str, reason: str) -> CommandRecord | None:
         """Purge or redeliver a command at the replica that has it; `None` if none has. Raises `OperatorError`."""
         do: Literal["purge", "redeliver"] = "purge" if action == "purge" else "redeliver"
-        for member in list(self._others()):
-            report = await self._ask(member, Order(do, command_id, session, reason))
+        order = Order(do, command_id, session=session, reason=reason)
+        return next((report.record for report in await self._ask_each(order) if report.record is not None), None)
+
+    async def forget(self, agent: str) -> SessionKey | None:
+        """Forget an agent at the replica that has it; `None` if none has. Raises `OperatorError`."""
+        reports = await self._ask_each(Order("forget", agent=agent))
+        return next((report.session for report in reports if report.session is not None), None)
+
+    async def _ask_each(self, order: Order) -> list[Report]:
+        """Ask all other replicas for something that one of them can do. Raises `OperatorError` where that fails."""
+        reports = [await self._ask(member, order) for member in list(self._others())]
+        for report in reports:
             if report.error:
                 raise OperatorError(report.status, report.error)
-            if report.record is not None:
-                return report.record
-        return None
+        return reports
+
+    # --- passthrough.websocket_proxy.MigrationListener ----------------------------------------------------------------
+
+    def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
+        """Tell the owner that an agent has sent a `register` to the controller by itself."""
+        self._migration(Migration("registers", token, payload, anew=anew))
+
+    def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
+        """Tell the owner that the controller has accepted that `register`."""
+        self._migration(Migration("registered", token, payload, cluster_id))
+
+    def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
+        """Tell the owner that the connection of an agent that had registered is gone."""
+        self._migration(Migration("closed", token, payload))
+
+    def _migration(self, migration: Migration) -> None:
+        bridge, owner = self.bridge_of(migration.token), self.owner_of(migration.token)
+        if bridge is not None:
+            migration.tell(bridge)
+        elif owner is not None:
+            self._spawn("migration", self._ask_quietly(owner, Order("migration", migration=migration)))
+
+    async def _ask_quietly(self, member: Member, order: Order) -> None:
+        with suppress(OperatorError):
+            await self._ask(member, order)
+
+    # --- asking all ---------------------------------------------------------------------------------------------------
 
     def drain(self, timeout_s: float) -> None:
         """Have all other replicas drain, or move the deadline."""
@@ -163,6 +234,3 @@ class Operators:
                 self._heard(await self._ask_all(Order("progress")))
                 if not self._here.draining:
                     self._drains = {each: drain for each, drain in self._drains.items() if drain.since_wall}
-
-
-CarryOut = Callable[[bytes], Awaitable[bytes]]

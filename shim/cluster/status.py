@@ -15,6 +15,7 @@ from shim.bridge.delivery import HAND_OVERS
 from shim.bridge.jobs import RefusedRegistration
 from shim.bridge.links import LinkRunner
 from shim.bridge.operator import Drain, DrainState, Found
+from shim.bridge.websocket_agents import WebSocketAgent
 from shim.cluster.shard import Shard
 from shim.core.commands import CommandQueue
 from shim.core.records import CommandRecord, SessionKey
@@ -23,6 +24,7 @@ from shim.core.usage import Route, Use
 from shim.errors import OperatorError
 
 KEPT = 50
+NOT_FOUND = 404
 Bridges = Callable[[], list[Bridge]]
 
 
@@ -34,6 +36,9 @@ class Others(Protocol):
 
     async def act(self, action: str, command_id: str, session: str, reason: str) -> CommandRecord | None:
         """Purge or redeliver a command where it is; `None` if nobody knows it. Raises `OperatorError`."""
+
+    async def forget(self, agent: str) -> SessionKey | None:
+        """Forget an agent where it is; `None` if nobody knows it. Raises `OperatorError`."""
 
     def drain(self, timeout_s: float) -> None:
         """Have them drain, or move the deadline."""
@@ -62,6 +67,11 @@ class _Sessions(_All):
     def alias(self, owner: str, agent_id: str) -> Session | None:
         found = (bridge.sessions.alias(owner, agent_id) for bridge in self._bridges())
         return next((each for each in found if each is not None), None)
+
+
+class _WebSocketAgents(_All):
+    def __iter__(self) -> Iterator[WebSocketAgent]:
+        return chain.from_iterable(bridge.websocket_agents for bridge in self._bridges())
 
 
 class _Registrations(_All):
@@ -155,6 +165,16 @@ class Operations(_All):
         """Return all commands with this id. Raises `OperatorError`."""
         return [each for bridge in self._bridges() for each in await bridge.operator.find(command_id)]
 
+    async def forget_here(self, agent: str) -> SessionKey | None:
+        """Forget an agent by name, id or whole key; `None` if it is not here. Raises `OperatorError`."""
+        for bridge in self._bridges():
+            try:
+                return await bridge.forgetting.forget(agent)
+            except OperatorError as error:
+                if error.status != NOT_FOUND:
+                    raise
+        return None
+
     async def act(self, action: str, command_id: str, session: str, reason: str) -> CommandRecord | None:
         """Purge or redeliver a command; `None` if it is not here. Raises `OperatorError`."""
         knowing = []
@@ -195,12 +215,19 @@ class _Everywhere(Operations):
     async def redeliver(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
         return await self._do("redeliver", command_id, session, reason)
 
+    async def forget(self, agent: str) -> SessionKey:
+        key = await self.forget_here(agent) or await self._others.forget(agent)
+        if key is None:
+            raise OperatorError(NOT_FOUND, "no agent with this name, id or key is known")
+        return key
+
     async def _do(self, action: str, command_id: str, session: str, reason: str) -> CommandRecord:
         done = await self.act(action, command_id, session, reason)
         if done is None:
             done = await self._others.act(action, command_id, session, reason)
         if done is None:
-            raise OperatorError(404, "no command with this id is known; ended ones are kept for commands.retain_s")
+            hint = "ended ones are kept for commands.retain_s"
+            raise OperatorError(NOT_FOUND, f"no command with this id is known; {hint}")
         return done
 
 
@@ -245,8 +272,9 @@ class Overview:
         self.gateways = _Gateways(bridges)
         self.roster = _Roster(bridges)
         self.registrations = _Registrations(bridges)
+        self.websocket_agents = _WebSocketAgents(bridges)
         self.presence = _Heartbeats(bridges)
-        self.operator = _Everywhere(bridges, others)
+        self.operator = self.forgetting = _Everywhere(bridges, others)
 
     @property
     def links(self) -> Iterable[LinkRunner]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from prometheus_client import Counter, Gauge, Histogram
 
 from shim.admin.collector import BridgeCollector
+from shim.cluster.metrics import ClusterMetrics
 from shim.counting import Family
 from shim.metrics import COMMAND_EVENTS, Metrics, Registry
 from tests.support.virtual import run_virtual
@@ -45,10 +46,12 @@ def strip(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def own() -> Iterator[tuple[str, Described]]:
     """The metrics that the shim counts itself."""
-    yield from described(Metrics(Registry()))
+    metrics = Metrics(Registry())
+    yield from described(metrics)
+    yield from described(ClusterMetrics(metrics))
 
 
-def described(holder: Metrics) -> Iterator[tuple[str, Described]]:
+def described(holder: Metrics | ClusterMetrics) -> Iterator[tuple[str, Described]]:
     """The metrics that are attributes of an object."""
     for held in vars(holder).values():
         if isinstance(held, Family):

@@ -1,0 +1,84 @@
+"""`python -m bench.forwarding --url postgresql://… [--quick]`: the CPU that forwarding a heartbeat costs.
+
+Two replicas share an empty database; one of them owns the shard of the configured token. The same heartbeats go to the
+owner directly and through the other replica; both processes' CPU is counted each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import urllib.request
+
+from bench import loads, requests
+from bench.figures import Figure, compared
+from bench.load import Plan
+from bench.servers import Bench, Server
+
+PART = "Heartbeats through a replica that does not own the agent"
+AIM = 1.4
+ROUNDS = 9
+CONNECTIONS = 32
+OWNED_S = 30.0
+
+
+def measure(bench: Bench, url: str) -> list[Figure]:
+    """Rounds of one second, directly and forwarded in turn; a first round warms up."""
+    controller = bench.controller()
+    sections = {"log": {"level": "warning"}, "store": {"url": url}, "cluster": {"port": 0}}
+    both = [bench.shim(controller, **sections) for _ in range(2)]
+    owner = _owner(both)
+    other = next(each for each in both if each is not owner)
+    costs_us: dict[str, list[float]] = {"direct": [], "forwarded": []}
+    for round_ in range(bench.pick(ROUNDS, 1) + 1):
+        for name, server in (("direct", owner), ("forwarded", other)):
+            cost_us = _round(server, both, bench.pick(1.0, 0.2))
+            if round_:
+                costs_us[name].append(cost_us)
+    found = (costs_us["forwarded"], costs_us["direct"])
+    return [compared(PART, "CPU per heartbeat, both processes", "µs", *found, against="direct", aim=AIM)]
+
+
+def _owner(both: list[Server]) -> Server:
+    """Wait until all shards are owned, and return the owner of the configured token's: it has the link."""
+    until = time.monotonic() + OWNED_S
+    while time.monotonic() < until:
+        for server in both:
+            with urllib.request.urlopen(f"http://{server.ready['admin']}/status.json", timeout=5) as response:
+                if json.load(response)["links"]["online"]:
+                    return server
+        time.sleep(0.1)
+    raise RuntimeError("no replica has the link")
+
+
+def _round(server: Server, both: list[Server], duration_s: float) -> float:
+    plan = Plan(
+        host=server.host,
+        port=server.port,
+        requests=[requests.heartbeat(server, number) for number in range(CONNECTIONS)],
+        connections=CONNECTIONS,
+        duration_s=duration_s,
+    )
+    before_s = sum(each.cpu_s() for each in both)
+    found = loads.run(plan)
+    if found.errors:
+        raise RuntimeError(f"{found.errors} calls failed")
+    return (sum(each.cpu_s() for each in both) - before_s) / found.answers * 1e6
+
+
+def main() -> None:
+    """Print the figures as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench.forwarding", description=__doc__)
+    parser.add_argument("--url", required=True, help="an empty database")
+    parser.add_argument("--quick", action="store_true", help="a little of everything: shows that it works, no figures")
+    given = parser.parse_args()
+    with Bench(quick=given.quick) as bench:
+        figures = measure(bench, given.url)
+    json.dump([figure.to_json() for figure in figures], sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""A replica's rows in PostgreSQL: what all replicas agree on, who lives, and who has which shard.
+
+A member's row is the lease of all its shards. It is renewed until it is deleted, by its owner or by whoever finds that
+it has run out; a deleted row cannot be renewed. So deleting is the compare-and-set that ends a replica's right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import psycopg
+
+from shim.core.leases import Member, View
+from shim.errors import ConfigError, Fault, StoreError
+from shim.logs import get
+from shim.store.postgres.database import refusal
+from shim.store.postgres.dsn import application
+
+log = get(__name__)
+
+SHARDS = 16
+KEY_BYTES = 32
+CONNECT_S = 4.0
+LOCK_S = 1.0
+
+_CREATE = (
+    "INSERT INTO cluster (shards, owner_key, secret, agreed) VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING",
+    "INSERT INTO leases (shard) SELECT generate_series(0, shards - 1) FROM cluster ON CONFLICT DO NOTHING",
+)
+_AGREED = "SELECT shards, owner_key, secret, agreed FROM cluster FOR UPDATE"
+_ANYBODY = "SELECT EXISTS (SELECT FROM members WHERE until > clock_timestamp())"
+_AGREE = "UPDATE cluster SET agreed = %s"
+_JOIN = (
+    "INSERT INTO members (process, name, address, fingerprint, lease_s, until, server)"
+    " SELECT %(process)s, %(name)s, %(address)s, %(fingerprint)s, %(lease_s)s,"
+    " clock_timestamp() + make_interval(secs => %(lease_s)s), pg_postmaster_start_time()"
+    # waits for whoever is changing what is agreed on, and then looks again
+    " FROM (SELECT FROM cluster WHERE agreed = %(agreed)s FOR SHARE) same"
+    " RETURNING pg_notify('agent_shim', '')"
+)
+_RENEW = (
+    "UPDATE members SET until = clock_timestamp() + make_interval(secs => lease_s),"
+    " server = pg_postmaster_start_time(), leaving = %s WHERE process = %s"
+)
+# After a failover another server's clock judges a row that the former server dated: it waits one lease longer.
+_EVICT = (
+    "DELETE FROM members WHERE clock_timestamp() > until + make_interval(secs =>"
+    " CASE WHEN server = pg_postmaster_start_time() THEN 0 ELSE lease_s END)"
+    " RETURNING process, pg_notify('agent_shim', '')"
+)
+# A replica that was paused may hold the lock on a lease's row: its transaction ends with its backend.
+_TERMINATE = (
+    "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+    " WHERE usename = current_user AND EXISTS"
+    " (SELECT FROM unnest(%s::text[]) name WHERE application_name = name OR starts_with(application_name, name || ' '))"
+)
+_LOOK = (
+    "SELECT (SELECT json_agg(m) FROM (SELECT process, name, address, fingerprint, leaving FROM members) m),"
+    " (SELECT json_agg(json_build_array(shard, holder, fence)) FROM leases)"
+)
+_TAKE = (
+    "UPDATE leases SET holder = %(me)s, fence = fence + 1 WHERE shard = %(shard)s"
+    " AND (holder IN ('', %(me)s) OR NOT EXISTS (SELECT FROM members WHERE process = leases.holder))"
+    " AND EXISTS (SELECT FROM members WHERE process = %(me)s)"
+    " RETURNING fence, pg_notify('agent_shim', '')"
+)
+_GIVE = "UPDATE leases SET holder = '' WHERE shard = ANY(%s) AND holder = %s RETURNING pg_notify('agent_shim', '')"
+_LEAVE = "DELETE FROM members WHERE process = %s RETURNING pg_notify('agent_shim', '')"
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What all replicas share: the number of shards, the key for owner ids, and the secret between members."""
+
+    shards: int
+    owner_key: bytes = field(repr=False)
+    secret: str = field(repr=False)
+
+
+class Line:
+    """One connection to the database, made when it is needed and again when it was lost; one task uses it at a time."""
+
+    def __init__(self, conninfo: Callable[[], str]) -> None:
+        self._conninfo = conninfo
+        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._lock = asyncio.Lock()
+
+    @asynccontextmanager
+    async def use(self, limit_s: float) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        """Yield the connection in autocommit mode. Raises `StoreError` when the database fails or takes longer.
+
+        A statement is not cancelled at the limit, because a server that hangs would not answer that either: the
+        connection is cut.
+        """
+        async with self._lock:
+            connection = await self._open(limit_s)
+            timer = asyncio.get_running_loop().call_later(limit_s, _cut, connection)
+            try:
+                yield connection
+            except BaseException as error:
+                await self.close()
+                if isinstance(error, psycopg.Error):
+                    raise refusal(error) from None
+                raise
+            finally:
+                timer.cancel()
+
+    async def _open(self, limit_s: float) -> psycopg.AsyncConnection[Any]:
+        if self._connection is not None and self._connection.closed:
+            await self.close()
+        if self._connection is None:
+            try:
+                async with asyncio.timeout(min(limit_s, CONNECT_S)):
+                    self._connection = await psycopg.AsyncConnection.connect(self._conninfo(), autocommit=True)
+            except TimeoutError:
+                raise StoreError("the database did not answer in time") from None
+            except psycopg.Error as error:
+                raise refusal(error) from None
+            self._connection.prepare_threshold = None  # names of prepared statements do not survive a pooler
+        return self._connection
+
+    async def close(self) -> None:
+        """Close the connection; the next use makes another."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(psycopg.Error):
+                await connection.close()
+
+
+def _cut(connection: psycopg.AsyncConnection[Any]) -> None:
+    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.pgconn.socket)) as copy:
+        copy.shutdown(socket.SHUT_RDWR)
+
+
+class Database:
+    """The statements. All raise `StoreError`."""
+
+    def __init__(self, conninfo: Callable[[], str]) -> None:
+        """`conninfo` gives the connection string with the application name of the membership of the moment."""
+        self._renewals = Line(conninfo)
+        self._work = Line(conninfo)
+        self._hints = Line(conninfo)
+
+    async def agree(self, settings: dict[str, Any], limit_s: float) -> Agreement:
+        """Return what all replicas share. The first replica decides what their settings are, until none lives any more.
+
+        Raises `ConfigError` where living replicas have other settings; then nothing was changed.
+        """
+        mine = _encode(settings)
+        async with self._renewals.use(limit_s) as connection, connection.transaction():
+            first = (SHARDS, secrets.token_bytes(KEY_BYTES), secrets.token_urlsafe(KEY_BYTES), mine)
+            await connection.execute(_CREATE[0], first)
+            await connection.execute(_CREATE[1])
+            (row,) = await (await connection.execute(_AGREED)).fetchall()
+            shards, owner_key, secret, agreed = row
+            if agreed != mine:
+                ((anybody,),) = await (await connection.execute(_ANYBODY)).fetchall()
+                if anybody:
+                    raise ConfigError(list(_differences(settings, agreed)))
+                await connection.execute(_AGREE, (mine,))
+        return Agreement(shards, bytes(owner_key), secret)
+
+    async def join(self, me: Member, lease_s: float, settings: dict[str, Any], limit_s: float) -> bool:
+        """Become a member; false if other settings were agreed on meanwhile."""
+        row = {"process": me.process, "name": me.name, "address": me.address, "fingerprint": me.fingerprint}
+        async with self._renewals.use(limit_s) as connection:
+            joined = await connection.execute(_JOIN, row | {"lease_s": lease_s, "agreed": _encode(settings)})
+        return joined.rowcount == 1
+
+    async def renew(self, process: str, limit_s: float, *, leaving: bool) -> bool:
+        """Renew a member's row; false if it was deleted, and every right with it."""
+        async with self._renewals.use(limit_s) as connection:
+            return (await connection.execute(_RENEW, (leaving, process))).rowcount == 1
+
+    async def look(self, limit_s: float) -> View:
+        """Delete the rows that have run out, end what their replicas have open here, and read all that is left."""
+        async with self._work.use(limit_s) as connection:
+            evicted = [row[0] for row in await (await connection.execute(_EVICT)).fetchall()]
+            if evicted:
+                log.warning("replicas_evicted", processes=evicted)
+                await connection.execute(_TERMINATE, ([application(each) for each in evicted],))
+            (row,) = await (await connection.execute(_LOOK)).fetchall()
+        members, leases = row
+        found = (Member(**each) for each in members or ())
+        return View(
+            {member.process: member for member in found},
+            {shard: (holder, fence) for shard, holder, fence in leases or ()},
+        )
+
+    async def take(self, shard: int, me: str, limit_s: float) -> int | None:
+        """Take a shard that no living replica has; returns its fencing token, or `None` if somebody was faster."""
+        async with self._work.use(limit_s) as connection, connection.transaction():
+            await connection.execute(f"SET LOCAL lock_timeout = {int(LOCK_S * 1000)}")
+            rows = await (await connection.execute(_TAKE, {"shard": shard, "me": me})).fetchall()
+        return rows[0][0] if rows else None
+
+    async def give(self, shards: Sequence[int], me: str, limit_s: float) -> None:
+        """Let others have these shards."""
+        async with self._work.use(limit_s) as connection:
+            await connection.execute(_GIVE, (list(shards), me))
+
+    async def leave(self, me: str, limit_s: float) -> None:
+        """Stop being a member: every shard that is left is free at once."""
+        async with self._work.use(limit_s) as connection:
+            await connection.execute(_LEAVE, (me,))
+
+    async def hints(self, limit_s: float) -> AsyncIterator[None]:
+        """Yield whenever a replica says that something has changed, until the connection fails."""
+        async with self._hints.use(limit_s) as connection:
+            await connection.execute("LISTEN agent_shim")
+        connection = await self._hints._open(limit_s)  # noqa: SLF001 - without the limit of `use`
+        try:
+            async for _ in connection.notifies():
+                yield
+        except psycopg.Error as error:
+            raise refusal(error) from None
+        finally:
+            await self._hints.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for line in (self._renewals, self._work, self._hints):
+            await line.close()
+
+
+def _encode(settings: dict[str, Any]) -> str:
+    return msgspec.json.encode(settings, order="sorted").decode()
+
+
+def _differences(mine: dict[str, Any], agreed: str) -> list[Fault]:
+    """Name every key whose value differs from that of the replicas that live."""
+    theirs: dict[str, Any] = msgspec.json.decode(agreed)
+    keys = sorted({*mine, *theirs})
+    return [
+        Fault(key, "the replicas that run on this database have another value: all must have the same")
+        for key in keys
+        if mine.get(key) != theirs.get(key)
+    ]

@@ -1,0 +1,292 @@
+"""One replica among others: connects the parts, and starts and stops them (docs/scaling.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from socket import gethostname
+from typing import Any, TypeVar
+
+import msgspec
+
+from shim.bridge import Bridge, Context
+from shim.cluster.database import Database
+from shim.cluster.forwarding import ReplicaForwarder
+from shim.cluster.identity import make_identity
+from shim.cluster.membership import Membership, new_process
+from shim.cluster.metrics import ClusterMetrics
+from shim.cluster.operators import Operators
+from shim.cluster.pairs import Pairs
+from shim.cluster.probe import DatabaseProbe
+from shim.cluster.router import Fallbacks, Places, Router
+from shim.cluster.shard import Shard
+from shim.cluster.shards import Shards
+from shim.cluster.status import Operations, Overview, Recents
+from shim.composition import Surroundings
+from shim.core.leases import LeasePolicy, Member
+from shim.core.urls import origin_of
+from shim.dialects import load
+from shim.errors import StoreError
+from shim.frontend.internal import ClusterListener
+from shim.logs import get
+from shim.passthrough import WebSocketProxy, sunset_headers
+from shim.settings import Settings, TlsFiles
+from shim.store import Partition, open_shard
+from shim.store.postgres.database import prepare
+from shim.store.postgres.dsn import application, conninfo
+from shim.storewatch import probe
+
+log = get(__name__)
+
+OPEN_S = 30.0
+RETRY_S = 1.0
+ANSWER_LEASES = 3
+"""A database that has taken no renewal for so many leases does not answer: the replica is not ready."""
+STOP_S = 3.0
+KEEPALIVE_S = 60.0
+
+T = TypeVar("T")
+
+
+class Replica:
+    """Implements `composition.Composition`."""
+
+    def __init__(self, around: Surroundings) -> None:
+        settings = self._settings = around.settings
+        self._around = around
+        self._metrics = ClusterMetrics(around.metrics)
+        self._tls, fingerprint = make_identity(around.clock.wall_s())
+        self._policy = LeasePolicy(settings.cluster.lease_s)
+        process = new_process()
+        name = settings.cluster.replica or f"{gethostname()}-{process[:4]}"
+        me = Member(process, name, settings.cluster.advertise, fingerprint)
+        database = self._database = Database(lambda: conninfo(settings.store, application(self.membership.me.process)))
+        self.shards = Shards(lambda: self.membership, self._make_shard, around.clock, around.spawn, self._metrics)
+        self.membership = Membership(
+            database, me, agreed(settings), self._policy, around.clock, around.timers, self.shards.ended
+        )
+        self.recent = Recents(self.shards.serving)
+        self.addresses: dict[str, str] = {}
+        self._ctx = self._context()
+        self._operators = Operators(
+            Operations(self.shards.bridges), self._ctx.sessions, name, self._others, around.spawn
+        )
+        self.subject = Overview(self._ctx, self.shards.bridges, self._about_replicas, self._operators)
+        self._owner_key = b""
+        self._pairs = Pairs()
+        self._places = Places(settings.upstream.own_tokens)
+        clock = around.clock
+        self.forwarder = ReplicaForwarder(self, self._pairs, clock, self._current, self._metrics, around.spawn)
+        self.switchboard = Router(self._places, self.shards.usable, self.forwarder)
+        self.fallback = Fallbacks(self._current, clock, self.switchboard, self.shards.serving)
+        self.websockets = WebSocketProxy(self._current, around.metrics, around.spawn, self._operators)
+        around.metrics.websocket_connections.set_function(self.websockets.count)
+        self._operators.bridge_of = self._bridge_of
+        self._operators.owner_of = self.forwarder.owner_of
+        self._listener = self._make_listener()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _current(self) -> Settings:
+        return self._settings
+
+    def _context(self) -> Context:
+        around = self._around
+        return around.context(self._settings, DatabaseProbe(self._answers, around.post), around.upstream)
+
+    def _make_shard(self, number: int, fence: int) -> Shard:
+        around, settings = self._around, self._settings
+        watch = probe(around.metrics, around.broken, lambda: self.shards.fenced(number, fence))
+        partition = Partition(number, fence, self.membership.me.process)
+        store = open_shard(settings.store, around.post, watch, partition)
+        shard = Shard(number, fence, store, around, settings, self._owner_key, self.membership.valid)
+        # Records of the whole replica: its status shows them, whichever shard a call was for.
+        shard.bridge.ctx.fallback = self._ctx.fallback
+        shard.bridge.ctx.refused_calls = self._ctx.refused_calls
+        return shard
+
+    def _bridge_of(self, token: str) -> Bridge | None:
+        shard = self.switchboard.shard(token)
+        return None if shard is None else shard.bridge
+
+    def _answers(self) -> bool:
+        """Return whether the database has taken a renewal lately."""
+        heard_s = self._around.clock.monotonic_s() - self.membership.renewed_at
+        return heard_s < ANSWER_LEASES * self._policy.lease_s
+
+    def _others(self) -> list[Member]:
+        return [each for each in self.membership.view.members.values() if each.process != self.membership.me.process]
+
+    def _about_replicas(self) -> dict[str, Any]:
+        view, me = self.membership.view, self.membership.me.process
+        holders, members = view.holders(), view.members
+        return {
+            "replica": self.membership.me.name,
+            "shards": self.shards.count,
+            "owned": sorted(shard.number for shard in self.shards.serving()),
+            "unowned": self.shards.count - len(holders),
+            "replicas": [
+                {
+                    "name": member.name,
+                    "self": process == me,
+                    "leaving": member.leaving,
+                    "shards": sum(holder == process for holder in holders.values()),
+                }
+                for process, member in sorted(members.items(), key=lambda item: (item[1].name, item[0]))
+            ],
+        }
+
+    def _make_listener(self) -> ClusterListener:
+        settings, around = self._settings, self._around
+        cluster = settings.cluster
+        # Its connections end after the agents' that they are paired with.
+        keepalive_s = settings.listen.keepalive_s + KEEPALIVE_S
+        listen = msgspec.structs.replace(
+            settings.listen, host=cluster.host, port=cluster.port, tls=TlsFiles(), keepalive_s=keepalive_s
+        )
+        sunset = sunset_headers(settings.sunset)
+        return ClusterListener(
+            listen,
+            self.switchboard,
+            load(),
+            around.metrics,
+            token=None if settings.upstream.own_tokens else around.read_token,
+            static_headers=lambda: sunset,
+            fallback=self.fallback,
+            refused_calls=self._ctx.refused_calls,
+            context=self._tls,
+            secret=lambda: self._pairs.secret,
+            owned=lambda token: not self.forwarder.elsewhere(token),
+            operate=self._operators.carry_out,
+        )
+
+    # --- forwarding.Directory -----------------------------------------------------------------------------------------
+
+    def place(self, token: str) -> int | None:
+        """Return the shard of a caller, `None` without a token where one is needed."""
+        return self._places.place(token)
+
+    def serves(self, shard: int) -> bool:
+        """Return whether a shard is ours and can be served now."""
+        return self.shards.usable(shard) is not None
+
+    def owner(self, shard: int) -> Member | None:
+        """Return the living replica that owns a shard."""
+        return self.membership.view.owner(shard)
+
+    def is_me(self, member: Member) -> bool:
+        """Return whether this is our own row."""
+        return member.process == self.membership.me.process
+
+    def outdated(self) -> None:
+        """Read the leases anew."""
+        self.membership.look_soon()
+
+    def living(self) -> frozenset[str]:
+        """Return the processes of all replicas that live."""
+        return frozenset(self.membership.view.members)
+
+    async def change(self, at_most_s: float) -> None:
+        """Wait until something has changed, or so long."""
+        await self.membership.change(at_most_s)
+
+    @property
+    def stopping(self) -> bool:
+        """True while this replica stops."""
+        return self.shards.stopping
+
+    # --- composition.Composition --------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Reach the database, agree with the other replicas and join them.
+
+        Raises `StartError`, `StoreError`, `ConfigError`.
+        """
+        self._listener.bind()
+        await asyncio.to_thread(prepare, self._settings.store)
+        agreement = await self._insist(self.membership.agree)
+        self.shards.count, self._owner_key = agreement.shards, agreement.owner_key
+        self._pairs.secret = self._operators.pairs.secret = agreement.secret
+        self._places.agree(agreement.owner_key, agreement.shards)
+        host, port = await self._listener.start()
+        self.addresses["cluster"] = f"{host}:{port}"
+        address = advertised(self._settings.cluster.advertise or (f"[{host}]" if ":" in host else host), port)
+        self.membership.me = replace(self.membership.me, address=address)
+        await self._insist(self.membership.join)
+
+    async def _insist(self, step: Callable[[], Awaitable[T]]) -> T:
+        """Try a step again while the database cannot be reached. Raises `StoreError`, `ConfigError`."""
+        until = self._around.clock.monotonic_s() + OPEN_S
+        while True:
+            try:
+                return await step()
+            except StoreError:
+                if self._around.clock.monotonic_s() > until:
+                    raise
+                await asyncio.sleep(RETRY_S)
+
+    def start(self) -> None:
+        """Renew the membership, take shards, serve other replicas."""
+        works = (
+            *self.membership.works(),
+            ("shards", self.shards.run()),
+            ("forwarder", self.forwarder.run()),
+            ("operators", self._operators.run()),
+        )
+        for name, work in works:
+            task = self._around.spawn(name, work)
+            if task is not None:
+                self._tasks.append(task)
+        log.info("replica_started", replica=self.membership.me.name, shards=self.shards.count)
+
+    def quiesce(self) -> None:
+        """Answer what waits, and take no more shards."""
+        self.shards.stopping = self.membership.leaving = self.subject.stopping = True
+        for bridge in self.shards.bridges():
+            bridge.quiesce()
+
+    async def stop(self) -> None:
+        """Give every shard back, so that other replicas have them at once."""
+        try:
+            async with asyncio.timeout(STOP_S):
+                await self.shards.give_all()
+                await self.membership.leave()
+        except (TimeoutError, StoreError):
+            log.warning("shards_left", hint="their leases run out by themselves")
+        await self._listener.stop()
+
+    async def close(self) -> None:
+        """End everything."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.shards.close()
+        self._pairs.close()
+        self._operators.pairs.close()
+        await self._database.close()
+
+    def reload(self, settings: Settings) -> None:
+        """Go on with these settings."""
+        self._settings = self.subject.ctx.settings = settings
+        self.shards.reload(settings)
+
+    def token_changed(self) -> None:
+        """Dial with the upstream token of now."""
+        for bridge in self.shards.bridges():
+            bridge.token_changed()
+
+
+def advertised(address: str, port: int) -> str:
+    """Return where other replicas reach this one: with the port that is listened on unless another is given."""
+    return address if re.search(r":\d+\Z", address) and not address.endswith("]") else f"{address}:{port}"
+
+
+def agreed(settings: Settings) -> dict[str, Any]:
+    """Return the settings in which all replicas must agree, by their keys."""
+    return {
+        "cluster.lease_s": settings.cluster.lease_s,
+        "upstream.url": origin_of(settings.upstream.url),
+        "upstream.share_link": settings.upstream.share_link,
+        "upstream.token": "each agent's own" if settings.upstream.own_tokens else "configured",
+    }
