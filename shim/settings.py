@@ -145,7 +145,7 @@ class Upstream(Section, frozen=True):
 
     @property
     def dialling(self) -> DialSettings:
-        """How the link is dialled."""
+        """Return the settings that the link is dialled with."""
         return DialSettings(
             section="upstream",
             ca_file=self.ca_file,
@@ -232,7 +232,7 @@ class Fallback(Section, frozen=True):
     use_upstream_token: bool = False
 
     def dialling(self, upstream: Upstream) -> DialSettings:
-        """How the vendor's HTTP API is dialled: as the link, except for what this section sets itself."""
+        """Return the settings that the HTTP API is dialled with: the link's, unless this section has its own."""
         own = {name: getattr(self, name) for name in ("ca_file", "proxy") if getattr(self, name)}
         if self.client_cert_file:
             own |= {"client_cert_file": self.client_cert_file, "client_key_file": self.client_key_file}

@@ -131,7 +131,7 @@ def _inflate(body: bytes) -> bytes:
 
 
 def unreachable_reply() -> Proxied:
-    """What an agent gets where there is no other way than an API that cannot be reached."""
+    """Return the reply to an agent that can be served by no other way than an API that cannot be reached."""
     body = msgspec.json.encode({"success": False, "error": "the vendor's HTTP API cannot be reached"})
     return Proxied(502, (("Content-Type", "application/json"),), body)
 

@@ -26,7 +26,7 @@ class InterimFlood(aiohttp.ClientError):
 
 
 class BoundedResponseHandler(ResponseHandler):
-    """Limits interim responses. aiohttp reads them for ever, and without giving way to anything else in the loop."""
+    """Limits the number of interim responses: aiohttp reads them without end, and never yields to other tasks."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
