@@ -14,13 +14,16 @@ import msgspec
 
 from shim.clock import Clock
 from shim.core.urls import http_url, ws_url
+from shim.core.words import printable
 from shim.messages import Message
 from shim.ports import DialFailure, DialSpec, Socket
+from shim.redaction import without_secrets
 from shim.settings import DialSettings, Upstream
 from shim.upstream import AiohttpUpstream, Dialler, DialTrace, failure_of
 
 FRAMES_LOST = -1.0
 FRAMES_CLOSED = -2.0
+CLOSE_WAIT_S = 0.3
 
 
 @dataclass(slots=True)
@@ -28,6 +31,7 @@ class Dial:
     """One dial: where to, what was seen, and how it failed, if it did.
 
     `pong_s` is how long a ping took, `FRAMES_LOST` or `FRAMES_CLOSED` where no pong came, `None` where none was sent.
+    `close_code` and `close_reason`, without secrets, are those of a close frame that came meanwhile.
     """
 
     url: str = field(repr=False)
@@ -35,6 +39,8 @@ class Dial:
     trace: DialTrace = field(default_factory=DialTrace)
     failure: DialFailure | None = None
     pong_s: float | None = None
+    close_code: int | None = None
+    close_reason: str = ""
 
 
 class _Frames:
@@ -43,6 +49,7 @@ class _Frames:
     def __init__(self) -> None:
         self.payload = secrets.token_bytes(8)
         self.ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.closed: asyncio.Future[tuple[int, str] | None] = asyncio.get_running_loop().create_future()
 
     def has_room(self) -> bool:
         return True
@@ -58,6 +65,8 @@ class _Frames:
             self._end(True)
 
     def on_closed(self, by_close_frame: bool, code: int, reason: str = "") -> None:
+        if not self.closed.done():
+            self.closed.set_result((code, reason) if by_close_frame else None)
         self._end(False)
 
     def _end(self, ponged: bool) -> None:
@@ -82,6 +91,10 @@ async def dial_websocket(
             dial.failure = opened
         else:
             dial.pong_s = await _ping(opened, frames, upstream.connect_timeout_s)
+            # A controller that looks at the token behind the handshake closes a moment later.
+            await asyncio.wait((frames.closed,), timeout=CLOSE_WAIT_S)
+            if frames.closed.done() and (closed := frames.closed.result()) is not None:
+                dial.close_code, dial.close_reason = closed[0], printable(without_secrets(closed[1], token))
         await port.close()
     return dial
 

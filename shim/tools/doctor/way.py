@@ -8,6 +8,7 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from shim.clock import Clock
+from shim.core.backoff import CloseMeaning, close_meaning
 from shim.core.urls import host_of, origin_of
 from shim.settings import is_loopback
 from shim.tools.doctor.certificates import certificate, trust
@@ -20,6 +21,7 @@ SKEW_FAIL_S = 300.0
 SHOWN_ADDRESSES = 4
 _UPGRADED = 101
 _MEND_WAY = "let the proxy or load balancer pass the headers Upgrade and Connection on to the controller"
+_VALID_ONE_NEEDED = "put a valid token into upstream.token_file, with the permission to connect agents"
 _MEND_FRAMES = "something on the way passes the handshake and not the frames behind it: look at proxies"
 _CREDENTIALS = "it wants other credentials: {key}: http://user:password@host:port"
 
@@ -175,11 +177,18 @@ def judge_token(dials: Sequence[tuple[str, Dial]], *, given: bool) -> Finding:
         if last.failure is None:
             return warned("token", "the endpoint asks for none", "is upstream.url the vendor's controller?")
         return passed("token", "each agent brings its own; give one with --token-file to have it examined")
+    if last.failure is None and last.close_code is not None and close_meaning(last.close_code) is CloseMeaning.REFUSED:
+        return failed("token", f"refused behind the handshake: {_closed(last)}", _VALID_ONE_NEEDED)
     if last.failure is None:
         return passed("token", f"accepted (sent in the {way})")
     tried = " and ".join(f"{way} ({dial.failure.status})" for way, dial in dials if dial.failure is not None)
-    todo = "put a valid token into upstream.token_file, with the permission to connect agents"
-    return failed("token", f"refused: {tried}", todo)
+    return failed("token", f"refused: {tried}", _VALID_ONE_NEEDED)
+
+
+def _closed(dial: Dial) -> str:
+    """The close frame in words, with the controller's own."""
+    code = f"closed {dial.close_code}" if dial.close_code else "closed without a code"
+    return f"{code}, “{dial.close_reason}”" if dial.close_reason else code
 
 
 def judge_frames(dial: Dial) -> list[Finding]:
@@ -188,7 +197,8 @@ def judge_frames(dial: Dial) -> list[Finding]:
         return []
     if dial.pong_s == FRAMES_CLOSED:
         todo = "the server closes connections at once: its log says why"
-        return [failed("frames", "the connection was closed before a ping came back", todo)]
+        how = f": {_closed(dial)}" if dial.close_code is not None else ""
+        return [failed("frames", f"the connection was closed before a ping came back{how}", todo)]
     if dial.pong_s == FRAMES_LOST:
         text = f"a ping did not come back within {dial.settings.connect_timeout_s:g} s"
         return [failed("frames", text, _MEND_FRAMES)]

@@ -347,3 +347,25 @@ async def test_all_faults_of_a_configuration(doctor: Doctor) -> None:
     assert code == 1
     assert "poll.hold" in text
     assert "listen.port" in text
+
+
+@pytest.mark.parametrize(
+    "code, reason, check, words",
+    [
+        (4401, f"invalid token {TOKEN}", "token", ("closed 4401", "invalid token ***", "upstream.token_file")),
+        (1008, "", "token", ("closed 1008",)),
+        (1013, "busy", "frames", ("closed 1013", "busy")),
+    ],
+)
+async def test_a_controller_that_closes_behind_the_handshake_is_quoted(
+    doctor: Doctor, code: int, reason: str, check: str, words: tuple[str, ...]
+) -> None:
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await accept_websocket(reader, writer)
+        payload = code.to_bytes(2, "big") + reason.encode()
+        writer.write(b"\x88" + bytes([len(payload)]) + payload)
+        await reader.read()
+
+    async with tcp_server(converse) as port:
+        found = await doctor.examine(upstream=upstream(f"http://127.0.0.1:{port}"))
+    found.expect(check, "FAIL", *words)
