@@ -171,7 +171,7 @@ class OpenFiles:
         """Return the size of the write-ahead log. Raises `ReplacedError`, `OSError`."""
         try:
             database = os.stat(self._path)  # noqa: PTH116 - half the cost of a path's own
-            log = os.stat(self._log_path)  # noqa: PTH116
+            log = os.stat(self._log_path)  # noqa: PTH116 - as above
         except FileNotFoundError as error:
             raise ReplacedError(f"{error.filename} was removed while it was in use: {_REMEDY}") from None
         if self._log is None:

@@ -185,9 +185,13 @@ class WebSocketPump:
         elif not self._impatient:
             give_up_at = self._loop.time() + HELD_BACK_S
             # Whoever makes the room need not know of this: it is the store of another connection's commands, too.
-            while not self._events.has_room() and self._loop.time() < give_up_at and self._state is _State.OPEN:  # noqa: ASYNC110
+            while self._must_wait() and self._loop.time() < give_up_at:  # noqa: ASYNC110 - see above
                 await asyncio.sleep(ROOM_CHECK_S)
             self._impatient = not self._events.has_room()
+
+    def _must_wait(self) -> bool:
+        """True while a frame that is read now would find no room."""
+        return not self._events.has_room() and self._state is _State.OPEN
 
     def _on_bytes(self) -> None:
         self._report(self._events.on_frame)
