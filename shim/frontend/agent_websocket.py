@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from aiohttp import EofStream, WebSocketError, WSMsgType, hdrs, web
 from aiohttp._websocket.reader import WebSocketReader
+from aiohttp.log import ws_logger
 
 from shim.core.headers import bearer
 from shim.ports import Frame
 from shim.upstream.socket import CloseFrameReader, frame_of, opcode_of
+
+# aiohttp logs subprotocols that it does not know in the client's own words, of any length; they are the controller's.
+ws_logger.setLevel(logging.ERROR)
 
 
 def is_handshake(request: web.BaseRequest) -> bool:

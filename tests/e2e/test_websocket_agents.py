@@ -314,3 +314,43 @@ async def test_a_request_for_the_path_that_is_no_handshake_is_refused(tmp_path: 
             head = "".join(f"{name}: {value}\r\n" for name, value in {**broken, **AUTH, "Host": "localhost"}.items())
             raw.sendall(f"GET {PATH} HTTP/1.1\r\n{head}\r\n".encode())
             assert (await asyncio.to_thread(raw.recv, 4096)).startswith(b"HTTP/1.1 400 ")
+
+
+def masked(opcode: int, data: bytes) -> bytes:
+    mask = b"\x01\x02\x03\x04"
+    return bytes([0x80 | opcode, 0x80 | len(data)]) + mask + bytes(b ^ mask[i % 4] for i, b in enumerate(data))
+
+
+def handshake(token: str = TOKEN) -> bytes:
+    lines = [
+        f"GET //api/v1/clusters/agent/ws?token={token} HTTP/1.1",
+        "Host: localhost",
+        "Upgrade: WebSocket",
+        "Connection: keep-alive, Upgrade",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==",
+        "Sec-WebSocket-Extensions: permessage-deflate",
+        "Sec-WebSocket-Protocol: agent, secret-in-a-subprotocol",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+async def test_frames_that_come_with_the_handshake_and_slow_ones_are_passed(tmp_path: Path) -> None:
+    async with carried(tmp_path) as (shim, peer):
+        host, port = shim.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        slow = masked(1, b"slowly")
+        writer.write(handshake() + masked(1, b"first") + masked(2, b"second") + masked(9, b"p") + slow[:3])
+        controller = await peer.next()
+        assert [await controller.recv(), await controller.recv()] == ["first", b"second"]
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"Extensions" not in head, "compression is not offered"
+        assert await reader.readexactly(3) == b"\x8a\x01p"
+        writer.write(slow[3:])
+        assert await controller.recv() == "slowly"
+        writer.write(b"\xff\xff\xff")
+        assert await reader.readexactly(4) == b"\x88\x02\x03\xea", "a broken frame is answered with 1002"
+        with pytest.raises(ConnectionClosed):
+            await controller.recv()
+        writer.close()
+        assert "secret-in-a-subprotocol" not in "\n".join(shim.lines)
