@@ -80,6 +80,7 @@ def blocks(found: dict[str, Any]) -> dict[str, list[str]]:
         "commands": list(_commands(found)),
         "recovery": list(_recovery(found)),
         "herd": list(_herd(found)),
+        "gateway": list(_gateway(found["gateway"])) if found.get("gateway") else [],
     }
 
 
@@ -153,6 +154,30 @@ def _herd(found: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _gateway(found: dict[str, Any]) -> Iterator[str]:
+    machine, commands, stops = found["machine"], found["commands"], found["stops"]
+    yield f"- {machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}"
+    minutes = found["duration_s"] / 60
+    yield f"- {minutes:.0f} minutes of faults, seed {found['seed']}, settled in {found['settled_s']:.1f} s"
+    yield f"- broken promises that the checker found: **{len(found['violations'])}**"
+    yield from ("", "| three replicas, a primary and a synchronous standby | |", "|---|---:|")
+    for fault, times in found["faults"].items():
+        yield f"| {fault} | {times} |"
+    yield f"| commands accepted | {commands['accepted']} |"
+    yield f"| received by their agents | {commands['received']} |"
+    for code, times in commands["ended_by_code"].items():
+        yield f"| reported to the controller as `{code}` | {times} |"
+    yield f"| **accepted and lost** | **{_broken(found, 'lost')}** |"
+    yield f"| received more than once | {commands['received_more_than_once']} |"
+    yield f"| results that agents got a 2xx for | {commands['results_taken']} |"
+    yield f"| **times that two owners of a link sent** | **{_broken(found, 'sole_owner')}** |"
+    yield f"| longest stop of a replica by SIGTERM ({stops['count']}) | {stops['max']:.1f} s |"
+
+
+def _broken(found: dict[str, Any], rule: str) -> int:
+    return sum(1 for violation in found["violations"] if violation["rule"] == rule)
+
+
 def rendered(page: str, found: dict[str, Any]) -> str:
     """The page with its generated parts made anew."""
     for name, lines in blocks(found).items():
@@ -164,7 +189,18 @@ def rendered(page: str, found: dict[str, Any]) -> str:
 
 
 def write(found: dict[str, Any]) -> None:
-    """Keep the figures, and put them into the page."""
+    """Keep the figures, and put them into the page. Those of several replicas are of a run of their own and stay."""
+    if DATA.exists():
+        found = {"gateway": json.loads(DATA.read_text()).get("gateway", {})} | found
+    _keep(found)
+
+
+def write_gateway(found: dict[str, Any]) -> None:
+    """Keep the figures of several replicas beside the others', and put them into the page."""
+    _keep(json.loads(DATA.read_text()) | {"gateway": found})
+
+
+def _keep(found: dict[str, Any]) -> None:
     DATA.write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(rendered(PAGE.read_text(), found))
 
