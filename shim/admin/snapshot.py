@@ -5,6 +5,7 @@ Times called `…_at`, `since` and `last` are Unix seconds, `None` where somethi
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter as Counted
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -194,7 +195,11 @@ class _View:
         """Counts, and the agents themselves: those in trouble first, then the most recently seen."""
         found = list(self._bridge.sessions)
         by_http = self._by_http(found)
-        found += [self._stranger(key, call) for key, call in by_http.items() if self._bridge.sessions.get(key) is None]
+        strangers = [(key, call) for key, call in by_http.items() if self._bridge.sessions.get(key) is None]
+        total = len(found) + len(strangers)
+        # A session is made for a row only: there may be thousands of agents that have only ever called by HTTP.
+        shown = heapq.nsmallest(MAX_SESSIONS, strangers, key=lambda each: (each[1].ok, each[1].name))
+        found += [self._stranger(key, call) for key, call in shown]
         fresh = {session.key for session in found if session.key not in by_http and session.fresh(self._now)}
         unpolled = {key for key, queue in self._bridge.queues.items() if self._not_polling(key, queue)}
         others = [session for session in found if session.key not in fresh and session.key not in by_http]
@@ -205,7 +210,7 @@ class _View:
         found.sort(key=lambda session: (order.get(session.key, 5), name_of(session) or session.key.ident))
         why = Counted(call.why.value for call in by_http.values())
         return {
-            "total": len(found),
+            "total": total,
             "fresh": len(fresh),
             "silent": len(silent),
             "by_http": {each.value: why[each.value] for each in Why},

@@ -99,7 +99,7 @@ class Calls:
             return Answer(Healthy())
         owner = self._routes.owner_of(client.token)
         if owner is None:
-            return Answer(Failed(401, "a Bearer token is required"))
+            return Answer(Failed(401, "a token is required"))
         try:
             if self._ctx.settings.upstream.own_tokens:
                 self._vet(owner, client, call)

@@ -16,7 +16,7 @@ from shim.passthrough.sunset import is_over
 from shim.ports import Answer, Client, Clock, Forwarded, Lease, Proxied
 from shim.settings import Settings
 
-_NO_TOKEN = Answer(Failed(401, "a Bearer token is required"))
+_NO_TOKEN = Answer(Failed(401, "a token is required"))
 
 
 class Places:

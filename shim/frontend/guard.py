@@ -46,14 +46,14 @@ class Guard:
     def authorize(self, token: str) -> Failed | None:
         """Check a call's Bearer token, `""` if it has none."""
         if self._token is None:
-            return None if token else Failed(401, "a Bearer token is required")
+            return None if token else Failed(401, "a token is required")
         if not self._required:
             return None
         expected = self._token()
         # an upstream token that is not there yet must not let calls without a token pass
         if expected and hmac.compare_digest(token.encode(), expected.encode()):
             return None
-        return Failed(401, "the Bearer token is not accepted")
+        return Failed(401, "the token is not accepted")
 
     def _is_ours(self, host: str) -> bool:
         known = self._known.get(host)

@@ -8,6 +8,12 @@ from typing import Any
 import pytest
 
 from shim.admin import snapshot
+from shim.admin.snapshot import Facts, Snapshots
+from shim.core.fallback_record import FallbackCall, Why
+from shim.core.modes import bucket
+from shim.core.records import SessionKey
+from shim.ports import Client
+from shim.redaction import Redaction
 from tests.admin.conftest import MakePage, Page
 from tests.bridge.conftest import MakeWorld
 from tests.support.upstream import REFUSED
@@ -273,3 +279,106 @@ async def test_a_drain_is_shown(page: Page, world: World) -> None:
     assert page.sentence == ("warning", "Draining: 1 command and 0 results left; new commands are refused.")
     await world.pass_s(31)
     assert page.sentence[0] == "bad"
+
+
+# --- agents that go by the vendor's HTTP API --------------------------------------------------------------------------
+
+
+def by_http(world: World, ident: str, status: int = 204, name: str = "") -> None:
+    """An agent's call went to the vendor's HTTP API because it is outside the rollout."""
+    wall = world.clock.wall_s()
+    call = FallbackCall(wall, "heartbeat", status, "", "clusters_agent", name or ident, Why.ROLLOUT)
+    world.bridge.ctx.fallback.add(call, SessionKey("default", "cluster", ident))
+
+
+async def test_an_agent_that_goes_by_http_is_that_and_not_silent(page: Page, world: World) -> None:
+    agent = await served(world, name="prod")
+    await world.pass_s(100)
+    assert page.status()["sessions"]["silent"] == 1
+    by_http(world, agent.cluster_id, name="prod")
+    sessions = page.status()["sessions"]
+    assert (sessions["silent"], sessions["fresh"], sessions["by_http"]["rollout"]) == (0, 0, 1)
+    http = only(sessions["items"])["http"]
+    assert (http["why"], http["status"], http["served"]) == ("rollout", 204, True)
+    assert http["hash"] == round(bucket("prod"), 2)
+    await world.pass_s(1)
+    await agent.heartbeat()  # and it is back
+    sessions = page.status()["sessions"]
+    assert (sessions["fresh"], sessions["by_http"]["rollout"], only(sessions["items"])["http"]) == (1, 0, None)
+
+
+async def test_agents_that_only_ever_went_by_http_are_shown_those_that_fail_first(page: Page, world: World) -> None:
+    for number in range(snapshot.MAX_SESSIONS + 5):
+        by_http(world, f"c-{number:03}")
+    by_http(world, "c-zz", status=401, name="failing")
+    sessions = page.status()["sessions"]
+    assert (sessions["total"], len(sessions["items"])) == (snapshot.MAX_SESSIONS + 6, snapshot.MAX_SESSIONS)
+    first = sessions["items"][0]
+    assert (first["name"], first["dialect"], first["http"]["status"]) == ("failing", "clusters_agent", 401)
+    await world.pass_s(86_400)
+    assert page.status()["sessions"]["total"] == 0
+
+
+async def test_a_session_is_kept_while_its_agent_goes_by_http(make_world: MakeWorld) -> None:
+    world = await make_world(sessions={"retain_s": 7200})
+    agent = await served(world)
+    for _ in range(4):
+        await world.pass_s(3600)
+        world.bridge.detour.used(Client(TOKEN, 1), agent.heartbeat_call())
+    await world.restart()
+    await world.pass_s(700)
+    assert world.session(agent.cluster_id).registration["name"] == "prod"
+
+
+# --- agents in trouble ------------------------------------------------------------------------------------------------
+
+
+async def test_what_called_once_is_silent_for_a_day_and_a_registered_agent_for_three(page: Page, world: World) -> None:
+    await served(world, name="registered")
+    await world.agent(cluster_id="never-seen").poll()
+    await world.pass_s(100)
+    assert page.status()["sessions"]["silent"] == 2
+    world.clock.wall_offset_s += 86_400
+    assert page.status()["sessions"]["silent"] == 1
+    world.clock.wall_offset_s += 2 * 86_400
+    assert page.status()["sessions"]["silent"] == 0
+
+
+async def test_an_agent_that_only_asks_for_tunnels_is_not_registered_until_it_is(page: Page, world: World) -> None:
+    lonely = world.agent(agent_id="pod-9")
+    await lonely.tunnel_poll()
+    assert page.sentence == ("waiting", "1 agent called and registered nothing yet.")
+    for _ in range(8):
+        await world.pass_s(5)
+        await lonely.tunnel_poll()
+    assert page.sentence == ("bad", "Called, not registered: pod-9.")
+    await lonely.register()
+    await lonely.heartbeat()
+    assert page.status()["unregistered"]["total"] == 0
+    assert page.sentence[0] == "good"
+
+
+async def test_an_unknown_agent_is_in_the_sentence_and_in_its_row(page: Page, world: World) -> None:
+    agent = world.agent(cluster_id="saved")
+    world.controller.manners.acks = False
+    await agent.heartbeat()
+    await world.settle()
+    [beat] = world.controller.got("heartbeat")
+    world.controller.socket.says("error", {"error": "cluster not found"}, beat.request_id)
+    await world.settle()
+    assert page.sentence == ("bad", "The controller does not know saved, and without a name nothing can be registered.")
+    assert only(page.status()["sessions"]["items"])["trouble"] == "name_unknown"
+
+
+async def test_secrets_in_the_controllers_texts_are_masked(make_world: MakeWorld, make_page: MakePage) -> None:
+    world = await make_world()
+    page = make_page(world)
+    world.controller.manners.registers = False
+    task = world.loop.create_task(world.agent().register())
+    request = await world.controller.until("register")
+    world.controller.socket.says("error", {"error": "token=abcdef1234 is not good"}, request.request_id)
+    await task
+    facts = Facts("1", 0.0, {}, token_required=False, mask=Redaction().value)
+    status = Snapshots(world.bridge, page.sampler, [], facts).take([])
+    assert "abcdef1234" not in json.dumps(status)
+    assert "is not good" in status["controller"]["registrations"]["items"][0]["error"]

@@ -9,7 +9,7 @@ def test_calls_are_counted_for_a_minute_the_most_frequent_first() -> None:
     calls = RecentCalls()
     for at in range(5):
         calls.note(float(at), 404, "GET /a", "not found")
-    calls.note(30.0, 401, "GET /b", "a Bearer token is required")
+    calls.note(30.0, 401, "GET /b", "a token is required")
     assert [(each.kind.status, each.calls) for each in calls.last_minute(50.0)] == [(404, 5), (401, 1)]
     assert [(each.kind.status, each.calls) for each in calls.last_minute(70.0)] == [(401, 1)]
     assert calls.last_minute(90.0) == []
