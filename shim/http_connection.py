@@ -26,6 +26,10 @@ CHUNKED = -1
 logger = logging.getLogger(__name__)
 
 
+class NoRoom(Exception):
+    """A body is given up because all connections together hold too much."""
+
+
 class EmptyLine:
     """Finds the next empty line in bytes that come in pieces: no head and no chunked body ends anywhere else."""
 
@@ -91,6 +95,7 @@ class HttpConnection(RequestHandler):
         "_pipelined",
         "_raw",
         "_turned_away",
+        "_unread_bytes",
         "_unread_since_s",
         "_wire",
     )
@@ -114,6 +119,7 @@ class HttpConnection(RequestHandler):
         self._backlog = b""
         self._backlog_since_s = 0.0
         self._unread_since_s: float | None = None  # when bytes were seen in the kernel that were not read yet
+        self._unread_bytes = 0  # what came of a body with its head, and no handler has begun to read
         self._charged_bytes = 0
         self._pipelined = False
         self._pending: Any = None  # the answer that `_answered_at_once` has asked for elsewhere
@@ -140,7 +146,7 @@ class HttpConnection(RequestHandler):
         """Forget what has not been parsed, because the connection ends."""
         self._stop_head_timer()
         self._backlog = b""
-        self._head_bytes = 0
+        self._head_bytes = self._unread_bytes = 0
         self._charge()
 
     # --- requests ---
@@ -192,9 +198,11 @@ class HttpConnection(RequestHandler):
             if self._must_wait:
                 self._keep(data, since_s)
                 return
+            if self._body_left and self._body.exception() is not None:
+                return  # nobody reads the rest of a body that failed, and the connection ends with its reply
             if self._body_left:
                 size = self._size_in_body(data)
-                self._feed_body(data[:size])
+                self._take_body(data[:size])
                 data = data[size:]
             else:
                 data = self._read_head(data, since_s, waited=waited)
@@ -221,14 +229,18 @@ class HttpConnection(RequestHandler):
             self._resume_reading_for_buffer()
 
     def _charge(self) -> None:
-        """Take what is held beyond a small allowance from the budget of all connections together."""
-        held_bytes = max(0, len(self._backlog) + self._head_bytes - FREE_BYTES)
+        if not self._adjust_charge():
+            self._out_of_memory()
+
+    def _adjust_charge(self) -> bool:
+        """Take what is held beyond a small allowance from the budget of all connections; false if there is no room."""
+        held_bytes = max(0, len(self._backlog) + self._head_bytes + self._unread_bytes - FREE_BYTES)
         if held_bytes <= self._charged_bytes:
             self._budget.give_back(self._charged_bytes - held_bytes)
         elif not self._budget.take(held_bytes - self._charged_bytes):
-            self._out_of_memory()
-            return
+            return False
         self._charged_bytes = held_bytes
+        return True
 
     def _out_of_memory(self) -> None:
         if not self._open:
@@ -293,13 +305,14 @@ class HttpConnection(RequestHandler):
         self._open = True
         if rest and self._body_left:
             size = self._size_in_body(rest)
-            self._feed_body(rest[:size])
+            self._take_body(rest[:size])
             rest = rest[size:]
         self._raw = b"" if self._body_left else self._raw[: len(self._raw) - len(rest)]
         answered = self._answered_at_once(message, body, arrived_s)
         self._raw = b""
         if answered:
             self._open = self._pending is not None
+            self._unread_bytes = 0
         else:
             self._arrived_s = arrived_s
             self._request_count += 1
@@ -344,9 +357,13 @@ class HttpConnection(RequestHandler):
     def end_after_reply(self) -> None:
         """Close after a last reply, but throw away for a moment what still comes: a reset would destroy the reply."""
         self._turned_away = True
+        self._parser = self._http = None  # what it has of an unfinished head is large
         self._drop_what_is_held()
         if not self._body.is_eof():
             self._body.feed_eof()  # else aiohttp would read on
+        self._forget_body()
+        self._reading_paused = self._buffer_paused = False
+        self._resume_transport_reading()  # a peer that cannot write on does not read the reply
         wire = self._wire
         if wire is not None and not wire.is_closing():
             if wire.can_write_eof():
@@ -364,6 +381,29 @@ class HttpConnection(RequestHandler):
         self._empty_lines += 1
         return self._empty_line.find(data) or len(data)
 
+    def _take_body(self, data: bytes) -> None:
+        """Hand a piece of a body to its reader, or fail the body where all connections together hold too much."""
+        self._unread_bytes += len(data)
+        if self._adjust_charge():
+            self._loop.call_soon(self._release_body)  # directly before a reader that waits wakes up and takes it over
+            self._feed_body(data)
+        else:
+            self._unread_bytes = 0
+            self._body_left = CHUNKED
+            self._forget_body()
+            self._body.set_exception(NoRoom())
+
+    def _forget_body(self) -> None:
+        """Free what nobody is going to read of a body: aiohttp keeps its reader until the next request."""
+        if self._body is not EMPTY_PAYLOAD:
+            self._body._buffer.clear()  # noqa: SLF001 - reading it would make aiohttp parse on
+            self._body._size = self._body._buffer_offset = 0  # noqa: SLF001
+
+    def _release_body(self) -> None:
+        if self._unread_bytes and not self._messages:
+            self._unread_bytes = 0
+            self._adjust_charge()
+
     def _feed_body(self, data: bytes) -> None:
         fault: Exception | None = None
         messages: Any = ()
@@ -375,7 +415,7 @@ class HttpConnection(RequestHandler):
         if self._empty_lines > MAX_EMPTY_LINES or (fault is None and messages):
             fault = RequestPayloadError("the body cannot be read")
         if body.exception() is not None or fault is not None:
-            self._body_left = 0
+            self._body_left = CHUNKED
             if not self._open:
                 self.force_close()  # its reply has been written, and nobody reads the rest
             elif fault is not None and body.exception() is None:
@@ -396,7 +436,8 @@ class HttpConnection(RequestHandler):
     def _request_over(self) -> None:
         """Go on with what waits behind a request that is answered."""
         self._open = False
-        if self._upgraded and self._payload_parser is None:
+        self._unread_bytes = 0
+        if self._upgraded and self._payload_parser is None and self._http is not None:
             self._upgraded = False  # the upgrade was declined
             self._http.set_upgraded(False)
         if self._parser is not None and not (self._close or self._force_close):

@@ -26,7 +26,7 @@ from shim.admin.series import Sampler
 from shim.admin.snapshot import Facts, Snapshots
 from shim.admin.subject import Subject
 from shim.errors import ConfigError, OperatorError
-from shim.http_connection import LINGER_S
+from shim.http_connection import LINGER_S, NoRoom
 from shim.listening import bind
 from shim.redaction import Redaction
 from shim.settings import Admin
@@ -205,6 +205,8 @@ async def _say_errors(request: web.Request, handler: Handler) -> web.StreamRespo
     except OperatorError as error:
         headers = {hdrs.WWW_AUTHENTICATE: "Bearer"} if error.status == 401 else None
         return web.json_response({"error": str(error)}, status=error.status, headers=headers)
+    except NoRoom:
+        return web.json_response({"error": "too many large requests at a time"}, status=503)
     except (RequestPayloadError, HttpProcessingError):
         return web.json_response({"error": "the body cannot be read"}, status=400)
     except web.HTTPException as error:

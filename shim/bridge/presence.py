@@ -11,6 +11,7 @@ from shim.bridge.connection import Connection
 from shim.bridge.context import ENVELOPE_BYTES, Context
 from shim.bridge.registrations import Registrations
 from shim.bridge.routes import Routes
+from shim.core.bounds import MAX_ALL_KEPT_BYTES
 from shim.core.calls import Kind
 from shim.core.coverage import ACK_GRACE_S, Covered
 from shim.core.records import SessionKey
@@ -37,6 +38,8 @@ class Presence:
         self._routes = routes
         self._held: dict[SessionKey, Session] = {}
         self._status: dict[SessionKey, dict[str, Any]] = {}
+        self._status_sizes: dict[SessionKey, int] = {}
+        self._status_bytes = 0
         self._status_at: dict[SessionKey, float] = {}
         self._status_timed: set[SessionKey] = set()
         self._acks_seen = False
@@ -181,10 +184,15 @@ class Presence:
     def status(self, session: Session, body: dict[str, Any]) -> None:
         """A cluster status report: the latest wins, at most one in 30 s goes up."""
         upstream = self._ctx.settings.upstream
-        if not upstream.send_status or len(msgspec.json.encode(body)) + ENVELOPE_BYTES > upstream.max_send_bytes:
+        size_bytes = len(msgspec.json.encode(body))
+        self._drop_status(session.key)  # the latest wins
+        too_large = size_bytes + ENVELOPE_BYTES > upstream.max_send_bytes
+        if not upstream.send_status or too_large or self._status_bytes + size_bytes > MAX_ALL_KEPT_BYTES:
             self._ctx.metrics.status_dropped.inc()
             return
         self._status[session.key] = body
+        self._status_sizes[session.key] = size_bytes
+        self._status_bytes += size_bytes
         if session.key in self._status_timed:
             return
         last = self._status_at.get(session.key)
@@ -207,14 +215,19 @@ class Presence:
         told = connection is not None and self._is_told(session, connection)
         if speaks and not told and session.register_payload(self.identity()) is not None:
             return  # an adopted agent's: it follows the registration, which its heartbeat brings about
-        body = self._status.pop(session.key)
+        body = self._status[session.key]
+        self._drop_status(session.key)
         if connection is None or not speaks or not told:
             self._ctx.metrics.status_dropped.inc()
             return
         self._status_at[session.key] = self._ctx.now
         connection.send_status(body)
 
+    def _drop_status(self, key: SessionKey) -> None:
+        if self._status.pop(key, None) is not None:
+            self._status_bytes -= self._status_sizes.pop(key)
+
     def forget(self, key: SessionKey) -> None:
         """The session is gone."""
-        self._status.pop(key, None)
+        self._drop_status(key)
         self._status_at.pop(key, None)

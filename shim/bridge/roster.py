@@ -13,12 +13,14 @@ from shim.core.calls import HeartbeatCall, Kind, RegisterCall, Registered, Targe
 from shim.core.records import Loaded, SessionKey
 from shim.core.sessions import Session
 from shim.core.usage import Usage
-from shim.errors import StoreError
+from shim.errors import AgentError, StoreError
 from shim.logs import get
 
 log = get(__name__)
 
 SAVE_SEEN_EVERY_S = 3600.0
+
+KEEP_AGAIN_S = 30
 
 
 class Roster:
@@ -138,8 +140,12 @@ class Roster:
         return session
 
     def heartbeat(self, owner: str, call: HeartbeatCall) -> Session:
-        """The session of a heartbeat, which is also news of the agent's id."""
+        """Return the session of a heartbeat, which is also news of the agent's id. Raises `AgentError` 503."""
+        sessions = self._ctx.sessions
+        if not sessions.has_room_for(sessions.get(sessions.key_of(owner, call.target)), call):
+            raise AgentError(503, "too many large heartbeats are kept", retry_after_s=KEEP_AGAIN_S)
         session = self.called(owner, call.target, call.dialect)
+        sessions.keep(session, call)
         if call.agent_id and session.agent_id and call.agent_id != session.agent_id:
             session.new_process()
         session.beat(call, self._ctx.now)

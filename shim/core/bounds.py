@@ -21,6 +21,14 @@ MAX_URL_CHARS = 2048
 """Addresses that the controller names: of gateways, tunnels and API servers."""
 MAX_KEPT_BYTES = 65_536
 """JSON bytes of one registration, heartbeat or tunnel state: the newest of each agent is kept in memory."""
+MAX_KEPT_VALUES = 2000
+"""Texts, numbers, lists and objects in one registration or heartbeat; beyond: 413."""
+MAX_ALL_KEPT_BYTES = 6_291_456
+"""JSON bytes of the heartbeats of all agents that are kept, and as much again for status reports that wait."""
+FREE_KEPT_BYTES = 1024
+"""Bytes of each heartbeat that are not counted there: a usual one is never refused for others' large ones."""
+MAX_VALUES = 250_000
+"""Values in one body; each takes more memory than it has bytes. Beyond: 413."""
 MAX_TEXT_CHARS = 4096
 """Reasons and error texts that are passed on."""
 MAX_SHOWN_CHARS = 64

@@ -50,7 +50,7 @@ class HeartbeatCall(msgspec.Struct, frozen=True):
     For the dialect `agents`, which knows no tunnel status, `tunnel_status` is `disconnected` then. `payload` holds
     `metadata` and monitoring groups exactly as they go upstream; `known` what the call tells about the agent for an
     adopted session's registration (`name`, `agent_version`, …; protocol.md §1.4). `secret` is the ServiceAccount token
-    that one generation sends here too; it is held in memory only.
+    that one generation sends here too; it is held in memory only. `size_bytes` is the body's size.
     """
 
     dialect: str
@@ -61,6 +61,7 @@ class HeartbeatCall(msgspec.Struct, frozen=True):
     payload: dict[str, Any] = {}
     known: dict[str, Any] = {}
     secret: str = ""
+    size_bytes: int = 0
 
     def __repr__(self) -> str:
         return f"HeartbeatCall({self.dialect!r}, {self.target!r}, {self.agent_id!r}, {self.status!r})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES
 from shim.core.calls import HeartbeatCall, Kind, Target
 from shim.core.coverage import Coverage
 from shim.core.hold import Hold, Samples, middle_of, remember
@@ -33,6 +34,7 @@ class Session:
         "heartbeat_at",
         "held",
         "hold",
+        "kept_bytes",
         "key",
         "known",
         "measured_interval_s",
@@ -78,6 +80,7 @@ class Session:
         self.held = 0
         self.coverage = Coverage()
         self.heartbeat: HeartbeatCall | None = None
+        self.kept_bytes = 0
         self.sent_at: float | None = None
         self.sent_words: tuple[str, str] | None = None
         self.told_on = 0
@@ -225,6 +228,7 @@ class Sessions:
         self._aliases: dict[tuple[str, str], SessionKey] = {}
         self._by_owner: dict[str, dict[SessionKey, Session]] = {}
         self._by_upstream_id: dict[tuple[str, str], dict[SessionKey, Session]] = {}
+        self._kept_bytes = 0
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -274,6 +278,8 @@ class Sessions:
 
     def remove(self, session: Session) -> None:
         """Forget a session and its aliases."""
+        if session.key in self._by_key:
+            self._kept_bytes -= session.kept_bytes
         self._by_key.pop(session.key, None)
         self._drop_from_index(session)
         owned = self._by_owner.get(session.key.owner, {})
@@ -282,6 +288,16 @@ class Sessions:
             self._by_owner.pop(session.key.owner, None)
         for alias in [alias for alias, key in self._aliases.items() if key == session.key]:
             del self._aliases[alias]
+
+    def has_room_for(self, session: Session | None, call: HeartbeatCall) -> bool:
+        """Return true if a heartbeat can be kept in the place of the session's last one."""
+        more_bytes = _counted_bytes(call) - (0 if session is None else session.kept_bytes)
+        return more_bytes <= 0 or self._kept_bytes + more_bytes <= MAX_ALL_KEPT_BYTES
+
+    def keep(self, session: Session, call: HeartbeatCall) -> None:
+        """Count the heartbeat that a session keeps from now on."""
+        self._kept_bytes += _counted_bytes(call) - session.kept_bytes
+        session.kept_bytes = _counted_bytes(call)
 
     def alias(self, owner: str, agent_id: str) -> Session | None:
         """The session that this agent id of the owner stands for."""
@@ -335,3 +351,7 @@ class Sessions:
     def _of_agent(self, owner: str, agent_id: str) -> list[Session]:
         aliased = self.alias(owner, agent_id) or self.get(SessionKey(owner, Kind.AGENT.value, agent_id))
         return [aliased] if aliased is not None else []
+
+
+def _counted_bytes(call: HeartbeatCall) -> int:
+    return max(0, call.size_bytes - FREE_KEPT_BYTES)

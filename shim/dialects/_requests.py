@@ -13,7 +13,15 @@ from typing import Any
 import msgspec
 
 from shim.core import rfc3339
-from shim.core.bounds import MAX_ID_BYTES, MAX_KEPT_BYTES, MAX_LABELS, MAX_NAME_CHARS, MAX_WORD_CHARS, cut
+from shim.core.bounds import (
+    MAX_ID_BYTES,
+    MAX_KEPT_BYTES,
+    MAX_KEPT_VALUES,
+    MAX_LABELS,
+    MAX_NAME_CHARS,
+    MAX_WORD_CHARS,
+    cut,
+)
 from shim.core.calls import HeartbeatCall, RegisterCall, ResultCall, Target
 from shim.dialects import MAX_DEPTH, Call, valid_id
 from shim.errors import AgentError
@@ -80,7 +88,23 @@ def bounded_object(call: Call) -> dict[str, Any]:
     """Return the JSON object of a call whose content is kept. Raises `AgentError` 413 if it is too large for that."""
     if call.size_bytes > MAX_KEPT_BYTES:
         raise AgentError(413, f"a registration or heartbeat may have {MAX_KEPT_BYTES} bytes, this one has more")
-    return body_object(call)
+    body = body_object(call)
+    if call.size_bytes > MAX_KEPT_VALUES and _count_values(body) > MAX_KEPT_VALUES:
+        raise AgentError(413, f"a registration or heartbeat may have {MAX_KEPT_VALUES} values, this one has more")
+    return body
+
+
+def _count_values(value: Any) -> int:
+    found, level = 0, [value]
+    while level:
+        found += len(level)
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return found
 
 
 def first_text(source: Mapping[str, Any], *keys: str) -> str:
@@ -168,7 +192,14 @@ def _cleaned(value: Any) -> Any:
 
 
 def read_heartbeat(
-    dialect: str, target: Target, agent_id: str, body: dict[str, Any], *, tunnel_status: str = "", secret: str = ""
+    dialect: str,
+    target: Target,
+    agent_id: str,
+    body: dict[str, Any],
+    *,
+    size_bytes: int = 0,
+    tunnel_status: str = "",
+    secret: str = "",
 ) -> HeartbeatCall:
     """Read a heartbeat of `target`. An empty `agent_id` is unknown.
 
@@ -187,6 +218,7 @@ def read_heartbeat(
         payload=payload,
         known=_known(body, object_or_empty(metadata)),
         secret=secret,
+        size_bytes=size_bytes,
     )
 
 

@@ -27,7 +27,9 @@ def parse(operation: str, call: Call) -> AgentCall:
     if operation == "heartbeat":
         # `proxy_status` is no tunnel status: these agents have no tunnel to tell of (protocol.md §2)
         body = _requests.bounded_object(call)
-        return _requests.read_heartbeat(NAME, target, agent_id, body, tunnel_status="disconnected")
+        return _requests.read_heartbeat(
+            NAME, target, agent_id, body, size_bytes=call.size_bytes, tunnel_status="disconnected"
+        )
     if operation == "status":
         return StatusCall(NAME, target, _requests.body_object(call))
     if operation == "poll":

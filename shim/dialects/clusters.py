@@ -25,4 +25,6 @@ def parse(operation: str, call: Call) -> AgentCall:
     cluster_id = _requests.text(body.get("cluster_id"))
     target = Target(Kind.CLUSTER, valid_id(cluster_id, "cluster_id")) if cluster_id else Target(Kind.ALIAS, agent_id)
     # it also repeats that token in its heartbeats, which is all there is of it after a restart of the shim
-    return _requests.read_heartbeat(NAME, target, agent_id, body, secret=_requests.text(body.get("token")))
+    return _requests.read_heartbeat(
+        NAME, target, agent_id, body, size_bytes=call.size_bytes, secret=_requests.text(body.get("token"))
+    )

@@ -27,7 +27,9 @@ def parse(operation: str, call: Call) -> AgentCall:
         # the path's cluster id wins over the body's
         body = _requests.bounded_object(call)
         agent_id = _requests.text(body.get("agent_id"))
-        return _requests.read_heartbeat(NAME, target, agent_id and valid_id(agent_id, "agent_id"), body)
+        return _requests.read_heartbeat(
+            NAME, target, agent_id and valid_id(agent_id, "agent_id"), body, size_bytes=call.size_bytes
+        )
     if operation == "poll":
         return PollCall(NAME, target)
     if operation == "tunnel_info":

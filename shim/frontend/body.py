@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -13,11 +14,13 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
 from shim import jsontext
-from shim.core.bounds import FREE_BYTES
+from shim.core.bounds import FREE_BYTES, MAX_VALUES
 from shim.dialects import MAX_DEPTH
 from shim.errors import AgentError
 from shim.frontend.limits import RETRY_AFTER_S
-from shim.http_connection import Budget
+from shim.http_connection import Budget, NoRoom
+
+_TEXTS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 class BodyRefused(AgentError):
@@ -48,6 +51,8 @@ async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float
         return bytes(data)
     except TimeoutError:
         raise BodyRefused(408, "the body did not arrive in time") from None
+    except NoRoom:
+        raise BodyRefused(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S) from None
     except (HttpProcessingError, RequestPayloadError):
         raise BodyRefused(400, "the body cannot be read") from None
     finally:
@@ -86,14 +91,21 @@ def peek(payload: StreamReader) -> bytes:
 def decode_body(data: bytes, replaced: Callable[[], None]) -> Any:
     """Return the JSON value of a body, `None` if it is empty; `replaced` as in `jsontext.decode`.
 
-    Raises `AgentError` 400.
+    Raises `AgentError` 400, or 413 for more values than memory is meant for.
     """
     if not data:
         return None
+    if _count_values(data) > MAX_VALUES and _count_values(_TEXTS.sub(b"", data)) > MAX_VALUES:
+        raise AgentError(413, f"the body may have {MAX_VALUES} values, this one has more")
     try:
         return jsontext.decode(data, replaced)
     except (ValueError, RecursionError):
         raise AgentError(400, "the body is not valid JSON") from None
+
+
+def _count_values(data: bytes) -> int:
+    """Return how many values a JSON text has at most: each follows one of these, but for those within texts."""
+    return data.count(b",") + data.count(b":") + data.count(b"[") + data.count(b"{")
 
 
 def is_shallow(data: bytes) -> bool:

@@ -186,6 +186,8 @@ class Connection(HttpConnection):
     def begin_request(self) -> float:
         """Called once by the handler of each request; returns the loop time of its first byte."""
         self._note_next_request()
+        self._unread_bytes = 0
+        self._charge()
         return self._arrived_s
 
     def _note_next_request(self) -> None:

@@ -43,6 +43,8 @@ from shim.settings import Listen
 
 MAX_LINE_BYTES = 16_384
 BACKLOG = 1024
+RECEIVE_BYTES = 32_768
+"""What the kernel buffers of a connection, and so about the most that is read of it in one turn of the loop."""
 READ_BYTES = 65_536
 """A body that nobody reads yet is buffered up to twice as much; then reading pauses."""
 
@@ -138,6 +140,8 @@ class Frontend:
             read_bufsize=READ_BYTES,
             auto_decompress=False,  # `content_coding` does it where a body is understood here
         )
+        for bound in self._sockets:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         host, port = self._sockets[0].getsockname()[:2]
         if self._tls is not None:
             self._handshakes = TlsListener(self._web, self._tls, listen.header_timeout_s, BACKLOG)

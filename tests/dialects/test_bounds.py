@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shim import dialects
-from shim.core.bounds import MAX_KEPT_BYTES, MAX_LABELS, MAX_NAME_CHARS, MAX_WORD_CHARS
+from shim.core.bounds import MAX_KEPT_BYTES, MAX_KEPT_VALUES, MAX_LABELS, MAX_NAME_CHARS, MAX_WORD_CHARS
 from shim.core.calls import HeartbeatCall, RegisterCall
 from shim.dialects import Call
 from shim.errors import AgentError
@@ -71,4 +71,15 @@ def test_what_is_kept_of_an_agent_is_bounded(name: str, operation: str) -> None:
     BY_NAME[name].parse(operation, Call(params, body, size_bytes=MAX_KEPT_BYTES))
     with pytest.raises(AgentError) as refused:
         BY_NAME[name].parse(operation, Call(params, body, size_bytes=MAX_KEPT_BYTES + 1))
+    assert refused.value.status == 413
+
+
+@pytest.mark.parametrize("name", ["agents", "clusters", "clusters_agent"])
+def test_a_heartbeat_of_many_small_values_is_refused_because_each_takes_more_memory_than_it_has_bytes(
+    name: str,
+) -> None:
+    params = {"agent_id": "a", "cluster_id": "c"}
+    body: dict[str, Any] = {"metadata": {"a": [[]] * MAX_KEPT_VALUES}}
+    with pytest.raises(AgentError, match="2000 values") as refused:
+        BY_NAME[name].parse("heartbeat", Call(params, body, size_bytes=3 * MAX_KEPT_VALUES))
     assert refused.value.status == 413

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from shim.core.bounds import MAX_HEAD_BYTES, MAX_WAITING_BYTES
+from shim.core.bounds import MAX_HEAD_BYTES, MAX_VALUES, MAX_WAITING_BYTES
 from shim.core.calls import AgentCall, PollCall
 from shim.ports import Answer, Client
 from shim.settings import Listen, TlsFiles
@@ -407,3 +407,18 @@ async def test_an_agent_with_enough_in_flight_is_refused_either_way(
             await house.turn()
         assert (await agent.reply()).status == 429
         held.go.set()
+
+
+@pytest.mark.parametrize("values, status", [(MAX_VALUES + 2, 413), (1000, 200)])
+async def test_a_body_may_have_so_many_values(values: int, status: int) -> None:
+    async with running() as house:
+        body = b'{"pods":[' + b"[]," * values + b"[]]}"
+        reply = await house.ask(post("/api/v1/agents/a/status", body, "Authorization: Bearer t"))
+        assert reply.status == status
+
+
+async def test_commas_in_a_text_are_no_values() -> None:
+    async with running() as house:
+        body = b'{"success":true,"output":"' + b'a,[{:\\",' * 100_000 + b'"}'
+        path = "/api/v1/clusters/agent/c1/commands/k/result"
+        assert (await house.ask(post(path, body, "Authorization: Bearer t"))).status == 200

@@ -1,0 +1,179 @@
+"""Floods of docs/threat-model.md#bounds against a process with the chart's memory limit.
+
+The kernel kills nothing, and meanwhile another agent's heartbeats and the kubelet's probes are never refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import resource
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.security.knock import Line, ask, request
+from tests.support.cgroup import memory_cgroup
+from tests.support.processes import Shim, world
+
+ROOT = Path(__file__).parents[2]
+BASE = "/api/v1/clusters/agent"
+UNITS = {"Mi": 2**20, "Gi": 2**30}
+LINES = "".join(f"X-{number}: {'x' * 15_000}\r\n" for number in range(2)).encode()
+SEND_S = 3.0
+
+
+def chart_limit_bytes() -> int:
+    """Return the memory limit that the chart gives the container."""
+    text: str = yaml.safe_load((ROOT / "helm/agent-shim/values.yaml").read_text())["resources"]["limits"]["memory"]
+    return int(text[:-2]) * UNITS[text[-2:]]
+
+
+def head(path: str, lines: bytes = b"") -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n".encode() + lines + b"\r\n"
+
+
+class Flood:
+    """An attacker with many connections to both ports."""
+
+    def __init__(self, shim: Shim) -> None:
+        self.shim = shim
+        self.lines: list[Line] = []
+
+    async def opens(self, address: str, number: int) -> list[Line]:
+        lines = [await Line.to(address) for _ in range(number)]
+        self.lines += lines
+        return lines
+
+    async def sends(self, address: str, number: int, data: Callable[[int], bytes]) -> None:
+        """Send on so many connections at once, as far as the peer takes it."""
+
+        async def one(index: int, line: Line) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SEND_S):
+                    await line.send(data(index))
+
+        lines = await self.opens(address, number)
+        await asyncio.gather(*(one(index, line) for index, line in enumerate(lines)))
+
+    async def asks(self, number: int, rounds: int, data: Callable[[int, int], bytes]) -> None:
+        """Make requests one after the other on each of so many connections."""
+
+        async def one(index: int, line: Line) -> None:
+            for turn in range(rounds):
+                await line.send(data(index, turn))
+                if not (await line.reply()).status:
+                    return
+
+        lines = await self.opens(self.shim.url, number)
+        await asyncio.gather(*(one(index, line) for index, line in enumerate(lines)))
+
+
+async def requests_behind_held_polls(it: Flood) -> None:
+    await it.sends(it.shim.url, 100, lambda n: head(f"{BASE}/p{n // 8}/poll") + head("/api/v1/health", LINES) * 200)
+
+
+async def unfinished_heads(it: Flood) -> None:
+    await it.sends(it.shim.url, 1900, lambda _: head("/", LINES)[:-2])
+
+
+async def unfinished_bodies(it: Flood) -> None:
+    await it.sends(it.shim.url, 1200, lambda n: request("POST", f"{BASE}/s{n}/heartbeat", body=b"x" * 900_000)[:-1])
+
+
+async def large_bodies_at_once(it: Flood) -> None:
+    await it.sends(it.shim.url, 1200, lambda _: request("POST", f"{BASE}/s/heartbeat", body=b'"' + b"x" * 200_000))
+
+
+async def bodies_of_many_values(it: Flood) -> None:
+    body = b'{"pods":[' + b"[]," * 1_300_000 + b"[]]}"
+    await it.asks(20, 1, lambda n, _: request("POST", f"/api/v1/agents/v{n}/status", body=body))
+
+
+async def agents_with_large_heartbeats(it: Flood) -> None:
+    body = json.dumps({"metadata": {"a": "x" * 60_000}}).encode()
+    await it.asks(50, 30, lambda n, turn: request("POST", f"{BASE}/a{n}-{turn}/heartbeat", body=body))
+
+
+async def compressed_bodies(it: Flood) -> None:
+    bomb = gzip.compress(b'{"a":"' + b"x" * 50_000_000 + b'"}', 9)
+    await it.sends(
+        it.shim.url, 200, lambda n: request("POST", f"{BASE}/b{n}/heartbeat", "Content-Encoding: gzip", body=bomb)
+    )
+
+
+async def the_admin_port(it: Flood) -> None:
+    await it.sends(it.shim.admin, 64, lambda _: head("/healthz") + head("/metrics", LINES) * 200)
+    await it.sends(it.shim.admin, 200, lambda _: head("/", LINES)[:-2])
+    await it.sends(it.shim.admin, 60, lambda _: head("/uplot.js") * 1000)
+
+
+FLOODS: tuple[Callable[[Flood], Awaitable[None]], ...] = (
+    requests_behind_held_polls,
+    unfinished_heads,
+    unfinished_bodies,
+    large_bodies_at_once,
+    bodies_of_many_values,
+    agents_with_large_heartbeats,
+    compressed_bodies,
+    the_admin_port,
+)
+
+
+@asynccontextmanager
+async def many_descriptors() -> AsyncIterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class Bystanders:
+    """Another agent, on a connection of its own and on new ones, and the kubelet."""
+
+    def __init__(self, shim: Shim) -> None:
+        self._shim = shim
+        self._beat = request("POST", f"{BASE}/bystander/heartbeat", body=b'{"status":"healthy"}')
+        self.statuses: list[tuple[str, int]] = []
+        self.over = asyncio.Event()
+
+    async def watch(self) -> None:
+        kept = await Line.to(self._shim.url)
+        while not self.over.is_set():
+            await kept.send(self._beat)
+            self.statuses.append(("heartbeat", (await kept.reply()).status))
+            self.statuses.append(("heartbeat, new connection", (await ask(self._shim.url, self._beat)).status))
+            self.statuses.append(("/healthz", (await ask(self._shim.admin, request("GET", "/healthz"))).status))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await self.over.wait()
+        kept.close()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("flood", FLOODS)
+async def test_a_flood_fits_into_the_charts_memory_and_others_are_served(
+    tmp_path: Path, flood: Callable[[Flood], Awaitable[None]]
+) -> None:
+    with memory_cgroup(chart_limit_bytes()) as cgroup:
+        if cgroup is None:
+            pytest.skip("no memory cgroup can be made here")
+        async with many_descriptors(), world(tmp_path) as (shim, _):
+            shim.program = cgroup.entering(*shim.program)
+            await shim.start()
+            it, others = Flood(shim), Bystanders(shim)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(others.watch())
+                await flood(it)
+                others.over.set()
+            for line in it.lines:
+                line.close()
+            assert cgroup.kills == 0
+            assert {status for _, status in others.statuses} == {200}, others.statuses
+            assert await shim.stop() == 0
