@@ -20,6 +20,7 @@ from shim import settings
 from shim.store import CommitProbe, Partition
 from shim.store.delivery import Post
 from shim.store.postgres.database import prepare
+from shim.store.postgres.engine import PATIENCE_S
 from shim.store.postgres.store import PostgresStore
 from tests.support.processes import free_port
 
@@ -145,7 +146,7 @@ class Postgres:
         command = [str(BIN / program), *map(str, args)]
         done = subprocess.run(
             command, check=False, cwd="/", capture_output=True, text=True, timeout=120,
-            user=_user(), group=_user(), extra_groups=() if _user() else None,
+            user=user(), group=user(), extra_groups=() if user() else None,
             env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C"}, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         if check and done.returncode:
@@ -153,10 +154,10 @@ class Postgres:
 
     def _own(self, path: Path) -> None:
         if os.getuid() == 0:
-            shutil.chown(path, _user(), _user())
+            shutil.chown(path, user(), user())
 
 
-def _user() -> str | None:
+def user() -> str | None:
     """PostgreSQL refuses to run as root."""
     return "postgres" if os.getuid() == 0 and any(each.pw_name == "postgres" for each in pwd.getpwall()) else None
 
@@ -195,8 +196,15 @@ def lease(url: str, shard: int = 0, process: str = "p1") -> Partition:
     return Partition(shard, fence, process)
 
 
-def store(url: str, post: Post, probe: CommitProbe | None = None, shard: int = 0, process: str = "p1") -> PostgresStore:
+def store(
+    url: str,
+    post: Post,
+    probe: CommitProbe | None = None,
+    shard: int = 0,
+    process: str = "p1",
+    patience_s: float = PATIENCE_S,
+) -> PostgresStore:
     """The store of a shard, its schema made and its lease taken."""
     configured = settings.Store(url=url)
     prepare(configured)
-    return PostgresStore(configured, post, probe, lease(url, shard, process))
+    return PostgresStore(configured, post, probe, lease(url, shard, process), patience_s)

@@ -33,7 +33,7 @@ INSERT INTO meta (key, value)
     VALUES ('application', 'agent-shim'), ('schema_version', '0'), ('min_reader_version', '0');
 ALTER TABLE commands ADD COLUMN live boolean
     GENERATED ALWAYS AS (state NOT IN ('delivered', 'answered', 'closed', 'expired', 'dead')) STORED;
-ALTER TABLE commands SET (fillfactor = 80);
+ALTER TABLE commands SET (fillfactor = 50);
 CREATE INDEX commands_live ON commands (shard, seq) WHERE live;
 CREATE INDEX commands_by_arrival ON commands (shard, arrived);
 CREATE INDEX outbox_by_owner ON outbox (owner, seq);

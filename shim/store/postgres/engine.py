@@ -34,7 +34,12 @@ PATIENCE_S = 8.0
 _COMMIT_S = 15.0
 """How long a COMMIT may take: one that waits for a standby is waited for, a server that hangs is left."""
 _PAUSE_S = 0.3
-_SESSION = {"statement_timeout": "8000", "lock_timeout": "4000", "idle_in_transaction_session_timeout": "5000"}
+_SESSION = {
+    "statement_timeout": "8000",
+    "lock_timeout": "4000",
+    "idle_in_transaction_session_timeout": "5000",
+    "jit": "off",
+}
 # What is wrong with the submission itself: its data, a constraint, a limit of the server.
 _OWN_FAULT = ("22", "23", "54")
 
@@ -80,7 +85,8 @@ class PostgresDatabase:
 class PostgresEngine:
     """A `store.writer.Engine`. `refuse` answers what is queued while nobody knows when the database will answer."""
 
-    def __init__(self, configured: settings.Store, partition: Partition) -> None:
+    def __init__(self, configured: settings.Store, partition: Partition, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
         self._configured = configured
         self._partition = partition
         self._key = (partition.shard, partition.fence)
@@ -221,7 +227,7 @@ class PostgresEngine:
         while self._pipeline is None:
             if self._down_since_s is None:
                 self._down_since_s = monotonic()
-            late = self._closing.is_set() or monotonic() - self._down_since_s > PATIENCE_S
+            late = self._closing.is_set() or monotonic() - self._down_since_s > self._patience_s
             if late and not patient and monotonic() - self._tried_s < _PAUSE_S:
                 raise self._cause
             self._tried_s = monotonic()
@@ -270,5 +276,5 @@ class PostgresEngine:
         """Refuse what is queued, once the database has kept us waiting for too long."""
         if self._down_since_s is None:
             self._down_since_s = monotonic()
-        if monotonic() - self._down_since_s > PATIENCE_S:
+        if monotonic() - self._down_since_s > self._patience_s:
             self.refuse(self._cause)

@@ -6,7 +6,7 @@ from shim import settings
 from shim.core.records import Loaded
 from shim.store.database import Partition
 from shim.store.delivery import Post
-from shim.store.postgres.engine import PostgresEngine
+from shim.store.postgres.engine import PATIENCE_S, PostgresEngine
 from shim.store.queued import QueuedStore
 from shim.store.writer import CommitProbe, Writer
 
@@ -16,9 +16,17 @@ CLOSE_S = 3.0
 class PostgresStore(QueuedStore):
     """A `ports.CommandStore` for who holds the shard's lease. `database.prepare` has been called in this process."""
 
-    def __init__(self, configured: settings.Store, post: Post, probe: CommitProbe | None, partition: Partition) -> None:
+    def __init__(
+        self,
+        configured: settings.Store,
+        post: Post,
+        probe: CommitProbe | None,
+        partition: Partition,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        """`patience_s` is how long a submission waits for a database that does not answer, before it is refused."""
         super().__init__(post)
-        self._engine = PostgresEngine(configured, partition)
+        self._engine = PostgresEngine(configured, partition, patience_s)
         self._probe = probe
 
     def open(self) -> Loaded:
