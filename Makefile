@@ -82,7 +82,7 @@ sbom: $(DEV) ## CycloneDX bills of materials into dist/: the wheel's, and with I
 	$(BIN)/python -m supply.sbom dist/agent-shim.cdx.json
 	$(if $(IMAGE),$(BIN)/python -m supply.sbom dist/agent-shim-image.cdx.json --image $(IMAGE))
 
-licenses: $(DEV) ## write docs/licenses.md from the locked packages' metadata
+licenses: $(DEV) ## write docs/reference/licenses.md from the locked packages' metadata
 	$(BIN)/python -m supply.licenses --write
 
 clean: ## remove what the targets above made

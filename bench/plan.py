@@ -1,4 +1,4 @@
-"""`python -m bench.plan [--json FILE]`: a fleet on paper, from what was measured (docs/scaling.md).
+"""`python -m bench.plan [--json FILE]`: a fleet on paper, from what was measured (docs/how-to/several-replicas.md).
 
 Nothing but arithmetic: the sizing rows of the benchmark's JSON give what an agent costs, the fleet below what there is.
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "scaling.md"
-MEASURED = ROOT / "docs" / "performance.json"
+PAGE = ROOT / "docs" / "how-to" / "several-replicas.md"
+MEASURED = ROOT / "docs" / "reference" / "performance.json"
 BEGIN = "<!-- plan: begin -->"
 END = "<!-- plan: end -->"
 
@@ -188,7 +188,9 @@ def page(before: str, lines: Sequence[str]) -> str:
 def main() -> int:
     """Write the page; with `--check` say whether it is what the JSON makes of it."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__)
-    parser.add_argument("--json", type=Path, default=MEASURED, metavar="FILE", help="the JSON beside docs/sizing.md")
+    parser.add_argument(
+        "--json", type=Path, default=MEASURED, metavar="FILE", help="the JSON beside docs/reference/sizing.md"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page would change")
     given = parser.parse_args()
     before = PAGE.read_text()

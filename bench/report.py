@@ -16,11 +16,11 @@ from shim.tools.latency import duration
 BEGIN = "<!-- bench: begin -->"
 END = "<!-- bench: end -->"
 DOCS = ROOT / "docs"
-DATA = DOCS / "performance.json"
+DATA = DOCS / "reference" / "performance.json"
 PAGES = {
     "README.md": ROOT / "README.md",
-    "performance.md": DOCS / "performance.md",
-    "sizing.md": DOCS / "sizing.md",
+    "performance.md": DOCS / "reference" / "performance.md",
+    "sizing.md": DOCS / "reference" / "sizing.md",
 }
 OF_SIZING = (sizing.PART, traffic.PART)
 

@@ -1,4 +1,7 @@
-"""Draw docs/state-machines.md from the tables of `shim.core`: `make docs` writes it, `--check` compares."""
+"""Draw docs/contributing/state-machines.md from the tables of `shim.core`.
+
+`make docs` writes the page, `--check` compares it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from shim.core.link import Link, LinkPolicy, LinkState
 from shim.core.link_events import EVENT_TYPES, DialFailed, LinkEvent, Lost
 from shim.core.records import State
 
-DOCUMENT = Path(__file__).parent / "state-machines.md"
+DOCUMENT = Path(__file__).parent / "contributing" / "state-machines.md"
 WALKS = 2_000
 STEPS = 30
 
@@ -101,10 +104,10 @@ def main() -> int:
     if DOCUMENT.exists() and DOCUMENT.read_text(encoding="utf-8") == text:
         return 0
     if "--check" in sys.argv[1:]:
-        print(f"docs/{DOCUMENT.name} is not what `make docs` writes")
+        print(f"docs/contributing/{DOCUMENT.name} is not what `make docs` writes")
         return 1
     DOCUMENT.write_text(text, encoding="utf-8")
-    print(f"wrote docs/{DOCUMENT.name}")
+    print(f"wrote docs/contributing/{DOCUMENT.name}")
     return 0
 
 

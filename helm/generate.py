@@ -53,7 +53,7 @@ def _config_schema() -> dict[str, Any]:
         for name in path:
             parent, section = parent[section]["properties"], name
         del parent[section]
-    config["description"] = "The shim's own configuration; docs/configuration.md."
+    config["description"] = "The shim's own configuration; docs/reference/configuration.md."
     return config
 
 

@@ -1,8 +1,8 @@
 """An HTTP connection that parses one request at a time and bounds what a peer can make it hold.
 
 aiohttp's own protocol parses whatever has arrived. Here the parser gets one request at a time: what a peer sends behind
-an unanswered request stays as bytes, is bounded, and stops the reading (docs/threat-model.md#bounds). That also tells
-exactly when the first byte of a request came.
+an unanswered request stays as bytes, is bounded, and stops the reading (docs/concepts/threat-model.md#bounds). It also
+gives the exact time of a request's first byte.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """All metrics of one shim, in one registry that is passed down: two shims in one process share nothing.
 
-docs/metrics.md says exactly what each counts and what it does not say. Every label has a bounded set of values.
+docs/reference/metrics.md defines what each counts and what it does not say. Every label has a bounded set of values.
 """
 
 from __future__ import annotations

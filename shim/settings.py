@@ -1,6 +1,6 @@
 """The validated configuration: frozen, pure data, no side effects. `config.py` reads files and fills it.
 
-Units are in the names: `_s` seconds, `_bytes` bytes. Every key is described in docs/configuration.md.
+Units are in the names: `_s` seconds, `_bytes` bytes. Every key is described in docs/reference/configuration.md.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ class Log(Section, frozen=True):
 
 
 class Settings(Section, frozen=True):
-    """Everything a running shim is told. Defaults are those of docs/configuration.md."""
+    """Everything a running shim is told. Defaults are those of docs/reference/configuration.md."""
 
     mode: Literal["websocket", "http", "auto"] = "websocket"
     listen: Listen = Listen()

@@ -1,4 +1,4 @@
-"""`docs/licenses.md`: the licences of all that is shipped, from the packages' own metadata, held to a list of them.
+"""`docs/reference/licenses.md`: the licences of all that is shipped, from the packages' metadata, held to a list.
 
 `python -m supply.licenses` prints it, `--write` writes it, `--check` compares and exits 1 on a difference; all exit 1
 for a licence that is not allowed. Packages that are not installed here are taken over from the file as it is.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from supply.locked import ROOT, packages
 
-PAGE = ROOT / "docs" / "licenses.md"
+PAGE = ROOT / "docs" / "reference" / "licenses.md"
 # SPDX identifiers of licences that Apache-2.0 software may be shipped with, as it is.
 ALLOWED = frozenset({"Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT", "MIT-0", "MPL-2.0", "PSF-2.0"})
 # Packages of the extra `postgres`, by name: the LGPL lets Apache-2.0 software use a library that is not changed and can

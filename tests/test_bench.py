@@ -1,4 +1,4 @@
-"""The bench runs, and docs/performance.md and docs/sizing.md show what it measured."""
+"""The bench runs, and docs/reference/performance.md and docs/reference/sizing.md show what it measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/configuration.md names every key with its true default, and no key that does not exist."""
+"""docs/reference/configuration.md names every key with its true default, and no key that does not exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from shim import cli
 from shim.conversion import leaves
 
-DOCS = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
+DOCS = (Path(__file__).parent.parent / "docs" / "reference" / "configuration.md").read_text()
 
 
 def shown(default: Any) -> str:

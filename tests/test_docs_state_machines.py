@@ -1,4 +1,4 @@
-"""docs/state-machines.md shows what the tables say."""
+"""docs/contributing/state-machines.md shows what the tables say."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_diagrams_are_drawn_from_the_tables() -> None:
 
 
 def test_every_state_and_every_change_of_a_command_is_drawn() -> None:
-    text = (ROOT / "docs/state-machines.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/contributing/state-machines.md").read_text(encoding="utf-8")
     for state in (*LinkState, *State):
         assert re.search(rf"--> {state.name}\b", text), state
     for (before, step), after in life.TRANSITIONS.items():

@@ -44,7 +44,7 @@ class BridgeCollector:
         found = set(self._problems())
         family = GaugeMetricFamily(
             "agent_shim_health_problem",
-            "1 for each problem that the status shows now (docs/troubleshooting.md).",
+            "1 for each problem that the status shows now (docs/how-to/diagnose.md).",
             labels=["problem"],
         )
         for code in PROBLEMS:

@@ -1,6 +1,6 @@
 """List every sentence of the health summary: its level, its text and what to do.
 
-The causes are in docs/troubleshooting.md#what-the-status-says; a test holds that table and this list together.
+The causes are in docs/how-to/diagnose.md#what-the-status-says; a test holds that table and this list together.
 Placeholders in braces are filled in by `health_summary`.
 """
 
@@ -52,7 +52,7 @@ SENTENCES: dict[str, Sentence] = {
     "registration_refused": Sentence(
         "bad",
         "The controller refuses to register {agent} ({status}): {error}.",
-        "docs/troubleshooting.md#registration-fails says what each status means.",
+        "docs/how-to/diagnose.md#registration-fails says what each status means.",
     ),
     "registration_unanswered": Sentence(
         "bad",
@@ -144,7 +144,7 @@ PROBLEMS = tuple(code for code, sentence in SENTENCES.items() if sentence.level 
 
 REFUSED_HINTS = {
     0: "agent-shim doctor tests the way to it step by step.",
-    400: "The agent's log has the request; docs/troubleshooting.md#the-agent.",
+    400: "The agent's log has the request; docs/how-to/diagnose.md#the-agent.",
     401: "The token: the agent's, and with listen.auth the one that the shim expects.",
     403: "A browser, or a Host header that is not ours: listen.allowed_hosts.",
     404: "Is PIPEOPS_API_URL the shim's address alone? A path before /api needs listen.base_path.",

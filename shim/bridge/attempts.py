@@ -1,4 +1,4 @@
-"""What the metrics tell of one link's attempts to come online, of its losses and returns (docs/metrics.md)."""
+"""Metrics of a link: its attempts to come online, its losses and its returns (docs/reference/metrics.md)."""
 
 from __future__ import annotations
 

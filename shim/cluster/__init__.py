@@ -1,4 +1,4 @@
-"""Several replicas on one PostgreSQL: any replica takes any agent's connection, one owns each shard (docs/scaling.md).
+"""Several replicas on one PostgreSQL (docs/how-to/several-replicas.md): any replica serves any agent, one owns a shard.
 
 Imported only with a `store.url`; needs `agent-shim[postgres]`.
 """

@@ -1,4 +1,4 @@
-"""One replica among others: connects the parts, and starts and stops them (docs/scaling.md)."""
+"""One replica among others: connects the parts, and starts and stops them (docs/how-to/several-replicas.md)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Texts that others choose have one bound where they enter and a shorter one where they are shown or logged. A text beyond
 its bound is cut, except where it identifies something: an id or a name that is too long is refused, because a cut one
-could be another's. docs/threat-model.md#bounds lists all bounds.
+could be another's. docs/concepts/threat-model.md#bounds lists all bounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which heartbeats of an agent the controller has heard of, as the metric counts them (docs/metrics.md). Pure."""
+"""Compute heartbeat coverage: the agent heartbeats that the controller acknowledged (docs/reference/metrics.md)."""
 
 from __future__ import annotations
 

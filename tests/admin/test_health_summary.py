@@ -200,7 +200,7 @@ def test_the_command_tells_of_the_other_replicas() -> None:
 
 # --- the list of sentences --------------------------------------------------------------------------------------------
 
-PAGE = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "diagnose.md").read_text()
 
 
 def test_the_page_lists_every_sentence_as_it_is_with_cause_and_action() -> None:

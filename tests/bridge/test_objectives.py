@@ -1,4 +1,4 @@
-"""The metrics behind the guide's four objectives, measured on a whole bridge in virtual time (docs/metrics.md)."""
+"""The metrics of the guide's four objectives (docs/reference/metrics.md), on a whole bridge in virtual time."""
 
 from __future__ import annotations
 

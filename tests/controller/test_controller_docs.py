@@ -1,4 +1,4 @@
-"""docs/controller.md names every fault with its fields, every call and the options that it says it names."""
+"""docs/reference/controller.md names every fault with its fields, every call and the options that it says it names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shim.tools.controller.options import Options
 from shim.tools.controller.registry import Registry
 from shim.tools.controller.tokens import Tokens
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "controller.md").read_text()
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "reference" / "controller.md").read_text()
 
 
 def _fields(struct: type[msgspec.Struct]) -> set[str]:

@@ -1,4 +1,4 @@
-"""docs/openapi.yaml says what the dialects do: its routes are theirs, its schemas hold for real calls and replies."""
+"""docs/reference/openapi.yaml matches the dialects: the same routes, and schemas that hold for real calls."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tests.support.generations import ALL, Generation, Who
 from tests.support.outcomes import COMMANDS, FAILURES, REGISTERED, TUNNELS
 
 DOCUMENT: dict[str, Any] = yaml.safe_load(
-    (Path(__file__).parents[2] / "docs" / "openapi.yaml").read_text(encoding="utf-8")
+    (Path(__file__).parents[2] / "docs" / "reference" / "openapi.yaml").read_text(encoding="utf-8")
 )
 LOADED = {dialect.NAME: dialect for dialect in dialects.load()}
 ROUTER = Router(LOADED.values())

@@ -37,7 +37,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pace", type=float, default=10.0, help="with --seconds: how much faster than real")
     parser.add_argument("--only", default="", help="only faults of these kinds (comma-separated)")
     parser.add_argument("--json", type=Path, default=FIGURES, help=f"write the figures there; default: {FIGURES}")
-    parser.add_argument("--docs", action="store_true", help="put the figures into docs/reliability.md")
+    parser.add_argument("--docs", action="store_true", help="put the figures into docs/concepts/promises.md")
     parser.add_argument("--keep", type=Path, help="keep histories, logs and databases there")
     parser.add_argument("--judge", type=Path, help="play nothing: judge the histories that were kept there")
     return parser.parse_args(given)

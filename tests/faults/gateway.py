@@ -439,7 +439,7 @@ def main(given: Sequence[str]) -> int:
     parser.add_argument("--long", action="store_true", help="half an hour")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--docs", action="store_true", help="put the figures into docs/reliability.md")
+    parser.add_argument("--docs", action="store_true", help="put the figures into docs/concepts/promises.md")
     options = parser.parse_args(given)
     options.seconds = options.seconds or (1800.0 if options.long else 150.0)
     reason = network.permitted()

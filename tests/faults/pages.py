@@ -1,4 +1,4 @@
-"""The figures of docs/reliability.md, from the harness's JSON beside it: `python -m tests.faults.pages`."""
+"""The figures of docs/concepts/promises.md, from the harness's JSON beside it: `python -m tests.faults.pages`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from docs.generate import command_edges, diagram
 from shim.core.records import State
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE, DATA = DOCS / "reliability.md", DOCS / "reliability.json"
+PAGE, DATA = DOCS / "concepts" / "promises.md", DOCS / "concepts" / "promises.json"
 
 WORDS = {
     "controller_killed": "the controller is killed and comes back",

@@ -1,4 +1,4 @@
-"""docs/reliability.md shows what the harness measured, and names what is there."""
+"""docs/concepts/promises.md shows what the harness measured, and names what is there."""
 
 from __future__ import annotations
 

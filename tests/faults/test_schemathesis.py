@@ -1,4 +1,4 @@
-"""Schemathesis makes up requests from docs/openapi.yaml and holds a running shim to what the document says."""
+"""Schemathesis makes up requests from docs/reference/openapi.yaml and checks a running shim against it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.processes import TOKEN, world
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "openapi.yaml"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "openapi.yaml"
 EXAMPLES = int(os.environ.get("AGENT_SHIM_FUZZ_INPUTS", "10000")) // 500
 # Its systematic phase alone makes 1,100 requests: that is for the long run.
 PHASES = "examples,fuzzing" if EXAMPLES <= 20 else "examples,coverage,fuzzing"

@@ -452,7 +452,7 @@ def test_notes_tell_what_to_check_next(tmp_path: Path) -> None:
 def test_the_command_before_the_restart_makes_the_agents_pod(shape: str, tmp_path: Path) -> None:
     shown = notes(tmp_path / "chart", "injection.admissionPolicy.enabled=true")
     (path,) = re.findall(r"get deployment pipeops-agent --output (jsonpath='.*')", shown)
-    assert path in (ROOT / "docs" / "kubernetes.md").read_text()
+    assert path in (ROOT / "docs" / "how-to" / "kubernetes.md").read_text()
     deployment = tmp_path / "deployment.yaml"
     deployment.write_text(yaml.safe_dump(one(documents(vendor_text(shape)), "Deployment")))
     # Without a cluster kubectl prints by a path what it was given, where the command is a local one.

@@ -152,7 +152,7 @@ def a_command_waits_through_a_crash(pod: Pod, shim: str, agent: str) -> None:
 
 
 def a_drain_leaves_nothing_behind(pod: Pod, agent: str) -> None:
-    """docs/kubernetes.md, Removal: what waits when it begins is delivered, what comes later is refused."""
+    """docs/how-to/kubernetes.md, Removal: what waits when it begins is delivered, what comes later is refused."""
     last = push_to_nobody(pod, agent, n=2)
     drain = json.loads(pod.ask("POST", "http://127.0.0.1:7090/drain", token=ADMIN_TOKEN))["drain"]
     assert (drain["state"], drain["commands"]) == ("draining", 1)

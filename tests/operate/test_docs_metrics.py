@@ -1,4 +1,4 @@
-"""docs/metrics.md names every metric with its true type, labels and label values, and none that does not exist."""
+"""docs/reference/metrics.md names every metric with its type, labels and label values, and no others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.virtual import run_virtual
 from tests.support.world import World
 
 ROOT = Path(__file__).parents[2]
-DOCS = (ROOT / "docs" / "metrics.md").read_text()
+DOCS = (ROOT / "docs" / "reference" / "metrics.md").read_text()
 OPEN = "…"
 
 

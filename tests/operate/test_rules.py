@@ -60,10 +60,10 @@ def test_rules_name_metrics_and_records_that_exist() -> None:
 
 
 def test_every_alert_says_what_to_do_in_the_troubleshooting_page() -> None:
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "diagnose.md").read_text()
     headings = {heading.lower() for heading in re.findall(r"^#+ (\S+)$", page, re.MULTILINE)}
     for rule in rules("alerts.yaml"):
         url = rule["annotations"]["runbook_url"]
-        assert url == f"docs/troubleshooting.md#{rule['alert'].lower()}"
+        assert url == f"docs/how-to/diagnose.md#{rule['alert'].lower()}"
         assert rule["alert"].lower() in headings
         assert rule["labels"]["severity"] in ("critical", "warning")

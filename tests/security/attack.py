@@ -1,7 +1,7 @@
 """An independent attempt to break in: tries the attacks of the threat model on running shims, and tells what happened.
 
     python -m tests.security.attack            prints the table; exit code 1 if something gave way
-    python -m tests.security.attack --write    puts it into docs/threat-model.md
+    python -m tests.security.attack --write    puts it into docs/concepts/threat-model.md
 
 The shims are real processes with the development controller; the attacker has raw sockets, listeners and files.
 """
@@ -29,7 +29,7 @@ from tests.security.knock import Line, Reply, ask, request, trap
 from tests.support.processes import TOKEN, Controller, Shim, world
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "threat-model.md"
+PAGE = ROOT / "docs" / "concepts" / "threat-model.md"
 BEGIN, END = "<!-- attacks: generated -->", "<!-- end of attacks -->"
 BASE = "/api/v1/clusters/agent"
 SECRET = "k8s-service-token-of-the-agent"

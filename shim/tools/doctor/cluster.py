@@ -19,7 +19,9 @@ def examine(namespace: str) -> list[Finding]:
     if not pods:
         return [warned("cluster", f"no agent's pod in {where}", "is it the namespace that the agent runs in?")]
     wrong = [pod for pod in pods if pod.fault]
-    found = [failed("cluster", f"{p.namespace}/{p.name} {p.fault}", "docs/kubernetes.md") for p in wrong[:_NAMED]]
+    found = [
+        failed("cluster", f"{p.namespace}/{p.name} {p.fault}", "docs/how-to/kubernetes.md") for p in wrong[:_NAMED]
+    ]
     if len(wrong) > _NAMED:
         found.append(failed("cluster", f"and {len(wrong) - _NAMED} more", "`agent-shim inject --check` lists them all"))
     if not wrong:

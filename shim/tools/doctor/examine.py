@@ -140,12 +140,14 @@ def examine(
 
 def faults(error: ConfigError) -> list[Finding]:
     """A configuration that cannot be used."""
-    return [failed("config", str(fault), "docs/configuration.md describes each key") for fault in error.faults]
+    return [
+        failed("config", str(fault), "docs/reference/configuration.md describes each key") for fault in error.faults
+    ]
 
 
 def configuration(where: str, settings: Settings, warnings: Iterable[str] = ()) -> list[Finding]:
     """Return what is examined, and what is doubtful about it."""
-    todo = "docs/configuration.md describes each key and where values come from"
+    todo = "docs/reference/configuration.md describes each key and where values come from"
     doubtful = [warned("config", warning, todo) for warning in warnings]
     if settings.mode != "http":
         return [passed("config", f"{where}: mode {settings.mode}"), *doubtful]

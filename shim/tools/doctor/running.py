@@ -143,7 +143,7 @@ def _endings(running: Running) -> Iterator[Finding]:
     reasons = {reason: running.count(name, reason=reason) for reason in ("closed", "lost", "half_open", "stalled")}
     told = ", ".join(f"{reason} {number:.0f}" for reason, number in reasons.items() if number)
     if early > EARLY_MANY:
-        todo = "docs/troubleshooting.md, AgentShimFlapping: what each reason means"
+        todo = "docs/how-to/diagnose.md, AgentShimFlapping: what each reason means"
         yield warned("stability", f"{early:.0f} connections ended within seconds of being made ({told})", todo)
     elif told:
         yield passed("stability", f"connections that ended since the start: {told}")
@@ -157,7 +157,7 @@ def _registrations(running: Running) -> Iterator[Finding]:
     told = ", ".join(f"{outcome} {number:.0f}" for outcome, number in refused.items() if number)
     text = f"{running.count(name, outcome='ok'):.0f} accepted"
     if told:
-        todo = "the log line register_failed has the controller's text; docs/troubleshooting.md, Registration fails"
+        todo = "the log line register_failed has the controller's text; docs/how-to/diagnose.md, Registration fails"
         yield warned("registrations", f"{text}, refused or unanswered: {told}", todo)
     else:
         yield passed("registrations", text)
@@ -171,7 +171,7 @@ def _heartbeats(running: Running) -> Iterator[Finding]:
     if written:
         text += f", {written:.0f} only written: the controller never acknowledges"
     if total and missed / total > MISSED_SHARE:
-        todo = "docs/troubleshooting.md, AgentShimHeartbeatsNotHeard: the link, the cluster id, identity.name"
+        todo = "docs/how-to/diagnose.md, AgentShimHeartbeatsNotHeard: the link, the cluster id, identity.name"
         yield warned("heartbeats", text, todo)
     else:
         yield passed("heartbeats", text if total else "none yet, or none whose time is over")

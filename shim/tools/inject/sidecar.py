@@ -1,7 +1,7 @@
 """The sidecar in an agent's pod, however it came there. Pure: maps and lists of a manifest, changed in place.
 
 The chart's policy, the Kustomize components (generated from here) and `agent-shim inject` make the same pod; tests hold
-them together. `docs/kubernetes.md` gives the reasons.
+them together. `docs/how-to/kubernetes.md` gives the reasons.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Sidecar:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The shim's configuration file for this pod (docs/configuration.md)."""
+        """The shim's configuration file for this pod (docs/reference/configuration.md)."""
         upstream = {"token_file": f"{TOKEN_DIR}/token"} if self.secret else {}
         return {
             "mode": "websocket",

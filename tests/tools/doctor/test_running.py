@@ -220,7 +220,7 @@ def test_a_contended_identity() -> None:
 
 
 def test_the_guides_common_issues_point_to_lines_that_exist() -> None:
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "diagnose.md").read_text()
     checks = set()
     for path in (ROOT / "shim" / "tools" / "doctor").glob("*.py"):
         checks |= set(re.findall(r'(?:passed|warned|failed|examine_port)\(\s*"([a-z-]+)"', path.read_text()))
