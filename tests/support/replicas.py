@@ -218,6 +218,12 @@ class Gateway:
         async with self._http.get(replica.admin + path) as response:
             return await response.json()
 
+    async def until_online(self, replica: Shim) -> None:
+        """Wait until a replica has a link to the controller."""
+        async with asyncio.timeout(WAIT_S):
+            while not (await self.admin(replica, "/status.json"))["links"]["online"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
     async def until_ready(self, replica: Shim) -> None:
         """Wait until Kubernetes would send agents there."""
         async with asyncio.timeout(WAIT_S):

@@ -1,0 +1,114 @@
+"""The database fails over, and an owner is paused in the middle of a commit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.postgres import PASSWORD, USER, Postgres
+from tests.support.replicas import SHARDS, gateway
+
+pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(180)]
+
+OUTAGE_S = 4.0
+
+
+@pytest.fixture
+def servers() -> Iterator[tuple[Postgres, Postgres]]:
+    """A primary and its synchronous standby."""
+    primary = Postgres()
+    standby: Postgres | None = None
+    try:
+        primary.init()
+        primary.start()
+        primary.create("shim")
+        standby = Postgres.standby_of(primary)
+        yield primary, standby
+    finally:
+        for server in (primary, standby):
+            if server is not None:
+                server.remove()
+
+
+def connect(url: str) -> Any:
+    """A connection that sees the shim's tables."""
+    import psycopg
+
+    return psycopg.connect(url, autocommit=True, options="-c search_path=agent_shim")
+
+
+def opened(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "journal.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == "opened"]
+
+
+async def test_a_failover_that_the_lease_rides_out_closes_no_link(
+    tmp_path: Path, servers: tuple[Postgres, Postgres]
+) -> None:
+    primary, standby = servers
+    hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+    url = f"postgresql://{USER}:{PASSWORD}@{hosts}/shim?sslmode=disable"
+    async with gateway(tmp_path, url, lease_s=20) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agent = gate.agent(1)
+        await agent.register(a)
+        await gate.push(agent, "before")
+        await gate.until_state(b, "before", "queued")
+        await asyncio.to_thread(primary.kill)
+        # Agents are served all the while: heartbeats at once, polls from memory.
+        loop = asyncio.get_running_loop()
+        until = loop.time() + OUTAGE_S
+        while loop.time() < until:
+            for replica in (a, b):
+                assert await agent.heartbeat(replica) == 204
+            await asyncio.sleep(0.2)
+        await asyncio.to_thread(standby.promote)
+        assert await agent.poll_until(b, "before") == ["before"]
+        await agent.result(b, "before")
+        await gate.push(agent, "after")
+        assert await agent.poll_until(a, "after") == ["after"]
+        for replica in (a, b):
+            await gate.until_ready(replica)
+            assert not replica.events("lease_lost")
+        assert await gate.settled(a, b) == [SHARDS // 2, SHARDS // 2]
+    assert len(opened(tmp_path)) == 1, "the link was closed"
+
+
+async def test_an_owner_that_is_paused_in_a_transaction_neither_blocks_nor_commits(tmp_path: Path, pg_url: str) -> None:
+    async with gateway(tmp_path, pg_url, lease_s=3) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agent = gate.agent(1)
+        await agent.register(a)
+        owner = await gate.owner(agent)
+        other = b if owner is a else a
+        with closing(connect(pg_url)) as connection:
+            # The owner's transaction waits for the lease's row, and gets it while the owner stands still.
+            connection.execute("BEGIN")
+            connection.execute("SELECT FROM leases FOR UPDATE")
+            await gate.push(agent, "half")
+            async with asyncio.timeout(30):
+                waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+                with closing(connect(pg_url)) as looking:
+                    while looking.execute(waiting).fetchall()[0][0] == 0:  # noqa: ASYNC110 - another process's lock
+                        await asyncio.sleep(0.05)
+            owner.send(signal.SIGSTOP)
+            connection.execute("COMMIT")
+            assert await gate.settled(other) == [SHARDS]
+            assert await agent.heartbeat(other) == 204
+            await gate.until_online(other)
+            await gate.push(agent, "whole")
+            assert await agent.poll_until(other, "whole") == ["whole"]
+            owner.send(signal.SIGCONT)
+            await owner.event("lease_lost")
+            await gate.settled(owner, other)
+            assert connection.execute("SELECT count(*) FROM commands WHERE id = 'half'").fetchall() == [(0,)]
+        await agent.result(other, "whole")
