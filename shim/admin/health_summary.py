@@ -13,6 +13,7 @@ SETTLING_S = 10.0
 STARTING_S = 60.0
 """So long after the start agents of before have not had the time to call again."""
 KINDS_SHOWN = 3
+MIB = 1_048_576
 FALLBACK_FAILED_S = 86_400.0
 _REASONS = {
     "dns": "its name cannot be resolved",
@@ -91,6 +92,8 @@ def _of_process(status: dict[str, Any]) -> Iterator[Problem]:
         yield say("configuration_faulty")
     if status["log"]["lost"]:
         yield say("log_lines_lost", lines=plural(status["log"]["lost"], "log line"))
+    if status["store"]["log_pinned"]:
+        yield say("store_log_pinned", size=f"{status['store']['log_bytes'] / MIB:.0f} MiB")
 
 
 # --- the link ---------------------------------------------------------------------------------------------------------

@@ -35,6 +35,11 @@ SENTENCES: dict[str, Sentence] = {
         "{lines} could not be written.",
         "Does somebody read the log's pipe, and is there room where it goes?",
     ),
+    "store_log_pinned": Sentence(
+        "warning",
+        "Another program reads the database and does not end: the log beside it has grown to {size}.",
+        "A backup, or an open sqlite3 shell: fuser -v on the database's file names it.",
+    ),
     # --- the link ---
     "token_refused": Sentence("bad", "The controller refuses the token ({link}{reason}).", "{hint}"),
     "identity_contended": Sentence(

@@ -59,6 +59,7 @@ def status(**fields: Any) -> dict[str, Any]:
         },
         "commands": {"uncertain": 0},
         "log": {"lost": 0},
+        "store": {"log_bytes": 0, "log_pinned": False},
         "websocket_agents": {"total": 0, "items": []},
         "refused": {"calls": 0, "kinds": []},
         "unregistered": {"total": 0, "items": []},
@@ -291,6 +292,11 @@ def trouble(kind: str, since_s: float = 60, text: str = "cluster not found", **w
             "1 agent called and registered nothing yet.",
         ),
         ({"log": {"lost": 3}}, "log_lines_lost", "3 log lines could not be written."),
+        (
+            {"store": {"log_bytes": 200_278_016, "log_pinned": True}},
+            "store_log_pinned",
+            "Another program reads the database and does not end: the log beside it has grown to 191 MiB.",
+        ),
     ],
 )
 def test_what_agents_meet_is_said(fields: dict[str, Any], code: str, text: str) -> None:
