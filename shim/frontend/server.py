@@ -14,6 +14,7 @@ from typing import Any
 
 from aiohttp import hdrs, web
 
+from shim.core.bounds import MAX_LINE_BYTES
 from shim.core.calls import AgentCall, Failed, RegisterCall
 from shim.core.recent_calls import RecentCalls
 from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
@@ -41,7 +42,6 @@ from shim.ports import AgentWebSockets, Answer, Client, Fallback, Forwarder, Han
 from shim.regular_files import reason
 from shim.settings import Listen
 
-MAX_LINE_BYTES = 16_384
 BACKLOG = 1024
 RECEIVE_BYTES = 32_768
 """What the kernel buffers of a connection, and so about the most that is read of it in one turn of the loop."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.security.knock import Line, ask, request
+from tests.security.knock import Line, Reply, ask, request
 from tests.support.cgroup import memory_cgroup
 from tests.support.processes import Shim, world
 
@@ -141,19 +141,26 @@ class Bystanders:
         self._shim = shim
         self._beat = request("POST", f"{BASE}/bystander/heartbeat", body=b'{"status":"healthy"}')
         self.statuses: list[tuple[str, int]] = []
+        self.took_s: list[float] = []
         self.over = asyncio.Event()
 
     async def watch(self) -> None:
         kept = await Line.to(self._shim.url)
         while not self.over.is_set():
             await kept.send(self._beat)
-            self.statuses.append(("heartbeat", (await kept.reply()).status))
-            self.statuses.append(("heartbeat, new connection", (await ask(self._shim.url, self._beat)).status))
-            self.statuses.append(("/healthz", (await ask(self._shim.admin, request("GET", "/healthz"))).status))
+            await self._note("heartbeat", kept.reply())
+            await self._note("heartbeat, new connection", ask(self._shim.url, self._beat))
+            await self._note("/healthz", ask(self._shim.admin, request("GET", "/healthz")))
             with suppress(TimeoutError):
                 async with asyncio.timeout(0.05):
                     await self.over.wait()
         kept.close()
+
+    async def _note(self, what: str, asked: Awaitable[Reply]) -> None:
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        self.statuses.append((what, (await asked).status))
+        self.took_s.append(loop.time() - began_s)
 
 
 @pytest.mark.timeout(120)

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from shim.admin.limits import MAX_BUSY, MAX_CONNECTIONS
+from shim.admin.live import MAX_READERS
+from shim.core import bounds
+from shim.settings import Listen
+from shim.upstream.http_client import MAX_INTERIM_RESPONSES
 from tests.security import attack
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +53,38 @@ def test_every_row_names_tests_that_exist() -> None:
             path = ROOT / file
             assert path.is_file(), f"{file} does not exist"
             assert name in names_in(path), f"{file} has no {name}"
+
+
+@pytest.mark.parametrize(
+    "bound, said",
+    [
+        (bounds.MAX_HEAD_BYTES, "32 KiB"),
+        (bounds.MAX_LINE_BYTES, "16 KiB"),
+        (bounds.MAX_WAITING_BYTES, "32 KiB"),
+        (bounds.FREE_BYTES, "2 KiB"),
+        (bounds.MAX_KEPT_BYTES, "64 KiB"),
+        (bounds.FREE_KEPT_BYTES, "1 KiB"),
+        (bounds.MAX_ALL_KEPT_BYTES, "6 MiB"),
+        (bounds.MAX_VALUES, "250,000"),
+        (bounds.MAX_KEPT_VALUES, "2000"),
+        (bounds.MAX_EMPTY_LINES, "1000"),
+        (bounds.MAX_ID_BYTES, "256 bytes"),
+        (bounds.MAX_NAME_CHARS, "256 characters"),
+        (bounds.MAX_LABELS, "128 labels"),
+        (bounds.MAX_LOGGED_CHARS, "200 characters"),
+        (Listen().max_status_body_bytes, "4 MiB"),
+        (Listen().max_body_bytes, "1 MiB"),
+        (Listen().max_connections, "2048"),
+        (MAX_CONNECTIONS, "64"),
+        (MAX_BUSY, "48"),
+        (MAX_READERS, "16"),
+        (MAX_INTERIM_RESPONSES, "8"),
+    ],
+)
+def test_the_table_of_bounds_says_what_the_code_does(bound: int, said: str) -> None:
+    number, _, unit = said.replace(",", "").partition(" ")
+    assert int(number) * {"KiB": 2**10, "MiB": 2**20}.get(unit, 1) == bound
+    assert said in PAGE.partition("## Bounds")[2].partition("\n## ")[0]
 
 
 @pytest.mark.timeout(180)
