@@ -41,6 +41,7 @@ _TOOLS = {
     "inject": ("shim.tools.inject", "Add the sidecar to a manifest of the agent, or take it out again."),
     "purge": ("shim.tools.purge", "Give up a command that waits for its agent."),
     "redeliver": ("shim.tools.redeliver", "Queue a command again that ended without a result."),
+    "store": ("shim.tools.store", "Copy a store from a file to a database, or back."),
     "status": ("shim.tools.status", "What a running shim does, once or live: links, agents, commands."),
 }
 

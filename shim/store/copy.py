@@ -1,0 +1,202 @@
+"""Copy a whole store, file or database, into an empty one: `agent-shim store copy`.
+
+The target is written in one transaction and read again before that is committed: a copy that was interrupted leaves the
+target as it was, and is simply started again. Nobody can use either store meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from shim import settings
+from shim.core.owners import shard_of
+from shim.errors import StoreError
+from shim.store import schema
+from shim.store.sqlite import SqliteStore
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "t": (str,),
+    "i": (int,),
+    "f": (float, int),
+    "b": (bytes,),
+    "n": (bytes, type(None)),
+    "o": (bool, int),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, its columns with their kinds, and the first so many of them that say where a row stands."""
+
+    name: str
+    columns: str
+    key: int = 1
+
+    @property
+    def names(self) -> list[str]:
+        return [each.partition(":")[0] for each in self.columns.split()]
+
+    @property
+    def select(self) -> str:
+        order = ", ".join(self.names[: self.key])
+        return f"SELECT {', '.join(self.names)} FROM {self.name} ORDER BY {order}"  # noqa: S608 - constants
+
+    def fits(self, row: Sequence[Any]) -> bool:
+        """Tell whether every column is what it should be: SQLite keeps anything anywhere."""
+        kinds = (each.partition(":")[2] for each in self.columns.split())
+        return all(isinstance(value, _KINDS[kind]) for value, kind in zip(row, kinds, strict=True))
+
+
+TABLES = (
+    Table("sessions", "id:i session:t dialect:t agent_id:t upstream_cluster_id:t last_seen:f superseded_by:t"
+          " registration:b reply:b hold:b"),
+    Table("aliases", "id:i owner:t agent_id:t session:t"),
+    Table("tunnels", "id:i session:t payload:b"),
+    Table("commands", "seq:i session:t id:t request_id:t state:t attempts:i updated:f arrived:f expires:f size_bytes:i"
+          " type:t created_at:t payload:b via:t first_step:t result:n"),
+    Table("outbox", "seq:i owner:t session:t command_id:t request_id:t payload:b"),
+    Table("unknown_results", "session:t command_id:t wall:f", key=2),
+    Table("traces", "id:i command:i wall:f event:t detail:t"),
+    Table("lone_traces", "id:i session:t command_id:t wall:f event:t detail:t"),
+    Table("quarantine", "id:i origin:t session:t command_id:t request_id:t reason:t content:b pending:o"),
+)  # fmt: skip
+
+
+@dataclass
+class Copied:
+    """How many rows went into each table, and how many could not: what is in them is of no use to a shim either."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+class End(Protocol):
+    """One of the two stores, in a transaction."""
+
+    def key(self) -> bytes | None:
+        """Return the key for owner ids."""
+
+    def read(self, table: Table) -> Iterator[tuple[Any, ...]]:
+        """Read a whole table in order."""
+
+    def write(self, table: Table, rows: Iterator[tuple[Any, ...]]) -> None:
+        """Fill a table that is empty."""
+
+    def finish(self, key: bytes) -> None:
+        """Set the key for owner ids, and commit."""
+
+
+def copy(source: settings.Store, target: settings.Store) -> Copied:
+    """Copy one store into another, which must be empty. Blocks. Raises `StoreError`; then the target is as it was."""
+    done = Copied()
+    with ExitStack() as stack:
+        origin = stack.enter_context(_opened(source, "--from"))
+        copied = stack.enter_context(_opened(target, "--to"))
+        for table in TABLES:
+            if next(copied.read(table), None) is not None:
+                raise StoreError(f"--to: the store is not empty: there are rows in {table.name}")
+        key = origin.key()
+        if key is None:
+            raise StoreError("--from: the store was never used")
+        for table in TABLES:
+            digest = _Digest()
+            copied.write(table, digest.passed(_fitting(table, origin, done)))
+            again = _Digest()
+            done.rows[table.name] = sum(1 for _ in again.passed(copied.read(table)))
+            if digest.value != again.value:
+                raise StoreError(f"--to: what was written to {table.name} is not what was read: nothing was kept")
+        copied.finish(key)
+    return done
+
+
+def _fitting(table: Table, origin: End, done: Copied) -> Iterator[tuple[Any, ...]]:
+    for row in origin.read(table):
+        if table.fits(row):
+            # PostgreSQL has no text with NUL in it; the sign for it stands in its place.
+            yield tuple(each.replace("\0", "␀") if isinstance(each, str) else each for each in row)
+        else:
+            done.left_out[table.name] = done.left_out.get(table.name, 0) + 1
+
+
+class _Digest:
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def passed(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+        for row in rows:
+            plain = [
+                float(each) if isinstance(each, float) else int(each) if isinstance(each, bool) else each
+                for each in row
+            ]
+            self._hash.update(msgspec.msgpack.encode(plain))
+            yield row
+
+    @property
+    def value(self) -> bytes:
+        return self._hash.digest()
+
+
+@contextmanager
+def _opened(configured: settings.Store, option: str) -> Iterator[End]:
+    if not configured.url:
+        with _file(Path(configured.path), option) as end:
+            yield end
+        return
+    try:
+        from shim.store.postgres.copying import database  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise StoreError(f"{option} needs the extra agent-shim[postgres]: {error.name} is not installed") from error
+    with database(configured, option) as end:
+        yield end
+
+
+class _File:
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def key(self) -> bytes | None:
+        row = self._connection.execute("SELECT value FROM meta WHERE key = 'owner_key'").fetchone()
+        return row[0] if row is not None and isinstance(row[0], bytes) else None
+
+    def read(self, table: Table) -> Iterator[tuple[Any, ...]]:
+        yield from self._connection.cursor().execute(table.select)
+
+    def write(self, table: Table, rows: Iterator[tuple[Any, ...]]) -> None:
+        marks = ", ".join("?" * len(table.names))
+        statement = f"INSERT INTO {table.name} ({', '.join(table.names)}) VALUES ({marks})"  # noqa: S608 - constants
+        self._connection.executemany(statement, rows)
+
+    def finish(self, key: bytes) -> None:
+        self._connection.execute("UPDATE meta SET value = ? WHERE key = 'owner_key'", (key,))
+        self._connection.execute("COMMIT")
+
+
+@contextmanager
+def _file(path: Path, option: str) -> Iterator[_File]:
+    """A file that is opened as a shim opens it, and kept so: it is migrated, and nobody else can use it."""
+    if option == "--from" and not path.exists():
+        raise StoreError(f"{option}: there is no such file")
+    store = SqliteStore(path, lambda _callback: None)
+    if store.open().moved_aside:
+        store.close()
+        raise StoreError(f"{option}: the file was damaged; what could not be read was moved aside")
+    try:
+        uri = f"{path.resolve().as_uri()}?mode=rw"
+        with closing(schema.connect(uri, 5.0)) as connection:
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("BEGIN IMMEDIATE")
+            yield _File(connection)
+    finally:
+        store.close()
+
+
+def shard_of_session(session: str, shards: int) -> int:
+    """Return the shard of a session by its text; one that is no session key belongs to the first."""
+    return shard_of(session.partition("/")[0], shards)

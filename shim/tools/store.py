@@ -1,0 +1,42 @@
+"""`agent-shim store copy`: from a file to a database, and back."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from shim.config import load
+from shim.errors import StoreError, StoreVersionError
+from shim.settings import Store
+
+
+@click.group("store")
+def command() -> None:
+    """What a person does with a store that no shim uses."""
+
+
+@command.command("copy")
+@click.option("--from", "source", required=True, metavar="PATH|URL", help="A file, or postgresql://…")
+@click.option("--to", "target", required=True, metavar="PATH|URL", help="The same; it must be empty.")
+@click.option("--config", metavar="FILE", help="Its store section says how to reach a database: password, TLS.")
+def copy(source: str, target: str, config: str | None) -> None:
+    """Copy a store into an empty one. No shim may use either; nothing is kept of a copy that was interrupted."""
+    from shim.store.copy import copy as carry_out  # noqa: PLC0415 - the command list must not load the store
+
+    try:
+        done = carry_out(_store(source, config), _store(target, config))
+    except StoreVersionError:
+        raise
+    except StoreError as error:
+        click.echo(f"store copy: {error}", err=True)
+        sys.exit(1)
+    for table, rows in done.rows.items():
+        left_out = done.left_out.get(table, 0)
+        click.echo(f"{table}: {rows}" + (f", and {left_out} that cannot be read left out" if left_out else ""))
+
+
+def _store(place: str, config: str | None) -> Store:
+    is_url = place.startswith(("postgresql://", "postgres://"))
+    return load(config, os.environ, [f"store.url={place}"] if is_url else ["store.url=", f"store.path={place}"]).store
