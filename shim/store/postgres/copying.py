@@ -11,8 +11,8 @@ import psycopg
 
 from shim import settings
 from shim.errors import StoreError
-from shim.store.copy import Table, shard_of_session
 from shim.store.postgres.database import connect, prepare, refusal
+from shim.store.tables import Table, shard_of_session
 
 SHARDS = 16
 _PAGE = 2000
