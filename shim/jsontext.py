@@ -18,17 +18,7 @@ _decode = msgspec.json.Decoder().decode
 _HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _UNPAIRED = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW))
 _BACKSLASH, _MASK = rb"\\", b"\0\0"
-_AS_GO = "shim.as-go"
-
-
-def _one_for_each_byte(error: UnicodeError) -> tuple[str, int]:
-    """Replace as Go does: each byte that begins no character by one U+FFFD (Python would merge some of them)."""
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return "\ufffd" * (error.end - error.start), error.end
-
-
-codecs.register_error(_AS_GO, _one_for_each_byte)
+_REPLACEMENT = "\ufffd".encode()
 
 
 def _ignore() -> None:
@@ -54,10 +44,23 @@ def decode(text: str | bytes, replaced: Callable[[], None] = _ignore) -> Any:
 def as_characters(raw: bytes, replaced: Callable[[], None] = _ignore) -> bytes:
     """Return a JSON text as UTF-8 without a byte order mark, with U+FFFD for whatever is no character."""
     raw = raw.removeprefix(codecs.BOM_UTF8)
-    characters = raw.decode("utf-8", _AS_GO).encode()
-    if characters != raw:
+    try:
+        raw.decode()
+        characters = raw
+    except UnicodeDecodeError:
+        characters = _mended(raw)
         replaced()
     # NUL is in no JSON, and so can hide escaped backslashes: what follows them is no escape
     if b"\0" in characters or rb"\u" not in characters:
         return characters
     return _UNPAIRED.sub(rb"\\ufffd", characters.replace(_BACKSLASH, _MASK)).replace(_MASK, _BACKSLASH)
+
+
+def _mended(raw: bytes) -> bytes:
+    """Replace each byte that begins no character by one U+FFFD, as Go does (Python's own handler merges some of them).
+
+    Millions of such bytes must not hold up the event loop, so every step is one that Python does in C: the codec writes
+    each of them as `?`, for which the real ones have made room. A NUL, which no JSON has, becomes one as well.
+    """
+    text = raw.decode("utf-8", "surrogateescape").replace("?", "\0")
+    return text.encode("utf-8", "replace").replace(b"?", _REPLACEMENT).replace(b"\0", b"?")

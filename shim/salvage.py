@@ -14,15 +14,17 @@ from shim import jsontext
 
 MAX_VALUES = 1024
 """Values that are taken from one frame."""
-MAX_BYTES = 1_048_576
+MAX_BYTES = 524_288
 """Larger frames are only skimmed: Python's own reader would hold up the event loop."""
 SKIMMED_CHARS = 131_072
 """How far into a value its ids are looked for."""
 OUT_OF_RANGE = "a number is beyond what agents can decode"
 TOO_DEEP = "the command is nested too deeply"
+TOO_LARGE = "the message cannot be read, and is too large to find out why"
 NO_JSON = "the message is not valid JSON"
 
 _MAX_DIGITS = 309  # of a whole number that may still fit a float64
+_LONG = re.compile(r"\d{310}")
 _SPACE = re.compile(r"[ \t\r\n\ufeff\x1e\0]*")  # between values: also marks, record separators and padding
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+', re.DOTALL)
 
@@ -53,7 +55,7 @@ def values_of(frame: bytes) -> Iterator[Salvaged]:
 def _read(text: str, at: int) -> tuple[Salvaged | None, int | None]:
     """Return the value that begins at `at` and where it ends, `None` where that cannot be told."""
     if len(text) > MAX_BYTES:
-        return _skim(text, at, TOO_DEEP if _is_deep(text, at) else NO_JSON)
+        return _skim(text, at, TOO_LARGE)
     out_of_range: list[str] = []
 
     def number(digits: str) -> Any:
@@ -66,7 +68,9 @@ def _read(text: str, at: int) -> tuple[Salvaged | None, int | None]:
     def constant(name: str) -> Any:  # NaN, Infinity: no JSON, but Python and JavaScript programs write them
         out_of_range.append(name)
 
-    decoder = json.JSONDecoder(parse_int=number, parse_float=number, parse_constant=constant)
+    # Python's own reader of whole numbers is in C, and takes any that is not absurdly long.
+    whole = number if _LONG.search(text) else int
+    decoder = json.JSONDecoder(parse_int=whole, parse_float=number, parse_constant=constant)
     try:
         value, end = decoder.raw_decode(text, at)
     except RecursionError:
@@ -74,10 +78,6 @@ def _read(text: str, at: int) -> tuple[Salvaged | None, int | None]:
     except ValueError:
         return _skim(text, at, NO_JSON)
     return Salvaged(value, OUT_OF_RANGE if out_of_range else ""), end
-
-
-def _is_deep(text: str, at: int) -> bool:
-    return text.count("{", at) + text.count("[", at) > 500
 
 
 def _skim(text: str, at: int, fault: str) -> tuple[Salvaged | None, int | None]:

@@ -31,6 +31,7 @@ TEXTS = st.text(st.one_of(HALVES, st.sampled_from('\\"ude8\n😀')))
         (b'"\xe2\x82"', "\ufffd\ufffd"),  # as Go: one for each byte
         (b'"\xed\xa0\xbd\xc0\xafx"', "\ufffd" * 5 + "x"),
         (b'{"\xff":"\xe2\x82\xac"}', {"\ufffd": "€"}),
+        (b'"a?\xff?\xc3"', "a?\ufffd?\ufffd"),
         (b'"\xff\\ud83d"', "\ufffd\ufffd"),
         (b'\xef\xbb\xbf{"a":1}', {"a": 1}),
     ],
@@ -64,3 +65,21 @@ def test_a_replacement_of_bytes_is_told(text: bytes, times: int) -> None:
     told: list[int] = []
     jsontext.decode(text, lambda: told.append(1))
     assert len(told) == times
+
+
+@given(st.binary(max_size=60))
+def test_bytes_are_read_as_go_reads_them(raw: bytes) -> None:
+    """Go's `range` over a string: a character, or U+FFFD for one byte."""
+    expected, at = "", 0
+    while at < len(raw):
+        for size in (1, 2, 3, 4):
+            try:
+                expected += raw[at : at + size].decode()
+            except UnicodeDecodeError:
+                continue
+            at += size
+            break
+        else:
+            expected, at = expected + "\ufffd", at + 1
+    if b"\0" not in raw and not raw.startswith(b"\xef\xbb\xbf"):
+        assert jsontext.as_characters(raw.replace(b"\\", b"/")).decode() == expected.replace("\\", "/")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.salvage import MAX_BYTES, MAX_VALUES, NO_JSON, OUT_OF_RANGE, TOO_DEEP, values_of
+from shim.salvage import MAX_BYTES, MAX_VALUES, NO_JSON, OUT_OF_RANGE, TOO_DEEP, TOO_LARGE, values_of
 
 OBJECTS = st.recursive(
     st.none()
@@ -73,5 +73,5 @@ def test_of_what_is_broken_the_envelope_is_read(broken: str) -> None:
 
 def test_a_frame_is_skimmed_in_bounded_time() -> None:
     huge = b'{"type":"command","request_id":"r","payload":{"n":' + b"[" * (2 * MAX_BYTES)
-    assert [(each.value["request_id"], each.fault) for each in values_of(huge)] == [("r", TOO_DEEP)]
+    assert [(each.value["request_id"], each.fault) for each in values_of(huge)] == [("r", TOO_LARGE)]
     assert len(list(values_of(b"{}" * (MAX_VALUES + 5)))) == MAX_VALUES
