@@ -31,6 +31,14 @@ def test_the_figures_are_of_a_run_without_a_broken_promise() -> None:
     assert all(herd["ratio"] <= 2 for herd in found["herd"])
 
 
+def test_the_figures_of_several_replicas_are_of_a_run_without_a_broken_promise() -> None:
+    found = json.loads(DATA.read_text())["gateway"]
+    assert found["violations"] == []
+    assert found["commands"]["accepted"] > 1000
+    for fault in ("kill shim", "cut shim", "pause shim", "promote db-primary", "restart db-primary"):
+        assert found["faults"][fault] >= 2
+
+
 def test_every_file_that_the_page_names_is_there() -> None:
     for name in re.findall(r"`(tests/[\w/]+(?:\.py)?)`", PAGE.read_text()):
         assert (ROOT / name).exists(), name
