@@ -1,4 +1,4 @@
-"""Floods of docs/threat-model.md#bounds against a process with the chart's memory limit.
+"""Floods of docs/concepts/threat-model.md#bounds against a process with the chart's memory limit.
 
 The kernel kills nothing, and meanwhile another agent's heartbeats and the kubelet's probes are never refused.
 """
