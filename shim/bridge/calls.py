@@ -144,16 +144,6 @@ class Calls:
         self._presence.heartbeat(session)
         return self._verdict(runner)
 
-    def vouched(self, client: Client, call: HeartbeatCall, age_s: float) -> None:
-        """A heartbeat that another process heard so long ago, for an agent that has not called here yet."""
-        owner = self._routes.owner_of(client.token)
-        key = self._ctx.sessions.key_of(owner, call.target) if owner is not None else None
-        session = self._ctx.sessions.get(key) if key is not None else None
-        if session is None or session.contact_at is not None:
-            return
-        self.at_once(client, call, self._ctx.now)
-        session.contact_at = session.heartbeat_at = self._ctx.now - age_s
-
     def _verdict(self, runner: LinkRunner) -> Outcome:
         if runner.machine.refused:
             return Failed(401, "the controller refuses the token")

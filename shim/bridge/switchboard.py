@@ -31,7 +31,7 @@ from shim.bridge.sources import LegSource, LinkSource
 from shim.bridge.timers import OwnedTimers
 from shim.bridge.upkeep import Duty, Unpolled, Upkeep
 from shim.bridge.websocket_agents import WebSocketAgents
-from shim.core.calls import AgentCall, Failed, HeartbeatCall, Outcome
+from shim.core.calls import AgentCall, Failed, Outcome
 from shim.core.records import Loaded, Prune, SessionKey
 from shim.core.sessions import Session, Sessions
 from shim.logs import get
@@ -162,10 +162,6 @@ class Bridge:
     def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
         """Carry out a call that need not wait (`ports.Switchboard.at_once`)."""
         return self.calls.at_once(client, call, arrived_s)
-
-    def vouched(self, client: Client, call: HeartbeatCall, age_s: float) -> None:
-        """A replica that served an agent before tells of its last heartbeat."""
-        self.calls.vouched(client, call, age_s)
 
     def written(self, lease: Lease) -> None:
         """The whole reply was handed to the kernel."""
