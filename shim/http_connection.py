@@ -397,7 +397,7 @@ class HttpConnection(RequestHandler):
         """Free what nobody is going to read of a body: aiohttp keeps its reader until the next request."""
         if self._body is not EMPTY_PAYLOAD:
             self._body._buffer.clear()  # noqa: SLF001 - reading it would make aiohttp parse on
-            self._body._size = self._body._buffer_offset = 0  # noqa: SLF001
+            self._body._size = self._body._buffer_offset = 0  # noqa: SLF001 - they belong to the buffer
 
     def _release_body(self) -> None:
         if self._unread_bytes and not self._messages:
