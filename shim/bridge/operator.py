@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from enum import Enum
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from shim.bridge.context import Context
 from shim.bridge.delivery import Delivery

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from weakref import WeakSet
+
+from msgspec.structs import replace
 
 from shim.admin import Journal
 from shim.bridge import Bridge

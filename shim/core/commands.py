@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 import msgspec
+from msgspec.structs import replace
 
 from shim.core.life import Step, next_state
 from shim.core.records import CommandRecord, State

@@ -5,7 +5,6 @@ The core returns these operations as effects; a `ports.CommandStore` carries the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -45,8 +44,7 @@ class State(Enum):
     DEAD = "dead"
 
 
-@dataclass(frozen=True, slots=True)
-class CommandRecord:
+class CommandRecord(msgspec.Struct, frozen=True):
     """A normalised command. `payload` is an object; `created_at` RFC 3339 UTC; `size_bytes` its JSON size.
 
     `seq` orders the commands of a store; 0 until it is stored. `attempts` counts offers that may have been received.
@@ -68,8 +66,7 @@ class CommandRecord:
     via: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class SessionRecord:
+class SessionRecord(msgspec.Struct, frozen=True):
     """A session as it is stored; never with `k8s_service_token` or an agent's own token.
 
     `registration` is the upstream register payload, `reply` the fields of the last `register_success` that may be
@@ -81,14 +78,13 @@ class SessionRecord:
     agent_id: str
     upstream_cluster_id: str
     last_seen_wall: float
-    registration: dict[str, Any] = field(default_factory=dict)
-    reply: dict[str, Any] = field(default_factory=dict)
-    hold: dict[str, Any] = field(default_factory=dict)
+    registration: dict[str, Any] = {}
+    reply: dict[str, Any] = {}
+    hold: dict[str, Any] = {}
     superseded_by: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxEntry:
+class OutboxEntry(msgspec.Struct, frozen=True):
     """A `command_result` on its way up; `seq` orders them, and the row goes when the result is CLOSED."""
 
     seq: int
@@ -116,8 +112,7 @@ class PutCommand(msgspec.Struct, frozen=True):
     record: CommandRecord
 
 
-@dataclass(frozen=True, slots=True)
-class PutOutcome:
+class PutOutcome(msgspec.Struct, frozen=True):
     """`seq` of the stored command; for a duplicate the state it is in and its result's outbox payload, if any."""
 
     seq: int
@@ -168,8 +163,7 @@ class PutResult(msgspec.Struct, frozen=True):
     wall: float
 
 
-@dataclass(frozen=True, slots=True)
-class ResultOutcome:
+class ResultOutcome(msgspec.Struct, frozen=True):
     """`entry` is the outbox entry to send, `None` for a repeat. `known` tells whether the command was ours;
 
     `state` is the command's state before the result.
@@ -294,8 +288,7 @@ Operation = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(msgspec.Struct, frozen=True):
     """What a store holds when it is opened. `commands` are those in QUEUED, OFFERED or UNCERTAIN, by `seq`.
 
     `key` is the store's random 32-byte key for owner ids. `quarantined` counts rows that could not be decoded and were

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from shim.core.calls import Accepted, Failed, Registered
 from shim.core.records import Loaded, Prune, SessionKey

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from shim.core.commands import CommandQueue, Live, Offer, QueuePolicy
 from shim.core.records import CommandRecord, SessionKey, State
@@ -237,7 +238,7 @@ def test_a_successor_gets_everything_in_the_order_of_arrival_and_keeps_its_own()
     old.all()[2].reason = "restart"
     new = queue_of(record(2), record(3, type="own"))
     other = SessionKey("default", "cluster", "c-2")
-    old.drain_to(new, lambda each: replace(each, session=other))
+    old.drain_to(new, lambda each: structs.replace(each, session=other))
     assert [(live.record.id, live.record.type, live.attempts, live.reason) for live in new.all()] == [
         ("k1", "exec", 0, ""),
         ("k2", "exec", 0, ""),
