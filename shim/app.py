@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Coroutine
@@ -49,9 +48,6 @@ STOP_S = 3.4
 STEP_S = 0.25
 FORCED_STOP_S = 4.2
 FORCED_FLUSH_S = 0.3
-# The store's thread gives the interpreter up for every statement. By default a busy event loop keeps it for 5 ms before
-# it gives it back: a commit of a hundred statements would take half a second.
-SWITCH_INTERVAL_S = 0.001
 
 Undo = Callable[[], Coroutine[Any, Any, None]]
 
@@ -67,7 +63,6 @@ def main(
     files.changed({"config": config_path})  # before it is read: what changes from here on is noticed
     occupy_standard_streams()
     private = keep_memory_private()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     settings = config.load(config_path, os.environ, sets)
     _check_ready_file(ready_file)
     logging = logs.setup(settings.log.level, settings.log.format)

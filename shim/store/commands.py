@@ -183,7 +183,7 @@ def insert_parameters(record: CommandRecord, first_step: str) -> tuple[Any, ...]
         str(record.session),
         record.id,
         record.request_id,
-        record.state.value,
+        record.state._value_,  # `value` is a call, and this is done for every command
         record.attempts,
         record.arrived_wall,
         record.arrived_wall,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,36 +18,34 @@ _PER_TURN = 32
 
 
 class CallbackQueue:
-    """Runs callbacks on the event loop, in order, a few in each turn of it: what else the loop has to do comes between.
+    """A queue whose callbacks run on the event loop, in order and a few per turn, so that other work comes in between.
 
-    With a closed loop nobody is left who could be told.
+    Callbacks are dropped once the loop is closed.
     """
 
     def __init__(self, post: Post) -> None:
         self._post = post
         self._waiting: deque[Callable[[], None]] = deque()
         self._scheduled = False
-        self._lock = threading.Lock()
 
     def add(self, callbacks: Sequence[Callable[[], None]]) -> None:
         """Queue callbacks; may be called from any thread."""
-        with self._lock:
-            self._waiting.extend(callbacks)
-            if self._scheduled or not self._waiting:
-                return
-            self._scheduled = True
+        self._waiting.extend(callbacks)
         self._schedule()
 
     def _schedule(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._post(self._turn)
+        if self._waiting and not self._scheduled:
+            self._scheduled = True
+            with contextlib.suppress(RuntimeError):
+                self._post(self._turn)
 
     def _turn(self) -> None:
-        with self._lock:
-            due = [self._waiting.popleft() for _ in range(min(_PER_TURN, len(self._waiting)))]
-            self._scheduled = bool(self._waiting)
-        if self._scheduled:
-            self._schedule()
+        waiting = self._waiting
+        due = [waiting.popleft() for _ in range(min(_PER_TURN, len(waiting)))]
+        # Without a lock: callbacks that another thread adds before this line are found after it, and those that it adds
+        # after this line it schedules itself. Both may happen; the second turn then has less to do, or nothing.
+        self._scheduled = False
+        self._schedule()
         _run(due)
 
 

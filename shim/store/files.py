@@ -6,12 +6,16 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from shim.errors import StoreError
 
 COMPANIONS = ("-wal", "-shm")
 LOCK_SUFFIX = ".lock"
+# The check of an open database's files costs a tenth of a commit to memory, and nothing beside one to a disk. With this
+# interval nearly every commit to a disk is checked.
+CHECK_INTERVAL_S = 0.005
 _HEADER = b"SQLite format 3\x00"
 
 
@@ -160,15 +164,27 @@ class ReplacedError(StoreError):
 class OpenFiles:
     """The files of an open database, as they were when it was opened."""
 
-    def __init__(self, path: Path) -> None:
-        # Plain texts and numbers: this is asked before each commit.
+    def __init__(self, path: Path, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._checked_at = -CHECK_INTERVAL_S
         self._path = str(path)
         self._log_path = str(companion(path, "-wal"))
         self._database = _identity(path.stat())
         self._log: tuple[int, int] | None = None
 
-    def log_bytes(self) -> int:
-        """Return the size of the write-ahead log. Raises `ReplacedError`, `OSError`."""
+    def check(self) -> int | None:
+        """Return the size of the write-ahead log, `None` if the last check is not `CHECK_INTERVAL_S` old.
+
+        A check that fails is repeated by the next call. Raises `ReplacedError`, `OSError`.
+        """
+        now = self._monotonic()
+        if now - self._checked_at < CHECK_INTERVAL_S:
+            return None
+        log_bytes = self._log_bytes()
+        self._checked_at = now
+        return log_bytes
+
+    def _log_bytes(self) -> int:
         try:
             database = os.stat(self._path)  # noqa: PTH116 - half the cost of a path's own
             log = os.stat(self._log_path)  # noqa: PTH116 - as above

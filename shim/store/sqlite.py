@@ -13,6 +13,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from shim.clock import Clock
 from shim.core.records import Loaded, Operation, Touch
 from shim.errors import StoreError
 from shim.store import files, quarantine, schema
@@ -112,7 +113,7 @@ class SqliteStore(QueuedStore):
             except StoreError as error:
                 raise StoreError(f"{error} (the corrupt database was moved to {moved_aside})") from error
         log = WriteAheadLog(self._tell_log)
-        engine = SqliteEngine(connection, files.OpenFiles(self._path), log)
+        engine = SqliteEngine(connection, files.OpenFiles(self._path, Clock.monotonic_s), log)
         self._start(Writer(engine, self._post, self._probe))
         return replace(loaded, moved_aside=moved_aside, warnings=warnings + loaded.warnings)
 
@@ -202,11 +203,12 @@ class SqliteEngine:
 
     def commit(self, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
         execute = self._database.execute
-        log_bytes = self._files.log_bytes()
+        log_bytes = self._files.check()
         execute("BEGIN IMMEDIATE")
         results = [self._operations.carry_out(operations) for operations in batch]
         execute("COMMIT")
-        self._log.look(self._connection, log_bytes)
+        if log_bytes is not None:
+            self._log.look(self._connection, log_bytes)
         return results
 
     def roll_back(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,6 +20,14 @@ from shim.store.delivery import CallbackQueue, Post
 # Submissions that share a commit. A commit of that many costs little more for each than one of thousands, and what is
 # submitted meanwhile, an agent's result say, does not wait for long.
 MAX_BATCH = 256
+
+# The thread gives up the interpreter for every statement. A busy event loop then keeps it for Python's switch interval,
+# 5 ms: a commit of a hundred statements would take half a second. The interval is shorter only while a large batch is
+# carried out, because every wait then needs a timer that is due before the kernel's next tick: with such timers all the
+# time, a commit of one command takes half as much CPU time again.
+LARGE_BATCH = 16
+SHORT_SWITCH_INTERVAL_S = 0.001
+SWITCH_INTERVAL_S = sys.getswitchinterval()
 
 _Submission = tuple[Sequence[Operation], StoreDone | None]
 _Outcome = list[Any] | StoreError
@@ -100,7 +109,11 @@ class Writer:
             batch = self._next_batch()
             submissions = [each for each in batch if each is not None]
             running = len(submissions) == len(batch)
-            if submissions:
+            if len(submissions) > LARGE_BATCH:
+                sys.setswitchinterval(SHORT_SWITCH_INTERVAL_S)
+                self._serve(submissions)
+                sys.setswitchinterval(SWITCH_INTERVAL_S)
+            elif submissions:
                 self._serve(submissions)
         self._engine.close()
 
