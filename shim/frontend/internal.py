@@ -10,10 +10,12 @@ from __future__ import annotations
 import hmac
 import math
 import ssl
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, cast
 
 from aiohttp import hdrs
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
@@ -60,7 +62,7 @@ class PairedConnection(Connection):
         self.operator = False
         self._joined = False
         self._heartbeats = False
-        self._replies: list[bytes] = []
+        self._queued: deque[tuple[RawRequestMessage, StreamReader]] = deque()
         self._clients: dict[str, Client] = {}
         self._secret = secret
         self._doubter = cast("Doubter", self._house.switchboard)
@@ -80,8 +82,30 @@ class PairedConnection(Connection):
     # --- what comes in ---
 
     def _read(self, data: bytes, since_s: float, *, waited: bool) -> None:
-        super()._read(data, since_s, waited=waited)
-        replies, self._replies = self._replies, []
+        if self._heartbeats:
+            self._read_heartbeats(data)
+        else:
+            super()._read(data, since_s, waited=waited)
+
+    def _read_heartbeats(self, data: bytes) -> None:
+        """Answer all heartbeats that have come whole, with one write: none waits, so none need be parsed alone."""
+        try:
+            messages = self._http.feed_data(data)[0]
+            while messages:
+                self._queued += messages
+                for _ in messages:
+                    self._http.message_consumed()
+                messages = self._http.feed_data(b"")[0]  # the parser stops when it has found some
+        except HttpProcessingError:
+            self.abort()
+            return
+        now, replies = self._loop.time(), []
+        while self._queued and self._queued[0][1].is_eof():
+            request, body = self._queued.popleft()
+            self._identify(request.headers.get(hdrs.AUTHORIZATION))
+            reply = self._express(self, request, body, now)
+            replies.append(reply if isinstance(reply, bytes) else _NOT_AT_ONCE)
+        self._next_keepalive_close_time = now + self._keepalive_timeout
         if replies and self._wire is not None and not self._wire.is_closing():
             self._wire.write(b"".join(replies))
 
@@ -90,11 +114,6 @@ class PairedConnection(Connection):
             self._join(request)
         elif request.method == METHOD:
             self._take_note(request.path)
-        elif self._heartbeats and body.is_eof() and self._waiter is not None and not self._waiter.done():
-            self._identify(request.headers.get(hdrs.AUTHORIZATION))
-            reply = self._express(self, request, body, arrived_s)
-            self._replies.append(reply if isinstance(reply, bytes) else _NOT_AT_ONCE)
-            self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         elif super()._answered_at_once(request, body, arrived_s):
             self._came = None
             return True
