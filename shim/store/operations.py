@@ -37,12 +37,12 @@ class Operations:
     def __init__(
         self,
         database: Database,
-        commands: type[CommandOperations] = CommandOperations,
-        outbox: type[OutboxOperations] = OutboxOperations,
+        commands: CommandOperations | None = None,
+        outbox: OutboxOperations | None = None,
     ) -> None:
-        """`commands` and `outbox` are what an engine carries out in another way."""
-        self._commands = on_commands = commands(database)
-        on_outbox, on_sessions = outbox(database), SessionOperations(database)
+        """`commands` and `outbox` are given where an engine carries them out in another way."""
+        self._commands = on_commands = commands or CommandOperations(database)
+        on_outbox, on_sessions = outbox or OutboxOperations(database), SessionOperations(database)
         self._carriers: dict[type[Operation], Callable[[Any], Finish[Any]]] = {
             PutCommand: on_commands.put,
             LookUpCommand: on_commands.look_up,

@@ -18,9 +18,20 @@ from typing import Any
 import pytest
 
 from shim import settings
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    FindCommand,
+    MarkCommands,
+    Prune,
+    PutResult,
+    ReadOutbox,
+    State,
+    TraceEntry,
+)
 from shim.errors import StoreError, StoreFenced, StoreVersionError
 from shim.store import CommitProbe
-from tests.support.stores import TIMEOUT_S, StoreClient, put
+from tests.support.stores import KEY, TIMEOUT_S, StoreClient, put
 
 pytest.importorskip("psycopg")
 
@@ -485,3 +496,38 @@ def test_every_acknowledged_command_survives_sigkill(pg_url: str) -> None:
         client.close()
         assert set(told) <= set(names)
         assert len(names) == len(set(names))
+
+
+def test_no_operation_of_a_command_reads_a_whole_table(pg_url: str) -> None:
+    """Also with plans that were made while the tables were empty."""
+    scans = "SELECT relname, seq_scan FROM pg_stat_user_tables WHERE relname IN ('commands', 'traces', 'outbox')"
+    pg.store(pg_url, list)
+    before = sorted(pg.query(pg_url, scans))
+    client = client_of(pg_url)
+    names = [str(number) for number in range(300)]
+    for name in names:
+        client.submit(put(name), AddTrace(KEY, (name,), TraceEntry(100.0, "arrived", "exec")))
+    for state in (State.OFFERED, State.DELIVERED):
+        for name in names:
+            client.submit(MarkCommands(KEY, (name,), state, 2.0, 1), AddTrace(KEY, (name,), TraceEntry(2.0, "step")))
+    for name in names:
+        client.submit(PutResult(KEY, name, {}, 3.0), AddTrace(KEY, (name,), TraceEntry(3.0, "result")))
+    entries = client.one(ReadOutbox("default", 0, 1000))
+    assert len(entries) == 300
+    client.run(CloseOutbox(tuple(entry.seq for entry in entries), 4.0), FindCommand("7"), Prune(500.0))
+    client.close()
+    assert sorted(pg.query(pg_url, scans)) == before
+    assert stored(pg_url) == []
+
+
+def test_commands_that_share_a_statement_keep_their_order_and_their_outcomes(pg_url: str) -> None:
+    client = client_of(pg_url)
+    names = [str(number) for number in range(75)]
+    steps = [[put(name), AddTrace(KEY, (name,), TraceEntry(100.0, "arrived", "exec"))] for name in [*names, "3", "40"]]
+    found = [client.wait(outcome)[0] for outcome in [client.submit(*each) for each in steps]]  # type: ignore[index]
+    assert [each.duplicate for each in found] == [False] * 75 + [True] * 2
+    assert (found[75].seq, found[76].seq) == (found[3].seq, found[40].seq)
+    assert stored(pg_url) == names
+    ((_, _, trace),) = client.one(FindCommand("3"))
+    assert [step.event for step in trace] == ["arrived", "arrived"]
+    client.close()

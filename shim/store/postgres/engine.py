@@ -17,14 +17,15 @@ import psycopg
 
 from shim import settings
 from shim.clock import Clock
-from shim.core.records import Loaded, Operation, Touch
+from shim.core.records import Loaded, Operation
 from shim.errors import ConfigError, StoreError, StoreFenced
-from shim.store.database import Finish, Partition, Rows, nothing
+from shim.store.database import Partition
 from shim.store.delivery import store_error
 from shim.store.loading import load
 from shim.store.operations import Operations
 from shim.store.postgres.database import connect, refusal, schema_version, state_refusal
 from shim.store.postgres.dsn import application
+from shim.store.postgres.groups import PostgresDatabase
 from shim.store.postgres.hot import HotCommandOperations, HotOutboxOperations
 from shim.store.postgres.pipeline import Lost, Pipeline, Refused
 from shim.store.writer import Failure
@@ -38,6 +39,12 @@ _SESSION = {
     "statement_timeout": "8000",
     "lock_timeout": "4000",
     "idle_in_transaction_session_timeout": "5000",
+    # Statements are planned once, most of them while the tables are empty; they must use the indexes all the same.
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "random_page_cost": "0.1",
     "jit": "off",
 }
 # What is wrong with the submission itself: its data, a constraint, a limit of the server.
@@ -60,28 +67,6 @@ _SYNCED = (
 monotonic = Clock().monotonic_s
 
 
-class PostgresDatabase:
-    """A `store.database.Database`: the rows of one shard."""
-
-    live = "live"
-
-    def __init__(self, pipeline: Pipeline, shard: int) -> None:
-        self.mine = f"shard = {shard:d}"
-        self.execute: Callable[..., Rows] = pipeline.execute
-
-    def insert(self, statement: str, parameters: Sequence[Any]) -> int | None:
-        row = self.execute(f"{statement} RETURNING seq", parameters).fetchone()
-        return None if row is None else row[0]
-
-    def touch(self, operation: Touch) -> Finish[None]:
-        """Write nothing: every transaction writes the lease's row."""
-        del operation
-        return nothing
-
-    def reclaim(self) -> None:
-        """Leave that to the server's autovacuum."""
-
-
 class PostgresEngine:
     """A `store.writer.Engine`. `refuse` answers what is queued while nobody knows when the database will answer."""
 
@@ -92,6 +77,7 @@ class PostgresEngine:
         self._key = (partition.shard, partition.fence)
         self._pipeline: Pipeline | None = None
         self._operations: Operations
+        self._database: PostgresDatabase
         self._batch = 0
         self._down_since_s: float | None = None
         self._tried_s = 0.0
@@ -119,7 +105,7 @@ class PostgresEngine:
             raise StoreFenced("another replica has the shard")
         self._batch = row[0]
         key = execute(_OWNER_KEY).fetchone()
-        loaded = load(PostgresDatabase(pipeline, self._partition.shard), bytes(key[0]) if key is not None else b"")
+        loaded = load(self._database, bytes(key[0]) if key is not None else b"")
         execute("COMMIT")
         pipeline.settle(_COMMIT_S)
         return loaded
@@ -144,6 +130,7 @@ class PostgresEngine:
         pipeline = self._pipeline
         if pipeline is None:
             return
+        self._database.drop_groups()
         try:
             with suppress(Refused):
                 pipeline.settle()  # what was queued before a submission turned out to be impossible
@@ -183,6 +170,7 @@ class PostgresEngine:
         pipeline.execute("BEGIN")
         fence = pipeline.execute(_FENCE, (self._batch, *self._key))
         finishes = [self._operations.begin(operations) for operations in batch]
+        self._database.send_groups()
         pipeline.settle()
         if fence.rowcount != 1:
             raise StoreFenced("another replica has the shard")
@@ -257,8 +245,11 @@ class PostgresEngine:
             connection.close()
             raise
         self._pipeline = pipeline
+        self._database = PostgresDatabase(pipeline, shard)
         self._operations = Operations(
-            PostgresDatabase(pipeline, shard), commands=HotCommandOperations, outbox=HotOutboxOperations
+            self._database,
+            HotCommandOperations(self._database),
+            HotOutboxOperations(self._database),
         )
         return pipeline
 

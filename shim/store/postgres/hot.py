@@ -1,4 +1,4 @@
-"""What every command goes through, each as one statement: a result that the next statement needs is a round trip.
+"""What every command goes through, as few statements: a result that the next statement needs is a round trip.
 
 SQLite has no changing statements in a WITH clause, and needs none: there the same is done by the statements of
 `store.commands` and `store.outbox`, of which these are made.
@@ -17,18 +17,42 @@ from shim.core.records import (
     SessionKey,
     State,
 )
-from shim.store import commands, outbox
+from shim.store import outbox
 from shim.store.commands import CommandOperations, duplicate, insert_parameters, told_by_first_step
 from shim.store.database import Finish, Rows, nothing
 from shim.store.outbox import OutboxOperations, as_unknown
+from shim.store.postgres.groups import PostgresDatabase
 from shim.store.rows import encode_json
 
-# A duplicate gets a step of its trace from the parameters of its row: `?6` arrived, `?14` the step, `?10` the type.
+_COLUMNS = (
+    "session, id, request_id, state, attempts, updated, arrived, expires, size_bytes, type, created_at, payload, via,"
+    " first_step"
+)
+# In the order of arrival, which `seq` keeps. A duplicate gets the step of its trace from what its row would have said.
 _PUT = (
-    f"WITH new AS ({commands.INSERT_COMMAND} RETURNING seq), old AS (SELECT seq, state, result FROM commands"
-    " WHERE session = ?1 AND id = ?2 AND NOT EXISTS (SELECT 1 FROM new)),"
-    " step AS (INSERT INTO traces (command, wall, event, detail) SELECT seq, ?6, ?14, ?10 FROM old WHERE ?14 <> '')"
-    " SELECT seq, NULL, NULL FROM new UNION ALL SELECT seq, state, result FROM old"
+    f"WITH given (n, {_COLUMNS}) AS",
+    (
+        f", new AS (INSERT INTO commands ({_COLUMNS}) SELECT {_COLUMNS} FROM given ORDER BY n"
+        " ON CONFLICT (session, id) DO NOTHING RETURNING seq, session, id),"
+        " old AS (SELECT n, seq, c.state, c.result, g.arrived, g.first_step, g.type FROM given AS g JOIN commands AS c"
+        " ON c.session = g.session AND c.id = g.id),"
+        " step AS (INSERT INTO traces (command, wall, event, detail)"
+        " SELECT seq, arrived, first_step, type FROM old WHERE first_step <> '')"
+        " SELECT n, seq, NULL, NULL FROM new JOIN given USING (session, id)"
+        " UNION ALL SELECT n, seq, state, result FROM old"
+    ),
+)
+_MARK = (
+    "WITH given (n, state, more, updated, session, id, wall, event, detail) AS",
+    (
+        ", known AS (UPDATE commands AS c SET state = g.state, updated = g.updated,"
+        " attempts = CASE WHEN attempts + more > 0 THEN attempts + more ELSE 0 END"
+        " FROM given AS g WHERE c.session = g.session AND c.id = g.id RETURNING n, seq, wall, event, detail),"
+        " step AS (INSERT INTO traces (command, wall, event, detail) SELECT seq, wall, event, detail FROM known),"
+        " lone AS (INSERT INTO lone_traces (session, command_id, wall, event, detail)"
+        " SELECT session, id, wall, event, detail FROM given WHERE n NOT IN (SELECT n FROM known) RETURNING 1)"
+        " SELECT n, (SELECT count(*) FROM lone) FROM given"
+    ),
 )
 _LONE = (
     " INSERT INTO lone_traces (session, command_id, wall, event, detail)"
@@ -38,10 +62,6 @@ _ADD_TRACE = (
     "WITH known AS (SELECT seq FROM commands WHERE session = ?4 AND id = ?5), step AS"
     " (INSERT INTO traces (command, wall, event, detail) SELECT seq, ?1, ?2, ?3 FROM known)"
 ) + _LONE.format(session="?4", id="?5", wall="?1", event="?2", detail="?3")
-_MARK = (
-    f"WITH known AS ({commands.MARK} RETURNING seq), step AS"
-    " (INSERT INTO traces (command, wall, event, detail) SELECT seq, ?6, ?7, ?8 FROM known)"
-) + _LONE.format(session="?4", id="?5", wall="?6", event="?7", detail="?8")
 _PUT_RESULT = (
     "WITH known AS (SELECT seq, state, request_id, result FROM commands WHERE session = ?2 AND id = ?3),"
     " answered AS (UPDATE commands SET state = 'answered', updated = ?4, result = ?5"
@@ -57,13 +77,23 @@ _PUT_OUTBOX = f"{outbox.INSERT_OUTBOX} RETURNING seq"
 
 
 class HotCommandOperations(CommandOperations):
-    """The operations on commands without a result that the client must see before the next statement."""
+    """The operations on commands without a result that the client must see before the next statement.
+
+    What nearly all submissions are, many share a statement.
+    """
+
+    def __init__(self, database: PostgresDatabase) -> None:
+        super().__init__(database)
+        self._join = database.join
+        self._puts, self._marks = database.group(*_PUT), database.group(*_MARK)
 
     def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
-        found = self._execute(_PUT, insert_parameters(operation.record, first_step))
+        parameters = insert_parameters(operation.record, first_step)
+        self._join(parameters[0], parameters[1])
+        row = self._puts.add(parameters)
 
         def finish() -> PutOutcome:
-            seq, state, result = found.fetchone()
+            seq, state, result = row.found()
             return PutOutcome(seq) if state is None else duplicate(seq, state, result)
 
         return finish
@@ -83,7 +113,16 @@ class HotCommandOperations(CommandOperations):
         session, entry = str(operation.session), step.entry
         marked = (operation.state.value, operation.attempts, operation.wall, session)
         told = (entry.wall, entry.event, entry.detail)
-        return self._trimmed([self._execute(_MARK, (*marked, each, *told)) for each in operation.ids])
+        rows = []
+        for each in operation.ids:
+            self._join(session, each)
+            rows.append(self._marks.add((*marked, each, *told)))
+
+        def finish() -> None:
+            if any(row.found()[0] for row in rows):
+                self.trim_lone_traces()
+
+        return finish
 
     def add_trace(self, operation: AddTrace) -> Finish[None]:
         session, step = str(operation.session), operation.entry
