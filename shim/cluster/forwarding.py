@@ -15,7 +15,7 @@ from shim.composition import Spawn
 from shim.core.calls import Accepted, AgentCall, Commands, Failed, HeartbeatCall, Outcome, PollCall, StatusCall
 from shim.core.leases import Member, Offset
 from shim.core.reply_reader import ReplyHead
-from shim.core.telling import Note, came
+from shim.core.telling import METHOD, Note, came
 from shim.errors import AgentError
 from shim.frontend.internal import CLOCK_HEADER, LEASE_HEADER, NOT_AT_ONCE
 from shim.frontend.writing import MISDIRECTED
@@ -167,6 +167,8 @@ class ReplicaForwarder:
 
     async def forward(self, request: Forwarded, operation: str) -> Proxied | None:
         """Send a request on, to one owner after another until one answers or patience ends."""
+        if request.method == METHOD:
+            raise AgentError(405, "method not allowed")  # on a pair it would be a note of ours
         now_s = self._clock.monotonic_s
         arrived_s = self._arrival(request.arrived_s)
         token = request.client.token

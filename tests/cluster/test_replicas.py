@@ -281,6 +281,8 @@ async def test_mode_http_goes_by_the_owner_whichever_replica_is_asked(tmp_path: 
             replica.send(signal.SIGHUP)
             await replica.event("config_reloaded", mode="http")
         assert await agent.heartbeat(other) < 300
+        # everything is passed on in this mode, but not what is a note between replicas
+        assert (await agent.raw(other, "NOTIFY", "/written"))[0] == 405
         assert await agent.poll(other) == ["c-1"]
         assert await agent.result(other, "c-1") == 1
         await gate.until_state(owner, "c-1", *ENDED)
