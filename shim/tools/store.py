@@ -1,4 +1,4 @@
-"""`agent-shim store copy`: from a file to a database, and back."""
+"""`agent-shim store copy`: from a file to a database, and back. `agent-shim store shards`: another number of shards."""
 
 from __future__ import annotations
 
@@ -35,6 +35,27 @@ def copy(source: str, target: str, config: str | None) -> None:
     for table, rows in done.rows.items():
         left_out = done.left_out.get(table, 0)
         click.echo(f"{table}: {rows}" + (f", and {left_out} that cannot be read left out" if left_out else ""))
+
+
+@command.command("shards")
+@click.argument("count", type=click.IntRange(1, 256))
+@click.option("--at", "place", required=True, metavar="URL", help="postgresql://…")
+@click.option("--config", metavar="FILE", help="Its store section says how to reach the database: password, TLS.")
+def shards(count: int, place: str, config: str | None) -> None:
+    """Divide a database into COUNT shards: about four for each replica that there will be. No replica may run."""
+    try:
+        from shim.store.postgres.reshard import change_shards  # noqa: PLC0415 - an extra
+
+        before = change_shards(_store(place, config), count)
+    except ModuleNotFoundError as error:
+        click.echo(f"store shards needs agent-shim[postgres]: {error.name} is not installed", err=True)
+        sys.exit(2)
+    except StoreVersionError:
+        raise
+    except StoreError as error:
+        click.echo(f"store shards: {error}", err=True)
+        sys.exit(1)
+    click.echo(f"{count} shards, {before} before")
 
 
 def _store(place: str, config: str | None) -> Store:

@@ -1,0 +1,51 @@
+"""Change the number of shards while no replica lives: `agent-shim store shards`."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import psycopg
+
+from shim import settings
+from shim.errors import StoreError
+from shim.store.postgres.database import connect, prepare, refusal
+from shim.store.tables import TABLES
+
+# The same as `tables.shard_of_session`.
+_SHARD = (
+    "(('x' || substr(encode(sha256(convert_to(split_part(session, '/', 1), 'UTF8')), 'hex'), 1, 8))::bit(32)::bigint"
+    " %% %s)::integer"
+)
+
+
+def change_shards(configured: settings.Store, count: int) -> int:
+    """Divide the store into so many shards; returns how many there were. Blocks.
+
+    All in one transaction. Raises `StoreError` where a replica lives, or the database was never used; nothing changes.
+    """
+    prepare(configured)
+    try:
+        with closing(connect(configured, "agent-shim store shards")) as connection, connection.transaction():
+            rows = connection.execute("SELECT shards FROM cluster FOR UPDATE").fetchall()
+            if not rows:
+                raise StoreError("the database was never used: the first replica makes the shards")
+            living = connection.execute("SELECT name FROM members WHERE until > clock_timestamp()").fetchall()
+            if living:
+                names = ", ".join(name for (name,) in living)
+                raise StoreError(f"replicas live ({names}): stop all of them first")
+            connection.execute("DELETE FROM members")
+            # Whoever owned a shard before is fenced, also one that is gone now and may come back.
+            connection.execute("UPDATE leases SET holder = '', fence = (SELECT max(fence) + 1 FROM leases)")
+            connection.execute(
+                "INSERT INTO leases (shard, fence) SELECT number, (SELECT max(fence) FROM leases)"
+                " FROM generate_series(0, %s - 1) number ON CONFLICT DO NOTHING",
+                (count,),
+            )
+            connection.execute("DELETE FROM leases WHERE shard >= %s", (count,))
+            for table in TABLES:
+                if "session" in table.names and table.name != "traces":
+                    connection.execute(f"UPDATE {table.name} SET shard = {_SHARD}".encode(), (count,))
+            connection.execute("UPDATE cluster SET shards = %s", (count,))
+            return int(rows[0][0])
+    except psycopg.Error as error:
+        raise refusal(error) from None
