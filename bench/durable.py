@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -49,26 +49,32 @@ def measure(bench: Bench, log: Log) -> list[Figure]:
     figures = []
     for outstanding, all_of_them in OUTSTANDING.items():
         count = bench.pick(all_of_them, 100)
-        ours, bare, threaded, sizes = [], [], [], []
+        ours, bare, threaded = [], [], []
+        sizes: list[float] = []
         for _ in range(bench.pick(ROUNDS, 1)):
             with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-                took_s, commits = _through_store(Path(folder) / "ours.db", _records(count), outstanding)
+                found, commits = _through_store(Path(folder) / "ours.db", _records(count), outstanding)
                 sizes.append(count / commits)
-                ours.append(took_s)
+                ours.append(found)
                 batch = max(1, round(sizes[-1]))
                 bare.append(_through_sqlite(Path(folder) / "bare.db", _records(count), batch, _here))
                 with ThreadPoolExecutor(1) as pool:
                     there = partial(_there, pool)
                     threaded.append(_through_sqlite(Path(folder) / "threaded.db", _records(count), batch, there))
-        log(f"durable, {outstanding} outstanding: {count / ours[-1]:,.0f}/s, {sizes[-1]:.1f} to a commit")
-        rates, bare_rates, threaded_rates = ([count / each for each in found] for found in (ours, bare, threaded))
+        log(f"durable, {outstanding} outstanding: {count / ours[-1].took_s:,.0f}/s, {sizes[-1]:.1f} to a commit")
+        rates, bare_rates, threaded_rates = (
+            [count / each.took_s for each in found] for found in (ours, bare, threaded)
+        )
         what = f"{outstanding} at a time, {median(sizes):.0f} to a commit"
         rest: dict[str, Any] = {"against": "plain sqlite3", "better": "more", "aim": AIM}
         figures.append(compared(PART, what, "1/s", rates, bare_rates, **rest))
         rest = {"against": "the same in a thread", "better": "more"}
         figures.append(compared(PART, what, "1/s", rates, threaded_rates, **rest))
+        costs_us, threaded_us = ([each.cpu_s / count * 1e6 for each in found] for found in (ours, threaded))
+        rest = {"against": "the same in a thread", "note": "does not depend on the disk's speed"}
+        figures.append(compared(PART, f"CPU per command, {outstanding} at a time", "µs", costs_us, threaded_us, **rest))
         if outstanding == 1:
-            latency_ms, bare_ms = ([each / count * 1e3 for each in found] for found in (ours, bare))
+            latency_ms, bare_ms = ([each.took_s / count * 1e3 for each in found] for found in (ours, bare))
             figures.append(compared(PART, "one commit, until told", "ms", latency_ms, bare_ms, against="bare commit"))
     figures.append(flood(bench, log))
     return figures
@@ -101,8 +107,26 @@ def _records(count: int) -> list[CommandRecord]:
     ]
 
 
-def _through_store(path: Path, records: list[CommandRecord], outstanding: int) -> tuple[float, int]:
-    """Seconds, and how many commits it took; so many commands are on their way at a time."""
+class _Cost(NamedTuple):
+    """The time that something took, and the CPU time that all threads of this process used."""
+
+    took_s: float
+    cpu_s: float
+
+
+class _Stopwatch:
+    """Measure a `_Cost` from the creation of this object on."""
+
+    def __init__(self) -> None:
+        self._cpu_s, self._started_s = time.process_time(), time.perf_counter()
+
+    def read(self) -> _Cost:
+        """Return the cost so far."""
+        return _Cost(time.perf_counter() - self._started_s, time.process_time() - self._cpu_s)
+
+
+def _through_store(path: Path, records: list[CommandRecord], outstanding: int) -> tuple[_Cost, int]:
+    """Store records, of which so many are on their way at a time; return the cost and the number of commits."""
     posted: SimpleQueue[Callable[[], None]] = SimpleQueue()
     commits = done = 0
 
@@ -123,14 +147,14 @@ def _through_store(path: Path, records: list[CommandRecord], outstanding: int) -
     store = SqliteStore(path, posted.put, CommitProbe(time.monotonic, committed))
     store.open()
     coming = records[::-1]
-    started_s = time.perf_counter()
+    stopwatch = _Stopwatch()
     for _ in range(outstanding):
         submit(coming.pop())
     while done < len(records):
         posted.get()()
-    took_s = time.perf_counter() - started_s
+    cost = stopwatch.read()
     store.close()
-    return took_s, commits
+    return cost, commits
 
 
 Carry = Callable[[Callable[[], None]], None]
@@ -144,8 +168,8 @@ def _there(pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
     pool.submit(work).result()
 
 
-def _through_sqlite(path: Path, records: list[CommandRecord], batch: int, carry: Carry) -> float:
-    """Seconds; one row each, in transactions of `batch` rows, which `carry` carries out."""
+def _through_sqlite(path: Path, records: list[CommandRecord], batch: int, carry: Carry) -> _Cost:
+    """Insert one row per record, in transactions of `batch` rows, which `carry` carries out; return the cost."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
@@ -160,9 +184,9 @@ def _through_sqlite(path: Path, records: list[CommandRecord], batch: int, carry:
             cursor.execute(_INSERT, (*row, r.type, r.created_at, encode(r.payload)))
         cursor.execute("COMMIT")
 
-    started_s = time.perf_counter()
+    stopwatch = _Stopwatch()
     for first in range(0, len(records), batch):
         carry(partial(commit, records[first : first + batch]))
-    took_s = time.perf_counter() - started_s
+    cost = stopwatch.read()
     connection.close()
-    return took_s
+    return cost
