@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from bench import simulation
 from bench.figures import Figure, Log
 from bench.servers import Bench
-from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, PollStyle, Profile, What
+from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, PollStyle, AgentProfile, EventKind
 from shim.tools.agents.pace import Ticker
 from shim.tools.latency import percentile
 
@@ -131,7 +131,7 @@ async def _latencies_s(hold: str, agents: int, sends: Sends) -> dict[Case, Found
 
     def seen(case: Case) -> Callable[[Event], None]:
         def event(event: Event) -> None:
-            if event.what is What.COMMAND and event.command is not None:
+            if event.what is EventKind.COMMAND and event.command is not None:
                 found[case].ours.append(event.at_s - sent_s[event.command.id])
 
         return event
@@ -153,7 +153,7 @@ async def _latencies_s(hold: str, agents: int, sends: Sends) -> dict[Case, Found
                 name = f"{case.name.replace(' ', '-').replace('/', '-')}-{number}"
                 who = Identity(agent_id=f"agent-{name}", cluster_name=name, token=simulation.TOKEN)
                 style = PollStyle.SERIAL if case.serial else PollStyle.TICKER
-                profile = Profile(poll_interval_s=case.poll_s, poll_style=style, heartbeat_interval_s=case.beat_s)
+                profile = AgentProfile(poll_interval_s=case.poll_s, poll_style=style, heartbeat_interval_s=case.beat_s)
                 agent = LegacyAgent(world.url, who, profile, simulation.clock(), Callbacks(event=seen(case)))
                 started_s = loop.time()
                 times = sends(started_s, case.poll_s, rng)

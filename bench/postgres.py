@@ -21,7 +21,7 @@ from typing import Any
 import psycopg
 
 from bench.durable import _records
-from shim.core.records import AddTrace, CommandRecord, MarkCommands, Operation, PutCommand, State, TraceEntry
+from shim.core.records import AddTrace, CommandRecord, MarkCommands, Operation, PutCommand, CommandState, TraceEntry
 from shim.ports import CommandStore
 from shim.store.sqlite import SqliteStore
 from tests.support import postgres
@@ -52,8 +52,8 @@ def through_store(make: Callable[[Any], CommandStore], records: Sequence[Command
     def steps(record: CommandRecord) -> list[list[Operation]]:
         key, name = record.session, (record.id,)
         arrived = AddTrace(key, name, TraceEntry(record.arrived_wall, "arrived", record.type))
-        offered = MarkCommands(key, name, State.OFFERED, 2.0, attempts=1)
-        delivered = MarkCommands(key, name, State.DELIVERED, 3.0)
+        offered = MarkCommands(key, name, CommandState.OFFERED, 2.0, attempts=1)
+        delivered = MarkCommands(key, name, CommandState.DELIVERED, 3.0)
         return [
             [delivered, AddTrace(key, name, TraceEntry(3.0, "delivered"))],
             [offered, AddTrace(key, name, TraceEntry(2.0, "offered", "attempt 1"))],

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 from shim import app, config, logs
 from shim.clock import Clock
-from shim.core.records import Loaded, Operation
+from shim.core.records import StoreContents, Operation
 from shim.errors import StoreError
 from shim.ports import CommandStore, StoreDone
-from shim.store import Post, open_store
-from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, PollStyle, Profile, What
+from shim.store import CallThreadsafe, open_store
+from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, PollStyle, AgentProfile, EventKind
 from shim.tools.controller.server import DevController
 from tests.support.virtual import VirtualClock, VirtualLoop, run_virtual
 
@@ -42,7 +42,7 @@ class _Counted:
         self._inner = inner
         self.outstanding = 0
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         try:
             return self._inner.open()
         finally:
@@ -74,7 +74,7 @@ class _VirtualApp(app.App):
         made: Clock = clock()
         return made
 
-    def make_store(self, post: Post) -> CommandStore:
+    def make_store(self, post: CallThreadsafe) -> CommandStore:
         store = _Counted(open_store(self.settings.store, post))
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
@@ -167,7 +167,7 @@ async def _latencies_s(hold: str, span: Span) -> dict[Kind, list[float]]:
 
     def seen(kind: Kind) -> Callable[[Event], None]:
         def event(event: Event) -> None:
-            if event.what is What.COMMAND and event.command is not None:
+            if event.what is EventKind.COMMAND and event.command is not None:
                 found.setdefault(kind, []).append(event.at_s - sent_s[event.command.id])
 
         return event
@@ -188,7 +188,7 @@ async def _latencies_s(hold: str, span: Span) -> dict[Kind, list[float]]:
                 for number in range(span.agents_per_kind):
                     name = f"{pace.value}-{interval_s:.0f}-{number}"
                     who = Identity(agent_id=f"agent-{name}", cluster_name=name, token=TOKEN)
-                    profile = Profile(poll_interval_s=interval_s, poll_style=pace, heartbeat_interval_s=30.0)
+                    profile = AgentProfile(poll_interval_s=interval_s, poll_style=pace, heartbeat_interval_s=30.0)
                     callbacks = Callbacks(event=seen((pace.value, interval_s)))
                     agent = LegacyAgent(world.url, who, profile, clock(), callbacks)
                     lives.append(group.create_task(agent.run()))

@@ -11,14 +11,14 @@ from urllib.parse import urlsplit
 from bench import simulation
 from bench.figures import Figure, Log
 from bench.servers import Bench
-from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, Profile, What
+from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, AgentProfile, EventKind
 from tests.support.virtual import VirtualClock
 
 PART = "Traffic of one agent-hour"
 HOUR_S = 3600.0
 COMMANDS = 12
 # What real agents do: heartbeats and tunnel polls every 5 s; documented polls every 5 s besides.
-AGENT = Profile(heartbeat_interval_s=5.0, tunnel_interval_s=5.0, poll_interval_s=5.0)
+AGENT = AgentProfile(heartbeat_interval_s=5.0, tunnel_interval_s=5.0, poll_interval_s=5.0)
 
 
 class Wire:
@@ -72,7 +72,7 @@ async def _hour(hold: str, commands: int) -> Hour:
     clock: Any = VirtualClock(loop)
 
     def count(event: Event) -> None:
-        hour.calls += event.what is not What.COMMAND
+        hour.calls += event.what is not EventKind.COMMAND
 
     async with simulation.running(upstream_wire.to, poll={"hold": hold}) as world, agent_wire.to(world.url) as url:
         who = Identity(agent_id="agent-1", cluster_name="prod", token=simulation.TOKEN)

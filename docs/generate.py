@@ -14,9 +14,9 @@ from pathlib import Path
 
 from shim.core import life, link
 from shim.core.backoff import Backoff, BackoffPolicy
-from shim.core.link import Link, LinkPolicy, LinkState
+from shim.core.link import LinkStateMachine, LinkPolicy, LinkState
 from shim.core.link_events import EVENT_TYPES, DialFailed, LinkEvent, Lost
-from shim.core.records import State
+from shim.core.records import CommandState
 
 DOCUMENT = Path(__file__).parent / "contributing" / "state-machines.md"
 WALKS = 2_000
@@ -56,7 +56,7 @@ def link_edges() -> set[Edge]:
     edges: set[Edge] = set()
     visited: set[tuple[LinkState, type]] = set()
     for _ in range(WALKS):
-        machine = Link(LinkPolicy(own_token=rng.random() < 0.5), Backoff(BackoffPolicy(), rng.random))
+        machine = LinkStateMachine(LinkPolicy(own_token=rng.random() < 0.5), Backoff(BackoffPolicy(), rng.random))
         now = 0.0
         for _ in range(STEPS):
             event = rng.choice([each for each in variants if (machine.state, type(each)) in link.TRANSITIONS])
@@ -94,7 +94,7 @@ def document() -> str:
     return PROSE.format(
         link=diagram(LinkState.IDLE, LinkState, link_edges()),
         events="\n".join(events),
-        command=diagram(State.QUEUED, State, command_edges()),
+        command=diagram(CommandState.QUEUED, CommandState, command_edges()),
     )
 
 

@@ -19,21 +19,21 @@ from shim import __version__, config, dialects, logs
 from shim.admin import AdminServer
 from shim.bridge import Bridge
 from shim.clock import Clock
-from shim.compose import compose
-from shim.composition import Composition, Surroundings
+from shim.compose import build_runtime
+from shim.composition import Runtime, RuntimeContext
 from shim.config_warnings import find_warnings
 from shim.core.urls import origin_of
 from shim.errors import ConfigError, Fault, StartError, StoreError, StoreVersionError, describe
-from shim.filemarks import Watched
-from shim.frontend import Frontend
-from shim.hardening import allow_connections, keep_memory_private, occupy_standard_streams, open_doors
-from shim.heap import collect_rarely, give_back
+from shim.filemarks import FileWatcher
+from shim.frontend import AgentServer
+from shim.hardening import raise_fd_limit, disable_core_dumps, occupy_standard_streams, security_warnings
+from shim.heap import tune_gc, trim_heap
 from shim.lag import loop_factory, watch_loop
 from shim.metrics import Metrics, Registry
 from shim.passthrough import sunset_headers
-from shim.ports import CommandStore, Switchboard, UpstreamPort
+from shim.ports import CommandStore, AgentService, UpstreamPort
 from shim.settings import Settings
-from shim.store import Post, open_store
+from shim.store import CallThreadsafe, open_store
 from shim.storewatch import probe
 from shim.upstream import AiohttpUpstream
 
@@ -59,16 +59,16 @@ def main(
 
     Raises `ConfigError` before anything has been started.
     """
-    files = Watched()
+    files = FileWatcher()
     files.changed({"config": config_path})  # before it is read: what changes from here on is noticed
     occupy_standard_streams()
-    private = keep_memory_private()
+    private = disable_core_dumps()
     settings = config.load(config_path, os.environ, sets)
     _check_ready_file(ready_file)
     logging = logs.setup(settings.log.level, settings.log.format)
     logs.capture_stray_output()
     connections = settings.listen.max_connections + settings.upstream.max_links
-    if allow_connections(connections) < connections:
+    if raise_fd_limit(connections) < connections:
         log.warning("few_open_files", hint="the limit of open files is below listen.max_connections: raise it")
     if not private:
         log.warning("memory_not_private", hint="the kernel refused; a core dump would hold tokens")
@@ -80,7 +80,7 @@ def main(
 
     app = (kind or App)(settings, load, logging, config_path, ready_file, files)
     app.stop_began = partial(_end_in_time, logging)
-    collect_rarely()
+    tune_gc()
     try:
         code = asyncio.Runner(loop_factory=loop_factory()).run(app.run())
     except BaseException:
@@ -128,7 +128,7 @@ class App:
         logging: logs.Logs,
         config_path: str | None = None,
         ready_file: str | None = None,
-        files: Watched | None = None,
+        files: FileWatcher | None = None,
     ) -> None:
         """`load` reads the configuration again; `files` has seen the configuration file before it was read."""
         self.settings = settings
@@ -145,7 +145,7 @@ class App:
         self._undo: list[Undo] = []
         self._metrics = Metrics(Registry())
         logging.count_drops(self._metrics.log_lines_dropped.inc)
-        self._files = files or Watched()
+        self._files = files or FileWatcher()
         self._changed()
         self._start_scope: asyncio.Timeout | None = None
         self._reloading = False
@@ -153,7 +153,7 @@ class App:
         self._owned: set[asyncio.Task[None]] = set()
         self._store_fault: StoreError | None = None
         self._token = ""
-        self._parts: Composition | None = None
+        self._parts: Runtime | None = None
 
     async def run(self) -> int:
         """Start, serve until a stop is requested, stop. Returns the exit code."""
@@ -212,11 +212,11 @@ class App:
         settings, clock = self.settings, self.make_clock()
         for secret in config.secrets(settings):
             self._logging.redaction.add(secret)
-        for event, hint in open_doors(settings):
+        for event, hint in security_warnings(settings):
             log.warning(event, hint=hint)
         upstream = AiohttpUpstream(settings.upstream, self.spawn)
         self._undo.append(upstream.close)
-        around = Surroundings(
+        around = RuntimeContext(
             settings=settings,
             clock=clock,
             timers=loop,
@@ -230,7 +230,7 @@ class App:
             broken=self._store_broken,
             redaction=self._logging.redaction,
         )
-        parts = compose(around, self.make_store)
+        parts = build_runtime(around, self.make_store)
         if isinstance(parts.subject, Bridge):
             self.bridge = parts.subject
         self._undo.append(parts.close)
@@ -255,14 +255,14 @@ class App:
         admin.agents_served = True
         self.spawn("watch", self._watch())
         self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
-        give_back()
+        trim_heap()
         self._announce()
 
-    def _make_frontend(self, parts: Composition) -> Frontend:
+    def _make_frontend(self, parts: Runtime) -> AgentServer:
         settings = self.settings
         self._metrics.fallback_active.set_function(parts.fallback.active)
         sunset = sunset_headers(settings.sunset)
-        return Frontend(
+        return AgentServer(
             settings.listen,
             self.wrap_switchboard(parts.switchboard),
             dialects.load(),
@@ -282,7 +282,7 @@ class App:
         """The time."""
         return Clock()
 
-    def make_store(self, post: Post) -> CommandStore:
+    def make_store(self, post: CallThreadsafe) -> CommandStore:
         """The store; `post` as in `open_store`."""
         return open_store(self.settings.store, post, probe(self._metrics, self._store_broken))
 
@@ -295,7 +295,7 @@ class App:
         """What the bridge dials with."""
         return upstream
 
-    def wrap_switchboard(self, switchboard: Switchboard) -> Switchboard:
+    def wrap_switchboard(self, switchboard: AgentService) -> AgentService:
         """What the frontend calls."""
         return switchboard
 
@@ -419,7 +419,7 @@ class App:
 
     def _apply(self, fresh: Settings) -> None:
         self._metrics.config_valid.set(1)
-        old, self.settings = self.settings, config.effective(self.settings, fresh)
+        old, self.settings = self.settings, config.apply_reloadable(self.settings, fresh)
         for secret in config.secrets(fresh):
             self._logging.redaction.add(secret)
         self._logging.set_level(self.settings.log.level)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shim.composition import Composition, Surroundings
+from shim.composition import Runtime, RuntimeContext
 from shim.errors import StoreError
 from shim.ports import CommandStore
-from shim.single import Single
-from shim.store import Post
+from shim.single import SingleRuntime
+from shim.store import CallThreadsafe
 
 
-def compose(around: Surroundings, make_store: Callable[[Post], CommandStore]) -> Composition:
+def build_runtime(around: RuntimeContext, make_store: Callable[[CallThreadsafe], CommandStore]) -> Runtime:
     """Build one bridge with its store, or a replica's share of many. Raises `StoreError` where an extra is missing."""
     if around.settings.store.url:
         try:
@@ -19,4 +19,4 @@ def compose(around: Surroundings, make_store: Callable[[Post], CommandStore]) ->
         except ModuleNotFoundError as error:
             raise StoreError(f"store.url needs agent-shim[postgres]: {error.name} is not installed") from error
         return Replica(around)
-    return Single(around, make_store(around.post))
+    return SingleRuntime(around, make_store(around.post))

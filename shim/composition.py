@@ -6,22 +6,22 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shim.admin import Recent, Subject
-from shim.bridge import Context
+from shim.admin import RecentCommand, Subject
+from shim.bridge import BridgeContext
 from shim.clock import Clock
 from shim.core.sessions import Sessions
 from shim.errors import StoreError
 from shim.metrics import Metrics
-from shim.ports import AgentWebSockets, CommandStore, Fallback, Forwarder, Switchboard, Timers, UpstreamPort
+from shim.ports import AgentWebSockets, CommandStore, Fallback, Forwarder, AgentService, Timers, UpstreamPort
 from shim.redaction import Redaction
 from shim.settings import Settings
-from shim.store import Post
+from shim.store import CallThreadsafe
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class RuntimeContext:
     """What the composition gets of the process. `broken` ends it: the store is damaged."""
 
     settings: Settings
@@ -29,7 +29,7 @@ class Surroundings:
     timers: Timers
     rng: Callable[[], float]
     new_id: Callable[[], str]
-    post: Post
+    post: CallThreadsafe
     spawn: Spawn
     metrics: Metrics
     upstream: UpstreamPort
@@ -39,9 +39,9 @@ class Surroundings:
 
     def context(
         self, settings: Settings, store: CommandStore, upstream: UpstreamPort, owner_key: bytes = b""
-    ) -> Context:
+    ) -> BridgeContext:
         """The surroundings of one bridge."""
-        return Context(
+        return BridgeContext(
             settings=settings,
             clock=self.clock,
             timers=self.timers,
@@ -57,7 +57,7 @@ class Surroundings:
         )
 
 
-class Detour(Fallback, Protocol):
+class ClosableFallback(Fallback, Protocol):
     """The way by the vendor's HTTP API."""
 
     def active(self) -> bool:
@@ -67,7 +67,7 @@ class Detour(Fallback, Protocol):
         """Close the connections to the vendor's API."""
 
 
-class Composition(Protocol):
+class Runtime(Protocol):
     """Calls come in this order: `open`, `start`, …, `quiesce`, `stop`, `close`. The parts are there once it is open."""
 
     @property
@@ -75,11 +75,11 @@ class Composition(Protocol):
         """What the admin port shows."""
 
     @property
-    def recent(self) -> Iterable[Recent]:
+    def recent(self) -> Iterable[RecentCommand]:
         """What happened last to commands."""
 
     @property
-    def switchboard(self) -> Switchboard:
+    def switchboard(self) -> AgentService:
         """What the frontend calls."""
 
     @property
@@ -91,7 +91,7 @@ class Composition(Protocol):
         """Sends calls on to other replicas; `None` where there are none."""
 
     @property
-    def fallback(self) -> Detour:
+    def fallback(self) -> ClosableFallback:
         """The other way."""
 
     @property

@@ -14,12 +14,12 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import msgspec
 import yaml
 
-from shim.conversion import Text, leaves, sections, shown_key, to_settings
+from shim.conversion import TextValue, leaves, sections, shown_key, to_settings
 from shim.errors import ConfigError, Fault
 from shim.redaction import basic_credentials
 from shim.regular_files import read_regular, reason
 from shim.settings import Settings
-from shim.validation import semantic_faults
+from shim.validation import cross_field_faults
 
 ENV_PREFIX = "SHIM_"
 _RELOADABLE = frozenset({"mode", "rollout", "fallback", "heartbeat", "poll", "commands"})
@@ -44,14 +44,14 @@ def load(path: str | None, env: Mapping[str, str], sets: Iterable[str], *, reloa
     for dotted, text in [*_from_env(env), *_from_sets(sets, faults)]:
         _put(tree, dotted, _as_map(dotted, text, faults) if dotted in maps else text)
     settings = to_settings(tree, faults)
-    faults += semantic_faults(settings, frozenset(fault.path for fault in faults))
+    faults += cross_field_faults(settings, frozenset(fault.path for fault in faults))
     if faults:
         more = len(faults) - _MAX_FAULTS_SHOWN
         raise ConfigError(faults[:_MAX_FAULTS_SHOWN] + [Fault("", f"and {more} more")] * (more > 0))
     return settings
 
 
-def effective(running: Settings, fresh: Settings) -> Settings:
+def apply_reloadable(running: Settings, fresh: Settings) -> Settings:
     """The running settings with what may change without a restart taken from the fresh ones (protocol.md §4)."""
     kept = {name: getattr(fresh, name) for name in _RELOADABLE}
     token = {"token": fresh.upstream.token, "token_file": fresh.upstream.token_file}
@@ -67,7 +67,7 @@ def needs_restart(running: Settings, fresh: Settings) -> list[str]:
     return [key for key, _, _ in leaves() if attrgetter(key)(running) != attrgetter(key)(fresh)]
 
 
-def mask(settings: Settings) -> dict[str, Any]:
+def redacted(settings: Settings) -> dict[str, Any]:
     """The effective configuration as plain data, without tokens, user info of URLs and queries of the vendor's URLs."""
     plain: dict[str, Any] = msgspec.to_builtins(settings)
     if plain["upstream"]["token"]:
@@ -88,7 +88,7 @@ def _without_password(url: str) -> str:
 
 def dump(settings: Settings) -> str:
     """`mask(settings)` as YAML that `load` reads again."""
-    return yaml.safe_dump(mask(settings), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redacted(settings), sort_keys=False, allow_unicode=True)
 
 
 def read_token(settings: Settings) -> str:
@@ -191,22 +191,22 @@ def is_read(name: str) -> bool:
     return name == "SHIM_MODE" or (name.startswith(ENV_PREFIX) and bool(separator) and section in sections())
 
 
-def _from_env(env: Mapping[str, str]) -> Iterator[tuple[str, Text]]:
+def _from_env(env: Mapping[str, str]) -> Iterator[tuple[str, TextValue]]:
     for name in sorted(env):
         if is_read(name):
-            yield name.removeprefix(ENV_PREFIX).lower().replace("__", "."), Text(env[name], name)
+            yield name.removeprefix(ENV_PREFIX).lower().replace("__", "."), TextValue(env[name], name)
 
 
-def _from_sets(sets: Iterable[str], faults: list[Fault]) -> Iterator[tuple[str, Text]]:
+def _from_sets(sets: Iterable[str], faults: list[Fault]) -> Iterator[tuple[str, TextValue]]:
     for item in sets:
         dotted, equals, text = item.partition("=")
         if equals and dotted.strip():
-            yield dotted.strip(), Text(text, "--set")
+            yield dotted.strip(), TextValue(text, "--set")
         else:
             faults.append(Fault("", "--set needs section.key=value"))
 
 
-def _as_map(dotted: str, value: Text, faults: list[Fault]) -> dict[str, Any]:
+def _as_map(dotted: str, value: TextValue, faults: list[Fault]) -> dict[str, Any]:
     try:
         found = value.json()
     except ValueError:
@@ -217,7 +217,7 @@ def _as_map(dotted: str, value: Text, faults: list[Fault]) -> dict[str, Any]:
     return {}
 
 
-def _put(tree: dict[Any, Any], dotted: str, value: Text | dict[str, Any]) -> None:
+def _put(tree: dict[Any, Any], dotted: str, value: TextValue | dict[str, Any]) -> None:
     """Set a value in the tree of sections; what stands in its way gives way."""
     *above, key = dotted.split(".")
     for name in above:

@@ -18,7 +18,7 @@ _MAX_KEY_CHARS = 64
 _MAX_SUGGESTIONS = 100  # finding a near key takes a millisecond
 
 
-class Text(msgspec.Struct, frozen=True):
+class TextValue(msgspec.Struct, frozen=True):
     """A value that came as text from `source` and is converted by the type of its key; lists and maps are JSON."""
 
     text: str
@@ -51,7 +51,7 @@ def sections() -> frozenset[str]:
 
 
 def to_settings(tree: dict[Any, Any], faults: list[Fault]) -> Settings:
-    """Convert a tree of maps whose leaves are plain values or `Text`, adding to `faults`.
+    """Convert a tree of maps whose leaves are plain values or `TextValue`, adding to `faults`.
 
     A leaf with a fault keeps its default, so that all faults are found in one go.
     """
@@ -111,7 +111,7 @@ def _leaf(key: str, kind: Any, value: Any, path: str, faults: list[Fault]) -> di
 
 def _convert(kind: Any, value: Any) -> Any:
     """Convert strictly; text from outside the file also by what it says. Raises `ValueError`."""
-    if not isinstance(value, Text):
+    if not isinstance(value, TextValue):
         converted = msgspec.convert(value, kind, strict=True)
     elif get_origin(kind) in (tuple, dict) or (
         value.text.startswith("[") and tuple in [get_origin(each) for each in get_args(kind)]
@@ -125,7 +125,7 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def _source(value: Any) -> str:
-    return f" (from {value.source})" if isinstance(value, Text) else ""
+    return f" (from {value.source})" if isinstance(value, TextValue) else ""
 
 
 def _expected(kind: Any) -> str:

@@ -25,7 +25,7 @@ def occupy_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
-def keep_memory_private() -> bool:
+def disable_core_dumps() -> bool:
     """No core dump of this process, and no debugger of its own user: tokens are in its memory. False if refused.
 
     The limit alone is not enough: the kernel ignores it where `core_pattern` is a pipe. A process that is not dumpable
@@ -41,7 +41,7 @@ def keep_memory_private() -> bool:
     return prctl is not None and prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
 
 
-def allow_connections(count: int) -> int:
+def raise_fd_limit(count: int) -> int:
     """Raise the limit of open files to what so many connections need. Returns the limit in force."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + _OTHER_FILES
@@ -51,7 +51,7 @@ def allow_connections(count: int) -> int:
     return wanted if soft == resource.RLIM_INFINITY else soft
 
 
-def open_doors(settings: Settings) -> Iterator[tuple[str, str]]:
+def security_warnings(settings: Settings) -> Iterator[tuple[str, str]]:
     """What the configuration allows and a person should know of: (event, hint)."""
     listen, upstream = settings.listen, settings.upstream
     if not listen.on_loopback and not listen.tls.cert_file:

@@ -12,14 +12,14 @@ import sys
 _YOUNG, _MIDDLE, _ALL = 10_000, 20, 200
 
 
-def collect_rarely() -> None:
+def tune_gc() -> None:
     """Spare this process's event loop long searches. What is alive now, modules and classes, is left out of all."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG, _MIDDLE, _ALL)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return to the system what the start has needed and freed; elsewhere than on glibc nothing is done."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

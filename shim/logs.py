@@ -81,7 +81,7 @@ class _Repeated:
     left_out: int = 0
 
 
-class _Repeats(logging.Filter):
+class RepeatFilter(logging.Filter):
     """Leaves out repeats of events that are about something; of very many things the oldest are forgotten."""
 
     def __init__(self) -> None:
@@ -229,7 +229,7 @@ def setup(level: Level, form: Literal["json", "console"], *, stream: TextIO | No
     writer = LineWriter(target, lambda count: formatter.format(_dropped_lines(count)))
     handler = _Handler(writer)
     handler.setFormatter(formatter)
-    handler.addFilter(_Repeats())
+    handler.addFilter(RepeatFilter())
     logging.getLogger().addHandler(handler)
     logs = Logs(handler, redaction, writer)
     logs.set_level(level)

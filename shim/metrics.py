@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 
-from shim.core.coverage import Covered
+from shim.core.coverage import HeartbeatOutcome
 from shim.core.fallback_record import OUTCOMES
-from shim.core.liveness import Verdict
-from shim.core.reach import FAILURES, Attempt
+from shim.core.liveness import LivenessState
+from shim.core.reach import FAILURES, DialOutcome
 from shim.core.refusals import REFUSED_TYPES
 from shim.counting import OTHER, Counts, Spreads, Values
 from shim.messages import KNOWN_TYPES
@@ -24,7 +24,7 @@ REQUEST_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 RECONNECT_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 
-ENDINGS = ("closed", "lost", Verdict.HALF_OPEN.value, Verdict.STALLED.value)
+ENDINGS = ("closed", "lost", LivenessState.HALF_OPEN.value, LivenessState.STALLED.value)
 COMMAND_EVENTS = (
     *("queued", "duplicate", "offered", "redelivered", "requeued", "uncertain", "delivered", "closed"),
     *(
@@ -134,7 +134,7 @@ class Metrics:
         self.agent_heartbeats = self._counters(
             "agent_heartbeats",
             "Agents' heartbeats by what the controller heard of them within one interval.",
-            outcome=[each.value for each in Covered],
+            outcome=[each.value for each in HeartbeatOutcome],
         )
         self.fallback = self._counters(
             "fallback_calls",
@@ -190,7 +190,7 @@ class Metrics:
         self.attempts = self._counters(
             "connection_attempts",
             "Attempts to get a link online: ok, failed although the controller was there, or made while it was away.",
-            outcome=[each.value for each in Attempt],
+            outcome=[each.value for each in DialOutcome],
         )
         self.dials = self._counters(
             "upstream_dials", "Handshakes with the controller, by outcome.", outcome=("ok", *FAILURES)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 
 from shim.core.calls import AgentCall, Outcome
-from shim.core.records import Loaded, Operation
+from shim.core.records import StoreContents, Operation
 from shim.errors import StoreError
 from shim.messages import Message
 
@@ -43,7 +43,7 @@ class Timers(Protocol):
 class CommandStore(Protocol):
     """A durable store. Submissions are carried out in order; each is atomic; many may share one commit."""
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         """Open or create the store and return what it holds; blocks. Raises `StoreVersionError`, `StoreError`."""
 
     def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
@@ -57,7 +57,7 @@ class CommandStore(Protocol):
         """Carry out what was submitted, then close; blocks. Idempotent."""
 
 
-class Socket(Protocol):
+class WebSocket(Protocol):
     """An open upstream WebSocket. All methods return at once; the outcome of a close is an event."""
 
     def send(self, message: Message) -> None:
@@ -73,7 +73,7 @@ class Socket(Protocol):
         """Drop the connection without a close frame."""
 
 
-class SocketEvents(Protocol):
+class WebSocketListener(Protocol):
     """What a socket reports, always on the event loop, in the order of frames; `on_closed` is last and comes once."""
 
     def on_message(self, message: Message) -> None:
@@ -102,7 +102,7 @@ class SocketEvents(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DialSpec:
+class DialRequest:
     """Where and how to dial. `url` is ws/wss without the token; `query` holds extra parameters, never the token."""
 
     url: str
@@ -127,7 +127,7 @@ class DialFailure(msgspec.Struct, frozen=True):
 class UpstreamPort(Protocol):
     """Opens WebSockets."""
 
-    def dial(self, spec: DialSpec, events: SocketEvents, done: Callable[[Socket | DialFailure], None]) -> None:
+    def dial(self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]) -> None:
         """Dial in the background, at most `upstream.connect_timeout_s`; `done` is called once, on the event loop.
 
         When `done` gets a socket, events flow from then on, never before.
@@ -156,7 +156,7 @@ class FrameSocket(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """An agent's WebSocket handshake as it came; `target` as in `Forwarded`, `token` from its header or query."""
+    """An agent's WebSocket handshake as it came; `target` as in `ProxyRequest`, `token` from its header or query."""
 
     target: str = field(repr=False)
     headers: tuple[tuple[str, str], ...] = field(repr=False)
@@ -191,41 +191,41 @@ class AgentWebSockets(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Client:
+class Caller:
     """Who is calling: the Bearer token (`""` if none) and the number of the TCP connection, unique in the process."""
 
     token: str = field(repr=False)
     connection: int
 
 
-class Lease(Protocol):
+class DeliveryReceipt(Protocol):
     """The commands that a reply offers, as the switchboard knows them; opaque to the frontend."""
 
 
-class Answer(msgspec.Struct, frozen=True):
+class CallResult(msgspec.Struct, frozen=True):
     """A call's outcome; `lease` is set when it offers commands."""
 
     outcome: Outcome
-    lease: Lease | None = None
+    lease: DeliveryReceipt | None = None
 
 
-class Switchboard(Protocol):
+class AgentService(Protocol):
     """The bridge as the frontend sees it. `written` or `unwritten` follows each lease exactly once, then evidence."""
 
-    async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
+    async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
         """Carry out a call. `arrived_s` is the loop time of the request's first byte, as well as it can be known.
 
         Never raises `AgentError` (a failure is an outcome). Cancelled when the agent hangs up: what was about to be
         offered is then the switchboard's own business, also when the cancellation meets an answer that is just ready.
         """
 
-    def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
+    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
         """Carry out a call that need not wait, as `call` does. `None` where it must, and then nothing has happened."""
 
-    def written(self, lease: Lease) -> None:
+    def written(self, lease: DeliveryReceipt) -> None:
         """The whole reply was handed to the kernel."""
 
-    def unwritten(self, lease: Lease) -> None:
+    def unwritten(self, lease: DeliveryReceipt) -> None:
         """It was not: the agent had hung up before the first byte of the body, or writing failed."""
 
     def next_request(self, connection: int) -> None:
@@ -239,7 +239,7 @@ class Switchboard(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Forwarded:
+class ProxyRequest:
     """An agent's request as it came. `target` is the path under the configured base path, with its query.
 
     `body` is the whole body, or its chunks where it is larger than a call's body may be; `call` is what the dialect
@@ -250,22 +250,22 @@ class Forwarded:
     target: str
     headers: tuple[tuple[str, str], ...] = field(repr=False)
     body: bytes | AsyncIterator[bytes] = field(repr=False)
-    client: Client
+    client: Caller
     call: AgentCall | None
     arrived_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Proxied:
+class ProxyResponse:
     """What the vendor's HTTP API answered, without hop-by-hop headers. `body` is whole or comes in chunks.
 
-    `lease` as in `Answer`. `complete`: another replica made the reply, nothing is to be added to its headers.
+    `lease` as in `CallResult`. `complete`: another replica made the reply, nothing is to be added to its headers.
     """
 
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes | AsyncGenerator[bytes, None] = field(repr=False)
-    lease: Lease | None = None
+    lease: DeliveryReceipt | None = None
     complete: bool = False
 
 
@@ -282,13 +282,13 @@ class Forwarder(Protocol):
     def elsewhere(self, token: str) -> bool:
         """Return whether calls with this token cannot be carried out here now."""
 
-    def at_once(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
+    def try_call_sync(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
         """Send a whole request on if nothing needs to be waited for; `None` if something does.
 
         `done` gets the bytes of the whole reply, or `None` where there is none.
         """
 
-    async def forward(self, request: Forwarded, operation: str) -> Proxied | None:
+    async def forward(self, request: ProxyRequest, operation: str) -> ProxyResponse | None:
         """Send a request on; `None` where it is to be served here, also because nobody owns the caller's shard.
 
         `operation` is the route's, empty where none matched. Cancelled when the agent hangs up. Raises `AgentError`.
@@ -301,14 +301,14 @@ class Forwarder(Protocol):
 class Fallback(Protocol):
     """Serves calls by the vendor's HTTP API (protocol.md §4)."""
 
-    def takes_all(self) -> bool:
+    def handles_all(self) -> bool:
         """True while every call goes that way, whatever it is: nothing of it need be understood."""
 
-    def takes_some(self) -> bool:
+    def handles_some(self) -> bool:
         """True while some calls may go that way."""
 
-    def takes(self, client: Client, call: AgentCall) -> bool:
+    def handles(self, client: Caller, call: AgentCall) -> bool:
         """Whether this call goes that way."""
 
-    async def serve(self, request: Forwarded) -> Proxied | Answer | None:
-        """Serve it. An `Answer` where the switchboard had to do with it; `None`: it goes over the WebSocket."""
+    async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
+        """Serve it. An `CallResult` where the switchboard had to do with it; `None`: it goes over the WebSocket."""

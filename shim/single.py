@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import asyncio
 
-from shim.admin import Journal
+from shim.admin import RecentCommandsStore
 from shim.bridge import Bridge
-from shim.composition import Surroundings
-from shim.core.records import Loaded
-from shim.passthrough import Passthrough, WebSocketProxy
+from shim.composition import RuntimeContext
+from shim.core.records import StoreContents
+from shim.passthrough import FallbackPolicy, WebSocketProxy
 from shim.ports import CommandStore
 from shim.settings import Settings
-from shim.storewatch import tell_findings
+from shim.storewatch import log_store_warnings
 
 
-class Single:
+class SingleRuntime:
     """Implements `composition.Composition`."""
 
-    def __init__(self, around: Surroundings, store: CommandStore) -> None:
+    def __init__(self, around: RuntimeContext, store: CommandStore) -> None:
         self._metrics = around.metrics
-        self.recent = Journal(store)
+        self.recent = RecentCommandsStore(store)
         self.subject = self.switchboard = Bridge(around.context(around.settings, self.recent, around.upstream))
-        self.fallback = Passthrough(self.subject)
+        self.fallback = FallbackPolicy(self.subject)
         self.addresses: dict[str, str] = {}
         self.forwarder = None
         self.websockets = WebSocketProxy(lambda: self.subject.ctx.settings, around.metrics, around.spawn, self.subject)
         around.metrics.websocket_connections.set_function(self.websockets.count)
-        self._loaded: Loaded | None = None
+        self._loaded: StoreContents | None = None
         self._opening = False
 
     async def open(self) -> None:
@@ -38,7 +38,7 @@ class Single:
             self._opening = False
             raise
         self._opening = False
-        tell_findings(self._loaded, self._metrics)
+        log_store_warnings(self._loaded, self._metrics)
 
     def start(self) -> None:
         """See `composition.Composition`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shim.clock import Clock
-from shim.core.records import Loaded
+from shim.core.records import StoreContents
 from shim.errors import StoreError
 from shim.logs import get
 from shim.metrics import Metrics
@@ -40,7 +40,7 @@ def probe(
     return CommitProbe(Clock().monotonic_s, committed, metrics.store_failures.inc, broken, fenced, logged)
 
 
-def tell_findings(loaded: Loaded, metrics: Metrics) -> None:
+def log_store_warnings(loaded: StoreContents, metrics: Metrics) -> None:
     """Say what was found when the database was opened: a person has to know of what is gone."""
     for warning in loaded.warnings:
         log.warning("store_warning", warning=warning)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shim.config import dump, load, mask, read_secret, read_token, secrets
+from shim.config import dump, load, redacted, read_secret, read_token, secrets
 from shim.conversion import leaves, sections
 from shim.errors import ConfigError
 from shim.settings import Settings
@@ -297,7 +297,7 @@ SECRET = load(
 def test_dump_masks_secrets_and_reads_back() -> None:
     text = dump(SECRET)
     assert "hunter2" not in text
-    plain = mask(SECRET)
+    plain = redacted(SECRET)
     assert plain["upstream"]["token"] == "***"
     assert plain["upstream"]["url"] == "https://h/base?***"
     assert plain["upstream"]["proxy"] == "http://***@p:3128"

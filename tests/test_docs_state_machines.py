@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shim.core import life
 from shim.core.link import LinkState
-from shim.core.records import State
+from shim.core.records import CommandState
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ def test_the_diagrams_are_drawn_from_the_tables() -> None:
 
 def test_every_state_and_every_change_of_a_command_is_drawn() -> None:
     text = (ROOT / "docs/contributing/state-machines.md").read_text(encoding="utf-8")
-    for state in (*LinkState, *State):
+    for state in (*LinkState, *CommandState):
         assert re.search(rf"--> {state.name}\b", text), state
     for (before, step), after in life.TRANSITIONS.items():
         if before != after:

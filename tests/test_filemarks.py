@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from shim.filemarks import Watched, marks
+from shim.filemarks import FileWatcher, fingerprints
 
 
 def test_a_change_is_told_once_and_a_missing_file_is_none(tmp_path: Path) -> None:
     file = tmp_path / "file"
-    watched = Watched()
+    watched = FileWatcher()
     assert watched.changed({"a": str(file), "b": None}) == set()
     file.write_text("one")
     assert watched.changed({"a": str(file)}) == {"a"}
@@ -28,7 +28,7 @@ def test_a_swapped_symlink_is_a_change(tmp_path: Path) -> None:
         (tmp_path / name / "token").write_text("same text")
     link = tmp_path / "data"
     link.symlink_to("one")
-    watched = Watched()
+    watched = FileWatcher()
     assert watched.changed({"token": str(link / "token")}) == set()
     swap = tmp_path / "swap"
     swap.symlink_to("two")
@@ -38,4 +38,4 @@ def test_a_swapped_symlink_is_a_change(tmp_path: Path) -> None:
 
 def test_marks_of_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        marks([tmp_path / "nowhere"])
+        fingerprints([tmp_path / "nowhere"])

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shim.core.calls import Accepted, Commands
-from shim.ports import Answer, DialFailure
+from shim.ports import CallResult, DialFailure
 from tests.support.upstream import GONE, REFUSED, FakeSocket, Sent
 from tests.support.virtual import VirtualLoop
 from tests.support.world import Agent, World
@@ -57,7 +57,7 @@ class Life:
     beats: list[float] = field(default_factory=list)  # since the shim started
     read: list[str] = field(default_factory=list)
     unread: tuple[int, list[str]] | None = None  # a reply on a connection that it has not read
-    poll: asyncio.Task[Answer] | None = None
+    poll: asyncio.Task[CallResult] | None = None
     registering: list[asyncio.Task[Any]] = field(default_factory=list)
 
     @property

@@ -12,26 +12,26 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from shim.passthrough.proxy import MAX_READ_BYTES, Proxy, Unreachable
-from shim.ports import Client, Forwarded, Proxied
+from shim.passthrough.proxy import MAX_READ_BYTES, ReverseProxy, Unreachable
+from shim.ports import Caller, ProxyRequest, ProxyResponse
 from shim.settings import Fallback, Upstream
 
 DIALLING = Fallback().dialling(Upstream())
 
 
-def request(target: str = "/api/v1/x", body: Any = b"", headers: Any = (), method: str = "POST") -> Forwarded:
-    return Forwarded(method, target, tuple(headers), body, Client("tok", 1), None, 0.0)
+def request(target: str = "/api/v1/x", body: Any = b"", headers: Any = (), method: str = "POST") -> ProxyRequest:
+    return ProxyRequest(method, target, tuple(headers), body, Caller("tok", 1), None, 0.0)
 
 
 @asynccontextmanager
-async def api(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[tuple[Proxy, str]]:
+async def api(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[tuple[ReverseProxy, str]]:
     app = web.Application(client_max_size=2**26)
     app.router.add_route("*", "/{path:.*}", handler)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    proxy = Proxy({})
+    proxy = ReverseProxy({})
     try:
         yield proxy, f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
@@ -50,7 +50,7 @@ async def echo(seen: web.Request) -> web.Response:
     )
 
 
-async def body_of(reply: Proxied) -> bytes:
+async def body_of(reply: ProxyResponse) -> bytes:
     return reply.body if isinstance(reply.body, bytes) else b"".join([piece async for piece in reply.body])
 
 
@@ -179,7 +179,7 @@ async def test_what_cannot_be_asked_or_breaks_off_is_unreachable() -> None:
     async with api(breaks_off) as (proxy, url):
         with pytest.raises(Unreachable):
             await proxy.send(url, DIALLING, request(), None, whole=True)
-    nobody = Proxy()
+    nobody = ReverseProxy()
     with pytest.raises(Unreachable):
         await nobody.send(url, DIALLING, request(), None, whole=False)
     await nobody.close()

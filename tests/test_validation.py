@@ -10,7 +10,7 @@ from shim.config import load
 from shim.conversion import leaves
 from shim.errors import ConfigError
 from shim.settings import Settings, is_loopback
-from shim.validation import BOUNDS, instant_s, semantic_faults
+from shim.validation import BOUNDS, parse_date_s, cross_field_faults
 
 
 def faulty(*sets: str) -> list[str]:
@@ -25,7 +25,7 @@ def faulty(*sets: str) -> list[str]:
 def test_every_number_has_bounds_that_hold_its_default() -> None:
     numbers = {path: default for path, kind, default in leaves() if {int, float} & {kind, *get_args(kind)}}
     assert set(BOUNDS) == set(numbers)
-    assert semantic_faults(Settings(), frozenset()) == []
+    assert cross_field_faults(Settings(), frozenset()) == []
 
 
 @pytest.mark.parametrize("path", sorted(BOUNDS))
@@ -198,4 +198,4 @@ def test_is_loopback(host: str, expected: bool) -> None:
     ],
 )
 def test_instants_are_unix_seconds(text: str, expected_s: float) -> None:
-    assert instant_s(text) == expected_s
+    assert parse_date_s(text) == expected_s

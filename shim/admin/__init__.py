@@ -1,7 +1,7 @@
 """The admin port: health, readiness, metrics, the status page and what a person may change."""
 
-from shim.admin.journal import Journal, Recent
+from shim.admin.journal import RecentCommandsStore, RecentCommand
 from shim.admin.server import AdminServer
 from shim.admin.subject import Subject
 
-__all__ = ["AdminServer", "Journal", "Recent", "Subject"]
+__all__ = ["AdminServer", "RecentCommandsStore", "RecentCommand", "Subject"]

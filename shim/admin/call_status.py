@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from shim.admin.subject import Subject
-from shim.bridge import Context
+from shim.bridge import BridgeContext
 from shim.core.fallback_record import FallbackCall, FallbackRecord
 from shim.core.modes import bucket
 from shim.core.recent_calls import rows
 from shim.core.records import SessionKey
 from shim.core.sessions import MIN_FRESH_S, Session
-from shim.core.words import brief
+from shim.core.words import shorten
 
 MAX_SHOWN = 20
 REGISTERING_S = MIN_FRESH_S
@@ -25,7 +25,7 @@ def name_of(session: Session) -> str | None:
     return session.registration.get("name") or session.known.get("name") or None
 
 
-def refused_calls(ctx: Context) -> dict[str, Any]:
+def refused_calls(ctx: BridgeContext) -> dict[str, Any]:
     """Return the calls that were refused in the last minute, by status, route and reason."""
     counts = ctx.refused_calls.last_minute(ctx.now)
     return {"calls": sum(each.calls for each in counts), "kinds": rows(counts, MAX_SHOWN)}
@@ -33,7 +33,7 @@ def refused_calls(ctx: Context) -> dict[str, Any]:
 
 def websocket_agents(bridge: Subject) -> dict[str, Any]:
     """Return the agents that speak WebSocket by themselves: they need the shim no more. The latest come first."""
-    agents = sorted(bridge.websocket_agents, key=lambda agent: (-agent.connections, -agent.seen_wall))
+    agents = sorted(bridge.websocket_agents, key=lambda agent: (-agent.connections, -agent.last_seen_unix))
     return {
         "total": len(agents),
         "connected": sum(agent.connections > 0 for agent in agents),
@@ -45,14 +45,14 @@ def websocket_agents(bridge: Subject) -> dict[str, Any]:
                 "accepted": agent.accepted,
                 "connected": agent.connections > 0,
                 "since": agent.since_wall,
-                "seen_at": agent.seen_wall,
+                "seen_at": agent.last_seen_unix,
             }
             for agent in agents[:MAX_SHOWN]
         ],
     }
 
 
-def fallback_calls(ctx: Context, *, active: bool) -> dict[str, Any]:
+def fallback_calls(ctx: BridgeContext, *, active: bool) -> dict[str, Any]:
     """Return how calls to the vendor's HTTP API ended. `used`: calls may go there as things are now."""
     record, wall, settings = ctx.fallback, ctx.clock.wall_s(), ctx.settings
     failures = record.recent_failures.last_minute(wall)
@@ -111,8 +111,8 @@ def controller(bridge: Subject, wall: float) -> dict[str, Any]:
             "total": len(refusals),
             "items": [
                 {
-                    "name": brief(each.name) or None,
-                    "agent": brief(each.agent) or None,
+                    "name": shorten(each.name) or None,
+                    "agent": shorten(each.agent) or None,
                     "status": each.status or None,
                     "error": each.error,
                     "at": wall - (now - each.at),

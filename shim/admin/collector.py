@@ -12,7 +12,7 @@ from shim.admin.call_status import RECENT_S, http_agent
 from shim.admin.sentences import PROBLEMS
 from shim.admin.subject import Subject
 from shim.core.fallback_record import Why
-from shim.core.hold import Pace
+from shim.core.hold import PollPacing
 from shim.core.link import LinkState
 
 
@@ -96,7 +96,7 @@ class BridgeCollector:
             "Fresh agents that poll for commands, by how they space their polls.",
             labels=["pace"],
         )
-        for pace in Pace:
+        for pace in PollPacing:
             family.add_metric([pace.value], paces[pace])
         yield family
         held = self._bridge.delivery.held() + self._bridge.holding.held_tunnels()

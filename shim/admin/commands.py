@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 
 from shim.admin.subject import Agents, Subject
-from shim.bridge.operator import Found
+from shim.bridge.operator import CommandDetails
 from shim.core.records import CommandRecord
 from shim.errors import OperatorError
 
@@ -19,20 +19,20 @@ BODY_S = 10.0
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 
 
-class Choice(msgspec.Struct, forbid_unknown_fields=True):
+class CommandSelector(msgspec.Struct, forbid_unknown_fields=True):
     """The body of a purge or a redelivery."""
 
     session: str = ""
     reason: str = ""
 
 
-class DrainOrder(msgspec.Struct, forbid_unknown_fields=True):
+class DrainRequest(msgspec.Struct, forbid_unknown_fields=True):
     """The body of a drain."""
 
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_DRAIN_S)] = 300.0
 
 
-class CommandPages:
+class CommandHandlers:
     """The handlers; errors are `OperatorError`s."""
 
     def __init__(self, bridge: Subject) -> None:
@@ -53,13 +53,13 @@ class CommandPages:
 
     async def purge(self, request: web.Request) -> web.Response:
         """POST /commands/{id}/purge."""
-        choice = await _body(request, Choice)
+        choice = await _body(request, CommandSelector)
         record = await self._bridge.operator.purge(request.match_info["id"], choice.session, choice.reason)
         return _json({"command": _outcome(record)})
 
     async def redeliver(self, request: web.Request) -> web.Response:
         """POST /commands/{id}/redeliver."""
-        choice = await _body(request, Choice)
+        choice = await _body(request, CommandSelector)
         record = await self._bridge.operator.redeliver(request.match_info["id"], choice.session, choice.reason)
         return _json({"command": _outcome(record)})
 
@@ -70,7 +70,7 @@ class CommandPages:
 
     async def drain(self, request: web.Request) -> web.Response:
         """POST /drain: begin, or move the deadline."""
-        order = await _body(request, DrainOrder)
+        order = await _body(request, DrainRequest)
         return _json({"drain": msgspec.to_builtins(self._bridge.operator.drain(order.timeout_s))})
 
     async def resume(self, request: web.Request) -> web.Response:
@@ -78,7 +78,7 @@ class CommandPages:
         return _json({"drain": msgspec.to_builtins(self._bridge.operator.resume())})
 
 
-def describe(found: Found, sessions: Agents) -> dict[str, Any]:
+def describe(found: CommandDetails, sessions: Agents) -> dict[str, Any]:
     """A command with its trace, without its payload."""
     record, result, trace = found
     stored = record.seq > 0

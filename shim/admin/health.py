@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from shim.admin.subject import Subject
-from shim.core.records import Touch
+from shim.core.records import WriteProbe
 from shim.errors import StoreError
 
 STORE_PROBE_S = 2.0
@@ -51,7 +51,7 @@ class Health:
                 if not probe.done():
                     probe.set_result(self._writable)
 
-            ctx.store.submit([Touch(ctx.clock.wall_s())], done)
+            ctx.store.submit([WriteProbe(ctx.clock.wall_s())], done)
         try:
             async with asyncio.timeout(STORE_PROBE_S):
                 return await asyncio.shield(self._probe)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from shim.admin.sentences import LEVELS, REFUSED_HINTS, SENTENCES
-from shim.core.words import brief, plural, span
+from shim.core.words import shorten, plural, format_duration
 
 SETTLING_S = 10.0
 """A link is back within 10 s of its controller's return: until then its loss is no reason for alarm."""
@@ -101,7 +101,7 @@ def _of_process(status: dict[str, Any]) -> Iterator[Problem]:
 
 def _words(link: dict[str, Any]) -> str:
     """Return the controller's own words about the link's end, where it gave any."""
-    return f": “{brief(link['detail'])}”" if link.get("detail") else ""
+    return f": “{shorten(link['detail'])}”" if link.get("detail") else ""
 
 
 def _of_link(link: dict[str, Any], status: dict[str, Any]) -> Iterator[Problem]:
@@ -119,12 +119,12 @@ def _of_link(link: dict[str, Any], status: dict[str, Any]) -> Iterator[Problem]:
             yield say("link_connecting", link=name, reason=why)
         else:
             agents = "Calls go by the vendor's HTTP API." if status["by_http"] else "Agents are answered as usual."
-            yield say("link_down", time=span(since_s), link=name, reason=why, agents=agents)
+            yield say("link_down", time=format_duration(since_s), link=name, reason=why, agents=agents)
 
 
 def _of_controller(controller: dict[str, Any], now: float) -> Iterator[Problem]:
     for refusal in controller["registrations"]["items"]:
-        agent = brief(refusal["name"] or refusal["agent"] or "an agent")
+        agent = shorten(refusal["name"] or refusal["agent"] or "an agent")
         if refusal["status"] is None:
             yield say("registration_unanswered", agent=agent)
         else:
@@ -144,7 +144,7 @@ def _of_controller(controller: dict[str, Any], now: float) -> Iterator[Problem]:
 
 
 def _text(error: str | None) -> str:
-    return brief((error or "no reason given").rstrip("."))
+    return shorten((error or "no reason given").rstrip("."))
 
 
 # --- agents -----------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def _kinds(kinds: list[dict[str, Any]]) -> str:
 
 
 def _names(agents: list[dict[str, Any]], number: int) -> str:
-    shown = ", ".join(brief(agent.get("name") or agent["id"]) for agent in agents[:3])
+    shown = ", ".join(shorten(agent.get("name") or agent["id"]) for agent in agents[:3])
     return shown if number <= 3 else f"{shown} and {number - 3} more"
 
 
@@ -216,7 +216,7 @@ def _of_fallback(status: dict[str, Any]) -> Iterator[Problem]:
     if calls["failing_since"] is not None and last and status["now"] - last["at"] < FALLBACK_FAILED_S:
         yield say(
             "fallback_failed",
-            time=span(status["now"] - last["at"]),
+            time=format_duration(status["now"] - last["at"]),
             kinds=f"{last['status'] or last['reason'] or 'no answer'} {last['operation'] or 'another call'}",
             hint=_fallback_hint(last["status"]),
         )

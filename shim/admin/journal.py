@@ -6,14 +6,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from shim.core.records import AddTrace, Loaded, Operation, SessionKey
+from shim.core.records import AddTrace, StoreContents, Operation, SessionKey
 from shim.ports import CommandStore, StoreDone
 
 KEPT = 50
 
 
 @dataclass(slots=True)
-class Recent:
+class RecentCommand:
     """A command's newest step. `type` and `arrived_wall` are unknown (`""`, 0) when it came before the start."""
 
     id: str
@@ -25,18 +25,18 @@ class Recent:
     arrived_wall: float = 0.0
 
 
-class Journal:
+class RecentCommandsStore:
     """A `ports.CommandStore` that hands everything on to another, and remembers."""
 
     def __init__(self, store: CommandStore) -> None:
         self._store = store
-        self._recent: OrderedDict[tuple[SessionKey, str], Recent] = OrderedDict()
+        self._recent: OrderedDict[tuple[SessionKey, str], RecentCommand] = OrderedDict()
 
-    def __iter__(self) -> Iterator[Recent]:
+    def __iter__(self) -> Iterator[RecentCommand]:
         """The newest first."""
         return iter(list(reversed(self._recent.values())))
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         """See `ports.CommandStore`."""
         return self._store.open()
 
@@ -55,7 +55,7 @@ class Journal:
         entry = step.entry
         for command_id in step.ids[-KEPT:]:
             known = self._recent.pop((step.session, command_id), None)
-            recent = Recent(command_id, step.session, entry.event, entry.detail, entry.wall)
+            recent = RecentCommand(command_id, step.session, entry.event, entry.detail, entry.wall)
             if entry.event == "arrived":
                 recent.type, recent.arrived_wall = entry.detail, entry.wall
             elif known is not None:

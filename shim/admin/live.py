@@ -22,7 +22,7 @@ SHARE = 0.02
 MAX_READERS = 16
 
 
-class Live:
+class EventStream:
     """Serves `/events`. `prepare` gets what takes its time, and `take` makes the snapshot of it at once.
 
     All readers share a snapshot, so that their number costs the agents nothing.

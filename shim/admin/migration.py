@@ -8,17 +8,17 @@ from typing import Any
 from shim import dialects
 from shim.admin.subject import Subject
 from shim.core.records import SessionKey
-from shim.core.usage import Route, Use
-from shim.core.words import plural, span
+from shim.core.usage import Route, RouteUse
+from shim.core.words import plural, format_duration
 from shim.settings import Sunset
-from shim.validation import instant_s
+from shim.validation import parse_date_s
 
 QUIET_S = 86_400.0
 """Without a deprecated call for so long, agents are taken to have migrated."""
 DAY_S = 86_400.0
 MAX_AGENTS = 200
 
-_Uses = list[tuple[SessionKey, dict[Route, Use]]]
+_Uses = list[tuple[SessionKey, dict[Route, RouteUse]]]
 
 
 @cache
@@ -30,7 +30,7 @@ def paths() -> dict[Route, tuple[str, str]]:
 def migration(bridge: Subject, wall: float, started_wall: float) -> dict[str, Any]:
     """The panel's data at `wall`. Calls are counted since the start; when an agent was last seen survives restarts."""
     uses: _Uses = list(bridge.roster.usage)
-    last_seen = {session.key: session.seen_wall for session in bridge.sessions}
+    last_seen = {session.key: session.last_seen_unix for session in bridge.sessions}
     for key, routes in uses:
         last_seen[key] = max(last_seen.get(key, 0.0), *(use.last_wall for use in routes.values()))
     reasons = _reasons(bridge, last_seen, wall, started_wall)
@@ -46,9 +46,9 @@ def migration(bridge: Subject, wall: float, started_wall: float) -> dict[str, An
 
 def sunset(configured: Sunset, wall: float) -> dict[str, Any]:
     """What is configured of the end of the legacy API; `days_left` is negative when it is over."""
-    at = instant_s(configured.at) if configured.at else None
+    at = parse_date_s(configured.at) if configured.at else None
     return {
-        "deprecated_at": instant_s(configured.deprecation_at) if configured.deprecation_at else None,
+        "deprecated_at": parse_date_s(configured.deprecation_at) if configured.deprecation_at else None,
         "at": at,
         "days_left": None if at is None else (at - wall) / DAY_S,
         "link": configured.link or None,
@@ -60,10 +60,10 @@ def _reasons(bridge: Subject, last_seen: dict[SessionKey, float], wall: float, s
     reasons = []
     active = [seen for seen in last_seen.values() if wall - seen < QUIET_S]
     if active:
-        ago = span(wall - max(active))
+        ago = format_duration(wall - max(active))
         reasons.append(f"{plural(len(active), 'agent')} called in the last 24 h, the last one {ago} ago")
     elif wall - started_wall < QUIET_S:
-        reasons.append(f"no call in the {span(wall - started_wall)} since the start: wait until it is 24 h")
+        reasons.append(f"no call in the {format_duration(wall - started_wall)} since the start: wait until it is 24 h")
     commands = sum(map(len, bridge.queues.values()))
     if commands:
         verb = "waits" if commands == 1 else "wait"
@@ -79,7 +79,7 @@ def _route(route: Route) -> dict[str, Any]:
 
 
 def _by_route(uses: _Uses) -> list[dict[str, Any]]:
-    found: dict[Route, list[Use]] = {}
+    found: dict[Route, list[RouteUse]] = {}
     for _, routes in uses:
         for route, use in routes.items():
             found.setdefault(route, []).append(use)
@@ -96,14 +96,14 @@ def _by_route(uses: _Uses) -> list[dict[str, Any]]:
 
 
 def _by_agent(
-    bridge: Subject, uses: dict[SessionKey, dict[Route, Use]], last: dict[SessionKey, float]
+    bridge: Subject, uses: dict[SessionKey, dict[Route, RouteUse]], last: dict[SessionKey, float]
 ) -> dict[str, Any]:
     newest = sorted(last, key=lambda key: last[key], reverse=True)[:MAX_AGENTS]
     agents = [_agent(bridge, key, uses.get(key, {}), last[key]) for key in newest]
     return {"total": len(last), "items": sorted(agents, key=lambda agent: agent["name"] or agent["id"])}
 
 
-def _agent(bridge: Subject, key: SessionKey, routes: dict[Route, Use], last: float) -> dict[str, Any]:
+def _agent(bridge: Subject, key: SessionKey, routes: dict[Route, RouteUse], last: float) -> dict[str, Any]:
     session = bridge.sessions.get(key)
     name = session.registration.get("name") or session.known.get("name") if session is not None else None
     return {
@@ -120,6 +120,6 @@ def _agent(bridge: Subject, key: SessionKey, routes: dict[Route, Use], last: flo
     }
 
 
-def _every_s(use: Use) -> float | None:
+def _every_s(use: RouteUse) -> float | None:
     """Seconds between calls on average, `None` for a single one."""
     return None if use.count < 2 else round((use.last_wall - use.first_wall) / (use.count - 1), 1)

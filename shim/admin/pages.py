@@ -25,7 +25,7 @@ CONTENT_SECURITY_POLICY = (
 )
 
 
-class Pages:
+class StaticFiles:
     """Serves `FILES`; the page itself is told whether it has to ask for a token before it asks for data."""
 
     def __init__(self, token_required: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shim.admin.subject import Subject
-from shim.core.records import State
+from shim.core.records import CommandState
 from shim.ports import Timer
 
 EVERY_S = 5.0
@@ -58,7 +58,7 @@ class Sampler:
         bridge = self._bridge
         waiting = offered = 0
         for queue in bridge.queues.values():
-            under_way = sum(live.state is State.OFFERED for live in queue.offer.commands) if queue.offer else 0
+            under_way = sum(live.state is CommandState.OFFERED for live in queue.offer.commands) if queue.offer else 0
             offered += under_way
             waiting += len(queue) - under_way
         times_s = list(bridge.delivery.hand_overs_s)

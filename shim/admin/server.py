@@ -15,15 +15,15 @@ from prometheus_client.exposition import choose_encoder
 
 from shim import __version__, config
 from shim.admin.collector import BridgeCollector
-from shim.admin.commands import CommandPages
+from shim.admin.commands import CommandHandlers
 from shim.admin.guard import Access, Guard
 from shim.admin.health import Health
-from shim.admin.journal import Recent
+from shim.admin.journal import RecentCommand
 from shim.admin.limits import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Connections
-from shim.admin.live import Live
-from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, Pages
+from shim.admin.live import EventStream
+from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, StaticFiles
 from shim.admin.series import Sampler
-from shim.admin.snapshot import Facts, Snapshots
+from shim.admin.snapshot import ProcessInfo, StatusBuilder
 from shim.admin.subject import Subject
 from shim.errors import ConfigError, OperatorError
 from shim.http_connection import LINGER_S, NoRoom
@@ -56,7 +56,7 @@ class AdminServer:
         settings: Admin,
         bridge: Subject,
         registry: CollectorRegistry,
-        journal: Iterable[Recent],
+        journal: Iterable[RecentCommand],
         addresses: dict[str, str],
         redaction: Redaction,
     ) -> None:
@@ -69,14 +69,14 @@ class AdminServer:
         self._guard = Guard(settings, self._token)
         self._sampler = Sampler(bridge)
         started_at = bridge.ctx.clock.wall_s()
-        facts = Facts(__version__, started_at, addresses, self._guard.required, redaction.value)
-        self._snapshots = Snapshots(bridge, self._sampler, journal, facts)
-        self._live = Live(bridge.ctx.clock, self._sampler, self._not_ready, self._snapshots.take)
+        facts = ProcessInfo(__version__, started_at, addresses, self._guard.required, redaction.value)
+        self._snapshots = StatusBuilder(bridge, self._sampler, journal, facts)
+        self._live = EventStream(bridge.ctx.clock, self._sampler, self._not_ready, self._snapshots.take)
         self._reasons: list[str] = []
         registry.register(BridgeCollector(bridge, self._problems))
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_say_errors])
         app.on_response_prepare.append(_add_headers)
-        self._route(app, CommandPages(bridge))
+        self._route(app, CommandHandlers(bridge))
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -90,8 +90,8 @@ class AdminServer:
         self._sockets: list[socket.socket] = []
         self._listeners: list[asyncio.Server] = []
 
-    def _route(self, app: web.Application, commands: CommandPages) -> None:
-        pages = Pages(self._guard.required)
+    def _route(self, app: web.Application, commands: CommandHandlers) -> None:
+        pages = StaticFiles(self._guard.required)
         routes: list[tuple[str, str, Handler, Access]] = [
             (hdrs.METH_GET, "/healthz", self._healthz, Access.OPEN),
             (hdrs.METH_GET, "/readyz", self._readyz, Access.OPEN),
@@ -189,7 +189,7 @@ class AdminServer:
 
     async def _config(self, request: web.Request) -> web.Response:
         """Show the configuration in force, with secrets masked: `agent-shim doctor --url` examines it."""
-        masked = config.mask(self._bridge.ctx.settings)
+        masked = config.redacted(self._bridge.ctx.settings)
         return web.Response(body=msgspec.json.encode(masked), content_type="application/json")
 
     async def _status(self, request: web.Request) -> web.Response:

@@ -16,14 +16,14 @@ from prometheus_client import Counter, Gauge
 from shim.admin import call_status
 from shim.admin.call_status import name_of
 from shim.admin.health_summary import summarise
-from shim.admin.journal import Recent
+from shim.admin.journal import RecentCommand
 from shim.admin.migration import migration
 from shim.admin.series import Sampler
 from shim.admin.subject import Subject
-from shim.bridge.links import LinkRunner
-from shim.core.commands import CommandQueue, Live
+from shim.bridge.links import UpstreamLink
+from shim.core.commands import CommandQueue, QueuedCommand
 from shim.core.fallback_record import FallbackCall, Why
-from shim.core.records import SessionKey, State
+from shim.core.records import SessionKey, CommandState
 from shim.core.sessions import MIN_GAPS, Session
 from shim.core.urls import fallback_url, origin_of
 
@@ -41,7 +41,7 @@ NOT_POLLING_S = 60.0
 """Commands wait, and their agent has not asked for any for so long: worth a word."""
 
 
-class Facts(msgspec.Struct, frozen=True):
+class ProcessInfo(msgspec.Struct, frozen=True):
     """What the bridge does not know. `mask` returns a JSON value without secrets: it is for texts of the controller."""
 
     version: str
@@ -51,10 +51,10 @@ class Facts(msgspec.Struct, frozen=True):
     mask: Callable[[Any], Any] = lambda value: value
 
 
-class Snapshots:
+class StatusBuilder:
     """Takes snapshots of one bridge."""
 
-    def __init__(self, bridge: Subject, sampler: Sampler, journal: Iterable[Recent], facts: Facts) -> None:
+    def __init__(self, bridge: Subject, sampler: Sampler, journal: Iterable[RecentCommand], facts: ProcessInfo) -> None:
         self._bridge = bridge
         self._sampler = sampler
         self._journal = journal
@@ -172,7 +172,7 @@ class _View:
             "items": [self._link(runner) for runner in runners[:MAX_LINKS]],
         }
 
-    def _link(self, runner: LinkRunner) -> dict[str, Any]:
+    def _link(self, runner: UpstreamLink) -> dict[str, Any]:
         current = runner.timeline.current
         return {
             "name": runner.name[:OWNER_CHARS],
@@ -235,7 +235,7 @@ class _View:
     def _stranger(self, key: SessionKey, call: FallbackCall) -> Session:
         """Return a session for the row of an agent that has only ever called by HTTP."""
         session = Session(key, call.dialect)
-        session.seen_wall = call.wall_s
+        session.last_seen_unix = call.wall_s
         if call.name != key.ident:
             session.known = {"name": call.name}
         return session
@@ -244,7 +244,7 @@ class _View:
         casual = not session.registration and session.heartbeat is None
         limit_s = CASUAL_SILENT_S if casual else SILENT_S
         replaced = session.superseded_by is not None or session.migrated_at is not None
-        return not replaced and self._wall - session.seen_wall < limit_s
+        return not replaced and self._wall - session.last_seen_unix < limit_s
 
     def _not_polling(self, key: SessionKey, queue: CommandQueue) -> bool:
         session, since = self._bridge.sessions.get(key), queue.waiting_since
@@ -254,8 +254,8 @@ class _View:
 
     def _session(self, session: Session, fresh: bool, not_polling: bool) -> dict[str, Any]:
         contact = session.contact_at
-        stale_at = session.seen_wall if contact is None else self._wall_of(contact + session.fresh_for_s)
-        status, tunnel_status = session.words()
+        stale_at = session.last_seen_unix if contact is None else self._wall_of(contact + session.fresh_for_s)
+        status, tunnel_status = session.reported_status()
         return {
             "id": session.key.ident,
             "kind": session.key.kind,
@@ -267,7 +267,7 @@ class _View:
             "fresh": fresh,
             "trouble": session.standing.trouble.kind.value if fresh and session.standing.trouble else None,
             "stale_since": None if fresh else stale_at,
-            "seen_at": session.seen_wall or None,
+            "seen_at": session.last_seen_unix or None,
             "status": status or None,
             "tunnel_status": tunnel_status if session.heartbeat is not None else None,
             "heartbeat_s": session.interval_s if len(session.gaps) >= MIN_GAPS else None,
@@ -301,9 +301,9 @@ class _View:
         held = () if queue is None else queue.all()
         states = [live.state for live in held]
         return {
-            "waiting": len(held) - states.count(State.OFFERED),
-            "offered": states.count(State.OFFERED),
-            "uncertain": states.count(State.UNCERTAIN),
+            "waiting": len(held) - states.count(CommandState.OFFERED),
+            "offered": states.count(CommandState.OFFERED),
+            "uncertain": states.count(CommandState.UNCERTAIN),
             "bytes": 0 if queue is None else queue.size_bytes,
             "oldest_at": None if queue is None else self._wall_of(queue.waiting_since),
             "not_polling": not_polling,
@@ -317,16 +317,16 @@ class _View:
         states = [live.state for _, live in held]
         held.sort(key=lambda each: each[1].since)
         return {
-            "waiting": len(held) - states.count(State.OFFERED),
-            "offered": states.count(State.OFFERED),
-            "uncertain": states.count(State.UNCERTAIN),
+            "waiting": len(held) - states.count(CommandState.OFFERED),
+            "offered": states.count(CommandState.OFFERED),
+            "uncertain": states.count(CommandState.UNCERTAIN),
             "bytes": sum(queue.size_bytes for queue in self._bridge.queues.values()),
             "results": len(self._bridge.outbox),
             "held_polls": self._bridge.delivery.held(),
             "items": [self._command(key, live) for key, live in held[:MAX_WAITING]],
         }
 
-    def _command(self, key: SessionKey, live: Live) -> dict[str, Any]:
+    def _command(self, key: SessionKey, live: QueuedCommand) -> dict[str, Any]:
         return {
             "id": live.record.id,
             "type": live.record.type,

@@ -6,16 +6,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from shim.bridge import Context
-from shim.bridge.connection import Connection
+from shim.bridge import BridgeContext
+from shim.bridge.connection import UpstreamConnection
 from shim.bridge.jobs import RefusedRegistration
-from shim.bridge.links import LinkRunner
-from shim.bridge.operator import Drain, Found
+from shim.bridge.links import UpstreamLink
+from shim.bridge.operator import Drain, CommandDetails
 from shim.bridge.websocket_agents import WebSocketAgent
 from shim.core.commands import CommandQueue
 from shim.core.records import CommandRecord, SessionKey
 from shim.core.sessions import Session
-from shim.core.usage import Route, Use
+from shim.core.usage import Route, RouteUse
 
 
 class Agents(Protocol):
@@ -76,12 +76,12 @@ class Holds(Protocol):
 
 
 class Legs(Protocol):
-    def connection_of(self, key: SessionKey) -> Connection | None: ...
+    def connection_of(self, key: SessionKey) -> UpstreamConnection | None: ...
 
 
 class Census(Protocol):
     @property
-    def usage(self) -> Iterable[tuple[SessionKey, dict[Route, Use]]]: ...
+    def usage(self) -> Iterable[tuple[SessionKey, dict[Route, RouteUse]]]: ...
 
 
 class Hands(Protocol):
@@ -96,7 +96,7 @@ class Hands(Protocol):
 
     def resume(self) -> Drain: ...
 
-    async def find(self, command_id: str) -> list[Found]: ...
+    async def find(self, command_id: str) -> list[CommandDetails]: ...
 
     async def purge(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord: ...
 
@@ -115,13 +115,13 @@ class Subject(Protocol):
     stopping: bool
 
     @property
-    def ctx(self) -> Context: ...
+    def ctx(self) -> BridgeContext: ...
 
     @property
     def sessions(self) -> Agents: ...
 
     @property
-    def links(self) -> Iterable[LinkRunner]: ...
+    def links(self) -> Iterable[UpstreamLink]: ...
 
     @property
     def queues(self) -> Waiting: ...

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shim.bridge.context import Context
+from shim.bridge.context import BridgeContext
 from shim.core.records import SessionKey
 from shim.errors import AgentError
 from shim.logs import get
 
 log = get(__name__)
 
-UNPROVEN_SESSIONS = 8
+MAX_UNVERIFIED_SESSIONS = 8
 RETRY_AFTER_S = 60
 
 
-class Admission:
+class SessionQuota:
     """Decides about new sessions. `proven(owner)` tells whether the controller has accepted the owner's token."""
 
-    def __init__(self, ctx: Context, proven: Callable[[str], bool]) -> None:
+    def __init__(self, ctx: BridgeContext, proven: Callable[[str], bool]) -> None:
         self._ctx = ctx
         self._proven = proven
         self._unproven: set[SessionKey] = set()
@@ -31,7 +31,7 @@ class Admission:
     def admit(self, owner: str) -> None:
         """Raise `AgentError` 503 when an owner has as many sessions as it may."""
         proven = self._proven(owner)
-        limit = self._ctx.settings.sessions.max_per_owner if proven else UNPROVEN_SESSIONS
+        limit = self._ctx.settings.sessions.max_per_owner if proven else MAX_UNVERIFIED_SESSIONS
         if self._ctx.sessions.count_of(owner) < limit:
             self._told.discard(owner)
             return
@@ -48,15 +48,15 @@ class Admission:
         if not self._proven(key.owner):
             self._unproven.add(key)
 
-    def withheld(self, key: SessionKey) -> bool:
+    def persistence_deferred(self, key: SessionKey) -> bool:
         """Whether nothing of this session may be stored yet."""
         return key in self._unproven
 
-    def proved(self, owner: str) -> list[SessionKey]:
+    def on_token_accepted(self, owner: str) -> list[SessionKey]:
         """The controller has accepted the owner's token: the sessions that may be stored now."""
         return self._release(owner)
 
-    def disowned(self, owner: str) -> list[SessionKey]:
+    def on_owner_removed(self, owner: str) -> list[SessionKey]:
         """The owner's last link is gone: the sessions to forget."""
         self._told.discard(owner)
         return self._release(owner)

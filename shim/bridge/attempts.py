@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shim.bridge.context import Context
-from shim.core.reach import Attempt, failure_name, was_away
+from shim.bridge.context import BridgeContext
+from shim.core.reach import DialOutcome, failure_name, is_controller_unreachable
 from shim.ports import DialFailure
 
 
-class Attempts:
+class LinkMetrics:
     """Told what a link goes through. `heard_since(at)`: has another link heard its controller after that moment?"""
 
-    def __init__(self, ctx: Context, heard_since: Callable[[float], bool]) -> None:
+    def __init__(self, ctx: BridgeContext, heard_since: Callable[[float], bool]) -> None:
         self._ctx = ctx
         self._heard_since = heard_since
         self._begun_at: float | None = None  # while an attempt is under way
@@ -23,7 +23,7 @@ class Attempts:
         self._refused = False
         self.reason = "other"
 
-    def begun(self) -> None:
+    def dial_started(self) -> None:
         """An attempt begins; the second way of `upstream.auth: auto` belongs to it."""
         if self._begun_at is None:
             self._begun_at = self._ctx.now
@@ -33,21 +33,21 @@ class Attempts:
         self.reason = failure_name(failure.reason, failure.status)
         self._ctx.metrics.dials.labels(self.reason).inc()
 
-    def failed(self, failure: DialFailure) -> None:
+    def dial_failed(self, failure: DialFailure) -> None:
         """The attempt is over: every way to present the token failed, the last as `failure` tells."""
         begun_at, now = self._begun_at, self._ctx.now
         self._begun_at = None
         if begun_at is None or failure.reason == "token":
             return  # nobody was dialled
         since_working_s = None if self._worked_at is None else now - self._worked_at
-        away = was_away(failure.reason, failure.status, since_working_s) and not self._heard_since(begun_at)
+        away = is_controller_unreachable(failure.reason, failure.status, since_working_s) and not self._heard_since(begun_at)
         if away:
             self._away_at = begun_at
         else:
             self._refused = True
-        self._ctx.metrics.attempts.labels((Attempt.AWAY if away else Attempt.FAILED).value).inc()
+        self._ctx.metrics.attempts.labels((DialOutcome.AWAY if away else DialOutcome.FAILED).value).inc()
 
-    def opened(self) -> None:
+    def handshake_succeeded(self) -> None:
         """The handshake succeeded."""
         self._ctx.metrics.dials.labels("ok").inc()
         self._opened_at = self._ctx.now
@@ -56,7 +56,7 @@ class Attempts:
         """All fresh sessions were told: the attempt succeeded."""
         metrics, now = self._ctx.metrics, self._ctx.now
         if self._begun_at is not None:
-            metrics.attempts.labels(Attempt.OK.value).inc()
+            metrics.attempts.labels(DialOutcome.OK.value).inc()
         self._begun_at = None
         if self._lost_at is not None:
             metrics.reconnect_seconds.observe(now - self._lost_at)
@@ -75,7 +75,7 @@ class Attempts:
         if opened_at is not None and now - opened_at < self._ctx.settings.upstream.reconnect.stable_after_s:
             metrics.early_disconnects.inc()
         if self._begun_at is not None:  # not even online yet, and answered by the controller
-            metrics.attempts.labels(Attempt.FAILED.value).inc()
+            metrics.attempts.labels(DialOutcome.FAILED.value).inc()
             self._refused = True
             self._begun_at = None
         else:

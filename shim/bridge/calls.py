@@ -7,14 +7,14 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
-from shim.bridge.context import Context
-from shim.bridge.delivery import Delivery
-from shim.bridge.holding import Holding
-from shim.bridge.links import LinkRunner
-from shim.bridge.polls import Polls, failed
+from shim.bridge.context import BridgeContext
+from shim.bridge.delivery import CommandDelivery
+from shim.bridge.holding import PollHolds
+from shim.bridge.links import UpstreamLink
+from shim.bridge.polls import LongPolls, failed
 from shim.bridge.registrations import Registrations
-from shim.bridge.roster import Roster, outcome_of
-from shim.bridge.routes import Routes
+from shim.bridge.roster import SessionRegistry, outcome_of
+from shim.bridge.routes import LinkLookup
 from shim.core.calls import (
     Accepted,
     AgentCall,
@@ -40,24 +40,24 @@ from shim.core.timestamps import rfc3339
 from shim.core.usage import route_of
 from shim.errors import AgentError, StoreError
 from shim.logs import get
-from shim.ports import Answer, Client
+from shim.ports import CallResult, Caller
 
 log = get(__name__)
 
 RETRY_AFTER_S = 5
 
 
-class Calls:
+class AgentCallHandler:
     """Carries out agents' calls."""
 
     def __init__(
         self,
-        ctx: Context,
-        routes: Routes,
-        roster: Roster,
+        ctx: BridgeContext,
+        routes: LinkLookup,
+        roster: SessionRegistry,
         registrations: Registrations,
-        delivery: Delivery,
-        holding: Holding,
+        delivery: CommandDelivery,
+        holding: PollHolds,
     ) -> None:
         self._ctx = ctx
         self._routes = routes
@@ -67,11 +67,11 @@ class Calls:
         self._registrations = registrations
         self._delivery = delivery
         self._holding = holding
-        self._polls = Polls(ctx, routes, roster, delivery, holding)
+        self._polls = LongPolls(ctx, routes, roster, delivery, holding)
 
-    def call(self, client: Client, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, Answer]:
+    def call(self, client: Caller, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, CallResult]:
         """Carry out one call (`ports.Switchboard.call`)."""
-        answer = self.at_once(client, call, arrived_s)
+        answer = self.try_call_sync(client, call, arrived_s)
         if answer is not None:
             return _ready(answer)
         owner = self._routes.owner_of(client.token) or ""
@@ -79,47 +79,47 @@ class Calls:
             return self._polls.wait(owner, client, call, arrived_s)
         return self._wait(owner, client, call, arrived_s)
 
-    async def _wait(self, owner: str, client: Client, call: AgentCall, arrived_s: float) -> Answer:
+    async def _wait(self, owner: str, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
         try:
             match call:
                 case RegisterCall():
-                    return Answer(await self._register(owner, client, call, arrived_s))
+                    return CallResult(await self._register(owner, client, call, arrived_s))
                 case ResultCall():
-                    return Answer(await self._result(owner, client, call))
+                    return CallResult(await self._result(owner, client, call))
                 case TunnelPollCall():
-                    return Answer(await self._tunnel_poll(owner, client, call))
+                    return CallResult(await self._tunnel_poll(owner, client, call))
                 case _:
                     raise TypeError(f"{type(call).__name__} is answered at once")
         except AgentError as error:
             return failed(error)
 
-    def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
+    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
         """Carry out a call that need not wait (`ports.Switchboard.at_once`)."""
         if isinstance(call, HealthCall):
-            return Answer(Healthy())
+            return CallResult(Healthy())
         owner = self._routes.owner_of(client.token)
         if owner is None:
-            return Answer(Failed(401, "a token is required"))
+            return CallResult(Failed(401, "a token is required"))
         try:
             if self._ctx.settings.upstream.own_tokens:
                 self._vet(owner, client, call)
             match call:
                 case HeartbeatCall():
-                    return Answer(self._heartbeat(owner, client, call))
+                    return CallResult(self._heartbeat(owner, client, call))
                 case PollCall():
                     return self._polls.empty(owner, client, call)
                 case StatusCall():
-                    return Answer(self._status(owner, client, call))
+                    return CallResult(self._status(owner, client, call))
                 case TunnelPollCall() if not self._ctx.settings.poll.hold_tunnel:
-                    return Answer(self._tunnel_state(owner, client, call))
+                    return CallResult(self._tunnel_state(owner, client, call))
                 case TunnelInfoCall():
-                    return Answer(self._tunnel_info(owner, call))
+                    return CallResult(self._tunnel_info(owner, call))
                 case _:
                     return None
         except AgentError as error:
             return failed(error)
 
-    def _vet(self, owner: str, client: Client, call: AgentCall) -> None:
+    def _vet(self, owner: str, client: Caller, call: AgentCall) -> None:
         """An unknown agent with a token of its own must get a link, and no refusal, before anything is kept of it.
 
         Raises `AgentError`.
@@ -127,24 +127,24 @@ class Calls:
         if not isinstance(call, (HeartbeatCall, PollCall, StatusCall, ResultCall)):
             return
         key = self._ctx.sessions.key_of(owner, call.target)
-        if self._ctx.sessions.get(key) is not None and not self._roster.admission.withheld(key):
+        if self._ctx.sessions.get(key) is not None and not self._roster.admission.persistence_deferred(key):
             return
         runner = self._routes.links.get(owner, self._routes.links.name_for(owner, str(key)), client.token)
-        runner.wanted()
+        runner.ensure_connected()
         if runner.machine.refused and runner.machine.accepted_at is None:
             raise AgentError(401, "the controller refuses the token")
         unjudged = runner.machine.accepted_at is None and not runner.machine.connected
         if unjudged and isinstance(call, ResultCall):
             raise AgentError(503, "the controller has not accepted the token yet", retry_after_s=RETRY_AFTER_S)
 
-    def _heartbeat(self, owner: str, client: Client, call: HeartbeatCall) -> Outcome:
+    def _heartbeat(self, owner: str, client: Caller, call: HeartbeatCall) -> Outcome:
         session = self._roster.heartbeat(owner, call)
-        self._usage.note(session.key, call.dialect, "heartbeat", session.seen_wall)
+        self._usage.note(session.key, call.dialect, "heartbeat", session.last_seen_unix)
         runner = self._routes.link_for(session, client)
         self._presence.heartbeat(session)
         return self._verdict(runner)
 
-    def _verdict(self, runner: LinkRunner) -> Outcome:
+    def _verdict(self, runner: UpstreamLink) -> Outcome:
         if runner.machine.refused:
             return Failed(401, "the controller refuses the token")
         # A first dial under way is no failure yet.
@@ -153,22 +153,22 @@ class Calls:
             return Failed(503, "the controller cannot be reached", retry_after_s=RETRY_AFTER_S)
         return Accepted()
 
-    def _status(self, owner: str, client: Client, call: StatusCall) -> Outcome:
-        session = self._roster.called(owner, call.target, call.dialect)
-        self._usage.note(session.key, call.dialect, "status", session.seen_wall)
+    def _status(self, owner: str, client: Caller, call: StatusCall) -> Outcome:
+        session = self._roster.session_for_call(owner, call.target, call.dialect)
+        self._usage.note(session.key, call.dialect, "status", session.last_seen_unix)
         self._routes.link_for(session, client)
         self._presence.called(session)
         self._presence.status(session, call.body)
         return Accepted()
 
-    async def _register(self, owner: str, client: Client, call: RegisterCall, arrived_s: float) -> Outcome:
+    async def _register(self, owner: str, client: Caller, call: RegisterCall, arrived_s: float) -> Outcome:
         stored = self._roster.stored_for(owner, call)
         identity = call.agent_id if call.known_by_agent else call.name
         name = self._routes.link_name(stored) if stored is not None else self._routes.links.name_for(owner, identity)
         runner = self._routes.links.get(owner, name, client.token)
         if stored is None:
             self._roster.admission.admit(owner)
-        runner.wanted()
+        runner.ensure_connected()
         cluster_id = self._roster.upstream_id(owner, call, stored)
         if cluster_id:
             call = replace(call, payload={**call.payload, "cluster_id": cluster_id})
@@ -179,12 +179,12 @@ class Calls:
 
         outcome = await self._registrations.register(runner, call, cached, arrived_s)
         if isinstance(outcome, Registered):
-            self._roster.answered(owner, call, outcome)
+            self._roster.registration_answered(owner, call, outcome)
         return outcome
 
-    async def _result(self, owner: str, client: Client, call: ResultCall) -> Outcome:
-        session = self._roster.called(owner, call.target, call.dialect)
-        self._usage.note(session.key, call.dialect, "result", session.seen_wall)
+    async def _result(self, owner: str, client: Caller, call: ResultCall) -> Outcome:
+        session = self._roster.session_for_call(owner, call.target, call.dialect)
+        self._usage.note(session.key, call.dialect, "result", session.last_seen_unix)
         self._routes.link_for(session, client)
         wall = self._ctx.clock.wall_s()
         payload: dict[str, Any] = {
@@ -225,8 +225,8 @@ class Calls:
             self._delivery.outbox.added(outcome.entry, posted_at)
         self._delivery.answered(key, call.command_id)
 
-    def _tunnel_polled(self, owner: str, client: Client, call: TunnelPollCall) -> Session | None:
-        session = self._roster.known(owner, call.target)
+    def _tunnel_polled(self, owner: str, client: Caller, call: TunnelPollCall) -> Session | None:
+        session = self._roster.find_session(owner, call.target)
         key = session.key if session is not None else self._ctx.sessions.key_of(owner, call.target)
         self._usage.note(key, *route_of(call), self._ctx.clock.wall_s())
         if session is not None:
@@ -234,23 +234,23 @@ class Calls:
             self._presence.called(session)
         return session
 
-    def _tunnel_state(self, owner: str, client: Client, call: TunnelPollCall) -> Outcome:
+    def _tunnel_state(self, owner: str, client: Caller, call: TunnelPollCall) -> Outcome:
         session = self._tunnel_polled(owner, client, call)
         return TunnelState(None if session is None else session.tunnel, self._ctx.settings.poll.frequency_s)
 
-    async def _tunnel_poll(self, owner: str, client: Client, call: TunnelPollCall) -> Outcome:
+    async def _tunnel_poll(self, owner: str, client: Caller, call: TunnelPollCall) -> Outcome:
         session = self._tunnel_polled(owner, client, call)
         if session is not None:
             await self._holding.tunnel(session)
         return TunnelState(None if session is None else session.tunnel, self._ctx.settings.poll.frequency_s)
 
     def _tunnel_info(self, owner: str, call: TunnelInfoCall) -> Outcome:
-        session = self._roster.known(owner, call.target)
+        session = self._roster.find_session(owner, call.target)
         if session is None or not session.reply:
             return Failed(404, "not registered")
-        self._usage.note(session.key, *route_of(call), session.seen_wall)
+        self._usage.note(session.key, *route_of(call), session.last_seen_unix)
         return TunnelInfo(outcome_of(session, cached=False))
 
 
-async def _ready(answer: Answer) -> Answer:
+async def _ready(answer: CallResult) -> CallResult:
     return answer

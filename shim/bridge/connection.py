@@ -6,15 +6,15 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from shim.bridge.context import Context
+from shim.bridge.context import BridgeContext
 from shim.bridge.timers import LATE_S
-from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, Verdict
+from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, LivenessState
 from shim.core.records import SessionKey
 from shim.core.timestamps import rfc3339
 from shim.core.words import printable
 from shim.logs import get
 from shim.messages import KNOWN_TYPES, Message
-from shim.ports import Socket, Timer
+from shim.ports import WebSocket, Timer
 from shim.redaction import without_secrets
 
 log = get(__name__)
@@ -27,7 +27,7 @@ def type_label(kind: str) -> str:
     return kind if kind in KNOWN_TYPES else "other"
 
 
-class _Sent(NamedTuple):
+class _InFlightHeartbeat(NamedTuple):
     """A heartbeat under way."""
 
     session: SessionKey
@@ -36,7 +36,7 @@ class _Sent(NamedTuple):
     answered: Callable[[bool], None]
 
 
-class Ending(NamedTuple):
+class ConnectionEnd(NamedTuple):
     """How a connection ended, as in `ports.SocketEvents.on_closed`."""
 
     by_close_frame: bool
@@ -63,41 +63,41 @@ class Ending(NamedTuple):
 class ConnectionOwner(Protocol):
     """Who is told what happens on a connection."""
 
-    def connection_message(self, connection: Connection, message: Message) -> None:
+    def connection_message(self, connection: UpstreamConnection, message: Message) -> None:
         """A message arrived."""
 
-    def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
+    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
         """The controller has these outbox entries."""
 
-    def connection_broken(self, connection: Connection, verdict: Verdict) -> None:
+    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState) -> None:
         """The watchdog condemned it; the owner drops it."""
 
-    def connection_closed(self, connection: Connection, ending: Ending) -> None:
+    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd) -> None:
         """The connection is gone."""
 
 
-class Connection:
+class UpstreamConnection:
     """Implements `ports.SocketEvents`. `serial` is unique in the process and never 0.
 
     `used_to_ack`: whether this peer acknowledged heartbeats on earlier connections, `None` if that is not known.
     """
 
     def __init__(
-        self, ctx: Context, serial: int, label: str, owner: ConnectionOwner, *, used_to_ack: bool | None = None
+        self, ctx: BridgeContext, serial: int, label: str, owner: ConnectionOwner, *, used_to_ack: bool | None = None
     ) -> None:
         upstream = ctx.settings.upstream
         self.serial = serial
         self.label = label
         self._ctx = ctx
         self._owner = owner
-        self._socket: Socket | None = None
+        self._socket: WebSocket | None = None
         self._watch: Timer | None = None
         self._check_at_s = ctx.now
         self._liveness = Liveness(
             ctx.now, upstream.ping_interval_s, upstream.read_timeout_s, 2 * upstream.heartbeat_interval_s, used_to_ack
         )
         self._order = 0
-        self._heartbeats: dict[str, _Sent] = {}
+        self._heartbeats: dict[str, _InFlightHeartbeat] = {}
         self._statuses: deque[int] = deque(maxlen=MAX_TRACKED_HEARTBEATS)  # their orders
         self._results: deque[tuple[int, int]] = deque()  # (order, outbox seq)
         self._fence_ping: tuple[bytes, int] | None = None
@@ -114,7 +114,7 @@ class Connection:
         """Whether the peer acknowledges heartbeats, as this connection has shown; `None`: no news."""
         return self._liveness.learnt
 
-    def bind(self, socket: Socket) -> None:
+    def bind(self, socket: WebSocket) -> None:
         """The dial succeeded: the handshake's answer was the first sign of life."""
         self._socket = socket
         self._liveness.frame(self._ctx.now)
@@ -136,7 +136,7 @@ class Connection:
         request_id = self._ctx.new_id()
         self.send("heartbeat", payload, request_id)
         now = self._ctx.now
-        self._heartbeats[request_id] = _Sent(key, self._order, now, answered)
+        self._heartbeats[request_id] = _InFlightHeartbeat(key, self._order, now, answered)
         while len(self._heartbeats) > MAX_TRACKED_HEARTBEATS:
             del self._heartbeats[next(iter(self._heartbeats))]
         self._liveness.heartbeat_sent(request_id, now)
@@ -164,9 +164,9 @@ class Connection:
             return
         self.send("command_result", payload, request_id)
         self._results.append((self._order, seq))
-        self._ping_fence()
+        self._send_barrier_ping()
 
-    def _ping_fence(self) -> None:
+    def _send_barrier_ping(self) -> None:
         if self._fence_ping is None and self._socket is not None and self._results:
             self._order += 1
             payload = b"fence-%d" % self._order
@@ -199,7 +199,7 @@ class Connection:
             return
         if not self._application_seen:
             self._application_seen = True
-            self._ping_fence()  # a pong that came earlier proved nothing
+            self._send_barrier_ping()  # a pong that came earlier proved nothing
         self._ctx.metrics.messages.labels("in", type_label(message.type)).inc()
         if message.replaced:
             self._ctx.metrics.invalid_characters.labels("controller").inc()
@@ -226,16 +226,16 @@ class Connection:
         order = self._fence_ping[1]
         self._fence_ping = None
         if self._application_seen and not self._liveness.may_ack(self._ctx.now):
-            self._fenced(order)
+            self._confirm_up_to(order)
         if self._results and self._results[-1][0] > order:
-            self._ping_fence()
+            self._send_barrier_ping()
 
     def on_closed(self, by_close_frame: bool, code: int, reason: str) -> None:
         """The peer or the network ended it."""
         if self._socket is not None:
             self._socket = None
             self._stop_watch()
-            self._owner.connection_closed(self, Ending(by_close_frame, code, reason))
+            self._owner.connection_closed(self, ConnectionEnd(by_close_frame, code, reason))
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -252,14 +252,14 @@ class Connection:
         found.answered(True)
         # Without an id it may have answered a status report that was sent before.
         in_doubt = not named and self._statuses and self._statuses[0] < found.order
-        self._fenced(self._statuses.popleft() if in_doubt else found.order)
+        self._confirm_up_to(self._statuses.popleft() if in_doubt else found.order)
 
-    def _fenced(self, order: int) -> None:
+    def _confirm_up_to(self, order: int) -> None:
         seqs: list[int] = []
         while self._results and self._results[0][0] < order:
             seqs.append(self._results.popleft()[1])
         if seqs:
-            self._owner.connection_fenced(self, tuple(seqs))
+            self._owner.results_confirmed(self, tuple(seqs))
 
     def _check(self) -> None:
         if self._socket is None:
@@ -267,12 +267,12 @@ class Connection:
         if self._ctx.now - self._check_at_s > LATE_S:
             self._liveness.excuse(self._ctx.now)
         check = self._liveness.check(self._ctx.now)
-        if check.verdict in (Verdict.HALF_OPEN, Verdict.STALLED):
+        if check.verdict in (LivenessState.HALF_OPEN, LivenessState.STALLED):
             self._owner.connection_broken(self, check.verdict)
             return
-        if check.verdict is Verdict.PING:
+        if check.verdict is LivenessState.PING:
             self._socket.ping(b"alive")
-        self._ping_fence()  # a pong that came too early to count is asked for again
+        self._send_barrier_ping()  # a pong that came too early to count is asked for again
         wait_s = max(check.next_s, 0.01)
         self._check_at_s = self._ctx.now + wait_s
         self._watch = self._ctx.timers.call_later(wait_s, self._check)

@@ -28,7 +28,7 @@ class TokenSource(Protocol):
 
 
 @dataclass(slots=True)
-class Context:
+class BridgeContext:
     """The bridge's surroundings. `settings` is replaced on a reload; `rng` yields floats in [0, 1).
 
     `fallback` records how calls to the vendor's HTTP API end, `refused_calls` which of the agents' calls were refused.

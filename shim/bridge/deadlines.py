@@ -8,25 +8,25 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from shim.bridge.context import Context
+from shim.bridge.context import BridgeContext
 from shim.core.records import SessionKey
 
 # Agents that polled together, after a restart say, are due together, too: the others' calls come in between.
 AT_A_TIME = 64
 
-Due = Callable[[SessionKey, Any], None]
+DueCallback = Callable[[SessionKey, Any], None]
 
 
-class Deadlines:
+class DeadlineQueue:
     """Calls that come due. None can be cancelled: the call must find out whether it still matters."""
 
-    def __init__(self, ctx: Context) -> None:
+    def __init__(self, ctx: BridgeContext) -> None:
         self._ctx = ctx
-        self._heap: list[tuple[float, int, Due, SessionKey, Any]] = []
+        self._heap: list[tuple[float, int, DueCallback, SessionKey, Any]] = []
         self._numbers = count()
         self._armed_for: float | None = None
 
-    def add(self, delay_s: float, due: Due, key: SessionKey, item: Any) -> None:
+    def add(self, delay_s: float, due: DueCallback, key: SessionKey, item: Any) -> None:
         """Call `due(key, item)` after `delay_s`."""
         heapq.heappush(self._heap, (self._ctx.now + delay_s, next(self._numbers), due, key, item))
         self._arm()

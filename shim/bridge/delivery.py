@@ -9,11 +9,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from shim.bridge.context import Context
-from shim.bridge.queues import Queues
+from shim.bridge.context import BridgeContext
+from shim.bridge.queues import CommandQueues
 from shim.core.calls import OfferedCommand
-from shim.core.commands import CommandQueue, Live, Offer, QueuePolicy
-from shim.core.records import AddTrace, MarkCommands, Operation, SessionKey, State, TraceEntry
+from shim.core.commands import CommandQueue, QueuedCommand, Batch, QueuePolicy
+from shim.core.records import AddTrace, MarkCommands, Operation, SessionKey, CommandState, TraceEntry
 from shim.counting import Spreads
 from shim.errors import StoreError
 from shim.logs import get
@@ -21,15 +21,15 @@ from shim.ports import Timer
 
 log = get(__name__)
 
-HAND_OVERS = 1024
+MAX_HAND_OVER_SAMPLES = 1024
 
 
-class Offering:
+class OfferedBatch:
     """A batch that a reply carries: what `ports.Lease` is to the frontend. `polled_at`: when its poll came."""
 
     __slots__ = ("key", "offer", "polled_at")
 
-    def __init__(self, key: SessionKey, offer: Offer, polled_at: float) -> None:
+    def __init__(self, key: SessionKey, offer: Batch, polled_at: float) -> None:
         self.key = key
         self.offer = offer
         self.polled_at = polled_at
@@ -43,7 +43,7 @@ class Offering:
         )
 
 
-class Poll:
+class PendingPoll:
     """A poll that waits: `offered` is resolved with an offering, or with `None` for an empty answer."""
 
     __slots__ = ("arrived_at", "connection", "offered", "offering")
@@ -51,27 +51,27 @@ class Poll:
     def __init__(self, connection: int, arrived_at: float) -> None:
         self.connection = connection
         self.arrived_at = arrived_at
-        self.offered: asyncio.Future[Offering | None] = asyncio.get_running_loop().create_future()
-        self.offering: Offering | None = None
+        self.offered: asyncio.Future[OfferedBatch | None] = asyncio.get_running_loop().create_future()
+        self.offering: OfferedBatch | None = None
 
-    def answer(self, offering: Offering | None) -> None:
+    def answer(self, offering: OfferedBatch | None) -> None:
         """Let the poll go on, once."""
         if not self.offered.done():
             self.offered.set_result(offering)
 
 
-class Delivery:
+class CommandDelivery:
     """Polls of all sessions and what was offered to them. Synchronous: disk and network happen behind it, in order."""
 
-    def __init__(self, ctx: Context, queues: Queues) -> None:
+    def __init__(self, ctx: BridgeContext, queues: CommandQueues) -> None:
         self.outbox = queues.outbox
         self._ctx = ctx
         self._queues = queues
-        self._polls: dict[SessionKey, Poll] = {}
-        self._by_connection: dict[int, list[Offering]] = {}
+        self._polls: dict[SessionKey, PendingPoll] = {}
+        self._by_connection: dict[int, list[OfferedBatch]] = {}
         self._evidence_timers: dict[int, Timer] = {}
         self._numbers = count(1)
-        self.hand_overs_s: deque[float] = deque(maxlen=HAND_OVERS)
+        self.hand_overs_s: deque[float] = deque(maxlen=MAX_HAND_OVER_SAMPLES)
 
     def held(self) -> int:
         """How many polls wait."""
@@ -79,23 +79,23 @@ class Delivery:
 
     # --- polls --------------------------------------------------------------------------------------------------------
 
-    def concerned(self, key: SessionKey) -> bool:
+    def has_pending(self, key: SessionKey) -> bool:
         """Whether a poll would change anything: commands wait or are on their way, or another poll is held."""
         queue = self._queues.get(key)
         return key in self._polls or (queue is not None and len(queue) > 0)
 
-    def poll(self, key: SessionKey, connection: int, arrived_s: float, *, hold: bool) -> Poll:
+    def poll(self, key: SessionKey, connection: int, arrived_s: float, *, hold: bool) -> PendingPoll:
         """A poll arrived: its earlier offer may be evidenced by it; then it gets what there is, or waits if `hold`.
 
         A poll of this session that waits already is answered empty.
         """
         queue = self._queues.get(key)
-        if queue is not None and queue.offer is not None and queue.offer.read_before(arrived_s):
+        if queue is not None and queue.offer is not None and queue.offer.is_acknowledged_by_poll_at(arrived_s):
             self._delivered(key, queue, queue.offer, "poll")
         older = self._polls.pop(key, None)
         if older is not None:
             older.answer(None)
-        poll = Poll(connection, self._ctx.now)
+        poll = PendingPoll(connection, self._ctx.now)
         if queue is not None and queue.waiting():
             self._offer(key, queue, poll)
         elif hold:
@@ -104,7 +104,7 @@ class Delivery:
             poll.answer(None)
         return poll
 
-    def abandon(self, key: SessionKey, poll: Poll) -> None:
+    def cancel_poll(self, key: SessionKey, poll: PendingPoll) -> None:
         """The agent left, or the wait is over: a poll that waits no more gets nothing, and what was on its way to it
 
         is queued again at once.
@@ -116,7 +116,7 @@ class Delivery:
             poll.offering = None
         poll.answer(None)
 
-    def end_poll(self, key: SessionKey, poll: Poll) -> None:
+    def expire_poll(self, key: SessionKey, poll: PendingPoll) -> None:
         """The hold is over: answer empty, unless an offer is on its way already."""
         if self._polls.get(key) is poll:
             del self._polls[key]
@@ -125,24 +125,24 @@ class Delivery:
     def end_all(self) -> None:
         """The shim stops: every held poll is answered empty."""
         for key, poll in list(self._polls.items()):
-            self.end_poll(key, poll)
+            self.expire_poll(key, poll)
 
-    def wake(self, key: SessionKey) -> None:
+    def try_offer(self, key: SessionKey) -> None:
         poll = self._polls.get(key)
         queue = self._queues.get(key)
         if poll is not None and queue is not None and queue.waiting():
             del self._polls[key]
             self._offer(key, queue, poll)
 
-    def _offer(self, key: SessionKey, queue: CommandQueue, poll: Poll) -> None:
+    def _offer(self, key: SessionKey, queue: CommandQueue, poll: PendingPoll) -> None:
         policy = self._ctx.queue_policy
         offer = queue.take(next(self._numbers), poll.connection, policy)
         if offer is None:
             poll.answer(None)
             return
-        offering = poll.offering = Offering(key, offer, poll.arrived_at)
+        offering = poll.offering = OfferedBatch(key, offer, poll.arrived_at)
         wall = self._ctx.clock.wall_s()
-        operations: list[Operation] = [MarkCommands(key, offer.ids, State.OFFERED, wall, attempts=1)]
+        operations: list[Operation] = [MarkCommands(key, offer.ids, CommandState.OFFERED, wall, attempts=1)]
         for live in offer.commands:
             detail = f"attempt {live.attempts}" + (f", {live.reason}" if live.reason else "")
             operations.append(AddTrace(key, (live.record.id,), TraceEntry(wall, "offered", detail)))
@@ -151,23 +151,23 @@ class Delivery:
             if poll.offering is not offering:
                 return  # abandoned meanwhile
             recorded = not isinstance(outcome, StoreError)
-            left = poll.offering = offering if recorded else self._unrecorded(queue, offering, policy)
+            left = poll.offering = offering if recorded else self._offer_without_record(queue, offering, policy)
             if left is not None:
                 self._observe_offer(left, recorded=recorded)
             poll.answer(left)
 
         self._ctx.store.submit(operations, done)
 
-    def _unrecorded(self, queue: CommandQueue, offering: Offering, policy: QueuePolicy) -> Offering | None:
+    def _offer_without_record(self, queue: CommandQueue, offering: OfferedBatch, policy: QueuePolicy) -> OfferedBatch | None:
         """What goes out although the disk took no record of it."""
         offer = queue.unrecorded(offering.offer, policy)
         log.error("offer_not_stored", session=offering.key.ident, offered=len(offer.ids) if offer else 0)
         for live in offering.offer.commands:
-            if live.state is State.QUEUED and live.expires_at <= self._ctx.now:
+            if live.state is CommandState.QUEUED and live.expires_at <= self._ctx.now:
                 self._queues.expire(offering.key, live.record.id)
-        return Offering(offering.key, offer, offering.polled_at) if offer is not None else None
+        return OfferedBatch(offering.key, offer, offering.polled_at) if offer is not None else None
 
-    def _observe_offer(self, offering: Offering, *, recorded: bool) -> None:
+    def _observe_offer(self, offering: OfferedBatch, *, recorded: bool) -> None:
         """`recorded`: the disk knows of it, so that after a crash it counts as an attempt."""
         self._observe_age(offering, self._ctx.metrics.offer_seconds)
         for live in offering.offer.commands:
@@ -180,7 +180,7 @@ class Delivery:
                 recorded=recorded,
             )
 
-    def _observe_age(self, offering: Offering, seconds: Spreads) -> None:
+    def _observe_age(self, offering: OfferedBatch, seconds: Spreads) -> None:
         """Observe how long ago the commands that are offered for the first time arrived."""
         session = self._ctx.sessions.get(offering.key)
         if session is None:
@@ -198,7 +198,7 @@ class Delivery:
 
     # --- evidence -----------------------------------------------------------------------------------------------------
 
-    def written(self, offering: Offering) -> None:
+    def written(self, offering: OfferedBatch) -> None:
         """The reply is with the kernel: now wait for evidence."""
         offer = offering.offer
         offer.written_at = self._ctx.now
@@ -208,23 +208,23 @@ class Delivery:
             self._ctx.settings.commands.evidence_s, lambda: self._evidence_due(offering)
         )
 
-    def unwritten(self, offering: Offering) -> None:
+    def unwritten(self, offering: OfferedBatch) -> None:
         """The reply did not reach the agent: everything is queued again in its old place; that was no attempt."""
         key, offer = offering.key, offering.offer
         queue = self._queues.get(key)
         if queue is not None and offer.written_at is None:
-            self._take_back(key, queue, offer)
-            self.wake(key)
+            self._requeue(key, queue, offer)
+            self.try_offer(key)
 
-    def _take_back(self, key: SessionKey, queue: CommandQueue, offer: Offer) -> None:
+    def _requeue(self, key: SessionKey, queue: CommandQueue, offer: Batch) -> None:
         back = queue.unwritten(offer)
-        for state in (State.QUEUED, State.UNCERTAIN):
+        for state in (CommandState.QUEUED, CommandState.UNCERTAIN):
             ids = tuple(live.record.id for live in back if live.state is state)
-            self._queues.mark(key, ids, state, "requeued", detail="not written", attempts=-1)
+            self._queues.record_transition(key, ids, state, "requeued", detail="not written", attempts=-1)
         now = self._ctx.now
         for live in back:
             log.info("command_requeued", command=live.record.id, session=key.ident, attempt=live.attempts + 1)
-            if live.state is State.QUEUED and live.expires_at <= now:
+            if live.state is CommandState.QUEUED and live.expires_at <= now:
                 self._queues.expire(key, live.record.id)
 
     def next_request(self, connection: int) -> None:
@@ -250,29 +250,29 @@ class Delivery:
         queue = self._queues.get(key)
         if queue is not None:
             self._note_delivered(key, queue.answered(command_id), "result")
-            self.wake(key)
+            self.try_offer(key)
 
-    def _delivered(self, key: SessionKey, queue: CommandQueue, offer: Offer, evidence: str) -> None:
+    def _delivered(self, key: SessionKey, queue: CommandQueue, offer: Batch, evidence: str) -> None:
         timer = self._evidence_timers.pop(offer.number, None)
         if timer is not None:
             timer.cancel()
         self._note_delivered(key, queue.delivered(offer), evidence)
-        self.wake(key)
+        self.try_offer(key)
 
-    def _note_delivered(self, key: SessionKey, done: tuple[Live, ...], evidence: str) -> None:
+    def _note_delivered(self, key: SessionKey, done: tuple[QueuedCommand, ...], evidence: str) -> None:
         ids = tuple(live.record.id for live in done)
-        self._queues.mark(key, ids, State.DELIVERED, "delivered", detail=evidence)
+        self._queues.record_transition(key, ids, CommandState.DELIVERED, "delivered", detail=evidence)
         for command_id in ids:
             log.info("command_delivered", command=command_id, session=key.ident, evidence=evidence)
 
-    def _evidence_due(self, offering: Offering) -> None:
+    def _evidence_due(self, offering: OfferedBatch) -> None:
         self._evidence_timers.pop(offering.offer.number, None)
         queue = self._queues.get(offering.key)
         if queue is None or queue.offer is not offering.offer:
             return
-        doubt = queue.doubt(offering.offer, "no evidence", self._ctx.queue_policy)
-        self._queues.doubted(offering.key, doubt, "no evidence")
-        self.wake(offering.key)
+        doubt = queue.mark_uncertain(offering.offer, "no evidence", self._ctx.queue_policy)
+        self._queues.handle_uncertain(offering.key, doubt, "no evidence")
+        self.try_offer(offering.key)
 
     def move(self, source: SessionKey, target: SessionKey) -> None:
         """The session `source` was superseded: its commands wait for `target` now."""
@@ -284,10 +284,10 @@ class Delivery:
         if queue is None:
             return
         if queue.offer is not None:
-            doubt = queue.doubt(queue.offer, "superseded", self._ctx.queue_policy)
-            self._queues.doubted(target, doubt, "superseded")
-        successor = self._queues.of(target)
+            doubt = queue.mark_uncertain(queue.offer, "superseded", self._ctx.queue_policy)
+            self._queues.handle_uncertain(target, doubt, "superseded")
+        successor = self._queues.get_or_create(target)
         queue.drain_to(successor, lambda record: replace(record, session=target))
         for live in successor.all():
-            self._queues.watch(target, live)
-        self.wake(target)
+            self._queues.schedule_expiry(target, live)
+        self.try_offer(target)

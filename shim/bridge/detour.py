@@ -6,13 +6,13 @@ import asyncio
 from functools import partial
 from typing import Any
 
-from shim.bridge.context import Context
-from shim.bridge.delivery import Delivery
-from shim.bridge.intake import Intake
-from shim.bridge.links import LinkRunner
-from shim.bridge.queues import Queues
-from shim.bridge.roster import Roster
-from shim.bridge.routes import Routes
+from shim.bridge.context import BridgeContext
+from shim.bridge.delivery import CommandDelivery
+from shim.bridge.intake import CommandIntake
+from shim.bridge.links import UpstreamLink
+from shim.bridge.queues import CommandQueues
+from shim.bridge.roster import SessionRegistry
+from shim.bridge.routes import LinkLookup
 from shim.core.calls import (
     AgentCall,
     Commands,
@@ -24,14 +24,14 @@ from shim.core.calls import (
     TunnelInfoCall,
     TunnelPollCall,
 )
-from shim.core.normalise import Malformed, normalise
+from shim.core.normalise import MalformedCommand, parse_command
 from shim.core.records import (
     VIA_HTTP,
     AddTrace,
     FindCommand,
     MarkCommands,
     SessionKey,
-    State,
+    CommandState,
     TraceEntry,
 )
 from shim.core.replies import register_reply
@@ -40,16 +40,16 @@ from shim.core.usage import route_of
 from shim.errors import StoreError
 from shim.logs import get
 from shim.messages import Message
-from shim.ports import Answer, Client
+from shim.ports import CallResult, Caller
 
 log = get(__name__)
 
 
-class Detour:
+class HttpFallbackBridge:
     """Keeps commands and names across both ways: one id is delivered once, whichever way it came."""
 
     def __init__(
-        self, ctx: Context, routes: Routes, roster: Roster, queues: Queues, intake: Intake, delivery: Delivery
+        self, ctx: BridgeContext, routes: LinkLookup, roster: SessionRegistry, queues: CommandQueues, intake: CommandIntake, delivery: CommandDelivery
     ) -> None:
         self._ctx = ctx
         self._queues = queues
@@ -58,7 +58,7 @@ class Detour:
         self._intake = intake
         self._delivery = delivery
 
-    def name_of(self, client: Client, call: AgentCall) -> str:
+    def name_of(self, client: Caller, call: AgentCall) -> str:
         """What an agent is placed by: its cluster's name where it is known, else the id that it calls itself."""
         if isinstance(call, RegisterCall):
             return call.name
@@ -73,7 +73,7 @@ class Detour:
             name = call.known.get("name") or ""
         return str(name) or (session.key.ident if session is not None else call.target.ident)
 
-    def link_for(self, client: Client, call: AgentCall) -> LinkRunner | None:
+    def link_for(self, client: Caller, call: AgentCall) -> UpstreamLink | None:
         """The link that would carry the call; it is kept dialling. `None` without an owner."""
         owner = self._routes.owner_of(client.token)
         if owner is None:
@@ -85,10 +85,10 @@ class Detour:
             session = Session(self._ctx.sessions.key_of(owner, call.target), call_dialect(call))
             name = self._routes.link_name(session)
         runner = self._routes.links.get(owner, name, client.token)
-        runner.wanted()
+        runner.ensure_connected()
         return runner
 
-    def used(self, client: Client, call: AgentCall | None) -> None:
+    def used(self, client: Caller, call: AgentCall | None) -> None:
         """The vendor's HTTP API has served a call: its agent uses a legacy route all the same."""
         if call is None or isinstance(call, (RegisterCall, HealthCall)):
             return
@@ -98,7 +98,7 @@ class Detour:
             self._roster.usage.note(key, *route_of(call), self._ctx.clock.wall_s())
             self._roster.seen(key)
 
-    def agent_of(self, client: Client, call: AgentCall) -> SessionKey | None:
+    def agent_of(self, client: Caller, call: AgentCall) -> SessionKey | None:
         """Return the session key that a call by HTTP is shown under, `None` where it does not name its agent.
 
         A tunnel call names an agent id, which stands for no agent of its own unless one is known by it; the same holds
@@ -121,7 +121,7 @@ class Detour:
 
     # --- registrations ------------------------------------------------------------------------------------------------
 
-    def registered(self, client: Client, call: RegisterCall, reply: dict[str, Any], *, conflict: bool = False) -> None:
+    def registered(self, client: Caller, call: RegisterCall, reply: dict[str, Any], *, conflict: bool = False) -> None:
         """Keep the name and ids of an agent that the API registered, for the day it goes by the WebSocket.
 
         With `conflict` (409) that is done only where the reply carries the id of the cluster that exists.
@@ -131,11 +131,11 @@ class Detour:
         ids = {"cluster_id": cluster.get("id")} if isinstance(cluster, dict) else {}
         known = register_reply({**ids, **{k: v for k, v in reply.items() if v is not None}})
         if owner is not None and (known or not conflict):
-            self._roster.note(owner, call, known)
+            self._roster.record_http_registration(owner, call, known)
 
     # --- polls --------------------------------------------------------------------------------------------------------
 
-    def waiting(self, client: Client, call: PollCall) -> bool:
+    def waiting(self, client: Caller, call: PollCall) -> bool:
         """Whether commands on disk wait for this agent."""
         owner = self._routes.owner_of(client.token)
         if owner is None:
@@ -143,24 +143,24 @@ class Detour:
         queue = self._queues.get(self._ctx.sessions.key_of(owner, call.target))
         return queue is not None and len(queue) > 0
 
-    async def merge(self, client: Client, call: PollCall, commands: list[Any], arrived_s: float) -> Answer | None:
+    async def merge(self, client: Caller, call: PollCall, commands: list[Any], arrived_s: float) -> CallResult | None:
         """Take in what the vendor's API handed out, and answer the poll from the queue: what was on disk comes first.
 
         `None` when the disk refuses: then the API's own answer must go to the agent as it is.
         """
         owner = self._routes.owner_of(client.token) or ""
-        session = self._roster.met(owner, call.target, call.dialect)
+        session = self._roster.session_for_proxied_call(owner, call.target, call.dialect)
         if not await self._take_in(session, commands):
             return None
         poll = self._delivery.poll(session.key, client.connection, arrived_s, hold=False)
         try:
             offering = await poll.offered
         except asyncio.CancelledError:
-            self._delivery.abandon(session.key, poll)
+            self._delivery.cancel_poll(session.key, poll)
             raise
         poll.offering = None
         offered = offering.commands if offering is not None else ()
-        return Answer(Commands(offered, self._ctx.settings.poll.frequency_s), offering)
+        return CallResult(Commands(offered, self._ctx.settings.poll.frequency_s), offering)
 
     async def _take_in(self, session: Session, commands: list[Any]) -> bool:
         loop = asyncio.get_running_loop()
@@ -170,10 +170,10 @@ class Detour:
                 continue
             wall = self._ctx.clock.wall_s()
             try:
-                command = normalise(
+                command = parse_command(
                     Message("command", entry), wall, self._ctx.settings.commands.ttl_s, self._ctx.new_id
                 )
-            except Malformed as error:
+            except MalformedCommand as error:
                 # most agents could not have decoded it either: their whole reply would have been lost
                 self._queues.count("rejected_malformed")
                 log.warning("command_rejected", command=error.command_id, session=session.key.ident, code="malformed")
@@ -185,7 +185,7 @@ class Detour:
 
     # --- results ------------------------------------------------------------------------------------------------------
 
-    async def goes_by_http(self, client: Client, call: ResultCall) -> bool:
+    async def result_belongs_to_http(self, client: Caller, call: ResultCall) -> bool:
         """Whether a result goes to the vendor's HTTP API: unless its command came over the WebSocket."""
         key = self._key(client, call)
         found: asyncio.Future[list[Any] | StoreError] = asyncio.get_running_loop().create_future()
@@ -200,16 +200,16 @@ class Detour:
             return False  # the switchboard says 503: nothing is lost
         return all(record.via == VIA_HTTP for record, _, _ in outcome[0] if record.session == key)
 
-    def result_taken(self, client: Client, call: ResultCall) -> None:
+    def result_taken(self, client: Caller, call: ResultCall) -> None:
         """The vendor's HTTP API has the result of a command that came from there."""
         key, wall = self._key(client, call), self._ctx.clock.wall_s()
         ids = (call.command_id,)
         self._ctx.store.submit(
-            [MarkCommands(key, ids, State.CLOSED, wall), AddTrace(key, ids, TraceEntry(wall, "closed", "by HTTP"))]
+            [MarkCommands(key, ids, CommandState.CLOSED, wall), AddTrace(key, ids, TraceEntry(wall, "closed", "by HTTP"))]
         )
         self._delivery.answered(key, call.command_id)
 
-    def _key(self, client: Client, call: ResultCall) -> SessionKey:
+    def _key(self, client: Caller, call: ResultCall) -> SessionKey:
         owner = self._routes.owner_of(client.token) or ""
         return self._ctx.sessions.key_of(owner, call.target)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from shim.bridge.context import Context
+from shim.bridge.context import BridgeContext
 from shim.bridge.registrations import Registrations
 from shim.core.records import SessionKey
 from shim.core.sessions import MIN_FRESH_S, Session
-from shim.core.usage import Usage
-from shim.core.words import span
+from shim.core.usage import RouteUsage
+from shim.core.words import format_duration
 from shim.errors import OperatorError, StoreError
 from shim.logs import get
 
@@ -21,8 +21,8 @@ class Forgetting:
 
     def __init__(
         self,
-        ctx: Context,
-        usage: Usage,
+        ctx: BridgeContext,
+        usage: RouteUsage,
         registrations: Registrations,
         end: Callable[[Session], Awaitable[StoreError | None]],
     ) -> None:
@@ -65,13 +65,13 @@ class Forgetting:
         """Raise where the agent calls: its next call would only make it known again."""
         session, call = self._ctx.sessions.get(key), self._ctx.fallback.by_agent.get(key)
         ago_s = self._ctx.clock.wall_s() - max(
-            session.seen_wall if session is not None else 0.0,
+            session.last_seen_unix if session is not None else 0.0,
             call.wall_s if call is not None else 0.0,
             *(use.last_wall for owner, uses in self._usage if owner == key for use in uses.values()),
             0.0,
         )
         if (session is not None and session.fresh(self._ctx.now)) or ago_s < MIN_FRESH_S:
-            raise OperatorError(409, f"it called {span(ago_s)} ago: stop it first, its next call makes it known again")
+            raise OperatorError(409, f"it called {format_duration(ago_s)} ago: stop it first, its next call makes it known again")
 
 
 def _names(session: Session) -> tuple[str, ...]:

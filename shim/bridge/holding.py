@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from shim.bridge.context import Context
-from shim.bridge.deadlines import Deadlines, Due
-from shim.bridge.presence import Presence
-from shim.bridge.roster import Roster
-from shim.core.hold import Hold
+from shim.bridge.context import BridgeContext
+from shim.bridge.deadlines import DeadlineQueue, DueCallback
+from shim.bridge.presence import HeartbeatForwarder
+from shim.bridge.roster import SessionRegistry
+from shim.core.hold import HoldEstimator
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
 from shim.logs import get
@@ -17,18 +17,18 @@ from shim.logs import get
 log = get(__name__)
 
 
-class Holding:
+class PollHolds:
     """Holds polls, and learns from how they end how long each agent may be held."""
 
-    def __init__(self, ctx: Context, presence: Presence, roster: Roster) -> None:
+    def __init__(self, ctx: BridgeContext, presence: HeartbeatForwarder, roster: SessionRegistry) -> None:
         self._ctx = ctx
         self.presence = presence
         self._roster = roster
         self._tunnels: dict[SessionKey, asyncio.Future[None]] = {}
-        self._deadlines = Deadlines(ctx)
+        self._deadlines = DeadlineQueue(ctx)
         self.stopping = False
 
-    def limit_s(self, hold: Hold) -> float:
+    def limit_s(self, hold: HoldEstimator) -> float:
         """How long a poll may be held now; 0 = answer at once."""
         poll = self._ctx.settings.poll
         if self.stopping or poll.hold == "off":
@@ -37,13 +37,13 @@ class Holding:
             return hold.limit_s(poll.max_hold_s)
         return min(poll.hold, poll.max_hold_s)
 
-    def poll_arrived(self, session: Session, hold: Hold) -> float:
+    def poll_arrived(self, session: Session, hold: HoldEstimator) -> float:
         """A poll came. Returns how long it may be held; exactly one of `answered`, `left` and `Hold.gone` follows."""
         if hold.poll_arrived(self._ctx.now):
             log.info("poll_pace", session=session.key.ident, pace=hold.pace.value, interval_s=hold.interval_s)
         return self.limit_s(hold)
 
-    def begin(self, session: Session, limit_s: float, end: Due, poll: Any) -> float:
+    def hold_started(self, session: Session, limit_s: float, end: DueCallback, poll: Any) -> float:
         """The poll waits from now on; after `limit_s` `end(session.key, poll)` is called, which answers it if it must.
 
         Returns the time; it goes into `replied` or `left`, one of which follows.
@@ -52,16 +52,16 @@ class Holding:
         self.presence.hold_started(session)
         return self._ctx.now
 
-    def replied(self, session: Session, started: float) -> None:
+    def reply_sent(self, session: Session, started: float) -> None:
         """The wait ended with our reply."""
         self._ended(session, started, "replied")
 
-    def left(self, session: Session, hold: Hold, started: float) -> None:
+    def agent_disconnected(self, session: Session, hold: HoldEstimator, started: float) -> None:
         """The agent hung up first, and something is learnt from it, unless we are stopping."""
         if self.stopping:
-            hold.gone()
+            hold.connection_lost()
         else:
-            hold.left(self._ctx.now - started)
+            hold.agent_disconnected(self._ctx.now - started)
             self._roster.save(session)
         self._ended(session, started, "left")
 
@@ -69,9 +69,9 @@ class Holding:
         self._ctx.metrics.hold_seconds.labels(how).observe(self._ctx.now - started)
         self.presence.hold_ended(session)
 
-    def answered(self, hold: Hold) -> None:
+    def hold_answered(self, hold: HoldEstimator) -> None:
         """A poll ended with our reply."""
-        hold.replied(self._ctx.now, self._ctx.settings.poll.max_hold_s)
+        hold.reply_sent(self._ctx.now, self._ctx.settings.poll.max_hold_s)
 
     # --- tunnel polls -------------------------------------------------------------------------------------------------
 
@@ -86,17 +86,17 @@ class Holding:
             self.tunnel_changed(session.key)
             changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._tunnels[session.key] = changed
-            started = self.begin(session, limit_s, self._tunnel_over, changed)
+            started = self.hold_started(session, limit_s, self._tunnel_over, changed)
             try:
                 await changed
             except asyncio.CancelledError:
-                self.left(session, hold, started)
+                self.agent_disconnected(session, hold, started)
                 raise
             finally:
                 self._tunnel_over(session.key, changed)
-            self.replied(session, started)
+            self.reply_sent(session, started)
         session.tunnel_told = session.tunnel
-        self.answered(hold)
+        self.hold_answered(hold)
 
     def tunnel_changed(self, key: SessionKey) -> None:
         """Answer the tunnel poll that waits for this session."""

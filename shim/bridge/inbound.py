@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from shim.bridge.connection import Connection
-from shim.bridge.context import Context
-from shim.bridge.holding import Holding
-from shim.bridge.intake import Intake
-from shim.bridge.jobs import Job
-from shim.bridge.refusals import Refusal, Refusals
+from shim.bridge.connection import UpstreamConnection
+from shim.bridge.context import BridgeContext
+from shim.bridge.holding import PollHolds
+from shim.bridge.intake import CommandIntake
+from shim.bridge.jobs import PendingRegistration
+from shim.bridge.refusals import Refusal, Rejections
 from shim.bridge.registrations import Registrations
-from shim.bridge.roster import Roster
+from shim.bridge.roster import SessionRegistry
 from shim.core.bounds import MAX_REQUEST_ID_CHARS, MAX_SHOWN_CHARS, cut
-from shim.core.normalise import Malformed, normalise
+from shim.core.normalise import MalformedCommand, parse_command
 from shim.core.records import SessionKey
 from shim.core.refusals import LEFTOVER_TYPES, REFUSED_TYPES, refuse
 from shim.core.replies import error_text, forgotten, tunnel_state
@@ -30,7 +30,7 @@ log = get(__name__)
 MAX_UNKNOWN_TYPES = 64
 
 
-class Source(Protocol):
+class MessageSource(Protocol):
     """Whose connection a message came in on."""
 
     @property
@@ -51,17 +51,17 @@ class Source(Protocol):
         """Tell the controller about a session again."""
 
 
-class Inbound:
+class UpstreamMessageHandler:
     """Handles messages. Nothing here waits: what takes time is handed over."""
 
     def __init__(
         self,
-        ctx: Context,
+        ctx: BridgeContext,
         registrations: Registrations,
-        roster: Roster,
-        intake: Intake,
-        refusals: Refusals,
-        holding: Holding,
+        roster: SessionRegistry,
+        intake: CommandIntake,
+        refusals: Rejections,
+        holding: PollHolds,
     ) -> None:
         self._ctx = ctx
         self._registrations = registrations
@@ -70,7 +70,7 @@ class Inbound:
         self._refusals = refusals
         self._holding = holding
         self._unknown: set[str] = set()
-        self._handlers: dict[str, Callable[[Connection, Message, Source], None]] = {
+        self._handlers: dict[str, Callable[[UpstreamConnection, Message, MessageSource], None]] = {
             "register_success": self._register_success,
             "register_in_progress": self._register_in_progress,
             "heartbeat_ack": self._nothing,
@@ -80,7 +80,7 @@ class Inbound:
             "tunnel_status": self._tunnel_status,
         }
 
-    def handle(self, connection: Connection, message: Message, source: Source) -> None:
+    def handle(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
         """Handle one message. One that cannot be used is nobody's but a command's: that is answered."""
         if message.fault and message.fault != OUT_OF_RANGE and message.type not in self._ctx.settings.commands.types:
             connection.on_bad_frame("not_json")
@@ -99,23 +99,23 @@ class Inbound:
 
     # --- by type ------------------------------------------------------------------------------------------------------
 
-    def _nothing(self, connection: Connection, message: Message, source: Source) -> None:
+    def _nothing(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
         """Its arrival was all it had to say."""
 
-    def _register_in_progress(self, connection: Connection, message: Message, source: Source) -> None:
+    def _register_in_progress(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
         self._registrations.in_progress(message)
 
-    def _register_success(self, connection: Connection, message: Message, source: Source) -> None:
-        job: Job | None = self._registrations.succeeded(connection, message)
+    def _register_success(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+        job: PendingRegistration | None = self._registrations.succeeded(connection, message)
         url = message.payload.get("gateway_ws_url")
         if job is not None and job.session is not None and isinstance(url, str) and url:
             source.gateway_offered(job.session, url)
 
-    def _ping(self, connection: Connection, message: Message, source: Source) -> None:
+    def _ping(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
         request_id = message.request_id[:MAX_REQUEST_ID_CHARS]
         connection.send("pong", {"timestamp": rfc3339(self._ctx.clock.wall_s())}, request_id)
 
-    def _error(self, connection: Connection, message: Message, source: Source) -> None:
+    def _error(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
         if self._registrations.refused(connection, message):
             return
         self._ctx.metrics.upstream_errors.inc()
@@ -134,7 +134,7 @@ class Inbound:
             refused.standing.fail(TroubleKind.HEARTBEATS_REFUSED, text, self._ctx.now)
         log.warning("upstream_error", about=text, error=text)
 
-    def _tunnel_status(self, connection: Connection, message: Message, source: Source) -> None:
+    def _tunnel_status(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
         session = self._target(source, message.payload)
         if isinstance(session, Session):
             state = tunnel_state(message.payload)
@@ -145,12 +145,12 @@ class Inbound:
         else:
             log.warning("tunnel_status_without_target", about=session, code=session)
 
-    def _command(self, connection: Connection, message: Message, source: Source) -> None:
+    def _command(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
         wall = self._ctx.clock.wall_s()
         new_id = self._ctx.new_id
         try:
-            command = normalise(message, wall, self._ctx.settings.commands.ttl_s, new_id)
-        except Malformed as error:
+            command = parse_command(message, wall, self._ctx.settings.commands.ttl_s, new_id)
+        except MalformedCommand as error:
             request_id = message.request_id[:MAX_REQUEST_ID_CHARS]
             self._reject(source, error.command_id or request_id or new_id(), request_id, "malformed", str(error))
             return
@@ -165,7 +165,7 @@ class Inbound:
 
         self._intake.arrive(session, command, message.request_id, settled)
 
-    def _target(self, source: Source, payload: dict[str, Any]) -> Session | str:
+    def _target(self, source: MessageSource, payload: dict[str, Any]) -> Session | str:
         """The session that a message means, or the code that says why there is none (protocol.md §3, target)."""
         cluster_id = _text(payload.get("cluster_id"))
         agent_id = _text(payload.get("agent_id"))
@@ -178,12 +178,12 @@ class Inbound:
             return "ambiguous_target"
         if fresh:
             return fresh[0]
-        return max(sessions, key=lambda s: (s.contact_at or 0.0, s.seen_wall), default="unknown_agent")
+        return max(sessions, key=lambda s: (s.contact_at or 0.0, s.last_seen_unix), default="unknown_agent")
 
-    def _reject(self, source: Source, command_id: str, request_id: str, code: str, error: str) -> None:
+    def _reject(self, source: MessageSource, command_id: str, request_id: str, code: str, error: str) -> None:
         self._refusals.refuse(Refusal(source.rejection_key, command_id, request_id, code, error))
 
-    def _refuse(self, connection: Connection, message: Message) -> None:
+    def _refuse(self, connection: UpstreamConnection, message: Message) -> None:
         self._ctx.metrics.refused.labels(message.type).inc()
         refusal = refuse(message.type, message.request_id, message.payload)
         if refusal is not None:

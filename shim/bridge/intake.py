@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from shim.bridge.context import Context
+from shim.bridge.context import BridgeContext
 from shim.bridge.outbox import Outbox
-from shim.bridge.queues import Queues
-from shim.bridge.refusals import Refusal, Refusals
-from shim.core.normalise import Normalised
+from shim.bridge.queues import CommandQueues
+from shim.bridge.refusals import Refusal, Rejections
+from shim.core.normalise import ParsedCommand
 from shim.core.records import (
     VIA_HTTP,
     AddTrace,
@@ -48,11 +48,11 @@ class _Arrival:
     settled: Callable[[bool], None] | None
 
 
-class Intake:
+class CommandIntake:
     """Takes commands in. `wake` is called when a session's queue has something new to offer."""
 
     def __init__(
-        self, ctx: Context, queues: Queues, outbox: Outbox, refusals: Refusals, wake: Callable[[SessionKey], None]
+        self, ctx: BridgeContext, queues: CommandQueues, outbox: Outbox, refusals: Rejections, wake: Callable[[SessionKey], None]
     ) -> None:
         self._ctx = ctx
         self._queues = queues
@@ -66,15 +66,15 @@ class Intake:
         """Take in what the store holds after a restart; offered commands are uncertain now."""
         now, wall = self._ctx.now, self._ctx.clock.wall_s()
         for record in records:
-            live = self._queues.admit(record, now + (record.expires_wall - wall))
+            live = self._queues.add(record, now + (record.expires_wall - wall))
             live.replies = 1  # nobody remembers whether an agent that hung up got it all the same
         for key, queue in self._queues.items():
-            self._queues.doubted(key, queue.judge_loaded(self._ctx.queue_policy), "restart")
+            self._queues.handle_uncertain(key, queue.recover_after_restart(self._ctx.queue_policy), "restart")
 
     def arrive(
         self,
         session: Session,
-        command: Normalised,
+        command: ParsedCommand,
         request_id: str,
         settled: Callable[[bool], None] | None = None,
         via: str = "",
@@ -89,7 +89,7 @@ class Intake:
         """
         arrival = _Arrival(session, self._record(session, command, request_id, via), self._ctx.now, settled)
         record = arrival.record
-        queue, by_http = self._queues.of(session.key), via == VIA_HTTP
+        queue, by_http = self._queues.get_or_create(session.key), via == VIA_HTTP
         live = queue.get(record.id)
         if live is not None:
             self._settle(arrival, PutOutcome(live.seq, duplicate=True, state=live.state))
@@ -104,7 +104,7 @@ class Intake:
         else:
             self._take(arrival)
 
-    def _record(self, session: Session, command: Normalised, request_id: str, via: str) -> CommandRecord:
+    def _record(self, session: Session, command: ParsedCommand, request_id: str, via: str) -> CommandRecord:
         return CommandRecord(
             session=session.key,
             id=command.id,
@@ -120,7 +120,7 @@ class Intake:
 
     def _take(self, arrival: _Arrival) -> None:
         record = arrival.record
-        queue = self._queues.of(record.session)
+        queue = self._queues.get_or_create(record.session)
         queue.reserve(record.size_bytes)
         self._ctx.arriving.add(record.size_bytes)
 
@@ -169,7 +169,7 @@ class Intake:
         self._queues.count("queued")
         log.info("command_queued", command=record.id, type=record.type, session=key.ident)
         expires_at = arrived_at + (record.expires_wall - record.arrived_wall)
-        live = self._queues.admit(replace(record, session=key, seq=put.seq), expires_at)
+        live = self._queues.add(replace(record, session=key, seq=put.seq), expires_at)
         live.arrived_at = arrived_at
         if self._ctx.sessions.get(key) is None:
             self._queues.end_session(key)
@@ -194,7 +194,7 @@ class Intake:
             arrival.settled(False)
 
 
-def _size_bytes(command: Normalised) -> int:
+def _size_bytes(command: ParsedCommand) -> int:
     """What the command adds to a poll reply, its comma included."""
     fields = {"id": command.id, "type": command.type, "payload": command.payload, "created_at": command.created_at}
     return len(msgspec.json.encode(fields)) + 1

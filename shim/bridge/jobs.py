@@ -7,15 +7,15 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from shim.bridge.connection import Connection
-from shim.bridge.links import LinkRunner
+from shim.bridge.connection import UpstreamConnection
+from shim.bridge.links import UpstreamLink
 from shim.core.calls import Outcome, RegisterCall
 from shim.core.sessions import Session
 
-Identity = tuple[str, ...]
+RegistrationKey = tuple[str, ...]
 
 
-def identity_of(session: Session) -> Identity:
+def identity_of(session: Session) -> RegistrationKey:
     """Who registers: (owner, `name`, cluster name), or (owner, `agent`, agent id) where the dialect is keyed by it.
 
     An adopted session whose name nobody told is only itself.
@@ -26,20 +26,20 @@ def identity_of(session: Session) -> Identity:
     return session.key.owner, "name", name
 
 
-def identity_of_call(owner: str, call: RegisterCall) -> Identity:
+def identity_of_call(owner: str, call: RegisterCall) -> RegistrationKey:
     """The same of an agent's own registration."""
     return (owner, "agent", call.agent_id) if call.known_by_agent else (owner, "name", call.name)
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class PendingRegistration:
     """One registration that the controller has not answered. `session` is set where the shim itself asks.
 
     `sent_on` is the serial of the connection that carries it (0: none), `sent_at` and `abandoned_at` monotonic seconds.
     """
 
-    identity: Identity
-    runner: LinkRunner
+    identity: RegistrationKey
+    runner: UpstreamLink
     payload: dict[str, Any]
     secret: str
     call: RegisterCall | None = None
@@ -72,22 +72,22 @@ class RefusedRegistration(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Replay:
+class RegistrationReplay:
     """What a reconnect still has to tell, and what it waits for."""
 
-    runner: LinkRunner
-    todo: deque[tuple[Session, dict[str, Any]]]
-    waiting: set[Job]
+    runner: UpstreamLink
+    remedy: deque[tuple[Session, dict[str, Any]]]
+    waiting: set[PendingRegistration]
 
 
 class RegistrationListener(Protocol):
     """Who makes a session of an answer."""
 
-    def registered(self, job: Job, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
+    def registered(self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
         """Keep what the controller told of an agent; `reply` as `core.replies.register_reply` gives it.
 
         `conflict`: it answered with an error that carries the cluster's id (409).
         """
 
-    def told(self, session: Session, connection: Connection) -> None:
+    def told(self, session: Session, connection: UpstreamConnection) -> None:
         """The controller has just been told about this session."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from shim.bridge.attempts import Attempts
-from shim.bridge.connection import Connection, Ending
-from shim.bridge.context import Context
+from shim.bridge.attempts import LinkMetrics
+from shim.bridge.connection import UpstreamConnection, ConnectionEnd
+from shim.bridge.context import BridgeContext
 from shim.core import link_events as ev
 from shim.core.backoff import Backoff
-from shim.core.link import Link, LinkPolicy, LinkState
-from shim.core.liveness import Verdict
-from shim.core.timeline import Timeline, phase_of
+from shim.core.link import LinkStateMachine, LinkPolicy, LinkState
+from shim.core.liveness import LivenessState
+from shim.core.timeline import LinkHistory, phase_of
 from shim.core.urls import ws_url
 from shim.errors import IllegalTransition, ShimError
 from shim.logs import get
 from shim.messages import Message
-from shim.ports import DialFailure, DialSpec, Socket, Timer
+from shim.ports import DialFailure, DialRequest, WebSocket, Timer
 
 log = get(__name__)
 
@@ -28,60 +28,60 @@ _TOLD = frozenset({LinkState.ONLINE, LinkState.REPLAYING})
 class LinkListener(Protocol):
     """The rest of the bridge, as a link sees it."""
 
-    def link_opened(self, runner: LinkRunner) -> None:
+    def link_opened(self, runner: UpstreamLink) -> None:
         """A connection is open: replay, then call `runner.replayed()`."""
 
-    def link_accepted(self, runner: LinkRunner) -> None:
+    def link_accepted(self, runner: UpstreamLink) -> None:
         """The controller has accepted the token for the first time."""
 
-    def link_online(self, runner: LinkRunner) -> None:
+    def link_online(self, runner: UpstreamLink) -> None:
         """Everything that was held back may go up."""
 
-    def link_offline(self, runner: LinkRunner, connection: Connection) -> None:
+    def link_offline(self, runner: UpstreamLink, connection: UpstreamConnection) -> None:
         """The connection is no more."""
 
-    def link_refused(self, runner: LinkRunner) -> None:
+    def link_refused(self, runner: UpstreamLink) -> None:
         """The controller refuses the token."""
 
-    def link_needed(self, runner: LinkRunner) -> bool:
+    def link_in_use(self, runner: UpstreamLink) -> bool:
         """Whether a fresh session uses it."""
 
-    def link_dropped(self, runner: LinkRunner) -> None:
+    def link_dropped(self, runner: UpstreamLink) -> None:
         """It was forgotten, and its token with it."""
 
-    def link_replaced(self, runner: LinkRunner) -> bool:
+    def all_sessions_use_gateways(self, runner: UpstreamLink) -> bool:
         """Whether all that would go over it goes over gateways."""
 
-    def heard_since(self, at_s: float) -> bool:
+    def received_since(self, at_s: float) -> bool:
         """Whether a frame of the controller came in on any link after this moment."""
 
-    def connection_message(self, connection: Connection, message: Message, runner: LinkRunner) -> None:
+    def connection_message(self, connection: UpstreamConnection, message: Message, runner: UpstreamLink) -> None:
         """A message arrived."""
 
-    def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
+    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
         """The controller has these outbox entries."""
 
 
-class LinkRunner:
+class UpstreamLink:
     """One link: the state machine, its socket and its timers. `token` is held in memory only.
 
     `acks`: whether the controller acknowledges heartbeats, as far as its connections have shown.
     """
 
-    def __init__(self, ctx: Context, owner: str, name: str, listener: LinkListener, serials: Iterator[int]) -> None:
+    def __init__(self, ctx: BridgeContext, owner: str, name: str, listener: LinkListener, serials: Iterator[int]) -> None:
         self.owner = owner
         self.name = name
         self.token = ""
-        self.connection: Connection | None = None
+        self.connection: UpstreamConnection | None = None
         self.acks: bool | None = None
         self._ctx = ctx
         self._listener = listener
         self._serials = serials
         upstream = ctx.settings.upstream
-        self.machine = Link(LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng))
+        self.machine = LinkStateMachine(LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng))
         self.needed_at = ctx.now
-        self.timeline = Timeline(ctx.now)
-        self.attempts = Attempts(ctx, listener.heard_since)
+        self.timeline = LinkHistory(ctx.now)
+        self.attempts = LinkMetrics(ctx, listener.received_since)
         self.last_failure = ""
         self.last_detail = ""
         self.cancelled = False
@@ -100,15 +100,15 @@ class LinkRunner:
         return self.machine.state is LinkState.ONLINE
 
     @property
-    def up_connection(self) -> Connection | None:
+    def up_connection(self) -> UpstreamConnection | None:
         """The connection for heartbeats and results, `None` while registrations are still being replayed."""
         return self.connection if self.online else None
 
-    def wanted(self) -> None:
+    def ensure_connected(self) -> None:
         """An agent called."""
         self.needed_at = self._ctx.now
         if self.machine.state is LinkState.IDLE:
-            self.apply(ev.Wanted())
+            self.apply(ev.AgentCalled())
 
     def apply(self, event: ev.LinkEvent) -> None:
         """Let the machine decide and perform what it says. Never raises: a forbidden event is logged and ignored."""
@@ -119,7 +119,7 @@ class LinkRunner:
             log.error("illegal_transition", link=self.name, error=str(error))
             return
         if self.machine.state is not before:
-            self._tell_state(before)
+            self._log_state_change(before)
         if self.machine.state is LinkState.ONLINE and not self.machine.refused:
             self.last_failure = self.last_detail = ""
         if not proven and self.machine.accepted_at is not None:
@@ -128,7 +128,7 @@ class LinkRunner:
         for effect in effects:
             self._perform(effect)
 
-    def _tell_state(self, before: LinkState) -> None:
+    def _log_state_change(self, before: LinkState) -> None:
         """A line for what matters; each turn of waiting and dialling only for who looks closely."""
         state = self.machine.state
         matters = before in _TOLD or state in (LinkState.ONLINE, LinkState.IDLE, LinkState.STOPPED)
@@ -155,31 +155,31 @@ class LinkRunner:
                 self._start_dial(effect)
             case ev.CancelDial():
                 self._dial += 1
-            case ev.SetRetry():
+            case ev.StartRetryTimer():
                 self._arm("retry", effect.delay_s, self._retry)
                 self._ctx.metrics.retries.labels(self.attempts.reason).inc()
                 log.debug("link_retry", link=self.name, delay_s=round(effect.delay_s, 3), failure=self.last_failure)
-            case ev.CancelRetry():
+            case ev.CancelRetryTimer():
                 self._disarm("retry")
             case ev.StartReplay():
                 self._arm("stable", self._ctx.settings.upstream.reconnect.stable_after_s, self._stable)
                 self._listener.link_opened(self)
-            case ev.WentOnline():
+            case ev.Online():
                 self._went_online()
-            case ev.WentOffline():
+            case ev.Offline():
                 self._went_offline()
             case ev.CloseSocket():
                 if effect.code:
                     self.attempts.closed()
                 if self.connection is not None:
                     self.connection.close(effect.code)
-            case ev.Refusal():
+            case ev.AuthRejected():
                 self._listener.link_refused(self)
 
     def _start_dial(self, effect: ev.Dial) -> None:
         self._dial += 1
         dial = self._dial
-        self.attempts.begun()
+        self.attempts.dial_started()
         upstream = self._ctx.settings.upstream
         try:
             if not upstream.own_tokens:
@@ -189,11 +189,11 @@ class LinkRunner:
             log.error("token_unreadable", about=self.name, link=self.name, error=str(error))
             self._ctx.timers.call_later(0, lambda: self._dialled(dial, None, DialFailure("token")))
             return
-        connection = Connection(self._ctx, next(self._serials), self.name, self, used_to_ack=self.acks)
-        spec = DialSpec(ws_url(upstream.url, upstream.path), self.token, effect.in_header, effect.in_query)
+        connection = UpstreamConnection(self._ctx, next(self._serials), self.name, self, used_to_ack=self.acks)
+        spec = DialRequest(ws_url(upstream.url, upstream.path), self.token, effect.in_header, effect.in_query)
         self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(dial, connection, outcome))
 
-    def _dialled(self, dial: int, connection: Connection | None, outcome: Socket | DialFailure) -> None:
+    def _dialled(self, dial: int, connection: UpstreamConnection | None, outcome: WebSocket | DialFailure) -> None:
         if isinstance(outcome, DialFailure):
             self.attempts.handshake_failed(outcome)
             if dial == self._dial:
@@ -203,12 +203,12 @@ class LinkRunner:
                 log.warning("dial_failed", about=about, link=self.name, reason=why, detail=outcome.detail)
                 self.apply(ev.DialFailed(outcome.status, outcome.retry_after_s))
                 if self.machine.state is not LinkState.OPENING:  # else the other way to present the token is tried
-                    self.attempts.failed(outcome)
+                    self.attempts.dial_failed(outcome)
             return
         if dial != self._dial or connection is None or self.machine.state is not LinkState.OPENING:
             outcome.close(1000)
             return
-        self.attempts.opened()
+        self.attempts.handshake_succeeded()
         self.connection = connection
         connection.bind(outcome)
         self.apply(ev.Opened())
@@ -227,27 +227,27 @@ class LinkRunner:
 
     def _stable(self) -> None:
         if self.machine.connected:
-            self.apply(ev.Stable())
+            self.apply(ev.StableTimerFired())
 
     def _retry(self) -> None:
         """Dial again, unless gateways carry everything: then the controller is left alone until it is wanted."""
-        if self._listener.link_replaced(self):
+        if self._listener.all_sessions_use_gateways(self):
             self.attempts.closed()
-            self.apply(ev.Unneeded())
+            self.apply(ev.IdleTimeout())
         else:
             self.apply(ev.RetryDue())
 
     def _check_idle(self) -> None:
         self._arm("idle", IDLE_CHECK_S, self._check_idle)
         idle_close_s = self._ctx.settings.upstream.idle_close_s
-        if self._listener.link_needed(self):
+        if self._listener.link_in_use(self):
             self.needed_at = self._ctx.now
             if self.machine.state is LinkState.IDLE and self.machine.accepted_at is not None:
-                self.apply(ev.Wanted())  # a command ended while nobody called: the controller waits for word of it
+                self.apply(ev.AgentCalled())  # a command ended while nobody called: the controller waits for word of it
         elif idle_close_s and self._ctx.now - self.needed_at >= idle_close_s:
             self.attempts.closed()
             if self.machine.state is not LinkState.IDLE:
-                self.apply(ev.Unneeded())
+                self.apply(ev.IdleTimeout())
 
     def _arm(self, name: str, delay_s: float, callback: Callable[[], None]) -> None:
         self._disarm(name)
@@ -261,7 +261,7 @@ class LinkRunner:
 
     # --- connection.ConnectionOwner -----------------------------------------------------------------------------------
 
-    def connection_message(self, connection: Connection, message: Message) -> None:
+    def connection_message(self, connection: UpstreamConnection, message: Message) -> None:
         """Hand a message on; one that shows that the token is accepted is news for the link as well."""
         if self.machine.connected:
             if message.type == "register_success":
@@ -270,19 +270,19 @@ class LinkRunner:
                 self.apply(ev.Acknowledged())
         self._listener.connection_message(connection, message, self)
 
-    def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
+    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
         """Hand on."""
-        self._listener.connection_fenced(connection, seqs)
+        self._listener.results_confirmed(connection, seqs)
 
-    def connection_broken(self, connection: Connection, verdict: Verdict) -> None:
+    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState) -> None:
         """The watchdog condemned the connection."""
         if connection is self.connection:
             self.last_failure, self.last_detail = verdict.value, ""
             self.attempts.lost(verdict.value)
             log.warning("link_broken", link=self.name, reason=verdict.value)
-            self.apply(ev.Broken())
+            self.apply(ev.WatchdogFailed())
 
-    def connection_closed(self, connection: Connection, ending: Ending) -> None:
+    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd) -> None:
         """The peer or the network ended the connection."""
         if connection is not self.connection:
             return

@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from hashlib import sha256
 
-from shim.bridge.context import Context
-from shim.bridge.links import LinkListener, LinkRunner
+from shim.bridge.context import BridgeContext
+from shim.bridge.links import LinkListener, UpstreamLink
 from shim.core import link_events as ev
 from shim.core.link import LinkState
 from shim.errors import AgentError
 
 BUSY_RETRY_AFTER_S = 30
-UNPROVEN_KEPT_S = 30.0
+UNVERIFIED_KEPT_S = 30.0
 MAX_TURNED_AWAY = 4096
 
 
-class LinkSet:
+class LinkPool:
     """All links: by owner, or by session with `upstream.share_link: false`."""
 
-    def __init__(self, ctx: Context, listener: LinkListener, serials: Iterator[int]) -> None:
+    def __init__(self, ctx: BridgeContext, listener: LinkListener, serials: Iterator[int]) -> None:
         self._ctx = ctx
         self._listener = listener
         self._serials = serials
-        self._links: dict[str, LinkRunner] = {}
+        self._links: dict[str, UpstreamLink] = {}
         self._turned_away: dict[str, float] = {}  # until when a token is not dialled again
 
-    def __iter__(self) -> Iterator[LinkRunner]:
+    def __iter__(self) -> Iterator[UpstreamLink]:
         return iter(list(self._links.values()))
 
     def __len__(self) -> int:
@@ -38,11 +38,11 @@ class LinkSet:
             return owner
         return f"{owner}:{sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
-    def find(self, name: str) -> LinkRunner | None:
+    def find(self, name: str) -> UpstreamLink | None:
         """A link that exists."""
         return self._links.get(name)
 
-    def get(self, owner: str, name: str, token: str) -> LinkRunner:
+    def get(self, owner: str, name: str, token: str) -> UpstreamLink:
         """Return the link of this name, made on first use.
 
         Raises `AgentError`: 503 when there are `upstream.max_links`, 401 for a token that was refused a moment ago.
@@ -53,7 +53,7 @@ class LinkSet:
                 raise AgentError(401, "the controller refuses the token")
             if len(self._links) >= self._ctx.settings.upstream.max_links and not self._drop_one():
                 raise AgentError(503, "too many upstream links", retry_after_s=BUSY_RETRY_AFTER_S)
-            runner = self._links[name] = LinkRunner(self._ctx, owner, name, self._listener, self._serials)
+            runner = self._links[name] = UpstreamLink(self._ctx, owner, name, self._listener, self._serials)
             runner.token = token
             if self._ctx.settings.upstream.own_tokens:
                 self._ctx.redaction.add(token)  # until the link is dropped, no log and no reply shows it
@@ -76,24 +76,24 @@ class LinkSet:
                 return True
         return False
 
-    def _is_idle(self, runner: LinkRunner) -> bool:
+    def _is_idle(self, runner: UpstreamLink) -> bool:
         return runner.state is LinkState.IDLE
 
-    def _is_made_up(self, runner: LinkRunner) -> bool:
+    def _is_made_up(self, runner: UpstreamLink) -> bool:
         machine = runner.machine
         return self._ctx.settings.upstream.own_tokens and machine.refused and machine.accepted_at is None
 
-    def _is_useless(self, runner: LinkRunner) -> bool:
-        return runner.machine.refused and not self._listener.link_needed(runner)
+    def _is_useless(self, runner: UpstreamLink) -> bool:
+        return runner.machine.refused and not self._listener.link_in_use(runner)
 
-    def _drop(self, runner: LinkRunner) -> None:
+    def _drop(self, runner: UpstreamLink) -> None:
         runner.stop()
         del self._links[runner.name]
         if self._ctx.settings.upstream.own_tokens and all(other.token != runner.token for other in self):
             self._ctx.redaction.discard(runner.token)
         self._listener.link_dropped(runner)
 
-    def proven(self, owner: str) -> bool:
+    def token_accepted(self, owner: str) -> bool:
         """Whether the controller has accepted the owner's token since our start; a configured token needs no proof."""
         if not self._ctx.settings.upstream.own_tokens:
             return True
@@ -104,8 +104,8 @@ class LinkSet:
         if not self._ctx.settings.upstream.own_tokens:
             return
         for runner in self:
-            unneeded = runner.machine.accepted_at is None and not self._listener.link_needed(runner)
-            if unneeded and self._ctx.now - runner.needed_at >= UNPROVEN_KEPT_S:
+            unneeded = runner.machine.accepted_at is None and not self._listener.link_in_use(runner)
+            if unneeded and self._ctx.now - runner.needed_at >= UNVERIFIED_KEPT_S:
                 self._drop(runner)
 
     def token_changed(self) -> None:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from shim.bridge.context import Context
-from shim.bridge.delivery import Delivery
-from shim.bridge.intake import Intake
-from shim.bridge.queues import Queues
+from shim.bridge.context import BridgeContext
+from shim.bridge.delivery import CommandDelivery
+from shim.bridge.intake import CommandIntake
+from shim.bridge.queues import CommandQueues
 from shim.core.commands import CommandQueue
-from shim.core.life import Step, next_state
-from shim.core.records import AddTrace, CommandRecord, FindCommand, RequeueCommand, SessionKey, State, TraceEntry
+from shim.core.life import CommandEvent, next_state
+from shim.core.records import AddTrace, CommandRecord, FindCommand, RequeueCommand, SessionKey, CommandState, TraceEntry
 from shim.errors import IllegalTransition, OperatorError, StoreError
 from shim.logs import get
 from shim.ports import Timer
@@ -25,14 +25,14 @@ log = get(__name__)
 CHECK_S = 0.5
 REASON_CHARS = 200
 _STANDS = {
-    State.QUEUED: "it waits for its agent",
-    State.OFFERED: "it is in a reply that the agent may have",
-    State.UNCERTAIN: "it is in doubt and will be offered again",
-    State.DELIVERED: "it was delivered",
-    State.ANSWERED: "its agent has answered it",
-    State.CLOSED: "it is done, and the controller has its result",
-    State.EXPIRED: "it expired",
-    State.DEAD: "it was given up",
+    CommandState.QUEUED: "it waits for its agent",
+    CommandState.OFFERED: "it is in a reply that the agent may have",
+    CommandState.UNCERTAIN: "it is in doubt and will be offered again",
+    CommandState.DELIVERED: "it was delivered",
+    CommandState.ANSWERED: "its agent has answered it",
+    CommandState.CLOSED: "it is done, and the controller has its result",
+    CommandState.EXPIRED: "it expired",
+    CommandState.DEAD: "it was given up",
 }
 
 
@@ -59,7 +59,7 @@ class Drain(msgspec.Struct, frozen=True):
     refused: int
 
 
-class Found(NamedTuple):
+class CommandDetails(NamedTuple):
     """A command as the store has it; `result` is what goes upstream of its result."""
 
     record: CommandRecord
@@ -67,10 +67,10 @@ class Found(NamedTuple):
     trace: list[TraceEntry]
 
 
-class Operator:
+class AdminActions:
     """Changes by hand. Each raises `OperatorError`, whose text says what to do instead."""
 
-    def __init__(self, ctx: Context, queues: Queues, intake: Intake, delivery: Delivery) -> None:
+    def __init__(self, ctx: BridgeContext, queues: CommandQueues, intake: CommandIntake, delivery: CommandDelivery) -> None:
         self._ctx = ctx
         self._queues = queues
         self._intake = intake
@@ -151,10 +151,10 @@ class Operator:
 
     # --- single commands ----------------------------------------------------------------------------------------------
 
-    async def find(self, command_id: str) -> list[Found]:
+    async def find(self, command_id: str) -> list[CommandDetails]:
         """All that is known of commands with this id, in whichever session."""
-        outcome = await self._ask(FindCommand(command_id))
-        return [Found(*each) for each in outcome]
+        outcome = await self._query(FindCommand(command_id))
+        return [CommandDetails(*each) for each in outcome]
 
     async def purge(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
         """A command that waits, or is uncertain, ends DEAD, and the controller is told (`undeliverable`).
@@ -174,7 +174,7 @@ class Operator:
             raise _ambiguous([key for key, _ in held])
         self._purge(key, queue, command_id, _with_reason("purged by an operator", reason))
         found = _only(await self.find(command_id), str(key)).record
-        if found.state is not State.DEAD:
+        if found.state is not CommandState.DEAD:
             raise OperatorError(503, "purged in memory, but the disk refused: it is back after a restart")
         return found
 
@@ -186,7 +186,7 @@ class Operator:
                 "it is in a reply that the agent may have: wait until it is delivered or in doubt "
                 f"(at most {self._ctx.settings.commands.evidence_s:g} s) and look again",
             )
-        self._queues.end(key, live, State.DEAD, "undeliverable", why)
+        self._queues.finish(key, live, CommandState.DEAD, "undeliverable", why)
 
     async def redeliver(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
         """A command that is DELIVERED, EXPIRED or DEAD waits for its agent again, for `commands.ttl_s`."""
@@ -195,7 +195,7 @@ class Operator:
         record = _only(await self.find(command_id), session).record
         key = record.session
         try:
-            queued = next_state(record.state, Step.REDELIVER)
+            queued = next_state(record.state, CommandEvent.REDELIVER)
         except IllegalTransition:
             why = "only one that was delivered, expired or given up, and has no result, can be delivered again"
             raise OperatorError(409, f"{_STANDS[record.state]}: {why}") from None
@@ -203,18 +203,18 @@ class Operator:
             raise OperatorError(409, "it was rejected when it arrived and never stored: the controller has to send it")
         if self._ctx.sessions.get(key) is None:
             raise OperatorError(409, f"its agent {key.ident} is not known any more: nobody would fetch it")
-        if not self._queues.of(key).room_for(record.size_bytes, self._ctx.queue_policy):
+        if not self._queues.get_or_create(key).room_for(record.size_bytes, self._ctx.queue_policy):
             raise OperatorError(409, "the queue of its agent is full")
         why = _with_reason("by an operator", reason)
         wall, ttl_s = self._ctx.clock.wall_s(), self._ctx.settings.commands.ttl_s
         again = replace(record, state=queued, attempts=0, expires_wall=wall + ttl_s)
         detail = f"{why}; before that, {_STANDS[record.state]}"
         trace = AddTrace(key, (command_id,), TraceEntry(wall, "redeliver", detail))
-        if not await self._ask(RequeueCommand(key, command_id, wall, again.expires_wall), trace, then=again):
+        if not await self._query(RequeueCommand(key, command_id, wall, again.expires_wall), trace, then=again):
             raise OperatorError(409, "something happened to it meanwhile: look at it and try again")
         return again
 
-    async def _ask(self, *operations: Any, then: CommandRecord | None = None) -> Any:
+    async def _query(self, *operations: Any, then: CommandRecord | None = None) -> Any:
         """The first operation's result; if it is truthy, `then` is queued before anything else can happen to it."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -234,15 +234,15 @@ class Operator:
         log.info("command_redelivered", command=record.id, session=record.session.ident)
         self._queues.count("redelivered_by_hand")
         ttl_s = record.expires_wall - self._ctx.clock.wall_s()
-        self._queues.admit(record, self._ctx.now + ttl_s)
-        self._delivery.wake(record.session)
+        self._queues.add(record, self._ctx.now + ttl_s)
+        self._delivery.try_offer(record.session)
 
 
 def _means(session: str, key: SessionKey) -> bool:
     return session in ("", key.ident, str(key))
 
 
-def _only(found: list[Found], session: str) -> Found:
+def _only(found: list[CommandDetails], session: str) -> CommandDetails:
     """The one command that is meant. Raises `OperatorError` 404 or 409."""
     meant = [each for each in found if _means(session, each.record.session)]
     if not meant:

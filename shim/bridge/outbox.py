@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shim.bridge.connection import Connection
-from shim.bridge.context import ENVELOPE_BYTES, Context
+from shim.bridge.connection import UpstreamConnection
+from shim.bridge.context import ENVELOPE_BYTES, BridgeContext
 from shim.core.fitting import fit
 from shim.core.records import (
     AddTrace,
@@ -31,11 +31,11 @@ PAGE = 32
 WINDOW_BYTES = 8 * 1024 * 1024
 MAX_TOLD = 1000
 
-Route = Callable[[SessionKey], Connection | None]
+Route = Callable[[SessionKey], UpstreamConnection | None]
 
 
 @dataclass(slots=True)
-class _OnDisk:
+class _OutboxRecord:
     """An entry that the controller is not known to have; `sent_on` is a connection's serial, 0 = not sent there.
 
     `posted_at`: when the agent's result came, if the link was up then and it was not sent yet.
@@ -50,7 +50,7 @@ class _OnDisk:
 
 @dataclass(slots=True)
 class _Told:
-    """A report that does not stand on disk; `sent_on` as in `_OnDisk`."""
+    """A report that does not stand on disk; `sent_on` as in `_OutboxRecord`."""
 
     session: SessionKey
     request_id: str
@@ -61,10 +61,10 @@ class _Told:
 class Outbox:
     """All unconfirmed `command_result`s. In memory stand only their numbers; what they say is read when it is sent."""
 
-    def __init__(self, ctx: Context, route: Route) -> None:
+    def __init__(self, ctx: BridgeContext, route: Route) -> None:
         self._ctx = ctx
         self._route = route
-        self._entries: dict[int, _OnDisk] = {}
+        self._entries: dict[int, _OutboxRecord] = {}
         self._pumping: dict[str, int] = {}  # owner -> last seq read
         self._again: set[str] = set()
         self._then: dict[str, list[Callable[[], object]]] = {}
@@ -84,7 +84,7 @@ class Outbox:
         """Whether the controller has everything, what stands on disk from before included."""
         return not (self._entries or self._unread or self._pumping or self._closing or self._told)
 
-    def loaded(self, owners: tuple[str, ...]) -> None:
+    def has_stored_entries(self, owners: tuple[str, ...]) -> None:
         """These owners have entries on disk from before."""
         self._unread.update(owners)
 
@@ -99,11 +99,11 @@ class Outbox:
 
         `posted_at`: when the agent's result came, if the link was up then.
         """
-        self._keep(entry.seq, _OnDisk(entry.session, entry.command_id, posted_at=posted_at))
+        self._keep(entry.seq, _OutboxRecord(entry.session, entry.command_id, posted_at=posted_at))
         if entry.session.owner not in self._pumping:
             self._send(entry)
 
-    def _keep(self, seq: int, entry: _OnDisk) -> None:
+    def _keep(self, seq: int, entry: _OutboxRecord) -> None:
         self._entries[seq] = entry
         self._outstanding[entry.session, entry.command_id] += 1
 
@@ -112,7 +112,7 @@ class Outbox:
         if self._outstanding[session, command_id] <= 0:
             del self._outstanding[session, command_id]
 
-    def online(self, owner: str, then: Callable[[], object] | None = None) -> None:
+    def start_sending(self, owner: str, then: Callable[[], object] | None = None) -> None:
         """A connection of this owner came up: read the disk and send what was not sent on it; `then` follows that."""
         if then is not None:
             self._then.setdefault(owner, []).append(then)
@@ -129,9 +129,9 @@ class Outbox:
         self._pumping[owner] = after
         self._read(owner)
 
-    def fenced(self, seqs: tuple[int, ...]) -> None:
+    def confirmed(self, seqs: tuple[int, ...]) -> None:
         """The controller has these."""
-        closed: dict[int, _OnDisk] = {}
+        closed: dict[int, _OutboxRecord] = {}
         for seq in seqs:
             self._told.pop(seq, None)
             if (entry := self._entries.pop(seq, None)) is not None:
@@ -144,7 +144,7 @@ class Outbox:
         for owner, after in list(self._blocked.items()):
             self._pump(owner, after)
 
-    def _close(self, closed: dict[int, _OnDisk]) -> None:
+    def _close(self, closed: dict[int, _OutboxRecord]) -> None:
         if not closed:
             return
         wall = self._ctx.clock.wall_s()
@@ -181,18 +181,18 @@ class Outbox:
             if told.session == source:
                 told.session = target
         if moved or source.owner in self._unread:
-            self.online(target.owner)
+            self.start_sending(target.owner)
 
-    def offline(self, connection: Connection) -> None:
+    def connection_closed(self, connection: UpstreamConnection) -> None:
         """The connection is no more: what it carried unconfirmed will be sent on the next."""
         self._in_flight.pop(connection.serial, None)
 
-    def report(self, key: SessionKey, session: Session | None, command_id: str, request_id: str, **fields: Any) -> None:
+    def report_failure(self, key: SessionKey, session: Session | None, command_id: str, request_id: str, **fields: Any) -> None:
         """Tell the controller that a command ended without its agent's result: `code` and `error` are in `fields`.
 
         On disk first; where the disk refuses, straight to the connection: better told once than not at all.
         """
-        payload = self.failure(key, session, command_id, **fields)
+        payload = self.failure_payload(key, session, command_id, **fields)
         wall = self._ctx.clock.wall_s()
         self._put(key, request_id, payload, TraceEntry(wall, "reported", str(fields.get("code", ""))))
 
@@ -232,14 +232,14 @@ class Outbox:
             if resent:
                 self._no_longer_outstanding(key, command_id)
             if isinstance(outcome, StoreError):
-                self.tell(key, request_id, payload)
+                self.send_unpersisted(key, request_id, payload)
             else:
                 self.added(outcome[0])
 
         traces = [AddTrace(key, (command_id,), trace)] if trace is not None else []
         self._ctx.store.submit([PutOutbox(key, command_id, request_id, payload), *traces], done)
 
-    def tell(self, key: SessionKey, request_id: str, payload: dict[str, Any], *, again: bool = True) -> None:
+    def send_unpersisted(self, key: SessionKey, request_id: str, payload: dict[str, Any], *, again: bool = True) -> None:
         """Send what is not stored; the newest `MAX_TOLD` are kept in memory until the controller has them.
 
         `again`: whether a report that was sent is sent once more after a reconnect, unless the controller had it.
@@ -260,7 +260,7 @@ class Outbox:
             told.sent_on = connection.serial
             connection.send_result(seq, told.request_id, told.payload)
 
-    def failure(self, key: SessionKey, session: Session | None, command_id: str, **fields: Any) -> dict[str, Any]:
+    def failure_payload(self, key: SessionKey, session: Session | None, command_id: str, **fields: Any) -> dict[str, Any]:
         """The payload of a `command_result` that the shim itself makes."""
         payload: dict[str, Any] = {"command_id": command_id}
         if session is not None:
@@ -280,14 +280,14 @@ class Outbox:
     def _page(self, owner: str, outcome: list[Any] | StoreError) -> None:
         if isinstance(outcome, StoreError):
             log.warning("outbox_unreadable", about=owner, error=str(outcome))
-            self._ctx.timers.call_later(5.0, lambda: self.online(owner))
+            self._ctx.timers.call_later(5.0, lambda: self.start_sending(owner))
             self._pumped(owner)
             return
         for entry in outcome[0]:
             if entry.seq in self._closing:
                 continue
             if entry.seq not in self._entries:
-                self._keep(entry.seq, _OnDisk(entry.session, entry.command_id))
+                self._keep(entry.seq, _OutboxRecord(entry.session, entry.command_id))
             if not self._send(entry):
                 self._blocked[owner] = entry.seq - 1
                 self._unread.add(owner)

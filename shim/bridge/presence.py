@@ -7,13 +7,13 @@ from typing import Any
 
 import msgspec
 
-from shim.bridge.connection import Connection
-from shim.bridge.context import ENVELOPE_BYTES, Context
+from shim.bridge.connection import UpstreamConnection
+from shim.bridge.context import ENVELOPE_BYTES, BridgeContext
 from shim.bridge.registrations import Registrations
-from shim.bridge.routes import Routes
+from shim.bridge.routes import LinkLookup
 from shim.core.bounds import MAX_ALL_KEPT_BYTES
-from shim.core.calls import Kind
-from shim.core.coverage import ACK_GRACE_S, Covered
+from shim.core.calls import TargetKind
+from shim.core.coverage import ACK_GRACE_S, HeartbeatOutcome
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
 from shim.core.standing import TroubleKind
@@ -24,14 +24,14 @@ log = get(__name__)
 STATUS_EVERY_S = 30.0
 
 
-class Presence:
+class HeartbeatForwarder:
     """Decides when something is said upstream for a session."""
 
     def __init__(
         self,
-        ctx: Context,
+        ctx: BridgeContext,
         registrations: Registrations,
-        routes: Routes,
+        routes: LinkLookup,
     ) -> None:
         self._ctx = ctx
         self._registrations = registrations
@@ -44,7 +44,7 @@ class Presence:
         self._status_timed: set[SessionKey] = set()
         self._acks_seen = False
         self._uncovered: set[Session] = set()
-        self._covered = ctx.metrics.agent_heartbeats.labels(Covered.ACKED.value)
+        self._covered = ctx.metrics.agent_heartbeats.labels(HeartbeatOutcome.ACKED.value)
 
     def identity(self) -> dict[str, Any]:
         """What the configuration says of agents that never registered here; absent fields are left out."""
@@ -83,7 +83,7 @@ class Presence:
     def _window_s(self) -> float:
         return self._ctx.settings.upstream.heartbeat_interval_s + ACK_GRACE_S
 
-    def _answered(self, session: Session, sent_at: float, line: Connection, accepted: bool) -> None:
+    def _answered(self, session: Session, sent_at: float, line: UpstreamConnection, accepted: bool) -> None:
         if not accepted:
             session.coverage.refused(sent_at)
             return
@@ -93,7 +93,7 @@ class Presence:
         covered = session.coverage.acked(sent_at, line, self._ctx.now, self._window_s)
         self._covered.inc(covered)
 
-    def called(self, session: Session, *, force: bool = False) -> Connection | None:
+    def called(self, session: Session, *, force: bool = False) -> UpstreamConnection | None:
         """The agent called (or, with `force`, something changed): a heartbeat goes up if one is due and allowed.
 
         Returns the connection that the session's heartbeats take now.
@@ -105,33 +105,33 @@ class Presence:
             return connection  # it has only registered so far: its own first heartbeat says more
         interval_s = self._ctx.settings.upstream.heartbeat_interval_s
         due = force or session.heartbeat_due(self._ctx.now, interval_s)
-        if due and self._told(session, connection):
+        if due and self._ensure_announced(session, connection):
             self._send(session, connection)
         return connection
 
-    def _send(self, session: Session, connection: Connection) -> None:
+    def _send(self, session: Session, connection: UpstreamConnection) -> None:
         sent_at = session.sent_at = self._ctx.now
-        session.sent_words = session.words()
+        session.last_sent_status = session.reported_status()
         session.coverage.written(sent_at, connection)
         session.standing.sent(sent_at, connection.serial)
         self._ctx.metrics.heartbeats_up.labels("sent").inc()
         answered = partial(self._answered, session, sent_at, connection)
         connection.send_heartbeat(session.key, session.heartbeat_payload(), answered)
 
-    def _told(self, session: Session, connection: Connection) -> bool:
+    def _ensure_announced(self, session: Session, connection: UpstreamConnection) -> bool:
         """Whether the controller has just been told about the session; else it is told first, where possible."""
-        if self._is_told(session, connection) and session.upstream_cluster_id:
+        if self._is_announced(session, connection) and session.upstream_cluster_id:
             return True
         adopted = not session.registration
-        if adopted and session.key.kind == Kind.CLUSTER.value:
+        if adopted and session.key.kind == TargetKind.CLUSTER.value:
             return True
-        self.introduce(session)
+        self.announce(session)
         return False
 
-    def _is_told(self, session: Session, connection: Connection) -> bool:
-        return session.told_on == connection.serial or self._routes.gateways.connection_of(session.key) is connection
+    def _is_announced(self, session: Session, connection: UpstreamConnection) -> bool:
+        return session.announced_on == connection.serial or self._routes.gateways.connection_of(session.key) is connection
 
-    def introduce(self, session: Session) -> None:
+    def announce(self, session: Session) -> None:
         """Register a session from what is known of it; without a name nothing is sent, and the log says what helps."""
         runner = self._routes.runner_of(session)
         if runner is None or runner.connection is None or not session.fresh(self._ctx.now):
@@ -142,9 +142,9 @@ class Presence:
         elif session.standing.fail(TroubleKind.NAME_UNKNOWN, "", self._ctx.now):
             log.warning("name_unknown", session=session.key.ident, hint="set identity.name in the configuration")
 
-    def told(self, session: Session, connection: Connection) -> None:
+    def session_announced(self, session: Session, connection: UpstreamConnection) -> None:
         """The controller knows the session on this connection: its newest heartbeat may follow."""
-        session.told_on = connection.serial
+        session.announced_on = connection.serial
         if self._routes.connection_of(session) is connection:
             self._speak_for(session)
 
@@ -169,14 +169,14 @@ class Presence:
         session.held -= 1
         if not session.held:
             self._held.pop(session.key, None)
-        session.contact(self._ctx.now, self._ctx.clock.wall_s())
+        session.touch(self._ctx.now, self._ctx.clock.wall_s())
         self.called(session)
 
     def sweep(self) -> None:
         """Send the heartbeats that became due while polls are held; to be called every few seconds."""
         now, wall = self._ctx.now, self._ctx.clock.wall_s()
         for session in list(self._held.values()):
-            session.contact(now, wall)
+            session.touch(now, wall)
             self.called(session)
 
     # --- status -------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class Presence:
         if session.key not in self._status:
             return
         speaks = connection is not None and session.fresh(self._ctx.now)
-        told = connection is not None and self._is_told(session, connection)
+        told = connection is not None and self._is_announced(session, connection)
         if speaks and not told and session.register_payload(self.identity()) is not None:
             return  # an adopted agent's: it follows the registration, which its heartbeat brings about
         body = self._status[session.key]

@@ -6,10 +6,10 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from shim.bridge.context import Context
+from shim.bridge.context import BridgeContext
 from shim.bridge.outbox import Outbox
-from shim.core.commands import CommandQueue, Doubt, Live
-from shim.core.records import VIA_HTTP, AddTrace, CommandRecord, MarkCommands, SessionKey, State, TraceEntry
+from shim.core.commands import CommandQueue, UncertainOutcome, QueuedCommand
+from shim.core.records import VIA_HTTP, AddTrace, CommandRecord, MarkCommands, SessionKey, CommandState, TraceEntry
 from shim.errors import StoreError
 from shim.logs import get
 
@@ -23,33 +23,33 @@ WALL_STEP_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Ending:
+class _FinalState:
     """How a command ended, other than by its agent's result; `code` and `error` are for the controller."""
 
     key: SessionKey
     record: CommandRecord
-    state: State
+    state: CommandState
     code: str
     error: str
 
 
-class Queues:
+class CommandQueues:
     """One `CommandQueue` per session, made on first use."""
 
-    def __init__(self, ctx: Context, outbox: Outbox) -> None:
+    def __init__(self, ctx: BridgeContext, outbox: Outbox) -> None:
         self._ctx = ctx
         self.outbox = outbox
         self._queues: dict[SessionKey, CommandQueue] = {}
         self._expiries: list[tuple[float, int, SessionKey, str]] = []
         self._timer_at: float | None = None
-        self._unstored: dict[tuple[SessionKey, str], _Ending] = {}
+        self._unstored: dict[tuple[SessionKey, str], _FinalState] = {}
         self._wall_offset_s = ctx.clock.wall_s() - ctx.now
 
     def get(self, key: SessionKey) -> CommandQueue | None:
         """A session's queue, if it has one."""
         return self._queues.get(key)
 
-    def of(self, key: SessionKey) -> CommandQueue:
+    def get_or_create(self, key: SessionKey) -> CommandQueue:
         """A session's queue."""
         queue = self._queues.get(key)
         if queue is None:
@@ -68,16 +68,16 @@ class Queues:
         """The queues alone."""
         return [queue for _, queue in self.items()]
 
-    def admit(self, record: CommandRecord, expires_at: float) -> Live:
+    def add(self, record: CommandRecord, expires_at: float) -> QueuedCommand:
         """Take in a stored command; `expires_at` is monotonic."""
-        live = self.of(record.session).add(record, expires_at, self._ctx.now)
-        self.watch(record.session, live)
+        live = self.get_or_create(record.session).add(record, expires_at, self._ctx.now)
+        self.schedule_expiry(record.session, live)
         return live
 
     # --- what befalls commands ----------------------------------------------------------------------------------------
 
-    def mark(
-        self, key: SessionKey, ids: tuple[str, ...], state: State, event: str, *, detail: str, attempts: int = 0
+    def record_transition(
+        self, key: SessionKey, ids: tuple[str, ...], state: CommandState, event: str, *, detail: str, attempts: int = 0
     ) -> None:
         """Count, store and trace one step of some commands; nothing happens without ids."""
         if ids:
@@ -86,22 +86,22 @@ class Queues:
             trace = AddTrace(key, ids, TraceEntry(wall, event, detail))
             self._ctx.store.submit([MarkCommands(key, ids, state, wall, attempts), trace])
 
-    def doubted(self, key: SessionKey, doubt: Doubt, reason: str) -> None:
+    def handle_uncertain(self, key: SessionKey, doubt: UncertainOutcome, reason: str) -> None:
         """Commands without evidence: some will be offered again, some are given up."""
         again = tuple(live.record.id for live in doubt.again)
         if again:
             log.warning("commands_uncertain", session=key.ident, commands=len(again), reason=reason)
-            self.mark(key, again, State.UNCERTAIN, "uncertain", detail=reason)
+            self.record_transition(key, again, CommandState.UNCERTAIN, "uncertain", detail=reason)
         for live in doubt.dead:
-            self.end(key, live, State.DEAD, "undeliverable", f"given up after {live.attempts} offers: {reason}")
+            self.finish(key, live, CommandState.DEAD, "undeliverable", f"given up after {live.attempts} offers: {reason}")
 
-    def end(self, key: SessionKey, live: Live, state: State, code: str, error: str) -> None:
+    def finish(self, key: SessionKey, live: QueuedCommand, state: CommandState, code: str, error: str) -> None:
         """A command that left its queue ends EXPIRED or DEAD, and the controller is told."""
         log.warning("command_ended", command=live.record.id, session=key.ident, code=code)
         self.count(state.value)
-        self._store(_Ending(key, live.record, state, code, error), again=False)
+        self._store(_FinalState(key, live.record, state, code, error), again=False)
 
-    def _store(self, ending: _Ending, *, again: bool) -> None:
+    def _store(self, ending: _FinalState, *, again: bool) -> None:
         """The end and its report, together. Where the disk refuses, the controller is told at once, and it is tried
 
         again until the disk takes it: what was told may not have arrived, and would come back after a restart.
@@ -113,7 +113,7 @@ class Queues:
             AddTrace(key, name, TraceEntry(wall, ending.state.value, ending.error)),
         )
         session = self._ctx.sessions.get(key)
-        report = self.outbox.failure(key, session, record.id, code=ending.code, error=ending.error)
+        report = self.outbox.failure_payload(key, session, record.id, code=ending.code, error=ending.error)
         told = record.via != VIA_HTTP  # the vendor's HTTP API has no way to be told
 
         self._ctx.arriving.add(0)
@@ -125,7 +125,7 @@ class Queues:
                 return
             self._unstored[key, record.id] = ending
             if told and not again:
-                self.outbox.tell(key, record.request_id, report, again=False)  # it is reported again from disk
+                self.outbox.send_unpersisted(key, record.request_id, report, again=False)  # it is reported again from disk
 
         if told:
             self.outbox.end(key, record.request_id, report, steps, done)
@@ -152,10 +152,10 @@ class Queues:
         """The session is deleted: its commands end EXPIRED."""
         queue = self.pop(key)
         for live in queue.forget_all() if queue is not None else ():
-            self.end(
+            self.finish(
                 key,
                 live,
-                State.EXPIRED,
+                CommandState.EXPIRED,
                 "expired",
                 "the agent was not seen for too long, or was forgotten by an operator",
             )
@@ -166,7 +166,7 @@ class Queues:
 
     # --- expiry -------------------------------------------------------------------------------------------------------
 
-    def watch(self, key: SessionKey, live: Live) -> None:
+    def schedule_expiry(self, key: SessionKey, live: QueuedCommand) -> None:
         """Let a command expire in time."""
         heapq.heappush(self._expiries, (live.expires_at, live.seq, key, live.record.id))
         if len(self._expiries) > EXPIRY_SLACK and len(self._expiries) > 2 * sum(map(len, self._queues.values())):
@@ -180,7 +180,7 @@ class Queues:
         queue = self._queues.get(key)
         live = queue.expire(command_id) if queue is not None else None
         if live is not None:
-            self.end(key, live, State.EXPIRED, "expired", "not fetched in time")
+            self.finish(key, live, CommandState.EXPIRED, "expired", "not fetched in time")
 
     def sweep(self) -> None:
         """Store what the disk refused, and notice that the wall clock was set: a machine may start with a wrong one.
@@ -197,7 +197,7 @@ class Queues:
             for live in queue.all():
                 if live.arrived_at is None:
                     live.expires_at -= by_s
-                    self.watch(key, live)
+                    self.schedule_expiry(key, live)
 
     def _held(self, key: SessionKey, command_id: str) -> bool:
         queue = self._queues.get(key)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from shim.bridge.context import Context
+from shim.bridge.context import BridgeContext
 from shim.bridge.outbox import Outbox
 from shim.core.bounds import MAX_ID_BYTES, MAX_LOGGED_CHARS, cut
 from shim.core.records import AddTrace, SessionKey, TraceEntry
@@ -34,7 +34,7 @@ class Refusal(msgspec.Struct, frozen=True):
     session: Session | None = None
 
 
-class Refusals:
+class Rejections:
     """Tells the controller and leaves a trace of each refusal, as far as that costs nobody else anything.
 
     A controller can send refusable commands faster than a disk can note them. The answer is sent in any case. Of the
@@ -42,7 +42,7 @@ class Refusals:
     command looks for one of the last. Log lines are limited to `LOGGED_PER_MINUTE`; the rest is counted.
     """
 
-    def __init__(self, ctx: Context, outbox: Outbox) -> None:
+    def __init__(self, ctx: BridgeContext, outbox: Outbox) -> None:
         self._ctx = ctx
         self._outbox = outbox
         self._untraced: deque[tuple[Refusal, float]] = deque(maxlen=MAX_UNTRACED)
@@ -56,10 +56,10 @@ class Refusals:
         self._ctx.metrics.commands.labels("expired" if code == "expired" else f"rejected_{code}").inc()
         self._log(refusal)
         if told:
-            payload = self._outbox.failure(
+            payload = self._outbox.failure_payload(
                 refusal.key, refusal.session, refusal.command_id, code=code, error=refusal.error
             )
-            self._outbox.tell(refusal.key, refusal.request_id, payload)
+            self._outbox.send_unpersisted(refusal.key, refusal.request_id, payload)
         self._untraced.append((refusal, self._ctx.clock.wall_s()))
         self._trace()
 

@@ -8,18 +8,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from shim.bridge.connection import Connection
-from shim.bridge.context import Context
+from shim.bridge.connection import UpstreamConnection
+from shim.bridge.context import BridgeContext
 from shim.bridge.jobs import (
-    Identity,
-    Job,
+    RegistrationKey,
+    PendingRegistration,
     RefusedRegistration,
     RegistrationListener,
-    Replay,
+    RegistrationReplay,
     identity_of,
     identity_of_call,
 )
-from shim.bridge.links import LinkRunner
+from shim.bridge.links import UpstreamLink
 from shim.core import link_events as ev
 from shim.core.calls import Failed, Outcome, RegisterCall, Registered
 from shim.core.link import LinkState
@@ -48,18 +48,18 @@ REFUSED = Failed(401, "the controller refuses the token")
 class Registrations:
     """All registrations under way, one per identity."""
 
-    def __init__(self, ctx: Context, listener: RegistrationListener) -> None:
+    def __init__(self, ctx: BridgeContext, listener: RegistrationListener) -> None:
         self._ctx = ctx
         self._listener = listener
-        self._by_identity: dict[Identity, Job] = {}
-        self._by_request: dict[str, Job] = {}
-        self._unclaimed: dict[Identity, tuple[Outcome, float]] = {}
-        self._replays: dict[LinkRunner, Replay] = {}
-        self._asked_at: dict[Identity, float] = {}
-        self._refusals: dict[Identity, RefusedRegistration] = {}
+        self._by_identity: dict[RegistrationKey, PendingRegistration] = {}
+        self._by_request: dict[str, PendingRegistration] = {}
+        self._unclaimed: dict[RegistrationKey, tuple[Outcome, float]] = {}
+        self._replays: dict[UpstreamLink, RegistrationReplay] = {}
+        self._asked_at: dict[RegistrationKey, float] = {}
+        self._refusals: dict[RegistrationKey, RefusedRegistration] = {}
         self._stopping = False
 
-    def waiting_for(self, runner: LinkRunner) -> bool:
+    def waiting_for(self, runner: UpstreamLink) -> bool:
         """Whether an agent waits for an answer over this link."""
         return any(job.runner is runner and job.waiters for job in self._by_identity.values())
 
@@ -103,7 +103,7 @@ class Registrations:
     # --- an agent registers -------------------------------------------------------------------------------------------
 
     async def register(
-        self, runner: LinkRunner, call: RegisterCall, cached: Callable[[], Outcome | None], arrived_s: float
+        self, runner: UpstreamLink, call: RegisterCall, cached: Callable[[], Outcome | None], arrived_s: float
     ) -> Outcome:
         """Answer an agent's registration within `register.deadline_s` of `arrived_s` (protocol.md §1.1).
 
@@ -111,7 +111,7 @@ class Registrations:
         """
         if self._stopping:
             return Failed(503, "the shim is stopping", retry_after_s=RETRY_AFTER_S)
-        runner.apply(ev.Hurry())
+        runner.apply(ev.RetryNow())
         if runner.machine.refused and runner.state is LinkState.WAITING:
             return REFUSED
         identity = identity_of_call(runner.owner, call)
@@ -123,8 +123,8 @@ class Registrations:
 
     async def _join_and_wait(
         self,
-        runner: LinkRunner,
-        identity: Identity,
+        runner: UpstreamLink,
+        identity: RegistrationKey,
         call: RegisterCall,
         cached: Callable[[], Outcome | None],
         arrived_s: float,
@@ -141,7 +141,7 @@ class Registrations:
 
     async def _await(
         self,
-        runner: LinkRunner,
+        runner: UpstreamLink,
         waiter: asyncio.Future[Outcome],
         cached: Callable[[], Outcome | None],
         arrived_s: float,
@@ -161,10 +161,10 @@ class Registrations:
             return REFUSED
         return Failed(503, "the controller did not answer in time", retry_after_s=RETRY_AFTER_S)
 
-    def _join(self, runner: LinkRunner, identity: Identity, call: RegisterCall) -> Job:
+    def _join(self, runner: UpstreamLink, identity: RegistrationKey, call: RegisterCall) -> PendingRegistration:
         job = self._by_identity.get(identity)
         if job is None:
-            job = self._by_identity[identity] = Job(identity, runner, dict(call.payload), call.secret, call=call)
+            job = self._by_identity[identity] = PendingRegistration(identity, runner, dict(call.payload), call.secret, call=call)
         elif job.call is None:  # a replay is under way: its answer serves this agent too, and the news is kept
             job.call, job.payload, job.secret = call, {**job.payload, **call.payload}, call.secret
         if job.runner is not runner:  # its link had to make room for others
@@ -176,7 +176,7 @@ class Registrations:
 
     # --- the shim registers -------------------------------------------------------------------------------------------
 
-    def ask(self, session: Session, runner: LinkRunner, payload: dict[str, Any]) -> None:
+    def ask(self, session: Session, runner: UpstreamLink, payload: dict[str, Any]) -> None:
         """Register a session from what is known of it, at most once in 10 s."""
         identity = identity_of(session)
         pending = self._by_identity.get(identity)
@@ -186,39 +186,39 @@ class Registrations:
             self._asked_at[identity] = self._ctx.now
             self._start(session, runner, payload, identity)
 
-    def _start(self, session: Session, runner: LinkRunner, payload: dict[str, Any], identity: Identity) -> Job:
+    def _start(self, session: Session, runner: UpstreamLink, payload: dict[str, Any], identity: RegistrationKey) -> PendingRegistration:
         secret = payload.pop("k8s_service_token", "")
-        job = Job(identity, runner, payload, secret, session=session, abandoned_at=self._ctx.now)
+        job = PendingRegistration(identity, runner, payload, secret, session=session, abandoned_at=self._ctx.now)
         self._by_identity[identity] = job
         self._try_send(job)
         return job
 
     # --- the link -----------------------------------------------------------------------------------------------------
 
-    def replay(self, runner: LinkRunner, sessions: list[tuple[Session, dict[str, Any]]]) -> None:
+    def replay(self, runner: UpstreamLink, sessions: list[tuple[Session, dict[str, Any]]]) -> None:
         """After a reconnect: tell these sessions, a window at a time, then agents' own pending registrations."""
         self.sweep()
         pending = {job.identity: job for job in self._by_identity.values() if job.runner is runner}
         todo = deque(item for item in sessions if identity_of(item[0]) not in pending)
-        replay = self._replays[runner] = Replay(runner, todo, set(pending.values()))
+        replay = self._replays[runner] = RegistrationReplay(runner, todo, set(pending.values()))
         for job in pending.values():
             self._try_send(job)
         self._advance(replay)
 
-    def _advance(self, replay: Replay) -> None:
+    def _advance(self, replay: RegistrationReplay) -> None:
         runner = replay.runner
         if self._replays.get(runner) is not replay or runner.connection is None:
             return
-        while replay.todo and len(replay.waiting) < REPLAY_WINDOW:
-            session, payload = replay.todo.popleft()
+        while replay.remedy and len(replay.waiting) < REPLAY_WINDOW:
+            session, payload = replay.remedy.popleft()
             identity = identity_of(session)
             if identity not in self._by_identity:
                 replay.waiting.add(self._start(session, runner, payload, identity))
-        if not replay.todo and not replay.waiting:
+        if not replay.remedy and not replay.waiting:
             del self._replays[runner]
             runner.replayed()
 
-    def link_lost(self, runner: LinkRunner) -> None:
+    def link_lost(self, runner: UpstreamLink) -> None:
         """Answers will not come: agents' own registrations are sent again on the next connection."""
         self._replays.pop(runner, None)
         for job in list(self._by_identity.values()):
@@ -228,13 +228,13 @@ class Registrations:
                 if job.call is None:
                     self._forget(job)
 
-    def link_refused(self, runner: LinkRunner) -> None:
+    def link_refused(self, runner: UpstreamLink) -> None:
         """The token is refused: so is every registration that waits."""
         for job in list(self._by_identity.values()):
             if job.runner is runner:
                 self._finish(job, REFUSED)
 
-    def _try_send(self, job: Job) -> None:
+    def _try_send(self, job: PendingRegistration) -> None:
         """Send it, unless it is on its way already: an answer that is a minute late may never come."""
         connection, now = job.runner.connection, self._ctx.now
         if connection is None or (job.sent_on == connection.serial and now - job.sent_at < LOST_S):
@@ -247,7 +247,7 @@ class Registrations:
         connection.send("register", {**job.payload, **secret}, request_id)
         self._ctx.timers.call_later(ANSWER_S, lambda: self._unanswered(job, connection))
 
-    def _unanswered(self, job: Job, connection: Connection) -> None:
+    def _unanswered(self, job: PendingRegistration, connection: UpstreamConnection) -> None:
         """The controller has been told, though it does not say so: others and heartbeats do not wait for it."""
         if self._by_identity.get(job.identity) is not job or job.sent_on != connection.serial:
             return
@@ -264,7 +264,7 @@ class Registrations:
         if job is not None:
             job.sent_at = self._ctx.now
 
-    def succeeded(self, connection: Connection, message: Message) -> Job | None:
+    def succeeded(self, connection: UpstreamConnection, message: Message) -> PendingRegistration | None:
         """A `register_success`. Returns its job, `None` if nobody waits for this `request_id`."""
         job = self._by_request.get(message.request_id)
         if job is None:
@@ -278,7 +278,7 @@ class Registrations:
         self._finish(job, self._listener.registered(job, reply), connection)
         return job
 
-    def refused(self, connection: Connection, message: Message) -> bool:
+    def refused(self, connection: UpstreamConnection, message: Message) -> bool:
         """An `error` with the `request_id` of a registration. False if it is not one."""
         job = self._by_request.get(message.request_id)
         if job is None:
@@ -293,7 +293,7 @@ class Registrations:
         self._failed(job, connection, Failed(status, text, cluster_id=reply.get("cluster_id", "")))
         return True
 
-    def _failed(self, job: Job, connection: Connection, failed: Failed) -> None:
+    def _failed(self, job: PendingRegistration, connection: UpstreamConnection, failed: Failed) -> None:
         self._ctx.metrics.registrations.labels(str(failed.status)).inc()
         if failed.cluster_id:
             self._refusals.pop(job.identity, None)  # agents take the id for an answer, and so does the status
@@ -301,14 +301,14 @@ class Registrations:
             self._note_refusal(job, failed.status, failed.error)
         self._finish(job, failed, connection)
 
-    def _note_refusal(self, job: Job, status: int, error: str) -> None:
+    def _note_refusal(self, job: PendingRegistration, status: int, error: str) -> None:
         name, agent = str(job.payload.get("name", "")), str(job.payload.get("agent_id", ""))
         self._refusals.pop(job.identity, None)
         self._refusals[job.identity] = RefusedRegistration(name, agent, status, error, self._ctx.now)
         if len(self._refusals) > MAX_REFUSED:
             del self._refusals[next(iter(self._refusals))]
 
-    def _finish(self, job: Job, outcome: Outcome, connection: Connection | None = None) -> None:
+    def _finish(self, job: PendingRegistration, outcome: Outcome, connection: UpstreamConnection | None = None) -> None:
         self._forget(job)
         if not job.answer(outcome) and job.call is not None and not isinstance(outcome, Failed):
             self._unclaimed[job.identity] = (outcome, self._ctx.now)
@@ -316,18 +316,18 @@ class Registrations:
             self._listener.told(job.session, connection)
         self._settled(job)
 
-    def _settled(self, job: Job) -> None:
+    def _settled(self, job: PendingRegistration) -> None:
         replay = self._replays.get(job.runner)
         if replay is not None and job in replay.waiting:
             replay.waiting.discard(job)
             self._advance(replay)
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: PendingRegistration) -> None:
         self._forget_requests(job)
         if self._by_identity.get(job.identity) is job:
             del self._by_identity[job.identity]
 
-    def _forget_requests(self, job: Job) -> None:
+    def _forget_requests(self, job: PendingRegistration) -> None:
         for request_id in job.request_ids:
             self._by_request.pop(request_id, None)
         job.request_ids.clear()

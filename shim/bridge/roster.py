@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from shim.bridge.admission import Admission
-from shim.bridge.context import Context
-from shim.bridge.saves import Saves
-from shim.bridge.succession import Succession
-from shim.core.calls import HeartbeatCall, Kind, RegisterCall, Registered, Target
-from shim.core.records import Loaded, SessionKey
+from shim.bridge.admission import SessionQuota
+from shim.bridge.context import BridgeContext
+from shim.bridge.saves import SessionPersistence
+from shim.bridge.succession import SessionSuccession
+from shim.core.calls import HeartbeatCall, TargetKind, RegisterCall, Registered, SessionTarget
+from shim.core.records import StoreContents, SessionKey
 from shim.core.sessions import Session
-from shim.core.usage import Usage
+from shim.core.usage import RouteUsage
 from shim.errors import AgentError, StoreError
 from shim.logs import get
 
@@ -23,23 +23,23 @@ SAVE_SEEN_EVERY_S = 3600.0
 KEEP_AGAIN_S = 30
 
 
-class Roster:
+class SessionRegistry:
     """Sessions and what is stored of them. `moved(source, target)` and `ended(key)` are told what became of one."""
 
     def __init__(
         self,
-        ctx: Context,
+        ctx: BridgeContext,
         moved: Callable[[SessionKey, SessionKey], None],
         ended: Callable[[SessionKey], None],
         proven: Callable[[str], bool],
     ) -> None:
         self._ctx = ctx
-        self.admission = Admission(ctx, proven)
-        self._saves = Saves(ctx, self.admission.withheld)
-        self._succession = Succession(ctx, self._saves, moved, ended)
-        self.usage = Usage()
+        self.admission = SessionQuota(ctx, proven)
+        self._saves = SessionPersistence(ctx, self.admission.persistence_deferred)
+        self._succession = SessionSuccession(ctx, self._saves, moved, ended)
+        self.usage = RouteUsage()
 
-    def load(self, loaded: Loaded) -> None:
+    def load(self, loaded: StoreContents) -> None:
         """Take in what the store holds."""
         for record in loaded.sessions:
             self._ctx.sessions.add(Session.from_record(record))
@@ -50,7 +50,7 @@ class Roster:
             if session is not None:
                 session.tunnel = payload
 
-    def called(self, owner: str, target: Target, dialect: str) -> Session:
+    def session_for_call(self, owner: str, target: SessionTarget, dialect: str) -> Session:
         """The session of a call, adopted if its owner does not have it; the call is a contact. Raises `AgentError`."""
         sessions = self._ctx.sessions
         key = sessions.key_of(owner, target)
@@ -59,31 +59,31 @@ class Roster:
         if session is None:
             self.admission.admit(owner)
             session = Session(key, dialect)
-            session.contact(now, wall)
+            session.touch(now, wall)
             sessions.add(session)
             self.admission.adopted(key)
             self._ctx.metrics.sessions_adopted.inc()
             log.info("session_adopted", session=key.ident, kind=key.kind, dialect=dialect)
-            self._succession.inherit(session)
+            self._succession.adopt_predecessors(session)
             self.save(session)
             return session
         first = session.contact_at is None
-        session.contact(now, wall)
+        session.touch(now, wall)
         if first:
             session.dialect = dialect
             log.info("agent_seen", session=key.ident, dialect=dialect)
-        if first or wall - session.saved_seen_wall > SAVE_SEEN_EVERY_S:
+        if first or wall - session.persisted_last_seen > SAVE_SEEN_EVERY_S:
             self.save(session)
         return session
 
-    def proved(self, owner: str) -> None:
+    def on_token_accepted(self, owner: str) -> None:
         """The controller has accepted the owner's token: what was adopted on it is stored."""
-        for key in self.admission.proved(owner):
-            self._saves.whole(key)
+        for key in self.admission.on_token_accepted(owner):
+            self._saves.save_all(key)
 
-    def disowned(self, owner: str) -> None:
+    def on_owner_removed(self, owner: str) -> None:
         """The owner's last link is gone: what was adopted on a token that was never accepted is forgotten."""
-        for key in self.admission.disowned(owner):
+        for key in self.admission.on_owner_removed(owner):
             session = self._ctx.sessions.get(key)
             if session is not None:
                 log.info("session_disowned", session=key.ident)
@@ -94,24 +94,24 @@ class Roster:
         """Note that an agent called by the vendor's HTTP API: no contact, but its session is kept meanwhile."""
         session = self._ctx.sessions.get(key)
         if session is not None:
-            session.seen_wall = self._ctx.clock.wall_s()
-            if session.seen_wall - session.saved_seen_wall > SAVE_SEEN_EVERY_S:
+            session.last_seen_unix = self._ctx.clock.wall_s()
+            if session.last_seen_unix - session.persisted_last_seen > SAVE_SEEN_EVERY_S:
                 self.save(session)
 
-    def met(self, owner: str, target: Target, dialect: str) -> Session:
+    def session_for_proxied_call(self, owner: str, target: SessionTarget, dialect: str) -> Session:
         """The session of a call that goes by the vendor's HTTP API, made if need be: no contact. Raises 503."""
         key = self._ctx.sessions.key_of(owner, target)
         session = self._ctx.sessions.get(key)
         if session is None:
             self.admission.admit(owner)
             session = Session(key, dialect)
-            session.seen_wall = self._ctx.clock.wall_s()
+            session.last_seen_unix = self._ctx.clock.wall_s()
             self._ctx.sessions.add(session)
-            self._succession.inherit(session)
+            self._succession.adopt_predecessors(session)
             self.save(session)
         return session
 
-    def note(self, owner: str, call: RegisterCall, reply: dict[str, Any]) -> None:
+    def record_http_registration(self, owner: str, call: RegisterCall, reply: dict[str, Any]) -> None:
         """The vendor's HTTP API registered an agent: keep what is known for the day it goes by the WebSocket.
 
         `reply` as `core.replies.register_reply` gives it; empty where the API said nothing usable.
@@ -120,9 +120,9 @@ class Roster:
         if not cluster_id and not call.known_by_agent:
             return
         session = self._session_for(owner, call, cluster_id)
-        session.seen_wall = self._ctx.clock.wall_s()
+        session.last_seen_unix = self._ctx.clock.wall_s()
         session.superseded_by = None
-        self.usage.note(session.key, call.dialect, "register", session.seen_wall)
+        self.usage.note(session.key, call.dialect, "register", session.last_seen_unix)
         session.registration = {k: v for k, v in call.payload.items() if k != "cluster_id"}
         session.agent_id = call.agent_id
         session.secret = call.secret
@@ -132,11 +132,11 @@ class Roster:
         self._set_alias(session, call.agent_id)
         self.save(session)
 
-    def known(self, owner: str, target: Target) -> Session | None:
+    def find_session(self, owner: str, target: SessionTarget) -> Session | None:
         """The session of a call that adopts nothing (tunnel polls); the call is a contact of one that exists."""
         session = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, target))
         if session is not None:
-            session.contact(self._ctx.now, self._ctx.clock.wall_s())
+            session.touch(self._ctx.now, self._ctx.clock.wall_s())
         return session
 
     def heartbeat(self, owner: str, call: HeartbeatCall) -> Session:
@@ -144,11 +144,11 @@ class Roster:
         sessions = self._ctx.sessions
         if not sessions.has_room_for(sessions.get(sessions.key_of(owner, call.target)), call):
             raise AgentError(503, "too many large heartbeats are kept", retry_after_s=KEEP_AGAIN_S)
-        session = self.called(owner, call.target, call.dialect)
+        session = self.session_for_call(owner, call.target, call.dialect)
         sessions.keep(session, call)
         if call.agent_id and session.agent_id and call.agent_id != session.agent_id:
             session.new_process()
-        session.beat(call, self._ctx.now)
+        session.record_heartbeat(call, self._ctx.now)
         if call.agent_id and not self._ctx.sessions.alias_is(owner, call.agent_id, session.key):
             self._set_alias(session, call.agent_id)
         return session
@@ -157,16 +157,16 @@ class Roster:
         """A stored registration of the same identity: (name) for cluster sessions; (agent id), else (cluster name)."""
         sessions = self._ctx.sessions
         if call.known_by_agent:
-            exact = sessions.get(SessionKey(owner, Kind.AGENT.value, call.agent_id))
+            exact = sessions.get(SessionKey(owner, TargetKind.AGENT.value, call.agent_id))
             if exact is not None and exact.reply:
                 return exact
-        kind = (Kind.AGENT if call.known_by_agent else Kind.CLUSTER).value
+        kind = (TargetKind.AGENT if call.known_by_agent else TargetKind.CLUSTER).value
         found = [
             s
             for s in sessions.of_owner(owner)
             if s.key.kind == kind and s.reply and s.registration.get("name") == call.name
         ]
-        return max(found, key=lambda s: (s.superseded_by is None, s.seen_wall), default=None)
+        return max(found, key=lambda s: (s.superseded_by is None, s.last_seen_unix), default=None)
 
     def upstream_id(self, owner: str, call: RegisterCall, stored: Session | None) -> str:
         """The cluster id to register with: the controller's for the one that the agent names, else for what is stored.
@@ -174,20 +174,20 @@ class Roster:
         Empty where nothing is known but what the agent says itself.
         """
         named = call.payload.get("cluster_id")
-        session = self._ctx.sessions.get(SessionKey(owner, Kind.CLUSTER.value, named)) if named else stored
+        session = self._ctx.sessions.get(SessionKey(owner, TargetKind.CLUSTER.value, named)) if named else stored
         return session.upstream_cluster_id if session is not None else ""
 
-    def answered(self, owner: str, call: RegisterCall, outcome: Registered) -> None:
+    def registration_answered(self, owner: str, call: RegisterCall, outcome: Registered) -> None:
         """An agent has its registration, maybe from the store or by another's request: it lives, and has this id."""
         if call.known_by_agent:
-            key = SessionKey(owner, Kind.AGENT.value, call.agent_id)
+            key = SessionKey(owner, TargetKind.AGENT.value, call.agent_id)
         else:
-            key = SessionKey(owner, Kind.CLUSTER.value, outcome.cluster_id)
+            key = SessionKey(owner, TargetKind.CLUSTER.value, outcome.cluster_id)
         session = self._ctx.sessions.get(key)
         if session is None:
             return  # the registration of another agent of its cluster will do; it is known by its own calls
-        session.contact(self._ctx.now, self._ctx.clock.wall_s())
-        self.usage.note(session.key, call.dialect, "register", session.seen_wall)
+        session.touch(self._ctx.now, self._ctx.clock.wall_s())
+        self.usage.note(session.key, call.dialect, "register", session.last_seen_unix)
         session.agent_id, session.secret = call.agent_id, call.secret or session.secret
         self._set_alias(session, call.agent_id)
 
@@ -225,7 +225,7 @@ class Roster:
             session.secret = call.secret
             session.new_process()
             session.dialect = call.dialect
-            session.seen_wall = self._ctx.clock.wall_s()  # no contact: the agent may have given up long ago
+            session.last_seen_unix = self._ctx.clock.wall_s()  # no contact: the agent may have given up long ago
             session.superseded_by = None
         if session.superseded_by is None:  # what the shim repeats for an older session says nothing about newer ones
             self._succession.supersede(session, across_owners=not conflict)
@@ -235,9 +235,9 @@ class Roster:
 
     def _session_for(self, owner: str, call: RegisterCall, cluster_id: str) -> Session:
         if call.known_by_agent:
-            key = SessionKey(owner, Kind.AGENT.value, call.agent_id)
+            key = SessionKey(owner, TargetKind.AGENT.value, call.agent_id)
         else:
-            key = SessionKey(owner, Kind.CLUSTER.value, cluster_id)
+            key = SessionKey(owner, TargetKind.CLUSTER.value, cluster_id)
         session = self._ctx.sessions.get(key)
         if session is None:
             session = Session(key, call.dialect)
@@ -263,19 +263,19 @@ class Roster:
         """The latest tunnel state wins. True if it is another one than before."""
         changed = session.tunnel != state
         session.tunnel = state
-        self._saves.tunnel(session, state)
+        self._saves.save_tunnel(session, state)
         return changed
 
     def save(self, session: Session) -> None:
         """Store a session as it is now."""
-        self._saves.session(session)
+        self._saves.save_session(session)
 
     def _set_alias(self, session: Session, agent_id: str) -> None:
         owner = session.key.owner
         if self._ctx.sessions.alias_is(owner, agent_id, session.key):
             return
         before = self._ctx.sessions.set_alias(owner, agent_id, session.key)
-        self._saves.alias(session, agent_id)
+        self._saves.save_alias(session, agent_id)
         other = self._ctx.sessions.get(before) if before is not None else None
         if other is not None and other.fresh(self._ctx.now):
             self._ctx.metrics.alias_conflicts.inc()
@@ -285,7 +285,7 @@ class Roster:
 def outcome_of(session: Session, cached: bool) -> Registered:
     """What the agent is told of its registration: its own id stays what it was (protocol.md §1.6)."""
     reply = session.reply
-    cluster_id = session.key.ident if session.key.kind == Kind.CLUSTER.value else session.upstream_cluster_id
+    cluster_id = session.key.ident if session.key.kind == TargetKind.CLUSTER.value else session.upstream_cluster_id
     uuid = reply.get("cluster_uuid", cluster_id) if cluster_id == session.upstream_cluster_id else cluster_id
     return Registered(
         cluster_id=cluster_id,

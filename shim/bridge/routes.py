@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from shim.bridge.connection import Connection
-from shim.bridge.context import DEFAULT_OWNER, Context
-from shim.bridge.gateway import Gateways
-from shim.bridge.links import LinkRunner
-from shim.bridge.linkset import LinkSet
+from shim.bridge.connection import UpstreamConnection
+from shim.bridge.context import DEFAULT_OWNER, BridgeContext
+from shim.bridge.gateway import GatewayConnections
+from shim.bridge.links import UpstreamLink
+from shim.bridge.linkset import LinkPool
 from shim.core.owners import owner_id
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
-from shim.ports import Client
+from shim.ports import Caller
 
 LINK_KIND = "link"
 """The kind of a `SessionKey` that stands for a link itself: where rejections without a session are filed."""
 
 
-class Routes:
+class LinkLookup:
     """Finds owners, links and connections."""
 
-    def __init__(self, ctx: Context, links: LinkSet, gateways: Gateways) -> None:
+    def __init__(self, ctx: BridgeContext, links: LinkPool, gateways: GatewayConnections) -> None:
         self.links = links
         self.gateways = gateways
         self._ctx = ctx
@@ -48,7 +48,7 @@ class Routes:
             name = key.owner if shared else self.links.name_for(key.owner, str(key))
         return name
 
-    def bind(self, session: Session, runner: LinkRunner) -> None:
+    def bind(self, session: Session, runner: UpstreamLink) -> None:
         """The session registered over this link."""
         self._link_of[session.key] = runner.name
 
@@ -56,18 +56,18 @@ class Routes:
         """The session is gone."""
         self._link_of.pop(key, None)
 
-    def runner_of(self, session: Session) -> LinkRunner | None:
+    def runner_of(self, session: Session) -> UpstreamLink | None:
         """The link of a session, if it exists."""
         return self.links.find(self.link_name(session))
 
-    def link_for(self, session: Session, client: Client) -> LinkRunner:
+    def link_for(self, session: Session, client: Caller) -> UpstreamLink:
         """The link of a session whose agent just called, dialled if need be; raises `AgentError` 503."""
         runner = self.links.get(session.key.owner, self.link_name(session), client.token)
-        if not self.gateways.carries(session.key):
-            runner.wanted()
+        if not self.gateways.is_routed(session.key):
+            runner.ensure_connected()
         return runner
 
-    def sessions_of(self, runner: LinkRunner) -> list[Session]:
+    def sessions_of(self, runner: UpstreamLink) -> list[Session]:
         """The sessions whose link this is."""
         owned = self._ctx.sessions.of_owner(runner.owner)
         if runner.name == runner.owner:
@@ -76,7 +76,7 @@ class Routes:
 
     # --- connections --------------------------------------------------------------------------------------------------
 
-    def connection_of(self, session: Session) -> Connection | None:
+    def connection_of(self, session: Session) -> UpstreamConnection | None:
         """The connection that carries a session's heartbeats and results now: its gateway's, else its link's."""
         gateway = self.gateways.connection_of(session.key)
         if gateway is not None:
@@ -84,7 +84,7 @@ class Routes:
         runner = self.runner_of(session)
         return runner.up_connection if runner is not None else None
 
-    def connection_for_key(self, key: SessionKey) -> Connection | None:
+    def connection_for_key(self, key: SessionKey) -> UpstreamConnection | None:
         """The same for what is filed under a session that may be gone, or under a link."""
         if key.kind == LINK_KIND:
             runner = self.links.find(key.ident)

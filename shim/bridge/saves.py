@@ -5,39 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from shim.bridge.context import Context
+from shim.bridge.context import BridgeContext
 from shim.core.records import Operation, SaveAlias, SaveSession, SaveTunnel, SessionKey
 from shim.core.sessions import Session
 from shim.errors import StoreError
 
 
-class Saves:
+class SessionPersistence:
     """Stores sessions, their aliases and tunnel states; nothing of one that is `withheld`."""
 
-    def __init__(self, ctx: Context, withheld: Callable[[SessionKey], bool]) -> None:
+    def __init__(self, ctx: BridgeContext, withheld: Callable[[SessionKey], bool]) -> None:
         self._ctx = ctx
         self._withheld = withheld
         self._unsaved: set[SessionKey] = set()
 
-    def session(self, session: Session) -> None:
+    def save_session(self, session: Session) -> None:
         """Store a session as it is now."""
         self._submit(session.key, [SaveSession(session.record())])
 
-    def tunnel(self, session: Session, state: dict[str, Any]) -> None:
+    def save_tunnel(self, session: Session, state: dict[str, Any]) -> None:
         """Store its tunnel state."""
         self._submit(session.key, [SaveTunnel(session.key, state)])
 
-    def alias(self, session: Session, agent_id: str) -> None:
+    def save_alias(self, session: Session, agent_id: str) -> None:
         """Store that this agent id stands for it."""
         self._submit(session.key, [SaveAlias(session.key.owner, agent_id, session.key)])
 
     def retry(self) -> None:
         """Try one that the disk has refused; once it is taken, the others follow."""
         while self._unsaved:
-            if self.whole(self._unsaved.pop()):
+            if self.save_all(self._unsaved.pop()):
                 return
 
-    def whole(self, key: SessionKey) -> bool:
+    def save_all(self, key: SessionKey) -> bool:
         """Store a session with its alias and tunnel state. False if it is gone."""
         session = self._ctx.sessions.get(key)
         if session is None:

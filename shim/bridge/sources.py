@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shim.bridge.gateway import Gateways, Leg
-from shim.bridge.links import LinkRunner
-from shim.bridge.presence import Presence
-from shim.bridge.routes import LINK_KIND, Routes
+from shim.bridge.gateway import GatewayConnections, GatewayConnection
+from shim.bridge.links import UpstreamLink
+from shim.bridge.presence import HeartbeatForwarder
+from shim.bridge.routes import LINK_KIND, LinkLookup
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
 
 
-class LinkSource:
+class LinkMessageSource:
     """A link's own connection."""
 
-    def __init__(self, runner: LinkRunner, routes: Routes, presence: Presence) -> None:
+    def __init__(self, runner: UpstreamLink, routes: LinkLookup, presence: HeartbeatForwarder) -> None:
         self.owner = runner.owner
         self._runner = runner
         self._routes = routes
@@ -32,17 +32,17 @@ class LinkSource:
 
     def gateway_offered(self, session: Session, url: str) -> None:
         """See `inbound.Source`."""
-        self._routes.gateways.offered(session, self._runner, url)
+        self._routes.gateways.redirect(session, self._runner, url)
 
     def introduce(self, session: Session) -> None:
         """See `inbound.Source`."""
-        self._presence.introduce(session)
+        self._presence.announce(session)
 
 
-class LegSource:
+class GatewayMessageSource:
     """A gateway's connection, which carries one session and takes no registrations."""
 
-    def __init__(self, leg: Leg, gateways: Gateways) -> None:
+    def __init__(self, leg: GatewayConnection, gateways: GatewayConnections) -> None:
         self.owner = leg.session.key.owner
         self._leg = leg
         self._gateways = gateways
@@ -61,4 +61,4 @@ class LegSource:
 
     def introduce(self, session: Session) -> None:
         """See `inbound.Source`: the controller is told, and may name another gateway."""
-        self._gateways.dismiss(self._leg)
+        self._gateways.return_to_controller(self._leg)

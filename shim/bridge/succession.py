@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from shim.bridge.context import Context
-from shim.bridge.saves import Saves
+from shim.bridge.context import BridgeContext
+from shim.bridge.saves import SessionPersistence
 from shim.core.records import DeleteSession, MoveSession, SessionKey
 from shim.core.sessions import Session
 from shim.errors import StoreError
@@ -17,20 +17,20 @@ from shim.ports import StoreDone
 log = get(__name__)
 
 
-class Succession:
+class SessionSuccession:
     """`moved(source, target)` and `ended(key)` are told what became of a session."""
 
     def __init__(
         self,
-        ctx: Context,
-        saves: Saves,
+        ctx: BridgeContext,
+        saves: SessionPersistence,
         moved: Callable[[SessionKey, SessionKey], None],
         ended: Callable[[SessionKey], None],
     ) -> None:
         self._ctx = ctx
         self._saves = saves
         self._moved = moved
-        self._unmoved: list[MoveSession] = []
+        self._pending_moves: list[MoveSession] = []
         self.ended = ended
 
     def supersede(self, session: Session, *, across_owners: bool = True) -> None:
@@ -43,10 +43,10 @@ class Succession:
         for other in sessions if across_owners else sessions.of_owner(session.key.owner):
             if other is not session and other.upstream_cluster_id == session.upstream_cluster_id:
                 other.superseded_by = session.key
-                self._saves.session(other)
+                self._saves.save_session(other)
         self.sweep()
 
-    def inherit(self, session: Session) -> None:
+    def adopt_predecessors(self, session: Session) -> None:
         """An adopted session whose id the controller has given to others of its owner is their successor.
 
         That id was an answer to a register whose session the shim forgot: it was killed while the disk took nothing.
@@ -57,15 +57,15 @@ class Succession:
         older = [other for other in older if other is not session]
         if not ident or not older:
             return
-        latest = max(older, key=lambda other: other.seen_wall)
+        latest = max(older, key=lambda other: other.last_seen_unix)
         session.registration, session.reply = latest.registration, latest.reply
         for other in older:
             other.superseded_by = session.key
-            self._saves.session(other)
+            self._saves.save_session(other)
 
     def sweep(self) -> None:
         """Let superseded sessions that are not fresh any more go over into their successors."""
-        unmoved, self._unmoved = self._unmoved, []
+        unmoved, self._pending_moves = self._pending_moves, []
         for move in unmoved:
             self._store(move)
         now = self._ctx.now
@@ -90,7 +90,7 @@ class Succession:
 
         def done(outcome: list[Any] | StoreError) -> None:
             if isinstance(outcome, StoreError):
-                self._unmoved.append(move)
+                self._pending_moves.append(move)
 
         self._ctx.store.submit([move], done)
 
@@ -99,7 +99,7 @@ class Succession:
         before = self._ctx.clock.wall_s() - self._ctx.settings.sessions.retain_s
         now = self._ctx.now
         for session in self._ctx.sessions:
-            if session.seen_wall < before and not session.fresh(now):
+            if session.last_seen_unix < before and not session.fresh(now):
                 log.info("session_forgotten", session=session.key.ident)
                 self._end(session)
 

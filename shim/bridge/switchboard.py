@@ -6,37 +6,37 @@ from collections.abc import Coroutine
 from itertools import count
 from typing import Any, cast
 
-from shim.bridge.calls import Calls
-from shim.bridge.connection import Connection
-from shim.bridge.context import DEFAULT_OWNER, Context
-from shim.bridge.delivery import Delivery, Offering
-from shim.bridge.detour import Detour
+from shim.bridge.calls import AgentCallHandler
+from shim.bridge.connection import UpstreamConnection
+from shim.bridge.context import DEFAULT_OWNER, BridgeContext
+from shim.bridge.delivery import CommandDelivery, OfferedBatch
+from shim.bridge.detour import HttpFallbackBridge
 from shim.bridge.forgetting import Forgetting
-from shim.bridge.gateway import Gateways, Leg
-from shim.bridge.holding import Holding
-from shim.bridge.inbound import Inbound
-from shim.bridge.intake import Intake
-from shim.bridge.jobs import Job
-from shim.bridge.links import LinkRunner
-from shim.bridge.linkset import LinkSet
-from shim.bridge.operator import Operator
+from shim.bridge.gateway import GatewayConnections, GatewayConnection
+from shim.bridge.holding import PollHolds
+from shim.bridge.inbound import UpstreamMessageHandler
+from shim.bridge.intake import CommandIntake
+from shim.bridge.jobs import PendingRegistration
+from shim.bridge.links import UpstreamLink
+from shim.bridge.linkset import LinkPool
+from shim.bridge.operator import AdminActions
 from shim.bridge.outbox import Outbox
-from shim.bridge.presence import Presence
-from shim.bridge.queues import Queues
-from shim.bridge.refusals import Refusals
+from shim.bridge.presence import HeartbeatForwarder
+from shim.bridge.queues import CommandQueues
+from shim.bridge.refusals import Rejections
 from shim.bridge.registrations import Registrations
-from shim.bridge.roster import Roster, outcome_of
-from shim.bridge.routes import Routes
-from shim.bridge.sources import LegSource, LinkSource
-from shim.bridge.timers import OwnedTimers
-from shim.bridge.upkeep import Duty, Unpolled, Upkeep
+from shim.bridge.roster import SessionRegistry, outcome_of
+from shim.bridge.routes import LinkLookup
+from shim.bridge.sources import GatewayMessageSource, LinkMessageSource
+from shim.bridge.timers import TimerGroup
+from shim.bridge.upkeep import PeriodicTask, UnpolledCommandsWarning, PeriodicTasks
 from shim.bridge.websocket_agents import WebSocketAgents
 from shim.core.calls import AgentCall, Failed, Outcome
-from shim.core.records import Loaded, Prune, SessionKey
+from shim.core.records import StoreContents, Prune, SessionKey
 from shim.core.sessions import Session, Sessions
 from shim.logs import get
 from shim.messages import Message
-from shim.ports import Answer, Client, Lease
+from shim.ports import CallResult, Caller, DeliveryReceipt
 
 log = get(__name__)
 
@@ -44,40 +44,40 @@ log = get(__name__)
 class Bridge:
     """Implements `ports.Switchboard`. Every change happens synchronously on the event loop; answers are awaited."""
 
-    def __init__(self, ctx: Context) -> None:
+    def __init__(self, ctx: BridgeContext) -> None:
         serials = count(1)
-        self._timers = ctx.timers = OwnedTimers(ctx.timers, ctx.clock)
+        self._timers = ctx.timers = TimerGroup(ctx.timers, ctx.clock)
         self.ctx = ctx
-        self.links = LinkSet(ctx, self, serials)
+        self.links = LinkPool(ctx, self, serials)
         self.registrations = Registrations(ctx, self)
-        self.roster = Roster(ctx, self._moved, self._ended, self.links.proven)
-        self.gateways = Gateways(ctx, serials, self)
-        self.routes = Routes(ctx, self.links, self.gateways)
+        self.roster = SessionRegistry(ctx, self._moved, self._ended, self.links.token_accepted)
+        self.gateways = GatewayConnections(ctx, serials, self)
+        self.routes = LinkLookup(ctx, self.links, self.gateways)
         self.outbox = Outbox(ctx, self.routes.connection_for_key)
-        self.queues = Queues(ctx, self.outbox)
-        self.delivery = Delivery(ctx, self.queues)
-        refusals = Refusals(ctx, self.outbox)
-        self.intake = Intake(ctx, self.queues, self.outbox, refusals, self.delivery.wake)
-        self.presence = Presence(ctx, self.registrations, self.routes)
-        self.holding = Holding(ctx, self.presence, self.roster)
-        self.inbound = Inbound(ctx, self.registrations, self.roster, self.intake, refusals, self.holding)
-        self.operator = Operator(ctx, self.queues, self.intake, self.delivery)
+        self.queues = CommandQueues(ctx, self.outbox)
+        self.delivery = CommandDelivery(ctx, self.queues)
+        refusals = Rejections(ctx, self.outbox)
+        self.intake = CommandIntake(ctx, self.queues, self.outbox, refusals, self.delivery.try_offer)
+        self.presence = HeartbeatForwarder(ctx, self.registrations, self.routes)
+        self.holding = PollHolds(ctx, self.presence, self.roster)
+        self.inbound = UpstreamMessageHandler(ctx, self.registrations, self.roster, self.intake, refusals, self.holding)
+        self.operator = AdminActions(ctx, self.queues, self.intake, self.delivery)
         self.forgetting = Forgetting(ctx, self.roster.usage, self.registrations, self.roster.forget)
-        self.detour = Detour(ctx, self.routes, self.roster, self.queues, self.intake, self.delivery)
-        self.calls = Calls(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
+        self.detour = HttpFallbackBridge(ctx, self.routes, self.roster, self.queues, self.intake, self.delivery)
+        self.calls = AgentCallHandler(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
         self.websocket_agents = WebSocketAgents(ctx, self.routes.owner_of)
         self.stopping = False
-        self.unpolled = Unpolled(ctx, self.queues)
-        self._upkeep = Upkeep(ctx, self._duties())
+        self.unpolled = UnpolledCommandsWarning(ctx, self.queues)
+        self._upkeep = PeriodicTasks(ctx, self._periodic_tasks())
 
-    def _duties(self) -> tuple[Duty, ...]:
+    def _periodic_tasks(self) -> tuple[PeriodicTask, ...]:
         return (
             (1, self.links.sweep),
             (1, self.queues.sweep),
             (1, self.roster.sweep),
             (1, self.presence.settle),
             (1, self.gateways.sweep),
-            (1, self.unpolled.look),
+            (1, self.unpolled.check),
             (5, self.presence.sweep),
             (5, self._look_after_store),
             (5, self.registrations.sweep),
@@ -100,15 +100,15 @@ class Bridge:
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
-    def start(self, loaded: Loaded) -> None:
+    def start(self, loaded: StoreContents) -> None:
         """Take in what the store holds; with a configured token dial at once."""
         self.ctx.owner_key = loaded.key
         self.roster.load(loaded)
-        self.outbox.loaded(loaded.outbox_owners)
+        self.outbox.has_stored_entries(loaded.outbox_owners)
         self.intake.load(loaded.commands)
         for key, command_id, request_id in loaded.quarantined_commands:
             if key is not None and command_id:
-                self.outbox.report(
+                self.outbox.report_failure(
                     key,
                     self.ctx.sessions.get(key),
                     command_id,
@@ -155,21 +155,21 @@ class Bridge:
 
     # --- ports.Switchboard --------------------------------------------------------------------------------------------
 
-    def call(self, client: Client, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, Answer]:
+    def call(self, client: Caller, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, CallResult]:
         """Carry out an agent's call (`ports.Switchboard.call`)."""
         return self.calls.call(client, call, arrived_s)
 
-    def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
+    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
         """Carry out a call that need not wait (`ports.Switchboard.at_once`)."""
-        return self.calls.at_once(client, call, arrived_s)
+        return self.calls.try_call_sync(client, call, arrived_s)
 
-    def written(self, lease: Lease) -> None:
+    def written(self, lease: DeliveryReceipt) -> None:
         """The whole reply was handed to the kernel."""
-        self.delivery.written(cast("Offering", lease))
+        self.delivery.written(cast("OfferedBatch", lease))
 
-    def unwritten(self, lease: Lease) -> None:
+    def unwritten(self, lease: DeliveryReceipt) -> None:
         """It was not."""
-        self.delivery.unwritten(cast("Offering", lease))
+        self.delivery.unwritten(cast("OfferedBatch", lease))
 
     def next_request(self, connection: int) -> None:
         """Another request arrived on a connection that carried an offer."""
@@ -181,7 +181,7 @@ class Bridge:
 
     # --- registrations.RegistrationListener ---------------------------------------------------------------------------
 
-    def registered(self, job: Job, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
+    def registered(self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
         """Keep what the controller told of an agent (`jobs.RegistrationListener`)."""
         if job.session is not None and self.ctx.sessions.get(job.session.key) is not job.session:
             job.session = None  # it was superseded or deleted meanwhile
@@ -192,13 +192,13 @@ class Bridge:
         self.routes.bind(session, job.runner)
         return outcome_of(session, cached=False)
 
-    def told(self, session: Session, connection: Connection) -> None:
+    def told(self, session: Session, connection: UpstreamConnection) -> None:
         """The controller has just been told about this session."""
-        self.presence.told(session, connection)
+        self.presence.session_announced(session, connection)
 
     # --- links.LinkListener -------------------------------------------------------------------------------------------
 
-    def link_opened(self, runner: LinkRunner) -> None:
+    def link_opened(self, runner: UpstreamLink) -> None:
         """Replay the registration of every fresh session."""
         now = self.ctx.now
         identity = self.presence.identity()
@@ -212,56 +212,56 @@ class Bridge:
                     todo.append((session, payload))
         self.registrations.replay(runner, todo)
 
-    def link_accepted(self, runner: LinkRunner) -> None:
+    def link_accepted(self, runner: UpstreamLink) -> None:
         """Store what was adopted on the token."""
-        self.roster.proved(runner.owner)
+        self.roster.on_token_accepted(runner.owner)
 
-    def link_online(self, runner: LinkRunner) -> None:
+    def link_online(self, runner: UpstreamLink) -> None:
         """Results that were held back, then the newest heartbeats."""
-        self.outbox.online(runner.owner, lambda: self.presence.online(self.routes.sessions_of(runner)))
+        self.outbox.start_sending(runner.owner, lambda: self.presence.online(self.routes.sessions_of(runner)))
 
-    def link_offline(self, runner: LinkRunner, connection: Connection) -> None:
+    def link_offline(self, runner: UpstreamLink, connection: UpstreamConnection) -> None:
         """What was awaited on the connection will not come."""
         self.registrations.link_lost(runner)
-        self.outbox.offline(connection)
+        self.outbox.connection_closed(connection)
 
-    def link_refused(self, runner: LinkRunner) -> None:
+    def link_refused(self, runner: UpstreamLink) -> None:
         """The token is refused."""
         whose = "the agent's own token" if self.ctx.settings.upstream.own_tokens else "upstream.token"
         log.error("token_refused", about=runner.name, link=runner.name, hint=f"check {whose} and its permissions")
         self.registrations.link_refused(runner)
 
-    def link_dropped(self, runner: LinkRunner) -> None:
+    def link_dropped(self, runner: UpstreamLink) -> None:
         """It was forgotten, and its token with it."""
         if not any(link.owner == runner.owner for link in self.links):
-            self.roster.disowned(runner.owner)
+            self.roster.on_owner_removed(runner.owner)
 
-    def link_needed(self, runner: LinkRunner) -> bool:
+    def link_in_use(self, runner: UpstreamLink) -> bool:
         """Whether a fresh session speaks over it (one on its gateway does not), or a result was never sent."""
         now = self.ctx.now
-        if any(s.fresh(now) and not self.gateways.carries(s.key) for s in self.routes.sessions_of(runner)):
+        if any(s.fresh(now) and not self.gateways.is_routed(s.key) for s in self.routes.sessions_of(runner)):
             return True
         return self.outbox.unsent_for(runner.owner)
 
-    def link_replaced(self, runner: LinkRunner) -> bool:
+    def all_sessions_use_gateways(self, runner: UpstreamLink) -> bool:
         """Whether every fresh session speaks over its gateway, and nothing else waits for the link."""
         now = self.ctx.now
         fresh = [session for session in self.routes.sessions_of(runner) if session.fresh(now)]
-        if not fresh or not all(self.gateways.carries(session.key) for session in fresh):
+        if not fresh or not all(self.gateways.is_routed(session.key) for session in fresh):
             return False
         return not self.outbox.unsent_for(runner.owner) and not self.registrations.waiting_for(runner)
 
-    def heard_since(self, at_s: float) -> bool:
+    def received_since(self, at_s: float) -> bool:
         """Whether a frame of the controller came in on any link after this moment."""
         return any(link.connection is not None and link.connection.heard_at > at_s for link in self.links)
 
-    def connection_message(self, connection: Connection, message: Message, runner: LinkRunner) -> None:
+    def connection_message(self, connection: UpstreamConnection, message: Message, runner: UpstreamLink) -> None:
         """A message on a link's connection."""
-        self.inbound.handle(connection, message, LinkSource(runner, self.routes, self.presence))
+        self.inbound.handle(connection, message, LinkMessageSource(runner, self.routes, self.presence))
 
-    def connection_fenced(self, connection: Connection, seqs: tuple[int, ...]) -> None:
+    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
         """The controller has these results."""
-        self.outbox.fenced(seqs)
+        self.outbox.confirmed(seqs)
 
     def token_changed(self) -> None:
         """The configured token is another one: dial with it at once."""
@@ -284,25 +284,25 @@ class Bridge:
 
     # --- gateways -----------------------------------------------------------------------------------------------------
 
-    def gateway_up(self, leg: Leg) -> None:
+    def gateway_up(self, leg: GatewayConnection) -> None:
         """Results and heartbeats go this way now."""
-        self.outbox.online(leg.session.key.owner, lambda: self.presence.called(leg.session, force=True))
+        self.outbox.start_sending(leg.session.key.owner, lambda: self.presence.called(leg.session, force=True))
 
-    def gateway_released(self, connection: Connection) -> None:
+    def gateway_released(self, connection: UpstreamConnection) -> None:
         """What was awaited on the connection will not come."""
-        self.outbox.offline(connection)
+        self.outbox.connection_closed(connection)
 
-    def gateway_lost(self, leg: Leg) -> None:
+    def gateway_lost(self, leg: GatewayConnection) -> None:
         """Back to the controller with a full registration, and with the results that nobody confirmed."""
-        self.outbox.online(leg.session.key.owner)
+        self.outbox.start_sending(leg.session.key.owner)
         if not self.stopping and leg.session.fresh(self.ctx.now):
-            leg.session.told_on = 0
-            leg.runner.wanted()
-            self.presence.introduce(leg.session)
+            leg.session.announced_on = 0
+            leg.runner.ensure_connected()
+            self.presence.announce(leg.session)
 
-    def gateway_message(self, connection: Connection, message: Message, leg: Leg) -> None:
+    def gateway_message(self, connection: UpstreamConnection, message: Message, leg: GatewayConnection) -> None:
         """A message on a gateway's connection."""
-        self.inbound.handle(connection, message, LegSource(leg, self.gateways))
+        self.inbound.handle(connection, message, GatewayMessageSource(leg, self.gateways))
 
     # --- sessions that move or end ------------------------------------------------------------------------------------
 

@@ -12,12 +12,12 @@ CATCH_UP_S = 0.25
 """What arrived meanwhile is read within this time: event loops call timers before they look at sockets."""
 
 
-class _Pending:
+class _PendingTimer:
     """`ports.Timer`."""
 
     __slots__ = ("_callback", "_due_s", "_owner", "timer")
 
-    def __init__(self, owner: OwnedTimers, callback: Callable[[], None], due_s: float) -> None:
+    def __init__(self, owner: TimerGroup, callback: Callable[[], None], due_s: float) -> None:
         self._owner = owner
         self._callback = callback
         self._due_s: float | None = due_s
@@ -37,7 +37,7 @@ class _Pending:
             self.timer.cancel()
 
 
-class OwnedTimers:
+class TimerGroup:
     """`ports.Timers` on others that remembers what is pending."""
 
     def __init__(self, timers: Timers, clock: Clock) -> None:
@@ -45,11 +45,11 @@ class OwnedTimers:
         self._closed = False
         self.now_s = clock.monotonic_s
         self.again = timers.call_later
-        self.pending: set[_Pending] = set()
+        self.pending: set[_PendingTimer] = set()
 
     def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
         """See `ports.Timers`; once closed, nothing is called."""
-        pending = _Pending(self, callback, self.now_s() + delay)
+        pending = _PendingTimer(self, callback, self.now_s() + delay)
         if not self._closed:
             self.pending.add(pending)
             pending.timer = self._timers.call_later(delay, pending.fire)

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from shim.bridge.context import Context
-from shim.bridge.queues import Queues
+from shim.bridge.context import BridgeContext
+from shim.bridge.queues import CommandQueues
 from shim.core.records import SessionKey
 from shim.logs import get
 
 log = get(__name__)
 
-TURN_S = 1.0
+TICK_S = 1.0
 UNPOLLED_WARNING_S = 600.0
 
-Duty = tuple[float, Callable[[], None]]
+PeriodicTask = tuple[float, Callable[[], None]]
 
 
-class Upkeep:
+class PeriodicTasks:
     """Calls duties, each every so many seconds, until the timers end."""
 
-    def __init__(self, ctx: Context, duties: Sequence[Duty]) -> None:
+    def __init__(self, ctx: BridgeContext, duties: Sequence[PeriodicTask]) -> None:
         self._ctx = ctx
-        self._duties = duties
+        self._periodic_tasks = duties
         self._done_at = [ctx.now] * len(duties)
 
     def start(self) -> None:
         """Begin; the first turn comes a second later."""
-        self._ctx.timers.call_later(TURN_S, self._turn)
+        self._ctx.timers.call_later(TICK_S, self._tick)
 
-    def _turn(self) -> None:
-        self._ctx.timers.call_later(TURN_S, self._turn)
+    def _tick(self) -> None:
+        self._ctx.timers.call_later(TICK_S, self._tick)
         now = self._ctx.now
-        for number, (every_s, duty) in enumerate(self._duties):
+        for number, (every_s, duty) in enumerate(self._periodic_tasks):
             if now - self._done_at[number] < every_s:
                 continue
             self._done_at[number] = now
@@ -43,15 +43,15 @@ class Upkeep:
                 log.exception("upkeep_failed", duty=getattr(duty, "__qualname__", "?"))
 
 
-class Unpolled:
+class UnpolledCommandsWarning:
     """Commands wait and their agent has not polled for 10 minutes: said once (protocol.md §1)."""
 
-    def __init__(self, ctx: Context, queues: Queues) -> None:
+    def __init__(self, ctx: BridgeContext, queues: CommandQueues) -> None:
         self._ctx = ctx
         self._queues = queues
         self.sessions: set[SessionKey] = set()
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Say what is new."""
         overdue = set()
         for key, queue in self._queues.items():

@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from shim.bridge.context import Context
+from shim.bridge.context import BridgeContext
 from shim.core.sessions import Session
-from shim.core.words import brief
+from shim.core.words import shorten
 from shim.logs import get
 
 log = get(__name__)
@@ -26,7 +26,7 @@ class WebSocketAgent(msgspec.Struct):
     name: str
     agent_id: str
     since_wall: float
-    seen_wall: float
+    last_seen_unix: float
     cluster_id: str = ""
     accepted: bool = False
     connections: int = 0
@@ -38,7 +38,7 @@ class WebSocketAgents:
     `owner_of(token)` tells whose sessions an agent with this token may replace.
     """
 
-    def __init__(self, ctx: Context, owner_of: Callable[[str], str | None]) -> None:
+    def __init__(self, ctx: BridgeContext, owner_of: Callable[[str], str | None]) -> None:
         self._ctx = ctx
         self._owner_of = owner_of
         self._agents: dict[tuple[str, str], WebSocketAgent] = {}
@@ -55,12 +55,12 @@ class WebSocketAgents:
         agent = self._agents.get(key)
         if agent is None:
             while len(self._agents) >= MAX_AGENTS:
-                del self._agents[min(self._agents, key=lambda known: self._agents[known].seen_wall)]
+                del self._agents[min(self._agents, key=lambda known: self._agents[known].last_seen_unix)]
             agent = WebSocketAgent(_text(payload.get("name")), _text(payload.get("agent_id")), wall, wall)
             self._agents[key] = agent
             hint = "point its PIPEOPS_API_URL at the controller: it needs the shim no more"
             log.info("websocket_agent", about=agent.name, name=agent.name, agent=agent.agent_id, hint=hint)
-        agent.seen_wall = wall
+        agent.last_seen_unix = wall
         agent.agent_id = _text(payload.get("agent_id")) or agent.agent_id
         agent.connections += anew
         self._end_sessions(owner, payload, _text(payload.get("cluster_id")))
@@ -71,7 +71,7 @@ class WebSocketAgents:
         agent = self._agents.get((owner or "", _identity(payload)))
         if owner is not None and agent is not None:
             agent.accepted, agent.cluster_id = True, _text(cluster_id)
-            agent.seen_wall = self._ctx.clock.wall_s()
+            agent.last_seen_unix = self._ctx.clock.wall_s()
             self._end_sessions(owner, payload, cluster_id)
 
     def closed(self, token: str, payload: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ class WebSocketAgents:
         agent = self._agents.get((self._owner_of(token) or "", _identity(payload)))
         if agent is not None:
             agent.connections = max(0, agent.connections - 1)
-            agent.seen_wall = self._ctx.clock.wall_s()
+            agent.last_seen_unix = self._ctx.clock.wall_s()
 
     def _end_sessions(self, owner: str, payload: dict[str, Any], cluster_id: str) -> None:
         """Count the legacy sessions of the same identity as gone, until their agents call again."""
@@ -103,4 +103,4 @@ def _identity(payload: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    return brief(value) if isinstance(value, str) else ""
+    return shorten(value) if isinstance(value, str) else ""

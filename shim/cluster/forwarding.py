@@ -13,13 +13,13 @@ from shim.cluster.metrics import ClusterMetrics
 from shim.cluster.pairs import Pair, PairLost, Pairs
 from shim.composition import Spawn
 from shim.core.calls import Accepted, AgentCall, Commands, Failed, HeartbeatCall, Outcome, PollCall, StatusCall
-from shim.core.leases import Member, Offset
+from shim.core.leases import Member, ClockOffset
 from shim.core.reply_reader import ReplyHead
 from shim.core.telling import METHOD, Note, came
 from shim.errors import AgentError
 from shim.frontend.internal import CLOCK_HEADER, LEASE_HEADER, NOT_AT_ONCE
 from shim.frontend.writing import MISDIRECTED
-from shim.ports import Clock, Forwarded, Pending, Proxied
+from shim.ports import Clock, ProxyRequest, Pending, ProxyResponse
 from shim.settings import Settings
 
 PATIENCE_S = 10.0
@@ -123,7 +123,7 @@ class ReplicaForwarder:
         self._clock = clock
         self._settings = settings
         self._metrics = metrics
-        self._offsets: defaultdict[str, Offset] = defaultdict(Offset)
+        self._offsets: defaultdict[str, ClockOffset] = defaultdict(ClockOffset)
         self._carried: defaultdict[int, set[Pair]] = defaultdict(set)
         self._asked: list[_Asked] = []
         self._ticked_at = clock.monotonic_s()
@@ -141,7 +141,7 @@ class ReplicaForwarder:
         owner = None if shard is None else self._directory.owner(shard)
         return None if owner is None or self._directory.is_me(owner) else owner
 
-    def at_once(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
+    def try_call_sync(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
         """Send a heartbeat on, if there is a connection for them to its owner."""
         owner = self.owner_of(token)
         lane = None if owner is None or self._directory.stopping else self._pairs.lane(owner.process)
@@ -165,7 +165,7 @@ class ReplicaForwarder:
         else:
             pair.ask(request, asked.answered)
 
-    async def forward(self, request: Forwarded, operation: str) -> Proxied | None:
+    async def forward(self, request: ProxyRequest, operation: str) -> ProxyResponse | None:
         """Send a request on, to one owner after another until one answers or patience ends."""
         if request.method == METHOD:
             raise AgentError(405, "method not allowed")  # on a pair it would be a note of ours
@@ -212,7 +212,7 @@ class ReplicaForwarder:
         stood_still = self._clock.monotonic_s() - self._ticked_at > STOOD_STILL_S
         return min(arrived_s, self._ticked_at) if stood_still else arrived_s
 
-    async def _ask(self, owner: Member, request: Forwarded, arrived_s: float, operation: str) -> Proxied:
+    async def _ask(self, owner: Member, request: ProxyRequest, arrived_s: float, operation: str) -> ProxyResponse:
         """Have an owner carry a request out. Raises `PairLost`."""
         if operation == "heartbeat":
             await self._pairs.open_lane(owner)
@@ -236,7 +236,7 @@ class ReplicaForwarder:
         self._answered.value += 1
         return reply
 
-    async def _reply(self, pair: Pair, request: Forwarded, start: bytes) -> Proxied:
+    async def _reply(self, pair: Pair, request: ProxyRequest, start: bytes) -> ProxyResponse:
         head = await pair.exchange(start, request.body, head_only=request.method == "HEAD")
         self._hear(pair, head)
         if head.status == MISDIRECTED:
@@ -249,15 +249,15 @@ class ReplicaForwarder:
         headers = tuple((name, value) for name, value in head.headers if name.lower() not in _HOP_BY_HOP)
         leased = head.header(LEASE_HEADER.lower()) is not None
         if not leased and (head.length is None or head.length > WHOLE_BYTES):
-            return Proxied(head.status, headers, self._stream(pair), complete=True)
+            return ProxyResponse(head.status, headers, self._stream(pair), complete=True)
         try:
             body = b"".join([piece async for piece in pair.pieces()])
         except ConnectionError:
             raise PairLost(sent=True) from None
         if leased:
-            return Proxied(head.status, headers, body, RemoteLease(pair, request.client.connection), complete=True)
+            return ProxyResponse(head.status, headers, body, RemoteLease(pair, request.client.connection), complete=True)
         self._pairs.release(pair)
-        return Proxied(head.status, headers, body, complete=True)
+        return ProxyResponse(head.status, headers, body, complete=True)
 
     async def _stream(self, pair: Pair) -> AsyncGenerator[bytes, None]:
         try:
@@ -321,7 +321,7 @@ class ReplicaForwarder:
         self._pairs.close()
 
 
-def _head(request: Forwarded) -> bytes:
+def _head(request: ProxyRequest) -> bytes:
     """Return the head of a request as it goes to the owner: what concerns the agent's own connection stays here."""
     lines = [f"{request.method} {request.target} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in request.headers if name.lower() not in _NOT_SENT]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from shim.cluster.database import Agreement, Database
-from shim.core.leases import LeasePolicy, Member, Term, View
+from shim.core.leases import LeasePolicy, Member, HeldLease, View
 from shim.errors import ConfigError, ShimError, StoreError
 from shim.logs import get
 from shim.ports import Clock, Timer, Timers
@@ -40,7 +40,7 @@ class Membership:
         self._settings = settings
         self.me = me
         self.view = View()
-        self.term: Term | None = None
+        self.term: HeldLease | None = None
         self.leaving = False
         self.renewed_at = float("-inf")
         self._database = database
@@ -106,7 +106,7 @@ class Membership:
         if self.valid() and self.term is not None:
             self.term.renewed(sent_at)
             return
-        self.term = Term(self._policy, sent_at)
+        self.term = HeldLease(self._policy, sent_at)
         self._arm()
 
     def _arm(self) -> None:

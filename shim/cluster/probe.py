@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from shim.core.records import Loaded, Operation
+from shim.core.records import StoreContents, Operation
 from shim.errors import StoreError
 from shim.ports import StoreDone
-from shim.store import Post
+from shim.store import CallThreadsafe
 
 
 class DatabaseProbe:
     """A `ports.CommandStore` for the readiness probe of a replica, which may own no shard. `answers` decides."""
 
-    def __init__(self, answers: Callable[[], bool], post: Post) -> None:
+    def __init__(self, answers: Callable[[], bool], post: CallThreadsafe) -> None:
         self._answers = answers
         self._post = post
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         """Return nothing."""
-        return Loaded(b"")
+        return StoreContents(b"")
 
     def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
         """Report success or failure of what was submitted."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from shim.bridge import Bridge, Context
+from shim.bridge import Bridge, BridgeContext
 from shim.cluster.database import Database
 from shim.cluster.forwarding import ReplicaForwarder
 from shim.cluster.identity import make_identity
@@ -24,7 +24,7 @@ from shim.cluster.router import Fallbacks, Places, Router
 from shim.cluster.shard import Shard
 from shim.cluster.shards import Shards
 from shim.cluster.status import Operations, Overview, Recents
-from shim.composition import Surroundings
+from shim.composition import RuntimeContext
 from shim.core.leases import LeasePolicy, Member
 from shim.core.urls import origin_of
 from shim.dialects import load
@@ -53,7 +53,7 @@ T = TypeVar("T")
 class Replica:
     """Implements `composition.Composition`."""
 
-    def __init__(self, around: Surroundings) -> None:
+    def __init__(self, around: RuntimeContext) -> None:
         settings = self._settings = around.settings
         self._around = around
         self._metrics = ClusterMetrics(around.metrics)
@@ -91,7 +91,7 @@ class Replica:
     def _current(self) -> Settings:
         return self._settings
 
-    def _context(self) -> Context:
+    def _context(self) -> BridgeContext:
         around = self._around
         return around.context(self._settings, DatabaseProbe(self._answers, around.post), around.upstream)
 

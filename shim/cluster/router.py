@@ -13,10 +13,10 @@ from shim.cluster.shard import Shard
 from shim.core.calls import AgentCall, Commands, Failed, HealthCall, Healthy
 from shim.core.owners import owner_id, shard_of
 from shim.passthrough.sunset import is_over
-from shim.ports import Answer, Client, Clock, Forwarded, Lease, Proxied
+from shim.ports import CallResult, Caller, Clock, ProxyRequest, DeliveryReceipt, ProxyResponse
 from shim.settings import Settings
 
-_NO_TOKEN = Answer(Failed(401, "a token is required"))
+_NO_TOKEN = CallResult(Failed(401, "a token is required"))
 
 
 class Places:
@@ -44,7 +44,7 @@ class LocalLease:
     """A `ports.Lease` of a bridge here, for a reply on a connection of ours."""
 
     bridge: Bridge
-    lease: Lease
+    lease: DeliveryReceipt
     connection: int
 
 
@@ -68,36 +68,36 @@ class Router:
 
     # --- ports.Switchboard ---
 
-    def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
+    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
         """Carry out a call that need not wait, if its shard is here."""
         if isinstance(call, HealthCall):
-            return Answer(Healthy())
+            return CallResult(Healthy())
         shard = self.shard(client.token)
-        return None if shard is None else shard.bridge.at_once(client, call, arrived_s)
+        return None if shard is None else shard.bridge.try_call_sync(client, call, arrived_s)
 
-    async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
+    async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
         """Carry out a call here."""
         if isinstance(call, HealthCall):
-            return Answer(Healthy())
+            return CallResult(Healthy())
         if self._places.place(client.token) is None:
             return _NO_TOKEN
         shard = self.shard(client.token)
         if shard is None:
-            return Answer(self._forwarder.without_owner(call))
+            return CallResult(self._forwarder.without_owner(call))
         return self.fenced(shard, client, await shard.bridge.call(client, call, arrived_s))
 
-    def fenced(self, shard: Shard, client: Client, answer: Answer) -> Answer:
+    def fenced(self, shard: Shard, client: Caller, answer: CallResult) -> CallResult:
         """Return an answer, without its commands if another replica may be offering them by now."""
         if answer.lease is None:
             return answer
         if not shard.usable:
             shard.bridge.unwritten(answer.lease)
-            return Answer(Commands((), shard.bridge.ctx.settings.poll.frequency_s))
-        return Answer(answer.outcome, LocalLease(shard.bridge, answer.lease, client.connection))
+            return CallResult(Commands((), shard.bridge.ctx.settings.poll.frequency_s))
+        return CallResult(answer.outcome, LocalLease(shard.bridge, answer.lease, client.connection))
 
     # --- evidence ---
 
-    def written(self, lease: Lease) -> None:
+    def written(self, lease: DeliveryReceipt) -> None:
         """Note that a reply was handed to the kernel."""
         if isinstance(lease, RemoteLease):
             self._forwarder.written(lease)
@@ -105,7 +105,7 @@ class Router:
             self._carrying.setdefault(lease.connection, set()).add(lease.bridge)
             lease.bridge.written(lease.lease)
 
-    def unwritten(self, lease: Lease) -> None:
+    def unwritten(self, lease: DeliveryReceipt) -> None:
         """Note that a reply was not."""
         if isinstance(lease, RemoteLease):
             self._forwarder.unwritten(lease)
@@ -124,7 +124,7 @@ class Router:
             bridge.connection_closed(connection, clean)
         self._forwarder.connection_closed(connection, clean)
 
-    def doubted(self, lease: Lease, connection: int) -> None:
+    def doubted(self, lease: DeliveryReceipt, connection: int) -> None:
         """Treat a reply as neither read nor unread: the replica that had it told nothing."""
         self.written(lease)
         self.lost(connection)
@@ -149,27 +149,27 @@ class Fallbacks:
     def _sunset_over(self) -> bool:
         return is_over(self._settings().sunset, self._clock.wall_s())
 
-    def takes_all(self) -> bool:
+    def handles_all(self) -> bool:
         """Return whether every call goes by HTTP: mode `http`, before the sunset."""
         return self._settings().mode == "http" and not self._sunset_over()
 
-    def takes_some(self) -> bool:
+    def handles_some(self) -> bool:
         """Return whether some calls may go by HTTP: mode `auto`, or a partial rollout, before the sunset."""
         settings = self._settings()
         if settings.mode == "http" or not settings.fallback.url:
             return False
         return (settings.mode == "auto" or settings.rollout.partial) and not self._sunset_over()
 
-    def takes(self, client: Client, call: AgentCall) -> bool:
+    def handles(self, client: Caller, call: AgentCall) -> bool:
         """Return whether this call goes by HTTP."""
         shard = self._router.shard(client.token)
-        return shard is not None and shard.fallback.takes(client, call)
+        return shard is not None and shard.fallback.handles(client, call)
 
     def active(self) -> bool:
         """Return whether calls go by HTTP now because of the mode, or of a link that is down."""
-        return self.takes_all() or any(shard.fallback.active() for shard in self._shards())
+        return self.handles_all() or any(shard.fallback.active() for shard in self._shards())
 
-    async def serve(self, request: Forwarded) -> Proxied | Answer | None:
+    async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
         """Serve a call by HTTP at the owner of its shard; without one it gets the answers of such a time."""
         shard = self._router.shard(request.client.token)
         if shard is None:
@@ -177,12 +177,12 @@ class Fallbacks:
         served = await shard.fallback.serve(request)
         if served is None or served.lease is None:
             return served
-        if isinstance(served, Answer):
+        if isinstance(served, CallResult):
             return self._router.fenced(shard, request.client, served)
-        fenced = self._router.fenced(shard, request.client, Answer(Commands((), 0), served.lease))
+        fenced = self._router.fenced(shard, request.client, CallResult(Commands((), 0), served.lease))
         if fenced.lease is None:
             return fenced
-        return Proxied(served.status, served.headers, served.body, fenced.lease)
+        return ProxyResponse(served.status, served.headers, served.body, fenced.lease)
 
     async def close(self) -> None:
         """Close nothing: each shard closes its own connections."""

@@ -8,20 +8,20 @@ from weakref import WeakSet
 
 from msgspec.structs import replace
 
-from shim.admin import Journal
+from shim.admin import RecentCommandsStore
 from shim.bridge import Bridge
-from shim.composition import Surroundings
+from shim.composition import RuntimeContext
 from shim.messages import Message
-from shim.passthrough import Passthrough
-from shim.ports import CommandStore, DialFailure, DialSpec, Socket, SocketEvents, UpstreamPort
+from shim.passthrough import FallbackPolicy
+from shim.ports import CommandStore, DialFailure, DialRequest, WebSocket, WebSocketListener, UpstreamPort
 from shim.settings import Settings
-from shim.storewatch import tell_findings
+from shim.storewatch import log_store_warnings
 
 
 class FencedSocket:
     """A `ports.Socket` that sends nothing once the shard is not ours any more."""
 
-    def __init__(self, socket: Socket, fence: FencedUpstream) -> None:
+    def __init__(self, socket: WebSocket, fence: FencedUpstream) -> None:
         self._socket = socket
         self._fence = fence
 
@@ -68,12 +68,12 @@ class FencedUpstream:
         self.cut()
         return False
 
-    def dial(self, spec: DialSpec, events: SocketEvents, done: Callable[[Socket | DialFailure], None]) -> None:
+    def dial(self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]) -> None:
         """Dial; once the shard is not ours nothing is dialled and nobody is told."""
         if not self.open:
             return
 
-        def dialled(outcome: Socket | DialFailure) -> None:
+        def dialled(outcome: WebSocket | DialFailure) -> None:
             if isinstance(outcome, DialFailure):
                 done(outcome)
                 return
@@ -101,7 +101,7 @@ class Shard:
         number: int,
         fence: int,
         store: CommandStore,
-        around: Surroundings,
+        around: RuntimeContext,
         settings: Settings,
         owner_key: bytes,
         valid: Callable[[], bool],
@@ -114,9 +114,9 @@ class Shard:
         self._metrics = around.metrics
         self._owner_key = owner_key
         self._upstream = FencedUpstream(around.upstream, self.valid)
-        self.recent = Journal(store)
+        self.recent = RecentCommandsStore(store)
         self.bridge = Bridge(around.context(settings, self.recent, self._upstream, owner_key))
-        self.fallback = Passthrough(self.bridge)
+        self.fallback = FallbackPolicy(self.bridge)
 
     def valid(self) -> bool:
         """Return whether the shard is ours."""
@@ -130,7 +130,7 @@ class Shard:
     async def open(self) -> None:
         """Open the store and begin to work, unless the lease ends meanwhile. Raises `StoreError`."""
         loaded = await asyncio.to_thread(self.recent.open)
-        tell_findings(loaded, self._metrics)
+        log_store_warnings(loaded, self._metrics)
         if self.valid():
             self.bridge.start(replace(loaded, key=self._owner_key))
             self._serving = True

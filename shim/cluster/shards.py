@@ -11,7 +11,7 @@ from shim.cluster.membership import Membership
 from shim.cluster.metrics import ClusterMetrics
 from shim.cluster.shard import Shard
 from shim.composition import Spawn
-from shim.core.shards import moves
+from shim.core.shards import plan_rebalance
 from shim.errors import StoreError
 from shim.logs import get
 from shim.ports import Clock
@@ -91,7 +91,7 @@ class Shards:
         holders = {shard: holder for shard, holder in view.holders().items() if holder != me}
         holders |= dict.fromkeys((*self._shards, *self._busy), me)
         staying = [process for process, member in view.members.items() if not member.leaving]
-        wanted = moves(me, self.count, staying, holders)
+        wanted = plan_rebalance(me, self.count, staying, holders)
         if self._joined_at is None and me in view.members:
             self._joined_at = now
         settled = any(each != me for each in holders.values()) or (

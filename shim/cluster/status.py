@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, Protocol
 
-from shim.admin import Recent
-from shim.bridge import Bridge, Context
-from shim.bridge.connection import Connection
-from shim.bridge.delivery import HAND_OVERS
+from shim.admin import RecentCommand
+from shim.bridge import Bridge, BridgeContext
+from shim.bridge.connection import UpstreamConnection
+from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.jobs import RefusedRegistration
-from shim.bridge.links import LinkRunner
-from shim.bridge.operator import Drain, DrainState, Found
+from shim.bridge.links import UpstreamLink
+from shim.bridge.operator import Drain, DrainState, CommandDetails
 from shim.bridge.websocket_agents import WebSocketAgent
 from shim.cluster.shard import Shard
 from shim.core.commands import CommandQueue
 from shim.core.records import CommandRecord, SessionKey
 from shim.core.sessions import Session
-from shim.core.usage import Route, Use
+from shim.core.usage import Route, RouteUse
 from shim.errors import OperatorError
 
 KEPT = 50
@@ -111,7 +111,7 @@ class _Outbox(_All):
 class _Delivery(_All):
     def __init__(self, bridges: Bridges) -> None:
         super().__init__(bridges)
-        self._times_s: deque[float] = deque(maxlen=HAND_OVERS)
+        self._times_s: deque[float] = deque(maxlen=MAX_HAND_OVER_SAMPLES)
 
     @property
     def hand_overs_s(self) -> deque[float]:
@@ -130,14 +130,14 @@ class _Holding(_All):
 
 
 class _Gateways(_All):
-    def connection_of(self, key: SessionKey) -> Connection | None:
+    def connection_of(self, key: SessionKey) -> UpstreamConnection | None:
         found = (bridge.gateways.connection_of(key) for bridge in self._bridges())
         return next((each for each in found if each is not None), None)
 
 
 class _Roster(_All):
     @property
-    def usage(self) -> Iterable[tuple[SessionKey, dict[Route, Use]]]:
+    def usage(self) -> Iterable[tuple[SessionKey, dict[Route, RouteUse]]]:
         return chain.from_iterable(bridge.roster.usage for bridge in self._bridges())
 
 
@@ -161,7 +161,7 @@ class Operations(_All):
         """Take commands again."""
         return together([bridge.operator.resume() for bridge in self._bridges()])
 
-    async def find(self, command_id: str) -> list[Found]:
+    async def find(self, command_id: str) -> list[CommandDetails]:
         """Return all commands with this id. Raises `OperatorError`."""
         return [each for bridge in self._bridges() for each in await bridge.operator.find(command_id)]
 
@@ -250,7 +250,7 @@ class Recents:
     def __init__(self, shards: Callable[[], list[Shard]]) -> None:
         self._shards = shards
 
-    def __iter__(self) -> Iterator[Recent]:
+    def __iter__(self) -> Iterator[RecentCommand]:
         merged = heapq.merge(*(shard.recent for shard in self._shards()), key=lambda each: each.wall, reverse=True)
         return islice(merged, KEPT)
 
@@ -258,7 +258,7 @@ class Recents:
 class Overview:
     """Implements `admin.Subject`. `replicas` describes all replicas."""
 
-    def __init__(self, ctx: Context, bridges: Bridges, replicas: Callable[[], dict[str, Any]], others: Others) -> None:
+    def __init__(self, ctx: BridgeContext, bridges: Bridges, replicas: Callable[[], dict[str, Any]], others: Others) -> None:
         self.ctx = ctx
         self.stopping = False
         self._bridges = bridges
@@ -277,7 +277,7 @@ class Overview:
         self.operator = self.forgetting = _Everywhere(bridges, others)
 
     @property
-    def links(self) -> Iterable[LinkRunner]:
+    def links(self) -> Iterable[UpstreamLink]:
         """All links."""
         return [link for bridge in self._bridges() for link in bridge.links]
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 
-class Kind(Enum):
+class TargetKind(Enum):
     """How a call names its session (protocol.md §1.6)."""
 
     CLUSTER = "cluster"  # by the cluster id
@@ -21,10 +21,10 @@ class Kind(Enum):
     ALIAS = "alias"  # by an agent id that may be an alias of a cluster session; else as AGENT
 
 
-class Target(msgspec.Struct, frozen=True):
+class SessionTarget(msgspec.Struct, frozen=True):
     """The session that a call means: `ident` is the agent's own id for it, decoded from the path or the body."""
 
-    kind: Kind
+    kind: TargetKind
     ident: str
 
 
@@ -54,7 +54,7 @@ class HeartbeatCall(msgspec.Struct, frozen=True):
     """
 
     dialect: str
-    target: Target
+    target: SessionTarget
     agent_id: str
     status: str = ""
     tunnel_status: str = ""
@@ -72,7 +72,7 @@ class StatusCall:
     """A cluster status report (dialect `agents`); `body` goes upstream as it is."""
 
     dialect: str
-    target: Target
+    target: SessionTarget
     body: dict[str, Any] = field(repr=False)
 
 
@@ -80,7 +80,7 @@ class PollCall(msgspec.Struct, frozen=True):
     """A poll for commands."""
 
     dialect: str
-    target: Target
+    target: SessionTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class ResultCall:
     """A command result. `body` holds what the agent sent of `success, output, error, metadata, timestamp`."""
 
     dialect: str
-    target: Target
+    target: SessionTarget
     command_id: str
     body: dict[str, Any] = field(repr=False)
 
@@ -96,13 +96,13 @@ class ResultCall:
 class TunnelPollCall(msgspec.Struct, frozen=True):
     """A tunnel status poll (protocol.md §1.5)."""
 
-    target: Target
+    target: SessionTarget
 
 
 class TunnelInfoCall(msgspec.Struct, frozen=True):
     """A question for the registration's tunnel data (dialect `clusters_agent`)."""
 
-    target: Target
+    target: SessionTarget
 
 
 class HealthCall(msgspec.Struct, frozen=True):

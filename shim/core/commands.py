@@ -10,8 +10,8 @@ from itertools import takewhile
 import msgspec
 from msgspec.structs import replace
 
-from shim.core.life import Step, next_state
-from shim.core.records import CommandRecord, State
+from shim.core.life import CommandEvent, next_state
+from shim.core.records import CommandRecord, CommandState
 
 ARRIVING_COMMANDS = 128
 ARRIVING_BYTES = 4 * 1024 * 1024
@@ -21,7 +21,7 @@ OVERLAP_S = 0.02  # a poll so soon after a reply on another connection may have 
 
 
 @dataclass(slots=True, order=True)
-class Live:
+class QueuedCommand:
     """A command that waits for its agent, ordered by arrival. `reason` says why it is offered again.
 
     `replies` counts the poll replies that it was put into, also those that were not written. `since` (when it was taken
@@ -30,7 +30,7 @@ class Live:
 
     seq: int
     record: CommandRecord = field(compare=False)
-    state: State = field(compare=False)
+    state: CommandState = field(compare=False)
     attempts: int = field(compare=False)
     expires_at: float = field(compare=False)
     since: float = field(compare=False)
@@ -40,11 +40,11 @@ class Live:
 
 
 @dataclass(slots=True)
-class Offer:
+class Batch:
     """A batch in a poll reply, until there is evidence or none. `connection` is the reply's TCP connection."""
 
     number: int
-    commands: tuple[Live, ...]
+    commands: tuple[QueuedCommand, ...]
     connection: int
     written_at: float | None = None
     cleanly_closed: bool | None = None  # None while the connection is open
@@ -54,7 +54,7 @@ class Offer:
         """The commands' ids in order."""
         return tuple(live.record.id for live in self.commands)
 
-    def read_before(self, arrived_s: float) -> bool:
+    def is_acknowledged_by_poll_at(self, arrived_s: float) -> bool:
         """Whether a poll that arrived then tells that the agent has read the reply with this offer (protocol.md §3).
 
         A connection that was closed in an orderly way has been read. While it is open only a poll that cannot have been
@@ -110,11 +110,11 @@ class Arriving:
         return self.commands >= MAX_ARRIVING_COMMANDS or self.size_bytes >= MAX_ARRIVING_BYTES
 
 
-class Doubt(msgspec.Struct, frozen=True):
+class UncertainOutcome(msgspec.Struct, frozen=True):
     """What became of a batch without evidence: commands to offer again, and commands given up."""
 
-    again: tuple[Live, ...]
-    dead: tuple[Live, ...]
+    again: tuple[QueuedCommand, ...]
+    dead: tuple[QueuedCommand, ...]
 
 
 class CommandQueue:
@@ -123,12 +123,12 @@ class CommandQueue:
     __slots__ = ("_by_id", "_bytes", "_order", "_reserved", "_reserved_bytes", "offer")
 
     def __init__(self) -> None:
-        self._by_id: dict[str, Live] = {}
-        self._order: list[Live] = []
+        self._by_id: dict[str, QueuedCommand] = {}
+        self._order: list[QueuedCommand] = []
         self._bytes = 0
         self._reserved = 0
         self._reserved_bytes = 0
-        self.offer: Offer | None = None
+        self.offer: Batch | None = None
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -143,11 +143,11 @@ class CommandQueue:
         """When the oldest command was taken in (monotonic), `None` if there is none."""
         return self._order[0].since if self._order else None
 
-    def get(self, command_id: str) -> Live | None:
+    def get(self, command_id: str) -> QueuedCommand | None:
         """A held command."""
         return self._by_id.get(command_id)
 
-    def all(self) -> tuple[Live, ...]:
+    def all(self) -> tuple[QueuedCommand, ...]:
         """All held commands, offered ones included, in order."""
         return tuple(self._order)
 
@@ -172,19 +172,19 @@ class CommandQueue:
         self._reserved -= 1
         self._reserved_bytes -= size_bytes
 
-    def add(self, record: CommandRecord, expires_at: float, since: float) -> Live:
+    def add(self, record: CommandRecord, expires_at: float, since: float) -> QueuedCommand:
         """Take in a stored command."""
-        live = Live(record.seq, record, record.state, record.attempts, expires_at, since)
+        live = QueuedCommand(record.seq, record, record.state, record.attempts, expires_at, since)
         self._by_id[record.id] = live
         insort(self._order, live)
         self._bytes += record.size_bytes
         return live
 
-    def take(self, number: int, connection: int, policy: QueuePolicy) -> Offer | None:
+    def take(self, number: int, connection: int, policy: QueuePolicy) -> Batch | None:
         """Offer the oldest commands within the reply's bounds, at least one; `None` if there is nothing to offer."""
         if not self.waiting():
             return None
-        batch: list[Live] = []
+        batch: list[QueuedCommand] = []
         size_bytes = 0
         for live in self._order:
             size_bytes += live.record.size_bytes
@@ -192,86 +192,86 @@ class CommandQueue:
                 break
             batch.append(live)
         for live in batch:
-            live.state = next_state(live.state, Step.OFFER)
+            live.state = next_state(live.state, CommandEvent.OFFER)
             live.attempts += 1
             live.replies += 1
-        self.offer = Offer(number, tuple(batch), connection)
+        self.offer = Batch(number, tuple(batch), connection)
         return self.offer
 
-    def unrecorded(self, offer: Offer, policy: QueuePolicy) -> Offer | None:
+    def unrecorded(self, offer: Batch, policy: QueuePolicy) -> Batch | None:
         """The disk took no record of an offer, so that a crash would repeat it. Returns what may go out all the same.
 
         What must not be repeated waits, and everything behind it.
         """
         kept = tuple(takewhile(lambda live: live.record.type not in policy.at_most_once, offer.commands))
         for live in offer.commands[len(kept) :]:
-            if live.state is not State.OFFERED:
+            if live.state is not CommandState.OFFERED:
                 continue
-            live.state = next_state(live.state, Step.NO_EVIDENCE if live.reason else Step.UNWRITTEN)
+            live.state = next_state(live.state, CommandEvent.NO_EVIDENCE if live.reason else CommandEvent.UNWRITTEN)
             live.attempts -= 1
             live.replies -= 1
-        self.offer = Offer(offer.number, kept, offer.connection) if kept else None
+        self.offer = Batch(offer.number, kept, offer.connection) if kept else None
         return self.offer
 
-    def unwritten(self, offer: Offer) -> tuple[Live, ...]:
+    def unwritten(self, offer: Batch) -> tuple[QueuedCommand, ...]:
         """The reply did not reach the agent: its commands are back in their old places, and that was no attempt."""
-        back = tuple(live for live in offer.commands if live.state is State.OFFERED)
+        back = tuple(live for live in offer.commands if live.state is CommandState.OFFERED)
         for live in back:
             # What was uncertain before stays so: a further offer that failed is no news about the earlier one.
-            live.state = next_state(live.state, Step.NO_EVIDENCE if live.reason else Step.UNWRITTEN)
+            live.state = next_state(live.state, CommandEvent.NO_EVIDENCE if live.reason else CommandEvent.UNWRITTEN)
             live.attempts -= 1
         if self.offer is offer:
             self.offer = None
         return back
 
-    def delivered(self, offer: Offer) -> tuple[Live, ...]:
+    def delivered(self, offer: Batch) -> tuple[QueuedCommand, ...]:
         """There is evidence: the agent has the batch. Returns those that were still open.
 
         Evidence may come late: then it settles what became uncertain and has not been offered again.
         """
-        open_states = (State.OFFERED, State.UNCERTAIN) if self.offer is offer else (State.UNCERTAIN,)
+        open_states = (CommandState.OFFERED, CommandState.UNCERTAIN) if self.offer is offer else (CommandState.UNCERTAIN,)
         held = (live for live in offer.commands if self._by_id.get(live.record.id) is live)
         done = tuple(live for live in held if live.state in open_states)
         for live in done:
-            live.state = next_state(live.state, Step.EVIDENCE)
+            live.state = next_state(live.state, CommandEvent.EVIDENCE)
             self._drop(live)
         if self.offer is offer:
             self.offer = None
         return done
 
-    def doubt(self, offer: Offer, reason: str, policy: QueuePolicy) -> Doubt:
+    def mark_uncertain(self, offer: Batch, reason: str, policy: QueuePolicy) -> UncertainOutcome:
         """No evidence came: offer again or give up (protocol.md §3, *uncertain*)."""
-        open_ = [live for live in offer.commands if live.state is State.OFFERED]
+        open_ = [live for live in offer.commands if live.state is CommandState.OFFERED]
         for live in open_:
-            live.state = next_state(live.state, Step.NO_EVIDENCE)
+            live.state = next_state(live.state, CommandEvent.NO_EVIDENCE)
             live.reason = reason
         if self.offer is offer:
             self.offer = None
-        return self._judge(open_, policy)
+        return self._redeliver_or_dead(open_, policy)
 
-    def judge_loaded(self, policy: QueuePolicy) -> Doubt:
+    def recover_after_restart(self, policy: QueuePolicy) -> UncertainOutcome:
         """After a restart: commands that were offered, or uncertain already, are uncertain now."""
-        doubtful = [live for live in self._order if live.state in (State.OFFERED, State.UNCERTAIN)]
+        doubtful = [live for live in self._order if live.state in (CommandState.OFFERED, CommandState.UNCERTAIN)]
         for live in doubtful:
-            if live.state is State.OFFERED:
-                live.state = next_state(live.state, Step.NO_EVIDENCE)
+            if live.state is CommandState.OFFERED:
+                live.state = next_state(live.state, CommandEvent.NO_EVIDENCE)
             live.reason = live.reason or "restart"
-        return self._judge(doubtful, policy)
+        return self._redeliver_or_dead(doubtful, policy)
 
-    def _judge(self, doubtful: Iterable[Live], policy: QueuePolicy) -> Doubt:
-        again: list[Live] = []
-        dead: list[Live] = []
+    def _redeliver_or_dead(self, doubtful: Iterable[QueuedCommand], policy: QueuePolicy) -> UncertainOutcome:
+        again: list[QueuedCommand] = []
+        dead: list[QueuedCommand] = []
         for live in doubtful:
             once = live.record.type in policy.at_most_once
             if not once and policy.redeliver and live.attempts < policy.max_attempts:
                 again.append(live)
                 continue
-            live.state = next_state(live.state, Step.GIVE_UP)
+            live.state = next_state(live.state, CommandEvent.GIVE_UP)
             self._drop(live)
             dead.append(live)
-        return Doubt(tuple(again), tuple(dead))
+        return UncertainOutcome(tuple(again), tuple(dead))
 
-    def answered(self, command_id: str) -> tuple[Live, ...]:
+    def answered(self, command_id: str) -> tuple[QueuedCommand, ...]:
         """The agent posted a result for it. Returns what else it must have because of that.
 
         It has the rest of the reply that the command came in, if it can have come in no other.
@@ -279,34 +279,34 @@ class CommandQueue:
         live = self._by_id.get(command_id)
         if live is None:
             return ()
-        offer = self.offer if live.state is State.OFFERED and live.replies == 1 else None
-        live.state = next_state(live.state, Step.RESULT)
+        offer = self.offer if live.state is CommandState.OFFERED and live.replies == 1 else None
+        live.state = next_state(live.state, CommandEvent.RESULT)
         self._drop(live)
         return self.delivered(offer) if offer is not None else ()
 
-    def expire(self, command_id: str) -> Live | None:
+    def expire(self, command_id: str) -> QueuedCommand | None:
         """Its time is over; only a QUEUED command expires."""
         live = self._by_id.get(command_id)
-        if live is None or live.state is not State.QUEUED:
+        if live is None or live.state is not CommandState.QUEUED:
             return None
-        live.state = next_state(live.state, Step.EXPIRE)
+        live.state = next_state(live.state, CommandEvent.EXPIRE)
         self._drop(live)
         return live
 
-    def give_up(self, command_id: str) -> Live | None:
+    def give_up(self, command_id: str) -> QueuedCommand | None:
         """Purge by hand; an offered command cannot be taken back."""
         live = self._by_id.get(command_id)
-        if live is None or live.state is State.OFFERED:
+        if live is None or live.state is CommandState.OFFERED:
             return None
-        live.state = next_state(live.state, Step.GIVE_UP)
+        live.state = next_state(live.state, CommandEvent.GIVE_UP)
         self._drop(live)
         return live
 
-    def forget_all(self) -> tuple[Live, ...]:
+    def forget_all(self) -> tuple[QueuedCommand, ...]:
         """The session is deleted: all of its commands end."""
         ended = self.all()
         for live in ended:
-            live.state = next_state(live.state, Step.FORGET)
+            live.state = next_state(live.state, CommandEvent.FORGET)
             self._drop(live)
         self.offer = None
         return ended
@@ -323,7 +323,7 @@ class CommandQueue:
                 moved = other.add(record, live.expires_at, live.since)
                 moved.reason, moved.replies, moved.arrived_at = live.reason, live.replies, live.arrived_at
 
-    def _drop(self, live: Live) -> None:
+    def _drop(self, live: QueuedCommand) -> None:
         if self._by_id.pop(live.record.id, None) is not None:
             del self._order[bisect_left(self._order, live)]
             self._bytes -= live.record.size_bytes

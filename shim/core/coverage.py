@@ -12,7 +12,7 @@ MERGED_S = 1.0
 MAX_WRITES = 16
 
 
-class Covered(Enum):
+class HeartbeatOutcome(Enum):
     """What became of an agent's heartbeat."""
 
     ACKED = "acked"  # the controller acknowledged a heartbeat of this agent in time
@@ -20,7 +20,7 @@ class Covered(Enum):
     MISSED = "missed"
 
 
-class Line(Protocol):
+class HeartbeatChannel(Protocol):
     """A connection, open or gone: when the last frame came in on it, in monotonic seconds."""
 
     @property
@@ -35,7 +35,7 @@ class _Waiting:
     count: int
 
 
-class Coverage:
+class HeartbeatCoverage:
     """The heartbeats of one agent; all times are monotonic seconds.
 
     One is covered by a heartbeat that went up at most a window before it, on the connection that is still the agent's,
@@ -47,8 +47,8 @@ class Coverage:
 
     def __init__(self) -> None:
         self._acked_at = float("-inf")
-        self._acked_on: Line | None = None
-        self._writes: tuple[tuple[float, Line], ...] = ()
+        self._acked_on: HeartbeatChannel | None = None
+        self._writes: tuple[tuple[float, HeartbeatChannel], ...] = ()
         self._waiting: list[_Waiting] = []
 
     @property
@@ -56,7 +56,7 @@ class Coverage:
         """Whether heartbeats wait to be covered."""
         return bool(self._waiting)
 
-    def beat(self, now: float, line: Line | None, window_s: float) -> bool:
+    def beat(self, now: float, line: HeartbeatChannel | None, window_s: float) -> bool:
         """The agent's heartbeat came while its traffic goes over `line`. True: it is covered already."""
         if line is not None and line is self._acked_on and now - self._acked_at <= window_s:
             return True
@@ -66,7 +66,7 @@ class Coverage:
             self._waiting.append(_Waiting(now, 1))
         return False
 
-    def written(self, now: float, line: Line) -> None:
+    def written(self, now: float, line: HeartbeatChannel) -> None:
         """A heartbeat of this agent was written upstream."""
         self._writes = (*self._writes[1 - MAX_WRITES :], (now, line))
 
@@ -74,7 +74,7 @@ class Coverage:
         """The heartbeat that was written at `sent_at` is answered with an error; `None`: nobody can tell which one."""
         self._writes = tuple(write for write in self._writes if sent_at is not None and write[0] != sent_at)
 
-    def acked(self, sent_at: float, line: Line, now: float, window_s: float) -> int:
+    def acked(self, sent_at: float, line: HeartbeatChannel, now: float, window_s: float) -> int:
         """The heartbeat that was written at `sent_at` is acknowledged. Returns how many of the agent's that covers."""
         if sent_at > self._acked_at:
             self._acked_at, self._acked_on = sent_at, line
@@ -85,13 +85,13 @@ class Coverage:
                 self._waiting.remove(waiting)
         return covered
 
-    def settle(self, now: float, window_s: float, *, acks: bool) -> Counter[Covered]:
+    def settle(self, now: float, window_s: float, *, acks: bool) -> Counter[HeartbeatOutcome]:
         """Judge those whose window is over. `acks`: this controller is known to acknowledge heartbeats."""
-        judged: Counter[Covered] = Counter()
+        judged: Counter[HeartbeatOutcome] = Counter()
         while self._waiting and now > self._waiting[0].at + window_s:
             waiting = self._waiting.pop(0)
             written = not acks and any(
                 abs(sent_at - waiting.at) <= window_s and line.heard_at > sent_at for sent_at, line in self._writes
             )
-            judged[Covered.WRITTEN if written else Covered.MISSED] += waiting.count
+            judged[HeartbeatOutcome.WRITTEN if written else HeartbeatOutcome.MISSED] += waiting.count
         return judged

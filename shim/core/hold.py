@@ -21,7 +21,7 @@ MAX_SAMPLES = 8
 Samples = tuple[float, ...]
 
 
-class Pace(Enum):
+class PollPacing(Enum):
     """How the agent spaces its polls."""
 
     UNKNOWN = "unknown"
@@ -29,7 +29,7 @@ class Pace(Enum):
     PAUSE = "pause"  # a fixed time after each answer
 
 
-class Hold:
+class HoldEstimator:
     """The learnt hold of one session; all times in seconds, `now` monotonic.
 
     It starts at 4 s and doubles with each poll that ended with our reply. When the agent leaves first, its ceiling
@@ -69,7 +69,7 @@ class Hold:
         known = stored or {}
         self.held_s: float = _number(known.get("hold_s"), START_S)
         self.ceiling_s: float | None = _number(known.get("ceiling_s"), None)
-        self.pace = next((pace for pace in Pace if pace.value == known.get("pace")), Pace.UNKNOWN)
+        self.pace = next((pace for pace in PollPacing if pace.value == known.get("pace")), PollPacing.UNKNOWN)
         self._concurrent = known.get("concurrent") is True
         self._serial_for_sure = known.get("serial") is True
         self._base_interval_s: float | None = _number(known.get("interval_s"), None)
@@ -107,9 +107,9 @@ class Hold:
     @property
     def interval_s(self) -> float | None:
         """Seconds between polls of a ticker, or the pause after each answer; `None` while the pace is not known."""
-        if self.pace is Pace.UNKNOWN or not self._gaps:
+        if self.pace is PollPacing.UNKNOWN or not self._gaps:
             return None
-        return middle_of(self._gaps if self.pace is Pace.TICKER else self._pauses or self._gaps)
+        return middle_of(self._gaps if self.pace is PollPacing.TICKER else self._pauses or self._gaps)
 
     def limit_s(self, max_s: float) -> float:
         """How long the next poll may be held at most."""
@@ -135,13 +135,13 @@ class Hold:
             return False
         self._unjudged = 0
         pace = self._judge_pace()
-        if pace in (Pace.UNKNOWN, self.pace):
+        if pace in (PollPacing.UNKNOWN, self.pace):
             return False
         self.pace = pace
         self.changed = True
         return True
 
-    def replied(self, now: float, max_s: float) -> None:
+    def reply_sent(self, now: float, max_s: float) -> None:
         """The poll ended with our reply."""
         self._closed(now)
         self._learn_serial(now)
@@ -159,9 +159,9 @@ class Hold:
             self.held_s = grown
             self.changed = True
 
-    def left(self, after_s: float) -> None:
+    def agent_disconnected(self, after_s: float) -> None:
         """The agent hung up `after_s` after its poll arrived, before our reply."""
-        self.gone()
+        self.connection_lost()
         if self._before_left_s is None:
             self._before_left_s = self.held_s
         self.ceiling_s = max(0.0, after_s - MARGIN_S)
@@ -170,7 +170,7 @@ class Hold:
         self._probe_after = min(2 * self._probe_after, MAX_PROBE_AFTER)
         self.changed = True
 
-    def gone(self) -> None:
+    def connection_lost(self) -> None:
         """The poll ended in a way that tells nothing about the agent's patience."""
         self._closed(None)
 
@@ -217,17 +217,17 @@ class Hold:
         elif self.held_s >= self._base_interval_s - MARGIN_S:
             self._at_interval += 1
 
-    def _judge_pace(self) -> Pace:
+    def _judge_pace(self) -> PollPacing:
         """What the last polls show; UNKNOWN where they fit both, as polls do that are all held equally long."""
         if len(self._pauses) < MIN_SAMPLES or len(self._gaps) < MIN_SAMPLES:
-            return Pace.UNKNOWN
+            return PollPacing.UNKNOWN
         if middle_of(self._pauses) < AT_ONCE_S and middle_of(self._gaps) > 2 * AT_ONCE_S:
-            return Pace.TICKER  # its ticks come faster than our replies
+            return PollPacing.TICKER  # its ticks come faster than our replies
         pause_spread, gap_spread = _spread(self._pauses), _spread(self._gaps)
         steadier, other = sorted((pause_spread, gap_spread))
         if steadier > STEADY or other < max(TELLING, CONTRAST * steadier):
-            return Pace.UNKNOWN
-        return Pace.PAUSE if pause_spread < gap_spread else Pace.TICKER
+            return PollPacing.UNKNOWN
+        return PollPacing.PAUSE if pause_spread < gap_spread else PollPacing.TICKER
 
 
 def middle_of(samples: Samples) -> float:

@@ -35,7 +35,7 @@ class LeasePolicy:
         return sent_at + self.lease_s - self.margin_s
 
 
-class Term:
+class HeldLease:
     """The right of this replica to its shards. It ends by our own clock, whatever the database may say later."""
 
     __slots__ = ("_policy", "ends_at", "over")
@@ -89,7 +89,7 @@ class View:
         return {shard: holder for shard, (holder, _) in self.leases.items() if holder in self.members}
 
 
-class Offset:
+class ClockOffset:
     """A lower bound of (a peer's monotonic clock - ours).
 
     A moment of ours that is converted with it is never later on the peer's clock than it was. So "this poll came after

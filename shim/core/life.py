@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 
-from shim.core.records import State
+from shim.core.records import CommandState
 from shim.errors import IllegalTransition
 
 
-class Step(Enum):
+class CommandEvent(Enum):
     """What can happen to a command."""
 
     OFFER = "offer"  # put into a poll reply
@@ -23,8 +23,8 @@ class Step(Enum):
     REDELIVER = "redeliver"  # by hand
 
 
-_S, _E = State, Step
-TRANSITIONS: dict[tuple[State, Step], State] = {
+_S, _E = CommandState, CommandEvent
+TRANSITIONS: dict[tuple[CommandState, CommandEvent], CommandState] = {
     (_S.QUEUED, _E.OFFER): _S.OFFERED,
     (_S.QUEUED, _E.EXPIRE): _S.EXPIRED,
     (_S.QUEUED, _E.GIVE_UP): _S.DEAD,
@@ -53,7 +53,7 @@ TRANSITIONS: dict[tuple[State, Step], State] = {
 }
 
 
-def next_state(state: State, step: Step) -> State:
+def next_state(state: CommandState, step: CommandEvent) -> CommandState:
     """The state after `step`; raises `IllegalTransition` for a cell that the table does not have."""
     after = TRANSITIONS.get((state, step))
     if after is None:

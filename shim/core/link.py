@@ -11,30 +11,30 @@ import msgspec
 from shim.core.backoff import Backoff, CloseMeaning, FailureKind, classify, close_meaning
 from shim.core.link_events import (
     Acknowledged,
-    Broken,
+    WatchdogFailed,
     CancelDial,
-    CancelRetry,
+    CancelRetryTimer,
     CloseSocket,
     Dial,
     DialFailed,
-    Hurry,
+    RetryNow,
     LinkEffect,
     LinkEvent,
     Lost,
     Opened,
-    Refusal,
+    AuthRejected,
     Registered,
     Replayed,
     RetryDue,
-    SetRetry,
-    Stable,
+    StartRetryTimer,
+    StableTimerFired,
     StartReplay,
     Stop,
     TokenChanged,
-    Unneeded,
-    Wanted,
-    WentOffline,
-    WentOnline,
+    IdleTimeout,
+    AgentCalled,
+    Offline,
+    Online,
 )
 from shim.errors import IllegalTransition
 
@@ -64,7 +64,7 @@ class LinkPolicy(msgspec.Struct, frozen=True):
 _Step = tuple[LinkState, list[LinkEffect]]
 
 
-class Link:
+class LinkStateMachine:
     """One upstream link. `handle` is the only way to change it; a cell missing in `TRANSITIONS` raises."""
 
     def __init__(self, policy: LinkPolicy, backoff: Backoff) -> None:
@@ -113,11 +113,11 @@ class Link:
 
     def _dial_if_due(self, event: LinkEvent, now: float) -> _Step:
         wait_s = 0.0 if self._not_before is None else self._not_before - now
-        return (LinkState.WAITING, [SetRetry(wait_s)]) if wait_s > 0 else self._dial(event, now)
+        return (LinkState.WAITING, [StartRetryTimer(wait_s)]) if wait_s > 0 else self._dial(event, now)
 
     def _redial(self, event: LinkEvent, now: float) -> _Step:
         state, effects = self._dial(event, now)
-        return state, [CancelRetry(), *effects]
+        return state, [CancelRetryTimer(), *effects]
 
     def _hurry(self, event: LinkEvent, now: float) -> _Step:
         if self._not_before is not None and now < self._not_before:
@@ -155,7 +155,7 @@ class Link:
         effects: list[LinkEffect] = []
         if unauthorised:
             self.refused = True
-            effects.append(Refusal())
+            effects.append(AuthRejected())
         since_working_s = None if self._working_until is None else now - self._working_until
         kind = classify(event.status, event.retry_after_s, since_working_s)
         if self.contended or (unauthorised and self._policy.own_token and self.accepted_at is None):
@@ -164,10 +164,10 @@ class Link:
         else:
             delay_s = self._backoff.next_delay_s(kind, event.retry_after_s)
             self._not_before = now + delay_s if event.retry_after_s is not None else None
-        return LinkState.WAITING, [*effects, SetRetry(delay_s)]
+        return LinkState.WAITING, [*effects, StartRetryTimer(delay_s)]
 
     def _online(self, event: LinkEvent, now: float) -> _Step:
-        return LinkState.ONLINE, [WentOnline()]
+        return LinkState.ONLINE, [Online()]
 
     def _registered(self, event: LinkEvent, now: float) -> _Step:
         self._registered_at = now
@@ -202,10 +202,10 @@ class Link:
         self._short_lives = self._short_lives + 1 if meaning is CloseMeaning.OTHER and short else 0
         if self._short_lives >= CONTENDED_AFTER:
             self.contended = True
-        effects: list[LinkEffect] = [WentOffline()]
+        effects: list[LinkEffect] = [Offline()]
         if meaning is CloseMeaning.REFUSED:
             self._refused_by_close()
-            effects.append(Refusal())
+            effects.append(AuthRejected())
         unproven = self.refused and self._policy.own_token and self.accepted_at is None
         if self.contended or unproven:
             delay_s = self._backoff.fixed_delay_s()
@@ -213,7 +213,7 @@ class Link:
         else:
             soon = meaning in (CloseMeaning.COME_AGAIN, CloseMeaning.OTHER)
             delay_s = self._backoff.next_delay_s(FailureKind.LOSS if soon else FailureKind.REFUSED)
-        return LinkState.WAITING, [*effects, SetRetry(delay_s)]
+        return LinkState.WAITING, [*effects, StartRetryTimer(delay_s)]
 
     def _refused_by_close(self) -> None:
         """Note that the controller refused the token after it had accepted the handshake."""
@@ -237,7 +237,7 @@ class Link:
         self._working_until = now
         self.refused = self.closed_as_refused = False
         state, effects = self._dial(event, now)
-        return state, [CloseSocket(1000), WentOffline(), *effects]
+        return state, [CloseSocket(1000), Offline(), *effects]
 
     def _new_token_opening(self, event: LinkEvent, now: float) -> _Step:
         self.refused = self.closed_as_refused = False
@@ -250,72 +250,72 @@ class Link:
 
     def _idle(self, event: LinkEvent, now: float) -> _Step:
         self._working_until = now
-        return LinkState.IDLE, [CloseSocket(1000), WentOffline()]
+        return LinkState.IDLE, [CloseSocket(1000), Offline()]
 
     def _idle_undialled(self, event: LinkEvent, now: float) -> _Step:
         self.refused = self.closed_as_refused = (
             False  # what the controller thinks of the token will be seen at the next call
         )
-        return LinkState.IDLE, [CancelDial() if self.state is LinkState.OPENING else CancelRetry()]
+        return LinkState.IDLE, [CancelDial() if self.state is LinkState.OPENING else CancelRetryTimer()]
 
     def _stop(self, event: LinkEvent, now: float) -> _Step:
         match self.state:
             case LinkState.REPLAYING | LinkState.ONLINE:
-                return LinkState.STOPPED, [CloseSocket(1000), WentOffline()]
+                return LinkState.STOPPED, [CloseSocket(1000), Offline()]
             case LinkState.OPENING:
                 return LinkState.STOPPED, [CancelDial()]
             case LinkState.WAITING:
-                return LinkState.STOPPED, [CancelRetry()]
+                return LinkState.STOPPED, [CancelRetryTimer()]
             case _:
                 return LinkState.STOPPED, []
 
 
 _S = LinkState
-_Cell = Callable[[Link, LinkEvent, float], _Step]
+_Cell = Callable[[LinkStateMachine, LinkEvent, float], _Step]
 
 TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
-    (_S.IDLE, Wanted): Link._dial_if_due,
-    (_S.IDLE, Hurry): Link._dial_if_due,
-    (_S.IDLE, TokenChanged): Link._new_token,
-    (_S.IDLE, Unneeded): Link._stay,
-    (_S.IDLE, Stop): Link._stop,
-    (_S.OPENING, Wanted): Link._stay,
-    (_S.OPENING, Hurry): Link._stay,
-    (_S.OPENING, Opened): Link._opened,
-    (_S.OPENING, DialFailed): Link._dial_failed,
-    (_S.OPENING, TokenChanged): Link._new_token_opening,
-    (_S.OPENING, Unneeded): Link._idle_undialled,
-    (_S.OPENING, Stop): Link._stop,
-    (_S.REPLAYING, Wanted): Link._stay,
-    (_S.REPLAYING, Hurry): Link._stay,
-    (_S.REPLAYING, Replayed): Link._online,
-    (_S.REPLAYING, Registered): Link._registered,
-    (_S.REPLAYING, Acknowledged): Link._acknowledged,
-    (_S.REPLAYING, Stable): Link._stable,
-    (_S.REPLAYING, Lost): Link._lost,
-    (_S.REPLAYING, Broken): Link._broken,
-    (_S.REPLAYING, TokenChanged): Link._new_token_open,
-    (_S.REPLAYING, Unneeded): Link._idle,
-    (_S.REPLAYING, Stop): Link._stop,
-    (_S.ONLINE, Wanted): Link._stay,
-    (_S.ONLINE, Hurry): Link._stay,
-    (_S.ONLINE, Registered): Link._registered,
-    (_S.ONLINE, Acknowledged): Link._acknowledged,
-    (_S.ONLINE, Stable): Link._stable,
-    (_S.ONLINE, Lost): Link._lost,
-    (_S.ONLINE, Broken): Link._broken,
-    (_S.ONLINE, TokenChanged): Link._new_token_open,
-    (_S.ONLINE, Unneeded): Link._idle,
-    (_S.ONLINE, Stop): Link._stop,
-    (_S.WAITING, Wanted): Link._stay,
-    (_S.WAITING, Hurry): Link._hurry,
-    (_S.WAITING, RetryDue): Link._dial,
-    (_S.WAITING, TokenChanged): Link._new_token_waiting,
-    (_S.WAITING, Unneeded): Link._idle_undialled,
-    (_S.WAITING, Stop): Link._stop,
-    (_S.STOPPED, Wanted): Link._stay,
-    (_S.STOPPED, Hurry): Link._stay,
-    (_S.STOPPED, TokenChanged): Link._stay,
-    (_S.STOPPED, Unneeded): Link._stay,
-    (_S.STOPPED, Stop): Link._stay,
+    (_S.IDLE, AgentCalled): LinkStateMachine._dial_if_due,
+    (_S.IDLE, RetryNow): LinkStateMachine._dial_if_due,
+    (_S.IDLE, TokenChanged): LinkStateMachine._new_token,
+    (_S.IDLE, IdleTimeout): LinkStateMachine._stay,
+    (_S.IDLE, Stop): LinkStateMachine._stop,
+    (_S.OPENING, AgentCalled): LinkStateMachine._stay,
+    (_S.OPENING, RetryNow): LinkStateMachine._stay,
+    (_S.OPENING, Opened): LinkStateMachine._opened,
+    (_S.OPENING, DialFailed): LinkStateMachine._dial_failed,
+    (_S.OPENING, TokenChanged): LinkStateMachine._new_token_opening,
+    (_S.OPENING, IdleTimeout): LinkStateMachine._idle_undialled,
+    (_S.OPENING, Stop): LinkStateMachine._stop,
+    (_S.REPLAYING, AgentCalled): LinkStateMachine._stay,
+    (_S.REPLAYING, RetryNow): LinkStateMachine._stay,
+    (_S.REPLAYING, Replayed): LinkStateMachine._online,
+    (_S.REPLAYING, Registered): LinkStateMachine._registered,
+    (_S.REPLAYING, Acknowledged): LinkStateMachine._acknowledged,
+    (_S.REPLAYING, StableTimerFired): LinkStateMachine._stable,
+    (_S.REPLAYING, Lost): LinkStateMachine._lost,
+    (_S.REPLAYING, WatchdogFailed): LinkStateMachine._broken,
+    (_S.REPLAYING, TokenChanged): LinkStateMachine._new_token_open,
+    (_S.REPLAYING, IdleTimeout): LinkStateMachine._idle,
+    (_S.REPLAYING, Stop): LinkStateMachine._stop,
+    (_S.ONLINE, AgentCalled): LinkStateMachine._stay,
+    (_S.ONLINE, RetryNow): LinkStateMachine._stay,
+    (_S.ONLINE, Registered): LinkStateMachine._registered,
+    (_S.ONLINE, Acknowledged): LinkStateMachine._acknowledged,
+    (_S.ONLINE, StableTimerFired): LinkStateMachine._stable,
+    (_S.ONLINE, Lost): LinkStateMachine._lost,
+    (_S.ONLINE, WatchdogFailed): LinkStateMachine._broken,
+    (_S.ONLINE, TokenChanged): LinkStateMachine._new_token_open,
+    (_S.ONLINE, IdleTimeout): LinkStateMachine._idle,
+    (_S.ONLINE, Stop): LinkStateMachine._stop,
+    (_S.WAITING, AgentCalled): LinkStateMachine._stay,
+    (_S.WAITING, RetryNow): LinkStateMachine._hurry,
+    (_S.WAITING, RetryDue): LinkStateMachine._dial,
+    (_S.WAITING, TokenChanged): LinkStateMachine._new_token_waiting,
+    (_S.WAITING, IdleTimeout): LinkStateMachine._idle_undialled,
+    (_S.WAITING, Stop): LinkStateMachine._stop,
+    (_S.STOPPED, AgentCalled): LinkStateMachine._stay,
+    (_S.STOPPED, RetryNow): LinkStateMachine._stay,
+    (_S.STOPPED, TokenChanged): LinkStateMachine._stay,
+    (_S.STOPPED, IdleTimeout): LinkStateMachine._stay,
+    (_S.STOPPED, Stop): LinkStateMachine._stay,
 }

@@ -7,11 +7,11 @@ import msgspec
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class AgentCalled(msgspec.Struct, frozen=True):
     """An agent called: the link is needed."""
 
 
-class Hurry(msgspec.Struct, frozen=True):
+class RetryNow(msgspec.Struct, frozen=True):
     """A registration waits for the link: cut a backoff short, at most every 5 s, and never one that was imposed:
 
     by Retry-After, on an own token that was never accepted, on a contended identity.
@@ -41,7 +41,7 @@ class Acknowledged(msgspec.Struct, frozen=True):
     """The controller acknowledged a heartbeat on this connection."""
 
 
-class Stable(msgspec.Struct, frozen=True):
+class StableTimerFired(msgspec.Struct, frozen=True):
     """The connection has been open for `stable_after_s`."""
 
 
@@ -52,7 +52,7 @@ class Lost(msgspec.Struct, frozen=True):
     code: int = 0
 
 
-class Broken(msgspec.Struct, frozen=True):
+class WatchdogFailed(msgspec.Struct, frozen=True):
     """The watchdog found the connection half-open or its application stalled."""
 
 
@@ -64,7 +64,7 @@ class TokenChanged(msgspec.Struct, frozen=True):
     """The token is another one now."""
 
 
-class Unneeded(msgspec.Struct, frozen=True):
+class IdleTimeout(msgspec.Struct, frozen=True):
     """No fresh session has used the link for `idle_close_s`, or gateways carry them all."""
 
 
@@ -73,19 +73,19 @@ class Stop(msgspec.Struct, frozen=True):
 
 
 LinkEvent = (
-    Wanted
-    | Hurry
+    AgentCalled
+    | RetryNow
     | Opened
     | DialFailed
     | Replayed
     | Registered
     | Acknowledged
-    | Stable
+    | StableTimerFired
     | Lost
-    | Broken
+    | WatchdogFailed
     | RetryDue
     | TokenChanged
-    | Unneeded
+    | IdleTimeout
     | Stop
 )
 EVENT_TYPES: tuple[type, ...] = LinkEvent.__args__
@@ -115,26 +115,26 @@ class StartReplay(msgspec.Struct, frozen=True):
     """Tell the controller every fresh session."""
 
 
-class WentOnline(msgspec.Struct, frozen=True):
+class Online(msgspec.Struct, frozen=True):
     """Send what was held back."""
 
 
-class WentOffline(msgspec.Struct, frozen=True):
+class Offline(msgspec.Struct, frozen=True):
     """The connection is no more; answers that were awaited on it will not come."""
 
 
-class SetRetry(msgspec.Struct, frozen=True):
+class StartRetryTimer(msgspec.Struct, frozen=True):
     """Report `RetryDue` after this many seconds."""
 
     delay_s: float
 
 
-class CancelRetry(msgspec.Struct, frozen=True):
+class CancelRetryTimer(msgspec.Struct, frozen=True):
     """Forget the retry timer."""
 
 
-class Refusal(msgspec.Struct, frozen=True):
+class AuthRejected(msgspec.Struct, frozen=True):
     """The token was refused by every way there is."""
 
 
-LinkEffect = Dial | CloseSocket | CancelDial | StartReplay | WentOnline | WentOffline | SetRetry | CancelRetry | Refusal
+LinkEffect = Dial | CloseSocket | CancelDial | StartReplay | Online | Offline | StartRetryTimer | CancelRetryTimer | AuthRejected

@@ -11,7 +11,7 @@ MAX_TRACKED_HEARTBEATS = 4096
 FIRST_ACK_S = 10.0
 
 
-class Verdict(Enum):
+class LivenessState(Enum):
     """What a check found."""
 
     ALIVE = "alive"
@@ -20,10 +20,10 @@ class Verdict(Enum):
     STALLED = "stalled"  # frames come, but acknowledgements stopped
 
 
-class Check(msgspec.Struct, frozen=True):
+class LivenessCheck(msgspec.Struct, frozen=True):
     """A verdict, and the seconds until the next check is due."""
 
-    verdict: Verdict
+    verdict: LivenessState
     next_s: float
 
 
@@ -107,23 +107,23 @@ class Liveness:
         self._pinged_at = None
         self._unacked = OrderedDict.fromkeys(self._unacked, now)
 
-    def check(self, now: float) -> Check:
+    def check(self, now: float) -> LivenessCheck:
         """Judge the connection; call it again after `next_s`."""
         silent_s = now - self._last_frame
         if silent_s >= self._read_timeout_s:
-            return Check(Verdict.HALF_OPEN, 0)
+            return LivenessCheck(LivenessState.HALF_OPEN, 0)
         if (self.acks_seen or self._used_to_ack) and self._unacked:
             waited_s = now - next(iter(self._unacked.values()))
             if waited_s >= self._ack_timeout_s:
                 self._disproved = False
-                return Check(Verdict.STALLED, 0)
+                return LivenessCheck(LivenessState.STALLED, 0)
             ack_s = self._ack_timeout_s - waited_s
         else:
             ack_s = self._ack_timeout_s
         left_s = min(self._read_timeout_s - silent_s, ack_s)
         if silent_s < self._ping_interval_s:
-            return Check(Verdict.ALIVE, min(left_s, self._ping_interval_s - silent_s))
+            return LivenessCheck(LivenessState.ALIVE, min(left_s, self._ping_interval_s - silent_s))
         if self._pinged_at is None:
             self._pinged_at = now
-            return Check(Verdict.PING, left_s)
-        return Check(Verdict.ALIVE, left_s)
+            return LivenessCheck(LivenessState.PING, left_s)
+        return LivenessCheck(LivenessState.ALIVE, left_s)

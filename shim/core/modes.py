@@ -29,7 +29,7 @@ def in_rollout(name: str, percent: float, include: Iterable[str], exclude: Itera
     return any(fnmatchcase(name, pattern) for pattern in include) or bucket(name) < percent
 
 
-class Way(Enum):
+class Transport(Enum):
     """How a call is served."""
 
     WEBSOCKET = "websocket"
@@ -45,20 +45,20 @@ class Failover:
     def __init__(self, now: float) -> None:
         self._up_since: float | None = None
         self._down_since: float | None = now
-        self.way = Way.WEBSOCKET
+        self.way = Transport.WEBSOCKET
 
-    def look(self, now: float, *, up: bool, after_s: float, hold_down_s: float) -> Way:
+    def update(self, now: float, *, up: bool, after_s: float, hold_down_s: float) -> Transport:
         """The way of a call that comes now."""
         if up:
             self._down_since = None
             self._up_since = now if self._up_since is None else self._up_since
-            if self.way is Way.HTTP and now - self._up_since >= hold_down_s:
-                self.way = Way.WEBSOCKET
+            if self.way is Transport.HTTP and now - self._up_since >= hold_down_s:
+                self.way = Transport.WEBSOCKET
         else:
             self._up_since = None
             self._down_since = now if self._down_since is None else self._down_since
             if now - self._down_since >= after_s:
-                self.way = Way.HTTP
+                self.way = Transport.HTTP
         return self.way
 
 

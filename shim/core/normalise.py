@@ -38,7 +38,7 @@ _OWN_KEYS = frozenset(_PAYLOAD_KEYS) | frozenset(
 _UNFIT = frozenset("/?#%")
 
 
-class Malformed(ShimError):
+class MalformedCommand(ShimError):
     """A command that cannot be brought into the shape that every agent decodes.
 
     `command_id` is what the controller calls it, also where that is the fault; empty if it has no name.
@@ -49,7 +49,7 @@ class Malformed(ShimError):
         self.command_id = command_id
 
 
-class Normalised(msgspec.Struct, frozen=True):
+class ParsedCommand(msgspec.Struct, frozen=True):
     """A command as agents get it. `created_at` is RFC 3339 UTC; `expires_wall` Unix seconds; targets may be empty."""
 
     id: str
@@ -61,17 +61,17 @@ class Normalised(msgspec.Struct, frozen=True):
     agent_id: str
 
 
-def normalise(message: Message, wall: float, ttl_s: float, new_id: Callable[[], str]) -> Normalised:
-    """Normalise a command that arrived at `wall`; raises `Malformed`."""
+def parse_command(message: Message, wall: float, ttl_s: float, new_id: Callable[[], str]) -> ParsedCommand:
+    """Normalise a command that arrived at `wall`; raises `MalformedCommand`."""
     payload = message.payload
     command_id = _command_id(payload, message.request_id, new_id)
     if message.fault:
-        raise Malformed(message.fault, command_id)
+        raise MalformedCommand(message.fault, command_id)
     if len(message.request_id) > MAX_REQUEST_ID_CHARS:
-        raise Malformed(f"the request_id may have {MAX_REQUEST_ID_CHARS} characters", command_id)
+        raise MalformedCommand(f"the request_id may have {MAX_REQUEST_ID_CHARS} characters", command_id)
     _check_decodable(payload, command_id)
     kind = _command_type(payload, command_id)
-    return Normalised(
+    return ParsedCommand(
         id=command_id,
         type=kind,
         payload=_command_payload(payload),
@@ -92,11 +92,11 @@ def _check_decodable(payload: dict[str, Any], command_id: str) -> None:
         if int in kinds:
             numbers = inner if kinds == {int} else [value for value in inner if type(value) is int]
             if max(numbers) > MAX_NUMBER or min(numbers) < -MAX_NUMBER:
-                raise Malformed("a number is beyond what agents can decode", command_id)
+                raise MalformedCommand("a number is beyond what agents can decode", command_id)
         if kinds.isdisjoint((dict, list)):
             return
         level = [value for value in inner if isinstance(value, (dict, list))]
-    raise Malformed("the command is nested too deeply", command_id)
+    raise MalformedCommand("the command is nested too deeply", command_id)
 
 
 def _scalar(value: Any) -> str:
@@ -112,11 +112,11 @@ def _command_id(payload: dict[str, Any], request_id: str, new_id: Callable[[], s
         if found:
             # Agents put the id into their result's path as it is: what cannot stand there could never be answered.
             if len(found.encode("utf-8", "replace")) > MAX_ID_BYTES or not found.isprintable() or _UNFIT & set(found):
-                raise Malformed(
+                raise MalformedCommand(
                     "the command id must be 1-256 printable bytes without any of / ? # %", found[:MAX_ECHO_CHARS]
                 )
             if found in (".", ".."):
-                raise Malformed("the command id must not be a dot segment", found)
+                raise MalformedCommand("the command id must not be a dot segment", found)
             return found
     return new_id()
 
@@ -126,10 +126,10 @@ def _command_type(payload: dict[str, Any], command_id: str) -> str:
     for value in present:
         if isinstance(value, str):
             if len(value) > MAX_WORD_CHARS:
-                raise Malformed(f"the command type may have {MAX_WORD_CHARS} characters", command_id)
+                raise MalformedCommand(f"the command type may have {MAX_WORD_CHARS} characters", command_id)
             return value
     if present:
-        raise Malformed("the command type must be a string", command_id)
+        raise MalformedCommand("the command type must be a string", command_id)
     return "command"
 
 

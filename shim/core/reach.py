@@ -15,7 +15,7 @@ FAILURES = (
 )
 
 
-class Attempt(Enum):
+class DialOutcome(Enum):
     """How an attempt to get a link online ended."""
 
     OK = "ok"
@@ -31,7 +31,7 @@ def failure_name(reason: str, status: int) -> str:
     return name if name in FAILURES else "other"
 
 
-def was_away(reason: str, status: int, since_working_s: float | None) -> bool:
+def is_controller_unreachable(reason: str, status: int, since_working_s: float | None) -> bool:
     """Whether the controller was away by the dial's own account.
 
     Nobody answered (no name, no TCP connection, no reply in time, no way through the proxy), or who answered says that

@@ -31,7 +31,7 @@ class SessionKey(NamedTuple):
 VIA_HTTP = "http"
 
 
-class State(Enum):
+class CommandState(Enum):
     """The life of a command (protocol.md §3). A command without evidence is UNCERTAIN until it is offered again."""
 
     QUEUED = "queued"
@@ -60,7 +60,7 @@ class CommandRecord(msgspec.Struct, frozen=True):
     expires_wall: float
     request_id: str = ""
     size_bytes: int = 0
-    state: State = State.QUEUED
+    state: CommandState = CommandState.QUEUED
     attempts: int = 0
     seq: int = 0
     via: str = ""
@@ -117,7 +117,7 @@ class PutOutcome(msgspec.Struct, frozen=True):
 
     seq: int
     duplicate: bool = False
-    state: State = State.QUEUED
+    state: CommandState = CommandState.QUEUED
     result: dict[str, Any] | None = None
 
 
@@ -133,7 +133,7 @@ class MarkCommands(msgspec.Struct, frozen=True):
 
     session: SessionKey
     ids: tuple[str, ...]
-    state: State
+    state: CommandState
     wall: float
     attempts: int = 0
 
@@ -171,7 +171,7 @@ class ResultOutcome(msgspec.Struct, frozen=True):
 
     entry: OutboxEntry | None
     known: bool
-    state: State | None = None
+    state: CommandState | None = None
 
 
 class PutOutbox(msgspec.Struct, frozen=True):
@@ -252,7 +252,7 @@ class Prune(msgspec.Struct, frozen=True):
     before_wall: float
 
 
-class Touch(msgspec.Struct, frozen=True):
+class WriteProbe(msgspec.Struct, frozen=True):
     """Write something, to learn whether the store can be written (readiness)."""
 
     wall: float
@@ -283,12 +283,12 @@ Operation = (
     | SaveTunnel
     | AddTrace
     | Prune
-    | Touch
+    | WriteProbe
     | FindCommand
 )
 
 
-class Loaded(msgspec.Struct, frozen=True):
+class StoreContents(msgspec.Struct, frozen=True):
     """What a store holds when it is opened. `commands` are those in QUEUED, OFFERED or UNCERTAIN, by `seq`.
 
     `key` is the store's random 32-byte key for owner ids. `quarantined` counts rows that could not be decoded and were

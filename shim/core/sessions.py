@@ -6,18 +6,18 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES
-from shim.core.calls import HeartbeatCall, Kind, Target
-from shim.core.coverage import Coverage
-from shim.core.hold import Hold, Samples, middle_of, remember
+from shim.core.calls import HeartbeatCall, TargetKind, SessionTarget
+from shim.core.coverage import HeartbeatCoverage
+from shim.core.hold import HoldEstimator, Samples, middle_of, remember
 from shim.core.records import SessionKey, SessionRecord
-from shim.core.standing import Standing
+from shim.core.standing import SessionStanding
 
 DEFAULT_INTERVAL_S = 30.0
 MIN_FRESH_S = 35.0
 FRESH_FACTOR = 1.5
 MIN_GAPS = 3
 _NOTHING: dict[str, Any] = {}  # what thousands of sessions have; these are replaced, never changed
-_KINDS = (Kind.AGENT.value, Kind.CLUSTER.value)
+_KINDS = (TargetKind.AGENT.value, TargetKind.CLUSTER.value)
 
 
 class Session:
@@ -42,14 +42,14 @@ class Session:
         "poll_at",
         "registration",
         "reply",
-        "saved_seen_wall",
+        "persisted_last_seen",
         "secret",
-        "seen_wall",
+        "last_seen_unix",
         "sent_at",
-        "sent_words",
+        "last_sent_status",
         "standing",
         "superseded_by",
-        "told_on",
+        "announced_on",
         "tunnel",
         "tunnel_told",
         "upstream_cluster_id",
@@ -58,8 +58,8 @@ class Session:
     def __init__(self, key: SessionKey, dialect: str) -> None:
         self.key = key
         self.dialect = dialect
-        self.agent_id = key.ident if key.kind == Kind.AGENT.value else ""
-        self.upstream_cluster_id = key.ident if key.kind == Kind.CLUSTER.value else ""
+        self.agent_id = key.ident if key.kind == TargetKind.AGENT.value else ""
+        self.upstream_cluster_id = key.ident if key.kind == TargetKind.CLUSTER.value else ""
         self.registration: dict[str, Any] = _NOTHING
         self.reply: dict[str, Any] = _NOTHING
         self.secret = ""
@@ -67,10 +67,10 @@ class Session:
         self.superseded_by: SessionKey | None = None
         self.tunnel: dict[str, Any] | None = None
         self.tunnel_told: dict[str, Any] | None = {}  # what the agent got last; no state is empty
-        self.hold = Hold()
-        self._tunnel_hold: Hold | None = None  # most agents' tunnel polls are never held
-        self.seen_wall = 0.0
-        self.saved_seen_wall = 0.0
+        self.hold = HoldEstimator()
+        self._tunnel_hold: HoldEstimator | None = None  # most agents' tunnel polls are never held
+        self.last_seen_unix = 0.0
+        self.persisted_last_seen = 0.0
         self.contact_at: float | None = None
         self.migrated_at: float | None = None  # since when its agent speaks WebSocket by itself
         self.heartbeat_at: float | None = None
@@ -78,13 +78,13 @@ class Session:
         self.measured_interval_s: float | None = None
         self.gaps: Samples = ()
         self.held = 0
-        self.coverage = Coverage()
+        self.coverage = HeartbeatCoverage()
         self.heartbeat: HeartbeatCall | None = None
         self.kept_bytes = 0
         self.sent_at: float | None = None
-        self.sent_words: tuple[str, str] | None = None
-        self.told_on = 0
-        self.standing = Standing()
+        self.last_sent_status: tuple[str, str] | None = None
+        self.announced_on = 0
+        self.standing = SessionStanding()
 
     @classmethod
     def from_record(cls, record: SessionRecord) -> Session:
@@ -94,23 +94,23 @@ class Session:
         session.upstream_cluster_id = record.upstream_cluster_id
         session.registration = dict(record.registration)
         session.reply = dict(record.reply)
-        session.hold = Hold(record.hold.get("poll"))
+        session.hold = HoldEstimator(record.hold.get("poll"))
         if record.hold.get("tunnel"):
-            session._tunnel_hold = Hold(record.hold["tunnel"])
-        session.seen_wall = session.saved_seen_wall = record.last_seen_wall
+            session._tunnel_hold = HoldEstimator(record.hold["tunnel"])
+        session.last_seen_unix = session.persisted_last_seen = record.last_seen_wall
         session.superseded_by = SessionKey.parse(record.superseded_by) if record.superseded_by else None
         return session
 
     def record(self) -> SessionRecord:
         """What is stored of it; never a secret."""
-        self.saved_seen_wall = self.seen_wall
+        self.persisted_last_seen = self.last_seen_unix
         tunnel = self._tunnel_hold
         return SessionRecord(
             key=self.key,
             dialect=self.dialect,
             agent_id=self.agent_id,
             upstream_cluster_id=self.upstream_cluster_id,
-            last_seen_wall=self.seen_wall,
+            last_seen_wall=self.last_seen_unix,
             registration=dict(self.registration),
             reply=dict(self.reply),
             hold={"poll": self.hold.stored()} | ({"tunnel": tunnel.stored()} if tunnel is not None else {}),
@@ -118,10 +118,10 @@ class Session:
         )
 
     @property
-    def tunnel_hold(self) -> Hold:
+    def tunnel_hold(self) -> HoldEstimator:
         """What was learnt of its tunnel polls."""
         if self._tunnel_hold is None:
-            self._tunnel_hold = Hold()
+            self._tunnel_hold = HoldEstimator()
         return self._tunnel_hold
 
     @property
@@ -148,16 +148,16 @@ class Session:
         since_s = now - self.contact_at
         return since_s < MIN_FRESH_S or since_s < self.fresh_for_s
 
-    def contact(self, now: float, wall: float) -> None:
+    def touch(self, now: float, wall: float) -> None:
         """The agent called."""
         self.contact_at, self.migrated_at = now, None
-        self.seen_wall = wall
+        self.last_seen_unix = wall
 
     def migrate(self, now: float) -> None:
         """Count the agent as gone: its successor speaks WebSocket by itself. A call of its own makes it alive again."""
         self.contact_at, self.migrated_at = None, now
 
-    def beat(self, call: HeartbeatCall, now: float) -> None:
+    def record_heartbeat(self, call: HeartbeatCall, now: float) -> None:
         """A heartbeat came: measure the gap, keep the newest."""
         if self.heartbeat_at is not None:
             self.gaps = remember(self.gaps, now - self.heartbeat_at)
@@ -182,7 +182,7 @@ class Session:
         if self._tunnel_hold is not None:
             self._tunnel_hold.new_process()
 
-    def words(self) -> tuple[str, str]:
+    def reported_status(self) -> tuple[str, str]:
         """(status, tunnel_status) as they would go up now."""
         beat = self.heartbeat
         if beat is None:
@@ -193,11 +193,11 @@ class Session:
         """Whether a heartbeat should go up on this contact: the last is old enough, or the words changed."""
         if self.sent_at is None or now - self.sent_at >= interval_s:
             return True
-        return self.words() != self.sent_words
+        return self.reported_status() != self.last_sent_status
 
     def heartbeat_payload(self) -> dict[str, Any]:
         """The upstream payload of the newest heartbeat (protocol.md §2)."""
-        status, tunnel_status = self.words()
+        status, tunnel_status = self.reported_status()
         payload: dict[str, Any] = {"cluster_id": self.upstream_cluster_id, "agent_id": self.agent_id}
         if status:
             payload["status"] = status
@@ -321,14 +321,14 @@ class Sessions:
                 del self._aliases[(owner, agent_id)]
                 self._aliases[(target.owner, agent_id)] = target
 
-    def key_of(self, owner: str, target: Target) -> SessionKey:
+    def key_of(self, owner: str, target: SessionTarget) -> SessionKey:
         """The session key that a call means (protocol.md §1.6)."""
-        if target.kind is Kind.ALIAS:
+        if target.kind is TargetKind.ALIAS:
             aliased = self.alias(owner, target.ident)
             if aliased is not None:
                 return aliased.key
-            return SessionKey(owner, Kind.AGENT.value, target.ident)
-        return SessionKey(owner, _KINDS[target.kind is Kind.CLUSTER], target.ident)
+            return SessionKey(owner, TargetKind.AGENT.value, target.ident)
+        return SessionKey(owner, _KINDS[target.kind is TargetKind.CLUSTER], target.ident)
 
     def find(self, owner: str, cluster_id: str, agent_id: str) -> list[Session]:
         """Sessions of the owner that a controller's target means, the most recently seen first.
@@ -338,7 +338,7 @@ class Sessions:
         """
         if not cluster_id:
             return self._of_agent(owner, agent_id)
-        exact = self.get(SessionKey(owner, Kind.CLUSTER.value, cluster_id))
+        exact = self.get(SessionKey(owner, TargetKind.CLUSTER.value, cluster_id))
         if exact is not None and exact.upstream_cluster_id == cluster_id and agent_id in ("", exact.agent_id):
             return [exact]
         found = list(self._by_upstream_id.get((owner, cluster_id), {}).values())
@@ -346,10 +346,10 @@ class Sessions:
             found.append(exact)
         if agent_id and len(found) > 1:
             found = [s for s in found if s.agent_id == agent_id] or found
-        return sorted(found, key=lambda s: (s.contact_at or 0.0, s.seen_wall), reverse=True)
+        return sorted(found, key=lambda s: (s.contact_at or 0.0, s.last_seen_unix), reverse=True)
 
     def _of_agent(self, owner: str, agent_id: str) -> list[Session]:
-        aliased = self.alias(owner, agent_id) or self.get(SessionKey(owner, Kind.AGENT.value, agent_id))
+        aliased = self.alias(owner, agent_id) or self.get(SessionKey(owner, TargetKind.AGENT.value, agent_id))
         return [aliased] if aliased is not None else []
 
 

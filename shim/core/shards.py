@@ -15,32 +15,32 @@ AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Moves:
+class Rebalance:
     """What a replica has to do now: shards to take, shards to give away."""
 
     take: tuple[int, ...] = ()
     give: tuple[int, ...] = ()
 
 
-def shares(count: int, members: Collection[str], held: Mapping[str, int]) -> dict[str, int]:
+def target_counts(count: int, members: Collection[str], held: Mapping[str, int]) -> dict[str, int]:
     """How many shards each member should have. Who has more than the others already keeps the odd ones."""
     base, odd = divmod(count, len(members)) if members else (0, 0)
     favoured = sorted(members, key=lambda member: (-held.get(member, 0), member))[:odd]
     return {member: base + (member in favoured) for member in sorted(members)}
 
 
-def moves(me: str, count: int, members: Collection[str], holders: Mapping[int, str]) -> Moves:
+def plan_rebalance(me: str, count: int, members: Collection[str], holders: Mapping[int, str]) -> Rebalance:
     """What `me` has to do. `members` are the replicas that live and mean to stay, `holders` the leases that are held.
 
     A lease may be held by a replica that is no member: it is leaving, and its shards are as good as free.
     """
     if me not in members:
-        return Moves()
+        return Rebalance()
     held = Counter(holders.values())
-    share = shares(count, members, held)
+    share = target_counts(count, members, held)
     missing = {member: max(0, share[member] - held[member]) for member in share}
     if missing[me]:
-        return Moves(take=_to_take(me, count, missing, holders))
+        return Rebalance(take=_to_take(me, count, missing, holders))
     mine = sorted(shard for shard, holder in holders.items() if holder == me)
     unheld = count - sum(held[member] for member in share)
     wanted = sum(missing.values()) - unheld
@@ -48,9 +48,9 @@ def moves(me: str, count: int, members: Collection[str], holders: Mapping[int, s
         surplus = max(0, held[member] - share[member])
         given = min(surplus, max(0, wanted))
         if member == me:
-            return Moves(give=tuple(mine[len(mine) - min(given, AT_ONCE) :]))
+            return Rebalance(give=tuple(mine[len(mine) - min(given, AT_ONCE) :]))
         wanted -= given
-    return Moves()
+    return Rebalance()
 
 
 def _to_take(me: str, count: int, missing: Mapping[str, int], holders: Mapping[int, str]) -> tuple[int, ...]:

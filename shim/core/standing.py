@@ -25,7 +25,7 @@ class Trouble(NamedTuple):
     since: float
 
 
-class Standing:
+class SessionStanding:
     """One agent's standing. All times are monotonic seconds; connections are told apart by their serial."""
 
     __slots__ = ("_connection", "_sent", "_since", "trouble")

@@ -48,7 +48,7 @@ def route_of(call: AgentCall) -> Route:
 
 
 @dataclass(slots=True)
-class Use:
+class RouteUse:
     """How often an agent called a route since this process started."""
 
     count: int
@@ -57,12 +57,12 @@ class Use:
     route: Route = ("", "")
 
 
-class Usage:
+class RouteUsage:
     """Counts calls by agent and route. Of more than `max_agents` agents those that came first are forgotten."""
 
     def __init__(self, max_agents: int = MAX_AGENTS) -> None:
         self._max_agents = max_agents
-        self._agents: dict[SessionKey, list[Use]] = {}  # an agent uses few routes: less than a dict is worth
+        self._agents: dict[SessionKey, list[RouteUse]] = {}  # an agent uses few routes: less than a dict is worth
         self._routes: dict[Route, Route] = {}
 
     def note(self, key: SessionKey, dialect: str, operation: str, wall: float) -> None:
@@ -76,16 +76,16 @@ class Usage:
                 use.count += 1
                 use.last_wall = wall
                 return
-        uses.append(Use(1, wall, wall, self._routes.setdefault(route, route)))
+        uses.append(RouteUse(1, wall, wall, self._routes.setdefault(route, route)))
 
     def forget(self, key: SessionKey) -> None:
         """The session is gone, or lives on under another key."""
         self._agents.pop(key, None)
 
-    def __iter__(self) -> Iterator[tuple[SessionKey, dict[Route, Use]]]:
+    def __iter__(self) -> Iterator[tuple[SessionKey, dict[Route, RouteUse]]]:
         return iter([(key, {use.route: use for use in uses}) for key, uses in self._agents.items()])
 
-    def _add(self, key: SessionKey) -> list[Use]:
+    def _add(self, key: SessionKey) -> list[RouteUse]:
         if len(self._agents) >= self._max_agents:
             del self._agents[next(iter(self._agents))]
         uses = self._agents[key] = []

@@ -7,7 +7,7 @@ from shim.core.bounds import MAX_SHOWN_CHARS, cut
 _UNITS = ((86_400.0, "day"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
-def span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`3 s`, `4 min`, `2 h 5 min`, `3 days 4 h`: two units at most, rounded down."""
     left = max(0.0, seconds)
     words: list[str] = []
@@ -35,6 +35,6 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
-def brief(name: str) -> str:
+def shorten(name: str) -> str:
     """Return an agent's name for a sentence or a table: printable, and short enough to leave room for the rest."""
     return cut(printable(name), MAX_SHOWN_CHARS)

@@ -22,7 +22,7 @@ from shim.core.bounds import (
     MAX_WORD_CHARS,
     cut,
 )
-from shim.core.calls import HeartbeatCall, RegisterCall, ResultCall, Target
+from shim.core.calls import HeartbeatCall, RegisterCall, ResultCall, SessionTarget
 from shim.dialects import MAX_DEPTH, Call, valid_id
 from shim.errors import AgentError
 
@@ -193,7 +193,7 @@ def _cleaned(value: Any) -> Any:
 
 def read_heartbeat(
     dialect: str,
-    target: Target,
+    target: SessionTarget,
     agent_id: str,
     body: dict[str, Any],
     *,
@@ -256,7 +256,7 @@ def _known(body: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value}
 
 
-def read_result(dialect: str, target: Target, call: Call) -> ResultCall:
+def read_result(dialect: str, target: SessionTarget, call: Call) -> ResultCall:
     """A command result: `success` must be a boolean, else `AgentError` 400; the rest is read leniently.
 
     `output` and `error` become text, a JSON value its JSON, because nothing that an agent reports may get lost; a

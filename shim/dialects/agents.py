@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.core.calls import AgentCall, Kind, PollCall, StatusCall, Target
+from shim.core.calls import AgentCall, TargetKind, PollCall, StatusCall, SessionTarget
 from shim.dialects import Call, Route, _replies, _requests
 
 NAME = "agents"
@@ -23,7 +23,7 @@ def parse(operation: str, call: Call) -> AgentCall:
     if operation == "register":
         return _requests.read_register(NAME, call, known_by_agent=True)
     agent_id = call.params["agent_id"]
-    target = Target(Kind.AGENT, agent_id)
+    target = SessionTarget(TargetKind.AGENT, agent_id)
     if operation == "heartbeat":
         # `proxy_status` is no tunnel status: these agents have no tunnel to tell of (protocol.md §2)
         body = _requests.bounded_object(call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.core.calls import AgentCall, Kind, PollCall, Target, TunnelInfoCall
+from shim.core.calls import AgentCall, TargetKind, PollCall, SessionTarget, TunnelInfoCall
 from shim.dialects import Call, Route, _replies, _requests, valid_id
 
 NAME = "clusters_agent"
@@ -22,7 +22,7 @@ def parse(operation: str, call: Call) -> AgentCall:
     """Turn a request into a call. Raises `AgentError` (400) for what cannot be understood."""
     if operation == "register":
         return _requests.read_register(NAME, call)
-    target = Target(Kind.CLUSTER, call.params["cluster_id"])
+    target = SessionTarget(TargetKind.CLUSTER, call.params["cluster_id"])
     if operation == "heartbeat":
         # the path's cluster id wins over the body's
         body = _requests.bounded_object(call)

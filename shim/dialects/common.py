@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.core.calls import AgentCall, HealthCall, Kind, Target, TunnelPollCall
+from shim.core.calls import AgentCall, HealthCall, TargetKind, SessionTarget, TunnelPollCall
 from shim.dialects import Call, Route, _replies
 
 NAME = "common"
@@ -18,5 +18,5 @@ render = _replies.render
 def parse(operation: str, call: Call) -> AgentCall:
     """Turn a request into a call. The tunnel poll knows only the agent id, also of agents that are known by cluster."""
     if operation == "tunnel_poll":
-        return TunnelPollCall(Target(Kind.ALIAS, call.params["agent_id"]))
+        return TunnelPollCall(SessionTarget(TargetKind.ALIAS, call.params["agent_id"]))
     return HealthCall()

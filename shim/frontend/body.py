@@ -24,14 +24,14 @@ from shim.http_connection import Budget, NoRoom
 _TEXTS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
-class BodyRefused(AgentError):
+class BodyRejected(AgentError):
     """The rest of the body is not wanted: the connection ends with the reply."""
 
 
 async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float, budget: Budget) -> bytes:
     """Read the whole body as it came, compressed or not; what it takes of the budget is given back at the end.
 
-    Raises `BodyRefused` (408, 413, 417, 503 or 400 for what is not chunked properly).
+    Raises `BodyRejected` (408, 413, 417, 503 or 400 for what is not chunked properly).
     """
     payload = request.content
     _check_announcement(request, limit_bytes)
@@ -46,22 +46,22 @@ async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float
                     raise too_large()
                 more_bytes = max(0, len(data) + len(part) - FREE_BYTES) - taken_bytes
                 if not budget.take(more_bytes):
-                    raise BodyRefused(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S)
+                    raise BodyRejected(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S)
                 taken_bytes += more_bytes
                 data += part
         return bytes(data)
     except TimeoutError:
-        raise BodyRefused(408, "the body did not arrive in time") from None
+        raise BodyRejected(408, "the body did not arrive in time") from None
     except NoRoom:
-        raise BodyRefused(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S) from None
+        raise BodyRejected(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S) from None
     except (HttpProcessingError, RequestPayloadError):
-        raise BodyRefused(400, "the body cannot be read") from None
+        raise BodyRejected(400, "the body cannot be read") from None
     finally:
         budget.give_back(taken_bytes)
 
 
 async def stream_body(request: web.BaseRequest, limit_bytes: float, timeout_s: float) -> AsyncGenerator[bytes, None]:
-    """Yield a body piece by piece, for another replica. Raises `BodyRefused` (408, 413, 417 or 400)."""
+    """Yield a body piece by piece, for another replica. Raises `BodyRejected` (408, 413, 417 or 400)."""
     _check_announcement(request, limit_bytes)
     deadline = asyncio.get_running_loop().time() + timeout_s
     size = 0
@@ -70,9 +70,9 @@ async def stream_body(request: web.BaseRequest, limit_bytes: float, timeout_s: f
             async with asyncio.timeout_at(deadline):
                 piece = await request.content.readany()
         except TimeoutError:
-            raise BodyRefused(408, "the body did not arrive in time") from None
+            raise BodyRejected(408, "the body did not arrive in time") from None
         except (HttpProcessingError, RequestPayloadError):
-            raise BodyRefused(400, "the body cannot be read") from None
+            raise BodyRejected(400, "the body cannot be read") from None
         if not piece:
             return
         size += len(piece)
@@ -125,12 +125,12 @@ def _check_announcement(request: web.BaseRequest, limit_bytes: float) -> None:
 
 
 def meet_expectation(request: web.BaseRequest) -> None:
-    """Tell an agent that waits for it to go on sending (`Expect: 100-continue`). Raises `BodyRefused` 417."""
+    """Tell an agent that waits for it to go on sending (`Expect: 100-continue`). Raises `BodyRejected` 417."""
     expectation = request.headers.get(hdrs.EXPECT)
     if expectation is None or request.version < HttpVersion11:
         return
     if expectation.lower() != "100-continue":
-        raise BodyRefused(417, "the expectation cannot be met")
+        raise BodyRejected(417, "the expectation cannot be met")
     if request.transport is not None and not request.content.is_eof():
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -141,6 +141,6 @@ def _bounded(data: bytes, limit_bytes: int) -> bytes:
     return data
 
 
-def too_large() -> BodyRefused:
+def too_large() -> BodyRejected:
     """Return the refusal of a body beyond its limit."""
-    return BodyRefused(413, "the body is too large")
+    return BodyRejected(413, "the body is too large")

@@ -13,15 +13,15 @@ from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
 from shim.frontend import kernel
-from shim.frontend.house import House
+from shim.frontend.house import ServerContext
 from shim.frontend.refused import NO_ROUTE
 from shim.frontend.replies import SENT_CLOSE
 from shim.http_connection import HttpConnection
-from shim.ports import Client, Lease, Pending
+from shim.ports import Caller, DeliveryReceipt, Pending
 
 FAREWELL_S = 2.0
 
-Express = Callable[["Connection", RawRequestMessage, StreamReader, float], bytes | Pending | None]
+SyncHandler = Callable[["AgentConnection", RawRequestMessage, StreamReader, float], bytes | Pending | None]
 """Makes the whole response to a request at once, or `None`; the number is the loop time of its first byte.
 
 `Pending`: another replica makes it; `answer_late` follows.
@@ -30,7 +30,7 @@ Express = Callable[["Connection", RawRequestMessage, StreamReader, float], bytes
 logger = logging.getLogger(__name__)
 
 
-class Connection(HttpConnection):
+class AgentConnection(HttpConnection):
     """One agent's connection. `client` is who called last."""
 
     __slots__ = (
@@ -51,11 +51,11 @@ class Connection(HttpConnection):
     )
 
     def __init__(
-        self, server: web.Server, house: House, express: Express, number: int, options: dict[str, Any]
+        self, server: web.Server, house: ServerContext, express: SyncHandler, number: int, options: dict[str, Any]
     ) -> None:
         super().__init__(server, house.budget, house.listen.header_timeout_s, options)
         self.number = number
-        self.client: Client | None = None
+        self.client: Caller | None = None
         self.authorization: str | None = None
         self._express = express
         self._house = house
@@ -195,7 +195,7 @@ class Connection(HttpConnection):
             self._lease_open = False
             self._house.switchboard.next_request(self.number)
 
-    def can_write(self, *, for_commands: bool) -> bool:
+    def peer_can_receive(self, *, for_commands: bool) -> bool:
         """False when the agent is known to have hung up; for a reply with commands the kernel is asked, too."""
         wire, sock = self._wire, self._socket
         if wire is None or sock is None or wire.is_closing() or self.transport is None:
@@ -222,10 +222,10 @@ class Connection(HttpConnection):
                 return False
         return not wire.is_closing()
 
-    def offer(self, lease: Lease) -> None:
+    def offer(self, lease: DeliveryReceipt) -> None:
         """Note that the response that is about to be written offers commands."""
 
-    def settle(self, lease: Lease, *, written: bool) -> None:
+    def settle(self, lease: DeliveryReceipt, *, written: bool) -> None:
         """Tell what became of the response: once it is written, how the connection goes on is evidence."""
         if written:
             self._lease_open = self._had_lease = True
@@ -233,7 +233,7 @@ class Connection(HttpConnection):
         else:
             self._house.switchboard.unwritten(lease)
 
-    def remarks(self, lease: Lease | None) -> Mapping[str, str]:
+    def remarks(self, lease: DeliveryReceipt | None) -> Mapping[str, str]:
         """Return further headers for a reply."""
         return {}
 
@@ -241,7 +241,7 @@ class Connection(HttpConnection):
         """Return when the request arrived, and the moment before which it certainly did not."""
         return started_s, started_s
 
-    async def part(self) -> None:
+    async def await_peer_close(self) -> None:
         """After a last reply with commands: wait a moment for the agent to close, which tells that it has read it."""
         wire = self._wire
         if wire is None or wire.is_closing():

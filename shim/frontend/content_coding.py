@@ -11,7 +11,7 @@ import zlib
 from aiohttp import hdrs, web
 
 from shim.errors import AgentError
-from shim.frontend.body import BodyRefused, too_large
+from shim.frontend.body import BodyRejected, too_large
 from shim.frontend.limits import RETRY_AFTER_S
 from shim.http_connection import Budget
 
@@ -22,7 +22,7 @@ _SLICE_BYTES = 262_144
 async def plain_body(request: web.BaseRequest, data: bytes, limit_bytes: int, budget: Budget) -> bytes:
     """Return the body that was read as `data` without its content coding.
 
-    Raises `AgentError` 415 for a coding that is not accepted, and `BodyRefused` 400, 413 or 503 as `read_body` does.
+    Raises `AgentError` 415 for a coding that is not accepted, and `BodyRejected` 400, 413 or 503 as `read_body` does.
     """
     coding = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ())).strip().lower()
     if not data or coding in ("", "identity"):
@@ -50,14 +50,14 @@ async def _inflate(data: bytes, bits: int, limit_bytes: int, budget: Budget) -> 
             if size + len(part) > limit_bytes:
                 raise too_large()
             if not budget.take(len(part)):
-                raise BodyRefused(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S)
+                raise BodyRejected(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S)
             size += len(part)
             parts.append(part)
             if not part and not rest and not decoder.eof:
-                raise BodyRefused(400, "the body is cut short")
+                raise BodyRejected(400, "the body is cut short")
             await asyncio.sleep(0)
     except zlib.error:
-        raise BodyRefused(400, "the body is not what its Content-Encoding says") from None
+        raise BodyRejected(400, "the body is not what its Content-Encoding says") from None
     finally:
         budget.give_back(size)
     return b"".join(parts)

@@ -17,14 +17,14 @@ from shim.core.calls import Failed
 from shim.dialects import Call, Match, error_reply
 from shim.errors import AgentError
 from shim.frontend.body import decode_body, is_shallow, peek
-from shim.frontend.connection import Connection
+from shim.frontend.connection import AgentConnection
 from shim.frontend.guard import Guard
-from shim.frontend.house import House
+from shim.frontend.house import ServerContext
 from shim.frontend.limits import InFlight
 from shim.frontend.refused import route_of
 from shim.frontend.replies import encode_body
-from shim.frontend.routing import Routes, session_in
-from shim.frontend.writing import REQUEST_ID, Counts
+from shim.frontend.routing import RouteCache, session_in
+from shim.frontend.writing import REQUEST_ID, RequestMetrics
 from shim.ports import Fallback, Forwarder, Pending
 
 _METHODS = frozenset({hdrs.METH_GET, hdrs.METH_POST})
@@ -33,16 +33,16 @@ OPERATIONS = frozenset({"heartbeat", "poll", "tunnel_poll", "tunnel_info", "heal
 logger = logging.getLogger(__name__)
 
 
-class Express:
+class SyncRequestHandler:
     """Answers what can be answered at once."""
 
     def __init__(
         self,
-        house: House,
+        house: ServerContext,
         guard: Guard,
-        routes: Routes,
+        routes: RouteCache,
         in_flight: InFlight,
-        counts: Counts,
+        counts: RequestMetrics,
         fallback: Fallback | None,
         forwarder: Forwarder | None = None,
     ) -> None:
@@ -55,7 +55,7 @@ class Express:
         self._forwarder = forwarder
 
     def answer(
-        self, connection: Connection, request: RawRequestMessage, body: StreamReader, started_s: float
+        self, connection: AgentConnection, request: RawRequestMessage, body: StreamReader, started_s: float
     ) -> bytes | Pending | None:
         """The whole response to a request, `None` for one that takes the long way. Never raises.
 
@@ -76,7 +76,7 @@ class Express:
         except AgentError:
             return None
         try:
-            answer = self._house.switchboard.at_once(client, agent_call, started_s)
+            answer = self._house.switchboard.try_call_sync(client, agent_call, started_s)
             if answer is None:
                 return None
             reply = match.dialect.render(match.route.operation, answer.outcome, call)
@@ -94,9 +94,9 @@ class Express:
             self._house.refused.note(connection.now_s(), reply.status, route, reply.body)
         return response
 
-    def _admitted(self, connection: Connection, request: RawRequestMessage) -> Match | None:
+    def _admitted(self, connection: AgentConnection, request: RawRequestMessage) -> Match | None:
         """Return the route of a request that may be answered at once, as far as its head tells."""
-        match = self._routes.remembered(request.method, request.path)
+        match = self._routes.cached_match(request.method, request.path)
         headers = request.headers
         if match is None or match.route.operation not in OPERATIONS or request.version != HttpVersion11:
             return None
@@ -115,7 +115,7 @@ class Express:
     def _forward(
         self,
         forwarder: Forwarder,
-        connection: Connection,
+        connection: AgentConnection,
         request: RawRequestMessage,
         match: Match,
         body: bytes,
@@ -131,7 +131,7 @@ class Express:
         def answered(reply: bytes | None) -> None:
             connection.answer_late(reply or self._without_owner(forwarder, match, request, body))
 
-        return forwarder.at_once(client.token, raw, answered)
+        return forwarder.try_call_sync(client.token, raw, answered)
 
     def _without_owner(self, forwarder: Forwarder, match: Match, request: RawRequestMessage, body: bytes) -> bytes:
         """Make the reply to a heartbeat whose owner did not answer."""
@@ -150,7 +150,7 @@ class Express:
 
     def _elsewhere(self) -> bool:
         """Calls may have to go by the vendor's HTTP API."""
-        return self._fallback is not None and (self._fallback.takes_all() or self._fallback.takes_some())
+        return self._fallback is not None and (self._fallback.handles_all() or self._fallback.handles_some())
 
 
 def _take_the_long_way() -> None:

@@ -9,8 +9,8 @@ from http import HTTPStatus
 from aiohttp import hdrs, web
 
 from shim.core.calls import AgentCall
-from shim.frontend.visit import Visit
-from shim.ports import Client, Forwarded, Proxied
+from shim.frontend.visit import RequestContext
+from shim.ports import Caller, ProxyRequest, ProxyResponse
 
 _ORIGIN = re.compile(r"\A[A-Za-z][A-Za-z0-9+.\-]*://[^/?#]*", re.ASCII)
 _BODILESS = frozenset({204, 304})
@@ -22,7 +22,7 @@ def is_large(request: web.BaseRequest, limit_bytes: int) -> bool:
     return length > limit_bytes if length is not None else not request.content.is_eof()
 
 
-def forwarded(visit: Visit, base_path: str, client: Client, data: bytes | None, call: AgentCall | None) -> Forwarded:
+def forwarded(visit: RequestContext, base_path: str, client: Caller, data: bytes | None, call: AgentCall | None) -> ProxyRequest:
     """The request for `ports.Fallback`; without `data` its body is streamed."""
     request = visit.request
     pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers]
@@ -30,7 +30,7 @@ def forwarded(visit: Visit, base_path: str, client: Client, data: bytes | None, 
     headers = tuple((name, value) for name, value in pairs if data is None or name.lower() != "content-length")
     body = request.content.iter_any() if data is None else data
     target = target_of(request.raw_path, base_path)
-    return Forwarded(request.method, target, headers, body, client, call, visit.arrived_s)
+    return ProxyRequest(request.method, target, headers, body, client, call, visit.arrived_s)
 
 
 def target_of(raw_target: str, base_path: str) -> str:
@@ -43,7 +43,7 @@ def target_of(raw_target: str, base_path: str) -> str:
 
 
 def head(
-    proxied: Proxied, more: Mapping[str, str], *, keep: bool, http11: bool, head_only: bool = False
+    proxied: ProxyResponse, more: Mapping[str, str], *, keep: bool, http11: bool, head_only: bool = False
 ) -> tuple[bytes, bool]:
     """The head of a reply, and whether its body goes out in chunks; `head_only`: it has none, the request was HEAD."""
     whole = isinstance(proxied.body, bytes)

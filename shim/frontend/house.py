@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from prometheus_client import Gauge
 
 from shim.frontend.refused import RefusedCalls
-from shim.frontend.replies import Replies
+from shim.frontend.replies import ResponseBuilder
 from shim.http_connection import Budget
 from shim.metrics import Metrics
-from shim.ports import Switchboard
+from shim.ports import AgentService
 from shim.settings import Listen
 
 
 @dataclass(slots=True)
-class Doors:
+class ConnectionCount:
     """Counts the connections that are open, also in a gauge where one is given."""
 
     gauge: Gauge | None = None
@@ -35,13 +35,13 @@ class Doors:
 
 
 @dataclass(frozen=True, slots=True)
-class House:
+class ServerContext:
     """What all connections of one frontend share."""
 
     listen: Listen
-    switchboard: Switchboard
+    switchboard: AgentService
     metrics: Metrics
-    replies: Replies
+    replies: ResponseBuilder
     budget: Budget
     refused: RefusedCalls
-    doors: Doors = field(default_factory=Doors)
+    doors: ConnectionCount = field(default_factory=ConnectionCount)

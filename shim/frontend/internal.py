@@ -25,13 +25,13 @@ from shim.dialects import Reply
 from shim.errors import AgentError
 from shim.frontend.agent_websocket import AgentWebSocket
 from shim.frontend.body import read_body
-from shim.frontend.connection import Connection
+from shim.frontend.connection import AgentConnection
 from shim.frontend.guard import Guard, bearer
-from shim.frontend.house import Doors
-from shim.frontend.server import Frontend
-from shim.frontend.visit import Visit
+from shim.frontend.house import ConnectionCount
+from shim.frontend.server import AgentServer
+from shim.frontend.visit import RequestContext
 from shim.frontend.writing import MISDIRECTED
-from shim.ports import Client, Lease, Proxied, Switchboard
+from shim.ports import Caller, DeliveryReceipt, ProxyResponse, AgentService
 
 LEASE_HEADER = "X-Shim-Lease"
 CLOCK_HEADER = "X-Shim-Clock"
@@ -41,10 +41,10 @@ NOT_AT_ONCE = b"HTTP/1.1 425 "
 _NOT_AT_ONCE = NOT_AT_ONCE + b"Too Early\r\nContent-Length: 0\r\n\r\n"
 
 
-class Doubter(Switchboard):
+class Doubter(AgentService):
     """A switchboard that also knows what to do with a reply of which nothing is known any more."""
 
-    def doubted(self, lease: Lease, connection: int) -> None:
+    def doubted(self, lease: DeliveryReceipt, connection: int) -> None:
         """Treat a reply as neither read nor unread."""
         raise NotImplementedError
 
@@ -53,7 +53,7 @@ class Doubter(Switchboard):
         raise NotImplementedError
 
 
-class PairedConnection(Connection):
+class PairedConnection(AgentConnection):
     """A connection of another replica. Its number is negative: agents' own connections have the others."""
 
     def __init__(self, secret: str, *args: Any) -> None:
@@ -63,10 +63,10 @@ class PairedConnection(Connection):
         self._joined = False
         self._heartbeats = False
         self._queued: deque[tuple[RawRequestMessage, StreamReader]] = deque()
-        self._clients: dict[str, Client] = {}
+        self._clients: dict[str, Caller] = {}
         self._secret = secret
         self._doubter = cast("Doubter", self._house.switchboard)
-        self._lent: Lease | None = None
+        self._lent: DeliveryReceipt | None = None
         self._begun = False
         self._told_open = False
         self._came: tuple[float, float] | None = None
@@ -146,7 +146,7 @@ class PairedConnection(Connection):
         if client is None:
             if len(self._clients) >= MAX_CLIENTS:
                 self._clients.clear()
-            client = self._clients[authorization or ""] = Client(bearer(authorization) or "", self.number)
+            client = self._clients[authorization or ""] = Caller(bearer(authorization) or "", self.number)
         self.client, self.authorization = client, authorization
 
     def _note(self, kind: Note, query: str) -> None:
@@ -169,7 +169,7 @@ class PairedConnection(Connection):
             case _:
                 pass  # nothing of ours is concerned
 
-    # --- what `Connection` infers from its own agent, and what is only told here ---
+    # --- what `AgentConnection` infers from its own agent, and what is only told here ---
 
     def _note_next_request(self) -> None:
         """Infer nothing: a forwarded request need not be of the agent that got the last reply."""
@@ -178,18 +178,18 @@ class PairedConnection(Connection):
         came, self._came = self._came, None
         return came or (started_s, -math.inf)
 
-    def remarks(self, lease: Lease | None) -> Mapping[str, str]:
+    def remarks(self, lease: DeliveryReceipt | None) -> Mapping[str, str]:
         clock = {CLOCK_HEADER: f"{self._loop.time():.6f}"}
         return clock if lease is None else clock | {LEASE_HEADER: "1"}
 
-    def offer(self, lease: Lease) -> None:
+    def offer(self, lease: DeliveryReceipt) -> None:
         self._lent, self._begun = lease, False
 
     async def write(self, response: bytes, timeout_s: float) -> bool:
         self._begun = True
         return await super().write(response, timeout_s)
 
-    def settle(self, lease: Lease, *, written: bool) -> None:
+    def settle(self, lease: DeliveryReceipt, *, written: bool) -> None:
         # What was handed to our kernel may be with the agent, whatever became of this connection.
         if not written and not self._begun and self._lent is lease:
             self._lent = None
@@ -227,7 +227,7 @@ class _NoGuard(Guard):
         return None
 
 
-class ClusterListener(Frontend):
+class ClusterListener(AgentServer):
     """Serves what other replicas forward. `owned` tells whether a token's shard is ours and can be served.
 
     `operate` carries out what a person has asked another replica for.
@@ -253,23 +253,23 @@ class ClusterListener(Frontend):
     def _make_guard(self, token: Callable[[], str] | None) -> Guard:
         return _NoGuard(self._listen, token)
 
-    def _make_connection(self, *args: Any) -> Connection:
+    def _make_connection(self, *args: Any) -> AgentConnection:
         return PairedConnection(self._secret(), *args)
 
-    def _make_doors(self) -> Doors:
-        return Doors()
+    def _make_doors(self) -> ConnectionCount:
+        return ConnectionCount()
 
     def _make_tls(self) -> ssl.SSLContext | None:
         return self._context
 
-    async def _answer(self, visit: Visit) -> Reply | Proxied | AgentWebSocket:
+    async def _answer(self, visit: RequestContext) -> Reply | ProxyResponse | AgentWebSocket:
         connection = cast("PairedConnection", visit.connection)
         if not connection.operator:
             return await super()._answer(visit)
         body = await read_body(visit.request, self._listen.max_body_bytes, self._listen.body_timeout_s, self._budget)
-        return Proxied(200, (("Content-Type", "application/json"),), await self._operate(body))
+        return ProxyResponse(200, (("Content-Type", "application/json"),), await self._operate(body))
 
-    async def _elsewhere(self, visit: Visit, client: Client) -> Proxied | None:
+    async def _elsewhere(self, visit: RequestContext, client: Caller) -> ProxyResponse | None:
         """Refuse what is not ours: a forwarded request is never forwarded again."""
         if not self._owned(client.token):
             visit.step = "owner"

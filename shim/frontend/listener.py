@@ -12,8 +12,8 @@ from typing import Any
 
 from aiohttp import web
 
-from shim.frontend.connection import Connection, Express
-from shim.frontend.house import House
+from shim.frontend.connection import AgentConnection, SyncHandler
+from shim.frontend.house import ServerContext
 
 ACCEPT_AGAIN_S = 1.0
 
@@ -26,7 +26,7 @@ class ConnectionServer(web.Server):
     """aiohttp's server with connections of our own kind. `express` answers at once what it can."""
 
     def __init__(
-        self, handler: Handler, house: House, express: Express, make: Callable[..., Connection], **options: Any
+        self, handler: Handler, house: ServerContext, express: SyncHandler, make: Callable[..., AgentConnection], **options: Any
     ) -> None:
         # aiohttp's default keeps a handler running after its agent has left: a held poll would swallow a command
         super().__init__(handler, handler_cancellation=True, **options)
@@ -35,7 +35,7 @@ class ConnectionServer(web.Server):
         self._make = make
         self._numbers = itertools.count(1)
 
-    def __call__(self) -> Connection:
+    def __call__(self) -> AgentConnection:
         return self._make(self, self._house, self._express, next(self._numbers), self._kwargs)
 
 
@@ -45,7 +45,7 @@ class TlsListener:
     asyncio's own listener tells of a connection only after its handshake: peers that never begin one would be unseen.
     """
 
-    def __init__(self, make: Callable[[], Connection], context: ssl.SSLContext, timeout_s: float, backlog: int) -> None:
+    def __init__(self, make: Callable[[], AgentConnection], context: ssl.SSLContext, timeout_s: float, backlog: int) -> None:
         self._make = make
         self._context = context
         self._timeout_s = timeout_s
@@ -84,7 +84,7 @@ class TlsListener:
                 connection.leave()
                 accepted.close()
 
-    async def _shake_hands(self, accepted: socket.socket, connection: Connection) -> None:
+    async def _shake_hands(self, accepted: socket.socket, connection: AgentConnection) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: connection, accepted, ssl=self._context, ssl_handshake_timeout=self._timeout_s

@@ -28,7 +28,7 @@ def no_static_headers() -> Mapping[str, str]:
     return _NO_HEADERS
 
 
-class Sent(web.StreamResponse):
+class AlreadySent(web.StreamResponse):
     """What a handler returns to aiohttp when it has written the response itself; two of them serve everybody."""
 
     def __init__(self, keep: bool) -> None:
@@ -46,11 +46,11 @@ class Sent(web.StreamResponse):
         return None
 
 
-SENT_KEEP = Sent(keep=True)
-SENT_CLOSE = Sent(keep=False)
+SENT_KEEP = AlreadySent(keep=True)
+SENT_CLOSE = AlreadySent(keep=False)
 
 
-class Replies:
+class ResponseBuilder:
     """Builds responses. `static_headers` returns the same mapping object until its content changes."""
 
     def __init__(self, static_headers: StaticHeaders = no_static_headers) -> None:

@@ -6,12 +6,12 @@ from aiohttp import hdrs, web
 
 from shim.dialects import Match, Router
 from shim.errors import AgentError
-from shim.frontend.body import BodyRefused
+from shim.frontend.body import BodyRejected
 
 _REMEMBERED_TARGETS = 4096
 
 
-class Routes:
+class RouteCache:
     """A router with a memory."""
 
     def __init__(self, router: Router) -> None:
@@ -22,7 +22,7 @@ class Routes:
         """How many targets are remembered."""
         return len(self._matches)
 
-    def remembered(self, method: str, target: str) -> Match | None:
+    def cached_match(self, method: str, target: str) -> Match | None:
         """The route of a target that was seen before."""
         return self._matches.get((method, target))
 
@@ -39,7 +39,7 @@ class Routes:
 
     def _find(self, request: web.BaseRequest) -> Match:
         if request.method == hdrs.METH_CONNECT:
-            raise BodyRefused(405, "method not allowed")  # everything after it would count as its body
+            raise BodyRejected(405, "method not allowed")  # everything after it would count as its body
         path = _path_of(request)
         if request.method == hdrs.METH_HEAD:
             match = self._router.match(hdrs.METH_GET, path)

@@ -20,25 +20,25 @@ from shim.core.recent_calls import RecentCalls
 from shim.dialects import Call, Dialect, Match, Reply, Router, error_reply
 from shim.errors import AgentError, StartError
 from shim.frontend.agent_websocket import AgentWebSocket, is_handshake, token_of
-from shim.frontend.body import BodyRefused, decode_body, is_shallow, meet_expectation, read_body, stream_body
-from shim.frontend.connection import Connection
+from shim.frontend.body import BodyRejected, decode_body, is_shallow, meet_expectation, read_body, stream_body
+from shim.frontend.connection import AgentConnection
 from shim.frontend.content_coding import plain_body
-from shim.frontend.express import Express
+from shim.frontend.express import SyncRequestHandler
 from shim.frontend.forwarding import forwarded, is_large, target_of
 from shim.frontend.guard import Guard, bearer
-from shim.frontend.house import Doors, House
+from shim.frontend.house import ConnectionCount, ServerContext
 from shim.frontend.limits import InFlight
 from shim.frontend.listener import ConnectionServer, TlsListener
 from shim.frontend.refused import RefusedCalls
-from shim.frontend.replies import Replies, StaticHeaders, encode_body, no_static_headers
-from shim.frontend.routing import Routes, session_in
+from shim.frontend.replies import ResponseBuilder, StaticHeaders, encode_body, no_static_headers
+from shim.frontend.routing import RouteCache, session_in
 from shim.frontend.tls import ServerTls
-from shim.frontend.visit import Visit
-from shim.frontend.writing import Counts, Writer
+from shim.frontend.visit import RequestContext
+from shim.frontend.writing import RequestMetrics, ResponseWriter
 from shim.http_connection import LINGER_S, Budget
 from shim.listening import bind
 from shim.metrics import Metrics
-from shim.ports import AgentWebSockets, Answer, Client, Fallback, Forwarder, Handshake, Proxied, Switchboard
+from shim.ports import AgentWebSockets, CallResult, Caller, Fallback, Forwarder, Handshake, ProxyResponse, AgentService
 from shim.regular_files import reason
 from shim.settings import Listen
 
@@ -51,7 +51,7 @@ READ_BYTES = 65_536
 logger = logging.getLogger(__name__)
 
 
-class Frontend:
+class AgentServer:
     """The legacy server. `start()` and `stop()` are called once each."""
 
     _section = "listen"
@@ -59,7 +59,7 @@ class Frontend:
     def __init__(  # noqa: PLR0913 - its surroundings, each given once by the composition root
         self,
         listen: Listen,
-        switchboard: Switchboard,
+        switchboard: AgentService,
         dialects: Iterable[Dialect],
         metrics: Metrics,
         *,
@@ -88,19 +88,19 @@ class Frontend:
         self._guard = self._make_guard(token)
         self._in_flight = InFlight(listen.max_in_flight_per_session, own_tokens=token is None)
         self._budget = Budget(2 * max(listen.max_status_body_bytes, listen.max_body_bytes))
-        self._routes = Routes(Router(dialects, listen.base_path))
-        self._house = House(
+        self._routes = RouteCache(Router(dialects, listen.base_path))
+        self._house = ServerContext(
             listen,
             switchboard,
             metrics,
-            Replies(static_headers),
+            ResponseBuilder(static_headers),
             self._budget,
             RefusedCalls(refused_calls or RecentCalls()),
             self._make_doors(),
         )
-        counts = Counts(metrics)
-        self._writer = Writer(self._house, counts)
-        self._express = Express(self._house, self._guard, self._routes, self._in_flight, counts, fallback, forwarder)
+        counts = RequestMetrics(metrics)
+        self._writer = ResponseWriter(self._house, counts)
+        self._express = SyncRequestHandler(self._house, self._guard, self._routes, self._in_flight, counts, fallback, forwarder)
         self._web: ConnectionServer | None = None
         self._sockets: list[socket.socket] = []
         self._tls: ssl.SSLContext | None = None
@@ -155,11 +155,11 @@ class Frontend:
     def _make_guard(self, token: Callable[[], str] | None) -> Guard:
         return Guard(self._listen, token)
 
-    def _make_doors(self) -> Doors:
-        return Doors(self._metrics.connections)
+    def _make_doors(self) -> ConnectionCount:
+        return ConnectionCount(self._metrics.connections)
 
-    def _make_connection(self, *args: Any) -> Connection:
-        return Connection(*args)
+    def _make_connection(self, *args: Any) -> AgentConnection:
+        return AgentConnection(*args)
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Accept no more, let requests under way finish for at most `grace_s`, close all connections. Idempotent."""
@@ -178,7 +178,7 @@ class Frontend:
     # --- one request ---
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        visit = Visit(request)
+        visit = RequestContext(request)
         try:
             try:
                 reply = await self._answer(visit)
@@ -192,14 +192,14 @@ class Frontend:
                 body = encode_body(reply.body)
             if isinstance(reply, AgentWebSocket):
                 return reply
-            if isinstance(reply, Proxied):
-                return await self._writer.hand_down(visit, reply)
+            if isinstance(reply, ProxyResponse):
+                return await self._writer.write_proxied(visit, reply)
             return await self._writer.reply(visit, reply, body)
         finally:
             if visit.session is not None:
                 self._in_flight.leave(visit.session)
 
-    def _fail(self, visit: Visit) -> Reply:
+    def _fail(self, visit: RequestContext) -> Reply:
         """The reply to what met a defect."""
         self._metrics.internal_errors.labels("frontend").inc()
         if visit.lease is not None:
@@ -207,7 +207,7 @@ class Frontend:
             visit.lease = None
         return error_reply(Failed(500, "internal error"))
 
-    async def _answer(self, visit: Visit) -> Reply | Proxied | AgentWebSocket:
+    async def _answer(self, visit: RequestContext) -> Reply | ProxyResponse | AgentWebSocket:
         """Everything from the headers to the reply. Raises `AgentError`."""
         request, listen = visit.request, self._listen
         headers = request.headers
@@ -216,7 +216,7 @@ class Frontend:
             target = target_of(request.raw_path, listen.base_path)
             if self._websockets.serves(target):
                 return await self._carry(visit, self._websockets, target)
-        if self._fallback is not None and self._fallback.takes_all():
+        if self._fallback is not None and self._fallback.handles_all():
             return await self._pass_on(visit, self._fallback)
         visit.step = "route"
         match = visit.match = self._routes.match(request)
@@ -230,10 +230,10 @@ class Frontend:
                 return elsewhere
         data, call, agent_call = await self._read(visit, client, match)
         visit.step = "answer"
-        answer: Answer | None = None
-        if self._fallback is not None and self._fallback.takes_some() and self._fallback.takes(client, agent_call):
+        answer: CallResult | None = None
+        if self._fallback is not None and self._fallback.handles_some() and self._fallback.handles(client, agent_call):
             served = await self._fallback.serve(forwarded(visit, listen.base_path, client, data, agent_call))
-            if isinstance(served, Proxied):
+            if isinstance(served, ProxyResponse):
                 visit.lease = served.lease
                 return served
             answer = served
@@ -242,7 +242,7 @@ class Frontend:
         visit.lease = answer.lease
         return match.dialect.render(route.operation, answer.outcome, call)
 
-    async def _elsewhere(self, visit: Visit, client: Client) -> Proxied | None:
+    async def _elsewhere(self, visit: RequestContext, client: Caller) -> ProxyResponse | None:
         """Have another replica answer if it owns the caller's shard; `None` if we must. Raises `AgentError`."""
         forwarder, request, match = self._forwarder, visit.request, visit.match
         if forwarder is None or not forwarder.elsewhere(client.token):
@@ -256,7 +256,7 @@ class Frontend:
             visit.body = await read_body(request, limit_bytes, self._listen.body_timeout_s, self._budget)
         passed = forwarded(visit, "", client, visit.body, None)
         if visit.body is None:
-            takes_all = self._fallback is not None and self._fallback.takes_all()
+            takes_all = self._fallback is not None and self._fallback.handles_all()
             limit = math.inf if takes_all else self._listen.max_status_body_bytes
             passed = replace(passed, body=stream_body(request, limit, self._listen.body_timeout_s))
         visit.step = "answer"
@@ -265,7 +265,7 @@ class Frontend:
             visit.lease = reply.lease
         return reply
 
-    async def _carry(self, visit: Visit, websockets: AgentWebSockets, target: str) -> AgentWebSocket:
+    async def _carry(self, visit: RequestContext, websockets: AgentWebSockets, target: str) -> AgentWebSocket:
         """Carry an agent's own WebSocket until it is gone. Raises `AgentError` where the controller's cannot be had."""
         request = visit.request
         visit.step = "auth"
@@ -286,7 +286,7 @@ class Frontend:
         await carried.run(agent)
         return agent
 
-    async def _read(self, visit: Visit, client: Client, match: Match) -> tuple[bytes, Call, AgentCall]:
+    async def _read(self, visit: RequestContext, client: Caller, match: Match) -> tuple[bytes, Call, AgentCall]:
         """The body of a call and what the dialect makes of it. Raises `AgentError`."""
         request, listen, route = visit.request, self._listen, match.route
         visit.step = "in_flight"
@@ -306,7 +306,7 @@ class Frontend:
             self._count_in(visit, client, agent_call.agent_id or agent_call.name)
         return data, call, agent_call
 
-    async def _pass_on(self, visit: Visit, fallback: Fallback) -> Reply | Proxied:
+    async def _pass_on(self, visit: RequestContext, fallback: Fallback) -> Reply | ProxyResponse:
         """Every call goes by the vendor's HTTP API, also what no route of ours or no dialect understands."""
         request, listen = visit.request, self._listen
         with contextlib.suppress(AgentError):
@@ -335,7 +335,7 @@ class Frontend:
                 call = Call(match.params, body, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(plain), len(plain))
                 agent_call = match.dialect.parse(match.route.operation, call)
         answer = await fallback.serve(forwarded(visit, listen.base_path, client, data, agent_call))
-        if isinstance(answer, Proxied):
+        if isinstance(answer, ProxyResponse):
             visit.lease = answer.lease
             return answer
         if match is None or agent_call is None:
@@ -345,17 +345,17 @@ class Frontend:
         visit.lease = answer.lease
         return match.dialect.render(match.route.operation, answer.outcome, call)
 
-    def _count_in(self, visit: Visit, client: Client, ident: str) -> None:
+    def _count_in(self, visit: RequestContext, client: Caller, ident: str) -> None:
         """Count a request among those of its agent, once. Raises `AgentError` 429."""
         if ident and visit.session is None:
             key = self._in_flight.key(client.token, ident)
             self._in_flight.enter(key)
             visit.session = key
 
-    def _refuse(self, visit: Visit, error: AgentError) -> Reply:
+    def _refuse(self, visit: RequestContext, error: AgentError) -> Reply:
         """The reply to what never became a call."""
         self._metrics.bad_requests.labels(visit.step).inc()
-        if isinstance(error, BodyRefused):
+        if isinstance(error, BodyRejected):
             visit.must_close = True
         if error.status == 401:
             visit.more = "WWW-Authenticate: Bearer\r\n"
@@ -373,13 +373,13 @@ def _enforce(failed: Failed | None) -> None:
         raise AgentError(failed.status, failed.error, retry_after_s=failed.retry_after_s)
 
 
-def _identify(connection: Connection, authorization: str | None) -> Client:
+def _identify(connection: AgentConnection, authorization: str | None) -> Caller:
     """The caller, remembered from the connection's last request where the header is the same."""
     client = connection.client
     if client is None or authorization != connection.authorization:
         token = bearer(authorization)
         if token is None:
             raise AgentError(401, "the Authorization header is malformed")
-        client = connection.client = Client(token, connection.number)
+        client = connection.client = Caller(token, connection.number)
         connection.authorization = authorization
     return client

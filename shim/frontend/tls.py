@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 
-from shim.filemarks import Mark, marks
+from shim.filemarks import FileFingerprint, fingerprints
 from shim.regular_files import require_regular
 from shim.settings import TlsFiles
 
@@ -29,11 +29,11 @@ class ServerTls:
         self.context = self._current
         self.context.sni_callback = self._on_hello
 
-    def _look(self) -> tuple[Mark, ...]:
+    def _look(self) -> tuple[FileFingerprint, ...]:
         """What tells the files from others; empty when one is missing."""
         names = (self._files.cert_file, self._files.key_file)
         try:
-            return marks(name for name in names if name)
+            return fingerprints(name for name in names if name)
         except OSError:
             return ()
 

@@ -8,11 +8,11 @@ from aiohttp import web
 
 from shim.core.calls import AgentCall, PollCall
 from shim.dialects import Match
-from shim.frontend.connection import Connection
-from shim.ports import Lease
+from shim.frontend.connection import AgentConnection
+from shim.ports import DeliveryReceipt
 
 
-class Visit:
+class RequestContext:
     """One request on its way through; `step` is where it is, in words of the metric `bad_requests`.
 
     `arrived_s` is a moment before which it did not arrive. `body` was read already, to be sent to another replica.
@@ -34,11 +34,11 @@ class Visit:
 
     def __init__(self, request: web.BaseRequest) -> None:
         self.request = request
-        self.connection = cast("Connection", request.protocol)
+        self.connection = cast("AgentConnection", request.protocol)
         self.started_s, self.arrived_s = self.connection.arrival(self.connection.begin_request())
         self.body: bytes | None = None
         self.match: Match | None = None
-        self.lease: Lease | None = None
+        self.lease: DeliveryReceipt | None = None
         self.session: tuple[str, str] | None = None  # whose request it is, once it is counted among those in flight
         self.step = "guard"
         self.more = ""

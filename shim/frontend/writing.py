@@ -12,20 +12,20 @@ from multidict import istr
 
 from shim.counting import Count, Spread
 from shim.dialects import Match, Reply
-from shim.frontend.connection import Connection
+from shim.frontend.connection import AgentConnection
 from shim.frontend.forwarding import chunk, head
-from shim.frontend.house import House
+from shim.frontend.house import ServerContext
 from shim.frontend.refused import route_of
 from shim.frontend.replies import SENT_CLOSE, SENT_KEEP
-from shim.frontend.visit import Visit
+from shim.frontend.visit import RequestContext
 from shim.metrics import Metrics
-from shim.ports import Proxied
+from shim.ports import ProxyResponse
 
 REQUEST_ID = istr("X-Request-Id")
 MISDIRECTED = 421
 
 
-class Counts:
+class RequestMetrics:
     """Counts answered requests."""
 
     def __init__(self, metrics: Metrics) -> None:
@@ -53,14 +53,14 @@ class Counts:
             deprecated.value += 1
 
 
-class Writer:
+class ResponseWriter:
     """Writes replies, settles leases, counts."""
 
-    def __init__(self, house: House, counts: Counts) -> None:
+    def __init__(self, house: ServerContext, counts: RequestMetrics) -> None:
         self._house = house
         self._counts = counts
 
-    async def reply(self, visit: Visit, reply: Reply, body: bytes | None) -> web.StreamResponse:
+    async def reply(self, visit: RequestContext, reply: Reply, body: bytes | None) -> web.StreamResponse:
         """Write one of our own replies; `body` is its encoded JSON."""
         request, connection = visit.request, visit.connection
         keep = request.keep_alive and not visit.must_close and not connection.closing
@@ -77,10 +77,10 @@ class Writer:
         if reply.status >= 400 and reply.status != MISDIRECTED:  # that one is for another replica, not for an agent
             route = route_of(request.method, request.raw_path, visit.match)
             self._house.refused.note(connection.now_s(), reply.status, route, reply.body)
-        written = await self._hand_over(visit, response)
+        written = await self._write(visit, response)
         return await self._end(visit, reply.status, written=written, keep=keep)
 
-    async def hand_down(self, visit: Visit, proxied: Proxied) -> web.StreamResponse:
+    async def write_proxied(self, visit: RequestContext, proxied: ProxyResponse) -> web.StreamResponse:
         """Write the API's reply: at once where it is whole, else piece by piece."""
         request, connection = visit.request, visit.connection
         keep = request.keep_alive and not connection.closing and request.content.is_eof()
@@ -91,14 +91,14 @@ class Writer:
         http11, head_only = request.version == HttpVersion11, request.method == hdrs.METH_HEAD
         start, chunked = head(proxied, more, keep=keep, http11=http11, head_only=head_only)
         if isinstance(proxied.body, bytes):
-            written = await self._hand_over(visit, start if head_only else start + proxied.body)
+            written = await self._write(visit, start if head_only else start + proxied.body)
         else:
             written = await self._stream(connection, start, proxied.body, chunked=chunked)
             keep = keep and (chunked or b"\r\nConnection: close" not in start)
         return await self._end(visit, proxied.status, written=written, keep=keep, counts=not proxied.complete)
 
     async def _stream(
-        self, connection: Connection, start: bytes, pieces: AsyncGenerator[bytes, None], *, chunked: bool
+        self, connection: AgentConnection, start: bytes, pieces: AsyncGenerator[bytes, None], *, chunked: bool
     ) -> bool:
         timeout_s = self._house.listen.body_timeout_s
         written = await connection.write(start, timeout_s)
@@ -114,14 +114,14 @@ class Writer:
             written = await connection.write(chunk(b""), timeout_s)
         return written
 
-    async def _hand_over(self, visit: Visit, response: bytes) -> bool:
+    async def _write(self, visit: RequestContext, response: bytes) -> bool:
         """Write the response and settle the lease, whatever happens meanwhile (protocol.md §3, OFFERED)."""
         connection, lease = visit.connection, visit.lease
         written = False
         if lease is not None:
             connection.offer(lease)
         try:
-            if connection.can_write(for_commands=lease is not None):
+            if connection.peer_can_receive(for_commands=lease is not None):
                 written = await connection.write(response, self._house.listen.body_timeout_s)
         finally:
             if lease is not None:
@@ -129,7 +129,7 @@ class Writer:
         return written
 
     async def _end(
-        self, visit: Visit, status: int, *, written: bool, keep: bool, counts: bool = True
+        self, visit: RequestContext, status: int, *, written: bool, keep: bool, counts: bool = True
     ) -> web.StreamResponse:
         if counts:  # else the replica has done it that made the reply
             self._counts.count(visit.match, status, visit.connection.now_s() - visit.started_s)
@@ -138,7 +138,7 @@ class Writer:
             visit.connection.force_close()
             return SENT_CLOSE
         if not keep and visit.lease is not None:
-            await visit.connection.part()
+            await visit.connection.await_peer_close()
         elif visit.must_close:
             visit.connection.end_after_reply()
             return SENT_KEEP  # the connection ends itself

@@ -10,14 +10,14 @@ from shim.bridge import Bridge
 from shim.core.calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
 from shim.core.fallback_record import FallbackCall, Why
 from shim.core.link import LinkState
-from shim.core.modes import Breaker, Failover, Way, in_rollout
+from shim.core.modes import Breaker, Failover, Transport, in_rollout
 from shim.core.urls import fallback_url
 from shim.core.usage import route_of
 from shim.errors import ConfigError
 from shim.logs import get
-from shim.passthrough.proxy import Proxy, Unreachable, object_of, unreachable_reply
+from shim.passthrough.proxy import ReverseProxy, Unreachable, object_of, unreachable_reply
 from shim.passthrough.sunset import is_over
-from shim.ports import Answer, Client, Forwarded, Proxied
+from shim.ports import CallResult, Caller, ProxyRequest, ProxyResponse
 
 log = get(__name__)
 
@@ -26,12 +26,12 @@ TELLING = frozenset({200, 201, 409})
 """Statuses of a registration that may tell the agent's cluster id."""
 
 
-class Passthrough:
+class FallbackPolicy:
     """Implements `ports.Fallback` on a bridge whose settings may change at any time."""
 
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
-        self._proxy = Proxy()
+        self._proxy = ReverseProxy()
         self._failovers: dict[str, Failover] = {}
         self._breaker = Breaker()
 
@@ -41,19 +41,19 @@ class Passthrough:
 
     # --- which way ----------------------------------------------------------------------------------------------------
 
-    def takes_all(self) -> bool:
+    def handles_all(self) -> bool:
         """Mode `http`, before the sunset."""
         settings = self._bridge.ctx.settings
         return settings.mode == "http" and not self._sunset_over()
 
-    def takes_some(self) -> bool:
+    def handles_some(self) -> bool:
         """Mode `auto`, or a rollout that has not reached everybody, before the sunset."""
         settings = self._bridge.ctx.settings
         if settings.mode == "http":
             return False
         return (settings.mode == "auto" or settings.rollout.partial) and not self._sunset_over()
 
-    def takes(self, client: Client, call: AgentCall) -> bool:
+    def handles(self, client: Caller, call: AgentCall) -> bool:
         """Whether this call goes by HTTP."""
         if isinstance(call, HealthCall):
             return False
@@ -64,7 +64,7 @@ class Passthrough:
             settings.mode == "auto" and self._failed_over(client, call) and self._breaker.allows(self._bridge.ctx.now)
         )
 
-    def _in_rollout(self, client: Client, call: AgentCall) -> bool:
+    def _in_rollout(self, client: Caller, call: AgentCall) -> bool:
         rollout = self._bridge.ctx.settings.rollout
         if not rollout.partial:
             return True
@@ -73,8 +73,8 @@ class Passthrough:
 
     def active(self) -> bool:
         """Whether calls go by HTTP now because of the mode or a link that is down (not because of the rollout)."""
-        return self.takes_all() or any(
-            failover.way is Way.HTTP and self._is_used(name) for name, failover in self._failovers.items()
+        return self.handles_all() or any(
+            failover.way is Transport.HTTP and self._is_used(name) for name, failover in self._failovers.items()
         )
 
     def _is_used(self, name: str) -> bool:
@@ -82,7 +82,7 @@ class Passthrough:
         runner = self._bridge.routes.links.find(name)
         return runner is not None and runner.state is not LinkState.IDLE
 
-    def _failed_over(self, client: Client, call: AgentCall) -> bool:
+    def _failed_over(self, client: Caller, call: AgentCall) -> bool:
         ctx = self._bridge.ctx
         runner = self._bridge.detour.link_for(client, call)
         if runner is None:
@@ -94,22 +94,22 @@ class Passthrough:
             failover = self._failovers[runner.name] = Failover(ctx.now)
         before = failover.way
         fallback = ctx.settings.fallback
-        way = failover.look(ctx.now, up=runner.online, after_s=fallback.after_s, hold_down_s=fallback.hold_down_s)
+        way = failover.update(ctx.now, up=runner.online, after_s=fallback.after_s, hold_down_s=fallback.hold_down_s)
         if way is not before:
             log.warning("failover", way=way.value, was=before.value)
-        return way is Way.HTTP
+        return way is Transport.HTTP
 
     def _sunset_over(self) -> bool:
         return is_over(self._bridge.ctx.settings.sunset, self._bridge.ctx.clock.wall_s())
 
     # --- serving ------------------------------------------------------------------------------------------------------
 
-    async def serve(self, request: Forwarded) -> Proxied | Answer | None:
+    async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
         """Serve a call by HTTP (`ports.Fallback.serve`)."""
         call = request.call
         if isinstance(call, HealthCall):
             return None  # it asks for the shim
-        if isinstance(call, ResultCall) and not await self._bridge.detour.goes_by_http(request.client, call):
+        if isinstance(call, ResultCall) and not await self._bridge.detour.result_belongs_to_http(request.client, call):
             return None  # its command came over the WebSocket
         try:
             reply = await self._send(request)
@@ -118,7 +118,7 @@ class Passthrough:
             self._record(request, reason=str(error))
             if isinstance(call, PollCall) and self._bridge.detour.waiting(request.client, call):
                 return await self._bridge.detour.merge(request.client, call, [], request.arrived_s)
-            return self._instead(request)
+            return self._on_unreachable(request)
         self._judge(request, reply)
         self._bridge.detour.used(request.client, call)
         if isinstance(call, PollCall):
@@ -130,10 +130,10 @@ class Passthrough:
             self._bridge.detour.result_taken(request.client, call)
         return reply
 
-    def _read(self, reply: Proxied) -> dict[str, Any] | None:
+    def _read(self, reply: ProxyResponse) -> dict[str, Any] | None:
         return object_of(reply.body, self._bridge.ctx.metrics.invalid_characters.labels("fallback").inc)
 
-    async def _send(self, request: Forwarded) -> Proxied:
+    async def _send(self, request: ProxyRequest) -> ProxyResponse:
         ctx = self._bridge.ctx
         fallback = ctx.settings.fallback
         try:
@@ -145,14 +145,14 @@ class Passthrough:
         base, dialling = fallback_url(ctx.settings), fallback.dialling(ctx.settings.upstream)
         return await self._proxy.send(base, dialling, request, bearer, whole=whole)
 
-    def _judge(self, request: Forwarded, reply: Proxied) -> None:
+    def _judge(self, request: ProxyRequest, reply: ProxyResponse) -> None:
         self._record(request, reply.status)
         if reply.status in BROKEN or reply.status == 410:
             self._breaker.failed(self._bridge.ctx.now)
         else:
             self._breaker.succeeded()
 
-    def _instead(self, request: Forwarded) -> Proxied | None:
+    def _on_unreachable(self, request: ProxyRequest) -> ProxyResponse | None:
         """The API cannot be reached: `auto` goes on over the WebSocket side, where the agent has its normal answers.
 
         There is no other way in mode `http`, for an agent outside the rollout, or when the body is used up.
@@ -161,7 +161,7 @@ class Passthrough:
             return None
         return unreachable_reply()
 
-    async def _merged(self, request: Forwarded, call: PollCall, reply: Proxied) -> Proxied | Answer:
+    async def _merged(self, request: ProxyRequest, call: PollCall, reply: ProxyResponse) -> ProxyResponse | CallResult:
         """The only reply that is rewritten: what is on disk comes first, and one id is delivered once."""
         detour = self._bridge.detour
         body = self._read(reply)
@@ -185,9 +185,9 @@ class Passthrough:
         headers = tuple(
             (name, value) for name, value in reply.headers if name.lower() not in ("content-length", "etag")
         )
-        return Proxied(reply.status, headers, merged, answer.lease)
+        return ProxyResponse(reply.status, headers, merged, answer.lease)
 
-    def _record(self, request: Forwarded, status: int = 0, reason: str = "") -> None:
+    def _record(self, request: ProxyRequest, status: int = 0, reason: str = "") -> None:
         """Record how a call ended, for the metrics and the status."""
         call, ctx = request.call, self._bridge.ctx
         if call is None:
@@ -200,7 +200,7 @@ class Passthrough:
         ctx.fallback.add(ended, agent)
         ctx.metrics.fallback.labels(ended.outcome).inc()
 
-    def _why(self, client: Client, call: AgentCall) -> Why:
-        if self.takes_all():
+    def _why(self, client: Caller, call: AgentCall) -> Why:
+        if self.handles_all():
             return Why.MODE
         return Why.LINK_DOWN if self._in_rollout(client, call) else Why.ROLLOUT

@@ -16,7 +16,7 @@ from shim import jsontext
 from shim.core.urls import origin_of, under
 from shim.errors import ShimError
 from shim.logs import get
-from shim.ports import Forwarded, Proxied
+from shim.ports import ProxyRequest, ProxyResponse
 from shim.settings import DialSettings
 from shim.upstream import DialError, Dialler, failure_of
 
@@ -44,7 +44,7 @@ class Unreachable(ShimError):
     """The vendor's HTTP API could not be asked; nothing of a reply has come."""
 
 
-class Proxy:
+class ReverseProxy:
     """Sends agents' requests to the API. Redirects are handed down as they are, bodies are not decoded.
 
     `environ` is where proxies are named that the configuration does not name.
@@ -55,8 +55,8 @@ class Proxy:
         self._diallers: dict[DialSettings, Dialler] = {}
 
     async def send(
-        self, base: str, dialling: DialSettings, request: Forwarded, bearer: str | None, *, whole: bool
-    ) -> Proxied:
+        self, base: str, dialling: DialSettings, request: ProxyRequest, bearer: str | None, *, whole: bool
+    ) -> ProxyResponse:
         """Send a request on. `bearer` replaces the agent's token. With `whole` the reply is read and decoded here.
 
         Raises `Unreachable`.
@@ -93,18 +93,18 @@ class Proxy:
             )
         return self._diallers[settings]
 
-    async def _reply(self, response: aiohttp.ClientResponse, *, whole: bool) -> Proxied:
+    async def _reply(self, response: aiohttp.ClientResponse, *, whole: bool) -> ProxyResponse:
         headers = tuple(_end_to_end(response.headers.items()))
         length = response.content_length
         long = length > WHOLE_BYTES if length is not None else not response.content.at_eof()
         if not whole and long:
-            return Proxied(response.status, headers, _pieces(response))
+            return ProxyResponse(response.status, headers, _pieces(response))
         async with response:
             body = await _read(response.content)
         if whole and response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip"):
             body = _inflate(body)
             headers = tuple((name, value) for name, value in headers if name.lower() != "content-encoding")
-        return Proxied(response.status, headers, body)
+        return ProxyResponse(response.status, headers, body)
 
 
 async def _read(content: aiohttp.StreamReader) -> bytes:
@@ -130,10 +130,10 @@ def _inflate(body: bytes) -> bytes:
     return plain
 
 
-def unreachable_reply() -> Proxied:
+def unreachable_reply() -> ProxyResponse:
     """Return the reply to an agent that can be served by no other way than an API that cannot be reached."""
     body = msgspec.json.encode({"success": False, "error": "the vendor's HTTP API cannot be reached"})
-    return Proxied(502, (("Content-Type", "application/json"),), body)
+    return ProxyResponse(502, (("Content-Type", "application/json"),), body)
 
 
 def object_of(body: bytes | AsyncGenerator[bytes, None], replaced: Callable[[], None]) -> dict[str, Any] | None:

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from email.utils import formatdate
 
 from shim.settings import Sunset
-from shim.validation import instant_s
+from shim.validation import parse_date_s
 
 
 def sunset_headers(sunset: Sunset) -> Mapping[str, str]:
     """`Deprecation` (RFC 9745, a structured date), `Sunset` (RFC 8594, an HTTP date), `Link`; absent if not set."""
     found: dict[str, str] = {}
     if sunset.deprecation_at:
-        found["Deprecation"] = f"@{int(instant_s(sunset.deprecation_at))}"
+        found["Deprecation"] = f"@{int(parse_date_s(sunset.deprecation_at))}"
     if sunset.at:
-        found["Sunset"] = formatdate(instant_s(sunset.at), usegmt=True)
+        found["Sunset"] = formatdate(parse_date_s(sunset.at), usegmt=True)
     if sunset.link:
         found["Link"] = f'<{sunset.link}>; rel="deprecation"'
     return found
@@ -23,4 +23,4 @@ def sunset_headers(sunset: Sunset) -> Mapping[str, str]:
 
 def is_over(sunset: Sunset, wall_s: float) -> bool:
     """Whether the legacy API is gone by then (Unix seconds): nothing goes that way any more."""
-    return bool(sunset.at) and wall_s >= instant_s(sunset.at)
+    return bool(sunset.at) and wall_s >= parse_date_s(sunset.at)

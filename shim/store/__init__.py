@@ -10,7 +10,7 @@ from shim.errors import StoreError
 from shim.ports import CommandStore
 from shim.store import files, schema
 from shim.store.database import Partition
-from shim.store.delivery import Post
+from shim.store.delivery import CallThreadsafe
 from shim.store.files import advice
 from shim.store.sqlite import SqliteStore
 from shim.store.writer import CommitProbe
@@ -18,7 +18,7 @@ from shim.store.writer import CommitProbe
 __all__ = [
     "CommitProbe",
     "Partition",
-    "Post",
+    "CallThreadsafe",
     "advice",
     "check_database",
     "check_files",
@@ -47,7 +47,7 @@ def check_files(path: Path) -> None:
         raise StoreError(f"the file at store.path cannot be used: {error.strerror}") from error
 
 
-def open_store(configured: settings.Store, post: Post, probe: CommitProbe | None = None) -> CommandStore:
+def open_store(configured: settings.Store, post: CallThreadsafe, probe: CommitProbe | None = None) -> CommandStore:
     """The store that the configuration asks for; its `open()` is still to be called.
 
     `post` hands a callable to the event loop from any thread (`loop.call_soon_threadsafe`); every `done` comes through
@@ -62,7 +62,7 @@ def open_store(configured: settings.Store, post: Post, probe: CommitProbe | None
     return SqliteStore(Path(configured.path), post, probe)
 
 
-def open_shard(configured: settings.Store, post: Post, probe: CommitProbe | None, partition: Partition) -> CommandStore:
+def open_shard(configured: settings.Store, post: CallThreadsafe, probe: CommitProbe | None, partition: Partition) -> CommandStore:
     """Make the store of one shard in the database at `store.url`; its `open()` is still to be called.
 
     `post` as in `open_store`. Raises `StoreError` where the extra is not installed.

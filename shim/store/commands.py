@@ -16,7 +16,7 @@ from shim.core.records import (
     PutOutcome,
     RequeueCommand,
     SessionKey,
-    State,
+    CommandState,
     TraceEntry,
 )
 from shim.store import rows
@@ -206,4 +206,4 @@ def told_by_first_step(record: CommandRecord, step: AddTrace) -> bool:
 
 def duplicate(seq: int, state: str, result: Any) -> PutOutcome:
     """The outcome of putting a command that is known already."""
-    return PutOutcome(seq, duplicate=True, state=State(state), result=optional_object(result))
+    return PutOutcome(seq, duplicate=True, state=CommandState(state), result=optional_object(result))

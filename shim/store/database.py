@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from shim.core.records import Touch
+from shim.core.records import WriteProbe
 
 _Result = TypeVar("_Result")
 
@@ -53,7 +53,7 @@ class Database(Protocol):
     def insert(self, statement: str, parameters: Sequence[Any]) -> int | None:
         """Insert a row and return its `seq`, `None` where there is one already. (`RETURNING` is slow on SQLite.)"""
 
-    def touch(self, operation: Touch) -> Finish[None]:
+    def touch(self, operation: WriteProbe) -> Finish[None]:
         """Write something."""
 
     def reclaim(self) -> None:

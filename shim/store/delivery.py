@@ -11,7 +11,7 @@ from functools import partial
 from shim.errors import StoreError
 
 # Hands a callable to the event loop from any thread; normally `loop.call_soon_threadsafe`.
-Post = Callable[[Callable[[], None]], object]
+CallThreadsafe = Callable[[Callable[[], None]], object]
 
 # Callbacks that run in one turn of the loop: few wake-ups, and no turn in which others wait for long.
 _PER_TURN = 32
@@ -23,7 +23,7 @@ class CallbackQueue:
     Callbacks are dropped once the loop is closed.
     """
 
-    def __init__(self, post: Post) -> None:
+    def __init__(self, post: CallThreadsafe) -> None:
         self._post = post
         self._waiting: deque[Callable[[], None]] = deque()
         self._scheduled = False
@@ -46,16 +46,16 @@ class CallbackQueue:
         # after this line it schedules itself. Both may happen; the second turn then has less to do, or nothing.
         self._scheduled = False
         self._schedule()
-        _run(due)
+        _run_batch(due)
 
 
-def deliver(post: Post, callbacks: Sequence[Callable[[], None]]) -> None:
+def run_on_loop(post: CallThreadsafe, callbacks: Sequence[Callable[[], None]]) -> None:
     """Have the event loop call these in order, at once. With a closed loop nobody is left who could be told."""
     with contextlib.suppress(RuntimeError):
-        post(partial(_run, callbacks))
+        post(partial(_run_batch, callbacks))
 
 
-def _run(callbacks: Sequence[Callable[[], None]]) -> None:
+def _run_batch(callbacks: Sequence[Callable[[], None]]) -> None:
     """Call all; what some of them raise goes to the loop's exception handler when all have been called."""
     errors = []
     for callback in callbacks:

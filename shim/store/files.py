@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shim.errors import StoreError
 
-COMPANIONS = ("-wal", "-shm")
+SIDECAR_SUFFIXES = ("-wal", "-shm")
 LOCK_SUFFIX = ".lock"
 # The check of an open database's files costs a tenth of a commit to memory, and nothing beside one to a disk. With this
 # interval nearly every commit to a disk is checked.
@@ -42,11 +42,11 @@ def require_regular(path: Path) -> None:
 
 def require_regular_files(path: Path) -> None:
     """Raise `StoreError` where the database or a companion exists and is no regular file. Raises `OSError`."""
-    for each in (path, *(companion(path, suffix) for suffix in (*COMPANIONS, LOCK_SUFFIX))):
+    for each in (path, *(sidecar_path(path, suffix) for suffix in (*SIDECAR_SUFFIXES, LOCK_SUFFIX))):
         require_regular(each)
 
 
-def companion(path: Path, suffix: str) -> Path:
+def sidecar_path(path: Path, suffix: str) -> Path:
     """The file beside a database that SQLite names by appending `suffix`."""
     return path.with_name(path.name + suffix)
 
@@ -95,21 +95,21 @@ def create(path: Path) -> None:
 
 def make_private(path: Path) -> None:
     """Take from others what an older file grants them. Left as it is where the file belongs to somebody else."""
-    for each in (path, *(companion(path, suffix) for suffix in COMPANIONS)):
+    for each in (path, *(sidecar_path(path, suffix) for suffix in SIDECAR_SUFFIXES)):
         with contextlib.suppress(FileNotFoundError, PermissionError):
             mode = stat.S_IMODE(each.stat().st_mode)
             if mode & 0o077:
                 each.chmod(mode & 0o700)
 
 
-def others_files(path: Path) -> tuple[str, ...]:
+def foreign_owner_warnings(path: Path) -> tuple[str, ...]:
     """A warning where the database belongs to another user, who can read what is in it. Raises `OSError`."""
     if path.stat().st_uid == os.geteuid():
         return ()
     return ("the database belongs to another user, who can read the commands in it",)
 
 
-def is_garbage(path: Path) -> bool:
+def has_bad_header(path: Path) -> bool:
     """Whether the file does not begin as a database does; SQLite begins a new one over some of these. Raises `OSError`.
 
     A file of one byte is its own workaround for a file system. An empty one it takes for new, and deletes the log that
@@ -120,7 +120,7 @@ def is_garbage(path: Path) -> bool:
     return (len(head) > 1 and head != _HEADER) or (not head and has_log(path))
 
 
-def is_ragged(path: Path, page_bytes: int) -> bool:
+def is_truncated(path: Path, page_bytes: int) -> bool:
     """Whether the last page is cut, of which SQLite reads the missing end as zeros. Raises `OSError`.
 
     While there is a log to recover it from, the file may end anywhere.
@@ -130,7 +130,7 @@ def is_ragged(path: Path, page_bytes: int) -> bool:
 
 def has_log(path: Path) -> bool:
     """Whether a write-ahead log may hold more than the database itself. Raises `OSError`."""
-    wal = companion(path, "-wal")
+    wal = sidecar_path(path, "-wal")
     return wal.exists() and wal.stat().st_size > 0
 
 
@@ -138,14 +138,14 @@ def move_aside(path: Path) -> Path:
     """Move a database with its companions to `<path>.corrupt-<n>`, never over another file. Raises `OSError`."""
     number = 1
     while True:
-        target = companion(path, f".corrupt-{number}")
-        taken = any(os.path.lexists(companion(target, suffix)) for suffix in COMPANIONS)
+        target = sidecar_path(path, f".corrupt-{number}")
+        taken = any(os.path.lexists(sidecar_path(target, suffix)) for suffix in SIDECAR_SUFFIXES)
         if not taken and _reserve(target):
             break
         number += 1
-    for suffix in COMPANIONS:
+    for suffix in SIDECAR_SUFFIXES:
         with contextlib.suppress(FileNotFoundError):
-            companion(path, suffix).replace(companion(target, suffix))
+            sidecar_path(path, suffix).replace(sidecar_path(target, suffix))
     return path.replace(target)
 
 
@@ -168,7 +168,7 @@ class OpenFiles:
         self._monotonic = monotonic
         self._checked_at = -CHECK_INTERVAL_S
         self._path = str(path)
-        self._log_path = str(companion(path, "-wal"))
+        self._log_path = str(sidecar_path(path, "-wal"))
         self._database = _identity(path.stat())
         self._log: tuple[int, int] | None = None
 

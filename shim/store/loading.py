@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from shim.core.records import Loaded
+from shim.core.records import StoreContents
 from shim.store import quarantine, rows
 from shim.store.database import Database
 from shim.store.rows import UndecodableRow
@@ -72,7 +72,7 @@ class _Reader:
             self.unanswerable.append(command)
 
 
-def load(database: Database, key: bytes) -> Loaded:
+def load(database: Database, key: bytes) -> StoreContents:
     """Read everything that the core wants at the start, in the transaction that the caller has begun."""
     reader = _Reader(database)
     sessions = reader.read(_SESSIONS, rows.session)
@@ -81,7 +81,7 @@ def load(database: Database, key: bytes) -> Loaded:
     commands = reader.read(_COMMANDS, rows.command)
     owners = sorted(set(reader.read(_OUTBOX, rows.outbox_owner)))
     pending = quarantine.pending(database)
-    return Loaded(
+    return StoreContents(
         key=key,
         sessions=tuple(sessions),
         aliases=tuple(aliases),

@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 
 from shim.errors import StoreError
-from shim.store.files import LOCK_SUFFIX, companion, create
+from shim.store.files import LOCK_SUFFIX, sidecar_path, create
 
 # File systems that know no such lock say so in one of these ways; there two processes are not told apart.
 _UNKNOWN = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
@@ -42,7 +42,7 @@ class StoreLock:
         """
         if self._beside is not None:
             return ()
-        path = companion(self._path, LOCK_SUFFIX)
+        path = sidecar_path(self._path, LOCK_SUFFIX)
         create(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:

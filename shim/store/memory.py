@@ -19,7 +19,7 @@ from shim.core.records import (
     CommandRecord,
     DeleteSession,
     FindCommand,
-    Loaded,
+    StoreContents,
     LookUpCommand,
     MarkCommands,
     MoveSession,
@@ -38,29 +38,29 @@ from shim.core.records import (
     SaveTunnel,
     SessionKey,
     SessionRecord,
-    State,
-    Touch,
+    CommandState,
+    WriteProbe,
     TraceEntry,
 )
 from shim.errors import StoreError
 from shim.ports import StoreDone
-from shim.store.delivery import Post, deliver, store_error
+from shim.store.delivery import CallThreadsafe, run_on_loop, store_error
 from shim.store.rows import encode_json, never_stored
 
 MAX_LONE_TRACES = 10_000
-_LIVE = frozenset({State.QUEUED, State.OFFERED, State.UNCERTAIN})
-_ENDED = frozenset({State.DELIVERED, State.CLOSED, State.EXPIRED, State.DEAD})
+_LIVE = frozenset({CommandState.QUEUED, CommandState.OFFERED, CommandState.UNCERTAIN})
+_ENDED = frozenset({CommandState.DELIVERED, CommandState.CLOSED, CommandState.EXPIRED, CommandState.DEAD})
 _CommandKey = tuple[SessionKey, str]
 
 
 @dataclass(slots=True)
-class _Command:
+class _StoredCommand:
     record: CommandRecord
     updated_wall: float
     result: dict[str, Any] | None
     trace: list[TraceEntry]
 
-    def enter(self, state: State, wall: float, attempts: int = 0) -> None:
+    def enter(self, state: CommandState, wall: float, attempts: int = 0) -> None:
         self.record = replace(self.record, state=state, attempts=max(self.record.attempts + attempts, 0))
         self.updated_wall = wall
 
@@ -68,13 +68,13 @@ class _Command:
 class MemoryStore:
     """A `ports.CommandStore` that may be opened again after `close()` and then still holds what it held."""
 
-    def __init__(self, post: Post) -> None:
+    def __init__(self, post: CallThreadsafe) -> None:
         self._post = post
         self._is_open = False
         self._key = secrets.token_bytes(32)
         self._last_command = 0
         self._last_entry = 0
-        self._commands: dict[_CommandKey, _Command] = {}
+        self._commands: dict[_CommandKey, _StoredCommand] = {}
         self._outbox: dict[int, OutboxEntry] = {}
         self._unknown_results: dict[_CommandKey, float] = {}
         self._lone_traces: list[tuple[_CommandKey, TraceEntry]] = []
@@ -97,15 +97,15 @@ class MemoryStore:
             DeleteSession: lambda o: self._delete_session(o.key),
             MoveSession: self._move_session,
             SaveAlias: lambda o: self._aliases.update({(o.owner, o.agent_id): o.session}),
-            Touch: lambda _: None,
+            WriteProbe: lambda _: None,
             SaveTunnel: lambda o: self._tunnels.update({o.session: o.payload}),
         }
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         """See `ports.CommandStore`."""
         self._is_open = True
         live = (each.record for each in self._commands.values() if each.record.state in _LIVE)
-        return Loaded(
+        return StoreContents(
             key=self._key,
             sessions=tuple(self._sessions[key] for key in sorted(self._sessions, key=str)),
             aliases=tuple((*name, session) for name, session in sorted(self._aliases.items())),
@@ -129,7 +129,7 @@ class MemoryStore:
             else:
                 outcome = StoreError("the store is not open")
         if done is not None:
-            deliver(self._post, [partial(done, outcome)])
+            run_on_loop(self._post, [partial(done, outcome)])
 
     def close(self) -> None:
         """See `ports.CommandStore`."""
@@ -143,7 +143,7 @@ class MemoryStore:
         if known is not None:
             return known
         self._last_command += 1
-        self._commands[record.session, record.id] = _Command(
+        self._commands[record.session, record.id] = _StoredCommand(
             replace(record, seq=self._last_command), record.arrived_wall, None, []
         )
         return PutOutcome(self._last_command)
@@ -162,9 +162,9 @@ class MemoryStore:
 
     def _requeue(self, operation: RequeueCommand) -> bool:
         command = self._commands.get((operation.session, operation.command_id))
-        if command is None or command.record.state not in (State.DELIVERED, State.EXPIRED, State.DEAD):
+        if command is None or command.record.state not in (CommandState.DELIVERED, CommandState.EXPIRED, CommandState.DEAD):
             return False
-        command.enter(State.QUEUED, operation.wall, -command.record.attempts)
+        command.enter(CommandState.QUEUED, operation.wall, -command.record.attempts)
         command.record = replace(command.record, expires_wall=operation.expires_wall)
         return True
 
@@ -212,7 +212,7 @@ class MemoryStore:
         if command.result is not None:
             return ResultOutcome(None, known=True, state=state)
         command.result = operation.payload
-        command.enter(State.ANSWERED, operation.wall)
+        command.enter(CommandState.ANSWERED, operation.wall)
         entry = self._insert_outbox(*key, command.record.request_id, operation.payload)
         return ResultOutcome(entry, known=True, state=state)
 
@@ -229,8 +229,8 @@ class MemoryStore:
         still_there = {(entry.session, entry.command_id) for entry in self._outbox.values()}
         for key in {(entry.session, entry.command_id) for entry in closed} - still_there:
             command = self._commands.get(key)
-            if command is not None and command.record.state is State.ANSWERED:
-                command.enter(State.CLOSED, operation.wall)
+            if command is not None and command.record.state is CommandState.ANSWERED:
+                command.enter(CommandState.CLOSED, operation.wall)
 
     def _read_outbox(self, operation: ReadOutbox) -> list[OutboxEntry]:
         page = [

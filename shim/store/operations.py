@@ -23,7 +23,7 @@ from shim.core.records import (
     SaveAlias,
     SaveSession,
     SaveTunnel,
-    Touch,
+    WriteProbe,
 )
 from shim.store.commands import CommandOperations
 from shim.store.database import Database, Finish, nothing
@@ -60,7 +60,7 @@ class Operations:
             MoveSession: on_sessions.move,
             SaveAlias: on_sessions.save_alias,
             SaveTunnel: on_sessions.save_tunnel,
-            Touch: database.touch,
+            WriteProbe: database.touch,
         }
 
     def carry_out(self, operations: Sequence[Operation]) -> list[Any]:

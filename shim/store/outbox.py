@@ -13,7 +13,7 @@ from shim.core.records import (
     ReadOutbox,
     ResultOutcome,
     SessionKey,
-    State,
+    CommandState,
 )
 from shim.store import quarantine
 from shim.store.database import Database, Finish, nothing
@@ -52,7 +52,7 @@ class OutboxOperations:
         if row is None:
             return self._put_unknown_result(operation)
         seq, state_text, request_id, result = row
-        state = State(state_text)
+        state = CommandState(state_text)
         if result is not None:
             return partial(ResultOutcome, None, known=True, state=state)
         payload = encode_json(operation.payload)

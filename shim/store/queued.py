@@ -9,14 +9,14 @@ from functools import partial
 from shim.core.records import Operation
 from shim.errors import StoreError
 from shim.ports import StoreDone
-from shim.store.delivery import Post, deliver
+from shim.store.delivery import CallThreadsafe, run_on_loop
 from shim.store.writer import Writer
 
 
 class QueuedStore:
     """A `ports.CommandStore` without its `open()`, which calls `_start`."""
 
-    def __init__(self, post: Post) -> None:
+    def __init__(self, post: CallThreadsafe) -> None:
         self._post = post
         # Nothing may be queued behind the end of the queue.
         self._gate = threading.Lock()
@@ -33,7 +33,7 @@ class QueuedStore:
                 self._writer.submit((tuple(operations), done))
                 return
         if done is not None:
-            deliver(self._post, [partial(done, StoreError("the store is not open"))])
+            run_on_loop(self._post, [partial(done, StoreError("the store is not open"))])
 
     def _stop(self, limit_s: float | None = None) -> None:
         with self._gate:

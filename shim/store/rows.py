@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from shim.core.records import CommandRecord, SessionKey, SessionRecord, State, TraceEntry
+from shim.core.records import CommandRecord, SessionKey, SessionRecord, CommandState, TraceEntry
 from shim.errors import ShimError
 
 COMMAND_COLUMNS = (
@@ -105,7 +105,7 @@ def command(row: tuple[Any, ...]) -> CommandRecord:
     """The record of a row of `COMMAND_COLUMNS`. Raises `UndecodableRow`."""
     typed = _typed(row, _CommandRow)
     try:
-        state = State(typed.state)
+        state = CommandState(typed.state)
     except ValueError:
         raise UndecodableRow("no known state") from None
     return CommandRecord(
@@ -173,5 +173,5 @@ def never_stored(key: SessionKey, command_id: str, trace: list[TraceEntry]) -> C
         created_at="",
         arrived_wall=wall,
         expires_wall=wall,
-        state=State.DEAD,
+        state=CommandState.DEAD,
     )

@@ -14,11 +14,11 @@ from typing import Any
 from msgspec.structs import replace
 
 from shim.clock import Clock
-from shim.core.records import Loaded, Operation, Touch
+from shim.core.records import StoreContents, Operation, WriteProbe
 from shim.errors import StoreError
 from shim.store import files, quarantine, schema
 from shim.store.database import Database, Finish, Rows, nothing
-from shim.store.delivery import Post, deliver, store_error
+from shim.store.delivery import CallThreadsafe, run_on_loop, store_error
 from shim.store.loading import load
 from shim.store.lock import StoreLock
 from shim.store.operations import Operations
@@ -73,7 +73,7 @@ class SqliteStore(QueuedStore):
     def __init__(
         self,
         path: Path,
-        post: Post,
+        post: CallThreadsafe,
         probe: CommitProbe | None = None,
         busy_timeout_s: float = BUSY_TIMEOUT_S,
     ) -> None:
@@ -83,7 +83,7 @@ class SqliteStore(QueuedStore):
         self._busy_timeout_s = busy_timeout_s
         self._lock: StoreLock | None = None
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         """See `ports.CommandStore`. A corrupt database is moved aside and replaced by a new one."""
         # SQLite puts its log beside the file that a symbolic link leads to, and so does the lock.
         self._path = Path(os.path.realpath(self._path))
@@ -100,7 +100,7 @@ class SqliteStore(QueuedStore):
         self._lock = lock
         return loaded
 
-    def _open_or_replace(self, lock: StoreLock, warnings: tuple[str, ...]) -> Loaded:
+    def _open_or_replace(self, lock: StoreLock, warnings: tuple[str, ...]) -> StoreContents:
         moved_aside = ""
         try:
             connection, loaded = self._open(lock)
@@ -119,7 +119,7 @@ class SqliteStore(QueuedStore):
 
     def _tell_log(self, size_bytes: int, pinned: bool) -> None:
         if self._probe is not None and self._probe.log is not None:
-            deliver(self._post, [partial(self._probe.log, size_bytes, pinned)])
+            run_on_loop(self._post, [partial(self._probe.log, size_bytes, pinned)])
 
     def close(self) -> None:
         """Carry out what was submitted and close (`ports.CommandStore`); may be called from any thread."""
@@ -128,12 +128,12 @@ class SqliteStore(QueuedStore):
         if lock is not None:
             lock.release()
 
-    def _open(self, lock: StoreLock) -> tuple[sqlite3.Connection, Loaded]:
+    def _open(self, lock: StoreLock) -> tuple[sqlite3.Connection, StoreContents]:
         with _translated(self._path):
             exists = self._path.exists()
             warnings = lock.acquire_database() if exists else ()
             if exists:
-                if files.is_garbage(self._path):
+                if files.has_bad_header(self._path):
                     raise _CorruptError("the file is no database")
                 schema.check_untouched(self._path, self._busy_timeout_s)
             files.create(self._path)
@@ -147,11 +147,11 @@ class SqliteStore(QueuedStore):
                 raise
         return connection, replace(loaded, warnings=warnings + loaded.warnings)
 
-    def _prepare(self, connection: sqlite3.Connection) -> Loaded:
+    def _prepare(self, connection: sqlite3.Connection) -> StoreContents:
         if self._path.stat().st_size == 0:
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before anything was read or written
         schema.check_version(connection)
-        if files.is_ragged(self._path, connection.execute("PRAGMA page_size").fetchone()[0]):
+        if files.is_truncated(self._path, connection.execute("PRAGMA page_size").fetchone()[0]):
             raise _CorruptError("the database is cut")
         _configure(connection)
         if connection.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
@@ -159,7 +159,7 @@ class SqliteStore(QueuedStore):
         schema.migrate(connection)
         loaded = _load(connection)
         files.make_private(self._path)
-        return replace(loaded, warnings=files.others_files(self._path))
+        return replace(loaded, warnings=files.foreign_owner_warnings(self._path))
 
 
 class SqliteDatabase:
@@ -178,7 +178,7 @@ class SqliteDatabase:
         cursor.execute(statement, parameters)
         return cursor.lastrowid if cursor.rowcount else None
 
-    def touch(self, operation: Touch) -> Finish[None]:
+    def touch(self, operation: WriteProbe) -> Finish[None]:
         self.execute(_SAVE_META, ("touched", operation.wall))
         return nothing
 
@@ -229,7 +229,7 @@ class SqliteEngine:
             self._connection.close()
 
 
-def _load(connection: sqlite3.Connection) -> Loaded:
+def _load(connection: sqlite3.Connection) -> StoreContents:
     database = SqliteDatabase(connection)
     database.execute("BEGIN IMMEDIATE")
     key, damaged = _owner_key(database)

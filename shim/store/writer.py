@@ -15,7 +15,7 @@ import msgspec
 from shim.core.records import Operation
 from shim.errors import StoreError
 from shim.ports import StoreDone
-from shim.store.delivery import CallbackQueue, Post
+from shim.store.delivery import CallbackQueue, CallThreadsafe
 
 # Submissions that share a commit. A commit of that many costs little more for each than one of thousands, and what is
 # submitted meanwhile, an agent's result say, does not wait for long.
@@ -79,11 +79,11 @@ class Engine(Protocol):
 class Writer:
     """Owns an engine from `start()` on, until `close()`."""
 
-    def __init__(self, engine: Engine, post: Post, probe: CommitProbe | None) -> None:
+    def __init__(self, engine: Engine, post: CallThreadsafe, probe: CommitProbe | None) -> None:
         self._engine = engine
         self._callbacks = CallbackQueue(post)
         self._probe = probe
-        self._fenced = False
+        self._confirm_up_to = False
         self._queue: SimpleQueue[_Submission | None] = SimpleQueue()
         # A daemon, so that a process which dies without `close()` does not hang; the database survives that.
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
@@ -171,8 +171,8 @@ class Writer:
             yield partial(probe.failed, submissions)
         if probe.corrupt is not None and failure.corrupt:
             yield partial(probe.corrupt, failure.error)
-        if probe.fenced is not None and failure.fenced and not self._fenced:
-            self._fenced = True
+        if probe.fenced is not None and failure.fenced and not self._confirm_up_to:
+            self._confirm_up_to = True
             yield probe.fenced
 
     def _commit(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[_Outcome]:

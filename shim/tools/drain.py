@@ -27,7 +27,7 @@ EVERY_S = 0.5
     help="How long it may take until it counts as failed; no command is lost either way.",
 )
 @click.option("--cancel", is_flag=True, help="Take commands again.")
-def command(wait: bool, timeout_s: float, cancel: bool, **where: Any) -> None:
+def drain_command(wait: bool, timeout_s: float, cancel: bool, **where: Any) -> None:
     """Tell a running shim to take no new commands and to hand over what it has.
 
     New commands are refused (code `queue_full`), polls are served, and /readyz says 503. Needs the admin token.

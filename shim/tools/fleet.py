@@ -15,11 +15,11 @@ from typing import Any
 import click
 
 from shim.clock import Clock
-from shim.tools.agents import GENERATIONS, Callbacks, Event, PollStyle, Pool, Profile
+from shim.tools.agents import GENERATIONS, Callbacks, Event, PollStyle, Pool, AgentProfile
 from shim.tools.control_client import control_client
 from shim.tools.fleet_report import Report, lines, report
-from shim.tools.herd import Herd, Plan, Tally
-from shim.tools.pusher import Pusher
+from shim.tools.herd import Fleet, FleetPlan, FleetStats
+from shim.tools.pusher import CommandLoad
 
 _REFRESH_S = 0.25
 _GRACE_S = 5
@@ -122,10 +122,10 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def _plan(given: dict[str, Any]) -> Plan:
+def _plan(given: dict[str, Any]) -> FleetPlan:
     dialects = list(GENERATIONS) if given["dialect"] == "mixed" else [given["dialect"]]
     profiles = tuple(
-        Profile(
+        AgentProfile(
             dialect=dialect,
             heartbeat_interval_s=given["heartbeat_interval"],
             poll_interval_s=given["poll_interval"] or None,
@@ -138,7 +138,7 @@ def _plan(given: dict[str, Any]) -> Plan:
     if spread_s is None:
         spread_s = min(given["duration"] / 5, max(profile.beat_s for profile in profiles))
     token = given["token_file"].read_text().strip() if given["token_file"] else given["token"]
-    return Plan(
+    return FleetPlan(
         url=given["url"],
         agents=given["agents"],
         profiles=profiles,
@@ -159,14 +159,14 @@ def _allow_files(agents: int) -> None:
         click.echo(f"warning: only {allowed} open files are allowed here, {wanted} may be needed", err=True)
 
 
-async def _run(plan: Plan, given: dict[str, Any]) -> Report:
-    clock, tally, stop = Clock(), Tally(), asyncio.Event()
+async def _run(plan: FleetPlan, given: dict[str, Any]) -> Report:
+    clock, tally, stop = Clock(), FleetStats(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     start_s = clock.monotonic_s()
     async with _pusher(given, clock) as pusher:
-        herd = Herd(plan, clock, _callbacks(tally, pusher))
+        herd = Fleet(plan, clock, _callbacks(tally, pusher))
         over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             group.create_task(herd.run(over))
@@ -177,7 +177,7 @@ async def _run(plan: Plan, given: dict[str, Any]) -> Report:
         return report(clock.monotonic_s() - start_s, herd.agents, tally, pusher, given["warm_up"])
 
 
-def _callbacks(tally: Tally, pusher: Pusher | None) -> Callbacks:
+def _callbacks(tally: FleetStats, pusher: CommandLoad | None) -> Callbacks:
     if pusher is None:
         return Callbacks(event=tally.record)
 
@@ -189,15 +189,15 @@ def _callbacks(tally: Tally, pusher: Pusher | None) -> Callbacks:
 
 
 @asynccontextmanager
-async def _pusher(given: dict[str, Any], clock: Clock) -> AsyncIterator[Pusher | None]:
+async def _pusher(given: dict[str, Any], clock: Clock) -> AsyncIterator[CommandLoad | None]:
     if not given["control"]:
         yield None
         return
     async with control_client(given["control"].removesuffix("/control"), given["control_token"]) as control:
-        yield Pusher(control, clock)
+        yield CommandLoad(control, clock)
 
 
-async def _until(stop: asyncio.Event, given: dict[str, Any], herd: Herd, pusher: Pusher | None) -> None:
+async def _until(stop: asyncio.Event, given: dict[str, Any], herd: Fleet, pusher: CommandLoad | None) -> None:
     """Return when the time is over, or `stop` is set; with commands on their way they get a poll's time to arrive."""
     async with asyncio.TaskGroup() as group:
         pushing = group.create_task(_push(given, herd, pusher)) if pusher else None
@@ -211,13 +211,13 @@ async def _until(stop: asyncio.Event, given: dict[str, Any], herd: Herd, pusher:
             await pusher.settle(_GRACE_S + 2 * given["poll_interval"])
 
 
-async def _push(given: dict[str, Any], herd: Herd, pusher: Pusher) -> None:
+async def _push(given: dict[str, Any], herd: Fleet, pusher: CommandLoad) -> None:
     """Push commands when the agents have warmed up: by then it is learnt how long their polls may be held."""
     await asyncio.sleep(given["warm_up"])
     await pusher.run(herd.agents, given["rate"], given["duration"])
 
 
-async def _show(tally: Tally, pusher: Pusher | None, agents: int, duration_s: float) -> None:
+async def _show(tally: FleetStats, pusher: CommandLoad | None, agents: int, duration_s: float) -> None:
     """Show a progress bar on a terminal where rich is installed; elsewhere nothing."""
     try:
         from rich.console import Console  # noqa: PLC0415 - of the extra `tools`

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from shim.tools.agents import LegacyAgent, Outcome, What
-from shim.tools.herd import Tally
+from shim.tools.agents import LegacyAgent, CallOutcome, EventKind
+from shim.tools.herd import FleetStats
 from shim.tools.latency import Summary, duration, histogram
-from shim.tools.pusher import Pusher
+from shim.tools.pusher import CommandLoad
 
-_CALLS = (What.REGISTER, What.HEARTBEAT, What.POLL, What.RESULT, What.TUNNEL)
+_CALLS = (EventKind.REGISTER, EventKind.HEARTBEAT, EventKind.POLL, EventKind.RESULT, EventKind.TUNNEL)
 _MAX_SHOWN = 5
 
 
@@ -67,21 +67,21 @@ class Report:
 
 
 def report(
-    duration_s: float, agents: Sequence[LegacyAgent], tally: Tally, pusher: Pusher | None, warm_up_s: float = 0
+    duration_s: float, agents: Sequence[LegacyAgent], tally: FleetStats, pusher: CommandLoad | None, warm_up_s: float = 0
 ) -> Report:
     """Sum up a run. An agent that was never answered well is failing, whatever else."""
     silent = {agent.who.agent_id: "no answer to any call" for agent in agents if agent.who.agent_id not in tally.alive}
     calls = [
         Calls(
             what=what.value,
-            ok=tally.counts[what, Outcome.OK],
-            refused=tally.counts[what, Outcome.REFUSED],
-            undecodable=tally.counts[what, Outcome.UNDECODABLE],
-            failed=tally.counts[what, Outcome.FAILED],
+            ok=tally.counts[what, CallOutcome.OK],
+            refused=tally.counts[what, CallOutcome.REFUSED],
+            undecodable=tally.counts[what, CallOutcome.UNDECODABLE],
+            failed=tally.counts[what, CallOutcome.FAILED],
             took=Summary.of(tally.took_s[what]),
         )
         for what in _CALLS
-        if any(tally.counts[what, outcome] for outcome in Outcome)
+        if any(tally.counts[what, outcome] for outcome in CallOutcome)
     ]
     return Report(
         duration_s,
@@ -93,7 +93,7 @@ def report(
     )
 
 
-def _pushed(pusher: Pusher, warm_up_s: float) -> Pushed:
+def _pushed(pusher: CommandLoad, warm_up_s: float) -> Pushed:
     found = pusher.latencies_s()
     refused = dict(Counter(pusher.refused))
     return Pushed(pusher.pushed, len(found), pusher.answered, refused, Summary.of(found), warm_up_s, found)

@@ -14,7 +14,7 @@ from shim.tools.admin_client import admin_options, port_of
 @click.command("forget")
 @admin_options
 @click.argument("agent", metavar="AGENT")
-def command(agent: str, **where: Any) -> None:
+def forget_command(agent: str, **where: Any) -> None:
     """Forget an agent that does not call any more: its name, its id, or its whole key. Needs the admin token.
 
     What waits for it is given up, and the controller is told (code `expired`). If it calls again, it is known again.

@@ -8,13 +8,13 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from shim.clock import Clock
-from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, Outcome, Profile, What
+from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, CallOutcome, AgentProfile, EventKind
 
-_VITAL = frozenset({What.REGISTER, What.HEARTBEAT, What.POLL, What.RESULT, What.STATUS, What.TUNNEL})
+_VITAL = frozenset({EventKind.REGISTER, EventKind.HEARTBEAT, EventKind.POLL, EventKind.RESULT, EventKind.STATUS, EventKind.TUNNEL})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class FleetPlan:
     """Which agents to run. Profiles are dealt round the herd; agents start evenly spread over `spread_s` seconds.
 
     An agent whose process exits is started again after `restart_s`, as Kubernetes does it at first.
@@ -22,36 +22,36 @@ class Plan:
 
     url: str
     agents: int
-    profiles: tuple[Profile, ...]
+    profiles: tuple[AgentProfile, ...]
     token: str = field(repr=False)
     prefix: str = "fleet"
     spread_s: float = 0
     restart_s: float = 10
 
 
-class Tally:
+class FleetStats:
     """What happened to a herd, by kind of call and outcome."""
 
     def __init__(self) -> None:
-        self.counts: Counter[tuple[What, Outcome]] = Counter()
-        self.took_s: defaultdict[What, array[float]] = defaultdict(lambda: array("d"))
+        self.counts: Counter[tuple[EventKind, CallOutcome]] = Counter()
+        self.took_s: defaultdict[EventKind, array[float]] = defaultdict(lambda: array("d"))
         self.alive: set[str] = set()
-        self._failing: dict[tuple[str, What], str] = {}
+        self._failing: dict[tuple[str, EventKind], str] = {}
         self._spoilt: dict[str, str] = {}
 
     def record(self, event: Event) -> None:
         """Count an event."""
         self.counts[event.what, event.outcome] += 1
         key = (event.agent_id, event.what)
-        if event.outcome is Outcome.OK:
+        if event.outcome is CallOutcome.OK:
             self._failing.pop(key, None)
-            if event.what is not What.COMMAND:
+            if event.what is not EventKind.COMMAND:
                 self.took_s[event.what].append(event.at_s - event.started_s)
-            if event.what in (What.REGISTER, What.HEARTBEAT):
+            if event.what in (EventKind.REGISTER, EventKind.HEARTBEAT):
                 self.alive.add(event.agent_id)
             return
         reason = f"{event.what.value}: {event.detail or f'status {event.status}'}"
-        if event.outcome is Outcome.UNDECODABLE:
+        if event.outcome is CallOutcome.UNDECODABLE:
             self._spoilt.setdefault(event.agent_id, reason)
         if event.what in _VITAL:
             self._failing[key] = reason
@@ -64,10 +64,10 @@ class Tally:
         return {agent_id: reason for (agent_id, _), reason in self._failing.items()} | self._spoilt
 
 
-class Herd:
+class Fleet:
     """The agents of a plan."""
 
-    def __init__(self, plan: Plan, clock: Clock, callbacks: Callbacks) -> None:
+    def __init__(self, plan: FleetPlan, clock: Clock, callbacks: Callbacks) -> None:
         """All agents share `callbacks`; events and exchanges carry the agent's id."""
         self._plan = plan
         self.agents = [self._agent(number, clock, callbacks) for number in range(plan.agents)]

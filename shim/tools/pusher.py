@@ -8,13 +8,13 @@ import uuid
 from collections.abc import Sequence
 
 from shim.clock import Clock
-from shim.tools.agents import Event, Exchange, LegacyAgent, Outcome, Response, What
+from shim.tools.agents import Event, Exchange, LegacyAgent, CallOutcome, Response, EventKind
 from shim.tools.control_client import ControlClient, ControlError
 
 _MAX_AT_ONCE = 64
 
 
-class Pusher:
+class CommandLoad:
     """Pushes commands in turn to the agents that poll; the herd's callbacks must be its `record` and `call`.
 
     The latency runs from the controller's send to the agent having the command in hand, on the monotonic clock that all
@@ -34,8 +34,8 @@ class Pusher:
 
     def record(self, event: Event) -> None:
         """Note what arrived where."""
-        if event.outcome is Outcome.OK and event.command is not None:
-            if event.what is What.COMMAND:
+        if event.outcome is CallOutcome.OK and event.command is not None:
+            if event.what is EventKind.COMMAND:
                 self._in_hand_s.setdefault(event.command.id, event.at_s)
             else:
                 self._answered.add(event.command.id)
@@ -43,7 +43,7 @@ class Pusher:
 
     async def call(self, exchange: Exchange) -> Response:
         """Make an agent's call. From its first poll on it is given commands: by then it is known upstream."""
-        if exchange.what is What.POLL:
+        if exchange.what is EventKind.POLL:
             self._polling.add(exchange.agent_id)
         return await exchange.send()
 

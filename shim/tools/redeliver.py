@@ -11,7 +11,7 @@ from shim.tools.command_order import give_order, order_options
 
 @click.command("redeliver")
 @order_options
-def command(command_id: str, session: str, reason: str, **where: Any) -> None:
+def redeliver_command(command_id: str, session: str, reason: str, **where: Any) -> None:
     """Queue a command again that was delivered, expired or given up without a result. Needs the admin token."""
     give_order("redeliver", command_id, session, reason, where)
     click.echo(f"{command_id} waits for its agent's next poll")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from shim.core.words import brief, plural, printable, span
+from shim.core.words import shorten, plural, printable, format_duration
 
 HEAD = ("AGENT", "DIALECT", "ALIVE", "HEARTBEATS", "POLLS", "HELD UP TO", "QUEUE")
 PHASES = {"up": "connected", "down": "away", "refused": "token refused", "idle": "at rest"}
@@ -64,7 +64,7 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     latency = commands["latency"]
     timing = f"half handed over within {_ms(latency['p50_s'])}, 95 % within {_ms(latency['p95_s'])}"
     lines = [
-        ("shim", f"{status['version']}, mode {status['mode']}, up {span(now - status['started_at'])}"),
+        ("shim", f"{status['version']}, mode {status['mode']}, up {format_duration(now - status['started_at'])}"),
         ("controller", f"{status['upstream']}: {_links(status['links'], now)}"),
         ("commands", f"{commands['waiting']} waiting, {commands['offered']} offered, {commands['uncertain']} in doubt"),
         ("results", f"{commands['results']} to report"),
@@ -100,7 +100,7 @@ def _links(links: dict[str, Any], now: float) -> str:
     link = links["items"][0]
     told = ", ".join(printable(part) for part in (link["reason"], link.get("detail")) if part)
     reason = f" ({told})" if told and link["phase"] != "up" else ""
-    return f"{PHASES[link['phase']]} for {span(now - link['since'])}{reason}"
+    return f"{PHASES[link['phase']]} for {format_duration(now - link['since'])}{reason}"
 
 
 def _removal(migration: dict[str, Any]) -> str:
@@ -119,7 +119,7 @@ def _calls(status: dict[str, Any]) -> list[tuple[str, str]]:
     if by_http["used"] and last is not None:
         how = last["status"] or last["reason"] or "no answer"
         counts = f"{plural(by_http['calls'], 'call')} in the last minute, {by_http['failed']} not served"
-        lines.append(("by HTTP", f"{counts}; the last one {span(now - last['at'])} ago: {how}"))
+        lines.append(("by HTTP", f"{counts}; the last one {format_duration(now - last['at'])} ago: {how}"))
     return lines
 
 
@@ -137,7 +137,7 @@ def _row(session: dict[str, Any], status: dict[str, Any]) -> tuple[str, tuple[st
         level = "warning" if queue["not_polling"] or not http["served"] else "good"
         alive, beats, polls, held = http_words(http, status), "by HTTP", "by HTTP", "by HTTP"
     return level, (
-        brief(session["name"] or session["id"]),
+        shorten(session["name"] or session["id"]),
         session["dialect"],
         alive,
         beats,
@@ -151,7 +151,7 @@ def _alive(session: dict[str, Any], now: float) -> str:
     if session["fresh"]:
         return f"alive, {TROUBLES[session['trouble']]}" if session["trouble"] else "alive"
     since = session["stale_since"]
-    return "silent" if since is None else f"silent for {span(now - since)}"
+    return "silent" if since is None else f"silent for {format_duration(now - since)}"
 
 
 def http_words(http: dict[str, Any], status: dict[str, Any]) -> str:
@@ -160,11 +160,11 @@ def http_words(http: dict[str, Any], status: dict[str, Any]) -> str:
     if http["why"] == "rollout":
         why = f"outside {status['rollout_percent']:g} %, hash {http['hash']:.1f}"
     ended = http["status"] or http["reason"] or "no answer"
-    return f"by HTTP ({why}), last call {span(status['now'] - http['at'])} ago: {ended}"
+    return f"by HTTP ({why}), last call {format_duration(status['now'] - http['at'])} ago: {ended}"
 
 
 def _ago(at: float | None, now: float) -> str:
-    return "none since the start" if at is None else f"{span(now - at)} ago"
+    return "none since the start" if at is None else f"{format_duration(now - at)} ago"
 
 
 def _ms(seconds: float | None) -> str:

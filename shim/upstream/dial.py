@@ -12,7 +12,7 @@ from aiohttp import hdrs
 
 import shim
 from shim.core.urls import origin_of, with_query
-from shim.ports import DialFailure, DialSpec, Socket, SocketEvents
+from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
 from shim.settings import Upstream
 from shim.upstream.dialler import Dialler, DialTrace
 from shim.upstream.failures import failure_of
@@ -20,7 +20,7 @@ from shim.upstream.pump import CLOSE_WAIT_S, WebSocketPump, WireObserver
 from shim.upstream.socket import RawWebSocket
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
-DialDone = Callable[[Socket | DialFailure], None]
+DialDone = Callable[[WebSocket | DialFailure], None]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class AiohttpUpstream:
         self._pumps: set[WebSocketPump] = set()
         self._closed = False
 
-    def dial(self, spec: DialSpec, events: SocketEvents, done: DialDone) -> None:
+    def dial(self, spec: DialRequest, events: WebSocketListener, done: DialDone) -> None:
         """Dial in the background; the task goes on as the reader of the socket."""
         if self._closed:
             return
@@ -83,7 +83,7 @@ class AiohttpUpstream:
         await asyncio.gather(*dials, return_exceptions=True)
         await self._dialler.close()
 
-    async def _serve(self, spec: DialSpec, events: SocketEvents, done: DialDone) -> None:
+    async def _serve(self, spec: DialRequest, events: WebSocketListener, done: DialDone) -> None:
         outcome = await self._connect(spec)
         if isinstance(outcome, DialFailure):
             self._tell(done, outcome)
@@ -101,7 +101,7 @@ class AiohttpUpstream:
             pump.abort()
             self._pumps.discard(pump)
 
-    def _tell(self, done: DialDone, outcome: Socket | DialFailure) -> bool:
+    def _tell(self, done: DialDone, outcome: WebSocket | DialFailure) -> bool:
         try:
             done(outcome)
         except Exception:
@@ -110,7 +110,7 @@ class AiohttpUpstream:
             return False
         return True
 
-    async def _connect(self, spec: DialSpec) -> RawWebSocket | DialFailure:
+    async def _connect(self, spec: DialRequest) -> RawWebSocket | DialFailure:
         query = (*spec.query, ("token", spec.token)) if spec.in_query and spec.token else spec.query
         headers: dict[str, str] = {hdrs.USER_AGENT: f"agent-shim/{shim.__version__}"}
         if spec.in_header and spec.token:

@@ -13,7 +13,7 @@ from aiohttp import WebSocketError, WSCloseCode, WSMsgType
 
 from shim import messages
 from shim.errors import MessageError
-from shim.ports import SocketEvents
+from shim.ports import WebSocketListener
 from shim.upstream.socket import RawWebSocket, reply_code
 
 CLOSE_WAIT_S = 2.0
@@ -37,7 +37,7 @@ class WireObserver(Protocol):
         """A frame's payload was handed to the transport."""
 
     def handler_failed(self) -> None:
-        """A handler of `SocketEvents` raised; the pump went on."""
+        """A handler of `WebSocketListener` raised; the pump went on."""
 
 
 class _State(Enum):
@@ -49,7 +49,7 @@ class _State(Enum):
 class WebSocketPump:
     """`ports.Socket` on aiohttp. `run()` reads and `write()` writes, each in one task, until the connection is gone."""
 
-    def __init__(self, ws: RawWebSocket, events: SocketEvents, wire: WireObserver) -> None:
+    def __init__(self, ws: RawWebSocket, events: WebSocketListener, wire: WireObserver) -> None:
         self._ws = ws
         self._events = events
         self._wire = wire

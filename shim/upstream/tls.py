@@ -8,7 +8,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
-from shim.filemarks import Mark, marks
+from shim.filemarks import FileFingerprint, fingerprints
 from shim.ports import DialFailure
 from shim.regular_files import read_regular, reason
 from shim.settings import DialSettings
@@ -25,12 +25,12 @@ class ClientTls:
         names = ("ca_file", "client_cert_file", "client_key_file")
         self._files = {name: Path(path) for name in names if (path := getattr(settings, name))}
         self._context: ssl.SSLContext | None = None
-        self._signature: tuple[Mark, ...] = ()
+        self._signature: tuple[FileFingerprint, ...] = ()
 
     def context(self) -> ssl.SSLContext:
         """Return the context. Raises `DialError`, which names the key of a file that cannot be used."""
         try:
-            signature = marks(self._files.values())
+            signature = fingerprints(self._files.values())
         except OSError:
             signature = ()  # which one is missing is said below
         if self._context is None or signature != self._signature or len(signature) < len(self._files):

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from shim.admin.journal import Journal
+from shim.admin.journal import RecentCommandsStore
 from shim.admin.series import Sampler
-from shim.admin.snapshot import Facts, Snapshots
+from shim.admin.snapshot import ProcessInfo, StatusBuilder
 from tests.bridge.conftest import make_world, pytest_asyncio_loop_factories, world
 from tests.support.world import World
 
@@ -23,7 +23,7 @@ class Page:
 
     world: World
     sampler: Sampler
-    snapshots: Snapshots
+    snapshots: StatusBuilder
 
     def status(self, *not_ready: str) -> dict[str, Any]:
         return self.snapshots.take(list(not_ready))
@@ -42,12 +42,12 @@ def make_page() -> Iterator[MakePage]:
     pages: list[Page] = []
 
     def make(of: World) -> Page:
-        journal = Journal(of.bridge.ctx.store)
+        journal = RecentCommandsStore(of.bridge.ctx.store)
         of.bridge.ctx.store = journal
         sampler = Sampler(of.bridge)
         sampler.start()
-        facts = Facts("1.2.3", of.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
-        pages.append(Page(of, sampler, Snapshots(of.bridge, sampler, journal, facts)))
+        facts = ProcessInfo("1.2.3", of.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
+        pages.append(Page(of, sampler, StatusBuilder(of.bridge, sampler, journal, facts)))
         return pages[-1]
 
     yield make

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.admin.journal import KEPT, Journal
+from shim.admin.journal import KEPT, RecentCommandsStore
 from shim.core.records import AddTrace, TraceEntry
 from shim.store.memory import MemoryStore
 from tests.support.stores import KEY, OTHER, StoreClient, put
@@ -13,7 +13,7 @@ def step(command_id: str, event: str, wall: float, detail: str = "") -> AddTrace
 
 
 def test_everything_reaches_the_store_and_its_answers_come_back() -> None:
-    client = StoreClient(lambda post: Journal(MemoryStore(post)))
+    client = StoreClient(lambda post: RecentCommandsStore(MemoryStore(post)))
     client.open()
     outcome = client.run(put("1"), step("1", "arrived", 1.0, "exec"))
     assert outcome[0].seq == 1
@@ -23,14 +23,14 @@ def test_everything_reaches_the_store_and_its_answers_come_back() -> None:
 
 
 def test_a_command_is_shown_once_with_its_newest_step_the_newest_first() -> None:
-    client = StoreClient(lambda post: Journal(MemoryStore(post)))
+    client = StoreClient(lambda post: RecentCommandsStore(MemoryStore(post)))
     client.open()
     client.run(
         step("1", "arrived", 1.0, "exec"), step("2", "arrived", 2.0, "scan"), step("1", "offered", 3.0, "attempt 1")
     )
     client.run(AddTrace(OTHER, ("1",), TraceEntry(4.0, "dead", "why")))
     journal = client.store
-    assert isinstance(journal, Journal)
+    assert isinstance(journal, RecentCommandsStore)
     assert [(each.id, each.session, each.event, each.type, each.arrived_wall) for each in journal] == [
         ("1", OTHER, "dead", "", 0.0),
         ("1", KEY, "offered", "exec", 1.0),
@@ -40,12 +40,12 @@ def test_a_command_is_shown_once_with_its_newest_step_the_newest_first() -> None
 
 
 def test_only_so_many_are_kept_also_of_one_batch() -> None:
-    client = StoreClient(lambda post: Journal(MemoryStore(post)))
+    client = StoreClient(lambda post: RecentCommandsStore(MemoryStore(post)))
     client.open()
     client.run(AddTrace(KEY, tuple(map(str, range(3 * KEPT))), TraceEntry(1.0, "offered")))
     client.run(step("last", "arrived", 2.0))
     journal = client.store
-    assert isinstance(journal, Journal)
+    assert isinstance(journal, RecentCommandsStore)
     shown = [each.id for each in journal]
     assert (len(shown), shown[:2]) == (KEPT, ["last", str(3 * KEPT - 1)])
     client.close()

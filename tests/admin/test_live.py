@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from shim.admin.live import EVERY_S, MAX_EVERY_S, SHARE, Live
+from shim.admin.live import EVERY_S, MAX_EVERY_S, SHARE, EventStream
 from tests.admin.conftest import Page
 
 
@@ -27,7 +27,7 @@ class Scene:
         self.clock = Hands()
         self.took_s = 0.0
         self.taken = 0
-        self.live = Live(self.clock, page.sampler, self._prepare, self._take)
+        self.live = EventStream(self.clock, page.sampler, self._prepare, self._take)
 
     async def _prepare(self) -> list[str]:
         return ["a reason"]

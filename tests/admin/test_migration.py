@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from shim.admin.migration import migration, paths, sunset
-from shim.core.calls import Kind, Target, TunnelInfoCall
+from shim.core.calls import TargetKind, SessionTarget, TunnelInfoCall
 from shim.core.records import SessionKey
-from shim.core.usage import Usage
+from shim.core.usage import RouteUsage
 from shim.settings import Sunset
 from tests.bridge.conftest import MakeWorld
 from tests.support.virtual import WALL_AT_START_S
@@ -37,7 +37,7 @@ async def test_calls_are_counted_by_dialect_route_and_agent(world: World) -> Non
         await agent.poll()
     await old.status(nodes=3)
     await new.tunnel_poll()
-    await new.outcome(TunnelInfoCall(Target(Kind.CLUSTER, new.cluster_id)))
+    await new.outcome(TunnelInfoCall(SessionTarget(TargetKind.CLUSTER, new.cluster_id)))
     await new.result("k1")
     found = panel(world)
     assert calls(found) == {
@@ -143,7 +143,7 @@ def test_the_sunset_is_counted_in_days() -> None:
 
 
 def test_usage_is_bounded_by_agents() -> None:
-    usage = Usage(max_agents=2)
+    usage = RouteUsage(max_agents=2)
     for ident in ("a", "b", "a", "c"):
         usage.note(SessionKey("default", "agent", ident), "agents", "poll", 1.0)
     assert [key.ident for key, _ in usage] == ["b", "c"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from shim.admin.series import EVERY_S, KEPT, quantile
-from shim.core.timeline import MAX_SEGMENTS, Phase, Timeline
-from shim.core.words import plural, span
+from shim.core.timeline import MAX_SEGMENTS, PhaseKind, LinkHistory
+from shim.core.words import plural, format_duration
 from tests.admin.conftest import Page
 from tests.support.world import World
 
@@ -53,16 +53,16 @@ def test_quantiles(values: list[float], half: float | None, most: float | None) 
 
 
 def test_a_timeline_joins_what_is_alike_and_forgets_what_is_long_past() -> None:
-    timeline = Timeline(0.0)
-    for at, phase in ((10.0, Phase.DOWN), (11.0, Phase.DOWN), (12.0, Phase.UP), (5000.0, Phase.DOWN)):
+    timeline = LinkHistory(0.0)
+    for at, phase in ((10.0, PhaseKind.DOWN), (11.0, PhaseKind.DOWN), (12.0, PhaseKind.UP), (5000.0, PhaseKind.DOWN)):
         timeline.enter(phase, at, f"at {at:g}")
     assert [(each.phase, each.since_s) for each in timeline.last(5100.0, 3600.0)] == [
-        (Phase.UP, 12.0),
-        (Phase.DOWN, 5000.0),
+        (PhaseKind.UP, 12.0),
+        (PhaseKind.DOWN, 5000.0),
     ]
-    assert (timeline.current.phase, timeline.current.reason) == (Phase.DOWN, "at 5000")
+    assert (timeline.current.phase, timeline.current.reason) == (PhaseKind.DOWN, "at 5000")
     for number in range(2 * MAX_SEGMENTS):
-        timeline.enter(Phase.UP if number % 2 else Phase.IDLE, 6000.0 + number, "")
+        timeline.enter(PhaseKind.UP if number % 2 else PhaseKind.IDLE, 6000.0 + number, "")
     assert len(timeline.last(6000.0 + 2 * MAX_SEGMENTS, 1e6)) == MAX_SEGMENTS
 
 
@@ -82,7 +82,7 @@ def test_a_timeline_joins_what_is_alike_and_forgets_what_is_long_past() -> None:
     ],
 )
 def test_spans_in_words(seconds: float, words: str) -> None:
-    assert span(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def test_numbers_in_words() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from shim.admin import snapshot
-from shim.admin.snapshot import Facts, Snapshots
+from shim.admin.snapshot import ProcessInfo, StatusBuilder
 from shim.core.fallback_record import FallbackCall, Why
 from shim.core.modes import bucket
 from shim.core.records import SessionKey
-from shim.ports import Client
+from shim.ports import Caller
 from shim.redaction import Redaction
 from tests.admin.conftest import MakePage, Page
 from tests.bridge.conftest import MakeWorld
@@ -324,7 +324,7 @@ async def test_a_session_is_kept_while_its_agent_goes_by_http(make_world: MakeWo
     agent = await served(world)
     for _ in range(4):
         await world.pass_s(3600)
-        world.bridge.detour.used(Client(TOKEN, 1), agent.heartbeat_call())
+        world.bridge.detour.used(Caller(TOKEN, 1), agent.heartbeat_call())
     await world.restart()
     await world.pass_s(700)
     assert world.session(agent.cluster_id).registration["name"] == "prod"
@@ -378,7 +378,7 @@ async def test_secrets_in_the_controllers_texts_are_masked(make_world: MakeWorld
     request = await world.controller.until("register")
     world.controller.socket.says("error", {"error": "token=abcdef1234 is not good"}, request.request_id)
     await task
-    facts = Facts("1", 0.0, {}, token_required=False, mask=Redaction().value)
-    status = Snapshots(world.bridge, page.sampler, [], facts).take([])
+    facts = ProcessInfo("1", 0.0, {}, token_required=False, mask=Redaction().value)
+    status = StatusBuilder(world.bridge, page.sampler, [], facts).take([])
     assert "abcdef1234" not in json.dumps(status)
     assert "is not good" in status["controller"]["registrations"]["items"][0]["error"]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from shim.bridge.admission import UNPROVEN_SESSIONS
+from shim.bridge.admission import MAX_UNVERIFIED_SESSIONS
 from shim.core.calls import Accepted, Commands, Failed, Outcome, PollCall
 from shim.core.records import SaveAlias, SaveSession
-from shim.ports import DialFailure, DialSpec
+from shim.ports import DialFailure, DialRequest
 from tests.bridge.conftest import MakeWorld
 from tests.support.world import Agent, World
 
@@ -20,7 +20,7 @@ REFUSED = DialFailure("status", 401)
 def refuse(world: World, *tokens: str) -> None:
     """The controller refuses these tokens."""
 
-    def judge(spec: DialSpec) -> DialFailure | None:
+    def judge(spec: DialRequest) -> DialFailure | None:
         return REFUSED if spec.token in tokens else None
 
     world.controller.manners.refuse = judge
@@ -112,19 +112,19 @@ async def test_an_agents_token_is_masked_as_long_as_its_link_is_kept(make_world:
 async def test_a_token_that_was_never_judged_has_few_agents_and_no_results_on_disk(make_world: MakeWorld) -> None:
     world = await make_world(**OWN)
     world.controller.manners.dial = DialFailure("tcp")
-    agents = [world.agent(cluster_id=f"c-{n}", token="new") for n in range(UNPROVEN_SESSIONS + 1)]
-    assert [await beat(agent) for agent in agents] == [200] * UNPROVEN_SESSIONS + [503]
+    agents = [world.agent(cluster_id=f"c-{n}", token="new") for n in range(MAX_UNVERIFIED_SESSIONS + 1)]
+    assert [await beat(agent) for agent in agents] == [200] * MAX_UNVERIFIED_SESSIONS + [503]
     assert status(await agents[0].result("k-1")) == 503
     assert stored(world) == []
     world.controller.come_back()
     await world.until(lambda: len(world.controller.sockets) == 1)
     await world.settle()
     kept = {each.record.key.ident for each in stored(world) if isinstance(each, SaveSession)}
-    assert kept == {f"c-{n}" for n in range(UNPROVEN_SESSIONS)}
+    assert kept == {f"c-{n}" for n in range(MAX_UNVERIFIED_SESSIONS)}
     assert await beat(agents[-1]) == 200
     assert status(await agents[0].result("k-1")) == 200
     await world.restart()
-    assert len(sessions(world)) == UNPROVEN_SESSIONS + 1
+    assert len(sessions(world)) == MAX_UNVERIFIED_SESSIONS + 1
 
 
 async def test_a_known_agent_is_served_after_a_restart_although_its_token_is_refused_now(make_world: MakeWorld) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.calls import Accepted, Kind, Target, TunnelInfoCall, TunnelPollCall, TunnelState
+from shim.core.calls import Accepted, TargetKind, SessionTarget, TunnelInfoCall, TunnelPollCall, TunnelState
 from tests.bridge.conftest import MakeWorld
 from tests.support.world import Agent, World
 
@@ -189,8 +189,8 @@ async def test_a_result_of_an_unknown_id_is_taken(world: World) -> None:
 
 async def test_questions_adopt_nobody(world: World) -> None:
     agent = saved(world)
-    assert await agent.outcome(TunnelPollCall(Target(Kind.ALIAS, "pod-1"))) == TunnelState(None, 5)
-    outcome = await agent.outcome(TunnelInfoCall(Target(Kind.CLUSTER, "c-saved")))
+    assert await agent.outcome(TunnelPollCall(SessionTarget(TargetKind.ALIAS, "pod-1"))) == TunnelState(None, 5)
+    outcome = await agent.outcome(TunnelInfoCall(SessionTarget(TargetKind.CLUSTER, "c-saved")))
     assert getattr(outcome, "status", 0) == 404
     assert len(world.bridge.ctx.sessions) == 0
 

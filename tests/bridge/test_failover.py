@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shim.passthrough import Passthrough
-from shim.ports import Client
+from shim.passthrough import FallbackPolicy
+from shim.ports import Caller
 from tests.bridge.conftest import MakeWorld
 from tests.support.upstream import REFUSED
 from tests.support.world import Agent
@@ -11,13 +11,13 @@ from tests.support.world import Agent
 AUTO = {"mode": "auto", "fallback": {"url": "https://old.vendor.test", "after_s": 10, "hold_down_s": 60}}
 
 
-def by_http(passthrough: Passthrough, agent: Agent) -> bool:
-    return passthrough.takes(Client(agent.token, agent.connection), agent.heartbeat_call())
+def by_http(passthrough: FallbackPolicy, agent: Agent) -> bool:
+    return passthrough.handles(Caller(agent.token, agent.connection), agent.heartbeat_call())
 
 
 async def test_where_links_are_not_shared_each_agent_fails_over_for_itself(make_world: MakeWorld) -> None:
     world = await make_world(**AUTO, upstream={"share_link": False})
-    passthrough = Passthrough(world.bridge)
+    passthrough = FallbackPolicy(world.bridge)
     cut, well = (world.agent(name=name, agent_id=f"pod-{name}") for name in ("cut", "well"))
     for agent in (cut, well):
         await agent.register()
@@ -35,7 +35,7 @@ async def test_where_links_are_not_shared_each_agent_fails_over_for_itself(make_
 
 async def test_an_agent_that_is_gone_leaves_no_failover_behind(make_world: MakeWorld) -> None:
     world = await make_world(**AUTO, upstream={"token": ""})
-    passthrough = Passthrough(world.bridge)
+    passthrough = FallbackPolicy(world.bridge)
     world.controller.manners.refuse = lambda spec: REFUSED if spec.token == "guessed" else None
     stranger = world.agent(token="guessed", cluster_id="c-1")
     by_http(passthrough, stranger)
@@ -49,7 +49,7 @@ async def test_an_agent_that_is_gone_leaves_no_failover_behind(make_world: MakeW
 
 async def test_nothing_goes_by_http_while_no_agent_calls(make_world: MakeWorld) -> None:
     world = await make_world(**AUTO)
-    passthrough = Passthrough(world.bridge)
+    passthrough = FallbackPolicy(world.bridge)
     agent = world.agent()
     await agent.register()
     world.controller.go_away()

@@ -8,7 +8,7 @@ import pytest
 
 from shim.core.link import LinkState
 from shim.errors import ShimError
-from shim.ports import DialSpec
+from shim.ports import DialRequest
 from tests.bridge.conftest import MakeWorld
 from tests.support.upstream import GONE, FakeSocket
 from tests.support.world import Agent, World
@@ -16,7 +16,7 @@ from tests.support.world import Agent, World
 GATEWAY = "wss://gw.vendor.test"
 
 
-def to_gateway(spec: DialSpec) -> bool:
+def to_gateway(spec: DialRequest) -> bool:
     return "gw." in spec.url
 
 

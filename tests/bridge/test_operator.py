@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from shim.bridge.operator import DrainState
-from shim.core.records import State
+from shim.core.records import CommandState
 from shim.errors import OperatorError
 from tests.bridge.conftest import MakeWorld
 from tests.support.world import Agent, World, traces
@@ -137,7 +137,7 @@ async def test_a_purged_command_is_dead_on_disk_and_the_controller_is_told(world
     agent = await polling(world, "k1", "k2")
     record = await world.bridge.operator.purge("k1", reason="a typo\nof mine")
     await world.settle()
-    assert (record.state, await world.state("k1")) == (State.DEAD, "dead")
+    assert (record.state, await world.state("k1")) == (CommandState.DEAD, "dead")
     (told,) = world.controller.results("k1")
     assert (told["success"], told["code"]) == (False, "undeliverable")
     assert told["error"] == "purged by an operator: a typoof mine"
@@ -201,7 +201,7 @@ async def test_a_dead_command_is_delivered_again_also_after_a_restart(make_world
     assert await world.state("k1") == "dead"
 
     record = await world.bridge.operator.redeliver("k1", reason="the agent was down")
-    assert (record.state, record.attempts) == (State.QUEUED, 0)
+    assert (record.state, record.attempts) == (CommandState.QUEUED, 0)
     assert traces(world, "k1")[-1] == "redeliver: by an operator: the agent was down; before that, it was given up"
     await world.restart()
     await agent.heartbeat()

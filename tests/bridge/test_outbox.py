@@ -261,7 +261,7 @@ async def test_a_result_outweighs_an_end_that_the_disk_refused(world: World) -> 
 async def test_a_page_read_before_a_close_does_not_send_the_closed_again(world: World) -> None:
     agent = await answered(world, "k1")
     world.store.slow = True
-    world.bridge.outbox.online("default")  # the page is read, but has not arrived
+    world.bridge.outbox.start_sending("default")  # the page is read, but has not arrived
     await agent.live(40)  # the acknowledgement closes it meanwhile
     world.store.catch_up()
     await world.settle()

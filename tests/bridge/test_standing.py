@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from shim.core.standing import Standing, TroubleKind
+from shim.core.standing import SessionStanding, TroubleKind
 from tests.bridge.conftest import MakeWorld
 from tests.support.world import Agent, World
 
@@ -86,7 +86,7 @@ async def test_heartbeats_that_nobody_acknowledges_are_noticed(world: World, reg
 
 
 def test_a_new_connection_begins_to_count_anew() -> None:
-    standing = Standing()
+    standing = SessionStanding()
     for at in (0.0, 30.0, 60.0):
         standing.sent(at, connection=1)
     assert standing.unacknowledged_since(60.0, 30.0) == 0.0

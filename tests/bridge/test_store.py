@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from shim.core.calls import Accepted, Failed, Registered
-from shim.core.records import Loaded, Prune, SessionKey
+from shim.core.records import StoreContents, Prune, SessionKey
 from shim.ports import CommandStore
 from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore
@@ -181,7 +181,7 @@ async def test_what_ended_is_forgotten_after_its_time(make_world: MakeWorld) -> 
 class Damaged(MemoryStore):
     """Opens as one that found rows which are no commands."""
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         key = SessionKey("default", "cluster", "c-1")
         return replace(
             super().open(),

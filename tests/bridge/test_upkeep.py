@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.bridge.upkeep import Upkeep
+from shim.bridge.upkeep import PeriodicTasks
 from tests.support.world import World
 
 
@@ -17,7 +17,7 @@ async def test_a_duty_that_fails_is_said_and_counted_and_the_others_go_on(
         done.append("fails")
         raise ValueError("a defect")
 
-    Upkeep(world.bridge.ctx, ((1, fails), (5, lambda: done.append("rare")))).start()
+    PeriodicTasks(world.bridge.ctx, ((1, fails), (5, lambda: done.append("rare")))).start()
     await world.pass_s(10.5)
     assert done.count("fails") == 10
     assert done.count("rare") == 2

@@ -19,11 +19,11 @@ import pytest_asyncio
 from aiohttp import web
 from playwright.async_api import Page, expect
 
-from shim.admin.journal import Journal
-from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, Pages
+from shim.admin.journal import RecentCommandsStore
+from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, StaticFiles
 from shim.admin.series import Sampler
-from shim.admin.snapshot import Facts, Snapshots
-from shim.core.records import Loaded, Operation
+from shim.admin.snapshot import ProcessInfo, StatusBuilder
+from shim.core.records import StoreContents, Operation
 from shim.ports import CommandStore, StoreDone
 from tests.browser.conftest import OpenTab
 from tests.support.virtual import run_virtual
@@ -47,7 +47,7 @@ class Disk:
         self._random = Random(1)
         self._free_at_s = 0.0
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         return self._store.open()
 
     def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
@@ -98,11 +98,11 @@ async def orders(world: World, agents: list[Agent]) -> None:
 
 async def an_hour() -> dict[str, Any]:
     world = World(settings(poll={"hold": "auto"}, sunset={"at": "2026-12-24", "deprecation_at": "2026-11-24"})).start()
-    journal = Journal(Disk(world.bridge.ctx.store))
+    journal = RecentCommandsStore(Disk(world.bridge.ctx.store))
     world.bridge.ctx.store = journal
     sampler = Sampler(world.bridge)
     sampler.start()
-    facts = Facts("0.1.0", world.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
+    facts = ProcessInfo("0.1.0", world.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
     agents = [
         world.agent(name="prod-eu", agent_id="pod-7f9c", dialect="clusters_agent"),
         world.agent(name="prod-us", agent_id="pod-2b41", dialect="clusters_agent"),
@@ -122,7 +122,7 @@ async def an_hour() -> dict[str, Any]:
     await world.pass_s(921)
     ordering.cancel()
     await world.pass_s(41)
-    status = Snapshots(world.bridge, sampler, journal, facts).take([])
+    status = StatusBuilder(world.bridge, sampler, journal, facts).take([])
     for each in living:
         each.cancel()
     sampler.stop()
@@ -154,7 +154,7 @@ def hour() -> dict[str, Any]:
 async def url(hour: dict[str, Any]) -> AsyncIterator[str]:
     app = web.Application()
     for path in FILES:
-        app.router.add_get(path, Pages(token_required=False).serve)
+        app.router.add_get(path, StaticFiles(token_required=False).serve)
     app.router.add_get("/events", Still(hour).events)
 
     async def bounds(request: web.Request, response: web.StreamResponse) -> None:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from shim.clock import Clock
 from shim.messages import Message
-from shim.tools.controller.answers import Answer, Desk
-from shim.tools.controller.books import Books
-from shim.tools.controller.commands import CommandBook
-from shim.tools.controller.faultbook import FaultBook
+from shim.tools.controller.answers import Answer, MessageHandler
+from shim.tools.controller.books import ControllerState
+from shim.tools.controller.commands import CommandLog
+from shim.tools.controller.faultbook import ActiveFaults
 from shim.tools.controller.faults import Endpoint
 from shim.tools.controller.history import EventKind, History
 from shim.tools.controller.options import Options
@@ -50,7 +50,7 @@ def test_any_sequence_is_answered(messages: list[Message]) -> None:
     clock = Clock()
     history = History(clock, max_events=100, max_bytes=1_000_000)
     registry = Registry(clock)
-    desk = Desk(Books(clock, Options(), history, FaultBook(), registry, CommandBook()))
+    desk = MessageHandler(ControllerState(clock, Options(), history, ActiveFaults(), registry, CommandLog()))
     peer = FakePeer()
     for message in messages:
         answers = desk.handle(peer, message, history.record(EventKind.RECEIVED, 1, message))

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from shim.clock import Clock
 from shim.messages import Message
-from shim.tools.controller.commands import CommandBook
+from shim.tools.controller.commands import CommandLog
 from shim.tools.controller.history import EventKind, History
-from shim.tools.controller.journal import Journal
+from shim.tools.controller.journal import HistoryFile
 from shim.tools.controller.masking import mask, masked
 from shim.tools.controller.registry import Registry
 from shim.tools.controller.tokens import Tokens, bearer
 
 
-def _history(journal: Journal | None = None, *, max_events: int = 100, max_bytes: int = 10_000_000) -> History:
+def _history(journal: HistoryFile | None = None, *, max_events: int = 100, max_bytes: int = 10_000_000) -> History:
     return History(Clock(), max_events=max_events, max_bytes=max_bytes, journal=journal)
 
 
@@ -79,7 +79,7 @@ def test_listeners_are_told() -> None:
 
 def test_journal_has_each_event_before_record_returns(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    with closing(Journal(path)) as journal:
+    with closing(HistoryFile(path)) as journal:
         message = Message("heartbeat", {"token": "secret"}, "r-1")
         _history(journal).record(EventKind.RECEIVED, 7, message, frame="text", size_bytes=9)
     (line,) = path.read_text().splitlines()
@@ -99,13 +99,13 @@ def test_journal_has_each_event_before_record_returns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tail", ["", '{"n":3,"kind":"rec', '{"n":3,"kind":"rec\n', "null\n", '{"n":"x"}\n[]\n'])
 def test_journal_goes_on_where_a_killed_run_ended(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "journal.jsonl"
-    with closing(Journal(path)) as journal:
+    with closing(HistoryFile(path)) as journal:
         first = _history(journal)
         first.record(EventKind.STARTED)
         first.record(EventKind.STOPPED)
     with path.open("a") as file:
         file.write(tail)
-    with closing(Journal(path)) as journal:
+    with closing(HistoryFile(path)) as journal:
         second = _history(journal)
         assert second.record(EventKind.STARTED).n == 3
     assert json.loads(path.read_text().splitlines()[-1])["n"] == 3
@@ -116,7 +116,7 @@ def test_journal_of_nothing_but_rubbish(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text("rubbish")
     for _ in range(2):
-        with closing(Journal(path)) as journal:
+        with closing(HistoryFile(path)) as journal:
             assert journal.last_n == 0
 
 
@@ -181,7 +181,7 @@ def test_lookups() -> None:
 
 
 def test_command_book_is_bounded() -> None:
-    book = CommandBook()
+    book = CommandLog()
     for number in range(100_005):
         book.pushed(f"c-{number}", "test", f"r-{number}")
     assert book.get("c-4") is None
@@ -194,7 +194,7 @@ def test_command_book_is_bounded() -> None:
 @pytest.mark.parametrize("named", [None, "", [], {}, 1.5])
 def test_answer_that_names_no_command(named: object) -> None:
     event = _history().record(EventKind.RECEIVED, 1, Message("command_result", {"command_id": named}))
-    assert not CommandBook().answered(event)
+    assert not CommandLog().answered(event)
 
 
 def test_tokens() -> None:

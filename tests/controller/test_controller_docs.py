@@ -9,13 +9,13 @@ import msgspec
 
 from shim.clock import Clock
 from shim.tools.controller import command
-from shim.tools.controller.books import Books
-from shim.tools.controller.commands import CommandBook, CommandSpec
+from shim.tools.controller.books import ControllerState
+from shim.tools.controller.commands import CommandLog, CommandSpec
 from shim.tools.controller.control import Control
-from shim.tools.controller.faultbook import FaultBook
+from shim.tools.controller.faultbook import ActiveFaults
 from shim.tools.controller.faults import AnyFault, Fault
 from shim.tools.controller.history import History
-from shim.tools.controller.hub import Hub
+from shim.tools.controller.hub import Connections
 from shim.tools.controller.legacy import LegacyApi
 from shim.tools.controller.options import Options
 from shim.tools.controller.registry import Registry
@@ -38,8 +38,8 @@ def test_every_fault_with_its_fields() -> None:
 def test_every_call() -> None:
     clock = Clock()
     history = History(clock, max_events=1, max_bytes=1)
-    books = Books(clock, Options(), history, FaultBook(), Registry(clock), CommandBook())
-    control = Control(Hub(books), LegacyApi(books, Tokens([])))
+    books = ControllerState(clock, Options(), history, ActiveFaults(), Registry(clock), CommandLog())
+    control = Control(Connections(books), LegacyApi(books, Tokens([])))
     calls = {f"{route.method} {route.path}" for route in control.routes()}
     told = set(re.findall(r"`((?:GET|POST|DELETE) /control/[^`?]*)`", PAGE))
     assert told == calls - {"GET /control"}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shim.tools.controller import faults as fault
 from shim.tools.controller.commands import CommandSpec, parse_spec
 from shim.tools.controller.errors import RequestRefused
-from shim.tools.controller.faultbook import FaultBook, Scope, parse_fault
+from shim.tools.controller.faultbook import ActiveFaults, Scope, parse_fault
 from shim.tools.controller.faults import AnyFault, Endpoint, How
 from shim.tools.controller.history import Event, EventKind
 from shim.tools.controller.outbox import GARBAGE
@@ -520,7 +520,7 @@ _COUNTED = [kind for kind in AnyFault.__args__ if kind.counted]
 @given(st.sampled_from(_COUNTED), st.integers(1, 5), st.integers(1, 8))
 def test_count_is_kept(kind: type[fault.Fault], count: int, takes: int) -> None:
     """However often a fault is asked for, it shows as often as it was told to."""
-    book = FaultBook()
+    book = ActiveFaults()
     more = {"delay_s": 1.0} if kind is fault.Delay else {}
     book.add(kind(count=count, **more))
     scope = Scope(Endpoint.CONTROLLER, 0, (), "command")

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from shim.core.commands import CommandQueue, Live, Offer, QueuePolicy
-from shim.core.records import CommandRecord, SessionKey, State
+from shim.core.commands import CommandQueue, QueuedCommand, Batch, QueuePolicy
+from shim.core.records import CommandRecord, SessionKey, CommandState
 
 KEY = SessionKey("default", "cluster", "c-1")
 POLICY = QueuePolicy(
@@ -37,13 +37,13 @@ def queue_of(*records: CommandRecord) -> CommandQueue:
     return queue
 
 
-def offered(queue: CommandQueue, **policy: Any) -> Offer:
+def offered(queue: CommandQueue, **policy: Any) -> Batch:
     offer = queue.take(1, 7, replace(POLICY, **policy))
     assert offer is not None
     return offer
 
 
-def ids(commands: tuple[Live, ...]) -> list[str]:
+def ids(commands: tuple[QueuedCommand, ...]) -> list[str]:
     return [live.record.id for live in commands]
 
 
@@ -87,15 +87,15 @@ def test_an_unwritten_reply_was_no_attempt_and_everything_is_in_its_old_place() 
     offer = offered(queue)
     queue.add(record(2), 100.0, 0.0)
     back = queue.unwritten(offer)
-    assert [(live.state, live.attempts) for live in back] == [(State.QUEUED, 0)] * 2
+    assert [(live.state, live.attempts) for live in back] == [(CommandState.QUEUED, 0)] * 2
     assert offered(queue).ids == ("k1", "k2", "k3")
 
 
 def test_what_was_uncertain_before_an_unwritten_reply_stays_so() -> None:
     queue = queue_of(record(1))
-    queue.doubt(offered(queue), "no evidence", POLICY)
+    queue.mark_uncertain(offered(queue), "no evidence", POLICY)
     [live] = queue.unwritten(offered(queue))
-    assert (live.state, live.attempts, live.reason) == (State.UNCERTAIN, 1, "no evidence")
+    assert (live.state, live.attempts, live.reason) == (CommandState.UNCERTAIN, 1, "no evidence")
 
 
 # --- evidence ---------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_a_result_proves_the_whole_reply() -> None:
 
 def test_a_result_proves_only_its_own_command_if_it_may_have_come_in_an_earlier_reply() -> None:
     queue = queue_of(record(1))
-    queue.doubt(offered(queue), "no evidence", POLICY)
+    queue.mark_uncertain(offered(queue), "no evidence", POLICY)
     queue.add(record(2), 100.0, 0.0)
     again = offered(queue)
     assert again.ids == ("k1", "k2")
@@ -140,7 +140,7 @@ def test_a_result_for_what_was_not_offered_proves_nothing_else() -> None:
 def test_late_evidence_settles_what_was_not_offered_again() -> None:
     queue = queue_of(record(1))
     first = offered(queue)
-    queue.doubt(first, "no evidence", POLICY)
+    queue.mark_uncertain(first, "no evidence", POLICY)
     assert ids(queue.delivered(first)) == ["k1"]
     assert len(queue) == 0
 
@@ -148,7 +148,7 @@ def test_late_evidence_settles_what_was_not_offered_again() -> None:
 def test_late_evidence_for_an_earlier_reply_says_nothing_about_the_next() -> None:
     queue = queue_of(record(1))
     first = offered(queue)
-    queue.doubt(first, "no evidence", POLICY)
+    queue.mark_uncertain(first, "no evidence", POLICY)
     second = offered(queue)
     assert queue.delivered(first) == ()
     assert queue.offer is second
@@ -161,11 +161,11 @@ def test_late_evidence_for_an_earlier_reply_says_nothing_about_the_next() -> Non
 def test_without_evidence_it_is_offered_again_until_the_attempts_are_used_up() -> None:
     queue = queue_of(record(1))
     for attempt in (1, 2):
-        doubt = queue.doubt(offered(queue), "no evidence", POLICY)
-        assert [(live.attempts, live.state) for live in doubt.again] == [(attempt, State.UNCERTAIN)]
-    doubt = queue.doubt(offered(queue), "no evidence", POLICY)
+        doubt = queue.mark_uncertain(offered(queue), "no evidence", POLICY)
+        assert [(live.attempts, live.state) for live in doubt.again] == [(attempt, CommandState.UNCERTAIN)]
+    doubt = queue.mark_uncertain(offered(queue), "no evidence", POLICY)
     assert ids(doubt.dead) == ["k1"]
-    assert doubt.dead[0].state is State.DEAD
+    assert doubt.dead[0].state is CommandState.DEAD
     assert len(queue) == 0
     assert queue.size_bytes == 0
 
@@ -173,27 +173,27 @@ def test_without_evidence_it_is_offered_again_until_the_attempts_are_used_up() -
 @pytest.mark.parametrize("fields, policy", [({"type": "once"}, {}), ({}, {"redeliver": False})])
 def test_some_are_given_up_at_once(fields: dict[str, Any], policy: dict[str, Any]) -> None:
     queue = queue_of(record(1, **fields))
-    doubt = queue.doubt(offered(queue), "no evidence", replace(POLICY, **policy))
+    doubt = queue.mark_uncertain(offered(queue), "no evidence", replace(POLICY, **policy))
     assert ids(doubt.dead) == ["k1"]
     assert doubt.again == ()
 
 
 def test_after_a_restart_what_was_offered_is_uncertain() -> None:
     queue = queue_of(
-        record(1, state=State.OFFERED, attempts=1),
-        record(2, state=State.UNCERTAIN, attempts=2),
+        record(1, state=CommandState.OFFERED, attempts=1),
+        record(2, state=CommandState.UNCERTAIN, attempts=2),
         record(3),
-        record(4, state=State.OFFERED, attempts=1, type="once"),
-        record(5, state=State.OFFERED, attempts=3),
+        record(4, state=CommandState.OFFERED, attempts=1, type="once"),
+        record(5, state=CommandState.OFFERED, attempts=3),
     )
-    doubt = queue.judge_loaded(POLICY)
+    doubt = queue.recover_after_restart(POLICY)
     assert ids(doubt.again) == ["k1", "k2"]
     assert ids(doubt.dead) == ["k4", "k5"]
     assert {live.reason for live in doubt.again} == {"restart"}
     assert [(live.record.id, live.state) for live in queue.all()] == [
-        ("k1", State.UNCERTAIN),
-        ("k2", State.UNCERTAIN),
-        ("k3", State.QUEUED),
+        ("k1", CommandState.UNCERTAIN),
+        ("k2", CommandState.UNCERTAIN),
+        ("k3", CommandState.QUEUED),
     ]
     assert offered(queue).ids == ("k1", "k2", "k3")
 
@@ -202,13 +202,13 @@ def test_after_a_restart_what_was_offered_is_uncertain() -> None:
 
 
 def test_only_queued_commands_expire() -> None:
-    queue = queue_of(record(1), record(2, state=State.UNCERTAIN), record(3))
+    queue = queue_of(record(1), record(2, state=CommandState.UNCERTAIN), record(3))
     offered(queue, max_batch=1)
     assert queue.expire("k1") is None
     assert queue.expire("k2") is None
     expired = queue.expire("k3")
     assert expired is not None
-    assert expired.state is State.EXPIRED
+    assert expired.state is CommandState.EXPIRED
     assert queue.expire("k3") is None
     assert queue.expire("k9") is None
 
@@ -219,22 +219,22 @@ def test_purging_spares_what_is_on_its_way() -> None:
     assert queue.give_up("k1") is None
     purged = queue.give_up("k2")
     assert purged is not None
-    assert purged.state is State.DEAD
+    assert purged.state is CommandState.DEAD
     assert queue.give_up("k2") is None
 
 
 def test_a_deleted_session_takes_all_its_commands_with_it() -> None:
-    queue = queue_of(record(1), record(2, state=State.UNCERTAIN), record(3))
+    queue = queue_of(record(1), record(2, state=CommandState.UNCERTAIN), record(3))
     offered(queue, max_batch=1)
     ended = queue.forget_all()
     assert ids(ended) == ["k1", "k2", "k3"]
-    assert {live.state for live in ended} == {State.EXPIRED}
+    assert {live.state for live in ended} == {CommandState.EXPIRED}
     assert len(queue) == 0
     assert queue.offer is None
 
 
 def test_a_successor_gets_everything_in_the_order_of_arrival_and_keeps_its_own() -> None:
-    old = queue_of(record(1), record(3), record(4, state=State.UNCERTAIN, attempts=2))
+    old = queue_of(record(1), record(3), record(4, state=CommandState.UNCERTAIN, attempts=2))
     old.all()[2].reason = "restart"
     new = queue_of(record(2), record(3, type="own"))
     other = SessionKey("default", "cluster", "c-2")
@@ -290,7 +290,7 @@ def test_whatever_happens_order_and_bookkeeping_hold(steps: list[str]) -> None:
         elif step == "unwritten" and offer is not None:
             queue.unwritten(offer)
         elif step == "doubt" and offer is not None:
-            assert not queue.doubt(offer, "no evidence", replace(POLICY, max_attempts=99)).dead
+            assert not queue.mark_uncertain(offer, "no evidence", replace(POLICY, max_attempts=99)).dead
             earlier = offer
         elif step == "evidence" and offer is not None:
             queue.delivered(offer)
@@ -304,4 +304,4 @@ def test_whatever_happens_order_and_bookkeeping_hold(steps: list[str]) -> None:
         assert [live.seq for live in held] == sorted(live.seq for live in held)
         assert queue.size_bytes == 10 * len(held) == 10 * len(queue)
         in_offer = queue.offer.commands if queue.offer is not None else ()
-        assert {live.seq for live in held if live.state is State.OFFERED} <= {live.seq for live in in_offer}
+        assert {live.seq for live in held if live.state is CommandState.OFFERED} <= {live.seq for live in in_offer}

@@ -6,21 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.hold import MAX_PROBE_AFTER, PROBE_AFTER, SERIAL_PROBE_AFTER, Hold, Pace
+from shim.core.hold import MAX_PROBE_AFTER, PROBE_AFTER, SERIAL_PROBE_AFTER, HoldEstimator, PollPacing
 
 MAX_S = 20.0
 
 
-def answered(hold: Hold, times: int, max_s: float = MAX_S) -> None:
+def answered(hold: HoldEstimator, times: int, max_s: float = MAX_S) -> None:
     for _ in range(times):
-        hold.replied(0.0, max_s)
+        hold.reply_sent(0.0, max_s)
 
 
 @pytest.mark.parametrize(
     "max_s, seen", [(20.0, [4, 8, 16, 20, 20]), (28.0, [4, 8, 16, 28, 28]), (3.0, [3, 3, 3, 3, 3])]
 )
 def test_doubles_with_each_answer_up_to_the_maximum(max_s: float, seen: list[float]) -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     found = []
     for _ in seen:
         found.append(hold.limit_s(max_s))
@@ -29,35 +29,35 @@ def test_doubles_with_each_answer_up_to_the_maximum(max_s: float, seen: list[flo
 
 
 def test_an_agent_that_leaves_first_sets_the_ceiling_below_and_growth_is_slow_from_then_on() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     answered(hold, 2)
     assert hold.limit_s(MAX_S) == 16
-    hold.left(10.0)
+    hold.agent_disconnected(10.0)
     assert hold.limit_s(MAX_S) == 4.5
     assert hold.ceiling_s == 9
     seen = []
     for _ in range(6):
         answered(hold, 1)
-        seen.append(Hold(hold.stored()).limit_s(MAX_S))
+        seen.append(HoldEstimator(hold.stored()).limit_s(MAX_S))
     assert seen == [5.5, 6.5, 7.5, 8.5, 9, 9]
 
 
 def test_an_agent_that_leaves_at_once_is_not_held_any_more() -> None:
-    hold = Hold()
-    hold.left(0.2)
+    hold = HoldEstimator()
+    hold.agent_disconnected(0.2)
     answered(hold, PROBE_AFTER)
     assert hold.limit_s(MAX_S) == 0
 
 
 def test_a_ceiling_is_tried_one_second_higher_ever_more_rarely() -> None:
-    hold = Hold()
-    hold.left(5.0)  # 4 s at most, and twice as many answers before the first trial
+    hold = HoldEstimator()
+    hold.agent_disconnected(5.0)  # 4 s at most, and twice as many answers before the first trial
     answered(hold, 2 + 2 * PROBE_AFTER - 1)
     assert hold.limit_s(MAX_S) == 4
     answered(hold, 2)
     assert hold.limit_s(MAX_S) == 5
     for _ in range(20):
-        hold.left(5.0)
+        hold.agent_disconnected(5.0)
     answered(hold, 2 + MAX_PROBE_AFTER - 10)
     assert hold.limit_s(MAX_S) == 4
     answered(hold, 20)
@@ -65,7 +65,7 @@ def test_a_ceiling_is_tried_one_second_higher_ever_more_rarely() -> None:
 
 
 def test_a_serial_agent_is_held_less_than_its_heartbeat_interval() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     answered(hold, 20)
     hold.heartbeat(5.0)
     assert hold.serial
@@ -76,44 +76,44 @@ def test_a_serial_agent_is_held_less_than_its_heartbeat_interval() -> None:
 
 
 def test_a_heartbeat_during_a_hold_shows_that_the_agent_is_not_serial() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     answered(hold, 20)
     hold.heartbeat(5.0)
     hold.poll_arrived(0.0)
     hold.heartbeat(5.0)
-    hold.replied(1.0, MAX_S)
+    hold.reply_sent(1.0, MAX_S)
     assert not hold.serial
     assert hold.limit_s(MAX_S) == 20
 
 
 def test_an_agent_that_never_heartbeats_is_not_bound_by_an_interval() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     answered(hold, 30)
     assert not hold.serial
     assert hold.limit_s(MAX_S) == 20
 
 
 def test_a_new_process_may_allow_more_than_its_predecessor() -> None:
-    hold = Hold()
-    hold.left(3.0)
+    hold = HoldEstimator()
+    hold.agent_disconnected(3.0)
     hold.new_process()
     answered(hold, 30)
     assert hold.limit_s(MAX_S) == 20
 
 
 def test_a_process_that_died_during_a_hold_taught_its_successor_nothing() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     answered(hold, 20)
-    hold.left(0.5)
+    hold.agent_disconnected(0.5)
     assert hold.limit_s(MAX_S) == 0
     hold.new_process()
     assert hold.limit_s(MAX_S) == 20
 
 
 def test_an_agent_that_hung_up_and_polls_on_was_impatient() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     answered(hold, 20)
-    hold.left(5.0)
+    hold.agent_disconnected(5.0)
     answered(hold, 1)
     hold.new_process()
     assert hold.limit_s(MAX_S) == 3
@@ -121,7 +121,7 @@ def test_an_agent_that_hung_up_and_polls_on_was_impatient() -> None:
 
 @pytest.mark.parametrize("interval_s, held_s", [(5.0, 4.0), (30.0, 8.0)])
 def test_the_first_gap_between_heartbeats_bounds_a_serial_agents_second_hold(interval_s: float, held_s: float) -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     hold.heartbeat(None)
     answered(hold, 1)
     hold.heartbeat(None, interval_s)
@@ -129,12 +129,12 @@ def test_the_first_gap_between_heartbeats_bounds_a_serial_agents_second_hold(int
 
 
 def test_what_was_learnt_survives_a_restart() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     answered(hold, 9)
     hold.heartbeat(5.0)
-    hold.left(8.0)
+    hold.agent_disconnected(8.0)
     assert hold.changed
-    again = Hold(hold.stored())
+    again = HoldEstimator(hold.stored())
     assert not hold.changed
     assert again.stored() == hold.stored()
     assert again.limit_s(MAX_S) == hold.limit_s(MAX_S) == 3.5
@@ -142,25 +142,25 @@ def test_what_was_learnt_survives_a_restart() -> None:
 
 @pytest.mark.parametrize("stored", [{}, {"hold_s": "x", "ceiling_s": [], "probe_after": None}, {"hold_s": -3}])
 def test_a_stored_state_that_makes_no_sense_starts_afresh(stored: dict[str, object]) -> None:
-    assert Hold(stored).limit_s(MAX_S) == 4
+    assert HoldEstimator(stored).limit_s(MAX_S) == 4
 
 
 class Polls:
     """Polls of an agent, played one after the other."""
 
-    def __init__(self, hold: Hold) -> None:
+    def __init__(self, hold: HoldEstimator) -> None:
         self.hold = hold
         self.now = 1000.0
 
     def held(self, for_s: float, then_s: float = 0.0) -> None:
         """A poll that ends with our reply; the next comes `then_s` after that."""
         self.hold.poll_arrived(self.now)
-        self.hold.replied(self.now + for_s, MAX_S)
+        self.hold.reply_sent(self.now + for_s, MAX_S)
         self.now += for_s + then_s
 
 
 def test_two_loops_of_one_rate_are_told_from_a_serial_agent_by_one_longer_hold() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     answered(hold, 20)
     polls = Polls(hold)
     hold.heartbeat(5.0)
@@ -171,12 +171,12 @@ def test_two_loops_of_one_rate_are_told_from_a_serial_agent_by_one_longer_hold()
     assert hold.limit_s(MAX_S) == 6
     hold.poll_arrived(polls.now)
     hold.heartbeat(5.0)
-    hold.replied(polls.now + 6, MAX_S)
+    hold.reply_sent(polls.now + 6, MAX_S)
     assert hold.limit_s(MAX_S) == 20
 
 
 def test_a_serial_agent_is_held_longer_once_and_never_again() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     answered(hold, 20)
     polls = Polls(hold)
     hold.heartbeat(5.0)
@@ -186,7 +186,7 @@ def test_a_serial_agent_is_held_longer_once_and_never_again() -> None:
     assert hold.limit_s(MAX_S) == 6
     polls.held(6.0, 1.0)
     for _ in range(5 * SERIAL_PROBE_AFTER):
-        assert Hold(hold.stored()).limit_s(MAX_S) == hold.limit_s(MAX_S) == 4
+        assert HoldEstimator(hold.stored()).limit_s(MAX_S) == hold.limit_s(MAX_S) == 4
         polls.held(4.0, 1.0)
     hold.new_process()
     assert hold.limit_s(MAX_S) == 4  # and what it is will be found out again
@@ -198,73 +198,73 @@ def test_a_serial_agent_is_held_longer_once_and_never_again() -> None:
 HOLDS_S = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
 
 
-def ticker(polls: Polls, interval_s: float, holds_s: list[float]) -> Pace:
+def ticker(polls: Polls, interval_s: float, holds_s: list[float]) -> PollPacing:
     for held_s in holds_s:
         polls.held(held_s, interval_s - held_s)
     return polls.hold.pace
 
 
-def pauser(polls: Polls, pause_s: float, holds_s: list[float]) -> Pace:
+def pauser(polls: Polls, pause_s: float, holds_s: list[float]) -> PollPacing:
     for held_s in holds_s:
         polls.held(held_s, pause_s)
     return polls.hold.pace
 
 
 def test_tells_a_ticker_from_a_pause() -> None:
-    ticking, pausing = Hold(), Hold()
-    assert ticker(Polls(ticking), 10.0, HOLDS_S) is Pace.TICKER
+    ticking, pausing = HoldEstimator(), HoldEstimator()
+    assert ticker(Polls(ticking), 10.0, HOLDS_S) is PollPacing.TICKER
     assert ticking.interval_s == pytest.approx(10)
-    assert pauser(Polls(pausing), 10.0, HOLDS_S) is Pace.PAUSE
+    assert pauser(Polls(pausing), 10.0, HOLDS_S) is PollPacing.PAUSE
     assert pausing.interval_s == pytest.approx(10)
 
 
 def test_an_agent_that_comes_back_at_once_ticks_faster_than_it_is_answered() -> None:
-    assert pauser(Polls(Hold()), 0.01, HOLDS_S[4:]) is Pace.TICKER
+    assert pauser(Polls(HoldEstimator()), 0.01, HOLDS_S[4:]) is PollPacing.TICKER
 
 
 def test_the_pace_is_unknown_while_little_was_seen_or_nothing_tells_the_two_apart() -> None:
-    assert ticker(Polls(Hold()), 10.0, [0.0, 1.0]) is Pace.UNKNOWN
-    assert ticker(Polls(Hold()), 10.0, [1.0] * 9) is Pace.UNKNOWN
-    assert Hold().interval_s is None
+    assert ticker(Polls(HoldEstimator()), 10.0, [0.0, 1.0]) is PollPacing.UNKNOWN
+    assert ticker(Polls(HoldEstimator()), 10.0, [1.0] * 9) is PollPacing.UNKNOWN
+    assert HoldEstimator().interval_s is None
 
 
 def test_tiny_differences_between_equal_holds_tell_nothing() -> None:
     holds_s = [1.0, 1.02, 0.99, 1.03, 1.01, 0.98, 1.0, 1.01, 1.02]
-    assert ticker(Polls(Hold()), 10.0, holds_s) is Pace.UNKNOWN
-    assert pauser(Polls(Hold()), 10.0, holds_s) is Pace.UNKNOWN
+    assert ticker(Polls(HoldEstimator()), 10.0, holds_s) is PollPacing.UNKNOWN
+    assert pauser(Polls(HoldEstimator()), 10.0, holds_s) is PollPacing.UNKNOWN
 
 
 def test_a_pace_once_seen_is_kept_when_all_polls_are_held_equally_long_and_over_a_restart() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     polls = Polls(hold)
     ticker(polls, 30.0, HOLDS_S)
-    assert ticker(polls, 30.0, [20.0, 20.01, 19.99] * 9) is Pace.TICKER
+    assert ticker(polls, 30.0, [20.0, 20.01, 19.99] * 9) is PollPacing.TICKER
     assert hold.changed
-    assert Hold(hold.stored()).pace is Pace.TICKER
-    assert pauser(polls, 5.0, [*HOLDS_S, *HOLDS_S]) is Pace.PAUSE  # it may change, too
+    assert HoldEstimator(hold.stored()).pace is PollPacing.TICKER
+    assert pauser(polls, 5.0, [*HOLDS_S, *HOLDS_S]) is PollPacing.PAUSE  # it may change, too
 
 
 def test_a_pace_is_news_once() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     news = []
     now = 0.0
     for held_s in HOLDS_S:
         news.append(hold.poll_arrived(now))
-        hold.replied(now + held_s, MAX_S)
+        hold.reply_sent(now + held_s, MAX_S)
         now += 10.0
     assert news.count(True) == 1
 
 
 def test_a_poll_that_overtakes_another_leaves_no_pause_between_them() -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     for n in range(12):
         hold.poll_arrived(float(n))
         if n:
-            hold.replied(float(n), MAX_S)  # the older one is answered when the newer arrives
-    assert hold.pace is Pace.UNKNOWN
+            hold.reply_sent(float(n), MAX_S)  # the older one is answered when the newer arrives
+    assert hold.pace is PollPacing.UNKNOWN
     assert not hold.serial
     hold.heartbeat(5.0)
-    assert Hold(hold.stored()).stored()["concurrent"] is True
+    assert HoldEstimator(hold.stored()).stored()["concurrent"] is True
 
 
 @given(
@@ -279,19 +279,19 @@ def test_a_poll_that_overtakes_another_leaves_no_pause_between_them() -> None:
     st.floats(0, 25),
 )
 def test_never_above_any_bound(events: list[tuple[str, float]], max_s: float) -> None:
-    hold = Hold()
+    hold = HoldEstimator()
     for kind, value in events:
         match kind:
             case "replied":
-                hold.replied(0.0, max_s)
+                hold.reply_sent(0.0, max_s)
             case "left":
-                hold.left(value)
+                hold.agent_disconnected(value)
                 assert hold.limit_s(max_s) <= max(0.0, value - 1)
             case _:
                 if kind == "beat_held":
                     hold.poll_arrived(0.0)
                 hold.heartbeat(value)
-                hold.gone()
+                hold.connection_lost()
         assert 0 <= hold.limit_s(max_s) <= max_s
-        restored = Hold(hold.stored())
+        restored = HoldEstimator(hold.stored())
         assert restored.limit_s(max_s) == hold.limit_s(max_s)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES, MAX_KEPT_BYTES
-from shim.core.calls import HeartbeatCall, Kind, Target
+from shim.core.calls import HeartbeatCall, TargetKind, SessionTarget
 from shim.core.records import SessionKey
 from shim.core.sessions import Session, Sessions
 
 
 def beat(size_bytes: int) -> HeartbeatCall:
-    return HeartbeatCall("agents", Target(Kind.AGENT, "a"), "a", size_bytes=size_bytes)
+    return HeartbeatCall("agents", SessionTarget(TargetKind.AGENT, "a"), "a", size_bytes=size_bytes)
 
 
 def full() -> tuple[Sessions, list[Session]]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.leases import LeasePolicy, Member, Offset, Term, View
+from shim.core.leases import LeasePolicy, Member, ClockOffset, HeldLease, View
 
 POLICY = LeasePolicy(5.0)
 
@@ -19,7 +19,7 @@ def test_no_two_hold_a_lease_at_once(renewals: list[tuple[float, float]], late_s
     """A holder renews at any pace, over a line as slow as it may be; the row runs out, and another takes over."""
     now = 0.0
     stored_at = sent_at = now
-    term = Term(POLICY, sent_at)
+    term = HeldLease(POLICY, sent_at)
     for pause_s, under_way_s in renewals:
         sent_at = now + pause_s
         arrives_at = sent_at + under_way_s
@@ -33,12 +33,12 @@ def test_no_two_hold_a_lease_at_once(renewals: list[tuple[float, float]], late_s
 
 
 def test_a_term_that_was_over_never_is_again() -> None:
-    term = Term(POLICY, 0.0)
+    term = HeldLease(POLICY, 0.0)
     assert term.valid(3.9)
     assert not term.valid(4.0)
     term.renewed(4.5)
     assert not term.valid(4.6)
-    given_up = Term(POLICY, 0.0)
+    given_up = HeldLease(POLICY, 0.0)
     given_up.end()
     assert not given_up.valid(0.1)
 
@@ -47,7 +47,7 @@ def test_a_term_that_was_over_never_is_again() -> None:
 def test_a_database_that_is_away_for_no_longer_than_is_said_ends_no_right(lease_s: float, phase: float) -> None:
     """The outage may begin at any moment between two renewals, and the next renewal after it comes at once."""
     policy = LeasePolicy(lease_s)
-    term = Term(policy, 0.0)
+    term = HeldLease(policy, 0.0)
     outage_begins = phase * policy.renew_s
     assert term.valid(outage_begins + policy.rides_out_s - 1e-6)
 
@@ -75,7 +75,7 @@ def test_the_shards_of_a_holder_without_a_row_are_free() -> None:
 def test_a_moment_told_on_another_clock_is_never_later_than_it_was(
     ahead_s: float, heard: list[tuple[float, float]], moment: float
 ) -> None:
-    offset = Offset()
+    offset = ClockOffset()
     assert offset.in_its_terms(moment) is None
     for sent_at, under_way_s in sorted(heard):
         offset.heard(sent_at + ahead_s, sent_at + under_way_s)

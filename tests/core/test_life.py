@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.life import TRANSITIONS, Step, next_state
-from shim.core.records import State
+from shim.core.life import TRANSITIONS, CommandEvent, next_state
+from shim.core.records import CommandState
 from shim.errors import IllegalTransition
 
-S, E = State, Step
+S, E = CommandState, CommandEvent
 EXPECTED = {
     E.OFFER: {S.QUEUED: S.OFFERED, S.UNCERTAIN: S.OFFERED},
     E.UNWRITTEN: {S.OFFERED: S.QUEUED},
@@ -25,7 +25,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("step", E, ids=lambda step: step.name)
 @pytest.mark.parametrize("state", S, ids=lambda state: state.name)
-def test_every_cell(state: State, step: Step) -> None:
+def test_every_cell(state: CommandState, step: CommandEvent) -> None:
     if state in EXPECTED[step]:
         assert next_state(state, step) is EXPECTED[step][state]
     else:

@@ -8,25 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Check, Liveness, Verdict
+from shim.core.liveness import MAX_TRACKED_HEARTBEATS, LivenessCheck, Liveness, LivenessState
 
 PING_S, READ_S, ACK_S = 25.0, 55.0, 55.0
 Deed = Callable[[Liveness, float], None]
 
 
-def watched(deeds: dict[float, Deed], until: float = 300.0) -> list[tuple[float, Verdict]]:
+def watched(deeds: dict[float, Deed], until: float = 300.0) -> list[tuple[float, LivenessState]]:
     """What the checks find, run when each asks for the next one; `deeds` happen at their times, before a check."""
     liveness = Liveness(0.0, PING_S, READ_S, ACK_S)
-    found: list[tuple[float, Verdict]] = []
+    found: list[tuple[float, LivenessState]] = []
     due, todo = 0.0, sorted(deeds)
     while due <= until:
         while todo and todo[0] <= due:
             at = todo.pop(0)
             deeds[at](liveness, at)
         check = liveness.check(due)
-        if check.verdict is not Verdict.ALIVE:
+        if check.verdict is not LivenessState.ALIVE:
             found.append((due, check.verdict))
-        if check.verdict in (Verdict.HALF_OPEN, Verdict.STALLED):
+        if check.verdict in (LivenessState.HALF_OPEN, LivenessState.STALLED):
             break
         assert check.next_s > 0
         due += check.next_s
@@ -50,19 +50,19 @@ def ack(request_id: str) -> Deed:
 
 
 def test_silence_is_asked_after_25_s_and_condemned_after_55() -> None:
-    assert watched({}) == [(25.0, Verdict.PING), (55.0, Verdict.HALF_OPEN)]
+    assert watched({}) == [(25.0, LivenessState.PING), (55.0, LivenessState.HALF_OPEN)]
 
 
 def test_any_frame_is_life() -> None:
     frames = dict.fromkeys(map(float, range(10, 100, 20)), frame)
-    assert watched(frames) == [(115.0, Verdict.PING), (145.0, Verdict.HALF_OPEN)]
+    assert watched(frames) == [(115.0, LivenessState.PING), (145.0, LivenessState.HALF_OPEN)]
 
 
 def test_a_silence_is_asked_once() -> None:
     assert watched({24.0: frame, 60.0: frame}) == [
-        (49.0, Verdict.PING),
-        (85.0, Verdict.PING),
-        (115.0, Verdict.HALF_OPEN),
+        (49.0, LivenessState.PING),
+        (85.0, LivenessState.PING),
+        (115.0, LivenessState.HALF_OPEN),
     ]
 
 
@@ -79,7 +79,7 @@ def test_a_stalled_application_behind_a_live_proxy_is_found_within_90_s() -> Non
     # it stalls right after the acknowledgement at 1.5, and the agent calls every 30 s
     deeds = living({1.0: beat("h1"), 1.5: ack("h1"), 31.0: beat("h2"), 61.0: beat("h3")})
     [(at, verdict)] = watched(deeds)
-    assert verdict is Verdict.STALLED
+    assert verdict is LivenessState.STALLED
     assert at - 1.5 < 90
     assert at == 31.0 + ACK_S
 
@@ -96,7 +96,7 @@ def test_without_request_ids_each_acknowledgement_answers_the_oldest() -> None:
     deeds = living({1.0: beat("h1"), 2.0: beat("h2"), 3.0: ack(""), 40.0: ack("")})
     assert watched(deeds) == []
     [(at, verdict)] = watched(living({1.0: beat("h1"), 20.0: beat("h2"), 21.0: ack("")}))
-    assert (at, verdict) == (75.0, Verdict.STALLED)
+    assert (at, verdict) == (75.0, LivenessState.STALLED)
 
 
 def test_a_later_acknowledgement_covers_earlier_heartbeats() -> None:
@@ -140,9 +140,9 @@ def test_no_verdict_is_later_than_promised(steps: list[tuple[float, str]]) -> No
         now += gap_s
         check = liveness.check(now)
         if now - last_frame >= READ_S:
-            assert check.verdict is Verdict.HALF_OPEN
+            assert check.verdict is LivenessState.HALF_OPEN
             return
-        if check.verdict is Verdict.STALLED:
+        if check.verdict is LivenessState.STALLED:
             return
         assert 0 < check.next_s <= READ_S - (now - last_frame) + 1e-9
         if step == "beat":
@@ -158,9 +158,9 @@ def test_no_verdict_is_later_than_promised(steps: list[tuple[float, str]]) -> No
 def test_the_ping_comes_when_the_silence_is_25_s_old(first_silent_s: float) -> None:
     liveness = Liveness(0.0, PING_S, READ_S, ACK_S)
     check = liveness.check(first_silent_s)
-    assert check.verdict is Verdict.ALIVE
+    assert check.verdict is LivenessState.ALIVE
     assert check.next_s == pytest.approx(PING_S - first_silent_s)
-    assert liveness.check(PING_S).verdict is Verdict.PING
+    assert liveness.check(PING_S).verdict is LivenessState.PING
 
 
 def test_a_pause_of_our_own_is_not_held_against_the_peer() -> None:
@@ -169,11 +169,11 @@ def test_a_pause_of_our_own_is_not_held_against_the_peer() -> None:
     liveness.acked("h1")
     liveness.heartbeat_sent("h2", 1)
     liveness.excuse(100)
-    assert liveness.check(100) == Check(Verdict.PING, 30)
-    assert liveness.check(129).verdict is Verdict.ALIVE
-    assert liveness.check(130).verdict is Verdict.HALF_OPEN
+    assert liveness.check(100) == LivenessCheck(LivenessState.PING, 30)
+    assert liveness.check(129).verdict is LivenessState.ALIVE
+    assert liveness.check(130).verdict is LivenessState.HALF_OPEN
     liveness.frame(130)
     liveness.excuse(131)
-    assert liveness.check(131) == Check(Verdict.ALIVE, 24), "what came in during the pause counts as it is"
+    assert liveness.check(131) == LivenessCheck(LivenessState.ALIVE, 24), "what came in during the pause counts as it is"
     liveness.frame(186)
-    assert liveness.check(186).verdict is Verdict.STALLED
+    assert liveness.check(186).verdict is LivenessState.STALLED

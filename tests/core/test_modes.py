@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.modes import BREAKER_MAX_S, Breaker, Failover, Way, bucket, in_rollout
+from shim.core.modes import BREAKER_MAX_S, Breaker, Failover, Transport, bucket, in_rollout
 
 
 def test_buckets_never_change() -> None:
@@ -27,36 +27,36 @@ def test_buckets_are_spread_evenly() -> None:
     assert 900 < inside < 1100
 
 
-def look(failover: Failover, now: float, up: bool) -> Way:
-    return failover.look(now, up=up, after_s=10, hold_down_s=60)
+def look(failover: Failover, now: float, up: bool) -> Transport:
+    return failover.update(now, up=up, after_s=10, hold_down_s=60)
 
 
 def test_fails_over_after_a_while_and_comes_back_after_a_longer_while() -> None:
     failover = Failover(0)
-    assert look(failover, 0, True) is Way.WEBSOCKET
-    assert look(failover, 100, False) is Way.WEBSOCKET
-    assert look(failover, 109.9, False) is Way.WEBSOCKET
-    assert look(failover, 110, False) is Way.HTTP
-    assert look(failover, 200, True) is Way.HTTP
-    assert look(failover, 259, True) is Way.HTTP
-    assert look(failover, 260, True) is Way.WEBSOCKET
+    assert look(failover, 0, True) is Transport.WEBSOCKET
+    assert look(failover, 100, False) is Transport.WEBSOCKET
+    assert look(failover, 109.9, False) is Transport.WEBSOCKET
+    assert look(failover, 110, False) is Transport.HTTP
+    assert look(failover, 200, True) is Transport.HTTP
+    assert look(failover, 259, True) is Transport.HTTP
+    assert look(failover, 260, True) is Transport.WEBSOCKET
 
 
 def test_a_short_return_of_the_link_starts_the_hold_down_anew() -> None:
     failover = Failover(0)
     look(failover, 10, False)
     look(failover, 20, False)
-    assert look(failover, 30, True) is Way.HTTP
-    assert look(failover, 80, False) is Way.HTTP
-    assert look(failover, 90, True) is Way.HTTP
-    assert look(failover, 149, True) is Way.HTTP
-    assert look(failover, 150, True) is Way.WEBSOCKET
+    assert look(failover, 30, True) is Transport.HTTP
+    assert look(failover, 80, False) is Transport.HTTP
+    assert look(failover, 90, True) is Transport.HTTP
+    assert look(failover, 149, True) is Transport.HTTP
+    assert look(failover, 150, True) is Transport.WEBSOCKET
 
 
 def test_a_link_that_never_came_up_fails_over_too() -> None:
     failover = Failover(5)
-    assert look(failover, 14.9, False) is Way.WEBSOCKET
-    assert look(failover, 15, False) is Way.HTTP
+    assert look(failover, 14.9, False) is Transport.WEBSOCKET
+    assert look(failover, 15, False) is Transport.HTTP
 
 
 def test_the_breaker_opens_after_three_failures_ever_longer_and_closes_with_a_success() -> None:

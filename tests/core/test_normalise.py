@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shim import dialects
 from shim.core.calls import Commands, OfferedCommand
-from shim.core.normalise import MAX_DEPTH, MAX_ECHO_CHARS, Malformed, Normalised, normalise
+from shim.core.normalise import MAX_DEPTH, MAX_ECHO_CHARS, MalformedCommand, ParsedCommand, parse_command
 from shim.core.timestamps import rfc3339
 from shim.dialects import Call
 from shim.messages import Message
@@ -22,8 +22,8 @@ NOW = "2026-11-24T21:28:03.000Z"
 TTL_S = 86_400.0
 
 
-def normal(payload: dict[str, Any], request_id: str = "r-1", timestamp: str = "") -> Normalised:
-    return normalise(Message("command", payload, request_id, timestamp), WALL, TTL_S, lambda: "made-up")
+def normal(payload: dict[str, Any], request_id: str = "r-1", timestamp: str = "") -> ParsedCommand:
+    return parse_command(Message("command", payload, request_id, timestamp), WALL, TTL_S, lambda: "made-up")
 
 
 # --- ids --------------------------------------------------------------------------------------------------------------
@@ -55,13 +55,13 @@ def test_the_id_is_the_first_there_is(payload: dict[str, Any], request_id: str, 
     "command_id", ["a/b", "/", ".", "..", "a?b", "a#b", "a%2f", "x" * 257, "ü" * 129, "a\nb", "\x00", "a\u202eb"]
 )
 def test_an_id_that_no_agent_could_answer_is_refused_by_its_name(command_id: str) -> None:
-    with pytest.raises(Malformed) as refused:
+    with pytest.raises(MalformedCommand) as refused:
         normal({"command_id": command_id}, "r")
     assert refused.value.command_id == command_id, "the controller knows it by no other"
 
 
 def test_a_huge_id_goes_back_shortened() -> None:
-    with pytest.raises(Malformed) as refused:
+    with pytest.raises(MalformedCommand) as refused:
         normal({"command_id": "x" * 5000})
     assert refused.value.command_id == "x" * MAX_ECHO_CHARS
 
@@ -88,7 +88,7 @@ def test_the_type_is_the_first_text(payload: dict[str, Any], found: str) -> None
 
 @pytest.mark.parametrize("value", [5, 0.5, True, ["x"], {"x": 1}])
 def test_a_type_that_is_no_text_is_refused_with_the_id(value: Any) -> None:
-    with pytest.raises(Malformed) as refused:
+    with pytest.raises(MalformedCommand) as refused:
         normal({"id": "k1", "type": value})
     assert refused.value.command_id == "k1"
 
@@ -127,7 +127,7 @@ def nested(depth: int) -> Any:
     ids=["above", "below", "inside", "one level", "deep"],
 )
 def test_what_agents_cannot_decode_is_refused_with_the_id(value: Any) -> None:
-    with pytest.raises(Malformed) as refused:
+    with pytest.raises(MalformedCommand) as refused:
         normal({"command_id": "k1", "payload": {"v": value}})
     assert refused.value.command_id == "k1"
 
@@ -236,7 +236,7 @@ def test_never_anything_but_malformed_and_always_decodable(
 ) -> None:
     try:
         command = normal(payload, request_id, timestamp)
-    except Malformed:
+    except MalformedCommand:
         return
     offered = OfferedCommand(command.id, command.type, command.payload, command.created_at)
     [dialect] = [each for each in dialects.load() if each.NAME == "clusters_agent"]

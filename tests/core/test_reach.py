@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.reach import FAILURES, failure_name, was_away
+from shim.core.reach import FAILURES, failure_name, is_controller_unreachable
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_names_are_bounded(reason: str, status: int, name: str) -> None:
     ],
 )
 def test_away_or_there(reason: str, status: int, since_working_s: float | None, away: bool) -> None:
-    assert was_away(reason, status, since_working_s) is away
+    assert is_controller_unreachable(reason, status, since_working_s) is away

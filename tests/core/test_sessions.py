@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.calls import HeartbeatCall, Kind, Target
+from shim.core.calls import HeartbeatCall, TargetKind, SessionTarget
 from shim.core.records import SessionKey
 from shim.core.sessions import Session, Sessions
 
@@ -32,8 +32,8 @@ def _with(session: Session, fields: dict[str, Any]) -> Session:
 
 
 def beat(session: Session, now: float, status: str = "healthy", tunnel: str = "connected", **more: Any) -> None:
-    session.contact(now, now)
-    session.beat(HeartbeatCall("clusters_agent", Target(Kind.CLUSTER, "c-1"), "pod-1", status, tunnel, **more), now)
+    session.touch(now, now)
+    session.record_heartbeat(HeartbeatCall("clusters_agent", SessionTarget(TargetKind.CLUSTER, "c-1"), "pod-1", status, tunnel, **more), now)
 
 
 # --- freshness --------------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_any_contact_counts_but_only_heartbeats_measure_the_interval() -> None:
     session = cluster("c-1")
     for now in (0.0, 5.0, 10.0, 15.0):
         beat(session, now)
-    session.contact(100.0, 100.0)
+    session.touch(100.0, 100.0)
     assert session.fresh(134.9)
     assert session.interval_s == 5.0
 
@@ -83,7 +83,7 @@ def test_what_was_loaded_from_disk_is_not_fresh() -> None:
 
 def test_a_held_poll_is_life_for_as_long_as_it_is_open() -> None:
     session = cluster("c-1")
-    session.contact(0.0, 0.0)
+    session.touch(0.0, 0.0)
     session.held = 1
     assert session.fresh(10_000.0)
     session.held = 0
@@ -97,12 +97,12 @@ def test_heartbeats_are_due_when_old_enough_or_when_their_words_change() -> None
     session = cluster("c-1")
     beat(session, 0.0)
     assert session.heartbeat_due(0.0, 27.5)
-    session.sent_at, session.sent_words = 0.0, session.words()
+    session.sent_at, session.last_sent_status = 0.0, session.reported_status()
     assert not session.heartbeat_due(27.4, 27.5)
     assert session.heartbeat_due(27.5, 27.5)
     beat(session, 5.0, status="unhealthy")
     assert session.heartbeat_due(5.0, 27.5)
-    session.sent_words = session.words()
+    session.last_sent_status = session.reported_status()
     beat(session, 10.0, status="unhealthy", tunnel="disconnected")
     assert session.heartbeat_due(10.0, 27.5)
 
@@ -160,10 +160,10 @@ def table(*sessions: Session) -> Sessions:
 def test_an_alias_names_the_session_else_the_agent_id_does() -> None:
     known = table(cluster("c-1"), agent("a-1"))
     known.set_alias(OWNER, "pod-1", SessionKey(OWNER, "cluster", "c-1"))
-    assert known.key_of(OWNER, Target(Kind.ALIAS, "pod-1")) == SessionKey(OWNER, "cluster", "c-1")
-    assert known.key_of(OWNER, Target(Kind.ALIAS, "a-1")) == SessionKey(OWNER, "agent", "a-1")
-    assert known.key_of(OWNER, Target(Kind.CLUSTER, "pod-1")) == SessionKey(OWNER, "cluster", "pod-1")
-    assert known.key_of(OTHER, Target(Kind.ALIAS, "pod-1")) == SessionKey(OTHER, "agent", "pod-1")
+    assert known.key_of(OWNER, SessionTarget(TargetKind.ALIAS, "pod-1")) == SessionKey(OWNER, "cluster", "c-1")
+    assert known.key_of(OWNER, SessionTarget(TargetKind.ALIAS, "a-1")) == SessionKey(OWNER, "agent", "a-1")
+    assert known.key_of(OWNER, SessionTarget(TargetKind.CLUSTER, "pod-1")) == SessionKey(OWNER, "cluster", "pod-1")
+    assert known.key_of(OTHER, SessionTarget(TargetKind.ALIAS, "pod-1")) == SessionKey(OTHER, "agent", "pod-1")
 
 
 def test_an_alias_of_a_session_that_is_gone_names_nothing() -> None:
@@ -238,8 +238,8 @@ def test_no_lookup_ever_crosses_owners(entries: list[tuple[str, str, bool]]) -> 
         known.set_alias(owner, f"alias-{ident}", session.key)
     for owner in ("x", "y"):
         for ident in ("a", "b", "c"):
-            keys = [known.key_of(owner, Target(kind, ident)) for kind in Kind]
-            keys += [known.key_of(owner, Target(Kind.ALIAS, f"alias-{ident}"))]
+            keys = [known.key_of(owner, SessionTarget(kind, ident)) for kind in TargetKind]
+            keys += [known.key_of(owner, SessionTarget(TargetKind.ALIAS, f"alias-{ident}"))]
             keys += [session.key for session in known.find(owner, ident, "")]
             keys += [session.key for session in known.find(owner, "", f"alias-{ident}")]
             assert {key.owner for key in keys} <= {owner}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shim.core.owners import owner_id, shard_of
-from shim.core.shards import AT_ONCE, Moves, moves, shares
+from shim.core.shards import AT_ONCE, Rebalance, plan_rebalance, target_counts
 
 names = st.sets(st.text("abcdef", min_size=1, max_size=3), min_size=1, max_size=6)
 
@@ -28,7 +28,7 @@ def test_tokens_spread_over_shards() -> None:
 @given(st.integers(1, 64), names, st.data())
 def test_shares_are_fair_and_complete(count: int, members: set[str], data: st.DataObject) -> None:
     held = {member: data.draw(st.integers(0, count)) for member in members}
-    share = shares(count, members, held)
+    share = target_counts(count, members, held)
     assert sum(share.values()) == count
     assert max(share.values()) - min(share.values()) <= 1
 
@@ -37,7 +37,7 @@ def settle(count: int, members: set[str], holders: dict[int, str]) -> int:
     """Let every member do what it has to do until nobody has anything to do; how often a shard changed hands."""
     changed = 0
     for _ in range(20 * count + 20):
-        todo = {member: moves(member, count, members, holders) for member in sorted(members)}
+        todo = {member: plan_rebalance(member, count, members, holders) for member in sorted(members)}
         if not any(each.take or each.give for each in todo.values()):
             return changed
         for member, each in todo.items():
@@ -75,11 +75,11 @@ def test_replicas_come_and_go_and_every_shard_is_held_evenly(
 def test_what_is_even_stays_as_it_is(count: int, members: set[str]) -> None:
     holders: dict[int, str] = {}
     settle(count, members, holders)
-    assert {moves(member, count, members, holders) for member in members} == {Moves()}
+    assert {plan_rebalance(member, count, members, holders) for member in members} == {Rebalance()}
 
 
 def test_who_is_leaving_takes_nothing_and_its_shards_wait_for_nobody() -> None:
     holders = {0: "a", 1: "a", 2: "b", 3: "b"}
-    assert moves("b", 4, {"a"}, holders).take == ()
-    assert moves("a", 4, {"a"}, holders).give == ()
-    assert moves("a", 4, {"a"}, {0: "a", 1: "a"}).take == (2, 3)
+    assert plan_rebalance("b", 4, {"a"}, holders).take == ()
+    assert plan_rebalance("a", 4, {"a"}, holders).give == ()
+    assert plan_rebalance("a", 4, {"a"}, {0: "a", 1: "a"}).take == (2, 3)

@@ -17,7 +17,7 @@ from shim.core.calls import (
     HealthCall,
     Healthy,
     HeartbeatCall,
-    Kind,
+    TargetKind,
     OfferedCommand,
     Outcome,
     PollCall,
@@ -25,7 +25,7 @@ from shim.core.calls import (
     Registered,
     ResultCall,
     StatusCall,
-    Target,
+    SessionTarget,
     TunnelPollCall,
     TunnelState,
 )
@@ -36,11 +36,11 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 ROUTER = Router(dialects.load())
 BY_LABEL = {generation.label: generation for generation in ALL}
 
-A = Target(Kind.AGENT, "agent-a")
+A = SessionTarget(TargetKind.AGENT, "agent-a")
 B_VERSION = "v1.2.3"
 EXPECTED: dict[tuple[str, str], AgentCall] = {
     ("common", "health"): HealthCall(),
-    ("common", "tunnel_poll"): TunnelPollCall(Target(Kind.ALIAS, "agent-b")),
+    ("common", "tunnel_poll"): TunnelPollCall(SessionTarget(TargetKind.ALIAS, "agent-b")),
     ("agents", "register"): RegisterCall(
         dialect="agents",
         agent_id="agent-a",
@@ -101,7 +101,7 @@ EXPECTED: dict[tuple[str, str], AgentCall] = {
     ),
     ("clusters_agent", "heartbeat"): HeartbeatCall(
         dialect="clusters_agent",
-        target=Target(Kind.CLUSTER, "c-1"),
+        target=SessionTarget(TargetKind.CLUSTER, "c-1"),
         agent_id="agent-b",
         status="healthy",
         tunnel_status="connected",

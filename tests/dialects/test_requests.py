@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shim import dialects
-from shim.core.calls import HeartbeatCall, Kind, RegisterCall, ResultCall, StatusCall, Target
+from shim.core.calls import HeartbeatCall, TargetKind, RegisterCall, ResultCall, StatusCall, SessionTarget
 from shim.dialects import Call, Dialect, Route, Router
 from shim.errors import AgentError
 from tests.support.generations import ALL, GENERATIONS, Generation, Who
@@ -249,7 +249,7 @@ def test_the_service_account_token_stands_apart(dialect: str, body: dict[str, An
 def test_each_generation_heartbeats_with_what_it_sends(generation: Generation) -> None:
     call = sent_by(generation, "heartbeat")
     by_agent = generation.dialect == "agents"
-    assert call.target == (Target(Kind.AGENT, WHO.agent_id) if by_agent else Target(Kind.CLUSTER, WHO.cluster_id))
+    assert call.target == (SessionTarget(TargetKind.AGENT, WHO.agent_id) if by_agent else SessionTarget(TargetKind.CLUSTER, WHO.cluster_id))
     assert call.agent_id == WHO.agent_id
     assert (call.status, call.tunnel_status) == (
         ("connected", "disconnected") if by_agent else ("healthy", "connected")
@@ -268,9 +268,9 @@ def test_one_generation_repeats_its_service_account_token(dialect: str, secret: 
 
 
 def test_the_path_wins_over_the_body() -> None:
-    assert heartbeat("clusters_agent", {"cluster_id": "other"}).target == Target(Kind.CLUSTER, "path-cluster")
+    assert heartbeat("clusters_agent", {"cluster_id": "other"}).target == SessionTarget(TargetKind.CLUSTER, "path-cluster")
     call = heartbeat("agents", {"agent_id": "other"})
-    assert (call.target, call.agent_id) == (Target(Kind.AGENT, "path-agent"), "path-agent")
+    assert (call.target, call.agent_id) == (SessionTarget(TargetKind.AGENT, "path-agent"), "path-agent")
 
 
 def test_the_guides_heartbeat_needs_no_agent_id() -> None:
@@ -281,14 +281,14 @@ def test_the_guides_heartbeat_needs_no_agent_id() -> None:
 @pytest.mark.parametrize(
     "body, target",
     [
-        ({"cluster_id": "c-9"}, Target(Kind.CLUSTER, "c-9")),
-        ({"cluster_id": 9}, Target(Kind.CLUSTER, "9")),
-        ({"cluster_id": ""}, Target(Kind.ALIAS, "path-agent")),
-        ({"cluster_id": None}, Target(Kind.ALIAS, "path-agent")),
-        ({}, Target(Kind.ALIAS, "path-agent")),
+        ({"cluster_id": "c-9"}, SessionTarget(TargetKind.CLUSTER, "c-9")),
+        ({"cluster_id": 9}, SessionTarget(TargetKind.CLUSTER, "9")),
+        ({"cluster_id": ""}, SessionTarget(TargetKind.ALIAS, "path-agent")),
+        ({"cluster_id": None}, SessionTarget(TargetKind.ALIAS, "path-agent")),
+        ({}, SessionTarget(TargetKind.ALIAS, "path-agent")),
     ],
 )
-def test_b3_names_its_cluster_in_the_body_else_its_agent(body: dict[str, Any], target: Target) -> None:
+def test_b3_names_its_cluster_in_the_body_else_its_agent(body: dict[str, Any], target: SessionTarget) -> None:
     assert heartbeat("clusters", body).target == target
 
 
@@ -354,13 +354,13 @@ def test_metadata_that_is_no_object_is_left_out() -> None:
 
 def test_a_status_goes_up_as_it_is() -> None:
     body = {"nodes": None, "pods": [{"name": "p"}], "anything": 1}
-    assert parse("agents", "status", body) == StatusCall("agents", Target(Kind.AGENT, "path-agent"), body)
+    assert parse("agents", "status", body) == StatusCall("agents", SessionTarget(TargetKind.AGENT, "path-agent"), body)
 
 
 @pytest.mark.parametrize(
-    "dialect, kind, ident", [("agents", Kind.AGENT, "agent"), ("clusters_agent", Kind.CLUSTER, "cluster")]
+    "dialect, kind, ident", [("agents", TargetKind.AGENT, "agent"), ("clusters_agent", TargetKind.CLUSTER, "cluster")]
 )
-def test_a_result_belongs_to_its_session_and_command(dialect: str, kind: Kind, ident: str) -> None:
+def test_a_result_belongs_to_its_session_and_command(dialect: str, kind: TargetKind, ident: str) -> None:
     body = {
         "success": False,
         "output": "o",
@@ -368,7 +368,7 @@ def test_a_result_belongs_to_its_session_and_command(dialect: str, kind: Kind, i
         "metadata": {"k": [1]},
         "timestamp": "2025-10-08T00:00:00.5+02:00",
     }
-    expected = ResultCall(dialect, Target(kind, f"path-{ident}"), "cmd-1", body)
+    expected = ResultCall(dialect, SessionTarget(kind, f"path-{ident}"), "cmd-1", body)
     assert parse(dialect, "result", body | {"exit_code": 3}) == expected
 
 

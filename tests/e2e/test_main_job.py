@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shim.clock import Clock
-from shim.tools.agents import Callbacks, Command, Event, Identity, LegacyAgent, Outcome, Profile, What
+from shim.tools.agents import Callbacks, Command, Event, Identity, LegacyAgent, CallOutcome, AgentProfile, EventKind
 from tests.support.processes import TOKEN, Controller, Shim, world
 
 FAST = {"upstream": {"heartbeat_interval_s": 0.2}, "poll": {"hold": "off"}}
@@ -28,23 +28,23 @@ class Life:
         self.events.append(event)
         self._grown.set()
 
-    async def until(self, what: What, count: int = 1, outcome: Outcome = Outcome.OK) -> list[Event]:
+    async def until(self, what: EventKind, count: int = 1, outcome: CallOutcome = CallOutcome.OK) -> list[Event]:
         async with asyncio.timeout(30):
             while len(found := self.of(what, outcome)) < count:
                 self._grown.clear()
                 await self._grown.wait()
         return found
 
-    def of(self, what: What, outcome: Outcome = Outcome.OK) -> list[Event]:
+    def of(self, what: EventKind, outcome: CallOutcome = CallOutcome.OK) -> list[Event]:
         return [event for event in self.events if event.what is what and event.outcome is outcome]
 
     @property
     def bad(self) -> list[Event]:
-        return [event for event in self.events if event.outcome is not Outcome.OK]
+        return [event for event in self.events if event.outcome is not CallOutcome.OK]
 
     @property
     def commands(self) -> list[Command]:
-        return [event.command for event in self.of(What.COMMAND) if event.command is not None]
+        return [event.command for event in self.of(EventKind.COMMAND) if event.command is not None]
 
 
 @asynccontextmanager
@@ -54,7 +54,7 @@ async def living(
     """An agent of a generation that lives a hundred times as fast as real ones."""
     life = Life()
     who = Identity(agent_id=agent_id, cluster_name="prod-cluster", token=token, tunnel_enabled=True)
-    profile = Profile(
+    profile = AgentProfile(
         dialect=dialect,
         heartbeat_interval_s=0.05,
         poll_interval_s=0.05,
@@ -87,7 +87,7 @@ async def test_every_generation_is_served_while_the_controller_goes_away_and_com
     async with world(tmp_path, FAST) as (shim, controller):
         await shim.start()
         async with living(shim, dialect) as (agent, life):
-            await life.until(What.REGISTER)
+            await life.until(EventKind.REGISTER)
             await controller.until(type="heartbeat", direction="in")
             if agent.profile.drains:
                 first = await push(controller)
@@ -98,13 +98,13 @@ async def test_every_generation_is_served_while_the_controller_goes_away_and_com
 
             await controller.kill()
             await shim.event("link_lost")
-            before = len(life.of(What.HEARTBEAT))
-            await life.until(What.HEARTBEAT, before + 5)  # its answers do not change
+            before = len(life.of(EventKind.HEARTBEAT))
+            await life.until(EventKind.HEARTBEAT, before + 5)  # its answers do not change
             await controller.start()
             registers = await controller.until(type="register", direction="in")
             assert registers[0]["payload"]["name"] == "prod-cluster"
             await controller.until(type="heartbeat", direction="in")
-            await life.until(What.TUNNEL, len(life.of(What.TUNNEL)) + 1)
+            await life.until(EventKind.TUNNEL, len(life.of(EventKind.TUNNEL)) + 1)
             if agent.profile.drains:
                 second = await push(controller)
                 result = await result_of(controller, second)
@@ -118,7 +118,7 @@ async def test_a_restarted_shim_serves_an_agent_that_never_registers_again(tmp_p
     async with world(tmp_path, FAST) as (shim, controller):
         await shim.start()
         async with living(shim, "clusters_agent") as (agent, life):
-            await life.until(What.HEARTBEAT)
+            await life.until(EventKind.HEARTBEAT)
             cluster_id = agent.cluster_id
         pushed = await push(controller, cluster_id=cluster_id)
         await shim.event("command_queued")
@@ -127,7 +127,7 @@ async def test_a_restarted_shim_serves_an_agent_that_never_registers_again(tmp_p
         await shim.start()
         async with living(shim, "clusters_agent", agent_id="another-pod", cluster_id=cluster_id) as (agent, life):
             assert (await result_of(controller, pushed))["success"] is True
-            assert life.of(What.REGISTER) == []
+            assert life.of(EventKind.REGISTER) == []
             assert life.bad == []
             # the controller was told who heartbeats: the stored registration was replayed first
             assert await shim.event("session_registered", after, session=cluster_id)
@@ -165,13 +165,13 @@ async def test_agents_own_tokens_open_their_own_links_and_see_only_their_own(tmp
             living(shim, "clusters_agent", "agent-1") as (one, first),
             living(shim, "clusters_agent", "agent-2", token="tok-of-another") as (two, second),
         ):
-            await first.until(What.HEARTBEAT)
-            await second.until(What.HEARTBEAT)
+            await first.until(EventKind.HEARTBEAT)
+            await second.until(EventKind.HEARTBEAT)
             assert one.cluster_id != two.cluster_id
             pushed = await push(controller, cluster_id=one.cluster_id)
             assert (await result_of(controller, pushed))["success"] is True
             assert [command.id for command in first.commands] == [pushed]
             assert second.commands == []
         async with living(shim, "clusters_agent", "agent-3", token="tok-that-is-refused") as (_, refused):
-            events = await refused.until(What.REGISTER, outcome=Outcome.REFUSED)
+            events = await refused.until(EventKind.REGISTER, outcome=CallOutcome.REFUSED)
             assert events[0].status == 401

@@ -18,8 +18,8 @@ import pytest
 import trustme
 
 from shim.core.urls import fallback_url, ws_url
-from shim.passthrough.proxy import Proxy, Unreachable
-from shim.ports import Client, DialFailure, DialSpec, Forwarded, Proxied
+from shim.passthrough.proxy import ReverseProxy, Unreachable
+from shim.ports import Caller, DialFailure, DialRequest, ProxyRequest, ProxyResponse
 from shim.settings import Fallback, Settings, Upstream
 from shim.upstream import AiohttpUpstream
 from shim.upstream.dialler import KEEP_S
@@ -86,7 +86,7 @@ async def link(upstream: Upstream, url: str, environ: dict[str, str] | None = No
     tasks = Tasks()
     port = AiohttpUpstream(upstream, tasks.spawn, environ=environ or {})
     try:
-        outcome = await dial(port, DialSpec(ws_url(url, "/ws"), TOKEN), Events())
+        outcome = await dial(port, DialRequest(ws_url(url, "/ws"), TOKEN), Events())
         return f"{outcome.reason}: {outcome.detail}" if isinstance(outcome, DialFailure) else "ok"
     finally:
         await port.close()
@@ -97,9 +97,9 @@ async def fallback(
     upstream: Upstream, url: str, environ: dict[str, str] | None = None, own: Fallback | None = None
 ) -> str:
     """Send a call as the fallback does: `ok`, or why not."""
-    proxy = Proxy(environ or {})
+    proxy = ReverseProxy(environ or {})
     headers = (("Authorization", f"Bearer {TOKEN}"),)
-    call = Forwarded("POST", "/api/v1/x", headers, b"{}", Client(TOKEN, 1), None, 0.0)
+    call = ProxyRequest("POST", "/api/v1/x", headers, b"{}", Caller(TOKEN, 1), None, 0.0)
     try:
         base = fallback_url(Settings(fallback=Fallback(url=url)))
         reply = await proxy.send(base, (own or Fallback()).dialling(upstream), call, None, whole=False)
@@ -280,9 +280,9 @@ async def test_a_plain_request_that_the_proxy_refuses_is_no_answer_of_the_vendor
 
 async def test_other_settings_count_from_the_next_call(authority: trustme.CA, ca_file: str) -> None:
     """The section is reloadable; replies that still come through the earlier connections are not cut."""
-    call = Forwarded("POST", "/x", (), b"{}", Client("", 1), None, 0.0)
+    call = ProxyRequest("POST", "/x", (), b"{}", Caller("", 1), None, 0.0)
     async with tcp_server(Vendor().converse, ssl=serving(authority)) as port:
-        proxy, base = Proxy({}), f"https://127.0.0.1:{port}"
+        proxy, base = ReverseProxy({}), f"https://127.0.0.1:{port}"
         for own, fails in ((Fallback(), True), (Fallback(ca_file=ca_file), False), (Fallback(), True)):
             try:
                 await proxy.send(base, own.dialling(Upstream()), call, None, whole=False)
@@ -402,8 +402,8 @@ async def test_a_call_that_is_cut_is_not_sent_again(method: str) -> None:
         await read_head(reader)
 
     async with tcp_server(cut) as port:
-        proxy = Proxy({})
-        call = Forwarded(method, "/x", (), b"", Client("", 1), None, 0.0)
+        proxy = ReverseProxy({})
+        call = ProxyRequest(method, "/x", (), b"", Caller("", 1), None, 0.0)
         with pytest.raises(Unreachable, match="the connection was closed before an answer came"):
             await proxy.send(f"http://127.0.0.1:{port}", Fallback().dialling(Upstream()), call, None, whole=False)
         await proxy.close()
@@ -445,8 +445,8 @@ async def test_the_fallback_drops_idle_connections_before_servers_do() -> None:
                 return
 
     async with tcp_server(converse) as port:
-        proxy, dialling = Proxy({}), Fallback().dialling(Upstream())
-        call = Forwarded("POST", "/x", (), b"{}", Client("", 1), None, 0.0)
+        proxy, dialling = ReverseProxy({}), Fallback().dialling(Upstream())
+        call = ProxyRequest("POST", "/x", (), b"{}", Caller("", 1), None, 0.0)
         for _ in range(2):
             await proxy.send(f"http://127.0.0.1:{port}", dialling, call, None, whole=False)
         assert calls == 2, "both calls take one connection"
@@ -459,12 +459,12 @@ async def test_the_fallback_waits_for_no_100_continue() -> None:
     """The API may never say 100: the expectation was the agent's and is met by the shim."""
     vendor = Vendor()
     async with tcp_server(vendor.converse) as port:
-        proxy = Proxy({})
+        proxy = ReverseProxy({})
         headers = (("Expect", "100-continue"), ("Content-Encoding", "x-gzip"), ("Content-Length", "2"))
-        call = Forwarded("POST", "/x", headers, b"{}", Client("", 1), None, 0.0)
+        call = ProxyRequest("POST", "/x", headers, b"{}", Caller("", 1), None, 0.0)
         reply = await proxy.send(f"http://127.0.0.1:{port}", Fallback().dialling(Upstream()), call, None, whole=False)
         await proxy.close()
-    assert isinstance(reply, Proxied)
+    assert isinstance(reply, ProxyResponse)
     assert reply.status == 204
     assert "expect" not in vendor.heads[0]
     assert vendor.heads[0]["content-encoding"] == "x-gzip"

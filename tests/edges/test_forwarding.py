@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from shim.frontend.forwarding import head
-from shim.ports import Proxied
+from shim.ports import ProxyResponse
 
 
 async def pieces() -> AsyncGenerator[bytes, None]:
@@ -17,6 +17,6 @@ async def pieces() -> AsyncGenerator[bytes, None]:
 @pytest.mark.parametrize("status, chunked", [(200, True), (204, False), (304, False)])
 def test_a_reply_that_has_no_body_has_no_chunks(status: int, chunked: bool) -> None:
     """The end of chunks would be taken for the next reply."""
-    start, in_chunks = head(Proxied(status, (), pieces()), {}, keep=True, http11=True)
+    start, in_chunks = head(ProxyResponse(status, (), pieces()), {}, keep=True, http11=True)
     assert in_chunks is chunked
     assert (b"Transfer-Encoding" in start) is chunked

@@ -13,7 +13,7 @@ import trustme
 
 from shim.core.bounds import MAX_HEAD_BYTES, MAX_VALUES, MAX_WAITING_BYTES
 from shim.core.calls import AgentCall, PollCall
-from shim.ports import Answer, Client
+from shim.ports import CallResult, Caller
 from shim.settings import Listen, TlsFiles
 from tests.support.frontend import (
     HEALTH,
@@ -41,7 +41,7 @@ class HeldPolls:
         self._offer = offering()
         board.script = self._script
 
-    async def _script(self, client: Client, call: AgentCall) -> Answer:
+    async def _script(self, client: Caller, call: AgentCall) -> CallResult:
         if not isinstance(call, PollCall):
             return await plain_answer(client, call)
         await self.go.wait()
@@ -205,7 +205,7 @@ async def test_bytes_that_the_kernel_has_already_when_the_reply_is_written_are_n
     offer = offering()
     agents: list[Agent] = []
 
-    async def script(client: Client, call: AgentCall) -> Answer:
+    async def script(client: Caller, call: AgentCall) -> CallResult:
         if isinstance(call, PollCall):
             agents[0].sock.send(BEAT)  # arrives between our last look at the socket and the reply
         return await offer(client, call)

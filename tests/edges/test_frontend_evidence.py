@@ -9,7 +9,7 @@ import pytest
 
 from shim.core.calls import AgentCall
 from shim.frontend import kernel
-from shim.ports import Answer, Client
+from shim.ports import CallResult, Caller
 from shim.settings import Listen
 from tests.support.frontend import HEALTH, POLL, Agent, Board, get, offering, running
 
@@ -25,7 +25,7 @@ class Held:
         self._inner = offering()
         board.script = self.script
 
-    async def script(self, client: Client, call: AgentCall) -> Answer:
+    async def script(self, client: Caller, call: AgentCall) -> CallResult:
         await self.go.wait()
         return await self._inner(client, call)
 
@@ -130,7 +130,7 @@ async def test_hanging_up_unnoticed_leaves_the_reply_unwritten(how: str) -> None
     board = Board()
     inner = offering()
 
-    async def script(client: Client, call: AgentCall) -> Answer:
+    async def script(client: Caller, call: AgentCall) -> CallResult:
         getattr(agent, how)()
         return await inner(client, call)
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from shim.core.calls import Commands, Failed
-from shim.ports import Answer
+from shim.ports import CallResult
 from tests.support.frontend import POLL, Agent, Board, House, Reply, get, post, running
 
 HEARTBEAT = "/api/v1/clusters/agent/c1/heartbeat"
@@ -21,12 +21,12 @@ class Watch(Board):
         super().__init__()
         self.ways: list[str] = []
 
-    def at_once(self, *args: object) -> Answer | None:
-        answer = super().at_once(*args)  # type: ignore[arg-type]
+    def try_call_sync(self, *args: object) -> CallResult | None:
+        answer = super().try_call_sync(*args)  # type: ignore[arg-type]
         self.ways.append("none" if answer is None else "express")
         return answer
 
-    async def call(self, *args: object) -> Answer:
+    async def call(self, *args: object) -> CallResult:
         self.ways.append("long")
         return await super().call(*args)  # type: ignore[arg-type]
 
@@ -153,9 +153,9 @@ async def test_a_call_that_must_wait_is_made_once_and_the_next_goes_express_agai
     board = Watch()
     waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def script(*_: object) -> Answer:
+    async def script(*_: object) -> CallResult:
         await waiting
-        return Answer(Commands((), 5))
+        return CallResult(Commands((), 5))
 
     async with running(board=board) as house:
         agent = await warm(house)
@@ -172,8 +172,8 @@ async def test_a_call_that_must_wait_is_made_once_and_the_next_goes_express_agai
 
 async def test_a_refusal_of_the_switchboard_carries_its_retry_after() -> None:
     class Refusing(Watch):
-        def at_once(self, *args: object) -> Answer | None:
-            return Answer(Failed(503, "later", 7))
+        def try_call_sync(self, *args: object) -> CallResult | None:
+            return CallResult(Failed(503, "later", 7))
 
     async with running(board=Refusing()) as house:
         agent = await house.agent()
@@ -187,10 +187,10 @@ async def test_a_defect_is_an_internal_error_and_costs_one_reply(caplog: pytest.
     class Broken(Watch):
         broken = False
 
-        def at_once(self, *args: object) -> Answer | None:
+        def try_call_sync(self, *args: object) -> CallResult | None:
             if self.broken:
                 raise RuntimeError("a defect")
-            return super().at_once(*args)
+            return super().try_call_sync(*args)
 
     board = Broken()
     async with running(board=board) as house:

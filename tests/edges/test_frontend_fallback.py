@@ -11,7 +11,7 @@ import pytest
 
 from shim.core.calls import Accepted, AgentCall, HeartbeatCall, PollCall, StatusCall
 from shim.frontend.forwarding import target_of
-from shim.ports import Answer, Client, Forwarded, Proxied
+from shim.ports import CallResult, Caller, ProxyRequest, ProxyResponse
 from shim.settings import Listen
 from tests.support.frontend import HEALTH, POLL, get, post, running
 
@@ -22,30 +22,30 @@ BEAT = post("/api/v1/clusters/agent/c1/heartbeat", b'{"status": "healthy"}')
 class Api:
     """A `ports.Fallback` by hand: it notes what it gets and answers what it is told to."""
 
-    def __init__(self, *replies: Proxied | Answer | None, everything: bool = True) -> None:
-        self.seen: list[Forwarded] = []
+    def __init__(self, *replies: ProxyResponse | CallResult | None, everything: bool = True) -> None:
+        self.seen: list[ProxyRequest] = []
         self.bodies: list[bytes] = []
         self._replies = list(replies)
         self._everything = everything
 
-    def takes_all(self) -> bool:
+    def handles_all(self) -> bool:
         return self._everything
 
-    def takes_some(self) -> bool:
+    def handles_some(self) -> bool:
         return not self._everything
 
-    def takes(self, client: Client, call: AgentCall) -> bool:
+    def handles(self, client: Caller, call: AgentCall) -> bool:
         return isinstance(call, PollCall)
 
-    async def serve(self, request: Forwarded) -> Proxied | Answer | None:
+    async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
         self.seen.append(request)
         body = request.body
         self.bodies.append(body if isinstance(body, bytes) else b"".join([piece async for piece in body]))
         return self._replies.pop(0)
 
 
-def plain(status: int = 200, body: bytes = b'{"a":1}', *headers: tuple[str, str], lease: Any = None) -> Proxied:
-    return Proxied(status, headers, body, lease)
+def plain(status: int = 200, body: bytes = b'{"a":1}', *headers: tuple[str, str], lease: Any = None) -> ProxyResponse:
+    return ProxyResponse(status, headers, body, lease)
 
 
 async def test_a_reply_goes_down_as_it_is() -> None:
@@ -117,7 +117,7 @@ async def pieces(*parts: bytes, fault: bool = False) -> AsyncGenerator[bytes, No
 
 
 async def test_a_streamed_reply_is_chunked_and_the_connection_lives_on() -> None:
-    api = Api(Proxied(200, (), pieces(b"one", b"two")), plain())
+    api = Api(ProxyResponse(200, (), pieces(b"one", b"two")), plain())
     async with running(fallback=api) as house:
         agent = await house.agent()
         await agent.send(BEAT)
@@ -132,7 +132,7 @@ async def test_a_streamed_reply_is_chunked_and_the_connection_lives_on() -> None
 
 
 async def test_a_streamed_reply_of_known_length_is_not_chunked() -> None:
-    api = Api(Proxied(200, (("Content-Length", "6"),), pieces(b"one", b"two")))
+    api = Api(ProxyResponse(200, (("Content-Length", "6"),), pieces(b"one", b"two")))
     async with running(fallback=api) as house:
         reply = await house.ask(BEAT)
     assert reply.body == b"onetwo"
@@ -140,7 +140,7 @@ async def test_a_streamed_reply_of_known_length_is_not_chunked() -> None:
 
 
 async def test_an_old_client_gets_the_stream_until_the_connection_ends() -> None:
-    api = Api(Proxied(200, (), pieces(b"one", b"two")))
+    api = Api(ProxyResponse(200, (), pieces(b"one", b"two")))
     async with running(fallback=api) as house:
         agent = await house.agent()
         await agent.send(b"GET /api/v1/x HTTP/1.0\r\nHost: localhost\r\n\r\n")
@@ -148,7 +148,7 @@ async def test_an_old_client_gets_the_stream_until_the_connection_ends() -> None
 
 
 async def test_a_reply_that_breaks_off_ends_the_connection_without_its_last_chunk() -> None:
-    api = Api(Proxied(200, (), pieces(b"one", fault=True)))
+    api = Api(ProxyResponse(200, (), pieces(b"one", fault=True)))
     async with running(fallback=api) as house:
         agent = await house.agent()
         await agent.send(BEAT)
@@ -165,7 +165,7 @@ async def test_a_reply_with_commands_settles_its_lease() -> None:
 
 
 async def test_what_comes_back_goes_to_the_switchboard() -> None:
-    api = Api(None, Answer(Accepted()), None)
+    api = Api(None, CallResult(Accepted()), None)
     async with running(fallback=api) as house:
         assert (await house.ask(BEAT)).status == 200
         assert (await house.ask(BEAT)).status == 200
@@ -174,7 +174,7 @@ async def test_what_comes_back_goes_to_the_switchboard() -> None:
 
 
 async def test_only_some_calls_go_there() -> None:
-    api = Api(plain(), None, Answer(Accepted()), everything=False)
+    api = Api(plain(), None, CallResult(Accepted()), everything=False)
     async with running(fallback=api) as house:
         assert (await house.ask(BEAT)).json == {"success": True}
         assert (await house.ask(POLL)).json == {"a": 1}
@@ -204,7 +204,7 @@ async def test_an_unknown_status_has_no_phrase_and_no_content_has_no_length() ->
 @pytest.mark.parametrize("body", [b"", None])
 @pytest.mark.parametrize("status", [204, 304])
 async def test_behind_a_reply_without_a_body_nothing_follows_on_the_connection(status: int, body: bytes | None) -> None:
-    api = Api(Proxied(status, (("Content-Length", "9"),), pieces() if body is None else body), plain())
+    api = Api(ProxyResponse(status, (("Content-Length", "9"),), pieces() if body is None else body), plain())
     async with running(fallback=api) as house:
         agent = await house.agent()
         await agent.send(BEAT)
@@ -218,7 +218,7 @@ async def test_behind_a_reply_without_a_body_nothing_follows_on_the_connection(s
 @pytest.mark.parametrize("body", [b"", None])
 async def test_to_head_the_length_is_the_apis_and_no_body_follows(length: str | None, body: bytes | None) -> None:
     headers = () if length is None else (("Content-Length", length),)
-    api = Api(Proxied(200, headers, pieces() if body is None else body), plain())
+    api = Api(ProxyResponse(200, headers, pieces() if body is None else body), plain())
     async with running(fallback=api) as house:
         agent = await house.agent()
         await agent.send(get("/unheard-of", method="HEAD"))

@@ -10,7 +10,7 @@ import pytest
 import trustme
 from cryptography import x509
 
-from shim.ports import Client
+from shim.ports import Caller
 from shim.settings import Listen, TlsFiles
 from tests.support.frontend import POLL, House, get, offering, running
 from tests.support.frontend import Board as FakeBoard
@@ -72,7 +72,7 @@ async def test_each_request_is_judged_by_its_own_token() -> None:
 
 
 def test_a_token_is_never_shown() -> None:
-    assert "canary" not in repr(Client("canary", 1))
+    assert "canary" not in repr(Caller("canary", 1))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from shim.core.calls import AgentCall, Failed, HeartbeatCall, OfferedCommand, PollCall
 from shim.core.calls import Commands as CommandList
-from shim.ports import Answer, Client
+from shim.ports import CallResult, Caller
 from shim.settings import Listen
 from tests.support.frontend import HEALTH, POLL, Agent, Board, House, Reply, get, offering, plain_answer, post, running
 
@@ -54,8 +54,8 @@ async def test_go_gets_204_without_a_body_and_keeps_its_connection() -> None:
 async def test_a_failed_outcome_is_rendered_with_retry_after() -> None:
     board = Board()
 
-    async def script(client: Client, call: AgentCall) -> Answer:
-        return Answer(Failed(503, "not now", retry_after_s=7))
+    async def script(client: Caller, call: AgentCall) -> CallResult:
+        return CallResult(Failed(503, "not now", retry_after_s=7))
 
     board.script = script
     async with running(board=board) as house:
@@ -370,7 +370,7 @@ async def test_a_slow_pipelined_head_does_not_cost_the_reply_before_it() -> None
     board = Board()
     go = asyncio.Event()
 
-    async def script(client: Client, call: AgentCall) -> Answer:
+    async def script(client: Caller, call: AgentCall) -> CallResult:
         await go.wait()
         return await plain_answer(client, call)
 
@@ -495,7 +495,7 @@ async def test_garbage_behind_a_request_waits_for_its_reply() -> None:
 async def test_a_defect_is_an_internal_error(caplog: pytest.LogCaptureFixture) -> None:
     board = Board()
 
-    async def script(client: Client, call: AgentCall) -> Answer:
+    async def script(client: Caller, call: AgentCall) -> CallResult:
         raise RuntimeError("inner-detail")
 
     board.script = script
@@ -512,9 +512,9 @@ async def test_a_defect_is_an_internal_error(caplog: pytest.LogCaptureFixture) -
 async def test_a_reply_that_cannot_be_encoded_gives_its_commands_back() -> None:
     board = Board()
 
-    async def script(client: Client, call: AgentCall) -> Answer:
+    async def script(client: Caller, call: AgentCall) -> CallResult:
         poison = OfferedCommand("id", "type", {"x": "\ud800"}, "2026-01-01T00:00:00Z")
-        return Answer(CommandList((poison,), 5), lease="lease")
+        return CallResult(CommandList((poison,), 5), lease="lease")
 
     board.script = script
     async with running(board=board) as house:
@@ -548,7 +548,7 @@ async def test_too_many_connections() -> None:
 async def _held(house: House) -> tuple[asyncio.Event, Agent]:
     go = asyncio.Event()
 
-    async def script(client: Client, call: AgentCall) -> Answer:
+    async def script(client: Caller, call: AgentCall) -> CallResult:
         await go.wait()
         return await offering()(client, call)
 
@@ -598,7 +598,7 @@ class Gate:
         self.open = asyncio.Event()
         board.script = self._script
 
-    async def _script(self, client: Client, call: AgentCall) -> Answer:
+    async def _script(self, client: Caller, call: AgentCall) -> CallResult:
         await self.open.wait()
         return await plain_answer(client, call)
 

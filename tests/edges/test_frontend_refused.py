@@ -6,7 +6,7 @@ import pytest
 
 from shim.core.calls import AgentCall, Failed
 from shim.core.recent_calls import RecentCalls
-from shim.ports import Answer, Client
+from shim.ports import CallResult, Caller
 from shim.settings import Listen
 from tests.support.frontend import POLL, Board, get, post, running
 
@@ -43,11 +43,11 @@ async def test_every_refused_call_is_counted_with_its_route(
 class Refusing(Board):
     """A bridge that refuses every call at once."""
 
-    def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
-        return Answer(Failed(401, "the controller refuses the token"))
+    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
+        return CallResult(Failed(401, "the controller refuses the token"))
 
-    async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
-        return Answer(Failed(401, "the controller refuses the token"))
+    async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
+        return CallResult(Failed(401, "the controller refuses the token"))
 
 
 async def test_what_the_bridge_refuses_is_counted_on_both_paths() -> None:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from shim.ports import DialFailure, DialSpec, Socket
+from shim.ports import DialFailure, DialRequest, WebSocket
 from shim.settings import Upstream
 from shim.upstream import AiohttpUpstream
 from shim.upstream.failures import failure_of, retry_after_s
@@ -65,7 +65,7 @@ async def test_the_token_goes_where_it_is_wanted(
     handshakes = Handshakes()
     async with tcp_server(handshakes.converse) as port, dialling() as upstream:
         url = f"ws://127.0.0.1:{port}/base%2Fx/ws?tenant=a%26b"
-        await connect(upstream, DialSpec(url, TOKEN, in_header, in_query, (("cluster_uuid", "u 1"),)), Events())
+        await connect(upstream, DialRequest(url, TOKEN, in_header, in_query, (("cluster_uuid", "u 1"),)), Events())
     seen, headers = handshakes.seen[0]
     assert seen == line
     assert headers.get("authorization") == header
@@ -102,7 +102,7 @@ async def test_answers_that_are_no_websocket(response: bytes, expected: DialFail
         writer.write(response)
 
     async with tcp_server(converse) as port, dialling() as upstream:
-        assert await refusal(upstream, DialSpec(f"ws://127.0.0.1:{port}/ws", TOKEN, in_query=True)) == expected
+        assert await refusal(upstream, DialRequest(f"ws://127.0.0.1:{port}/ws", TOKEN, in_query=True)) == expected
 
 
 async def test_a_redirect_is_never_followed() -> None:
@@ -114,7 +114,7 @@ async def test_a_redirect_is_never_followed() -> None:
             writer.write(answer("302 Found", f"Location: http://127.0.0.1:{target}/ws"))
 
         async with tcp_server(converse) as port, dialling() as upstream:
-            failure = await refusal(upstream, DialSpec(f"ws://127.0.0.1:{port}/ws", TOKEN))
+            failure = await refusal(upstream, DialRequest(f"ws://127.0.0.1:{port}/ws", TOKEN))
     assert failure.status == 302
     assert handshakes.seen == []
 
@@ -129,7 +129,7 @@ async def test_a_controller_that_hangs_up_is_dialled_once() -> None:
         await read_head(reader)
 
     async with tcp_server(converse) as port, dialling() as upstream:
-        failure = await refusal(upstream, DialSpec(f"ws://127.0.0.1:{port}/ws", TOKEN))
+        failure = await refusal(upstream, DialRequest(f"ws://127.0.0.1:{port}/ws", TOKEN))
     assert (failure.reason, failure.status, dials) == ("handshake", 0, 1)
 
 
@@ -138,7 +138,7 @@ async def test_a_silent_controller_times_out() -> None:
         await reader.read()
 
     async with tcp_server(converse) as port, dialling(Upstream(connect_timeout_s=0.1)) as upstream:
-        failure = await refusal(upstream, DialSpec(f"ws://127.0.0.1:{port}/ws", TOKEN))
+        failure = await refusal(upstream, DialRequest(f"ws://127.0.0.1:{port}/ws", TOKEN))
     assert failure.reason == "timeout"
 
 
@@ -146,20 +146,20 @@ async def test_nothing_listens() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         async with dialling() as upstream:
-            failure = await refusal(upstream, DialSpec(f"ws://127.0.0.1:{unused.getsockname()[1]}/ws", TOKEN))
+            failure = await refusal(upstream, DialRequest(f"ws://127.0.0.1:{unused.getsockname()[1]}/ws", TOKEN))
     assert failure == DialFailure("tcp", detail="Connection refused")
 
 
 async def test_a_name_that_does_not_exist() -> None:
     async with dialling(Upstream(connect_timeout_s=12)) as upstream:  # resolvers may be slow to say no
-        failure = await refusal(upstream, DialSpec("ws://controller.invalid/ws", TOKEN))
+        failure = await refusal(upstream, DialRequest("ws://controller.invalid/ws", TOKEN))
     assert failure.reason == "dns"
     assert failure.detail.startswith("cannot resolve controller.invalid: ")
 
 
 async def test_a_token_that_cannot_be_a_header_is_told_without_it() -> None:
     async with tcp_server(Handshakes().converse) as port, dialling() as upstream:
-        failure = await refusal(upstream, DialSpec(f"ws://127.0.0.1:{port}/ws", "to\r\nken"))
+        failure = await refusal(upstream, DialRequest(f"ws://127.0.0.1:{port}/ws", "to\r\nken"))
     assert failure == DialFailure("handshake", detail="ValueError")
 
 
@@ -198,28 +198,28 @@ async def test_no_log_and_no_failure_shows_the_token(caplog: pytest.LogCaptureFi
         async with tcp_server(converse) as port, dialling() as upstream:
             for path in ("401", "302", "101", "cut", "700"):
                 url = f"ws://127.0.0.1:{port}/ws/{path}"
-                failure = await refusal(upstream, DialSpec(url, TOKEN, in_query=True, query=(("key", "canary"),)))
+                failure = await refusal(upstream, DialRequest(url, TOKEN, in_query=True, query=(("key", "canary"),)))
                 assert "canary" not in repr(failure)
     assert "canary" not in caplog.text
-    assert "canary" not in repr(DialSpec("ws://h", TOKEN))
+    assert "canary" not in repr(DialRequest("ws://h", TOKEN))
 
 
 async def test_the_way_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async with tcp_server(Handshakes().converse) as port, dialling() as upstream:
         with caplog.at_level(logging.INFO):
             for _ in range(2):
-                await connect(upstream, DialSpec(f"ws://127.0.0.1:{port}/ws?key=canary", TOKEN), Events())
+                await connect(upstream, DialRequest(f"ws://127.0.0.1:{port}/ws?key=canary", TOKEN), Events())
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("shim.")]
     assert lines == [f"upstream ws://127.0.0.1:{port} is dialled direct"]
 
 
 async def test_a_failing_handler_of_the_dial_result_drops_the_socket(caplog: pytest.LogCaptureFixture) -> None:
-    def defect(outcome: Socket | DialFailure) -> None:
+    def defect(outcome: WebSocket | DialFailure) -> None:
         raise RuntimeError("a defect of a handler")
 
     events = Events()
     async with tcp_server(Handshakes().converse) as port, dialling() as upstream:
-        upstream.dial(DialSpec(f"ws://127.0.0.1:{port}/ws", TOKEN), events, defect)
+        upstream.dial(DialRequest(f"ws://127.0.0.1:{port}/ws", TOKEN), events, defect)
         await events.until("closed")
     assert events.log == [("closed", False, 0)]
     assert "a defect of a handler" in caplog.text
@@ -233,9 +233,9 @@ async def test_events_never_come_before_the_socket_was_handed_over() -> None:
 
     events = Events()
     order: list[object] = []
-    handed_over: Callable[[Socket | DialFailure], None] = lambda outcome: order.append(list(events.log))  # noqa: E731
+    handed_over: Callable[[WebSocket | DialFailure], None] = lambda outcome: order.append(list(events.log))  # noqa: E731
     async with tcp_server(converse) as port, dialling() as upstream:
-        upstream.dial(DialSpec(f"ws://127.0.0.1:{port}/ws", TOKEN), events, handed_over)
+        upstream.dial(DialRequest(f"ws://127.0.0.1:{port}/ws", TOKEN), events, handed_over)
         await events.until("bad")
     assert order == [[]]
 
@@ -249,6 +249,6 @@ async def test_shutdown_ends_pending_dials_without_a_result() -> None:
         await reader.read()
 
     async with tcp_server(converse) as port, dialling() as upstream:
-        upstream.dial(DialSpec(f"ws://127.0.0.1:{port}/ws", TOKEN), Events(), lambda outcome: pytest.fail("a result"))
+        upstream.dial(DialRequest(f"ws://127.0.0.1:{port}/ws", TOKEN), Events(), lambda outcome: pytest.fail("a result"))
         await accepted.wait()
         await upstream.close()

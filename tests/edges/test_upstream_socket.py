@@ -11,7 +11,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from shim.messages import Message, decode
-from shim.ports import DialSpec
+from shim.ports import DialRequest
 from shim.settings import Upstream
 from shim.upstream import AiohttpUpstream
 from tests.support.sockets import DEADLINE_S, Events, Tasks, accept_websocket, connect, tcp_server
@@ -70,7 +70,7 @@ class Stage:
         self.upstream = AiohttpUpstream(Upstream(max_message_bytes=100_000), self.tasks.spawn, self.wire, {})
 
     async def connect(self) -> None:
-        self.socket = await connect(self.upstream, DialSpec(self.url, "secret"), self.events)
+        self.socket = await connect(self.upstream, DialRequest(self.url, "secret"), self.events)
         self.controller = await self.peer.connection
 
 
@@ -200,7 +200,7 @@ async def test_shutdown_closes_with_1000_and_leaves_no_task(stage: Stage) -> Non
     await stage.upstream.close()
     assert await stage.peer.closed() == 1000
     await stage.tasks.finish()
-    stage.upstream.dial(DialSpec(stage.url, "secret"), Events(), lambda outcome: pytest.fail("dialled after close"))
+    stage.upstream.dial(DialRequest(stage.url, "secret"), Events(), lambda outcome: pytest.fail("dialled after close"))
     await stage.upstream.close()
     assert stage.tasks.names == ["upstream", "upstream-writer"]
 
@@ -272,7 +272,7 @@ async def test_a_long_message_on_a_slow_line_is_life() -> None:
     async with tcp_server(converse) as port:
         tasks, events = Tasks(), Events()
         upstream = AiohttpUpstream(Upstream(), tasks.spawn, environ={})
-        await connect(upstream, DialSpec(f"ws://127.0.0.1:{port}", "t"), events)
+        await connect(upstream, DialRequest(f"ws://127.0.0.1:{port}", "t"), events)
         go_on.set()
         await events.until("message")
         assert len(events.of("frame")) >= 2, "the parts of the frame and the frame itself"
@@ -291,7 +291,7 @@ async def test_closing_is_prompt_when_the_peer_neither_reads_nor_answers() -> No
     async with tcp_server(converse) as port:
         tasks, events = Tasks(), Events()
         upstream = AiohttpUpstream(Upstream(), tasks.spawn, environ={})
-        socket = await connect(upstream, DialSpec(f"ws://127.0.0.1:{port}", "t"), events)
+        socket = await connect(upstream, DialRequest(f"ws://127.0.0.1:{port}", "t"), events)
         for _ in range(20):
             socket.send(Message("filler", {"x": "y" * 1_000_000}))
         started = asyncio.get_running_loop().time()
@@ -315,7 +315,7 @@ async def test_a_peer_that_stops_reading_is_dropped_before_memory_fills(caplog: 
     async with tcp_server(converse) as port:
         tasks, events = Tasks(), Events()
         upstream = AiohttpUpstream(Upstream(), tasks.spawn, environ={})
-        socket = await connect(upstream, DialSpec(f"ws://127.0.0.1:{port}", "t"), events)
+        socket = await connect(upstream, DialRequest(f"ws://127.0.0.1:{port}", "t"), events)
         for _ in range(70):
             socket.send(Message("filler", {"x": "y" * 1_000_000}))
         await events.until("closed")
@@ -347,7 +347,7 @@ async def test_a_broken_protocol_ends_the_connection_with_1002(garbage: bytes) -
     async with tcp_server(converse) as port:
         tasks, events = Tasks(), Events()
         upstream = AiohttpUpstream(Upstream(), tasks.spawn, environ={})
-        await connect(upstream, DialSpec(f"ws://127.0.0.1:{port}", "t"), events)
+        await connect(upstream, DialRequest(f"ws://127.0.0.1:{port}", "t"), events)
         await events.until("closed")
         frame = await received
         code = bytes(a ^ b for a, b in zip(frame[6:8], frame[2:4], strict=True))
@@ -393,7 +393,7 @@ async def test_every_close_frame_is_taken_with_its_code_and_its_text(
     async with tcp_server(converse) as port:
         tasks, events = Tasks(), Events()
         upstream = AiohttpUpstream(Upstream(), tasks.spawn, environ={})
-        await connect(upstream, DialSpec(f"ws://127.0.0.1:{port}", "t"), events)
+        await connect(upstream, DialRequest(f"ws://127.0.0.1:{port}", "t"), events)
         await events.until("closed")
         frame = await received
         sent = bytes(a ^ b for a, b in zip(frame[6:8], frame[2:4], strict=True))
@@ -418,7 +418,7 @@ async def test_a_close_frame_without_a_code_is_answered() -> None:
     async with tcp_server(converse) as port:
         tasks, events = Tasks(), Events()
         upstream = AiohttpUpstream(Upstream(), tasks.spawn, environ={})
-        await connect(upstream, DialSpec(f"ws://127.0.0.1:{port}", "t"), events)
+        await connect(upstream, DialRequest(f"ws://127.0.0.1:{port}", "t"), events)
         await events.until("closed")
         assert events.of("closed") == [(True, 0)]
         assert (await received)[0] == 0x88

@@ -14,7 +14,7 @@ import pytest
 import trustme
 
 from shim.messages import Message
-from shim.ports import DialFailure, DialSpec
+from shim.ports import DialFailure, DialRequest
 from shim.settings import Upstream
 from shim.upstream import AiohttpUpstream
 from shim.upstream.proxies import choose_proxy
@@ -60,7 +60,7 @@ async def dialling(settings: Upstream, environ: dict[str, str] | None = None) ->
 
 async def greeted(upstream: AiohttpUpstream, url: str) -> None:
     events = Events()
-    await connect(upstream, DialSpec(url, TOKEN), events)
+    await connect(upstream, DialRequest(url, TOKEN), events)
     await events.until("message")
     assert events.messages == [Message("hello")]
 
@@ -85,7 +85,7 @@ async def test_other_certificates_are_refused(
 ) -> None:
     settings = Upstream(ca_file=ca_file if trusted else "")
     async with tcp_server(greet, ssl=server_context(authority, *names)) as port, dialling(settings) as upstream:
-        failure = await refusal(upstream, DialSpec(f"wss://127.0.0.1:{port}/ws", TOKEN))
+        failure = await refusal(upstream, DialRequest(f"wss://127.0.0.1:{port}/ws", TOKEN))
     assert failure == DialFailure("tls", detail=detail)
 
 
@@ -102,7 +102,7 @@ async def test_old_tls_is_refused(authority: trustme.CA, ca_file: str) -> None:
     with pytest.warns(DeprecationWarning, match="TLSv1_1"):
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
     async with tcp_server(greet, ssl=context) as port, dialling(Upstream(ca_file=ca_file)) as upstream:
-        failure = await refusal(upstream, DialSpec(f"wss://127.0.0.1:{port}/ws", TOKEN))
+        failure = await refusal(upstream, DialRequest(f"wss://127.0.0.1:{port}/ws", TOKEN))
     assert failure.reason in ("tls", "tcp"), "an asyncio server resets the connection instead of sending an alert"
 
 
@@ -113,7 +113,7 @@ async def test_a_server_without_tls(ca_file: str) -> None:
         await reader.read()
 
     async with tcp_server(converse) as port, dialling(Upstream(ca_file=ca_file)) as upstream:
-        failure = await refusal(upstream, DialSpec(f"wss://127.0.0.1:{port}/ws", TOKEN))
+        failure = await refusal(upstream, DialRequest(f"wss://127.0.0.1:{port}/ws", TOKEN))
     assert failure.reason == "tls"
 
 
@@ -137,7 +137,7 @@ async def test_an_authority_that_changes_on_disk_counts_from_the_next_dial(
     path = tmp_path / "ca.pem"
     settings = Upstream(ca_file=str(path))
     async with tcp_server(greet, ssl=server_context(authority)) as port, dialling(settings) as upstream:
-        spec = DialSpec(f"wss://127.0.0.1:{port}/ws", TOKEN)
+        spec = DialRequest(f"wss://127.0.0.1:{port}/ws", TOKEN)
         assert (await refusal(upstream, spec)).detail == "upstream.ca_file: No such file or directory"
         path.write_text("not a certificate")
         assert (await refusal(upstream, spec)).detail == (
@@ -203,7 +203,7 @@ async def test_a_proxy_with_credentials(
 async def test_a_proxy_that_refuses_is_no_refusal_of_the_controller() -> None:
     proxy = Proxy(0, "407 Proxy Authentication Required")
     async with tcp_server(proxy.converse) as port, dialling(Upstream(proxy=f"http://127.0.0.1:{port}")) as upstream:
-        failure = await refusal(upstream, DialSpec("wss://controller.test/ws", TOKEN, in_query=True))
+        failure = await refusal(upstream, DialRequest("wss://controller.test/ws", TOKEN, in_query=True))
     assert failure == DialFailure("proxy", detail="the proxy answered HTTP 407")
 
 
@@ -211,13 +211,13 @@ async def test_a_proxy_that_is_not_there() -> None:
     async with tcp_server(greet) as port:
         pass
     async with dialling(Upstream(proxy=f"http://127.0.0.1:{port}")) as upstream:
-        failure = await refusal(upstream, DialSpec("wss://controller.test/ws", TOKEN))
+        failure = await refusal(upstream, DialRequest("wss://controller.test/ws", TOKEN))
     assert failure == DialFailure("proxy", detail="cannot reach the proxy: Connection refused")
 
 
 async def test_a_proxy_of_a_kind_that_is_not_spoken() -> None:
     async with dialling(Upstream(proxy="socks5://127.0.0.1:1")) as upstream:
-        failure = await refusal(upstream, DialSpec("wss://controller.test/ws", TOKEN))
+        failure = await refusal(upstream, DialRequest("wss://controller.test/ws", TOKEN))
     assert failure == DialFailure("proxy", detail="only http and https proxies are supported")
 
 

@@ -25,13 +25,13 @@ from shim.tools.agents import (
     Exchange,
     Identity,
     LegacyAgent,
-    Outcome,
+    CallOutcome,
     PollStyle,
     Pool,
-    Profile,
+    AgentProfile,
     Response,
     Result,
-    What,
+    EventKind,
     WireError,
 )
 from shim.tools.agents import Event as AgentEvent
@@ -44,12 +44,12 @@ REAL_STATUS_S = 30.0
 RESTART_S = 5.0
 _SECOND = "second poll"
 _OPERATIONS = {
-    What.REGISTER: "register",
-    What.HEARTBEAT: "heartbeat",
-    What.STATUS: "status",
-    What.POLL: "poll",
-    What.RESULT: "result",
-    What.TUNNEL: "tunnel_poll",
+    EventKind.REGISTER: "register",
+    EventKind.HEARTBEAT: "heartbeat",
+    EventKind.STATUS: "status",
+    EventKind.POLL: "poll",
+    EventKind.RESULT: "result",
+    EventKind.TUNNEL: "tunnel_poll",
 }
 
 
@@ -156,9 +156,9 @@ class Part:
         """The next agent has lost its saved cluster id and registers again."""
         self._cluster_id = self.cast.kept_id
 
-    def profile(self) -> Profile:
+    def profile(self) -> AgentProfile:
         cast = self.cast
-        return Profile(
+        return AgentProfile(
             dialect=cast.dialect,
             poll_interval_s=REAL_POLL_S if cast.drains else None,
             poll_style=cast.style,
@@ -227,23 +227,23 @@ class Part:
         return self._clock.monotonic_s()
 
     def _on_event(self, event: AgentEvent) -> None:
-        if event.what is What.COMMAND and event.command is not None:
+        if event.what is EventKind.COMMAND and event.command is not None:
             self._received(event.command.id)
             return
-        if event.what is What.EXIT:
+        if event.what is EventKind.EXIT:
             return
         contact = ev.Contact(
             event.at_s, self.cast.name, event.what.value, event.outcome.value, event.started_s, event.status
         )
         self._note(contact)
-        if event.outcome is Outcome.OK and event.what is What.HEARTBEAT:
+        if event.outcome is CallOutcome.OK and event.what is EventKind.HEARTBEAT:
             self.connected.set()
-        if event.what is What.RESULT and event.command is not None:
+        if event.what is EventKind.RESULT and event.command is not None:
             self._note(ev.Posted(event.at_s, event.command.id, event.status))
         if event.response is not None:
             self._read_as_every_generation(event.what, event.response)
 
-    def _read_as_every_generation(self, what: What, response: Response) -> None:
+    def _read_as_every_generation(self, what: EventKind, response: Response) -> None:
         operation = _OPERATIONS.get(what)
         for generation in ALL:
             if generation.dialect != self.cast.dialect or operation not in generation.routes:
@@ -279,10 +279,10 @@ class Part:
     # --- bad behaviour ------------------------------------------------------------------------------------------------
 
     async def _call(self, exchange: Exchange) -> Response:
-        ways = _RUDE_POLLS if exchange.what is What.POLL else _RUDE_POSTS
+        ways = _RUDE_POLLS if exchange.what is EventKind.POLL else _RUDE_POSTS
         task = asyncio.current_task()
         second = task is not None and task.get_name() == _SECOND
-        never = self.polite or second or exchange.what in (What.REGISTER, What.TUNNEL, What.STATUS)
+        never = self.polite or second or exchange.what in (EventKind.REGISTER, EventKind.TUNNEL, EventKind.STATUS)
         if never or self._rng.random() >= self.cast.rude:
             return await exchange.send()
         name, way = self._rng.choice(ways)

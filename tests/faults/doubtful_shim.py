@@ -19,23 +19,23 @@ from typing import Any, NoReturn
 from shim import app
 from shim.clock import Clock
 from shim.core.calls import AgentCall
-from shim.core.records import Loaded, Operation, PutCommand, PutResult
+from shim.core.records import StoreContents, Operation, PutCommand, PutResult
 from shim.errors import StoreError
 from shim.messages import Message
 from shim.ports import (
-    Answer,
-    Client,
+    CallResult,
+    Caller,
     CommandStore,
     DialFailure,
-    DialSpec,
-    Lease,
-    Socket,
-    SocketEvents,
+    DialRequest,
+    DeliveryReceipt,
+    WebSocket,
+    WebSocketListener,
     StoreDone,
-    Switchboard,
+    AgentService,
     UpstreamPort,
 )
-from shim.store import Post
+from shim.store import CallThreadsafe
 from shim.store.lock import StoreLock
 from shim.store.sqlite import SqliteStore
 
@@ -68,12 +68,12 @@ class Trap:
 class _Store(SqliteStore):
     """Dies before, in and after commits."""
 
-    def __init__(self, path: Path, post: Post, trap: Trap) -> None:
+    def __init__(self, path: Path, post: CallThreadsafe, trap: Trap) -> None:
         super().__init__(path, post)
         self._trap = trap
         self._inserting = False
 
-    def _open(self, lock: StoreLock) -> tuple[sqlite3.Connection, Loaded]:
+    def _open(self, lock: StoreLock) -> tuple[sqlite3.Connection, StoreContents]:
         connection, loaded = super()._open(lock)
         connection.set_trace_callback(self._on_statement)
         return connection, loaded
@@ -107,24 +107,24 @@ class _Store(SqliteStore):
 class _Switchboard:
     """Dies before and after a reply with commands is written."""
 
-    def __init__(self, inner: Switchboard, trap: Trap) -> None:
+    def __init__(self, inner: AgentService, trap: Trap) -> None:
         self._inner = inner
         self._trap = trap
 
-    async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
+    async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
         answer = await self._inner.call(client, call, arrived_s)
         if answer.lease is not None:
             self._trap.reached("before_reply")
         return answer
 
-    def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
-        return self._inner.at_once(client, call, arrived_s)
+    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
+        return self._inner.try_call_sync(client, call, arrived_s)
 
-    def written(self, lease: Lease) -> None:
+    def written(self, lease: DeliveryReceipt) -> None:
         self._trap.reached("after_reply")
         self._inner.written(lease)
 
-    def unwritten(self, lease: Lease) -> None:
+    def unwritten(self, lease: DeliveryReceipt) -> None:
         self._inner.unwritten(lease)
 
     def next_request(self, connection: int) -> None:
@@ -141,15 +141,15 @@ class _Upstream:
         self._inner = inner
         self._trap = trap
 
-    def dial(self, spec: DialSpec, events: SocketEvents, done: Callable[[Socket | DialFailure], None]) -> None:
-        def dialled(outcome: Socket | DialFailure) -> None:
+    def dial(self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]) -> None:
+        def dialled(outcome: WebSocket | DialFailure) -> None:
             done(outcome if isinstance(outcome, DialFailure) else _Socket(outcome, self._trap))
 
         self._inner.dial(spec, _Events(events, self._trap), dialled)
 
 
 class _Events:
-    def __init__(self, inner: SocketEvents, trap: Trap) -> None:
+    def __init__(self, inner: WebSocketListener, trap: Trap) -> None:
         self._inner = inner
         self._trap = trap
 
@@ -175,7 +175,7 @@ class _Events:
 
 
 class _Socket:
-    def __init__(self, inner: Socket, trap: Trap) -> None:
+    def __init__(self, inner: WebSocket, trap: Trap) -> None:
         self._inner = inner
         self._trap = trap
 
@@ -212,13 +212,13 @@ def doubtful(trap: Trap, clock_file: Path | None) -> type[app.App]:
         def make_clock(self) -> Clock:
             return super().make_clock() if clock_file is None else _SteppedClock(clock_file)
 
-        def make_store(self, post: Post) -> CommandStore:
+        def make_store(self, post: CallThreadsafe) -> CommandStore:
             return _Store(Path(self.settings.store.path), post, trap)
 
         def wrap_upstream(self, upstream: UpstreamPort) -> UpstreamPort:
             return _Upstream(upstream, trap)
 
-        def wrap_switchboard(self, switchboard: Switchboard) -> Switchboard:
+        def wrap_switchboard(self, switchboard: AgentService) -> AgentService:
             return _Switchboard(switchboard, trap)
 
     return DoubtfulApp

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.generate import command_edges, diagram
-from shim.core.records import State
+from shim.core.records import CommandState
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, DATA = DOCS / "concepts" / "promises.md", DOCS / "concepts" / "promises.json"
@@ -74,7 +74,7 @@ WORDS = {
 def blocks(found: dict[str, Any]) -> dict[str, list[str]]:
     """The generated parts of the page, by the name in their markers."""
     return {
-        "diagram": diagram(State.QUEUED, State, command_edges()).splitlines(),
+        "diagram": diagram(CommandState.QUEUED, CommandState, command_edges()).splitlines(),
         "run": list(_run(found)),
         "faults": list(_faults(found)),
         "commands": list(_commands(found)),

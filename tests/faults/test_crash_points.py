@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shim.clock import Clock
-from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, Profile, What
+from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, AgentProfile, EventKind
 from shim.tools.control_client import ControlError
 from tests.faults.keepers import DOUBTFUL, SOUND
 from tests.faults.schedule import CRASH_POINTS
@@ -18,7 +18,7 @@ from tests.faults.waiting import last
 from tests.support.processes import TOKEN, Controller, Shim, free_port, world
 
 CONFIG = {"upstream": {"heartbeat_interval_s": 0.2, "send_command_ack": True}, "poll": {"hold": "off"}}
-PROFILE = Profile(
+PROFILE = AgentProfile(
     heartbeat_interval_s=0.1, poll_interval_s=0.1, retry_initial_s=0.1, retry_max_s=0.1, result_attempts=99
 )
 
@@ -41,9 +41,9 @@ async def crash_at(point: str, folder: Path) -> None:
         registered = asyncio.Event()
 
         def on_event(event: Event) -> None:
-            if event.what is What.HEARTBEAT:
+            if event.what is EventKind.HEARTBEAT:
                 registered.set()
-            if event.what is What.COMMAND and event.command is not None:
+            if event.what is EventKind.COMMAND and event.command is not None:
                 received.append(event.command.id)
 
         who = Identity(agent_id="pod-1", cluster_name="prod", token=TOKEN)

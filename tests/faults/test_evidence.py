@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from shim.core.calls import PollCall
-from shim.ports import Answer, Client
+from shim.ports import CallResult, Caller
 from tests.support.virtual import run_virtual
 from tests.support.world import Agent, World
 
@@ -23,9 +23,9 @@ async def _started() -> tuple[World, Agent]:
     return world, agent
 
 
-async def _poll(world: World, agent: Agent, connection: int, arrived_s: float) -> Answer:
+async def _poll(world: World, agent: Agent, connection: int, arrived_s: float) -> CallResult:
     call = PollCall(agent.dialect, agent.target)
-    return await world.bridge.call(Client(agent.token, connection), call, arrived_s)
+    return await world.bridge.call(Caller(agent.token, connection), call, arrived_s)
 
 
 @pytest.mark.parametrize("same_connection", [True, False])

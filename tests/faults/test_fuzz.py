@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from shim import dialects
 from shim.core.calls import Accepted, Commands, Failed, Healthy, OfferedCommand, Outcome, Registered, TunnelState
-from shim.core.normalise import Malformed, normalise
+from shim.core.normalise import MalformedCommand, parse_command
 from shim.core.refusals import REFUSED_TYPES, refuse
 from shim.core.replies import conflict_reply, error_status, error_text, register_reply, tunnel_state
 from shim.dialects import Call, Match, Router
@@ -231,8 +231,8 @@ def receive(frame: bytes) -> None:
             Registered(reply["cluster_id"], reply["cluster_uuid"], agent_id="a", **known, **more), "register"
         )
     try:
-        command = normalise(message, 1.8e9, 60.0, lambda: "new")
-    except Malformed:
+        command = parse_command(message, 1.8e9, 60.0, lambda: "new")
+    except MalformedCommand:
         return
     offered = OfferedCommand(command.id, command.type, command.payload, command.created_at)
     seen_by_agents(Commands((offered,), 5), "poll")

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 
 from shim.clock import Clock
-from shim.tools.agents import Callbacks, Command, Event, Identity, LegacyAgent, Outcome, Profile, Result, What
+from shim.tools.agents import Callbacks, Command, Event, Identity, LegacyAgent, CallOutcome, AgentProfile, Result, EventKind
 from shim.tools.control_client import ControlError
 from tests.faults.injuries import damage
 from tests.faults.waiting import last
@@ -37,7 +37,7 @@ class Hands:
         self.events: list[Event] = []
         who = Identity(agent_id="pod-1", cluster_name="prod", token=TOKEN)
         callbacks = Callbacks(event=self.events.append, execute=self._execute)
-        self.agent = LegacyAgent(shim.url, who, Profile(), Clock(), callbacks)
+        self.agent = LegacyAgent(shim.url, who, AgentProfile(), Clock(), callbacks)
 
     async def _execute(self, command: Command) -> Result:
         return Result(output=f"done {command.id}")
@@ -48,7 +48,7 @@ class Hands:
 
     @property
     def commands(self) -> list[str]:
-        return [event.command.id for event in self.events if event.what is What.COMMAND and event.command is not None]
+        return [event.command.id for event in self.events if event.what is EventKind.COMMAND and event.command is not None]
 
 
 @asynccontextmanager
@@ -133,7 +133,7 @@ async def test_a_full_disk_refuses_commands_and_stops_nothing_else(tmp_path: Pat
         assert await hands.agent.heartbeat()
         assert await hands.agent.poll() is not None  # what was queued goes out from memory
         assert hands.commands == ["before"]
-        assert (hands.last.what, hands.last.status) == (What.RESULT, 503)  # never a 2xx for what is not stored
+        assert (hands.last.what, hands.last.status) == (EventKind.RESULT, 503)  # never a 2xx for what is not stored
         await until_ready(shim, False)
 
         (small_disk / "filler").unlink()
@@ -242,7 +242,7 @@ async def test_a_read_only_database_ends_the_start_and_says_why(tmp_path: Path, 
         await shim.start()
         assert [command.id for command in await hands.agent.poll() or []] == ["kept"]
         assert await shim.stop() == 0
-        assert hands.last.outcome is Outcome.OK
+        assert hands.last.outcome is CallOutcome.OK
 
 
 async def test_a_database_that_breaks_while_it_is_used_ends_the_process_and_the_next_starts_anew(

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from shim.hardening import open_doors
+from shim.hardening import security_warnings
 from shim.settings import Settings
 from tests.support.processes import Shim, world
 
@@ -53,7 +53,7 @@ async def test_what_the_configuration_leaves_open_is_said_at_the_start(tmp_path:
     ],
 )
 def test_open_doors(sections: dict[str, Any], events: list[str]) -> None:
-    assert [event for event, _ in open_doors(msgspec.convert(sections, Settings))] == events
+    assert [event for event, _ in security_warnings(msgspec.convert(sections, Settings))] == events
 
 
 async def test_a_second_shim_on_one_store_ends_and_says_why(tmp_path: Path) -> None:

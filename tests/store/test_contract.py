@@ -32,8 +32,8 @@ from shim.core.records import (
     SaveAlias,
     SaveSession,
     SaveTunnel,
-    State,
-    Touch,
+    CommandState,
+    WriteProbe,
     TraceEntry,
 )
 from shim.errors import StoreError
@@ -87,7 +87,7 @@ def found(client: StoreClient, command_id: str) -> list[tuple[CommandRecord, obj
     return answer
 
 
-def state_of(client: StoreClient, command_id: str) -> State:
+def state_of(client: StoreClient, command_id: str) -> CommandState:
     return found(client, command_id)[0][0].state
 
 
@@ -116,19 +116,19 @@ def test_commands_are_numbered_upwards_and_loaded_in_that_order(client: StoreCli
 
 
 def test_a_number_is_never_given_twice(client: StoreClient) -> None:
-    first = client.one(put("1", state=State.DEAD)).seq
+    first = client.one(put("1", state=CommandState.DEAD)).seq
     client.one(Prune(1000.0))
     assert client.one(put("1")).seq > first
 
 
 def test_the_same_id_is_a_duplicate_until_it_is_pruned(client: StoreClient, reopen: Reopen) -> None:
     seq = client.one(put("1")).seq
-    client.one(MarkCommands(KEY, ("1",), State.DELIVERED, wall=110.0))
+    client.one(MarkCommands(KEY, ("1",), CommandState.DELIVERED, wall=110.0))
 
     client = reopen(client)
     client.open()
     again = client.one(put("1", payload={"other": 1}))
-    assert (again.seq, again.duplicate, again.state, again.result) == (seq, True, State.DELIVERED, None)
+    assert (again.seq, again.duplicate, again.state, again.result) == (seq, True, CommandState.DELIVERED, None)
     assert found(client, "1")[0][0].payload == command("1").payload
 
     client.one(Prune(110.5))
@@ -145,48 +145,48 @@ def test_a_duplicate_tells_the_result_also_after_the_controller_has_it(client: S
     assert client.one(put("1")).result == RESULT
     client.one(CloseOutbox((outbox(client)[0].seq,), wall=130.0))
     again = client.one(put("1"))
-    assert (again.duplicate, again.state, again.result) == (True, State.CLOSED, RESULT)
+    assert (again.duplicate, again.state, again.result) == (True, CommandState.CLOSED, RESULT)
 
 
 def test_marking_counts_attempts_and_ignores_unknown_ids(client: StoreClient) -> None:
     client.run(put("1"), put("2"), put("1", OTHER))
-    client.one(MarkCommands(KEY, ("1", "nobody"), State.OFFERED, wall=110.0, attempts=1))
-    client.one(MarkCommands(KEY, ("1", "2"), State.OFFERED, wall=111.0, attempts=1))
-    client.one(MarkCommands(KEY, ("2",), State.QUEUED, wall=112.0, attempts=-1))
+    client.one(MarkCommands(KEY, ("1", "nobody"), CommandState.OFFERED, wall=110.0, attempts=1))
+    client.one(MarkCommands(KEY, ("1", "2"), CommandState.OFFERED, wall=111.0, attempts=1))
+    client.one(MarkCommands(KEY, ("2",), CommandState.QUEUED, wall=112.0, attempts=-1))
 
     assert {(r.session, r.id): (r.state, r.attempts) for i in "12" for r, _, _ in found(client, i)} == {
-        (KEY, "1"): (State.OFFERED, 2),
-        (KEY, "2"): (State.QUEUED, 0),
-        (OTHER, "1"): (State.QUEUED, 0),
+        (KEY, "1"): (CommandState.OFFERED, 2),
+        (KEY, "2"): (CommandState.QUEUED, 0),
+        (OTHER, "1"): (CommandState.QUEUED, 0),
     }
 
 
-@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("state", CommandState)
 def test_a_command_is_queued_again_by_hand_only_when_it_has_ended_without_a_result(
-    client: StoreClient, reopen: Reopen, state: State
+    client: StoreClient, reopen: Reopen, state: CommandState
 ) -> None:
     client.run(put("1"), MarkCommands(KEY, ("1",), state, wall=110.0, attempts=5), put("1", OTHER))
-    ended = state in (State.DELIVERED, State.EXPIRED, State.DEAD)
+    ended = state in (CommandState.DELIVERED, CommandState.EXPIRED, CommandState.DEAD)
     assert client.one(RequeueCommand(KEY, "1", wall=500.0, expires_wall=900.0)) is ended
     assert client.one(RequeueCommand(KEY, "nobody", wall=500.0, expires_wall=900.0)) is False
 
     client = reopen(client)
     client.open()
     assert {(r.session, r.state, r.attempts, r.expires_wall) for r, _, _ in found(client, "1")} == {
-        (KEY, State.QUEUED, 0, 900.0) if ended else (KEY, state, 5, 200.0),
-        (OTHER, State.QUEUED, 0, 200.0),
+        (KEY, CommandState.QUEUED, 0, 900.0) if ended else (KEY, state, 5, 200.0),
+        (OTHER, CommandState.QUEUED, 0, 200.0),
     }
 
 
 def test_only_commands_that_may_still_be_offered_are_loaded(client: StoreClient, reopen: Reopen) -> None:
-    for each in State:
+    for each in CommandState:
         client.run(put(each.value), MarkCommands(KEY, (each.value,), each, wall=110.0))
     loaded = reopen(client).open()
-    assert [record.state for record in loaded.commands] == [State.QUEUED, State.OFFERED, State.UNCERTAIN]
+    assert [record.state for record in loaded.commands] == [CommandState.QUEUED, CommandState.OFFERED, CommandState.UNCERTAIN]
 
 
-@pytest.mark.parametrize("state", State)
-def test_pruning_forgets_what_ended_and_keeps_what_is_awaited(client: StoreClient, state: State) -> None:
+@pytest.mark.parametrize("state", CommandState)
+def test_pruning_forgets_what_ended_and_keeps_what_is_awaited(client: StoreClient, state: CommandState) -> None:
     trace = AddTrace(KEY, ("1",), TraceEntry(105.0, "arrived"))
     client.run(put("1"), trace, MarkCommands(KEY, ("1",), state, wall=110.0))
 
@@ -194,16 +194,16 @@ def test_pruning_forgets_what_ended_and_keeps_what_is_awaited(client: StoreClien
     assert len(found(client, "1")) == 1
 
     client.one(Prune(110.5))
-    ended = state in {State.DELIVERED, State.CLOSED, State.EXPIRED, State.DEAD}
+    ended = state in {CommandState.DELIVERED, CommandState.CLOSED, CommandState.EXPIRED, CommandState.DEAD}
     assert len(found(client, "1")) == (0 if ended else 1)
 
 
 def test_pruning_leaves_the_outbox_alone(client: StoreClient) -> None:
-    client.run(put("1"), MarkCommands(KEY, ("1",), State.EXPIRED, wall=110.0), PutOutbox(KEY, "1", "r-1", RESULT))
+    client.run(put("1"), MarkCommands(KEY, ("1",), CommandState.EXPIRED, wall=110.0), PutOutbox(KEY, "1", "r-1", RESULT))
     client.run(put("2"), PutResult(KEY, "2", RESULT, wall=110.0))
     client.one(Prune(1000.0))
     assert [entry.command_id for entry in outbox(client)] == ["1", "2"]
-    assert state_of(client, "2") is State.ANSWERED
+    assert state_of(client, "2") is CommandState.ANSWERED
 
 
 # --- traces -----------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_a_command_is_found_by_its_id_with_result_and_trace(client: StoreClient)
     client.run(PutResult(KEY, "1", RESULT, wall=101.0), AddTrace(KEY, ("1",), steps[2]))
 
     ((record, result, trace),) = found(client, "1")
-    assert (record.id, record.state, result, trace) == ("1", State.ANSWERED, RESULT, steps)
+    assert (record.id, record.state, result, trace) == ("1", CommandState.ANSWERED, RESULT, steps)
     assert found(client, "2")[0][1:] == (None, steps[:1])
     assert found(client, "3") == []
 
@@ -243,7 +243,7 @@ def test_a_rejected_command_is_found_by_its_trace_until_that_is_old(client: Stor
     client.run(*(AddTrace(OTHER, ("1",), step) for step in steps), put("2"))
 
     ((record, result, trace),) = found(client, "1")
-    assert (record.session, record.id, record.seq, record.state) == (OTHER, "1", 0, State.DEAD)
+    assert (record.session, record.id, record.seq, record.state) == (OTHER, "1", 0, CommandState.DEAD)
     assert (result, trace) == (None, steps)
 
     client.one(Prune(105.0))
@@ -261,7 +261,7 @@ def test_what_was_traced_before_the_command_was_stored_belongs_to_it(client: Sto
 def test_a_command_is_looked_up_in_its_session_only(client: StoreClient) -> None:
     client.run(put("1"), PutResult(KEY, "1", RESULT, wall=120.0))
     known: PutOutcome = client.one(LookUpCommand(KEY, "1"))
-    assert (known.duplicate, known.state, known.result) == (True, State.ANSWERED, RESULT)
+    assert (known.duplicate, known.state, known.result) == (True, CommandState.ANSWERED, RESULT)
     assert client.one(LookUpCommand(OTHER, "1")) is None
     assert client.one(LookUpCommand(KEY, "2")) is None
 
@@ -278,8 +278,8 @@ def test_of_the_traces_of_refused_commands_the_newest_are_kept(make: Make) -> No
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", [s for s in State if s not in {State.ANSWERED, State.CLOSED}])
-def test_the_first_result_is_stored_in_every_state(client: StoreClient, state: State) -> None:
+@pytest.mark.parametrize("state", [s for s in CommandState if s not in {CommandState.ANSWERED, CommandState.CLOSED}])
+def test_the_first_result_is_stored_in_every_state(client: StoreClient, state: CommandState) -> None:
     client.run(put("1"), MarkCommands(KEY, ("1",), state, wall=110.0))
     outcome: ResultOutcome = client.one(PutResult(KEY, "1", RESULT, wall=120.0))
     assert (outcome.known, outcome.state) == (True, state)
@@ -287,20 +287,20 @@ def test_the_first_result_is_stored_in_every_state(client: StoreClient, state: S
     assert (outcome.entry.session, outcome.entry.command_id) == (KEY, "1")
     assert (outcome.entry.request_id, outcome.entry.payload) == ("r-1", RESULT)
     assert outbox(client) == [outcome.entry]
-    assert state_of(client, "1") is State.ANSWERED
+    assert state_of(client, "1") is CommandState.ANSWERED
 
 
 def test_a_repeated_result_changes_nothing(client: StoreClient, reopen: Reopen) -> None:
     client.run(put("1"), PutResult(KEY, "1", RESULT, wall=120.0))
     before = outbox(client)
     repeat = PutResult(KEY, "1", {"success": False}, wall=130.0)
-    assert client.one(repeat) == ResultOutcome(None, known=True, state=State.ANSWERED)
+    assert client.one(repeat) == ResultOutcome(None, known=True, state=CommandState.ANSWERED)
     assert outbox(client) == before
 
     client = reopen(client)
     client.open()
     client.one(CloseOutbox((before[0].seq,), wall=140.0))
-    assert client.one(repeat) == ResultOutcome(None, known=True, state=State.CLOSED)
+    assert client.one(repeat) == ResultOutcome(None, known=True, state=CommandState.CLOSED)
     assert found(client, "1")[0][1] == RESULT
 
 
@@ -348,23 +348,23 @@ def test_the_outbox_is_read_in_order_by_owner_and_page(client: StoreClient, reop
 
 
 def test_closing_the_last_entry_closes_the_answered_command(client: StoreClient) -> None:
-    client.run(put("1"), MarkCommands(KEY, ("1",), State.DEAD, wall=110.0))
+    client.run(put("1"), MarkCommands(KEY, ("1",), CommandState.DEAD, wall=110.0))
     failure: OutboxEntry = client.one(PutOutbox(KEY, "1", "r-1", {"code": "undeliverable"}))
     result: ResultOutcome = client.one(PutResult(KEY, "1", RESULT, wall=120.0))
     assert result.entry is not None
 
     client.one(CloseOutbox((failure.seq,), wall=130.0))
-    assert state_of(client, "1") is State.ANSWERED
+    assert state_of(client, "1") is CommandState.ANSWERED
     client.one(CloseOutbox((failure.seq, result.entry.seq, 999), wall=140.0))
-    assert state_of(client, "1") is State.CLOSED
+    assert state_of(client, "1") is CommandState.CLOSED
     assert outbox(client) == []
 
 
 def test_closing_a_failure_leaves_the_state_of_its_command(client: StoreClient) -> None:
-    client.run(put("1"), MarkCommands(KEY, ("1",), State.EXPIRED, wall=110.0))
+    client.run(put("1"), MarkCommands(KEY, ("1",), CommandState.EXPIRED, wall=110.0))
     failure: OutboxEntry = client.one(PutOutbox(KEY, "1", "r-1", {"code": "expired"}))
     client.one(CloseOutbox((failure.seq,), wall=130.0))
-    assert state_of(client, "1") is State.EXPIRED
+    assert state_of(client, "1") is CommandState.EXPIRED
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def test_a_store_that_is_not_open_says_so(client: StoreClient, make: Make) -> No
 
 
 def test_touching_shows_that_the_store_can_be_written(client: StoreClient) -> None:
-    assert client.run(Touch(1.0), Touch(2.0)) == [None, None]
+    assert client.run(WriteProbe(1.0), WriteProbe(2.0)) == [None, None]
 
 
 def test_a_submission_may_come_without_a_callback(client: StoreClient) -> None:

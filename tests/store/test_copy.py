@@ -16,7 +16,7 @@ from shim.core.owners import shard_of
 from shim.core.records import (
     AddTrace,
     FindCommand,
-    Loaded,
+    StoreContents,
     MarkCommands,
     PutOutbox,
     PutResult,
@@ -24,7 +24,7 @@ from shim.core.records import (
     SaveAlias,
     SaveSession,
     SaveTunnel,
-    State,
+    CommandState,
     TraceEntry,
 )
 from shim.errors import StoreError
@@ -45,7 +45,7 @@ def fill(client: StoreClient) -> None:
     client.run(SaveSession(session()), SaveSession(session(OTHER)), SaveAlias("default", "pod-1", KEY))
     client.run(SaveTunnel(KEY, {"a": 1}), PutOutbox(KEY, "9", "r-9", {"success": False}))
     client.run(PutResult(KEY, "2", {"ok": True}, 110.0), PutResult(KEY, "unknown", {"ok": False}, 110.0))
-    client.run(MarkCommands(KEY, ("4",), State.DELIVERED, 111.0), AddTrace(KEY, ("4",), TraceEntry(111.0, "delivered")))
+    client.run(MarkCommands(KEY, ("4",), CommandState.DELIVERED, 111.0), AddTrace(KEY, ("4",), TraceEntry(111.0, "delivered")))
     client.run(AddTrace(KEY, ("refused",), TraceEntry(1.0, "rejected", "why")))
 
 
@@ -55,7 +55,7 @@ def seen(client: StoreClient) -> Any:
     return found, client.one(ReadOutbox("default", 0, 10))
 
 
-def file_client(path: Path) -> tuple[StoreClient, Loaded]:
+def file_client(path: Path) -> tuple[StoreClient, StoreContents]:
     client = StoreClient(lambda post: SqliteStore(path, post))
     return client, client.open()
 

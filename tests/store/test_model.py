@@ -35,8 +35,8 @@ from shim.core.records import (
     SaveAlias,
     SaveSession,
     SaveTunnel,
-    State,
-    Touch,
+    CommandState,
+    WriteProbe,
     TraceEntry,
 )
 from shim.errors import StoreError
@@ -50,7 +50,7 @@ keys = st.sampled_from((KEY, OTHER, STRANGER))
 ids = st.sampled_from(("1", "2", "3", "ü/"))
 some_ids = st.lists(ids, max_size=3).map(tuple)
 walls = st.integers(90, 110).map(float)
-states = st.sampled_from(State)
+states = st.sampled_from(CommandState)
 payloads = st.dictionaries(st.text(max_size=3), st.none() | st.integers() | st.text(max_size=3), max_size=2)
 # PostgreSQL keeps no NUL in texts: another character stands for it.
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=3)
@@ -71,7 +71,7 @@ operations: st.SearchStrategy[Operation] = st.one_of(
     st.builds(SaveTunnel, keys, payloads),
     st.builds(AddTrace, keys, some_ids, entries),
     st.builds(Prune, walls),
-    st.builds(Touch, walls),
+    st.builds(WriteProbe, walls),
     st.builds(FindCommand, ids),
     st.builds(LookUpCommand, keys, ids),
 )

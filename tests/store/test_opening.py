@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from shim.core.records import Loaded
+from shim.core.records import StoreContents
 from shim.errors import StoreError, StoreVersionError
 from shim.store import check_database, schema
 from tests.support.stores import Stores, put
@@ -173,7 +173,7 @@ def test_the_database_of_another_application_is_left_alone(stores: Stores, path:
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-def assert_replaced(stores: Stores, path: Path, number: int = 1) -> Loaded:
+def assert_replaced(stores: Stores, path: Path, number: int = 1) -> StoreContents:
     client, loaded = stores.open(path)
     assert loaded.moved_aside == f"{path}.corrupt-{number}"
     assert (loaded.commands, len(loaded.key)) == ((), 32)

@@ -24,8 +24,8 @@ from shim.core.records import (
     SaveAlias,
     SaveSession,
     SaveTunnel,
-    State,
-    Touch,
+    CommandState,
+    WriteProbe,
     TraceEntry,
 )
 from shim.errors import StoreError
@@ -37,7 +37,7 @@ STEP = TraceEntry(1.0, "arrived")
 ALL: list[Operation] = [
     put("1"),
     put("1"),
-    MarkCommands(KEY, ("1",), State.OFFERED, 1.0, 1),
+    MarkCommands(KEY, ("1",), CommandState.OFFERED, 1.0, 1),
     RequeueCommand(KEY, "1", 1.0, 2.0),
     AddTrace(KEY, ("1", "2"), STEP),
     PutResult(KEY, "1", {}, 1.0),
@@ -50,7 +50,7 @@ ALL: list[Operation] = [
     SaveTunnel(KEY, {}),
     MoveSession(KEY, OTHER),
     DeleteSession(OTHER),
-    Touch(1.0),
+    WriteProbe(1.0),
     Prune(3.0),
 ]
 

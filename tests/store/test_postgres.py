@@ -26,7 +26,7 @@ from shim.core.records import (
     Prune,
     PutResult,
     ReadOutbox,
-    State,
+    CommandState,
     TraceEntry,
 )
 from shim.errors import StoreError, StoreFenced, StoreVersionError
@@ -507,7 +507,7 @@ def test_no_operation_of_a_command_reads_a_whole_table(pg_url: str) -> None:
     names = [str(number) for number in range(300)]
     for name in names:
         client.submit(put(name), AddTrace(KEY, (name,), TraceEntry(100.0, "arrived", "exec")))
-    for state in (State.OFFERED, State.DELIVERED):
+    for state in (CommandState.OFFERED, CommandState.DELIVERED):
         for name in names:
             client.submit(MarkCommands(KEY, (name,), state, 2.0, 1), AddTrace(KEY, (name,), TraceEntry(2.0, "step")))
     for name in names:

@@ -20,7 +20,7 @@ from shim.core.records import (
     SaveAlias,
     SaveSession,
     SaveTunnel,
-    State,
+    CommandState,
 )
 from shim.store.quarantine import MAX_COLUMN_CHARS, MAX_ROWS
 from tests.support.stores import KEY, OTHER, Stores, put, session
@@ -160,7 +160,7 @@ def test_a_result_that_cannot_be_read_is_answered_in_its_place(stores: Stores, f
 def test_an_ended_command_that_cannot_be_decoded_stays_a_duplicate(stores: Stores, filled: Path) -> None:
     client, _ = stores.open(filled)
     client.run(PutResult(KEY, "1", {"success": True}, wall=110.0))
-    client.run(MarkCommands(KEY, ("2",), State.DELIVERED, wall=110.0))
+    client.run(MarkCommands(KEY, ("2",), CommandState.DELIVERED, wall=110.0))
     client.close()
     change(filled, "UPDATE commands SET result = '{' WHERE id = '1'")
     change(filled, "UPDATE commands SET payload = '{' WHERE id = '2'")
@@ -168,7 +168,7 @@ def test_an_ended_command_that_cannot_be_decoded_stays_a_duplicate(stores: Store
     client, loaded = stores.open(filled)
     assert [record.id for record in loaded.commands] == ["3"]
     outcome = client.one(put("1"))
-    assert (outcome.duplicate, outcome.state, outcome.result) == (True, State.ANSWERED, None)
+    assert (outcome.duplicate, outcome.state, outcome.result) == (True, CommandState.ANSWERED, None)
     assert client.one(put("2")).duplicate
     assert client.one(FindCommand("2")) == []
     client.close()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from shim import settings
-from shim.core.records import FindCommand, MarkCommands, Prune, ReadOutbox, State
+from shim.core.records import FindCommand, MarkCommands, Prune, ReadOutbox, CommandState
 from shim.errors import StoreError
 from shim.store import CommitProbe, open_store
 from shim.store.sqlite import SqliteEngine, SqliteStore
@@ -316,7 +316,7 @@ def test_a_full_database_refuses_reads_on_and_recovers(client: StoreClient) -> N
             client.run(put(f"big-{attempt}", payload={"x": "x" * 100_000}))
     assert client.one(FindCommand("big-0")) == []
     assert client.one(ReadOutbox("default", 0, 10)) == []
-    client.run(MarkCommands(KEY, ("1",), State.DELIVERED, wall=1.0))
+    client.run(MarkCommands(KEY, ("1",), CommandState.DELIVERED, wall=1.0))
 
     limit_pages(client, 1000)
     assert not client.one(put("big-0", payload={"x": "x" * 100_000})).duplicate
@@ -334,7 +334,7 @@ def test_what_fits_is_stored_beside_what_does_not(gated: StoreClient, gate: Gate
 
 def test_the_file_shrinks_again(client: StoreClient, path: Path) -> None:
     for n in range(20):
-        client.run(*(put(f"{n}-{m}", payload={"x": "x" * 20_000}, state=State.DEAD) for m in range(50)))
+        client.run(*(put(f"{n}-{m}", payload={"x": "x" * 20_000}, state=CommandState.DEAD) for m in range(50)))
     store = client.store
     assert isinstance(store, SqliteStore)
 

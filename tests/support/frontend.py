@@ -15,16 +15,16 @@ from prometheus_client import CollectorRegistry
 from shim import dialects
 from shim.core.calls import Accepted, AgentCall, Commands, Healthy, OfferedCommand, PollCall
 from shim.core.calls import HealthCall as HealthQuestion
-from shim.frontend import Frontend
+from shim.frontend import AgentServer
 from shim.metrics import Metrics
-from shim.ports import Answer, Client, Lease
+from shim.ports import CallResult, Caller, DeliveryReceipt
 from shim.settings import Listen
 
 DEADLINE_S = 15
 POLL = b"GET /api/v1/clusters/agent/c1/poll HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEALTH = b"GET /api/v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
-Script = Callable[[Client, AgentCall], Awaitable[Answer]]
+Script = Callable[[Caller, AgentCall], Awaitable[CallResult]]
 
 
 class Board:
@@ -40,7 +40,7 @@ class Board:
         self.log.append(entry)
         self._changed.set()
 
-    def at_once(self, client: Client, call: AgentCall, arrived_s: float) -> Answer | None:
+    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
         """What the plain script answers needs no waiting; every other script is taken to need it."""
         if self.script is not plain_answer:
             return None
@@ -48,7 +48,7 @@ class Board:
         self._note("call", client, call)
         return sensible(call)
 
-    async def call(self, client: Client, call: AgentCall, arrived_s: float) -> Answer:
+    async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
         self.arrivals_s.append(arrived_s)
         self._note("call", client, call)
         try:
@@ -57,10 +57,10 @@ class Board:
             self._note("cancelled")
             raise
 
-    def written(self, lease: Lease) -> None:
+    def written(self, lease: DeliveryReceipt) -> None:
         self._note("written", lease)
 
-    def unwritten(self, lease: Lease) -> None:
+    def unwritten(self, lease: DeliveryReceipt) -> None:
         self._note("unwritten", lease)
 
     def next_request(self, connection: int) -> None:
@@ -79,7 +79,7 @@ class Board:
         return [entry[2] for entry in self.log if entry[0] == "call"]
 
     @property
-    def clients(self) -> list[Client]:
+    def clients(self) -> list[Caller]:
         return [entry[1] for entry in self.log if entry[0] == "call"]
 
     async def until(self, step: str, count: int = 1) -> None:
@@ -89,31 +89,31 @@ class Board:
                 await self._changed.wait()
 
 
-async def plain_answer(client: Client, call: AgentCall) -> Answer:
+async def plain_answer(client: Caller, call: AgentCall) -> CallResult:
     return sensible(call)
 
 
-def sensible(call: AgentCall) -> Answer:
+def sensible(call: AgentCall) -> CallResult:
     """The answer of a bridge that has nothing to say."""
     match call:
         case PollCall():
-            return Answer(Commands((), 5))
+            return CallResult(Commands((), 5))
         case HealthQuestion():
-            return Answer(Healthy())
-    return Answer(Accepted())
+            return CallResult(Healthy())
+    return CallResult(Accepted())
 
 
 def offering(size_bytes: int = 10) -> Script:
     """A script that answers every poll with one command of about this size; its lease is the number of the offer."""
     offers = 0
 
-    async def script(client: Client, call: AgentCall) -> Answer:
+    async def script(client: Caller, call: AgentCall) -> CallResult:
         nonlocal offers
         if not isinstance(call, PollCall):
             return await plain_answer(client, call)
         offers += 1
         command = OfferedCommand(f"cmd-{offers}", "deploy", {"x": "y" * size_bytes}, "2026-01-01T00:00:00Z")
-        return Answer(Commands((command,), 5), lease=offers)
+        return CallResult(Commands((command,), 5), lease=offers)
 
     return script
 
@@ -121,7 +121,7 @@ def offering(size_bytes: int = 10) -> Script:
 class House:
     """A running frontend."""
 
-    def __init__(self, frontend: Frontend, board: Board, metrics: Metrics) -> None:
+    def __init__(self, frontend: AgentServer, board: Board, metrics: Metrics) -> None:
         self.frontend, self.board, self.metrics = frontend, board, metrics
         self.host, self.port = "", 0
         self._agents: list[Agent] = []
@@ -172,7 +172,7 @@ async def running(listen: Listen | None = None, board: Board | None = None, **op
     board = board or Board()
     metrics = Metrics(CollectorRegistry())
     options.setdefault("token", lambda: "t")
-    frontend = Frontend(listen or Listen(port=0), board, dialects.load(), metrics, **options)
+    frontend = AgentServer(listen or Listen(port=0), board, dialects.load(), metrics, **options)
     house = House(frontend, board, metrics)
     house.host, house.port = await frontend.start()
     try:

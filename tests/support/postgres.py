@@ -18,7 +18,7 @@ import psycopg
 
 from shim import settings
 from shim.store import CommitProbe, Partition
-from shim.store.delivery import Post
+from shim.store.delivery import CallThreadsafe
 from shim.store.postgres.database import prepare
 from shim.store.postgres.engine import PATIENCE_S
 from shim.store.postgres.store import PostgresStore
@@ -198,7 +198,7 @@ def lease(url: str, shard: int = 0, process: str = "p1") -> Partition:
 
 def store(
     url: str,
-    post: Post,
+    post: CallThreadsafe,
     probe: CommitProbe | None = None,
     shard: int = 0,
     process: str = "p1",

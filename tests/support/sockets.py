@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from shim.messages import Message
-from shim.ports import DialFailure, DialSpec, Socket
+from shim.ports import DialFailure, DialRequest, WebSocket
 from shim.upstream import AiohttpUpstream
 
 DEADLINE_S = 15
@@ -87,22 +87,22 @@ class Tasks:
                     raise result
 
 
-async def dial(upstream: AiohttpUpstream, spec: DialSpec, events: Events | None = None) -> Socket | DialFailure:
+async def dial(upstream: AiohttpUpstream, spec: DialRequest, events: Events | None = None) -> WebSocket | DialFailure:
     """The outcome of one dial."""
-    outcome: asyncio.Future[Socket | DialFailure] = asyncio.get_running_loop().create_future()
+    outcome: asyncio.Future[WebSocket | DialFailure] = asyncio.get_running_loop().create_future()
     upstream.dial(spec, events or Events(), outcome.set_result)
     async with asyncio.timeout(DEADLINE_S):
         return await outcome
 
 
-async def connect(upstream: AiohttpUpstream, spec: DialSpec, events: Events) -> Socket:
+async def connect(upstream: AiohttpUpstream, spec: DialRequest, events: Events) -> WebSocket:
     """A dial that must succeed."""
     outcome = await dial(upstream, spec, events)
     assert not isinstance(outcome, DialFailure), outcome
     return outcome
 
 
-async def refusal(upstream: AiohttpUpstream, spec: DialSpec) -> DialFailure:
+async def refusal(upstream: AiohttpUpstream, spec: DialRequest) -> DialFailure:
     """A dial that must fail."""
     outcome = await dial(upstream, spec)
     assert isinstance(outcome, DialFailure)

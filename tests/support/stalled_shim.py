@@ -11,9 +11,9 @@ import threading
 from pathlib import Path
 
 from shim import app
-from shim.core.records import Loaded
+from shim.core.records import StoreContents
 from shim.ports import CommandStore
-from shim.store import Post
+from shim.store import CallThreadsafe
 from shim.store.sqlite import SqliteStore
 
 
@@ -23,7 +23,7 @@ def _never(step: str) -> None:
 
 
 class _StalledOpen(SqliteStore):
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         _never("open")
         raise AssertionError
 
@@ -36,7 +36,7 @@ class _StalledClose(SqliteStore):
 class _StalledApp(app.App):
     store = SqliteStore
 
-    def make_store(self, post: Post) -> CommandStore:
+    def make_store(self, post: CallThreadsafe) -> CommandStore:
         return self.store(Path(self.settings.store.path), post)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from shim.core.records import CommandRecord, Loaded, Operation, PutCommand, SessionKey, SessionRecord
+from shim.core.records import CommandRecord, StoreContents, Operation, PutCommand, SessionKey, SessionRecord
 from shim.errors import StoreError
 from shim.ports import CommandStore
-from shim.store.delivery import Post
+from shim.store.delivery import CallThreadsafe
 from shim.store.sqlite import SqliteStore
 
 TIMEOUT_S = 30.0
@@ -22,11 +22,11 @@ STRANGER = SessionKey("0f0f", "cluster", "c-1")
 class StoreClient:
     """Stands in for the event loop: what the store posts is run by the test's thread, when it waits."""
 
-    def __init__(self, make: Callable[[Post], CommandStore]) -> None:
+    def __init__(self, make: Callable[[CallThreadsafe], CommandStore]) -> None:
         self._posted: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.store = make(self._posted.put)
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         return self.store.open()
 
     def submit(self, *operations: Operation) -> list[list[Any] | StoreError]:
@@ -72,11 +72,11 @@ class Stores:
         self._clients.append(StoreClient(lambda post: SqliteStore(path, post, busy_timeout_s=0.05)))
         return self._clients[-1]
 
-    def open(self, path: Path) -> tuple[StoreClient, Loaded]:
+    def open(self, path: Path) -> tuple[StoreClient, StoreContents]:
         client = self.client(path)
         return client, client.open()
 
-    def loaded(self, path: Path) -> Loaded:
+    def loaded(self, path: Path) -> StoreContents:
         """What the store holds; closed again."""
         client, loaded = self.open(path)
         client.close()

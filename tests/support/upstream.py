@@ -13,7 +13,7 @@ from typing import Any
 
 from shim import messages
 from shim.messages import Message
-from shim.ports import DialFailure, DialSpec, Socket, SocketEvents
+from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
 
 REFUSED = DialFailure("status", 401)
 GONE = DialFailure("tcp")
@@ -31,7 +31,7 @@ class Sent:
 class FakeSocket:
     """One end of a WebSocket: `ports.Socket` for the shim, and the peer's side for the test."""
 
-    def __init__(self, spec: DialSpec, events: SocketEvents) -> None:
+    def __init__(self, spec: DialRequest, events: WebSocketListener) -> None:
         self.spec = spec
         self.sent: list[Sent] = []
         self.pings: list[bytes] = []
@@ -118,9 +118,9 @@ class FakeDial:
     """A dial that waits for its outcome."""
 
     at_s: float
-    spec: DialSpec
-    events: SocketEvents
-    done: Callable[[Socket | DialFailure], None]
+    spec: DialRequest
+    events: WebSocketListener
+    done: Callable[[WebSocket | DialFailure], None]
     over: bool = False
 
     def accept(self) -> FakeSocket:
@@ -145,7 +145,7 @@ class FakeUpstream:
         self.dials: list[FakeDial] = []
         self.on_dial: Callable[[FakeDial], None] = lambda dial: None
 
-    def dial(self, spec: DialSpec, events: SocketEvents, done: Callable[[Socket | DialFailure], None]) -> None:
+    def dial(self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]) -> None:
         loop = asyncio.get_running_loop()
         dial = FakeDial(loop.time(), spec, events, done)
         self.dials.append(dial)
@@ -157,7 +157,7 @@ class Manners:
     """How the controller behaves; a test changes what it wants to be otherwise."""
 
     dial: DialFailure | None = None  # how dials fail
-    refuse: Callable[[DialSpec], DialFailure | None] = lambda spec: None
+    refuse: Callable[[DialRequest], DialFailure | None] = lambda spec: None
     hangs: bool = False  # dials are never answered
     registers: bool = True  # answers registers
     closes: tuple[int, str] | None = None  # answers the first message with a close frame

@@ -11,26 +11,26 @@ from typing import Any, cast
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from shim.bridge import Bridge, Context
+from shim.bridge import Bridge, BridgeContext
 from shim.core.calls import (
     AgentCall,
     Commands,
     HeartbeatCall,
-    Kind,
+    TargetKind,
     OfferedCommand,
     Outcome,
     PollCall,
     RegisterCall,
     ResultCall,
     StatusCall,
-    Target,
+    SessionTarget,
     TunnelPollCall,
 )
-from shim.core.records import AddTrace, FindCommand, Loaded, Operation
+from shim.core.records import AddTrace, FindCommand, StoreContents, Operation
 from shim.core.sessions import Session, Sessions
 from shim.errors import ShimError, StoreError
 from shim.metrics import Metrics
-from shim.ports import Answer, Client, CommandStore, StoreDone, Timer
+from shim.ports import CallResult, Caller, CommandStore, StoreDone, Timer
 from shim.settings import Settings
 from shim.store.memory import MemoryStore
 from tests.support.upstream import Controller
@@ -92,7 +92,7 @@ class FlakyStore:
         self.outstanding = 0
         self._late: list[Callable[[], None]] = []
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         return self.inner.open()
 
     def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
@@ -186,7 +186,7 @@ class World:
         self.timers = OwnedTimers(self.loop)
         self.registry = CollectorRegistry()
         self.store = FlakyStore(self._make_store() if self._make_store is not None else self._memory)
-        ctx = Context(
+        ctx = BridgeContext(
             settings=self.settings,
             clock=self.clock,
             timers=self.timers,
@@ -310,21 +310,21 @@ class Agent:
         self._leased = False
 
     @property
-    def target(self) -> Target:
+    def target(self) -> SessionTarget:
         if self.dialect == "agents":
-            return Target(Kind.AGENT, self.agent_id)
+            return SessionTarget(TargetKind.AGENT, self.agent_id)
         if self.cluster_id:
-            return Target(Kind.CLUSTER, self.cluster_id)
-        return Target(Kind.ALIAS, self.agent_id)
+            return SessionTarget(TargetKind.CLUSTER, self.cluster_id)
+        return SessionTarget(TargetKind.ALIAS, self.agent_id)
 
-    async def call(self, call: AgentCall, arrived_s: float | None = None) -> Answer:
+    async def call(self, call: AgentCall, arrived_s: float | None = None) -> CallResult:
         """One request on the agent's connection. A reply with commands is written, unless `poll` does otherwise."""
         world = self.world
         if self._leased:
             self._leased = False
             world.bridge.next_request(self.connection)
         at_s = world.now if arrived_s is None else arrived_s
-        return await world.bridge.call(Client(self.token, self.connection), call, at_s)
+        return await world.bridge.call(Caller(self.token, self.connection), call, at_s)
 
     async def outcome(self, call: AgentCall) -> Outcome:
         return (await self.call(call)).outcome
@@ -354,7 +354,7 @@ class Agent:
         return await self.outcome(StatusCall(self.dialect, self.target, body))
 
     async def tunnel_poll(self) -> Outcome:
-        return await self.outcome(TunnelPollCall(Target(Kind.ALIAS, self.agent_id)))
+        return await self.outcome(TunnelPollCall(SessionTarget(TargetKind.ALIAS, self.agent_id)))
 
     async def result(self, command_id: str, success: bool = True, **body: Any) -> Outcome:
         return await self.outcome(ResultCall(self.dialect, self.target, command_id, {"success": success, **body}))
@@ -367,7 +367,7 @@ class Agent:
         answer = await self.call(PollCall(self.dialect, self.target))
         return self.take(answer)
 
-    def take(self, answer: Answer) -> tuple[OfferedCommand, ...]:
+    def take(self, answer: CallResult) -> tuple[OfferedCommand, ...]:
         """The reply of a poll is written and arrives."""
         if answer.lease is not None:
             self.world.bridge.written(answer.lease)
@@ -383,7 +383,7 @@ class Agent:
         self.reconnect(clean=False)
         return cast("Commands", answer.outcome).commands
 
-    def poll_task(self) -> asyncio.Task[Answer]:
+    def poll_task(self) -> asyncio.Task[CallResult]:
         """A poll that is under way; to hang up, cancel it."""
         return self.world.loop.create_task(self.call(PollCall(self.dialect, self.target)))
 

@@ -23,15 +23,15 @@ from shim.tools.agents import (
     Exchange,
     Identity,
     LegacyAgent,
-    Outcome,
+    CallOutcome,
     PollStyle,
-    Profile,
+    AgentProfile,
     Response,
     Result,
-    What,
+    EventKind,
     WireError,
 )
-from shim.tools.agents.replies import Undecodable, decode_commands, decode_tunnel
+from shim.tools.agents.replies import DecodeError, decode_commands, decode_tunnel
 from tests.support import generations
 from tests.support.generations import Verdict
 from tests.support.recording_server import Recorded, RecordingServer, http
@@ -58,12 +58,12 @@ class Harness:
     server: RecordingServer
     events: list[Event]
 
-    async def until(self, what: What, outcome: Outcome = Outcome.OK, count: int = 1) -> list[Event]:
+    async def until(self, what: EventKind, outcome: CallOutcome = CallOutcome.OK, count: int = 1) -> list[Event]:
         """Wait until so many events of a kind have come, and return them."""
         await self.server.until(lambda: len(self.of(what, outcome)) >= count)
         return self.of(what, outcome)
 
-    def of(self, what: What, outcome: Outcome = Outcome.OK) -> list[Event]:
+    def of(self, what: EventKind, outcome: CallOutcome = CallOutcome.OK) -> list[Event]:
         return [event for event in self.events if (event.what, event.outcome) == (what, outcome)]
 
     @asynccontextmanager
@@ -81,7 +81,7 @@ def who(agent_id: str = "agent-b", **rest: Any) -> Identity:
 @asynccontextmanager
 async def harness(
     answer: Callable[[Recorded], bytes | Awaitable[bytes | None] | None],
-    profile: Profile | None = None,
+    profile: AgentProfile | None = None,
     cluster_id: str = "",
     identity: Identity | None = None,
     **callbacks: Any,
@@ -94,7 +94,7 @@ async def harness(
             server.wake()
 
         wiring = Callbacks(event=on_event, **callbacks)
-        agent = LegacyAgent(server.url, identity or who(), profile or Profile(), FixedClock(), wiring, cluster_id)
+        agent = LegacyAgent(server.url, identity or who(), profile or AgentProfile(), FixedClock(), wiring, cluster_id)
         try:
             yield Harness(agent, server, events)
         finally:
@@ -134,7 +134,7 @@ async def test_a_calls_are_those_of_the_real_client_byte_for_byte() -> None:
     commands = {"commands": [{"id": "cmd-1", "type": "scale", "payload": {}, "created_at": "2025-10-08T00:00:00Z"}]}
     async with harness(
         lambda call: http(200, commands if call.path.endswith("/commands") else None),
-        Profile(dialect="agents"),
+        AgentProfile(dialect="agents"),
         identity=who("agent-a"),
     ) as it:
         await it.agent.status()
@@ -153,7 +153,7 @@ async def test_a_calls_are_those_of_the_real_client_byte_for_byte() -> None:
 async def test_a_bodies_have_the_keys_of_the_real_client_in_its_order(call: str, never_sent: set[str]) -> None:
     """The recordings come from the client's own example with other values; `token` no agent ever set."""
     async with harness(
-        lambda call: http(204), Profile(dialect="agents"), identity=who("agent-a", version="1.28.3")
+        lambda call: http(204), AgentProfile(dialect="agents"), identity=who("agent-a", version="1.28.3")
     ) as it:
         await getattr(it.agent, call)()
         method, path, headers, body = sent(it.server)
@@ -168,7 +168,7 @@ async def test_a_bodies_have_the_keys_of_the_real_client_in_its_order(call: str,
 
 async def test_b3_names_its_agent_in_the_path_and_sends_the_token_it_was_given() -> None:
     reply = {"cluster": {"id": "c-3", "token": "from-register"}}
-    async with harness(lambda call: http(200, reply), Profile(dialect="clusters"), identity=who("agent-3")) as it:
+    async with harness(lambda call: http(200, reply), AgentProfile(dialect="clusters"), identity=who("agent-3")) as it:
         await it.agent.register()
         await it.agent.heartbeat()
         register, heartbeat = it.server.calls
@@ -202,7 +202,7 @@ REPLIES: list[Any] = [
 async def test_register_replies_are_taken_as_the_generation_takes_them(label: str, reply: Any, status: int) -> None:
     generation = REAL[label]
     body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-    async with harness(lambda call: http(status, body), Profile(dialect=generation.dialect)) as it:
+    async with harness(lambda call: http(status, body), AgentProfile(dialect=generation.dialect)) as it:
         success = await it.agent.register()
         read = generation.read("register", status, b"" if status == 204 else body)
         if label == "B3" and status in (200, 201) and read.value is None:
@@ -213,8 +213,8 @@ async def test_register_replies_are_taken_as_the_generation_takes_them(label: st
         assert success == (read.verdict is Verdict.CONTENT)
         if success and label != "A1":
             assert it.agent.cluster_id == read.value
-        wanted = Outcome.UNDECODABLE if status in (200, 201) else Outcome.REFUSED
-        assert it.events[-1].outcome is (Outcome.OK if success else wanted)
+        wanted = CallOutcome.UNDECODABLE if status in (200, 201) else CallOutcome.REFUSED
+        assert it.events[-1].outcome is (CallOutcome.OK if success else wanted)
         assert it.events[-1].status == status
 
 
@@ -239,7 +239,7 @@ def test_drained_commands_decode_as_in_go(reply: Any) -> None:
     if read.verdict is Verdict.CONTENT:
         assert [command.id for command in decode_commands(body)] == [entry["id"] for entry in read.value or []]
     else:
-        with pytest.raises(Undecodable):
+        with pytest.raises(DecodeError):
             decode_commands(body)
 
 
@@ -252,16 +252,16 @@ def test_tunnel_replies_decode_as_in_go(reply: Any) -> None:
     if read.verdict is Verdict.CONTENT:
         assert decode_tunnel(body).status == reply.get("status")
     else:
-        with pytest.raises(Undecodable):
+        with pytest.raises(DecodeError):
             decode_tunnel(body)
 
 
 async def test_b_registers_once_then_sends_heartbeats_under_its_cluster_id_and_polls_the_tunnel() -> None:
-    profile = Profile(heartbeat_interval_s=SOON_S, tunnel_interval_s=SOON_S)
+    profile = AgentProfile(heartbeat_interval_s=SOON_S, tunnel_interval_s=SOON_S)
     async with harness(lambda call: REGISTERED if call.path.endswith("/register") else http(204), profile) as it:
         async with it.running():
-            await it.until(What.HEARTBEAT, count=3)
-            await it.until(What.TUNNEL, Outcome.REFUSED, count=2)
+            await it.until(EventKind.HEARTBEAT, count=3)
+            await it.until(EventKind.TUNNEL, CallOutcome.REFUSED, count=2)
         assert len(it.server.of("/register")) == 1
         assert it.server.calls[0].path.endswith("/register")
         assert {call.path for call in it.server.of("/heartbeat")} == {"/api/v1/clusters/agent/c-1/heartbeat"}
@@ -269,42 +269,42 @@ async def test_b_registers_once_then_sends_heartbeats_under_its_cluster_id_and_p
 
 
 async def test_b_with_a_kept_id_never_registers_and_sends_its_first_heartbeat_at_once() -> None:
-    async with harness(lambda call: http(204), Profile(heartbeat_interval_s=3600), "kept") as it:
+    async with harness(lambda call: http(204), AgentProfile(heartbeat_interval_s=3600), "kept") as it:
         async with it.running():
-            await it.until(What.HEARTBEAT)
+            await it.until(EventKind.HEARTBEAT)
         assert [call.path for call in it.server.calls] == ["/api/v1/clusters/agent/kept/heartbeat"]
 
 
 async def test_b_exits_when_it_cannot_register_and_sends_nothing_more() -> None:
-    async with harness(lambda call: http(503, {"error": "later"}), Profile(tunnel_interval_s=SOON_S)) as it:
+    async with harness(lambda call: http(503, {"error": "later"}), AgentProfile(tunnel_interval_s=SOON_S)) as it:
         async with asyncio.timeout(10):
             await it.agent.run()
-        assert [event.what for event in it.events] == [What.REGISTER, What.EXIT]
+        assert [event.what for event in it.events] == [EventKind.REGISTER, EventKind.EXIT]
         assert len(it.server.calls) == 1
 
 
 async def test_a_goes_on_after_a_failed_registration_and_never_repeats_a_heartbeat() -> None:
-    profile = Profile(dialect="agents", heartbeat_interval_s=SOON_S, status_interval_s=SOON_S, retry_initial_s=3600)
+    profile = AgentProfile(dialect="agents", heartbeat_interval_s=SOON_S, status_interval_s=SOON_S, retry_initial_s=3600)
     async with harness(lambda call: http(500), profile) as it:
         async with it.running():
-            await it.until(What.HEARTBEAT, Outcome.REFUSED, count=3)
-            await it.until(What.STATUS, Outcome.REFUSED)
+            await it.until(EventKind.HEARTBEAT, CallOutcome.REFUSED, count=3)
+            await it.until(EventKind.STATUS, CallOutcome.REFUSED)
         assert len(it.server.of("/register")) == 1
 
 
 async def test_b3_without_a_cluster_id_skips_its_heartbeats() -> None:
-    profile = Profile(dialect="clusters", heartbeat_interval_s=SOON_S, tunnel_interval_s=SOON_S)
+    profile = AgentProfile(dialect="clusters", heartbeat_interval_s=SOON_S, tunnel_interval_s=SOON_S)
     async with harness(lambda call: http(200, {"status": "IDLE"}), profile) as it:
         async with it.running():
-            await it.until(What.TUNNEL, count=5)
+            await it.until(EventKind.TUNNEL, count=5)
         assert it.server.of("/heartbeat") == []
 
 
 async def test_a_failed_heartbeat_is_repeated_with_growing_pauses_then_the_next_tick_starts_over() -> None:
-    profile = Profile(heartbeat_interval_s=SOON_S, retry_initial_s=SOON_S, retry_max_s=3 * SOON_S, retry_attempts=4)
+    profile = AgentProfile(heartbeat_interval_s=SOON_S, retry_initial_s=SOON_S, retry_max_s=3 * SOON_S, retry_attempts=4)
     async with harness(lambda call: http(404), profile, "c-1") as it:
         async with it.running():
-            failed = await it.until(What.HEARTBEAT, Outcome.REFUSED, count=5)
+            failed = await it.until(EventKind.HEARTBEAT, CallOutcome.REFUSED, count=5)
         pauses = [after.started_s - before.at_s for before, after in pairwise(failed)]
         for pause, least in zip(pauses, (1, 2, 3), strict=False):
             assert pause >= least * SOON_S
@@ -323,11 +323,11 @@ async def test_commands_are_reported_carried_out_in_order_and_answered() -> None
         seen.append(command.id)
         return Result(success=command.type == "a", error="" if command.type == "a" else "no", metadata={"n": 1})
 
-    profile = Profile(poll_interval_s=SOON_S, heartbeat_interval_s=3600)
+    profile = AgentProfile(poll_interval_s=SOON_S, heartbeat_interval_s=3600)
     async with harness(answer, profile, "c-1", execute=execute) as it:
         async with it.running():
-            results = await it.until(What.RESULT, count=2)
-        in_hand = it.of(What.COMMAND)
+            results = await it.until(EventKind.RESULT, count=2)
+        in_hand = it.of(EventKind.COMMAND)
         assert seen == ["1", "2"] == [event.command.id for event in in_hand if event.command]
         assert max(event.at_s for event in in_hand) <= min(event.started_s for event in results)
         first, second = it.server.of("/result")
@@ -338,10 +338,10 @@ async def test_commands_are_reported_carried_out_in_order_and_answered() -> None
 
 
 async def test_a_refused_result_is_posted_again_and_then_given_up() -> None:
-    profile = Profile(dialect="agents", retry_initial_s=SOON_S)
+    profile = AgentProfile(dialect="agents", retry_initial_s=SOON_S)
     async with harness(lambda call: http(503), profile) as it:
         assert not await it.agent.answer(Command("1", "a"), Result())
-        assert [event.outcome for event in it.events] == [Outcome.REFUSED] * 3
+        assert [event.outcome for event in it.events] == [CallOutcome.REFUSED] * 3
         assert it.events[0].command == Command("1", "a")
 
 
@@ -354,7 +354,7 @@ async def test_only_a_serial_agent_sends_no_heartbeat_while_its_poll_is_held(sty
             await release.wait()
         return http(200, {}) if call.path.endswith("/poll") else http(204)
 
-    profile = Profile(heartbeat_interval_s=SOON_S, poll_interval_s=4 * SOON_S, poll_style=style)
+    profile = AgentProfile(heartbeat_interval_s=SOON_S, poll_interval_s=4 * SOON_S, poll_style=style)
     async with (
         harness(answer, profile, "c-1") as it,
         harness(lambda call: http(204), profile, "c-2") as reference,
@@ -362,14 +362,14 @@ async def test_only_a_serial_agent_sends_no_heartbeat_while_its_poll_is_held(sty
         reference.running(),
     ):
         await it.server.until(lambda: it.server.of("/poll") != [])
-        before = len(it.of(What.HEARTBEAT))
+        before = len(it.of(EventKind.HEARTBEAT))
         if beats:
-            await it.until(What.HEARTBEAT, count=before + 5)
+            await it.until(EventKind.HEARTBEAT, count=before + 5)
         else:
-            await reference.until(What.HEARTBEAT, count=len(reference.of(What.HEARTBEAT)) + 5)
-            assert len(it.of(What.HEARTBEAT)) == before
+            await reference.until(EventKind.HEARTBEAT, count=len(reference.of(EventKind.HEARTBEAT)) + 5)
+            assert len(it.of(EventKind.HEARTBEAT)) == before
         release.set()
-        await it.until(What.HEARTBEAT, count=before + 6)
+        await it.until(EventKind.HEARTBEAT, count=before + 6)
 
 
 async def test_a_hook_can_make_a_call_badly_and_the_agent_lives_on() -> None:
@@ -377,7 +377,7 @@ async def test_a_hook_can_make_a_call_badly_and_the_agent_lives_on() -> None:
 
     async def call(exchange: Exchange) -> Response:
         nonlocal hung_up
-        if exchange.what is What.POLL and hung_up == 0:
+        if exchange.what is EventKind.POLL and hung_up == 0:
             hung_up += 1
             connection = await exchange.pool.dial()
             await connection.send(exchange.pool.encode(exchange.request))
@@ -385,22 +385,22 @@ async def test_a_hook_can_make_a_call_badly_and_the_agent_lives_on() -> None:
             raise WireError("hung up")
         return await exchange.send()
 
-    profile = Profile(heartbeat_interval_s=3600, poll_interval_s=SOON_S)
+    profile = AgentProfile(heartbeat_interval_s=3600, poll_interval_s=SOON_S)
     async with harness(lambda call: http(200, {}), profile, "c-1", call=call) as it:
         async with it.running():
-            await it.until(What.POLL)
-        assert [event.detail for event in it.of(What.POLL, Outcome.FAILED)] == ["hung up"]
+            await it.until(EventKind.POLL)
+        assert [event.detail for event in it.of(EventKind.POLL, CallOutcome.FAILED)] == ["hung up"]
 
 
 async def test_a_server_that_is_gone_is_an_event_and_no_crash() -> None:
-    async with harness(lambda call: None, Profile(dialect="agents")) as it:
+    async with harness(lambda call: None, AgentProfile(dialect="agents")) as it:
         assert not await it.agent.heartbeat()
-        assert it.events[0].outcome is Outcome.FAILED
+        assert it.events[0].outcome is CallOutcome.FAILED
         assert it.events[0].status == 0
 
 
 async def test_timeouts_scale_with_the_intervals() -> None:
-    profile = Profile(retry_initial_s=5).scaled(0.001)
+    profile = AgentProfile(retry_initial_s=5).scaled(0.001)
     never = asyncio.Event()
 
     async def answer(call: Recorded) -> None:
@@ -415,13 +415,13 @@ async def test_timeouts_scale_with_the_intervals() -> None:
 
 @pytest.mark.parametrize("dialect", GENERATIONS)
 def test_defaults_are_the_intervals_of_real_agents(dialect: str) -> None:
-    profile = Profile(dialect=dialect, poll_interval_s=30)
+    profile = AgentProfile(dialect=dialect, poll_interval_s=30)
     assert profile.beat_s == (5 if dialect == "clusters_agent" else 30)
     assert profile.drains == (dialect != "clusters")
 
 
 async def test_b3_has_no_commands_to_drain_or_answer() -> None:
-    async with harness(lambda call: http(204), Profile(dialect="clusters")) as it:
+    async with harness(lambda call: http(204), AgentProfile(dialect="clusters")) as it:
         with pytest.raises(NotImplementedError):
             await it.agent.poll()
         with pytest.raises(NotImplementedError):

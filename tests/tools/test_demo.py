@@ -16,8 +16,8 @@ import aiohttp
 import pytest
 
 from shim.clock import Clock
-from shim.tools.demo.children import Child, ChildFailed
-from shim.tools.demo.stage import Stage, StepFailed
+from shim.tools.demo.children import ChildProcess, ChildFailed
+from shim.tools.demo.stage import Console, StepFailed
 
 CONTROLLER = ["controller", "--listen", "127.0.0.1:0", "--token", "t"]
 
@@ -140,7 +140,7 @@ async def test_ctrl_c_before_the_end_is_130(tmp_path: Path) -> None:
 
 
 async def test_a_child_that_cannot_start_is_named(tmp_path: Path) -> None:
-    child = Child("controller", tmp_path)
+    child = ChildProcess("controller", tmp_path)
     assert (child.fate, child.tail()) == ("was never started", [])
     with pytest.raises(ChildFailed, match="the controller ended with exit code 2"):
         await child.start(["controller", "--listen", "nonsense"])
@@ -148,7 +148,7 @@ async def test_a_child_that_cannot_start_is_named(tmp_path: Path) -> None:
 
 
 async def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
-    child = Child("controller", tmp_path, stop_s=0.05)
+    child = ChildProcess("controller", tmp_path, stop_s=0.05)
     ready: dict[str, Any] = await child.start(CONTROLLER)
     assert child.fate == "is running"
     os.kill(ready["pid"], signal.SIGSTOP)
@@ -159,7 +159,7 @@ async def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
 
 
 async def test_a_guard_tells_of_a_death_that_nobody_ordered(tmp_path: Path) -> None:
-    child = Child("controller", tmp_path)
+    child = ChildProcess("controller", tmp_path)
     ready: dict[str, Any] = await child.start(CONTROLLER)
     async with asyncio.TaskGroup() as group:
         guard = group.create_task(_outcome(child))
@@ -167,7 +167,7 @@ async def test_a_guard_tells_of_a_death_that_nobody_ordered(tmp_path: Path) -> N
     assert guard.result() == "the controller ended with exit code -9"
 
 
-async def _outcome(child: Child) -> str:
+async def _outcome(child: ChildProcess) -> str:
     try:
         await child.guard()
     except ChildFailed as error:
@@ -192,7 +192,7 @@ async def test_colours_only_on_a_terminal_that_wants_them(monkeypatch: pytest.Mo
     for terminal in (True, False):
         for colour in (True, False):
             screen = Screen(terminal)
-            async with Stage(screen, Clock(), colour=colour).step("a step") as step:
+            async with Console(screen, Clock(), colour=colour).step("a step") as step:
                 step.detail, step.took_s = "went well", 0.5
             shown[terminal, colour] = screen.getvalue()
     assert {key for key, text in shown.items() if "\x1b[32m✓" in text} == {(True, True)}
@@ -200,13 +200,13 @@ async def test_colours_only_on_a_terminal_that_wants_them(monkeypatch: pytest.Mo
     assert "…" not in shown[False, True]
     monkeypatch.setenv("NO_COLOR", "1")
     screen = Screen(terminal=True)
-    Stage(screen, Clock(), colour=True).headline("x")
+    Console(screen, Clock(), colour=True).headline("x")
     assert screen.getvalue() == "\nx\n"
 
 
 async def test_a_step_that_fails_or_takes_too_long_says_so() -> None:
     screen = Screen(terminal=False)
-    stage = Stage(screen, Clock(), colour=False)
+    stage = Console(screen, Clock(), colour=False)
     with pytest.raises(StepFailed, match=r"waits: nothing happened within 0.01 s"):
         async with stage.step("waits", 0.01):
             await asyncio.Event().wait()

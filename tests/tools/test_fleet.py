@@ -15,11 +15,11 @@ import aiohttp
 import pytest
 
 from shim.clock import Clock
-from shim.tools.agents import Callbacks, Command, Event, Outcome, Profile, Response, What
+from shim.tools.agents import Callbacks, Command, Event, CallOutcome, AgentProfile, Response, EventKind
 from shim.tools.control_client import ControlClient, ControlError, control_client
 from shim.tools.fleet_report import lines, report
-from shim.tools.herd import Herd, Plan, Tally
-from shim.tools.pusher import Pusher
+from shim.tools.herd import Fleet, FleetPlan, FleetStats
+from shim.tools.pusher import CommandLoad
 from tests.support.recording_server import Recorded, RecordingServer, http
 
 CLOCK = Clock()
@@ -164,50 +164,50 @@ async def test_what_makes_no_sense_is_refused(args: list[str], text: str) -> Non
 # --- parts
 
 
-def event(what: What, outcome: Outcome = Outcome.OK, agent_id: str = "a", **rest: Any) -> Event:
+def event(what: EventKind, outcome: CallOutcome = CallOutcome.OK, agent_id: str = "a", **rest: Any) -> Event:
     return Event(agent_id, what, outcome, 1.0, 1.5, **rest)
 
 
 def test_an_agent_fails_until_the_same_call_succeeds_again() -> None:
-    tally = Tally()
-    tally.record(event(What.HEARTBEAT, Outcome.FAILED, detail="timeout"))
-    tally.record(event(What.POLL))
+    tally = FleetStats()
+    tally.record(event(EventKind.HEARTBEAT, CallOutcome.FAILED, detail="timeout"))
+    tally.record(event(EventKind.POLL))
     assert tally.failing() == {"a": "heartbeat: timeout"}
-    tally.record(event(What.HEARTBEAT))
+    tally.record(event(EventKind.HEARTBEAT))
     assert tally.failing() == {}
-    assert list(tally.took_s[What.HEARTBEAT]) == [0.5]
+    assert list(tally.took_s[EventKind.HEARTBEAT]) == [0.5]
 
 
 def test_an_undecodable_reply_is_never_forgiven() -> None:
-    tally = Tally()
-    tally.record(event(What.POLL, Outcome.UNDECODABLE, detail="the commands reply does not decode"))
-    tally.record(event(What.POLL))
+    tally = FleetStats()
+    tally.record(event(EventKind.POLL, CallOutcome.UNDECODABLE, detail="the commands reply does not decode"))
+    tally.record(event(EventKind.POLL))
     assert tally.failing() == {"a": "poll: the commands reply does not decode"}
 
 
 async def test_an_agent_that_exits_is_started_again_and_then_well() -> None:
     answers = iter([http(503)])
     legacy = Legacy()
-    tally, stop = Tally(), asyncio.Event()
+    tally, stop = FleetStats(), asyncio.Event()
 
     def listen(event: Event) -> None:
         tally.record(event)
-        if event.what is What.HEARTBEAT:
+        if event.what is EventKind.HEARTBEAT:
             stop.set()
 
     async with RecordingServer(lambda call: next(answers, None) or legacy(call)) as server:
-        plan = Plan(url=server.url, agents=1, profiles=(Profile(),), token="t", restart_s=0.001)
-        herd = Herd(plan, CLOCK, Callbacks(event=listen))
+        plan = FleetPlan(url=server.url, agents=1, profiles=(AgentProfile(),), token="t", restart_s=0.001)
+        herd = Fleet(plan, CLOCK, Callbacks(event=listen))
         async with asyncio.timeout(10):
             await herd.run(stop)
-        assert tally.counts[What.EXIT, Outcome.FAILED] == 1
+        assert tally.counts[EventKind.EXIT, CallOutcome.FAILED] == 1
         assert tally.failing() == {}
         assert herd.connections_opened == 2
 
 
 def test_silent_agents_fail_and_long_lists_are_cut() -> None:
-    plan = Plan(url="http://127.0.0.1:1", agents=7, profiles=(Profile(dialect="agents"),), token="t")
-    found = report(1.0, Herd(plan, CLOCK, IGNORE).agents, Tally(), None)
+    plan = FleetPlan(url="http://127.0.0.1:1", agents=7, profiles=(AgentProfile(dialect="agents"),), token="t")
+    found = report(1.0, Fleet(plan, CLOCK, IGNORE).agents, FleetStats(), None)
     assert not found.good
     shown = lines(found)
     assert shown[-1] == "  …"
@@ -217,16 +217,16 @@ def test_silent_agents_fail_and_long_lists_are_cut() -> None:
 async def test_refused_pushes_are_told_and_a_run_without_any_command_is_not_good() -> None:
     legacy = Legacy(refuse_push=True)
     async with RecordingServer(legacy) as server, control_client(server.url, "secret") as control:
-        pusher = Pusher(control, CLOCK)
-        plan = Plan(url=server.url, agents=1, profiles=(Profile(poll_interval_s=1),), token="t")
-        agents = Herd(plan, CLOCK, Callbacks(event=pusher.record, call=pusher.call)).agents
+        pusher = CommandLoad(control, CLOCK)
+        plan = FleetPlan(url=server.url, agents=1, profiles=(AgentProfile(poll_interval_s=1),), token="t")
+        agents = Fleet(plan, CLOCK, Callbacks(event=pusher.record, call=pusher.call)).agents
         await pusher.run(agents, 1000, 0.003)
         assert server.calls == []
         await agents[0].poll()
         agents[0].close()
         await pusher.run(agents, 1000, 0.003)
         assert dict(map(tuple, server.calls[-1].headers))["Authorization"] == "Bearer secret"
-        found = report(1.0, agents, Tally(), pusher)
+        found = report(1.0, agents, FleetStats(), pusher)
         assert found.commands is not None
         assert list(found.commands.refused.values()) == [3]
         assert not found.good
@@ -235,9 +235,9 @@ async def test_refused_pushes_are_told_and_a_run_without_any_command_is_not_good
 
 async def test_what_the_controller_could_not_send_is_not_counted_as_sent() -> None:
     async with RecordingServer(Legacy(unsent=True)) as server, control_client(server.url) as control:
-        pusher = Pusher(control, CLOCK)
-        plan = Plan(url=server.url, agents=1, profiles=(Profile(poll_interval_s=1),), token="t")
-        agents = Herd(plan, CLOCK, Callbacks(event=pusher.record, call=pusher.call)).agents
+        pusher = CommandLoad(control, CLOCK)
+        plan = FleetPlan(url=server.url, agents=1, profiles=(AgentProfile(poll_interval_s=1),), token="t")
+        agents = Fleet(plan, CLOCK, Callbacks(event=pusher.record, call=pusher.call)).agents
         await agents[0].poll()
         agents[0].close()
         await pusher.run(agents, 1000, 0.001)
@@ -247,17 +247,17 @@ async def test_what_the_controller_could_not_send_is_not_counted_as_sent() -> No
 async def test_a_command_that_never_arrives_is_lost_after_the_grace() -> None:
     legacy = Legacy(deliver=False)
     async with RecordingServer(legacy) as server, control_client(server.url) as control:
-        pusher = Pusher(control, CLOCK)
-        plan = Plan(url=server.url, agents=1, profiles=(Profile(poll_interval_s=1),), token="t")
-        agents = Herd(plan, CLOCK, Callbacks(event=pusher.record, call=pusher.call)).agents
+        pusher = CommandLoad(control, CLOCK)
+        plan = FleetPlan(url=server.url, agents=1, profiles=(AgentProfile(poll_interval_s=1),), token="t")
+        agents = Fleet(plan, CLOCK, Callbacks(event=pusher.record, call=pusher.call)).agents
         await agents[0].poll()
         agents[0].close()
         await pusher.run(agents, 1000, 0.001)
         await pusher.settle(0.001)
         assert len(pusher.lost()) == 1
         late = Command(pusher.lost()[0], "fleet")
-        pusher.record(event(What.COMMAND, agent_id="agent-fleet-1", command=late))
-        pusher.record(event(What.RESULT, agent_id="agent-fleet-1", command=late, response=Response(204, {}, b"", 1)))
+        pusher.record(event(EventKind.COMMAND, agent_id="agent-fleet-1", command=late))
+        pusher.record(event(EventKind.RESULT, agent_id="agent-fleet-1", command=late, response=Response(204, {}, b"", 1)))
         await pusher.settle(10)
         assert (pusher.lost(), pusher.pushed, pusher.answered) == ([], 1, 1)
 

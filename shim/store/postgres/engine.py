@@ -17,7 +17,7 @@ import psycopg
 
 from shim import settings
 from shim.clock import Clock
-from shim.core.records import Loaded, Operation
+from shim.core.records import StoreContents, Operation
 from shim.errors import ConfigError, StoreError, StoreFenced
 from shim.store.database import Partition
 from shim.store.delivery import store_error
@@ -83,12 +83,12 @@ class PostgresEngine:
         self._tried_s = 0.0
         self._cause = StoreError("the database does not answer")
         self._closing = threading.Event()
-        self._fenced = False
+        self._confirm_up_to = False
         self.refuse: Callable[[StoreError], None] = lambda _error: None
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         """Read what the shard holds. Raises `StoreError`, `StoreVersionError`, `StoreFenced`."""
         try:
             return self._open()
@@ -96,7 +96,7 @@ class PostgresEngine:
             self._disconnect()
             raise self.failure(error).error from error
 
-    def _open(self) -> Loaded:
+    def _open(self) -> StoreContents:
         pipeline = self._connect()
         execute = pipeline.execute
         execute("BEGIN")
@@ -113,7 +113,7 @@ class PostgresEngine:
     # --- store.writer.Engine ------------------------------------------------------------------------------------------
 
     def commit(self, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
-        if self._fenced:
+        if self._confirm_up_to:
             raise StoreFenced("another replica has the shard")
         while True:
             try:
@@ -141,7 +141,7 @@ class PostgresEngine:
 
     def failure(self, error: Exception) -> Failure:
         if isinstance(error, StoreFenced):
-            self._fenced = True
+            self._confirm_up_to = True
             return Failure(error, concerns_all=True, fenced=True)
         if isinstance(error, Refused):
             if error.state == "25006":

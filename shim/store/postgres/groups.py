@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shim.core.records import Touch
+from shim.core.records import WriteProbe
 from shim.store.database import Finish, Rows, nothing
 from shim.store.postgres.pipeline import Pipeline
 
@@ -139,7 +139,7 @@ class PostgresDatabase:
         row = self.execute(f"{statement} RETURNING seq", parameters).fetchone()
         return None if row is None else row[0]
 
-    def touch(self, operation: Touch) -> Finish[None]:
+    def touch(self, operation: WriteProbe) -> Finish[None]:
         """Write nothing: every transaction writes the lease's row."""
         del operation
         return nothing

@@ -15,7 +15,7 @@ from shim.core.records import (
     PutResult,
     ResultOutcome,
     SessionKey,
-    State,
+    CommandState,
 )
 from shim.store import outbox
 from shim.store.commands import CommandOperations, duplicate, insert_parameters, told_by_first_step
@@ -153,7 +153,7 @@ class HotOutboxOperations(OutboxOperations):
             entry = None
             if seq is not None:
                 entry = OutboxEntry(seq, key, command_id, request_id, unknown if state is None else payload)
-            return ResultOutcome(entry, known=state is not None, state=None if state is None else State(state))
+            return ResultOutcome(entry, known=state is not None, state=None if state is None else CommandState(state))
 
         return finish
 

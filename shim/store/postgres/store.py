@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from shim import settings
-from shim.core.records import Loaded
+from shim.core.records import StoreContents
 from shim.store.database import Partition
-from shim.store.delivery import Post
+from shim.store.delivery import CallThreadsafe
 from shim.store.postgres.engine import PATIENCE_S, PostgresEngine
 from shim.store.queued import QueuedStore
 from shim.store.writer import CommitProbe, Writer
@@ -19,7 +19,7 @@ class PostgresStore(QueuedStore):
     def __init__(
         self,
         configured: settings.Store,
-        post: Post,
+        post: CallThreadsafe,
         probe: CommitProbe | None,
         partition: Partition,
         patience_s: float = PATIENCE_S,
@@ -29,7 +29,7 @@ class PostgresStore(QueuedStore):
         self._engine = PostgresEngine(configured, partition, patience_s)
         self._probe = probe
 
-    def open(self) -> Loaded:
+    def open(self) -> StoreContents:
         """Read what the shard holds (`ports.CommandStore`). Raises `StoreFenced` where the lease is another's."""
         loaded = self._engine.open()
         writer = Writer(self._engine, self._post, self._probe)

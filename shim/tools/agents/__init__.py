@@ -1,8 +1,8 @@
 """Simulated legacy agents: unmodified agents of every generation, as far as a server can tell (wire-facts §1)."""
 
-from shim.tools.agents.events import Callbacks, Event, Exchange, Outcome, What
+from shim.tools.agents.events import Callbacks, Event, Exchange, CallOutcome, EventKind
 from shim.tools.agents.generations import GENERATIONS
-from shim.tools.agents.legacy import LegacyAgent, Profile
+from shim.tools.agents.legacy import LegacyAgent, AgentProfile
 from shim.tools.agents.pace import PollStyle
 from shim.tools.agents.replies import Command
 from shim.tools.agents.shapes import Identity, Result
@@ -17,13 +17,13 @@ __all__ = [
     "Exchange",
     "Identity",
     "LegacyAgent",
-    "Outcome",
+    "CallOutcome",
     "PollStyle",
     "Pool",
-    "Profile",
+    "AgentProfile",
     "Request",
     "Response",
     "Result",
-    "What",
+    "EventKind",
     "WireError",
 ]

@@ -11,7 +11,7 @@ from shim.tools.agents.shapes import Result
 from shim.tools.agents.wire import Pool, Request, Response
 
 
-class What(Enum):
+class EventKind(Enum):
     """What an event is about."""
 
     REGISTER = "register"
@@ -25,7 +25,7 @@ class What(Enum):
     EXIT = "exit"  # the process ended by itself
 
 
-class Outcome(Enum):
+class CallOutcome(Enum):
     """How it went, as the agent sees it."""
 
     OK = "ok"
@@ -43,8 +43,8 @@ class Event:
     """
 
     agent_id: str
-    what: What
-    outcome: Outcome
+    what: EventKind
+    outcome: CallOutcome
     started_s: float
     at_s: float
     detail: str = ""
@@ -62,7 +62,7 @@ class Exchange:
     """A call that is about to be made: `send()` makes it as a sound agent would."""
 
     agent_id: str
-    what: What
+    what: EventKind
     request: Request
     pool: Pool
 

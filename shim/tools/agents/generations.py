@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from shim.tools.agents.replies import Registration, Undecodable, decode_registration, decode_registration_b3
+from shim.tools.agents.replies import Registration, DecodeError, decode_registration, decode_registration_b3
 from shim.tools.agents.shapes import Identity, get, heartbeat_body, post, register_post, rfc3339
 from shim.tools.agents.wire import Request
 
@@ -33,7 +33,7 @@ class Generation(Protocol):
     def registration(self, status: int, body: bytes, who: Identity) -> Registration:
         """What the agent takes from an answer with a status of the request's `success`.
 
-        Raises `Undecodable` where it takes it as a failure all the same.
+        Raises `DecodeError` where it takes it as a failure all the same.
         """
 
     def heartbeat(self, who: Identity, cluster_id: str, now_s: float) -> Request:
@@ -161,11 +161,11 @@ class Clusters:
         if status == 409:
             found = decode_registration_b3(body)
             if not found.cluster_id:
-                raise Undecodable("a conflict without cluster.id")
+                raise DecodeError("a conflict without cluster.id")
             return found
         try:
             return decode_registration_b3(body)
-        except Undecodable:
+        except DecodeError:
             # This generation shrugs: its own id becomes the cluster id.
             return Registration(who.agent_id)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from shim.clock import Clock
-from shim.tools.agents.events import Callbacks, Event, Exchange, Outcome, What
+from shim.tools.agents.events import Callbacks, Event, Exchange, CallOutcome, EventKind
 from shim.tools.agents.generations import GENERATIONS
 from shim.tools.agents.pace import Pace, Pause, PollStyle, Ticker
-from shim.tools.agents.replies import Command, Undecodable, decode_commands, decode_tunnel
+from shim.tools.agents.replies import Command, DecodeError, decode_commands, decode_tunnel
 from shim.tools.agents.shapes import Identity, Result, health, result_body, status_report, tunnel_poll
 from shim.tools.agents.wire import Pool, Request, Response, WireError
 
@@ -19,7 +19,7 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+class AgentProfile:
     """How an agent spends its time; defaults are those of real agents.
 
     A heartbeat interval of `None` is its generation's own; for the other calls `None` leaves them out. `timeout_scale`
@@ -38,7 +38,7 @@ class Profile:
     result_attempts: int = 3
     timeout_scale: float = 1
 
-    def scaled(self, factor: float) -> Profile:
+    def scaled(self, factor: float) -> AgentProfile:
         """The same agent with every interval, pause and time-out multiplied by `factor`."""
 
         def times(value_s: float | None) -> float | None:
@@ -73,7 +73,7 @@ class LegacyAgent:
     """
 
     def __init__(
-        self, url: str, who: Identity, profile: Profile, clock: Clock, callbacks: Callbacks, cluster_id: str = ""
+        self, url: str, who: Identity, profile: AgentProfile, clock: Clock, callbacks: Callbacks, cluster_id: str = ""
     ) -> None:
         self.who = who
         self.profile = profile
@@ -101,7 +101,7 @@ class LegacyAgent:
                     self._start_tunnel(group)
                 if not holds_id and not await self.register() and exits:
                     now_s = self._clock.monotonic_s()
-                    self._emit(What.EXIT, Outcome.FAILED, now_s, detail="could not register")
+                    self._emit(EventKind.EXIT, CallOutcome.FAILED, now_s, detail="could not register")
                     return
                 if exits:
                     self._start_tunnel(group)
@@ -125,34 +125,34 @@ class LegacyAgent:
                 self.who = replace(self.who, service_token=found.token)
             return response
 
-        return await self._call(What.REGISTER, request, self._control, read) is not None
+        return await self._call(EventKind.REGISTER, request, self._control, read) is not None
 
     async def heartbeat(self) -> bool:
         """Send one heartbeat, once."""
         request = self._generation.heartbeat(self.who, self.cluster_id, self._clock.wall_s())
-        return await self._call(What.HEARTBEAT, request, self._control, _take) is not None
+        return await self._call(EventKind.HEARTBEAT, request, self._control, _take) is not None
 
     async def status(self, report: dict[str, Any] | None = None) -> bool:
         """Send one cluster status report."""
         request = status_report(self.who, self._clock.wall_s(), report)
-        return await self._call(What.STATUS, request, self._control, _take) is not None
+        return await self._call(EventKind.STATUS, request, self._control, _take) is not None
 
     async def health(self) -> bool:
         """Ask for the server's health."""
-        return await self._call(What.HEALTH, health(), self._control, _take) is not None
+        return await self._call(EventKind.HEALTH, health(), self._control, _take) is not None
 
     async def poll_tunnel(self) -> bool:
         """Poll the tunnel's state once."""
         request = tunnel_poll(self.who)
-        return await self._call(What.TUNNEL, request, self._default, lambda r: decode_tunnel(r.body)) is not None
+        return await self._call(EventKind.TUNNEL, request, self._default, lambda r: decode_tunnel(r.body)) is not None
 
     async def poll(self) -> list[Command] | None:
         """Drain commands once: they are reported, then carried out and answered in order. None if the poll failed."""
         request = self._generation.drain(self.who, self.cluster_id)
-        commands = await self._call(What.POLL, request, self._drain_pool, lambda r: decode_commands(r.body))
+        commands = await self._call(EventKind.POLL, request, self._drain_pool, lambda r: decode_commands(r.body))
         now_s = self._clock.monotonic_s()
         for command in commands or ():
-            self._emit(What.COMMAND, Outcome.OK, now_s, command=command)
+            self._emit(EventKind.COMMAND, CallOutcome.OK, now_s, command=command)
         for command in commands or ():
             await self.answer(command, await self._callbacks.execute(command))
         return commands
@@ -164,7 +164,7 @@ class LegacyAgent:
         for attempt in range(self.profile.result_attempts):
             if attempt:
                 await asyncio.sleep(self.profile.retry_initial_s)
-            if await self._call(What.RESULT, request, self._drain_pool, _take, command) is not None:
+            if await self._call(EventKind.RESULT, request, self._drain_pool, _take, command) is not None:
                 return True
         return False
 
@@ -210,7 +210,7 @@ class LegacyAgent:
 
     async def _call(
         self,
-        what: What,
+        what: EventKind,
         request: Request,
         pool: Pool,
         read: Callable[[Response], _Value],
@@ -222,21 +222,21 @@ class LegacyAgent:
         try:
             response = await self._callbacks.call(Exchange(self.who.agent_id, what, request, pool))
         except WireError as error:
-            self._emit(what, Outcome.FAILED, started_s, detail=str(error), command=command)
+            self._emit(what, CallOutcome.FAILED, started_s, detail=str(error), command=command)
             return None
         if response.status not in request.success:
-            self._emit(what, Outcome.REFUSED, started_s, response=response, command=command)
+            self._emit(what, CallOutcome.REFUSED, started_s, response=response, command=command)
             return None
         try:
             value = read(response)
-        except Undecodable as error:
-            outcome = Outcome.UNDECODABLE if response.status < 300 else Outcome.REFUSED
+        except DecodeError as error:
+            outcome = CallOutcome.UNDECODABLE if response.status < 300 else CallOutcome.REFUSED
             self._emit(what, outcome, started_s, response=response, detail=str(error), command=command)
             return None
-        self._emit(what, Outcome.OK, started_s, response=response, command=command)
+        self._emit(what, CallOutcome.OK, started_s, response=response, command=command)
         return value
 
-    def _emit(self, what: What, outcome: Outcome, started_s: float, **rest: Any) -> None:
+    def _emit(self, what: EventKind, outcome: CallOutcome, started_s: float, **rest: Any) -> None:
         now_s = self._clock.monotonic_s()
         self._callbacks.event(Event(self.who.agent_id, what, outcome, started_s, now_s, **rest))
 

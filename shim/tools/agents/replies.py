@@ -15,7 +15,7 @@ Rfc3339 = Annotated[
 ]
 
 
-class Undecodable(Exception):
+class DecodeError(Exception):
     """A success that this generation cannot use: a real agent logs an error, or exits. The text never has the body."""
 
 
@@ -116,32 +116,32 @@ def _decode(kind: type[_Reply], body: bytes, what: str) -> _Reply:
         # Go leaves the struct as it is when the whole reply is `null`.
         reply = msgspec.json.decode(body, type=kind | None)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
-        raise Undecodable(f"the {what} reply does not decode") from None
+        raise DecodeError(f"the {what} reply does not decode") from None
     return kind() if reply is None else reply
 
 
 def decode_commands(body: bytes) -> list[Command]:
-    """A drain's commands; raises `Undecodable`."""
+    """A drain's commands; raises `DecodeError`."""
     return _decode(_Commands, body, "commands").commands or []
 
 
 def decode_tunnel(body: bytes) -> TunnelStatus:
-    """A tunnel poll's reply; raises `Undecodable`."""
+    """A tunnel poll's reply; raises `DecodeError`."""
     return _decode(TunnelStatus, body, "tunnel")
 
 
 def decode_registration(body: bytes) -> Registration:
-    """B4 and later: the top-level `cluster_id` is mandatory and nothing stands in for it; raises `Undecodable`."""
+    """B4 and later: the top-level `cluster_id` is mandatory and nothing stands in for it; raises `DecodeError`."""
     reply = _decode(_Registered, body, "register")
     if not reply.cluster_id:
-        raise Undecodable("the register reply has no cluster_id")
+        raise DecodeError("the register reply has no cluster_id")
     return Registration(reply.cluster_id, reply.cluster.token or "" if reply.cluster else "")
 
 
 def decode_registration_b3(body: bytes) -> Registration:
     """B1-B3: the nested `cluster.id`; without one the agent is registered and never sends a heartbeat.
 
-    Raises `Undecodable`.
+    Raises `DecodeError`.
     """
     cluster = _decode(_RegisteredB3, body, "register").cluster or _ClusterOfB3()
     return Registration(cluster.id or "", cluster.token or "")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from shim.core.timestamps import parse_rfc3339, rfc3339
 from shim.messages import Message
 from shim.tools.controller import faults as fault
-from shim.tools.controller.books import Books
+from shim.tools.controller.books import ControllerState
 from shim.tools.controller.faultbook import Scope
 from shim.tools.controller.faults import Endpoint, How
 from shim.tools.controller.history import Event
@@ -55,7 +55,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
+class CloseAfterReply:
     """End the connection once the answer before this is written."""
 
     how: How
@@ -63,13 +63,13 @@ class Leave:
     reason: str = ""
 
 
-Answers = list[Answer | Leave]
+Answers = list[Answer | CloseAfterReply]
 
 
-class Desk:
+class MessageHandler:
     """Takes messages and answers them. Keeps the books, sends nothing itself."""
 
-    def __init__(self, books: Books) -> None:
+    def __init__(self, books: ControllerState) -> None:
         self._registry = books.registry
         self._commands = books.commands
         self._faults = books.faults
@@ -127,7 +127,7 @@ class Desk:
             success["gateway_ws_url"] = redirect.url or self.gateway_url
         answers.append(Answer(Message("register_success", success, message.request_id), delay_s))
         if contended := self._faults.take(fault.CloseAfterRegister, scope):
-            answers.append(Leave(contended.how, contended.code))
+            answers.append(CloseAfterReply(contended.how, contended.code))
         return answers
 
     def _register_problem(self, peer: Peer, payload: dict[str, Any]) -> str:

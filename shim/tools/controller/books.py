@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shim.clock import Clock
-from shim.tools.controller.commands import CommandBook
-from shim.tools.controller.faultbook import FaultBook
+from shim.tools.controller.commands import CommandLog
+from shim.tools.controller.faultbook import ActiveFaults
 from shim.tools.controller.history import History
 from shim.tools.controller.options import Options
 from shim.tools.controller.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
-class Books:
+class ControllerState:
     """The state of a controller, apart from its connections."""
 
     clock: Clock
     options: Options
     history: History
-    faults: FaultBook
+    faults: ActiveFaults
     registry: Registry
-    commands: CommandBook
+    commands: CommandLog

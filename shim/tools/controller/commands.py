@@ -114,7 +114,7 @@ class Command:
         }
 
 
-class CommandBook:
+class CommandLog:
     """The commands by id, at most 100,000: older ones are dropped."""
 
     def __init__(self) -> None:

@@ -16,13 +16,13 @@ from shim.core.timestamps import rfc3339
 from shim.errors import MessageError
 from shim.messages import Message, decode_frame
 from shim.tools.controller import faults as fault
-from shim.tools.controller.answers import Answer, Desk, Leave
-from shim.tools.controller.books import Books
+from shim.tools.controller.answers import Answer, MessageHandler, CloseAfterReply
+from shim.tools.controller.books import ControllerState
 from shim.tools.controller.faultbook import Scope
 from shim.tools.controller.faults import Endpoint, How
 from shim.tools.controller.history import Event, EventKind
 from shim.tools.controller.outbox import Outbox, Outgoing, outgoing
-from shim.tools.controller.wakeup import Wakeup
+from shim.tools.controller.wakeup import Condition
 
 _RST_ON_CLOSE = struct.pack("ii", 1, 0)
 _PROBLEMS = {
@@ -34,7 +34,7 @@ _PROBLEMS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
+class AcceptedHandshake:
     """An accepted handshake."""
 
     number: int
@@ -47,7 +47,7 @@ class Accepted:
 class Connection:
     """Reads, answers, sends and pings. `run` is its whole life; the other methods may be called at any time in it."""
 
-    def __init__(self, accepted: Accepted, books: Books, desk: Desk) -> None:
+    def __init__(self, accepted: AcceptedHandshake, books: ControllerState, desk: MessageHandler) -> None:
         self.number = accepted.number
         self.endpoint = accepted.endpoint
         self.owner = accepted.owner
@@ -60,8 +60,8 @@ class Connection:
         self._history = books.history
         self._desk = desk
         self._heard_s = books.clock.monotonic_s()
-        self._wakeup = Wakeup()
-        self._left: Leave | None = None
+        self._wakeup = Condition()
+        self._left: CloseAfterReply | None = None
         self._paused = False
         self.outbox = Outbox(
             accepted.socket,
@@ -87,7 +87,7 @@ class Connection:
 
     def drop(self, how: How, code: int = 1001, reason: str = "") -> None:
         """End the connection, whatever it is doing. After a close frame, another call cuts it."""
-        leave = Leave(how, code, reason=reason)
+        leave = CloseAfterReply(how, code, reason=reason)
         if how is How.CLOSE and self._left is None:
             self.outbox.leave(leave)
             self._leaves(leave)
@@ -95,7 +95,7 @@ class Connection:
             self._left = self._left or leave
             self._cut(how)
 
-    def _leaves(self, leave: Leave) -> None:
+    def _leaves(self, leave: CloseAfterReply) -> None:
         """From now on only the peer's close frame counts, and only for a while."""
         self._left = leave
         asyncio.get_running_loop().call_later(self._options.close_timeout_s, self._transport.abort)
@@ -236,5 +236,5 @@ class Connection:
             elif last is not None:
                 last.written.add_done_callback(partial(self._leave_after, answer))
 
-    def _leave_after(self, leave: Leave, _written: asyncio.Future[Event | None]) -> None:
+    def _leave_after(self, leave: CloseAfterReply, _written: asyncio.Future[Event | None]) -> None:
         self.outbox.put(leave)

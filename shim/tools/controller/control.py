@@ -15,7 +15,7 @@ from shim.tools.controller.commands import Command, parse_spec
 from shim.tools.controller.errors import RequestRefused
 from shim.tools.controller.faultbook import parse_fault
 from shim.tools.controller.history import Event
-from shim.tools.controller.hub import DropSpec, Hub, RawSpec, written
+from shim.tools.controller.hub import DropSpec, Connections, RawSpec, written
 from shim.tools.controller.legacy import LegacyApi
 from shim.tools.controller.tokens import bearer
 
@@ -32,7 +32,7 @@ _WAITS: dict[str, Callable[[Command], bool]] = {
 class Control:
     """JSON over HTTP. Refusals are `{"success": false, "error": …}` with a status that says whose fault it is."""
 
-    def __init__(self, hub: Hub, legacy: LegacyApi) -> None:
+    def __init__(self, hub: Connections, legacy: LegacyApi) -> None:
         self._hub = hub
         self._legacy = legacy
         self._books = hub.books

@@ -8,11 +8,11 @@ from typing import Any
 from aiohttp import web
 
 from shim.tools.controller import faults as fault
-from shim.tools.controller.connection import Accepted, Connection
+from shim.tools.controller.connection import AcceptedHandshake, Connection
 from shim.tools.controller.faultbook import Scope
 from shim.tools.controller.faults import Endpoint
 from shim.tools.controller.history import EventKind
-from shim.tools.controller.hub import Hub
+from shim.tools.controller.hub import Connections
 from shim.tools.controller.options import TokenPlace
 from shim.tools.controller.tokens import Tokens, bearer
 
@@ -35,7 +35,7 @@ class HandshakeRefused(Exception):
 class Handshakes:
     """Answers GET requests to the WebSocket paths."""
 
-    def __init__(self, hub: Hub, tokens: Tokens) -> None:
+    def __init__(self, hub: Connections, tokens: Tokens) -> None:
         self._hub = hub
         self._books = hub.books
         self._tokens = tokens
@@ -71,7 +71,7 @@ class Handshakes:
             )
             body = {"success": False, "error": refusal.reason}
             return web.json_response(body, status=refusal.status, headers=refusal.headers)
-        connection = self._open(request, Accepted(self._hub.next_number, endpoint, owner, socket, transport))
+        connection = self._open(request, AcceptedHandshake(self._hub.next_number, endpoint, owner, socket, transport))
         if cluster is not None:
             connection.clusters[cluster] = ""
             self._books.registry.presence(cluster).connection = connection.number
@@ -80,7 +80,7 @@ class Handshakes:
         await self._hub.serve(connection)
         return socket
 
-    def _open(self, request: web.Request, accepted: Accepted) -> Connection:
+    def _open(self, request: web.Request, accepted: AcceptedHandshake) -> Connection:
         self._hub.next_number += 1
         self._books.history.record(
             EventKind.OPENED,

@@ -26,7 +26,7 @@ class Scope:
 
 
 @dataclass(slots=True)
-class SetFault:
+class ActiveFault:
     """A fault that is set. `left` is what remains of its count; `shown` how often it has shown.
 
     `connections_before`: connections with lower numbers were open when it started.
@@ -57,19 +57,19 @@ def parse_fault(value: Any) -> AnyFault:
     return fault
 
 
-class FaultBook:
+class ActiveFaults:
     """`on_start` is called when a fault starts to show, `on_end` when one that was set is over."""
 
     def __init__(self) -> None:
-        self.on_start: Callable[[SetFault], None] = lambda _entry: None
-        self.on_end: Callable[[SetFault], None] = lambda _entry: None
-        self._set: dict[int, SetFault] = {}
+        self.on_start: Callable[[ActiveFault], None] = lambda _entry: None
+        self.on_end: Callable[[ActiveFault], None] = lambda _entry: None
+        self._set: dict[int, ActiveFault] = {}
         self._last_id = 0
 
     def add(self, fault: AnyFault) -> int:
         """Set a fault and return its id. Runs on the event loop."""
         self._last_id += 1
-        entry = SetFault(self._last_id, fault, fault.count)
+        entry = ActiveFault(self._last_id, fault, fault.count)
         self._set[entry.id] = entry
         if fault.after_s:
             entry.timers.append(asyncio.get_running_loop().call_later(fault.after_s, self._start, entry))
@@ -77,7 +77,7 @@ class FaultBook:
             self._start(entry)
         return entry.id
 
-    def _start(self, entry: SetFault) -> None:
+    def _start(self, entry: ActiveFault) -> None:
         entry.started = True
         if entry.fault.duration_s is not None:
             loop = asyncio.get_running_loop()
@@ -101,7 +101,7 @@ class FaultBook:
             self.clear(fault_id)
         return len(ids)
 
-    def all(self) -> list[SetFault]:
+    def all(self) -> list[ActiveFault]:
         """The faults that are set, oldest first."""
         return list(self._set.values())
 
@@ -122,11 +122,11 @@ class FaultBook:
                 self.clear(entry.id)
         return entry.fault
 
-    def _find(self, kind: type[F], scope: Scope) -> SetFault | None:
+    def _find(self, kind: type[F], scope: Scope) -> ActiveFault | None:
         return next((entry for entry in self._set.values() if _shows(entry, kind, scope)), None)
 
 
-def _shows(entry: SetFault, kind: type[Fault], scope: Scope) -> bool:
+def _shows(entry: ActiveFault, kind: type[Fault], scope: Scope) -> bool:
     fault = entry.fault
     if not entry.started or not isinstance(fault, kind):
         return False

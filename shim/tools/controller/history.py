@@ -13,9 +13,9 @@ from typing import Any
 from shim.clock import Clock
 from shim.core.timestamps import rfc3339
 from shim.messages import Message
-from shim.tools.controller.journal import Journal
+from shim.tools.controller.journal import HistoryFile
 from shim.tools.controller.masking import mask
-from shim.tools.controller.wakeup import Wakeup
+from shim.tools.controller.wakeup import Condition
 
 _EVENT_BYTES = 500
 
@@ -98,14 +98,14 @@ class History:
     before `record` returns, so before anything that follows from it.
     """
 
-    def __init__(self, clock: Clock, *, max_events: int, max_bytes: int, journal: Journal | None = None) -> None:
+    def __init__(self, clock: Clock, *, max_events: int, max_bytes: int, journal: HistoryFile | None = None) -> None:
         self._clock = clock
         self._max_events = max_events
         self._max_bytes = max_bytes
         self._journal = journal
         self._events: deque[tuple[Event, int]] = deque()
         self._bytes = 0
-        self._wakeup = Wakeup()
+        self._wakeup = Condition()
         self.last_n = journal.last_n if journal else 0
         self.listeners: list[Callable[[Event], None]] = []
 

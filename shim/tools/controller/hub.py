@@ -12,16 +12,16 @@ import msgspec
 from aiohttp import WSMsgType
 
 from shim.messages import Message
-from shim.tools.controller.answers import Desk
-from shim.tools.controller.books import Books
+from shim.tools.controller.answers import MessageHandler
+from shim.tools.controller.books import ControllerState
 from shim.tools.controller.commands import Command, CommandSpec, Target
 from shim.tools.controller.connection import Connection
 from shim.tools.controller.errors import RequestRefused
-from shim.tools.controller.faultbook import SetFault
+from shim.tools.controller.faultbook import ActiveFault
 from shim.tools.controller.faults import CloseCode, Drop, Forget, How
 from shim.tools.controller.history import Event, EventKind
 from shim.tools.controller.outbox import Outgoing
-from shim.tools.controller.wakeup import Wakeup
+from shim.tools.controller.wakeup import Condition
 
 
 class RawSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,15 +52,15 @@ class DropSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
     reason: str = ""
 
 
-class Hub:
+class Connections:
     """All connections by number. Numbers are never used twice."""
 
-    def __init__(self, books: Books) -> None:
+    def __init__(self, books: ControllerState) -> None:
         self.books = books
-        self.desk = Desk(books)
+        self.desk = MessageHandler(books)
         self.connections: dict[int, Connection] = {}
         self.next_number = 1
-        self.changed = Wakeup()
+        self.changed = Condition()
         books.faults.on_start = self._fault_starts
         books.faults.on_end = self._fault_ends
 
@@ -124,7 +124,7 @@ class Hub:
 
     # --- faults -------------------------------------------------------------------------------------------------------
 
-    def _fault_starts(self, entry: SetFault) -> None:
+    def _fault_starts(self, entry: ActiveFault) -> None:
         entry.connections_before = self.next_number
         self.books.history.record(EventKind.FAULT_SET, fault=entry.to_json())
         fault = entry.fault
@@ -138,7 +138,7 @@ class Hub:
             self.books.faults.clear(entry.id)
         self._tell_connections()
 
-    def _fault_ends(self, entry: SetFault) -> None:
+    def _fault_ends(self, entry: ActiveFault) -> None:
         self.books.history.record(EventKind.FAULT_ENDED, fault=entry.to_json())
         self._tell_connections()
 

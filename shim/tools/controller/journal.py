@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 
-class Journal:
+class HistoryFile:
     """Appends to a file. A line has reached the operating system when `write` returns, so the death of this process
     loses none of them (the death of the machine may). Several runs may follow each other in one file.
     """

@@ -32,7 +32,7 @@ from shim.core.calls import (
 from shim.core.timestamps import rfc3339
 from shim.errors import AgentError
 from shim.messages import Message
-from shim.tools.controller.books import Books
+from shim.tools.controller.books import ControllerState
 from shim.tools.controller.errors import RequestRefused
 from shim.tools.controller.history import EventKind
 from shim.tools.controller.tokens import Tokens, bearer
@@ -59,7 +59,7 @@ class LegacySwitch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class LegacyApi:
     """Serves what the dialects know. `refuse` is the status of every answer while it is not 0."""
 
-    def __init__(self, books: Books, tokens: Tokens) -> None:
+    def __init__(self, books: ControllerState, tokens: Tokens) -> None:
         self._books = books
         self._tokens = tokens
         self._router = dialects.Router(dialects.load())

@@ -12,11 +12,11 @@ from aiohttp import WSMsgType, web
 
 from shim.messages import Message, encode
 from shim.tools.controller import faults as fault
-from shim.tools.controller.answers import Leave
-from shim.tools.controller.books import Books
+from shim.tools.controller.answers import CloseAfterReply
+from shim.tools.controller.books import ControllerState
 from shim.tools.controller.faultbook import Scope
 from shim.tools.controller.history import Event, EventKind
-from shim.tools.controller.wakeup import Wakeup
+from shim.tools.controller.wakeup import Condition
 
 GARBAGE: tuple[str | bytes, ...] = (
     "not json",
@@ -62,7 +62,7 @@ class Outbox:
     def __init__(
         self,
         socket: web.WebSocketResponse,
-        books: Books,
+        books: ControllerState,
         *,
         scope: Callable[[str], Scope],
         gated: Callable[[], bool],
@@ -74,15 +74,15 @@ class Outbox:
         self._binary = books.options.binary_frames
         self._scope = scope
         self._gated = gated
-        self._items: deque[Outgoing | Leave] = deque()
+        self._items: deque[Outgoing | CloseAfterReply] = deque()
         self._held: list[Outgoing] = []
         self._timers: set[asyncio.TimerHandle] = set()
         self._garbage = cycle(GARBAGE)
-        self._wakeup = Wakeup()
-        self._leaving: Leave | None = None
+        self._wakeup = Condition()
+        self._leaving: CloseAfterReply | None = None
         self._shut = False
 
-    def put(self, item: Outgoing | Leave, delay_s: float = 0) -> None:
+    def put(self, item: Outgoing | CloseAfterReply, delay_s: float = 0) -> None:
         """Send after what waits already, or `delay_s` later. After `shut` the item is dropped."""
         if isinstance(item, Outgoing) and item.message is not None:
             late = self._faults.take(fault.Delay, self._scope(item.message.type))
@@ -92,7 +92,7 @@ class Outbox:
         else:
             self._append(item)
 
-    def leave(self, leave: Leave) -> None:
+    def leave(self, leave: CloseAfterReply) -> None:
         """Send a close frame before everything that waits."""
         self._leaving = leave
         self._wakeup.wake()
@@ -113,13 +113,13 @@ class Outbox:
         self._items.clear()
         self._held.clear()
 
-    async def run(self) -> Leave | None:
-        """Send until the connection is over; returns the `Leave` whose turn it is, if one came."""
+    async def run(self) -> CloseAfterReply | None:
+        """Send until the connection is over; returns the `CloseAfterReply` whose turn it is, if one came."""
         try:
             while True:
                 await self._wakeup.until(lambda: bool(self._leaving or (self._items and not self._gated())))
                 item = self._leaving or self._items.popleft()
-                if isinstance(item, Leave):
+                if isinstance(item, CloseAfterReply):
                     return item
                 for frame in self._arrange(item):
                     await self._write(frame)
@@ -128,7 +128,7 @@ class Outbox:
         finally:
             self.shut()
 
-    def _append(self, item: Outgoing | Leave) -> None:
+    def _append(self, item: Outgoing | CloseAfterReply) -> None:
         if self._shut:
             self._drop(item)
             return
@@ -144,7 +144,7 @@ class Outbox:
         self._timers.add(timer)
 
     @staticmethod
-    def _drop(item: Outgoing | Leave) -> None:
+    def _drop(item: Outgoing | CloseAfterReply) -> None:
         if isinstance(item, Outgoing) and not item.written.done():
             item.written.set_result(None)
 

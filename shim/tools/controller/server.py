@@ -10,15 +10,15 @@ import msgspec
 from aiohttp import web
 
 from shim.clock import Clock
-from shim.tools.controller.books import Books
-from shim.tools.controller.commands import Command, CommandBook, CommandSpec
+from shim.tools.controller.books import ControllerState
+from shim.tools.controller.commands import Command, CommandLog, CommandSpec
 from shim.tools.controller.control import Control
 from shim.tools.controller.endpoints import CONTROLLER_PATH, GATEWAY_PATH, Handshakes
-from shim.tools.controller.faultbook import FaultBook
+from shim.tools.controller.faultbook import ActiveFaults
 from shim.tools.controller.faults import AnyFault, How
 from shim.tools.controller.history import Event, EventKind, History, Wanted
-from shim.tools.controller.hub import DropSpec, Hub, RawSpec, written
-from shim.tools.controller.journal import Journal
+from shim.tools.controller.hub import DropSpec, Connections, RawSpec, written
+from shim.tools.controller.journal import HistoryFile
 from shim.tools.controller.legacy import LegacyApi
 from shim.tools.controller.options import Options
 from shim.tools.controller.registry import Registry
@@ -42,7 +42,7 @@ class DevController:
         self._options = options or Options()
         self._clock = clock or Clock()
         self._runners: list[web.AppRunner] = []
-        self._journal: Journal | None = None
+        self._journal: HistoryFile | None = None
         self.listen = ("", 0)
         self.control = ("", 0)
 
@@ -51,7 +51,7 @@ class DevController:
     async def start(self) -> None:
         """Open the files, listen. Raises `OSError` if a file or the port cannot be opened."""
         options = self._options
-        self._journal = Journal(options.journal) if options.journal else None
+        self._journal = HistoryFile(options.journal) if options.journal else None
         history = History(
             self._clock,
             max_events=options.history_events,
@@ -59,8 +59,8 @@ class DevController:
             journal=self._journal,
         )
         registry = Registry(self._clock, options.state)
-        self.books = Books(self._clock, options, history, FaultBook(), registry, CommandBook())
-        self.hub = Hub(self.books)
+        self.books = ControllerState(self._clock, options, history, ActiveFaults(), registry, CommandLog())
+        self.hub = Connections(self.books)
         routes = Handshakes(self.hub, self._tokens).routes()
         legacy = LegacyApi(self.books, self._tokens)
         control = Control(self.hub, legacy).routes()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 
-class Wakeup:
+class Condition:
     """A condition without a lock: whoever changes the state calls `wake`, whoever waits looks at it again."""
 
     def __init__(self) -> None:

@@ -14,11 +14,11 @@ from shim.tools.agents import (
     Exchange,
     Identity,
     LegacyAgent,
-    Outcome,
-    Profile,
+    CallOutcome,
+    AgentProfile,
     Response,
     Result,
-    What,
+    EventKind,
 )
 from shim.tools.control_client import ControlClient
 
@@ -28,11 +28,11 @@ SLOW = "slow"  # a command that takes as long as the story wants
 TOKEN = "demo"  # noqa: S105 - nothing real behind it
 
 
-class Agent:
+class DemoAgent:
     """One legacy agent of the latest generation, its calls quickened, and everything that happens to it."""
 
     def __init__(self, url: str, clock: Clock, number: int = 0, token: str = TOKEN) -> None:
-        profile = Profile(heartbeat_interval_s=BEAT_S, poll_interval_s=POLL_S, retry_initial_s=BEAT_S, retry_max_s=1)
+        profile = AgentProfile(heartbeat_interval_s=BEAT_S, poll_interval_s=POLL_S, retry_initial_s=BEAT_S, retry_max_s=1)
         who = Identity(
             agent_id=f"agent-demo-{number}", cluster_name=f"demo-{number}" if number else "demo", token=token
         )
@@ -44,7 +44,7 @@ class Agent:
         self.polling = False
         self._changed = asyncio.Event()
 
-    async def event(self, what: What, since: int = 0, outcome: Outcome = Outcome.OK, **command: str) -> Event:
+    async def event(self, what: EventKind, since: int = 0, outcome: CallOutcome = CallOutcome.OK, **command: str) -> Event:
         """The first event of a kind from number `since` on; `id` or `type` may name its command."""
         while True:
             for event in self.events[since:]:
@@ -52,10 +52,10 @@ class Agent:
                     return event
             await self._wait()
 
-    async def count(self, what: What, number: int, since: int) -> list[Event]:
+    async def count(self, what: EventKind, number: int, since: int) -> list[Event]:
         """So many successes of a kind from number `since` on."""
         while True:
-            found = [event for event in self.events[since:] if (event.what, event.outcome) == (what, Outcome.OK)]
+            found = [event for event in self.events[since:] if (event.what, event.outcome) == (what, CallOutcome.OK)]
             if len(found) >= number:
                 return found
             await self._wait()
@@ -81,7 +81,7 @@ class Agent:
         return Result(output=f"done: {command.type}")
 
     async def _call(self, exchange: Exchange) -> Response:
-        if exchange.what is not What.POLL:
+        if exchange.what is not EventKind.POLL:
             return await exchange.send()
         self.polling = True
         self._changed.set()
@@ -95,7 +95,7 @@ def _fits(command: Command | None, wanted: dict[str, str]) -> bool:
     return all(command is not None and getattr(command, key) == value for key, value in wanted.items())
 
 
-class Watch:
+class ControllerEvents:
     """What happens at the controller, in order."""
 
     def __init__(self, control: ControlClient) -> None:

@@ -19,7 +19,7 @@ class ChildFailed(Exception):
     """A process ended that should not have; the text names it and its exit code."""
 
 
-class Child:
+class ChildProcess:
     """`agent-shim <args>` with a ready file and a log file in `folder`; it may be killed and started again.
 
     Another program is another class: its `_command`, and what `_ready` finds once it is there.

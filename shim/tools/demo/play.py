@@ -11,10 +11,10 @@ from pathlib import Path
 
 from shim.clock import Clock
 from shim.tools.control_client import ControlError
-from shim.tools.demo.children import Child, ChildFailed
-from shim.tools.demo.stage import Stage, StepFailed
-from shim.tools.demo.story import Story
-from shim.tools.demo.tale import Tale
+from shim.tools.demo.children import ChildProcess, ChildFailed
+from shim.tools.demo.stage import Console, StepFailed
+from shim.tools.demo.story import SidecarScenario
+from shim.tools.demo.tale import Scenario
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -27,13 +27,13 @@ def play(*, once: bool, colour: bool) -> int:
         return asyncio.run(_play(Path(folder), _sidecar, once=once, colour=colour))
 
 
-def _sidecar(stage: Stage, clock: Clock, folder: Path) -> Tale:
-    return Story(stage, clock, Child("controller", folder), Child("shim", folder), folder / "agent-shim.db")
+def _sidecar(stage: Console, clock: Clock, folder: Path) -> Scenario:
+    return SidecarScenario(stage, clock, ChildProcess("controller", folder), ChildProcess("shim", folder), folder / "agent-shim.db")
 
 
-async def _play(folder: Path, make: Callable[[Stage, Clock, Path], Tale], *, once: bool, colour: bool) -> int:
+async def _play(folder: Path, make: Callable[[Console, Clock, Path], Scenario], *, once: bool, colour: bool) -> int:
     clock = Clock()
-    stage = Stage(sys.stdout, clock, colour=colour)
+    stage = Console(sys.stdout, clock, colour=colour)
     story = make(stage, clock, folder)
     _cancel_on_signal()
     try:
@@ -49,7 +49,7 @@ async def _play(folder: Path, make: Callable[[Stage, Clock, Path], Tale], *, onc
     return code
 
 
-async def _perform(story: Tale, stage: Stage, *, once: bool) -> int:
+async def _perform(story: Scenario, stage: Console, *, once: bool) -> int:
     failures: list[str] = []
     try:
         async with asyncio.TaskGroup() as group:

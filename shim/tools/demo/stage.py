@@ -28,7 +28,7 @@ class Step:
     took_s: float | None = None
 
 
-class Stage:
+class Console:
     """Writes to a stream; colours only for a terminal, and never with NO_COLOR set."""
 
     def __init__(self, out: TextIO, clock: Clock, *, colour: bool) -> None:

@@ -8,21 +8,21 @@ from pathlib import Path
 
 from shim.clock import Clock
 from shim.core.words import plural
-from shim.tools.agents import What
+from shim.tools.agents import EventKind
 from shim.tools.control_client import control_client
-from shim.tools.demo.cast import BEAT_S, POLL_S, SLOW, TOKEN, Agent, Watch
-from shim.tools.demo.children import Child
-from shim.tools.demo.stage import Stage
-from shim.tools.demo.tale import Tale
+from shim.tools.demo.cast import BEAT_S, POLL_S, SLOW, TOKEN, DemoAgent, ControllerEvents
+from shim.tools.demo.children import ChildProcess
+from shim.tools.demo.stage import Console
+from shim.tools.demo.tale import Scenario
 
 _HOLD_S = 10
 _BEATS = 6
 
 
-class Story(Tale):
+class SidecarScenario(Scenario):
     """One agent, one shim, one controller: a command, and then each of the two dies."""
 
-    def __init__(self, stage: Stage, clock: Clock, controller: Child, shim: Child, store: Path) -> None:
+    def __init__(self, stage: Console, clock: Clock, controller: ChildProcess, shim: ChildProcess, store: Path) -> None:
         super().__init__(stage, clock, (controller, shim))
         self._shim = shim
         self._store = store
@@ -32,8 +32,8 @@ class Story(Tale):
         self._group = group
         await self._open()
         async with control_client(f"http://{self._addresses['controller']}") as control:
-            watch = Watch(control)
-            agent = Agent(f"http://{self._addresses['shim']}", self._clock)
+            watch = ControllerEvents(control)
+            agent = DemoAgent(f"http://{self._addresses['shim']}", self._clock)
             self._agents.append(agent)
             await self._link_up(watch)
             await self._agent_arrives(agent, watch)
@@ -59,26 +59,26 @@ class Story(Tale):
             await self._start_shim("127.0.0.1:0", "127.0.0.1:0")
             step.detail = f"http://{self._addresses['shim']}, admin {self._addresses['admin']}"
 
-    async def _link_up(self, watch: Watch) -> None:
+    async def _link_up(self, watch: ControllerEvents) -> None:
         async with self._stage.step("WebSocket link is up") as step:
             opened = await watch.event("opened", 0)
             step.detail = f"connection {opened['connection']}, token in the {' and '.join(opened['auth'])}"
 
-    async def _agent_arrives(self, agent: Agent, watch: Watch) -> None:
+    async def _agent_arrives(self, agent: DemoAgent, watch: ControllerEvents) -> None:
         self._stage.headline("An agent that was never changed")
         self._stage.note(f"It beats every {BEAT_S} s and polls every {POLL_S:g} s here; real ones take 5 s and more.")
         self._spawn(agent.legacy.run())
         async with self._stage.step("agent registered") as step:
-            event = await agent.event(What.REGISTER)
+            event = await agent.event(EventKind.REGISTER)
             step.took_s = event.at_s - event.started_s
             step.detail = f"HTTP {event.status}, cluster id {agent.legacy.cluster_id}"
         async with self._stage.step("heartbeats coalesced") as step:
-            beats = await agent.count(What.HEARTBEAT, _BEATS, since=0)
+            beats = await agent.count(EventKind.HEARTBEAT, _BEATS, since=0)
             upstream = await watch.count("received", "heartbeat", 0)
             answer = {beat.status for beat in beats}
             step.detail = f"{len(beats)} from the agent (HTTP {answer.pop()}), {upstream} upstream"
 
-    async def _command_through(self, agent: Agent, watch: Watch) -> None:
+    async def _command_through(self, agent: DemoAgent, watch: ControllerEvents) -> None:
         self._stage.headline("A command")
         async with self._stage.step("agent's poll is held open", POLL_S + _HOLD_S) as step:
             await agent.in_poll()
@@ -86,27 +86,27 @@ class Story(Tale):
         async with self._stage.step("command pushed by the controller"):
             sent_s, ident = await self._push(agent, watch, "restart")
         async with self._stage.step("in the agent's hand") as step:
-            in_hand = await agent.event(What.COMMAND, id=ident)
+            in_hand = await agent.event(EventKind.COMMAND, id=ident)
             step.detail, step.took_s = "since the controller sent it", in_hand.at_s - sent_s
         async with self._stage.step("result back at the controller") as step:
             result = await watch.event("received", 0, type="command_result", command_id=ident)
             step.detail = f"since the controller sent it; “{result['payload'].get('output', '')}”"
             step.took_s = result["monotonic_s"] - sent_s
 
-    async def _controller_dies(self, agent: Agent, watch: Watch) -> None:
+    async def _controller_dies(self, agent: DemoAgent, watch: ControllerEvents) -> None:
         self._stage.headline("The controller dies while the agent works on a command")
         async with self._stage.step("a slow command in hand", POLL_S + _HOLD_S) as step:
             await agent.in_poll()
             sent_s, ident = await self._push(agent, watch, SLOW)
-            in_hand = await agent.event(What.COMMAND, id=ident)
+            in_hand = await agent.event(EventKind.COMMAND, id=ident)
             step.detail, step.took_s = "since the controller sent it", in_hand.at_s - sent_s
         async with self._stage.step("controller killed (kill -9)"):
             await self._controller.kill()
         since = len(agent.events)
         async with self._stage.step("the agent notices nothing") as step:
-            beats = await agent.count(What.HEARTBEAT, 3, since)
+            beats = await agent.count(EventKind.HEARTBEAT, 3, since)
             agent.release.set()
-            posted = await agent.event(What.RESULT, since, id=ident)
+            posted = await agent.event(EventKind.RESULT, since, id=ident)
             step.detail = f"{len(beats)} heartbeats and the result answered, HTTP {beats[0].status} and {posted.status}"
         async with self._stage.step("controller back, link up again", 30) as step:
             await self._start_controller(self._addresses["controller"])
@@ -121,12 +121,12 @@ class Story(Tale):
             result = await watch.event("received", 0, type="command_result", command_id=ident)
             step.detail, step.took_s = "since the agent posted it", result["monotonic_s"] - posted.at_s
 
-    async def _shim_dies(self, agent: Agent, watch: Watch) -> None:
+    async def _shim_dies(self, agent: DemoAgent, watch: ControllerEvents) -> None:
         self._stage.headline("The shim dies with a command on its disk")
         agent.release.clear()
         async with self._stage.step("the agent is busy", POLL_S + _HOLD_S) as step:
             _, busy = await self._push(agent, watch, SLOW)
-            await agent.event(What.COMMAND, id=busy)
+            await agent.event(EventKind.COMMAND, id=busy)
             step.detail = "it polls no more until it is done"
         async with self._stage.step("another command is on disk") as step:
             sent_s, ident = await self._push(agent, watch, "upgrade")
@@ -139,8 +139,8 @@ class Story(Tale):
             await self._start_shim(self._addresses["shim"], self._addresses["admin"])
         agent.release.set()
         async with self._stage.step("the command survived", 30) as step:
-            in_hand = await agent.event(What.COMMAND, since, id=ident)
-            registers = sum(event.what is What.REGISTER for event in agent.events[since:])
+            in_hand = await agent.event(EventKind.COMMAND, since, id=ident)
+            registers = sum(event.what is EventKind.REGISTER for event in agent.events[since:])
             step.detail = f"in hand since it was sent; {plural(registers, 'new registration')}"
             step.took_s = in_hand.at_s - sent_s
         async with self._stage.step("and so did its result", 30) as step:

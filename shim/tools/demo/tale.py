@@ -8,17 +8,17 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from shim.clock import Clock
-from shim.tools.agents import Event, Outcome, What
+from shim.tools.agents import Event, CallOutcome, EventKind
 from shim.tools.control_client import ControlError, control_client
-from shim.tools.demo.cast import TOKEN, Agent, Watch
-from shim.tools.demo.children import Child
-from shim.tools.demo.stage import Stage
+from shim.tools.demo.cast import TOKEN, DemoAgent, ControllerEvents
+from shim.tools.demo.children import ChildProcess
+from shim.tools.demo.stage import Console
 
 
-class Tale(ABC):
+class Scenario(ABC):
     """Tells itself on a stage. The children are stopped by whoever made them, also when it fails half-way."""
 
-    def __init__(self, stage: Stage, clock: Clock, children: Sequence[Child]) -> None:
+    def __init__(self, stage: Console, clock: Clock, children: Sequence[ChildProcess]) -> None:
         """The first of the children is the controller."""
         self.children = children
         self.told = False
@@ -28,7 +28,7 @@ class Tale(ABC):
         self._addresses: dict[str, str] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._group: asyncio.TaskGroup
-        self._agents: list[Agent] = []
+        self._agents: list[DemoAgent] = []
 
     @abstractmethod
     async def tell(self, group: asyncio.TaskGroup) -> None:
@@ -67,7 +67,7 @@ class Tale(ABC):
         self._spawn(self._controller.guard())
         self._addresses["controller"] = ready["listen"]
 
-    async def _push(self, agent: Agent, watch: Watch, kind: str) -> tuple[float, str]:
+    async def _push(self, agent: DemoAgent, watch: ControllerEvents, kind: str) -> tuple[float, str]:
         """Push a command of a type to the agent; when it was sent (monotonic seconds), and its id."""
         sent = await watch.control.push({"type": kind, "cluster_id": agent.legacy.cluster_id})
         if not sent["sent"]:
@@ -82,9 +82,9 @@ class Tale(ABC):
         self._stage.headline("Ctrl-C ends it.")
 
     def _show_live(self, event: Event) -> None:
-        if event.what is What.COMMAND and event.command:
+        if event.what is EventKind.COMMAND and event.command:
             self._stage.happened("command in the agent's hand", f"{event.command.type}, {event.command.id}")
-        elif event.what is What.RESULT and event.command:
+        elif event.what is EventKind.RESULT and event.command:
             self._stage.happened("result posted", f"HTTP {event.status}, {event.command.id}")
-        elif event.outcome is not Outcome.OK:
+        elif event.outcome is not CallOutcome.OK:
             self._stage.happened(f"{event.what.value} {event.outcome.value}", event.detail or f"HTTP {event.status}")

@@ -103,7 +103,7 @@ def _examine_given(options: _Options, report: Report) -> None:
         return
     for secret in (*configuration.secrets(settings), admin_token):
         redaction.add(secret)
-    shim = examine.running_shim(settings, given(options.url) if options.url else None, admin_token)
+    shim = examine.find_running_shim(settings, given(options.url) if options.url else None, admin_token)
     found, token = examine.examine(settings, shim, options.token_file, source.environ, dial=options.dial)
     redaction.add(token)
     report.add(examine.configuration(source.describe(), settings, find_warnings(settings, source.environ)))

@@ -14,19 +14,19 @@ from shim.tools.admin_address import reachable
 from shim.tools.doctor import machine, running, sources
 from shim.tools.doctor.findings import Finding, Status, failed, passed, warned
 from shim.tools.doctor.probe import Dial, ask_head, ask_time_unverified, dial_websocket
-from shim.tools.doctor.running import Running
+from shim.tools.doctor.running import RunningShim
 from shim.tools.doctor.way import judge_clock, judge_fallback, judge_frames, judge_token, judge_upgrade, judge_way
 
 _REFUSED = (401, 403)
 
 
-def running_shim(settings: Settings, admin: tuple[str, int] | None, token: str) -> Running:
+def find_running_shim(settings: Settings, admin: tuple[str, int] | None, token: str) -> RunningShim:
     """What the shim says that listens where the configuration, or `admin`, says."""
     host, port = admin or (reachable(settings.admin.hosts[0]), settings.admin.port)
-    return running.ask(host, port, token) if port else Running(f"{host}:0")
+    return running.ask(host, port, token) if port else RunningShim(f"{host}:0")
 
 
-def examine_machine(settings: Settings, shim: Running) -> list[Finding]:
+def examine_machine(settings: Settings, shim: RunningShim) -> list[Finding]:
     """Ports and store."""
     store = settings.store
     kept = machine.examine_store(store, shim)
@@ -108,7 +108,7 @@ async def _examine_network(settings: Settings, token: str, environ: Mapping[str,
 
 def examine(
     settings: Settings,
-    shim: Running,
+    shim: RunningShim,
     token_file: str | None,
     environ: Mapping[str, str],
     *,

@@ -26,7 +26,7 @@ class Finding:
     check: str
     status: Status
     text: str
-    todo: str = ""
+    remedy: str = ""
 
 
 def passed(check: str, text: str) -> Finding:
@@ -54,7 +54,7 @@ class Report:
     def add(self, findings: Iterable[Finding]) -> None:
         """Take in what a check found."""
         for each in findings:
-            text, todo = self.redaction.text(each.text), self.redaction.text(each.todo)
+            text, todo = self.redaction.text(each.text), self.redaction.text(each.remedy)
             self._findings.append(Finding(each.check, each.status, text, todo))
 
     @property
@@ -68,14 +68,14 @@ class Report:
         lines = []
         for finding in self._findings:
             lines.append(f"{finding.status.value}  {finding.check:<{width}}  {printable(finding.text)}")
-            if finding.todo:
-                lines.append(f"      {'':<{width}}  -> {printable(finding.todo)}")
+            if finding.remedy:
+                lines.append(f"      {'':<{width}}  -> {printable(finding.remedy)}")
         return lines
 
     def json(self) -> str:
         """For a program: `{"ok": bool, "findings": [{"check", "status", "text", "todo"}]}`."""
         findings = [
-            {"check": each.check, "status": each.status.value, "text": each.text, "todo": each.todo}
+            {"check": each.check, "status": each.status.value, "text": each.text, "todo": each.remedy}
             for each in self._findings
         ]
         return json.dumps({"ok": self.ok, "findings": findings}, indent=2)

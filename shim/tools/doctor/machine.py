@@ -13,7 +13,7 @@ from shim import settings
 from shim.errors import StoreError
 from shim.store import advice, check_database, check_files
 from shim.tools.doctor.findings import Finding, failed, passed, warned
-from shim.tools.doctor.running import Running
+from shim.tools.doctor.running import RunningShim
 from shim.tools.doctor.volumes import Kind, Volume, volume_of
 
 VENDORS_PORTS = frozenset({8080, 8090})
@@ -45,7 +45,7 @@ _LASTS = {
 # --- ports ------------------------------------------------------------------------------------------------------------
 
 
-def examine_port(check: str, host: str, port: int, running: Running) -> Finding:
+def examine_port(check: str, host: str, port: int, running: RunningShim) -> Finding:
     """Whether `host:port` can be listened on; `check` is `listen` or `admin`, as in the configuration."""
     key = f"{check}.port"
     if port == 0:
@@ -86,7 +86,7 @@ def _bind(host: str, port: int) -> int:
 # --- the store --------------------------------------------------------------------------------------------------------
 
 
-def examine_store(store: settings.Store, running: Running) -> Iterator[Finding]:
+def examine_store(store: settings.Store, running: RunningShim) -> Iterator[Finding]:
     """Whether the store's file can be written, and how long what is in it lasts."""
     if store.path == ":memory:":
         yield warned("store", "in memory: nothing survives the process", "give store.path a file on a disk")
@@ -138,7 +138,7 @@ def _writable(path: Path, place: Path, volume: Volume) -> Finding:
     return passed("store", f"{path} can be made")
 
 
-def _contents(path: Path, running: Running) -> Iterator[Finding]:
+def _contents(path: Path, running: RunningShim) -> Iterator[Finding]:
     if not path.exists():
         return
     try:

@@ -16,7 +16,7 @@ from shim.clock import Clock
 from shim.core.urls import http_url, ws_url
 from shim.core.words import printable
 from shim.messages import Message
-from shim.ports import DialFailure, DialSpec, Socket
+from shim.ports import DialFailure, DialRequest, WebSocket
 from shim.redaction import without_secrets
 from shim.settings import DialSettings, Upstream
 from shim.upstream import AiohttpUpstream, Dialler, DialTrace, failure_of
@@ -80,12 +80,12 @@ async def dial_websocket(
     """Open the link's WebSocket, send a ping, close."""
     dial = Dial(ws_url(upstream.url, upstream.path), upstream.dialling)
     frames = _Frames()
-    outcome: asyncio.Future[Socket | DialFailure] = asyncio.get_running_loop().create_future()
+    outcome: asyncio.Future[WebSocket | DialFailure] = asyncio.get_running_loop().create_future()
     async with asyncio.TaskGroup() as group:
         port = AiohttpUpstream(
             upstream, lambda name, coro: group.create_task(coro, name=name), environ=environ, trace=dial.trace
         )
-        port.dial(DialSpec(dial.url, token, in_header, in_query), frames, outcome.set_result)
+        port.dial(DialRequest(dial.url, token, in_header, in_query), frames, outcome.set_result)
         opened = await outcome
         if isinstance(opened, DialFailure):
             dial.failure = opened
@@ -99,7 +99,7 @@ async def dial_websocket(
     return dial
 
 
-async def _ping(socket: Socket, frames: _Frames, timeout_s: float) -> float:
+async def _ping(socket: WebSocket, frames: _Frames, timeout_s: float) -> float:
     clock = Clock()
     before = clock.monotonic_s()
     socket.ping(frames.payload)

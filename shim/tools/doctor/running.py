@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from shim.core.urls import origin_of
-from shim.core.words import brief
+from shim.core.words import shorten
 from shim.settings import Settings
 from shim.tools.doctor.findings import Finding, failed, passed, warned
 
@@ -24,7 +24,7 @@ Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningShim:
     """A shim's answers; nothing where none answers. `trouble` is why `/status.json` could not be read.
 
     `configuration` is what it works with, secrets masked; empty if it does not show that.
@@ -55,13 +55,13 @@ class Running:
         return sum(value for (found, given), value in self.samples.items() if found == name and wanted <= set(given))
 
 
-def ask(host: str, port: int, token: str) -> Running:
+def ask(host: str, port: int, token: str) -> RunningShim:
     """Ask the admin port."""
     where = f"{host}:{port}"
     try:
         status, text = _get(host, port, "/metrics", "")
         if status != 200 or "agent_shim_" not in text:
-            return Running(where)
+            return RunningShim(where)
         samples = {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value
             for family in text_string_to_metric_families(text)
@@ -72,11 +72,11 @@ def ask(host: str, port: int, token: str) -> Running:
         shown, body = _get(host, port, "/config.json", token)
         configuration = json.loads(body) if shown == 200 else {}
     except (OSError, HTTPException, ValueError):
-        return Running(where)
+        return RunningShim(where)
     if status != 200 or not isinstance(told, dict):
         why = "it wants the admin token: --admin-token-file" if status == 401 else f"/status.json answers {status}"
-        return Running(where, True, {}, samples, why)
-    return Running(where, True, told, samples, configuration=configuration if isinstance(configuration, dict) else {})
+        return RunningShim(where, True, {}, samples, why)
+    return RunningShim(where, True, told, samples, configuration=configuration if isinstance(configuration, dict) else {})
 
 
 def _get(host: str, port: int, path: str, token: str) -> tuple[int, str]:
@@ -89,7 +89,7 @@ def _get(host: str, port: int, path: str, token: str) -> tuple[int, str]:
         connection.close()
 
 
-def examine(running: Running) -> Iterator[Finding]:
+def examine(running: RunningShim) -> Iterator[Finding]:
     """What it tells, as findings."""
     if not running.answers:
         todo = "agents, sessions and heartbeats are examined where one runs: admin.host, admin.port"
@@ -137,7 +137,7 @@ def _links(status: dict[str, Any]) -> Iterator[Finding]:
         yield passed("link", "idle: no living agent needs it")
 
 
-def _endings(running: Running) -> Iterator[Finding]:
+def _endings(running: RunningShim) -> Iterator[Finding]:
     early = running.count("agent_shim_upstream_early_disconnects_total")
     name = "agent_shim_upstream_disconnects_total"
     reasons = {reason: running.count(name, reason=reason) for reason in ("closed", "lost", "half_open", "stalled")}
@@ -151,7 +151,7 @@ def _endings(running: Running) -> Iterator[Finding]:
         yield passed("stability", "no connection was lost since the start")
 
 
-def _registrations(running: Running) -> Iterator[Finding]:
+def _registrations(running: RunningShim) -> Iterator[Finding]:
     name = "agent_shim_registrations_total"
     refused = {outcome: running.count(name, outcome=outcome) for outcome in ("400", "401", "409", "502", "timeout")}
     told = ", ".join(f"{outcome} {number:.0f}" for outcome, number in refused.items() if number)
@@ -163,7 +163,7 @@ def _registrations(running: Running) -> Iterator[Finding]:
         yield passed("registrations", text)
 
 
-def _heartbeats(running: Running) -> Iterator[Finding]:
+def _heartbeats(running: RunningShim) -> Iterator[Finding]:
     name = "agent_shim_agent_heartbeats_total"
     acked, written, missed = (running.count(name, outcome=each) for each in ("acked", "written", "missed"))
     total = acked + written + missed
@@ -199,4 +199,4 @@ def _patience(items: list[dict[str, Any]]) -> Iterator[Finding]:
 
 
 def _named(session: dict[str, Any]) -> str:
-    return brief(session["name"] or session["id"])
+    return shorten(session["name"] or session["id"])

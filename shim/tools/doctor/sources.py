@@ -116,7 +116,7 @@ def of_running(masked: Mapping[str, Any]) -> Settings:
 
 def compare(examined: Settings, masked: Mapping[str, Any]) -> list[Finding]:
     """Warn when the running shim has another configuration than the one that is examined."""
-    ours = config.mask(examined)
+    ours = config.redacted(examined)
     keys = [key for key, _, _ in leaves() if _differ(key, _at(ours, key), _at(masked, key))]
     if not keys:
         return []

@@ -224,7 +224,7 @@ def judge_fallback(dial: Dial) -> Finding:
     host, steps = host_of(dial.url), judge_way(dial)
     worst = next((each for each in steps if each.status is Status.FAIL), None)
     if worst is not None:
-        return failed("fallback", f"{worst.check}: {worst.text}", worst.todo)
+        return failed("fallback", f"{worst.check}: {worst.text}", worst.remedy)
     if dial.failure is not None:
         return failed(
             "fallback", f"{host}: {dial.failure.detail}", "modes http and auto need it: is fallback.url right?"
@@ -239,6 +239,6 @@ def judge_fallback(dial: Dial) -> Finding:
         return warned("fallback", f"{host}: redirects (HTTP {status})", todo)
     doubt = next((each for each in steps if each.status is Status.WARN), None)
     if doubt is not None:
-        return warned("fallback", f"{host} answers (HTTP {status}); {doubt.check}: {doubt.text}", doubt.todo)
+        return warned("fallback", f"{host} answers (HTTP {status}); {doubt.check}: {doubt.text}", doubt.remedy)
     through = f", through {origin_of(dial.trace.proxy.url)}" if dial.trace.proxy.url else ""
     return passed("fallback", f"{host} answers (HTTP {status}){through}")

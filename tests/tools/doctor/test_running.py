@@ -13,12 +13,12 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shim.admin.journal import Journal
+from shim.admin.journal import RecentCommandsStore
 from shim.admin.series import Sampler
-from shim.admin.snapshot import Facts, Snapshots
+from shim.admin.snapshot import ProcessInfo, StatusBuilder
 from shim.ports import DialFailure
 from shim.tools.doctor.findings import Finding
-from shim.tools.doctor.running import Running, examine
+from shim.tools.doctor.running import RunningShim, examine
 from tests.e2e.test_main_job import living
 from tests.support.processes import Controller, Shim, world
 from tests.support.virtual import run_virtual
@@ -106,21 +106,21 @@ async def test_another_process_on_the_admin_port_is_no_shim(doctor: Doctor) -> N
 
 def told(world: World) -> list[Finding]:
     """What is found on a bridge, from the same JSON and metrics that the admin port gives."""
-    facts = Facts("0.0.0", 0.0, {"listen": "127.0.0.1:7080"}, token_required=False)
-    status = Snapshots(world.bridge, Sampler(world.bridge), Journal(world.store), facts).take([])
+    facts = ProcessInfo("0.0.0", 0.0, {"listen": "127.0.0.1:7080"}, token_required=False)
+    status = StatusBuilder(world.bridge, Sampler(world.bridge), RecentCommandsStore(world.store), facts).take([])
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(generate_latest(world.registry).decode())
         for sample in family.samples
     }
-    return list(examine(Running("127.0.0.1:7090", True, status, samples)))
+    return list(examine(RunningShim("127.0.0.1:7090", True, status, samples)))
 
 
 def check(findings: list[Finding], name: str, status: str, *parts: str) -> None:
     """One of the findings of this name is as wanted."""
     named = [finding for finding in findings if finding.check == name]
     assert any(
-        finding.status.value == status and all(part in f"{finding.text} -> {finding.todo}" for part in parts)
+        finding.status.value == status and all(part in f"{finding.text} -> {finding.remedy}" for part in parts)
         for finding in named
     ), named or findings
 

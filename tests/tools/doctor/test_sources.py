@@ -135,13 +135,13 @@ def test_masked_settings_are_read_back() -> None:
         "upstream.proxy=http://u:abcd@p:1",
         "poll.hold=5",
     ]
-    found = of_running(json.loads(json.dumps(config.mask(config.load(None, {}, sets)))))
+    found = of_running(json.loads(json.dumps(config.redacted(config.load(None, {}, sets)))))
     assert (found.upstream.url, found.upstream.token, found.upstream.proxy) == ("https://h/x", "", "http://p:1")
     assert found.poll.hold == 5
     database = "store.url=postgresql://shim:abcd@h:5432/db?sslmode=verify-full"
-    found = of_running(json.loads(json.dumps(config.mask(config.load(None, {}, [database])))))
+    found = of_running(json.loads(json.dumps(config.redacted(config.load(None, {}, [database])))))
     assert found.store.url == "postgresql://shim@h:5432/db"
-    assert compare(Settings(), json.loads(json.dumps(config.mask(Settings())))) == []
+    assert compare(Settings(), json.loads(json.dumps(config.redacted(Settings())))) == []
 
 
 def test_sources_of_nothing() -> None:
