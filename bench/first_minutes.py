@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from bench import simulation
 from bench.figures import Figure, Log
 from bench.servers import Bench
-from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, PollStyle, AgentProfile, EventKind
-from shim.tools.agents.pace import Ticker
-from shim.tools.latency import percentile
+from devtools.agents import Callbacks, Event, Identity, LegacyAgent, PollStyle, AgentProfile, EventKind
+from devtools.agents.pacing import Ticker
+from shim.cli.latency import percentile
 
 SPARSE = "A new agent's first ten minutes, a command every two minutes, in virtual time"
 DENSE = "A new agent's first ten minutes, a command every 26 s, in virtual time"

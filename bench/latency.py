@@ -14,8 +14,8 @@ from bench.figures import Figure, Log, spread
 from bench.load import Plan
 from bench.requests import cluster
 from bench.servers import OTHER_CORES, TOKEN, Bench, Server, spawn
-from shim.tools.agents import PollStyle
-from shim.tools.latency import percentile
+from devtools.agents import PollStyle
+from shim.cli.latency import percentile
 
 SIMULATED = "Latency of single commands, an hour of virtual time"
 REAL = "Latency, real time"

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shim import app, config, logs
+from shim import app, log
+from shim.config import loader
 from shim.clock import Clock
 from shim.core.records import StoreContents, Operation
 from shim.errors import StoreError
 from shim.ports import CommandStore, StoreDone
 from shim.store import CallThreadsafe, open_store
-from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, PollStyle, AgentProfile, EventKind
-from shim.tools.controller.server import DevController
+from devtools.agents import Callbacks, Event, Identity, LegacyAgent, PollStyle, AgentProfile, EventKind
+from devtools.controller.server import DevController
 from tests.support.virtual import VirtualClock, VirtualLoop, run_virtual
 
 TOKEN = "tok-bench"  # noqa: S105
@@ -120,8 +121,8 @@ async def running(
             for name, given in sections.items():
                 values[name] = {**values.get(name, {}), **given}
             sets = tuple(f"{name}.{key}={value}" for name, keys in values.items() for key, value in keys.items())
-            settings = config.load(None, {}, sets)
-            shim = _VirtualApp(settings, lambda: settings, logs.setup("error", "json"))
+            settings = loader.load(None, {}, sets)
+            shim = _VirtualApp(settings, lambda: settings, log.setup("error", "json"))
             task = asyncio.create_task(shim.run())
             await shim.ready.wait()
             yield World(shim, controller, f"http://{shim.addresses['listen']}")

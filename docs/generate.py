@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 
-from shim.core import life, link
+from shim.core import command_queue, link_state
 from shim.core.backoff import Backoff, BackoffPolicy
-from shim.core.link import LinkStateMachine, LinkPolicy, LinkState
-from shim.core.link_events import EVENT_TYPES, DialFailed, LinkEvent, Lost
+from shim.core.link_state import LinkStateMachine, LinkPolicy, LinkState
+from shim.core.link_state import EVENT_TYPES, DialFailed, LinkEvent, Lost
 from shim.core.records import CommandState
 
 DOCUMENT = Path(__file__).parent / "contributing" / "state-machines.md"
@@ -30,7 +30,7 @@ Generated from the tables in `shim/core` by `make docs`; do not edit. What chang
 
 ## The upstream link
 
-`TRANSITIONS` in `shim/core/link.py` (protocol.md §2.1). An event without a cell raises and changes nothing.
+`TRANSITIONS` in `shim/core/link_state.py` (protocol.md §2.1). An event without a cell raises and changes nothing.
 Where one event has two arrows, what came before decides: whether the other place for the token was tried, whether
 `Retry-After` or a contended identity forbids a dial.
 
@@ -42,7 +42,7 @@ Where one event has two arrows, what came before decides: whether the other plac
 
 ## A command
 
-`TRANSITIONS` in `shim/core/life.py` (protocol.md §3).
+`TRANSITIONS` in `shim/core/command_queue.py` (protocol.md §3).
 
 {command}
 """
@@ -59,20 +59,20 @@ def link_edges() -> set[Edge]:
         machine = LinkStateMachine(LinkPolicy(own_token=rng.random() < 0.5), Backoff(BackoffPolicy(), rng.random))
         now = 0.0
         for _ in range(STEPS):
-            event = rng.choice([each for each in variants if (machine.state, type(each)) in link.TRANSITIONS])
+            event = rng.choice([each for each in variants if (machine.state, type(each)) in link_state.TRANSITIONS])
             now += rng.choice((0.0, 1.0, 10.0))
             before = machine.state
             machine.handle(event, now)
             visited.add((before, type(event)))
             edges.add((before, machine.state, type(event).__name__))
-    if visited != set(link.TRANSITIONS):
-        raise SystemExit(f"cells never reached: {set(link.TRANSITIONS) - visited}")
+    if visited != set(link_state.TRANSITIONS):
+        raise SystemExit(f"cells never reached: {set(link_state.TRANSITIONS) - visited}")
     return edges
 
 
 def command_edges() -> set[Edge]:
     """Every change of state of a command."""
-    return {(before, after, step.value) for (before, step), after in life.TRANSITIONS.items()}
+    return {(before, after, step.value) for (before, step), after in command_queue.TRANSITIONS.items()}
 
 
 def diagram(first: Enum, order: Iterable[Enum], edges: set[Edge]) -> str:

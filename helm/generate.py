@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 from ruamel.yaml import YAML
 
-from shim.settings import Settings
-from shim.tools.inject.sidecar import API_URL, INJECTED_LABEL, NAME, SHIM_URL, UPSTREAM_URL, Sidecar
-from shim.validation import BOUNDS
+from shim.config.settings import Settings
+from shim.cli.inject.sidecar import API_URL, INJECTED_LABEL, NAME, SHIM_URL, UPSTREAM_URL, Sidecar
+from shim.config.rules import BOUNDS
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "agent-shim"
@@ -31,7 +31,7 @@ OWNED = (
     *("listen.host", "listen.port", "listen.tls", "admin.host", "admin.port", "admin.token_file"),
     *("store", "upstream.url", "upstream.token", "upstream.token_file"),
 )
-_GENERATED = "# Written by `make chart` from shim/tools/inject/sidecar.py.\n"
+_GENERATED = "# Written by `make chart` from shim/cli/inject/sidecar.py.\n"
 
 
 # --- values.schema.json -----------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """`python -m shim` is the command `agent-shim`."""
 
-from shim.cli import main
+from shim.cli.main import main
 
 main()

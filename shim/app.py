@@ -14,30 +14,38 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
-
-from shim import __version__, config, dialects, logs
+from shim import __version__
+from shim.log import Logs, get
+from shim.log import setup as set_up_log
+from shim.config import loader
+from shim.protocol import dialects
 from shim.admin import AdminServer
 from shim.bridge import Bridge
 from shim.clock import Clock
-from shim.compose import build_runtime
-from shim.composition import Runtime, RuntimeContext
-from shim.config_warnings import find_warnings
-from shim.core.urls import origin_of
+from shim.runtime import Runtime, RuntimeContext
+from shim.config.warnings import find_warnings
+from shim.protocol.http import origin_of
 from shim.errors import ConfigError, Fault, StartError, StoreError, StoreVersionError, describe
-from shim.filemarks import FileWatcher
-from shim.frontend import AgentServer
-from shim.hardening import raise_fd_limit, disable_core_dumps, occupy_standard_streams, security_warnings
-from shim.heap import tune_gc, trim_heap
-from shim.lag import loop_factory, watch_loop
+from shim.config.file_watch import FileWatcher
+from shim.agent_api import AgentServer
+from shim.process import raise_fd_limit, disable_core_dumps, occupy_standard_streams, security_warnings
+from shim.process import tune_gc, trim_heap
+from shim.process import loop_factory, watch_loop
 from shim.metrics import Metrics, Registry
-from shim.passthrough import sunset_headers
+from shim.fallback import sunset_headers
 from shim.ports import CommandStore, AgentService, UpstreamPort
-from shim.settings import Settings
+from shim.config.settings import Settings
 from shim.store import CallThreadsafe, open_store
-from shim.storewatch import probe
+from shim.store.monitor import probe
 from shim.upstream import AiohttpUpstream
+from collections.abc import Callable
+from shim.errors import StoreError
+from shim.ports import CommandStore
+from shim.runtime import SingleRuntime
+from shim.store import CallThreadsafe
 
-log = logs.get(__name__)
+
+log = get(__name__)
 
 EXIT_OK = 0
 EXIT_CONFIG = 2
@@ -63,10 +71,10 @@ def main(
     files.changed({"config": config_path})  # before it is read: what changes from here on is noticed
     occupy_standard_streams()
     private = disable_core_dumps()
-    settings = config.load(config_path, os.environ, sets)
+    settings = loader.load(config_path, os.environ, sets)
     _check_ready_file(ready_file)
-    logging = logs.setup(settings.log.level, settings.log.format)
-    logs.capture_stray_output()
+    logging = set_up_log(settings.log.level, settings.log.format)
+    log.capture_stray_output()
     connections = settings.listen.max_connections + settings.upstream.max_links
     if raise_fd_limit(connections) < connections:
         log.warning("few_open_files", hint="the limit of open files is below listen.max_connections: raise it")
@@ -76,7 +84,7 @@ def main(
         log.warning("config_doubtful", warning=warning)
 
     def load() -> Settings:
-        return config.load(config_path, os.environ, sets, reload=True)
+        return loader.load(config_path, os.environ, sets, reload=True)
 
     app = (kind or App)(settings, load, logging, config_path, ready_file, files)
     app.stop_began = partial(_end_in_time, logging)
@@ -105,7 +113,7 @@ def _check_ready_file(path: str | None) -> None:
         raise ConfigError([Fault("--ready-file", f"{path} cannot be written by this user: name another file")])
 
 
-def _end_in_time(logging: logs.Logs) -> None:
+def _end_in_time(logging: Logs) -> None:
     """End the process by a thread if the event loop does not: it may be blocked by a disk that hangs."""
 
     def end() -> None:
@@ -125,7 +133,7 @@ class App:
         self,
         settings: Settings,
         load: Callable[[], Settings],
-        logging: logs.Logs,
+        logging: Logs,
         config_path: str | None = None,
         ready_file: str | None = None,
         files: FileWatcher | None = None,
@@ -210,7 +218,7 @@ class App:
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
         settings, clock = self.settings, self.make_clock()
-        for secret in config.secrets(settings):
+        for secret in loader.secrets(settings):
             self._logging.redaction.add(secret)
         for event, hint in security_warnings(settings):
             log.warning(event, hint=hint)
@@ -351,7 +359,7 @@ class App:
     # --- configuration that changes -----------------------------------------------------------------------------------
 
     def _read_token(self) -> str:
-        token = self._token = config.read_token(self.settings)
+        token = self._token = loader.read_token(self.settings)
         self._logging.redaction.add(token)
         return token
 
@@ -419,8 +427,8 @@ class App:
 
     def _apply(self, fresh: Settings) -> None:
         self._metrics.config_valid.set(1)
-        old, self.settings = self.settings, config.apply_reloadable(self.settings, fresh)
-        for secret in config.secrets(fresh):
+        old, self.settings = self.settings, loader.apply_reloadable(self.settings, fresh)
+        for secret in loader.secrets(fresh):
             self._logging.redaction.add(secret)
         self._logging.set_level(self.settings.log.level)
         if self._parts is not None:
@@ -428,5 +436,16 @@ class App:
             if old.upstream != self.settings.upstream:
                 self._token = ""
                 self._parts.token_changed()
-        ignored = config.needs_restart(self.settings, fresh)
+        ignored = loader.needs_restart(self.settings, fresh)
         log.info("config_reloaded", mode=self.settings.mode, needs_restart=ignored)
+
+
+def build_runtime(around: RuntimeContext, make_store: Callable[[CallThreadsafe], CommandStore]) -> Runtime:
+    """Build one bridge with its store, or a replica's share of many. Raises `StoreError` where an extra is missing."""
+    if around.settings.store.url:
+        try:
+            from shim.cluster.replica import Replica  # noqa: PLC0415 - an extra, and memory that only clusters pay for
+        except ModuleNotFoundError as error:
+            raise StoreError(f"store.url needs agent-shim[postgres]: {error.name} is not installed") from error
+        return Replica(around)
+    return SingleRuntime(around, make_store(around.post))

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 
-from shim.core.coverage import HeartbeatOutcome
+from shim.core.heartbeat_coverage import HeartbeatOutcome
 from shim.core.fallback_record import OUTCOMES
 from shim.core.liveness import LivenessState
-from shim.core.reach import FAILURES, DialOutcome
-from shim.core.refusals import REFUSED_TYPES
+from shim.core.backoff import FAILURES, DialOutcome
+from shim.protocol.controller_replies import REFUSED_TYPES
 from shim.counting import OTHER, Counts, Spreads, Values
-from shim.messages import KNOWN_TYPES
+from shim.protocol.upstream_message import KNOWN_TYPES
 
 OPEN = None  # the values come from routes, dialects or HTTP
 

@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from shim.core.calls import AgentCall, Outcome
+from shim.core.agent_calls import AgentCall, Outcome
 from shim.core.records import StoreContents, Operation
 from shim.errors import StoreError
-from shim.messages import Message
+from shim.protocol.upstream_message import Message
 
 StoreDone = Callable[[list[Any] | StoreError], None]
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from shim import __version__, cli
+from shim import __version__
+from shim.cli import main
 from shim.errors import StoreVersionError
 
 SHOW_MODULES = """
@@ -39,7 +40,7 @@ def agent_shim(*args: str, env: dict[str, str] | None = None) -> subprocess.Comp
 
 def exit_code(*args: str) -> int | str | None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(args)
+        main.main(args)
     return caught.value.code
 
 
@@ -122,24 +123,24 @@ def _raising(exc: Exception) -> click.Command:
     ],
 )
 def test_exit_codes_of_failures(exc: Exception, code: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.cli.add_command(_raising(exc))
+    main.cli.add_command(_raising(exc))
     try:
         assert exit_code("fail") == code
     finally:
-        del cli.cli.commands["fail"]
+        del main.cli.commands["fail"]
     shown = capsys.readouterr().err
     assert shown.endswith(told)
     assert "hunter2" not in shown.splitlines()[-1]
 
 
-def lazy(tmp_path: Path, source: str) -> cli.LazyGroup:
+def lazy(tmp_path: Path, source: str) -> main.LazyGroup:
     """A group with the command `extra`, whose module has this source."""
     name = f"lazy_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(source)
-    return cli.LazyGroup(modules={"extra": (name, "An extra.")})
+    return main.LazyGroup(modules={"extra": (name, "An extra.")})
 
 
-def invoke(group: cli.LazyGroup, tmp_path: Path) -> tuple[int, str, BaseException | None]:
+def invoke(group: main.LazyGroup, tmp_path: Path) -> tuple[int, str, BaseException | None]:
     sys.path.insert(0, str(tmp_path))
     try:
         result = CliRunner().invoke(group, ["extra"])
@@ -159,11 +160,11 @@ def test_a_lazy_command_is_imported_when_called(tmp_path: Path) -> None:
 def test_a_command_without_its_extra_says_what_to_install(
     missing: str, extra: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli.cli.add_command(_raising(ModuleNotFoundError("gone", name=missing)))
+    main.cli.add_command(_raising(ModuleNotFoundError("gone", name=missing)))
     try:
         assert exit_code("fail") == 2
     finally:
-        del cli.cli.commands["fail"]
+        del main.cli.commands["fail"]
     package = missing.partition(".")[0]
     assert capsys.readouterr().err == f"Error: this needs {package}: pip install 'agent-shim[{extra}]'\n"
 

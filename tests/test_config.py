@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shim.config import dump, load, redacted, read_secret, read_token, secrets
-from shim.conversion import leaves, sections
+from shim.config.loader import dump, load, redacted, read_secret, read_token, secrets
+from shim.config.loader import leaves, sections
 from shim.errors import ConfigError
-from shim.settings import Settings
+from shim.config.settings import Settings
 
 EXAMPLE = Path(__file__).parent.parent / "config" / "agent-shim.yaml"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from shim.config import load
-from shim.config_warnings import find_warnings
-from shim.settings import Settings
+from shim.config.loader import load
+from shim.config.warnings import find_warnings
+from shim.config.settings import Settings
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from shim import cli
-from shim.conversion import leaves
+from shim.cli import main
+from shim.config.loader import leaves
 
 DOCS = (Path(__file__).parent.parent / "docs" / "reference" / "configuration.md").read_text()
 
@@ -36,4 +36,4 @@ def test_keys_in_the_text_exist() -> None:
 
 def test_the_exit_codes_are_those_of_the_command() -> None:
     codes = set(re.findall(r"^\| (\d+) \|", DOCS, re.MULTILINE))
-    assert codes == {"0", "1", *map(str, (cli.EXIT_CONFIG, cli.EXIT_INTERNAL, cli.EXIT_STORE_VERSION))}
+    assert codes == {"0", "1", *map(str, (main.EXIT_CONFIG, main.EXIT_INTERNAL, main.EXIT_STORE_VERSION))}

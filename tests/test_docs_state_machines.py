@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shim.core import life
-from shim.core.link import LinkState
+from shim.core import command_queue
+from shim.core.link_state import LinkState
 from shim.core.records import CommandState
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,6 @@ def test_every_state_and_every_change_of_a_command_is_drawn() -> None:
     text = (ROOT / "docs/contributing/state-machines.md").read_text(encoding="utf-8")
     for state in (*LinkState, *CommandState):
         assert re.search(rf"--> {state.name}\b", text), state
-    for (before, step), after in life.TRANSITIONS.items():
+    for (before, step), after in command_queue.TRANSITIONS.items():
         if before != after:
             assert re.search(rf"^ +{before.name} --> {after.name}: .*\b{step.value}\b", text, re.MULTILINE)

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shim.core.calls import Accepted, Commands
+from shim.core.agent_calls import Accepted, Commands
 from shim.ports import CallResult, DialFailure
 from tests.support.upstream import GONE, REFUSED, FakeSocket, Sent
 from tests.support.virtual import VirtualLoop

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim import jsontext
+from shim.protocol import lenient_json
 
 HALVES = st.characters(min_codepoint=0xD7F0, max_codepoint=0xE00F)
 TEXTS = st.text(st.one_of(HALVES, st.sampled_from('\\"ude8\n😀')))
@@ -37,7 +37,7 @@ TEXTS = st.text(st.one_of(HALVES, st.sampled_from('\\"ude8\n😀')))
     ],
 )
 def test_what_is_no_character_is_replaced(text: str | bytes, value: object) -> None:
-    assert jsontext.decode(text) == value
+    assert lenient_json.decode(text) == value
 
 
 @given(st.one_of(TEXTS, st.lists(TEXTS)))
@@ -51,19 +51,19 @@ def test_every_text_that_python_writes_is_read(value: object) -> None:
         assert isinstance(found, str)
         return "".join("\ufffd" if "\ud800" <= char <= "\udfff" else char for char in found)
 
-    assert jsontext.decode(text) == fit(paired)
+    assert lenient_json.decode(text) == fit(paired)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"NaN", b"\xff", rb'"\ud8"', rb'{"\ud83d"', rb'"\ud83d', '"\ud83d"'])
 def test_what_is_no_json_stays_none(text: str | bytes) -> None:
     with pytest.raises((msgspec.DecodeError, UnicodeError)):
-        jsontext.decode(text)
+        lenient_json.decode(text)
 
 
 @pytest.mark.parametrize("text, times", [(b'"caf\xe9 \xff"', 1), (rb'"\ud83d"', 0), (b'\xef\xbb\xbf""', 0), (b'""', 0)])
 def test_a_replacement_of_bytes_is_told(text: bytes, times: int) -> None:
     told: list[int] = []
-    jsontext.decode(text, lambda: told.append(1))
+    lenient_json.decode(text, lambda: told.append(1))
     assert len(told) == times
 
 
@@ -82,4 +82,4 @@ def test_bytes_are_read_as_go_reads_them(raw: bytes) -> None:
         else:
             expected, at = expected + "\ufffd", at + 1
     if b"\0" not in raw and not raw.startswith(b"\xef\xbb\xbf"):
-        assert jsontext.as_characters(raw.replace(b"\\", b"/")).decode() == expected.replace("\\", "/")
+        assert lenient_json.as_characters(raw.replace(b"\\", b"/")).decode() == expected.replace("\\", "/")

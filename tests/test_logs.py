@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from shim import logs
-from shim.logs import Redaction
+from shim import log
+from shim.log import Redaction
 
 
 class Output(io.StringIO):
@@ -22,7 +22,7 @@ class Output(io.StringIO):
     def __init__(self, tty: bool = False) -> None:
         super().__init__()
         self._tty = tty
-        self.logs: logs.Logs | None = None
+        self.logs: log.Logs | None = None
 
     def isatty(self) -> bool:
         return self._tty
@@ -42,21 +42,21 @@ def out() -> Output:
 
 
 @pytest.fixture
-def json_logs(out: Output) -> Iterator[logs.Logs]:
-    made = out.logs = logs.setup("info", "json", stream=out)
+def json_logs(out: Output) -> Iterator[log.Logs]:
+    made = out.logs = log.setup("info", "json", stream=out)
     yield made
     made.close()
 
 
 @pytest.fixture
-def console_logs(out: Output) -> Iterator[logs.Logs]:
-    made = out.logs = logs.setup("info", "console", stream=out)
+def console_logs(out: Output) -> Iterator[log.Logs]:
+    made = out.logs = log.setup("info", "console", stream=out)
     yield made
     made.close()
 
 
-def test_a_line_is_a_json_object_with_the_fields(json_logs: logs.Logs, out: Output) -> None:
-    logs.get("shim.link").info("link_state", state="online", attempts=3, delay_s=0.5, up=True, reason=None)
+def test_a_line_is_a_json_object_with_the_fields(json_logs: log.Logs, out: Output) -> None:
+    log.get("shim.link").info("link_state", state="online", attempts=3, delay_s=0.5, up=True, reason=None)
     (entry,) = out.entries()
     assert entry.pop("time").endswith("Z")
     assert entry == {
@@ -71,37 +71,37 @@ def test_a_line_is_a_json_object_with_the_fields(json_logs: logs.Logs, out: Outp
     }
 
 
-def test_fields_never_replace_our_own_keys(json_logs: logs.Logs, out: Output) -> None:
-    logs.get("shim.x").warning("seen", event="other", level=3, time=1)
+def test_fields_never_replace_our_own_keys(json_logs: log.Logs, out: Output) -> None:
+    log.get("shim.x").warning("seen", event="other", level=3, time=1)
     (entry,) = out.entries()
     assert (entry["event"], entry["event_"], entry["level"], entry["level_"]) == ("seen", "other", "warning", 3)
 
 
-def test_odd_values_are_written_as_text(json_logs: logs.Logs, out: Output) -> None:
-    logs.get("shim.x").error("odd", error=ValueError("no"), items={1, 2}, inf=float("inf"), deep={3: (b"x",)})
+def test_odd_values_are_written_as_text(json_logs: log.Logs, out: Output) -> None:
+    log.get("shim.x").error("odd", error=ValueError("no"), items={1, 2}, inf=float("inf"), deep={3: (b"x",)})
     (entry,) = out.entries()
     assert entry["error"] == "no"
     assert sorted(entry["items"]) == [1, 2]
     assert (entry["inf"], entry["deep"]) == ("inf", {"3": ["b'x'"]})
 
 
-def test_a_line_break_in_a_value_makes_no_second_line(json_logs: logs.Logs, out: Output) -> None:
-    logs.get("shim.x").info("forged", name='a\n{"level":"error"}')
+def test_a_line_break_in_a_value_makes_no_second_line(json_logs: log.Logs, out: Output) -> None:
+    log.get("shim.x").info("forged", name='a\n{"level":"error"}')
     assert len(out.getvalue().splitlines()) == 1
 
 
-def test_exceptions_carry_their_traceback(json_logs: logs.Logs, out: Output) -> None:
+def test_exceptions_carry_their_traceback(json_logs: log.Logs, out: Output) -> None:
     try:
         raise ValueError("sent with Bearer hunter2")
     except ValueError:
-        logs.get("shim.x").exception("failed", part="reader")
+        log.get("shim.x").exception("failed", part="reader")
     (entry,) = out.entries()
     assert (entry["level"], entry["part"]) == ("error", "reader")
     assert "ValueError: sent with Bearer ***" in entry["exception"]
 
 
-def test_the_level_changes_at_run_time(json_logs: logs.Logs, out: Output) -> None:
-    log = logs.get("shim.x")
+def test_the_level_changes_at_run_time(json_logs: log.Logs, out: Output) -> None:
+    log = log.get("shim.x")
     log.debug("one")
     json_logs.set_level("debug")
     log.debug("two")
@@ -110,7 +110,7 @@ def test_the_level_changes_at_run_time(json_logs: logs.Logs, out: Output) -> Non
     assert [entry["event"] for entry in out.entries()] == ["two"]
 
 
-def test_other_libraries_are_heard_from_warnings_upwards(json_logs: logs.Logs, out: Output) -> None:
+def test_other_libraries_are_heard_from_warnings_upwards(json_logs: log.Logs, out: Output) -> None:
     json_logs.set_level("debug")
     other = logging.getLogger("aiohttp.server")
     other.info("access %s", "log")
@@ -120,10 +120,10 @@ def test_other_libraries_are_heard_from_warnings_upwards(json_logs: logs.Logs, o
     ]
 
 
-def test_closed_logs_write_nothing(json_logs: logs.Logs, out: Output) -> None:
+def test_closed_logs_write_nothing(json_logs: log.Logs, out: Output) -> None:
     json_logs.close()
     json_logs.close()
-    logs.get("shim.x").info("unheard")
+    log.get("shim.x").info("unheard")
     assert out.getvalue() == ""
 
 
@@ -132,23 +132,23 @@ def test_a_broken_stream_is_survived_without_a_word(capsys: pytest.CaptureFixtur
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-    made = logs.setup("info", "json", stream=Broken())
-    logs.get("shim.x").info("lost", password="hunter2")
+    made = log.setup("info", "json", stream=Broken())
+    log.get("shim.x").info("lost", password="hunter2")
     made.close()
     assert capsys.readouterr().err == ""
 
 
 def test_stderr_is_where_logs_go_by_default(capsys: pytest.CaptureFixture[str]) -> None:
-    made = logs.setup("info", "json")
-    logs.get("shim.x").info("here")
+    made = log.setup("info", "json")
+    log.get("shim.x").info("here")
     made.close()
     shown = capsys.readouterr()
     assert (json.loads(shown.err)["event"], shown.out) == ("here", "")
 
 
-def test_known_secrets_are_masked_wherever_they_are(json_logs: logs.Logs, out: Output) -> None:
+def test_known_secrets_are_masked_wherever_they_are(json_logs: log.Logs, out: Output) -> None:
     json_logs.redaction.add('hun"ter\\2')
-    logs.get("shim.x").info('at hun"ter\\2', a='x hun"ter\\2 y', b=[{'hun"ter\\2': ('hun"ter\\2',)}])
+    log.get("shim.x").info('at hun"ter\\2', a='x hun"ter\\2 y', b=[{'hun"ter\\2': ('hun"ter\\2',)}])
     assert "ter" not in out.getvalue()
     (entry,) = out.entries()
     assert (entry["event"], entry["a"], entry["b"]) == ("at ***", "x *** y", [{"***": ["***"]}])
@@ -188,24 +188,24 @@ def test_a_secret_too_short_to_mask_garbles_nothing() -> None:
     assert Redaction(["", "abc"]).text("abc") == "abc"
 
 
-def test_console_lines_are_readable(console_logs: logs.Logs, out: Output) -> None:
-    logs.get("shim.x").warning("link_lost", link="default", detail="timed out", failures=2, ids=["a"])
+def test_console_lines_are_readable(console_logs: log.Logs, out: Output) -> None:
+    log.get("shim.x").warning("link_lost", link="default", detail="timed out", failures=2, ids=["a"])
     time, rest = out.getvalue().split(" ", 1)
     assert len(time) == len("21:56:41.123")
     assert rest == 'WARNING link_lost link=default detail="timed out" failures=2 ids=["a"]\n'
 
 
-def test_console_lines_cannot_be_forged(console_logs: logs.Logs, out: Output) -> None:
-    logs.get("shim.x").info("a\x1b[2J", name="x\n21:00 ERROR forged \x1b[31m")
+def test_console_lines_cannot_be_forged(console_logs: log.Logs, out: Output) -> None:
+    log.get("shim.x").info("a\x1b[2J", name="x\n21:00 ERROR forged \x1b[31m")
     assert out.getvalue().count("\n") == 1
     assert "\x1b" not in out.getvalue()
 
 
-def test_console_tracebacks_stand_on_their_own_lines(console_logs: logs.Logs, out: Output) -> None:
+def test_console_tracebacks_stand_on_their_own_lines(console_logs: log.Logs, out: Output) -> None:
     try:
         raise ValueError("a\x1b")
     except ValueError:
-        logs.get("shim.x").exception("failed")
+        log.get("shim.x").exception("failed")
     lines = out.getvalue().splitlines()
     assert lines[0].endswith("ERROR   failed")
     assert lines[-1] == "    ValueError: a\\u001b"
@@ -213,8 +213,8 @@ def test_console_tracebacks_stand_on_their_own_lines(console_logs: logs.Logs, ou
 
 def test_colour_is_for_terminals() -> None:
     out = Output(tty=True)
-    made = logs.setup("info", "console", stream=out)
-    logs.get("shim.x").error("red")
+    made = log.setup("info", "console", stream=out)
+    log.get("shim.x").error("red")
     made.close()
     assert "\x1b[31mERROR  \x1b[0m red" in out.getvalue()
 
@@ -226,7 +226,7 @@ def said(event: str, about: str | None, at: float, **fields: Any) -> None:
     logging.getLogger("shim.x").handle(record)
 
 
-def test_repeats_are_left_out_for_a_minute_and_counted(json_logs: logs.Logs, out: Output) -> None:
+def test_repeats_are_left_out_for_a_minute_and_counted(json_logs: log.Logs, out: Output) -> None:
     for second in range(0, 180, 2):
         said("dial_failed", "default tcp", 1000 + second, reason="tcp")
     lines = out.entries()
@@ -234,7 +234,7 @@ def test_repeats_are_left_out_for_a_minute_and_counted(json_logs: logs.Logs, out
     assert {line["reason"] for line in lines} == {"tcp"}
 
 
-def test_what_is_about_something_else_is_no_repeat(json_logs: logs.Logs, out: Output) -> None:
+def test_what_is_about_something_else_is_no_repeat(json_logs: log.Logs, out: Output) -> None:
     said("dial_failed", "default tcp", 1000)
     said("dial_failed", "default dns", 1001)
     said("link_lost", "default tcp", 1002)
@@ -244,7 +244,7 @@ def test_what_is_about_something_else_is_no_repeat(json_logs: logs.Logs, out: Ou
     assert len(out.entries()) == 6
 
 
-def test_the_memory_for_repeats_is_bounded(json_logs: logs.Logs, out: Output) -> None:
+def test_the_memory_for_repeats_is_bounded(json_logs: log.Logs, out: Output) -> None:
     for number in range(3000):
         said("upstream_error", f"text {number}", 1000)
     said("upstream_error", "text 0", 1001)  # forgotten, and so written again
@@ -254,9 +254,9 @@ def test_the_memory_for_repeats_is_bounded(json_logs: logs.Logs, out: Output) ->
 
 def test_repeats_are_those_of_one_setup(out: Output) -> None:
     for _ in range(2):
-        made = logs.setup("info", "json", stream=out)
-        logs.get("shim.x").warning("dial_failed", about="default tcp")
-        logs.get("shim.x").warning("dial_failed", about="default tcp")
+        made = log.setup("info", "json", stream=out)
+        log.get("shim.x").warning("dial_failed", about="default tcp")
+        log.get("shim.x").warning("dial_failed", about="default tcp")
         made.close()
     assert len(out.entries()) == 2
 
@@ -265,8 +265,8 @@ def test_repeats_are_those_of_one_setup(out: Output) -> None:
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_characters_that_steer_a_viewer_are_escaped(form: Any, char: str) -> None:
     out = Output()
-    out.logs = logs.setup("info", form, stream=out)
-    logs.get("shim.x").info(f"a{char}b", name=f"é{char}ü", nested={f"k{char}": [char]})
+    out.logs = log.setup("info", form, stream=out)
+    log.get("shim.x").info(f"a{char}b", name=f"é{char}ü", nested={f"k{char}": [char]})
     text = out.getvalue()
     out.logs.close()
     assert text.removesuffix("\n").isprintable()
@@ -275,22 +275,22 @@ def test_characters_that_steer_a_viewer_are_escaped(form: Any, char: str) -> Non
         assert (entry["event"], entry["name"], entry["nested"]) == (f"a{char}b", f"é{char}ü", {f"k{char}": [char]})
 
 
-def test_a_long_text_is_masked_and_then_cut(json_logs: logs.Logs, out: Output) -> None:
+def test_a_long_text_is_masked_and_then_cut(json_logs: log.Logs, out: Output) -> None:
     json_logs.redaction.add("hunter2-hunter2")
-    logs.get("shim.x").info("e" * 10_000, text="x" * 4090 + "hunter2-hunter2")
+    log.get("shim.x").info("e" * 10_000, text="x" * 4090 + "hunter2-hunter2")
     (entry,) = out.entries()
     assert len(entry["event"]) == 4096
     assert entry["text"] == "x" * 4090 + "***"
     assert "hunter" not in out.getvalue()
 
 
-def test_a_record_that_cannot_be_formatted_is_dropped_and_counted(json_logs: logs.Logs, out: Output) -> None:
+def test_a_record_that_cannot_be_formatted_is_dropped_and_counted(json_logs: log.Logs, out: Output) -> None:
     class Odd:
         def __str__(self) -> str:
             raise ValueError
 
-    logs.get("shim.x").info("odd", value=Odd())
-    logs.get("shim.x").info("next")
+    log.get("shim.x").info("odd", value=Odd())
+    log.get("shim.x").info("next")
     assert [entry["event"] for entry in out.entries()] == ["next", "log_lines_dropped"]
     assert json_logs.dropped == 1
 

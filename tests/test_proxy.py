@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from shim.passthrough.proxy import MAX_READ_BYTES, ReverseProxy, Unreachable
+from shim.fallback.reverse_proxy import MAX_READ_BYTES, ReverseProxy, Unreachable
 from shim.ports import Caller, ProxyRequest, ProxyResponse
-from shim.settings import Fallback, Upstream
+from shim.config.settings import Fallback, Upstream
 
 DIALLING = Fallback().dialling(Upstream())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.passthrough.proxy import object_of
+from shim.fallback.reverse_proxy import object_of
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shim.regular_files import read_regular, reason, require_regular
+from shim.config.files import read_regular, reason, require_regular
 
 
 def test_a_regular_file_is_read_also_through_a_link(tmp_path: Path) -> None:

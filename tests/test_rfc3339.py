@@ -1,4 +1,4 @@
-"""shim.core.rfc3339: what Go's time.Time would accept."""
+"""shim.protocol.rfc3339: what Go's time.Time would accept."""
 
 from datetime import UTC, datetime
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core import rfc3339
+from shim.protocol import rfc3339
 
 
 @pytest.mark.parametrize(

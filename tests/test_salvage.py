@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.salvage import MAX_BYTES, MAX_VALUES, NO_JSON, OUT_OF_RANGE, TOO_DEEP, TOO_LARGE, values_of
+from shim.protocol.malformed_frames import MAX_BYTES, MAX_VALUES, NO_JSON, OUT_OF_RANGE, TOO_DEEP, TOO_LARGE, values_of
 
 OBJECTS = st.recursive(
     st.none()

@@ -1,10 +1,10 @@
-"""shim.core.timestamps: texts and seconds tell the same time."""
+"""shim.protocol.rfc3339: texts and seconds tell the same time."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.timestamps import AFTER_LAST_S, FIRST_S, parse_rfc3339, rfc3339
+from shim.protocol.rfc3339 import AFTER_LAST_S, FIRST_S, parse_rfc3339, rfc3339
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from typing import get_args
 
 import pytest
 
-from shim.config import load
-from shim.conversion import leaves
+from shim.config.loader import load
+from shim.config.loader import leaves
 from shim.errors import ConfigError
-from shim.settings import Settings, is_loopback
-from shim.validation import BOUNDS, parse_date_s, cross_field_faults
+from shim.config.settings import Settings, is_loopback
+from shim.config.rules import BOUNDS, parse_date_s, cross_field_faults
 
 
 def faulty(*sets: str) -> list[str]:

@@ -7,11 +7,11 @@ from typing import Any
 from shim.admin.subject import Subject
 from shim.bridge import BridgeContext
 from shim.core.fallback_record import FallbackCall, FallbackRecord
-from shim.core.modes import bucket
+from shim.core.failover import bucket
 from shim.core.recent_calls import rows
 from shim.core.records import SessionKey
 from shim.core.sessions import MIN_FRESH_S, Session
-from shim.core.words import shorten
+from shim.core.text import shorten
 
 MAX_SHOWN = 20
 REGISTERING_S = MIN_FRESH_S

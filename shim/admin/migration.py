@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from shim import dialects
+from shim.protocol import dialects
 from shim.admin.subject import Subject
 from shim.core.records import SessionKey
-from shim.core.usage import Route, RouteUse
-from shim.core.words import plural, format_duration
-from shim.settings import Sunset
-from shim.validation import parse_date_s
+from shim.core.route_usage import Route, RouteUse
+from shim.core.text import plural, format_duration
+from shim.config.settings import Sunset
+from shim.config.rules import parse_date_s
 
 QUIET_S = 86_400.0
 """Without a deprecated call for so long, agents are taken to have migrated."""

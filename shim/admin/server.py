@@ -13,23 +13,24 @@ from aiohttp.web_protocol import RequestPayloadError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from shim import __version__, config
-from shim.admin.collector import BridgeCollector
-from shim.admin.commands import CommandHandlers
-from shim.admin.guard import Access, Guard
+from shim import __version__
+from shim.config import loader
+from shim.admin.gauges import BridgeCollector
+from shim.admin.command_api import CommandHandlers
+from shim.admin.auth import Access, Guard
 from shim.admin.health import Health
-from shim.admin.journal import RecentCommand
-from shim.admin.limits import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Connections
-from shim.admin.live import EventStream
-from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, StaticFiles
-from shim.admin.series import Sampler
-from shim.admin.snapshot import ProcessInfo, StatusBuilder
+from shim.admin.recent_commands import RecentCommand
+from shim.admin.connection_limit import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Connections
+from shim.admin.event_stream import EventStream
+from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
+from shim.admin.time_series import Sampler
+from shim.admin.status import ProcessInfo, StatusBuilder
 from shim.admin.subject import Subject
 from shim.errors import ConfigError, OperatorError
 from shim.http_connection import LINGER_S, NoRoom
 from shim.listening import bind
 from shim.redaction import Redaction
-from shim.settings import Admin
+from shim.config.settings import Admin
 
 STOP_S = 1.0
 MAX_BODY_BYTES = 65_536
@@ -156,7 +157,7 @@ class AdminServer:
     def _token(self) -> str:
         """The admin token as it is now."""
         try:
-            token = config.read_secret(self._settings.token_file, "admin.token_file")
+            token = loader.read_secret(self._settings.token_file, "admin.token_file")
         except ConfigError as error:
             raise OperatorError(503, str(error)) from None
         self._redaction.add(token)
@@ -189,7 +190,7 @@ class AdminServer:
 
     async def _config(self, request: web.Request) -> web.Response:
         """Show the configuration in force, with secrets masked: `agent-shim doctor --url` examines it."""
-        masked = config.redacted(self._bridge.ctx.settings)
+        masked = loader.redacted(self._bridge.ctx.settings)
         return web.Response(body=msgspec.json.encode(masked), content_type="application/json")
 
     async def _status(self, request: web.Request) -> web.Response:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from shim.core.backoff import BackoffPolicy
-from shim.core.commands import Arriving, QueuePolicy
+from shim.core.command_queue import Arriving, QueuePolicy
 from shim.core.fallback_record import FallbackRecord
 from shim.core.recent_calls import RecentCalls
 from shim.core.sessions import Sessions
 from shim.metrics import Metrics
 from shim.ports import Clock, CommandStore, Timers, UpstreamPort
 from shim.redaction import Redaction, without_secrets
-from shim.settings import Settings
+from shim.config.settings import Settings
 
 DEFAULT_OWNER = "default"
 ENVELOPE_BYTES = 512

@@ -10,13 +10,13 @@ from typing import Any
 from msgspec.structs import replace
 
 from shim.bridge.context import BridgeContext
-from shim.bridge.queues import CommandQueues
-from shim.core.calls import OfferedCommand
-from shim.core.commands import CommandQueue, QueuedCommand, Batch, QueuePolicy
+from shim.bridge.command_queues import CommandQueues
+from shim.core.agent_calls import OfferedCommand
+from shim.core.command_queue import CommandQueue, QueuedCommand, Batch, QueuePolicy
 from shim.core.records import AddTrace, MarkCommands, Operation, SessionKey, CommandState, TraceEntry
 from shim.counting import Spreads
 from shim.errors import StoreError
-from shim.logs import get
+from shim.log import get
 from shim.ports import Timer
 
 log = get(__name__)

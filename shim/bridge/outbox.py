@@ -7,23 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shim.bridge.connection import UpstreamConnection
+from shim.bridge.upstream_connection import UpstreamConnection
 from shim.bridge.context import ENVELOPE_BYTES, BridgeContext
-from shim.core.fitting import fit
-from shim.core.records import (
-    AddTrace,
-    CloseOutbox,
-    Operation,
-    OutboxEntry,
-    PutOutbox,
-    ReadOutbox,
-    SessionKey,
-    TraceEntry,
-)
+from shim.protocol.truncate import fit
+from shim.core.records import AddTrace, CloseOutbox, Operation, OutboxEntry, PutOutbox, ReadOutbox, SessionKey, TraceEntry
 from shim.core.sessions import Session
-from shim.core.timestamps import rfc3339
+from shim.protocol.rfc3339 import rfc3339
 from shim.errors import StoreError
-from shim.logs import get
+from shim.log import get
 
 log = get(__name__)
 

@@ -12,8 +12,8 @@ import msgspec
 
 from shim.bridge.context import BridgeContext
 from shim.core.sessions import Session
-from shim.core.words import shorten
-from shim.logs import get
+from shim.core.text import shorten
+from shim.log import get
 
 log = get(__name__)
 

@@ -20,7 +20,7 @@ import psycopg
 
 from shim.core.leases import Member, View
 from shim.errors import ConfigError, Fault, StoreError
-from shim.logs import get
+from shim.log import get
 from shim.store.postgres.database import refusal
 from shim.store.postgres.dsn import application
 

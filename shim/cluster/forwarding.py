@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shim.cluster.metrics import ClusterMetrics
-from shim.cluster.pairs import Pair, PairLost, Pairs
-from shim.composition import Spawn
-from shim.core.calls import Accepted, AgentCall, Commands, Failed, HeartbeatCall, Outcome, PollCall, StatusCall
+from shim.cluster.connection_pairs import Pair, PairLost, Pairs
+from shim.runtime import Spawn
+from shim.core.agent_calls import Accepted, AgentCall, Commands, Failed, HeartbeatCall, Outcome, PollCall, StatusCall
 from shim.core.leases import Member, ClockOffset
-from shim.core.reply_reader import ReplyHead
-from shim.core.telling import METHOD, Note, came
+from shim.protocol.reply_reader import ReplyHead
+from shim.protocol.reply_notes import METHOD, Note, came
 from shim.errors import AgentError
-from shim.frontend.internal import CLOCK_HEADER, LEASE_HEADER, NOT_AT_ONCE
-from shim.frontend.writing import MISDIRECTED
+from shim.agent_api.internal import CLOCK_HEADER, LEASE_HEADER, NOT_AT_ONCE
+from shim.agent_api.response_writer import MISDIRECTED
 from shim.ports import Clock, ProxyRequest, Pending, ProxyResponse
-from shim.settings import Settings
+from shim.config.settings import Settings
 
 PATIENCE_S = 10.0
 """How long a call waits for an owner: longer than a takeover takes, shorter than agents wait for an answer."""

@@ -11,7 +11,7 @@ from typing import Any
 from shim.cluster.database import Agreement, Database
 from shim.core.leases import LeasePolicy, Member, HeldLease, View
 from shim.errors import ConfigError, ShimError, StoreError
-from shim.logs import get
+from shim.log import get
 from shim.ports import Clock, Timer, Timers
 
 log = get(__name__)

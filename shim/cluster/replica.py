@@ -17,26 +17,26 @@ from shim.cluster.forwarding import ReplicaForwarder
 from shim.cluster.identity import make_identity
 from shim.cluster.membership import Membership, new_process
 from shim.cluster.metrics import ClusterMetrics
-from shim.cluster.operators import Operators
-from shim.cluster.pairs import Pairs
-from shim.cluster.probe import DatabaseProbe
+from shim.cluster.admin_actions import Operators
+from shim.cluster.connection_pairs import Pairs
+from shim.cluster.write_probe import DatabaseProbe
 from shim.cluster.router import Fallbacks, Places, Router
 from shim.cluster.shard import Shard
-from shim.cluster.shards import Shards
+from shim.cluster.shard_manager import Shards
 from shim.cluster.status import Operations, Overview, Recents
-from shim.composition import RuntimeContext
+from shim.runtime import RuntimeContext
 from shim.core.leases import LeasePolicy, Member
-from shim.core.urls import origin_of
-from shim.dialects import load
+from shim.protocol.http import origin_of
+from shim.protocol.dialects import load
 from shim.errors import StoreError
-from shim.frontend.internal import ClusterListener
-from shim.logs import get
-from shim.passthrough import WebSocketProxy, sunset_headers
-from shim.settings import Settings, TlsFiles
+from shim.agent_api.internal import ClusterListener
+from shim.log import get
+from shim.fallback import WebSocketProxy, sunset_headers
+from shim.config.settings import Settings, TlsFiles
 from shim.store import Partition, open_shard
 from shim.store.postgres.database import prepare
 from shim.store.postgres.dsn import application, conninfo
-from shim.storewatch import probe
+from shim.store.monitor import probe
 
 log = get(__name__)
 

@@ -10,12 +10,12 @@ from msgspec.structs import replace
 
 from shim.admin import RecentCommandsStore
 from shim.bridge import Bridge
-from shim.composition import RuntimeContext
-from shim.messages import Message
-from shim.passthrough import FallbackPolicy
+from shim.runtime import RuntimeContext
+from shim.protocol.upstream_message import Message
+from shim.fallback import FallbackPolicy
 from shim.ports import CommandStore, DialFailure, DialRequest, WebSocket, WebSocketListener, UpstreamPort
-from shim.settings import Settings
-from shim.storewatch import log_store_warnings
+from shim.config.settings import Settings
+from shim.store.monitor import log_store_warnings
 
 
 class FencedSocket:

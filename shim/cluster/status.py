@@ -10,17 +10,17 @@ from typing import Any, Protocol
 
 from shim.admin import RecentCommand
 from shim.bridge import Bridge, BridgeContext
-from shim.bridge.connection import UpstreamConnection
+from shim.bridge.upstream_connection import UpstreamConnection
 from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
-from shim.bridge.jobs import RefusedRegistration
+from shim.bridge.registration import RefusedRegistration
 from shim.bridge.links import UpstreamLink
-from shim.bridge.operator import Drain, DrainState, CommandDetails
+from shim.bridge.admin_actions import Drain, DrainState, CommandDetails
 from shim.bridge.websocket_agents import WebSocketAgent
 from shim.cluster.shard import Shard
-from shim.core.commands import CommandQueue
+from shim.core.command_queue import CommandQueue
 from shim.core.records import CommandRecord, SessionKey
 from shim.core.sessions import Session
-from shim.core.usage import Route, RouteUse
+from shim.core.route_usage import Route, RouteUse
 from shim.errors import OperatorError
 
 KEPT = 50

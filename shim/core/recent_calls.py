@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from shim.core.bounds import cut
-from shim.core.words import printable
+from shim.core.text import printable
 
 WINDOW_S = 60.0
 STEP_S = 5.0

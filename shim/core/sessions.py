@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES
-from shim.core.calls import HeartbeatCall, TargetKind, SessionTarget
-from shim.core.coverage import HeartbeatCoverage
-from shim.core.hold import HoldEstimator, Samples, middle_of, remember
+from shim.core.agent_calls import HeartbeatCall, TargetKind, SessionTarget
+from shim.core.heartbeat_coverage import HeartbeatCoverage
+from shim.core.poll_hold import HoldEstimator, Samples, middle_of, remember
 from shim.core.records import SessionKey, SessionRecord
-from shim.core.standing import SessionStanding
+from shim.core.session_standing import SessionStanding
 
 DEFAULT_INTERVAL_S = 30.0
 MIN_FRESH_S = 35.0

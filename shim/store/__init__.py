@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shim import settings
+from shim.config import settings
 from shim.errors import StoreError
 from shim.ports import CommandStore
 from shim.store import files, schema

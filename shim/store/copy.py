@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from shim import settings
+from shim.config import settings
 from shim.errors import StoreError
 from shim.store import schema
 from shim.store.sqlite import SqliteStore

@@ -13,35 +13,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from shim.core.records import (
-    AddTrace,
-    CloseOutbox,
-    CommandRecord,
-    DeleteSession,
-    FindCommand,
-    StoreContents,
-    LookUpCommand,
-    MarkCommands,
-    MoveSession,
-    Operation,
-    OutboxEntry,
-    Prune,
-    PutCommand,
-    PutOutbox,
-    PutOutcome,
-    PutResult,
-    ReadOutbox,
-    RequeueCommand,
-    ResultOutcome,
-    SaveAlias,
-    SaveSession,
-    SaveTunnel,
-    SessionKey,
-    SessionRecord,
-    CommandState,
-    WriteProbe,
-    TraceEntry,
-)
+from shim.core.records import AddTrace, CloseOutbox, CommandRecord, DeleteSession, FindCommand, StoreContents, LookUpCommand, MarkCommands, MoveSession, Operation, OutboxEntry, Prune, PutCommand, PutOutbox, PutOutcome, PutResult, ReadOutbox, RequeueCommand, ResultOutcome, SaveAlias, SaveSession, SaveTunnel, SessionKey, SessionRecord, CommandState, WriteProbe, TraceEntry
 from shim.errors import StoreError
 from shim.ports import StoreDone
 from shim.store.delivery import CallThreadsafe, run_on_loop, store_error

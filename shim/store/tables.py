@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shim.core.owners import shard_of
+from shim.core.shard_assignment import shard_of
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "t": (str,),

@@ -7,9 +7,9 @@ import sys
 
 import click
 
-from shim.config import load
+from shim.config.loader import load
 from shim.errors import StoreError, StoreVersionError
-from shim.settings import Store
+from shim.config.settings import Store
 
 
 @click.group("store")

@@ -5,8 +5,8 @@ Rules: docs/reference/protocol.md#2-upstream-side-the-websocket.
 
 from shim.upstream.dial import AiohttpUpstream
 from shim.upstream.dialler import Dialler, DialTrace
-from shim.upstream.failures import DialError, failure_of
-from shim.upstream.pump import WebSocketPump, WireObserver
+from shim.upstream.dial_errors import DialError, failure_of
+from shim.upstream.websocket import WebSocketPump, WireObserver
 
 __all__ = [
     "AiohttpUpstream",

@@ -11,13 +11,13 @@ from typing import Any
 from aiohttp import hdrs
 
 import shim
-from shim.core.urls import origin_of, with_query
+from shim.protocol.http import origin_of, with_query
 from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
-from shim.settings import Upstream
+from shim.config.settings import Upstream
 from shim.upstream.dialler import Dialler, DialTrace
-from shim.upstream.failures import failure_of
-from shim.upstream.pump import CLOSE_WAIT_S, WebSocketPump, WireObserver
-from shim.upstream.socket import RawWebSocket
+from shim.upstream.dial_errors import failure_of
+from shim.upstream.websocket import CLOSE_WAIT_S, WebSocketPump, WireObserver
+from shim.upstream.websocket import RawWebSocket
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
 DialDone = Callable[[WebSocket | DialFailure], None]

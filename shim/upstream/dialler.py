@@ -21,13 +21,13 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
 
-from shim.core.urls import origin_of
+from shim.protocol.http import origin_of
 from shim.ports import DialFailure
-from shim.settings import DialSettings
-from shim.upstream.failures import UNANSWERED, DialError, Refused, retry_after_s, tls_text
+from shim.config.settings import DialSettings
+from shim.upstream.dial_errors import UNANSWERED, DialError, Refused, retry_after_s, tls_text
 from shim.upstream.http_client import Connector, LenientResponse
-from shim.upstream.proxies import ProxyChoice, choose_proxy
-from shim.upstream.socket import RawWebSocket, websocket_class
+from shim.upstream.proxy import ProxyChoice, choose_proxy
+from shim.upstream.websocket import RawWebSocket, websocket_class
 from shim.upstream.tls import ClientTls
 
 # An idle connection is dropped before the server does it: a request that crosses the server's close is lost, and only

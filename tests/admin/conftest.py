@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from shim.admin.journal import RecentCommandsStore
-from shim.admin.series import Sampler
-from shim.admin.snapshot import ProcessInfo, StatusBuilder
+from shim.admin.recent_commands import RecentCommandsStore
+from shim.admin.time_series import Sampler
+from shim.admin.status import ProcessInfo, StatusBuilder
 from tests.bridge.conftest import make_world, pytest_asyncio_loop_factories, world
 from tests.support.world import World
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from shim.admin.health_summary import reason_text, summarise
-from shim.admin.sentences import PROBLEMS, SENTENCES
-from shim.tools.status_view import replicas_line
+from shim.admin.health_messages import PROBLEMS, SENTENCES
+from shim.cli.status_view import replicas_line
 
 NOW = 10_000.0
 FALLBACK: dict[str, Any] = {

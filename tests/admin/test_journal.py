@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.admin.journal import KEPT, RecentCommandsStore
+from shim.admin.recent_commands import KEPT, RecentCommandsStore
 from shim.core.records import AddTrace, TraceEntry
 from shim.store.memory import MemoryStore
 from tests.support.stores import KEY, OTHER, StoreClient, put

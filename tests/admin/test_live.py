@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from shim.admin.live import EVERY_S, MAX_EVERY_S, SHARE, EventStream
+from shim.admin.event_stream import EVERY_S, MAX_EVERY_S, SHARE, EventStream
 from tests.admin.conftest import Page
 
 

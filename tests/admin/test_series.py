@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from shim.admin.series import EVERY_S, KEPT, quantile
-from shim.core.timeline import MAX_SEGMENTS, PhaseKind, LinkHistory
-from shim.core.words import plural, format_duration
+from shim.admin.time_series import EVERY_S, KEPT, quantile
+from shim.core.link_history import MAX_SEGMENTS, PhaseKind, LinkHistory
+from shim.core.text import plural, format_duration
 from tests.admin.conftest import Page
 from tests.support.world import World
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from shim.admin import snapshot
-from shim.admin.snapshot import ProcessInfo, StatusBuilder
+from shim.admin import status
+from shim.admin.status import ProcessInfo, StatusBuilder
 from shim.core.fallback_record import FallbackCall, Why
-from shim.core.modes import bucket
+from shim.core.failover import bucket
 from shim.core.records import SessionKey
 from shim.ports import Caller
 from shim.redaction import Redaction
@@ -87,7 +87,7 @@ async def test_links_of_own_tokens_do_not_show_the_whole_owner(make_world: MakeW
     assert page.status()["links"]["items"] == []
     await served(world, token="an-agents-own-token")
     link = only(page.status()["links"]["items"])
-    assert len(link["name"]) == snapshot.OWNER_CHARS
+    assert len(link["name"]) == status.OWNER_CHARS
 
 
 # --- agents -----------------------------------------------------------------------------------------------------------
@@ -168,12 +168,12 @@ async def test_agents_in_trouble_come_first_and_the_list_is_bounded(page: Page, 
     await served(world, name="zz-silent")
     await world.pass_s(100)
     agents = [
-        world.agent(agent_id=f"pod-{index}", cluster_id=f"c-{index:03}") for index in range(snapshot.MAX_SESSIONS)
+        world.agent(agent_id=f"pod-{index}", cluster_id=f"c-{index:03}") for index in range(status.MAX_SESSIONS)
     ]
     for agent in agents:
         await agent.heartbeat()
     sessions = page.status()["sessions"]
-    assert (sessions["total"], len(sessions["items"])) == (snapshot.MAX_SESSIONS + 1, snapshot.MAX_SESSIONS)
+    assert (sessions["total"], len(sessions["items"])) == (status.MAX_SESSIONS + 1, status.MAX_SESSIONS)
     assert [each["name"] or each["id"] for each in sessions["items"][:3]] == ["zz-silent", "c-000", "c-001"]
 
 
@@ -308,11 +308,11 @@ async def test_an_agent_that_goes_by_http_is_that_and_not_silent(page: Page, wor
 
 
 async def test_agents_that_only_ever_went_by_http_are_shown_those_that_fail_first(page: Page, world: World) -> None:
-    for number in range(snapshot.MAX_SESSIONS + 5):
+    for number in range(status.MAX_SESSIONS + 5):
         by_http(world, f"c-{number:03}")
     by_http(world, "c-zz", status=401, name="failing")
     sessions = page.status()["sessions"]
-    assert (sessions["total"], len(sessions["items"])) == (snapshot.MAX_SESSIONS + 6, snapshot.MAX_SESSIONS)
+    assert (sessions["total"], len(sessions["items"])) == (status.MAX_SESSIONS + 6, status.MAX_SESSIONS)
     first = sessions["items"][0]
     assert (first["name"], first["dialect"], first["http"]["status"]) == ("failing", "clusters_agent", 401)
     await world.pass_s(86_400)

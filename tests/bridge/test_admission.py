@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from shim.bridge.admission import MAX_UNVERIFIED_SESSIONS
-from shim.core.calls import Accepted, Commands, Failed, Outcome, PollCall
+from shim.bridge.session_registry import MAX_UNVERIFIED_SESSIONS
+from shim.core.agent_calls import Accepted, Commands, Failed, Outcome, PollCall
 from shim.core.records import SaveAlias, SaveSession
 from shim.ports import DialFailure, DialRequest
 from tests.bridge.conftest import MakeWorld

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shim.core.calls import Accepted, PollCall
+from shim.core.agent_calls import Accepted, PollCall
 from tests.bridge.conftest import MakeWorld
 from tests.support.world import Agent, World, traces
 

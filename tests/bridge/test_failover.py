@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.passthrough import FallbackPolicy
+from shim.fallback import FallbackPolicy
 from shim.ports import Caller
 from tests.bridge.conftest import MakeWorld
 from tests.support.upstream import REFUSED

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shim.core.link import LinkState
+from shim.core.link_state import LinkState
 from shim.errors import ShimError
 from shim.ports import DialRequest
 from tests.bridge.conftest import MakeWorld

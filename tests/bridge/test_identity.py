@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shim.core.calls import Failed, Registered
+from shim.core.agent_calls import Failed, Registered
 from shim.core.records import SessionKey
 from tests.bridge.conftest import MakeWorld
 from tests.support.upstream import REFUSED

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from shim.core.calls import TunnelState
-from shim.core.refusals import LEFTOVER_TYPES, REASON
+from shim.core.agent_calls import TunnelState
+from shim.protocol.controller_replies import LEFTOVER_TYPES, REASON
 from tests.support.world import World
 
 

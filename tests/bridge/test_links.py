@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.calls import Accepted, Failed
-from shim.core.link import LinkState
+from shim.core.agent_calls import Accepted, Failed
+from shim.core.link_state import LinkState
 from shim.errors import ShimError
 from shim.ports import DialFailure
 from tests.bridge.conftest import MakeWorld

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from shim.bridge.operator import DrainState
+from shim.bridge.admin_actions import DrainState
 from shim.core.records import CommandState
 from shim.errors import OperatorError
 from tests.bridge.conftest import MakeWorld

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.calls import Accepted
+from shim.core.agent_calls import Accepted
 from shim.core.records import CloseOutbox, Operation, PutOutbox, ReadOutbox
 from tests.bridge.conftest import MakeWorld
 from tests.support.world import Agent, World

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.calls import Accepted, Failed
+from shim.core.agent_calls import Accepted, Failed
 from tests.bridge.conftest import MakeWorld
 from tests.support.upstream import GONE, REFUSED
 from tests.support.world import Agent, World

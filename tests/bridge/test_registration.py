@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from shim.core.calls import Failed, Outcome, RegisterCall, Registered
+from shim.core.agent_calls import Failed, Outcome, RegisterCall, Registered
 from shim.ports import DialFailure
 from tests.bridge.conftest import MakeWorld
 from tests.support.upstream import GONE, REFUSED

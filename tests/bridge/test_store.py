@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from shim.core.calls import Accepted, Failed, Registered
+from shim.core.agent_calls import Accepted, Failed, Registered
 from shim.core.records import StoreContents, Prune, SessionKey
 from shim.ports import CommandStore
 from shim.store.memory import MemoryStore

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.bridge.upkeep import PeriodicTasks
+from shim.bridge.scheduler import PeriodicTasks
 from tests.support.world import World
 
 

@@ -19,10 +19,10 @@ import pytest_asyncio
 from aiohttp import web
 from playwright.async_api import Page, expect
 
-from shim.admin.journal import RecentCommandsStore
-from shim.admin.pages import CONTENT_SECURITY_POLICY, FILES, StaticFiles
-from shim.admin.series import Sampler
-from shim.admin.snapshot import ProcessInfo, StatusBuilder
+from shim.admin.recent_commands import RecentCommandsStore
+from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
+from shim.admin.time_series import Sampler
+from shim.admin.status import ProcessInfo, StatusBuilder
 from shim.core.records import StoreContents, Operation
 from shim.ports import CommandStore, StoreDone
 from tests.browser.conftest import OpenTab

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shim import settings
+from shim.config import settings
 from shim.core.leases import Member
 from shim.errors import ConfigError, StoreError
 

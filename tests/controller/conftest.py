@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from shim.tools.controller.server import DevController
+from devtools.controller.server import DevController
 from tests.support.wsagent import TOKEN
 
 

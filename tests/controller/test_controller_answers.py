@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shim.clock import Clock
-from shim.messages import Message
-from shim.tools.controller.answers import Answer, MessageHandler
-from shim.tools.controller.books import ControllerState
-from shim.tools.controller.commands import CommandLog
-from shim.tools.controller.faultbook import ActiveFaults
-from shim.tools.controller.faults import Endpoint
-from shim.tools.controller.history import EventKind, History
-from shim.tools.controller.options import Options
-from shim.tools.controller.registry import Registry
+from shim.protocol.upstream_message import Message
+from devtools.controller.message_handler import Answer, MessageHandler
+from devtools.controller.state import ControllerState
+from devtools.controller.commands import CommandLog
+from devtools.controller.active_faults import ActiveFaults
+from devtools.controller.faults import Endpoint
+from devtools.controller.history import EventKind, History
+from devtools.controller.options import Options
+from devtools.controller.registry import Registry
 
 
 @dataclass

@@ -12,12 +12,12 @@ import pytest
 import trustme
 import websockets
 
-from shim.core.timestamps import parse_rfc3339
-from shim.tools.controller.faults import Gateway, Slow
-from shim.tools.controller.history import EventKind
-from shim.tools.controller.masking import masked
-from shim.tools.controller.options import Options, TokenPlace
-from shim.tools.controller.server import DevController
+from shim.protocol.rfc3339 import parse_rfc3339
+from devtools.controller.faults import Gateway, Slow
+from devtools.controller.history import EventKind
+from devtools.controller.masking import masked
+from devtools.controller.options import Options, TokenPlace
+from devtools.controller.server import DevController
 from tests.support.wsagent import TOKEN, WsAgent, connected, registered
 
 

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shim.clock import Clock
-from shim.messages import Message
-from shim.tools.controller.commands import CommandLog
-from shim.tools.controller.history import EventKind, History
-from shim.tools.controller.journal import HistoryFile
-from shim.tools.controller.masking import mask, masked
-from shim.tools.controller.registry import Registry
-from shim.tools.controller.tokens import Tokens, bearer
+from shim.protocol.upstream_message import Message
+from devtools.controller.commands import CommandLog
+from devtools.controller.history import EventKind, History
+from devtools.controller.history_file import HistoryFile
+from devtools.controller.masking import mask, masked
+from devtools.controller.registry import Registry
+from devtools.controller.tokens import Tokens, bearer
 
 
 def _history(journal: HistoryFile | None = None, *, max_events: int = 100, max_bytes: int = 10_000_000) -> History:

@@ -12,9 +12,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from shim.tools.controller.history import EventKind
-from shim.tools.controller.options import Options
-from shim.tools.controller.server import DevController
+from devtools.controller.history import EventKind
+from devtools.controller.options import Options
+from devtools.controller.server import DevController
 from tests.support.wsagent import TOKEN, connected, registered
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import msgspec
 
 from shim.clock import Clock
-from shim.tools.controller import command
-from shim.tools.controller.books import ControllerState
-from shim.tools.controller.commands import CommandLog, CommandSpec
-from shim.tools.controller.control import Control
-from shim.tools.controller.faultbook import ActiveFaults
-from shim.tools.controller.faults import AnyFault, Fault
-from shim.tools.controller.history import History
-from shim.tools.controller.hub import Connections
-from shim.tools.controller.legacy import LegacyApi
-from shim.tools.controller.options import Options
-from shim.tools.controller.registry import Registry
-from shim.tools.controller.tokens import Tokens
+from devtools.controller import command
+from devtools.controller.state import ControllerState
+from devtools.controller.commands import CommandLog, CommandSpec
+from devtools.controller.control import Control
+from devtools.controller.active_faults import ActiveFaults
+from devtools.controller.faults import AnyFault, Fault
+from devtools.controller.history import History
+from devtools.controller.connections import Connections
+from devtools.controller.legacy import LegacyApi
+from devtools.controller.options import Options
+from devtools.controller.registry import Registry
+from devtools.controller.tokens import Tokens
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "reference" / "controller.md").read_text()
 

@@ -12,14 +12,14 @@ import websockets
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.tools.controller import faults as fault
-from shim.tools.controller.commands import CommandSpec, parse_spec
-from shim.tools.controller.errors import RequestRefused
-from shim.tools.controller.faultbook import ActiveFaults, Scope, parse_fault
-from shim.tools.controller.faults import AnyFault, Endpoint, How
-from shim.tools.controller.history import Event, EventKind
-from shim.tools.controller.outbox import GARBAGE
-from shim.tools.controller.server import DevController
+from devtools.controller import faults as fault
+from devtools.controller.commands import CommandSpec, parse_spec
+from devtools.controller.errors import RequestRefused
+from devtools.controller.active_faults import ActiveFaults, Scope, parse_fault
+from devtools.controller.faults import AnyFault, Endpoint, How
+from devtools.controller.history import Event, EventKind
+from devtools.controller.outbox import GARBAGE
+from devtools.controller.server import DevController
 from tests.support.wsagent import TOKEN, WsAgent, connected, registered
 
 

@@ -20,7 +20,7 @@ import trustme
 import websockets
 from click.testing import CliRunner
 
-from shim.tools.controller import command
+from devtools.controller import command
 from tests.support.wsagent import WsAgent
 
 TOKEN = "tok-of-the-process"
@@ -187,5 +187,5 @@ async def test_port_in_use(tmp_path: Path) -> None:
 
 def test_the_command_alone_loads_no_server() -> None:
     """The list of commands must stay cheap."""
-    code = "import sys; import shim.tools.controller; sys.exit('aiohttp' in sys.modules)"
+    code = "import sys; import devtools.controller; sys.exit('aiohttp' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0

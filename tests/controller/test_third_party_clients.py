@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from shim.tools.controller.faults import How
-from shim.tools.controller.history import EventKind
-from shim.tools.controller.options import Options
-from shim.tools.controller.server import DevController
+from devtools.controller.faults import How
+from devtools.controller.history import EventKind
+from devtools.controller.options import Options
+from devtools.controller.server import DevController
 
 CLIENTS = Path(__file__).parent.parent / "clients"
 TOKEN = "tok-clients"

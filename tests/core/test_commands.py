@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from shim.core.commands import CommandQueue, QueuedCommand, Batch, QueuePolicy
+from shim.core.command_queue import CommandQueue, QueuedCommand, Batch, QueuePolicy
 from shim.core.records import CommandRecord, SessionKey, CommandState
 
 KEY = SessionKey("default", "cluster", "c-1")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.hold import MAX_PROBE_AFTER, PROBE_AFTER, SERIAL_PROBE_AFTER, HoldEstimator, PollPacing
+from shim.core.poll_hold import MAX_PROBE_AFTER, PROBE_AFTER, SERIAL_PROBE_AFTER, HoldEstimator, PollPacing
 
 MAX_S = 20.0
 

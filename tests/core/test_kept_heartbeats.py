@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES, MAX_KEPT_BYTES
-from shim.core.calls import HeartbeatCall, TargetKind, SessionTarget
+from shim.core.agent_calls import HeartbeatCall, TargetKind, SessionTarget
 from shim.core.records import SessionKey
 from shim.core.sessions import Session, Sessions
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.life import TRANSITIONS, CommandEvent, next_state
+from shim.core.command_queue import TRANSITIONS, CommandEvent, next_state
 from shim.core.records import CommandState
 from shim.errors import IllegalTransition
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from shim.core import link_events as ev
+from shim.core import link_state as ev
 from shim.core.backoff import Backoff, BackoffPolicy
-from shim.core.link import TRANSITIONS, LinkStateMachine, LinkPolicy, LinkState
+from shim.core.link_state import TRANSITIONS, LinkStateMachine, LinkPolicy, LinkState
 from shim.errors import IllegalTransition
 
 S = LinkState

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.modes import BREAKER_MAX_S, Breaker, Failover, Transport, bucket, in_rollout
+from shim.core.failover import BREAKER_MAX_S, Breaker, Failover, Transport, bucket, in_rollout
 
 
 def test_buckets_never_change() -> None:

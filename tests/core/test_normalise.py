@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim import dialects
-from shim.core.calls import Commands, OfferedCommand
-from shim.core.normalise import MAX_DEPTH, MAX_ECHO_CHARS, MalformedCommand, ParsedCommand, parse_command
-from shim.core.timestamps import rfc3339
-from shim.dialects import Call
-from shim.messages import Message
+from shim.protocol import dialects
+from shim.core.agent_calls import Commands, OfferedCommand
+from shim.protocol.command_message import MAX_DEPTH, MAX_ECHO_CHARS, MalformedCommand, ParsedCommand, parse_command
+from shim.protocol.rfc3339 import rfc3339
+from shim.protocol.dialects import Call
+from shim.protocol.upstream_message import Message
 from tests.support.generations import GUIDE, Verdict
 
 WALL = 1_795_555_683.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.reach import FAILURES, failure_name, is_controller_unreachable
+from shim.core.backoff import FAILURES, failure_name, is_controller_unreachable
 
 
 @pytest.mark.parametrize(

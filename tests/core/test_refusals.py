@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shim.core.refusals import LEFTOVER_TYPES, REASON, REFUSED_TYPES, refuse
+from shim.protocol.controller_replies import LEFTOVER_TYPES, REASON, REFUSED_TYPES, refuse
 
 
 @pytest.mark.parametrize(

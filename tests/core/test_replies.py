@@ -8,15 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.replies import (
-    conflict_reply,
-    error_status,
-    error_text,
-    forgotten,
-    register_reply,
-    tunnel_state,
-    url_safe_id,
-)
+from shim.protocol.controller_replies import conflict_reply, error_status, error_text, forgotten, register_reply, tunnel_state, url_safe_id
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.reply_reader import MAX_HEAD_BYTES, ReplyError, ReplyReader
+from shim.protocol.reply_reader import MAX_HEAD_BYTES, ReplyError, ReplyReader
 
 CASES = {
     b"HTTP/1.1 204 No Content\r\nDate: now\r\n\r\n": (204, b""),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.calls import HeartbeatCall, TargetKind, SessionTarget
+from shim.core.agent_calls import HeartbeatCall, TargetKind, SessionTarget
 from shim.core.records import SessionKey
 from shim.core.sessions import Session, Sessions
 

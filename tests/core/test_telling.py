@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.telling import Note, came, note, read, read_came
+from shim.protocol.reply_notes import Note, came, note, read, read_came
 
 
 def _target(encoded: bytes) -> str:

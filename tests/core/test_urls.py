@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.urls import host_of, http_url, origin_of, under, with_query, ws_url
+from shim.protocol.http import host_of, http_url, origin_of, under, with_query, ws_url
 
 
 @pytest.mark.parametrize(

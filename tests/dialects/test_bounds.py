@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from shim import dialects
+from shim.protocol import dialects
 from shim.core.bounds import MAX_KEPT_BYTES, MAX_KEPT_VALUES, MAX_LABELS, MAX_NAME_CHARS, MAX_WORD_CHARS
-from shim.core.calls import HeartbeatCall, RegisterCall
-from shim.dialects import Call
+from shim.core.agent_calls import HeartbeatCall, RegisterCall
+from shim.protocol.dialects import Call
 from shim.errors import AgentError
 
 LONG = "x" * 1_000_000

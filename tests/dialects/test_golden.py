@@ -9,27 +9,9 @@ from typing import Any
 
 import pytest
 
-from shim import dialects
-from shim.core.calls import (
-    Accepted,
-    AgentCall,
-    Commands,
-    HealthCall,
-    Healthy,
-    HeartbeatCall,
-    TargetKind,
-    OfferedCommand,
-    Outcome,
-    PollCall,
-    RegisterCall,
-    Registered,
-    ResultCall,
-    StatusCall,
-    SessionTarget,
-    TunnelPollCall,
-    TunnelState,
-)
-from shim.dialects import Call, Match, Router
+from shim.protocol import dialects
+from shim.core.agent_calls import Accepted, AgentCall, Commands, HealthCall, Healthy, HeartbeatCall, TargetKind, OfferedCommand, Outcome, PollCall, RegisterCall, Registered, ResultCall, StatusCall, SessionTarget, TunnelPollCall, TunnelState
+from shim.protocol.dialects import Call, Match, Router
 from tests.support.generations import ALL, Verdict
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

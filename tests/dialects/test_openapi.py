@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
-from shim import dialects
-from shim.core.calls import Accepted, Failed, Healthy, Outcome, TunnelInfo
-from shim.dialects import Call, Router
+from shim.protocol import dialects
+from shim.core.agent_calls import Accepted, Failed, Healthy, Outcome, TunnelInfo
+from shim.protocol.dialects import Call, Router
 from shim.errors import AgentError
 from tests.support.generations import ALL, Generation, Who
 from tests.support.outcomes import COMMANDS, FAILURES, REGISTERED, TUNNELS

@@ -7,19 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim import dialects
-from shim.core.calls import (
-    Accepted,
-    Commands,
-    Failed,
-    Healthy,
-    OfferedCommand,
-    Outcome,
-    Registered,
-    TunnelInfo,
-    TunnelState,
-)
-from shim.dialects import Call, Reply, error_reply
+from shim.protocol import dialects
+from shim.core.agent_calls import Accepted, Commands, Failed, Healthy, OfferedCommand, Outcome, Registered, TunnelInfo, TunnelState
+from shim.protocol.dialects import Call, Reply, error_reply
 from tests.support.generations import ALL, Generation, Reading, Verdict, Who
 from tests.support.outcomes import COMMANDS, FAILURES, REGISTERED, TUNNELS
 

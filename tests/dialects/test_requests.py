@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim import dialects
-from shim.core.calls import HeartbeatCall, TargetKind, RegisterCall, ResultCall, StatusCall, SessionTarget
-from shim.dialects import Call, Dialect, Route, Router
+from shim.protocol import dialects
+from shim.core.agent_calls import HeartbeatCall, TargetKind, RegisterCall, ResultCall, StatusCall, SessionTarget
+from shim.protocol.dialects import Call, Dialect, Route, Router
 from shim.errors import AgentError
 from tests.support.generations import ALL, GENERATIONS, Generation, Who
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim import dialects
-from shim.dialects import Call, Dialect, Match, Router, decode_id, valid_id
-from shim.dialects import agents as agents_dialect
+from shim.protocol import dialects
+from shim.protocol.dialects import Call, Dialect, Match, Router, decode_id, valid_id
+from shim.protocol.dialects import agents as agents_dialect
 from shim.errors import AgentError
 from tests.support.generations import ALL, Generation, Who
 

@@ -15,8 +15,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from shim.admin.sentences import SENTENCES
-from shim.core.modes import bucket
+from shim.admin.health_messages import SENTENCES
+from shim.core.failover import bucket
 from tests.e2e.test_operate import run
 from tests.support.processes import TOKEN, Shim, world
 

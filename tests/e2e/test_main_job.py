@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shim.clock import Clock
-from shim.tools.agents import Callbacks, Command, Event, Identity, LegacyAgent, CallOutcome, AgentProfile, EventKind
+from devtools.agents import Callbacks, Command, Event, Identity, LegacyAgent, CallOutcome, AgentProfile, EventKind
 from tests.support.processes import TOKEN, Controller, Shim, world
 
 FAST = {"upstream": {"heartbeat_interval_s": 0.2}, "poll": {"hold": "off"}}

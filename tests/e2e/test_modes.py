@@ -16,7 +16,7 @@ import aiohttp
 import pytest_asyncio
 import trustme
 
-from shim.core.modes import bucket
+from shim.core.failover import bucket
 from tests.support.processes import TOKEN, Controller, Shim, world
 from tests.support.proxies import PickyProxy
 from tests.support.sockets import answer, read_head, tcp_server

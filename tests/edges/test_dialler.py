@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import trustme
 
-from shim.core.urls import fallback_url, ws_url
-from shim.passthrough.proxy import ReverseProxy, Unreachable
+from shim.protocol.http import fallback_url, ws_url
+from shim.fallback.reverse_proxy import ReverseProxy, Unreachable
 from shim.ports import Caller, DialFailure, DialRequest, ProxyRequest, ProxyResponse
-from shim.settings import Fallback, Settings, Upstream
+from shim.config.settings import Fallback, Settings, Upstream
 from shim.upstream import AiohttpUpstream
 from shim.upstream.dialler import KEEP_S
 from shim.upstream.http_client import MAX_INTERIM_RESPONSES

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from shim.frontend.forwarding import head
+from shim.agent_api.forwarding import head
 from shim.ports import ProxyResponse
 
 

@@ -12,22 +12,10 @@ import pytest
 import trustme
 
 from shim.core.bounds import MAX_HEAD_BYTES, MAX_VALUES, MAX_WAITING_BYTES
-from shim.core.calls import AgentCall, PollCall
+from shim.core.agent_calls import AgentCall, PollCall
 from shim.ports import CallResult, Caller
-from shim.settings import Listen, TlsFiles
-from tests.support.frontend import (
-    HEALTH,
-    POLL,
-    Agent,
-    Board,
-    House,
-    Reply,
-    get,
-    offering,
-    plain_answer,
-    post,
-    running,
-)
+from shim.config.settings import Listen, TlsFiles
+from tests.support.frontend import HEALTH, POLL, Agent, Board, House, Reply, get, offering, plain_answer, post, running
 
 HEARTBEAT = "/api/v1/clusters/agent/c1/heartbeat"
 BEAT = post(HEARTBEAT, b'{"status":"healthy"}', "Authorization: Bearer t")

@@ -7,10 +7,10 @@ import socket
 
 import pytest
 
-from shim.core.calls import AgentCall
-from shim.frontend import kernel
+from shim.core.agent_calls import AgentCall
+from shim.agent_api import tcp_state
 from shim.ports import CallResult, Caller
-from shim.settings import Listen
+from shim.config.settings import Listen
 from tests.support.frontend import HEALTH, POLL, Agent, Board, get, offering, running
 
 LARGE_BYTES = 12_000_000  # more than loopback sockets buffer
@@ -308,7 +308,7 @@ def test_a_fin_that_hides_a_reset_is_found_out() -> None:
     ours.send(b"a reply")
     with ours:
         assert ours.recv(1) == b"", "this is all that asyncio would tell"
-        assert not kernel.acknowledged(ours)
+        assert not tcp_state.acknowledged(ours)
 
 
 def test_a_reset_after_a_half_close_is_found_out() -> None:
@@ -319,19 +319,19 @@ def test_a_reset_after_a_half_close_is_found_out() -> None:
     theirs.close()
     with ours:
         assert ours.recv(1) == b""
-        assert not kernel.acknowledged(ours)
+        assert not tcp_state.acknowledged(ours)
 
 
 def test_what_the_kernel_tells() -> None:
     ours, theirs = _pair()
     with ours, theirs:
-        assert kernel.acknowledged(ours)
-        assert not kernel.hung_up(ours)
+        assert tcp_state.acknowledged(ours)
+        assert not tcp_state.hung_up(ours)
         theirs.shutdown(socket.SHUT_WR)
-        assert kernel.hung_up(ours)
-        assert kernel.acknowledged(ours)
-    assert kernel.hung_up(ours)
-    assert not kernel.acknowledged(ours)
+        assert tcp_state.hung_up(ours)
+        assert tcp_state.acknowledged(ours)
+    assert tcp_state.hung_up(ours)
+    assert not tcp_state.acknowledged(ours)
 
 
 async def test_a_failing_switchboard_does_not_break_the_connection() -> None:

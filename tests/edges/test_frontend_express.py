@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from shim.core.calls import Commands, Failed
+from shim.core.agent_calls import Commands, Failed
 from shim.ports import CallResult
 from tests.support.frontend import POLL, Agent, Board, House, Reply, get, post, running
 

@@ -9,10 +9,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from shim.core.calls import Accepted, AgentCall, HeartbeatCall, PollCall, StatusCall
-from shim.frontend.forwarding import target_of
+from shim.core.agent_calls import Accepted, AgentCall, HeartbeatCall, PollCall, StatusCall
+from shim.agent_api.forwarding import target_of
 from shim.ports import CallResult, Caller, ProxyRequest, ProxyResponse
-from shim.settings import Listen
+from shim.config.settings import Listen
 from tests.support.frontend import HEALTH, POLL, get, post, running
 
 PACKED = gzip.compress(b'{"agent_id":"a","name":"n"}')

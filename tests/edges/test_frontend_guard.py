@@ -11,7 +11,7 @@ import trustme
 from cryptography import x509
 
 from shim.ports import Caller
-from shim.settings import Listen, TlsFiles
+from shim.config.settings import Listen, TlsFiles
 from tests.support.frontend import POLL, House, get, offering, running
 from tests.support.frontend import Board as FakeBoard
 

@@ -10,10 +10,10 @@ import zlib
 
 import pytest
 
-from shim.core.calls import AgentCall, Failed, HeartbeatCall, OfferedCommand, PollCall
-from shim.core.calls import Commands as CommandList
+from shim.core.agent_calls import AgentCall, Failed, HeartbeatCall, OfferedCommand, PollCall
+from shim.core.agent_calls import Commands as CommandList
 from shim.ports import CallResult, Caller
-from shim.settings import Listen
+from shim.config.settings import Listen
 from tests.support.frontend import HEALTH, POLL, Agent, Board, House, Reply, get, offering, plain_answer, post, running
 
 HEARTBEAT = "/api/v1/clusters/agent/c1/heartbeat"

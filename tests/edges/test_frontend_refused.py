@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.calls import AgentCall, Failed
+from shim.core.agent_calls import AgentCall, Failed
 from shim.core.recent_calls import RecentCalls
 from shim.ports import CallResult, Caller
-from shim.settings import Listen
+from shim.config.settings import Listen
 from tests.support.frontend import POLL, Board, get, post, running
 
 REGISTER = "/api/v1/clusters/agent/register"

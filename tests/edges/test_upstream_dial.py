@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from shim.ports import DialFailure, DialRequest, WebSocket
-from shim.settings import Upstream
+from shim.config.settings import Upstream
 from shim.upstream import AiohttpUpstream
-from shim.upstream.failures import failure_of, retry_after_s
+from shim.upstream.dial_errors import failure_of, retry_after_s
 from tests.support.sockets import Events, Tasks, accept_websocket, answer, connect, read_head, refusal, tcp_server
 
 TOKEN = "to&ken=canary"

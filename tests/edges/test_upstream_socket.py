@@ -10,9 +10,9 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from shim.messages import Message, decode
+from shim.protocol.upstream_message import Message, decode
 from shim.ports import DialRequest
-from shim.settings import Upstream
+from shim.config.settings import Upstream
 from shim.upstream import AiohttpUpstream
 from tests.support.sockets import DEADLINE_S, Events, Tasks, accept_websocket, connect, tcp_server
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import trustme
 
-from shim.messages import Message
+from shim.protocol.upstream_message import Message
 from shim.ports import DialFailure, DialRequest
-from shim.settings import Upstream
+from shim.config.settings import Upstream
 from shim.upstream import AiohttpUpstream
-from shim.upstream.proxies import choose_proxy
+from shim.upstream.proxy import choose_proxy
 from tests.support.sockets import Events, Tasks, accept_websocket, answer, connect, read_head, refusal, tcp_server
 
 TOKEN = "token-canary"

@@ -18,23 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from shim.clock import Clock
-from shim.tools.agents import (
-    Callbacks,
-    Command,
-    Connection,
-    Exchange,
-    Identity,
-    LegacyAgent,
-    CallOutcome,
-    PollStyle,
-    Pool,
-    AgentProfile,
-    Response,
-    Result,
-    EventKind,
-    WireError,
-)
-from shim.tools.agents import Event as AgentEvent
+from devtools.agents import Callbacks, Command, Connection, Exchange, Identity, LegacyAgent, CallOutcome, PollStyle, Pool, AgentProfile, Response, Result, EventKind, WireError
+from devtools.agents import Event as AgentEvent
 from tests.faults import events as ev
 from tests.faults.waiting import last
 from tests.support.generations import ALL, Verdict

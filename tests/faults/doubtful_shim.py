@@ -18,23 +18,11 @@ from typing import Any, NoReturn
 
 from shim import app
 from shim.clock import Clock
-from shim.core.calls import AgentCall
+from shim.core.agent_calls import AgentCall
 from shim.core.records import StoreContents, Operation, PutCommand, PutResult
 from shim.errors import StoreError
-from shim.messages import Message
-from shim.ports import (
-    CallResult,
-    Caller,
-    CommandStore,
-    DialFailure,
-    DialRequest,
-    DeliveryReceipt,
-    WebSocket,
-    WebSocketListener,
-    StoreDone,
-    AgentService,
-    UpstreamPort,
-)
+from shim.protocol.upstream_message import Message
+from shim.ports import CallResult, Caller, CommandStore, DialFailure, DialRequest, DeliveryReceipt, WebSocket, WebSocketListener, StoreDone, AgentService, UpstreamPort
 from shim.store import CallThreadsafe
 from shim.store.lock import StoreLock
 from shim.store.sqlite import SqliteStore

@@ -14,8 +14,8 @@ from typing import Any
 
 import aiohttp
 
-from shim.core.timestamps import parse_rfc3339
-from shim.tools.control_client import ControlClient, ControlError
+from shim.protocol.rfc3339 import parse_rfc3339
+from devtools.controller.client import ControlClient, ControlError
 from tests.faults import events as ev
 from tests.faults.waiting import last, true_within
 from tests.support.network import Host

@@ -9,7 +9,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
-from shim.core.link import LinkState
+from shim.core.link_state import LinkState
 from shim.ports import DialFailure
 from tests.support.upstream import FakeDial
 from tests.support.virtual import run_virtual

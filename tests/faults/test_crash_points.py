@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from shim.clock import Clock
-from shim.tools.agents import Callbacks, Event, Identity, LegacyAgent, AgentProfile, EventKind
-from shim.tools.control_client import ControlError
+from devtools.agents import Callbacks, Event, Identity, LegacyAgent, AgentProfile, EventKind
+from devtools.controller.client import ControlError
 from tests.faults.keepers import DOUBTFUL, SOUND
 from tests.faults.schedule import CRASH_POINTS
 from tests.faults.waiting import last

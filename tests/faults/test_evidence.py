@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from shim.core.calls import PollCall
+from shim.core.agent_calls import PollCall
 from shim.ports import CallResult, Caller
 from tests.support.virtual import run_virtual
 from tests.support.world import Agent, World

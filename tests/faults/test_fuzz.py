@@ -18,16 +18,16 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from shim import dialects
-from shim.core.calls import Accepted, Commands, Failed, Healthy, OfferedCommand, Outcome, Registered, TunnelState
-from shim.core.normalise import MalformedCommand, parse_command
-from shim.core.refusals import REFUSED_TYPES, refuse
-from shim.core.replies import conflict_reply, error_status, error_text, register_reply, tunnel_state
-from shim.dialects import Call, Match, Router
+from shim.protocol import dialects
+from shim.core.agent_calls import Accepted, Commands, Failed, Healthy, OfferedCommand, Outcome, Registered, TunnelState
+from shim.protocol.command_message import MalformedCommand, parse_command
+from shim.protocol.controller_replies import REFUSED_TYPES, refuse
+from shim.protocol.controller_replies import conflict_reply, error_status, error_text, register_reply, tunnel_state
+from shim.protocol.dialects import Call, Match, Router
 from shim.errors import AgentError, MessageError
-from shim.frontend.body import decode_body
-from shim.frontend.replies import encode_body
-from shim.messages import Message, decode, encode
+from shim.agent_api.request_body import decode_body
+from shim.agent_api.responses import encode_body
+from shim.protocol.upstream_message import Message, decode, encode
 from tests.faults.mutation import bodies, frames, mutated
 from tests.support.frontend import HEALTH, House, running
 from tests.support.generations import ALL, Verdict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from shim.core.link import LinkState
+from shim.core.link_state import LinkState
 from tests.support.virtual import run_virtual
 from tests.support.world import World
 

@@ -16,8 +16,8 @@ import aiohttp
 import pytest
 
 from shim.clock import Clock
-from shim.tools.agents import Callbacks, Command, Event, Identity, LegacyAgent, CallOutcome, AgentProfile, Result, EventKind
-from shim.tools.control_client import ControlError
+from devtools.agents import Callbacks, Command, Event, Identity, LegacyAgent, CallOutcome, AgentProfile, Result, EventKind
+from devtools.controller.client import ControlError
 from tests.faults.injuries import damage
 from tests.faults.waiting import last
 from tests.support import disks

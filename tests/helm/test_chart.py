@@ -13,23 +13,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from shim import __version__, config
-from tests.support.manifests import (
-    CHART,
-    HELMS,
-    NAMESPACE,
-    ROOT,
-    Refused,
-    container,
-    documents,
-    env_of,
-    one,
-    pod_of,
-    rendered,
-    run,
-    template,
-    vendor_text,
-)
+from shim import __version__
+from shim.config import loader
+from tests.support.manifests import CHART, HELMS, NAMESPACE, ROOT, Refused, container, documents, env_of, one, pod_of, rendered, run, template, vendor_text
 from tests.support.policy import admit
 
 pytestmark = pytest.mark.needs("helm3", "helm4")
@@ -162,7 +148,7 @@ def test_the_shim_takes_the_configuration(values: str, tmp_path: Path) -> None:
         "SHIM_ADMIN__HOST": "10.0.0.7",
     }
     names = env_of(container(one(objects, "Pod"), "agent-shim"))
-    settings = config.load(str(file), {name: value for name, value in given.items() if name in names}, [])
+    settings = loader.load(str(file), {name: value for name, value in given.items() if name in names}, [])
     assert settings.listen.host == "127.0.0.1"
     assert (settings.listen.port, settings.admin.port) == (7080, 7090)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shim import __version__, config
+from shim import __version__
+from shim.config import loader
 from tests.support.manifests import ROOT, one, rendered, run
 
 GITOPS = ROOT / "config" / "gitops"
@@ -28,7 +29,7 @@ def test_generated_files_are_what_their_sources_say() -> None:
 class TestGitOps:
     pytestmark = pytest.mark.needs("helm4")
 
-    def settings(self, tmp_path: Path, *sets: str, files: tuple[str, ...] = ("rollout.yaml",)) -> config.Settings:
+    def settings(self, tmp_path: Path, *sets: str, files: tuple[str, ...] = ("rollout.yaml",)) -> loader.Settings:
         more = [part for name in files for part in ("--values", str(GITOPS / "values" / name))]
         more += [part for pair in sets for part in ("--set", pair)]
         text = run(
@@ -37,7 +38,7 @@ class TestGitOps:
         found = [each for each in yaml.safe_load_all(text) if each and each["kind"] == "ConfigMap"]
         file = tmp_path / "config.yaml"
         file.write_text(found[0]["data"]["config.yaml"])
-        return config.load(str(file), {}, [])
+        return loader.load(str(file), {}, [])
 
     @pytest.mark.parametrize("percent", [10, 50, 100])
     def test_one_number_moves_the_fleet(self, percent: int, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ class TestCompose:
         assert (shim["read_only"], shim["cap_drop"], shim["user"]) == (True, ["ALL"], "10001:10001")
         assert __version__ in shim["image"]
         env = {key: value.partition(":-")[2].rstrip("}") or value for key, value in shim["environment"].items()}
-        settings = config.load(None, env, [])
+        settings = loader.load(None, env, [])
         assert settings.upstream.token_file == "/run/agent-shim/token"
         assert settings.upstream.url == "https://api.pipeops.io"
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from shim.tools.inject import gap
-from shim.tools.inject.documents import Options, inject
-from shim.tools.inject.sidecar import InjectError
+from shim.cli.inject import missing_sidecars
+from shim.cli.inject.documents import Options, inject
+from shim.cli.inject.sidecar import InjectError
 from tests.support.manifests import SHAPES, container, pod_of, vendor_text
 
 OPTIONS = Options("example/agent-shim:v9")
@@ -28,7 +28,7 @@ def running(shape: str = "manifest", injected: bool = True) -> dict[str, Any]:
 
 
 def fault(pod: dict[str, Any]) -> str:
-    (found,) = gap.agents([pod])
+    (found,) = missing_sidecars.agents([pod])
     return found.fault
 
 
@@ -53,14 +53,14 @@ def test_what_can_be_wrong() -> None:
 def test_what_is_no_gap() -> None:
     finished = running(injected=False) | {"status": {"phase": "Succeeded"}}
     stranger = {"metadata": {"name": "web"}, "spec": {"containers": [{"name": "agent", "image": "datadog"}]}}
-    assert gap.agents([finished, stranger, {}]) == []
+    assert missing_sidecars.agents([finished, stranger, {}]) == []
     to_gateway = running(injected=False)
     url = "http://agent-shim.pipeops-system.svc:7080"
     container(to_gateway, "agent")["env"].insert(0, {"name": "PIPEOPS_API_URL", "value": url})
     assert fault(to_gateway) == ""
     out = running(injected=False)
     out["metadata"]["labels"]["agent-shim/inject"] = "disabled"
-    assert gap.agents([out]) == [gap.Pod("pipeops-system", "pipeops-agent-1", "", opted_out=True)]
+    assert missing_sidecars.agents([out]) == [missing_sidecars.Pod("pipeops-system", "pipeops-agent-1", "", opted_out=True)]
 
 
 def check(stdin: str) -> subprocess.CompletedProcess[str]:
@@ -85,7 +85,7 @@ def test_the_command() -> None:
 def test_kubectl_is_asked(tmp_path: Path) -> None:
     """A stand-in for kubectl on the path, in a process of its own."""
     kubectl = tmp_path / "kubectl"
-    code = "from shim.tools.inject import gap; print(gap.agents(gap.in_cluster('pipeops-system')))"
+    code = "from shim.cli.inject import gap; print(gap.agents(gap.in_cluster('pipeops-system')))"
     env = {**os.environ, "PATH": str(tmp_path)}
 
     def asked(script: str) -> subprocess.CompletedProcess[str]:
@@ -107,4 +107,4 @@ def test_kubectl_is_asked(tmp_path: Path) -> None:
 
 def test_all_namespaces_without_a_name() -> None:
     with pytest.raises(InjectError):
-        gap.listed("{")
+        missing_sidecars.listed("{")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shim.tools.inject.documents import Options, inject, remove
-from shim.tools.inject.sidecar import InjectError
+from shim.cli.inject.documents import Options, inject, remove
+from shim.cli.inject.sidecar import InjectError
 from tests.support.manifests import SHAPES, container, documents, env_of, one, pod_of, vendor_text
 
 IMAGE = "example/agent-shim:v9"

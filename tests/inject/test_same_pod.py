@@ -8,23 +8,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from shim.tools.inject.documents import Options, inject
-from shim.tools.inject.gap import agents
-from tests.support.manifests import (
-    HELMS,
-    NAMESPACE,
-    ROOT,
-    SHAPES,
-    Refused,
-    container,
-    documents,
-    env_of,
-    one,
-    pod_of,
-    rendered,
-    run,
-    vendor_text,
-)
+from shim.cli.inject.documents import Options, inject
+from shim.cli.inject.missing_sidecars import agents
+from tests.support.manifests import HELMS, NAMESPACE, ROOT, SHAPES, Refused, container, documents, env_of, one, pod_of, rendered, run, vendor_text
 from tests.support.policy import ServerPanic, admit, plain
 
 IMAGE = "example/agent-shim:v9"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shim.conversion import leaves, sections
+from shim.config.loader import leaves, sections
 from tests.e2e.test_main_job import living
 from tests.support.processes import TOKEN, Shim, free_port, world
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from shim.admin.collector import BridgeCollector
+from shim.admin.gauges import BridgeCollector
 from shim.cluster.metrics import ClusterMetrics
 from shim.counting import Family
 from shim.metrics import COMMAND_EVENTS, Metrics, Registry

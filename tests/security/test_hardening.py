@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from shim.hardening import security_warnings
-from shim.settings import Settings
+from shim.process import security_warnings
+from shim.config.settings import Settings
 from tests.support.processes import Shim, world
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ async def test_a_running_shim_dumps_no_core(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
 def test_a_process_that_keeps_its_memory_private_cannot_be_dumped_or_traced() -> None:
     script = (
-        "import ctypes; from shim.hardening import keep_memory_private; prctl = ctypes.CDLL(None).prctl\n"
+        "import ctypes; from shim.process import keep_memory_private; prctl = ctypes.CDLL(None).prctl\n"
         "get_dumpable = 3\n"
         "print(prctl(get_dumpable), keep_memory_private(), prctl(get_dumpable))"
     )

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from shim.admin.limits import MAX_BUSY, MAX_CONNECTIONS
-from shim.admin.live import MAX_READERS
+from shim.admin.connection_limit import MAX_BUSY, MAX_CONNECTIONS
+from shim.admin.event_stream import MAX_READERS
 from shim.core import bounds
-from shim.settings import Listen
+from shim.config.settings import Listen
 from shim.upstream.http_client import MAX_INTERIM_RESPONSES
 from tests.security import attack
 

@@ -9,33 +9,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from shim import settings
-from shim.core.records import (
-    AddTrace,
-    CloseOutbox,
-    CommandRecord,
-    DeleteSession,
-    FindCommand,
-    LookUpCommand,
-    MarkCommands,
-    MoveSession,
-    Operation,
-    OutboxEntry,
-    Prune,
-    PutCommand,
-    PutOutbox,
-    PutOutcome,
-    PutResult,
-    ReadOutbox,
-    RequeueCommand,
-    ResultOutcome,
-    SaveAlias,
-    SaveSession,
-    SaveTunnel,
-    CommandState,
-    WriteProbe,
-    TraceEntry,
-)
+from shim.config import settings
+from shim.core.records import AddTrace, CloseOutbox, CommandRecord, DeleteSession, FindCommand, LookUpCommand, MarkCommands, MoveSession, Operation, OutboxEntry, Prune, PutCommand, PutOutbox, PutOutcome, PutResult, ReadOutbox, RequeueCommand, ResultOutcome, SaveAlias, SaveSession, SaveTunnel, CommandState, WriteProbe, TraceEntry
 from shim.errors import StoreError
 from shim.store import open_store
 from shim.store.memory import MAX_LONE_TRACES, MemoryStore

@@ -11,22 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from shim import settings
-from shim.core.owners import shard_of
-from shim.core.records import (
-    AddTrace,
-    FindCommand,
-    StoreContents,
-    MarkCommands,
-    PutOutbox,
-    PutResult,
-    ReadOutbox,
-    SaveAlias,
-    SaveSession,
-    SaveTunnel,
-    CommandState,
-    TraceEntry,
-)
+from shim.config import settings
+from shim.core.shard_assignment import shard_of
+from shim.core.records import AddTrace, FindCommand, StoreContents, MarkCommands, PutOutbox, PutResult, ReadOutbox, SaveAlias, SaveSession, SaveTunnel, CommandState, TraceEntry
 from shim.errors import StoreError
 from shim.store.copy import copy
 from shim.store.sqlite import SqliteStore

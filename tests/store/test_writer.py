@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from shim import settings
+from shim.config import settings
 from shim.core.records import FindCommand, MarkCommands, Prune, ReadOutbox, CommandState
 from shim.errors import StoreError
 from shim.store import CommitProbe, open_store

@@ -13,7 +13,7 @@ import click
 import pytest
 from packaging.requirements import Requirement
 
-from shim.cli import cli
+from shim.cli.main import cli
 from tests.supply.test_wheel import built
 
 pytest.importorskip("hatchling", reason="the build backend comes with requirements/dev.txt")

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from shim.core import rfc3339
+from shim.protocol import rfc3339
 
 Shape = Any
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import psycopg
 
-from shim import settings
+from shim.config import settings
 from shim.store import CommitProbe, Partition
 from shim.store.delivery import CallThreadsafe
 from shim.store.postgres.database import prepare

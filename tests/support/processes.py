@@ -18,7 +18,7 @@ from typing import Any, Self
 import aiohttp
 import yaml
 
-from shim.tools.control_client import ControlClient
+from devtools.controller.client import ControlClient
 
 TOKEN = "tok-of-the-cluster"
 START_S = 30.0

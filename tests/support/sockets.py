@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from shim.messages import Message
+from shim.protocol.upstream_message import Message
 from shim.ports import DialFailure, DialRequest, WebSocket
 from shim.upstream import AiohttpUpstream
 

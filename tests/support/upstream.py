@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from shim import messages
-from shim.messages import Message
+from shim.protocol import upstream_message
+from shim.protocol.upstream_message import Message
 from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
 
 REFUSED = DialFailure("status", 401)
@@ -51,7 +51,7 @@ class FakeSocket:
 
     def send(self, message: Message) -> None:
         if self.open:
-            as_read = messages.decode(messages.encode(message))
+            as_read = upstream_message.decode(upstream_message.encode(message))
             self.sent.append(Sent(self._loop.time(), self, as_read))
             if not self.swallows:
                 self._loop.call_soon(self.on_sent, as_read)
@@ -78,7 +78,7 @@ class FakeSocket:
 
     def says_bytes(self, frame: bytes) -> None:
         """A data frame of the controller arrives, whatever is in it."""
-        for found in messages.decode_frame(frame):
+        for found in upstream_message.decode_frame(frame):
             if isinstance(found, Message):
                 self._in(self._message, found)
             else:

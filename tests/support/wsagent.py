@@ -12,7 +12,7 @@ import websockets
 from websockets.asyncio.client import ClientConnection
 from websockets.frames import Close
 
-from shim.tools.controller.server import DevController
+from devtools.controller.server import DevController
 
 TOKEN = "tok-1"
 DEADLINE_S = 10

@@ -15,23 +15,8 @@ from typing import Any
 import pytest
 
 from shim.clock import Clock
-from shim.tools.agents import (
-    GENERATIONS,
-    Callbacks,
-    Command,
-    Event,
-    Exchange,
-    Identity,
-    LegacyAgent,
-    CallOutcome,
-    PollStyle,
-    AgentProfile,
-    Response,
-    Result,
-    EventKind,
-    WireError,
-)
-from shim.tools.agents.replies import DecodeError, decode_commands, decode_tunnel
+from devtools.agents import GENERATIONS, Callbacks, Command, Event, Exchange, Identity, LegacyAgent, CallOutcome, PollStyle, AgentProfile, Response, Result, EventKind, WireError
+from devtools.agents.replies import DecodeError, decode_commands, decode_tunnel
 from tests.support import generations
 from tests.support.generations import Verdict
 from tests.support.recording_server import Recorded, RecordingServer, http

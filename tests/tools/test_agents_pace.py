@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.tools.agents.pace import Pace, Pause, Ticker
+from devtools.agents.pacing import Pace, Pause, Ticker
 
 
 def starts(pace: Pace, durations_s: list[float], now_s: float) -> list[float]:

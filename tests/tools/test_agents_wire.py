@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from shim.tools.agents.wire import IDLE_TIMEOUT_S, Pool, Request, WireError
+from devtools.agents.http_client import IDLE_TIMEOUT_S, Pool, Request, WireError
 from tests.support.recording_server import Last, Recorded, RecordingServer, http
 
 GET = Request("GET", "/x")

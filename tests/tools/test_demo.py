@@ -16,8 +16,8 @@ import aiohttp
 import pytest
 
 from shim.clock import Clock
-from shim.tools.demo.children import ChildProcess, ChildFailed
-from shim.tools.demo.stage import Console, StepFailed
+from devtools.demo.processes import ChildProcess, ChildFailed
+from devtools.demo.console import Console, StepFailed
 
 CONTROLLER = ["controller", "--listen", "127.0.0.1:0", "--token", "t"]
 

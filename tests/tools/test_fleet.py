@@ -15,11 +15,11 @@ import aiohttp
 import pytest
 
 from shim.clock import Clock
-from shim.tools.agents import Callbacks, Command, Event, CallOutcome, AgentProfile, Response, EventKind
-from shim.tools.control_client import ControlClient, ControlError, control_client
-from shim.tools.fleet_report import lines, report
-from shim.tools.herd import Fleet, FleetPlan, FleetStats
-from shim.tools.pusher import CommandLoad
+from devtools.agents import Callbacks, Command, Event, CallOutcome, AgentProfile, Response, EventKind
+from devtools.controller.client import ControlClient, ControlError, control_client
+from devtools.fleet.report import lines, report
+from devtools.fleet.runner import Fleet, FleetPlan, FleetStats
+from devtools.fleet.command_load import CommandLoad
 from tests.support.recording_server import Recorded, RecordingServer, http
 
 CLOCK = Clock()

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 
-from shim import settings
+from shim.config import settings
 from shim.errors import StoreError
 from shim.store.postgres.database import connect, prepare, refusal
 from shim.store.tables import Table, shard_of_session

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 
-from shim import settings
+from shim.config import settings
 from shim.errors import StoreError, StoreVersionError
 from shim.store.postgres.dsn import SCHEMA, conninfo
 from shim.store.schema import MIGRATIONS, SCHEMA_VERSION

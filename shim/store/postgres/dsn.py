@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from shim import config, settings
+from shim.config import loader, settings
 from shim.errors import ConfigError, Fault
 from shim.hosts import is_this_machine
 
@@ -37,7 +37,7 @@ def conninfo(configured: settings.Store, name: str, **options: str) -> str:
     given = _parse(configured.url)
     parameters: dict[str, Any] = _NETWORK | given
     if configured.password_file:
-        parameters["password"] = config.read_secret(configured.password_file, "store.password_file")
+        parameters["password"] = loader.read_secret(configured.password_file, "store.password_file")
     hosts = str(given.get("host") or given.get("hostaddr") or "").split(",")
     if not configured.allow_insecure and not all(map(is_this_machine, hosts)):
         parameters["sslmode"] = "verify-full"

@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 
-from shim import settings
+from shim.config import settings
 from shim.clock import Clock
 from shim.core.records import StoreContents, Operation
 from shim.errors import ConfigError, StoreError, StoreFenced

@@ -6,7 +6,7 @@ from contextlib import closing
 
 import psycopg
 
-from shim import settings
+from shim.config import settings
 from shim.errors import StoreError
 from shim.store.postgres.database import connect, prepare, refusal
 from shim.store.tables import TABLES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim import settings
+from shim.config import settings
 from shim.core.records import StoreContents
 from shim.store.database import Partition
 from shim.store.delivery import CallThreadsafe

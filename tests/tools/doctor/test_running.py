@@ -13,12 +13,12 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shim.admin.journal import RecentCommandsStore
-from shim.admin.series import Sampler
-from shim.admin.snapshot import ProcessInfo, StatusBuilder
+from shim.admin.recent_commands import RecentCommandsStore
+from shim.admin.time_series import Sampler
+from shim.admin.status import ProcessInfo, StatusBuilder
 from shim.ports import DialFailure
-from shim.tools.doctor.findings import Finding
-from shim.tools.doctor.running import RunningShim, examine
+from shim.cli.doctor.report import Finding
+from shim.cli.doctor.running_shim import RunningShim, examine
 from tests.e2e.test_main_job import living
 from tests.support.processes import Controller, Shim, world
 from tests.support.virtual import run_virtual

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from shim import config
+from shim.config import loader
 from shim.errors import ConfigError
-from shim.settings import Settings
-from shim.tools.doctor.sources import Sources, compare, of_process, of_running
+from shim.config.settings import Settings
+from shim.cli.doctor.sources import Sources, compare, of_process, of_running
 from tests.support.processes import Shim, world
 from tests.tools.doctor.conftest import Diagnosis, Doctor
 
@@ -135,13 +135,13 @@ def test_masked_settings_are_read_back() -> None:
         "upstream.proxy=http://u:abcd@p:1",
         "poll.hold=5",
     ]
-    found = of_running(json.loads(json.dumps(config.redacted(config.load(None, {}, sets)))))
+    found = of_running(json.loads(json.dumps(loader.redacted(loader.load(None, {}, sets)))))
     assert (found.upstream.url, found.upstream.token, found.upstream.proxy) == ("https://h/x", "", "http://p:1")
     assert found.poll.hold == 5
     database = "store.url=postgresql://shim:abcd@h:5432/db?sslmode=verify-full"
-    found = of_running(json.loads(json.dumps(config.redacted(config.load(None, {}, [database])))))
+    found = of_running(json.loads(json.dumps(loader.redacted(loader.load(None, {}, [database])))))
     assert found.store.url == "postgresql://shim@h:5432/db"
-    assert compare(Settings(), json.loads(json.dumps(config.redacted(Settings())))) == []
+    assert compare(Settings(), json.loads(json.dumps(loader.redacted(Settings())))) == []
 
 
 def test_sources_of_nothing() -> None:

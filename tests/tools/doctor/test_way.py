@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import trustme
 
-from shim.tools.controller.history import EventKind
-from shim.tools.controller.options import Options, TokenPlace
-from shim.tools.controller.server import DevController
+from devtools.controller.history import EventKind
+from devtools.controller.options import Options, TokenPlace
+from devtools.controller.server import DevController
 from tests.support.proxies import ForwardProxy, PickyProxy, forward_proxy
 from tests.support.sockets import accept_websocket, answer, read_head, tcp_server
 from tests.tools.doctor.conftest import PASSWORD, TOKEN, Doctor, upstream

@@ -1,0 +1,138 @@
+"""What the generations of the vendor's agent have in common on the wire (wire-facts §1.0): headers, bodies, formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from devtools.agents.http_client import Request
+
+_REGISTERED = frozenset({200, 201})
+_ACCEPTED = frozenset({200, 204})
+_GO = "Go-http-client/1.1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What an agent says about itself. `token` is its Bearer token, `service_token` a Kubernetes ServiceAccount's."""
+
+    agent_id: str
+    cluster_name: str
+    token: str = field(repr=False)
+    version: str = "v1.2.3"
+    k8s_version: str = "v1.28.3+k3s1"
+    hostname: str = "node-1"
+    server_ip: str = "10.0.0.7"
+    service_token: str = field(default="", repr=False)
+    tunnel_enabled: bool = True
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {"agent.pipeops.io/version": self.version, "hostname": self.hostname}
+
+    @property
+    def tunnel_status(self) -> str:
+        """A setting, not a fact: it says nothing about a tunnel."""
+        return "connected" if self.tunnel_enabled else "disconnected"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What an agent answers to a command; empty fields are left out, as Go's `omitempty` does."""
+
+    success: bool = True
+    output: str = ""
+    error: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def health() -> Request:
+    """The health call, the only one without a token."""
+    return get("/api/v1/health", "")
+
+
+def tunnel_poll(who: Identity) -> Request:
+    """The tunnel poll of every generation."""
+    return get(f"/api/agents/{who.agent_id}/tunnel/status", who.token, "PipeOps-Agent/1.0")
+
+
+def status_report(who: Identity, now_s: float, report: dict[str, Any] | None = None) -> Request:
+    """A cluster status report of the first A agents; of `report` lists that are absent go out as `null`."""
+    given = report or {}
+    body = {key: given.get(key) for key in ("nodes", "namespaces", "deployments", "services", "pods")}
+    body["metrics"] = given.get("metrics", {"cpu_usage": 0, "memory_usage": 0, "pod_count": 0, "node_count": 0})
+    body["timestamp"] = rfc3339(now_s)
+    return post(f"/api/v1/agents/{who.agent_id}/status", who.token, body, timeout_s=15)
+
+
+def result_body(result: Result, now_s: float) -> bytes:
+    """The body of a result post."""
+    body: dict[str, Any] = {"success": result.success}
+    body |= {key: value for key in ("output", "error", "metadata") if (value := getattr(result, key))}
+    return msgspec.json.encode(body | {"timestamp": rfc3339(now_s)})
+
+
+def rfc3339(wall_s: float, *, fraction: bool = True) -> str:
+    """Go's RFC3339Nano in UTC (no trailing zeros), or RFC3339 without a fraction."""
+    seconds, nanos = divmod(int(wall_s * 1_000_000_000), 1_000_000_000)
+    stamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    digits = f".{nanos:09d}".rstrip("0") if fraction and nanos else ""
+    return f"{stamp}{digits}Z"
+
+
+def get(path: str, token: str, user_agent: str = _GO) -> Request:
+    """A GET whose success is 200."""
+    return Request("GET", path, headers(token, user_agent))
+
+
+def headers(token: str, user_agent: str = _GO) -> tuple[tuple[str, str], ...]:
+    """The headers of a call without a body, in wire order; no Authorization without a token."""
+    auth = (("Authorization", f"Bearer {token}"),) if token else ()
+    return (("User-Agent", user_agent), *auth, ("Accept-Encoding", "gzip"))
+
+
+def post(
+    path: str, token: str, body: dict[str, Any] | bytes, *, timeout_s: float = 30, user_agent: str = _GO
+) -> Request:
+    """A POST whose success, 200 or 204, is not read."""
+    data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    *first, last = headers(token, user_agent)
+    return Request(
+        "POST",
+        path,
+        (*first, ("Content-Type", "application/json"), last),
+        data,
+        timeout_s,
+        success=_ACCEPTED,
+        reads_success=False,
+    )
+
+
+def register_post(path: str, who: Identity, version: str, body: dict[str, Any], *, conflict: bool = False) -> Request:
+    """The register call; the agent reads its reply. `version` is what the generation puts into its User-Agent.
+
+    With `conflict` a 409 may be a success too.
+    """
+    request = post(path, who.token, body, user_agent=f"PipeOps-Agent/{version}")
+    return replace(request, success=_REGISTERED | {409} if conflict else _REGISTERED, reads_success=True)
+
+
+def heartbeat_body(who: Identity, cluster_id: str, now_s: float, *, nodes: int, pods: int) -> dict[str, Any]:
+    """A B generation's heartbeat."""
+    return {
+        "cluster_id": cluster_id,
+        "agent_id": who.agent_id,
+        "status": "healthy",
+        "tunnel_status": who.tunnel_status,
+        "timestamp": rfc3339(now_s),
+        "metadata": {
+            "cpu_usage": "0%",
+            "k8s_nodes": nodes,
+            "k8s_pods": pods,
+            "memory_usage": "0%",
+            "version": who.version,
+        },
+    }

@@ -1,0 +1,172 @@
+"""The open connections: whom a message is for, and what a fault does to those that are open."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+from aiohttp import WSMsgType
+
+from shim.protocol.upstream_message import Message
+from devtools.controller.message_handler import MessageHandler
+from devtools.controller.state import ControllerState
+from devtools.controller.commands import Command, CommandSpec, Target
+from devtools.controller.connection import Connection
+from devtools.controller.errors import RequestRefused
+from devtools.controller.active_faults import ActiveFault
+from devtools.controller.faults import CloseCode, Drop, Forget, How
+from devtools.controller.history import Event, EventKind
+from devtools.controller.outbox import Outgoing
+from devtools.controller.condition import Condition
+
+
+class RawSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `POST /control/send` takes: a `message` (any object; goes through the faults), or a raw frame, as `text` or
+    as `base64`, sent as it is in a frame of the type `frame`.
+    """
+
+    message: dict[str, Any] | None = None
+    text: str | None = None
+    base64: str | None = None
+    frame: Literal["text", "binary"] = "text"
+
+    def raw(self) -> bytes:
+        """The bytes of the raw frame. Raises `RequestRefused` 400."""
+        if self.text is not None:
+            return self.text.encode()
+        try:
+            return base64.b64decode(self.base64 or "", validate=True)
+        except binascii.Error:
+            raise RequestRefused(400, "base64 is malformed") from None
+
+
+class DropSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `POST /control/drop` takes; without a target all connections are dropped."""
+
+    how: How = How.CLOSE
+    code: CloseCode = 1001
+    reason: str = ""
+
+
+class Connections:
+    """All connections by number. Numbers are never used twice."""
+
+    def __init__(self, books: ControllerState) -> None:
+        self.books = books
+        self.desk = MessageHandler(books)
+        self.connections: dict[int, Connection] = {}
+        self.next_number = 1
+        self.changed = Condition()
+        books.faults.on_start = self._fault_starts
+        books.faults.on_end = self._fault_ends
+
+    # --- whom ---------------------------------------------------------------------------------------------------------
+
+    def connection_for(self, target: Target) -> Connection:
+        """The open connection that speaks for a target. Raises `RequestRefused` 409 if there is none."""
+        connection = self.connections.get(self._number_for(target))
+        if connection is None:
+            raise RequestRefused(409, "no open connection speaks for this target")
+        return connection
+
+    def _number_for(self, target: Target) -> int:
+        registry = self.books.registry
+        if target.connection is not None:
+            return target.connection
+        if target.cluster_id is not None:
+            return registry.presence(target.cluster_id).connection
+        if target.agent_id is not None:
+            known = registry.by_agent(target.agent_id)
+            return registry.presence(known.cluster_id).connection if known else 0
+        speaking = [number for number, connection in self.connections.items() if connection.clusters]
+        return max(speaking or self.connections, default=0)
+
+    # --- what ---------------------------------------------------------------------------------------------------------
+
+    def push(self, spec: CommandSpec) -> list[tuple[Command, Outgoing]]:
+        """Queue commands on the connection of their target. Raises `RequestRefused`."""
+        connection = self.connection_for(spec)
+        pushed = []
+        for command_id in spec.ids():
+            message = spec.message(command_id)
+            command = self.books.commands.pushed(str(command_id), spec.type, message.request_id)
+            pushed.append((command, connection.send(message, command_id=command.id)))
+        return pushed
+
+    def send(self, spec: RawSpec) -> Outgoing:
+        """Queue a message or a raw frame. Raises `RequestRefused`."""
+        given = [value is not None for value in (spec.message, spec.text, spec.base64)]
+        if sum(given) != 1:
+            raise RequestRefused(400, "give one of message, text, base64")
+        connection = self.connection_for(spec)
+        opcode = WSMsgType.TEXT if spec.frame == "text" else WSMsgType.BINARY
+        if spec.message is None:
+            item = Outgoing(spec.raw(), opcode)
+            connection.outbox.put(item)
+            return item
+        try:
+            message = msgspec.convert(spec.message, Message, strict=True)
+        except msgspec.ValidationError as error:
+            raise RequestRefused(400, f"no such message: {error}; send it as text") from None
+        return connection.send(message)
+
+    def drop(self, spec: DropSpec) -> list[int]:
+        """End connections and return their numbers. Raises `RequestRefused` 409 if the target has none."""
+        everyone = spec.connection is None and spec.cluster_id is None and spec.agent_id is None
+        chosen = list(self.connections.values()) if everyone else [self.connection_for(spec)]
+        for connection in chosen:
+            connection.drop(spec.how, spec.code, spec.reason)
+        return [connection.number for connection in chosen]
+
+    # --- faults -------------------------------------------------------------------------------------------------------
+
+    def _fault_starts(self, entry: ActiveFault) -> None:
+        entry.connections_before = self.next_number
+        self.books.history.record(EventKind.FAULT_SET, fault=entry.to_json())
+        fault = entry.fault
+        if isinstance(fault, Drop) and not fault.on:
+            for connection in list(self.connections.values()):
+                if self.books.faults.peek(Drop, connection.scope()) is fault:
+                    connection.drop(fault.how, fault.code, fault.reason)
+            self.books.faults.clear(entry.id)
+        elif isinstance(fault, Forget):
+            self.books.registry.forget(cluster_id=fault.cluster_id, agent_id=fault.agent_id)
+            self.books.faults.clear(entry.id)
+        self._tell_connections()
+
+    def _fault_ends(self, entry: ActiveFault) -> None:
+        self.books.history.record(EventKind.FAULT_ENDED, fault=entry.to_json())
+        self._tell_connections()
+
+    def _tell_connections(self) -> None:
+        for connection in list(self.connections.values()):
+            connection.faults_changed()
+        self.changed.wake()
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def serve(self, connection: Connection) -> None:
+        """Keep a connection as long as it lives."""
+        self.connections[connection.number] = connection
+        try:
+            await connection.run()
+        finally:
+            del self.connections[connection.number]
+            self.changed.wake()
+
+    async def drop_all(self, how: How) -> None:
+        """End all connections; returns when they are gone, which each is in `close_timeout_s`."""
+        for connection in list(self.connections.values()):
+            connection.drop(how, 1001, "going away")
+        await self.changed.until(lambda: not self.connections)
+
+
+async def written(items: Sequence[Outgoing], timeout_s: float = 1) -> list[Event | None]:
+    """The events of sending, `None` for what was not sent in time (faults may hold it back)."""
+    if items:
+        await asyncio.wait([item.written for item in items], timeout=timeout_s)
+    return [item.written.result() if item.written.done() else None for item in items]

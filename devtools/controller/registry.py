@@ -1,0 +1,141 @@
+"""Which clusters are registered, and where they were heard last. Knows nothing of the way they came."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shim.clock import Clock
+from shim.protocol.rfc3339 import rfc3339
+from devtools.controller.history_file import append_lines
+
+_NAMESPACE = uuid.UUID("3f1c6d0e-7b52-4a0e-9a53-1f0f6a3f5c11")
+
+
+class Registration(msgspec.Struct, frozen=True):
+    """A registered cluster. `generation` counts the ids that its (owner, name) was given."""
+
+    owner: str
+    name: str
+    cluster_id: str
+    cluster_uuid: str
+    agent_id: str
+    workspace_id: int
+    registered_at: str
+    generation: int = 0
+
+
+@dataclass(slots=True)
+class Presence:
+    """What was heard of a cluster in this run. `connection` is the latest one that spoke for it, 0 for none."""
+
+    connection: int = 0
+    registers: int = 0
+    heartbeats: int = 0
+    last_heartbeat: dict[str, Any] = field(default_factory=dict)
+
+
+class Registry:
+    """Cluster ids are stable: they follow from (owner, name), so that they survive a restart without a state file.
+
+    With a state file, one JSON object a line is appended for each change, and registrations survive as well.
+    """
+
+    def __init__(self, clock: Clock, state: Path | None = None) -> None:
+        self._clock = clock
+        self._clusters: dict[str, Registration] = {}
+        self._presences: dict[str, Presence] = {}
+        self._generations: Counter[tuple[str, str]] = Counter()
+        self._state = append_lines(state) if state else None
+        if state:
+            for line in state.read_bytes().splitlines():
+                self._load(line)
+
+    def _load(self, line: bytes) -> None:
+        try:
+            change = msgspec.json.decode(line)
+            if isinstance(change, dict) and "forget" in change:
+                self._clusters.pop(change["forget"], None)
+                return
+            known = msgspec.convert(change, Registration)
+        except msgspec.MsgspecError:  # the torn last line of a run that was killed
+            return
+        self._clusters[known.cluster_id] = known
+        self._generations[known.owner, known.name] = known.generation
+
+    def _save(self, change: Registration | dict[str, str]) -> None:
+        if self._state:
+            self._state.write(msgspec.json.encode(change) + b"\n")
+
+    def register(self, owner: str, payload: dict[str, Any], *, new_id: bool = False) -> tuple[Registration, bool]:
+        """Register a cluster and tell whether it was known.
+
+        A sent `cluster_id` is handed out again, whoever had it before; else the one of (owner, name). `new_id` hands
+        out another one than ever before.
+        """
+        name, agent_id, sent_id = payload["name"], payload["agent_id"], payload.get("cluster_id")
+        if new_id:
+            self._generations[owner, name] += 1
+        generation = self._generations[owner, name]
+        unique = uuid.uuid5(_NAMESPACE, f"{owner}/{generation}/{name}")
+        own_id = f"cl-{unique.hex[:16]}"
+        cluster_id = sent_id if sent_id and not new_id else own_id
+        before = self._clusters.get(cluster_id)
+        known = Registration(
+            owner=owner,
+            name=name,
+            cluster_id=cluster_id,
+            cluster_uuid=before.cluster_uuid if before else str(unique),
+            agent_id=agent_id,
+            workspace_id=1000 + int(owner[:6], 16) % 9000,
+            registered_at=before.registered_at if before else rfc3339(self._clock.wall_s()),
+            generation=generation,
+        )
+        if known != before:
+            self._clusters.pop(cluster_id, None)  # the latest registration of an agent comes last
+            self._clusters[cluster_id] = known
+            self._save(known)
+        self.presence(cluster_id).registers += 1
+        return known, before is not None
+
+    def get(self, cluster_id: str) -> Registration | None:
+        """By its cluster id."""
+        return self._clusters.get(cluster_id)
+
+    def by_uuid(self, ident: str) -> Registration | None:
+        """By its cluster uuid or its cluster id."""
+        return self.get(ident) or next((c for c in self._clusters.values() if c.cluster_uuid == ident), None)
+
+    def by_agent(self, agent_id: str) -> Registration | None:
+        """The latest registration of an agent id."""
+        return next((c for c in reversed(self._clusters.values()) if c.agent_id == agent_id), None)
+
+    def all(self) -> list[Registration]:
+        """All registered clusters."""
+        return list(self._clusters.values())
+
+    def presence(self, cluster_id: str) -> Presence:
+        """What was heard of a cluster, registered or not."""
+        return self._presences.setdefault(cluster_id, Presence())
+
+    def forget(self, *, cluster_id: str | None = None, agent_id: str | None = None) -> list[str]:
+        """Forget the registrations that fit, all without a condition. Returns their cluster ids."""
+        gone = [
+            c.cluster_id
+            for c in self._clusters.values()
+            if (cluster_id is None or c.cluster_id == cluster_id) and (agent_id is None or c.agent_id == agent_id)
+        ]
+        for ident in gone:
+            del self._clusters[ident]
+            self._save({"forget": ident})
+        return gone
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._state:
+            self._state.close()

@@ -1,0 +1,209 @@
+"""The development controller as an object: for tests in this process, and for the command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+from aiohttp import web
+
+from shim.clock import Clock
+from devtools.controller.state import ControllerState
+from devtools.controller.commands import Command, CommandLog, CommandSpec
+from devtools.controller.control import Control
+from devtools.controller.handshake import CONTROLLER_PATH, GATEWAY_PATH, Handshakes
+from devtools.controller.active_faults import ActiveFaults
+from devtools.controller.faults import AnyFault, How
+from devtools.controller.history import Event, EventKind, History, Wanted
+from devtools.controller.connections import DropSpec, Connections, RawSpec, written
+from devtools.controller.history_file import HistoryFile
+from devtools.controller.legacy import LegacyApi
+from devtools.controller.options import Options
+from devtools.controller.registry import Registry
+from devtools.controller.tokens import Tokens
+
+_MAX_BODY_BYTES = 134_217_728
+
+
+class DevController:
+    """`async with DevController(["token"]) as controller:` serves until the block ends.
+
+    `url` is what a shim's `upstream.url` takes; `control_url` the base of the control API. `books` holds the history,
+    the registrations, the commands and the faults; `hub` the open connections.
+    """
+
+    def __init__(
+        self, tokens: Sequence[str], *, port: int = 0, options: Options | None = None, clock: Clock | None = None
+    ) -> None:
+        self._tokens = Tokens(tokens, (options or Options()).token_prefixes)
+        self._port = port
+        self._options = options or Options()
+        self._clock = clock or Clock()
+        self._runners: list[web.AppRunner] = []
+        self._journal: HistoryFile | None = None
+        self.listen = ("", 0)
+        self.control = ("", 0)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open the files, listen. Raises `OSError` if a file or the port cannot be opened."""
+        options = self._options
+        self._journal = HistoryFile(options.journal) if options.journal else None
+        history = History(
+            self._clock,
+            max_events=options.history_events,
+            max_bytes=options.history_bytes,
+            journal=self._journal,
+        )
+        registry = Registry(self._clock, options.state)
+        self.books = ControllerState(self._clock, options, history, ActiveFaults(), registry, CommandLog())
+        self.hub = Connections(self.books)
+        routes = Handshakes(self.hub, self._tokens).routes()
+        legacy = LegacyApi(self.books, self._tokens)
+        control = Control(self.hub, legacy).routes()
+        routes = routes if options.control else routes + control
+        routes += legacy.routes()
+        self.listen = await self._serve(routes, options.host, self._port)
+        self.control = await self._serve(control, *options.control) if options.control else self.listen
+        scheme = "wss" if options.tls else "ws"
+        self.hub.desk.gateway_url = f"{scheme}://{address(self.listen)}{GATEWAY_PATH}"
+        history.record(EventKind.STARTED, listen=address(self.listen))
+
+    async def _serve(self, routes: Sequence[web.AbstractRouteDef], host: str, port: int) -> tuple[str, int]:
+        app = web.Application(middlewares=[_json_errors], client_max_size=_MAX_BODY_BYTES)
+        app.add_routes(routes)
+        # The access log would show tokens; what was received before its sender left must still be handled.
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=False, shutdown_timeout=0.1)
+        self._runners.append(runner)
+        await runner.setup()
+        site = web.TCPSite(runner, host, port, ssl_context=self._options.tls)
+        await site.start()
+        bound: tuple[str, int] = runner.addresses[0][:2]
+        return bound
+
+    async def stop(self, how: How = How.CLOSE) -> None:
+        """End all connections and stop listening. `How.RST` is what a killed process looks like. Idempotent."""
+        if not self._runners:
+            return
+        try:
+            for runner in self._runners:
+                for site in list(runner.sites):
+                    await site.stop()  # first, else who is dropped comes back at once
+            await self.hub.drop_all(how)
+            self.books.faults.clear_all()
+            self.books.history.record(EventKind.STOPPED)
+        finally:
+            while self._runners:
+                await self._runners.pop().cleanup()
+            self.books.registry.close()
+            if self._journal:
+                self._journal.close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # --- addresses ----------------------------------------------------------------------------------------------------
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        return self.listen[1]
+
+    @property
+    def url(self) -> str:
+        """The base URL, as it stands in a configuration."""
+        return f"{'https' if self._options.tls else 'http'}://{address(self.listen)}{self._options.base_path}"
+
+    @property
+    def ws_url(self) -> str:
+        """The URL of the WebSocket endpoint, without a token."""
+        return f"ws{self.url.removeprefix('http')}{CONTROLLER_PATH}"
+
+    @property
+    def control_url(self) -> str:
+        """The base URL of the control API, without `/control`."""
+        return f"{'https' if self._options.tls else 'http'}://{address(self.control)}"
+
+    # --- what tests do ------------------------------------------------------------------------------------------------
+
+    @property
+    def history(self) -> History:
+        """Everything that happened."""
+        return self.books.history
+
+    async def push_command(self, **spec: Any) -> list[Command]:
+        """Push commands; the fields are those of `CommandSpec`. Raises `RequestRefused`, `msgspec.ValidationError`.
+
+        Returns when they are sent, or after a second if faults hold them back.
+        """
+        pushed = self.hub.push(msgspec.convert(spec, CommandSpec))
+        await written([item for _, item in pushed])
+        return [command for command, _ in pushed]
+
+    async def result_of(self, command_id: str, *, timeout_s: float = 5) -> dict[str, Any]:
+        """The payload of the first result of a command. Raises `TimeoutError`."""
+
+        def there() -> bool:
+            command = self.books.commands.get(command_id)
+            return command is not None and bool(command.results)
+
+        command = self.books.commands.get(command_id) if await self.history.until(there, timeout_s) else None
+        if command is None:
+            raise TimeoutError(f"no result within {timeout_s} s")
+        return command.results[0].payload
+
+    async def send(self, **spec: Any) -> Event | None:
+        """Send a message or a raw frame; the fields are those of `RawSpec`. Returns the event of its sending."""
+        (event,) = await written([self.hub.send(msgspec.convert(spec, RawSpec))])
+        return event
+
+    async def wait_for(self, wanted: Wanted, *, after: int = 0, timeout_s: float = 5) -> Event:
+        """The first event numbered above `after` that is wanted. Raises `TimeoutError`."""
+        return await self.history.wait_for(wanted, after=after, timeout_s=timeout_s)
+
+    async def received(self, message_type: str, *, after: int = 0, timeout_s: float = 5) -> Event:
+        """The first message of this type that was handled. Raises `TimeoutError`."""
+        return await self.wait_for(
+            lambda event: event.kind is EventKind.RECEIVED and event.type == message_type,
+            after=after,
+            timeout_s=timeout_s,
+        )
+
+    def set_fault(self, fault: AnyFault) -> int:
+        """Set a fault; returns its id."""
+        return self.books.faults.add(fault)
+
+    def clear_faults(self) -> None:
+        """End all faults."""
+        self.books.faults.clear_all()
+
+    def drop(self, how: How = How.CLOSE, code: int = 1001, **target: Any) -> list[int]:
+        """End connections: all of them, or that of the target (fields of `Target`). Returns their numbers."""
+        return self.hub.drop(DropSpec(how=how, code=code, **target))
+
+
+def address(bound: tuple[str, int]) -> str:
+    """`host:port`, with brackets around an IPv6 address."""
+    host, port = bound
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@web.middleware
+async def _json_errors(request: web.Request, handler: Any) -> web.StreamResponse:
+    """The server's own refusals (no such path, wrong method, body too large) in the shape of all others."""
+    try:
+        response: web.StreamResponse = await handler(request)
+    except web.HTTPException as refused:
+        headers = {"Allow": refused.headers["Allow"]} if "Allow" in refused.headers else {}
+        body = {"success": False, "error": refused.reason}
+        return web.json_response(body, status=refused.status, headers=headers)
+    return response

@@ -1,0 +1,24 @@
+"""What all parts of one controller share. An API of it is a module with `routes(hub)` on top of this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shim.clock import Clock
+from devtools.controller.commands import CommandLog
+from devtools.controller.active_faults import ActiveFaults
+from devtools.controller.history import History
+from devtools.controller.options import Options
+from devtools.controller.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerState:
+    """The state of a controller, apart from its connections."""
+
+    clock: Clock
+    options: Options
+    history: History
+    faults: ActiveFaults
+    registry: Registry
+    commands: CommandLog

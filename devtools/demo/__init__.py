@@ -1,0 +1,17 @@
+"""`agent-shim demo`: controller, shim and unmodified legacy agents in one terminal, over a real WebSocket."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+
+@click.command("demo")
+@click.option("--once", is_flag=True, help="End after the last step; exit 1 if one failed.")
+@click.option("--no-color", is_flag=True, help="No colours; so does NO_COLOR, and output that is no terminal.")
+def command(once: bool, no_color: bool) -> None:
+    """Controller, shim and one legacy agent in this terminal, step by step, then left running for you to try."""
+    from devtools.demo.main import play  # noqa: PLC0415 - the command list must not load agents and servers
+
+    sys.exit(play(once=once, colour=not no_color))

@@ -1,0 +1,94 @@
+"""How the demo looks: one line a step, with the time since the start and how long the step took. Plain ANSI."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TextIO
+
+from shim.clock import Clock
+from shim.cli.latency import duration
+
+_TITLE_WIDTH = 33
+
+
+class StepFailed(Exception):
+    """A step did not come to its end; it has been shown. The text says why."""
+
+
+@dataclass(slots=True)
+class Step:
+    """A step under way. `took_s` overrides the time the step itself took, where events tell it better."""
+
+    title: str
+    detail: str = ""
+    took_s: float | None = None
+
+
+class Console:
+    """Writes to a stream; colours only for a terminal, and never with NO_COLOR set."""
+
+    def __init__(self, out: TextIO, clock: Clock, *, colour: bool) -> None:
+        self._out = out
+        self._clock = clock
+        self._terminal = out.isatty()
+        self._colour = colour and self._terminal and not os.environ.get("NO_COLOR")
+        self._start_s = clock.monotonic_s()
+
+    def headline(self, text: str) -> None:
+        """A part of the demo begins."""
+        self._line(f"\n{self._paint('1', text)}")
+
+    def note(self, text: str) -> None:
+        """A line of explanation."""
+        self._line(f"  {self._paint('2', text)}")
+
+    def plain(self, text: str) -> None:
+        """Text to be copied."""
+        self._line(text)
+
+    def happened(self, title: str, detail: str = "", took_s: float | None = None) -> None:
+        """A step that is over."""
+        self._show(Step(title, detail, took_s), self._paint("32", "✓"))
+
+    @asynccontextmanager
+    async def step(self, title: str, limit_s: float = 20) -> AsyncIterator[Step]:
+        """A step with its time limit. What goes wrong in it is shown and becomes `StepFailed`."""
+        step, start_s = Step(title), self._clock.monotonic_s()
+        if self._terminal:
+            self._out.write(f"  {self._since()}  …  {title}\r")
+            self._out.flush()
+        try:
+            async with asyncio.timeout(limit_s):
+                yield step
+        except TimeoutError:
+            raise self._failed(step, f"nothing happened within {limit_s:g} s") from None
+        except Exception as error:
+            raise self._failed(step, str(error) or type(error).__name__) from error
+        if step.took_s is None:
+            step.took_s = self._clock.monotonic_s() - start_s
+        self._show(step, self._paint("32", "✓"))
+
+    def _failed(self, step: Step, reason: str) -> StepFailed:
+        step.detail = reason
+        self._show(step, self._paint("31", "✗"))
+        return StepFailed(f"{step.title}: {reason}")
+
+    def _show(self, step: Step, mark: str) -> None:
+        took = "" if step.took_s is None else duration(step.took_s)
+        timed = f"{step.title:<{_TITLE_WIDTH}} {self._paint('36', f'{took:>8}')}"
+        line = f"  {self._since()}  {mark}  {timed}  {self._paint('2', step.detail)}"
+        self._line(("\x1b[2K" if self._terminal else "") + line.rstrip())
+
+    def _since(self) -> str:
+        return self._paint("2", f"{self._clock.monotonic_s() - self._start_s:6.2f} s")
+
+    def _paint(self, code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._colour and text.strip() else text
+
+    def _line(self, text: str) -> None:
+        self._out.write(text + "\n")
+        self._out.flush()

@@ -1,0 +1,81 @@
+"""The demo from curtain to curtain: its processes, signals and exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from shim.clock import Clock
+from devtools.controller.client import ControlError
+from devtools.demo.processes import ChildProcess, ChildFailed
+from devtools.demo.console import Console, StepFailed
+from devtools.demo.sidecar_scenario import SidecarScenario
+from devtools.demo.scenario import Scenario
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def play(*, once: bool, colour: bool) -> int:
+    """Run the demo; returns the exit code. Without `once` it ends with Ctrl-C."""
+    with tempfile.TemporaryDirectory(prefix="agent-shim-demo-") as folder:
+        return asyncio.run(_play(Path(folder), _sidecar, once=once, colour=colour))
+
+
+def _sidecar(stage: Console, clock: Clock, folder: Path) -> Scenario:
+    return SidecarScenario(stage, clock, ChildProcess("controller", folder), ChildProcess("shim", folder), folder / "agent-shim.db")
+
+
+async def _play(folder: Path, make: Callable[[Console, Clock, Path], Scenario], *, once: bool, colour: bool) -> int:
+    clock = Clock()
+    stage = Console(sys.stdout, clock, colour=colour)
+    story = make(stage, clock, folder)
+    _cancel_on_signal()
+    try:
+        code = await _perform(story, stage, once=once)
+    except asyncio.CancelledError:
+        # Ctrl-C is how the demo ends, once its steps are over.
+        code = EXIT_OK if story.told else EXIT_INTERRUPTED
+        stage.headline("Stopping.")
+    finally:
+        # Who serves first, who is asked last.
+        for child in reversed(story.children):
+            await child.stop()
+    return code
+
+
+async def _perform(story: Scenario, stage: Console, *, once: bool) -> int:
+    failures: list[str] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            await story.tell(group)
+            if not once:
+                await story.stay()
+            story.dismiss()
+    except* (StepFailed, ChildFailed, ControlError) as found:
+        failures += map(str, found.exceptions)
+    if not failures:
+        stage.headline("Every step done.")
+        return EXIT_OK
+    for child in story.children:
+        stage.headline(f"The {child.name} {child.fate}. The last lines of its log:")
+        stage.plain("\n".join(child.tail()))
+    stage.headline(f"The demo failed: {'; '.join(failures)}")
+    return EXIT_FAILED
+
+
+def _cancel_on_signal() -> None:
+    """Let the first Ctrl-C or SIGTERM cancel this task; more of them do not disturb its end."""
+    main, loop = asyncio.current_task(), asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        if main is not None and not main.cancelling():
+            main.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)

@@ -1,0 +1,1 @@
+"""Many simulated agents at once, with a latency report."""

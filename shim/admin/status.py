@@ -1,0 +1,339 @@
+"""The JSON of the status page, read from a running bridge: no payloads, no secrets, bounded in size.
+
+Times called `…_at`, `since` and `last` are Unix seconds, `None` where something never happened; `…_s` are seconds.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter as Counted
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+from prometheus_client import Counter, Gauge
+
+from shim.admin import call_status
+from shim.admin.call_status import name_of
+from shim.admin.health_summary import summarise
+from shim.admin.recent_commands import RecentCommand
+from shim.admin.migration import migration
+from shim.admin.time_series import Sampler
+from shim.admin.subject import Subject
+from shim.bridge.links import UpstreamLink
+from shim.core.command_queue import CommandQueue, QueuedCommand
+from shim.core.fallback_record import FallbackCall, Why
+from shim.core.records import SessionKey, CommandState
+from shim.core.sessions import MIN_GAPS, Session
+from shim.protocol.http import fallback_url, origin_of
+
+HOUR_S = 3600.0
+MAX_SESSIONS = 200
+MAX_LINKS = 20
+MAX_WAITING = 50
+OWNER_CHARS = 12
+SILENT_S = 3 * 86_400.0
+"""An agent that was not seen for longer than a long weekend is gone, not silent."""
+CASUAL_SILENT_S = 86_400.0
+"""The same for one that neither registered nor sent a heartbeat, as far as is known: it may have been a single call."""
+LOST_SHOWN_S = 3600.0
+NOT_POLLING_S = 60.0
+"""Commands wait, and their agent has not asked for any for so long: worth a word."""
+
+
+class ProcessInfo(msgspec.Struct, frozen=True):
+    """What the bridge does not know. `mask` returns a JSON value without secrets: it is for texts of the controller."""
+
+    version: str
+    started_at: float
+    addresses: dict[str, str]
+    token_required: bool
+    mask: Callable[[Any], Any] = lambda value: value
+
+
+class StatusBuilder:
+    """Takes snapshots of one bridge."""
+
+    def __init__(self, bridge: Subject, sampler: Sampler, journal: Iterable[RecentCommand], facts: ProcessInfo) -> None:
+        self._bridge = bridge
+        self._sampler = sampler
+        self._journal = journal
+        self._facts = facts
+        self._lost = 0
+        self._lost_at: float | None = None
+
+    def take(self, not_ready: list[str]) -> dict[str, Any]:
+        """The whole status but for the series; `not_ready` are the reasons of `/readyz`."""
+        ctx = self._bridge.ctx
+        now, wall = ctx.now, ctx.clock.wall_s()
+        view, mask = _View(self._bridge, now, wall), self._facts.mask
+        status: dict[str, Any] = {
+            "now": wall,
+            **self._about(wall),
+            "not_ready": not_ready,
+            "drain": self._drain(),
+            "links": view.links(),
+            "controller": mask(call_status.controller(self._bridge, wall)),
+            "refused": mask(call_status.refused_calls(ctx)),
+            "fallback_calls": mask(call_status.fallback_calls(ctx, active=bool(_value(ctx.metrics.fallback_active)))),
+            "websocket_agents": mask(call_status.websocket_agents(self._bridge)),
+            "unregistered": call_status.unregistered(self._bridge, wall),
+            "log": self._log(now, wall),
+            "sessions": view.sessions(),
+            "commands": {**view.commands(), "latency": self._sampler.latency(), "recent": self._recent()},
+            "migration": migration(self._bridge, wall, self._facts.started_at),
+        }
+        replicas = self._bridge.replicas()
+        if replicas is not None:
+            status["replicas"] = replicas
+        return {"overall": summarise(status), **status}
+
+    def _log(self, now: float, wall: float) -> dict[str, Any]:
+        """Return how many log lines were lost, while the loss is no older than `LOST_SHOWN_S`."""
+        lost = int(_value(self._bridge.ctx.metrics.log_lines_dropped))
+        if lost > self._lost:
+            self._lost, self._lost_at = lost, now
+        recent = self._lost_at is not None and now - self._lost_at < LOST_SHOWN_S
+        at = None if self._lost_at is None else wall - (now - self._lost_at)
+        return {"lost": lost if recent else 0, "lost_total": lost, "last": at}
+
+    def _about(self, wall: float) -> dict[str, Any]:
+        settings = self._bridge.ctx.settings
+        has_fallback = settings.uses_fallback
+        metrics = self._bridge.ctx.metrics
+        return {
+            "version": self._facts.version,
+            "started_at": self._facts.started_at,
+            "mode": settings.mode,
+            "rollout_percent": settings.rollout.percent,
+            "rollout_lists": bool(settings.rollout.include or settings.rollout.exclude),
+            "by_http": bool(_value(metrics.fallback_active)),
+            "upstream": origin_of(settings.upstream.url),
+            "fallback": origin_of(fallback_url(settings)) if has_fallback else None,
+            "listen": self._facts.addresses.get("listen"),
+            "own_tokens": settings.upstream.own_tokens,
+            "token_required": self._facts.token_required,
+            "config_valid": bool(_value(metrics.config_valid)),
+            "store": {
+                "log_bytes": int(_value(metrics.store_log_bytes)),
+                "log_pinned": bool(_value(metrics.store_log_pinned)),
+            },
+        }
+
+    def _drain(self) -> dict[str, Any]:
+        drain = self._bridge.operator.progress()
+        return {
+            "state": drain.state.value,
+            "since": drain.since_wall or None,
+            "deadline_at": drain.deadline_wall or None,
+            "commands": drain.commands,
+            "results": drain.results,
+            "refused": drain.refused,
+        }
+
+    def _recent(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": recent.id,
+                "session": recent.session.ident,
+                "type": recent.type or None,
+                "arrived_at": recent.arrived_wall or None,
+                "event": recent.event,
+                "detail": recent.detail,
+                "at": recent.wall,
+            }
+            for recent in self._journal
+        ]
+
+
+def _value(gauge: Counter | Gauge) -> float:
+    return next(iter(gauge.collect())).samples[0].value
+
+
+class _View:
+    """One look at a bridge at one moment."""
+
+    def __init__(self, bridge: Subject, now: float, wall: float) -> None:
+        self._bridge = bridge
+        self._now = now
+        self._wall = wall
+
+    def _wall_of(self, at: float | None) -> float | None:
+        return None if at is None else self._wall - (self._now - at)
+
+    # --- links --------------------------------------------------------------------------------------------------------
+
+    def links(self) -> dict[str, Any]:
+        """Counts, and the links themselves: those in trouble first."""
+        runners = sorted(self._bridge.links, key=lambda runner: (runner.online, runner.name))
+        return {
+            "total": len(runners),
+            "online": sum(runner.online for runner in runners),
+            "items": [self._link(runner) for runner in runners[:MAX_LINKS]],
+        }
+
+    def _link(self, runner: UpstreamLink) -> dict[str, Any]:
+        current = runner.timeline.current
+        return {
+            "name": runner.name[:OWNER_CHARS],
+            "state": runner.state.value,
+            "phase": current.phase.value,
+            "since": self._wall_of(current.since_s),
+            "reason": runner.last_failure or current.reason or None,
+            "detail": runner.last_detail or None,
+            "contended": runner.machine.contended,
+            "failures": runner.machine.failures,
+            "timeline": [
+                {"phase": segment.phase.value, "since": self._wall_of(segment.since_s), "reason": segment.reason}
+                for segment in runner.timeline.last(self._now, HOUR_S)
+            ],
+        }
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    def sessions(self) -> dict[str, Any]:
+        """Counts, and the agents themselves: those in trouble first, then the most recently seen."""
+        found = list(self._bridge.sessions)
+        by_http = self._by_http(found)
+        strangers = [(key, call) for key, call in by_http.items() if self._bridge.sessions.get(key) is None]
+        total = len(found) + len(strangers)
+        # A session is made for a row only: there may be thousands of agents that have only ever called by HTTP.
+        shown = heapq.nsmallest(MAX_SESSIONS, strangers, key=lambda each: (each[1].ok, each[1].name))
+        found += [self._stranger(key, call) for key, call in shown]
+        fresh = {session.key for session in found if session.key not in by_http and session.fresh(self._now)}
+        unpolled = {key for key, queue in self._bridge.queues.items() if self._not_polling(key, queue)}
+        others = [session for session in found if session.key not in fresh and session.key not in by_http]
+        silent = {session.key for session in others if self._silent(session)}
+        order = {**dict.fromkeys(fresh, 4), **dict.fromkeys(by_http, 3), **dict.fromkeys(silent, 2)}
+        order |= {key: 1 for key, call in by_http.items() if not call.ok} | dict.fromkeys(unpolled, 0)
+        order |= {session.key: 1 for session in found if session.key in fresh and session.standing.trouble is not None}
+        found.sort(key=lambda session: (order.get(session.key, 5), name_of(session) or session.key.ident))
+        why = Counted(call.why.value for call in by_http.values())
+        return {
+            "total": total,
+            "fresh": len(fresh),
+            "silent": len(silent),
+            "by_http": {each.value: why[each.value] for each in Why},
+            "not_polling": len(unpolled),
+            "items": [
+                {
+                    **self._session(s, s.key in fresh, s.key in unpolled),
+                    "silent": s.key in silent,
+                    "http": call_status.by_http(by_http[s.key]) if s.key in by_http else None,
+                }
+                for s in found[:MAX_SESSIONS]
+            ],
+        }
+
+    def _by_http(self, sessions: list[Session]) -> dict[SessionKey, FallbackCall]:
+        """Return the agents whose newest call went to the vendor's HTTP API, with that call."""
+        record = self._bridge.ctx.fallback
+        contacts = {session.key: self._wall_of(session.contact_at) for session in sessions}
+        calls = {key: call_status.http_agent(record, key, contacts.get(key), self._wall) for key in record.by_agent}
+        return {key: call for key, call in calls.items() if call is not None}
+
+    def _stranger(self, key: SessionKey, call: FallbackCall) -> Session:
+        """Return a session for the row of an agent that has only ever called by HTTP."""
+        session = Session(key, call.dialect)
+        session.last_seen_unix = call.wall_s
+        if call.name != key.ident:
+            session.known = {"name": call.name}
+        return session
+
+    def _silent(self, session: Session) -> bool:
+        casual = not session.registration and session.heartbeat is None
+        limit_s = CASUAL_SILENT_S if casual else SILENT_S
+        replaced = session.superseded_by is not None or session.migrated_at is not None
+        return not replaced and self._wall - session.last_seen_unix < limit_s
+
+    def _not_polling(self, key: SessionKey, queue: CommandQueue) -> bool:
+        session, since = self._bridge.sessions.get(key), queue.waiting_since
+        if session is None or since is None or session.held:
+            return False
+        return self._now - max(since, session.poll_at or 0.0) >= NOT_POLLING_S
+
+    def _session(self, session: Session, fresh: bool, not_polling: bool) -> dict[str, Any]:
+        contact = session.contact_at
+        stale_at = session.last_seen_unix if contact is None else self._wall_of(contact + session.fresh_for_s)
+        status, tunnel_status = session.reported_status()
+        return {
+            "id": session.key.ident,
+            "kind": session.key.kind,
+            "owner": session.key.owner[:OWNER_CHARS],
+            "name": name_of(session),
+            "agent_id": session.agent_id or None,
+            "upstream_cluster_id": session.upstream_cluster_id or None,
+            "dialect": session.dialect,
+            "fresh": fresh,
+            "trouble": session.standing.trouble.kind.value if fresh and session.standing.trouble else None,
+            "stale_since": None if fresh else stale_at,
+            "seen_at": session.last_seen_unix or None,
+            "status": status or None,
+            "tunnel_status": tunnel_status if session.heartbeat is not None else None,
+            "heartbeat_s": session.interval_s if len(session.gaps) >= MIN_GAPS else None,
+            "heartbeat_at": self._wall_of(session.heartbeat_at),
+            "poll_at": self._wall_of(session.poll_at),
+            "polling_now": session.held > 0,
+            "hold": self._hold(session),
+            "gateway": self._bridge.gateways.connection_of(session.key) is not None,
+            "superseded": session.superseded_by is not None,
+            "migrated": session.migrated_at is not None,
+            "queue": self._queue(session.key, not_polling),
+        }
+
+    def _hold(self, session: Session) -> dict[str, Any]:
+        poll = self._bridge.ctx.settings.poll
+        hold = session.hold
+        fixed = None if poll.hold in ("auto", "off") else float(poll.hold)
+        limit_s = 0.0 if poll.hold == "off" else hold.limit_s(poll.max_hold_s) if fixed is None else fixed
+        return {
+            "limit_s": limit_s,
+            "ceiling_s": hold.ceiling_s,
+            "max_s": poll.max_hold_s,
+            "learnt": poll.hold == "auto",
+            "pace": hold.pace.value,
+            "interval_s": hold.interval_s,
+            "serial": hold.serial,
+        }
+
+    def _queue(self, key: SessionKey, not_polling: bool) -> dict[str, Any]:
+        queue = self._bridge.queues.get(key)
+        held = () if queue is None else queue.all()
+        states = [live.state for live in held]
+        return {
+            "waiting": len(held) - states.count(CommandState.OFFERED),
+            "offered": states.count(CommandState.OFFERED),
+            "uncertain": states.count(CommandState.UNCERTAIN),
+            "bytes": 0 if queue is None else queue.size_bytes,
+            "oldest_at": None if queue is None else self._wall_of(queue.waiting_since),
+            "not_polling": not_polling,
+        }
+
+    # --- commands -----------------------------------------------------------------------------------------------------
+
+    def commands(self) -> dict[str, Any]:
+        """Counts over all agents, and the commands that wait longest."""
+        held = [(key, live) for key, queue in self._bridge.queues.items() for live in queue.all()]
+        states = [live.state for _, live in held]
+        held.sort(key=lambda each: each[1].since)
+        return {
+            "waiting": len(held) - states.count(CommandState.OFFERED),
+            "offered": states.count(CommandState.OFFERED),
+            "uncertain": states.count(CommandState.UNCERTAIN),
+            "bytes": sum(queue.size_bytes for queue in self._bridge.queues.values()),
+            "results": len(self._bridge.outbox),
+            "held_polls": self._bridge.delivery.held(),
+            "items": [self._command(key, live) for key, live in held[:MAX_WAITING]],
+        }
+
+    def _command(self, key: SessionKey, live: QueuedCommand) -> dict[str, Any]:
+        return {
+            "id": live.record.id,
+            "type": live.record.type,
+            "session": key.ident,
+            "state": live.state.value,
+            "since": self._wall_of(live.since),
+            "attempts": live.attempts,
+            "reason": live.reason or None,
+            "expires_at": self._wall_of(live.expires_at),
+        }

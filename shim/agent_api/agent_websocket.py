@@ -1,0 +1,92 @@
+"""The server's end of a WebSocket that is passed on to the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from aiohttp import EofStream, WebSocketError, WSMsgType, hdrs, web
+from aiohttp._websocket.reader import WebSocketReader
+from aiohttp.log import ws_logger
+
+from shim.protocol.http import bearer
+from shim.ports import Frame
+from shim.upstream.websocket import CloseFrameReader, frame_of, opcode_of
+
+# aiohttp logs subprotocols that it does not know in the client's own words, of any length; they are the controller's.
+ws_logger.setLevel(logging.ERROR)
+
+
+def is_handshake(request: web.BaseRequest) -> bool:
+    """Return whether a request asks for a WebSocket."""
+    return request.method == hdrs.METH_GET and request.headers.get(hdrs.UPGRADE, "").strip().lower() == "websocket"
+
+
+def token_of(request: web.BaseRequest) -> str:
+    """Return the token of a handshake: of its header, else of its query; empty without one."""
+    found = bearer(request.headers.get(hdrs.AUTHORIZATION) or "")
+    if found:
+        return found
+    query = parse_qs(urlsplit(request.raw_path).query, encoding="utf-8", errors="surrogateescape", max_num_fields=64)
+    return query.get("token", [""])[0]
+
+
+class AgentWebSocket(web.WebSocketResponse):
+    """One agent's WebSocket; its end is decided by whoever carries its frames. Implements `ports.FrameSocket`."""
+
+    def __init__(self, max_message_bytes: int, subprotocol: str) -> None:
+        super().__init__(
+            autoclose=False,
+            autoping=False,
+            compress=False,
+            max_msg_size=max_message_bytes + 1,  # aiohttp refuses a message of exactly its limit
+            decode_text=False,  # text that is not UTF-8 is the controller's business
+            protocols=(subprotocol,) if subprotocol else (),
+        )
+        self._bound = max_message_bytes + 1
+        self._transport: asyncio.Transport | None = None
+        self.headers[hdrs.SERVER] = "agent-shim"
+
+    @property
+    def _parser(self) -> WebSocketReader | None:
+        return self._frame_reader
+
+    @_parser.setter
+    def _parser(self, reader: WebSocketReader | None) -> None:
+        """Take our own reader where aiohttp sets its own, before the first byte is read."""
+        self._frame_reader = CloseFrameReader(self._reader, self._bound) if reader and self._reader else None
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        """Answer the handshake with 101."""
+        self._transport = request.transport
+        return await super().prepare(request)
+
+    async def close(self, **_: Any) -> bool:
+        """Do nothing: aiohttp calls this on its own."""
+        return False
+
+    async def receive_frame(self) -> Frame | None:
+        """Wait for the next frame (`ports.FrameSocket`); an agent that breaks the protocol is told so."""
+        if self._reader is None:
+            return None
+        try:
+            return frame_of(await self._reader.read())
+        except WebSocketError as error:
+            await self.write_frame(Frame("close", int(error.code).to_bytes(2, "big")))
+            return None
+        except (EofStream, ConnectionError):
+            return None
+
+    async def write_frame(self, frame: Frame) -> None:
+        """Write a frame, and wait while the agent does not read. Raises `ConnectionError`."""
+        await self.send_frame(frame.data, WSMsgType(opcode_of(frame)))
+
+    def abort(self) -> None:
+        """Drop the connection; it is closed by FIN where everything is written. Idempotent."""
+        if self._transport is not None:
+            if self._transport.get_write_buffer_size():
+                self._transport.abort()
+            else:
+                self._transport.close()

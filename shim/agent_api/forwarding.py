@@ -1,0 +1,78 @@
+"""Calls that go by the vendor's HTTP API: the agent's request as it came, and the API's reply as bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from aiohttp import hdrs, web
+
+from shim.core.agent_calls import AgentCall
+from shim.agent_api.connection import RequestContext
+from shim.ports import Caller, ProxyRequest, ProxyResponse
+
+_ORIGIN = re.compile(r"\A[A-Za-z][A-Za-z0-9+.\-]*://[^/?#]*", re.ASCII)
+_BODILESS = frozenset({204, 304})
+
+
+def is_large(request: web.BaseRequest, limit_bytes: int) -> bool:
+    """Whether a body is passed on in pieces: it is larger than a call's may be, or does not say how large it is."""
+    length = request.content_length
+    return length > limit_bytes if length is not None else not request.content.is_eof()
+
+
+def forwarded(visit: RequestContext, base_path: str, client: Caller, data: bytes | None, call: AgentCall | None) -> ProxyRequest:
+    """The request for `ports.Fallback`; without `data` its body is streamed."""
+    request = visit.request
+    pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers]
+    # The length of a whole body is known: aiohttp announces it itself.
+    headers = tuple((name, value) for name, value in pairs if data is None or name.lower() != "content-length")
+    body = request.content.iter_any() if data is None else data
+    target = target_of(request.raw_path, base_path)
+    return ProxyRequest(request.method, target, headers, body, client, call, visit.arrived_s)
+
+
+def target_of(raw_target: str, base_path: str) -> str:
+    """The path and query of a request target, under the configured base path, with one leading slash."""
+    target = "/" + _ORIGIN.sub("", raw_target).lstrip("/")
+    base = base_path.strip("/")
+    if base and (target == f"/{base}" or target.startswith((f"/{base}/", f"/{base}?"))):
+        target = "/" + target[len(base) + 1 :].lstrip("/")
+    return target
+
+
+def head(
+    proxied: ProxyResponse, more: Mapping[str, str], *, keep: bool, http11: bool, head_only: bool = False
+) -> tuple[bytes, bool]:
+    """The head of a reply, and whether its body goes out in chunks; `head_only`: it has none, the request was HEAD."""
+    whole = isinstance(proxied.body, bytes)
+    # RFC 9112 §6: a length or chunks where no body may be would be read as the beginning of the next reply
+    bodiless = proxied.status in _BODILESS
+    framed = whole or bodiless or head_only or any(name.lower() == "content-length" for name, _ in proxied.headers)
+    own = {name.lower() for name in more}
+    if bodiless or (whole and not head_only):
+        own.add("content-length")
+    lines = [f"HTTP/1.1 {proxied.status} {_phrase(proxied.status)}"]
+    lines += [f"{name}: {value}" for name, value in proxied.headers if name.lower() not in own]
+    lines += [f"{name}: {value}" for name, value in more.items()]
+    if isinstance(proxied.body, bytes) and not bodiless and not head_only:
+        lines.append(f"Content-Length: {len(proxied.body)}")
+    chunked = not framed and http11
+    if chunked:
+        lines.append(f"{hdrs.TRANSFER_ENCODING}: chunked")
+    if not keep or not (framed or http11):
+        lines.append(f"{hdrs.CONNECTION}: close")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace"), chunked
+
+
+def chunk(piece: bytes) -> bytes:
+    """One chunk of a chunked body; the empty one ends it."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return ""

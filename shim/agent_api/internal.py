@@ -1,0 +1,277 @@
+"""The internal listener: requests that other replicas forward, and their notes of what became of the replies.
+
+A reply goes to the forwarding replica, whose kernel's acknowledgement says nothing about the agent. So here evidence
+of delivery is only what that replica tells, and a reply of which it has told nothing when its connection ends is in
+doubt. Notes are handled where requests are parsed, because a handler is cancelled at the end of its connection.
+"""
+
+from __future__ import annotations
+
+import hmac
+import math
+import ssl
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, cast
+
+from aiohttp import hdrs
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import StreamReader
+
+from shim.core.agent_calls import Failed
+from shim.protocol.reply_notes import HEARTBEATS, METHOD, OPERATOR, Note, read, read_came
+from shim.protocol.dialects import Reply
+from shim.errors import AgentError
+from shim.agent_api.agent_websocket import AgentWebSocket
+from shim.agent_api.request_body import read_body
+from shim.agent_api.connection import AgentConnection
+from shim.agent_api.auth import Guard, bearer
+from shim.agent_api.connection import ConnectionCount
+from shim.agent_api.server import AgentServer
+from shim.agent_api.connection import RequestContext
+from shim.agent_api.response_writer import MISDIRECTED
+from shim.ports import Caller, DeliveryReceipt, ProxyResponse, AgentService
+
+LEASE_HEADER = "X-Shim-Lease"
+CLOCK_HEADER = "X-Shim-Clock"
+AFTERWARDS_S = 0.05
+MAX_CLIENTS = 16_384
+NOT_AT_ONCE = b"HTTP/1.1 425 "
+_NOT_AT_ONCE = NOT_AT_ONCE + b"Too Early\r\nContent-Length: 0\r\n\r\n"
+
+
+class Doubter(AgentService):
+    """A switchboard that also knows what to do with a reply of which nothing is known any more."""
+
+    def doubted(self, lease: DeliveryReceipt, connection: int) -> None:
+        """Treat a reply as neither read nor unread."""
+        raise NotImplementedError
+
+    def lost(self, connection: int) -> None:
+        """Treat what was written to this connection, without evidence so far, as neither read nor unread."""
+        raise NotImplementedError
+
+
+class PairedConnection(AgentConnection):
+    """A connection of another replica. Its number is negative: agents' own connections have the others."""
+
+    def __init__(self, secret: str, *args: Any) -> None:
+        super().__init__(*args)
+        self.number = -self.number
+        self.operator = False
+        self._joined = False
+        self._heartbeats = False
+        self._queued: deque[tuple[RawRequestMessage, StreamReader]] = deque()
+        self._clients: dict[str, Caller] = {}
+        self._secret = secret
+        self._doubter = cast("Doubter", self._house.switchboard)
+        self._lent: DeliveryReceipt | None = None
+        self._begun = False
+        self._told_open = False
+        self._came: tuple[float, float] | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._loop.call_later(self._house.listen.header_timeout_s, self._must_have_joined)
+
+    def _must_have_joined(self) -> None:
+        if not self._joined:
+            self.abort()
+
+    # --- what comes in ---
+
+    def _read(self, data: bytes, since_s: float, *, waited: bool) -> None:
+        if self._heartbeats:
+            self._read_heartbeats(data)
+        else:
+            super()._read(data, since_s, waited=waited)
+
+    def _read_heartbeats(self, data: bytes) -> None:
+        """Answer all heartbeats that have come whole, with one write: none waits, so none need be parsed alone."""
+        try:
+            messages = self._http.feed_data(data)[0]
+            while messages:
+                self._queued += messages
+                for _ in messages:
+                    self._http.message_consumed()
+                messages = self._http.feed_data(b"")[0]  # the parser stops when it has found some
+        except HttpProcessingError:
+            self.abort()
+            return
+        now, replies = self._loop.time(), []
+        while self._queued and self._queued[0][1].is_eof():
+            request, body = self._queued.popleft()
+            self._identify(request.headers.get(hdrs.AUTHORIZATION))
+            reply = self._express(self, request, body, now)
+            replies.append(reply if isinstance(reply, bytes) else _NOT_AT_ONCE)
+        self._next_keepalive_close_time = now + self._keepalive_timeout
+        if replies and self._wire is not None and not self._wire.is_closing():
+            self._wire.write(b"".join(replies))
+
+    def _answered_at_once(self, request: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
+        if not self._joined:
+            self._join(request)
+        elif request.method == METHOD:
+            self._take_note(request.path)
+        elif super()._answered_at_once(request, body, arrived_s):
+            self._came = None
+            return True
+        else:
+            return False
+        self._http.message_consumed()
+        return True
+
+    def _join(self, request: RawRequestMessage) -> None:
+        """Let a member in; whoever does not prove to be one is cut off."""
+        path, _, purpose = request.path.partition("?")
+        given = request.headers.get(hdrs.AUTHORIZATION, "").encode()
+        proved = request.method == METHOD and path == Note.JOIN.value
+        self._joined = proved and hmac.compare_digest(given, f"Bearer {self._secret}".encode())
+        self._heartbeats = purpose == HEARTBEATS
+        self.operator = purpose == OPERATOR
+        if not self._joined:
+            self.abort()
+
+    def _take_note(self, target: str) -> None:
+        try:
+            kind, query = read(target)
+            self._note(kind, query)
+        except ValueError:
+            self.abort()
+
+    def _identify(self, authorization: str | None) -> None:
+        """Make the agent that sent a heartbeat the caller of this connection."""
+        client = self._clients.get(authorization or "")
+        if client is None:
+            if len(self._clients) >= MAX_CLIENTS:
+                self._clients.clear()
+            client = self._clients[authorization or ""] = Caller(bearer(authorization) or "", self.number)
+        self.client, self.authorization = client, authorization
+
+    def _note(self, kind: Note, query: str) -> None:
+        switchboard = self._doubter
+        match kind:
+            case Note.CAME:
+                self._came = read_came(query, self._loop.time())
+            case Note.WRITTEN if self._lent is not None:
+                lease, self._lent, self._told_open = self._lent, None, True
+                switchboard.written(lease)
+            case Note.UNWRITTEN if self._lent is not None:
+                lease, self._lent = self._lent, None
+                switchboard.unwritten(lease)
+            case Note.NEXT if self._told_open:
+                self._told_open = False
+                switchboard.next_request(self.number)
+            case Note.CLOSED | Note.CLOSED_CLEANLY if self._told_open:
+                self._told_open = False
+                switchboard.connection_closed(self.number, kind is Note.CLOSED_CLEANLY)
+            case _:
+                pass  # nothing of ours is concerned
+
+    # --- what `AgentConnection` infers from its own agent, and what is only told here ---
+
+    def _note_next_request(self) -> None:
+        """Infer nothing: a forwarded request need not be of the agent that got the last reply."""
+
+    def arrival(self, started_s: float) -> tuple[float, float]:
+        came, self._came = self._came, None
+        return came or (started_s, -math.inf)
+
+    def remarks(self, lease: DeliveryReceipt | None) -> Mapping[str, str]:
+        clock = {CLOCK_HEADER: f"{self._loop.time():.6f}"}
+        return clock if lease is None else clock | {LEASE_HEADER: "1"}
+
+    def offer(self, lease: DeliveryReceipt) -> None:
+        self._lent, self._begun = lease, False
+
+    async def write(self, response: bytes, timeout_s: float) -> bool:
+        self._begun = True
+        return await super().write(response, timeout_s)
+
+    def settle(self, lease: DeliveryReceipt, *, written: bool) -> None:
+        # What was handed to our kernel may be with the agent, whatever became of this connection.
+        if not written and not self._begun and self._lent is lease:
+            self._lent = None
+            self._doubter.unwritten(lease)
+        elif self._lent is lease and self._wire is None:
+            self._forsake()
+
+    async def part(self) -> None:
+        """Wait for nothing: what becomes of the reply is told."""
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        # Notes that came behind a request wait until it is answered. This one never is.
+        for head in self._backlog.split(b"\r\n\r\n")[:-1]:
+            method, _, rest = head.partition(b" ")
+            if self._joined and method == METHOD.encode():
+                self._take_note(rest.partition(b" ")[0].decode("latin-1"))
+        super().connection_lost(exc)
+        if self._lent is not None or self._told_open:
+            # Polls of the same replica end in these moments, too: what is in doubt must not be offered to them.
+            self._loop.call_later(AFTERWARDS_S, self._forsake)
+
+    def _forsake(self) -> None:
+        lease, self._lent = self._lent, None
+        was_open, self._told_open = self._told_open, False
+        if lease is not None:
+            self._doubter.doubted(lease, self.number)
+        elif was_open:
+            self._doubter.lost(self.number)
+
+
+class _NoGuard(Guard):
+    """Lets requests pass that another replica has checked."""
+
+    def check(self, headers: Mapping[str, str]) -> Failed | None:
+        return None
+
+
+class ClusterListener(AgentServer):
+    """Serves what other replicas forward. `owned` tells whether a token's shard is ours and can be served.
+
+    `operate` carries out what a person has asked another replica for.
+    """
+
+    _section = "cluster"
+
+    def __init__(
+        self,
+        *args: Any,
+        context: ssl.SSLContext,
+        secret: Callable[[], str],
+        owned: Callable[[str], bool],
+        operate: Callable[[bytes], Awaitable[bytes]],
+        **more: Any,
+    ) -> None:
+        self._context = context
+        self._operate = operate
+        self._secret = secret
+        self._owned = owned
+        super().__init__(*args, **more)
+
+    def _make_guard(self, token: Callable[[], str] | None) -> Guard:
+        return _NoGuard(self._listen, token)
+
+    def _make_connection(self, *args: Any) -> AgentConnection:
+        return PairedConnection(self._secret(), *args)
+
+    def _make_doors(self) -> ConnectionCount:
+        return ConnectionCount()
+
+    def _make_tls(self) -> ssl.SSLContext | None:
+        return self._context
+
+    async def _answer(self, visit: RequestContext) -> Reply | ProxyResponse | AgentWebSocket:
+        connection = cast("PairedConnection", visit.connection)
+        if not connection.operator:
+            return await super()._answer(visit)
+        body = await read_body(visit.request, self._listen.max_body_bytes, self._listen.body_timeout_s, self._budget)
+        return ProxyResponse(200, (("Content-Type", "application/json"),), await self._operate(body))
+
+    async def _elsewhere(self, visit: RequestContext, client: Caller) -> ProxyResponse | None:
+        """Refuse what is not ours: a forwarded request is never forwarded again."""
+        if not self._owned(client.token):
+            visit.step = "owner"
+            raise AgentError(MISDIRECTED, "this replica does not own the agent's link")
+        return None

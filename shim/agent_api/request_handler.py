@@ -1,0 +1,158 @@
+"""Calls that are answered in the moment they arrive: without a task, a request object, a wait (design.md §2).
+
+Most of what agents send is a heartbeat, alone on its connection and whole in one segment. Whatever is in any way
+different takes the long way through `server`, and nothing of it has happened until then.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from aiohttp import hdrs
+from aiohttp.http import HttpVersion11
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import StreamReader
+
+from shim.core.agent_calls import Failed
+from shim.protocol.dialects import Call, Match, error_reply
+from shim.errors import AgentError
+from shim.agent_api.request_body import decode_body, is_shallow, peek
+from shim.agent_api.connection import AgentConnection
+from shim.agent_api.auth import Guard
+from shim.agent_api.connection import ServerContext
+from shim.agent_api.request_body import InFlight
+from shim.agent_api.refused_calls import route_of
+from shim.agent_api.responses import encode_body
+from shim.agent_api.routing import RouteCache, session_in
+from shim.agent_api.response_writer import REQUEST_ID, RequestMetrics
+from shim.ports import Fallback, Forwarder, Pending
+
+_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_POST})
+OPERATIONS = frozenset({"heartbeat", "poll", "tunnel_poll", "tunnel_info", "health"})
+
+logger = logging.getLogger(__name__)
+
+
+class SyncRequestHandler:
+    """Answers what can be answered at once."""
+
+    def __init__(
+        self,
+        house: ServerContext,
+        guard: Guard,
+        routes: RouteCache,
+        in_flight: InFlight,
+        counts: RequestMetrics,
+        fallback: Fallback | None,
+        forwarder: Forwarder | None = None,
+    ) -> None:
+        self._house = house
+        self._guard = guard
+        self._routes = routes
+        self._in_flight = in_flight
+        self._counts = counts
+        self._fallback = fallback
+        self._forwarder = forwarder
+
+    def answer(
+        self, connection: AgentConnection, request: RawRequestMessage, body: StreamReader, started_s: float
+    ) -> bytes | Pending | None:
+        """The whole response to a request, `None` for one that takes the long way. Never raises.
+
+        The connection is idle but for this request, which began at `started_s`, is whole and keeps it open.
+        """
+        match, client, headers = self._admitted(connection, request), connection.client, request.headers
+        if match is None or client is None:
+            return None
+        data = peek(body)
+        if len(data) > self._house.listen.max_body_bytes:
+            return None
+        if self._forwarder is not None and not match.route.open and self._forwarder.elsewhere(client.token):
+            return self._forward(self._forwarder, connection, request, match, data)
+        try:
+            decoded = decode_body(data, _take_the_long_way) if match.route.method == hdrs.METH_POST else None
+            call = Call(match.params, decoded, headers.get(hdrs.USER_AGENT, ""), is_shallow(data), len(data))
+            agent_call = match.dialect.parse(match.route.operation, call)
+        except AgentError:
+            return None
+        try:
+            answer = self._house.switchboard.try_call_sync(client, agent_call, started_s)
+            if answer is None:
+                return None
+            reply = match.dialect.render(match.route.operation, answer.outcome, call)
+        except Exception:
+            logger.exception("a defect while serving %s", (match.dialect.NAME, match.route.operation))
+            self._house.metrics.internal_errors.labels("frontend").inc()
+            reply = error_reply(Failed(500, "internal error"))
+        more = "" if reply.retry_after_s is None else f"Retry-After: {reply.retry_after_s}\r\n"
+        request_id = self._house.replies.request_id(headers.get(REQUEST_ID))
+        encoded = None if reply.body is None else encode_body(reply.body)
+        response = self._house.replies.response(reply.status, encoded, request_id, more)
+        self._counts.count(match, reply.status, connection.now_s() - started_s)
+        if reply.status >= 400:
+            route = route_of(request.method, request.path, match)
+            self._house.refused.note(connection.now_s(), reply.status, route, reply.body)
+        return response
+
+    def _admitted(self, connection: AgentConnection, request: RawRequestMessage) -> Match | None:
+        """Return the route of a request that may be answered at once, as far as its head tells."""
+        match = self._routes.cached_match(request.method, request.path)
+        headers = request.headers
+        if match is None or match.route.operation not in OPERATIONS or request.version != HttpVersion11:
+            return None
+        if request.method not in _METHODS or hdrs.EXPECT in headers or hdrs.CONTENT_ENCODING in headers:
+            return None
+        if self._guard.check(headers) is not None or self._elsewhere():
+            return None
+        client = connection.client
+        if client is None or headers.get(hdrs.AUTHORIZATION) != connection.authorization:
+            return None
+        if not match.route.open and self._guard.authorize(client.token) is not None:
+            return None
+        has_room = self._in_flight.has_room(self._in_flight.key(client.token, session_in(match)))
+        return match if has_room else None
+
+    def _forward(
+        self,
+        forwarder: Forwarder,
+        connection: AgentConnection,
+        request: RawRequestMessage,
+        match: Match,
+        body: bytes,
+    ) -> Pending | None:
+        """Have the replica answer a heartbeat that owns its agent's link: the bytes go there as they came."""
+        client = connection.client
+        if client is None or match.route.operation != "heartbeat" or request.compression or request.chunked:
+            return None
+        raw = connection.raw_request
+        if not raw:
+            return None
+
+        def answered(reply: bytes | None) -> None:
+            connection.answer_late(reply or self._without_owner(forwarder, match, request, body))
+
+        return forwarder.try_call_sync(client.token, raw, answered)
+
+    def _without_owner(self, forwarder: Forwarder, match: Match, request: RawRequestMessage, body: bytes) -> bytes:
+        """Make the reply to a heartbeat whose owner did not answer."""
+        try:
+            decoded = decode_body(body, lambda: None)  # counted where the owner reads it
+            call = Call(match.params, decoded, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(body))
+            agent_call = match.dialect.parse(match.route.operation, call)
+        except AgentError as error:
+            return self._house.replies.error(error.status, str(error))
+        outcome = forwarder.without_owner(agent_call)
+        reply = match.dialect.render(match.route.operation, outcome, call)
+        encoded = None if reply.body is None else encode_body(reply.body)
+        more = "" if reply.retry_after_s is None else f"Retry-After: {reply.retry_after_s}\r\n"
+        request_id = self._house.replies.request_id(request.headers.get(REQUEST_ID))
+        return self._house.replies.response(reply.status, encoded, request_id, more)
+
+    def _elsewhere(self) -> bool:
+        """Calls may have to go by the vendor's HTTP API."""
+        return self._fallback is not None and (self._fallback.handles_all() or self._fallback.handles_some())
+
+
+def _take_the_long_way() -> None:
+    """Leave a body with bytes that are no UTF-8 to the server, which counts it."""
+    raise AgentError(400, "the body is not valid UTF-8")

@@ -1,0 +1,145 @@
+"""Replies on their way out, and what becomes of the commands in them (protocol.md §3)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+
+import aiohttp
+from aiohttp import hdrs, web
+from aiohttp.http import HttpVersion11
+from multidict import istr
+
+from shim.counting import Count, Spread
+from shim.protocol.dialects import Match, Reply
+from shim.agent_api.connection import AgentConnection
+from shim.agent_api.forwarding import chunk, head
+from shim.agent_api.connection import ServerContext
+from shim.agent_api.refused_calls import route_of
+from shim.agent_api.responses import SENT_CLOSE, SENT_KEEP
+from shim.agent_api.connection import RequestContext
+from shim.metrics import Metrics
+from shim.ports import ProxyResponse
+
+REQUEST_ID = istr("X-Request-Id")
+MISDIRECTED = 421
+
+
+class RequestMetrics:
+    """Counts answered requests."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._counted: dict[tuple[str, str, int], tuple[Count, Spread, Count | None]] = {}
+
+    def count(self, match: Match | None, status: int, took_s: float) -> None:
+        """One request was answered; `match` is `None` where no route fitted."""
+        dialect, operation = ("", "") if match is None else (match.dialect.NAME, match.route.operation)
+        children = self._counted.get((dialect, operation, status))
+        if children is None:
+            deprecated = None
+            if match is not None and not match.route.open:  # the health check is no agent's call
+                route = f"{match.route.method} {match.route.pattern}"
+                deprecated = self._metrics.deprecated_calls.labels(dialect, route)
+            children = self._counted[dialect, operation, status] = (
+                self._metrics.requests.labels(dialect, operation, str(status)),
+                self._metrics.request_seconds.labels(dialect, operation),
+                deprecated,
+            )
+        answered, took, deprecated = children
+        answered.value += 1
+        took.observe(took_s)
+        if deprecated is not None:
+            deprecated.value += 1
+
+
+class ResponseWriter:
+    """Writes replies, settles leases, counts."""
+
+    def __init__(self, house: ServerContext, counts: RequestMetrics) -> None:
+        self._house = house
+        self._counts = counts
+
+    async def reply(self, visit: RequestContext, reply: Reply, body: bytes | None) -> web.StreamResponse:
+        """Write one of our own replies; `body` is its encoded JSON."""
+        request, connection = visit.request, visit.connection
+        keep = request.keep_alive and not visit.must_close and not connection.closing
+        more = visit.more + "".join(f"{name}: {value}\r\n" for name, value in connection.remarks(visit.lease).items())
+        if not keep:
+            more += "Connection: close\r\n"
+        elif request.version != HttpVersion11:
+            more += "Connection: keep-alive\r\n"
+        if reply.retry_after_s is not None:
+            more += f"Retry-After: {reply.retry_after_s}\r\n"
+        request_id = self._house.replies.request_id(request.headers.get(REQUEST_ID))
+        head_only = request.method == hdrs.METH_HEAD
+        response = self._house.replies.response(reply.status, body, request_id, more, head_only=head_only)
+        if reply.status >= 400 and reply.status != MISDIRECTED:  # that one is for another replica, not for an agent
+            route = route_of(request.method, request.raw_path, visit.match)
+            self._house.refused.note(connection.now_s(), reply.status, route, reply.body)
+        written = await self._write(visit, response)
+        return await self._end(visit, reply.status, written=written, keep=keep)
+
+    async def write_proxied(self, visit: RequestContext, proxied: ProxyResponse) -> web.StreamResponse:
+        """Write the API's reply: at once where it is whole, else piece by piece."""
+        request, connection = visit.request, visit.connection
+        keep = request.keep_alive and not connection.closing and request.content.is_eof()
+        more: dict[str, str] = {}
+        if not proxied.complete:
+            more = {**self._house.replies.static_headers(), **connection.remarks(visit.lease)}
+            more[REQUEST_ID] = self._house.replies.request_id(request.headers.get(REQUEST_ID))
+        http11, head_only = request.version == HttpVersion11, request.method == hdrs.METH_HEAD
+        start, chunked = head(proxied, more, keep=keep, http11=http11, head_only=head_only)
+        if isinstance(proxied.body, bytes):
+            written = await self._write(visit, start if head_only else start + proxied.body)
+        else:
+            written = await self._stream(connection, start, proxied.body, chunked=chunked)
+            keep = keep and (chunked or b"\r\nConnection: close" not in start)
+        return await self._end(visit, proxied.status, written=written, keep=keep, counts=not proxied.complete)
+
+    async def _stream(
+        self, connection: AgentConnection, start: bytes, pieces: AsyncGenerator[bytes, None], *, chunked: bool
+    ) -> bool:
+        timeout_s = self._house.listen.body_timeout_s
+        written = await connection.write(start, timeout_s)
+        try:
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    if not written:
+                        break
+                    written = await connection.write(chunk(piece) if chunked else piece, timeout_s)
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False  # the reply broke off: only the end of the connection can say so
+        if chunked and written:
+            written = await connection.write(chunk(b""), timeout_s)
+        return written
+
+    async def _write(self, visit: RequestContext, response: bytes) -> bool:
+        """Write the response and settle the lease, whatever happens meanwhile (protocol.md §3, OFFERED)."""
+        connection, lease = visit.connection, visit.lease
+        written = False
+        if lease is not None:
+            connection.offer(lease)
+        try:
+            if connection.peer_can_receive(for_commands=lease is not None):
+                written = await connection.write(response, self._house.listen.body_timeout_s)
+        finally:
+            if lease is not None:
+                connection.settle(lease, written=written)
+        return written
+
+    async def _end(
+        self, visit: RequestContext, status: int, *, written: bool, keep: bool, counts: bool = True
+    ) -> web.StreamResponse:
+        if counts:  # else the replica has done it that made the reply
+            self._counts.count(visit.match, status, visit.connection.now_s() - visit.started_s)
+        if not written:
+            self._house.metrics.replies_lost.inc()
+            visit.connection.force_close()
+            return SENT_CLOSE
+        if not keep and visit.lease is not None:
+            await visit.connection.await_peer_close()
+        elif visit.must_close:
+            visit.connection.end_after_reply()
+            return SENT_KEEP  # the connection ends itself
+        return SENT_KEEP if keep else SENT_CLOSE

@@ -1,0 +1,262 @@
+"""What a person does to a running shim: drain it, purge a command, deliver one again (protocol.md §3)."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from shim.bridge.context import BridgeContext
+from shim.bridge.delivery import CommandDelivery
+from shim.bridge.command_queues import CommandIntake
+from shim.bridge.command_queues import CommandQueues
+from shim.core.command_queue import CommandQueue
+from shim.core.command_queue import CommandEvent, next_state
+from shim.core.records import AddTrace, CommandRecord, FindCommand, RequeueCommand, SessionKey, CommandState, TraceEntry
+from shim.errors import IllegalTransition, OperatorError, StoreError
+from shim.log import get
+from shim.ports import Timer
+
+log = get(__name__)
+
+CHECK_S = 0.5
+REASON_CHARS = 200
+_STANDS = {
+    CommandState.QUEUED: "it waits for its agent",
+    CommandState.OFFERED: "it is in a reply that the agent may have",
+    CommandState.UNCERTAIN: "it is in doubt and will be offered again",
+    CommandState.DELIVERED: "it was delivered",
+    CommandState.ANSWERED: "its agent has answered it",
+    CommandState.CLOSED: "it is done, and the controller has its result",
+    CommandState.EXPIRED: "it expired",
+    CommandState.DEAD: "it was given up",
+}
+
+
+class DrainState(Enum):
+    """How far a drain has come."""
+
+    OFF = "off"
+    DRAINING = "draining"
+    DRAINED = "drained"
+    TIMED_OUT = "timed out"  # still not taking commands, and not empty in time
+
+
+class Drain(msgspec.Struct, frozen=True):
+    """A drain's progress. `commands` and `results` are still here; `refused` were not taken since it began.
+
+    `since_wall` and `deadline_wall` are Unix seconds, 0 while nothing is drained.
+    """
+
+    state: DrainState
+    since_wall: float
+    deadline_wall: float
+    commands: int
+    results: int
+    refused: int
+
+
+class CommandDetails(NamedTuple):
+    """A command as the store has it; `result` is what goes upstream of its result."""
+
+    record: CommandRecord
+    result: dict[str, Any] | None
+    trace: list[TraceEntry]
+
+
+class AdminActions:
+    """Changes by hand. Each raises `OperatorError`, whose text says what to do instead."""
+
+    def __init__(self, ctx: BridgeContext, queues: CommandQueues, intake: CommandIntake, delivery: CommandDelivery) -> None:
+        self._ctx = ctx
+        self._queues = queues
+        self._intake = intake
+        self._delivery = delivery
+        self._state = DrainState.OFF
+        self._since_wall = self._deadline_wall = self._deadline_at = 0.0
+        self._was_empty = False
+        self._timer: Timer | None = None
+
+    # --- drain --------------------------------------------------------------------------------------------------------
+
+    @property
+    def draining(self) -> bool:
+        """True from the start of a drain until it is cancelled: the shim takes no new commands."""
+        return self._state is not DrainState.OFF
+
+    def progress(self) -> Drain:
+        """Where the drain is."""
+        return Drain(
+            self._state,
+            self._since_wall,
+            self._deadline_wall,
+            sum(map(len, self._queues.values())),
+            len(self._queues.outbox),
+            self._intake.refused_by_drain,
+        )
+
+    def drain(self, timeout_s: float) -> Drain:
+        """Take no new commands from now on; go on until everything has been handed over, or `timeout_s` have passed.
+
+        Called again it only moves the deadline. It ends with the process: a restarted shim takes commands again.
+        """
+        wall = self._ctx.clock.wall_s()
+        if not self.draining:
+            self._since_wall = wall
+            self._intake.refused_by_drain = 0
+            log.info("drain_started", timeout_s=timeout_s)
+        self._state = DrainState.DRAINING
+        self._intake.closed = True
+        self._was_empty = False
+        self._deadline_wall, self._deadline_at = wall + timeout_s, self._ctx.now + timeout_s
+        self._watch()
+        return self.progress()
+
+    def resume(self) -> Drain:
+        """Take commands again."""
+        if self.draining:
+            log.info("drain_cancelled")
+        self.stop()
+        self._state = DrainState.OFF
+        self._since_wall = self._deadline_wall = 0.0
+        self._intake.closed = False
+        return self.progress()
+
+    def stop(self) -> None:
+        """The shim stops."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _watch(self) -> None:
+        self.stop()
+        self._timer = self._ctx.timers.call_later(CHECK_S, self._check)
+
+    def _check(self) -> None:
+        """Twice empty in a row: what was on its way to the disk at the first look is there at the second."""
+        now = self.progress()
+        empty = not now.commands and self._queues.outbox.empty
+        if empty and self._was_empty:
+            self._state = DrainState.DRAINED
+            log.info("drained", refused=now.refused)
+            return
+        self._was_empty = empty
+        if self._ctx.now >= self._deadline_at and self._state is DrainState.DRAINING:
+            self._state = DrainState.TIMED_OUT
+            log.warning("drain_timed_out", commands=now.commands, results=now.results)
+        self._watch()
+
+    # --- single commands ----------------------------------------------------------------------------------------------
+
+    async def find(self, command_id: str) -> list[CommandDetails]:
+        """All that is known of commands with this id, in whichever session."""
+        outcome = await self._query(FindCommand(command_id))
+        return [CommandDetails(*each) for each in outcome]
+
+    async def purge(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
+        """A command that waits, or is uncertain, ends DEAD, and the controller is told (`undeliverable`).
+
+        `session` (its id, or its whole key) chooses among sessions that know the same id.
+        """
+        held = [
+            (key, queue)
+            for key, queue in self._queues.items()
+            if _means(session, key) and queue.get(command_id) is not None
+        ]
+        if not held:
+            record = _only(await self.find(command_id), session).record
+            raise OperatorError(409, f"{_STANDS[record.state]}: only one that still waits can be purged")
+        key, queue = held[0]
+        if len(held) > 1:
+            raise _ambiguous([key for key, _ in held])
+        self._purge(key, queue, command_id, _with_reason("purged by an operator", reason))
+        found = _only(await self.find(command_id), str(key)).record
+        if found.state is not CommandState.DEAD:
+            raise OperatorError(503, "purged in memory, but the disk refused: it is back after a restart")
+        return found
+
+    def _purge(self, key: SessionKey, queue: CommandQueue, command_id: str, why: str) -> None:
+        live = queue.give_up(command_id)
+        if live is None:
+            raise OperatorError(
+                409,
+                "it is in a reply that the agent may have: wait until it is delivered or in doubt "
+                f"(at most {self._ctx.settings.commands.evidence_s:g} s) and look again",
+            )
+        self._queues.finish(key, live, CommandState.DEAD, "undeliverable", why)
+
+    async def redeliver(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
+        """A command that is DELIVERED, EXPIRED or DEAD waits for its agent again, for `commands.ttl_s`."""
+        if self.draining:
+            raise OperatorError(409, "the shim is being drained: cancel that first (agent-shim drain --cancel)")
+        record = _only(await self.find(command_id), session).record
+        key = record.session
+        try:
+            queued = next_state(record.state, CommandEvent.REDELIVER)
+        except IllegalTransition:
+            why = "only one that was delivered, expired or given up, and has no result, can be delivered again"
+            raise OperatorError(409, f"{_STANDS[record.state]}: {why}") from None
+        if record.seq == 0:
+            raise OperatorError(409, "it was rejected when it arrived and never stored: the controller has to send it")
+        if self._ctx.sessions.get(key) is None:
+            raise OperatorError(409, f"its agent {key.ident} is not known any more: nobody would fetch it")
+        if not self._queues.get_or_create(key).room_for(record.size_bytes, self._ctx.queue_policy):
+            raise OperatorError(409, "the queue of its agent is full")
+        why = _with_reason("by an operator", reason)
+        wall, ttl_s = self._ctx.clock.wall_s(), self._ctx.settings.commands.ttl_s
+        again = replace(record, state=queued, attempts=0, expires_wall=wall + ttl_s)
+        detail = f"{why}; before that, {_STANDS[record.state]}"
+        trace = AddTrace(key, (command_id,), TraceEntry(wall, "redeliver", detail))
+        if not await self._query(RequeueCommand(key, command_id, wall, again.expires_wall), trace, then=again):
+            raise OperatorError(409, "something happened to it meanwhile: look at it and try again")
+        return again
+
+    async def _query(self, *operations: Any, then: CommandRecord | None = None) -> Any:
+        """The first operation's result; if it is truthy, `then` is queued before anything else can happen to it."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def done(outcome: list[Any] | StoreError) -> None:
+            if then is not None and not isinstance(outcome, StoreError) and outcome[0]:
+                self._requeued(then)
+            if not answer.done():
+                answer.set_result(outcome if isinstance(outcome, StoreError) else outcome[0])
+
+        self._ctx.store.submit(operations, done)
+        found = await answer
+        if isinstance(found, StoreError):
+            raise OperatorError(503, f"the store did not answer: {found}")
+        return found
+
+    def _requeued(self, record: CommandRecord) -> None:
+        log.info("command_redelivered", command=record.id, session=record.session.ident)
+        self._queues.count("redelivered_by_hand")
+        ttl_s = record.expires_wall - self._ctx.clock.wall_s()
+        self._queues.add(record, self._ctx.now + ttl_s)
+        self._delivery.try_offer(record.session)
+
+
+def _means(session: str, key: SessionKey) -> bool:
+    return session in ("", key.ident, str(key))
+
+
+def _only(found: list[CommandDetails], session: str) -> CommandDetails:
+    """The one command that is meant. Raises `OperatorError` 404 or 409."""
+    meant = [each for each in found if _means(session, each.record.session)]
+    if not meant:
+        where = " in this session" if session else ""
+        raise OperatorError(404, f"no command with this id is known{where}; ended ones are kept for commands.retain_s")
+    if len(meant) > 1:
+        raise _ambiguous([each.record.session for each in meant])
+    return meant[0]
+
+
+def _ambiguous(keys: list[SessionKey]) -> OperatorError:
+    return OperatorError(409, f"several agents have this id, choose a session: {', '.join(map(str, keys))}")
+
+
+def _with_reason(what: str, reason: str) -> str:
+    shown = "".join(char for char in reason if char.isprintable())[:REASON_CHARS]
+    return f"{what}: {shown}" if shown else what

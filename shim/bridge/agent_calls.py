@@ -1,0 +1,239 @@
+"""What each kind of agent's call does (protocol.md §1): synchronous but for what must be awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any
+
+from shim.bridge.context import BridgeContext
+from shim.bridge.delivery import CommandDelivery
+from shim.bridge.long_polls import PollHolds
+from shim.bridge.links import UpstreamLink
+from shim.bridge.long_polls import LongPolls, failed
+from shim.bridge.registration import Registrations
+from shim.bridge.session_registry import SessionRegistry, outcome_of
+from shim.bridge.link_lookup import LinkLookup
+from shim.core.agent_calls import Accepted, AgentCall, Failed, HealthCall, Healthy, HeartbeatCall, Outcome, PollCall, RegisterCall, Registered, ResultCall, StatusCall, TunnelInfo, TunnelInfoCall, TunnelPollCall, TunnelState
+from shim.core.link_state import LinkState
+from shim.core.records import AddTrace, PutResult, ResultOutcome, SessionKey, TraceEntry
+from shim.core.sessions import Session
+from shim.protocol.rfc3339 import rfc3339
+from shim.core.route_usage import route_of
+from shim.errors import AgentError, StoreError
+from shim.log import get
+from shim.ports import CallResult, Caller
+
+log = get(__name__)
+
+RETRY_AFTER_S = 5
+
+
+class AgentCallHandler:
+    """Carries out agents' calls."""
+
+    def __init__(
+        self,
+        ctx: BridgeContext,
+        routes: LinkLookup,
+        roster: SessionRegistry,
+        registrations: Registrations,
+        delivery: CommandDelivery,
+        holding: PollHolds,
+    ) -> None:
+        self._ctx = ctx
+        self._routes = routes
+        self._roster = roster
+        self._usage = roster.usage
+        self._presence = holding.presence
+        self._registrations = registrations
+        self._delivery = delivery
+        self._holding = holding
+        self._polls = LongPolls(ctx, routes, roster, delivery, holding)
+
+    def call(self, client: Caller, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, CallResult]:
+        """Carry out one call (`ports.Switchboard.call`)."""
+        answer = self.try_call_sync(client, call, arrived_s)
+        if answer is not None:
+            return _ready(answer)
+        owner = self._routes.owner_of(client.token) or ""
+        if isinstance(call, PollCall):
+            return self._polls.wait(owner, client, call, arrived_s)
+        return self._wait(owner, client, call, arrived_s)
+
+    async def _wait(self, owner: str, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
+        try:
+            match call:
+                case RegisterCall():
+                    return CallResult(await self._register(owner, client, call, arrived_s))
+                case ResultCall():
+                    return CallResult(await self._result(owner, client, call))
+                case TunnelPollCall():
+                    return CallResult(await self._tunnel_poll(owner, client, call))
+                case _:
+                    raise TypeError(f"{type(call).__name__} is answered at once")
+        except AgentError as error:
+            return failed(error)
+
+    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
+        """Carry out a call that need not wait (`ports.Switchboard.at_once`)."""
+        if isinstance(call, HealthCall):
+            return CallResult(Healthy())
+        owner = self._routes.owner_of(client.token)
+        if owner is None:
+            return CallResult(Failed(401, "a token is required"))
+        try:
+            if self._ctx.settings.upstream.own_tokens:
+                self._vet(owner, client, call)
+            match call:
+                case HeartbeatCall():
+                    return CallResult(self._heartbeat(owner, client, call))
+                case PollCall():
+                    return self._polls.empty(owner, client, call)
+                case StatusCall():
+                    return CallResult(self._status(owner, client, call))
+                case TunnelPollCall() if not self._ctx.settings.poll.hold_tunnel:
+                    return CallResult(self._tunnel_state(owner, client, call))
+                case TunnelInfoCall():
+                    return CallResult(self._tunnel_info(owner, call))
+                case _:
+                    return None
+        except AgentError as error:
+            return failed(error)
+
+    def _vet(self, owner: str, client: Caller, call: AgentCall) -> None:
+        """An unknown agent with a token of its own must get a link, and no refusal, before anything is kept of it.
+
+        Raises `AgentError`.
+        """
+        if not isinstance(call, (HeartbeatCall, PollCall, StatusCall, ResultCall)):
+            return
+        key = self._ctx.sessions.key_of(owner, call.target)
+        if self._ctx.sessions.get(key) is not None and not self._roster.admission.persistence_deferred(key):
+            return
+        runner = self._routes.links.get(owner, self._routes.links.name_for(owner, str(key)), client.token)
+        runner.ensure_connected()
+        if runner.machine.refused and runner.machine.accepted_at is None:
+            raise AgentError(401, "the controller refuses the token")
+        unjudged = runner.machine.accepted_at is None and not runner.machine.connected
+        if unjudged and isinstance(call, ResultCall):
+            raise AgentError(503, "the controller has not accepted the token yet", retry_after_s=RETRY_AFTER_S)
+
+    def _heartbeat(self, owner: str, client: Caller, call: HeartbeatCall) -> Outcome:
+        session = self._roster.heartbeat(owner, call)
+        self._usage.note(session.key, call.dialect, "heartbeat", session.last_seen_unix)
+        runner = self._routes.link_for(session, client)
+        self._presence.heartbeat(session)
+        return self._verdict(runner)
+
+    def _verdict(self, runner: UpstreamLink) -> Outcome:
+        if runner.machine.refused:
+            return Failed(401, "the controller refuses the token")
+        # A first dial under way is no failure yet.
+        down = not runner.machine.connected and (runner.machine.failures > 0 or runner.state is LinkState.STOPPED)
+        if down and self._ctx.settings.heartbeat.when_link_down == "fail":
+            return Failed(503, "the controller cannot be reached", retry_after_s=RETRY_AFTER_S)
+        return Accepted()
+
+    def _status(self, owner: str, client: Caller, call: StatusCall) -> Outcome:
+        session = self._roster.session_for_call(owner, call.target, call.dialect)
+        self._usage.note(session.key, call.dialect, "status", session.last_seen_unix)
+        self._routes.link_for(session, client)
+        self._presence.called(session)
+        self._presence.status(session, call.body)
+        return Accepted()
+
+    async def _register(self, owner: str, client: Caller, call: RegisterCall, arrived_s: float) -> Outcome:
+        stored = self._roster.stored_for(owner, call)
+        identity = call.agent_id if call.known_by_agent else call.name
+        name = self._routes.link_name(stored) if stored is not None else self._routes.links.name_for(owner, identity)
+        runner = self._routes.links.get(owner, name, client.token)
+        if stored is None:
+            self._roster.admission.admit(owner)
+        runner.ensure_connected()
+        cluster_id = self._roster.upstream_id(owner, call, stored)
+        if cluster_id:
+            call = replace(call, payload={**call.payload, "cluster_id": cluster_id})
+
+        def cached() -> Outcome | None:
+            known = self._roster.stored_for(owner, call)
+            return outcome_of(known, cached=True) if known is not None else None
+
+        outcome = await self._registrations.register(runner, call, cached, arrived_s)
+        if isinstance(outcome, Registered):
+            self._roster.registration_answered(owner, call, outcome)
+        return outcome
+
+    async def _result(self, owner: str, client: Caller, call: ResultCall) -> Outcome:
+        session = self._roster.session_for_call(owner, call.target, call.dialect)
+        self._usage.note(session.key, call.dialect, "result", session.last_seen_unix)
+        self._routes.link_for(session, client)
+        wall = self._ctx.clock.wall_s()
+        payload: dict[str, Any] = {
+            "command_id": call.command_id,
+            "cluster_id": session.upstream_cluster_id,
+            "agent_id": session.agent_id,
+            **call.body,
+        }
+        payload.setdefault("timestamp", rfc3339(wall))
+        stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        key = session.key
+        posted_at = self._ctx.now if self._routes.connection_of(session) is not None else None
+
+        def done(outcome: list[Any] | StoreError) -> None:
+            # Also after the agent hung up: what is on disk is on its way.
+            failed = isinstance(outcome, StoreError)
+            if not isinstance(outcome, StoreError):
+                self._result_stored(key, call, outcome[0], posted_at)
+            if not stored.done():
+                stored.set_result(not failed)
+
+        how = "success" if call.body.get("success") is True else "failure"
+        trace = AddTrace(key, (call.command_id,), TraceEntry(wall, "result", how))
+        self._ctx.store.submit([PutResult(key, call.command_id, payload, wall), trace], done)
+        self._presence.called(session)
+        if await stored:
+            return Accepted()
+        return Failed(503, "the result cannot be stored now", retry_after_s=RETRY_AFTER_S)
+
+    def _result_stored(
+        self, key: SessionKey, call: ResultCall, outcome: ResultOutcome, posted_at: float | None
+    ) -> None:
+        kind = "repeat" if outcome.entry is None else "known" if outcome.known else "unknown"
+        success = "true" if call.body.get("success") is True else "false"
+        self._ctx.metrics.results.labels(kind, success).inc()
+        log.info("result_stored", command=call.command_id, session=key.ident, known=outcome.known)
+        if outcome.entry is not None:
+            self._delivery.outbox.added(outcome.entry, posted_at)
+        self._delivery.answered(key, call.command_id)
+
+    def _tunnel_polled(self, owner: str, client: Caller, call: TunnelPollCall) -> Session | None:
+        session = self._roster.find_session(owner, call.target)
+        key = session.key if session is not None else self._ctx.sessions.key_of(owner, call.target)
+        self._usage.note(key, *route_of(call), self._ctx.clock.wall_s())
+        if session is not None:
+            self._routes.link_for(session, client)
+            self._presence.called(session)
+        return session
+
+    def _tunnel_state(self, owner: str, client: Caller, call: TunnelPollCall) -> Outcome:
+        session = self._tunnel_polled(owner, client, call)
+        return TunnelState(None if session is None else session.tunnel, self._ctx.settings.poll.frequency_s)
+
+    async def _tunnel_poll(self, owner: str, client: Caller, call: TunnelPollCall) -> Outcome:
+        session = self._tunnel_polled(owner, client, call)
+        if session is not None:
+            await self._holding.tunnel(session)
+        return TunnelState(None if session is None else session.tunnel, self._ctx.settings.poll.frequency_s)
+
+    def _tunnel_info(self, owner: str, call: TunnelInfoCall) -> Outcome:
+        session = self._roster.find_session(owner, call.target)
+        if session is None or not session.reply:
+            return Failed(404, "not registered")
+        self._usage.note(session.key, *route_of(call), session.last_seen_unix)
+        return TunnelInfo(outcome_of(session, cached=False))
+
+
+async def _ready(answer: CallResult) -> CallResult:
+    return answer

@@ -1,0 +1,321 @@
+"""The bridge between agents' calls and upstream messages: wires its parts together and offers them to the frontend."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from itertools import count
+from typing import Any, cast
+
+from shim.bridge.agent_calls import AgentCallHandler
+from shim.bridge.upstream_connection import UpstreamConnection
+from shim.bridge.context import DEFAULT_OWNER, BridgeContext
+from shim.bridge.delivery import CommandDelivery, OfferedBatch
+from shim.bridge.http_fallback import HttpFallbackBridge
+from shim.bridge.session_removal import Forgetting
+from shim.bridge.gateway_redirect import GatewayConnections, GatewayConnection
+from shim.bridge.long_polls import PollHolds
+from shim.bridge.upstream_messages import UpstreamMessageHandler
+from shim.bridge.command_queues import CommandIntake
+from shim.bridge.registration import PendingRegistration
+from shim.bridge.links import UpstreamLink
+from shim.bridge.links import LinkPool
+from shim.bridge.admin_actions import AdminActions
+from shim.bridge.outbox import Outbox
+from shim.bridge.heartbeats import HeartbeatForwarder
+from shim.bridge.command_queues import CommandQueues
+from shim.bridge.rejections import Rejections
+from shim.bridge.registration import Registrations
+from shim.bridge.session_registry import SessionRegistry, outcome_of
+from shim.bridge.link_lookup import LinkLookup
+from shim.bridge.upstream_messages import GatewayMessageSource, LinkMessageSource
+from shim.bridge.scheduler import TimerGroup
+from shim.bridge.scheduler import PeriodicTask, UnpolledCommandsWarning, PeriodicTasks
+from shim.bridge.websocket_agents import WebSocketAgents
+from shim.core.agent_calls import AgentCall, Failed, Outcome
+from shim.core.records import StoreContents, Prune, SessionKey
+from shim.core.sessions import Session, Sessions
+from shim.log import get
+from shim.protocol.upstream_message import Message
+from shim.ports import CallResult, Caller, DeliveryReceipt
+
+log = get(__name__)
+
+
+class Bridge:
+    """Implements `ports.Switchboard`. Every change happens synchronously on the event loop; answers are awaited."""
+
+    def __init__(self, ctx: BridgeContext) -> None:
+        serials = count(1)
+        self._timers = ctx.timers = TimerGroup(ctx.timers, ctx.clock)
+        self.ctx = ctx
+        self.links = LinkPool(ctx, self, serials)
+        self.registrations = Registrations(ctx, self)
+        self.roster = SessionRegistry(ctx, self._moved, self._ended, self.links.token_accepted)
+        self.gateways = GatewayConnections(ctx, serials, self)
+        self.routes = LinkLookup(ctx, self.links, self.gateways)
+        self.outbox = Outbox(ctx, self.routes.connection_for_key)
+        self.queues = CommandQueues(ctx, self.outbox)
+        self.delivery = CommandDelivery(ctx, self.queues)
+        refusals = Rejections(ctx, self.outbox)
+        self.intake = CommandIntake(ctx, self.queues, self.outbox, refusals, self.delivery.try_offer)
+        self.presence = HeartbeatForwarder(ctx, self.registrations, self.routes)
+        self.holding = PollHolds(ctx, self.presence, self.roster)
+        self.inbound = UpstreamMessageHandler(ctx, self.registrations, self.roster, self.intake, refusals, self.holding)
+        self.operator = AdminActions(ctx, self.queues, self.intake, self.delivery)
+        self.forgetting = Forgetting(ctx, self.roster.usage, self.registrations, self.roster.forget)
+        self.detour = HttpFallbackBridge(ctx, self.routes, self.roster, self.queues, self.intake, self.delivery)
+        self.calls = AgentCallHandler(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
+        self.websocket_agents = WebSocketAgents(ctx, self.routes.owner_of)
+        self.stopping = False
+        self.unpolled = UnpolledCommandsWarning(ctx, self.queues)
+        self._upkeep = PeriodicTasks(ctx, self._periodic_tasks())
+
+    def _periodic_tasks(self) -> tuple[PeriodicTask, ...]:
+        return (
+            (1, self.links.sweep),
+            (1, self.queues.sweep),
+            (1, self.roster.sweep),
+            (1, self.presence.settle),
+            (1, self.gateways.sweep),
+            (1, self.unpolled.check),
+            (5, self.presence.sweep),
+            (5, self._look_after_store),
+            (5, self.registrations.sweep),
+            (60, self._save_holds),
+            (600, self._forget_old),
+        )
+
+    @property
+    def sessions(self) -> Sessions:
+        """All agents."""
+        return self.ctx.sessions
+
+    def replicas(self) -> dict[str, Any] | None:
+        """There are no others."""
+        return None
+
+    async def found_elsewhere(self, command_id: str) -> list[dict[str, Any]]:
+        """There is nowhere else to look."""
+        return []
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self, loaded: StoreContents) -> None:
+        """Take in what the store holds; with a configured token dial at once."""
+        self.ctx.owner_key = loaded.key
+        self.roster.load(loaded)
+        self.outbox.has_stored_entries(loaded.outbox_owners)
+        self.intake.load(loaded.commands)
+        for key, command_id, request_id in loaded.quarantined_commands:
+            if key is not None and command_id:
+                self.outbox.report_failure(
+                    key,
+                    self.ctx.sessions.get(key),
+                    command_id,
+                    request_id,
+                    code="malformed",
+                    error="the stored command could not be read",
+                )
+        upstream = self.ctx.settings.upstream
+        wanted = self.ctx.settings.mode != "http" or bool(loaded.outbox_owners)
+        if wanted and not upstream.own_tokens and upstream.share_link:
+            self.links.get(DEFAULT_OWNER, DEFAULT_OWNER, "").ensure_connected()
+        self._upkeep.start()
+
+    def quiesce(self) -> None:
+        """Answer what waits: held polls empty, registrations with 503."""
+        self.stopping = True
+        self.registrations.end_all()
+        self.holding.end_all()
+        self.delivery.end_all()
+        self._save_holds()
+
+    def stop(self) -> None:
+        """Answer what waits, close links. The store is closed by its owner, after this."""
+        self.quiesce()
+        self.operator.stop()
+        self.gateways.stop()
+        self.links.stop()
+        self._timers.close()
+
+    def _look_after_store(self) -> None:
+        """Give the store a turn also when there is nothing to write: its log may be waiting to be emptied."""
+        self.ctx.store.submit(())
+
+    def _save_holds(self) -> None:
+        for session in self.ctx.sessions:
+            if session.holds_changed:
+                self.roster.save(session)
+
+    def _forget_old(self) -> None:
+        self.roster.expire()
+        commands = self.ctx.settings.commands
+        kept_s = max(commands.retain_s, commands.dedupe_s)
+        self.ctx.store.submit([Prune(self.ctx.clock.wall_s() - kept_s)])
+
+    # --- ports.Switchboard --------------------------------------------------------------------------------------------
+
+    def call(self, client: Caller, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, CallResult]:
+        """Carry out an agent's call (`ports.Switchboard.call`)."""
+        return self.calls.call(client, call, arrived_s)
+
+    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
+        """Carry out a call that need not wait (`ports.Switchboard.at_once`)."""
+        return self.calls.try_call_sync(client, call, arrived_s)
+
+    def written(self, lease: DeliveryReceipt) -> None:
+        """The whole reply was handed to the kernel."""
+        self.delivery.written(cast("OfferedBatch", lease))
+
+    def unwritten(self, lease: DeliveryReceipt) -> None:
+        """It was not."""
+        self.delivery.unwritten(cast("OfferedBatch", lease))
+
+    def next_request(self, connection: int) -> None:
+        """Another request arrived on a connection that carried an offer."""
+        self.delivery.next_request(connection)
+
+    def connection_closed(self, connection: int, clean: bool) -> None:
+        """A connection that carried an offer is gone."""
+        self.delivery.connection_closed(connection, clean)
+
+    # --- registrations.RegistrationListener ---------------------------------------------------------------------------
+
+    def registered(self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
+        """Keep what the controller told of an agent (`jobs.RegistrationListener`)."""
+        if job.session is not None and self.ctx.sessions.get(job.session.key) is not job.session:
+            job.session = None  # it was superseded or deleted meanwhile
+        if job.session is None and job.call is None:
+            return Failed(404, "the session is gone")
+        session = self.roster.register(job.runner.owner, job.call, job.session, job.payload, reply, conflict=conflict)
+        job.session = session
+        self.routes.bind(session, job.runner)
+        return outcome_of(session, cached=False)
+
+    def told(self, session: Session, connection: UpstreamConnection) -> None:
+        """The controller has just been told about this session."""
+        self.presence.session_announced(session, connection)
+
+    # --- links.LinkListener -------------------------------------------------------------------------------------------
+
+    def link_opened(self, runner: UpstreamLink) -> None:
+        """Replay the registration of every fresh session."""
+        now = self.ctx.now
+        identity = self.presence.identity()
+        todo: list[tuple[Session, dict[str, Any]]] = []
+        for session in self.routes.sessions_of(runner):
+            if self.gateways.connection_of(session.key) is not None:
+                continue  # it is known by that
+            if session.fresh(now) and (session.registration or session.key.kind == "agent"):
+                payload = session.register_payload(identity)
+                if payload is not None:
+                    todo.append((session, payload))
+        self.registrations.replay(runner, todo)
+
+    def link_accepted(self, runner: UpstreamLink) -> None:
+        """Store what was adopted on the token."""
+        self.roster.on_token_accepted(runner.owner)
+
+    def link_online(self, runner: UpstreamLink) -> None:
+        """Results that were held back, then the newest heartbeats."""
+        self.outbox.start_sending(runner.owner, lambda: self.presence.online(self.routes.sessions_of(runner)))
+
+    def link_offline(self, runner: UpstreamLink, connection: UpstreamConnection) -> None:
+        """What was awaited on the connection will not come."""
+        self.registrations.link_lost(runner)
+        self.outbox.connection_closed(connection)
+
+    def link_refused(self, runner: UpstreamLink) -> None:
+        """The token is refused."""
+        whose = "the agent's own token" if self.ctx.settings.upstream.own_tokens else "upstream.token"
+        log.error("token_refused", about=runner.name, link=runner.name, hint=f"check {whose} and its permissions")
+        self.registrations.link_refused(runner)
+
+    def link_dropped(self, runner: UpstreamLink) -> None:
+        """It was forgotten, and its token with it."""
+        if not any(link.owner == runner.owner for link in self.links):
+            self.roster.on_owner_removed(runner.owner)
+
+    def link_in_use(self, runner: UpstreamLink) -> bool:
+        """Whether a fresh session speaks over it (one on its gateway does not), or a result was never sent."""
+        now = self.ctx.now
+        if any(s.fresh(now) and not self.gateways.is_routed(s.key) for s in self.routes.sessions_of(runner)):
+            return True
+        return self.outbox.unsent_for(runner.owner)
+
+    def all_sessions_use_gateways(self, runner: UpstreamLink) -> bool:
+        """Whether every fresh session speaks over its gateway, and nothing else waits for the link."""
+        now = self.ctx.now
+        fresh = [session for session in self.routes.sessions_of(runner) if session.fresh(now)]
+        if not fresh or not all(self.gateways.is_routed(session.key) for session in fresh):
+            return False
+        return not self.outbox.unsent_for(runner.owner) and not self.registrations.waiting_for(runner)
+
+    def received_since(self, at_s: float) -> bool:
+        """Whether a frame of the controller came in on any link after this moment."""
+        return any(link.connection is not None and link.connection.heard_at > at_s for link in self.links)
+
+    def connection_message(self, connection: UpstreamConnection, message: Message, runner: UpstreamLink) -> None:
+        """A message on a link's connection."""
+        self.inbound.handle(connection, message, LinkMessageSource(runner, self.routes, self.presence))
+
+    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
+        """The controller has these results."""
+        self.outbox.confirmed(seqs)
+
+    def token_changed(self) -> None:
+        """The configured token is another one: dial with it at once."""
+        self.links.token_changed()
+        self.gateways.token_changed()
+
+    # --- agents that speak WebSocket by themselves --------------------------------------------------------------------
+
+    def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
+        """An agent that is carried to the controller sent a `register`."""
+        self.websocket_agents.registers(token, payload, anew=anew)
+
+    def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
+        """The controller accepted it."""
+        self.websocket_agents.registered(token, payload, cluster_id)
+
+    def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
+        """Its connection is gone."""
+        self.websocket_agents.closed(token, payload)
+
+    # --- gateways -----------------------------------------------------------------------------------------------------
+
+    def gateway_up(self, leg: GatewayConnection) -> None:
+        """Results and heartbeats go this way now."""
+        self.outbox.start_sending(leg.session.key.owner, lambda: self.presence.called(leg.session, force=True))
+
+    def gateway_released(self, connection: UpstreamConnection) -> None:
+        """What was awaited on the connection will not come."""
+        self.outbox.connection_closed(connection)
+
+    def gateway_lost(self, leg: GatewayConnection) -> None:
+        """Back to the controller with a full registration, and with the results that nobody confirmed."""
+        self.outbox.start_sending(leg.session.key.owner)
+        if not self.stopping and leg.session.fresh(self.ctx.now):
+            leg.session.announced_on = 0
+            leg.runner.ensure_connected()
+            self.presence.announce(leg.session)
+
+    def gateway_message(self, connection: UpstreamConnection, message: Message, leg: GatewayConnection) -> None:
+        """A message on a gateway's connection."""
+        self.inbound.handle(connection, message, GatewayMessageSource(leg, self.gateways))
+
+    # --- sessions that move or end ------------------------------------------------------------------------------------
+
+    def _moved(self, source: SessionKey, target: SessionKey) -> None:
+        self.routes.forget(source)
+        self.gateways.forget(source)
+        self.presence.forget(source)
+        self.roster.usage.forget(source)
+        self.delivery.move(source, target)
+
+    def _ended(self, key: SessionKey) -> None:
+        self.routes.forget(key)
+        self.gateways.forget(key)
+        self.presence.forget(key)
+        self.roster.usage.forget(key)
+        self.queues.end_session(key)

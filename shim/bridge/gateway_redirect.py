@@ -1,0 +1,254 @@
+"""The gateway redirect: a cluster's traffic moves to the address its registration names (protocol.md §2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+from shim.bridge.upstream_connection import UpstreamConnection, ConnectionEnd
+from shim.bridge.context import BridgeContext
+from shim.bridge.links import UpstreamLink
+from shim.core.backoff import Backoff, FailureKind
+from shim.core.bounds import MAX_LOGGED_CHARS, MAX_URL_CHARS, cut
+from shim.core.liveness import LivenessState
+from shim.core.records import SessionKey
+from shim.core.sessions import Session
+from shim.protocol.http import host_of, ws_url
+from shim.errors import ShimError
+from shim.hosts import plain_host
+from shim.log import get
+from shim.protocol.upstream_message import Message
+from shim.ports import DialFailure, DialRequest, WebSocket
+from shim.config.settings import is_loopback
+
+if TYPE_CHECKING:
+    from publicsuffixlist import PublicSuffixList
+
+log = get(__name__)
+
+
+class GatewayConnection:
+    """One session's gateway connection, open or being dialled."""
+
+    def __init__(self, session: Session, runner: UpstreamLink, url: str, backoff: Backoff) -> None:
+        self.session = session
+        self.runner = runner
+        self.url = url
+        self.backoff = backoff
+        self.connection: UpstreamConnection | None = None
+        self.dial = 0
+        self.opened_at: float | None = None
+        self.waiting = False
+        self.token = ""
+
+
+class GatewayListener(Protocol):
+    """The rest of the bridge, as gateways see it."""
+
+    def gateway_up(self, leg: GatewayConnection) -> None:
+        """Heartbeats and results may go this way."""
+
+    def gateway_released(self, connection: UpstreamConnection) -> None:
+        """The connection is no more."""
+
+    def gateway_lost(self, leg: GatewayConnection) -> None:
+        """It went away by itself: back to the controller with a full registration."""
+
+    def gateway_message(self, connection: UpstreamConnection, message: Message, leg: GatewayConnection) -> None:
+        """A message arrived."""
+
+    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
+        """The controller has these outbox entries."""
+
+
+class GatewayConnections:
+    """All gateway legs."""
+
+    def __init__(self, ctx: BridgeContext, serials: Iterator[int], listener: GatewayListener) -> None:
+        self._ctx = ctx
+        self._serials = serials
+        self._listener = listener
+        self._legs: dict[SessionKey, GatewayConnection] = {}
+        self._suffixes: PublicSuffixList | None = None
+
+    def is_routed(self, key: SessionKey) -> bool:
+        """Whether a session's traffic goes through a gateway, or will as soon as the dial under way succeeds."""
+        leg = self._legs.get(key)
+        return leg is not None and leg.connection is not None
+
+    def connection_of(self, key: SessionKey) -> UpstreamConnection | None:
+        """The open gateway connection of a session."""
+        leg = self._legs.get(key)
+        return leg.connection if leg is not None and leg.opened_at is not None else None
+
+    def redirect(self, session: Session, runner: UpstreamLink, url: str) -> None:
+        """A `register_success` named a gateway: go there, if the token may."""
+        if len(url) > MAX_URL_CHARS or not self._allowed(url):
+            self._ctx.metrics.gateway.labels("host_refused").inc()
+            host = cut(host_of(url), MAX_LOGGED_CHARS)
+            log.error("gateway_refused", about=host, host=host, hint="add the host to upstream.gateway_hosts")
+            return
+        leg = self._legs.get(session.key)
+        if leg is None:
+            leg = self._legs[session.key] = GatewayConnection(session, runner, url, Backoff(self._ctx.backoff_policy, self._ctx.rng))
+        elif leg.url == url and (leg.connection is not None or leg.waiting):
+            return
+        leg.url, leg.runner = url, runner
+        self._close(leg)
+        if not leg.waiting:
+            self._dial(leg)
+
+    def token_changed(self) -> None:
+        """The configured token is another one: back to the controller with it."""
+        for leg in list(self._legs.values()):
+            self.return_to_controller(leg)
+
+    def return_to_controller(self, leg: GatewayConnection) -> None:
+        """The gateway serves the session no more: back to the controller, which may name another."""
+        self.forget(leg.session.key)
+        self._listener.gateway_lost(leg)
+
+    def forget(self, key: SessionKey) -> None:
+        """The session is gone."""
+        leg = self._legs.pop(key, None)
+        if leg is not None:
+            leg.dial = -1
+            self._close(leg)
+
+    def sweep(self) -> None:
+        """A gateway of a session that is not fresh any more is closed; its next call leads through the controller."""
+        for key, leg in list(self._legs.items()):
+            if not leg.session.fresh(self._ctx.now):
+                leg.session.announced_on = 0
+                self.forget(key)
+
+    def stop(self) -> None:
+        """Close all."""
+        for key in list(self._legs):
+            self.forget(key)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _allowed(self, url: str) -> bool:
+        upstream = self._ctx.settings.upstream
+        try:
+            scheme, host = urlsplit(ws_url(url)).scheme, host_of(url)
+        except ValueError:
+            return False
+        if scheme == "ws" and not is_loopback(host) and not upstream.allow_insecure:
+            return False
+        if upstream.gateway_hosts:
+            allowed = map(plain_host, upstream.gateway_hosts)
+            return any(host == each or (each.startswith("*.") and host.endswith(each[1:])) for each in allowed)
+        return self._same_registrable_domain(host, host_of(upstream.url))
+
+    def _same_registrable_domain(self, host: str, other: str) -> bool:
+        """Whether two hosts belong to one registrant by the Public Suffix List; addresses and bare names are equal."""
+        if host == other:
+            return True
+        if ":" in host or host.replace(".", "").isdigit():
+            return False
+        if self._suffixes is None:
+            # Imported here because the list costs memory that most shims never need.
+            from publicsuffixlist import PublicSuffixList
+
+            self._suffixes = PublicSuffixList()
+        domain = self._suffixes.privatesuffix(host)
+        return domain is not None and domain == self._suffixes.privatesuffix(other)
+
+    def _dial(self, leg: GatewayConnection) -> None:
+        leg.dial += 1
+        dial = leg.dial
+        try:
+            token = leg.runner.token if self._ctx.settings.upstream.own_tokens else self._ctx.read_token()
+        except ShimError as error:
+            log.error("token_unreadable", about="gateway", error=str(error))
+            self._retry_later(leg)
+            return
+        leg.token = token
+        path = "" if urlsplit(leg.url).path.strip("/") else "/ws"
+        uuid = leg.session.reply.get("cluster_uuid") or leg.session.upstream_cluster_id
+        label = f"gateway {leg.session.key.ident}"
+        connection = UpstreamConnection(self._ctx, next(self._serials), label, self, used_to_ack=leg.runner.acks)
+        spec = DialRequest(ws_url(leg.url, path), token, True, False, (("cluster_uuid", uuid),))
+        leg.connection = connection
+        self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(leg, dial, connection, outcome))
+
+    def _dialled(self, leg: GatewayConnection, dial: int, connection: UpstreamConnection, outcome: WebSocket | DialFailure) -> None:
+        if leg.dial != dial:
+            if not isinstance(outcome, DialFailure):
+                outcome.close(1000)
+            return
+        if isinstance(outcome, DialFailure):
+            self._ctx.metrics.gateway.labels("failed").inc()
+            about = f"{host_of(leg.url)} {outcome.reason}"
+            log.warning("gateway_dial_failed", about=about, reason=outcome.reason, status=outcome.status)
+            leg.connection = None
+            self._retry_later(leg)
+            return
+        self._ctx.metrics.gateway.labels("ok").inc()
+        leg.opened_at = self._ctx.now
+        connection.bind(outcome)
+        log.info("gateway_open", session=leg.session.key.ident, host=host_of(leg.url))
+        self._listener.gateway_up(leg)
+
+    def _close(self, leg: GatewayConnection) -> None:
+        connection, leg.connection = leg.connection, None
+        leg.opened_at = None
+        if connection is not None:
+            connection.close(1000)
+            self._listener.gateway_released(connection)
+
+    def _retry_later(self, leg: GatewayConnection) -> None:
+        """The gateway does not serve: try again later."""
+        stable_s = self._ctx.settings.upstream.reconnect.stable_after_s
+        if leg.opened_at is not None and self._ctx.now - leg.opened_at >= stable_s:
+            leg.backoff.reset()
+        connection, leg.connection = leg.connection, None
+        leg.opened_at = None
+        leg.waiting = True
+        if connection is not None:
+            self._listener.gateway_released(connection)
+            self._listener.gateway_lost(leg)
+        dial = leg.dial
+
+        def again() -> None:
+            leg.waiting = False
+            if leg.dial == dial and self._legs.get(leg.session.key) is leg and leg.session.fresh(self._ctx.now):
+                self._dial(leg)
+
+        self._ctx.timers.call_later(leg.backoff.next_delay_s(FailureKind.REFUSED), again)
+
+    # --- connection.ConnectionOwner -----------------------------------------------------------------------------------
+
+    def _leg_of(self, connection: UpstreamConnection) -> GatewayConnection | None:
+        return next((leg for leg in self._legs.values() if leg.connection is connection), None)
+
+    def connection_message(self, connection: UpstreamConnection, message: Message) -> None:
+        """Hand on."""
+        leg = self._leg_of(connection)
+        if leg is not None:
+            self._listener.gateway_message(connection, message, leg)
+
+    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
+        """Hand on."""
+        self._listener.results_confirmed(connection, seqs)
+
+    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState) -> None:
+        """The watchdog condemned it."""
+        self._ctx.metrics.disconnects.labels(verdict.value).inc()
+        connection.close(0)
+        self._lost(connection, verdict.value)
+
+    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd) -> None:
+        """The peer or the network ended the connection."""
+        self._ctx.metrics.disconnects.labels(ending.metric).inc()
+        self._lost(connection, ending.text, ending)
+
+    def _lost(self, connection: UpstreamConnection, reason: str, ending: ConnectionEnd | None = None) -> None:
+        leg = self._leg_of(connection)
+        if leg is not None:
+            detail = {"detail": ending.detail(leg.token)} if ending is not None and ending.reason else {}
+            log.warning("gateway_lost", session=leg.session.key.ident, reason=reason, **detail)
+            self._retry_later(leg)

@@ -1,0 +1,233 @@
+"""What goes up for living agents: heartbeats, status reports; never for the dead (protocol.md §1.2, §2, §2.1)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from shim.bridge.upstream_connection import UpstreamConnection
+from shim.bridge.context import ENVELOPE_BYTES, BridgeContext
+from shim.bridge.registration import Registrations
+from shim.bridge.link_lookup import LinkLookup
+from shim.core.bounds import MAX_ALL_KEPT_BYTES
+from shim.core.agent_calls import TargetKind
+from shim.core.heartbeat_coverage import ACK_GRACE_S, HeartbeatOutcome
+from shim.core.records import SessionKey
+from shim.core.sessions import Session
+from shim.core.session_standing import TroubleKind
+from shim.log import get
+
+log = get(__name__)
+
+STATUS_EVERY_S = 30.0
+
+
+class HeartbeatForwarder:
+    """Decides when something is said upstream for a session."""
+
+    def __init__(
+        self,
+        ctx: BridgeContext,
+        registrations: Registrations,
+        routes: LinkLookup,
+    ) -> None:
+        self._ctx = ctx
+        self._registrations = registrations
+        self._routes = routes
+        self._held: dict[SessionKey, Session] = {}
+        self._status: dict[SessionKey, dict[str, Any]] = {}
+        self._status_sizes: dict[SessionKey, int] = {}
+        self._status_bytes = 0
+        self._status_at: dict[SessionKey, float] = {}
+        self._status_timed: set[SessionKey] = set()
+        self._acks_seen = False
+        self._uncovered: set[Session] = set()
+        self._covered = ctx.metrics.agent_heartbeats.labels(HeartbeatOutcome.ACKED.value)
+
+    def identity(self) -> dict[str, Any]:
+        """What the configuration says of agents that never registered here; absent fields are left out."""
+        known = msgspec.structs.asdict(self._ctx.settings.identity)
+        return {key: value for key, value in known.items() if value}
+
+    # --- heartbeats ---------------------------------------------------------------------------------------------------
+
+    def heartbeat(self, session: Session) -> None:
+        """The agent's heartbeat: contact, and a claim that the controller hears of it within one interval."""
+        line = self.called(session)
+        if session.coverage.beat(self._ctx.now, line, self._window_s):
+            self._covered.value += 1
+        else:
+            self._uncovered.add(session)
+
+    def settle(self) -> None:
+        """Judge heartbeats of agents that the controller had an interval's time to hear of; called every second."""
+        now, window_s = self._ctx.now, self._window_s
+        for session in list(self._uncovered):
+            for outcome, number in session.coverage.settle(now, window_s, acks=self._acks_seen).items():
+                self._ctx.metrics.agent_heartbeats.labels(outcome.value).inc(number)
+            if not session.coverage.waiting:
+                self._uncovered.discard(session)
+
+    def unacknowledged(self) -> list[tuple[Session, float]]:
+        """Return the agents whose heartbeats the controller does not acknowledge, and since when (monotonic)."""
+        now, found = self._ctx.now, []
+        for session in self._ctx.sessions:
+            since = session.standing.unacknowledged_since(now, self._window_s) if session.fresh(now) else None
+            if since is not None and self._routes.connection_of(session) is not None:
+                found.append((session, since))
+        return found
+
+    @property
+    def _window_s(self) -> float:
+        return self._ctx.settings.upstream.heartbeat_interval_s + ACK_GRACE_S
+
+    def _answered(self, session: Session, sent_at: float, line: UpstreamConnection, accepted: bool) -> None:
+        if not accepted:
+            session.coverage.refused(sent_at)
+            return
+        self._acks_seen = True
+        session.standing.acknowledged()
+        self._registrations.acknowledged(session)
+        covered = session.coverage.acked(sent_at, line, self._ctx.now, self._window_s)
+        self._covered.inc(covered)
+
+    def called(self, session: Session, *, force: bool = False) -> UpstreamConnection | None:
+        """The agent called (or, with `force`, something changed): a heartbeat goes up if one is due and allowed.
+
+        Returns the connection that the session's heartbeats take now.
+        """
+        connection = self._routes.connection_of(session)
+        if connection is None or not session.fresh(self._ctx.now):
+            return connection
+        if session.heartbeat is None and session.poll_at is None:
+            return connection  # it has only registered so far: its own first heartbeat says more
+        interval_s = self._ctx.settings.upstream.heartbeat_interval_s
+        due = force or session.heartbeat_due(self._ctx.now, interval_s)
+        if due and self._ensure_announced(session, connection):
+            self._send(session, connection)
+        return connection
+
+    def _send(self, session: Session, connection: UpstreamConnection) -> None:
+        sent_at = session.sent_at = self._ctx.now
+        session.last_sent_status = session.reported_status()
+        session.coverage.written(sent_at, connection)
+        session.standing.sent(sent_at, connection.serial)
+        self._ctx.metrics.heartbeats_up.labels("sent").inc()
+        answered = partial(self._answered, session, sent_at, connection)
+        connection.send_heartbeat(session.key, session.heartbeat_payload(), answered)
+
+    def _ensure_announced(self, session: Session, connection: UpstreamConnection) -> bool:
+        """Whether the controller has just been told about the session; else it is told first, where possible."""
+        if self._is_announced(session, connection) and session.upstream_cluster_id:
+            return True
+        adopted = not session.registration
+        if adopted and session.key.kind == TargetKind.CLUSTER.value:
+            return True
+        self.announce(session)
+        return False
+
+    def _is_announced(self, session: Session, connection: UpstreamConnection) -> bool:
+        return session.announced_on == connection.serial or self._routes.gateways.connection_of(session.key) is connection
+
+    def announce(self, session: Session) -> None:
+        """Register a session from what is known of it; without a name nothing is sent, and the log says what helps."""
+        runner = self._routes.runner_of(session)
+        if runner is None or runner.connection is None or not session.fresh(self._ctx.now):
+            return
+        payload = session.register_payload(self.identity())
+        if payload is not None:
+            self._registrations.ask(session, runner, payload)
+        elif session.standing.fail(TroubleKind.NAME_UNKNOWN, "", self._ctx.now):
+            log.warning("name_unknown", session=session.key.ident, hint="set identity.name in the configuration")
+
+    def session_announced(self, session: Session, connection: UpstreamConnection) -> None:
+        """The controller knows the session on this connection: its newest heartbeat may follow."""
+        session.announced_on = connection.serial
+        if self._routes.connection_of(session) is connection:
+            self._speak_for(session)
+
+    def online(self, sessions: list[Session]) -> None:
+        """After the replay and the results: the newest heartbeat of each fresh session at once."""
+        for session in sessions:
+            self._speak_for(session)
+
+    def _speak_for(self, session: Session) -> None:
+        self.called(session, force=True)
+        if session.key not in self._status_timed:
+            self._send_status(session)
+
+    def hold_started(self, session: Session) -> None:
+        """A poll is held: contact for as long as its connection is open."""
+        session.held += 1
+        self._held[session.key] = session
+        self.called(session)
+
+    def hold_ended(self, session: Session) -> None:
+        """The poll is over. Its connection was open until now, also if the agent hung up: that is contact."""
+        session.held -= 1
+        if not session.held:
+            self._held.pop(session.key, None)
+        session.touch(self._ctx.now, self._ctx.clock.wall_s())
+        self.called(session)
+
+    def sweep(self) -> None:
+        """Send the heartbeats that became due while polls are held; to be called every few seconds."""
+        now, wall = self._ctx.now, self._ctx.clock.wall_s()
+        for session in list(self._held.values()):
+            session.touch(now, wall)
+            self.called(session)
+
+    # --- status -------------------------------------------------------------------------------------------------------
+
+    def status(self, session: Session, body: dict[str, Any]) -> None:
+        """A cluster status report: the latest wins, at most one in 30 s goes up."""
+        upstream = self._ctx.settings.upstream
+        size_bytes = len(msgspec.json.encode(body))
+        self._drop_status(session.key)  # the latest wins
+        too_large = size_bytes + ENVELOPE_BYTES > upstream.max_send_bytes
+        if not upstream.send_status or too_large or self._status_bytes + size_bytes > MAX_ALL_KEPT_BYTES:
+            self._ctx.metrics.status_dropped.inc()
+            return
+        self._status[session.key] = body
+        self._status_sizes[session.key] = size_bytes
+        self._status_bytes += size_bytes
+        if session.key in self._status_timed:
+            return
+        last = self._status_at.get(session.key)
+        wait_s = 0.0 if last is None else max(0.0, last + STATUS_EVERY_S - self._ctx.now)
+        if wait_s:
+            self._status_timed.add(session.key)
+            self._ctx.timers.call_later(wait_s, lambda: self._status_due(session))
+        else:
+            self._send_status(session)
+
+    def _status_due(self, session: Session) -> None:
+        self._status_timed.discard(session.key)
+        self._send_status(session)
+
+    def _send_status(self, session: Session) -> None:
+        connection = self._routes.connection_of(session)
+        if session.key not in self._status:
+            return
+        speaks = connection is not None and session.fresh(self._ctx.now)
+        told = connection is not None and self._is_announced(session, connection)
+        if speaks and not told and session.register_payload(self.identity()) is not None:
+            return  # an adopted agent's: it follows the registration, which its heartbeat brings about
+        body = self._status[session.key]
+        self._drop_status(session.key)
+        if connection is None or not speaks or not told:
+            self._ctx.metrics.status_dropped.inc()
+            return
+        self._status_at[session.key] = self._ctx.now
+        connection.send_status(body)
+
+    def _drop_status(self, key: SessionKey) -> None:
+        if self._status.pop(key, None) is not None:
+            self._status_bytes -= self._status_sizes.pop(key)
+
+    def forget(self, key: SessionKey) -> None:
+        """The session is gone."""
+        self._drop_status(key)
+        self._status_at.pop(key, None)

@@ -1,0 +1,206 @@
+"""What the bridge has to do with calls that go by the vendor's HTTP API (protocol.md §4)."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from shim.bridge.context import BridgeContext
+from shim.bridge.delivery import CommandDelivery
+from shim.bridge.command_queues import CommandIntake
+from shim.bridge.links import UpstreamLink
+from shim.bridge.command_queues import CommandQueues
+from shim.bridge.session_registry import SessionRegistry
+from shim.bridge.link_lookup import LinkLookup
+from shim.core.agent_calls import AgentCall, Commands, HealthCall, HeartbeatCall, PollCall, RegisterCall, ResultCall, TunnelInfoCall, TunnelPollCall
+from shim.protocol.command_message import MalformedCommand, parse_command
+from shim.core.records import VIA_HTTP, AddTrace, FindCommand, MarkCommands, SessionKey, CommandState, TraceEntry
+from shim.protocol.controller_replies import register_reply
+from shim.core.sessions import Session
+from shim.core.route_usage import route_of
+from shim.errors import StoreError
+from shim.log import get
+from shim.protocol.upstream_message import Message
+from shim.ports import CallResult, Caller
+
+log = get(__name__)
+
+
+class HttpFallbackBridge:
+    """Keeps commands and names across both ways: one id is delivered once, whichever way it came."""
+
+    def __init__(
+        self, ctx: BridgeContext, routes: LinkLookup, roster: SessionRegistry, queues: CommandQueues, intake: CommandIntake, delivery: CommandDelivery
+    ) -> None:
+        self._ctx = ctx
+        self._queues = queues
+        self._routes = routes
+        self._roster = roster
+        self._intake = intake
+        self._delivery = delivery
+
+    def name_of(self, client: Caller, call: AgentCall) -> str:
+        """What an agent is placed by: its cluster's name where it is known, else the id that it calls itself."""
+        if isinstance(call, RegisterCall):
+            return call.name
+        if isinstance(call, HealthCall):
+            return ""
+        owner = self._routes.owner_of(client.token) or ""
+        session = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, call.target))
+        name = ""
+        if session is not None:
+            name = session.registration.get("name") or session.known.get("name") or ""
+        if not name and isinstance(call, HeartbeatCall):
+            name = call.known.get("name") or ""
+        return str(name) or (session.key.ident if session is not None else call.target.ident)
+
+    def link_for(self, client: Caller, call: AgentCall) -> UpstreamLink | None:
+        """The link that would carry the call; it is kept dialling. `None` without an owner."""
+        owner = self._routes.owner_of(client.token)
+        if owner is None:
+            return None
+        if isinstance(call, (RegisterCall, HealthCall)):
+            ident = call.name if isinstance(call, RegisterCall) else ""
+            name = self._routes.links.name_for(owner, ident)
+        else:
+            session = Session(self._ctx.sessions.key_of(owner, call.target), call_dialect(call))
+            name = self._routes.link_name(session)
+        runner = self._routes.links.get(owner, name, client.token)
+        runner.ensure_connected()
+        return runner
+
+    def used(self, client: Caller, call: AgentCall | None) -> None:
+        """The vendor's HTTP API has served a call: its agent uses a legacy route all the same."""
+        if call is None or isinstance(call, (RegisterCall, HealthCall)):
+            return
+        owner = self._routes.owner_of(client.token)
+        if owner is not None:
+            key = self._ctx.sessions.key_of(owner, call.target)
+            self._roster.usage.note(key, *route_of(call), self._ctx.clock.wall_s())
+            self._roster.seen(key)
+
+    def agent_of(self, client: Caller, call: AgentCall) -> SessionKey | None:
+        """Return the session key that a call by HTTP is shown under, `None` where it does not name its agent.
+
+        A tunnel call names an agent id, which stands for no agent of its own unless one is known by it; the same holds
+        for the registration of an agent that is known by its cluster id.
+        """
+        owner = self._routes.owner_of(client.token)
+        if owner is None or isinstance(call, HealthCall):
+            return None
+        sessions = self._ctx.sessions
+        if isinstance(call, RegisterCall):
+            known = sessions.alias(owner, call.agent_id)
+            if known is not None:
+                return known.key
+            return SessionKey(owner, "agent", call.agent_id) if call.known_by_agent else None
+        key = sessions.key_of(owner, call.target)
+        if isinstance(call, (TunnelPollCall, TunnelInfoCall)):
+            known_already = sessions.get(key) is not None or key in self._ctx.fallback.by_agent
+            return key if known_already else None
+        return key
+
+    # --- registrations ------------------------------------------------------------------------------------------------
+
+    def registered(self, client: Caller, call: RegisterCall, reply: dict[str, Any], *, conflict: bool = False) -> None:
+        """Keep the name and ids of an agent that the API registered, for the day it goes by the WebSocket.
+
+        With `conflict` (409) that is done only where the reply carries the id of the cluster that exists.
+        """
+        owner = self._routes.owner_of(client.token)
+        cluster = reply.get("cluster")
+        ids = {"cluster_id": cluster.get("id")} if isinstance(cluster, dict) else {}
+        known = register_reply({**ids, **{k: v for k, v in reply.items() if v is not None}})
+        if owner is not None and (known or not conflict):
+            self._roster.record_http_registration(owner, call, known)
+
+    # --- polls --------------------------------------------------------------------------------------------------------
+
+    def waiting(self, client: Caller, call: PollCall) -> bool:
+        """Whether commands on disk wait for this agent."""
+        owner = self._routes.owner_of(client.token)
+        if owner is None:
+            return False
+        queue = self._queues.get(self._ctx.sessions.key_of(owner, call.target))
+        return queue is not None and len(queue) > 0
+
+    async def merge(self, client: Caller, call: PollCall, commands: list[Any], arrived_s: float) -> CallResult | None:
+        """Take in what the vendor's API handed out, and answer the poll from the queue: what was on disk comes first.
+
+        `None` when the disk refuses: then the API's own answer must go to the agent as it is.
+        """
+        owner = self._routes.owner_of(client.token) or ""
+        session = self._roster.session_for_proxied_call(owner, call.target, call.dialect)
+        if not await self._take_in(session, commands):
+            return None
+        poll = self._delivery.poll(session.key, client.connection, arrived_s, hold=False)
+        try:
+            offering = await poll.offered
+        except asyncio.CancelledError:
+            self._delivery.cancel_poll(session.key, poll)
+            raise
+        poll.offering = None
+        offered = offering.commands if offering is not None else ()
+        return CallResult(Commands(offered, self._ctx.settings.poll.frequency_s), offering)
+
+    async def _take_in(self, session: Session, commands: list[Any]) -> bool:
+        loop = asyncio.get_running_loop()
+        settled: list[asyncio.Future[bool]] = []
+        for entry in commands:
+            if not isinstance(entry, dict):
+                continue
+            wall = self._ctx.clock.wall_s()
+            try:
+                command = parse_command(
+                    Message("command", entry), wall, self._ctx.settings.commands.ttl_s, self._ctx.new_id
+                )
+            except MalformedCommand as error:
+                # most agents could not have decoded it either: their whole reply would have been lost
+                self._queues.count("rejected_malformed")
+                log.warning("command_rejected", command=error.command_id, session=session.key.ident, code="malformed")
+                continue
+            stored: asyncio.Future[bool] = loop.create_future()
+            settled.append(stored)
+            self._intake.arrive(session, command, "", via=VIA_HTTP, settled=partial(_settle, stored))
+        return all([await stored for stored in settled])
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    async def result_belongs_to_http(self, client: Caller, call: ResultCall) -> bool:
+        """Whether a result goes to the vendor's HTTP API: unless its command came over the WebSocket."""
+        key = self._key(client, call)
+        found: asyncio.Future[list[Any] | StoreError] = asyncio.get_running_loop().create_future()
+
+        def done(outcome: list[Any] | StoreError) -> None:
+            if not found.done():
+                found.set_result(outcome)
+
+        self._ctx.store.submit([FindCommand(call.command_id)], done)
+        outcome = await found
+        if isinstance(outcome, StoreError):
+            return False  # the switchboard says 503: nothing is lost
+        return all(record.via == VIA_HTTP for record, _, _ in outcome[0] if record.session == key)
+
+    def result_taken(self, client: Caller, call: ResultCall) -> None:
+        """The vendor's HTTP API has the result of a command that came from there."""
+        key, wall = self._key(client, call), self._ctx.clock.wall_s()
+        ids = (call.command_id,)
+        self._ctx.store.submit(
+            [MarkCommands(key, ids, CommandState.CLOSED, wall), AddTrace(key, ids, TraceEntry(wall, "closed", "by HTTP"))]
+        )
+        self._delivery.answered(key, call.command_id)
+
+    def _key(self, client: Caller, call: ResultCall) -> SessionKey:
+        owner = self._routes.owner_of(client.token) or ""
+        return self._ctx.sessions.key_of(owner, call.target)
+
+
+def _settle(stored: asyncio.Future[bool], safe: bool) -> None:
+    if not stored.done():  # the agent may have hung up
+        stored.set_result(safe)
+
+
+def call_dialect(call: AgentCall) -> str:
+    """The dialect of a call, where it tells."""
+    return getattr(call, "dialect", "")

@@ -1,0 +1,192 @@
+"""Polls that are held open until a command arrives or the learnt time is over."""
+
+from __future__ import annotations
+
+import asyncio
+from shim.bridge.context import BridgeContext
+from shim.bridge.delivery import CommandDelivery
+from shim.bridge.session_registry import SessionRegistry
+from shim.bridge.link_lookup import LinkLookup
+from shim.core.agent_calls import Commands, Failed, PollCall
+from shim.core.sessions import Session
+from shim.errors import AgentError
+from shim.ports import CallResult, Caller
+from typing import Any
+from shim.bridge.scheduler import DeadlineQueue, DueCallback
+from shim.bridge.heartbeats import HeartbeatForwarder
+from shim.core.poll_hold import HoldEstimator
+from shim.core.records import SessionKey
+from shim.log import get
+
+
+class LongPolls:
+    """Carries out polls."""
+
+    def __init__(self, ctx: BridgeContext, routes: LinkLookup, roster: SessionRegistry, delivery: CommandDelivery, holding: PollHolds) -> None:
+        self._ctx = ctx
+        self._routes = routes
+        self._roster = roster
+        self._delivery = delivery
+        self._holding = holding
+
+    def _polled(self, owner: str, client: Caller, call: PollCall) -> Session:
+        session = self._roster.session_for_call(owner, call.target, call.dialect)
+        session.poll_at = self._ctx.now
+        self._roster.usage.note(session.key, call.dialect, "poll", session.last_seen_unix)
+        self._routes.link_for(session, client)
+        return session
+
+    def empty(self, owner: str, client: Caller, call: PollCall) -> CallResult | None:
+        """Answer a poll for which there is nothing, and which may not be held either."""
+        known = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, call.target))
+        if known is None or self._holding.limit_s(known.hold) > 0 or self._delivery.has_pending(known.key):
+            return None
+        session = self._polled(owner, client, call)
+        self._holding.poll_arrived(session, session.hold)
+        self._holding.presence.called(session)
+        self._holding.hold_answered(session.hold)
+        return CallResult(Commands((), self._ctx.settings.poll.frequency_s))
+
+    async def wait(self, owner: str, client: Caller, call: PollCall, arrived_s: float) -> CallResult:
+        """Answer a poll when there is something for it, or its hold is over.
+
+        Thousands of these may wait at a time: there is no coroutine in this one, and no timer for each.
+        """
+        try:
+            session = self._polled(owner, client, call)
+        except AgentError as error:
+            return failed(error)
+        key, hold = session.key, session.hold
+        limit_s = self._holding.poll_arrived(session, hold)
+        poll = self._delivery.poll(key, client.connection, arrived_s, hold=limit_s > 0)
+        held_at: float | None = None
+        if poll.offering is None and not poll.offered.done():
+            held_at = self._holding.hold_started(session, limit_s, self._delivery.expire_poll, poll)
+        else:
+            self._holding.presence.called(session)
+        try:
+            await poll.offered
+        except asyncio.CancelledError:
+            if held_at is None:
+                hold.connection_lost()  # it waited for the disk
+            else:
+                self._holding.agent_disconnected(session, hold, held_at)
+            self._delivery.cancel_poll(key, poll)
+            raise
+        if held_at is not None:
+            self._holding.reply_sent(session, held_at)
+        self._holding.hold_answered(hold)
+        offering = poll.offered.result()
+        commands = offering.commands if offering is not None else ()
+        poll.offering = None
+        return CallResult(Commands(commands, self._ctx.settings.poll.frequency_s), offering)
+
+
+def failed(error: AgentError) -> CallResult:
+    """An error as a call's answer."""
+    return CallResult(Failed(error.status, str(error), error.retry_after_s))
+
+
+log = get(__name__)
+
+
+class PollHolds:
+    """Holds polls, and learns from how they end how long each agent may be held."""
+
+    def __init__(self, ctx: BridgeContext, presence: HeartbeatForwarder, roster: SessionRegistry) -> None:
+        self._ctx = ctx
+        self.presence = presence
+        self._roster = roster
+        self._tunnels: dict[SessionKey, asyncio.Future[None]] = {}
+        self._deadlines = DeadlineQueue(ctx)
+        self.stopping = False
+
+    def limit_s(self, hold: HoldEstimator) -> float:
+        """How long a poll may be held now; 0 = answer at once."""
+        poll = self._ctx.settings.poll
+        if self.stopping or poll.hold == "off":
+            return 0.0
+        if poll.hold == "auto":
+            return hold.limit_s(poll.max_hold_s)
+        return min(poll.hold, poll.max_hold_s)
+
+    def poll_arrived(self, session: Session, hold: HoldEstimator) -> float:
+        """A poll came. Returns how long it may be held; exactly one of `answered`, `left` and `Hold.gone` follows."""
+        if hold.poll_arrived(self._ctx.now):
+            log.info("poll_pace", session=session.key.ident, pace=hold.pace.value, interval_s=hold.interval_s)
+        return self.limit_s(hold)
+
+    def hold_started(self, session: Session, limit_s: float, end: DueCallback, poll: Any) -> float:
+        """The poll waits from now on; after `limit_s` `end(session.key, poll)` is called, which answers it if it must.
+
+        Returns the time; it goes into `replied` or `left`, one of which follows.
+        """
+        self._deadlines.add(limit_s, end, session.key, poll)
+        self.presence.hold_started(session)
+        return self._ctx.now
+
+    def reply_sent(self, session: Session, started: float) -> None:
+        """The wait ended with our reply."""
+        self._ended(session, started, "replied")
+
+    def agent_disconnected(self, session: Session, hold: HoldEstimator, started: float) -> None:
+        """The agent hung up first, and something is learnt from it, unless we are stopping."""
+        if self.stopping:
+            hold.connection_lost()
+        else:
+            hold.agent_disconnected(self._ctx.now - started)
+            self._roster.save(session)
+        self._ended(session, started, "left")
+
+    def _ended(self, session: Session, started: float, how: str) -> None:
+        self._ctx.metrics.hold_seconds.labels(how).observe(self._ctx.now - started)
+        self.presence.hold_ended(session)
+
+    def hold_answered(self, hold: HoldEstimator) -> None:
+        """A poll ended with our reply."""
+        hold.reply_sent(self._ctx.now, self._ctx.settings.poll.max_hold_s)
+
+    # --- tunnel polls -------------------------------------------------------------------------------------------------
+
+    async def tunnel(self, session: Session) -> None:
+        """Hold a tunnel poll until its state changes, if `poll.hold_tunnel` is on. An older one is answered at once.
+
+        One that comes after a change of which its agent was not told yet is not held.
+        """
+        hold = session.tunnel_hold
+        limit_s = self.poll_arrived(session, hold)
+        if self._ctx.settings.poll.hold_tunnel and limit_s > 0 and session.tunnel == session.tunnel_told:
+            self.tunnel_changed(session.key)
+            changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._tunnels[session.key] = changed
+            started = self.hold_started(session, limit_s, self._tunnel_over, changed)
+            try:
+                await changed
+            except asyncio.CancelledError:
+                self.agent_disconnected(session, hold, started)
+                raise
+            finally:
+                self._tunnel_over(session.key, changed)
+            self.reply_sent(session, started)
+        session.tunnel_told = session.tunnel
+        self.hold_answered(hold)
+
+    def tunnel_changed(self, key: SessionKey) -> None:
+        """Answer the tunnel poll that waits for this session."""
+        waiting = self._tunnels.pop(key, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    def _tunnel_over(self, key: SessionKey, changed: asyncio.Future[None]) -> None:
+        if self._tunnels.get(key) is changed:
+            self.tunnel_changed(key)
+
+    def held_tunnels(self) -> int:
+        """How many tunnel polls wait."""
+        return len(self._tunnels)
+
+    def end_all(self) -> None:
+        """Hold nothing any more."""
+        self.stopping = True
+        for key in list(self._tunnels):
+            self.tunnel_changed(key)

@@ -1,0 +1,408 @@
+"""Registrations that wait for the controller: an agent's own, a replay after a reconnect, an adopted agent's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+from shim.bridge.upstream_connection import UpstreamConnection
+from shim.bridge.links import UpstreamLink
+from shim.core.agent_calls import Outcome, RegisterCall
+from shim.core.sessions import Session
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from shim.bridge.context import BridgeContext
+from shim.core import link_state as ev
+from shim.core.agent_calls import Failed, Outcome, RegisterCall, Registered
+from shim.core.link_state import LinkState
+from shim.protocol.controller_replies import conflict_reply, error_status, error_text, register_reply
+from shim.log import get
+from shim.protocol.upstream_message import Message
+
+
+RegistrationKey = tuple[str, ...]
+
+
+def identity_of(session: Session) -> RegistrationKey:
+    """Who registers: (owner, `name`, cluster name), or (owner, `agent`, agent id) where the dialect is keyed by it.
+
+    An adopted session whose name nobody told is only itself.
+    """
+    name = session.registration.get("name")
+    if session.key.kind == "agent" or not name:
+        return tuple(session.key)
+    return session.key.owner, "name", name
+
+
+def identity_of_call(owner: str, call: RegisterCall) -> RegistrationKey:
+    """The same of an agent's own registration."""
+    return (owner, "agent", call.agent_id) if call.known_by_agent else (owner, "name", call.name)
+
+
+@dataclass(slots=True, eq=False)
+class PendingRegistration:
+    """One registration that the controller has not answered. `session` is set where the shim itself asks.
+
+    `sent_on` is the serial of the connection that carries it (0: none), `sent_at` and `abandoned_at` monotonic seconds.
+    """
+
+    identity: RegistrationKey
+    runner: UpstreamLink
+    payload: dict[str, Any]
+    secret: str
+    call: RegisterCall | None = None
+    session: Session | None = None
+    waiters: set[asyncio.Future[Outcome]] = field(default_factory=set)
+    request_ids: list[str] = field(default_factory=list)
+    sent_on: int = 0
+    sent_at: float = 0.0
+    abandoned_at: float | None = None
+
+    def answer(self, outcome: Outcome) -> bool:
+        """Answer the agents that wait. False if none does."""
+        waiting = [waiter for waiter in self.waiters if not waiter.done()]
+        for waiter in waiting:
+            waiter.set_result(outcome)
+        return bool(waiting)
+
+
+class RefusedRegistration(NamedTuple):
+    """The newest answer to an identity's registration that was no success. `status` is 0 where none came in time.
+
+    `at` is monotonic, `name` the cluster's name, `agent` the id that the agent calls itself.
+    """
+
+    name: str
+    agent: str
+    status: int
+    error: str
+    at: float
+
+
+@dataclass(slots=True, eq=False)
+class RegistrationReplay:
+    """What a reconnect still has to tell, and what it waits for."""
+
+    runner: UpstreamLink
+    remedy: deque[tuple[Session, dict[str, Any]]]
+    waiting: set[PendingRegistration]
+
+
+class RegistrationListener(Protocol):
+    """Who makes a session of an answer."""
+
+    def registered(self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
+        """Keep what the controller told of an agent; `reply` as `core.replies.register_reply` gives it.
+
+        `conflict`: it answered with an error that carries the cluster's id (409).
+        """
+
+    def told(self, session: Session, connection: UpstreamConnection) -> None:
+        """The controller has just been told about this session."""
+
+
+log = get(__name__)
+
+CACHED_AFTER_S = 5.0
+REPLAY_WINDOW = 32
+ANSWER_S = 10.0
+UNCLAIMED_S = 600.0
+ABANDONED_S = 60.0
+LOST_S = 60.0
+AGAIN_S = 10.0
+RETRY_AFTER_S = 5
+REFUSED_S = 900.0
+"""A refusal is shown for so long after it came: an agent that is restarted over it tries again every few minutes."""
+MAX_REFUSED = 100
+
+REFUSED = Failed(401, "the controller refuses the token")
+
+
+class Registrations:
+    """All registrations under way, one per identity."""
+
+    def __init__(self, ctx: BridgeContext, listener: RegistrationListener) -> None:
+        self._ctx = ctx
+        self._listener = listener
+        self._by_identity: dict[RegistrationKey, PendingRegistration] = {}
+        self._by_request: dict[str, PendingRegistration] = {}
+        self._unclaimed: dict[RegistrationKey, tuple[Outcome, float]] = {}
+        self._replays: dict[UpstreamLink, RegistrationReplay] = {}
+        self._asked_at: dict[RegistrationKey, float] = {}
+        self._refusals: dict[RegistrationKey, RefusedRegistration] = {}
+        self._stopping = False
+
+    def waiting_for(self, runner: UpstreamLink) -> bool:
+        """Whether an agent waits for an answer over this link."""
+        return any(job.runner is runner and job.waiters for job in self._by_identity.values())
+
+    @property
+    def refusals(self) -> list[RefusedRegistration]:
+        """The registrations that the controller refused or did not answer, and has not accepted since."""
+        return list(self._refusals.values())
+
+    def registers(self, agent_id: str) -> bool:
+        """Return whether an agent of this id waits for the answer to its registration."""
+        return any(job.call is not None and job.call.agent_id == agent_id for job in self._by_identity.values())
+
+    def acknowledged(self, session: Session) -> None:
+        """Drop that a registration had no answer: the controller acknowledges the agent's heartbeats."""
+        if self._refusals:
+            identity = identity_of(session)
+            if identity in self._refusals and not self._refusals[identity].status:
+                del self._refusals[identity]
+
+    def forget(self, session: Session) -> None:
+        """Drop what is remembered of a session that is forgotten."""
+        self._refusals.pop(identity_of(session), None)
+
+    def sweep(self) -> None:
+        """Forget what nobody will ask for any more."""
+        now = self._ctx.now
+        self._refusals = {i: each for i, each in self._refusals.items() if now - each.at < REFUSED_S}
+        self._unclaimed = {i: kept for i, kept in self._unclaimed.items() if now - kept[1] < UNCLAIMED_S}
+        self._asked_at = {i: at for i, at in self._asked_at.items() if now - at < AGAIN_S}
+        for job in list(self._by_identity.values()):
+            patience_s = UNCLAIMED_S if job.sent_on else ABANDONED_S
+            if job.abandoned_at is not None and now - job.abandoned_at >= patience_s:
+                self._forget(job)
+
+    def end_all(self) -> None:
+        """The shim stops: agents that wait are told so."""
+        self._stopping = True
+        for job in self._by_identity.values():
+            job.answer(Failed(503, "the shim is stopping", retry_after_s=RETRY_AFTER_S))
+
+    # --- an agent registers -------------------------------------------------------------------------------------------
+
+    async def register(
+        self, runner: UpstreamLink, call: RegisterCall, cached: Callable[[], Outcome | None], arrived_s: float
+    ) -> Outcome:
+        """Answer an agent's registration within `register.deadline_s` of `arrived_s` (protocol.md §1.1).
+
+        `cached` yields the answer from the store; it is asked after 5 s without a result.
+        """
+        if self._stopping:
+            return Failed(503, "the shim is stopping", retry_after_s=RETRY_AFTER_S)
+        runner.apply(ev.RetryNow())
+        if runner.machine.refused and runner.state is LinkState.WAITING:
+            return REFUSED
+        identity = identity_of_call(runner.owner, call)
+        outcome, at = self._unclaimed.pop(identity, (None, 0.0))
+        if outcome is None or self._ctx.now - at >= UNCLAIMED_S:
+            outcome = await self._join_and_wait(runner, identity, call, cached, arrived_s)
+        # It may be the answer to another process of the same cluster, which calls itself otherwise.
+        return replace(outcome, agent_id=call.agent_id) if isinstance(outcome, Registered) else outcome
+
+    async def _join_and_wait(
+        self,
+        runner: UpstreamLink,
+        identity: RegistrationKey,
+        call: RegisterCall,
+        cached: Callable[[], Outcome | None],
+        arrived_s: float,
+    ) -> Outcome:
+        job = self._join(runner, identity, call)
+        waiter: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        job.waiters.add(waiter)
+        try:
+            return await self._await(runner, waiter, cached, arrived_s)
+        finally:
+            job.waiters.discard(waiter)
+            if not job.waiters:
+                job.abandoned_at = self._ctx.now
+
+    async def _await(
+        self,
+        runner: UpstreamLink,
+        waiter: asyncio.Future[Outcome],
+        cached: Callable[[], Outcome | None],
+        arrived_s: float,
+    ) -> Outcome:
+        deadline = arrived_s + self._ctx.settings.register.deadline_s
+        patience = min(arrived_s + CACHED_AFTER_S, deadline)
+        for until in (patience, deadline):
+            await asyncio.wait((waiter,), timeout=max(0.0, until - self._ctx.now))
+            if waiter.done():
+                return waiter.result()
+            found = None if runner.machine.refused else cached()
+            if found is not None:
+                self._ctx.metrics.registrations.labels("cached").inc()
+                return found
+        self._ctx.metrics.registrations.labels("timeout").inc()
+        if runner.machine.refused:
+            return REFUSED
+        return Failed(503, "the controller did not answer in time", retry_after_s=RETRY_AFTER_S)
+
+    def _join(self, runner: UpstreamLink, identity: RegistrationKey, call: RegisterCall) -> PendingRegistration:
+        job = self._by_identity.get(identity)
+        if job is None:
+            job = self._by_identity[identity] = PendingRegistration(identity, runner, dict(call.payload), call.secret, call=call)
+        elif job.call is None:  # a replay is under way: its answer serves this agent too, and the news is kept
+            job.call, job.payload, job.secret = call, {**job.payload, **call.payload}, call.secret
+        if job.runner is not runner:  # its link had to make room for others
+            self._forget_requests(job)
+            job.runner = runner
+        job.abandoned_at = None
+        self._try_send(job)
+        return job
+
+    # --- the shim registers -------------------------------------------------------------------------------------------
+
+    def ask(self, session: Session, runner: UpstreamLink, payload: dict[str, Any]) -> None:
+        """Register a session from what is known of it, at most once in 10 s."""
+        identity = identity_of(session)
+        pending = self._by_identity.get(identity)
+        if pending is not None:
+            self._try_send(pending)
+        elif self._ctx.now - self._asked_at.get(identity, -AGAIN_S) >= AGAIN_S:
+            self._asked_at[identity] = self._ctx.now
+            self._start(session, runner, payload, identity)
+
+    def _start(self, session: Session, runner: UpstreamLink, payload: dict[str, Any], identity: RegistrationKey) -> PendingRegistration:
+        secret = payload.pop("k8s_service_token", "")
+        job = PendingRegistration(identity, runner, payload, secret, session=session, abandoned_at=self._ctx.now)
+        self._by_identity[identity] = job
+        self._try_send(job)
+        return job
+
+    # --- the link -----------------------------------------------------------------------------------------------------
+
+    def replay(self, runner: UpstreamLink, sessions: list[tuple[Session, dict[str, Any]]]) -> None:
+        """After a reconnect: tell these sessions, a window at a time, then agents' own pending registrations."""
+        self.sweep()
+        pending = {job.identity: job for job in self._by_identity.values() if job.runner is runner}
+        todo = deque(item for item in sessions if identity_of(item[0]) not in pending)
+        replay = self._replays[runner] = RegistrationReplay(runner, todo, set(pending.values()))
+        for job in pending.values():
+            self._try_send(job)
+        self._advance(replay)
+
+    def _advance(self, replay: RegistrationReplay) -> None:
+        runner = replay.runner
+        if self._replays.get(runner) is not replay or runner.connection is None:
+            return
+        while replay.remedy and len(replay.waiting) < REPLAY_WINDOW:
+            session, payload = replay.remedy.popleft()
+            identity = identity_of(session)
+            if identity not in self._by_identity:
+                replay.waiting.add(self._start(session, runner, payload, identity))
+        if not replay.remedy and not replay.waiting:
+            del self._replays[runner]
+            runner.replayed()
+
+    def link_lost(self, runner: UpstreamLink) -> None:
+        """Answers will not come: agents' own registrations are sent again on the next connection."""
+        self._replays.pop(runner, None)
+        for job in list(self._by_identity.values()):
+            if job.runner is runner:
+                self._forget_requests(job)
+                job.sent_on = 0
+                if job.call is None:
+                    self._forget(job)
+
+    def link_refused(self, runner: UpstreamLink) -> None:
+        """The token is refused: so is every registration that waits."""
+        for job in list(self._by_identity.values()):
+            if job.runner is runner:
+                self._finish(job, REFUSED)
+
+    def _try_send(self, job: PendingRegistration) -> None:
+        """Send it, unless it is on its way already: an answer that is a minute late may never come."""
+        connection, now = job.runner.connection, self._ctx.now
+        if connection is None or (job.sent_on == connection.serial and now - job.sent_at < LOST_S):
+            return
+        request_id = f"req_{self._ctx.new_id()}"
+        job.request_ids.append(request_id)
+        job.sent_on, job.sent_at = connection.serial, now
+        self._by_request[request_id] = job
+        secret = {"k8s_service_token": job.secret} if job.secret else {}
+        connection.send("register", {**job.payload, **secret}, request_id)
+        self._ctx.timers.call_later(ANSWER_S, lambda: self._unanswered(job, connection))
+
+    def _unanswered(self, job: PendingRegistration, connection: UpstreamConnection) -> None:
+        """The controller has been told, though it does not say so: others and heartbeats do not wait for it."""
+        if self._by_identity.get(job.identity) is not job or job.sent_on != connection.serial:
+            return
+        self._note_refusal(job, 0, f"no answer within {ANSWER_S:g} s")
+        if job.session is not None:
+            self._listener.told(job.session, connection)
+        self._settled(job)
+
+    # --- the controller answers ---------------------------------------------------------------------------------------
+
+    def in_progress(self, message: Message) -> None:
+        """A `register_in_progress`: the controller is at it, and need not be asked again."""
+        job = self._by_request.get(message.request_id)
+        if job is not None:
+            job.sent_at = self._ctx.now
+
+    def succeeded(self, connection: UpstreamConnection, message: Message) -> PendingRegistration | None:
+        """A `register_success`. Returns its job, `None` if nobody waits for this `request_id`."""
+        job = self._by_request.get(message.request_id)
+        if job is None:
+            return None
+        reply = register_reply(message.payload)
+        if not reply:
+            self._failed(job, connection, Failed(502, "the controller answered without a usable cluster id"))
+            return None
+        self._ctx.metrics.registrations.labels("ok").inc()
+        self._refusals.pop(job.identity, None)
+        self._finish(job, self._listener.registered(job, reply), connection)
+        return job
+
+    def refused(self, connection: UpstreamConnection, message: Message) -> bool:
+        """An `error` with the `request_id` of a registration. False if it is not one."""
+        job = self._by_request.get(message.request_id)
+        if job is None:
+            return False
+        status = error_status(message.payload)
+        text = error_text(message.payload, lambda text: self._ctx.masked(text, job.runner.token, job.secret))
+        session = str(job.identity[-1])
+        log.warning("register_failed", about=f"{session} {status}", status=status, error=text, session=session)
+        reply = conflict_reply(message.payload) if status == 409 else {}
+        if reply:
+            self._listener.registered(job, reply, conflict=True)
+        self._failed(job, connection, Failed(status, text, cluster_id=reply.get("cluster_id", "")))
+        return True
+
+    def _failed(self, job: PendingRegistration, connection: UpstreamConnection, failed: Failed) -> None:
+        self._ctx.metrics.registrations.labels(str(failed.status)).inc()
+        if failed.cluster_id:
+            self._refusals.pop(job.identity, None)  # agents take the id for an answer, and so does the status
+        else:
+            self._note_refusal(job, failed.status, failed.error)
+        self._finish(job, failed, connection)
+
+    def _note_refusal(self, job: PendingRegistration, status: int, error: str) -> None:
+        name, agent = str(job.payload.get("name", "")), str(job.payload.get("agent_id", ""))
+        self._refusals.pop(job.identity, None)
+        self._refusals[job.identity] = RefusedRegistration(name, agent, status, error, self._ctx.now)
+        if len(self._refusals) > MAX_REFUSED:
+            del self._refusals[next(iter(self._refusals))]
+
+    def _finish(self, job: PendingRegistration, outcome: Outcome, connection: UpstreamConnection | None = None) -> None:
+        self._forget(job)
+        if not job.answer(outcome) and job.call is not None and not isinstance(outcome, Failed):
+            self._unclaimed[job.identity] = (outcome, self._ctx.now)
+        if connection is not None and job.session is not None:
+            self._listener.told(job.session, connection)
+        self._settled(job)
+
+    def _settled(self, job: PendingRegistration) -> None:
+        replay = self._replays.get(job.runner)
+        if replay is not None and job in replay.waiting:
+            replay.waiting.discard(job)
+            self._advance(replay)
+
+    def _forget(self, job: PendingRegistration) -> None:
+        self._forget_requests(job)
+        if self._by_identity.get(job.identity) is job:
+            del self._by_identity[job.identity]
+
+    def _forget_requests(self, job: PendingRegistration) -> None:
+        for request_id in job.request_ids:
+            self._by_request.pop(request_id, None)
+        job.request_ids.clear()

@@ -1,0 +1,98 @@
+"""Refuse commands on arrival: the controller is told at once, nothing is stored before (protocol.md#3-commands)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import msgspec
+
+from shim.bridge.context import BridgeContext
+from shim.bridge.outbox import Outbox
+from shim.core.bounds import MAX_ID_BYTES, MAX_LOGGED_CHARS, cut
+from shim.core.records import AddTrace, SessionKey, TraceEntry
+from shim.core.sessions import Session
+from shim.errors import StoreError
+from shim.log import get
+
+log = get(__name__)
+
+MAX_UNTRACED = 256
+LOGGED_PER_MINUTE = 100
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A command that is not taken. `code` and `error` are for the controller; the trace is filed under `key`."""
+
+    key: SessionKey
+    command_id: str
+    request_id: str
+    code: str
+    error: str
+    session: Session | None = None
+
+
+class Rejections:
+    """Tells the controller and leaves a trace of each refusal, as far as that costs nobody else anything.
+
+    A controller can send refusable commands faster than a disk can note them. The answer is sent in any case. Of the
+    traces the newest `MAX_UNTRACED` are kept while the disk is busy with the ones before: whoever looks for a refused
+    command looks for one of the last. Log lines are limited to `LOGGED_PER_MINUTE`; the rest is counted.
+    """
+
+    def __init__(self, ctx: BridgeContext, outbox: Outbox) -> None:
+        self._ctx = ctx
+        self._outbox = outbox
+        self._untraced: deque[tuple[Refusal, float]] = deque(maxlen=MAX_UNTRACED)
+        self._tracing = False
+        self._minute = -1
+        self._logged = 0
+
+    def refuse(self, refusal: Refusal, *, told: bool = True) -> None:
+        """Count, log and trace a refusal, and send it unless nobody can be `told`."""
+        code = refusal.code
+        self._ctx.metrics.commands.labels("expired" if code == "expired" else f"rejected_{code}").inc()
+        self._log(refusal)
+        if told:
+            payload = self._outbox.failure_payload(
+                refusal.key, refusal.session, refusal.command_id, code=code, error=refusal.error
+            )
+            self._outbox.send_unpersisted(refusal.key, refusal.request_id, payload)
+        self._untraced.append((refusal, self._ctx.clock.wall_s()))
+        self._trace()
+
+    def _log(self, refusal: Refusal) -> None:
+        minute = int(self._ctx.now // 60)
+        if minute != self._minute:
+            self._minute, self._logged = minute, 0
+        self._logged += 1
+        log.warning(
+            "command_rejected",
+            about=None if self._logged <= LOGGED_PER_MINUTE else refusal.code,
+            command=cut(refusal.command_id, MAX_LOGGED_CHARS),
+            session=refusal.key.ident,
+            code=refusal.code,
+        )
+
+    def _trace(self) -> None:
+        """Submit what waits to be traced as one unit, unless the disk has not answered the unit before."""
+        if self._tracing or not self._untraced:
+            return
+        self._tracing = True
+        traces = list(_traces(self._untraced))
+        self._untraced.clear()
+
+        def done(_outcome: list[Any] | StoreError) -> None:
+            self._tracing = False
+            self._trace()
+
+        self._ctx.store.submit(traces, done)
+
+
+def _traces(refused: deque[tuple[Refusal, float]]) -> Iterator[AddTrace]:
+    """Yield one operation for neighbours that differ in nothing but their ids."""
+    for (key, wall, code), group in groupby(refused, lambda each: (each[0].key, each[1], each[0].code)):
+        ids = tuple(cut(refusal.command_id, MAX_ID_BYTES) for refusal, _ in group)
+        yield AddTrace(key, ids, TraceEntry(wall, "reported", code))

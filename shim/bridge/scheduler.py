@@ -1,0 +1,174 @@
+"""Timers: a group that ends together, a queue of deadlines behind one timer, and periodic tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from shim.ports import Clock, Timer, Timers
+import heapq
+from functools import partial
+from itertools import count
+from typing import Any
+from shim.bridge.context import BridgeContext
+from shim.core.records import SessionKey
+from collections.abc import Callable, Sequence
+from shim.bridge.command_queues import CommandQueues
+from shim.log import get
+
+
+LATE_S = 1.0
+"""A timer that fires so late was kept by a process that stood still: stopped, frozen, without CPU."""
+CATCH_UP_S = 0.25
+"""What arrived meanwhile is read within this time: event loops call timers before they look at sockets."""
+
+
+class _PendingTimer:
+    """`ports.Timer`."""
+
+    __slots__ = ("_callback", "_due_s", "_owner", "timer")
+
+    def __init__(self, owner: TimerGroup, callback: Callable[[], None], due_s: float) -> None:
+        self._owner = owner
+        self._callback = callback
+        self._due_s: float | None = due_s
+        self.timer: Timer | None = None
+
+    def fire(self) -> None:
+        if self._due_s is not None and self._owner.now_s() - self._due_s > LATE_S:
+            self._due_s = None
+            self.timer = self._owner.again(CATCH_UP_S, self.fire)
+            return
+        self._owner.pending.discard(self)
+        self._callback()
+
+    def cancel(self) -> None:
+        self._owner.pending.discard(self)
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+class TimerGroup:
+    """`ports.Timers` on others that remembers what is pending."""
+
+    def __init__(self, timers: Timers, clock: Clock) -> None:
+        self._timers = timers
+        self._closed = False
+        self.now_s = clock.monotonic_s
+        self.again = timers.call_later
+        self.pending: set[_PendingTimer] = set()
+
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
+        """See `ports.Timers`; once closed, nothing is called."""
+        pending = _PendingTimer(self, callback, self.now_s() + delay)
+        if not self._closed:
+            self.pending.add(pending)
+            pending.timer = self._timers.call_later(delay, pending.fire)
+        return pending
+
+    def close(self) -> None:
+        """Cancel everything."""
+        self._closed = True
+        for pending in list(self.pending):
+            pending.cancel()
+
+
+# Agents that polled together, after a restart say, are due together, too: the others' calls come in between.
+AT_A_TIME = 64
+
+DueCallback = Callable[[SessionKey, Any], None]
+
+
+class DeadlineQueue:
+    """Calls that come due. None can be cancelled: the call must find out whether it still matters."""
+
+    def __init__(self, ctx: BridgeContext) -> None:
+        self._ctx = ctx
+        self._heap: list[tuple[float, int, DueCallback, SessionKey, Any]] = []
+        self._numbers = count()
+        self._armed_for: float | None = None
+
+    def add(self, delay_s: float, due: DueCallback, key: SessionKey, item: Any) -> None:
+        """Call `due(key, item)` after `delay_s`."""
+        heapq.heappush(self._heap, (self._ctx.now + delay_s, next(self._numbers), due, key, item))
+        self._arm()
+
+    def _arm(self) -> None:
+        if not self._heap:
+            return
+        at = self._heap[0][0]
+        if self._armed_for is None or at < self._armed_for:
+            self._armed_for = at
+            self._ctx.timers.call_later(max(at - self._ctx.now, 0.0), partial(self._fire, at))
+
+    def _fire(self, armed_for: float) -> None:
+        if self._armed_for != armed_for:
+            return
+        self._armed_for = None
+        now = max(self._ctx.now, armed_for)
+        for _ in range(AT_A_TIME):
+            if not self._heap or self._heap[0][0] > now:
+                break
+            _, _, due, key, item = heapq.heappop(self._heap)
+            due(key, item)
+        self._arm()
+
+
+log = get(__name__)
+
+TICK_S = 1.0
+UNPOLLED_WARNING_S = 600.0
+
+PeriodicTask = tuple[float, Callable[[], None]]
+
+
+class PeriodicTasks:
+    """Calls duties, each every so many seconds, until the timers end."""
+
+    def __init__(self, ctx: BridgeContext, duties: Sequence[PeriodicTask]) -> None:
+        self._ctx = ctx
+        self._periodic_tasks = duties
+        self._done_at = [ctx.now] * len(duties)
+
+    def start(self) -> None:
+        """Begin; the first turn comes a second later."""
+        self._ctx.timers.call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._ctx.timers.call_later(TICK_S, self._tick)
+        now = self._ctx.now
+        for number, (every_s, duty) in enumerate(self._periodic_tasks):
+            if now - self._done_at[number] < every_s:
+                continue
+            self._done_at[number] = now
+            try:
+                duty()
+            except Exception:
+                self._ctx.metrics.internal_errors.labels("bridge").inc()
+                log.exception("upkeep_failed", duty=getattr(duty, "__qualname__", "?"))
+
+
+class UnpolledCommandsWarning:
+    """Commands wait and their agent has not polled for 10 minutes: said once (protocol.md §1)."""
+
+    def __init__(self, ctx: BridgeContext, queues: CommandQueues) -> None:
+        self._ctx = ctx
+        self._queues = queues
+        self.sessions: set[SessionKey] = set()
+
+    def check(self) -> None:
+        """Say what is new."""
+        overdue = set()
+        for key, queue in self._queues.items():
+            session, since = self._ctx.sessions.get(key), queue.waiting_since
+            if session is None or since is None or session.held:
+                continue
+            if self._ctx.now - max(since, session.poll_at or 0.0) < UNPOLLED_WARNING_S:
+                continue
+            overdue.add(key)
+            if key not in self.sessions:
+                log.warning(
+                    "commands_not_polled",
+                    session=key.ident,
+                    commands=len(queue),
+                    hint="this agent has not polled for 10 minutes; stock agents never fetch commands",
+                )
+        self.sessions = overdue

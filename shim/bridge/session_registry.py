@@ -1,0 +1,508 @@
+"""The sessions of all agents: which session a call belongs to, adoption, succession, quotas, and what is stored of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from shim.bridge.context import BridgeContext
+from shim.core.records import Operation, SaveAlias, SaveSession, SaveTunnel, SessionKey
+from shim.core.sessions import Session
+from shim.errors import StoreError
+from shim.core.records import SessionKey
+from shim.errors import AgentError
+from shim.log import get
+import asyncio
+from shim.core.records import DeleteSession, MoveSession, SessionKey
+from shim.ports import StoreDone
+from shim.core.agent_calls import HeartbeatCall, TargetKind, RegisterCall, Registered, SessionTarget
+from shim.core.records import StoreContents, SessionKey
+from shim.core.route_usage import RouteUsage
+from shim.errors import AgentError, StoreError
+
+
+class SessionPersistence:
+    """Stores sessions, their aliases and tunnel states; nothing of one that is `withheld`."""
+
+    def __init__(self, ctx: BridgeContext, withheld: Callable[[SessionKey], bool]) -> None:
+        self._ctx = ctx
+        self._withheld = withheld
+        self._unsaved: set[SessionKey] = set()
+
+    def save_session(self, session: Session) -> None:
+        """Store a session as it is now."""
+        self._submit(session.key, [SaveSession(session.record())])
+
+    def save_tunnel(self, session: Session, state: dict[str, Any]) -> None:
+        """Store its tunnel state."""
+        self._submit(session.key, [SaveTunnel(session.key, state)])
+
+    def save_alias(self, session: Session, agent_id: str) -> None:
+        """Store that this agent id stands for it."""
+        self._submit(session.key, [SaveAlias(session.key.owner, agent_id, session.key)])
+
+    def retry(self) -> None:
+        """Try one that the disk has refused; once it is taken, the others follow."""
+        while self._unsaved:
+            if self.save_all(self._unsaved.pop()):
+                return
+
+    def save_all(self, key: SessionKey) -> bool:
+        """Store a session with its alias and tunnel state. False if it is gone."""
+        session = self._ctx.sessions.get(key)
+        if session is None:
+            return False
+        operations: list[Operation] = [SaveSession(session.record())]
+        if session.tunnel is not None:
+            operations.append(SaveTunnel(key, session.tunnel))
+        if self._ctx.sessions.alias_is(key.owner, session.agent_id, key):
+            operations.append(SaveAlias(key.owner, session.agent_id, key))
+        self._submit(key, operations)
+        return True
+
+    def _submit(self, key: SessionKey, operations: list[Operation]) -> None:
+        if self._withheld(key):
+            return
+
+        def done(outcome: list[Any] | StoreError) -> None:
+            if isinstance(outcome, StoreError):
+                self._unsaved.add(key)
+            elif self._unsaved:
+                self.retry()
+
+        self._ctx.store.submit(operations, done)
+
+
+log = get(__name__)
+
+MAX_UNVERIFIED_SESSIONS = 8
+RETRY_AFTER_S = 60
+
+
+class SessionQuota:
+    """Decides about new sessions. `proven(owner)` tells whether the controller has accepted the owner's token."""
+
+    def __init__(self, ctx: BridgeContext, proven: Callable[[str], bool]) -> None:
+        self._ctx = ctx
+        self._proven = proven
+        self._unproven: set[SessionKey] = set()
+        self._told: set[str] = set()
+
+    def admit(self, owner: str) -> None:
+        """Raise `AgentError` 503 when an owner has as many sessions as it may."""
+        proven = self._proven(owner)
+        limit = self._ctx.settings.sessions.max_per_owner if proven else MAX_UNVERIFIED_SESSIONS
+        if self._ctx.sessions.count_of(owner) < limit:
+            self._told.discard(owner)
+            return
+        self._ctx.metrics.sessions_refused.inc()
+        if not proven:
+            raise AgentError(503, "the controller has not accepted the token yet", retry_after_s=RETRY_AFTER_S)
+        if owner not in self._told:
+            self._told.add(owner)
+            log.error("too_many_sessions", owner=owner[:16], limit=limit, hint="see sessions.max_per_owner")
+        raise AgentError(503, "too many agents: see sessions.max_per_owner", retry_after_s=RETRY_AFTER_S)
+
+    def adopted(self, key: SessionKey) -> None:
+        """A session was made for an agent that did not register here."""
+        if not self._proven(key.owner):
+            self._unproven.add(key)
+
+    def persistence_deferred(self, key: SessionKey) -> bool:
+        """Whether nothing of this session may be stored yet."""
+        return key in self._unproven
+
+    def on_token_accepted(self, owner: str) -> list[SessionKey]:
+        """The controller has accepted the owner's token: the sessions that may be stored now."""
+        return self._release(owner)
+
+    def on_owner_removed(self, owner: str) -> list[SessionKey]:
+        """The owner's last link is gone: the sessions to forget."""
+        self._told.discard(owner)
+        return self._release(owner)
+
+    def _release(self, owner: str) -> list[SessionKey]:
+        found = [key for key in self._unproven if key.owner == owner]
+        self._unproven.difference_update(found)
+        return found
+
+
+class SessionSuccession:
+    """`moved(source, target)` and `ended(key)` are told what became of a session."""
+
+    def __init__(
+        self,
+        ctx: BridgeContext,
+        saves: SessionPersistence,
+        moved: Callable[[SessionKey, SessionKey], None],
+        ended: Callable[[SessionKey], None],
+    ) -> None:
+        self._ctx = ctx
+        self._saves = saves
+        self._moved = moved
+        self._pending_moves: list[MoveSession] = []
+        self.ended = ended
+
+    def supersede(self, session: Session, *, across_owners: bool = True) -> None:
+        """Let other sessions with the same upstream cluster id give way as soon as they are not fresh.
+
+        Across owners too, where the controller accepted a registration on this owner's link with that id: it proves
+        whose cluster it is.
+        """
+        sessions = self._ctx.sessions
+        for other in sessions if across_owners else sessions.of_owner(session.key.owner):
+            if other is not session and other.upstream_cluster_id == session.upstream_cluster_id:
+                other.superseded_by = session.key
+                self._saves.save_session(other)
+        self.sweep()
+
+    def adopt_predecessors(self, session: Session) -> None:
+        """An adopted session whose id the controller has given to others of its owner is their successor.
+
+        That id was an answer to a register whose session the shim forgot: it was killed while the disk took nothing.
+        What is known of the cluster goes over, and the others give way as they would have.
+        """
+        ident = session.upstream_cluster_id
+        older = [o for o in self._ctx.sessions.of_owner(session.key.owner) if o.upstream_cluster_id == ident]
+        older = [other for other in older if other is not session]
+        if not ident or not older:
+            return
+        latest = max(older, key=lambda other: other.last_seen_unix)
+        session.registration, session.reply = latest.registration, latest.reply
+        for other in older:
+            other.superseded_by = session.key
+            self._saves.save_session(other)
+
+    def sweep(self) -> None:
+        """Let superseded sessions that are not fresh any more go over into their successors."""
+        unmoved, self._pending_moves = self._pending_moves, []
+        for move in unmoved:
+            self._store(move)
+        now = self._ctx.now
+        for session in self._ctx.sessions:
+            target = session.superseded_by
+            if target is None or session.fresh(now):
+                continue
+            successor = self._ctx.sessions.get(target)
+            if successor is None:
+                session.superseded_by = None
+                continue
+            log.info("session_superseded", session=session.key.ident, by=target.ident)
+            self._ctx.sessions.move_aliases(session.key, target)
+            self._ctx.sessions.remove(session)
+            if successor.tunnel is None:
+                successor.tunnel = session.tunnel
+            self._store(MoveSession(session.key, target))
+            self._moved(session.key, target)
+
+    def _store(self, move: MoveSession) -> None:
+        """Until the disk takes it: what is written of the moved commands later is written of the successor's."""
+
+        def done(outcome: list[Any] | StoreError) -> None:
+            if isinstance(outcome, StoreError):
+                self._pending_moves.append(move)
+
+        self._ctx.store.submit([move], done)
+
+    def expire(self) -> None:
+        """Delete sessions that were not seen for `sessions.retain_s`; their commands end EXPIRED."""
+        before = self._ctx.clock.wall_s() - self._ctx.settings.sessions.retain_s
+        now = self._ctx.now
+        for session in self._ctx.sessions:
+            if session.last_seen_unix < before and not session.fresh(now):
+                log.info("session_forgotten", session=session.key.ident)
+                self._end(session)
+
+    async def forget(self, session: Session) -> StoreError | None:
+        """Delete a session by hand; its commands end EXPIRED. Return the error where the disk refuses."""
+        stored: asyncio.Future[list[Any] | StoreError] = asyncio.get_running_loop().create_future()
+        self._end(session, lambda outcome: None if stored.done() else stored.set_result(outcome))
+        outcome = await stored
+        return outcome if isinstance(outcome, StoreError) else None
+
+    def _end(self, session: Session, done: StoreDone | None = None) -> None:
+        self.ended(session.key)
+        self._ctx.sessions.remove(session)
+        self._ctx.store.submit([DeleteSession(session.key)], done)
+
+
+SAVE_SEEN_EVERY_S = 3600.0
+
+KEEP_AGAIN_S = 30
+
+
+class SessionRegistry:
+    """Sessions and what is stored of them. `moved(source, target)` and `ended(key)` are told what became of one."""
+
+    def __init__(
+        self,
+        ctx: BridgeContext,
+        moved: Callable[[SessionKey, SessionKey], None],
+        ended: Callable[[SessionKey], None],
+        proven: Callable[[str], bool],
+    ) -> None:
+        self._ctx = ctx
+        self.admission = SessionQuota(ctx, proven)
+        self._saves = SessionPersistence(ctx, self.admission.persistence_deferred)
+        self._succession = SessionSuccession(ctx, self._saves, moved, ended)
+        self.usage = RouteUsage()
+
+    def load(self, loaded: StoreContents) -> None:
+        """Take in what the store holds."""
+        for record in loaded.sessions:
+            self._ctx.sessions.add(Session.from_record(record))
+        for owner, agent_id, key in loaded.aliases:
+            self._ctx.sessions.set_alias(owner, agent_id, key)
+        for key, payload in loaded.tunnels:
+            session = self._ctx.sessions.get(key)
+            if session is not None:
+                session.tunnel = payload
+
+    def session_for_call(self, owner: str, target: SessionTarget, dialect: str) -> Session:
+        """The session of a call, adopted if its owner does not have it; the call is a contact. Raises `AgentError`."""
+        sessions = self._ctx.sessions
+        key = sessions.key_of(owner, target)
+        session = sessions.get(key)
+        now, wall = self._ctx.now, self._ctx.clock.wall_s()
+        if session is None:
+            self.admission.admit(owner)
+            session = Session(key, dialect)
+            session.touch(now, wall)
+            sessions.add(session)
+            self.admission.adopted(key)
+            self._ctx.metrics.sessions_adopted.inc()
+            log.info("session_adopted", session=key.ident, kind=key.kind, dialect=dialect)
+            self._succession.adopt_predecessors(session)
+            self.save(session)
+            return session
+        first = session.contact_at is None
+        session.touch(now, wall)
+        if first:
+            session.dialect = dialect
+            log.info("agent_seen", session=key.ident, dialect=dialect)
+        if first or wall - session.persisted_last_seen > SAVE_SEEN_EVERY_S:
+            self.save(session)
+        return session
+
+    def on_token_accepted(self, owner: str) -> None:
+        """The controller has accepted the owner's token: what was adopted on it is stored."""
+        for key in self.admission.on_token_accepted(owner):
+            self._saves.save_all(key)
+
+    def on_owner_removed(self, owner: str) -> None:
+        """The owner's last link is gone: what was adopted on a token that was never accepted is forgotten."""
+        for key in self.admission.on_owner_removed(owner):
+            session = self._ctx.sessions.get(key)
+            if session is not None:
+                log.info("session_disowned", session=key.ident)
+                self._succession.ended(key)
+                self._ctx.sessions.remove(session)
+
+    def seen(self, key: SessionKey) -> None:
+        """Note that an agent called by the vendor's HTTP API: no contact, but its session is kept meanwhile."""
+        session = self._ctx.sessions.get(key)
+        if session is not None:
+            session.last_seen_unix = self._ctx.clock.wall_s()
+            if session.last_seen_unix - session.persisted_last_seen > SAVE_SEEN_EVERY_S:
+                self.save(session)
+
+    def session_for_proxied_call(self, owner: str, target: SessionTarget, dialect: str) -> Session:
+        """The session of a call that goes by the vendor's HTTP API, made if need be: no contact. Raises 503."""
+        key = self._ctx.sessions.key_of(owner, target)
+        session = self._ctx.sessions.get(key)
+        if session is None:
+            self.admission.admit(owner)
+            session = Session(key, dialect)
+            session.last_seen_unix = self._ctx.clock.wall_s()
+            self._ctx.sessions.add(session)
+            self._succession.adopt_predecessors(session)
+            self.save(session)
+        return session
+
+    def record_http_registration(self, owner: str, call: RegisterCall, reply: dict[str, Any]) -> None:
+        """The vendor's HTTP API registered an agent: keep what is known for the day it goes by the WebSocket.
+
+        `reply` as `core.replies.register_reply` gives it; empty where the API said nothing usable.
+        """
+        cluster_id = reply.get("cluster_id", "")
+        if not cluster_id and not call.known_by_agent:
+            return
+        session = self._session_for(owner, call, cluster_id)
+        session.last_seen_unix = self._ctx.clock.wall_s()
+        session.superseded_by = None
+        self.usage.note(session.key, call.dialect, "register", session.last_seen_unix)
+        session.registration = {k: v for k, v in call.payload.items() if k != "cluster_id"}
+        session.agent_id = call.agent_id
+        session.secret = call.secret
+        if reply:
+            session.reply = reply
+            self._ctx.sessions.set_upstream_id(session, cluster_id)
+        self._set_alias(session, call.agent_id)
+        self.save(session)
+
+    def find_session(self, owner: str, target: SessionTarget) -> Session | None:
+        """The session of a call that adopts nothing (tunnel polls); the call is a contact of one that exists."""
+        session = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, target))
+        if session is not None:
+            session.touch(self._ctx.now, self._ctx.clock.wall_s())
+        return session
+
+    def heartbeat(self, owner: str, call: HeartbeatCall) -> Session:
+        """Return the session of a heartbeat, which is also news of the agent's id. Raises `AgentError` 503."""
+        sessions = self._ctx.sessions
+        if not sessions.has_room_for(sessions.get(sessions.key_of(owner, call.target)), call):
+            raise AgentError(503, "too many large heartbeats are kept", retry_after_s=KEEP_AGAIN_S)
+        session = self.session_for_call(owner, call.target, call.dialect)
+        sessions.keep(session, call)
+        if call.agent_id and session.agent_id and call.agent_id != session.agent_id:
+            session.new_process()
+        session.record_heartbeat(call, self._ctx.now)
+        if call.agent_id and not self._ctx.sessions.alias_is(owner, call.agent_id, session.key):
+            self._set_alias(session, call.agent_id)
+        return session
+
+    def stored_for(self, owner: str, call: RegisterCall) -> Session | None:
+        """A stored registration of the same identity: (name) for cluster sessions; (agent id), else (cluster name)."""
+        sessions = self._ctx.sessions
+        if call.known_by_agent:
+            exact = sessions.get(SessionKey(owner, TargetKind.AGENT.value, call.agent_id))
+            if exact is not None and exact.reply:
+                return exact
+        kind = (TargetKind.AGENT if call.known_by_agent else TargetKind.CLUSTER).value
+        found = [
+            s
+            for s in sessions.of_owner(owner)
+            if s.key.kind == kind and s.reply and s.registration.get("name") == call.name
+        ]
+        return max(found, key=lambda s: (s.superseded_by is None, s.last_seen_unix), default=None)
+
+    def upstream_id(self, owner: str, call: RegisterCall, stored: Session | None) -> str:
+        """The cluster id to register with: the controller's for the one that the agent names, else for what is stored.
+
+        Empty where nothing is known but what the agent says itself.
+        """
+        named = call.payload.get("cluster_id")
+        session = self._ctx.sessions.get(SessionKey(owner, TargetKind.CLUSTER.value, named)) if named else stored
+        return session.upstream_cluster_id if session is not None else ""
+
+    def registration_answered(self, owner: str, call: RegisterCall, outcome: Registered) -> None:
+        """An agent has its registration, maybe from the store or by another's request: it lives, and has this id."""
+        if call.known_by_agent:
+            key = SessionKey(owner, TargetKind.AGENT.value, call.agent_id)
+        else:
+            key = SessionKey(owner, TargetKind.CLUSTER.value, outcome.cluster_id)
+        session = self._ctx.sessions.get(key)
+        if session is None:
+            return  # the registration of another agent of its cluster will do; it is known by its own calls
+        session.touch(self._ctx.now, self._ctx.clock.wall_s())
+        self.usage.note(session.key, call.dialect, "register", session.last_seen_unix)
+        session.agent_id, session.secret = call.agent_id, call.secret or session.secret
+        self._set_alias(session, call.agent_id)
+
+    # --- registration -------------------------------------------------------------------------------------------------
+
+    def register(
+        self,
+        owner: str,
+        call: RegisterCall | None,
+        session: Session | None,
+        payload: dict[str, Any],
+        reply: dict[str, Any],
+        *,
+        conflict: bool = False,
+    ) -> Session:
+        """Make or update the session of a registration and store it: the controller knows the agent.
+
+        With `conflict` it answered with an error and the id of a cluster that exists (409). That says which cluster the
+        agent is, but does not prove that its token may have another owner's: no other owner's session gives way.
+        """
+        cluster_id = reply["cluster_id"]
+        if session is None:
+            if call is None:
+                raise ValueError("a registration is an agent's or a session's")
+            session = self._session_for(owner, call, cluster_id)
+        self._ctx.sessions.set_upstream_id(session, cluster_id)
+        session.standing.recover()
+        session.registration = {k: v for k, v in payload.items() if k not in ("cluster_id", "k8s_service_token")}
+        session.reply = reply
+        agent_id = payload.get("agent_id")
+        if isinstance(agent_id, str) and agent_id:
+            session.agent_id = agent_id
+            self._set_alias(session, agent_id)
+        if call is not None:
+            session.secret = call.secret
+            session.new_process()
+            session.dialect = call.dialect
+            session.last_seen_unix = self._ctx.clock.wall_s()  # no contact: the agent may have given up long ago
+            session.superseded_by = None
+        if session.superseded_by is None:  # what the shim repeats for an older session says nothing about newer ones
+            self._succession.supersede(session, across_owners=not conflict)
+        self.save(session)
+        log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
+        return session
+
+    def _session_for(self, owner: str, call: RegisterCall, cluster_id: str) -> Session:
+        if call.known_by_agent:
+            key = SessionKey(owner, TargetKind.AGENT.value, call.agent_id)
+        else:
+            key = SessionKey(owner, TargetKind.CLUSTER.value, cluster_id)
+        session = self._ctx.sessions.get(key)
+        if session is None:
+            session = Session(key, call.dialect)
+            self._ctx.sessions.add(session)
+        return session
+
+    async def forget(self, session: Session) -> StoreError | None:
+        """Delete a session by hand. Return the error where the disk refuses."""
+        return await self._succession.forget(session)
+
+    def expire(self) -> None:
+        """Delete sessions that were not seen for `sessions.retain_s`."""
+        self._succession.expire()
+
+    def sweep(self) -> None:
+        """What is to be looked after every second: successions, and what the disk has refused."""
+        self._saves.retry()
+        self._succession.sweep()
+
+    # --- small things -------------------------------------------------------------------------------------------------
+
+    def set_tunnel(self, session: Session, state: dict[str, Any]) -> bool:
+        """The latest tunnel state wins. True if it is another one than before."""
+        changed = session.tunnel != state
+        session.tunnel = state
+        self._saves.save_tunnel(session, state)
+        return changed
+
+    def save(self, session: Session) -> None:
+        """Store a session as it is now."""
+        self._saves.save_session(session)
+
+    def _set_alias(self, session: Session, agent_id: str) -> None:
+        owner = session.key.owner
+        if self._ctx.sessions.alias_is(owner, agent_id, session.key):
+            return
+        before = self._ctx.sessions.set_alias(owner, agent_id, session.key)
+        self._saves.save_alias(session, agent_id)
+        other = self._ctx.sessions.get(before) if before is not None else None
+        if other is not None and other.fresh(self._ctx.now):
+            self._ctx.metrics.alias_conflicts.inc()
+            log.warning("alias_moved", agent=agent_id, session=session.key.ident, was=other.key.ident)
+
+
+def outcome_of(session: Session, cached: bool) -> Registered:
+    """What the agent is told of its registration: its own id stays what it was (protocol.md §1.6)."""
+    reply = session.reply
+    cluster_id = session.key.ident if session.key.kind == TargetKind.CLUSTER.value else session.upstream_cluster_id
+    uuid = reply.get("cluster_uuid", cluster_id) if cluster_id == session.upstream_cluster_id else cluster_id
+    return Registered(
+        cluster_id=cluster_id,
+        cluster_uuid=uuid,
+        name=reply.get("name") or session.registration.get("name") or "",
+        agent_id=session.agent_id,
+        status=reply.get("status") or "registered",
+        tunnel_url=reply.get("tunnel_url", ""),
+        api_server=reply.get("api_server", ""),
+        workspace_id=reply.get("workspace_id"),
+        registered_at=reply.get("registered_at"),
+        cached=cached,
+    )

@@ -1,0 +1,283 @@
+"""One open upstream connection: numbering, liveness, and the fence behind which results are known to have arrived."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from shim.bridge.context import BridgeContext
+from shim.bridge.scheduler import LATE_S
+from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, LivenessState
+from shim.core.records import SessionKey
+from shim.protocol.rfc3339 import rfc3339
+from shim.core.text import printable
+from shim.log import get
+from shim.protocol.upstream_message import KNOWN_TYPES, Message
+from shim.ports import WebSocket, Timer
+from shim.redaction import without_secrets
+
+log = get(__name__)
+
+MAX_CLOSE_REASON_CHARS = 123  # RFC 6455 section 5.5: a control frame has 125 bytes at most, two of them the code
+
+
+def type_label(kind: str) -> str:
+    """A bounded metric label for a message type."""
+    return kind if kind in KNOWN_TYPES else "other"
+
+
+class _InFlightHeartbeat(NamedTuple):
+    """A heartbeat under way."""
+
+    session: SessionKey
+    order: int
+    at: float
+    answered: Callable[[bool], None]
+
+
+class ConnectionEnd(NamedTuple):
+    """How a connection ended, as in `ports.SocketEvents.on_closed`."""
+
+    by_close_frame: bool
+    code: int
+    reason: str
+
+    @property
+    def metric(self) -> str:
+        """The `reason` label of `agent_shim_upstream_disconnects_total`."""
+        return "closed" if self.by_close_frame else "lost"
+
+    @property
+    def text(self) -> str:
+        """The ending without the controller's own words, as logs and the status show it."""
+        if not self.by_close_frame:
+            return "connection lost"
+        return f"closed {self.code}" if self.code else "closed without a code"
+
+    def detail(self, token: str) -> str:
+        """The controller's own words, with secrets masked: bounded as the frame is, in printable characters."""
+        return printable(without_secrets(self.reason, token))[:MAX_CLOSE_REASON_CHARS]
+
+
+class ConnectionOwner(Protocol):
+    """Who is told what happens on a connection."""
+
+    def connection_message(self, connection: UpstreamConnection, message: Message) -> None:
+        """A message arrived."""
+
+    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
+        """The controller has these outbox entries."""
+
+    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState) -> None:
+        """The watchdog condemned it; the owner drops it."""
+
+    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd) -> None:
+        """The connection is gone."""
+
+
+class UpstreamConnection:
+    """Implements `ports.SocketEvents`. `serial` is unique in the process and never 0.
+
+    `used_to_ack`: whether this peer acknowledged heartbeats on earlier connections, `None` if that is not known.
+    """
+
+    def __init__(
+        self, ctx: BridgeContext, serial: int, label: str, owner: ConnectionOwner, *, used_to_ack: bool | None = None
+    ) -> None:
+        upstream = ctx.settings.upstream
+        self.serial = serial
+        self.label = label
+        self._ctx = ctx
+        self._owner = owner
+        self._socket: WebSocket | None = None
+        self._watch: Timer | None = None
+        self._check_at_s = ctx.now
+        self._liveness = Liveness(
+            ctx.now, upstream.ping_interval_s, upstream.read_timeout_s, 2 * upstream.heartbeat_interval_s, used_to_ack
+        )
+        self._order = 0
+        self._heartbeats: dict[str, _InFlightHeartbeat] = {}
+        self._statuses: deque[int] = deque(maxlen=MAX_TRACKED_HEARTBEATS)  # their orders
+        self._results: deque[tuple[int, int]] = deque()  # (order, outbox seq)
+        self._fence_ping: tuple[bytes, int] | None = None
+        self._application_seen = False
+        self._bad_kinds: set[str] = set()
+
+    @property
+    def heard_at(self) -> float:
+        """When the last frame came in, also after the end; before the first, when it was dialled."""
+        return self._liveness.heard_at
+
+    @property
+    def acks_learnt(self) -> bool | None:
+        """Whether the peer acknowledges heartbeats, as this connection has shown; `None`: no news."""
+        return self._liveness.learnt
+
+    def bind(self, socket: WebSocket) -> None:
+        """The dial succeeded: the handshake's answer was the first sign of life."""
+        self._socket = socket
+        self._liveness.frame(self._ctx.now)
+        self._check_at_s = self._ctx.now
+        self._check()
+
+    # --- sending ------------------------------------------------------------------------------------------------------
+
+    def send(self, kind: str, payload: dict[str, Any], request_id: str = "") -> None:
+        """Send one envelope; nothing happens once the connection is gone."""
+        if self._socket is None:
+            return
+        self._order += 1
+        self._ctx.metrics.messages.labels("out", type_label(kind)).inc()
+        self._socket.send(Message(kind, payload, request_id, rfc3339(self._ctx.clock.wall_s())))
+
+    def send_heartbeat(self, key: SessionKey, payload: dict[str, Any], answered: Callable[[bool], None]) -> None:
+        """Send a session's heartbeat; `answered` is called when it is acknowledged, or (`False`) refused by name."""
+        request_id = self._ctx.new_id()
+        self.send("heartbeat", payload, request_id)
+        now = self._ctx.now
+        self._heartbeats[request_id] = _InFlightHeartbeat(key, self._order, now, answered)
+        while len(self._heartbeats) > MAX_TRACKED_HEARTBEATS:
+            del self._heartbeats[next(iter(self._heartbeats))]
+        self._liveness.heartbeat_sent(request_id, now)
+
+    def send_status(self, payload: dict[str, Any]) -> None:
+        """Send a status report, which the controller acknowledges like a heartbeat: its id tells them apart."""
+        self.send("status", payload, self._ctx.new_id())
+        self._statuses.append(self._order)
+
+    def heartbeat_failed(self, request_id: str) -> SessionKey | None:
+        """An `error` came with this request id: if it answers a heartbeat, nothing is awaited for that any more.
+
+        Returns the heartbeat's session.
+        """
+        sent = self._heartbeats.pop(request_id, None)
+        if sent is None:
+            return None
+        self._liveness.answered(request_id)
+        sent.answered(False)
+        return sent.session
+
+    def send_result(self, seq: int, request_id: str, payload: dict[str, Any]) -> None:
+        """Send a `command_result` and a ping behind it, whose pong tells that it arrived (protocol.md §3, CLOSED)."""
+        if self._socket is None:
+            return
+        self.send("command_result", payload, request_id)
+        self._results.append((self._order, seq))
+        self._send_barrier_ping()
+
+    def _send_barrier_ping(self) -> None:
+        if self._fence_ping is None and self._socket is not None and self._results:
+            self._order += 1
+            payload = b"fence-%d" % self._order
+            self._fence_ping = (payload, self._order)
+            self._socket.ping(payload)
+
+    def close(self, code: int) -> None:
+        """Close it and forget it: nothing more is reported."""
+        socket, self._socket = self._socket, None
+        self._stop_watch()
+        if socket is not None:
+            if code:
+                socket.close(code)
+            else:
+                socket.abort()
+
+    # --- ports.SocketEvents -------------------------------------------------------------------------------------------
+
+    def on_frame(self) -> None:
+        """Any frame is life."""
+        self._liveness.frame(self._ctx.now)
+
+    def has_room(self) -> bool:
+        """Return False while too many commands are on their way to the disk."""
+        return self._ctx.arriving.has_room
+
+    def on_message(self, message: Message) -> None:
+        """A message: acknowledgements are used here, everything goes to the owner."""
+        if self._socket is None:
+            return
+        if not self._application_seen:
+            self._application_seen = True
+            self._send_barrier_ping()  # a pong that came earlier proved nothing
+        self._ctx.metrics.messages.labels("in", type_label(message.type)).inc()
+        if message.replaced:
+            self._ctx.metrics.invalid_characters.labels("controller").inc()
+        if message.type == "heartbeat_ack":
+            self._acked(message.request_id)
+        self._owner.connection_message(self, message)
+
+    def on_bad_frame(self, kind: str) -> None:
+        """A frame that is no envelope: counted, logged once per kind and connection."""
+        self._ctx.metrics.bad_frames.labels(kind).inc()
+        if kind not in self._bad_kinds:
+            self._bad_kinds.add(kind)
+            log.warning("frame_ignored", link=self.label, kind=kind)
+
+    def on_pong(self, payload: bytes) -> None:
+        """A pong: behind the fence everything sent before its ping was read by the peer's WebSocket layer.
+
+        That is not enough where the application has been seen to acknowledge: a live proxy answers pings for a stalled
+        application. There only acknowledgements count. Nor does it count before the application has said anything, or
+        while the first acknowledgement on this connection may still come.
+        """
+        if self._fence_ping is None or payload != self._fence_ping[0]:
+            return
+        order = self._fence_ping[1]
+        self._fence_ping = None
+        if self._application_seen and not self._liveness.may_ack(self._ctx.now):
+            self._confirm_up_to(order)
+        if self._results and self._results[-1][0] > order:
+            self._send_barrier_ping()
+
+    def on_closed(self, by_close_frame: bool, code: int, reason: str) -> None:
+        """The peer or the network ended it."""
+        if self._socket is not None:
+            self._socket = None
+            self._stop_watch()
+            self._owner.connection_closed(self, ConnectionEnd(by_close_frame, code, reason))
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _acked(self, request_id: str) -> None:
+        self._liveness.acked(request_id)
+        named = bool(request_id)
+        if not named and self._heartbeats:
+            request_id = next(iter(self._heartbeats))
+        found = self._heartbeats.pop(request_id, None)
+        if found is None:
+            return
+        self._ctx.metrics.heartbeats_up.labels("acked").inc()
+        self._ctx.metrics.heartbeat_ack_seconds.observe(self._ctx.now - found.at)
+        found.answered(True)
+        # Without an id it may have answered a status report that was sent before.
+        in_doubt = not named and self._statuses and self._statuses[0] < found.order
+        self._confirm_up_to(self._statuses.popleft() if in_doubt else found.order)
+
+    def _confirm_up_to(self, order: int) -> None:
+        seqs: list[int] = []
+        while self._results and self._results[0][0] < order:
+            seqs.append(self._results.popleft()[1])
+        if seqs:
+            self._owner.results_confirmed(self, tuple(seqs))
+
+    def _check(self) -> None:
+        if self._socket is None:
+            return
+        if self._ctx.now - self._check_at_s > LATE_S:
+            self._liveness.excuse(self._ctx.now)
+        check = self._liveness.check(self._ctx.now)
+        if check.verdict in (LivenessState.HALF_OPEN, LivenessState.STALLED):
+            self._owner.connection_broken(self, check.verdict)
+            return
+        if check.verdict is LivenessState.PING:
+            self._socket.ping(b"alive")
+        self._send_barrier_ping()  # a pong that came too early to count is asked for again
+        wait_s = max(check.next_s, 0.01)
+        self._check_at_s = self._ctx.now + wait_s
+        self._watch = self._ctx.timers.call_later(wait_s, self._check)
+
+    def _stop_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None

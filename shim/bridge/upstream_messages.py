@@ -1,0 +1,262 @@
+"""Handle messages from the controller, one method per type. Unknown or malformed messages are counted and dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from shim.bridge.gateway_redirect import GatewayConnections, GatewayConnection
+from shim.bridge.links import UpstreamLink
+from shim.bridge.heartbeats import HeartbeatForwarder
+from shim.bridge.link_lookup import LINK_KIND, LinkLookup
+from shim.core.records import SessionKey
+from shim.core.sessions import Session
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+from shim.bridge.upstream_connection import UpstreamConnection
+from shim.bridge.context import BridgeContext
+from shim.bridge.long_polls import PollHolds
+from shim.bridge.command_queues import CommandIntake
+from shim.bridge.registration import PendingRegistration
+from shim.bridge.rejections import Refusal, Rejections
+from shim.bridge.registration import Registrations
+from shim.bridge.session_registry import SessionRegistry
+from shim.core.bounds import MAX_REQUEST_ID_CHARS, MAX_SHOWN_CHARS, cut
+from shim.protocol.command_message import MalformedCommand, parse_command
+from shim.protocol.controller_replies import LEFTOVER_TYPES, REFUSED_TYPES, refuse
+from shim.protocol.controller_replies import error_text, forgotten, tunnel_state
+from shim.core.session_standing import TroubleKind
+from shim.protocol.rfc3339 import rfc3339
+from shim.log import get
+from shim.protocol.upstream_message import Message
+from shim.protocol.malformed_frames import OUT_OF_RANGE
+
+
+class LinkMessageSource:
+    """A link's own connection."""
+
+    def __init__(self, runner: UpstreamLink, routes: LinkLookup, presence: HeartbeatForwarder) -> None:
+        self.owner = runner.owner
+        self._runner = runner
+        self._routes = routes
+        self._presence = presence
+
+    @property
+    def rejection_key(self) -> SessionKey:
+        """See `inbound.Source`."""
+        return SessionKey(self.owner, LINK_KIND, self._runner.name)
+
+    def sessions(self) -> Iterable[Session]:
+        """See `inbound.Source`."""
+        return self._routes.sessions_of(self._runner)
+
+    def gateway_offered(self, session: Session, url: str) -> None:
+        """See `inbound.Source`."""
+        self._routes.gateways.redirect(session, self._runner, url)
+
+    def introduce(self, session: Session) -> None:
+        """See `inbound.Source`."""
+        self._presence.announce(session)
+
+
+class GatewayMessageSource:
+    """A gateway's connection, which carries one session and takes no registrations."""
+
+    def __init__(self, leg: GatewayConnection, gateways: GatewayConnections) -> None:
+        self.owner = leg.session.key.owner
+        self._leg = leg
+        self._gateways = gateways
+
+    @property
+    def rejection_key(self) -> SessionKey:
+        """See `inbound.Source`."""
+        return self._leg.session.key
+
+    def sessions(self) -> Iterable[Session]:
+        """See `inbound.Source`."""
+        return (self._leg.session,)
+
+    def gateway_offered(self, session: Session, url: str) -> None:
+        """See `inbound.Source`; nothing registers here."""
+
+    def introduce(self, session: Session) -> None:
+        """See `inbound.Source`: the controller is told, and may name another gateway."""
+        self._gateways.return_to_controller(self._leg)
+
+
+log = get(__name__)
+
+MAX_UNKNOWN_TYPES = 64
+
+
+class MessageSource(Protocol):
+    """Whose connection a message came in on."""
+
+    @property
+    def owner(self) -> str:
+        """The owner of its sessions."""
+
+    @property
+    def rejection_key(self) -> SessionKey:
+        """What rejections without a session are filed under, so that they go back the same way."""
+
+    def sessions(self) -> Iterable[Session]:
+        """The sessions whose traffic it carries."""
+
+    def gateway_offered(self, session: Session, url: str) -> None:
+        """A registration named a gateway."""
+
+    def introduce(self, session: Session) -> None:
+        """Tell the controller about a session again."""
+
+
+class UpstreamMessageHandler:
+    """Handles messages. Nothing here waits: what takes time is handed over."""
+
+    def __init__(
+        self,
+        ctx: BridgeContext,
+        registrations: Registrations,
+        roster: SessionRegistry,
+        intake: CommandIntake,
+        refusals: Rejections,
+        holding: PollHolds,
+    ) -> None:
+        self._ctx = ctx
+        self._registrations = registrations
+        self._roster = roster
+        self._intake = intake
+        self._refusals = refusals
+        self._holding = holding
+        self._unknown: set[str] = set()
+        self._handlers: dict[str, Callable[[UpstreamConnection, Message, MessageSource], None]] = {
+            "register_success": self._register_success,
+            "register_in_progress": self._register_in_progress,
+            "heartbeat_ack": self._nothing,
+            "pong": self._nothing,
+            "ping": self._ping,
+            "error": self._error,
+            "tunnel_status": self._tunnel_status,
+        }
+
+    def handle(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+        """Handle one message. One that cannot be used is nobody's but a command's: that is answered."""
+        if message.fault and message.fault != OUT_OF_RANGE and message.type not in self._ctx.settings.commands.types:
+            connection.on_bad_frame("not_json")
+            return
+        handler = self._handlers.get(message.type)
+        if handler is not None:
+            handler(connection, message, source)
+        elif message.type in self._ctx.settings.commands.types:
+            self._command(connection, message, source)
+        elif message.type in REFUSED_TYPES:
+            self._refuse(connection, message)
+        elif message.type in LEFTOVER_TYPES:
+            self._ctx.metrics.leftovers.inc()
+        else:
+            self._unknown_type(message)
+
+    # --- by type ------------------------------------------------------------------------------------------------------
+
+    def _nothing(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+        """Its arrival was all it had to say."""
+
+    def _register_in_progress(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+        self._registrations.in_progress(message)
+
+    def _register_success(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+        job: PendingRegistration | None = self._registrations.succeeded(connection, message)
+        url = message.payload.get("gateway_ws_url")
+        if job is not None and job.session is not None and isinstance(url, str) and url:
+            source.gateway_offered(job.session, url)
+
+    def _ping(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+        request_id = message.request_id[:MAX_REQUEST_ID_CHARS]
+        connection.send("pong", {"timestamp": rfc3339(self._ctx.clock.wall_s())}, request_id)
+
+    def _error(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+        if self._registrations.refused(connection, message):
+            return
+        self._ctx.metrics.upstream_errors.inc()
+        about = connection.heartbeat_failed(message.request_id)
+        text = error_text(message.payload, self._ctx.masked)
+        if forgotten(message.payload):
+            for session in source.sessions():
+                if (about is None or session.key == about) and session.fresh(self._ctx.now):
+                    if about is None:
+                        session.coverage.refused()
+                    session.standing.fail(TroubleKind.UNKNOWN, text, self._ctx.now)
+                    source.introduce(session)
+            return
+        refused = self._ctx.sessions.get(about) if about is not None else None
+        if refused is not None:
+            refused.standing.fail(TroubleKind.HEARTBEATS_REFUSED, text, self._ctx.now)
+        log.warning("upstream_error", about=text, error=text)
+
+    def _tunnel_status(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+        session = self._target(source, message.payload)
+        if isinstance(session, Session):
+            state = tunnel_state(message.payload)
+            if state is None:
+                log.warning("tunnel_status_too_large", about=session.key.ident, session=session.key.ident)
+            elif self._roster.set_tunnel(session, state):
+                self._holding.tunnel_changed(session.key)
+        else:
+            log.warning("tunnel_status_without_target", about=session, code=session)
+
+    def _command(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+        wall = self._ctx.clock.wall_s()
+        new_id = self._ctx.new_id
+        try:
+            command = parse_command(message, wall, self._ctx.settings.commands.ttl_s, new_id)
+        except MalformedCommand as error:
+            request_id = message.request_id[:MAX_REQUEST_ID_CHARS]
+            self._reject(source, error.command_id or request_id or new_id(), request_id, "malformed", str(error))
+            return
+        session = self._target(source, {"cluster_id": command.cluster_id, "agent_id": command.agent_id})
+        if not isinstance(session, Session):
+            self._reject(source, command.id, message.request_id, session, "no such agent is served here")
+            return
+
+        def settled(safe: bool) -> None:
+            if safe and self._ctx.settings.upstream.send_command_ack:
+                connection.send("command_ack", {"command_id": command.id}, message.request_id)
+
+        self._intake.arrive(session, command, message.request_id, settled)
+
+    def _target(self, source: MessageSource, payload: dict[str, Any]) -> Session | str:
+        """The session that a message means, or the code that says why there is none (protocol.md §3, target)."""
+        cluster_id = _text(payload.get("cluster_id"))
+        agent_id = _text(payload.get("agent_id"))
+        if cluster_id or agent_id:
+            found = self._ctx.sessions.find(source.owner, cluster_id, agent_id)
+            return found[0] if found else "unknown_agent"
+        sessions = list(source.sessions())
+        fresh = [session for session in sessions if session.fresh(self._ctx.now)]
+        if len(fresh) > 1:
+            return "ambiguous_target"
+        if fresh:
+            return fresh[0]
+        return max(sessions, key=lambda s: (s.contact_at or 0.0, s.last_seen_unix), default="unknown_agent")
+
+    def _reject(self, source: MessageSource, command_id: str, request_id: str, code: str, error: str) -> None:
+        self._refusals.refuse(Refusal(source.rejection_key, command_id, request_id, code, error))
+
+    def _refuse(self, connection: UpstreamConnection, message: Message) -> None:
+        self._ctx.metrics.refused.labels(message.type).inc()
+        refusal = refuse(message.type, message.request_id, message.payload)
+        if refusal is not None:
+            kind, request_id, payload = refusal
+            connection.send(kind, payload, request_id)
+
+    def _unknown_type(self, message: Message) -> None:
+        """Said once per type, as far as there are not too many."""
+        self._ctx.metrics.unknown_types.inc()
+        kind = cut(message.type, MAX_SHOWN_CHARS)
+        if kind not in self._unknown and len(self._unknown) < MAX_UNKNOWN_TYPES:
+            self._unknown.add(kind)
+            log.warning("unknown_type", type=kind)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""

@@ -1,0 +1,119 @@
+"""Asks the admin port of a running shim, for the commands that do: standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
+from typing import Any
+import click
+from shim.config.loader import load, read_secret
+from shim.errors import ConfigError
+from urllib.parse import urlsplit
+
+
+TIMEOUT_S = 5.0
+
+
+class AdminError(click.ClickException):
+    """The shim cannot be asked, or refuses; exit code 1. `status` is its HTTP status, 0 if nobody answered."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class AdminPort:
+    """Where the admin port is, and the token for it (`""` if none)."""
+
+    host: str
+    port: int
+    token: str = field(default="", repr=False)
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One request; the JSON object that it is answered with. Raises `AdminError` with what to do."""
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        data = None if body is None else json.dumps(body)
+        connection = HTTPConnection(self.host, self.port, timeout=TIMEOUT_S)
+        try:
+            connection.request(method, path, data, headers)
+            response = connection.getresponse()
+            text = response.read()
+        except (OSError, HTTPException) as error:
+            why = str(error) or type(error).__name__
+            raise AdminError(
+                f"no answer from the admin port {self.host}:{self.port} ({why}): is the shim running, "
+                "and is this its admin.host and admin.port? --url or --config say where else to ask"
+            ) from None
+        finally:
+            connection.close()
+        answer = _object(text)
+        if response.status != 200:
+            raise AdminError(self._refusal(response.status, answer), response.status)
+        return answer
+
+    def _refusal(self, status: int, answer: dict[str, Any]) -> str:
+        said = answer.get("error") or f"the port answers {status}, which is not what a shim's admin port says"
+        if status != 401:
+            return str(said)
+        return f"{said}; give --token-file, or --config with the shim's configuration"
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def admin_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say which shim is asked; `port_of` turns them into an `AdminPort`."""
+    for option in (
+        click.option("--token-file", metavar="FILE", help="Holds the admin token; default: admin.token_file."),
+        click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="As given to `run`."),
+        click.option("--config", metavar="FILE", help="The shim's configuration: it says where its admin port is."),
+        click.option("--url", metavar="URL", help="The admin port, http://host:port; default: as configured."),
+    ):
+        command = option(command)
+    return command
+
+
+def port_of(url: str | None, config: str | None, sets: tuple[str, ...], token_file: str | None) -> AdminPort:
+    """The admin port that the options mean. Raises click's errors, `AdminError`, `ConfigError`."""
+    admin = load(config, os.environ, sets).admin
+    host, port = given(url) if url else configured(admin.hosts[0], admin.port)
+    path = token_file or admin.token_file
+    try:
+        return AdminPort(host, port, read_secret(path, "the token file") if path else "")
+    except ConfigError as error:
+        raise AdminError(str(error)) from None
+
+
+_UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - addresses to listen on
+
+
+def given(url: str) -> tuple[str, int]:
+    """Host and port of `--url`. Raises click's error for anything but http://host:port."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme == "http" and parts.hostname:
+            return parts.hostname, parts.port or 80
+    except ValueError:
+        pass
+    raise click.BadParameter("expected http://host:port", param_hint="--url")
+
+
+def configured(host: str, port: int) -> tuple[str, int]:
+    """Where a shim that listens there can be reached from this machine. Raises click's error where nobody can know."""
+    if not port:
+        raise click.UsageError("admin.port is 0, any free port: give --url")
+    return reachable(host), port
+
+
+def reachable(host: str) -> str:
+    """The address to call for a server that listens on `host`."""
+    return _UNSPECIFIED.get(host, host)

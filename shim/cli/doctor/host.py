@@ -1,0 +1,176 @@
+"""What the shim needs of its own machine: two ports, and a place for the store. Nothing is changed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from shim.config import settings
+from shim.errors import StoreError
+from shim.store import advice, check_database, check_files
+from shim.cli.doctor.report import Finding, failed, passed, warned
+from shim.cli.doctor.running_shim import RunningShim
+from shim.cli.doctor.volumes import Kind, Volume, volume_of
+
+VENDORS_PORTS = frozenset({8080, 8090})
+LITTLE_BYTES = 64 * 1024 * 1024
+NOTHING_BYTES = 1024 * 1024
+MOUNTS = Path("/proc/self/mountinfo")
+LOCKS = Path("/proc/locks")
+
+_LASTS = {
+    Kind.MEMORY: (
+        "in memory ({type}): gone when the pod or the machine restarts",
+        "put store.path on a disk: a volume of the pod",
+    ),
+    Kind.CONTAINER: (
+        "in the container's own layer ({type}): gone when the container is replaced",
+        "mount a volume and put store.path there",
+    ),
+    Kind.EMPTY_DIR: (
+        "an emptyDir: it survives a container, and is gone with the pod",
+        "a persistent volume keeps commands when the pod is replaced; agents are adopted again without it",
+    ),
+    Kind.NETWORK: (
+        "a network file system ({type}): the write-ahead log works there for one machine only, and slowly",
+        "a local disk, or a block volume",
+    ),
+}
+
+
+# --- ports ------------------------------------------------------------------------------------------------------------
+
+
+def examine_port(check: str, host: str, port: int, running: RunningShim) -> Finding:
+    """Whether `host:port` can be listened on; `check` is `listen` or `admin`, as in the configuration."""
+    key = f"{check}.port"
+    if port == 0:
+        return passed(check, f"{key} is 0: any free port")
+    where = f"{host}:{port}"
+    reason = _bind(host, port)
+    if reason == 0:
+        if port in VENDORS_PORTS:
+            return warned(check, f"{where} is free", f"the vendor's agent in the same pod needs {port}: change {key}")
+        return passed(check, f"{where} is free")
+    if reason == errno.EADDRINUSE:
+        if running.holds(check, port):
+            return passed(check, f"{where} is held by the running shim")
+        todo = f"stop what listens there (ss -ltnp 'sport = :{port}'), or change {key}"
+        return failed(check, f"{where} is taken by another process", todo)
+    todo = f"an address of this machine in {check}.host"
+    if reason == errno.EACCES:
+        todo = f"ports below 1024 need a privilege: change {key}"
+    return failed(check, f"{where} cannot be listened on: {os.strerror(reason) if reason else '?'}", todo)
+
+
+def _bind(host: str, port: int) -> int:
+    """The error number of an attempt, 0 if it succeeded."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return errno.EADDRNOTAVAIL
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                return error.errno or errno.EADDRNOTAVAIL
+    return 0
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+def examine_store(store: settings.Store, running: RunningShim) -> Iterator[Finding]:
+    """Whether the store's file can be written, and how long what is in it lasts."""
+    if store.path == ":memory:":
+        yield warned("store", "in memory: nothing survives the process", "give store.path a file on a disk")
+        return
+    path = Path(store.path).absolute()
+    place = _existing(path.parent)
+    volume = _volume(place)
+    try:
+        check_files(path)
+        yield _writable(path, place, volume)
+    except StoreError as error:
+        yield failed("store", str(error), "put store.path on a file of its own: it is made where there is none")
+        return
+    except OSError as error:
+        yield failed("store", f"{path} cannot be written: {os.strerror(error.errno or errno.EIO)}", advice(error, path))
+        return
+    yield from _contents(path, running)
+    yield from _space(place)
+    if volume.kind in _LASTS:
+        text, todo = _LASTS[volume.kind]
+        yield warned("volume", text.format(type=volume.type), todo)
+    else:
+        yield passed("volume", f"on a disk ({volume.type}, mounted at {volume.mount_point})")
+
+
+def _existing(directory: Path) -> Path:
+    """The directory itself, or the nearest one above it that exists: the shim makes what is missing."""
+    return next(each for each in (directory, *directory.parents) if each.exists())
+
+
+def _volume(place: Path) -> Volume:
+    try:
+        return volume_of(str(place.resolve()), MOUNTS.read_text())
+    except OSError:
+        return Volume("?", "?", Kind.DISK, read_only=False)
+
+
+def _writable(path: Path, place: Path, volume: Volume) -> Finding:
+    """Raises `OSError`. A synced write beside the database, which itself is only opened."""
+    if volume.read_only:
+        raise OSError(errno.EROFS, "read-only")
+    with tempfile.TemporaryFile(dir=place) as probe:
+        probe.write(b"agent-shim doctor\n")
+        probe.flush()
+        os.fsync(probe.fileno())
+    if path.exists():
+        path.open("r+b").close()
+        return passed("store", f"{path} can be written")
+    return passed("store", f"{path} can be made")
+
+
+def _contents(path: Path, running: RunningShim) -> Iterator[Finding]:
+    if not path.exists():
+        return
+    try:
+        check_database(path)
+    except StoreError as error:
+        todo = "run the newer version, or give this one a store.path of its own"
+        yield failed("database", str(error), todo)
+        return
+    if not running.answers and _locked(path):
+        todo = "each shim needs its own store.path; or the running one's admin port is not where --config says"
+        yield warned("database", "another agent-shim uses it", todo)
+
+
+def _locked(path: Path) -> bool:
+    """Return whether a process holds the store's lock, by the kernel's list: trying it could keep a shim from starting.
+
+    The lock is on the database itself, whatever name it has there; SQLite's own locks on it are of another kind.
+    """
+    try:
+        database = path.stat()
+        held = LOCKS.read_text().splitlines()
+    except OSError:
+        return False
+    inode = f" {os.major(database.st_dev):02x}:{os.minor(database.st_dev):02x}:{database.st_ino} "
+    return any(" OFDLCK " in line and inode in line for line in held)
+
+
+def _space(place: Path) -> Iterator[Finding]:
+    room = os.statvfs(place)
+    free_bytes = room.f_bavail * room.f_frsize
+    text = f"{free_bytes // (1024 * 1024)} MiB are free"
+    if free_bytes < NOTHING_BYTES:
+        yield failed("space", text, "make room: commands and results cannot be stored")
+    elif free_bytes < LITTLE_BYTES:
+        yield warned("space", text, "make room: a full disk rejects commands")

@@ -1,0 +1,202 @@
+"""What a running shim tells of itself on its admin port: its link, its agents, what became of their calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from shim.protocol.http import origin_of
+from shim.core.text import shorten
+from shim.config.settings import Settings
+from shim.cli.doctor.report import Finding, failed, passed, warned
+
+TIMEOUT_S = 5.0
+EARLY_MANY = 3
+MISSED_SHARE = 0.001
+SHOWN = 5
+
+Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@dataclass(frozen=True, slots=True)
+class RunningShim:
+    """A shim's answers; nothing where none answers. `trouble` is why `/status.json` could not be read.
+
+    `configuration` is what it works with, secrets masked; empty if it does not show that.
+    """
+
+    where: str
+    answers: bool = False
+    status: dict[str, Any] = field(default_factory=dict)
+    samples: Samples = field(default_factory=dict)
+    trouble: str = ""
+    configuration: dict[str, Any] = field(default_factory=dict)
+
+    def holds(self, check: str, port: int) -> bool:
+        """Whether it listens on this port for agents (`listen`) or for people (`admin`)."""
+        if not self.answers:
+            return False
+        place = self.where if check == "admin" else str(self.status.get("listen", ""))
+        return place.rpartition(":")[2] == str(port)
+
+    def is_online(self, settings: Settings) -> bool:
+        """Whether its link to the controller of this configuration is up."""
+        same = self.status.get("upstream") == origin_of(settings.upstream.url)
+        return same and bool(self.status.get("links", {}).get("online"))
+
+    def count(self, name: str, **labels: str) -> float:
+        """A counter's value by all or some of its labels."""
+        wanted = set(labels.items())
+        return sum(value for (found, given), value in self.samples.items() if found == name and wanted <= set(given))
+
+
+def ask(host: str, port: int, token: str) -> RunningShim:
+    """Ask the admin port."""
+    where = f"{host}:{port}"
+    try:
+        status, text = _get(host, port, "/metrics", "")
+        if status != 200 or "agent_shim_" not in text:
+            return RunningShim(where)
+        samples = {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+        status, body = _get(host, port, "/status.json", token)
+        told = json.loads(body) if body else {}
+        shown, body = _get(host, port, "/config.json", token)
+        configuration = json.loads(body) if shown == 200 else {}
+    except (OSError, HTTPException, ValueError):
+        return RunningShim(where)
+    if status != 200 or not isinstance(told, dict):
+        why = "it wants the admin token: --admin-token-file" if status == 401 else f"/status.json answers {status}"
+        return RunningShim(where, True, {}, samples, why)
+    return RunningShim(where, True, told, samples, configuration=configuration if isinstance(configuration, dict) else {})
+
+
+def _get(host: str, port: int, path: str, token: str) -> tuple[int, str]:
+    connection = HTTPConnection(host, port, timeout=TIMEOUT_S)
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+        response = connection.getresponse()
+        return response.status, response.read().decode("utf-8", "replace")
+    finally:
+        connection.close()
+
+
+def examine(running: RunningShim) -> Iterator[Finding]:
+    """What it tells, as findings."""
+    if not running.answers:
+        todo = "agents, sessions and heartbeats are examined where one runs: admin.host, admin.port"
+        yield warned("shim", f"none answers on {running.where}", todo)
+        return
+    status = running.status
+    if running.trouble:
+        yield warned("shim", f"one answers on {running.where}", running.trouble)
+    else:
+        yield _shim(running.where, status)
+        yield from _health(status["overall"])
+        yield from _links(status)
+    yield from _endings(running)
+    yield from _registrations(running)
+    yield from _heartbeats(running)
+    if not running.trouble:
+        yield from _agents(status)
+
+
+def _health(overall: dict[str, Any]) -> Iterator[Finding]:
+    """Repeat what the shim itself says of its health, so that doctor and the status page never differ."""
+    for problem in overall["problems"]:
+        finding = failed if problem["level"] == "bad" else warned
+        yield finding("health", problem["text"], problem["hint"] or "nothing: it passes by itself")
+    if not overall["problems"]:
+        text = overall["text"]
+        yield warned("health", text, "agents come first") if overall["level"] == "waiting" else passed("health", text)
+
+
+def _shim(where: str, status: dict[str, Any]) -> Finding:
+    text = f"version {status['version']} on {where}, mode {status['mode']}"
+    if status["not_ready"]:
+        return failed("shim", f"{text}, not ready: {'; '.join(status['not_ready'])}", "its log says more")
+    if not status["config_valid"]:
+        return warned("shim", f"{text}, with an older configuration", "agent-shim check-config lists the file's faults")
+    return passed("shim", f"{text}, ready")
+
+
+def _links(status: dict[str, Any]) -> Iterator[Finding]:
+    """Count the links; those in trouble are among the health findings."""
+    links = status["links"]
+    if links["online"]:
+        yield passed("link", f"{links['online']} of {links['total']} online")
+    elif all(link["phase"] == "idle" for link in links["items"]):
+        yield passed("link", "idle: no living agent needs it")
+
+
+def _endings(running: RunningShim) -> Iterator[Finding]:
+    early = running.count("agent_shim_upstream_early_disconnects_total")
+    name = "agent_shim_upstream_disconnects_total"
+    reasons = {reason: running.count(name, reason=reason) for reason in ("closed", "lost", "half_open", "stalled")}
+    told = ", ".join(f"{reason} {number:.0f}" for reason, number in reasons.items() if number)
+    if early > EARLY_MANY:
+        todo = "docs/how-to/diagnose.md, AgentShimFlapping: what each reason means"
+        yield warned("stability", f"{early:.0f} connections ended within seconds of being made ({told})", todo)
+    elif told:
+        yield passed("stability", f"connections that ended since the start: {told}")
+    else:
+        yield passed("stability", "no connection was lost since the start")
+
+
+def _registrations(running: RunningShim) -> Iterator[Finding]:
+    name = "agent_shim_registrations_total"
+    refused = {outcome: running.count(name, outcome=outcome) for outcome in ("400", "401", "409", "502", "timeout")}
+    told = ", ".join(f"{outcome} {number:.0f}" for outcome, number in refused.items() if number)
+    text = f"{running.count(name, outcome='ok'):.0f} accepted"
+    if told:
+        todo = "the log line register_failed has the controller's text; docs/how-to/diagnose.md, Registration fails"
+        yield warned("registrations", f"{text}, refused or unanswered: {told}", todo)
+    else:
+        yield passed("registrations", text)
+
+
+def _heartbeats(running: RunningShim) -> Iterator[Finding]:
+    name = "agent_shim_agent_heartbeats_total"
+    acked, written, missed = (running.count(name, outcome=each) for each in ("acked", "written", "missed"))
+    total = acked + written + missed
+    text = f"{acked:.0f} acknowledged, {missed:.0f} not heard of"
+    if written:
+        text += f", {written:.0f} only written: the controller never acknowledges"
+    if total and missed / total > MISSED_SHARE:
+        todo = "docs/how-to/diagnose.md, AgentShimHeartbeatsNotHeard: the link, the cluster id, identity.name"
+        yield warned("heartbeats", text, todo)
+    else:
+        yield passed("heartbeats", text if total else "none yet, or none whose time is over")
+
+
+def _agents(status: dict[str, Any]) -> Iterator[Finding]:
+    """Count the agents; those in trouble are among the health findings."""
+    sessions = status["sessions"]
+    if not sessions["total"]:
+        return
+    by_http = sum(sessions.get("by_http", {}).values())  # older shims do not count them
+    text = f"{sessions['fresh']} alive of {sessions['total']} known"
+    yield passed("agents", f"{text}, {by_http} by HTTP" if by_http else text)
+    yield from _patience(sessions["items"])
+
+
+def _patience(items: list[dict[str, Any]]) -> Iterator[Finding]:
+    """What the shim has learnt of the time-outs of agents' HTTP clients."""
+    learnt = [each for each in items if each["hold"]["ceiling_s"] is not None]
+    if learnt:
+        told = ", ".join(f"{_named(each)} {each['hold']['ceiling_s'] + 1:.0f} s" for each in learnt[:SHOWN])
+        yield passed("timeouts", f"learnt of clients that hang up: {told}; polls are answered 1 s before")
+    elif any(each["poll_at"] is not None for each in items):
+        yield passed("timeouts", "no client has hung up on a held poll")
+
+
+def _named(session: dict[str, Any]) -> str:
+    return shorten(session["name"] or session["id"])

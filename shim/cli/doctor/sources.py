@@ -1,0 +1,148 @@
+"""Find the configuration to examine: of this command line, of a running process, or of a running shim's admin port."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from shim.config import loader
+from shim.config.loader import leaves, to_settings
+from shim.errors import ConfigError, Fault
+from shim.config.settings import Settings
+from shim.cli.doctor.report import Finding, failed, warned
+
+PROC = Path("/proc")
+_SHOWN = 8
+_MASK = "***"
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What a configuration is read from. `environ` is also where the dialler looks for proxies."""
+
+    path: str | None
+    sets: tuple[str, ...]
+    environ: Mapping[str, str] = field(repr=False)
+    whose: str = ""
+
+    def load(self) -> Settings:
+        """Read it. Raises `ConfigError`."""
+        return loader.load(self.path, self.environ, self.sets)
+
+    def describe(self) -> str:
+        """Name the sources, not the values in them."""
+        names = sorted(name for name in self.environ if loader.is_read(name))
+        keys = sorted({item.partition("=")[0] for item in self.sets})
+        parts = [self.path or "no file"]
+        parts.append(f"environment: {_some(names)}" if names else "nothing in the environment")
+        parts.append(f"command line: {_some(keys)}" if keys else "nothing on the command line")
+        return f"{self.whose}{', '.join(parts)}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def of_process(pid: int, proc: Path = PROC) -> Sources:
+    """Return what a running `agent-shim run` was given, and make its working directory ours: paths may be relative.
+
+    Raises `ConfigError` when there is no such process, or it may not be looked at.
+    """
+    home = proc / str(pid)
+    try:
+        words = [os.fsdecode(word) for word in (home / "cmdline").read_bytes().split(b"\0")[:-1]]
+        pairs = (os.fsdecode(item).partition("=") for item in (home / "environ").read_bytes().split(b"\0"))
+        environ = {name: value for name, equals, value in pairs if equals}
+        os.chdir(home / "cwd")
+    except FileNotFoundError:
+        raise ConfigError([Fault("--pid", f"there is no process {pid}")]) from None
+    except PermissionError:
+        raise ConfigError(
+            [Fault("--pid", f"process {pid} may not be looked at: run doctor as root, or use --url")]
+        ) from None
+    except OSError as error:
+        raise ConfigError([Fault("--pid", f"process {pid} cannot be looked at: {error.strerror}")]) from None
+    if "run" not in words:
+        raise ConfigError([Fault("--pid", f"process {pid} is no `agent-shim run`")])
+    given = words[words.index("run") + 1 :]
+    paths = _values(given, "--config")
+    path = paths[-1] if paths else None
+    if path is not None:
+        path = _in_its_root(home, path)
+    return Sources(path, tuple(_values(given, "--set")), environ, f"process {pid}: ")
+
+
+def _in_its_root(home: Path, path: str) -> str:
+    """Return the path as seen from here: the process may run in a container."""
+    try:
+        same = (home / "root").samefile("/")
+    except OSError:
+        same = True
+    return path if same else str(home / "root" / (Path(path).absolute().relative_to("/")))
+
+
+def _values(words: list[str], option: str) -> list[str]:
+    found = []
+    for word, after in pairwise([*words, ""]):
+        if word == option:
+            found.append(after)
+        elif word.startswith(f"{option}="):
+            found.append(word.removeprefix(f"{option}="))
+    return found
+
+
+# --- the admin port ---------------------------------------------------------------------------------------------------
+
+
+def of_running(masked: Mapping[str, Any]) -> Settings:
+    """Return the settings that a running shim shows. What it masks is left out. Raises `ConfigError`."""
+    faults: list[Fault] = []
+    tree = {name: dict(value) if isinstance(value, dict) else value for name, value in masked.items()}
+    for section in tree.values():
+        if isinstance(section, dict):
+            for key in [key for key, value in section.items() if isinstance(value, str) and _MASK in value]:
+                # A masked query, password or user is cut out; a masked token is not known.
+                for hidden in (f"?{_MASK}", f":{_MASK}@", f"{_MASK}@", _MASK):
+                    section[key] = section[key].replace(hidden, "@" if hidden.startswith(":") else "")
+    settings = to_settings(tree, faults)
+    if faults:
+        raise ConfigError(faults)
+    return settings
+
+
+def compare(examined: Settings, masked: Mapping[str, Any]) -> list[Finding]:
+    """Warn when the running shim has another configuration than the one that is examined."""
+    ours = loader.redacted(examined)
+    keys = [key for key, _, _ in leaves() if _differ(key, _at(ours, key), _at(masked, key))]
+    if not keys:
+        return []
+    todo = "examine the running one: --pid PID (as root), or --url with its admin port and no --config"
+    return [warned("sources", f"the running shim has other values than those examined: {_some(keys)}", todo)]
+
+
+def _differ(key: str, examined: Any, running: Any) -> bool:
+    """Port 0 is any free one: the running shim may well be examined with the port that it got."""
+    return bool(examined != running) and not (key in ("listen.port", "admin.port") and running == 0)
+
+
+def _at(tree: Mapping[str, Any], dotted: str) -> Any:
+    found: Any = tree
+    for name in dotted.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return list(found) if isinstance(found, (list, tuple)) else found
+
+
+def unknown_token() -> Finding:
+    """Say why the token of a running shim was not examined."""
+    todo = "--token-file FILE tests a token; --pid PID, as root, reads it from the process"
+    return warned("token", "not examined: the admin port shows no secret", todo)
+
+
+def unreadable(where: str) -> Finding:
+    """Say that the admin port does not show the configuration."""
+    todo = "does it ask for the admin token (--admin-token-file)? An older shim does not show it: use --config or --pid"
+    return failed("config", f"{where} does not show its configuration", todo)

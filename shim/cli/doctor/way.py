@@ -1,0 +1,244 @@
+"""Turn dials into findings: name, proxy, TCP, TLS, upgrade, token, frames and clock, in the order of the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from shim.clock import Clock
+from shim.core.backoff import CloseMeaning, close_meaning
+from shim.protocol.http import host_of, origin_of
+from shim.config.settings import is_loopback
+from shim.cli.doctor.certificates import certificate, trust
+from shim.cli.doctor.report import Finding, Status, failed, passed, warned
+from shim.cli.doctor.probe import FRAMES_CLOSED, FRAMES_LOST, Dial
+from shim.upstream.dial_errors import PROXY_UNREACHED, UNANSWERED
+
+SKEW_WARN_S = 30.0
+SKEW_FAIL_S = 300.0
+SHOWN_ADDRESSES = 4
+_UPGRADED = 101
+_MEND_WAY = "let the proxy or load balancer pass the headers Upgrade and Connection on to the controller"
+_VALID_ONE_NEEDED = "put a valid token into upstream.token_file, with the permission to connect agents"
+_MEND_FRAMES = "something on the way passes the handshake and not the frames behind it: look at proxies"
+_CREDENTIALS = "it wants other credentials: {key}: http://user:password@host:port"
+
+
+def judge_way(dial: Dial) -> list[Finding]:
+    """Return a finding for each step up to the first that failed: proxy, dns, tcp, tls.
+
+    A dial that failed later, in the answer, has passed them all.
+    """
+    found: list[Finding] = []
+    for step in (_proxy, _files, _dns, _tcp, _proxy_refusal, _tls):
+        finding = step(dial)
+        if finding is not None:
+            found.append(finding)
+            if finding.status is Status.FAIL:
+                break
+    return found
+
+
+def _proxy(dial: Dial) -> Finding:
+    proxy, failure = dial.trace.proxy, dial.failure
+    if not proxy.url:
+        return passed("proxy", f"none: {proxy.source or 'neither configured nor in the environment'}")
+    if failure is not None and failure.reason == "proxy" and not dial.trace.tried:
+        return failed("proxy", f"{proxy.source}: {failure.detail}", "use an HTTP proxy")
+    return passed("proxy", f"by {proxy.source}: {origin_of(proxy.url)}")
+
+
+def _files(dial: Dial) -> Finding | None:
+    """A dial that was not tried, for no fault of the proxy's, lacks a file of the TLS configuration."""
+    if dial.trace.tried or dial.failure is None:
+        return None
+    return failed("tls", dial.failure.detail, "name readable PEM files there, for the user that the shim runs as")
+
+
+def _proxy_refusal(dial: Dial) -> Finding | None:
+    failure, key = dial.failure, dial.settings.key("proxy")
+    if failure is None or failure.reason != "proxy":
+        return None
+    todo = _CREDENTIALS.format(key=key) if "407" in failure.detail else "let it allow CONNECT to this host and port"
+    return failed("proxy", f"{failure.detail} for {origin_of(dial.url)}", todo)
+
+
+def _peer(dial: Dial) -> tuple[str, str]:
+    """Return the host that is connected to, and `host:port` with the word that it is the proxy."""
+    proxy = dial.trace.proxy.url
+    parts = urlsplit(proxy or dial.url)
+    host, secure = parts.hostname or "", parts.scheme in ("https", "wss")
+    shown = f"[{host}]" if ":" in host else host
+    return host, f"{shown}:{parts.port or (443 if secure else 80)}" + (" (the proxy)" if proxy else "")
+
+
+def _dns(dial: Dial) -> Finding:
+    trace, failure = dial.trace, dial.failure
+    host, _ = _peer(dial)
+    whose = f"the proxy's name {host}" if trace.proxy.url else host
+    key = dial.settings.key("proxy") if trace.proxy.url else f"{dial.settings.section}.url"
+    try:
+        ip_address(host)
+    except ValueError:
+        pass
+    else:
+        return passed("dns", f"not asked: {host} is an address")
+    if trace.resolved:
+        more = len(trace.resolved) - SHOWN_ADDRESSES
+        addresses = ", ".join(trace.resolved[:SHOWN_ADDRESSES]) + (f" and {more} more" if more > 0 else "")
+        return passed("dns", f"{whose} is {addresses}")
+    if failure is not None and failure.reason == "timeout":
+        todo = "the name server does not answer: look at the pod's DNS (/etc/resolv.conf)"
+        return failed("dns", f"{whose}: no answer within {dial.settings.connect_timeout_s:g} s", todo)
+    todo = f"is {key} spelt right? then look at the pod's DNS (/etc/resolv.conf)"
+    return failed("dns", failure.detail if failure is not None else f"{whose}: no address", todo)
+
+
+def _tcp(dial: Dial) -> Finding:
+    failure, (_, where) = dial.failure, _peer(dial)
+    if dial.trace.connected or failure is None:
+        return passed("tcp", f"{where} answers")
+    if failure.reason == "timeout":
+        todo = "a firewall drops it (allow outbound TCP from this pod to there), or nobody there completes TLS"
+        return failed("tcp", f"{where}: no connection within {dial.settings.connect_timeout_s:g} s", todo)
+    if failure.reason == "tcp" or failure.detail.startswith(PROXY_UNREACHED):
+        todo = "is the port right, and is something listening there? a firewall may also reject it"
+        return failed("tcp", f"{where}: {failure.detail}", todo)
+    if failure.reason == "handshake":  # only a proxy is spoken to before there is a connection
+        return failed("proxy", f"it does not answer CONNECT: {failure.detail}", "is it an HTTP proxy?")
+    return passed("tcp", f"{where} answers")
+
+
+def _tls(dial: Dial) -> Finding:
+    settings, failure, host = dial.settings, dial.failure, host_of(dial.url)
+    if urlsplit(dial.url).scheme in ("http", "ws"):
+        if is_loopback(host):
+            return passed("tls", "none: loopback")
+        return warned("tls", "none: tokens can be read on the way", f"use https in {settings.section}.url")
+    if failure is not None and failure.reason == "tls":
+        keys = f"{settings.section}.url", settings.key("ca_file")
+        todo = trust(failure.detail, host, *keys)
+        return failed("tls", f"{host}: {failure.detail}", todo or _tls_todo(dial))
+    if dial.trace.tls is None:
+        return warned("tls", f"{host}: not known, the connection is gone already", "run doctor again")
+    if settings.insecure_skip_verify:
+        todo = f"remove {settings.key('insecure_skip_verify')}: anyone on the way can read the token"
+        return warned("tls", f"{dial.trace.tls.version()}, and the certificate is not checked", todo)
+    return certificate("tls", dial.trace.tls, settings.ca_file)
+
+
+def _tls_todo(dial: Dial) -> str:
+    key = dial.settings.key("client_cert_file")
+    return f"does this port speak TLS 1.2 or later? something on the way may end it, or {key} is asked for"
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
+
+
+def judge_upgrade(dial: Dial) -> Finding:
+    """Say whether the WebSocket handshake is passed on, and by whom it is not."""
+    trace, failure = dial.trace, dial.failure
+    named = [f"{trace.headers[name][:60]} ({name})" for name in ("via", "server") if trace.headers.get(name)]
+    behind = f"; the answer comes from {' and '.join(named)}" if named else ""
+    if failure is None:
+        return passed("upgrade", f"the WebSocket handshake is passed on{behind}")
+    if failure.reason == "timeout" or failure.detail == UNANSWERED:
+        todo = "something on the way, or the server, drops WebSocket handshakes: look at proxies and load balancers"
+        return failed("upgrade", f"the connection ended without an answer to the handshake: {failure.detail}", todo)
+    if failure.reason != "status":
+        return failed(
+            "upgrade", f"the answer to the handshake is not a WebSocket's: {failure.detail}{behind}", _MEND_WAY
+        )
+    return _judge_status(failure.status, behind)
+
+
+def _judge_status(status: int, behind: str) -> Finding:
+    if status in (401, 403):
+        return passed("upgrade", f"the endpoint answers {status}: it asks for a token first{behind}")
+    if 300 <= status < 400:
+        todo = "upstream.url must be the address itself: redirects are never followed with a token"
+        return failed("upgrade", f"the handshake is redirected (HTTP {status}){behind}", todo)
+    if status == 404:
+        return failed("upgrade", f"no such path (HTTP 404){behind}", "look at upstream.url and upstream.path")
+    if status == 429 or status >= 500:
+        todo = "the controller, or what stands before it, is not well or asks to wait; the shim goes on trying"
+        return failed("upgrade", f"HTTP {status}{behind}", todo)
+    return failed("upgrade", f"HTTP {status} instead of 101: the upgrade is stripped on the way{behind}", _MEND_WAY)
+
+
+def judge_token(dials: Sequence[tuple[str, Dial]], *, given: bool) -> Finding:
+    """Say what the endpoint thinks of the token; `dials` are (where it was sent, dial) in the order of trying."""
+    way, last = dials[-1]
+    if last.failure is not None and last.failure.status not in (401, 403):
+        return warned("token", "not examined: the handshake does not get that far", "mend the line upgrade first")
+    if not given:
+        if last.failure is None:
+            return warned("token", "the endpoint asks for none", "is upstream.url the vendor's controller?")
+        return passed("token", "each agent brings its own; give one with --token-file to have it examined")
+    if last.failure is None and last.close_code is not None and close_meaning(last.close_code) is CloseMeaning.REFUSED:
+        return failed("token", f"refused behind the handshake: {_closed(last)}", _VALID_ONE_NEEDED)
+    if last.failure is None:
+        return passed("token", f"accepted (sent in the {way})")
+    tried = " and ".join(f"{way} ({dial.failure.status})" for way, dial in dials if dial.failure is not None)
+    return failed("token", f"refused: {tried}", _VALID_ONE_NEEDED)
+
+
+def _closed(dial: Dial) -> str:
+    """The close frame in words, with the controller's own."""
+    code = f"closed {dial.close_code}" if dial.close_code else "closed without a code"
+    return f"{code}, “{dial.close_reason}”" if dial.close_reason else code
+
+
+def judge_frames(dial: Dial) -> list[Finding]:
+    """Say whether a ping came back; nothing where none was sent."""
+    if dial.pong_s is None:
+        return []
+    if dial.pong_s == FRAMES_CLOSED:
+        todo = "the server closes connections at once: its log says why"
+        how = f": {_closed(dial)}" if dial.close_code is not None else ""
+        return [failed("frames", f"the connection was closed before a ping came back{how}", todo)]
+    if dial.pong_s == FRAMES_LOST:
+        text = f"a ping did not come back within {dial.settings.connect_timeout_s:g} s"
+        return [failed("frames", text, _MEND_FRAMES)]
+    return [passed("frames", f"a ping came back in {dial.pong_s * 1000:.0f} ms")]
+
+
+def judge_clock(headers: Mapping[str, str]) -> Finding:
+    """Say how far this clock is from the `Date` of an answer."""
+    try:
+        theirs = parsedate_to_datetime(headers.get("Date", "")).timestamp()
+    except (ValueError, TypeError):
+        return warned("clock", "unknown: no answer told the time", "compare this machine's clock by hand")
+    skew_s = Clock().wall_s() - theirs
+    text = f"{abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} the controller"
+    if abs(skew_s) < SKEW_WARN_S:
+        return passed("clock", "agrees with the controller's" if abs(skew_s) < 2 else text)
+    todo = "let this machine synchronise its clock (NTP); certificates and expiries depend on it"
+    return failed("clock", text, todo) if abs(skew_s) >= SKEW_FAIL_S else warned("clock", text, todo)
+
+
+def judge_fallback(dial: Dial) -> Finding:
+    """Say whether the vendor's HTTP API answers, by the way that the shim takes to it."""
+    host, steps = host_of(dial.url), judge_way(dial)
+    worst = next((each for each in steps if each.status is Status.FAIL), None)
+    if worst is not None:
+        return failed("fallback", f"{worst.check}: {worst.text}", worst.remedy)
+    if dial.failure is not None:
+        return failed(
+            "fallback", f"{host}: {dial.failure.detail}", "modes http and auto need it: is fallback.url right?"
+        )
+    status = dial.trace.status
+    if status >= 500:
+        return failed("fallback", f"{host}: HTTP {status}", "modes http and auto need it: is fallback.url right?")
+    if status == 410:
+        return warned("fallback", f"{host}: gone (HTTP 410)", "its sunset is over: there is no way back")
+    if 300 <= status < 400:
+        todo = "fallback.url must be the address itself: agents are handed the redirect as it is"
+        return warned("fallback", f"{host}: redirects (HTTP {status})", todo)
+    doubt = next((each for each in steps if each.status is Status.WARN), None)
+    if doubt is not None:
+        return warned("fallback", f"{host} answers (HTTP {status}); {doubt.check}: {doubt.text}", doubt.remedy)
+    through = f", through {origin_of(dial.trace.proxy.url)}" if dial.trace.proxy.url else ""
+    return passed("fallback", f"{host} answers (HTTP {status}){through}")

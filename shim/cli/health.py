@@ -1,0 +1,62 @@
+"""`agent-shim health`: one question to the admin port of a running shim, for health checks of containers and units.
+
+Standard library, where it talks to the shim: a health check every few seconds must cost little.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from http.client import HTTPConnection, HTTPException
+from threading import Event
+
+import click
+
+from shim.clock import Clock
+from shim.cli.admin_client import configured, given
+
+_SHOWN_BYTES = 300
+_PAUSE_S = 0.2
+
+
+@click.command("health")
+@click.option("--config", metavar="FILE", help="The shim's configuration: it says where the admin port is.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="As given to `run`.")
+@click.option("--url", metavar="URL", help="The admin port itself, http://host:port, instead of a configuration.")
+@click.option("--ready", is_flag=True, help="Ask whether it can serve (/readyz), not only whether it lives (/healthz).")
+@click.option("--wait", "wait_s", type=click.FloatRange(0, 600), default=0, metavar="S", help="Ask again for so long.")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 60), default=3, show_default=True, metavar="S")
+def command(
+    config: str | None, sets: tuple[str, ...], url: str | None, ready: bool, wait_s: float, timeout_s: float
+) -> None:
+    """Ask a running shim how it is: exit code 0 if it is well, 1 if not or if nobody answers."""
+    host, port = given(url) if url else _configured(config, sets)
+    path, clock = "/readyz" if ready else "/healthz", Clock()
+    end_s = clock.monotonic_s() + wait_s
+    well, text = ask(host, port, path, timeout_s)
+    while not well and clock.monotonic_s() < end_s:
+        Event().wait(_PAUSE_S)
+        well, text = ask(host, port, path, timeout_s)
+    click.echo(text, err=not well)
+    sys.exit(0 if well else 1)
+
+
+def ask(host: str, port: int, path: str, timeout_s: float) -> tuple[bool, str]:
+    """GET `path`: whether the answer was 200, and what to tell a person."""
+    connection = HTTPConnection(host, port, timeout=timeout_s)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read(_SHOWN_BYTES).decode("utf-8", "replace").strip()
+    except (OSError, HTTPException) as error:
+        return False, f"no answer from the admin port {host}:{port}: {str(error) or type(error).__name__}"
+    finally:
+        connection.close()
+    return response.status == 200, body if response.status == 200 else f"{response.status} {body}"
+
+
+def _configured(config: str | None, sets: tuple[str, ...]) -> tuple[str, int]:
+    from shim.config.loader import load  # noqa: PLC0415 - not needed with --url
+
+    admin = load(config, os.environ, sets).admin
+    return configured(admin.hosts[0], admin.port)

@@ -1,0 +1,70 @@
+"""`agent-shim inject`: add the sidecar to a manifest of the vendor's agent, or take it out again."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from shim import __version__
+from shim.cli.inject import documents, missing_sidecars
+from shim.cli.inject.sidecar import NAME, InjectError
+
+
+@click.command("inject")
+@click.option("-f", "--filename", metavar="FILE", default="-", help="The manifest; - or nothing: standard input.")
+@click.option("--image", default=f"{NAME}:{__version__}", show_default=True, help="Where your clusters pull it from.")
+@click.option("--container", default="", metavar="NAME", help="The agent's container, if it is none of the vendor's.")
+@click.option("--own-token", is_flag=True, help="Use the token that the agent sends instead of reading its Secret.")
+@click.option("--config-map", default=NAME, show_default=True, metavar="NAME", help="The shim's configuration.")
+@click.option("--no-config", is_flag=True, help="Do not write that ConfigMap: the chart's release has it.")
+@click.option("--remove", is_flag=True, help="Take the sidecar out again.")
+@click.option("--dry-run", is_flag=True, help="Print what would change instead of the manifest.")
+@click.option("--check", is_flag=True, help="Read `kubectl get pods -o json`: exit code 1 if an agent is without it.")
+def command(  # noqa: PLR0913, PLR0917 - one for each option
+    filename: str,
+    image: str,
+    container: str,
+    own_token: bool,
+    config_map: str,
+    no_config: bool,
+    remove: bool,
+    dry_run: bool,
+    check: bool,
+) -> None:
+    """Add the sidecar to the agent's manifest; print the result. Doing it twice is doing it once."""
+    try:
+        # As bytes: reading text would turn CRLF into LF.
+        data = sys.stdin.buffer.read() if filename == "-" else Path(filename).read_bytes()
+        text = data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"{filename} cannot be read: {error}") from None
+    if check:
+        _check(text)
+    options = documents.Options(image, container, config_map, not no_config, own_token)
+    try:
+        after = documents.remove(text) if remove else documents.inject(text, options)
+    except InjectError as error:
+        raise click.ClickException(str(error)) from None
+    if dry_run:
+        name = "stdin" if filename == "-" else filename
+        before, new = text.splitlines(keepends=True), after.splitlines(keepends=True)
+        after = "".join(
+            difflib.unified_diff(before, new, name, f"{name} with the sidecar{'' if not remove else ' removed'}")
+        )
+    sys.stdout.buffer.write(after.encode("utf-8"))
+
+
+def _check(text: str) -> NoReturn:
+    try:
+        agents = missing_sidecars.agents(missing_sidecars.listed(text))
+    except InjectError as error:
+        raise click.ClickException(str(error)) from None
+    for pod in agents:
+        click.echo(f"{pod.namespace}/{pod.name}: {pod.fault or ('opted out' if pod.opted_out else 'ok')}")
+    if not agents:
+        click.echo("no agent is running here")
+    sys.exit(1 if any(pod.fault for pod in agents) else 0)

@@ -1,0 +1,243 @@
+"""Manifests as text: only the documents that change are written anew, with their comments and order."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from shim.cli.inject import sidecar
+from shim.cli.inject.line_endings import change_lines
+from shim.cli.inject.sidecar import InjectError, Map, Sidecar
+
+_HEAD = "---\n"
+_SEPARATOR = re.compile(r"^---(?=\s|$)", re.MULTILINE)
+# A key with a list below it: how far each is indented, with comments between them.
+_LIST = re.compile(r"^( *)(?:- )?[\w.\-/\"']+:[ \t]*(?:#.*)?\n(?:[ \t]*(?:#.*)?\n)*( *)- ", re.MULTILINE)
+_WORKLOADS = frozenset({"Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Pod"})
+_MANAGED_BY = "app.kubernetes.io/managed-by"
+_MANAGER = "agent-shim-inject"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`container` names the agent's container, `""`: the vendor's names. `config`: write the ConfigMap, too."""
+
+    image: str
+    container: str = ""
+    config_map: str = sidecar.NAME
+    config: bool = True
+    own_token: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An agent: its pod template, its container, and the namespace that its manifest names."""
+
+    template: Map
+    container: Map
+    namespace: str
+
+
+def inject(text: str, options: Options) -> str:
+    """Return the manifests with the sidecar in every agent. Text that has it already comes back unchanged.
+
+    All other lines stay as they are, with their line ends. Raises `InjectError` when there is no agent, or one that
+    cannot be given the sidecar.
+    """
+    return change_lines(text, lambda plain: _inject(plain, options))
+
+
+def remove(text: str) -> str:
+    """Return the manifests without the sidecar and its ConfigMap: byte for byte as they were before `inject`."""
+    return change_lines(text, _remove)
+
+
+def _inject(text: str, options: Options) -> str:
+    agents = 0
+    out: list[str] = []
+    for chunk in _chunks(text):
+        configs = []
+        for found in chunk.agents(options.container):
+            agents += 1
+            sidecar.remove(found.template)
+            with_shim = sidecar.recognise(found.container, options.image, options.config_map, options.own_token)
+            sidecar.add(found.template, with_shim, found.container)
+            configs.append(_config_map(with_shim, found.namespace))
+        if options.config and configs:
+            out.append(f"{_HEAD}{configs[0]}" if chunk.has_head else f"{configs[0]}{_HEAD}")
+        out.append(chunk.text())
+    if not agents:
+        raise InjectError("no agent in it: no workload has a container named agent or pipeops-agent; see --container")
+    return _unless_equal("".join(out), text)
+
+
+def _remove(text: str) -> str:
+    out = []
+    for chunk in _chunks(text):
+        for template, _ in chunk.templates():
+            sidecar.remove(template)
+        out.append(chunk.text())
+    return "".join(out)
+
+
+def _chunks(text: str) -> list[_Chunk]:
+    """The documents of a stream without our ConfigMaps. The first needed no `---` before one of ours came before it."""
+    chunks: list[_Chunk] = []
+    bare = False
+    for part in _split(text):
+        chunk = _Chunk(part.removeprefix(_HEAD) if bare else part)
+        bare = chunk.is_our_config() and not chunk.has_head and not chunks
+        if not chunk.is_our_config():
+            chunks.append(chunk)
+    return chunks
+
+
+class _Chunk:
+    """One document of a stream: its text from `---` to the next, and its data."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        match = _SEPARATOR.match(text)
+        self._head = text[: text.index("\n", match.end()) + 1] if match and "\n" in text[match.end() :] else ""
+        self._yaml = _round_trip(text)
+        self._data = _load(self._yaml, text[len(self._head) :])
+        # What the library makes of it without any change: only a difference from this is a change.
+        self._before = self._dump()
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it begins with a `---` line."""
+        return bool(self._head)
+
+    def text(self) -> str:
+        """As it came with the changed lines, or, where its lines are not the library's, as the library writes it."""
+        after = self._dump()
+        if after == self._before:
+            return self._text
+        patched = _patch(self._text[len(self._head) :], self._before, after)
+        # Lists indented in two ways can make the lines of one an error among those of the other.
+        return self._head + (patched if patched and _parsed(patched) == self._data else after)
+
+    def templates(self) -> Iterator[tuple[Map, str]]:
+        """Every pod template in it with the namespace of its workload."""
+        pending = [self._data]
+        while pending:
+            data = pending.pop()
+            if not isinstance(data, dict):
+                continue
+            if data.get("kind") == "List":
+                pending.extend(data.get("items") or [])
+            elif data.get("kind") in _WORKLOADS and isinstance(data.get("spec"), dict):
+                template = data if data["kind"] == "Pod" else data["spec"].get("template")
+                if isinstance(template, dict) and (template.get("spec") or {}).get("containers"):
+                    yield template, (data.get("metadata") or {}).get("namespace") or ""
+
+    def agents(self, wanted: str) -> Iterator[_Found]:
+        """The agents in it. Pods that opted out by label are none."""
+        for template, namespace in self.templates():
+            labels = (template.get("metadata") or {}).get("labels") or {}
+            if labels.get(sidecar.OPT_OUT_LABEL) == "disabled":
+                continue
+            for container in template["spec"]["containers"]:
+                if container.get("name") == wanted if wanted else sidecar.is_agent(container, template):
+                    yield _Found(template, container, namespace)
+                    break
+
+    def is_our_config(self) -> bool:
+        """Whether it is the ConfigMap that `inject` wrote."""
+        data = self._data
+        if not isinstance(data, dict) or data.get("kind") != "ConfigMap":
+            return False
+        return ((data.get("metadata") or {}).get("labels") or {}).get(_MANAGED_BY) == _MANAGER
+
+    def _dump(self) -> str:
+        if self._data is None:
+            return ""
+        out = io.StringIO()
+        self._yaml.dump(self._data, out)
+        return out.getvalue()
+
+
+def _config_map(with_shim: Sidecar, namespace: str) -> str:
+    from ruamel.yaml.scalarstring import LiteralScalarString  # noqa: PLC0415 - of the extra `tools`
+
+    writer, out = _round_trip(""), io.StringIO()
+    writer.dump(with_shim.settings, out)
+    metadata = {"name": with_shim.config_map} | ({"namespace": namespace} if namespace else {})
+    metadata["labels"] = {_MANAGED_BY: _MANAGER}  # type: ignore[assignment]
+    data = {"config.yaml": LiteralScalarString(out.getvalue())}
+    text = io.StringIO()
+    writer.dump({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}, text)
+    return text.getvalue()
+
+
+def _split(text: str) -> list[str]:
+    """The documents of a stream, each with its `---` line; joined they are the text again."""
+    starts = [0, *(match.start() for match in _SEPARATOR.finditer(text) if match.start())]
+    return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
+
+
+def _round_trip(text: str) -> Any:
+    """A reader and writer that keeps comments, order, quotes and the way lists are indented in this text."""
+    from ruamel.yaml import YAML  # noqa: PLC0415 - of the extra `tools`
+
+    yaml = YAML(typ="rt")
+    yaml.preserve_quotes = True
+    yaml.width = 1_000_000
+    lists = [len(below) - len(above) for above, below in _LIST.findall(text)]
+    if sum(shift <= 0 for shift in lists) * 2 > len(lists):
+        yaml.indent(mapping=2, sequence=2, offset=0)
+    else:
+        yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml
+
+
+def _load(yaml: Any, text: str) -> Any:
+    from ruamel.yaml.error import YAMLError  # noqa: PLC0415 - of the extra `tools`
+
+    try:
+        return yaml.load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1} of a document" if mark else ""
+        raise InjectError(f"not valid YAML{where}: {getattr(error, 'problem', None) or 'cannot be read'}") from None
+
+
+def _patch(original: str, before: str, after: str) -> str:
+    """Return `original` with the line changes that lead from `before` to `after`; `""` if its lines are not those.
+
+    The library may write a line with other spaces. Whether the result means the same is for the caller to check.
+    """
+    lines, known, new = (text.splitlines(keepends=True) for text in (original, before, after))
+    if len(lines) != len(known):
+        return ""
+    out: list[str] = []
+    for tag, start, end, new_start, new_end in difflib.SequenceMatcher(None, known, new, autojunk=False).get_opcodes():
+        if tag == "equal":
+            out += lines[start:end]
+            continue
+        at = min(start, len(lines) - 1)
+        shift = _indent(lines[at]) - _indent(known[at])
+        out += [" " * shift + line[max(0, -shift) :] for line in new[new_start:new_end]]
+    return "".join(out)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return _load(_round_trip(""), text)
+    except InjectError:
+        return None
+
+
+def _unless_equal(after: str, before: str) -> str:
+    """`before`, if the two streams hold the same data."""
+    same = [_parsed(part) for part in _split(after)] == [_parsed(part) for part in _split(before)]
+    return before if same else after

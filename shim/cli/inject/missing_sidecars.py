@@ -1,0 +1,83 @@
+"""The gap: agents that should have the sidecar and have not, in what `kubectl get pods --output json` says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shim.cli.inject.sidecar import API_URL, NAME, OPT_OUT_LABEL, InjectError, is_agent
+
+_ALIVE = frozenset({"Pending", "Running"})
+_KUBECTL_S = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """An agent's pod; `fault` is `""` where nothing is amiss. Those that opted out have no fault, and say so."""
+
+    namespace: str
+    name: str
+    fault: str
+    opted_out: bool
+
+
+def agents(pods: Iterable[Mapping[str, Any]]) -> list[Pod]:
+    """The agents among these pods that are alive, each with what is wrong with it."""
+    found = []
+    for pod in pods:
+        spec, metadata = pod.get("spec") or {}, pod.get("metadata") or {}
+        if (pod.get("status") or {}).get("phase", "Running") not in _ALIVE:
+            continue
+        container = next((each for each in spec.get("containers") or [] if is_agent(each, pod)), None)
+        if container is None:
+            continue
+        opted_out = (metadata.get("labels") or {}).get(OPT_OUT_LABEL) == "disabled"
+        fault = "" if opted_out else _fault(spec, container)
+        found.append(Pod(metadata.get("namespace", ""), metadata.get("name", ""), fault, opted_out))
+    return found
+
+
+def listed(text: str) -> list[Mapping[str, Any]]:
+    """The pods in kubectl's JSON. Raises `InjectError`."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        raise InjectError("not what `kubectl get pods --output json` prints") from None
+    if not isinstance(data, dict):
+        raise InjectError("not what `kubectl get pods --output json` prints")
+    items: list[Mapping[str, Any]] = data["items"] if data.get("kind", "").endswith("List") else [data]
+    return items
+
+
+def in_cluster(namespace: str = "") -> list[Mapping[str, Any]]:
+    """The pods that kubectl shows: of a namespace, or of all. Raises `InjectError` where it cannot."""
+    where = ["--namespace", namespace] if namespace else ["--all-namespaces"]
+    command = ["kubectl", "get", "pods", *where, "--output", "json", f"--request-timeout={_KUBECTL_S}s"]
+    try:
+        done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
+            command, capture_output=True, text=True, timeout=_KUBECTL_S + 5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InjectError(f"kubectl cannot be asked: {type(error).__name__}") from None
+    if done.returncode:
+        raise InjectError(f"kubectl cannot show pods: {done.stderr.strip()[:300]}")
+    return listed(done.stdout)
+
+
+def _fault(spec: Mapping[str, Any], container: Mapping[str, Any]) -> str:
+    has_sidecar = any(each.get("name") == NAME for each in spec.get("initContainers") or [])
+    if spec.get("hostNetwork"):
+        return "uses hostNetwork: it cannot have a sidecar, send it to a gateway"
+    url = next((entry.get("value") for entry in container.get("env") or [] if entry.get("name") == API_URL), None)
+    on_loopback = str(url).startswith("http://127.0.0.1:")
+    calls_us = on_loopback or f"{NAME}." in str(url)
+    if not has_sidecar and not calls_us:
+        return "has no sidecar: it was made before the injection, or was not matched; restart its Deployment"
+    if not calls_us:
+        return f"has the sidecar, but {API_URL} of its container {container['name']} does not lead there"
+    if on_loopback and not has_sidecar:
+        return f"calls {url}, and there is no sidecar"
+    return ""

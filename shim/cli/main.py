@@ -1,0 +1,135 @@
+"""The command `agent-shim`. Each subcommand's module is imported only when it is called: `run` stays small.
+
+Exit codes: 0 done, 1 a command found or met a failure, 2 faults in the configuration or the command line, 70 an
+internal error, 78 the store was written by a newer version.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import click
+
+from shim import __version__
+from shim.errors import ConfigError, StoreVersionError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+EXIT_INTERNAL = 70
+EXIT_STORE_VERSION = 78
+
+# Packages that only an extra of ours brings. They are imported when they are needed, so that help needs none.
+_OPTIONAL = {"rich": "tools", "ruamel": "tools", "psycopg": "postgres"}
+
+# Where each command is (`module:name`), with the help that is shown without importing the module.
+_TOOLS = {
+    "controller": ("devtools.controller:command", "A development controller: the vendor's WebSocket API with fault scripts."),
+    "demo": ("devtools.demo:command", "Controller, shim and one legacy agent in this terminal, step by step."),
+    "doctor": ("shim.cli.doctor:command", "What stands between this machine and a working shim, with what to do."),
+    "drain": ("shim.cli.admin_commands:drain_command", "Tell a running shim to take no new commands and hand over what it has."),
+    "fleet": ("devtools.fleet.main:command", "Simulated legacy agents of every dialect, with a latency report."),
+    "forget": ("shim.cli.admin_commands:forget_command", "Forget an agent that does not call any more."),
+    "health": ("shim.cli.health:command", "Ask a running shim how it is: exit code 0 or 1."),
+    "inject": ("shim.cli.inject:command", "Add the sidecar to a manifest of the agent, or take it out again."),
+    "purge": ("shim.cli.admin_commands:purge_command", "Give up a command that waits for its agent."),
+    "redeliver": ("shim.cli.admin_commands:redeliver_command", "Queue a command again that ended without a result."),
+    "store": ("shim.tools.store", "Copy a store from a file to a database, or back."),
+    "status": ("shim.cli.status:command", "What a running shim does, once or live: links, agents, commands."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports the module of a subcommand when it is called; `modules` maps names to (module, help)."""
+
+    def __init__(self, *args: Any, modules: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._modules = modules
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *self._modules])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._modules:
+            return super().get_command(ctx, cmd_name)
+        module, _, name = self._modules[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        own = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
+        lazy = {name: text for name, (_, text) in self._modules.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted({**own, **lazy}.items()))
+
+
+_config = click.option("--config", metavar="FILE", help="The YAML file; without it, defaults and environment.")
+_sets = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Overrides file and environment.")
+
+
+@click.group(cls=LazyGroup, modules=_TOOLS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Serve an agent's legacy HTTP API on localhost and speak the vendor's WebSocket API for it."""
+
+
+@cli.command()
+@_config
+@_sets
+@click.option("--ready-file", metavar="FILE", help="Written when the shim serves: its addresses and pid as JSON.")
+def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> NoReturn:
+    """Run the sidecar until SIGTERM or SIGINT."""
+    # Until the event loop takes signals: PID 1 would lose a SIGTERM, and a SIGHUP would end the process.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_OK))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    from shim import app  # noqa: PLC0415 - no other command needs it
+
+    app.main(config, sets, ready_file)
+
+
+@cli.command("check-config")
+@_config
+@_sets
+def check_config(config: str | None, sets: tuple[str, ...]) -> None:
+    """Print the effective configuration with secrets masked, or all its faults. Warnings go to stderr."""
+    from shim.config.loader import dump, load  # noqa: PLC0415 - yaml is for commands that read a file
+    from shim.config.warnings import find_warnings  # noqa: PLC0415 - as above
+
+    settings = load(config, os.environ, sets)
+    for warning in find_warnings(settings, os.environ):
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(dump(settings), nl=False)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Carry out the command line (default: that of the process) and exit with its code."""
+    try:
+        cli.main(args, prog_name="agent-shim")
+    except ConfigError as exc:
+        plural = "s" if len(exc.faults) > 1 else ""
+        click.echo(f"{len(exc.faults)} fault{plural} in the configuration:", err=True)
+        for fault in exc.faults:
+            click.echo(f"  {fault}", err=True)
+        sys.exit(EXIT_CONFIG)
+    except StoreVersionError as exc:
+        click.echo(f"store: {exc}", err=True)
+        sys.exit(EXIT_STORE_VERSION)
+    except Exception as exc:  # noqa: BLE001 - the last resort: a defect has its own exit code
+        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EIO):
+            click.echo(f"Error: the output cannot be written: {exc.strerror}", err=True)
+            sys.exit(EXIT_FAILED)
+        package = (exc.name or "").partition(".")[0] if isinstance(exc, ModuleNotFoundError) else ""
+        if package in _OPTIONAL:
+            click.echo(f"Error: this needs {package}: pip install 'agent-shim[{_OPTIONAL[package]}]'", err=True)
+            sys.exit(EXIT_CONFIG)
+        from shim.log import Redaction  # noqa: PLC0415 - for a fault only
+
+        click.echo(Redaction().text(traceback.format_exc()), err=True, nl=False)
+        sys.exit(EXIT_INTERNAL)

@@ -1,0 +1,204 @@
+"""Takes, serves and gives away the shards of this replica."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from shim.bridge import Bridge
+from shim.cluster.membership import Membership
+from shim.cluster.metrics import ClusterMetrics
+from shim.cluster.shard import Shard
+from shim.runtime import Spawn
+from shim.core.shard_assignment import plan_rebalance
+from shim.errors import StoreError
+from shim.log import get
+from shim.ports import Clock
+from shim.config.settings import Settings
+
+log = get(__name__)
+
+LOOK_S = 0.25
+AFTER_FAILURE_S = 3.0
+SETTLE_S = 1.0
+"""Replicas that start together wait for each other: what one takes alone it would have to give away."""
+
+MakeShard = Callable[[int, int], Shard]
+"""Makes a shard of its number and its fencing token."""
+
+
+class Shards:
+    """The shards here. `count` is set before it starts."""
+
+    def __init__(
+        self, membership: Callable[[], Membership], make: MakeShard, clock: Clock, spawn: Spawn, metrics: ClusterMetrics
+    ) -> None:
+        self.count = 0
+        self.stopping = False
+        self._membership_of = membership
+        self._make = make
+        self._clock = clock
+        self._spawn = spawn
+        self._metrics = metrics
+        self._shards: dict[int, Shard] = {}
+        self._busy: set[int] = set()
+        self._not_before: dict[int, float] = {}
+        self._joined_at: float | None = None
+
+    @property
+    def _membership(self) -> Membership:
+        return self._membership_of()
+
+    # --- what is here -------------------------------------------------------------------------------------------------
+
+    def usable(self, number: int) -> Shard | None:
+        """Return a shard that is ours and serves."""
+        shard = self._shards.get(number)
+        return shard if shard is not None and shard.usable else None
+
+    def serving(self) -> list[Shard]:
+        """Return all of them."""
+        return [shard for shard in self._shards.values() if shard.usable]
+
+    def bridges(self) -> list[Bridge]:
+        """Return their bridges."""
+        return [shard.bridge for shard in self.serving()]
+
+    def reload(self, settings: Settings) -> None:
+        """Go on with these settings."""
+        for shard in self._shards.values():
+            shard.bridge.ctx.settings = settings
+
+    # --- taking and giving away ---------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Look what is to be done, at each change and from time to time, until cancelled."""
+        while True:
+            if not self.stopping:
+                self._look()
+            await self._membership.change(LOOK_S)
+
+    def _look(self) -> None:
+        membership, now = self._membership, self._clock.monotonic_s()
+        me, view = membership.me.process, membership.view
+        self._metrics.replicas.set(len(view.members))
+        if not membership.valid():
+            return
+        for number, shard in list(self._shards.items()):
+            if view.leases.get(number, ("", 0))[1] > shard.fence and number not in self._busy:
+                self._end(number, "taken")
+        holders = {shard: holder for shard, holder in view.holders().items() if holder != me}
+        holders |= dict.fromkeys((*self._shards, *self._busy), me)
+        staying = [process for process, member in view.members.items() if not member.leaving]
+        wanted = plan_rebalance(me, self.count, staying, holders)
+        if self._joined_at is None and me in view.members:
+            self._joined_at = now
+        settled = any(each != me for each in holders.values()) or (
+            self._joined_at is not None and now >= self._joined_at + SETTLE_S
+        )
+        for number in wanted.take if settled else ():
+            if self._not_before.get(number, 0.0) <= now:
+                self._begin(number, self._take(number))
+        for number in wanted.give:
+            self._begin(number, self.give(number))
+
+    def _begin(self, number: int, step: Coroutine[Any, Any, None]) -> None:
+        if number in self._busy:
+            step.close()
+            return
+        self._busy.add(number)
+
+        async def carry_out() -> None:
+            try:
+                await step
+            except StoreError as error:
+                log.warning("shard_step_failed", shard=number, error=str(error))
+                self._later(number, LOOK_S)
+            finally:
+                self._busy.discard(number)
+                self._membership.ring()
+
+        self._spawn(f"shard {number}", carry_out())
+
+    async def _take(self, number: int) -> None:
+        fence = await self._membership.take(number)
+        if fence is None:
+            self._later(number, LOOK_S)
+            self._membership.look_soon()
+            return
+        shard = self._shards[number] = self._make(number, fence)
+        try:
+            await shard.open()
+        except StoreError as error:
+            log.error("shard_not_opened", shard=number, error=str(error))
+            self._metrics.released.labels("failed").inc()
+            self._shards.pop(number, None)
+            self._later(number, AFTER_FAILURE_S)
+            await shard.close()
+            await self._membership.give([number])
+            return
+        if not shard.usable:
+            await shard.close()  # the lease ended meanwhile
+            self._shards.pop(number, None)
+            return
+        self._metrics.taken.inc()
+        self._count()
+        log.info("shard_taken", shard=number, fence=fence)
+
+    def _later(self, number: int, after_s: float) -> None:
+        self._not_before[number] = self._clock.monotonic_s() + after_s
+
+    async def give(self, number: int) -> None:
+        """Let another replica have a shard: everything of ours under it is over before."""
+        await self._close(number)
+        await self._membership.give([number])
+
+    async def _close(self, number: int) -> None:
+        shard = self._shards.get(number)
+        if shard is None:
+            return
+        shard.stop()
+        await shard.close()
+        self._shards.pop(number, None)
+        self._metrics.released.labels("given").inc()
+        self._count()
+        log.info("shard_given", shard=number)
+
+    def ended(self, reason: str) -> None:
+        """Send nothing more for any shard: our right to all of them is over."""
+        for number in list(self._shards):
+            self._end(number, reason)
+
+    def fenced(self, number: int, fence: int) -> None:
+        """Note that the store refused us: another replica has the shard."""
+        shard = self._shards.get(number)
+        if shard is not None and shard.fence == fence:
+            self._end(number, "taken")
+
+    def _end(self, number: int, reason: str) -> None:
+        shard = self._shards.pop(number, None)
+        if shard is None:
+            return
+        log.warning("shard_lost", shard=number, reason=reason)
+        shard.cut()
+        self._metrics.released.labels(reason).inc()
+        self._count()
+        self._begin(number, shard.close())  # one that is still being opened is closed after that
+        self._membership.ring()
+
+    def _count(self) -> None:
+        self._metrics.shards.set(len(self.serving()))
+
+    async def give_all(self) -> None:
+        """Give everything away. Raises `StoreError`."""
+        self.stopping = True
+        while self._busy:
+            await self._membership.change(LOOK_S)  # what is being opened must be open before another may have it
+        await asyncio.gather(*(self._close(number) for number in list(self._shards)))
+
+    async def close(self) -> None:
+        """Leave what could not be given away."""
+        for shard in list(self._shards.values()):
+            shard.cut()
+            await shard.close()

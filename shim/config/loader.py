@@ -1,0 +1,419 @@
+"""Load the configuration from file, environment and command line, and report all faults at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+import msgspec
+import yaml
+from shim.errors import ConfigError, Fault
+from shim.redaction import basic_credentials
+from shim.config.files import read_regular, reason
+from shim.config.settings import Settings
+from shim.config.rules import cross_field_faults
+import json
+import math
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, Union, get_args, get_origin
+from shim.errors import Fault
+from shim.config.settings import Section, Settings
+
+
+ENV_PREFIX = "SHIM_"
+_RELOADABLE = frozenset({"mode", "rollout", "fallback", "heartbeat", "poll", "commands"})
+_MAX_SECRET_BYTES = 65_536
+_MAX_FILE_BYTES = 262_144  # a second of the library's time, and far more than a person writes
+_MAX_FAULTS_SHOWN = 100
+_MERGE = "tag:yaml.org,2002:merge"
+_MASK = "***"
+_PASSWORD = re.compile(r"(?<=://)([^/?#@]*?):[^/?#@]*@")
+_USERINFO = re.compile(r"(?<=://)[^/?#@,]*@")
+
+
+def load(path: str | None, env: Mapping[str, str], sets: Iterable[str], *, reload: bool = False) -> Settings:
+    """Read and check the whole configuration; `path` is `None` for defaults. Raises `ConfigError` with all faults.
+
+    `sets` are `section.key=value` texts and win over `env`, which wins over the file. With `reload` a file without any
+    content is a fault: it is being written, or its content is lost, and must not reset a running shim to its defaults.
+    """
+    faults: list[Fault] = []
+    tree = _read_file(path, faults, reload=reload) if path is not None else {}
+    maps = sections()
+    for dotted, text in [*_from_env(env), *_from_sets(sets, faults)]:
+        _put(tree, dotted, _as_map(dotted, text, faults) if dotted in maps else text)
+    settings = to_settings(tree, faults)
+    faults += cross_field_faults(settings, frozenset(fault.path for fault in faults))
+    if faults:
+        more = len(faults) - _MAX_FAULTS_SHOWN
+        raise ConfigError(faults[:_MAX_FAULTS_SHOWN] + [Fault("", f"and {more} more")] * (more > 0))
+    return settings
+
+
+def apply_reloadable(running: Settings, fresh: Settings) -> Settings:
+    """The running settings with what may change without a restart taken from the fresh ones (protocol.md §4)."""
+    kept = {name: getattr(fresh, name) for name in _RELOADABLE}
+    token = {"token": fresh.upstream.token, "token_file": fresh.upstream.token_file}
+    upstream = running.upstream
+    if fresh.upstream.own_tokens == upstream.own_tokens:
+        upstream = msgspec.structs.replace(upstream, **token)
+    log = msgspec.structs.replace(running.log, level=fresh.log.level)
+    return msgspec.structs.replace(running, upstream=upstream, log=log, **kept)
+
+
+def needs_restart(running: Settings, fresh: Settings) -> list[str]:
+    """The keys whose changes wait for a restart."""
+    return [key for key, _, _ in leaves() if attrgetter(key)(running) != attrgetter(key)(fresh)]
+
+
+def redacted(settings: Settings) -> dict[str, Any]:
+    """The effective configuration as plain data, without tokens, user info of URLs and queries of the vendor's URLs."""
+    plain: dict[str, Any] = msgspec.to_builtins(settings)
+    if plain["upstream"]["token"]:
+        plain["upstream"]["token"] = _MASK
+    plain["store"]["url"] = _without_password(plain["store"]["url"])
+    for section in (plain["upstream"], plain["fallback"]):
+        base, has_query, _ = section["url"].partition("?")
+        section["url"] = base + (f"?{_MASK}" if has_query else "")
+        section["proxy"] = _USERINFO.sub(f"{_MASK}@", section["proxy"])
+    return plain
+
+
+def _without_password(url: str) -> str:
+    """A database's URL with what may be secret masked; user, hosts and database stay, so that it is recognised."""
+    base, has_query, _ = url.partition("?")
+    return _PASSWORD.sub(rf"\1:{_MASK}@", base) + (f"?{_MASK}" if has_query else "")
+
+
+def dump(settings: Settings) -> str:
+    """`mask(settings)` as YAML that `load` reads again."""
+    return yaml.safe_dump(redacted(settings), sort_keys=False, allow_unicode=True)
+
+
+def read_token(settings: Settings) -> str:
+    """The upstream token as it is now: the file is read each time. `""` where agents bring their own.
+
+    Raises `ConfigError` when the file cannot be read or holds no token.
+    """
+    upstream = settings.upstream
+    return read_secret(upstream.token_file, "upstream.token_file") if upstream.token_file else upstream.token
+
+
+def read_secret(path: str, key: str) -> str:
+    """The one word that a secret file holds, without the white space around it; `key` is where `path` is configured.
+
+    Raises `ConfigError` when there is no such word. Neither its text nor its cause contains any of the file.
+    """
+    try:
+        data = read_regular(path, _MAX_SECRET_BYTES)
+    except (OSError, ValueError) as exc:
+        raise ConfigError([Fault(key, f"cannot be read: {reason(exc)}")]) from None
+    word = data.decode("ascii", "replace").strip()
+    if not word:
+        raise ConfigError([Fault(key, "the file is empty")])
+    if not re.fullmatch(r"[!-~]+", word):
+        raise ConfigError([Fault(key, "the file must hold one word of printable ASCII")])
+    return word
+
+
+def secrets(settings: Settings) -> list[str]:
+    """Return the secret texts that stand in the settings themselves, for `Redaction`."""
+    found = [settings.upstream.token]
+    upstream, fallback = settings.upstream, settings.fallback
+    for url in (upstream.proxy, upstream.url, fallback.proxy, fallback.url):
+        parts = urlsplit(url.strip())
+        found += [value for _, value in parse_qsl(parts.query)]
+        if parts.password:
+            password = unquote(parts.password)
+            found += [parts.password, password, basic_credentials(unquote(parts.username or ""), password)]
+    database = urlsplit(settings.store.url.strip())
+    in_query = [value for key, value in parse_qsl(database.query) if "password" in key]
+    for text in (database.password or "", *in_query):
+        found += [text, unquote(text)]
+    return [text for text in dict.fromkeys(found) if text]
+
+
+# --- where values come from ---
+
+
+def _read_file(path: str, faults: list[Fault], *, reload: bool) -> dict[str, Any]:
+    try:
+        data = read_regular(path, _MAX_FILE_BYTES)
+    except (OSError, ValueError) as exc:
+        faults.append(Fault("", f"{path} cannot be read: {reason(exc)}"))
+        return {}
+    try:
+        tree = _parse(data, faults)
+    except Exception as exc:  # noqa: BLE001 - no file may stop a running shim, whatever the library raises for it
+        faults.append(Fault("", f"{path} is not valid YAML{_where(exc)}"))
+        return {}
+    if tree is None:
+        if reload:
+            faults.append(Fault("", f"{path} is empty; write {{}} for a configuration of defaults"))
+        return {}
+    if not isinstance(tree, dict):
+        faults.append(Fault("", f"{path} must be a map of sections"))
+        return {}
+    return tree
+
+
+def _parse(data: bytes, faults: list[Fault]) -> Any:
+    loader = _Loader(data)
+    try:
+        tree = loader.get_single_data()
+    finally:
+        loader.dispose()
+    faults += loader.faults
+    return tree
+
+
+def _where(exc: Exception) -> str:
+    """Return line, column and problem, without any text of the file: it could be a secret.
+
+    The library's own message has an excerpt, and names tags, aliases and anchors, as which YAML reads a secret that
+    begins with `!`, `*` or `&`.
+    """
+    if not isinstance(exc, yaml.MarkedYAMLError) or exc.problem_mark is None:
+        return ""
+    problem = exc.problem or "not understood"
+    if re.search(r"tag|alias|anchor", problem):
+        problem = re.split(r"['\"]", problem)[0].strip()
+    return f": line {exc.problem_mark.line + 1}, column {exc.problem_mark.column + 1}: {problem}"
+
+
+def is_read(name: str) -> bool:
+    """Return True for `SHIM_MODE` and `SHIM_<SECTION>__<KEY>`, the variables that are part of the configuration.
+
+    Kubernetes sets `SHIM_PORT=tcp://…` for a Service named shim: it must not count.
+    """
+    section, separator, _ = name.removeprefix(ENV_PREFIX).lower().partition("__")
+    return name == "SHIM_MODE" or (name.startswith(ENV_PREFIX) and bool(separator) and section in sections())
+
+
+def _from_env(env: Mapping[str, str]) -> Iterator[tuple[str, TextValue]]:
+    for name in sorted(env):
+        if is_read(name):
+            yield name.removeprefix(ENV_PREFIX).lower().replace("__", "."), TextValue(env[name], name)
+
+
+def _from_sets(sets: Iterable[str], faults: list[Fault]) -> Iterator[tuple[str, TextValue]]:
+    for item in sets:
+        dotted, equals, text = item.partition("=")
+        if equals and dotted.strip():
+            yield dotted.strip(), TextValue(text, "--set")
+        else:
+            faults.append(Fault("", "--set needs section.key=value"))
+
+
+def _as_map(dotted: str, value: TextValue, faults: list[Fault]) -> dict[str, Any]:
+    try:
+        found = value.json()
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        return found
+    faults.append(Fault(dotted, f"must be a map of its keys, as JSON (from {value.source})"))
+    return {}
+
+
+def _put(tree: dict[Any, Any], dotted: str, value: TextValue | dict[str, Any]) -> None:
+    """Set a value in the tree of sections; what stands in its way gives way."""
+    *above, key = dotted.split(".")
+    for name in above:
+        below = tree.get(name)
+        # A copy, because an alias of the file may put one map in two places.
+        tree[name] = dict(below) if isinstance(below, dict) else {}
+        tree = tree[name]
+    tree[key] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain words stay words: true and false, null and decimal numbers are all that is resolved.
+
+    `faults` are the keys given twice, which YAML forbids and the library lets pass.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - the library's attribute
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.faults: list[Fault] = []
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Turn what an explicit tag cannot be, `!!int word`, into an error with its place and without its text."""
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception:  # noqa: BLE001 - each tag fails in a way of its own
+            raise yaml.constructor.ConstructorError(None, None, "not a value of its type", node.start_mark) from None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if isinstance(key, str) and key_node.tag != _MERGE:
+                if key in seen:
+                    where = f"line {key_node.start_mark.line + 1}"
+                    self.faults.append(Fault("", f"{where}: the key {shown_key(key)!r} is given twice"))
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+for _tag, _form, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", [*"-+0123456789"]),
+    ("float", r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_form})$"), _first)
+
+
+_MAX_KEY_CHARS = 64
+_MAX_SUGGESTIONS = 100  # finding a near key takes a millisecond
+
+
+class TextValue(msgspec.Struct, frozen=True):
+    """A value that came as text from `source` and is converted by the type of its key; lists and maps are JSON."""
+
+    text: str
+    source: str
+
+    def json(self) -> Any:
+        """The value of JSON text. Raises `ValueError` for anything else."""
+        try:
+            return json.loads(self.text)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+
+
+def leaves(cls: type[Any] = Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every key as (dotted path, type, default), in the order of `settings.py`."""
+    for name, field in _fields(cls).items():
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if isinstance(default, Section):
+            yield from leaves(type(default), f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.type, default
+
+
+def sections() -> frozenset[str]:
+    """The dotted paths of all sections, nested ones included."""
+    parents = (path.rpartition(".")[0] for path, _, _ in leaves())
+    return frozenset(
+        ".".join(parent.split(".")[:depth]) for parent in parents if parent for depth in range(1, parent.count(".") + 2)
+    )
+
+
+def to_settings(tree: dict[Any, Any], faults: list[Fault]) -> Settings:
+    """Convert a tree of maps whose leaves are plain values or `TextValue`, adding to `faults`.
+
+    A leaf with a fault keeps its default, so that all faults are found in one go.
+    """
+    settings: Settings = _section(Settings, tree, "", faults)
+    return settings
+
+
+def shown_key(key: Any) -> str:
+    """Return a key of the file for a message: short, printable, and without what follows `:` or `=` in it.
+
+    `{token:SECRET}` without a space is one key.
+    """
+    text = str(key)
+    cut = re.search(r"[:=]", text)
+    shown = f"{text[: cut.start()]}…" if cut else text
+    if len(shown) > _MAX_KEY_CHARS:
+        shown = f"{shown[:_MAX_KEY_CHARS]}…"
+    return "".join(char if char.isprintable() else "?" for char in shown)
+
+
+def _fields(cls: type[Any]) -> dict[str, msgspec.structs.FieldInfo]:
+    return {field.name: field for field in msgspec.structs.fields(cls)}
+
+
+def _section(cls: type[Any], value: Any, path: str, faults: list[Fault]) -> Any:
+    """A section from its map; null and absent sections are their defaults."""
+    if value is None:
+        return cls()
+    if not isinstance(value, dict):
+        faults.append(Fault(path, "must be a map of its keys"))
+        return cls()
+    fields = _fields(cls)
+    read: dict[str, Any] = {}
+    for key, below in value.items():
+        shown = shown_key(key)
+        dotted = f"{path}.{shown}" if path else shown
+        field = fields.get(key) if isinstance(key, str) else None
+        if field is None:
+            hint = _suggestion(shown, path, fields) if len(faults) < _MAX_SUGGESTIONS else ""
+            faults.append(Fault(dotted, f"unknown key{hint}{_source(below)}"))
+        elif isinstance(field.default, Section):
+            read[key] = _section(field.type, below, dotted, faults)
+        else:
+            read |= _leaf(key, field.type, below, dotted, faults)
+    return cls(**read)
+
+
+def _leaf(key: str, kind: Any, value: Any, path: str, faults: list[Fault]) -> dict[str, Any]:
+    """The converted value under its key, or nothing and a fault."""
+    try:
+        converted = _convert(kind, value)
+    except ValueError:
+        faults.append(Fault(path, f"must be {_expected(kind)}{_source(value)}"))
+        return {}
+    return {key: converted}
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """Convert strictly; text from outside the file also by what it says. Raises `ValueError`."""
+    if not isinstance(value, TextValue):
+        converted = msgspec.convert(value, kind, strict=True)
+    elif get_origin(kind) in (tuple, dict) or (
+        value.text.startswith("[") and tuple in [get_origin(each) for each in get_args(kind)]
+    ):
+        converted = msgspec.convert(value.json(), kind, strict=True)
+    else:
+        converted = msgspec.convert(value.text, kind, strict=False)
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ValueError("not finite")
+    return converted
+
+
+def _source(value: Any) -> str:
+    return f" (from {value.source})" if isinstance(value, TextValue) else ""
+
+
+def _expected(kind: Any) -> str:
+    """What a value of this type looks like, in a user's words."""
+    origin = get_origin(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_expected, get_args(kind)))
+    if origin is tuple:
+        return "a list of texts"
+    if origin is dict:
+        return "a map of texts to texts"
+    words = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a text, in quotes if need be",
+    }
+    return words[kind]
+
+
+def _suggestion(key: str, path: str, names: Iterable[str]) -> str:
+    """Names a near key of the same section, else the same key of another section."""
+    from difflib import get_close_matches  # noqa: PLC0415 - for a fault only
+
+    near = get_close_matches(key.lower(), names, n=1)
+    if near:
+        return f", did you mean {path}.{near[0]}?" if path else f", did you mean {near[0]}?"
+    elsewhere = [dotted for dotted, _, _ in leaves() if dotted.rpartition(".")[2] == key]
+    return f", did you mean {elsewhere[0]}?" if elsewhere else ""

@@ -1,0 +1,72 @@
+"""Find what a configuration probably does not mean: variables that are nearly ours, and files that do not exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from operator import attrgetter
+
+from shim.config.loader import ENV_PREFIX, is_read, read_secret
+from shim.config.loader import leaves
+from shim.errors import ConfigError
+from shim.config.files import reason, require_regular
+from shim.config.settings import Settings
+
+_MAX_SHOWN = 20
+# Kubernetes sets these for each Service of a namespace: SHIM_SERVICE_HOST, SHIM_PORT=tcp://…, SHIM_PORT_7080_TCP_ADDR.
+_OF_A_SERVICE = re.compile(
+    r"_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)$"
+)
+_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://")
+
+
+def find_warnings(settings: Settings, env: Mapping[str, str]) -> list[str]:
+    """Return one sentence for each doubtful thing. No sentence contains a value of a secret key."""
+    found = [*_variables(env), *_files(settings)]
+    more = len(found) - _MAX_SHOWN
+    return found[:_MAX_SHOWN] + [f"and {more} more"] * (more > 0)
+
+
+def _variables(env: Mapping[str, str]) -> Iterator[str]:
+    """Compare the names of variables that are not read with those that are."""
+    keys = [path for path, _, _ in leaves()]
+    names = {ENV_PREFIX + key.upper().replace(".", "__"): key for key in keys}
+    by_letters = {_letters(name): name for name in names}
+    by_last_part = {key.rpartition(".")[2].upper(): name for name, key in names.items()}
+    for name in sorted(env):
+        folded = name.upper().removeprefix("AGENT_")
+        if not folded.startswith(ENV_PREFIX) or is_read(name):
+            continue
+        if _OF_A_SERVICE.search(folded) or _ADDRESS.match(env[name]):
+            continue
+        meant = by_letters.get(_letters(folded)) or by_last_part.get(folded.removeprefix(ENV_PREFIX))
+        if meant is None:
+            near = get_close_matches(folded[:64], names, n=1, cutoff=0.8)
+            meant = near[0] if near else None
+        shown = "".join(char if char.isprintable() else "?" for char in name[:64])
+        if meant is not None:
+            yield f"environment: {shown} is not read, did you mean {meant}?"
+        elif "__" in folded:
+            yield f"environment: {shown} is not read: there is no such section"
+
+
+def _letters(name: str) -> str:
+    return name.replace("_", "")
+
+
+def _files(settings: Settings) -> Iterator[str]:
+    """Look at every file that a key names."""
+    for key, _, _ in leaves():
+        path = attrgetter(key)(settings) if key.endswith("_file") else ""
+        if not path:
+            continue
+        try:
+            if key.endswith(("token_file", "password_file")):
+                read_secret(path, key)
+            else:
+                require_regular(path)
+        except ConfigError as error:
+            yield f"{error} ({path})"
+        except (OSError, ValueError) as error:
+            yield f"{key}: cannot be read: {reason(error)} ({path})"

@@ -1,0 +1,429 @@
+"""The state machine of an upstream link: a total table of states and events."""
+
+from __future__ import annotations
+
+import msgspec
+from collections.abc import Callable
+from enum import Enum
+from typing import Literal
+from shim.core.backoff import Backoff, CloseMeaning, FailureKind, classify, close_meaning
+from shim.errors import IllegalTransition
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+class AgentCalled(msgspec.Struct, frozen=True):
+    """An agent called: the link is needed."""
+
+
+class RetryNow(msgspec.Struct, frozen=True):
+    """A registration waits for the link: cut a backoff short, at most every 5 s, and never one that was imposed:
+
+    by Retry-After, on an own token that was never accepted, on a contended identity.
+    """
+
+
+class Opened(msgspec.Struct, frozen=True):
+    """The dial succeeded."""
+
+
+class DialFailed(msgspec.Struct, frozen=True):
+    """The dial failed; `status` as in `ports.DialFailure`."""
+
+    status: int = 0
+    retry_after_s: float | None = None
+
+
+class Replayed(msgspec.Struct, frozen=True):
+    """Every fresh session was told to the controller again."""
+
+
+class Registered(msgspec.Struct, frozen=True):
+    """The controller accepted a registration on this connection."""
+
+
+class Acknowledged(msgspec.Struct, frozen=True):
+    """The controller acknowledged a heartbeat on this connection."""
+
+
+class StableTimerFired(msgspec.Struct, frozen=True):
+    """The connection has been open for `stable_after_s`."""
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """The socket is gone. `code`: of the close frame that ended it, 0 if there was no frame or none in it."""
+
+    by_close_frame: bool = False
+    code: int = 0
+
+
+class WatchdogFailed(msgspec.Struct, frozen=True):
+    """The watchdog found the connection half-open or its application stalled."""
+
+
+class RetryDue(msgspec.Struct, frozen=True):
+    """The backoff is over."""
+
+
+class TokenChanged(msgspec.Struct, frozen=True):
+    """The token is another one now."""
+
+
+class IdleTimeout(msgspec.Struct, frozen=True):
+    """No fresh session has used the link for `idle_close_s`, or gateways carry them all."""
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """The shim stops."""
+
+
+LinkEvent = (
+    AgentCalled
+    | RetryNow
+    | Opened
+    | DialFailed
+    | Replayed
+    | Registered
+    | Acknowledged
+    | StableTimerFired
+    | Lost
+    | WatchdogFailed
+    | RetryDue
+    | TokenChanged
+    | IdleTimeout
+    | Stop
+)
+EVENT_TYPES: tuple[type, ...] = LinkEvent.__args__
+
+
+# --- effects ----------------------------------------------------------------------------------------------------------
+
+
+class Dial(msgspec.Struct, frozen=True):
+    """Dial now with the token in the header, the query or both."""
+
+    in_header: bool
+    in_query: bool
+
+
+class CloseSocket(msgspec.Struct, frozen=True):
+    """Close the socket with this code; 0 drops it without a close frame."""
+
+    code: int
+
+
+class CancelDial(msgspec.Struct, frozen=True):
+    """Forget the dial under way; its socket, should it open, is closed."""
+
+
+class StartReplay(msgspec.Struct, frozen=True):
+    """Tell the controller every fresh session."""
+
+
+class Online(msgspec.Struct, frozen=True):
+    """Send what was held back."""
+
+
+class Offline(msgspec.Struct, frozen=True):
+    """The connection is no more; answers that were awaited on it will not come."""
+
+
+class StartRetryTimer(msgspec.Struct, frozen=True):
+    """Report `RetryDue` after this many seconds."""
+
+    delay_s: float
+
+
+class CancelRetryTimer(msgspec.Struct, frozen=True):
+    """Forget the retry timer."""
+
+
+class AuthRejected(msgspec.Struct, frozen=True):
+    """The token was refused by every way there is."""
+
+
+LinkEffect = Dial | CloseSocket | CancelDial | StartReplay | Online | Offline | StartRetryTimer | CancelRetryTimer | AuthRejected
+
+
+CONTENDED_AFTER = 3
+CONTENDED_WITHIN_S = 30.0
+HURRY_INTERVAL_S = 5.0
+
+
+class LinkState(Enum):
+    """Where a link is."""
+
+    IDLE = "idle"  # nobody needs it
+    OPENING = "opening"  # a dial is under way
+    REPLAYING = "replaying"  # the socket is open, registrations are being replayed
+    ONLINE = "online"
+    WAITING = "waiting"  # backing off before the next dial
+    STOPPED = "stopped"
+
+
+class LinkPolicy(msgspec.Struct, frozen=True):
+    """What the configuration says of a link. `own_token`: an agent's, which may never have been accepted."""
+
+    auth: Literal["auto", "query", "header", "both"] = "auto"
+    own_token: bool = False
+
+
+_Step = tuple[LinkState, list[LinkEffect]]
+
+
+class LinkStateMachine:
+    """One upstream link. `handle` is the only way to change it; a cell missing in `TRANSITIONS` raises."""
+
+    def __init__(self, policy: LinkPolicy, backoff: Backoff) -> None:
+        self._policy = policy
+        self._backoff = backoff
+        self.state = LinkState.IDLE
+        self.refused = False
+        self.contended = False
+        self.accepted_at: float | None = None
+        self.closed_as_refused = False
+        self._working_until: float | None = None
+        self._query_first = False
+        self._other_way_tried = False
+        self._registered_at: float | None = None
+        self._short_lives = 0
+        self._hurried_at: float | None = None
+        self._not_before: float | None = None
+
+    @property
+    def connected(self) -> bool:
+        """True while a socket is open."""
+        return self.state in (LinkState.REPLAYING, LinkState.ONLINE)
+
+    @property
+    def failures(self) -> int:
+        """Failed dials and short connections since the link was last stable."""
+        return self._backoff.failures
+
+    def handle(self, event: LinkEvent, now: float) -> list[LinkEffect]:
+        """Apply one event at `now` (monotonic seconds). Raises `IllegalTransition` and changes nothing if forbidden."""
+        step = TRANSITIONS.get((self.state, type(event)))
+        if step is None:
+            raise IllegalTransition(f"{type(event).__name__} in {self.state.name}")
+        self.state, effects = step(self, event, now)
+        return effects
+
+    # Each step returns the next state and the effects. Names say what the cell of the table does.
+
+    def _stay(self, event: LinkEvent, now: float) -> _Step:
+        return self.state, []
+
+    def _dial(self, event: LinkEvent, now: float) -> _Step:
+        self._other_way_tried = False
+        self._not_before = None
+        return LinkState.OPENING, [self._way(self._query_first)]
+
+    def _dial_if_due(self, event: LinkEvent, now: float) -> _Step:
+        wait_s = 0.0 if self._not_before is None else self._not_before - now
+        return (LinkState.WAITING, [StartRetryTimer(wait_s)]) if wait_s > 0 else self._dial(event, now)
+
+    def _redial(self, event: LinkEvent, now: float) -> _Step:
+        state, effects = self._dial(event, now)
+        return state, [CancelRetryTimer(), *effects]
+
+    def _hurry(self, event: LinkEvent, now: float) -> _Step:
+        if self._not_before is not None and now < self._not_before:
+            return self.state, []
+        if self._hurried_at is not None and now - self._hurried_at < HURRY_INTERVAL_S:
+            return self.state, []
+        self._hurried_at = now
+        return self._redial(event, now)
+
+    def _way(self, query: bool) -> Dial:
+        match self._policy.auth:
+            case "auto":
+                return Dial(in_header=not query, in_query=query)
+            case "both":
+                return Dial(in_header=True, in_query=True)
+            case way:
+                return Dial(in_header=way == "header", in_query=way == "query")
+
+    def _opened(self, event: LinkEvent, now: float) -> _Step:
+        if self._other_way_tried:
+            self._query_first = not self._query_first
+        if not self.closed_as_refused:  # else the controller looks at the token only behind the handshake
+            self.refused = False
+        if not self._policy.own_token:
+            self.accepted_at = now
+        self._registered_at = None
+        return LinkState.REPLAYING, [StartReplay()]
+
+    def _dial_failed(self, event: LinkEvent, now: float) -> _Step:
+        assert isinstance(event, DialFailed)
+        unauthorised = event.status in (401, 403)
+        if unauthorised and self._policy.auth == "auto" and not self._other_way_tried:
+            self._other_way_tried = True
+            return LinkState.OPENING, [self._way(not self._query_first)]
+        effects: list[LinkEffect] = []
+        if unauthorised:
+            self.refused = True
+            effects.append(AuthRejected())
+        since_working_s = None if self._working_until is None else now - self._working_until
+        kind = classify(event.status, event.retry_after_s, since_working_s)
+        if self.contended or (unauthorised and self._policy.own_token and self.accepted_at is None):
+            delay_s = self._backoff.fixed_delay_s(event.retry_after_s)
+            self._not_before = now + delay_s
+        else:
+            delay_s = self._backoff.next_delay_s(kind, event.retry_after_s)
+            self._not_before = now + delay_s if event.retry_after_s is not None else None
+        return LinkState.WAITING, [*effects, StartRetryTimer(delay_s)]
+
+    def _online(self, event: LinkEvent, now: float) -> _Step:
+        return LinkState.ONLINE, [Online()]
+
+    def _registered(self, event: LinkEvent, now: float) -> _Step:
+        self._registered_at = now
+        self._accepted(now)
+        return self.state, []
+
+    def _acknowledged(self, event: LinkEvent, now: float) -> _Step:
+        self._accepted(now)
+        return self.state, []
+
+    def _stable(self, event: LinkEvent, now: float) -> _Step:
+        self._backoff.reset()
+        self._short_lives = 0
+        self.contended = False
+        self._accepted(now)
+        return self.state, []
+
+    def _accepted(self, now: float) -> None:
+        """Note that the controller accepts the token: it took a registration or a heartbeat, or kept us for long.
+
+        An agent's own token is not accepted by the handshake alone: some controllers look at it only behind that.
+        """
+        self.refused = self.closed_as_refused = False
+        if self.accepted_at is None:
+            self.accepted_at = now
+
+    def _lost(self, event: LinkEvent, now: float) -> _Step:
+        assert isinstance(event, Lost)
+        self._working_until = now
+        meaning = close_meaning(event.code) if event.by_close_frame else CloseMeaning.COME_AGAIN
+        short = self._registered_at is not None and now - self._registered_at < CONTENDED_WITHIN_S
+        self._short_lives = self._short_lives + 1 if meaning is CloseMeaning.OTHER and short else 0
+        if self._short_lives >= CONTENDED_AFTER:
+            self.contended = True
+        effects: list[LinkEffect] = [Offline()]
+        if meaning is CloseMeaning.REFUSED:
+            self._refused_by_close()
+            effects.append(AuthRejected())
+        unproven = self.refused and self._policy.own_token and self.accepted_at is None
+        if self.contended or unproven:
+            delay_s = self._backoff.fixed_delay_s()
+            self._not_before = now + delay_s
+        else:
+            soon = meaning in (CloseMeaning.COME_AGAIN, CloseMeaning.OTHER)
+            delay_s = self._backoff.next_delay_s(FailureKind.LOSS if soon else FailureKind.REFUSED)
+        return LinkState.WAITING, [*effects, StartRetryTimer(delay_s)]
+
+    def _refused_by_close(self) -> None:
+        """Note that the controller refused the token after it had accepted the handshake."""
+        self.refused = self.closed_as_refused = True
+        if self._registered_at is None and self._policy.auth == "auto":
+            # It may read the token only where this dial did not have it: the next one presents it the other way.
+            self._query_first = not self._query_first
+
+    def _broken(self, event: LinkEvent, now: float) -> _Step:
+        state, effects = self._lost(Lost(), now)
+        return state, [CloseSocket(0), *effects]
+
+    # With another token, what was said of the old one counts no more.
+
+    def _new_token(self, event: LinkEvent, now: float) -> _Step:
+        self.refused = self.closed_as_refused = False
+        self._not_before = None
+        return self.state, []
+
+    def _new_token_open(self, event: LinkEvent, now: float) -> _Step:
+        self._working_until = now
+        self.refused = self.closed_as_refused = False
+        state, effects = self._dial(event, now)
+        return state, [CloseSocket(1000), Offline(), *effects]
+
+    def _new_token_opening(self, event: LinkEvent, now: float) -> _Step:
+        self.refused = self.closed_as_refused = False
+        state, effects = self._dial(event, now)
+        return state, [CancelDial(), *effects]
+
+    def _new_token_waiting(self, event: LinkEvent, now: float) -> _Step:
+        self.refused = self.closed_as_refused = False
+        return self._redial(event, now)
+
+    def _idle(self, event: LinkEvent, now: float) -> _Step:
+        self._working_until = now
+        return LinkState.IDLE, [CloseSocket(1000), Offline()]
+
+    def _idle_undialled(self, event: LinkEvent, now: float) -> _Step:
+        self.refused = self.closed_as_refused = (
+            False  # what the controller thinks of the token will be seen at the next call
+        )
+        return LinkState.IDLE, [CancelDial() if self.state is LinkState.OPENING else CancelRetryTimer()]
+
+    def _stop(self, event: LinkEvent, now: float) -> _Step:
+        match self.state:
+            case LinkState.REPLAYING | LinkState.ONLINE:
+                return LinkState.STOPPED, [CloseSocket(1000), Offline()]
+            case LinkState.OPENING:
+                return LinkState.STOPPED, [CancelDial()]
+            case LinkState.WAITING:
+                return LinkState.STOPPED, [CancelRetryTimer()]
+            case _:
+                return LinkState.STOPPED, []
+
+
+_S = LinkState
+_Cell = Callable[[LinkStateMachine, LinkEvent, float], _Step]
+
+TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
+    (_S.IDLE, AgentCalled): LinkStateMachine._dial_if_due,
+    (_S.IDLE, RetryNow): LinkStateMachine._dial_if_due,
+    (_S.IDLE, TokenChanged): LinkStateMachine._new_token,
+    (_S.IDLE, IdleTimeout): LinkStateMachine._stay,
+    (_S.IDLE, Stop): LinkStateMachine._stop,
+    (_S.OPENING, AgentCalled): LinkStateMachine._stay,
+    (_S.OPENING, RetryNow): LinkStateMachine._stay,
+    (_S.OPENING, Opened): LinkStateMachine._opened,
+    (_S.OPENING, DialFailed): LinkStateMachine._dial_failed,
+    (_S.OPENING, TokenChanged): LinkStateMachine._new_token_opening,
+    (_S.OPENING, IdleTimeout): LinkStateMachine._idle_undialled,
+    (_S.OPENING, Stop): LinkStateMachine._stop,
+    (_S.REPLAYING, AgentCalled): LinkStateMachine._stay,
+    (_S.REPLAYING, RetryNow): LinkStateMachine._stay,
+    (_S.REPLAYING, Replayed): LinkStateMachine._online,
+    (_S.REPLAYING, Registered): LinkStateMachine._registered,
+    (_S.REPLAYING, Acknowledged): LinkStateMachine._acknowledged,
+    (_S.REPLAYING, StableTimerFired): LinkStateMachine._stable,
+    (_S.REPLAYING, Lost): LinkStateMachine._lost,
+    (_S.REPLAYING, WatchdogFailed): LinkStateMachine._broken,
+    (_S.REPLAYING, TokenChanged): LinkStateMachine._new_token_open,
+    (_S.REPLAYING, IdleTimeout): LinkStateMachine._idle,
+    (_S.REPLAYING, Stop): LinkStateMachine._stop,
+    (_S.ONLINE, AgentCalled): LinkStateMachine._stay,
+    (_S.ONLINE, RetryNow): LinkStateMachine._stay,
+    (_S.ONLINE, Registered): LinkStateMachine._registered,
+    (_S.ONLINE, Acknowledged): LinkStateMachine._acknowledged,
+    (_S.ONLINE, StableTimerFired): LinkStateMachine._stable,
+    (_S.ONLINE, Lost): LinkStateMachine._lost,
+    (_S.ONLINE, WatchdogFailed): LinkStateMachine._broken,
+    (_S.ONLINE, TokenChanged): LinkStateMachine._new_token_open,
+    (_S.ONLINE, IdleTimeout): LinkStateMachine._idle,
+    (_S.ONLINE, Stop): LinkStateMachine._stop,
+    (_S.WAITING, AgentCalled): LinkStateMachine._stay,
+    (_S.WAITING, RetryNow): LinkStateMachine._hurry,
+    (_S.WAITING, RetryDue): LinkStateMachine._dial,
+    (_S.WAITING, TokenChanged): LinkStateMachine._new_token_waiting,
+    (_S.WAITING, IdleTimeout): LinkStateMachine._idle_undialled,
+    (_S.WAITING, Stop): LinkStateMachine._stop,
+    (_S.STOPPED, AgentCalled): LinkStateMachine._stay,
+    (_S.STOPPED, RetryNow): LinkStateMachine._stay,
+    (_S.STOPPED, TokenChanged): LinkStateMachine._stay,
+    (_S.STOPPED, IdleTimeout): LinkStateMachine._stay,
+    (_S.STOPPED, Stop): LinkStateMachine._stay,
+}

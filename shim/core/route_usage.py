@@ -1,0 +1,82 @@
+"""Who still uses which legacy route, and how often: what the migration panel shows. Pure; times are Unix seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shim.core.agent_calls import AgentCall, HealthCall, HeartbeatCall, PollCall, RegisterCall, ResultCall, StatusCall, TunnelInfoCall, TunnelPollCall
+from shim.core.records import SessionKey
+
+MAX_AGENTS = 10_000
+
+Route = tuple[str, str]
+"""(dialect, operation) as in `dialects`."""
+
+_OPERATIONS: dict[type[AgentCall], str] = {
+    RegisterCall: "register",
+    HeartbeatCall: "heartbeat",
+    StatusCall: "status",
+    PollCall: "poll",
+    ResultCall: "result",
+    TunnelPollCall: "tunnel_poll",
+    TunnelInfoCall: "tunnel_info",
+    HealthCall: "health",
+}
+_DIALECTS: dict[type[AgentCall], str] = {
+    TunnelPollCall: "common",
+    TunnelInfoCall: "clusters_agent",
+    HealthCall: "common",
+}
+
+
+def route_of(call: AgentCall) -> Route:
+    """The route that a call came by; a call that does not name its dialect has only one."""
+    kind = type(call)
+    dialect: str = _DIALECTS[kind] if kind in _DIALECTS else getattr(call, "dialect", "")
+    return dialect, _OPERATIONS[kind]
+
+
+@dataclass(slots=True)
+class RouteUse:
+    """How often an agent called a route since this process started."""
+
+    count: int
+    first_wall: float
+    last_wall: float
+    route: Route = ("", "")
+
+
+class RouteUsage:
+    """Counts calls by agent and route. Of more than `max_agents` agents those that came first are forgotten."""
+
+    def __init__(self, max_agents: int = MAX_AGENTS) -> None:
+        self._max_agents = max_agents
+        self._agents: dict[SessionKey, list[RouteUse]] = {}  # an agent uses few routes: less than a dict is worth
+        self._routes: dict[Route, Route] = {}
+
+    def note(self, key: SessionKey, dialect: str, operation: str, wall: float) -> None:
+        """A call; this is on the path of every request."""
+        uses = self._agents.get(key)
+        if uses is None:
+            uses = self._add(key)
+        route = (dialect, operation)
+        for use in uses:
+            if use.route == route:
+                use.count += 1
+                use.last_wall = wall
+                return
+        uses.append(RouteUse(1, wall, wall, self._routes.setdefault(route, route)))
+
+    def forget(self, key: SessionKey) -> None:
+        """The session is gone, or lives on under another key."""
+        self._agents.pop(key, None)
+
+    def __iter__(self) -> Iterator[tuple[SessionKey, dict[Route, RouteUse]]]:
+        return iter([(key, {use.route: use for use in uses}) for key, uses in self._agents.items()])
+
+    def _add(self, key: SessionKey) -> list[RouteUse]:
+        if len(self._agents) >= self._max_agents:
+            del self._agents[next(iter(self._agents))]
+        uses = self._agents[key] = []
+        return uses

@@ -1,0 +1,225 @@
+"""Decide which calls go to the vendor's HTTP API instead of the link."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from email.utils import formatdate
+from shim.config.settings import Sunset
+from shim.config.rules import parse_date_s
+from typing import Any
+import msgspec
+from shim.bridge import Bridge
+from shim.core.agent_calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
+from shim.core.fallback_record import FallbackCall, Why
+from shim.core.link_state import LinkState
+from shim.core.failover import Breaker, Failover, Transport, in_rollout
+from shim.protocol.http import fallback_url
+from shim.core.route_usage import route_of
+from shim.errors import ConfigError
+from shim.log import get
+from shim.fallback.reverse_proxy import ReverseProxy, Unreachable, object_of, unreachable_reply
+from shim.ports import CallResult, Caller, ProxyRequest, ProxyResponse
+
+
+def sunset_headers(sunset: Sunset) -> Mapping[str, str]:
+    """`Deprecation` (RFC 9745, a structured date), `Sunset` (RFC 8594, an HTTP date), `Link`; absent if not set."""
+    found: dict[str, str] = {}
+    if sunset.deprecation_at:
+        found["Deprecation"] = f"@{int(parse_date_s(sunset.deprecation_at))}"
+    if sunset.at:
+        found["Sunset"] = formatdate(parse_date_s(sunset.at), usegmt=True)
+    if sunset.link:
+        found["Link"] = f'<{sunset.link}>; rel="deprecation"'
+    return found
+
+
+def is_over(sunset: Sunset, wall_s: float) -> bool:
+    """Whether the legacy API is gone by then (Unix seconds): nothing goes that way any more."""
+    return bool(sunset.at) and wall_s >= parse_date_s(sunset.at)
+
+
+log = get(__name__)
+
+BROKEN = frozenset({502, 503, 504})
+TELLING = frozenset({200, 201, 409})
+"""Statuses of a registration that may tell the agent's cluster id."""
+
+
+class FallbackPolicy:
+    """Implements `ports.Fallback` on a bridge whose settings may change at any time."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._proxy = ReverseProxy()
+        self._failovers: dict[str, Failover] = {}
+        self._breaker = Breaker()
+
+    async def close(self) -> None:
+        """Close the connections to the vendor's API."""
+        await self._proxy.close()
+
+    # --- which way ----------------------------------------------------------------------------------------------------
+
+    def handles_all(self) -> bool:
+        """Mode `http`, before the sunset."""
+        settings = self._bridge.ctx.settings
+        return settings.mode == "http" and not self._sunset_over()
+
+    def handles_some(self) -> bool:
+        """Mode `auto`, or a rollout that has not reached everybody, before the sunset."""
+        settings = self._bridge.ctx.settings
+        if settings.mode == "http":
+            return False
+        return (settings.mode == "auto" or settings.rollout.partial) and not self._sunset_over()
+
+    def handles(self, client: Caller, call: AgentCall) -> bool:
+        """Whether this call goes by HTTP."""
+        if isinstance(call, HealthCall):
+            return False
+        settings = self._bridge.ctx.settings
+        if not self._in_rollout(client, call):
+            return True
+        return (
+            settings.mode == "auto" and self._failed_over(client, call) and self._breaker.allows(self._bridge.ctx.now)
+        )
+
+    def _in_rollout(self, client: Caller, call: AgentCall) -> bool:
+        rollout = self._bridge.ctx.settings.rollout
+        if not rollout.partial:
+            return True
+        name = self._bridge.detour.name_of(client, call)
+        return in_rollout(name, rollout.percent, rollout.include, rollout.exclude)
+
+    def active(self) -> bool:
+        """Whether calls go by HTTP now because of the mode or a link that is down (not because of the rollout)."""
+        return self.handles_all() or any(
+            failover.way is Transport.HTTP and self._is_used(name) for name, failover in self._failovers.items()
+        )
+
+    def _is_used(self, name: str) -> bool:
+        """Whether agents call for the link of this name: one that is idle, or gone, carries nobody's calls."""
+        runner = self._bridge.routes.links.find(name)
+        return runner is not None and runner.state is not LinkState.IDLE
+
+    def _failed_over(self, client: Caller, call: AgentCall) -> bool:
+        ctx = self._bridge.ctx
+        runner = self._bridge.detour.link_for(client, call)
+        if runner is None:
+            return False
+        failover = self._failovers.get(runner.name)
+        if failover is None:
+            links = self._bridge.routes.links
+            self._failovers = {name: each for name, each in self._failovers.items() if links.find(name) is not None}
+            failover = self._failovers[runner.name] = Failover(ctx.now)
+        before = failover.way
+        fallback = ctx.settings.fallback
+        way = failover.update(ctx.now, up=runner.online, after_s=fallback.after_s, hold_down_s=fallback.hold_down_s)
+        if way is not before:
+            log.warning("failover", way=way.value, was=before.value)
+        return way is Transport.HTTP
+
+    def _sunset_over(self) -> bool:
+        return is_over(self._bridge.ctx.settings.sunset, self._bridge.ctx.clock.wall_s())
+
+    # --- serving ------------------------------------------------------------------------------------------------------
+
+    async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
+        """Serve a call by HTTP (`ports.Fallback.serve`)."""
+        call = request.call
+        if isinstance(call, HealthCall):
+            return None  # it asks for the shim
+        if isinstance(call, ResultCall) and not await self._bridge.detour.result_belongs_to_http(request.client, call):
+            return None  # its command came over the WebSocket
+        try:
+            reply = await self._send(request)
+        except Unreachable as error:
+            self._breaker.failed(self._bridge.ctx.now)
+            self._record(request, reason=str(error))
+            if isinstance(call, PollCall) and self._bridge.detour.waiting(request.client, call):
+                return await self._bridge.detour.merge(request.client, call, [], request.arrived_s)
+            return self._on_unreachable(request)
+        self._judge(request, reply)
+        self._bridge.detour.used(request.client, call)
+        if isinstance(call, PollCall):
+            return await self._merged(request, call, reply)
+        if isinstance(call, RegisterCall) and reply.status in TELLING and isinstance(reply.body, bytes):
+            told = self._read(reply) or {}
+            self._bridge.detour.registered(request.client, call, told, conflict=reply.status == 409)
+        if isinstance(call, ResultCall) and reply.status in (200, 204):
+            self._bridge.detour.result_taken(request.client, call)
+        return reply
+
+    def _read(self, reply: ProxyResponse) -> dict[str, Any] | None:
+        return object_of(reply.body, self._bridge.ctx.metrics.invalid_characters.labels("fallback").inc)
+
+    async def _send(self, request: ProxyRequest) -> ProxyResponse:
+        ctx = self._bridge.ctx
+        fallback = ctx.settings.fallback
+        try:
+            bearer = ctx.read_token() if fallback.use_upstream_token else None
+        except ConfigError as error:
+            log.error("token_unreadable", about="fallback", error=str(error))
+            raise Unreachable(str(error)) from None
+        whole = isinstance(request.call, (PollCall, RegisterCall))
+        base, dialling = fallback_url(ctx.settings), fallback.dialling(ctx.settings.upstream)
+        return await self._proxy.send(base, dialling, request, bearer, whole=whole)
+
+    def _judge(self, request: ProxyRequest, reply: ProxyResponse) -> None:
+        self._record(request, reply.status)
+        if reply.status in BROKEN or reply.status == 410:
+            self._breaker.failed(self._bridge.ctx.now)
+        else:
+            self._breaker.succeeded()
+
+    def _on_unreachable(self, request: ProxyRequest) -> ProxyResponse | None:
+        """The API cannot be reached: `auto` goes on over the WebSocket side, where the agent has its normal answers.
+
+        There is no other way in mode `http`, for an agent outside the rollout, or when the body is used up.
+        """
+        if self._bridge.ctx.settings.mode == "auto" and isinstance(request.body, bytes) and request.call is not None:
+            return None
+        return unreachable_reply()
+
+    async def _merged(self, request: ProxyRequest, call: PollCall, reply: ProxyResponse) -> ProxyResponse | CallResult:
+        """The only reply that is rewritten: what is on disk comes first, and one id is delivered once."""
+        detour = self._bridge.detour
+        body = self._read(reply)
+        if body is None and reply.status == 200:
+            return reply  # commands may be in it that only the agent can read: ours wait for the next poll
+        body = body or {}
+        listed = body.get("commands")
+        handed_out = listed if reply.status == 200 and isinstance(listed, list) else []
+        if not handed_out and not detour.waiting(request.client, call):
+            return reply
+        answer = await detour.merge(request.client, call, handed_out, request.arrived_s)
+        if answer is None:
+            return reply
+        if reply.status != 200 or not isinstance(answer.outcome, Commands):
+            return answer
+        commands = [
+            {"id": c.id, "type": c.type, "payload": c.payload, "created_at": c.created_at}
+            for c in answer.outcome.commands
+        ]
+        merged = msgspec.json.encode({**body, "commands": commands})
+        headers = tuple(
+            (name, value) for name, value in reply.headers if name.lower() not in ("content-length", "etag")
+        )
+        return ProxyResponse(reply.status, headers, merged, answer.lease)
+
+    def _record(self, request: ProxyRequest, status: int = 0, reason: str = "") -> None:
+        """Record how a call ended, for the metrics and the status."""
+        call, ctx = request.call, self._bridge.ctx
+        if call is None:
+            ended, agent = FallbackCall(ctx.clock.wall_s(), "", status, reason), None
+        else:
+            dialect, operation = route_of(call)
+            name, why = self._bridge.detour.name_of(request.client, call), self._why(request.client, call)
+            ended = FallbackCall(ctx.clock.wall_s(), operation, status, reason, dialect, name, why)
+            agent = self._bridge.detour.agent_of(request.client, call)
+        ctx.fallback.add(ended, agent)
+        ctx.metrics.fallback.labels(ended.outcome).inc()
+
+    def _why(self, client: Caller, call: AgentCall) -> Why:
+        if self.handles_all():
+            return Why.MODE
+        return Why.LINK_DOWN if self._in_rollout(client, call) else Why.ROLLOUT

@@ -1,0 +1,160 @@
+"""A streaming reverse proxy to `fallback.url`: what came in goes out, hop-by-hop headers apart."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from typing import Any
+
+import aiohttp
+import msgspec
+from aiohttp import hdrs
+from multidict import CIMultiDict
+
+from shim.protocol import lenient_json
+from shim.protocol.http import origin_of, under
+from shim.errors import ShimError
+from shim.log import get
+from shim.ports import ProxyRequest, ProxyResponse
+from shim.config.settings import DialSettings
+from shim.upstream import DialError, Dialler, failure_of
+
+log = get(__name__)
+
+READ_S = 60.0  # between two pieces of a reply; agents themselves give up after 30 s
+WHOLE_BYTES = 262_144  # a reply up to here goes down at once
+MAX_READ_BYTES = 16_777_216  # one that must be understood here may be so large
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+
+class Unreachable(ShimError):
+    """The vendor's HTTP API could not be asked; nothing of a reply has come."""
+
+
+class ReverseProxy:
+    """Sends agents' requests to the API. Redirects are handed down as they are, bodies are not decoded.
+
+    `environ` is where proxies are named that the configuration does not name.
+    """
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        self._environ = environ
+        self._diallers: dict[DialSettings, Dialler] = {}
+
+    async def send(
+        self, base: str, dialling: DialSettings, request: ProxyRequest, bearer: str | None, *, whole: bool
+    ) -> ProxyResponse:
+        """Send a request on. `bearer` replaces the agent's token. With `whole` the reply is read and decoded here.
+
+        Raises `Unreachable`.
+        """
+        headers = CIMultiDict(_end_to_end(request.headers))
+        headers.popall(hdrs.HOST, None)
+        headers.popall(hdrs.EXPECT, None)  # answered by us: the API may never say 100
+        if bearer is not None:
+            headers[hdrs.AUTHORIZATION] = f"Bearer {bearer}"
+        if whole:
+            headers[hdrs.ACCEPT_ENCODING] = "identity"
+        try:
+            response = await self._dialler(dialling).request(
+                request.method, under(base, request.target), headers, request.body or None
+            )
+            return await self._reply(response, whole=whole)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, DialError) as error:
+            failure = failure_of(error)
+            reason = "answer" if failure.reason == "handshake" else failure.reason
+            about, where = f"{reason} {failure.detail}", origin_of(base)
+            log.warning("fallback_unreachable", about=about, upstream=where, reason=reason, detail=failure.detail)
+            raise Unreachable(failure.detail) from None
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for dialler in self._diallers.values():
+            await dialler.close()
+
+    def _dialler(self, settings: DialSettings) -> Dialler:
+        """Return the dialler of these settings. One of earlier settings stays: replies may still come through it."""
+        if settings not in self._diallers:
+            self._diallers[settings] = Dialler(
+                settings, self._environ, name="fallback", keep=True, read_timeout_s=READ_S
+            )
+        return self._diallers[settings]
+
+    async def _reply(self, response: aiohttp.ClientResponse, *, whole: bool) -> ProxyResponse:
+        headers = tuple(_end_to_end(response.headers.items()))
+        length = response.content_length
+        long = length > WHOLE_BYTES if length is not None else not response.content.at_eof()
+        if not whole and long:
+            return ProxyResponse(response.status, headers, _pieces(response))
+        async with response:
+            body = await _read(response.content)
+        if whole and response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip"):
+            body = _inflate(body)
+            headers = tuple((name, value) for name, value in headers if name.lower() != "content-encoding")
+        return ProxyResponse(response.status, headers, body)
+
+
+async def _read(content: aiohttp.StreamReader) -> bytes:
+    """A whole body. Raises `Unreachable` for one that is larger than any reply that is read here."""
+    parts, size = [], 0
+    async for piece in content.iter_any():
+        size += len(piece)
+        if size > MAX_READ_BYTES:
+            raise Unreachable("the vendor's HTTP API answered more than can be read")
+        parts.append(piece)
+    return b"".join(parts)
+
+
+def _inflate(body: bytes) -> bytes:
+    """Decode gzip that was not asked for. Raises `Unreachable` for what is none, or too much."""
+    decoder = zlib.decompressobj(31)
+    try:
+        plain = decoder.decompress(body, MAX_READ_BYTES)
+    except zlib.error:
+        raise Unreachable("the vendor's HTTP API answered something that is no gzip") from None
+    if not decoder.eof:
+        raise Unreachable("the vendor's HTTP API answered more than can be read")
+    return plain
+
+
+def unreachable_reply() -> ProxyResponse:
+    """Return the reply to an agent that can be served by no other way than an API that cannot be reached."""
+    body = msgspec.json.encode({"success": False, "error": "the vendor's HTTP API cannot be reached"})
+    return ProxyResponse(502, (("Content-Type", "application/json"),), body)
+
+
+def object_of(body: bytes | AsyncGenerator[bytes, None], replaced: Callable[[], None]) -> dict[str, Any] | None:
+    """Return the JSON object in a reply that was read whole, `None` where it is none; `replaced` as in `jsontext`."""
+    try:
+        value = lenient_json.decode(body, replaced) if isinstance(body, bytes) else None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+    async with response:
+        async for piece in response.content.iter_any():
+            yield piece
+
+
+def _end_to_end(headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+    """The headers without those that concern one hop: the fixed ones and those that `Connection` names."""
+    pairs = list(headers)
+    named = {
+        token.strip().lower() for name, value in pairs if name.lower() == "connection" for token in value.split(",")
+    }
+    return [(name, value) for name, value in pairs if name.lower() not in HOP_BY_HOP and name.lower() not in named]

@@ -1,0 +1,289 @@
+"""Carry an agent that speaks WebSocket already to the controller.
+
+See docs/reference/protocol.md#5-an-agent-that-has-migrated-already.
+
+A restarted pod may hold a newer agent that still has the shim's address. Its handshake goes on with its own token, and
+then every frame goes both ways as it is. Nothing of it is queued, registered or answered here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, Protocol
+
+from shim.protocol.http import http_url, under, ws_url
+from shim.errors import AgentError, MessageError
+from shim.log import get
+from shim.protocol.upstream_message import decode_frame
+from shim.metrics import Metrics
+from shim.fallback.reverse_proxy import HOP_BY_HOP
+from shim.ports import Frame, FrameSocket, Handshake
+from shim.config.settings import Settings
+from shim.upstream.dialler import Dialler
+from shim.upstream.dial_errors import failure_of
+from shim.upstream.websocket import RawWebSocket
+
+log = get(__name__)
+
+AGENT_PATH = "/api/v1/clusters/agent/ws"
+GATEWAY_PATH = "/ws"
+WRITE_S = 30.0
+"""A peer that does not read for so long is gone."""
+CLOSE_WAIT_S = 2.0
+IDLE_S = 300.0
+"""Agents and controllers ping far more often; without a frame for so long both are gone."""
+STOP_S = 1.0
+MAX_SNIFFED_BYTES = 1_048_576
+MAX_PENDING = 16
+RETRY_AFTER_S = 30
+GOING_AWAY = Frame("close", (1001).to_bytes(2, "big"))
+
+# The handshake to the controller is one of our own: only what it says about the agent goes on.
+_OURS = HOP_BY_HOP | {
+    "host",
+    "content-length",
+    "expect",
+    "sec-websocket-key",
+    "sec-websocket-version",
+    "sec-websocket-extensions",
+    "sec-websocket-accept",
+}
+_PASSED_STATUSES = range(400, 500)
+
+Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
+
+
+class MigrationListener(Protocol):
+    """The part of the bridge that keeps track of agents that need the shim no more."""
+
+    def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
+        """Take note that an agent has sent a `register` to the controller; `anew`: the first on its connection."""
+
+    def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
+        """Take note that the controller has accepted that `register`."""
+
+    def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
+        """Take note that the connection of an agent that had registered is gone."""
+
+
+class WebSocketProxy:
+    """`ports.AgentWebSockets`: all agents that are carried. `settings` gives the ones of the moment."""
+
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        metrics: Metrics,
+        spawn: Spawn,
+        listener: MigrationListener,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        upstream = settings().upstream
+        self._settings = settings
+        self._metrics = metrics
+        self._spawn = spawn
+        self._listener = listener
+        self._dialler = Dialler(upstream.dialling, environ, max_message_bytes=upstream.max_message_bytes)
+        self._open: set[Carried] = set()
+        self._dialling = 0
+        self._stopping = False
+
+    def serves(self, target: str) -> bool:
+        """Return whether a WebSocket handshake for this request target is passed on."""
+        return self._url_of(target) is not None
+
+    async def open(self, handshake: Handshake) -> Carried:
+        """Open the controller's side with the agent's own token. Raises `AgentError` where that is not possible."""
+        url = self._url_of(handshake.target)
+        if url is None:
+            raise AgentError(404, "no such endpoint")
+        if self._stopping or len(self._open) + self._dialling >= self._settings().upstream.max_links:
+            self._metrics.websocket_handshakes.labels("busy").inc()
+            raise AgentError(503, "too many upstream links", retry_after_s=RETRY_AFTER_S)
+        self._dialling += 1
+        try:
+            async with asyncio.timeout(self._settings().upstream.connect_timeout_s):
+                upstream = await self._dialler.websocket(url, dict(_passed(handshake.headers)))
+        except Exception as error:  # noqa: BLE001 - texts and tracebacks of aiohttp's errors show the token
+            raise self._refusal(error) from None
+        finally:
+            self._dialling -= 1
+        self._metrics.websocket_handshakes.labels("ok").inc()
+        carried = Carried(upstream, handshake.token, self._listener, self._spawn, self._open.discard)
+        self._open.add(carried)
+        return carried
+
+    def count(self) -> int:
+        """Return how many agents are carried now."""
+        return len(self._open)
+
+    async def close(self) -> None:
+        """Tell agents and the controller that this end goes away, wait a moment for them, and drop the rest."""
+        self._stopping = True
+        carried = list(self._open)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_S):
+                await asyncio.gather(*(each.go_away() for each in carried), return_exceptions=True)
+                await asyncio.gather(*(each.ended for each in carried))
+        for each in carried:
+            each.abort()
+        await self._dialler.close()
+
+    def _url_of(self, target: str) -> str | None:
+        path, _, query = target.partition("?")
+        upstream = self._settings().upstream
+        if path in (AGENT_PATH, f"/{upstream.path.strip('/')}"):
+            url = ws_url(upstream.url, upstream.path)
+        elif path == GATEWAY_PATH:
+            url = under(ws_url(http_url(upstream.url, upstream.path)), GATEWAY_PATH)
+        else:
+            return None
+        return f"{url}{'&' if '?' in url else '?'}{query}" if query else url
+
+    def _refusal(self, error: Exception) -> AgentError:
+        failure = failure_of(error)
+        refused = failure.status in _PASSED_STATUSES
+        self._metrics.websocket_handshakes.labels("refused" if refused else "failed").inc()
+        why = f"{failure.reason} {failure.status}" if failure.status else failure.reason
+        log.warning("websocket_agent_refused", about=why, reason=why, detail=failure.detail)
+        retry_after_s = None if failure.retry_after_s is None else int(min(failure.retry_after_s, 300.0))
+        if refused:
+            return AgentError(failure.status, "the controller refuses the handshake", retry_after_s=retry_after_s)
+        return AgentError(502, "the controller cannot be reached", retry_after_s=retry_after_s)
+
+
+class Carried:
+    """One agent's two connections. `run` carries the agent's frames; a task of its own carries the controller's."""
+
+    def __init__(
+        self,
+        upstream: RawWebSocket,
+        token: str,
+        listener: MigrationListener,
+        spawn: Spawn,
+        gone: Callable[[Carried], None],
+    ) -> None:
+        self.subprotocol = upstream.subprotocol
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._upstream = upstream
+        self._token = token
+        self._listener = listener
+        self._spawn = spawn
+        self._gone = gone
+        self._agent: FrameSocket | None = None
+        self._registers: dict[str, dict[str, Any]] = {}
+        self._registered: dict[str, Any] | None = None
+        self._frame_at_s = 0.0
+        self._closing = False
+        self._down_ended = asyncio.Event()
+
+    async def run(self, agent: FrameSocket) -> None:
+        """Carry frames until either side is gone. Raises only `CancelledError`, when the agent has hung up."""
+        self._agent = agent
+        if self._spawn("agent-websocket", self._down(agent)) is None:
+            agent.abort()
+            self.abort()
+            return
+        try:
+            await self._carry(agent, self._upstream, self._sniff_up)
+            if self._closing:  # the agent waits for the answer to its close frame
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(CLOSE_WAIT_S):
+                        await self._down_ended.wait()
+        finally:
+            # A close frame that went up is still to arrive; without one the agent is lost, and that is passed on.
+            if self._closing:
+                asyncio.get_running_loop().call_later(CLOSE_WAIT_S, self._upstream.abort)
+            else:
+                self._upstream.abort()
+
+    async def _down(self, agent: FrameSocket) -> None:
+        try:
+            await self._carry(self._upstream, agent, self._sniff_down)
+        finally:
+            self._down_ended.set()
+            if self._closing:
+                loop = asyncio.get_running_loop()
+                loop.call_later(CLOSE_WAIT_S, agent.abort)
+                loop.call_later(CLOSE_WAIT_S, self.abort)
+            else:
+                agent.abort()
+                self.abort()
+
+    async def _carry(self, source: FrameSocket, target: FrameSocket, look: Callable[[Frame], None]) -> None:
+        """Pass frames on until a close frame has passed, or one side is lost."""
+        loop = asyncio.get_running_loop()
+        self._frame_at_s = loop.time()
+        while True:
+            try:
+                async with asyncio.timeout(IDLE_S):
+                    frame = await source.receive_frame()
+            except TimeoutError:
+                if loop.time() - self._frame_at_s >= IDLE_S:
+                    return
+                continue
+            if frame is None:
+                return
+            self._frame_at_s = loop.time()
+            look(frame)
+            try:
+                async with asyncio.timeout(WRITE_S):
+                    await target.write_frame(frame)
+            except (ConnectionError, TimeoutError):
+                return
+            if frame.kind == "close":
+                self._closing = True
+                return
+
+    async def go_away(self) -> None:
+        """Send both sides a close frame with 1001."""
+        self._closing = True
+        for side in (self._agent, self._upstream):
+            if side is not None:
+                with contextlib.suppress(ConnectionError):
+                    await side.write_frame(GOING_AWAY)
+
+    def abort(self) -> None:
+        """Drop the controller's side and forget the agent. Idempotent."""
+        self._upstream.abort()
+        if not self.ended.done():
+            self.ended.set_result(None)
+            self._gone(self)
+            if self._registered is not None:
+                self._listener.websocket_closed(self._token, self._registered)
+
+    # --- what passes --------------------------------------------------------------------------------------------------
+
+    def _sniff_up(self, frame: Frame) -> None:
+        """Notice the agent's own registration: from then on no legacy agent speaks for its cluster."""
+        for request_id, payload in _messages(frame, "register"):
+            if len(self._registers) < MAX_PENDING:
+                self._registers[request_id] = payload
+            anew, self._registered = self._registered is None, self._registered or payload
+            self._listener.websocket_registers(self._token, payload, anew=anew)
+
+    def _sniff_down(self, frame: Frame) -> None:
+        if self._registers:
+            for request_id, payload in _messages(frame, "register_success"):
+                register = self._registers.pop(request_id, None)
+                cluster_id = payload.get("cluster_id")
+                if register is not None and isinstance(cluster_id, str):
+                    self._listener.websocket_registered(self._token, register, cluster_id)
+
+
+def _passed(headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+    pairs = list(headers)
+    named = {
+        token.strip().lower() for name, value in pairs if name.lower() == "connection" for token in value.split(",")
+    }
+    return [(name, value) for name, value in pairs if name.lower() not in _OURS and name.lower() not in named]
+
+
+def _messages(frame: Frame, kind: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Yield the request id and the payload of each message of a kind in a frame."""
+    if frame.kind in ("text", "binary") and len(frame.data) <= MAX_SNIFFED_BYTES and kind.encode() in frame.data:
+        for message in decode_frame(frame.data):
+            if not isinstance(message, MessageError) and message.type == kind:
+                yield message.request_id, message.payload

@@ -1,0 +1,1 @@
+"""Pure wire formats: the legacy HTTP dialects and the controller's messages."""

@@ -1,0 +1,175 @@
+"""Read what the controller replies, and build the shim's refusals of what a legacy agent cannot serve."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+import msgspec
+from shim.protocol import rfc3339
+from shim.core.bounds import MAX_KEPT_BYTES, MAX_NAME_CHARS, MAX_URL_CHARS, MAX_WORD_CHARS
+from shim.core.bounds import MAX_REQUEST_ID_CHARS
+
+
+# RFC 3986: what stands in a path segment unescaped
+_URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)
+_PATTERNS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (401, ("unauthor", "invalid token", "forbidden")),
+    (409, ("already", "conflict", "not unique")),
+    (400, ("required", "invalid", "missing", "validation")),
+)
+_STATUS_OF_CODE = {400: 400, 401: 401, 403: 401, 409: 409, 422: 400}
+_STATUS_OF_WORD = {str(code): status for code, status in _STATUS_OF_CODE.items()}
+FORGOTTEN = ("not registered", "cluster not found")
+TUNNEL_KEYS = (
+    "status",
+    "forwards",
+    "credentials",
+    "poll_frequency",
+    "tunnel_server_addr",
+    "server_fingerprint",
+)
+MAX_ERROR_CHARS = 200
+MAX_MASKED_CHARS = 16_384
+_REPLY_TEXTS = {
+    "name": MAX_NAME_CHARS,
+    "status": MAX_WORD_CHARS,
+    "tunnel_url": MAX_URL_CHARS,
+    "api_server": MAX_URL_CHARS,
+}
+
+
+def url_safe_id(value: Any) -> str:
+    """An id that agents may put into a path unescaped, or `""`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    return value if isinstance(value, str) and _URL_SAFE.fullmatch(value) else ""
+
+
+def register_reply(payload: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `register_success` that may be passed down, each of its exact type; `{}` without a usable id.
+
+    `token` and `gateway_ws_url` never are.
+    """
+    cluster_id = url_safe_id(payload.get("cluster_id"))
+    if not cluster_id:
+        return {}
+    reply: dict[str, Any] = {
+        "cluster_id": cluster_id,
+        "cluster_uuid": url_safe_id(payload.get("cluster_uuid")) or cluster_id,
+    }
+    for key, limit_chars in _REPLY_TEXTS.items():
+        value = payload.get(key)
+        if isinstance(value, str) and len(value) <= limit_chars:
+            reply[key] = value
+    workspace = payload.get("workspace_id")
+    if isinstance(workspace, float) and workspace.is_integer():
+        workspace = int(workspace)
+    if isinstance(workspace, int) and not isinstance(workspace, bool) and -(2**63) <= workspace < 2**63:
+        reply["workspace_id"] = workspace
+    if rfc3339.parse(payload.get("registered_at")) is not None:
+        reply["registered_at"] = payload["registered_at"]
+    return reply
+
+
+def error_text(payload: dict[str, Any], mask: Callable[[str], str] = str) -> str:
+    """Return the error's text, printable and short. `mask` removes secrets from it before it is cut.
+
+    A secret that has been cut is not recognised, and nearly all of it would be shown.
+    """
+    for key in ("error", "message"):
+        value = payload.get(key)
+        if isinstance(value, str) and value:
+            shown = mask(value[:MAX_MASKED_CHARS])[:MAX_ERROR_CHARS]
+            return "".join(c if c.isprintable() else " " for c in shown)
+    return "the controller reported an error"
+
+
+def error_status(payload: dict[str, Any]) -> int:
+    """The HTTP status for an agent: by `code` if there is one, else by the text, first match (protocol.md §1.1)."""
+    code = payload.get("code")
+    if isinstance(code, (int, float)) and not isinstance(code, bool) and code:
+        return _STATUS_OF_CODE.get(int(code), 502)
+    if isinstance(code, str) and code:
+        return _STATUS_OF_WORD.get(code) or _by_words(code.replace("_", " ").replace("-", " "))
+    return _by_words(error_text(payload))
+
+
+def _by_words(text: str) -> int:
+    folded = text.casefold()
+    for status, words in _PATTERNS:
+        if any(word in folded for word in words):
+            return status
+    return 502
+
+
+def forgotten(payload: dict[str, Any]) -> bool:
+    """The controller does not know the cluster (any more)."""
+    folded = error_text(payload).casefold()
+    return any(words in folded for words in FORGOTTEN)
+
+
+def conflict_reply(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return what a conflict tells of the existing cluster, as `register_reply` does; `{}` where it carries no id.
+
+    Its `message` and `status` are about the error, not the cluster.
+    """
+    cluster = payload.get("cluster")
+    nested = cluster if isinstance(cluster, dict) else {}
+    cluster_id = url_safe_id(payload.get("cluster_id")) or url_safe_id(nested.get("id"))
+    told = {"cluster_uuid": nested.get("uuid"), "name": nested.get("name"), **payload, "cluster_id": cluster_id}
+    return register_reply({key: value for key, value in told.items() if key != "status"})
+
+
+def tunnel_state(payload: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a `tunnel_status` says of the tunnel itself, `None` if that is too large to be kept for each agent.
+
+    The dialects see to it that agents can decode it.
+    """
+    state = {key: payload[key] for key in TUNNEL_KEYS if key in payload}
+    return state if len(msgspec.json.encode(state)) <= MAX_KEPT_BYTES else None
+
+
+REASON = "this cluster is served by a legacy agent through agent-shim; it cannot serve proxied traffic"
+
+REFUSED_TYPES = frozenset({"proxy_request", "proxy_websocket_start", "ws_start", "tcp_tunnel_start"})
+LEFTOVER_TYPES = frozenset(
+    {
+        "proxy_request_chunk",
+        "proxy_request_stream_end",
+        "proxy_cancel",
+        "proxy_stream_data",
+        "proxy_websocket_data",
+        "ws_data",
+        "proxy_websocket_close",
+        "ws_close",
+        "tcp_tunnel_data",
+        "tcp_tunnel_close",
+        "udp_tunnel_data",
+        "gateway_hello",
+    }
+)
+
+Refusal = tuple[str, str, dict[str, Any]]
+
+
+def refuse(kind: str, request_id: str, payload: dict[str, Any]) -> Refusal | None:
+    """Return the refusal's (type, request_id, payload), or `None` where a real agent would not answer either.
+
+    Ids go back cut to `MAX_REQUEST_ID_CHARS`.
+    """
+    request_id = request_id[:MAX_REQUEST_ID_CHARS]
+    if kind == "proxy_request":
+        if not request_id or not payload:
+            return None
+        streams = payload.get("supports_response_streaming") is True
+        return ("proxy_response_abort" if streams else "proxy_error", request_id, {"error": REASON})
+    if kind == "tcp_tunnel_start":
+        if not request_id:
+            return None
+        return "tcp_tunnel_close", request_id, {"reason": "connection_failed", "error": REASON}
+    stream_id = payload.get("stream_id")
+    answered_id = stream_id[:MAX_REQUEST_ID_CHARS] if isinstance(stream_id, str) and stream_id else request_id
+    if not answered_id:
+        return None
+    return "proxy_error", answered_id, {"request_id": answered_id, "error": REASON}

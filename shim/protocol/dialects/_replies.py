@@ -1,0 +1,128 @@
+"""What dialects share in answering: the superset replies that every generation decodes (protocol.md §1.1-1.5).
+
+Types are exact here whatever comes in, because one wrong type makes a Go agent throw the whole reply away, and some
+exit over it (wire-facts §1.1).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from shim.protocol import rfc3339
+from shim.core.agent_calls import Accepted, Commands, Failed, Healthy, Outcome, Registered, TunnelInfo, TunnelState
+from shim.protocol.dialects import Call, Reply, error_reply
+
+_NO_CONTENT = Reply(204)
+_ACCEPTED = Reply(200, {"success": True})
+# RFC 3986: what stands in a path segment unescaped; agents insert their cluster id raw
+_URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)
+
+
+def render(operation: str, outcome: Outcome, call: Call) -> Reply:  # noqa: ARG001 - a dialect's own may need it
+    """The reply that satisfies all generations; the outcome alone says which."""
+    match outcome:
+        case Registered():
+            return _registered(outcome)
+        case Accepted():
+            # Go's client drops its connection when a success it does not read has a body (wire-facts §1.0).
+            return _NO_CONTENT if call.user_agent.startswith("Go-http-client") else _ACCEPTED
+        case Commands():
+            return Reply(200, _commands(outcome))
+        case TunnelState():
+            return Reply(200, _tunnel(outcome))
+        case TunnelInfo():
+            return Reply(200, _tunnel_info(outcome.registered))
+        case Healthy():
+            return Reply(200, {"status": "healthy"})
+        case Failed():
+            usable = _URL_SAFE.fullmatch(outcome.cluster_id)
+            return error_reply(outcome if usable else replace(outcome, cluster_id=""))
+
+
+def _registered(known: Registered) -> Reply:
+    """Ids at both places where agents look; `token` and gateway are never in it."""
+    if not _URL_SAFE.fullmatch(known.cluster_id):
+        return error_reply(Failed(502, "the controller returned a cluster id that agents cannot use"))
+    cluster: dict[str, Any] = {
+        "id": known.cluster_id,
+        "uuid": known.cluster_uuid,
+        "name": known.name,
+        "status": known.status,
+        "agent_id": known.agent_id,
+    }
+    data: dict[str, Any] = {"cluster_id": known.cluster_id, "status": known.status, "tunnel_url": known.tunnel_url}
+    workspace_id = _integer(known.workspace_id)
+    if workspace_id is not None:
+        cluster["workspace_id"] = workspace_id
+    if rfc3339.parse(known.registered_at):
+        cluster["registered_at"] = data["registered_at"] = known.registered_at
+    return Reply(
+        200,
+        {
+            "success": True,
+            "message": "registered (cached)" if known.cached else "registered",
+            "cluster_id": known.cluster_id,
+            "cluster_uuid": known.cluster_uuid,
+            "name": known.name,
+            "status": known.status,
+            "tunnel_url": known.tunnel_url,
+            "api_server": known.api_server,
+            "cluster": cluster,
+            "data": data,
+        },
+    )
+
+
+def _commands(answer: Commands) -> dict[str, Any]:
+    return {
+        "success": True,
+        "commands": [
+            {"id": c.id, "type": c.type, "payload": c.payload, "created_at": c.created_at} for c in answer.commands
+        ],
+        "status": "IDLE",
+        "poll_frequency": answer.poll_frequency_s,
+    }
+
+
+def _tunnel(state: TunnelState) -> dict[str, Any]:
+    """What the controller said, without what the agents' decoder would not take (protocol.md §1.5)."""
+    said = state.payload or {}
+    out: dict[str, Any] = {"status": "IDLE", "poll_frequency": state.poll_frequency_s}
+    for key in ("status", "credentials", "tunnel_server_addr", "server_fingerprint"):
+        if isinstance(said.get(key), str):
+            out[key] = said[key]
+    frequency_s = _integer(said.get("poll_frequency"))
+    if frequency_s is not None and frequency_s > 0:
+        out["poll_frequency"] = frequency_s
+    forwards = said.get("forwards")
+    if isinstance(forwards, list):
+        out["forwards"] = [forward for forward in map(_forward, forwards) if forward]
+    return out
+
+
+def _forward(said: Any) -> dict[str, Any] | None:
+    port = _integer(said.get("remote_port")) if isinstance(said, dict) else None
+    if port is None or not isinstance(said.get("name"), str):
+        return None
+    return {"name": said["name"], "remote_port": port}
+
+
+def _tunnel_info(known: Registered) -> dict[str, Any]:
+    return {
+        "success": True,
+        "cluster_id": known.cluster_id,
+        "status": known.status,
+        "tunnel_url": known.tunnel_url,
+        "api_server": known.api_server,
+    }
+
+
+def _integer(value: Any) -> int | None:
+    """A number that Go reads into an `int`: 64 bits, written without a fraction; `None` for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if -(2**63) <= value < 2**63 else None

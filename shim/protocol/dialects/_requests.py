@@ -1,0 +1,278 @@
+"""What dialects share in reading: the lenient field map from the legacy API to the WebSocket's (wire-facts §4).
+
+A field of the wrong type never rejects a call: a number where text belongs becomes text, anything else is as if absent.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from shim.protocol import rfc3339
+from shim.core.bounds import MAX_ID_BYTES, MAX_KEPT_BYTES, MAX_KEPT_VALUES, MAX_LABELS, MAX_NAME_CHARS, MAX_WORD_CHARS, cut
+from shim.core.agent_calls import HeartbeatCall, RegisterCall, ResultCall, SessionTarget
+from shim.protocol.dialects import MAX_DEPTH, Call, valid_id
+from shim.errors import AgentError
+
+_TEXTS = ("k8s_version", "hostname", "agent_version", "server_ip", "region", "cloud_provider", "cluster_id")
+_OBJECTS = ("tunnel_port_config", "server_specs", "metadata")
+_MAPPED = frozenset(
+    {"agent_id", "id", "name", "cluster_name", "version", "labels", "tunnel_config", *_TEXTS, *_OBJECTS}
+)
+# `features` would promise abilities of the WebSocket client that stands here instead of the agent.
+_DROPPED = frozenset(
+    {"status", "last_seen", "control_plane_url", "server_code", "cluster_url", "cluster_cert_data", "features"}
+)
+_MONITORING = re.compile(r"(tunnel_)?(prometheus|loki|grafana|opencost)_\w+")
+_SECRET = re.compile(
+    r"token|passw|secret|credential|authorization|cookie|kubeconfig|(private|api|access)_?key", re.IGNORECASE
+)
+_HOST_KEYS = ("k8s_version", "hostname", "server_ip", "region", "cloud_provider")
+_TELLING = frozenset({"agent_version", "version", *_HOST_KEYS})
+_GROUPS = (
+    ("prometheus_url", "prometheus"),
+    ("loki_url", "loki"),
+    ("grafana_url", "grafana"),
+    ("opencost_base_url", "opencost"),
+)
+
+
+def body_object(call: Call) -> dict[str, Any]:
+    """The request's JSON object. Raises `AgentError` 400 if it is something else or nested deeper than `MAX_DEPTH`."""
+    if not isinstance(call.body, dict):
+        raise AgentError(400, "the body must be a JSON object")
+    if call.shallow:
+        return call.body
+    level: list[Any] = [call.body]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return call.body
+    raise AgentError(400, "the body is nested too deeply")
+
+
+def text(value: Any) -> str:
+    """A leniently read string: numbers become text, anything else that is no string becomes empty."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return str(value) if math.isfinite(value) else ""
+    # longer integers than any field has: Python refuses to print those of thousands of digits
+    plain = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
+    return str(value) if plain else ""
+
+
+def word(value: Any) -> str:
+    """Return a leniently read text that tells about an agent and identifies nothing, cut to its bound."""
+    return cut(text(value), MAX_WORD_CHARS)
+
+
+def bounded_object(call: Call) -> dict[str, Any]:
+    """Return the JSON object of a call whose content is kept. Raises `AgentError` 413 if it is too large for that."""
+    if call.size_bytes > MAX_KEPT_BYTES:
+        raise AgentError(413, f"a registration or heartbeat may have {MAX_KEPT_BYTES} bytes, this one has more")
+    body = body_object(call)
+    if call.size_bytes > MAX_KEPT_VALUES and _count_values(body) > MAX_KEPT_VALUES:
+        raise AgentError(413, f"a registration or heartbeat may have {MAX_KEPT_VALUES} values, this one has more")
+    return body
+
+
+def _count_values(value: Any) -> int:
+    found, level = 0, [value]
+    while level:
+        found += len(level)
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return found
+
+
+def first_text(source: Mapping[str, Any], *keys: str) -> str:
+    """The first of these fields that is a non-empty text; empty if none is."""
+    for key in keys:
+        found = text(source.get(key))
+        if found:
+            return found
+    return ""
+
+
+def object_or_empty(value: Any) -> dict[str, Any]:
+    """The value if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def read_register(
+    dialect: str, call: Call, *, secret_keys: tuple[str, ...] = ("k8s_service_token",), known_by_agent: bool = False
+) -> RegisterCall:
+    """A registration: `agent_id`, else `id`, else the path's; `cluster_name`, else `name` (protocol.md §1.1).
+
+    The ServiceAccount token is the first of `secret_keys`. Unknown keys are kept in the payload, except those whose
+    name tells of a secret, because registrations are stored. Raises `AgentError` 400 where no agent id or no name is.
+    """
+    body = bounded_object(call)
+    agent_id = first_text(body, "agent_id", "id") or call.params.get("agent_id", "")
+    if not agent_id:
+        raise AgentError(400, "agent_id is required")
+    name = _name(body)
+    if not name:
+        raise AgentError(400, "name or cluster_name is required")
+    agent_id = valid_id(agent_id, "agent_id")
+    return RegisterCall(
+        dialect=dialect,
+        agent_id=agent_id,
+        name=name,
+        payload={"agent_id": agent_id, "name": name, **_mapped(body), **_unknown(body)},
+        secret=first_text(body, *secret_keys),
+        known_by_agent=known_by_agent,
+    )
+
+
+def _name(body: dict[str, Any]) -> str:
+    """Return the name that a body gives its agent, empty if none. Raises `AgentError` 400 if it is too long."""
+    name = first_text(body, "cluster_name", "name")
+    if len(name) > MAX_NAME_CHARS:
+        raise AgentError(400, f"name or cluster_name may have {MAX_NAME_CHARS} characters")
+    return name
+
+
+def _mapped(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an upstream `register` that the body has, apart from the two that every one has."""
+    if len(text(body.get("cluster_id")).encode("utf-8", "replace")) > MAX_ID_BYTES:
+        raise AgentError(400, "invalid cluster_id")
+    given = object_or_empty(body.get("labels")).items()
+    labels = dict([(cut(key, MAX_WORD_CHARS), word(value)) for key, value in given if _is_text(value)][:MAX_LABELS])
+    found: dict[str, Any] = {key: word(body.get(key)) for key in _TEXTS}
+    found |= {key: object_or_empty(body.get(key)) for key in _OBJECTS}
+    found["agent_version"] = word(first_text(body, "agent_version", "version"))
+    found["hostname"] = found["hostname"] or labels.get("hostname")
+    found["tunnel_port_config"] = found["tunnel_port_config"] or object_or_empty(body.get("tunnel_config"))
+    found["metadata"] = _without_secrets(found["metadata"])
+    found["labels"] = labels
+    return {key: value for key, value in found.items() if value}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or text(value) != ""
+
+
+def _unknown(body: dict[str, Any]) -> dict[str, Any]:
+    known = _MAPPED | _DROPPED
+    kept = {key: value for key, value in body.items() if key not in known and not _MONITORING.fullmatch(key)}
+    return _without_secrets(kept)
+
+
+def _without_secrets(source: dict[str, Any]) -> dict[str, Any]:
+    return {key: _cleaned(value) for key, value in source.items() if not _SECRET.search(key)}
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _without_secrets(value)
+    return [_cleaned(item) for item in value] if isinstance(value, list) else value
+
+
+def read_heartbeat(
+    dialect: str,
+    target: SessionTarget,
+    agent_id: str,
+    body: dict[str, Any],
+    *,
+    size_bytes: int = 0,
+    tunnel_status: str = "",
+    secret: str = "",
+) -> HeartbeatCall:
+    """Read a heartbeat of `target`. An empty `agent_id` is unknown.
+
+    `tunnel_status` stands in where the body has none; `secret` is the ServiceAccount token, if the body has it.
+    """
+    metadata = body.get("metadata")
+    payload = _monitoring(body)
+    if isinstance(metadata, dict):
+        payload["metadata"] = metadata
+    return HeartbeatCall(
+        dialect=dialect,
+        target=target,
+        agent_id=agent_id,
+        status=word(body.get("status")),
+        tunnel_status=word(body.get("tunnel_status")) or tunnel_status,
+        payload=payload,
+        known=_known(body, object_or_empty(metadata)),
+        secret=secret,
+        size_bytes=size_bytes,
+    )
+
+
+def _monitoring(body: dict[str, Any]) -> dict[str, Any]:
+    """The monitoring groups of a heartbeat: each one only if its URL is there, and only what it has."""
+    found: dict[str, Any] = {}
+    for url_key, group in _GROUPS:
+        url = text(body[url_key]) if url_key in body else ""
+        if not url:
+            continue
+        found[url_key] = url
+        for key in (f"{group}_username", f"{group}_password"):
+            if text(body.get(key)):
+                found[key] = text(body[key])
+        if isinstance(body.get(f"{group}_ssl"), bool):
+            found[f"{group}_ssl"] = body[f"{group}_ssl"]
+    return found
+
+
+def _known(body: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """What a heartbeat tells for the registration of an adopted session (protocol.md §1.4)."""
+    # This is done for every heartbeat, and most have next to none of these.
+    found = {}
+    if "cluster_name" in body or "name" in body:
+        found["name"] = _name(body)
+    for source in (metadata, body):
+        if _TELLING.isdisjoint(source):
+            continue
+        if "agent_version" in source or "version" in source:
+            version = first_text(source, "agent_version", "version")
+            found["agent_version"] = cut(version, MAX_WORD_CHARS) or found.get("agent_version", "")
+        for key in _HOST_KEYS:
+            if key in source:
+                found[key] = word(source[key]) or found.get(key, "")
+    return {key: value for key, value in found.items() if value}
+
+
+def read_result(dialect: str, target: SessionTarget, call: Call) -> ResultCall:
+    """A command result: `success` must be a boolean, else `AgentError` 400; the rest is read leniently.
+
+    `output` and `error` become text, a JSON value its JSON, because nothing that an agent reports may get lost; a
+    `timestamp` that is no RFC 3339 and `metadata` that is no object are left out.
+    """
+    body = body_object(call)
+    success = body.get("success")
+    if not isinstance(success, bool):
+        raise AgentError(400, "success must be a boolean")
+    result: dict[str, Any] = {"success": success}
+    for key in ("output", "error"):
+        if body.get(key) is not None:
+            result[key] = _as_text(body[key])
+    if isinstance(body.get("metadata"), dict):
+        result["metadata"] = body["metadata"]
+    if rfc3339.parse(body.get("timestamp")):
+        result["timestamp"] = body["timestamp"]
+    return ResultCall(dialect, target, call.params["command_id"], result)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.encode(value).decode()
+    except (ValueError, OverflowError):  # UnicodeEncodeError is a ValueError
+        raise AgentError(400, "output and error must be strings") from None

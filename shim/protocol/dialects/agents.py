@@ -1,0 +1,37 @@
+"""`/api/v1/agents/…` (A1 to A4): sessions by agent id, because these agents know no cluster id (protocol.md §1)."""
+
+from __future__ import annotations
+
+from shim.core.agent_calls import AgentCall, TargetKind, PollCall, StatusCall, SessionTarget
+from shim.protocol.dialects import Call, Route, _replies, _requests
+
+NAME = "agents"
+
+ROUTES: tuple[Route, ...] = (
+    Route("POST", "/api/v1/agents/register", "register"),
+    Route("POST", "/api/v1/agents/{agent_id}/heartbeat", "heartbeat"),
+    Route("POST", "/api/v1/agents/{agent_id}/status", "status", large=True),
+    Route("GET", "/api/v1/agents/{agent_id}/commands", "poll"),
+    Route("POST", "/api/v1/agents/{agent_id}/commands/{command_id}/result", "result"),
+)
+
+render = _replies.render
+
+
+def parse(operation: str, call: Call) -> AgentCall:
+    """Turn a request into a call. Raises `AgentError` (400) for what cannot be understood."""
+    if operation == "register":
+        return _requests.read_register(NAME, call, known_by_agent=True)
+    agent_id = call.params["agent_id"]
+    target = SessionTarget(TargetKind.AGENT, agent_id)
+    if operation == "heartbeat":
+        # `proxy_status` is no tunnel status: these agents have no tunnel to tell of (protocol.md §2)
+        body = _requests.bounded_object(call)
+        return _requests.read_heartbeat(
+            NAME, target, agent_id, body, size_bytes=call.size_bytes, tunnel_status="disconnected"
+        )
+    if operation == "status":
+        return StatusCall(NAME, target, _requests.body_object(call))
+    if operation == "poll":
+        return PollCall(NAME, target)
+    return _requests.read_result(NAME, target, call)

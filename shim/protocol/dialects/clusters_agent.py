@@ -1,0 +1,37 @@
+"""`/api/v1/clusters/agent/…` (B1, B2, B4 to B7 and the documented poll): sessions by cluster id (protocol.md §1)."""
+
+from __future__ import annotations
+
+from shim.core.agent_calls import AgentCall, TargetKind, PollCall, SessionTarget, TunnelInfoCall
+from shim.protocol.dialects import Call, Route, _replies, _requests, valid_id
+
+NAME = "clusters_agent"
+
+ROUTES: tuple[Route, ...] = (
+    Route("POST", "/api/v1/clusters/agent/register", "register"),
+    Route("POST", "/api/v1/clusters/agent/{cluster_id}/heartbeat", "heartbeat"),
+    Route("GET", "/api/v1/clusters/agent/{cluster_id}/poll", "poll"),
+    Route("GET", "/api/v1/clusters/agent/{cluster_id}/tunnel-info", "tunnel_info"),
+    Route("POST", "/api/v1/clusters/agent/{cluster_id}/commands/{command_id}/result", "result"),
+)
+
+render = _replies.render
+
+
+def parse(operation: str, call: Call) -> AgentCall:
+    """Turn a request into a call. Raises `AgentError` (400) for what cannot be understood."""
+    if operation == "register":
+        return _requests.read_register(NAME, call)
+    target = SessionTarget(TargetKind.CLUSTER, call.params["cluster_id"])
+    if operation == "heartbeat":
+        # the path's cluster id wins over the body's
+        body = _requests.bounded_object(call)
+        agent_id = _requests.text(body.get("agent_id"))
+        return _requests.read_heartbeat(
+            NAME, target, agent_id and valid_id(agent_id, "agent_id"), body, size_bytes=call.size_bytes
+        )
+    if operation == "poll":
+        return PollCall(NAME, target)
+    if operation == "tunnel_info":
+        return TunnelInfoCall(target)
+    return _requests.read_result(NAME, target, call)

@@ -1,0 +1,126 @@
+"""Headers and URLs of HTTP that several parts read or build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from urllib.parse import SplitResult, quote, urlsplit
+from shim.hosts import plain_host
+from shim.config.settings import Settings
+
+
+def bearer(authorization: str | None) -> str | None:
+    """The Bearer token of an Authorization header: `""` if there is none, `None` if it cannot be one."""
+    if authorization is None or authorization[:7].lower() != "bearer ":
+        return ""
+    token = authorization[7:].strip(" \t")
+    return token if token.isascii() and token.isprintable() and " " not in token else None
+
+
+def host_name(host: str) -> str:
+    """The name or address in a Host header, in lower case, without port, brackets and final dot."""
+    name, colon, port = host.lower().rpartition(":")
+    if not colon or not port.isdigit() or (":" in name and not name.endswith("]")):
+        name = host.lower()
+    return name.removeprefix("[").removesuffix("]").rstrip(".")
+
+
+_SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
+_HTTP = {"ws": "http", "wss": "https"}
+
+
+def ws_url(base: str, path: str = "") -> str:
+    """Return the WebSocket URL of `path` under a base given as http, https, ws or wss.
+
+    A base that ends in `path` already is the endpoint itself: the vendor's guide gives it so. The base's own path and
+    query stay, byte for byte; a fragment and user information go. Raises `ValueError` without echoing the input, which
+    may carry a secret in its query.
+    """
+    parts, authority = _parse(base)
+    whole_path = parts.path
+    if path and not _ends_with(whole_path, path):
+        whole_path = f"{whole_path.rstrip('/')}/{path.lstrip('/')}"
+    return f"{_SCHEMES[parts.scheme]}://{authority}{whole_path}{_query(parts)}"
+
+
+def http_url(base: str, path: str = "") -> str:
+    """Return the base of the HTTP API that belongs to the WebSocket endpoint `path` under `base`.
+
+    That is `base` with http or https as its scheme and without `path` at its end; its query stays. Raises `ValueError`
+    as `ws_url` does.
+    """
+    parts, authority = _parse(base)
+    kept = parts.path
+    if path and _ends_with(kept, path):
+        kept = kept.rstrip("/").removesuffix(f"/{path.strip('/')}")
+    return f"{_HTTP[_SCHEMES[parts.scheme]]}://{authority}{kept}{_query(parts)}"
+
+
+def fallback_url(settings: Settings) -> str:
+    """Return the base of the vendor's HTTP API: `fallback.url`, else the upstream's own address."""
+    return http_url(settings.fallback.url or settings.upstream.url, settings.upstream.path)
+
+
+def under(base: str, target: str) -> str:
+    """Return the URL of a request target (a path with its query) under a base; the base's own query comes last."""
+    before, mark, query = base.partition("?")
+    joint = ("&" if "?" in target else "?") if mark and query else ""
+    return f"{before.rstrip('/')}{target}{joint}{query if joint else ''}"
+
+
+def _parse(base: str) -> tuple[SplitResult, str]:
+    """Return the parts of a base and its authority: the host in ASCII, and the port where one is given."""
+    try:
+        parts = urlsplit(base)
+        host, port = _ascii(parts.hostname or ""), parts.port
+    except ValueError:
+        raise ValueError("not a URL") from None
+    if parts.scheme not in _SCHEMES:
+        raise ValueError("the scheme must be https, wss, http or ws")
+    if not host:
+        raise ValueError("the URL has no host")
+    authority = f"[{host}]" if ":" in host else host
+    return parts, authority if port is None else f"{authority}:{port}"
+
+
+def _ascii(host: str) -> str:
+    """Return a host that ASCII can write; a final dot stays, because the resolver takes it for a full name."""
+    return host if host.isascii() else plain_host(host)
+
+
+def _ends_with(path: str, endpoint: str) -> bool:
+    name = endpoint.strip("/")
+    return bool(name) and path.rstrip("/").endswith(f"/{name}")
+
+
+def _query(parts: SplitResult) -> str:
+    return f"?{parts.query}" if parts.query else ""
+
+
+def with_query(url: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """Add query parameters to a URL without a fragment; what it has is left as it is."""
+    added = "&".join(f"{quote(name, safe='')}={quote(value, safe='')}" for name, value in pairs)
+    if not added:
+        return url
+    joint = "" if url.endswith(("?", "&")) else "&" if "?" in url else "?"
+    return f"{url}{joint}{added}"
+
+
+def host_of(url: str) -> str:
+    """Return the host of a URL in the spelling that can be compared (`hosts.plain_host`); `""` if it has none."""
+    try:
+        return plain_host(urlsplit(url).hostname or "")
+    except ValueError:
+        return ""
+
+
+def origin_of(url: str) -> str:
+    """`scheme://host:port` as it may be logged: no user information, path or query."""
+    try:
+        parts = urlsplit(url)
+        authority = parts.hostname or "?"
+        port = parts.port
+    except ValueError:
+        return "?"
+    if ":" in authority:
+        authority = f"[{authority}]"
+    return f"{parts.scheme}://{authority}" + (f":{port}" if port is not None else "")

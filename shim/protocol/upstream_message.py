@@ -1,0 +1,151 @@
+"""The upstream envelope (protocol.md §2): the only place that knows the JSON of the WebSocket side.
+
+`{"type": str, "request_id": str?, "payload": object, "timestamp": RFC 3339}`, in text and in binary frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from shim.protocol import lenient_json, malformed_frames
+from shim.errors import MessageError
+
+# What the vendor documents and what the shim answers with; a controller may send anything else.
+KNOWN_TYPES = frozenset(
+    {
+        "register",
+        "register_success",
+        "register_in_progress",
+        "heartbeat",
+        "heartbeat_ack",
+        "status",
+        "command",
+        "command_ack",
+        "command_result",
+        "tunnel_status",
+        "ping",
+        "pong",
+        "error",
+        "proxy_request",
+        "proxy_error",
+        "proxy_response_abort",
+        "tcp_tunnel_start",
+        "tcp_tunnel_close",
+        "proxy_websocket_start",
+        "ws_start",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One envelope. `payload` is always an object (`null` and absent become `{}`); `timestamp` is the sender's text.
+
+    `fault`: why the payload cannot be used as it is, although the ids in it could be read; empty for nearly all.
+    `replaced`: bytes in it that were no UTF-8 became U+FFFD.
+    """
+
+    type: str
+    payload: dict[str, Any] = field(default_factory=dict)
+    request_id: str = ""
+    timestamp: str = ""
+    fault: str = ""
+    replaced: bool = False
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def decode(frame: str | bytes) -> Message:
+    """Decode one frame. Raises `MessageError` with kind `not_json`, `not_object`, `no_type` or `bad_payload`.
+
+    Lenient where a real controller may be: a numeric `request_id` becomes a string, a timestamp that is no string is
+    dropped.
+    """
+    replacements: list[None] = []
+    try:
+        raw = lenient_json.decode(frame, lambda: replacements.append(None))
+    except (ValueError, RecursionError):
+        raise MessageError("not_json") from None
+    return _message(raw, replaced=bool(replacements))
+
+
+def decode_frame(frame: bytes) -> Sequence[Message | MessageError]:
+    """Decode all messages of a frame, usually one; what is no message is an error in its place. Raises nothing.
+
+    A message that cannot be used, but names itself by an id, comes with its `fault`, so that it can be answered.
+    """
+    try:
+        return (decode(frame),)
+    except MessageError as error:
+        if error.kind != "not_json":
+            return (_named(frame) or error,)
+    found = [_salvaged(each) for each in malformed_frames.values_of(frame)]
+    return found or (MessageError("not_json"),)
+
+
+def _named(frame: bytes) -> Message | None:
+    """Return a message whose payload is no object, if it has a `request_id` to answer to."""
+    raw = lenient_json.decode(frame)
+    if not isinstance(raw, dict) or raw.get("payload") is None:
+        return None
+    return _answerable({**raw, "payload": None}, "the payload must be an object")
+
+
+def _salvaged(found: malformed_frames.Salvaged) -> Message | MessageError:
+    if not found.fault:
+        try:
+            return _message(found.value)
+        except MessageError as error:
+            return error
+    return _answerable(found.value, found.fault) or MessageError("not_json")
+
+
+def _answerable(raw: Any, fault: str) -> Message | None:
+    """Return a message with a fault, if there is an id by which its sender can be told of that."""
+    try:
+        message = _message(raw, fault=fault)
+    except MessageError:
+        return None
+    named = message.request_id or any(message.payload.get(key) for key in ("command_id", "id"))
+    return message if named else None
+
+
+def _message(raw: Any, *, fault: str = "", replaced: bool = False) -> Message:
+    """Bring a JSON value into the shape of an envelope. Raises `MessageError`."""
+    if not isinstance(raw, dict):
+        raise MessageError("not_object")
+    kind = raw.get("type")
+    if not isinstance(kind, str) or not kind:
+        raise MessageError("no_type")
+    payload = raw.get("payload")
+    if payload is None:
+        payload = {}
+    if not isinstance(payload, dict):
+        raise MessageError("bad_payload")
+    request_id = raw.get("request_id")
+    if isinstance(request_id, (int, float)) and not isinstance(request_id, bool):
+        request_id = str(request_id)
+    timestamp = raw.get("timestamp")
+    return Message(
+        type=kind,
+        payload=payload,
+        request_id=request_id if isinstance(request_id, str) else "",
+        timestamp=timestamp if isinstance(timestamp, str) else "",
+        fault=fault,
+        replaced=replaced,
+    )
+
+
+def encode(message: Message) -> bytes:
+    """Encode for one text frame; an empty `request_id` is left out."""
+    out: dict[str, Any] = {"type": message.type}
+    if message.request_id:
+        out["request_id"] = message.request_id
+    out["payload"] = message.payload
+    out["timestamp"] = message.timestamp
+    return _encoder.encode(out)

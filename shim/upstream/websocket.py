@@ -1,0 +1,354 @@
+"""A WebSocket on top of aiohttp with explicit closing: no autoclose, no autoping; sending never waits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+from aiohttp import ClientWebSocketResponse, WebSocketError, WSCloseCode, WSMessage, WSMsgType, hdrs
+from aiohttp._websocket.reader import WebSocketDataQueue, WebSocketReader
+from shim.ports import Frame
+import asyncio
+import logging
+from collections import deque
+from enum import Enum
+from typing import Any, Protocol
+from aiohttp import WebSocketError, WSCloseCode, WSMsgType
+from shim.protocol import upstream_message
+from shim.errors import MessageError
+from shim.ports import WebSocketListener
+
+
+# RFC 6455 section 7.4: the codes between 1000 and 4999 that may not stand in a frame.
+_UNSENDABLE = frozenset({1004, 1005, 1006, *range(1015, 3000)})
+
+
+def reply_code(code: int) -> int:
+    """Return the code that answers a peer's close frame: its own, where it may be sent at all."""
+    if not code:
+        return int(WSCloseCode.OK)
+    return code if 1000 <= code < 5000 and code not in _UNSENDABLE else int(WSCloseCode.PROTOCOL_ERROR)
+
+
+_KINDS: dict[WSMsgType, Literal["text", "binary", "ping", "pong"]] = {
+    WSMsgType.TEXT: "text",
+    WSMsgType.BINARY: "binary",
+    WSMsgType.PING: "ping",
+    WSMsgType.PONG: "pong",
+}
+_OPCODES = {kind: opcode for opcode, kind in _KINDS.items()} | {"close": WSMsgType.CLOSE}
+_MAX_CLOSE_TEXT_BYTES = 123
+
+
+def frame_of(message: Any) -> Frame | None:
+    """Return one of aiohttp's messages as a frame, `None` for one that ends the connection without a close frame."""
+    kind = _KINDS.get(message.type)
+    if kind is not None:
+        return Frame(kind, bytes(message.data))
+    if message.type is not WSMsgType.CLOSE:
+        return None
+    text = (message.extra or "").encode()[:_MAX_CLOSE_TEXT_BYTES].decode("utf-8", "ignore").encode()
+    return Frame("close", message.data.to_bytes(2, "big") + text if message.data else b"")
+
+
+def opcode_of(frame: Frame) -> WSMsgType:
+    """Return the opcode of a frame."""
+    return _OPCODES[frame.kind]
+
+
+class CloseFrameReader(WebSocketReader):
+    """aiohttp's reader of frames, except that a close frame is always taken with its code and its text.
+
+    aiohttp calls a reserved code, and a text that is no UTF-8, a protocol error and hides the code. A controller that
+    cuts its text at 123 bytes may cut a character in half, and its code must count all the same.
+    """
+
+    def __init__(self, queue: WebSocketDataQueue, max_message_bytes: int) -> None:
+        super().__init__(queue, max_message_bytes, compress=False, decode_text=False)
+        self._frames = queue
+
+    def _handle_frame(self, fin: bool, opcode: int, payload: bytes | bytearray, compressed: int) -> None:
+        if opcode == WSMsgType.CLOSE and len(payload) >= 2:
+            code, text = int.from_bytes(payload[:2], "big"), payload[2:].decode("utf-8", "replace")
+            self._frames.feed_data(WSMessage(WSMsgType.CLOSE, code, text), 0)
+        else:
+            super()._handle_frame(fin, opcode, payload, compressed)
+
+
+class RawWebSocket(ClientWebSocketResponse):
+    """One WebSocket whose end is decided by its pump alone.
+
+    aiohttp closes by itself on end of file and on protocol errors, waits for the peer while it does, and closes the
+    transport gracefully, which never ends when the peer has stopped reading.
+    """
+
+    max_message_bytes: ClassVar[int]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # `response.connection` forgets its transport when it is released, but a stuck one must still be aborted then.
+        self._transport = None if self._conn is None else self._conn.transport
+
+    @property
+    def _parser(self) -> WebSocketReader | None:
+        return self._frame_reader
+
+    @_parser.setter
+    def _parser(self, reader: WebSocketReader | None) -> None:
+        """Take our own reader where the session sets aiohttp's, before the first byte is read."""
+        self._frame_reader = reader and CloseFrameReader(self._reader, self.max_message_bytes)
+
+    def watch(self, on_bytes: Callable[[], None]) -> None:
+        """Call back whenever bytes have arrived, before the frames in them can be received."""
+        protocol = None if self._conn is None else self._conn.protocol
+        if protocol is not None and self._parser is not None:
+            protocol.set_parser(self._parser, self._reader, on_bytes)
+
+    async def send_close(self, code: int) -> None:
+        """Send a close frame. Raises `ConnectionError`."""
+        await self.send_frame(code.to_bytes(2, "big"), WSMsgType.CLOSE)
+
+    @property
+    def subprotocol(self) -> str:
+        """The subprotocol that the server chose, or an empty text."""
+        return self._response.headers.get(hdrs.SEC_WEBSOCKET_PROTOCOL, "")
+
+    async def receive_frame(self) -> Frame | None:
+        """Wait for the next frame (`ports.FrameSocket`); a peer that breaks the protocol is told so."""
+        message = await self.receive()
+        if isinstance(message.data, WebSocketError):
+            with contextlib.suppress(ConnectionError):
+                await self.send_close(int(message.data.code))
+        return frame_of(message)
+
+    async def write_frame(self, frame: Frame) -> None:
+        """Write a frame, and wait while the peer does not read. Raises `ConnectionError`."""
+        await self.send_frame(frame.data, opcode_of(frame))
+
+    async def close(self, *, code: int = 1000, message: bytes = b"") -> bool:
+        """Do nothing: `receive` calls this on its own."""
+        return False
+
+    def abort(self) -> None:
+        """Drop the connection at once and give it back to its session. Idempotent."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._response.close()
+
+
+def websocket_class(max_message_bytes: int) -> type[RawWebSocket]:
+    """Return the class for sockets that take messages of fewer bytes than this."""
+    return type("BoundedWebSocket", (RawWebSocket,), {"max_message_bytes": max_message_bytes})
+
+
+CLOSE_WAIT_S = 2.0
+MAX_WAITING_BYTES = 64 * 1024 * 1024
+FRAME_COST_BYTES = 128  # what a queued frame weighs besides its payload: many tiny ones must not slip under the bound
+FRAMES_PER_TURN = 64
+LONG_FRAME_BYTES = 65_536
+HELD_BACK_S = 1.0
+ROOM_CHECK_S = 0.001
+
+logger = logging.getLogger(__name__)
+
+
+class WireObserver(Protocol):
+    """What a pump tells besides its events: payload bytes of data and control frames, and handlers that raised."""
+
+    def received(self, size_bytes: int) -> None:
+        """A frame's payload arrived."""
+
+    def sent(self, size_bytes: int) -> None:
+        """A frame's payload was handed to the transport."""
+
+    def handler_failed(self) -> None:
+        """A handler of `WebSocketListener` raised; the pump went on."""
+
+
+class _State(Enum):
+    OPEN = "open"
+    CLOSING = "closing"  # a close frame is on its way, the timer runs
+    GONE = "gone"
+
+
+class WebSocketPump:
+    """`ports.Socket` on aiohttp. `run()` reads and `write()` writes, each in one task, until the connection is gone."""
+
+    def __init__(self, ws: RawWebSocket, events: WebSocketListener, wire: WireObserver) -> None:
+        self._ws = ws
+        self._events = events
+        self._wire = wire
+        self._state = _State.OPEN
+        self._close_code = 1000
+        self._close_sent = False
+        self._frames: deque[tuple[bytes, WSMsgType]] = deque()
+        self._waiting_bytes = 0
+        self._wake = asyncio.Event()
+        self._impatient = False
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self.ended = asyncio.Event()
+        ws.watch(self._on_bytes)
+
+    # --- ports.Socket ---
+
+    def send(self, message: upstream_message.Message) -> None:
+        """Queue one envelope as a text frame."""
+        self._queue(upstream_message.encode(message), WSMsgType.TEXT)
+
+    def ping(self, payload: bytes) -> None:
+        """Queue a ping behind everything sent before, so that its pong tells that all of that has arrived."""
+        self._queue(payload, WSMsgType.PING)
+
+    def close(self, code: int) -> None:
+        """Send what is queued and a close frame; wait up to 2 s in all for the peer, then abort."""
+        self._begin_close(code)
+
+    def abort(self) -> None:
+        """Drop the connection; `run` ends and reports it in the loop's next turn."""
+        self._state = _State.GONE
+        self._frames.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._wake.set()
+        self._ws.abort()
+
+    # --- writing ---
+
+    def _queue(self, data: bytes, kind: WSMsgType) -> None:
+        if self._state is not _State.OPEN:
+            return
+        self._waiting_bytes += len(data) + FRAME_COST_BYTES
+        if self._waiting_bytes > MAX_WAITING_BYTES:
+            logger.warning("the peer does not read: the connection is dropped with %d bytes unsent", MAX_WAITING_BYTES)
+            self.abort()
+            return
+        self._frames.append((data, kind))
+        self._wake.set()
+
+    def _begin_close(self, code: int) -> None:
+        if self._state is _State.OPEN:
+            self._state = _State.CLOSING
+            self._close_code = code
+            self._timer = self._loop.call_later(CLOSE_WAIT_S, self.abort)
+            self._wake.set()
+
+    async def write(self) -> None:
+        """Write queued frames in order, last of all the close frame; return when the connection is gone."""
+        try:
+            while self._state is not _State.GONE:
+                while self._frames:
+                    data, kind = self._frames.popleft()
+                    await self._ws.send_frame(data, kind)
+                    self._waiting_bytes -= len(data) + FRAME_COST_BYTES
+                    self._wire.sent(len(data))
+                if self._state is _State.CLOSING and not self._close_sent:
+                    self._close_sent = True
+                    await self._ws.send_close(self._close_code)
+                self._wake.clear()
+                await self._wake.wait()
+        except ConnectionError:
+            logger.debug("writing failed; the reader reports the end of the connection")
+
+    # --- reading ---
+
+    async def run(self) -> None:
+        """Read until the end and report it. What the peer still sends after a protocol error is thrown away."""
+        by_close_frame, code, reason, reply = False, 0, "", 0
+        try:
+            by_close_frame, code, reason, reply = await self._read()
+        finally:
+            if reply and not self._close_sent:
+                # Nothing queued is of use to a peer that closes or cannot be understood. The TCP connection stays until
+                # the timer fires, so that the close frame is not lost to a reset.
+                self._frames.clear()
+                self._begin_close(reply)
+            else:
+                self.abort()
+            self._report(self._events.on_closed, by_close_frame, code, reason)
+            self.ended.set()
+
+    async def _read(self) -> tuple[bool, int, str, int]:
+        """Handle frames. Return whether a close frame ended it, its code and text, and the reply's code (0: none)."""
+        frames = 0
+        while True:
+            message = await self._ws.receive()
+            match message.type:
+                case WSMsgType.TEXT | WSMsgType.BINARY:
+                    frame = bytes(message.data)
+                    del message  # a long one must not be held twice, nor while the next is waited for
+                    await self._on_data(frame)
+                    if len(frame) > LONG_FRAME_BYTES:
+                        await asyncio.sleep(0)
+                    del frame
+                case WSMsgType.PING:
+                    self._on_control(message.data)
+                    self._queue(bytes(message.data), WSMsgType.PONG)
+                case WSMsgType.PONG:
+                    self._on_control(message.data)
+                    self._report(self._events.on_pong, bytes(message.data))
+                case WSMsgType.CLOSE:
+                    self._report(self._events.on_frame)
+                    return True, message.data, message.extra or "", reply_code(message.data)
+                case WSMsgType.ERROR:
+                    return False, 0, "", self._on_error(message.data)
+                case _:
+                    return False, 0, "", 0
+            frames += 1
+            if frames % FRAMES_PER_TURN == 0:
+                # receive() does not suspend while frames are buffered; others have a right to the loop, too
+                await asyncio.sleep(0)
+
+    async def _wait_for_room(self) -> None:
+        """Wait until the receiver has room, so that a peer which sends too fast is slowed down by TCP.
+
+        After a second frames are read on whatever comes, until there was room again: pings must not wait for ever.
+        """
+        if self._events.has_room():
+            self._impatient = False
+        elif not self._impatient:
+            give_up_at = self._loop.time() + HELD_BACK_S
+            # Whoever makes the room need not know of this: it is the store of another connection's commands, too.
+            while self._must_wait() and self._loop.time() < give_up_at:  # noqa: ASYNC110 - see above
+                await asyncio.sleep(ROOM_CHECK_S)
+            self._impatient = not self._events.has_room()
+
+    def _must_wait(self) -> bool:
+        """True while a frame that is read now would find no room."""
+        return not self._events.has_room() and self._state is _State.OPEN
+
+    def _on_bytes(self) -> None:
+        self._report(self._events.on_frame)
+
+    def _on_control(self, payload: bytes) -> None:
+        self._wire.received(len(payload))
+        self._report(self._events.on_frame)
+
+    async def _on_data(self, frame: bytes) -> None:
+        """Report the messages of a frame, of which there may be very many, as fast as the receiver has room."""
+        self._wire.received(len(frame))
+        self._report(self._events.on_frame)
+        for number, message in enumerate(upstream_message.decode_frame(frame), 1):
+            if isinstance(message, MessageError):
+                self._report(self._events.on_bad_frame, message.kind)
+            else:
+                self._report(self._events.on_message, message)
+            await self._wait_for_room()
+            if number % FRAMES_PER_TURN == 0:
+                await asyncio.sleep(0)
+
+    def _on_error(self, error: BaseException) -> int:
+        """Report a protocol error; returns the code for the close frame."""
+        code = int(error.code) if isinstance(error, WebSocketError) else int(WSCloseCode.PROTOCOL_ERROR)
+        kind = "too_big" if code == WSCloseCode.MESSAGE_TOO_BIG else "protocol_error"
+        self._report(self._events.on_bad_frame, kind)
+        return code
+
+    def _report(self, handler: Callable[..., None], *values: Any) -> None:
+        """Call a handler; what it raises must not cost the connection."""
+        try:
+            handler(*values)
+        except Exception:
+            logger.exception("a handler of socket events failed")
+            self._wire.handler_failed()
