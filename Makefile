@@ -48,11 +48,11 @@ cov: ## run the tests and hold the branch coverage of shim/, subprocesses includ
 	$(BIN)/coverage report
 
 faults: $(DEV) ## break everything on purpose and prove that nothing is lost (LONG=1: an hour; SEED=n: the same again; GATEWAY=1: three replicas on PostgreSQL)
-	$(BIN)/python -m tests.faults$(if $(GATEWAY),.gateway) $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	$(BIN)/python -m tests.chaos$(if $(GATEWAY),.gateway) $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 fuzz: export AGENT_SHIM_FUZZ_INPUTS := $(or $(INPUTS),1000000)
 fuzz: $(DEV) ## a million inputs into parsers, decoders and a whole bridge (INPUTS=n: another number)
-	$(BIN)/python -m pytest tests/faults/test_fuzz.py tests/faults/test_schemathesis.py $(ARGS)
+	$(BIN)/python -m pytest tests/chaos/test_fuzz.py tests/chaos/test_schemathesis.py $(ARGS)
 
 bench: $(DEV) ## measure against baselines in the same run (ONLY=latency: a part; ARGS=--docs: write the pages)
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(ARGS)

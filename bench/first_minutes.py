@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from bench import simulation
 from bench.figures import Figure, Log
 from bench.servers import Bench
-from devtools.agents import Callbacks, Event, Identity, LegacyAgent, PollStyle, AgentProfile, EventKind
+from devtools.agents import AgentProfile, Callbacks, Event, EventKind, Identity, LegacyAgent, PollStyle
 from devtools.agents.pacing import Ticker
 from shim.cli.latency import percentile
 

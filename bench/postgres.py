@@ -21,7 +21,7 @@ from typing import Any
 import psycopg
 
 from bench.durable import _records
-from shim.core.records import AddTrace, CommandRecord, MarkCommands, Operation, PutCommand, CommandState, TraceEntry
+from shim.core.records import AddTrace, CommandRecord, CommandState, MarkCommands, Operation, PutCommand, TraceEntry
 from shim.ports import CommandStore
 from shim.store.sqlite import SqliteStore
 from tests.support import postgres

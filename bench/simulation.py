@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from devtools.agents import AgentProfile, Callbacks, Event, EventKind, Identity, LegacyAgent, PollStyle
+from devtools.controller.server import DevController
 from shim import app, log
-from shim.config import loader
 from shim.clock import Clock
-from shim.core.records import StoreContents, Operation
+from shim.config import loader
+from shim.core.records import Operation, StoreContents
 from shim.errors import StoreError
 from shim.ports import CommandStore, StoreDone
 from shim.store import CallThreadsafe, open_store
-from devtools.agents import Callbacks, Event, Identity, LegacyAgent, PollStyle, AgentProfile, EventKind
-from devtools.controller.server import DevController
 from tests.support.virtual import VirtualClock, VirtualLoop, run_virtual
 
 TOKEN = "tok-bench"  # noqa: S105

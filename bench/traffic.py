@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from bench import simulation
 from bench.figures import Figure, Log
 from bench.servers import Bench
-from devtools.agents import Callbacks, Event, Identity, LegacyAgent, AgentProfile, EventKind
+from devtools.agents import AgentProfile, Callbacks, Event, EventKind, Identity, LegacyAgent
 from tests.support.virtual import VirtualClock
 
 PART = "Traffic of one agent-hour"

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from shim.core import command_queue, link_state
 from shim.core.backoff import Backoff, BackoffPolicy
-from shim.core.link_state import LinkStateMachine, LinkPolicy, LinkState
-from shim.core.link_state import EVENT_TYPES, DialFailed, LinkEvent, Lost
+from shim.core.link_state import EVENT_TYPES, DialFailed, LinkEvent, LinkPolicy, LinkState, LinkStateMachine, Lost
 from shim.core.records import CommandState
 
 DOCUMENT = Path(__file__).parent / "contributing" / "state-machines.md"

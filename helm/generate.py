@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 from ruamel.yaml import YAML
 
-from shim.config.settings import Settings
 from shim.cli.inject.sidecar import API_URL, INJECTED_LABEL, NAME, SHIM_URL, UPSTREAM_URL, Sidecar
 from shim.config.rules import BOUNDS
+from shim.config.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "agent-shim"

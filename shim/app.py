@@ -14,36 +14,38 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
 from shim import __version__
-from shim.log import Logs, get
-from shim.log import setup as set_up_log
-from shim.config import loader
-from shim.protocol import dialects
 from shim.admin import AdminServer
+from shim.agent_api import AgentServer
 from shim.bridge import Bridge
 from shim.clock import Clock
-from shim.runtime import Runtime, RuntimeContext
-from shim.config.warnings import find_warnings
-from shim.protocol.http import origin_of
-from shim.errors import ConfigError, Fault, StartError, StoreError, StoreVersionError, describe
+from shim.config import loader
 from shim.config.file_watch import FileWatcher
-from shim.agent_api import AgentServer
-from shim.process import raise_fd_limit, disable_core_dumps, occupy_standard_streams, security_warnings
-from shim.process import tune_gc, trim_heap
-from shim.process import loop_factory, watch_loop
-from shim.metrics import Metrics, Registry
-from shim.fallback import sunset_headers
-from shim.ports import CommandStore, AgentService, UpstreamPort
 from shim.config.settings import Settings
+from shim.config.warnings import find_warnings
+from shim.errors import ConfigError, Fault, StartError, StoreError, StoreVersionError, describe
+from shim.fallback import sunset_headers
+from shim.log import Logs, get
+from shim.log import setup as set_up_log
+from shim.metrics import Metrics, Registry
+from shim.ports import AgentService, CommandStore, UpstreamPort
+from shim.process import (
+    disable_core_dumps,
+    loop_factory,
+    occupy_standard_streams,
+    raise_fd_limit,
+    security_warnings,
+    trim_heap,
+    tune_gc,
+    watch_loop,
+)
+from shim.protocol import dialects
+from shim.protocol.http import origin_of
+from shim.runtime import Runtime, RuntimeContext, SingleRuntime
 from shim.store import CallThreadsafe, open_store
 from shim.store.monitor import probe
 from shim.upstream import AiohttpUpstream
-from collections.abc import Callable
-from shim.errors import StoreError
-from shim.ports import CommandStore
-from shim.runtime import SingleRuntime
-from shim.store import CallThreadsafe
-
 
 log = get(__name__)
 

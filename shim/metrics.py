@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 
-from shim.core.heartbeat_coverage import HeartbeatOutcome
-from shim.core.fallback_record import OUTCOMES
-from shim.core.liveness import LivenessState
 from shim.core.backoff import FAILURES, DialOutcome
-from shim.protocol.controller_replies import REFUSED_TYPES
+from shim.core.fallback_record import OUTCOMES
+from shim.core.heartbeat_coverage import HeartbeatOutcome
+from shim.core.liveness import LivenessState
 from shim.counting import OTHER, Counts, Spreads, Values
+from shim.protocol.controller_replies import REFUSED_TYPES
 from shim.protocol.upstream_message import KNOWN_TYPES
 
 OPEN = None  # the values come from routes, dialects or HTTP

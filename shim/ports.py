@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 
 from shim.core.agent_calls import AgentCall, Outcome
-from shim.core.records import StoreContents, Operation
+from shim.core.records import Operation, StoreContents
 from shim.errors import StoreError
 from shim.protocol.upstream_message import Message
 
@@ -127,7 +127,9 @@ class DialFailure(msgspec.Struct, frozen=True):
 class UpstreamPort(Protocol):
     """Opens WebSockets."""
 
-    def dial(self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]) -> None:
+    def dial(
+        self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]
+    ) -> None:
         """Dial in the background, at most `upstream.connect_timeout_s`; `done` is called once, on the event loop.
 
         When `done` gets a socket, events flow from then on, never before.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
+import gc
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
 from shim.config.settings import Settings
-import ctypes
-import gc
-import asyncio
-from collections.abc import Callable
 from shim.metrics import Metrics
 from shim.ports import Clock
-
 
 _PR_SET_DUMPABLE = 4
 _OTHER_FILES = 256  # the store, the admin port, listeners, the event loop

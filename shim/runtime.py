@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from shim.admin import RecentCommand, Subject
-from shim.bridge import BridgeContext
+
+from shim.admin import RecentCommand, RecentCommandsStore, Subject
+from shim.bridge import Bridge, BridgeContext
 from shim.clock import Clock
+from shim.config.settings import Settings
+from shim.core.records import StoreContents
 from shim.core.sessions import Sessions
 from shim.errors import StoreError
-from shim.metrics import Metrics
-from shim.ports import AgentWebSockets, CommandStore, Fallback, Forwarder, AgentService, Timers, UpstreamPort
-from shim.redaction import Redaction
-from shim.config.settings import Settings
-from shim.store import CallThreadsafe
-import asyncio
-from shim.admin import RecentCommandsStore
-from shim.bridge import Bridge
-from shim.core.records import StoreContents
 from shim.fallback import FallbackPolicy, WebSocketProxy
-from shim.ports import CommandStore
+from shim.metrics import Metrics
+from shim.ports import AgentService, AgentWebSockets, CommandStore, Fallback, Forwarder, Timers, UpstreamPort
+from shim.redaction import Redaction
+from shim.store import CallThreadsafe
 from shim.store.monitor import log_store_warnings
-
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], Any]
 

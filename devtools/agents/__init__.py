@@ -1,12 +1,12 @@
 """Simulated legacy agents: unmodified agents of every generation, as far as a server can tell (wire-facts §1)."""
 
-from devtools.agents.events import Callbacks, Event, Exchange, CallOutcome, EventKind
+from devtools.agents.agent import AgentProfile, LegacyAgent
+from devtools.agents.events import Callbacks, CallOutcome, Event, EventKind, Exchange
 from devtools.agents.generations import GENERATIONS
-from devtools.agents.agent import LegacyAgent, AgentProfile
+from devtools.agents.http_client import Connection, Pool, Request, Response, WireError
 from devtools.agents.pacing import PollStyle
 from devtools.agents.replies import Command
 from devtools.agents.requests import Identity, Result
-from devtools.agents.http_client import Connection, Pool, Request, Response, WireError
 
 __all__ = [
     "GENERATIONS",

@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from shim.clock import Clock
-from devtools.agents.events import Callbacks, Event, Exchange, CallOutcome, EventKind
+from devtools.agents.events import Callbacks, CallOutcome, Event, EventKind, Exchange
 from devtools.agents.generations import GENERATIONS
+from devtools.agents.http_client import Pool, Request, Response, WireError
 from devtools.agents.pacing import Pace, Pause, PollStyle, Ticker
 from devtools.agents.replies import Command, DecodeError, decode_commands, decode_tunnel
 from devtools.agents.requests import Identity, Result, health, result_body, status_report, tunnel_poll
-from devtools.agents.http_client import Pool, Request, Response, WireError
+from shim.clock import Clock
 
 _Value = TypeVar("_Value")
 

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from devtools.agents.http_client import Pool, Request, Response
 from devtools.agents.replies import Command
 from devtools.agents.requests import Result
-from devtools.agents.http_client import Pool, Request, Response
 
 
 class EventKind(Enum):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from devtools.agents.replies import Registration, DecodeError, decode_registration, decode_registration_b3
-from devtools.agents.requests import Identity, get, heartbeat_body, post, register_post, rfc3339
 from devtools.agents.http_client import Request
+from devtools.agents.replies import DecodeError, Registration, decode_registration, decode_registration_b3
+from devtools.agents.requests import Identity, get, heartbeat_body, post, register_post, rfc3339
 
 _SPECS = {"cpu_cores": 4, "memory_gb": 16, "disk_gb": 100, "os": "linux"}
 _PORTS = {"kubernetes_api": 6443, "kubelet": 10250, "agent_http": 8080}

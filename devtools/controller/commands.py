@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from shim.protocol.upstream_message import Message
 from devtools.controller.errors import RequestRefused
 from devtools.controller.faults import Positive
 from devtools.controller.history import Event
+from shim.protocol.upstream_message import Message
 
 _MAX_COMMANDS = 100_000
 

@@ -12,17 +12,17 @@ from typing import Any
 
 from aiohttp import WebSocketError, WSMessage, WSMsgType, web
 
-from shim.protocol.rfc3339 import rfc3339
-from shim.errors import MessageError
-from shim.protocol.upstream_message import Message, decode_frame
 from devtools.controller import faults as fault
-from devtools.controller.message_handler import Answer, MessageHandler, CloseAfterReply
-from devtools.controller.state import ControllerState
 from devtools.controller.active_faults import Scope
+from devtools.controller.condition import Condition
 from devtools.controller.faults import Endpoint, How
 from devtools.controller.history import Event, EventKind
+from devtools.controller.message_handler import Answer, CloseAfterReply, MessageHandler
 from devtools.controller.outbox import Outbox, Outgoing, outgoing
-from devtools.controller.condition import Condition
+from devtools.controller.state import ControllerState
+from shim.errors import MessageError
+from shim.protocol.rfc3339 import rfc3339
+from shim.protocol.upstream_message import Message, decode_frame
 
 _RST_ON_CLOSE = struct.pack("ii", 1, 0)
 _PROBLEMS = {

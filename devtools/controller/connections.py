@@ -11,17 +11,17 @@ from typing import Any, Literal
 import msgspec
 from aiohttp import WSMsgType
 
-from shim.protocol.upstream_message import Message
-from devtools.controller.message_handler import MessageHandler
-from devtools.controller.state import ControllerState
+from devtools.controller.active_faults import ActiveFault
 from devtools.controller.commands import Command, CommandSpec, Target
+from devtools.controller.condition import Condition
 from devtools.controller.connection import Connection
 from devtools.controller.errors import RequestRefused
-from devtools.controller.active_faults import ActiveFault
 from devtools.controller.faults import CloseCode, Drop, Forget, How
 from devtools.controller.history import Event, EventKind
+from devtools.controller.message_handler import MessageHandler
 from devtools.controller.outbox import Outgoing
-from devtools.controller.condition import Condition
+from devtools.controller.state import ControllerState
+from shim.protocol.upstream_message import Message
 
 
 class RawSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
-from shim.protocol.rfc3339 import rfc3339
-from devtools.controller.commands import Command, parse_spec
-from devtools.controller.errors import RequestRefused
 from devtools.controller.active_faults import parse_fault
+from devtools.controller.commands import Command, parse_spec
+from devtools.controller.connections import Connections, DropSpec, RawSpec, written
+from devtools.controller.errors import RequestRefused
 from devtools.controller.history import Event
-from devtools.controller.connections import DropSpec, Connections, RawSpec, written
 from devtools.controller.legacy import LegacyApi
 from devtools.controller.tokens import bearer
+from shim.protocol.rfc3339 import rfc3339
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -8,11 +8,11 @@ from typing import Any
 from aiohttp import web
 
 from devtools.controller import faults as fault
-from devtools.controller.connection import AcceptedHandshake, Connection
 from devtools.controller.active_faults import Scope
+from devtools.controller.connection import AcceptedHandshake, Connection
+from devtools.controller.connections import Connections
 from devtools.controller.faults import Endpoint
 from devtools.controller.history import EventKind
-from devtools.controller.connections import Connections
 from devtools.controller.options import TokenPlace
 from devtools.controller.tokens import Tokens, bearer
 

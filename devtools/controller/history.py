@@ -10,12 +10,12 @@ from enum import Enum
 from itertools import islice
 from typing import Any
 
+from devtools.controller.condition import Condition
+from devtools.controller.history_file import HistoryFile
+from devtools.controller.masking import mask
 from shim.clock import Clock
 from shim.protocol.rfc3339 import rfc3339
 from shim.protocol.upstream_message import Message
-from devtools.controller.history_file import HistoryFile
-from devtools.controller.masking import mask
-from devtools.controller.condition import Condition
 
 _EVENT_BYTES = 500
 

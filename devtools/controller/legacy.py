@@ -11,15 +11,31 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from shim.protocol import dialects
-from shim.core.agent_calls import Accepted, Commands, Failed, HealthCall, Healthy, HeartbeatCall, OfferedCommand, Outcome, PollCall, RegisterCall, Registered, ResultCall, StatusCall, TunnelPollCall, TunnelState
-from shim.protocol.rfc3339 import rfc3339
-from shim.errors import AgentError
-from shim.protocol.upstream_message import Message
-from devtools.controller.state import ControllerState
 from devtools.controller.errors import RequestRefused
 from devtools.controller.history import EventKind
+from devtools.controller.state import ControllerState
 from devtools.controller.tokens import Tokens, bearer
+from shim.core.agent_calls import (
+    Accepted,
+    Commands,
+    Failed,
+    HealthCall,
+    Healthy,
+    HeartbeatCall,
+    OfferedCommand,
+    Outcome,
+    PollCall,
+    RegisterCall,
+    Registered,
+    ResultCall,
+    StatusCall,
+    TunnelPollCall,
+    TunnelState,
+)
+from shim.errors import AgentError
+from shim.protocol import dialects
+from shim.protocol.rfc3339 import rfc3339
+from shim.protocol.upstream_message import Message
 
 
 class LegacyCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

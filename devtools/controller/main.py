@@ -13,13 +13,13 @@ from typing import Any
 import click
 import msgspec
 
-from shim.protocol.rfc3339 import rfc3339
-from devtools.controller.errors import RequestRefused
 from devtools.controller.active_faults import parse_fault
+from devtools.controller.errors import RequestRefused
 from devtools.controller.faults import AnyFault
 from devtools.controller.history import Event
 from devtools.controller.options import Options, TokenPlace
 from devtools.controller.server import DevController, address
+from shim.protocol.rfc3339 import rfc3339
 
 _ARROWS = {"in": "<-", "out": "->", "": "--"}
 

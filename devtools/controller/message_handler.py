@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from shim.protocol.rfc3339 import parse_rfc3339, rfc3339
-from shim.protocol.upstream_message import Message
 from devtools.controller import faults as fault
-from devtools.controller.state import ControllerState
 from devtools.controller.active_faults import Scope
 from devtools.controller.faults import Endpoint, How
 from devtools.controller.history import Event
 from devtools.controller.registry import Registration
+from devtools.controller.state import ControllerState
+from shim.protocol.rfc3339 import parse_rfc3339, rfc3339
+from shim.protocol.upstream_message import Message
 
 DECOY_TOKEN = "decoy-never-to-be-passed-down"  # noqa: S105 - it opens nothing
 _HEARD = frozenset(

@@ -10,13 +10,13 @@ from itertools import cycle
 
 from aiohttp import WSMsgType, web
 
-from shim.protocol.upstream_message import Message, encode
 from devtools.controller import faults as fault
+from devtools.controller.active_faults import Scope
+from devtools.controller.condition import Condition
+from devtools.controller.history import Event, EventKind
 from devtools.controller.message_handler import CloseAfterReply
 from devtools.controller.state import ControllerState
-from devtools.controller.active_faults import Scope
-from devtools.controller.history import Event, EventKind
-from devtools.controller.condition import Condition
+from shim.protocol.upstream_message import Message, encode
 
 GARBAGE: tuple[str | bytes, ...] = (
     "not json",

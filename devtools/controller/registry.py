@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
+from devtools.controller.history_file import append_lines
 from shim.clock import Clock
 from shim.protocol.rfc3339 import rfc3339
-from devtools.controller.history_file import append_lines
 
 _NAMESPACE = uuid.UUID("3f1c6d0e-7b52-4a0e-9a53-1f0f6a3f5c11")
 

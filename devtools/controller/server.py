@@ -9,20 +9,20 @@ from typing import Any, Self
 import msgspec
 from aiohttp import web
 
-from shim.clock import Clock
-from devtools.controller.state import ControllerState
-from devtools.controller.commands import Command, CommandLog, CommandSpec
-from devtools.controller.control import Control
-from devtools.controller.handshake import CONTROLLER_PATH, GATEWAY_PATH, Handshakes
 from devtools.controller.active_faults import ActiveFaults
+from devtools.controller.commands import Command, CommandLog, CommandSpec
+from devtools.controller.connections import Connections, DropSpec, RawSpec, written
+from devtools.controller.control import Control
 from devtools.controller.faults import AnyFault, How
+from devtools.controller.handshake import CONTROLLER_PATH, GATEWAY_PATH, Handshakes
 from devtools.controller.history import Event, EventKind, History, Wanted
-from devtools.controller.connections import DropSpec, Connections, RawSpec, written
 from devtools.controller.history_file import HistoryFile
 from devtools.controller.legacy import LegacyApi
 from devtools.controller.options import Options
 from devtools.controller.registry import Registry
+from devtools.controller.state import ControllerState
 from devtools.controller.tokens import Tokens
+from shim.clock import Clock
 
 _MAX_BODY_BYTES = 134_217_728
 

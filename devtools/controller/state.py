@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shim.clock import Clock
-from devtools.controller.commands import CommandLog
 from devtools.controller.active_faults import ActiveFaults
+from devtools.controller.commands import CommandLog
 from devtools.controller.history import History
 from devtools.controller.options import Options
 from devtools.controller.registry import Registry
+from shim.clock import Clock
 
 
 @dataclass(frozen=True, slots=True)

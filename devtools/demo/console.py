@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
-from shim.clock import Clock
 from shim.cli.latency import duration
+from shim.clock import Clock
 
 _TITLE_WIDTH = 33
 

@@ -6,9 +6,21 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from shim.clock import Clock
-from devtools.agents import Callbacks, Command, Event, Exchange, Identity, LegacyAgent, CallOutcome, AgentProfile, Response, Result, EventKind
+from devtools.agents import (
+    AgentProfile,
+    Callbacks,
+    CallOutcome,
+    Command,
+    Event,
+    EventKind,
+    Exchange,
+    Identity,
+    LegacyAgent,
+    Response,
+    Result,
+)
 from devtools.controller.client import ControlClient
+from shim.clock import Clock
 
 BEAT_S = 0.4
 POLL_S = 2.5
@@ -20,7 +32,9 @@ class DemoAgent:
     """One legacy agent of the latest generation, its calls quickened, and everything that happens to it."""
 
     def __init__(self, url: str, clock: Clock, number: int = 0, token: str = TOKEN) -> None:
-        profile = AgentProfile(heartbeat_interval_s=BEAT_S, poll_interval_s=POLL_S, retry_initial_s=BEAT_S, retry_max_s=1)
+        profile = AgentProfile(
+            heartbeat_interval_s=BEAT_S, poll_interval_s=POLL_S, retry_initial_s=BEAT_S, retry_max_s=1
+        )
         who = Identity(
             agent_id=f"agent-demo-{number}", cluster_name=f"demo-{number}" if number else "demo", token=token
         )
@@ -32,7 +46,9 @@ class DemoAgent:
         self.polling = False
         self._changed = asyncio.Event()
 
-    async def event(self, what: EventKind, since: int = 0, outcome: CallOutcome = CallOutcome.OK, **command: str) -> Event:
+    async def event(
+        self, what: EventKind, since: int = 0, outcome: CallOutcome = CallOutcome.OK, **command: str
+    ) -> Event:
         """The first event of a kind from number `since` on; `id` or `type` may name its command."""
         while True:
             for event in self.events[since:]:

@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from shim.clock import Clock
 from devtools.controller.client import ControlError
-from devtools.demo.processes import ChildProcess, ChildFailed
 from devtools.demo.console import Console, StepFailed
-from devtools.demo.sidecar_scenario import SidecarScenario
+from devtools.demo.processes import ChildFailed, ChildProcess
 from devtools.demo.scenario import Scenario
+from devtools.demo.sidecar_scenario import SidecarScenario
+from shim.clock import Clock
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -28,7 +28,9 @@ def play(*, once: bool, colour: bool) -> int:
 
 
 def _sidecar(stage: Console, clock: Clock, folder: Path) -> Scenario:
-    return SidecarScenario(stage, clock, ChildProcess("controller", folder), ChildProcess("shim", folder), folder / "agent-shim.db")
+    return SidecarScenario(
+        stage, clock, ChildProcess("controller", folder), ChildProcess("shim", folder), folder / "agent-shim.db"
+    )
 
 
 async def _play(folder: Path, make: Callable[[Console, Clock, Path], Scenario], *, once: bool, colour: bool) -> int:

@@ -7,12 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from shim.clock import Clock
-from devtools.agents import Event, CallOutcome, EventKind
+from devtools.agents import CallOutcome, Event, EventKind
 from devtools.controller.client import ControlError, control_client
-from devtools.demo.demo_agent import TOKEN, DemoAgent, ControllerEvents
-from devtools.demo.processes import ChildProcess
 from devtools.demo.console import Console
+from devtools.demo.demo_agent import TOKEN, ControllerEvents, DemoAgent
+from devtools.demo.processes import ChildProcess
+from shim.clock import Clock
 
 
 class Scenario(ABC):

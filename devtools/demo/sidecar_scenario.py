@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-from shim.clock import Clock
-from shim.core.text import plural
 from devtools.agents import EventKind
 from devtools.controller.client import control_client
-from devtools.demo.demo_agent import BEAT_S, POLL_S, SLOW, TOKEN, DemoAgent, ControllerEvents
-from devtools.demo.processes import ChildProcess
 from devtools.demo.console import Console
+from devtools.demo.demo_agent import BEAT_S, POLL_S, SLOW, TOKEN, ControllerEvents, DemoAgent
+from devtools.demo.processes import ChildProcess
 from devtools.demo.scenario import Scenario
+from shim.clock import Clock
+from shim.core.text import plural
 
 _HOLD_S = 10
 _BEATS = 6

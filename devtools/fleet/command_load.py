@@ -7,9 +7,9 @@ import math
 import uuid
 from collections.abc import Sequence
 
-from shim.clock import Clock
-from devtools.agents import Event, Exchange, LegacyAgent, CallOutcome, Response, EventKind
+from devtools.agents import CallOutcome, Event, EventKind, Exchange, LegacyAgent, Response
 from devtools.controller.client import ControlClient, ControlError
+from shim.clock import Clock
 
 _MAX_AT_ONCE = 64
 

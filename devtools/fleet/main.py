@@ -14,12 +14,12 @@ from typing import Any
 
 import click
 
-from shim.clock import Clock
-from devtools.agents import GENERATIONS, Callbacks, Event, PollStyle, Pool, AgentProfile
+from devtools.agents import GENERATIONS, AgentProfile, Callbacks, Event, PollStyle, Pool
 from devtools.controller.client import control_client
+from devtools.fleet.command_load import CommandLoad
 from devtools.fleet.report import Report, lines, report
 from devtools.fleet.runner import Fleet, FleetPlan, FleetStats
-from devtools.fleet.command_load import CommandLoad
+from shim.clock import Clock
 
 _REFRESH_S = 0.25
 _GRACE_S = 5

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from devtools.agents import LegacyAgent, CallOutcome, EventKind
+from devtools.agents import CallOutcome, EventKind, LegacyAgent
+from devtools.fleet.command_load import CommandLoad
 from devtools.fleet.runner import FleetStats
 from shim.cli.latency import Summary, duration, histogram
-from devtools.fleet.command_load import CommandLoad
 
 _CALLS = (EventKind.REGISTER, EventKind.HEARTBEAT, EventKind.POLL, EventKind.RESULT, EventKind.TUNNEL)
 _MAX_SHOWN = 5
@@ -67,7 +67,11 @@ class Report:
 
 
 def report(
-    duration_s: float, agents: Sequence[LegacyAgent], tally: FleetStats, pusher: CommandLoad | None, warm_up_s: float = 0
+    duration_s: float,
+    agents: Sequence[LegacyAgent],
+    tally: FleetStats,
+    pusher: CommandLoad | None,
+    warm_up_s: float = 0,
 ) -> Report:
     """Sum up a run. An agent that was never answered well is failing, whatever else."""
     silent = {agent.who.agent_id: "no answer to any call" for agent in agents if agent.who.agent_id not in tally.alive}

@@ -7,10 +7,12 @@ from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
+from devtools.agents import AgentProfile, Callbacks, CallOutcome, Event, EventKind, Identity, LegacyAgent
 from shim.clock import Clock
-from devtools.agents import Callbacks, Event, Identity, LegacyAgent, CallOutcome, AgentProfile, EventKind
 
-_VITAL = frozenset({EventKind.REGISTER, EventKind.HEARTBEAT, EventKind.POLL, EventKind.RESULT, EventKind.STATUS, EventKind.TUNNEL})
+_VITAL = frozenset(
+    {EventKind.REGISTER, EventKind.HEARTBEAT, EventKind.POLL, EventKind.RESULT, EventKind.STATUS, EventKind.TUNNEL}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

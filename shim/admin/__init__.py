@@ -1,6 +1,6 @@
 """The admin port: health, readiness, metrics, the status page and what a person may change."""
 
-from shim.admin.recent_commands import RecentCommandsStore, RecentCommand
+from shim.admin.recent_commands import RecentCommand, RecentCommandsStore
 from shim.admin.server import AdminServer
 from shim.admin.subject import Subject
 

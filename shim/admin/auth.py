@@ -9,9 +9,9 @@ from ipaddress import ip_address
 
 from aiohttp import hdrs, web
 
-from shim.protocol.http import bearer, host_name
-from shim.errors import OperatorError
 from shim.config.settings import Admin, is_loopback
+from shim.errors import OperatorError
+from shim.protocol.http import bearer, host_name
 
 _SEC_FETCH_SITE = "Sec-Fetch-Site"
 _OWN_SITE = frozenset({"same-origin", "none"})

@@ -12,8 +12,8 @@ from shim.admin.call_status import RECENT_S, http_agent
 from shim.admin.health_messages import PROBLEMS
 from shim.admin.subject import Subject
 from shim.core.fallback_record import Why
-from shim.core.poll_hold import PollPacing
 from shim.core.link_state import LinkState
+from shim.core.poll_hold import PollPacing
 
 
 class BridgeCollector:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from shim.admin.health_messages import LEVELS, REFUSED_HINTS, SENTENCES
-from shim.core.text import shorten, plural, format_duration
+from shim.core.text import format_duration, plural, shorten
 
 SETTLING_S = 10.0
 """A link is back within 10 s of its controller's return: until then its loss is no reason for alarm."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from shim.protocol import dialects
 from shim.admin.subject import Subject
+from shim.config.rules import parse_date_s
+from shim.config.settings import Sunset
 from shim.core.records import SessionKey
 from shim.core.route_usage import Route, RouteUse
-from shim.core.text import plural, format_duration
-from shim.config.settings import Sunset
-from shim.config.rules import parse_date_s
+from shim.core.text import format_duration, plural
+from shim.protocol import dialects
 
 QUIET_S = 86_400.0
 """Without a deprecated call for so long, agents are taken to have migrated."""

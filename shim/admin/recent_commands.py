@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from shim.core.records import AddTrace, StoreContents, Operation, SessionKey
+from shim.core.records import AddTrace, Operation, SessionKey, StoreContents
 from shim.ports import CommandStore, StoreDone
 
 KEPT = 50

@@ -14,23 +14,23 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from shim import __version__
-from shim.config import loader
-from shim.admin.gauges import BridgeCollector
-from shim.admin.command_api import CommandHandlers
 from shim.admin.auth import Access, Guard
-from shim.admin.health import Health
-from shim.admin.recent_commands import RecentCommand
+from shim.admin.command_api import CommandHandlers
 from shim.admin.connection_limit import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Connections
 from shim.admin.event_stream import EventStream
+from shim.admin.gauges import BridgeCollector
+from shim.admin.health import Health
+from shim.admin.recent_commands import RecentCommand
 from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
-from shim.admin.time_series import Sampler
 from shim.admin.status import ProcessInfo, StatusBuilder
 from shim.admin.subject import Subject
+from shim.admin.time_series import Sampler
+from shim.config import loader
+from shim.config.settings import Admin
 from shim.errors import ConfigError, OperatorError
 from shim.http_connection import LINGER_S, NoRoom
 from shim.listening import bind
 from shim.redaction import Redaction
-from shim.config.settings import Admin
 
 STOP_S = 1.0
 MAX_BODY_BYTES = 65_536

@@ -16,14 +16,14 @@ from prometheus_client import Counter, Gauge
 from shim.admin import call_status
 from shim.admin.call_status import name_of
 from shim.admin.health_summary import summarise
-from shim.admin.recent_commands import RecentCommand
 from shim.admin.migration import migration
-from shim.admin.time_series import Sampler
+from shim.admin.recent_commands import RecentCommand
 from shim.admin.subject import Subject
+from shim.admin.time_series import Sampler
 from shim.bridge.links import UpstreamLink
 from shim.core.command_queue import CommandQueue, QueuedCommand
 from shim.core.fallback_record import FallbackCall, Why
-from shim.core.records import SessionKey, CommandState
+from shim.core.records import CommandState, SessionKey
 from shim.core.sessions import MIN_GAPS, Session
 from shim.protocol.http import fallback_url, origin_of
 

@@ -11,8 +11,8 @@ from aiohttp import EofStream, WebSocketError, WSMsgType, hdrs, web
 from aiohttp._websocket.reader import WebSocketReader
 from aiohttp.log import ws_logger
 
-from shim.protocol.http import bearer
 from shim.ports import Frame
+from shim.protocol.http import bearer
 from shim.upstream.websocket import CloseFrameReader, frame_of, opcode_of
 
 # aiohttp logs subprotocols that it does not know in the client's own words, of any length; they are the controller's.

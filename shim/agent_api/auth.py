@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from aiohttp import hdrs
 from multidict import istr
 
+from shim.config.settings import Listen, is_loopback
 from shim.core.agent_calls import Failed
 from shim.protocol.http import bearer, host_name
-from shim.config.settings import Listen, is_loopback
 
 __all__ = ["Guard", "bearer"]
 

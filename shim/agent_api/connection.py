@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from prometheus_client import Gauge
-from shim.agent_api.refused_calls import RefusedCalls
-from shim.agent_api.responses import ResponseBuilder
-from shim.http_connection import Budget
-from shim.metrics import Metrics
-from shim.ports import AgentService
-from shim.config.settings import Listen
 import asyncio
 import logging
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
+
 from aiohttp import web
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
+from prometheus_client import Gauge
+
 from shim.agent_api import tcp_state
-from shim.agent_api.refused_calls import NO_ROUTE
-from shim.agent_api.responses import SENT_CLOSE
-from shim.http_connection import HttpConnection
-from shim.ports import Caller, DeliveryReceipt, Pending
-from typing import cast
+from shim.agent_api.refused_calls import NO_ROUTE, RefusedCalls
+from shim.agent_api.responses import SENT_CLOSE, ResponseBuilder
+from shim.config.settings import Listen
 from shim.core.agent_calls import AgentCall, PollCall
+from shim.http_connection import Budget, HttpConnection
+from shim.metrics import Metrics
+from shim.ports import AgentService, Caller, DeliveryReceipt, Pending
 from shim.protocol.dialects import Match
-from shim.ports import DeliveryReceipt
 
 
 @dataclass(slots=True)

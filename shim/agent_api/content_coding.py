@@ -10,9 +10,8 @@ import zlib
 
 from aiohttp import hdrs, web
 
+from shim.agent_api.request_body import RETRY_AFTER_S, BodyRejected, too_large
 from shim.errors import AgentError
-from shim.agent_api.request_body import BodyRejected, too_large
-from shim.agent_api.request_body import RETRY_AFTER_S
 from shim.http_connection import Budget
 
 _GZIP = zlib.MAX_WBITS | 16

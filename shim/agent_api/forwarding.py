@@ -8,8 +8,8 @@ from http import HTTPStatus
 
 from aiohttp import hdrs, web
 
-from shim.core.agent_calls import AgentCall
 from shim.agent_api.connection import RequestContext
+from shim.core.agent_calls import AgentCall
 from shim.ports import Caller, ProxyRequest, ProxyResponse
 
 _ORIGIN = re.compile(r"\A[A-Za-z][A-Za-z0-9+.\-]*://[^/?#]*", re.ASCII)
@@ -22,7 +22,9 @@ def is_large(request: web.BaseRequest, limit_bytes: int) -> bool:
     return length > limit_bytes if length is not None else not request.content.is_eof()
 
 
-def forwarded(visit: RequestContext, base_path: str, client: Caller, data: bytes | None, call: AgentCall | None) -> ProxyRequest:
+def forwarded(
+    visit: RequestContext, base_path: str, client: Caller, data: bytes | None, call: AgentCall | None
+) -> ProxyRequest:
     """The request for `ports.Fallback`; without `data` its body is streamed."""
     request = visit.request
     pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers]

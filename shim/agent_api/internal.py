@@ -19,19 +19,17 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
-from shim.core.agent_calls import Failed
-from shim.protocol.reply_notes import HEARTBEATS, METHOD, OPERATOR, Note, read, read_came
-from shim.protocol.dialects import Reply
-from shim.errors import AgentError
 from shim.agent_api.agent_websocket import AgentWebSocket
-from shim.agent_api.request_body import read_body
-from shim.agent_api.connection import AgentConnection
 from shim.agent_api.auth import Guard, bearer
-from shim.agent_api.connection import ConnectionCount
-from shim.agent_api.server import AgentServer
-from shim.agent_api.connection import RequestContext
+from shim.agent_api.connection import AgentConnection, ConnectionCount, RequestContext
+from shim.agent_api.request_body import read_body
 from shim.agent_api.response_writer import MISDIRECTED
-from shim.ports import Caller, DeliveryReceipt, ProxyResponse, AgentService
+from shim.agent_api.server import AgentServer
+from shim.core.agent_calls import Failed
+from shim.errors import AgentError
+from shim.ports import AgentService, Caller, DeliveryReceipt, ProxyResponse
+from shim.protocol.dialects import Reply
+from shim.protocol.reply_notes import HEARTBEATS, METHOD, OPERATOR, Note, read, read_came
 
 LEASE_HEADER = "X-Shim-Lease"
 CLOCK_HEADER = "X-Shim-Clock"

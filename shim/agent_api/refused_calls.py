@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from shim.core.recent_calls import RecentCalls
-from shim.protocol.dialects import Match
 from shim.log import get
+from shim.protocol.dialects import Match
 
 log = get(__name__)
 

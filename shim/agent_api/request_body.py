@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from shim.errors import AgentError
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
+
 import msgspec
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestPayloadError
-from shim.protocol import lenient_json
-from shim.core.bounds import FREE_BYTES, MAX_VALUES
-from shim.protocol.dialects import MAX_DEPTH
-from shim.http_connection import Budget, NoRoom
 
+from shim.core.bounds import FREE_BYTES, MAX_VALUES
+from shim.errors import AgentError
+from shim.http_connection import Budget, NoRoom
+from shim.protocol import lenient_json
+from shim.protocol.dialects import MAX_DEPTH
 
 RETRY_AFTER_S = 1
 

@@ -13,19 +13,17 @@ from aiohttp.http import HttpVersion11
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
-from shim.core.agent_calls import Failed
-from shim.protocol.dialects import Call, Match, error_reply
-from shim.errors import AgentError
-from shim.agent_api.request_body import decode_body, is_shallow, peek
-from shim.agent_api.connection import AgentConnection
 from shim.agent_api.auth import Guard
-from shim.agent_api.connection import ServerContext
-from shim.agent_api.request_body import InFlight
+from shim.agent_api.connection import AgentConnection, ServerContext
 from shim.agent_api.refused_calls import route_of
+from shim.agent_api.request_body import InFlight, decode_body, is_shallow, peek
+from shim.agent_api.response_writer import REQUEST_ID, RequestMetrics
 from shim.agent_api.responses import encode_body
 from shim.agent_api.routing import RouteCache, session_in
-from shim.agent_api.response_writer import REQUEST_ID, RequestMetrics
+from shim.core.agent_calls import Failed
+from shim.errors import AgentError
 from shim.ports import Fallback, Forwarder, Pending
+from shim.protocol.dialects import Call, Match, error_reply
 
 _METHODS = frozenset({hdrs.METH_GET, hdrs.METH_POST})
 OPERATIONS = frozenset({"heartbeat", "poll", "tunnel_poll", "tunnel_info", "health"})

@@ -10,16 +10,14 @@ from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from multidict import istr
 
-from shim.counting import Count, Spread
-from shim.protocol.dialects import Match, Reply
-from shim.agent_api.connection import AgentConnection
+from shim.agent_api.connection import AgentConnection, RequestContext, ServerContext
 from shim.agent_api.forwarding import chunk, head
-from shim.agent_api.connection import ServerContext
 from shim.agent_api.refused_calls import route_of
 from shim.agent_api.responses import SENT_CLOSE, SENT_KEEP
-from shim.agent_api.connection import RequestContext
+from shim.counting import Count, Spread
 from shim.metrics import Metrics
 from shim.ports import ProxyResponse
+from shim.protocol.dialects import Match, Reply
 
 REQUEST_ID = istr("X-Request-Id")
 MISDIRECTED = 421

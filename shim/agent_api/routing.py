@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from aiohttp import hdrs, web
 
-from shim.protocol.dialects import Match, Router
-from shim.errors import AgentError
 from shim.agent_api.request_body import BodyRejected
+from shim.errors import AgentError
+from shim.protocol.dialects import Match, Router
 
 _REMEMBERED_TARGETS = 4096
 

@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import math
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
-from aiohttp import web
-from shim.agent_api.connection import AgentConnection, SyncHandler
-from shim.agent_api.connection import ServerContext
-import contextlib
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import replace
+from typing import Any
+
 from aiohttp import hdrs, web
-from shim.core.bounds import MAX_LINE_BYTES
-from shim.core.agent_calls import AgentCall, Failed, RegisterCall
-from shim.core.recent_calls import RecentCalls
-from shim.protocol.dialects import Call, Dialect, Match, Reply, Router, error_reply
-from shim.errors import AgentError, StartError
+
 from shim.agent_api.agent_websocket import AgentWebSocket, is_handshake, token_of
-from shim.agent_api.request_body import BodyRejected, decode_body, is_shallow, meet_expectation, read_body, stream_body
-from shim.agent_api.connection import AgentConnection
-from shim.agent_api.content_coding import plain_body
-from shim.agent_api.request_handler import SyncRequestHandler
-from shim.agent_api.forwarding import forwarded, is_large, target_of
 from shim.agent_api.auth import Guard, bearer
-from shim.agent_api.connection import ConnectionCount, ServerContext
-from shim.agent_api.request_body import InFlight
+from shim.agent_api.connection import AgentConnection, ConnectionCount, RequestContext, ServerContext, SyncHandler
+from shim.agent_api.content_coding import plain_body
+from shim.agent_api.forwarding import forwarded, is_large, target_of
 from shim.agent_api.refused_calls import RefusedCalls
+from shim.agent_api.request_body import (
+    BodyRejected,
+    InFlight,
+    decode_body,
+    is_shallow,
+    meet_expectation,
+    read_body,
+    stream_body,
+)
+from shim.agent_api.request_handler import SyncRequestHandler
+from shim.agent_api.response_writer import RequestMetrics, ResponseWriter
 from shim.agent_api.responses import ResponseBuilder, StaticHeaders, encode_body, no_static_headers
 from shim.agent_api.routing import RouteCache, session_in
 from shim.agent_api.tls import ServerTls
-from shim.agent_api.connection import RequestContext
-from shim.agent_api.response_writer import RequestMetrics, ResponseWriter
+from shim.config.files import reason
+from shim.config.settings import Listen
+from shim.core.agent_calls import AgentCall, Failed, RegisterCall
+from shim.core.bounds import MAX_LINE_BYTES
+from shim.core.recent_calls import RecentCalls
+from shim.errors import AgentError, StartError
 from shim.http_connection import LINGER_S, Budget
 from shim.listening import bind
 from shim.metrics import Metrics
-from shim.ports import AgentWebSockets, CallResult, Caller, Fallback, Forwarder, Handshake, ProxyResponse, AgentService
-from shim.config.files import reason
-from shim.config.settings import Listen
-
+from shim.ports import AgentService, AgentWebSockets, Caller, CallResult, Fallback, Forwarder, Handshake, ProxyResponse
+from shim.protocol.dialects import Call, Dialect, Match, Reply, Router, error_reply
 
 ACCEPT_AGAIN_S = 1.0
 
@@ -56,7 +58,12 @@ class ConnectionServer(web.Server):
     """aiohttp's server with connections of our own kind. `express` answers at once what it can."""
 
     def __init__(
-        self, handler: Handler, house: ServerContext, express: SyncHandler, make: Callable[..., AgentConnection], **options: Any
+        self,
+        handler: Handler,
+        house: ServerContext,
+        express: SyncHandler,
+        make: Callable[..., AgentConnection],
+        **options: Any,
     ) -> None:
         # aiohttp's default keeps a handler running after its agent has left: a held poll would swallow a command
         super().__init__(handler, handler_cancellation=True, **options)
@@ -75,7 +82,9 @@ class TlsListener:
     asyncio's own listener tells of a connection only after its handshake: peers that never begin one would be unseen.
     """
 
-    def __init__(self, make: Callable[[], AgentConnection], context: ssl.SSLContext, timeout_s: float, backlog: int) -> None:
+    def __init__(
+        self, make: Callable[[], AgentConnection], context: ssl.SSLContext, timeout_s: float, backlog: int
+    ) -> None:
         self._make = make
         self._context = context
         self._timeout_s = timeout_s
@@ -133,6 +142,7 @@ RECEIVE_BYTES = 32_768
 READ_BYTES = 65_536
 """A body that nobody reads yet is buffered up to twice as much; then reading pauses."""
 
+
 class AgentServer:
     """The legacy server. `start()` and `stop()` are called once each."""
 
@@ -182,7 +192,9 @@ class AgentServer:
         )
         counts = RequestMetrics(metrics)
         self._writer = ResponseWriter(self._house, counts)
-        self._express = SyncRequestHandler(self._house, self._guard, self._routes, self._in_flight, counts, fallback, forwarder)
+        self._express = SyncRequestHandler(
+            self._house, self._guard, self._routes, self._in_flight, counts, fallback, forwarder
+        )
         self._web: ConnectionServer | None = None
         self._sockets: list[socket.socket] = []
         self._tls: ssl.SSLContext | None = None

@@ -1,6 +1,6 @@
 """The switchboard: core and ports, wired together (design.md §2)."""
 
-from shim.bridge.context import BridgeContext
 from shim.bridge.bridge import Bridge
+from shim.bridge.context import BridgeContext
 
 __all__ = ["Bridge", "BridgeContext"]

@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from shim.bridge.command_queues import CommandIntake, CommandQueues
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
-from shim.bridge.command_queues import CommandIntake
-from shim.bridge.command_queues import CommandQueues
-from shim.core.command_queue import CommandQueue
-from shim.core.command_queue import CommandEvent, next_state
-from shim.core.records import AddTrace, CommandRecord, FindCommand, RequeueCommand, SessionKey, CommandState, TraceEntry
+from shim.core.command_queue import CommandEvent, CommandQueue, next_state
+from shim.core.records import AddTrace, CommandRecord, CommandState, FindCommand, RequeueCommand, SessionKey, TraceEntry
 from shim.errors import IllegalTransition, OperatorError, StoreError
 from shim.log import get
 from shim.ports import Timer
@@ -70,7 +68,9 @@ class CommandDetails(NamedTuple):
 class AdminActions:
     """Changes by hand. Each raises `OperatorError`, whose text says what to do instead."""
 
-    def __init__(self, ctx: BridgeContext, queues: CommandQueues, intake: CommandIntake, delivery: CommandDelivery) -> None:
+    def __init__(
+        self, ctx: BridgeContext, queues: CommandQueues, intake: CommandIntake, delivery: CommandDelivery
+    ) -> None:
         self._ctx = ctx
         self._queues = queues
         self._intake = intake

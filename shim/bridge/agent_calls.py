@@ -9,21 +9,37 @@ from typing import Any
 
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
-from shim.bridge.long_polls import PollHolds
+from shim.bridge.link_lookup import LinkLookup
 from shim.bridge.links import UpstreamLink
-from shim.bridge.long_polls import LongPolls, failed
+from shim.bridge.long_polls import LongPolls, PollHolds, failed
 from shim.bridge.registration import Registrations
 from shim.bridge.session_registry import SessionRegistry, outcome_of
-from shim.bridge.link_lookup import LinkLookup
-from shim.core.agent_calls import Accepted, AgentCall, Failed, HealthCall, Healthy, HeartbeatCall, Outcome, PollCall, RegisterCall, Registered, ResultCall, StatusCall, TunnelInfo, TunnelInfoCall, TunnelPollCall, TunnelState
+from shim.core.agent_calls import (
+    Accepted,
+    AgentCall,
+    Failed,
+    HealthCall,
+    Healthy,
+    HeartbeatCall,
+    Outcome,
+    PollCall,
+    RegisterCall,
+    Registered,
+    ResultCall,
+    StatusCall,
+    TunnelInfo,
+    TunnelInfoCall,
+    TunnelPollCall,
+    TunnelState,
+)
 from shim.core.link_state import LinkState
 from shim.core.records import AddTrace, PutResult, ResultOutcome, SessionKey, TraceEntry
-from shim.core.sessions import Session
-from shim.protocol.rfc3339 import rfc3339
 from shim.core.route_usage import route_of
+from shim.core.sessions import Session
 from shim.errors import AgentError, StoreError
 from shim.log import get
-from shim.ports import CallResult, Caller
+from shim.ports import Caller, CallResult
+from shim.protocol.rfc3339 import rfc3339
 
 log = get(__name__)
 

@@ -6,37 +6,32 @@ from collections.abc import Coroutine
 from itertools import count
 from typing import Any, cast
 
+from shim.bridge.admin_actions import AdminActions
 from shim.bridge.agent_calls import AgentCallHandler
-from shim.bridge.upstream_connection import UpstreamConnection
+from shim.bridge.command_queues import CommandIntake, CommandQueues
 from shim.bridge.context import DEFAULT_OWNER, BridgeContext
 from shim.bridge.delivery import CommandDelivery, OfferedBatch
-from shim.bridge.http_fallback import HttpFallbackBridge
-from shim.bridge.session_removal import Forgetting
-from shim.bridge.gateway_redirect import GatewayConnections, GatewayConnection
-from shim.bridge.long_polls import PollHolds
-from shim.bridge.upstream_messages import UpstreamMessageHandler
-from shim.bridge.command_queues import CommandIntake
-from shim.bridge.registration import PendingRegistration
-from shim.bridge.links import UpstreamLink
-from shim.bridge.links import LinkPool
-from shim.bridge.admin_actions import AdminActions
-from shim.bridge.outbox import Outbox
+from shim.bridge.gateway_redirect import GatewayConnection, GatewayConnections
 from shim.bridge.heartbeats import HeartbeatForwarder
-from shim.bridge.command_queues import CommandQueues
-from shim.bridge.rejections import Rejections
-from shim.bridge.registration import Registrations
-from shim.bridge.session_registry import SessionRegistry, outcome_of
+from shim.bridge.http_fallback import HttpFallbackBridge
 from shim.bridge.link_lookup import LinkLookup
-from shim.bridge.upstream_messages import GatewayMessageSource, LinkMessageSource
-from shim.bridge.scheduler import TimerGroup
-from shim.bridge.scheduler import PeriodicTask, UnpolledCommandsWarning, PeriodicTasks
+from shim.bridge.links import LinkPool, UpstreamLink
+from shim.bridge.long_polls import PollHolds
+from shim.bridge.outbox import Outbox
+from shim.bridge.registration import PendingRegistration, Registrations
+from shim.bridge.rejections import Rejections
+from shim.bridge.scheduler import PeriodicTask, PeriodicTasks, TimerGroup, UnpolledCommandsWarning
+from shim.bridge.session_registry import SessionRegistry, outcome_of
+from shim.bridge.session_removal import Forgetting
+from shim.bridge.upstream_connection import UpstreamConnection
+from shim.bridge.upstream_messages import GatewayMessageSource, LinkMessageSource, UpstreamMessageHandler
 from shim.bridge.websocket_agents import WebSocketAgents
 from shim.core.agent_calls import AgentCall, Failed, Outcome
-from shim.core.records import StoreContents, Prune, SessionKey
+from shim.core.records import Prune, SessionKey, StoreContents
 from shim.core.sessions import Session, Sessions
 from shim.log import get
+from shim.ports import Caller, CallResult, DeliveryReceipt
 from shim.protocol.upstream_message import Message
-from shim.ports import CallResult, Caller, DeliveryReceipt
 
 log = get(__name__)
 

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from shim.bridge.context import BridgeContext
-from shim.bridge.outbox import Outbox
-from shim.core.command_queue import CommandQueue, UncertainOutcome, QueuedCommand
-from shim.core.records import VIA_HTTP, AddTrace, CommandRecord, MarkCommands, SessionKey, CommandState, TraceEntry
-from shim.errors import StoreError
-from shim.log import get
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
 import msgspec
 from msgspec.structs import replace
-from shim.bridge.rejections import Refusal, Rejections
-from shim.protocol.command_message import ParsedCommand
-from shim.core.records import VIA_HTTP, AddTrace, CommandRecord, LookUpCommand, PutCommand, PutOutcome, SessionKey, TraceEntry
-from shim.core.sessions import Session
 
+from shim.bridge.context import BridgeContext
+from shim.bridge.outbox import Outbox
+from shim.bridge.rejections import Refusal, Rejections
+from shim.core.command_queue import CommandQueue, QueuedCommand, UncertainOutcome
+from shim.core.records import (
+    VIA_HTTP,
+    AddTrace,
+    CommandRecord,
+    CommandState,
+    LookUpCommand,
+    MarkCommands,
+    PutCommand,
+    PutOutcome,
+    SessionKey,
+    TraceEntry,
+)
+from shim.core.sessions import Session
+from shim.errors import StoreError
+from shim.log import get
+from shim.protocol.command_message import ParsedCommand
 
 log = get(__name__)
 
@@ -102,7 +111,9 @@ class CommandQueues:
             log.warning("commands_uncertain", session=key.ident, commands=len(again), reason=reason)
             self.record_transition(key, again, CommandState.UNCERTAIN, "uncertain", detail=reason)
         for live in doubt.dead:
-            self.finish(key, live, CommandState.DEAD, "undeliverable", f"given up after {live.attempts} offers: {reason}")
+            self.finish(
+                key, live, CommandState.DEAD, "undeliverable", f"given up after {live.attempts} offers: {reason}"
+            )
 
     def finish(self, key: SessionKey, live: QueuedCommand, state: CommandState, code: str, error: str) -> None:
         """A command that left its queue ends EXPIRED or DEAD, and the controller is told."""
@@ -134,7 +145,9 @@ class CommandQueues:
                 return
             self._unstored[key, record.id] = ending
             if told and not again:
-                self.outbox.send_unpersisted(key, record.request_id, report, again=False)  # it is reported again from disk
+                self.outbox.send_unpersisted(
+                    key, record.request_id, report, again=False
+                )  # it is reported again from disk
 
         if told:
             self.outbox.end(key, record.request_id, report, steps, done)
@@ -267,7 +280,12 @@ class CommandIntake:
     """Takes commands in. `wake` is called when a session's queue has something new to offer."""
 
     def __init__(
-        self, ctx: BridgeContext, queues: CommandQueues, outbox: Outbox, refusals: Rejections, wake: Callable[[SessionKey], None]
+        self,
+        ctx: BridgeContext,
+        queues: CommandQueues,
+        outbox: Outbox,
+        refusals: Rejections,
+        wake: Callable[[SessionKey], None],
     ) -> None:
         self._ctx = ctx
         self._queues = queues

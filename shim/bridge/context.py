@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from shim.config.settings import Settings
 from shim.core.backoff import BackoffPolicy
 from shim.core.command_queue import Arriving, QueuePolicy
 from shim.core.fallback_record import FallbackRecord
@@ -14,7 +15,6 @@ from shim.core.sessions import Sessions
 from shim.metrics import Metrics
 from shim.ports import Clock, CommandStore, Timers, UpstreamPort
 from shim.redaction import Redaction, without_secrets
-from shim.config.settings import Settings
 
 DEFAULT_OWNER = "default"
 ENVELOPE_BYTES = 512

@@ -9,11 +9,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from shim.bridge.context import BridgeContext
 from shim.bridge.command_queues import CommandQueues
+from shim.bridge.context import BridgeContext
 from shim.core.agent_calls import OfferedCommand
-from shim.core.command_queue import CommandQueue, QueuedCommand, Batch, QueuePolicy
-from shim.core.records import AddTrace, MarkCommands, Operation, SessionKey, CommandState, TraceEntry
+from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, QueuePolicy
+from shim.core.records import AddTrace, CommandState, MarkCommands, Operation, SessionKey, TraceEntry
 from shim.counting import Spreads
 from shim.errors import StoreError
 from shim.log import get
@@ -158,7 +158,9 @@ class CommandDelivery:
 
         self._ctx.store.submit(operations, done)
 
-    def _offer_without_record(self, queue: CommandQueue, offering: OfferedBatch, policy: QueuePolicy) -> OfferedBatch | None:
+    def _offer_without_record(
+        self, queue: CommandQueue, offering: OfferedBatch, policy: QueuePolicy
+    ) -> OfferedBatch | None:
         """What goes out although the disk took no record of it."""
         offer = queue.unrecorded(offering.offer, policy)
         log.error("offer_not_stored", session=offering.key.ident, offered=len(offer.ids) if offer else 0)

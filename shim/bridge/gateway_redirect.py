@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
-from shim.bridge.upstream_connection import UpstreamConnection, ConnectionEnd
 from shim.bridge.context import BridgeContext
 from shim.bridge.links import UpstreamLink
+from shim.bridge.upstream_connection import ConnectionEnd, UpstreamConnection
+from shim.config.settings import is_loopback
 from shim.core.backoff import Backoff, FailureKind
 from shim.core.bounds import MAX_LOGGED_CHARS, MAX_URL_CHARS, cut
 from shim.core.liveness import LivenessState
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
-from shim.protocol.http import host_of, ws_url
 from shim.errors import ShimError
 from shim.hosts import plain_host
 from shim.log import get
-from shim.protocol.upstream_message import Message
 from shim.ports import DialFailure, DialRequest, WebSocket
-from shim.config.settings import is_loopback
+from shim.protocol.http import host_of, ws_url
+from shim.protocol.upstream_message import Message
 
 if TYPE_CHECKING:
     from publicsuffixlist import PublicSuffixList
@@ -91,7 +91,9 @@ class GatewayConnections:
             return
         leg = self._legs.get(session.key)
         if leg is None:
-            leg = self._legs[session.key] = GatewayConnection(session, runner, url, Backoff(self._ctx.backoff_policy, self._ctx.rng))
+            leg = self._legs[session.key] = GatewayConnection(
+                session, runner, url, Backoff(self._ctx.backoff_policy, self._ctx.rng)
+            )
         elif leg.url == url and (leg.connection is not None or leg.waiting):
             return
         leg.url, leg.runner = url, runner
@@ -175,7 +177,9 @@ class GatewayConnections:
         leg.connection = connection
         self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(leg, dial, connection, outcome))
 
-    def _dialled(self, leg: GatewayConnection, dial: int, connection: UpstreamConnection, outcome: WebSocket | DialFailure) -> None:
+    def _dialled(
+        self, leg: GatewayConnection, dial: int, connection: UpstreamConnection, outcome: WebSocket | DialFailure
+    ) -> None:
         if leg.dial != dial:
             if not isinstance(outcome, DialFailure):
                 outcome.close(1000)

@@ -7,16 +7,16 @@ from typing import Any
 
 import msgspec
 
-from shim.bridge.upstream_connection import UpstreamConnection
 from shim.bridge.context import ENVELOPE_BYTES, BridgeContext
-from shim.bridge.registration import Registrations
 from shim.bridge.link_lookup import LinkLookup
-from shim.core.bounds import MAX_ALL_KEPT_BYTES
+from shim.bridge.registration import Registrations
+from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.agent_calls import TargetKind
+from shim.core.bounds import MAX_ALL_KEPT_BYTES
 from shim.core.heartbeat_coverage import ACK_GRACE_S, HeartbeatOutcome
 from shim.core.records import SessionKey
-from shim.core.sessions import Session
 from shim.core.session_standing import TroubleKind
+from shim.core.sessions import Session
 from shim.log import get
 
 log = get(__name__)
@@ -129,7 +129,9 @@ class HeartbeatForwarder:
         return False
 
     def _is_announced(self, session: Session, connection: UpstreamConnection) -> bool:
-        return session.announced_on == connection.serial or self._routes.gateways.connection_of(session.key) is connection
+        return (
+            session.announced_on == connection.serial or self._routes.gateways.connection_of(session.key) is connection
+        )
 
     def announce(self, session: Session) -> None:
         """Register a session from what is known of it; without a name nothing is sent, and the log says what helps."""

@@ -6,23 +6,32 @@ import asyncio
 from functools import partial
 from typing import Any
 
+from shim.bridge.command_queues import CommandIntake, CommandQueues
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
-from shim.bridge.command_queues import CommandIntake
-from shim.bridge.links import UpstreamLink
-from shim.bridge.command_queues import CommandQueues
-from shim.bridge.session_registry import SessionRegistry
 from shim.bridge.link_lookup import LinkLookup
-from shim.core.agent_calls import AgentCall, Commands, HealthCall, HeartbeatCall, PollCall, RegisterCall, ResultCall, TunnelInfoCall, TunnelPollCall
-from shim.protocol.command_message import MalformedCommand, parse_command
-from shim.core.records import VIA_HTTP, AddTrace, FindCommand, MarkCommands, SessionKey, CommandState, TraceEntry
-from shim.protocol.controller_replies import register_reply
-from shim.core.sessions import Session
+from shim.bridge.links import UpstreamLink
+from shim.bridge.session_registry import SessionRegistry
+from shim.core.agent_calls import (
+    AgentCall,
+    Commands,
+    HealthCall,
+    HeartbeatCall,
+    PollCall,
+    RegisterCall,
+    ResultCall,
+    TunnelInfoCall,
+    TunnelPollCall,
+)
+from shim.core.records import VIA_HTTP, AddTrace, CommandState, FindCommand, MarkCommands, SessionKey, TraceEntry
 from shim.core.route_usage import route_of
+from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.log import get
+from shim.ports import Caller, CallResult
+from shim.protocol.command_message import MalformedCommand, parse_command
+from shim.protocol.controller_replies import register_reply
 from shim.protocol.upstream_message import Message
-from shim.ports import CallResult, Caller
 
 log = get(__name__)
 
@@ -31,7 +40,13 @@ class HttpFallbackBridge:
     """Keeps commands and names across both ways: one id is delivered once, whichever way it came."""
 
     def __init__(
-        self, ctx: BridgeContext, routes: LinkLookup, roster: SessionRegistry, queues: CommandQueues, intake: CommandIntake, delivery: CommandDelivery
+        self,
+        ctx: BridgeContext,
+        routes: LinkLookup,
+        roster: SessionRegistry,
+        queues: CommandQueues,
+        intake: CommandIntake,
+        delivery: CommandDelivery,
     ) -> None:
         self._ctx = ctx
         self._queues = queues
@@ -187,7 +202,10 @@ class HttpFallbackBridge:
         key, wall = self._key(client, call), self._ctx.clock.wall_s()
         ids = (call.command_id,)
         self._ctx.store.submit(
-            [MarkCommands(key, ids, CommandState.CLOSED, wall), AddTrace(key, ids, TraceEntry(wall, "closed", "by HTTP"))]
+            [
+                MarkCommands(key, ids, CommandState.CLOSED, wall),
+                AddTrace(key, ids, TraceEntry(wall, "closed", "by HTTP")),
+            ]
         )
         self._delivery.answered(key, call.command_id)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from shim.bridge.upstream_connection import UpstreamConnection
 from shim.bridge.context import DEFAULT_OWNER, BridgeContext
 from shim.bridge.gateway_redirect import GatewayConnections
-from shim.bridge.links import UpstreamLink
-from shim.bridge.links import LinkPool
-from shim.core.shard_assignment import owner_id
+from shim.bridge.links import LinkPool, UpstreamLink
+from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
+from shim.core.shard_assignment import owner_id
 from shim.ports import Caller
 
 LINK_KIND = "link"

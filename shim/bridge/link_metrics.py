@@ -40,7 +40,9 @@ class LinkMetrics:
         if begun_at is None or failure.reason == "token":
             return  # nobody was dialled
         since_working_s = None if self._worked_at is None else now - self._worked_at
-        away = is_controller_unreachable(failure.reason, failure.status, since_working_s) and not self._heard_since(begun_at)
+        away = is_controller_unreachable(failure.reason, failure.status, since_working_s) and not self._heard_since(
+            begun_at
+        )
         if away:
             self._away_at = begun_at
         else:

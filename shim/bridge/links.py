@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from typing import Protocol
-from shim.bridge.link_metrics import LinkMetrics
-from shim.bridge.upstream_connection import UpstreamConnection, ConnectionEnd
+
 from shim.bridge.context import BridgeContext
+from shim.bridge.link_metrics import LinkMetrics
+from shim.bridge.upstream_connection import ConnectionEnd, UpstreamConnection
 from shim.core import link_state as ev
 from shim.core.backoff import Backoff
-from shim.core.link_state import LinkStateMachine, LinkPolicy, LinkState
-from shim.core.liveness import LivenessState
 from shim.core.link_history import LinkHistory, phase_of
-from shim.protocol.http import ws_url
-from shim.errors import IllegalTransition, ShimError
+from shim.core.link_state import LinkPolicy, LinkState, LinkStateMachine
+from shim.core.liveness import LivenessState
+from shim.errors import AgentError, IllegalTransition, ShimError
 from shim.log import get
+from shim.ports import DialFailure, DialRequest, Timer, WebSocket
+from shim.protocol.http import ws_url
 from shim.protocol.upstream_message import Message
-from shim.ports import DialFailure, DialRequest, WebSocket, Timer
-from collections.abc import Iterator
-from hashlib import sha256
-from shim.core.link_state import LinkState
-from shim.errors import AgentError
-
 
 log = get(__name__)
 
@@ -72,7 +69,9 @@ class UpstreamLink:
     `acks`: whether the controller acknowledges heartbeats, as far as its connections have shown.
     """
 
-    def __init__(self, ctx: BridgeContext, owner: str, name: str, listener: LinkListener, serials: Iterator[int]) -> None:
+    def __init__(
+        self, ctx: BridgeContext, owner: str, name: str, listener: LinkListener, serials: Iterator[int]
+    ) -> None:
         self.owner = owner
         self.name = name
         self.token = ""
@@ -82,7 +81,9 @@ class UpstreamLink:
         self._listener = listener
         self._serials = serials
         upstream = ctx.settings.upstream
-        self.machine = LinkStateMachine(LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng))
+        self.machine = LinkStateMachine(
+            LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng)
+        )
         self.needed_at = ctx.now
         self.timeline = LinkHistory(ctx.now)
         self.attempts = LinkMetrics(ctx, listener.received_since)

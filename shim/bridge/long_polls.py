@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
+
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
-from shim.bridge.session_registry import SessionRegistry
-from shim.bridge.link_lookup import LinkLookup
-from shim.core.agent_calls import Commands, Failed, PollCall
-from shim.core.sessions import Session
-from shim.errors import AgentError
-from shim.ports import CallResult, Caller
-from typing import Any
-from shim.bridge.scheduler import DeadlineQueue, DueCallback
 from shim.bridge.heartbeats import HeartbeatForwarder
+from shim.bridge.link_lookup import LinkLookup
+from shim.bridge.scheduler import DeadlineQueue, DueCallback
+from shim.bridge.session_registry import SessionRegistry
+from shim.core.agent_calls import Commands, Failed, PollCall
 from shim.core.poll_hold import HoldEstimator
 from shim.core.records import SessionKey
+from shim.core.sessions import Session
+from shim.errors import AgentError
 from shim.log import get
+from shim.ports import Caller, CallResult
 
 
 class LongPolls:
     """Carries out polls."""
 
-    def __init__(self, ctx: BridgeContext, routes: LinkLookup, roster: SessionRegistry, delivery: CommandDelivery, holding: PollHolds) -> None:
+    def __init__(
+        self,
+        ctx: BridgeContext,
+        routes: LinkLookup,
+        roster: SessionRegistry,
+        delivery: CommandDelivery,
+        holding: PollHolds,
+    ) -> None:
         self._ctx = ctx
         self._routes = routes
         self._roster = roster

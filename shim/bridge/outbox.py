@@ -7,14 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shim.bridge.upstream_connection import UpstreamConnection
 from shim.bridge.context import ENVELOPE_BYTES, BridgeContext
-from shim.protocol.truncate import fit
-from shim.core.records import AddTrace, CloseOutbox, Operation, OutboxEntry, PutOutbox, ReadOutbox, SessionKey, TraceEntry
+from shim.bridge.upstream_connection import UpstreamConnection
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    Operation,
+    OutboxEntry,
+    PutOutbox,
+    ReadOutbox,
+    SessionKey,
+    TraceEntry,
+)
 from shim.core.sessions import Session
-from shim.protocol.rfc3339 import rfc3339
 from shim.errors import StoreError
 from shim.log import get
+from shim.protocol.rfc3339 import rfc3339
+from shim.protocol.truncate import fit
 
 log = get(__name__)
 
@@ -178,7 +187,9 @@ class Outbox:
         """The connection is no more: what it carried unconfirmed will be sent on the next."""
         self._in_flight.pop(connection.serial, None)
 
-    def report_failure(self, key: SessionKey, session: Session | None, command_id: str, request_id: str, **fields: Any) -> None:
+    def report_failure(
+        self, key: SessionKey, session: Session | None, command_id: str, request_id: str, **fields: Any
+    ) -> None:
         """Tell the controller that a command ended without its agent's result: `code` and `error` are in `fields`.
 
         On disk first; where the disk refuses, straight to the connection: better told once than not at all.
@@ -230,7 +241,9 @@ class Outbox:
         traces = [AddTrace(key, (command_id,), trace)] if trace is not None else []
         self._ctx.store.submit([PutOutbox(key, command_id, request_id, payload), *traces], done)
 
-    def send_unpersisted(self, key: SessionKey, request_id: str, payload: dict[str, Any], *, again: bool = True) -> None:
+    def send_unpersisted(
+        self, key: SessionKey, request_id: str, payload: dict[str, Any], *, again: bool = True
+    ) -> None:
         """Send what is not stored; the newest `MAX_TOLD` are kept in memory until the controller has them.
 
         `again`: whether a report that was sent is sent once more after a reconnect, unless the controller had it.
@@ -251,7 +264,9 @@ class Outbox:
             told.sent_on = connection.serial
             connection.send_result(seq, told.request_id, told.payload)
 
-    def failure_payload(self, key: SessionKey, session: Session | None, command_id: str, **fields: Any) -> dict[str, Any]:
+    def failure_payload(
+        self, key: SessionKey, session: Session | None, command_id: str, **fields: Any
+    ) -> dict[str, Any]:
         """The payload of a `command_result` that the shim itself makes."""
         payload: dict[str, Any] = {"command_id": command_id}
         if session is not None:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
-from shim.bridge.upstream_connection import UpstreamConnection
-from shim.bridge.links import UpstreamLink
-from shim.core.agent_calls import Outcome, RegisterCall
-from shim.core.sessions import Session
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
 from shim.bridge.context import BridgeContext
+from shim.bridge.links import UpstreamLink
+from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core import link_state as ev
 from shim.core.agent_calls import Failed, Outcome, RegisterCall, Registered
 from shim.core.link_state import LinkState
-from shim.protocol.controller_replies import conflict_reply, error_status, error_text, register_reply
+from shim.core.sessions import Session
 from shim.log import get
+from shim.protocol.controller_replies import conflict_reply, error_status, error_text, register_reply
 from shim.protocol.upstream_message import Message
-
 
 RegistrationKey = tuple[str, ...]
 
@@ -239,7 +236,9 @@ class Registrations:
     def _join(self, runner: UpstreamLink, identity: RegistrationKey, call: RegisterCall) -> PendingRegistration:
         job = self._by_identity.get(identity)
         if job is None:
-            job = self._by_identity[identity] = PendingRegistration(identity, runner, dict(call.payload), call.secret, call=call)
+            job = self._by_identity[identity] = PendingRegistration(
+                identity, runner, dict(call.payload), call.secret, call=call
+            )
         elif job.call is None:  # a replay is under way: its answer serves this agent too, and the news is kept
             job.call, job.payload, job.secret = call, {**job.payload, **call.payload}, call.secret
         if job.runner is not runner:  # its link had to make room for others
@@ -261,7 +260,9 @@ class Registrations:
             self._asked_at[identity] = self._ctx.now
             self._start(session, runner, payload, identity)
 
-    def _start(self, session: Session, runner: UpstreamLink, payload: dict[str, Any], identity: RegistrationKey) -> PendingRegistration:
+    def _start(
+        self, session: Session, runner: UpstreamLink, payload: dict[str, Any], identity: RegistrationKey
+    ) -> PendingRegistration:
         secret = payload.pop("k8s_service_token", "")
         job = PendingRegistration(identity, runner, payload, secret, session=session, abandoned_at=self._ctx.now)
         self._by_identity[identity] = job

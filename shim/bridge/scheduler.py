@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from shim.ports import Clock, Timer, Timers
 import heapq
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
+
+from shim.bridge.command_queues import CommandQueues
 from shim.bridge.context import BridgeContext
 from shim.core.records import SessionKey
-from collections.abc import Callable, Sequence
-from shim.bridge.command_queues import CommandQueues
 from shim.log import get
-
+from shim.ports import Clock, Timer, Timers
 
 LATE_S = 1.0
 """A timer that fires so late was kept by a process that stood still: stopped, frozen, without CPU."""

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
+
 from shim.bridge.context import BridgeContext
-from shim.core.records import Operation, SaveAlias, SaveSession, SaveTunnel, SessionKey
-from shim.core.sessions import Session
-from shim.errors import StoreError
-from shim.core.records import SessionKey
-from shim.errors import AgentError
-from shim.log import get
-import asyncio
-from shim.core.records import DeleteSession, MoveSession, SessionKey
-from shim.ports import StoreDone
-from shim.core.agent_calls import HeartbeatCall, TargetKind, RegisterCall, Registered, SessionTarget
-from shim.core.records import StoreContents, SessionKey
+from shim.core.agent_calls import HeartbeatCall, RegisterCall, Registered, SessionTarget, TargetKind
+from shim.core.records import (
+    DeleteSession,
+    MoveSession,
+    Operation,
+    SaveAlias,
+    SaveSession,
+    SaveTunnel,
+    SessionKey,
+    StoreContents,
+)
 from shim.core.route_usage import RouteUsage
+from shim.core.sessions import Session
 from shim.errors import AgentError, StoreError
+from shim.log import get
+from shim.ports import StoreDone
 
 
 class SessionPersistence:

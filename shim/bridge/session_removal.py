@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from shim.bridge.context import BridgeContext
 from shim.bridge.registration import Registrations
 from shim.core.records import SessionKey
-from shim.core.sessions import MIN_FRESH_S, Session
 from shim.core.route_usage import RouteUsage
+from shim.core.sessions import MIN_FRESH_S, Session
 from shim.core.text import format_duration
 from shim.errors import OperatorError, StoreError
 from shim.log import get
@@ -71,7 +71,9 @@ class Forgetting:
             0.0,
         )
         if (session is not None and session.fresh(self._ctx.now)) or ago_s < MIN_FRESH_S:
-            raise OperatorError(409, f"it called {format_duration(ago_s)} ago: stop it first, its next call makes it known again")
+            raise OperatorError(
+                409, f"it called {format_duration(ago_s)} ago: stop it first, its next call makes it known again"
+            )
 
 
 def _names(session: Session) -> tuple[str, ...]:

@@ -10,11 +10,11 @@ from shim.bridge.context import BridgeContext
 from shim.bridge.scheduler import LATE_S
 from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, LivenessState
 from shim.core.records import SessionKey
-from shim.protocol.rfc3339 import rfc3339
 from shim.core.text import printable
 from shim.log import get
+from shim.ports import Timer, WebSocket
+from shim.protocol.rfc3339 import rfc3339
 from shim.protocol.upstream_message import KNOWN_TYPES, Message
-from shim.ports import WebSocket, Timer
 from shim.redaction import without_secrets
 
 log = get(__name__)

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from shim.bridge.gateway_redirect import GatewayConnections, GatewayConnection
-from shim.bridge.links import UpstreamLink
-from shim.bridge.heartbeats import HeartbeatForwarder
-from shim.bridge.link_lookup import LINK_KIND, LinkLookup
-from shim.core.records import SessionKey
-from shim.core.sessions import Session
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
-from shim.bridge.upstream_connection import UpstreamConnection
-from shim.bridge.context import BridgeContext
-from shim.bridge.long_polls import PollHolds
+
 from shim.bridge.command_queues import CommandIntake
-from shim.bridge.registration import PendingRegistration
+from shim.bridge.context import BridgeContext
+from shim.bridge.gateway_redirect import GatewayConnection, GatewayConnections
+from shim.bridge.heartbeats import HeartbeatForwarder
+from shim.bridge.link_lookup import LINK_KIND, LinkLookup
+from shim.bridge.links import UpstreamLink
+from shim.bridge.long_polls import PollHolds
+from shim.bridge.registration import PendingRegistration, Registrations
 from shim.bridge.rejections import Refusal, Rejections
-from shim.bridge.registration import Registrations
 from shim.bridge.session_registry import SessionRegistry
+from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.bounds import MAX_REQUEST_ID_CHARS, MAX_SHOWN_CHARS, cut
-from shim.protocol.command_message import MalformedCommand, parse_command
-from shim.protocol.controller_replies import LEFTOVER_TYPES, REFUSED_TYPES, refuse
-from shim.protocol.controller_replies import error_text, forgotten, tunnel_state
+from shim.core.records import SessionKey
 from shim.core.session_standing import TroubleKind
-from shim.protocol.rfc3339 import rfc3339
+from shim.core.sessions import Session
 from shim.log import get
-from shim.protocol.upstream_message import Message
+from shim.protocol.command_message import MalformedCommand, parse_command
+from shim.protocol.controller_replies import LEFTOVER_TYPES, REFUSED_TYPES, error_text, forgotten, refuse, tunnel_state
 from shim.protocol.malformed_frames import OUT_OF_RANGE
+from shim.protocol.rfc3339 import rfc3339
+from shim.protocol.upstream_message import Message
 
 
 class LinkMessageSource:

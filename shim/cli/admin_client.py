@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from typing import Any
-import click
-from shim.config.loader import load, read_secret
-from shim.errors import ConfigError
 from urllib.parse import urlsplit
 
+import click
+
+from shim.config.loader import load, read_secret
+from shim.errors import ConfigError
 
 TIMEOUT_S = 5.0
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from threading import Event
 from typing import Any
 from urllib.parse import quote
+
 import click
-from shim.cli.admin_client import admin_options, port_of
-from shim.core.text import printable
-import sys
-from threading import Event
+
 from shim.cli.admin_client import AdminPort, admin_options, port_of
 from shim.cli.status_view import drain_line
+from shim.core.text import printable
 
 
 def order_options(command: Callable[..., None]) -> Callable[..., None]:

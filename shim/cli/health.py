@@ -12,8 +12,8 @@ from threading import Event
 
 import click
 
-from shim.clock import Clock
 from shim.cli.admin_client import configured, given
+from shim.clock import Clock
 
 _SHOWN_BYTES = 300
 _PAUSE_S = 0.2

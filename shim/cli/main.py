@@ -31,10 +31,16 @@ _OPTIONAL = {"rich": "tools", "ruamel": "tools", "psycopg": "postgres"}
 
 # Where each command is (`module:name`), with the help that is shown without importing the module.
 _TOOLS = {
-    "controller": ("devtools.controller:command", "A development controller: the vendor's WebSocket API with fault scripts."),
+    "controller": (
+        "devtools.controller:command",
+        "A development controller: the vendor's WebSocket API with fault scripts.",
+    ),
     "demo": ("devtools.demo:command", "Controller, shim and one legacy agent in this terminal, step by step."),
     "doctor": ("shim.cli.doctor:command", "What stands between this machine and a working shim, with what to do."),
-    "drain": ("shim.cli.admin_commands:drain_command", "Tell a running shim to take no new commands and hand over what it has."),
+    "drain": (
+        "shim.cli.admin_commands:drain_command",
+        "Tell a running shim to take no new commands and hand over what it has.",
+    ),
     "fleet": ("devtools.fleet.main:command", "Simulated legacy agents of every dialect, with a latency report."),
     "forget": ("shim.cli.admin_commands:forget_command", "Forget an agent that does not call any more."),
     "health": ("shim.cli.health:command", "Ask a running shim how it is: exit code 0 or 1."),

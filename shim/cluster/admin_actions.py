@@ -15,12 +15,12 @@ from shim.bridge import Bridge
 from shim.bridge.admin_actions import Drain
 from shim.cluster.connection_pairs import PairLost, Pairs
 from shim.cluster.status import Operations
-from shim.runtime import Spawn
 from shim.core.leases import Member
 from shim.core.records import CommandRecord, SessionKey
-from shim.protocol.reply_notes import OPERATOR
 from shim.errors import OperatorError
 from shim.log import get
+from shim.protocol.reply_notes import OPERATOR
+from shim.runtime import Spawn
 
 log = get(__name__)
 

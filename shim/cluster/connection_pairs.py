@@ -15,9 +15,9 @@ from typing import TypeVar, cast
 
 from shim.cluster.identity import fingerprint_of
 from shim.core.leases import Member
-from shim.protocol.reply_reader import ReplyError, ReplyHead, ReplyReader
-from shim.protocol.reply_notes import HEARTBEATS, Note, note
 from shim.errors import AgentError
+from shim.protocol.reply_notes import HEARTBEATS, Note, note
+from shim.protocol.reply_reader import ReplyError, ReplyHead, ReplyReader
 
 CONNECT_S = 2.0
 IDLE_S = 30.0

@@ -9,18 +9,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from shim.cluster.metrics import ClusterMetrics
-from shim.cluster.connection_pairs import Pair, PairLost, Pairs
-from shim.runtime import Spawn
-from shim.core.agent_calls import Accepted, AgentCall, Commands, Failed, HeartbeatCall, Outcome, PollCall, StatusCall
-from shim.core.leases import Member, ClockOffset
-from shim.protocol.reply_reader import ReplyHead
-from shim.protocol.reply_notes import METHOD, Note, came
-from shim.errors import AgentError
 from shim.agent_api.internal import CLOCK_HEADER, LEASE_HEADER, NOT_AT_ONCE
 from shim.agent_api.response_writer import MISDIRECTED
-from shim.ports import Clock, ProxyRequest, Pending, ProxyResponse
+from shim.cluster.connection_pairs import Pair, PairLost, Pairs
+from shim.cluster.metrics import ClusterMetrics
 from shim.config.settings import Settings
+from shim.core.agent_calls import Accepted, AgentCall, Commands, Failed, HeartbeatCall, Outcome, PollCall, StatusCall
+from shim.core.leases import ClockOffset, Member
+from shim.errors import AgentError
+from shim.ports import Clock, Pending, ProxyRequest, ProxyResponse
+from shim.protocol.reply_notes import METHOD, Note, came
+from shim.protocol.reply_reader import ReplyHead
+from shim.runtime import Spawn
 
 PATIENCE_S = 10.0
 """How long a call waits for an owner: longer than a takeover takes, shorter than agents wait for an answer."""
@@ -255,7 +255,9 @@ class ReplicaForwarder:
         except ConnectionError:
             raise PairLost(sent=True) from None
         if leased:
-            return ProxyResponse(head.status, headers, body, RemoteLease(pair, request.client.connection), complete=True)
+            return ProxyResponse(
+                head.status, headers, body, RemoteLease(pair, request.client.connection), complete=True
+            )
         self._pairs.release(pair)
         return ProxyResponse(head.status, headers, body, complete=True)
 

@@ -11,32 +11,32 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from shim.agent_api.internal import ClusterListener
 from shim.bridge import Bridge, BridgeContext
+from shim.cluster.admin_actions import Operators
+from shim.cluster.connection_pairs import Pairs
 from shim.cluster.database import Database
 from shim.cluster.forwarding import ReplicaForwarder
 from shim.cluster.identity import make_identity
 from shim.cluster.membership import Membership, new_process
 from shim.cluster.metrics import ClusterMetrics
-from shim.cluster.admin_actions import Operators
-from shim.cluster.connection_pairs import Pairs
-from shim.cluster.write_probe import DatabaseProbe
 from shim.cluster.router import Fallbacks, Places, Router
 from shim.cluster.shard import Shard
 from shim.cluster.shard_manager import Shards
 from shim.cluster.status import Operations, Overview, Recents
-from shim.runtime import RuntimeContext
-from shim.core.leases import LeasePolicy, Member
-from shim.protocol.http import origin_of
-from shim.protocol.dialects import load
-from shim.errors import StoreError
-from shim.agent_api.internal import ClusterListener
-from shim.log import get
-from shim.fallback import WebSocketProxy, sunset_headers
+from shim.cluster.write_probe import DatabaseProbe
 from shim.config.settings import Settings, TlsFiles
+from shim.core.leases import LeasePolicy, Member
+from shim.errors import StoreError
+from shim.fallback import WebSocketProxy, sunset_headers
+from shim.log import get
+from shim.protocol.dialects import load
+from shim.protocol.http import origin_of
+from shim.runtime import RuntimeContext
 from shim.store import Partition, open_shard
+from shim.store.monitor import probe
 from shim.store.postgres.database import prepare
 from shim.store.postgres.dsn import application, conninfo
-from shim.store.monitor import probe
 
 log = get(__name__)
 

@@ -10,11 +10,11 @@ from shim.bridge import Bridge
 from shim.bridge.context import DEFAULT_OWNER
 from shim.cluster.forwarding import RemoteLease, ReplicaForwarder
 from shim.cluster.shard import Shard
+from shim.config.settings import Settings
 from shim.core.agent_calls import AgentCall, Commands, Failed, HealthCall, Healthy
 from shim.core.shard_assignment import owner_id, shard_of
 from shim.fallback.policy import is_over
-from shim.ports import CallResult, Caller, Clock, ProxyRequest, DeliveryReceipt, ProxyResponse
-from shim.config.settings import Settings
+from shim.ports import Caller, CallResult, Clock, DeliveryReceipt, ProxyRequest, ProxyResponse
 
 _NO_TOKEN = CallResult(Failed(401, "a token is required"))
 

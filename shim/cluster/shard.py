@@ -10,11 +10,11 @@ from msgspec.structs import replace
 
 from shim.admin import RecentCommandsStore
 from shim.bridge import Bridge
-from shim.runtime import RuntimeContext
-from shim.protocol.upstream_message import Message
-from shim.fallback import FallbackPolicy
-from shim.ports import CommandStore, DialFailure, DialRequest, WebSocket, WebSocketListener, UpstreamPort
 from shim.config.settings import Settings
+from shim.fallback import FallbackPolicy
+from shim.ports import CommandStore, DialFailure, DialRequest, UpstreamPort, WebSocket, WebSocketListener
+from shim.protocol.upstream_message import Message
+from shim.runtime import RuntimeContext
 from shim.store.monitor import log_store_warnings
 
 
@@ -68,7 +68,9 @@ class FencedUpstream:
         self.cut()
         return False
 
-    def dial(self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]) -> None:
+    def dial(
+        self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]
+    ) -> None:
         """Dial; once the shard is not ours nothing is dialled and nobody is told."""
         if not self.open:
             return

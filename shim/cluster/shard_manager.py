@@ -10,12 +10,12 @@ from shim.bridge import Bridge
 from shim.cluster.membership import Membership
 from shim.cluster.metrics import ClusterMetrics
 from shim.cluster.shard import Shard
-from shim.runtime import Spawn
+from shim.config.settings import Settings
 from shim.core.shard_assignment import plan_rebalance
 from shim.errors import StoreError
 from shim.log import get
 from shim.ports import Clock
-from shim.config.settings import Settings
+from shim.runtime import Spawn
 
 log = get(__name__)
 

@@ -10,17 +10,17 @@ from typing import Any, Protocol
 
 from shim.admin import RecentCommand
 from shim.bridge import Bridge, BridgeContext
-from shim.bridge.upstream_connection import UpstreamConnection
+from shim.bridge.admin_actions import CommandDetails, Drain, DrainState
 from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
-from shim.bridge.registration import RefusedRegistration
 from shim.bridge.links import UpstreamLink
-from shim.bridge.admin_actions import Drain, DrainState, CommandDetails
+from shim.bridge.registration import RefusedRegistration
+from shim.bridge.upstream_connection import UpstreamConnection
 from shim.bridge.websocket_agents import WebSocketAgent
 from shim.cluster.shard import Shard
 from shim.core.command_queue import CommandQueue
 from shim.core.records import CommandRecord, SessionKey
-from shim.core.sessions import Session
 from shim.core.route_usage import Route, RouteUse
+from shim.core.sessions import Session
 from shim.errors import OperatorError
 
 KEPT = 50
@@ -258,7 +258,9 @@ class Recents:
 class Overview:
     """Implements `admin.Subject`. `replicas` describes all replicas."""
 
-    def __init__(self, ctx: BridgeContext, bridges: Bridges, replicas: Callable[[], dict[str, Any]], others: Others) -> None:
+    def __init__(
+        self, ctx: BridgeContext, bridges: Bridges, replicas: Callable[[], dict[str, Any]], others: Others
+    ) -> None:
         self.ctx = ctx
         self.stopping = False
         self._bridges = bridges

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from shim.core.records import StoreContents, Operation
+from shim.core.records import Operation, StoreContents
 from shim.errors import StoreError
 from shim.ports import StoreDone
 from shim.store import CallThreadsafe

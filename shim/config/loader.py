@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from operator import attrgetter
-from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
-import msgspec
-import yaml
-from shim.errors import ConfigError, Fault
-from shim.redaction import basic_credentials
-from shim.config.files import read_regular, reason
-from shim.config.settings import Settings
-from shim.config.rules import cross_field_faults
 import json
 import math
+import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any, Literal, Union, get_args, get_origin
-from shim.errors import Fault
-from shim.config.settings import Section, Settings
+from urllib.parse import parse_qsl, unquote, urlsplit
 
+import msgspec
+import yaml
+
+from shim.config.files import read_regular, reason
+from shim.config.rules import cross_field_faults
+from shim.config.settings import Section, Settings
+from shim.errors import ConfigError, Fault
+from shim.redaction import basic_credentials
 
 ENV_PREFIX = "SHIM_"
 _RELOADABLE = frozenset({"mode", "rollout", "fallback", "heartbeat", "poll", "commands"})

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
+from shim.config.settings import Fallback, Section, Settings, Store, Upstream, is_loopback
 from shim.errors import Fault
 from shim.hosts import is_this_machine, plain_host
-from shim.config.settings import Fallback, Section, Settings, Store, Upstream, is_loopback
 
 _PORT = (0, 65_535)
 _COUNT = (1, 1_000_000)
@@ -136,7 +136,9 @@ class _Checks:
             "admin.port",
             *("admin.host", "listen.host", "listen.port"),
         )
-        self._require(_is_path(listen.base_path), "must be empty or start with / and have no ? or #", "listen.base_path")
+        self._require(
+            _is_path(listen.base_path), "must be empty or start with / and have no ? or #", "listen.base_path"
+        )
         if self.settings.store.url:
             self._cluster()
         names = {"listen.allowed_hosts": listen.allowed_hosts, "admin.allowed_hosts": admin.allowed_hosts}
@@ -188,7 +190,9 @@ class _Checks:
         refused = upstream.reconnect.refused_max_s
         self._at_least("upstream.reconnect.refused_max_s", refused, "upstream.reconnect.initial_s")
         if isinstance(poll.hold, float):
-            self._require(poll.hold <= poll.max_hold_s, "must not exceed poll.max_hold_s", "poll.hold", "poll.max_hold_s")
+            self._require(
+                poll.hold <= poll.max_hold_s, "must not exceed poll.max_hold_s", "poll.hold", "poll.max_hold_s"
+            )
         start_s = self._date("sunset.deprecation_at", sunset.deprecation_at)
         end_s = self._date("sunset.at", sunset.at)
         if start_s is not None and end_s is not None:

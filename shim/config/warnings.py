@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from operator import attrgetter
 
-from shim.config.loader import ENV_PREFIX, is_read, read_secret
-from shim.config.loader import leaves
-from shim.errors import ConfigError
 from shim.config.files import reason, require_regular
+from shim.config.loader import ENV_PREFIX, is_read, leaves, read_secret
 from shim.config.settings import Settings
+from shim.errors import ConfigError
 
 _MAX_SHOWN = 20
 # Kubernetes sets these for each Service of a namespace: SHIM_SERVICE_HOST, SHIM_PORT=tcp://…, SHIM_PORT_7080_TCP_ADDR.

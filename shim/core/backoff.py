@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
-import msgspec
 
+import msgspec
 
 RETRY_AFTER_MIN_S = 1.0
 RETRY_AFTER_MAX_S = 300.0

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from shim.core.records import CommandState
-from shim.errors import IllegalTransition
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from itertools import takewhile
+
 import msgspec
 from msgspec.structs import replace
+
 from shim.core.records import CommandRecord, CommandState
+from shim.errors import IllegalTransition
 
 
 class CommandEvent(Enum):
@@ -283,7 +284,9 @@ class CommandQueue:
 
         Evidence may come late: then it settles what became uncertain and has not been offered again.
         """
-        open_states = (CommandState.OFFERED, CommandState.UNCERTAIN) if self.offer is offer else (CommandState.UNCERTAIN,)
+        open_states = (
+            (CommandState.OFFERED, CommandState.UNCERTAIN) if self.offer is offer else (CommandState.UNCERTAIN,)
+        )
         held = (live for live in offer.commands if self._by_id.get(live.record.id) is live)
         done = tuple(live for live in held if live.state in open_states)
         for live in done:

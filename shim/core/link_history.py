@@ -7,7 +7,7 @@ from enum import Enum
 
 import msgspec
 
-from shim.core.link_state import LinkStateMachine, LinkState
+from shim.core.link_state import LinkState, LinkStateMachine
 
 MAX_SEGMENTS = 256
 

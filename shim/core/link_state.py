@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import msgspec
 from collections.abc import Callable
 from enum import Enum
 from typing import Literal
+
+import msgspec
+
 from shim.core.backoff import Backoff, CloseMeaning, FailureKind, classify, close_meaning
 from shim.errors import IllegalTransition
-
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -143,7 +144,9 @@ class AuthRejected(msgspec.Struct, frozen=True):
     """The token was refused by every way there is."""
 
 
-LinkEffect = Dial | CloseSocket | CancelDial | StartReplay | Online | Offline | StartRetryTimer | CancelRetryTimer | AuthRejected
+LinkEffect = (
+    Dial | CloseSocket | CancelDial | StartReplay | Online | Offline | StartRetryTimer | CancelRetryTimer | AuthRejected
+)
 
 
 CONTENDED_AFTER = 3

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shim.core.agent_calls import AgentCall, HealthCall, HeartbeatCall, PollCall, RegisterCall, ResultCall, StatusCall, TunnelInfoCall, TunnelPollCall
+from shim.core.agent_calls import (
+    AgentCall,
+    HealthCall,
+    HeartbeatCall,
+    PollCall,
+    RegisterCall,
+    ResultCall,
+    StatusCall,
+    TunnelInfoCall,
+    TunnelPollCall,
+)
 from shim.core.records import SessionKey
 
 MAX_AGENTS = 10_000

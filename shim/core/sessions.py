@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from shim.core.agent_calls import HeartbeatCall, SessionTarget, TargetKind
 from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES
-from shim.core.agent_calls import HeartbeatCall, TargetKind, SessionTarget
 from shim.core.heartbeat_coverage import HeartbeatCoverage
 from shim.core.poll_hold import HoldEstimator, Samples, middle_of, remember
 from shim.core.records import SessionKey, SessionRecord

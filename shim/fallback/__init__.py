@@ -1,7 +1,6 @@
 """Modes `http` and `auto`, and `rollout.percent`: calls that go by the vendor's HTTP API (protocol.md §4)."""
 
-from shim.fallback.policy import FallbackPolicy
-from shim.fallback.policy import sunset_headers
+from shim.fallback.policy import FallbackPolicy, sunset_headers
 from shim.fallback.websocket_proxy import WebSocketProxy
 
 __all__ = ["FallbackPolicy", "WebSocketProxy", "sunset_headers"]

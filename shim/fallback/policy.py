@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from email.utils import formatdate
-from shim.config.settings import Sunset
-from shim.config.rules import parse_date_s
 from typing import Any
+
 import msgspec
+
 from shim.bridge import Bridge
+from shim.config.rules import parse_date_s
+from shim.config.settings import Sunset
 from shim.core.agent_calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
+from shim.core.failover import Breaker, Failover, Transport, in_rollout
 from shim.core.fallback_record import FallbackCall, Why
 from shim.core.link_state import LinkState
-from shim.core.failover import Breaker, Failover, Transport, in_rollout
-from shim.protocol.http import fallback_url
 from shim.core.route_usage import route_of
 from shim.errors import ConfigError
-from shim.log import get
 from shim.fallback.reverse_proxy import ReverseProxy, Unreachable, object_of, unreachable_reply
-from shim.ports import CallResult, Caller, ProxyRequest, ProxyResponse
+from shim.log import get
+from shim.ports import Caller, CallResult, ProxyRequest, ProxyResponse
+from shim.protocol.http import fallback_url
 
 
 def sunset_headers(sunset: Sunset) -> Mapping[str, str]:

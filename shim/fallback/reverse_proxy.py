@@ -12,12 +12,12 @@ import msgspec
 from aiohttp import hdrs
 from multidict import CIMultiDict
 
-from shim.protocol import lenient_json
-from shim.protocol.http import origin_of, under
+from shim.config.settings import DialSettings
 from shim.errors import ShimError
 from shim.log import get
 from shim.ports import ProxyRequest, ProxyResponse
-from shim.config.settings import DialSettings
+from shim.protocol import lenient_json
+from shim.protocol.http import origin_of, under
 from shim.upstream import DialError, Dialler, failure_of
 
 log = get(__name__)

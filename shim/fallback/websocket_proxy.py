@@ -14,16 +14,16 @@ import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Protocol
 
-from shim.protocol.http import http_url, under, ws_url
-from shim.errors import AgentError, MessageError
-from shim.log import get
-from shim.protocol.upstream_message import decode_frame
-from shim.metrics import Metrics
-from shim.fallback.reverse_proxy import HOP_BY_HOP
-from shim.ports import Frame, FrameSocket, Handshake
 from shim.config.settings import Settings
-from shim.upstream.dialler import Dialler
+from shim.errors import AgentError, MessageError
+from shim.fallback.reverse_proxy import HOP_BY_HOP
+from shim.log import get
+from shim.metrics import Metrics
+from shim.ports import Frame, FrameSocket, Handshake
+from shim.protocol.http import http_url, under, ws_url
+from shim.protocol.upstream_message import decode_frame
 from shim.upstream.dial_errors import failure_of
+from shim.upstream.dialler import Dialler
 from shim.upstream.websocket import RawWebSocket
 
 log = get(__name__)

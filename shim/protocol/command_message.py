@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from shim.protocol import rfc3339 as form
 from shim.core.bounds import MAX_ID_BYTES, MAX_REQUEST_ID_CHARS, MAX_WORD_CHARS
-from shim.protocol.rfc3339 import parse_rfc3339, rfc3339
 from shim.errors import ShimError
+from shim.protocol import rfc3339 as form
+from shim.protocol.rfc3339 import parse_rfc3339, rfc3339
 from shim.protocol.upstream_message import Message
 
 MAX_ECHO_CHARS = 1024

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any
-import msgspec
-from shim.protocol import rfc3339
-from shim.core.bounds import MAX_KEPT_BYTES, MAX_NAME_CHARS, MAX_URL_CHARS, MAX_WORD_CHARS
-from shim.core.bounds import MAX_REQUEST_ID_CHARS
 
+import msgspec
+
+from shim.core.bounds import MAX_KEPT_BYTES, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS, MAX_URL_CHARS, MAX_WORD_CHARS
+from shim.protocol import rfc3339
 
 # RFC 3986: what stands in a path segment unescaped
 _URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from urllib.parse import SplitResult, quote, urlsplit
-from shim.hosts import plain_host
+
 from shim.config.settings import Settings
+from shim.hosts import plain_host
 
 
 def bearer(authorization: str | None) -> str | None:

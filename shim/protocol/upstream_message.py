@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from shim.protocol import lenient_json, malformed_frames
 from shim.errors import MessageError
+from shim.protocol import lenient_json, malformed_frames
 
 # What the vendor documents and what the shim answers with; a controller may send anything else.
 KNOWN_TYPES = frozenset(

@@ -62,7 +62,9 @@ def open_store(configured: settings.Store, post: CallThreadsafe, probe: CommitPr
     return SqliteStore(Path(configured.path), post, probe)
 
 
-def open_shard(configured: settings.Store, post: CallThreadsafe, probe: CommitProbe | None, partition: Partition) -> CommandStore:
+def open_shard(
+    configured: settings.Store, post: CallThreadsafe, probe: CommitProbe | None, partition: Partition
+) -> CommandStore:
     """Make the store of one shard in the database at `store.url`; its `open()` is still to be called.
 
     `post` as in `open_store`. Raises `StoreError` where the extra is not installed.

@@ -5,7 +5,20 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from shim.core.records import AddTrace, CommandRecord, FindCommand, LookUpCommand, MarkCommands, Prune, PutCommand, PutOutcome, RequeueCommand, SessionKey, CommandState, TraceEntry
+from shim.core.records import (
+    AddTrace,
+    CommandRecord,
+    CommandState,
+    FindCommand,
+    LookUpCommand,
+    MarkCommands,
+    Prune,
+    PutCommand,
+    PutOutcome,
+    RequeueCommand,
+    SessionKey,
+    TraceEntry,
+)
 from shim.store import rows
 from shim.store.database import Database, Finish, nothing
 from shim.store.rows import UndecodableRow, encode_json, optional_object, parse_key

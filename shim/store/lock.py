@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 
 from shim.errors import StoreError
-from shim.store.files import LOCK_SUFFIX, sidecar_path, create
+from shim.store.files import LOCK_SUFFIX, create, sidecar_path
 
 # File systems that know no such lock say so in one of these ways; there two processes are not told apart.
 _UNKNOWN = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})

@@ -13,7 +13,35 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from shim.core.records import AddTrace, CloseOutbox, CommandRecord, DeleteSession, FindCommand, StoreContents, LookUpCommand, MarkCommands, MoveSession, Operation, OutboxEntry, Prune, PutCommand, PutOutbox, PutOutcome, PutResult, ReadOutbox, RequeueCommand, ResultOutcome, SaveAlias, SaveSession, SaveTunnel, SessionKey, SessionRecord, CommandState, WriteProbe, TraceEntry
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    CommandRecord,
+    CommandState,
+    DeleteSession,
+    FindCommand,
+    LookUpCommand,
+    MarkCommands,
+    MoveSession,
+    Operation,
+    OutboxEntry,
+    Prune,
+    PutCommand,
+    PutOutbox,
+    PutOutcome,
+    PutResult,
+    ReadOutbox,
+    RequeueCommand,
+    ResultOutcome,
+    SaveAlias,
+    SaveSession,
+    SaveTunnel,
+    SessionKey,
+    SessionRecord,
+    StoreContents,
+    TraceEntry,
+    WriteProbe,
+)
 from shim.errors import StoreError
 from shim.ports import StoreDone
 from shim.store.delivery import CallThreadsafe, run_on_loop, store_error
@@ -134,7 +162,11 @@ class MemoryStore:
 
     def _requeue(self, operation: RequeueCommand) -> bool:
         command = self._commands.get((operation.session, operation.command_id))
-        if command is None or command.record.state not in (CommandState.DELIVERED, CommandState.EXPIRED, CommandState.DEAD):
+        if command is None or command.record.state not in (
+            CommandState.DELIVERED,
+            CommandState.EXPIRED,
+            CommandState.DEAD,
+        ):
             return False
         command.enter(CommandState.QUEUED, operation.wall, -command.record.attempts)
         command.record = replace(command.record, expires_wall=operation.expires_wall)

@@ -5,7 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shim.core.records import AddTrace, CloseOutbox, DeleteSession, FindCommand, LookUpCommand, MarkCommands, MoveSession, Operation, Prune, PutCommand, PutOutbox, PutResult, ReadOutbox, RequeueCommand, SaveAlias, SaveSession, SaveTunnel, WriteProbe
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    DeleteSession,
+    FindCommand,
+    LookUpCommand,
+    MarkCommands,
+    MoveSession,
+    Operation,
+    Prune,
+    PutCommand,
+    PutOutbox,
+    PutResult,
+    ReadOutbox,
+    RequeueCommand,
+    SaveAlias,
+    SaveSession,
+    SaveTunnel,
+    WriteProbe,
+)
 from shim.store.commands import CommandOperations
 from shim.store.database import Database, Finish, nothing
 from shim.store.outbox import OutboxOperations

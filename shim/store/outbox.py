@@ -5,7 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from shim.core.records import CloseOutbox, OutboxEntry, PutOutbox, PutResult, ReadOutbox, ResultOutcome, SessionKey, CommandState
+from shim.core.records import (
+    CloseOutbox,
+    CommandState,
+    OutboxEntry,
+    PutOutbox,
+    PutResult,
+    ReadOutbox,
+    ResultOutcome,
+    SessionKey,
+)
 from shim.store import quarantine
 from shim.store.database import Database, Finish, nothing
 from shim.store.rows import UndecodableRow, decode_object, encode_json, parse_key

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from shim.core.records import CommandRecord, SessionKey, SessionRecord, CommandState, TraceEntry
+from shim.core.records import CommandRecord, CommandState, SessionKey, SessionRecord, TraceEntry
 from shim.errors import ShimError
 
 COMMAND_COLUMNS = (

@@ -14,7 +14,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from shim.clock import Clock
-from shim.core.records import StoreContents, Operation, WriteProbe
+from shim.core.records import Operation, StoreContents, WriteProbe
 from shim.errors import StoreError
 from shim.store import files, quarantine, schema
 from shim.store.database import Database, Finish, Rows, nothing

@@ -8,8 +8,8 @@ import sys
 import click
 
 from shim.config.loader import load
-from shim.errors import StoreError, StoreVersionError
 from shim.config.settings import Store
+from shim.errors import StoreError, StoreVersionError
 
 
 @click.group("store")

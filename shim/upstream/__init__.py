@@ -4,8 +4,8 @@ Rules: docs/reference/protocol.md#2-upstream-side-the-websocket.
 """
 
 from shim.upstream.dial import AiohttpUpstream
-from shim.upstream.dialler import Dialler, DialTrace
 from shim.upstream.dial_errors import DialError, failure_of
+from shim.upstream.dialler import Dialler, DialTrace
 from shim.upstream.websocket import WebSocketPump, WireObserver
 
 __all__ = [

@@ -11,13 +11,12 @@ from typing import Any
 from aiohttp import hdrs
 
 import shim
-from shim.protocol.http import origin_of, with_query
-from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
 from shim.config.settings import Upstream
-from shim.upstream.dialler import Dialler, DialTrace
+from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
+from shim.protocol.http import origin_of, with_query
 from shim.upstream.dial_errors import failure_of
-from shim.upstream.websocket import CLOSE_WAIT_S, WebSocketPump, WireObserver
-from shim.upstream.websocket import RawWebSocket
+from shim.upstream.dialler import Dialler, DialTrace
+from shim.upstream.websocket import CLOSE_WAIT_S, RawWebSocket, WebSocketPump, WireObserver
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
 DialDone = Callable[[WebSocket | DialFailure], None]

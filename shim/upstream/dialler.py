@@ -21,14 +21,14 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
 
-from shim.protocol.http import origin_of
-from shim.ports import DialFailure
 from shim.config.settings import DialSettings
+from shim.ports import DialFailure
+from shim.protocol.http import origin_of
 from shim.upstream.dial_errors import UNANSWERED, DialError, Refused, retry_after_s, tls_text
 from shim.upstream.http_client import Connector, LenientResponse
 from shim.upstream.proxy import ProxyChoice, choose_proxy
-from shim.upstream.websocket import RawWebSocket, websocket_class
 from shim.upstream.tls import ClientTls
+from shim.upstream.websocket import RawWebSocket, websocket_class
 
 # An idle connection is dropped before the server does it: a request that crosses the server's close is lost, and only
 # who sent it knows whether it may be sent again. The shortest idle times in use are gunicorn's 2 s and Node's 5 s.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from urllib.parse import urlsplit
 
-from shim.hosts import plain_host
 from shim.config.settings import DialSettings, is_loopback
+from shim.hosts import plain_host
 
 _VARIABLES = {True: ("https_proxy", "all_proxy"), False: ("http_proxy", "all_proxy")}
 

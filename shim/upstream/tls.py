@@ -9,9 +9,9 @@ import ssl
 from pathlib import Path
 
 from shim.config.file_watch import FileFingerprint, fingerprints
-from shim.ports import DialFailure
 from shim.config.files import read_regular, reason
 from shim.config.settings import DialSettings
+from shim.ports import DialFailure
 from shim.upstream.dial_errors import DialError, tls_text
 
 _MAX_FILE_BYTES = 4_194_304  # the system's own bundle has 0.2 MB

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
-from aiohttp import ClientWebSocketResponse, WebSocketError, WSCloseCode, WSMessage, WSMsgType, hdrs
-from aiohttp._websocket.reader import WebSocketDataQueue, WebSocketReader
-from shim.ports import Frame
 import asyncio
+import contextlib
 import logging
 from collections import deque
+from collections.abc import Callable
 from enum import Enum
-from typing import Any, Protocol
-from aiohttp import WebSocketError, WSCloseCode, WSMsgType
-from shim.protocol import upstream_message
-from shim.errors import MessageError
-from shim.ports import WebSocketListener
+from typing import Any, ClassVar, Literal, Protocol
 
+from aiohttp import ClientWebSocketResponse, WebSocketError, WSCloseCode, WSMessage, WSMsgType, hdrs
+from aiohttp._websocket.reader import WebSocketDataQueue, WebSocketReader
+
+from shim.errors import MessageError
+from shim.ports import Frame, WebSocketListener
+from shim.protocol import upstream_message
 
 # RFC 6455 section 7.4: the codes between 1000 and 4999 that may not stand in a frame.
 _UNSENDABLE = frozenset({1004, 1005, 1006, *range(1015, 3000)})

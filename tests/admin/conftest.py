@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from shim.admin.recent_commands import RecentCommandsStore
-from shim.admin.time_series import Sampler
 from shim.admin.status import ProcessInfo, StatusBuilder
+from shim.admin.time_series import Sampler
 from tests.bridge.conftest import make_world, pytest_asyncio_loop_factories, world
 from tests.support.world import World
 

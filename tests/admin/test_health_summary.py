@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from shim.admin.health_summary import reason_text, summarise
 from shim.admin.health_messages import PROBLEMS, SENTENCES
+from shim.admin.health_summary import reason_text, summarise
 from shim.cli.status_view import replicas_line
 
 NOW = 10_000.0

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from shim.admin.migration import migration, paths, sunset
-from shim.core.agent_calls import TargetKind, SessionTarget, TunnelInfoCall
+from shim.config.settings import Sunset
+from shim.core.agent_calls import SessionTarget, TargetKind, TunnelInfoCall
 from shim.core.records import SessionKey
 from shim.core.route_usage import RouteUsage
-from shim.config.settings import Sunset
 from tests.bridge.conftest import MakeWorld
 from tests.support.virtual import WALL_AT_START_S
 from tests.support.world import World

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.agent_calls import Accepted, TargetKind, SessionTarget, TunnelInfoCall, TunnelPollCall, TunnelState
+from shim.core.agent_calls import Accepted, SessionTarget, TargetKind, TunnelInfoCall, TunnelPollCall, TunnelState
 from tests.bridge.conftest import MakeWorld
 from tests.support.world import Agent, World
 

@@ -9,14 +9,14 @@ import pytest
 
 from shim.bridge.outbox import MAX_TOLD
 from shim.bridge.rejections import LOGGED_PER_MINUTE, MAX_UNTRACED
-from shim.core.bounds import MAX_REQUEST_ID_CHARS
 from shim.core.agent_calls import TunnelState
+from shim.core.bounds import MAX_REQUEST_ID_CHARS
 from shim.core.command_queue import ARRIVING_COMMANDS, MAX_ARRIVING_BYTES
 from shim.core.records import AddTrace, LookUpCommand, PutCommand, PutOutbox
 from shim.protocol.controller_replies import register_reply
 from shim.protocol.upstream_message import encode
 from tests.bridge.conftest import MakeWorld
-from tests.bridge.test_commands import codes, given, living
+from tests.bridge.test_delivery import codes, given, living
 from tests.support.world import World
 
 

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from shim.core.agent_calls import Accepted, Failed, Registered
-from shim.core.records import StoreContents, Prune, SessionKey
+from shim.core.records import Prune, SessionKey, StoreContents
 from shim.ports import CommandStore
 from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore

@@ -21,9 +21,9 @@ from playwright.async_api import Page, expect
 
 from shim.admin.recent_commands import RecentCommandsStore
 from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
-from shim.admin.time_series import Sampler
 from shim.admin.status import ProcessInfo, StatusBuilder
-from shim.core.records import StoreContents, Operation
+from shim.admin.time_series import Sampler
+from shim.core.records import Operation, StoreContents
 from shim.ports import CommandStore, StoreDone
 from tests.browser.conftest import OpenTab
 from tests.support.virtual import run_virtual

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from shim.core.agent_calls import HeartbeatCall, SessionTarget, TargetKind
 from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES, MAX_KEPT_BYTES
-from shim.core.agent_calls import HeartbeatCall, TargetKind, SessionTarget
 from shim.core.records import SessionKey
 from shim.core.sessions import Session, Sessions
 

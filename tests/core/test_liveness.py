@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.liveness import MAX_TRACKED_HEARTBEATS, LivenessCheck, Liveness, LivenessState
+from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, LivenessCheck, LivenessState
 
 PING_S, READ_S, ACK_S = 25.0, 55.0, 55.0
 Deed = Callable[[Liveness, float], None]
@@ -174,6 +174,8 @@ def test_a_pause_of_our_own_is_not_held_against_the_peer() -> None:
     assert liveness.check(130).verdict is LivenessState.HALF_OPEN
     liveness.frame(130)
     liveness.excuse(131)
-    assert liveness.check(131) == LivenessCheck(LivenessState.ALIVE, 24), "what came in during the pause counts as it is"
+    assert liveness.check(131) == LivenessCheck(LivenessState.ALIVE, 24), (
+        "what came in during the pause counts as it is"
+    )
     liveness.frame(186)
     assert liveness.check(186).verdict is LivenessState.STALLED

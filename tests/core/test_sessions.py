@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.agent_calls import HeartbeatCall, TargetKind, SessionTarget
+from shim.core.agent_calls import HeartbeatCall, SessionTarget, TargetKind
 from shim.core.records import SessionKey
 from shim.core.sessions import Session, Sessions
 
@@ -33,7 +33,9 @@ def _with(session: Session, fields: dict[str, Any]) -> Session:
 
 def beat(session: Session, now: float, status: str = "healthy", tunnel: str = "connected", **more: Any) -> None:
     session.touch(now, now)
-    session.record_heartbeat(HeartbeatCall("clusters_agent", SessionTarget(TargetKind.CLUSTER, "c-1"), "pod-1", status, tunnel, **more), now)
+    session.record_heartbeat(
+        HeartbeatCall("clusters_agent", SessionTarget(TargetKind.CLUSTER, "c-1"), "pod-1", status, tunnel, **more), now
+    )
 
 
 # --- freshness --------------------------------------------------------------------------------------------------------

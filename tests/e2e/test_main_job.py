@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from devtools.agents import AgentProfile, Callbacks, CallOutcome, Command, Event, EventKind, Identity, LegacyAgent
 from shim.clock import Clock
-from devtools.agents import Callbacks, Command, Event, Identity, LegacyAgent, CallOutcome, AgentProfile, EventKind
 from tests.support.processes import TOKEN, Controller, Shim, world
 
 FAST = {"upstream": {"heartbeat_interval_s": 0.2}, "poll": {"hold": "off"}}

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from yarl import URL
 
-from tests.faults.waiting import last
+from tests.chaos.harness.waiting import last
 from tests.support.processes import TOKEN, Shim, free_port, world
 
 REGISTER = {"agent_id": "agent-1", "name": "prod-cluster"}

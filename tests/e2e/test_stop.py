@@ -19,7 +19,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.faults.waiting import Starved, last
+from tests.chaos.harness.waiting import Starved, last
 from tests.support.processes import TOKEN, Shim, free_port, world
 
 LIMIT_S = 5.0

@@ -20,7 +20,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.controller.test_third_party_clients import _go, _node, _python, _running
+from tests.devtools.controller.test_third_party_clients import _go, _node, _python, _running
 from tests.support.processes import TOKEN, Shim, world
 
 PATH = "/api/v1/clusters/agent/ws"

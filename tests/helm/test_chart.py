@@ -15,7 +15,22 @@ import yaml
 
 from shim import __version__
 from shim.config import loader
-from tests.support.manifests import CHART, HELMS, NAMESPACE, ROOT, Refused, container, documents, env_of, one, pod_of, rendered, run, template, vendor_text
+from tests.support.manifests import (
+    CHART,
+    HELMS,
+    NAMESPACE,
+    ROOT,
+    Refused,
+    container,
+    documents,
+    env_of,
+    one,
+    pod_of,
+    rendered,
+    run,
+    template,
+    vendor_text,
+)
 from tests.support.policy import admit
 
 pytestmark = pytest.mark.needs("helm3", "helm4")

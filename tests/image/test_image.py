@@ -68,7 +68,7 @@ def test_the_store_survives_in_its_volume(engine: Engine, image: str, started: l
 def test_every_command_is_there_without_a_shell(engine: Engine, image: str) -> None:
     shown = engine.podman("run", "--rm", *HARDENED, "--entrypoint", '["agent-shim"]', image, "--help")
     assert {"run", "health", "inject", "controller", "fleet"} <= set(re.findall(r"^  ([a-z-]+) ", shown, re.MULTILINE))
-    text = (ROOT / "tests/inject/vendor/chart.yaml").read_text()
+    text = (ROOT / "tests/cli/inject/vendor/chart.yaml").read_text()
     injected = engine.podman("run", "--rm", "-i", *HARDENED, image, "inject", stdin=text)
     assert "agent-shim/sidecar: enabled" in injected
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import trustme
 
-from tests.security.knock import Line, Reply, ask, request, trap
+from tests.security.raw_client import Line, Reply, ask, request, trap
 from tests.support.processes import TOKEN, Controller, Shim, world
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import pytest
 from shim.admin.connection_limit import FIRST_REQUEST_S, IDLE_S, MAX_CONNECTIONS, PROBES, STALL_S
 from shim.admin.event_stream import MAX_READERS
 from shim.admin.static_files import FILES
-from tests.security.knock import Line, ask, request
+from tests.security.raw_client import Line, ask, request
 from tests.support.processes import Shim, world
 
 HEALTHZ = request("GET", "/healthz")

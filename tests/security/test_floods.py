@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.security.knock import Line, Reply, ask, request
+from tests.security.raw_client import Line, Reply, ask, request
 from tests.support.cgroup import memory_cgroup
 from tests.support.processes import Shim, world
 

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from shim.process import security_warnings
 from shim.config.settings import Settings
+from shim.process import security_warnings
 from tests.support.processes import Shim, world
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pytest
 
 from shim.errors import StartError
 from shim.listening import bind
-from tests.security.knock import ask, request
+from tests.security.raw_client import ask, request
 from tests.support.processes import free_port, world
 
 

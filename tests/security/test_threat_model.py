@@ -11,8 +11,8 @@ import pytest
 
 from shim.admin.connection_limit import MAX_BUSY, MAX_CONNECTIONS
 from shim.admin.event_stream import MAX_READERS
-from shim.core import bounds
 from shim.config.settings import Listen
+from shim.core import bounds
 from shim.upstream.http_client import MAX_INTERIM_RESPONSES
 from tests.security import attack
 

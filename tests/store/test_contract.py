@@ -10,7 +10,32 @@ import pytest
 from msgspec.structs import replace
 
 from shim.config import settings
-from shim.core.records import AddTrace, CloseOutbox, CommandRecord, DeleteSession, FindCommand, LookUpCommand, MarkCommands, MoveSession, Operation, OutboxEntry, Prune, PutCommand, PutOutbox, PutOutcome, PutResult, ReadOutbox, RequeueCommand, ResultOutcome, SaveAlias, SaveSession, SaveTunnel, CommandState, WriteProbe, TraceEntry
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    CommandRecord,
+    CommandState,
+    DeleteSession,
+    FindCommand,
+    LookUpCommand,
+    MarkCommands,
+    MoveSession,
+    Operation,
+    OutboxEntry,
+    Prune,
+    PutCommand,
+    PutOutbox,
+    PutOutcome,
+    PutResult,
+    ReadOutbox,
+    RequeueCommand,
+    ResultOutcome,
+    SaveAlias,
+    SaveSession,
+    SaveTunnel,
+    TraceEntry,
+    WriteProbe,
+)
 from shim.errors import StoreError
 from shim.store import open_store
 from shim.store.memory import MAX_LONE_TRACES, MemoryStore
@@ -157,7 +182,11 @@ def test_only_commands_that_may_still_be_offered_are_loaded(client: StoreClient,
     for each in CommandState:
         client.run(put(each.value), MarkCommands(KEY, (each.value,), each, wall=110.0))
     loaded = reopen(client).open()
-    assert [record.state for record in loaded.commands] == [CommandState.QUEUED, CommandState.OFFERED, CommandState.UNCERTAIN]
+    assert [record.state for record in loaded.commands] == [
+        CommandState.QUEUED,
+        CommandState.OFFERED,
+        CommandState.UNCERTAIN,
+    ]
 
 
 @pytest.mark.parametrize("state", CommandState)
@@ -174,7 +203,9 @@ def test_pruning_forgets_what_ended_and_keeps_what_is_awaited(client: StoreClien
 
 
 def test_pruning_leaves_the_outbox_alone(client: StoreClient) -> None:
-    client.run(put("1"), MarkCommands(KEY, ("1",), CommandState.EXPIRED, wall=110.0), PutOutbox(KEY, "1", "r-1", RESULT))
+    client.run(
+        put("1"), MarkCommands(KEY, ("1",), CommandState.EXPIRED, wall=110.0), PutOutbox(KEY, "1", "r-1", RESULT)
+    )
     client.run(put("2"), PutResult(KEY, "2", RESULT, wall=110.0))
     client.one(Prune(1000.0))
     assert [entry.command_id for entry in outbox(client)] == ["1", "2"]

@@ -12,8 +12,21 @@ import pytest
 from click.testing import CliRunner
 
 from shim.config import settings
+from shim.core.records import (
+    AddTrace,
+    CommandState,
+    FindCommand,
+    MarkCommands,
+    PutOutbox,
+    PutResult,
+    ReadOutbox,
+    SaveAlias,
+    SaveSession,
+    SaveTunnel,
+    StoreContents,
+    TraceEntry,
+)
 from shim.core.shard_assignment import shard_of
-from shim.core.records import AddTrace, FindCommand, StoreContents, MarkCommands, PutOutbox, PutResult, ReadOutbox, SaveAlias, SaveSession, SaveTunnel, CommandState, TraceEntry
 from shim.errors import StoreError
 from shim.store.copy import copy
 from shim.store.sqlite import SqliteStore
@@ -32,7 +45,9 @@ def fill(client: StoreClient) -> None:
     client.run(SaveSession(session()), SaveSession(session(OTHER)), SaveAlias("default", "pod-1", KEY))
     client.run(SaveTunnel(KEY, {"a": 1}), PutOutbox(KEY, "9", "r-9", {"success": False}))
     client.run(PutResult(KEY, "2", {"ok": True}, 110.0), PutResult(KEY, "unknown", {"ok": False}, 110.0))
-    client.run(MarkCommands(KEY, ("4",), CommandState.DELIVERED, 111.0), AddTrace(KEY, ("4",), TraceEntry(111.0, "delivered")))
+    client.run(
+        MarkCommands(KEY, ("4",), CommandState.DELIVERED, 111.0), AddTrace(KEY, ("4",), TraceEntry(111.0, "delivered"))
+    )
     client.run(AddTrace(KEY, ("refused",), TraceEntry(1.0, "rejected", "why")))
 
 

@@ -14,7 +14,31 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 from msgspec.structs import replace
 
-from shim.core.records import AddTrace, CloseOutbox, CommandRecord, DeleteSession, FindCommand, LookUpCommand, MarkCommands, MoveSession, Operation, OutboxEntry, Prune, PutOutbox, PutOutcome, PutResult, ReadOutbox, RequeueCommand, ResultOutcome, SaveAlias, SaveSession, SaveTunnel, CommandState, WriteProbe, TraceEntry
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    CommandRecord,
+    CommandState,
+    DeleteSession,
+    FindCommand,
+    LookUpCommand,
+    MarkCommands,
+    MoveSession,
+    Operation,
+    OutboxEntry,
+    Prune,
+    PutOutbox,
+    PutOutcome,
+    PutResult,
+    ReadOutbox,
+    RequeueCommand,
+    ResultOutcome,
+    SaveAlias,
+    SaveSession,
+    SaveTunnel,
+    TraceEntry,
+    WriteProbe,
+)
 from shim.errors import StoreError
 from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore

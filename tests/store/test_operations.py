@@ -7,7 +7,27 @@ from contextlib import closing
 
 import pytest
 
-from shim.core.records import AddTrace, CloseOutbox, DeleteSession, FindCommand, LookUpCommand, MarkCommands, MoveSession, Operation, Prune, PutOutbox, PutResult, ReadOutbox, RequeueCommand, SaveAlias, SaveSession, SaveTunnel, CommandState, WriteProbe, TraceEntry
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    CommandState,
+    DeleteSession,
+    FindCommand,
+    LookUpCommand,
+    MarkCommands,
+    MoveSession,
+    Operation,
+    Prune,
+    PutOutbox,
+    PutResult,
+    ReadOutbox,
+    RequeueCommand,
+    SaveAlias,
+    SaveSession,
+    SaveTunnel,
+    TraceEntry,
+    WriteProbe,
+)
 from shim.errors import StoreError
 from shim.store import schema, sqlite
 from shim.store.operations import Operations

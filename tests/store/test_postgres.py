@@ -18,7 +18,17 @@ from typing import Any
 import pytest
 
 from shim.config import settings
-from shim.core.records import AddTrace, CloseOutbox, FindCommand, MarkCommands, Prune, PutResult, ReadOutbox, CommandState, TraceEntry
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    CommandState,
+    FindCommand,
+    MarkCommands,
+    Prune,
+    PutResult,
+    ReadOutbox,
+    TraceEntry,
+)
 from shim.errors import StoreError, StoreFenced, StoreVersionError
 from shim.store import CommitProbe
 from tests.support.stores import KEY, TIMEOUT_S, StoreClient, put

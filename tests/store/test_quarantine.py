@@ -10,7 +10,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from shim.core.records import FindCommand, MarkCommands, OutboxEntry, PutOutbox, PutResult, ReadOutbox, SaveAlias, SaveSession, SaveTunnel, CommandState
+from shim.core.records import (
+    CommandState,
+    FindCommand,
+    MarkCommands,
+    OutboxEntry,
+    PutOutbox,
+    PutResult,
+    ReadOutbox,
+    SaveAlias,
+    SaveSession,
+    SaveTunnel,
+)
 from shim.store.quarantine import MAX_COLUMN_CHARS, MAX_ROWS
 from tests.support.stores import KEY, OTHER, Stores, put, session
 

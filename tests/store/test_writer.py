@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from shim.config import settings
-from shim.core.records import FindCommand, MarkCommands, Prune, ReadOutbox, CommandState
+from shim.core.records import CommandState, FindCommand, MarkCommands, Prune, ReadOutbox
 from shim.errors import StoreError
 from shim.store import CommitProbe, open_store
 from shim.store.sqlite import SqliteEngine, SqliteStore

@@ -12,13 +12,13 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from shim.protocol import dialects
+from shim.agent_api import AgentServer
+from shim.config.settings import Listen
 from shim.core.agent_calls import Accepted, AgentCall, Commands, Healthy, OfferedCommand, PollCall
 from shim.core.agent_calls import HealthCall as HealthQuestion
-from shim.agent_api import AgentServer
 from shim.metrics import Metrics
-from shim.ports import CallResult, Caller, DeliveryReceipt
-from shim.config.settings import Listen
+from shim.ports import Caller, CallResult, DeliveryReceipt
+from shim.protocol import dialects
 
 DEADLINE_S = 15
 POLL = b"GET /api/v1/clusters/agent/c1/poll HTTP/1.1\r\nHost: localhost\r\n\r\n"

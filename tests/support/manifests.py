@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "agent-shim"
-VENDOR = ROOT / "tests" / "inject" / "vendor"
+VENDOR = ROOT / "tests" / "cli" / "inject" / "vendor"
 SHAPES = {"manifest": "manifest", "installer": "manifest", "chart": "chart"}
 """The vendor's ways to install the agent → what our chart and components call them."""
 NAMESPACE = "pipeops-system"

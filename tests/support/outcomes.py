@@ -2,8 +2,8 @@
 
 from hypothesis import strategies as st
 
-from shim.protocol import rfc3339
 from shim.core.agent_calls import Commands, Failed, OfferedCommand, Registered, TunnelState
+from shim.protocol import rfc3339
 
 TEXT = st.text(max_size=20)
 IDS = st.text("abcXYZ019-._~!$&'()*+,;=:@", min_size=1, max_size=40).filter(lambda ident: ident not in (".", ".."))

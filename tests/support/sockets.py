@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from shim.protocol.upstream_message import Message
 from shim.ports import DialFailure, DialRequest, WebSocket
+from shim.protocol.upstream_message import Message
 from shim.upstream import AiohttpUpstream
 
 DEADLINE_S = 15

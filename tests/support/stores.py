@@ -7,7 +7,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from shim.core.records import CommandRecord, StoreContents, Operation, PutCommand, SessionKey, SessionRecord
+from shim.core.records import CommandRecord, Operation, PutCommand, SessionKey, SessionRecord, StoreContents
 from shim.errors import StoreError
 from shim.ports import CommandStore
 from shim.store.delivery import CallThreadsafe

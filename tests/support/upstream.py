@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
 from shim.protocol import upstream_message
 from shim.protocol.upstream_message import Message
-from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
 
 REFUSED = DialFailure("status", 401)
 GONE = DialFailure("tcp")
@@ -145,7 +145,9 @@ class FakeUpstream:
         self.dials: list[FakeDial] = []
         self.on_dial: Callable[[FakeDial], None] = lambda dial: None
 
-    def dial(self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]) -> None:
+    def dial(
+        self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]
+    ) -> None:
         loop = asyncio.get_running_loop()
         dial = FakeDial(loop.time(), spec, events, done)
         self.dials.append(dial)

@@ -12,13 +12,26 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from shim.bridge import Bridge, BridgeContext
-from shim.core.agent_calls import AgentCall, Commands, HeartbeatCall, TargetKind, OfferedCommand, Outcome, PollCall, RegisterCall, ResultCall, StatusCall, SessionTarget, TunnelPollCall
-from shim.core.records import AddTrace, FindCommand, StoreContents, Operation
+from shim.config.settings import Settings
+from shim.core.agent_calls import (
+    AgentCall,
+    Commands,
+    HeartbeatCall,
+    OfferedCommand,
+    Outcome,
+    PollCall,
+    RegisterCall,
+    ResultCall,
+    SessionTarget,
+    StatusCall,
+    TargetKind,
+    TunnelPollCall,
+)
+from shim.core.records import AddTrace, FindCommand, Operation, StoreContents
 from shim.core.sessions import Session, Sessions
 from shim.errors import ShimError, StoreError
 from shim.metrics import Metrics
-from shim.ports import CallResult, Caller, CommandStore, StoreDone, Timer
-from shim.config.settings import Settings
+from shim.ports import Caller, CallResult, CommandStore, StoreDone, Timer
 from shim.store.memory import MemoryStore
 from tests.support.upstream import Controller
 from tests.support.virtual import VirtualClock, VirtualLoop

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shim.cli.admin_client import given
 from shim.config import loader as configuration
+from shim.config.settings import is_loopback
 from shim.config.warnings import find_warnings
 from shim.errors import ConfigError
 from shim.log import Redaction
-from shim.config.settings import is_loopback
-from shim.cli.admin_client import given
 
 if TYPE_CHECKING:
     from shim.cli.doctor.report import Report

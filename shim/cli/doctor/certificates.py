@@ -5,8 +5,8 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping
 
-from shim.clock import Clock
 from shim.cli.doctor.report import Finding, passed, warned
+from shim.clock import Clock
 
 EXPIRES_SOON_S = 14 * 86_400.0
 

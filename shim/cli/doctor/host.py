@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from shim.config import settings
-from shim.errors import StoreError
-from shim.store import advice, check_database, check_files
 from shim.cli.doctor.report import Finding, failed, passed, warned
 from shim.cli.doctor.running_shim import RunningShim
 from shim.cli.doctor.volumes import Kind, Volume, volume_of
+from shim.config import settings
+from shim.errors import StoreError
+from shim.store import advice, check_database, check_files
 
 VENDORS_PORTS = frozenset({8080, 8090})
 LITTLE_BYTES = 64 * 1024 * 1024

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import msgspec
 
 from shim.clock import Clock
-from shim.protocol.http import http_url, ws_url
-from shim.core.text import printable
-from shim.protocol.upstream_message import Message
-from shim.ports import DialFailure, DialRequest, WebSocket
-from shim.redaction import without_secrets
 from shim.config.settings import DialSettings, Upstream
+from shim.core.text import printable
+from shim.ports import DialFailure, DialRequest, WebSocket
+from shim.protocol.http import http_url, ws_url
+from shim.protocol.upstream_message import Message
+from shim.redaction import without_secrets
 from shim.upstream import AiohttpUpstream, Dialler, DialTrace, failure_of
 
 FRAMES_LOST = -1.0

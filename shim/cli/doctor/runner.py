@@ -6,16 +6,16 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 
-from shim.config import loader
-from shim.protocol.http import fallback_url, origin_of, under, ws_url
-from shim.errors import ConfigError
-from shim.config.settings import Settings, Upstream
 from shim.cli.admin_client import reachable
 from shim.cli.doctor import host, running_shim, sources
-from shim.cli.doctor.report import Finding, Status, failed, passed, warned
 from shim.cli.doctor.probe import Dial, ask_head, ask_time_unverified, dial_websocket
+from shim.cli.doctor.report import Finding, Status, failed, passed, warned
 from shim.cli.doctor.running_shim import RunningShim
 from shim.cli.doctor.way import judge_clock, judge_fallback, judge_frames, judge_token, judge_upgrade, judge_way
+from shim.config import loader
+from shim.config.settings import Settings, Upstream
+from shim.errors import ConfigError
+from shim.protocol.http import fallback_url, origin_of, under, ws_url
 
 _REFUSED = (401, 403)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from shim.protocol.http import origin_of
-from shim.core.text import shorten
-from shim.config.settings import Settings
 from shim.cli.doctor.report import Finding, failed, passed, warned
+from shim.config.settings import Settings
+from shim.core.text import shorten
+from shim.protocol.http import origin_of
 
 TIMEOUT_S = 5.0
 EARLY_MANY = 3
@@ -76,7 +76,9 @@ def ask(host: str, port: int, token: str) -> RunningShim:
     if status != 200 or not isinstance(told, dict):
         why = "it wants the admin token: --admin-token-file" if status == 401 else f"/status.json answers {status}"
         return RunningShim(where, True, {}, samples, why)
-    return RunningShim(where, True, told, samples, configuration=configuration if isinstance(configuration, dict) else {})
+    return RunningShim(
+        where, True, told, samples, configuration=configuration if isinstance(configuration, dict) else {}
+    )
 
 
 def _get(host: str, port: int, path: str, token: str) -> tuple[int, str]:

@@ -9,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from shim.cli.doctor.report import Finding, failed, warned
 from shim.config import loader
 from shim.config.loader import leaves, to_settings
-from shim.errors import ConfigError, Fault
 from shim.config.settings import Settings
-from shim.cli.doctor.report import Finding, failed, warned
+from shim.errors import ConfigError, Fault
 
 PROC = Path("/proc")
 _SHOWN = 8

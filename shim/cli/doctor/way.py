@@ -7,13 +7,13 @@ from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+from shim.cli.doctor.certificates import certificate, trust
+from shim.cli.doctor.probe import FRAMES_CLOSED, FRAMES_LOST, Dial
+from shim.cli.doctor.report import Finding, Status, failed, passed, warned
 from shim.clock import Clock
+from shim.config.settings import is_loopback
 from shim.core.backoff import CloseMeaning, close_meaning
 from shim.protocol.http import host_of, origin_of
-from shim.config.settings import is_loopback
-from shim.cli.doctor.certificates import certificate, trust
-from shim.cli.doctor.report import Finding, Status, failed, passed, warned
-from shim.cli.doctor.probe import FRAMES_CLOSED, FRAMES_LOST, Dial
 from shim.upstream.dial_errors import PROXY_UNREACHED, UNANSWERED
 
 SKEW_WARN_S = 30.0

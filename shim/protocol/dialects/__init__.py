@@ -23,8 +23,8 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-from shim.core.bounds import MAX_ID_BYTES
 from shim.core.agent_calls import AgentCall, Failed, Outcome
+from shim.core.bounds import MAX_ID_BYTES
 from shim.errors import AgentError
 
 MAX_DEPTH = 64

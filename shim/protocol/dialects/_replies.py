@@ -10,8 +10,8 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from shim.protocol import rfc3339
 from shim.core.agent_calls import Accepted, Commands, Failed, Healthy, Outcome, Registered, TunnelInfo, TunnelState
+from shim.protocol import rfc3339
 from shim.protocol.dialects import Call, Reply, error_reply
 
 _NO_CONTENT = Reply(204)

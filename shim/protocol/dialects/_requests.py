@@ -12,11 +12,19 @@ from typing import Any
 
 import msgspec
 
-from shim.protocol import rfc3339
-from shim.core.bounds import MAX_ID_BYTES, MAX_KEPT_BYTES, MAX_KEPT_VALUES, MAX_LABELS, MAX_NAME_CHARS, MAX_WORD_CHARS, cut
 from shim.core.agent_calls import HeartbeatCall, RegisterCall, ResultCall, SessionTarget
-from shim.protocol.dialects import MAX_DEPTH, Call, valid_id
+from shim.core.bounds import (
+    MAX_ID_BYTES,
+    MAX_KEPT_BYTES,
+    MAX_KEPT_VALUES,
+    MAX_LABELS,
+    MAX_NAME_CHARS,
+    MAX_WORD_CHARS,
+    cut,
+)
 from shim.errors import AgentError
+from shim.protocol import rfc3339
+from shim.protocol.dialects import MAX_DEPTH, Call, valid_id
 
 _TEXTS = ("k8s_version", "hostname", "agent_version", "server_ip", "region", "cloud_provider", "cluster_id")
 _OBJECTS = ("tunnel_port_config", "server_specs", "metadata")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.core.agent_calls import AgentCall, TargetKind, PollCall, StatusCall, SessionTarget
+from shim.core.agent_calls import AgentCall, PollCall, SessionTarget, StatusCall, TargetKind
 from shim.protocol.dialects import Call, Route, _replies, _requests
 
 NAME = "agents"

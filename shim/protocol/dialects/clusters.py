@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.core.agent_calls import AgentCall, TargetKind, SessionTarget
+from shim.core.agent_calls import AgentCall, SessionTarget, TargetKind
 from shim.protocol.dialects import Call, Route, _replies, _requests, valid_id
 
 NAME = "clusters"
@@ -23,7 +23,11 @@ def parse(operation: str, call: Call) -> AgentCall:
     agent_id = call.params["agent_id"]
     body = _requests.bounded_object(call)
     cluster_id = _requests.text(body.get("cluster_id"))
-    target = SessionTarget(TargetKind.CLUSTER, valid_id(cluster_id, "cluster_id")) if cluster_id else SessionTarget(TargetKind.ALIAS, agent_id)
+    target = (
+        SessionTarget(TargetKind.CLUSTER, valid_id(cluster_id, "cluster_id"))
+        if cluster_id
+        else SessionTarget(TargetKind.ALIAS, agent_id)
+    )
     # it also repeats that token in its heartbeats, which is all there is of it after a restart of the shim
     return _requests.read_heartbeat(
         NAME, target, agent_id, body, size_bytes=call.size_bytes, secret=_requests.text(body.get("token"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.core.agent_calls import AgentCall, TargetKind, PollCall, SessionTarget, TunnelInfoCall
+from shim.core.agent_calls import AgentCall, PollCall, SessionTarget, TargetKind, TunnelInfoCall
 from shim.protocol.dialects import Call, Route, _replies, _requests, valid_id
 
 NAME = "clusters_agent"

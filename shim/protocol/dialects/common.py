@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.core.agent_calls import AgentCall, HealthCall, TargetKind, SessionTarget, TunnelPollCall
+from shim.core.agent_calls import AgentCall, HealthCall, SessionTarget, TargetKind, TunnelPollCall
 from shim.protocol.dialects import Call, Route, _replies
 
 NAME = "common"

@@ -15,9 +15,9 @@ from typing import Any
 
 import psycopg
 
-from shim.config import settings
 from shim.clock import Clock
-from shim.core.records import StoreContents, Operation
+from shim.config import settings
+from shim.core.records import Operation, StoreContents
 from shim.errors import ConfigError, StoreError, StoreFenced
 from shim.store.database import Partition
 from shim.store.delivery import store_error

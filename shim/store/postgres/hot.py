@@ -6,7 +6,17 @@ SQLite has no changing statements in a WITH clause, and needs none: there the sa
 
 from __future__ import annotations
 
-from shim.core.records import AddTrace, MarkCommands, OutboxEntry, PutCommand, PutOutcome, PutResult, ResultOutcome, SessionKey, CommandState
+from shim.core.records import (
+    AddTrace,
+    CommandState,
+    MarkCommands,
+    OutboxEntry,
+    PutCommand,
+    PutOutcome,
+    PutResult,
+    ResultOutcome,
+    SessionKey,
+)
 from shim.store import outbox
 from shim.store.commands import CommandOperations, duplicate, insert_parameters, told_by_first_step
 from shim.store.database import Finish, Rows, nothing

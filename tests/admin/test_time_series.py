@@ -1,0 +1,89 @@
+"""Samples for the plots, and the timeline of a link."""
+
+from __future__ import annotations
+
+import pytest
+
+from shim.admin.time_series import EVERY_S, KEPT, quantile
+from shim.core.link_history import MAX_SEGMENTS, LinkHistory, PhaseKind
+from shim.core.text import format_duration, plural
+from tests.admin.conftest import Page
+from tests.support.world import World
+
+
+async def test_samples_tell_what_waited_and_how_long_commands_took(page: Page, world: World) -> None:
+    agent = world.agent()
+    await agent.register()
+    await agent.heartbeat()
+    for command_id in ("k1", "k2"):
+        world.controller.push(command_id, cluster_id=agent.cluster_id)
+    await world.pass_s(EVERY_S)
+    await agent.poll()
+    await agent.result("k1")
+    await world.pass_s(EVERY_S)
+    columns = page.sampler.last()
+    assert columns["waiting"][-2:] == [2, 0]
+    assert columns["handed_over"][-2:] == [0, 2]
+    assert columns["results"][-2:] == [0, 1]
+    assert columns["p50_s"][-2] is None
+    assert columns["p50_s"][-1] == pytest.approx(EVERY_S, abs=0.1)
+    assert page.sampler.latency() == {
+        "commands": 2,
+        "p50_s": columns["p50_s"][-1],
+        "p95_s": columns["p95_s"][-1],
+    }
+
+
+async def test_an_hour_is_kept(page: Page, world: World) -> None:
+    await world.pass_s(3700)
+    columns = page.sampler.last()
+    assert {len(column) for column in columns.values()} == {KEPT}
+    assert columns["at"][-1] - columns["at"][0] == pytest.approx(3600, abs=2 * EVERY_S)
+    assert page.sampler.taken > KEPT
+    assert [len(column) for column in page.sampler.last(3).values()] == [3] * len(columns)
+    assert page.sampler.last(0)["at"] == []
+
+
+@pytest.mark.parametrize(
+    "values, half, most",
+    [([], None, None), ([3.0], 3.0, 3.0), ([2.0, 1.0], 1.0, 2.0), ([float(n) for n in range(1, 101)], 50.0, 95.0)],
+)
+def test_quantiles(values: list[float], half: float | None, most: float | None) -> None:
+    assert (quantile(values, 0.5), quantile(values, 0.95)) == (half, most)
+
+
+def test_a_timeline_joins_what_is_alike_and_forgets_what_is_long_past() -> None:
+    timeline = LinkHistory(0.0)
+    for at, phase in ((10.0, PhaseKind.DOWN), (11.0, PhaseKind.DOWN), (12.0, PhaseKind.UP), (5000.0, PhaseKind.DOWN)):
+        timeline.enter(phase, at, f"at {at:g}")
+    assert [(each.phase, each.since_s) for each in timeline.last(5100.0, 3600.0)] == [
+        (PhaseKind.UP, 12.0),
+        (PhaseKind.DOWN, 5000.0),
+    ]
+    assert (timeline.current.phase, timeline.current.reason) == (PhaseKind.DOWN, "at 5000")
+    for number in range(2 * MAX_SEGMENTS):
+        timeline.enter(PhaseKind.UP if number % 2 else PhaseKind.IDLE, 6000.0 + number, "")
+    assert len(timeline.last(6000.0 + 2 * MAX_SEGMENTS, 1e6)) == MAX_SEGMENTS
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [
+        (-1, "0 s"),
+        (0.9, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (3599, "59 min"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+        (86_400, "1 day"),
+        (200_000, "2 days 7 h"),
+        (86_460, "1 day"),
+    ],
+)
+def test_spans_in_words(seconds: float, words: str) -> None:
+    assert format_duration(seconds) == words
+
+
+def test_numbers_in_words() -> None:
+    assert [plural(number, "agent") for number in (0, 1, 2)] == ["0 agents", "1 agent", "2 agents"]

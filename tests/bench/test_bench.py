@@ -1,0 +1,82 @@
+"""The bench runs, and docs/reference/performance.md and docs/reference/sizing.md show what it measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import durable, first_minutes, latency, memory, sizing, throughput, traffic
+from bench.__main__ import PARTS
+from bench.report import DATA, PAGES, rendered
+
+ROOT = Path(__file__).parents[2]
+FOUND = json.loads(DATA.read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Every part, a little of it, all at the same time: what they find is no figure."""
+    folder = tmp_path_factory.getbasetemp()
+    command = [sys.executable, "-m", "bench", "--quick", "--only"]
+    running = {
+        part: subprocess.Popen(
+            [*command, part, "--json", str(folder / f"{part}.json")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in PARTS
+    }
+    yield running
+    for process in running.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_the_bench_runs(
+    part: str, runs: dict[str, subprocess.Popen[str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shown, told = runs[part].communicate(timeout=280)
+    assert runs[part].returncode == 0, told
+    found = json.loads((tmp_path_factory.getbasetemp() / f"{part}.json").read_text())
+    assert found["figures"]
+    assert all(each["ours"] is not None for each in found["figures"])
+    assert [row["agents"] for row in found["sizing"]] == (list(sizing.FEW) if part == "sizing" else [])
+    assert "ours" in shown
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_shows_the_figures_of_the_json(name: str) -> None:
+    page = PAGES[name].read_text()
+    assert rendered(page, name, FOUND) == page, "python -m bench --render"
+
+
+def test_the_pages_are_of_a_whole_run() -> None:
+    parts = {each["part"] for each in FOUND["figures"]}
+    modules = (throughput.PART, memory.PART, durable.PART, traffic.PART, sizing.PART)
+    assert parts == {latency.SIMULATED, latency.REAL, *first_minutes.PARTS, *modules}
+    assert [row["agents"] for row in FOUND["sizing"]] == [*sizing.FEW, *sizing.MANY]
+    aims = {each["what"]: each["met"] for each in FOUND["figures"] if each["aim"] is not None}
+    assert f"growth over {memory.SOAK_CALLS:,} calls" in aims
+    assert f"each of {memory.HELD:,} held polls" in aims
+    assert {"heartbeats", "empty polls", "idle RSS", "idle RSS, absolute"} <= aims.keys()
+    against = {each["against"] for each in FOUND["figures"]}
+    assert {"aiohttp", "web.Application", "naive", "plain sqlite3", "hold off", "HTTP calls", "bare commit"} <= against
+
+
+def test_no_bridge_can_beat_the_bound_of_a_burst() -> None:
+    """A poll that is held takes the first command; the others wait for the agent's next one."""
+    assert first_minutes.best_s([31.0, 37.0, 43.0, 60.0], 0.0, 30.0) == [0.0, 23.0, 17.0, 0.0]
+    assert first_minutes.best_s([55.0], 0.0, 30.0) == [5.0]
+    assert first_minutes.best_s([7.0, 8.0, 9.0], 0.0, 5.0) == [0.0, 2.0, 1.0]
+    assert first_minutes.best_s([17.0, 18.0], 0.0, 5.0) == [0.0, 0.0], (
+        "a tick that was missed during a hold comes at once"
+    )

@@ -1,0 +1,242 @@
+"""The real shim with what faults need inside of it: `python -m tests.chaos.harness.faulty_shim [options] run --config F`.
+
+`--crash POINT N`: it is killed by SIGKILL when the point (`schedule.CRASH_POINTS`) is reached for the N-th time.
+`--clock FILE`: its wall clock is wrong by as many seconds as the file says. All the rest is the shim's own code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shim import app
+from shim.clock import Clock
+from shim.core.agent_calls import AgentCall
+from shim.core.records import Operation, PutCommand, PutResult, StoreContents
+from shim.errors import StoreError
+from shim.ports import (
+    AgentService,
+    Caller,
+    CallResult,
+    CommandStore,
+    DeliveryReceipt,
+    DialFailure,
+    DialRequest,
+    StoreDone,
+    UpstreamPort,
+    WebSocket,
+    WebSocketListener,
+)
+from shim.protocol.upstream_message import Message
+from shim.store import CallThreadsafe
+from shim.store.lock import StoreLock
+from shim.store.sqlite import SqliteStore
+
+FLUSHED_S = 0.01
+
+
+class Trap:
+    """Kills this process when `point` is reached for the n-th time."""
+
+    def __init__(self, point: str, count: int) -> None:
+        self.point = point
+        self._left = count
+
+    def reached(self, point: str) -> None:
+        if self.due(point):
+            self.spring()
+
+    def due(self, point: str) -> bool:
+        """Count a point; true if it is the one to die at."""
+        if point != self.point:
+            return False
+        self._left -= 1
+        return self._left == 0
+
+    @staticmethod
+    def spring() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Store(SqliteStore):
+    """Dies before, in and after commits."""
+
+    def __init__(self, path: Path, post: CallThreadsafe, trap: Trap) -> None:
+        super().__init__(path, post)
+        self._trap = trap
+        self._inserting = False
+
+    def _open(self, lock: StoreLock) -> tuple[sqlite3.Connection, StoreContents]:
+        connection, loaded = super()._open(lock)
+        connection.set_trace_callback(self._on_statement)
+        return connection, loaded
+
+    def _on_statement(self, statement: str) -> None:
+        """A statement begins: at the COMMIT all is written, nothing is valid."""
+        if statement.startswith("INSERT INTO commands"):
+            self._inserting = True
+        elif statement == "COMMIT" and self._inserting:
+            self._inserting = False
+            self._trap.reached("in_commit")
+
+    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
+        if any(isinstance(operation, PutCommand) for operation in operations):
+            self._trap.reached("before_commit")
+            done = self._then("after_commit", done)
+        elif any(isinstance(operation, PutResult) for operation in operations):
+            done = self._then("result_stored", done)
+        super().submit(operations, done)
+
+    def _then(self, point: str, done: StoreDone | None) -> StoreDone:
+        def on_disk(outcome: list[Any] | StoreError) -> None:
+            if not isinstance(outcome, StoreError):
+                self._trap.reached(point)
+            if done is not None:
+                done(outcome)
+
+        return on_disk
+
+
+class _Switchboard:
+    """Dies before and after a reply with commands is written."""
+
+    def __init__(self, inner: AgentService, trap: Trap) -> None:
+        self._inner = inner
+        self._trap = trap
+
+    async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
+        answer = await self._inner.call(client, call, arrived_s)
+        if answer.lease is not None:
+            self._trap.reached("before_reply")
+        return answer
+
+    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
+        return self._inner.try_call_sync(client, call, arrived_s)
+
+    def written(self, lease: DeliveryReceipt) -> None:
+        self._trap.reached("after_reply")
+        self._inner.written(lease)
+
+    def unwritten(self, lease: DeliveryReceipt) -> None:
+        self._inner.unwritten(lease)
+
+    def next_request(self, connection: int) -> None:
+        self._inner.next_request(connection)
+
+    def connection_closed(self, connection: int, clean: bool) -> None:
+        self._inner.connection_closed(connection, clean)
+
+
+class _Upstream:
+    """Dies when a command's frame was read, and when a result was sent."""
+
+    def __init__(self, inner: UpstreamPort, trap: Trap) -> None:
+        self._inner = inner
+        self._trap = trap
+
+    def dial(
+        self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]
+    ) -> None:
+        def dialled(outcome: WebSocket | DialFailure) -> None:
+            done(outcome if isinstance(outcome, DialFailure) else _Socket(outcome, self._trap))
+
+        self._inner.dial(spec, _Events(events, self._trap), dialled)
+
+
+class _Events:
+    def __init__(self, inner: WebSocketListener, trap: Trap) -> None:
+        self._inner = inner
+        self._trap = trap
+
+    def on_message(self, message: Message) -> None:
+        if message.type == "command":
+            self._trap.reached("frame_read")
+        self._inner.on_message(message)
+
+    def on_bad_frame(self, kind: str) -> None:
+        self._inner.on_bad_frame(kind)
+
+    def on_frame(self) -> None:
+        self._inner.on_frame()
+
+    def has_room(self) -> bool:
+        return self._inner.has_room()
+
+    def on_pong(self, payload: bytes) -> None:
+        self._inner.on_pong(payload)
+
+    def on_closed(self, by_close_frame: bool, code: int, reason: str) -> None:
+        self._inner.on_closed(by_close_frame, code, reason)
+
+
+class _Socket:
+    def __init__(self, inner: WebSocket, trap: Trap) -> None:
+        self._inner = inner
+        self._trap = trap
+
+    def send(self, message: Message) -> None:
+        self._inner.send(message)
+        if message.type == "command_result" and self._trap.due("result_sent"):
+            # `send` queues: a moment later it is in the kernel, and its pong is not back.
+            asyncio.get_running_loop().call_later(FLUSHED_S, self._trap.spring)
+
+    def ping(self, payload: bytes) -> None:
+        self._inner.ping(payload)
+
+    def close(self, code: int) -> None:
+        self._inner.close(code)
+
+    def abort(self) -> None:
+        self._inner.abort()
+
+
+class _SteppedClock(Clock):
+    """A wall clock that somebody sets. (libfaketime would do it from outside, but it breaks waiting for the GIL.)"""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def wall_s(self) -> float:
+        return super().wall_s() + float(self._file.read_text())
+
+
+def doubtful(trap: Trap, clock_file: Path | None) -> type[app.App]:
+    """The shim's app with trap and clock built in."""
+
+    class DoubtfulApp(app.App):
+        def make_clock(self) -> Clock:
+            return super().make_clock() if clock_file is None else _SteppedClock(clock_file)
+
+        def make_store(self, post: CallThreadsafe) -> CommandStore:
+            return _Store(Path(self.settings.store.path), post, trap)
+
+        def wrap_upstream(self, upstream: UpstreamPort) -> UpstreamPort:
+            return _Upstream(upstream, trap)
+
+        def wrap_switchboard(self, switchboard: AgentService) -> AgentService:
+            return _Switchboard(switchboard, trap)
+
+    return DoubtfulApp
+
+
+def main(args: Sequence[str]) -> NoReturn:
+    """Run until the trap springs, or else until the shim ends the process."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.harness.faulty_shim")
+    parser.add_argument("--crash", nargs=2, default=("", "0"), metavar=("POINT", "N"))
+    parser.add_argument("--clock", type=Path, metavar="FILE")
+    parser.add_argument("command", choices=["run"])
+    parser.add_argument("--config", required=True)
+    given = parser.parse_args(args)
+    point, count = given.crash
+    app.main(given.config, (), None, doubtful(Trap(point, int(count)), given.clock))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

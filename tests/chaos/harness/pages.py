@@ -1,0 +1,209 @@
+"""The figures of docs/concepts/promises.md, from the harness's JSON beside it: `python -m tests.chaos.harness.pages`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from docs.generate import command_edges, diagram
+from shim.core.records import CommandState
+
+DOCS = Path(__file__).parents[3] / "docs"
+PAGE, DATA = DOCS / "concepts" / "promises.md", DOCS / "concepts" / "promises.json"
+
+WORDS = {
+    "controller_killed": "the controller is killed and comes back",
+    "controller_restarted": "the controller is stopped in an orderly way and comes back",
+    "controller_forgetful": "the controller is killed and comes back without its registrations",
+    "refuse_401": "handshakes are refused with 401",
+    "refuse_403": "handshakes are refused with 403",
+    "refuse_429": "handshakes are refused with 429 and `Retry-After`",
+    "refuse_503": "handshakes are refused with 503",
+    "refuse_503_later": "handshakes are refused with 503 and `Retry-After`",
+    "accept_then_close": "connections are accepted and closed at once",
+    "hang_handshake": "handshakes are not answered",
+    "half_open": "the connection stays open, and nothing passes any more",
+    "stalled": "pings are answered, nothing else is",
+    "drop_close": "the connection is closed by a close frame",
+    "drop_rst": "the connection is reset",
+    "result_lost": "the connection is reset when a result arrives, before it is handled",
+    "result_cut": "the connection ends right after a result was handled",
+    "register_unanswered": "registrations are not answered",
+    "register_in_progress": "registrations are answered late, after `register_in_progress`",
+    "register_closes": "the connection is closed right after each registration",
+    "not_registered": "heartbeats and results are answered `not registered`",
+    "no_acks": "heartbeats are not acknowledged",
+    "new_ids": "registrations yield other cluster ids than before",
+    "gateway": "registrations redirect to a gateway",
+    "slow": "50 ms a message and 20 kB/s",
+    "delay": "messages come 0.7 s late and overtake each other",
+    "duplicate": "each message comes three times",
+    "reorder": "messages come in another order",
+    "garbage": "frames that are no messages",
+    "oversize": "frames larger than `upstream.max_message_bytes`",
+    "binary": "messages in binary frames",
+    "cut": "no packet passes, nobody is told",
+    "reset": "every packet is answered with a reset",
+    "loss": "5 to 25 % of the packets are lost",
+    "latency": "20 to 220 ms each way",
+    "narrow": "64 to 264 kbit/s",
+    "kill": "`kill -9` of the shim",
+    "sigterm": "SIGTERM to the shim, and a new start",
+    "clock": "the wall clock is set up to six hours forth and back",
+    "crash_frame_read": "`kill -9` when a command's frame was read",
+    "crash_before_commit": "`kill -9` before the command is written",
+    "crash_in_commit": "`kill -9` at the COMMIT",
+    "crash_after_commit": "`kill -9` after the COMMIT, before anybody knows of it",
+    "crash_before_reply": "`kill -9` before the poll's reply is written",
+    "crash_after_reply": "`kill -9` after the poll's reply was written",
+    "crash_result_stored": "`kill -9` between a result's commit and its sending",
+    "crash_result_sent": "`kill -9` right after a result was sent",
+    "disk_full": "the disk is full to the last byte",
+    "locked": "another process holds the database's write lock",
+    "corrupted": "the database is overwritten while the shim is down",
+    "truncated": "the database is cut off while the shim is down",
+    "agent_dies": "an agent is killed and comes back",
+    "agent_new_pod": "an agent comes back with another agent id and the same cluster id",
+    "agent_forgets_id": "an agent comes back without its cluster id and registers again",
+    "agent_is_away": "an agent is dead for longer than any contact vouches for it; then the link reconnects",
+}
+
+
+def blocks(found: dict[str, Any]) -> dict[str, list[str]]:
+    """The generated parts of the page, by the name in their markers."""
+    return {
+        "diagram": diagram(CommandState.QUEUED, CommandState, command_edges()).splitlines(),
+        "run": list(_run(found)),
+        "faults": list(_faults(found)),
+        "commands": list(_commands(found)),
+        "recovery": list(_recovery(found)),
+        "herd": list(_herd(found)),
+        "gateway": list(_gateway(found["gateway"])) if found.get("gateway") else [],
+    }
+
+
+def _run(found: dict[str, Any]) -> Iterator[str]:
+    machine = found["machine"]
+    minutes = sum(one["duration_s"] for one in found["rounds"]) / 60
+    paces = sorted({one["pace"] for one in found["rounds"]})
+    speed = " and ".join("as real ones" if pace == 1 else f"{pace:g} times as fast as real ones" for pace in paces)
+    yield f"- {machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}"
+    yield f"- {len(found['rounds'])} rounds, {minutes:.0f} minutes of faults; agents and time-outs {speed}"
+    yield f"- seed {found['rounds'][0]['seed']}; the shim was started {found['shim_starts']} times"
+    yield f"- broken promises that the checker found: **{len(found['violations'])}**"
+
+
+def _faults(found: dict[str, Any]) -> Iterator[str]:
+    yield from ("| fault | injected |", "|---|---:|")
+    for kind, words in WORDS.items():
+        yield f"| {words} | {found['faults'].get(kind, 0)} |"
+    for way, times in found["rude_calls"].items():
+        yield f"| an agent {way} | {times} |"
+
+
+def _commands(found: dict[str, Any]) -> Iterator[str]:
+    commands = found["commands"]
+    unreported = sum(1 for violation in found["violations"] if violation["rule"] == "result")
+    yield from ("| commands | |", "|---|---:|")
+    yield f"| pushed by the controller | {commands['pushed']} |"
+    yield f"| accepted by the shim | {commands['accepted']} |"
+    yield f"| received by their agents | {commands['received']} |"
+    for code, times in commands["ended_by_code"].items():
+        yield f"| reported to the controller as `{code}` | {times} |"
+    yield f"| **accepted and lost** | **{commands['lost']}** |"
+    gone = commands["gone_with_destroyed_databases"]
+    yield f"| gone with the {found['stores_lost']} databases that were destroyed, the named exception | {gone} |"
+    yield f"| replies taken back and offered again, no attempt | {commands['offers_taken_back']} |"
+    for reason, times in commands["redelivered_by_reason"].items():
+        yield f"| offered again, reason: {reason} | {times} |"
+    yield f"| received more than once | {commands['received_more_than_once']} |"
+    yield f"| results that agents got a 2xx for | {commands['results_taken']} |"
+    yield f"| **of these never at the controller** | **{unreported}** |"
+    yield f"| results that the controller got more than once | {commands['results_reported_more_than_once']} |"
+
+
+def _recovery(found: dict[str, Any]) -> Iterator[str]:
+    yield from ("| | n | p50 | p95 | p99.9 | longest |", "|---|---:|---:|---:|---:|---:|")
+    names = {
+        "link_back": "online again after the controller's return",
+        "half_open_found": "half-open connection given up",
+        "stalled_found": "stalled application given up",
+    }
+    for pace, kinds in ({"real settings, virtual time": found["virtual"]} | found["recovery"]).items():
+        for kind, d in kinds.items():
+            if d["count"]:
+                times = " | ".join(f"{d[share]:.2f} s" for share in ("p50", "p95", "p99.9", "max"))
+                yield f"| {names[kind]} ({pace}) | {d['count']} | {times} |"
+    stops = found["stops"]
+    times = " | ".join(f"{stops[share]:.2f} s" for share in ("p50", "p95", "p99.9", "max"))
+    yield f"| gone after SIGTERM | {stops['count']} | {times} |"
+    yield f"| the shim's event loop late, with what the machine took | | | | | {found['loop_blocked_max_s']:.2f} s |"
+    yield f"| the harness's own event loop late, which does little | | | | | {found['harness_late_max_s']:.2f} s |"
+
+
+def _herd(found: dict[str, Any]) -> Iterator[str]:
+    yield "| outage | attempts in it | uniform, per second | busiest second | ratio | all back after |"
+    yield "|---:|---:|---:|---:|---:|---:|"
+    for herd in found["herd"]:
+        asked = ", then `Retry-After: 30`" if herd["asked_to_wait"] else ""
+        yield (
+            f"| {herd['outage_s']:g} s{asked} | {herd['attempts']} | {herd['uniform_per_s']:.0f} |"
+            f" {herd['peak_per_s']:.0f} | {herd['ratio']:.2f} | {herd['back_s']:.1f} s |"
+        )
+
+
+def _gateway(found: dict[str, Any]) -> Iterator[str]:
+    machine, commands, stops = found["machine"], found["commands"], found["stops"]
+    yield f"- {machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}"
+    minutes = found["duration_s"] / 60
+    yield f"- {minutes:.0f} minutes of faults, seed {found['seed']}, settled in {found['settled_s']:.1f} s"
+    yield f"- broken promises that the checker found: **{len(found['violations'])}**"
+    yield from ("", "| three replicas, a primary and a synchronous standby | |", "|---|---:|")
+    for fault, times in found["faults"].items():
+        yield f"| {fault} | {times} |"
+    yield f"| commands accepted | {commands['accepted']} |"
+    yield f"| received by their agents | {commands['received']} |"
+    for code, times in commands["ended_by_code"].items():
+        yield f"| reported to the controller as `{code}` | {times} |"
+    yield f"| **accepted and lost** | **{_broken(found, 'lost')}** |"
+    yield f"| received more than once | {commands['received_more_than_once']} |"
+    yield f"| results that agents got a 2xx for | {commands['results_taken']} |"
+    yield f"| **times that two owners of a link sent** | **{_broken(found, 'sole_owner')}** |"
+    yield f"| longest stop of a replica by SIGTERM ({stops['count']}) | {stops['max']:.1f} s |"
+
+
+def _broken(found: dict[str, Any], rule: str) -> int:
+    return sum(1 for violation in found["violations"] if violation["rule"] == rule)
+
+
+def rendered(page: str, found: dict[str, Any]) -> str:
+    """The page with its generated parts made anew."""
+    for name, lines in blocks(found).items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        page = "\n".join([before + begin, *lines, end + after])
+    return page
+
+
+def write(found: dict[str, Any]) -> None:
+    """Keep the figures, and put them into the page. Those of several replicas are of a run of their own and stay."""
+    if DATA.exists():
+        found = {"gateway": json.loads(DATA.read_text()).get("gateway", {})} | found
+    _keep(found)
+
+
+def write_gateway(found: dict[str, Any]) -> None:
+    """Keep the figures of several replicas beside the others', and put them into the page."""
+    _keep(json.loads(DATA.read_text()) | {"gateway": found})
+
+
+def _keep(found: dict[str, Any]) -> None:
+    DATA.write_text(json.dumps(found, indent=1) + "\n")
+    PAGE.write_text(rendered(PAGE.read_text(), found))
+
+
+if __name__ == "__main__":
+    write(json.loads(DATA.read_text()))

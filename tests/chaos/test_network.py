@@ -1,0 +1,28 @@
+"""The network faults of the harness are what they say, in namespaces of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import network
+
+pytestmark = pytest.mark.needs(*network.TOOLS)
+
+
+def test_each_fault_is_seen_by_an_open_connection_and_heals() -> None:
+    reason = network.permitted()
+    if reason:
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "tests.chaos.harness.network_probe"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["cut"] == found["loss"] == "TimeoutError"  # nobody was told
+    assert found["reset"] == "ConnectionResetError"
+    assert found["latency"] >= 0.1
+    assert found["narrow"] > 1  # 32 kB each way at 128 kbit/s
+    assert found["healed"] < found["narrow"]  # as many bytes

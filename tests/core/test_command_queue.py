@@ -1,0 +1,307 @@
+"""The queue of one session (protocol.md §1.3, §3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import structs
+
+from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, QueuePolicy
+from shim.core.records import CommandRecord, CommandState, SessionKey
+
+KEY = SessionKey("default", "cluster", "c-1")
+POLICY = QueuePolicy(
+    max_queued=1000,
+    max_queued_bytes=10_000,
+    max_batch=100,
+    max_bytes=1000,
+    max_attempts=3,
+    redeliver=True,
+    at_most_once=frozenset({"once"}),
+)
+
+
+def record(seq: int, **fields: Any) -> CommandRecord:
+    values: dict[str, Any] = {"type": "exec", "size_bytes": 10, **fields}
+    return CommandRecord(KEY, f"k{seq}", payload={}, created_at="", arrived_wall=0, expires_wall=0, seq=seq, **values)
+
+
+def queue_of(*records: CommandRecord) -> CommandQueue:
+    queue = CommandQueue()
+    for each in records:
+        queue.add(each, expires_at=100.0, since=float(each.seq))
+    return queue
+
+
+def offered(queue: CommandQueue, **policy: Any) -> Batch:
+    offer = queue.take(1, 7, replace(POLICY, **policy))
+    assert offer is not None
+    return offer
+
+
+def ids(commands: tuple[QueuedCommand, ...]) -> list[str]:
+    return [live.record.id for live in commands]
+
+
+# --- offering ---------------------------------------------------------------------------------------------------------
+
+
+def test_offers_the_oldest_first_whatever_the_order_of_their_commits() -> None:
+    queue = queue_of(record(3), record(1), record(2))
+    assert offered(queue).ids == ("k1", "k2", "k3")
+    assert queue.waiting_since == 1.0
+
+
+@pytest.mark.parametrize(
+    "sizes, policy, count",
+    [
+        ([10] * 5, {"max_batch": 2}, 2),
+        ([10] * 5, {"max_bytes": 35}, 3),
+        ([10] * 5, {"max_bytes": 30}, 3),
+        ([5000, 10], {}, 1),  # at least one, whatever its size
+        ([10, 5000, 10], {}, 1),
+        ([10] * 5, {"max_batch": 1, "max_bytes": 1}, 1),
+    ],
+)
+def test_a_batch_keeps_to_the_bounds_of_a_reply(sizes: list[int], policy: dict[str, Any], count: int) -> None:
+    queue = queue_of(*(record(seq, size_bytes=size) for seq, size in enumerate(sizes)))
+    assert len(offered(queue, **policy).ids) == count
+
+
+def test_while_a_batch_is_without_evidence_nothing_newer_is_offered() -> None:
+    queue = queue_of(record(1))
+    offer = offered(queue)
+    queue.add(record(2), 100.0, 0.0)
+    assert not queue.waiting()
+    assert queue.take(2, 7, POLICY) is None
+    assert ids(queue.delivered(offer)) == ["k1"]
+    assert offered(queue).ids == ("k2",)
+
+
+def test_an_unwritten_reply_was_no_attempt_and_everything_is_in_its_old_place() -> None:
+    queue = queue_of(record(1), record(3))
+    offer = offered(queue)
+    queue.add(record(2), 100.0, 0.0)
+    back = queue.unwritten(offer)
+    assert [(live.state, live.attempts) for live in back] == [(CommandState.QUEUED, 0)] * 2
+    assert offered(queue).ids == ("k1", "k2", "k3")
+
+
+def test_what_was_uncertain_before_an_unwritten_reply_stays_so() -> None:
+    queue = queue_of(record(1))
+    queue.mark_uncertain(offered(queue), "no evidence", POLICY)
+    [live] = queue.unwritten(offered(queue))
+    assert (live.state, live.attempts, live.reason) == (CommandState.UNCERTAIN, 1, "no evidence")
+
+
+# --- evidence ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_proves_the_whole_reply() -> None:
+    queue = queue_of(record(1), record(2))
+    offered(queue)
+    assert ids(queue.answered("k2")) == ["k1"]
+    assert len(queue) == 0
+    assert queue.offer is None
+
+
+def test_a_result_proves_only_its_own_command_if_it_may_have_come_in_an_earlier_reply() -> None:
+    queue = queue_of(record(1))
+    queue.mark_uncertain(offered(queue), "no evidence", POLICY)
+    queue.add(record(2), 100.0, 0.0)
+    again = offered(queue)
+    assert again.ids == ("k1", "k2")
+    assert queue.answered("k1") == ()
+    assert ids(queue.all()) == ["k2"]
+    assert queue.offer is again, "and whether the agent has the other is still open"
+
+
+def test_so_it_is_if_the_earlier_reply_is_only_believed_not_to_have_arrived() -> None:
+    queue = queue_of(record(1))
+    queue.unwritten(offered(queue))
+    queue.add(record(2), 100.0, 0.0)
+    offered(queue)
+    assert queue.answered("k1") == ()
+    assert ids(queue.all()) == ["k2"]
+
+
+def test_a_result_for_what_was_not_offered_proves_nothing_else() -> None:
+    queue = queue_of(record(1), record(2))
+    offer = offered(queue, max_batch=1)
+    assert queue.answered("k2") == ()
+    assert queue.answered("k9") == ()
+    assert queue.offer is offer
+
+
+def test_late_evidence_settles_what_was_not_offered_again() -> None:
+    queue = queue_of(record(1))
+    first = offered(queue)
+    queue.mark_uncertain(first, "no evidence", POLICY)
+    assert ids(queue.delivered(first)) == ["k1"]
+    assert len(queue) == 0
+
+
+def test_late_evidence_for_an_earlier_reply_says_nothing_about_the_next() -> None:
+    queue = queue_of(record(1))
+    first = offered(queue)
+    queue.mark_uncertain(first, "no evidence", POLICY)
+    second = offered(queue)
+    assert queue.delivered(first) == ()
+    assert queue.offer is second
+    assert ids(queue.delivered(second)) == ["k1"]
+
+
+# --- doubt ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_evidence_it_is_offered_again_until_the_attempts_are_used_up() -> None:
+    queue = queue_of(record(1))
+    for attempt in (1, 2):
+        doubt = queue.mark_uncertain(offered(queue), "no evidence", POLICY)
+        assert [(live.attempts, live.state) for live in doubt.again] == [(attempt, CommandState.UNCERTAIN)]
+    doubt = queue.mark_uncertain(offered(queue), "no evidence", POLICY)
+    assert ids(doubt.dead) == ["k1"]
+    assert doubt.dead[0].state is CommandState.DEAD
+    assert len(queue) == 0
+    assert queue.size_bytes == 0
+
+
+@pytest.mark.parametrize("fields, policy", [({"type": "once"}, {}), ({}, {"redeliver": False})])
+def test_some_are_given_up_at_once(fields: dict[str, Any], policy: dict[str, Any]) -> None:
+    queue = queue_of(record(1, **fields))
+    doubt = queue.mark_uncertain(offered(queue), "no evidence", replace(POLICY, **policy))
+    assert ids(doubt.dead) == ["k1"]
+    assert doubt.again == ()
+
+
+def test_after_a_restart_what_was_offered_is_uncertain() -> None:
+    queue = queue_of(
+        record(1, state=CommandState.OFFERED, attempts=1),
+        record(2, state=CommandState.UNCERTAIN, attempts=2),
+        record(3),
+        record(4, state=CommandState.OFFERED, attempts=1, type="once"),
+        record(5, state=CommandState.OFFERED, attempts=3),
+    )
+    doubt = queue.recover_after_restart(POLICY)
+    assert ids(doubt.again) == ["k1", "k2"]
+    assert ids(doubt.dead) == ["k4", "k5"]
+    assert {live.reason for live in doubt.again} == {"restart"}
+    assert [(live.record.id, live.state) for live in queue.all()] == [
+        ("k1", CommandState.UNCERTAIN),
+        ("k2", CommandState.UNCERTAIN),
+        ("k3", CommandState.QUEUED),
+    ]
+    assert offered(queue).ids == ("k1", "k2", "k3")
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+def test_only_queued_commands_expire() -> None:
+    queue = queue_of(record(1), record(2, state=CommandState.UNCERTAIN), record(3))
+    offered(queue, max_batch=1)
+    assert queue.expire("k1") is None
+    assert queue.expire("k2") is None
+    expired = queue.expire("k3")
+    assert expired is not None
+    assert expired.state is CommandState.EXPIRED
+    assert queue.expire("k3") is None
+    assert queue.expire("k9") is None
+
+
+def test_purging_spares_what_is_on_its_way() -> None:
+    queue = queue_of(record(1), record(2))
+    offered(queue, max_batch=1)
+    assert queue.give_up("k1") is None
+    purged = queue.give_up("k2")
+    assert purged is not None
+    assert purged.state is CommandState.DEAD
+    assert queue.give_up("k2") is None
+
+
+def test_a_deleted_session_takes_all_its_commands_with_it() -> None:
+    queue = queue_of(record(1), record(2, state=CommandState.UNCERTAIN), record(3))
+    offered(queue, max_batch=1)
+    ended = queue.forget_all()
+    assert ids(ended) == ["k1", "k2", "k3"]
+    assert {live.state for live in ended} == {CommandState.EXPIRED}
+    assert len(queue) == 0
+    assert queue.offer is None
+
+
+def test_a_successor_gets_everything_in_the_order_of_arrival_and_keeps_its_own() -> None:
+    old = queue_of(record(1), record(3), record(4, state=CommandState.UNCERTAIN, attempts=2))
+    old.all()[2].reason = "restart"
+    new = queue_of(record(2), record(3, type="own"))
+    other = SessionKey("default", "cluster", "c-2")
+    old.drain_to(new, lambda each: structs.replace(each, session=other))
+    assert [(live.record.id, live.record.type, live.attempts, live.reason) for live in new.all()] == [
+        ("k1", "exec", 0, ""),
+        ("k2", "exec", 0, ""),
+        ("k3", "own", 0, ""),
+        ("k4", "exec", 2, "restart"),
+    ]
+    assert [live.since for live in new.all()] == [1.0, 2.0, 3.0, 4.0]
+    assert new.all()[0].record.session == other
+    assert len(old) == 0
+    assert old.size_bytes == 0
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_bounds_count_what_is_on_its_way_to_the_disk() -> None:
+    queue = queue_of(record(1))
+    policy = replace(POLICY, max_queued=2, max_queued_bytes=100)
+    assert queue.room_for(90, policy)
+    assert not queue.room_for(91, policy)
+    queue.reserve(50)
+    assert not queue.room_for(1, policy)
+    queue.release(50)
+    assert queue.room_for(90, policy)
+
+
+STEPS = st.lists(
+    st.sampled_from(["add", "take", "written", "unwritten", "doubt", "evidence", "late", "result", "expire"]),
+    max_size=40,
+)
+
+
+@given(STEPS)
+def test_whatever_happens_order_and_bookkeeping_hold(steps: list[str]) -> None:
+    """FIFO, at most one batch without evidence, bytes that add up, no command offered twice without a reason."""
+    queue, seq, earlier = CommandQueue(), 0, None
+    for step in steps:
+        offer = queue.offer
+        if step == "add":
+            seq += 1
+            queue.add(record(seq), 100.0, 0.0)
+        elif step == "take":
+            before = queue.all()
+            taken = queue.take(seq, 7, replace(POLICY, max_batch=2, max_attempts=99))
+            assert (taken is None) == (offer is not None or not before)
+            if taken is not None:
+                assert taken.commands == before[: len(taken.commands)]
+                assert all(live.attempts == 1 or live.reason for live in taken.commands)
+        elif step == "unwritten" and offer is not None:
+            queue.unwritten(offer)
+        elif step == "doubt" and offer is not None:
+            assert not queue.mark_uncertain(offer, "no evidence", replace(POLICY, max_attempts=99)).dead
+            earlier = offer
+        elif step == "evidence" and offer is not None:
+            queue.delivered(offer)
+        elif step == "late" and earlier is not None:
+            queue.delivered(earlier)
+        elif step == "result" and queue.all():
+            queue.answered(queue.all()[-1].record.id)
+        elif step == "expire" and queue.all():
+            queue.expire(queue.all()[0].record.id)
+        held = queue.all()
+        assert [live.seq for live in held] == sorted(live.seq for live in held)
+        assert queue.size_bytes == 10 * len(held) == 10 * len(queue)
+        in_offer = queue.offer.commands if queue.offer is not None else ()
+        assert {live.seq for live in held if live.state is CommandState.OFFERED} <= {live.seq for live in in_offer}

@@ -1,0 +1,216 @@
+"""The demo as people run it, and what its parts do when something goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from devtools.demo.console import Console, StepFailed
+from devtools.demo.processes import ChildFailed, ChildProcess
+from shim.clock import Clock
+
+CONTROLLER = ["controller", "--listen", "127.0.0.1:0", "--token", "t"]
+
+
+class Demo:
+    """`agent-shim demo` as a process; its temporary files are under `folder`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
+        self.process = process
+        self.folder = folder
+        self.lines: list[str] = []
+
+    @classmethod
+    async def start(cls, folder: Path, *args: str) -> Demo:
+        environment = os.environ | {"TMPDIR": str(folder)}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "shim", "demo", *args),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment,
+        )
+        return cls(process, folder)
+
+    async def line(self, text: str) -> str:
+        """Read on to a line that holds `text`."""
+        assert self.process.stdout is not None
+        while found := (await self.process.stdout.readline()).decode():
+            self.lines.append(found)
+            if text in found:
+                return found
+        raise AssertionError(f"no line with {text!r}:\n{''.join(self.lines)}")
+
+    async def end(self) -> tuple[int, str]:
+        """Its exit code and everything it printed; nothing that it started is left."""
+        assert self.process.stdout is not None
+        rest = (await self.process.stdout.read()).decode()
+        code = await self.process.wait()
+        assert list(self.folder.iterdir()) == []
+        return code, "".join(self.lines) + rest
+
+    def child(self, name: str) -> int:
+        """The pid of a child that has become ready."""
+        (file,) = self.folder.glob(f"agent-shim-demo-*/{name}.ready.json")
+        pid: int = json.loads(file.read_text())["pid"]
+        return pid
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.timeout(120)
+async def test_once_shows_every_step_and_ends_with_0(tmp_path: Path) -> None:
+    demo = await Demo.start(tmp_path, "--once")
+    code, out = await demo.end()
+    assert code == 0, out
+    assert "\x1b" not in out
+    assert "✗" not in out
+    for step in (
+        "agent registered .* HTTP 200, cluster id ",
+        r"heartbeats coalesced .* 6 from the agent \(HTTP 204\), 1 upstream",
+        "in the agent's hand .* ms ",
+        "result back at the controller .* ms ",
+        "the agent notices nothing .* 3 heartbeats and the result answered, HTTP 204 and 204",
+        "registration replayed by the shim ",
+        "the kept result arrives ",
+        "the command survived .*; 0 new registrations",
+        "and so did its result ",
+    ):
+        assert re.search(f"✓  {step}", out), step
+
+
+@pytest.mark.timeout(120)
+async def test_it_stays_until_ctrl_c_and_its_commands_work(tmp_path: Path) -> None:
+    demo = await Demo.start(tmp_path)
+    push = await demo.line("/control/commands")
+    url, body = re.search(r"curl -s (\S+) -d '(.*)'", push).groups()  # type: ignore[union-attr]
+    await demo.line("Ctrl-C ends it")
+    pids = [demo.child("controller"), demo.child("shim")]
+    async with aiohttp.ClientSession() as session:
+        async with session.post(url, data=body) as response:
+            ident = (await response.json())["ids"][0]
+        assert f"hello, {ident}" in await demo.line("command in the agent's hand")
+        await demo.line("result posted")
+        async with session.post(url.replace("commands", "drop")) as response:
+            assert response.status == 200
+        await demo.line("link closed")
+    demo.process.send_signal(signal.SIGINT)
+    code, out = await demo.end()
+    assert code == 0, out
+    assert not any(map(alive, pids))
+
+
+async def test_a_shim_that_dies_is_a_failure_with_its_last_words(tmp_path: Path) -> None:
+    demo = await Demo.start(tmp_path, "--once")
+    await demo.line("shim serves")
+    os.kill(demo.child("shim"), signal.SIGKILL)
+    code, out = await demo.end()
+    assert code == 1
+    assert "The demo failed: the shim ended with exit code -9" in out
+    assert '"event": "serving"' in out
+
+
+async def test_ctrl_c_before_the_end_is_130(tmp_path: Path) -> None:
+    demo = await Demo.start(tmp_path)
+    await demo.line("development controller listens")
+    pid = demo.child("controller")
+    demo.process.send_signal(signal.SIGTERM)
+    code, out = await demo.end()
+    assert code == 130
+    assert "Stopping." in out
+    assert not alive(pid)
+
+
+# --- parts
+
+
+async def test_a_child_that_cannot_start_is_named(tmp_path: Path) -> None:
+    child = ChildProcess("controller", tmp_path)
+    assert (child.fate, child.tail()) == ("was never started", [])
+    with pytest.raises(ChildFailed, match="the controller ended with exit code 2"):
+        await child.start(["controller", "--listen", "nonsense"])
+    assert any("HOST:PORT" in line for line in child.tail())
+
+
+async def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
+    child = ChildProcess("controller", tmp_path, stop_s=0.05)
+    ready: dict[str, Any] = await child.start(CONTROLLER)
+    assert child.fate == "is running"
+    os.kill(ready["pid"], signal.SIGSTOP)
+    await child.stop()
+    assert child.fate == "ended with exit code -9"
+    await child.stop()
+    await child.guard()
+
+
+async def test_a_guard_tells_of_a_death_that_nobody_ordered(tmp_path: Path) -> None:
+    child = ChildProcess("controller", tmp_path)
+    ready: dict[str, Any] = await child.start(CONTROLLER)
+    async with asyncio.TaskGroup() as group:
+        guard = group.create_task(_outcome(child))
+        os.kill(ready["pid"], signal.SIGKILL)
+    assert guard.result() == "the controller ended with exit code -9"
+
+
+async def _outcome(child: ChildProcess) -> str:
+    try:
+        await child.guard()
+    except ChildFailed as error:
+        return str(error)
+    return ""
+
+
+class Screen(io.StringIO):
+    """A stream that may be a terminal."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+async def test_colours_only_on_a_terminal_that_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = {}
+    for terminal in (True, False):
+        for colour in (True, False):
+            screen = Screen(terminal)
+            async with Console(screen, Clock(), colour=colour).step("a step") as step:
+                step.detail, step.took_s = "went well", 0.5
+            shown[terminal, colour] = screen.getvalue()
+    assert {key for key, text in shown.items() if "\x1b[32m✓" in text} == {(True, True)}
+    assert all(re.search(r"✓.*a step +.*500 ms.*went well", text) for text in shown.values())
+    assert "…" not in shown[False, True]
+    monkeypatch.setenv("NO_COLOR", "1")
+    screen = Screen(terminal=True)
+    Console(screen, Clock(), colour=True).headline("x")
+    assert screen.getvalue() == "\nx\n"
+
+
+async def test_a_step_that_fails_or_takes_too_long_says_so() -> None:
+    screen = Screen(terminal=False)
+    stage = Console(screen, Clock(), colour=False)
+    with pytest.raises(StepFailed, match=r"waits: nothing happened within 0.01 s"):
+        async with stage.step("waits", 0.01):
+            await asyncio.Event().wait()
+    with pytest.raises(StepFailed, match="breaks: KeyError"):
+        async with stage.step("breaks"):
+            raise KeyError
+    assert len(re.findall("✗", screen.getvalue())) == 2

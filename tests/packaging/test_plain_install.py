@@ -1,0 +1,104 @@
+"""`pip install agent-shim` without any extra: which commands work, and what the others say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import click
+import pytest
+from packaging.requirements import Requirement
+
+from shim.cli.main import cli
+from tests.packaging.test_wheel import built
+
+pytest.importorskip("hatchling", reason="the build backend comes with requirements/dev.txt")
+
+COMMANDS = cli.list_commands(click.Context(cli))
+AGENT = "kind: Pod\nmetadata: {name: a}\nspec:\n  containers:\n  - {name: agent, image: a}\n"
+
+
+def needed(name: str, seen: set[str]) -> Iterator[metadata.Distribution]:
+    """A distribution and what it needs without extras, from this environment."""
+    if name.lower() in seen:
+        return
+    seen.add(name.lower())
+    found = metadata.distribution(name)
+    yield found
+    for text in found.requires or ():
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield from needed(requirement.name, seen)
+
+
+def link(found: metadata.Distribution, target: Path) -> None:
+    """Make the distribution's modules importable from `target`, and nothing else."""
+    for name in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
+        source = Path(str(found.locate_file(name)))
+        if source.exists() and not (target / name).exists():
+            (target / name).symlink_to(source)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`agent-shim` in a virtual environment with the wheel and its dependencies, without those of its extras."""
+    folder = tmp_path_factory.mktemp("plain")
+    wheel = built(folder / "source", umask=0o022, age_s=0, zone="UTC")
+    home = folder / "venv"
+    venv.create(home, with_pip=False, symlinks=True)
+    site = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    seen: set[str] = set()
+    for requirement in map(Requirement, metadata.requires("agent-shim") or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            for found in needed(requirement.name, seen):
+                link(found, site)
+    assert not seen & {"rich", "ruamel-yaml", "ruamel.yaml", "psycopg"}
+    unpack = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run(unpack, check=True, capture_output=True, timeout=50)
+    start = home / "bin" / "agent-shim"
+    start.write_text(f"#!{home}/bin/python\nfrom shim.cli import main\nmain()\n")
+    start.chmod(0o755)
+    return start
+
+
+def call(program: Path, *args: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [program, *args], input=text, capture_output=True, text=True, timeout=30, check=False, cwd=program.parent
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_needs_no_extra(program: Path, command: str) -> None:
+    done = call(program, command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: agent-shim {command}")
+
+
+def test_operators_commands_need_no_extra(program: Path, tmp_path: Path) -> None:
+    nowhere = ("--url", "http://127.0.0.1:1")
+    for args in (("status", *nowhere), ("drain", *nowhere), ("health", "--url", "http://127.0.0.1:1/healthz")):
+        done = call(program, *args)
+        assert done.returncode == 1, (args, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert "pip install" not in done.stderr
+    sets = (
+        f"--set=store.path={tmp_path}/db",
+        "--set=upstream.url=http://127.0.0.1:1",
+        "--set=listen.port=0",
+        "--set=admin.port=0",
+    )
+    done = call(program, "doctor", *sets)
+    assert done.returncode == 1, done.stderr
+    assert "PASS  store" in done.stdout
+    assert call(program, "check-config", *sets).returncode == 0
+
+
+def test_a_command_that_needs_an_extra_says_which(program: Path) -> None:
+    done = call(program, "inject", text=AGENT)
+    assert done.returncode == 2
+    assert done.stderr == "Error: this needs ruamel: pip install 'agent-shim[tools]'\n"
+    assert done.stdout == ""
