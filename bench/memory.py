@@ -80,8 +80,8 @@ def _per_request(server: Server, path: str, count: int, settle_s: float) -> floa
 def soak(bench: Bench, log: Log) -> Figure:
     """Heartbeats and polls in turn, over new connections in each tenth.
 
-    What closed connections leave is searched for rarely (`shim.process`), so memory has a level that it reaches after some
-    thousand of them; and the first tenth fills caches and pools. Growth after that is what counts.
+    What closed connections leave is searched for rarely (`shim.process`), so memory has a level that it reaches after
+    some thousand of them; and the first tenth fills caches and pools. Growth after that is what counts.
     """
     controller = bench.controller()
     server = bench.shim(controller, poll={"hold": "off"}, log={"level": "warning"})

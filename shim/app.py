@@ -26,7 +26,7 @@ from shim.config.settings import Settings
 from shim.config.warnings import find_warnings
 from shim.errors import ConfigError, Fault, StartError, StoreError, StoreVersionError, describe
 from shim.fallback import sunset_headers
-from shim.log import Logs, get
+from shim.log import Logs, capture_stray_output, get
 from shim.log import setup as set_up_log
 from shim.metrics import Metrics, Registry
 from shim.ports import AgentService, CommandStore, UpstreamPort
@@ -76,7 +76,7 @@ def main(
     settings = loader.load(config_path, os.environ, sets)
     _check_ready_file(ready_file)
     logging = set_up_log(settings.log.level, settings.log.format)
-    log.capture_stray_output()
+    capture_stray_output()
     connections = settings.listen.max_connections + settings.upstream.max_links
     if raise_fd_limit(connections) < connections:
         log.warning("few_open_files", hint="the limit of open files is below listen.max_connections: raise it")

@@ -1,4 +1,4 @@
-"""The parts of a process that serve agents: what is common to one bridge and to one bridge per shard, and the former."""
+"""The parts of a process that serve agents: what one bridge and one bridge per shard have in common, and the former."""
 
 from __future__ import annotations
 

@@ -101,12 +101,12 @@ def test_exceptions_carry_their_traceback(json_logs: log.Logs, out: Output) -> N
 
 
 def test_the_level_changes_at_run_time(json_logs: log.Logs, out: Output) -> None:
-    log = log.get("shim.x")
-    log.debug("one")
+    logger = log.get("shim.x")
+    logger.debug("one")
     json_logs.set_level("debug")
-    log.debug("two")
+    logger.debug("two")
     json_logs.set_level("error")
-    log.warning("three")
+    logger.warning("three")
     assert [entry["event"] for entry in out.entries()] == ["two"]
 
 

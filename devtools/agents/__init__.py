@@ -10,20 +10,20 @@ from devtools.agents.requests import Identity, Result
 
 __all__ = [
     "GENERATIONS",
+    "AgentProfile",
+    "CallOutcome",
     "Callbacks",
     "Command",
     "Connection",
     "Event",
+    "EventKind",
     "Exchange",
     "Identity",
     "LegacyAgent",
-    "CallOutcome",
     "PollStyle",
     "Pool",
-    "AgentProfile",
     "Request",
     "Response",
     "Result",
-    "EventKind",
     "WireError",
 ]

@@ -1,6 +1,6 @@
 """`agent-shim controller`: the vendor's WebSocket API for demos, staging tests and our own tests.
 
-Only the command; the controller itself, `shim.tools.controller.server.DevController`, is loaded when it runs.
+Only the command; the controller itself, `devtools.controller.server.DevController`, is loaded when it runs.
 """
 
 from __future__ import annotations

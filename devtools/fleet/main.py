@@ -220,8 +220,8 @@ async def _push(given: dict[str, Any], herd: Fleet, pusher: CommandLoad) -> None
 async def _show(tally: FleetStats, pusher: CommandLoad | None, agents: int, duration_s: float) -> None:
     """Show a progress bar on a terminal where rich is installed; elsewhere nothing."""
     try:
-        from rich.console import Console  # noqa: PLC0415 - of the extra `tools`
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415 - as above
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     except ModuleNotFoundError:
         return
     console = Console(stderr=True)

@@ -4,4 +4,4 @@ from shim.admin.recent_commands import RecentCommand, RecentCommandsStore
 from shim.admin.server import AdminServer
 from shim.admin.subject import Subject
 
-__all__ = ["AdminServer", "RecentCommandsStore", "RecentCommand", "Subject"]
+__all__ = ["AdminServer", "RecentCommand", "RecentCommandsStore", "Subject"]

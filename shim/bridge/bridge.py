@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from shim.bridge.admin_actions import AdminActions
 from shim.bridge.agent_calls import AgentCallHandler
-from shim.bridge.command_queues import CommandIntake, CommandQueues
+from shim.bridge.command_queues import CommandIntake, CommandQueues, UnpolledCommandsWarning
 from shim.bridge.context import DEFAULT_OWNER, BridgeContext
 from shim.bridge.delivery import CommandDelivery, OfferedBatch
 from shim.bridge.gateway_redirect import GatewayConnection, GatewayConnections
@@ -20,7 +20,7 @@ from shim.bridge.long_polls import PollHolds
 from shim.bridge.outbox import Outbox
 from shim.bridge.registration import PendingRegistration, Registrations
 from shim.bridge.rejections import Rejections
-from shim.bridge.scheduler import PeriodicTask, PeriodicTasks, TimerGroup, UnpolledCommandsWarning
+from shim.bridge.scheduler import PeriodicTask, PeriodicTasks, TimerGroup
 from shim.bridge.session_registry import SessionRegistry, outcome_of
 from shim.bridge.session_removal import Forgetting
 from shim.bridge.upstream_connection import UpstreamConnection

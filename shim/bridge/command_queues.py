@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import replace as replace_fields
 
 from shim.bridge.context import BridgeContext
 from shim.bridge.outbox import Outbox
@@ -372,7 +372,7 @@ class CommandIntake:
     def _take_if_known(self, arrival: _Arrival, code: str, error: str) -> None:
         """Take nothing new; what was taken before is a duplicate all the same."""
         # The payload is of no use any more, and many of these may wait for the disk at a time.
-        arrival.record = replace(arrival.record, payload={})
+        arrival.record = replace_fields(arrival.record, payload={})
         self._ctx.arriving.add(0)
 
         def done(outcome: list[Any] | StoreError) -> None:
@@ -402,7 +402,7 @@ class CommandIntake:
         self._queues.count("queued")
         log.info("command_queued", command=record.id, type=record.type, session=key.ident)
         expires_at = arrived_at + (record.expires_wall - record.arrived_wall)
-        live = self._queues.add(replace(record, session=key, seq=put.seq), expires_at)
+        live = self._queues.add(replace_fields(record, session=key, seq=put.seq), expires_at)
         live.arrived_at = arrived_at
         if self._ctx.sessions.get(key) is None:
             self._queues.end_session(key)
@@ -431,3 +431,34 @@ def _size_bytes(command: ParsedCommand) -> int:
     """What the command adds to a poll reply, its comma included."""
     fields = {"id": command.id, "type": command.type, "payload": command.payload, "created_at": command.created_at}
     return len(msgspec.json.encode(fields)) + 1
+
+
+UNPOLLED_WARNING_S = 600.0
+
+
+class UnpolledCommandsWarning:
+    """Commands wait and their agent has not polled for 10 minutes: said once (protocol.md §1)."""
+
+    def __init__(self, ctx: BridgeContext, queues: CommandQueues) -> None:
+        self._ctx = ctx
+        self._queues = queues
+        self.sessions: set[SessionKey] = set()
+
+    def check(self) -> None:
+        """Say what is new."""
+        overdue = set()
+        for key, queue in self._queues.items():
+            session, since = self._ctx.sessions.get(key), queue.waiting_since
+            if session is None or since is None or session.held:
+                continue
+            if self._ctx.now - max(since, session.poll_at or 0.0) < UNPOLLED_WARNING_S:
+                continue
+            overdue.add(key)
+            if key not in self.sessions:
+                log.warning(
+                    "commands_not_polled",
+                    session=key.ident,
+                    commands=len(queue),
+                    hint="this agent has not polled for 10 minutes; stock agents never fetch commands",
+                )
+        self.sessions = overdue

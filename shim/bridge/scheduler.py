@@ -8,7 +8,6 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from shim.bridge.command_queues import CommandQueues
 from shim.bridge.context import BridgeContext
 from shim.core.records import SessionKey
 from shim.log import get
@@ -114,7 +113,6 @@ class DeadlineQueue:
 log = get(__name__)
 
 TICK_S = 1.0
-UNPOLLED_WARNING_S = 600.0
 
 PeriodicTask = tuple[float, Callable[[], None]]
 
@@ -143,31 +141,3 @@ class PeriodicTasks:
             except Exception:
                 self._ctx.metrics.internal_errors.labels("bridge").inc()
                 log.exception("upkeep_failed", duty=getattr(duty, "__qualname__", "?"))
-
-
-class UnpolledCommandsWarning:
-    """Commands wait and their agent has not polled for 10 minutes: said once (protocol.md §1)."""
-
-    def __init__(self, ctx: BridgeContext, queues: CommandQueues) -> None:
-        self._ctx = ctx
-        self._queues = queues
-        self.sessions: set[SessionKey] = set()
-
-    def check(self) -> None:
-        """Say what is new."""
-        overdue = set()
-        for key, queue in self._queues.items():
-            session, since = self._ctx.sessions.get(key), queue.waiting_since
-            if session is None or since is None or session.held:
-                continue
-            if self._ctx.now - max(since, session.poll_at or 0.0) < UNPOLLED_WARNING_S:
-                continue
-            overdue.add(key)
-            if key not in self.sessions:
-                log.warning(
-                    "commands_not_polled",
-                    session=key.ident,
-                    commands=len(queue),
-                    hint="this agent has not polled for 10 minutes; stock agents never fetch commands",
-                )
-        self.sessions = overdue

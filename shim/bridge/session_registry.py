@@ -1,4 +1,4 @@
-"""The sessions of all agents: which session a call belongs to, adoption, succession, quotas, and what is stored of them."""
+"""Sessions of all agents: which session a call belongs to, adoption, succession, quotas, and what is stored of them."""
 
 from __future__ import annotations
 

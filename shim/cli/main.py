@@ -27,7 +27,7 @@ EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
 
 # Packages that only an extra of ours brings. They are imported when they are needed, so that help needs none.
-_OPTIONAL = {"rich": "tools", "ruamel": "tools", "psycopg": "postgres"}
+_OPTIONAL = {"rich": "tools", "ruamel": "tools", "psycopg": "postgres", "devtools": "devtools"}
 
 # Where each command is (`module:name`), with the help that is shown without importing the module.
 _TOOLS = {
@@ -47,7 +47,7 @@ _TOOLS = {
     "inject": ("shim.cli.inject:command", "Add the sidecar to a manifest of the agent, or take it out again."),
     "purge": ("shim.cli.admin_commands:purge_command", "Give up a command that waits for its agent."),
     "redeliver": ("shim.cli.admin_commands:redeliver_command", "Queue a command again that ended without a result."),
-    "store": ("shim.tools.store", "Copy a store from a file to a database, or back."),
+    "store": ("shim.cli.store_commands:command", "Copy a store from a file to a database, or back."),
     "status": ("shim.cli.status:command", "What a running shim does, once or live: links, agents, commands."),
 }
 

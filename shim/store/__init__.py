@@ -16,9 +16,9 @@ from shim.store.sqlite import SqliteStore
 from shim.store.writer import CommitProbe
 
 __all__ = [
+    "CallThreadsafe",
     "CommitProbe",
     "Partition",
-    "CallThreadsafe",
     "advice",
     "check_database",
     "check_files",

@@ -34,7 +34,7 @@ from tests.support.stores import KEY, OTHER, STRANGER, StoreClient, put, session
 
 pytest.importorskip("psycopg")
 
-from shim.tools.store import command
+from shim.cli.store_commands import command
 from tests.support import postgres as pg
 
 pytestmark = pytest.mark.needs("postgresql")

@@ -163,7 +163,7 @@ class _Chunk:
 
 
 def _config_map(with_shim: Sidecar, namespace: str) -> str:
-    from ruamel.yaml.scalarstring import LiteralScalarString  # noqa: PLC0415 - of the extra `tools`
+    from ruamel.yaml.scalarstring import LiteralScalarString
 
     writer, out = _round_trip(""), io.StringIO()
     writer.dump(with_shim.settings, out)
@@ -183,7 +183,7 @@ def _split(text: str) -> list[str]:
 
 def _round_trip(text: str) -> Any:
     """A reader and writer that keeps comments, order, quotes and the way lists are indented in this text."""
-    from ruamel.yaml import YAML  # noqa: PLC0415 - of the extra `tools`
+    from ruamel.yaml import YAML
 
     yaml = YAML(typ="rt")
     yaml.preserve_quotes = True
@@ -197,7 +197,7 @@ def _round_trip(text: str) -> Any:
 
 
 def _load(yaml: Any, text: str) -> Any:
-    from ruamel.yaml.error import YAMLError  # noqa: PLC0415 - of the extra `tools`
+    from ruamel.yaml.error import YAMLError
 
     try:
         return yaml.load(text)

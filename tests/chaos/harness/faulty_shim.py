@@ -1,4 +1,4 @@
-"""The real shim with what faults need inside of it: `python -m tests.chaos.harness.faulty_shim [options] run --config F`.
+"""The real shim with faults inside: `python -m tests.chaos.harness.faulty_shim [options] run --config F`.
 
 `--crash POINT N`: it is killed by SIGKILL when the point (`schedule.CRASH_POINTS`) is reached for the N-th time.
 `--clock FILE`: its wall clock is wrong by as many seconds as the file says. All the rest is the shim's own code.

@@ -1,4 +1,4 @@
-"""What each network fault does to a connection to the far host: `python -m tests.chaos.harness.network_probe` prints JSON."""
+"""Print as JSON what each network fault does to a connection: `python -m tests.chaos.harness.network_probe`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of docs/concepts/promises.md, from the harness's JSON beside it: `python -m tests.chaos.harness.pages`."""
+"""Write the figures of docs/concepts/promises.md from the JSON beside it: `python -m tests.chaos.harness.pages`."""
 
 from __future__ import annotations
 

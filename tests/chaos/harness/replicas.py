@@ -1,4 +1,4 @@
-"""`python -m tests.chaos.harness.replicas`: three replicas, a PostgreSQL with a synchronous standby, any one of them failing.
+"""`python -m tests.chaos.harness.replicas`: three replicas, PostgreSQL with a synchronous standby, one of them failing.
 
 Replicas are killed, stopped, paused and cut off; the standby is killed; the primary is killed and restarted, cut off,
 or killed for good, and then the standby is promoted and a new one made, as an operator does it.
