@@ -297,7 +297,7 @@ def test_a_record_that_cannot_be_formatted_is_dropped_and_counted(json_logs: log
 
 STRAY = """
 import threading, warnings
-from shim import logs
+from shim import log as logs
 made = logs.setup("info", "json")
 made.redaction.add("hunter2")
 logs.capture_stray_output()

@@ -62,6 +62,6 @@ def _address(_context: click.Context, _option: click.Parameter, value: str | Non
 @click.option("--verbose", "-v", is_flag=True, help="Print every event.")
 def command(**given: Any) -> None:
     """A development controller: the vendor's WebSocket API, and a control API under /control."""
-    from devtools.controller.main import run  # noqa: PLC0415 - the command list must not load a server
+    from devtools.controller.main import run
 
     run(given)

@@ -12,6 +12,6 @@ import click
 @click.option("--no-color", is_flag=True, help="No colours; so does NO_COLOR, and output that is no terminal.")
 def command(once: bool, no_color: bool) -> None:
     """Controller, shim and one legacy agent in this terminal, step by step, then left running for you to try."""
-    from devtools.demo.main import play  # noqa: PLC0415 - the command list must not load agents and servers
+    from devtools.demo.main import play
 
     sys.exit(play(once=once, colour=not no_color))

@@ -116,7 +116,7 @@ def _publish(found: Report, json_file: str | None) -> int:
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """A loop of uvloop where there is one: a herd costs less on it."""
     try:
-        import uvloop  # noqa: PLC0415 - only on Linux
+        import uvloop
     except ModuleNotFoundError:
         return None
     return uvloop.new_event_loop

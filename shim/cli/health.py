@@ -56,7 +56,7 @@ def ask(host: str, port: int, path: str, timeout_s: float) -> tuple[bool, str]:
 
 
 def _configured(config: str | None, sets: tuple[str, ...]) -> tuple[str, int]:
-    from shim.config.loader import load  # noqa: PLC0415 - not needed with --url
+    from shim.config.loader import load
 
     admin = load(config, os.environ, sets).admin
     return configured(admin.hosts[0], admin.port)

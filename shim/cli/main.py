@@ -95,7 +95,7 @@ def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> No
     # Until the event loop takes signals: PID 1 would lose a SIGTERM, and a SIGHUP would end the process.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_OK))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    from shim import app  # noqa: PLC0415 - no other command needs it
+    from shim import app
 
     app.main(config, sets, ready_file)
 
@@ -105,8 +105,8 @@ def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> No
 @_sets
 def check_config(config: str | None, sets: tuple[str, ...]) -> None:
     """Print the effective configuration with secrets masked, or all its faults. Warnings go to stderr."""
-    from shim.config.loader import dump, load  # noqa: PLC0415 - yaml is for commands that read a file
-    from shim.config.warnings import find_warnings  # noqa: PLC0415 - as above
+    from shim.config.loader import dump, load
+    from shim.config.warnings import find_warnings
 
     settings = load(config, os.environ, sets)
     for warning in find_warnings(settings, os.environ):
@@ -135,7 +135,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         if package in _OPTIONAL:
             click.echo(f"Error: this needs {package}: pip install 'agent-shim[{_OPTIONAL[package]}]'", err=True)
             sys.exit(EXIT_CONFIG)
-        from shim.log import Redaction  # noqa: PLC0415 - for a fault only
+        from shim.log import Redaction
 
         click.echo(Redaction().text(traceback.format_exc()), err=True, nl=False)
         sys.exit(EXIT_INTERNAL)

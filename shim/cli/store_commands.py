@@ -23,7 +23,7 @@ def command() -> None:
 @click.option("--config", metavar="FILE", help="Its store section says how to reach a database: password, TLS.")
 def copy(source: str, target: str, config: str | None) -> None:
     """Copy a store into an empty one. No shim may use either; nothing is kept of a copy that was interrupted."""
-    from shim.store.copy import copy as carry_out  # noqa: PLC0415 - the command list must not load the store
+    from shim.store.copy import copy as carry_out
 
     try:
         done = carry_out(_store(source, config), _store(target, config))
@@ -44,7 +44,7 @@ def copy(source: str, target: str, config: str | None) -> None:
 def shards(count: int, place: str, config: str | None) -> None:
     """Divide a database into COUNT shards: about four for each replica that there will be. No replica may run."""
     try:
-        from shim.store.postgres.reshard import change_shards  # noqa: PLC0415 - an extra
+        from shim.store.postgres.reshard import change_shards
 
         before = change_shards(_store(place, config), count)
     except ModuleNotFoundError as error:

@@ -18,7 +18,7 @@ from shim.errors import StoreVersionError
 
 SHOW_MODULES = """
 import sys
-from shim import cli
+from shim.cli import main as cli
 try:
     cli.main(["--help"])
 finally:

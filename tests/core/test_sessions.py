@@ -73,7 +73,7 @@ def test_any_contact_counts_but_only_heartbeats_measure_the_interval() -> None:
 
 def test_what_was_loaded_from_disk_is_not_fresh() -> None:
     before = cluster("c-1", agent_id="pod-1", upstream_cluster_id="up", registration={"name": "prod"}, secret="s")
-    before.contact(0.0, 1000.0)
+    before.touch(0.0, 1000.0)
     before.superseded_by = SessionKey(OWNER, "cluster", "c-2")
     record = before.record()
     assert "s" not in record.registration.values()
@@ -224,7 +224,7 @@ def test_a_target_means_one_session(cluster_id: str, agent_id: str, found: list[
 def test_of_several_the_most_recently_seen_is_meant_unless_the_agent_id_tells() -> None:
     old = cluster("c-1", upstream_cluster_id="c-1", agent_id="pod-1", contact_at=5.0)
     new = cluster("c-2", upstream_cluster_id="c-1", agent_id="pod-2", contact_at=9.0)
-    stored = cluster("c-3", upstream_cluster_id="c-1", agent_id="pod-3", seen_wall=1e9)
+    stored = cluster("c-3", upstream_cluster_id="c-1", agent_id="pod-3", last_seen_unix=1e9)
     known = table(old, new, stored)
     assert known.find(OWNER, "c-1", "pod-9") == [new, old, stored]
     assert known.find(OWNER, "c-1", "pod-1") == [old]

@@ -58,8 +58,8 @@ def command(  # noqa: PLR0913, PLR0917 - one parameter per option
 
     Exit code 1 if a line says FAIL.
     """
-    from shim.cli.doctor import cluster_gap as pods  # noqa: PLC0415 - the command list must not load it
-    from shim.cli.doctor.report import Report  # noqa: PLC0415 - as above
+    from shim.cli.doctor import cluster_gap as pods
+    from shim.cli.doctor.report import Report
 
     if pid and (config or sets):
         raise click.UsageError("--pid has the configuration of the process: leave out --config and --set")
@@ -87,7 +87,7 @@ class _Options:
 
 def _examine_given(options: _Options, report: Report) -> None:
     """Examine the configuration of this command line, or of a process."""
-    from shim.cli.doctor import runner, sources  # noqa: PLC0415 - the command list must not load it
+    from shim.cli.doctor import runner, sources
 
     redaction = report.redaction
     try:
@@ -114,7 +114,7 @@ def _examine_given(options: _Options, report: Report) -> None:
 
 def _examine_remote(options: _Options, report: Report) -> None:
     """Examine the configuration that a running shim works with, as its admin port shows it."""
-    from shim.cli.doctor import runner, running_shim, sources  # noqa: PLC0415 - the command list must not load it
+    from shim.cli.doctor import runner, running_shim, sources
 
     host, port = given(options.url or "")
     try:

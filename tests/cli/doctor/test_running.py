@@ -222,7 +222,7 @@ def test_a_contended_identity() -> None:
 def test_the_guides_common_issues_point_to_lines_that_exist() -> None:
     page = (ROOT / "docs" / "how-to" / "diagnose.md").read_text()
     checks = set()
-    for path in (ROOT / "shim" / "tools" / "doctor").glob("*.py"):
+    for path in (ROOT / "shim" / "cli" / "doctor").glob("*.py"):
         checks |= set(re.findall(r'(?:passed|warned|failed|examine_port)\(\s*"([a-z-]+)"', path.read_text()))
     documented = page.split("| line of doctor |")[1].split("\n\n")[0]
     assert {name for row in documented.splitlines() for name in re.findall(r"`([a-z-]+)`", row.split("|")[1])} == checks

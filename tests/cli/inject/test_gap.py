@@ -87,7 +87,7 @@ def test_the_command() -> None:
 def test_kubectl_is_asked(tmp_path: Path) -> None:
     """A stand-in for kubectl on the path, in a process of its own."""
     kubectl = tmp_path / "kubectl"
-    code = "from shim.cli.inject import gap; print(gap.agents(gap.in_cluster('pipeops-system')))"
+    code = "from shim.cli.inject import missing_sidecars as m; print(m.agents(m.in_cluster('pipeops-system')))"
     env = {**os.environ, "PATH": str(tmp_path)}
 
     def asked(script: str) -> subprocess.CompletedProcess[str]:
