@@ -13,9 +13,9 @@ from shim.errors import StoreError
 
 SIDECAR_SUFFIXES = ("-wal", "-shm")
 LOCK_SUFFIX = ".lock"
-# The check of an open database's files costs a tenth of a commit to memory, and nothing beside one to a disk. With this
-# interval nearly every commit to a disk is checked.
-CHECK_INTERVAL_S = 0.005
+# A check of an open database's files before every commit would cost a tenth of a commit of one command. What is stored
+# between a replacement and the next check is lost with the next restart, as is all that was stored before it.
+CHECK_INTERVAL_S = 0.05
 _HEADER = b"SQLite format 3\x00"
 
 
