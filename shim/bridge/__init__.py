@@ -1,4 +1,4 @@
-"""The switchboard: core and ports, wired together (design.md §2)."""
+"""The bridge between agents' calls and upstream messages (docs/contributing/architecture.md#the-bridge)."""
 
 from shim.bridge.bridge import Bridge
 from shim.bridge.context import BridgeContext

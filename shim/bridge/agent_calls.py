@@ -1,4 +1,7 @@
-"""What each kind of agent's call does (protocol.md §1): synchronous but for what must be awaited."""
+"""Agents' calls, one handler per kind of call (docs/reference/protocol.md#1-legacy-side).
+
+Calls that need neither the disk nor the controller are answered synchronously, without a task.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ RETRY_AFTER_S = 5
 
 
 class AgentCallHandler:
-    """Carries out agents' calls."""
+    """Handler of agents' calls."""
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class AgentCallHandler:
         self._polls = LongPolls(ctx, routes, roster, delivery, holding)
 
     def call(self, client: Caller, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, CallResult]:
-        """Carry out one call (`ports.Switchboard.call`)."""
+        """Carry out one call; implements `ports.AgentService.call`."""
         answer = self.try_call_sync(client, call, arrived_s)
         if answer is not None:
             return _ready(answer)
@@ -93,7 +96,10 @@ class AgentCallHandler:
             return failed(error)
 
     def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
-        """Carry out a call that need not wait (`ports.Switchboard.at_once`)."""
+        """Carry out a call that needs no waiting, or return None; implements `ports.AgentService.try_call_sync`.
+
+        None means that the state is unchanged and the caller must use `call`.
+        """
         if isinstance(call, HealthCall):
             return CallResult(Healthy())
         owner = self._routes.owner_of(client.token)
@@ -119,9 +125,12 @@ class AgentCallHandler:
             return failed(error)
 
     def _vet(self, owner: str, client: Caller, call: AgentCall) -> None:
-        """An unknown agent with a token of its own must get a link, and no refusal, before anything is kept of it.
+        """Connect the link of an agent with a token of its own; raise if the controller refuses the token.
 
-        Raises `AgentError`.
+        Called before anything is stored for the agent. Does nothing for a session whose token the controller has
+        accepted.
+
+        Raises `AgentError`: 401 if the token is refused, 503 for a result whose token is not accepted yet.
         """
         if not isinstance(call, (HeartbeatCall, PollCall, StatusCall, ResultCall)):
             return
@@ -144,9 +153,10 @@ class AgentCallHandler:
         return self._verdict(runner)
 
     def _verdict(self, runner: UpstreamLink) -> Outcome:
+        """Return the reply to a heartbeat, which depends on the state of the session's link."""
         if runner.machine.refused:
             return Failed(401, "the controller refuses the token")
-        # A first dial under way is no failure yet.
+        # The link of a new agent is still being dialled for the first time: that is not a failure yet.
         down = not runner.machine.connected and (runner.machine.failures > 0 or runner.state is LinkState.STOPPED)
         if down and self._ctx.settings.heartbeat.when_link_down == "fail":
             return Failed(503, "the controller cannot be reached", retry_after_s=RETRY_AFTER_S)
@@ -198,7 +208,7 @@ class AgentCallHandler:
         posted_at = self._ctx.now if self._routes.connection_of(session) is not None else None
 
         def done(outcome: list[Any] | StoreError) -> None:
-            # Also after the agent hung up: what is on disk is on its way.
+            # Runs even if the agent has hung up: a stored result must be sent to the controller in any case.
             failed = isinstance(outcome, StoreError)
             if not isinstance(outcome, StoreError):
                 self._result_stored(key, call, outcome[0], posted_at)

@@ -1,4 +1,4 @@
-"""The bridge between agents' calls and upstream messages: wires its parts together and offers them to the frontend."""
+"""The bridge itself: the wiring of its parts and the interface for the agent API."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ log = get(__name__)
 
 
 class Bridge:
-    """Implements `ports.Switchboard`. Every change happens synchronously on the event loop; answers are awaited."""
+    """Implementation of `ports.AgentService`.
+
+    State changes only synchronously, on the event loop. A call that has to wait is a coroutine.
+    """
 
     def __init__(self, ctx: BridgeContext) -> None:
         serials = count(1)
@@ -82,21 +85,21 @@ class Bridge:
 
     @property
     def sessions(self) -> Sessions:
-        """All agents."""
+        """The sessions of all agents."""
         return self.ctx.sessions
 
     def replicas(self) -> dict[str, Any] | None:
-        """There are no others."""
+        """Return None: a single process has no other replicas."""
         return None
 
     async def found_elsewhere(self, command_id: str) -> list[dict[str, Any]]:
-        """There is nowhere else to look."""
+        """Return an empty list: a single process owns every command."""
         return []
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def start(self, loaded: StoreContents) -> None:
-        """Take in what the store holds; with a configured token dial at once."""
+        """Load the stored state and dial at once if a token is configured."""
         self.ctx.owner_key = loaded.key
         self.roster.load(loaded)
         self.outbox.has_stored_entries(loaded.outbox_owners)
@@ -118,7 +121,7 @@ class Bridge:
         self._upkeep.start()
 
     def quiesce(self) -> None:
-        """Answer what waits: held polls empty, registrations with 503."""
+        """Answer every waiting call: held polls with an empty list, registrations with 503."""
         self.stopping = True
         self.registrations.end_all()
         self.holding.end_all()
@@ -126,7 +129,7 @@ class Bridge:
         self._save_holds()
 
     def stop(self) -> None:
-        """Answer what waits, close links. The store is closed by its owner, after this."""
+        """Answer every waiting call and close all links. The caller closes the store afterwards."""
         self.quiesce()
         self.operator.stop()
         self.gateways.stop()
@@ -134,7 +137,7 @@ class Bridge:
         self._timers.close()
 
     def _look_after_store(self) -> None:
-        """Give the store a turn also when there is nothing to write: its log may be waiting to be emptied."""
+        """Submit an empty transaction: an idle store must get a chance to checkpoint its write-ahead log."""
         self.ctx.store.submit(())
 
     def _save_holds(self) -> None:
@@ -148,38 +151,41 @@ class Bridge:
         kept_s = max(commands.retain_s, commands.dedupe_s)
         self.ctx.store.submit([Prune(self.ctx.clock.wall_s() - kept_s)])
 
-    # --- ports.Switchboard --------------------------------------------------------------------------------------------
+    # --- ports.AgentService -------------------------------------------------------------------------------------------
 
     def call(self, client: Caller, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, CallResult]:
-        """Carry out an agent's call (`ports.Switchboard.call`)."""
+        """Carry out an agent's call; implements `ports.AgentService.call`."""
         return self.calls.call(client, call, arrived_s)
 
     def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
-        """Carry out a call that need not wait (`ports.Switchboard.at_once`)."""
+        """Carry out a call that needs no waiting, or return None; implements `ports.AgentService.try_call_sync`."""
         return self.calls.try_call_sync(client, call, arrived_s)
 
     def written(self, lease: DeliveryReceipt) -> None:
-        """The whole reply was handed to the kernel."""
+        """Record that the whole reply was passed to the kernel."""
         self.delivery.written(cast("OfferedBatch", lease))
 
     def unwritten(self, lease: DeliveryReceipt) -> None:
-        """It was not."""
+        """Requeue an offer whose reply could not be written."""
         self.delivery.unwritten(cast("OfferedBatch", lease))
 
     def next_request(self, connection: int) -> None:
-        """Another request arrived on a connection that carried an offer."""
+        """Record that another request arrived on a connection that carried an offer."""
         self.delivery.next_request(connection)
 
     def connection_closed(self, connection: int, clean: bool) -> None:
-        """A connection that carried an offer is gone."""
+        """Record that a connection that carried an offer was closed."""
         self.delivery.connection_closed(connection, clean)
 
-    # --- registrations.RegistrationListener ---------------------------------------------------------------------------
+    # --- registration.RegistrationListener ----------------------------------------------------------------------------
 
     def registered(self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
-        """Keep what the controller told of an agent (`jobs.RegistrationListener`)."""
+        """Create or update the session of a registration that the controller answered.
+
+        Implements `registration.RegistrationListener.registered`.
+        """
         if job.session is not None and self.ctx.sessions.get(job.session.key) is not job.session:
-            job.session = None  # it was superseded or deleted meanwhile
+            job.session = None  # the session was superseded or deleted while the controller was answering
         if job.session is None and job.call is None:
             return Failed(404, "the session is gone")
         session = self.roster.register(job.runner.owner, job.call, job.session, job.payload, reply, conflict=conflict)
@@ -188,7 +194,7 @@ class Bridge:
         return outcome_of(session, cached=False)
 
     def told(self, session: Session, connection: UpstreamConnection) -> None:
-        """The controller has just been told about this session."""
+        """Record that the controller knows this session on this connection."""
         self.presence.session_announced(session, connection)
 
     # --- links.LinkListener -------------------------------------------------------------------------------------------
@@ -200,7 +206,7 @@ class Bridge:
         todo: list[tuple[Session, dict[str, Any]]] = []
         for session in self.routes.sessions_of(runner):
             if self.gateways.connection_of(session.key) is not None:
-                continue  # it is known by that
+                continue  # the gateway's controller knows the session already
             if session.fresh(now) and (session.registration or session.key.kind == "agent"):
                 payload = session.register_payload(identity)
                 if payload is not None:
@@ -208,38 +214,41 @@ class Bridge:
         self.registrations.replay(runner, todo)
 
     def link_accepted(self, runner: UpstreamLink) -> None:
-        """Store what was adopted on the token."""
+        """Store the sessions that were adopted before the token was accepted."""
         self.roster.on_token_accepted(runner.owner)
 
     def link_online(self, runner: UpstreamLink) -> None:
-        """Results that were held back, then the newest heartbeats."""
+        """Send the stored results first, then the newest heartbeat of each session."""
         self.outbox.start_sending(runner.owner, lambda: self.presence.online(self.routes.sessions_of(runner)))
 
     def link_offline(self, runner: UpstreamLink, connection: UpstreamConnection) -> None:
-        """What was awaited on the connection will not come."""
+        """Release the requests and results that were waiting for a reply on the connection."""
         self.registrations.link_lost(runner)
         self.outbox.connection_closed(connection)
 
     def link_refused(self, runner: UpstreamLink) -> None:
-        """The token is refused."""
+        """Log that the token is refused and answer the waiting registrations."""
         whose = "the agent's own token" if self.ctx.settings.upstream.own_tokens else "upstream.token"
         log.error("token_refused", about=runner.name, link=runner.name, hint=f"check {whose} and its permissions")
         self.registrations.link_refused(runner)
 
     def link_dropped(self, runner: UpstreamLink) -> None:
-        """It was forgotten, and its token with it."""
+        """Delete the owner's unverified sessions when its last link is removed."""
         if not any(link.owner == runner.owner for link in self.links):
             self.roster.on_owner_removed(runner.owner)
 
     def link_in_use(self, runner: UpstreamLink) -> bool:
-        """Whether a fresh session speaks over it (one on its gateway does not), or a result was never sent."""
+        """Return True if a fresh session uses the link or a stored result was never sent.
+
+        A session that is routed to a gateway does not use its link.
+        """
         now = self.ctx.now
         if any(s.fresh(now) and not self.gateways.is_routed(s.key) for s in self.routes.sessions_of(runner)):
             return True
         return self.outbox.unsent_for(runner.owner)
 
     def all_sessions_use_gateways(self, runner: UpstreamLink) -> bool:
-        """Whether every fresh session speaks over its gateway, and nothing else waits for the link."""
+        """Return True if every fresh session is routed to a gateway and nothing else waits for the link."""
         now = self.ctx.now
         fresh = [session for session in self.routes.sessions_of(runner) if session.fresh(now)]
         if not fresh or not all(self.gateways.is_routed(session.key) for session in fresh):
@@ -247,48 +256,48 @@ class Bridge:
         return not self.outbox.unsent_for(runner.owner) and not self.registrations.waiting_for(runner)
 
     def received_since(self, at_s: float) -> bool:
-        """Whether a frame of the controller came in on any link after this moment."""
+        """Return True if a frame arrived on any link after the monotonic time `at_s`."""
         return any(link.connection is not None and link.connection.heard_at > at_s for link in self.links)
 
     def connection_message(self, connection: UpstreamConnection, message: Message, runner: UpstreamLink) -> None:
-        """A message on a link's connection."""
+        """Handle a message that arrived on a link's connection."""
         self.inbound.handle(connection, message, LinkMessageSource(runner, self.routes, self.presence))
 
     def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """The controller has these results."""
+        """Close the outbox entries that the controller has received."""
         self.outbox.confirmed(seqs)
 
     def token_changed(self) -> None:
-        """The configured token is another one: dial with it at once."""
+        """Dial every link again with the new configured token."""
         self.links.token_changed()
         self.gateways.token_changed()
 
-    # --- agents that speak WebSocket by themselves --------------------------------------------------------------------
+    # --- agents with a WebSocket client of their own ------------------------------------------------------------------
 
     def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
-        """An agent that is carried to the controller sent a `register`."""
+        """Record the `register` of an agent whose own WebSocket the shim proxies."""
         self.websocket_agents.registers(token, payload, anew=anew)
 
     def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
-        """The controller accepted it."""
+        """Record that the controller accepted the `register` of such an agent."""
         self.websocket_agents.registered(token, payload, cluster_id)
 
     def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
-        """Its connection is gone."""
+        """Record that a proxied WebSocket on which an agent had registered was closed."""
         self.websocket_agents.closed(token, payload)
 
     # --- gateways -----------------------------------------------------------------------------------------------------
 
     def gateway_up(self, leg: GatewayConnection) -> None:
-        """Results and heartbeats go this way now."""
+        """Send results and the newest heartbeat over the gateway from now on."""
         self.outbox.start_sending(leg.session.key.owner, lambda: self.presence.called(leg.session, force=True))
 
     def gateway_released(self, connection: UpstreamConnection) -> None:
-        """What was awaited on the connection will not come."""
+        """Release the results that were waiting for confirmation on the connection."""
         self.outbox.connection_closed(connection)
 
     def gateway_lost(self, leg: GatewayConnection) -> None:
-        """Back to the controller with a full registration, and with the results that nobody confirmed."""
+        """Register the session with the controller again and send it the unconfirmed results."""
         self.outbox.start_sending(leg.session.key.owner)
         if not self.stopping and leg.session.fresh(self.ctx.now):
             leg.session.announced_on = 0
@@ -296,7 +305,7 @@ class Bridge:
             self.presence.announce(leg.session)
 
     def gateway_message(self, connection: UpstreamConnection, message: Message, leg: GatewayConnection) -> None:
-        """A message on a gateway's connection."""
+        """Handle a message that arrived on a gateway's connection."""
         self.inbound.handle(connection, message, GatewayMessageSource(leg, self.gateways))
 
     # --- sessions that move or end ------------------------------------------------------------------------------------

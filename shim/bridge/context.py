@@ -1,4 +1,4 @@
-"""What the parts of the bridge share."""
+"""Settings, ports and state that all parts of the bridge share."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from shim.redaction import Redaction, without_secrets
 
 DEFAULT_OWNER = "default"
 ENVELOPE_BYTES = 512
-"""More than an upstream envelope adds to its payload."""
+"""Upper bound on the bytes that an upstream envelope adds to its payload."""
 
 
 class TokenSource(Protocol):
-    """Reads the configured upstream token afresh; raises `ShimError` when it cannot."""
+    """Reader of the configured upstream token; raises `ShimError` if the token cannot be read."""
 
     def __call__(self) -> str: ...
 
 
 @dataclass(slots=True)
 class BridgeContext:
-    """The bridge's surroundings. `settings` is replaced on a reload; `rng` yields floats in [0, 1).
+    """Settings, ports and shared state of the bridge.
 
-    `fallback` records how calls to the vendor's HTTP API end, `refused_calls` which of the agents' calls were refused.
+    `settings` is replaced on a reload; `rng` yields floats in [0, 1). `fallback` records the results of calls to the
+    vendor's HTTP API, `refused_calls` the refused calls of agents.
     """
 
     settings: Settings
@@ -51,20 +52,21 @@ class BridgeContext:
     refused_calls: RecentCalls = field(default_factory=RecentCalls)
 
     def masked(self, text: str, *secrets: str) -> str:
-        """Return a text of the controller as agents, logs and the status page may have it: without any secret.
+        """Return a text from the controller with every known secret masked, for agents, logs and the status page.
 
-        `secrets` are those that only the caller knows. The text must be masked before it is cut.
+        `secrets` are those that only the caller knows. Mask a text before shortening it: half a secret is not
+        recognised.
         """
         return without_secrets(self.redaction.text(text), *secrets)
 
     @property
     def now(self) -> float:
-        """Monotonic seconds."""
+        """The current monotonic time in seconds."""
         return self.clock.monotonic_s()
 
     @property
     def queue_policy(self) -> QueuePolicy:
-        """The bounds of a queue and of a reply as they are configured now."""
+        """The configured bounds of a queue and of a poll reply."""
         commands, poll = self.settings.commands, self.settings.poll
         return QueuePolicy(
             max_queued=commands.max_queued,
@@ -78,6 +80,6 @@ class BridgeContext:
 
     @property
     def backoff_policy(self) -> BackoffPolicy:
-        """The delays between dials."""
+        """The configured delays between dials."""
         reconnect = self.settings.upstream.reconnect
         return BackoffPolicy(reconnect.initial_s, reconnect.max_s, reconnect.refused_max_s)

@@ -1,4 +1,7 @@
-"""Polls that are held open until a command arrives or the learnt time is over."""
+"""Long polls: an empty poll is held until a command arrives or its hold time ends.
+
+The hold time is learnt per session, see docs/reference/protocol.md#13-poll.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from shim.ports import Caller, CallResult
 
 
 class LongPolls:
-    """Carries out polls."""
+    """Handler of polls."""
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class LongPolls:
         return session
 
     def empty(self, owner: str, client: Caller, call: PollCall) -> CallResult | None:
-        """Answer a poll for which there is nothing, and which may not be held either."""
+        """Answer a poll that has nothing to fetch and may not be held; return None for every other poll."""
         known = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, call.target))
         if known is None or self._holding.limit_s(known.hold) > 0 or self._delivery.has_pending(known.key):
             return None
@@ -56,9 +59,9 @@ class LongPolls:
         return CallResult(Commands((), self._ctx.settings.poll.frequency_s))
 
     async def wait(self, owner: str, client: Caller, call: PollCall, arrived_s: float) -> CallResult:
-        """Answer a poll when there is something for it, or its hold is over.
+        """Answer a poll as soon as commands are offered to it, or when its hold time ends.
 
-        Thousands of these may wait at a time: there is no coroutine in this one, and no timer for each.
+        Thousands of polls may wait at a time, so a held poll costs one coroutine, one future and no timer of its own.
         """
         try:
             session = self._polled(owner, client, call)
@@ -76,7 +79,7 @@ class LongPolls:
             await poll.offered
         except asyncio.CancelledError:
             if held_at is None:
-                hold.connection_lost()  # it waited for the disk
+                hold.connection_lost()  # the poll was waiting for the disk: its duration says nothing about the agent
             else:
                 self._holding.agent_disconnected(session, hold, held_at)
             self._delivery.cancel_poll(key, poll)
@@ -91,7 +94,7 @@ class LongPolls:
 
 
 def failed(error: AgentError) -> CallResult:
-    """An error as a call's answer."""
+    """Return an `AgentError` as the result of a call."""
     return CallResult(Failed(error.status, str(error), error.retry_after_s))
 
 
@@ -99,7 +102,7 @@ log = get(__name__)
 
 
 class PollHolds:
-    """Holds polls, and learns from how they end how long each agent may be held."""
+    """The hold time of each session, learnt from the way its earlier polls ended."""
 
     def __init__(self, ctx: BridgeContext, presence: HeartbeatForwarder, roster: SessionRegistry) -> None:
         self._ctx = ctx
@@ -110,7 +113,7 @@ class PollHolds:
         self.stopping = False
 
     def limit_s(self, hold: HoldEstimator) -> float:
-        """How long a poll may be held now; 0 = answer at once."""
+        """Return the number of seconds for which a poll may be held now; 0 means that it is answered at once."""
         poll = self._ctx.settings.poll
         if self.stopping or poll.hold == "off":
             return 0.0
@@ -119,26 +122,34 @@ class PollHolds:
         return min(poll.hold, poll.max_hold_s)
 
     def poll_arrived(self, session: Session, hold: HoldEstimator) -> float:
-        """A poll came. Returns how long it may be held; exactly one of `answered`, `left` and `Hold.gone` follows."""
+        """Record the arrival of a poll and return for how many seconds it may be held.
+
+        The caller must then call exactly one of `hold_answered`, `agent_disconnected` and
+        `HoldEstimator.connection_lost`.
+        """
         if hold.poll_arrived(self._ctx.now):
             log.info("poll_pace", session=session.key.ident, pace=hold.pace.value, interval_s=hold.interval_s)
         return self.limit_s(hold)
 
     def hold_started(self, session: Session, limit_s: float, end: DueCallback, poll: Any) -> float:
-        """The poll waits from now on; after `limit_s` `end(session.key, poll)` is called, which answers it if it must.
+        """Start to hold a poll and return the current monotonic time.
 
-        Returns the time; it goes into `replied` or `left`, one of which follows.
+        `end(session.key, poll)` is called after `limit_s` in any case and must ignore a poll that was answered before.
+        The caller passes the returned time to `reply_sent` or `agent_disconnected`.
         """
         self._deadlines.add(limit_s, end, session.key, poll)
         self.presence.hold_started(session)
         return self._ctx.now
 
     def reply_sent(self, session: Session, started: float) -> None:
-        """The wait ended with our reply."""
+        """Record that a hold ended with a reply of the shim."""
         self._ended(session, started, "replied")
 
     def agent_disconnected(self, session: Session, hold: HoldEstimator, started: float) -> None:
-        """The agent hung up first, and something is learnt from it, unless we are stopping."""
+        """Record that the agent disconnected during a hold, and learn its patience from that.
+
+        Nothing is learnt while the shim is stopping: the agent may have been disconnected by the shutdown.
+        """
         if self.stopping:
             hold.connection_lost()
         else:
@@ -151,15 +162,16 @@ class PollHolds:
         self.presence.hold_ended(session)
 
     def hold_answered(self, hold: HoldEstimator) -> None:
-        """A poll ended with our reply."""
+        """Record a reply to a poll, which lets the hold time grow."""
         hold.reply_sent(self._ctx.now, self._ctx.settings.poll.max_hold_s)
 
     # --- tunnel polls -------------------------------------------------------------------------------------------------
 
     async def tunnel(self, session: Session) -> None:
-        """Hold a tunnel poll until its state changes, if `poll.hold_tunnel` is on. An older one is answered at once.
+        """Hold a tunnel poll until its state changes or its hold time ends, if `poll.hold_tunnel` is set.
 
-        One that comes after a change of which its agent was not told yet is not held.
+        A waiting tunnel poll of the same session is answered at once. A poll is not held if the tunnel state has
+        changed since the agent's previous poll.
         """
         hold = session.tunnel_hold
         limit_s = self.poll_arrived(session, hold)
@@ -180,7 +192,7 @@ class PollHolds:
         self.hold_answered(hold)
 
     def tunnel_changed(self, key: SessionKey) -> None:
-        """Answer the tunnel poll that waits for this session."""
+        """Answer the waiting tunnel poll of a session."""
         waiting = self._tunnels.pop(key, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(None)
@@ -190,11 +202,11 @@ class PollHolds:
             self.tunnel_changed(key)
 
     def held_tunnels(self) -> int:
-        """How many tunnel polls wait."""
+        """Return the number of tunnel polls that wait."""
         return len(self._tunnels)
 
     def end_all(self) -> None:
-        """Hold nothing any more."""
+        """Answer every held tunnel poll and hold no further poll."""
         self.stopping = True
         for key in list(self._tunnels):
             self.tunnel_changed(key)

@@ -1,4 +1,7 @@
-"""Refuse commands on arrival: the controller is told at once, nothing is stored before (protocol.md#3-commands)."""
+"""Rejections of arriving commands: reported to the controller at once and not stored.
+
+See docs/reference/protocol.md#3-commands.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ LOGGED_PER_MINUTE = 100
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A command that is not taken. `code` and `error` are for the controller; the trace is filed under `key`."""
+    """One rejected command.
+
+    `code` and `error` are sent to the controller; the trace is stored under `key`.
+    """
 
     key: SessionKey
     command_id: str
@@ -35,11 +41,11 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class Rejections:
-    """Tells the controller and leaves a trace of each refusal, as far as that costs nobody else anything.
+    """Reporter of rejected commands, bounded so that a flood of them delays no accepted command.
 
-    A controller can send refusable commands faster than a disk can note them. The answer is sent in any case. Of the
-    traces the newest `MAX_UNTRACED` are kept while the disk is busy with the ones before: whoever looks for a refused
-    command looks for one of the last. Log lines are limited to `LOGGED_PER_MINUTE`; the rest is counted.
+    A controller can send commands faster than the disk can store traces. Every rejection is reported. While the disk is
+    busy with earlier traces, only the newest `MAX_UNTRACED` are kept: an operator looks for a recent command. Log lines
+    are limited to `LOGGED_PER_MINUTE`; the remaining ones are counted.
     """
 
     def __init__(self, ctx: BridgeContext, outbox: Outbox) -> None:
@@ -51,7 +57,10 @@ class Rejections:
         self._logged = 0
 
     def refuse(self, refusal: Refusal, *, told: bool = True) -> None:
-        """Count, log and trace a refusal, and send it unless nobody can be `told`."""
+        """Count, log and trace a rejection and report it to the controller.
+
+        With `told=False` nothing is reported: a command that came by HTTP has no way back.
+        """
         code = refusal.code
         self._ctx.metrics.commands.labels("expired" if code == "expired" else f"rejected_{code}").inc()
         self._log(refusal)
@@ -77,7 +86,7 @@ class Rejections:
         )
 
     def _trace(self) -> None:
-        """Submit what waits to be traced as one unit, unless the disk has not answered the unit before."""
+        """Submit all waiting traces in one transaction, unless the previous transaction is still pending."""
         if self._tracing or not self._untraced:
             return
         self._tracing = True
@@ -92,7 +101,7 @@ class Rejections:
 
 
 def _traces(refused: deque[tuple[Refusal, float]]) -> Iterator[AddTrace]:
-    """Yield one operation for neighbours that differ in nothing but their ids."""
+    """Yield one operation for each run of rejections that share session, time and code."""
     for (key, wall, code), group in groupby(refused, lambda each: (each[0].key, each[1], each[0].code)):
         ids = tuple(cut(refusal.command_id, MAX_ID_BYTES) for refusal, _ in group)
         yield AddTrace(key, ids, TraceEntry(wall, "reported", code))

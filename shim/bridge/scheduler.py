@@ -1,4 +1,4 @@
-"""Timers: a group that ends together, a queue of deadlines behind one timer, and periodic tasks."""
+"""Timers: a group that is cancelled together, a queue of deadlines behind one timer, and periodic tasks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shim.log import get
 from shim.ports import Clock, Timer, Timers
 
 LATE_S = 1.0
-"""A timer that fires so late was kept by a process that stood still: stopped, frozen, without CPU."""
+"""Delay after which a timer is considered late because the process was stopped, frozen or without CPU."""
 CATCH_UP_S = 0.25
-"""What arrived meanwhile is read within this time: event loops call timers before they look at sockets."""
+"""Delay of a late timer, in which waiting input is read: event loops call timers before they read from sockets."""
 
 
 class _PendingTimer:
-    """`ports.Timer`."""
+    """One `ports.Timer` of a `TimerGroup`."""
 
     __slots__ = ("_callback", "_due_s", "_owner", "timer")
 
@@ -31,6 +31,7 @@ class _PendingTimer:
         self.timer: Timer | None = None
 
     def fire(self) -> None:
+        """Call the callback; if the timer is late, wait once for input that arrived meanwhile."""
         if self._due_s is not None and self._owner.now_s() - self._due_s > LATE_S:
             self._due_s = None
             self.timer = self._owner.again(CATCH_UP_S, self.fire)
@@ -45,7 +46,7 @@ class _PendingTimer:
 
 
 class TimerGroup:
-    """`ports.Timers` on others that remembers what is pending."""
+    """`ports.Timers` on top of another one, with a list of its pending timers."""
 
     def __init__(self, timers: Timers, clock: Clock) -> None:
         self._timers = timers
@@ -55,7 +56,7 @@ class TimerGroup:
         self.pending: set[_PendingTimer] = set()
 
     def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
-        """See `ports.Timers`; once closed, nothing is called."""
+        """Call `callback` after `delay` seconds, unless the group is closed by then."""
         pending = _PendingTimer(self, callback, self.now_s() + delay)
         if not self._closed:
             self.pending.add(pending)
@@ -63,20 +64,24 @@ class TimerGroup:
         return pending
 
     def close(self) -> None:
-        """Cancel everything."""
+        """Cancel all pending timers and ignore later calls of `call_later`."""
         self._closed = True
         for pending in list(self.pending):
             pending.cancel()
 
 
-# Agents that polled together, after a restart say, are due together, too: the others' calls come in between.
+# Agents that polled at the same time, for example after a restart, are due at the same time. Answering a bounded number
+# per turn of the event loop lets other agents' calls be served in between.
 AT_A_TIME = 64
 
 DueCallback = Callable[[SessionKey, Any], None]
 
 
 class DeadlineQueue:
-    """Calls that come due. None can be cancelled: the call must find out whether it still matters."""
+    """Callbacks ordered by due time, all behind one timer.
+
+    A callback cannot be cancelled: it must check for itself if it is still needed.
+    """
 
     def __init__(self, ctx: BridgeContext) -> None:
         self._ctx = ctx
@@ -118,7 +123,10 @@ PeriodicTask = tuple[float, Callable[[], None]]
 
 
 class PeriodicTasks:
-    """Calls duties, each every so many seconds, until the timers end."""
+    """Runner of periodic tasks, each with its own interval in seconds.
+
+    A task that raises is logged and counted; the others go on.
+    """
 
     def __init__(self, ctx: BridgeContext, duties: Sequence[PeriodicTask]) -> None:
         self._ctx = ctx
@@ -126,7 +134,7 @@ class PeriodicTasks:
         self._done_at = [ctx.now] * len(duties)
 
     def start(self) -> None:
-        """Begin; the first turn comes a second later."""
+        """Start the periodic tasks; the first tick comes one second later."""
         self._ctx.timers.call_later(TICK_S, self._tick)
 
     def _tick(self) -> None:

@@ -1,4 +1,4 @@
-"""Forget one agent by hand: one that called once by mistake, or that was taken away for good."""
+"""Removal of one agent by an operator, for an agent that called by mistake or was decommissioned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ log = get(__name__)
 
 
 class Forgetting:
-    """Finds an agent by name, id or whole key. `end` removes its session and deletes what is stored of it."""
+    """Handler of removals. `end` removes a session and deletes its stored rows.
+
+    An agent is named by its name, its id or its whole session key.
+    """
 
     def __init__(
         self,
@@ -32,9 +35,9 @@ class Forgetting:
         self._end = end
 
     async def forget(self, agent: str) -> SessionKey:
-        """Forget an agent that does not call any more; its waiting commands end, and the controller is told.
+        """Remove an agent that no longer calls; end its waiting commands and report them to the controller.
 
-        Raises `OperatorError`: 404 unknown, 409 ambiguous or still calling, 503 where the disk refuses.
+        Raises `OperatorError`: 404 unknown, 409 ambiguous or still calling, 503 if the store fails.
         """
         keys = self._named(agent)
         if not keys:
@@ -62,7 +65,7 @@ class Forgetting:
         return found | {key for key, call in self._ctx.fallback.by_agent.items() if call.name == agent}
 
     def _refuse_living(self, key: SessionKey) -> None:
-        """Raise where the agent calls: its next call would only make it known again."""
+        """Raise `OperatorError` 409 if the agent still calls: its next call would create it again."""
         session, call = self._ctx.sessions.get(key), self._ctx.fallback.by_agent.get(key)
         ago_s = self._ctx.clock.wall_s() - max(
             session.last_seen_unix if session is not None else 0.0,
