@@ -1,4 +1,4 @@
-"""Per-session command queues: how commands come in, change state and expire."""
+"""Per-session command queues: arrival, state transitions and expiry of commands."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ WALL_STEP_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _FinalState:
-    """How a command ended, other than by its agent's result; `code` and `error` are for the controller."""
+    """The final state of a command that ended without a result of its agent.
+
+    `code` and `error` are sent to the controller.
+    """
 
     key: SessionKey
     record: CommandRecord
@@ -52,7 +55,7 @@ class _FinalState:
 
 
 class CommandQueues:
-    """One `CommandQueue` per session, made on first use."""
+    """The queues of all sessions; a `CommandQueue` is created on first use."""
 
     def __init__(self, ctx: BridgeContext, outbox: Outbox) -> None:
         self._ctx = ctx
@@ -64,40 +67,40 @@ class CommandQueues:
         self._wall_offset_s = ctx.clock.wall_s() - ctx.now
 
     def get(self, key: SessionKey) -> CommandQueue | None:
-        """A session's queue, if it has one."""
+        """Return the queue of a session, or None if the session has none."""
         return self._queues.get(key)
 
     def get_or_create(self, key: SessionKey) -> CommandQueue:
-        """A session's queue."""
+        """Return the queue of a session; create it if necessary."""
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = CommandQueue()
         return queue
 
     def pop(self, key: SessionKey) -> CommandQueue | None:
-        """Take a session's queue away."""
+        """Remove and return the queue of a session."""
         return self._queues.pop(key, None)
 
     def items(self) -> Iterable[tuple[SessionKey, CommandQueue]]:
-        """All queues that hold something."""
+        """Return every non-empty queue with its session key."""
         return [(key, queue) for key, queue in self._queues.items() if len(queue)]
 
     def values(self) -> Iterable[CommandQueue]:
-        """The queues alone."""
+        """Return every non-empty queue."""
         return [queue for _, queue in self.items()]
 
     def add(self, record: CommandRecord, expires_at: float) -> QueuedCommand:
-        """Take in a stored command; `expires_at` is monotonic."""
+        """Queue a stored command and schedule its expiry; `expires_at` is monotonic."""
         live = self.get_or_create(record.session).add(record, expires_at, self._ctx.now)
         self.schedule_expiry(record.session, live)
         return live
 
-    # --- what befalls commands ----------------------------------------------------------------------------------------
+    # --- state transitions --------------------------------------------------------------------------------------------
 
     def record_transition(
         self, key: SessionKey, ids: tuple[str, ...], state: CommandState, event: str, *, detail: str, attempts: int = 0
     ) -> None:
-        """Count, store and trace one step of some commands; nothing happens without ids."""
+        """Count, store and trace one transition of the given commands; do nothing without ids."""
         if ids:
             self.count(event, len(ids))
             wall = self._ctx.clock.wall_s()
@@ -105,7 +108,7 @@ class CommandQueues:
             self._ctx.store.submit([MarkCommands(key, ids, state, wall, attempts), trace])
 
     def handle_uncertain(self, key: SessionKey, doubt: UncertainOutcome, reason: str) -> None:
-        """Commands without evidence: some will be offered again, some are given up."""
+        """Record commands without evidence of delivery: some will be offered again, the others end as DEAD."""
         again = tuple(live.record.id for live in doubt.again)
         if again:
             log.warning("commands_uncertain", session=key.ident, commands=len(again), reason=reason)
@@ -116,15 +119,16 @@ class CommandQueues:
             )
 
     def finish(self, key: SessionKey, live: QueuedCommand, state: CommandState, code: str, error: str) -> None:
-        """A command that left its queue ends EXPIRED or DEAD, and the controller is told."""
+        """End a command as EXPIRED or DEAD after its removal from the queue, and report that to the controller."""
         log.warning("command_ended", command=live.record.id, session=key.ident, code=code)
         self.count(state.value)
         self._store(_FinalState(key, live.record, state, code, error), again=False)
 
     def _store(self, ending: _FinalState, *, again: bool) -> None:
-        """The end and its report, together. Where the disk refuses, the controller is told at once, and it is tried
+        """Store the final state and its report to the controller in one transaction.
 
-        again until the disk takes it: what was told may not have arrived, and would come back after a restart.
+        If the store fails, send the report anyway and keep the final state for a retry: without it, a restart would
+        deliver the command again.
         """
         key, record = ending.key, ending.record
         wall, name = self._ctx.clock.wall_s(), (record.id,)
@@ -134,7 +138,7 @@ class CommandQueues:
         )
         session = self._ctx.sessions.get(key)
         report = self.outbox.failure_payload(key, session, record.id, code=ending.code, error=ending.error)
-        told = record.via != VIA_HTTP  # the vendor's HTTP API has no way to be told
+        told = record.via != VIA_HTTP  # the vendor's HTTP API has no way to receive a report
 
         self._ctx.arriving.add(0)
 
@@ -147,7 +151,7 @@ class CommandQueues:
             if told and not again:
                 self.outbox.send_unpersisted(
                     key, record.request_id, report, again=False
-                )  # it is reported again from disk
+                )  # not kept in memory: the successful retry reports it again, from disk
 
         if told:
             self.outbox.end(key, record.request_id, report, steps, done)
@@ -155,23 +159,23 @@ class CommandQueues:
             self._ctx.store.submit(steps, lambda outcome: done(not isinstance(outcome, StoreError)))
 
     def _retry(self) -> None:
-        """Try one end that the disk has refused; once it is taken, the others follow."""
+        """Retry one final state that the store refused; its success triggers the next retry."""
         if self._unstored:
             name = next(iter(self._unstored))
             self._store(self._unstored.pop(name), again=True)
 
     def answered(self, key: SessionKey, command_id: str) -> None:
-        """The agent's result is on disk: it counts for more than an end that is not."""
+        """Drop an unstored final state of a command whose result is stored: the result takes precedence."""
         self._unstored.pop((key, command_id), None)
 
     def moved(self, source: SessionKey, target: SessionKey) -> None:
-        """The session `source` was superseded."""
+        """Move the unstored final states of the superseded session `source` to `target`."""
         for key, command_id in [name for name in self._unstored if name[0] == source]:
             ending = self._unstored.pop((key, command_id))
             self._unstored[target, command_id] = replace(ending, key=target)
 
     def end_session(self, key: SessionKey) -> None:
-        """The session is deleted: its commands end EXPIRED."""
+        """End all commands of a deleted session as EXPIRED."""
         queue = self.pop(key)
         for live in queue.forget_all() if queue is not None else ():
             self.finish(
@@ -183,31 +187,33 @@ class CommandQueues:
             )
 
     def count(self, event: str, number: int = 1) -> None:
-        """Count an event in the life of commands."""
+        """Count an event in the metric `agent_shim_commands`."""
         self._ctx.metrics.commands.labels(event).inc(number)
 
     # --- expiry -------------------------------------------------------------------------------------------------------
 
     def schedule_expiry(self, key: SessionKey, live: QueuedCommand) -> None:
-        """Let a command expire in time."""
+        """Schedule the expiry of a command."""
         heapq.heappush(self._expiries, (live.expires_at, live.seq, key, live.record.id))
         if len(self._expiries) > EXPIRY_SLACK and len(self._expiries) > 2 * sum(map(len, self._queues.values())):
-            # Most commands are fetched long before they expire: forget the dates of those that are.
+            # Most commands are fetched long before they expire, and their entries stay in the heap. Rebuild the heap
+            # without them when they are more than half of it, which costs amortised constant time per command.
             self._expiries = [entry for entry in self._expiries if self._held(entry[2], entry[3])]
             heapq.heapify(self._expiries)
         self._arm()
 
     def expire(self, key: SessionKey, command_id: str) -> None:
-        """Its time is over; only a QUEUED command expires."""
+        """Expire a command whose time has passed; a command that is not QUEUED is left alone."""
         queue = self._queues.get(key)
         live = queue.expire(command_id) if queue is not None else None
         if live is not None:
             self.finish(key, live, CommandState.EXPIRED, "expired", "not fetched in time")
 
     def sweep(self) -> None:
-        """Store what the disk refused, and notice that the wall clock was set: a machine may start with a wrong one.
+        """Retry refused writes and adjust expiry times if the wall clock was set.
 
-        Commands loaded from disk expire by it; what arrived in this process does not.
+        A machine may boot with a wrong clock. Commands loaded from disk expire by wall-clock time and are shifted;
+        those that arrived in this process expire by monotonic time and are not.
         """
         self._retry()
         by_s = self._ctx.clock.wall_s() - self._ctx.now - self._wall_offset_s
@@ -236,7 +242,10 @@ class CommandQueues:
         self._ctx.timers.call_later(delay_s, lambda: self._due(due_at))
 
     def _rest(self) -> None:
-        """Let the disk catch up, so that nobody's result waits behind thousands of commands that expired at once."""
+        """Pause expiry until the store has caught up.
+
+        Otherwise an agent's result would wait behind the writes of thousands of commands that expired together.
+        """
         resume_at = self._timer_at = self._ctx.now + REST_S
         self._ctx.timers.call_later(REST_S, lambda: self._due(resume_at))
 
@@ -268,7 +277,7 @@ DRAINED = "the shim is being drained and takes no new commands"
 
 @dataclass(slots=True)
 class _Arrival:
-    """A command that is being taken in, or refused. `at` is when it came, in monotonic seconds."""
+    """One command that is being accepted or rejected. `at` is its arrival in monotonic seconds."""
 
     session: Session
     record: CommandRecord
@@ -277,7 +286,10 @@ class _Arrival:
 
 
 class CommandIntake:
-    """Takes commands in. `wake` is called when a session's queue has something new to offer."""
+    """Acceptance of arriving commands.
+
+    `wake` is called when a session's queue has something new to offer.
+    """
 
     def __init__(
         self,
@@ -296,11 +308,13 @@ class CommandIntake:
         self.refused_by_drain = 0
 
     def load(self, records: tuple[CommandRecord, ...]) -> None:
-        """Take in what the store holds after a restart; offered commands are uncertain now."""
+        """Queue the stored commands after a restart; commands in an offer become uncertain."""
         now, wall = self._ctx.now, self._ctx.clock.wall_s()
         for record in records:
             live = self._queues.add(record, now + (record.expires_wall - wall))
-            live.replies = 1  # nobody remembers whether an agent that hung up got it all the same
+            # The previous process may have put the command into a reply that the agent received. Counting one reply
+            # keeps a result from being taken as evidence for the whole reply of a later offer.
+            live.replies = 1
         for key, queue in self._queues.items():
             self._queues.handle_uncertain(key, queue.recover_after_restart(self._ctx.queue_policy), "restart")
 
@@ -312,13 +326,15 @@ class CommandIntake:
         settled: Callable[[bool], None] | None = None,
         via: str = "",
     ) -> None:
-        """Take a command for this session. `settled(True)` is called when it is safe, also for a duplicate.
+        """Accept or reject a command for this session.
 
-        Refusals go to the controller with their code (`expired`, `queue_full`, `store_unavailable`) and are not stored;
-        `settled(False)` is called. `via` as in `CommandRecord`; who sent a command by HTTP cannot be told.
+        `settled(True)` is called once the command is stored, also for a duplicate. A rejection (`expired`,
+        `queue_full`, `store_unavailable`) is reported to the controller, is not stored, and calls `settled(False)`.
+        `via` is the same as in `CommandRecord`: a command that came by HTTP cannot be reported.
 
-        While the intake is `closed` only what is known already is taken (a duplicate must not be refused), and what an
-        agent is fetching by HTTP just now. The same goes for what has expired already and for a full queue.
+        A command that is known already is a duplicate and never rejected. So it is looked up before it is rejected as
+        expired, because the queue is full, or because the intake is `closed`. Commands that an agent is fetching by
+        HTTP are accepted even while the intake is closed or after they have expired.
         """
         arrival = _Arrival(session, self._record(session, command, request_id, via), self._ctx.now, settled)
         record = arrival.record
@@ -370,8 +386,8 @@ class CommandIntake:
         self._ctx.store.submit([PutCommand(record), trace], done)
 
     def _take_if_known(self, arrival: _Arrival, code: str, error: str) -> None:
-        """Take nothing new; what was taken before is a duplicate all the same."""
-        # The payload is of no use any more, and many of these may wait for the disk at a time.
+        """Look up a command that may not be accepted: a known one is a duplicate, any other is rejected."""
+        # The payload is not needed for the lookup. Thousands of these may wait for the disk at a time: free its memory.
         arrival.record = replace_fields(arrival.record, payload={})
         self._ctx.arriving.add(0)
 
@@ -409,7 +425,7 @@ class CommandIntake:
         self._wake(key)
 
     def _home_of(self, session: Session) -> SessionKey:
-        """Where a command belongs whose session was superseded while the disk was at it."""
+        """Return the session that a command belongs to, following supersessions during the write."""
         while self._ctx.sessions.get(session.key) is not session and session.superseded_by is not None:
             successor = self._ctx.sessions.get(session.superseded_by)
             if successor is None:
@@ -428,7 +444,7 @@ class CommandIntake:
 
 
 def _size_bytes(command: ParsedCommand) -> int:
-    """What the command adds to a poll reply, its comma included."""
+    """Return the number of bytes that a command adds to a poll reply, including its comma."""
     fields = {"id": command.id, "type": command.type, "payload": command.payload, "created_at": command.created_at}
     return len(msgspec.json.encode(fields)) + 1
 
@@ -437,7 +453,10 @@ UNPOLLED_WARNING_S = 600.0
 
 
 class UnpolledCommandsWarning:
-    """Commands wait and their agent has not polled for 10 minutes: said once (protocol.md §1)."""
+    """Warning about sessions whose commands wait while their agent has not polled for 10 minutes.
+
+    Each such session is logged once and shown in the status. See docs/reference/protocol.md#1-legacy-side.
+    """
 
     def __init__(self, ctx: BridgeContext, queues: CommandQueues) -> None:
         self._ctx = ctx
@@ -445,7 +464,7 @@ class UnpolledCommandsWarning:
         self.sessions: set[SessionKey] = set()
 
     def check(self) -> None:
-        """Say what is new."""
+        """Log the sessions that became overdue since the last check."""
         overdue = set()
         for key, queue in self._queues.items():
             session, since = self._ctx.sessions.get(key), queue.waiting_since

@@ -1,4 +1,8 @@
-"""Commands on their way to agents: polls, offers, and evidence that an agent has them (protocol.md §1.3, §3)."""
+"""Delivery of commands to agents: polls, offers, and evidence that an agent has received an offer.
+
+A reply that was written to the kernel is not proof that the agent read it. An offer counts as delivered only on
+evidence, see docs/reference/protocol.md#3-commands. Polls are described in docs/reference/protocol.md#13-poll.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,10 @@ MAX_HAND_OVER_SAMPLES = 1024
 
 
 class OfferedBatch:
-    """A batch that a reply carries: what `ports.Lease` is to the frontend. `polled_at`: when its poll came."""
+    """A batch of commands in a poll reply; the `ports.DeliveryReceipt` that the agent API passes back.
+
+    `polled_at` is the arrival of its poll in monotonic seconds.
+    """
 
     __slots__ = ("key", "offer", "polled_at")
 
@@ -36,7 +43,7 @@ class OfferedBatch:
 
     @property
     def commands(self) -> tuple[OfferedCommand, ...]:
-        """The commands as they stand in the reply."""
+        """The commands as the reply contains them."""
         return tuple(
             OfferedCommand(live.record.id, live.record.type, live.record.payload, live.record.created_at)
             for live in self.offer.commands
@@ -44,7 +51,11 @@ class OfferedBatch:
 
 
 class PendingPoll:
-    """A poll that waits: `offered` is resolved with an offering, or with `None` for an empty answer."""
+    """A poll that waits for its answer.
+
+    `offered` is resolved with an offer, or with None for an empty answer. `offering` is set while the offer is being
+    stored; it is the caller's once the poll has returned.
+    """
 
     __slots__ = ("arrived_at", "connection", "offered", "offering")
 
@@ -55,13 +66,16 @@ class PendingPoll:
         self.offering: OfferedBatch | None = None
 
     def answer(self, offering: OfferedBatch | None) -> None:
-        """Let the poll go on, once."""
+        """Resolve the poll; do nothing if it is resolved already."""
         if not self.offered.done():
             self.offered.set_result(offering)
 
 
 class CommandDelivery:
-    """Polls of all sessions and what was offered to them. Synchronous: disk and network happen behind it, in order."""
+    """The waiting polls and the unconfirmed offers of all sessions.
+
+    Its methods are synchronous. They submit writes and replies in order and never wait for them.
+    """
 
     def __init__(self, ctx: BridgeContext, queues: CommandQueues) -> None:
         self.outbox = queues.outbox
@@ -74,20 +88,20 @@ class CommandDelivery:
         self.hand_overs_s: deque[float] = deque(maxlen=MAX_HAND_OVER_SAMPLES)
 
     def held(self) -> int:
-        """How many polls wait."""
+        """Return the number of held polls."""
         return len(self._polls)
 
     # --- polls --------------------------------------------------------------------------------------------------------
 
     def has_pending(self, key: SessionKey) -> bool:
-        """Whether a poll would change anything: commands wait or are on their way, or another poll is held."""
+        """Return True if a poll would have an effect: commands wait or are offered, or another poll is held."""
         queue = self._queues.get(key)
         return key in self._polls or (queue is not None and len(queue) > 0)
 
     def poll(self, key: SessionKey, connection: int, arrived_s: float, *, hold: bool) -> PendingPoll:
-        """A poll arrived: its earlier offer may be evidenced by it; then it gets what there is, or waits if `hold`.
+        """Start a poll: offer the waiting commands, or hold the poll if `hold` is set, or answer it empty.
 
-        A poll of this session that waits already is answered empty.
+        The poll may be evidence for the session's previous offer. A held poll of the same session is answered empty.
         """
         queue = self._queues.get(key)
         if queue is not None and queue.offer is not None and queue.offer.is_acknowledged_by_poll_at(arrived_s):
@@ -105,10 +119,7 @@ class CommandDelivery:
         return poll
 
     def cancel_poll(self, key: SessionKey, poll: PendingPoll) -> None:
-        """The agent left, or the wait is over: a poll that waits no more gets nothing, and what was on its way to it
-
-        is queued again at once.
-        """
+        """Cancel a waiting poll and requeue the commands of an offer that is not written yet."""
         if self._polls.get(key) is poll:
             del self._polls[key]
         if poll.offering is not None:
@@ -117,17 +128,18 @@ class CommandDelivery:
         poll.answer(None)
 
     def expire_poll(self, key: SessionKey, poll: PendingPoll) -> None:
-        """The hold is over: answer empty, unless an offer is on its way already."""
+        """Answer a poll empty when its hold time ends, unless an offer for it is being stored."""
         if self._polls.get(key) is poll:
             del self._polls[key]
             poll.answer(None)
 
     def end_all(self) -> None:
-        """The shim stops: every held poll is answered empty."""
+        """Answer every held poll empty, because the shim stops."""
         for key, poll in list(self._polls.items()):
             self.expire_poll(key, poll)
 
     def try_offer(self, key: SessionKey) -> None:
+        """Offer the waiting commands of a session to its held poll, if it has both."""
         poll = self._polls.get(key)
         queue = self._queues.get(key)
         if poll is not None and queue is not None and queue.waiting():
@@ -149,7 +161,7 @@ class CommandDelivery:
 
         def done(outcome: list[Any] | StoreError) -> None:
             if poll.offering is not offering:
-                return  # abandoned meanwhile
+                return  # the poll was cancelled during the write, and its commands are queued again
             recorded = not isinstance(outcome, StoreError)
             left = poll.offering = offering if recorded else self._offer_without_record(queue, offering, policy)
             if left is not None:
@@ -161,7 +173,10 @@ class CommandDelivery:
     def _offer_without_record(
         self, queue: CommandQueue, offering: OfferedBatch, policy: QueuePolicy
     ) -> OfferedBatch | None:
-        """What goes out although the disk took no record of it."""
+        """Return the part of an offer that may be sent although the store failed to record it.
+
+        Types in `commands.at_most_once` are withheld: after a crash they would be delivered again.
+        """
         offer = queue.unrecorded(offering.offer, policy)
         log.error("offer_not_stored", session=offering.key.ident, offered=len(offer.ids) if offer else 0)
         for live in offering.offer.commands:
@@ -170,7 +185,10 @@ class CommandDelivery:
         return OfferedBatch(offering.key, offer, offering.polled_at) if offer is not None else None
 
     def _observe_offer(self, offering: OfferedBatch, *, recorded: bool) -> None:
-        """`recorded`: the disk knows of it, so that after a crash it counts as an attempt."""
+        """Count and log an offer.
+
+        `recorded` is False if the store failed: after a crash the offer will not count as an attempt.
+        """
         self._observe_age(offering, self._ctx.metrics.offer_seconds)
         for live in offering.offer.commands:
             self._queues.count("offered" if live.attempts == 1 else "redelivered")
@@ -183,7 +201,7 @@ class CommandDelivery:
             )
 
     def _observe_age(self, offering: OfferedBatch, seconds: Spreads) -> None:
-        """Observe how long ago the commands that are offered for the first time arrived."""
+        """Observe the age of the commands that are offered for the first time."""
         session = self._ctx.sessions.get(offering.key)
         if session is None:
             return
@@ -201,7 +219,7 @@ class CommandDelivery:
     # --- evidence -----------------------------------------------------------------------------------------------------
 
     def written(self, offering: OfferedBatch) -> None:
-        """The reply is with the kernel: now wait for evidence."""
+        """Wait for evidence of delivery: the whole reply was passed to the kernel."""
         offer = offering.offer
         offer.written_at = self._ctx.now
         self._by_connection.setdefault(offer.connection, []).append(offering)
@@ -211,7 +229,7 @@ class CommandDelivery:
         )
 
     def unwritten(self, offering: OfferedBatch) -> None:
-        """The reply did not reach the agent: everything is queued again in its old place; that was no attempt."""
+        """Requeue an offer that did not reach the agent, in its old place and without counting an attempt."""
         key, offer = offering.key, offering.offer
         queue = self._queues.get(key)
         if queue is not None and offer.written_at is None:
@@ -230,24 +248,31 @@ class CommandDelivery:
                 self._queues.expire(key, live.record.id)
 
     def next_request(self, connection: int) -> None:
-        """The agent goes on with the connection that carried a reply: it has read it."""
+        """Mark the offers of a connection as delivered.
+
+        An agent sends the next request on the same connection only after reading the whole previous reply.
+        """
         for offering in self._by_connection.pop(connection, ()):
             queue = self._queues.get(offering.key)
             if queue is not None:
                 self._delivered(offering.key, queue, offering.offer, "next request")
 
     def connection_closed(self, connection: int, clean: bool) -> None:
-        """The connection that carried a reply is gone; if it was not closed cleanly, a later poll proves nothing."""
+        """Record how the connection of an offer ended.
+
+        After a clean close the session's next poll is evidence: the agent's kernel had acknowledged the whole reply.
+        After a reset it is not, because the reply may have been discarded unread.
+        """
         for offering in self._by_connection.pop(connection, ()):
             offering.offer.cleanly_closed = clean
 
     def connection_lost(self, connection: int) -> None:
-        """Whoever served the connection is gone: nobody will ever tell what was read on it."""
+        """Treat the offers of a connection as uncertain at once: the replica that served the connection is gone."""
         for offering in self._by_connection.pop(connection, ()):
             self._evidence_due(offering)
 
     def answered(self, key: SessionKey, command_id: str) -> None:
-        """A result is on disk: the agent has the command, and the whole reply that it came in."""
+        """Mark a command as answered, and all commands of the same reply as delivered."""
         self._queues.answered(key, command_id)
         queue = self._queues.get(key)
         if queue is not None:
@@ -277,7 +302,7 @@ class CommandDelivery:
         self.try_offer(offering.key)
 
     def move(self, source: SessionKey, target: SessionKey) -> None:
-        """The session `source` was superseded: its commands wait for `target` now."""
+        """Move the commands of the superseded session `source` to `target`."""
         poll = self._polls.pop(source, None)
         if poll is not None:
             poll.answer(None)

@@ -1,4 +1,8 @@
-"""What goes up for living agents: heartbeats, status reports; never for the dead (protocol.md §1.2, §2, §2.1)."""
+"""Heartbeats and status reports to the controller, for sessions whose agent is alive.
+
+Every heartbeat is caused by a call of the agent, never by a timer alone: the shim must not report a dead agent as
+alive. See docs/reference/protocol.md#21-link-life.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ STATUS_EVERY_S = 30.0
 
 
 class HeartbeatForwarder:
-    """Decides when something is said upstream for a session."""
+    """Sender of heartbeats and status reports; decides when one is due."""
 
     def __init__(
         self,
@@ -47,14 +51,18 @@ class HeartbeatForwarder:
         self._covered = ctx.metrics.agent_heartbeats.labels(HeartbeatOutcome.ACKED.value)
 
     def identity(self) -> dict[str, Any]:
-        """What the configuration says of agents that never registered here; absent fields are left out."""
+        """Return the configured `identity` of agents that never registered here, without its empty fields."""
         known = msgspec.structs.asdict(self._ctx.settings.identity)
         return {key: value for key, value in known.items() if value}
 
     # --- heartbeats ---------------------------------------------------------------------------------------------------
 
     def heartbeat(self, session: Session) -> None:
-        """The agent's heartbeat: contact, and a claim that the controller hears of it within one interval."""
+        """Record an agent's heartbeat and send one upstream if it is due.
+
+        The controller is expected to acknowledge a heartbeat for this agent within one interval; the metric
+        `agent_shim_agent_heartbeats` counts if it did.
+        """
         line = self.called(session)
         if session.coverage.beat(self._ctx.now, line, self._window_s):
             self._covered.value += 1
@@ -62,7 +70,7 @@ class HeartbeatForwarder:
             self._uncovered.add(session)
 
     def settle(self) -> None:
-        """Judge heartbeats of agents that the controller had an interval's time to hear of; called every second."""
+        """Count the agents' heartbeats whose interval has passed as acknowledged or not; called every second."""
         now, window_s = self._ctx.now, self._window_s
         for session in list(self._uncovered):
             for outcome, number in session.coverage.settle(now, window_s, acks=self._acks_seen).items():
@@ -94,15 +102,15 @@ class HeartbeatForwarder:
         self._covered.inc(covered)
 
     def called(self, session: Session, *, force: bool = False) -> UpstreamConnection | None:
-        """The agent called (or, with `force`, something changed): a heartbeat goes up if one is due and allowed.
+        """Send a heartbeat for a session whose agent has just called, if one is due and allowed.
 
-        Returns the connection that the session's heartbeats take now.
+        With `force` it is due in any case, because something changed. Returns the session's connection, or None.
         """
         connection = self._routes.connection_of(session)
         if connection is None or not session.fresh(self._ctx.now):
             return connection
         if session.heartbeat is None and session.poll_at is None:
-            return connection  # it has only registered so far: its own first heartbeat says more
+            return connection  # the agent has only registered so far: wait for the data of its own first heartbeat
         interval_s = self._ctx.settings.upstream.heartbeat_interval_s
         due = force or session.heartbeat_due(self._ctx.now, interval_s)
         if due and self._ensure_announced(session, connection):
@@ -119,7 +127,11 @@ class HeartbeatForwarder:
         connection.send_heartbeat(session.key, session.heartbeat_payload(), answered)
 
     def _ensure_announced(self, session: Session, connection: UpstreamConnection) -> bool:
-        """Whether the controller has just been told about the session; else it is told first, where possible."""
+        """Return True if the session may send heartbeats on this connection; otherwise register it first.
+
+        The controller must know a session before its first heartbeat. Adopted cluster sessions without registration
+        data are excepted: their heartbeats carry the agent's cluster id.
+        """
         if self._is_announced(session, connection) and session.upstream_cluster_id:
             return True
         adopted = not session.registration
@@ -134,7 +146,10 @@ class HeartbeatForwarder:
         )
 
     def announce(self, session: Session) -> None:
-        """Register a session from what is known of it; without a name nothing is sent, and the log says what helps."""
+        """Register a fresh session with the controller from what is known of it.
+
+        Without a name nothing is sent, and a warning is logged once.
+        """
         runner = self._routes.runner_of(session)
         if runner is None or runner.connection is None or not session.fresh(self._ctx.now):
             return
@@ -145,13 +160,13 @@ class HeartbeatForwarder:
             log.warning("name_unknown", session=session.key.ident, hint="set identity.name in the configuration")
 
     def session_announced(self, session: Session, connection: UpstreamConnection) -> None:
-        """The controller knows the session on this connection: its newest heartbeat may follow."""
+        """Record that the controller knows the session on this connection, and send its newest heartbeat."""
         session.announced_on = connection.serial
         if self._routes.connection_of(session) is connection:
             self._speak_for(session)
 
     def online(self, sessions: list[Session]) -> None:
-        """After the replay and the results: the newest heartbeat of each fresh session at once."""
+        """Send the newest heartbeat of each fresh session at once; called after the replay and the results."""
         for session in sessions:
             self._speak_for(session)
 
@@ -161,13 +176,16 @@ class HeartbeatForwarder:
             self._send_status(session)
 
     def hold_started(self, session: Session) -> None:
-        """A poll is held: contact for as long as its connection is open."""
+        """Count a held poll as contact with the agent while its connection is open."""
         session.held += 1
         self._held[session.key] = session
         self.called(session)
 
     def hold_ended(self, session: Session) -> None:
-        """The poll is over. Its connection was open until now, also if the agent hung up: that is contact."""
+        """Record the last contact of a held poll.
+
+        The connection was open until now, also if the agent disconnected: the agent was alive until then.
+        """
         session.held -= 1
         if not session.held:
             self._held.pop(session.key, None)
@@ -175,7 +193,7 @@ class HeartbeatForwarder:
         self.called(session)
 
     def sweep(self) -> None:
-        """Send the heartbeats that became due while polls are held; to be called every few seconds."""
+        """Send the heartbeats that became due during held polls; called every few seconds."""
         now, wall = self._ctx.now, self._ctx.clock.wall_s()
         for session in list(self._held.values()):
             session.touch(now, wall)
@@ -184,10 +202,13 @@ class HeartbeatForwarder:
     # --- status -------------------------------------------------------------------------------------------------------
 
     def status(self, session: Session, body: dict[str, Any]) -> None:
-        """A cluster status report: the latest wins, at most one in 30 s goes up."""
+        """Send an agent's status report: the latest wins, at most one in 30 s.
+
+        A report that is too large for the controller, or for the memory of unsent reports, is dropped and counted.
+        """
         upstream = self._ctx.settings.upstream
         size_bytes = len(msgspec.json.encode(body))
-        self._drop_status(session.key)  # the latest wins
+        self._drop_status(session.key)
         too_large = size_bytes + ENVELOPE_BYTES > upstream.max_send_bytes
         if not upstream.send_status or too_large or self._status_bytes + size_bytes > MAX_ALL_KEPT_BYTES:
             self._ctx.metrics.status_dropped.inc()
@@ -216,7 +237,7 @@ class HeartbeatForwarder:
         speaks = connection is not None and session.fresh(self._ctx.now)
         told = connection is not None and self._is_announced(session, connection)
         if speaks and not told and session.register_payload(self.identity()) is not None:
-            return  # an adopted agent's: it follows the registration, which its heartbeat brings about
+            return  # keep the report of an adopted agent: it is sent after the registration that its heartbeat causes
         body = self._status[session.key]
         self._drop_status(session.key)
         if connection is None or not speaks or not told:
@@ -230,6 +251,6 @@ class HeartbeatForwarder:
             self._status_bytes -= self._status_sizes.pop(key)
 
     def forget(self, key: SessionKey) -> None:
-        """The session is gone."""
+        """Delete the status report of a session that was removed."""
         self._drop_status(key)
         self._status_at.pop(key, None)

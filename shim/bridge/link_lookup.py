@@ -1,4 +1,7 @@
-"""Who a caller is, and which link and connection carry a session's traffic (protocol.md §1.6, §2)."""
+"""Lookup of a caller's owner, and of the link and connection that a session uses.
+
+See docs/reference/protocol.md#16-owners-sessions-aliases.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from shim.core.shard_assignment import owner_id
 from shim.ports import Caller
 
 LINK_KIND = "link"
-"""The kind of a `SessionKey` that stands for a link itself: where rejections without a session are filed."""
+"""Kind of a `SessionKey` that names a link: rejections of commands without a session are stored under it."""
 
 
 class LinkLookup:
-    """Finds owners, links and connections."""
+    """Lookup table of owners, links and connections."""
 
     def __init__(self, ctx: BridgeContext, links: LinkPool, gateways: GatewayConnections) -> None:
         self.links = links
@@ -28,7 +31,7 @@ class LinkLookup:
         self._link_of: dict[SessionKey, str] = {}
 
     def owner_of(self, token: str) -> str | None:
-        """Whose sessions a caller sees; `None` without a token where one is needed."""
+        """Return the owner of the sessions that a caller may use, or None if a required token is missing."""
         if not self._ctx.settings.upstream.own_tokens:
             return DEFAULT_OWNER
         return self._owner_of(token) if token else None
@@ -39,7 +42,7 @@ class LinkLookup:
     # --- links --------------------------------------------------------------------------------------------------------
 
     def link_name(self, session: Session) -> str:
-        """The name of the link that a session belongs to."""
+        """Return the name of the link that a session belongs to."""
         name = self._link_of.get(session.key)
         if name is None:
             key = session.key
@@ -48,26 +51,29 @@ class LinkLookup:
         return name
 
     def bind(self, session: Session, runner: UpstreamLink) -> None:
-        """The session registered over this link."""
+        """Record that the session registered over this link."""
         self._link_of[session.key] = runner.name
 
     def forget(self, key: SessionKey) -> None:
-        """The session is gone."""
+        """Delete the record of a session that was removed."""
         self._link_of.pop(key, None)
 
     def runner_of(self, session: Session) -> UpstreamLink | None:
-        """The link of a session, if it exists."""
+        """Return the link of a session, or None if it does not exist."""
         return self.links.find(self.link_name(session))
 
     def link_for(self, session: Session, client: Caller) -> UpstreamLink:
-        """The link of a session whose agent just called, dialled if need be; raises `AgentError` 503."""
+        """Return the link of a session whose agent has just called, and connect the link if necessary.
+
+        Raises `AgentError`: 503 if there are too many links, 401 for a token that was refused recently.
+        """
         runner = self.links.get(session.key.owner, self.link_name(session), client.token)
         if not self.gateways.is_routed(session.key):
             runner.ensure_connected()
         return runner
 
     def sessions_of(self, runner: UpstreamLink) -> list[Session]:
-        """The sessions whose link this is."""
+        """Return the sessions that belong to this link."""
         owned = self._ctx.sessions.of_owner(runner.owner)
         if runner.name == runner.owner:
             return list(owned)
@@ -76,7 +82,10 @@ class LinkLookup:
     # --- connections --------------------------------------------------------------------------------------------------
 
     def connection_of(self, session: Session) -> UpstreamConnection | None:
-        """The connection that carries a session's heartbeats and results now: its gateway's, else its link's."""
+        """Return the connection for a session's heartbeats and results: its gateway's, else its link's.
+
+        None means that neither is open.
+        """
         gateway = self.gateways.connection_of(session.key)
         if gateway is not None:
             return gateway
@@ -84,7 +93,10 @@ class LinkLookup:
         return runner.up_connection if runner is not None else None
 
     def connection_for_key(self, key: SessionKey) -> UpstreamConnection | None:
-        """The same for what is filed under a session that may be gone, or under a link."""
+        """Return the connection for an outbox entry, whose session may have been removed.
+
+        A key of kind `link` names the link itself. For a removed session any open link of its owner is used.
+        """
         if key.kind == LINK_KIND:
             runner = self.links.find(key.ident)
             return runner.up_connection if runner is not None else None
