@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from shim.config import settings
 from shim.core.records import (
@@ -25,19 +26,21 @@ from shim.core.records import (
     FindCommand,
     MarkCommands,
     Prune,
+    PutOutbox,
     PutResult,
     ReadOutbox,
     TraceEntry,
 )
 from shim.errors import StoreError, StoreFenced, StoreVersionError
 from shim.store import CommitProbe
-from tests.support.stores import KEY, TIMEOUT_S, StoreClient, put
+from tests.support.stores import KEY, POISON, TIMEOUT_S, StoreClient, put
 
 pytest.importorskip("psycopg")
 
 from shim.store.postgres.database import prepare
 from shim.store.postgres.dsn import application, conninfo
 from tests.support import postgres as pg
+from tests.support.disks import fill, mounted
 from tests.support.processes import free_port
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(120)]
@@ -531,3 +534,96 @@ def test_commands_that_share_a_statement_keep_their_order_and_their_outcomes(pg_
     ((_, _, trace),) = client.one(FindCommand("3"))
     assert [step.event for step in trace] == ["arrived", "arrived"]
     client.close()
+
+
+@pytest.mark.parametrize(
+    "change, known",
+    [
+        ("payload = '{'", (KEY, "1", "r-1")),
+        ("payload = '[]'", (KEY, "1", "r-1")),
+        (r"payload = '\xff'", (KEY, "1", "r-1")),
+        ("state = 'dreaming'", (KEY, "1", "r-1")),
+        ("session = 'no key'", (None, "1", "r-1")),
+    ],
+)
+def test_a_command_that_cannot_be_decoded_is_put_aside_and_named(pg_url: str, change: str, known: Any) -> None:
+    client = client_of(pg_url)
+    client.run(put("1"), put("2"), PutResult(KEY, "2", {"ok": True}, 3.0))
+    client.close()
+    pg.query(pg_url, f"UPDATE commands SET {change} WHERE id = '1'")  # noqa: S608
+    pg.query(pg_url, "UPDATE outbox SET payload = '{'")
+    for quarantined in (1, 0):
+        client = StoreClient(lambda post: pg.store(pg_url, post))
+        loaded = client.open()
+        assert (loaded.quarantined, loaded.commands) == (quarantined, ())
+        # One that has a session is named until it is answered.
+        assert loaded.quarantined_commands == ((known,) if quarantined or known[0] else ())
+        (entry,) = client.one(ReadOutbox("default", 0, 10))
+        assert entry.payload["code"] == "malformed"
+        client.close()
+    client = client_of(pg_url)
+    client.run(PutOutbox(KEY, "1", "r-1", {"code": "malformed"}))
+    client.close()
+    client = StoreClient(lambda post: pg.store(pg_url, post))
+    assert client.open().quarantined_commands == ()
+    client.close()
+    assert pg.query(pg_url, "SELECT origin, pending FROM quarantine ORDER BY origin") == [
+        ("commands", False),
+        ("outbox", False),
+    ]
+
+
+def test_a_submission_that_cannot_be_stored_fails_alone(pg_url: str) -> None:
+    client = client_of(pg_url)
+    huge = put("huge", size_bytes=1 << 70)
+    waiting = [client.submit(each) for each in (put("1"), huge, *POISON, put("2"))]
+    found = [client.wait(each) for each in waiting]
+    assert [isinstance(each, StoreError) for each in found] == [False, True, True, True, False]
+    client.close()
+    assert stored(pg_url) == ["1", "2"]
+
+
+def fill_up(client: StoreClient) -> None:
+    for number in range(10_000):
+        client.run(*(put(f"x-{number}-{n}", payload={"x": "x" * 4000}) for n in range(20)))
+
+
+def test_a_full_disk_refuses_and_recovers(server: pg.Postgres) -> None:
+    folder = server.directory / "small"
+    folder.mkdir()
+    with mounted(folder, 24) as works:
+        if not works:
+            pytest.skip("may not mount")
+        server.give(folder)
+        server.sql(f"CREATE TABLESPACE small LOCATION '{folder}'")
+        server.sql("CREATE DATABASE shim TABLESPACE small")
+        url = server.url("shim")
+        client = client_of(url)
+        client.run(put("1"))
+        filler = folder / "filler"
+        fill(filler)
+        with pytest.raises(StoreError, match="disk is full"):
+            fill_up(client)
+        filler.unlink()
+        client.run(put("2"))
+        client.close()
+        assert {"1", "2"} <= set(stored(url))
+        server.stop("immediate")
+
+
+def test_a_database_off_this_machine_must_prove_who_it_is(server: pg.Postgres, tmp_path: Path) -> None:
+    ours, theirs = trustme.CA(), trustme.CA()
+    for name, authority in (("ours", ours), ("theirs", theirs)):
+        authority.cert_pem.write_to_path(str(tmp_path / f"{name}.pem"))
+    server.certify(ours.issue_cert("127.0.0.1"))
+    url = server.create("shim").replace("?sslmode=disable", "")
+    for ca, said in (("ours", ""), ("theirs", "certificate")):
+        configured = settings.Store(url=url, ca_file=str(tmp_path / f"{ca}.pem"))
+        if not said:
+            prepare(configured)
+            continue
+        with pytest.raises(StoreError, match=said):
+            prepare(configured)
+    server.certify(ours.issue_cert("elsewhere.example"))
+    with pytest.raises(StoreError, match="does not match host name"):
+        prepare(settings.Store(url=url, ca_file=str(tmp_path / "ours.pem")))

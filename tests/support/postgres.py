@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import trustme
 
 from shim.config import settings
 from shim.store import CommitProbe, Partition
@@ -50,7 +51,7 @@ class Postgres:
         self.data = self.directory / "data"
         self.port = free_port()
         self._made = 0
-        self._own(self.directory)
+        self.give(self.directory)
 
     def remove(self) -> None:
         """End it whatever state it is in, and delete its files."""
@@ -64,7 +65,7 @@ class Postgres:
     def init(self, *conf: str) -> None:
         """Make the data directory; `conf` are lines of postgresql.conf."""
         (self.directory / "password").write_text(PASSWORD)
-        self._own(self.directory / "password")
+        self.give(self.directory / "password")
         self.run("initdb", "-D", self.data, "-U", USER, "--auth=scram-sha-256", "-E", "UTF8", "--no-locale", "-N",
                  f"--pwfile={self.directory / 'password'}")  # fmt: skip
         text = _CONF.format(directory=self.directory, port=self.port)
@@ -104,6 +105,17 @@ class Postgres:
         main = int((self.data / "postmaster.pid").read_text().split()[0])
         children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
         return [main, *map(int, children)]
+
+    def certify(self, certificate: trustme.LeafCert) -> None:
+        """Serve TLS with this certificate from now on."""
+        for name, blob in (("key", certificate.private_key_pem), ("crt", certificate.cert_chain_pems[0])):
+            file = self.data / f"server.{name}"
+            blob.write_to_path(str(file))
+            file.chmod(0o600)
+            self.give(file)
+        self.sql("ALTER SYSTEM SET ssl = on")
+        self.sql("SELECT pg_reload_conf()")
+        self.restart()
 
     # --- standby ------------------------------------------------------------------------------------------------------
 
@@ -152,7 +164,8 @@ class Postgres:
         if check and done.returncode:
             raise AssertionError(f"{program}: {done.stdout}{done.stderr}")
 
-    def _own(self, path: Path) -> None:
+    def give(self, path: Path) -> None:
+        """Make the server's user the owner of a path."""
         if os.getuid() == 0:
             shutil.chown(path, user(), user())
 
