@@ -51,9 +51,9 @@ class Group:
     Statements give one row for each of them, beginning with its number.
     """
 
-    def __init__(self, head: str, tail: str, execute: Callable[[str, Sequence[Any]], Rows]) -> None:
+    def __init__(self, head: str, tail: str, pipeline: Pipeline) -> None:
         self._head, self._tail = head, tail
-        self._execute = execute
+        self._pipeline = pipeline
         self._rows: list[tuple[Row, Sequence[Any]]] = []
         self._statements: dict[int, str] = {}
 
@@ -61,6 +61,9 @@ class Group:
         """Let a row wait for `send`."""
         row = Row()
         self._rows.append((row, parameters))
+        if len(self._rows) == _SIZES[0]:
+            self.send()
+            self._pipeline.push()  # the server works on it while the next ones are put together
         return row
 
     def send(self) -> None:
@@ -73,7 +76,7 @@ class Group:
             start += size
             values = [value for _, parameters in part for value in parameters]
             statement = self._statements.get(size) or self._make(size, len(part[0][1]))
-            chunk = _Chunk(self._execute(statement, values))
+            chunk = _Chunk(self._pipeline.execute(statement, values))
             for number, (row, _) in enumerate(part):
                 row.sent(chunk, number)
 
@@ -113,7 +116,7 @@ class PostgresDatabase:
 
     def group(self, head: str, tail: str) -> Group:
         """Make a group of one kind of statement."""
-        group = Group(head, tail, self._pipeline.execute)
+        group = Group(head, tail, self._pipeline)
         self._groups.append(group)
         return group
 

@@ -136,6 +136,13 @@ class Pipeline:
         self._waiting.append(Answer(self))
         return name
 
+    def push(self) -> None:
+        """Send what is queued so far, as much as the network takes at once."""
+        try:
+            self._server.flush()
+        except psycopg.Error as error:
+            raise Lost from error
+
     def settle(self, limit_s: float = ANSWER_S) -> None:
         """Send what is queued and read its results. Raises `Refused` with the first error, `Lost`.
 
