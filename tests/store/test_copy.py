@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,19 @@ def seen(client: StoreClient) -> Any:
     return found, client.one(ReadOutbox("default", 0, 10))
 
 
+OPEN: list[StoreClient] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed(_no_thread_is_left: None) -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
 def file_client(path: Path) -> tuple[StoreClient, StoreContents]:
-    client = StoreClient(lambda post: SqliteStore(path, post))
-    return client, client.open()
+    OPEN.append(StoreClient(lambda post: SqliteStore(path, post)))
+    return OPEN[-1], OPEN[-1].open()
 
 
 def test_there_and_back_is_the_same(tmp_path: Path, pg_url: str) -> None:
