@@ -1,7 +1,7 @@
-"""What an agent asked for and what it is answered, free of any dialect (protocol.md §1).
+"""Calls of agents and their outcomes, independent of any dialect (docs/reference/protocol.md#1-legacy-side).
 
-`dialects` turn a legacy request into one of the `…Call` types and one of the outcome types into a legacy reply. What
-comes with every heartbeat and poll is a `Struct`: making one costs a tenth of what a frozen dataclass does.
+`shim.protocol.dialects` converts a legacy request into one of the `…Call` types, and an outcome into a legacy reply.
+The types used by every heartbeat and poll are `Struct`s: creating one costs a tenth of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 
 
 class TargetKind(Enum):
-    """How a call names its session (protocol.md §1.6)."""
+    """Kinds of ids by which a call names its session (docs/reference/protocol.md#16-owners-sessions-aliases)."""
 
     CLUSTER = "cluster"  # by the cluster id
     AGENT = "agent"  # by the agent id
@@ -22,7 +22,7 @@ class TargetKind(Enum):
 
 
 class SessionTarget(msgspec.Struct, frozen=True):
-    """The session that a call means: `ident` is the agent's own id for it, decoded from the path or the body."""
+    """The session that a call names. `ident` is the agent's own id, decoded from the path or the body."""
 
     kind: TargetKind
     ident: str
@@ -30,10 +30,12 @@ class SessionTarget(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class RegisterCall:
-    """A registration. `payload` is the upstream `register` payload by the map of wire-facts §4.
+    """A registration. `payload` is the upstream `register` payload.
 
-    It carries `agent_id` and `name` and only what the agent sent otherwise, never `k8s_service_token`, which stands in
-    `secret` because it is never stored. `known_by_agent`: the session is keyed by agent id (dialect `agents`).
+    The field map is docs/reference/legacy-agents.md#4-field-mapping-http---websocket. `payload` always has `agent_id`
+    and `name`, and other fields only if the agent sent them. It never has `k8s_service_token`: that is in `secret`,
+    because payloads are stored and the token must not be. `known_by_agent` is true if the session is keyed by agent id
+    (dialect `agents`).
     """
 
     dialect: str
@@ -45,12 +47,12 @@ class RegisterCall:
 
 
 class HeartbeatCall(msgspec.Struct, frozen=True):
-    """A heartbeat. `status` and `tunnel_status` are the agent's own words, `""` where it sent none.
+    """A heartbeat. `status` and `tunnel_status` are the agent's values, `""` if it sent none.
 
-    For the dialect `agents`, which knows no tunnel status, `tunnel_status` is `disconnected` then. `payload` holds
-    `metadata` and monitoring groups exactly as they go upstream; `known` what the call tells about the agent for an
-    adopted session's registration (`name`, `agent_version`, …; protocol.md §1.4). `secret` is the ServiceAccount token
-    that one generation sends here too; it is held in memory only. `size_bytes` is the body's size.
+    In the dialect `agents`, which has no tunnel status, `tunnel_status` is always `disconnected`. `payload` has
+    `metadata` and the monitoring groups unchanged. `known` has the fields that complete the registration of an adopted
+    session (`name`, `agent_version`, …; docs/reference/protocol.md#14-adoption). `secret` is the ServiceAccount token
+    that one generation sends in heartbeats; it is kept in memory only. `size_bytes` is the size of the body.
     """
 
     dialect: str
@@ -69,7 +71,7 @@ class HeartbeatCall(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class StatusCall:
-    """A cluster status report (dialect `agents`); `body` goes upstream as it is."""
+    """A cluster status report (dialect `agents`). `body` is sent upstream unchanged."""
 
     dialect: str
     target: SessionTarget
@@ -85,7 +87,7 @@ class PollCall(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class ResultCall:
-    """A command result. `body` holds what the agent sent of `success, output, error, metadata, timestamp`."""
+    """A command result. `body` has those of `success, output, error, metadata, timestamp` that the agent sent."""
 
     dialect: str
     target: SessionTarget
@@ -94,19 +96,19 @@ class ResultCall:
 
 
 class TunnelPollCall(msgspec.Struct, frozen=True):
-    """A tunnel status poll (protocol.md §1.5)."""
+    """A tunnel status poll (docs/reference/protocol.md#15-tunnel-poll)."""
 
     target: SessionTarget
 
 
 class TunnelInfoCall(msgspec.Struct, frozen=True):
-    """A question for the registration's tunnel data (dialect `clusters_agent`)."""
+    """A request for the tunnel data of the registration (dialect `clusters_agent`)."""
 
     target: SessionTarget
 
 
 class HealthCall(msgspec.Struct, frozen=True):
-    """Is the shim there?"""
+    """A health check of the shim."""
 
 
 AgentCall = (
@@ -116,10 +118,10 @@ AgentCall = (
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A successful registration as the agent gets it.
+    """A successful registration as it is returned to the agent.
 
-    `cluster_id` is non-empty and URL-safe. `workspace_id` and `registered_at` (RFC 3339) are `None` where unknown.
-    `cached` says that it came from the store and not from the controller just now.
+    `cluster_id` is non-empty and URL-safe. `workspace_id` and `registered_at` (RFC 3339) are `None` if unknown.
+    `cached` is true if the reply comes from the store and not from the controller.
     """
 
     cluster_id: str
@@ -135,11 +137,14 @@ class Registered:
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """A heartbeat, status or result was taken."""
+    """The outcome of a heartbeat, status or result that was accepted."""
 
 
 class OfferedCommand(msgspec.Struct, frozen=True):
-    """A command as it stands in a poll reply: every field has its exact type (protocol.md §1.3)."""
+    """A command in a poll reply.
+
+    Every field has exactly the type that agents decode (docs/reference/protocol.md#13-poll).
+    """
 
     id: str
     type: str
@@ -148,32 +153,32 @@ class OfferedCommand(msgspec.Struct, frozen=True):
 
 
 class Commands(msgspec.Struct, frozen=True):
-    """A poll's answer: the commands in order, possibly none."""
+    """The outcome of a poll: the commands in order, possibly none."""
 
     commands: tuple[OfferedCommand, ...]
     poll_frequency_s: int
 
 
 class TunnelState(msgspec.Struct, frozen=True):
-    """A tunnel poll's answer: the payload of the latest `tunnel_status`, or `None` for the default."""
+    """The outcome of a tunnel poll: the payload of the latest `tunnel_status`, or `None` for the default."""
 
     payload: dict[str, Any] | None
     poll_frequency_s: int
 
 
 class TunnelInfo(msgspec.Struct, frozen=True):
-    """The registration's tunnel data."""
+    """The outcome of a `TunnelInfoCall`."""
 
     registered: Registered
 
 
 class Healthy(msgspec.Struct, frozen=True):
-    """The shim serves."""
+    """The outcome of a health check."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The call failed with this HTTP status. `cluster_id` is set where a conflict carries the existing id (409)."""
+    """A failed call and its HTTP status. `cluster_id` is the existing cluster's id in a conflict (409)."""
 
     status: int
     error: str

@@ -1,4 +1,4 @@
-"""When to dial again: classify a failure, then draw a delay (protocol.md §2.1)."""
+"""Backoff of a link: failure classes and delays between dials (docs/reference/protocol.md#21-link-life)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ RECENTLY_WORKING_S = 600.0
 
 
 class FailureKind(Enum):
-    """LOSS: the controller is away and should be found quickly. REFUSED: it answered and does not want us now."""
+    """Kinds of failed dials, which differ in the longest delay before the next dial.
+
+    LOSS: the controller is unreachable; the short cap finds it soon after its return. REFUSED: the controller answered
+    and rejected the connection. Consequences of a close code for the next dial
+    (docs/reference/protocol.md#21-link-life).
+    """
 
     LOSS = "loss"
     REFUSED = "refused"
@@ -23,9 +28,9 @@ class CloseMeaning(Enum):
     """The part of a close code that decides about the next dial (docs/reference/protocol.md#21-link-life)."""
 
     COME_AGAIN = "come again"  # the controller restarts, is busy or has failed: dial again soon
-    REFUSED = "refused"  # the controller does not accept the token
-    COMPLAINT = "complaint"  # the controller could not use what we sent: dial again, more and more rarely
-    OTHER = "other"  # soon after a registration, three in a row mean that another process has our identity
+    REFUSED = "refused"  # the controller rejects the token
+    COMPLAINT = "complaint"  # the controller could not process our messages: dial again with growing delays
+    OTHER = "other"  # three in a row, each soon after a registration, mean that another process has our identity
 
 
 # RFC 6455 section 7.4.1 and IANA's registry of close codes. 3000 is Unauthorized, 3003 Forbidden, 3008 Timeout.
@@ -50,7 +55,7 @@ def close_meaning(code: int) -> CloseMeaning:
 
 
 class BackoffPolicy(msgspec.Struct, frozen=True):
-    """Delays in seconds; `contended_s` is also the pace of an own token that was never accepted."""
+    """Delays in seconds. `contended_s` is also the delay for an agent's own token that was never accepted."""
 
     initial_s: float = 1
     max_s: float = 5
@@ -59,10 +64,10 @@ class BackoffPolicy(msgspec.Struct, frozen=True):
 
 
 def classify(status: int, retry_after_s: float | None, since_working_s: float | None) -> FailureKind:
-    """Tell loss from refusal by the handshake's HTTP status (0: none was received).
+    """Return the kind of a failed handshake by its HTTP status (0: no response was received).
 
-    `since_working_s` is the age of the last working link, `None` if there was none: a 404 shortly after one is a
-    controller that is being redeployed, not a wrong address.
+    `since_working_s` is the time since the last working link, `None` if there was none. A 404 shortly after a working
+    link is a controller that is being redeployed, not a wrong address.
     """
     if status in {0, 408}:
         return FailureKind.LOSS
@@ -76,10 +81,10 @@ def classify(status: int, retry_after_s: float | None, since_working_s: float | 
 
 
 class Backoff:
-    """Full jitter, doubling from `initial_s`; starts over only by `reset()`, which a stable link earns.
+    """Exponential backoff with full jitter. The bound doubles from `initial_s` and returns there only by `reset()`.
 
-    `rng` returns a float in [0, 1). A `Retry-After`, clamped to 1-300 s, is a lower bound: jitter is added to it, so
-    that a fleet that was told the same second does not come back in it.
+    `rng` returns a float in [0, 1). A `Retry-After`, clamped to 1-300 s, is a lower bound. Jitter is added to it,
+    because all shims of a fleet may have received the same value and must not return in the same second.
     """
 
     def __init__(self, policy: BackoffPolicy, rng: Callable[[], float]) -> None:
@@ -93,11 +98,11 @@ class Backoff:
         return self._failures
 
     def reset(self) -> None:
-        """The link was stable: the next failure starts from the beginning."""
+        """Start again from the initial delay. Call this when a link was stable."""
         self._failures = 0
 
     def next_delay_s(self, kind: FailureKind, retry_after_s: float | None = None) -> float:
-        """Count one failure and draw the delay before the next dial."""
+        """Count one failure and return a random delay in seconds before the next dial."""
         cap_s = self._policy.max_s if kind is FailureKind.LOSS else self._policy.refused_max_s
         bound_s = min(cap_s, self._policy.initial_s * float(1 << min(self._failures, 16)))
         self._failures += 1
@@ -107,7 +112,10 @@ class Backoff:
         return self._rng() * bound_s
 
     def fixed_delay_s(self, retry_after_s: float | None = None) -> float:
-        """Count one failure and return the pace of a contended or never accepted identity, or what was asked for."""
+        """Count one failure and return `contended_s` or `Retry-After`, if that is longer, plus up to 10 % jitter.
+
+        Use this for a contended identity and for a token that was never accepted.
+        """
         self._failures += 1
         floor_s = 0.0 if retry_after_s is None else _clamped(retry_after_s)
         return max(self._policy.contended_s, floor_s) * (1 + 0.1 * self._rng())
@@ -127,15 +135,15 @@ FAILURES = (
 
 
 class DialOutcome(Enum):
-    """How an attempt to get a link online ended."""
+    """Outcomes of an attempt to bring a link online."""
 
     OK = "ok"
-    FAILED = "failed"  # although the controller was there
-    AWAY = "away"  # the controller was not there, as far as that can be known
+    FAILED = "failed"  # the controller was reachable
+    AWAY = "away"  # the controller was unreachable, as far as the dial shows
 
 
 def failure_name(reason: str, status: int) -> str:
-    """One of `FAILURES` for a `ports.DialFailure`, `other` for what is none."""
+    """Return the metric label of a `ports.DialFailure`: one of `FAILURES`, or `other`."""
     name = reason
     if status:
         name = f"http_{status}" if status in OWN_STATUSES else f"http_{status // 100}xx"
@@ -143,10 +151,10 @@ def failure_name(reason: str, status: int) -> str:
 
 
 def is_controller_unreachable(reason: str, status: int, since_working_s: float | None) -> bool:
-    """Whether the controller was away by the dial's own account.
+    """Return True if the dial's failure means that the controller was unreachable.
 
-    Nobody answered (no name, no TCP connection, no reply in time, no way through the proxy), or who answered says that
-    it is away (408, 5xx, a 404 shortly after a working link). Bad TLS and a broken handshake are answers.
+    That is so without any answer (DNS, TCP, timeout, proxy), and for statuses of a proxy in front of an absent
+    controller (408, 5xx, a 404 shortly after a working link). Bad TLS and a broken handshake are answers.
     """
     if not status:
         return reason in NO_ANSWER

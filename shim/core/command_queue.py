@@ -1,4 +1,4 @@
-"""The life of commands: the table of states, and the queue of one session."""
+"""State transitions of commands, and the command queue of one session."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from shim.errors import IllegalTransition
 
 
 class CommandEvent(Enum):
-    """What can happen to a command."""
+    """Events in the life of a command."""
 
     OFFER = "offer"  # put into a poll reply
     UNWRITTEN = "unwritten"  # the reply did not reach the agent: no attempt
-    EVIDENCE = "evidence"  # the agent has it
-    NO_EVIDENCE = "no_evidence"  # nobody can tell
+    EVIDENCE = "evidence"  # the agent has received the command
+    NO_EVIDENCE = "no_evidence"  # it is unknown if the agent has received the command
     RESULT = "result"  # the agent's result is on disk
-    FENCED = "fenced"  # the controller has the result
+    FENCED = "fenced"  # the controller has received the result
     EXPIRE = "expire"
-    GIVE_UP = "give_up"  # attempts used up, at most once, or purged by hand
-    FORGET = "forget"  # its session is deleted
-    REDELIVER = "redeliver"  # by hand
+    GIVE_UP = "give_up"  # all attempts were used, the type is delivered at most once, or an operator purged it
+    FORGET = "forget"  # the session was deleted
+    REDELIVER = "redeliver"  # an operator asked for it
 
 
 _S, _E = CommandState, CommandEvent
@@ -48,7 +48,7 @@ TRANSITIONS: dict[tuple[CommandState, CommandEvent], CommandState] = {
     (_S.EXPIRED, _E.REDELIVER): _S.QUEUED,
     (_S.DEAD, _E.REDELIVER): _S.QUEUED,
     (_S.ANSWERED, _E.FENCED): _S.CLOSED,
-    # A valid result is always stored, in every state; after an end it changes the state no more than a repeat does.
+    # A valid result is stored in every state. A repeated result does not change the state.
     (_S.QUEUED, _E.RESULT): _S.ANSWERED,
     (_S.OFFERED, _E.RESULT): _S.ANSWERED,
     (_S.UNCERTAIN, _E.RESULT): _S.ANSWERED,
@@ -61,7 +61,7 @@ TRANSITIONS: dict[tuple[CommandState, CommandEvent], CommandState] = {
 
 
 def next_state(state: CommandState, step: CommandEvent) -> CommandState:
-    """The state after `step`; raises `IllegalTransition` for a cell that the table does not have."""
+    """Return the state after an event. Raises `IllegalTransition` if the table has no such cell."""
     after = TRANSITIONS.get((state, step))
     if after is None:
         raise IllegalTransition(f"{step.name} in {state.name}")
@@ -72,15 +72,15 @@ ARRIVING_COMMANDS = 128
 ARRIVING_BYTES = 4 * 1024 * 1024
 MAX_ARRIVING_COMMANDS = 4096
 MAX_ARRIVING_BYTES = 24 * 1024 * 1024
-OVERLAP_S = 0.02  # a poll so soon after a reply on another connection may have been sent before that was read
+OVERLAP_S = 0.02  # a poll this soon after a reply on another connection may have been sent before the reply was read
 
 
 @dataclass(slots=True, order=True)
 class QueuedCommand:
-    """A command that waits for its agent, ordered by arrival. `reason` says why it is offered again.
+    """A command that waits for its agent, ordered by arrival. `reason` is why it is offered again, else empty.
 
-    `replies` counts the poll replies that it was put into, also those that were not written. `since` (when it was taken
-    in), `arrived_at` (`None` after a restart) and `expires_at` are monotonic seconds.
+    `replies` counts the poll replies that contained it, including those that were not written. `since` (queued),
+    `arrived_at` (`None` after a restart) and `expires_at` are monotonic seconds.
     """
 
     seq: int
@@ -96,7 +96,10 @@ class QueuedCommand:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch in a poll reply, until there is evidence or none. `connection` is the reply's TCP connection."""
+    """The commands of one poll reply, until their delivery is decided.
+
+    `connection` is the number of the TCP connection.
+    """
 
     number: int
     commands: tuple[QueuedCommand, ...]
@@ -106,14 +109,15 @@ class Batch:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The commands' ids in order."""
+        """The ids of the commands in order."""
         return tuple(live.record.id for live in self.commands)
 
     def is_acknowledged_by_poll_at(self, arrived_s: float) -> bool:
-        """Whether a poll that arrived then tells that the agent has read the reply with this offer (protocol.md §3).
+        """Return True if a poll that arrived at that time proves that the agent has read the reply.
 
-        A connection that was closed in an orderly way has been read. While it is open only a poll that cannot have been
-        under way already tells something: agents may poll twice at once, and pipeline.
+        The rule is docs/reference/protocol.md#3-commands. A connection that was closed by FIN has been read to its end.
+        While it is open, a poll proves it only if it cannot have been on its way when the reply was written: agents may
+        have two polls at once, and may pipeline.
         """
         if self.cleanly_closed is not None:
             return self.cleanly_closed
@@ -122,7 +126,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class QueuePolicy:
-    """Bounds of a session's queue and of one reply, and what to do without evidence."""
+    """Bounds of a session's queue and of one reply, and the treatment of commands without evidence."""
 
     max_queued: int
     max_queued_bytes: int
@@ -135,10 +139,11 @@ class QueuePolicy:
 
 @dataclass(slots=True)
 class Arriving:
-    """The commands of all sessions that are on their way to the disk, are looked up there, or have just ended.
+    """Counter of the commands of all sessions that are being stored, looked up or ended.
 
-    While there is no room, no further frame is read, so that the controller is slowed down by TCP. A disk that stands
-    still must not keep pings unread for long: then frames are read on, and commands beyond the limits are refused.
+    If `has_room` is false, the next frame is not read, so that TCP slows the controller down. A disk that stands still
+    must not keep pings unread for long: after a while frames are read again, and commands beyond the limits are
+    rejected.
     """
 
     commands: int = 0
@@ -150,30 +155,30 @@ class Arriving:
         self.size_bytes += size_bytes
 
     def remove(self, size_bytes: int) -> None:
-        """Count it no more: the store has answered."""
+        """Stop counting a command: the store has answered."""
         self.commands -= 1
         self.size_bytes -= size_bytes
 
     @property
     def has_room(self) -> bool:
-        """Whether the next frame may be read."""
+        """True if the next frame may be read."""
         return self.commands < ARRIVING_COMMANDS and self.size_bytes < ARRIVING_BYTES
 
     @property
     def exhausted(self) -> bool:
-        """Whether a further command must be refused without asking the store."""
+        """True if a further command must be rejected without asking the store."""
         return self.commands >= MAX_ARRIVING_COMMANDS or self.size_bytes >= MAX_ARRIVING_BYTES
 
 
 class UncertainOutcome(msgspec.Struct, frozen=True):
-    """What became of a batch without evidence: commands to offer again, and commands given up."""
+    """Result of a batch without evidence: commands to offer again (`again`) and commands given up (`dead`)."""
 
     again: tuple[QueuedCommand, ...]
     dead: tuple[QueuedCommand, ...]
 
 
 class CommandQueue:
-    """The commands of one session that its agent has not been seen to have, in the order of their arrival."""
+    """The commands of one session without evidence of delivery, in the order of their arrival."""
 
     __slots__ = ("_by_id", "_bytes", "_order", "_reserved", "_reserved_bytes", "offer")
 
@@ -190,45 +195,45 @@ class CommandQueue:
 
     @property
     def size_bytes(self) -> int:
-        """JSON bytes of the commands held."""
+        """JSON bytes of all commands in the queue."""
         return self._bytes
 
     @property
     def waiting_since(self) -> float | None:
-        """When the oldest command was taken in (monotonic), `None` if there is none."""
+        """Monotonic time at which the oldest command was queued, `None` if the queue is empty."""
         return self._order[0].since if self._order else None
 
     def get(self, command_id: str) -> QueuedCommand | None:
-        """A held command."""
+        """Return the command with this id if it is in the queue."""
         return self._by_id.get(command_id)
 
     def all(self) -> tuple[QueuedCommand, ...]:
-        """All held commands, offered ones included, in order."""
+        """Return all commands in order, offered ones included."""
         return tuple(self._order)
 
     def waiting(self) -> bool:
-        """True if a command could be offered now."""
+        """Return True if a command could be offered now."""
         return self.offer is None and bool(self._order)
 
     def room_for(self, size_bytes: int, policy: QueuePolicy) -> bool:
-        """Whether the bounds allow one more command of this size."""
+        """Return True if the bounds allow one more command of this size."""
         return (
             len(self._by_id) + self._reserved < policy.max_queued
             and self._bytes + self._reserved_bytes + size_bytes <= policy.max_queued_bytes
         )
 
     def reserve(self, size_bytes: int) -> None:
-        """A command is on its way to the disk."""
+        """Reserve room for a command that is being stored."""
         self._reserved += 1
         self._reserved_bytes += size_bytes
 
     def release(self, size_bytes: int) -> None:
-        """It has arrived there, or not."""
+        """Release a reservation made by `reserve`, whether or not the command was stored."""
         self._reserved -= 1
         self._reserved_bytes -= size_bytes
 
     def add(self, record: CommandRecord, expires_at: float, since: float) -> QueuedCommand:
-        """Take in a stored command."""
+        """Add a stored command."""
         live = QueuedCommand(record.seq, record, record.state, record.attempts, expires_at, since)
         self._by_id[record.id] = live
         insort(self._order, live)
@@ -236,7 +241,10 @@ class CommandQueue:
         return live
 
     def take(self, number: int, connection: int, policy: QueuePolicy) -> Batch | None:
-        """Offer the oldest commands within the reply's bounds, at least one; `None` if there is nothing to offer."""
+        """Offer the oldest commands within the bounds of a reply, at least one.
+
+        Returns `None` if none can be offered.
+        """
         if not self.waiting():
             return None
         batch: list[QueuedCommand] = []
@@ -254,9 +262,10 @@ class CommandQueue:
         return self.offer
 
     def unrecorded(self, offer: Batch, policy: QueuePolicy) -> Batch | None:
-        """The disk took no record of an offer, so that a crash would repeat it. Returns what may go out all the same.
+        """Reduce an offer that could not be recorded on disk to the commands that may be sent anyway.
 
-        What must not be repeated waits, and everything behind it.
+        A crash would deliver an unrecorded offer again. So a command of a type with at most one delivery stays in the
+        queue, and every command behind it, to keep the order. Returns the reduced offer, `None` if it is empty.
         """
         kept = tuple(takewhile(lambda live: live.record.type not in policy.at_most_once, offer.commands))
         for live in offer.commands[len(kept) :]:
@@ -269,10 +278,14 @@ class CommandQueue:
         return self.offer
 
     def unwritten(self, offer: Batch) -> tuple[QueuedCommand, ...]:
-        """The reply did not reach the agent: its commands are back in their old places, and that was no attempt."""
+        """Return the commands of a reply that did not reach the agent to their places.
+
+        It does not count as an attempt.
+        """
         back = tuple(live for live in offer.commands if live.state is CommandState.OFFERED)
         for live in back:
-            # What was uncertain before stays so: a further offer that failed is no news about the earlier one.
+            # A command that was uncertain before the offer stays uncertain: the failed reply proves nothing about the
+            # earlier one.
             live.state = next_state(live.state, CommandEvent.NO_EVIDENCE if live.reason else CommandEvent.UNWRITTEN)
             live.attempts -= 1
         if self.offer is offer:
@@ -280,9 +293,10 @@ class CommandQueue:
         return back
 
     def delivered(self, offer: Batch) -> tuple[QueuedCommand, ...]:
-        """There is evidence: the agent has the batch. Returns those that were still open.
+        """Mark the commands of a batch as delivered. Returns those that were not settled before.
 
-        Evidence may come late: then it settles what became uncertain and has not been offered again.
+        Evidence may come after the batch became uncertain. It then settles only commands that have not been offered
+        again.
         """
         open_states = (
             (CommandState.OFFERED, CommandState.UNCERTAIN) if self.offer is offer else (CommandState.UNCERTAIN,)
@@ -297,7 +311,10 @@ class CommandQueue:
         return done
 
     def mark_uncertain(self, offer: Batch, reason: str, policy: QueuePolicy) -> UncertainOutcome:
-        """No evidence came: offer again or give up (protocol.md §3, *uncertain*)."""
+        """Mark a batch without evidence as uncertain; offer its commands again or give them up.
+
+        The rule is docs/reference/protocol.md#3-commands, *uncertain*.
+        """
         open_ = [live for live in offer.commands if live.state is CommandState.OFFERED]
         for live in open_:
             live.state = next_state(live.state, CommandEvent.NO_EVIDENCE)
@@ -307,7 +324,7 @@ class CommandQueue:
         return self._redeliver_or_dead(open_, policy)
 
     def recover_after_restart(self, policy: QueuePolicy) -> UncertainOutcome:
-        """After a restart: commands that were offered, or uncertain already, are uncertain now."""
+        """Mark every command that was offered before a restart as uncertain."""
         doubtful = [live for live in self._order if live.state in (CommandState.OFFERED, CommandState.UNCERTAIN)]
         for live in doubtful:
             if live.state is CommandState.OFFERED:
@@ -329,9 +346,11 @@ class CommandQueue:
         return UncertainOutcome(tuple(again), tuple(dead))
 
     def answered(self, command_id: str) -> tuple[QueuedCommand, ...]:
-        """The agent posted a result for it. Returns what else it must have because of that.
+        """Remove a command for which the agent posted a result.
 
-        It has the rest of the reply that the command came in, if it can have come in no other.
+        Returns the other commands that this proves to be delivered.
+
+        The result proves the delivery of the whole reply if the command was in no other reply.
         """
         live = self._by_id.get(command_id)
         if live is None:
@@ -342,7 +361,7 @@ class CommandQueue:
         return self.delivered(offer) if offer is not None else ()
 
     def expire(self, command_id: str) -> QueuedCommand | None:
-        """Its time is over; only a QUEUED command expires."""
+        """End a command whose time is over. Returns it, or `None` if it is not QUEUED."""
         live = self._by_id.get(command_id)
         if live is None or live.state is not CommandState.QUEUED:
             return None
@@ -351,7 +370,10 @@ class CommandQueue:
         return live
 
     def give_up(self, command_id: str) -> QueuedCommand | None:
-        """Purge by hand; an offered command cannot be taken back."""
+        """End a command on an operator's request.
+
+        Returns it, or `None` if it is offered at present and cannot be withdrawn.
+        """
         live = self._by_id.get(command_id)
         if live is None or live.state is CommandState.OFFERED:
             return None
@@ -360,7 +382,7 @@ class CommandQueue:
         return live
 
     def forget_all(self) -> tuple[QueuedCommand, ...]:
-        """The session is deleted: all of its commands end."""
+        """End all commands of a session that is being deleted, and return them."""
         ended = self.all()
         for live in ended:
             live.state = next_state(live.state, CommandEvent.FORGET)
@@ -369,9 +391,11 @@ class CommandQueue:
         return ended
 
     def drain_to(self, other: CommandQueue, rekey: Callable[[CommandRecord], CommandRecord]) -> None:
-        """Move everything to a successor's queue; commands that both know stay the successor's.
+        """Move all commands to the queue of a successor session.
 
-        An open offer must have been settled before: its evidence would come under another session.
+        A command that both queues have stays as the successor's.
+
+        Settle an open offer before: its evidence would arrive under another session.
         """
         for live in self.all():
             self._drop(live)

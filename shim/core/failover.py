@@ -1,4 +1,4 @@
-"""Decide which way an agent's calls go: over the WebSocket or by HTTP (docs/reference/protocol.md#4-modes)."""
+"""Choice of the transport for an agent's calls: WebSocket or HTTP (docs/reference/protocol.md#4-modes)."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ BREAKER_THRESHOLD = 3
 
 
 def bucket(name: str) -> float:
-    """Return the place of an agent in [0, 100), by a stable hash of its cluster name, else of its id.
+    """Return an agent's place in [0, 100), a stable hash of its name.
 
-    It is the same on every shim and in every version: a fleet that goes from 10 to 50 percent keeps its first 10.
+    `name` is the cluster's name, else its id. The place is the same on every shim and in every version, so that a
+    rollout raised from 10 to 50 percent keeps the first 10.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8]) / 2**64 * 100
 
 
 def in_rollout(name: str, percent: float, include: Iterable[str], exclude: Iterable[str]) -> bool:
-    """Return whether the shim serves an agent of this name. `exclude` comes first, then `include`, then the hash."""
+    """Return True if the shim serves an agent of this name. `exclude` comes first, then `include`, then the hash."""
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return False
     return any(fnmatchcase(name, pattern) for pattern in include) or bucket(name) < percent
 
 
 class Transport(Enum):
-    """How a call is served."""
+    """Transports for a call."""
 
     WEBSOCKET = "websocket"
     HTTP = "http"
 
 
 class Failover:
-    """`auto` for one link: HTTP once the link has been down for `after_s`, back once it was up for `hold_down_s`.
+    """Failover of one link in mode `auto`: HTTP after `after_s` of outage, WebSocket after `hold_down_s` of uptime.
 
-    Times are monotonic seconds. `up` is what the link is now; it is looked at on each call, so nothing runs in between.
+    Times are monotonic seconds. The state is evaluated on each call, so no timer is needed.
     """
 
     def __init__(self, now: float) -> None:
@@ -48,7 +49,7 @@ class Failover:
         self.way = Transport.WEBSOCKET
 
     def update(self, now: float, *, up: bool, after_s: float, hold_down_s: float) -> Transport:
-        """The way of a call that comes now."""
+        """Return the transport for a call at `now`. `up` is the present state of the link."""
         if up:
             self._down_since = None
             self._up_since = now if self._up_since is None else self._up_since
@@ -64,29 +65,29 @@ class Failover:
 
 @dataclass(slots=True)
 class Breaker:
-    """Whether the vendor's HTTP API is worth a try: after three failures in a row not for a while, ever longer."""
+    """Circuit breaker for the vendor's HTTP API. It opens after three failures in a row, each time for longer."""
 
     _failures: int = 0
     _delay_s: float = BREAKER_INITIAL_S
     _closed_at: float = 0.0
 
     def allows(self, now: float) -> bool:
-        """False while the breaker is open; when its time is over one call after the other may try."""
+        """Return True if a call may be tried: the breaker is closed, or its delay is over."""
         return now >= self._closed_at
 
     @property
     def open(self) -> bool:
-        """Whether the last calls failed."""
+        """True if at least the last three calls failed."""
         return self._failures >= BREAKER_THRESHOLD
 
     def succeeded(self) -> None:
-        """The API answered."""
+        """Close the breaker after a successful call."""
         self._failures = 0
         self._delay_s = BREAKER_INITIAL_S
         self._closed_at = 0.0
 
     def failed(self, now: float) -> None:
-        """It did not, or said that it is gone."""
+        """Count a failed call; open the breaker from the third in a row on."""
         self._failures += 1
         if self._failures >= BREAKER_THRESHOLD:
             self._closed_at = now + self._delay_s

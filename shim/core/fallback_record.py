@@ -1,4 +1,4 @@
-"""Record how calls to the vendor's HTTP API end, for the status, doctor and the alerts. Pure; times are Unix seconds.
+"""Statistics of calls to the vendor's HTTP API, for the status, doctor and the alerts. Times are Unix seconds.
 
 Rules: docs/reference/protocol.md#4-modes.
 """
@@ -18,7 +18,7 @@ MAX_AGENTS = 10_000
 
 
 class Why(Enum):
-    """Reasons why an agent's calls go to the vendor's HTTP API."""
+    """Reasons for sending an agent's calls to the vendor's HTTP API."""
 
     MODE = "mode"
     ROLLOUT = "rollout"
@@ -26,14 +26,14 @@ class Why(Enum):
 
 
 _NORMAL = frozenset({(404, "tunnel_poll"), (404, "tunnel_info"), (404, ""), (409, "register")})
-"""Answers beyond 399 that agents live with: an API without tunnels, an unknown path, a cluster that exists already."""
+"""Statuses above 399 that are no failure: an API without tunnels, an unknown path, a cluster that exists already."""
 
 
 @dataclass(frozen=True, slots=True)
 class FallbackCall:
-    """One call that ended. `status` is 0 and `reason` says why when the API could not be reached.
+    """One finished call. `status` is 0 if the API could not be reached, and `reason` is the cause.
 
-    `name` is what the rollout places the caller by, its cluster's name or else its id.
+    `name` is the name by which the rollout places the caller: its cluster's name, else its id.
     """
 
     wall_s: float
@@ -46,12 +46,12 @@ class FallbackCall:
 
     @property
     def outcome(self) -> str:
-        """The class of the answer, one of `OUTCOMES`; a status that HTTP does not define counts as 5xx."""
+        """The class of the response, one of `OUTCOMES`. A status that HTTP does not define counts as 5xx."""
         return f"{min(self.status // 100, 5)}xx" if self.status >= 100 else UNREACHABLE
 
     @property
     def ok(self) -> bool:
-        """True where the API served the agent: 2xx, 3xx, and what agents live with."""
+        """True if the API served the agent: 2xx, 3xx, and the statuses that are no failure."""
         return 200 <= self.status < 400 or (self.status, self.operation) in _NORMAL
 
 
@@ -59,9 +59,9 @@ class FallbackCall:
 class FallbackRecord:
     """Counts per outcome since the start, the newest calls, and each agent's newest call.
 
-    `failing_since_s` is when the present row of failures began, `None` while the newest call was served;
-    `failures` is the length of that row. `recent` are the calls of the last minute, `recent_failures` those of them
-    that were not served.
+    `failures` is the number of failed calls in a row, and `failing_since_s` the time of the first of them (`None` while
+    the newest call was served). `recent` has the calls of the last minute and `recent_failures` the failed ones among
+    them.
     """
 
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
@@ -75,7 +75,7 @@ class FallbackRecord:
     recent_failures: RecentCalls = field(default_factory=RecentCalls)
 
     def add(self, call: FallbackCall, agent: SessionKey | None = None) -> None:
-        """Record a call that ended; `agent` is its caller's session where that is known."""
+        """Record a finished call. `agent` is the caller's session if it is known."""
         self.counts[call.outcome] += 1
         self.last = call
         route = call.operation or "another call"

@@ -1,4 +1,4 @@
-"""Compute heartbeat coverage: the agent heartbeats that the controller acknowledged (docs/reference/metrics.md)."""
+"""Heartbeat coverage: the share of agent heartbeats that the controller acknowledged (docs/reference/metrics.md)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ MAX_WRITES = 16
 
 
 class HeartbeatOutcome(Enum):
-    """What became of an agent's heartbeat."""
+    """Outcomes of an agent's heartbeat."""
 
     ACKED = "acked"  # the controller acknowledged a heartbeat of this agent in time
-    WRITTEN = "written"  # this controller never acknowledges; one was written to a connection that lived on, unrefused
+    # The controller never acknowledges. A heartbeat was written without an error reply, and a later frame came in.
+    WRITTEN = "written"
     MISSED = "missed"
 
 
 class HeartbeatChannel(Protocol):
-    """A connection, open or gone: when the last frame came in on it, in monotonic seconds."""
+    """A connection, open or closed. `heard_at` is the monotonic time of its last inbound frame."""
 
     @property
     def heard_at(self) -> float: ...
@@ -29,18 +30,18 @@ class HeartbeatChannel(Protocol):
 
 @dataclass(slots=True)
 class _Waiting:
-    """Heartbeats of the agent, `count` of them within `MERGED_S` of `at`, that nothing covers yet."""
+    """Agent heartbeats that are not covered yet: `count` of them within `MERGED_S` after `at`."""
 
     at: float
     count: int
 
 
 class HeartbeatCoverage:
-    """The heartbeats of one agent; all times are monotonic seconds.
+    """Coverage of one agent's heartbeats. All times are monotonic seconds.
 
-    One is covered by a heartbeat that went up at most a window before it, on the connection that is still the agent's,
-    or that goes up later, if that one is acknowledged at most a window after it. Each is counted once: when it is
-    covered, or when its window is over.
+    An upstream heartbeat covers an agent's heartbeat if it was sent at most one window before, on the connection that
+    the agent still uses, or if it is sent later and acknowledged at most one window after. Each is counted once: when
+    it is covered, or when its window is over.
     """
 
     __slots__ = ("_acked_at", "_acked_on", "_waiting", "_writes")
@@ -53,11 +54,14 @@ class HeartbeatCoverage:
 
     @property
     def waiting(self) -> bool:
-        """Whether heartbeats wait to be covered."""
+        """True if heartbeats wait to be covered."""
         return bool(self._waiting)
 
     def beat(self, now: float, line: HeartbeatChannel | None, window_s: float) -> bool:
-        """The agent's heartbeat came while its traffic goes over `line`. True: it is covered already."""
+        """Record an agent's heartbeat.
+
+        `line` is the connection of its session. Returns True if it is covered already.
+        """
         if line is not None and line is self._acked_on and now - self._acked_at <= window_s:
             return True
         if self._waiting and now - self._waiting[-1].at < MERGED_S:
@@ -67,15 +71,21 @@ class HeartbeatCoverage:
         return False
 
     def written(self, now: float, line: HeartbeatChannel) -> None:
-        """A heartbeat of this agent was written upstream."""
+        """Record a heartbeat of this agent that was written upstream."""
         self._writes = (*self._writes[1 - MAX_WRITES :], (now, line))
 
     def refused(self, sent_at: float | None = None) -> None:
-        """The heartbeat that was written at `sent_at` is answered with an error; `None`: nobody can tell which one."""
+        """Discard the upstream heartbeat sent at `sent_at`: the controller answered with an error.
+
+        `None` discards all of them, because the error does not identify the heartbeat.
+        """
         self._writes = tuple(write for write in self._writes if sent_at is not None and write[0] != sent_at)
 
     def acked(self, sent_at: float, line: HeartbeatChannel, now: float, window_s: float) -> int:
-        """The heartbeat that was written at `sent_at` is acknowledged. Returns how many of the agent's that covers."""
+        """Record the acknowledgement of the heartbeat sent at `sent_at`.
+
+        Returns the number of agent heartbeats it covers.
+        """
         if sent_at > self._acked_at:
             self._acked_at, self._acked_on = sent_at, line
         covered = 0
@@ -86,7 +96,10 @@ class HeartbeatCoverage:
         return covered
 
     def settle(self, now: float, window_s: float, *, acks: bool) -> Counter[HeartbeatOutcome]:
-        """Judge those whose window is over. `acks`: this controller is known to acknowledge heartbeats."""
+        """Decide the heartbeats whose window is over. `acks` is true if this controller is known to acknowledge.
+
+        Returns the number of heartbeats per outcome.
+        """
         judged: Counter[HeartbeatOutcome] = Counter()
         while self._waiting and now > self._waiting[0].at + window_s:
             waiting = self._waiting.pop(0)

@@ -1,7 +1,8 @@
-"""Leases as pure data and rules: how long a replica's right to its shards lasts, and who has which shard.
+"""Leases as pure data and rules: the validity of a replica's lease, and the holder of each shard.
 
-A replica is a row that it renews; the row is the lease of every shard that it holds. Its end is counted twice: by the
-database's clock for everybody else, and by the replica's own monotonic clock, which always says "over" first.
+A replica is a database row that it renews; the row is the lease of every shard it holds. The end of a lease is computed
+twice: by the database's clock for the other replicas, and earlier by the holder's own monotonic clock. So the holder
+always stops before another replica may take over.
 """
 
 from __future__ import annotations
@@ -22,21 +23,24 @@ class LeasePolicy:
 
     @property
     def margin_s(self) -> float:
-        """Seconds by which the holder counts less than the database: clocks drift, closing a socket takes time."""
+        """Seconds by which the holder ends its lease early: clocks drift, and closing a socket takes time."""
         return self.lease_s / 5
 
     @property
     def rides_out_s(self) -> float:
-        """The longest outage of the database that never closes a link: it may begin just before a renewal is due."""
+        """Longest outage of the database in seconds that closes no link.
+
+        The outage may begin just before a renewal is due.
+        """
         return self.lease_s - self.margin_s - self.renew_s
 
     def ends_at(self, sent_at: float) -> float:
-        """Return when the right ends that a renewal gives which was sent then."""
+        """Return the monotonic time at which a lease ends that was renewed by a request sent at `sent_at`."""
         return sent_at + self.lease_s - self.margin_s
 
 
 class HeldLease:
-    """The right of this replica to its shards. It ends by our own clock, whatever the database may say later."""
+    """The lease of this replica. It ends by the local clock, even if the database still shows it as valid."""
 
     __slots__ = ("_policy", "ends_at", "over")
 
@@ -46,24 +50,24 @@ class HeldLease:
         self.over = False
 
     def renewed(self, sent_at: float) -> None:
-        """Extend the right: a renewal that was sent then is stored. One that comes too late gives nothing back."""
+        """Extend the lease by a stored renewal that was sent at `sent_at`. A lease that is over stays over."""
         if not self.over:
             self.ends_at = max(self.ends_at, self._policy.ends_at(sent_at))
 
     def valid(self, now: float) -> bool:
-        """Return whether the right holds. Once it did not, it never does again."""
+        """Return True if the lease is valid. Once it was not, it never is again."""
         if now >= self.ends_at:
             self.over = True
         return not self.over
 
     def end(self) -> None:
-        """Give the right up."""
+        """End the lease now."""
         self.over = True
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A replica as its row describes it. `process` is never used twice; `fingerprint` is its certificate's."""
+    """A replica as described by its row. `process` is never reused; `fingerprint` is that of its certificate."""
 
     process: str
     name: str
@@ -74,26 +78,26 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All rows as they were read last: members by process, and (holder, fence) by shard."""
+    """All rows as last read: members by process, and (holder, fence) by shard."""
 
     members: dict[str, Member] = field(default_factory=dict)
     leases: dict[int, tuple[str, int]] = field(default_factory=dict)
 
     def owner(self, shard: int) -> Member | None:
-        """Return the living replica that holds a shard. A holder without a row is gone, and its shards are free."""
+        """Return the replica that holds a shard. A holder without a row is gone, so its shards are free."""
         holder, _ = self.leases.get(shard, ("", 0))
         return self.members.get(holder)
 
     def holders(self) -> dict[int, str]:
-        """Return the process that holds each shard that is held."""
+        """Return the holder's process by shard, for shards with a living holder."""
         return {shard: holder for shard, (holder, _) in self.leases.items() if holder in self.members}
 
 
 class ClockOffset:
-    """A lower bound of (a peer's monotonic clock - ours).
+    """Lower bound of (a peer's monotonic clock - ours).
 
-    A moment of ours that is converted with it is never later on the peer's clock than it was. So "this poll came after
-    that reply" is never claimed wrongly.
+    Converting a local time with it never yields a later time on the peer's clock. So a poll is never wrongly found to
+    be later than a reply.
     """
 
     DRIFT = 1e-3
@@ -103,11 +107,11 @@ class ClockOffset:
         self._at = 0.0
 
     def heard(self, its: float, ours: float) -> None:
-        """Note that a message arrived at `ours` which was sent at `its`."""
+        """Record a message sent at `its` (peer's clock) and received at `ours`."""
         ahead = its - ours
         if self._ahead_s is None or ahead > self._ahead_s - (ours - self._at) * self.DRIFT:
             self._ahead_s, self._at = ahead, ours
 
     def in_its_terms(self, ours: float) -> float | None:
-        """Return the same moment on the peer's clock or earlier, `None` while nothing is known."""
+        """Convert a local time to the peer's clock, or an earlier time. Returns `None` while no message has arrived."""
         return None if self._ahead_s is None else ours + self._ahead_s - max(0.0, ours - self._at) * self.DRIFT

@@ -1,4 +1,4 @@
-"""What a link has done lately, as segments: what the status page draws. Pure; times are monotonic seconds."""
+"""Recent phases of a link, as the status page draws them. Times are monotonic seconds."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ MAX_SEGMENTS = 256
 
 
 class PhaseKind(Enum):
-    """What a link's state means to a person."""
+    """Phases of a link as shown to operators."""
 
     UP = "up"
-    DOWN = "down"  # wanted, and not there
-    REFUSED = "refused"  # the controller does not accept the token
-    IDLE = "idle"  # nobody needs it
+    DOWN = "down"  # needed but not connected
+    REFUSED = "refused"  # the controller rejects the token
+    IDLE = "idle"  # not needed by any agent
 
 
 def phase_of(link: LinkStateMachine) -> PhaseKind:
-    """The phase that a link is in."""
+    """Return the present phase of a link."""
     if link.state in (LinkState.IDLE, LinkState.STOPPED):
         return PhaseKind.IDLE
     if link.refused:
@@ -31,7 +31,7 @@ def phase_of(link: LinkStateMachine) -> PhaseKind:
 
 
 class LinkPhase(msgspec.Struct, frozen=True):
-    """A phase from `since_s` on, until the next segment; `reason` says why it began, where that is known."""
+    """A phase that began at `since_s` and lasts until the next one. `reason` is why it began, `""` if unknown."""
 
     phase: PhaseKind
     since_s: float
@@ -39,7 +39,7 @@ class LinkPhase(msgspec.Struct, frozen=True):
 
 
 class LinkHistory:
-    """The last phases of one link. A link that flaps for long forgets the oldest ones."""
+    """The last `MAX_SEGMENTS` phases of one link."""
 
     __slots__ = ("_segments",)
 
@@ -48,16 +48,16 @@ class LinkHistory:
 
     @property
     def current(self) -> LinkPhase:
-        """The segment that lasts until now."""
+        """The present phase."""
         return self._segments[-1]
 
     def enter(self, phase: PhaseKind, now: float, reason: str) -> None:
-        """The link is in this phase now; nothing happens if it was before."""
+        """Begin a phase, unless the link is in it already."""
         if phase is not self._segments[-1].phase:
             self._segments.append(LinkPhase(phase, now, reason))
 
     def last(self, now: float, span_s: float) -> tuple[LinkPhase, ...]:
-        """The segments that reach into the last `span_s` seconds; the first may have begun earlier."""
+        """Return the phases of the last `span_s` seconds; the first may have begun earlier."""
         segments = list(self._segments)
         begins = [index for index, segment in enumerate(segments) if segment.since_s <= now - span_s]
         return tuple(segments[begins[-1] if begins else 0 :])

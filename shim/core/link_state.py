@@ -1,4 +1,4 @@
-"""The state machine of an upstream link: a total table of states and events."""
+"""State machine of an upstream link: a total table of states and events."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class AgentCalled(msgspec.Struct, frozen=True):
 
 
 class RetryNow(msgspec.Struct, frozen=True):
-    """A registration waits for the link: cut a backoff short, at most every 5 s, and never one that was imposed:
+    """A registration waits for the link: cut the backoff short.
 
-    by Retry-After, on an own token that was never accepted, on a contended identity.
+    That happens at most every 5 s, and never to a delay that was imposed: by `Retry-After`, on an agent's own token
+    that was never accepted, or on a contended identity.
     """
 
 
@@ -30,14 +31,14 @@ class Opened(msgspec.Struct, frozen=True):
 
 
 class DialFailed(msgspec.Struct, frozen=True):
-    """The dial failed; `status` as in `ports.DialFailure`."""
+    """The dial failed. `status` is as in `ports.DialFailure`."""
 
     status: int = 0
     retry_after_s: float | None = None
 
 
 class Replayed(msgspec.Struct, frozen=True):
-    """Every fresh session was told to the controller again."""
+    """Every fresh session was registered again on this connection."""
 
 
 class Registered(msgspec.Struct, frozen=True):
@@ -53,30 +54,30 @@ class StableTimerFired(msgspec.Struct, frozen=True):
 
 
 class Lost(msgspec.Struct, frozen=True):
-    """The socket is gone. `code`: of the close frame that ended it, 0 if there was no frame or none in it."""
+    """The socket is closed. `code` is that of the close frame, 0 without a frame or without a code in it."""
 
     by_close_frame: bool = False
     code: int = 0
 
 
 class WatchdogFailed(msgspec.Struct, frozen=True):
-    """The watchdog found the connection half-open or its application stalled."""
+    """The watchdog found the connection half-open or the application behind it stalled."""
 
 
 class RetryDue(msgspec.Struct, frozen=True):
-    """The backoff is over."""
+    """The backoff delay is over."""
 
 
 class TokenChanged(msgspec.Struct, frozen=True):
-    """The token is another one now."""
+    """The token was replaced."""
 
 
 class IdleTimeout(msgspec.Struct, frozen=True):
-    """No fresh session has used the link for `idle_close_s`, or gateways carry them all."""
+    """No fresh session has used the link for `idle_close_s`, or gateways serve all of them."""
 
 
 class Stop(msgspec.Struct, frozen=True):
-    """The shim stops."""
+    """The shim is stopping."""
 
 
 LinkEvent = (
@@ -115,33 +116,33 @@ class CloseSocket(msgspec.Struct, frozen=True):
 
 
 class CancelDial(msgspec.Struct, frozen=True):
-    """Forget the dial under way; its socket, should it open, is closed."""
+    """Cancel the dial in progress. If its socket opens nevertheless, it is closed."""
 
 
 class StartReplay(msgspec.Struct, frozen=True):
-    """Tell the controller every fresh session."""
+    """Register every fresh session again."""
 
 
 class Online(msgspec.Struct, frozen=True):
-    """Send what was held back."""
+    """Send the messages that were held back."""
 
 
 class Offline(msgspec.Struct, frozen=True):
-    """The connection is no more; answers that were awaited on it will not come."""
+    """Give up replies that are awaited on the connection: it is closed."""
 
 
 class StartRetryTimer(msgspec.Struct, frozen=True):
-    """Report `RetryDue` after this many seconds."""
+    """Report `RetryDue` after `delay_s` seconds."""
 
     delay_s: float
 
 
 class CancelRetryTimer(msgspec.Struct, frozen=True):
-    """Forget the retry timer."""
+    """Cancel the retry timer."""
 
 
 class AuthRejected(msgspec.Struct, frozen=True):
-    """The token was refused by every way there is."""
+    """Report that the controller rejected the token in every way of presenting it."""
 
 
 LinkEffect = (
@@ -155,9 +156,9 @@ HURRY_INTERVAL_S = 5.0
 
 
 class LinkState(Enum):
-    """Where a link is."""
+    """States of a link."""
 
-    IDLE = "idle"  # nobody needs it
+    IDLE = "idle"  # not needed by any agent
     OPENING = "opening"  # a dial is under way
     REPLAYING = "replaying"  # the socket is open, registrations are being replayed
     ONLINE = "online"
@@ -166,7 +167,7 @@ class LinkState(Enum):
 
 
 class LinkPolicy(msgspec.Struct, frozen=True):
-    """What the configuration says of a link. `own_token`: an agent's, which may never have been accepted."""
+    """Settings of a link. `own_token` is true for an agent's token, which the controller may never have accepted."""
 
     auth: Literal["auto", "query", "header", "both"] = "auto"
     own_token: bool = False
@@ -176,7 +177,7 @@ _Step = tuple[LinkState, list[LinkEffect]]
 
 
 class LinkStateMachine:
-    """One upstream link. `handle` is the only way to change it; a cell missing in `TRANSITIONS` raises."""
+    """One upstream link. Only `handle` changes it."""
 
     def __init__(self, policy: LinkPolicy, backoff: Backoff) -> None:
         self._policy = policy
@@ -205,14 +206,17 @@ class LinkStateMachine:
         return self._backoff.failures
 
     def handle(self, event: LinkEvent, now: float) -> list[LinkEffect]:
-        """Apply one event at `now` (monotonic seconds). Raises `IllegalTransition` and changes nothing if forbidden."""
+        """Apply one event at `now` (monotonic seconds) and return the effects to perform.
+
+        Raises `IllegalTransition` and changes nothing if the table has no cell for the event.
+        """
         step = TRANSITIONS.get((self.state, type(event)))
         if step is None:
             raise IllegalTransition(f"{type(event).__name__} in {self.state.name}")
         self.state, effects = step(self, event, now)
         return effects
 
-    # Each step returns the next state and the effects. Names say what the cell of the table does.
+    # Each step is a cell of the table and returns the next state and the effects.
 
     def _stay(self, event: LinkEvent, now: float) -> _Step:
         return self.state, []
@@ -250,7 +254,9 @@ class LinkStateMachine:
     def _opened(self, event: LinkEvent, now: float) -> _Step:
         if self._other_way_tried:
             self._query_first = not self._query_first
-        if not self.closed_as_refused:  # else the controller looks at the token only behind the handshake
+        # If an earlier connection was closed as refused, this controller checks the token only after the handshake: an
+        # open socket is no acceptance then.
+        if not self.closed_as_refused:
             self.refused = False
         if not self._policy.own_token:
             self.accepted_at = now
@@ -297,9 +303,10 @@ class LinkStateMachine:
         return self.state, []
 
     def _accepted(self, now: float) -> None:
-        """Note that the controller accepts the token: it took a registration or a heartbeat, or kept us for long.
+        """Record that the controller accepts the token: it accepted a registration or heartbeat, or kept the link open.
 
-        An agent's own token is not accepted by the handshake alone: some controllers look at it only behind that.
+        The handshake alone does not prove it for an agent's own token: some controllers check the token only
+        afterwards.
         """
         self.refused = self.closed_as_refused = False
         if self.accepted_at is None:
@@ -327,17 +334,17 @@ class LinkStateMachine:
         return LinkState.WAITING, [*effects, StartRetryTimer(delay_s)]
 
     def _refused_by_close(self) -> None:
-        """Note that the controller refused the token after it had accepted the handshake."""
+        """Record that the controller rejected the token after it had accepted the handshake."""
         self.refused = self.closed_as_refused = True
         if self._registered_at is None and self._policy.auth == "auto":
-            # It may read the token only where this dial did not have it: the next one presents it the other way.
+            # The controller may read the token only from the other place (header or query): use that in the next dial.
             self._query_first = not self._query_first
 
     def _broken(self, event: LinkEvent, now: float) -> _Step:
         state, effects = self._lost(Lost(), now)
         return state, [CloseSocket(0), *effects]
 
-    # With another token, what was said of the old one counts no more.
+    # A new token may be accepted where the old one was rejected, so every step below resets the rejection.
 
     def _new_token(self, event: LinkEvent, now: float) -> _Step:
         self.refused = self.closed_as_refused = False
@@ -364,9 +371,7 @@ class LinkStateMachine:
         return LinkState.IDLE, [CloseSocket(1000), Offline()]
 
     def _idle_undialled(self, event: LinkEvent, now: float) -> _Step:
-        self.refused = self.closed_as_refused = (
-            False  # what the controller thinks of the token will be seen at the next call
-        )
+        self.refused = self.closed_as_refused = False  # the dial at the next call will show if the token is accepted
         return LinkState.IDLE, [CancelDial() if self.state is LinkState.OPENING else CancelRetryTimer()]
 
     def _stop(self, event: LinkEvent, now: float) -> _Step:

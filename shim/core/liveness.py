@@ -1,4 +1,4 @@
-"""Is the peer of an open connection alive, and is its application (protocol.md §2.1)?"""
+"""Liveness of an open connection and of the application behind it (docs/reference/protocol.md#21-link-life)."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ FIRST_ACK_S = 10.0
 
 
 class LivenessState(Enum):
-    """What a check found."""
+    """Results of a check."""
 
     ALIVE = "alive"
-    PING = "ping"  # nothing came in for a while: ask
+    PING = "ping"  # no frame came in for ping_interval_s: send a ping
     HALF_OPEN = "half_open"  # no frame at all for read_timeout_s
-    STALLED = "stalled"  # frames come, but acknowledgements stopped
+    STALLED = "stalled"  # frames still come in, but acknowledgements stopped
 
 
 class LivenessCheck(msgspec.Struct, frozen=True):
-    """A verdict, and the seconds until the next check is due."""
+    """The result of a check, and the seconds until the next check is due."""
 
     verdict: LivenessState
     next_s: float
 
 
 class Liveness:
-    """Watches one connection. Times are monotonic seconds.
+    """Liveness of one connection. Times are monotonic seconds.
 
-    `used_to_ack`: whether the peer acknowledged heartbeats on earlier connections, `None` if that is not known.
+    `used_to_ack` is true if the peer acknowledged heartbeats on earlier connections, `None` if that is unknown.
     """
 
     def __init__(
@@ -53,25 +53,25 @@ class Liveness:
 
     @property
     def heard_at(self) -> float:
-        """When the last frame came in; before the first, when the connection was dialled."""
+        """Monotonic time of the last inbound frame, before the first one the time of the dial."""
         return self._last_frame
 
     def frame(self, now: float) -> None:
-        """Any inbound frame is life."""
+        """Record an inbound frame. Every frame proves that the peer is alive."""
         self._last_frame = now
         self._pinged_at = None
 
     def heartbeat_sent(self, request_id: str, now: float) -> None:
-        """A heartbeat went out and its acknowledgement is awaited."""
+        """Record a heartbeat whose acknowledgement is awaited."""
         self._unacked[request_id] = now
         if len(self._unacked) > MAX_TRACKED_HEARTBEATS:
             self._unacked.popitem(last=False)
 
     def acked(self, request_id: str) -> None:
-        """A `heartbeat_ack` came; without a `request_id` it answers the oldest.
+        """Record a `heartbeat_ack`. Without a `request_id` it acknowledges the oldest heartbeat.
 
-        An application that answers is not stalled: what was sent before the answered one is no longer waited for, and
-        nothing that was sent so far if it cannot be told which one was.
+        An application that answers is not stalled, so earlier heartbeats are not awaited either. An unknown
+        `request_id` clears all of them, because it does not show which one was answered.
         """
         self.acks_seen = True
         if request_id and request_id not in self._unacked:
@@ -82,16 +82,19 @@ class Liveness:
                 return
 
     def answered(self, request_id: str) -> None:
-        """The application answered a heartbeat with something else than an acknowledgement."""
+        """Record a reply to a heartbeat that is no acknowledgement."""
         self._unacked.pop(request_id, None)
 
     @property
     def learnt(self) -> bool | None:
-        """Whether the peer acknowledges heartbeats, as this connection has shown; `None`: no news."""
+        """True or False if this connection showed whether the peer acknowledges heartbeats, else `None`."""
         return True if self.acks_seen else self._disproved
 
     def may_ack(self, now: float) -> bool:
-        """Whether acknowledgements come, or a first one may still come: then only they tell what has arrived."""
+        """Return True if acknowledgements come, or if a first one may still come.
+
+        While that is so, only they prove which results have been received.
+        """
         if self.acks_seen or not self._unacked:
             return self.acks_seen
         if self._used_to_ack is None and now - next(iter(self._unacked.values())) >= FIRST_ACK_S:
@@ -99,16 +102,17 @@ class Liveness:
         return self._used_to_ack is not False and self._disproved is not False
 
     def excuse(self, now: float) -> None:
-        """Count no silence against the peer that fell into a pause of our own: it was not pinged meanwhile.
+        """Ignore the silence during a pause of our own process, in which the peer was not pinged.
 
-        It is pinged at the next check, and has the usual time to answer; acknowledgements have all their time anew.
+        The peer is pinged at the next check and has the usual time to answer. The time for acknowledgements starts
+        again.
         """
         self._last_frame = max(self._last_frame, now - self._ping_interval_s)
         self._pinged_at = None
         self._unacked = OrderedDict.fromkeys(self._unacked, now)
 
     def check(self, now: float) -> LivenessCheck:
-        """Judge the connection; call it again after `next_s`."""
+        """Return the state of the connection. Call again after `next_s` seconds."""
         silent_s = now - self._last_frame
         if silent_s >= self._read_timeout_s:
             return LivenessCheck(LivenessState.HALF_OPEN, 0)
