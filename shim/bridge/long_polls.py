@@ -175,7 +175,7 @@ class PollHolds:
         """
         hold = session.tunnel_hold
         limit_s = self.poll_arrived(session, hold)
-        if self._ctx.settings.poll.hold_tunnel and limit_s > 0 and session.tunnel == session.tunnel_told:
+        if self._ctx.settings.poll.hold_tunnel and limit_s > 0 and session.tunnel == session.last_sent_tunnel:
             self.tunnel_changed(session.key)
             changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._tunnels[session.key] = changed
@@ -188,7 +188,7 @@ class PollHolds:
             finally:
                 self._tunnel_over(session.key, changed)
             self.reply_sent(session, started)
-        session.tunnel_told = session.tunnel
+        session.last_sent_tunnel = session.tunnel
         self.hold_answered(hold)
 
     def tunnel_changed(self, key: SessionKey) -> None:

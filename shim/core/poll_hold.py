@@ -1,11 +1,11 @@
-"""Learn for each agent how long a poll may be held open that finds nothing (docs/reference/protocol.md#13-poll)."""
+"""Estimator of the time for which a poll without commands may be held open (docs/reference/protocol.md#13-poll)."""
 
 from __future__ import annotations
 
 from enum import Enum
 from typing import Any
 
-START_S = 4.0  # under the shortest heartbeat interval: the first polls of a serial agent delay no heartbeat
+START_S = 4.0  # below the shortest heartbeat interval, so that the first polls of a serial agent delay no heartbeat
 STEP_S = 1.0
 MARGIN_S = 1.0
 PROBE_AFTER = 50
@@ -22,26 +22,28 @@ Samples = tuple[float, ...]
 
 
 class PollPacing(Enum):
-    """How the agent spaces its polls."""
+    """Rules by which an agent times its polls."""
 
     UNKNOWN = "unknown"
-    TICKER = "ticker"  # at a fixed rate: a poll that ends late is followed by the next at once
-    PAUSE = "pause"  # a fixed time after each answer
+    TICKER = "ticker"  # at a fixed rate: the next poll follows a late reply at once
+    PAUSE = "pause"  # a fixed time after each reply
 
 
 class HoldEstimator:
-    """The learnt hold of one session; all times in seconds, `now` monotonic.
+    """The learnt hold of one session. All times are in seconds, `now` is monotonic.
 
-    It starts at 4 s and doubles with each poll that ended with our reply. When the agent leaves first, its ceiling
-    becomes 1 s less than the time at which it left, the hold the half of that, and from then on it grows by 1 s. The
-    ceiling is what the agent's client allows, or the moment at which the agent died: so after many answered polls at
-    the ceiling it is tried 1 s higher, each time more rarely.
+    The hold starts at 4 s and doubles with each poll that ended with our reply. If the agent hangs up first, the
+    ceiling becomes 1 s less than the time at which it did, and the hold half of that. From then on the hold grows by 1
+    s.
 
-    An agent that heartbeats, but never while a poll of it was held, is taken for serial: it makes one call after the
-    other, and its heartbeats wait for our reply. Two loops of the same rate look the same as long as no hold is longer
-    than the interval, so one poll is held 1 s longer: a heartbeat that comes during it tells them apart.
+    The ceiling is either the timeout of the agent's client, or only the moment at which the agent died. So after many
+    replies at the ceiling it is raised by 1 s, each time more rarely.
 
-    `poll_arrived` is followed by exactly one of `replied`, `left` and `gone`.
+    An agent that sends heartbeats, but never during a held poll, is taken as serial: it makes one call after the other,
+    so its heartbeats wait for our reply. Two parallel loops of the same rate look the same until a hold is longer than
+    the interval. So one poll is held 1 s longer: a heartbeat during it proves that the loops are parallel.
+
+    Each `poll_arrived` is followed by exactly one of `reply_sent`, `agent_disconnected` and `connection_lost`.
     """
 
     __slots__ = (
@@ -87,7 +89,7 @@ class HoldEstimator:
         self.changed = False
 
     def stored(self) -> dict[str, Any]:
-        """What survives a restart, as a JSON object."""
+        """Return the state that survives a restart as a JSON object, and clear `changed`."""
         self.changed = False
         return {
             "hold_s": self.held_s,
@@ -101,18 +103,18 @@ class HoldEstimator:
 
     @property
     def serial(self) -> bool:
-        """True for an agent that heartbeats, but has never done so while a poll of it was held."""
+        """True for an agent that sends heartbeats, but never did while one of its polls was held."""
         return self._base_interval_s is not None and not self._concurrent
 
     @property
     def interval_s(self) -> float | None:
-        """Seconds between polls of a ticker, or the pause after each answer; `None` while the pace is not known."""
+        """Seconds between polls (TICKER), or the pause after each reply (PAUSE); `None` while the pacing is unknown."""
         if self.pace is PollPacing.UNKNOWN or not self._gaps:
             return None
         return middle_of(self._gaps if self.pace is PollPacing.TICKER else self._pauses or self._gaps)
 
     def limit_s(self, max_s: float) -> float:
-        """How long the next poll may be held at most."""
+        """Return the longest time in seconds for which the next poll may be held."""
         bound_s = min(self.held_s, max_s)
         if self.ceiling_s is not None:
             bound_s = min(bound_s, self.ceiling_s)
@@ -123,7 +125,7 @@ class HoldEstimator:
         return max(0.0, bound_s)
 
     def poll_arrived(self, now: float) -> bool:
-        """A poll came: learn the agent's pace. True if that is news."""
+        """Record the arrival of a poll. Returns True if the agent's pacing was newly recognised."""
         self._open += 1
         if self._arrived_at is not None:
             self._gaps = remember(self._gaps, now - self._arrived_at)
@@ -142,7 +144,7 @@ class HoldEstimator:
         return True
 
     def reply_sent(self, now: float, max_s: float) -> None:
-        """The poll ended with our reply."""
+        """Record a poll that ended with our reply, and lengthen the hold."""
         self._closed(now)
         self._learn_serial(now)
         self._before_left_s = None
@@ -160,7 +162,7 @@ class HoldEstimator:
             self.changed = True
 
     def agent_disconnected(self, after_s: float) -> None:
-        """The agent hung up `after_s` after its poll arrived, before our reply."""
+        """Record that the agent hung up `after_s` seconds after its poll, before our reply; shorten the hold."""
         self.connection_lost()
         if self._before_left_s is None:
             self._before_left_s = self.held_s
@@ -171,14 +173,14 @@ class HoldEstimator:
         self.changed = True
 
     def connection_lost(self) -> None:
-        """The poll ended in a way that tells nothing about the agent's patience."""
+        """Record a poll that ended without showing how long the agent would have waited."""
         self._closed(None)
 
     def heartbeat(self, interval_s: float | None, provisional_s: float | None = None) -> None:
-        """Take note of a heartbeat. `interval_s` is the measured interval, `None` while it is not known.
+        """Record a heartbeat. `interval_s` is the measured interval, `None` while it is unknown.
 
-        Until then `provisional_s`, what the first gaps look like, bounds the hold. Of a serial agent's intervals the
-        shortest counts: the later ones contain our holds.
+        Until then `provisional_s`, the median of the first gaps, bounds the hold. The shortest interval of a serial
+        agent counts, because the later ones include our holds.
         """
         self._provisional_s = provisional_s
         if self._open and not self._concurrent:
@@ -188,9 +190,9 @@ class HoldEstimator:
             self.changed = True
 
     def new_process(self) -> None:
-        """Another process speaks for the agent now: its client may allow more, its loops may be others.
+        """Reset what the agent's new process may do differently: its client's timeout and its loops.
 
-        If its predecessor hung up and was not heard of again, that was its end: nothing is learnt from it.
+        If the previous process hung up and did not call again, it hung up because it ended. Its hold is restored then.
         """
         if self._before_left_s is not None:
             self.held_s, self._before_left_s = max(self.held_s, self._before_left_s), None
@@ -206,7 +208,7 @@ class HoldEstimator:
 
     def _closed(self, answered_at: float | None) -> None:
         self._open = max(0, self._open - 1)
-        if not self._open:  # else the agent has polled again before this answer: no pause lies between
+        if not self._open:  # otherwise the agent polled again before this reply, so there is no pause to measure
             self._answered_at = answered_at
 
     def _learn_serial(self, now: float) -> None:
@@ -218,7 +220,10 @@ class HoldEstimator:
             self._at_interval += 1
 
     def _judge_pace(self) -> PollPacing:
-        """What the last polls show; UNKNOWN where they fit both, as polls do that are all held equally long."""
+        """Return the pacing that the last polls show.
+
+        UNKNOWN is returned if they fit both rules, which is so if all polls are held equally long.
+        """
         if len(self._pauses) < MIN_SAMPLES or len(self._gaps) < MIN_SAMPLES:
             return PollPacing.UNKNOWN
         if middle_of(self._pauses) < AT_ONCE_S and middle_of(self._gaps) > 2 * AT_ONCE_S:
@@ -231,19 +236,25 @@ class HoldEstimator:
 
 
 def middle_of(samples: Samples) -> float:
-    """The median of at least one sample. `statistics` would bring along decimals and fractions, and is slower."""
+    """Return the median of at least one sample.
+
+    The module `statistics` would import decimals and fractions, and is slower.
+    """
     ordered = sorted(samples)
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def remember(samples: Samples, value: float) -> Samples:
-    """With one more sample; of more than eight the oldest is forgotten. There are thousands of these, mostly empty."""
+    """Return the samples with one more; the oldest of more than eight is dropped.
+
+    Tuples are used because there are thousands of these, and most are empty.
+    """
     return (*samples[1 - MAX_SAMPLES :], value)
 
 
 def _spread(values: Samples) -> float:
-    """Median deviation relative to the median."""
+    """Return the median deviation relative to the median."""
     middle = middle_of(values)
     return middle_of(tuple(abs(value - middle) for value in values)) / middle if middle else 0.0
 

@@ -1,4 +1,4 @@
-"""Count calls of the last minute by status, route and reason, with a fixed bound on memory."""
+"""Counter of the calls of the last minute by status, route and reason, with bounded memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OTHER_ROUTES = "other routes"
 
 
 class CallKind(NamedTuple):
-    """Calls that are counted together. `status` is 0 where there was no answer at all."""
+    """Calls that are counted together. `status` is 0 if there was no reply."""
 
     status: int
     route: str
@@ -26,7 +26,7 @@ class CallKind(NamedTuple):
 
 
 class CallCount(NamedTuple):
-    """Calls of one kind within the last minute. `last_at` is the monotonic time of the newest one."""
+    """Number of calls of one kind within the last minute. `last_at` is the monotonic time of the newest."""
 
     kind: CallKind
     calls: int
@@ -36,8 +36,8 @@ class CallCount(NamedTuple):
 class RecentCalls:
     """Counts per kind for `WINDOW_S`. All times are monotonic seconds.
 
-    Kinds beyond `max_kinds` are counted together as `OTHER_ROUTES` of their status: paths and texts come from others,
-    and must not decide how much is kept.
+    Kinds beyond `max_kinds` are counted together as `OTHER_ROUTES` of their status. Paths and reasons come from outside
+    and must not determine the memory that is used.
     """
 
     def __init__(self, max_kinds: int = MAX_KINDS) -> None:
@@ -46,7 +46,7 @@ class RecentCalls:
         self._last_at: dict[CallKind, float] = {}
 
     def note(self, now: float, status: int, route: str, reason: str) -> CallKind:
-        """Count one call; return the kind that it was counted as."""
+        """Count one call, and return the kind under which it was counted."""
         kind = CallKind(status, bounded(route, MAX_ROUTE_CHARS), bounded(reason, MAX_REASON_CHARS))
         if kind not in self._steps:
             self._drop_old(now)
@@ -63,7 +63,7 @@ class RecentCalls:
         return kind
 
     def last_minute(self, now: float) -> list[CallCount]:
-        """Return the kinds that came within the last minute, the most frequent first."""
+        """Return the kinds of the last minute, the most frequent first."""
         self._drop_old(now)
         found = [
             CallCount(kind, sum(count for at, count in steps if now - at < WINDOW_S), self._last_at[kind])
@@ -77,12 +77,12 @@ class RecentCalls:
 
 
 def bounded(text: str, chars: int) -> str:
-    """Return others' text printable and of at most `chars` characters."""
+    """Return a text from outside, printable and cut to `chars` characters."""
     return cut(printable(text[: chars + 1]), chars)
 
 
 def rows(counts: Iterable[CallCount], limit: int) -> list[dict[str, object]]:
-    """Return the first `limit` counts as they stand in the status."""
+    """Return the first `limit` counts in the form used in the status."""
     return [
         {"status": kind.status or None, "route": kind.route, "reason": kind.reason or None, "calls": calls}
         for kind, calls, _ in list(counts)[:limit]

@@ -1,6 +1,7 @@
-"""What is kept on disk, as pure data, and the operations that keep it (protocol.md §1.6, §3).
+"""Stored data, and the operations that change it (docs/reference/protocol.md#3-commands).
 
-The core returns these operations as effects; a `ports.CommandStore` carries them out. `wall` times are Unix seconds.
+The core returns these operations as effects; a `ports.CommandStore` performs them. Times named `…wall` are Unix
+seconds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import msgspec
 
 
 class SessionKey(NamedTuple):
-    """(owner, `cluster` or `agent`, the agent's own id). Its text form is the primary key of everything stored."""
+    """Key of a session: (owner, `cluster` or `agent`, the agent's own id).
+
+    Its text is the primary key of stored rows.
+    """
 
     owner: str
     kind: str
@@ -23,7 +27,7 @@ class SessionKey(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> SessionKey:
-        """Inverse of `str()`; ids and owners never contain `/`."""
+        """Return the key whose `str()` is `text`. Ids and owners never contain `/`."""
         owner, kind, ident = text.split("/")
         return cls(owner, kind, ident)
 
@@ -32,7 +36,10 @@ VIA_HTTP = "http"
 
 
 class CommandState(Enum):
-    """The life of a command (protocol.md §3). A command without evidence is UNCERTAIN until it is offered again."""
+    """States of a command (docs/reference/protocol.md#3-commands).
+
+    A command without evidence of delivery is UNCERTAIN until it is offered again.
+    """
 
     QUEUED = "queued"
     OFFERED = "offered"
@@ -45,10 +52,11 @@ class CommandState(Enum):
 
 
 class CommandRecord(msgspec.Struct, frozen=True):
-    """A normalised command. `payload` is an object; `created_at` RFC 3339 UTC; `size_bytes` its JSON size.
+    """A normalised command. `payload` is an object; `created_at` is RFC 3339 UTC; `size_bytes` is its size as JSON.
 
-    `seq` orders the commands of a store; 0 until it is stored. `attempts` counts offers that may have been received.
-    `via` is `VIA_HTTP` for a command that came by the vendor's HTTP API: its result goes back that way.
+    `seq` orders the commands of a store; it is 0 before the command is stored. `attempts` counts the offers that the
+    agent may have received. `via` is `VIA_HTTP` for a command from the vendor's HTTP API: its result is sent back that
+    way.
     """
 
     session: SessionKey
@@ -67,10 +75,10 @@ class CommandRecord(msgspec.Struct, frozen=True):
 
 
 class SessionRecord(msgspec.Struct, frozen=True):
-    """A session as it is stored; never with `k8s_service_token` or an agent's own token.
+    """A session as it is stored, always without `k8s_service_token` and without an agent's own token.
 
-    `registration` is the upstream register payload, `reply` the fields of the last `register_success` that may be
-    passed down, `hold` the learnt hold state (JSON objects; empty where there is none).
+    `registration` is the upstream register payload. `reply` has the fields of the last `register_success` that agents
+    may receive. `hold` is the state of the hold estimators. All are JSON objects, empty if there is no such data.
     """
 
     key: SessionKey
@@ -85,7 +93,10 @@ class SessionRecord(msgspec.Struct, frozen=True):
 
 
 class OutboxEntry(msgspec.Struct, frozen=True):
-    """A `command_result` on its way up; `seq` orders them, and the row goes when the result is CLOSED."""
+    """A `command_result` to be sent upstream.
+
+    `seq` orders the entries; the row is deleted when the result is CLOSED.
+    """
 
     seq: int
     session: SessionKey
@@ -103,7 +114,7 @@ class TraceEntry(msgspec.Struct, frozen=True):
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
-# Each tells the result that a store gives for it; `None` where none is named.
+# Each docstring names the result that the store returns. Without one, the result is `None`.
 
 
 class PutCommand(msgspec.Struct, frozen=True):
@@ -113,7 +124,7 @@ class PutCommand(msgspec.Struct, frozen=True):
 
 
 class PutOutcome(msgspec.Struct, frozen=True):
-    """`seq` of the stored command; for a duplicate the state it is in and its result's outbox payload, if any."""
+    """`seq` of the stored command; for a duplicate also its state and the payload of its result, if any."""
 
     seq: int
     duplicate: bool = False
@@ -122,14 +133,14 @@ class PutOutcome(msgspec.Struct, frozen=True):
 
 
 class LookUpCommand(msgspec.Struct, frozen=True):
-    """Tell what is stored of a command of a session. Result: `PutOutcome` as for a duplicate, `None` if unknown."""
+    """Look up a command of a session. Result: `PutOutcome` as for a duplicate, `None` if unknown."""
 
     session: SessionKey
     command_id: str
 
 
 class MarkCommands(msgspec.Struct, frozen=True):
-    """Move commands of a session to `state`. `attempts` is added to their count. Unknown ids are ignored."""
+    """Set the state of commands of a session and add `attempts` to their count. Unknown ids are ignored."""
 
     session: SessionKey
     ids: tuple[str, ...]
@@ -139,9 +150,9 @@ class MarkCommands(msgspec.Struct, frozen=True):
 
 
 class RequeueCommand(msgspec.Struct, frozen=True):
-    """By hand: a command that is DELIVERED, EXPIRED or DEAD is QUEUED again, with no attempts and another expiry.
+    """Queue a DELIVERED, EXPIRED or DEAD command again, without attempts and with a new expiry.
 
-    Result: whether it was; in any other state nothing changes.
+    An operator asks for this. Result: True if it was queued; in any other state nothing changes.
     """
 
     session: SessionKey
@@ -153,8 +164,8 @@ class RequeueCommand(msgspec.Struct, frozen=True):
 class PutResult(msgspec.Struct, frozen=True):
     """Store an agent's result and its outbox entry in one step. Result: `ResultOutcome`.
 
-    The first result per (session, id) wins. `payload` is the upstream `command_result` payload; for an unknown id it is
-    put into the outbox all the same, with `code: unknown_command` added.
+    The first result per (session, id) wins. `payload` is the upstream `command_result` payload. A result for an unknown
+    id is put into the outbox as well, with `code: unknown_command` added.
     """
 
     session: SessionKey
@@ -164,9 +175,9 @@ class PutResult(msgspec.Struct, frozen=True):
 
 
 class ResultOutcome(msgspec.Struct, frozen=True):
-    """`entry` is the outbox entry to send, `None` for a repeat. `known` tells whether the command was ours;
+    """Outcome of a `PutResult`. `entry` is the outbox entry to send, `None` for a repeated result.
 
-    `state` is the command's state before the result.
+    `known` is true if the store knows the command. `state` is the command's state before the result.
     """
 
     entry: OutboxEntry | None
@@ -177,7 +188,7 @@ class ResultOutcome(msgspec.Struct, frozen=True):
 class PutOutbox(msgspec.Struct, frozen=True):
     """Put a rejection or a final failure into the outbox. Result: the `OutboxEntry` with its `seq`.
 
-    A quarantined command is answered by it (`Loaded.quarantined_commands`).
+    It also settles a quarantined command (`StoreContents.quarantined_commands`).
     """
 
     session: SessionKey
@@ -187,14 +198,14 @@ class PutOutbox(msgspec.Struct, frozen=True):
 
 
 class CloseOutbox(msgspec.Struct, frozen=True):
-    """The controller has these entries: delete them; commands that are ANSWERED become CLOSED with their last entry."""
+    """Delete entries that the controller has received. An ANSWERED command without further entries becomes CLOSED."""
 
     seqs: tuple[int, ...]
     wall: float
 
 
 class ReadOutbox(msgspec.Struct, frozen=True):
-    """Result: up to `limit` `OutboxEntry`s of the owner with `seq` above `after`, in order, as a list."""
+    """Read the outbox of an owner. Result: a list of up to `limit` entries with `seq` above `after`, in order."""
 
     owner: str
     after: int
@@ -208,15 +219,15 @@ class SaveSession(msgspec.Struct, frozen=True):
 
 
 class DeleteSession(msgspec.Struct, frozen=True):
-    """Delete a session with its aliases and tunnel state; its commands must have been ended before."""
+    """Delete a session with its aliases and tunnel state. Its commands must have been ended before."""
 
     key: SessionKey
 
 
 class MoveSession(msgspec.Struct, frozen=True):
-    """Move commands, outbox entries, aliases, tunnel state and traces from one session to another; delete the first.
+    """Move commands, outbox entries, aliases, tunnel state and traces to another session; delete the first one.
 
-    Where both know a command id, the target's stands.
+    If both sessions have a command id, the target's command is kept.
     """
 
     source: SessionKey
@@ -224,7 +235,7 @@ class MoveSession(msgspec.Struct, frozen=True):
 
 
 class SaveAlias(msgspec.Struct, frozen=True):
-    """Insert or replace (owner, agent_id) -> session."""
+    """Insert or replace the alias (owner, agent_id) -> session."""
 
     owner: str
     agent_id: str
@@ -247,21 +258,22 @@ class AddTrace(msgspec.Struct, frozen=True):
 
 
 class Prune(msgspec.Struct, frozen=True):
-    """Forget commands (with traces) that ended, or were delivered, before `before_wall`; outbox entries stay."""
+    """Delete commands and traces that ended or were delivered before `before_wall`. Outbox entries are kept."""
 
     before_wall: float
 
 
 class WriteProbe(msgspec.Struct, frozen=True):
-    """Write something, to learn whether the store can be written (readiness)."""
+    """Write a row to find out if the store is writable (readiness)."""
 
     wall: float
 
 
 class FindCommand(msgspec.Struct, frozen=True):
-    """Result: a list of (`CommandRecord`, result payload or `None`, list of `TraceEntry`) with this id, any session.
+    """Find commands by id in all sessions. Result: a list of (`CommandRecord`, result payload or `None`, traces).
 
-    Where only a trace is known (a rejected command was never stored), the record has `seq` 0, is DEAD and empty else.
+    A rejected command was never stored, so only its trace may be known. Its record has `seq` 0, state DEAD and empty
+    fields.
     """
 
     command_id: str
@@ -289,12 +301,12 @@ Operation = (
 
 
 class StoreContents(msgspec.Struct, frozen=True):
-    """What a store holds when it is opened. `commands` are those in QUEUED, OFFERED or UNCERTAIN, by `seq`.
+    """Contents of a store when it is opened. `commands` are those in QUEUED, OFFERED or UNCERTAIN, by `seq`.
 
     `key` is the store's random 32-byte key for owner ids. `quarantined` counts rows that could not be decoded and were
-    moved aside. `quarantined_commands` names the commands among them as (session, id, request_id): session `None` and
-    the texts empty where they cannot be read. One that has a session and an id is named at every opening until a
-    `PutOutbox` for it is stored. `moved_aside` is the path that a corrupt database was moved to, else empty;
+    moved to the quarantine table. `quarantined_commands` lists the commands among them as (session, id, request_id),
+    with `None` and empty texts for unreadable fields. A command with a session and an id is listed at every opening
+    until a `PutOutbox` for it is stored. `moved_aside` is the path to which a corrupt database was moved, else empty.
     `warnings` are sentences for the log.
     """
 

@@ -1,4 +1,4 @@
-"""Who still uses which legacy route, and how often: what the migration panel shows. Pure; times are Unix seconds."""
+"""Usage of the legacy routes by agent, for the migration panel. Times are Unix seconds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _DIALECTS: dict[type[AgentCall], str] = {
 
 
 def route_of(call: AgentCall) -> Route:
-    """The route that a call came by; a call that does not name its dialect has only one."""
+    """Return the route of a call. A call type without a dialect field has only one route."""
     kind = type(call)
     dialect: str = _DIALECTS[kind] if kind in _DIALECTS else getattr(call, "dialect", "")
     return dialect, _OPERATIONS[kind]
@@ -49,7 +49,7 @@ def route_of(call: AgentCall) -> Route:
 
 @dataclass(slots=True)
 class RouteUse:
-    """How often an agent called a route since this process started."""
+    """Calls of one route by one agent since this process started."""
 
     count: int
     first_wall: float
@@ -58,15 +58,15 @@ class RouteUse:
 
 
 class RouteUsage:
-    """Counts calls by agent and route. Of more than `max_agents` agents those that came first are forgotten."""
+    """Counter of calls by agent and route. Beyond `max_agents` the agent that was added first is dropped."""
 
     def __init__(self, max_agents: int = MAX_AGENTS) -> None:
         self._max_agents = max_agents
-        self._agents: dict[SessionKey, list[RouteUse]] = {}  # an agent uses few routes: less than a dict is worth
+        self._agents: dict[SessionKey, list[RouteUse]] = {}  # lists, because an agent uses too few routes for a dict
         self._routes: dict[Route, Route] = {}
 
     def note(self, key: SessionKey, dialect: str, operation: str, wall: float) -> None:
-        """A call; this is on the path of every request."""
+        """Count a call. Every request calls this, so it must be fast."""
         uses = self._agents.get(key)
         if uses is None:
             uses = self._add(key)
@@ -79,7 +79,7 @@ class RouteUsage:
         uses.append(RouteUse(1, wall, wall, self._routes.setdefault(route, route)))
 
     def forget(self, key: SessionKey) -> None:
-        """The session is gone, or lives on under another key."""
+        """Drop a session that was deleted or has another key now."""
         self._agents.pop(key, None)
 
     def __iter__(self) -> Iterator[tuple[SessionKey, dict[Route, RouteUse]]]:

@@ -1,4 +1,4 @@
-"""Keep how an agent stands with the controller: what went wrong, and which heartbeats are not acknowledged."""
+"""Standing of an agent with the controller: errors, and heartbeats without an acknowledgement."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from enum import Enum
 from typing import NamedTuple
 
 UNACKNOWLEDGED = 3
-"""So many heartbeats in a row without an acknowledgement are no coincidence."""
+"""Heartbeats in a row without an acknowledgement from which on it is no coincidence."""
 
 
 class TroubleKind(Enum):
-    """Reasons why the controller does not take an agent for connected."""
+    """Reasons why the controller does not regard an agent as connected."""
 
-    NAME_UNKNOWN = "name_unknown"  # it does not know the agent, and no name is known to register it with
-    UNKNOWN = "unknown"  # it does not know the agent, which is being registered again
+    NAME_UNKNOWN = "name_unknown"  # the agent is not registered, and the shim has no name to register it with
+    UNKNOWN = "unknown"  # the agent is not registered, and is being registered again
     HEARTBEATS_REFUSED = "heartbeats_refused"
 
 
 class Trouble(NamedTuple):
-    """One reason, the controller's text if it gave one, and the monotonic time since when it holds."""
+    """One reason, the controller's text if it sent one, and the monotonic time of its begin."""
 
     kind: TroubleKind
     text: str
@@ -26,7 +26,7 @@ class Trouble(NamedTuple):
 
 
 class SessionStanding:
-    """One agent's standing. All times are monotonic seconds; connections are told apart by their serial."""
+    """Standing of one agent. All times are monotonic seconds; connections are identified by their serial number."""
 
     __slots__ = ("_connection", "_sent", "_since", "trouble")
 
@@ -37,32 +37,32 @@ class SessionStanding:
         self._since = 0.0
 
     def fail(self, kind: TroubleKind, text: str, now: float) -> bool:
-        """Note a reason. Return True where it is a new one."""
+        """Record a reason. Returns True if it is a new one."""
         before = self.trouble
         if before is not None and before.kind is TroubleKind.NAME_UNKNOWN and kind is TroubleKind.UNKNOWN:
-            kind = before.kind  # the more precise of the two
+            kind = before.kind  # NAME_UNKNOWN is the more precise of the two
         new = before is None or before.kind is not kind
         since = now if before is None else before.since
         self.trouble = Trouble(kind, text or (before.text if before is not None else ""), since)
         return new
 
     def recover(self) -> None:
-        """Note that the controller knows the agent: it accepted a registration or acknowledged a heartbeat."""
+        """Record that the controller knows the agent: it accepted a registration or acknowledged a heartbeat."""
         self.trouble = None
 
     def sent(self, now: float, connection: int) -> None:
-        """Note a heartbeat that was sent."""
+        """Record a heartbeat sent upstream."""
         if connection != self._connection or not self._sent:
             self._connection, self._sent, self._since = connection, 0, now
         self._sent += 1
 
     def acknowledged(self) -> None:
-        """Note an acknowledgement: the controller hears this agent."""
+        """Record an acknowledgement."""
         self._sent = 0
         self.trouble = None
 
     def unacknowledged_since(self, now: float, window_s: float) -> float | None:
-        """Return since when heartbeats are not acknowledged, `None` where that is not so.
+        """Return the time since which heartbeats have no acknowledgement, `None` if they have.
 
         `window_s` is the time that an acknowledgement may take.
         """

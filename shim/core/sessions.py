@@ -1,4 +1,4 @@
-"""What the shim knows about each agent, and whether it is alive (protocol.md §1.6, §2.1)."""
+"""Sessions: the state of each agent, and its freshness (docs/reference/protocol.md#16-owners-sessions-aliases)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ DEFAULT_INTERVAL_S = 30.0
 MIN_FRESH_S = 35.0
 FRESH_FACTOR = 1.5
 MIN_GAPS = 3
-_NOTHING: dict[str, Any] = {}  # what thousands of sessions have; these are replaced, never changed
+_NOTHING: dict[str, Any] = {}  # shared by thousands of sessions: fields are replaced, never changed in place
 _KINDS = (TargetKind.AGENT.value, TargetKind.CLUSTER.value)
 
 
 class Session:
-    """One agent. Times called `…_at` are monotonic seconds, `None` where it never happened in this process."""
+    """One agent. Attributes that end in `_at` are monotonic seconds, `None` if it never happened in this process."""
 
     __slots__ = (
         "_tunnel_hold",
@@ -40,6 +40,7 @@ class Session:
         "known",
         "last_seen_unix",
         "last_sent_status",
+        "last_sent_tunnel",
         "measured_interval_s",
         "migrated_at",
         "persisted_last_seen",
@@ -51,7 +52,6 @@ class Session:
         "standing",
         "superseded_by",
         "tunnel",
-        "tunnel_told",
         "upstream_cluster_id",
     )
 
@@ -66,13 +66,13 @@ class Session:
         self.known: dict[str, Any] = _NOTHING
         self.superseded_by: SessionKey | None = None
         self.tunnel: dict[str, Any] | None = None
-        self.tunnel_told: dict[str, Any] | None = {}  # what the agent got last; no state is empty
+        self.last_sent_tunnel: dict[str, Any] | None = {}  # the agent has received none: {} differs from every state
         self.hold = HoldEstimator()
-        self._tunnel_hold: HoldEstimator | None = None  # most agents' tunnel polls are never held
+        self._tunnel_hold: HoldEstimator | None = None  # created on demand: most agents' tunnel polls are never held
         self.last_seen_unix = 0.0
         self.persisted_last_seen = 0.0
         self.contact_at: float | None = None
-        self.migrated_at: float | None = None  # since when its agent speaks WebSocket by itself
+        self.migrated_at: float | None = None  # time since which the agent connects by WebSocket itself
         self.heartbeat_at: float | None = None
         self.poll_at: float | None = None
         self.measured_interval_s: float | None = None
@@ -88,7 +88,7 @@ class Session:
 
     @classmethod
     def from_record(cls, record: SessionRecord) -> Session:
-        """A session loaded from disk; it is not fresh before its agent calls."""
+        """Return a session loaded from disk. It is not fresh before its agent calls."""
         session = cls(record.key, record.dialect)
         session.agent_id = record.agent_id
         session.upstream_cluster_id = record.upstream_cluster_id
@@ -102,7 +102,7 @@ class Session:
         return session
 
     def record(self) -> SessionRecord:
-        """What is stored of it; never a secret."""
+        """Return the session as it is stored, without any secret."""
         self.persisted_last_seen = self.last_seen_unix
         tunnel = self._tunnel_hold
         return SessionRecord(
@@ -119,28 +119,28 @@ class Session:
 
     @property
     def tunnel_hold(self) -> HoldEstimator:
-        """What was learnt of its tunnel polls."""
+        """The estimator for the agent's tunnel polls."""
         if self._tunnel_hold is None:
             self._tunnel_hold = HoldEstimator()
         return self._tunnel_hold
 
     @property
     def holds_changed(self) -> bool:
-        """Whether something was learnt that is not stored."""
+        """True if an estimator has learnt something that is not stored."""
         return self.hold.changed or (self._tunnel_hold is not None and self._tunnel_hold.changed)
 
     @property
     def interval_s(self) -> float:
-        """The agent's heartbeat interval: the median of its last 8 gaps, 30 s until three are known."""
+        """The agent's heartbeat interval in seconds: the median of its last 8 gaps, 30 s until three are known."""
         return DEFAULT_INTERVAL_S if self.measured_interval_s is None else self.measured_interval_s
 
     @property
     def fresh_for_s(self) -> float:
-        """How long a contact vouches for the agent."""
+        """Seconds for which the agent counts as alive after a contact."""
         return max(FRESH_FACTOR * self.interval_s, MIN_FRESH_S)
 
     def fresh(self, now: float) -> bool:
-        """True while the agent's own contact vouches for it; a held poll is contact while it is open."""
+        """Return True if the agent counts as alive: it has a held poll, or its last contact is recent."""
         if self.held:
             return True
         if self.contact_at is None:
@@ -149,16 +149,19 @@ class Session:
         return since_s < MIN_FRESH_S or since_s < self.fresh_for_s
 
     def touch(self, now: float, wall: float) -> None:
-        """The agent called."""
+        """Record a call of the agent."""
         self.contact_at, self.migrated_at = now, None
         self.last_seen_unix = wall
 
     def migrate(self, now: float) -> None:
-        """Count the agent as gone: its successor speaks WebSocket by itself. A call of its own makes it alive again."""
+        """Mark the agent as not alive: its successor connects by WebSocket itself.
+
+        A later call of the agent reverts this.
+        """
         self.contact_at, self.migrated_at = None, now
 
     def record_heartbeat(self, call: HeartbeatCall, now: float) -> None:
-        """A heartbeat came: measure the gap, keep the newest."""
+        """Record a heartbeat: measure the gap and keep the heartbeat as the newest."""
         if self.heartbeat_at is not None:
             self.gaps = remember(self.gaps, now - self.heartbeat_at)
             if len(self.gaps) >= MIN_GAPS:
@@ -177,26 +180,29 @@ class Session:
             self.secret = call.secret
 
     def new_process(self) -> None:
-        """Another process speaks for the agent now: what its client allows must be learnt again."""
+        """Reset what the estimators have learnt of the agent's previous process."""
         self.hold.new_process()
         if self._tunnel_hold is not None:
             self._tunnel_hold.new_process()
 
     def reported_status(self) -> tuple[str, str]:
-        """(status, tunnel_status) as they would go up now."""
+        """Return (status, tunnel_status) as a heartbeat would report them upstream now."""
         beat = self.heartbeat
         if beat is None:
             return "", "disconnected"
         return beat.status, beat.tunnel_status or "disconnected"
 
     def heartbeat_due(self, now: float, interval_s: float) -> bool:
-        """Whether a heartbeat should go up on this contact: the last is old enough, or the words changed."""
+        """Return True if this contact should send a heartbeat upstream: the last is old enough, or a status changed."""
         if self.sent_at is None or now - self.sent_at >= interval_s:
             return True
         return self.reported_status() != self.last_sent_status
 
     def heartbeat_payload(self) -> dict[str, Any]:
-        """The upstream payload of the newest heartbeat (protocol.md §2)."""
+        """Return the upstream payload of the newest heartbeat.
+
+        Its fields are docs/reference/protocol.md#2-upstream-side-the-websocket.
+        """
         status, tunnel_status = self.reported_status()
         payload: dict[str, Any] = {"cluster_id": self.upstream_cluster_id, "agent_id": self.agent_id}
         if status:
@@ -208,7 +214,10 @@ class Session:
         return payload
 
     def register_payload(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """What a `register` for it says: stored registration, heartbeat fields, `identity`; `None` without a name."""
+        """Return the payload of a `register`: `identity`, heartbeat fields, stored registration, later ones winning.
+
+        Returns `None` if there is no name.
+        """
         payload = {**identity, **self.known, **self.registration}
         if not payload.get("name"):
             return None
@@ -221,7 +230,7 @@ class Session:
 
 
 class Sessions:
-    """All sessions, by key, by alias and by the ids that the controller uses."""
+    """All sessions, by key, by alias and by the controller's ids."""
 
     def __init__(self) -> None:
         self._by_key: dict[SessionKey, Session] = {}
@@ -237,19 +246,19 @@ class Sessions:
         return iter(list(self._by_key.values()))
 
     def get(self, key: SessionKey) -> Session | None:
-        """The session with this key."""
+        """Return the session with this key."""
         return self._by_key.get(key)
 
     def of_owner(self, owner: str) -> Iterable[Session]:
-        """All sessions of an owner."""
+        """Return all sessions of an owner."""
         return list(self._by_owner.get(owner, {}).values())
 
     def count_of(self, owner: str) -> int:
-        """How many sessions an owner has."""
+        """Return the number of sessions of an owner."""
         return len(self._by_owner.get(owner, ()))
 
     def add(self, session: Session) -> None:
-        """Take a session in."""
+        """Add a session, or replace the one with the same key."""
         before = self._by_key.get(session.key)
         if before is not None:
             self._drop_from_index(before)
@@ -258,7 +267,7 @@ class Sessions:
         self._index(session)
 
     def set_upstream_id(self, session: Session, cluster_id: str) -> None:
-        """Set the id that the controller uses for a session, which need not be taken in yet."""
+        """Set the controller's id of a session, which need not have been added yet."""
         self._drop_from_index(session)
         session.upstream_cluster_id = cluster_id
         if self._by_key.get(session.key) is session:
@@ -277,7 +286,7 @@ class Sessions:
                 del self._by_upstream_id[name]
 
     def remove(self, session: Session) -> None:
-        """Forget a session and its aliases."""
+        """Remove a session and its aliases."""
         if session.key in self._by_key:
             self._kept_bytes -= session.kept_bytes
         self._by_key.pop(session.key, None)
@@ -290,39 +299,39 @@ class Sessions:
             del self._aliases[alias]
 
     def has_room_for(self, session: Session | None, call: HeartbeatCall) -> bool:
-        """Return true if a heartbeat can be kept in the place of the session's last one."""
+        """Return True if a heartbeat can be kept in place of the session's last one."""
         more_bytes = _counted_bytes(call) - (0 if session is None else session.kept_bytes)
         return more_bytes <= 0 or self._kept_bytes + more_bytes <= MAX_ALL_KEPT_BYTES
 
     def keep(self, session: Session, call: HeartbeatCall) -> None:
-        """Count the heartbeat that a session keeps from now on."""
+        """Count the bytes of the heartbeat that a session keeps from now on."""
         self._kept_bytes += _counted_bytes(call) - session.kept_bytes
         session.kept_bytes = _counted_bytes(call)
 
     def alias(self, owner: str, agent_id: str) -> Session | None:
-        """The session that this agent id of the owner stands for."""
+        """Return the session for which an agent id of the owner is an alias."""
         key = self._aliases.get((owner, agent_id))
         return self._by_key.get(key) if key is not None else None
 
     def set_alias(self, owner: str, agent_id: str, key: SessionKey) -> SessionKey | None:
-        """Let an agent id stand for a session. Returns the key it stood for, if that was another one."""
+        """Make an agent id an alias of a session. Returns its previous session's key if that was another one."""
         before = self._aliases.get((owner, agent_id))
         self._aliases[(owner, agent_id)] = key
         return before if before != key else None
 
     def alias_is(self, owner: str, agent_id: str, key: SessionKey) -> bool:
-        """Whether the alias already points there (the agent's path asks this on every heartbeat)."""
+        """Return True if the agent id is an alias of this session. Every heartbeat with an agent id calls this."""
         return self._aliases.get((owner, agent_id)) == key
 
     def move_aliases(self, source: SessionKey, target: SessionKey) -> None:
-        """Aliases of a superseded session point to its successor."""
+        """Move the aliases of a superseded session to its successor."""
         for (owner, agent_id), key in list(self._aliases.items()):
             if key == source:
                 del self._aliases[(owner, agent_id)]
                 self._aliases[(target.owner, agent_id)] = target
 
     def key_of(self, owner: str, target: SessionTarget) -> SessionKey:
-        """The session key that a call means (protocol.md §1.6)."""
+        """Return the key of the session that a call names (docs/reference/protocol.md#16-owners-sessions-aliases)."""
         if target.kind is TargetKind.ALIAS:
             aliased = self.alias(owner, target.ident)
             if aliased is not None:
@@ -331,10 +340,10 @@ class Sessions:
         return SessionKey(owner, _KINDS[target.kind is TargetKind.CLUSTER], target.ident)
 
     def find(self, owner: str, cluster_id: str, agent_id: str) -> list[Session]:
-        """Sessions of the owner that a controller's target means, the most recently seen first.
+        """Return the owner's sessions that match a controller's target, the most recently seen first.
 
-        A cluster id matches the agent's own or the controller's. An agent id means the session of its latest register
-        or heartbeat; beside a cluster id it only chooses among several, because agent ids change.
+        A cluster id matches the agent's own id or the controller's. An agent id matches the session of its latest
+        register or heartbeat. Beside a cluster id it only selects among several, because agent ids change.
         """
         if not cluster_id:
             return self._of_agent(owner, agent_id)

@@ -1,4 +1,4 @@
-"""Which owner a token belongs to, which shard an owner, and which replica a shard."""
+"""Assignment of tokens to owners, of owners to shards, and of shards to replicas."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ from dataclasses import dataclass
 
 
 def owner_id(key: bytes, token: str) -> str:
-    """The owner whose sessions a token sees: 64 hexadecimal digits, of no use without the key."""
+    """Return the owner of a token's sessions: 64 hexadecimal digits, which cannot be computed without the key."""
     return hmac.digest(key, token.encode("utf-8", "surrogatepass"), "sha256").hex()
 
 
 def shard_of(owner: str, count: int) -> int:
-    """The link partition of an owner, below `count`."""
+    """Return the shard of an owner, a number below `count`."""
     return int(hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()[:8], 16) % count
 
 
 AT_ONCE = 4
-"""How many shards a replica gives away at a time: their links are closed meanwhile, the others' are not."""
+"""Shards that a replica gives away at a time. Their links are closed meanwhile; all others stay connected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rebalance:
-    """What a replica has to do now: shards to take, shards to give away."""
+    """Shards that a replica has to take and to give away now."""
 
     take: tuple[int, ...] = ()
     give: tuple[int, ...] = ()
 
 
 def target_counts(count: int, members: Collection[str], held: Mapping[str, int]) -> dict[str, int]:
-    """How many shards each member should have. Who has more than the others already keeps the odd ones."""
+    """Return the number of shards for each member. The remainder goes to the members that hold the most already."""
     base, odd = divmod(count, len(members)) if members else (0, 0)
     favoured = sorted(members, key=lambda member: (-held.get(member, 0), member))[:odd]
     return {member: base + (member in favoured) for member in sorted(members)}
 
 
 def plan_rebalance(me: str, count: int, members: Collection[str], holders: Mapping[int, str]) -> Rebalance:
-    """What `me` has to do. `members` are the replicas that live and mean to stay, `holders` the leases that are held.
+    """Return the shards that `me` has to take or to give away.
 
-    A lease may be held by a replica that is no member: it is leaving, and its shards are as good as free.
+    `members` are the living replicas that are not leaving. `holders` maps each leased shard to its holder. A holder
+    that is no member is leaving, so its shards count as free soon.
     """
     if me not in members:
         return Rebalance()
@@ -63,7 +64,10 @@ def plan_rebalance(me: str, count: int, members: Collection[str], holders: Mappi
 
 
 def _to_take(me: str, count: int, missing: Mapping[str, int], holders: Mapping[int, str]) -> tuple[int, ...]:
-    """The free shards are dealt out in the order of names, so that two replicas seldom want the same one."""
+    """Return the free shards for `me`.
+
+    They are dealt out by replica name, so that two replicas rarely want the same.
+    """
     free = [shard for shard in range(count) if shard not in holders]
     start = sum(number for member, number in missing.items() if member < me)
     dealt = free[start : start + missing[me]]

@@ -1,4 +1,4 @@
-"""Numbers, times and the names of others as a person reads them."""
+"""Formatting of durations, counts and texts from outside for people."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ _UNITS = ((86_400.0, "day"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def format_duration(seconds: float) -> str:
-    """`3 s`, `4 min`, `2 h 5 min`, `3 days 4 h`: two units at most, rounded down."""
+    """Return a duration as text with at most two units, rounded down.
+
+    Examples: `3 s`, `4 min`, `2 h 5 min`, `3 days 4 h`.
+    """
     left = max(0.0, seconds)
     words: list[str] = []
     for size_s, unit in _UNITS:
@@ -21,20 +24,20 @@ def format_duration(seconds: float) -> str:
         if len(words) == 2:
             break
         if words and unit == "min":
-            break  # seconds beside minutes only flicker
+            break  # seconds next to minutes would change on every refresh
     return " ".join(words) or "0 s"
 
 
 def plural(number: int, noun: str) -> str:
-    """`1 agent`, `2 agents`."""
+    """Return a count with its noun, as in `1 agent`, `2 agents`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def printable(text: str) -> str:
-    """Somebody else's text for a terminal, which it must not steer: `?` for control characters and the like."""
+    """Return a text from outside that cannot control a terminal: `?` replaces unprintable characters."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def shorten(name: str) -> str:
-    """Return an agent's name for a sentence or a table: printable, and short enough to leave room for the rest."""
+    """Return an agent's name for a sentence or a table: printable and cut to `MAX_SHOWN_CHARS`."""
     return cut(printable(name), MAX_SHOWN_CHARS)
