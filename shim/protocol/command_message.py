@@ -1,4 +1,4 @@
-"""Bring a controller's `command` message into one shape (protocol.md §3)."""
+"""Normalisation of the controller's `command` messages (docs/reference/protocol.md#3-commands)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from shim.protocol.rfc3339 import parse_rfc3339, rfc3339
 from shim.protocol.upstream_message import Message
 
 MAX_ECHO_CHARS = 1024
-"""How much of an id that cannot be used goes back with the rejection."""
+"""Characters of an unusable id that are repeated in the rejection."""
 MAX_DEPTH = 64
-"""Arrays and objects in one another; far above what commands have, far below where encoders fail."""
+"""Levels of nested arrays and objects: far more than commands have, far fewer than make an encoder fail."""
 MAX_NUMBER = int(1.7976931348623157e308)
 
 _PAYLOAD_KEYS = ("payload", "params", "args")
@@ -41,7 +41,7 @@ _UNFIT = frozenset("/?#%")
 class MalformedCommand(ShimError):
     """A command that cannot be brought into the shape that every agent decodes.
 
-    `command_id` is what the controller calls it, also where that is the fault; empty if it has no name.
+    `command_id` is the controller's id for it, even if the id is the fault; empty without an id.
     """
 
     def __init__(self, reason: str, command_id: str = "") -> None:
@@ -50,7 +50,7 @@ class MalformedCommand(ShimError):
 
 
 class ParsedCommand(msgspec.Struct, frozen=True):
-    """A command as agents get it. `created_at` is RFC 3339 UTC; `expires_wall` Unix seconds; targets may be empty."""
+    """A normalised command. `created_at` is RFC 3339 UTC, `expires_wall` Unix seconds; the target ids may be empty."""
 
     id: str
     type: str
@@ -62,7 +62,7 @@ class ParsedCommand(msgspec.Struct, frozen=True):
 
 
 def parse_command(message: Message, wall: float, ttl_s: float, new_id: Callable[[], str]) -> ParsedCommand:
-    """Normalise a command that arrived at `wall`; raises `MalformedCommand`."""
+    """Normalise a command that arrived at `wall` (Unix seconds). Raises `MalformedCommand`."""
     payload = message.payload
     command_id = _command_id(payload, message.request_id, new_id)
     if message.fault:
@@ -83,10 +83,14 @@ def parse_command(message: Message, wall: float, ttl_s: float, new_id: Callable[
 
 
 def _check_decodable(payload: dict[str, Any], command_id: str) -> None:
-    """Refuse what makes an agent drop a whole batch: a number that does not fit Go's float64, nesting without end."""
+    """Reject a command that would make an agent drop its whole batch.
+
+    That is a number that does not fit Go's float64, or nesting beyond `MAX_DEPTH`. Raises `MalformedCommand`.
+    """
     level: list[Any] = [payload]
     for _ in range(MAX_DEPTH):
-        # Without a step of Python's for each value: a command may have millions of them, and the event loop waits.
+        # A command may have millions of values, and the event loop is blocked meanwhile. So each level is processed by
+        # functions in C, without a step of the interpreter per value.
         inner = list(chain.from_iterable(outer.values() if isinstance(outer, dict) else outer for outer in level))
         kinds = set(map(type, inner))
         if int in kinds:
@@ -100,7 +104,7 @@ def _check_decodable(payload: dict[str, Any], command_id: str) -> None:
 
 
 def _scalar(value: Any) -> str:
-    """A string or number as text; everything else is as if it were absent."""
+    """Return a string or number as text, `""` for anything else."""
     if isinstance(value, str):
         return value
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
@@ -110,7 +114,8 @@ def _command_id(payload: dict[str, Any], request_id: str, new_id: Callable[[], s
     for value in (payload.get("command_id"), payload.get("id"), request_id):
         found = _scalar(value)
         if found:
-            # Agents put the id into their result's path as it is: what cannot stand there could never be answered.
+            # Agents insert the id into the path of their result without escaping. A command whose id cannot be part of
+            # a path could never be answered.
             if len(found.encode("utf-8", "replace")) > MAX_ID_BYTES or not found.isprintable() or _UNFIT & set(found):
                 raise MalformedCommand(
                     "the command id must be 1-256 printable bytes without any of / ? # %", found[:MAX_ECHO_CHARS]
@@ -155,7 +160,7 @@ def _created_at(payload: dict[str, Any], timestamp: str, wall: float) -> str:
 def _expires_wall(payload: dict[str, Any], timestamp: str, wall: float, ttl_s: float) -> float:
     expires = parse_rfc3339(payload.get("expires_at"))
     if expires is not None:
-        # The controller's clock may be off: what it meant is the distance to its own send time.
+        # The controller's clock may be wrong, so only the time between sending and expiry counts.
         sent = parse_rfc3339(timestamp)
         return expires + (wall - sent) if sent is not None else expires
     ttl = payload.get("ttl_seconds")

@@ -1,4 +1,4 @@
-"""Read what the controller replies, and build the shim's refusals of what a legacy agent cannot serve."""
+"""Parser of the controller's replies, and the refusals of requests that a legacy agent cannot serve."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 from shim.core.bounds import MAX_KEPT_BYTES, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS, MAX_URL_CHARS, MAX_WORD_CHARS
 from shim.protocol import rfc3339
 
-# RFC 3986: what stands in a path segment unescaped
+# RFC 3986: the characters of a path segment that need no escaping
 _URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)
 _PATTERNS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (401, ("unauthor", "invalid token", "forbidden")),
@@ -40,16 +40,16 @@ _REPLY_TEXTS = {
 
 
 def url_safe_id(value: Any) -> str:
-    """An id that agents may put into a path unescaped, or `""`."""
+    """Return an id that agents may insert into a path without escaping, else `""`."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     return value if isinstance(value, str) and _URL_SAFE.fullmatch(value) else ""
 
 
 def register_reply(payload: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `register_success` that may be passed down, each of its exact type; `{}` without a usable id.
+    """Return the fields of a `register_success` that agents may receive, each of its exact type.
 
-    `token` and `gateway_ws_url` never are.
+    Returns `{}` without a usable cluster id. `token` and `gateway_ws_url` are never included.
     """
     cluster_id = url_safe_id(payload.get("cluster_id"))
     if not cluster_id:
@@ -73,9 +73,9 @@ def register_reply(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def error_text(payload: dict[str, Any], mask: Callable[[str], str] = str) -> str:
-    """Return the error's text, printable and short. `mask` removes secrets from it before it is cut.
+    """Return the text of an error, printable and cut to `MAX_ERROR_CHARS`.
 
-    A secret that has been cut is not recognised, and nearly all of it would be shown.
+    `mask` removes secrets before the text is cut: a secret that was cut would not be recognised, and most of it shown.
     """
     for key in ("error", "message"):
         value = payload.get(key)
@@ -86,7 +86,10 @@ def error_text(payload: dict[str, Any], mask: Callable[[str], str] = str) -> str
 
 
 def error_status(payload: dict[str, Any]) -> int:
-    """The HTTP status for an agent: by `code` if there is one, else by the text, first match (protocol.md §1.1)."""
+    """Return the HTTP status for an agent (docs/reference/protocol.md#11-register).
+
+    `code` decides if there is one, else the first pattern that the text contains.
+    """
     code = payload.get("code")
     if isinstance(code, (int, float)) and not isinstance(code, bool) and code:
         return _STATUS_OF_CODE.get(int(code), 502)
@@ -104,15 +107,15 @@ def _by_words(text: str) -> int:
 
 
 def forgotten(payload: dict[str, Any]) -> bool:
-    """The controller does not know the cluster (any more)."""
+    """Return True if an error means that the controller does not know the cluster."""
     folded = error_text(payload).casefold()
     return any(words in folded for words in FORGOTTEN)
 
 
 def conflict_reply(payload: dict[str, Any]) -> dict[str, Any]:
-    """Return what a conflict tells of the existing cluster, as `register_reply` does; `{}` where it carries no id.
+    """Return the fields of the existing cluster in a conflict, as `register_reply` does; `{}` without an id.
 
-    Its `message` and `status` are about the error, not the cluster.
+    `message` and `status` of a conflict describe the error, not the cluster, so they are left out.
     """
     cluster = payload.get("cluster")
     nested = cluster if isinstance(cluster, dict) else {}
@@ -122,9 +125,9 @@ def conflict_reply(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def tunnel_state(payload: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what a `tunnel_status` says of the tunnel itself, `None` if that is too large to be kept for each agent.
+    """Return the tunnel's fields of a `tunnel_status`, `None` if they are too large to be kept for each agent.
 
-    The dialects see to it that agents can decode it.
+    The dialects remove values that agents cannot decode.
     """
     state = {key: payload[key] for key in TUNNEL_KEYS if key in payload}
     return state if len(msgspec.json.encode(state)) <= MAX_KEPT_BYTES else None
@@ -154,9 +157,9 @@ Refusal = tuple[str, str, dict[str, Any]]
 
 
 def refuse(kind: str, request_id: str, payload: dict[str, Any]) -> Refusal | None:
-    """Return the refusal's (type, request_id, payload), or `None` where a real agent would not answer either.
+    """Return the (type, request_id, payload) of a refusal, `None` if a real agent would not answer either.
 
-    Ids go back cut to `MAX_REQUEST_ID_CHARS`.
+    Ids are repeated up to `MAX_REQUEST_ID_CHARS` characters.
     """
     request_id = request_id[:MAX_REQUEST_ID_CHARS]
     if kind == "proxy_request":

@@ -1,4 +1,4 @@
-"""Headers and URLs of HTTP that several parts read or build."""
+"""HTTP headers and URLs: parsing and construction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shim.hosts import plain_host
 
 
 def bearer(authorization: str | None) -> str | None:
-    """The Bearer token of an Authorization header: `""` if there is none, `None` if it cannot be one."""
+    """Return the Bearer token of an Authorization header: `""` without one, `None` for a malformed one."""
     if authorization is None or authorization[:7].lower() != "bearer ":
         return ""
     token = authorization[7:].strip(" \t")
@@ -18,7 +18,7 @@ def bearer(authorization: str | None) -> str | None:
 
 
 def host_name(host: str) -> str:
-    """The name or address in a Host header, in lower case, without port, brackets and final dot."""
+    """Return the name or address in a Host header, in lower case, without port, brackets and final dot."""
     name, colon, port = host.lower().rpartition(":")
     if not colon or not port.isdigit() or (":" in name and not name.endswith("]")):
         name = host.lower()
@@ -32,9 +32,9 @@ _HTTP = {"ws": "http", "wss": "https"}
 def ws_url(base: str, path: str = "") -> str:
     """Return the WebSocket URL of `path` under a base given as http, https, ws or wss.
 
-    A base that ends in `path` already is the endpoint itself: the vendor's guide gives it so. The base's own path and
-    query stay, byte for byte; a fragment and user information go. Raises `ValueError` without echoing the input, which
-    may carry a secret in its query.
+    A base that already ends in `path` is the endpoint itself, as in the vendor's guide. Path and query of the base are
+    kept unchanged; a fragment and user information are dropped. Raises `ValueError`, without the input in its text
+    because its query may hold a secret.
     """
     parts, authority = _parse(base)
     whole_path = parts.path
@@ -46,8 +46,8 @@ def ws_url(base: str, path: str = "") -> str:
 def http_url(base: str, path: str = "") -> str:
     """Return the base of the HTTP API that belongs to the WebSocket endpoint `path` under `base`.
 
-    That is `base` with http or https as its scheme and without `path` at its end; its query stays. Raises `ValueError`
-    as `ws_url` does.
+    The scheme becomes http or https, `path` is removed from the end, and the query is kept. Raises `ValueError` as
+    `ws_url` does.
     """
     parts, authority = _parse(base)
     kept = parts.path
@@ -57,19 +57,19 @@ def http_url(base: str, path: str = "") -> str:
 
 
 def fallback_url(settings: Settings) -> str:
-    """Return the base of the vendor's HTTP API: `fallback.url`, else the upstream's own address."""
+    """Return the base of the vendor's HTTP API: `fallback.url`, else derived from `upstream.url`."""
     return http_url(settings.fallback.url or settings.upstream.url, settings.upstream.path)
 
 
 def under(base: str, target: str) -> str:
-    """Return the URL of a request target (a path with its query) under a base; the base's own query comes last."""
+    """Return the URL of a request target (path and query) under a base. The base's own query comes last."""
     before, mark, query = base.partition("?")
     joint = ("&" if "?" in target else "?") if mark and query else ""
     return f"{before.rstrip('/')}{target}{joint}{query if joint else ''}"
 
 
 def _parse(base: str) -> tuple[SplitResult, str]:
-    """Return the parts of a base and its authority: the host in ASCII, and the port where one is given."""
+    """Return a URL's parts and its authority, with the host in ASCII. Raises `ValueError`."""
     try:
         parts = urlsplit(base)
         host, port = _ascii(parts.hostname or ""), parts.port
@@ -84,7 +84,7 @@ def _parse(base: str) -> tuple[SplitResult, str]:
 
 
 def _ascii(host: str) -> str:
-    """Return a host that ASCII can write; a final dot stays, because the resolver takes it for a full name."""
+    """Return a host in ASCII. A final dot is kept, because it tells the resolver that the name is complete."""
     return host if host.isascii() else plain_host(host)
 
 
@@ -98,7 +98,7 @@ def _query(parts: SplitResult) -> str:
 
 
 def with_query(url: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """Add query parameters to a URL without a fragment; what it has is left as it is."""
+    """Return a URL with query parameters added; its own query is kept unchanged. The URL must have no fragment."""
     added = "&".join(f"{quote(name, safe='')}={quote(value, safe='')}" for name, value in pairs)
     if not added:
         return url
@@ -107,7 +107,7 @@ def with_query(url: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def host_of(url: str) -> str:
-    """Return the host of a URL in the spelling that can be compared (`hosts.plain_host`); `""` if it has none."""
+    """Return the host of a URL in the normalised form of `hosts.plain_host`; `""` without one."""
     try:
         return plain_host(urlsplit(url).hostname or "")
     except ValueError:
@@ -115,7 +115,7 @@ def host_of(url: str) -> str:
 
 
 def origin_of(url: str) -> str:
-    """`scheme://host:port` as it may be logged: no user information, path or query."""
+    """Return `scheme://host:port` of a URL for a log: without user information, path and query."""
     try:
         parts = urlsplit(url)
         authority = parts.hostname or "?"

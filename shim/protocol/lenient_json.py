@@ -1,8 +1,8 @@
-r"""Read JSON from others as leniently as Go reads it: what is no character becomes U+FFFD.
+r"""JSON decoder that is as lenient as Go's: bytes that are no character become U+FFFD.
 
-RFC 8259 leaves open what becomes of an unpaired surrogate such as `\ud83d`, and of bytes that are no UTF-8. Programs do
-write both: a JavaScript text that was cut in the middle of a character, a command's output in Latin-1. No command and
-no result may be lost for it.
+RFC 8259 leaves open how to decode an unpaired surrogate such as `\ud83d`, and bytes that are no UTF-8. Programs do send
+both: a JavaScript text that was cut inside a character, or the output of a command in Latin-1. No command and no result
+may be lost because of it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def _ignore() -> None:
 def decode(text: str | bytes, replaced: Callable[[], None] = _ignore) -> Any:
     """Return the JSON value of a text; a byte order mark before it is skipped.
 
-    `replaced` is called when bytes that are no UTF-8 were replaced. Raises `ValueError` (of which
-    `msgspec.DecodeError` is one), `RecursionError`.
+    `replaced` is called if bytes that are no UTF-8 were replaced. Raises `ValueError` (also as `msgspec.DecodeError`)
+    and `RecursionError`.
     """
     try:
         return _decode(text)
@@ -42,7 +42,7 @@ def decode(text: str | bytes, replaced: Callable[[], None] = _ignore) -> Any:
 
 
 def as_characters(raw: bytes, replaced: Callable[[], None] = _ignore) -> bytes:
-    """Return a JSON text as UTF-8 without a byte order mark, with U+FFFD for whatever is no character."""
+    """Return a JSON text as UTF-8 without a byte order mark, with U+FFFD for everything that is no character."""
     raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         raw.decode()
@@ -50,17 +50,19 @@ def as_characters(raw: bytes, replaced: Callable[[], None] = _ignore) -> bytes:
     except UnicodeDecodeError:
         characters = _mended(raw)
         replaced()
-    # NUL is in no JSON, and so can hide escaped backslashes: what follows them is no escape
+    # `\\` followed by `ud83d` is an escaped backslash and five letters, not a surrogate. So escaped backslashes are
+    # replaced by NULs for the search: JSON has no NUL of its own.
     if b"\0" in characters or rb"\u" not in characters:
         return characters
     return _UNPAIRED.sub(rb"\\ufffd", characters.replace(_BACKSLASH, _MASK)).replace(_MASK, _BACKSLASH)
 
 
 def _mended(raw: bytes) -> bytes:
-    """Replace each byte that begins no character by one U+FFFD, as Go does (Python's own handler merges some of them).
+    """Replace each byte that begins no character by one U+FFFD, as Go does (Python's own handler merges some).
 
-    Millions of such bytes must not hold up the event loop, so every step is one that Python does in C: the codec writes
-    each of them as `?`, for which the real ones have made room. A NUL, which no JSON has, becomes one as well.
+    Millions of such bytes must not block the event loop, so every step is one that Python does in C. The codec replaces
+    each of them by `?`, so real question marks become NULs before, and are restored after. JSON has no NUL: one in the
+    input becomes a question mark, too.
     """
     text = raw.decode("utf-8", "surrogateescape").replace("?", "\0")
     return text.encode("utf-8", "replace").replace(b"?", _REPLACEMENT).replace(b"\0", b"?")

@@ -1,6 +1,6 @@
-"""Get out of a frame what can be got when it is not one plain JSON value: several values, or one that is beyond use.
+"""Salvage of frames that are not one plain JSON value: several values, or a value that cannot be decoded.
 
-A controller that sent a command which nobody can read must be told so, and it can only be told by the ids in it.
+The controller must be told of a command that cannot be decoded. That is possible only with the ids in it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from shim.protocol import lenient_json
 
 MAX_VALUES = 1024
-"""Values that are taken from one frame."""
+"""Values that are read from one frame."""
 MAX_BYTES = 524_288
-"""Larger frames are only skimmed: Python's own reader would hold up the event loop."""
+"""Bytes beyond which a frame is only searched for ids: decoding it in Python would block the event loop."""
 SKIMMED_CHARS = 131_072
-"""How far into a value its ids are looked for."""
+"""Characters from the start of a value in which its ids are searched."""
 OUT_OF_RANGE = "a number is beyond what agents can decode"
 TOO_DEEP = "the command is nested too deeply"
 TOO_LARGE = "the message cannot be read, and is too large to find out why"
@@ -30,18 +30,18 @@ _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+', re.D
 
 
 class Salvaged(NamedTuple):
-    """One value of a frame. With a `fault` it cannot be used as it is: numbers are missing, or all but its scalars."""
+    """One value of a frame. With a `fault` it is incomplete: numbers are missing, or everything but its scalars."""
 
     value: Any
     fault: str = ""
 
 
 def values_of(frame: bytes) -> Iterator[Salvaged]:
-    """Yield the values in a frame, in order. Nothing is raised for what is no JSON."""
+    """Yield the values of a frame, in order. Text that is no JSON raises nothing."""
     text = lenient_json.as_characters(frame).decode()
     at = 0
     for _ in range(MAX_VALUES):
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string, too
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # the pattern also matches the empty string
         if at >= len(text):
             return
         found, end = _read(text, at)
@@ -53,7 +53,7 @@ def values_of(frame: bytes) -> Iterator[Salvaged]:
 
 
 def _read(text: str, at: int) -> tuple[Salvaged | None, int | None]:
-    """Return the value that begins at `at` and where it ends, `None` where that cannot be told."""
+    """Return the value that begins at `at` and its end, `None` if the end is unknown."""
     if len(text) > MAX_BYTES:
         return _skim(text, at, TOO_LARGE)
     out_of_range: list[str] = []
@@ -65,10 +65,10 @@ def _read(text: str, at: int) -> tuple[Salvaged | None, int | None]:
             return None
         return value
 
-    def constant(name: str) -> Any:  # NaN, Infinity: no JSON, but Python and JavaScript programs write them
+    def constant(name: str) -> Any:  # NaN and Infinity are no JSON, but Python programs write them
         out_of_range.append(name)
 
-    # Python's own reader of whole numbers is in C, and takes any that is not absurdly long.
+    # `int` is faster than `number`, and safe unless an integer has more digits than a float64 can.
     whole = number if _LONG.search(text) else int
     decoder = json.JSONDecoder(parse_int=whole, parse_float=number, parse_constant=constant)
     try:
@@ -81,7 +81,7 @@ def _read(text: str, at: int) -> tuple[Salvaged | None, int | None]:
 
 
 def _skim(text: str, at: int, fault: str) -> tuple[Salvaged | None, int | None]:
-    """Take the scalars of the object that begins at `at`, and those of its `payload`, without reading the rest."""
+    """Return the scalars of the object that begins at `at`, and those of its `payload`, without decoding the rest."""
     envelope: dict[str, Any] = {}
     payload: dict[str, Any] = {}
     depth, key, in_payload, end = 0, None, False, None
@@ -109,7 +109,7 @@ def _skim(text: str, at: int, fault: str) -> tuple[Salvaged | None, int | None]:
 
 
 def _scalar(token: str) -> Any:
-    """Return a scalar's value; a number beyond use is its own text, so that an id stays an id."""
+    """Return the value of a scalar. A number that is no integer is returned as text, so that an id stays an id."""
     try:
         value = json.loads(token)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Reads HTTP/1.1 replies of another replica from bytes, without I/O (RFC 9112)."""
+"""Incremental reader of HTTP/1.1 replies from another replica, without I/O (RFC 9112)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _BODILESS = frozenset({204, 304})
 
 
 class ReplyError(Exception):
-    """The peer sent something that is no reply."""
+    """The peer's bytes are no HTTP reply."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyHead:
-    """Status and headers of a reply, and how long its body is: `None` where only its end tells."""
+    """Status and headers of a reply. `length` is the size of its body, `None` if only its end shows it."""
 
     status: int
     headers: tuple[tuple[str, str], ...]
@@ -28,12 +28,12 @@ class ReplyHead:
 
 
 class ReplyReader:
-    """Reads one reply. `feed` collects, `head` and `pieces` give; `done` and `rest` tell where it ended."""
+    """Reader of one reply. `head` is set and `done` becomes true in the course of `feed`."""
 
     __slots__ = ("_buffer", "_chunked", "_head_only", "_left", "done", "head", "until_close")
 
     def __init__(self, *, head_only: bool = False) -> None:
-        """`head_only`: the request was HEAD, so no body follows whatever the headers say."""
+        """Create a reader. `head_only` is true for the reply to a HEAD request, which never has a body."""
         self._buffer = bytearray()
         self._head_only = head_only
         self._chunked = False
@@ -44,11 +44,11 @@ class ReplyReader:
 
     @property
     def rest(self) -> bytes:
-        """What came after the end of the reply."""
+        """The bytes after the end of the reply."""
         return bytes(self._buffer) if self.done else b""
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Take bytes in and return the pieces of the body that are complete. Raises `ReplyError`."""
+        """Add received bytes and return the complete pieces of the body. Raises `ReplyError`."""
         self._buffer += data
         if self.head is None and not self._read_head():
             return []
@@ -59,7 +59,7 @@ class ReplyReader:
         return self._chunks() if self._chunked else self._counted()
 
     def closed(self) -> bool:
-        """Note that the peer has closed; returns whether the reply is whole."""
+        """Record that the peer closed the connection. Returns True if the reply is complete."""
         self.done = self.done or self.until_close
         return self.done
 

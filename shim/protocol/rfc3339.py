@@ -1,4 +1,4 @@
-"""RFC 3339 times: read leniently, written in UTC."""
+"""RFC 3339 times: lenient parsing, output in UTC."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _FORM = re.compile(
 
 
 def parse(value: object) -> datetime | None:
-    """The aware time that `value` tells, cut to microseconds; `None` if it is no RFC 3339 text.
+    """Return the aware time of an RFC 3339 text, cut to microseconds; `None` for anything else.
 
-    Lower-case `t` and `z`, a missing offset, second 60 and year 0 are refused.
+    Lower-case `t` and `z`, a missing offset, second 60 and year 0 are rejected.
     """
     found = _FORM.fullmatch(value) if isinstance(value, str) else None
     if found is None:
@@ -31,7 +31,7 @@ def parse(value: object) -> datetime | None:
 
 
 def utc_text(moment: datetime) -> str:
-    """The moment as RFC 3339 in UTC. Raises `OverflowError` where the offset leads out of the years 1 to 9999."""
+    """Return a time as RFC 3339 in UTC. Raises `OverflowError` if it is outside of the years 1 to 9999 in UTC."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
@@ -39,13 +39,13 @@ FIRST_S = -62_135_596_800
 """Unix seconds of the year 1, the earliest time that has a text."""
 
 AFTER_LAST_S = 253_402_300_800
-"""Unix seconds of the year 10000, the first time that has no text any more."""
+"""Unix seconds of the year 10000, the first time that has no text."""
 
 
 def rfc3339(wall_s: float) -> str:
-    """Unix seconds as RFC 3339 in UTC, cut to milliseconds: `2026-11-24T21:28:03.120Z`.
+    """Return Unix seconds as RFC 3339 in UTC, cut to milliseconds: `2026-11-24T21:28:03.120Z`.
 
-    Times before the year 1 and after 9999 become the nearest one that has a text; NaN raises `ValueError`.
+    Times before the year 1 and after 9999 become the nearest one that has a text. Raises `ValueError` for NaN.
     """
     milliseconds = int(min(max(wall_s, FIRST_S), AFTER_LAST_S - 0.001) * 1000 // 1)
     moment = datetime.fromtimestamp(milliseconds // 1000, tz=UTC).replace(microsecond=milliseconds % 1000 * 1000)
@@ -53,7 +53,7 @@ def rfc3339(wall_s: float) -> str:
 
 
 def parse_rfc3339(text: object) -> float | None:
-    """Unix seconds of an RFC 3339 text, `None` if it is none or its offset leads out of the years 1 to 9999."""
+    """Return the Unix seconds of an RFC 3339 text, `None` if it is malformed or outside of the years 1 to 9999."""
     moment = parse(text)
     if moment is None:
         return None

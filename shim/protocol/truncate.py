@@ -1,4 +1,4 @@
-"""A `command_result` too long for the controller (`upstream.max_send_bytes`) is cut, and says so (protocol.md §2)."""
+"""Truncation of `command_result` payloads to `upstream.max_send_bytes`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 import msgspec
 
 NOTES_BYTES = 256
-"""Room for the notes that tell what was cut."""
+"""Bytes reserved for the fields that report what was cut."""
 
 _TEXTS = ("output", "error")
 
 
 def fit(payload: dict[str, Any], limit_bytes: int) -> dict[str, Any]:
-    """The payload, or a copy whose JSON is no longer than `limit_bytes`: its texts cut, if need be without metadata.
+    """Return the payload, or a copy whose JSON is no longer than `limit_bytes`.
 
-    What was cut stands in `metadata` as `output_truncated_bytes`, `error_truncated_bytes`, `metadata_dropped_bytes`.
+    The copy has shorter texts, and no metadata if the rest would still be too long. Its `metadata` reports what was cut
+    as `output_truncated_bytes`, `error_truncated_bytes` and `metadata_dropped_bytes`.
     """
     if _size(payload) <= limit_bytes:
         return payload
@@ -39,7 +40,7 @@ def fit(payload: dict[str, Any], limit_bytes: int) -> dict[str, Any]:
 
 
 def _cut(text: str, room_bytes: int) -> str:
-    """As much of the beginning as fits when it is escaped."""
+    """Return the longest beginning of a text whose JSON has at most `room_bytes` bytes."""
     while (size := _size(text)) > room_bytes and text:
         text = text[: min(len(text) - 1, len(text) * room_bytes // size)]
     return text

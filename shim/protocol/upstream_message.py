@@ -1,4 +1,4 @@
-"""The upstream envelope (protocol.md §2): the only place that knows the JSON of the WebSocket side.
+"""JSON envelope of the upstream WebSocket (docs/reference/protocol.md#2-upstream-side-the-websocket).
 
 `{"type": str, "request_id": str?, "payload": object, "timestamp": RFC 3339}`, in text and in binary frames.
 """
@@ -14,7 +14,7 @@ import msgspec
 from shim.errors import MessageError
 from shim.protocol import lenient_json, malformed_frames
 
-# What the vendor documents and what the shim answers with; a controller may send anything else.
+# Types that the vendor documents or the shim sends. A controller may send other types.
 KNOWN_TYPES = frozenset(
     {
         "register",
@@ -45,8 +45,8 @@ KNOWN_TYPES = frozenset(
 class Message:
     """One envelope. `payload` is always an object (`null` and absent become `{}`); `timestamp` is the sender's text.
 
-    `fault`: why the payload cannot be used as it is, although the ids in it could be read; empty for nearly all.
-    `replaced`: bytes in it that were no UTF-8 became U+FFFD.
+    `fault` is why the payload is unusable although its ids could be read, else empty. `replaced` is true if bytes that
+    were no UTF-8 became U+FFFD.
     """
 
     type: str
@@ -63,8 +63,7 @@ _encoder = msgspec.json.Encoder()
 def decode(frame: str | bytes) -> Message:
     """Decode one frame. Raises `MessageError` with kind `not_json`, `not_object`, `no_type` or `bad_payload`.
 
-    Lenient where a real controller may be: a numeric `request_id` becomes a string, a timestamp that is no string is
-    dropped.
+    A numeric `request_id` becomes a string, and a timestamp that is no string is dropped: real controllers send both.
     """
     replacements: list[None] = []
     try:
@@ -75,9 +74,9 @@ def decode(frame: str | bytes) -> Message:
 
 
 def decode_frame(frame: bytes) -> Sequence[Message | MessageError]:
-    """Decode all messages of a frame, usually one; what is no message is an error in its place. Raises nothing.
+    """Decode all messages of a frame, usually one. A malformed message is returned as an error in its place.
 
-    A message that cannot be used, but names itself by an id, comes with its `fault`, so that it can be answered.
+    An unusable message that has an id is returned with its `fault`, so that it can be answered.
     """
     try:
         return (decode(frame),)
@@ -89,7 +88,7 @@ def decode_frame(frame: bytes) -> Sequence[Message | MessageError]:
 
 
 def _named(frame: bytes) -> Message | None:
-    """Return a message whose payload is no object, if it has a `request_id` to answer to."""
+    """Return a message whose payload is no object if it has a `request_id` for a reply, else `None`."""
     raw = lenient_json.decode(frame)
     if not isinstance(raw, dict) or raw.get("payload") is None:
         return None
@@ -106,7 +105,7 @@ def _salvaged(found: malformed_frames.Salvaged) -> Message | MessageError:
 
 
 def _answerable(raw: Any, fault: str) -> Message | None:
-    """Return a message with a fault, if there is an id by which its sender can be told of that."""
+    """Return a message with a fault if it has an id for a reply, else `None`."""
     try:
         message = _message(raw, fault=fault)
     except MessageError:
@@ -116,7 +115,7 @@ def _answerable(raw: Any, fault: str) -> Message | None:
 
 
 def _message(raw: Any, *, fault: str = "", replaced: bool = False) -> Message:
-    """Bring a JSON value into the shape of an envelope. Raises `MessageError`."""
+    """Convert a JSON value to an envelope. Raises `MessageError`."""
     if not isinstance(raw, dict):
         raise MessageError("not_object")
     kind = raw.get("type")
@@ -142,7 +141,7 @@ def _message(raw: Any, *, fault: str = "", replaced: bool = False) -> Message:
 
 
 def encode(message: Message) -> bytes:
-    """Encode for one text frame; an empty `request_id` is left out."""
+    """Encode an envelope for one text frame. An empty `request_id` is left out."""
     out: dict[str, Any] = {"type": message.type}
     if message.request_id:
         out["request_id"] = message.request_id

@@ -1,4 +1,4 @@
-"""Legacy HTTP dialects: pure translation of one generation's calls (protocol.md §1).
+"""Legacy HTTP dialects: pure translation of the calls of one generation (docs/reference/protocol.md#1-legacy-side).
 
 A dialect is one module of this package with
 
@@ -7,8 +7,8 @@ A dialect is one module of this package with
     def parse(operation: str, call: Call) -> AgentCall      # raises errors.AgentError
     def render(operation: str, outcome: Outcome, call: Call) -> Reply
 
-and is found by its name, so that a new dialect is one new file. What dialects share stands in `_requests` and
-`_replies`; names with an underscore are no dialects.
+Dialects are found by their module name, so a new dialect is one new file. Modules with a leading underscore are no
+dialects: `_requests` and `_replies` have the code that dialects share.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from shim.core.bounds import MAX_ID_BYTES
 from shim.errors import AgentError
 
 MAX_DEPTH = 64
-"""Arrays and objects in one another that a body may have; far above what agents send, far below where encoders fail."""
+"""Levels of nested arrays and objects in a body: far more than agents send, far fewer than make an encoder fail."""
 
 
 class Call(msgspec.Struct, frozen=True):
-    """One legacy request, read and decoded: `params` are the path's ids, `body` the JSON value (`None` if empty).
+    """One decoded legacy request. `params` has the ids of the path, `body` the JSON value (`None` if empty).
 
-    `size_bytes` is the body's size after inflation. `shallow`: the body has so few brackets that it cannot be nested
-    too deeply; the dialect need not look.
+    `size_bytes` is the size of the body after decompression. `shallow` is true if the body has too few brackets to be
+    nested too deeply, so that the dialect need not check.
     """
 
     params: Mapping[str, str]
@@ -49,7 +49,7 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What goes back: a status and a JSON object, or no body at all (`None`)."""
+    """A reply: a status and a JSON object, or no body (`None`)."""
 
     status: int
     body: dict[str, Any] | None = None
@@ -57,9 +57,9 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 class Route(msgspec.Struct, frozen=True):
-    """One legacy route: `pattern` has `{name}` segments; `operation` is what `parse` and `render` are given.
+    """One legacy route. `pattern` has `{name}` segments; `operation` is passed to `parse` and `render`.
 
-    `large` marks bodies that may be up to `listen.max_status_body_bytes`; `open` needs no Authorization header.
+    `large` allows bodies up to `listen.max_status_body_bytes`. `open` routes need no Authorization header.
     """
 
     method: str
@@ -70,26 +70,26 @@ class Route(msgspec.Struct, frozen=True):
 
 
 class Dialect(Protocol):
-    """What a dialect module offers."""
+    """The interface of a dialect module."""
 
     NAME: str
     ROUTES: tuple[Route, ...]
 
     def parse(self, operation: str, call: Call) -> AgentCall:
-        """Turn a request into a call. Raises `AgentError` (400) for what cannot be understood."""
+        """Convert a request to a call. Raises `AgentError` (400) for a malformed request."""
 
     def render(self, operation: str, outcome: Outcome, call: Call) -> Reply:
-        """Turn an outcome, `Failed` included, into this generation's reply."""
+        """Convert an outcome, `Failed` included, to this generation's reply."""
 
 
 def load() -> tuple[Dialect, ...]:
-    """All dialects of this package, in the order of their names."""
+    """Return all dialects of this package, ordered by name."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)
 
 
 def error_reply(failed: Failed) -> Reply:
-    """The error shape of every legacy reply; a conflict carries the ids in both places where agents look."""
+    """Return an error in the shape of every legacy reply. A conflict has the ids in both places that agents read."""
     body: dict[str, Any] = {"success": False, "error": failed.error}
     if failed.cluster_id:
         body |= {"cluster_id": failed.cluster_id, "cluster": {"id": failed.cluster_id}}
@@ -106,14 +106,14 @@ class Match(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class _Node:
-    """One path segment of the routing tree; a `{name}` segment is stored under `None`."""
+    """One path segment in the routing tree. A `{name}` segment is stored under `None`."""
 
     children: dict[str | None, _Node] = field(default_factory=dict)
     routes: dict[str, tuple[Dialect, Route, tuple[str, ...]]] = field(default_factory=dict)
 
 
 class Router:
-    """Routes of all dialects as a tree of path segments; literal segments win over ids."""
+    """Routes of all dialects as a tree of path segments. Literal segments take precedence over ids."""
 
     def __init__(self, dialects: Iterable[Dialect], base_path: str = "") -> None:
         self._root = _Node()
@@ -134,11 +134,11 @@ class Router:
         node.routes[route.method] = (dialect, route, tuple(names))
 
     def match(self, method: str, raw_path: str) -> Match:
-        """Route a request by its raw, still encoded path without the query.
+        """Route a request by its raw path, still encoded and without the query.
 
-        Leading slashes are folded into one; the path counts with and without the configured base path, whose trailing
-        slash may be doubled. Raises `AgentError` with 404 (no such route), 405 (another method; `allow` is set) or 400
-        (an id that is not 1-256 printable bytes without `/`).
+        Leading slashes are folded into one. The path is accepted with and without the configured base path, and with a
+        double slash after it. Raises `AgentError` with 404 (no such route), 405 (other methods only, listed in `allow`)
+        or 400 (an id that is not 1-256 printable bytes without `/`).
         """
         found = self._find(raw_path)
         if found is None:
@@ -154,7 +154,7 @@ class Router:
         parts = raw_path.lstrip("/").split("/")
         base = self._base
         if base and parts[: len(base)] == base:
-            # agents join by concatenation: a setting that ends in a slash gives `base//api`
+            # Agents build URLs by concatenation: a base URL that ends in a slash gives `base//api`.
             found = self._walk(self._root, "/".join(parts[len(base) :]).lstrip("/").split("/"), 0, [])
             if found is not None:
                 return found
@@ -176,15 +176,19 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9_\-]{1,256}", re.ASCII)
 
 
 def decode_id(raw: str) -> str:
-    """Decode a path id once. Raises `AgentError` 400 unless it is 1-256 printable bytes without `/`, no `.` or `..`."""
+    """Decode a path id once and check it. Raises `AgentError` 400 as `valid_id` does."""
     if _PLAIN_ID.fullmatch(raw):
         return raw
-    # a server may hand over undecodable bytes of the path as surrogates; they become invalid UTF-8 again here
+    # aiohttp may pass undecodable bytes of the path as surrogates. They become invalid UTF-8 again here.
     return valid_id(unquote_to_bytes(raw.encode("utf-8", "surrogatepass")))
 
 
 def valid_id(data: bytes | str, what: str = "id") -> str:
-    """Check an id from a path or a body (protocol.md §1). Raises `AgentError` 400, which names `what`."""
+    """Return an id from a path or a body as text. Raises `AgentError` 400, whose text names it as `what`.
+
+    An id must be 1-256 printable bytes without `/`, and neither `.` nor `..`
+    (docs/reference/protocol.md#1-legacy-side).
+    """
     if isinstance(data, str) and _PLAIN_ID.fullmatch(data):
         return data
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data

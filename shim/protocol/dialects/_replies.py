@@ -1,7 +1,7 @@
-"""What dialects share in answering: the superset replies that every generation decodes (protocol.md §1.1-1.5).
+"""Replies for all dialects, as supersets that every generation decodes (docs/reference/protocol.md#1-legacy-side).
 
-Types are exact here whatever comes in, because one wrong type makes a Go agent throw the whole reply away, and some
-exit over it (wire-facts §1.1).
+All types are exact, whatever the controller sent. One wrong type makes a Go agent discard the whole reply, and some
+agents exit then (docs/reference/legacy-agents.md#11-register).
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from shim.protocol.dialects import Call, Reply, error_reply
 
 _NO_CONTENT = Reply(204)
 _ACCEPTED = Reply(200, {"success": True})
-# RFC 3986: what stands in a path segment unescaped; agents insert their cluster id raw
+# RFC 3986: the characters of a path segment that need no escaping. Agents insert their cluster id without escaping.
 _URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)
 
 
 def render(operation: str, outcome: Outcome, call: Call) -> Reply:  # noqa: ARG001 - a dialect's own may need it
-    """The reply that satisfies all generations; the outcome alone says which."""
+    """Return the reply to a call, which satisfies all generations and depends on the outcome alone."""
     match outcome:
         case Registered():
             return _registered(outcome)
         case Accepted():
-            # Go's client drops its connection when a success it does not read has a body (wire-facts §1.0).
+            # Go agents do not read the body of a success. Go's client then drops the connection if there is one
+            # (docs/reference/legacy-agents.md#10-common-to-all-ab-clients).
             return _NO_CONTENT if call.user_agent.startswith("Go-http-client") else _ACCEPTED
         case Commands():
             return Reply(200, _commands(outcome))
@@ -42,7 +43,7 @@ def render(operation: str, outcome: Outcome, call: Call) -> Reply:  # noqa: ARG0
 
 
 def _registered(known: Registered) -> Reply:
-    """Ids at both places where agents look; `token` and gateway are never in it."""
+    """Return a registration with its ids in both places that agents read, without token and gateway."""
     if not _URL_SAFE.fullmatch(known.cluster_id):
         return error_reply(Failed(502, "the controller returned a cluster id that agents cannot use"))
     cluster: dict[str, Any] = {
@@ -87,26 +88,29 @@ def _commands(answer: Commands) -> dict[str, Any]:
 
 
 def _tunnel(state: TunnelState) -> dict[str, Any]:
-    """What the controller said, without what the agents' decoder would not take (protocol.md §1.5)."""
-    said = state.payload or {}
+    """Return the controller's tunnel state without values that agents cannot decode.
+
+    The fields are docs/reference/protocol.md#15-tunnel-poll.
+    """
+    payload = state.payload or {}
     out: dict[str, Any] = {"status": "IDLE", "poll_frequency": state.poll_frequency_s}
     for key in ("status", "credentials", "tunnel_server_addr", "server_fingerprint"):
-        if isinstance(said.get(key), str):
-            out[key] = said[key]
-    frequency_s = _integer(said.get("poll_frequency"))
+        if isinstance(payload.get(key), str):
+            out[key] = payload[key]
+    frequency_s = _integer(payload.get("poll_frequency"))
     if frequency_s is not None and frequency_s > 0:
         out["poll_frequency"] = frequency_s
-    forwards = said.get("forwards")
+    forwards = payload.get("forwards")
     if isinstance(forwards, list):
         out["forwards"] = [forward for forward in map(_forward, forwards) if forward]
     return out
 
 
-def _forward(said: Any) -> dict[str, Any] | None:
-    port = _integer(said.get("remote_port")) if isinstance(said, dict) else None
-    if port is None or not isinstance(said.get("name"), str):
+def _forward(forward: Any) -> dict[str, Any] | None:
+    port = _integer(forward.get("remote_port")) if isinstance(forward, dict) else None
+    if port is None or not isinstance(forward.get("name"), str):
         return None
-    return {"name": said["name"], "remote_port": port}
+    return {"name": forward["name"], "remote_port": port}
 
 
 def _tunnel_info(known: Registered) -> dict[str, Any]:
@@ -120,7 +124,7 @@ def _tunnel_info(known: Registered) -> dict[str, Any]:
 
 
 def _integer(value: Any) -> int | None:
-    """A number that Go reads into an `int`: 64 bits, written without a fraction; `None` for anything else."""
+    """Return a number that Go decodes into an `int` (64 bits, no fraction), `None` for anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):

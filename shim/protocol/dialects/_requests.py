@@ -1,6 +1,7 @@
-"""What dialects share in reading: the lenient field map from the legacy API to the WebSocket's (wire-facts §4).
+"""Parser for all dialects: the lenient field map from the legacy API to the WebSocket's messages.
 
-A field of the wrong type never rejects a call: a number where text belongs becomes text, anything else is as if absent.
+The map is docs/reference/legacy-agents.md#4-field-mapping-http---websocket. A field of the wrong type never rejects a
+call: a number in place of a text becomes text, and any other value counts as absent.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _OBJECTS = ("tunnel_port_config", "server_specs", "metadata")
 _MAPPED = frozenset(
     {"agent_id", "id", "name", "cluster_name", "version", "labels", "tunnel_config", *_TEXTS, *_OBJECTS}
 )
-# `features` would promise abilities of the WebSocket client that stands here instead of the agent.
+# `features` would announce features of a WebSocket agent, which the legacy agent behind the shim does not have.
 _DROPPED = frozenset(
     {"status", "last_seen", "control_plane_url", "server_code", "cluster_url", "cluster_cert_data", "features"}
 )
@@ -50,7 +51,10 @@ _GROUPS = (
 
 
 def body_object(call: Call) -> dict[str, Any]:
-    """The request's JSON object. Raises `AgentError` 400 if it is something else or nested deeper than `MAX_DEPTH`."""
+    """Return the request's JSON object.
+
+    Raises `AgentError` 400 if it is no object or nested deeper than `MAX_DEPTH`.
+    """
     if not isinstance(call.body, dict):
         raise AgentError(400, "the body must be a JSON object")
     if call.shallow:
@@ -69,23 +73,23 @@ def body_object(call: Call) -> dict[str, Any]:
 
 
 def text(value: Any) -> str:
-    """A leniently read string: numbers become text, anything else that is no string becomes empty."""
+    """Return a value as text: numbers are converted, anything else that is no string becomes `""`."""
     if isinstance(value, str):
         return value
     if isinstance(value, float):
         return str(value) if math.isfinite(value) else ""
-    # longer integers than any field has: Python refuses to print those of thousands of digits
+    # Python raises an error for printing an integer of thousands of digits. No field has more than 64 bits.
     plain = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
     return str(value) if plain else ""
 
 
 def word(value: Any) -> str:
-    """Return a leniently read text that tells about an agent and identifies nothing, cut to its bound."""
+    """Return a descriptive text (no id), cut to `MAX_WORD_CHARS`."""
     return cut(text(value), MAX_WORD_CHARS)
 
 
 def bounded_object(call: Call) -> dict[str, Any]:
-    """Return the JSON object of a call whose content is kept. Raises `AgentError` 413 if it is too large for that."""
+    """Return the JSON object of a call that is kept in memory. Raises `AgentError` 413 if it is too large."""
     if call.size_bytes > MAX_KEPT_BYTES:
         raise AgentError(413, f"a registration or heartbeat may have {MAX_KEPT_BYTES} bytes, this one has more")
     body = body_object(call)
@@ -108,7 +112,7 @@ def _count_values(value: Any) -> int:
 
 
 def first_text(source: Mapping[str, Any], *keys: str) -> str:
-    """The first of these fields that is a non-empty text; empty if none is."""
+    """Return the first of these fields that is a non-empty text, else `""`."""
     for key in keys:
         found = text(source.get(key))
         if found:
@@ -117,17 +121,18 @@ def first_text(source: Mapping[str, Any], *keys: str) -> str:
 
 
 def object_or_empty(value: Any) -> dict[str, Any]:
-    """The value if it is a JSON object, else an empty one."""
+    """Return the value if it is a JSON object, else `{}`."""
     return value if isinstance(value, dict) else {}
 
 
 def read_register(
     dialect: str, call: Call, *, secret_keys: tuple[str, ...] = ("k8s_service_token",), known_by_agent: bool = False
 ) -> RegisterCall:
-    """A registration: `agent_id`, else `id`, else the path's; `cluster_name`, else `name` (protocol.md §1.1).
+    """Read a registration (docs/reference/protocol.md#11-register).
 
-    The ServiceAccount token is the first of `secret_keys`. Unknown keys are kept in the payload, except those whose
-    name tells of a secret, because registrations are stored. Raises `AgentError` 400 where no agent id or no name is.
+    The agent's id is `agent_id`, else `id`, else that of the path; its name is `cluster_name`, else `name`. The
+    ServiceAccount token is the first of `secret_keys`. Unknown fields are kept, except those with the name of a secret,
+    because registrations are stored. Raises `AgentError` 400 without an id or a name.
     """
     body = bounded_object(call)
     agent_id = first_text(body, "agent_id", "id") or call.params.get("agent_id", "")
@@ -148,7 +153,7 @@ def read_register(
 
 
 def _name(body: dict[str, Any]) -> str:
-    """Return the name that a body gives its agent, empty if none. Raises `AgentError` 400 if it is too long."""
+    """Return the agent's name in a body, `""` without one. Raises `AgentError` 400 if it is too long."""
     name = first_text(body, "cluster_name", "name")
     if len(name) > MAX_NAME_CHARS:
         raise AgentError(400, f"name or cluster_name may have {MAX_NAME_CHARS} characters")
@@ -156,7 +161,7 @@ def _name(body: dict[str, Any]) -> str:
 
 
 def _mapped(body: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an upstream `register` that the body has, apart from the two that every one has."""
+    """Return the fields of an upstream `register` that the body has, without `agent_id` and `name`."""
     if len(text(body.get("cluster_id")).encode("utf-8", "replace")) > MAX_ID_BYTES:
         raise AgentError(400, "invalid cluster_id")
     given = object_or_empty(body.get("labels")).items()
@@ -203,7 +208,7 @@ def read_heartbeat(
 ) -> HeartbeatCall:
     """Read a heartbeat of `target`. An empty `agent_id` is unknown.
 
-    `tunnel_status` stands in where the body has none; `secret` is the ServiceAccount token, if the body has it.
+    `tunnel_status` is the default if the body has none. `secret` is the ServiceAccount token, if the body has it.
     """
     metadata = body.get("metadata")
     payload = _monitoring(body)
@@ -223,7 +228,7 @@ def read_heartbeat(
 
 
 def _monitoring(body: dict[str, Any]) -> dict[str, Any]:
-    """The monitoring groups of a heartbeat: each one only if its URL is there, and only what it has."""
+    """Return the monitoring groups of a heartbeat: those that have a URL, with the fields that are present."""
     found: dict[str, Any] = {}
     for url_key, group in _GROUPS:
         url = text(body[url_key]) if url_key in body else ""
@@ -239,8 +244,11 @@ def _monitoring(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _known(body: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """What a heartbeat tells for the registration of an adopted session (protocol.md §1.4)."""
-    # This is done for every heartbeat, and most have next to none of these.
+    """Return the heartbeat's fields for the registration of an adopted session.
+
+    The rule is docs/reference/protocol.md#14-adoption.
+    """
+    # Every heartbeat is searched, and most have none of these fields: test for the keys first.
     found = {}
     if "cluster_name" in body or "name" in body:
         found["name"] = _name(body)
@@ -257,10 +265,10 @@ def _known(body: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_result(dialect: str, target: SessionTarget, call: Call) -> ResultCall:
-    """A command result: `success` must be a boolean, else `AgentError` 400; the rest is read leniently.
+    """Read a command result. Raises `AgentError` 400 unless `success` is a boolean.
 
-    `output` and `error` become text, a JSON value its JSON, because nothing that an agent reports may get lost; a
-    `timestamp` that is no RFC 3339 and `metadata` that is no object are left out.
+    `output` and `error` become text, and a JSON value becomes its JSON text, because no output may be lost. A
+    `timestamp` that is no RFC 3339 and `metadata` that is no object are dropped.
     """
     body = body_object(call)
     success = body.get("success")

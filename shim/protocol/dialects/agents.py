@@ -1,4 +1,7 @@
-"""`/api/v1/agents/…` (A1 to A4): sessions by agent id, because these agents know no cluster id (protocol.md §1)."""
+"""Dialect `/api/v1/agents/…` (A1 to A4): sessions by agent id, because these agents know no cluster id.
+
+Routes: docs/reference/protocol.md#1-legacy-side.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,14 @@ render = _replies.render
 
 
 def parse(operation: str, call: Call) -> AgentCall:
-    """Turn a request into a call. Raises `AgentError` (400) for what cannot be understood."""
+    """Convert a request to a call. Raises `AgentError` (400) for a malformed request."""
     if operation == "register":
         return _requests.read_register(NAME, call, known_by_agent=True)
     agent_id = call.params["agent_id"]
     target = SessionTarget(TargetKind.AGENT, agent_id)
     if operation == "heartbeat":
-        # `proxy_status` is no tunnel status: these agents have no tunnel to tell of (protocol.md §2)
+        # These agents have no tunnel, so the status is fixed. Their `proxy_status` is no tunnel status
+        # (docs/reference/protocol.md#2-upstream-side-the-websocket).
         body = _requests.bounded_object(call)
         return _requests.read_heartbeat(
             NAME, target, agent_id, body, size_bytes=call.size_bytes, tunnel_status="disconnected"

@@ -1,4 +1,7 @@
-"""`/clusters/{agent_id}…` (B3): the agent id in the path, the cluster id in a heartbeat's body (protocol.md §1.6)."""
+"""Dialect `/clusters/{agent_id}…` (B3): the agent id in the path, the cluster id in a heartbeat's body.
+
+Sessions: docs/reference/protocol.md#16-owners-sessions-aliases.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ render = _replies.render
 
 
 def parse(operation: str, call: Call) -> AgentCall:
-    """Turn a request into a call. Raises `AgentError` (400) for what cannot be understood."""
+    """Convert a request to a call. Raises `AgentError` (400) for a malformed request."""
     if operation == "register":
-        # this generation alone calls the ServiceAccount token `token`
+        # Only this generation sends the ServiceAccount token as `token`.
         return _requests.read_register(NAME, call, secret_keys=("token", "k8s_service_token"))
     agent_id = call.params["agent_id"]
     body = _requests.bounded_object(call)
@@ -28,7 +31,8 @@ def parse(operation: str, call: Call) -> AgentCall:
         if cluster_id
         else SessionTarget(TargetKind.ALIAS, agent_id)
     )
-    # it also repeats that token in its heartbeats, which is all there is of it after a restart of the shim
+    # Heartbeats repeat the ServiceAccount token. After a restart of the shim they are the only source of it, because
+    # registrations are stored without it.
     return _requests.read_heartbeat(
         NAME, target, agent_id, body, size_bytes=call.size_bytes, secret=_requests.text(body.get("token"))
     )

@@ -1,4 +1,7 @@
-"""`/api/v1/clusters/agent/…` (B1, B2, B4 to B7 and the documented poll): sessions by cluster id (protocol.md §1)."""
+"""Dialect `/api/v1/clusters/agent/…` (B1, B2, B4 to B7 and the documented poll): sessions by cluster id.
+
+Routes: docs/reference/protocol.md#1-legacy-side.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ render = _replies.render
 
 
 def parse(operation: str, call: Call) -> AgentCall:
-    """Turn a request into a call. Raises `AgentError` (400) for what cannot be understood."""
+    """Convert a request to a call. Raises `AgentError` (400) for a malformed request."""
     if operation == "register":
         return _requests.read_register(NAME, call)
     target = SessionTarget(TargetKind.CLUSTER, call.params["cluster_id"])
     if operation == "heartbeat":
-        # the path's cluster id wins over the body's
+        # The cluster id of the path takes precedence over the body's.
         body = _requests.bounded_object(call)
         agent_id = _requests.text(body.get("agent_id"))
         return _requests.read_heartbeat(

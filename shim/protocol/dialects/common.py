@@ -1,4 +1,7 @@
-"""Calls that several generations share: the tunnel poll (A2 to B7) and the health check (protocol.md §1, §1.5)."""
+"""Routes that several generations share: the tunnel poll (A2 to B7) and the health check.
+
+Rules: docs/reference/protocol.md#15-tunnel-poll.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,11 @@ render = _replies.render
 
 
 def parse(operation: str, call: Call) -> AgentCall:
-    """Turn a request into a call. The tunnel poll knows only the agent id, also of agents that are known by cluster."""
+    """Convert a request to a call.
+
+    The tunnel poll has only the agent id, even for agents whose session is keyed by cluster id. So the id may be an
+    alias.
+    """
     if operation == "tunnel_poll":
         return TunnelPollCall(SessionTarget(TargetKind.ALIAS, call.params["agent_id"]))
     return HealthCall()
