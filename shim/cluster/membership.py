@@ -91,6 +91,8 @@ class Membership:
         try:
             if not await self._database.renew(self.me.process, limit_s, leaving=self.leaving):
                 self._lose("taken")  # others found that it had run out
+                if self.leaving:
+                    return True  # it is gone because we have left
                 self.me = replace(self.me, process=new_process())
                 await self.join()
                 return True

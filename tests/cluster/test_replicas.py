@@ -314,6 +314,24 @@ async def test_a_partial_rollout_works_through_any_replica(tmp_path: Path, pg_ur
         assert not any(inside.cluster_id in path for path in by_http)
 
 
+async def test_an_agent_that_speaks_websocket_is_carried_by_any_replica_and_known_to_the_owner(
+    tmp_path: Path, pg_url: str
+) -> None:
+    async with gateway(tmp_path, pg_url) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agent = gate.agent(1)
+        await agent.register(a)
+        owner, other = await elsewhere(gate, agent)
+        async with agent.websocket(other) as socket:
+            payload = {"agent_id": agent.agent_id, "name": agent.name, "cluster_id": agent.cluster_id}
+            await socket.send_json({"type": "register", "request_id": "r-1", "payload": payload})
+            answer = await socket.receive_json(timeout=30)
+            assert (answer["type"], answer["request_id"]) == ("register_success", "r-1")
+            await gate.until_websocket_agents(owner, 1)
+            assert (await gate.admin(other, "/status.json"))["websocket_agents"]["items"] == []
+
+
 async def test_a_person_may_ask_any_replica(tmp_path: Path, pg_url: str) -> None:
     async with gateway(tmp_path, pg_url) as gate:
         a, b = await gate.add("a", "b")

@@ -7,7 +7,7 @@ import io
 import json
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class Agent:
         async with self._http.request(method, url, data=sent, headers=self._headers) as response:
             data = await response.read()
             return response.status, json.loads(data) if data else None
+
+    def websocket(self, replica: Shim) -> AbstractAsyncContextManager[aiohttp.ClientWebSocketResponse]:
+        """A connection as a newer agent makes it, with the same token."""
+        return self._http.ws_connect(f"{replica.url}/api/v1/clusters/agent/ws", headers=self._headers)
 
     async def register(self, replica: Shim) -> None:
         """Until it is registered, as agents do."""
@@ -222,6 +226,12 @@ class Gateway:
         """Wait until a replica has a link to the controller."""
         async with asyncio.timeout(WAIT_S):
             while not (await self.admin(replica, "/status.json"))["links"]["online"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+    async def until_websocket_agents(self, replica: Shim, number: int) -> None:
+        """Wait until a replica knows of so many agents that speak WebSocket by themselves."""
+        async with asyncio.timeout(WAIT_S):
+            while len((await self.admin(replica, "/status.json"))["websocket_agents"]["items"]) != number:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
     async def until_ready(self, replica: Shim) -> None:
