@@ -1,4 +1,7 @@
-"""The gateway redirect: a cluster's traffic moves to the address its registration names (protocol.md §2.2)."""
+"""The gateway redirect: a session's traffic moves to the address in the reply to its registration.
+
+See docs/reference/protocol.md#22-gateway-redirect.
+"""
 
 from __future__ import annotations
 
@@ -44,26 +47,26 @@ class GatewayConnection:
 
 
 class GatewayListener(Protocol):
-    """The rest of the bridge, as gateways see it."""
+    """The interface through which gateways report to the rest of the bridge."""
 
     def gateway_up(self, leg: GatewayConnection) -> None:
-        """Heartbeats and results may go this way."""
+        """Send heartbeats and results over the gateway from now on."""
 
     def gateway_released(self, connection: UpstreamConnection) -> None:
-        """The connection is no more."""
+        """Handle the end of a gateway's connection."""
 
     def gateway_lost(self, leg: GatewayConnection) -> None:
-        """It went away by itself: back to the controller with a full registration."""
+        """Register the session with the controller again, because its gateway no longer serves it."""
 
     def gateway_message(self, connection: UpstreamConnection, message: Message, leg: GatewayConnection) -> None:
-        """A message arrived."""
+        """Handle a message that arrived on a gateway's connection."""
 
     def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """The controller has these outbox entries."""
+        """Handle that the controller has received these outbox entries."""
 
 
 class GatewayConnections:
-    """All gateway legs."""
+    """The gateway connections of all sessions."""
 
     def __init__(self, ctx: BridgeContext, serials: Iterator[int], listener: GatewayListener) -> None:
         self._ctx = ctx
@@ -73,17 +76,17 @@ class GatewayConnections:
         self._suffixes: PublicSuffixList | None = None
 
     def is_routed(self, key: SessionKey) -> bool:
-        """Whether a session's traffic goes through a gateway, or will as soon as the dial under way succeeds."""
+        """Return True if a session's gateway is open or being dialled."""
         leg = self._legs.get(key)
         return leg is not None and leg.connection is not None
 
     def connection_of(self, key: SessionKey) -> UpstreamConnection | None:
-        """The open gateway connection of a session."""
+        """Return the open gateway connection of a session, or None."""
         leg = self._legs.get(key)
         return leg.connection if leg is not None and leg.opened_at is not None else None
 
     def redirect(self, session: Session, runner: UpstreamLink, url: str) -> None:
-        """A `register_success` named a gateway: go there, if the token may."""
+        """Dial the gateway that a `register_success` named, if the token may be sent to its host."""
         if len(url) > MAX_URL_CHARS or not self._allowed(url):
             self._ctx.metrics.gateway.labels("host_refused").inc()
             host = cut(host_of(url), MAX_LOGGED_CHARS)
@@ -102,31 +105,31 @@ class GatewayConnections:
             self._dial(leg)
 
     def token_changed(self) -> None:
-        """The configured token is another one: back to the controller with it."""
+        """Register every routed session with the controller again, with the new configured token."""
         for leg in list(self._legs.values()):
             self.return_to_controller(leg)
 
     def return_to_controller(self, leg: GatewayConnection) -> None:
-        """The gateway serves the session no more: back to the controller, which may name another."""
+        """Close a session's gateway and register the session with the controller, which may name another gateway."""
         self.forget(leg.session.key)
         self._listener.gateway_lost(leg)
 
     def forget(self, key: SessionKey) -> None:
-        """The session is gone."""
+        """Close the gateway of a session, without a report."""
         leg = self._legs.pop(key, None)
         if leg is not None:
             leg.dial = -1
             self._close(leg)
 
     def sweep(self) -> None:
-        """A gateway of a session that is not fresh any more is closed; its next call leads through the controller."""
+        """Close the gateways of sessions that are no longer fresh; their next call goes to the controller."""
         for key, leg in list(self._legs.items()):
             if not leg.session.fresh(self._ctx.now):
                 leg.session.announced_on = 0
                 self.forget(key)
 
     def stop(self) -> None:
-        """Close all."""
+        """Close all gateways."""
         for key in list(self._legs):
             self.forget(key)
 
@@ -146,7 +149,10 @@ class GatewayConnections:
         return self._same_registrable_domain(host, host_of(upstream.url))
 
     def _same_registrable_domain(self, host: str, other: str) -> bool:
-        """Whether two hosts belong to one registrant by the Public Suffix List; addresses and bare names are equal."""
+        """Return True if two hosts have the same registrable domain in the Public Suffix List.
+
+        Addresses and names without a dot must be equal.
+        """
         if host == other:
             return True
         if ":" in host or host.replace(".", "").isdigit():
@@ -205,7 +211,7 @@ class GatewayConnections:
             self._listener.gateway_released(connection)
 
     def _retry_later(self, leg: GatewayConnection) -> None:
-        """The gateway does not serve: try again later."""
+        """Return the session to its link and dial the gateway again after a delay."""
         stable_s = self._ctx.settings.upstream.reconnect.stable_after_s
         if leg.opened_at is not None and self._ctx.now - leg.opened_at >= stable_s:
             leg.backoff.reset()
@@ -230,23 +236,23 @@ class GatewayConnections:
         return next((leg for leg in self._legs.values() if leg.connection is connection), None)
 
     def connection_message(self, connection: UpstreamConnection, message: Message) -> None:
-        """Hand on."""
+        """Handle a message from a gateway; one on a replaced connection is dropped."""
         leg = self._leg_of(connection)
         if leg is not None:
             self._listener.gateway_message(connection, message, leg)
 
     def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """Hand on."""
+        """Forward confirmed outbox entries to the bridge."""
         self._listener.results_confirmed(connection, seqs)
 
     def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState) -> None:
-        """The watchdog condemned it."""
+        """Close a connection that the liveness check found dead, and dial again later."""
         self._ctx.metrics.disconnects.labels(verdict.value).inc()
         connection.close(0)
         self._lost(connection, verdict.value)
 
     def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd) -> None:
-        """The peer or the network ended the connection."""
+        """Dial again later, because the peer or the network closed the connection."""
         self._ctx.metrics.disconnects.labels(ending.metric).inc()
         self._lost(connection, ending.text, ending)
 

@@ -1,4 +1,7 @@
-"""Upstream links at run time: performs what `core.link` decides, one runner per token or session (protocol.md §2)."""
+"""Upstream links at run time: one per token, or one per session with `upstream.share_link: false`.
+
+A link performs what `shim.core.link_state` decides. See docs/reference/protocol.md#2-upstream-side-the-websocket.
+"""
 
 from __future__ import annotations
 
@@ -27,46 +30,46 @@ _TOLD = frozenset({LinkState.ONLINE, LinkState.REPLAYING})
 
 
 class LinkListener(Protocol):
-    """The rest of the bridge, as a link sees it."""
+    """The interface through which a link reports to the rest of the bridge."""
 
     def link_opened(self, runner: UpstreamLink) -> None:
-        """A connection is open: replay, then call `runner.replayed()`."""
+        """Replay the registrations on the new connection, then call `runner.replayed()`."""
 
     def link_accepted(self, runner: UpstreamLink) -> None:
-        """The controller has accepted the token for the first time."""
+        """Handle that the controller has accepted the link's token for the first time."""
 
     def link_online(self, runner: UpstreamLink) -> None:
-        """Everything that was held back may go up."""
+        """Send the results and heartbeats that were waiting for the link."""
 
     def link_offline(self, runner: UpstreamLink, connection: UpstreamConnection) -> None:
-        """The connection is no more."""
+        """Handle the end of the link's connection."""
 
     def link_refused(self, runner: UpstreamLink) -> None:
-        """The controller refuses the token."""
+        """Handle that the controller refuses the link's token."""
 
     def link_in_use(self, runner: UpstreamLink) -> bool:
-        """Whether a fresh session uses it."""
+        """Return True if a fresh session uses the link or a result is unsent."""
 
     def link_dropped(self, runner: UpstreamLink) -> None:
-        """It was forgotten, and its token with it."""
+        """Handle that the link and its token were removed."""
 
     def all_sessions_use_gateways(self, runner: UpstreamLink) -> bool:
-        """Whether all that would go over it goes over gateways."""
+        """Return True if everything that would use the link uses gateways instead."""
 
     def received_since(self, at_s: float) -> bool:
-        """Whether a frame of the controller came in on any link after this moment."""
+        """Return True if a frame arrived on any link after the monotonic time `at_s`."""
 
     def connection_message(self, connection: UpstreamConnection, message: Message, runner: UpstreamLink) -> None:
-        """A message arrived."""
+        """Handle a message that arrived on the link's connection."""
 
     def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """The controller has these outbox entries."""
+        """Handle that the controller has received these outbox entries."""
 
 
 class UpstreamLink:
-    """One link: the state machine, its socket and its timers. `token` is held in memory only.
+    """One link: its state machine, connection and timers. `token` is held in memory only.
 
-    `acks`: whether the controller acknowledges heartbeats, as far as its connections have shown.
+    `acks` is True if the controller acknowledges heartbeats, as far as earlier connections have shown, or None.
     """
 
     def __init__(
@@ -96,27 +99,30 @@ class UpstreamLink:
 
     @property
     def state(self) -> LinkState:
-        """Where the link is."""
+        """The state of the link's state machine."""
         return self.machine.state
 
     @property
     def online(self) -> bool:
-        """True when everything may go up."""
+        """True if heartbeats and results may be sent."""
         return self.machine.state is LinkState.ONLINE
 
     @property
     def up_connection(self) -> UpstreamConnection | None:
-        """The connection for heartbeats and results, `None` while registrations are still being replayed."""
+        """The connection for heartbeats and results, or None while registrations are still being replayed."""
         return self.connection if self.online else None
 
     def ensure_connected(self) -> None:
-        """An agent called."""
+        """Dial the link if it is idle, because an agent called."""
         self.needed_at = self._ctx.now
         if self.machine.state is LinkState.IDLE:
             self.apply(ev.AgentCalled())
 
     def apply(self, event: ev.LinkEvent) -> None:
-        """Let the machine decide and perform what it says. Never raises: a forbidden event is logged and ignored."""
+        """Pass an event to the state machine and perform the resulting effects.
+
+        Never raises: an event that is illegal in the current state is logged and ignored.
+        """
         before, proven = self.machine.state, self.machine.accepted_at is not None
         try:
             effects = self.machine.handle(event, self._ctx.now)
@@ -134,18 +140,18 @@ class UpstreamLink:
             self._perform(effect)
 
     def _log_state_change(self, before: LinkState) -> None:
-        """A line for what matters; each turn of waiting and dialling only for who looks closely."""
+        """Log a change of state: at level info if a connection came or went, else at level debug."""
         state = self.machine.state
         matters = before in _TOLD or state in (LinkState.ONLINE, LinkState.IDLE, LinkState.STOPPED)
         (log.info if matters else log.debug)("link_state", link=self.name, state=state.value, was=before.value)
 
     def replayed(self) -> None:
-        """All fresh sessions were told."""
+        """Report that all fresh sessions are registered."""
         if self.machine.state is LinkState.REPLAYING:
             self.apply(ev.Replayed())
 
     def stop(self) -> None:
-        """Close with 1000 and never dial again."""
+        """Close the connection with code 1000 and never dial again."""
         self.cancelled = True
         self.apply(ev.Stop())
         for timer in self._timers.values():
@@ -207,7 +213,8 @@ class UpstreamLink:
                 why, about = self.last_failure, f"{self.name} {self.last_failure}"
                 log.warning("dial_failed", about=about, link=self.name, reason=why, detail=outcome.detail)
                 self.apply(ev.DialFailed(outcome.status, outcome.retry_after_s))
-                if self.machine.state is not LinkState.OPENING:  # else the other way to present the token is tried
+                # Still OPENING means that the other way to present the token is being tried: the attempt goes on.
+                if self.machine.state is not LinkState.OPENING:
                     self.attempts.dial_failed(outcome)
             return
         if dial != self._dial or connection is None or self.machine.state is not LinkState.OPENING:
@@ -235,7 +242,7 @@ class UpstreamLink:
             self.apply(ev.StableTimerFired())
 
     def _retry(self) -> None:
-        """Dial again, unless gateways carry everything: then the controller is left alone until it is wanted."""
+        """Dial again, unless gateways carry all traffic: then the link stays idle until it is needed."""
         if self._listener.all_sessions_use_gateways(self):
             self.attempts.closed()
             self.apply(ev.IdleTimeout())
@@ -248,7 +255,8 @@ class UpstreamLink:
         if self._listener.link_in_use(self):
             self.needed_at = self._ctx.now
             if self.machine.state is LinkState.IDLE and self.machine.accepted_at is not None:
-                self.apply(ev.AgentCalled())  # a command ended while nobody called: the controller waits for word of it
+                # A command ended while the link was idle and no agent called: connect in order to report that.
+                self.apply(ev.AgentCalled())
         elif idle_close_s and self._ctx.now - self.needed_at >= idle_close_s:
             self.attempts.closed()
             if self.machine.state is not LinkState.IDLE:
@@ -267,7 +275,10 @@ class UpstreamLink:
     # --- connection.ConnectionOwner -----------------------------------------------------------------------------------
 
     def connection_message(self, connection: UpstreamConnection, message: Message) -> None:
-        """Hand a message on; one that shows that the token is accepted is news for the link as well."""
+        """Pass a message to the bridge, after telling the state machine that the token is accepted.
+
+        `register_success` shows that, and so does the first `heartbeat_ack`.
+        """
         if self.machine.connected:
             if message.type == "register_success":
                 self.apply(ev.Registered())
@@ -276,11 +287,11 @@ class UpstreamLink:
         self._listener.connection_message(connection, message, self)
 
     def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """Hand on."""
+        """Forward confirmed outbox entries to the bridge."""
         self._listener.results_confirmed(connection, seqs)
 
     def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState) -> None:
-        """The watchdog condemned the connection."""
+        """Reconnect, because the liveness check found the connection dead."""
         if connection is self.connection:
             self.last_failure, self.last_detail = verdict.value, ""
             self.attempts.lost(verdict.value)
@@ -288,7 +299,7 @@ class UpstreamLink:
             self.apply(ev.WatchdogFailed())
 
     def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd) -> None:
-        """The peer or the network ended the connection."""
+        """Reconnect, because the peer or the network closed the connection."""
         if connection is not self.connection:
             return
         contended = self.machine.contended
@@ -311,7 +322,7 @@ MAX_TURNED_AWAY = 4096
 
 
 class LinkPool:
-    """All links: by owner, or by session with `upstream.share_link: false`."""
+    """All links, by name."""
 
     def __init__(self, ctx: BridgeContext, listener: LinkListener, serials: Iterator[int]) -> None:
         self._ctx = ctx
@@ -327,19 +338,20 @@ class LinkPool:
         return len(self._links)
 
     def name_for(self, owner: str, identity: str) -> str:
-        """The link's name: the owner's, or one made of the session's identity where links are not shared."""
+        """Return the name of a link: its owner, or a hash of the session's identity if links are not shared."""
         if self._ctx.settings.upstream.share_link:
             return owner
         return f"{owner}:{sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
     def find(self, name: str) -> UpstreamLink | None:
-        """A link that exists."""
+        """Return the link of this name, or None."""
         return self._links.get(name)
 
     def get(self, owner: str, name: str, token: str) -> UpstreamLink:
-        """Return the link of this name, made on first use.
+        """Return the link of this name; create it if necessary.
 
-        Raises `AgentError`: 503 when there are `upstream.max_links`, 401 for a token that was refused a moment ago.
+        Raises `AgentError`: 503 if there are `upstream.max_links` links in use, 401 for a token that was refused
+        recently.
         """
         runner = self._links.get(name)
         if runner is None:
@@ -350,14 +362,15 @@ class LinkPool:
             runner = self._links[name] = UpstreamLink(self._ctx, owner, name, self._listener, self._serials)
             runner.token = token
             if self._ctx.settings.upstream.own_tokens:
-                self._ctx.redaction.add(token)  # until the link is dropped, no log and no reply shows it
+                self._ctx.redaction.add(token)  # masked in logs and replies until the link is removed
         return runner
 
     def _drop_one(self) -> bool:
-        """Make room for another link; return False where all are in use.
+        """Remove a dispensable link to make room for another; return False if all are in use.
 
-        A token that was refused and never accepted gives way even while its agent calls: anybody can make one up. It
-        is not dialled again before its time, so that the controller sees no more dials than with room for all.
+        The link of a token that was refused and never accepted is removed even while its agent calls: anybody can
+        invent such a token. The token is not dialled again for a while, so that the controller sees no more dials than
+        with unlimited links.
         """
         for dispensable in (self._is_idle, self._is_made_up, self._is_useless):
             found = min(filter(dispensable, self), key=lambda runner: runner.needed_at, default=None)
@@ -388,13 +401,16 @@ class LinkPool:
         self._listener.link_dropped(runner)
 
     def token_accepted(self, owner: str) -> bool:
-        """Whether the controller has accepted the owner's token since our start; a configured token needs no proof."""
+        """Return True if the controller has accepted the owner's token since start-up.
+
+        A configured token counts as accepted.
+        """
         if not self._ctx.settings.upstream.own_tokens:
             return True
         return any(runner.owner == owner and runner.machine.accepted_at is not None for runner in self._links.values())
 
     def sweep(self) -> None:
-        """Keep no link and no token of an agent that has stopped calling and was never accepted."""
+        """Remove links and tokens that were never accepted and whose agents have stopped calling."""
         if not self._ctx.settings.upstream.own_tokens:
             return
         for runner in self:
@@ -403,11 +419,11 @@ class LinkPool:
                 self._drop(runner)
 
     def token_changed(self) -> None:
-        """The configured token is another one: re-dial at once."""
+        """Dial every link again with the new configured token."""
         for runner in self:
             runner.apply(ev.TokenChanged())
 
     def stop(self) -> None:
-        """Close all."""
+        """Close all links."""
         for runner in self:
             runner.stop()

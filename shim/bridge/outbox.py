@@ -1,4 +1,8 @@
-"""Results on their way up: on disk first, sent in order, sent again until the controller has them (protocol.md §3)."""
+"""The outbox: command results on their way to the controller, stored until the controller has received them.
+
+Results are sent in order, and sent again on the next connection until they are confirmed. See
+docs/reference/protocol.md#3-commands.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +40,10 @@ Route = Callable[[SessionKey], UpstreamConnection | None]
 
 @dataclass(slots=True)
 class _OutboxRecord:
-    """An entry that the controller is not known to have; `sent_on` is a connection's serial, 0 = not sent there.
+    """One stored result that the controller is not known to have.
 
-    `posted_at`: when the agent's result came, if the link was up then and it was not sent yet.
+    `sent_on` is the serial of the connection that carried it last, 0 if none did. `posted_at` is the arrival of the
+    agent's result in monotonic seconds, if the link was up then and the result was not sent yet.
     """
 
     session: SessionKey
@@ -50,7 +55,7 @@ class _OutboxRecord:
 
 @dataclass(slots=True)
 class _Told:
-    """A report that does not stand on disk; `sent_on` as in `_OutboxRecord`."""
+    """One report that is not stored; `sent_on` as in `_OutboxRecord`."""
 
     session: SessionKey
     request_id: str
@@ -59,7 +64,10 @@ class _Told:
 
 
 class Outbox:
-    """All unconfirmed `command_result`s. In memory stand only their numbers; what they say is read when it is sent."""
+    """All unconfirmed `command_result` messages.
+
+    Only the numbers of stored results are kept in memory; the payloads are read from disk when they are sent.
+    """
 
     def __init__(self, ctx: BridgeContext, route: Route) -> None:
         self._ctx = ctx
@@ -81,23 +89,23 @@ class Outbox:
 
     @property
     def empty(self) -> bool:
-        """Whether the controller has everything, what stands on disk from before included."""
+        """True if the controller has received everything, including what an earlier process stored."""
         return not (self._entries or self._unread or self._pumping or self._closing or self._told)
 
     def has_stored_entries(self, owners: tuple[str, ...]) -> None:
-        """These owners have entries on disk from before."""
+        """Record that the store holds unsent results of these owners from an earlier process."""
         self._unread.update(owners)
 
     def unsent_for(self, owner: str) -> bool:
-        """Whether something of this owner was never sent at all."""
+        """Return True if a result of this owner has never been sent."""
         told = any(each.sent_on == 0 and each.session.owner == owner for each in self._told.values())
         stored = any(e.sent_on == 0 and e.session.owner == owner for e in self._entries.values())
         return owner in self._unread or told or stored
 
     def added(self, entry: OutboxEntry, posted_at: float | None = None) -> None:
-        """An entry has been committed: send it, unless a pump that reads the disk will come to it.
+        """Send a result that was just stored, unless a read of the outbox is under way that will reach it.
 
-        `posted_at`: when the agent's result came, if the link was up then.
+        `posted_at` as in `_OutboxRecord`.
         """
         self._keep(entry.seq, _OutboxRecord(entry.session, entry.command_id, posted_at=posted_at))
         if entry.session.owner not in self._pumping:
@@ -113,7 +121,7 @@ class Outbox:
             del self._outstanding[session, command_id]
 
     def start_sending(self, owner: str, then: Callable[[], object] | None = None) -> None:
-        """A connection of this owner came up: read the disk and send what was not sent on it; `then` follows that."""
+        """Send everything of this owner that its current connection has not carried; call `then` afterwards."""
         if then is not None:
             self._then.setdefault(owner, []).append(then)
         for seq, told in list(self._told.items()):
@@ -130,7 +138,7 @@ class Outbox:
         self._read(owner)
 
     def confirmed(self, seqs: tuple[int, ...]) -> None:
-        """The controller has these."""
+        """Close the results that the controller has received."""
         closed: dict[int, _OutboxRecord] = {}
         for seq in seqs:
             self._told.pop(seq, None)
@@ -154,7 +162,8 @@ class Outbox:
         def done(outcome: list[Any] | StoreError) -> None:
             self._closing.difference_update(closed)
             if isinstance(outcome, StoreError):
-                # Still on disk: it will be sent once more after the next connect, which is allowed.
+                # The results are still on disk. They are sent again after the next connect: the controller accepts a
+                # result twice.
                 for seq, entry in closed.items():
                     self._keep(seq, entry)
                 return
@@ -165,13 +174,13 @@ class Outbox:
         self._ctx.store.submit([CloseOutbox(tuple(closed), wall), *traces], done)
 
     def resend(self, key: SessionKey, command_id: str, request_id: str, payload: dict[str, Any]) -> None:
-        """The controller sent a command again whose result is on disk: it wants that result."""
+        """Send a stored result again, because the controller sent its command again."""
         if not self._outstanding[key, command_id]:
-            self._outstanding[key, command_id] += 1  # until it is stored: the command may come again before that
+            self._outstanding[key, command_id] += 1  # the command may arrive once more before the result is stored
             self._put(key, request_id, payload, resent=True)
 
     def move(self, source: SessionKey, target: SessionKey) -> None:
-        """The session `source` was superseded: its results go the successor's way."""
+        """Send the results of the superseded session `source` over the connection of `target`."""
         moved = [entry for entry in self._entries.values() if entry.session == source]
         for entry in moved:
             self._no_longer_outstanding(entry.session, entry.command_id)
@@ -184,15 +193,16 @@ class Outbox:
             self.start_sending(target.owner)
 
     def connection_closed(self, connection: UpstreamConnection) -> None:
-        """The connection is no more: what it carried unconfirmed will be sent on the next."""
+        """Release the send window of a closed connection; its unconfirmed results are sent on the next one."""
         self._in_flight.pop(connection.serial, None)
 
     def report_failure(
         self, key: SessionKey, session: Session | None, command_id: str, request_id: str, **fields: Any
     ) -> None:
-        """Tell the controller that a command ended without its agent's result: `code` and `error` are in `fields`.
+        """Report to the controller that a command ended without its agent's result.
 
-        On disk first; where the disk refuses, straight to the connection: better told once than not at all.
+        `fields` contains `code` and `error`. The report is stored first. If the store fails, it is sent without being
+        stored: a report that may be lost is better than none.
         """
         payload = self.failure_payload(key, session, command_id, **fields)
         wall = self._ctx.clock.wall_s()
@@ -206,7 +216,10 @@ class Outbox:
         ending: tuple[Operation, ...],
         then: Callable[[bool], None],
     ) -> None:
-        """A report that stands on disk together with the `ending` that it is about, or not at all; `then(stored)`."""
+        """Store a report in one transaction with the operations in `ending` that it describes; send it once stored.
+
+        `then(stored)` is called at the end. If `stored` is False, neither was stored and nothing was sent.
+        """
         command_id = payload["command_id"]
 
         def done(outcome: list[Any] | StoreError) -> None:
@@ -244,9 +257,9 @@ class Outbox:
     def send_unpersisted(
         self, key: SessionKey, request_id: str, payload: dict[str, Any], *, again: bool = True
     ) -> None:
-        """Send what is not stored; the newest `MAX_TOLD` are kept in memory until the controller has them.
+        """Send a report that is not stored; the newest `MAX_TOLD` are kept in memory until they are confirmed.
 
-        `again`: whether a report that was sent is sent once more after a reconnect, unless the controller had it.
+        With `again=False` a report that could be sent is not kept: it is not repeated after a reconnect.
         """
         connection = self._route(key)
         if connection is not None and not again:
@@ -267,7 +280,7 @@ class Outbox:
     def failure_payload(
         self, key: SessionKey, session: Session | None, command_id: str, **fields: Any
     ) -> dict[str, Any]:
-        """The payload of a `command_result` that the shim itself makes."""
+        """Return the payload of a `command_result` that the shim creates itself."""
         payload: dict[str, Any] = {"command_id": command_id}
         if session is not None:
             payload["cluster_id"] = session.upstream_cluster_id
@@ -277,7 +290,7 @@ class Outbox:
         payload["timestamp"] = rfc3339(self._ctx.clock.wall_s())
         return payload
 
-    # --- the pump -----------------------------------------------------------------------------------------------------
+    # --- reading stored results ---------------------------------------------------------------------------------------
 
     def _read(self, owner: str) -> None:
         after = self._pumping[owner]
@@ -316,7 +329,10 @@ class Outbox:
             then()
 
     def _send(self, entry: OutboxEntry) -> bool:
-        """Send an entry if its connection is up and has not carried it yet. False if it has to wait for others."""
+        """Send a result if its connection is open and has not carried it yet.
+
+        Returns False if the result has to wait because too many bytes are unconfirmed on the connection.
+        """
         connection = self._route(entry.session)
         known = self._entries.get(entry.seq)
         if connection is None or known is None or known.sent_on == connection.serial:
@@ -335,7 +351,7 @@ class Outbox:
         return True
 
     def _as_sent(self, entry: OutboxEntry) -> dict[str, Any]:
-        """The payload with the cluster id that the controller uses by now, and no longer than it takes."""
+        """Return the payload with the controller's current cluster id, shortened to the configured maximum."""
         payload, session = entry.payload, self._ctx.sessions.get(entry.session)
         if session is not None and session.upstream_cluster_id:
             payload = {**payload, "cluster_id": session.upstream_cluster_id}

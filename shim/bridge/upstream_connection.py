@@ -1,4 +1,8 @@
-"""One open upstream connection: numbering, liveness, and the fence behind which results are known to have arrived."""
+"""One open upstream connection: message numbering, liveness, and confirmation of results.
+
+The controller does not acknowledge results. A result is confirmed by the reply to a later message on the same
+connection, because WebSocket messages arrive in order: the pong of a barrier ping, or a `heartbeat_ack`.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,12 @@ MAX_CLOSE_REASON_CHARS = 123  # RFC 6455 section 5.5: a control frame has 125 by
 
 
 def type_label(kind: str) -> str:
-    """A bounded metric label for a message type."""
+    """Return a metric label for a message type, from a bounded set."""
     return kind if kind in KNOWN_TYPES else "other"
 
 
 class _InFlightHeartbeat(NamedTuple):
-    """A heartbeat under way."""
+    """One heartbeat that is not acknowledged yet; `order` is its position among the connection's messages."""
 
     session: SessionKey
     order: int
@@ -37,7 +41,7 @@ class _InFlightHeartbeat(NamedTuple):
 
 
 class ConnectionEnd(NamedTuple):
-    """How a connection ended, as in `ports.SocketEvents.on_closed`."""
+    """The end of a connection, as in `ports.WebSocketListener.on_closed`."""
 
     by_close_frame: bool
     code: int
@@ -50,36 +54,36 @@ class ConnectionEnd(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The ending without the controller's own words, as logs and the status show it."""
+        """The end of the connection for logs and the status, without text from the controller."""
         if not self.by_close_frame:
             return "connection lost"
         return f"closed {self.code}" if self.code else "closed without a code"
 
     def detail(self, token: str) -> str:
-        """The controller's own words, with secrets masked: bounded as the frame is, in printable characters."""
+        """Return the controller's close reason with secrets masked, bounded and in printable characters."""
         return printable(without_secrets(self.reason, token))[:MAX_CLOSE_REASON_CHARS]
 
 
 class ConnectionOwner(Protocol):
-    """Who is told what happens on a connection."""
+    """The interface through which a connection reports its events."""
 
     def connection_message(self, connection: UpstreamConnection, message: Message) -> None:
-        """A message arrived."""
+        """Handle a message that arrived."""
 
     def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """The controller has these outbox entries."""
+        """Handle that the controller has received these outbox entries."""
 
     def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState) -> None:
-        """The watchdog condemned it; the owner drops it."""
+        """Drop the connection, because the liveness check found it dead."""
 
     def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd) -> None:
-        """The connection is gone."""
+        """Handle that the peer or the network closed the connection."""
 
 
 class UpstreamConnection:
-    """Implements `ports.SocketEvents`. `serial` is unique in the process and never 0.
+    """Implementation of `ports.WebSocketListener`. `serial` is unique in the process and never 0.
 
-    `used_to_ack`: whether this peer acknowledged heartbeats on earlier connections, `None` if that is not known.
+    `used_to_ack` is True if this peer acknowledged heartbeats on earlier connections, None if that is unknown.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class UpstreamConnection:
         )
         self._order = 0
         self._heartbeats: dict[str, _InFlightHeartbeat] = {}
-        self._statuses: deque[int] = deque(maxlen=MAX_TRACKED_HEARTBEATS)  # their orders
+        self._statuses: deque[int] = deque(maxlen=MAX_TRACKED_HEARTBEATS)  # the orders of status reports
         self._results: deque[tuple[int, int]] = deque()  # (order, outbox seq)
         self._fence_ping: tuple[bytes, int] | None = None
         self._application_seen = False
@@ -106,16 +110,16 @@ class UpstreamConnection:
 
     @property
     def heard_at(self) -> float:
-        """When the last frame came in, also after the end; before the first, when it was dialled."""
+        """The monotonic time of the last inbound frame, or of the dial before the first one."""
         return self._liveness.heard_at
 
     @property
     def acks_learnt(self) -> bool | None:
-        """Whether the peer acknowledges heartbeats, as this connection has shown; `None`: no news."""
+        """True or False if this connection has shown that the peer acknowledges heartbeats or not, else None."""
         return self._liveness.learnt
 
     def bind(self, socket: WebSocket) -> None:
-        """The dial succeeded: the handshake's answer was the first sign of life."""
+        """Start to use the socket of a successful dial; the handshake's answer counts as the first frame."""
         self._socket = socket
         self._liveness.frame(self._ctx.now)
         self._check_at_s = self._ctx.now
@@ -124,7 +128,7 @@ class UpstreamConnection:
     # --- sending ------------------------------------------------------------------------------------------------------
 
     def send(self, kind: str, payload: dict[str, Any], request_id: str = "") -> None:
-        """Send one envelope; nothing happens once the connection is gone."""
+        """Send one message; do nothing once the connection is closed."""
         if self._socket is None:
             return
         self._order += 1
@@ -132,7 +136,11 @@ class UpstreamConnection:
         self._socket.send(Message(kind, payload, request_id, rfc3339(self._ctx.clock.wall_s())))
 
     def send_heartbeat(self, key: SessionKey, payload: dict[str, Any], answered: Callable[[bool], None]) -> None:
-        """Send a session's heartbeat; `answered` is called when it is acknowledged, or (`False`) refused by name."""
+        """Send a session's heartbeat.
+
+        `answered(True)` is called when it is acknowledged, `answered(False)` when an `error` with its request id
+        arrives.
+        """
         request_id = self._ctx.new_id()
         self.send("heartbeat", payload, request_id)
         now = self._ctx.now
@@ -142,14 +150,17 @@ class UpstreamConnection:
         self._liveness.heartbeat_sent(request_id, now)
 
     def send_status(self, payload: dict[str, Any]) -> None:
-        """Send a status report, which the controller acknowledges like a heartbeat: its id tells them apart."""
+        """Send a status report under a request id of its own.
+
+        The controller acknowledges it with `heartbeat_ack` as well; the request id tells the two apart.
+        """
         self.send("status", payload, self._ctx.new_id())
         self._statuses.append(self._order)
 
     def heartbeat_failed(self, request_id: str) -> SessionKey | None:
-        """An `error` came with this request id: if it answers a heartbeat, nothing is awaited for that any more.
+        """Return the session of the heartbeat that an `error` with this request id answers, or None.
 
-        Returns the heartbeat's session.
+        The heartbeat's acknowledgement is no longer awaited.
         """
         sent = self._heartbeats.pop(request_id, None)
         if sent is None:
@@ -159,7 +170,10 @@ class UpstreamConnection:
         return sent.session
 
     def send_result(self, seq: int, request_id: str, payload: dict[str, Any]) -> None:
-        """Send a `command_result` and a ping behind it, whose pong tells that it arrived (protocol.md §3, CLOSED)."""
+        """Send a `command_result`, followed by a barrier ping whose pong confirms it.
+
+        See CLOSED in docs/reference/protocol.md#3-commands.
+        """
         if self._socket is None:
             return
         self.send("command_result", payload, request_id)
@@ -167,6 +181,10 @@ class UpstreamConnection:
         self._send_barrier_ping()
 
     def _send_barrier_ping(self) -> None:
+        """Send a ping behind the unconfirmed results, unless one is unanswered.
+
+        At most one barrier ping is under way. Results that were sent after it get the next one.
+        """
         if self._fence_ping is None and self._socket is not None and self._results:
             self._order += 1
             payload = b"fence-%d" % self._order
@@ -174,7 +192,7 @@ class UpstreamConnection:
             self._socket.ping(payload)
 
     def close(self, code: int) -> None:
-        """Close it and forget it: nothing more is reported."""
+        """Close the connection without reporting its end; with code 0 it is aborted."""
         socket, self._socket = self._socket, None
         self._stop_watch()
         if socket is not None:
@@ -183,10 +201,10 @@ class UpstreamConnection:
             else:
                 socket.abort()
 
-    # --- ports.SocketEvents -------------------------------------------------------------------------------------------
+    # --- ports.WebSocketListener --------------------------------------------------------------------------------------
 
     def on_frame(self) -> None:
-        """Any frame is life."""
+        """Record that a frame of any kind arrived."""
         self._liveness.frame(self._ctx.now)
 
     def has_room(self) -> bool:
@@ -194,12 +212,12 @@ class UpstreamConnection:
         return self._ctx.arriving.has_room
 
     def on_message(self, message: Message) -> None:
-        """A message: acknowledgements are used here, everything goes to the owner."""
+        """Handle an acknowledgement here, and pass every message to the owner."""
         if self._socket is None:
             return
         if not self._application_seen:
             self._application_seen = True
-            self._send_barrier_ping()  # a pong that came earlier proved nothing
+            self._send_barrier_ping()  # a pong before the first message did not count: ask again
         self._ctx.metrics.messages.labels("in", type_label(message.type)).inc()
         if message.replaced:
             self._ctx.metrics.invalid_characters.labels("controller").inc()
@@ -208,18 +226,19 @@ class UpstreamConnection:
         self._owner.connection_message(self, message)
 
     def on_bad_frame(self, kind: str) -> None:
-        """A frame that is no envelope: counted, logged once per kind and connection."""
+        """Count a frame that is no message; log it once per kind and connection."""
         self._ctx.metrics.bad_frames.labels(kind).inc()
         if kind not in self._bad_kinds:
             self._bad_kinds.add(kind)
             log.warning("frame_ignored", link=self.label, kind=kind)
 
     def on_pong(self, payload: bytes) -> None:
-        """A pong: behind the fence everything sent before its ping was read by the peer's WebSocket layer.
+        """Confirm the results before a barrier ping, if its pong counts.
 
-        That is not enough where the application has been seen to acknowledge: a live proxy answers pings for a stalled
-        application. There only acknowledgements count. Nor does it count before the application has said anything, or
-        while the first acknowledgement on this connection may still come.
+        A pong shows only that the peer's WebSocket layer has read everything before its ping. A live proxy also answers
+        pings for a stalled application. So a pong does not count if the application acknowledges heartbeats: then only
+        acknowledgements do. Neither does it count before the application has sent a message, or while a first
+        acknowledgement on this connection may still come.
         """
         if self._fence_ping is None or payload != self._fence_ping[0]:
             return
@@ -231,7 +250,7 @@ class UpstreamConnection:
             self._send_barrier_ping()
 
     def on_closed(self, by_close_frame: bool, code: int, reason: str) -> None:
-        """The peer or the network ended it."""
+        """Report the end of the connection to the owner, unless the shim closed it."""
         if self._socket is not None:
             self._socket = None
             self._stop_watch()
@@ -250,7 +269,8 @@ class UpstreamConnection:
         self._ctx.metrics.heartbeats_up.labels("acked").inc()
         self._ctx.metrics.heartbeat_ack_seconds.observe(self._ctx.now - found.at)
         found.answered(True)
-        # Without an id it may have answered a status report that was sent before.
+        # An acknowledgement without an id may belong to a status report that was sent before the oldest heartbeat.
+        # Confirm only the results before that report: confirming too few is safe, confirming too many loses results.
         in_doubt = not named and self._statuses and self._statuses[0] < found.order
         self._confirm_up_to(self._statuses.popleft() if in_doubt else found.order)
 
@@ -272,7 +292,7 @@ class UpstreamConnection:
             return
         if check.verdict is LivenessState.PING:
             self._socket.ping(b"alive")
-        self._send_barrier_ping()  # a pong that came too early to count is asked for again
+        self._send_barrier_ping()  # repeats a barrier whose pong came too early to count
         wait_s = max(check.next_s, 0.01)
         self._check_at_s = self._ctx.now + wait_s
         self._watch = self._ctx.timers.call_later(wait_s, self._check)

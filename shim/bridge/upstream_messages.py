@@ -29,7 +29,7 @@ from shim.protocol.upstream_message import Message
 
 
 class LinkMessageSource:
-    """A link's own connection."""
+    """The source of messages from a link's own connection."""
 
     def __init__(self, runner: UpstreamLink, routes: LinkLookup, presence: HeartbeatForwarder) -> None:
         self.owner = runner.owner
@@ -39,24 +39,24 @@ class LinkMessageSource:
 
     @property
     def rejection_key(self) -> SessionKey:
-        """See `inbound.Source`."""
+        """The link itself; see `MessageSource.rejection_key`."""
         return SessionKey(self.owner, LINK_KIND, self._runner.name)
 
     def sessions(self) -> Iterable[Session]:
-        """See `inbound.Source`."""
+        """Return the sessions that use the link."""
         return self._routes.sessions_of(self._runner)
 
     def gateway_offered(self, session: Session, url: str) -> None:
-        """See `inbound.Source`."""
+        """Route the session to the gateway."""
         self._routes.gateways.redirect(session, self._runner, url)
 
     def introduce(self, session: Session) -> None:
-        """See `inbound.Source`."""
+        """Register the session again."""
         self._presence.announce(session)
 
 
 class GatewayMessageSource:
-    """A gateway's connection, which carries one session and takes no registrations."""
+    """The source of messages from a gateway's connection, which carries one session and no registrations."""
 
     def __init__(self, leg: GatewayConnection, gateways: GatewayConnections) -> None:
         self.owner = leg.session.key.owner
@@ -65,18 +65,18 @@ class GatewayMessageSource:
 
     @property
     def rejection_key(self) -> SessionKey:
-        """See `inbound.Source`."""
+        """The gateway's session; see `MessageSource.rejection_key`."""
         return self._leg.session.key
 
     def sessions(self) -> Iterable[Session]:
-        """See `inbound.Source`."""
+        """Return the gateway's only session."""
         return (self._leg.session,)
 
     def gateway_offered(self, session: Session, url: str) -> None:
-        """See `inbound.Source`; nothing registers here."""
+        """Do nothing: no registration is sent over a gateway."""
 
     def introduce(self, session: Session) -> None:
-        """See `inbound.Source`: the controller is told, and may name another gateway."""
+        """Register the session with the controller, which may name another gateway."""
         self._gateways.return_to_controller(self._leg)
 
 
@@ -86,28 +86,28 @@ MAX_UNKNOWN_TYPES = 64
 
 
 class MessageSource(Protocol):
-    """Whose connection a message came in on."""
+    """The connection that a message arrived on."""
 
     @property
     def owner(self) -> str:
-        """The owner of its sessions."""
+        """The owner of the connection's sessions."""
 
     @property
     def rejection_key(self) -> SessionKey:
-        """What rejections without a session are filed under, so that they go back the same way."""
+        """The key under which rejections without a session are stored, so that they are sent to the same peer."""
 
     def sessions(self) -> Iterable[Session]:
-        """The sessions whose traffic it carries."""
+        """Return the sessions whose traffic the connection carries."""
 
     def gateway_offered(self, session: Session, url: str) -> None:
-        """A registration named a gateway."""
+        """Handle that the reply to a registration named a gateway."""
 
     def introduce(self, session: Session) -> None:
-        """Tell the controller about a session again."""
+        """Register a session with the controller again."""
 
 
 class UpstreamMessageHandler:
-    """Handles messages. Nothing here waits: what takes time is handed over."""
+    """Handler of the controller's messages. No method waits: slow work is passed to other parts."""
 
     def __init__(
         self,
@@ -136,7 +136,11 @@ class UpstreamMessageHandler:
         }
 
     def handle(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
-        """Handle one message. One that cannot be used is nobody's but a command's: that is answered."""
+        """Handle one message.
+
+        A message that cannot be used is counted and dropped. Only a command is answered in that case: the controller
+        waits for its result.
+        """
         if message.fault and message.fault != OUT_OF_RANGE and message.type not in self._ctx.settings.commands.types:
             connection.on_bad_frame("not_json")
             return
@@ -155,7 +159,7 @@ class UpstreamMessageHandler:
     # --- by type ------------------------------------------------------------------------------------------------------
 
     def _nothing(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
-        """Its arrival was all it had to say."""
+        """Ignore the message. Its arrival has already reset the liveness timer."""
 
     def _register_in_progress(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
         self._registrations.in_progress(message)
@@ -221,7 +225,10 @@ class UpstreamMessageHandler:
         self._intake.arrive(session, command, message.request_id, settled)
 
     def _target(self, source: MessageSource, payload: dict[str, Any]) -> Session | str:
-        """The session that a message means, or the code that says why there is none (protocol.md §3, target)."""
+        """Return the session that a message is meant for, or the code of a rejection.
+
+        See target in docs/reference/protocol.md#3-commands.
+        """
         cluster_id = _text(payload.get("cluster_id"))
         agent_id = _text(payload.get("agent_id"))
         if cluster_id or agent_id:
@@ -246,7 +253,7 @@ class UpstreamMessageHandler:
             connection.send(kind, payload, request_id)
 
     def _unknown_type(self, message: Message) -> None:
-        """Said once per type, as far as there are not too many."""
+        """Count a message of an unknown type; log each type once, up to `MAX_UNKNOWN_TYPES` types."""
         self._ctx.metrics.unknown_types.inc()
         kind = cut(message.type, MAX_SHOWN_CHARS)
         if kind not in self._unknown and len(self._unknown) < MAX_UNKNOWN_TYPES:

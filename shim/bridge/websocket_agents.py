@@ -1,4 +1,4 @@
-"""Agents that speak WebSocket by themselves and still call here: they need the shim no more.
+"""Agents with a WebSocket client of their own that still call the shim and no longer need it.
 
 See docs/reference/protocol.md#5-an-agent-that-has-migrated-already.
 """
@@ -21,7 +21,10 @@ MAX_AGENTS = 1024
 
 
 class WebSocketAgent(msgspec.Struct):
-    """One such agent. `since_wall` and `seen_wall` are Unix seconds; `accepted`: the controller has registered it."""
+    """One such agent.
+
+    `since_wall` and `last_seen_unix` are Unix seconds; `accepted` is True once the controller has registered it.
+    """
 
     name: str
     agent_id: str
@@ -33,9 +36,9 @@ class WebSocketAgent(msgspec.Struct):
 
 
 class WebSocketAgents:
-    """Keeps what the status shows of them, and ends the legacy sessions that they replace.
+    """List of these agents for the status; ends the legacy sessions that they replace.
 
-    `owner_of(token)` tells whose sessions an agent with this token may replace.
+    `owner_of(token)` returns the owner whose sessions an agent with this token may replace.
     """
 
     def __init__(self, ctx: BridgeContext, owner_of: Callable[[str], str | None]) -> None:
@@ -47,7 +50,7 @@ class WebSocketAgents:
         return iter(list(self._agents.values()))
 
     def registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
-        """Take note of an agent's own `register`; `anew`: the first one on its connection."""
+        """Record an agent's own `register`; `anew` is True for the first one on its connection."""
         owner, wall = self._owner_of(token), self._ctx.clock.wall_s()
         if owner is None:
             return
@@ -66,7 +69,7 @@ class WebSocketAgents:
         self._end_sessions(owner, payload, _text(payload.get("cluster_id")))
 
     def registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
-        """Take note that the controller has accepted the `register` with this payload."""
+        """Record that the controller has accepted the `register` with this payload."""
         owner = self._owner_of(token)
         agent = self._agents.get((owner or "", _identity(payload)))
         if owner is not None and agent is not None:
@@ -75,14 +78,14 @@ class WebSocketAgents:
             self._end_sessions(owner, payload, cluster_id)
 
     def closed(self, token: str, payload: dict[str, Any]) -> None:
-        """Take note that a connection on which an agent had registered is gone."""
+        """Record that a connection was closed on which an agent had registered."""
         agent = self._agents.get((self._owner_of(token) or "", _identity(payload)))
         if agent is not None:
             agent.connections = max(0, agent.connections - 1)
             agent.last_seen_unix = self._ctx.clock.wall_s()
 
     def _end_sessions(self, owner: str, payload: dict[str, Any], cluster_id: str) -> None:
-        """Count the legacy sessions of the same identity as gone, until their agents call again."""
+        """Mark the legacy sessions of the same identity as migrated until their agents call again."""
         for session in self._sessions_of(owner, payload, cluster_id):
             if session.migrated_at is None:
                 log.info("session_migrated", session=session.key.ident)
