@@ -1,4 +1,4 @@
-"""What a person does to a running shim: drain it, purge a command, deliver one again (protocol.md §3)."""
+"""Operators' actions on a running shim: drain it, purge a command, redeliver a command."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ _STANDS = {
 
 
 class DrainState(Enum):
-    """How far a drain has come."""
+    """The state of a drain."""
 
     OFF = "off"
     DRAINING = "draining"
     DRAINED = "drained"
-    TIMED_OUT = "timed out"  # still not taking commands, and not empty in time
+    TIMED_OUT = "timed out"  # not empty before the deadline; new commands are still rejected
 
 
 class Drain(msgspec.Struct, frozen=True):
-    """A drain's progress. `commands` and `results` are still here; `refused` were not taken since it began.
+    """The progress of a drain.
 
-    `since_wall` and `deadline_wall` are Unix seconds, 0 while nothing is drained.
+    `commands` and `results` count what the shim still holds; `refused` counts the commands that were rejected since the
+    drain began. `since_wall` and `deadline_wall` are Unix seconds, 0 while no drain is active.
     """
 
     state: DrainState
@@ -58,7 +59,7 @@ class Drain(msgspec.Struct, frozen=True):
 
 
 class CommandDetails(NamedTuple):
-    """A command as the store has it; `result` is what goes upstream of its result."""
+    """One stored command. `result` is the payload of its result for the controller, or None."""
 
     record: CommandRecord
     result: dict[str, Any] | None
@@ -66,7 +67,10 @@ class CommandDetails(NamedTuple):
 
 
 class AdminActions:
-    """Changes by hand. Each raises `OperatorError`, whose text says what to do instead."""
+    """Handler of operators' actions.
+
+    Every action may raise `OperatorError`, whose text tells the operator what to do instead.
+    """
 
     def __init__(
         self, ctx: BridgeContext, queues: CommandQueues, intake: CommandIntake, delivery: CommandDelivery
@@ -84,11 +88,11 @@ class AdminActions:
 
     @property
     def draining(self) -> bool:
-        """True from the start of a drain until it is cancelled: the shim takes no new commands."""
+        """True from the start of a drain until it is cancelled: new commands are rejected."""
         return self._state is not DrainState.OFF
 
     def progress(self) -> Drain:
-        """Where the drain is."""
+        """Return the progress of the drain."""
         return Drain(
             self._state,
             self._since_wall,
@@ -99,9 +103,9 @@ class AdminActions:
         )
 
     def drain(self, timeout_s: float) -> Drain:
-        """Take no new commands from now on; go on until everything has been handed over, or `timeout_s` have passed.
+        """Reject new commands until all commands and results are delivered or `timeout_s` have passed.
 
-        Called again it only moves the deadline. It ends with the process: a restarted shim takes commands again.
+        A second call only moves the deadline. A drain is not stored: a restarted shim accepts commands again.
         """
         wall = self._ctx.clock.wall_s()
         if not self.draining:
@@ -116,7 +120,7 @@ class AdminActions:
         return self.progress()
 
     def resume(self) -> Drain:
-        """Take commands again."""
+        """Cancel the drain and accept commands again."""
         if self.draining:
             log.info("drain_cancelled")
         self.stop()
@@ -126,7 +130,7 @@ class AdminActions:
         return self.progress()
 
     def stop(self) -> None:
-        """The shim stops."""
+        """Stop watching the drain, because the shim stops or the drain is cancelled."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -136,7 +140,10 @@ class AdminActions:
         self._timer = self._ctx.timers.call_later(CHECK_S, self._check)
 
     def _check(self) -> None:
-        """Twice empty in a row: what was on its way to the disk at the first look is there at the second."""
+        """End the drain once the shim was empty at two checks in a row.
+
+        A command or result that was being written to disk at the first check is visible at the second.
+        """
         now = self.progress()
         empty = not now.commands and self._queues.outbox.empty
         if empty and self._was_empty:
@@ -152,14 +159,14 @@ class AdminActions:
     # --- single commands ----------------------------------------------------------------------------------------------
 
     async def find(self, command_id: str) -> list[CommandDetails]:
-        """All that is known of commands with this id, in whichever session."""
+        """Return all commands with this id, of every session."""
         outcome = await self._query(FindCommand(command_id))
         return [CommandDetails(*each) for each in outcome]
 
     async def purge(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
-        """A command that waits, or is uncertain, ends DEAD, and the controller is told (`undeliverable`).
+        """End a waiting or uncertain command as DEAD and report it to the controller as `undeliverable`.
 
-        `session` (its id, or its whole key) chooses among sessions that know the same id.
+        `session`, an id or a whole session key, selects one of several sessions that have a command with this id.
         """
         held = [
             (key, queue)
@@ -189,7 +196,10 @@ class AdminActions:
         self._queues.finish(key, live, CommandState.DEAD, "undeliverable", why)
 
     async def redeliver(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
-        """A command that is DELIVERED, EXPIRED or DEAD waits for its agent again, for `commands.ttl_s`."""
+        """Queue a DELIVERED, EXPIRED or DEAD command again, for `commands.ttl_s`.
+
+        `session` as in `purge`.
+        """
         if self.draining:
             raise OperatorError(409, "the shim is being drained: cancel that first (agent-shim drain --cancel)")
         record = _only(await self.find(command_id), session).record
@@ -215,7 +225,11 @@ class AdminActions:
         return again
 
     async def _query(self, *operations: Any, then: CommandRecord | None = None) -> Any:
-        """The first operation's result; if it is truthy, `then` is queued before anything else can happen to it."""
+        """Return the result of the first operation.
+
+        If the result is truthy, `then` is queued inside the store's callback, before any other event can change the
+        command. Raises `OperatorError` 503 if the store fails.
+        """
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
         def done(outcome: list[Any] | StoreError) -> None:
@@ -243,7 +257,7 @@ def _means(session: str, key: SessionKey) -> bool:
 
 
 def _only(found: list[CommandDetails], session: str) -> CommandDetails:
-    """The one command that is meant. Raises `OperatorError` 404 or 409."""
+    """Return the one command that is meant. Raises `OperatorError` 404 or 409."""
     meant = [each for each in found if _means(session, each.record.session)]
     if not meant:
         where = " in this session" if session else ""

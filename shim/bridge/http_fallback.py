@@ -1,4 +1,4 @@
-"""What the bridge has to do with calls that go by the vendor's HTTP API (protocol.md §4)."""
+"""The bridge's part in calls that go by the vendor's HTTP API (docs/reference/protocol.md#4-modes)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ log = get(__name__)
 
 
 class HttpFallbackBridge:
-    """Keeps commands and names across both ways: one id is delivered once, whichever way it came."""
+    """Link between the HTTP fallback and the bridge's queues and sessions.
+
+    A command is delivered once per id, by the WebSocket or by HTTP.
+    """
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class HttpFallbackBridge:
         self._delivery = delivery
 
     def name_of(self, client: Caller, call: AgentCall) -> str:
-        """What an agent is placed by: its cluster's name where it is known, else the id that it calls itself."""
+        """Return the name by which the rollout places an agent: its cluster's name if known, else its id."""
         if isinstance(call, RegisterCall):
             return call.name
         if isinstance(call, HealthCall):
@@ -71,7 +74,7 @@ class HttpFallbackBridge:
         return str(name) or (session.key.ident if session is not None else call.target.ident)
 
     def link_for(self, client: Caller, call: AgentCall) -> UpstreamLink | None:
-        """The link that would carry the call; it is kept dialling. `None` without an owner."""
+        """Return the link that would carry the call and keep it dialling, or return None without an owner."""
         owner = self._routes.owner_of(client.token)
         if owner is None:
             return None
@@ -86,7 +89,7 @@ class HttpFallbackBridge:
         return runner
 
     def used(self, client: Caller, call: AgentCall | None) -> None:
-        """The vendor's HTTP API has served a call: its agent uses a legacy route all the same."""
+        """Record that the vendor's HTTP API has served an agent's call on a legacy route."""
         if call is None or isinstance(call, (RegisterCall, HealthCall)):
             return
         owner = self._routes.owner_of(client.token)
@@ -96,10 +99,10 @@ class HttpFallbackBridge:
             self._roster.seen(key)
 
     def agent_of(self, client: Caller, call: AgentCall) -> SessionKey | None:
-        """Return the session key that a call by HTTP is shown under, `None` where it does not name its agent.
+        """Return the session key under which a call by HTTP is shown, or None if it does not identify its agent.
 
-        A tunnel call names an agent id, which stands for no agent of its own unless one is known by it; the same holds
-        for the registration of an agent that is known by its cluster id.
+        A tunnel call carries an agent id, which identifies an agent only if one is known by that id. The same holds for
+        the registration of an agent that is identified by its cluster id.
         """
         owner = self._routes.owner_of(client.token)
         if owner is None or isinstance(call, HealthCall):
@@ -119,9 +122,10 @@ class HttpFallbackBridge:
     # --- registrations ------------------------------------------------------------------------------------------------
 
     def registered(self, client: Caller, call: RegisterCall, reply: dict[str, Any], *, conflict: bool = False) -> None:
-        """Keep the name and ids of an agent that the API registered, for the day it goes by the WebSocket.
+        """Store the name and ids of an agent that the vendor's HTTP API registered.
 
-        With `conflict` (409) that is done only where the reply carries the id of the cluster that exists.
+        They are used when the agent is served by the WebSocket later. With `conflict` (409) they are stored only if the
+        reply carries the id of the existing cluster.
         """
         owner = self._routes.owner_of(client.token)
         cluster = reply.get("cluster")
@@ -133,7 +137,7 @@ class HttpFallbackBridge:
     # --- polls --------------------------------------------------------------------------------------------------------
 
     def waiting(self, client: Caller, call: PollCall) -> bool:
-        """Whether commands on disk wait for this agent."""
+        """Return True if stored commands wait for this agent."""
         owner = self._routes.owner_of(client.token)
         if owner is None:
             return False
@@ -141,9 +145,9 @@ class HttpFallbackBridge:
         return queue is not None and len(queue) > 0
 
     async def merge(self, client: Caller, call: PollCall, commands: list[Any], arrived_s: float) -> CallResult | None:
-        """Take in what the vendor's API handed out, and answer the poll from the queue: what was on disk comes first.
+        """Queue the commands that the vendor's API returned and answer the poll from the queue, oldest first.
 
-        `None` when the disk refuses: then the API's own answer must go to the agent as it is.
+        Returns None if the store fails: then the API's own answer must be passed to the agent unchanged.
         """
         owner = self._routes.owner_of(client.token) or ""
         session = self._roster.session_for_proxied_call(owner, call.target, call.dialect)
@@ -171,7 +175,7 @@ class HttpFallbackBridge:
                     Message("command", entry), wall, self._ctx.settings.commands.ttl_s, self._ctx.new_id
                 )
             except MalformedCommand as error:
-                # most agents could not have decoded it either: their whole reply would have been lost
+                # One malformed command makes most agents discard the whole reply, so it must not be passed on.
                 self._queues.count("rejected_malformed")
                 log.warning("command_rejected", command=error.command_id, session=session.key.ident, code="malformed")
                 continue
@@ -183,7 +187,7 @@ class HttpFallbackBridge:
     # --- results ------------------------------------------------------------------------------------------------------
 
     async def result_belongs_to_http(self, client: Caller, call: ResultCall) -> bool:
-        """Whether a result goes to the vendor's HTTP API: unless its command came over the WebSocket."""
+        """Return True if a result must go to the vendor's HTTP API: its command did not come by the WebSocket."""
         key = self._key(client, call)
         found: asyncio.Future[list[Any] | StoreError] = asyncio.get_running_loop().create_future()
 
@@ -194,11 +198,11 @@ class HttpFallbackBridge:
         self._ctx.store.submit([FindCommand(call.command_id)], done)
         outcome = await found
         if isinstance(outcome, StoreError):
-            return False  # the switchboard says 503: nothing is lost
+            return False  # the bridge will answer 503, and the agent sends the result again
         return all(record.via == VIA_HTTP for record, _, _ in outcome[0] if record.session == key)
 
     def result_taken(self, client: Caller, call: ResultCall) -> None:
-        """The vendor's HTTP API has the result of a command that came from there."""
+        """Close a command whose result the vendor's HTTP API has accepted."""
         key, wall = self._key(client, call), self._ctx.clock.wall_s()
         ids = (call.command_id,)
         self._ctx.store.submit(
@@ -220,5 +224,5 @@ def _settle(stored: asyncio.Future[bool], safe: bool) -> None:
 
 
 def call_dialect(call: AgentCall) -> str:
-    """The dialect of a call, where it tells."""
+    """Return the dialect of a call, or an empty string if the call has none."""
     return getattr(call, "dialect", "")

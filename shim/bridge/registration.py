@@ -1,4 +1,4 @@
-"""Registrations that wait for the controller: an agent's own, a replay after a reconnect, an adopted agent's."""
+"""Registrations that wait for the controller's reply: an agent's own, a replay, or one of an adopted agent."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ RegistrationKey = tuple[str, ...]
 
 
 def identity_of(session: Session) -> RegistrationKey:
-    """Who registers: (owner, `name`, cluster name), or (owner, `agent`, agent id) where the dialect is keyed by it.
+    """Return the identity of a session's registration.
 
-    An adopted session whose name nobody told is only itself.
+    The identity is (owner, `agent`, agent id) for a dialect that identifies agents by id, else (owner, `name`, cluster
+    name). An adopted session without a known name is identified by its session key.
     """
     name = session.registration.get("name")
     if session.key.kind == "agent" or not name:
@@ -34,15 +35,16 @@ def identity_of(session: Session) -> RegistrationKey:
 
 
 def identity_of_call(owner: str, call: RegisterCall) -> RegistrationKey:
-    """The same of an agent's own registration."""
+    """Return the identity of an agent's own registration, as `identity_of` does for a session."""
     return (owner, "agent", call.agent_id) if call.known_by_agent else (owner, "name", call.name)
 
 
 @dataclass(slots=True, eq=False)
 class PendingRegistration:
-    """One registration that the controller has not answered. `session` is set where the shim itself asks.
+    """One registration that the controller has not answered.
 
-    `sent_on` is the serial of the connection that carries it (0: none), `sent_at` and `abandoned_at` monotonic seconds.
+    `session` is set if the shim itself registers. `sent_on` is the serial of the connection that carries it, 0 if none
+    does. `sent_at` and `abandoned_at` are monotonic seconds.
     """
 
     identity: RegistrationKey
@@ -58,7 +60,7 @@ class PendingRegistration:
     abandoned_at: float | None = None
 
     def answer(self, outcome: Outcome) -> bool:
-        """Answer the agents that wait. False if none does."""
+        """Answer all waiting agents; return False if none waits."""
         waiting = [waiter for waiter in self.waiters if not waiter.done()]
         for waiter in waiting:
             waiter.set_result(outcome)
@@ -66,9 +68,9 @@ class PendingRegistration:
 
 
 class RefusedRegistration(NamedTuple):
-    """The newest answer to an identity's registration that was no success. `status` is 0 where none came in time.
+    """The latest unsuccessful answer to an identity's registration; `status` is 0 if none came in time.
 
-    `at` is monotonic, `name` the cluster's name, `agent` the id that the agent calls itself.
+    `at` is monotonic, `name` the cluster's name and `agent` the id that the agent uses for itself.
     """
 
     name: str
@@ -80,7 +82,7 @@ class RefusedRegistration(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class RegistrationReplay:
-    """What a reconnect still has to tell, and what it waits for."""
+    """One replay after a reconnect: the registrations still to be sent, and those that wait for a reply."""
 
     runner: UpstreamLink
     remedy: deque[tuple[Session, dict[str, Any]]]
@@ -88,16 +90,17 @@ class RegistrationReplay:
 
 
 class RegistrationListener(Protocol):
-    """Who makes a session of an answer."""
+    """The interface through which the outcome of a registration is reported."""
 
     def registered(self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
-        """Keep what the controller told of an agent; `reply` as `core.replies.register_reply` gives it.
+        """Create or update the session of a registered agent and return the answer to the agent.
 
-        `conflict`: it answered with an error that carries the cluster's id (409).
+        `reply` is the result of `controller_replies.register_reply`. `conflict` is True if the controller answered with
+        an error that carries the id of an existing cluster (409).
         """
 
     def told(self, session: Session, connection: UpstreamConnection) -> None:
-        """The controller has just been told about this session."""
+        """Handle that the controller knows this session on this connection."""
 
 
 log = get(__name__)
@@ -111,14 +114,14 @@ LOST_S = 60.0
 AGAIN_S = 10.0
 RETRY_AFTER_S = 5
 REFUSED_S = 900.0
-"""A refusal is shown for so long after it came: an agent that is restarted over it tries again every few minutes."""
+"""Time for which a refusal is shown: an agent that exits because of one is restarted every few minutes."""
 MAX_REFUSED = 100
 
 REFUSED = Failed(401, "the controller refuses the token")
 
 
 class Registrations:
-    """All registrations under way, one per identity."""
+    """All pending registrations, at most one per identity."""
 
     def __init__(self, ctx: BridgeContext, listener: RegistrationListener) -> None:
         self._ctx = ctx
@@ -132,7 +135,7 @@ class Registrations:
         self._stopping = False
 
     def waiting_for(self, runner: UpstreamLink) -> bool:
-        """Whether an agent waits for an answer over this link."""
+        """Return True if an agent waits for an answer over this link."""
         return any(job.runner is runner and job.waiters for job in self._by_identity.values())
 
     @property
@@ -141,22 +144,22 @@ class Registrations:
         return list(self._refusals.values())
 
     def registers(self, agent_id: str) -> bool:
-        """Return whether an agent of this id waits for the answer to its registration."""
+        """Return True if an agent with this id waits for the answer to its registration."""
         return any(job.call is not None and job.call.agent_id == agent_id for job in self._by_identity.values())
 
     def acknowledged(self, session: Session) -> None:
-        """Drop that a registration had no answer: the controller acknowledges the agent's heartbeats."""
+        """Delete the record of an unanswered registration: the controller acknowledges the agent's heartbeats."""
         if self._refusals:
             identity = identity_of(session)
             if identity in self._refusals and not self._refusals[identity].status:
                 del self._refusals[identity]
 
     def forget(self, session: Session) -> None:
-        """Drop what is remembered of a session that is forgotten."""
+        """Delete the record of a refused registration, because its session is removed."""
         self._refusals.pop(identity_of(session), None)
 
     def sweep(self) -> None:
-        """Forget what nobody will ask for any more."""
+        """Delete outdated answers and records, and registrations that no agent waits for."""
         now = self._ctx.now
         self._refusals = {i: each for i, each in self._refusals.items() if now - each.at < REFUSED_S}
         self._unclaimed = {i: kept for i, kept in self._unclaimed.items() if now - kept[1] < UNCLAIMED_S}
@@ -167,7 +170,7 @@ class Registrations:
                 self._forget(job)
 
     def end_all(self) -> None:
-        """The shim stops: agents that wait are told so."""
+        """Answer every waiting agent with 503, because the shim stops."""
         self._stopping = True
         for job in self._by_identity.values():
             job.answer(Failed(503, "the shim is stopping", retry_after_s=RETRY_AFTER_S))
@@ -177,9 +180,10 @@ class Registrations:
     async def register(
         self, runner: UpstreamLink, call: RegisterCall, cached: Callable[[], Outcome | None], arrived_s: float
     ) -> Outcome:
-        """Answer an agent's registration within `register.deadline_s` of `arrived_s` (protocol.md §1.1).
+        """Answer an agent's registration within `register.deadline_s` of `arrived_s`.
 
-        `cached` yields the answer from the store; it is asked after 5 s without a result.
+        `cached` returns the answer from the store, or None; it is called after 5 s without a reply of the controller.
+        See docs/reference/protocol.md#11-register.
         """
         if self._stopping:
             return Failed(503, "the shim is stopping", retry_after_s=RETRY_AFTER_S)
@@ -190,7 +194,7 @@ class Registrations:
         outcome, at = self._unclaimed.pop(identity, (None, 0.0))
         if outcome is None or self._ctx.now - at >= UNCLAIMED_S:
             outcome = await self._join_and_wait(runner, identity, call, cached, arrived_s)
-        # It may be the answer to another process of the same cluster, which calls itself otherwise.
+        # The answer may be the one to another process of the same cluster, which has another agent id.
         return replace(outcome, agent_id=call.agent_id) if isinstance(outcome, Registered) else outcome
 
     async def _join_and_wait(
@@ -239,9 +243,9 @@ class Registrations:
             job = self._by_identity[identity] = PendingRegistration(
                 identity, runner, dict(call.payload), call.secret, call=call
             )
-        elif job.call is None:  # a replay is under way: its answer serves this agent too, and the news is kept
+        elif job.call is None:  # a replay is under way: its reply also answers this agent, whose new fields are kept
             job.call, job.payload, job.secret = call, {**job.payload, **call.payload}, call.secret
-        if job.runner is not runner:  # its link had to make room for others
+        if job.runner is not runner:  # the old link was removed to make room for another
             self._forget_requests(job)
             job.runner = runner
         job.abandoned_at = None
@@ -272,7 +276,7 @@ class Registrations:
     # --- the link -----------------------------------------------------------------------------------------------------
 
     def replay(self, runner: UpstreamLink, sessions: list[tuple[Session, dict[str, Any]]]) -> None:
-        """After a reconnect: tell these sessions, a window at a time, then agents' own pending registrations."""
+        """Register these sessions after a reconnect, a window at a time, and repeat the pending registrations."""
         self.sweep()
         pending = {job.identity: job for job in self._by_identity.values() if job.runner is runner}
         todo = deque(item for item in sessions if identity_of(item[0]) not in pending)
@@ -295,7 +299,7 @@ class Registrations:
             runner.replayed()
 
     def link_lost(self, runner: UpstreamLink) -> None:
-        """Answers will not come: agents' own registrations are sent again on the next connection."""
+        """Prepare agents' pending registrations for the next connection, and drop the shim's own."""
         self._replays.pop(runner, None)
         for job in list(self._by_identity.values()):
             if job.runner is runner:
@@ -305,13 +309,13 @@ class Registrations:
                     self._forget(job)
 
     def link_refused(self, runner: UpstreamLink) -> None:
-        """The token is refused: so is every registration that waits."""
+        """Answer every pending registration of the link with 401, because its token is refused."""
         for job in list(self._by_identity.values()):
             if job.runner is runner:
                 self._finish(job, REFUSED)
 
     def _try_send(self, job: PendingRegistration) -> None:
-        """Send it, unless it is on its way already: an answer that is a minute late may never come."""
+        """Send a registration, unless the connection carries it already and its reply is less than a minute late."""
         connection, now = job.runner.connection, self._ctx.now
         if connection is None or (job.sent_on == connection.serial and now - job.sent_at < LOST_S):
             return
@@ -324,7 +328,7 @@ class Registrations:
         self._ctx.timers.call_later(ANSWER_S, lambda: self._unanswered(job, connection))
 
     def _unanswered(self, job: PendingRegistration, connection: UpstreamConnection) -> None:
-        """The controller has been told, though it does not say so: others and heartbeats do not wait for it."""
+        """Continue without a reply: later registrations and heartbeats do not wait for a slow controller."""
         if self._by_identity.get(job.identity) is not job or job.sent_on != connection.serial:
             return
         self._note_refusal(job, 0, f"no answer within {ANSWER_S:g} s")
@@ -335,13 +339,16 @@ class Registrations:
     # --- the controller answers ---------------------------------------------------------------------------------------
 
     def in_progress(self, message: Message) -> None:
-        """A `register_in_progress`: the controller is at it, and need not be asked again."""
+        """Restart the wait for a reply, because a `register_in_progress` arrived."""
         job = self._by_request.get(message.request_id)
         if job is not None:
             job.sent_at = self._ctx.now
 
     def succeeded(self, connection: UpstreamConnection, message: Message) -> PendingRegistration | None:
-        """A `register_success`. Returns its job, `None` if nobody waits for this `request_id`."""
+        """Complete the registration that a `register_success` answers, and return it.
+
+        Returns None if no registration has its `request_id`, or if the reply has no usable cluster id.
+        """
         job = self._by_request.get(message.request_id)
         if job is None:
             return None
@@ -355,7 +362,7 @@ class Registrations:
         return job
 
     def refused(self, connection: UpstreamConnection, message: Message) -> bool:
-        """An `error` with the `request_id` of a registration. False if it is not one."""
+        """Fail the registration that an `error` answers; return False if the error answers none."""
         job = self._by_request.get(message.request_id)
         if job is None:
             return False
@@ -372,7 +379,7 @@ class Registrations:
     def _failed(self, job: PendingRegistration, connection: UpstreamConnection, failed: Failed) -> None:
         self._ctx.metrics.registrations.labels(str(failed.status)).inc()
         if failed.cluster_id:
-            self._refusals.pop(job.identity, None)  # agents take the id for an answer, and so does the status
+            self._refusals.pop(job.identity, None)  # a 409 with a cluster id is a success for agents and in the status
         else:
             self._note_refusal(job, failed.status, failed.error)
         self._finish(job, failed, connection)

@@ -1,4 +1,4 @@
-"""Sessions of all agents: which session a call belongs to, adoption, succession, quotas, and what is stored of them."""
+"""The sessions of all agents: lookup, adoption, supersession, quotas and persistence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from shim.ports import StoreDone
 
 
 class SessionPersistence:
-    """Stores sessions, their aliases and tunnel states; nothing of one that is `withheld`."""
+    """Storage of sessions, aliases and tunnel states.
+
+    Nothing is stored of a session for which `withheld(key)` returns True. A refused write is retried.
+    """
 
     def __init__(self, ctx: BridgeContext, withheld: Callable[[SessionKey], bool]) -> None:
         self._ctx = ctx
@@ -34,25 +37,25 @@ class SessionPersistence:
         self._unsaved: set[SessionKey] = set()
 
     def save_session(self, session: Session) -> None:
-        """Store a session as it is now."""
+        """Store a session."""
         self._submit(session.key, [SaveSession(session.record())])
 
     def save_tunnel(self, session: Session, state: dict[str, Any]) -> None:
-        """Store its tunnel state."""
+        """Store a session's tunnel state."""
         self._submit(session.key, [SaveTunnel(session.key, state)])
 
     def save_alias(self, session: Session, agent_id: str) -> None:
-        """Store that this agent id stands for it."""
+        """Store an agent id as an alias of a session."""
         self._submit(session.key, [SaveAlias(session.key.owner, agent_id, session.key)])
 
     def retry(self) -> None:
-        """Try one that the disk has refused; once it is taken, the others follow."""
+        """Retry one refused write; its success triggers the next retry."""
         while self._unsaved:
             if self.save_all(self._unsaved.pop()):
                 return
 
     def save_all(self, key: SessionKey) -> bool:
-        """Store a session with its alias and tunnel state. False if it is gone."""
+        """Store a session with its alias and tunnel state; return False if the session was removed."""
         session = self._ctx.sessions.get(key)
         if session is None:
             return False
@@ -84,7 +87,11 @@ RETRY_AFTER_S = 60
 
 
 class SessionQuota:
-    """Decides about new sessions. `proven(owner)` tells whether the controller has accepted the owner's token."""
+    """Limit on the number of sessions of an owner.
+
+    `proven(owner)` returns True if the controller has accepted the owner's token. A token that it has not accepted
+    since start-up is untrusted: at most `MAX_UNVERIFIED_SESSIONS` sessions are created for it, and they are not stored.
+    """
 
     def __init__(self, ctx: BridgeContext, proven: Callable[[str], bool]) -> None:
         self._ctx = ctx
@@ -93,7 +100,7 @@ class SessionQuota:
         self._told: set[str] = set()
 
     def admit(self, owner: str) -> None:
-        """Raise `AgentError` 503 when an owner has as many sessions as it may."""
+        """Raise `AgentError` 503 if the owner may not have another session."""
         proven = self._proven(owner)
         limit = self._ctx.settings.sessions.max_per_owner if proven else MAX_UNVERIFIED_SESSIONS
         if self._ctx.sessions.count_of(owner) < limit:
@@ -108,20 +115,20 @@ class SessionQuota:
         raise AgentError(503, "too many agents: see sessions.max_per_owner", retry_after_s=RETRY_AFTER_S)
 
     def adopted(self, key: SessionKey) -> None:
-        """A session was made for an agent that did not register here."""
+        """Record that a session was created for an agent that did not register here."""
         if not self._proven(key.owner):
             self._unproven.add(key)
 
     def persistence_deferred(self, key: SessionKey) -> bool:
-        """Whether nothing of this session may be stored yet."""
+        """Return True if the session may not be stored yet."""
         return key in self._unproven
 
     def on_token_accepted(self, owner: str) -> list[SessionKey]:
-        """The controller has accepted the owner's token: the sessions that may be stored now."""
+        """Return the owner's sessions that may be stored now, because its token was accepted."""
         return self._release(owner)
 
     def on_owner_removed(self, owner: str) -> list[SessionKey]:
-        """The owner's last link is gone: the sessions to forget."""
+        """Return the owner's sessions to delete, because its last link was removed."""
         self._told.discard(owner)
         return self._release(owner)
 
@@ -132,7 +139,10 @@ class SessionQuota:
 
 
 class SessionSuccession:
-    """`moved(source, target)` and `ended(key)` are told what became of a session."""
+    """Supersession and removal of sessions.
+
+    `moved(source, target)` is called after a session was superseded, `ended(key)` when one is removed.
+    """
 
     def __init__(
         self,
@@ -148,10 +158,10 @@ class SessionSuccession:
         self.ended = ended
 
     def supersede(self, session: Session, *, across_owners: bool = True) -> None:
-        """Let other sessions with the same upstream cluster id give way as soon as they are not fresh.
+        """Let this session supersede all others with the same upstream cluster id, as soon as they are not fresh.
 
-        Across owners too, where the controller accepted a registration on this owner's link with that id: it proves
-        whose cluster it is.
+        With `across_owners` that includes other owners' sessions. The caller must have proof that the cluster belongs
+        to this owner: the controller accepted a registration on the owner's link with that cluster id.
         """
         sessions = self._ctx.sessions
         for other in sessions if across_owners else sessions.of_owner(session.key.owner):
@@ -161,10 +171,10 @@ class SessionSuccession:
         self.sweep()
 
     def adopt_predecessors(self, session: Session) -> None:
-        """An adopted session whose id the controller has given to others of its owner is their successor.
+        """Let an adopted session supersede the sessions of its owner that have its id as their upstream cluster id.
 
-        That id was an answer to a register whose session the shim forgot: it was killed while the disk took nothing.
-        What is known of the cluster goes over, and the others give way as they would have.
+        The agent knows that id from a registration whose session was never stored: the shim was killed while the store
+        failed. The session takes over the registration data of the most recent of them.
         """
         ident = session.upstream_cluster_id
         older = [o for o in self._ctx.sessions.of_owner(session.key.owner) if o.upstream_cluster_id == ident]
@@ -178,7 +188,7 @@ class SessionSuccession:
             self._saves.save_session(other)
 
     def sweep(self) -> None:
-        """Let superseded sessions that are not fresh any more go over into their successors."""
+        """Move the superseded sessions that are no longer fresh into their successors, and retry refused writes."""
         unmoved, self._pending_moves = self._pending_moves, []
         for move in unmoved:
             self._store(move)
@@ -200,7 +210,10 @@ class SessionSuccession:
             self._moved(session.key, target)
 
     def _store(self, move: MoveSession) -> None:
-        """Until the disk takes it: what is written of the moved commands later is written of the successor's."""
+        """Store a move, and retry it until it succeeds.
+
+        Meanwhile the transitions of the moved commands are already written under the successor's key.
+        """
 
         def done(outcome: list[Any] | StoreError) -> None:
             if isinstance(outcome, StoreError):
@@ -209,7 +222,7 @@ class SessionSuccession:
         self._ctx.store.submit([move], done)
 
     def expire(self) -> None:
-        """Delete sessions that were not seen for `sessions.retain_s`; their commands end EXPIRED."""
+        """Delete sessions that were not seen for `sessions.retain_s`; their commands end as EXPIRED."""
         before = self._ctx.clock.wall_s() - self._ctx.settings.sessions.retain_s
         now = self._ctx.now
         for session in self._ctx.sessions:
@@ -218,7 +231,7 @@ class SessionSuccession:
                 self._end(session)
 
     async def forget(self, session: Session) -> StoreError | None:
-        """Delete a session by hand; its commands end EXPIRED. Return the error where the disk refuses."""
+        """Delete a session for an operator; its commands end as EXPIRED. Return the error if the store fails."""
         stored: asyncio.Future[list[Any] | StoreError] = asyncio.get_running_loop().create_future()
         self._end(session, lambda outcome: None if stored.done() else stored.set_result(outcome))
         outcome = await stored
@@ -236,7 +249,10 @@ KEEP_AGAIN_S = 30
 
 
 class SessionRegistry:
-    """Sessions and what is stored of them. `moved(source, target)` and `ended(key)` are told what became of one."""
+    """The sessions and what is stored of them.
+
+    `moved(source, target)` is called after a session was superseded, `ended(key)` when one is removed.
+    """
 
     def __init__(
         self,
@@ -252,7 +268,7 @@ class SessionRegistry:
         self.usage = RouteUsage()
 
     def load(self, loaded: StoreContents) -> None:
-        """Take in what the store holds."""
+        """Load the stored sessions, aliases and tunnel states."""
         for record in loaded.sessions:
             self._ctx.sessions.add(Session.from_record(record))
         for owner, agent_id, key in loaded.aliases:
@@ -263,7 +279,10 @@ class SessionRegistry:
                 session.tunnel = payload
 
     def session_for_call(self, owner: str, target: SessionTarget, dialect: str) -> Session:
-        """The session of a call, adopted if its owner does not have it; the call is a contact. Raises `AgentError`."""
+        """Return the session of a call and record the contact; create the session if its owner does not have it.
+
+        Raises `AgentError` 503 if the owner may not have another session.
+        """
         sessions = self._ctx.sessions
         key = sessions.key_of(owner, target)
         session = sessions.get(key)
@@ -289,12 +308,12 @@ class SessionRegistry:
         return session
 
     def on_token_accepted(self, owner: str) -> None:
-        """The controller has accepted the owner's token: what was adopted on it is stored."""
+        """Store the sessions that were adopted before the owner's token was accepted."""
         for key in self.admission.on_token_accepted(owner):
             self._saves.save_all(key)
 
     def on_owner_removed(self, owner: str) -> None:
-        """The owner's last link is gone: what was adopted on a token that was never accepted is forgotten."""
+        """Delete the sessions that were adopted on a token that was never accepted."""
         for key in self.admission.on_owner_removed(owner):
             session = self._ctx.sessions.get(key)
             if session is not None:
@@ -303,7 +322,11 @@ class SessionRegistry:
                 self._ctx.sessions.remove(session)
 
     def seen(self, key: SessionKey) -> None:
-        """Note that an agent called by the vendor's HTTP API: no contact, but its session is kept meanwhile."""
+        """Record a call that was served by the vendor's HTTP API.
+
+        The call keeps the session from being deleted as unseen. It is no contact: the shim must not send heartbeats
+        over it.
+        """
         session = self._ctx.sessions.get(key)
         if session is not None:
             session.last_seen_unix = self._ctx.clock.wall_s()
@@ -311,7 +334,10 @@ class SessionRegistry:
                 self.save(session)
 
     def session_for_proxied_call(self, owner: str, target: SessionTarget, dialect: str) -> Session:
-        """The session of a call that goes by the vendor's HTTP API, made if need be: no contact. Raises 503."""
+        """Return the session of a call that is served by the vendor's HTTP API; create the session if necessary.
+
+        The call is no contact. Raises `AgentError` 503 if the owner may not have another session.
+        """
         key = self._ctx.sessions.key_of(owner, target)
         session = self._ctx.sessions.get(key)
         if session is None:
@@ -324,9 +350,9 @@ class SessionRegistry:
         return session
 
     def record_http_registration(self, owner: str, call: RegisterCall, reply: dict[str, Any]) -> None:
-        """The vendor's HTTP API registered an agent: keep what is known for the day it goes by the WebSocket.
+        """Store the data of an agent that registered by HTTP, for the time when it is served by the WebSocket.
 
-        `reply` as `core.replies.register_reply` gives it; empty where the API said nothing usable.
+        `reply` is the result of `controller_replies.register_reply`, empty if the API's reply was not usable.
         """
         cluster_id = reply.get("cluster_id", "")
         if not cluster_id and not call.known_by_agent:
@@ -345,14 +371,17 @@ class SessionRegistry:
         self.save(session)
 
     def find_session(self, owner: str, target: SessionTarget) -> Session | None:
-        """The session of a call that adopts nothing (tunnel polls); the call is a contact of one that exists."""
+        """Return the session of a call that creates none (tunnel calls), and record the contact."""
         session = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, target))
         if session is not None:
             session.touch(self._ctx.now, self._ctx.clock.wall_s())
         return session
 
     def heartbeat(self, owner: str, call: HeartbeatCall) -> Session:
-        """Return the session of a heartbeat, which is also news of the agent's id. Raises `AgentError` 503."""
+        """Return the session of a heartbeat and record the heartbeat and the agent's id.
+
+        Raises `AgentError` 503 if the owner may not have another session or too many large heartbeats are kept.
+        """
         sessions = self._ctx.sessions
         if not sessions.has_room_for(sessions.get(sessions.key_of(owner, call.target)), call):
             raise AgentError(503, "too many large heartbeats are kept", retry_after_s=KEEP_AGAIN_S)
@@ -366,7 +395,11 @@ class SessionRegistry:
         return session
 
     def stored_for(self, owner: str, call: RegisterCall) -> Session | None:
-        """A stored registration of the same identity: (name) for cluster sessions; (agent id), else (cluster name)."""
+        """Return the session with a stored registration of the same identity, or None.
+
+        The identity is the cluster name, or for a dialect that identifies agents by id, the agent id and then the
+        cluster name.
+        """
         sessions = self._ctx.sessions
         if call.known_by_agent:
             exact = sessions.get(SessionKey(owner, TargetKind.AGENT.value, call.agent_id))
@@ -381,23 +414,26 @@ class SessionRegistry:
         return max(found, key=lambda s: (s.superseded_by is None, s.last_seen_unix), default=None)
 
     def upstream_id(self, owner: str, call: RegisterCall, stored: Session | None) -> str:
-        """The cluster id to register with: the controller's for the one that the agent names, else for what is stored.
+        """Return the cluster id to register with: the controller's id for the agent's own one, or the stored one.
 
-        Empty where nothing is known but what the agent says itself.
+        Returns an empty string if the shim knows neither.
         """
         named = call.payload.get("cluster_id")
         session = self._ctx.sessions.get(SessionKey(owner, TargetKind.CLUSTER.value, named)) if named else stored
         return session.upstream_cluster_id if session is not None else ""
 
     def registration_answered(self, owner: str, call: RegisterCall, outcome: Registered) -> None:
-        """An agent has its registration, maybe from the store or by another's request: it lives, and has this id."""
+        """Record the contact and the id of an agent whose registration was answered.
+
+        The answer may have come from the store, or to the request of another agent of the same cluster.
+        """
         if call.known_by_agent:
             key = SessionKey(owner, TargetKind.AGENT.value, call.agent_id)
         else:
             key = SessionKey(owner, TargetKind.CLUSTER.value, outcome.cluster_id)
         session = self._ctx.sessions.get(key)
         if session is None:
-            return  # the registration of another agent of its cluster will do; it is known by its own calls
+            return  # the answer belongs to another agent's session; this agent's session is created by its next call
         session.touch(self._ctx.now, self._ctx.clock.wall_s())
         self.usage.note(session.key, call.dialect, "register", session.last_seen_unix)
         session.agent_id, session.secret = call.agent_id, call.secret or session.secret
@@ -415,10 +451,11 @@ class SessionRegistry:
         *,
         conflict: bool = False,
     ) -> Session:
-        """Make or update the session of a registration and store it: the controller knows the agent.
+        """Create or update the session of a registration that the controller answered, and store it.
 
-        With `conflict` it answered with an error and the id of a cluster that exists (409). That says which cluster the
-        agent is, but does not prove that its token may have another owner's: no other owner's session gives way.
+        With `conflict` the answer was an error with the id of an existing cluster (409). The id shows which cluster the
+        agent belongs to. It does not prove that the agent's token may use it, so no other owner's session is
+        superseded.
         """
         cluster_id = reply["cluster_id"]
         if session is None:
@@ -437,9 +474,9 @@ class SessionRegistry:
             session.secret = call.secret
             session.new_process()
             session.dialect = call.dialect
-            session.last_seen_unix = self._ctx.clock.wall_s()  # no contact: the agent may have given up long ago
+            session.last_seen_unix = self._ctx.clock.wall_s()  # no contact: the agent may have stopped waiting long ago
             session.superseded_by = None
-        if session.superseded_by is None:  # what the shim repeats for an older session says nothing about newer ones
+        if session.superseded_by is None:  # a replayed registration of an older session must not supersede newer ones
             self._succession.supersede(session, across_owners=not conflict)
         self.save(session)
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
@@ -457,7 +494,7 @@ class SessionRegistry:
         return session
 
     async def forget(self, session: Session) -> StoreError | None:
-        """Delete a session by hand. Return the error where the disk refuses."""
+        """Delete a session for an operator. Return the error if the store fails."""
         return await self._succession.forget(session)
 
     def expire(self) -> None:
@@ -465,21 +502,21 @@ class SessionRegistry:
         self._succession.expire()
 
     def sweep(self) -> None:
-        """What is to be looked after every second: successions, and what the disk has refused."""
+        """Retry refused writes and complete supersessions; called every second."""
         self._saves.retry()
         self._succession.sweep()
 
     # --- small things -------------------------------------------------------------------------------------------------
 
     def set_tunnel(self, session: Session, state: dict[str, Any]) -> bool:
-        """The latest tunnel state wins. True if it is another one than before."""
+        """Store the latest tunnel state; return True if it differs from the previous one."""
         changed = session.tunnel != state
         session.tunnel = state
         self._saves.save_tunnel(session, state)
         return changed
 
     def save(self, session: Session) -> None:
-        """Store a session as it is now."""
+        """Store a session."""
         self._saves.save_session(session)
 
     def _set_alias(self, session: Session, agent_id: str) -> None:
@@ -495,7 +532,10 @@ class SessionRegistry:
 
 
 def outcome_of(session: Session, cached: bool) -> Registered:
-    """What the agent is told of its registration: its own id stays what it was (protocol.md §1.6)."""
+    """Return the answer to an agent's registration, with the cluster id that the agent knows.
+
+    That id never changes for the agent, see docs/reference/protocol.md#16-owners-sessions-aliases.
+    """
     reply = session.reply
     cluster_id = session.key.ident if session.key.kind == TargetKind.CLUSTER.value else session.upstream_cluster_id
     uuid = reply.get("cluster_uuid", cluster_id) if cluster_id == session.upstream_cluster_id else cluster_id
