@@ -18,7 +18,7 @@ NODE_DEPS := $(if $(shell command -v npm 2>/dev/null),$(CLIENTS)/node_modules/.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test cov faults fuzz bench demo run chart docs lock audit sbom licenses clean
+.PHONY: help install check test cov faults fuzz bench demo run chart docs lock audit wheels sbom licenses clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ install: $(DEV) ## create .venv with everything that development needs
 check: $(DEV) ## lint, format, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict shim supply
+	$(BIN)/mypy --strict shim devtools supply
 	$(BIN)/lint-imports
 	$(BIN)/zizmor --offline --pedantic --quiet --no-progress .github/workflows
 	$(BIN)/hadolint Dockerfile
@@ -78,6 +78,10 @@ lock: $(DEV) ## resolve the dependencies anew into requirements/ (ARGS=--upgrade
 audit: $(DEV) ## known vulnerabilities of what the image runs (ARGS go to pip-audit); exit code 2 where nobody can tell
 	$(BIN)/python -m supply.audit $(ARGS)
 
+wheels: $(DEV) ## build the wheel and the source archive of agent-shim and the wheel of its developer tools into dist/
+	$(BIN)/python -m hatchling build -t wheel -t sdist -d dist
+	cd devtools && $(abspath $(BIN))/python -m hatchling build -t wheel -d $(CURDIR)/dist
+
 sbom: $(DEV) ## CycloneDX bills of materials into dist/: the wheel's, and with IMAGE=name that image's
 	$(BIN)/python -m supply.sbom dist/agent-shim.cdx.json
 	$(if $(IMAGE),$(BIN)/python -m supply.sbom dist/agent-shim-image.cdx.json --image $(IMAGE))
@@ -88,7 +92,7 @@ licenses: $(DEV) ## write docs/reference/licenses.md from the locked packages' m
 clean: ## remove what the targets above made
 	rm -rf $(VENV) dist build htmlcov .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	rm -rf .import_linter_cache $(CLIENTS)/node_modules
-	find shim tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find shim devtools tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One file per purpose: dev (all), tools (demo, run), run (the container image).
 define compile

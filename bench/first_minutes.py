@@ -17,7 +17,7 @@ from bench.figures import Figure, Log
 from bench.servers import Bench
 from devtools.agents import AgentProfile, Callbacks, Event, EventKind, Identity, LegacyAgent, PollStyle
 from devtools.agents.pacing import Ticker
-from shim.cli.latency import percentile
+from devtools.latency import percentile
 
 SPARSE = "A new agent's first ten minutes, a command every two minutes, in virtual time"
 DENSE = "A new agent's first ten minutes, a command every 26 s, in virtual time"

@@ -15,7 +15,7 @@ from bench.load import Plan
 from bench.requests import cluster
 from bench.servers import OTHER_CORES, TOKEN, Bench, Server, spawn
 from devtools.agents import PollStyle
-from shim.cli.latency import percentile
+from devtools.latency import percentile
 
 SIMULATED = "Latency of single commands, an hour of virtual time"
 REAL = "Latency, real time"

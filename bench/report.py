@@ -11,7 +11,7 @@ from typing import Any
 from bench import latency, machine, sizing, traffic
 from bench.figures import Figure, from_json, markdown, table
 from bench.servers import ROOT
-from shim.cli.latency import duration
+from devtools.latency import duration
 
 BEGIN = "<!-- bench: begin -->"
 END = "<!-- bench: end -->"

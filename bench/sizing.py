@@ -13,7 +13,7 @@ from bench.controller import Send
 from bench.figures import Figure, Log, compared, number
 from bench.load import Found, Plan
 from bench.servers import Bench, Server, end
-from shim.cli.latency import percentile
+from devtools.latency import percentile
 
 PART = "Idle cost and start"
 FEW = (1, 10, 100)  # measured at the same time

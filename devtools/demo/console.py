@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
-from shim.cli.latency import duration
+from devtools.latency import duration
 from shim.clock import Clock
 
 _TITLE_WIDTH = 33

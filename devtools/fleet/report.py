@@ -10,7 +10,7 @@ from typing import Any
 from devtools.agents import CallOutcome, EventKind, LegacyAgent
 from devtools.fleet.command_load import CommandLoad
 from devtools.fleet.runner import FleetStats
-from shim.cli.latency import Summary, duration, histogram
+from devtools.latency import Summary, duration, histogram
 
 _CALLS = (EventKind.REGISTER, EventKind.HEARTBEAT, EventKind.POLL, EventKind.RESULT, EventKind.TUNNEL)
 _MAX_SHOWN = 5

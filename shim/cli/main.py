@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -29,8 +30,8 @@ EXIT_STORE_VERSION = 78
 # Packages that only an extra of ours brings. They are imported when they are needed, so that help needs none.
 _OPTIONAL = {"rich": "tools", "ruamel": "tools", "psycopg": "postgres", "devtools": "devtools"}
 
-# Where each command is (`module:name`), with the help that is shown without importing the module.
-_TOOLS = {
+# Each command as `module:name`, with the help that is shown without importing the module.
+_LAZY_COMMANDS = {
     "controller": (
         "devtools.controller:command",
         "A development controller: the vendor's WebSocket API with fault scripts.",
@@ -52,15 +53,28 @@ _TOOLS = {
 }
 
 
+def _has_devtools() -> bool:
+    """Return True if the distribution agent-shim-devtools, or a checkout, is installed."""
+    # An unrelated distribution on PyPI also installs a package `devtools`: only a module of ours identifies ours.
+    try:
+        return importlib.util.find_spec("devtools.controller") is not None
+    except ModuleNotFoundError:
+        return False
+
+
 class LazyGroup(click.Group):
-    """A group that imports the module of a subcommand when it is called; `modules` maps names to (module, help)."""
+    """A group that imports the module of a subcommand when it is called.
+
+    `modules` maps each name to `module:name` of its command and to its help. Commands of `devtools` are listed only if
+    it is installed.
+    """
 
     def __init__(self, *args: Any, modules: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._modules = modules
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *self._modules])
+        return sorted([*super().list_commands(ctx), *self._installed()])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._modules:
@@ -71,16 +85,22 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         own = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
-        lazy = {name: text for name, (_, text) in self._modules.items()}
         with formatter.section("Commands"):
-            formatter.write_dl(sorted({**own, **lazy}.items()))
+            formatter.write_dl(sorted({**own, **self._installed()}.items()))
+
+    def _installed(self) -> dict[str, str]:
+        """Map the names of the lazy commands that are installed to their help."""
+        has_devtools = _has_devtools()
+        return {
+            name: text for name, (at, text) in self._modules.items() if has_devtools or not at.startswith("devtools.")
+        }
 
 
 _config = click.option("--config", metavar="FILE", help="The YAML file; without it, defaults and environment.")
 _sets = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Overrides file and environment.")
 
 
-@click.group(cls=LazyGroup, modules=_TOOLS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, modules=_LAZY_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Serve an agent's legacy HTTP API on localhost and speak the vendor's WebSocket API for it."""

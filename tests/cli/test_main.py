@@ -137,7 +137,7 @@ def lazy(tmp_path: Path, source: str) -> main.LazyGroup:
     """A group with the command `extra`, whose module has this source."""
     name = f"lazy_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(source)
-    return main.LazyGroup(modules={"extra": (name, "An extra.")})
+    return main.LazyGroup(modules={"extra": (f"{name}:command", "An extra.")})
 
 
 def invoke(group: main.LazyGroup, tmp_path: Path) -> tuple[int, str, BaseException | None]:
@@ -156,7 +156,9 @@ def test_a_lazy_command_is_imported_when_called(tmp_path: Path) -> None:
     assert invoke(group, tmp_path)[:2] == (0, "done\n")
 
 
-@pytest.mark.parametrize("missing,extra", [("rich", "tools"), ("ruamel.yaml", "tools"), ("psycopg", "postgres")])
+@pytest.mark.parametrize(
+    "missing,extra", [("rich", "tools"), ("ruamel.yaml", "tools"), ("psycopg", "postgres"), ("devtools", "devtools")]
+)
 def test_a_command_without_its_extra_says_what_to_install(
     missing: str, extra: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

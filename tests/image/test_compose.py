@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.image.test_pod import ASK
-from tests.support.containers import Engine
+from tests.support.containers import CHECKOUT, DEVTOOLS_MOUNT, Engine
 from tests.support.manifests import ROOT
 
 TOKEN = "token-of-a-file"
@@ -32,6 +32,8 @@ services:
     image: ${SHIM_IMAGE}
     network_mode: service:agent-shim
     command: [controller, --listen, "127.0.0.1:8900", --token, token-of-a-file]
+    environment: {PYTHONPATH: "${CHECKOUT}"}
+    volumes: ["${DEVTOOLS}:${DEVTOOLS_MOUNT}:ro"]
 """
 
 
@@ -48,6 +50,9 @@ def compose(engine: Engine, image: str, tmp_path: Path) -> Iterator[list[str | P
         "AGENT_IMAGE": image,
         "PIPEOPS_TOKEN": TOKEN,
         "UPSTREAM_URL": f"http://{CONTROLLER}",
+        "CHECKOUT": CHECKOUT,
+        "DEVTOOLS": str(ROOT / "devtools"),
+        "DEVTOOLS_MOUNT": DEVTOOLS_MOUNT,
     }
     set_ = ["env", "-C", tmp_path, *(f"{key}={value}" for key, value in variables.items())]
     command = [

@@ -67,10 +67,23 @@ def test_the_store_survives_in_its_volume(engine: Engine, image: str, started: l
 
 def test_every_command_is_there_without_a_shell(engine: Engine, image: str) -> None:
     shown = engine.podman("run", "--rm", *HARDENED, "--entrypoint", '["agent-shim"]', image, "--help")
-    assert {"run", "health", "inject", "controller", "fleet"} <= set(re.findall(r"^  ([a-z-]+) ", shown, re.MULTILINE))
+    commands = set(re.findall(r"^  ([a-z-]+) ", shown, re.MULTILINE))
+    assert {"run", "health", "inject", "doctor", "status"} <= commands
+    assert not {"controller", "fleet", "demo"} & commands
     text = (ROOT / "tests/cli/inject/vendor/chart.yaml").read_text()
     injected = engine.podman("run", "--rm", "-i", *HARDENED, image, "inject", stdin=text)
     assert "agent-shim/sidecar: enabled" in injected
+
+
+@pytest.mark.parametrize("command", ["controller", "fleet", "demo"])
+def test_nothing_in_it_can_impersonate_a_controller_or_an_agent(engine: Engine, image: str, command: str) -> None:
+    with pytest.raises(Refused, match=r"this needs devtools: pip install 'agent-shim\[devtools\]'") as refused:
+        engine.podman("run", "--rm", *HARDENED, image, command, "--help")
+    assert "exit code 2" in str(refused.value)
+    find = "import importlib.util as u, importlib.metadata as m; "
+    find += "print(u.find_spec('devtools'), [d.name for d in m.distributions() if 'devtools' in d.name])"
+    found = engine.podman("run", "--rm", *HARDENED, "--entrypoint", '["/opt/agent-shim/bin/python"]', image, "-c", find)
+    assert found == "None []\n"
 
 
 def test_what_the_image_says_of_itself(engine: Engine, image: str) -> None:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from tests.image.test_image import wait_ready
-from tests.support.containers import Engine
-from tests.support.manifests import NAMESPACE, container, documents, one, pod_of, rendered, vendor_text
+from tests.support.containers import CHECKOUT, DEVTOOLS_MOUNT, Engine
+from tests.support.manifests import NAMESPACE, ROOT, container, documents, one, pod_of, rendered, vendor_text
 from tests.support.podman_pod import playable
 from tests.support.policy import admit
 
@@ -44,8 +44,15 @@ def stand_in(pod: dict[str, Any]) -> dict[str, Any]:
     agent["command"] = ["python3", "/agent/agent.py"]
     agent["volumeMounts"].append({"name": "program", "mountPath": "/agent"})
     pod["spec"]["volumes"].append({"name": "program", "configMap": {"name": "program"}})
-    controller = {"name": "controller", "args": ["controller", "--listen", CONTROLLER, "--token", TOKEN]}
+    controller = {
+        "name": "controller",
+        "args": ["controller", "--listen", CONTROLLER, "--token", TOKEN],
+        "env": [{"name": "PYTHONPATH", "value": CHECKOUT}],
+        "volumeMounts": [{"name": "devtools", "mountPath": DEVTOOLS_MOUNT, "readOnly": True}],
+    }
     pod["spec"]["containers"].append(controller)
+    devtools = {"path": str(ROOT / "devtools"), "type": "Directory"}
+    pod["spec"]["volumes"].append({"name": "devtools", "hostPath": devtools})
     return pod
 
 

@@ -1,7 +1,8 @@
-"""`pip install agent-shim` without any extra: which commands work, and what the others say."""
+"""Commands of `pip install agent-shim` without extras, and with the wheel of the developer tools beside it."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import venv
@@ -18,7 +19,8 @@ from tests.packaging.test_wheel import built
 
 pytest.importorskip("hatchling", reason="the build backend comes with requirements/dev.txt")
 
-COMMANDS = cli.list_commands(click.Context(cli))
+DEVTOOLS = ("controller", "demo", "fleet")
+COMMANDS = [name for name in cli.list_commands(click.Context(cli)) if name not in DEVTOOLS]
 AGENT = "kind: Pod\nmetadata: {name: a}\nspec:\n  containers:\n  - {name: agent, image: a}\n"
 
 
@@ -47,7 +49,18 @@ def link(found: metadata.Distribution, target: Path) -> None:
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`agent-shim` in a virtual environment with the wheel and its dependencies, without those of its extras."""
     folder = tmp_path_factory.mktemp("plain")
-    wheel = built(folder / "source", umask=0o022, age_s=0, zone="UTC")
+    return installed(folder, built(folder / "source"))
+
+
+@pytest.fixture(scope="module")
+def program_with_devtools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`agent-shim` in a virtual environment with both wheels, without what the extras need besides."""
+    folder = tmp_path_factory.mktemp("devtools")
+    return installed(folder, built(folder / "plain"), built(folder / "tools", project="devtools"))
+
+
+def installed(folder: Path, *wheels: Path) -> Path:
+    """Install the wheels and what agent-shim needs in a virtual environment below `folder`; return its program."""
     home = folder / "venv"
     venv.create(home, with_pip=False, symlinks=True)
     site = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
@@ -57,17 +70,36 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for found in needed(requirement.name, seen):
                 link(found, site)
     assert not seen & {"rich", "ruamel-yaml", "ruamel.yaml", "psycopg"}
-    unpack = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    unpack = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        *map(str, wheels),
+    ]
     subprocess.run(unpack, check=True, capture_output=True, timeout=50)
     start = home / "bin" / "agent-shim"
-    start.write_text(f"#!{home}/bin/python\nfrom shim.cli import main\nmain()\n")
+    start.write_text(f"#!{home}/bin/python\nfrom shim.cli.main import main\nmain()\n")
     start.chmod(0o755)
     return start
 
 
-def call(program: Path, *args: str, text: str = "") -> subprocess.CompletedProcess[str]:
+def call(
+    program: Path, *args: str, text: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [program, *args], input=text, capture_output=True, text=True, timeout=30, check=False, cwd=program.parent
+        [program, *args],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        cwd=program.parent,
+        env=None if env is None else {**os.environ, **env},
     )
 
 
@@ -76,6 +108,42 @@ def test_help_needs_no_extra(program: Path, command: str) -> None:
     done = call(program, command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"Usage: agent-shim {command}")
+
+
+@pytest.mark.parametrize("command", DEVTOOLS)
+def test_without_the_developer_tools_their_commands_name_the_extra(program: Path, command: str) -> None:
+    assert f"\n  {command} " not in call(program, "--help").stdout
+    for args in ((command,), (command, "--help")):
+        done = call(program, *args)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "Error: this needs devtools: pip install 'agent-shim[devtools]'\n"
+
+
+@pytest.mark.parametrize("command", DEVTOOLS)
+def test_with_their_wheel_the_commands_of_the_developer_tools_are_there(
+    program_with_devtools: Path, command: str
+) -> None:
+    assert f"\n  {command} " in call(program_with_devtools, "--help").stdout
+    done = call(program_with_devtools, command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: agent-shim {command}")
+
+
+def test_the_demo_runs_from_both_wheels(program_with_devtools: Path) -> None:
+    done = call(program_with_devtools, "demo", "--once")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_unrelated_package_of_the_same_name_is_not_taken_for_the_developer_tools(
+    program: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "devtools").mkdir()
+    (tmp_path / "devtools" / "__init__.py").write_text("print('unrelated')\n")
+    environ = {"PYTHONPATH": str(tmp_path)}
+    assert "\n  demo " not in call(program, "--help", env=environ).stdout
+    done = call(program, "demo", env=environ)
+    assert done.returncode == 2
+    assert done.stderr == "Error: this needs devtools: pip install 'agent-shim[devtools]'\n"
 
 
 def test_operators_commands_need_no_extra(program: Path, tmp_path: Path) -> None:

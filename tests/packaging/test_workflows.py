@@ -62,6 +62,14 @@ def test_a_release_is_attested_and_signed_before_anything_is_published() -> None
     assert said.count("cosign sign --yes") == 2, "image and chart"
 
 
+def test_a_release_builds_the_wheels_of_both_distributions() -> None:
+    steps = [step.get("run", "") for step in workflow("release.yml")["jobs"]["build"]["steps"]]
+    assert "make wheels" in steps
+    (version,) = [step for step in steps if "TAG#v" in step]
+    assert "shim/__init__.py" in version
+    assert "devtools/pyproject.toml" in version
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_scripts_in_it_pass_shellcheck(file: Path, tmp_path: Path) -> None:
     shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")

@@ -16,6 +16,9 @@ BASE = "localhost/python-base:ci"
 OURS = "localhost/agent-shim"
 KEPT = 8
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+# The image has no controller: a test's container gets the checkout's, mounted here and found through PYTHONPATH.
+CHECKOUT = "/checkout"
+DEVTOOLS_MOUNT = f"{CHECKOUT}/devtools"
 _STORAGE = '[storage]\ndriver="overlay"\ngraphroot="{0}/graph"\nrunroot="{0}/run"\n'
 # crun fails on some cgroup layouts, and default limits cannot be raised in a sandbox.
 _ENGINE = """\

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.cli.latency import Summary, duration, histogram, percentile
+from devtools.latency import Summary, duration, histogram, percentile
 
 SAMPLES_S = st.lists(st.floats(1e-6, 1e4), min_size=1, max_size=200)
 
