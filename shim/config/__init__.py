@@ -1,1 +1,1 @@
-"""The configuration: settings, where they are read from, the rules between them."""
+"""Configuration: the settings, their sources, and the rules between them."""

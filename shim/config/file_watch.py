@@ -1,4 +1,4 @@
-"""Detect replaced files."""
+"""Detection of replaced or rewritten files."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ FileFingerprint = tuple[int, int, int, int]
 
 
 def fingerprint(path: str | Path) -> FileFingerprint:
-    """What tells a file's content from another's: it changes with every write and every swap. Raises `OSError`."""
+    """Return a value that changes with every write to a file and every replacement of it. Raises `OSError`."""
     found = Path(path).stat()
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def fingerprints(paths: Iterable[str | Path]) -> tuple[FileFingerprint, ...]:
-    """The marks of several files. Raises `OSError` when one is missing."""
+    """Return the fingerprints of several files. Raises `OSError` if one is missing."""
     return tuple(map(fingerprint, paths))
 
 
 class FileWatcher:
-    """Files by name, some of which may have no path. A missing file is no change: it may be in the middle of a swap."""
+    """Watcher of named files, some of which may have no path.
+
+    A missing file counts as unchanged, because it may be about to be replaced.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[str, FileFingerprint | None] = {}
 
     def changed(self, files: dict[str, str | None]) -> set[str]:
-        """The names whose files are others than at the last look; nothing at the first."""
+        """Return the names whose file changed since the previous call.
+
+        The first call for a name only records its file.
+        """
         changed = set()
         for name, path in files.items():
             if not path:

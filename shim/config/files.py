@@ -1,6 +1,6 @@
-"""Read files that the configuration names without ever waiting for one: only regular files are opened.
+"""Reader of configured files that never blocks: only regular files are opened.
 
-A FIFO, a device or a socket in a file's place would stop the event loop, or never end.
+Opening a FIFO, a device or a socket could block the event loop, and reading it might never end.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from pathlib import Path
 
 
 def read_regular(path: str | Path, limit_bytes: int) -> bytes:
-    """Return the content of a regular file, symbolic links followed.
+    """Return the content of a regular file. Symbolic links are followed.
 
-    Raises `OSError` when the file cannot be read, is not a regular file, or is larger than `limit_bytes`, and
-    `ValueError` when `path` contains a null byte. `reason` turns both into words.
+    Raises `OSError` if the file cannot be read, is not a regular file, or is larger than `limit_bytes`, and
+    `ValueError` if `path` contains a null byte. `reason` converts both to text.
     """
     require_regular(path)
-    # The file may have been replaced since the check: opening must not wait for a FIFO's writer, nor take a terminal.
+    # The file may have been replaced since the check. So opening must not wait for the writer of a FIFO (O_NONBLOCK),
+    # nor make a terminal the controlling one of this process (O_NOCTTY).
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     with os.fdopen(descriptor, "rb") as file:
         _check(os.fstat(descriptor))
@@ -37,7 +38,7 @@ def require_regular(path: str | Path) -> None:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """Return why a file could not be read, in words without its name or content."""
+    """Return the reason why a file could not be read, without its name or content."""
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else "not a path"
 
 

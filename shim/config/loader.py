@@ -1,4 +1,4 @@
-"""Load the configuration from file, environment and command line, and report all faults at once."""
+"""Loader of the configuration from file, environment and command line, which reports all faults at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shim.redaction import basic_credentials
 ENV_PREFIX = "SHIM_"
 _RELOADABLE = frozenset({"mode", "rollout", "fallback", "heartbeat", "poll", "commands"})
 _MAX_SECRET_BYTES = 65_536
-_MAX_FILE_BYTES = 262_144  # a second of the library's time, and far more than a person writes
+_MAX_FILE_BYTES = 262_144  # parsing this many takes a second, and it is far more than a person writes
 _MAX_FAULTS_SHOWN = 100
 _MERGE = "tag:yaml.org,2002:merge"
 _MASK = "***"
@@ -32,10 +32,11 @@ _USERINFO = re.compile(r"(?<=://)[^/?#@,]*@")
 
 
 def load(path: str | None, env: Mapping[str, str], sets: Iterable[str], *, reload: bool = False) -> Settings:
-    """Read and check the whole configuration; `path` is `None` for defaults. Raises `ConfigError` with all faults.
+    """Read and check the whole configuration. Raises `ConfigError` with all faults.
 
-    `sets` are `section.key=value` texts and win over `env`, which wins over the file. With `reload` a file without any
-    content is a fault: it is being written, or its content is lost, and must not reset a running shim to its defaults.
+    `path` is `None` for defaults. `sets` are `section.key=value` texts; they take precedence over `env`, and `env` over
+    the file. With `reload` an empty file is a fault: it may be being written, and must not reset a running shim to
+    defaults.
     """
     faults: list[Fault] = []
     tree = _read_file(path, faults, reload=reload) if path is not None else {}
@@ -51,7 +52,7 @@ def load(path: str | None, env: Mapping[str, str], sets: Iterable[str], *, reloa
 
 
 def apply_reloadable(running: Settings, fresh: Settings) -> Settings:
-    """The running settings with what may change without a restart taken from the fresh ones (protocol.md §4)."""
+    """Return the running settings with the values of `fresh` for all keys that can change without a restart."""
     kept = {name: getattr(fresh, name) for name in _RELOADABLE}
     token = {"token": fresh.upstream.token, "token_file": fresh.upstream.token_file}
     upstream = running.upstream
@@ -62,12 +63,15 @@ def apply_reloadable(running: Settings, fresh: Settings) -> Settings:
 
 
 def needs_restart(running: Settings, fresh: Settings) -> list[str]:
-    """The keys whose changes wait for a restart."""
+    """Return the keys whose changes take effect only after a restart."""
     return [key for key, _, _ in leaves() if attrgetter(key)(running) != attrgetter(key)(fresh)]
 
 
 def redacted(settings: Settings) -> dict[str, Any]:
-    """The effective configuration as plain data, without tokens, user info of URLs and queries of the vendor's URLs."""
+    """Return the effective configuration as plain data without secrets.
+
+    Tokens, user information in URLs and queries of the vendor's URLs are masked.
+    """
     plain: dict[str, Any] = msgspec.to_builtins(settings)
     if plain["upstream"]["token"]:
         plain["upstream"]["token"] = _MASK
@@ -80,29 +84,31 @@ def redacted(settings: Settings) -> dict[str, Any]:
 
 
 def _without_password(url: str) -> str:
-    """A database's URL with what may be secret masked; user, hosts and database stay, so that it is recognised."""
+    """Return a database's URL with password and query masked. User, hosts and database stay readable."""
     base, has_query, _ = url.partition("?")
     return _PASSWORD.sub(rf"\1:{_MASK}@", base) + (f"?{_MASK}" if has_query else "")
 
 
 def dump(settings: Settings) -> str:
-    """`mask(settings)` as YAML that `load` reads again."""
+    """Return `redacted(settings)` as YAML that `load` can read."""
     return yaml.safe_dump(redacted(settings), sort_keys=False, allow_unicode=True)
 
 
 def read_token(settings: Settings) -> str:
-    """The upstream token as it is now: the file is read each time. `""` where agents bring their own.
+    """Return the present upstream token; its file is read at every call. `""` if agents have their own tokens.
 
-    Raises `ConfigError` when the file cannot be read or holds no token.
+    Raises `ConfigError` if the file cannot be read or has no token.
     """
     upstream = settings.upstream
     return read_secret(upstream.token_file, "upstream.token_file") if upstream.token_file else upstream.token
 
 
 def read_secret(path: str, key: str) -> str:
-    """The one word that a secret file holds, without the white space around it; `key` is where `path` is configured.
+    """Return the one word in a secret file, without surrounding white space.
 
-    Raises `ConfigError` when there is no such word. Neither its text nor its cause contains any of the file.
+    `key` is the key in which `path` is configured.
+
+    Raises `ConfigError` if there is no such word. Neither its text nor its cause contains any of the file's content.
     """
     try:
         data = read_regular(path, _MAX_SECRET_BYTES)
@@ -117,7 +123,7 @@ def read_secret(path: str, key: str) -> str:
 
 
 def secrets(settings: Settings) -> list[str]:
-    """Return the secret texts that stand in the settings themselves, for `Redaction`."""
+    """Return the secret texts in the settings themselves, for `Redaction`."""
     found = [settings.upstream.token]
     upstream, fallback = settings.upstream, settings.fallback
     for url in (upstream.proxy, upstream.url, fallback.proxy, fallback.url):
@@ -144,7 +150,7 @@ def _read_file(path: str, faults: list[Fault], *, reload: bool) -> dict[str, Any
         return {}
     try:
         tree = _parse(data, faults)
-    except Exception as exc:  # noqa: BLE001 - no file may stop a running shim, whatever the library raises for it
+    except Exception as exc:  # noqa: BLE001 - no file may stop a running shim, whatever the YAML library raises
         faults.append(Fault("", f"{path} is not valid YAML{_where(exc)}"))
         return {}
     if tree is None:
@@ -168,10 +174,10 @@ def _parse(data: bytes, faults: list[Fault]) -> Any:
 
 
 def _where(exc: Exception) -> str:
-    """Return line, column and problem, without any text of the file: it could be a secret.
+    """Return line, column and problem of a YAML error, without any text of the file, which could be a secret.
 
-    The library's own message has an excerpt, and names tags, aliases and anchors, as which YAML reads a secret that
-    begins with `!`, `*` or `&`.
+    The library's own message has an excerpt. It also names tags, aliases and anchors, and YAML reads a secret as one of
+    these if it begins with `!`, `*` or `&`.
     """
     if not isinstance(exc, yaml.MarkedYAMLError) or exc.problem_mark is None:
         return ""
@@ -184,7 +190,7 @@ def _where(exc: Exception) -> str:
 def is_read(name: str) -> bool:
     """Return True for `SHIM_MODE` and `SHIM_<SECTION>__<KEY>`, the variables that are part of the configuration.
 
-    Kubernetes sets `SHIM_PORT=tcp://…` for a Service named shim: it must not count.
+    Kubernetes sets `SHIM_PORT=tcp://…` for a Service named shim, which must not count.
     """
     section, separator, _ = name.removeprefix(ENV_PREFIX).lower().partition("__")
     return name == "SHIM_MODE" or (name.startswith(ENV_PREFIX) and bool(separator) and section in sections())
@@ -217,20 +223,20 @@ def _as_map(dotted: str, value: TextValue, faults: list[Fault]) -> dict[str, Any
 
 
 def _put(tree: dict[Any, Any], dotted: str, value: TextValue | dict[str, Any]) -> None:
-    """Set a value in the tree of sections; what stands in its way gives way."""
+    """Set a nested key; parents that are no maps are overwritten."""
     *above, key = dotted.split(".")
     for name in above:
         below = tree.get(name)
-        # A copy, because an alias of the file may put one map in two places.
+        # A copy is changed, because a YAML alias may put the same map object in two places.
         tree[name] = dict(below) if isinstance(below, dict) else {}
         tree = tree[name]
     tree[key] = value
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose plain words stay words: true and false, null and decimal numbers are all that is resolved.
+    """YAML loader that converts only true, false, null and decimal numbers; all other plain words stay texts.
 
-    `faults` are the keys given twice, which YAML forbids and the library lets pass.
+    `faults` lists keys that are given twice, which YAML forbids and the library accepts.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - the library's attribute
@@ -240,12 +246,15 @@ class _Loader(yaml.SafeLoader):
         self.faults: list[Fault] = []
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Turn what an explicit tag cannot be, `!!int word`, into an error with its place and without its text."""
+        """Convert a node.
+
+        A value that does not fit its explicit tag (`!!int word`) raises an error with its place, not its text.
+        """
         try:
             return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
             raise
-        except Exception:  # noqa: BLE001 - each tag fails in a way of its own
+        except Exception:  # noqa: BLE001 - the constructor of each tag raises other exceptions
             raise yaml.constructor.ConstructorError(None, None, "not a value of its type", node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -271,17 +280,17 @@ for _tag, _form, _first in (
 
 
 _MAX_KEY_CHARS = 64
-_MAX_SUGGESTIONS = 100  # finding a near key takes a millisecond
+_MAX_SUGGESTIONS = 100  # finding a similar key takes a millisecond
 
 
 class TextValue(msgspec.Struct, frozen=True):
-    """A value that came as text from `source` and is converted by the type of its key; lists and maps are JSON."""
+    """A value given as text by `source`, converted by the type of its key. Lists and maps are JSON."""
 
     text: str
     source: str
 
     def json(self) -> Any:
-        """The value of JSON text. Raises `ValueError` for anything else."""
+        """Return the value of the text as JSON. Raises `ValueError` if it is none."""
         try:
             return json.loads(self.text)
         except RecursionError:
@@ -289,7 +298,7 @@ class TextValue(msgspec.Struct, frozen=True):
 
 
 def leaves(cls: type[Any] = Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every key as (dotted path, type, default), in the order of `settings.py`."""
+    """Yield every key as (dotted path, type, default), in the order of `settings.py`."""
     for name, field in _fields(cls).items():
         default = field.default_factory() if callable(field.default_factory) else field.default
         if isinstance(default, Section):
@@ -299,7 +308,7 @@ def leaves(cls: type[Any] = Settings, prefix: str = "") -> Iterator[tuple[str, A
 
 
 def sections() -> frozenset[str]:
-    """The dotted paths of all sections, nested ones included."""
+    """Return the dotted paths of all sections, nested ones included."""
     parents = (path.rpartition(".")[0] for path, _, _ in leaves())
     return frozenset(
         ".".join(parent.split(".")[:depth]) for parent in parents if parent for depth in range(1, parent.count(".") + 2)
@@ -307,18 +316,18 @@ def sections() -> frozenset[str]:
 
 
 def to_settings(tree: dict[Any, Any], faults: list[Fault]) -> Settings:
-    """Convert a tree of maps whose leaves are plain values or `TextValue`, adding to `faults`.
+    """Convert a tree of maps to settings, adding to `faults`. Its leaves are plain values or `TextValue`.
 
-    A leaf with a fault keeps its default, so that all faults are found in one go.
+    A leaf with a fault keeps its default, so that one run finds all faults.
     """
     settings: Settings = _section(Settings, tree, "", faults)
     return settings
 
 
 def shown_key(key: Any) -> str:
-    """Return a key of the file for a message: short, printable, and without what follows `:` or `=` in it.
+    """Return a key of the file for a message: short, printable, and without the part after `:` or `=`.
 
-    `{token:SECRET}` without a space is one key.
+    YAML reads `{token:SECRET}` without a space as one key, so that part may be a secret.
     """
     text = str(key)
     cut = re.search(r"[:=]", text)
@@ -333,7 +342,7 @@ def _fields(cls: type[Any]) -> dict[str, msgspec.structs.FieldInfo]:
 
 
 def _section(cls: type[Any], value: Any, path: str, faults: list[Fault]) -> Any:
-    """A section from its map; null and absent sections are their defaults."""
+    """Return a section from its map. null and absent sections have their defaults."""
     if value is None:
         return cls()
     if not isinstance(value, dict):
@@ -356,7 +365,7 @@ def _section(cls: type[Any], value: Any, path: str, faults: list[Fault]) -> Any:
 
 
 def _leaf(key: str, kind: Any, value: Any, path: str, faults: list[Fault]) -> dict[str, Any]:
-    """The converted value under its key, or nothing and a fault."""
+    """Return the converted value under its key, or `{}` and add a fault."""
     try:
         converted = _convert(kind, value)
     except ValueError:
@@ -366,7 +375,7 @@ def _leaf(key: str, kind: Any, value: Any, path: str, faults: list[Fault]) -> di
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """Convert strictly; text from outside the file also by what it says. Raises `ValueError`."""
+    """Convert a value strictly, a `TextValue` also by parsing its text. Raises `ValueError`."""
     if not isinstance(value, TextValue):
         converted = msgspec.convert(value, kind, strict=True)
     elif get_origin(kind) in (tuple, dict) or (
@@ -385,7 +394,7 @@ def _source(value: Any) -> str:
 
 
 def _expected(kind: Any) -> str:
-    """What a value of this type looks like, in a user's words."""
+    """Return a description of the values of a type, for a fault."""
     origin = get_origin(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
@@ -406,7 +415,7 @@ def _expected(kind: Any) -> str:
 
 
 def _suggestion(key: str, path: str, names: Iterable[str]) -> str:
-    """Names a near key of the same section, else the same key of another section."""
+    """Return a hint with a similar key of the same section, else the same key of another section."""
     from difflib import get_close_matches  # noqa: PLC0415 - for a fault only
 
     near = get_close_matches(key.lower(), names, n=1)

@@ -1,4 +1,4 @@
-"""What values must fulfil beyond their types: bounds, forms, and keys that depend on each other. Pure."""
+"""Rules for values beyond their types: bounds, formats, and keys that depend on each other."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "upstream.reconnect.stable_after_s": (0, 3600),
     "upstream.max_message_bytes": _BYTES,
     "upstream.max_send_bytes": _BYTES,
-    # Agents give a register up after 30 s (wire-facts §1.1) and a poll too (protocol.md §1.3).
+    # Agents time out after 30 s, both for a register (docs/reference/legacy-agents.md#11-register) and for a poll
+    # (docs/reference/protocol.md#13-poll).
     "register.deadline_s": (0.1, 29),
     "poll.hold": (0, 25),
     "poll.max_hold_s": (0.1, 25),
@@ -65,16 +66,16 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "rollout.percent": (0, 100),
 }
 
-_EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - to recognise them
+_EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared, not bound
 _ADVERTISED = re.compile(r"(?:[A-Za-z0-9_.\-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9_.:\-]+", re.ASCII)
 _TOKEN = re.compile(r"[!-~]+", re.ASCII)
-_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)  # names of query parameters that hold one
+_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)  # names of query parameters with secrets
 _DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[Tt]\d\d:\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d))?", re.ASCII)
 
 
 def parse_date_s(text: str) -> float:
-    """Unix seconds of an RFC 3339 time, or of the first moment (UTC) of a date. Raises `ValueError`."""
+    """Return the Unix seconds of an RFC 3339 time, or of the begin (UTC) of a date. Raises `ValueError`."""
     if not _DATE.fullmatch(text):
         raise ValueError("neither RFC 3339 nor a date")
     moment = datetime.fromisoformat(text.upper())
@@ -82,9 +83,9 @@ def parse_date_s(text: str) -> float:
 
 
 def cross_field_faults(settings: Settings, broken: frozenset[str]) -> list[Fault]:
-    """All faults of settings whose values have their types. Keys in `broken` have a fault already.
+    """Return all faults of settings whose values have the right types. Keys in `broken` have a fault already.
 
-    A rule that reads a broken key is left out: it would judge the default that stands in for it.
+    A rule that reads a broken key is skipped: it would check the default that replaces the broken value.
     """
     checks = _Checks(settings, broken)
     checks.numbers_and_texts()
@@ -103,7 +104,7 @@ class _Checks:
         self._broken = set(broken)
 
     def _require(self, fulfilled: bool, message: str, path: str, *read: str) -> bool:
-        """Report `message` under `path` unless `fulfilled`; `read` are the other keys that the rule reads."""
+        """Report `message` under `path` unless `fulfilled`. `read` are the other keys that the rule reads."""
         if fulfilled or not self._broken.isdisjoint((path, *read)):
             return fulfilled
         self.faults.append(Fault(path, message))
@@ -147,7 +148,7 @@ class _Checks:
         self._pair(listen.tls.cert_file, listen.tls.key_file, "listen.tls.cert_file", "listen.tls.key_file")
 
     def _cluster(self) -> None:
-        """Check the internal listener, which is there with a PostgreSQL store only."""
+        """Check the internal listener, which is used with a PostgreSQL store only."""
         cluster, listen, admin = self.settings.cluster, self.settings.listen, self.settings.admin
         self._require(bool(_HOST.fullmatch(cluster.host)), "must be a host name or an address", "cluster.host")
         for path, port in (("listen.port", listen.port), ("admin.port", admin.port)):
@@ -214,7 +215,7 @@ class _Checks:
             self._database(store)
 
     def _database(self, store: Store) -> None:
-        """Check what can be known of a PostgreSQL URL without the driver, which is an extra."""
+        """Check what can be checked of a PostgreSQL URL without the driver, which is an optional dependency."""
         try:
             parts = urlsplit(store.url)
         except ValueError:
@@ -247,7 +248,7 @@ class _Checks:
         )
 
     def _dialling(self, section: str, given: Upstream | Fallback) -> None:
-        """Check the keys that say how a connection is opened, the same in both sections."""
+        """Check the keys for opening connections, which are the same in both sections."""
         client = (given.client_cert_file, given.client_key_file)
         self._pair(*client, f"{section}.client_cert_file", f"{section}.client_key_file")
         proxy = _split(given.proxy)
@@ -258,7 +259,10 @@ class _Checks:
         )
 
     def _pair(self, cert: str, key: str, cert_path: str, key_path: str) -> None:
-        """A certificate and its key come together; the fault is told where something is missing."""
+        """Check that a certificate and its key are both set or both empty.
+
+        The fault is reported under the missing one.
+        """
         self._require(bool(key) or not cert, f"must be set with {cert_path}", key_path, cert_path)
         self._require(bool(cert) or not key, f"must be set with {key_path}", cert_path, key_path)
 
@@ -268,7 +272,7 @@ class _Checks:
         self._require(value > bound or (value == bound and not more), f"must be {word} {other}", path, other)
 
     def _url(self, path: str, url: str, secure: tuple[str, ...], plain: tuple[str, ...]) -> None:
-        """A URL that tokens are sent to."""
+        """Check a URL to which tokens are sent."""
         parts = _split(url)
         or_words = " or ".join(f"{scheme}://" for scheme in secure)
         schemes = ", ".join(f"{scheme}://" for scheme in (*secure, *plain))
@@ -288,7 +292,8 @@ class _Checks:
             path,
             "upstream.allow_insecure",
         )
-        # The vendor's Secret changed to the shim's address, instead of the agent's variable, would make it call itself.
+        # An operator may set the shim's address in the vendor's Secret, which the shim reads too, instead of in the
+        # agent's variable. The shim would then call itself.
         listen = self.settings.listen
         port = parts.port or (443 if parts.scheme in ("https", "wss") else 80)
         self._require(
@@ -316,7 +321,7 @@ def _values(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value: itself, or those of a list or of a map's keys and values."""
+    """Yield all texts in a value: the value itself, or those of a list or of a map's keys and values."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, tuple):
@@ -327,7 +332,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _split(url: str) -> SplitResult | None:
-    """The parts of a URL that has a host and, if any, a port that is one; `None` for anything else."""
+    """Return the parts of a URL with a host and, if given, a valid port; `None` for anything else."""
     try:
         parts = urlsplit(url)
         well_formed = parts.port != 0 and bool(_HOST.fullmatch(plain_host(parts.hostname or "")))

@@ -1,6 +1,6 @@
-"""The validated configuration: frozen, pure data, no side effects. `config.py` reads files and fills it.
+"""Validated configuration: frozen, pure data. `loader.py` reads the sources and creates it.
 
-Units are in the names: `_s` seconds, `_bytes` bytes. Every key is described in docs/reference/configuration.md.
+Names end in their units: `_s` seconds, `_bytes` bytes. docs/reference/configuration.md describes every key.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from shim.hosts import plain_host
 
 
 def is_loopback(host: str) -> bool:
-    """True for `localhost`, its subdomains (RFC 6761) and loopback addresses, with or without brackets."""
+    """Return True for `localhost`, its subdomains (RFC 6761) and loopback addresses, with or without brackets."""
     try:
         name = plain_host(host)
     except ValueError:
@@ -37,11 +37,11 @@ class TlsFiles(Section, frozen=True):
 
 
 Hosts = str | tuple[str, ...]
-"""One address to listen on, or several."""
+"""One or several addresses to listen on."""
 
 
 def hosts_in(host: Hosts) -> tuple[str, ...]:
-    """Return the addresses of a setting that names one or several."""
+    """Return the addresses of a setting that has one or several."""
     return (host,) if isinstance(host, str) else host
 
 
@@ -67,7 +67,7 @@ class Listen(Section, frozen=True):
 
     @property
     def on_loopback(self) -> bool:
-        """True when only this machine can call."""
+        """True if only this machine can connect."""
         return all(is_loopback(host) for host in self.hosts)
 
 
@@ -92,10 +92,10 @@ class Reconnect(Section, frozen=True):
 
 
 class DialSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings that decide how a connection to the vendor is opened: trust, client certificate and proxy.
+    """Settings for opening a connection to the vendor: trust, client certificate and proxy.
 
-    `section` is the configuration's section that they were asked for, `inherited` the names of those that stand in
-    `upstream` because that section leaves them out.
+    `section` is the section of the configuration for which they were built. `inherited` has the names of the values
+    that come from `upstream`, because that section does not set them.
     """
 
     section: str
@@ -108,7 +108,7 @@ class DialSettings(msgspec.Struct, frozen=True, kw_only=True):
     inherited: frozenset[str] = frozenset()
 
     def key(self, name: str) -> str:
-        """Return the configuration key that the value called `name` comes from."""
+        """Return the configuration key from which the value called `name` comes."""
         return f"{'upstream' if name in self.inherited else self.section}.{name}"
 
 
@@ -140,12 +140,15 @@ class Upstream(Section, frozen=True):
 
     @property
     def own_tokens(self) -> bool:
-        """True when each agent's own Bearer token opens its link (protocol.md §1.6)."""
+        """True if each agent's own Bearer token opens its link.
+
+        The rule is docs/reference/protocol.md#16-owners-sessions-aliases.
+        """
         return not self.token and not self.token_file
 
     @property
     def dialling(self) -> DialSettings:
-        """Return the settings that the link is dialled with."""
+        """The settings for dialling the link."""
         return DialSettings(
             section="upstream",
             ca_file=self.ca_file,
@@ -232,7 +235,7 @@ class Fallback(Section, frozen=True):
     use_upstream_token: bool = False
 
     def dialling(self, upstream: Upstream) -> DialSettings:
-        """Return the settings that the HTTP API is dialled with: the link's, unless this section has its own."""
+        """Return the settings for dialling the HTTP API: the link's, unless this section has its own."""
         own = {name: getattr(self, name) for name in ("ca_file", "proxy") if getattr(self, name)}
         if self.client_cert_file:
             own |= {"client_cert_file": self.client_cert_file, "client_key_file": self.client_key_file}
@@ -250,7 +253,7 @@ class Rollout(Section, frozen=True):
 
     @property
     def partial(self) -> bool:
-        """True where some agents may go by the vendor's HTTP API."""
+        """True if some agents may be served by the vendor's HTTP API."""
         return self.percent < 100 or bool(self.exclude)
 
 
@@ -266,7 +269,7 @@ class Log(Section, frozen=True):
 
 
 class Settings(Section, frozen=True):
-    """Everything a running shim is told. Defaults are those of docs/reference/configuration.md."""
+    """All settings of a shim. The defaults are those of docs/reference/configuration.md."""
 
     mode: Literal["websocket", "http", "auto"] = "websocket"
     listen: Listen = Listen()
@@ -287,5 +290,5 @@ class Settings(Section, frozen=True):
 
     @property
     def uses_fallback(self) -> bool:
-        """True where calls may go by the vendor's HTTP API, now or after one change of `mode`."""
+        """True if calls may be sent to the vendor's HTTP API, now or after one change of `mode`."""
         return bool(self.fallback.url) or self.mode != "websocket" or self.rollout.partial

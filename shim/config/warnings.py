@@ -1,4 +1,4 @@
-"""Find what a configuration probably does not mean: variables that are nearly ours, and files that do not exist."""
+"""Warnings for likely mistakes: variables with misspelt names, and files that do not exist."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ADDRESS = re.compile(r"(?:tcp|udp|sctp)://")
 
 
 def find_warnings(settings: Settings, env: Mapping[str, str]) -> list[str]:
-    """Return one sentence for each doubtful thing. No sentence contains a value of a secret key."""
+    """Return one sentence for each likely mistake. No sentence contains the value of a secret key."""
     found = [*_variables(env), *_files(settings)]
     more = len(found) - _MAX_SHOWN
     return found[:_MAX_SHOWN] + [f"and {more} more"] * (more > 0)
 
 
 def _variables(env: Mapping[str, str]) -> Iterator[str]:
-    """Compare the names of variables that are not read with those that are."""
+    """Yield a warning for each variable that is not read but resembles one that is."""
     keys = [path for path, _, _ in leaves()]
     names = {ENV_PREFIX + key.upper().replace(".", "__"): key for key in keys}
     by_letters = {_letters(name): name for name in names}
@@ -55,7 +55,7 @@ def _letters(name: str) -> str:
 
 
 def _files(settings: Settings) -> Iterator[str]:
-    """Look at every file that a key names."""
+    """Yield a warning for each configured file that cannot be read."""
     for key, _, _ in leaves():
         path = attrgetter(key)(settings) if key.endswith("_file") else ""
         if not path:

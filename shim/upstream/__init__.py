@@ -1,4 +1,4 @@
-"""Connections to the vendor on aiohttp: the dialler, WebSockets, and pumps between a socket and its events.
+"""Connections to the vendor on aiohttp: the dialler, WebSockets, and pumps between a socket and its listener.
 
 Rules: docs/reference/protocol.md#2-upstream-side-the-websocket.
 """

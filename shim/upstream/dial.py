@@ -1,4 +1,4 @@
-"""Opens upstream WebSockets (protocol.md §2)."""
+"""Dialling of upstream WebSockets (docs/reference/protocol.md#2-upstream-side-the-websocket)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Unobserved:
-    """The `WireObserver` that looks away."""
+    """`WireObserver` that does nothing."""
 
     def received(self, size_bytes: int) -> None: ...
 
@@ -35,7 +35,7 @@ class _Unobserved:
 
 
 class AiohttpUpstream:
-    """`ports.UpstreamPort` on aiohttp. After `close()` pending dials end without a call of their `done`."""
+    """`ports.UpstreamPort` on aiohttp. `close()` ends pending dials without calling their `done`."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class AiohttpUpstream:
         self._closed = False
 
     def dial(self, spec: DialRequest, events: WebSocketListener, done: DialDone) -> None:
-        """Dial in the background; the task goes on as the reader of the socket."""
+        """Dial in the background. The same task then reads from the socket."""
         if self._closed:
             return
         task = self._spawn("upstream", self._serve(spec, events, done))
@@ -63,7 +63,7 @@ class AiohttpUpstream:
             task.add_done_callback(self._dials.discard)
 
     async def close(self) -> None:
-        """Close all sockets with 1000, at most 2 s long, and everything else at once. Idempotent."""
+        """Close all sockets with 1000, waiting at most 2 s, and cancel pending dials. Idempotent."""
         self._closed = True
         pumps = list(self._pumps)
         for pump in pumps:
@@ -85,22 +85,22 @@ class AiohttpUpstream:
     async def _serve(self, spec: DialRequest, events: WebSocketListener, done: DialDone) -> None:
         outcome = await self._connect(spec)
         if isinstance(outcome, DialFailure):
-            self._tell(done, outcome)
+            self._notify(done, outcome)
             return
         pump = WebSocketPump(outcome, events, self._wire)
         self._pumps.add(pump)
         try:
-            if not self._tell(done, pump):
+            if not self._notify(done, pump):
                 pump.abort()
             writer = self._spawn("upstream-writer", pump.write())
             await pump.run()
             if writer is not None:
-                await asyncio.wait([writer])  # it ends when the connection is gone, by the pump's timer at the latest
+                await asyncio.wait([writer])  # ends with the connection, at the latest by the pump's close timer
         finally:
             pump.abort()
             self._pumps.discard(pump)
 
-    def _tell(self, done: DialDone, outcome: WebSocket | DialFailure) -> bool:
+    def _notify(self, done: DialDone, outcome: WebSocket | DialFailure) -> bool:
         try:
             done(outcome)
         except Exception:
@@ -117,7 +117,7 @@ class AiohttpUpstream:
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):
                 return await self._dialler.websocket(with_query(spec.url, query), headers)
-        except Exception as error:  # noqa: BLE001 - texts and tracebacks of aiohttp's errors show the token
+        except Exception as error:  # noqa: BLE001 - texts and tracebacks of aiohttp's errors contain the token
             failure = failure_of(error)
             logger.debug("dial of %s failed: %s (%s)", origin_of(spec.url), failure.reason, failure.detail)
             return failure

@@ -1,4 +1,4 @@
-"""Why a dial failed, in words that hold no secret: aiohttp's own texts show the URL with its token."""
+"""Reasons why a dial failed, in texts without secrets: aiohttp's own texts contain the URL with its token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROXY_UNREACHED = "cannot reach the proxy"
 
 
 class Refused(ShimError):
-    """The handshake was answered with a status other than 101, redirects included."""
+    """The controller answered the handshake with a status other than 101, redirects included."""
 
     def __init__(self, status: int, retry_after_s: float | None) -> None:
         super().__init__(f"HTTP {status}")
@@ -27,7 +27,7 @@ class Refused(ShimError):
 
 
 class DialError(ShimError):
-    """A dial ended without an answer of the vendor's: `failure` says why."""
+    """A dial ended without a reply of the vendor. `failure` has the reason."""
 
     def __init__(self, failure: DialFailure) -> None:
         super().__init__(failure.detail)
@@ -35,9 +35,9 @@ class DialError(ShimError):
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a `Retry-After` header (RFC 9110 §10.2.3), `None` if there is none to be understood.
+    """Return the seconds of a `Retry-After` header (RFC 9110 §10.2.3), `None` if it is missing or malformed.
 
-    A date is taken relative to the response's own `Date`, so that a wrong clock on either side does no harm.
+    A date is compared with the response's own `Date`, so that a wrong clock on either side does no harm.
     """
     value = headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdigit():
@@ -51,7 +51,10 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 
 def failure_of(error: Exception) -> DialFailure:
-    """Classify what a dial raised; of an error that is not expected only its type is told."""
+    """Classify an exception of a dial.
+
+    Of an unexpected one only the type is reported, because its text may hold a secret.
+    """
     if isinstance(error, Refused):
         return DialFailure("status", error.status, error.retry_after_s, f"HTTP {error.status}")
     if isinstance(error, DialError):
@@ -80,13 +83,13 @@ def _classify(error: Exception) -> tuple[str, str]:
 
 
 def _answer_text(error: Exception) -> str:
-    """Say what was wrong with an answer, or that it did not come."""
+    """Return a description of a malformed or missing reply."""
     match error:
         case InterimFlood():
             return str(error)
         case aiohttp.WSServerHandshakeError():
             return error.message
-        case aiohttp.ClientResponseError():  # raised by the parser only: statuses are not errors here
+        case aiohttp.ClientResponseError():  # only the parser raises this: no status is treated as an error
             return "the answer is no HTTP, or its head is too large"
         case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | aiohttp.ClientOSError():
             return "the connection was closed before the answer was complete"
@@ -94,14 +97,15 @@ def _answer_text(error: Exception) -> str:
 
 
 def _os_text(error: OSError) -> str:
-    # asyncio puts its own words and the address into strerror; resolver errors have numbers of their own, below zero
+    # asyncio puts a text of its own with the address into strerror, so the number is translated again. Errors of the
+    # resolver have negative numbers, which `os.strerror` does not know.
     if error.errno is not None and error.errno > 0:
         return os.strerror(error.errno)
     return error.strerror or type(error).__name__
 
 
 def tls_text(error: Exception) -> str:
-    """Return what OpenSSL says, without the library's place in its source."""
+    """Return OpenSSL's description of an error, without its location in OpenSSL's source."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message
     reason = getattr(error, "reason", None)

@@ -1,7 +1,7 @@
-"""Open connections to the vendor: one rule for link, gateway, HTTP fallback and doctor.
+"""Dialler of connections to the vendor: one rule for link, gateway, HTTP fallback and doctor.
 
-The rule is docs/reference/protocol.md#2-upstream-side-the-websocket: whom to trust, which client certificate to show,
-which proxy to use, how names and addresses are written.
+The rule is docs/reference/protocol.md#2-upstream-side-the-websocket: trust, client certificate, proxy, and the spelling
+of names and addresses.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from shim.upstream.proxy import ProxyChoice, choose_proxy
 from shim.upstream.tls import ClientTls
 from shim.upstream.websocket import RawWebSocket, websocket_class
 
-# An idle connection is dropped before the server does it: a request that crosses the server's close is lost, and only
-# who sent it knows whether it may be sent again. The shortest idle times in use are gunicorn's 2 s and Node's 5 s.
+# An idle connection is closed before the server closes it: a request that crosses the server's close is lost, and only
+# its sender knows if it may be sent again. The shortest idle times in use are gunicorn's 2 s and Node's 5 s.
 KEEP_S = 1.5
 _PLAIN = {"ws": "http", "wss": "https"}
 
@@ -40,10 +40,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class DialTrace:
-    """Facts about the newest dial, for doctor. Each is filled as soon as it is known.
+    """Facts about the newest dial, for doctor. Each is set as soon as it is known.
 
-    `tried`: the configuration allowed a dial. `resolved` are the addresses of `resolving`. `tls` describes the
-    connection once it is open.
+    `tried` is true if the configuration allowed a dial. `resolved` has the addresses of the name `resolving`. `tls`
+    describes the connection once it is open.
     """
 
     tried: bool = False
@@ -70,11 +70,10 @@ class _TracedResolver(aiohttp.ThreadedResolver):
 
 
 class Dialler:
-    """Sends HTTP requests and opens WebSockets by one set of settings.
+    """Client for HTTP requests and WebSockets with one set of settings.
 
-    `name` stands in the log (`upstream`, `fallback`). `keep` keeps connections a moment for further requests; without
-    it every dial is a new connection to where the name points now. `max_message_bytes` bounds a message of a WebSocket.
-    `trace` is filled by each dial.
+    `name` is used in the log (`upstream`, `fallback`). `keep` reuses idle connections for a moment; without it every
+    dial resolves the name again. `max_message_bytes` bounds a WebSocket message. Each dial fills `trace`.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class Dialler:
             logger.warning("%s: ANYONE ON THE PATH CAN READ THE TOKEN AND SEND COMMANDS", key)
 
     async def websocket(self, url: str, headers: Mapping[str, str]) -> RawWebSocket:
-        """Open a WebSocket. Raises `DialError` and what aiohttp raises."""
+        """Open a WebSocket. Raises `DialError` and aiohttp's exceptions."""
         target, more, way = self._way(url)
         opened = await self._open_session().ws_connect(
             target,
@@ -112,8 +111,8 @@ class Dialler:
             autoclose=False,
             autoping=False,
             compress=0,
-            max_msg_size=self._max_message_bytes + 1,  # aiohttp refuses a message of exactly its limit
-            decode_text=False,  # text that is not UTF-8 is a bad frame, not the end of the connection
+            max_msg_size=self._max_message_bytes + 1,  # aiohttp rejects a message of exactly its limit
+            decode_text=False,  # aiohttp would close the connection for text that is no UTF-8
             **way,
         )
         return cast("RawWebSocket", opened)  # the session's ws_response_class
@@ -121,9 +120,9 @@ class Dialler:
     async def request(
         self, method: str, url: str, headers: Mapping[str, str], data: Any = None
     ) -> aiohttp.ClientResponse:
-        """Send a request; nothing is added to its headers, no redirect is followed and no body is decoded.
+        """Send a request without adding headers, following redirects or decoding the body.
 
-        Raises `DialError` and what aiohttp raises.
+        Raises `DialError` and aiohttp's exceptions.
         """
         target, more, way = self._way(url)
         fields = CIMultiDict(headers)
@@ -144,26 +143,26 @@ class Dialler:
         if session is not None:
             await session.close()
         if self._trace is not None:
-            # The tool's event loop ends with its last dial: nothing waits for the peer's half of a TLS shutdown.
+            # Doctor's event loop ends after its last dial, so there is no time for the peer's half of a TLS shutdown.
             if self._transport is not None:
                 self._transport.abort()
             await asyncio.sleep(0)
 
     def _way(self, url: str) -> tuple[URL, dict[str, str], dict[str, Any]]:
-        """Return the target for aiohttp, headers to add, and how to get there. Raises `DialError`."""
+        """Return the target for aiohttp, the headers to add, and its options for proxy and TLS. Raises `DialError`."""
         proxy = choose_proxy(url, self._settings, self._environ)
         if self._trace is not None:
             self._trace.proxy = proxy
         _check(proxy)
         scheme, rest = url.split(":", 1)
-        # A plain WebSocket is asked of a proxy as http://: RFC 9110 knows no other scheme for it.
+        # A request for a plain WebSocket to a proxy has the scheme http: RFC 9110 has no ws scheme.
         plain = f"{_PLAIN.get(scheme, scheme)}:{rest}"
         tls = self._tls.context() if plain.startswith("https:") or proxy.url.startswith("https:") else None
         self._announce(url, proxy)
         if self._trace is not None:
             self._trace.tried = True
         target, secure = URL(plain, encoded=plain.isascii()), plain.startswith("https:")
-        # Certificates have names without a final dot. Behind a proxy aiohttp would ask for one with it.
+        # Names in certificates have no final dot. Behind a proxy aiohttp would verify the name with the dot.
         name = (target.raw_host or "").rstrip(".") if secure else None
         address, credentials = _without_credentials(proxy.url)
         way = {"proxy": address or None, "proxy_headers": None, "ssl": tls or True, "server_hostname": name}
@@ -172,7 +171,7 @@ class Dialler:
         return target, _host_header(target) | credentials, way
 
     def _announce(self, url: str, proxy: ProxyChoice) -> None:
-        """Log the way to a host, once for each way taken."""
+        """Log the route to a host, once per route."""
         way = f"through {origin_of(proxy.url)}" if proxy.url else "direct"
         if proxy.source:
             way += f" ({proxy.source})"
@@ -184,7 +183,7 @@ class Dialler:
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             resolver = None if self._trace is None else _TracedResolver(self._trace)
-            # No cache of names: the vendor may move.
+            # Names are not cached, because the vendor's addresses may change.
             keep: dict[str, Any] = {"keepalive_timeout": KEEP_S} if self._keep else {"force_close": True}
             connector = Connector(self._connected, limit=0, use_dns_cache=False, resolver=resolver, **keep)
             connect_s = self._settings.connect_timeout_s
@@ -206,17 +205,18 @@ class Dialler:
             self._transport = cast("asyncio.Transport", transport)
 
     async def _send(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-        """Client middleware: tell the proxy's own refusals from the controller's, and fill the trace.
+        """Send a request as client middleware: separate the proxy's errors from the controller's, and fill the trace.
 
-        By itself aiohttp would send a GET a second time when its connection is cut: a handshake would be dialled twice,
-        and a poll might take commands twice. It would also follow redirects of a handshake, with our token.
+        Without it aiohttp would send a GET again if its connection is cut: a handshake would be dialled twice, and a
+        poll might take commands twice. It would also follow redirects of a handshake, and send our token to another
+        host.
         """
         try:
             response = await send(request)
         except aiohttp.ClientConnectorError:
             raise
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-            if isinstance(error.__cause__, ssl.SSLError):  # TLS 1.3 refuses a client after the handshake
+            if isinstance(error.__cause__, ssl.SSLError):  # in TLS 1.3 a client is rejected after the handshake
                 raise DialError(DialFailure("tls", detail=tls_text(error.__cause__))) from None
             raise DialError(DialFailure("handshake", detail=UNANSWERED)) from error
         if self._trace is not None:
@@ -234,7 +234,7 @@ class Dialler:
 
 
 def _check(proxy: ProxyChoice) -> None:
-    """Raise `DialError` for a proxy that cannot be used; one of the environment was checked by nobody yet."""
+    """Raise `DialError` for an unusable proxy. The rules of the configuration do not check one of the environment."""
     if not proxy.url:
         return
     try:
@@ -249,20 +249,20 @@ def _check(proxy: ProxyChoice) -> None:
 
 
 def _without_credentials(proxy: str) -> tuple[str, dict[str, str]]:
-    """Return a proxy's address without user name and password, and the header that carries them.
+    """Return a proxy's address without user name and password, and the header that has them.
 
-    aiohttp would encode them in Latin-1, and fail with others; RFC 7617 makes UTF-8 the choice of today.
+    aiohttp would encode them in Latin-1 and fail for other characters. RFC 7617 recommends UTF-8.
     """
     parts = urlsplit(proxy)
     if parts.username is None:
         return proxy, {}
-    words = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    credentials = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
     address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    return address, {hdrs.PROXY_AUTHORIZATION: f"Basic {base64.b64encode(words.encode()).decode()}"}
+    return address, {hdrs.PROXY_AUTHORIZATION: f"Basic {base64.b64encode(credentials.encode()).decode()}"}
 
 
 def _host_header(target: URL) -> dict[str, str]:
-    """Return the `Host` header where aiohttp's is not the one that servers know: without a name's final dot."""
+    """Return a `Host` header without the name's final dot if it has one, else `{}`: servers know names without it."""
     host = target.raw_host or ""
     if not host.endswith("."):
         return {}

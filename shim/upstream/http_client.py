@@ -1,4 +1,4 @@
-"""Adapt aiohttp's client where it is stricter or laxer than HTTP wants it.
+"""Adaptations of aiohttp's client where it deviates from HTTP.
 
 All uses of aiohttp's private attributes by the dialler are in this module: aiohttp offers no public hook for them.
 """
@@ -26,14 +26,20 @@ class InterimFlood(aiohttp.ClientError):
 
 
 class BoundedResponseHandler(ResponseHandler):
-    """Limits the number of interim responses: aiohttp reads them without end, and never yields to other tasks."""
+    """aiohttp's `ResponseHandler` with a limit on interim responses.
+
+    aiohttp reads them without end, and never yields to other tasks meanwhile.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self._interim = 0
 
     def feed_data(self, data: Any, size: int = 0) -> None:
-        """Take the head of a response that was parsed; those beyond the limit are dropped and end the connection."""
+        """Handle the head of a parsed response.
+
+        Interim responses beyond the limit are dropped and end the connection.
+        """
         code = data[0].code
         if 100 <= code < 200 and code != _SWITCHING_PROTOCOLS:
             self._interim += 1
@@ -41,7 +47,9 @@ class BoundedResponseHandler(ResponseHandler):
                 if self._interim == MAX_INTERIM_RESPONSES + 1:
                     self.set_exception(InterimFlood("too many interim responses (HTTP 1xx)"))
                     if self.transport is not None:
-                        self.transport.pause_reading()  # not ours: that would stop the parser, which calls us
+                        # The transport is paused, not this protocol: `self.pause_reading()` would stop the parser in
+                        # the middle of its call of this method.
+                        self.transport.pause_reading()
                 return
         else:
             self._interim = 0
@@ -49,10 +57,10 @@ class BoundedResponseHandler(ResponseHandler):
 
 
 class LenientResponse(aiohttp.ClientResponse):
-    """Reads `Connection` of an upgrade as RFC 9110 says: a list of tokens, in one line or several, in any case."""
+    """aiohttp's `ClientResponse` that reads `Connection` by RFC 9110: a list of tokens in one or several lines."""
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
-        """Read the head; `aiohttp` accepts a 101 only where `Connection` is `upgrade` and nothing else."""
+        """Read the head, and rewrite `Connection`: aiohttp accepts a 101 only if it is exactly `upgrade`."""
         await super().start(connection)
         lines = self._headers.getall(hdrs.CONNECTION, ())
         tokens = {token.strip().lower() for line in lines for token in line.split(",")}
@@ -60,12 +68,12 @@ class LenientResponse(aiohttp.ClientResponse):
             headers = CIMultiDict(self._headers)
             headers[hdrs.CONNECTION] = "upgrade"
             self._headers = CIMultiDictProxy(headers)
-            self._cache.pop("headers", None)  # where aiohttp keeps what `headers` gave before
+            self._cache.pop("headers", None)  # aiohttp caches the value of `headers` here
         return self
 
 
 class Connector(aiohttp.TCPConnector):
-    """Opens connections, through a proxy with CONNECT where the target is https.
+    """aiohttp's connector with a complete `Host` in CONNECT requests and a limit on interim responses.
 
     `connected` is called with the transport of each connection that a request gets.
     """
@@ -87,7 +95,7 @@ class Connector(aiohttp.TCPConnector):
         return connection
 
     def _update_proxy_auth_header_and_build_proxy_req(self, req: aiohttp.ClientRequest) -> aiohttp.ClientRequest:
-        """Build the request to the proxy. RFC 9110, 7.2: `Host` of a CONNECT is its target, the port included."""
+        """Build the request to the proxy. By RFC 9110 §7.2 `Host` of a CONNECT is its target with the port."""
         request = super()._update_proxy_auth_header_and_build_proxy_req(req)
         if req.is_ssl():
             request.headers[hdrs.HOST] = f"{req.url.host_subcomponent}:{req.url.port}"

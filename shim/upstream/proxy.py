@@ -1,4 +1,4 @@
-"""Choose the proxy of a dial: the configured one, else by the environment variables that curl and Go read."""
+"""Choice of the proxy for a dial: the configured one, else by the environment variables that curl and Go read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VARIABLES = {True: ("https_proxy", "all_proxy"), False: ("http_proxy", "all_pro
 
 @dataclass(frozen=True, slots=True)
 class ProxyChoice:
-    """The proxy of a dial. `url` is `""` for a direct dial; `source` is what decided, `""` where nothing did."""
+    """The proxy of a dial. `url` is `""` for a direct dial; `source` is the setting or rule that decided."""
 
     url: str = field(repr=False, default="")
     source: str = ""
@@ -24,9 +24,9 @@ class ProxyChoice:
 def choose_proxy(url: str, settings: DialSettings, environ: Mapping[str, str]) -> ProxyChoice:
     """Return the proxy for a URL (http, https, ws or wss).
 
-    A configured proxy is always used. Of the environment, lower-case names win over upper-case ones. As in Go,
-    loopback is never proxied, and `NO_PROXY` may hold names (with their subdomains), addresses, networks, `host:port`
-    and `*`.
+    A configured proxy is always used. In the environment, lower-case names take precedence over upper-case ones. As in
+    Go, loopback is never proxied, and `NO_PROXY` may contain names (with their subdomains), addresses, networks,
+    `host:port` and `*`.
     """
     if settings.proxy:
         return ProxyChoice(settings.proxy, settings.key("proxy"))

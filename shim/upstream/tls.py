@@ -1,4 +1,4 @@
-"""Make the client side's TLS context: version, trust, client certificate.
+"""TLS context of the client side: version, trust, client certificate.
 
 Rules: docs/reference/protocol.md#2-upstream-side-the-websocket.
 """
@@ -14,11 +14,11 @@ from shim.config.settings import DialSettings
 from shim.ports import DialFailure
 from shim.upstream.dial_errors import DialError, tls_text
 
-_MAX_FILE_BYTES = 4_194_304  # the system's own bundle has 0.2 MB
+_MAX_FILE_BYTES = 4_194_304  # the system's certificate bundle has 0.2 MB
 
 
 class ClientTls:
-    """Makes the TLS context of the next dial, and a new one when one of its files has changed."""
+    """The TLS context for dials, created anew when one of its files has changed."""
 
     def __init__(self, settings: DialSettings) -> None:
         self._settings = settings
@@ -28,11 +28,11 @@ class ClientTls:
         self._signature: tuple[FileFingerprint, ...] = ()
 
     def context(self) -> ssl.SSLContext:
-        """Return the context. Raises `DialError`, which names the key of a file that cannot be used."""
+        """Return the context. Raises `DialError`, whose text names the key of an unusable file."""
         try:
             signature = fingerprints(self._files.values())
         except OSError:
-            signature = ()  # which one is missing is said below
+            signature = ()  # `_build` reports the missing file
         if self._context is None or signature != self._signature or len(signature) < len(self._files):
             self._context = self._build()
             self._signature = signature
@@ -46,14 +46,14 @@ class ClientTls:
             except (OSError, ValueError) as error:
                 raise self._unusable(reason(error), name) from None
         try:
-            # With a CA file of its own the upstream is trusted by that alone, not by every public authority, too.
+            # With a CA file only its authorities are trusted, and no public ones.
             context = ssl.create_default_context(cafile=settings.ca_file or None)
         except OSError as error:
             raise self._unusable(f"no PEM file of certificates ({tls_text(error)})", "ca_file") from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if settings.client_cert_file:
             try:
-                # An encrypted key must not stop the process at a prompt.
+                # With an empty password an encrypted key is an error. Otherwise OpenSSL would prompt for one and block.
                 context.load_cert_chain(settings.client_cert_file, settings.client_key_file or None, password="")
             except OSError as error:
                 text = f"no PEM certificate and key that fit each other ({tls_text(error)})"

@@ -1,4 +1,4 @@
-"""A WebSocket on top of aiohttp with explicit closing: no autoclose, no autoping; sending never waits."""
+"""WebSocket on top of aiohttp with explicit close (no autoclose, no autoping) and sending that never waits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from shim.errors import MessageError
 from shim.ports import Frame, WebSocketListener
 from shim.protocol import upstream_message
 
-# RFC 6455 section 7.4: the codes between 1000 and 4999 that may not stand in a frame.
+# RFC 6455 section 7.4: the codes between 1000 and 4999 that must not be sent in a frame.
 _UNSENDABLE = frozenset({1004, 1005, 1006, *range(1015, 3000)})
 
 
 def reply_code(code: int) -> int:
-    """Return the code that answers a peer's close frame: its own, where it may be sent at all."""
+    """Return the code for the reply to a peer's close frame: the peer's own, if it may be sent."""
     if not code:
         return int(WSCloseCode.OK)
     return code if 1000 <= code < 5000 and code not in _UNSENDABLE else int(WSCloseCode.PROTOCOL_ERROR)
@@ -39,7 +39,7 @@ _MAX_CLOSE_TEXT_BYTES = 123
 
 
 def frame_of(message: Any) -> Frame | None:
-    """Return one of aiohttp's messages as a frame, `None` for one that ends the connection without a close frame."""
+    """Convert a message of aiohttp to a frame; `None` for one that ends the connection without a close frame."""
     kind = _KINDS.get(message.type)
     if kind is not None:
         return Frame(kind, bytes(message.data))
@@ -55,10 +55,10 @@ def opcode_of(frame: Frame) -> WSMsgType:
 
 
 class CloseFrameReader(WebSocketReader):
-    """aiohttp's reader of frames, except that a close frame is always taken with its code and its text.
+    """aiohttp's frame reader, except that a close frame is always accepted with its code and text.
 
-    aiohttp calls a reserved code, and a text that is no UTF-8, a protocol error and hides the code. A controller that
-    cuts its text at 123 bytes may cut a character in half, and its code must count all the same.
+    aiohttp treats a reserved code, and a text that is no UTF-8, as a protocol error and hides the code. A controller
+    that cuts its text at 123 bytes may cut a character in half, and its code must count nevertheless.
     """
 
     def __init__(self, queue: WebSocketDataQueue, max_message_bytes: int) -> None:
@@ -74,17 +74,18 @@ class CloseFrameReader(WebSocketReader):
 
 
 class RawWebSocket(ClientWebSocketResponse):
-    """One WebSocket whose end is decided by its pump alone.
+    """One WebSocket that only its pump closes.
 
-    aiohttp closes by itself on end of file and on protocol errors, waits for the peer while it does, and closes the
-    transport gracefully, which never ends when the peer has stopped reading.
+    aiohttp closes by itself on end of file and on protocol errors, and waits for the peer meanwhile. It closes the
+    transport gracefully, which never ends if the peer has stopped reading.
     """
 
     max_message_bytes: ClassVar[int]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # `response.connection` forgets its transport when it is released, but a stuck one must still be aborted then.
+        # A released `response.connection` has no transport. A transport that hangs must be aborted even then, so it is
+        # kept here.
         self._transport = None if self._conn is None else self._conn.transport
 
     @property
@@ -93,11 +94,11 @@ class RawWebSocket(ClientWebSocketResponse):
 
     @_parser.setter
     def _parser(self, reader: WebSocketReader | None) -> None:
-        """Take our own reader where the session sets aiohttp's, before the first byte is read."""
+        """Install `CloseFrameReader` when the session sets aiohttp's reader, before the first byte is read."""
         self._frame_reader = reader and CloseFrameReader(self._reader, self.max_message_bytes)
 
     def watch(self, on_bytes: Callable[[], None]) -> None:
-        """Call back whenever bytes have arrived, before the frames in them can be received."""
+        """Call `on_bytes` whenever bytes have arrived, before the frames in them can be received."""
         protocol = None if self._conn is None else self._conn.protocol
         if protocol is not None and self._parser is not None:
             protocol.set_parser(self._parser, self._reader, on_bytes)
@@ -112,7 +113,7 @@ class RawWebSocket(ClientWebSocketResponse):
         return self._response.headers.get(hdrs.SEC_WEBSOCKET_PROTOCOL, "")
 
     async def receive_frame(self) -> Frame | None:
-        """Wait for the next frame (`ports.FrameSocket`); a peer that breaks the protocol is told so."""
+        """Wait for the next frame (`ports.FrameSocket`). A peer that violates the protocol is sent a close frame."""
         message = await self.receive()
         if isinstance(message.data, WebSocketError):
             with contextlib.suppress(ConnectionError):
@@ -120,28 +121,28 @@ class RawWebSocket(ClientWebSocketResponse):
         return frame_of(message)
 
     async def write_frame(self, frame: Frame) -> None:
-        """Write a frame, and wait while the peer does not read. Raises `ConnectionError`."""
+        """Write a frame, waiting while the peer does not read. Raises `ConnectionError`."""
         await self.send_frame(frame.data, opcode_of(frame))
 
     async def close(self, *, code: int = 1000, message: bytes = b"") -> bool:
-        """Do nothing: `receive` calls this on its own."""
+        """Do nothing, because aiohttp's `receive` calls this method by itself."""
         return False
 
     def abort(self) -> None:
-        """Drop the connection at once and give it back to its session. Idempotent."""
+        """Abort the connection at once and release it to its session. Idempotent."""
         if self._transport is not None:
             self._transport.abort()
         self._response.close()
 
 
 def websocket_class(max_message_bytes: int) -> type[RawWebSocket]:
-    """Return the class for sockets that take messages of fewer bytes than this."""
+    """Return the class for sockets whose messages must have fewer than `max_message_bytes` bytes."""
     return type("BoundedWebSocket", (RawWebSocket,), {"max_message_bytes": max_message_bytes})
 
 
 CLOSE_WAIT_S = 2.0
 MAX_WAITING_BYTES = 64 * 1024 * 1024
-FRAME_COST_BYTES = 128  # what a queued frame weighs besides its payload: many tiny ones must not slip under the bound
+FRAME_COST_BYTES = 128  # memory of a queued frame besides its payload, so that many small frames count, too
 FRAMES_PER_TURN = 64
 LONG_FRAME_BYTES = 65_536
 HELD_BACK_S = 1.0
@@ -151,26 +152,29 @@ logger = logging.getLogger(__name__)
 
 
 class WireObserver(Protocol):
-    """What a pump tells besides its events: payload bytes of data and control frames, and handlers that raised."""
+    """Observer of the payload bytes of a pump's frames, and of handlers that raised."""
 
     def received(self, size_bytes: int) -> None:
-        """A frame's payload arrived."""
+        """Count the payload of a received frame."""
 
     def sent(self, size_bytes: int) -> None:
-        """A frame's payload was handed to the transport."""
+        """Count the payload of a frame that was passed to the transport."""
 
     def handler_failed(self) -> None:
-        """A handler of `WebSocketListener` raised; the pump went on."""
+        """Count a handler of `WebSocketListener` that raised an exception."""
 
 
 class _State(Enum):
     OPEN = "open"
-    CLOSING = "closing"  # a close frame is on its way, the timer runs
+    CLOSING = "closing"  # the close frame is queued or sent, and the timer runs
     GONE = "gone"
 
 
 class WebSocketPump:
-    """`ports.Socket` on aiohttp. `run()` reads and `write()` writes, each in one task, until the connection is gone."""
+    """`ports.WebSocket` on aiohttp.
+
+    `run()` reads and `write()` writes, each in its own task, until the connection ends.
+    """
 
     def __init__(self, ws: RawWebSocket, events: WebSocketListener, wire: WireObserver) -> None:
         self._ws = ws
@@ -188,22 +192,22 @@ class WebSocketPump:
         self.ended = asyncio.Event()
         ws.watch(self._on_bytes)
 
-    # --- ports.Socket ---
+    # --- ports.WebSocket ---
 
     def send(self, message: upstream_message.Message) -> None:
         """Queue one envelope as a text frame."""
         self._queue(upstream_message.encode(message), WSMsgType.TEXT)
 
     def ping(self, payload: bytes) -> None:
-        """Queue a ping behind everything sent before, so that its pong tells that all of that has arrived."""
+        """Queue a ping behind everything sent before, so that its pong proves that all of that has arrived."""
         self._queue(payload, WSMsgType.PING)
 
     def close(self, code: int) -> None:
-        """Send what is queued and a close frame; wait up to 2 s in all for the peer, then abort."""
+        """Send the queued frames and a close frame; wait at most 2 s in all for the peer, then abort."""
         self._begin_close(code)
 
     def abort(self) -> None:
-        """Drop the connection; `run` ends and reports it in the loop's next turn."""
+        """Abort the connection. `run` ends and reports it in the next iteration of the event loop."""
         self._state = _State.GONE
         self._frames.clear()
         if self._timer is not None:
@@ -233,7 +237,7 @@ class WebSocketPump:
             self._wake.set()
 
     async def write(self) -> None:
-        """Write queued frames in order, last of all the close frame; return when the connection is gone."""
+        """Write queued frames in order, the close frame last, until the connection ends."""
         try:
             while self._state is not _State.GONE:
                 while self._frames:
@@ -252,14 +256,15 @@ class WebSocketPump:
     # --- reading ---
 
     async def run(self) -> None:
-        """Read until the end and report it. What the peer still sends after a protocol error is thrown away."""
+        """Read until the connection ends, then report that. Frames after a protocol error are discarded."""
         by_close_frame, code, reason, reply = False, 0, "", 0
         try:
             by_close_frame, code, reason, reply = await self._read()
         finally:
             if reply and not self._close_sent:
-                # Nothing queued is of use to a peer that closes or cannot be understood. The TCP connection stays until
-                # the timer fires, so that the close frame is not lost to a reset.
+                # A peer that closes, or that violates the protocol, does not process the queued frames. The TCP
+                # connection is kept until the timer fires: closing it at once could reset it before the close frame
+                # is read.
                 self._frames.clear()
                 self._begin_close(reply)
             else:
@@ -268,14 +273,17 @@ class WebSocketPump:
             self.ended.set()
 
     async def _read(self) -> tuple[bool, int, str, int]:
-        """Handle frames. Return whether a close frame ended it, its code and text, and the reply's code (0: none)."""
+        """Handle frames until the connection ends.
+
+        Returns if a close frame ended it, the close frame's code and text, and the code of our reply (0: no reply).
+        """
         frames = 0
         while True:
             message = await self._ws.receive()
             match message.type:
                 case WSMsgType.TEXT | WSMsgType.BINARY:
                     frame = bytes(message.data)
-                    del message  # a long one must not be held twice, nor while the next is waited for
+                    del message  # frees a long message: keep no second copy, and none while waiting for the next
                     await self._on_data(frame)
                     if len(frame) > LONG_FRAME_BYTES:
                         await asyncio.sleep(0)
@@ -295,25 +303,26 @@ class WebSocketPump:
                     return False, 0, "", 0
             frames += 1
             if frames % FRAMES_PER_TURN == 0:
-                # receive() does not suspend while frames are buffered; others have a right to the loop, too
+                # receive() does not suspend while frames are buffered, so let other tasks run.
                 await asyncio.sleep(0)
 
     async def _wait_for_room(self) -> None:
-        """Wait until the receiver has room, so that a peer which sends too fast is slowed down by TCP.
+        """Wait until the listener has room, so that TCP slows down a peer that sends too fast.
 
-        After a second frames are read on whatever comes, until there was room again: pings must not wait for ever.
+        After `HELD_BACK_S` frames are read even without room, until there was room again: pings must be answered.
         """
         if self._events.has_room():
             self._impatient = False
         elif not self._impatient:
             give_up_at = self._loop.time() + HELD_BACK_S
-            # Whoever makes the room need not know of this: it is the store of another connection's commands, too.
+            # Polling keeps the store independent of sockets: it makes the room, also by finishing commands of other
+            # connections.
             while self._must_wait() and self._loop.time() < give_up_at:  # noqa: ASYNC110 - see above
                 await asyncio.sleep(ROOM_CHECK_S)
             self._impatient = not self._events.has_room()
 
     def _must_wait(self) -> bool:
-        """True while a frame that is read now would find no room."""
+        """Return True if there is no room for a further frame and the connection is open."""
         return not self._events.has_room() and self._state is _State.OPEN
 
     def _on_bytes(self) -> None:
@@ -324,7 +333,7 @@ class WebSocketPump:
         self._report(self._events.on_frame)
 
     async def _on_data(self, frame: bytes) -> None:
-        """Report the messages of a frame, of which there may be very many, as fast as the receiver has room."""
+        """Report the messages of a frame at the pace at which the listener has room; there may be many of them."""
         self._wire.received(len(frame))
         self._report(self._events.on_frame)
         for number, message in enumerate(upstream_message.decode_frame(frame), 1):
@@ -337,14 +346,14 @@ class WebSocketPump:
                 await asyncio.sleep(0)
 
     def _on_error(self, error: BaseException) -> int:
-        """Report a protocol error; returns the code for the close frame."""
+        """Report a protocol error. Returns the code for the close frame."""
         code = int(error.code) if isinstance(error, WebSocketError) else int(WSCloseCode.PROTOCOL_ERROR)
         kind = "too_big" if code == WSCloseCode.MESSAGE_TOO_BIG else "protocol_error"
         self._report(self._events.on_bad_frame, kind)
         return code
 
     def _report(self, handler: Callable[..., None], *values: Any) -> None:
-        """Call a handler; what it raises must not cost the connection."""
+        """Call a handler. An exception from it is logged, so that it does not end the connection."""
         try:
             handler(*values)
         except Exception:
