@@ -18,7 +18,7 @@ NODE_DEPS := $(if $(shell command -v npm 2>/dev/null),$(CLIENTS)/node_modules/.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test cov faults fuzz bench demo run chart docs lock audit wheels sbom licenses clean
+.PHONY: help install check test cov faults fuzz bench walks house demo run chart docs lock audit wheels sbom licenses clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,12 @@ fuzz: $(DEV) ## a million inputs into parsers, decoders and a whole bridge (INPU
 
 bench: $(DEV) ## measure against baselines in the same run (ONLY=latency: a part; ARGS=--docs: write the pages)
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+walks: $(DEV) ## count calls, files and depth of the ways through shim/ for seven events
+	@$(BIN)/python -m bench.walks
+
+house: $(DEV) ## size and shape of the shipped package
+	@$(BIN)/python -m bench.house
 
 demo: $(RUN) ## watch an unmodified agent work through the shim (ARGS=--once ends by itself)
 	@$(BIN)/agent-shim demo $(ARGS)
