@@ -1,4 +1,4 @@
-"""The admin port: health, readiness, metrics, the status page and what a person may change."""
+"""Admin port: health, readiness, metrics, the status page and the operator's actions."""
 
 from shim.admin.recent_commands import RecentCommand, RecentCommandsStore
 from shim.admin.server import AdminServer

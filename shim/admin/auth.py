@@ -1,4 +1,4 @@
-"""Who may see and do what on the admin port: no foreign pages, no foreign names, the admin token where one is set."""
+"""Access control of the admin port: origin checks against foreign pages, and the admin token if one is configured."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ _OWN_SITE = frozenset({"same-origin", "none"})
 
 
 class Access(Enum):
-    """What a route gives away."""
+    """Levels of protection of a route."""
 
     OPEN = "open"  # health and metrics: for probes and Prometheus
-    SHELL = "shell"  # the page without any data
+    SHELL = "shell"  # the page's files, without any data
     DATA = "data"
     CHANGE = "change"
 
 
 class Guard:
-    """Checks requests. `token` reads the admin token; it is called only where `admin.token_file` is set.
+    """Access check for requests. `token` reads the admin token; it is called only if `admin.token_file` is set.
 
-    The token comes in the Authorization header only, never in a cookie: a cookie of 127.0.0.1 goes to every port of it.
+    The token is accepted in the Authorization header only, never in a cookie: browsers send a cookie of 127.0.0.1 to
+    every port of it.
     """
 
     def __init__(self, admin: Admin, token: Callable[[], str]) -> None:
@@ -38,11 +39,12 @@ class Guard:
         self.required = bool(admin.token_file)
 
     def check(self, request: web.Request, access: Access) -> None:
-        """Let a request pass, or raise `OperatorError` with 401, 403 or 503."""
+        """Return if the request is allowed. Raises `OperatorError` with 401, 403 or 503."""
         if access is Access.OPEN:
             return
         host = request.headers.get(hdrs.HOST, "")
-        # A page of a foreign name that resolves to us (DNS rebinding) is of our origin for the browser.
+        # With DNS rebinding a foreign name resolves to our address, and the browser takes its page as our origin. So
+        # the Host header must be one of our own names.
         if not self._is_ours(host_name(host)):
             raise OperatorError(403, "the Host header names another host: see admin.allowed_hosts")
         if access is Access.SHELL:
@@ -68,11 +70,11 @@ class Guard:
             ip_address(name)
         except ValueError:
             return False
-        return True  # an address was not looked up: nobody can have made it point here
+        return True  # an address is not resolved by DNS, so it cannot be rebound
 
 
 def _same_origin(request: web.Request, host: str) -> bool:
-    """Browsers say where a request comes from; other clients say nothing."""
+    """Return True unless the request comes from another site's page. Only browsers send the headers that show it."""
     if request.headers.get(_SEC_FETCH_SITE, "none") not in _OWN_SITE:
         return False
     origin = request.headers.get(hdrs.ORIGIN)

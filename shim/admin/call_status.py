@@ -1,4 +1,4 @@
-"""Describe for the status how agents' calls end: refused here, unknown to the controller, or served by HTTP."""
+"""Status of agents' calls: rejected by the shim, unknown to the controller, or served by HTTP."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from shim.core.text import shorten
 
 MAX_SHOWN = 20
 REGISTERING_S = MIN_FRESH_S
-"""An agent that only asks for tunnels may still register or heartbeat within so long."""
+"""Seconds in which an agent that has only polled for tunnels may still register or send a heartbeat."""
 RECENT_S = 120.0
 DAY_S = 86_400.0
 
 
 def name_of(session: Session) -> str | None:
-    """Return the cluster's name, if anybody told it."""
+    """Return the cluster's name from the registration or the heartbeats, `None` if unknown."""
     return session.registration.get("name") or session.known.get("name") or None
 
 
 def refused_calls(ctx: BridgeContext) -> dict[str, Any]:
-    """Return the calls that were refused in the last minute, by status, route and reason."""
+    """Return the calls that were rejected in the last minute, by status, route and reason."""
     counts = ctx.refused_calls.last_minute(ctx.now)
     return {"calls": sum(each.calls for each in counts), "kinds": rows(counts, MAX_SHOWN)}
 
 
 def websocket_agents(bridge: Subject) -> dict[str, Any]:
-    """Return the agents that speak WebSocket by themselves: they need the shim no more. The latest come first."""
+    """Return the agents that connect by WebSocket themselves and need no shim. The latest come first."""
     agents = sorted(bridge.websocket_agents, key=lambda agent: (-agent.connections, -agent.last_seen_unix))
     return {
         "total": len(agents),
@@ -53,7 +53,7 @@ def websocket_agents(bridge: Subject) -> dict[str, Any]:
 
 
 def fallback_calls(ctx: BridgeContext, *, active: bool) -> dict[str, Any]:
-    """Return how calls to the vendor's HTTP API ended. `used`: calls may go there as things are now."""
+    """Return the outcomes of calls to the vendor's HTTP API. `used` is true if calls may be sent there now."""
     record, wall, settings = ctx.fallback, ctx.clock.wall_s(), ctx.settings
     failures = record.recent_failures.last_minute(wall)
     return {
@@ -79,7 +79,7 @@ def _call(call: FallbackCall | None) -> dict[str, Any] | None:
 
 
 def http_agent(record: FallbackRecord, key: SessionKey, contact_wall: float | None, wall: float) -> FallbackCall | None:
-    """Return an agent's newest call by HTTP, `None` where its newest call came to the shim itself."""
+    """Return an agent's newest call by HTTP, `None` if its newest call was served by the shim itself."""
     call = record.by_agent.get(key)
     if call is None or wall - call.wall_s >= DAY_S or (contact_wall is not None and contact_wall > call.wall_s):
         return None
@@ -87,7 +87,7 @@ def http_agent(record: FallbackRecord, key: SessionKey, contact_wall: float | No
 
 
 def by_http(call: FallbackCall) -> dict[str, Any]:
-    """Return an agent's newest call by HTTP as its row shows it; `hash` is its place in the rollout."""
+    """Return an agent's newest call by HTTP for its row. `hash` is the agent's place in the rollout."""
     return {
         "why": call.why.value,
         "hash": round(bucket(call.name), 2),
@@ -100,7 +100,7 @@ def by_http(call: FallbackCall) -> dict[str, Any]:
 
 
 def controller(bridge: Subject, wall: float) -> dict[str, Any]:
-    """Return what the controller refuses, does not know or does not acknowledge, of agents that are alive."""
+    """Return the living agents that the controller rejects, does not know or does not acknowledge."""
     now = bridge.ctx.now
     refusals = bridge.registrations.refusals
     troubled = [s for s in bridge.sessions if s.standing.trouble is not None and s.fresh(now)]
@@ -138,7 +138,7 @@ def controller(bridge: Subject, wall: float) -> dict[str, Any]:
 
 
 def unregistered(bridge: Subject, wall: float) -> dict[str, Any]:
-    """Return the agents that call for tunnels and have no session: their registration failed, or is still to come."""
+    """Return the agents that poll for tunnels without a session: their registration failed, or is still to come."""
     found = []
     for key, uses in bridge.roster.usage:
         if bridge.sessions.get(key) is not None or bridge.sessions.alias(key.owner, key.ident) is not None:

@@ -1,4 +1,4 @@
-"""Single commands on the admin port: a trace without its payload, and what a person may do."""
+"""Routes for single commands: a trace without payload, and the operator's actions."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _Body = TypeVar("_Body", bound=msgspec.Struct)
 
 
 class CommandSelector(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of a purge or a redelivery."""
+    """Body of a purge or a redelivery."""
 
     session: str = ""
     reason: str = ""
 
 
 class DrainRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of a drain."""
+    """Body of a drain."""
 
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_DRAIN_S)] = 300.0
 
 
 class CommandHandlers:
-    """The handlers; errors are `OperatorError`s."""
+    """Handlers of the routes. They raise `OperatorError`."""
 
     def __init__(self, bridge: Subject) -> None:
         self._bridge = bridge
 
     async def trace(self, request: web.Request) -> web.Response:
-        """GET /commands/{id}.json: every command with this id, in whichever session."""
+        """Handle GET /commands/{id}.json: return every command with this id, of all sessions."""
         command_id = request.match_info["id"]
         here = await self.described(command_id)
         found = [*here, *await self._bridge.found_elsewhere(command_id)]
@@ -48,38 +48,38 @@ class CommandHandlers:
         return _json({"commands": found})
 
     async def described(self, command_id: str) -> list[dict[str, Any]]:
-        """All that is known here of commands with this id."""
+        """Return the description of every command with this id in this process."""
         return [describe(each, self._bridge.sessions) for each in await self._bridge.operator.find(command_id)]
 
     async def purge(self, request: web.Request) -> web.Response:
-        """POST /commands/{id}/purge."""
+        """Handle POST /commands/{id}/purge."""
         choice = await _body(request, CommandSelector)
         record = await self._bridge.operator.purge(request.match_info["id"], choice.session, choice.reason)
         return _json({"command": _outcome(record)})
 
     async def redeliver(self, request: web.Request) -> web.Response:
-        """POST /commands/{id}/redeliver."""
+        """Handle POST /commands/{id}/redeliver."""
         choice = await _body(request, CommandSelector)
         record = await self._bridge.operator.redeliver(request.match_info["id"], choice.session, choice.reason)
         return _json({"command": _outcome(record)})
 
     async def forget(self, request: web.Request) -> web.Response:
-        """POST /agents/{id}/forget: an agent by name, id or whole key."""
+        """Handle POST /agents/{id}/forget. The id is an agent's name, id or whole key."""
         key = await self._bridge.forgetting.forget(request.match_info["id"])
         return _json({"agent": {"key": str(key), "kind": key.kind, "id": key.ident}})
 
     async def drain(self, request: web.Request) -> web.Response:
-        """POST /drain: begin, or move the deadline."""
+        """Handle POST /drain: begin to drain, or change the deadline."""
         order = await _body(request, DrainRequest)
         return _json({"drain": msgspec.to_builtins(self._bridge.operator.drain(order.timeout_s))})
 
     async def resume(self, request: web.Request) -> web.Response:
-        """DELETE /drain: take commands again."""
+        """Handle DELETE /drain: accept commands again."""
         return _json({"drain": msgspec.to_builtins(self._bridge.operator.resume())})
 
 
 def describe(found: CommandDetails, sessions: Agents) -> dict[str, Any]:
-    """A command with its trace, without its payload."""
+    """Return a command with its trace, without its payload."""
     record, result, trace = found
     stored = record.seq > 0
     session = sessions.get(record.session)

@@ -1,6 +1,6 @@
-"""Connections to the admin port: bounded in number, and none may be idle, slow or unread for long.
+"""Connections to the admin port, limited in number, idle time, and the time for which a peer may not read.
 
-The kubelet's probes come here, so that a newcomer always gets in: the connection that is idle for longest makes room.
+The kubelet's probes use this port, so a new connection is always accepted: the one that is idle for longest is closed.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from shim.http_connection import Budget, HttpConnection
 
 MAX_CONNECTIONS = 64
 MAX_BUSY = 48
-"""Requests under way at a time; those of probes are served beyond."""
+"""Requests in progress at a time. Probes are served beyond that."""
 FIRST_REQUEST_S = 10.0
-"""Time for the head of a request."""
+"""Seconds for the head of the first request."""
 IDLE_S = 5.0
-"""Time between two requests of a connection."""
+"""Seconds between two requests of a connection."""
 STALL_S = 10.0
-"""Time in which a peer takes nothing of a response."""
+"""Seconds after which a peer that reads nothing of a response is dropped."""
 SEND_BYTES = 16_384
-"""What the kernel buffers for a peer, so that one who does not read is noticed soon."""
+"""Size of the kernel's send buffer: a small one shows sooner that a peer does not read."""
 MAX_HELD_BYTES = 1_048_576
-"""Heads and waiting requests of all connections together."""
+"""Bytes of the heads and waiting requests of all connections together."""
 PROBES = frozenset({"/healthz", "/readyz"})
 
 logger = logging.getLogger(__name__)
 
 
 class Connections:
-    """All connections, the one first that is idle for longest. An instance is the listener's protocol factory."""
+    """All connections, the least recently used first. An instance is the listener's protocol factory."""
 
     def __init__(self, server: web.Server, options: dict[str, Any], headers: Mapping[str, str]) -> None:
         self.headers = headers
@@ -54,11 +54,11 @@ class Connections:
 
     @property
     def busy(self) -> int:
-        """How many have a request under way."""
+        """Number of connections with a request in progress."""
         return sum(connection.busy for connection in self._open)
 
     def enter(self, connection: AdminConnection) -> None:
-        """Take a newcomer in; where there is no room, the one goes that is idle for longest."""
+        """Add a new connection. If there is no room, the one that is idle for longest is closed."""
         if len(self._open) >= MAX_CONNECTIONS:
             idle = next((each for each in self._open if not each.busy), None)
             leaving = next(iter(self._open)) if idle is None else idle
@@ -67,13 +67,13 @@ class Connections:
         self._open[connection] = None
 
     def used(self, connection: AdminConnection) -> None:
-        """Note that a connection is in use now."""
+        """Mark a connection as the most recently used."""
         if connection in self._open:
             del self._open[connection]
             self._open[connection] = None
 
     def leave(self, connection: AdminConnection) -> None:
-        """Forget a connection. Idempotent."""
+        """Remove a connection. Idempotent."""
         self._open.pop(connection, None)
 
 
@@ -90,16 +90,16 @@ class AdminConnection(HttpConnection):
 
     @property
     def busy(self) -> bool:
-        """True while a request is under way."""
+        """True while a request is in progress."""
         return self._open
 
     @property
     def stalled(self) -> bool:
-        """True while the peer does not take what is written for it."""
+        """True while the peer does not read what is written for it."""
         return self.writing_paused
 
     def abort(self) -> None:
-        """Drop the connection with everything unsent."""
+        """Close the connection at once, with everything unsent."""
         if self._wire is not None:
             self._wire.abort()
 
@@ -132,7 +132,7 @@ class AdminConnection(HttpConnection):
         self._stall_timer = None if after_s is None else self._loop.call_later(after_s, self._check_writing)
 
     def _check_writing(self) -> None:
-        """Drop a peer that has taken nothing of what was written for it."""
+        """Drop a peer that has read nothing since the last check."""
         before_bytes, self._unsent_bytes = self._unsent_bytes, self._size_unsent()
         if self._unsent_bytes >= before_bytes:
             logger.info("a reader of the admin port that does not read is dropped")
@@ -147,7 +147,7 @@ class AdminConnection(HttpConnection):
         self._connections.used(self)
         if message.headers.get(hdrs.EXPECT, "100-continue").lower() == "100-continue":
             return False
-        self._turn_away(417, "the expectation cannot be met", "http")  # aiohttp would echo it
+        self._turn_away(417, "the expectation cannot be met", "http")  # aiohttp would repeat the header's value
         return True
 
     def _refusal(self, status: int, text: str, more: str = "") -> bytes:
@@ -164,7 +164,7 @@ class AdminConnection(HttpConnection):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer what a handler failed over: aiohttp would write a page of its own."""
+        """Return a JSON reply for an exception of a handler: aiohttp would return a page of its own."""
         logger.error("a defect of the admin port", exc_info=exc)
         response = web.json_response({"error": "internal error"}, status=status, headers=self._connections.headers)
         response.force_close()

@@ -1,4 +1,4 @@
-"""The status as server-sent events: a whole snapshot every second, and the samples of the plots as they are taken."""
+"""Server-sent events of the status: a whole snapshot every second, and each sample for the plots."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from shim.ports import Clock
 EVERY_S = 1.0
 MAX_EVERY_S = 5.0
 SHARE = 0.02
-"""Of the event loop's time: with thousands of agents a snapshot takes so long that it must be taken less often."""
+"""Largest share of the event loop's time for snapshots. With thousands of agents they are taken less often."""
 MAX_READERS = 16
 
 
 class EventStream:
-    """Serves `/events`. `prepare` gets what takes its time, and `take` makes the snapshot of it at once.
+    """Handler of `/events`. `prepare` awaits the readiness checks, and `take` then makes the snapshot synchronously.
 
-    All readers share a snapshot, so that their number costs the agents nothing.
+    All readers share a snapshot, so that their number does not slow down the agents' calls.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class EventStream:
         self._stopped.set()
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """Stream until the reader leaves or the shim stops. Raises `OperatorError` 503."""
+        """Stream until the reader disconnects or the shim stops. Raises `OperatorError` 503."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         if request.method == hdrs.METH_HEAD:
             return response
@@ -67,7 +67,7 @@ class EventStream:
         return response
 
     def _make_room(self) -> None:
-        """Drop the readers that do not read. Raises `OperatorError` 503 if all do."""
+        """Drop the readers that do not read. Raises `OperatorError` 503 if there is none."""
         stalled = {reader for reader in self._readers if reader.stalled}
         if not stalled:
             raise OperatorError(503, "too many pages are open")
@@ -88,7 +88,7 @@ class EventStream:
                     await self._stopped.wait()
 
     async def status(self) -> bytes:
-        """The event of a snapshot that is not older than its readers' pace."""
+        """Return the event with the present snapshot, which is shared for half of the interval."""
         reasons = await self._prepare()
         began = self._clock.monotonic_s()
         if began - self._taken_at >= self._every_s / 2:

@@ -1,4 +1,4 @@
-"""Gauges read from the bridge when Prometheus asks, so that they cost nothing in between and never go stale."""
+"""Gauges that are read from the bridge at each scrape, so that they are always current."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shim.core.poll_hold import PollPacing
 
 
 class BridgeCollector:
-    """A `prometheus_client` collector over one bridge. `problems` returns the codes of the health summary."""
+    """`prometheus_client` collector of one bridge. `problems` returns the codes of the health summary."""
 
     def __init__(self, bridge: Subject, problems: Callable[[], Iterable[str]]) -> None:
         self._bridge = bridge

@@ -1,4 +1,4 @@
-"""Liveness and readiness: does the loop turn, can the shim serve and its store be written?"""
+"""Readiness of the shim, and a probe of its store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STORE_PROBE_S = 2.0
 
 
 class Health:
-    """Answers `/readyz`. It never depends on the upstream unless `admin.ready_requires_upstream` says so."""
+    """Readiness check for `/readyz`. It depends on the upstream only with `admin.ready_requires_upstream`."""
 
     def __init__(self, bridge: Subject) -> None:
         self._bridge = bridge
@@ -22,7 +22,7 @@ class Health:
         self._writable = False
 
     async def reasons_not_ready(self) -> list[str]:
-        """What keeps the shim from being ready; empty when it is."""
+        """Return the reasons why the shim is not ready, empty if it is."""
         reasons = []
         if self._bridge.stopping:
             reasons.append("stopping")
@@ -36,7 +36,7 @@ class Health:
         return reasons
 
     async def store_writable(self) -> bool:
-        """A real, synced write, at most one in 2 s however many ask."""
+        """Return True if a synced write succeeds. At most one write is done in 2 s, however many callers ask."""
         ctx = self._bridge.ctx
         if ctx.now - self._probed_at < STORE_PROBE_S:
             return self._writable

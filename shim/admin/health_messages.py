@@ -1,7 +1,7 @@
-"""List every sentence of the health summary: its level, its text and what to do.
+"""Sentences of the health summary: level, text and hint of each.
 
-The causes are in docs/how-to/diagnose.md#what-the-status-says; a test holds that table and this list together.
-Placeholders in braces are filled in by `health_summary`.
+docs/how-to/diagnose.md#what-the-status-says has the causes; a test compares that table with this list. `health_summary`
+fills in the placeholders in braces.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ LEVELS = ("good", "waiting", "warning", "bad")
 
 
 class Sentence(NamedTuple):
-    """One sentence. An empty `hint` means that nothing is to be done."""
+    """One sentence. An empty `hint` means that no action is needed."""
 
     level: str
     text: str
@@ -145,7 +145,7 @@ SENTENCES: dict[str, Sentence] = {
 }
 
 PROBLEMS = tuple(code for code, sentence in SENTENCES.items() if sentence.level in ("warning", "bad"))
-"""The codes that the metric `agent_shim_health_problem` counts."""
+"""Codes of the metric `agent_shim_health_problem`."""
 
 REFUSED_HINTS = {
     0: "agent-shim doctor tests the way to it step by step.",
@@ -160,4 +160,4 @@ REFUSED_HINTS = {
     502: "The controller, or the vendor's HTTP API, did not give a usable answer.",
     503: "The link, the store or the number of agents: the reason says which.",
 }
-"""What to do about the most frequent status among refused calls; statuses that are missing have no hint."""
+"""Hints for the most frequent status among rejected calls. Other statuses have no hint."""

@@ -1,4 +1,4 @@
-"""Summarise a status in one sentence, and list what is wrong with what to do about it. Pure: from the status's JSON."""
+"""Health summary of a status: one sentence, and a list of problems with hints. The input is the status's JSON."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from shim.admin.health_messages import LEVELS, REFUSED_HINTS, SENTENCES
 from shim.core.text import format_duration, plural, shorten
 
 SETTLING_S = 10.0
-"""A link is back within 10 s of its controller's return: until then its loss is no reason for alarm."""
+"""Seconds in which a lost link is no problem yet: it is back within 10 s of the controller's return."""
 STARTING_S = 60.0
-"""So long after the start agents of before have not had the time to call again."""
+"""Seconds after the start in which known agents may not have called again yet."""
 KINDS_SHOWN = 3
 MIB = 1_048_576
 FALLBACK_FAILED_S = 86_400.0
@@ -30,7 +30,7 @@ _REASONS = {
 
 
 class Problem(NamedTuple):
-    """One filled-in sentence; `code` is its key in `SENTENCES`."""
+    """One sentence with its placeholders filled in. `code` is its key in `SENTENCES`."""
 
     code: str
     level: str
@@ -38,14 +38,14 @@ class Problem(NamedTuple):
     hint: str
 
 
-def say(code: str, **fields: Any) -> Problem:
-    """Fill in a sentence."""
+def make_problem(code: str, **fields: Any) -> Problem:
+    """Return a sentence with its placeholders filled in."""
     sentence = SENTENCES[code]
     return Problem(code, sentence.level, sentence.text.format(**fields), sentence.hint.format(**fields))
 
 
 def summarise(status: dict[str, Any]) -> dict[str, Any]:
-    """Return `level`, `code` and `text` of the sentence, `problems`, the worst first, and `notes`."""
+    """Return `level`, `code` and `text` of the main sentence, `problems` (the worst first) and `notes`."""
     problems = sorted(_problems(status), key=lambda problem: -LEVELS.index(problem.level))
     first = problems[0] if problems else _nothing_wrong(status)
     return {
@@ -58,7 +58,7 @@ def summarise(status: dict[str, Any]) -> dict[str, Any]:
 
 
 def reason_text(reason: str | None) -> str:
-    """Return words for `LinkRunner.last_failure`."""
+    """Return a description of `UpstreamLink.last_failure`."""
     if not reason:
         return "the reason is not known"
     kind, _, number = reason.partition(" ")
@@ -85,22 +85,22 @@ def _problems(status: dict[str, Any]) -> Iterator[Problem]:
 def _of_process(status: dict[str, Any]) -> Iterator[Problem]:
     for reason in status["not_ready"]:
         if "store" in reason:
-            yield say("store_unwritable", reason=reason)
+            yield make_problem("store_unwritable", reason=reason)
         elif reason == "stopping":
-            yield say("stopping")
+            yield make_problem("stopping")
     if not status["config_valid"]:
-        yield say("configuration_faulty")
+        yield make_problem("configuration_faulty")
     if status["log"]["lost"]:
-        yield say("log_lines_lost", lines=plural(status["log"]["lost"], "log line"))
+        yield make_problem("log_lines_lost", lines=plural(status["log"]["lost"], "log line"))
     if status["store"]["log_pinned"]:
-        yield say("store_log_pinned", size=f"{status['store']['log_bytes'] / MIB:.0f} MiB")
+        yield make_problem("store_log_pinned", size=f"{status['store']['log_bytes'] / MIB:.0f} MiB")
 
 
 # --- the link ---------------------------------------------------------------------------------------------------------
 
 
 def _words(link: dict[str, Any]) -> str:
-    """Return the controller's own words about the link's end, where it gave any."""
+    """Return the controller's close text for a link, `""` without one."""
     return f": “{shorten(link['detail'])}”" if link.get("detail") else ""
 
 
@@ -110,37 +110,39 @@ def _of_link(link: dict[str, Any], status: dict[str, Any]) -> Iterator[Problem]:
     since_s = status["now"] - link["since"]
     if link["phase"] == "refused":
         hint = "An agent's own token: check the agent's." if status["own_tokens"] else "Check upstream.token."
-        yield say("token_refused", link=name, reason=f"{link['reason']}{_words(link)}", hint=hint)
+        yield make_problem("token_refused", link=name, reason=f"{link['reason']}{_words(link)}", hint=hint)
     elif link["contended"]:
-        yield say("identity_contended", link=name.rstrip(": ") or "the connection")
+        yield make_problem("identity_contended", link=name.rstrip(": ") or "the connection")
     elif link["phase"] == "down":
         why = f"{reason_text(link['reason'])}{_words(link)}"
         if since_s < SETTLING_S:
-            yield say("link_connecting", link=name, reason=why)
+            yield make_problem("link_connecting", link=name, reason=why)
         else:
             agents = "Calls go by the vendor's HTTP API." if status["by_http"] else "Agents are answered as usual."
-            yield say("link_down", time=format_duration(since_s), link=name, reason=why, agents=agents)
+            yield make_problem("link_down", time=format_duration(since_s), link=name, reason=why, agents=agents)
 
 
 def _of_controller(controller: dict[str, Any], now: float) -> Iterator[Problem]:
     for refusal in controller["registrations"]["items"]:
         agent = shorten(refusal["name"] or refusal["agent"] or "an agent")
         if refusal["status"] is None:
-            yield say("registration_unanswered", agent=agent)
+            yield make_problem("registration_unanswered", agent=agent)
         else:
-            yield say("registration_refused", agent=agent, status=refusal["status"], error=_text(refusal["error"]))
+            yield make_problem(
+                "registration_refused", agent=agent, status=refusal["status"], error=_text(refusal["error"])
+            )
     by_kind: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for each in controller["troubles"]["items"]:
         if each["kind"] == "unknown" and now - each["since"] < SETTLING_S:
-            continue  # a registration is on its way
+            continue  # the agent is being registered again
         text = "" if each["kind"] == "name_unknown" else each["text"]
         by_kind.setdefault((each["kind"], text), []).append(each)
     codes = {"name_unknown": "name_unknown", "unknown": "agent_unknown", "heartbeats_refused": "heartbeats_refused"}
     for (kind, text), agents in by_kind.items():
-        yield say(codes[kind], agents=_names(agents, len(agents)), error=_text(text))
+        yield make_problem(codes[kind], agents=_names(agents, len(agents)), error=_text(text))
     unacknowledged = controller["unacknowledged"]
     if unacknowledged["total"]:
-        yield say("heartbeats_unacknowledged", agents=_names(unacknowledged["items"], unacknowledged["total"]))
+        yield make_problem("heartbeats_unacknowledged", agents=_names(unacknowledged["items"], unacknowledged["total"]))
 
 
 def _text(error: str | None) -> str:
@@ -154,9 +156,9 @@ def _of_agents(status: dict[str, Any]) -> Iterator[Problem]:
     sessions, refused = status["sessions"], status["refused"]
     unregistered = [each for each in status["unregistered"]["items"] if each["overdue"]]
     if unregistered:
-        yield say("not_registered", agents=_names(unregistered, len(unregistered)))
+        yield make_problem("not_registered", agents=_names(unregistered, len(unregistered)))
     if refused["calls"]:
-        yield say(
+        yield make_problem(
             "calls_refused",
             calls=plural(refused["calls"], "call"),
             kinds=_kinds(refused["kinds"]),
@@ -164,7 +166,7 @@ def _of_agents(status: dict[str, Any]) -> Iterator[Problem]:
         )
     if sessions["silent"] and status["now"] - status["started_at"] >= STARTING_S:
         silent = [session for session in sessions["items"] if session["silent"]]
-        yield say(
+        yield make_problem(
             "agents_silent", number=plural(sessions["silent"], "agent"), agents=_names(silent, sessions["silent"])
         )
 
@@ -173,13 +175,13 @@ def _of_commands(status: dict[str, Any]) -> Iterator[Problem]:
     sessions, in_doubt = status["sessions"], status["commands"]["uncertain"]
     if sessions["not_polling"]:
         waiting = [session for session in sessions["items"] if session["queue"]["not_polling"]]
-        yield say("commands_not_fetched", agents=_names(waiting, sessions["not_polling"]))
+        yield make_problem("commands_not_fetched", agents=_names(waiting, sessions["not_polling"]))
     if in_doubt:
-        yield say("commands_in_doubt", number=plural(in_doubt, "command"))
+        yield make_problem("commands_in_doubt", number=plural(in_doubt, "command"))
 
 
 def _kinds(kinds: list[dict[str, Any]]) -> str:
-    """Return calls by status, route and reason in words: `404 GET /x (no such endpoint, 4 times)`."""
+    """Return kinds of calls as text: `404 GET /x (no such endpoint, 4 times)`."""
     shown = []
     for kind in kinds[:KINDS_SHOWN]:
         remarks = [kind["reason"]] if kind["reason"] else []
@@ -201,10 +203,10 @@ def _names(agents: list[dict[str, Any]], number: int) -> str:
 def _of_fallback(status: dict[str, Any]) -> Iterator[Problem]:
     calls = status["fallback_calls"]
     if not calls["used"]:
-        return  # no call can go that way any more: its past is no problem
+        return  # calls are no longer sent there, so earlier failures are no problem
     kinds = calls["failures"]
     if kinds:
-        yield say(
+        yield make_problem(
             "fallback_failing",
             failed=calls["failed"],
             calls=plural(calls["calls"], "call"),
@@ -214,7 +216,7 @@ def _of_fallback(status: dict[str, Any]) -> Iterator[Problem]:
         return
     last = calls["last_failure"]
     if calls["failing_since"] is not None and last and status["now"] - last["at"] < FALLBACK_FAILED_S:
-        yield say(
+        yield make_problem(
             "fallback_failed",
             time=format_duration(status["now"] - last["at"]),
             kinds=f"{last['status'] or last['reason'] or 'no answer'} {last['operation'] or 'another call'}",
@@ -235,54 +237,56 @@ def _fallback_hint(status: int | None) -> str:
 
 def _of_replicas(replicas: dict[str, Any] | None) -> Iterator[Problem]:
     if replicas is not None and replicas["unowned"]:
-        yield say("shards_unowned", number=plural(replicas["unowned"], "shard"))
+        yield make_problem("shards_unowned", number=plural(replicas["unowned"], "shard"))
 
 
 def _of_drain(drain: dict[str, Any]) -> Iterator[Problem]:
     left = f"{plural(drain['commands'], 'command')} and {plural(drain['results'], 'result')} left"
     codes = {"draining": "draining", "timed out": "drain_timed_out", "drained": "drained"}
     if drain["state"] in codes:
-        yield say(codes[drain["state"]], left=left)
+        yield make_problem(codes[drain["state"]], left=left)
 
 
 # --- nothing is wrong -------------------------------------------------------------------------------------------------
 
 
 def _notes(status: dict[str, Any]) -> Iterator[Problem]:
-    """Yield what is worth a word though nothing is wrong with it."""
+    """Yield notes: facts worth knowing that are no problem."""
     agents = status["websocket_agents"]
     if agents["total"]:
         shown = [{"id": each["cluster_id"] or each["agent_id"] or "?", **each} for each in agents["items"]]
         names = _names(shown, agents["total"])
-        yield say("needs_no_shim", number=plural(agents["total"], "agent"), agents=names)
+        yield make_problem("needs_no_shim", number=plural(agents["total"], "agent"), agents=names)
 
 
 def _nothing_wrong(status: dict[str, Any]) -> Problem:
     sessions = status["sessions"]
     if status["mode"] == "http":
-        return say("all_by_http", url=status["fallback"], agents=_http_agents(status) or "nobody has called yet")
+        return make_problem(
+            "all_by_http", url=status["fallback"], agents=_http_agents(status) or "nobody has called yet"
+        )
     if not sessions["total"]:
         if status.get("replicas"):
-            return say("replica_without_links")
+            return make_problem("replica_without_links")
         notes = list(_notes(status))
         if notes:
             return notes[0]
         arriving = status["unregistered"]["total"]
         if arriving:
-            return say("agents_arriving", number=plural(arriving, "agent"))
-        return say("nobody_called", url=f"http://{status['listen']}" if status["listen"] else "the shim")
+            return make_problem("agents_arriving", number=plural(arriving, "agent"))
+        return make_problem("nobody_called", url=f"http://{status['listen']}" if status["listen"] else "the shim")
     by_http, online = _http_agents(status), bool(status["links"]["online"])
     if not sessions["fresh"] and not by_http:
-        return say("no_agent_alive", link="is up" if online else "rests")
+        return make_problem("no_agent_alive", link="is up" if online else "rests")
     alive = [f"{plural(sessions['fresh'], 'agent')} alive"] if sessions["fresh"] or not by_http else []
     link = "the controller is connected" if online else "the link to the controller rests"
-    return say("all_well", link=link, agents=", ".join([*alive, *filter(None, [by_http])]))
+    return make_problem("all_well", link=link, agents=", ".join([*alive, *filter(None, [by_http])]))
 
 
 _WHY = {"mode": "", "rollout": " (outside the rollout)", "link_down": " (while the link is down)"}
 
 
 def _http_agents(status: dict[str, Any]) -> str:
-    """Return how many agents go by HTTP and why, `""` where none does."""
+    """Return the number of agents served by HTTP and the reasons, `""` if there is none."""
     reasons = status["sessions"]["by_http"]
     return ", ".join(f"{plural(number, 'agent')} by HTTP{_WHY[why]}" for why, number in reasons.items() if number)

@@ -1,4 +1,4 @@
-"""The migration panel: who still calls which deprecated route, how long that will work, and whether the shim can go."""
+"""Migration panel: the agents that still use deprecated routes, the days left, and the reasons to keep the shim."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shim.core.text import format_duration, plural
 from shim.protocol import dialects
 
 QUIET_S = 86_400.0
-"""Without a deprecated call for so long, agents are taken to have migrated."""
+"""Seconds without a deprecated call after which agents are assumed to have migrated."""
 DAY_S = 86_400.0
 MAX_AGENTS = 200
 
@@ -23,12 +23,15 @@ _Uses = list[tuple[SessionKey, dict[Route, RouteUse]]]
 
 @cache
 def paths() -> dict[Route, tuple[str, str]]:
-    """(dialect, operation) -> (method, path pattern), of every deprecated route."""
+    """Return (method, path pattern) by (dialect, operation), for every deprecated route."""
     return {(d.NAME, r.operation): (r.method, r.pattern) for d in dialects.load() for r in d.ROUTES}
 
 
 def migration(bridge: Subject, wall: float, started_wall: float) -> dict[str, Any]:
-    """The panel's data at `wall`. Calls are counted since the start; when an agent was last seen survives restarts."""
+    """Return the panel's data at `wall`.
+
+    Calls are counted since the start. The time at which an agent was last seen survives restarts.
+    """
     uses: _Uses = list(bridge.roster.usage)
     last_seen = {session.key: session.last_seen_unix for session in bridge.sessions}
     for key, routes in uses:
@@ -45,7 +48,7 @@ def migration(bridge: Subject, wall: float, started_wall: float) -> dict[str, An
 
 
 def sunset(configured: Sunset, wall: float) -> dict[str, Any]:
-    """What is configured of the end of the legacy API; `days_left` is negative when it is over."""
+    """Return the configured end of the legacy API. `days_left` is negative after it."""
     at = parse_date_s(configured.at) if configured.at else None
     return {
         "deprecated_at": parse_date_s(configured.deprecation_at) if configured.deprecation_at else None,
@@ -56,7 +59,7 @@ def sunset(configured: Sunset, wall: float) -> dict[str, Any]:
 
 
 def _reasons(bridge: Subject, last_seen: dict[SessionKey, float], wall: float, started_wall: float) -> list[str]:
-    """Return the reasons why the shim cannot be removed; none when it can."""
+    """Return the reasons why the shim cannot be removed, empty if it can."""
     reasons = []
     active = [seen for seen in last_seen.values() if wall - seen < QUIET_S]
     if active:
@@ -121,5 +124,5 @@ def _agent(bridge: Subject, key: SessionKey, routes: dict[Route, RouteUse], last
 
 
 def _every_s(use: RouteUse) -> float | None:
-    """Seconds between calls on average, `None` for a single one."""
+    """Return the average seconds between calls, `None` for a single call."""
     return None if use.count < 2 else round((use.last_wall - use.first_wall) / (use.count - 1), 1)

@@ -1,4 +1,4 @@
-"""The last commands that something happened to, seen where every step of a command's life goes by: before the store."""
+"""Recently changed commands, recorded by a store in front of the real one, which all steps of a command pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEPT = 50
 
 @dataclass(slots=True)
 class RecentCommand:
-    """A command's newest step. `type` and `arrived_wall` are unknown (`""`, 0) when it came before the start."""
+    """The newest step of a command. `type` and `arrived_wall` are unknown (`""`, 0) if it arrived before the start."""
 
     id: str
     session: SessionKey
@@ -26,29 +26,29 @@ class RecentCommand:
 
 
 class RecentCommandsStore:
-    """A `ports.CommandStore` that hands everything on to another, and remembers."""
+    """`ports.CommandStore` that forwards everything to another store and records the steps of commands."""
 
     def __init__(self, store: CommandStore) -> None:
         self._store = store
         self._recent: OrderedDict[tuple[SessionKey, str], RecentCommand] = OrderedDict()
 
     def __iter__(self) -> Iterator[RecentCommand]:
-        """The newest first."""
+        """Iterate over the commands, the newest step first."""
         return iter(list(reversed(self._recent.values())))
 
     def open(self) -> StoreContents:
-        """See `ports.CommandStore`."""
+        """Open the store behind."""
         return self._store.open()
 
     def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
-        """See `ports.CommandStore`."""
+        """Record the steps among the operations, and forward them."""
         for operation in operations:
             if isinstance(operation, AddTrace):
                 self._note(operation)
         self._store.submit(operations, done)
 
     def close(self) -> None:
-        """See `ports.CommandStore`."""
+        """Close the store behind."""
         self._store.close()
 
     def _note(self, step: AddTrace) -> None:

@@ -1,4 +1,4 @@
-"""The admin HTTP server: health, metrics, the status page with its JSON, and what a person may change."""
+"""Admin HTTP server: health, metrics, the status page with its JSON, and the operator's actions."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class AdminServer:
-    """Serves the admin port. `redaction` is told the admin token, so that no log shows it, and masks others' texts.
+    """Server of the admin port. `redaction` masks secrets in texts of the controller, and learns the admin token.
 
-    `agents_served` is set once the legacy API listens: as a sidecar, the agent must not start before that.
+    `agents_served` is set once the legacy API listens: a sidecar must not be ready before, because the agent starts
+    then.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class AdminServer:
         self._live = EventStream(bridge.ctx.clock, self._sampler, self._not_ready, self._snapshots.take)
         self._reasons: list[str] = []
         registry.register(BridgeCollector(bridge, self._problems))
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_say_errors])
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors_as_json])
         app.on_response_prepare.append(_add_headers)
         self._route(app, CommandHandlers(bridge))
         self._runner = web.AppRunner(
@@ -124,17 +125,17 @@ class AdminServer:
         return guarded
 
     def bind(self) -> None:
-        """Take the port without serving yet. Raises `StartError`."""
+        """Bind the port without listening yet. Raises `StartError`."""
         self._sockets = bind("admin", self._settings.hosts, self._settings.port)
 
     async def start(self) -> tuple[str, int]:
-        """Listen on what `bind` has taken; returns the first address. Raises `StartError`, `OSError`."""
+        """Listen on the bound sockets and return the first address. Raises `StartError`, `OSError`."""
         if not self._sockets:
             self.bind()
         await self._runner.setup()
         if self._runner.server is None:
             raise RuntimeError("the runner made no server")
-        options = self._runner.server._kwargs  # noqa: SLF001 - what its own connections would get
+        options = self._runner.server._kwargs  # noqa: SLF001 - aiohttp would pass these to its own connections
         self._connections = Connections(self._runner.server, options, HEADERS)
         loop = asyncio.get_running_loop()
         host, port, *_ = self._sockets[0].getsockname()
@@ -145,7 +146,7 @@ class AdminServer:
         return str(host), int(port)
 
     async def stop(self) -> None:
-        """Stop listening and end what is open."""
+        """Stop listening and close all connections."""
         self._sampler.stop()
         self._live.stop()
         for listener in self._listeners:
@@ -155,7 +156,7 @@ class AdminServer:
         await self._runner.cleanup()
 
     def _token(self) -> str:
-        """The admin token as it is now."""
+        """Return the present admin token, read from its file."""
         try:
             token = loader.read_secret(self._settings.token_file, "admin.token_file")
         except ConfigError as error:
@@ -171,7 +172,7 @@ class AdminServer:
         return reasons
 
     def _problems(self) -> list[str]:
-        """Return the codes of what the status shows as wrong; whether the store can be written was asked before."""
+        """Return the codes of the present problems, with the readiness reasons of the last check."""
         return [problem["code"] for problem in self._snapshots.take(self._reasons)["overall"]["problems"]]
 
     async def _healthz(self, request: web.Request) -> web.Response:
@@ -189,7 +190,7 @@ class AdminServer:
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
 
     async def _config(self, request: web.Request) -> web.Response:
-        """Show the configuration in force, with secrets masked: `agent-shim doctor --url` examines it."""
+        """Return the effective configuration with secrets masked, for `agent-shim doctor --url`."""
         masked = loader.redacted(self._bridge.ctx.settings)
         return web.Response(body=msgspec.json.encode(masked), content_type="application/json")
 
@@ -199,8 +200,8 @@ class AdminServer:
 
 
 @web.middleware
-async def _say_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Errors are JSON with one sentence, whoever raised them."""
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Return every error as JSON with one sentence, whether the shim or aiohttp raised it."""
     try:
         return await handler(request)
     except OperatorError as error:

@@ -1,4 +1,4 @@
-"""The status page's own files, as they lie in the package: no build step, no other origin."""
+"""Files of the status page, served from the package without a build step or another origin."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CONTENT_SECURITY_POLICY = (
 
 
 class StaticFiles:
-    """Serves `FILES`; the page itself is told whether it has to ask for a token before it asks for data."""
+    """Handler for `FILES`. The page is told if it must ask for a token before it requests data."""
 
     def __init__(self, token_required: bool) -> None:
         self._token = b'data-token="required"' if token_required else _NO_TOKEN
 
     async def serve(self, request: web.Request) -> web.Response:
-        """One of `FILES`."""
+        """Return one of `FILES`."""
         name, content_type = FILES[request.path]
         body = _read(name).replace(_NO_TOKEN, self._token, 1) if request.path == "/" else _read(name)
         return web.Response(body=body, content_type=content_type, charset="utf-8")

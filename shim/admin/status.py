@@ -1,6 +1,6 @@
-"""The JSON of the status page, read from a running bridge: no payloads, no secrets, bounded in size.
+"""JSON of the status page, read from a running bridge: no payloads, no secrets, bounded in size.
 
-Times called `…_at`, `since` and `last` are Unix seconds, `None` where something never happened; `…_s` are seconds.
+Times called `…_at`, `since` and `last` are Unix seconds, `None` if it never happened; `…_s` are seconds.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ MAX_LINKS = 20
 MAX_WAITING = 50
 OWNER_CHARS = 12
 SILENT_S = 3 * 86_400.0
-"""An agent that was not seen for longer than a long weekend is gone, not silent."""
+"""Seconds after which an agent counts as gone, not as silent: longer than a long weekend."""
 CASUAL_SILENT_S = 86_400.0
-"""The same for one that neither registered nor sent a heartbeat, as far as is known: it may have been a single call."""
+"""The same for an agent without a known registration or heartbeat: it may have been a single call."""
 LOST_SHOWN_S = 3600.0
 NOT_POLLING_S = 60.0
-"""Commands wait, and their agent has not asked for any for so long: worth a word."""
+"""Seconds without a poll after which waiting commands are reported as a problem."""
 
 
 class ProcessInfo(msgspec.Struct, frozen=True):
-    """What the bridge does not know. `mask` returns a JSON value without secrets: it is for texts of the controller."""
+    """Facts about the process that the bridge does not have. `mask` removes secrets from a JSON value."""
 
     version: str
     started_at: float
@@ -52,7 +52,7 @@ class ProcessInfo(msgspec.Struct, frozen=True):
 
 
 class StatusBuilder:
-    """Takes snapshots of one bridge."""
+    """Builder of status snapshots of one bridge."""
 
     def __init__(self, bridge: Subject, sampler: Sampler, journal: Iterable[RecentCommand], facts: ProcessInfo) -> None:
         self._bridge = bridge
@@ -63,7 +63,7 @@ class StatusBuilder:
         self._lost_at: float | None = None
 
     def take(self, not_ready: list[str]) -> dict[str, Any]:
-        """The whole status but for the series; `not_ready` are the reasons of `/readyz`."""
+        """Return the whole status without the time series. `not_ready` has the reasons of `/readyz`."""
         ctx = self._bridge.ctx
         now, wall = ctx.now, ctx.clock.wall_s()
         view, mask = _View(self._bridge, now, wall), self._facts.mask
@@ -89,7 +89,7 @@ class StatusBuilder:
         return {"overall": summarise(status), **status}
 
     def _log(self, now: float, wall: float) -> dict[str, Any]:
-        """Return how many log lines were lost, while the loss is no older than `LOST_SHOWN_S`."""
+        """Return the number of lost log lines; `lost` is 0 if the last loss is older than `LOST_SHOWN_S`."""
         lost = int(_value(self._bridge.ctx.metrics.log_lines_dropped))
         if lost > self._lost:
             self._lost, self._lost_at = lost, now
@@ -151,7 +151,7 @@ def _value(gauge: Counter | Gauge) -> float:
 
 
 class _View:
-    """One look at a bridge at one moment."""
+    """One snapshot of a bridge at one moment."""
 
     def __init__(self, bridge: Subject, now: float, wall: float) -> None:
         self._bridge = bridge
@@ -164,7 +164,7 @@ class _View:
     # --- links --------------------------------------------------------------------------------------------------------
 
     def links(self) -> dict[str, Any]:
-        """Counts, and the links themselves: those in trouble first."""
+        """Return counts and the links, those that are not online first."""
         runners = sorted(self._bridge.links, key=lambda runner: (runner.online, runner.name))
         return {
             "total": len(runners),
@@ -192,12 +192,12 @@ class _View:
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     def sessions(self) -> dict[str, Any]:
-        """Counts, and the agents themselves: those in trouble first, then the most recently seen."""
+        """Return counts and the agents, those with problems first."""
         found = list(self._bridge.sessions)
         by_http = self._by_http(found)
         strangers = [(key, call) for key, call in by_http.items() if self._bridge.sessions.get(key) is None]
         total = len(found) + len(strangers)
-        # A session is made for a row only: there may be thousands of agents that have only ever called by HTTP.
+        # Sessions are created for shown rows only: thousands of agents may have called by HTTP only.
         shown = heapq.nsmallest(MAX_SESSIONS, strangers, key=lambda each: (each[1].ok, each[1].name))
         found += [self._stranger(key, call) for key, call in shown]
         fresh = {session.key for session in found if session.key not in by_http and session.fresh(self._now)}
@@ -226,14 +226,14 @@ class _View:
         }
 
     def _by_http(self, sessions: list[Session]) -> dict[SessionKey, FallbackCall]:
-        """Return the agents whose newest call went to the vendor's HTTP API, with that call."""
+        """Return the newest call of each agent whose newest call was sent to the vendor's HTTP API."""
         record = self._bridge.ctx.fallback
         contacts = {session.key: self._wall_of(session.contact_at) for session in sessions}
         calls = {key: call_status.http_agent(record, key, contacts.get(key), self._wall) for key in record.by_agent}
         return {key: call for key, call in calls.items() if call is not None}
 
     def _stranger(self, key: SessionKey, call: FallbackCall) -> Session:
-        """Return a session for the row of an agent that has only ever called by HTTP."""
+        """Return a session for the row of an agent that has called by HTTP only."""
         session = Session(key, call.dialect)
         session.last_seen_unix = call.wall_s
         if call.name != key.ident:
@@ -312,7 +312,7 @@ class _View:
     # --- commands -----------------------------------------------------------------------------------------------------
 
     def commands(self) -> dict[str, Any]:
-        """Counts over all agents, and the commands that wait longest."""
+        """Return counts over all agents, and the commands that wait longest."""
         held = [(key, live) for key, queue in self._bridge.queues.items() for live in queue.all()]
         states = [live.state for _, live in held]
         held.sort(key=lambda each: each[1].since)

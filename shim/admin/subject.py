@@ -1,4 +1,4 @@
-"""What the admin port looks at: one bridge, or all that a replica has, as if they were one."""
+"""Interface between the admin port and one bridge, or the combined bridges of a replica."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Waiting(Protocol):
 
 
 class Outgoing(Protocol):
-    """Results on their way up."""
+    """Results to be sent to the controller."""
 
     def __len__(self) -> int: ...
 
@@ -63,7 +63,7 @@ class Outgoing(Protocol):
 
 
 class Handing(Protocol):
-    """Polls, and how long commands took."""
+    """Held polls, and the times that commands took."""
 
     @property
     def hand_overs_s(self) -> deque[float]: ...
@@ -85,7 +85,7 @@ class Census(Protocol):
 
 
 class Hands(Protocol):
-    """What a person may do (`bridge.operator`)."""
+    """Operator's actions (`bridge.operator`)."""
 
     @property
     def draining(self) -> bool: ...
@@ -104,13 +104,13 @@ class Hands(Protocol):
 
 
 class Forgets(Protocol):
-    """Forgets agents by hand (`bridge.forgetting`)."""
+    """Deletion of agents by an operator (`bridge.forgetting`)."""
 
     async def forget(self, agent: str) -> SessionKey: ...
 
 
 class Subject(Protocol):
-    """A bridge, as far as the admin port needs one."""
+    """A bridge, as far as the admin port uses one."""
 
     stopping: bool
 
@@ -157,7 +157,7 @@ class Subject(Protocol):
     def forgetting(self) -> Forgets: ...
 
     def replicas(self) -> dict[str, Any] | None:
-        """What there is to say of several replicas, `None` where there is one."""
+        """Return the status of the replicas, `None` with a single one."""
 
     async def found_elsewhere(self, command_id: str) -> list[dict[str, Any]]:
-        """What other replicas know of a command, described as this one would."""
+        """Return the descriptions of a command from other replicas."""

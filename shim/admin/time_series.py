@@ -1,4 +1,4 @@
-"""Queue depth and command latency of the last hour, sampled every few seconds: what the plots show."""
+"""Time series of queue depth and command latency of the last hour, for the plots."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RECENT = 512
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One look. `waiting`, `offered`: commands that agents are not known to have; `results`: not confirmed upstream.
+    """One sample. `waiting` and `offered` count commands without evidence of delivery; `results` are not confirmed.
 
-    `handed_over` counts the commands handed to agents since the sample before; `p50_s` and `p95_s` are the times from
-    their arrival to that, `None` if there were none.
+    `handed_over` counts the commands written to agents since the previous sample. `p50_s` and `p95_s` are their times
+    since arrival, `None` without such commands.
     """
 
     at: float
@@ -34,7 +34,7 @@ class Sample:
 
 
 class Sampler:
-    """Takes samples from `start` to `stop`."""
+    """Periodic sampler, active from `start` to `stop`."""
 
     def __init__(self, bridge: Subject) -> None:
         self._bridge = bridge
@@ -44,17 +44,17 @@ class Sampler:
         self.taken = 0
 
     def start(self) -> None:
-        """Take a sample now and then every `EVERY_S`."""
+        """Take a sample now, and then every `EVERY_S` seconds."""
         self.take()
         self._timer = self._bridge.ctx.timers.call_later(EVERY_S, self.start)
 
     def stop(self) -> None:
-        """Take none any more."""
+        """Stop sampling."""
         if self._timer is not None:
             self._timer.cancel()
 
     def take(self) -> Sample:
-        """Look once."""
+        """Take one sample."""
         bridge = self._bridge
         waiting = offered = 0
         for queue in bridge.queues.values():
@@ -79,18 +79,18 @@ class Sampler:
         return sample
 
     def last(self, number: int = KEPT) -> dict[str, list[Any]]:
-        """The last samples by column, the oldest first."""
+        """Return the last samples by column, the oldest first."""
         samples = list(self._samples)[-number:] if number > 0 else []
         return {field.name: [getattr(sample, field.name) for sample in samples] for field in fields(Sample)}
 
     def latency(self) -> dict[str, Any]:
-        """Of the last commands that were handed over: how many, and how long half and 95 % of them took at most."""
+        """Return the number, median and 95th percentile of the times of the last commands written to agents."""
         times_s = [*self._recent_s, *self._bridge.delivery.hand_overs_s]
         return {"commands": len(times_s), "p50_s": quantile(times_s, 0.5), "p95_s": quantile(times_s, 0.95)}
 
 
 def quantile(values: list[float], share: float) -> float | None:
-    """The smallest value that this share of the values does not exceed; `None` without values."""
+    """Return the smallest value that at least this share of the values does not exceed; `None` without values."""
     if not values:
         return None
     ordered = sorted(values)
