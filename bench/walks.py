@@ -1,7 +1,7 @@
 """Count the calls, files and depth of the seven walks through shim/: `make walks`.
 
-A real shim, a development controller and one agent run in this process; every call of a function in shim/ is counted while
-one event is carried through. Nothing is timed, so the figures do not depend on the machine.
+A real shim, a development controller and one agent run in this process; every call of a function in shim/ is counted
+while one event is carried through. Nothing is timed, so the figures do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Agent:
         if self._streams is None:
             self._streams = await asyncio.open_connection(*self._address)
         data = b"" if body is None else json.dumps(body).encode()
-        head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(data)}\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+        head += f"Content-Length: {len(data)}\r\n"
         whole = head.encode() + b"User-Agent: Go-http-client/1.1\r\n\r\n" + data
         for at in range(pieces):
             self._streams[1].write(whole[len(whole) * at // pieces : len(whole) * (at + 1) // pieces])
