@@ -1,4 +1,4 @@
-"""The legacy HTTP server that agents talk to, on aiohttp's low-level server (protocol.md §1)."""
+"""The legacy HTTP API for agents, on aiohttp's low-level server (docs/reference/protocol.md#1-legacy-side)."""
 
 from shim.agent_api.server import AgentServer
 

@@ -1,4 +1,4 @@
-"""The server's end of a WebSocket that is passed on to the controller."""
+"""The agent's side of a WebSocket that the shim proxies to the controller."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from shim.ports import Frame
 from shim.protocol.http import bearer
 from shim.upstream.websocket import CloseFrameReader, frame_of, opcode_of
 
-# aiohttp logs subprotocols that it does not know in the client's own words, of any length; they are the controller's.
+# aiohttp logs every subprotocol that it does not support, as the client sent it and at any length. The controller
+# decides about subprotocols here, so such a warning would be wrong as well as unbounded.
 ws_logger.setLevel(logging.ERROR)
 
 
 def is_handshake(request: web.BaseRequest) -> bool:
-    """Return whether a request asks for a WebSocket."""
+    """Return True if a request asks for a WebSocket."""
     return request.method == hdrs.METH_GET and request.headers.get(hdrs.UPGRADE, "").strip().lower() == "websocket"
 
 
 def token_of(request: web.BaseRequest) -> str:
-    """Return the token of a handshake: of its header, else of its query; empty without one."""
+    """Return the token in the header or else in the query of a handshake, or an empty string."""
     found = bearer(request.headers.get(hdrs.AUTHORIZATION) or "")
     if found:
         return found
@@ -34,7 +35,10 @@ def token_of(request: web.BaseRequest) -> str:
 
 
 class AgentWebSocket(web.WebSocketResponse):
-    """One agent's WebSocket; its end is decided by whoever carries its frames. Implements `ports.FrameSocket`."""
+    """One agent's WebSocket; implements `ports.FrameSocket`.
+
+    The caller decides when it ends: aiohttp's automatic close and pong are off.
+    """
 
     def __init__(self, max_message_bytes: int, subprotocol: str) -> None:
         super().__init__(
@@ -42,7 +46,7 @@ class AgentWebSocket(web.WebSocketResponse):
             autoping=False,
             compress=False,
             max_msg_size=max_message_bytes + 1,  # aiohttp refuses a message of exactly its limit
-            decode_text=False,  # text that is not UTF-8 is the controller's business
+            decode_text=False,  # text that is not UTF-8 is passed on: the controller decides about it
             protocols=(subprotocol,) if subprotocol else (),
         )
         self._bound = max_message_bytes + 1
@@ -55,7 +59,11 @@ class AgentWebSocket(web.WebSocketResponse):
 
     @_parser.setter
     def _parser(self, reader: WebSocketReader | None) -> None:
-        """Take our own reader where aiohttp sets its own, before the first byte is read."""
+        """Set a reader of ours in place of aiohttp's.
+
+        aiohttp assigns its reader to its private attribute `_parser` before the first byte is read. That reader rejects
+        close frames with a reserved code or an invalid text, which must be passed on.
+        """
         self._frame_reader = CloseFrameReader(self._reader, self._bound) if reader and self._reader else None
 
     async def prepare(self, request: web.BaseRequest) -> Any:
@@ -64,11 +72,14 @@ class AgentWebSocket(web.WebSocketResponse):
         return await super().prepare(request)
 
     async def close(self, **_: Any) -> bool:
-        """Do nothing: aiohttp calls this on its own."""
+        """Do nothing: aiohttp calls this method after the handler, but the caller closes the connection."""
         return False
 
     async def receive_frame(self) -> Frame | None:
-        """Wait for the next frame (`ports.FrameSocket`); an agent that breaks the protocol is told so."""
+        """Wait for the next frame, or return None at the end; implements `ports.FrameSocket.receive_frame`.
+
+        An agent that violates the protocol gets a close frame with the matching code.
+        """
         if self._reader is None:
             return None
         try:
@@ -84,7 +95,7 @@ class AgentWebSocket(web.WebSocketResponse):
         await self.send_frame(frame.data, WSMsgType(opcode_of(frame)))
 
     def abort(self) -> None:
-        """Drop the connection; it is closed by FIN where everything is written. Idempotent."""
+        """Drop the connection: by FIN if everything is written, else by RST. Idempotent."""
         if self._transport is not None:
             if self._transport.get_write_buffer_size():
                 self._transport.abort()

@@ -1,4 +1,7 @@
-"""Who may call at all: no browsers, no foreign names, and the right token where one is required (protocol.md §1)."""
+"""Access checks by headers: browsers and foreign host names are rejected, tokens are compared.
+
+See docs/reference/protocol.md#1-legacy-side.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ _REMEMBERED_HOSTS = 256
 
 
 class Guard:
-    """Checks requests by their headers. `token` gives the upstream token; `None`: agents bring tokens of their own."""
+    """Access check of requests by their headers.
+
+    `token()` returns the upstream token; `token` is None if agents bring tokens of their own.
+    """
 
     def __init__(self, listen: Listen, token: Callable[[], str] | None) -> None:
         on_loopback = listen.on_loopback
@@ -30,10 +36,10 @@ class Guard:
         self._known: dict[str, bool] = {}
 
     def check(self, headers: Mapping[str, str]) -> Failed | None:
-        """Refuse browsers (CSRF) and requests for another host's name (DNS rebinding).
+        """Return a 403 for browsers (CSRF) and for requests to a foreign host name (DNS rebinding), else None.
 
-        A browser sends `Origin` or `Sec-Fetch-Site` with everything a page can make it send; `Sec-Fetch-Mode` alone
-        tells nothing, Node's `fetch` sends it, too.
+        A browser sends `Origin` or `Sec-Fetch-Site` with every request that a web page can cause. `Sec-Fetch-Mode` is
+        no evidence of a browser: the `fetch` of Node.js sends it as well.
         """
         if hdrs.ORIGIN in headers or _SEC_FETCH_SITE in headers:
             return Failed(403, "requests of browsers are refused")
@@ -44,13 +50,13 @@ class Guard:
         return None
 
     def authorize(self, token: str) -> Failed | None:
-        """Check a call's Bearer token, `""` if it has none."""
+        """Return a 401 for a Bearer token that is not accepted, else None; a missing token is an empty string."""
         if self._token is None:
             return None if token else Failed(401, "a token is required")
         if not self._required:
             return None
         expected = self._token()
-        # an upstream token that is not there yet must not let calls without a token pass
+        # While the upstream token is not available yet it is empty, and must not equal the empty token of a call.
         if expected and hmac.compare_digest(token.encode(), expected.encode()):
             return None
         return Failed(401, "the token is not accepted")

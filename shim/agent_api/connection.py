@@ -1,4 +1,4 @@
-"""One connection of an agent, on top of aiohttp's protocol: bounds, evidence of delivery, how it ends."""
+"""One agent's HTTP connection: aiohttp's protocol with bounds, evidence of delivery and explicit closing."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from shim.protocol.dialects import Match
 
 @dataclass(slots=True)
 class ConnectionCount:
-    """Counts the connections that are open, also in a gauge where one is given."""
+    """Number of open connections, also in a gauge if one is given."""
 
     gauge: Gauge | None = None
     open: int = 0
 
     def entered(self) -> None:
-        """Count a connection in."""
+        """Count a new connection."""
         self.open += 1
         if self.gauge is not None:
             self.gauge.inc()
 
     def left(self) -> None:
-        """Count it out."""
+        """End the count of a connection."""
         self.open -= 1
         if self.gauge is not None:
             self.gauge.dec()
@@ -47,7 +47,7 @@ class ConnectionCount:
 
 @dataclass(frozen=True, slots=True)
 class ServerContext:
-    """What all connections of one frontend share."""
+    """The objects that all connections of one server share."""
 
     listen: Listen
     switchboard: AgentService
@@ -61,16 +61,20 @@ class ServerContext:
 FAREWELL_S = 2.0
 
 SyncHandler = Callable[["AgentConnection", RawRequestMessage, StreamReader, float], bytes | Pending | None]
-"""Makes the whole response to a request at once, or `None`; the number is the loop time of its first byte.
+"""Function that returns the whole response to a request, or None; its float is the loop time of the first byte.
 
-`Pending`: another replica makes it; `answer_late` follows.
+A `Pending` means that another replica answers: `AgentConnection.answer_late` is called with the response.
 """
 
 logger = logging.getLogger(__name__)
 
 
 class AgentConnection(HttpConnection):
-    """One agent's connection. `client` is who called last."""
+    """One agent's connection.
+
+    `number` is unique in the process, `client` is the caller of the latest request. The connection infers evidence of
+    delivery for the commands in its replies: the agent's next request, or how the connection ends.
+    """
 
     __slots__ = (
         "_aborted",
@@ -98,7 +102,7 @@ class AgentConnection(HttpConnection):
         self.authorization: str | None = None
         self._express = express
         self._house = house
-        self._socket: socket.socket | None = None  # or what transports give instead, which knows the same methods
+        self._socket: socket.socket | None = None  # or asyncio's `TransportSocket`, which has the methods used here
         self._own_socket: socket.socket | None = None
         self._entered = False
         self._refused = False
@@ -113,23 +117,23 @@ class AgentConnection(HttpConnection):
         tls = wire.get_extra_info("sslcontext") is not None
         self._socket = wire.get_extra_info("socket")
         if tls:
-            # the transport's own is closed before `connection_lost` comes
+            # A TLS transport closes its socket before it calls `connection_lost`, which must still query the kernel.
             self._socket = self._own_socket = self._socket.dup()
         if not self._entered and not self.enter():
             self._refused = True
             wire.write(self._refusal(503, "too many connections"))
             wire.close()
             return
-        # Writing pauses when the kernel does not take a reply whole, so that "written" means handed to the kernel.
-        # asyncio's TLS compares with >=, and 0 would pause it for ever.
+        # With these limits, writing pauses unless the kernel accepts a reply completely. So once `write` returns, the
+        # reply is with the kernel. asyncio's TLS transport compares with >=: a limit of 0 would pause it for ever.
         wire.set_write_buffer_limits(high=1 if tls else 0, low=0)
         super().connection_made(transport)
-        # Clients may connect before they have something to say; one that never speaks must not take a place for ever.
+        # A client may connect in advance, but one that never sends a request must not occupy a connection for ever.
         self._watch_for_first_request(self._house.listen.keepalive_s)
         self._read_on()  # a TLS client may send its request with the end of its handshake
 
     def enter(self) -> bool:
-        """Count the connection in, when it is accepted; false if there are too many."""
+        """Count the connection when it is accepted; return False if there are too many."""
         self._entered = True
         self._house.doors.entered()
         if self._house.doors.open <= self._house.listen.max_connections:
@@ -138,13 +142,14 @@ class AgentConnection(HttpConnection):
         return False
 
     def leave(self) -> None:
-        """Count the connection out; also called for one whose TLS handshake came to nothing. Idempotent."""
+        """End the count of the connection, also after a failed TLS handshake. Idempotent."""
         if self._entered:
             self._entered = False
             self._house.doors.left()
 
     def eof_received(self) -> None:
-        self._note_acknowledgement()  # TLS is going to answer with bytes of its own, which nobody will acknowledge
+        # asyncio's TLS now sends a close alert, which the peer will not acknowledge: query the kernel before that.
+        self._note_acknowledgement()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.lost = True
@@ -153,7 +158,7 @@ class AgentConnection(HttpConnection):
         self._note_acknowledgement()
         if self._own_socket is not None:
             self._own_socket.close()
-        self._wire = self._socket = None  # the file descriptor may soon be another connection's
+        self._wire = self._socket = None  # the kernel may soon reuse the file descriptor for another connection
         if self._refused:
             return
         super().connection_lost(exc)
@@ -170,7 +175,7 @@ class AgentConnection(HttpConnection):
         super().force_close()
 
     def abort(self) -> None:
-        """Drop the connection with everything unsent."""
+        """Drop the connection with all unsent bytes."""
         self._aborted = True
         if self._wire is not None:
             self._wire.abort()
@@ -181,7 +186,11 @@ class AgentConnection(HttpConnection):
             self._acknowledged = not wire.get_write_buffer_size() and tcp_state.acknowledged(sock)
 
     def _answered_at_once(self, request: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
-        """Answer a request that has just been parsed, if nothing else is under way and nothing of it needs to wait."""
+        """Answer a request that was just parsed, if that is possible synchronously.
+
+        `_waiter`, `_messages` and `_next_keepalive_close_time` are private to aiohttp's `RequestHandler`. A pending
+        waiter shows that no handler is running, so no reply can be overtaken.
+        """
         waiter, wire = self._waiter, self._wire
         if waiter is None or waiter.done() or self._messages or self._pipelined or self.writing_paused:
             return False
@@ -203,11 +212,11 @@ class AgentConnection(HttpConnection):
 
     @property
     def raw_request(self) -> bytes:
-        """Return the bytes of the request that is being answered at once, empty where they came in pieces."""
+        """The bytes of the request on the fast path, empty if they arrived in pieces."""
         return self._raw
 
     def answer_late(self, response: bytes) -> None:
-        """Answer a request that another replica was asked for."""
+        """Write the response of another replica to the request on the fast path."""
         self._pending = None
         if self._wire is not None and not self._wire.is_closing():
             self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
@@ -215,7 +224,7 @@ class AgentConnection(HttpConnection):
         self._request_over()
 
     def _refusal(self, status: int, error: str, more: str = "") -> bytes:
-        """Return the response to what is refused before its route is known, and note it."""
+        """Return and record the response to a request that is rejected before its route is known."""
         self._house.refused.note(self._loop.time(), status, NO_ROUTE, error)
         return self._house.replies.error(status, error, more=more)
 
@@ -223,30 +232,43 @@ class AgentConnection(HttpConnection):
         self._house.metrics.bad_requests.labels(reason).inc()
 
     def begin_request(self) -> float:
-        """Called once by the handler of each request; returns the loop time of its first byte."""
+        """Start a request of the normal path and return the loop time of its first byte.
+
+        Its handler calls this once.
+        """
         self._note_next_request()
         self._unread_bytes = 0
         self._charge()
         return self._arrived_s
 
     def _note_next_request(self) -> None:
+        """Report the next request, which is evidence that the agent has read the previous reply.
+
+        A pipelined request was sent before the agent could read that reply, so it is no evidence.
+        """
         if self._lease_open and not self._pipelined:
             self._lease_open = False
             self._house.switchboard.next_request(self.number)
 
     def peer_can_receive(self, *, for_commands: bool) -> bool:
-        """False when the agent is known to have hung up; for a reply with commands the kernel is asked, too."""
+        """Return False if the agent is known to have disconnected.
+
+        For a reply with commands the kernel is queried as well: the event loop may not have seen the FIN yet.
+        """
         wire, sock = self._wire, self._socket
         if wire is None or sock is None or wire.is_closing() or self.transport is None:
             return False
         if for_commands and tcp_state.unread(sock):
-            # What the agent has sent already is no sign that it has read what is going to be written.
+            # A request that the agent has sent before this reply is written is no evidence that it has read the reply.
             self._pipelined = True
             self._unread_since_s = self._loop.time()
         return not (for_commands and tcp_state.hung_up(sock))
 
     async def write(self, response: bytes, timeout_s: float) -> bool:
-        """Hand a response, or a piece of one, to the kernel; false if it was not taken: the connection is lost."""
+        """Pass a response, or a piece of one, to the kernel; return False if the connection is lost.
+
+        A peer that does not read for `timeout_s` is disconnected.
+        """
         wire = self._wire
         if wire is None:
             return False
@@ -262,10 +284,10 @@ class AgentConnection(HttpConnection):
         return not wire.is_closing()
 
     def offer(self, lease: DeliveryReceipt) -> None:
-        """Note that the response that is about to be written offers commands."""
+        """Prepare for a response that offers commands; only connections of replicas need that."""
 
     def settle(self, lease: DeliveryReceipt, *, written: bool) -> None:
-        """Tell what became of the response: once it is written, how the connection goes on is evidence."""
+        """Report if the response with these commands was written; if so, watch the connection for evidence."""
         if written:
             self._lease_open = self._had_lease = True
             self._house.switchboard.written(lease)
@@ -273,21 +295,24 @@ class AgentConnection(HttpConnection):
             self._house.switchboard.unwritten(lease)
 
     def remarks(self, lease: DeliveryReceipt | None) -> Mapping[str, str]:
-        """Return further headers for a reply."""
+        """Return further headers for a reply; only connections of replicas have any."""
         return {}
 
     def arrival(self, started_s: float) -> tuple[float, float]:
-        """Return when the request arrived, and the moment before which it certainly did not."""
+        """Return the arrival of a request: its best estimate, and the time before which it certainly did not arrive."""
         return started_s, started_s
 
     async def await_peer_close(self) -> None:
-        """After a last reply with commands: wait a moment for the agent to close, which tells that it has read it."""
+        """Wait briefly for the agent to close the connection after a last reply with commands.
+
+        A clean close by the agent is evidence that it has read the reply.
+        """
         wire = self._wire
         if wire is None or wire.is_closing():
             return
         if wire.can_write_eof():
             wire.write_eof()
-        await asyncio.sleep(FAREWELL_S)  # cut short: when the agent closes, aiohttp cancels the handler
+        await asyncio.sleep(FAREWELL_S)  # ends early: aiohttp cancels the handler when the agent closes
 
     def handle_error(
         self,
@@ -296,16 +321,17 @@ class AgentConnection(HttpConnection):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """End a connection whose handler failed: aiohttp would write a second response, in text."""
+        """Close a connection whose handler failed; aiohttp's default would write a second response, in plain text."""
         self._house.metrics.internal_errors.labels("frontend").inc()
         logger.error("a handler failed after its reply", exc_info=exc)
         return SENT_CLOSE
 
 
 class RequestContext:
-    """One request on its way through; `step` is where it is, in words of the metric `bad_requests`.
+    """The state of one request while it is served.
 
-    `arrived_s` is a moment before which it did not arrive. `body` was read already, to be sent to another replica.
+    `step` names the current step for the metric `bad_requests`. The request did not arrive before `arrived_s`. `body`
+    is set if it was read before, to be sent to another replica.
     """
 
     __slots__ = (
@@ -329,17 +355,21 @@ class RequestContext:
         self.body: bytes | None = None
         self.match: Match | None = None
         self.lease: DeliveryReceipt | None = None
-        self.session: tuple[str, str] | None = None  # whose request it is, once it is counted among those in flight
+        self.session: tuple[str, str] | None = None  # the key in `InFlight`, once the request is counted there
         self.step = "guard"
         self.more = ""
         self.must_close = False
 
     def moment(self, call: AgentCall) -> float:
-        """Return what the switchboard reckons a call's time from: a poll's evidence must not be older than it is."""
+        """Return the arrival time that the bridge uses for a call.
+
+        For a poll that is the earlier bound: a poll that may have been sent before a reply is no evidence that it was
+        read.
+        """
         return self.arrived_s if isinstance(call, PollCall) else self.started_s
 
     @property
     def place(self) -> tuple[str, str]:
-        """Dialect and operation, empty where no route matched."""
+        """The dialect and operation of the request, empty if no route matched."""
         match = self.match
         return ("", "") if match is None else (match.dialect.NAME, match.route.operation)

@@ -1,6 +1,6 @@
-"""Decode bodies that agents send compressed (docs/reference/protocol.md#1-legacy-side).
+"""Decoding of compressed request bodies (docs/reference/protocol.md#1-legacy-side).
 
-aiohttp's own decoding is off: it knows no `x-gzip`, and what goes to the vendor's HTTP API must stay as it came.
+aiohttp's own decoding is off: it does not support `x-gzip`, and bodies for the vendor's HTTP API must stay unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SLICE_BYTES = 262_144
 
 
 async def plain_body(request: web.BaseRequest, data: bytes, limit_bytes: int, budget: Budget) -> bytes:
-    """Return the body that was read as `data` without its content coding.
+    """Return a body, read as `data`, without its content coding.
 
     Raises `AgentError` 415 for a coding that is not accepted, and `BodyRejected` 400, 413 or 503 as `read_body` does.
     """
@@ -29,14 +29,14 @@ async def plain_body(request: web.BaseRequest, data: bytes, limit_bytes: int, bu
     if coding in ("gzip", "x-gzip"):
         return await _inflate(data, _GZIP, limit_bytes, budget)
     if coding == "deflate":
-        # RFC 9110, 8.4.1.2 wants a zlib header (whose first byte ends in 8); some clients send none.
+        # RFC 9110, 8.4.1.2 requires a zlib header, whose first byte ends in 8. Some clients send none.
         bits = zlib.MAX_WBITS if data[0] & 0x0F == 8 else -zlib.MAX_WBITS
         return await _inflate(data, bits, limit_bytes, budget)
     raise AgentError(415, "the content coding is not accepted: use gzip or none")
 
 
 async def _inflate(data: bytes, bits: int, limit_bytes: int, budget: Budget) -> bytes:
-    """Inflate piece by piece, so that neither memory nor the event loop belongs to one agent."""
+    """Inflate a body in slices, which bounds its memory and lets other agents' calls be served in between."""
     parts: list[bytes] = []
     size, rest = 0, data
     decoder = zlib.decompressobj(bits)

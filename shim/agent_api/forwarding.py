@@ -1,4 +1,4 @@
-"""Calls that go by the vendor's HTTP API: the agent's request as it came, and the API's reply as bytes."""
+"""Conversion of requests and replies for the vendor's HTTP API and for other replicas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BODILESS = frozenset({204, 304})
 
 
 def is_large(request: web.BaseRequest, limit_bytes: int) -> bool:
-    """Whether a body is passed on in pieces: it is larger than a call's may be, or does not say how large it is."""
+    """Return True if a body is passed on in pieces: it exceeds `limit_bytes` or its size is not announced."""
     length = request.content_length
     return length > limit_bytes if length is not None else not request.content.is_eof()
 
@@ -25,10 +25,10 @@ def is_large(request: web.BaseRequest, limit_bytes: int) -> bool:
 def forwarded(
     visit: RequestContext, base_path: str, client: Caller, data: bytes | None, call: AgentCall | None
 ) -> ProxyRequest:
-    """The request for `ports.Fallback`; without `data` its body is streamed."""
+    """Return the request for `ports.Fallback`; without `data` its body is streamed."""
     request = visit.request
     pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers]
-    # The length of a whole body is known: aiohttp announces it itself.
+    # aiohttp's client sets the Content-Length of a whole body itself.
     headers = tuple((name, value) for name, value in pairs if data is None or name.lower() != "content-length")
     body = request.content.iter_any() if data is None else data
     target = target_of(request.raw_path, base_path)
@@ -36,7 +36,7 @@ def forwarded(
 
 
 def target_of(raw_target: str, base_path: str) -> str:
-    """The path and query of a request target, under the configured base path, with one leading slash."""
+    """Return the path and query of a request target without the configured base path, with one leading slash."""
     target = "/" + _ORIGIN.sub("", raw_target).lstrip("/")
     base = base_path.strip("/")
     if base and (target == f"/{base}" or target.startswith((f"/{base}/", f"/{base}?"))):
@@ -47,9 +47,12 @@ def target_of(raw_target: str, base_path: str) -> str:
 def head(
     proxied: ProxyResponse, more: Mapping[str, str], *, keep: bool, http11: bool, head_only: bool = False
 ) -> tuple[bytes, bool]:
-    """The head of a reply, and whether its body goes out in chunks; `head_only`: it has none, the request was HEAD."""
+    """Return the head of a reply, and True if the body must be sent in chunks.
+
+    `head_only` is set for HEAD requests, whose replies have no body.
+    """
     whole = isinstance(proxied.body, bytes)
-    # RFC 9112 §6: a length or chunks where no body may be would be read as the beginning of the next reply
+    # RFC 9112 section 6: a 204 or 304 has no body. A client would take chunks behind it for the next reply.
     bodiless = proxied.status in _BODILESS
     framed = whole or bodiless or head_only or any(name.lower() == "content-length" for name, _ in proxied.headers)
     own = {name.lower() for name in more}
@@ -69,7 +72,7 @@ def head(
 
 
 def chunk(piece: bytes) -> bytes:
-    """One chunk of a chunked body; the empty one ends it."""
+    """Return one chunk of a chunked body; an empty piece ends the body."""
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 

@@ -1,8 +1,8 @@
-"""The internal listener: requests that other replicas forward, and their notes of what became of the replies.
+"""The internal listener: requests that other replicas forward, and notes about the replies to them.
 
-A reply goes to the forwarding replica, whose kernel's acknowledgement says nothing about the agent. So here evidence
-of delivery is only what that replica tells, and a reply of which it has told nothing when its connection ends is in
-doubt. Notes are handled where requests are parsed, because a handler is cancelled at the end of its connection.
+A reply is written to the forwarding replica, whose kernel acknowledges it. That is no evidence that the agent received
+it. So only the other replica's notes are evidence, and a reply without a note is uncertain when the connection ends.
+Notes are handled where requests are parsed, because aiohttp cancels a handler when its connection ends.
 """
 
 from __future__ import annotations
@@ -35,24 +35,28 @@ LEASE_HEADER = "X-Shim-Lease"
 CLOCK_HEADER = "X-Shim-Clock"
 AFTERWARDS_S = 0.05
 MAX_CLIENTS = 16_384
+# A heartbeat that cannot be answered synchronously. The forwarding replica then sends it again as a normal request.
 NOT_AT_ONCE = b"HTTP/1.1 425 "
 _NOT_AT_ONCE = NOT_AT_ONCE + b"Too Early\r\nContent-Length: 0\r\n\r\n"
 
 
 class Doubter(AgentService):
-    """A switchboard that also knows what to do with a reply of which nothing is known any more."""
+    """An `AgentService` that can also mark a reply as uncertain."""
 
     def doubted(self, lease: DeliveryReceipt, connection: int) -> None:
-        """Treat a reply as neither read nor unread."""
+        """Treat the commands of a reply as uncertain: it is unknown if it was written."""
         raise NotImplementedError
 
     def lost(self, connection: int) -> None:
-        """Treat what was written to this connection, without evidence so far, as neither read nor unread."""
+        """Treat every written reply of this connection that has no evidence yet as uncertain."""
         raise NotImplementedError
 
 
 class PairedConnection(AgentConnection):
-    """A connection of another replica. Its number is negative: agents' own connections have the others."""
+    """A connection of another replica.
+
+    Its number is negative, because the positive numbers belong to agents' own connections.
+    """
 
     def __init__(self, secret: str, *args: Any) -> None:
         super().__init__(*args)
@@ -77,7 +81,7 @@ class PairedConnection(AgentConnection):
         if not self._joined:
             self.abort()
 
-    # --- what comes in ---
+    # --- incoming requests and notes ---
 
     def _read(self, data: bytes, since_s: float, *, waited: bool) -> None:
         if self._heartbeats:
@@ -86,14 +90,14 @@ class PairedConnection(AgentConnection):
             super()._read(data, since_s, waited=waited)
 
     def _read_heartbeats(self, data: bytes) -> None:
-        """Answer all heartbeats that have come whole, with one write: none waits, so none need be parsed alone."""
+        """Answer all complete heartbeats with one write. No handler runs, so no request waits for the previous one."""
         try:
             messages = self._http.feed_data(data)[0]
             while messages:
                 self._queued += messages
                 for _ in messages:
                     self._http.message_consumed()
-                messages = self._http.feed_data(b"")[0]  # the parser stops when it has found some
+                messages = self._http.feed_data(b"")[0]  # the parser returns after some messages, with bytes left over
         except HttpProcessingError:
             self.abort()
             return
@@ -121,7 +125,7 @@ class PairedConnection(AgentConnection):
         return True
 
     def _join(self, request: RawRequestMessage) -> None:
-        """Let a member in; whoever does not prove to be one is cut off."""
+        """Authenticate the other replica by the cluster's secret; drop the connection if it is wrong."""
         path, _, purpose = request.path.partition("?")
         given = request.headers.get(hdrs.AUTHORIZATION, "").encode()
         proved = request.method == METHOD and path == Note.JOIN.value
@@ -165,12 +169,12 @@ class PairedConnection(AgentConnection):
                 self._told_open = False
                 switchboard.connection_closed(self.number, kind is Note.CLOSED_CLEANLY)
             case _:
-                pass  # nothing of ours is concerned
+                pass  # a note about a reply that offered no commands
 
-    # --- what `AgentConnection` infers from its own agent, and what is only told here ---
+    # --- evidence that `AgentConnection` infers from its own agent, and that arrives as notes here ---
 
     def _note_next_request(self) -> None:
-        """Infer nothing: a forwarded request need not be of the agent that got the last reply."""
+        """Infer nothing: the next forwarded request may come from another agent than the previous reply went to."""
 
     def arrival(self, started_s: float) -> tuple[float, float]:
         came, self._came = self._came, None
@@ -188,25 +192,26 @@ class PairedConnection(AgentConnection):
         return await super().write(response, timeout_s)
 
     def settle(self, lease: DeliveryReceipt, *, written: bool) -> None:
-        # What was handed to our kernel may be with the agent, whatever became of this connection.
+        # Bytes that were passed to this kernel may have reached the agent, even if the connection failed afterwards.
         if not written and not self._begun and self._lent is lease:
             self._lent = None
             self._doubter.unwritten(lease)
         elif self._lent is lease and self._wire is None:
             self._forsake()
 
-    async def part(self) -> None:
-        """Wait for nothing: what becomes of the reply is told."""
+    async def await_peer_close(self) -> None:
+        """Do nothing: the other replica sends a note about the reply."""
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        # Notes that came behind a request wait until it is answered. This one never is.
+        # Notes behind a request wait until the request is answered, which will not happen any longer: handle them now.
         for head in self._backlog.split(b"\r\n\r\n")[:-1]:
             method, _, rest = head.partition(b" ")
             if self._joined and method == METHOD.encode():
                 self._take_note(rest.partition(b" ")[0].decode("latin-1"))
         super().connection_lost(exc)
         if self._lent is not None or self._told_open:
-            # Polls of the same replica end in these moments, too: what is in doubt must not be offered to them.
+            # Waiting polls of the same replica are cancelled in the same moment. The delay keeps uncertain commands
+            # from being offered to them.
             self._loop.call_later(AFTERWARDS_S, self._forsake)
 
     def _forsake(self) -> None:
@@ -219,16 +224,17 @@ class PairedConnection(AgentConnection):
 
 
 class _NoGuard(Guard):
-    """Lets requests pass that another replica has checked."""
+    """A `Guard` without header checks, for requests that the other replica has checked."""
 
     def check(self, headers: Mapping[str, str]) -> Failed | None:
         return None
 
 
 class ClusterListener(AgentServer):
-    """Serves what other replicas forward. `owned` tells whether a token's shard is ours and can be served.
+    """The server for requests of other replicas.
 
-    `operate` carries out what a person has asked another replica for.
+    `owned(token)` returns True if this replica owns the token's shard. `operate` carries out an operator's request that
+    another replica forwards.
     """
 
     _section = "cluster"
@@ -268,7 +274,7 @@ class ClusterListener(AgentServer):
         return ProxyResponse(200, (("Content-Type", "application/json"),), await self._operate(body))
 
     async def _elsewhere(self, visit: RequestContext, client: Caller) -> ProxyResponse | None:
-        """Refuse what is not ours: a forwarded request is never forwarded again."""
+        """Raise `AgentError` 421 for a shard of another replica: a forwarded request is never forwarded again."""
         if not self._owned(client.token):
             visit.step = "owner"
             raise AgentError(MISDIRECTED, "this replica does not own the agent's link")

@@ -1,4 +1,4 @@
-"""Make every refused call of an agent visible: count it for the status, and log it at most once a minute a kind."""
+"""Records of agents' calls that were answered with an error, for the status and the log."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ NO_ROUTE = "a request without a route"
 
 
 class RefusedCalls:
-    """Notes the calls that a frontend answers with 4xx or 5xx."""
+    """Recorder of the calls that the server answers with 4xx or 5xx.
+
+    The status shows every kind of refusal; the log shows each at most once a minute.
+    """
 
     def __init__(self, recent: RecentCalls) -> None:
         self._recent = recent
 
     def note(self, now: float, status: int, route: str, body: Any = None) -> None:
-        """Note one call; `body` is the reply's, with the reason under `error`."""
+        """Record one refused call; `body` is the reply's body with the reason under `error`."""
         reason = body.get("error") if isinstance(body, dict) else body
         kind = self._recent.note(now, status, route, reason if isinstance(reason, str) else "")
         about = f"{kind.status} {kind.route} {kind.reason}"
@@ -28,7 +31,7 @@ class RefusedCalls:
 
 
 def route_of(method: str, target: str, match: Match | None) -> str:
-    """Return a request's route for people: its pattern, or its path where no route matched, never the query."""
+    """Return the route of a request for display: its pattern, or its path without the query if no route matched."""
     if match is not None:
         return f"{match.route.method} {match.route.pattern}"
     path = target.partition("?")[0].partition("#")[0]

@@ -1,4 +1,4 @@
-"""Read and decode the bodies of agents' requests, within the bounds on them."""
+"""Reading and decoding of request bodies, within bounds on size, time, memory and concurrency."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ RETRY_AFTER_S = 1
 
 
 class InFlight:
-    """Counts requests by agent: by its token, where agents bring tokens of their own, and the id that it calls by."""
+    """Number of requests in progress per agent.
+
+    An agent is identified by the id in its calls, and by its token if agents bring tokens of their own.
+    """
 
     def __init__(self, limit: int, *, own_tokens: bool) -> None:
         self._limit = limit
@@ -32,25 +35,25 @@ class InFlight:
         self._counts: dict[tuple[str, str], int] = {}
 
     def __len__(self) -> int:
-        """How many agents have requests under way."""
+        """Return the number of agents with requests in progress."""
         return len(self._counts)
 
     def key(self, token: str, ident: str) -> tuple[str, str]:
-        """Return the key of the agent that calls with this token by this id."""
+        """Return the key of the agent that calls with this token and id."""
         return (token if self._own_tokens else "", ident)
 
     def has_room(self, key: tuple[str, str]) -> bool:
-        """Return true if one more request of this agent is within the limit."""
+        """Return True if one more request of this agent is within the limit."""
         return self._counts.get(key, 0) < self._limit
 
     def enter(self, key: tuple[str, str]) -> None:
-        """Count a request in. Raises `AgentError` 429 when its agent has enough under way."""
+        """Count a request of an agent. Raises `AgentError` 429 beyond the limit."""
         if not self.has_room(key):
             raise AgentError(429, "too many requests of this agent at a time", retry_after_s=RETRY_AFTER_S)
         self._counts[key] = self._counts.get(key, 0) + 1
 
     def leave(self, key: tuple[str, str]) -> None:
-        """Count it out."""
+        """End the count of a request."""
         count = self._counts[key] - 1
         if count:
             self._counts[key] = count
@@ -62,13 +65,13 @@ _TEXTS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 class BodyRejected(AgentError):
-    """The rest of the body is not wanted: the connection ends with the reply."""
+    """A rejection after which the rest of the body is not read: the connection closes with the reply."""
 
 
 async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float, budget: Budget) -> bytes:
-    """Read the whole body as it came, compressed or not; what it takes of the budget is given back at the end.
+    """Read a whole body without decoding it. Raises `BodyRejected` 400, 408, 413, 417 or 503.
 
-    Raises `BodyRejected` (408, 413, 417, 503 or 400 for what is not chunked properly).
+    The memory that is reserved from `budget` while reading is released at the end.
     """
     payload = request.content
     _check_announcement(request, limit_bytes)
@@ -98,7 +101,7 @@ async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float
 
 
 async def stream_body(request: web.BaseRequest, limit_bytes: float, timeout_s: float) -> AsyncGenerator[bytes, None]:
-    """Yield a body piece by piece, for another replica. Raises `BodyRejected` (408, 413, 417 or 400)."""
+    """Yield a body in pieces, for another replica. Raises `BodyRejected` 400, 408, 413 or 417."""
     _check_announcement(request, limit_bytes)
     deadline = asyncio.get_running_loop().time() + timeout_s
     size = 0
@@ -119,7 +122,11 @@ async def stream_body(request: web.BaseRequest, limit_bytes: float, timeout_s: f
 
 
 def peek(payload: StreamReader) -> bytes:
-    """A whole body, left where it is. `read_nowait` would let aiohttp parse and read on, which is not wanted yet."""
+    """Return a complete body without consuming it.
+
+    `StreamReader._buffer` is not public. The public `read_nowait` would make aiohttp resume reading and parse the next
+    request, which must not happen before this one is answered.
+    """
     if payload is EMPTY_PAYLOAD:
         return b""
     parts = payload._buffer  # noqa: SLF001 - see above
@@ -127,9 +134,10 @@ def peek(payload: StreamReader) -> bytes:
 
 
 def decode_body(data: bytes, replaced: Callable[[], None]) -> Any:
-    """Return the JSON value of a body, `None` if it is empty; `replaced` as in `jsontext.decode`.
+    """Return the JSON value of a body, or None if it is empty; `replaced` as in `lenient_json.decode`.
 
-    Raises `AgentError` 400, or 413 for more values than memory is meant for.
+    Raises `AgentError` 400, or 413 for more values than `MAX_VALUES`: a small body can have many, each an object in
+    memory.
     """
     if not data:
         return None
@@ -137,24 +145,27 @@ def decode_body(data: bytes, replaced: Callable[[], None]) -> Any:
     try:
         if not too_many:
             return lenient_json.decode(data, replaced)
-        msgspec.json.decode(data, type=msgspec.Raw)  # is it JSON at all? This makes no values
+        msgspec.json.decode(data, type=msgspec.Raw)  # raises for invalid JSON, without creating any values
     except (ValueError, RecursionError):
         raise AgentError(400, "the body is not valid JSON") from None
     raise AgentError(413, f"the body may have {MAX_VALUES} values, this one has more")
 
 
 def _count_values(data: bytes) -> int:
-    """Return how many values a JSON text has at most: each follows one of these, but for those within texts."""
+    """Return an upper bound on the number of values in a JSON text.
+
+    Every value but the first follows one of the counted characters, which may also occur within strings.
+    """
     return data.count(b",") + data.count(b":") + data.count(b"[") + data.count(b"{")
 
 
 def is_shallow(data: bytes) -> bool:
-    """True for what cannot be nested deeper than `MAX_DEPTH`, because it has no more brackets."""
+    """Return True if a body has too few brackets to be nested deeper than `MAX_DEPTH`."""
     return data.count(b"{") + data.count(b"[") <= MAX_DEPTH
 
 
 def _check_announcement(request: web.BaseRequest, limit_bytes: float) -> None:
-    """Refuse by the headers what would be refused later, and let a waiting agent send the rest."""
+    """Reject a body whose announced length exceeds the limit, and send `100 Continue` if the agent waits for it."""
     length = request.content_length
     if length is not None and length > limit_bytes:
         raise too_large()
@@ -162,7 +173,7 @@ def _check_announcement(request: web.BaseRequest, limit_bytes: float) -> None:
 
 
 def meet_expectation(request: web.BaseRequest) -> None:
-    """Tell an agent that waits for it to go on sending (`Expect: 100-continue`). Raises `BodyRejected` 417."""
+    """Send `100 Continue` to an agent that waits for it. Raises `BodyRejected` 417 for another expectation."""
     expectation = request.headers.get(hdrs.EXPECT)
     if expectation is None or request.version < HttpVersion11:
         return
@@ -179,5 +190,5 @@ def _bounded(data: bytes, limit_bytes: int) -> bytes:
 
 
 def too_large() -> BodyRejected:
-    """Return the refusal of a body beyond its limit."""
+    """Return the rejection of a body beyond its limit."""
     return BodyRejected(413, "the body is too large")

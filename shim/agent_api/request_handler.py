@@ -1,7 +1,7 @@
-"""Calls that are answered in the moment they arrive: without a task, a request object, a wait (design.md §2).
+"""The fast path: answer a complete request inside `data_received`, without a task or a request object.
 
-Most of what agents send is a heartbeat, alone on its connection and whole in one segment. Whatever is in any way
-different takes the long way through `server`, and nothing of it has happened until then.
+Most requests are heartbeats, each alone on its connection and complete in one segment. Every other request falls
+through to `shim.agent_api.server` before any state has changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class SyncRequestHandler:
-    """Answers what can be answered at once."""
+    """Handler of requests that can be answered synchronously."""
 
     def __init__(
         self,
@@ -55,9 +55,11 @@ class SyncRequestHandler:
     def answer(
         self, connection: AgentConnection, request: RawRequestMessage, body: StreamReader, started_s: float
     ) -> bytes | Pending | None:
-        """The whole response to a request, `None` for one that takes the long way. Never raises.
+        """Return the whole response to a request, or None if the request must take the normal path. Never raises.
 
-        The connection is idle but for this request, which began at `started_s`, is whole and keeps it open.
+        The caller guarantees that the request is complete and the only one on its connection, and that it keeps the
+        connection open. `started_s` is the loop time of its first byte. A `Pending` means that another replica will
+        answer.
         """
         match, client, headers = self._admitted(connection, request), connection.client, request.headers
         if match is None or client is None:
@@ -93,7 +95,11 @@ class SyncRequestHandler:
         return response
 
     def _admitted(self, connection: AgentConnection, request: RawRequestMessage) -> Match | None:
-        """Return the route of a request that may be answered at once, as far as its head tells."""
+        """Return the route of a request whose head permits the fast path, else None.
+
+        Only an identical repetition qualifies: the target was routed before, and the token equals the connection's
+        previous one.
+        """
         match = self._routes.cached_match(request.method, request.path)
         headers = request.headers
         if match is None or match.route.operation not in OPERATIONS or request.version != HttpVersion11:
@@ -118,7 +124,10 @@ class SyncRequestHandler:
         match: Match,
         body: bytes,
     ) -> Pending | None:
-        """Have the replica answer a heartbeat that owns its agent's link: the bytes go there as they came."""
+        """Forward the unchanged bytes of a heartbeat to the replica that owns the agent's shard.
+
+        Returns None if that is not possible synchronously.
+        """
         client = connection.client
         if client is None or match.route.operation != "heartbeat" or request.compression or request.chunked:
             return None
@@ -132,9 +141,9 @@ class SyncRequestHandler:
         return forwarder.try_call_sync(client.token, raw, answered)
 
     def _without_owner(self, forwarder: Forwarder, match: Match, request: RawRequestMessage, body: bytes) -> bytes:
-        """Make the reply to a heartbeat whose owner did not answer."""
+        """Return the reply to a heartbeat whose owning replica did not answer."""
         try:
-            decoded = decode_body(body, lambda: None)  # counted where the owner reads it
+            decoded = decode_body(body, lambda: None)  # invalid characters are counted by the owning replica
             call = Call(match.params, decoded, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(body))
             agent_call = match.dialect.parse(match.route.operation, call)
         except AgentError as error:
@@ -147,10 +156,10 @@ class SyncRequestHandler:
         return self._house.replies.response(reply.status, encoded, request_id, more)
 
     def _elsewhere(self) -> bool:
-        """Calls may have to go by the vendor's HTTP API."""
+        """Return True if calls may have to go by the vendor's HTTP API."""
         return self._fallback is not None and (self._fallback.handles_all() or self._fallback.handles_some())
 
 
 def _take_the_long_way() -> None:
-    """Leave a body with bytes that are no UTF-8 to the server, which counts it."""
+    """Leave the fast path, because the body is not UTF-8: the normal path counts that."""
     raise AgentError(400, "the body is not valid UTF-8")

@@ -1,4 +1,7 @@
-"""Replies on their way out, and what becomes of the commands in them (protocol.md §3)."""
+"""Writing of replies, and the report to the bridge if the commands in a reply were written.
+
+See OFFERED in docs/reference/protocol.md#3-commands.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +27,19 @@ MISDIRECTED = 421
 
 
 class RequestMetrics:
-    """Counts answered requests."""
+    """Recorder of the metrics of answered requests."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._counted: dict[tuple[str, str, int], tuple[Count, Spread, Count | None]] = {}
 
     def count(self, match: Match | None, status: int, took_s: float) -> None:
-        """One request was answered; `match` is `None` where no route fitted."""
+        """Count one answered request; `match` is None if no route matched."""
         dialect, operation = ("", "") if match is None else (match.dialect.NAME, match.route.operation)
         children = self._counted.get((dialect, operation, status))
         if children is None:
             deprecated = None
-            if match is not None and not match.route.open:  # the health check is no agent's call
+            if match is not None and not match.route.open:  # the health check is not a deprecated call
                 route = f"{match.route.method} {match.route.pattern}"
                 deprecated = self._metrics.deprecated_calls.labels(dialect, route)
             children = self._counted[dialect, operation, status] = (
@@ -52,14 +55,14 @@ class RequestMetrics:
 
 
 class ResponseWriter:
-    """Writes replies, settles leases, counts."""
+    """Writer of replies; settles the delivery receipts of the replies and counts them."""
 
     def __init__(self, house: ServerContext, counts: RequestMetrics) -> None:
         self._house = house
         self._counts = counts
 
     async def reply(self, visit: RequestContext, reply: Reply, body: bytes | None) -> web.StreamResponse:
-        """Write one of our own replies; `body` is its encoded JSON."""
+        """Write a reply of the shim's own; `body` is its encoded JSON."""
         request, connection = visit.request, visit.connection
         keep = request.keep_alive and not visit.must_close and not connection.closing
         more = visit.more + "".join(f"{name}: {value}\r\n" for name, value in connection.remarks(visit.lease).items())
@@ -79,7 +82,7 @@ class ResponseWriter:
         return await self._end(visit, reply.status, written=written, keep=keep)
 
     async def write_proxied(self, visit: RequestContext, proxied: ProxyResponse) -> web.StreamResponse:
-        """Write the API's reply: at once where it is whole, else piece by piece."""
+        """Write a reply of the vendor's API or of another replica, in pieces if it came in pieces."""
         request, connection = visit.request, visit.connection
         keep = request.keep_alive and not connection.closing and request.content.is_eof()
         more: dict[str, str] = {}
@@ -107,13 +110,13 @@ class ResponseWriter:
                         break
                     written = await connection.write(chunk(piece) if chunked else piece, timeout_s)
         except (aiohttp.ClientError, OSError, TimeoutError):
-            return False  # the reply broke off: only the end of the connection can say so
+            return False  # the reply is incomplete: only closing the connection can show that to the agent
         if chunked and written:
             written = await connection.write(chunk(b""), timeout_s)
         return written
 
     async def _write(self, visit: RequestContext, response: bytes) -> bool:
-        """Write the response and settle the lease, whatever happens meanwhile (protocol.md §3, OFFERED)."""
+        """Write a response and settle its delivery receipt, even if the write fails or is cancelled."""
         connection, lease = visit.connection, visit.lease
         written = False
         if lease is not None:
@@ -129,7 +132,7 @@ class ResponseWriter:
     async def _end(
         self, visit: RequestContext, status: int, *, written: bool, keep: bool, counts: bool = True
     ) -> web.StreamResponse:
-        if counts:  # else the replica has done it that made the reply
+        if counts:  # otherwise the replica that made the reply has counted it
             self._counts.count(visit.match, status, visit.connection.now_s() - visit.started_s)
         if not written:
             self._house.metrics.replies_lost.inc()
@@ -139,5 +142,5 @@ class ResponseWriter:
             await visit.connection.await_peer_close()
         elif visit.must_close:
             visit.connection.end_after_reply()
-            return SENT_KEEP  # the connection ends itself
+            return SENT_KEEP  # `end_after_reply` closes the connection
         return SENT_KEEP if keep else SENT_CLOSE

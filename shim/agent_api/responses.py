@@ -1,4 +1,4 @@
-"""Legacy replies as bytes: whole responses are written at once, without the cost of a response object."""
+"""Whole responses of the legacy API as bytes, without the cost of aiohttp's response objects."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ encode_body: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 
 
 def no_static_headers() -> Mapping[str, str]:
-    """The default of `Frontend`'s `static_headers`."""
+    """Return no headers: the default of `AgentServer`'s `static_headers`."""
     return _NO_HEADERS
 
 
 class AlreadySent(web.StreamResponse):
-    """What a handler returns to aiohttp when it has written the response itself; two of them serve everybody."""
+    """The response that a handler returns to aiohttp after writing the real one itself.
+
+    It has no state, so two instances serve all requests.
+    """
 
     def __init__(self, keep: bool) -> None:
         super().__init__()
@@ -51,7 +54,11 @@ SENT_CLOSE = AlreadySent(keep=False)
 
 
 class ResponseBuilder:
-    """Builds responses. `static_headers` returns the same mapping object until its content changes."""
+    """Builder of whole responses.
+
+    `static_headers()` must return the same mapping object until its content changes: the headers are cached by
+    identity.
+    """
 
     def __init__(self, static_headers: StaticHeaders = no_static_headers) -> None:
         self.static_headers = static_headers
@@ -61,7 +68,7 @@ class ResponseBuilder:
         self._numbers = itertools.count(1)
 
     def request_id(self, given: str | None) -> str:
-        """The request's own id if it is sane, else a new one."""
+        """Return the request id of the client if it is well-formed, else a new one."""
         if given is not None and _SANE_ID.fullmatch(given):
             return given
         return f"{self._prefix}-{next(self._numbers):x}"
@@ -69,7 +76,10 @@ class ResponseBuilder:
     def response(
         self, status: int, body: bytes | None, request_id: str, more: str, *, head_only: bool = False
     ) -> bytes:
-        """A whole response. `more` holds further header lines, each with its CRLF; `None` is no body at all."""
+        """Return a whole response.
+
+        `more` contains further header lines, each with its CRLF. A `body` of None is no body at all.
+        """
         static = self.static_headers()
         if static is not self._seen:
             self._seen = static
@@ -82,7 +92,7 @@ class ResponseBuilder:
         return text.encode("ascii") if body is None or head_only else text.encode("ascii") + body
 
     def error(self, status: int, text: str, *, more: str = "") -> bytes:
-        """Return the response to what never becomes a call; the connection closes after it."""
+        """Return the response to a request that is rejected before it becomes a call and closes the connection."""
         body = encode_body({"success": False, "error": text})
         return self.response(status, body, self.request_id(None), f"Connection: close\r\n{more}")
 
@@ -90,6 +100,6 @@ class ResponseBuilder:
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
         lines += (f"{_UNFIT.sub('', name)}: {_UNFIT.sub('', value)}" for name, value in self._seen.items())
         if empty:
-            # RFC 9110 §8.6: a 204 has no Content-Length
+            # RFC 9110 section 8.6 forbids a Content-Length in a 204.
             return "\r\n".join([*lines, ""] if status == 204 else [*lines, "Content-Length: 0", ""])
         return "\r\n".join([*lines, "Content-Type: application/json", "Content-Length: "])

@@ -1,4 +1,4 @@
-"""From method and target to a route: remembered, and strict where HTTP lets clients be odd."""
+"""Routing of requests, with a cache of the targets that were seen before."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _REMEMBERED_TARGETS = 4096
 
 
 class RouteCache:
-    """A router with a memory."""
+    """A `Router` with a bounded cache."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
         self._matches: dict[tuple[str, str], Match] = {}
 
     def __len__(self) -> int:
-        """How many targets are remembered."""
+        """Return the number of cached targets."""
         return len(self._matches)
 
     def cached_match(self, method: str, target: str) -> Match | None:
-        """The route of a target that was seen before."""
+        """Return the route of a target that was routed before, or None."""
         return self._matches.get((method, target))
 
     def match(self, request: web.BaseRequest) -> Match:
-        """Route a request. Raises `AgentError` 400, 404 or 405."""
+        """Return the route of a request. Raises `AgentError` 400, 404 or 405."""
         key = (request.method, request.raw_path)
         match = self._matches.get(key)
         if match is None:
@@ -39,17 +39,17 @@ class RouteCache:
 
     def _find(self, request: web.BaseRequest) -> Match:
         if request.method == hdrs.METH_CONNECT:
-            raise BodyRejected(405, "method not allowed")  # everything after it would count as its body
+            raise BodyRejected(405, "method not allowed")  # after CONNECT aiohttp takes all further bytes for a body
         path = _path_of(request)
         if request.method == hdrs.METH_HEAD:
             match = self._router.match(hdrs.METH_GET, path)
             if not match.route.open:
-                raise AgentError(405, "method not allowed")  # it must not drain what it does not show
+                raise AgentError(405, "method not allowed")  # a HEAD of a poll would fetch commands and not return them
             return match
         return self._router.match(request.method, path)
 
     def allowed(self, request: web.BaseRequest) -> list[str]:
-        """The methods that the request's target knows."""
+        """Return the methods that the request's target supports."""
         allowed = []
         for method in (hdrs.METH_GET, hdrs.METH_POST):
             try:
@@ -61,7 +61,7 @@ class RouteCache:
 
 
 def _path_of(request: web.BaseRequest) -> str:
-    """The raw path without the query. Raises `AgentError` 400 if it is not UTF-8."""
+    """Return the raw path without the query. Raises `AgentError` 400 if it is not UTF-8."""
     target = request.raw_path
     path = target.partition("?")[0].partition("#")[0] if target.startswith("/") else request.rel_url.raw_path
     try:
@@ -72,5 +72,5 @@ def _path_of(request: web.BaseRequest) -> str:
 
 
 def session_in(match: Match) -> str:
-    """Return the id by which a path names the caller, `""` if it names none."""
+    """Return the agent's id in the path of a route, or an empty string."""
     return match.params.get("cluster_id") or match.params.get("agent_id", "")

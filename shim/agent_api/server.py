@@ -1,4 +1,4 @@
-"""The HTTP server that agents call."""
+"""The HTTP server for agents: listening, and the normal path of a request from its headers to the reply."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ logger = logging.getLogger(__name__)
 
 
 class ConnectionServer(web.Server):
-    """aiohttp's server with connections of our own kind. `express` answers at once what it can."""
+    """aiohttp's `web.Server` with connections of type `AgentConnection`.
+
+    `express` answers the requests that need no handler.
+    """
 
     def __init__(
         self,
@@ -65,7 +68,8 @@ class ConnectionServer(web.Server):
         make: Callable[..., AgentConnection],
         **options: Any,
     ) -> None:
-        # aiohttp's default keeps a handler running after its agent has left: a held poll would swallow a command
+        # aiohttp's default keeps a handler running after its agent has disconnected. A held poll would then take
+        # commands that reach no agent.
         super().__init__(handler, handler_cancellation=True, **options)
         self._express = express
         self._house = house
@@ -77,9 +81,10 @@ class ConnectionServer(web.Server):
 
 
 class TlsListener:
-    """Accepts connections and makes the TLS handshake, so that they are counted before it and bounded in time.
+    """A TLS listener that counts connections before their handshake and bounds the time of the handshake.
 
-    asyncio's own listener tells of a connection only after its handshake: peers that never begin one would be unseen.
+    asyncio's own listener reports a connection only after its handshake, so peers that never begin one would not be
+    counted.
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class TlsListener:
             self._spawn(self._accept(listening))
 
     def stop(self) -> None:
-        """Accept no more, and give up the handshakes under way."""
+        """Stop accepting and cancel the handshakes in progress."""
         for task in self._tasks:
             task.cancel()
 
@@ -112,7 +117,7 @@ class TlsListener:
         while True:
             try:
                 accepted, _ = await loop.sock_accept(listening)
-            except OSError as error:  # no descriptors left: the kernel keeps the connections meanwhile
+            except OSError as error:  # no file descriptors left: connections wait in the kernel's backlog
                 logger.warning("a connection cannot be accepted: %s", error.strerror)
                 await asyncio.sleep(ACCEPT_AGAIN_S)
                 continue
@@ -128,7 +133,7 @@ class TlsListener:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: connection, accepted, ssl=self._context, ssl_handshake_timeout=self._timeout_s
             )
-        except OSError as error:  # that is ssl.SSLError and TimeoutError, too
+        except OSError as error:  # includes ssl.SSLError and TimeoutError
             logger.debug("a TLS handshake failed: %s", type(error).__name__)
         finally:
             if connection.transport is None:
@@ -138,17 +143,17 @@ class TlsListener:
 
 BACKLOG = 1024
 RECEIVE_BYTES = 32_768
-"""What the kernel buffers of a connection, and so about the most that is read of it in one turn of the loop."""
+"""Size of a connection's receive buffer in the kernel, and thereby of one read of the event loop."""
 READ_BYTES = 65_536
-"""A body that nobody reads yet is buffered up to twice as much; then reading pauses."""
+"""Half of the bytes that aiohttp buffers of a body before it pauses reading."""
 
 
 class AgentServer:
-    """The legacy server. `start()` and `stop()` are called once each."""
+    """The HTTP server for agents. Call `start()` and `stop()` once each."""
 
     _section = "listen"
 
-    def __init__(  # noqa: PLR0913 - its surroundings, each given once by the composition root
+    def __init__(  # noqa: PLR0913 - the server's dependencies, passed once at start-up
         self,
         listen: Listen,
         switchboard: AgentService,
@@ -163,11 +168,12 @@ class AgentServer:
         refused_calls: RecentCalls | None = None,
         forwarder: Forwarder | None = None,
     ) -> None:
-        """`token` gives the upstream token of the moment, or is `None` when agents bring tokens of their own.
+        """Create a server that does not listen yet.
 
-        `static_headers` are added to every reply; it returns the same mapping object until its content changes.
-        `fallback` serves calls that go by the vendor's HTTP API. `refused_calls` counts those that are refused.
-        `forwarder` sends calls on that another replica has to carry out.
+        `token()` returns the current upstream token; `token` is None if agents bring tokens of their own.
+        `static_headers()` is added to every reply and must return the same mapping object until its content changes.
+        `fallback` serves calls that go by the vendor's HTTP API. `refused_calls` counts rejected calls. `forwarder`
+        sends calls to the replica that owns the agent's shard.
         """
         self._listen = listen
         self._forwarder = forwarder
@@ -202,7 +208,7 @@ class AgentServer:
         self._servers: list[asyncio.Server] = []
 
     def bind(self) -> None:
-        """Take the port and read the certificate without serving yet. Raises `StartError`."""
+        """Bind the port and load the certificate without serving yet. Raises `StartError`."""
         self._tls = self._make_tls()
         self._sockets = bind(self._section, self._listen.hosts, self._listen.port)
 
@@ -215,7 +221,10 @@ class AgentServer:
             raise StartError(f"{files} cannot be used: {reason(error)}") from None
 
     async def start(self) -> tuple[str, int]:
-        """Listen on what `bind` has taken; returns the host and port in use. Raises `StartError`, `OSError`."""
+        """Listen and return the host and port in use. Raises `StartError`, `OSError`.
+
+        Calls `bind` if that has not been done.
+        """
         if not self._sockets:
             self.bind()
         listen = self._listen
@@ -226,13 +235,13 @@ class AgentServer:
             self._make_connection,
             keepalive_timeout=listen.keepalive_s,
             tcp_keepalive=True,
-            access_log=None,  # it shows request targets
+            access_log=None,  # an access log shows request targets, which may contain tokens
             logger=logger,
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_LINE_BYTES,
             lingering_time=LINGER_S,
             read_bufsize=READ_BYTES,
-            auto_decompress=False,  # `content_coding` does it where a body is understood here
+            auto_decompress=False,  # `content_coding` decodes the bodies that the shim itself reads
         )
         for bound in self._sockets:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
@@ -256,7 +265,7 @@ class AgentServer:
         return AgentConnection(*args)
 
     async def stop(self, grace_s: float = 2.0) -> None:
-        """Accept no more, let requests under way finish for at most `grace_s`, close all connections. Idempotent."""
+        """Stop accepting, wait at most `grace_s` for requests in progress, and close all connections. Idempotent."""
         for server in self._servers:
             server.close()
         if self._handshakes is not None:
@@ -267,7 +276,8 @@ class AgentServer:
             await self._websockets.close()
         if self._web is not None:
             self._web.pre_shutdown()
-            await self._web.shutdown(grace_s / 2)  # aiohttp waits twice: for handlers to finish, then to be cancelled
+            # aiohttp waits twice for so long: for handlers to finish, and then for the cancelled ones.
+            await self._web.shutdown(grace_s / 2)
 
     # --- one request ---
 
@@ -294,7 +304,10 @@ class AgentServer:
                 self._in_flight.leave(visit.session)
 
     def _fail(self, visit: RequestContext) -> Reply:
-        """The reply to what met a defect."""
+        """Return the reply to a request during which an unexpected exception was raised.
+
+        Commands that it was about to offer are queued again.
+        """
         self._metrics.internal_errors.labels("frontend").inc()
         if visit.lease is not None:
             self._switchboard.unwritten(visit.lease)
@@ -302,7 +315,7 @@ class AgentServer:
         return error_reply(Failed(500, "internal error"))
 
     async def _answer(self, visit: RequestContext) -> Reply | ProxyResponse | AgentWebSocket:
-        """Everything from the headers to the reply. Raises `AgentError`."""
+        """Return the reply to a request: check, route, read, parse and carry it out. Raises `AgentError`."""
         request, listen = visit.request, self._listen
         headers = request.headers
         _enforce(self._guard.check(headers))
@@ -337,7 +350,10 @@ class AgentServer:
         return match.dialect.render(route.operation, answer.outcome, call)
 
     async def _elsewhere(self, visit: RequestContext, client: Caller) -> ProxyResponse | None:
-        """Have another replica answer if it owns the caller's shard; `None` if we must. Raises `AgentError`."""
+        """Return the reply of the replica that owns the agent's shard, or None if this replica serves the call.
+
+        Raises `AgentError`.
+        """
         forwarder, request, match = self._forwarder, visit.request, visit.match
         if forwarder is None or not forwarder.elsewhere(client.token):
             return None
@@ -360,7 +376,10 @@ class AgentServer:
         return reply
 
     async def _carry(self, visit: RequestContext, websockets: AgentWebSockets, target: str) -> AgentWebSocket:
-        """Carry an agent's own WebSocket until it is gone. Raises `AgentError` where the controller's cannot be had."""
+        """Proxy an agent's own WebSocket to the controller until it ends.
+
+        Raises `AgentError` if the controller's side cannot be opened.
+        """
         request = visit.request
         visit.step = "auth"
         token = token_of(request)
@@ -381,7 +400,7 @@ class AgentServer:
         return agent
 
     async def _read(self, visit: RequestContext, client: Caller, match: Match) -> tuple[bytes, Call, AgentCall]:
-        """The body of a call and what the dialect makes of it. Raises `AgentError`."""
+        """Read and parse the body of a call; return its bytes and the parsed call. Raises `AgentError`."""
         request, listen, route = visit.request, self._listen, match.route
         visit.step = "in_flight"
         self._count_in(visit, client, session_in(match))
@@ -401,7 +420,7 @@ class AgentServer:
         return data, call, agent_call
 
     async def _pass_on(self, visit: RequestContext, fallback: Fallback) -> Reply | ProxyResponse:
-        """Every call goes by the vendor's HTTP API, also what no route of ours or no dialect understands."""
+        """Send any request to the vendor's HTTP API, even one that has no route here or cannot be parsed."""
         request, listen = visit.request, self._listen
         with contextlib.suppress(AgentError):
             visit.match = self._routes.match(request)
@@ -440,14 +459,14 @@ class AgentServer:
         return match.dialect.render(match.route.operation, answer.outcome, call)
 
     def _count_in(self, visit: RequestContext, client: Caller, ident: str) -> None:
-        """Count a request among those of its agent, once. Raises `AgentError` 429."""
+        """Count a request of an agent, once per request. Raises `AgentError` 429."""
         if ident and visit.session is None:
             key = self._in_flight.key(client.token, ident)
             self._in_flight.enter(key)
             visit.session = key
 
     def _refuse(self, visit: RequestContext, error: AgentError) -> Reply:
-        """The reply to what never became a call."""
+        """Return the reply to a request that was rejected before it became a call."""
         self._metrics.bad_requests.labels(visit.step).inc()
         if isinstance(error, BodyRejected):
             visit.must_close = True
@@ -468,7 +487,7 @@ def _enforce(failed: Failed | None) -> None:
 
 
 def _identify(connection: AgentConnection, authorization: str | None) -> Caller:
-    """The caller, remembered from the connection's last request where the header is the same."""
+    """Return the caller, reused from the connection's previous request if the header is the same."""
     client = connection.client
     if client is None or authorization != connection.authorization:
         token = bearer(authorization)

@@ -1,4 +1,7 @@
-"""What the kernel knows of a TCP connection and asyncio does not tell: the grounds of "delivered" (protocol.md §3)."""
+"""Queries of the kernel's state of a TCP connection, which asyncio does not expose.
+
+They tell if the peer can have received a reply, see docs/reference/protocol.md#3-commands.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ _ESTABLISHED = 1
 
 
 def acknowledged(sock: socket.socket) -> bool:
-    """True if the peer's kernel has acknowledged everything that was written to an open socket, and sent no reset.
+    """Return True if the peer's kernel has acknowledged everything written to an open socket and sent no reset.
 
-    A peer that had closed before our bytes came answers them with a reset; but when its FIN was already queued, reading
-    gives an orderly end all the same. The bytes then stay unacknowledged, and the reset is the socket's pending error.
-    Outside Linux nothing is known and the orderly end is believed.
+    A peer that closed its socket before our bytes arrived answers them with a reset. If its FIN was queued before,
+    reading still yields an orderly end. The unacknowledged bytes and the socket's pending error reveal the reset. On
+    systems other than Linux neither can be queried, and an orderly end counts as an acknowledgement.
     """
     if not _LINUX:
         return True
@@ -30,7 +33,7 @@ def acknowledged(sock: socket.socket) -> bool:
 
 
 def hung_up(sock: socket.socket) -> bool:
-    """True if the peer's FIN or RST is already here, even if the event loop has not seen it yet."""
+    """Return True if the peer's FIN or RST has arrived, even if the event loop has not seen it yet."""
     if not _LINUX:
         return False
     try:
@@ -41,7 +44,7 @@ def hung_up(sock: socket.socket) -> bool:
 
 
 def unread(sock: socket.socket) -> bool:
-    """Return true if bytes of the peer have arrived that nobody has read yet."""
+    """Return True if bytes of the peer have arrived that the process has not read yet."""
     if not _LINUX:
         return False
     try:

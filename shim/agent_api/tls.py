@@ -1,4 +1,4 @@
-"""The listener's side of TLS: version, certificate, and a certificate that is replaced while connections stay."""
+"""TLS of the agent listener: protocol version, and a certificate that is reloaded without a restart."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ logger = logging.getLogger(__name__)
 
 
 class ServerTls:
-    """Takes the certificate anew when its files have changed; what is in use stays when the new one cannot be used.
+    """The TLS context of the listener, rebuilt when the certificate files change.
 
-    The files are looked at when a client says hello, so that no task and no signal is needed; Kubernetes' swap of a
-    symlink is a change like any other.
+    If the new files cannot be used, the previous certificate stays in use. The files are checked at each client hello,
+    so neither a task nor a signal is needed. Kubernetes replaces them by changing a symlink, which is detected as well.
     """
 
     def __init__(self, files: TlsFiles) -> None:
-        """Raises `OSError` (`ssl.SSLError` included) when a file cannot be used."""
+        """Load the certificate. Raises `OSError`, which includes `ssl.SSLError`, if a file cannot be used."""
         self._files = files
         self._signature = self._look()
         self._current = self._build()
-        # The context that the listener is given for good. A handshake that has begun with it goes on with the current
-        # one: the callback comes with every hello, also with one that names no server.
+        # The listener keeps this first context. Each handshake starts with it and switches to the current one in the
+        # callback, which OpenSSL calls for every client hello, even if the hello names no server.
         self.context = self._current
         self.context.sni_callback = self._on_hello
 
     def _look(self) -> tuple[FileFingerprint, ...]:
-        """What tells the files from others; empty when one is missing."""
+        """Return the fingerprints of the certificate files, or an empty tuple if one is missing."""
         names = (self._files.cert_file, self._files.key_file)
         try:
             return fingerprints(name for name in names if name)
@@ -42,14 +42,14 @@ class ServerTls:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         for name in filter(None, (self._files.cert_file, self._files.key_file)):
             require_regular(name)
-        # An encrypted key must not stop the process at a prompt.
+        # With a password given, an encrypted key raises an error. Otherwise OpenSSL would wait at a password prompt.
         context.load_cert_chain(self._files.cert_file, self._files.key_file or None, password="")
         return context
 
     def _on_hello(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         signature = self._look()
         if signature != self._signature:
-            self._signature = signature  # a faulty pair is tried and told of once
+            self._signature = signature  # remembered before loading: a faulty pair is loaded and logged only once
             self._replace()
         if self._current is not context:
             connection.context = self._current
