@@ -18,7 +18,7 @@ NODE_DEPS := $(if $(shell command -v npm 2>/dev/null),$(CLIENTS)/node_modules/.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test cov faults fuzz bench walks house demo run chart docs lock audit wheels sbom licenses clean
+.PHONY: help install check test cov faults fuzz bench walks house demo run chart docs docs-site lock audit wheels sbom licenses clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,7 @@ check: $(DEV) ## lint, format, types and import rules
 	$(BIN)/shellcheck .ci/run .ci/helm-tools helm/post-renderer/*.sh
 	$(BIN)/python helm/generate.py --check
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --quiet
 
 test: $(DEV) $(NODE_DEPS) ## run the tests (ARGS go to pytest)
 	$(BIN)/$(RUNNER) $(ARGS)
@@ -71,6 +72,9 @@ run: $(RUN) ## run the shim with config/agent-shim.yaml (ARGS go to the command)
 
 docs: $(DEV) ## draw the state machines in docs/ from their tables
 	$(BIN)/python docs/generate.py
+
+docs-site: $(DEV) ## build the documents as a site into build/site; a dead link or an orphan page is an error
+	$(BIN)/mkdocs build --quiet
 
 chart: $(DEV) ## write the chart's schema and README and the Kustomize components from their sources
 	$(BIN)/python helm/generate.py

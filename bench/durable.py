@@ -75,7 +75,7 @@ def measure(bench: Bench, log: Log) -> list[Figure]:
         figures.append(compared(PART, f"CPU per command, {outstanding} at a time", "µs", costs_us, threaded_us, **rest))
         if outstanding == 1:
             latency_ms, bare_ms = ([each.took_s / count * 1e3 for each in found] for found in (ours, bare))
-            figures.append(compared(PART, "one commit, until told", "ms", latency_ms, bare_ms, against="bare commit"))
+            figures.append(compared(PART, "one commit, acknowledged", "ms", latency_ms, bare_ms, against="bare commit"))
     figures.append(flood(bench, log))
     return figures
 

@@ -1,4 +1,7 @@
-"""What agents put on the wire, as bytes: the shapes of the generation B4+ (wire-facts §1)."""
+"""What agents put on the wire, as bytes: the shapes of the generation B4+.
+
+Rules: docs/reference/legacy-agents.md#1-legacy-http-endpoints.
+"""
 
 from __future__ import annotations
 

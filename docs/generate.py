@@ -29,9 +29,9 @@ Generated from the tables in `shim/core` by `make docs`; do not edit. What chang
 
 ## The upstream link
 
-`TRANSITIONS` in `shim/core/link_state.py` (protocol.md §2.1). An event without a cell raises and changes nothing.
-Where one event has two arrows, what came before decides: whether the other place for the token was tried, whether
-`Retry-After` or a contended identity forbids a dial.
+`TRANSITIONS` in `shim/core/link_state.py` (docs/reference/protocol.md#21-link-life). An event without a
+cell raises and changes nothing. If one event has two arrows, the past decides: whether the other place for the token
+was tried, whether `Retry-After` or a contended identity forbids a dial.
 
 {link}
 
@@ -41,7 +41,7 @@ Where one event has two arrows, what came before decides: whether the other plac
 
 ## A command
 
-`TRANSITIONS` in `shim/core/command_queue.py` (protocol.md §3).
+`TRANSITIONS` in `shim/core/command_queue.py` (docs/reference/protocol.md#3-commands).
 
 {command}
 """

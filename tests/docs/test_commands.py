@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 ADMIN = "token-of-the-admin-port"
 
 # Their blocks are run in this order, as one operator would: install, canary, rollback, removal.
-OPERATIONS = ("how-to/canary.md",)
+OPERATIONS = ("get-started/servers.md", "how-to/canary.md", "how-to/rollback.md", "how-to/removal.md")
 ALONE = ("concepts/faq.md", "how-to/diagnose.md")
 
 
@@ -102,7 +102,7 @@ async def test_what_needs_no_shim(name: str, tmp_path: Path) -> None:
 
 def test_the_pages_name_only_configuration_that_exists() -> None:
     known = {path for path, _, _ in leaves()} | sections()
-    for page in (*OPERATIONS, *ALONE, "reference/metrics.md"):
+    for page in (*OPERATIONS, "how-to/tokens.md", *ALONE, "reference/metrics.md"):
         named = set(
             re.findall(
                 r"`((?:upstream|listen|admin|poll|commands|store|log|fallback|rollout|sunset|identity|"

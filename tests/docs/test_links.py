@@ -29,9 +29,3 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert goal.exists(), target
         if anchor:
             assert anchor in anchors(goal), target
-
-
-def test_the_readme_names_every_page() -> None:
-    named = set(_LINK.findall((ROOT / "README.md").read_text()))
-    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
-    assert pages <= named

@@ -24,7 +24,7 @@ WORDS = {
     "refuse_503_later": "handshakes are refused with 503 and `Retry-After`",
     "accept_then_close": "connections are accepted and closed at once",
     "hang_handshake": "handshakes are not answered",
-    "half_open": "the connection stays open, and nothing passes any more",
+    "half_open": "the connection stays open, and nothing passes",
     "stalled": "pings are answered, nothing else is",
     "drop_close": "the connection is closed by a close frame",
     "drop_rst": "the connection is reset",
@@ -44,7 +44,7 @@ WORDS = {
     "garbage": "frames that are no messages",
     "oversize": "frames larger than `upstream.max_message_bytes`",
     "binary": "messages in binary frames",
-    "cut": "no packet passes, nobody is told",
+    "cut": "packets are dropped silently",
     "reset": "every packet is answered with a reset",
     "loss": "5 to 25 % of the packets are lost",
     "latency": "20 to 220 ms each way",
@@ -67,7 +67,7 @@ WORDS = {
     "agent_dies": "an agent is killed and comes back",
     "agent_new_pod": "an agent comes back with another agent id and the same cluster id",
     "agent_forgets_id": "an agent comes back without its cluster id and registers again",
-    "agent_is_away": "an agent is dead for longer than any contact vouches for it; then the link reconnects",
+    "agent_is_away": "an agent is dead for so long that its session is not fresh; then the link reconnects",
 }
 
 
