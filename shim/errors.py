@@ -10,7 +10,7 @@ class ShimError(Exception):
 
 
 class AgentError(ShimError):
-    """The local agent sent something that cannot be served (protocol.md §1).
+    """The local agent sent something that cannot be served (docs/reference/protocol.md#1-legacy-side).
 
     `status` is the HTTP status that says so; the text becomes the `error` field of the reply. `allow` lists the methods
     of the route where the status is 405 (the `Allow` header of RFC 9110).
@@ -34,7 +34,10 @@ class OperatorError(ShimError):
 
 
 class MessageError(ShimError):
-    """The controller sent a frame that is no message (protocol.md §2). `kind` is a short bounded label for metrics."""
+    """The controller sent a frame that is no message. `kind` is a short bounded label for metrics.
+
+    Rules: docs/reference/protocol.md#2-upstream-side-the-websocket.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__(kind)

@@ -180,7 +180,10 @@ class CarriedSocket(Protocol):
 
 
 class AgentWebSockets(Protocol):
-    """Passes agents that speak WebSocket on to the controller (docs/reference/protocol.md section 5)."""
+    """Passes agents that speak WebSocket on to the controller.
+
+    Rules: docs/reference/protocol.md#5-an-agent-that-has-migrated-already.
+    """
 
     def serves(self, target: str) -> bool:
         """Return whether a handshake for this request target is passed on."""
@@ -301,7 +304,7 @@ class Forwarder(Protocol):
 
 
 class Fallback(Protocol):
-    """Serves calls by the vendor's HTTP API (protocol.md §4)."""
+    """Serves calls by the vendor's HTTP API (docs/reference/protocol.md#4-modes)."""
 
     def handles_all(self) -> bool:
         """True while every call goes that way, whatever it is: nothing of it need be understood."""

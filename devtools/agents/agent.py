@@ -1,4 +1,7 @@
-"""One simulated legacy agent: it behaves on the wire as an unmodified agent of its generation does (wire-facts §1)."""
+"""One simulated legacy agent: it behaves on the wire as an unmodified agent of its generation does.
+
+Rules: docs/reference/legacy-agents.md#1-legacy-http-endpoints.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What each generation of the vendor's agent puts on the wire (wire-facts §1): paths, headers and bodies.
+"""What each generation of the vendor's agent puts on the wire: paths, headers and bodies.
+
+Rules: docs/reference/legacy-agents.md#1-legacy-http-endpoints.
 
 Keys stand in the order of Go's structs, so that a body is what the real client would have written.
 """

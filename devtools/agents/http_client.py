@@ -1,8 +1,9 @@
 """HTTP/1.1 as Go's `net/http` client speaks it, small enough for thousands of agents in one process.
 
 A general client library cannot stand in here: what matters to the shim is when Go keeps a connection and when it drops
-it, and that each agent has connections of its own (wire-facts §1.0). aiohttp's client, for one, hands a connection back
-to its pool as soon as a short body has arrived, read or not, where Go closes it.
+it, and that each agent has connections of its own (docs/reference/legacy-agents.md#10-common-to-all-ab-clients).
+aiohttp's client, for one, hands a connection back to its pool as soon as a short body has arrived, read or not, where
+Go closes it.
 """
 
 from __future__ import annotations

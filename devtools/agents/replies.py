@@ -1,4 +1,7 @@
-"""How legacy agents decode replies (wire-facts §1): as strict about types as Go, as lenient about absence."""
+"""How legacy agents decode replies: as strict about types as Go, as lenient about absence.
+
+Rules: docs/reference/legacy-agents.md#1-legacy-http-endpoints.
+"""
 
 from __future__ import annotations
 

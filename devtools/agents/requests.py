@@ -1,4 +1,7 @@
-"""What the generations of the vendor's agent have in common on the wire (wire-facts §1.0): headers, bodies, formats."""
+"""What the generations of the vendor's agent have in common on the wire: headers, bodies, formats.
+
+Rules: docs/reference/legacy-agents.md#10-common-to-all-ab-clients.
+"""
 
 from __future__ import annotations
 

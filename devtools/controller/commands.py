@@ -28,8 +28,9 @@ class CommandSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """What `POST /control/commands` takes.
 
     `cluster_id` and `agent_id` go into the payload unless `address` is false. `id_as`, `type_as` and `payload_as` name
-    the field that carries each (protocol.md §3); `ttl_seconds`, `expires_at` and `created_at` go out as they are, and
-    `fields` is put over the finished payload. With `count`, each command has an id of its own: `<id>-1`, `<id>-2`, …
+    the field that carries each (docs/reference/protocol.md#3-commands); `ttl_seconds`, `expires_at` and `created_at`
+    are sent as they are, and `fields` is put over the finished payload. With `count` each command has an id of its own:
+    `<id>-1`, `<id>-2`, …
     """
 
     type: str = "test"

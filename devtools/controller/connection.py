@@ -152,7 +152,10 @@ class Connection:
             await self._socket.send_frame(struct.pack("!H", leave.code) + leave.reason.encode(), WSMsgType.CLOSE)
 
     async def _ping(self) -> None:
-        """Ping, and drop a peer of which nothing is heard (wire-facts §3.4). A silent fault silences this too."""
+        """Ping, and drop a peer of which nothing is heard. A silent fault silences this too.
+
+        Rules: docs/reference/legacy-agents.md#34-timers-and-reconnect.
+        """
         next_ping_s = self._clock.monotonic_s() + self._options.ping_interval_s
         while True:
             dead_s = self._heard_s + self._options.silent_after_s

@@ -19,7 +19,10 @@ from devtools.controller.tokens import Tokens, bearer
 CONTROLLER_PATH = "/api/v1/clusters/agent/ws"
 GATEWAY_PATH = "/gateway/ws"
 DEFAULT_GATEWAY_PATH = "/ws"
-"""Where an agent looks for a gateway whose URL has no path (wire-facts §3.5)."""
+"""Where an agent looks for a gateway whose URL has no path.
+
+Rules: docs/reference/legacy-agents.md#35-re-register-and-gateway.
+"""
 
 
 class HandshakeRefused(Exception):

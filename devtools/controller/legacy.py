@@ -1,4 +1,6 @@
-"""The vendor's legacy HTTP API, for modes `http` and `auto` (protocol.md §4): it answers until it is removed (410).
+"""The vendor's legacy HTTP API, for modes `http` and `auto`: it answers until it is removed (410).
+
+Rules: docs/reference/protocol.md#4-modes.
 
 Every call is recorded in the history as the message that it amounts to, with connection 0 and `via: http`.
 """

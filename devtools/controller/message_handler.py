@@ -1,4 +1,7 @@
-"""What the controller answers to each message of an agent (wire-facts §3, the vendor's guide), faults included."""
+"""What the controller answers to each message of an agent, faults included.
+
+Rules: docs/reference/legacy-agents.md#3-websocket-api, the vendor's guide.
+"""
 
 from __future__ import annotations
 

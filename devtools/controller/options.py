@@ -18,7 +18,9 @@ class TokenPlace(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Defaults are the vendor's documented behaviour (wire-facts §3.4); `_s` are seconds.
+    """Defaults are the vendor's documented behaviour; `_s` are seconds.
+
+    Rules: docs/reference/legacy-agents.md#34-timers-and-reconnect.
 
     `token_prefixes`: any token that begins with one of them is accepted, each being an owner of its own.
     `strict_clusters`: heartbeats and results for a cluster that is not registered get an `error`; else they are taken.

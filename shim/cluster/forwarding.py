@@ -26,7 +26,10 @@ PATIENCE_S = 10.0
 """How long a call waits for an owner: longer than a takeover takes, shorter than agents wait for an answer."""
 AGAIN_S = 0.2
 ANSWER_S = 1.0
-"""How long the owner may take for a heartbeat, which is answered at once (protocol.md#12)."""
+"""How long the owner may take for a heartbeat, which is answered at once.
+
+Rules: docs/reference/protocol.md#12-heartbeat-status-results-the-short-answers.
+"""
 SWEEP_S = 0.25
 RETRY_AFTER_S = 3
 WHOLE_BYTES = 262_144

@@ -32,7 +32,7 @@ class SessionTarget(msgspec.Struct, frozen=True):
 class RegisterCall:
     """A registration. `payload` is the upstream `register` payload.
 
-    The field map is docs/reference/legacy-agents.md#4-field-mapping-http---websocket. `payload` always has `agent_id`
+    The field map is docs/reference/legacy-agents.md#4-field-mapping-http-to-websocket. `payload` always has `agent_id`
     and `name`, and other fields only if the agent sent them. It never has `k8s_service_token`: that is in `secret`,
     because payloads are stored and the token must not be. `known_by_agent` is true if the session is keyed by agent id
     (dialect `agents`).

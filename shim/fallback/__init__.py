@@ -1,4 +1,7 @@
-"""Modes `http` and `auto`, and `rollout.percent`: calls that go by the vendor's HTTP API (protocol.md §4)."""
+"""Modes `http` and `auto`, and `rollout.percent`: calls that go by the vendor's HTTP API.
+
+Rules: docs/reference/protocol.md#4-modes.
+"""
 
 from shim.fallback.policy import FallbackPolicy, sunset_headers
 from shim.fallback.websocket_proxy import WebSocketProxy

@@ -1,4 +1,7 @@
-"""Calls that go by the vendor's HTTP API, as the frontend hands them over and their replies down (protocol.md §4)."""
+"""Calls that go by the vendor's HTTP API, as the frontend hands them over and their replies down.
+
+Rules: docs/reference/protocol.md#4-modes.
+"""
 
 from __future__ import annotations
 

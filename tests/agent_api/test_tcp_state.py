@@ -1,4 +1,7 @@
-"""What counts as delivered, shown on real sockets: every way in which an agent may leave (protocol.md §3)."""
+"""What counts as delivered, shown on real sockets: every way in which an agent may leave.
+
+Rules: docs/reference/protocol.md#3-commands.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agents that never register again are served all the same (protocol.md §1.4)."""
+"""Agents that never register again are served all the same (docs/reference/protocol.md#14-adoption)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The life of a command through the bridge (protocol.md §1.3, §3)."""
+"""The life of a command through the bridge (docs/reference/protocol.md#13-poll, #3-commands)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A cluster's traffic moves to the gateway that its registration names (protocol.md §2.2)."""
+"""A cluster's traffic moves to the gateway that its registration names.
+
+Rules: docs/reference/protocol.md#22-gateway-redirect.
+"""
 
 from __future__ import annotations
 

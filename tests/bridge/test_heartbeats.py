@@ -1,4 +1,7 @@
-"""Heartbeats and status reports go up for living agents, and never for dead ones (protocol.md §1.2, §2, §2.1)."""
+"""Heartbeats and status reports go up for living agents, and never for dead ones.
+
+Rules: docs/reference/protocol.md#12-heartbeat-status-results-the-short-answers, #21-link-life.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Mode `auto`: which calls go by HTTP, judged by the link that would carry them (protocol.md §4)."""
+"""Mode `auto`: which calls go by HTTP, judged by the link that would carry them.
+
+Rules: docs/reference/protocol.md#4-modes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose session a call means, and what becomes of sessions (protocol.md §1.6)."""
+"""Whose session a call means, and what becomes of sessions (docs/reference/protocol.md#16-owners-sessions-aliases)."""
 
 from __future__ import annotations
 

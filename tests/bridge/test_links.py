@@ -1,4 +1,7 @@
-"""Links at run time: tokens, sharing, losses, watchdogs, idleness (protocol.md §2, §2.1)."""
+"""Links at run time: tokens, sharing, losses, watchdogs, idleness.
+
+Rules: docs/reference/protocol.md#2-upstream-side-the-websocket, #21-link-life.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Results reach the controller at least once, and are closed when it has them (protocol.md §3, CLOSED)."""
+"""Results reach the controller at least once, and are closed when it has them.
+
+Rules: docs/reference/protocol.md#3-commands, CLOSED.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Commands that are refused on arrival: told at once, not stored, traced within bounds (protocol.md#3-commands)."""
+"""Commands that are refused on arrival: told at once, not stored, traced within bounds.
+
+Rules: docs/reference/protocol.md#3-commands.
+"""
 
 from __future__ import annotations
 

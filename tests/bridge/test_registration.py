@@ -1,4 +1,4 @@
-"""Registrations are answered in time, by whom they must be (protocol.md §1.1)."""
+"""Registrations are answered in time, by whom they must be (docs/reference/protocol.md#11-register)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The bridge and its store: the real one, a full one, a slow one, a damaged one (protocol.md §3)."""
+"""The bridge and its store: the real one, a full one, a slow one, a damaged one.
+
+Rules: docs/reference/protocol.md#3-commands.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the controller says, sense or nonsense (protocol.md §2)."""
+"""What the controller says, sense or nonsense (docs/reference/protocol.md#2-upstream-side-the-websocket)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as evidence that an agent has a command, and what does not (protocol.md §3)."""
+"""What counts as evidence that an agent has a command, and what does not (docs/reference/protocol.md#3-commands)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a result counts as having reached the controller (protocol.md §3, CLOSED)."""
+"""When a result counts as having reached the controller (docs/reference/protocol.md#3-commands, CLOSED)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""How soon the shim is back after the controller was away, and how soon it finds out (protocol.md §2.1).
+"""How soon the shim is back after the controller was away, and how soon it finds out.
+
+Rules: docs/reference/protocol.md#21-link-life.
 
 Back within 10 s of the controller's return, measured from the moment it can be reached; half-open found in under 60 s,
 a stalled application behind a live proxy in under 90 s.

@@ -1,4 +1,7 @@
-"""Nothing is dropped silently: the controller hears of every command that ends without its agent (protocol.md §3)."""
+"""Nothing is dropped silently: the controller hears of every command that ends without its agent.
+
+Rules: docs/reference/protocol.md#3-commands.
+"""
 
 from __future__ import annotations
 

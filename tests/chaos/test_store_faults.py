@@ -1,4 +1,7 @@
-"""The real shim on a disk that is full, locked, read-only, cut off, corrupt or of the future (protocol.md §3)."""
+"""The real shim on a disk that is full, locked, read-only, cut off, corrupt or of the future.
+
+Rules: docs/reference/protocol.md#3-commands.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss or refusal, and how long to wait (protocol.md §2.1)."""
+"""Loss or refusal, and how long to wait (docs/reference/protocol.md#21-link-life)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The queue of one session (protocol.md §1.3, §3)."""
+"""The queue of one session (docs/reference/protocol.md#13-poll, #3-commands)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of a command's life is total: what it does not say raises (protocol.md §3)."""
+"""The table of a command's life is total: what it does not say raises (docs/reference/protocol.md#3-commands)."""
 
 from __future__ import annotations
 

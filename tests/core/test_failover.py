@@ -1,4 +1,4 @@
-"""Which way a call goes (protocol.md §4)."""
+"""Which way a call goes (docs/reference/protocol.md#4-modes)."""
 
 from __future__ import annotations
 

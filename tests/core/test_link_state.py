@@ -1,4 +1,7 @@
-"""The life of a link (protocol.md §2.1): every cell of the table, and the stories that run through it."""
+"""The life of a link: every cell of the table, and the stories that run through it.
+
+Rules: docs/reference/protocol.md#21-link-life.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Half-open connections and stalled applications are found in time (protocol.md §2.1)."""
+"""Half-open connections and stalled applications are found in time (docs/reference/protocol.md#21-link-life)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a poll may be held (protocol.md §1.3)."""
+"""How long a poll may be held (docs/reference/protocol.md#13-poll)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sessions: whether an agent is alive, and which one is meant (protocol.md §1.6, §2.1)."""
+"""Sessions: whether an agent is alive, and which one is meant.
+
+Rules: docs/reference/protocol.md#16-owners-sessions-aliases, #21-link-life.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""tests.support.generations against what was observed of real agents (wire-facts §1): the yardstick itself."""
+"""tests.support.generations against what was observed of real agents: the yardstick itself.
+
+Rules: docs/reference/legacy-agents.md#1-legacy-http-endpoints.
+"""
 
 import json
 from typing import Any
@@ -10,7 +13,7 @@ from tests.support.gojson import GoError, Map, Time, decode
 
 BY_LABEL = {generation.label: generation for generation in ALL}
 REGISTERING = [BY_LABEL[label] for label in ("A1", "B1", "B2", "B3", "B4", "B7")]
-# wire-facts §1.1: one reply that satisfies all generations
+# docs/reference/legacy-agents.md#11-register: one reply that satisfies all generations
 SUPERSET = {
     "success": True,
     "message": "ok",

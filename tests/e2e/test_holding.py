@@ -1,4 +1,7 @@
-"""Held polls with the real shim as a process: its own server, sockets, disk and signals (protocol.md §1.3, §1.5)."""
+"""Held polls with the real shim as a process: its own server, sockets, disk and signals.
+
+Rules: docs/reference/protocol.md#13-poll, #15-tunnel-poll.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modes `http` and `auto`, and `rollout.percent`, with real processes (protocol.md §4)."""
+"""Modes `http` and `auto`, and `rollout.percent`, with real processes (docs/reference/protocol.md#4-modes)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A stand-in for the vendor's agent (B4 and later, wire-facts §1): standard library only, runs in the shim's image.
+"""A stand-in for the vendor's agent (B4 and later): standard library only, runs in the shim's image.
+
+Its requests follow docs/reference/legacy-agents.md#1-legacy-http-endpoints.
 
 Like the real one it registers once and exits if that fails, and then beats and polls what it was told to call.
 """

@@ -24,7 +24,7 @@ def workflow(name: str) -> dict[str, Any]:
 
 
 def test_there_is_one_for_every_push_and_one_for_releases() -> None:
-    assert [file.name for file in FILES] == ["ci.yml", "release.yml"]
+    assert [file.name for file in FILES] == ["ci.yml", "pages.yml", "release.yml"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

@@ -1,4 +1,6 @@
-"""Whatever agents, controller, network, disk and clock do: the promises hold (protocol.md §1.6, §2.1, §3).
+"""Whatever agents, controller, network, disk and clock do: the promises hold.
+
+Rules: docs/reference/protocol.md#16-owners-sessions-aliases, #21-link-life, #3-commands.
 
 A shim on a memory store in virtual time is driven by any sequence of calls, messages, losses, crashes, refusals and
 waits. Then the trouble ends, the agents go on living, and the books are balanced.

@@ -1,4 +1,4 @@
-"""A command is brought into the shape that every agent decodes, or refused (protocol.md §3)."""
+"""A command is brought into the shape that every agent decodes, or refused (docs/reference/protocol.md#3-commands)."""
 
 from __future__ import annotations
 

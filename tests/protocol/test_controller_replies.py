@@ -1,4 +1,7 @@
-"""What the controller answers is read with suspicion (protocol.md §1.1, §1.4, §1.5)."""
+"""What the controller answers is read with suspicion.
+
+Rules: docs/reference/protocol.md#11-register, #14-adoption, #15-tunnel-poll.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What only a WebSocket agent can serve is refused as a real agent would refuse it (wire-facts §3.3)."""
+"""What only a WebSocket agent can serve is refused as a real agent would refuse it.
+
+Rules: docs/reference/legacy-agents.md#33-controller-to-agent.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results are no longer than the controller takes (protocol.md §2)."""
+"""Results are no longer than the controller takes (docs/reference/protocol.md#2-upstream-side-the-websocket)."""
 
 from __future__ import annotations
 

@@ -333,7 +333,7 @@ async def from_the_controller() -> AsyncIterator[Finding]:
         commands = (await it.poll(it.cluster_id)).json["commands"]
         yield Finding(
             actor,
-            "tells the agent to do harm",
+            "orders the agent to do harm",
             f"the agent gets {len(commands)} well-formed commands: they are the controller's to give",
             known=True,
         )

@@ -1,4 +1,6 @@
-"""The legacy agents, generation by generation: what each one calls, and what it makes of the answer (wire-facts §1).
+"""The legacy agents, generation by generation: what each one calls, and what it makes of the answer.
+
+Rules: docs/reference/legacy-agents.md#1-legacy-http-endpoints.
 
 `GENERATIONS` are the vendor's stock agents; `GUIDE` is a client that follows the guide's documented API, in Go as well.
 `Generation.read` tells whether an agent would be content with a reply, take it for an error it lives with, or could not
@@ -166,7 +168,7 @@ def _body(generation: Generation, operation: str, who: Who) -> dict[str, Any]:
 
 
 def register_body(label: str, who: Who) -> dict[str, Any]:
-    """The register body of one generation, as wire-facts §1.1 lists its fields."""
+    """The register body of one generation, as docs/reference/legacy-agents.md#11-register lists its fields."""
     if label.startswith("A"):
         return {
             "id": who.agent_id,
@@ -216,7 +218,7 @@ _MONITORING_B5 = {
 
 
 def heartbeat_body(dialect: str, who: Who) -> dict[str, Any]:
-    """The heartbeat body of a dialect's agents (wire-facts §1.2)."""
+    """The heartbeat body of a dialect's agents (docs/reference/legacy-agents.md#12-heartbeat)."""
     if dialect == "agents":
         return {
             "agent_id": who.agent_id,

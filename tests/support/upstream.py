@@ -170,7 +170,10 @@ class Manners:
 
 
 class Controller:
-    """A controller in memory that answers like the real one (wire-facts §3, the vendor's guide)."""
+    """A controller in memory that answers like the real one.
+
+    Rules: docs/reference/legacy-agents.md#3-websocket-api, the vendor's guide.
+    """
 
     def __init__(self) -> None:
         self.upstream = FakeUpstream()

@@ -130,7 +130,9 @@ def _probe(path: str, period_s: int, failures: int) -> dict[str, Any]:
 
 
 def recognise(agent: Mapping[str, Any], image: str, config_map: str, own_token: bool) -> Sidecar:
-    """How this agent is given its URL and token (wire-facts §6): by a Secret as a whole, or key by key.
+    """How this agent is given its URL and token: by a Secret as a whole, or key by key.
+
+    Rules: docs/reference/legacy-agents.md#6-deployment-objects.
 
     Raises `InjectError` when its manifest does not tell.
     """

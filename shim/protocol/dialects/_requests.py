@@ -1,6 +1,6 @@
 """Parser for all dialects: the lenient field map from the legacy API to the WebSocket's messages.
 
-The map is docs/reference/legacy-agents.md#4-field-mapping-http---websocket. A field of the wrong type never rejects a
+The map is docs/reference/legacy-agents.md#4-field-mapping-http-to-websocket. A field of the wrong type never rejects a
 call: a number in place of a text becomes text, and any other value counts as absent.
 """
 

@@ -1,4 +1,6 @@
-"""Judges a history: pure, over everything that happened, knowing nothing of how it was made (protocol.md §2.1, §3).
+"""Judges a history: pure, over everything that happened, knowing nothing of how it was made.
+
+Rules: docs/reference/protocol.md#21-link-life, #3-commands.
 
 Each rule is a function from a `Case` to the violations that it finds; `check` applies all. The one named exception is
 `StoreLost`: what the shim had accepted before its database was destroyed may be gone.

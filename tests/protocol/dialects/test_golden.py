@@ -191,7 +191,7 @@ def test_the_decoders_agree_with_what_the_client_took(label: str, recording: dic
 
 
 def test_a_register_goes_up_as_the_websocket_client_sends_it() -> None:
-    """The fields of the recorded register frame, by the map of wire-facts §4."""
+    """Compare with the recorded register frame (docs/reference/legacy-agents.md#4-field-mapping-http-to-websocket)."""
     frame = next(json.loads(line["data"]) for line in recorded("websocket-agent.jsonl") if line["ws"] == "recv")
     assert frame["type"] == "register"
     match, call = read(recorded("legacy-clusters-agent-v1.jsonl")[1])

@@ -1,4 +1,8 @@
-"""Rendering: every reply that can be rendered is one that every generation decodes (protocol.md §1.1-1.5)."""
+"""Rendering: every reply that can be rendered is one that every generation decodes.
+
+Rules: docs/reference/protocol.md#11-register, #12-heartbeat-status-results-the-short-answers, #13-poll,
+#14-adoption, #15-tunnel-poll.
+"""
 
 from typing import Any
 

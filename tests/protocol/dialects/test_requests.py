@@ -1,4 +1,7 @@
-"""Reading requests: the field map of wire-facts §4, leniency, secrets, and the errors of bad input."""
+"""Reading requests: the field map, leniency, secrets, and the errors of bad input.
+
+The map is in docs/reference/legacy-agents.md#4-field-mapping-http-to-websocket.
+"""
 
 import json
 from typing import Any

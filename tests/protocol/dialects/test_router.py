@@ -1,4 +1,4 @@
-"""shim.dialects.Router: which request is which call, and which is none (protocol.md §1)."""
+"""shim.dialects.Router: which request is which call, and which is none (docs/reference/protocol.md#1-legacy-side)."""
 
 import pytest
 from hypothesis import given
