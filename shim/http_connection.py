@@ -1,8 +1,12 @@
-"""An HTTP connection that parses one request at a time and bounds what a peer can make it hold.
+"""An HTTP server connection that parses one request at a time, with bounds on the bytes that a peer can occupy.
 
-aiohttp's own protocol parses whatever has arrived. Here the parser gets one request at a time: what a peer sends behind
-an unanswered request stays as bytes, is bounded, and stops the reading (docs/concepts/threat-model.md#bounds). It also
-gives the exact time of a request's first byte.
+aiohttp's own protocol parses everything that has arrived. Here bytes behind an unanswered request are kept unparsed,
+are bounded, and pause reading (docs/concepts/threat-model.md#bounds). That also yields the exact time of a request's
+first byte.
+
+The class overrides private methods and attributes of aiohttp's `RequestHandler`: `_parser`, `_messages`, `_waiter`,
+`_request_count`, `_upgraded`, `_payload_parser`, `_close`, `_force_close`, `_reading_paused` and
+`_next_keepalive_close_time`. Check them when aiohttp is updated.
 """
 
 from __future__ import annotations
@@ -27,11 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 class NoRoom(Exception):
-    """A body is given up because all connections together hold too much."""
+    """An error of a body that is dropped because all connections together hold too many bytes."""
 
 
 class EmptyLine:
-    """Finds the next empty line in bytes that come in pieces: no head and no chunked body ends anywhere else."""
+    """Search for the next empty line in bytes that arrive in pieces.
+
+    Every head and every chunked body ends with an empty line.
+    """
 
     __slots__ = ("_tail",)
 
@@ -39,7 +46,7 @@ class EmptyLine:
         self._tail = b""
 
     def find(self, data: bytes) -> int:
-        """Return how many bytes of `data` go up to the end of the next empty line, 0 if there is none yet."""
+        """Return the number of bytes of `data` up to the end of the next empty line, 0 if there is none yet."""
         seen = self._tail + data
         at = seen.find(b"\r\n\r\n")
         if at < 0:
@@ -51,9 +58,9 @@ class EmptyLine:
 
 
 class Budget:
-    """Bytes that all connections together may have in memory: bodies being read, unfinished heads, what waits.
+    """A limit on the bytes that all connections together hold: bodies being read, incomplete heads, unparsed bytes.
 
-    Each may be large, but not all at a time. What each connection may hold anyway (`FREE_BYTES`) is not counted.
+    A single request may be large, but not all at the same time. The first `FREE_BYTES` of a connection are not counted.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -61,19 +68,22 @@ class Budget:
         self.used_bytes = 0
 
     def take(self, size_bytes: int) -> bool:
-        """Reserve so many more; false if there is no room, and nothing is reserved."""
+        """Reserve `size_bytes`; return False and reserve none if that exceeds the limit."""
         if self.used_bytes + size_bytes > self._limit_bytes:
             return False
         self.used_bytes += size_bytes
         return True
 
     def give_back(self, size_bytes: int) -> None:
-        """They are free again."""
+        """Release `size_bytes`."""
         self.used_bytes -= size_bytes
 
 
 class HttpConnection(RequestHandler):
-    """aiohttp's protocol for one connection, with bounds; subclasses say how refusals look and are counted."""
+    """aiohttp's protocol for one connection, with bounds.
+
+    Subclasses provide the responses to rejected requests and count them.
+    """
 
     __slots__ = (
         "_arrived_s",
@@ -105,9 +115,9 @@ class HttpConnection(RequestHandler):
         self._budget = budget
         self._head_timeout_s = head_timeout_s
         self._http: Any = self._parser
-        self._wire: asyncio.Transport | None = None  # aiohttp forgets its `transport` before the end
+        self._wire: asyncio.Transport | None = None  # aiohttp clears its `transport` before the connection has ended
         self._turned_away = False
-        self._open = False  # a request is with the handler, which has not answered it yet
+        self._open = False  # True while a complete head has no response yet
         self._arrived_s = 0.0
         self._head_since_s: float | None = None
         self._head_bytes = 0
@@ -118,32 +128,32 @@ class HttpConnection(RequestHandler):
         self._body_left = 0  # bytes that are still to come, or `CHUNKED`
         self._backlog = b""
         self._backlog_since_s = 0.0
-        self._unread_since_s: float | None = None  # when bytes were seen in the kernel that were not read yet
-        self._unread_bytes = 0  # what came of a body with its head, and no handler has begun to read
+        self._unread_since_s: float | None = None  # time at which unread bytes were seen in the kernel
+        self._unread_bytes = 0  # bytes of a body that no handler has begun to read
         self._charged_bytes = 0
         self._pipelined = False
-        self._pending: Any = None  # the answer that `_answered_at_once` has asked for elsewhere
-        self._raw = b""  # the request that is being answered at once
+        self._pending: Any = None  # the answer that `_answered_at_once` has requested from another replica
+        self._raw = b""  # the bytes of the request that is on the fast path
 
     # --- for subclasses ---
 
     def _refusal(self, status: int, text: str, more: str = "") -> bytes:
-        """Return the whole response to what is refused before it becomes a request for a handler."""
+        """Return the whole response to a request that is rejected before a handler sees it."""
         raise NotImplementedError
 
     def _count_refused(self, reason: str) -> None:
-        """Count what is refused: `head`, `http` or `memory`."""
+        """Count a rejected request by reason: `head`, `http` or `memory`."""
 
     def _answered_at_once(self, message: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
-        """Answer a request without a handler, if that is possible."""
+        """Answer a request without a handler if possible; return True if that was done."""
         return False
 
     def _watch_for_first_request(self, timeout_s: float) -> None:
-        """Close the connection if it says nothing for so long."""
+        """Close the connection if no byte arrives within `timeout_s`."""
         self._head_timer = self._loop.call_later(timeout_s, self._never_spoke)
 
     def _drop_what_is_held(self) -> None:
-        """Forget what has not been parsed, because the connection ends."""
+        """Release all unparsed bytes, because the connection ends."""
         self._stop_head_timer()
         self._backlog = b""
         self._head_bytes = self._unread_bytes = 0
@@ -152,27 +162,27 @@ class HttpConnection(RequestHandler):
     # --- requests ---
 
     def now_s(self) -> float:
-        """The event loop's time."""
+        """Return the event loop's time."""
         return self._loop.time()
 
     @property
     def closing(self) -> bool:
-        """True when the next reply is the last."""
+        """True if the connection closes after the next reply."""
         return self._close or self._force_close
 
     @property
     def _must_wait(self) -> bool:
-        """True while nothing more may be parsed: a request is whole and unanswered, or its body's reader is full."""
+        """True while no more bytes may be parsed: a complete request is unanswered, or its body's buffer is full."""
         return self._reading_paused or (self._open and not self._body_left) or self._wire is None
 
     def data_received(self, data: bytes) -> None:
         if self._close or self._force_close or self._turned_away:
             return
         if self._payload_parser is not None:
-            super().data_received(data)  # the connection has become a WebSocket
+            super().data_received(data)  # the connection is a WebSocket now
         elif not data:
             if not self._body.is_eof():
-                self._feed_body(b"")  # the body's reader has room for what the parser held back
+                self._feed_body(b"")  # the body's buffer has room again for the bytes that the parser kept
             self._read_on()
         elif self._backlog or self._must_wait:
             self._keep(data, self._loop.time())
@@ -180,7 +190,7 @@ class HttpConnection(RequestHandler):
             self._read(data, self._loop.time(), waited=False)
 
     def set_parser(self, parser: Any, data_received_cb: Callable[[], None] | None = None) -> None:
-        """Become a WebSocket: what waited behind the handshake are its first frames."""
+        """Switch to WebSocket frames; the bytes behind the handshake are the first of them."""
         super().set_parser(parser, data_received_cb)
         data, self._backlog = self._backlog, b""
         self._charge()
@@ -190,16 +200,19 @@ class HttpConnection(RequestHandler):
             self._resume_reading_for_buffer()
 
     def _resume_reading_if_drained(self) -> None:
-        """Leave the reading to `_request_over`: aiohttp would go on as soon as a handler has begun."""
+        """Do nothing: aiohttp would resume reading when a handler starts, but `_request_over` does it later."""
 
     def _read(self, data: bytes, since_s: float, *, waited: bool) -> None:
-        """Parse up to the end of the current request and keep the rest; `waited`: it was kept before."""
+        """Parse up to the end of the current request and keep the rest.
+
+        `since_s` is the arrival of `data`; `waited` is True if the bytes were kept before.
+        """
         while data and not (self._close or self._force_close or self._turned_away):
             if self._must_wait:
                 self._keep(data, since_s)
                 return
             if self._body_left and self._body.exception() is not None:
-                return  # nobody reads the rest of a body that failed, and the connection ends with its reply
+                return  # the rest of a failed body is dropped, and the connection closes with its reply
             if self._body_left:
                 size = self._size_in_body(data)
                 self._take_body(data[:size])
@@ -209,7 +222,7 @@ class HttpConnection(RequestHandler):
         self._charge()
 
     def _keep(self, data: bytes, since_s: float) -> None:
-        """Hold bytes back until the request before them is answered; beyond a bound no more are read."""
+        """Keep bytes until the request before them is answered; pause reading beyond `MAX_WAITING_BYTES`."""
         if not self._backlog:
             self._backlog_since_s = since_s
             if self._open and self._head_timer is None:
@@ -220,7 +233,7 @@ class HttpConnection(RequestHandler):
         self._charge()
 
     def _read_on(self) -> None:
-        """Go on with what was kept."""
+        """Parse the bytes that were kept."""
         data, self._backlog = self._backlog, b""
         if data:
             self._read(data, self._backlog_since_s, waited=True)
@@ -233,7 +246,7 @@ class HttpConnection(RequestHandler):
             self._out_of_memory()
 
     def _adjust_charge(self) -> bool:
-        """Take what is held beyond a small allowance from the budget of all connections; false if there is no room."""
+        """Charge the bytes held beyond `FREE_BYTES` to the common budget; return False if it is exhausted."""
         held_bytes = max(0, len(self._backlog) + self._head_bytes + self._unread_bytes - FREE_BYTES)
         if held_bytes <= self._charged_bytes:
             self._budget.give_back(self._charged_bytes - held_bytes)
@@ -248,16 +261,16 @@ class HttpConnection(RequestHandler):
             return
         self._count_refused("memory")
         self._backlog = b""
-        self.close()  # the request under way gets its answer, what was sent behind it gets none
+        self.close()  # the request in progress is answered, but not the requests behind it
         self._charge()
 
     # --- heads ---
 
     def _read_head(self, data: bytes, since_s: float, *, waited: bool) -> bytes:
-        """Parse a head, or a piece of one; returns what comes behind its request."""
+        """Parse a head, or a piece of one; return the bytes behind its request."""
         is_start = self._head_since_s is None
         if is_start:
-            data = data.lstrip(b"\r\n")  # RFC 9112 section 2.2: an empty line before a request is not its beginning
+            data = data.lstrip(b"\r\n")  # RFC 9112 section 2.2: ignore empty lines before a request
             if not data:
                 return b""
             self._begin_head(since_s, waited=waited)
@@ -275,7 +288,7 @@ class HttpConnection(RequestHandler):
             return b""
         if not messages:
             return rest
-        if len(messages) > 1:  # the parser sees requests where no head ends: nothing of it can be trusted
+        if len(messages) > 1:  # the parser found two heads before one empty line: request smuggling, reject all
             self._turn_away(400, "malformed request", "http")
             return b""
         return self._begin_body(*messages[0], upgraded=upgraded, rest=rest)
@@ -283,15 +296,15 @@ class HttpConnection(RequestHandler):
     def _begin_head(self, since_s: float, *, waited: bool) -> None:
         self._head_since_s = since_s if self._unread_since_s is None else min(since_s, self._unread_since_s)
         self._unread_since_s = None
-        # A request that began before the last one was answered is no sign that its sender has read anything.
+        # A request that began before the previous one was answered is no evidence that its sender has read the answer.
         self._pipelined = self._pipelined or waited
-        # the connection is not idle any more: from here on the head's own time counts
+        # The connection is no longer idle: the timeout for heads applies, not the one for keep-alive.
         self._next_keepalive_close_time = self._loop.time() + self._head_timeout_s + self._keepalive_timeout
         self._stop_head_timer()
         self._head_timer = self._loop.call_later(self._head_timeout_s, self._head_too_slow)
 
     def _begin_body(self, message: RawRequestMessage, body: StreamReader, *, upgraded: bool, rest: bytes) -> bytes:
-        """Take a request whose head is whole, with as much of its body as is here; returns what comes behind it."""
+        """Start a request whose head is complete, with the body bytes that are here; return the bytes behind it."""
         arrived_s = self._loop.time() if self._head_since_s is None else self._head_since_s
         self._head_since_s = None
         self._head_bytes = 0
@@ -335,12 +348,12 @@ class HttpConnection(RequestHandler):
         if self._open:
             if b"\r\n\r\n" not in self._backlog:
                 self._count_refused("head")
-                self.close()  # an earlier request is being served and gets its answer
+                self.close()  # the request in progress is answered before the connection closes
             return
         self._turn_away(408, "the request did not arrive in time", "head")
 
     def _malformed(self, fault: HttpProcessingError) -> None:
-        """Answer what the parser refused in our own words: its own echo the input, also to the log."""
+        """Reject a request that the parser rejected; its own error texts echo the input, also in the log."""
         logger.debug("a malformed request: %s", type(fault).__name__)
         if isinstance(fault, LineTooLong):
             self._turn_away(431, "a line of the request is too long", "http")
@@ -348,22 +361,25 @@ class HttpConnection(RequestHandler):
             self._turn_away(400, "malformed request", "http")
 
     def _turn_away(self, status: int, text: str, reason: str, more: str = "") -> None:
-        """Answer what never becomes a call, and close."""
+        """Reject a request before it becomes a call, and close the connection."""
         self._count_refused(reason)
         if self._wire is not None and not self._wire.is_closing():
             self._wire.write(self._refusal(status, text, more))
         self.end_after_reply()
 
     def end_after_reply(self) -> None:
-        """Close after a last reply, but throw away for a moment what still comes: a reset would destroy the reply."""
+        """Close after a last reply, but discard input for a moment.
+
+        Closing a socket with unread input sends a reset, which can destroy the reply before the peer has read it.
+        """
         self._turned_away = True
-        self._parser = self._http = None  # what it has of an unfinished head is large
+        self._parser = self._http = None  # frees the incomplete head in the parser, which may be large
         self._drop_what_is_held()
         if not self._body.is_eof():
-            self._body.feed_eof()  # else aiohttp would read on
+            self._body.feed_eof()  # otherwise aiohttp would try to read the rest
         self._forget_body()
         self._reading_paused = self._buffer_paused = False
-        self._resume_transport_reading()  # a peer that cannot write on does not read the reply
+        self._resume_transport_reading()  # a peer that is blocked in writing would not read the reply
         wire = self._wire
         if wire is not None and not wire.is_closing():
             if wire.can_write_eof():
@@ -373,7 +389,7 @@ class HttpConnection(RequestHandler):
     # --- bodies ---
 
     def _size_in_body(self, data: bytes) -> int:
-        """Return how many bytes of `data` the parser may have now; all of them belong to the current body."""
+        """Return how many bytes of `data` the parser may get now; all of them belong to the current body."""
         if self._body_left != CHUNKED:
             size = min(len(data), self._body_left)
             self._body_left -= size
@@ -382,10 +398,11 @@ class HttpConnection(RequestHandler):
         return self._empty_line.find(data) or len(data)
 
     def _take_body(self, data: bytes) -> None:
-        """Hand a piece of a body to its reader, or fail the body where all connections together hold too much."""
+        """Pass a piece of a body to its reader, or fail the body if the common budget is exhausted."""
         self._unread_bytes += len(data)
         if self._adjust_charge():
-            self._loop.call_soon(self._release_body)  # directly before a reader that waits wakes up and takes it over
+            # Runs directly before a waiting reader wakes up: from then on the reader charges the bytes itself.
+            self._loop.call_soon(self._release_body)
             self._feed_body(data)
         else:
             self._unread_bytes = 0
@@ -394,10 +411,10 @@ class HttpConnection(RequestHandler):
             self._body.set_exception(NoRoom())
 
     def _forget_body(self) -> None:
-        """Free what nobody is going to read of a body: aiohttp keeps its reader until the next request."""
+        """Free the unread bytes of a body; aiohttp keeps its reader until the next request."""
         if self._body is not EMPTY_PAYLOAD:
-            self._body._buffer.clear()  # noqa: SLF001 - reading it would make aiohttp parse on
-            self._body._size = self._body._buffer_offset = 0  # noqa: SLF001 - they belong to the buffer
+            self._body._buffer.clear()  # noqa: SLF001 - public reads would make aiohttp resume reading
+            self._body._size = self._body._buffer_offset = 0  # noqa: SLF001 - must match the buffer
 
     def _release_body(self) -> None:
         if self._unread_bytes and not self._messages:
@@ -417,7 +434,7 @@ class HttpConnection(RequestHandler):
         if body.exception() is not None or fault is not None:
             self._body_left = CHUNKED
             if not self._open:
-                self.force_close()  # its reply has been written, and nobody reads the rest
+                self.force_close()  # the reply is written, and no handler reads the rest
             elif fault is not None and body.exception() is None:
                 body.set_exception(fault)
         elif self._body_left == CHUNKED and body.is_eof():
@@ -434,7 +451,7 @@ class HttpConnection(RequestHandler):
             self._request_over()
 
     def _request_over(self) -> None:
-        """Go on with what waits behind a request that is answered."""
+        """Go on with the bytes behind an answered request."""
         self._open = False
         self._unread_bytes = 0
         if self._upgraded and self._payload_parser is None and self._http is not None:
@@ -445,6 +462,6 @@ class HttpConnection(RequestHandler):
             self._read_on()
 
     def log_exception(self, *args: Any, **details: Any) -> None:
-        """Log what aiohttp could not cope with, except for what came behind an answer and is thrown away anyway."""
+        """Log an error of aiohttp, unless it concerns discarded input behind an answered request."""
         if self._open:
             super().log_exception(*args, **details)

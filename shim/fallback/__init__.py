@@ -1,6 +1,6 @@
-"""Modes `http` and `auto`, and `rollout.percent`: calls that go by the vendor's HTTP API.
+"""Calls that go by the vendor's HTTP API: modes `http` and `auto`, and `rollout.percent`.
 
-Rules: docs/reference/protocol.md#4-modes.
+See docs/reference/protocol.md#4-modes.
 """
 
 from shim.fallback.policy import FallbackPolicy, sunset_headers

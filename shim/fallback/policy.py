@@ -1,4 +1,4 @@
-"""Decide which calls go to the vendor's HTTP API instead of the link."""
+"""The choice between the WebSocket link and the vendor's HTTP API, per call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from shim.protocol.http import fallback_url
 
 
 def sunset_headers(sunset: Sunset) -> Mapping[str, str]:
-    """`Deprecation` (RFC 9745, a structured date), `Sunset` (RFC 8594, an HTTP date), `Link`; absent if not set."""
+    """Return the headers that announce the end of the legacy API, without those that are not configured.
+
+    `Deprecation` is a structured date (RFC 9745), `Sunset` an HTTP date (RFC 8594); `Link` points to the announcement.
+    """
     found: dict[str, str] = {}
     if sunset.deprecation_at:
         found["Deprecation"] = f"@{int(parse_date_s(sunset.deprecation_at))}"
@@ -36,7 +39,7 @@ def sunset_headers(sunset: Sunset) -> Mapping[str, str]:
 
 
 def is_over(sunset: Sunset, wall_s: float) -> bool:
-    """Whether the legacy API is gone by then (Unix seconds): nothing goes that way any more."""
+    """Return True if the legacy API no longer exists at the Unix time `wall_s`."""
     return bool(sunset.at) and wall_s >= parse_date_s(sunset.at)
 
 
@@ -44,11 +47,11 @@ log = get(__name__)
 
 BROKEN = frozenset({502, 503, 504})
 TELLING = frozenset({200, 201, 409})
-"""Statuses of a registration that may tell the agent's cluster id."""
+"""Statuses of a registration's reply that may contain the agent's cluster id."""
 
 
 class FallbackPolicy:
-    """Implements `ports.Fallback` on a bridge whose settings may change at any time."""
+    """Implementation of `ports.Fallback` for a bridge whose settings may change at any time."""
 
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
@@ -60,22 +63,22 @@ class FallbackPolicy:
         """Close the connections to the vendor's API."""
         await self._proxy.close()
 
-    # --- which way ----------------------------------------------------------------------------------------------------
+    # --- choice of transport ------------------------------------------------------------------------------------------
 
     def handles_all(self) -> bool:
-        """Mode `http`, before the sunset."""
+        """Return True if every call goes by HTTP: in mode `http`, before the sunset."""
         settings = self._bridge.ctx.settings
         return settings.mode == "http" and not self._sunset_over()
 
     def handles_some(self) -> bool:
-        """Mode `auto`, or a rollout that has not reached everybody, before the sunset."""
+        """Return True if some calls may go by HTTP: in mode `auto` or with a partial rollout, before the sunset."""
         settings = self._bridge.ctx.settings
         if settings.mode == "http":
             return False
         return (settings.mode == "auto" or settings.rollout.partial) and not self._sunset_over()
 
     def handles(self, client: Caller, call: AgentCall) -> bool:
-        """Whether this call goes by HTTP."""
+        """Return True if this call goes by HTTP."""
         if isinstance(call, HealthCall):
             return False
         settings = self._bridge.ctx.settings
@@ -93,13 +96,13 @@ class FallbackPolicy:
         return in_rollout(name, rollout.percent, rollout.include, rollout.exclude)
 
     def active(self) -> bool:
-        """Whether calls go by HTTP now because of the mode or a link that is down (not because of the rollout)."""
+        """Return True if calls go by HTTP because of the mode or of a failed link, but not because of the rollout."""
         return self.handles_all() or any(
             failover.way is Transport.HTTP and self._is_used(name) for name, failover in self._failovers.items()
         )
 
     def _is_used(self, name: str) -> bool:
-        """Whether agents call for the link of this name: one that is idle, or gone, carries nobody's calls."""
+        """Return True if agents use the link of this name; no calls depend on an idle or removed link."""
         runner = self._bridge.routes.links.find(name)
         return runner is not None and runner.state is not LinkState.IDLE
 
@@ -126,12 +129,12 @@ class FallbackPolicy:
     # --- serving ------------------------------------------------------------------------------------------------------
 
     async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
-        """Serve a call by HTTP (`ports.Fallback.serve`)."""
+        """Serve a call by HTTP, or return None if the bridge must serve it; implements `ports.Fallback.serve`."""
         call = request.call
         if isinstance(call, HealthCall):
-            return None  # it asks for the shim
+            return None  # a health check asks for the health of the shim itself
         if isinstance(call, ResultCall) and not await self._bridge.detour.result_belongs_to_http(request.client, call):
-            return None  # its command came over the WebSocket
+            return None  # the command of this result came by the WebSocket
         try:
             reply = await self._send(request)
         except Unreachable as error:
@@ -174,20 +177,24 @@ class FallbackPolicy:
             self._breaker.succeeded()
 
     def _on_unreachable(self, request: ProxyRequest) -> ProxyResponse | None:
-        """The API cannot be reached: `auto` goes on over the WebSocket side, where the agent has its normal answers.
+        """Return the reply to a call while the API is unreachable, or None if the bridge must serve the call.
 
-        There is no other way in mode `http`, for an agent outside the rollout, or when the body is used up.
+        The bridge serves it in mode `auto`, except for an unparsed call or one whose body was consumed. Mode `http` and
+        agents outside the rollout have no other transport.
         """
         if self._bridge.ctx.settings.mode == "auto" and isinstance(request.body, bytes) and request.call is not None:
             return None
         return unreachable_reply()
 
     async def _merged(self, request: ProxyRequest, call: PollCall, reply: ProxyResponse) -> ProxyResponse | CallResult:
-        """The only reply that is rewritten: what is on disk comes first, and one id is delivered once."""
+        """Merge the stored commands into the reply to a poll, before the API's own commands.
+
+        No other reply is rewritten. A command that came both ways is delivered once per id.
+        """
         detour = self._bridge.detour
         body = self._read(reply)
         if body is None and reply.status == 200:
-            return reply  # commands may be in it that only the agent can read: ours wait for the next poll
+            return reply  # the agent may be able to read commands in it that the shim cannot: stored ones wait
         body = body or {}
         listed = body.get("commands")
         handed_out = listed if reply.status == 200 and isinstance(listed, list) else []
@@ -209,7 +216,7 @@ class FallbackPolicy:
         return ProxyResponse(reply.status, headers, merged, answer.lease)
 
     def _record(self, request: ProxyRequest, status: int = 0, reason: str = "") -> None:
-        """Record how a call ended, for the metrics and the status."""
+        """Record the result of a call for the metrics and the status."""
         call, ctx = request.call, self._bridge.ctx
         if call is None:
             ended, agent = FallbackCall(ctx.clock.wall_s(), "", status, reason), None

@@ -1,4 +1,4 @@
-"""A streaming reverse proxy to `fallback.url`: what came in goes out, hop-by-hop headers apart."""
+"""A streaming reverse proxy to `fallback.url`, which removes hop-by-hop headers in both directions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from shim.upstream import DialError, Dialler, failure_of
 
 log = get(__name__)
 
-READ_S = 60.0  # between two pieces of a reply; agents themselves give up after 30 s
-WHOLE_BYTES = 262_144  # a reply up to here goes down at once
-MAX_READ_BYTES = 16_777_216  # one that must be understood here may be so large
+READ_S = 60.0  # maximum time between two pieces of a reply; agents themselves give up after 30 s
+WHOLE_BYTES = 262_144  # a larger reply is streamed
+MAX_READ_BYTES = 16_777_216  # maximum size of a reply that is read here
 HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -41,13 +41,14 @@ HOP_BY_HOP = frozenset(
 
 
 class Unreachable(ShimError):
-    """The vendor's HTTP API could not be asked; nothing of a reply has come."""
+    """An error of a request to the vendor's HTTP API, raised before any part of a reply was passed on."""
 
 
 class ReverseProxy:
-    """Sends agents' requests to the API. Redirects are handed down as they are, bodies are not decoded.
+    """A client that sends agents' requests to the API and returns the replies.
 
-    `environ` is where proxies are named that the configuration does not name.
+    Redirects are returned unchanged, and bodies are not decoded. `environ` names the proxies that the configuration
+    does not name.
     """
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
@@ -57,13 +58,13 @@ class ReverseProxy:
     async def send(
         self, base: str, dialling: DialSettings, request: ProxyRequest, bearer: str | None, *, whole: bool
     ) -> ProxyResponse:
-        """Send a request on. `bearer` replaces the agent's token. With `whole` the reply is read and decoded here.
+        """Send a request to the API and return the reply. Raises `Unreachable`.
 
-        Raises `Unreachable`.
+        `bearer` replaces the agent's token. With `whole` the reply is read completely and decoded.
         """
         headers = CIMultiDict(_end_to_end(request.headers))
         headers.popall(hdrs.HOST, None)
-        headers.popall(hdrs.EXPECT, None)  # answered by us: the API may never say 100
+        headers.popall(hdrs.EXPECT, None)  # the shim has answered it: the API may never send `100 Continue`
         if bearer is not None:
             headers[hdrs.AUTHORIZATION] = f"Bearer {bearer}"
         if whole:
@@ -108,7 +109,7 @@ class ReverseProxy:
 
 
 async def _read(content: aiohttp.StreamReader) -> bytes:
-    """A whole body. Raises `Unreachable` for one that is larger than any reply that is read here."""
+    """Return a whole body. Raises `Unreachable` for one that is too large."""
     parts, size = [], 0
     async for piece in content.iter_any():
         size += len(piece)
@@ -119,7 +120,10 @@ async def _read(content: aiohttp.StreamReader) -> bytes:
 
 
 def _inflate(body: bytes) -> bytes:
-    """Decode gzip that was not asked for. Raises `Unreachable` for what is none, or too much."""
+    """Return a gzip body decoded; some servers send gzip although `identity` was requested.
+
+    Raises `Unreachable` for a body that is not gzip or too large.
+    """
     decoder = zlib.decompressobj(31)
     try:
         plain = decoder.decompress(body, MAX_READ_BYTES)
@@ -131,13 +135,13 @@ def _inflate(body: bytes) -> bytes:
 
 
 def unreachable_reply() -> ProxyResponse:
-    """Return the reply to an agent that can be served by no other way than an API that cannot be reached."""
+    """Return the 502 for an agent whose only transport is the unreachable API."""
     body = msgspec.json.encode({"success": False, "error": "the vendor's HTTP API cannot be reached"})
     return ProxyResponse(502, (("Content-Type", "application/json"),), body)
 
 
 def object_of(body: bytes | AsyncGenerator[bytes, None], replaced: Callable[[], None]) -> dict[str, Any] | None:
-    """Return the JSON object in a reply that was read whole, `None` where it is none; `replaced` as in `jsontext`."""
+    """Return the JSON object in a reply that was read whole, or None; `replaced` as in `lenient_json.decode`."""
     try:
         value = lenient_json.decode(body, replaced) if isinstance(body, bytes) else None
     except (ValueError, RecursionError):
@@ -152,7 +156,7 @@ async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, Non
 
 
 def _end_to_end(headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
-    """The headers without those that concern one hop: the fixed ones and those that `Connection` names."""
+    """Return the headers without the hop-by-hop ones: a fixed set, and those that `Connection` lists."""
     pairs = list(headers)
     named = {
         token.strip().lower() for name, value in pairs if name.lower() == "connection" for token in value.split(",")

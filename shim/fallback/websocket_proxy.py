@@ -1,9 +1,9 @@
-"""Carry an agent that speaks WebSocket already to the controller.
+"""A proxy for the WebSocket of an agent that speaks the new API already.
 
 See docs/reference/protocol.md#5-an-agent-that-has-migrated-already.
 
-A restarted pod may hold a newer agent that still has the shim's address. Its handshake goes on with its own token, and
-then every frame goes both ways as it is. Nothing of it is queued, registered or answered here.
+A restarted pod may run a newer agent that still has the shim's address. Its handshake is sent to the controller with
+its own token, and then every frame is passed on unchanged. The shim queues, registers and answers nothing for it.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ log = get(__name__)
 AGENT_PATH = "/api/v1/clusters/agent/ws"
 GATEWAY_PATH = "/ws"
 WRITE_S = 30.0
-"""A peer that does not read for so long is gone."""
+"""Time after which a peer that does not read is disconnected."""
 CLOSE_WAIT_S = 2.0
 IDLE_S = 300.0
-"""Agents and controllers ping far more often; without a frame for so long both are gone."""
+"""Time without a frame after which both sides are disconnected; agents and controllers ping far more often."""
 STOP_S = 1.0
 MAX_SNIFFED_BYTES = 1_048_576
 MAX_PENDING = 16
 RETRY_AFTER_S = 30
 GOING_AWAY = Frame("close", (1001).to_bytes(2, "big"))
 
-# The handshake to the controller is one of our own: only what it says about the agent goes on.
+# The handshake with the controller is a new one with its own keys and extensions: only the other headers are passed on.
 _OURS = HOP_BY_HOP | {
     "host",
     "content-length",
@@ -57,20 +57,23 @@ Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
 
 
 class MigrationListener(Protocol):
-    """The part of the bridge that keeps track of agents that need the shim no more."""
+    """The interface through which the bridge learns of agents that no longer need the shim."""
 
     def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
-        """Take note that an agent has sent a `register` to the controller; `anew`: the first on its connection."""
+        """Record that an agent has sent a `register`; `anew` is True for the first on its connection."""
 
     def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
-        """Take note that the controller has accepted that `register`."""
+        """Record that the controller has accepted that `register`."""
 
     def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
-        """Take note that the connection of an agent that had registered is gone."""
+        """Record that the connection of an agent that had registered was closed."""
 
 
 class WebSocketProxy:
-    """`ports.AgentWebSockets`: all agents that are carried. `settings` gives the ones of the moment."""
+    """All proxied WebSockets; implements `ports.AgentWebSockets`.
+
+    `settings()` returns the current settings.
+    """
 
     def __init__(
         self,
@@ -91,11 +94,11 @@ class WebSocketProxy:
         self._stopping = False
 
     def serves(self, target: str) -> bool:
-        """Return whether a WebSocket handshake for this request target is passed on."""
+        """Return True if a WebSocket handshake for this request target is proxied."""
         return self._url_of(target) is not None
 
     async def open(self, handshake: Handshake) -> Carried:
-        """Open the controller's side with the agent's own token. Raises `AgentError` where that is not possible."""
+        """Open the controller's side with the agent's own token. Raises `AgentError` if that fails."""
         url = self._url_of(handshake.target)
         if url is None:
             raise AgentError(404, "no such endpoint")
@@ -106,7 +109,7 @@ class WebSocketProxy:
         try:
             async with asyncio.timeout(self._settings().upstream.connect_timeout_s):
                 upstream = await self._dialler.websocket(url, dict(_passed(handshake.headers)))
-        except Exception as error:  # noqa: BLE001 - texts and tracebacks of aiohttp's errors show the token
+        except Exception as error:  # noqa: BLE001 - texts and tracebacks of aiohttp's errors contain the token
             raise self._refusal(error) from None
         finally:
             self._dialling -= 1
@@ -116,11 +119,11 @@ class WebSocketProxy:
         return carried
 
     def count(self) -> int:
-        """Return how many agents are carried now."""
+        """Return the number of proxied WebSockets."""
         return len(self._open)
 
     async def close(self) -> None:
-        """Tell agents and the controller that this end goes away, wait a moment for them, and drop the rest."""
+        """Close all WebSockets: send 1001 to both sides, wait briefly, then drop the connections that are left."""
         self._stopping = True
         carried = list(self._open)
         with contextlib.suppress(TimeoutError):
@@ -155,7 +158,10 @@ class WebSocketProxy:
 
 
 class Carried:
-    """One agent's two connections. `run` carries the agent's frames; a task of its own carries the controller's."""
+    """One proxied WebSocket: the agent's connection and the controller's.
+
+    `run` passes the agent's frames on; a task of its own passes the controller's frames on.
+    """
 
     def __init__(
         self,
@@ -180,7 +186,7 @@ class Carried:
         self._down_ended = asyncio.Event()
 
     async def run(self, agent: FrameSocket) -> None:
-        """Carry frames until either side is gone. Raises only `CancelledError`, when the agent has hung up."""
+        """Pass frames on until either side ends. Raises only `CancelledError`, when the agent has disconnected."""
         self._agent = agent
         if self._spawn("agent-websocket", self._down(agent)) is None:
             agent.abort()
@@ -188,12 +194,13 @@ class Carried:
             return
         try:
             await self._carry(agent, self._upstream, self._sniff_up)
-            if self._closing:  # the agent waits for the answer to its close frame
+            if self._closing:  # the agent waits for the controller's answer to its close frame
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(CLOSE_WAIT_S):
                         await self._down_ended.wait()
         finally:
-            # A close frame that went up is still to arrive; without one the agent is lost, and that is passed on.
+            # A close frame to the controller needs time to arrive. Without one the agent's connection was lost, and the
+            # controller's is dropped at once.
             if self._closing:
                 asyncio.get_running_loop().call_later(CLOSE_WAIT_S, self._upstream.abort)
             else:
@@ -213,7 +220,10 @@ class Carried:
                 self.abort()
 
     async def _carry(self, source: FrameSocket, target: FrameSocket, look: Callable[[Frame], None]) -> None:
-        """Pass frames on until a close frame has passed, or one side is lost."""
+        """Pass frames from `source` to `target` until a close frame was passed on or one side is lost.
+
+        `look` is called with each frame before it is passed on.
+        """
         loop = asyncio.get_running_loop()
         self._frame_at_s = loop.time()
         while True:
@@ -238,7 +248,7 @@ class Carried:
                 return
 
     async def go_away(self) -> None:
-        """Send both sides a close frame with 1001."""
+        """Send a close frame with 1001 to both sides."""
         self._closing = True
         for side in (self._agent, self._upstream):
             if side is not None:
@@ -246,7 +256,7 @@ class Carried:
                     await side.write_frame(GOING_AWAY)
 
     def abort(self) -> None:
-        """Drop the controller's side and forget the agent. Idempotent."""
+        """Drop the controller's connection and end the proxying. Idempotent."""
         self._upstream.abort()
         if not self.ended.done():
             self.ended.set_result(None)
@@ -254,10 +264,10 @@ class Carried:
             if self._registered is not None:
                 self._listener.websocket_closed(self._token, self._registered)
 
-    # --- what passes --------------------------------------------------------------------------------------------------
+    # --- inspection of passing frames ---------------------------------------------------------------------------------
 
     def _sniff_up(self, frame: Frame) -> None:
-        """Notice the agent's own registration: from then on no legacy agent speaks for its cluster."""
+        """Report the agent's own `register` to the bridge, which then ends the cluster's legacy session."""
         for request_id, payload in _messages(frame, "register"):
             if len(self._registers) < MAX_PENDING:
                 self._registers[request_id] = payload
@@ -282,7 +292,7 @@ def _passed(headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
 
 
 def _messages(frame: Frame, kind: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield the request id and the payload of each message of a kind in a frame."""
+    """Yield the request id and the payload of each message of one type in a frame."""
     if frame.kind in ("text", "binary") and len(frame.data) <= MAX_SNIFFED_BYTES and kind.encode() in frame.data:
         for message in decode_frame(frame.data):
             if not isinstance(message, MessageError) and message.type == kind:
