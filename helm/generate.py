@@ -26,9 +26,10 @@ CHART = ROOT / "helm" / "agent-shim"
 COMPONENTS = ROOT / "config" / "kustomize"
 VENDOR_NAMESPACE = "pipeops-system"
 
-# What the chart sets itself: by ports, admin, store, upstream and gateway.tlsSecretName.
+# What the chart sets itself: by ports, admin, store, upstream, gateway.tlsSecretName and the pod.
 OWNED = (
     *("listen.host", "listen.port", "listen.tls", "admin.host", "admin.port", "admin.token_file"),
+    *("cluster.host", "cluster.port", "cluster.advertise", "cluster.replica"),
     *("store", "upstream.url", "upstream.token", "upstream.token_file"),
 )
 _GENERATED = "# Written by `make chart` from shim/cli/inject/sidecar.py.\n"

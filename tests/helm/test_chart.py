@@ -35,6 +35,7 @@ from tests.support.policy import admit
 
 pytestmark = pytest.mark.needs("helm3", "helm4")
 
+DATABASE = ("mode=gateway", "store.postgresql.secretName=db")
 VALUE_SETS = sorted(path.name for path in (CHART / "ci").glob("*.yaml"))
 KUBERNETES = ("1.29", "1.31", "1.34", "1.36")
 POLICIES = {"1.29": "false", "1.31": "false", "1.34": "true", "1.36": "true"}
@@ -121,7 +122,19 @@ def test_the_policy_can_be_forced_and_left_out() -> None:
         (["agent.podLabels=null"], "agent.podLabels is empty"),
         (["agent.namespaces={a}"], "agent.namespaces is for mode: gateway"),
         (["networkPolicy.enabled=true"], "it must also allow what the agent itself needs"),
-        (["mode=gateway", "gateway.replicas=2"], "a file has one writer"),
+        (["mode=gateway", "gateway.replicas=2"], "more than one replica needs a database (store.postgresql"),
+        (["store.postgresql.secretName=db"], "store.postgresql is for mode: gateway"),
+        ([*DATABASE, "store.type=pvc"], "store.type: pvc is for a file"),
+        ([*DATABASE, "ports.cluster=7090"], "ports.cluster is the same as"),
+        ([*DATABASE, "ports.cluster=8080"], "ports.cluster is 8080, which belongs to the vendor's agent"),
+        ([*DATABASE, "gateway.drainSeconds=25"], "must be more than 5 s longer"),
+        ([*DATABASE, "config.cluster.host=0.0.0.0"], "host"),
+        ([*DATABASE, "config.store.url=postgresql://a:b@c/d"], "store"),
+        (["mode=gateway", "store.url=postgresql://a:b@c/d"], "url"),
+        (["mode=gateway", "store.postgresql.secretName=postgresql://a:b@c/d"], "secretName"),
+        (["mode=gateway", "store.postgresql.caSecretName=ca"], "store.postgresql.secretName is missing"),
+        (["mode=gateway", "extraEnv[0].name=SHIM_STORE__URL", "extraEnv[0].value=x"], "store.postgresql.secretName"),
+        ([*DATABASE, "extraEnv[0].name=PGPASSWORD", "extraEnv[0].value=x"], "store.postgresql.passwordKey"),
         (["upstream.token.from=secret"], "upstream.token.secretName is missing"),
         (["upstream.token.from=value"], "upstream.token.value is missing"),
         (["upstream.token.value=x"], "upstream.token.from is not value"),
@@ -161,6 +174,9 @@ def test_the_shim_takes_the_configuration(values: str, tmp_path: Path) -> None:
     file.write_text(one(objects, "ConfigMap", "agent-shim")["data"]["config.yaml"])
     given = {
         "SHIM_ADMIN__HOST": "10.0.0.7",
+        "SHIM_STORE__URL": "postgresql://shim@db.example/shim",
+        "SHIM_CLUSTER__HOST": "10.0.0.7",
+        "SHIM_CLUSTER__REPLICA": "agent-shim-6b9f-abcde",
     }
     names = env_of(container(one(objects, "Pod"), "agent-shim"))
     settings = loader.load(str(file), {name: value for name, value in given.items() if name in names}, [])
@@ -360,6 +376,57 @@ def test_the_gateway() -> None:
         "team-a",
         "team-b",
     ]
+
+
+def test_a_gateway_on_a_database_takes_everything_from_secrets() -> None:
+    objects = rendered(values=CHART / "ci" / "gateway-postgresql.yaml")
+    pod = one(objects, "Deployment")["spec"]["template"]
+    shim = container(pod, "agent-shim")
+    env = env_of(shim)
+    assert env["SHIM_STORE__URL"] == {"secretKeyRef": {"name": "shim-database", "key": "uri"}}
+    assert env["SHIM_CLUSTER__HOST"] == env["SHIM_ADMIN__HOST"]
+    assert env["SHIM_CLUSTER__REPLICA"]["fieldRef"]["fieldPath"] == "metadata.name"
+    config = yaml.safe_load(one(objects, "ConfigMap", "agent-shim")["data"]["config.yaml"])
+    assert config["cluster"] == {"lease_s": 21.5, "port": 7081}
+    assert {"name": "shim-cluster", "containerPort": 7081, "protocol": "TCP"} in shim["ports"]
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    assert "agent-shim-store" not in volumes
+    mounts = {mount["name"]: mount["mountPath"] for mount in shim["volumeMounts"]}
+    assert set(mounts) == set(volumes)
+    projected = volumes["agent-shim-database"]["projected"]
+    paths = {item["path"] for source in projected["sources"] for item in source["secret"]["items"]}
+    keys = ("password_file", "ca_file", "client_cert_file", "client_key_file")
+    assert {config["store"][key] for key in keys} == {f"{mounts['agent-shim-database']}/{path}" for path in paths}
+    # libpq refuses a key that others may read, and takes one of root's with 0640 or less.
+    assert projected["defaultMode"] & 0o137 == 0
+
+
+def test_one_replica_becomes_several_by_their_number_alone() -> None:
+    one_, three = (one(rendered(*DATABASE, f"gateway.replicas={number}"), "Deployment")["spec"] for number in (1, 3))
+    assert (one_.pop("replicas"), three.pop("replicas")) == (1, 3)
+    assert one_ == three
+    assert three["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    assert three["minReadySeconds"] == 10
+    (shim,) = three["template"]["spec"]["containers"]
+    assert "time.sleep(5)" in shim["lifecycle"]["preStop"]["exec"]["command"][-1]
+
+
+def test_longer_leases_settle_longer() -> None:
+    spec = one(rendered(values=CHART / "ci" / "gateway-postgresql.yaml"), "Deployment")["spec"]
+    assert spec["minReadySeconds"] == 44
+
+
+def test_replicas_reach_the_database_and_each_other() -> None:
+    objects = rendered(values=CHART / "ci" / "gateway-postgresql.yaml")
+    policy = one(objects, "NetworkPolicy")["spec"]
+    replicas = {"podSelector": {"matchLabels": policy["podSelector"]["matchLabels"]}}
+    cluster = [{"protocol": "TCP", "port": 7081}]
+    assert {"from": [replicas], "ports": cluster} in policy["ingress"]
+    assert {"to": [replicas], "ports": cluster} in policy["egress"]
+    assert [5432] in [[port["port"] for port in rule["ports"]] for rule in policy["egress"]]
+    assert [rule for rule in policy["ingress"] if rule["ports"] == cluster and len(rule["from"]) > 1] == []
+    file = one(rendered("mode=gateway", "networkPolicy.enabled=true"), "NetworkPolicy")["spec"]
+    assert not {5432, 7081} & {port["port"] for rule in file["egress"] + file["ingress"] for port in rule["ports"]}
 
 
 def test_only_changes_that_need_it_restart_the_gateway() -> None:

@@ -88,6 +88,17 @@ annotations:
 {{- .Values.store.existingClaim | default (printf "%s-store" (include "agent-shim.fullname" .)) }}
 {{- end }}
 
+{{/* Not empty where the store is a PostgreSQL database: the Secret with its URL. */}}
+{{- define "agent-shim.database" -}}
+{{- .Values.store.postgresql.secretName }}
+{{- end }}
+
+{{/* Not empty where files for the database are mounted. */}}
+{{- define "agent-shim.databaseFiles" -}}
+{{- $database := .Values.store.postgresql -}}
+{{- if include "agent-shim.database" . }}{{ or $database.passwordKey $database.caSecretName $database.clientSecretName }}{{ end }}
+{{- end }}
+
 {{- define "agent-shim.agentContainers" -}}
 {{- $vendor := ternary (list "pipeops-agent") (list "agent") (eq .Values.agent.install "chart") -}}
 {{- .Values.agent.containers | default $vendor | toJson }}
@@ -143,9 +154,8 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- if and $v.networkPolicy.enabled (not $v.networkPolicy.agentEgress) -}}
 {{- fail "networkPolicy.agentEgress: the policy holds for the whole pod, so it must also allow what the agent itself needs, at least the Kubernetes API" -}}
 {{- end -}}
-{{- else if gt (int $v.gateway.replicas) 1 -}}
-{{- fail "gateway.replicas: a file has one writer, so there is one replica" -}}
 {{- end -}}
+{{- include "agent-shim.validateStore" . -}}
 {{- if and (eq $v.mode "gateway") (regexMatch "^[0-9]" (include "agent-shim.fullname" .)) -}}
 {{- fail (printf "%s cannot be the name of a Service, which begins with a letter: set fullnameOverride" (include "agent-shim.fullname" .)) -}}
 {{- end -}}
@@ -179,15 +189,50 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- if and (dig "fallback" "use_upstream_token" false $config) (eq $token.from "agent") -}}
 {{- fail "config.fallback.use_upstream_token: there is no upstream token where upstream.token.from is agent" -}}
 {{- end -}}
-{{- if and $v.store.existingClaim (ne $v.store.type "pvc") -}}
-{{- fail "store.existingClaim is given, but store.type is not pvc" -}}
-{{- end -}}
 {{- if and (eq $v.mode "gateway") (eq (dig "listen" "auth" "auto" $config) "off") -}}
 {{- fail "config.listen.auth: off is for 127.0.0.1, a gateway is reachable from other pods" -}}
 {{- end -}}
 {{- range $v.extraVolumes -}}
 {{- if not (hasPrefix "agent-shim-" .name) -}}
 {{- fail (printf "extraVolumes: the name %s must begin with agent-shim-, so that it is not one of the agent's and goes with the sidecar" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* The same for the store: a file, or a database with any number of replicas. */}}
+{{- define "agent-shim.validateStore" -}}
+{{- $v := .Values -}}
+{{- $database := $v.store.postgresql -}}
+{{- if and $v.store.existingClaim (ne $v.store.type "pvc") -}}
+{{- fail "store.existingClaim is given, but store.type is not pvc" -}}
+{{- end -}}
+{{- range $v.extraEnv -}}
+{{- if regexMatch "^SHIM_(STORE|CLUSTER)__" .name -}}
+{{- fail (printf "extraEnv: %s is the chart's to set; a database's URL stands in a Secret: store.postgresql.secretName" .name) -}}
+{{- end -}}
+{{- if and (eq .name "PGPASSWORD") .value -}}
+{{- fail "extraEnv: PGPASSWORD would stand in the Deployment and in the release's history; put the password into the Secret: store.postgresql.passwordKey" -}}
+{{- end -}}
+{{- end -}}
+{{- if not (include "agent-shim.database" .) -}}
+{{- if and (eq $v.mode "gateway") (gt (int $v.gateway.replicas) 1) -}}
+{{- fail "gateway.replicas: a file has one writer; more than one replica needs a database (store.postgresql.secretName)" -}}
+{{- end -}}
+{{- if or $database.passwordKey $database.caSecretName $database.clientSecretName -}}
+{{- fail "store.postgresql.secretName is missing: the Secret with the database's URL" -}}
+{{- end -}}
+{{- else -}}
+{{- if eq $v.mode "sidecar" -}}
+{{- fail "store.postgresql is for mode: gateway; a sidecar has its own file" -}}
+{{- end -}}
+{{- if eq $v.store.type "pvc" -}}
+{{- fail "store.type: pvc is for a file; with store.postgresql there is none (agent-shim store copy moves what is in it)" -}}
+{{- end -}}
+{{- if has (int $v.ports.cluster) (list (int $v.ports.legacy) (int $v.ports.admin)) -}}
+{{- fail "ports.cluster is the same as ports.legacy or ports.admin" -}}
+{{- end -}}
+{{- if ge (int $v.gateway.drainSeconds) (sub (int $v.gateway.terminationGracePeriodSeconds) 5) -}}
+{{- fail "gateway.terminationGracePeriodSeconds must be more than 5 s longer than gateway.drainSeconds" -}}
 {{- end -}}
 {{- end -}}
 {{- end }}
@@ -207,6 +252,19 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- if and (eq .Values.mode "gateway") .Values.gateway.tlsSecretName -}}
 {{- $tls := dict "cert_file" "/etc/agent-shim-tls/tls.crt" "key_file" "/etc/agent-shim-tls/tls.key" -}}
 {{- $_ := set (get $ours "listen") "tls" $tls -}}
+{{- end -}}
+{{- if include "agent-shim.database" . -}}
+{{- $database := .Values.store.postgresql -}}
+{{- $store := dict -}}
+{{- if $database.passwordKey }}{{ $_ := set $store "password_file" "/var/run/agent-shim-database/password" }}{{ end -}}
+{{- if $database.caSecretName }}{{ $_ := set $store "ca_file" "/var/run/agent-shim-database/ca.crt" }}{{ end -}}
+{{- if $database.clientSecretName -}}
+{{- $_ := set $store "client_cert_file" "/var/run/agent-shim-database/client.crt" -}}
+{{- $_ := set $store "client_key_file" "/var/run/agent-shim-database/client.key" -}}
+{{- end -}}
+{{- if $database.allowInsecure }}{{ $_ := set $store "allow_insecure" true }}{{ end -}}
+{{- $_ := set $ours "store" $store -}}
+{{- $_ := set $ours "cluster" (dict "port" (int .Values.ports.cluster)) -}}
 {{- end -}}
 {{- toYaml (mergeOverwrite $ours (deepCopy .Values.config)) }}
 {{- end }}

@@ -50,6 +50,23 @@ failureThreshold: {{ .failures }}
       apiVersion: v1
       fieldPath: status.podIP
 {{- end }}
+{{- if include "agent-shim.database" . }}
+- name: SHIM_STORE__URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.store.postgresql.secretName | quote }}
+      key: {{ .Values.store.postgresql.urlKey | quote }}
+- name: SHIM_CLUSTER__HOST
+  valueFrom:
+    fieldRef:
+      apiVersion: v1
+      fieldPath: status.podIP
+- name: SHIM_CLUSTER__REPLICA
+  valueFrom:
+    fieldRef:
+      apiVersion: v1
+      fieldPath: metadata.name
+{{- end }}
 {{- if and (not .Values.upstream.url) (eq .Values.agent.install "manifest") }}
 - name: SHIM_UPSTREAM__URL
   valueFrom:
@@ -68,8 +85,10 @@ failureThreshold: {{ .failures }}
 - name: agent-shim-config
   mountPath: /etc/agent-shim
   readOnly: true
+{{- if not (include "agent-shim.database" .) }}
 - name: agent-shim-store
   mountPath: /var/lib/agent-shim
+{{- end }}
 - name: agent-shim-empty
   mountPath: /var/run/secrets/kubernetes.io/serviceaccount
   readOnly: true
@@ -88,6 +107,11 @@ failureThreshold: {{ .failures }}
   mountPath: /etc/agent-shim-tls
   readOnly: true
 {{- end }}
+{{- if include "agent-shim.databaseFiles" . }}
+- name: agent-shim-database
+  mountPath: /var/run/agent-shim-database
+  readOnly: true
+{{- end }}
 {{- with .Values.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
@@ -99,6 +123,7 @@ failureThreshold: {{ .failures }}
   configMap:
     name: {{ include "agent-shim.fullname" . | quote }}
     defaultMode: 292
+{{- if not (include "agent-shim.database" .) }}
 - name: agent-shim-store
 {{- if eq .Values.store.type "pvc" }}
   persistentVolumeClaim:
@@ -106,6 +131,7 @@ failureThreshold: {{ .failures }}
 {{- else }}
   emptyDir:
     sizeLimit: {{ .Values.store.sizeLimit | quote }}
+{{- end }}
 {{- end }}
 - name: agent-shim-empty
   emptyDir:
@@ -133,6 +159,33 @@ failureThreshold: {{ .failures }}
   secret:
     secretName: {{ .Values.gateway.tlsSecretName | quote }}
     defaultMode: 288
+{{- end }}
+{{- if include "agent-shim.databaseFiles" . }}
+{{- $database := .Values.store.postgresql }}
+- name: agent-shim-database
+  projected:
+    # 0440: the driver refuses a key that everybody may read. The pod's fsGroup may read it.
+    defaultMode: 288
+    sources:
+      {{- with $database.passwordKey }}
+      - secret:
+          name: {{ $database.secretName | quote }}
+          items:
+            - {key: {{ . | quote }}, path: password}
+      {{- end }}
+      {{- with $database.caSecretName }}
+      - secret:
+          name: {{ . | quote }}
+          items:
+            - {key: {{ $database.caKey | quote }}, path: ca.crt}
+      {{- end }}
+      {{- with $database.clientSecretName }}
+      - secret:
+          name: {{ . | quote }}
+          items:
+            - {key: {{ $database.clientCertKey | quote }}, path: client.crt}
+            - {key: {{ $database.clientKeyKey | quote }}, path: client.key}
+      {{- end }}
 {{- end }}
 {{- with .Values.extraVolumes }}
 {{ toYaml . }}
