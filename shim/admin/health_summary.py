@@ -229,6 +229,8 @@ def _fallback_hint(status: int | None) -> str:
         return "The agent's token is not accepted there: fallback.use_upstream_token sends the shim's own."
     if status == 404:
         return "Is fallback.url the vendor's API, with its base path?"
+    if status is not None and 300 <= status < 400:
+        return "fallback.url must be the address itself: agents are handed the redirect as it is."
     return REFUSED_HINTS.get(status or 0, "The vendor's side; a return to mode websocket needs no agent's restart.")
 
 

@@ -51,8 +51,11 @@ class FallbackCall:
 
     @property
     def ok(self) -> bool:
-        """True if the API served the agent: 2xx, 3xx, and the statuses that are no failure."""
-        return 200 <= self.status < 400 or (self.status, self.operation) in _NORMAL
+        """True if the API served the agent: 2xx, and the statuses that are no failure.
+
+        A redirect serves nobody: an agent that follows it leaves its token behind, or turns its POST into a GET.
+        """
+        return 200 <= self.status < 300 or (self.status, self.operation) in _NORMAL
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from email.utils import formatdate
 from typing import Any
@@ -45,6 +46,8 @@ def is_over(sunset: Sunset, wall_s: float) -> bool:
 
 log = get(__name__)
 
+PATIENCE_S = 5.0
+"""Seconds after which an agent that hangs up unanswered was not served; one that leaves sooner may be stopping."""
 BROKEN = frozenset({502, 503, 504})
 TELLING = frozenset({200, 201, 409})
 """Statuses of a registration's reply that may contain the agent's cluster id."""
@@ -135,8 +138,14 @@ class FallbackPolicy:
             return None  # a health check asks for the health of the shim itself
         if isinstance(call, ResultCall) and not await self._bridge.detour.result_belongs_to_http(request.client, call):
             return None  # the command of this result came by the WebSocket
+        began_s = self._bridge.ctx.now
         try:
             reply = await self._send(request)
+        except asyncio.CancelledError:
+            if (waited_s := self._bridge.ctx.now - began_s) >= PATIENCE_S:  # the agent gave up: nobody served it
+                self._breaker.failed(self._bridge.ctx.now)
+                self._record(request, reason=f"the agent hung up after {waited_s:.0f} s without an answer")
+            raise
         except Unreachable as error:
             self._breaker.failed(self._bridge.ctx.now)
             self._record(request, reason=str(error))

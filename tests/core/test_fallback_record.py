@@ -12,7 +12,7 @@ from shim.core.records import SessionKey
     "status, outcome, ok",
     [
         (204, "2xx", True),
-        (302, "3xx", True),
+        (302, "3xx", False),
         (401, "4xx", False),
         (503, "5xx", False),
         (777, "5xx", False),

@@ -17,8 +17,10 @@ import pytest_asyncio
 
 from shim.admin.health_messages import SENTENCES
 from shim.core.failover import bucket
+from shim.fallback.policy import PATIENCE_S
 from tests.e2e.test_operate import run
 from tests.support.processes import TOKEN, Shim, world
+from tests.support.sockets import read_head, tcp_server
 
 WAIT_S = 40.0
 FAST = {"upstream": {"heartbeat_interval_s": 0.1}, "poll": {"hold": "off"}}
@@ -300,6 +302,36 @@ async def test_mode_http_and_an_api_that_is_gone(tmp_path: Path, http: aiohttp.C
             told = await health.until("fallback_failing")
             assert "no answer, heartbeat" in told["overall"]["text"]
         await health.until("fallback_failed", 90)  # a minute later, without a call since
+
+
+async def test_an_api_that_takes_calls_and_never_answers(tmp_path: Path, http: aiohttp.ClientSession) -> None:
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            pass
+
+    async with world(tmp_path, FAST) as (shim, _), tcp_server(converse) as port:
+        shim.write({"mode": "http", "fallback": {"url": f"http://127.0.0.1:{port}"}})
+        await shim.start()
+        body, patience = {"status": "healthy"}, aiohttp.ClientTimeout(total=PATIENCE_S + 1)
+        with pytest.raises(TimeoutError):  # as an agent does whose own time limit comes first
+            await http.post(f"{shim.url}{BASE}/gone/heartbeat", json=body, timeout=patience)
+        told = await Health(http, shim).until("fallback_failing")
+        assert "no answer, heartbeat (the agent hung up after" in told["overall"]["text"]
+
+
+async def test_an_api_that_redirects(tmp_path: Path, http: aiohttp.ClientSession) -> None:
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 302 Found\r\nLocation: https://login.test/\r\nContent-Length: 0\r\n\r\n")
+
+    async with world(tmp_path, FAST) as (shim, _), tcp_server(converse) as port:
+        shim.write({"mode": "http", "fallback": {"url": f"http://127.0.0.1:{port}"}})
+        await shim.start()
+        async with http.get(f"{shim.url}{BASE}/gone/poll", allow_redirects=False) as response:
+            assert response.status == 302
+        told = await Health(http, shim).until("fallback_failing")
+        assert "302 poll" in told["overall"]["text"]
+        assert "fallback.url must be the address itself" in told["overall"]["problems"][0]["hint"]
 
 
 async def test_what_takes_its_time_to_show(tmp_path: Path, http: aiohttp.ClientSession) -> None:

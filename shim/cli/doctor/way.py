@@ -236,7 +236,7 @@ def judge_fallback(dial: Dial) -> Finding:
         return warned("fallback", f"{host}: gone (HTTP 410)", "its sunset is over: there is no way back")
     if 300 <= status < 400:
         todo = "fallback.url must be the address itself: agents are handed the redirect as it is"
-        return warned("fallback", f"{host}: redirects (HTTP {status})", todo)
+        return failed("fallback", f"{host}: redirects (HTTP {status})", todo)
     doubt = next((each for each in steps if each.status is Status.WARN), None)
     if doubt is not None:
         return warned("fallback", f"{host} answers (HTTP {status}); {doubt.check}: {doubt.text}", doubt.remedy)
