@@ -25,7 +25,7 @@ help: ## list these targets
 
 install: $(DEV) ## create .venv with everything that development needs
 
-check: $(DEV) ## lint, format, types and import rules
+check: $(DEV) ## lint, format, types, import rules, and the documents' links, citations and English
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict shim devtools supply
@@ -37,6 +37,7 @@ check: $(DEV) ## lint, format, types and import rules
 	$(BIN)/python helm/generate.py --check
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/mkdocs build --quiet
+	$(BIN)/python -m pytest --quiet tests/docs/test_english.py tests/docs/test_references.py
 
 test: $(DEV) $(NODE_DEPS) ## run the tests (ARGS go to pytest)
 	$(BIN)/$(RUNNER) $(ARGS)
