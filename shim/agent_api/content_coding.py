@@ -56,7 +56,7 @@ async def _inflate(data: bytes, bits: int, limit_bytes: int, budget: Budget) -> 
                 raise BodyRejected(400, "the body is cut short")
             await asyncio.sleep(0)
     except zlib.error:
-        raise BodyRejected(400, "the body is not what its Content-Encoding says") from None
+        raise BodyRejected(400, "the body does not match its Content-Encoding") from None
     finally:
         budget.give_back(size)
     return b"".join(parts)

@@ -148,7 +148,7 @@ def decode_body(data: bytes, replaced: Callable[[], None]) -> Any:
         msgspec.json.decode(data, type=msgspec.Raw)  # raises for invalid JSON, without creating any values
     except (ValueError, RecursionError):
         raise AgentError(400, "the body is not valid JSON") from None
-    raise AgentError(413, f"the body may have {MAX_VALUES} values, this one has more")
+    raise AgentError(413, f"the body has more than {MAX_VALUES} values")
 
 
 def _count_values(data: bytes) -> int:

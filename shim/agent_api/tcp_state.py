@@ -1,6 +1,6 @@
 """Queries of the kernel's state of a TCP connection, which asyncio does not expose.
 
-They tell if the peer can have received a reply, see docs/reference/protocol.md#3-commands.
+They show if the peer can have received a reply, see docs/reference/protocol.md#3-commands.
 """
 
 from __future__ import annotations

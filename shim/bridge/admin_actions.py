@@ -69,7 +69,7 @@ class CommandDetails(NamedTuple):
 class AdminActions:
     """Handler of operators' actions.
 
-    Every action may raise `OperatorError`, whose text tells the operator what to do instead.
+    Every action may raise `OperatorError`, whose text says why it failed and what to do instead.
     """
 
     def __init__(
@@ -175,14 +175,14 @@ class AdminActions:
         ]
         if not held:
             record = _only(await self.find(command_id), session).record
-            raise OperatorError(409, f"{_STANDS[record.state]}: only one that still waits can be purged")
+            raise OperatorError(409, f"{_STANDS[record.state]}: only a command that still waits can be purged")
         key, queue = held[0]
         if len(held) > 1:
             raise _ambiguous([key for key, _ in held])
         self._purge(key, queue, command_id, _with_reason("purged by an operator", reason))
         found = _only(await self.find(command_id), str(key)).record
         if found.state is not CommandState.DEAD:
-            raise OperatorError(503, "purged in memory, but the disk refused: it is back after a restart")
+            raise OperatorError(503, "purged in memory, but the store failed: it is back after a restart")
         return found
 
     def _purge(self, key: SessionKey, queue: CommandQueue, command_id: str, why: str) -> None:
@@ -210,9 +210,11 @@ class AdminActions:
             why = "only one that was delivered, expired or given up, and has no result, can be delivered again"
             raise OperatorError(409, f"{_STANDS[record.state]}: {why}") from None
         if record.seq == 0:
-            raise OperatorError(409, "it was rejected when it arrived and never stored: the controller has to send it")
+            raise OperatorError(
+                409, "it was rejected when it arrived and never stored: the controller must send it again"
+            )
         if self._ctx.sessions.get(key) is None:
-            raise OperatorError(409, f"its agent {key.ident} is not known any more: nobody would fetch it")
+            raise OperatorError(409, f"its agent {key.ident} no longer exists: no agent would fetch it")
         if not self._queues.get_or_create(key).room_for(record.size_bytes, self._ctx.queue_policy):
             raise OperatorError(409, "the queue of its agent is full")
         why = _with_reason("by an operator", reason)
@@ -221,7 +223,7 @@ class AdminActions:
         detail = f"{why}; before that, {_STANDS[record.state]}"
         trace = AddTrace(key, (command_id,), TraceEntry(wall, "redeliver", detail))
         if not await self._query(RequeueCommand(key, command_id, wall, again.expires_wall), trace, then=again):
-            raise OperatorError(409, "something happened to it meanwhile: look at it and try again")
+            raise OperatorError(409, "it changed in the meantime: look at it and try again")
         return again
 
     async def _query(self, *operations: Any, then: CommandRecord | None = None) -> Any:

@@ -193,7 +193,7 @@ class Bridge:
         self.routes.bind(session, job.runner)
         return outcome_of(session, cached=False)
 
-    def told(self, session: Session, connection: UpstreamConnection) -> None:
+    def session_announced(self, session: Session, connection: UpstreamConnection) -> None:
         """Record that the controller knows this session on this connection."""
         self.presence.session_announced(session, connection)
 

@@ -138,7 +138,7 @@ class CommandQueues:
         )
         session = self._ctx.sessions.get(key)
         report = self.outbox.failure_payload(key, session, record.id, code=ending.code, error=ending.error)
-        told = record.via != VIA_HTTP  # the vendor's HTTP API has no way to receive a report
+        reportable = record.via != VIA_HTTP  # the vendor's HTTP API has no way to receive a report
 
         self._ctx.arriving.add(0)
 
@@ -148,12 +148,12 @@ class CommandQueues:
                 self._retry()
                 return
             self._unstored[key, record.id] = ending
-            if told and not again:
+            if reportable and not again:
                 self.outbox.send_unpersisted(
                     key, record.request_id, report, again=False
                 )  # not kept in memory: the successful retry reports it again, from disk
 
-        if told:
+        if reportable:
             self.outbox.end(key, record.request_id, report, steps, done)
         else:
             self._ctx.store.submit(steps, lambda outcome: done(not isinstance(outcome, StoreError)))
@@ -438,7 +438,7 @@ class CommandIntake:
         refusal = Refusal(
             record.session, record.id, record.request_id, code, error or REFUSALS[code], session=arrival.session
         )
-        self._refusals.refuse(refusal, told=record.via != VIA_HTTP)
+        self._refusals.refuse(refusal, report=record.via != VIA_HTTP)
         if arrival.settled is not None:
             arrival.settled(False)
 

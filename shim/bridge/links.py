@@ -312,7 +312,7 @@ class UpstreamLink:
             log.error(
                 "link_contended",
                 link=self.name,
-                hint="another process registers with this identity; the controller closes our connections",
+                hint="stop the other process that registers with this identity: the controller closes our connections",
             )
 
 

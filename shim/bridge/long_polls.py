@@ -79,7 +79,7 @@ class LongPolls:
             await poll.offered
         except asyncio.CancelledError:
             if held_at is None:
-                hold.connection_lost()  # the poll was waiting for the disk: its duration says nothing about the agent
+                hold.connection_lost()  # the poll was waiting for the disk: its duration does not depend on the agent
             else:
                 self._holding.agent_disconnected(session, hold, held_at)
             self._delivery.cancel_poll(key, poll)

@@ -33,7 +33,7 @@ log = get(__name__)
 
 PAGE = 32
 WINDOW_BYTES = 8 * 1024 * 1024
-MAX_TOLD = 1000
+MAX_UNPERSISTED = 1000
 
 Route = Callable[[SessionKey], UpstreamConnection | None]
 
@@ -54,7 +54,7 @@ class _OutboxRecord:
 
 
 @dataclass(slots=True)
-class _Told:
+class _UnpersistedReport:
     """One report that is not stored; `sent_on` as in `_OutboxRecord`."""
 
     session: SessionKey
@@ -80,8 +80,8 @@ class Outbox:
         self._blocked: dict[str, int] = {}  # owner -> where to read on once there is room
         self._unread: set[str] = set()
         self._closing: set[int] = set()
-        self._told: dict[int, _Told] = {}  # by numbers below zero, the oldest first
-        self._last_told = 0
+        self._unpersisted: dict[int, _UnpersistedReport] = {}  # by numbers below zero, the oldest first
+        self._last_number = 0
         self._outstanding: Counter[tuple[SessionKey, str]] = Counter()
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class Outbox:
     @property
     def empty(self) -> bool:
         """True if the controller has received everything, including what an earlier process stored."""
-        return not (self._entries or self._unread or self._pumping or self._closing or self._told)
+        return not (self._entries or self._unread or self._pumping or self._closing or self._unpersisted)
 
     def has_stored_entries(self, owners: tuple[str, ...]) -> None:
         """Record that the store holds unsent results of these owners from an earlier process."""
@@ -98,9 +98,9 @@ class Outbox:
 
     def unsent_for(self, owner: str) -> bool:
         """Return True if a result of this owner has never been sent."""
-        told = any(each.sent_on == 0 and each.session.owner == owner for each in self._told.values())
+        unpersisted = any(each.sent_on == 0 and each.session.owner == owner for each in self._unpersisted.values())
         stored = any(e.sent_on == 0 and e.session.owner == owner for e in self._entries.values())
-        return owner in self._unread or told or stored
+        return owner in self._unread or unpersisted or stored
 
     def added(self, entry: OutboxEntry, posted_at: float | None = None) -> None:
         """Send a result that was just stored, unless a read of the outbox is under way that will reach it.
@@ -124,9 +124,9 @@ class Outbox:
         """Send everything of this owner that its current connection has not carried; call `then` afterwards."""
         if then is not None:
             self._then.setdefault(owner, []).append(then)
-        for seq, told in list(self._told.items()):
-            if told.session.owner == owner:
-                self._send_told(seq, told)
+        for seq, report in list(self._unpersisted.items()):
+            if report.session.owner == owner:
+                self._send_report(seq, report)
         self._pump(owner, 0)
 
     def _pump(self, owner: str, after: int) -> None:
@@ -141,7 +141,7 @@ class Outbox:
         """Close the results that the controller has received."""
         closed: dict[int, _OutboxRecord] = {}
         for seq in seqs:
-            self._told.pop(seq, None)
+            self._unpersisted.pop(seq, None)
             if (entry := self._entries.pop(seq, None)) is not None:
                 closed[seq] = entry
                 self._no_longer_outstanding(entry.session, entry.command_id)
@@ -186,9 +186,9 @@ class Outbox:
             self._no_longer_outstanding(entry.session, entry.command_id)
             entry.session = target
             self._outstanding[entry.session, entry.command_id] += 1
-        for told in self._told.values():
-            if told.session == source:
-                told.session = target
+        for report in self._unpersisted.values():
+            if report.session == source:
+                report.session = target
         if moved or source.owner in self._unread:
             self.start_sending(target.owner)
 
@@ -257,7 +257,7 @@ class Outbox:
     def send_unpersisted(
         self, key: SessionKey, request_id: str, payload: dict[str, Any], *, again: bool = True
     ) -> None:
-        """Send a report that is not stored; the newest `MAX_TOLD` are kept in memory until they are confirmed.
+        """Send a report that is not stored; the newest `MAX_UNPERSISTED` are kept in memory until they are confirmed.
 
         With `again=False` a report that could be sent is not kept: it is not repeated after a reconnect.
         """
@@ -265,17 +265,17 @@ class Outbox:
         if connection is not None and not again:
             connection.send("command_result", payload, request_id)
             return
-        self._last_told -= 1
-        told = self._told[self._last_told] = _Told(key, request_id, payload)
-        if len(self._told) > MAX_TOLD:
-            del self._told[next(iter(self._told))]
-        self._send_told(self._last_told, told)
+        self._last_number -= 1
+        report = self._unpersisted[self._last_number] = _UnpersistedReport(key, request_id, payload)
+        if len(self._unpersisted) > MAX_UNPERSISTED:
+            del self._unpersisted[next(iter(self._unpersisted))]
+        self._send_report(self._last_number, report)
 
-    def _send_told(self, seq: int, told: _Told) -> None:
-        connection = self._route(told.session)
-        if connection is not None and told.sent_on != connection.serial:
-            told.sent_on = connection.serial
-            connection.send_result(seq, told.request_id, told.payload)
+    def _send_report(self, seq: int, report: _UnpersistedReport) -> None:
+        connection = self._route(report.session)
+        if connection is not None and report.sent_on != connection.serial:
+            report.sent_on = connection.serial
+            connection.send_result(seq, report.request_id, report.payload)
 
     def failure_payload(
         self, key: SessionKey, session: Session | None, command_id: str, **fields: Any

@@ -99,7 +99,7 @@ class RegistrationListener(Protocol):
         an error that carries the id of an existing cluster (409).
         """
 
-    def told(self, session: Session, connection: UpstreamConnection) -> None:
+    def session_announced(self, session: Session, connection: UpstreamConnection) -> None:
         """Handle that the controller knows this session on this connection."""
 
 
@@ -333,7 +333,7 @@ class Registrations:
             return
         self._note_refusal(job, 0, f"no answer within {ANSWER_S:g} s")
         if job.session is not None:
-            self._listener.told(job.session, connection)
+            self._listener.session_announced(job.session, connection)
         self._settled(job)
 
     # --- the controller answers ---------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ class Registrations:
         if not job.answer(outcome) and job.call is not None and not isinstance(outcome, Failed):
             self._unclaimed[job.identity] = (outcome, self._ctx.now)
         if connection is not None and job.session is not None:
-            self._listener.told(job.session, connection)
+            self._listener.session_announced(job.session, connection)
         self._settled(job)
 
     def _settled(self, job: PendingRegistration) -> None:

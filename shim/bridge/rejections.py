@@ -56,15 +56,15 @@ class Rejections:
         self._minute = -1
         self._logged = 0
 
-    def refuse(self, refusal: Refusal, *, told: bool = True) -> None:
+    def refuse(self, refusal: Refusal, *, report: bool = True) -> None:
         """Count, log and trace a rejection and report it to the controller.
 
-        With `told=False` nothing is reported: a command that came by HTTP has no way back.
+        With `report=False` nothing is reported: a command that came by HTTP has no way back.
         """
         code = refusal.code
         self._ctx.metrics.commands.labels("expired" if code == "expired" else f"rejected_{code}").inc()
         self._log(refusal)
-        if told:
+        if report:
             payload = self._outbox.failure_payload(
                 refusal.key, refusal.session, refusal.command_id, code=code, error=refusal.error
             )

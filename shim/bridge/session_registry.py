@@ -97,21 +97,21 @@ class SessionQuota:
         self._ctx = ctx
         self._proven = proven
         self._unproven: set[SessionKey] = set()
-        self._told: set[str] = set()
+        self._logged_owners: set[str] = set()
 
     def admit(self, owner: str) -> None:
         """Raise `AgentError` 503 if the owner may not have another session."""
         proven = self._proven(owner)
         limit = self._ctx.settings.sessions.max_per_owner if proven else MAX_UNVERIFIED_SESSIONS
         if self._ctx.sessions.count_of(owner) < limit:
-            self._told.discard(owner)
+            self._logged_owners.discard(owner)
             return
         self._ctx.metrics.sessions_refused.inc()
         if not proven:
             raise AgentError(503, "the controller has not accepted the token yet", retry_after_s=RETRY_AFTER_S)
-        if owner not in self._told:
-            self._told.add(owner)
-            log.error("too_many_sessions", owner=owner[:16], limit=limit, hint="see sessions.max_per_owner")
+        if owner not in self._logged_owners:
+            self._logged_owners.add(owner)
+            log.error("too_many_sessions", owner=owner[:16], limit=limit, hint="raise sessions.max_per_owner")
         raise AgentError(503, "too many agents: see sessions.max_per_owner", retry_after_s=RETRY_AFTER_S)
 
     def adopted(self, key: SessionKey) -> None:
@@ -129,7 +129,7 @@ class SessionQuota:
 
     def on_owner_removed(self, owner: str) -> list[SessionKey]:
         """Return the owner's sessions to delete, because its last link was removed."""
-        self._told.discard(owner)
+        self._logged_owners.discard(owner)
         return self._release(owner)
 
     def _release(self, owner: str) -> list[SessionKey]:

@@ -152,7 +152,7 @@ class UpstreamConnection:
     def send_status(self, payload: dict[str, Any]) -> None:
         """Send a status report under a request id of its own.
 
-        The controller acknowledges it with `heartbeat_ack` as well; the request id tells the two apart.
+        The controller acknowledges it with `heartbeat_ack` as well; the request id distinguishes the two.
         """
         self.send("status", payload, self._ctx.new_id())
         self._statuses.append(self._order)

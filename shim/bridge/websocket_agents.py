@@ -61,7 +61,7 @@ class WebSocketAgents:
                 del self._agents[min(self._agents, key=lambda known: self._agents[known].last_seen_unix)]
             agent = WebSocketAgent(_text(payload.get("name")), _text(payload.get("agent_id")), wall, wall)
             self._agents[key] = agent
-            hint = "point its PIPEOPS_API_URL at the controller: it needs the shim no more"
+            hint = "point its PIPEOPS_API_URL at the controller: it no longer needs the shim"
             log.info("websocket_agent", about=agent.name, name=agent.name, agent=agent.agent_id, hint=hint)
         agent.last_seen_unix = wall
         agent.agent_id = _text(payload.get("agent_id")) or agent.agent_id

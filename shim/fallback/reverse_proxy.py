@@ -114,7 +114,7 @@ async def _read(content: aiohttp.StreamReader) -> bytes:
     async for piece in content.iter_any():
         size += len(piece)
         if size > MAX_READ_BYTES:
-            raise Unreachable("the vendor's HTTP API answered more than can be read")
+            raise Unreachable("the vendor's HTTP API sent a reply that is too large to read")
         parts.append(piece)
     return b"".join(parts)
 
@@ -128,9 +128,9 @@ def _inflate(body: bytes) -> bytes:
     try:
         plain = decoder.decompress(body, MAX_READ_BYTES)
     except zlib.error:
-        raise Unreachable("the vendor's HTTP API answered something that is no gzip") from None
+        raise Unreachable("the vendor's HTTP API sent a body that is not gzip") from None
     if not decoder.eof:
-        raise Unreachable("the vendor's HTTP API answered more than can be read")
+        raise Unreachable("the vendor's HTTP API sent a reply that is too large to read")
     return plain
 
 

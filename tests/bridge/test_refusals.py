@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shim.bridge.outbox import MAX_TOLD
+from shim.bridge.outbox import MAX_UNPERSISTED
 from shim.bridge.rejections import LOGGED_PER_MINUTE, MAX_UNTRACED
 from shim.core.agent_calls import TunnelState
 from shim.core.bounds import MAX_REQUEST_ID_CHARS
@@ -97,14 +97,14 @@ async def test_traces_of_a_flood_are_bounded_while_the_disk_is_busy(world: World
 async def test_the_memory_of_refusals_that_nobody_confirms_is_bounded(world: World) -> None:
     agent = await living(world)
     world.controller.manners.pongs = world.controller.manners.acks = False
-    for number in range(MAX_TOLD + 5):
+    for number in range(MAX_UNPERSISTED + 5):
         world.controller.push(f"k{number}", type=5)
     await world.settle()
     world.controller.manners.pongs = world.controller.manners.acks = True
     world.controller.socket.lose()
     await agent.live(60)
-    again = [number for number in range(MAX_TOLD + 5) if len(codes(world, f"k{number}")) == 2]
-    assert again == list(range(5, MAX_TOLD + 5)), "the newest are sent once more"
+    again = [number for number in range(MAX_UNPERSISTED + 5) if len(codes(world, f"k{number}")) == 2]
+    assert again == list(range(5, MAX_UNPERSISTED + 5)), "the newest are sent once more"
 
 
 async def test_the_log_of_a_flood_is_bounded(world: World, caplog: pytest.LogCaptureFixture) -> None:
