@@ -182,7 +182,7 @@ class AdminActions:
         self._purge(key, queue, command_id, _with_reason("purged by an operator", reason))
         found = _only(await self.find(command_id), str(key)).record
         if found.state is not CommandState.DEAD:
-            raise OperatorError(503, "purged in memory, but the store failed: it is back after a restart")
+            raise OperatorError(503, "purged in memory, but not on disk: it is back after a restart")
         return found
 
     def _purge(self, key: SessionKey, queue: CommandQueue, command_id: str, why: str) -> None:

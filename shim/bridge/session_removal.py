@@ -54,7 +54,7 @@ class Forgetting:
             self._registrations.forget(session)
             log.info("agent_forgotten", session=key.ident)
             if await self._end(session) is not None:
-                raise OperatorError(503, "forgotten in memory, but the store failed: it is back after a restart")
+                raise OperatorError(503, "forgotten in memory, but not on disk: it is back after a restart")
         return key
 
     def _named(self, agent: str) -> set[SessionKey]:
