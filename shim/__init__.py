@@ -1,3 +1,3 @@
-"""agent-shim: serves an agent's legacy HTTP API on localhost and speaks the vendor's WebSocket API for it."""
+"""agent-shim: a local server for agents' legacy HTTP API that uses the vendor's WebSocket API upstream."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m shim` is the command `agent-shim`."""
+"""Entry point of `python -m shim`, the same as the command `agent-shim`."""
 
 from shim.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Composition root: builds everything, owns the one TaskGroup, handles signals, undoes the start list in reverse."""
+"""Composition root: construction, start, signals, reload and stop of one shim."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ Undo = Callable[[], Coroutine[Any, Any, None]]
 def main(
     config_path: str | None, sets: tuple[str, ...], ready_file: str | None, kind: type[App] | None = None
 ) -> NoReturn:
-    """Run the sidecar until SIGTERM or SIGINT, and end the process with 0, 2, 70 or 78. `kind` is `App` or one of it.
+    """Run the shim until SIGTERM or SIGINT, then exit the process with code 0, 2, 70 or 78.
 
-    Raises `ConfigError` before anything has been started.
+    `kind` is `App` or a subclass of it. Raises `ConfigError` before anything was started.
     """
     files = FileWatcher()
-    files.changed({"config": config_path})  # before it is read: what changes from here on is noticed
+    files.changed({"config": config_path})  # called before the file is read, so that no later change is missed
     occupy_standard_streams()
     private = disable_core_dumps()
     settings = loader.load(config_path, os.environ, sets)
@@ -79,9 +79,9 @@ def main(
     capture_stray_output()
     connections = settings.listen.max_connections + settings.upstream.max_links
     if raise_fd_limit(connections) < connections:
-        log.warning("few_open_files", hint="the limit of open files is below listen.max_connections: raise it")
+        log.warning("few_open_files", hint="Raise the limit of open files: it is below listen.max_connections.")
     if not private:
-        log.warning("memory_not_private", hint="the kernel refused; a core dump would hold tokens")
+        log.warning("memory_not_private", hint="The kernel keeps core dumps enabled; they would contain tokens.")
     for warning in find_warnings(settings, os.environ):
         log.warning("config_doubtful", warning=warning)
 
@@ -97,8 +97,8 @@ def main(
         log.exception("stopped_by_fault")
         code = EXIT_INTERNAL
     logging.close()
-    # Everything durable is closed. The usual end of an interpreter would wait for threads that cannot be cancelled: a
-    # name server that does not answer keeps getaddrinfo for many seconds.
+    # Everything durable is closed. A normal exit would wait for threads that cannot be cancelled: `getaddrinfo` takes
+    # many seconds if the name server does not answer.
     os._exit(code)
 
 
@@ -109,17 +109,17 @@ def _check_ready_file(path: str | None) -> None:
     directory = Path(path).absolute().parent
     if not directory.is_dir():
         raise ConfigError([Fault("--ready-file", f"{path}: the directory {directory} does not exist: make it first")])
-    if Path(path).exists() and not Path(path).is_file():  # it would be replaced: a device, too
+    if Path(path).exists() and not Path(path).is_file():  # the file is replaced, which would delete a device
         raise ConfigError([Fault("--ready-file", f"{path} is not a regular file: name another one")])
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError([Fault("--ready-file", f"{path} cannot be written by this user: name another file")])
 
 
 def _end_in_time(logging: Logs) -> None:
-    """End the process by a thread if the event loop does not: it may be blocked by a disk that hangs."""
+    """Start a thread that ends the process if the event loop does not: a disk that hangs may block the loop."""
 
     def end() -> None:
-        log.error("stop_forced", hint="something did not end in time; what was acknowledged is on disk")
+        log.error("stop_forced", hint="A part did not stop in time. Everything that was acknowledged is on disk.")
         logging.flush(FORCED_FLUSH_S)
         os._exit(EXIT_INTERNAL)
 
@@ -129,7 +129,7 @@ def _end_in_time(logging: Logs) -> None:
 
 
 class App:
-    """One running shim. Two may run in one process: nothing here is global."""
+    """One running shim. Several may run in one process, because there is no global state."""
 
     def __init__(
         self,
@@ -140,7 +140,10 @@ class App:
         ready_file: str | None = None,
         files: FileWatcher | None = None,
     ) -> None:
-        """`load` reads the configuration again; `files` has seen the configuration file before it was read."""
+        """Create a shim. `load` reads the configuration again.
+
+        `files` has recorded the configuration file before it was read, so that no change is missed.
+        """
         self.settings = settings
         self.stop_requested = asyncio.Event()
         self.stop_began: Callable[[], None] = lambda: None
@@ -166,7 +169,7 @@ class App:
         self._parts: Runtime | None = None
 
     async def run(self) -> int:
-        """Start, serve until a stop is requested, stop. Returns the exit code."""
+        """Start, serve until a stop is requested, and stop. Returns the exit code."""
         code = EXIT_OK
         try:
             async with asyncio.TaskGroup() as self._tasks:
@@ -190,7 +193,7 @@ class App:
         return code
 
     def spawn(self, name: str, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
-        """Run a coroutine as a task that this process owns; while it stops, the coroutine is closed instead."""
+        """Run a coroutine as a task owned by this process. During the stop the coroutine is closed instead."""
         if self._tasks is None or self.stop_requested.is_set():
             coro.close()
             return None
@@ -202,7 +205,10 @@ class App:
     # --- the start list -----------------------------------------------------------------------------------------------
 
     async def _start_unless_stopped(self) -> None:
-        """Start, and give up as soon as a signal asks for a stop: a store on a disk that hangs may take for ever."""
+        """Start, or cancel the start when a stop is requested.
+
+        Opening a store on a disk that hangs may never end.
+        """
         try:
             async with asyncio.timeout(None) as self._start_scope:
                 await self._start()
@@ -248,7 +254,8 @@ class App:
         admin = AdminServer(settings.admin, parts.subject, registry, parts.recent, self.addresses, redaction)
         self._undo.append(admin.stop)
         frontend = self._make_frontend(parts)
-        # Both ports are taken before the store is touched and anything is dialled: a second shim must not get that far.
+        # Both ports are bound before the store is opened and a link is dialled. So a second shim with the same
+        # configuration fails before it changes anything.
         admin.bind()
         frontend.bind()
         await parts.open()
@@ -286,27 +293,30 @@ class App:
             refused_calls=parts.subject.ctx.refused_calls,
         )
 
-    # Seams: a test that must be there when something happens stands between two parts.
+    # Tests override these methods to observe or delay the calls between two parts.
 
     def make_clock(self) -> Clock:
-        """The time."""
+        """Return the clock."""
         return Clock()
 
     def make_store(self, post: CallThreadsafe) -> CommandStore:
-        """The store; `post` as in `open_store`."""
+        """Return the store. `post` is passed to `open_store`."""
         return open_store(self.settings.store, post, probe(self._metrics, self._store_broken))
 
     def _store_broken(self, error: StoreError) -> None:
-        """End the process: its successor moves the database aside; this one could only refuse for ever."""
+        """Stop the process after the store was found corrupt.
+
+        Its successor moves the database aside. This process could only reject every write.
+        """
         self._store_fault = error
         self._request_stop()
 
     def wrap_upstream(self, upstream: UpstreamPort) -> UpstreamPort:
-        """What the bridge dials with."""
+        """Return the upstream that the bridge uses."""
         return upstream
 
     def wrap_switchboard(self, switchboard: AgentService) -> AgentService:
-        """What the frontend calls."""
+        """Return the service that the agents' server calls."""
         return switchboard
 
     def _announce(self) -> None:
@@ -329,9 +339,11 @@ class App:
         self.ready.set()
 
     async def _stop(self) -> None:
-        """Undo the start list in reverse. Held polls are answered first: their agents must not wait for a drain.
+        """Undo the start list in reverse.
 
-        All steps together take at most `STOP_S`, and a step that hangs leaves `STEP_S` to each one after it.
+        Held polls are answered first, so that agents need not wait for the other steps.
+
+        All steps together take at most `STOP_S`. A step that hangs leaves `STEP_S` for each step after it.
         """
         self.stop_requested.set()
         self.stop_began()
@@ -343,7 +355,7 @@ class App:
             try:
                 async with asyncio.timeout_at(end_s - STEP_S * later):
                     await undo()
-            except Exception as error:  # noqa: BLE001 - the rest of the list must be undone all the same
+            except Exception as error:  # noqa: BLE001 - the rest of the list must be undone nevertheless
                 log.error("stop_failed", step=getattr(undo, "__qualname__", "?"), error=describe(error))
         if self._owned:
             await asyncio.wait(self._owned, timeout=STEP_S)
@@ -353,12 +365,12 @@ class App:
 
     def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: the owner stops us
+            with contextlib.suppress(ValueError, RuntimeError):  # outside of the main thread the owner calls us
                 loop.add_signal_handler(number, self._request_stop)
         with contextlib.suppress(ValueError, RuntimeError):
             loop.add_signal_handler(signal.SIGHUP, self.reload)
 
-    # --- configuration that changes -----------------------------------------------------------------------------------
+    # --- reload of the configuration ----------------------------------------------------------------------------------
 
     def _read_token(self) -> str:
         token = self._token = loader.read_token(self.settings)
@@ -366,11 +378,14 @@ class App:
         return token
 
     def _token_for_agents(self) -> str:
-        """What an agent's Bearer must equal where that is asked; read once, and again when it changes."""
+        """Return the Bearer token that agents must send if `listen.auth` requires one.
+
+        The file is read once, and again after it has changed.
+        """
         return self._token or self._read_token()
 
     async def _watch(self) -> None:
-        """Notice a changed configuration or token file, Kubernetes' symlink swap included."""
+        """Reload after a change of the configuration or token file, Kubernetes' symlink swap included."""
         if self._reload_wanted:
             await self._reload()
         while not self.stop_requested.is_set():
@@ -389,16 +404,18 @@ class App:
         return self._files.changed({"config": self._config_path, "token": self.settings.upstream.token_file})
 
     def reload(self) -> None:
-        """Read the configuration again soon: at once, or when the start is over."""
+        """Request a reload of the configuration: now, or after the start."""
         self._reload_wanted = True
         if self.ready.is_set():
             self.spawn("reload", self._reload())
 
     async def _reload(self) -> None:
-        """Read the configuration again: what may change at run time does, the rest is named; faults keep the old.
+        """Read the configuration again and apply the keys that can change at run time.
 
-        The file is read in a thread, because a large one takes the library a second. A request that comes meanwhile is
-        served by the same reading unless the file has changed since it began.
+        A file with faults changes nothing.
+
+        The file is read in a thread, because parsing a large one takes a second. A request during the reading is served
+        by the same reading, unless the file has changed since it began.
         """
         if self._reloading:
             return
@@ -443,10 +460,13 @@ class App:
 
 
 def build_runtime(around: RuntimeContext, make_store: Callable[[CallThreadsafe], CommandStore]) -> Runtime:
-    """Build one bridge with its store, or a replica's share of many. Raises `StoreError` where an extra is missing."""
+    """Return the runtime: one bridge with its store, or a replica with its share of the shards.
+
+    Raises `StoreError` if an optional dependency is missing.
+    """
     if around.settings.store.url:
         try:
-            from shim.cluster.replica import Replica  # noqa: PLC0415 - an extra, and memory that only clusters pay for
+            from shim.cluster.replica import Replica  # noqa: PLC0415 - needs an extra, and memory only in clusters
         except ModuleNotFoundError as error:
             raise StoreError(f"store.url needs agent-shim[postgres]: {error.name} is not installed") from error
         return Replica(around)

@@ -1,4 +1,4 @@
-"""The only reader of clocks. Everything else gets a `Clock`, or the time itself as data."""
+"""Clock of the machine. All other modules get a `Clock`, or the time itself as data."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 
 
 class Clock:
-    """The machine's clocks; tests pass an object with the same two methods."""
+    """The machine's clocks. Tests use an object with the same two methods."""
 
-    # The functions themselves: they are called several times for each request.
+    # These are the functions themselves, without a method around them: every request calls them several times.
     monotonic_s = staticmethod(time.monotonic)
-    """Seconds on a clock that never steps; only differences mean anything."""
+    """Return seconds of a clock that never steps; only differences have a meaning."""
     wall_s = staticmethod(time.time)
-    """Unix seconds; may step in either direction."""
+    """Return Unix seconds; the clock may step in either direction."""

@@ -1,6 +1,6 @@
-"""Counters and histograms with labels for what every call counts: no lock, no copy, a tenth of the library's memory.
+"""Counters and histograms with labels for frequent events, without a lock and with a tenth of the library's memory.
 
-Only the event loop may count here: another thread's increase could be lost.
+Use them only on the event loop: increments from another thread could be lost.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ MAX_CHILDREN = 1024
 OTHER = "other"
 
 Values = Collection[str] | None
-"""The values that a label may have; `None`: they come from elsewhere, and `MAX_CHILDREN` bounds them."""
+"""Values of a label, `None` if they are not known in advance. `MAX_CHILDREN` bounds their number then."""
 
 
 class Count:
-    """A number that grows."""
+    """A number that only grows."""
 
     __slots__ = ("value",)
 
@@ -28,12 +28,12 @@ class Count:
         self.value = 0
 
     def inc(self, by: int = 1) -> None:
-        """Add to it."""
+        """Add `by`."""
         self.value += by
 
 
 class Spread:
-    """How measured values are spread over buckets; a value equal to a bound belongs under it."""
+    """Counts of measured values per bucket. A value equal to a bound belongs to the bucket below it."""
 
     __slots__ = ("_bounds", "counts", "total")
 
@@ -43,7 +43,7 @@ class Spread:
         self.total = 0.0
 
     def observe(self, value: float) -> None:
-        """Add a value."""
+        """Count a value."""
         self.counts[bisect_left(self._bounds, value)] += 1
         self.total += value
 
@@ -52,10 +52,10 @@ C = TypeVar("C", Count, Spread)
 
 
 class Family(Generic[C]):
-    """A metric's children by label values, each made once. A value that the label does not have counts as `other`.
+    """A metric's children by label values. A value that the label does not have counts as `other`.
 
-    Where all values are known all children exist from the start, because the first increase of a series that did not
-    exist before is none to Prometheus.
+    If all label values are known, all children exist from the start. Prometheus does not see the first increment of a
+    series that did not exist before.
     """
 
     kind = "unknown"
@@ -73,7 +73,7 @@ class Family(Generic[C]):
                 self.labels(*known)
 
     def labels(self, *values: str) -> C:
-        """The child with these label values."""
+        """Return the child with these label values, which is created on first use."""
         child = self._asked.get(values)
         if child is not None:
             return child
@@ -91,7 +91,7 @@ class Family(Generic[C]):
         return child
 
     def collect(self) -> Iterator[Metric]:
-        """All children, as a collector of `prometheus_client` gives them."""
+        """Yield the metric with all children, in the form that `prometheus_client` collects."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Errors by whose fault they are; only the edges turn them into HTTP statuses or exit codes."""
+"""Exceptions by origin of the fault. Only the outer layers convert them to HTTP statuses or exit codes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class ShimError(Exception):
-    """Base of every error this package raises on purpose. Its text never contains a secret or echoed input."""
+    """Base of all exceptions of this package. Its text never contains a secret or a part of the input."""
 
 
 class AgentError(ShimError):
-    """The local agent sent something that cannot be served (docs/reference/protocol.md#1-legacy-side).
+    """A request of an agent that cannot be served (docs/reference/protocol.md#1-legacy-side).
 
-    `status` is the HTTP status that says so; the text becomes the `error` field of the reply. `allow` lists the methods
-    of the route where the status is 405 (the `Allow` header of RFC 9110).
+    `status` is the HTTP status of the reply, and the text its `error` field. `allow` lists the methods of the route if
+    the status is 405 (the `Allow` header of RFC 9110).
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class AgentError(ShimError):
 
 
 class OperatorError(ShimError):
-    """What a person asked of the admin port cannot be done; `status` is the HTTP status that says so."""
+    """A request to the admin port that cannot be served. `status` is the HTTP status of the reply."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -34,9 +34,9 @@ class OperatorError(ShimError):
 
 
 class MessageError(ShimError):
-    """The controller sent a frame that is no message. `kind` is a short bounded label for metrics.
+    """A frame from the controller that is no valid message. `kind` is a short label for metrics.
 
-    Rules: docs/reference/protocol.md#2-upstream-side-the-websocket.
+    The format is docs/reference/protocol.md#2-upstream-side-the-websocket.
     """
 
     def __init__(self, kind: str) -> None:
@@ -45,27 +45,27 @@ class MessageError(ShimError):
 
 
 class StoreError(ShimError):
-    """The store could not carry out a write or a read; nothing of the submission was applied."""
+    """A failed read or write of the store. No part of the submission was applied."""
 
 
 class StoreFenced(StoreError):
-    """Another replica has taken the shard; nothing of this one's is stored any more."""
+    """A write of a replica that has lost the shard to another replica. The write was not stored."""
 
 
 class StoreVersionError(StoreError):
-    """The database was written by a newer shim and must not be touched (exit 78)."""
+    """A database written by a newer shim, which must not be changed (exit code 78)."""
 
 
 class StartError(ShimError):
-    """The process cannot serve with this configuration on this machine; the text names key, value and what to do."""
+    """A configuration with which this machine cannot serve. The text names key, value and remedy."""
 
 
 class IllegalTransition(ShimError):
-    """A state machine was given an event that its table forbids in its state. Nothing was changed."""
+    """An event that a state machine's table forbids in its state. Nothing was changed."""
 
 
 class Fault(NamedTuple):
-    """One fault of the configuration: dotted key path and what is wrong, without the value where it may be secret."""
+    """One fault of the configuration: the dotted key and a message, without the value if that may be secret."""
 
     path: str
     message: str
@@ -75,7 +75,7 @@ class Fault(NamedTuple):
 
 
 class ConfigError(ShimError):
-    """The configuration has faults; all of them are listed (exit 2)."""
+    """A configuration with faults, all of which are listed (exit code 2)."""
 
     def __init__(self, faults: list[Fault]) -> None:
         super().__init__("; ".join(map(str, faults)))
@@ -83,7 +83,10 @@ class ConfigError(ShimError):
 
 
 def describe(error: BaseException) -> str:
-    """Return an error for the log: its own text if that is ours or the system's."""
+    """Return an exception's text for the log.
+
+    The type's name is added unless the text is the shim's own or the system's.
+    """
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(describe(inner) for inner in error.exceptions)
     if isinstance(error, (StoreError, ConfigError, StartError, OSError)):

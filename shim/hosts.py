@@ -1,4 +1,4 @@
-"""Compare host names: one spelling for names that mean the same host."""
+"""Comparison of host names: one spelling for all names of the same host."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from ipaddress import ip_address
 
 
 def plain_host(host: str) -> str:
-    """Return a host in the spelling that can be compared: lower case, ASCII (IDNA), no brackets, no final dot.
+    """Return a host in normalised form: lower case, ASCII (IDNA), without brackets and final dot.
 
-    IP addresses come in their shortest form. Raises `ValueError` for a name that has no ASCII form.
+    IP addresses are returned in their shortest form. Raises `ValueError` for a name without an ASCII form.
     """
     name = host.removeprefix("[").removesuffix("]").rstrip(".")
     if not name.isascii():
-        # yarl is what aiohttp resolves names with; imported here because hardly any configuration has such a name.
+        # yarl's conversion is the one that aiohttp uses. It is imported here because few configurations need it.
         from yarl import URL  # noqa: PLC0415 - see above
 
         name = URL.build(scheme="https", host=name).raw_host or ""
@@ -23,7 +23,7 @@ def plain_host(host: str) -> str:
 
 
 def is_this_machine(host: str) -> bool:
-    """Tell whether nobody on the network can listen to a connection: it goes to loopback or to a socket's path."""
+    """Return True if a connection to the host stays on this machine: loopback, or the path of a socket."""
     if not host or host.startswith(("/", "@")) or host == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""Bind the addresses of a listener before anything else happens, and say in words why that fails."""
+"""Binding of listeners before anything else is started, with errors that name the key and the remedy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ANY_IPV6 = "::"
 def bind(section: str, hosts: Iterable[str], port: int) -> list[socket.socket]:
     """Return one bound socket for each address of the hosts; none of them listens yet.
 
-    `section` is `listen` or `admin`. With port 0 all addresses get the same free port. `::` is every address of both
-    families. Raises `StartError`, which names the key, its value and what to do.
+    `section` is `listen` or `admin`. With port 0 all addresses get the same free port. `::` stands for all addresses of
+    both families. Raises `StartError`, whose text names key, value and remedy.
     """
     sockets: list[socket.socket] = []
     try:

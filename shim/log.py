@@ -1,7 +1,7 @@
-"""Logging: an event's name and its fields, as one JSON object a line or readable for a console; secrets are masked.
+"""Structured logging: an event name and fields, as one JSON object per line or as text for a console.
 
-`get(__name__)` may be called anywhere, `setup` once by whoever owns the process. Other libraries' records come out in
-the same form, from warnings upwards. Lines are formatted where they are logged and written by `log_writer`'s thread.
+Secrets are masked. Call `get(__name__)` anywhere, and `setup` once per process. Records of other libraries are written
+in the same format, from warnings upwards. The calling thread formats a line, and `log_writer`'s thread writes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OWN = ("time", "level", "logger", "event", "exception")
 FLUSH_S = 0.8
 REPEAT_S = 60.0
 _MAX_REPEATS = 1024
-_EXCEPTION_CHARS = 16_384  # of a traceback the end says what happened
+_EXCEPTION_CHARS = 16_384  # of a long traceback the end is kept, which has the exception
 _PLAIN = re.compile(r"[^\s\"'=\\]+")
 _COLOURS = {"debug": "2", "info": "36", "warning": "33", "error": "31", "critical": "31"}
 
@@ -33,10 +33,10 @@ Level = Literal["debug", "info", "warning", "error"]
 
 
 class Logger:
-    """A logger whose messages are event names (`link_state`), with everything variable in the fields.
+    """Logger whose messages are event names (`link_state`); all variable data are fields.
 
-    With `about` an event is one that may come again and again: of those that are about the same, one a minute is
-    written, with the number of those left out before it in the field `repeats`.
+    `about` limits repeated events: of the same event about the same subject, one per minute is written. Its field
+    `repeats` counts the events that were left out before it.
     """
 
     __slots__ = ("_logger",)
@@ -57,7 +57,7 @@ class Logger:
         self._log(logging.ERROR, event, about, fields)
 
     def exception(self, event: str, /, *, about: str | None = None, **fields: Any) -> None:
-        """An error with the traceback of the exception that is being handled."""
+        """Log an error with the traceback of the exception that is being handled."""
         self._log(logging.ERROR, event, about, fields, exc_info=True)
 
     def _log(
@@ -69,20 +69,20 @@ class Logger:
 
 
 def get(name: str) -> Logger:
-    """The logger of a module, by its `__name__`."""
+    """Return the logger of a module, given its `__name__`."""
     return Logger(logging.getLogger(name))
 
 
 @dataclass(slots=True)
 class _Repeated:
-    """When an event was last written, in Unix seconds, and how many were left out since."""
+    """Unix time at which an event was last written, and the number of repeats left out since."""
 
     written_at: float
     left_out: int = 0
 
 
 class RepeatFilter(logging.Filter):
-    """Leaves out repeats of events that are about something; of very many things the oldest are forgotten."""
+    """Filter for repeated events with a subject (`about`). At most `_MAX_REPEATS` subjects are remembered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class RepeatFilter(logging.Filter):
 
 
 class _Formatter(logging.Formatter):
-    """What both formats share: a record as a dict of redacted values, our own keys first."""
+    """Common base of both formats: a record as a dict of masked values, with the shim's own keys first."""
 
     def __init__(self, redaction: Redaction) -> None:
         super().__init__()
@@ -128,14 +128,17 @@ class _Formatter(logging.Formatter):
 
 
 class JsonFormatter(_Formatter):
-    """One JSON object a line."""
+    """Formatter for one JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         return _escaped(json.dumps(self._entry(record), ensure_ascii=False))
 
 
 class ConsoleFormatter(_Formatter):
-    """`21:56:41.123 INFO    link_state link=default state=online`; a traceback follows on lines of its own."""
+    """Formatter for a console, with tracebacks on separate lines.
+
+    Example: `21:56:41.123 INFO link_state link=default state=online`.
+    """
 
     def __init__(self, redaction: Redaction, *, colour: bool) -> None:
         super().__init__(redaction)
@@ -153,7 +156,10 @@ class ConsoleFormatter(_Formatter):
 
 
 def _quoted(value: Any) -> str:
-    """Return a bare word as it is and anything else as JSON: no value can forge a line or steer the terminal."""
+    """Return a simple word unchanged and anything else as JSON.
+
+    So no value can forge a line or control the terminal.
+    """
     if isinstance(value, str) and value.isprintable() and _PLAIN.fullmatch(value):
         return value
     return json.dumps(value, ensure_ascii=True)
@@ -164,31 +170,34 @@ def _line(text: str) -> str:
 
 
 def _escaped(line: str) -> str:
-    """Escape what json leaves raw and a terminal or a log viewer obeys: C1, U+2028, bidi controls, lone surrogates."""
+    """Escape characters that JSON leaves unescaped and terminals or log viewers interpret.
+
+    These are C1 controls, U+2028, bidi controls and lone surrogates.
+    """
     if line.isprintable():
         return line
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line)
 
 
 class _Handler(logging.Handler):
-    """Format a record in the thread that logs it, because its fields may change afterwards, and queue the line."""
+    """Handler that formats a record in the calling thread, because its fields may change later, and queues the line."""
 
     def __init__(self, writer: LineWriter) -> None:
         super().__init__()
         self._writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue one line. A record that cannot be formatted is dropped: the library would print its arguments."""
+        """Queue one line. A record that cannot be formatted is dropped: logging would print its arguments unmasked."""
         try:
             line = self.format(record)
-        except Exception:  # noqa: BLE001 - a log line must not end what it tells of
+        except Exception:  # noqa: BLE001 - logging must not end the caller
             self._writer.drop()
             return
         self._writer.put(line)
 
 
 class Logs:
-    """The logging of this process as `setup` has made it."""
+    """Logging of this process, as created by `setup`."""
 
     def __init__(self, handler: logging.Handler, redaction: Redaction, writer: LineWriter) -> None:
         self._handler = handler
@@ -205,22 +214,22 @@ class Logs:
         self._writer.on_drop = increase
 
     def set_level(self, level: Level) -> None:
-        """Change what the shim's own modules log, at run time."""
+        """Change the level of the shim's own modules."""
         logging.getLogger("shim").setLevel(level.upper())
 
     def flush(self, timeout_s: float = FLUSH_S) -> bool:
-        """Wait until all lines so far are written or dropped. False if that has not happened within `timeout_s`."""
+        """Wait until all lines so far are written or dropped. Returns False after `timeout_s` seconds."""
         return self._writer.flush(timeout_s)
 
     def close(self) -> None:
-        """Stop logging; what is queued is written for at most `FLUSH_S`. Idempotent."""
+        """Stop logging. Queued lines are written for at most `FLUSH_S` seconds. Idempotent."""
         logging.getLogger().removeHandler(self._handler)
         self._handler.close()
         self._writer.close(FLUSH_S)
 
 
 def setup(level: Level, form: Literal["json", "console"], *, stream: TextIO | None = None) -> Logs:
-    """Write all records of this process to `stream` (default stderr), until the result is closed."""
+    """Write all records of this process to `stream` (default stderr), until the returned object is closed."""
     target = sys.stderr if stream is None else stream
     redaction = Redaction()
     formatter: _Formatter = JsonFormatter(redaction)
@@ -237,9 +246,9 @@ def setup(level: Level, form: Literal["json", "console"], *, stream: TextIO | No
 
 
 def capture_stray_output() -> None:
-    """Log what Python itself prints to stderr: warnings, and exceptions in finalisers and threads.
+    """Log the messages that Python itself prints to stderr: warnings, and exceptions in finalisers and threads.
 
-    Printed, it would wait for a reader on the event loop, and no secret in it would be masked.
+    Printing could block the event loop if the reader of stderr is slow, and would not mask secrets.
     """
     logging.captureWarnings(True)
     stray = logging.getLogger("shim.stray")
@@ -259,8 +268,8 @@ def capture_stray_output() -> None:
 
 
 def _dropped_lines(count: int) -> logging.LogRecord:
-    """Return the record that reports lines lost before it."""
-    fields = {"count": count, "hint": "nobody read the log fast enough, or it could not be written"}
+    """Return the record that reports dropped lines."""
+    fields = {"count": count, "hint": "The log's reader was too slow, or the log could not be written."}
     record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, "log_lines_dropped", None, None)
     record.fields = fields
     return record

@@ -1,4 +1,4 @@
-"""Write log lines in a thread of their own: a reader that stands still must not stop the event loop."""
+"""Writer of log lines in a thread of its own, so that a reader that stands still does not block the event loop."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ RETRY_MS = 1000
 
 
 class LineWriter:
-    """Writes lines in order. Beyond `MAX_QUEUED_BYTES` waiting the newest are dropped and counted.
+    """Writer of lines in order. If more than `MAX_QUEUED_BYTES` wait, new lines are dropped and counted.
 
-    A pipe that has room takes a line at once, so that a kill in the next moment does not lose it; everything else is
-    left to the thread.
+    A line is written to a pipe at once if it has room, so that a kill in the next moment does not lose the line. All
+    other lines are written by the thread.
 
-    `tell(count)` makes the line that reports dropped ones; it is written as soon as writing works again. The standard
-    library's QueueListener is not used: its stop waits for ever for a write that hangs, and it bounds no bytes.
+    `tell(count)` returns the line that reports dropped ones, which is written as soon as writing works again. The
+    standard library's QueueListener is not used: its stop waits forever for a write that hangs, and it does not bound
+    bytes.
     """
 
     def __init__(self, stream: TextIO | None, tell: Callable[[int], str]) -> None:
@@ -42,7 +43,7 @@ class LineWriter:
         self._thread.start()
 
     def put(self, line: str) -> None:
-        """Queue one line without waiting for anything but another thread's append."""
+        """Queue one line. Waits for nothing but another thread's append."""
         data = line.encode("utf-8", "backslashreplace") + b"\n"
         with self._changed:
             if self._takes_at_once(data):
@@ -59,25 +60,25 @@ class LineWriter:
         if self._pipe is None or busy or len(data) > select.PIPE_BUF:
             return False
         try:
-            os.write(self._pipe, data)  # all or nothing, up to PIPE_BUF
-        except OSError:  # full, or nobody reads any more: the thread finds out
+            os.write(self._pipe, data)  # up to PIPE_BUF bytes are written completely or not at all
+        except OSError:  # the pipe is full or has no reader: the thread will find out
             return False
         return True
 
     def drop(self) -> None:
-        """Count a line that is lost."""
+        """Count a lost line."""
         with self._changed:
             self.dropped += 1
         if self.on_drop is not None:
             self.on_drop()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until nothing is queued or being written. False if that takes longer than `timeout_s`."""
+        """Wait until nothing is queued or being written. Returns False after `timeout_s` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._lines and not self._writing, timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """Write what is queued for at most `timeout_s`, then end. Idempotent."""
+        """Write the queued lines for at most `timeout_s` seconds, then end the thread. Idempotent."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -107,8 +108,8 @@ class LineWriter:
                     self._told += count
 
     def _write(self, line: bytes) -> bool:
-        """Write one line; waits as long as the reader does. False if it cannot be written."""
-        # What a full disk has torn must not garble the line after it.
+        """Write one line, waiting for the reader. Returns False if it cannot be written."""
+        # After a line that a full disk cut off, a line break keeps the next line intact.
         data = b"\n" + line if self._torn else line
         try:
             if self._stream is None:
@@ -121,18 +122,18 @@ class LineWriter:
         except _Torn:
             self._torn = True
             return False
-        except (OSError, ValueError):  # EPIPE, ENOSPC, EIO; a stream that is closed
+        except (OSError, ValueError):  # EPIPE, ENOSPC, EIO; ValueError for a closed stream
             return False
         self._torn = False
         return True
 
 
 class _Torn(Exception):
-    """Only a part of a line could be written."""
+    """A line of which only a part could be written."""
 
 
 def _write_all(fd: int, data: bytes) -> None:
-    """Write to a descriptor that may be non-blocking: another process that shares it may have made it so."""
+    """Write to a descriptor that may be non-blocking, because another process that shares it may have made it so."""
     total = len(data)
     while data:
         try:
@@ -148,8 +149,8 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 def _fd_of(stream: TextIO | None) -> int | None:
-    """Return the descriptor behind a stream: writing to it needs no lock that the end of the process would wait for."""
-    if stream is None:  # stderr was closed when the process began
+    """Return the descriptor of a stream. Writing to it needs no lock for which the end of the process would wait."""
+    if stream is None:  # stderr was closed when the process was started
         return None
     try:
         stream.flush()
@@ -161,8 +162,8 @@ def _fd_of(stream: TextIO | None) -> int | None:
 def _own_end_of_pipe(fd: int) -> int | None:
     """Return another, non-blocking descriptor of a pipe, or None for anything else.
 
-    The flag cannot be set on `fd` itself: other processes may share it. Without a right to open the pipe, as in a
-    container whose user is not the one who made it, all lines go through the thread.
+    The flag cannot be set on `fd` itself, because other processes may share it. Without permission to open the pipe, as
+    in a container whose user did not create it, all lines are written by the thread.
     """
     try:
         if stat.S_ISFIFO(os.fstat(fd).st_mode):

@@ -1,6 +1,6 @@
 """All metrics of one shim, in one registry that is passed down: two shims in one process share nothing.
 
-docs/reference/metrics.md defines what each counts and what it does not say. Every label has a bounded set of values.
+docs/reference/metrics.md defines each metric. Every label has a bounded set of values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shim.counting import OTHER, Counts, Spreads, Values
 from shim.protocol.controller_replies import REFUSED_TYPES
 from shim.protocol.upstream_message import KNOWN_TYPES
 
-OPEN = None  # the values come from routes, dialects or HTTP
+OPEN = None  # label values that come from routes, dialects or HTTP
 
 # Register may take 25 s, a held poll 20 s, everything else well under 10 ms.
 REQUEST_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)
@@ -45,17 +45,17 @@ BAD_REQUEST_REASONS = (
 
 
 class Registry(CollectorRegistry):
-    """A registry that shows each counter once: without the `_created` companions, which would double all series."""
+    """Registry without the `_created` series, which would double the number of counter series."""
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics."""
+        """Yield all metrics."""
         for metric in super().collect():
             metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric
 
 
 class Metrics:
-    """The metrics by attribute; names start with `agent_shim_`."""
+    """All metrics as attributes. Their names start with `agent_shim_`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -65,7 +65,7 @@ class Metrics:
         self._add_messages()
         self._add_commands()
 
-    # --- making them --------------------------------------------------------------------------------------------------
+    # --- construction -------------------------------------------------------------------------------------------------
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"agent_shim_{name}", text, registry=self.registry)
@@ -86,7 +86,7 @@ class Metrics:
         self.registry.register(metric)
         return metric
 
-    # --- what there is ------------------------------------------------------------------------------------------------
+    # --- the metrics --------------------------------------------------------------------------------------------------
 
     def _add_agents(self) -> None:
         self.requests = self._counters(

@@ -1,4 +1,4 @@
-"""The seams as Protocols: what the bridge needs of store and WebSockets, and what the frontend needs of the bridge."""
+"""Protocols between the layers: store and WebSockets for the bridge, and the bridge for the agents' server."""
 
 from __future__ import annotations
 
@@ -17,93 +17,97 @@ StoreDone = Callable[[list[Any] | StoreError], None]
 
 
 class Clock(Protocol):
-    """Where the time comes from; the real one is `shim.clock.Clock`."""
+    """Source of the time; the real one is `shim.clock.Clock`."""
 
     def monotonic_s(self) -> float:
-        """Seconds that never step."""
+        """Return seconds of a clock that never steps."""
 
     def wall_s(self) -> float:
-        """Unix seconds; may step."""
+        """Return Unix seconds; the clock may step."""
 
 
 class Timer(Protocol):
-    """A pending call."""
+    """A scheduled call."""
 
     def cancel(self) -> None:
-        """Do not call; harmless when it was called or cancelled already."""
+        """Cancel the call. Harmless after the call, or if it was cancelled before."""
 
 
 class Timers(Protocol):
-    """Calls later; an event loop is one."""
+    """Scheduler of calls; asyncio's event loop is one."""
 
     def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
         """Call `callback` on the event loop after `delay` seconds."""
 
 
 class CommandStore(Protocol):
-    """A durable store. Submissions are carried out in order; each is atomic; many may share one commit."""
+    """A durable store. Submissions are executed in order, each atomically; many may share one commit."""
 
     def open(self) -> StoreContents:
-        """Open or create the store and return what it holds; blocks. Raises `StoreVersionError`, `StoreError`."""
+        """Open or create the store and return its contents. Blocks. Raises `StoreVersionError`, `StoreError`."""
 
     def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
         """Queue operations as one atomic unit. Never blocks.
 
-        When they are committed and synced, `done` is called on the event loop with one result per operation; when they
-        could not be carried out, with a `StoreError` (then nothing of this submission was applied).
+        When they are committed and synced, `done` is called on the event loop with one result per operation. If they
+        could not be applied, it is called with a `StoreError`, and no operation of the submission was applied.
         """
 
     def close(self) -> None:
-        """Carry out what was submitted, then close; blocks. Idempotent."""
+        """Execute the submitted operations, then close. Blocks. Idempotent."""
 
 
 class WebSocket(Protocol):
-    """An open upstream WebSocket. All methods return at once; the outcome of a close is an event."""
+    """An open upstream WebSocket. No method waits; the end of a close is reported as an event."""
 
     def send(self, message: Message) -> None:
-        """Queue one envelope as a text frame. What cannot be written any more is dropped: the close is reported."""
+        """Queue one envelope as a text frame. It is dropped if the connection is closing, and the close is reported."""
 
     def ping(self, payload: bytes) -> None:
-        """Queue a ping frame; its pong is reported as `on_pong(payload)`."""
+        """Queue a ping frame. Its pong is reported as `on_pong(payload)`."""
 
     def close(self, code: int) -> None:
-        """Close with a close frame of this code, or at once when the peer does not answer in time."""
+        """Close with a close frame of this code; abort if the peer does not answer in time."""
 
     def abort(self) -> None:
-        """Drop the connection without a close frame."""
+        """Close the connection at once without a close frame."""
 
 
 class WebSocketListener(Protocol):
-    """What a socket reports, always on the event loop, in the order of frames; `on_closed` is last and comes once."""
+    """Receiver of a socket's events, on the event loop and in the order of frames.
+
+    `on_closed` is the last, exactly once.
+    """
 
     def on_message(self, message: Message) -> None:
-        """A well-formed envelope arrived."""
+        """Handle a well-formed envelope."""
 
     def on_bad_frame(self, kind: str) -> None:
-        """A data frame arrived that is no envelope (`MessageError.kind`)."""
+        """Handle a data frame that is no envelope. `kind` is `MessageError.kind`."""
 
     def on_frame(self) -> None:
-        """Any inbound frame arrived, pings and pongs included (before what it carries is reported), or a part of one.
+        """Handle the arrival of any frame or a part of one, before its content is reported.
 
-        A long message on a slow line is life, too.
+        Pings, pongs and the parts of a long message on a slow line count, because all of them prove that the peer is
+        alive.
         """
 
     def on_pong(self, payload: bytes) -> None:
-        """A pong arrived."""
+        """Handle a pong."""
 
     def has_room(self) -> bool:
-        """Return whether the next frame may be read: the socket waits for that, but not for long."""
+        """Return True if the next frame may be read. The socket waits for that, but only for a short time."""
 
     def on_closed(self, by_close_frame: bool, code: int, reason: str) -> None:
-        """The connection is gone; `code` is the peer's close code, 0 if there was none, `reason` the text beside it.
+        """Handle the end of the connection. `code` is the peer's close code (0: none), `reason` the text beside it.
 
-        The text is the peer's own: it may hold anything, a token included.
+        The text is the peer's own: it may contain anything, a token included.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class DialRequest:
-    """Where and how to dial. `url` is ws/wss without the token; `query` holds extra parameters, never the token."""
+    """Target and token of a dial. `url` is ws/wss; the token is neither in it nor in `query`."""
 
     url: str
     token: str = field(repr=False)
@@ -113,9 +117,11 @@ class DialRequest:
 
 
 class DialFailure(msgspec.Struct, frozen=True):
-    """Why a dial failed: the HTTP `status` of the handshake (0 if there was none), `retry_after_s` of its header in
-    seconds as sent, and a short bounded `reason` for metrics and logs (`dns`, `tcp`, `tls`, `timeout`, `proxy`,
-    `status`, `handshake`), never with the URL's query or a header.
+    """The reason why a dial failed.
+
+    `status` is the HTTP status of the handshake (0: none), `retry_after_s` its header in seconds as sent. `reason` is a
+    short label for metrics and logs (`dns`, `tcp`, `tls`, `timeout`, `proxy`, `status`, `handshake`). No text contains
+    the URL's query or a header.
     """
 
     reason: str
@@ -125,40 +131,40 @@ class DialFailure(msgspec.Struct, frozen=True):
 
 
 class UpstreamPort(Protocol):
-    """Opens WebSockets."""
+    """Dialler of WebSockets."""
 
     def dial(
         self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]
     ) -> None:
-        """Dial in the background, at most `upstream.connect_timeout_s`; `done` is called once, on the event loop.
+        """Dial in the background for at most `upstream.connect_timeout_s`; `done` is called once, on the event loop.
 
-        When `done` gets a socket, events flow from then on, never before.
+        If `done` gets a socket, events are reported from then on, never before.
         """
 
 
 class Frame(NamedTuple):
-    """One WebSocket frame, or a whole message that came in several. `data` of a close frame: its code and its text."""
+    """One WebSocket frame, or a message joined from several. `data` of a close frame has its code and text."""
 
     kind: Literal["text", "binary", "ping", "pong", "close"]
     data: bytes
 
 
 class FrameSocket(Protocol):
-    """An open WebSocket whose frames are passed on as they are."""
+    """An open WebSocket whose frames are forwarded unchanged."""
 
     async def receive_frame(self) -> Frame | None:
-        """Wait for the next frame; `None` when the connection is gone or the peer broke the protocol."""
+        """Wait for the next frame. Returns `None` if the connection ended or the peer violated the protocol."""
 
     async def write_frame(self, frame: Frame) -> None:
-        """Write a frame, and wait while the peer does not read. Raises `ConnectionError`."""
+        """Write a frame, waiting while the peer does not read. Raises `ConnectionError`."""
 
     def abort(self) -> None:
-        """Drop the connection. Idempotent."""
+        """Close the connection at once. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """An agent's WebSocket handshake as it came; `target` as in `ProxyRequest`, `token` from its header or query."""
+    """An agent's WebSocket handshake. `target` is as in `ProxyRequest`, `token` from its header or query."""
 
     target: str = field(repr=False)
     headers: tuple[tuple[str, str], ...] = field(repr=False)
@@ -173,82 +179,89 @@ class CarriedSocket(Protocol):
         """The subprotocol that the controller chose, or an empty text."""
 
     async def run(self, agent: FrameSocket) -> None:
-        """Carry frames both ways until either side is gone."""
+        """Forward frames in both directions until either side is closed."""
 
     def abort(self) -> None:
-        """Drop it: the agent is gone already. Idempotent."""
+        """Close the connection at once, after the agent has disconnected. Idempotent."""
 
 
 class AgentWebSockets(Protocol):
-    """Passes agents that speak WebSocket on to the controller.
-
-    Rules: docs/reference/protocol.md#5-an-agent-that-has-migrated-already.
-    """
+    """Proxy for agents that connect by WebSocket (docs/reference/protocol.md#5-an-agent-that-has-migrated-already)."""
 
     def serves(self, target: str) -> bool:
-        """Return whether a handshake for this request target is passed on."""
+        """Return True if a handshake for this request target is forwarded."""
 
     async def open(self, handshake: Handshake) -> CarriedSocket:
-        """Open the controller's side. Raises `AgentError` where that is not possible."""
+        """Open the controller's side. Raises `AgentError` if that fails."""
 
     async def close(self) -> None:
-        """Close all of them with 1001."""
+        """Close all connections with 1001."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who is calling: the Bearer token (`""` if none) and the number of the TCP connection, unique in the process."""
+    """The caller of a request: its Bearer token (`""` if none) and the process-wide number of its TCP connection."""
 
     token: str = field(repr=False)
     connection: int
 
 
 class DeliveryReceipt(Protocol):
-    """The commands that a reply offers, as the switchboard knows them; opaque to the frontend."""
+    """Opaque reference to the commands that a reply offers."""
 
 
 class CallResult(msgspec.Struct, frozen=True):
-    """A call's outcome; `lease` is set when it offers commands."""
+    """The outcome of a call. `lease` is set if it offers commands."""
 
     outcome: Outcome
     lease: DeliveryReceipt | None = None
 
 
 class AgentService(Protocol):
-    """The bridge as the frontend sees it. `written` or `unwritten` follows each lease exactly once, then evidence."""
+    """The bridge as used by the agents' server.
+
+    Each `lease` is followed by exactly one call of `written` or `unwritten`, and after `written` by evidence.
+    """
 
     async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
-        """Carry out a call. `arrived_s` is the loop time of the request's first byte, as well as it can be known.
+        """Serve a call. `arrived_s` is the loop time of the request's first byte, as precisely as it is known.
 
-        Never raises `AgentError` (a failure is an outcome). Cancelled when the agent hangs up: what was about to be
-        offered is then the switchboard's own business, also when the cancellation meets an answer that is just ready.
+        Never raises `AgentError`: a failure is an outcome. The call is cancelled if the agent hangs up. Commands that
+        were about to be offered are then queued again by the bridge, even if the cancellation meets a result that is
+        just ready.
         """
 
     def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
-        """Carry out a call that need not wait, as `call` does. `None` where it must, and then nothing has happened."""
+        """Serve a call that need not wait, as `call` does.
+
+        Returns `None`, without any change of state, if it must wait.
+        """
 
     def written(self, lease: DeliveryReceipt) -> None:
-        """The whole reply was handed to the kernel."""
+        """Record that the whole reply was handed to the kernel."""
 
     def unwritten(self, lease: DeliveryReceipt) -> None:
-        """It was not: the agent had hung up before the first byte of the body, or writing failed."""
+        """Record that the reply was not written.
+
+        The agent had hung up before the first byte of its body, or writing failed.
+        """
 
     def next_request(self, connection: int) -> None:
-        """Another request arrived on a connection with a written lease, sent after that reply was written."""
+        """Record another request on a connection with a written lease that was sent after the reply was written."""
 
     def connection_closed(self, connection: int, clean: bool) -> None:
-        """A connection that had a written lease is gone.
+        """Record the end of a connection that had a written lease.
 
-        `clean`: it was closed by FIN, and all that was written had been acknowledged by the peer's kernel.
+        `clean` is true if it was closed by FIN, and the peer's kernel had acknowledged everything that was written.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyRequest:
-    """An agent's request as it came. `target` is the path under the configured base path, with its query.
+    """An agent's request as received. `target` is the path under the configured base path, with its query.
 
-    `body` is the whole body, or its chunks where it is larger than a call's body may be; `call` is what the dialect
-    made of it, `None` where it was not or could not be read; `arrived_s` as in `Switchboard.call`.
+    `body` is the whole body, or its chunks if it is larger than the body of a call may be. `call` is the parsed call,
+    `None` if it was not or could not be parsed. `arrived_s` is as in `AgentService.call`.
     """
 
     method: str
@@ -262,9 +275,9 @@ class ProxyRequest:
 
 @dataclass(frozen=True, slots=True)
 class ProxyResponse:
-    """What the vendor's HTTP API answered, without hop-by-hop headers. `body` is whole or comes in chunks.
+    """A response of the vendor's HTTP API without hop-by-hop headers. `body` is whole or in chunks.
 
-    `lease` as in `CallResult`. `complete`: another replica made the reply, nothing is to be added to its headers.
+    `lease` is as in `CallResult`. `complete` is true if another replica made the reply, so that no header may be added.
     """
 
     status: int
@@ -278,42 +291,47 @@ class Pending(Protocol):
     """A request that another replica is answering."""
 
     def forget(self) -> None:
-        """Want no answer any more."""
+        """Cancel the request: its reply is not needed."""
 
 
 class Forwarder(Protocol):
-    """Sends agents' requests to the replica that owns the caller's shard."""
+    """Client that sends agents' requests to the replica that owns the caller's shard."""
 
     def elsewhere(self, token: str) -> bool:
-        """Return whether calls with this token cannot be carried out here now."""
+        """Return True if calls with this token cannot be served by this replica now."""
 
     def try_call_sync(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
-        """Send a whole request on if nothing needs to be waited for; `None` if something does.
+        """Forward a whole request if that is possible without waiting, else return `None`.
 
-        `done` gets the bytes of the whole reply, or `None` where there is none.
+        `done` is called with the bytes of the whole reply, or with `None` if there is none.
         """
 
     async def forward(self, request: ProxyRequest, operation: str) -> ProxyResponse | None:
-        """Send a request on; `None` where it is to be served here, also because nobody owns the caller's shard.
+        """Forward a request.
 
-        `operation` is the route's, empty where none matched. Cancelled when the agent hangs up. Raises `AgentError`.
+        Returns `None` if this replica must serve it, also because the caller's shard has no owner.
+
+        `operation` is the route's, empty if none matched. Cancelled if the agent hangs up. Raises `AgentError`.
         """
 
     def without_owner(self, call: AgentCall) -> Outcome:
-        """Return what an agent is answered while nobody owns its shard."""
+        """Return the outcome of a call while the agent's shard has no owner."""
 
 
 class Fallback(Protocol):
-    """Serves calls by the vendor's HTTP API (docs/reference/protocol.md#4-modes)."""
+    """Server of calls by the vendor's HTTP API (docs/reference/protocol.md#4-modes)."""
 
     def handles_all(self) -> bool:
-        """True while every call goes that way, whatever it is: nothing of it need be understood."""
+        """Return True while every request is sent to the HTTP API, so that requests need not be parsed."""
 
     def handles_some(self) -> bool:
-        """True while some calls may go that way."""
+        """Return True while some calls may be sent to the HTTP API."""
 
     def handles(self, client: Caller, call: AgentCall) -> bool:
-        """Whether this call goes that way."""
+        """Return True if this call is sent to the HTTP API."""
 
     async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
-        """Serve it. An `CallResult` where the switchboard had to do with it; `None`: it goes over the WebSocket."""
+        """Serve a request by the HTTP API. Returns a `CallResult` if the bridge took part.
+
+        Returns `None` if the request must be served over the WebSocket.
+        """

@@ -1,4 +1,4 @@
-"""Settings of this process: core dumps, file descriptors, garbage collection, and how late the event loop is."""
+"""Settings of this process: core dumps, file descriptors, garbage collection, and the event loop's lag."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _OTHER_FILES = 256  # the store, the admin port, listeners, the event loop
 
 
 def occupy_standard_streams() -> None:
-    """Open what is closed of stdin, stdout and stderr as /dev/null.
+    """Open stdin, stdout and stderr as /dev/null if they are closed.
 
-    Otherwise the database or a socket would get the number 2, and what is printed to stderr would be written into it.
+    Otherwise the database or a socket would get the number 2, and messages to stderr would be written into it.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
 
 
 def disable_core_dumps() -> bool:
-    """No core dump of this process, and no debugger of its own user: tokens are in its memory. False if refused.
+    """Disable core dumps and debuggers of the same user, because tokens are in memory. Returns False if that failed.
 
-    The limit alone is not enough: the kernel ignores it where `core_pattern` is a pipe. A process that is not dumpable
-    is not dumped at all, and another process of the same user, in a pod with a shared process namespace say, can read
+    The limit alone is not enough: the kernel ignores it if `core_pattern` is a pipe. A process that is not dumpable is
+    never dumped. Other processes of the same user, for example in a pod with a shared process namespace, can then read
     neither its memory nor its environment. Root with CAP_SYS_PTRACE still can.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -47,7 +47,7 @@ def disable_core_dumps() -> bool:
 
 
 def raise_fd_limit(count: int) -> int:
-    """Raise the limit of open files to what so many connections need. Returns the limit in force."""
+    """Raise the limit of open files for `count` connections and the other files. Returns the limit in force."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -57,29 +57,32 @@ def raise_fd_limit(count: int) -> int:
 
 
 def security_warnings(settings: Settings) -> Iterator[tuple[str, str]]:
-    """What the configuration allows and a person should know of: (event, hint)."""
+    """Yield (event, hint) for each setting that lowers the security."""
     listen, upstream = settings.listen, settings.upstream
     if not listen.on_loopback and not listen.tls.cert_file:
-        yield "listen_without_tls", "agents' tokens and commands can be read on the way: set listen.tls"
+        yield "listen_without_tls", "Set listen.tls: others can read agents' tokens and commands on the network."
     if upstream.allow_insecure:
-        yield "upstream_allow_insecure", "tokens may be sent in the clear"
+        yield "upstream_allow_insecure", "Tokens may be sent without encryption."
 
 
-# With 10,000 sessions a search for garbage through everything takes most of a second, in which no agent is answered,
-# and by default it comes whenever a quarter more is alive than before: with every wave of held polls. What is garbage
-# is nearly always young: the young are searched, and all only after tens of millions of objects.
+# With 10,000 sessions a full garbage collection takes most of a second, in which no agent is answered. By default one
+# runs whenever the number of objects has grown by a quarter, so with every wave of held polls. Nearly all garbage is
+# young. So young objects are collected often, and all of them only after tens of millions of allocations.
 _YOUNG, _MIDDLE, _ALL = 10_000, 20, 200
 
 
 def tune_gc() -> None:
-    """Spare this process's event loop long searches. What is alive now, modules and classes, is left out of all."""
+    """Make garbage collection shorter.
+
+    Objects that exist now, such as modules and classes, are never searched again.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG, _MIDDLE, _ALL)
 
 
 def trim_heap() -> None:
-    """Return to the system what the start has needed and freed; elsewhere than on glibc nothing is done."""
+    """Return memory freed after start-up to the OS (glibc only)."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -90,16 +93,16 @@ SAMPLE_S = 0.1
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """The fastest event loop that is installed; `None` is asyncio's own."""
+    """Return the factory of the fastest installed event loop; `None` stands for asyncio's own."""
     try:
-        import uvloop  # noqa: PLC0415 - not installed everywhere
+        import uvloop  # noqa: PLC0415 - optional dependency
     except ModuleNotFoundError:
         return None
     return uvloop.new_event_loop
 
 
 async def watch_loop(clock: Clock, metrics: Metrics, stop: asyncio.Event) -> None:
-    """Measure until `stop` how late a timer comes. A block may have lasted up to `SAMPLE_S` longer than is seen."""
+    """Measure until `stop` how late timers fire. A block may have been up to `SAMPLE_S` longer than measured."""
     longest_s = 0.0
     while not stop.is_set():
         before = clock.monotonic_s()

@@ -1,4 +1,4 @@
-"""Mask secrets in texts: known ones wherever they stand, and whatever follows `token=` or `Bearer`."""
+"""Redaction of secrets in texts: known secrets anywhere, and values after `token=` or `Bearer`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 MASK = "***"
 MAX_TEXT_CHARS = 4096
-_MIN_SECRET_CHARS = 4  # masking a shorter one would garble every line and tell what it is
+_MIN_SECRET_CHARS = 4  # masking a shorter one would garble every line, and reveal it by that
 _CARRIERS = re.compile(
     r"((?:token|secret|password|passwd|api_?key)=|\b(?:Bearer|Basic)\s+)[^\s&\"'<>,;]+", re.IGNORECASE
 )
@@ -23,10 +23,10 @@ _SECRET_FIELD = re.compile(r"token$|secret|password|authorization", re.IGNORECAS
 
 
 class Redaction:
-    """Masks known secrets, what follows `token=` or `Bearer `, and fields whose names say that they are secret.
+    """Redactor of known secrets, of values after `token=` or `Bearer `, and of fields with the name of a secret.
 
-    Thousands of secrets may be known, one for each agent that brings its own token: they are found by their first
-    characters in a dict, because a regular expression with an alternative for each would try them all at every place.
+    Thousands of secrets may be known, one for each agent with its own token. They are looked up in a dict by their
+    first characters: a regular expression would try every alternative at every position.
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
@@ -36,16 +36,16 @@ class Redaction:
             self.add(secret)
 
     def add(self, secret: str) -> None:
-        """Mask this text from now on; texts of fewer than four characters are left alone."""
+        """Mask this text from now on. Texts of fewer than four characters are ignored."""
         for form in _forms(secret):
             same_head = self._by_head.get(form[:_MIN_SECRET_CHARS], [])
             if form not in same_head:
-                # A new list: another thread may be reading the old one.
+                # A new list replaces the old one, because another thread may be reading that.
                 self._by_head[form[:_MIN_SECRET_CHARS]] = sorted([*same_head, form], key=len, reverse=True)
                 self._longest = max(self._longest, len(form))
 
     def discard(self, secret: str) -> None:
-        """Mask this text no longer: it is not valid any more, or its owner has gone."""
+        """Stop masking this text, because the secret is invalid or its owner was deleted."""
         for form in _forms(secret):
             head = form[:_MIN_SECRET_CHARS]
             left = [each for each in self._by_head.get(head, []) if each != form]
@@ -55,9 +55,10 @@ class Redaction:
                 self._by_head.pop(head, None)
 
     def text(self, text: str, max_chars: int | None = None) -> str:
-        """Return the text without secrets, and then cut to `max_chars`.
+        """Return the text without secrets, cut to `max_chars`.
 
-        Cutting comes second: a secret that was cut first would not be recognised, and most of it would be shown.
+        The text is cut after masking: a secret that was cut first would not be recognised, and most of it would be
+        shown.
         """
         if max_chars is not None:
             text = text[: max_chars + self._longest + 1]  # every secret that begins before the cut is still whole
@@ -83,7 +84,7 @@ class Redaction:
         return "".join(pieces) + text[done:] if pieces else text
 
     def value(self, value: Any, name: str = "") -> Any:
-        """Return the value of the field `name` as JSON can hold it, without secrets in it or in anything below it."""
+        """Return the value of the field `name` as JSON data, without secrets in it or in nested values."""
         if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
             return value
         if _SECRET_FIELD.search(name):
@@ -96,9 +97,9 @@ class Redaction:
 
 
 def without_secrets(text: str, *secrets: str) -> str:
-    """Return the text of somebody else with these secrets masked, and whatever looks like a token.
+    """Return a text from outside with these secrets masked, and everything that looks like a token.
 
-    A secret is also found where the text breaks off in the middle of it, as a close frame's does after 123 bytes.
+    A secret is recognised even if the text ends inside of it, as the text of a close frame does after 123 bytes.
     """
     text = Redaction(secrets).text(text)
     for secret in secrets:
@@ -112,7 +113,7 @@ def without_secrets(text: str, *secrets: str) -> str:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """Yield the secret, and the secret as URLs, JSON and Python's `repr` write it."""
+    """Yield the secret as it is, and as URLs, JSON and Python's `repr` write it."""
     if len(secret) >= _MIN_SECRET_CHARS:
         yield from {
             secret,
@@ -123,5 +124,5 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def basic_credentials(user: str, password: str) -> str:
-    """Return the two as `Authorization: Basic` carries them, to be masked as well."""
+    """Return user and password as encoded in `Authorization: Basic`, to be masked as well."""
     return base64.b64encode(f"{user}:{password}".encode()).decode()

@@ -1,4 +1,4 @@
-"""The parts of a process that serve agents: what one bridge and one bridge per shard have in common, and the former."""
+"""Runtime parts that serve agents: their interface, and the implementation with one bridge."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Spawn = Callable[[str, Coroutine[Any, Any, None]], Any]
 
 @dataclass(frozen=True, slots=True)
 class RuntimeContext:
-    """What the composition gets of the process. `broken` ends it: the store is damaged."""
+    """Dependencies of a runtime. `broken` stops the process after the store was found corrupt."""
 
     settings: Settings
     clock: Clock
@@ -44,7 +44,7 @@ class RuntimeContext:
     def context(
         self, settings: Settings, store: CommandStore, upstream: UpstreamPort, owner_key: bytes = b""
     ) -> BridgeContext:
-        """The surroundings of one bridge."""
+        """Return the dependencies of one bridge."""
         return BridgeContext(
             settings=settings,
             clock=self.clock,
@@ -62,70 +62,73 @@ class RuntimeContext:
 
 
 class ClosableFallback(Fallback, Protocol):
-    """The way by the vendor's HTTP API."""
+    """Fallback to the vendor's HTTP API with its life cycle."""
 
     def active(self) -> bool:
-        """Whether calls go that way because of the mode, or of a link that is down."""
+        """Return True if calls are sent to the HTTP API because of the mode, or of a link that is down."""
 
     async def close(self) -> None:
         """Close the connections to the vendor's API."""
 
 
 class Runtime(Protocol):
-    """Calls come in this order: `open`, `start`, …, `quiesce`, `stop`, `close`. The parts are there once it is open."""
+    """The parts that serve agents. Call `open`, `start`, …, `quiesce`, `stop`, `close` in this order.
+
+    The properties are valid once it is open.
+    """
 
     @property
     def subject(self) -> Subject:
-        """What the admin port shows."""
+        """The bridge or bridges shown on the admin port."""
 
     @property
     def recent(self) -> Iterable[RecentCommand]:
-        """What happened last to commands."""
+        """Recently changed commands."""
 
     @property
     def switchboard(self) -> AgentService:
-        """What the frontend calls."""
+        """The service that the agents' server calls."""
 
     @property
     def addresses(self) -> Mapping[str, str]:
-        """Further addresses that this process listens on, by name; there once it is open."""
+        """Further addresses on which this process listens, by name."""
 
     @property
     def forwarder(self) -> Forwarder | None:
-        """Sends calls on to other replicas; `None` where there are none."""
+        """Client for other replicas, `None` without replicas."""
 
     @property
     def fallback(self) -> ClosableFallback:
-        """The other way."""
+        """Server of calls by the vendor's HTTP API."""
 
     @property
     def websockets(self) -> AgentWebSockets:
-        """The way of agents that speak WebSocket by themselves."""
+        """Proxy for agents that connect by WebSocket."""
 
     async def open(self) -> None:
-        """Make sure of the store. Raises `StoreError`, `ConfigError`."""
+        """Open the store. Raises `StoreError`, `ConfigError`."""
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start serving the sessions of the store."""
 
     def quiesce(self) -> None:
-        """Answer what waits."""
+        """Answer all held polls."""
 
     async def stop(self) -> None:
-        """End the work; what is submitted is still stored."""
+        """Stop the bridges. Submitted operations are still stored."""
 
     async def close(self) -> None:
         """Close the store."""
 
     def reload(self, settings: Settings) -> None:
-        """Go on with these settings."""
+        """Apply new settings."""
 
     def token_changed(self) -> None:
-        """The upstream token is another one."""
+        """Use the new upstream token."""
 
 
 class SingleRuntime:
-    """Implements `composition.Composition`."""
+    """Runtime with one bridge and its own store."""
 
     def __init__(self, around: RuntimeContext, store: CommandStore) -> None:
         self._metrics = around.metrics
@@ -140,7 +143,7 @@ class SingleRuntime:
         self._opening = False
 
     async def open(self) -> None:
-        """See `composition.Composition`."""
+        """Open the store in a thread."""
         self._opening = True
         try:
             self._loaded = await asyncio.to_thread(self.recent.open)
@@ -151,28 +154,28 @@ class SingleRuntime:
         log_store_warnings(self._loaded, self._metrics)
 
     def start(self) -> None:
-        """See `composition.Composition`."""
+        """Start the bridge with the contents of the store."""
         if self._loaded is not None:
             self.subject.start(self._loaded)
             self._loaded = None
 
     def quiesce(self) -> None:
-        """See `composition.Composition`."""
+        """Answer all held polls."""
         self.subject.quiesce()
 
     async def stop(self) -> None:
-        """See `composition.Composition`."""
+        """Stop the bridge."""
         self.subject.stop()
 
     async def close(self) -> None:
-        """See `composition.Composition`. A store that is still being opened is left to the end of the process."""
+        """Close the store, unless it is still being opened in its thread: the end of the process ends that."""
         if not self._opening:
             await asyncio.to_thread(self.recent.close)
 
     def reload(self, settings: Settings) -> None:
-        """See `composition.Composition`."""
+        """Apply new settings."""
         self.subject.ctx.settings = settings
 
     def token_changed(self) -> None:
-        """See `composition.Composition`."""
+        """Use the new upstream token."""
         self.subject.token_changed()

@@ -26,7 +26,7 @@ CONTENT_SECURITY_POLICY = (
 
 
 class StaticFiles:
-    """Handler for `FILES`. The page is told if it must ask for a token before it requests data."""
+    """Handler for `FILES`. The page has a mark that shows if it must ask for a token before it requests data."""
 
     def __init__(self, token_required: bool) -> None:
         self._token = b'data-token="required"' if token_required else _NO_TOKEN

@@ -14,7 +14,7 @@ from pathlib import Path
 def read_regular(path: str | Path, limit_bytes: int) -> bytes:
     """Return the content of a regular file. Symbolic links are followed.
 
-    Raises `OSError` if the file cannot be read, is not a regular file, or is larger than `limit_bytes`, and
+    Raises `OSError` if the file cannot be read, is not a regular file, or is larger than `limit_bytes`. Raises
     `ValueError` if `path` contains a null byte. `reason` converts both to text.
     """
     require_regular(path)

@@ -116,8 +116,8 @@ class Batch:
         """Return True if a poll that arrived at that time proves that the agent has read the reply.
 
         The rule is docs/reference/protocol.md#3-commands. A connection that was closed by FIN has been read to its end.
-        While it is open, a poll proves it only if it cannot have been on its way when the reply was written: agents may
-        have two polls at once, and may pipeline.
+        While it is open, the poll must not have been on its way when the reply was written: agents may have two polls
+        at once, and may pipeline.
         """
         if self.cleanly_closed is not None:
             return self.cleanly_closed
@@ -142,7 +142,7 @@ class Arriving:
     """Counter of the commands of all sessions that are being stored, looked up or ended.
 
     If `has_room` is false, the next frame is not read, so that TCP slows the controller down. A disk that stands still
-    must not keep pings unread for long: after a while frames are read again, and commands beyond the limits are
+    must not keep pings unread for long, so frames are read again after a while. Commands that exceed the limits are
     rejected.
     """
 

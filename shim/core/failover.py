@@ -16,8 +16,8 @@ BREAKER_THRESHOLD = 3
 def bucket(name: str) -> float:
     """Return an agent's place in [0, 100), a stable hash of its name.
 
-    `name` is the cluster's name, else its id. The place is the same on every shim and in every version, so that a
-    rollout raised from 10 to 50 percent keeps the first 10.
+    `name` is the cluster's name, else its id. The place is the same on every shim and in every version. So a rollout
+    raised from 10 to 50 percent keeps the first 10.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8]) / 2**64 * 100

@@ -39,9 +39,9 @@ class _Waiting:
 class HeartbeatCoverage:
     """Coverage of one agent's heartbeats. All times are monotonic seconds.
 
-    An upstream heartbeat covers an agent's heartbeat if it was sent at most one window before, on the connection that
-    the agent still uses, or if it is sent later and acknowledged at most one window after. Each is counted once: when
-    it is covered, or when its window is over.
+    An upstream heartbeat covers an agent's heartbeat in two cases. It was sent at most one window before, on the
+    connection that the agent still uses. Or it is sent later, and acknowledged at most one window after. Each of the
+    agent's heartbeats is counted once: when it is covered, or when its window is over.
     """
 
     __slots__ = ("_acked_at", "_acked_on", "_waiting", "_writes")

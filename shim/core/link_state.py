@@ -19,10 +19,10 @@ class AgentCalled(msgspec.Struct, frozen=True):
 
 
 class RetryNow(msgspec.Struct, frozen=True):
-    """A registration waits for the link: cut the backoff short.
+    """A registration waits for the link: cut the backoff short, at most every 5 s.
 
-    That happens at most every 5 s, and never to a delay that was imposed: by `Retry-After`, on an agent's own token
-    that was never accepted, or on a contended identity.
+    A delay that was imposed stays: by `Retry-After`, on an agent's own token that was never accepted, or on a contended
+    identity.
     """
 
 

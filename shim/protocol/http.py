@@ -84,7 +84,7 @@ def _parse(base: str) -> tuple[SplitResult, str]:
 
 
 def _ascii(host: str) -> str:
-    """Return a host in ASCII. A final dot is kept, because it tells the resolver that the name is complete."""
+    """Return a host in ASCII. A final dot is kept, because with it the resolver adds no search domain."""
     return host if host.isascii() else plain_host(host)
 
 

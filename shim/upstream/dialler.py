@@ -30,8 +30,8 @@ from shim.upstream.proxy import ProxyChoice, choose_proxy
 from shim.upstream.tls import ClientTls
 from shim.upstream.websocket import RawWebSocket, websocket_class
 
-# An idle connection is closed before the server closes it: a request that crosses the server's close is lost, and only
-# its sender knows if it may be sent again. The shortest idle times in use are gunicorn's 2 s and Node's 5 s.
+# An idle connection is closed before the server closes it. A request that crosses the server's close is lost, and only
+# its sender knows if it may be repeated. The shortest idle times in use are gunicorn's 2 s and Node's 5 s.
 KEEP_S = 1.5
 _PLAIN = {"ws": "http", "wss": "https"}
 
@@ -207,9 +207,8 @@ class Dialler:
     async def _send(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         """Send a request as client middleware: separate the proxy's errors from the controller's, and fill the trace.
 
-        Without it aiohttp would send a GET again if its connection is cut: a handshake would be dialled twice, and a
-        poll might take commands twice. It would also follow redirects of a handshake, and send our token to another
-        host.
+        Without it aiohttp would repeat a GET whose connection is cut. A handshake would be dialled twice, and a poll
+        might take commands twice. It would also follow redirects of a handshake, and send our token to another host.
         """
         try:
             response = await send(request)
