@@ -39,9 +39,10 @@ class HoldEstimator:
     The ceiling is either the timeout of the agent's client, or only the moment at which the agent died. So after many
     replies at the ceiling it is raised by 1 s, each time more rarely.
 
-    An agent that sends heartbeats, but never during a held poll, is taken as serial: it makes one call after the other,
-    so its heartbeats wait for our reply. Two parallel loops of the same rate look the same until a hold is longer than
-    the interval. So one poll is held 1 s longer: a heartbeat during it proves that the loops are parallel.
+    An agent that sends heartbeats, but never during a held poll, is taken as serial. A serial agent makes one call
+    after the other, so its heartbeats wait for our reply. Two parallel loops of the same rate look the same until a
+    hold is longer than the interval. So one poll is held 1 s longer: a heartbeat during it proves that the loops are
+    parallel.
 
     Each `poll_arrived` is followed by exactly one of `reply_sent`, `agent_disconnected` and `connection_lost`.
     """
