@@ -28,9 +28,9 @@ async def test_a_running_shim_dumps_no_core(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
 def test_a_process_that_keeps_its_memory_private_cannot_be_dumped_or_traced() -> None:
     script = (
-        "import ctypes; from shim.process import keep_memory_private; prctl = ctypes.CDLL(None).prctl\n"
+        "import ctypes; from shim.process import disable_core_dumps; prctl = ctypes.CDLL(None).prctl\n"
         "get_dumpable = 3\n"
-        "print(prctl(get_dumpable), keep_memory_private(), prctl(get_dumpable))"
+        "print(prctl(get_dumpable), disable_core_dumps(), prctl(get_dumpable))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "True", "0"]
