@@ -1,1 +1,1 @@
-"""Tools for developers of the shim and of migrations: controller, simulated agents, fleet, demo. Not in the image."""
+"""Tools for developers of the shim and of migrations: a controller, simulated agents, a fleet and a demo."""

@@ -1,4 +1,4 @@
-"""Latencies as people read them: percentiles, and a histogram for a terminal."""
+"""Latency statistics for reports: percentiles, and a histogram for a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BAR = " ▏▎▍▌▋▊▉█"
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Seconds; percentiles are nearest-rank, so each is a value that was measured."""
+    """Summary of latencies in seconds. Percentiles are nearest-rank, so each is a value that was measured."""
 
     count: int
     mean_s: float
@@ -24,7 +24,7 @@ class Summary:
 
     @classmethod
     def of(cls, samples_s: Iterable[float]) -> Summary | None:
-        """None without samples."""
+        """Summarise the samples; return None if there are none."""
         ordered = sorted(samples_s)
         if not ordered:
             return None
@@ -37,19 +37,19 @@ class Summary:
 
 
 def percentile(ordered: Sequence[float], q: float) -> float:
-    """The nearest-rank percentile, 0 < q <= 100, of a sorted, non-empty sequence."""
+    """Return the nearest-rank percentile `q` (0 < q <= 100) of a sorted, non-empty sequence."""
     return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
 
 
 def duration(value_s: float) -> str:
-    """A duration in three digits and its unit: `0.42 ms`, `17.0 ms`, `1.25 s`."""
+    """Format a duration with three digits and its unit: `0.42 ms`, `17.0 ms`, `1.25 s`."""
     value, unit = (value_s, "s") if value_s >= 0.9995 else (value_s * 1000, "ms")
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f} {unit}"
 
 
 def histogram(samples_s: Sequence[float], width: int = 40) -> list[str]:
-    """Lines of a histogram with buckets at 1, 2, 5, 10, … from the smallest sample to the largest; none without any."""
+    """Return a histogram as lines, with bucket limits 1, 2, 5, 10, … Without samples there are no lines."""
     if not samples_s:
         return []
     bounds = _bounds(max(min(samples_s), 1e-6), max(samples_s))
@@ -64,7 +64,7 @@ def histogram(samples_s: Sequence[float], width: int = 40) -> list[str]:
 
 
 def _bounds(least_s: float, most_s: float) -> list[float]:
-    """Upper bounds of the buckets that hold everything between the two."""
+    """Return the upper bounds of the buckets that cover both values."""
     first = math.floor(math.log10(least_s)) - 1
     steps = (float(f"{factor}e{exponent}") for exponent in count(first) for factor in (1, 2, 5))
     bounds = [next(bound for bound in steps if bound >= least_s)]

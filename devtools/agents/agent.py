@@ -1,7 +1,4 @@
-"""One simulated legacy agent: it behaves on the wire as an unmodified agent of its generation does.
-
-Rules: docs/reference/legacy-agents.md#1-legacy-http-endpoints.
-"""
+"""One simulated legacy agent, whose HTTP requests equal those of a real agent of its generation."""
 
 from __future__ import annotations
 
@@ -23,10 +20,10 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentProfile:
-    """How an agent spends its time; defaults are those of real agents.
+    """Timing of an agent; the defaults are those of real agents.
 
-    A heartbeat interval of `None` is its generation's own; for the other calls `None` leaves them out. `timeout_scale`
-    multiplies the time-outs of calls.
+    A heartbeat interval of `None` selects the generation's own interval; for other calls `None` disables them.
+    `timeout_scale` multiplies the time-outs of calls.
     """
 
     dialect: str = "clusters_agent"
@@ -42,7 +39,7 @@ class AgentProfile:
     timeout_scale: float = 1
 
     def scaled(self, factor: float) -> AgentProfile:
-        """The same agent with every interval, pause and time-out multiplied by `factor`."""
+        """Return the profile with every interval, pause and time-out multiplied by `factor`."""
 
         def times(value_s: float | None) -> float | None:
             return None if value_s is None else value_s * factor
@@ -60,19 +57,19 @@ class AgentProfile:
 
     @property
     def beat_s(self) -> float:
-        """Seconds between heartbeats."""
+        """Return the seconds between heartbeats."""
         return self.heartbeat_interval_s or GENERATIONS[self.dialect].INTERVAL_S
 
     @property
     def drains(self) -> bool:
-        """It polls for commands: it is told to, and its generation has a route for it."""
+        """Return True if the agent polls: the profile asks for it and the generation has a route for commands."""
         return self.poll_interval_s is not None and GENERATIONS[self.dialect].DRAINS
 
 
 class LegacyAgent:
-    """An agent process. `run` is its life; the single calls are public for harnesses that drive it by hand.
+    """A legacy agent. `run` executes it; the single calls are public for test harnesses that drive it by hand.
 
-    `cluster_id` is what it holds, given or from its register reply: a generation that keeps it never registers again.
+    `cluster_id` is given or comes from the register reply. A generation that stores it never registers again.
     """
 
     def __init__(
@@ -84,18 +81,18 @@ class LegacyAgent:
         self._generation = GENERATIONS[profile.dialect]
         self._clock = clock
         self._callbacks = callbacks
-        # Two clients, as in the real agent: its own for the control plane, Go's default one for the polls of B.
+        # Real agents have two clients: one for the control plane, and Go's default one for the polls of generation B.
         self._control = Pool(url, clock.monotonic_s)
         self._default = Pool(url, clock.monotonic_s)
         self._drain_pool = self._default if self._generation.KEEPS_ID else self._control
 
     @property
     def connections_opened(self) -> int:
-        """TCP connections that were opened in this agent's life."""
+        """Return the number of TCP connections that the agent has opened."""
         return self._control.opened + self._default.opened
 
     async def run(self) -> None:
-        """Live until cancelled, or until a failed registration ends the process in a generation that exits then."""
+        """Run until cancelled, or until a failed registration ends the process, if the generation exits then."""
         exits = self._generation.FATAL_REGISTER
         holds_id = self._generation.KEEPS_ID and self.cluster_id != ""
         try:
@@ -113,12 +110,12 @@ class LegacyAgent:
             self.close()
 
     def close(self) -> None:
-        """Close all connections; the agent may be run again, as a restarted process that kept its state."""
+        """Close all connections. The agent may be run again, like a restarted process that kept its state."""
         self._control.close()
         self._default.close()
 
     async def register(self) -> bool:
-        """Register once; True if this generation takes the answer as success."""
+        """Register once; return True if this generation accepts the reply as success."""
         request = self._generation.register(self.who, self._clock.wall_s())
 
         def read(response: Response) -> Response:
@@ -131,7 +128,7 @@ class LegacyAgent:
         return await self._call(EventKind.REGISTER, request, self._control, read) is not None
 
     async def heartbeat(self) -> bool:
-        """Send one heartbeat, once."""
+        """Send one heartbeat, without retries."""
         request = self._generation.heartbeat(self.who, self.cluster_id, self._clock.wall_s())
         return await self._call(EventKind.HEARTBEAT, request, self._control, _take) is not None
 
@@ -141,7 +138,7 @@ class LegacyAgent:
         return await self._call(EventKind.STATUS, request, self._control, _take) is not None
 
     async def health(self) -> bool:
-        """Ask for the server's health."""
+        """Send one health request."""
         return await self._call(EventKind.HEALTH, health(), self._control, _take) is not None
 
     async def poll_tunnel(self) -> bool:
@@ -150,7 +147,7 @@ class LegacyAgent:
         return await self._call(EventKind.TUNNEL, request, self._default, lambda r: decode_tunnel(r.body)) is not None
 
     async def poll(self) -> list[Command] | None:
-        """Drain commands once: they are reported, then carried out and answered in order. None if the poll failed."""
+        """Poll once, report the commands, then execute and answer them in order. Return None if the poll failed."""
         request = self._generation.drain(self.who, self.cluster_id)
         commands = await self._call(EventKind.POLL, request, self._drain_pool, lambda r: decode_commands(r.body))
         now_s = self._clock.monotonic_s()
@@ -192,7 +189,7 @@ class LegacyAgent:
             group.create_task(self._repeat((Ticker(profile.status_interval_s, now_s), self.status)))
 
     async def _repeat(self, *timed: tuple[Pace, Callable[[], Awaitable[object]]]) -> None:
-        """Make the calls of one loop, each when it is due; of several that are due the longest overdue."""
+        """Make the repeated calls of one loop when they are due, the longest overdue first."""
         while True:
             pace, call = min(timed, key=lambda entry: entry[0].due_s)
             await asyncio.sleep(pace.due_s - self._clock.monotonic_s())
@@ -201,7 +198,7 @@ class LegacyAgent:
             pace.ended(self._clock.monotonic_s())
 
     async def _beat(self) -> None:
-        """A heartbeat with its generation's retries; where a cluster id is needed, none is sent without one."""
+        """Send a heartbeat with the generation's retries. If a cluster id is required and missing, send nothing."""
         if self._generation.KEEPS_ID and not self.cluster_id:
             return
         attempts = self.profile.retry_attempts if self._generation.RETRIES else 1
@@ -219,7 +216,7 @@ class LegacyAgent:
         read: Callable[[Response], _Value],
         command: Command | None = None,
     ) -> _Value | None:
-        """Make one call, report it and return what `read` makes of the answer, None if the call failed."""
+        """Make one call, report it and return the result of `read` for its response. Return None if the call failed."""
         request = replace(request, timeout_s=request.timeout_s * self.profile.timeout_scale)
         started_s = self._clock.monotonic_s()
         try:

@@ -1,4 +1,4 @@
-"""What a simulated agent tells its harness, and where a harness may reach into it."""
+"""Events that a simulated agent reports, and the callbacks through which a test harness controls it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from devtools.agents.requests import Result
 
 
 class EventKind(Enum):
-    """What an event is about."""
+    """Kind of an event."""
 
     REGISTER = "register"
     HEARTBEAT = "heartbeat"
     STATUS = "status"
     POLL = "poll"
-    COMMAND = "command"  # a command is in the agent's hand
+    COMMAND = "command"  # the agent has received a command
     RESULT = "result"
     TUNNEL = "tunnel"
     HEALTH = "health"
@@ -26,20 +26,20 @@ class EventKind(Enum):
 
 
 class CallOutcome(Enum):
-    """How it went, as the agent sees it."""
+    """Outcome of a call from the agent's point of view."""
 
     OK = "ok"
-    REFUSED = "refused"  # a status that this generation takes as a failure
-    UNDECODABLE = "undecodable"  # a success that it cannot use
-    FAILED = "failed"  # no answer
+    REFUSED = "refused"  # a status that this generation treats as a failure
+    UNDECODABLE = "undecodable"  # a success with a body that the agent cannot use
+    FAILED = "failed"  # no response
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened to an agent. Times are monotonic seconds, comparable between processes of one host.
+    """One event of an agent. Times are monotonic seconds, comparable between processes of one host.
 
-    `started_s` is when the call began; `response` what it was answered, if it was; `detail` says why it failed;
-    `command` stands with COMMAND and RESULT.
+    `started_s` is the start of the call and `response` its response, if there was one; `detail` is the reason of a
+    failure. `command` is set for COMMAND and RESULT.
     """
 
     agent_id: str
@@ -53,13 +53,13 @@ class Event:
 
     @property
     def status(self) -> int:
-        """The HTTP status, 0 without an answer."""
+        """Return the HTTP status, or 0 if there was no response."""
         return self.response.status if self.response else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A call that is about to be made: `send()` makes it as a sound agent would."""
+    """A call that is about to be made; `send()` makes it correctly."""
 
     agent_id: str
     what: EventKind
@@ -71,16 +71,16 @@ class Exchange:
 
 
 async def succeed(command: Command) -> Result:
-    """Carry out any command with success."""
+    """Complete any command with success."""
     return Result(output=f"done {command.type}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callbacks:
-    """What a harness hangs into an agent.
+    """Callbacks that a test harness passes to an agent.
 
-    `event` gets everything that happens, at once. `execute` carries out a command. `call` makes each call and may make
-    it badly: it answers with a response or raises `WireError`, and has `Exchange.pool` for connections of its own.
+    `event` is called for every event at once. `execute` executes a command. `call` makes each call, and may make it
+    incorrectly: it returns a response or raises `WireError`. `Exchange.pool` opens further connections.
     """
 
     event: Callable[[Event], None]

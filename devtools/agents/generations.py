@@ -1,8 +1,6 @@
-"""What each generation of the vendor's agent puts on the wire: paths, headers and bodies.
+"""Paths, headers and bodies of each generation (docs/reference/legacy-agents.md#1-legacy-http-endpoints).
 
-Rules: docs/reference/legacy-agents.md#1-legacy-http-endpoints.
-
-Keys stand in the order of Go's structs, so that a body is what the real client would have written.
+Keys have the order of the fields in Go's structs, so that a body equals that of the real client byte for byte.
 """
 
 from __future__ import annotations
@@ -19,37 +17,37 @@ _NEVER = "0001-01-01T00:00:00Z"
 
 
 class Generation(Protocol):
-    """One generation. `now_s` is wall-clock seconds, `cluster_id` what the agent holds (`""`: none)."""
+    """One generation. `now_s` is in wall-clock seconds; `cluster_id` is the agent's cluster id, or `""` without one."""
 
     NAME: str
-    FATAL_REGISTER: bool  # the process exits when it cannot register
-    KEEPS_ID: bool  # holds a cluster id, kept across restarts; with one it never registers
+    FATAL_REGISTER: bool  # the process exits if it cannot register
+    KEEPS_ID: bool  # stores its cluster id across restarts; with one it never registers
     RETRIES: bool  # repeats a failed heartbeat before the next tick
-    FIRST_AT_ONCE: bool  # the first heartbeat does not wait for the first tick
-    DRAINS: bool  # has a route to drain commands
+    FIRST_AT_ONCE: bool  # the first heartbeat is sent before the first tick
+    DRAINS: bool  # has a route to poll for commands
     INTERVAL_S: float  # between heartbeats
 
     def register(self, who: Identity, now_s: float) -> Request:
-        """The register call."""
+        """Build the register request."""
 
     def registration(self, status: int, body: bytes, who: Identity) -> Registration:
-        """What the agent takes from an answer with a status of the request's `success`.
+        """Decode the registration from a response whose status is in the request's `success`.
 
-        Raises `DecodeError` where it takes it as a failure all the same.
+        Raises `DecodeError` if the agent treats the response as a failure.
         """
 
     def heartbeat(self, who: Identity, cluster_id: str, now_s: float) -> Request:
-        """The heartbeat call."""
+        """Build the heartbeat request."""
 
     def drain(self, who: Identity, cluster_id: str) -> Request:
-        """The poll for commands."""
+        """Build the poll for commands."""
 
     def result(self, who: Identity, cluster_id: str, command_id: str, body: bytes) -> Request:
-        """The post of a command's result."""
+        """Build the post of a command's result."""
 
 
 class Agents:
-    """`/api/v1/agents/…` (A)."""
+    """Generation A: `/api/v1/agents/…`."""
 
     NAME = "agents"
     FATAL_REGISTER = KEEPS_ID = RETRIES = FIRST_AT_ONCE = False
@@ -91,7 +89,7 @@ class Agents:
 
 
 class ClustersAgent:
-    """`/api/v1/clusters/agent/…` (B4-B7). Drains and results are as the vendor's guide has them."""
+    """Generations B4 to B7: `/api/v1/clusters/agent/…`. Polls and results follow the vendor's guide."""
 
     NAME = "clusters_agent"
     FATAL_REGISTER = KEEPS_ID = RETRIES = FIRST_AT_ONCE = DRAINS = True
@@ -136,7 +134,7 @@ class ClustersAgent:
 
 
 class Clusters:
-    """`/clusters/{agent_id}` (B3): no route to drain commands."""
+    """Generation B3: `/clusters/{agent_id}`, without a route to poll for commands."""
 
     NAME = "clusters"
     FATAL_REGISTER = FIRST_AT_ONCE = DRAINS = False
@@ -168,7 +166,7 @@ class Clusters:
         try:
             return decode_registration_b3(body)
         except DecodeError:
-            # This generation shrugs: its own id becomes the cluster id.
+            # This generation continues without the id of the reply and uses its agent id as the cluster id.
             return Registration(who.agent_id)
 
     def heartbeat(self, who: Identity, cluster_id: str, now_s: float) -> Request:

@@ -1,9 +1,8 @@
-"""HTTP/1.1 as Go's `net/http` client speaks it, small enough for thousands of agents in one process.
+"""HTTP/1.1 client that behaves like Go's `net/http`, small enough for thousands of agents in one process.
 
-A general client library cannot stand in here: what matters to the shim is when Go keeps a connection and when it drops
-it, and that each agent has connections of its own (docs/reference/legacy-agents.md#10-common-to-all-ab-clients).
-aiohttp's client, for one, hands a connection back to its pool as soon as a short body has arrived, read or not, where
-Go closes it.
+A general client library is no substitute. The shim depends on when Go keeps a connection, when it closes it, and on
+each agent having its own connections (docs/reference/legacy-agents.md#10-common-to-all-ab-clients). For example,
+aiohttp's client returns a connection to its pool when a short body has arrived, read or not; Go closes that connection.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ _REPLAYABLE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class WireError(Exception):
-    """No usable HTTP answer came; the text is one short word or phrase (`timeout`, `ConnectionRefusedError`, …)."""
+    """No usable HTTP response arrived; the text is a short phrase (`timeout`, `ConnectionRefusedError`, …)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call. `path` is appended to the base URL as it stands, unescaped; `headers` go out in this order.
+    """One request. `path` is appended to the base URL unescaped; `headers` are sent in this order.
 
-    `Host` and, for a body, `Content-Length` are put in by the pool at Go's places (first, and after `User-Agent`).
-    A body under a status of `success` is left unread where `reads_success` is false, which costs the connection.
+    The pool inserts `Host` first and, for a body, `Content-Length` after `User-Agent`, as Go does. If `reads_success`
+    is false, a body under a status of `success` stays unread, and the connection is closed.
     """
 
     method: str
@@ -44,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One answer. Header names are lower case; `body` is inflated; `connection` numbers the pool's connections."""
+    """One response. Header names are lower case, `body` is inflated, `connection` is its number in the pool."""
 
     status: int
     headers: dict[str, str]
@@ -54,7 +53,7 @@ class Response:
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """One TCP connection, for a pool or for a harness that misbehaves on purpose."""
+    """One TCP connection, used by a pool or by a test harness that misbehaves on purpose."""
 
     number: int
     reader: asyncio.StreamReader = field(repr=False)
@@ -65,7 +64,7 @@ class Connection:
 
     @property
     def stale(self) -> bool:
-        """It is closed, by whichever side."""
+        """Return True if either side has closed the connection."""
         return self.reader.at_eof() or self.reader.exception() is not None or self.writer.is_closing()
 
     async def send(self, data: bytes) -> None:
@@ -74,7 +73,7 @@ class Connection:
         await self.writer.drain()
 
     async def read_head(self) -> tuple[int, dict[str, str]]:
-        """Status and headers of the next final answer; raises `EOFError`, `OSError` or `ValueError`."""
+        """Read status and headers of the next final response. Raises `EOFError`, `OSError` or `ValueError`."""
         while True:
             try:
                 head = await self.reader.readuntil(b"\r\n\r\n")
@@ -96,7 +95,7 @@ class Connection:
                 return int(code), headers
 
     async def read_body(self, headers: dict[str, str]) -> bytes:
-        """The whole body, de-chunked and inflated; raises as `read_head` does."""
+        """Read the whole body, de-chunked and inflated. Raises the errors of `read_head`."""
         if headers.get("transfer-encoding", "").lower() == "chunked":
             body = await self._read_chunks()
         elif "content-length" in headers:
@@ -118,19 +117,19 @@ class Connection:
         return b"".join(chunks)
 
     def close(self) -> None:
-        """Close as a process does that lost interest: FIN, or RST if unread bytes are waiting in the kernel."""
+        """Close the socket as an exiting process does: FIN, or RST if the kernel holds unread bytes."""
         self.writer.close()
 
     def abort(self) -> None:
-        """Close at once and throw away what was not sent."""
+        """Close at once and discard unsent bytes."""
         self.writer.transport.abort()
 
 
 class Pool:
-    """Connections of one Go `http.Client` to one base URL: kept alive, the latest used first, 90 s idle at most."""
+    """Connections of one Go `http.Client` to one base URL: kept alive, the latest used first, idle for at most 90 s."""
 
     def __init__(self, url: str, now_s: Callable[[], float]) -> None:
-        """`url` is http(s), with or without a base path; `now_s` is a monotonic clock in seconds."""
+        """Create an empty pool. `url` is http(s) and may have a base path; `now_s` is a monotonic clock in seconds."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("the URL must be http://host[:port][/path] or https://…")
@@ -145,9 +144,9 @@ class Pool:
         self.opened = 0
 
     async def exchange(self, request: Request) -> Response:
-        """Send one request and read its answer within `request.timeout_s`, of the connection set-up too.
+        """Send one request and read its response within `request.timeout_s`, which includes the connection set-up.
 
-        Raises `WireError`; cancelled or timed out, it closes the connection, as Go does.
+        Raises `WireError`. If cancelled or timed out, it closes the connection, as Go does.
         """
         try:
             async with asyncio.timeout(request.timeout_s):
@@ -160,7 +159,7 @@ class Pool:
             raise WireError("malformed HTTP response") from error
 
     async def dial(self) -> Connection:
-        """Open a connection that the pool closes on `close`; until `release` it is the caller's own."""
+        """Open a connection that `close` closes. Until `release` the caller alone uses it."""
         reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
         self.opened += 1
         connection = Connection(self.opened, reader, writer)
@@ -168,19 +167,19 @@ class Pool:
         return connection
 
     def discard(self, connection: Connection) -> None:
-        """Close a connection of this pool."""
+        """Close one connection of this pool."""
         self._busy.discard(connection)
         connection.close()
 
     def close(self) -> None:
-        """Close every connection, those in use too."""
+        """Close every connection, including those in use."""
         for connection in (*self._idle, *self._busy):
             connection.close()
         self._idle.clear()
         self._busy.clear()
 
     def encode(self, request: Request) -> bytes:
-        """The request's bytes on the wire."""
+        """Encode the request as bytes."""
         lines = [f"{request.method} {self._base_path}{request.path} HTTP/1.1", f"Host: {self._authority}"]
         has_length = not request.body
         for name, value in request.headers:
@@ -198,7 +197,7 @@ class Pool:
                 await connection.send(data)
                 status, headers = await connection.read_head()
             except (OSError, EOFError):
-                # Go repeats a GET, never a POST, whose kept connection turned out to be dead.
+                # On a kept connection that turns out to be closed, Go repeats a GET but never a POST.
                 if not connection.used or connection.answering or request.method not in _REPLAYABLE:
                     raise
                 self.discard(connection)

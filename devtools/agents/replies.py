@@ -1,7 +1,4 @@
-"""How legacy agents decode replies: as strict about types as Go, as lenient about absence.
-
-Rules: docs/reference/legacy-agents.md#1-legacy-http-endpoints.
-"""
+"""Decoding of replies as legacy agents do it: strict about types as Go is, lenient about missing fields."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ Rfc3339 = Annotated[
 
 
 class DecodeError(Exception):
-    """A success that this generation cannot use: a real agent logs an error, or exits. The text never has the body."""
+    """A success that this generation cannot use: a real agent logs an error or exits. The text omits the body."""
 
 
 class Command(msgspec.Struct, frozen=True):
-    """A command as an agent decodes it. Go reads a `null` anywhere as the zero value."""
+    """A command as an agent decodes it. Go reads `null` in any place as the zero value."""
 
     id: str
     type: str
@@ -32,7 +29,7 @@ class Command(msgspec.Struct, frozen=True):
 
 
 class Registration(msgspec.Struct, frozen=True):
-    """What an agent keeps of a register reply; empty where it reads nothing. `token` replaces its service token."""
+    """Fields of a register reply that an agent stores; empty if it reads none. `token` replaces its service token."""
 
     cluster_id: str = ""
     token: str = ""
@@ -44,7 +41,7 @@ class TunnelForward(msgspec.Struct, frozen=True):
 
 
 class TunnelStatus(msgspec.Struct, frozen=True):
-    """A tunnel poll's reply; everything is optional."""
+    """Reply of a tunnel poll; every field is optional."""
 
     status: str | None = None
     forwards: list[TunnelForward] | None = None
@@ -84,7 +81,7 @@ class _Data(msgspec.Struct, frozen=True):
 
 
 class _Registered(msgspec.Struct, frozen=True):
-    """The declared shape of B4 and later: one wrong type anywhere fails the whole reply."""
+    """Reply of generation B4 and later: one wrong type in any place fails the whole reply."""
 
     success: bool | None = None
     message: str | None = None
@@ -116,7 +113,7 @@ _Reply = TypeVar("_Reply")
 
 def _decode(kind: type[_Reply], body: bytes, what: str) -> _Reply:
     try:
-        # Go leaves the struct as it is when the whole reply is `null`.
+        # Go leaves the struct unchanged if the whole reply is `null`.
         reply = msgspec.json.decode(body, type=kind | None)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         raise DecodeError(f"the {what} reply does not decode") from None
@@ -124,17 +121,17 @@ def _decode(kind: type[_Reply], body: bytes, what: str) -> _Reply:
 
 
 def decode_commands(body: bytes) -> list[Command]:
-    """A drain's commands; raises `DecodeError`."""
+    """Decode the commands of a poll. Raises `DecodeError`."""
     return _decode(_Commands, body, "commands").commands or []
 
 
 def decode_tunnel(body: bytes) -> TunnelStatus:
-    """A tunnel poll's reply; raises `DecodeError`."""
+    """Decode the reply of a tunnel poll. Raises `DecodeError`."""
     return _decode(TunnelStatus, body, "tunnel")
 
 
 def decode_registration(body: bytes) -> Registration:
-    """B4 and later: the top-level `cluster_id` is mandatory and nothing stands in for it; raises `DecodeError`."""
+    """Decode a reply to B4 or later, in which the top-level `cluster_id` is mandatory. Raises `DecodeError`."""
     reply = _decode(_Registered, body, "register")
     if not reply.cluster_id:
         raise DecodeError("the register reply has no cluster_id")
@@ -142,7 +139,7 @@ def decode_registration(body: bytes) -> Registration:
 
 
 def decode_registration_b3(body: bytes) -> Registration:
-    """B1-B3: the nested `cluster.id`; without one the agent is registered and never sends a heartbeat.
+    """Decode a reply to B1 to B3: the nested `cluster.id`. Without one the agent is registered but sends no heartbeat.
 
     Raises `DecodeError`.
     """

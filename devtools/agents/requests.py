@@ -1,7 +1,4 @@
-"""What the generations of the vendor's agent have in common on the wire: headers, bodies, formats.
-
-Rules: docs/reference/legacy-agents.md#10-common-to-all-ab-clients.
-"""
+"""Headers, bodies and formats of all generations (docs/reference/legacy-agents.md#10-common-to-all-ab-clients)."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _GO = "Go-http-client/1.1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What an agent says about itself. `token` is its Bearer token, `service_token` a Kubernetes ServiceAccount's."""
+    """Identity of an agent. `token` is its Bearer token, `service_token` the token of a Kubernetes ServiceAccount."""
 
     agent_id: str
     cluster_name: str
@@ -38,13 +35,13 @@ class Identity:
 
     @property
     def tunnel_status(self) -> str:
-        """A setting, not a fact: it says nothing about a tunnel."""
+        """A configured value: it is unrelated to the tunnel's real state."""
         return "connected" if self.tunnel_enabled else "disconnected"
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What an agent answers to a command; empty fields are left out, as Go's `omitempty` does."""
+    """Result of a command. Empty fields are left out, as with Go's `omitempty`."""
 
     success: bool = True
     output: str = ""
@@ -53,17 +50,17 @@ class Result:
 
 
 def health() -> Request:
-    """The health call, the only one without a token."""
+    """Build the health request, the only request without a token."""
     return get("/api/v1/health", "")
 
 
 def tunnel_poll(who: Identity) -> Request:
-    """The tunnel poll of every generation."""
+    """Build the tunnel poll, which is the same in every generation."""
     return get(f"/api/agents/{who.agent_id}/tunnel/status", who.token, "PipeOps-Agent/1.0")
 
 
 def status_report(who: Identity, now_s: float, report: dict[str, Any] | None = None) -> Request:
-    """A cluster status report of the first A agents; of `report` lists that are absent go out as `null`."""
+    """Build a cluster status report of the first A agents. Lists of `report` that are absent are sent as `null`."""
     given = report or {}
     body = {key: given.get(key) for key in ("nodes", "namespaces", "deployments", "services", "pods")}
     body["metrics"] = given.get("metrics", {"cpu_usage": 0, "memory_usage": 0, "pod_count": 0, "node_count": 0})
@@ -72,14 +69,14 @@ def status_report(who: Identity, now_s: float, report: dict[str, Any] | None = N
 
 
 def result_body(result: Result, now_s: float) -> bytes:
-    """The body of a result post."""
+    """Build the body of a result post."""
     body: dict[str, Any] = {"success": result.success}
     body |= {key: value for key in ("output", "error", "metadata") if (value := getattr(result, key))}
     return msgspec.json.encode(body | {"timestamp": rfc3339(now_s)})
 
 
 def rfc3339(wall_s: float, *, fraction: bool = True) -> str:
-    """Go's RFC3339Nano in UTC (no trailing zeros), or RFC3339 without a fraction."""
+    """Format a time as Go's RFC3339Nano in UTC (without trailing zeros), or as RFC3339 without a fraction."""
     seconds, nanos = divmod(int(wall_s * 1_000_000_000), 1_000_000_000)
     stamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
     digits = f".{nanos:09d}".rstrip("0") if fraction and nanos else ""
@@ -87,12 +84,12 @@ def rfc3339(wall_s: float, *, fraction: bool = True) -> str:
 
 
 def get(path: str, token: str, user_agent: str = _GO) -> Request:
-    """A GET whose success is 200."""
+    """Build a GET request whose success is 200."""
     return Request("GET", path, headers(token, user_agent))
 
 
 def headers(token: str, user_agent: str = _GO) -> tuple[tuple[str, str], ...]:
-    """The headers of a call without a body, in wire order; no Authorization without a token."""
+    """Build the headers of a request without a body, in wire order. Without a token there is no Authorization."""
     auth = (("Authorization", f"Bearer {token}"),) if token else ()
     return (("User-Agent", user_agent), *auth, ("Accept-Encoding", "gzip"))
 
@@ -100,7 +97,7 @@ def headers(token: str, user_agent: str = _GO) -> tuple[tuple[str, str], ...]:
 def post(
     path: str, token: str, body: dict[str, Any] | bytes, *, timeout_s: float = 30, user_agent: str = _GO
 ) -> Request:
-    """A POST whose success, 200 or 204, is not read."""
+    """Build a POST request whose success is 200 or 204, with a body that is not read."""
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
     *first, last = headers(token, user_agent)
     return Request(
@@ -115,16 +112,16 @@ def post(
 
 
 def register_post(path: str, who: Identity, version: str, body: dict[str, Any], *, conflict: bool = False) -> Request:
-    """The register call; the agent reads its reply. `version` is what the generation puts into its User-Agent.
+    """Build the register request, whose reply the agent reads. `version` is the generation's part of the User-Agent.
 
-    With `conflict` a 409 may be a success too.
+    With `conflict` a 409 may also be a success.
     """
     request = post(path, who.token, body, user_agent=f"PipeOps-Agent/{version}")
     return replace(request, success=_REGISTERED | {409} if conflict else _REGISTERED, reads_success=True)
 
 
 def heartbeat_body(who: Identity, cluster_id: str, now_s: float, *, nodes: int, pods: int) -> dict[str, Any]:
-    """A B generation's heartbeat."""
+    """Build the body of a heartbeat of generation B."""
     return {
         "cluster_id": cluster_id,
         "agent_id": who.agent_id,

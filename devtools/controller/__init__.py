@@ -1,6 +1,6 @@
-"""`agent-shim controller`: the vendor's WebSocket API for demos, staging tests and our own tests.
+"""`agent-shim controller`: the vendor's WebSocket API for demonstrations, staging tests and this project's tests.
 
-Only the command; the controller itself, `devtools.controller.server.DevController`, is loaded when it runs.
+Only the command is defined here. It loads `devtools.controller.server.DevController` when it runs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _address(_context: click.Context, _option: click.Parameter, value: str | Non
 @click.option("--ready-file", type=_FILE, help="Written when it listens: addresses and pid, as JSON.")
 @click.option("--verbose", "-v", is_flag=True, help="Print every event.")
 def command(**given: Any) -> None:
-    """A development controller: the vendor's WebSocket API, and a control API under /control."""
+    """Run a development controller: the vendor's WebSocket API, and a control API under /control."""
     from devtools.controller.main import run
 
     run(given)

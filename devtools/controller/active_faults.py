@@ -1,4 +1,4 @@
-"""Which faults are set, and whether one shows now."""
+"""Faults that are set, and the decision if one applies to an event."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Fault)
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Where a fault may show: the endpoint, the connection (0: none yet), the agents on it, the message's type."""
+    """Context of an event: endpoint, connection (0: none yet), the agents on the connection, and the message's type."""
 
     endpoint: Endpoint
     connection: int = 0
@@ -27,9 +27,9 @@ class Scope:
 
 @dataclass(slots=True)
 class ActiveFault:
-    """A fault that is set. `left` is what remains of its count; `shown` how often it has shown.
+    """A fault that is set. `left` is the remainder of its count, `shown` the number of times that it was applied.
 
-    `connections_before`: connections with lower numbers were open when it started.
+    `connections_before`: connections with lower numbers were open when the fault started.
     """
 
     id: int
@@ -41,13 +41,13 @@ class ActiveFault:
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As the control API shows it."""
+        """Return the fault as the control API shows it."""
         shown: dict[str, Any] = msgspec.to_builtins(self.fault)
         return shown | {"id": self.id, "started": self.started, "left": self.left, "shown": self.shown}
 
 
 def parse_fault(value: Any) -> AnyFault:
-    """A fault from its JSON object. Raises `RequestRefused` 400 with the place of the mistake."""
+    """Parse a fault from its JSON object. Raises `RequestRefused` 400 that names the place of the mistake."""
     try:
         fault: AnyFault = msgspec.convert(value, AnyFault, strict=True)
     except msgspec.ValidationError as error:
@@ -58,7 +58,7 @@ def parse_fault(value: Any) -> AnyFault:
 
 
 class ActiveFaults:
-    """`on_start` is called when a fault starts to show, `on_end` when one that was set is over."""
+    """The set of faults. `on_start` is called when a fault becomes active, `on_end` when a fault that was set ends."""
 
     def __init__(self) -> None:
         self.on_start: Callable[[ActiveFault], None] = lambda _entry: None
@@ -85,7 +85,7 @@ class ActiveFaults:
         self.on_start(entry)
 
     def clear(self, fault_id: int) -> bool:
-        """End a fault; false if there is none with this id (any more)."""
+        """End a fault; return False if there is no fault with this id."""
         entry = self._set.pop(fault_id, None)
         if entry is None:
             return False
@@ -95,23 +95,23 @@ class ActiveFaults:
         return True
 
     def clear_all(self) -> int:
-        """End all faults and return how many there were."""
+        """End all faults and return their number."""
         ids = list(self._set)
         for fault_id in ids:
             self.clear(fault_id)
         return len(ids)
 
     def all(self) -> list[ActiveFault]:
-        """The faults that are set, oldest first."""
+        """Return the faults that are set, oldest first."""
         return list(self._set.values())
 
     def peek(self, kind: type[F], scope: Scope) -> F | None:
-        """The oldest fault of this kind that shows there, without counting it."""
+        """Return the oldest fault of this kind that applies to the context, without counting it."""
         entry = self._find(kind, scope)
         return entry.fault if entry and isinstance(entry.fault, kind) else None
 
     def take(self, kind: type[F], scope: Scope) -> F | None:
-        """As `peek`, and count it as shown; the last of its count ends it."""
+        """Return the same fault as `peek` and count it. A fault ends when its count is used up."""
         entry = self._find(kind, scope)
         if entry is None or not isinstance(entry.fault, kind):
             return None

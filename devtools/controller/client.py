@@ -1,4 +1,4 @@
-"""A client of the development controller's control API, for the tools that work with one."""
+"""Client of the development controller's control API."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ _SLACK_S = 5
 
 
 class ControlError(Exception):
-    """The control API refused, or cannot be reached; the text says which."""
+    """The control API refused a request or cannot be reached; the text names the reason."""
 
 
 class ControlClient:
-    """JSON in and out. Every method raises `ControlError`."""
+    """Client with JSON requests and responses. Every method raises `ControlError`."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session = session
         self._url = url.rstrip("/")
 
     async def push(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """Push one command; its id and when it was sent (`sent_monotonic_s`, comparable on the same host)."""
+        """Push one command; return its id and the time of sending (`sent_monotonic_s`, comparable on the same host)."""
         reply = await self._call("POST", "/control/commands", json=spec)
         command: dict[str, Any] = reply["commands"][0]
         return command
 
     async def events(self, after: int, wait_s: float, **filters: str) -> tuple[list[dict[str, Any]], int]:
-        """The events above number `after` that pass the filters (`type`, `kind`, `direction`), and where to go on.
+        """Return events above number `after` that pass the filters (`type`, `kind`, `direction`), and the next `after`.
 
-        Waits up to `wait_s` for the first.
+        Waits up to `wait_s` for the first event.
         """
         query = {"after": str(after), "wait_s": str(wait_s)} | filters
         reply = await self._call("GET", "/control/messages", wait_s, params=query)
@@ -58,7 +58,7 @@ def _reason(reply: Any) -> str:
 
 @asynccontextmanager
 async def control_client(url: str, token: str = "") -> AsyncIterator[ControlClient]:
-    """A client of the control API at this URL, with the control API's own token if it wants one."""
+    """Open a client of the control API at this URL, with the control API's own token if one is given."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with aiohttp.ClientSession(headers=headers) as session:
         yield ControlClient(session, url)

@@ -1,4 +1,4 @@
-"""Commands that were pushed: how their envelope is made, and what came back. Knows nothing of the way they go."""
+"""Pushed commands: their envelopes, acknowledgements and results, independent of connections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_COMMANDS = 100_000
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Whom a message is for: a cluster, an agent or a connection; without any of them the only or latest one."""
+    """Recipient of a message: a cluster, an agent or a connection; without any of them the only or the latest one."""
 
     cluster_id: str | None = None
     agent_id: str | None = None
@@ -25,12 +25,12 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class CommandSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `POST /control/commands` takes.
+    """Body of `POST /control/commands`.
 
-    `cluster_id` and `agent_id` go into the payload unless `address` is false. `id_as`, `type_as` and `payload_as` name
-    the field that carries each (docs/reference/protocol.md#3-commands); `ttl_seconds`, `expires_at` and `created_at`
-    are sent as they are, and `fields` is put over the finished payload. With `count` each command has an id of its own:
-    `<id>-1`, `<id>-2`, …
+    `cluster_id` and `agent_id` are added to the payload unless `address` is false. `id_as`, `type_as` and `payload_as`
+    name the fields that carry each (docs/reference/protocol.md#3-commands). `ttl_seconds`, `expires_at` and
+    `created_at` are sent unchanged, and `fields` overrides the finished payload. With `count` the ids are `<id>-1`,
+    `<id>-2`, …
     """
 
     type: str = "test"
@@ -50,14 +50,14 @@ class CommandSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True)
     fields: dict[str, Any] = {}
 
     def ids(self) -> list[str | int]:
-        """The ids of the commands, made up where none is given."""
+        """Return the ids of the commands; generate those that are not given."""
         if self.id is not None and self.count == 1:
             return [self.id]
         stem = self.id if self.id is not None else f"cmd-{uuid.uuid4().hex[:12]}"
         return [f"{stem}-{number}" for number in range(1, self.count + 1)] if self.count > 1 else [stem]
 
     def message(self, command_id: str | int) -> Message:
-        """The envelope of one of them."""
+        """Build the envelope of one command."""
         payload: dict[str, Any] = {}
         if self.id_as in ("command_id", "id"):
             payload[self.id_as] = command_id
@@ -80,7 +80,7 @@ class CommandSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 def parse_spec(value: Any) -> CommandSpec:
-    """A spec from its JSON object. Raises `RequestRefused` 400."""
+    """Parse a spec from its JSON object. Raises `RequestRefused` 400."""
     try:
         spec = msgspec.convert(value, CommandSpec, strict=True)
     except msgspec.ValidationError as error:
@@ -92,7 +92,7 @@ def parse_spec(value: Any) -> CommandSpec:
 
 @dataclass(slots=True)
 class Command:
-    """A command and all that is known of it, as events. `pushed` is false where only an answer has been seen."""
+    """A command with its events. `pushed` is false if only a reply to the command has been received."""
 
     id: str
     type: str = ""
@@ -103,7 +103,7 @@ class Command:
     results: list[Event] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As the control API shows it."""
+        """Return the command as the control API shows it."""
         return {
             "id": self.id,
             "type": self.type,
@@ -123,7 +123,7 @@ class CommandLog:
         self._by_request: dict[str, str] = {}
 
     def pushed(self, command_id: str, kind: str, request_id: str) -> Command:
-        """A command is about to be sent. An id that was used before is the same command again."""
+        """Add a command before it is sent. An id that was used before denotes the same command."""
         command = self._entry(command_id)
         command.pushed, command.type, command.request_id = True, kind, request_id
         if request_id:
@@ -131,17 +131,17 @@ class CommandLog:
         return command
 
     def get(self, command_id: str) -> Command | None:
-        """By its id."""
+        """Return the command with this id."""
         return self._commands.get(command_id)
 
     def sent(self, command_id: str, event: Event) -> None:
-        """A command was handed to a socket, for the first time or again."""
+        """Record that a command was written to a socket, for the first time or again."""
         self._entry(command_id).sent.append(event)
 
     def answered(self, event: Event) -> bool:
-        """Book a `command_ack` or `command_result` under the command that it names, by id or else by request id.
+        """Record a `command_ack` or `command_result` under its command, found by its id or else by its request id.
 
-        False if it names none.
+        Returns False if the message names no command.
         """
         named = event.payload.get("command_id")
         command_id = str(named) if isinstance(named, (str, int)) and named != "" else ""

@@ -35,7 +35,7 @@ _PROBLEMS = {
 
 @dataclass(frozen=True, slots=True)
 class AcceptedHandshake:
-    """An accepted handshake."""
+    """Data of an accepted handshake."""
 
     number: int
     endpoint: Endpoint
@@ -45,7 +45,7 @@ class AcceptedHandshake:
 
 
 class Connection:
-    """Reads, answers, sends and pings. `run` is its whole life; the other methods may be called at any time in it."""
+    """One connection of an agent. `run` serves it until it ends; other methods may be called at any time meanwhile."""
 
     def __init__(self, accepted: AcceptedHandshake, books: ControllerState, desk: MessageHandler) -> None:
         self.number = accepted.number
@@ -71,14 +71,14 @@ class Connection:
         )
 
     def scope(self, message_type: str = "") -> Scope:
-        """Where faults may show on this connection."""
+        """Return the context for faults on this connection."""
         return Scope(self.endpoint, self.number, set(self.clusters.values()), message_type)
 
     def _shows(self, kind: type[fault.Fault]) -> bool:
         return self._faults.peek(kind, self.scope()) is not None
 
     def send(self, message: Message, *, command_id: str = "", delay_s: float = 0) -> Outgoing:
-        """Queue a message; it gets the time of sending if it has none."""
+        """Queue a message; set its time of sending if it has none."""
         if not message.timestamp:
             message = replace(message, timestamp=rfc3339(self._clock.wall_s() + delay_s))
         item = outgoing(message, command_id)
@@ -86,7 +86,7 @@ class Connection:
         return item
 
     def drop(self, how: How, code: int = 1001, reason: str = "") -> None:
-        """End the connection, whatever it is doing. After a close frame, another call cuts it."""
+        """End the connection. A second call after a close frame aborts it."""
         leave = CloseAfterReply(how, code, reason=reason)
         if how is How.CLOSE and self._left is None:
             self.outbox.leave(leave)
@@ -96,7 +96,7 @@ class Connection:
             self._cut(how)
 
     def _leaves(self, leave: CloseAfterReply) -> None:
-        """From now on only the peer's close frame counts, and only for a while."""
+        """Ignore everything but the peer's close frame from now on, and wait for that only for a limited time."""
         self._left = leave
         asyncio.get_running_loop().call_later(self._options.close_timeout_s, self._transport.abort)
         self._read_again()
@@ -117,7 +117,7 @@ class Connection:
         self._wakeup.wake()
 
     def faults_changed(self) -> None:
-        """Stop reading or read again, send again what may be sent."""
+        """Apply a change of faults: stop or resume reading, and send what is no longer held back."""
         if not self._shows(fault.Silent):
             self._read_again()
         elif not self._paused and self._left is None:
@@ -126,7 +126,7 @@ class Connection:
         self.outbox.wake()
 
     async def run(self) -> None:
-        """Serve until the connection is over."""
+        """Serve until the connection ends."""
         self.faults_changed()
         try:
             async with asyncio.TaskGroup() as group:
@@ -148,13 +148,13 @@ class Connection:
             return
         if self._left is None:
             self._leaves(leave)
-        with contextlib.suppress(ConnectionError):  # the reader sees the end
+        with contextlib.suppress(ConnectionError):  # the reader detects the end
             await self._socket.send_frame(struct.pack("!H", leave.code) + leave.reason.encode(), WSMsgType.CLOSE)
 
     async def _ping(self) -> None:
-        """Ping, and drop a peer of which nothing is heard. A silent fault silences this too.
+        """Send pings and drop a peer that sends nothing (docs/reference/legacy-agents.md#34-timers-and-reconnect).
 
-        Rules: docs/reference/legacy-agents.md#34-timers-and-reconnect.
+        The fault `silent` stops this, too.
         """
         next_ping_s = self._clock.monotonic_s() + self._options.ping_interval_s
         while True:
@@ -168,12 +168,13 @@ class Connection:
             if now_s >= next_ping_s:
                 next_ping_s = now_s + self._options.ping_interval_s
                 self._history.record(EventKind.PING_SENT, self.number)
-                with contextlib.suppress(ConnectionError, TimeoutError):  # the reader sees the end; a full pipe is none
+                # The reader detects the end; a full socket buffer is no end.
+                with contextlib.suppress(ConnectionError, TimeoutError):
                     async with asyncio.timeout(self._options.silent_after_s):
                         await self._socket.ping()
 
     async def _read(self) -> dict[str, Any]:
-        """Read until the end, and tell how it came."""
+        """Read until the connection ends, and return the cause."""
         while True:
             frame = await self._socket.receive()
             await self._wakeup.until(lambda: self._left is not None or not self._paused)

@@ -1,4 +1,4 @@
-"""The open connections: whom a message is for, and what a fault does to those that are open."""
+"""The open connections: selection by target, and faults that affect connections already open."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from shim.protocol.upstream_message import Message
 
 
 class RawSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `POST /control/send` takes: a `message` (any object; goes through the faults), or a raw frame, as `text` or
-    as `base64`, sent as it is in a frame of the type `frame`.
+    """Body of `POST /control/send`: a message or a raw frame.
+
+    A `message` is any object and passes through the faults. A raw frame, as `text` or as `base64`, is sent unchanged in
+    a frame of the type `frame`.
     """
 
     message: dict[str, Any] | None = None
@@ -35,7 +37,7 @@ class RawSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
     frame: Literal["text", "binary"] = "text"
 
     def raw(self) -> bytes:
-        """The bytes of the raw frame. Raises `RequestRefused` 400."""
+        """Return the bytes of the raw frame. Raises `RequestRefused` 400."""
         if self.text is not None:
             return self.text.encode()
         try:
@@ -45,7 +47,7 @@ class RawSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class DropSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `POST /control/drop` takes; without a target all connections are dropped."""
+    """Body of `POST /control/drop`; without a target all connections are dropped."""
 
     how: How = How.CLOSE
     code: CloseCode = 1001
@@ -53,7 +55,7 @@ class DropSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Connections:
-    """All connections by number. Numbers are never used twice."""
+    """All connections by number. A number is never reused."""
 
     def __init__(self, books: ControllerState) -> None:
         self.books = books
@@ -64,10 +66,10 @@ class Connections:
         books.faults.on_start = self._fault_starts
         books.faults.on_end = self._fault_ends
 
-    # --- whom ---------------------------------------------------------------------------------------------------------
+    # --- selection ----------------------------------------------------------------------------------------------------
 
     def connection_for(self, target: Target) -> Connection:
-        """The open connection that speaks for a target. Raises `RequestRefused` 409 if there is none."""
+        """Return the open connection of a target. Raises `RequestRefused` 409 if there is none."""
         connection = self.connections.get(self._number_for(target))
         if connection is None:
             raise RequestRefused(409, "no open connection speaks for this target")
@@ -85,7 +87,7 @@ class Connections:
         speaking = [number for number, connection in self.connections.items() if connection.clusters]
         return max(speaking or self.connections, default=0)
 
-    # --- what ---------------------------------------------------------------------------------------------------------
+    # --- sending and dropping -----------------------------------------------------------------------------------------
 
     def push(self, spec: CommandSpec) -> list[tuple[Command, Outgoing]]:
         """Queue commands on the connection of their target. Raises `RequestRefused`."""
@@ -150,7 +152,7 @@ class Connections:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     async def serve(self, connection: Connection) -> None:
-        """Keep a connection as long as it lives."""
+        """Register a connection until it ends."""
         self.connections[connection.number] = connection
         try:
             await connection.run()
@@ -159,14 +161,14 @@ class Connections:
             self.changed.wake()
 
     async def drop_all(self, how: How) -> None:
-        """End all connections; returns when they are gone, which each is in `close_timeout_s`."""
+        """End all connections and return when they have ended; each does within `close_timeout_s`."""
         for connection in list(self.connections.values()):
             connection.drop(how, 1001, "going away")
         await self.changed.until(lambda: not self.connections)
 
 
 async def written(items: Sequence[Outgoing], timeout_s: float = 1) -> list[Event | None]:
-    """The events of sending, `None` for what was not sent in time (faults may hold it back)."""
+    """Wait for the events of sending. An entry is `None` if it was not sent in time, because a fault holds it back."""
     if items:
         await asyncio.wait([item.written for item in items], timeout=timeout_s)
     return [item.written.result() if item.written.done() else None for item in items]

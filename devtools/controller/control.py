@@ -1,4 +1,4 @@
-"""The control API: what tests, demos and the fault harness tell the controller, and what it tells them."""
+"""The control API, through which tests, demos and the fault harness control and observe the controller."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WAITS: dict[str, Callable[[Command], bool]] = {
 
 
 class Control:
-    """JSON over HTTP. Refusals are `{"success": false, "error": …}` with a status that says whose fault it is."""
+    """JSON over HTTP. A refusal is `{"success": false, "error": …}` with a status of 4xx or 5xx."""
 
     def __init__(self, hub: Connections, legacy: LegacyApi) -> None:
         self._hub = hub
@@ -38,7 +38,7 @@ class Control:
         self._books = hub.books
 
     def routes(self) -> list[web.RouteDef]:
-        """The paths of the API."""
+        """Return the routes of the API."""
         return [
             web.get("/control", self._guarded(self._overview)),
             web.get("/control/agents", self._guarded(self._agents)),
@@ -92,7 +92,7 @@ class Control:
         return web.json_response({"success": True, "agents": agents, "connections": connections})
 
     async def _messages(self, request: web.Request) -> web.Response:
-        """`after`, `type`, `kind` (comma-separated), `direction`, `connection`, `limit`, `wait_s`."""
+        """Return events. Query: `after`, `type`, `kind` (with commas), `direction`, `connection`, `limit`, `wait_s`."""
         history = self._books.history
         query = request.query
         after, limit = _number(request, "after", 0), _number(request, "limit", 1000)
@@ -139,7 +139,7 @@ class Control:
         return web.json_response({"success": True})
 
     async def _command(self, request: web.Request) -> web.Response:
-        """`wait` (`sent`, `ack`, `result`) and `timeout_s`; `waited_for` tells whether it came."""
+        """Return one command. Query: `wait` (`sent`, `ack`, `result`), `timeout_s`; `waited_for` is the outcome."""
         command_id = request.match_info["id"]
         wait = request.query.get("wait", "")
         if wait and wait not in _WAITS:
@@ -170,7 +170,7 @@ class Control:
         return web.json_response({"success": True, "faults": [entry.to_json() for entry in self._books.faults.all()]})
 
     async def _set_faults(self, request: web.Request) -> web.Response:
-        """One fault, or a list of them: a script. All are checked before the first is set."""
+        """Set one fault or a list of them. All are checked before the first is set."""
         body = await _body(request)
         faults = [parse_fault(value) for value in (body if isinstance(body, list) else [body])]
         ids = [self._books.faults.add(fault) for fault in faults]
@@ -191,7 +191,7 @@ def _refusal(status: int, text: str) -> web.Response:
 
 
 def _sending(event: Event | None) -> dict[str, Any]:
-    """When something was sent; nulls where it was not (yet)."""
+    """Return the times of sending, with nulls if nothing has been sent yet."""
     if event is None:
         return {"sent": False, "connection": None, "sent_at": None, "sent_wall_s": None, "sent_monotonic_s": None}
     return {

@@ -1,7 +1,8 @@
-"""The faults that a controller can be told to show, each as the JSON object that `POST /control/faults` takes.
+"""Faults that a controller can simulate, each as the JSON object that `POST /control/faults` takes.
 
-Common to all: `after_s` (starts later), `duration_s` (ends by itself), `count` (times it shows, where that can be
-counted), and the limits `endpoint`, `connection`, `agent_id` (all given ones must fit). Several may be set at once.
+Fields common to all: `after_s` (delay before the start), `duration_s` (time until the end), `count` (number of times,
+if it can be counted), and the limits `endpoint`, `connection`, `agent_id`, all of which must match. Several faults may
+be set at once.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ CloseCode = Annotated[int, msgspec.Meta(ge=1000, le=4999)]
 
 
 class How(Enum):
-    """How a connection ends."""
+    """Way in which a connection ends."""
 
     CLOSE = "close"  # with a close frame
-    ABORT = "abort"  # without one, by FIN (the kernel sends RST if something was unread)
+    ABORT = "abort"  # without a close frame, by FIN (the kernel sends RST if there are unread bytes)
     RST = "rst"  # by RST
 
 
 class Endpoint(Enum):
-    """Which of the two WebSocket endpoints."""
+    """One of the two WebSocket endpoints."""
 
     CONTROLLER = "controller"
     GATEWAY = "gateway"
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
-    """What all faults have in common. `counted` tells whether `count` has a meaning."""
+    """Fields common to all faults. `counted` is true if `count` has a meaning."""
 
     counted: ClassVar[bool] = True
 
@@ -48,7 +49,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Refuse(Fault, frozen=True, tag="refuse"):
-    """Answer the handshake with this status instead, before the token is looked at."""
+    """Answer the handshake with this status before the token is checked."""
 
     status: Annotated[int, msgspec.Meta(ge=300, le=599)] = 503
     retry_after_s: int | None = None
@@ -57,7 +58,7 @@ class Refuse(Fault, frozen=True, tag="refuse"):
 
 
 class HangHandshake(Fault, frozen=True, tag="hang_handshake"):
-    """Do not answer the handshake until the fault ends."""
+    """Leave the handshake unanswered until the fault ends."""
 
     counted = False
 
@@ -73,8 +74,10 @@ class AcceptThenClose(Fault, frozen=True, tag="accept_then_close"):
 
 
 class Drop(Fault, frozen=True, tag="drop"):
-    """End connections: without `on` all that are open when the fault starts; with `on` the one on which a message of
-    that type arrives, after it was handled, or instead of that (`discard`).
+    """End connections.
+
+    Without `on`, all that are open when the fault starts are ended. With `on`, the connection on which a message of
+    that type arrives is ended, after the message was handled or, with `discard`, instead.
     """
 
     how: How = How.CLOSE
@@ -85,7 +88,7 @@ class Drop(Fault, frozen=True, tag="drop"):
 
 
 class Silent(Fault, frozen=True, tag="silent"):
-    """Neither read nor write, with the socket open; connections that open later only with `new_connections`."""
+    """Stop reading and writing with the socket open. `new_connections` includes connections that open later."""
 
     counted = False
 
@@ -93,8 +96,9 @@ class Silent(Fault, frozen=True, tag="silent"):
 
 
 class Stalled(Fault, frozen=True, tag="stalled"):
-    """Answer pings and nothing else, as a dead application behind a live proxy does. Messages that arrive are
-    discarded; messages to send wait. Connections that open later are spared without `new_connections`.
+    """Answer pings and nothing else, as an unresponsive application behind a working proxy does.
+
+    Messages that arrive are discarded; messages to send wait. `new_connections` includes connections that open later.
     """
 
     counted = False
@@ -103,7 +107,7 @@ class Stalled(Fault, frozen=True, tag="stalled"):
 
 
 class Slow(Fault, frozen=True, tag="slow"):
-    """Each message takes `latency_s`, and its size at `bytes_per_s`, in both directions."""
+    """Delay each message, in both directions, by `latency_s` and by its size at `bytes_per_s`."""
 
     counted = False
 
@@ -111,7 +115,7 @@ class Slow(Fault, frozen=True, tag="slow"):
     bytes_per_s: Positive | None = None
 
     def takes_s(self, size_bytes: int) -> float:
-        """How long a message of this size takes."""
+        """Return the duration for a message of this size."""
         return self.latency_s + (size_bytes / self.bytes_per_s if self.bytes_per_s else 0)
 
 
@@ -119,7 +123,7 @@ class Slow(Fault, frozen=True, tag="slow"):
 
 
 class Delay(Fault, frozen=True, tag="delay"):
-    """Send messages of these types (empty: all) later; others overtake them."""
+    """Send messages of these types (empty: all) later; other messages overtake them."""
 
     delay_s: Seconds
     types: tuple[str, ...] = ()
@@ -133,7 +137,7 @@ class Duplicate(Fault, frozen=True, tag="duplicate"):
 
 
 class Reorder(Fault, frozen=True, tag="reorder"):
-    """Hold messages of these types until there are `window` of them, at most `hold_s`, and send them last first."""
+    """Hold messages of these types until there are `window`, for at most `hold_s`; send them in reverse order."""
 
     window: Annotated[int, msgspec.Meta(ge=2, le=1000)] = 2
     hold_s: Seconds = 1
@@ -141,11 +145,11 @@ class Reorder(Fault, frozen=True, tag="reorder"):
 
 
 class Garbage(Fault, frozen=True, tag="garbage"):
-    """Before each message send a data frame that is no message: each of a fixed set in turn, text and binary."""
+    """Send a data frame that is no message before each message: each of a fixed set in turn, text and binary."""
 
 
 class Oversize(Fault, frozen=True, tag="oversize"):
-    """Before each message send a well-formed message of this size and of the unknown type `oversize`."""
+    """Send a well-formed message of this size and of the unknown type `oversize` before each message."""
 
     size_bytes: Annotated[int, msgspec.Meta(ge=1, le=134_217_728)] = 20_000_000
 
@@ -158,18 +162,18 @@ class BinaryFrames(Fault, frozen=True, tag="binary_frames"):
 
 
 class RegisterInProgress(Fault, frozen=True, tag="register_in_progress"):
-    """Send `register_in_progress` `times` times, `interval_s` apart, and the answer after another `interval_s`."""
+    """Send `register_in_progress` `times` times, `interval_s` apart, and the answer another `interval_s` later."""
 
     times: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
     interval_s: Seconds = 0
 
 
 class NoRegisterAnswer(Fault, frozen=True, tag="no_register_answer"):
-    """Never answer a register."""
+    """Never answer a `register`."""
 
 
 class RegisterError(Fault, frozen=True, tag="register_error"):
-    """Answer a register with `error` {`error`, `code` if given, and what `extra` holds}."""
+    """Answer a `register` with `error`: {`error`, `code` if given, and the fields of `extra`}."""
 
     error: str = "cluster name already exists"
     code: str = ""
@@ -183,7 +187,7 @@ class NotRegistered(Fault, frozen=True, tag="not_registered"):
 
 
 class Forget(Fault, frozen=True, tag="forget"):
-    """Forget the registrations, or those of `agent_id` or `cluster_id`, once. Ids handed out again stay the same."""
+    """Delete all registrations, or those of `agent_id` or `cluster_id`, once. Ids assigned later are the same."""
 
     counted = False
 
@@ -191,24 +195,24 @@ class Forget(Fault, frozen=True, tag="forget"):
 
 
 class NewClusterIds(Fault, frozen=True, tag="new_cluster_ids"):
-    """Hand out another cluster id than before, also to an agent that sends one."""
+    """Assign a new cluster id, also to an agent that sends one."""
 
 
 class Gateway(Fault, frozen=True, tag="gateway"):
-    """Put `gateway_ws_url` into `register_success`: `url`, or this server's `/gateway/ws`."""
+    """Set `gateway_ws_url` in `register_success` to `url`, or to this server's `/gateway/ws`."""
 
     url: str = ""
 
 
 class CloseAfterRegister(Fault, frozen=True, tag="close_after_register"):
-    """End the connection right after `register_success`, as happens to one of two agents with the same identity."""
+    """End the connection after `register_success`, as happens to one of two agents with the same identity."""
 
     how: How = How.CLOSE
     code: CloseCode = 1000
 
 
 class NoHeartbeatAcks(Fault, frozen=True, tag="no_heartbeat_acks"):
-    """Take heartbeats without acknowledging them."""
+    """Accept heartbeats without acknowledging them."""
 
 
 AnyFault = (

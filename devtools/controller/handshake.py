@@ -1,4 +1,4 @@
-"""The WebSocket API: the controller's endpoint and the gateway's."""
+"""The WebSocket handshakes of the controller's endpoint and of the gateway's."""
 
 from __future__ import annotations
 
@@ -19,14 +19,11 @@ from devtools.controller.tokens import Tokens, bearer
 CONTROLLER_PATH = "/api/v1/clusters/agent/ws"
 GATEWAY_PATH = "/gateway/ws"
 DEFAULT_GATEWAY_PATH = "/ws"
-"""Where an agent looks for a gateway whose URL has no path.
-
-Rules: docs/reference/legacy-agents.md#35-re-register-and-gateway.
-"""
+"""Path of a gateway whose URL has none (docs/reference/legacy-agents.md#35-re-register-and-gateway)."""
 
 
 class HandshakeRefused(Exception):
-    """The handshake is answered with this status and a JSON body."""
+    """Refusal of a handshake, answered with this status and a JSON body."""
 
     def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(reason)
@@ -36,7 +33,7 @@ class HandshakeRefused(Exception):
 
 
 class Handshakes:
-    """Answers GET requests to the WebSocket paths."""
+    """Handlers of GET requests to the WebSocket paths."""
 
     def __init__(self, hub: Connections, tokens: Tokens) -> None:
         self._hub = hub
@@ -44,7 +41,7 @@ class Handshakes:
         self._tokens = tokens
 
     def routes(self) -> list[web.RouteDef]:
-        """The paths of the API."""
+        """Return the routes of the API."""
         base = self._books.options.base_path.rstrip("/")
         return [
             web.get(base + CONTROLLER_PATH, self._controller),
@@ -106,7 +103,7 @@ class Handshakes:
             raise HandshakeRefused(refuse.status, refuse.error or f"refused with {refuse.status}", headers)
 
     def _owner(self, request: web.Request, endpoint: Endpoint) -> str:
-        """The owner of the request's token. Where both places carry one, both must be good and the same."""
+        """Return the owner of the request's token. If query and header carry one each, both must be valid and equal."""
         place = TokenPlace.HEADER if endpoint is Endpoint.GATEWAY else self._books.options.token_place
         sent = _tokens_sent(request)
         for name in ("query", "header"):
@@ -136,7 +133,7 @@ class Handshakes:
             autoping=False,
             compress=False,
             max_msg_size=options.max_message_bytes,
-            decode_text=False,  # as Go's servers do: text that is no UTF-8 is read, and costs no connection
+            decode_text=False,  # as Go's servers do: text that is no UTF-8 is accepted, and the connection stays open
         )
         if request.headers.get("Upgrade", "").lower() != "websocket":
             raise HandshakeRefused(426, "this is a WebSocket endpoint", {"Upgrade": "websocket"})
@@ -152,7 +149,7 @@ def _tokens_sent(request: web.Request) -> dict[str, str]:
 
 
 def _handshake_detail(request: web.Request) -> dict[str, Any]:
-    """What the history keeps of a handshake; never a token."""
+    """Return the data of a handshake for the history, without the token."""
     return {
         "path": _printable(request.path),
         "auth": sorted(_tokens_sent(request)),
@@ -162,5 +159,5 @@ def _handshake_detail(request: web.Request) -> dict[str, Any]:
 
 
 def _printable(text: str) -> str:
-    """Bytes that are no UTF-8 come as lone surrogates, which JSON cannot carry."""
+    """Replace bytes that are no UTF-8: they arrive as lone surrogates, which JSON cannot encode."""
     return text.encode(errors="replace").decode()

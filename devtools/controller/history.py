@@ -1,4 +1,4 @@
-"""Everything that happened at the controller, in order: what tests wait for and what the fault harness judges."""
+"""Ordered record of all events at the controller, for tests that wait for them and for the fault harness."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EVENT_BYTES = 500
 
 
 class EventKind(Enum):
-    """What an event tells."""
+    """Kind of an event."""
 
     STARTED = "started"
     STOPPED = "stopped"
@@ -35,7 +35,7 @@ class EventKind(Enum):
     PING_RECEIVED = "ping_received"
     PING_SENT = "ping_sent"
     PONG_RECEIVED = "pong_received"
-    CLOSED = "closed"  # a connection; `by`, `how`, `code`
+    CLOSED = "closed"  # end of a connection; `by`, `how`, `code`
     FAULT_SET = "fault_set"  # `fault`
     FAULT_ENDED = "fault_ended"
 
@@ -54,9 +54,9 @@ _OUT = frozenset({EventKind.SENT, EventKind.SENT_RAW, EventKind.PING_SENT})
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event. `n` counts up without gaps; `connection` is 0 where there is none.
+    """One event. `n` counts up without gaps; `connection` is 0 for an event without one.
 
-    `payload` is that of the message, with credentials masked. `detail` holds what belongs to the kind.
+    `payload` is that of the message, with credentials masked. `detail` holds the fields of the kind.
     """
 
     n: int
@@ -71,11 +71,11 @@ class Event:
 
     @property
     def direction(self) -> str:
-        """`in` (from the agent), `out` (to it) or empty."""
+        """Return `in` (from the agent), `out` (to the agent) or the empty string."""
         return "in" if self.kind in _IN else "out" if self.kind in _OUT else ""
 
     def to_json(self) -> dict[str, Any]:
-        """The event as the control API and the journal show it."""
+        """Return the event as the control API and the journal show it."""
         shown: dict[str, Any] = {
             "n": self.n,
             "kind": self.kind.value,
@@ -94,8 +94,10 @@ Wanted = Callable[[Event], bool]
 
 
 class History:
-    """A bounded, ordered record. With a journal, numbers continue where the file ends, and an event is in the file
-    before `record` returns, so before anything that follows from it.
+    """Bounded, ordered record of events.
+
+    With a journal, numbers continue where the file ends, and an event is in the file before `record` returns, and so
+    before any of its consequences.
     """
 
     def __init__(self, clock: Clock, *, max_events: int, max_bytes: int, journal: HistoryFile | None = None) -> None:
@@ -111,11 +113,11 @@ class History:
 
     @property
     def first_n(self) -> int:
-        """The number of the oldest event that is still held, `last_n + 1` if none is."""
+        """Return the number of the oldest event that is still held, or `last_n + 1` if there is none."""
         return self.last_n - len(self._events) + 1
 
     def record(self, kind: EventKind, connection: int = 0, message: Message | None = None, **detail: Any) -> Event:
-        """Append an event; `detail["size_bytes"]` counts against the bound."""
+        """Append an event; `detail["size_bytes"]` counts towards the limit."""
         self.last_n += 1
         event = Event(
             n=self.last_n,
@@ -141,7 +143,7 @@ class History:
         return event
 
     def after(self, n: int, wanted: Wanted | None = None, limit: int | None = None) -> list[Event]:
-        """The held events with numbers above `n`, oldest first."""
+        """Return the held events with numbers above `n`, oldest first."""
         start = max(0, n + 1 - self.first_n)
         found = (event for event, _ in islice(self._events, start, None) if wanted is None or wanted(event))
         return list(islice(found, limit))
@@ -150,11 +152,11 @@ class History:
         await self._wakeup.until(lambda: self.last_n > n)
 
     async def until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait for a state that changes only with events; false if it does not come in time."""
+        """Wait for a state that changes only with events; return False if the time runs out."""
         return await self._wakeup.until(ready, timeout_s=timeout_s)
 
     async def wait_for(self, wanted: Wanted, *, after: int = 0, timeout_s: float = 5) -> Event:
-        """The first event above `after` that is wanted, also one that lies in the past. Raises `TimeoutError`."""
+        """Return the first matching event above `after`, which may lie in the past. Raises `TimeoutError`."""
         seen = after
         try:
             async with asyncio.timeout(timeout_s):

@@ -1,4 +1,4 @@
-"""The history on disk: one JSON object a line, for a judge who comes after a `kill -9`."""
+"""The history as a file with one JSON object a line, which a `kill -9` does not lose."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import msgspec
 
 
 class HistoryFile:
-    """Appends to a file. A line has reached the operating system when `write` returns, so the death of this process
-    loses none of them (the death of the machine may). Several runs may follow each other in one file.
+    """Append-only file of events.
+
+    A line has reached the operating system when `write` returns: the end of this process loses none, the end of the
+    machine may. Several runs may append to one file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,16 +24,16 @@ class HistoryFile:
         self._file = append_lines(path)
 
     def write(self, event: dict[str, Any]) -> None:
-        """Append one event. Raises `OSError` where that is not possible."""
+        """Append one event. Raises `OSError`."""
         self._file.write(msgspec.json.encode(event) + b"\n")
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the file. Idempotent."""
         self._file.close()
 
 
 def append_lines(path: Path) -> FileIO:
-    """Open a file of lines for appending, unbuffered, and end the torn last line of a run that was killed."""
+    """Open a file for unbuffered appending, and terminate the incomplete last line of a run that was killed."""
     file = path.open("ab+", buffering=0)
     if file.tell():
         file.seek(-1, SEEK_END)
@@ -41,7 +43,7 @@ def append_lines(path: Path) -> FileIO:
 
 
 def _last_n(path: Path) -> int:
-    """The number of the last whole event of the file, 0 if there is none."""
+    """Return the number of the last complete event of the file, or 0."""
     if not path.exists() or not path.stat().st_size:
         return 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

@@ -1,8 +1,7 @@
-"""The vendor's legacy HTTP API, for modes `http` and `auto`: it answers until it is removed (410).
+"""The vendor's legacy HTTP API, for modes `http` and `auto` (docs/reference/protocol.md#4-modes).
 
-Rules: docs/reference/protocol.md#4-modes.
-
-Every call is recorded in the history as the message that it amounts to, with connection 0 and `via: http`.
+Every call is recorded in the history as the message that it corresponds to, with connection 0 and `via: http`. The API
+can be switched off: each call is then answered with 410.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from shim.protocol.upstream_message import Message
 
 
 class LegacyCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `POST /control/legacy/commands` takes: a command that waits for the next poll of `ident`.
+    """Body of `POST /control/legacy/commands`: a command that waits for the next poll of `ident`.
 
     `ident` is the id in the poll's path: a cluster id, or the agent id of dialect `agents`.
     """
@@ -53,13 +52,13 @@ class LegacyCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class LegacySwitch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `POST /control/legacy` takes: the status that every call is refused with, 0 to serve again."""
+    """Body of `POST /control/legacy`: the status with which every call is refused, or 0 to serve again."""
 
     refuse: int = 0
 
 
 class LegacyApi:
-    """Serves what the dialects know. `refuse` is the status of every answer while it is not 0."""
+    """The routes of all dialects. While `refuse` is not 0, it is the status of every response."""
 
     def __init__(self, books: ControllerState, tokens: Tokens) -> None:
         self._books = books
@@ -69,18 +68,18 @@ class LegacyApi:
         self.refuse = 0
 
     def routes(self) -> list[web.RouteDef]:
-        """The routes of all dialects."""
+        """Return the routes of all dialects."""
         served = [route for dialect in dialects.load() for route in dialect.ROUTES]
         return [web.route(route.method, route.pattern, self._serve) for route in served]
 
     def push(self, value: Any) -> None:
-        """Let a command wait for a poll. Raises `RequestRefused` 400."""
+        """Queue a command for a poll. Raises `RequestRefused` 400."""
         spec = _convert(value, LegacyCommand)
         created_at = rfc3339(self._books.clock.wall_s())
         self._waiting[spec.ident].append(OfferedCommand(spec.id, spec.type, spec.payload, created_at))
 
     def switch(self, value: Any) -> None:
-        """Refuse, or serve again. Raises `RequestRefused` 400."""
+        """Refuse all calls, or serve again. Raises `RequestRefused` 400."""
         self.refuse = _convert(value, LegacySwitch).refuse
 
     async def _serve(self, request: web.Request) -> web.Response:

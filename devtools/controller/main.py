@@ -1,4 +1,4 @@
-"""The controller as a process: its files, its signals and what it prints."""
+"""The controller as a process: files, signals and output."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def _serve(controller: DevController, faults: list[AnyFault], *, ready_fil
 
 
 def _write_ready(path: Path, controller: DevController) -> None:
-    """Whole or not at all, so that whoever waits for the file never reads half of it."""
+    """Write the ready file atomically, so that a reader never sees half of it."""
     ready = {"listen": address(controller.listen), "control": address(controller.control), "pid": os.getpid()}
     new = path.with_name(f".{path.name}.{os.getpid()}")
     new.write_text(json.dumps(ready) + "\n")
@@ -106,7 +106,7 @@ def _write_ready(path: Path, controller: DevController) -> None:
 
 
 def line(event: Event) -> str:
-    """An event for a person: `12:00:01.120 #3 <- register req_1 {"agent_id":…`, cut to one screen line or two."""
+    """Format an event for a terminal: `12:00:01.120 #3 <- register req_1 {"agent_id":…`, cut to one or two lines."""
     words = [rfc3339(event.wall_s)[11:23], f"#{event.connection}", _ARROWS[event.direction]]
     words += [event.type, event.request_id] if event.type else [event.kind.value]
     shown = msgspec.json.encode(event.payload if event.type else event.detail).decode()

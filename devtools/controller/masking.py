@@ -1,4 +1,4 @@
-"""Credentials in messages: the history and the journal show that they were there and whether they were the same."""
+"""Masking of credentials: history and journal show their presence and if two are equal, but not their values."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _SECRET_ENDINGS = ("_token", "_password")
 
 
 def masked(secret: str) -> str:
-    """What stands in the history for `secret`: equal for equal secrets."""
+    """Return the mask of `secret`; equal secrets have equal masks."""
     return "sha256:" + hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def mask(value: Any, *, levels: int = _MAX_LEVELS) -> Any:
-    """A copy of a JSON value in which each non-empty text under a key that names a credential is masked.
+    """Return a copy of a JSON value with each non-empty text masked whose key denotes a credential.
 
-    What lies deeper than `levels` is left out, so that no message can exhaust the stack.
+    Values nested deeper than `levels` are left out, so that no message can exhaust the stack.
     """
     if not isinstance(value, (dict, list)):
         return value

@@ -1,7 +1,4 @@
-"""What the controller answers to each message of an agent, faults included.
-
-Rules: docs/reference/legacy-agents.md#3-websocket-api, the vendor's guide.
-"""
+"""Answers to each message of an agent (docs/reference/legacy-agents.md#3-websocket-api), faults included."""
 
 from __future__ import annotations
 
@@ -41,7 +38,7 @@ _HEARD = frozenset(
 
 
 class Peer(Protocol):
-    """The connection that a message came on. `clusters` maps the cluster ids that it spoke for to their agent ids."""
+    """The connection of a message. `clusters` maps the cluster ids used on it to their agent ids."""
 
     number: int
     endpoint: Endpoint
@@ -59,7 +56,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class CloseAfterReply:
-    """End the connection once the answer before this is written."""
+    """Instruction to end the connection once the preceding answer is written."""
 
     how: How
     code: int
@@ -70,7 +67,7 @@ Answers = list[Answer | CloseAfterReply]
 
 
 class MessageHandler:
-    """Takes messages and answers them. Keeps the books, sends nothing itself."""
+    """Handler of messages. It updates registrations and commands, and returns the answers without sending them."""
 
     def __init__(self, books: ControllerState) -> None:
         self._registry = books.registry
@@ -89,7 +86,7 @@ class MessageHandler:
         }
 
     def handle(self, peer: Peer, message: Message, event: Event) -> Answers:
-        """Answer one message; `event` is its record in the history."""
+        """Return the answers to one message; `event` is its record in the history."""
         if message.timestamp and parse_rfc3339(message.timestamp) is None:
             return [_error(message, "timestamp must be RFC 3339")]
         handler = self._handlers.get(message.type)
@@ -134,7 +131,7 @@ class MessageHandler:
         return answers
 
     def _register_problem(self, peer: Peer, payload: dict[str, Any]) -> str:
-        """Why a register is refused, empty if it is not."""
+        """Return the reason for which a `register` is refused, or the empty string."""
         if peer.endpoint is Endpoint.GATEWAY:
             return "the gateway takes no registrations"
         for name in ("agent_id", "name"):
@@ -165,9 +162,9 @@ class MessageHandler:
     # --- what needs a registration ------------------------------------------------------------------------------------
 
     def _cluster(self, peer: Peer, payload: dict[str, Any]) -> Registration | str | None:
-        """The cluster that a payload means: by its `cluster_id`, else by its `agent_id`, else the connection's latest.
+        """Return the cluster of a payload: by `cluster_id`, else by `agent_id`, else the connection's latest.
 
-        The text of the `error` if there is none, `None` if that is no error.
+        If there is none, return the text of the `error`, or `None` if that is no error.
         """
         named, agent_id = payload.get("cluster_id"), payload.get("agent_id")
         if isinstance(named, str) and named:
@@ -208,7 +205,7 @@ class MessageHandler:
         return [Answer(Message("heartbeat_ack", acknowledged, message.request_id))]
 
     def _command_answer(self, peer: Peer, message: Message, event: Event) -> Answers:
-        """Acks and results are booked in any case: the controller has them, whatever it says."""
+        """Record an acknowledgement or result in any case: the controller has received it, whatever it answers."""
         if not self._commands.answered(event):
             return [_error(message, "missing required field: command_id")]
         if message.type == "command_ack":

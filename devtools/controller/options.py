@@ -1,4 +1,4 @@
-"""What a development controller is told besides its tokens. Pure data."""
+"""Options of a development controller besides its tokens, as plain data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class TokenPlace(Enum):
-    """Where the handshake of the controller's endpoint may carry the token."""
+    """Place of the token in the handshake of the controller's endpoint."""
 
     EITHER = "either"
     QUERY = "query"
@@ -18,15 +18,16 @@ class TokenPlace(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Defaults are the vendor's documented behaviour; `_s` are seconds.
+    """Options; the defaults are the vendor's documented behaviour, `_s` are seconds.
 
-    Rules: docs/reference/legacy-agents.md#34-timers-and-reconnect.
-
-    `token_prefixes`: any token that begins with one of them is accepted, each being an owner of its own.
-    `strict_clusters`: heartbeats and results for a cluster that is not registered get an `error`; else they are taken.
-    `decoy_token`: `register_success` carries a `token` that opens nothing, to find shims that pass it down to agents.
+    Their source is docs/reference/legacy-agents.md#34-timers-and-reconnect.
+    `token_prefixes`: any token that begins with one of them is accepted and is an owner of its own.
+    `strict_clusters`: heartbeats and results for a cluster that is not registered get an `error`; else they are
+    accepted.
+    `decoy_token`: `register_success` carries an invalid `token`, to detect shims that pass it to agents.
     `control`: host and port of the control API, `None` for the listener of the WebSocket API.
-    `base_path` is put before the paths of the WebSocket API. `journal` and `state`: see `journal.py`, `registry.py`.
+    `base_path` precedes the paths of the WebSocket API. `journal` is the file of `HistoryFile`, `state` that of
+    `Registry`.
     """
 
     host: str = "127.0.0.1"

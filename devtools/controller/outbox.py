@@ -1,4 +1,4 @@
-"""What one connection has to send, in order, and the faults that show on the way out."""
+"""Send queue of one connection, and the faults that apply to sending."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GARBAGE: tuple[str | bytes, ...] = (
     "[" * 5_000,
     '{"type":"garbage","payload":{},"timestamp":"yesterday"}',
 )
-"""The frames of the fault `garbage`. None of them breaks the WebSocket protocol itself."""
+"""Frames of the fault `garbage`. None of them violates the WebSocket protocol itself."""
 
 
 def _future() -> asyncio.Future[Event | None]:
@@ -43,9 +43,9 @@ def _future() -> asyncio.Future[Event | None]:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A data frame to send. `written` gets the event of its (first) sending, `None` if it was never sent.
+    """A data frame to send. `written` receives the event of its first sending, or `None` if it was never sent.
 
-    A message goes through the faults, a raw frame (`message` is `None`) does not. `placed`: its order is settled.
+    A message passes through the faults, a raw frame (`message` is `None`) does not. `placed`: its order is settled.
     """
 
     data: bytes
@@ -57,7 +57,7 @@ class Outgoing:
 
 
 class Outbox:
-    """A queue and the loop that empties it. `gated` tells that nothing may be sent now; call `wake` when it changes."""
+    """A queue and the loop that empties it. `gated` is true while sending is forbidden; call `wake` when it changes."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Outbox:
         self._shut = False
 
     def put(self, item: Outgoing | CloseAfterReply, delay_s: float = 0) -> None:
-        """Send after what waits already, or `delay_s` later. After `shut` the item is dropped."""
+        """Queue an item behind the others, or `delay_s` later. After `shut` the item is dropped."""
         if isinstance(item, Outgoing) and item.message is not None:
             late = self._faults.take(fault.Delay, self._scope(item.message.type))
             delay_s += late.delay_s if late else 0
@@ -98,13 +98,13 @@ class Outbox:
         self._wakeup.wake()
 
     def wake(self) -> None:
-        """A fault has changed."""
+        """Re-evaluate the faults after a change."""
         if self._held and not self._faults.peek(fault.Reorder, self._scope(self._type(self._held[0]))):
             self._release()
         self._wakeup.wake()
 
     def shut(self) -> None:
-        """The connection is over: drop what waits. Idempotent."""
+        """Drop everything that waits, because the connection has ended. Idempotent."""
         self._shut = True
         for timer in self._timers:
             timer.cancel()
@@ -114,7 +114,7 @@ class Outbox:
         self._held.clear()
 
     async def run(self) -> CloseAfterReply | None:
-        """Send until the connection is over; returns the `CloseAfterReply` whose turn it is, if one came."""
+        """Send until the connection ends; return the `CloseAfterReply` that is due, if there was one."""
         try:
             while True:
                 await self._wakeup.until(lambda: bool(self._leaving or (self._items and not self._gated())))
@@ -123,7 +123,7 @@ class Outbox:
                     return item
                 for frame in self._arrange(item):
                     await self._write(frame)
-        except ConnectionError:  # the reader sees the end too, and tells it
+        except ConnectionError:  # the reader detects and reports the end
             return None
         finally:
             self.shut()
@@ -153,7 +153,7 @@ class Outbox:
         return item.message.type if item.message else ""
 
     def _arrange(self, item: Outgoing) -> Iterator[Outgoing]:
-        """The frames that take the place of an item: none while it is held back, more than one with some faults."""
+        """Return the frames that replace an item: none while it is held back, several with some faults."""
         if item.message is None:
             yield item
             return
@@ -182,7 +182,7 @@ class Outbox:
         return True
 
     def _release(self) -> None:
-        """Put what is held before everything else, the last one first."""
+        """Put the held items before all others, in reverse order."""
         self._items.extendleft(replace(item, placed=True) for item in self._held)
         self._held.clear()
         self._wakeup.wake()
@@ -211,5 +211,5 @@ def _raw(frame: str | bytes) -> Outgoing:
 
 
 def outgoing(message: Message, command_id: str = "") -> Outgoing:
-    """A message, ready to be put into an outbox."""
+    """Encode a message for an outbox."""
     return Outgoing(encode(message), message=message, command_id=command_id)

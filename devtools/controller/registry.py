@@ -1,4 +1,4 @@
-"""Which clusters are registered, and where they were heard last. Knows nothing of the way they came."""
+"""Registered clusters and the latest activity of each, independent of connections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMESPACE = uuid.UUID("3f1c6d0e-7b52-4a0e-9a53-1f0f6a3f5c11")
 
 
 class Registration(msgspec.Struct, frozen=True):
-    """A registered cluster. `generation` counts the ids that its (owner, name) was given."""
+    """A registered cluster. `generation` counts the ids assigned to its (owner, name)."""
 
     owner: str
     name: str
@@ -32,7 +32,7 @@ class Registration(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Presence:
-    """What was heard of a cluster in this run. `connection` is the latest one that spoke for it, 0 for none."""
+    """Activity of a cluster in this run. `connection` is the latest that used its id, 0 for none."""
 
     connection: int = 0
     registers: int = 0
@@ -41,7 +41,7 @@ class Presence:
 
 
 class Registry:
-    """Cluster ids are stable: they follow from (owner, name), so that they survive a restart without a state file.
+    """Registrations with stable cluster ids: derived from (owner, name), they survive a restart without a file.
 
     With a state file, one JSON object a line is appended for each change, and registrations survive as well.
     """
@@ -63,7 +63,7 @@ class Registry:
                 self._clusters.pop(change["forget"], None)
                 return
             known = msgspec.convert(change, Registration)
-        except msgspec.MsgspecError:  # the torn last line of a run that was killed
+        except msgspec.MsgspecError:  # the incomplete last line of a run that was killed
             return
         self._clusters[known.cluster_id] = known
         self._generations[known.owner, known.name] = known.generation
@@ -73,10 +73,10 @@ class Registry:
             self._state.write(msgspec.json.encode(change) + b"\n")
 
     def register(self, owner: str, payload: dict[str, Any], *, new_id: bool = False) -> tuple[Registration, bool]:
-        """Register a cluster and tell whether it was known.
+        """Register a cluster; return it, and True if it was registered before.
 
-        A sent `cluster_id` is handed out again, whoever had it before; else the one of (owner, name). `new_id` hands
-        out another one than ever before.
+        A `cluster_id` that is sent is assigned again, whoever had it before; otherwise the one of (owner, name) is.
+        `new_id` assigns an id that was never used.
         """
         name, agent_id, sent_id = payload["name"], payload["agent_id"], payload.get("cluster_id")
         if new_id:
@@ -104,27 +104,27 @@ class Registry:
         return known, before is not None
 
     def get(self, cluster_id: str) -> Registration | None:
-        """By its cluster id."""
+        """Return the registration with this cluster id."""
         return self._clusters.get(cluster_id)
 
     def by_uuid(self, ident: str) -> Registration | None:
-        """By its cluster uuid or its cluster id."""
+        """Return the registration with this cluster uuid or cluster id."""
         return self.get(ident) or next((c for c in self._clusters.values() if c.cluster_uuid == ident), None)
 
     def by_agent(self, agent_id: str) -> Registration | None:
-        """The latest registration of an agent id."""
+        """Return the latest registration of an agent id."""
         return next((c for c in reversed(self._clusters.values()) if c.agent_id == agent_id), None)
 
     def all(self) -> list[Registration]:
-        """All registered clusters."""
+        """Return all registered clusters."""
         return list(self._clusters.values())
 
     def presence(self, cluster_id: str) -> Presence:
-        """What was heard of a cluster, registered or not."""
+        """Return the activity of a cluster, registered or not."""
         return self._presences.setdefault(cluster_id, Presence())
 
     def forget(self, *, cluster_id: str | None = None, agent_id: str | None = None) -> list[str]:
-        """Forget the registrations that fit, all without a condition. Returns their cluster ids."""
+        """Delete matching registrations, all if there is no condition, and return their cluster ids."""
         gone = [
             c.cluster_id
             for c in self._clusters.values()
@@ -136,6 +136,6 @@ class Registry:
         return gone
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the state file. Idempotent."""
         if self._state:
             self._state.close()

@@ -1,4 +1,4 @@
-"""The development controller as an object: for tests in this process, and for the command."""
+"""The development controller as an object, for tests in the same process and for the command."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _MAX_BODY_BYTES = 134_217_728
 
 
 class DevController:
-    """`async with DevController(["token"]) as controller:` serves until the block ends.
+    """A controller: `async with DevController(["token"]) as controller:` serves until the block ends.
 
-    `url` is what a shim's `upstream.url` takes; `control_url` the base of the control API. `books` holds the history,
-    the registrations, the commands and the faults; `hub` the open connections.
+    `url` is the value for a shim's `upstream.url`; `control_url` is the base of the control API. `books` holds history,
+    registrations, commands and faults; `hub` holds the open connections.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class DevController:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Open the files, listen. Raises `OSError` if a file or the port cannot be opened."""
+        """Open the files and listen. Raises `OSError` if a file or the port cannot be opened."""
         options = self._options
         self._journal = HistoryFile(options.journal) if options.journal else None
         history = History(
@@ -75,7 +75,7 @@ class DevController:
     async def _serve(self, routes: Sequence[web.AbstractRouteDef], host: str, port: int) -> tuple[str, int]:
         app = web.Application(middlewares=[_json_errors], client_max_size=_MAX_BODY_BYTES)
         app.add_routes(routes)
-        # The access log would show tokens; what was received before its sender left must still be handled.
+        # The access log would show tokens. A message whose sender has disconnected must still be handled.
         runner = web.AppRunner(app, access_log=None, handler_cancellation=False, shutdown_timeout=0.1)
         self._runners.append(runner)
         await runner.setup()
@@ -85,13 +85,13 @@ class DevController:
         return bound
 
     async def stop(self, how: How = How.CLOSE) -> None:
-        """End all connections and stop listening. `How.RST` is what a killed process looks like. Idempotent."""
+        """End all connections and stop listening. `How.RST` looks like a killed process. Idempotent."""
         if not self._runners:
             return
         try:
             for runner in self._runners:
                 for site in list(runner.sites):
-                    await site.stop()  # first, else who is dropped comes back at once
+                    await site.stop()  # first, because agents that are dropped reconnect at once
             await self.hub.drop_all(how)
             self.books.faults.clear_all()
             self.books.history.record(EventKind.STOPPED)
@@ -115,29 +115,29 @@ class DevController:
 
     @property
     def port(self) -> int:
-        """The port that is listened on."""
+        """Return the port of the listener."""
         return self.listen[1]
 
     @property
     def url(self) -> str:
-        """The base URL, as it stands in a configuration."""
+        """Return the base URL for a configuration."""
         return f"{'https' if self._options.tls else 'http'}://{address(self.listen)}{self._options.base_path}"
 
     @property
     def ws_url(self) -> str:
-        """The URL of the WebSocket endpoint, without a token."""
+        """Return the URL of the WebSocket endpoint, without a token."""
         return f"ws{self.url.removeprefix('http')}{CONTROLLER_PATH}"
 
     @property
     def control_url(self) -> str:
-        """The base URL of the control API, without `/control`."""
+        """Return the base URL of the control API, without `/control`."""
         return f"{'https' if self._options.tls else 'http'}://{address(self.control)}"
 
-    # --- what tests do ------------------------------------------------------------------------------------------------
+    # --- methods for tests --------------------------------------------------------------------------------------------
 
     @property
     def history(self) -> History:
-        """Everything that happened."""
+        """Return the history of all events."""
         return self.books.history
 
     async def push_command(self, **spec: Any) -> list[Command]:
@@ -150,7 +150,7 @@ class DevController:
         return [command for command, _ in pushed]
 
     async def result_of(self, command_id: str, *, timeout_s: float = 5) -> dict[str, Any]:
-        """The payload of the first result of a command. Raises `TimeoutError`."""
+        """Return the payload of the first result of a command. Raises `TimeoutError`."""
 
         def there() -> bool:
             command = self.books.commands.get(command_id)
@@ -162,16 +162,16 @@ class DevController:
         return command.results[0].payload
 
     async def send(self, **spec: Any) -> Event | None:
-        """Send a message or a raw frame; the fields are those of `RawSpec`. Returns the event of its sending."""
+        """Send a message or a raw frame; the fields are those of `RawSpec`. Return the event of its sending."""
         (event,) = await written([self.hub.send(msgspec.convert(spec, RawSpec))])
         return event
 
     async def wait_for(self, wanted: Wanted, *, after: int = 0, timeout_s: float = 5) -> Event:
-        """The first event numbered above `after` that is wanted. Raises `TimeoutError`."""
+        """Return the first matching event above `after`. Raises `TimeoutError`."""
         return await self.history.wait_for(wanted, after=after, timeout_s=timeout_s)
 
     async def received(self, message_type: str, *, after: int = 0, timeout_s: float = 5) -> Event:
-        """The first message of this type that was handled. Raises `TimeoutError`."""
+        """Return the first message of this type that was handled. Raises `TimeoutError`."""
         return await self.wait_for(
             lambda event: event.kind is EventKind.RECEIVED and event.type == message_type,
             after=after,
@@ -179,7 +179,7 @@ class DevController:
         )
 
     def set_fault(self, fault: AnyFault) -> int:
-        """Set a fault; returns its id."""
+        """Set a fault and return its id."""
         return self.books.faults.add(fault)
 
     def clear_faults(self) -> None:
@@ -187,19 +187,19 @@ class DevController:
         self.books.faults.clear_all()
 
     def drop(self, how: How = How.CLOSE, code: int = 1001, **target: Any) -> list[int]:
-        """End connections: all of them, or that of the target (fields of `Target`). Returns their numbers."""
+        """End all connections, or that of the target (fields of `Target`), and return their numbers."""
         return self.hub.drop(DropSpec(how=how, code=code, **target))
 
 
 def address(bound: tuple[str, int]) -> str:
-    """`host:port`, with brackets around an IPv6 address."""
+    """Format `host:port`, with brackets around an IPv6 address."""
     host, port = bound
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @web.middleware
 async def _json_errors(request: web.Request, handler: Any) -> web.StreamResponse:
-    """The server's own refusals (no such path, wrong method, body too large) in the shape of all others."""
+    """Give the server's own refusals (no such path, wrong method, body too large) the shape of all others."""
     try:
         response: web.StreamResponse = await handler(request)
     except web.HTTPException as refused:

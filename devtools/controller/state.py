@@ -1,4 +1,7 @@
-"""What all parts of one controller share. An API of it is a module with `routes(hub)` on top of this."""
+"""State shared by all parts of one controller.
+
+A module that serves an API has `routes(hub)` and uses this state.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from shim.clock import Clock
 
 @dataclass(frozen=True, slots=True)
 class ControllerState:
-    """The state of a controller, apart from its connections."""
+    """State of a controller, apart from its connections."""
 
     clock: Clock
     options: Options

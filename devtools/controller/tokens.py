@@ -1,4 +1,4 @@
-"""Who may connect, and as whom."""
+"""Accepted tokens and their owners."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 
 class Tokens:
-    """The accepted tokens. An owner is a digest of a token: it may be shown and stored, a token never."""
+    """The accepted tokens. An owner is a digest of a token: it may be shown and stored, a token may not."""
 
     def __init__(self, tokens: Sequence[str], prefixes: Sequence[str] = ()) -> None:
         self._tokens = [token.encode() for token in tokens if token]
         self._prefixes = tuple(prefix for prefix in prefixes if prefix)
 
     def owner_of(self, token: str) -> str | None:
-        """The owner that a token stands for, `None` for a token that is not accepted."""
+        """Return the owner of a token, or `None` if the token is not accepted."""
         sent = token.encode(errors="surrogatepass")
         known = [hmac.compare_digest(sent, accepted) for accepted in self._tokens]
         if any(known) or (self._prefixes and token.startswith(self._prefixes)):
@@ -24,6 +24,6 @@ class Tokens:
 
 
 def bearer(header: str) -> str:
-    """The token of an `Authorization` header, empty if it is no Bearer header."""
+    """Return the token of an `Authorization` header, or the empty string if it is no Bearer header."""
     scheme, _, token = header.partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""

@@ -11,7 +11,7 @@ import click
 @click.option("--once", is_flag=True, help="End after the last step; exit 1 if one failed.")
 @click.option("--no-color", is_flag=True, help="No colours; so does NO_COLOR, and output that is no terminal.")
 def command(once: bool, no_color: bool) -> None:
-    """Controller, shim and one legacy agent in this terminal, step by step, then left running for you to try."""
+    """Run a controller, a shim and one legacy agent in this terminal, step by step, then leave them running."""
     from devtools.demo.main import play
 
     sys.exit(play(once=once, colour=not no_color))

@@ -1,4 +1,4 @@
-"""How the demo looks: one line a step, with the time since the start and how long the step took. Plain ANSI."""
+"""Output of the demo: one line a step, with the time since the start and the step's duration. Plain ANSI."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _TITLE_WIDTH = 33
 
 
 class StepFailed(Exception):
-    """A step did not come to its end; it has been shown. The text says why."""
+    """A step that failed and has been shown; the text is the reason."""
 
 
 @dataclass(slots=True)
 class Step:
-    """A step under way. `took_s` overrides the time the step itself took, where events tell it better."""
+    """A running step. `took_s` overrides the step's own duration if events measure it more precisely."""
 
     title: str
     detail: str = ""
@@ -29,7 +29,7 @@ class Step:
 
 
 class Console:
-    """Writes to a stream; colours only for a terminal, and never with NO_COLOR set."""
+    """Writer to a stream; colours are used only for a terminal without NO_COLOR."""
 
     def __init__(self, out: TextIO, clock: Clock, *, colour: bool) -> None:
         self._out = out
@@ -39,24 +39,24 @@ class Console:
         self._start_s = clock.monotonic_s()
 
     def headline(self, text: str) -> None:
-        """A part of the demo begins."""
+        """Print the headline of a section."""
         self._line(f"\n{self._paint('1', text)}")
 
     def note(self, text: str) -> None:
-        """A line of explanation."""
+        """Print a line of explanation."""
         self._line(f"  {self._paint('2', text)}")
 
     def plain(self, text: str) -> None:
-        """Text to be copied."""
+        """Print text to be copied."""
         self._line(text)
 
     def happened(self, title: str, detail: str = "", took_s: float | None = None) -> None:
-        """A step that is over."""
+        """Print a step that has ended."""
         self._show(Step(title, detail, took_s), self._paint("32", "✓"))
 
     @asynccontextmanager
     async def step(self, title: str, limit_s: float = 20) -> AsyncIterator[Step]:
-        """A step with its time limit. What goes wrong in it is shown and becomes `StepFailed`."""
+        """Run a step with its time limit. A failure is shown and raised as `StepFailed`."""
         step, start_s = Step(title), self._clock.monotonic_s()
         if self._terminal:
             self._out.write(f"  {self._since()}  …  {title}\r")

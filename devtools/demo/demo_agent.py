@@ -1,4 +1,4 @@
-"""Who takes part in the demo besides the two processes: the agent, and the watchers of what happens where."""
+"""The demo's agent, and the observers of agent and controller."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from shim.clock import Clock
 
 BEAT_S = 0.4
 POLL_S = 2.5
-SLOW = "slow"  # a command that takes as long as the story wants
+SLOW = "slow"  # a command that takes as long as the demo wants
 TOKEN = "demo"  # noqa: S105 - nothing real behind it
 
 
 class DemoAgent:
-    """One legacy agent of the latest generation, its calls quickened, and everything that happens to it."""
+    """One legacy agent of the latest generation with shortened intervals, and a record of its events."""
 
     def __init__(self, url: str, clock: Clock, number: int = 0, token: str = TOKEN) -> None:
         profile = AgentProfile(
@@ -49,7 +49,7 @@ class DemoAgent:
     async def event(
         self, what: EventKind, since: int = 0, outcome: CallOutcome = CallOutcome.OK, **command: str
     ) -> Event:
-        """The first event of a kind from number `since` on; `id` or `type` may name its command."""
+        """Wait for the first event of a kind from number `since` on; `id` or `type` may select its command."""
         while True:
             for event in self.events[since:]:
                 if (event.what, event.outcome) == (what, outcome) and _fits(event.command, command):
@@ -57,7 +57,7 @@ class DemoAgent:
             await self._wait()
 
     async def count(self, what: EventKind, number: int, since: int) -> list[Event]:
-        """So many successes of a kind from number `since` on."""
+        """Wait for this number of successes of a kind from number `since` on."""
         while True:
             found = [event for event in self.events[since:] if (event.what, event.outcome) == (what, CallOutcome.OK)]
             if len(found) >= number:
@@ -65,7 +65,7 @@ class DemoAgent:
             await self._wait()
 
     async def in_poll(self) -> None:
-        """Wait until a poll is on its way or held."""
+        """Wait until a poll has been sent or is held."""
         while not self.polling:
             await self._wait()
 
@@ -100,13 +100,13 @@ def _fits(command: Command | None, wanted: dict[str, str]) -> bool:
 
 
 class ControllerEvents:
-    """What happens at the controller, in order."""
+    """Events at the controller, in order."""
 
     def __init__(self, control: ControlClient) -> None:
         self.control = control
 
     async def event(self, kind: str, since: int, **wanted: str) -> dict[str, Any]:
-        """The first event of a kind after number `since`, with these fields in it or in its payload."""
+        """Wait for the first event of a kind after number `since` with these fields in it or in its payload."""
         after = since
         while True:
             found, after = await self.control.events(after, 5, kind=kind)
@@ -118,6 +118,6 @@ class ControllerEvents:
                     return event
 
     async def count(self, kind: str, message_type: str, since: int) -> int:
-        """How many messages of a type there were after number `since`."""
+        """Return the number of messages of a type after number `since`."""
         found, _ = await self.control.events(since, 0, kind=kind, type=message_type)
         return len(found)

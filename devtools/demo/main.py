@@ -1,4 +1,4 @@
-"""The demo from curtain to curtain: its processes, signals and exit code."""
+"""The demo as a process: child processes, signals and exit code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXIT_INTERRUPTED = 130
 
 
 def play(*, once: bool, colour: bool) -> int:
-    """Run the demo; returns the exit code. Without `once` it ends with Ctrl-C."""
+    """Run the demo and return the exit code. Without `once` it ends with Ctrl-C."""
     with tempfile.TemporaryDirectory(prefix="agent-shim-demo-") as folder:
         return asyncio.run(_play(Path(folder), _sidecar, once=once, colour=colour))
 
@@ -41,11 +41,11 @@ async def _play(folder: Path, make: Callable[[Console, Clock, Path], Scenario], 
     try:
         code = await _perform(story, stage, once=once)
     except asyncio.CancelledError:
-        # Ctrl-C is how the demo ends, once its steps are over.
+        # Ctrl-C is the normal end of the demo after its steps.
         code = EXIT_OK if story.told else EXIT_INTERRUPTED
         stage.headline("Stopping.")
     finally:
-        # Who serves first, who is asked last.
+        # The order of starting; an end of several is reported in reverse order.
         for child in reversed(story.children):
             await child.stop()
     return code
@@ -72,7 +72,7 @@ async def _perform(story: Scenario, stage: Console, *, once: bool) -> int:
 
 
 def _cancel_on_signal() -> None:
-    """Let the first Ctrl-C or SIGTERM cancel this task; more of them do not disturb its end."""
+    """Cancel this task on the first Ctrl-C or SIGTERM; further signals do not disturb its end."""
     main, loop = asyncio.current_task(), asyncio.get_running_loop()
 
     def interrupt() -> None:

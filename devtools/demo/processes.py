@@ -1,4 +1,4 @@
-"""The demo's processes, started as a user starts them."""
+"""The demo's child processes, started as a user starts them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _TAIL_LINES = 12
 
 
 class ChildFailed(Exception):
-    """A process ended that should not have; the text names it and its exit code."""
+    """A child process ended unexpectedly; the text contains its name and exit code."""
 
 
 class ChildProcess:
     """`agent-shim <args>` with a ready file and a log file in `folder`; it may be killed and started again.
 
-    Another program is another class: its `_command`, and what `_ready` finds once it is there.
+    A subclass runs another program: it overrides `_command`, and `_ready` for its addresses.
     """
 
     def __init__(self, name: str, folder: Path, stop_s: float = 6) -> None:
-        """`stop_s` is how long a stop may take."""
+        """Prepare a child process; `stop_s` limits the duration of a stop."""
         self.name = name
         self._stop_s = stop_s
         self._expected: asyncio.subprocess.Process | None = None
@@ -39,7 +39,7 @@ class ChildProcess:
         return (sys.executable, "-m", "shim", *args, "--ready-file", str(self._ready_file))
 
     def _ready(self, pid: int) -> dict[str, str] | None:
-        """Its addresses once it serves."""
+        """Return the addresses of the process once it serves, or None."""
         del pid
         if not self._ready_file.exists():
             return None
@@ -47,10 +47,10 @@ class ChildProcess:
         return found
 
     async def start(self, args: Sequence[str]) -> dict[str, str]:
-        """Start it and return its addresses, once it serves. Raises `ChildFailed` if it ends instead."""
+        """Start the process and return its addresses once it serves. Raises `ChildFailed` if it ends instead."""
         command = self._command(args)
         with self.log.open("ab") as log:
-            # A session of its own: Ctrl-C is for the demo, which stops its children in order.
+            # A session of its own: Ctrl-C reaches only the demo, which stops its children in order.
             process = self._process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -67,18 +67,18 @@ class ChildProcess:
 
     @property
     def fate(self) -> str:
-        """Whether it lives, in words."""
+        """Describe if the process runs or how it ended."""
         if self._process is None:
             return "was never started"
         code = self._process.returncode
         return "is running" if code is None else f"ended with exit code {code}"
 
     async def kill(self) -> None:
-        """`kill -9`."""
+        """Kill the process with `kill -9`."""
         await self._end(signal.SIGKILL)
 
     async def stop(self) -> None:
-        """Stop it as an orchestrator does: SIGTERM, and SIGKILL if it takes too long."""
+        """Stop the process as an orchestrator does: SIGTERM, then SIGKILL after the time limit."""
         try:
             async with asyncio.timeout(self._stop_s):
                 await self._end(signal.SIGTERM)
@@ -86,7 +86,7 @@ class ChildProcess:
             await self._end(signal.SIGKILL)
 
     async def guard(self) -> None:
-        """Wait for the end of the process that runs now. Raises `ChildFailed` if it was not killed or stopped by us."""
+        """Wait for the end of the process. Raises `ChildFailed` unless this object killed or stopped it."""
         process = self._process
         if process is not None:
             await process.wait()
@@ -94,7 +94,7 @@ class ChildProcess:
                 raise ChildFailed(f"the {self.name} {self.fate}")
 
     def tail(self) -> list[str]:
-        """The last lines of its log."""
+        """Return the last lines of the log."""
         with suppress(OSError):
             return self.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
         return []
@@ -108,6 +108,6 @@ class ChildProcess:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without a user's shim configuration, and without a proxy before loopback."""
+    """Return this process's environment without a shim configuration of the user and without proxies for loopback."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SHIM_")}
     return kept | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}

@@ -1,4 +1,4 @@
-"""What all that the demo can show has in common: a stage, a controller, agents, and how it ends."""
+"""Common part of all demo scenarios: console, controller, agents and their end."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from shim.clock import Clock
 
 
 class Scenario(ABC):
-    """Tells itself on a stage. The children are stopped by whoever made them, also when it fails half-way."""
+    """A scenario that reports on a console. The creator of the child processes stops them, also after a failure."""
 
     def __init__(self, stage: Console, clock: Clock, children: Sequence[ChildProcess]) -> None:
-        """The first of the children is the controller."""
+        """Keep the participants; the first child process is the controller."""
         self.children = children
         self.told = False
         self._stage = stage
@@ -32,17 +32,17 @@ class Scenario(ABC):
 
     @abstractmethod
     async def tell(self, group: asyncio.TaskGroup) -> None:
-        """All acts; agents and guards over the processes run in `group`.
+        """Run all sections; agents and guards of the child processes run in `group`.
 
-        Raises `StepFailed` at the first step that fails; a process that dies unasked fails the group.
+        Raises `StepFailed` at the first step that fails; a process that ends unexpectedly fails the group.
         """
 
     @abstractmethod
     def show_commands(self) -> None:
-        """What a person may try now."""
+        """Print commands to try."""
 
     async def stay(self) -> None:
-        """Leave everything running and show what happens, until cancelled."""
+        """Leave everything running and show the events, until cancelled."""
         for agent in self._agents:
             agent.listener = self._show_live
         self.show_commands()
@@ -54,7 +54,7 @@ class Scenario(ABC):
                     self._stage.happened(f"link {event['kind']}", f"connection {event['connection']}")
 
     def dismiss(self) -> None:
-        """End the agents and everything else that runs in the group."""
+        """End the agents and all other tasks of the group."""
         for task in self._tasks:
             task.cancel()
 
@@ -68,7 +68,7 @@ class Scenario(ABC):
         self._addresses["controller"] = ready["listen"]
 
     async def _push(self, agent: DemoAgent, watch: ControllerEvents, kind: str) -> tuple[float, str]:
-        """Push a command of a type to the agent; when it was sent (monotonic seconds), and its id."""
+        """Push a command of a type to the agent; return the time of sending (monotonic seconds) and its id."""
         sent = await watch.control.push({"type": kind, "cluster_id": agent.legacy.cluster_id})
         if not sent["sent"]:
             raise ControlError("the controller could not send the command")

@@ -1,4 +1,4 @@
-"""What the demo shows, act by act. Every step waits for an event and is timed by it."""
+"""Steps of the demo, each of which waits for an event that measures its duration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BEATS = 6
 
 
 class SidecarScenario(Scenario):
-    """One agent, one shim, one controller: a command, and then each of the two dies."""
+    """One agent, one shim, one controller: a command, and then an end of shim and controller in turn."""
 
     def __init__(self, stage: Console, clock: Clock, controller: ChildProcess, shim: ChildProcess, store: Path) -> None:
         super().__init__(stage, clock, (controller, shim))
@@ -43,13 +43,13 @@ class SidecarScenario(Scenario):
         self.told = True
 
     def show_commands(self) -> None:
-        """What a person may try now."""
+        """Print commands to try."""
         legacy = f"http://{self._addresses['shim']}/api/v1/clusters/agent"
         control = f"http://{self._addresses['controller']}/control"
         cluster = self._agents[0].legacy.cluster_id
         self._show_tries(_tries(legacy, control, f"http://{self._addresses['admin']}", cluster))
 
-    # --- acts
+    # --- sections
 
     async def _open(self) -> None:
         async with self._stage.step("development controller listens") as step:
@@ -148,7 +148,7 @@ class SidecarScenario(Scenario):
             step.took_s = result["monotonic_s"] - in_hand.at_s
             step.detail = "at the controller, since it was in hand"
 
-    # --- how
+    # --- helpers
 
     async def _start_shim(self, listen: str, admin: str) -> None:
         values = {

@@ -1,4 +1,4 @@
-"""Commands through a development controller to a herd of agents, and how long each took from send to hand."""
+"""Commands from a development controller to a fleet, with the latency of each from sending to receipt."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MAX_AT_ONCE = 64
 
 
 class CommandLoad:
-    """Pushes commands in turn to the agents that poll; the herd's callbacks must be its `record` and `call`.
+    """Pushes commands in turn to the agents that poll; the fleet's callbacks must be its `record` and `call`.
 
-    The latency runs from the controller's send to the agent having the command in hand, on the monotonic clock that all
-    processes of one host share.
+    The latency is the time from the controller's send to the agent's receipt, on the monotonic clock that all processes
+    of one host share.
     """
 
     def __init__(self, control: ControlClient, clock: Clock) -> None:
@@ -33,7 +33,7 @@ class CommandLoad:
         self.refused: list[str] = []
 
     def record(self, event: Event) -> None:
-        """Note what arrived where."""
+        """Record the receipt of a command."""
         if event.outcome is CallOutcome.OK and event.command is not None:
             if event.what is EventKind.COMMAND:
                 self._in_hand_s.setdefault(event.command.id, event.at_s)
@@ -42,27 +42,27 @@ class CommandLoad:
             self._changed.set()
 
     async def call(self, exchange: Exchange) -> Response:
-        """Make an agent's call. From its first poll on it is given commands: by then it is known upstream."""
+        """Make an agent's call. The first poll marks the agent as a recipient: by then it is registered upstream."""
         if exchange.what is EventKind.POLL:
             self._polling.add(exchange.agent_id)
         return await exchange.send()
 
     @property
     def pushed(self) -> int:
-        """Commands that the controller sent."""
+        """Return the number of commands that the controller sent."""
         return len(self._sent_s)
 
     @property
     def answered(self) -> int:
-        """Pushed commands whose result an agent has posted."""
+        """Return the number of pushed commands whose result an agent has posted."""
         return len(self._answered & self._sent_s.keys())
 
     def latencies_s(self) -> list[float]:
-        """Send to hand, of each pushed command that arrived."""
+        """Return the latency of each pushed command that arrived."""
         return [self._in_hand_s[ident] - sent_s for ident, sent_s in self._sent_s.items() if ident in self._in_hand_s]
 
     def lost(self) -> list[str]:
-        """Ids of pushed commands that have not arrived."""
+        """Return the ids of pushed commands that have not arrived."""
         return [ident for ident in self._sent_s if ident not in self._in_hand_s]
 
     async def run(self, agents: Sequence[LegacyAgent], rate_hz: float, duration_s: float) -> None:
@@ -79,7 +79,7 @@ class CommandLoad:
                     group.create_task(self._push(ready[number % len(ready)], number, slots))
 
     async def settle(self, grace_s: float) -> None:
-        """Wait until all that was pushed is answered, at most `grace_s` seconds."""
+        """Wait until all pushed commands are answered, for at most `grace_s` seconds."""
         try:
             async with asyncio.timeout(grace_s):
                 while self.answered < self.pushed:

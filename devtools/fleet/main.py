@@ -1,4 +1,4 @@
-"""`agent-shim fleet`: simulated legacy agents against a shim (or the vendor's old API), with a latency report."""
+"""`agent-shim fleet`: simulated legacy agents against a shim or the vendor's legacy API, with a latency report."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def _url(_context: click.Context, _option: click.Parameter, value: str | None) -
     "--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the report; - is stdout."
 )
 def command(**given: Any) -> None:
-    """Simulated legacy agents of every dialect, with a latency report.
+    """Run simulated legacy agents of every dialect and print a latency report.
 
-    With --control it also measures commands: from the controller's send until the agent has the command in hand. That
+    With --control it also measures commands: from the controller's send until the agent has received the command. That
     begins after a warm-up, because polls of an agent that has just appeared are held briefly at first.
 
-    Exits with 1 if an agent was not well at the end, could not decode a reply, or a pushed command did not arrive.
+    Exits with 1 if an agent was failing at the end, could not decode a reply, or a pushed command did not arrive.
     """
     plan = _plan(given)
     if given["control"] and not any(profile.drains for profile in plan.profiles):
@@ -104,7 +104,7 @@ def command(**given: Any) -> None:
 
 
 def _publish(found: Report, json_file: str | None) -> int:
-    """Show the report and return the exit code."""
+    """Print the report and return the exit code."""
     if json_file:
         with click.open_file(json_file, "w") as file:
             file.write(json.dumps(found.to_json()) + "\n")
@@ -114,7 +114,7 @@ def _publish(found: Report, json_file: str | None) -> int:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """A loop of uvloop where there is one: a herd costs less on it."""
+    """Return uvloop's loop factory if it is installed: many agents need less CPU with it."""
     try:
         import uvloop
     except ModuleNotFoundError:
@@ -149,7 +149,7 @@ def _plan(given: dict[str, Any]) -> FleetPlan:
 
 
 def _allow_files(agents: int) -> None:
-    """Raise the limit of open files as far as this process may, and say so where that will not do."""
+    """Raise the limit of open files as far as permitted, and warn if that does not suffice."""
     wanted = agents * _FILES_PER_AGENT + 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -198,7 +198,7 @@ async def _pusher(given: dict[str, Any], clock: Clock) -> AsyncIterator[CommandL
 
 
 async def _until(stop: asyncio.Event, given: dict[str, Any], herd: Fleet, pusher: CommandLoad | None) -> None:
-    """Return when the time is over, or `stop` is set; with commands on their way they get a poll's time to arrive."""
+    """Return when the time is over or `stop` is set; commands in transit get the duration of one poll to arrive."""
     async with asyncio.TaskGroup() as group:
         pushing = group.create_task(_push(given, herd, pusher)) if pusher else None
         try:
@@ -212,13 +212,13 @@ async def _until(stop: asyncio.Event, given: dict[str, Any], herd: Fleet, pusher
 
 
 async def _push(given: dict[str, Any], herd: Fleet, pusher: CommandLoad) -> None:
-    """Push commands when the agents have warmed up: by then it is learnt how long their polls may be held."""
+    """Push commands after the warm-up, in which the shim learns how long it may hold the agents' polls."""
     await asyncio.sleep(given["warm_up"])
     await pusher.run(herd.agents, given["rate"], given["duration"])
 
 
 async def _show(tally: FleetStats, pusher: CommandLoad | None, agents: int, duration_s: float) -> None:
-    """Show a progress bar on a terminal where rich is installed; elsewhere nothing."""
+    """Show a progress bar on a terminal if rich is installed; otherwise print nothing."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

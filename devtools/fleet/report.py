@@ -1,4 +1,4 @@
-"""What a run of a fleet comes to: for a terminal and as JSON."""
+"""Report of a fleet's run, for a terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """Calls of one kind by outcome; `took` is of those that went well (a held poll may well take long)."""
+    """Calls of one kind by outcome; `took` covers those that succeeded (a held poll may take long)."""
 
     what: str
     ok: int
@@ -30,7 +30,7 @@ class Calls:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """Commands that were pushed; `latency` runs from the controller's send to the agent having it in hand."""
+    """Pushed commands; `latency` is the time from the controller's send to the agent's receipt."""
 
     sent: int
     in_hand: int
@@ -43,7 +43,7 @@ class Pushed:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A finished run. `failing` names each agent that was not well at the end, with a reason."""
+    """Report of a finished run. `failing` maps each agent that was failing at the end to a reason."""
 
     duration_s: float
     dialects: dict[str, int]
@@ -54,12 +54,12 @@ class Report:
 
     @property
     def good(self) -> bool:
-        """Every agent lives, nothing was undecodable, and every command that was sent arrived."""
+        """Return True if every agent runs, every reply was decoded and every command that was sent arrived."""
         arrived = self.commands is None or (self.commands.sent > 0 and self.commands.in_hand == self.commands.sent)
         return arrived and not self.failing
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; latencies of single commands are left out."""
+        """Return the report as plain data, without latencies of single commands."""
         shown = asdict(self) | {"good": self.good}
         if shown["commands"] is not None:
             del shown["commands"]["latencies_s"]
@@ -73,7 +73,7 @@ def report(
     pusher: CommandLoad | None,
     warm_up_s: float = 0,
 ) -> Report:
-    """Sum up a run. An agent that was never answered well is failing, whatever else."""
+    """Summarise a run. An agent that never had a successful response counts as failing."""
     silent = {agent.who.agent_id: "no answer to any call" for agent in agents if agent.who.agent_id not in tally.alive}
     calls = [
         Calls(
@@ -104,7 +104,7 @@ def _pushed(pusher: CommandLoad, warm_up_s: float) -> Pushed:
 
 
 def lines(found: Report) -> list[str]:
-    """The report as text, without colours."""
+    """Format the report as text without colours."""
     dialects = ", ".join(f"{count} {name}" for name, count in found.dialects.items())
     herd = f"{sum(found.dialects.values())} agents ({dialects})"
     shown = [

@@ -1,4 +1,4 @@
-"""Many simulated agents at once: built by a plan, run until told to stop, counted while they live."""
+"""Many simulated agents at once: created from a plan, run until stopped, and counted meanwhile."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _VITAL = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetPlan:
-    """Which agents to run. Profiles are dealt round the herd; agents start evenly spread over `spread_s` seconds.
+    """Agents to run. Profiles are assigned in turn; agents start evenly over `spread_s` seconds.
 
-    An agent whose process exits is started again after `restart_s`, as Kubernetes does it at first.
+    An agent whose process exits is started again after `restart_s`, like Kubernetes' first restart.
     """
 
     url: str
@@ -32,7 +32,7 @@ class FleetPlan:
 
 
 class FleetStats:
-    """What happened to a herd, by kind of call and outcome."""
+    """Events of a fleet, counted by kind of call and outcome."""
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[EventKind, CallOutcome]] = Counter()
@@ -59,9 +59,9 @@ class FleetStats:
             self._failing[key] = reason
 
     def failing(self) -> dict[str, str]:
-        """Agents that are not well, by id, each with a reason.
+        """Return the failing agents by id, each with a reason.
 
-        A reply that an agent could not decode counts for ever; other failures until the same call succeeds again.
+        A reply that an agent could not decode counts permanently; other failures until the same call succeeds again.
         """
         return {agent_id: reason for (agent_id, _), reason in self._failing.items()} | self._spoilt
 
@@ -70,7 +70,7 @@ class Fleet:
     """The agents of a plan."""
 
     def __init__(self, plan: FleetPlan, clock: Clock, callbacks: Callbacks) -> None:
-        """All agents share `callbacks`; events and exchanges carry the agent's id."""
+        """Create the agents. They share `callbacks`; events and exchanges carry the agent's id."""
         self._plan = plan
         self.agents = [self._agent(number, clock, callbacks) for number in range(plan.agents)]
 
@@ -83,11 +83,11 @@ class Fleet:
 
     @property
     def connections_opened(self) -> int:
-        """TCP connections that all agents opened."""
+        """Return the number of TCP connections that all agents opened."""
         return sum(agent.connections_opened for agent in self.agents)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Run all agents until `stop` is set; then every one dies at once, calls under way included."""
+        """Run all agents until `stop` is set; then end all at once, including calls in progress."""
         plan = self._plan
         async with asyncio.TaskGroup() as group:
             lives = [

@@ -1,4 +1,4 @@
-"""Asks the admin port of a running shim, for the commands that do: standard library only."""
+"""Client of a running shim's admin port, with the standard library only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMEOUT_S = 5.0
 
 
 class AdminError(click.ClickException):
-    """The shim cannot be asked, or refuses; exit code 1. `status` is its HTTP status, 0 if nobody answered."""
+    """The shim cannot be reached or refuses; exit code 1. `status` is its HTTP status, 0 without a response."""
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
@@ -28,14 +28,14 @@ class AdminError(click.ClickException):
 
 @dataclass(frozen=True, slots=True)
 class AdminPort:
-    """Where the admin port is, and the token for it (`""` if none)."""
+    """Address of the admin port and its token (`""` if there is none)."""
 
     host: str
     port: int
     token: str = field(default="", repr=False)
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One request; the JSON object that it is answered with. Raises `AdminError` with what to do."""
+        """Send one request and return the JSON object of the response. Raises `AdminError` with a remedy."""
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         data = None if body is None else json.dumps(body)
         connection = HTTPConnection(self.host, self.port, timeout=TIMEOUT_S)
@@ -72,7 +72,7 @@ def _object(text: bytes) -> dict[str, Any]:
 
 
 def admin_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say which shim is asked; `port_of` turns them into an `AdminPort`."""
+    """Add the options that select a running shim; `port_of` turns them into an `AdminPort`."""
     for option in (
         click.option("--token-file", metavar="FILE", help="Holds the admin token; default: admin.token_file."),
         click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="As given to `run`."),
@@ -84,7 +84,7 @@ def admin_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def port_of(url: str | None, config: str | None, sets: tuple[str, ...], token_file: str | None) -> AdminPort:
-    """The admin port that the options mean. Raises click's errors, `AdminError`, `ConfigError`."""
+    """Return the admin port that the options select. Raises click's errors, `AdminError`, `ConfigError`."""
     admin = load(config, os.environ, sets).admin
     host, port = given(url) if url else configured(admin.hosts[0], admin.port)
     path = token_file or admin.token_file
@@ -98,7 +98,7 @@ _UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S
 
 
 def given(url: str) -> tuple[str, int]:
-    """Host and port of `--url`. Raises click's error for anything but http://host:port."""
+    """Return host and port of `--url`. Raises click's error for anything but http://host:port."""
     try:
         parts = urlsplit(url)
         if parts.scheme == "http" and parts.hostname:
@@ -109,12 +109,12 @@ def given(url: str) -> tuple[str, int]:
 
 
 def configured(host: str, port: int) -> tuple[str, int]:
-    """Where a shim that listens there can be reached from this machine. Raises click's error where nobody can know."""
+    """Return the address of a shim with these settings, as seen from here. Raises click's error if it is unknown."""
     if not port:
         raise click.UsageError("admin.port is 0, any free port: give --url")
     return reachable(host), port
 
 
 def reachable(host: str) -> str:
-    """The address to call for a server that listens on `host`."""
+    """Return the address to call for a server that listens on `host`."""
     return _UNSPECIFIED.get(host, host)

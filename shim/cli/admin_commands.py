@@ -1,4 +1,4 @@
-"""The commands that change a running shim: drain, purge, redeliver, forget."""
+"""Commands that change a running shim: drain, purge, redeliver, forget."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shim.core.text import printable
 
 
 def order_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Which command of which agent on which shim, and why."""
+    """Add the options that select a shim, an agent and a command, and give a reason."""
     for option in (
         click.argument("command_id", metavar="ID"),
         click.option("--reason", default="", metavar="TEXT", help="Goes into the command's trace."),
@@ -27,7 +27,7 @@ def order_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def give_order(what: str, command_id: str, session: str, reason: str, where: dict[str, Any]) -> None:
-    """Have it carried out. Raises `AdminError` with the shim's reason where it refuses."""
+    """Execute the order at the admin port. Raises `AdminError` with the shim's reason if it refuses."""
     path = f"/commands/{quote(command_id, safe='')}/{what}"
     port_of(**where).ask("POST", path, {"session": session, "reason": reason})
 
@@ -35,7 +35,7 @@ def give_order(what: str, command_id: str, session: str, reason: str, where: dic
 @click.command("purge")
 @order_options
 def purge_command(command_id: str, session: str, reason: str, **where: Any) -> None:
-    """Give up a command that waits for its agent; the controller is told. Needs the admin token."""
+    """Give up a command that waits for its agent, and inform the controller. Needs the admin token."""
     give_order("purge", command_id, session, reason, where)
     click.echo(f"{command_id} is given up, and the controller is told (undeliverable)")
 
@@ -52,9 +52,10 @@ def redeliver_command(command_id: str, session: str, reason: str, **where: Any) 
 @admin_options
 @click.argument("agent", metavar="AGENT")
 def forget_command(agent: str, **where: Any) -> None:
-    """Forget an agent that does not call any more: its name, its id, or its whole key. Needs the admin token.
+    """Forget an agent that has stopped calling: by its name, its id or its whole key. Needs the admin token.
 
-    What waits for it is given up, and the controller is told (code `expired`). If it calls again, it is known again.
+    Its waiting commands are given up, and the controller is informed (code `expired`). If the agent calls again, it is
+    adopted again.
     """
     answer = port_of(**where).ask("POST", f"/agents/{quote(agent, safe='')}/forget")
     click.echo(f"{printable(answer['agent']['id'])} is forgotten")
@@ -77,9 +78,9 @@ EVERY_S = 0.5
 )
 @click.option("--cancel", is_flag=True, help="Take commands again.")
 def drain_command(wait: bool, timeout_s: float, cancel: bool, **where: Any) -> None:
-    """Tell a running shim to take no new commands and to hand over what it has.
+    """Make a running shim refuse new commands and deliver those that it has.
 
-    New commands are refused (code `queue_full`), polls are served, and /readyz says 503. Needs the admin token.
+    New commands are refused (code `queue_full`), polls are served, and /readyz answers 503. Needs the admin token.
     """
     port = port_of(**where)
     if cancel:

@@ -1,6 +1,6 @@
-"""`agent-shim health`: one question to the admin port of a running shim, for health checks of containers and units.
+"""`agent-shim health`: one request to the admin port of a running shim, for health checks of containers and units.
 
-Standard library, where it talks to the shim: a health check every few seconds must cost little.
+The request uses the standard library only, because a check every few seconds must be cheap.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PAUSE_S = 0.2
 def command(
     config: str | None, sets: tuple[str, ...], url: str | None, ready: bool, wait_s: float, timeout_s: float
 ) -> None:
-    """Ask a running shim how it is: exit code 0 if it is well, 1 if not or if nobody answers."""
+    """Check a running shim: exit code 0 if it is healthy, 1 if it is not or does not answer."""
     host, port = given(url) if url else _configured(config, sets)
     path, clock = "/readyz" if ready else "/healthz", Clock()
     end_s = clock.monotonic_s() + wait_s
@@ -42,7 +42,7 @@ def command(
 
 
 def ask(host: str, port: int, path: str, timeout_s: float) -> tuple[bool, str]:
-    """GET `path`: whether the answer was 200, and what to tell a person."""
+    """Send GET `path`; return True if the answer was 200, and a sentence for people."""
     connection = HTTPConnection(host, port, timeout=timeout_s)
     try:
         connection.request("GET", path)

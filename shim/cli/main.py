@@ -1,6 +1,6 @@
-"""The command `agent-shim`. Each subcommand's module is imported only when it is called: `run` stays small.
+"""The command `agent-shim`. The module of a subcommand is imported only when it is called, so that `run` stays small.
 
-Exit codes: 0 done, 1 a command found or met a failure, 2 faults in the configuration or the command line, 70 an
+Exit codes: 0 success, 1 a command failed or found a failure, 2 faults in the configuration or the command line, 70 an
 internal error, 78 the store was written by a newer version.
 """
 
@@ -27,29 +27,29 @@ EXIT_CONFIG = 2
 EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
 
-# Packages that only an extra of ours brings. They are imported when they are needed, so that help needs none.
+# Packages of the extras. They are imported where they are used, so that help needs none of them.
 _OPTIONAL = {"rich": "tools", "ruamel": "tools", "psycopg": "postgres", "devtools": "devtools"}
 
 # Each command as `module:name`, with the help that is shown without importing the module.
 _LAZY_COMMANDS = {
     "controller": (
         "devtools.controller:command",
-        "A development controller: the vendor's WebSocket API with fault scripts.",
+        "Run a development controller: the vendor's WebSocket API with fault scripts.",
     ),
-    "demo": ("devtools.demo:command", "Controller, shim and one legacy agent in this terminal, step by step."),
-    "doctor": ("shim.cli.doctor:command", "What stands between this machine and a working shim, with what to do."),
+    "demo": ("devtools.demo:command", "Run a controller, a shim and one legacy agent in this terminal, step by step."),
+    "doctor": ("shim.cli.doctor:command", "Examine everything between this machine and a working shim, with remedies."),
     "drain": (
         "shim.cli.admin_commands:drain_command",
-        "Tell a running shim to take no new commands and hand over what it has.",
+        "Make a running shim refuse new commands and deliver those that it has.",
     ),
-    "fleet": ("devtools.fleet.main:command", "Simulated legacy agents of every dialect, with a latency report."),
-    "forget": ("shim.cli.admin_commands:forget_command", "Forget an agent that does not call any more."),
-    "health": ("shim.cli.health:command", "Ask a running shim how it is: exit code 0 or 1."),
+    "fleet": ("devtools.fleet.main:command", "Run simulated legacy agents of every dialect, with a latency report."),
+    "forget": ("shim.cli.admin_commands:forget_command", "Forget an agent that has stopped calling."),
+    "health": ("shim.cli.health:command", "Check a running shim: exit code 0 or 1."),
     "inject": ("shim.cli.inject:command", "Add the sidecar to a manifest of the agent, or take it out again."),
     "purge": ("shim.cli.admin_commands:purge_command", "Give up a command that waits for its agent."),
     "redeliver": ("shim.cli.admin_commands:redeliver_command", "Queue a command again that ended without a result."),
     "store": ("shim.cli.store_commands:command", "Copy a store from a file to a database, or back."),
-    "status": ("shim.cli.status:command", "What a running shim does, once or live: links, agents, commands."),
+    "status": ("shim.cli.status:command", "Show the state of a running shim, once or live: links, agents, commands."),
 }
 
 
@@ -112,7 +112,7 @@ def cli() -> None:
 @click.option("--ready-file", metavar="FILE", help="Written when the shim serves: its addresses and pid as JSON.")
 def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> NoReturn:
     """Run the sidecar until SIGTERM or SIGINT."""
-    # Until the event loop takes signals: PID 1 would lose a SIGTERM, and a SIGHUP would end the process.
+    # Before the event loop handles signals, PID 1 would ignore SIGTERM, and SIGHUP would end the process.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_OK))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from shim import app
@@ -124,7 +124,7 @@ def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> No
 @_config
 @_sets
 def check_config(config: str | None, sets: tuple[str, ...]) -> None:
-    """Print the effective configuration with secrets masked, or all its faults. Warnings go to stderr."""
+    """Print the effective configuration with secrets masked, or all its faults. Warnings are printed to stderr."""
     from shim.config.loader import dump, load
     from shim.config.warnings import find_warnings
 
@@ -135,7 +135,7 @@ def check_config(config: str | None, sets: tuple[str, ...]) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Carry out the command line (default: that of the process) and exit with its code."""
+    """Execute the command line (default: that of the process) and exit with its code."""
     try:
         cli.main(args, prog_name="agent-shim")
     except ConfigError as exc:

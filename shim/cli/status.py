@@ -1,4 +1,4 @@
-"""`agent-shim status`: what a running shim does, once or live in the terminal."""
+"""`agent-shim status`: the state of a running shim, once or live in the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVERY_S = 1.0
 @click.option("--json", "as_json", is_flag=True, help="Print /status.json; with --watch one line a second.")
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C, once a second.")
 def command(as_json: bool, watch: bool, **where: Any) -> None:
-    """What a running shim does: links, agents, commands, and whether it can be removed."""
+    """Show the state of a running shim: links, agents, commands, and if it can be removed."""
     port = port_of(**where)
     with suppress(KeyboardInterrupt):
         if as_json:
@@ -51,7 +51,7 @@ def _look(port: AdminPort) -> View:
 
 
 def _look_again(port: AdminPort) -> View:
-    """The shim may go and come back while it is watched."""
+    """Query the status; return an error as a view, because the shim may restart while it is watched."""
     try:
         return _look(port)
     except AdminError as error:
@@ -59,7 +59,7 @@ def _look_again(port: AdminPort) -> View:
 
 
 def _screen() -> ModuleType | None:
-    """The rendering with colours, for a terminal and where rich is installed."""
+    """Return the rendering with colours, for a terminal and if rich is installed."""
     if not sys.stdout.isatty():
         return None
     try:

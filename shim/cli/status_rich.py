@@ -1,4 +1,4 @@
-"""`agent-shim status` with colours, where rich is installed and there is a terminal."""
+"""`agent-shim status` with colours, for a terminal with rich installed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _ALIVE = HEAD.index("ALIVE")
 
 
 def show(shown: View) -> None:
-    """Print it once."""
+    """Print the status once."""
     Console().print(_render(shown))
 
 
 def watch(shown: View, look: Callable[[], View], every_s: float) -> None:
-    """Fill the screen with it until Ctrl-C."""
+    """Show the status on the full screen until Ctrl-C."""
     with Live(_render(shown), screen=True, auto_refresh=False) as live:
         while True:
             Event().wait(every_s)

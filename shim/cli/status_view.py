@@ -1,4 +1,4 @@
-"""How `agent-shim status` says what `/status.json` holds: as lines of a summary and rows of a table. Pure."""
+"""Text of `agent-shim status`: the contents of `/status.json` as summary lines and table rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHY_HTTP = {"mode": "mode http", "rollout": "outside", "link_down": "link down"}
 
 
 class View(NamedTuple):
-    """`level` is that of the sentence; `rows` are tuples as long as `HEAD`, with the level of each."""
+    """Text of a status. `level` is that of the sentence; `rows` are tuples as long as `HEAD`, each with a level."""
 
     level: str
     sentence: str
@@ -29,7 +29,7 @@ class View(NamedTuple):
 
 
 def view(status: dict[str, Any]) -> View:
-    """Return everything that is shown of a status; nothing in it steers a terminal."""
+    """Return the text of a status, free of terminal control characters."""
     overall, sessions = status["overall"], status["sessions"]
     hidden = sessions["total"] - len(sessions["items"])
     first, *others = overall["problems"] or [{"hint": "", "text": ""}]
@@ -46,7 +46,7 @@ def view(status: dict[str, Any]) -> View:
 
 
 def plain(shown: View) -> str:
-    """Without colours, for pipes and where rich is not installed."""
+    """Format the text without colours, for pipes and if rich is not installed."""
     lines = [f"{WORDS[shown.level]}: {shown.sentence}", *(f"  {hint}" for hint in shown.hints), ""]
     lines += [f"{name:<12}{text}" for name, text in shown.lines]
     if shown.rows:
@@ -80,14 +80,14 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def replicas_line(replicas: dict[str, Any]) -> str:
-    """What a gateway's replica owns, and who else is there."""
+    """Return the shards that a gateway's replica owns, and the other replicas."""
     others = ", ".join(f"{each['name']}: {each['shards']}" for each in replicas["replicas"] if not each["self"])
     unowned = f", {replicas['unowned']} without an owner" if replicas["unowned"] else ""
     return f"{len(replicas['owned'])} of {replicas['shards']} shards here{unowned}; others: {others or 'none'}"
 
 
 def drain_line(drain: dict[str, Any]) -> str:
-    """A drain's progress in one line."""
+    """Return a drain's progress in one line."""
     left = f"{plural(drain['commands'], 'command')} and {plural(drain['results'], 'result')} left"
     return f"{drain['state']}: {left}, {drain['refused']} refused"
 
@@ -155,7 +155,7 @@ def _alive(session: dict[str, Any], now: float) -> str:
 
 
 def http_words(http: dict[str, Any], status: dict[str, Any]) -> str:
-    """Return why an agent's calls go by HTTP, and how its last one ended."""
+    """Return the reason for which an agent's calls use HTTP, and the outcome of the last one."""
     why = WHY_HTTP[http["why"]]
     if http["why"] == "rollout":
         why = f"outside {status['rollout_percent']:g} %, hash {http['hash']:.1f}"

@@ -1,4 +1,4 @@
-"""`agent-shim store copy`: from a file to a database, and back. `agent-shim store shards`: another number of shards."""
+"""`agent-shim store`: copy a store between file and database, or change a database's number of shards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shim.errors import StoreError, StoreVersionError
 
 @click.group("store")
 def command() -> None:
-    """What a person does with a store that no shim uses."""
+    """Copy or divide a store that no shim uses."""
 
 
 @command.command("copy")
@@ -22,7 +22,7 @@ def command() -> None:
 @click.option("--to", "target", required=True, metavar="PATH|URL", help="The same; it must be empty.")
 @click.option("--config", metavar="FILE", help="Its store section says how to reach a database: password, TLS.")
 def copy(source: str, target: str, config: str | None) -> None:
-    """Copy a store into an empty one. No shim may use either; nothing is kept of a copy that was interrupted."""
+    """Copy a store into an empty one. No shim may use either; an interrupted copy leaves nothing behind."""
     from shim.store.copy import copy as carry_out
 
     try:
@@ -42,7 +42,7 @@ def copy(source: str, target: str, config: str | None) -> None:
 @click.option("--at", "place", required=True, metavar="URL", help="postgresql://…")
 @click.option("--config", metavar="FILE", help="Its store section says how to reach the database: password, TLS.")
 def shards(count: int, place: str, config: str | None) -> None:
-    """Divide a database into COUNT shards: about four for each replica that there will be. No replica may run."""
+    """Divide a database into COUNT shards: about four for each planned replica. No replica may run."""
     try:
         from shim.store.postgres.reshard import change_shards
 

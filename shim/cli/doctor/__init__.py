@@ -1,4 +1,4 @@
-"""`agent-shim doctor`: what stands between this machine and a working shim, line by line, with what to do.
+"""`agent-shim doctor`: examine everything between this machine and a working shim, with a remedy for each fault.
 
 It changes nothing, registers nothing upstream, and shows no secret.
 """
@@ -53,8 +53,8 @@ def command(  # noqa: PLR0913, PLR0917 - one parameter per option
 ) -> None:
     """Examine DNS, TCP, TLS, proxy, WebSocket, token, clock, ports, store and the running shim.
 
-    The first line names what the configuration was read from. Beside a service whose settings are in its own
-    environment (a systemd unit, a container) use --pid as root, or --url.
+    The first line names the sources of the configuration. For a service with settings in its own environment (a systemd
+    unit, a container) use --pid as root, or --url.
 
     Exit code 1 if a line says FAIL.
     """

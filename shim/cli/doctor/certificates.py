@@ -1,4 +1,4 @@
-"""Put into words what TLS says about the other side's certificate."""
+"""Findings on the peer's certificate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXPIRES_SOON_S = 14 * 86_400.0
 
 
 def certificate(check: str, tls: ssl.SSLObject, ca_file: str) -> Finding:
-    """A certificate that was verified: by whom it was issued, and for how long it is good."""
+    """Describe a verified certificate: its issuer and its remaining validity."""
     found = tls.getpeercert() or {}
     expires = str(found.get("notAfter", ""))
     left_s = ssl.cert_time_to_seconds(expires) - Clock().wall_s() if expires else EXPIRES_SOON_S
@@ -24,9 +24,9 @@ def certificate(check: str, tls: ssl.SSLObject, ca_file: str) -> Finding:
 
 
 def trust(why: str, host: str, url_key: str, ca_key: str) -> str:
-    """Return what helps against a certificate that is refused, `""` if `why` is another trouble of TLS.
+    """Return a remedy for a certificate that is refused, or `""` if `why` is another TLS failure.
 
-    `why` is what OpenSSL says; the keys are those of the configuration.
+    `why` is OpenSSL's text; the keys are those of the configuration.
     """
     message = why.lower()
     if "expired" in message or "not yet valid" in message:

@@ -1,4 +1,4 @@
-"""The gap, as doctor tells it: agents of the cluster that run without the shim (needs kubectl and its access)."""
+"""Findings on agents of the cluster that run without the shim; needs kubectl and its access."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NAMED = 5
 
 
 def examine(namespace: str) -> list[Finding]:
-    """One line for all agents that have it, one for each that has not; `all` stands for every namespace."""
+    """Return one finding for all agents with a sidecar and one for each without; `all` selects every namespace."""
     try:
         pods = agents(in_cluster("" if namespace == "all" else namespace))
     except InjectError as error:

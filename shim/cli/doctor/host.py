@@ -1,4 +1,4 @@
-"""What the shim needs of its own machine: two ports, and a place for the store. Nothing is changed."""
+"""Findings on this machine: two ports and a place for the store. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _LASTS = {
 
 
 def examine_port(check: str, host: str, port: int, running: RunningShim) -> Finding:
-    """Whether `host:port` can be listened on; `check` is `listen` or `admin`, as in the configuration."""
+    """Check that `host:port` can be bound; `check` is `listen` or `admin`, as in the configuration."""
     key = f"{check}.port"
     if port == 0:
         return passed(check, f"{key} is 0: any free port")
@@ -68,7 +68,7 @@ def examine_port(check: str, host: str, port: int, running: RunningShim) -> Find
 
 
 def _bind(host: str, port: int) -> int:
-    """The error number of an attempt, 0 if it succeeded."""
+    """Try to bind; return the error number, or 0 on success."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError:
@@ -87,7 +87,7 @@ def _bind(host: str, port: int) -> int:
 
 
 def examine_store(store: settings.Store, running: RunningShim) -> Iterator[Finding]:
-    """Whether the store's file can be written, and how long what is in it lasts."""
+    """Check that the store's file can be written, and find out how long its contents last."""
     if store.path == ":memory:":
         yield warned("store", "in memory: nothing survives the process", "give store.path a file on a disk")
         return
@@ -113,7 +113,7 @@ def examine_store(store: settings.Store, running: RunningShim) -> Iterator[Findi
 
 
 def _existing(directory: Path) -> Path:
-    """The directory itself, or the nearest one above it that exists: the shim makes what is missing."""
+    """Return the directory, or its nearest existing parent: the shim creates missing ones."""
     return next(each for each in (directory, *directory.parents) if each.exists())
 
 
@@ -125,7 +125,7 @@ def _volume(place: Path) -> Volume:
 
 
 def _writable(path: Path, place: Path, volume: Volume) -> Finding:
-    """Raises `OSError`. A synced write beside the database, which itself is only opened."""
+    """Write and sync a file beside the database, which itself is only opened. Raises `OSError`."""
     if volume.read_only:
         raise OSError(errno.EROFS, "read-only")
     with tempfile.TemporaryFile(dir=place) as probe:
@@ -153,9 +153,10 @@ def _contents(path: Path, running: RunningShim) -> Iterator[Finding]:
 
 
 def _locked(path: Path) -> bool:
-    """Return whether a process holds the store's lock, by the kernel's list: trying it could keep a shim from starting.
+    """Return True if a process holds the store's lock, according to the kernel's list.
 
-    The lock is on the database itself, whatever name it has there; SQLite's own locks on it are of another kind.
+    Trying the lock could prevent a shim from starting. The lock is on the database file itself; SQLite's own locks on
+    it are of another kind.
     """
     try:
         database = path.stat()

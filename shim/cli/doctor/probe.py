@@ -1,6 +1,6 @@
-"""Dial the vendor as the shim does, with the shim's own dialler, and keep what was seen on the way.
+"""Dial the controller with the shim's own dialler, and record the steps.
 
-Nothing is registered: a WebSocket is closed after one ping, and a request for the time names nobody.
+Nothing is registered: a WebSocket is closed after one ping, and the request for the time carries no identity.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ CLOSE_WAIT_S = 0.3
 
 @dataclass(slots=True)
 class Dial:
-    """One dial: where to, what was seen, and how it failed, if it did.
+    """One dial: its target, the steps that were observed, and its error, if any.
 
-    `pong_s` is how long a ping took, `FRAMES_LOST` or `FRAMES_CLOSED` where no pong came, `None` where none was sent.
-    `close_code` and `close_reason`, without secrets, are those of a close frame that came meanwhile.
+    `pong_s` is the duration of a ping, `FRAMES_LOST` or `FRAMES_CLOSED` without a pong, `None` if no ping was sent.
+    `close_code` and `close_reason`, without secrets, are those of a close frame received meanwhile.
     """
 
     url: str = field(repr=False)
@@ -44,7 +44,7 @@ class Dial:
 
 
 class _Frames:
-    """Implements `ports.SocketEvents`: waits for the pong to one ping."""
+    """Implementation of `ports.SocketEvents` that waits for the pong to one ping."""
 
     def __init__(self) -> None:
         self.payload = secrets.token_bytes(8)
@@ -77,7 +77,7 @@ class _Frames:
 async def dial_websocket(
     upstream: Upstream, token: str, environ: Mapping[str, str], *, in_header: bool, in_query: bool
 ) -> Dial:
-    """Open the link's WebSocket, send a ping, close."""
+    """Open the link's WebSocket, send a ping, and close."""
     dial = Dial(ws_url(upstream.url, upstream.path), upstream.dialling)
     frames = _Frames()
     outcome: asyncio.Future[WebSocket | DialFailure] = asyncio.get_running_loop().create_future()
@@ -91,7 +91,7 @@ async def dial_websocket(
             dial.failure = opened
         else:
             dial.pong_s = await _ping(opened, frames, upstream.connect_timeout_s)
-            # A controller that looks at the token behind the handshake closes a moment later.
+            # A controller that checks the token after the handshake closes a moment later.
             await asyncio.wait((frames.closed,), timeout=CLOSE_WAIT_S)
             if frames.closed.done() and (closed := frames.closed.result()) is not None:
                 dial.close_code, dial.close_reason = closed[0], printable(without_secrets(closed[1], token))
@@ -127,9 +127,9 @@ async def ask_head(url: str, settings: DialSettings, environ: Mapping[str, str],
 
 
 async def ask_time_unverified(upstream: Upstream, environ: Mapping[str, str]) -> Dial:
-    """Ask for the time where a certificate is refused: a wrong clock makes good ones look expired.
+    """Ask for the time if a certificate is refused: with a wrong clock, valid certificates look expired.
 
-    The certificate is not checked for that, and nothing is said but a request without a name or a token.
+    The certificate is not verified for this request, which carries neither a name nor a token.
     """
     unchecked = msgspec.structs.replace(upstream.dialling, insecure_skip_verify=True)
     return await ask_head(ws_url(upstream.url, upstream.path).partition("?")[0], unchecked, environ)

@@ -1,4 +1,4 @@
-"""What an examination found: one line per check, with what to do where something is wrong."""
+"""Report of an examination: one line per check, with a remedy for each fault."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from shim.log import Redaction
 
 
 class Status(Enum):
-    """How a check ended."""
+    """Outcome of a check."""
 
     PASS = "PASS"  # noqa: S105 - no password
-    WARN = "WARN"  # it works, or may work, and a person should know
+    WARN = "WARN"  # it works, or may work, but needs attention
     FAIL = "FAIL"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The outcome of one check; `todo` says what helps, `""` where nothing is wrong."""
+    """Result of one check; `todo` is the remedy, `""` if nothing is wrong."""
 
     check: str
     status: Status
@@ -30,40 +30,40 @@ class Finding:
 
 
 def passed(check: str, text: str) -> Finding:
-    """It is as it should be."""
+    """Return a finding without a fault."""
     return Finding(check, Status.PASS, text)
 
 
 def warned(check: str, text: str, todo: str = "") -> Finding:
-    """A person should know."""
+    """Return a finding that needs attention."""
     return Finding(check, Status.WARN, text, todo)
 
 
 def failed(check: str, text: str, todo: str) -> Finding:
-    """It cannot work like this."""
+    """Return a finding that prevents the shim from working."""
     return Finding(check, Status.FAIL, text, todo)
 
 
 class Report:
-    """All findings, in the order in which they were made. No secret that `redaction` knows is shown."""
+    """All findings in the order of the checks. Secrets known to `redaction` are masked."""
 
     def __init__(self, redaction: Redaction) -> None:
         self.redaction = redaction
         self._findings: list[Finding] = []
 
     def add(self, findings: Iterable[Finding]) -> None:
-        """Take in what a check found."""
+        """Add the findings of a check."""
         for each in findings:
             text, todo = self.redaction.text(each.text), self.redaction.text(each.remedy)
             self._findings.append(Finding(each.check, each.status, text, todo))
 
     @property
     def ok(self) -> bool:
-        """True when nothing failed."""
+        """Return True if no check failed."""
         return not any(finding.status is Status.FAIL for finding in self._findings)
 
     def lines(self) -> list[str]:
-        """For a person: `PASS check  text`, and what to do on a line of its own."""
+        """Format for people: `PASS check  text`, and the remedy on a line of its own."""
         width = max((len(finding.check) for finding in self._findings), default=0)
         lines = []
         for finding in self._findings:
@@ -73,7 +73,7 @@ class Report:
         return lines
 
     def json(self) -> str:
-        """For a program: `{"ok": bool, "findings": [{"check", "status", "text", "todo"}]}`."""
+        """Format for programs: `{"ok": bool, "findings": [{"check", "status", "text", "todo"}]}`."""
         findings = [
             {"check": each.check, "status": each.status.value, "text": each.text, "todo": each.remedy}
             for each in self._findings

@@ -1,4 +1,4 @@
-"""The examination in its order: configuration, machine, the way to the controller, the running shim."""
+"""The examination in its order: configuration, machine, path to the controller, running shim."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _REFUSED = (401, 403)
 
 
 def find_running_shim(settings: Settings, admin: tuple[str, int] | None, token: str) -> RunningShim:
-    """What the shim says that listens where the configuration, or `admin`, says."""
+    """Query the shim whose admin port is given by the configuration, or by `admin`."""
     host, port = admin or (reachable(settings.admin.hosts[0]), settings.admin.port)
     return running_shim.ask(host, port, token) if port else RunningShim(f"{host}:0")
 
 
 def examine_machine(settings: Settings, shim: RunningShim) -> list[Finding]:
-    """Ports and store."""
+    """Return the findings on ports and store."""
     store = settings.store
     kept = host.examine_store(store, shim)
     return [
@@ -38,14 +38,14 @@ def examine_machine(settings: Settings, shim: RunningShim) -> list[Finding]:
 
 
 def upstream_token(settings: Settings, token_file: str | None) -> str:
-    """The token to examine, `""` where agents bring their own. Raises `ConfigError`."""
+    """Return the token to examine, `""` if agents bring their own. Raises `ConfigError`."""
     return loader.read_secret(token_file, "--token-file") if token_file else loader.read_token(settings)
 
 
 async def examine_way(settings: Settings, token: str, environ: Mapping[str, str], *, quiet: bool) -> list[Finding]:
-    """Return the findings on the way to the controller.
+    """Return the findings on the path to the controller.
 
-    With `quiet` no handshake is tried: the link of a running shim proves already that it succeeds.
+    With `quiet` no handshake is tried: the link of a running shim proves that it succeeds.
     """
     upstream = settings.upstream
     if quiet:
@@ -72,12 +72,12 @@ async def examine_way(settings: Settings, token: str, environ: Mapping[str, str]
 
 
 def _blocked(found: list[Finding]) -> bool:
-    """True when the way ended before anything was answered."""
+    """Return True if the path failed before any response arrived."""
     return found[-1].status is Status.FAIL
 
 
 def _ways(upstream: Upstream, token: str) -> tuple[tuple[str, bool, bool], ...]:
-    """Return how the shim presents the token, in the order of trying: (name, in the header, in the query)."""
+    """Return the ways in which the shim presents the token, in the order of trying: (name, in header, in query)."""
     header, query = ("header", True, False), ("query", False, True)
     match upstream.auth:
         case "auto":
@@ -91,7 +91,7 @@ def _ways(upstream: Upstream, token: str) -> tuple[tuple[str, bool, bool], ...]:
 
 
 async def examine_fallback(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
-    """Return whether the vendor's HTTP API can be reached: one may have to go back to it. Nothing if it is unused."""
+    """Return the findings on the vendor's HTTP API, which a rollback needs. Nothing if it is not used."""
     if not settings.uses_fallback:
         return []
     dialling = settings.fallback.dialling(settings.upstream)
@@ -100,7 +100,7 @@ async def examine_fallback(settings: Settings, environ: Mapping[str, str]) -> li
 
 
 async def _examine_network(settings: Settings, token: str, environ: Mapping[str, str], *, quiet: bool) -> list[Finding]:
-    # The dialler logs which way it takes; doctor says so in its own lines.
+    # The dialler logs its path; doctor prints it in lines of its own.
     logging.getLogger("shim").addHandler(logging.NullHandler())
     way = await examine_way(settings, token, environ, quiet=quiet)
     return way + await examine_fallback(settings, environ)
@@ -118,7 +118,7 @@ def examine(
 ) -> tuple[list[Finding], str]:
     """Return the findings on everything after the configuration, and the token that was used, to be masked.
 
-    Without `here` the shim runs on another machine, of which ports and store cannot be examined. With `hidden_token`
+    Without `here` the shim runs on another machine, so ports and store cannot be examined. `hidden_token` is true if
     the configuration came from the admin port, which shows no secret.
     """
     found = examine_machine(settings, shim) if here else []
@@ -129,7 +129,7 @@ def examine(
     except ConfigError as error:
         todo = "the file must exist, be readable for the shim's user, and hold one word"
         untested = sources.unknown_token() if hidden_token else failed("token", str(error), todo)
-        # the way up to the handshake needs no token, and may have a fault of its own
+        # the path up to the handshake needs no token, and may have a fault of its own
         way = asyncio.run(_examine_network(settings, "", environ, quiet=True))
         found += [finding for finding in way if finding.check not in ("upgrade", "token")]
         return [*found, untested, *running_shim.examine(shim)], ""
@@ -139,14 +139,14 @@ def examine(
 
 
 def faults(error: ConfigError) -> list[Finding]:
-    """A configuration that cannot be used."""
+    """Return the findings on a configuration that cannot be used."""
     return [
         failed("config", str(fault), "docs/reference/configuration.md describes each key") for fault in error.faults
     ]
 
 
 def configuration(where: str, settings: Settings, warnings: Iterable[str] = ()) -> list[Finding]:
-    """Return what is examined, and what is doubtful about it."""
+    """Return the findings on the configuration: its sources and its warnings."""
     todo = "docs/reference/configuration.md describes each key and where values come from"
     doubtful = [warned("config", warning, todo) for warning in warnings]
     if settings.mode != "http":

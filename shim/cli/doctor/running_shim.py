@@ -1,4 +1,4 @@
-"""What a running shim tells of itself on its admin port: its link, its agents, what became of their calls."""
+"""Findings on a running shim from its admin port: link, agents and calls."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 
 @dataclass(frozen=True, slots=True)
 class RunningShim:
-    """A shim's answers; nothing where none answers. `trouble` is why `/status.json` could not be read.
+    """Responses of a running shim; empty if none answers. `trouble` is the reason why `/status.json` could not be read.
 
-    `configuration` is what it works with, secrets masked; empty if it does not show that.
+    `configuration` is the shim's, secrets masked; empty if the shim does not show it.
     """
 
     where: str
@@ -38,25 +38,25 @@ class RunningShim:
     configuration: dict[str, Any] = field(default_factory=dict)
 
     def holds(self, check: str, port: int) -> bool:
-        """Whether it listens on this port for agents (`listen`) or for people (`admin`)."""
+        """Return True if the shim listens on this port for agents (`listen`) or for operators (`admin`)."""
         if not self.answers:
             return False
         place = self.where if check == "admin" else str(self.status.get("listen", ""))
         return place.rpartition(":")[2] == str(port)
 
     def is_online(self, settings: Settings) -> bool:
-        """Whether its link to the controller of this configuration is up."""
+        """Return True if its link to the controller of this configuration is online."""
         same = self.status.get("upstream") == origin_of(settings.upstream.url)
         return same and bool(self.status.get("links", {}).get("online"))
 
     def count(self, name: str, **labels: str) -> float:
-        """A counter's value by all or some of its labels."""
+        """Return a counter's value, summed over the samples with these labels."""
         wanted = set(labels.items())
         return sum(value for (found, given), value in self.samples.items() if found == name and wanted <= set(given))
 
 
 def ask(host: str, port: int, token: str) -> RunningShim:
-    """Ask the admin port."""
+    """Query the admin port."""
     where = f"{host}:{port}"
     try:
         status, text = _get(host, port, "/metrics", "")
@@ -92,7 +92,7 @@ def _get(host: str, port: int, path: str, token: str) -> tuple[int, str]:
 
 
 def examine(running: RunningShim) -> Iterator[Finding]:
-    """What it tells, as findings."""
+    """Return the findings on the running shim."""
     if not running.answers:
         todo = "agents, sessions and heartbeats are examined where one runs: admin.host, admin.port"
         yield warned("shim", f"none answers on {running.where}", todo)
@@ -191,7 +191,7 @@ def _agents(status: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _patience(items: list[dict[str, Any]]) -> Iterator[Finding]:
-    """What the shim has learnt of the time-outs of agents' HTTP clients."""
+    """Return the time-outs of agents' HTTP clients that the shim has learnt."""
     learnt = [each for each in items if each["hold"]["ceiling_s"] is not None]
     if learnt:
         told = ", ".join(f"{_named(each)} {each['hold']['ceiling_s'] + 1:.0f} s" for each in learnt[:SHOWN])

@@ -1,4 +1,4 @@
-"""Find the configuration to examine: of this command line, of a running process, or of a running shim's admin port."""
+"""Sources of the configuration to examine: this command line, a running process, or a running shim's admin port."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MASK = "***"
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What a configuration is read from. `environ` is also where the dialler looks for proxies."""
+    """Sources of a configuration. The dialler also takes proxies from `environ`."""
 
     path: str | None
     sets: tuple[str, ...]
@@ -30,7 +30,7 @@ class Sources:
     whose: str = ""
 
     def load(self) -> Settings:
-        """Read it. Raises `ConfigError`."""
+        """Load the configuration. Raises `ConfigError`."""
         return loader.load(self.path, self.environ, self.sets)
 
     def describe(self) -> str:
@@ -48,9 +48,9 @@ def _some(names: list[str]) -> str:
 
 
 def of_process(pid: int, proc: Path = PROC) -> Sources:
-    """Return what a running `agent-shim run` was given, and make its working directory ours: paths may be relative.
+    """Return the sources of a running `agent-shim run`, and change to its directory: paths may be relative.
 
-    Raises `ConfigError` when there is no such process, or it may not be looked at.
+    Raises `ConfigError` if there is no such process, or access to it is denied.
     """
     home = proc / str(pid)
     try:
@@ -99,13 +99,13 @@ def _values(words: list[str], option: str) -> list[str]:
 
 
 def of_running(masked: Mapping[str, Any]) -> Settings:
-    """Return the settings that a running shim shows. What it masks is left out. Raises `ConfigError`."""
+    """Return the settings that a running shim shows, without masked values. Raises `ConfigError`."""
     faults: list[Fault] = []
     tree = {name: dict(value) if isinstance(value, dict) else value for name, value in masked.items()}
     for section in tree.values():
         if isinstance(section, dict):
             for key in [key for key, value in section.items() if isinstance(value, str) and _MASK in value]:
-                # A masked query, password or user is cut out; a masked token is not known.
+                # A masked query, password or user is cut out; a masked token is unknown.
                 for hidden in (f"?{_MASK}", f":{_MASK}@", f"{_MASK}@", _MASK):
                     section[key] = section[key].replace(hidden, "@" if hidden.startswith(":") else "")
     settings = to_settings(tree, faults)
@@ -115,7 +115,7 @@ def of_running(masked: Mapping[str, Any]) -> Settings:
 
 
 def compare(examined: Settings, masked: Mapping[str, Any]) -> list[Finding]:
-    """Warn when the running shim has another configuration than the one that is examined."""
+    """Warn if the running shim has another configuration than the one that is examined."""
     ours = loader.redacted(examined)
     keys = [key for key, _, _ in leaves() if _differ(key, _at(ours, key), _at(masked, key))]
     if not keys:
@@ -137,12 +137,12 @@ def _at(tree: Mapping[str, Any], dotted: str) -> Any:
 
 
 def unknown_token() -> Finding:
-    """Say why the token of a running shim was not examined."""
+    """Return the reason why the token of a running shim was not examined."""
     todo = "--token-file FILE tests a token; --pid PID, as root, reads it from the process"
     return warned("token", "not examined: the admin port shows no secret", todo)
 
 
 def unreadable(where: str) -> Finding:
-    """Say that the admin port does not show the configuration."""
+    """Return the finding that the admin port does not show the configuration."""
     todo = "does it ask for the admin token (--admin-token-file)? An older shim does not show it: use --config or --pid"
     return failed("config", f"{where} does not show its configuration", todo)

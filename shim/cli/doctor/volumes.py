@@ -1,4 +1,4 @@
-"""On what kind of volume a path lies, by the kernel's list of mounts."""
+"""Kind of the volume that holds a path, according to the kernel's list of mounts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import PurePosixPath
 
 
 class Kind(Enum):
-    """What becomes of a file there."""
+    """Durability of files on a volume."""
 
     DISK = "disk"
-    MEMORY = "memory"  # gone with the machine, or with the mount
-    CONTAINER = "container"  # the container's own layer: gone when it is replaced
-    EMPTY_DIR = "emptyDir"  # gone with the pod
+    MEMORY = "memory"  # lost with the machine, or with the mount
+    CONTAINER = "container"  # the container's own layer: lost when the container is replaced
+    EMPTY_DIR = "emptyDir"  # lost with the pod
     NETWORK = "network"
 
 
@@ -26,7 +26,7 @@ _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """The mount that a path lies on. `type` is the kernel's name of its file system."""
+    """Mount that holds a path. `type` is the kernel's name of its file system."""
 
     mount_point: str
     type: str
@@ -35,7 +35,7 @@ class Volume:
 
 
 def volume_of(path: str, mountinfo: str) -> Volume:
-    """The volume of an absolute path without symbolic links; `mountinfo` as in `/proc/self/mountinfo` (proc(5))."""
+    """Return the volume of an absolute path without symbolic links; `mountinfo` as in proc(5)."""
     found = Volume("/", "?", Kind.DISK, read_only=False)
     target = PurePosixPath(path)
     for line in mountinfo.splitlines():

@@ -1,4 +1,4 @@
-"""Turn dials into findings: name, proxy, TCP, TLS, upgrade, token, frames and clock, in the order of the way."""
+"""Turn dials into findings: name, proxy, TCP, TLS, upgrade, token, frames and clock, in the order of the connection."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CREDENTIALS = "it wants other credentials: {key}: http://user:password@host:por
 def judge_way(dial: Dial) -> list[Finding]:
     """Return a finding for each step up to the first that failed: proxy, dns, tcp, tls.
 
-    A dial that failed later, in the answer, has passed them all.
+    A dial that failed later, in the response, has passed them all.
     """
     found: list[Finding] = []
     for step in (_proxy, _files, _dns, _tcp, _proxy_refusal, _tls):
@@ -66,7 +66,7 @@ def _proxy_refusal(dial: Dial) -> Finding | None:
 
 
 def _peer(dial: Dial) -> tuple[str, str]:
-    """Return the host that is connected to, and `host:port` with the word that it is the proxy."""
+    """Return the host of the TCP connection, and `host:port`, marked if it is the proxy."""
     proxy = dial.trace.proxy.url
     parts = urlsplit(proxy or dial.url)
     host, secure = parts.hostname or "", parts.scheme in ("https", "wss")
@@ -106,7 +106,7 @@ def _tcp(dial: Dial) -> Finding:
     if failure.reason == "tcp" or failure.detail.startswith(PROXY_UNREACHED):
         todo = "is the port right, and is something listening there? a firewall may also reject it"
         return failed("tcp", f"{where}: {failure.detail}", todo)
-    if failure.reason == "handshake":  # only a proxy is spoken to before there is a connection
+    if failure.reason == "handshake":  # only a proxy is contacted before there is a connection
         return failed("proxy", f"it does not answer CONNECT: {failure.detail}", "is it an HTTP proxy?")
     return passed("tcp", f"{where} answers")
 
@@ -138,7 +138,7 @@ def _tls_todo(dial: Dial) -> str:
 
 
 def judge_upgrade(dial: Dial) -> Finding:
-    """Say whether the WebSocket handshake is passed on, and by whom it is not."""
+    """Return the findings on the WebSocket handshake, and the intermediary that refuses it."""
     trace, failure = dial.trace, dial.failure
     named = [f"{trace.headers[name][:60]} ({name})" for name in ("via", "server") if trace.headers.get(name)]
     behind = f"; the answer comes from {' and '.join(named)}" if named else ""
@@ -169,7 +169,7 @@ def _judge_status(status: int, behind: str) -> Finding:
 
 
 def judge_token(dials: Sequence[tuple[str, Dial]], *, given: bool) -> Finding:
-    """Say what the endpoint thinks of the token; `dials` are (where it was sent, dial) in the order of trying."""
+    """Return the finding on the token; `dials` are (place of the token, dial) in the order of trying."""
     way, last = dials[-1]
     if last.failure is not None and last.failure.status not in (401, 403):
         return warned("token", "not examined: the handshake does not get that far", "mend the line upgrade first")
@@ -186,13 +186,13 @@ def judge_token(dials: Sequence[tuple[str, Dial]], *, given: bool) -> Finding:
 
 
 def _closed(dial: Dial) -> str:
-    """The close frame in words, with the controller's own."""
+    """Describe the close frame, with the controller's reason."""
     code = f"closed {dial.close_code}" if dial.close_code else "closed without a code"
     return f"{code}, “{dial.close_reason}”" if dial.close_reason else code
 
 
 def judge_frames(dial: Dial) -> list[Finding]:
-    """Say whether a ping came back; nothing where none was sent."""
+    """Return the finding on the pong; nothing if no ping was sent."""
     if dial.pong_s is None:
         return []
     if dial.pong_s == FRAMES_CLOSED:
@@ -206,7 +206,7 @@ def judge_frames(dial: Dial) -> list[Finding]:
 
 
 def judge_clock(headers: Mapping[str, str]) -> Finding:
-    """Say how far this clock is from the `Date` of an answer."""
+    """Return the finding on the difference between this clock and the `Date` of a response."""
     try:
         theirs = parsedate_to_datetime(headers.get("Date", "")).timestamp()
     except (ValueError, TypeError):
@@ -220,7 +220,7 @@ def judge_clock(headers: Mapping[str, str]) -> Finding:
 
 
 def judge_fallback(dial: Dial) -> Finding:
-    """Say whether the vendor's HTTP API answers, by the way that the shim takes to it."""
+    """Return the finding on the vendor's HTTP API, reached by the shim's own path."""
     host, steps = host_of(dial.url), judge_way(dial)
     worst = next((each for each in steps if each.status is Status.FAIL), None)
     if worst is not None:

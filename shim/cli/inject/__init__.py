@@ -1,4 +1,4 @@
-"""`agent-shim inject`: add the sidecar to a manifest of the vendor's agent, or take it out again."""
+"""`agent-shim inject`: add the sidecar to a manifest of the vendor's agent, or remove it."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
     dry_run: bool,
     check: bool,
 ) -> None:
-    """Add the sidecar to the agent's manifest; print the result. Doing it twice is doing it once."""
+    """Add the sidecar to the agent's manifest and print the result. A second run changes nothing."""
     try:
-        # As bytes: reading text would turn CRLF into LF.
+        # Read as bytes: reading text would turn CRLF into LF.
         data = sys.stdin.buffer.read() if filename == "-" else Path(filename).read_bytes()
         text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:

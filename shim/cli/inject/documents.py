@@ -1,4 +1,4 @@
-"""Manifests as text: only the documents that change are written anew, with their comments and order."""
+"""Manifests as text: only documents that change are rewritten, with their comments and order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MANAGER = "agent-shim-inject"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`container` names the agent's container, `""`: the vendor's names. `config`: write the ConfigMap, too."""
+    """Options. `container` names the agent's container, `""` the vendor's names. `config`: also write the ConfigMap."""
 
     image: str
     container: str = ""
@@ -35,7 +35,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """An agent: its pod template, its container, and the namespace that its manifest names."""
+    """An agent: its pod template, its container, and the namespace of its manifest."""
 
     template: Map
     container: Map
@@ -43,16 +43,16 @@ class _Found:
 
 
 def inject(text: str, options: Options) -> str:
-    """Return the manifests with the sidecar in every agent. Text that has it already comes back unchanged.
+    """Return the manifests with the sidecar in every agent. Text that has it already is returned unchanged.
 
-    All other lines stay as they are, with their line ends. Raises `InjectError` when there is no agent, or one that
+    All other lines stay as they are, with their line ends. Raises `InjectError` if there is no agent, or one that
     cannot be given the sidecar.
     """
     return change_lines(text, lambda plain: _inject(plain, options))
 
 
 def remove(text: str) -> str:
-    """Return the manifests without the sidecar and its ConfigMap: byte for byte as they were before `inject`."""
+    """Return the manifests without the sidecar and its ConfigMap: byte for byte as before `inject`."""
     return change_lines(text, _remove)
 
 
@@ -85,7 +85,7 @@ def _remove(text: str) -> str:
 
 
 def _chunks(text: str) -> list[_Chunk]:
-    """The documents of a stream without our ConfigMaps. The first needed no `---` before one of ours came before it."""
+    """Return the documents of a stream without our ConfigMaps, and drop a `---` that only one of ours needed."""
     chunks: list[_Chunk] = []
     bare = False
     for part in _split(text):
@@ -105,25 +105,25 @@ class _Chunk:
         self._head = text[: text.index("\n", match.end()) + 1] if match and "\n" in text[match.end() :] else ""
         self._yaml = _round_trip(text)
         self._data = _load(self._yaml, text[len(self._head) :])
-        # What the library makes of it without any change: only a difference from this is a change.
+        # The library's output without any change: only a difference from it is a change.
         self._before = self._dump()
 
     @property
     def has_head(self) -> bool:
-        """Whether it begins with a `---` line."""
+        """Return True if the document begins with a `---` line."""
         return bool(self._head)
 
     def text(self) -> str:
-        """As it came with the changed lines, or, where its lines are not the library's, as the library writes it."""
+        """Return the text with the changed lines, or as the library writes it if its lines are not the library's."""
         after = self._dump()
         if after == self._before:
             return self._text
         patched = _patch(self._text[len(self._head) :], self._before, after)
-        # Lists indented in two ways can make the lines of one an error among those of the other.
+        # If lists are indented in two ways, lines of one may be an error among those of the other.
         return self._head + (patched if patched and _parsed(patched) == self._data else after)
 
     def templates(self) -> Iterator[tuple[Map, str]]:
-        """Every pod template in it with the namespace of its workload."""
+        """Return every pod template with the namespace of its workload."""
         pending = [self._data]
         while pending:
             data = pending.pop()
@@ -137,7 +137,7 @@ class _Chunk:
                     yield template, (data.get("metadata") or {}).get("namespace") or ""
 
     def agents(self, wanted: str) -> Iterator[_Found]:
-        """The agents in it. Pods that opted out by label are none."""
+        """Return the agents, without pods that opted out by label."""
         for template, namespace in self.templates():
             labels = (template.get("metadata") or {}).get("labels") or {}
             if labels.get(sidecar.OPT_OUT_LABEL) == "disabled":
@@ -148,7 +148,7 @@ class _Chunk:
                     break
 
     def is_our_config(self) -> bool:
-        """Whether it is the ConfigMap that `inject` wrote."""
+        """Return True if the document is the ConfigMap that `inject` wrote."""
         data = self._data
         if not isinstance(data, dict) or data.get("kind") != "ConfigMap":
             return False
@@ -176,13 +176,13 @@ def _config_map(with_shim: Sidecar, namespace: str) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """The documents of a stream, each with its `---` line; joined they are the text again."""
+    """Return the documents of a stream, each with its `---` line; joined they equal the text."""
     starts = [0, *(match.start() for match in _SEPARATOR.finditer(text) if match.start())]
     return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
 def _round_trip(text: str) -> Any:
-    """A reader and writer that keeps comments, order, quotes and the way lists are indented in this text."""
+    """Return a reader and writer that keeps comments, order, quotes and the indentation of lists in this text."""
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="rt")
@@ -208,9 +208,9 @@ def _load(yaml: Any, text: str) -> Any:
 
 
 def _patch(original: str, before: str, after: str) -> str:
-    """Return `original` with the line changes that lead from `before` to `after`; `""` if its lines are not those.
+    """Return `original` with the changed lines between `before` and `after`; `""` if its lines differ from `before`.
 
-    The library may write a line with other spaces. Whether the result means the same is for the caller to check.
+    The library may write a line with other spaces. The caller must check that the result means the same.
     """
     lines, known, new = (text.splitlines(keepends=True) for text in (original, before, after))
     if len(lines) != len(known):
@@ -238,6 +238,6 @@ def _parsed(text: str) -> Any:
 
 
 def _unless_equal(after: str, before: str) -> str:
-    """`before`, if the two streams hold the same data."""
+    """Return `before` if both streams contain the same data."""
     same = [_parsed(part) for part in _split(after)] == [_parsed(part) for part in _split(before)]
     return before if same else after

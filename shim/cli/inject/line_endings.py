@@ -1,4 +1,4 @@
-"""Work on a text with Unix line ends and give it its own back: CRLF, a mixture, a BOM, no line end at the end."""
+"""Conversion to Unix line ends and back: CRLF, a mixture, a BOM, or no line end at the end."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _BOM = "\ufeff"
 
 
 def change_lines(text: str, change: Callable[[str], str]) -> str:
-    """Return what `change` makes of the text, of which it sees neither BOM nor CRLF, and which ends with a line end.
+    """Return the result of `change` for the text, which it gets without BOM and CRLF and with a final line end.
 
-    Lines that stay keep their own line end; new and changed ones get the one that most lines of the text have.
+    Unchanged lines keep their line end; new and changed ones get the most frequent one of the text.
     """
     bom = _BOM if text.startswith(_BOM) else ""
     lines = _lines(text.removeprefix(_BOM))
@@ -37,7 +37,7 @@ def change_lines(text: str, change: Callable[[str], str]) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Split after each line feed only: YAML's other line breaks are content of a line here."""
+    """Split after each line feed only: YAML's other line breaks are contents of a line here."""
     parts = text.split("\n")
     return [f"{part}\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
 

@@ -1,4 +1,4 @@
-"""The gap: agents that should have the sidecar and have not, in what `kubectl get pods --output json` says."""
+"""Agents that should have the sidecar but lack it, from the output of `kubectl get pods --output json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KUBECTL_S = 20
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """An agent's pod; `fault` is `""` where nothing is amiss. Those that opted out have no fault, and say so."""
+    """Pod of an agent; `fault` is `""` if nothing is wrong. Pods that opted out have no fault and are marked."""
 
     namespace: str
     name: str
@@ -25,7 +25,7 @@ class Pod:
 
 
 def agents(pods: Iterable[Mapping[str, Any]]) -> list[Pod]:
-    """The agents among these pods that are alive, each with what is wrong with it."""
+    """Return the running agents among these pods, each with its fault."""
     found = []
     for pod in pods:
         spec, metadata = pod.get("spec") or {}, pod.get("metadata") or {}
@@ -41,7 +41,7 @@ def agents(pods: Iterable[Mapping[str, Any]]) -> list[Pod]:
 
 
 def listed(text: str) -> list[Mapping[str, Any]]:
-    """The pods in kubectl's JSON. Raises `InjectError`."""
+    """Parse the pods in kubectl's JSON. Raises `InjectError`."""
     try:
         data = json.loads(text)
     except ValueError:
@@ -53,7 +53,7 @@ def listed(text: str) -> list[Mapping[str, Any]]:
 
 
 def in_cluster(namespace: str = "") -> list[Mapping[str, Any]]:
-    """The pods that kubectl shows: of a namespace, or of all. Raises `InjectError` where it cannot."""
+    """Return the pods that kubectl shows, of one namespace or of all. Raises `InjectError` if it fails."""
     where = ["--namespace", namespace] if namespace else ["--all-namespaces"]
     command = ["kubectl", "get", "pods", *where, "--output", "json", f"--request-timeout={_KUBECTL_S}s"]
     try:

@@ -1,7 +1,7 @@
-"""The sidecar in an agent's pod, however it came there. Pure: maps and lists of a manifest, changed in place.
+"""The sidecar in an agent's pod: pure changes of a manifest's maps and lists in place.
 
-The chart's policy, the Kustomize components (generated from here) and `agent-shim inject` make the same pod; tests hold
-them together. `docs/how-to/kubernetes.md` gives the reasons.
+The chart's policy, the Kustomize components (generated from here) and `agent-shim inject` make the same pod; tests
+compare them. `docs/how-to/kubernetes.md` gives the reasons.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ PREFIX = f"{NAME}-"
 
 
 class InjectError(Exception):
-    """A manifest that cannot be given the sidecar; the text says why and what to do."""
+    """A manifest that cannot be given the sidecar; the text contains the reason and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """What differs between agents.
+    """Settings that differ between agents.
 
-    `upstream` is the value part of an env entry (`value` or `valueFrom`) that holds the controller's URL; empty: the
-    configuration says it. `secret` holds the token under `token_key`; empty: each agent's own token is used.
+    `upstream` is the value part of an env entry (`value` or `valueFrom`) with the controller's URL; if it is empty, the
+    configuration has the URL. `secret` holds the token under `token_key`; if it is empty, each agent's own token is
+    used.
     """
 
     image: str = f"{NAME}:{__version__}"
@@ -52,7 +53,7 @@ class Sidecar:
 
     @property
     def container(self) -> dict[str, Any]:
-        """A native sidecar: an init container that stays, and that must serve before the agent starts."""
+        """Return a native sidecar: an init container that keeps running and must serve before the agent starts."""
         env: list[dict[str, Any]] = [
             {"name": "SHIM_ADMIN__HOST", "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "status.podIP"}}}
         ]
@@ -61,7 +62,7 @@ class Sidecar:
         mounts = [
             {"name": f"{NAME}-config", "mountPath": CONFIG_DIR, "readOnly": True},
             {"name": f"{NAME}-store", "mountPath": STORE_DIR},
-            # Stands where Kubernetes would mount the agent's ServiceAccount token, which is none of our business.
+            # Mounted over the place of the agent's ServiceAccount token, which the shim must not have.
             {"name": f"{NAME}-empty", "mountPath": API_TOKEN_DIR, "readOnly": True},
         ]
         if self.secret:
@@ -94,7 +95,7 @@ class Sidecar:
 
     @property
     def volumes(self) -> list[dict[str, Any]]:
-        """What it mounts. The Secret is a file, so that a changed token needs no restart."""
+        """Return the volumes. The Secret is a file, so that a changed token needs no restart."""
         volumes: list[dict[str, Any]] = [
             {"name": f"{NAME}-config", "configMap": {"name": self.config_map, "defaultMode": 0o444}},
             {"name": f"{NAME}-store", "emptyDir": {"sizeLimit": "1Gi"}},
@@ -108,7 +109,7 @@ class Sidecar:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The shim's configuration file for this pod (docs/reference/configuration.md)."""
+        """Return the shim's configuration file for this pod (docs/reference/configuration.md)."""
         upstream = {"token_file": f"{TOKEN_DIR}/token"} if self.secret else {}
         return {
             "mode": "websocket",
@@ -130,11 +131,9 @@ def _probe(path: str, period_s: int, failures: int) -> dict[str, Any]:
 
 
 def recognise(agent: Mapping[str, Any], image: str, config_map: str, own_token: bool) -> Sidecar:
-    """How this agent is given its URL and token: by a Secret as a whole, or key by key.
+    """Find how the agent receives its URL and token (docs/reference/legacy-agents.md#6-deployment-objects).
 
-    Rules: docs/reference/legacy-agents.md#6-deployment-objects.
-
-    Raises `InjectError` when its manifest does not tell.
+    That is a Secret as a whole, or entries key by key. Raises `InjectError` if the manifest does not show it.
     """
     names = [source["secretRef"]["name"] for source in agent.get("envFrom") or [] if "secretRef" in source]
     url = _entry(agent, API_URL)
@@ -161,9 +160,9 @@ def recognise(agent: Mapping[str, Any], image: str, config_map: str, own_token: 
 
 
 def add(template: Map, sidecar: Sidecar, agent: Map) -> None:
-    """Put the sidecar into a pod template (`metadata`, `spec`) and let its container `agent` call it.
+    """Put the sidecar into a pod template (`metadata`, `spec`) and point its container `agent` to it.
 
-    Raises `InjectError` for pods in the node's network: loopback is not theirs there.
+    Raises `InjectError` for pods in the node's network, where loopback is shared with the node.
     """
     spec = template["spec"]
     if spec.get("hostNetwork"):
@@ -182,7 +181,7 @@ def add(template: Map, sidecar: Sidecar, agent: Map) -> None:
 
 
 def remove(template: Map) -> bool:
-    """Take the sidecar out of a pod template and give the agent its own URL back; whether there was one."""
+    """Remove the sidecar from a pod template and restore the agent's own URL; return True if there was a sidecar."""
     spec = template["spec"]
     ours = [container for container in spec.get("initContainers") or [] if container["name"] == NAME]
     for container in ours:
@@ -221,7 +220,7 @@ def _give_back(agent: Map, upstream: Map | None) -> None:
 
 
 def is_agent(container: Mapping[str, Any], template: Mapping[str, Any]) -> bool:
-    """Whether this is the vendor's agent: by its container's name, and by something of the vendor's around it."""
+    """Return True if this is the vendor's agent: by its container's name, and by other marks of the vendor."""
     name = container.get("name")
     if name not in AGENT_CONTAINERS:
         return False
@@ -230,12 +229,12 @@ def is_agent(container: Mapping[str, Any], template: Mapping[str, Any]) -> bool:
 
 
 def _entry(container: Mapping[str, Any], name: str) -> Any:
-    """The env entry of this name; the last one counts, as in Kubernetes."""
+    """Return the env entry of this name; the last one counts, as in Kubernetes."""
     return next((entry for entry in reversed(container.get("env") or []) if entry.get("name") == name), None)
 
 
 def _own(parent: Map, key: str, kind: type) -> Any:
-    """What stands under a key, to be changed: made where nothing does, and no longer what an alias elsewhere means."""
+    """Return the value of a key for changes: created if it is missing, copied if a YAML alias shares it."""
     found = parent.get(key)
     if found is None:
         found = parent[key] = kind()
@@ -246,7 +245,7 @@ def _own(parent: Map, key: str, kind: type) -> Any:
 
 
 def _insert(parent: Map, before: str, key: str, value: MutableSequence[Any]) -> None:
-    """Set a key in front of another where the map has an order of its own (a round-trip library's)."""
+    """Insert a key before another if the map keeps an order of its own (that of a round-trip library)."""
     insert = getattr(parent, "insert", None)
     if insert is None:
         parent[key] = value
