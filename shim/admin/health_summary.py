@@ -20,7 +20,7 @@ _REASONS = {
     "tcp": "it cannot be reached",
     "tls": "the TLS handshake fails",
     "timeout": "it does not answer in time",
-    "proxy": "the proxy does not let us through",
+    "proxy": "there is no way through the proxy",
     "token": "the token cannot be read",
     "handshake": "it does not speak WebSocket there",
     "half_open": "it has gone silent",
@@ -72,8 +72,7 @@ def reason_text(reason: str | None) -> str:
 def _problems(status: dict[str, Any]) -> Iterator[Problem]:
     yield from _of_process(status)
     if status["mode"] != "http":
-        for link in status["links"]["items"]:
-            yield from _of_link(link, status)
+        yield from _of_links(status)
         yield from _of_controller(status["controller"], status["now"])
     yield from _of_fallback(status)
     yield from _of_agents(status)
@@ -102,6 +101,17 @@ def _of_process(status: dict[str, Any]) -> Iterator[Problem]:
 def _words(link: dict[str, Any]) -> str:
     """Return the controller's close text for a link, `""` without one."""
     return f": “{shorten(link['detail'])}”" if link.get("detail") else ""
+
+
+def _of_links(status: dict[str, Any]) -> Iterator[Problem]:
+    """Yield the problems of all links; many refused tokens are one problem, or they would hide all others."""
+    refused = [link for link in status["links"]["items"] if link["phase"] == "refused"]
+    for link in status["links"]["items"]:
+        if len(refused) <= KINDS_SHOWN or link["phase"] != "refused":
+            yield from _of_link(link, status)
+    if len(refused) > KINDS_SHOWN:
+        names = f"{', '.join(link['name'] for link in refused[:KINDS_SHOWN])} and {len(refused) - KINDS_SHOWN} more"
+        yield from _of_link({**refused[0], "name": names}, status)
 
 
 def _of_link(link: dict[str, Any], status: dict[str, Any]) -> Iterator[Problem]:

@@ -101,6 +101,11 @@ def sentence(**fields: Any) -> tuple[str, str]:
         ),
         ({"links": [link("refused", 9, "status 401")]}, "bad", "The controller refuses the token (status 401)."),
         (
+            {"own_tokens": True, "links": [link("refused", 9, "status 401")] * 5},
+            "bad",
+            "The controller refuses the token (link default, default, default and 2 more: status 401).",
+        ),
+        (
             {"links": [link("up", contended=True)]},
             "bad",
             "Another process uses our identity: the controller keeps closing the connection.",
