@@ -55,7 +55,7 @@ class ServerContext:
     replies: ResponseBuilder
     budget: Budget
     refused: RefusedCalls
-    doors: ConnectionCount = field(default_factory=ConnectionCount)
+    connections: ConnectionCount = field(default_factory=ConnectionCount)
 
 
 FAREWELL_S = 2.0
@@ -80,13 +80,13 @@ class AgentConnection(HttpConnection):
         "_aborted",
         "_acknowledged",
         "_entered",
-        "_express",
         "_had_lease",
-        "_house",
         "_lease_open",
         "_own_socket",
         "_refused",
+        "_server_context",
         "_socket",
+        "_sync_handler",
         "authorization",
         "client",
         "lost",
@@ -94,14 +94,19 @@ class AgentConnection(HttpConnection):
     )
 
     def __init__(
-        self, server: web.Server, house: ServerContext, express: SyncHandler, number: int, options: dict[str, Any]
+        self,
+        server: web.Server,
+        server_context: ServerContext,
+        sync_handler: SyncHandler,
+        number: int,
+        options: dict[str, Any],
     ) -> None:
-        super().__init__(server, house.budget, house.listen.header_timeout_s, options)
+        super().__init__(server, server_context.budget, server_context.listen.header_timeout_s, options)
         self.number = number
         self.client: Caller | None = None
         self.authorization: str | None = None
-        self._express = express
-        self._house = house
+        self._sync_handler = sync_handler
+        self._server_context = server_context
         self._socket: socket.socket | None = None  # or asyncio's `TransportSocket`, which has the methods used here
         self._own_socket: socket.socket | None = None
         self._entered = False
@@ -129,23 +134,23 @@ class AgentConnection(HttpConnection):
         wire.set_write_buffer_limits(high=1 if tls else 0, low=0)
         super().connection_made(transport)
         # A client may connect in advance, but one that never sends a request must not occupy a connection for ever.
-        self._watch_for_first_request(self._house.listen.keepalive_s)
+        self._watch_for_first_request(self._server_context.listen.keepalive_s)
         self._read_on()  # a TLS client may send its request with the end of its handshake
 
     def enter(self) -> bool:
         """Count the connection when it is accepted; return False if there are too many."""
         self._entered = True
-        self._house.doors.entered()
-        if self._house.doors.open <= self._house.listen.max_connections:
+        self._server_context.connections.entered()
+        if self._server_context.connections.open <= self._server_context.listen.max_connections:
             return True
-        self._house.metrics.bad_requests.labels("connections").inc()
+        self._server_context.metrics.bad_requests.labels("connections").inc()
         return False
 
     def leave(self) -> None:
         """End the count of the connection, also after a failed TLS handshake. Idempotent."""
         if self._entered:
             self._entered = False
-            self._house.doors.left()
+            self._server_context.connections.left()
 
     def eof_received(self) -> None:
         # asyncio's TLS now sends a close alert, which the peer will not acknowledge: query the kernel before that.
@@ -168,7 +173,7 @@ class AgentConnection(HttpConnection):
             self._end_lease(exc is None and self._acknowledged)
 
     def _end_lease(self, clean: bool) -> None:
-        self._house.switchboard.connection_closed(self.number, clean)
+        self._server_context.switchboard.connection_closed(self.number, clean)
 
     def force_close(self) -> None:
         self._note_acknowledgement()
@@ -199,7 +204,7 @@ class AgentConnection(HttpConnection):
         if request.should_close or request.upgrade or not body.is_eof() or body.exception() is not None:
             return False
         self._note_next_request()
-        response = self._express(self, request, body, arrived_s)
+        response = self._sync_handler(self, request, body, arrived_s)
         if response is None:
             return False
         self._http.message_consumed()
@@ -225,11 +230,11 @@ class AgentConnection(HttpConnection):
 
     def _refusal(self, status: int, error: str, more: str = "") -> bytes:
         """Return and record the response to a request that is rejected before its route is known."""
-        self._house.refused.note(self._loop.time(), status, NO_ROUTE, error)
-        return self._house.replies.error(status, error, more=more)
+        self._server_context.refused.note(self._loop.time(), status, NO_ROUTE, error)
+        return self._server_context.replies.error(status, error, more=more)
 
     def _count_refused(self, reason: str) -> None:
-        self._house.metrics.bad_requests.labels(reason).inc()
+        self._server_context.metrics.bad_requests.labels(reason).inc()
 
     def begin_request(self) -> float:
         """Start a request of the normal path and return the loop time of its first byte.
@@ -248,7 +253,7 @@ class AgentConnection(HttpConnection):
         """
         if self._lease_open and not self._pipelined:
             self._lease_open = False
-            self._house.switchboard.next_request(self.number)
+            self._server_context.switchboard.next_request(self.number)
 
     def peer_can_receive(self, *, for_commands: bool) -> bool:
         """Return False if the agent is known to have disconnected.
@@ -290,9 +295,9 @@ class AgentConnection(HttpConnection):
         """Report if the response with these commands was written; if so, watch the connection for evidence."""
         if written:
             self._lease_open = self._had_lease = True
-            self._house.switchboard.written(lease)
+            self._server_context.switchboard.written(lease)
         else:
-            self._house.switchboard.unwritten(lease)
+            self._server_context.switchboard.unwritten(lease)
 
     def remarks(self, lease: DeliveryReceipt | None) -> Mapping[str, str]:
         """Return further headers for a reply; only connections of replicas have any."""
@@ -322,7 +327,7 @@ class AgentConnection(HttpConnection):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Close a connection whose handler failed; aiohttp's default would write a second response, in plain text."""
-        self._house.metrics.internal_errors.labels("frontend").inc()
+        self._server_context.metrics.internal_errors.labels("frontend").inc()
         logger.error("a handler failed after its reply", exc_info=exc)
         return SENT_CLOSE
 

@@ -67,7 +67,7 @@ class PairedConnection(AgentConnection):
         self._queued: deque[tuple[RawRequestMessage, StreamReader]] = deque()
         self._clients: dict[str, Caller] = {}
         self._secret = secret
-        self._doubter = cast("Doubter", self._house.switchboard)
+        self._doubter = cast("Doubter", self._server_context.switchboard)
         self._lent: DeliveryReceipt | None = None
         self._begun = False
         self._told_open = False
@@ -75,7 +75,7 @@ class PairedConnection(AgentConnection):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._loop.call_later(self._house.listen.header_timeout_s, self._must_have_joined)
+        self._loop.call_later(self._server_context.listen.header_timeout_s, self._must_have_joined)
 
     def _must_have_joined(self) -> None:
         if not self._joined:
@@ -105,7 +105,7 @@ class PairedConnection(AgentConnection):
         while self._queued and self._queued[0][1].is_eof():
             request, body = self._queued.popleft()
             self._identify(request.headers.get(hdrs.AUTHORIZATION))
-            reply = self._express(self, request, body, now)
+            reply = self._sync_handler(self, request, body, now)
             replies.append(reply if isinstance(reply, bytes) else _NOT_AT_ONCE)
         self._next_keepalive_close_time = now + self._keepalive_timeout
         if replies and self._wire is not None and not self._wire.is_closing():
@@ -197,7 +197,7 @@ class PairedConnection(AgentConnection):
             self._lent = None
             self._doubter.unwritten(lease)
         elif self._lent is lease and self._wire is None:
-            self._forsake()
+            self._mark_unconfirmed()
 
     async def await_peer_close(self) -> None:
         """Do nothing: the other replica sends a note about the reply."""
@@ -212,9 +212,9 @@ class PairedConnection(AgentConnection):
         if self._lent is not None or self._told_open:
             # Waiting polls of the same replica are cancelled in the same moment. The delay keeps uncertain commands
             # from being offered to them.
-            self._loop.call_later(AFTERWARDS_S, self._forsake)
+            self._loop.call_later(AFTERWARDS_S, self._mark_unconfirmed)
 
-    def _forsake(self) -> None:
+    def _mark_unconfirmed(self) -> None:
         lease, self._lent = self._lent, None
         was_open, self._told_open = self._told_open, False
         if lease is not None:
@@ -260,7 +260,7 @@ class ClusterListener(AgentServer):
     def _make_connection(self, *args: Any) -> AgentConnection:
         return PairedConnection(self._secret(), *args)
 
-    def _make_doors(self) -> ConnectionCount:
+    def _make_connection_count(self) -> ConnectionCount:
         return ConnectionCount()
 
     def _make_tls(self) -> ssl.SSLContext | None:

@@ -36,7 +36,7 @@ class SyncRequestHandler:
 
     def __init__(
         self,
-        house: ServerContext,
+        server_context: ServerContext,
         guard: Guard,
         routes: RouteCache,
         in_flight: InFlight,
@@ -44,7 +44,7 @@ class SyncRequestHandler:
         fallback: Fallback | None,
         forwarder: Forwarder | None = None,
     ) -> None:
-        self._house = house
+        self._server_context = server_context
         self._guard = guard
         self._routes = routes
         self._in_flight = in_flight
@@ -65,33 +65,33 @@ class SyncRequestHandler:
         if match is None or client is None:
             return None
         data = peek(body)
-        if len(data) > self._house.listen.max_body_bytes:
+        if len(data) > self._server_context.listen.max_body_bytes:
             return None
         if self._forwarder is not None and not match.route.open and self._forwarder.elsewhere(client.token):
             return self._forward(self._forwarder, connection, request, match, data)
         try:
-            decoded = decode_body(data, _take_the_long_way) if match.route.method == hdrs.METH_POST else None
+            decoded = decode_body(data, _leave_fast_path) if match.route.method == hdrs.METH_POST else None
             call = Call(match.params, decoded, headers.get(hdrs.USER_AGENT, ""), is_shallow(data), len(data))
             agent_call = match.dialect.parse(match.route.operation, call)
         except AgentError:
             return None
         try:
-            answer = self._house.switchboard.try_call_sync(client, agent_call, started_s)
+            answer = self._server_context.switchboard.try_call_sync(client, agent_call, started_s)
             if answer is None:
                 return None
             reply = match.dialect.render(match.route.operation, answer.outcome, call)
         except Exception:
             logger.exception("a defect while serving %s", (match.dialect.NAME, match.route.operation))
-            self._house.metrics.internal_errors.labels("frontend").inc()
+            self._server_context.metrics.internal_errors.labels("frontend").inc()
             reply = error_reply(Failed(500, "internal error"))
         more = "" if reply.retry_after_s is None else f"Retry-After: {reply.retry_after_s}\r\n"
-        request_id = self._house.replies.request_id(headers.get(REQUEST_ID))
+        request_id = self._server_context.replies.request_id(headers.get(REQUEST_ID))
         encoded = None if reply.body is None else encode_body(reply.body)
-        response = self._house.replies.response(reply.status, encoded, request_id, more)
+        response = self._server_context.replies.response(reply.status, encoded, request_id, more)
         self._counts.count(match, reply.status, connection.now_s() - started_s)
         if reply.status >= 400:
             route = route_of(request.method, request.path, match)
-            self._house.refused.note(connection.now_s(), reply.status, route, reply.body)
+            self._server_context.refused.note(connection.now_s(), reply.status, route, reply.body)
         return response
 
     def _admitted(self, connection: AgentConnection, request: RawRequestMessage) -> Match | None:
@@ -147,19 +147,19 @@ class SyncRequestHandler:
             call = Call(match.params, decoded, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(body))
             agent_call = match.dialect.parse(match.route.operation, call)
         except AgentError as error:
-            return self._house.replies.error(error.status, str(error))
+            return self._server_context.replies.error(error.status, str(error))
         outcome = forwarder.without_owner(agent_call)
         reply = match.dialect.render(match.route.operation, outcome, call)
         encoded = None if reply.body is None else encode_body(reply.body)
         more = "" if reply.retry_after_s is None else f"Retry-After: {reply.retry_after_s}\r\n"
-        request_id = self._house.replies.request_id(request.headers.get(REQUEST_ID))
-        return self._house.replies.response(reply.status, encoded, request_id, more)
+        request_id = self._server_context.replies.request_id(request.headers.get(REQUEST_ID))
+        return self._server_context.replies.response(reply.status, encoded, request_id, more)
 
     def _elsewhere(self) -> bool:
         """Return True if calls may have to go by the vendor's HTTP API."""
         return self._fallback is not None and (self._fallback.handles_all() or self._fallback.handles_some())
 
 
-def _take_the_long_way() -> None:
+def _leave_fast_path() -> None:
     """Leave the fast path, because the body is not UTF-8: the normal path counts that."""
     raise AgentError(400, "the body is not valid UTF-8")

@@ -57,8 +57,8 @@ class RequestMetrics:
 class ResponseWriter:
     """Writer of replies; settles the delivery receipts of the replies and counts them."""
 
-    def __init__(self, house: ServerContext, counts: RequestMetrics) -> None:
-        self._house = house
+    def __init__(self, server_context: ServerContext, counts: RequestMetrics) -> None:
+        self._server_context = server_context
         self._counts = counts
 
     async def reply(self, visit: RequestContext, reply: Reply, body: bytes | None) -> web.StreamResponse:
@@ -72,12 +72,12 @@ class ResponseWriter:
             more += "Connection: keep-alive\r\n"
         if reply.retry_after_s is not None:
             more += f"Retry-After: {reply.retry_after_s}\r\n"
-        request_id = self._house.replies.request_id(request.headers.get(REQUEST_ID))
+        request_id = self._server_context.replies.request_id(request.headers.get(REQUEST_ID))
         head_only = request.method == hdrs.METH_HEAD
-        response = self._house.replies.response(reply.status, body, request_id, more, head_only=head_only)
+        response = self._server_context.replies.response(reply.status, body, request_id, more, head_only=head_only)
         if reply.status >= 400 and reply.status != MISDIRECTED:  # that one is for another replica, not for an agent
             route = route_of(request.method, request.raw_path, visit.match)
-            self._house.refused.note(connection.now_s(), reply.status, route, reply.body)
+            self._server_context.refused.note(connection.now_s(), reply.status, route, reply.body)
         written = await self._write(visit, response)
         return await self._end(visit, reply.status, written=written, keep=keep)
 
@@ -87,8 +87,8 @@ class ResponseWriter:
         keep = request.keep_alive and not connection.closing and request.content.is_eof()
         more: dict[str, str] = {}
         if not proxied.complete:
-            more = {**self._house.replies.static_headers(), **connection.remarks(visit.lease)}
-            more[REQUEST_ID] = self._house.replies.request_id(request.headers.get(REQUEST_ID))
+            more = {**self._server_context.replies.static_headers(), **connection.remarks(visit.lease)}
+            more[REQUEST_ID] = self._server_context.replies.request_id(request.headers.get(REQUEST_ID))
         http11, head_only = request.version == HttpVersion11, request.method == hdrs.METH_HEAD
         start, chunked = head(proxied, more, keep=keep, http11=http11, head_only=head_only)
         if isinstance(proxied.body, bytes):
@@ -101,7 +101,7 @@ class ResponseWriter:
     async def _stream(
         self, connection: AgentConnection, start: bytes, pieces: AsyncGenerator[bytes, None], *, chunked: bool
     ) -> bool:
-        timeout_s = self._house.listen.body_timeout_s
+        timeout_s = self._server_context.listen.body_timeout_s
         written = await connection.write(start, timeout_s)
         try:
             async with contextlib.aclosing(pieces):
@@ -123,7 +123,7 @@ class ResponseWriter:
             connection.offer(lease)
         try:
             if connection.peer_can_receive(for_commands=lease is not None):
-                written = await connection.write(response, self._house.listen.body_timeout_s)
+                written = await connection.write(response, self._server_context.listen.body_timeout_s)
         finally:
             if lease is not None:
                 connection.settle(lease, written=written)
@@ -135,7 +135,7 @@ class ResponseWriter:
         if counts:  # otherwise the replica that made the reply has counted it
             self._counts.count(visit.match, status, visit.connection.now_s() - visit.started_s)
         if not written:
-            self._house.metrics.replies_lost.inc()
+            self._server_context.metrics.replies_lost.inc()
             visit.connection.force_close()
             return SENT_CLOSE
         if not keep and visit.lease is not None:

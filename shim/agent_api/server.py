@@ -57,27 +57,27 @@ logger = logging.getLogger(__name__)
 class ConnectionServer(web.Server):
     """aiohttp's `web.Server` with connections of type `AgentConnection`.
 
-    `express` answers the requests that need no handler.
+    `sync_handler` answers the requests that need no handler.
     """
 
     def __init__(
         self,
         handler: Handler,
-        house: ServerContext,
-        express: SyncHandler,
+        server_context: ServerContext,
+        sync_handler: SyncHandler,
         make: Callable[..., AgentConnection],
         **options: Any,
     ) -> None:
         # aiohttp's default keeps a handler running after its agent has disconnected. A held poll would then take
         # commands that reach no agent.
         super().__init__(handler, handler_cancellation=True, **options)
-        self._express = express
-        self._house = house
+        self._sync_handler = sync_handler
+        self._server_context = server_context
         self._make = make
         self._numbers = itertools.count(1)
 
     def __call__(self) -> AgentConnection:
-        return self._make(self, self._house, self._express, next(self._numbers), self._kwargs)
+        return self._make(self, self._server_context, self._sync_handler, next(self._numbers), self._kwargs)
 
 
 class TlsListener:
@@ -187,19 +187,19 @@ class AgentServer:
         self._in_flight = InFlight(listen.max_in_flight_per_session, own_tokens=token is None)
         self._budget = Budget(2 * max(listen.max_status_body_bytes, listen.max_body_bytes))
         self._routes = RouteCache(Router(dialects, listen.base_path))
-        self._house = ServerContext(
+        self._server_context = ServerContext(
             listen,
             switchboard,
             metrics,
             ResponseBuilder(static_headers),
             self._budget,
             RefusedCalls(refused_calls or RecentCalls()),
-            self._make_doors(),
+            self._make_connection_count(),
         )
         counts = RequestMetrics(metrics)
-        self._writer = ResponseWriter(self._house, counts)
-        self._express = SyncRequestHandler(
-            self._house, self._guard, self._routes, self._in_flight, counts, fallback, forwarder
+        self._writer = ResponseWriter(self._server_context, counts)
+        self._sync_handler = SyncRequestHandler(
+            self._server_context, self._guard, self._routes, self._in_flight, counts, fallback, forwarder
         )
         self._web: ConnectionServer | None = None
         self._sockets: list[socket.socket] = []
@@ -230,8 +230,8 @@ class AgentServer:
         listen = self._listen
         self._web = ConnectionServer(
             self._serve,
-            self._house,
-            self._express.answer,
+            self._server_context,
+            self._sync_handler.answer,
             self._make_connection,
             keepalive_timeout=listen.keepalive_s,
             tcp_keepalive=True,
@@ -258,7 +258,7 @@ class AgentServer:
     def _make_guard(self, token: Callable[[], str] | None) -> Guard:
         return Guard(self._listen, token)
 
-    def _make_doors(self) -> ConnectionCount:
+    def _make_connection_count(self) -> ConnectionCount:
         return ConnectionCount(self._metrics.connections)
 
     def _make_connection(self, *args: Any) -> AgentConnection:
@@ -324,7 +324,7 @@ class AgentServer:
             if self._websockets.serves(target):
                 return await self._carry(visit, self._websockets, target)
         if self._fallback is not None and self._fallback.handles_all():
-            return await self._pass_on(visit, self._fallback)
+            return await self._proxy(visit, self._fallback)
         visit.step = "route"
         match = visit.match = self._routes.match(request)
         route = match.route
@@ -419,7 +419,7 @@ class AgentServer:
             self._count_in(visit, client, agent_call.agent_id or agent_call.name)
         return data, call, agent_call
 
-    async def _pass_on(self, visit: RequestContext, fallback: Fallback) -> Reply | ProxyResponse:
+    async def _proxy(self, visit: RequestContext, fallback: Fallback) -> Reply | ProxyResponse:
         """Send any request to the vendor's HTTP API, even one that has no route here or cannot be parsed."""
         request, listen = visit.request, self._listen
         with contextlib.suppress(AgentError):

@@ -76,7 +76,7 @@ async def test_both_ways_give_the_same_reply(request_bytes: bytes) -> None:
         assert house.count("connections") == 1
 
 
-async def test_express_requests_are_counted_like_others() -> None:
+async def test_requests_on_the_fast_path_are_counted_like_others() -> None:
     board = Watch()
     async with running(board=board) as house:
         agent = await house.agent()
@@ -149,7 +149,7 @@ async def test_requests_in_pieces_and_in_a_row_are_answered_in_order() -> None:
         assert b"commands" in bodies[1]
 
 
-async def test_a_call_that_must_wait_is_made_once_and_the_next_goes_express_again() -> None:
+async def test_a_call_that_must_wait_is_made_once_and_the_next_takes_the_fast_path_again() -> None:
     board = Watch()
     waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
