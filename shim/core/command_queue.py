@@ -116,7 +116,7 @@ class Batch:
         """Return True if a poll that arrived at that time proves that the agent has read the reply.
 
         The rule is docs/reference/protocol.md#3-commands. A connection that was closed by FIN has been read to its end.
-        While it is open, the poll must not have been on its way when the reply was written: agents may have two polls
+        While it is open, the poll must not have been on its way when the reply was written. Agents may have two polls
         at once, and may pipeline.
         """
         if self.cleanly_closed is not None:

@@ -1,6 +1,6 @@
 """Salvage of frames that are not one plain JSON value: several values, or a value that cannot be decoded.
 
-The controller must be told of a command that cannot be decoded. That is possible only with the ids in it.
+The controller must get a reply to a command that cannot be decoded. That is possible only with the ids in it.
 """
 
 from __future__ import annotations
