@@ -65,7 +65,7 @@ walks: $(DEV) ## count calls, files and depth of the ways through shim/ for seve
 house: $(DEV) ## size and shape of the shipped package
 	@$(BIN)/python -m bench.house
 
-demo: $(RUN) ## watch an unmodified agent work through the shim (ARGS=--once ends by itself)
+demo: $(RUN) ## watch an unmodified agent work through the shim (ARGS=--once ends by itself, ARGS=--gateway: two replicas on PostgreSQL)
 	@$(BIN)/agent-shim demo $(ARGS)
 
 run: $(RUN) ## run the shim with config/agent-shim.yaml (ARGS go to the command)

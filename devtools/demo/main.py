@@ -11,6 +11,8 @@ from pathlib import Path
 
 from devtools.controller.client import ControlError
 from devtools.demo.console import Console, StepFailed
+from devtools.demo.gateway_scenario import GatewayScenario
+from devtools.demo.postgres import PostgresServer, missing, programs
 from devtools.demo.processes import ChildFailed, ChildProcess
 from devtools.demo.scenario import Scenario
 from devtools.demo.sidecar_scenario import SidecarScenario
@@ -18,19 +20,30 @@ from shim.clock import Clock
 
 EXIT_OK = 0
 EXIT_FAILED = 1
+EXIT_MISSING = 2
 EXIT_INTERRUPTED = 130
 
 
-def play(*, once: bool, colour: bool) -> int:
+def play(*, once: bool, colour: bool, gateway: bool = False) -> int:
     """Run the demo and return the exit code. Without `once` it ends with Ctrl-C."""
+    if gateway and (lack := missing()):
+        print(f"demo --gateway: {lack}", file=sys.stderr)
+        return EXIT_MISSING
+    make = _gateway if gateway else _sidecar
     with tempfile.TemporaryDirectory(prefix="agent-shim-demo-") as folder:
-        return asyncio.run(_play(Path(folder), _sidecar, once=once, colour=colour))
+        return asyncio.run(_play(Path(folder), make, once=once, colour=colour))
 
 
 def _sidecar(stage: Console, clock: Clock, folder: Path) -> Scenario:
     return SidecarScenario(
         stage, clock, ChildProcess("controller", folder), ChildProcess("shim", folder), folder / "agent-shim.db"
     )
+
+
+def _gateway(stage: Console, clock: Clock, folder: Path) -> Scenario:
+    replicas = [ChildProcess(name, folder) for name in ("north", "south")]
+    database = PostgresServer(folder, programs() or folder)
+    return GatewayScenario(stage, clock, ChildProcess("controller", folder), database, replicas)
 
 
 async def _play(folder: Path, make: Callable[[Console, Clock, Path], Scenario], *, once: bool, colour: bool) -> int:

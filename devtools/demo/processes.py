@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _LOOK_S = 0.02
 _TAIL_LINES = 12
@@ -22,8 +23,10 @@ class ChildFailed(Exception):
 class ChildProcess:
     """`agent-shim <args>` with a ready file and a log file in `folder`; it may be killed and started again.
 
-    A subclass runs another program: it overrides `_command`, and `_ready` for its addresses.
+    A subclass runs another program: it overrides `_command`, `_options`, and `_ready` for its addresses.
     """
+
+    _stop_signal = signal.SIGTERM
 
     def __init__(self, name: str, folder: Path, stop_s: float = 6) -> None:
         """Prepare a child process; `stop_s` limits the duration of a stop."""
@@ -46,6 +49,10 @@ class ChildProcess:
         found: dict[str, str] = json.loads(self._ready_file.read_text())
         return found
 
+    def _options(self) -> dict[str, Any]:
+        """Return how the process is created: directory and user."""
+        return {}
+
     async def start(self, args: Sequence[str]) -> dict[str, str]:
         """Start the process and return its addresses once it serves. Raises `ChildFailed` if it ends instead."""
         command = self._command(args)
@@ -58,6 +65,7 @@ class ChildProcess:
                 stderr=log,
                 env=_environment(),
                 start_new_session=True,
+                **self._options(),
             )
         while (ready := self._ready(process.pid)) is None:
             if process.returncode is not None:
@@ -78,10 +86,10 @@ class ChildProcess:
         await self._end(signal.SIGKILL)
 
     async def stop(self) -> None:
-        """Stop the process as an orchestrator does: SIGTERM, then SIGKILL after the time limit."""
+        """Stop the process as an orchestrator does: its stop signal, then SIGKILL after the time limit."""
         try:
             async with asyncio.timeout(self._stop_s):
-                await self._end(signal.SIGTERM)
+                await self._end(self._stop_signal)
         except TimeoutError:
             await self._end(signal.SIGKILL)
 

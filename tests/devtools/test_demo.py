@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,9 @@ import aiohttp
 import pytest
 
 from devtools.demo.console import Console, StepFailed
+from devtools.demo.postgres import PostgresServer, missing
 from devtools.demo.processes import ChildFailed, ChildProcess
+from devtools.demo.service import Service
 from shim.clock import Clock
 
 CONTROLLER = ["controller", "--listen", "127.0.0.1:0", "--token", "t"]
@@ -63,6 +70,11 @@ class Demo:
         (file,) = self.folder.glob(f"agent-shim-demo-*/{name}.ready.json")
         pid: int = json.loads(file.read_text())["pid"]
         return pid
+
+    def database(self) -> int:
+        """The pid of the demo's PostgreSQL server, which is ready."""
+        (file,) = self.folder.glob("agent-shim-demo-*/postgresql/data/postmaster.pid")
+        return int(file.read_text().split()[0])
 
 
 def alive(pid: int) -> bool:
@@ -134,6 +146,126 @@ async def test_ctrl_c_before_the_end_is_130(tmp_path: Path) -> None:
     assert code == 130
     assert "Stopping." in out
     assert not alive(pid)
+
+
+# --- several replicas
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A directory that the server's user may enter; pytest's are for their owner alone."""
+    folder = Path(tempfile.mkdtemp(prefix="agent-shim-test-"))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(240)
+async def test_gateway_once_kills_the_owner_and_what_waited_arrives_once(open_folder: Path) -> None:
+    demo = await Demo.start(open_folder, "--gateway", "--once")
+    code, out = await demo.end()
+    assert code == 0, out
+    assert "✗" not in out
+    for step in (
+        "PostgreSQL takes connections .* postgresql://shim@127.0.0.1:",
+        "shards shared out .* north 8, south 8",
+        r"the first agent calls the other .* (\w+) owns its shard, (?!\1)\w+ answers and forwards \([1-9]",
+        "in the agent's hand .* since the controller sent it",
+        "5 more commands are kept .* committed in PostgreSQL, then acknowledged",
+        r"replica (north|south) killed \(kill -9\)",
+        r"has its links +[0-9.]+ s  since the kill; registration replayed, 0 by the agent",
+        "what waited arrives, in order .* 6 commands, (each once|again with a reason)",
+        "and so do the results .* 6 at the controller",
+        "shards shared out anew .* north 8, south 8",
+        "every link is up ",
+    ):
+        assert re.search(f"✓  .*{step}", out), (step, out)
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(120)
+async def test_gateway_ends_all_it_started_on_ctrl_c(open_folder: Path) -> None:
+    demo = await Demo.start(open_folder, "--gateway")
+    await demo.line("shards shared out")
+    pids = [demo.database(), *(demo.child(name) for name in ("controller", "north", "south"))]
+    assert all(map(alive, pids))
+    demo.process.send_signal(signal.SIGINT)
+    code, out = await demo.end()
+    assert code == 130, out
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(120)
+async def test_gateway_whose_database_dies_is_a_failure_with_its_last_words(open_folder: Path) -> None:
+    demo = await Demo.start(open_folder, "--gateway", "--once")
+    await demo.line("replica north serves")
+    north = demo.child("north")
+    os.kill(demo.database(), signal.SIGKILL)
+    code, out = await demo.end()
+    assert code == 1, out
+    assert "The demo failed: the postgresql ended with exit code -9" in out
+    assert "database system is ready to accept connections" in out
+    assert not alive(north)
+
+
+@pytest.mark.needs("postgresql")
+def test_gateway_without_the_extra_says_so_in_one_line() -> None:
+    code = "import sys; sys.modules['psycopg'] = None; from shim.cli.main import main; main(['demo', '--gateway'])"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert "pip install 'agent-shim[postgres]'" in done.stderr
+
+
+def test_gateway_without_a_server_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = missing(debian=tmp_path)
+    assert "apt-get install postgresql" in said
+    assert "\n" not in said
+
+
+async def test_a_database_that_cannot_be_made_is_named(open_folder: Path) -> None:
+    programs = open_folder / "bin"
+    programs.mkdir()
+    (programs / "initdb").symlink_to("/bin/false")
+    server = PostgresServer(open_folder, programs)
+    with pytest.raises(ChildFailed, match="initdb ended with exit code 1"):
+        await server.start([])
+    await server.stop()
+
+
+async def test_the_service_of_the_demo_goes_to_whoever_takes_connections() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        replicas = {}
+        for name in ("west", "north", "south"):
+
+            async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str = name) -> None:
+                writer.write(f"{name}\n".encode())
+                await reader.read()
+                writer.close()
+
+            server = await asyncio.start_server(serve, "127.0.0.1", 0)
+            stack.callback(server.close)
+            replicas[name] = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            if name == "west":
+                server.close()
+                await server.wait_closed()
+        service = Service(replicas)
+        port = int((await service.listen()).rpartition(":")[2])
+        stack.callback(service.close)
+        service.prefer("south")
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert (await reader.readline(), service.reached) == (b"south\n", "south")
+        service.prefer("west")
+        assert await reader.read() == b"", "what was open ends"
+        writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert (await reader.readline(), service.reached) == (b"north\n", "north")
+        writer.close()
+        await writer.wait_closed()
+        # The handlers of both sides end with their connections; a loop that ended before them would warn.
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 
 
 # --- parts
