@@ -75,7 +75,7 @@ class Registry:
     def register(self, owner: str, payload: dict[str, Any], *, new_id: bool = False) -> tuple[Registration, bool]:
         """Register a cluster; return it, and True if it was registered before.
 
-        A `cluster_id` that is sent is assigned again, whoever had it before; otherwise the one of (owner, name) is.
+        A `cluster_id` that is sent is assigned again, even if another agent had it; otherwise that of (owner, name).
         `new_id` assigns an id that was never used.
         """
         name, agent_id, sent_id = payload["name"], payload["agent_id"], payload.get("cluster_id")
