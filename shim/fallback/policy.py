@@ -152,13 +152,13 @@ class FallbackPolicy:
             if isinstance(call, PollCall) and self._bridge.detour.waiting(request.client, call):
                 return await self._bridge.detour.merge(request.client, call, [], request.arrived_s)
             return self._on_unreachable(request)
-        self._judge(request, reply)
-        self._bridge.detour.used(request.client, call)
-        if isinstance(call, PollCall):
-            return await self._merged(request, call, reply)
         if isinstance(call, RegisterCall) and reply.status in TELLING and isinstance(reply.body, bytes):
             told = self._read(reply) or {}
             self._bridge.detour.registered(request.client, call, told, conflict=reply.status == 409)
+        self._judge(request, reply)  # after `registered`: before it the status does not know whose call this is
+        self._bridge.detour.used(request.client, call)
+        if isinstance(call, PollCall):
+            return await self._merged(request, call, reply)
         if isinstance(call, ResultCall) and reply.status in (200, 204):
             self._bridge.detour.result_taken(request.client, call)
         return reply

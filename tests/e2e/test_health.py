@@ -267,6 +267,7 @@ async def test_calls_by_http(tmp_path: Path, http: aiohttp.ClientSession) -> Non
         health, agents = Health(http, shim), [Agent(http, shim, inside), Agent(http, shim, outside)]
         for agent in agents:
             assert await agent.register() == 200
+        await health.until("all_well", wanted=lambda status: status["sessions"]["by_http"]["rollout"] == 1)
         async with agents[0], agents[1]:
             told = await health.until("all_well", wanted=lambda status: status["sessions"]["by_http"]["rollout"] == 1)
             assert "1 agent alive, 1 agent by HTTP (outside the rollout)." in told["overall"]["text"]
