@@ -13,8 +13,7 @@ from tests.support.processes import Shim
 
 ONE_BRIDGE = """
 import sys
-from shim import app, config
-import shim.compose
+from shim import app
 assert not [name for name in sys.modules if name.startswith(("psycopg", "cryptography", "shim.cluster"))]
 """
 
