@@ -39,6 +39,7 @@ pytest.importorskip("psycopg")
 
 from shim.store.postgres.database import prepare
 from shim.store.postgres.dsn import application, conninfo
+from shim.store.postgres.inspection import inspect
 from tests.support import postgres as pg
 from tests.support.disks import fill, mounted
 from tests.support.processes import free_port
@@ -178,8 +179,9 @@ def test_a_pooler_is_found(postgres: pg.Postgres, pg_url: str, ignored: str) -> 
         try:
             wait_for_port(port)
             url = f"postgresql://{pg.USER}:{pg.PASSWORD}@127.0.0.1:{port}/{name}"
-            with pytest.raises(StoreError, match="pooler"):
-                prepare(settings.Store(url=url))
+            for examine in (prepare, inspect):
+                with pytest.raises(StoreError, match="pooler"):
+                    examine(settings.Store(url=url))
         finally:
             pooler.terminate()
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from shim.cli.admin_client import reachable
-from shim.cli.doctor import host, running_shim, sources
+from shim.cli.doctor import database, host, running_shim, sources
 from shim.cli.doctor.probe import Dial, ask_head, ask_time_unverified, dial_websocket
 from shim.cli.doctor.report import Finding, Status, failed, passed, warned
 from shim.cli.doctor.running_shim import RunningShim
@@ -29,7 +29,7 @@ def find_running_shim(settings: Settings, admin: tuple[str, int] | None, token: 
 def examine_machine(settings: Settings, shim: RunningShim) -> list[Finding]:
     """Return the findings on ports and store."""
     store = settings.store
-    kept = host.examine_store(store, shim)
+    kept = database.examine_database(store) if store.url else host.examine_store(store, shim)
     return [
         *(host.examine_port("listen", name, settings.listen.port, shim) for name in settings.listen.hosts),
         *(host.examine_port("admin", name, settings.admin.port, shim) for name in settings.admin.hosts),

@@ -78,7 +78,7 @@ def prepare(configured: settings.Store) -> None:
     """
     try:
         with closing(connect(configured, "agent-shim")) as connection:
-            _check_server(connection)
+            check_server(connection)
             _migrate(connection)
     except psycopg.Error as error:
         raise refusal(error) from None
@@ -89,7 +89,8 @@ def connect(configured: settings.Store, name: str, **options: str) -> psycopg.Co
     return psycopg.connect(conninfo(configured, name, **options), autocommit=True)
 
 
-def _check_server(connection: psycopg.Connection[Any]) -> None:
+def check_server(connection: psycopg.Connection[Any]) -> None:
+    """Raise `StoreError` for a version that is too old, another encoding, or a pooler in between."""
     if connection.info.server_version < OLDEST:
         raise StoreError(f"store.url: the server is PostgreSQL {connection.info.server_version // 10000}; 14 is needed")
     pid, encoding, path = _one(
