@@ -127,5 +127,5 @@ for top in ("/opt", "/etc/agent-shim", "/var/lib/agent-shim", "/build", "/root")
 
 def test_its_own_layers_are_small(engine: Engine, image: str) -> None:
     added_bytes = engine.inspect(image)["Size"] - engine.inspect(BASE)["Size"]
-    # Nearly 30 MB of this are the driver of PostgreSQL with its client library and the certificates of several replicas.
+    # Nearly 30 MB of this are the driver of PostgreSQL and what makes the certificates of several replicas.
     assert added_bytes < 90e6
