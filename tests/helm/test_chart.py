@@ -401,6 +401,22 @@ def test_a_gateway_on_a_database_takes_everything_from_secrets() -> None:
     assert projected["defaultMode"] & 0o137 == 0
 
 
+def test_the_example_reads_what_the_operator_of_the_database_makes() -> None:
+    examples = ROOT / "helm" / "examples"
+    (cluster,) = documents((examples / "cloudnative-pg.yaml").read_text())
+    name = cluster["metadata"]["name"]
+    objects = rendered(values=examples / "cloudnative-pg-values.yaml")
+    pod = one(objects, "Deployment")["spec"]["template"]
+    url = env_of(container(pod, "agent-shim"))["SHIM_STORE__URL"]
+    assert url == {"secretKeyRef": {"name": f"{name}-app", "key": "uri"}}
+    assert f"'{name}-ca'" in str(pod["spec"]["volumes"])
+    egress = one(objects, "NetworkPolicy")["spec"]["egress"]
+    assert f"'cnpg.io/cluster': '{name}'" in str(egress)
+    needed = 16 + 3 * (one(objects, "Deployment")["spec"]["replicas"] + 1)
+    assert int(cluster["spec"]["postgresql"]["parameters"]["max_connections"]) > needed
+    assert cluster["spec"]["postgresql"]["synchronous"]["dataDurability"] == "required"
+
+
 def test_one_replica_becomes_several_by_their_number_alone() -> None:
     one_, three = (one(rendered(*DATABASE, f"gateway.replicas={number}"), "Deployment")["spec"] for number in (1, 3))
     assert (one_.pop("replicas"), three.pop("replicas")) == (1, 3)
