@@ -1,4 +1,4 @@
-"""Where commands, results and sessions outlive the process: the implementations of `ports.CommandStore`."""
+"""Durable storage of commands, results and sessions: the implementations of `ports.CommandStore`."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ CHECK_S = 1.0
 
 
 def check_database(path: Path) -> None:
-    """Raise `StoreVersionError` for the database of a newer shim, `StoreError` for one that is not ours.
+    """Raise `StoreVersionError` for a database that needs a newer shim, `StoreError` for another application's.
 
-    Leaves no trace; a shim may be at work on it.
+    Nothing is written, so a running shim may have the database open.
     """
     check_files(path)
     schema.check_untouched(Path(os.path.realpath(path)), CHECK_S)
 
 
 def check_files(path: Path) -> None:
-    """Raise `StoreError` where a file of the store exists and is no regular file; nothing is opened."""
+    """Raise `StoreError` if a file of the store exists and is not a regular file. No file is opened."""
     try:
         files.require_regular_files(Path(os.path.realpath(path)))
     except OSError as error:
@@ -48,15 +48,15 @@ def check_files(path: Path) -> None:
 
 
 def open_store(configured: settings.Store, post: CallThreadsafe, probe: CommitProbe | None = None) -> CommandStore:
-    """The store that the configuration asks for; its `open()` is still to be called.
+    """Make the store that the configuration asks for. The caller calls its `open()`.
 
-    `post` hands a callable to the event loop from any thread (`loop.call_soon_threadsafe`); every `done` comes through
-    it. A path of `:memory:` keeps everything in this process only.
+    `post` schedules a callable on the event loop from any thread (`loop.call_soon_threadsafe`). The store calls every
+    `done` callback through `post`. The path `:memory:` selects a store that keeps everything in this process.
     """
     if configured.url:
         raise StoreError("store.url: a database is opened shard by shard")
     if configured.path == IN_MEMORY:
-        from shim.store.memory import MemoryStore  # noqa: PLC0415 - only those who use it pay for it
+        from shim.store.memory import MemoryStore  # noqa: PLC0415 - imported only when used
 
         return MemoryStore(post)
     return SqliteStore(Path(configured.path), post, probe)
@@ -65,12 +65,12 @@ def open_store(configured: settings.Store, post: CallThreadsafe, probe: CommitPr
 def open_shard(
     configured: settings.Store, post: CallThreadsafe, probe: CommitProbe | None, partition: Partition
 ) -> CommandStore:
-    """Make the store of one shard in the database at `store.url`; its `open()` is still to be called.
+    """Make the store of one shard in the database at `store.url`. The caller calls its `open()`.
 
-    `post` as in `open_store`. Raises `StoreError` where the extra is not installed.
+    `post` is as in `open_store`. Raises `StoreError` if the extra `agent-shim[postgres]` is not installed.
     """
     try:
-        from shim.store.postgres.store import PostgresStore  # noqa: PLC0415 - an extra, and memory that few pay for
+        from shim.store.postgres.store import PostgresStore  # noqa: PLC0415 - an extra; its import costs memory
     except ModuleNotFoundError as error:
         raise StoreError(f"store.url needs the extra agent-shim[postgres]: {error.name} is not installed") from error
     return PostgresStore(configured, post, probe, partition)

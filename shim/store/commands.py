@@ -1,4 +1,4 @@
-"""Commands and their traces as SQL (the operations of `core.records`)."""
+"""SQL for commands and their traces: part of the operations of `core.records`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shim.store.database import Database, Finish, nothing
 from shim.store.rows import UndecodableRow, encode_json, optional_object, parse_key
 from shim.store.schema import ENDED
 
-# Steps of commands that were refused; each has an id and a reason whose lengths are bounded where they enter.
+# Limit for the steps of commands that have no row. Ids and reasons are bounded in length before they reach the store.
 MAX_LONE_TRACES = 10_000
 
 INSERT_COMMAND = (
@@ -33,8 +33,8 @@ INSERT_COMMAND = (
     " ON CONFLICT (session, id) DO NOTHING"
 )
 _SELECT_COMMAND = "SELECT seq, state, result FROM commands WHERE session = ?1 AND id = ?2"
-# The indexes begin with the session, because that is what nearly all statements name. A command that is looked for in
-# any session is found by one probe per session that the index knows; an index of its own would slow every insert down.
+# The indexes begin with the session, because nearly all statements name one. A search in all sessions costs one probe
+# of the index per session; an additional index on the id alone would slow down every insert.
 _ANY_SESSION = (
     "WITH RECURSIVE known (session) AS (SELECT min(session) FROM {table} UNION ALL"
     " SELECT (SELECT min(session) FROM {table} WHERE session > known.session) FROM known"
@@ -64,9 +64,10 @@ _INSERT_TRACE = (
 )
 _INSERT_LONE_TRACE = "INSERT INTO lone_traces (session, command_id, wall, event, detail) VALUES (?1, ?2, ?3, ?4, ?5)"
 _SELECT_TRACE = "SELECT wall, event, detail FROM traces WHERE command = ?1 ORDER BY id"
-# The oldest go first: whoever looks for a refused command looks for one of the last.
+# Delete the oldest steps first: operators search for commands that were rejected recently.
 _TRIM_LONE_TRACES = "DELETE FROM lone_traces WHERE {mine} AND id <= (SELECT max(id) FROM lone_traces WHERE {mine}) - ?1"
-# `arrived` is never later than `updated`; on PostgreSQL it is the one of the two that has an index.
+# The condition on `arrived` is implied, because `arrived` is never later than `updated`. It is there for PostgreSQL,
+# which has an index on `arrived` and none on `updated`.
 _OUTDATED = f"commands WHERE {{mine}} AND {ENDED} AND updated < ?1 AND arrived < ?1"
 _PRUNE = (
     f"DELETE FROM traces WHERE command IN (SELECT seq FROM {_OUTDATED})",  # noqa: S608 - constants
@@ -77,7 +78,7 @@ _PRUNE = (
 
 
 class CommandOperations:
-    """Carry out the operations on commands in a transaction that the caller has begun and will end."""
+    """The operations on commands, carried out in a transaction that the caller begins and ends."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -108,8 +109,11 @@ class CommandOperations:
         return finish
 
     def put_with_step(self, operation: PutCommand, step: AddTrace) -> Finish[PutOutcome]:
-        """Put a command and add a step to its trace: in one row, if it is new and the step can be told from it."""
-        if not told_by_first_step(operation.record, step):
+        """Store a command with a step of its trace.
+
+        For a new command whose step repeats columns of its row, one insert stores both (`is_first_step`).
+        """
+        if not is_first_step(operation.record, step):
             finish = self.put(operation)
             self.add_trace(step)
             return finish
@@ -127,7 +131,7 @@ class CommandOperations:
         return nothing
 
     def mark_with_step(self, operation: MarkCommands, step: AddTrace) -> Finish[None]:
-        """Move commands to another state and add a step to the trace of each."""
+        """Change the state of commands and add a step to the trace of each."""
         self.mark(operation)
         return self.add_trace(step)
 
@@ -139,7 +143,7 @@ class CommandOperations:
     def find(
         self, operation: FindCommand
     ) -> Finish[list[tuple[CommandRecord, dict[str, Any] | None, list[TraceEntry]]]]:
-        # At once, with round trips: what is submitted later must not be found.
+        # Read now, not in `finish`: on PostgreSQL, operations later in the batch would have run by then.
         found = self._found(operation.command_id)
         return lambda: found
 
@@ -152,7 +156,7 @@ class CommandOperations:
             try:
                 record = rows.command(tuple(row))
             except UndecodableRow:
-                continue  # it is ended, and of no use to the core; a live one is found at the next opening
+                continue  # leave the row in place: `load` quarantines it at the next start if the command is live
             steps = self._execute(_SELECT_TRACE, (record.seq,)).fetchall()
             first = [TraceEntry(record.arrived_wall, first_step, record.type)] if first_step else []
             trace = lone.pop(record.session, []) + first + [TraceEntry(*step) for step in steps]
@@ -178,12 +182,12 @@ class CommandOperations:
 
 
 def insert_parameters(record: CommandRecord, first_step: str) -> tuple[Any, ...]:
-    """The parameters of `INSERT_COMMAND`."""
+    """Return the parameters of `INSERT_COMMAND`."""
     return (
         str(record.session),
         record.id,
         record.request_id,
-        record.state._value_,  # `value` is a call, and this is done for every command
+        record.state._value_,  # `value` is a property call, too slow for a line that runs for every command
         record.attempts,
         record.arrived_wall,
         record.arrived_wall,
@@ -197,13 +201,13 @@ def insert_parameters(record: CommandRecord, first_step: str) -> tuple[Any, ...]
     )
 
 
-def told_by_first_step(record: CommandRecord, step: AddTrace) -> bool:
-    """Tell whether the column `first_step` says all that this step does."""
+def is_first_step(record: CommandRecord, step: AddTrace) -> bool:
+    """Return whether the row of `record` with `step.entry.event` as its `first_step` holds all of this step."""
     entry = step.entry
-    told = (record.session, (record.id,), record.arrived_wall, record.type)
-    return (step.session, step.ids, entry.wall, entry.detail) == told
+    implied = (record.session, (record.id,), record.arrived_wall, record.type)
+    return (step.session, step.ids, entry.wall, entry.detail) == implied
 
 
 def duplicate(seq: int, state: str, result: Any) -> PutOutcome:
-    """The outcome of putting a command that is known already."""
+    """Return the outcome of storing a command whose id is already in the store."""
     return PutOutcome(seq, duplicate=True, state=CommandState(state), result=optional_object(result))

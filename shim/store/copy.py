@@ -1,7 +1,7 @@
 """Copy a whole store, file or database, into an empty one: `agent-shim store copy`.
 
-The target is written in one transaction and read again before that is committed: a copy that was interrupted leaves the
-target as it was, and is simply started again. Nobody can use either store meanwhile.
+The target is written in one transaction and read back before the commit. An interrupted copy therefore leaves the
+target unchanged and can be started again. Both stores are locked during the copy.
 """
 
 from __future__ import annotations
@@ -24,30 +24,33 @@ from shim.store.tables import TABLES, Table
 
 @dataclass
 class Copied:
-    """How many rows went into each table, and how many could not: what is in them is of no use to a shim either."""
+    """Counts per table of the rows that were copied, and of those left out because a column has the wrong type."""
 
     rows: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
 
 
 class End(Protocol):
-    """One of the two stores, in a transaction."""
+    """Source or target of a copy, in an open transaction."""
 
     def key(self) -> bytes | None:
-        """Return the key for owner ids."""
+        """Return the key for owner ids, `None` if the store was never used."""
 
     def read(self, table: Table) -> Iterator[tuple[Any, ...]]:
-        """Read a whole table in order."""
+        """Yield all rows of a table in the order of its key columns."""
 
     def write(self, table: Table, rows: Iterator[tuple[Any, ...]]) -> None:
-        """Fill a table that is empty."""
+        """Insert rows into an empty table."""
 
     def finish(self, key: bytes) -> None:
-        """Set the key for owner ids, and commit."""
+        """Set the key for owner ids and commit the transaction."""
 
 
 def copy(source: settings.Store, target: settings.Store) -> Copied:
-    """Copy one store into another, which must be empty. Blocks. Raises `StoreError`; then the target is as it was."""
+    """Copy one store into another, which must be empty. Blocks.
+
+    Raises `StoreError`; the target is then unchanged.
+    """
     done = Copied()
     with ExitStack() as stack:
         origin = stack.enter_context(_opened(source, "--from"))
@@ -72,7 +75,7 @@ def copy(source: settings.Store, target: settings.Store) -> Copied:
 def _fitting(table: Table, origin: End, done: Copied) -> Iterator[tuple[Any, ...]]:
     for row in origin.read(table):
         if table.fits(row):
-            # PostgreSQL has no text with NUL in it; the sign for it stands in its place.
+            # PostgreSQL rejects NUL characters in text: replace each with the visible symbol for NUL.
             yield tuple(each.replace("\0", "␀") if isinstance(each, str) else each for each in row)
         else:
             done.left_out[table.name] = done.left_out.get(table.name, 0) + 1
@@ -84,7 +87,7 @@ class _Digest:
 
     def passed(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         for row in rows:
-            plain = [int(each) if isinstance(each, bool) else each for each in row]  # SQLite has no truth values
+            plain = [int(each) if isinstance(each, bool) else each for each in row]  # SQLite has integers only
             self._hash.update(msgspec.msgpack.encode(plain))
             yield row
 
@@ -130,7 +133,11 @@ class _File:
 
 @contextmanager
 def _file(path: Path, option: str) -> Iterator[_File]:
-    """A file that is opened as a shim opens it, and kept so: it is migrated, and nobody else can use it."""
+    """Open a file for copying.
+
+    A `SqliteStore` stays open on it during the copy: the store migrates the schema and holds the lock that keeps
+    other processes out.
+    """
     if option == "--from" and not path.exists():
         raise StoreError(f"{option}: there is no such file")
     store = SqliteStore(path, lambda _callback: None)

@@ -1,8 +1,8 @@
-"""The seam between the operations' SQL and the two engines that carry it out.
+"""Interface between the SQL of the operations and the two engines, SQLite and PostgreSQL.
 
-The statements are the same text for SQLite and PostgreSQL: numbered parameters (`?1`), `ON CONFLICT`, no
-function that only one of them has. An engine adds two conditions to them, because only PostgreSQL keeps several shards
-in one database, and only it has an index on whether a command is live.
+Both engines get the same statements: numbered parameters (`?1`), `ON CONFLICT`, and only functions that both have.
+Each engine supplies two conditions for them, because only PostgreSQL keeps several shards in one database and has a
+column that marks live commands.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from shim.core.records import WriteProbe
 _Result = TypeVar("_Result")
 
 Finish = Callable[[], _Result]
-"""Gives the result of an operation once its statements are carried out; it may carry out more of them."""
+"""Function that returns the result of an operation after its statements were queued. It may run further statements."""
 
 
 class Partition(NamedTuple):
-    """The shard that is opened, the fencing token of its lease, and the process that holds it."""
+    """A shard to open, the fencing token of its lease, and the process that holds the lease."""
 
     shard: int
     fence: int
@@ -27,23 +27,24 @@ class Partition(NamedTuple):
 
 
 class Rows(Protocol):
-    """What a statement gave. PostgreSQL carries a statement out when this is first asked, with all before it."""
+    """Result of a statement. On PostgreSQL the first access sends all queued statements and waits for this result."""
 
     @property
     def rowcount(self) -> int:
-        """How many rows were changed."""
+        """Number of rows that the statement changed."""
 
     def fetchone(self) -> Any:
-        """Return the next row, `None` after the last one."""
+        """Return the next row, or `None` after the last one."""
 
     def fetchall(self) -> list[Any]:
-        """Return all rows that were not fetched yet."""
+        """Return all remaining rows."""
 
 
 class Database(Protocol):
-    """One transaction after another; the caller begins and ends them.
+    """A connection on which the caller begins and ends transactions.
 
-    `mine` is the condition that a row belongs to this store, `live` the one that a command may still be delivered.
+    `mine` is the SQL condition for rows that belong to this store. `live` is the SQL condition for commands that have
+    not ended.
     """
 
     mine: str
@@ -51,14 +52,17 @@ class Database(Protocol):
     execute: Callable[..., Rows]
 
     def insert(self, statement: str, parameters: Sequence[Any]) -> int | None:
-        """Insert a row and return its `seq`, `None` where there is one already. (`RETURNING` is slow on SQLite.)"""
+        """Insert a row and return its `seq`, or `None` if it conflicts with an existing one.
+
+        A method of its own, because `RETURNING` is slow on SQLite.
+        """
 
     def touch(self, operation: WriteProbe) -> Finish[None]:
-        """Write something."""
+        """Write to the database, as a test that it accepts writes."""
 
     def reclaim(self) -> None:
-        """Give free space back to the disk, as far as nobody feels it."""
+        """Return some free pages to the file system, few enough not to delay other work."""
 
 
 def nothing() -> None:
-    """Finish an operation that has no result."""
+    """Return None, as the `Finish` of an operation without a result."""

@@ -1,4 +1,4 @@
-"""Deliver outcomes to the event loop."""
+"""Delivery of outcomes from the writer's thread to the event loop."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from functools import partial
 
 from shim.errors import StoreError
 
-# Hands a callable to the event loop from any thread; normally `loop.call_soon_threadsafe`.
+# Schedules a callable on the event loop from any thread; normally `loop.call_soon_threadsafe`.
 CallThreadsafe = Callable[[Callable[[], None]], object]
 
-# Callbacks that run in one turn of the loop: few wake-ups, and no turn in which others wait for long.
+# Callbacks per turn of the loop: enough to need few wake-ups, few enough not to delay other work.
 _PER_TURN = 32
 
 
 class CallbackQueue:
-    """A queue whose callbacks run on the event loop, in order and a few per turn, so that other work comes in between.
+    """A queue whose callbacks run on the event loop, in order and a few per turn, so that other work can run too.
 
-    Callbacks are dropped once the loop is closed.
+    After the loop is closed, callbacks are dropped.
     """
 
     def __init__(self, post: CallThreadsafe) -> None:
@@ -29,7 +29,7 @@ class CallbackQueue:
         self._scheduled = False
 
     def add(self, callbacks: Sequence[Callable[[], None]]) -> None:
-        """Queue callbacks; may be called from any thread."""
+        """Queue callbacks. May be called from any thread."""
         self._waiting.extend(callbacks)
         self._schedule()
 
@@ -42,21 +42,22 @@ class CallbackQueue:
     def _turn(self) -> None:
         waiting = self._waiting
         due = [waiting.popleft() for _ in range(min(_PER_TURN, len(waiting)))]
-        # Without a lock: callbacks that another thread adds before this line are found after it, and those that it adds
-        # after this line it schedules itself. Both may happen; the second turn then has less to do, or nothing.
+        # No lock is needed. `_schedule` below sees callbacks that another thread added before this line. For callbacks
+        # added after this line, the other thread schedules a turn itself. If both happen, the second turn finds fewer
+        # callbacks or none.
         self._scheduled = False
         self._schedule()
         _run_batch(due)
 
 
 def run_on_loop(post: CallThreadsafe, callbacks: Sequence[Callable[[], None]]) -> None:
-    """Have the event loop call these in order, at once. With a closed loop nobody is left who could be told."""
+    """Schedule callbacks to run in order in one turn of the event loop. On a closed loop, drop them."""
     with contextlib.suppress(RuntimeError):
         post(partial(_run_batch, callbacks))
 
 
 def _run_batch(callbacks: Sequence[Callable[[], None]]) -> None:
-    """Call all; what some of them raise goes to the loop's exception handler when all have been called."""
+    """Call all callbacks, then raise the exceptions of those that failed as one group."""
     errors = []
     for callback in callbacks:
         try:
@@ -68,7 +69,7 @@ def _run_batch(callbacks: Sequence[Callable[[], None]]) -> None:
 
 
 def store_error(error: Exception) -> StoreError:
-    """The same as a `StoreError`, without anything of what was to be stored."""
+    """Convert an exception to a `StoreError` whose text contains no stored data."""
     if isinstance(error, sqlite3.Error):
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         return StoreError(f"the database refused: {name}")

@@ -1,4 +1,4 @@
-"""The files of a database: created for our eyes only, and moved aside when they are beyond repair."""
+"""Files of a SQLite database: created with mode 0600, renamed when corrupt."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from shim.errors import StoreError
 
 SIDECAR_SUFFIXES = ("-wal", "-shm")
 LOCK_SUFFIX = ".lock"
-# A check of an open database's files before every commit would cost a tenth of a commit of one command. What is stored
-# between a replacement and the next check is lost with the next restart, as is all that was stored before it.
+# Checking the files before every commit would add a tenth to the cost of committing one command. Data stored between a
+# replacement of the files and the next check is lost at the next restart, as is everything in the replaced files.
 CHECK_INTERVAL_S = 0.05
 _HEADER = b"SQLite format 3\x00"
 
@@ -29,9 +29,9 @@ _KINDS = (
 
 
 def require_regular(path: Path) -> None:
-    """Raise `StoreError` where `path` exists and is no regular file, symbolic links followed. Raises `OSError`.
+    """Raise `StoreError` if `path` exists and is not a regular file; follows symbolic links. Raises `OSError`.
 
-    SQLite would wait for the other end of a FIFO, and take any device for a damaged database.
+    SQLite would block on a FIFO, and would treat a device as a corrupt database.
     """
     with contextlib.suppress(FileNotFoundError):
         mode = path.stat().st_mode
@@ -41,18 +41,18 @@ def require_regular(path: Path) -> None:
 
 
 def require_regular_files(path: Path) -> None:
-    """Raise `StoreError` where the database or a companion exists and is no regular file. Raises `OSError`."""
+    """Raise `StoreError` if the database or a file beside it exists and is not a regular file. Raises `OSError`."""
     for each in (path, *(sidecar_path(path, suffix) for suffix in (*SIDECAR_SUFFIXES, LOCK_SUFFIX))):
         require_regular(each)
 
 
 def sidecar_path(path: Path, suffix: str) -> Path:
-    """The file beside a database that SQLite names by appending `suffix`."""
+    """Return the path of the database with `suffix` appended to the file name."""
     return path.with_name(path.name + suffix)
 
 
 def advice(error: OSError, path: Path) -> str:
-    """Return what a person can do about a database file at `path` that cannot be used."""
+    """Return a hint on how to solve `error` for a database file at `path`."""
     match error.errno:
         case errno.EROFS:
             return "the file system is read-only: mount a volume that is not, or put store.path elsewhere"
@@ -66,7 +66,7 @@ def advice(error: OSError, path: Path) -> str:
 
 
 def prepare_directory(path: Path) -> tuple[str, ...]:
-    """Make the directory of `path`, with missing parents, mode 0700. Returns warnings. Raises `OSError`."""
+    """Create the directory of `path` and its missing parents with mode 0700. Returns warnings. Raises `OSError`."""
     missing = []
     directory = path.absolute().parent
     while not directory.exists():
@@ -81,7 +81,7 @@ def prepare_directory(path: Path) -> tuple[str, ...]:
 
 
 def create(path: Path) -> None:
-    """Create an empty database file, mode 0600 whatever the umask, unless there is one. Raises `OSError`.
+    """Create an empty file with mode 0600, whatever the umask, unless `path` exists. Raises `OSError`.
 
     SQLite gives `-wal` and `-shm` the mode of the database.
     """
@@ -94,7 +94,7 @@ def create(path: Path) -> None:
 
 
 def make_private(path: Path) -> None:
-    """Take from others what an older file grants them. Left as it is where the file belongs to somebody else."""
+    """Remove the permissions of group and others from the database files. Skip files of another user."""
     for each in (path, *(sidecar_path(path, suffix) for suffix in SIDECAR_SUFFIXES)):
         with contextlib.suppress(FileNotFoundError, PermissionError):
             mode = stat.S_IMODE(each.stat().st_mode)
@@ -103,17 +103,19 @@ def make_private(path: Path) -> None:
 
 
 def foreign_owner_warnings(path: Path) -> tuple[str, ...]:
-    """A warning where the database belongs to another user, who can read what is in it. Raises `OSError`."""
+    """Return a warning if the database belongs to another user, who can read it. Raises `OSError`."""
     if path.stat().st_uid == os.geteuid():
         return ()
     return ("the database belongs to another user, who can read the commands in it",)
 
 
 def has_bad_header(path: Path) -> bool:
-    """Whether the file does not begin as a database does; SQLite begins a new one over some of these. Raises `OSError`.
+    """Return whether the file does not begin like a SQLite database. Raises `OSError`.
 
-    A file of one byte is its own workaround for a file system. An empty one it takes for new, and deletes the log that
-    lies beside it; but a log is begun only when the file has its first page.
+    The check protects data, because SQLite overwrites some files that are no databases. A file of one byte passes:
+    SQLite makes such files itself, as a workaround for a file system. SQLite treats an empty file as new and deletes
+    the log beside it. But a log is only ever started after the first page was written, so an empty file beside a log
+    has lost its content and fails the check.
     """
     with path.open("rb") as file:
         head = file.read(len(_HEADER))
@@ -121,21 +123,25 @@ def has_bad_header(path: Path) -> bool:
 
 
 def is_truncated(path: Path, page_bytes: int) -> bool:
-    """Whether the last page is cut, of which SQLite reads the missing end as zeros. Raises `OSError`.
+    """Return whether the last page is incomplete. Raises `OSError`.
 
-    While there is a log to recover it from, the file may end anywhere.
+    SQLite would read the missing bytes as zeros. With a write-ahead log the file may end anywhere, because SQLite
+    recovers the page from the log.
     """
     return path.stat().st_size % page_bytes != 0 and not has_log(path)
 
 
 def has_log(path: Path) -> bool:
-    """Whether a write-ahead log may hold more than the database itself. Raises `OSError`."""
+    """Return whether a write-ahead log exists and is not empty. Raises `OSError`."""
     wal = sidecar_path(path, "-wal")
     return wal.exists() and wal.stat().st_size > 0
 
 
 def move_aside(path: Path) -> Path:
-    """Move a database with its companions to `<path>.corrupt-<n>`, never over another file. Raises `OSError`."""
+    """Rename a database and its `-wal` and `-shm` files to `<path>.corrupt-<n>`. Raises `OSError`.
+
+    Returns the new path. No existing file is overwritten.
+    """
     number = 1
     while True:
         target = sidecar_path(path, f".corrupt-{number}")
@@ -158,11 +164,11 @@ def _reserve(target: Path) -> bool:
 
 
 class ReplacedError(StoreError):
-    """Another file has taken the place of an open one: what is written now would be lost with the next restart."""
+    """A file of the open database was removed or replaced. Data written now would be lost at the next restart."""
 
 
 class OpenFiles:
-    """The files of an open database, as they were when it was opened."""
+    """Identity (device and inode) of the files of an open database, to detect that they were replaced."""
 
     def __init__(self, path: Path, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
@@ -173,9 +179,10 @@ class OpenFiles:
         self._log: tuple[int, int] | None = None
 
     def check(self) -> int | None:
-        """Return the size of the write-ahead log, `None` if the last check is not `CHECK_INTERVAL_S` old.
+        """Check the files and return the size of the write-ahead log in bytes.
 
-        A check that fails is repeated by the next call. Raises `ReplacedError`, `OSError`.
+        Returns `None` without a check if the last successful one is less than `CHECK_INTERVAL_S` old. Raises
+        `ReplacedError`, `OSError`.
         """
         now = self._monotonic()
         if now - self._checked_at < CHECK_INTERVAL_S:

@@ -1,4 +1,4 @@
-"""What a database holds when it is opened."""
+"""Reading of a database at start-up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Record = TypeVar("_Record")
 
 
 class _Table(msgspec.Struct, frozen=True):
-    """What to read of a table: `columns` of the rows that meet `condition`, sorted by `order`; `id` names a row."""
+    """A query of one table: `columns` of the rows that meet `condition`, sorted by `order`. `id` is the key column."""
 
     name: str
     id: str
@@ -25,7 +25,7 @@ class _Table(msgspec.Struct, frozen=True):
     condition: str = "{mine}"
 
     def query(self, database: Database) -> str:
-        # Constants of this module and of the engine only; nothing that was ever input becomes SQL.
+        # Only constants of this module and of the engine become SQL, never input.
         condition = self.condition.format(mine=database.mine, live=database.live)
         return f"SELECT {self.id}, {self.columns} FROM {self.name} WHERE {condition} ORDER BY {self.order}"  # noqa: S608 - constants
 
@@ -44,7 +44,7 @@ _OUTBOX = _Table("outbox", "seq", "owner, session, command_id, request_id", orde
 
 
 class _Reader:
-    """Reads tables and puts aside what cannot be decoded."""
+    """Reader of tables that moves rows it cannot decode to the quarantine."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -73,7 +73,7 @@ class _Reader:
 
 
 def load(database: Database, key: bytes) -> StoreContents:
-    """Read everything that the core wants at the start, in the transaction that the caller has begun."""
+    """Read all that the core needs at start-up, in a transaction that the caller begins and ends."""
     reader = _Reader(database)
     sessions = reader.read(_SESSIONS, rows.session)
     aliases = reader.read(_ALIASES, rows.alias)

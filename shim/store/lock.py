@@ -1,4 +1,4 @@
-"""One process to a database: each delivers what it finds, so two would deliver every command twice."""
+"""Lock that keeps a second process from using a database: two would deliver every command twice."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 from shim.errors import StoreError
 from shim.store.files import LOCK_SUFFIX, create, sidecar_path
 
-# File systems that know no such lock say so in one of these ways; there two processes are not told apart.
+# Errors of file systems without such locks. There a second process cannot be detected.
 _UNKNOWN = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 _NO_LOCKS = "the file system of store.path knows no locks: no other agent-shim may use this database"
-# A byte that SQLite never locks: it uses 512 of them from the first GiB on.
+# An offset that SQLite never locks: its own locks are on 512 bytes from the first GiB on.
 _LOCKED_BYTE = 2**62
 _FLOCK = "hhqqi4x"
 
 
 class StoreLock:
-    """Two exclusive locks, given up by the kernel when the process ends, however it ends.
+    """Two exclusive locks, which the kernel releases when the process ends, however it ends.
 
-    The one on a file beside the database also keeps two processes from creating the database at the same time. The one
-    on the database's own inode holds whatever name the database was opened by (a symbolic link, a hard link, a mount
-    of its directory elsewhere), and when somebody has removed the file beside it. It is a lock of the open file, while
-    SQLite's own locks belong to the process: neither concerns the other. But closing any descriptor of the database
-    drops SQLite's locks, so this one is closed after SQLite has closed its own, or never.
+    The lock on a file beside the database also keeps two processes from creating the database at the same time. The
+    lock on the inode of the database works under any name of the file (a symbolic link, a hard link, another mount of
+    its directory), and after the file beside it was removed. The inode's lock belongs to the open file description,
+    SQLite's own locks to the process, so these do not conflict. But closing any descriptor of the database releases
+    SQLite's locks: the descriptor of this lock is closed after SQLite has closed its own, or never.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,9 +36,9 @@ class StoreLock:
         self._database: int | None = None
 
     def acquire(self) -> tuple[str, ...]:
-        """Lock the file beside the database, or raise `StoreError` at once. Return warnings. Raises `OSError`.
+        """Lock the file beside the database and return warnings. Idempotent.
 
-        Idempotent, as `acquire_database` is.
+        Raises `StoreError` without waiting if another process holds the lock, and `OSError`.
         """
         if self._beside is not None:
             return ()
@@ -54,7 +54,10 @@ class StoreLock:
         return ()
 
     def acquire_database(self) -> tuple[str, ...]:
-        """Lock the database itself, which must exist, before SQLite opens it. As `acquire` otherwise."""
+        """Lock the database file itself and return warnings. Idempotent.
+
+        The file must exist, and SQLite must not have opened it yet. Raises `StoreError`, `OSError` as `acquire` does.
+        """
         if self._database is not None or not hasattr(fcntl, "F_OFD_SETLK"):
             return ()
         descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
@@ -62,18 +65,19 @@ class StoreLock:
             wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _LOCKED_BYTE, 1, 0)
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, wanted)
         except OSError as error:
-            # The descriptor stays open: it may be this process that has the database open under another name.
+            # Leave the descriptor open. If this process has the database open under another name, closing would release
+            # SQLite's locks.
             return _failed(error)
         self._database = descriptor
         return ()
 
     def release_database(self) -> None:
-        """Give up the lock on the database, which SQLite must have closed. Idempotent."""
+        """Release the lock on the database file. SQLite must have closed the database. Idempotent."""
         descriptor, self._database = self._database, None
         _close(descriptor)
 
     def release(self) -> None:
-        """Give up both locks. Idempotent."""
+        """Release both locks. Idempotent."""
         self.release_database()
         descriptor, self._beside = self._beside, None
         _close(descriptor)

@@ -1,6 +1,6 @@
-"""A command store that keeps everything in this process: for trials without a disk, and the model of what a store does.
+"""Command store in memory, for trials without a disk.
 
-The operations are written for reading: `tests/store` holds every other store to them.
+It is also the reference implementation: `tests/store` compares every other store with it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _StoredCommand:
 
 
 class MemoryStore:
-    """A `ports.CommandStore` that may be opened again after `close()` and then still holds what it held."""
+    """A `ports.CommandStore` in memory. Its content survives `close()` and a later `open()`."""
 
     def __init__(self, post: CallThreadsafe) -> None:
         self._post = post
@@ -102,7 +102,7 @@ class MemoryStore:
         }
 
     def open(self) -> StoreContents:
-        """See `ports.CommandStore`."""
+        """Return the live commands and all sessions (`ports.CommandStore`)."""
         self._is_open = True
         live = (each.record for each in self._commands.values() if each.record.state in _LIVE)
         return StoreContents(
@@ -115,10 +115,10 @@ class MemoryStore:
         )
 
     def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
-        """See `ports.CommandStore`."""
+        """Carry out operations at once; schedule `done` on the event loop (`ports.CommandStore`)."""
         outcome: list[Any] | StoreError
         try:
-            # What a disk could not keep must not be kept here either, and is found before anything is applied.
+            # Reject what a database could not store, before any operation is applied.
             encode_json(operations)
             carriers = [self._carriers[type(operation)] for operation in operations]
         except (TypeError, ValueError, RecursionError, KeyError) as error:
@@ -132,7 +132,7 @@ class MemoryStore:
             run_on_loop(self._post, [partial(done, outcome)])
 
     def close(self) -> None:
-        """See `ports.CommandStore`."""
+        """Reject later submissions (`ports.CommandStore`)."""
         self._is_open = False
 
     # --- commands -----------------------------------------------------------------------------------------------------

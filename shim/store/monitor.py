@@ -1,4 +1,4 @@
-"""Report on the store: its commits and its log to metrics, what was wrong with its database to a person."""
+"""Metrics and log events of the store."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PINNED_HINT = (
 def probe(
     metrics: Metrics, broken: Callable[[StoreError], None], fenced: Callable[[], None] | None = None
 ) -> CommitProbe:
-    """Return what measures commits; `broken` is called when the database turns out to be damaged while it is used.
+    """Return a probe that feeds the metrics of the store.
 
-    `fenced` is called when another replica has taken the shard.
+    `broken` is called when a commit finds the database corrupt, `fenced` when another replica has taken the shard.
     """
 
     def committed(commit_s: float, operations: int) -> None:
@@ -41,7 +41,7 @@ def probe(
 
 
 def log_store_warnings(loaded: StoreContents, metrics: Metrics) -> None:
-    """Say what was found when the database was opened: a person has to know of what is gone."""
+    """Log and count problems that were found when the database was opened."""
     for warning in loaded.warnings:
         log.warning("store_warning", warning=warning)
     if loaded.quarantined:

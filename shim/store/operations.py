@@ -1,4 +1,4 @@
-"""Which operation of `core.records` is carried out by what."""
+"""Dispatch of the operations of `core.records` to the methods that carry them out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from shim.store.sessions import SessionOperations
 
 
 class Operations:
-    """Carry out operations in a transaction that the caller has begun and will end."""
+    """All operations on one database, carried out in a transaction that the caller begins and ends."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Operations:
         commands: CommandOperations | None = None,
         outbox: OutboxOperations | None = None,
     ) -> None:
-        """`commands` and `outbox` are given where an engine carries them out in another way."""
+        """Register the operations. An engine may pass its own implementation of `commands` and `outbox`."""
         self._commands = on_commands = commands or CommandOperations(database)
         on_outbox, on_sessions = outbox or OutboxOperations(database), SessionOperations(database)
         self._carriers: dict[type[Operation], Callable[[Any], Finish[Any]]] = {
@@ -64,7 +64,7 @@ class Operations:
         }
 
     def carry_out(self, operations: Sequence[Operation]) -> list[Any]:
-        """One result per operation. Raises whatever makes one of them impossible."""
+        """Carry out operations and return one result for each. Raises the engine's exceptions."""
         if len(operations) == 2:
             finish = self._at_once(*operations)
             if finish is not None:
@@ -73,7 +73,7 @@ class Operations:
         return [carriers[type(operation)](operation)() for operation in operations]
 
     def begin(self, operations: Sequence[Operation]) -> list[Finish[Any]]:
-        """Carry out the statements of operations, for results that are taken once all of them are on their way."""
+        """Queue the statements of operations. The caller takes the results once those of the whole batch are queued."""
         if len(operations) == 2:
             finish = self._at_once(*operations)
             if finish is not None:
@@ -81,7 +81,10 @@ class Operations:
         return [self._carriers[type(operation)](operation) for operation in operations]
 
     def _at_once(self, first: Operation, second: Operation) -> Finish[Any] | None:
-        """Carry out a change of a command with the step of its trace that tells of it: as nearly all are."""
+        """Carry out a change of a command together with its trace step, the most frequent pair of operations.
+
+        Returns `None` for any other pair.
+        """
         if not isinstance(second, AddTrace):
             return None
         if isinstance(first, PutCommand):

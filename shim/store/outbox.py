@@ -1,4 +1,4 @@
-"""Results and the outbox as SQL (the operations of `core.records`)."""
+"""SQL for results and the outbox: part of the operations of `core.records`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ANSWER_COMMAND = "UPDATE commands SET state = 'answered', updated = ?1, result 
 _INSERT_UNKNOWN = "INSERT INTO unknown_results (session, command_id, wall) VALUES (?1, ?2, ?3) ON CONFLICT DO NOTHING"
 INSERT_OUTBOX = "INSERT INTO outbox (owner, session, command_id, request_id, payload) VALUES (?1, ?2, ?3, ?4, ?5)"
 _ANSWER_QUARANTINED = "UPDATE quarantine SET pending = false WHERE pending AND session = ?1 AND command_id = ?2"
-# A command is closed with its last entry, which is the one that is deleted next.
+# Close the command if entry ?1, which the next statement deletes, is its last one in the outbox.
 _CLOSE_COMMAND = (
     "UPDATE commands SET state = 'closed', updated = ?2"
     " WHERE (session, id) = (SELECT session, command_id FROM outbox WHERE seq = ?1) AND state = 'answered'"
@@ -40,7 +40,7 @@ _REPLACE_PAYLOAD = "UPDATE outbox SET payload = ?1 WHERE seq = ?2"
 
 
 class OutboxOperations:
-    """Carry out the operations on results in a transaction that the caller has begun and will end."""
+    """The operations on results, carried out in a transaction that the caller begins and ends."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -93,7 +93,7 @@ class OutboxOperations:
         try:
             payload = decode_object(column)
         except UndecodableRow as error:
-            # The controller waits for an answer to this command; it gets the one that is left.
+            # The controller waits for a result of this command: send an error in place of the unreadable one.
             content = {"session": session, "command_id": command_id, "request_id": request_id, "payload": column}
             quarantine.keep(self._database, "outbox", content, str(error))
             payload = {
@@ -107,5 +107,5 @@ class OutboxOperations:
 
 
 def as_unknown(payload: dict[str, Any]) -> dict[str, Any]:
-    """The result of a command that nobody knows, as the controller gets it."""
+    """Return the result of an unknown command in the form that the controller receives."""
     return payload | {"code": "unknown_command"}

@@ -1,4 +1,4 @@
-"""Rows that cannot be decoded are kept for people to look at, out of the way of everything else."""
+"""Table of rows that cannot be decoded, kept for operators to inspect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shim.store.rows import UndecodableRow, encode_json, parse_key
 
 MAX_ROWS = 256
 MAX_COLUMN_CHARS = 64 * 1024
-"""A quarantined row is for people to look at: the beginning of a column tells them what it was."""
+"""Limit per column: the beginning is enough for an operator to recognise the row."""
 _INSERT = (
     "INSERT INTO quarantine (origin, session, command_id, request_id, reason, content, pending)"
     " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"
@@ -25,11 +25,11 @@ QuarantinedCommand = tuple[SessionKey | None, str, str]
 
 
 def keep(database: Database, origin: str, content: dict[str, Any], reason: str) -> QuarantinedCommand:
-    """Store the columns of a row of the table `origin`; the caller takes the row itself away.
+    """Store the columns of a row of the table `origin`. The caller deletes the row itself.
 
-    Returns what can be read of (session, command id, request id). The row of a command stays pending, if these suffice
-    to answer the controller, until a `PutOutbox` for it is stored. Columns are cut at `MAX_COLUMN_CHARS`. Of the rows
-    that are not pending the newest `MAX_ROWS` stay: the oldest have been there to be looked at for the longest time.
+    Returns (session, command id, request id) as far as these are readable. A command whose session and id are readable
+    stays pending until a `PutOutbox` for it is stored, so that the controller gets an answer. Columns are cut at
+    `MAX_COLUMN_CHARS`. Of the rows that are not pending, the newest `MAX_ROWS` are kept.
     """
     session, request_id = _readable(content, "session"), _readable(content, "request_id")
     command_id = _readable(content, "id" if origin == "commands" else "command_id")
@@ -54,6 +54,6 @@ def _readable(content: dict[str, Any], column: str) -> str:
 
 
 def pending(database: Database) -> list[QuarantinedCommand]:
-    """The commands that the controller has not been told about, oldest first."""
+    """Return the quarantined commands that the controller has no answer for, oldest first."""
     rows = database.execute(_PENDING.format(mine=database.mine)).fetchall()
     return [(parse_key(session), command_id, request_id) for session, command_id, request_id in rows]

@@ -1,4 +1,4 @@
-"""What all stores with a writer thread have in common: submissions until the end, and nothing after it."""
+"""Base of the stores that write in a thread."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from shim.store.writer import Writer
 
 
 class QueuedStore:
-    """A `ports.CommandStore` without its `open()`, which calls `_start`."""
+    """A `ports.CommandStore` without `open()`. The subclass's `open()` calls `_start`."""
 
     def __init__(self, post: CallThreadsafe) -> None:
         self._post = post
-        # Nothing may be queued behind the end of the queue.
+        # Without the lock, a submission could be queued after the end marker of `Writer.close` and never be answered.
         self._gate = threading.Lock()
         self._writer: Writer | None = None
 
@@ -27,7 +27,7 @@ class QueuedStore:
         writer.start()
 
     def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
-        """Queue operations (`ports.CommandStore`); a store that is not open answers with a `StoreError`."""
+        """Queue operations (`ports.CommandStore`). If the store is not open, `done` gets a `StoreError`."""
         with self._gate:
             if self._writer is not None:
                 self._writer.submit((tuple(operations), done))

@@ -1,4 +1,4 @@
-"""Rows to records and back. A row is believed in nothing: SQLite keeps any type in any column."""
+"""Decoding of rows into records. Every column is validated, because SQLite does not enforce column types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Row = TypeVar("_Row", bound=tuple[Any, ...])
 
 
 class UndecodableRow(ShimError):
-    """A row that is no record; the text says what is wrong, without its content."""
+    """A row cannot be decoded. The message gives the reason without any content of the row."""
 
 
 class _CommandRow(NamedTuple):
@@ -78,7 +78,7 @@ def _typed(row: tuple[Any, ...], kind: type[_Row]) -> _Row:
 
 
 def decode_object(column: Any) -> dict[str, Any]:
-    """A JSON object as it stands in a column. Raises `UndecodableRow`."""
+    """Decode a column that holds a JSON object. Raises `UndecodableRow`."""
     try:
         return _decode_object(column)
     except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
@@ -86,7 +86,7 @@ def decode_object(column: Any) -> dict[str, Any]:
 
 
 def optional_object(column: Any) -> dict[str, Any] | None:
-    """A JSON object as it stands in a column, `None` where there is none or none that can be read."""
+    """Decode a column that holds a JSON object, or return `None` if it is empty or unreadable."""
     try:
         return decode_object(column)
     except UndecodableRow:
@@ -94,7 +94,7 @@ def optional_object(column: Any) -> dict[str, Any] | None:
 
 
 def parse_key(text: str) -> SessionKey:
-    """A session key as it stands in a column. Raises `UndecodableRow`."""
+    """Decode a column that holds a session key. Raises `UndecodableRow`."""
     try:
         return SessionKey.parse(text)
     except ValueError:
@@ -102,7 +102,7 @@ def parse_key(text: str) -> SessionKey:
 
 
 def command(row: tuple[Any, ...]) -> CommandRecord:
-    """The record of a row of `COMMAND_COLUMNS`. Raises `UndecodableRow`."""
+    """Decode a row of `COMMAND_COLUMNS`. Raises `UndecodableRow`."""
     typed = _typed(row, _CommandRow)
     try:
         state = CommandState(typed.state)
@@ -126,7 +126,7 @@ def command(row: tuple[Any, ...]) -> CommandRecord:
 
 
 def session(row: tuple[Any, ...]) -> SessionRecord:
-    """The record of a row of `SESSION_COLUMNS`. Raises `UndecodableRow`."""
+    """Decode a row of `SESSION_COLUMNS`. Raises `UndecodableRow`."""
     typed = _typed(row, _SessionRow)
     if typed.superseded_by:
         parse_key(typed.superseded_by)
@@ -144,26 +144,26 @@ def session(row: tuple[Any, ...]) -> SessionRecord:
 
 
 def alias(row: tuple[Any, ...]) -> tuple[str, str, SessionKey]:
-    """(owner, agent id, session) of such a row. Raises `UndecodableRow`."""
+    """Decode a row of (owner, agent id, session). Raises `UndecodableRow`."""
     typed = _typed(row, _AliasRow)
     return typed.owner, typed.agent_id, parse_key(typed.session)
 
 
 def tunnel(row: tuple[Any, ...]) -> tuple[SessionKey, dict[str, Any]]:
-    """(session, payload) of such a row. Raises `UndecodableRow`."""
+    """Decode a row of (session, payload). Raises `UndecodableRow`."""
     typed = _typed(row, _TunnelRow)
     return parse_key(typed.session), decode_object(typed.payload)
 
 
 def outbox_owner(row: tuple[Any, ...]) -> str:
-    """The owner of a row (owner, session, command_id, request_id). Raises `UndecodableRow`."""
+    """Return the owner of a row (owner, session, command_id, request_id). Raises `UndecodableRow`."""
     typed = _typed(row, _OutboxKeys)
     parse_key(typed.session)
     return typed.owner
 
 
 def never_stored(key: SessionKey, command_id: str, trace: list[TraceEntry]) -> CommandRecord:
-    """What `FindCommand` gives for a command of which only the trace is known."""
+    """Return the record that `FindCommand` reports for a command of which only trace steps are stored."""
     wall = trace[0].wall
     return CommandRecord(
         session=key,

@@ -1,7 +1,7 @@
-"""The tables of the store, their migrations on SQLite, and who may read them.
+"""Tables of the store, their migrations on SQLite, and the check of the schema version.
 
-Migrations only add: every statement of this package names its columns, so a shim runs on the database of a later one
-as long as that one left `min_reader_version` at or below this one's `SCHEMA_VERSION`.
+Migrations only add tables and columns, and every statement of this package names its columns. A shim can therefore use
+the database of a later version as long as its `min_reader_version` is not above this shim's `SCHEMA_VERSION`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from shim.store.files import has_log
 
 APPLICATION_ID = 0x41534D31
 
-# States after which nothing more is expected; the index that serves `Prune` needs the condition word for word.
-# The first half says nothing that the second does not, but spares every arriving command the search through the list,
-# which is a third of what it costs to insert one.
+# States of commands that have ended. A query uses the index for `Prune` only if it repeats this condition literally.
+# `state <> 'queued'` is redundant; it lets SQLite skip the IN list for queued rows, a third of the cost of an insert.
 ENDED = "state <> 'queued' AND state IN ('delivered', 'closed', 'expired', 'dead')"
 
 
 class Migration(msgspec.Struct, frozen=True):
-    """One step of the schema. `script` holds its statements, separated by semicolons that stand nowhere else.
+    """One version of the schema. `script` holds its statements, separated by semicolons that occur nowhere else.
 
     `min_reader_version` is the oldest schema version whose shim may still use the result. PostgreSQL has the same
-    tables (`{shard}` is where it has one column more); `sqlite` holds statements for SQLite alone.
+    tables, with an additional column at `{shard}`. `sqlite` holds statements for SQLite only.
     """
 
     min_reader_version: int
@@ -158,9 +157,9 @@ def _number(connection: sqlite3.Connection, statement: str) -> int:
 
 
 def check_version(connection: sqlite3.Connection) -> None:
-    """Raise `StoreVersionError` for the database of a shim that is too new, `StoreError` for one that is not ours.
+    """Raise `StoreVersionError` for a database that needs a newer shim, `StoreError` for another application's.
 
-    A database without tables passes: it is new.
+    A database without tables is new and passes.
     """
     if _number(connection, "SELECT count(*) FROM sqlite_master") == 0:
         return
@@ -174,10 +173,10 @@ def check_version(connection: sqlite3.Connection) -> None:
 
 
 def check_untouched(path: Path, timeout_s: float) -> None:
-    """`check_version` without leaving a trace on the disk; anything but a clear answer passes.
+    """Run `check_version` without creating or changing a file. Errors of SQLite are ignored.
 
-    What is wrong with the file otherwise is found when it is opened for writing, under locks. Without content in the
-    `-wal` everything is in the file itself (migrations see to it), and `immutable` makes SQLite create nothing.
+    Such errors are reported when the file is opened for writing, under locks. If the `-wal` is empty, everything is in
+    the file itself (`migrate` ensures that for the version), and `immutable` keeps SQLite from creating files.
     """
     uri = f"{path.absolute().as_uri()}?mode=ro{'' if has_log(path) else '&immutable=1'}"
     with contextlib.suppress(sqlite3.Error), contextlib.closing(connect(uri, timeout_s)) as connection:
@@ -185,14 +184,14 @@ def check_untouched(path: Path, timeout_s: float) -> None:
 
 
 def connect(uri: str, timeout_s: float) -> sqlite3.Connection:
-    """A connection without implicit transactions that may be handed to another thread and decodes any text."""
+    """Open a connection without implicit transactions. It may be used in another thread and decodes any text."""
     connection = sqlite3.connect(uri, timeout=timeout_s, isolation_level=None, check_same_thread=False, uri=True)
     connection.text_factory = _text
     return connection
 
 
 def _text(raw: bytes) -> str | bytes:
-    """Text, or the bytes of what is not UTF-8, so that one such row does not make its whole table unreadable."""
+    """Decode a text column, or return its bytes if it is not UTF-8: one bad row must not fail the whole query."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -200,12 +199,12 @@ def _text(raw: bytes) -> str | bytes:
 
 
 def migrate(connection: sqlite3.Connection, migrations: Sequence[Migration] = MIGRATIONS) -> None:
-    """Bring the schema up to the last of `migrations`, each in one transaction. Raises `sqlite3.Error`."""
+    """Apply the missing `migrations`, each in one transaction. Raises `sqlite3.Error`."""
     changed = False
     while _next_migration(connection, migrations):
         changed = True
     if changed:
-        # The version must be in the database file itself: see `check_untouched`.
+        # The version must be in the database file itself, because `check_untouched` does not read an empty log.
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 

@@ -1,4 +1,4 @@
-"""Sessions, aliases and tunnel state as SQL (the operations of `core.records`)."""
+"""SQL for sessions, aliases and tunnel state: part of the operations of `core.records`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _DELETE_ALIASES = "DELETE FROM aliases WHERE session = ?1"
 
 
 class SessionOperations:
-    """Carry out the operations on sessions in a transaction that the caller has begun and will end."""
+    """The operations on sessions, carried out in a transaction that the caller begins and ends."""
 
     def __init__(self, database: Database) -> None:
         self._execute = database.execute

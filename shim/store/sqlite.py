@@ -1,4 +1,4 @@
-"""The command store on SQLite: one file, write-ahead log, every commit synced before anybody is told."""
+"""Command store on SQLite: one file with a write-ahead log. A commit is synced to disk before it is reported."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from shim.store.writer import CommitProbe, Failure, Writer
 
 BUSY_TIMEOUT_S = 5.0
 CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-# What a damaged file is found by. A plain SQL error means that tables or columns are not what the version says.
+# Errors at opening that show a corrupt file. A plain SQL error means that tables or columns do not match the version.
 _CORRUPT = CORRUPT | {sqlite3.SQLITE_ERROR}
-# What a smaller transaction would fail of just the same. A full disk may still have room for a small one; anything else
-# is the fault of one submission.
+# Errors that a smaller transaction would meet as well. A full disk is not among them, because a small transaction may
+# still fit. All other errors are caused by one submission.
 _COMMON = CORRUPT | {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_CANTOPEN,
@@ -39,7 +39,8 @@ _COMMON = CORRUPT | {
     sqlite3.SQLITE_PROTOCOL,
     sqlite3.SQLITE_READONLY,
 }
-# One `Prune` gives back so many of the free pages: enough to follow, too few to be felt; some are kept for use.
+# Free pages that one `Prune` returns to the file system: enough to keep up, few enough not to delay commits. The next
+# constant is the number of free pages that the file keeps for reuse.
 _VACUUM_PAGES = 1000
 _KEPT_PAGES = 2500
 _KEY_BYTES = 32
@@ -47,12 +48,12 @@ _SAVE_META = "INSERT INTO meta (key, value) VALUES (?1, ?2) ON CONFLICT (key) DO
 
 
 class _CorruptError(StoreError):
-    """The file is no database of ours any more."""
+    """The database file is corrupt."""
 
 
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """Tell damage from trouble that passes (locked, full, unreadable)."""
+    """Raise `_CorruptError` for a corrupt database, `StoreError` for other errors (locked, full, unreadable)."""
     try:
         yield
     except OSError as error:
@@ -65,9 +66,9 @@ def _translated(path: Path) -> Iterator[None]:
 
 
 class SqliteStore(QueuedStore):
-    """A `ports.CommandStore` in the file at `path`. It is opened once, by one process at a time.
+    """A `ports.CommandStore` in the file at `path`, which only one process may open at a time.
 
-    `busy_timeout_s` is how long a commit waits for another program that holds the database: a backup, say.
+    A commit waits up to `busy_timeout_s` for another program that locks the database, such as a backup.
     """
 
     def __init__(
@@ -84,8 +85,8 @@ class SqliteStore(QueuedStore):
         self._lock: StoreLock | None = None
 
     def open(self) -> StoreContents:
-        """See `ports.CommandStore`. A corrupt database is moved aside and replaced by a new one."""
-        # SQLite puts its log beside the file that a symbolic link leads to, and so does the lock.
+        """Open the database (`ports.CommandStore`). Rename a corrupt one and start with an empty one."""
+        # Resolve symbolic links, as SQLite does: its log and our lock file are beside the target.
         self._path = Path(os.path.realpath(self._path))
         with _translated(self._path):
             files.require_regular_files(self._path)
@@ -122,7 +123,7 @@ class SqliteStore(QueuedStore):
             run_on_loop(self._post, [partial(self._probe.log, size_bytes, pinned)])
 
     def close(self) -> None:
-        """Carry out what was submitted and close (`ports.CommandStore`); may be called from any thread."""
+        """Carry out all submissions and close (`ports.CommandStore`). May be called from any thread."""
         self._stop()
         lock, self._lock = self._lock, None
         if lock is not None:
@@ -149,7 +150,7 @@ class SqliteStore(QueuedStore):
 
     def _prepare(self, connection: sqlite3.Connection) -> StoreContents:
         if self._path.stat().st_size == 0:
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before anything was read or written
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # has no effect after the first read or write
         schema.check_version(connection)
         if files.is_truncated(self._path, connection.execute("PRAGMA page_size").fetchone()[0]):
             raise _CorruptError("the database is cut")
@@ -163,10 +164,10 @@ class SqliteStore(QueuedStore):
 
 
 class SqliteDatabase:
-    """A `store.database.Database`: every row of the file belongs to the store."""
+    """A `store.database.Database` in which every row belongs to the store."""
 
     mine = "true"
-    # A state that nobody knows is among what is read, so that it is found.
+    # Written with NOT IN, so that `load` also reads rows with an unknown state and quarantines them.
     live = "state NOT IN ('delivered', 'answered', 'closed', 'expired', 'dead')"
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -185,13 +186,13 @@ class SqliteDatabase:
     def reclaim(self) -> None:
         (free,) = self.execute("PRAGMA freelist_count").fetchone()
         for _ in range(min(free - _KEPT_PAGES, _VACUUM_PAGES)):
-            self.execute("PRAGMA incremental_vacuum(1)")  # Python steps a pragma once: one page, whatever N
+            self.execute("PRAGMA incremental_vacuum(1)")  # frees one page whatever N is: Python steps a pragma once
 
 
 class SqliteEngine:
-    """A `store.writer.Engine`: carries out batches on a connection, each in one synced commit.
+    """A `store.writer.Engine` that carries out each batch in one synced commit.
 
-    `open_files` are the files of the connection's database.
+    `open_files` detects that the files of the connection's database were replaced.
     """
 
     def __init__(self, connection: sqlite3.Connection, open_files: files.OpenFiles, log: WriteAheadLog) -> None:
@@ -239,9 +240,9 @@ def _load(connection: sqlite3.Connection) -> StoreContents:
 
 
 def _owner_key(database: Database) -> tuple[bytes, int]:
-    """Read the store's key for owner ids; it is made at the first opening, and again where it is no key.
+    """Read the key for owner ids. Make a new one if there is none, or none of the right form.
 
-    The number says how many rows had to be put aside for that.
+    Returns the key and the number of rows that were quarantined.
     """
     row = database.execute("SELECT value FROM meta WHERE key = 'owner_key'").fetchone()
     if row is not None and isinstance(row[0], bytes) and len(row[0]) == _KEY_BYTES:
@@ -261,4 +262,4 @@ def _configure(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA wal_autocheckpoint = 2000")  # pages: 8 MiB
     connection.execute("PRAGMA cache_size = -2048")  # KiB
     connection.execute(f"PRAGMA journal_size_limit = {LIMIT_BYTES}")
-    connection.execute("PRAGMA temp_store = MEMORY")  # a full disk must not stop a rollback
+    connection.execute("PRAGMA temp_store = MEMORY")  # a rollback must work on a full disk

@@ -1,4 +1,4 @@
-"""The tables of a store as a copy sees them: columns, their kinds, and where a row belongs."""
+"""Tables of a store for `store.copy`: columns and their types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table, its columns with their kinds, and the first so many of them that say where a row stands."""
+    """A table and its columns, each as `name:kind`. The first `key` columns define the order of rows."""
 
     name: str
     columns: str
@@ -36,7 +36,7 @@ class Table:
         return f"SELECT {', '.join(self.names)} FROM {self.name} ORDER BY {order}"  # noqa: S608 - constants
 
     def fits(self, row: Sequence[Any]) -> bool:
-        """Tell whether every column is what it should be: SQLite keeps anything anywhere."""
+        """Return whether every column has its type, which SQLite does not enforce."""
         kinds = (each.partition(":")[2] for each in self.columns.split())
         return all(isinstance(value, _KINDS[kind]) for value, kind in zip(row, kinds, strict=True))
 
@@ -57,5 +57,5 @@ TABLES = (
 
 
 def shard_of_session(session: str, shards: int) -> int:
-    """Return the shard of a session by its text; one that is no session key belongs to the first."""
+    """Return the shard of a session column. Text that is not a session key belongs to shard 0."""
     return shard_of(session.partition("/")[0], shards)

@@ -1,8 +1,8 @@
-"""Keep SQLite's write-ahead log short, and tell when somebody keeps it from that.
+"""Size limit of SQLite's write-ahead log.
 
-A commit goes to the log; a checkpoint carries it over into the database, and the log begins anew. Another program that
-reads in a transaction sees the database as it was at its beginning: until it ends, the log cannot begin anew and grows
-with every commit.
+A commit is appended to the log. A checkpoint copies it into the database, and the log is reused from its start. Another
+program with an open read transaction still needs the old content. Until that transaction ends, the log cannot be reused
+and grows with every commit.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _TOLD_STEP_BYTES = 1024 * 1024
 
 
 class WriteAheadLog:
-    """Truncates a log above `LIMIT_BYTES` as soon as no reader needs it. Used by the writer's thread.
+    """Truncation of a log above `LIMIT_BYTES`, as soon as no reader needs it. Used by the writer's thread only.
 
-    `tell(size_bytes, pinned)` is called when either has changed noticeably; `pinned`: a reader keeps the log from being
-    truncated.
+    `tell(size_bytes, pinned)` is called when `pinned` has changed, or the size by 1 MiB or more. `pinned` is true while
+    a reader prevents the truncation.
     """
 
     def __init__(self, tell: Callable[[int, bool], object]) -> None:
@@ -27,7 +27,7 @@ class WriteAheadLog:
         self._told = (-1, False)
 
     def look(self, connection: sqlite3.Connection, size_bytes: int) -> None:
-        """Look at the log, whose size was taken a moment ago; outside of a transaction."""
+        """Truncate the log if it is too large, and report its size. Must be called outside of a transaction."""
         pinned = False
         if size_bytes > LIMIT_BYTES:
             pinned = not _truncate(connection)
@@ -39,11 +39,11 @@ class WriteAheadLog:
 
 
 def _truncate(connection: sqlite3.Connection) -> bool:
-    """Carry the log over and empty it, without waiting for readers; return whether that was possible."""
+    """Checkpoint and truncate the log without waiting for readers. Return whether that succeeded."""
     (busy_ms,) = connection.execute("PRAGMA busy_timeout").fetchone()
     connection.execute("PRAGMA busy_timeout = 0").fetchall()
     try:
-        with suppress(sqlite3.Error):  # the next commit tells what is wrong
+        with suppress(sqlite3.Error):  # the next commit reports the error
             busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             return not busy
         return False

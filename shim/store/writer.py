@@ -1,4 +1,4 @@
-"""The one thread that writes: what waits when it becomes free shares one commit."""
+"""The writer's thread: all submissions that wait when it becomes free share one commit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from shim.errors import StoreError
 from shim.ports import StoreDone
 from shim.store.delivery import CallbackQueue, CallThreadsafe
 
-# Submissions that share a commit. A commit of that many costs little more for each than one of thousands, and what is
-# submitted meanwhile, an agent's result say, does not wait for long.
+# Limit of submissions per commit. Larger batches would save little per submission, and would delay submissions that
+# arrive meanwhile, such as an agent's result.
 MAX_BATCH = 256
 
-# The thread gives up the interpreter for every statement. A busy event loop then keeps it for Python's switch interval,
-# 5 ms: a commit of a hundred statements would take half a second. The interval is shorter only while a large batch is
-# carried out, because every wait then needs a timer that is due before the kernel's next tick: with such timers all the
-# time, a commit of one command takes half as much CPU time again.
+# The thread releases the interpreter lock (GIL) for every statement. A busy event loop then holds the lock for Python's
+# switch interval, 5 ms: a commit of a hundred statements would take half a second. The interval is shortened only
+# during a large batch, because short waits need a timer that expires before the kernel's next tick. With a short
+# interval all the time, a commit of one command would take half as much CPU time again.
 LARGE_BATCH = 16
 SHORT_SWITCH_INTERVAL_S = 0.001
 SWITCH_INTERVAL_S = sys.getswitchinterval()
@@ -34,13 +34,15 @@ _Outcome = list[Any] | StoreError
 
 
 class CommitProbe(msgspec.Struct, frozen=True):
-    """Watches commits: `observe(commit_s, operations)` is called on the event loop after each one that succeeded.
+    """Callbacks that observe commits. All of them run on the event loop.
 
-    `commit_s` is the time by `monotonic` (seconds) from the beginning of the transaction to its sync, with any wait for
-    another process; `operations` is how many it carried out. `failed(submissions)` is called with how many could not be
-    carried out, `corrupt(error)` after each that shows that the database is damaged: nothing will be stored any more.
-    `fenced()` is called once, when another replica has taken the shard. `log(size_bytes, pinned)` is called when
-    the write-ahead log has grown or shrunk; `pinned`: a reader keeps it from being emptied.
+    `observe(commit_s, operations)` is called after each successful commit with its duration in seconds by `monotonic`
+    and the number of operations. The duration includes waiting for another process.
+    `failed(submissions)` is called with the number of submissions that were not stored.
+    `corrupt(error)` is called after each commit that failed because the database is corrupt.
+    `fenced()` is called once, when another replica has taken the shard.
+    `log(size_bytes, pinned)` is called when the size of the write-ahead log has changed noticeably. `pinned` is true
+    while a reader prevents its truncation.
     """
 
     monotonic: Callable[[], float]
@@ -52,7 +54,7 @@ class CommitProbe(msgspec.Struct, frozen=True):
 
 
 class Failure(NamedTuple):
-    """Why a batch was not stored. `concerns_all`: a smaller one would fail of the same."""
+    """Reason why a batch was not stored. `concerns_all` is true if a smaller batch would fail with the same error."""
 
     error: StoreError
     concerns_all: bool = False
@@ -61,31 +63,34 @@ class Failure(NamedTuple):
 
 
 class Engine(Protocol):
-    """Carries out batches of submissions; used by the writer's thread only."""
+    """Database connection that carries out batches of submissions. Used by the writer's thread only."""
 
     def commit(self, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
-        """Carry out a batch in one synced commit; one result per operation. Raises whatever made it impossible."""
+        """Carry out a batch in one synced commit and return one result per operation.
+
+        Raises any exception of the engine or its driver; `failure` explains it.
+        """
 
     def roll_back(self) -> None:
-        """End what a failed commit left behind. Raises nothing."""
+        """Roll back the transaction of a failed commit. Raises nothing."""
 
     def failure(self, error: Exception) -> Failure:
-        """Tell what an exception of `commit` means."""
+        """Convert an exception of `commit` into a `Failure`."""
 
     def close(self) -> None:
         """Close the connection. Raises nothing."""
 
 
 class Writer:
-    """Owns an engine from `start()` on, until `close()`."""
+    """Owner of an engine and of the thread that uses it, from `start()` to `close()`."""
 
     def __init__(self, engine: Engine, post: CallThreadsafe, probe: CommitProbe | None) -> None:
         self._engine = engine
         self._callbacks = CallbackQueue(post)
         self._probe = probe
-        self._confirm_up_to = False
+        self._fence_reported = False
         self._queue: SimpleQueue[_Submission | None] = SimpleQueue()
-        # A daemon, so that a process which dies without `close()` does not hang; the database survives that.
+        # A daemon thread, so that a process that ends without `close()` does not hang. The database survives that.
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
 
     def start(self) -> None:
@@ -93,11 +98,11 @@ class Writer:
         self._thread.start()
 
     def submit(self, submission: _Submission) -> None:
-        """Queue a submission; not after `close()`."""
+        """Queue a submission. Must not be called after `close()`."""
         self._queue.put(submission)
 
     def close(self, limit_s: float | None = None) -> None:
-        """Wait until everything submitted is carried out and the connection is closed, but no longer than `limit_s`."""
+        """Wait up to `limit_s` until all submissions are carried out and the connection is closed."""
         self._queue.put(None)
         self._thread.join(limit_s)
 
@@ -125,7 +130,10 @@ class Writer:
         return batch
 
     def refuse_waiting(self, error: StoreError) -> None:
-        """Answer what waits with an error: the engine cannot tell when it will be free."""
+        """Answer all queued submissions with an error, while the engine waits for its database.
+
+        The end marker of `close()` is kept in the queue.
+        """
         refused, ending = [], False
         with contextlib.suppress(Empty):
             while True:
@@ -147,10 +155,10 @@ class Writer:
         self._callbacks.add(callbacks)
 
     def _outcomes(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[_Outcome]:
-        """Carry out a batch; what the probe is to be told is appended to `callbacks`.
+        """Carry out a batch and append calls of the probe to `callbacks`.
 
-        A batch that fails is halved until what cannot be stored stands alone. Savepoints would do the same at the price
-        of a copy of every page that is touched, paid by every commit for a case that hardly ever comes.
+        A batch that fails is halved until the failing submission is alone. Savepoints would isolate it too, but would
+        make every commit copy each page it touches, for a case that is rare.
         """
         try:
             return self._commit(batch, callbacks)
@@ -171,8 +179,8 @@ class Writer:
             yield partial(probe.failed, submissions)
         if probe.corrupt is not None and failure.corrupt:
             yield partial(probe.corrupt, failure.error)
-        if probe.fenced is not None and failure.fenced and not self._confirm_up_to:
-            self._confirm_up_to = True
+        if probe.fenced is not None and failure.fenced and not self._fence_reported:
+            self._fence_reported = True
             yield probe.fenced
 
     def _commit(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[_Outcome]:

@@ -83,7 +83,7 @@ class PostgresEngine:
         self._tried_s = 0.0
         self._cause = StoreError("the database does not answer")
         self._closing = threading.Event()
-        self._confirm_up_to = False
+        self._fenced = False
         self.refuse: Callable[[StoreError], None] = lambda _error: None
 
     # --- opening ------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class PostgresEngine:
     # --- store.writer.Engine ------------------------------------------------------------------------------------------
 
     def commit(self, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
-        if self._confirm_up_to:
+        if self._fenced:
             raise StoreFenced("another replica has the shard")
         while True:
             try:
@@ -141,7 +141,7 @@ class PostgresEngine:
 
     def failure(self, error: Exception) -> Failure:
         if isinstance(error, StoreFenced):
-            self._confirm_up_to = True
+            self._fenced = True
             return Failure(error, concerns_all=True, fenced=True)
         if isinstance(error, Refused):
             if error.state == "25006":

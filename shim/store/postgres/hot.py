@@ -18,7 +18,7 @@ from shim.core.records import (
     SessionKey,
 )
 from shim.store import outbox
-from shim.store.commands import CommandOperations, duplicate, insert_parameters, told_by_first_step
+from shim.store.commands import CommandOperations, duplicate, insert_parameters, is_first_step
 from shim.store.database import Finish, Rows, nothing
 from shim.store.outbox import OutboxOperations, as_unknown
 from shim.store.postgres.groups import PostgresDatabase
@@ -99,7 +99,7 @@ class HotCommandOperations(CommandOperations):
         return finish
 
     def put_with_step(self, operation: PutCommand, step: AddTrace) -> Finish[PutOutcome]:
-        if told_by_first_step(operation.record, step):
+        if is_first_step(operation.record, step):
             return self.put(operation, step.entry.event)
         finish, finish_step = self.put(operation), self.add_trace(step)
 
