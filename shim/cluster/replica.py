@@ -42,8 +42,6 @@ log = get(__name__)
 
 OPEN_S = 30.0
 RETRY_S = 1.0
-ANSWER_LEASES = 3
-"""A database that has taken no renewal for so many leases does not answer: the replica is not ready."""
 STOP_S = 3.0
 KEEPALIVE_S = 60.0
 
@@ -93,7 +91,7 @@ class Replica:
 
     def _context(self) -> BridgeContext:
         around = self._around
-        return around.context(self._settings, DatabaseProbe(self._answers, around.post), around.upstream)
+        return around.context(self._settings, DatabaseProbe(self.membership.valid, around.post), around.upstream)
 
     def _make_shard(self, number: int, fence: int) -> Shard:
         around, settings = self._around, self._settings
@@ -109,11 +107,6 @@ class Replica:
     def _bridge_of(self, token: str) -> Bridge | None:
         shard = self.switchboard.shard(token)
         return None if shard is None else shard.bridge
-
-    def _answers(self) -> bool:
-        """Return whether the database has taken a renewal lately."""
-        heard_s = self._around.clock.monotonic_s() - self.membership.renewed_at
-        return heard_s < ANSWER_LEASES * self._policy.lease_s
 
     def _others(self) -> list[Member]:
         return [each for each in self.membership.view.members.values() if each.process != self.membership.me.process]

@@ -226,7 +226,12 @@ class _Checks:
         query = dict(parse_qsl(parts.query))
         named = len(parts.path) > 1 or bool(query.get("dbname"))
         self._require(named, "must name a database: postgresql://user@host/DATABASE", "store.url")
-        hosts = [re.sub(r":\d*$", "", each) for each in parts.netloc.rpartition("@")[2].split(",")]
+        addresses = parts.netloc.rpartition("@")[2].split(",")
+        ports = [found[1] for each in addresses if (found := re.search(r":([^:\]]*)\Z", each)) and found[1]]
+        if not all(port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16 for port in ports):
+            self._require(False, "must have a port from 1 to 65535: postgresql://user@host:5432/database", "store.url")
+            return
+        hosts = [re.sub(r":\d*$", "", each) for each in addresses]
         local = all(is_this_machine(host.strip("[]")) for host in [*hosts, *query.get("host", "").split(",")])
         verified = query.get("sslmode", "verify-full") == "verify-full"
         message = "must leave sslmode at verify-full off this machine, unless store.allow_insecure is true"

@@ -82,6 +82,21 @@ async def test_a_failover_that_the_lease_rides_out_closes_no_link(
     assert len(opened(tmp_path)) == 1, "the link was closed"
 
 
+async def test_a_replica_is_not_ready_while_its_lease_cannot_be_renewed(
+    tmp_path: Path, servers: tuple[Postgres, Postgres]
+) -> None:
+    primary, _ = servers
+    async with gateway(tmp_path, primary.url(), lease_s=3) as gate:
+        (a,) = await gate.add("a")
+        await gate.until_ready(a)
+        await asyncio.to_thread(primary.stop)
+        async with asyncio.timeout(8):  # one lease, the 2 s between two answers of the probe, and a busy machine
+            while (await gate.admin(a, "/readyz")) == {"status": "ready"}:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        await asyncio.to_thread(primary.start)
+        await gate.until_ready(a)
+
+
 async def test_an_owner_that_is_paused_in_a_transaction_neither_blocks_nor_commits(tmp_path: Path, pg_url: str) -> None:
     async with gateway(tmp_path, pg_url, lease_s=3) as gate:
         a, b = await gate.add("a", "b")

@@ -135,6 +135,8 @@ def test_what_makes_sense_is_no_fault(sets: list[str]) -> None:
         (["store.url=mysql://a/b"], "store.url"),
         (["store.url=postgresql://u@h"], "store.url"),
         (["store.url=postgresql://u@h/"], "store.url"),
+        (["store.url=postgresql://u@127.0.0.1:5432x/b"], "store.url"),
+        (["store.url=postgresql://u@127.0.0.1:5432,127.0.0.1:99999/b"], "store.url"),
         (["store.url=postgresql://u@h/b a"], "store.url"),
         (["store.url=postgresql://u@[h/b"], "store.url"),
         (["store.url=postgresql://u@db.example.com/b?sslmode=require"], "store.url"),
