@@ -97,7 +97,7 @@ class Replica:
         around, settings = self._around, self._settings
         watch = probe(around.metrics, around.broken, lambda: self.shards.fenced(number, fence))
         partition = Partition(number, fence, self.membership.me.process)
-        store = open_shard(settings.store, around.post, watch, partition)
+        store = open_shard(settings.store, around.post, watch, partition, self._policy.refuse_after_s)
         shard = Shard(number, fence, store, around, settings, self._owner_key, self.membership.valid)
         # Records of the whole replica: its status shows them, whichever shard a call was for.
         shard.bridge.ctx.fallback = self._ctx.fallback

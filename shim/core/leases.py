@@ -34,6 +34,11 @@ class LeasePolicy:
         """
         return self.lease_s - self.margin_s - self.renew_s
 
+    @property
+    def refuse_after_s(self) -> float:
+        """Longest wait in seconds of a submission for the database: its refusal goes out before the links close."""
+        return min(8.0, 0.8 * self.rides_out_s)
+
     def ends_at(self, sent_at: float) -> float:
         """Return the monotonic time at which a lease ends that was renewed by a request sent at `sent_at`."""
         return sent_at + self.lease_s - self.margin_s

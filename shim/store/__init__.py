@@ -63,7 +63,11 @@ def open_store(configured: settings.Store, post: CallThreadsafe, probe: CommitPr
 
 
 def open_shard(
-    configured: settings.Store, post: CallThreadsafe, probe: CommitProbe | None, partition: Partition
+    configured: settings.Store,
+    post: CallThreadsafe,
+    probe: CommitProbe | None,
+    partition: Partition,
+    patience_s: float,
 ) -> CommandStore:
     """Make the store of one shard in the database at `store.url`. The caller calls its `open()`.
 
@@ -73,4 +77,4 @@ def open_shard(
         from shim.store.postgres.store import PostgresStore  # noqa: PLC0415 - an extra; its import costs memory
     except ModuleNotFoundError as error:
         raise StoreError(f"store.url needs the extra agent-shim[postgres]: {error.name} is not installed") from error
-    return PostgresStore(configured, post, probe, partition)
+    return PostgresStore(configured, post, probe, partition, patience_s)

@@ -97,6 +97,21 @@ async def test_a_replica_is_not_ready_while_its_lease_cannot_be_renewed(
         await gate.until_ready(a)
 
 
+async def test_a_command_that_cannot_be_stored_is_refused_before_the_lease_ends(
+    tmp_path: Path, servers: tuple[Postgres, Postgres]
+) -> None:
+    primary, _ = servers
+    async with gateway(tmp_path, primary.url(), lease_s=10) as gate:
+        (a,) = await gate.add("a")
+        await gate.settled(a)
+        agent = gate.agent(1)
+        await agent.register(a)
+        await asyncio.to_thread(primary.stop)
+        await gate.push(agent, "refused")
+        found = await gate.controller.control("GET", "/control/commands/refused?wait=result&timeout_s=20")
+        assert found["results"][0]["payload"]["code"] == "store_unavailable"
+
+
 async def test_an_owner_that_is_paused_in_a_transaction_neither_blocks_nor_commits(tmp_path: Path, pg_url: str) -> None:
     async with gateway(tmp_path, pg_url, lease_s=3) as gate:
         a, b = await gate.add("a", "b")
