@@ -1,4 +1,5 @@
-"""Several replicas on one PostgreSQL (docs/how-to/several-replicas.md): any replica serves any agent, one owns a shard.
+"""Several replicas on one PostgreSQL (docs/how-to/several-replicas.md).
 
-Imported only with a `store.url`; needs `agent-shim[postgres]`.
+Any replica serves any agent; each shard is owned by one replica. Imported only with a `store.url`; needs
+`agent-shim[postgres]`.
 """

@@ -1,4 +1,4 @@
-"""What a person does on one replica's admin port, carried to the others: over the internal listener, as JSON."""
+"""Admin actions on other replicas: orders and reports as JSON over the internal listener."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATH = "/operate"
 
 
 class Migration(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An event of an agent that speaks WebSocket by itself, for the owner of its shard (`MigrationListener`)."""
+    """Event of an agent that speaks WebSocket itself, for the owner of its shard (`MigrationListener`)."""
 
     event: Literal["registers", "registered", "closed"]
     token: str
@@ -42,7 +42,7 @@ class Migration(msgspec.Struct, frozen=True, omit_defaults=True):
         return f"Migration({self.event!r})"
 
     def tell(self, bridge: Bridge) -> None:
-        """Tell the bridge of the shard."""
+        """Pass the event to the bridge of the shard."""
         match self.event:
             case "registers":
                 bridge.websocket_registers(self.token, self.payload, anew=self.anew)
@@ -53,7 +53,7 @@ class Migration(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Order(msgspec.Struct, omit_defaults=True):
-    """One thing to do."""
+    """Request to another replica for one admin action."""
 
     do: Literal["find", "purge", "redeliver", "forget", "drain", "resume", "progress", "migration"]
     command: str = ""
@@ -65,7 +65,7 @@ class Order(msgspec.Struct, omit_defaults=True):
 
 
 class Report(msgspec.Struct, omit_defaults=True):
-    """What came of it. `error` and `status` are an `OperatorError`'s."""
+    """Outcome of an order. `error` and `status` are those of an `OperatorError`."""
 
     commands: list[dict[str, Any]] = []
     record: CommandRecord | None = None
@@ -76,7 +76,10 @@ class Report(msgspec.Struct, omit_defaults=True):
 
 
 class Operators:
-    """Implements `status.Others`, and carries out what other replicas ask. `others` are the replicas that live."""
+    """Admin actions between replicas: implements `status.Others` and carries out orders of other replicas.
+
+    `others` returns the other living replicas.
+    """
 
     def __init__(
         self, here: Operations, sessions: Agents, name: str, others: Callable[[], Iterable[Member]], spawn: Spawn
@@ -94,7 +97,7 @@ class Operators:
     # --- asked by others ----------------------------------------------------------------------------------------------
 
     async def carry_out(self, body: bytes) -> bytes:
-        """Do what another replica asks; returns the report."""
+        """Carry out an encoded `Order` and return the encoded `Report`."""
         try:
             report = await self._carry_out(msgspec.json.decode(body, type=Order))
         except OperatorError as error:
@@ -127,7 +130,7 @@ class Operators:
     # --- asking others ------------------------------------------------------------------------------------------------
 
     async def _ask(self, member: Member, order: Order) -> Report:
-        """Have another replica do something. Raises `OperatorError` where it does not answer in time."""
+        """Send an order to another replica and return its report. Raises `OperatorError` without an answer in time."""
         body = msgspec.json.encode(order)
         head = f"POST {PATH} HTTP/1.1\r\nHost: replica\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         pair = None
@@ -144,7 +147,7 @@ class Operators:
             raise OperatorError(503, f"the replica {member.name} does not answer") from None
 
     async def _ask_all(self, order: Order) -> dict[str, Report]:
-        """Ask all other replicas; those that do not answer are left out."""
+        """Send an order to all other replicas. Return the reports of those that answered, by process."""
         found: dict[str, Report] = {}
 
         async def ask(member: Member) -> None:
@@ -171,7 +174,10 @@ class Operators:
         return next((report.session for report in reports if report.session is not None), None)
 
     async def _ask_each(self, order: Order) -> list[Report]:
-        """Ask all other replicas for something that one of them can do. Raises `OperatorError` where that fails."""
+        """Send an order to all other replicas, one after another, and return their reports.
+
+        Raises `OperatorError` if one does not answer or reports an error.
+        """
         reports = [await self._ask(member, order) for member in list(self._others())]
         for report in reports:
             if report.error:
@@ -181,15 +187,15 @@ class Operators:
     # --- passthrough.websocket_proxy.MigrationListener ----------------------------------------------------------------
 
     def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
-        """Tell the owner that an agent has sent a `register` to the controller by itself."""
+        """Notify the owner that an agent has sent a `register` to the controller itself."""
         self._migration(Migration("registers", token, payload, anew=anew))
 
     def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
-        """Tell the owner that the controller has accepted that `register`."""
+        """Notify the owner that the controller has accepted such a `register`."""
         self._migration(Migration("registered", token, payload, cluster_id))
 
     def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
-        """Tell the owner that the connection of an agent that had registered is gone."""
+        """Notify the owner that the connection of an agent that had registered was closed."""
         self._migration(Migration("closed", token, payload))
 
     def _migration(self, migration: Migration) -> None:
@@ -206,15 +212,15 @@ class Operators:
     # --- asking all ---------------------------------------------------------------------------------------------------
 
     def drain(self, timeout_s: float) -> None:
-        """Have all other replicas drain, or move the deadline."""
+        """Start a drain at all other replicas, or change its deadline."""
         self._tell_all(Order("drain", timeout_s=timeout_s))
 
     def resume(self) -> None:
-        """Have all other replicas take commands again."""
+        """End the drain at all other replicas."""
         self._tell_all(Order("resume"))
 
     def drains(self) -> list[Drain]:
-        """Return how far other replicas' drains are, as they said last."""
+        """Return the progress of other replicas' drains according to their latest reports."""
         return list(self._drains.values())
 
     def _tell_all(self, order: Order) -> None:
@@ -227,7 +233,7 @@ class Operators:
         self._drains = {process: report.drain for process, report in reports.items() if report.drain is not None}
 
     async def run(self) -> None:
-        """Ask how far the others' drains are while there are any, until cancelled."""
+        """Poll the progress of other replicas during a drain, until cancelled."""
         while True:
             await asyncio.sleep(PROGRESS_S)
             if self._here.draining or self._drains:

@@ -1,7 +1,8 @@
 """Connections to other replicas' internal listeners: one request at a time on each, and notes about its reply.
 
-A connection serves one request after another of whichever agents. While a reply with commands on it has no evidence
-yet, it is paired with the agent's connection that carries the reply, and nothing else is sent on it but notes.
+A connection carries requests of different agents, one after another. A reply with commands pairs the connection with
+the agent's connection that carries the reply. Until there is evidence of delivery, only notes are sent on a paired
+connection: the owner identifies the reply by the connection on which a note arrives.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ P = TypeVar("P", bound=asyncio.Protocol)
 
 
 class PairLost(Exception):
-    """The connection to the owner failed. `sent`: it may have carried the request out."""
+    """The connection to the owner failed. `sent` is true if the owner may have carried out the request."""
 
     def __init__(self, *, sent: bool) -> None:
         super().__init__("the connection to the owner was lost")
@@ -39,7 +40,7 @@ class PairLost(Exception):
 
 
 class Pair(asyncio.Protocol):
-    """One connection to an owner. `process` is its member's."""
+    """One connection to an owner, whose member name is `process`."""
 
     def __init__(self, pairs: Pairs, process: str) -> None:
         self._pairs = pairs
@@ -69,7 +70,7 @@ class Pair(asyncio.Protocol):
             return
         reader = self._reader
         if reader is None:
-            self.abort()  # nothing was asked
+            self.abort()  # no request is open, so data is a protocol error
             return
         try:
             pieces = reader.feed(data)
@@ -109,18 +110,18 @@ class Pair(asyncio.Protocol):
     # --- one request ---
 
     def write(self, data: bytes) -> None:
-        """Send bytes; what cannot be sent is reported as a loss."""
+        """Send bytes. On a lost connection they are dropped; `connection_lost` has reported the loss."""
         if self._transport is not None and not self.lost:
             self._transport.write(data)
 
     def tell(self, kind: Note) -> None:
-        """Tell the owner what became of its reply."""
+        """Send a note to the owner about the delivery of its reply."""
         self.write(note(kind))
 
     def ask(self, request: bytes, done: Done) -> None:
-        """Send a whole request whose reply is small; `done` gets the reply's bytes, `None` if the connection is lost.
+        """Send a whole request with a small reply. `done` gets the reply's bytes, or `None` if the connection is lost.
 
-        Nothing else may be sent until then.
+        The caller must send nothing else until `done` is called.
         """
         self._done, self._whole = done, b""
         self.write(request)
@@ -135,14 +136,14 @@ class Pair(asyncio.Protocol):
             done(whole)
 
     def forget(self) -> None:
-        """End the wait of `ask` without an answer: whatever comes is not wanted, and the connection ends."""
+        """Cancel an `ask` without calling its `done`, and drop the connection."""
         self._done = None
         self.abort()
 
     async def exchange(self, head: bytes, body: bytes | AsyncIterator[bytes], *, head_only: bool) -> ReplyHead:
         """Send a request and return the head of its reply.
 
-        Raises `PairLost`, and the `AgentError` that reading a body in pieces ends with.
+        Raises `PairLost`, and the `AgentError` that reading `body` in pieces raised.
         """
         self._reader, self._pieces, self._held = ReplyReader(head_only=head_only), [], 0
         if isinstance(body, bytes):
@@ -173,7 +174,7 @@ class Pair(asyncio.Protocol):
             self.write(b"0\r\n\r\n")
 
     async def _head(self) -> ReplyHead | None:
-        """Wait for the head of the reply; `None` if the connection is lost, or the body cannot be sent to its end."""
+        """Wait for the head of the reply. Return `None` if the connection is lost or sending the body fails."""
         while self._reader is not None and self._reader.head is None and not self.lost and self._fault is None:
             await self._change()
         return None if self._reader is None else self._reader.head
@@ -183,7 +184,7 @@ class Pair(asyncio.Protocol):
         await self._waiter
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """Yield the body of the reply. Raises `ConnectionError` where it breaks off."""
+        """Yield the body of the reply. Raises `ConnectionError` if the connection is lost before its end."""
         reader = self._reader
         while reader is not None:
             pieces, self._pieces, self._held = self._pieces, [], 0
@@ -201,16 +202,16 @@ class Pair(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """Whether another request may follow."""
+        """True if the connection can carry another request."""
         reader = self._reader
         return not self.lost and not self._early and (reader is None or (reader.done and not reader.until_close))
 
     def reset(self) -> None:
-        """Forget the last reply."""
+        """Discard the last reply."""
         self._reader, self._pieces = None, []
 
     def close(self) -> None:
-        """Close with what was told before."""
+        """Close the connection after sending what is buffered, notes included."""
         if self._transport is not None:
             self._transport.close()
 
@@ -221,9 +222,9 @@ class Pair(asyncio.Protocol):
 
 
 class Lane(asyncio.Protocol):
-    """One connection to an owner for heartbeats alone, of all agents, pipelined: what comes together goes together.
+    """One pipelined connection to an owner for the heartbeats of all agents. Simultaneous requests share one write.
 
-    A heartbeat's reply carries nothing: no evidence is owed for it, no connection need be paired with its agent's.
+    A heartbeat's reply carries no commands. It needs no evidence of delivery, so agents can share the connection.
     """
 
     def __init__(self, pairs: Pairs, process: str) -> None:
@@ -237,7 +238,7 @@ class Lane(asyncio.Protocol):
         self._buffer = b""
 
     def __len__(self) -> int:
-        """How many requests have no reply yet."""
+        """Return the number of requests without a reply yet."""
         return len(self._waiting)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -251,7 +252,7 @@ class Lane(asyncio.Protocol):
             done(None)
 
     def send(self, request: bytes, done: Done) -> None:
-        """Send a whole request; `done` gets the bytes of its reply, `None` if the connection is lost."""
+        """Send a whole request. `done` gets the bytes of its reply, or `None` if the connection is lost."""
         self._waiting.append(done)
         self._requests.append(request)
         if len(self._requests) == 1:
@@ -280,7 +281,7 @@ class Lane(asyncio.Protocol):
 
 
 def _end_of_reply(data: bytes, start: int) -> int:
-    """Return where a small reply ends that begins at `start`, 0 if it is not whole."""
+    """Return the end of the small reply that begins at `start`, or 0 if it is incomplete."""
     end = data.find(b"\r\n\r\n", start) + 4
     if end < 4:
         return 0
@@ -290,28 +291,29 @@ def _end_of_reply(data: bytes, start: int) -> int:
 
 
 class Pairs:
-    """All connections to other replicas. `secret` proves to them that we are a member; it is set before the first."""
+    """All connections to other replicas. `secret` proves our membership; set it before the first connection."""
 
     def __init__(self, kind: str = "") -> None:
-        """`kind` is `OPERATOR` for connections that carry a person's orders and no agent's request."""
+        """Make an empty pool. `kind` is `OPERATOR` for connections that carry admin orders, not agents' requests."""
         self.secret = ""
         self._kind = kind
         self._lanes: dict[str, Lane] = {}
         self._opening: set[str] = set()
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._context.minimum_version = ssl.TLSVersion.TLSv1_3
-        # The certificate is nobody's but the member's: its fingerprint in the database is what is checked.
+        # Members have self-signed certificates. `_connect` compares the fingerprint with the member's row in the
+        # database instead.
         self._context.check_hostname = False
         self._context.verify_mode = ssl.CERT_NONE
         self._idle: defaultdict[str, list[Pair]] = defaultdict(list)
         self._all: defaultdict[str, set[Pair]] = defaultdict(set)
 
     def __len__(self) -> int:
-        """How many are open."""
+        """Return the number of open connections, without those for heartbeats."""
         return sum(map(len, self._all.values()))
 
     def idle(self, process: str) -> Pair | None:
-        """Return a connection to this replica that is not in use, if there is one."""
+        """Return an unused connection to this replica, if there is one."""
         waiting = self._idle.get(process)
         return waiting.pop() if waiting else None
 
@@ -325,7 +327,7 @@ class Pairs:
         return pair
 
     async def _connect(self, member: Member, make: Callable[[], P], kind: str) -> P:
-        """Connect to a member's internal listener and prove to be one. Raises `PairLost` (`sent` is false)."""
+        """Connect to a member's internal listener and authenticate. Raises `PairLost` (`sent` is false)."""
         host, _, port = member.address.rpartition(":")
         try:
             async with asyncio.timeout(CONNECT_S):
@@ -343,12 +345,12 @@ class Pairs:
         return protocol
 
     def lane(self, process: str) -> Lane | None:
-        """Return the connection for heartbeats to this replica, if there is one that keeps up."""
+        """Return the connection for heartbeats to this replica, unless too many requests wait on it."""
         lane = self._lanes.get(process)
         return lane if lane is not None and not lane.lost and len(lane) < MAX_WAITING else None
 
     async def open_lane(self, member: Member) -> None:
-        """Connect for heartbeats, unless there is a connection or somebody is about to make it."""
+        """Open a connection for heartbeats, unless one is open or being opened."""
         if member.process in self._lanes or member.process in self._opening:
             return
         self._opening.add(member.process)
@@ -367,7 +369,7 @@ class Pairs:
             del self._lanes[lane.process]
 
     def release(self, pair: Pair) -> None:
-        """Let a connection be used again; one that cannot be is closed."""
+        """Return a connection to the pool, or close it if it cannot be used again."""
         waiting = self._idle[pair.process]
         if pair.reusable and len(waiting) < MAX_IDLE:
             pair.reset()
@@ -386,7 +388,7 @@ class Pairs:
             del self._all[pair.process], self._idle[pair.process]
 
     def sweep(self, living: frozenset[str], now: float) -> None:
-        """Drop the connections to replicas that do not live any more, and those that nobody has used for long."""
+        """Drop connections to replicas that are gone, and close those unused for `IDLE_S`."""
         for process in list(self._all):
             if process not in living:
                 for pair in list(self._all[process]):

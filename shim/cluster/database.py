@@ -1,7 +1,8 @@
-"""A replica's rows in PostgreSQL: what all replicas agree on, who lives, and who has which shard.
+"""Cluster tables in PostgreSQL: the agreement of all replicas, the members, and the owners of shards.
 
-A member's row is the lease of all its shards. It is renewed until it is deleted, by its owner or by whoever finds that
-it has run out; a deleted row cannot be renewed. So deleting is the compare-and-set that ends a replica's right.
+A member's row is the lease of all its shards. The member renews the row until it deletes it, or until another replica
+deletes it after it has expired. A deleted row cannot be renewed, so the deletion is the atomic step that ends the
+member's right to its shards.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _JOIN = (
     "INSERT INTO members (process, name, address, fingerprint, lease_s, until, server)"
     " SELECT %(process)s, %(name)s, %(address)s, %(fingerprint)s, %(lease_s)s,"
     " clock_timestamp() + make_interval(secs => %(lease_s)s), pg_postmaster_start_time()"
-    # waits for whoever is changing what is agreed on, and then looks again
+    # FOR SHARE waits for a replica that is changing `agreed`, then checks the new value
     " FROM (SELECT FROM cluster WHERE agreed = %(agreed)s FOR SHARE) same"
     " RETURNING pg_notify('agent_shim', '')"
 )
@@ -50,13 +51,13 @@ _RENEW = (
     "UPDATE members SET until = clock_timestamp() + make_interval(secs => lease_s),"
     " server = pg_postmaster_start_time(), leaving = %s WHERE process = %s"
 )
-# After a failover another server's clock judges a row that the former server dated: it waits one lease longer.
+# After a failover, `until` was set by another server's clock, which may differ: wait one more lease before evicting.
 _EVICT = (
     "DELETE FROM members WHERE clock_timestamp() > until + make_interval(secs =>"
     " CASE WHEN server = pg_postmaster_start_time() THEN 0 ELSE lease_s END)"
     " RETURNING process, pg_notify('agent_shim', '')"
 )
-# A replica that was paused may hold the lock on a lease's row: its transaction ends with its backend.
+# A paused replica may still hold the lock on a lease's row. Terminating its backend ends the transaction.
 _TERMINATE = (
     "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
     " WHERE usename = current_user AND EXISTS"
@@ -78,7 +79,7 @@ _LEAVE = "DELETE FROM members WHERE process = %s RETURNING pg_notify('agent_shim
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What all replicas share: the number of shards, the key for owner ids, and the secret between members."""
+    """Values that all replicas share: the number of shards, the key for owner ids, and the members' secret."""
 
     shards: int
     owner_key: bytes = field(repr=False)
@@ -86,7 +87,7 @@ class Agreement:
 
 
 class Line:
-    """One connection to the database, made when it is needed and again when it was lost; one task uses it at a time."""
+    """One connection to the database, opened on demand and again after a loss. One task uses it at a time."""
 
     def __init__(self, conninfo: Callable[[], str]) -> None:
         self._conninfo = conninfo
@@ -95,10 +96,10 @@ class Line:
 
     @asynccontextmanager
     async def use(self, limit_s: float) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        """Yield the connection in autocommit mode. Raises `StoreError` when the database fails or takes longer.
+        """Yield the connection in autocommit mode. Raises `StoreError` if the database fails or exceeds the limit.
 
-        A statement is not cancelled at the limit, because a server that hangs would not answer that either: the
-        connection is cut.
+        At the limit the connection is shut down. Cancelling the statement would not help, because a server that hangs
+        does not answer a cancellation either.
         """
         async with self._lock:
             connection = await self._open(limit_s)
@@ -128,7 +129,7 @@ class Line:
         return self._connection
 
     async def close(self) -> None:
-        """Close the connection; the next use makes another."""
+        """Close the connection. The next use opens another."""
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(psycopg.Error):
@@ -141,18 +142,18 @@ def _cut(connection: psycopg.AsyncConnection[Any]) -> None:
 
 
 class Database:
-    """The statements. All raise `StoreError`."""
+    """Operations on the cluster tables. All raise `StoreError`."""
 
     def __init__(self, conninfo: Callable[[], str]) -> None:
-        """`conninfo` gives the connection string with the application name of the membership of the moment."""
+        """Prepare the connections. `conninfo` returns the connection string for the current membership."""
         self._renewals = Line(conninfo)
         self._work = Line(conninfo)
         self._hints = Line(conninfo)
 
     async def agree(self, settings: dict[str, Any], limit_s: float) -> Agreement:
-        """Return what all replicas share. The first replica decides what their settings are, until none lives any more.
+        """Return the agreement. While no replica lives, the first one to start sets the common settings.
 
-        Raises `ConfigError` where living replicas have other settings; then nothing was changed.
+        Raises `ConfigError` if living replicas have other settings; nothing is changed then.
         """
         mine = _encode(settings)
         async with self._renewals.use(limit_s) as connection, connection.transaction():
@@ -169,19 +170,19 @@ class Database:
         return Agreement(shards, bytes(owner_key), secret)
 
     async def join(self, me: Member, lease_s: float, settings: dict[str, Any], limit_s: float) -> bool:
-        """Become a member; false if other settings were agreed on meanwhile."""
+        """Become a member. Return false if the agreed settings have changed since `agree`."""
         row = {"process": me.process, "name": me.name, "address": me.address, "fingerprint": me.fingerprint}
         async with self._renewals.use(limit_s) as connection:
             joined = await connection.execute(_JOIN, row | {"lease_s": lease_s, "agreed": _encode(settings)})
         return joined.rowcount == 1
 
     async def renew(self, process: str, limit_s: float, *, leaving: bool) -> bool:
-        """Renew a member's row; false if it was deleted, and every right with it."""
+        """Renew a member's row. Return false if it was deleted, which ended the right to all its shards."""
         async with self._renewals.use(limit_s) as connection:
             return (await connection.execute(_RENEW, (leaving, process))).rowcount == 1
 
     async def look(self, limit_s: float) -> View:
-        """Delete the rows that have run out, end what their replicas have open here, and read all that is left."""
+        """Evict expired members, terminate their database connections, and return the remaining members and leases."""
         async with self._work.use(limit_s) as connection:
             evicted = [row[0] for row in await (await connection.execute(_EVICT)).fetchall()]
             if evicted:
@@ -196,24 +197,24 @@ class Database:
         )
 
     async def take(self, shard: int, me: str, limit_s: float) -> int | None:
-        """Take a shard that no living replica has; returns its fencing token, or `None` if somebody was faster."""
+        """Take a shard that no member holds. Return its fencing token, or `None` if another replica has taken it."""
         async with self._work.use(limit_s) as connection, connection.transaction():
             await connection.execute(f"SET LOCAL lock_timeout = {int(LOCK_S * 1000)}")
             rows = await (await connection.execute(_TAKE, {"shard": shard, "me": me})).fetchall()
         return rows[0][0] if rows else None
 
     async def give(self, shards: Sequence[int], me: str, limit_s: float) -> None:
-        """Let others have these shards."""
+        """Release shards, so that other replicas can take them."""
         async with self._work.use(limit_s) as connection:
             await connection.execute(_GIVE, (list(shards), me))
 
     async def leave(self, me: str, limit_s: float) -> None:
-        """Stop being a member: every shard that is left is free at once."""
+        """Delete the member's row, which also frees its remaining shards."""
         async with self._work.use(limit_s) as connection:
             await connection.execute(_LEAVE, (me,))
 
     async def hints(self, limit_s: float) -> AsyncIterator[None]:
-        """Yield whenever a replica says that something has changed, until the connection fails."""
+        """Yield at each change that a replica notifies, until the connection fails."""
         async with self._hints.use(limit_s) as connection:
             await connection.execute("LISTEN agent_shim")
         connection = await self._hints._open(limit_s)  # noqa: SLF001 - without the limit of `use`
@@ -236,7 +237,7 @@ def _encode(settings: dict[str, Any]) -> str:
 
 
 def _differences(mine: dict[str, Any], agreed: str) -> list[Fault]:
-    """Name every key whose value differs from that of the replicas that live."""
+    """Return a fault for each key whose value differs from that of the living replicas."""
     theirs: dict[str, Any] = msgspec.json.decode(agreed)
     keys = sorted({*mine, *theirs})
     return [

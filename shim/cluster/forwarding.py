@@ -1,4 +1,4 @@
-"""Requests on their way to the replica that owns the caller's shard, and what the agents get while nobody owns it."""
+"""Forwarding of requests to the owner of the caller's shard, and the replies while no replica owns it."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ TICK_S = 0.1
 STOOD_STILL_S = 0.3
 _HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", LEASE_HEADER.lower(), CLOCK_HEADER.lower()})
 _NOT_SENT = _HOP_BY_HOP | {"content-length", "expect", "proxy-connection", "te", "trailer", "upgrade"}
-# Carried out twice they change nothing: they may be sent again when their answer was lost.
+# Idempotent operations, which may be repeated if their answer was lost.
 _REPEATABLE = frozenset({"register", "heartbeat", "status", "poll", "result", "tunnel_poll", "tunnel_info", "health"})
 
 
 class Directory(Protocol):
-    """Who owns what, as this replica knows it."""
+    """Interface to this replica's view of the owners of shards."""
 
     def place(self, token: str) -> int | None:
         """Return the shard of a caller, `None` without a token where one is needed."""
 
     def serves(self, shard: int) -> bool:
-        """Return whether the shard is ours and can be served now."""
+        """Return whether this replica owns the shard and can serve it now."""
 
     def owner(self, shard: int) -> Member | None:
-        """Return the living replica that owns a shard, also when it is this one."""
+        """Return the living replica that owns a shard, which may be this one."""
 
     def is_me(self, member: Member) -> bool:
-        """Return whether this is our own row."""
+        """Return whether `member` is this replica."""
 
     def outdated(self) -> None:
-        """Read the leases anew: a replica did not own what it was said to own."""
+        """Request a new read of the leases, because the view named a wrong owner."""
 
     def living(self) -> frozenset[str]:
         """Return the processes of all replicas that live."""
 
     async def change(self, at_most_s: float) -> None:
-        """Wait until something has changed, or so long."""
+        """Wait for a change of the view, at most the given time."""
 
     @property
     def stopping(self) -> bool:
@@ -72,14 +72,14 @@ class Directory(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RemoteLease:
-    """A `ports.Lease` that the owner knows by the connection that carried its reply."""
+    """A `ports.Lease` of another replica, which identifies it by the connection that carried its reply."""
 
     pair: Pair
     connection: int
 
 
 class _Asked:
-    """A heartbeat that the owner is answering. `long_way` is called when it cannot do so at once."""
+    """A forwarded heartbeat. `long_way` is called if the owner cannot answer it immediately."""
 
     __slots__ = ("_done", "_long_way", "due")
 
@@ -95,7 +95,7 @@ class _Asked:
             self._long_way(self)
             return
         done, self._done = self._done, None
-        # an owner that has just lost the shard is no owner: 421
+        # 421 means that the replica has lost the shard, so it counts as no answer
         done(reply if reply is not None and not reply.startswith(b"HTTP/1.1 421") else None)
 
     @property
@@ -103,12 +103,12 @@ class _Asked:
         return self._done is None
 
     def forget(self) -> None:
-        """Want no answer any more."""
+        """Ignore a later answer."""
         self._done = None
 
 
 class ReplicaForwarder:
-    """Implements `ports.Forwarder`, and takes the evidence for replies that owners elsewhere have made."""
+    """Implements `ports.Forwarder`, and passes evidence of delivery to the replicas that made the replies."""
 
     def __init__(
         self,
@@ -134,18 +134,18 @@ class ReplicaForwarder:
     # --- ports.Forwarder ---
 
     def elsewhere(self, token: str) -> bool:
-        """Return whether calls with this token cannot be carried out here now."""
+        """Return whether this replica cannot carry out calls with this token now."""
         shard = self._directory.place(token)
         return shard is not None and not self._directory.serves(shard)
 
     def owner_of(self, token: str) -> Member | None:
-        """Return another replica that owns the shard of a token."""
+        """Return the replica that owns the shard of a token, `None` if that is this one or none."""
         shard = self._directory.place(token)
         owner = None if shard is None else self._directory.owner(shard)
         return None if owner is None or self._directory.is_me(owner) else owner
 
     def try_call_sync(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
-        """Send a heartbeat on, if there is a connection for them to its owner."""
+        """Forward a heartbeat if a connection for heartbeats to the owner is open. Return `None` otherwise."""
         owner = self.owner_of(token)
         lane = None if owner is None or self._directory.stopping else self._pairs.lane(owner.process)
         if owner is None or lane is None:
@@ -169,9 +169,13 @@ class ReplicaForwarder:
             pair.ask(request, asked.answered)
 
     async def forward(self, request: ProxyRequest, operation: str) -> ProxyResponse | None:
-        """Send a request on, to one owner after another until one answers or patience ends."""
+        """Forward a request to the owner. Try again, also at a new owner, until one answers or the time is over.
+
+        Returns `None` if the request is to be answered here. Raises `AgentError` if an owner may have carried out a
+        request that must not be repeated.
+        """
         if request.method == METHOD:
-            raise AgentError(405, "method not allowed")  # on a pair it would be a note of ours
+            raise AgentError(405, "method not allowed")  # notes between replicas use this method
         now_s = self._clock.monotonic_s
         arrived_s = self._arrival(request.arrived_s)
         token = request.client.token
@@ -197,7 +201,7 @@ class ReplicaForwarder:
             await self._directory.change(min(left_s, AGAIN_S))
 
     def without_owner(self, call: AgentCall) -> Outcome:
-        """Return what an agent is answered while nobody owns its shard: never that something is stored."""
+        """Return the answer to a call while no replica owns its shard. It never confirms that data is stored."""
         settings = self._settings()
         if isinstance(call, PollCall):
             return Commands((), settings.poll.frequency_s)
@@ -208,15 +212,15 @@ class ReplicaForwarder:
     # --- one request ---
 
     def _arrival(self, arrived_s: float) -> float:
-        """Return a moment before which a request did not arrive.
+        """Return a lower bound for the arrival of a request.
 
-        After this process stood still, what it reads may have waited in its kernel since then.
+        After a pause of this process, a request may have waited in the kernel since the last tick before the pause.
         """
         stood_still = self._clock.monotonic_s() - self._ticked_at > STOOD_STILL_S
         return min(arrived_s, self._ticked_at) if stood_still else arrived_s
 
     async def _ask(self, owner: Member, request: ProxyRequest, arrived_s: float, operation: str) -> ProxyResponse:
-        """Have an owner carry a request out. Raises `PairLost`."""
+        """Send a request to an owner and return its reply. Raises `PairLost`."""
         if operation == "heartbeat":
             await self._pairs.open_lane(owner)
         pair = await self._pairs.acquire(owner)
@@ -233,7 +237,7 @@ class ReplicaForwarder:
             raise PairLost(sent=True) from None
         finally:
             if not answered:
-                # Whatever the owner has made of it by now, the agent has not seen it.
+                # The agent has not seen a reply, so the owner may offer its commands again at once.
                 pair.tell(Note.UNWRITTEN)
                 pair.close()
         self._answered.value += 1
@@ -269,7 +273,7 @@ class ReplicaForwarder:
             async for piece in pair.pieces():
                 yield piece
         finally:
-            self._pairs.release(pair)  # closed unless it was read to its end
+            self._pairs.release(pair)  # closes the connection unless the reply was read to its end
 
     def _hear(self, pair: Pair, head: ReplyHead) -> None:
         clock = head.header(CLOCK_HEADER.lower())
@@ -279,21 +283,21 @@ class ReplicaForwarder:
     # --- what became of replies ---
 
     def written(self, lease: RemoteLease) -> None:
-        """Tell that a reply was handed to the kernel, and remember who is to hear how its connection goes on."""
+        """Notify the owner that its reply was handed to the kernel, and remember to notify it of later evidence."""
         lease.pair.tell(Note.WRITTEN)
         self._carried[lease.connection].add(lease.pair)
 
     def unwritten(self, lease: RemoteLease) -> None:
-        """Tell that a reply was not."""
+        """Notify the owner that its reply was not written."""
         lease.pair.tell(Note.UNWRITTEN)
         self._pairs.release(lease.pair)
 
     def next_request(self, connection: int) -> None:
-        """Tell that the agent went on with a connection."""
+        """Notify owners that the agent sent another request on a connection, evidence that it read their replies."""
         self._end(connection, Note.NEXT)
 
     def connection_closed(self, connection: int, clean: bool) -> None:
-        """Tell that a connection is gone."""
+        """Notify owners that a connection was closed."""
         self._end(connection, Note.CLOSED_CLEANLY if clean else Note.CLOSED)
 
     def _end(self, connection: int, kind: Note) -> None:
@@ -304,7 +308,7 @@ class ReplicaForwarder:
     # --- looking after it ---
 
     async def run(self) -> None:
-        """Look for connections and answers that are overdue, until cancelled."""
+        """Close unused connections and end overdue heartbeats, until cancelled."""
         swept_at = 0.0
         while True:
             await asyncio.sleep(TICK_S)
@@ -327,7 +331,7 @@ class ReplicaForwarder:
 
 
 def _head(request: ProxyRequest) -> bytes:
-    """Return the head of a request as it goes to the owner: what concerns the agent's own connection stays here."""
+    """Return the head of a request for the owner, without the headers that concern the agent's connection."""
     lines = [f"{request.method} {request.target} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in request.headers if name.lower() not in _NOT_SENT]
     if not isinstance(request.body, bytes):

@@ -1,4 +1,4 @@
-"""A replica's certificate, made at its start: others know it by the fingerprint in its member's row."""
+"""Certificate of a replica, made at start-up. Others verify it by the fingerprint in the member's row."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108 - a file that only we may read, for the
 
 
 def fingerprint_of(certificate: bytes) -> str:
-    """Return what identifies a certificate (DER)."""
+    """Return the fingerprint of a certificate (DER)."""
     return hashlib.sha256(certificate).hexdigest()
 
 
 def make_identity(wall_s: float) -> tuple[ssl.SSLContext, str]:
-    """Make a key and a certificate that is valid now; returns a server's TLS context with them and its fingerprint."""
+    """Make a key and a certificate. Return a server's TLS context that uses them, and the fingerprint."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "agent-shim replica")])
     now = datetime.fromtimestamp(wall_s, UTC)
@@ -47,7 +47,7 @@ def make_identity(wall_s: float) -> tuple[ssl.SSLContext, str]:
 
 
 def _load(context: ssl.SSLContext, pem: bytes) -> None:
-    """Load a certificate with its key: `ssl` takes files only, and the root file system may be read-only."""
+    """Load a certificate with its key by a temporary file: `ssl` needs one. Shared memory works on a read-only root."""
     folder = SHARED_MEMORY if Path(SHARED_MEMORY).is_dir() else None
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(pem)

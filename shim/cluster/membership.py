@@ -1,4 +1,4 @@
-"""This replica's membership: its row, renewed in time, what it sees of the others, and the end of its right."""
+"""Membership of this replica: renewal of its row, its view of the others, and the loss of its lease."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ LOOK_S = 0.5
 RETRY_S = 0.3
 LIMIT_S = 2.0
 HINT_PAUSE_S = 0.02
-"""Changes come in groups: a moment later one look sees them all."""
+"""Pause before reading the rows after a hint: changes come in groups, and one read covers all of them."""
 
 
 class Membership:
-    """The row of this replica and the view of all. `ended` is called with the reason when every right is over."""
+    """Row of this replica and its view of all. `ended` is called with a reason when the lease has ended."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Membership:
         timers: Timers,
         ended: Callable[[str], None],
     ) -> None:
-        """`settings` are those in which all replicas must agree, by their keys."""
+        """Prepare a membership. `settings` are those that all replicas must have in common, by key."""
         self._settings = settings
         self.me = me
         self.view = View()
@@ -54,11 +54,11 @@ class Membership:
         self._told = ""
 
     async def agree(self) -> Agreement:
-        """Return what all replicas share. Raises `StoreError`, and `ConfigError` where others have other settings."""
+        """Return the agreement. Raises `StoreError`, and `ConfigError` if living replicas have other settings."""
         return await self._database.agree(self._settings, LIMIT_S)
 
     async def join(self) -> None:
-        """Become a member. Raises `StoreError`, and `ConfigError` where others have other settings."""
+        """Become a member. Raises `StoreError`, and `ConfigError` if living replicas have other settings."""
         sent_at = self._clock.monotonic_s()
         while not await self._database.join(self.me, self._policy.lease_s, self._settings, LIMIT_S):
             await self._database.agree(self._settings, LIMIT_S)
@@ -66,7 +66,7 @@ class Membership:
         self._stored(sent_at)
 
     def works(self) -> tuple[tuple[str, Coroutine[Any, Any, None]], ...]:
-        """Return what has to run while this replica is a member, by name."""
+        """Return the background tasks of a member, with their names."""
         return (
             ("renewals", self._renew_forever()),
             ("leases", self._look_forever()),
@@ -74,7 +74,7 @@ class Membership:
         )
 
     def valid(self) -> bool:
-        """Return whether this replica's right to its shards holds, by its own clock."""
+        """Return whether this replica's lease is valid by its own clock."""
         return self.term is not None and self.term.valid(self._clock.monotonic_s())
 
     # --- renewing -----------------------------------------------------------------------------------------------------
@@ -85,14 +85,14 @@ class Membership:
             await asyncio.sleep(self._policy.renew_s if done else RETRY_S)
 
     async def renew(self) -> bool:
-        """Renew the row now; false if the database did not answer."""
+        """Renew the row now. Return false if the database did not answer."""
         sent_at = self._clock.monotonic_s()
         limit_s = min(LIMIT_S, self._policy.renew_s)
         try:
             if not await self._database.renew(self.me.process, limit_s, leaving=self.leaving):
-                self._lose("taken")  # others found that it had run out
+                self._lose("taken")  # another replica deleted the expired row
                 if self.leaving:
-                    return True  # it is gone because we have left
+                    return True  # the row may be gone because `leave` deleted it
                 self.me = replace(self.me, process=new_process())
                 await self.join()
                 return True
@@ -112,7 +112,7 @@ class Membership:
         self._arm()
 
     def _arm(self) -> None:
-        """Schedule the end of the term; a renewal meanwhile moves it."""
+        """Schedule a check at the end of the term. If the term was renewed by then, schedule the next check."""
         if self.term is None:
             return
         now = self._clock.monotonic_s()
@@ -165,16 +165,16 @@ class Membership:
             await asyncio.sleep(RETRY_S)
 
     def look_soon(self) -> None:
-        """Read the rows anew without waiting for the next turn."""
+        """Request a new read of the rows without waiting for the next interval."""
         self._hint.set()
 
     def ring(self) -> None:
-        """Wake everybody who waits for a change."""
+        """Wake all tasks that wait in `change`."""
         self._bell.set()
         self._bell = asyncio.Event()
 
     async def change(self, at_most_s: float) -> None:
-        """Wait for a change, or so long."""
+        """Wait for a change, at most the given time in seconds."""
         bell = self._bell
         try:
             async with asyncio.timeout(max(0.0, at_most_s)):
@@ -185,7 +185,7 @@ class Membership:
     # --- shards -------------------------------------------------------------------------------------------------------
 
     async def take(self, shard: int) -> int | None:
-        """Take a shard; returns its fencing token, `None` if another has it. Raises `StoreError`."""
+        """Take a shard. Return its fencing token, or `None` if another replica has it. Raises `StoreError`."""
         fence = await self._database.take(shard, self.me.process, LIMIT_S)
         if fence is not None:
             self.view.leases[shard] = (self.me.process, fence)
@@ -193,7 +193,7 @@ class Membership:
         return fence
 
     async def give(self, shards: list[int]) -> None:
-        """Let others have shards. Raises `StoreError`; then their leases run out by themselves."""
+        """Release shards. Raises `StoreError`; their leases end with the membership then."""
         await self._database.give(shards, self.me.process, LIMIT_S)
         for shard in shards:
             self.view.leases[shard] = ("", self.view.leases.get(shard, ("", 0))[1])
@@ -206,5 +206,5 @@ class Membership:
 
 
 def new_process() -> str:
-    """Return a name for a membership that was never used before."""
+    """Return a new unique name for a membership."""
     return uuid.uuid4().hex[:16]

@@ -1,4 +1,4 @@
-"""What a replica among others counts, in the registry of its process."""
+"""Metrics of a replica, in the registry of its process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REASONS = ("given", "expired", "taken", "failed")
 
 
 class ClusterMetrics:
-    """By attribute."""
+    """Metrics of shards and forwarded requests, one attribute each."""
 
     def __init__(self, metrics: Metrics) -> None:
         registry = metrics.registry

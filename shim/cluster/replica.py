@@ -99,7 +99,7 @@ class Replica:
         partition = Partition(number, fence, self.membership.me.process)
         store = open_shard(settings.store, around.post, watch, partition, self._policy.refuse_after_s)
         shard = Shard(number, fence, store, around, settings, self._owner_key, self.membership.valid)
-        # Records of the whole replica: its status shows them, whichever shard a call was for.
+        # Shared by all shards, because the status page shows them for the whole replica.
         shard.bridge.ctx.fallback = self._ctx.fallback
         shard.bridge.ctx.refused_calls = self._ctx.refused_calls
         return shard
@@ -133,7 +133,7 @@ class Replica:
     def _make_listener(self) -> ClusterListener:
         settings, around = self._settings, self._around
         cluster = settings.cluster
-        # Its connections end after the agents' that they are paired with.
+        # Close these connections after those of the agents that they are paired with.
         keepalive_s = settings.listen.keepalive_s + KEEPALIVE_S
         listen = msgspec.structs.replace(
             settings.listen, host=cluster.host, port=cluster.port, tls=TlsFiles(), keepalive_s=keepalive_s
@@ -161,7 +161,7 @@ class Replica:
         return self._places.place(token)
 
     def serves(self, shard: int) -> bool:
-        """Return whether a shard is ours and can be served now."""
+        """Return whether this replica owns a shard and can serve it now."""
         return self.shards.usable(shard) is not None
 
     def owner(self, shard: int) -> Member | None:
@@ -169,11 +169,11 @@ class Replica:
         return self.membership.view.owner(shard)
 
     def is_me(self, member: Member) -> bool:
-        """Return whether this is our own row."""
+        """Return whether `member` is this replica."""
         return member.process == self.membership.me.process
 
     def outdated(self) -> None:
-        """Read the leases anew."""
+        """Request a new read of the leases."""
         self.membership.look_soon()
 
     def living(self) -> frozenset[str]:
@@ -181,7 +181,7 @@ class Replica:
         return frozenset(self.membership.view.members)
 
     async def change(self, at_most_s: float) -> None:
-        """Wait until something has changed, or so long."""
+        """Wait for a change of the view, at most the given time."""
         await self.membership.change(at_most_s)
 
     @property
@@ -192,7 +192,7 @@ class Replica:
     # --- composition.Composition --------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Reach the database, agree with the other replicas and join them.
+        """Connect to the database, check the common settings, and become a member.
 
         Raises `StartError`, `StoreError`, `ConfigError`.
         """
@@ -209,7 +209,7 @@ class Replica:
         await self._insist(self.membership.join)
 
     async def _insist(self, step: Callable[[], Awaitable[T]]) -> T:
-        """Try a step again while the database cannot be reached. Raises `StoreError`, `ConfigError`."""
+        """Repeat a step while the database cannot be reached. Raises `StoreError`, `ConfigError`."""
         until = self._around.clock.monotonic_s() + OPEN_S
         while True:
             try:
@@ -220,7 +220,7 @@ class Replica:
                 await asyncio.sleep(RETRY_S)
 
     def start(self) -> None:
-        """Renew the membership, take shards, serve other replicas."""
+        """Start to renew the membership, to take shards and to serve other replicas."""
         works = (
             *self.membership.works(),
             ("shards", self.shards.run()),
@@ -234,13 +234,13 @@ class Replica:
         log.info("replica_started", replica=self.membership.me.name, shards=self.shards.count)
 
     def quiesce(self) -> None:
-        """Answer what waits, and take no more shards."""
+        """Answer waiting calls, and stop taking shards."""
         self.shards.stopping = self.membership.leaving = self.subject.stopping = True
         for bridge in self.shards.bridges():
             bridge.quiesce()
 
     async def stop(self) -> None:
-        """Give every shard back, so that other replicas have them at once."""
+        """Release all shards, so that other replicas can take them at once."""
         try:
             async with asyncio.timeout(STOP_S):
                 await self.shards.give_all()
@@ -250,7 +250,7 @@ class Replica:
         await self._listener.stop()
 
     async def close(self) -> None:
-        """End everything."""
+        """Close all parts of the replica."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -260,23 +260,23 @@ class Replica:
         await self._database.close()
 
     def reload(self, settings: Settings) -> None:
-        """Go on with these settings."""
+        """Apply new settings."""
         self._settings = self.subject.ctx.settings = settings
         self.shards.reload(settings)
 
     def token_changed(self) -> None:
-        """Dial with the upstream token of now."""
+        """Use the current upstream token for new connections."""
         for bridge in self.shards.bridges():
             bridge.token_changed()
 
 
 def advertised(address: str, port: int) -> str:
-    """Return where other replicas reach this one: with the port that is listened on unless another is given."""
+    """Return the address for other replicas. The port defaults to the one that is listened on."""
     return address if re.search(r":\d+\Z", address) and not address.endswith("]") else f"{address}:{port}"
 
 
 def agreed(settings: Settings) -> dict[str, Any]:
-    """Return the settings in which all replicas must agree, by their keys."""
+    """Return the settings that all replicas must have in common, by key."""
     return {
         "cluster.lease_s": settings.cluster.lease_s,
         "upstream.url": origin_of(settings.upstream.url),

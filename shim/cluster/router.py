@@ -1,4 +1,4 @@
-"""From a caller to its shard: the switchboard and the fallback of a replica, which has many bridges or none."""
+"""Routing of calls to the caller's shard: switchboard and fallback of a replica, which has many bridges or none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_TOKEN = CallResult(Failed(401, "a token is required"))
 
 
 class Places:
-    """Computes whose shard a token is, as soon as it is known what all replicas agree on."""
+    """Mapping of tokens to shards, available once the agreement of the replicas is known."""
 
     def __init__(self, own_tokens: bool) -> None:
         self._own_tokens = own_tokens
@@ -28,7 +28,7 @@ class Places:
         self._own: Callable[[str], int | None] = lambda _: None
 
     def agree(self, key: bytes, shards: int) -> None:
-        """Compute with the key for owner ids and the number of shards that all replicas have."""
+        """Set the key for owner ids and the number of shards, which all replicas share."""
         self._default = shard_of(DEFAULT_OWNER, shards)
         self._own = lru_cache(maxsize=65_536)(lambda token: shard_of(owner_id(key, token), shards))
 
@@ -41,7 +41,7 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class LocalLease:
-    """A `ports.Lease` of a bridge here, for a reply on a connection of ours."""
+    """A `ports.Lease` of a local bridge, with the connection that carries its reply."""
 
     bridge: Bridge
     lease: DeliveryReceipt
@@ -49,10 +49,10 @@ class LocalLease:
 
 
 class Router:
-    """Implements `ports.Switchboard` and `listener.Doubter`. Calls for shards that are not here get the answers that
+    """Switchboard of a replica: implements `ports.Switchboard` and `listener.Doubter`.
 
-    `ReplicaForwarder.without_owner` gives: whoever calls has tried to forward them before. `usable` returns a shard
-    that is ours and serves.
+    Callers try to forward a call first. A call for a shard that is not here gets the answer of
+    `ReplicaForwarder.without_owner`. `usable` returns a local shard that can serve calls.
     """
 
     def __init__(self, places: Places, usable: Callable[[int], Shard | None], forwarder: ReplicaForwarder) -> None:
@@ -62,21 +62,21 @@ class Router:
         self._carrying: dict[int, set[Bridge]] = {}
 
     def shard(self, token: str) -> Shard | None:
-        """Return the shard of a caller if it is ours and serves."""
+        """Return the shard of a caller if it is local and can serve calls."""
         place = self._places.place(token)
         return None if place is None else self._usable(place)
 
     # --- ports.Switchboard ---
 
     def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
-        """Carry out a call that need not wait, if its shard is here."""
+        """Carry out a call at once, or return `None` if it has to wait or its shard is not here."""
         if isinstance(call, HealthCall):
             return CallResult(Healthy())
         shard = self.shard(client.token)
         return None if shard is None else shard.bridge.try_call_sync(client, call, arrived_s)
 
     async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
-        """Carry out a call here."""
+        """Carry out a call at this replica."""
         if isinstance(call, HealthCall):
             return CallResult(Healthy())
         if self._places.place(client.token) is None:
@@ -87,7 +87,7 @@ class Router:
         return self.fenced(shard, client, await shard.bridge.call(client, call, arrived_s))
 
     def fenced(self, shard: Shard, client: Caller, answer: CallResult) -> CallResult:
-        """Return an answer, without its commands if another replica may be offering them by now."""
+        """Return an answer, without its commands if the shard was lost: another replica may be offering them."""
         if answer.lease is None:
             return answer
         if not shard.usable:
@@ -106,37 +106,37 @@ class Router:
             lease.bridge.written(lease.lease)
 
     def unwritten(self, lease: DeliveryReceipt) -> None:
-        """Note that a reply was not."""
+        """Note that a reply could not be written."""
         if isinstance(lease, RemoteLease):
             self._forwarder.unwritten(lease)
         elif isinstance(lease, LocalLease):
             lease.bridge.unwritten(lease.lease)
 
     def next_request(self, connection: int) -> None:
-        """Note that the agent went on with a connection."""
+        """Note that the agent sent another request on a connection."""
         for bridge in self._carrying.pop(connection, ()):
             bridge.next_request(connection)
         self._forwarder.next_request(connection)
 
     def connection_closed(self, connection: int, clean: bool) -> None:
-        """Note that a connection is gone."""
+        """Note that a connection was closed."""
         for bridge in self._carrying.pop(connection, ()):
             bridge.connection_closed(connection, clean)
         self._forwarder.connection_closed(connection, clean)
 
     def doubted(self, lease: DeliveryReceipt, connection: int) -> None:
-        """Treat a reply as neither read nor unread: the replica that had it told nothing."""
+        """Treat the delivery of a reply as unknown: the connection to the replica that had it ended without a note."""
         self.written(lease)
         self.lost(connection)
 
     def lost(self, connection: int) -> None:
-        """Treat what was written to this connection as neither read nor unread."""
+        """Treat the delivery of replies on this connection as unknown."""
         for bridge in self._carrying.pop(connection, ()):
             bridge.delivery.connection_lost(connection)
 
 
 class Fallbacks:
-    """Implements `composition.Detour`: each shard has its own way by the vendor's HTTP API."""
+    """Fallback of a replica: implements `composition.Detour` with the fallback of each shard."""
 
     def __init__(
         self, settings: Callable[[], Settings], clock: Clock, router: Router, shards: Callable[[], Iterable[Shard]]
@@ -150,27 +150,27 @@ class Fallbacks:
         return is_over(self._settings().sunset, self._clock.wall_s())
 
     def handles_all(self) -> bool:
-        """Return whether every call goes by HTTP: mode `http`, before the sunset."""
+        """Return whether all calls use the HTTP API: mode `http`, before the sunset."""
         return self._settings().mode == "http" and not self._sunset_over()
 
     def handles_some(self) -> bool:
-        """Return whether some calls may go by HTTP: mode `auto`, or a partial rollout, before the sunset."""
+        """Return whether some calls may use the HTTP API: mode `auto` or a partial rollout, before the sunset."""
         settings = self._settings()
         if settings.mode == "http" or not settings.fallback.url:
             return False
         return (settings.mode == "auto" or settings.rollout.partial) and not self._sunset_over()
 
     def handles(self, client: Caller, call: AgentCall) -> bool:
-        """Return whether this call goes by HTTP."""
+        """Return whether this call uses the HTTP API."""
         shard = self._router.shard(client.token)
         return shard is not None and shard.fallback.handles(client, call)
 
     def active(self) -> bool:
-        """Return whether calls go by HTTP now because of the mode, or of a link that is down."""
+        """Return whether calls use the HTTP API now, because of the mode or a link that is down."""
         return self.handles_all() or any(shard.fallback.active() for shard in self._shards())
 
     async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
-        """Serve a call by HTTP at the owner of its shard; without one it gets the answers of such a time."""
+        """Serve a call by the HTTP API if its shard is here. Return `None` otherwise."""
         shard = self._router.shard(request.client.token)
         if shard is None:
             return None
@@ -185,4 +185,4 @@ class Fallbacks:
         return ProxyResponse(served.status, served.headers, served.body, fenced.lease)
 
     async def close(self) -> None:
-        """Close nothing: each shard closes its own connections."""
+        """Do nothing: each shard closes its own connections."""

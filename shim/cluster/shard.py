@@ -1,4 +1,4 @@
-"""One shard on its owner: a bridge with a store of its own, and a fence between it and the world."""
+"""One shard at its owner: a bridge with its own store, whose upstream sockets are disabled once the lease is lost."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from shim.store.monitor import log_store_warnings
 
 
 class FencedSocket:
-    """A `ports.Socket` that sends nothing once the shard is not ours any more."""
+    """A `ports.Socket` that sends only while the lease of the shard is valid."""
 
     def __init__(self, socket: WebSocket, fence: FencedUpstream) -> None:
         self._socket = socket
         self._fence = fence
 
     def send(self, message: Message) -> None:
-        """Send a message while the shard is ours."""
+        """Send a message if the lease is valid."""
         if self._fence.open:
             self._socket.send(message)
 
     def ping(self, payload: bytes) -> None:
-        """Send a ping while the shard is ours."""
+        """Send a ping if the lease is valid."""
         if self._fence.open:
             self._socket.ping(payload)
 
     def close(self, code: int) -> None:
-        """Close, or drop the connection if the shard is not ours. Until the peer has answered it counts as open."""
+        """Start the closing handshake, or drop the connection if the lease is lost.
+
+        The socket stays in `sockets` during the handshake, so that a loss of the lease still drops it.
+        """
         if self._fence.open:
             self._socket.close(code)
         else:
@@ -49,10 +52,10 @@ class FencedSocket:
 
 
 class FencedUpstream:
-    """A `ports.UpstreamPort` that dials, and lets sockets send, only while `valid` returns true: it is asked each time.
+    """A `ports.UpstreamPort` that dials, and lets its sockets send, only while `valid` returns true.
 
-    A process that was paused longer than its lease wakes up with open sockets and timers that are due, and the first
-    thing to run may be any of them.
+    `valid` is called before each dial and each send. A timer for the end of the lease would not be enough: in a process
+    that was paused beyond its lease, another callback may run before that timer and send.
     """
 
     def __init__(self, upstream: UpstreamPort, valid: Callable[[], bool]) -> None:
@@ -62,7 +65,7 @@ class FencedUpstream:
 
     @property
     def open(self) -> bool:
-        """True while anything may be sent. Once nothing may, all sockets are dropped."""
+        """True while the lease is valid. Drops all sockets otherwise."""
         if self._valid():
             return True
         self.cut()
@@ -71,7 +74,7 @@ class FencedUpstream:
     def dial(
         self, spec: DialRequest, events: WebSocketListener, done: Callable[[WebSocket | DialFailure], None]
     ) -> None:
-        """Dial; once the shard is not ours nothing is dialled and nobody is told."""
+        """Dial if the lease is valid. Without a valid lease, `done` is never called."""
         if not self.open:
             return
 
@@ -93,9 +96,9 @@ class FencedUpstream:
 
 
 class Shard:
-    """Made when its lease was taken: `open`, then it serves, and in the end `stop` and `close`.
+    """Bridge, store and fallback of a shard, made when its lease was taken. Life cycle: `open`, `stop`, `close`.
 
-    `valid` returns whether the lease is ours now; `fence` is its fencing token, `opened` makes the store for it.
+    `valid` returns whether the lease is valid now. `fence` is its fencing token.
     """
 
     def __init__(
@@ -121,16 +124,16 @@ class Shard:
         self.fallback = FallbackPolicy(self.bridge)
 
     def valid(self) -> bool:
-        """Return whether the shard is ours."""
+        """Return whether the lease of the shard is valid."""
         return not self._ended and self._valid()
 
     @property
     def usable(self) -> bool:
-        """True while calls may be carried out here."""
+        """True while the shard can carry out calls."""
         return self._serving and self.valid()
 
     async def open(self) -> None:
-        """Open the store and begin to work, unless the lease ends meanwhile. Raises `StoreError`."""
+        """Open the store, then start the bridge if the lease is still valid. Raises `StoreError`."""
         loaded = await asyncio.to_thread(self.recent.open)
         log_store_warnings(loaded, self._metrics)
         if self.valid():
@@ -138,18 +141,18 @@ class Shard:
             self._serving = True
 
     def stop(self) -> None:
-        """Answer what waits and close the links."""
+        """Answer waiting calls and close the links."""
         self._serving = False
         self.bridge.stop()
 
     def cut(self) -> None:
-        """Send nothing more: the shard is not ours any more."""
+        """Stop at once, because the lease is lost: drop the upstream sockets first, so that nothing more is sent."""
         self._ended = True
         self._upstream.cut()
         self.stop()
 
     async def close(self) -> None:
-        """Close the store; what was submitted is stored, unless the next owner has it already. Then nothing is open."""
+        """Store the submissions, unless the next owner has fenced the store, then close it and all connections."""
         await self.fallback.close()
         await asyncio.to_thread(self.recent.close)
         self._ended = True

@@ -1,4 +1,4 @@
-"""Takes, serves and gives away the shards of this replica."""
+"""Management of this replica's shards: take, serve, release."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MakeShard = Callable[[int, int], Shard]
 
 
 class Shards:
-    """The shards here. `count` is set before it starts."""
+    """Shards of this replica. `count` must be set before `run`."""
 
     def __init__(
         self, membership: Callable[[], Membership], make: MakeShard, clock: Clock, spawn: Spawn, metrics: ClusterMetrics
@@ -53,27 +53,27 @@ class Shards:
     # --- what is here -------------------------------------------------------------------------------------------------
 
     def usable(self, number: int) -> Shard | None:
-        """Return a shard that is ours and serves."""
+        """Return a shard if it is here and can serve calls."""
         shard = self._shards.get(number)
         return shard if shard is not None and shard.usable else None
 
     def serving(self) -> list[Shard]:
-        """Return all of them."""
+        """Return all shards that can serve calls."""
         return [shard for shard in self._shards.values() if shard.usable]
 
     def bridges(self) -> list[Bridge]:
-        """Return their bridges."""
+        """Return the bridges of all shards that can serve calls."""
         return [shard.bridge for shard in self.serving()]
 
     def reload(self, settings: Settings) -> None:
-        """Go on with these settings."""
+        """Apply new settings to all shards."""
         for shard in self._shards.values():
             shard.bridge.ctx.settings = settings
 
     # --- taking and giving away ---------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Look what is to be done, at each change and from time to time, until cancelled."""
+        """Take and release shards at each change and at intervals, until cancelled."""
         while True:
             if not self.stopping:
                 self._look()
@@ -150,7 +150,7 @@ class Shards:
         self._not_before[number] = self._clock.monotonic_s() + after_s
 
     async def give(self, number: int) -> None:
-        """Let another replica have a shard: everything of ours under it is over before."""
+        """Close a shard, then release its lease. In this order, two replicas never serve it at the same time."""
         await self._close(number)
         await self._membership.give([number])
 
@@ -166,12 +166,12 @@ class Shards:
         log.info("shard_given", shard=number)
 
     def ended(self, reason: str) -> None:
-        """Send nothing more for any shard: our right to all of them is over."""
+        """Stop all shards at once, because the membership has ended."""
         for number in list(self._shards):
             self._end(number, reason)
 
     def fenced(self, number: int, fence: int) -> None:
-        """Note that the store refused us: another replica has the shard."""
+        """Stop a shard whose store reported that another replica has taken it."""
         shard = self._shards.get(number)
         if shard is not None and shard.fence == fence:
             self._end(number, "taken")
@@ -184,21 +184,21 @@ class Shards:
         shard.cut()
         self._metrics.released.labels(reason).inc()
         self._count()
-        self._begin(number, shard.close())  # one that is still being opened is closed after that
+        self._begin(number, shard.close())  # waits for a shard that is still being opened
         self._membership.ring()
 
     def _count(self) -> None:
         self._metrics.shards.set(len(self.serving()))
 
     async def give_all(self) -> None:
-        """Give everything away. Raises `StoreError`."""
+        """Close all shards. Raises `StoreError`."""
         self.stopping = True
         while self._busy:
-            await self._membership.change(LOOK_S)  # what is being opened must be open before another may have it
+            await self._membership.change(LOOK_S)  # a shard that is being opened must be open before it can be closed
         await asyncio.gather(*(self._close(number) for number in list(self._shards)))
 
     async def close(self) -> None:
-        """Leave what could not be given away."""
+        """Stop and close the shards that `give_all` has not closed."""
         for shard in list(self._shards.values()):
             shard.cut()
             await shard.close()

@@ -1,4 +1,4 @@
-"""All shards of this replica as one `admin.Subject`, and what a person may do with commands wherever they are."""
+"""Status of all shards of a replica as one `admin.Subject`, and admin actions on commands at any replica."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ Bridges = Callable[[], list[Bridge]]
 
 
 class Others(Protocol):
-    """What other replicas can be asked for."""
+    """Interface to the admin actions of other replicas."""
 
     async def find(self, command_id: str) -> list[dict[str, Any]]:
-        """Return what they know of a command."""
+        """Return other replicas' descriptions of a command."""
 
     async def act(self, action: str, command_id: str, session: str, reason: str) -> CommandRecord | None:
-        """Purge or redeliver a command where it is; `None` if nobody knows it. Raises `OperatorError`."""
+        """Purge or redeliver a command at the replica that has it; `None` if none has. Raises `OperatorError`."""
 
     async def forget(self, agent: str) -> SessionKey | None:
-        """Forget an agent where it is; `None` if nobody knows it. Raises `OperatorError`."""
+        """Forget an agent at the replica that has it; `None` if none has. Raises `OperatorError`."""
 
     def drain(self, timeout_s: float) -> None:
-        """Have them drain, or move the deadline."""
+        """Start a drain at the other replicas, or change its deadline."""
 
     def resume(self) -> None:
-        """Have them take commands again."""
+        """End the drain at the other replicas."""
 
     def drains(self) -> list[Drain]:
-        """Return how far their drains are, as they said last."""
+        """Return the progress of other replicas' drains according to their latest reports."""
 
 
 class _All:
-    """Base of the parts."""
+    """Base of the parts of `Overview`, each a view over all bridges."""
 
     def __init__(self, bridges: Bridges) -> None:
         self._bridges = bridges
@@ -142,23 +142,23 @@ class _Roster(_All):
 
 
 class Operations(_All):
-    """What a person does to the shards that are here."""
+    """Admin actions on the shards of this replica."""
 
     @property
     def draining(self) -> bool:
-        """True while new commands are refused."""
+        """True while new commands are rejected because of a drain."""
         return any(bridge.operator.draining for bridge in self._bridges())
 
     def progress(self) -> Drain:
-        """Return how far the drain is."""
+        """Return the progress of the drain."""
         return together([bridge.operator.progress() for bridge in self._bridges()])
 
     def drain(self, timeout_s: float) -> Drain:
-        """Refuse new commands, and wait until nothing is left."""
+        """Start a drain: reject new commands until the queued ones are delivered and the results are sent."""
         return together([bridge.operator.drain(timeout_s) for bridge in self._bridges()])
 
     def resume(self) -> Drain:
-        """Take commands again."""
+        """End the drain and accept commands again."""
         return together([bridge.operator.resume() for bridge in self._bridges()])
 
     async def find(self, command_id: str) -> list[CommandDetails]:
@@ -192,7 +192,7 @@ class Operations(_All):
 
 
 class _Everywhere(Operations):
-    """What a person does, here and at the other replicas. A drain concerns the shards as they are when it begins."""
+    """Admin actions at this and all other replicas. A drain covers the shards owned when it starts."""
 
     def __init__(self, bridges: Bridges, others: Others) -> None:
         super().__init__(bridges)
@@ -232,7 +232,7 @@ class _Everywhere(Operations):
 
 
 def together(drains: list[Drain]) -> Drain:
-    """Return several drains as one."""
+    """Combine several drains into one."""
     order = [DrainState.OFF, DrainState.DRAINED, DrainState.DRAINING, DrainState.TIMED_OUT]
     return Drain(
         max((each.state for each in drains), key=order.index, default=DrainState.OFF),
@@ -245,7 +245,7 @@ def together(drains: list[Drain]) -> Drain:
 
 
 class Recents:
-    """What happened last to commands here, the newest first."""
+    """Recent events of commands at this replica, newest first."""
 
     def __init__(self, shards: Callable[[], list[Shard]]) -> None:
         self._shards = shards
@@ -256,7 +256,7 @@ class Recents:
 
 
 class Overview:
-    """Implements `admin.Subject`. `replicas` describes all replicas."""
+    """Status of a replica: implements `admin.Subject`. `replicas` describes all replicas."""
 
     def __init__(
         self, ctx: BridgeContext, bridges: Bridges, replicas: Callable[[], dict[str, Any]], others: Others
@@ -280,13 +280,13 @@ class Overview:
 
     @property
     def links(self) -> Iterable[UpstreamLink]:
-        """All links."""
+        """All links of this replica."""
         return [link for bridge in self._bridges() for link in bridge.links]
 
     def replicas(self) -> dict[str, Any] | None:
-        """Return what there is to say of all replicas."""
+        """Return the description of all replicas."""
         return self._replicas()
 
     async def found_elsewhere(self, command_id: str) -> list[dict[str, Any]]:
-        """Return what other replicas know of a command."""
+        """Return other replicas' descriptions of a command."""
         return await self._others.find(command_id)

@@ -1,4 +1,4 @@
-"""A store that keeps nothing: what is written to it tells whether the database answers."""
+"""Store without content for the readiness probe: a write succeeds if the database answers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from shim.store import CallThreadsafe
 
 
 class DatabaseProbe:
-    """A `ports.CommandStore` for the readiness probe of a replica, which may own no shard. `answers` decides."""
+    """A `ports.CommandStore` for the readiness probe of a replica, which may own no shard.
+
+    `answers` returns whether the database answers.
+    """
 
     def __init__(self, answers: Callable[[], bool], post: CallThreadsafe) -> None:
         self._answers = answers
         self._post = post
 
     def open(self) -> StoreContents:
-        """Return nothing."""
+        """Return empty contents."""
         return StoreContents(b"")
 
     def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
-        """Report success or failure of what was submitted."""
+        """Report success if the database answers, and an error otherwise."""
         if done is not None:
             fault = None if self._answers() else StoreError("the database does not answer")
             self._post(partial(done, fault or [None] * len(operations)))
 
     def close(self) -> None:
-        """Close nothing."""
+        """Do nothing."""

@@ -26,7 +26,10 @@ _DELETE = tuple(f"DELETE FROM {table} WHERE session = ?1" for table in ("aliases
 
 
 def _move(table: str, key: str) -> str:
-    """Move what the target does not have too; the rest is deleted afterwards. `key` identifies a row of a session."""
+    """Return a statement that moves rows to another session, except those whose `key` exists there.
+
+    The remaining rows are deleted afterwards.
+    """
     return (
         f"UPDATE {table} SET session = ?2 WHERE session = ?1 AND NOT EXISTS"  # noqa: S608 - constants
         f" (SELECT 1 FROM {table} AS held WHERE held.session = ?2 AND held.{key} = {table}.{key})"
@@ -44,7 +47,7 @@ _MOVE = (
     "DELETE FROM tunnels WHERE session = ?1",
     "DELETE FROM sessions WHERE session = ?1",
 )
-# Unique by owner and agent id, so that only a move to another owner can meet one that is there.
+# Aliases are unique by owner and agent id, so only a move to another owner can conflict with an existing alias.
 _MOVE_OUTBOX = "UPDATE outbox SET session = ?2, owner = ?3 WHERE session = ?1"
 _MOVE_ALIASES = (
     "UPDATE aliases SET session = ?2, owner = ?3 WHERE session = ?1 AND (owner = ?3 OR NOT EXISTS"

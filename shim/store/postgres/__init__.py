@@ -1,4 +1,4 @@
-"""The command store on PostgreSQL: shards of several replicas in one database.
+"""Command store on PostgreSQL: the shards of several replicas in one database.
 
-Imported only where `store.url` is set: the driver is an extra.
+Imported only if `store.url` is set, because the driver is an extra.
 """

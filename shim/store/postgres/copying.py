@@ -1,4 +1,4 @@
-"""A database as one end of a copy (`store.copy`)."""
+"""A PostgreSQL database as source or target of `store.copy`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _Database:
             )
 
     def finish(self, key: bytes) -> None:
-        # The first replica that starts fills in what all of them agree on.
+        # `agreed` stays empty: the first replica that starts fills in the settings.
         self._connection.execute(
             "INSERT INTO cluster (shards, owner_key, secret, agreed) VALUES (%s, %s, %s, '')"
             " ON CONFLICT (one) DO UPDATE SET owner_key = excluded.owner_key",
@@ -66,7 +66,10 @@ class _Database:
 
 @contextmanager
 def database(configured: settings.Store, option: str) -> Iterator[_Database]:
-    """Open a database in a transaction that no replica can join the others in."""
+    """Open a database in a transaction during which no replica can become a member.
+
+    Raises `StoreError` if a replica is a member already.
+    """
     try:
         prepare(configured)
         with closing(connect(configured, "agent-shim copy")) as connection:

@@ -1,4 +1,4 @@
-"""The database of all shards: what it must be, its schema, and what is said where it is not."""
+"""Database of all shards: requirements on the server, the schema, and error texts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ _WORDS = (
     ("TEXT", 'text COLLATE "C"'),
     ("{shard}", "shard integer NOT NULL DEFAULT current_setting('agent_shim.shard')::integer,\n    "),
 )
-# An update that changes no indexed column writes no index (HOT): so no index has `state` or `updated`, and `live` is a
-# column, which changes once in a command's life. `Prune` finds what is old by `arrived`.
+# An update that changes no indexed column writes to no index (a "heap-only tuple" update). No index therefore contains
+# `state` or `updated`. The index on `live` is written once per command, when it ends. `Prune` finds old commands by
+# `arrived`.
 _OWN_1 = """
 CREATE TABLE meta (key text PRIMARY KEY, value text NOT NULL);
 INSERT INTO meta (key, value)
@@ -72,9 +73,9 @@ _RELATIONS = "SELECT relname FROM pg_class JOIN pg_namespace AS n ON n.oid = rel
 
 
 def prepare(configured: settings.Store) -> None:
-    """Connect, check the database, and bring its schema up to this shim's. Blocks; what is refused stays as it is.
+    """Check the server and the database, and migrate the schema. Blocks. A database that fails a check is not changed.
 
-    Raises `StoreVersionError` for the schema of a newer shim, `StoreError` and `ConfigError` naming the key.
+    Raises `StoreVersionError` if the schema needs a newer shim; `StoreError` and `ConfigError` name the key.
     """
     try:
         with closing(connect(configured, "agent-shim")) as connection:
@@ -85,7 +86,7 @@ def prepare(configured: settings.Store) -> None:
 
 
 def connect(configured: settings.Store, name: str, **options: str) -> psycopg.Connection[Any]:
-    """Connect without implicit transactions. Raises `psycopg.Error`, and `ConfigError` for the password file."""
+    """Connect in autocommit mode. Raises `psycopg.Error`, and `ConfigError` for the password file."""
     return psycopg.connect(conninfo(configured, name, **options), autocommit=True)
 
 
@@ -107,7 +108,7 @@ def _migrate(connection: psycopg.Connection[Any]) -> None:
     if version >= SCHEMA_VERSION:
         return
     with connection.transaction():
-        # Replicas that start at once wait here for the first of them, and then find nothing left to do.
+        # Of replicas that start at the same time, one migrates. The others wait here, then find the new version.
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         version = schema_version(connection)
         if not _one(connection, "SELECT to_regnamespace(%s) IS NOT NULL", (SCHEMA,))[0]:
@@ -123,7 +124,7 @@ def _migrate(connection: psycopg.Connection[Any]) -> None:
 
 
 def script(number: int) -> str:
-    """The statements of a migration in PostgreSQL's words."""
+    """Return the statements of a migration in the SQL dialect of PostgreSQL."""
     text = MIGRATIONS[number].script
     for word, own in _WORDS:
         text = text.replace(word, own)
@@ -131,7 +132,10 @@ def script(number: int) -> str:
 
 
 def schema_version(connection: psycopg.Connection[Any]) -> int:
-    """The version of the schema, 0 where there is none. Raises `StoreVersionError`, and `StoreError` for another's."""
+    """Return the version of the schema, 0 if there is none.
+
+    Raises `StoreVersionError` if it needs a newer shim, `StoreError` if it belongs to another application.
+    """
     found = connection.execute(_RELATIONS, (SCHEMA,)).fetchall()
     if not found:
         return 0
@@ -155,7 +159,7 @@ def _one(connection: psycopg.Connection[Any], query: str, parameters: tuple[Any,
     return connection.execute(query, parameters).fetchone()
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- error texts ------------------------------------------------------------------------------------------------------
 
 _FOREIGN = f"store.url: the schema {SCHEMA} in this database belongs to another application; give a database of its own"
 _POOLER = (
@@ -172,7 +176,7 @@ _BY_STATE = {
     "53300": "store.url: the server has too many connections (max_connections)",
     "57P03": "store.url: the server is starting or stopping",
 }
-# A connection that is refused has a text and no code.
+# An error at connecting has a text but no SQLSTATE.
 _BY_TEXT = (
     (r"password authentication failed|no password supplied", "28P01"),
     (r"no pg_hba\.conf entry|role .* does not exist|Peer authentication", "28000"),
@@ -184,7 +188,7 @@ _BY_TEXT = (
 
 
 def refusal(error: psycopg.Error) -> StoreError:
-    """Return what an error of the driver means, without anything of what was to be stored and without a password."""
+    """Convert an error of the driver to a `StoreError` whose text contains no stored data and no password."""
     text = str(error)
     if "unsupported startup parameter" in text:
         return StoreError(_POOLER)
@@ -193,7 +197,7 @@ def refusal(error: psycopg.Error) -> StoreError:
 
 
 def state_refusal(state: str) -> StoreError:
-    """Return what an SQLSTATE means."""
+    """Convert an SQLSTATE to a `StoreError`."""
     return StoreError(_BY_STATE.get(state, f"the database refused: {state}"))
 
 

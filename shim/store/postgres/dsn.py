@@ -1,4 +1,4 @@
-"""Connection parameters as they follow from `store.*`: hosts, TLS, password, settings of the session."""
+"""Connection parameters derived from `store.*`: hosts, TLS, password, settings of the session."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from shim.errors import ConfigError, Fault
 from shim.hosts import is_this_machine
 
 SCHEMA = "agent_shim"
-# A peer that has vanished is noticed by the kernel: after 5 s of silence by three probes, after 8 s by what was sent.
+# The kernel closes a connection whose peer has vanished. If idle, after 5 s of silence and three probes a second apart;
+# with unacknowledged data, after 8 s.
 _NETWORK = {
     "connect_timeout": "4",
     "keepalives_idle": "5",
@@ -25,14 +26,14 @@ _NETWORK = {
 
 
 def application(process: str, shard: int | None = None) -> str:
-    """Return the name that a connection has among the server's backends: whose it is, and for which shard."""
+    """Return the `application_name` of a connection: the process, and the shard if it serves one."""
     return f"agent-shim {process}" if shard is None else f"agent-shim {process} {shard}"
 
 
 def conninfo(configured: settings.Store, name: str, **options: str) -> str:
-    """Return the text that psycopg connects with; `options` are settings of the session.
+    """Return the connection string for psycopg. `options` are settings of the session.
 
-    The password file is read each time, so that the next connection uses a rotated password. Raises `ConfigError`.
+    The password file is read at each call, so that the next connection uses a rotated password. Raises `ConfigError`.
     """
     given = _parse(configured.url)
     parameters: dict[str, Any] = _NETWORK | given
@@ -61,13 +62,13 @@ def _parse(url: str) -> dict[str, Any]:
     try:
         return dict(conninfo_to_dict(url))
     except psycopg.Error:
-        # The driver's own words repeat a part of the URL, which may be the password.
+        # Do not pass on the driver's message: it repeats a part of the URL, possibly the password.
         message = "is no PostgreSQL URL: a parameter is unknown, or a % is out of place"
         raise ConfigError([Fault("store.url", message)]) from None
 
 
 def _authorities() -> str:
-    """Return the system's authorities: the driver brings a library along that does not know where they are."""
+    """Return the path of the system's CA bundle. The OpenSSL that the driver bundles does not know it."""
     found = ssl.get_default_verify_paths().cafile or ""
     for path in (found, "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"):
         if path and Path(path).exists():

@@ -1,9 +1,12 @@
-"""Batches of submissions as transactions: two round trips and one sync each, fenced by the shard's lease.
+"""Commits of batches on PostgreSQL: two round trips and one sync each, fenced by the shard's lease.
 
-First `BEGIN`, the fencing update of the lease's row and the operations are sent together; their results and the row
-count are read before `COMMIT` is sent. So only a COMMIT can be in doubt, and the batch's number in the row tells what
-became of it: read in a transaction that waits for the standby itself, because a plain SELECT sees what a failover may
-undo.
+The first round trip sends `BEGIN`, the fencing update of the lease's row, and the operations. The update finds no row
+if another replica has taken the lease; then the batch fails. The second round trip sends `COMMIT`.
+
+A connection lost in the first round trip has stored nothing, so the batch is repeated. Only a `COMMIT` without answer
+is in doubt. The fencing update has written the batch's number into the lease's row: if the row still has that number,
+the batch was committed. The row is read in a transaction that itself waits for the standby, because a plain SELECT also
+returns commits that a failover may undo.
 """
 
 from __future__ import annotations
@@ -31,15 +34,15 @@ from shim.store.postgres.pipeline import Lost, Pipeline, Refused
 from shim.store.writer import Failure
 
 PATIENCE_S = 8.0
-"""How long what is submitted waits for a database that does not answer, before it is refused."""
+"""Time that a submission waits for a database that does not answer, before it fails."""
 _COMMIT_S = 15.0
-"""How long a COMMIT may take: one that waits for a standby is waited for, a server that hangs is left."""
+"""Limit for the answer to a COMMIT, long enough to wait for a standby. After it, the connection is given up."""
 _PAUSE_S = 0.3
 _SESSION = {
     "statement_timeout": "8000",
     "lock_timeout": "4000",
     "idle_in_transaction_session_timeout": "5000",
-    # Statements are planned once, most of them while the tables are empty; they must use the indexes all the same.
+    # Each statement is planned once, often while the tables are empty. Force plans that use the indexes.
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
@@ -47,19 +50,20 @@ _SESSION = {
     "random_page_cost": "0.1",
     "jit": "off",
 }
-# What is wrong with the submission itself: its data, a constraint, a limit of the server.
+# SQLSTATE classes of errors that one submission causes: its data, a constraint, a limit of the server.
 _OWN_FAULT = ("22", "23", "54")
 
 _FENCE = "UPDATE leases SET batch = ?1 WHERE shard = ?2 AND fence = ?3"
 _OPEN = "UPDATE leases SET batch = batch + 1 WHERE shard = ?1 AND fence = ?2 RETURNING batch"
 _LAST_BATCH = "SELECT batch FROM leases WHERE shard = ?1 AND fence = ?2 FOR UPDATE"
 _OWNER_KEY = "SELECT owner_key FROM cluster"
-# An earlier connection of ours may still be in a transaction: its backend does not know that we have left.
+# Ends the backends of our earlier connections. One that has not noticed the loss may still hold the lease's row locked,
+# or still commit the batch in doubt.
 _END_OTHERS = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
     " AND application_name = current_setting('application_name') AND usename = current_user"
 )
-# A commit that does not wait for the disk would break the promise; a server that waits for more may do so.
+# Without a sync to disk, a commit that was reported could be lost. Stricter settings of the server are kept.
 _SYNCED = (
     "SELECT set_config('synchronous_commit', 'on', false)"
     " WHERE current_setting('synchronous_commit') IN ('off', 'local')"
@@ -68,7 +72,10 @@ monotonic = Clock().monotonic_s
 
 
 class PostgresEngine:
-    """A `store.writer.Engine`. `refuse` answers what is queued while nobody knows when the database will answer."""
+    """A `store.writer.Engine` on PostgreSQL.
+
+    `refuse` is called with an error to fail the queued submissions while the database does not answer.
+    """
 
     def __init__(self, configured: settings.Store, partition: Partition, patience_s: float = PATIENCE_S) -> None:
         self._patience_s = patience_s
@@ -89,7 +96,7 @@ class PostgresEngine:
     # --- opening ------------------------------------------------------------------------------------------------------
 
     def open(self) -> StoreContents:
-        """Read what the shard holds. Raises `StoreError`, `StoreVersionError`, `StoreFenced`."""
+        """Connect and read the content of the shard. Raises `StoreError`, `StoreVersionError`, `StoreFenced`."""
         try:
             return self._open()
         except Exception as error:
@@ -119,7 +126,7 @@ class PostgresEngine:
             try:
                 results = self._carry_out(self._connected(), batch)
             except Lost:
-                # The COMMIT was not sent: nothing of it stands.
+                # The COMMIT was not sent, so nothing is stored: repeat the batch on a new connection.
                 self._disconnect()
                 continue
             if self._end_transaction() or self._stands():
@@ -133,7 +140,7 @@ class PostgresEngine:
         self._database.drop_groups()
         try:
             with suppress(Refused):
-                pipeline.settle()  # what was queued before a submission turned out to be impossible
+                pipeline.settle()  # statements queued before a later one could not be encoded
             pipeline.execute("ROLLBACK")
             pipeline.settle()
         except (Lost, Refused):
@@ -145,7 +152,7 @@ class PostgresEngine:
             return Failure(error, concerns_all=True, fenced=True)
         if isinstance(error, Refused):
             if error.state == "25006":
-                self._disconnect()  # it was a primary; the next connection looks for the one that is
+                self._disconnect()  # the server is no longer the primary: the next connection looks for the new one
             return Failure(state_refusal(error.state), concerns_all=not error.state.startswith(_OWN_FAULT))
         if isinstance(error, psycopg.Error):
             return Failure(refusal(error), concerns_all=True)
@@ -159,13 +166,13 @@ class PostgresEngine:
         self._disconnect()
 
     def give_up(self) -> None:
-        """Wait for no connection any more; may be called from any thread. A COMMIT in doubt is still waited for."""
+        """Stop waiting for connections, except to resolve a COMMIT in doubt. May be called from any thread."""
         self._closing.set()
 
     # --- one transaction ----------------------------------------------------------------------------------------------
 
     def _carry_out(self, pipeline: Pipeline, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
-        # A number is never used twice: not that of a batch that was lost either.
+        # Use a new number also for the repetition of a lost batch: `_stands` identifies a commit by its number.
         self._batch += 1
         pipeline.execute("BEGIN")
         fence = pipeline.execute(_FENCE, (self._batch, *self._key))
@@ -177,7 +184,11 @@ class PostgresEngine:
         return [[finish() for finish in each] for each in finishes]
 
     def _end_transaction(self) -> bool:
-        """Commit. False where it is in doubt: no answer, or the wait for the standby was broken off."""
+        """Send COMMIT and return true if it is durable.
+
+        Returns false if it is in doubt. Either no answer came, or the server warned that it stopped waiting for the
+        standby.
+        """
         pipeline = self._pipeline
         if pipeline is None:
             return False
@@ -191,7 +202,10 @@ class PostgresEngine:
         return not pipeline.warned
 
     def _stands(self) -> bool:
-        """Learn what became of a COMMIT whose answer was lost, however long that takes."""
+        """Return whether a COMMIT in doubt was carried out. Retries until the database answers.
+
+        Raises `StoreFenced` if another replica has taken the shard.
+        """
         while True:
             try:
                 pipeline = self._connected(patient=True)
@@ -205,13 +219,16 @@ class PostgresEngine:
             except Lost:
                 self._disconnect()
             except Refused:
-                self.roll_back()  # the row is locked by a backend that still waits for its standby
+                self.roll_back()  # an earlier backend that waits for its standby still locks the row
                 self._wait()
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
     def _connected(self, *, patient: bool = False) -> Pipeline:
-        """Connect, if need be. Raises `StoreError` when that took too long; with `patient` never."""
+        """Return the connection, made anew if it was lost.
+
+        Raises `StoreError` after `patience_s` without a connection, unless `patient`; `StoreFenced` at any time.
+        """
         while self._pipeline is None:
             if self._down_since_s is None:
                 self._down_since_s = monotonic()
@@ -264,7 +281,7 @@ class PostgresEngine:
         threading.Event().wait(_PAUSE_S)
 
     def _tick(self) -> None:
-        """Refuse what is queued, once the database has kept us waiting for too long."""
+        """Fail the queued submissions if the database has not answered for `patience_s`."""
         if self._down_since_s is None:
             self._down_since_s = monotonic()
         if monotonic() - self._down_since_s > self._patience_s:

@@ -1,4 +1,4 @@
-"""Rows that wait for a statement that takes many: starting a statement costs the server more than a row does."""
+"""Grouping of rows into multi-row statements, because a statement costs the server more than a row."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from shim.core.records import WriteProbe
 from shim.store.database import Finish, Rows, nothing
 from shim.store.postgres.pipeline import Pipeline
 
-# Each size is a statement of its own to prepare, so there are few; what does not fill one goes into the next smaller.
+# Rows per statement. Each size is a separate prepared statement, so there are few. Rows are split into the largest
+# sizes that they fill.
 _SIZES = (32, 8, 2, 1)
 
 
 class _Chunk:
-    """The rows of one statement and what it gave for them, by the number that each row has in it."""
+    """Result rows of one statement, by the number that each input row has in it."""
 
     def __init__(self, answer: Rows) -> None:
         self._answer = answer
@@ -27,7 +28,7 @@ class _Chunk:
 
 
 class Row:
-    """A row on its way."""
+    """An input row that waits in a group or was sent."""
 
     __slots__ = ("_chunk", "_number")
 
@@ -39,16 +40,16 @@ class Row:
         self._chunk, self._number = chunk, number
 
     def found(self) -> tuple[Any, ...]:
-        """Return what the statement gave for this row, once it was sent."""
+        """Return the result for this row. The group must have been sent."""
         if self._chunk is None:
             raise RuntimeError("the group was not sent")
         return self._chunk.of(self._number)
 
 
 class Group:
-    """Rows for one kind of statement. `head` and `tail` stand around `VALUES`, whose rows are numbered from 0.
+    """Waiting rows for one kind of statement. `head` and `tail` enclose its `VALUES`, whose rows are numbered from 0.
 
-    Statements give one row for each of them, beginning with its number.
+    The statement must return one row per input row, with the number in its first column.
     """
 
     def __init__(self, head: str, tail: str, pipeline: Pipeline) -> None:
@@ -58,16 +59,16 @@ class Group:
         self._statements: dict[int, str] = {}
 
     def add(self, parameters: Sequence[Any]) -> Row:
-        """Let a row wait for `send`."""
+        """Queue a row for `send`. A full group is sent at once."""
         row = Row()
         self._rows.append((row, parameters))
         if len(self._rows) == _SIZES[0]:
             self.send()
-            self._pipeline.push()  # the server works on it while the next ones are put together
+            self._pipeline.push()  # the server works on these rows while we encode the next ones
         return row
 
     def send(self) -> None:
-        """Send all rows that wait, in their order."""
+        """Send all waiting rows in order."""
         rows, self._rows = self._rows, []
         start = 0
         while start < len(rows):
@@ -81,7 +82,7 @@ class Group:
                 row.sent(chunk, number)
 
     def drop(self) -> None:
-        """Forget all rows that wait."""
+        """Discard all waiting rows."""
         self._rows.clear()
 
     def _make(self, size: int, width: int) -> str:
@@ -94,10 +95,10 @@ class Group:
 
 
 class PostgresDatabase:
-    """A `store.database.Database`: the rows of one shard.
+    """A `store.database.Database` on the rows of one shard.
 
-    A command is in one group at a time, and every other statement comes after the groups: so each command sees its
-    operations in their order.
+    Groups must not change the order of the operations on one command. Only one row per command may therefore wait in
+    the groups, and all groups are sent before any other statement.
     """
 
     live = "live"
@@ -115,25 +116,25 @@ class PostgresDatabase:
         return self._pipeline.execute(statement, parameters)
 
     def group(self, head: str, tail: str) -> Group:
-        """Make a group of one kind of statement."""
+        """Make a group for one kind of statement."""
         group = Group(head, tail, self._pipeline)
         self._groups.append(group)
         return group
 
     def join(self, session: str, command_id: str) -> None:
-        """Tell that a row of this command is about to be added to a group."""
+        """Prepare for adding a row of this command to a group: send the groups if one has a row of it already."""
         if (session, command_id) in self._grouped:
             self.send_groups()
         self._grouped.add((session, command_id))
 
     def send_groups(self) -> None:
-        """Send what waits for others of its kind."""
+        """Send the waiting rows of all groups."""
         self._grouped.clear()
         for group in self._groups:
             group.send()
 
     def drop_groups(self) -> None:
-        """Forget what waits: its transaction is rolled back."""
+        """Discard the waiting rows, because their transaction is rolled back."""
         self._grouped.clear()
         for group in self._groups:
             group.drop()
@@ -143,9 +144,9 @@ class PostgresDatabase:
         return None if row is None else row[0]
 
     def touch(self, operation: WriteProbe) -> Finish[None]:
-        """Write nothing: every transaction writes the lease's row."""
+        """Write nothing, because every transaction writes the lease's row anyway."""
         del operation
         return nothing
 
     def reclaim(self) -> None:
-        """Leave that to the server's autovacuum."""
+        """Do nothing, because the server's autovacuum reclaims space."""

@@ -1,7 +1,7 @@
-"""What every command goes through, as few statements: a result that the next statement needs is a round trip.
+"""The most frequent operations in few statements: each result that a later statement depends on costs a round trip.
 
-SQLite has no changing statements in a WITH clause, and needs none: there the same is done by the statements of
-`store.commands` and `store.outbox`, of which these are made.
+The statements combine those of `store.commands` and `store.outbox` in WITH clauses. SQLite does not support changes in
+a WITH clause, and has no round trips to save.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _COLUMNS = (
     "session, id, request_id, state, attempts, updated, arrived, expires, size_bytes, type, created_at, payload, via,"
     " first_step"
 )
-# In the order of arrival, which `seq` keeps. A duplicate gets the step of its trace from what its row would have said.
+# ORDER BY n keeps the order of arrival in `seq`. For a duplicate no row is inserted, so the trace step that the row
+# would have implied is inserted into `traces`.
 _PUT = (
     f"WITH given (n, {_COLUMNS}) AS",
     (
@@ -77,9 +78,9 @@ _PUT_OUTBOX = f"{outbox.INSERT_OUTBOX} RETURNING seq"
 
 
 class HotCommandOperations(CommandOperations):
-    """The operations on commands without a result that the client must see before the next statement.
+    """The operations on commands, without intermediate results that the client must wait for.
 
-    What nearly all submissions are, many share a statement.
+    The most frequent kinds of submissions share a statement.
     """
 
     def __init__(self, database: PostgresDatabase) -> None:
@@ -138,7 +139,7 @@ class HotCommandOperations(CommandOperations):
 
 
 class HotOutboxOperations(OutboxOperations):
-    """The operations on results without a result that the client must see before the next statement."""
+    """The operations on results, without intermediate results that the client must wait for."""
 
     def put_result(self, operation: PutResult) -> Finish[ResultOutcome]:
         key, command_id, payload = operation.session, operation.command_id, operation.payload

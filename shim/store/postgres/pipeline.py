@@ -1,6 +1,6 @@
-"""One connection to PostgreSQL in pipeline mode: statements are queued, sent together, and their results read together.
+"""Connection to PostgreSQL in pipeline mode: queued statements are sent together and their results read together.
 
-psycopg's cursors cost more than the server does; its `pq` level does not. Used by one thread.
+It uses psycopg's low-level `pq` interface, because psycopg's cursors cost more CPU time than the server does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BINARY: dict[int, Callable[[bytes], Any]] = {
 
 
 class Refused(Exception):
-    """The server answered with an error; `state` is its SQLSTATE."""
+    """The server answered with an error. `state` is its SQLSTATE."""
 
     def __init__(self, state: str) -> None:
         super().__init__(state)
@@ -40,11 +40,11 @@ class Refused(Exception):
 
 
 class Lost(Exception):
-    """The connection is gone, or the server did not answer in time."""
+    """The connection was lost, or the server did not answer in time."""
 
 
 class Answer:
-    """What a statement gave; it is waited for when it is first asked."""
+    """Result of a statement. The first access sends all queued statements and waits for their results."""
 
     __slots__ = ("_next", "_pipeline", "result")
 
@@ -55,11 +55,11 @@ class Answer:
 
     @property
     def rowcount(self) -> int:
-        """How many rows were changed, or found."""
+        """Number of rows that the statement changed or returned."""
         return self._here().command_tuples or 0
 
     def fetchone(self) -> tuple[Any, ...] | None:
-        """Return the next row, `None` after the last one."""
+        """Return the next row, or `None` after the last one."""
         result, row = self._here(), self._next
         if row >= result.ntuples:
             return None
@@ -67,7 +67,7 @@ class Answer:
         return tuple(_decode(result, row, column) for column in range(result.nfields))
 
     def fetchall(self) -> list[tuple[Any, ...]]:
-        """Return all rows that were not fetched yet."""
+        """Return all remaining rows."""
         rows = []
         while (row := self.fetchone()) is not None:
             rows.append(row)
@@ -82,9 +82,10 @@ class Answer:
 
 
 class Pipeline:
-    """Statements on their way. After `Refused` the transaction is to be rolled back, after `Lost` all is to be closed.
+    """Queue of statements on one connection, used by one thread.
 
-    `waiting` is called each second while the server keeps us waiting; what it raises ends the wait.
+    After `Refused` the caller rolls the transaction back; after `Lost` it closes the pipeline. `waiting` is called
+    each second during a wait for the server. An exception of `waiting` ends the wait.
     """
 
     def __init__(self, connection: psycopg.Connection[Any], waiting: Callable[[], None]) -> None:
@@ -97,7 +98,7 @@ class Pipeline:
         self._server.enter_pipeline_mode()
         self._poll = select.poll()
         self._poll.register(self._server.socket, select.POLLIN)
-        # After an error nobody knows which statements of the pipeline were prepared: their names are never used again.
+        # Names of prepared statements are never reused: after an error it is unknown which ones exist.
         self._names = 0
         self._prepared: dict[tuple[str, tuple[int, ...]], bytes] = {}
         self._new: list[tuple[str, tuple[int, ...]]] = []
@@ -105,14 +106,14 @@ class Pipeline:
         self._limit_s = ANSWER_S
 
     def execute(self, statement: str, parameters: Sequence[Any] = ()) -> Answer:
-        """Queue a statement. Its text is known to be a constant: it is prepared when it is first used."""
+        """Queue a statement. Its text must be a constant, because each text is prepared at first use and kept."""
         values: list[bytes | None] = []
         types: list[int] = []
         for value in parameters:
             oid = _OIDS[type(value)]
             types.append(oid)
             if oid == _TEXT:
-                # PostgreSQL has no text with NUL in it; the sign for it stands in its place.
+                # PostgreSQL rejects NUL characters in text: replace each with the visible symbol for NUL.
                 values.append((value.replace("\0", "␀") if "\0" in value else value).encode())
             elif oid == _BYTES:
                 values.append(value)
@@ -137,16 +138,16 @@ class Pipeline:
         return name
 
     def push(self) -> None:
-        """Send what is queued so far, as much as the network takes at once."""
+        """Send queued statements, as much as the socket accepts without blocking."""
         try:
             self._server.flush()
         except psycopg.Error as error:
             raise Lost from error
 
     def settle(self, limit_s: float = ANSWER_S) -> None:
-        """Send what is queued and read its results. Raises `Refused` with the first error, `Lost`.
+        """Send the queued statements and read their results. Raises `Refused` with the first error, `Lost`.
 
-        Nothing that the server sends, and nothing for `limit_s`, is `Lost`.
+        A server that sends nothing for `limit_s` counts as lost.
         """
         waiting, self._waiting = self._waiting, []
         self._limit_s = limit_s
@@ -198,7 +199,8 @@ class Pipeline:
 
 def _refusal(result: abc.PGresult) -> Exception:
     state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
-    # Without a code it is the driver's own word: the connection broke. 57P: the server goes down or ends this backend.
+    # An error without SQLSTATE comes from the driver: the connection broke. With 57P the server stops or ends this
+    # backend; 08 are connection errors; 25P03 ends a session that was idle in a transaction.
     return Refused(state) if state and not state.startswith(("57P", "08", "25P03")) else Lost()
 
 

@@ -1,4 +1,4 @@
-"""Change the number of shards while no replica lives: `agent-shim store shards`."""
+"""Change of the number of shards while no replica runs: `agent-shim store shards`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shim.errors import StoreError
 from shim.store.postgres.database import connect, prepare, refusal
 from shim.store.tables import TABLES
 
-# The same as `tables.shard_of_session`.
+# `tables.shard_of_session` as SQL.
 _SHARD = (
     "(('x' || substr(encode(sha256(convert_to(split_part(session, '/', 1), 'UTF8')), 'hex'), 1, 8))::bit(32)::bigint"
     " %% %s)::integer"
@@ -19,9 +19,10 @@ _SHARD = (
 
 
 def change_shards(configured: settings.Store, count: int) -> int:
-    """Divide the store into so many shards; returns how many there were. Blocks.
+    """Divide the store into `count` shards and return the previous number. Blocks.
 
-    All in one transaction. Raises `StoreError` where a replica lives, or the database was never used; nothing changes.
+    Runs in one transaction. Raises `StoreError` if a replica is a member or the database was never used; nothing is
+    changed then.
     """
     prepare(configured)
     try:
@@ -34,7 +35,7 @@ def change_shards(configured: settings.Store, count: int) -> int:
                 names = ", ".join(name for (name,) in living)
                 raise StoreError(f"replicas live ({names}): stop all of them first")
             connection.execute("DELETE FROM members")
-            # Whoever owned a shard before is fenced, also one that is gone now and may come back.
+            # Raise all fencing tokens, so that former owners can no longer commit, even paused ones that resume later.
             connection.execute("UPDATE leases SET holder = '', fence = (SELECT max(fence) + 1 FROM leases)")
             connection.execute(
                 "INSERT INTO leases (shard, fence) SELECT number, (SELECT max(fence) FROM leases)"

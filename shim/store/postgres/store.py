@@ -1,4 +1,4 @@
-"""The command store of one shard on PostgreSQL."""
+"""Command store of one shard on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLOSE_S = 3.0
 
 
 class PostgresStore(QueuedStore):
-    """A `ports.CommandStore` for who holds the shard's lease. `database.prepare` has been called in this process."""
+    """A `ports.CommandStore` for the holder of a shard's lease. Call `database.prepare` in this process first."""
 
     def __init__(
         self,
@@ -24,13 +24,13 @@ class PostgresStore(QueuedStore):
         partition: Partition,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """`patience_s` is how long a submission waits for a database that does not answer, before it is refused."""
+        """Make a store that is not open. A submission fails after `patience_s` without an answer of the database."""
         super().__init__(post)
         self._engine = PostgresEngine(configured, partition, patience_s)
         self._probe = probe
 
     def open(self) -> StoreContents:
-        """Read what the shard holds (`ports.CommandStore`). Raises `StoreFenced` where the lease is another's."""
+        """Read the content of the shard (`ports.CommandStore`). Raises `StoreFenced` if another replica has it."""
         loaded = self._engine.open()
         writer = Writer(self._engine, self._post, self._probe)
         self._engine.refuse = writer.refuse_waiting
@@ -38,9 +38,9 @@ class PostgresStore(QueuedStore):
         return loaded
 
     def close(self) -> None:
-        """Carry out what was submitted and close (`ports.CommandStore`).
+        """Carry out the submissions and close (`ports.CommandStore`). Waits up to `CLOSE_S`.
 
-        A COMMIT that the server does not answer is not waited for: what becomes of it is seen at the next opening.
+        A COMMIT without an answer may be carried out later or not; the next opening of the shard shows which.
         """
         self._engine.give_up()
         self._stop(CLOSE_S)
