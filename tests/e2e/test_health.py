@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import signal
 import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +21,7 @@ from shim.admin.health_messages import SENTENCES
 from shim.core.failover import bucket
 from shim.fallback.policy import PATIENCE_S
 from tests.e2e.test_operate import run
-from tests.support.processes import TOKEN, Shim, world
+from tests.support.processes import TOKEN, Shim, free_port, world
 from tests.support.sockets import read_head, tcp_server
 
 WAIT_S = 40.0
@@ -383,3 +385,59 @@ async def test_a_store_that_cannot_be_written_and_a_shim_that_stops(
         shim.send(signal.SIGTERM)
         assert await watching
         writer.close()
+
+
+async def test_a_log_that_nobody_reads(tmp_path: Path, http: aiohttp.ClientSession) -> None:
+    listen, admin = free_port(), free_port()
+    config = {**FAST, "listen": {"port": listen}, "admin": {"port": admin}, "log": {"level": "debug"}}
+    os.mkfifo(tmp_path / "log")
+    pipe = os.open(tmp_path / "log", os.O_RDWR)  # open for reading as well, so that the shim's end is no broken pipe
+    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+    try:
+        async with world(tmp_path, config) as (shim, _):
+            shim.program = ("/bin/sh", "-c", 'exec "$@" 2>"$0"', str(tmp_path / "log"), *shim.program)
+            await shim.launch()
+            shim.url, shim.admin = f"http://127.0.0.1:{listen}", f"http://127.0.0.1:{admin}"
+            assert (await run("health", "--url", shim.admin, "--wait", "30"))[0] == 0
+
+            async def flood(number: int) -> None:
+                agent = Agent(http, shim, cluster_id=f"c{number}-{'x' * 200}")
+                for turn in range(10_000):
+                    result = f"{BASE}/{agent.cluster_id}/commands/k{turn}-{'x' * 200}/result"
+                    with suppress(aiohttp.ClientError):
+                        await agent.call("POST", result, {"success": True})
+
+            flooding = asyncio.gather(*(flood(number) for number in range(20)))
+            told = await Health(http, shim).until("log_lines_lost", 90)
+            assert "could not be written." in str(told["overall"]["problems"])
+            assert told["log"]["lost"] > 0
+            flooding.cancel()
+            await asyncio.gather(flooding, return_exceptions=True)
+            assert await shim.stop() == 0
+    finally:
+        os.close(pipe)
+
+
+async def test_a_reader_that_keeps_the_stores_log(tmp_path: Path, http: aiohttp.ClientSession) -> None:
+    async with world(tmp_path, FAST) as (shim, controller):
+        await shim.start()
+        health, agent = Health(http, shim), Agent(http, shim)
+        await agent.register()
+        async with agent:
+            await health.until("all_well")
+            with closing(sqlite3.connect(tmp_path / "agent-shim.db", isolation_level=None)) as database:
+                database.execute("BEGIN")
+                database.execute("SELECT count(*) FROM sqlite_master").fetchall()  # takes its snapshot
+                for number in range(100):
+                    ident, payload = f"k{number}", {"script": "x" * 500_000}
+                    await controller.api.push({"id": ident, "cluster_id": agent.cluster_id, "payload": payload})
+                    await shim.event("command_queued", command=ident)
+                    assert await agent.poll() == [ident]
+                    result = f"{BASE}/{agent.cluster_id}/commands/{ident}/result"
+                    assert (await agent.call("POST", result, {"success": True}))[0] == 200
+                    if shim.events("store_log_pinned"):
+                        break
+                told = await health.until("store_log_pinned")
+                assert "the log beside it has grown to " in str(told["overall"]["problems"])
+                database.execute("ROLLBACK")
+            await health.gone("store_log_pinned")
