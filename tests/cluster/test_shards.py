@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,12 @@ pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(180)]
 
 
 async def divide(url: str, count: int) -> tuple[int, str]:
+    return await store("shards", str(count), "--at", url)
+
+
+async def store(*arguments: str) -> tuple[int, str]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "shim", "store", "shards", str(count), "--at", url),
+        *(sys.executable, "-m", "shim", "store", *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
@@ -44,3 +49,16 @@ async def test_the_store_is_divided_anew_while_nobody_uses_it(tmp_path: Path, pg
         assert sorted(await gate.settled(b, c)) == [2, 3]
         for agent in agents:
             assert await agent.poll_until(c, f"c-{agent.agent_id}") == [f"c-{agent.agent_id}"]
+
+
+async def test_a_copied_store_is_divided_before_its_first_replica_starts(
+    tmp_path: Path, postgres: Any, pg_url: str
+) -> None:
+    async with gateway(tmp_path, pg_url) as gate:
+        (a,) = await gate.add("a")
+        await gate.settled(a)
+        assert await a.stop() == 0
+    copied = postgres.create()
+    code, said = await store("copy", "--from", pg_url, "--to", copied)
+    assert code == 0, said
+    assert await divide(copied, 40) == (0, f"40 shards, {SHARDS} before")

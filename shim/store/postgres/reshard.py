@@ -38,7 +38,7 @@ def change_shards(configured: settings.Store, count: int) -> int:
             # Raise all fencing tokens, so that former owners can no longer commit, even paused ones that resume later.
             connection.execute("UPDATE leases SET holder = '', fence = (SELECT max(fence) + 1 FROM leases)")
             connection.execute(
-                "INSERT INTO leases (shard, fence) SELECT number, (SELECT max(fence) FROM leases)"
+                "INSERT INTO leases (shard, fence) SELECT number, (SELECT coalesce(max(fence), 0) FROM leases)"
                 " FROM generate_series(0, %s - 1) number ON CONFLICT DO NOTHING",
                 (count,),
             )
