@@ -13,7 +13,13 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from tests.security.test_floods import FLOODS, Bystanders, Flood, many_descriptors
+from tests.security.test_floods import (
+    FLOODS,
+    Bystanders,
+    Flood,
+    connections_beyond_the_maximum,
+    many_descriptors,
+)
 from tests.support.processes import world
 
 GOAL_MS = 100.0
@@ -22,11 +28,13 @@ GOAL_MS = 100.0
 async def measure(flood: Callable[[Flood], Awaitable[None]]) -> list[float]:
     """Return the milliseconds that each call of the bystanders took, in order of size."""
     with tempfile.TemporaryDirectory() as folder:
-        async with many_descriptors(), world(Path(folder)) as (shim, _):
+        async with many_descriptors(), world(Path(folder)) as (shim, controller):
             await shim.start()
-            it, others = Flood(shim), Bystanders(shim)
+            it = Flood(shim, controller)
+            others = Bystanders(shim, room=flood is not connections_beyond_the_maximum)
             async with asyncio.TaskGroup() as group:
                 group.create_task(others.watch())
+                await others.begun.wait()
                 await flood(it)
                 others.over.set()
             for line in it.lines:

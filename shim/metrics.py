@@ -230,7 +230,7 @@ class Metrics:
         self.bad_frames = self._counters(
             "upstream_bad_frames",
             "Data frames that were no envelope.",
-            kind=("not_json", "not_object", "no_type", "bad_payload", "too_big", "protocol_error"),
+            kind=("not_json", "not_object", "no_type", "bad_payload", "too_many_values", "too_big", "protocol_error"),
         )
         self.invalid_characters = self._counters(
             "invalid_characters",

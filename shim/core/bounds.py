@@ -30,7 +30,9 @@ FREE_KEPT_BYTES = 1024
 
 A heartbeat of usual size is therefore never rejected because other agents send large ones."""
 MAX_VALUES = 250_000
-"""JSON values in one body; more are answered with 413. A decoded value takes more memory than its bytes."""
+"""JSON values in one body, where more are answered with 413, and in one message of the controller.
+
+A decoded value takes more memory than its bytes."""
 MAX_TEXT_CHARS = 4096
 """Reasons and error texts that are forwarded."""
 MAX_SHOWN_CHARS = 64

@@ -14,10 +14,13 @@ from typing import Any
 
 import msgspec
 
+from shim.core.bounds import MAX_VALUES
+
 _decode = msgspec.json.Decoder().decode
 _HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _UNPAIRED = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW))
 _BACKSLASH, _MASK = rb"\\", b"\0\0"
+_TEXTS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _REPLACEMENT = "\ufffd".encode()
 
 
@@ -39,6 +42,19 @@ def decode(text: str | bytes, replaced: Callable[[], None] = _ignore) -> Any:
         if readable == raw:
             raise
         return _decode(readable)
+
+
+def has_too_many_values(data: bytes) -> bool:
+    """Return True if a JSON text may have more than `MAX_VALUES` values, which take far more memory than its bytes."""
+    return _count_values(data) > MAX_VALUES and _count_values(_TEXTS.sub(b"", data)) > MAX_VALUES
+
+
+def _count_values(data: bytes) -> int:
+    """Return an upper bound on the number of values in a JSON text.
+
+    Every value but the first follows one of the counted characters, which may also occur within strings.
+    """
+    return data.count(b",") + data.count(b":") + data.count(b"[") + data.count(b"{")
 
 
 def as_characters(raw: bytes, replaced: Callable[[], None] = _ignore) -> bytes:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from shim.core import bounds
 from shim.protocol import lenient_json
 
 MAX_VALUES = 1024
@@ -20,6 +21,7 @@ SKIMMED_CHARS = 131_072
 """Characters from the start of a value in which its ids are searched."""
 OUT_OF_RANGE = "a number is beyond what agents can decode"
 TOO_DEEP = "the command is nested too deeply"
+TOO_MANY = f"the message has more than {bounds.MAX_VALUES} values"
 TOO_LARGE = "the message cannot be read, and is too large to find out why"
 NO_JSON = "the message is not valid JSON"
 
@@ -36,15 +38,18 @@ class Salvaged(NamedTuple):
     fault: str = ""
 
 
-def values_of(frame: bytes) -> Iterator[Salvaged]:
-    """Yield the values of a frame, in order. Text that is no JSON raises nothing."""
+def values_of(frame: bytes, fault: str = "") -> Iterator[Salvaged]:
+    """Yield the values of a frame, in order. Text that is no JSON raises nothing.
+
+    With a `fault`, which every value then has, nothing but ids is read.
+    """
     text = lenient_json.as_characters(frame).decode()
     at = 0
     for _ in range(MAX_VALUES):
         at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # the pattern also matches the empty string
         if at >= len(text):
             return
-        found, end = _read(text, at)
+        found, end = _read(text, at, fault)
         if found is not None:
             yield found
         if end is None:
@@ -52,10 +57,10 @@ def values_of(frame: bytes) -> Iterator[Salvaged]:
         at = end
 
 
-def _read(text: str, at: int) -> tuple[Salvaged | None, int | None]:
+def _read(text: str, at: int, fault: str) -> tuple[Salvaged | None, int | None]:
     """Return the value that begins at `at` and its end, `None` if the end is unknown."""
-    if len(text) > MAX_BYTES:
-        return _skim(text, at, TOO_LARGE)
+    if fault or len(text) > MAX_BYTES:
+        return _skim(text, at, fault or TOO_LARGE)
     out_of_range: list[str] = []
 
     def number(digits: str) -> Any:

@@ -78,6 +78,9 @@ def decode_frame(frame: bytes) -> Sequence[Message | MessageError]:
 
     An unusable message that has an id is returned with its `fault`, so that it can be answered.
     """
+    if lenient_json.has_too_many_values(frame):
+        found = [_salvaged(each) for each in malformed_frames.values_of(frame, malformed_frames.TOO_MANY)]
+        return found or (MessageError("too_many_values"),)
     try:
         return (decode(frame),)
     except MessageError as error:

@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.protocol.malformed_frames import MAX_BYTES, MAX_VALUES, NO_JSON, OUT_OF_RANGE, TOO_DEEP, TOO_LARGE, values_of
+from shim.core import bounds
+from shim.errors import MessageError
+from shim.protocol.malformed_frames import (
+    MAX_BYTES,
+    MAX_VALUES,
+    NO_JSON,
+    OUT_OF_RANGE,
+    TOO_DEEP,
+    TOO_LARGE,
+    TOO_MANY,
+    values_of,
+)
+from shim.protocol.upstream_message import Message, decode_frame
 
 OBJECTS = st.recursive(
     st.none()
@@ -75,3 +87,17 @@ def test_a_frame_is_skimmed_in_bounded_time() -> None:
     huge = b'{"type":"command","request_id":"r","payload":{"n":' + b"[" * (2 * MAX_BYTES)
     assert [(each.value["request_id"], each.fault) for each in values_of(huge)] == [("r", TOO_LARGE)]
     assert len(list(values_of(b"{}" * (MAX_VALUES + 5)))) == MAX_VALUES
+
+
+def test_a_message_with_more_values_than_memory_holds_is_answered_by_its_id() -> None:
+    values = b"[]," * bounds.MAX_VALUES
+    (found,) = decode_frame(b'{"type":"command","payload":{"command_id":"k","payload":[' + values + b"[]]}}")
+    assert isinstance(found, Message)
+    assert (found.type, found.payload["command_id"], found.fault) == ("command", "k", TOO_MANY)
+    (found,) = decode_frame(b"[" + values + b"[]]")
+    assert isinstance(found, MessageError)
+    assert found.kind == "too_many_values"
+    text = "[]," * bounds.MAX_VALUES  # as one value: a text
+    (found,) = decode_frame(json.dumps({"type": "command", "payload": {"output": text}}).encode())
+    assert isinstance(found, Message)
+    assert found.payload["output"] == text

@@ -82,7 +82,7 @@ class Line:
 
 
 async def ask(address: str, data: bytes) -> Reply:
-    """One request on a connection of its own."""
+    """Make one request on a connection of its own."""
     line = await Line.to(address)
     await line.send(data)
     try:

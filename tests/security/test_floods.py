@@ -18,7 +18,7 @@ import yaml
 
 from tests.security.raw_client import Line, Reply, ask, request
 from tests.support.cgroup import memory_cgroup
-from tests.support.processes import Shim, world
+from tests.support.processes import Controller, Shim, world
 
 ROOT = Path(__file__).parents[2]
 BASE = "/api/v1/clusters/agent"
@@ -38,10 +38,11 @@ def head(path: str, lines: bytes = b"") -> bytes:
 
 
 class Flood:
-    """An attacker with many connections to both ports."""
+    """An attacker with many connections to both ports, or with the controller in its hands."""
 
-    def __init__(self, shim: Shim) -> None:
+    def __init__(self, shim: Shim, controller: Controller) -> None:
         self.shim = shim
+        self.controller = controller
         self.lines: list[Line] = []
 
     async def opens(self, address: str, number: int) -> list[Line]:
@@ -112,6 +113,51 @@ async def the_admin_port(it: Flood) -> None:
     await it.sends(it.shim.admin, 60, lambda _: head("/uplot.js") * 1000)
 
 
+async def connections_beyond_the_maximum(it: Flood) -> None:
+    await it.sends(it.shim.url, 2600, lambda _: b"")
+
+
+async def registrations_with_many_labels(it: Flood) -> None:
+    labels = {f"label-{number}": "x" * 20 for number in range(1900)}
+    bodies = {"name": "x" * 256, "labels": labels}
+
+    def register(n: int, turn: int) -> bytes:
+        return request("POST", f"{BASE}/register", body=json.dumps({"agent_id": f"l{n}-{turn}", **bodies}).encode())
+
+    await it.asks(40, 10, register)
+
+
+async def large_results(it: Flood) -> None:
+    body = json.dumps({"success": True, "output": "x" * 500_000}).encode()
+    await it.asks(20, 10, lambda n, turn: request("POST", f"{BASE}/r{n}/commands/k{turn}/result", body=body))
+
+
+async def frames_that_are_no_messages(it: Flood) -> None:
+    values = "[]," * 1_000_000
+    frames = (
+        "x" * 4_000_000,
+        f"[{values}[]]",
+        f'{{"type": "command", "payload": [{values}[]]}}',
+        f'{{"type": "command", "payload": {{"command_id": "k", "payload": [{values}[]]}}}}',
+        f'{{"type": "{"x" * 4_000_000}"}}',
+    )
+    await it.controller.until(type="heartbeat")
+    for _ in range(4):
+        for frame in frames:
+            await it.controller.control("POST", "/control/send", {"text": frame})
+
+
+async def commands_that_are_malformed(it: Flood) -> None:
+    await it.controller.until(type="heartbeat")
+    spec = {"type": "command", "payload": {"command_id": "x" * 100_000, "cluster_id": "y" * 100_000, "type": 7}}
+
+    async def one() -> None:
+        for _ in range(40):
+            await it.controller.control("POST", "/control/send", {"text": json.dumps(spec)})
+
+    await asyncio.gather(*(one() for _ in range(20)))
+
+
 FLOODS: tuple[Callable[[Flood], Awaitable[None]], ...] = (
     requests_behind_held_polls,
     unfinished_heads,
@@ -121,6 +167,11 @@ FLOODS: tuple[Callable[[Flood], Awaitable[None]], ...] = (
     agents_with_large_heartbeats,
     compressed_bodies,
     the_admin_port,
+    connections_beyond_the_maximum,
+    registrations_with_many_labels,
+    large_results,
+    frames_that_are_no_messages,
+    commands_that_are_malformed,
 )
 
 
@@ -135,13 +186,15 @@ async def many_descriptors() -> AsyncIterator[None]:
 
 
 class Bystanders:
-    """Another agent, on a connection of its own and on new ones, and the kubelet."""
+    """Another agent, on a connection of its own and on new ones where there is room for them, and the kubelet."""
 
-    def __init__(self, shim: Shim) -> None:
+    def __init__(self, shim: Shim, *, room: bool = True) -> None:
         self._shim = shim
+        self._room = room
         self._beat = request("POST", f"{BASE}/bystander/heartbeat", body=b'{"status":"healthy"}')
         self.statuses: list[tuple[str, int]] = []
         self.took_s: list[float] = []
+        self.begun = asyncio.Event()
         self.over = asyncio.Event()
 
     async def watch(self) -> None:
@@ -149,8 +202,10 @@ class Bystanders:
         while not self.over.is_set():
             await kept.send(self._beat)
             await self._note("heartbeat", kept.reply())
-            await self._note("heartbeat, new connection", ask(self._shim.url, self._beat))
+            if self._room:
+                await self._note("heartbeat, new connection", ask(self._shim.url, self._beat))
             await self._note("/healthz", ask(self._shim.admin, request("GET", "/healthz")))
+            self.begun.set()
             with suppress(TimeoutError):
                 async with asyncio.timeout(0.05):
                     await self.over.wait()
@@ -171,12 +226,14 @@ async def test_a_flood_fits_into_the_charts_memory_and_others_are_served(
     with memory_cgroup(chart_limit_bytes()) as cgroup:
         if cgroup is None:
             pytest.skip("no memory cgroup can be made here")
-        async with many_descriptors(), world(tmp_path) as (shim, _):
+        async with many_descriptors(), world(tmp_path) as (shim, controller):
             shim.program = cgroup.entering(*shim.program)
             await shim.start()
-            it, others = Flood(shim), Bystanders(shim)
+            it = Flood(shim, controller)
+            others = Bystanders(shim, room=flood is not connections_beyond_the_maximum)
             async with asyncio.TaskGroup() as group:
                 group.create_task(others.watch())
+                await others.begun.wait()
                 await flood(it)
                 others.over.set()
             for line in it.lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import random
@@ -229,7 +230,8 @@ class Controller(_Child):
 
     async def control(self, method: str, path: str, body: Any = None) -> Any:
         """One call of the control API."""
-        async with self._session.request(method, self.url + path, json=body) as response:
+        data = None if body is None else io.BytesIO(json.dumps(body).encode())  # a large one in pieces
+        async with self._session.request(method, self.url + path, data=data) as response:
             assert response.status < 300, await response.text()
             return await response.json()
 
