@@ -17,8 +17,10 @@ from tests.security.test_floods import (
     FLOODS,
     Bystanders,
     Flood,
+    by_tls,
     connections_beyond_the_maximum,
     many_descriptors,
+    silent_handshakes,
 )
 from tests.support.processes import world
 
@@ -28,10 +30,11 @@ GOAL_MS = 100.0
 async def measure(flood: Callable[[Flood], Awaitable[None]]) -> list[float]:
     """Return the milliseconds that each call of the bystanders took, in order of size."""
     with tempfile.TemporaryDirectory() as folder:
-        async with many_descriptors(), world(Path(folder)) as (shim, controller):
+        config, context = by_tls(Path(folder)) if flood is silent_handshakes else ({}, None)
+        async with many_descriptors(), world(Path(folder), config) as (shim, controller):
             await shim.start()
             it = Flood(shim, controller)
-            others = Bystanders(shim, room=flood is not connections_beyond_the_maximum)
+            others = Bystanders(shim, context, room=flood is not connections_beyond_the_maximum)
             async with asyncio.TaskGroup() as group:
                 group.create_task(others.watch())
                 await others.begun.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
@@ -48,9 +49,10 @@ class Line:
         self._reader, self._writer = reader, writer
 
     @classmethod
-    async def to(cls, address: str) -> Line:
+    async def to(cls, address: str, context: ssl.SSLContext | None = None) -> Line:
+        """Connect, by TLS with a context."""
         host, _, port = address.removeprefix("http://").rpartition(":")
-        return cls(*await asyncio.open_connection(host, int(port), limit=2**24))
+        return cls(*await asyncio.open_connection(host, int(port), limit=2**24, ssl=context))
 
     async def send(self, data: bytes) -> None:
         with suppress(ConnectionError):
@@ -81,9 +83,9 @@ class Line:
         self._writer.transport.abort()
 
 
-async def ask(address: str, data: bytes) -> Reply:
+async def ask(address: str, data: bytes, context: ssl.SSLContext | None = None) -> Reply:
     """Make one request on a connection of its own."""
-    line = await Line.to(address)
+    line = await Line.to(address, context)
     await line.send(data)
     try:
         return await line.reply()

@@ -9,11 +9,14 @@ import asyncio
 import gzip
 import json
 import resource
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
 import yaml
 
 from tests.security.raw_client import Line, Reply, ask, request
@@ -158,6 +161,10 @@ async def commands_that_are_malformed(it: Flood) -> None:
     await asyncio.gather(*(one() for _ in range(20)))
 
 
+async def silent_handshakes(it: Flood) -> None:
+    await it.sends(it.shim.url, 1000, lambda n: b"\x16\x03\x01\x02" if n % 2 else b"")
+
+
 FLOODS: tuple[Callable[[Flood], Awaitable[None]], ...] = (
     requests_behind_held_polls,
     unfinished_heads,
@@ -167,12 +174,22 @@ FLOODS: tuple[Callable[[Flood], Awaitable[None]], ...] = (
     agents_with_large_heartbeats,
     compressed_bodies,
     the_admin_port,
+    silent_handshakes,
     connections_beyond_the_maximum,
     registrations_with_many_labels,
     large_results,
     frames_that_are_no_messages,
     commands_that_are_malformed,
 )
+
+
+def by_tls(folder: Path) -> tuple[dict[str, Any], ssl.SSLContext]:
+    """Return a configuration whose agents' port speaks TLS, and an agent's context."""
+    authority, context = trustme.CA(), ssl.create_default_context()
+    pem = str(folder / "tls.pem")
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(pem)
+    authority.configure_trust(context)
+    return {"listen": {"port": 0, "max_connections": 1024, "tls": {"cert_file": pem, "key_file": pem}}}, context
 
 
 @asynccontextmanager
@@ -188,8 +205,9 @@ async def many_descriptors() -> AsyncIterator[None]:
 class Bystanders:
     """Another agent, on a connection of its own and on new ones where there is room for them, and the kubelet."""
 
-    def __init__(self, shim: Shim, *, room: bool = True) -> None:
+    def __init__(self, shim: Shim, context: ssl.SSLContext | None = None, *, room: bool = True) -> None:
         self._shim = shim
+        self._context = context
         self._room = room
         self._beat = request("POST", f"{BASE}/bystander/heartbeat", body=b'{"status":"healthy"}')
         self.statuses: list[tuple[str, int]] = []
@@ -198,12 +216,12 @@ class Bystanders:
         self.over = asyncio.Event()
 
     async def watch(self) -> None:
-        kept = await Line.to(self._shim.url)
+        kept = await Line.to(self._shim.url, self._context)
         while not self.over.is_set():
             await kept.send(self._beat)
             await self._note("heartbeat", kept.reply())
             if self._room:
-                await self._note("heartbeat, new connection", ask(self._shim.url, self._beat))
+                await self._note("heartbeat, new connection", ask(self._shim.url, self._beat, self._context))
             await self._note("/healthz", ask(self._shim.admin, request("GET", "/healthz")))
             self.begun.set()
             with suppress(TimeoutError):
@@ -226,11 +244,12 @@ async def test_a_flood_fits_into_the_charts_memory_and_others_are_served(
     with memory_cgroup(chart_limit_bytes()) as cgroup:
         if cgroup is None:
             pytest.skip("no memory cgroup can be made here")
-        async with many_descriptors(), world(tmp_path) as (shim, controller):
+        config, context = by_tls(tmp_path) if flood is silent_handshakes else ({}, None)
+        async with many_descriptors(), world(tmp_path, config) as (shim, controller):
             shim.program = cgroup.entering(*shim.program)
             await shim.start()
             it = Flood(shim, controller)
-            others = Bystanders(shim, room=flood is not connections_beyond_the_maximum)
+            others = Bystanders(shim, context, room=flood is not connections_beyond_the_maximum)
             async with asyncio.TaskGroup() as group:
                 group.create_task(others.watch())
                 await others.begun.wait()
