@@ -445,6 +445,16 @@ def test_replicas_reach_the_database_and_each_other() -> None:
     assert not {5432, 7081} & {port["port"] for rule in file["egress"] + file["ingress"] for port in rule["ports"]}
 
 
+def test_tls_connections_fit_into_the_memory_limit() -> None:
+    def listen(*sets: str) -> dict[str, Any]:
+        found: dict[str, Any] = yaml.safe_load(one(rendered("mode=gateway", *sets), "ConfigMap")["data"]["config.yaml"])
+        return found["listen"]  # type: ignore[no-any-return]
+
+    assert listen("gateway.tlsSecretName=tls")["max_connections"] == 1024
+    assert listen("gateway.tlsSecretName=tls", "config.listen.max_connections=4000")["max_connections"] == 4000
+    assert "max_connections" not in listen()
+
+
 def test_only_changes_that_need_it_restart_the_gateway() -> None:
     def checksum(*sets: str) -> str:
         found = one(rendered("mode=gateway", "config.fallback.url=https://api.pipeops.io", *sets), "Deployment")

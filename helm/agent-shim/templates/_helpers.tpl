@@ -252,6 +252,8 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- if and (eq .Values.mode "gateway") .Values.gateway.tlsSecretName -}}
 {{- $tls := dict "cert_file" "/etc/agent-shim-tls/tls.crt" "key_file" "/etc/agent-shim-tls/tls.key" -}}
 {{- $_ := set (get $ours "listen") "tls" $tls -}}
+{{- /* A TLS connection takes about 50 KiB: the default of 2048 would not fit into the default memory limit. */}}
+{{- $_ := set (get $ours "listen") "max_connections" 1024 -}}
 {{- end -}}
 {{- if include "agent-shim.database" . -}}
 {{- $database := .Values.store.postgresql -}}
