@@ -66,7 +66,9 @@ def of_process(pid: int, proc: Path = PROC) -> Sources:
         ) from None
     except OSError as error:
         raise ConfigError([Fault("--pid", f"process {pid} cannot be looked at: {error.strerror}")]) from None
-    if "run" not in words:
+    # `agent-shim run` or `python -m shim run`; other programs have a subcommand of that name, too.
+    at = words.index("run") if "run" in words else 0
+    if not at or Path(words[at - 1]).name not in ("agent-shim", "shim"):
         raise ConfigError([Fault("--pid", f"process {pid} is no `agent-shim run`")])
     given = words[words.index("run") + 1 :]
     paths = _values(given, "--config")
