@@ -70,7 +70,7 @@ def of_process(pid: int, proc: Path = PROC) -> Sources:
     at = words.index("run") if "run" in words else 0
     if not at or Path(words[at - 1]).name not in ("agent-shim", "shim"):
         raise ConfigError([Fault("--pid", f"process {pid} is no `agent-shim run`")])
-    given = words[words.index("run") + 1 :]
+    given = words[at + 1 :]
     paths = _values(given, "--config")
     path = paths[-1] if paths else None
     if path is not None:
