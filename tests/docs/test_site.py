@@ -20,6 +20,7 @@ SOURCES = (
     "README.md",
     "SECURITY.md",
     "helm/agent-shim",
+    "helm/examples",
 )
 
 

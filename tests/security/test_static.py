@@ -38,6 +38,9 @@ def test_the_rules_are_on() -> None:
     assert "S" in tool["ruff"]["lint"]["select"]
     assert not [rule for rule in tool["ruff"]["lint"]["ignore"] if re.fullmatch(r"S\d+", rule)]
     shipped = {key: rules for key, rules in tool["ruff"]["lint"]["per-file-ignores"].items() if key.startswith("shim")}
-    assert {rule for rules in shipped.values() for rule in rules if re.fullmatch(r"S\d+", rule)} <= {"S101", "S311"}
+    # S608: the SQL of the database's store and of the cluster is put together from constants; values are parameters.
+    found = {rule for rules in shipped.values() for rule in rules if re.fullmatch(r"S\d+", rule)}
+    assert found <= {"S101", "S311", "S608"}
+    assert [key for key, rules in shipped.items() if "S608" in rules] == ["shim/{cluster,store/postgres}/**"]
     assert tool["mypy"]["strict"] is True
     assert "overrides" not in tool["mypy"]
