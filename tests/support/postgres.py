@@ -194,6 +194,14 @@ def query(url: str, statement: str) -> list[tuple[Any, ...]]:
         return cursor.fetchall() if cursor.description else []
 
 
+@contextmanager
+def locking(url: str, statement: str) -> Iterator[int]:
+    """Hold the locks of a statement in an open transaction; yields how many rows it has locked."""
+    with psycopg.connect(url, options="-c search_path=agent_shim") as connection:
+        yield connection.execute(statement).rowcount
+        connection.rollback()
+
+
 def lease(url: str, shard: int = 0, process: str = "p1") -> Partition:
     """Take a shard as `shim.cluster` does."""
     statement = (
