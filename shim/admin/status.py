@@ -18,6 +18,7 @@ from shim.admin.call_status import name_of
 from shim.admin.health_summary import summarise
 from shim.admin.migration import migration
 from shim.admin.recent_commands import RecentCommand
+from shim.admin.rollout import rollout
 from shim.admin.subject import Subject
 from shim.admin.time_series import Sampler
 from shim.bridge.links import UpstreamLink
@@ -71,6 +72,8 @@ class StatusBuilder:
             "now": wall,
             **self._about(wall),
             "not_ready": not_ready,
+            "objectives": self._sampler.windows.objectives(now),
+            "rollout": rollout(self._bridge, wall),
             "drain": self._drain(),
             "links": view.links(),
             "controller": mask(call_status.controller(self._bridge, wall)),
@@ -80,7 +83,12 @@ class StatusBuilder:
             "unregistered": call_status.unregistered(self._bridge, wall),
             "log": self._log(now, wall),
             "sessions": view.sessions(),
-            "commands": {**view.commands(), "latency": self._sampler.latency(), "recent": self._recent()},
+            "commands": {
+                **view.commands(),
+                "latency": self._sampler.latency(),
+                "without_result": self._sampler.windows.without_result(now),
+                "recent": self._recent(),
+            },
             "migration": migration(self._bridge, wall, self._facts.started_at),
         }
         replicas = self._bridge.replicas()
@@ -104,6 +112,7 @@ class StatusBuilder:
         return {
             "version": self._facts.version,
             "started_at": self._facts.started_at,
+            "uptime_s": round(wall - self._facts.started_at, 1),
             "mode": settings.mode,
             "rollout_percent": settings.rollout.percent,
             "rollout_lists": bool(settings.rollout.include or settings.rollout.exclude),

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, fields
 from typing import Any
 
+from shim.admin.objectives import ObjectiveWindows
 from shim.admin.subject import Subject
 from shim.core.records import CommandState
 from shim.ports import Timer
@@ -38,6 +39,7 @@ class Sampler:
 
     def __init__(self, bridge: Subject) -> None:
         self._bridge = bridge
+        self.windows = ObjectiveWindows(bridge.ctx.metrics, bridge.ctx.now)
         self._samples: deque[Sample] = deque(maxlen=KEPT)
         self._recent_s: deque[float] = deque(maxlen=RECENT)
         self._timer: Timer | None = None
@@ -75,6 +77,7 @@ class Sampler:
             p95_s=quantile(times_s, 0.95),
         )
         self._samples.append(sample)
+        self.windows.record(bridge.ctx.now)
         self.taken += 1
         return sample
 
