@@ -141,7 +141,7 @@ def _through_store(path: Path, records: list[CommandRecord], outstanding: int) -
             submit(coming.pop())
 
     def submit(record: CommandRecord) -> None:
-        step = AddTrace(record.session, (record.id,), TraceEntry(record.arrived_wall, "arrived", record.type))
+        step = AddTrace(record.session, (record.id,), TraceEntry(record.arrived_unix, "arrived", record.type))
         store.submit([PutCommand(record), step], stored)
 
     store = SqliteStore(path, posted.put, CommitProbe(time.monotonic, committed))
@@ -180,7 +180,7 @@ def _through_sqlite(path: Path, records: list[CommandRecord], batch: int, carry:
     def commit(rows: list[CommandRecord]) -> None:
         cursor.execute("BEGIN IMMEDIATE")
         for r in rows:
-            row = (str(r.session), r.id, r.request_id, 1.0, r.arrived_wall, r.expires_wall, r.size_bytes)
+            row = (str(r.session), r.id, r.request_id, 1.0, r.arrived_unix, r.expires_unix, r.size_bytes)
             cursor.execute(_INSERT, (*row, r.type, r.created_at, encode(r.payload)))
         cursor.execute("COMMIT")
 

@@ -51,7 +51,7 @@ def through_store(make: Callable[[Any], CommandStore], records: Sequence[Command
 
     def steps(record: CommandRecord) -> list[list[Operation]]:
         key, name = record.session, (record.id,)
-        arrived = AddTrace(key, name, TraceEntry(record.arrived_wall, "arrived", record.type))
+        arrived = AddTrace(key, name, TraceEntry(record.arrived_unix, "arrived", record.type))
         offered = MarkCommands(key, name, CommandState.OFFERED, 2.0, attempts=1)
         delivered = MarkCommands(key, name, CommandState.DELIVERED, 3.0)
         return [
@@ -96,7 +96,7 @@ def bare(url: str, records: Sequence[CommandRecord], outstanding: int) -> float:
 
 def _row(record: CommandRecord) -> tuple[Any, ...]:
     return (
-        *(str(record.session), record.id, record.request_id, "queued", 0, record.arrived_wall, record.expires_wall),
+        *(str(record.session), record.id, record.request_id, "queued", 0, record.arrived_unix, record.expires_unix),
         *(record.type, record.created_at, b'{"replicas":3,"deployment":"web","namespace":"default"}'),
     )
 

@@ -232,21 +232,21 @@ class App:
             log.warning(event, hint=hint)
         upstream = AiohttpUpstream(settings.upstream, self.spawn)
         self._undo.append(upstream.close)
-        around = RuntimeContext(
+        context = RuntimeContext(
             settings=settings,
             clock=clock,
             timers=loop,
             rng=random.random,
             new_id=lambda: uuid.uuid4().hex,
-            post=loop.call_soon_threadsafe,
+            call_threadsafe=loop.call_soon_threadsafe,
             spawn=self.spawn,
             metrics=self._metrics,
             upstream=self.wrap_upstream(upstream),
             read_token=self._read_token,
-            broken=self._store_broken,
+            on_store_corrupt=self._store_broken,
             redaction=self._logging.redaction,
         )
-        parts = build_runtime(around, self.make_store)
+        parts = build_runtime(context, self.make_store)
         if isinstance(parts.subject, Bridge):
             self.bridge = parts.subject
         self._undo.append(parts.close)
@@ -281,7 +281,7 @@ class App:
         sunset = sunset_headers(settings.sunset)
         return AgentServer(
             settings.listen,
-            self.wrap_switchboard(parts.switchboard),
+            self.wrap_agent_service(parts.agent_service),
             dialects.load(),
             self._metrics,
             token=None if settings.upstream.own_tokens else self._token_for_agents,
@@ -315,9 +315,9 @@ class App:
         """Return the upstream that the bridge uses."""
         return upstream
 
-    def wrap_switchboard(self, switchboard: AgentService) -> AgentService:
+    def wrap_agent_service(self, agent_service: AgentService) -> AgentService:
         """Return the service that the agents' server calls."""
-        return switchboard
+        return agent_service
 
     def _announce(self) -> None:
         if self._ready_file:
@@ -459,15 +459,15 @@ class App:
         log.info("config_reloaded", mode=self.settings.mode, needs_restart=ignored)
 
 
-def build_runtime(around: RuntimeContext, make_store: Callable[[CallThreadsafe], CommandStore]) -> Runtime:
+def build_runtime(context: RuntimeContext, make_store: Callable[[CallThreadsafe], CommandStore]) -> Runtime:
     """Return the runtime: one bridge with its store, or a replica with its share of the shards.
 
     Raises `StoreError` if an optional dependency is missing.
     """
-    if around.settings.store.url:
+    if context.settings.store.url:
         try:
             from shim.cluster.replica import Replica  # noqa: PLC0415 - needs an extra, and memory only in clusters
         except ModuleNotFoundError as error:
             raise StoreError(f"store.url needs agent-shim[postgres]: {error.name} is not installed") from error
-        return Replica(around)
-    return SingleRuntime(around, make_store(around.post))
+        return Replica(context)
+    return SingleRuntime(context, make_store(context.call_threadsafe))

@@ -35,7 +35,7 @@ Level = Literal["debug", "info", "warning", "error"]
 class Logger:
     """Logger whose messages are event names (`link_state`); all variable data are fields.
 
-    `about` limits repeated events: of the same event about the same subject, one per minute is written. Its field
+    `dedupe_key` limits repeated events: of the same event with the same key, one per minute is written. Its field
     `repeats` counts the events that were left out before it.
     """
 
@@ -44,27 +44,27 @@ class Logger:
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
 
-    def debug(self, event: str, /, *, about: str | None = None, **fields: Any) -> None:
-        self._log(logging.DEBUG, event, about, fields)
+    def debug(self, event: str, /, *, dedupe_key: str | None = None, **fields: Any) -> None:
+        self._log(logging.DEBUG, event, dedupe_key, fields)
 
-    def info(self, event: str, /, *, about: str | None = None, **fields: Any) -> None:
-        self._log(logging.INFO, event, about, fields)
+    def info(self, event: str, /, *, dedupe_key: str | None = None, **fields: Any) -> None:
+        self._log(logging.INFO, event, dedupe_key, fields)
 
-    def warning(self, event: str, /, *, about: str | None = None, **fields: Any) -> None:
-        self._log(logging.WARNING, event, about, fields)
+    def warning(self, event: str, /, *, dedupe_key: str | None = None, **fields: Any) -> None:
+        self._log(logging.WARNING, event, dedupe_key, fields)
 
-    def error(self, event: str, /, *, about: str | None = None, **fields: Any) -> None:
-        self._log(logging.ERROR, event, about, fields)
+    def error(self, event: str, /, *, dedupe_key: str | None = None, **fields: Any) -> None:
+        self._log(logging.ERROR, event, dedupe_key, fields)
 
-    def exception(self, event: str, /, *, about: str | None = None, **fields: Any) -> None:
+    def exception(self, event: str, /, *, dedupe_key: str | None = None, **fields: Any) -> None:
         """Log an error with the traceback of the exception that is being handled."""
-        self._log(logging.ERROR, event, about, fields, exc_info=True)
+        self._log(logging.ERROR, event, dedupe_key, fields, exc_info=True)
 
     def _log(
-        self, level: int, event: str, about: str | None, fields: dict[str, Any], *, exc_info: bool = False
+        self, level: int, event: str, dedupe_key: str | None, fields: dict[str, Any], *, exc_info: bool = False
     ) -> None:
         if self._logger.isEnabledFor(level):
-            extra = {"fields": fields, "about": about}
+            extra = {"fields": fields, "dedupe_key": dedupe_key}
             self._logger.log(level, "%s", event, exc_info=exc_info, extra=extra)
 
 
@@ -82,17 +82,17 @@ class _Repeated:
 
 
 class RepeatFilter(logging.Filter):
-    """Filter for repeated events with a subject (`about`). At most `_MAX_REPEATS` subjects are remembered."""
+    """Filter for repeated events with a `dedupe_key`. At most `_MAX_REPEATS` keys are remembered."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: dict[tuple[str, str, str], _Repeated] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        about: str | None = getattr(record, "about", None)
-        if about is None:
+        dedupe_key: str | None = getattr(record, "dedupe_key", None)
+        if dedupe_key is None:
             return True
-        key = (record.name, record.getMessage(), about)
+        key = (record.name, record.getMessage(), dedupe_key)
         seen = self._seen.get(key)
         if seen is not None and 0 <= record.created - seen.written_at < REPEAT_S:
             seen.left_out += 1

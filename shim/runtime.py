@@ -26,22 +26,22 @@ Spawn = Callable[[str, Coroutine[Any, Any, None]], Any]
 
 @dataclass(frozen=True, slots=True)
 class RuntimeContext:
-    """Dependencies of a runtime. `broken` stops the process after the store was found corrupt."""
+    """Dependencies of a runtime. `on_store_corrupt` stops the process after the store was found corrupt."""
 
     settings: Settings
     clock: Clock
     timers: Timers
     rng: Callable[[], float]
     new_id: Callable[[], str]
-    post: CallThreadsafe
+    call_threadsafe: CallThreadsafe
     spawn: Spawn
     metrics: Metrics
     upstream: UpstreamPort
     read_token: Callable[[], str]
-    broken: Callable[[StoreError], None]
+    on_store_corrupt: Callable[[StoreError], None]
     redaction: Redaction = field(default_factory=Redaction)
 
-    def context(
+    def bridge_context(
         self, settings: Settings, store: CommandStore, upstream: UpstreamPort, owner_key: bytes = b""
     ) -> BridgeContext:
         """Return the dependencies of one bridge."""
@@ -86,7 +86,7 @@ class Runtime(Protocol):
         """Recently changed commands."""
 
     @property
-    def switchboard(self) -> AgentService:
+    def agent_service(self) -> AgentService:
         """The service that the agents' server calls."""
 
     @property
@@ -130,15 +130,19 @@ class Runtime(Protocol):
 class SingleRuntime:
     """Runtime with one bridge and its own store."""
 
-    def __init__(self, around: RuntimeContext, store: CommandStore) -> None:
-        self._metrics = around.metrics
+    def __init__(self, context: RuntimeContext, store: CommandStore) -> None:
+        self._metrics = context.metrics
         self.recent = RecentCommandsStore(store)
-        self.subject = self.switchboard = Bridge(around.context(around.settings, self.recent, around.upstream))
+        self.subject = self.agent_service = Bridge(
+            context.bridge_context(context.settings, self.recent, context.upstream)
+        )
         self.fallback = FallbackPolicy(self.subject)
         self.addresses: dict[str, str] = {}
         self.forwarder = None
-        self.websockets = WebSocketProxy(lambda: self.subject.ctx.settings, around.metrics, around.spawn, self.subject)
-        around.metrics.websocket_connections.set_function(self.websockets.count)
+        self.websockets = WebSocketProxy(
+            lambda: self.subject.ctx.settings, context.metrics, context.spawn, self.subject
+        )
+        context.metrics.websocket_connections.set_function(self.websockets.count)
         self._loaded: StoreContents | None = None
         self._opening = False
 

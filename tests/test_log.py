@@ -222,7 +222,7 @@ def test_colour_is_for_terminals() -> None:
 def said(event: str, about: str | None, at: float, **fields: Any) -> None:
     """One record of the shim's at a moment."""
     values = {"name": "shim.x", "msg": "%s", "args": (event,), "levelno": logging.WARNING, "levelname": "WARNING"}
-    record = logging.makeLogRecord({**values, "created": at, "about": about, "fields": fields})
+    record = logging.makeLogRecord({**values, "created": at, "dedupe_key": about, "fields": fields})
     logging.getLogger("shim.x").handle(record)
 
 
@@ -255,8 +255,8 @@ def test_the_memory_for_repeats_is_bounded(json_logs: log.Logs, out: Output) -> 
 def test_repeats_are_those_of_one_setup(out: Output) -> None:
     for _ in range(2):
         made = log.setup("info", "json", stream=out)
-        log.get("shim.x").warning("dial_failed", about="default tcp")
-        log.get("shim.x").warning("dial_failed", about="default tcp")
+        log.get("shim.x").warning("dial_failed", dedupe_key="default tcp")
+        log.get("shim.x").warning("dial_failed", dedupe_key="default tcp")
         made.close()
     assert len(out.entries()) == 2
 

@@ -44,7 +44,7 @@ def websocket_agents(bridge: Subject) -> dict[str, Any]:
                 "cluster_id": agent.cluster_id or None,
                 "accepted": agent.accepted,
                 "connected": agent.connections > 0,
-                "since": agent.since_wall,
+                "since": agent.since_unix,
                 "seen_at": agent.last_seen_unix,
             }
             for agent in agents[:MAX_SHOWN]
@@ -78,10 +78,10 @@ def _call(call: FallbackCall | None) -> dict[str, Any] | None:
     }
 
 
-def http_agent(record: FallbackRecord, key: SessionKey, contact_wall: float | None, wall: float) -> FallbackCall | None:
+def http_agent(record: FallbackRecord, key: SessionKey, contact_unix: float | None, wall: float) -> FallbackCall | None:
     """Return an agent's newest call by HTTP, `None` if its newest call was served by the shim itself."""
     call = record.by_agent.get(key)
-    if call is None or wall - call.wall_s >= DAY_S or (contact_wall is not None and contact_wall > call.wall_s):
+    if call is None or wall - call.wall_s >= DAY_S or (contact_unix is not None and contact_unix > call.wall_s):
         return None
     return call
 
@@ -140,14 +140,14 @@ def controller(bridge: Subject, wall: float) -> dict[str, Any]:
 def unregistered(bridge: Subject, wall: float) -> dict[str, Any]:
     """Return the agents that poll for tunnels without a session: their registration failed, or is still to come."""
     found = []
-    for key, uses in bridge.roster.usage:
+    for key, uses in bridge.session_registry.usage:
         if bridge.sessions.get(key) is not None or bridge.sessions.alias(key.owner, key.ident) is not None:
             continue
         if key in bridge.ctx.fallback.by_agent or bridge.registrations.registers(key.ident):
             continue
-        last = max(use.last_wall for use in uses.values())
+        last = max(use.last_unix for use in uses.values())
         if wall - last < RECENT_S:
-            first = min(use.first_wall for use in uses.values())
+            first = min(use.first_unix for use in uses.values())
             found.append({"id": key.ident, "last": last, "overdue": last - first >= REGISTERING_S})
     return {"total": len(found), "items": found[:MAX_SHOWN]}
 

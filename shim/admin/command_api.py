@@ -49,33 +49,33 @@ class CommandHandlers:
 
     async def described(self, command_id: str) -> list[dict[str, Any]]:
         """Return the description of every command with this id in this process."""
-        return [describe(each, self._bridge.sessions) for each in await self._bridge.operator.find(command_id)]
+        return [describe(each, self._bridge.sessions) for each in await self._bridge.admin_actions.find(command_id)]
 
     async def purge(self, request: web.Request) -> web.Response:
         """Handle POST /commands/{id}/purge."""
         choice = await _body(request, CommandSelector)
-        record = await self._bridge.operator.purge(request.match_info["id"], choice.session, choice.reason)
+        record = await self._bridge.admin_actions.purge(request.match_info["id"], choice.session, choice.reason)
         return _json({"command": _outcome(record)})
 
     async def redeliver(self, request: web.Request) -> web.Response:
         """Handle POST /commands/{id}/redeliver."""
         choice = await _body(request, CommandSelector)
-        record = await self._bridge.operator.redeliver(request.match_info["id"], choice.session, choice.reason)
+        record = await self._bridge.admin_actions.redeliver(request.match_info["id"], choice.session, choice.reason)
         return _json({"command": _outcome(record)})
 
     async def forget(self, request: web.Request) -> web.Response:
         """Handle POST /agents/{id}/forget. The id is an agent's name, id or whole key."""
-        key = await self._bridge.forgetting.forget(request.match_info["id"])
+        key = await self._bridge.session_removal.forget(request.match_info["id"])
         return _json({"agent": {"key": str(key), "kind": key.kind, "id": key.ident}})
 
     async def drain(self, request: web.Request) -> web.Response:
         """Handle POST /drain: begin to drain, or change the deadline."""
         order = await _body(request, DrainRequest)
-        return _json({"drain": msgspec.to_builtins(self._bridge.operator.drain(order.timeout_s))})
+        return _json({"drain": msgspec.to_builtins(self._bridge.admin_actions.drain(order.timeout_s))})
 
     async def resume(self, request: web.Request) -> web.Response:
         """Handle DELETE /drain: accept commands again."""
-        return _json({"drain": msgspec.to_builtins(self._bridge.operator.resume())})
+        return _json({"drain": msgspec.to_builtins(self._bridge.admin_actions.resume())})
 
 
 def describe(found: CommandDetails, sessions: Agents) -> dict[str, Any]:
@@ -90,8 +90,8 @@ def describe(found: CommandDetails, sessions: Agents) -> dict[str, Any]:
         "type": record.type or None,
         "via": record.via or "websocket",
         "created_at": record.created_at or None,
-        "arrived_at": record.arrived_wall if stored else None,
-        "expires_at": record.expires_wall if stored else None,
+        "arrived_at": record.arrived_unix if stored else None,
+        "expires_at": record.expires_unix if stored else None,
         "size_bytes": record.size_bytes,
         "attempts": record.attempts,
         "result": None if result is None else {"success": result.get("success"), "code": result.get("code")},

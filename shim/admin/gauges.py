@@ -112,7 +112,7 @@ class BridgeCollector:
             size_bytes += queue.size_bytes
             for live in queue.all():
                 states[live.state.value] += 1
-                oldest = min(oldest, live.record.arrived_wall)
+                oldest = min(oldest, live.record.arrived_unix)
         family = GaugeMetricFamily(
             "agent_shim_commands_queued", "Commands that agents are not known to have, by state.", labels=["state"]
         )

@@ -26,7 +26,7 @@ class Health:
         reasons = []
         if self._bridge.stopping:
             reasons.append("stopping")
-        if self._bridge.operator.draining:
+        if self._bridge.admin_actions.draining:
             reasons.append("draining")
         if not await self.store_writable():
             reasons.append("the store cannot be written")

@@ -27,19 +27,19 @@ def paths() -> dict[Route, tuple[str, str]]:
     return {(d.NAME, r.operation): (r.method, r.pattern) for d in dialects.load() for r in d.ROUTES}
 
 
-def migration(bridge: Subject, wall: float, started_wall: float) -> dict[str, Any]:
+def migration(bridge: Subject, wall: float, started_unix: float) -> dict[str, Any]:
     """Return the panel's data at `wall`.
 
     Calls are counted since the start. The time at which an agent was last seen survives restarts.
     """
-    uses: _Uses = list(bridge.roster.usage)
+    uses: _Uses = list(bridge.session_registry.usage)
     last_seen = {session.key: session.last_seen_unix for session in bridge.sessions}
     for key, routes in uses:
-        last_seen[key] = max(last_seen.get(key, 0.0), *(use.last_wall for use in routes.values()))
-    reasons = _reasons(bridge, last_seen, wall, started_wall)
+        last_seen[key] = max(last_seen.get(key, 0.0), *(use.last_unix for use in routes.values()))
+    reasons = _reasons(bridge, last_seen, wall, started_unix)
     return {
         "sunset": sunset(bridge.ctx.settings.sunset, wall),
-        "counted_since": started_wall,
+        "counted_since": started_unix,
         "routes": _by_route(uses),
         "agents": _by_agent(bridge, dict(uses), last_seen),
         "removable": not reasons,
@@ -58,15 +58,15 @@ def sunset(configured: Sunset, wall: float) -> dict[str, Any]:
     }
 
 
-def _reasons(bridge: Subject, last_seen: dict[SessionKey, float], wall: float, started_wall: float) -> list[str]:
+def _reasons(bridge: Subject, last_seen: dict[SessionKey, float], wall: float, started_unix: float) -> list[str]:
     """Return the reasons why the shim cannot be removed, empty if it can."""
     reasons = []
     active = [seen for seen in last_seen.values() if wall - seen < QUIET_S]
     if active:
         ago = format_duration(wall - max(active))
         reasons.append(f"{plural(len(active), 'agent')} called in the last 24 h, the last one {ago} ago")
-    elif wall - started_wall < QUIET_S:
-        reasons.append(f"no call in the {format_duration(wall - started_wall)} since the start: wait until it is 24 h")
+    elif wall - started_unix < QUIET_S:
+        reasons.append(f"no call in the {format_duration(wall - started_unix)} since the start: wait until it is 24 h")
     commands = sum(map(len, bridge.queues.values()))
     if commands:
         verb = "waits" if commands == 1 else "wait"
@@ -91,7 +91,7 @@ def _by_route(uses: _Uses) -> list[dict[str, Any]]:
             **_route(route),
             "agents": len(each),
             "calls": sum(use.count for use in each),
-            "last": max(use.last_wall for use in each),
+            "last": max(use.last_unix for use in each),
         }
         for route, each in found.items()
     ]
@@ -117,7 +117,7 @@ def _agent(bridge: Subject, key: SessionKey, routes: dict[Route, RouteUse], last
         "last": last or None,
         "calls": sum(use.count for use in routes.values()),
         "routes": [
-            {**_route(route), "calls": use.count, "every_s": _every_s(use), "last": use.last_wall}
+            {**_route(route), "calls": use.count, "every_s": _every_s(use), "last": use.last_unix}
             for route, use in sorted(routes.items())
         ],
     }
@@ -125,4 +125,4 @@ def _agent(bridge: Subject, key: SessionKey, routes: dict[Route, RouteUse], last
 
 def _every_s(use: RouteUse) -> float | None:
     """Return the average seconds between calls, `None` for a single call."""
-    return None if use.count < 2 else round((use.last_wall - use.first_wall) / (use.count - 1), 1)
+    return None if use.count < 2 else round((use.last_unix - use.first_unix) / (use.count - 1), 1)

@@ -14,7 +14,7 @@ KEPT = 50
 
 @dataclass(slots=True)
 class RecentCommand:
-    """The newest step of a command. `type` and `arrived_wall` are unknown (`""`, 0) if it arrived before the start."""
+    """The newest step of a command. `type` and `arrived_unix` are unknown (`""`, 0) if it arrived before the start."""
 
     id: str
     session: SessionKey
@@ -22,7 +22,7 @@ class RecentCommand:
     detail: str
     wall: float
     type: str = ""
-    arrived_wall: float = 0.0
+    arrived_unix: float = 0.0
 
 
 class RecentCommandsStore:
@@ -57,9 +57,9 @@ class RecentCommandsStore:
             known = self._recent.pop((step.session, command_id), None)
             recent = RecentCommand(command_id, step.session, entry.event, entry.detail, entry.wall)
             if entry.event == "arrived":
-                recent.type, recent.arrived_wall = entry.detail, entry.wall
+                recent.type, recent.arrived_unix = entry.detail, entry.wall
             elif known is not None:
-                recent.type, recent.arrived_wall = known.type, known.arrived_wall
+                recent.type, recent.arrived_unix = known.type, known.arrived_unix
             self._recent[step.session, command_id] = recent
         while len(self._recent) > KEPT:
             self._recent.popitem(last=False)

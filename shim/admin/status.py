@@ -130,11 +130,11 @@ class StatusBuilder:
         }
 
     def _drain(self) -> dict[str, Any]:
-        drain = self._bridge.operator.progress()
+        drain = self._bridge.admin_actions.progress()
         return {
             "state": drain.state.value,
-            "since": drain.since_wall or None,
-            "deadline_at": drain.deadline_wall or None,
+            "since": drain.since_unix or None,
+            "deadline_at": drain.deadline_unix or None,
             "commands": drain.commands,
             "results": drain.results,
             "refused": drain.refused,
@@ -146,7 +146,7 @@ class StatusBuilder:
                 "id": recent.id,
                 "session": recent.session.ident,
                 "type": recent.type or None,
-                "arrived_at": recent.arrived_wall or None,
+                "arrived_at": recent.arrived_unix or None,
                 "event": recent.event,
                 "detail": recent.detail,
                 "at": recent.wall,
@@ -174,27 +174,27 @@ class _View:
 
     def links(self) -> dict[str, Any]:
         """Return counts and the links, those that are not online first."""
-        runners = sorted(self._bridge.links, key=lambda runner: (runner.online, runner.name))
+        links = sorted(self._bridge.links, key=lambda link: (link.online, link.name))
         return {
-            "total": len(runners),
-            "online": sum(runner.online for runner in runners),
-            "items": [self._link(runner) for runner in runners[:MAX_LINKS]],
+            "total": len(links),
+            "online": sum(link.online for link in links),
+            "items": [self._link(link) for link in links[:MAX_LINKS]],
         }
 
-    def _link(self, runner: UpstreamLink) -> dict[str, Any]:
-        current = runner.timeline.current
+    def _link(self, link: UpstreamLink) -> dict[str, Any]:
+        current = link.history.current
         return {
-            "name": runner.name[:OWNER_CHARS],
-            "state": runner.state.value,
+            "name": link.name[:OWNER_CHARS],
+            "state": link.state.value,
             "phase": current.phase.value,
             "since": self._wall_of(current.since_s),
-            "reason": runner.last_failure or current.reason or None,
-            "detail": runner.last_detail or None,
-            "contended": runner.machine.contended,
-            "failures": runner.machine.failures,
+            "reason": link.last_failure or current.reason or None,
+            "detail": link.last_detail or None,
+            "contended": link.machine.contended,
+            "failures": link.machine.failures,
             "timeline": [
                 {"phase": segment.phase.value, "since": self._wall_of(segment.since_s), "reason": segment.reason}
-                for segment in runner.timeline.last(self._now, HOUR_S)
+                for segment in link.history.last(self._now, HOUR_S)
             ],
         }
 

@@ -85,7 +85,7 @@ class Census(Protocol):
 
 
 class Hands(Protocol):
-    """Operator's actions (`bridge.operator`)."""
+    """Operator's actions (`bridge.admin_actions`)."""
 
     @property
     def draining(self) -> bool: ...
@@ -104,7 +104,7 @@ class Hands(Protocol):
 
 
 class Forgets(Protocol):
-    """Deletion of agents by an operator (`bridge.forgetting`)."""
+    """Deletion of agents by an operator (`bridge.session_removal`)."""
 
     async def forget(self, agent: str) -> SessionKey: ...
 
@@ -139,7 +139,7 @@ class Subject(Protocol):
     def gateways(self) -> Legs: ...
 
     @property
-    def roster(self) -> Census: ...
+    def session_registry(self) -> Census: ...
 
     @property
     def registrations(self) -> Registering: ...
@@ -151,10 +151,10 @@ class Subject(Protocol):
     def websocket_agents(self) -> Iterable[WebSocketAgent]: ...
 
     @property
-    def operator(self) -> Hands: ...
+    def admin_actions(self) -> Hands: ...
 
     @property
-    def forgetting(self) -> Forgets: ...
+    def session_removal(self) -> Forgets: ...
 
     def replicas(self) -> dict[str, Any] | None:
         """Return the status of the replicas, `None` with a single one."""

@@ -50,7 +50,7 @@ class ServerContext:
     """The objects that all connections of one server share."""
 
     listen: Listen
-    switchboard: AgentService
+    agent_service: AgentService
     metrics: Metrics
     replies: ResponseBuilder
     budget: Budget
@@ -173,7 +173,7 @@ class AgentConnection(HttpConnection):
             self._end_lease(exc is None and self._acknowledged)
 
     def _end_lease(self, clean: bool) -> None:
-        self._server_context.switchboard.connection_closed(self.number, clean)
+        self._server_context.agent_service.connection_closed(self.number, clean)
 
     def force_close(self) -> None:
         self._note_acknowledgement()
@@ -253,7 +253,7 @@ class AgentConnection(HttpConnection):
         """
         if self._lease_open and not self._pipelined:
             self._lease_open = False
-            self._server_context.switchboard.next_request(self.number)
+            self._server_context.agent_service.next_request(self.number)
 
     def peer_can_receive(self, *, for_commands: bool) -> bool:
         """Return False if the agent is known to have disconnected.
@@ -295,9 +295,9 @@ class AgentConnection(HttpConnection):
         """Report if the response with these commands was written; if so, watch the connection for evidence."""
         if written:
             self._lease_open = self._had_lease = True
-            self._server_context.switchboard.written(lease)
+            self._server_context.agent_service.written(lease)
         else:
-            self._server_context.switchboard.unwritten(lease)
+            self._server_context.agent_service.unwritten(lease)
 
     def remarks(self, lease: DeliveryReceipt | None) -> Mapping[str, str]:
         """Return further headers for a reply; only connections of replicas have any."""

@@ -40,10 +40,10 @@ NOT_AT_ONCE = b"HTTP/1.1 425 "
 _NOT_AT_ONCE = NOT_AT_ONCE + b"Too Early\r\nContent-Length: 0\r\n\r\n"
 
 
-class Doubter(AgentService):
+class ClusterAgentService(AgentService):
     """An `AgentService` that can also mark a reply as uncertain."""
 
-    def doubted(self, lease: DeliveryReceipt, connection: int) -> None:
+    def mark_uncertain(self, lease: DeliveryReceipt, connection: int) -> None:
         """Treat the commands of a reply as uncertain: it is unknown if it was written."""
         raise NotImplementedError
 
@@ -67,7 +67,7 @@ class PairedConnection(AgentConnection):
         self._queued: deque[tuple[RawRequestMessage, StreamReader]] = deque()
         self._clients: dict[str, Caller] = {}
         self._secret = secret
-        self._doubter = cast("Doubter", self._server_context.switchboard)
+        self._agent_service = cast("ClusterAgentService", self._server_context.agent_service)
         self._lent: DeliveryReceipt | None = None
         self._begun = False
         self._told_open = False
@@ -152,22 +152,22 @@ class PairedConnection(AgentConnection):
         self.client, self.authorization = client, authorization
 
     def _note(self, kind: Note, query: str) -> None:
-        switchboard = self._doubter
+        agent_service = self._agent_service
         match kind:
             case Note.CAME:
                 self._came = read_came(query, self._loop.time())
             case Note.WRITTEN if self._lent is not None:
                 lease, self._lent, self._told_open = self._lent, None, True
-                switchboard.written(lease)
+                agent_service.written(lease)
             case Note.UNWRITTEN if self._lent is not None:
                 lease, self._lent = self._lent, None
-                switchboard.unwritten(lease)
+                agent_service.unwritten(lease)
             case Note.NEXT if self._told_open:
                 self._told_open = False
-                switchboard.next_request(self.number)
+                agent_service.next_request(self.number)
             case Note.CLOSED | Note.CLOSED_CLEANLY if self._told_open:
                 self._told_open = False
-                switchboard.connection_closed(self.number, kind is Note.CLOSED_CLEANLY)
+                agent_service.connection_closed(self.number, kind is Note.CLOSED_CLEANLY)
             case _:
                 pass  # a note about a reply that offered no commands
 
@@ -195,7 +195,7 @@ class PairedConnection(AgentConnection):
         # Bytes that were passed to this kernel may have reached the agent, even if the connection failed afterwards.
         if not written and not self._begun and self._lent is lease:
             self._lent = None
-            self._doubter.unwritten(lease)
+            self._agent_service.unwritten(lease)
         elif self._lent is lease and self._wire is None:
             self._mark_unconfirmed()
 
@@ -218,9 +218,9 @@ class PairedConnection(AgentConnection):
         lease, self._lent = self._lent, None
         was_open, self._told_open = self._told_open, False
         if lease is not None:
-            self._doubter.doubted(lease, self.number)
+            self._agent_service.mark_uncertain(lease, self.number)
         elif was_open:
-            self._doubter.lost(self.number)
+            self._agent_service.lost(self.number)
 
 
 class _NoGuard(Guard):

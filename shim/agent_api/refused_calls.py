@@ -27,7 +27,7 @@ class RefusedCalls:
         reason = body.get("error") if isinstance(body, dict) else body
         kind = self._recent.note(now, status, route, reason if isinstance(reason, str) else "")
         about = f"{kind.status} {kind.route} {kind.reason}"
-        log.warning("call_refused", about=about, status=status, route=kind.route, reason=kind.reason)
+        log.warning("call_refused", dedupe_key=about, status=status, route=kind.route, reason=kind.reason)
 
 
 def route_of(method: str, target: str, match: Match | None) -> str:

@@ -76,7 +76,7 @@ class SyncRequestHandler:
         except AgentError:
             return None
         try:
-            answer = self._server_context.switchboard.try_call_sync(client, agent_call, started_s)
+            answer = self._server_context.agent_service.try_call_sync(client, agent_call, started_s)
             if answer is None:
                 return None
             reply = match.dialect.render(match.route.operation, answer.outcome, call)

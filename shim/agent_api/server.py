@@ -156,7 +156,7 @@ class AgentServer:
     def __init__(  # noqa: PLR0913 - the server's dependencies, passed once at start-up
         self,
         listen: Listen,
-        switchboard: AgentService,
+        agent_service: AgentService,
         dialects: Iterable[Dialect],
         metrics: Metrics,
         *,
@@ -177,7 +177,7 @@ class AgentServer:
         """
         self._listen = listen
         self._forwarder = forwarder
-        self._switchboard = switchboard
+        self._agent_service = agent_service
         self._fallback = fallback
         self._websockets = websockets
         self._max_message_bytes = max_message_bytes
@@ -189,7 +189,7 @@ class AgentServer:
         self._routes = RouteCache(Router(dialects, listen.base_path))
         self._server_context = ServerContext(
             listen,
-            switchboard,
+            agent_service,
             metrics,
             ResponseBuilder(static_headers),
             self._budget,
@@ -310,7 +310,7 @@ class AgentServer:
         """
         self._metrics.internal_errors.labels("frontend").inc()
         if visit.lease is not None:
-            self._switchboard.unwritten(visit.lease)
+            self._agent_service.unwritten(visit.lease)
             visit.lease = None
         return error_reply(Failed(500, "internal error"))
 
@@ -345,7 +345,7 @@ class AgentServer:
                 return served
             answer = served
         if answer is None:
-            answer = await self._switchboard.call(client, agent_call, visit.moment(agent_call))
+            answer = await self._agent_service.call(client, agent_call, visit.moment(agent_call))
         visit.lease = answer.lease
         return match.dialect.render(route.operation, answer.outcome, call)
 
@@ -454,7 +454,7 @@ class AgentServer:
         if match is None or agent_call is None:
             raise AgentError(502, "the vendor's HTTP API cannot be reached")
         if answer is None:
-            answer = await self._switchboard.call(client, agent_call, visit.moment(agent_call))
+            answer = await self._agent_service.call(client, agent_call, visit.moment(agent_call))
         visit.lease = answer.lease
         return match.dialect.render(match.route.operation, answer.outcome, call)
 

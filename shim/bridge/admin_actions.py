@@ -43,16 +43,17 @@ class DrainState(Enum):
     TIMED_OUT = "timed out"  # not empty before the deadline; new commands are still rejected
 
 
-class Drain(msgspec.Struct, frozen=True):
+# The names in JSON are older than the attributes: the admin port and other replicas use them.
+class Drain(msgspec.Struct, frozen=True, rename={"since_unix": "since_wall", "deadline_unix": "deadline_wall"}):
     """The progress of a drain.
 
     `commands` and `results` count what the shim still holds; `refused` counts the commands that were rejected since the
-    drain began. `since_wall` and `deadline_wall` are Unix seconds, 0 while no drain is active.
+    drain began. `since_unix` and `deadline_unix` are Unix seconds, 0 while no drain is active.
     """
 
     state: DrainState
-    since_wall: float
-    deadline_wall: float
+    since_unix: float
+    deadline_unix: float
     commands: int
     results: int
     refused: int
@@ -80,7 +81,7 @@ class AdminActions:
         self._intake = intake
         self._delivery = delivery
         self._state = DrainState.OFF
-        self._since_wall = self._deadline_wall = self._deadline_at = 0.0
+        self._since_unix = self._deadline_unix = self._deadline_at = 0.0
         self._was_empty = False
         self._timer: Timer | None = None
 
@@ -95,8 +96,8 @@ class AdminActions:
         """Return the progress of the drain."""
         return Drain(
             self._state,
-            self._since_wall,
-            self._deadline_wall,
+            self._since_unix,
+            self._deadline_unix,
             sum(map(len, self._queues.values())),
             len(self._queues.outbox),
             self._intake.refused_by_drain,
@@ -109,13 +110,13 @@ class AdminActions:
         """
         wall = self._ctx.clock.wall_s()
         if not self.draining:
-            self._since_wall = wall
+            self._since_unix = wall
             self._intake.refused_by_drain = 0
             log.info("drain_started", timeout_s=timeout_s)
         self._state = DrainState.DRAINING
         self._intake.closed = True
         self._was_empty = False
-        self._deadline_wall, self._deadline_at = wall + timeout_s, self._ctx.now + timeout_s
+        self._deadline_unix, self._deadline_at = wall + timeout_s, self._ctx.now + timeout_s
         self._watch()
         return self.progress()
 
@@ -125,7 +126,7 @@ class AdminActions:
             log.info("drain_cancelled")
         self.stop()
         self._state = DrainState.OFF
-        self._since_wall = self._deadline_wall = 0.0
+        self._since_unix = self._deadline_unix = 0.0
         self._intake.closed = False
         return self.progress()
 
@@ -219,10 +220,10 @@ class AdminActions:
             raise OperatorError(409, "the queue of its agent is full")
         why = _with_reason("by an operator", reason)
         wall, ttl_s = self._ctx.clock.wall_s(), self._ctx.settings.commands.ttl_s
-        again = replace(record, state=queued, attempts=0, expires_wall=wall + ttl_s)
+        again = replace(record, state=queued, attempts=0, expires_unix=wall + ttl_s)
         detail = f"{why}; before that, {_STANDS[record.state]}"
         trace = AddTrace(key, (command_id,), TraceEntry(wall, "redeliver", detail))
-        if not await self._query(RequeueCommand(key, command_id, wall, again.expires_wall), trace, then=again):
+        if not await self._query(RequeueCommand(key, command_id, wall, again.expires_unix), trace, then=again):
             raise OperatorError(409, "it changed in the meantime: look at it and try again")
         return again
 
@@ -249,7 +250,7 @@ class AdminActions:
     def _requeued(self, record: CommandRecord) -> None:
         log.info("command_redelivered", command=record.id, session=record.session.ident)
         self._queues.count("redelivered_by_hand")
-        ttl_s = record.expires_wall - self._ctx.clock.wall_s()
+        ttl_s = record.expires_unix - self._ctx.clock.wall_s()
         self._queues.add(record, self._ctx.now + ttl_s)
         self._delivery.try_offer(record.session)
 

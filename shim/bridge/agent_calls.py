@@ -56,20 +56,20 @@ class AgentCallHandler:
         self,
         ctx: BridgeContext,
         routes: LinkLookup,
-        roster: SessionRegistry,
+        session_registry: SessionRegistry,
         registrations: Registrations,
         delivery: CommandDelivery,
         holding: PollHolds,
     ) -> None:
         self._ctx = ctx
         self._routes = routes
-        self._roster = roster
-        self._usage = roster.usage
+        self._session_registry = session_registry
+        self._usage = session_registry.usage
         self._presence = holding.presence
         self._registrations = registrations
         self._delivery = delivery
         self._holding = holding
-        self._polls = LongPolls(ctx, routes, roster, delivery, holding)
+        self._polls = LongPolls(ctx, routes, session_registry, delivery, holding)
 
     def call(self, client: Caller, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, CallResult]:
         """Carry out one call; implements `ports.AgentService.call`."""
@@ -135,35 +135,35 @@ class AgentCallHandler:
         if not isinstance(call, (HeartbeatCall, PollCall, StatusCall, ResultCall)):
             return
         key = self._ctx.sessions.key_of(owner, call.target)
-        if self._ctx.sessions.get(key) is not None and not self._roster.admission.persistence_deferred(key):
+        if self._ctx.sessions.get(key) is not None and not self._session_registry.admission.persistence_deferred(key):
             return
-        runner = self._routes.links.get(owner, self._routes.links.name_for(owner, str(key)), client.token)
-        runner.ensure_connected()
-        if runner.machine.refused and runner.machine.accepted_at is None:
+        link = self._routes.links.get(owner, self._routes.links.name_for(owner, str(key)), client.token)
+        link.ensure_connected()
+        if link.machine.refused and link.machine.accepted_at is None:
             raise AgentError(401, "the controller refuses the token")
-        unjudged = runner.machine.accepted_at is None and not runner.machine.connected
+        unjudged = link.machine.accepted_at is None and not link.machine.connected
         if unjudged and isinstance(call, ResultCall):
             raise AgentError(503, "the controller has not accepted the token yet", retry_after_s=RETRY_AFTER_S)
 
     def _heartbeat(self, owner: str, client: Caller, call: HeartbeatCall) -> Outcome:
-        session = self._roster.heartbeat(owner, call)
+        session = self._session_registry.heartbeat(owner, call)
         self._usage.note(session.key, call.dialect, "heartbeat", session.last_seen_unix)
-        runner = self._routes.link_for(session, client)
+        link = self._routes.link_for(session, client)
         self._presence.heartbeat(session)
-        return self._verdict(runner)
+        return self._verdict(link)
 
-    def _verdict(self, runner: UpstreamLink) -> Outcome:
+    def _verdict(self, link: UpstreamLink) -> Outcome:
         """Return the reply to a heartbeat, which depends on the state of the session's link."""
-        if runner.machine.refused:
+        if link.machine.refused:
             return Failed(401, "the controller refuses the token")
         # The link of a new agent is still being dialled for the first time: that is not a failure yet.
-        down = not runner.machine.connected and (runner.machine.failures > 0 or runner.state is LinkState.STOPPED)
+        down = not link.machine.connected and (link.machine.failures > 0 or link.state is LinkState.STOPPED)
         if down and self._ctx.settings.heartbeat.when_link_down == "fail":
             return Failed(503, "the controller cannot be reached", retry_after_s=RETRY_AFTER_S)
         return Accepted()
 
     def _status(self, owner: str, client: Caller, call: StatusCall) -> Outcome:
-        session = self._roster.session_for_call(owner, call.target, call.dialect)
+        session = self._session_registry.session_for_call(owner, call.target, call.dialect)
         self._usage.note(session.key, call.dialect, "status", session.last_seen_unix)
         self._routes.link_for(session, client)
         self._presence.called(session)
@@ -171,28 +171,28 @@ class AgentCallHandler:
         return Accepted()
 
     async def _register(self, owner: str, client: Caller, call: RegisterCall, arrived_s: float) -> Outcome:
-        stored = self._roster.stored_for(owner, call)
+        stored = self._session_registry.stored_for(owner, call)
         identity = call.agent_id if call.known_by_agent else call.name
         name = self._routes.link_name(stored) if stored is not None else self._routes.links.name_for(owner, identity)
-        runner = self._routes.links.get(owner, name, client.token)
+        link = self._routes.links.get(owner, name, client.token)
         if stored is None:
-            self._roster.admission.admit(owner)
-        runner.ensure_connected()
-        cluster_id = self._roster.upstream_id(owner, call, stored)
+            self._session_registry.admission.admit(owner)
+        link.ensure_connected()
+        cluster_id = self._session_registry.upstream_id(owner, call, stored)
         if cluster_id:
             call = replace(call, payload={**call.payload, "cluster_id": cluster_id})
 
         def cached() -> Outcome | None:
-            known = self._roster.stored_for(owner, call)
+            known = self._session_registry.stored_for(owner, call)
             return outcome_of(known, cached=True) if known is not None else None
 
-        outcome = await self._registrations.register(runner, call, cached, arrived_s)
+        outcome = await self._registrations.register(link, call, cached, arrived_s)
         if isinstance(outcome, Registered):
-            self._roster.registration_answered(owner, call, outcome)
+            self._session_registry.registration_answered(owner, call, outcome)
         return outcome
 
     async def _result(self, owner: str, client: Caller, call: ResultCall) -> Outcome:
-        session = self._roster.session_for_call(owner, call.target, call.dialect)
+        session = self._session_registry.session_for_call(owner, call.target, call.dialect)
         self._usage.note(session.key, call.dialect, "result", session.last_seen_unix)
         self._routes.link_for(session, client)
         wall = self._ctx.clock.wall_s()
@@ -235,7 +235,7 @@ class AgentCallHandler:
         self._delivery.answered(key, call.command_id)
 
     def _tunnel_polled(self, owner: str, client: Caller, call: TunnelPollCall) -> Session | None:
-        session = self._roster.find_session(owner, call.target)
+        session = self._session_registry.find_session(owner, call.target)
         key = session.key if session is not None else self._ctx.sessions.key_of(owner, call.target)
         self._usage.note(key, *route_of(call), self._ctx.clock.wall_s())
         if session is not None:
@@ -254,7 +254,7 @@ class AgentCallHandler:
         return TunnelState(None if session is None else session.tunnel, self._ctx.settings.poll.frequency_s)
 
     def _tunnel_info(self, owner: str, call: TunnelInfoCall) -> Outcome:
-        session = self._roster.find_session(owner, call.target)
+        session = self._session_registry.find_session(owner, call.target)
         if session is None or not session.reply:
             return Failed(404, "not registered")
         self._usage.note(session.key, *route_of(call), session.last_seen_unix)

@@ -22,7 +22,7 @@ from shim.bridge.registration import PendingRegistration, Registrations
 from shim.bridge.rejections import Rejections
 from shim.bridge.scheduler import PeriodicTask, PeriodicTasks, TimerGroup
 from shim.bridge.session_registry import SessionRegistry, outcome_of
-from shim.bridge.session_removal import Forgetting
+from shim.bridge.session_removal import SessionRemoval
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.bridge.upstream_messages import GatewayMessageSource, LinkMessageSource, UpstreamMessageHandler
 from shim.bridge.websocket_agents import WebSocketAgents
@@ -48,7 +48,7 @@ class Bridge:
         self.ctx = ctx
         self.links = LinkPool(ctx, self, serials)
         self.registrations = Registrations(ctx, self)
-        self.roster = SessionRegistry(ctx, self._moved, self._ended, self.links.token_accepted)
+        self.session_registry = SessionRegistry(ctx, self._moved, self._ended, self.links.token_accepted)
         self.gateways = GatewayConnections(ctx, serials, self)
         self.routes = LinkLookup(ctx, self.links, self.gateways)
         self.outbox = Outbox(ctx, self.routes.connection_for_key)
@@ -57,12 +57,20 @@ class Bridge:
         refusals = Rejections(ctx, self.outbox)
         self.intake = CommandIntake(ctx, self.queues, self.outbox, refusals, self.delivery.try_offer)
         self.presence = HeartbeatForwarder(ctx, self.registrations, self.routes)
-        self.holding = PollHolds(ctx, self.presence, self.roster)
-        self.inbound = UpstreamMessageHandler(ctx, self.registrations, self.roster, self.intake, refusals, self.holding)
-        self.operator = AdminActions(ctx, self.queues, self.intake, self.delivery)
-        self.forgetting = Forgetting(ctx, self.roster.usage, self.registrations, self.roster.forget)
-        self.detour = HttpFallbackBridge(ctx, self.routes, self.roster, self.queues, self.intake, self.delivery)
-        self.calls = AgentCallHandler(ctx, self.routes, self.roster, self.registrations, self.delivery, self.holding)
+        self.holding = PollHolds(ctx, self.presence, self.session_registry)
+        self.upstream_messages = UpstreamMessageHandler(
+            ctx, self.registrations, self.session_registry, self.intake, refusals, self.holding
+        )
+        self.admin_actions = AdminActions(ctx, self.queues, self.intake, self.delivery)
+        self.session_removal = SessionRemoval(
+            ctx, self.session_registry.usage, self.registrations, self.session_registry.forget
+        )
+        self.http_fallback = HttpFallbackBridge(
+            ctx, self.routes, self.session_registry, self.queues, self.intake, self.delivery
+        )
+        self.calls = AgentCallHandler(
+            ctx, self.routes, self.session_registry, self.registrations, self.delivery, self.holding
+        )
         self.websocket_agents = WebSocketAgents(ctx, self.routes.owner_of)
         self.stopping = False
         self.unpolled = UnpolledCommandsWarning(ctx, self.queues)
@@ -72,7 +80,7 @@ class Bridge:
         return (
             (1, self.links.sweep),
             (1, self.queues.sweep),
-            (1, self.roster.sweep),
+            (1, self.session_registry.sweep),
             (1, self.presence.settle),
             (1, self.gateways.sweep),
             (1, self.unpolled.check),
@@ -101,7 +109,7 @@ class Bridge:
     def start(self, loaded: StoreContents) -> None:
         """Load the stored state and dial at once if a token is configured."""
         self.ctx.owner_key = loaded.key
-        self.roster.load(loaded)
+        self.session_registry.load(loaded)
         self.outbox.has_stored_entries(loaded.outbox_owners)
         self.intake.load(loaded.commands)
         for key, command_id, request_id in loaded.quarantined_commands:
@@ -131,7 +139,7 @@ class Bridge:
     def stop(self) -> None:
         """Answer every waiting call and close all links. The caller closes the store afterwards."""
         self.quiesce()
-        self.operator.stop()
+        self.admin_actions.stop()
         self.gateways.stop()
         self.links.stop()
         self._timers.close()
@@ -143,10 +151,10 @@ class Bridge:
     def _save_holds(self) -> None:
         for session in self.ctx.sessions:
             if session.holds_changed:
-                self.roster.save(session)
+                self.session_registry.save(session)
 
     def _forget_old(self) -> None:
-        self.roster.expire()
+        self.session_registry.expire()
         commands = self.ctx.settings.commands
         kept_s = max(commands.retain_s, commands.dedupe_s)
         self.ctx.store.submit([Prune(self.ctx.clock.wall_s() - kept_s)])
@@ -188,9 +196,11 @@ class Bridge:
             job.session = None  # the session was superseded or deleted while the controller was answering
         if job.session is None and job.call is None:
             return Failed(404, "the session is gone")
-        session = self.roster.register(job.runner.owner, job.call, job.session, job.payload, reply, conflict=conflict)
+        session = self.session_registry.register(
+            job.link.owner, job.call, job.session, job.payload, reply, conflict=conflict
+        )
         job.session = session
-        self.routes.bind(session, job.runner)
+        self.routes.bind(session, job.link)
         return outcome_of(session, cached=False)
 
     def session_announced(self, session: Session, connection: UpstreamConnection) -> None:
@@ -199,69 +209,69 @@ class Bridge:
 
     # --- links.LinkListener -------------------------------------------------------------------------------------------
 
-    def link_opened(self, runner: UpstreamLink) -> None:
+    def link_opened(self, link: UpstreamLink) -> None:
         """Replay the registration of every fresh session."""
         now = self.ctx.now
         identity = self.presence.identity()
         todo: list[tuple[Session, dict[str, Any]]] = []
-        for session in self.routes.sessions_of(runner):
+        for session in self.routes.sessions_of(link):
             if self.gateways.connection_of(session.key) is not None:
                 continue  # the gateway's controller knows the session already
             if session.fresh(now) and (session.registration or session.key.kind == "agent"):
                 payload = session.register_payload(identity)
                 if payload is not None:
                     todo.append((session, payload))
-        self.registrations.replay(runner, todo)
+        self.registrations.replay(link, todo)
 
-    def link_accepted(self, runner: UpstreamLink) -> None:
+    def link_accepted(self, link: UpstreamLink) -> None:
         """Store the sessions that were adopted before the token was accepted."""
-        self.roster.on_token_accepted(runner.owner)
+        self.session_registry.on_token_accepted(link.owner)
 
-    def link_online(self, runner: UpstreamLink) -> None:
+    def link_online(self, link: UpstreamLink) -> None:
         """Send the stored results first, then the newest heartbeat of each session."""
-        self.outbox.start_sending(runner.owner, lambda: self.presence.online(self.routes.sessions_of(runner)))
+        self.outbox.start_sending(link.owner, lambda: self.presence.online(self.routes.sessions_of(link)))
 
-    def link_offline(self, runner: UpstreamLink, connection: UpstreamConnection) -> None:
+    def link_offline(self, link: UpstreamLink, connection: UpstreamConnection) -> None:
         """Release the requests and results that were waiting for a reply on the connection."""
-        self.registrations.link_lost(runner)
+        self.registrations.link_lost(link)
         self.outbox.connection_closed(connection)
 
-    def link_refused(self, runner: UpstreamLink) -> None:
+    def link_refused(self, link: UpstreamLink) -> None:
         """Log that the token is refused and answer the waiting registrations."""
         whose = "the agent's own token" if self.ctx.settings.upstream.own_tokens else "upstream.token"
-        log.error("token_refused", about=runner.name, link=runner.name, hint=f"check {whose} and its permissions")
-        self.registrations.link_refused(runner)
+        log.error("token_refused", dedupe_key=link.name, link=link.name, hint=f"check {whose} and its permissions")
+        self.registrations.link_refused(link)
 
-    def link_dropped(self, runner: UpstreamLink) -> None:
+    def link_dropped(self, link: UpstreamLink) -> None:
         """Delete the owner's unverified sessions when its last link is removed."""
-        if not any(link.owner == runner.owner for link in self.links):
-            self.roster.on_owner_removed(runner.owner)
+        if all(other.owner != link.owner for other in self.links):
+            self.session_registry.on_owner_removed(link.owner)
 
-    def link_in_use(self, runner: UpstreamLink) -> bool:
+    def link_in_use(self, link: UpstreamLink) -> bool:
         """Return True if a fresh session uses the link or a stored result was never sent.
 
         A session that is routed to a gateway does not use its link.
         """
         now = self.ctx.now
-        if any(s.fresh(now) and not self.gateways.is_routed(s.key) for s in self.routes.sessions_of(runner)):
+        if any(s.fresh(now) and not self.gateways.is_routed(s.key) for s in self.routes.sessions_of(link)):
             return True
-        return self.outbox.unsent_for(runner.owner)
+        return self.outbox.unsent_for(link.owner)
 
-    def all_sessions_use_gateways(self, runner: UpstreamLink) -> bool:
+    def all_sessions_use_gateways(self, link: UpstreamLink) -> bool:
         """Return True if every fresh session is routed to a gateway and nothing else waits for the link."""
         now = self.ctx.now
-        fresh = [session for session in self.routes.sessions_of(runner) if session.fresh(now)]
+        fresh = [session for session in self.routes.sessions_of(link) if session.fresh(now)]
         if not fresh or not all(self.gateways.is_routed(session.key) for session in fresh):
             return False
-        return not self.outbox.unsent_for(runner.owner) and not self.registrations.waiting_for(runner)
+        return not self.outbox.unsent_for(link.owner) and not self.registrations.waiting_for(link)
 
     def received_since(self, at_s: float) -> bool:
         """Return True if a frame arrived on any link after the monotonic time `at_s`."""
         return any(link.connection is not None and link.connection.heard_at > at_s for link in self.links)
 
-    def connection_message(self, connection: UpstreamConnection, message: Message, runner: UpstreamLink) -> None:
+    def connection_message(self, connection: UpstreamConnection, message: Message, link: UpstreamLink) -> None:
         """Handle a message that arrived on a link's connection."""
-        self.inbound.handle(connection, message, LinkMessageSource(runner, self.routes, self.presence))
+        self.upstream_messages.handle(connection, message, LinkMessageSource(link, self.routes, self.presence))
 
     def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
         """Close the outbox entries that the controller has received."""
@@ -288,25 +298,25 @@ class Bridge:
 
     # --- gateways -----------------------------------------------------------------------------------------------------
 
-    def gateway_up(self, leg: GatewayConnection) -> None:
+    def gateway_up(self, gateway: GatewayConnection) -> None:
         """Send results and the newest heartbeat over the gateway from now on."""
-        self.outbox.start_sending(leg.session.key.owner, lambda: self.presence.called(leg.session, force=True))
+        self.outbox.start_sending(gateway.session.key.owner, lambda: self.presence.called(gateway.session, force=True))
 
     def gateway_released(self, connection: UpstreamConnection) -> None:
         """Release the results that were waiting for confirmation on the connection."""
         self.outbox.connection_closed(connection)
 
-    def gateway_lost(self, leg: GatewayConnection) -> None:
+    def gateway_lost(self, gateway: GatewayConnection) -> None:
         """Register the session with the controller again and send it the unconfirmed results."""
-        self.outbox.start_sending(leg.session.key.owner)
-        if not self.stopping and leg.session.fresh(self.ctx.now):
-            leg.session.announced_on = 0
-            leg.runner.ensure_connected()
-            self.presence.announce(leg.session)
+        self.outbox.start_sending(gateway.session.key.owner)
+        if not self.stopping and gateway.session.fresh(self.ctx.now):
+            gateway.session.announced_on = 0
+            gateway.link.ensure_connected()
+            self.presence.announce(gateway.session)
 
-    def gateway_message(self, connection: UpstreamConnection, message: Message, leg: GatewayConnection) -> None:
+    def gateway_message(self, connection: UpstreamConnection, message: Message, gateway: GatewayConnection) -> None:
         """Handle a message that arrived on a gateway's connection."""
-        self.inbound.handle(connection, message, GatewayMessageSource(leg, self.gateways))
+        self.upstream_messages.handle(connection, message, GatewayMessageSource(gateway, self.gateways))
 
     # --- sessions that move or end ------------------------------------------------------------------------------------
 
@@ -314,12 +324,12 @@ class Bridge:
         self.routes.forget(source)
         self.gateways.forget(source)
         self.presence.forget(source)
-        self.roster.usage.forget(source)
+        self.session_registry.usage.forget(source)
         self.delivery.move(source, target)
 
     def _ended(self, key: SessionKey) -> None:
         self.routes.forget(key)
         self.gateways.forget(key)
         self.presence.forget(key)
-        self.roster.usage.forget(key)
+        self.session_registry.usage.forget(key)
         self.queues.end_session(key)

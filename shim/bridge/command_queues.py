@@ -311,7 +311,7 @@ class CommandIntake:
         """Queue the stored commands after a restart; commands in an offer become uncertain."""
         now, wall = self._ctx.now, self._ctx.clock.wall_s()
         for record in records:
-            live = self._queues.add(record, now + (record.expires_wall - wall))
+            live = self._queues.add(record, now + (record.expires_unix - wall))
             # The previous process may have put the command into a reply that the agent received. Counting one reply
             # keeps a result from being taken as evidence for the whole reply of a later offer.
             live.replies = 1
@@ -344,7 +344,7 @@ class CommandIntake:
             self._settle(arrival, PutOutcome(live.seq, duplicate=True, state=live.state))
         elif self._ctx.arriving.exhausted:
             self._refuse(arrival, "store_unavailable")
-        elif record.expires_wall <= record.arrived_wall and not by_http:
+        elif record.expires_unix <= record.arrived_unix and not by_http:
             self._take_if_known(arrival, "expired", REFUSALS["expired"])
         elif self.closed and not by_http:
             self._take_if_known(arrival, "queue_full", DRAINED)
@@ -360,8 +360,8 @@ class CommandIntake:
             type=command.type,
             payload=command.payload,
             created_at=command.created_at,
-            arrived_wall=self._ctx.clock.wall_s(),
-            expires_wall=command.expires_wall,
+            arrived_unix=self._ctx.clock.wall_s(),
+            expires_unix=command.expires_unix,
             request_id=request_id,
             size_bytes=_size_bytes(command),
             via=via,
@@ -377,12 +377,12 @@ class CommandIntake:
             queue.release(record.size_bytes)
             self._ctx.arriving.remove(record.size_bytes)
             if isinstance(outcome, StoreError):
-                log.error("command_not_stored", about=str(outcome), command=record.id, error=str(outcome))
+                log.error("command_not_stored", dedupe_key=str(outcome), command=record.id, error=str(outcome))
                 self._refuse(arrival, "store_unavailable")
             else:
                 self._settle(arrival, outcome[0])
 
-        trace = AddTrace(record.session, (record.id,), TraceEntry(record.arrived_wall, "arrived", record.type))
+        trace = AddTrace(record.session, (record.id,), TraceEntry(record.arrived_unix, "arrived", record.type))
         self._ctx.store.submit([PutCommand(record), trace], done)
 
     def _take_if_known(self, arrival: _Arrival, code: str, error: str) -> None:
@@ -417,7 +417,7 @@ class CommandIntake:
         key = self._home_of(session)
         self._queues.count("queued")
         log.info("command_queued", command=record.id, type=record.type, session=key.ident)
-        expires_at = arrived_at + (record.expires_wall - record.arrived_wall)
+        expires_at = arrived_at + (record.expires_unix - record.arrived_unix)
         live = self._queues.add(replace_fields(record, session=key, seq=put.seq), expires_at)
         live.arrived_at = arrived_at
         if self._ctx.sessions.get(key) is None:

@@ -34,9 +34,9 @@ log = get(__name__)
 class GatewayConnection:
     """One session's gateway connection, open or being dialled."""
 
-    def __init__(self, session: Session, runner: UpstreamLink, url: str, backoff: Backoff) -> None:
+    def __init__(self, session: Session, link: UpstreamLink, url: str, backoff: Backoff) -> None:
         self.session = session
-        self.runner = runner
+        self.link = link
         self.url = url
         self.backoff = backoff
         self.connection: UpstreamConnection | None = None
@@ -49,16 +49,16 @@ class GatewayConnection:
 class GatewayListener(Protocol):
     """The interface through which gateways report to the rest of the bridge."""
 
-    def gateway_up(self, leg: GatewayConnection) -> None:
+    def gateway_up(self, gateway: GatewayConnection) -> None:
         """Send heartbeats and results over the gateway from now on."""
 
     def gateway_released(self, connection: UpstreamConnection) -> None:
         """Handle the end of a gateway's connection."""
 
-    def gateway_lost(self, leg: GatewayConnection) -> None:
+    def gateway_lost(self, gateway: GatewayConnection) -> None:
         """Register the session with the controller again, because its gateway no longer serves it."""
 
-    def gateway_message(self, connection: UpstreamConnection, message: Message, leg: GatewayConnection) -> None:
+    def gateway_message(self, connection: UpstreamConnection, message: Message, gateway: GatewayConnection) -> None:
         """Handle a message that arrived on a gateway's connection."""
 
     def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
@@ -72,65 +72,65 @@ class GatewayConnections:
         self._ctx = ctx
         self._serials = serials
         self._listener = listener
-        self._legs: dict[SessionKey, GatewayConnection] = {}
+        self._gateways: dict[SessionKey, GatewayConnection] = {}
         self._suffixes: PublicSuffixList | None = None
 
     def is_routed(self, key: SessionKey) -> bool:
         """Return True if a session's gateway is open or being dialled."""
-        leg = self._legs.get(key)
-        return leg is not None and leg.connection is not None
+        gateway = self._gateways.get(key)
+        return gateway is not None and gateway.connection is not None
 
     def connection_of(self, key: SessionKey) -> UpstreamConnection | None:
         """Return the open gateway connection of a session, or None."""
-        leg = self._legs.get(key)
-        return leg.connection if leg is not None and leg.opened_at is not None else None
+        gateway = self._gateways.get(key)
+        return gateway.connection if gateway is not None and gateway.opened_at is not None else None
 
-    def redirect(self, session: Session, runner: UpstreamLink, url: str) -> None:
+    def redirect(self, session: Session, link: UpstreamLink, url: str) -> None:
         """Dial the gateway that a `register_success` named, if the token may be sent to its host."""
         if len(url) > MAX_URL_CHARS or not self._allowed(url):
             self._ctx.metrics.gateway.labels("host_refused").inc()
             host = cut(host_of(url), MAX_LOGGED_CHARS)
-            log.error("gateway_refused", about=host, host=host, hint="add the host to upstream.gateway_hosts")
+            log.error("gateway_refused", dedupe_key=host, host=host, hint="add the host to upstream.gateway_hosts")
             return
-        leg = self._legs.get(session.key)
-        if leg is None:
-            leg = self._legs[session.key] = GatewayConnection(
-                session, runner, url, Backoff(self._ctx.backoff_policy, self._ctx.rng)
+        gateway = self._gateways.get(session.key)
+        if gateway is None:
+            gateway = self._gateways[session.key] = GatewayConnection(
+                session, link, url, Backoff(self._ctx.backoff_policy, self._ctx.rng)
             )
-        elif leg.url == url and (leg.connection is not None or leg.waiting):
+        elif gateway.url == url and (gateway.connection is not None or gateway.waiting):
             return
-        leg.url, leg.runner = url, runner
-        self._close(leg)
-        if not leg.waiting:
-            self._dial(leg)
+        gateway.url, gateway.link = url, link
+        self._close(gateway)
+        if not gateway.waiting:
+            self._dial(gateway)
 
     def token_changed(self) -> None:
         """Register every routed session with the controller again, with the new configured token."""
-        for leg in list(self._legs.values()):
-            self.return_to_controller(leg)
+        for gateway in list(self._gateways.values()):
+            self.return_to_controller(gateway)
 
-    def return_to_controller(self, leg: GatewayConnection) -> None:
+    def return_to_controller(self, gateway: GatewayConnection) -> None:
         """Close a session's gateway and register the session with the controller, which may name another gateway."""
-        self.forget(leg.session.key)
-        self._listener.gateway_lost(leg)
+        self.forget(gateway.session.key)
+        self._listener.gateway_lost(gateway)
 
     def forget(self, key: SessionKey) -> None:
         """Close the gateway of a session, without a report."""
-        leg = self._legs.pop(key, None)
-        if leg is not None:
-            leg.dial = -1
-            self._close(leg)
+        gateway = self._gateways.pop(key, None)
+        if gateway is not None:
+            gateway.dial = -1
+            self._close(gateway)
 
     def sweep(self) -> None:
         """Close the gateways of sessions that are no longer fresh; their next call goes to the controller."""
-        for key, leg in list(self._legs.items()):
-            if not leg.session.fresh(self._ctx.now):
-                leg.session.announced_on = 0
+        for key, gateway in list(self._gateways.items()):
+            if not gateway.session.fresh(self._ctx.now):
+                gateway.session.announced_on = 0
                 self.forget(key)
 
     def stop(self) -> None:
         """Close all gateways."""
-        for key in list(self._legs):
+        for key in list(self._gateways):
             self.forget(key)
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -165,81 +165,85 @@ class GatewayConnections:
         domain = self._suffixes.privatesuffix(host)
         return domain is not None and domain == self._suffixes.privatesuffix(other)
 
-    def _dial(self, leg: GatewayConnection) -> None:
-        leg.dial += 1
-        dial = leg.dial
+    def _dial(self, gateway: GatewayConnection) -> None:
+        gateway.dial += 1
+        dial = gateway.dial
         try:
-            token = leg.runner.token if self._ctx.settings.upstream.own_tokens else self._ctx.read_token()
+            token = gateway.link.token if self._ctx.settings.upstream.own_tokens else self._ctx.read_token()
         except ShimError as error:
-            log.error("token_unreadable", about="gateway", error=str(error))
-            self._retry_later(leg)
+            log.error("token_unreadable", dedupe_key="gateway", error=str(error))
+            self._retry_later(gateway)
             return
-        leg.token = token
-        path = "" if urlsplit(leg.url).path.strip("/") else "/ws"
-        uuid = leg.session.reply.get("cluster_uuid") or leg.session.upstream_cluster_id
-        label = f"gateway {leg.session.key.ident}"
-        connection = UpstreamConnection(self._ctx, next(self._serials), label, self, used_to_ack=leg.runner.acks)
-        spec = DialRequest(ws_url(leg.url, path), token, True, False, (("cluster_uuid", uuid),))
-        leg.connection = connection
-        self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(leg, dial, connection, outcome))
+        gateway.token = token
+        path = "" if urlsplit(gateway.url).path.strip("/") else "/ws"
+        uuid = gateway.session.reply.get("cluster_uuid") or gateway.session.upstream_cluster_id
+        label = f"gateway {gateway.session.key.ident}"
+        connection = UpstreamConnection(self._ctx, next(self._serials), label, self, used_to_ack=gateway.link.acks)
+        spec = DialRequest(ws_url(gateway.url, path), token, True, False, (("cluster_uuid", uuid),))
+        gateway.connection = connection
+        self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(gateway, dial, connection, outcome))
 
     def _dialled(
-        self, leg: GatewayConnection, dial: int, connection: UpstreamConnection, outcome: WebSocket | DialFailure
+        self, gateway: GatewayConnection, dial: int, connection: UpstreamConnection, outcome: WebSocket | DialFailure
     ) -> None:
-        if leg.dial != dial:
+        if gateway.dial != dial:
             if not isinstance(outcome, DialFailure):
                 outcome.close(1000)
             return
         if isinstance(outcome, DialFailure):
             self._ctx.metrics.gateway.labels("failed").inc()
-            about = f"{host_of(leg.url)} {outcome.reason}"
-            log.warning("gateway_dial_failed", about=about, reason=outcome.reason, status=outcome.status)
-            leg.connection = None
-            self._retry_later(leg)
+            about = f"{host_of(gateway.url)} {outcome.reason}"
+            log.warning("gateway_dial_failed", dedupe_key=about, reason=outcome.reason, status=outcome.status)
+            gateway.connection = None
+            self._retry_later(gateway)
             return
         self._ctx.metrics.gateway.labels("ok").inc()
-        leg.opened_at = self._ctx.now
+        gateway.opened_at = self._ctx.now
         connection.bind(outcome)
-        log.info("gateway_open", session=leg.session.key.ident, host=host_of(leg.url))
-        self._listener.gateway_up(leg)
+        log.info("gateway_open", session=gateway.session.key.ident, host=host_of(gateway.url))
+        self._listener.gateway_up(gateway)
 
-    def _close(self, leg: GatewayConnection) -> None:
-        connection, leg.connection = leg.connection, None
-        leg.opened_at = None
+    def _close(self, gateway: GatewayConnection) -> None:
+        connection, gateway.connection = gateway.connection, None
+        gateway.opened_at = None
         if connection is not None:
             connection.close(1000)
             self._listener.gateway_released(connection)
 
-    def _retry_later(self, leg: GatewayConnection) -> None:
+    def _retry_later(self, gateway: GatewayConnection) -> None:
         """Return the session to its link and dial the gateway again after a delay."""
         stable_s = self._ctx.settings.upstream.reconnect.stable_after_s
-        if leg.opened_at is not None and self._ctx.now - leg.opened_at >= stable_s:
-            leg.backoff.reset()
-        connection, leg.connection = leg.connection, None
-        leg.opened_at = None
-        leg.waiting = True
+        if gateway.opened_at is not None and self._ctx.now - gateway.opened_at >= stable_s:
+            gateway.backoff.reset()
+        connection, gateway.connection = gateway.connection, None
+        gateway.opened_at = None
+        gateway.waiting = True
         if connection is not None:
             self._listener.gateway_released(connection)
-            self._listener.gateway_lost(leg)
-        dial = leg.dial
+            self._listener.gateway_lost(gateway)
+        dial = gateway.dial
 
         def again() -> None:
-            leg.waiting = False
-            if leg.dial == dial and self._legs.get(leg.session.key) is leg and leg.session.fresh(self._ctx.now):
-                self._dial(leg)
+            gateway.waiting = False
+            if (
+                gateway.dial == dial
+                and self._gateways.get(gateway.session.key) is gateway
+                and gateway.session.fresh(self._ctx.now)
+            ):
+                self._dial(gateway)
 
-        self._ctx.timers.call_later(leg.backoff.next_delay_s(FailureKind.REFUSED), again)
+        self._ctx.timers.call_later(gateway.backoff.next_delay_s(FailureKind.REFUSED), again)
 
     # --- connection.ConnectionOwner -----------------------------------------------------------------------------------
 
-    def _leg_of(self, connection: UpstreamConnection) -> GatewayConnection | None:
-        return next((leg for leg in self._legs.values() if leg.connection is connection), None)
+    def _gateway_of(self, connection: UpstreamConnection) -> GatewayConnection | None:
+        return next((gateway for gateway in self._gateways.values() if gateway.connection is connection), None)
 
     def connection_message(self, connection: UpstreamConnection, message: Message) -> None:
         """Handle a message from a gateway; one on a replaced connection is dropped."""
-        leg = self._leg_of(connection)
-        if leg is not None:
-            self._listener.gateway_message(connection, message, leg)
+        gateway = self._gateway_of(connection)
+        if gateway is not None:
+            self._listener.gateway_message(connection, message, gateway)
 
     def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
         """Forward confirmed outbox entries to the bridge."""
@@ -257,8 +261,8 @@ class GatewayConnections:
         self._lost(connection, ending.text, ending)
 
     def _lost(self, connection: UpstreamConnection, reason: str, ending: ConnectionEnd | None = None) -> None:
-        leg = self._leg_of(connection)
-        if leg is not None:
-            detail = {"detail": ending.detail(leg.token)} if ending is not None and ending.reason else {}
-            log.warning("gateway_lost", session=leg.session.key.ident, reason=reason, **detail)
-            self._retry_later(leg)
+        gateway = self._gateway_of(connection)
+        if gateway is not None:
+            detail = {"detail": ending.detail(gateway.token)} if ending is not None and ending.reason else {}
+            log.warning("gateway_lost", session=gateway.session.key.ident, reason=reason, **detail)
+            self._retry_later(gateway)

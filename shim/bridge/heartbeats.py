@@ -150,12 +150,12 @@ class HeartbeatForwarder:
 
         Without a name nothing is sent, and a warning is logged once.
         """
-        runner = self._routes.runner_of(session)
-        if runner is None or runner.connection is None or not session.fresh(self._ctx.now):
+        link = self._routes.link_of(session)
+        if link is None or link.connection is None or not session.fresh(self._ctx.now):
             return
         payload = session.register_payload(self.identity())
         if payload is not None:
-            self._registrations.ask(session, runner, payload)
+            self._registrations.ask(session, link, payload)
         elif session.standing.fail(TroubleKind.NAME_UNKNOWN, "", self._ctx.now):
             log.warning("name_unknown", session=session.key.ident, hint="set identity.name in the configuration")
 

@@ -46,7 +46,7 @@ class HttpFallbackBridge:
         self,
         ctx: BridgeContext,
         routes: LinkLookup,
-        roster: SessionRegistry,
+        session_registry: SessionRegistry,
         queues: CommandQueues,
         intake: CommandIntake,
         delivery: CommandDelivery,
@@ -54,7 +54,7 @@ class HttpFallbackBridge:
         self._ctx = ctx
         self._queues = queues
         self._routes = routes
-        self._roster = roster
+        self._session_registry = session_registry
         self._intake = intake
         self._delivery = delivery
 
@@ -84,9 +84,9 @@ class HttpFallbackBridge:
         else:
             session = Session(self._ctx.sessions.key_of(owner, call.target), call_dialect(call))
             name = self._routes.link_name(session)
-        runner = self._routes.links.get(owner, name, client.token)
-        runner.ensure_connected()
-        return runner
+        link = self._routes.links.get(owner, name, client.token)
+        link.ensure_connected()
+        return link
 
     def used(self, client: Caller, call: AgentCall | None) -> None:
         """Record that the vendor's HTTP API has served an agent's call on a legacy route."""
@@ -95,8 +95,8 @@ class HttpFallbackBridge:
         owner = self._routes.owner_of(client.token)
         if owner is not None:
             key = self._ctx.sessions.key_of(owner, call.target)
-            self._roster.usage.note(key, *route_of(call), self._ctx.clock.wall_s())
-            self._roster.seen(key)
+            self._session_registry.usage.note(key, *route_of(call), self._ctx.clock.wall_s())
+            self._session_registry.seen(key)
 
     def agent_of(self, client: Caller, call: AgentCall) -> SessionKey | None:
         """Return the session key under which a call by HTTP is shown, or None if it does not identify its agent.
@@ -132,7 +132,7 @@ class HttpFallbackBridge:
         ids = {"cluster_id": cluster.get("id")} if isinstance(cluster, dict) else {}
         known = register_reply({**ids, **{k: v for k, v in reply.items() if v is not None}})
         if owner is not None and (known or not conflict):
-            self._roster.record_http_registration(owner, call, known)
+            self._session_registry.record_http_registration(owner, call, known)
 
     # --- polls --------------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class HttpFallbackBridge:
         Returns None if the store fails: then the API's own answer must be passed to the agent unchanged.
         """
         owner = self._routes.owner_of(client.token) or ""
-        session = self._roster.session_for_proxied_call(owner, call.target, call.dialect)
+        session = self._session_registry.session_for_proxied_call(owner, call.target, call.dialect)
         if not await self._take_in(session, commands):
             return None
         poll = self._delivery.poll(session.key, client.connection, arrived_s, hold=False)

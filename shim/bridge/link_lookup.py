@@ -50,15 +50,15 @@ class LinkLookup:
             name = key.owner if shared else self.links.name_for(key.owner, str(key))
         return name
 
-    def bind(self, session: Session, runner: UpstreamLink) -> None:
+    def bind(self, session: Session, link: UpstreamLink) -> None:
         """Record that the session registered over this link."""
-        self._link_of[session.key] = runner.name
+        self._link_of[session.key] = link.name
 
     def forget(self, key: SessionKey) -> None:
         """Delete the record of a session that was removed."""
         self._link_of.pop(key, None)
 
-    def runner_of(self, session: Session) -> UpstreamLink | None:
+    def link_of(self, session: Session) -> UpstreamLink | None:
         """Return the link of a session, or None if it does not exist."""
         return self.links.find(self.link_name(session))
 
@@ -67,17 +67,17 @@ class LinkLookup:
 
         Raises `AgentError`: 503 if there are too many links, 401 for a token that was refused recently.
         """
-        runner = self.links.get(session.key.owner, self.link_name(session), client.token)
+        link = self.links.get(session.key.owner, self.link_name(session), client.token)
         if not self.gateways.is_routed(session.key):
-            runner.ensure_connected()
-        return runner
+            link.ensure_connected()
+        return link
 
-    def sessions_of(self, runner: UpstreamLink) -> list[Session]:
+    def sessions_of(self, link: UpstreamLink) -> list[Session]:
         """Return the sessions that belong to this link."""
-        owned = self._ctx.sessions.of_owner(runner.owner)
-        if runner.name == runner.owner:
+        owned = self._ctx.sessions.of_owner(link.owner)
+        if link.name == link.owner:
             return list(owned)
-        return [session for session in owned if self.link_name(session) == runner.name]
+        return [session for session in owned if self.link_name(session) == link.name]
 
     # --- connections --------------------------------------------------------------------------------------------------
 
@@ -89,8 +89,8 @@ class LinkLookup:
         gateway = self.gateways.connection_of(session.key)
         if gateway is not None:
             return gateway
-        runner = self.runner_of(session)
-        return runner.up_connection if runner is not None else None
+        link = self.link_of(session)
+        return link.up_connection if link is not None else None
 
     def connection_for_key(self, key: SessionKey) -> UpstreamConnection | None:
         """Return the connection for an outbox entry, whose session may have been removed.
@@ -98,8 +98,8 @@ class LinkLookup:
         A key of kind `link` names the link itself. For a removed session any open link of its owner is used.
         """
         if key.kind == LINK_KIND:
-            runner = self.links.find(key.ident)
-            return runner.up_connection if runner is not None else None
+            link = self.links.find(key.ident)
+            return link.up_connection if link is not None else None
         session = self._ctx.sessions.get(key)
         if session is not None:
             return self.connection_of(session)

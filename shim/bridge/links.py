@@ -32,34 +32,34 @@ _TOLD = frozenset({LinkState.ONLINE, LinkState.REPLAYING})
 class LinkListener(Protocol):
     """The interface through which a link reports to the rest of the bridge."""
 
-    def link_opened(self, runner: UpstreamLink) -> None:
-        """Replay the registrations on the new connection, then call `runner.replayed()`."""
+    def link_opened(self, link: UpstreamLink) -> None:
+        """Replay the registrations on the new connection, then call `link.replayed()`."""
 
-    def link_accepted(self, runner: UpstreamLink) -> None:
+    def link_accepted(self, link: UpstreamLink) -> None:
         """Handle that the controller has accepted the link's token for the first time."""
 
-    def link_online(self, runner: UpstreamLink) -> None:
+    def link_online(self, link: UpstreamLink) -> None:
         """Send the results and heartbeats that were waiting for the link."""
 
-    def link_offline(self, runner: UpstreamLink, connection: UpstreamConnection) -> None:
+    def link_offline(self, link: UpstreamLink, connection: UpstreamConnection) -> None:
         """Handle the end of the link's connection."""
 
-    def link_refused(self, runner: UpstreamLink) -> None:
+    def link_refused(self, link: UpstreamLink) -> None:
         """Handle that the controller refuses the link's token."""
 
-    def link_in_use(self, runner: UpstreamLink) -> bool:
+    def link_in_use(self, link: UpstreamLink) -> bool:
         """Return True if a fresh session uses the link or a result is unsent."""
 
-    def link_dropped(self, runner: UpstreamLink) -> None:
+    def link_dropped(self, link: UpstreamLink) -> None:
         """Handle that the link and its token were removed."""
 
-    def all_sessions_use_gateways(self, runner: UpstreamLink) -> bool:
+    def all_sessions_use_gateways(self, link: UpstreamLink) -> bool:
         """Return True if everything that would use the link uses gateways instead."""
 
     def received_since(self, at_s: float) -> bool:
         """Return True if a frame arrived on any link after the monotonic time `at_s`."""
 
-    def connection_message(self, connection: UpstreamConnection, message: Message, runner: UpstreamLink) -> None:
+    def connection_message(self, connection: UpstreamConnection, message: Message, link: UpstreamLink) -> None:
         """Handle a message that arrived on the link's connection."""
 
     def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
@@ -88,7 +88,7 @@ class UpstreamLink:
             LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng)
         )
         self.needed_at = ctx.now
-        self.timeline = LinkHistory(ctx.now)
+        self.history = LinkHistory(ctx.now)
         self.attempts = LinkMetrics(ctx, listener.received_since)
         self.last_failure = ""
         self.last_detail = ""
@@ -135,7 +135,7 @@ class UpstreamLink:
             self.last_failure = self.last_detail = ""
         if not proven and self.machine.accepted_at is not None:
             self._listener.link_accepted(self)
-        self.timeline.enter(phase_of(self.machine), self._ctx.now, self.last_failure)
+        self.history.enter(phase_of(self.machine), self._ctx.now, self.last_failure)
         for effect in effects:
             self._perform(effect)
 
@@ -197,7 +197,7 @@ class UpstreamLink:
                 self.token = self._ctx.read_token()
         except ShimError as error:
             self.last_failure, self.last_detail = "token", ""
-            log.error("token_unreadable", about=self.name, link=self.name, error=str(error))
+            log.error("token_unreadable", dedupe_key=self.name, link=self.name, error=str(error))
             self._ctx.timers.call_later(0, lambda: self._dialled(dial, None, DialFailure("token")))
             return
         connection = UpstreamConnection(self._ctx, next(self._serials), self.name, self, used_to_ack=self.acks)
@@ -211,7 +211,7 @@ class UpstreamLink:
                 self.last_failure = f"{outcome.reason} {outcome.status}" if outcome.status else outcome.reason
                 self.last_detail = "" if outcome.status else outcome.detail
                 why, about = self.last_failure, f"{self.name} {self.last_failure}"
-                log.warning("dial_failed", about=about, link=self.name, reason=why, detail=outcome.detail)
+                log.warning("dial_failed", dedupe_key=about, link=self.name, reason=why, detail=outcome.detail)
                 self.apply(ev.DialFailed(outcome.status, outcome.retry_after_s))
                 # Still OPENING means that the other way to present the token is being tried: the attempt goes on.
                 if self.machine.state is not LinkState.OPENING:
@@ -353,17 +353,17 @@ class LinkPool:
         Raises `AgentError`: 503 if there are `upstream.max_links` links in use, 401 for a token that was refused
         recently.
         """
-        runner = self._links.get(name)
-        if runner is None:
+        link = self._links.get(name)
+        if link is None:
             if self._ctx.now < self._turned_away.get(name, 0.0):
                 raise AgentError(401, "the controller refuses the token")
             if len(self._links) >= self._ctx.settings.upstream.max_links and not self._drop_one():
                 raise AgentError(503, "too many upstream links", retry_after_s=BUSY_RETRY_AFTER_S)
-            runner = self._links[name] = UpstreamLink(self._ctx, owner, name, self._listener, self._serials)
-            runner.token = token
+            link = self._links[name] = UpstreamLink(self._ctx, owner, name, self._listener, self._serials)
+            link.token = token
             if self._ctx.settings.upstream.own_tokens:
                 self._ctx.redaction.add(token)  # masked in logs and replies until the link is removed
-        return runner
+        return link
 
     def _drop_one(self) -> bool:
         """Remove a dispensable link to make room for another; return False if all are in use.
@@ -373,7 +373,7 @@ class LinkPool:
         with unlimited links.
         """
         for dispensable in (self._is_idle, self._is_made_up, self._is_useless):
-            found = min(filter(dispensable, self), key=lambda runner: runner.needed_at, default=None)
+            found = min(filter(dispensable, self), key=lambda link: link.needed_at, default=None)
             if found is not None:
                 if self._is_made_up(found):
                     self._turned_away[found.name] = self._ctx.now + self._ctx.backoff_policy.contended_s
@@ -383,22 +383,22 @@ class LinkPool:
                 return True
         return False
 
-    def _is_idle(self, runner: UpstreamLink) -> bool:
-        return runner.state is LinkState.IDLE
+    def _is_idle(self, link: UpstreamLink) -> bool:
+        return link.state is LinkState.IDLE
 
-    def _is_made_up(self, runner: UpstreamLink) -> bool:
-        machine = runner.machine
+    def _is_made_up(self, link: UpstreamLink) -> bool:
+        machine = link.machine
         return self._ctx.settings.upstream.own_tokens and machine.refused and machine.accepted_at is None
 
-    def _is_useless(self, runner: UpstreamLink) -> bool:
-        return runner.machine.refused and not self._listener.link_in_use(runner)
+    def _is_useless(self, link: UpstreamLink) -> bool:
+        return link.machine.refused and not self._listener.link_in_use(link)
 
-    def _drop(self, runner: UpstreamLink) -> None:
-        runner.stop()
-        del self._links[runner.name]
-        if self._ctx.settings.upstream.own_tokens and all(other.token != runner.token for other in self):
-            self._ctx.redaction.discard(runner.token)
-        self._listener.link_dropped(runner)
+    def _drop(self, link: UpstreamLink) -> None:
+        link.stop()
+        del self._links[link.name]
+        if self._ctx.settings.upstream.own_tokens and all(other.token != link.token for other in self):
+            self._ctx.redaction.discard(link.token)
+        self._listener.link_dropped(link)
 
     def token_accepted(self, owner: str) -> bool:
         """Return True if the controller has accepted the owner's token since start-up.
@@ -407,23 +407,23 @@ class LinkPool:
         """
         if not self._ctx.settings.upstream.own_tokens:
             return True
-        return any(runner.owner == owner and runner.machine.accepted_at is not None for runner in self._links.values())
+        return any(link.owner == owner and link.machine.accepted_at is not None for link in self._links.values())
 
     def sweep(self) -> None:
         """Remove links and tokens that were never accepted and whose agents have stopped calling."""
         if not self._ctx.settings.upstream.own_tokens:
             return
-        for runner in self:
-            unneeded = runner.machine.accepted_at is None and not self._listener.link_in_use(runner)
-            if unneeded and self._ctx.now - runner.needed_at >= UNVERIFIED_KEPT_S:
-                self._drop(runner)
+        for link in self:
+            unneeded = link.machine.accepted_at is None and not self._listener.link_in_use(link)
+            if unneeded and self._ctx.now - link.needed_at >= UNVERIFIED_KEPT_S:
+                self._drop(link)
 
     def token_changed(self) -> None:
         """Dial every link again with the new configured token."""
-        for runner in self:
-            runner.apply(ev.TokenChanged())
+        for link in self:
+            link.apply(ev.TokenChanged())
 
     def stop(self) -> None:
         """Close all links."""
-        for runner in self:
-            runner.stop()
+        for link in self:
+            link.stop()

@@ -30,20 +30,20 @@ class LongPolls:
         self,
         ctx: BridgeContext,
         routes: LinkLookup,
-        roster: SessionRegistry,
+        session_registry: SessionRegistry,
         delivery: CommandDelivery,
         holding: PollHolds,
     ) -> None:
         self._ctx = ctx
         self._routes = routes
-        self._roster = roster
+        self._session_registry = session_registry
         self._delivery = delivery
         self._holding = holding
 
     def _polled(self, owner: str, client: Caller, call: PollCall) -> Session:
-        session = self._roster.session_for_call(owner, call.target, call.dialect)
+        session = self._session_registry.session_for_call(owner, call.target, call.dialect)
         session.poll_at = self._ctx.now
-        self._roster.usage.note(session.key, call.dialect, "poll", session.last_seen_unix)
+        self._session_registry.usage.note(session.key, call.dialect, "poll", session.last_seen_unix)
         self._routes.link_for(session, client)
         return session
 
@@ -104,10 +104,10 @@ log = get(__name__)
 class PollHolds:
     """The hold time of each session, learnt from the way its earlier polls ended."""
 
-    def __init__(self, ctx: BridgeContext, presence: HeartbeatForwarder, roster: SessionRegistry) -> None:
+    def __init__(self, ctx: BridgeContext, presence: HeartbeatForwarder, session_registry: SessionRegistry) -> None:
         self._ctx = ctx
         self.presence = presence
-        self._roster = roster
+        self._session_registry = session_registry
         self._tunnels: dict[SessionKey, asyncio.Future[None]] = {}
         self._deadlines = DeadlineQueue(ctx)
         self.stopping = False
@@ -128,7 +128,9 @@ class PollHolds:
         `HoldEstimator.connection_lost`.
         """
         if hold.poll_arrived(self._ctx.now):
-            log.info("poll_pace", session=session.key.ident, pace=hold.pace.value, interval_s=hold.interval_s)
+            log.info(
+                "poll_pacing_detected", session=session.key.ident, pace=hold.pace.value, interval_s=hold.interval_s
+            )
         return self.limit_s(hold)
 
     def hold_started(self, session: Session, limit_s: float, end: DueCallback, poll: Any) -> float:
@@ -154,7 +156,7 @@ class PollHolds:
             hold.connection_lost()
         else:
             hold.agent_disconnected(self._ctx.now - started)
-            self._roster.save(session)
+            self._session_registry.save(session)
         self._ended(session, started, "left")
 
     def _ended(self, session: Session, started: float, how: str) -> None:

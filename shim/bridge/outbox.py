@@ -298,7 +298,7 @@ class Outbox:
 
     def _page(self, owner: str, outcome: list[Any] | StoreError) -> None:
         if isinstance(outcome, StoreError):
-            log.warning("outbox_unreadable", about=owner, error=str(outcome))
+            log.warning("outbox_unreadable", dedupe_key=owner, error=str(outcome))
             self._ctx.timers.call_later(5.0, lambda: self.start_sending(owner))
             self._pumped(owner)
             return

@@ -48,7 +48,7 @@ class PendingRegistration:
     """
 
     identity: RegistrationKey
-    runner: UpstreamLink
+    link: UpstreamLink
     payload: dict[str, Any]
     secret: str
     call: RegisterCall | None = None
@@ -84,7 +84,7 @@ class RefusedRegistration(NamedTuple):
 class RegistrationReplay:
     """One replay after a reconnect: the registrations still to be sent, and those that wait for a reply."""
 
-    runner: UpstreamLink
+    link: UpstreamLink
     remedy: deque[tuple[Session, dict[str, Any]]]
     waiting: set[PendingRegistration]
 
@@ -134,9 +134,9 @@ class Registrations:
         self._refusals: dict[RegistrationKey, RefusedRegistration] = {}
         self._stopping = False
 
-    def waiting_for(self, runner: UpstreamLink) -> bool:
+    def waiting_for(self, link: UpstreamLink) -> bool:
         """Return True if an agent waits for an answer over this link."""
-        return any(job.runner is runner and job.waiters for job in self._by_identity.values())
+        return any(job.link is link and job.waiters for job in self._by_identity.values())
 
     @property
     def refusals(self) -> list[RefusedRegistration]:
@@ -178,7 +178,7 @@ class Registrations:
     # --- an agent registers -------------------------------------------------------------------------------------------
 
     async def register(
-        self, runner: UpstreamLink, call: RegisterCall, cached: Callable[[], Outcome | None], arrived_s: float
+        self, link: UpstreamLink, call: RegisterCall, cached: Callable[[], Outcome | None], arrived_s: float
     ) -> Outcome:
         """Answer an agent's registration within `register.deadline_s` of `arrived_s`.
 
@@ -187,29 +187,29 @@ class Registrations:
         """
         if self._stopping:
             return Failed(503, "the shim is stopping", retry_after_s=RETRY_AFTER_S)
-        runner.apply(ev.RetryNow())
-        if runner.machine.refused and runner.state is LinkState.WAITING:
+        link.apply(ev.RetryNow())
+        if link.machine.refused and link.state is LinkState.WAITING:
             return REFUSED
-        identity = identity_of_call(runner.owner, call)
+        identity = identity_of_call(link.owner, call)
         outcome, at = self._unclaimed.pop(identity, (None, 0.0))
         if outcome is None or self._ctx.now - at >= UNCLAIMED_S:
-            outcome = await self._join_and_wait(runner, identity, call, cached, arrived_s)
+            outcome = await self._join_and_wait(link, identity, call, cached, arrived_s)
         # The answer may be the one to another process of the same cluster, which has another agent id.
         return replace(outcome, agent_id=call.agent_id) if isinstance(outcome, Registered) else outcome
 
     async def _join_and_wait(
         self,
-        runner: UpstreamLink,
+        link: UpstreamLink,
         identity: RegistrationKey,
         call: RegisterCall,
         cached: Callable[[], Outcome | None],
         arrived_s: float,
     ) -> Outcome:
-        job = self._join(runner, identity, call)
+        job = self._join(link, identity, call)
         waiter: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         job.waiters.add(waiter)
         try:
-            return await self._await(runner, waiter, cached, arrived_s)
+            return await self._await(link, waiter, cached, arrived_s)
         finally:
             job.waiters.discard(waiter)
             if not job.waiters:
@@ -217,7 +217,7 @@ class Registrations:
 
     async def _await(
         self,
-        runner: UpstreamLink,
+        link: UpstreamLink,
         waiter: asyncio.Future[Outcome],
         cached: Callable[[], Outcome | None],
         arrived_s: float,
@@ -228,33 +228,33 @@ class Registrations:
             await asyncio.wait((waiter,), timeout=max(0.0, until - self._ctx.now))
             if waiter.done():
                 return waiter.result()
-            found = None if runner.machine.refused else cached()
+            found = None if link.machine.refused else cached()
             if found is not None:
                 self._ctx.metrics.registrations.labels("cached").inc()
                 return found
         self._ctx.metrics.registrations.labels("timeout").inc()
-        if runner.machine.refused:
+        if link.machine.refused:
             return REFUSED
         return Failed(503, "the controller did not answer in time", retry_after_s=RETRY_AFTER_S)
 
-    def _join(self, runner: UpstreamLink, identity: RegistrationKey, call: RegisterCall) -> PendingRegistration:
+    def _join(self, link: UpstreamLink, identity: RegistrationKey, call: RegisterCall) -> PendingRegistration:
         job = self._by_identity.get(identity)
         if job is None:
             job = self._by_identity[identity] = PendingRegistration(
-                identity, runner, dict(call.payload), call.secret, call=call
+                identity, link, dict(call.payload), call.secret, call=call
             )
         elif job.call is None:  # a replay is under way: its reply also answers this agent, whose new fields are kept
             job.call, job.payload, job.secret = call, {**job.payload, **call.payload}, call.secret
-        if job.runner is not runner:  # the old link was removed to make room for another
+        if job.link is not link:  # the old link was removed to make room for another
             self._forget_requests(job)
-            job.runner = runner
+            job.link = link
         job.abandoned_at = None
         self._try_send(job)
         return job
 
     # --- the shim registers -------------------------------------------------------------------------------------------
 
-    def ask(self, session: Session, runner: UpstreamLink, payload: dict[str, Any]) -> None:
+    def ask(self, session: Session, link: UpstreamLink, payload: dict[str, Any]) -> None:
         """Register a session from what is known of it, at most once in 10 s."""
         identity = identity_of(session)
         pending = self._by_identity.get(identity)
@@ -262,61 +262,61 @@ class Registrations:
             self._try_send(pending)
         elif self._ctx.now - self._asked_at.get(identity, -AGAIN_S) >= AGAIN_S:
             self._asked_at[identity] = self._ctx.now
-            self._start(session, runner, payload, identity)
+            self._start(session, link, payload, identity)
 
     def _start(
-        self, session: Session, runner: UpstreamLink, payload: dict[str, Any], identity: RegistrationKey
+        self, session: Session, link: UpstreamLink, payload: dict[str, Any], identity: RegistrationKey
     ) -> PendingRegistration:
         secret = payload.pop("k8s_service_token", "")
-        job = PendingRegistration(identity, runner, payload, secret, session=session, abandoned_at=self._ctx.now)
+        job = PendingRegistration(identity, link, payload, secret, session=session, abandoned_at=self._ctx.now)
         self._by_identity[identity] = job
         self._try_send(job)
         return job
 
     # --- the link -----------------------------------------------------------------------------------------------------
 
-    def replay(self, runner: UpstreamLink, sessions: list[tuple[Session, dict[str, Any]]]) -> None:
+    def replay(self, link: UpstreamLink, sessions: list[tuple[Session, dict[str, Any]]]) -> None:
         """Register these sessions after a reconnect, a window at a time, and repeat the pending registrations."""
         self.sweep()
-        pending = {job.identity: job for job in self._by_identity.values() if job.runner is runner}
+        pending = {job.identity: job for job in self._by_identity.values() if job.link is link}
         todo = deque(item for item in sessions if identity_of(item[0]) not in pending)
-        replay = self._replays[runner] = RegistrationReplay(runner, todo, set(pending.values()))
+        replay = self._replays[link] = RegistrationReplay(link, todo, set(pending.values()))
         for job in pending.values():
             self._try_send(job)
         self._advance(replay)
 
     def _advance(self, replay: RegistrationReplay) -> None:
-        runner = replay.runner
-        if self._replays.get(runner) is not replay or runner.connection is None:
+        link = replay.link
+        if self._replays.get(link) is not replay or link.connection is None:
             return
         while replay.remedy and len(replay.waiting) < REPLAY_WINDOW:
             session, payload = replay.remedy.popleft()
             identity = identity_of(session)
             if identity not in self._by_identity:
-                replay.waiting.add(self._start(session, runner, payload, identity))
+                replay.waiting.add(self._start(session, link, payload, identity))
         if not replay.remedy and not replay.waiting:
-            del self._replays[runner]
-            runner.replayed()
+            del self._replays[link]
+            link.replayed()
 
-    def link_lost(self, runner: UpstreamLink) -> None:
+    def link_lost(self, link: UpstreamLink) -> None:
         """Prepare agents' pending registrations for the next connection, and drop the shim's own."""
-        self._replays.pop(runner, None)
+        self._replays.pop(link, None)
         for job in list(self._by_identity.values()):
-            if job.runner is runner:
+            if job.link is link:
                 self._forget_requests(job)
                 job.sent_on = 0
                 if job.call is None:
                     self._forget(job)
 
-    def link_refused(self, runner: UpstreamLink) -> None:
+    def link_refused(self, link: UpstreamLink) -> None:
         """Answer every pending registration of the link with 401, because its token is refused."""
         for job in list(self._by_identity.values()):
-            if job.runner is runner:
+            if job.link is link:
                 self._finish(job, REFUSED)
 
     def _try_send(self, job: PendingRegistration) -> None:
         """Send a registration, unless the connection carries it already and its reply is less than a minute late."""
-        connection, now = job.runner.connection, self._ctx.now
+        connection, now = job.link.connection, self._ctx.now
         if connection is None or (job.sent_on == connection.serial and now - job.sent_at < LOST_S):
             return
         request_id = f"req_{self._ctx.new_id()}"
@@ -367,9 +367,9 @@ class Registrations:
         if job is None:
             return False
         status = error_status(message.payload)
-        text = error_text(message.payload, lambda text: self._ctx.masked(text, job.runner.token, job.secret))
+        text = error_text(message.payload, lambda text: self._ctx.masked(text, job.link.token, job.secret))
         session = str(job.identity[-1])
-        log.warning("register_failed", about=f"{session} {status}", status=status, error=text, session=session)
+        log.warning("register_failed", dedupe_key=f"{session} {status}", status=status, error=text, session=session)
         reply = conflict_reply(message.payload) if status == 409 else {}
         if reply:
             self._listener.registered(job, reply, conflict=True)
@@ -400,7 +400,7 @@ class Registrations:
         self._settled(job)
 
     def _settled(self, job: PendingRegistration) -> None:
-        replay = self._replays.get(job.runner)
+        replay = self._replays.get(job.link)
         if replay is not None and job in replay.waiting:
             replay.waiting.discard(job)
             self._advance(replay)

@@ -79,7 +79,7 @@ class Rejections:
         self._logged += 1
         log.warning(
             "command_rejected",
-            about=None if self._logged <= LOGGED_PER_MINUTE else refusal.code,
+            dedupe_key=None if self._logged <= LOGGED_PER_MINUTE else refusal.code,
             command=cut(refusal.command_id, MAX_LOGGED_CHARS),
             session=refusal.key.ident,
             code=refusal.code,

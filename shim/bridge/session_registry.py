@@ -302,7 +302,7 @@ class SessionRegistry:
         session.touch(now, wall)
         if first:
             session.dialect = dialect
-            log.info("agent_seen", session=key.ident, dialect=dialect)
+            log.info("agent_first_call", session=key.ident, dialect=dialect)
         if first or wall - session.persisted_last_seen > SAVE_SEEN_EVERY_S:
             self.save(session)
         return session
@@ -317,7 +317,7 @@ class SessionRegistry:
         for key in self.admission.on_owner_removed(owner):
             session = self._ctx.sessions.get(key)
             if session is not None:
-                log.info("session_disowned", session=key.ident)
+                log.info("session_discarded", session=key.ident)
                 self._succession.ended(key)
                 self._ctx.sessions.remove(session)
 
@@ -528,7 +528,7 @@ class SessionRegistry:
         other = self._ctx.sessions.get(before) if before is not None else None
         if other is not None and other.fresh(self._ctx.now):
             self._ctx.metrics.alias_conflicts.inc()
-            log.warning("alias_moved", agent=agent_id, session=session.key.ident, was=other.key.ident)
+            log.warning("agent_id_reassigned", agent=agent_id, session=session.key.ident, was=other.key.ident)
 
 
 def outcome_of(session: Session, cached: bool) -> Registered:

@@ -16,7 +16,7 @@ from shim.log import get
 log = get(__name__)
 
 
-class Forgetting:
+class SessionRemoval:
     """Handler of removals. `end` removes a session and deletes its stored rows.
 
     An agent is named by its name, its id or its whole session key.
@@ -70,7 +70,7 @@ class Forgetting:
         ago_s = self._ctx.clock.wall_s() - max(
             session.last_seen_unix if session is not None else 0.0,
             call.wall_s if call is not None else 0.0,
-            *(use.last_wall for owner, uses in self._usage if owner == key for use in uses.values()),
+            *(use.last_unix for owner, uses in self._usage if owner == key for use in uses.values()),
             0.0,
         )
         if (session is not None and session.fresh(self._ctx.now)) or ago_s < MIN_FRESH_S:

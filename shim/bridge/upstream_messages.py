@@ -31,9 +31,9 @@ from shim.protocol.upstream_message import Message
 class LinkMessageSource:
     """The source of messages from a link's own connection."""
 
-    def __init__(self, runner: UpstreamLink, routes: LinkLookup, presence: HeartbeatForwarder) -> None:
-        self.owner = runner.owner
-        self._runner = runner
+    def __init__(self, link: UpstreamLink, routes: LinkLookup, presence: HeartbeatForwarder) -> None:
+        self.owner = link.owner
+        self._runner = link
         self._routes = routes
         self._presence = presence
 
@@ -58,9 +58,9 @@ class LinkMessageSource:
 class GatewayMessageSource:
     """The source of messages from a gateway's connection, which carries one session and no registrations."""
 
-    def __init__(self, leg: GatewayConnection, gateways: GatewayConnections) -> None:
-        self.owner = leg.session.key.owner
-        self._leg = leg
+    def __init__(self, gateway: GatewayConnection, gateways: GatewayConnections) -> None:
+        self.owner = gateway.session.key.owner
+        self._leg = gateway
         self._gateways = gateways
 
     @property
@@ -113,14 +113,14 @@ class UpstreamMessageHandler:
         self,
         ctx: BridgeContext,
         registrations: Registrations,
-        roster: SessionRegistry,
+        session_registry: SessionRegistry,
         intake: CommandIntake,
         refusals: Rejections,
         holding: PollHolds,
     ) -> None:
         self._ctx = ctx
         self._registrations = registrations
-        self._roster = roster
+        self._session_registry = session_registry
         self._intake = intake
         self._refusals = refusals
         self._holding = holding
@@ -191,18 +191,18 @@ class UpstreamMessageHandler:
         refused = self._ctx.sessions.get(about) if about is not None else None
         if refused is not None:
             refused.standing.fail(TroubleKind.HEARTBEATS_REFUSED, text, self._ctx.now)
-        log.warning("upstream_error", about=text, error=text)
+        log.warning("upstream_error", dedupe_key=text, error=text)
 
     def _tunnel_status(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
         session = self._target(source, message.payload)
         if isinstance(session, Session):
             state = tunnel_state(message.payload)
             if state is None:
-                log.warning("tunnel_status_too_large", about=session.key.ident, session=session.key.ident)
-            elif self._roster.set_tunnel(session, state):
+                log.warning("tunnel_status_too_large", dedupe_key=session.key.ident, session=session.key.ident)
+            elif self._session_registry.set_tunnel(session, state):
                 self._holding.tunnel_changed(session.key)
         else:
-            log.warning("tunnel_status_without_target", about=session, code=session)
+            log.warning("tunnel_status_without_target", dedupe_key=session, code=session)
 
     def _command(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
         wall = self._ctx.clock.wall_s()

@@ -23,12 +23,12 @@ MAX_AGENTS = 1024
 class WebSocketAgent(msgspec.Struct):
     """One such agent.
 
-    `since_wall` and `last_seen_unix` are Unix seconds; `accepted` is True once the controller has registered it.
+    `since_unix` and `last_seen_unix` are Unix seconds; `accepted` is True once the controller has registered it.
     """
 
     name: str
     agent_id: str
-    since_wall: float
+    since_unix: float
     last_seen_unix: float
     cluster_id: str = ""
     accepted: bool = False
@@ -62,7 +62,7 @@ class WebSocketAgents:
             agent = WebSocketAgent(_text(payload.get("name")), _text(payload.get("agent_id")), wall, wall)
             self._agents[key] = agent
             hint = "point its PIPEOPS_API_URL at the controller: it no longer needs the shim"
-            log.info("websocket_agent", about=agent.name, name=agent.name, agent=agent.agent_id, hint=hint)
+            log.info("websocket_agent", dedupe_key=agent.name, name=agent.name, agent=agent.agent_id, hint=hint)
         agent.last_seen_unix = wall
         agent.agent_id = _text(payload.get("agent_id")) or agent.agent_id
         agent.connections += anew

@@ -239,4 +239,4 @@ class Operators:
             if self._here.draining or self._drains:
                 self._heard(await self._ask_all(Order("progress")))
                 if not self._here.draining:
-                    self._drains = {each: drain for each, drain in self._drains.items() if drain.since_wall}
+                    self._drains = {each: drain for each, drain in self._drains.items() if drain.since_unix}

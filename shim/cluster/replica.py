@@ -51,36 +51,36 @@ T = TypeVar("T")
 class Replica:
     """Implements `composition.Composition`."""
 
-    def __init__(self, around: RuntimeContext) -> None:
-        settings = self._settings = around.settings
-        self._around = around
-        self._metrics = ClusterMetrics(around.metrics)
-        self._tls, fingerprint = make_identity(around.clock.wall_s())
+    def __init__(self, context: RuntimeContext) -> None:
+        settings = self._settings = context.settings
+        self._runtime_context = context
+        self._metrics = ClusterMetrics(context.metrics)
+        self._tls, fingerprint = make_identity(context.clock.wall_s())
         self._policy = LeasePolicy(settings.cluster.lease_s)
         process = new_process()
         name = settings.cluster.replica or f"{gethostname()}-{process[:4]}"
         me = Member(process, name, settings.cluster.advertise, fingerprint)
         database = self._database = Database(lambda: conninfo(settings.store, application(self.membership.me.process)))
-        self.shards = Shards(lambda: self.membership, self._make_shard, around.clock, around.spawn, self._metrics)
+        self.shards = Shards(lambda: self.membership, self._make_shard, context.clock, context.spawn, self._metrics)
         self.membership = Membership(
-            database, me, agreed(settings), self._policy, around.clock, around.timers, self.shards.ended
+            database, me, agreed(settings), self._policy, context.clock, context.timers, self.shards.ended
         )
         self.recent = Recents(self.shards.serving)
         self.addresses: dict[str, str] = {}
         self._ctx = self._context()
         self._operators = Operators(
-            Operations(self.shards.bridges), self._ctx.sessions, name, self._others, around.spawn
+            Operations(self.shards.bridges), self._ctx.sessions, name, self._others, context.spawn
         )
         self.subject = Overview(self._ctx, self.shards.bridges, self._about_replicas, self._operators)
         self._owner_key = b""
         self._pairs = Pairs()
         self._places = Places(settings.upstream.own_tokens)
-        clock = around.clock
-        self.forwarder = ReplicaForwarder(self, self._pairs, clock, self._current, self._metrics, around.spawn)
-        self.switchboard = Router(self._places, self.shards.usable, self.forwarder)
-        self.fallback = Fallbacks(self._current, clock, self.switchboard, self.shards.serving)
-        self.websockets = WebSocketProxy(self._current, around.metrics, around.spawn, self._operators)
-        around.metrics.websocket_connections.set_function(self.websockets.count)
+        clock = context.clock
+        self.forwarder = ReplicaForwarder(self, self._pairs, clock, self._current, self._metrics, context.spawn)
+        self.agent_service = Router(self._places, self.shards.usable, self.forwarder)
+        self.fallback = Fallbacks(self._current, clock, self.agent_service, self.shards.serving)
+        self.websockets = WebSocketProxy(self._current, context.metrics, context.spawn, self._operators)
+        context.metrics.websocket_connections.set_function(self.websockets.count)
         self._operators.bridge_of = self._bridge_of
         self._operators.owner_of = self.forwarder.owner_of
         self._listener = self._make_listener()
@@ -90,22 +90,24 @@ class Replica:
         return self._settings
 
     def _context(self) -> BridgeContext:
-        around = self._around
-        return around.context(self._settings, DatabaseProbe(self.membership.valid, around.post), around.upstream)
+        context = self._runtime_context
+        return context.bridge_context(
+            self._settings, DatabaseProbe(self.membership.valid, context.call_threadsafe), context.upstream
+        )
 
     def _make_shard(self, number: int, fence: int) -> Shard:
-        around, settings = self._around, self._settings
-        watch = probe(around.metrics, around.broken, lambda: self.shards.fenced(number, fence))
+        context, settings = self._runtime_context, self._settings
+        watch = probe(context.metrics, context.on_store_corrupt, lambda: self.shards.fenced(number, fence))
         partition = Partition(number, fence, self.membership.me.process)
-        store = open_shard(settings.store, around.post, watch, partition, self._policy.refuse_after_s)
-        shard = Shard(number, fence, store, around, settings, self._owner_key, self.membership.valid)
+        store = open_shard(settings.store, context.call_threadsafe, watch, partition, self._policy.refuse_after_s)
+        shard = Shard(number, fence, store, context, settings, self._owner_key, self.membership.valid)
         # Shared by all shards, because the status page shows them for the whole replica.
         shard.bridge.ctx.fallback = self._ctx.fallback
         shard.bridge.ctx.refused_calls = self._ctx.refused_calls
         return shard
 
     def _bridge_of(self, token: str) -> Bridge | None:
-        shard = self.switchboard.shard(token)
+        shard = self.agent_service.shard(token)
         return None if shard is None else shard.bridge
 
     def _others(self) -> list[Member]:
@@ -131,7 +133,7 @@ class Replica:
         }
 
     def _make_listener(self) -> ClusterListener:
-        settings, around = self._settings, self._around
+        settings, context = self._settings, self._runtime_context
         cluster = settings.cluster
         # Close these connections after those of the agents that they are paired with.
         keepalive_s = settings.listen.keepalive_s + KEEPALIVE_S
@@ -141,10 +143,10 @@ class Replica:
         sunset = sunset_headers(settings.sunset)
         return ClusterListener(
             listen,
-            self.switchboard,
+            self.agent_service,
             load(),
-            around.metrics,
-            token=None if settings.upstream.own_tokens else around.read_token,
+            context.metrics,
+            token=None if settings.upstream.own_tokens else context.read_token,
             static_headers=lambda: sunset,
             fallback=self.fallback,
             refused_calls=self._ctx.refused_calls,
@@ -210,12 +212,12 @@ class Replica:
 
     async def _insist(self, step: Callable[[], Awaitable[T]]) -> T:
         """Repeat a step while the database cannot be reached. Raises `StoreError`, `ConfigError`."""
-        until = self._around.clock.monotonic_s() + OPEN_S
+        until = self._runtime_context.clock.monotonic_s() + OPEN_S
         while True:
             try:
                 return await step()
             except StoreError:
-                if self._around.clock.monotonic_s() > until:
+                if self._runtime_context.clock.monotonic_s() > until:
                     raise
                 await asyncio.sleep(RETRY_S)
 
@@ -228,7 +230,7 @@ class Replica:
             ("operators", self._operators.run()),
         )
         for name, work in works:
-            task = self._around.spawn(name, work)
+            task = self._runtime_context.spawn(name, work)
             if task is not None:
                 self._tasks.append(task)
         log.info("replica_started", replica=self.membership.me.name, shards=self.shards.count)

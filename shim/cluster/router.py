@@ -1,4 +1,4 @@
-"""Routing of calls to the caller's shard: switchboard and fallback of a replica, which has many bridges or none."""
+"""Routing of calls to the caller's shard: agent service and fallback of a replica, which has many bridges or none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LocalLease:
 
 
 class Router:
-    """Switchboard of a replica: implements `ports.Switchboard` and `listener.Doubter`.
+    """Agent service of a replica: implements `ports.AgentService` and `internal.ClusterAgentService`.
 
     Callers try to forward a call first. A call for a shard that is not here gets the answer of
     `ReplicaForwarder.without_owner`. `usable` returns a local shard that can serve calls.
@@ -66,7 +66,7 @@ class Router:
         place = self._places.place(token)
         return None if place is None else self._usable(place)
 
-    # --- ports.Switchboard ---
+    # --- ports.AgentService ---
 
     def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
         """Carry out a call at once, or return `None` if it has to wait or its shard is not here."""
@@ -124,7 +124,7 @@ class Router:
             bridge.connection_closed(connection, clean)
         self._forwarder.connection_closed(connection, clean)
 
-    def doubted(self, lease: DeliveryReceipt, connection: int) -> None:
+    def mark_uncertain(self, lease: DeliveryReceipt, connection: int) -> None:
         """Treat the delivery of a reply as unknown: the connection to the replica that had it ended without a note."""
         self.written(lease)
         self.lost(connection)

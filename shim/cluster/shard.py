@@ -106,7 +106,7 @@ class Shard:
         number: int,
         fence: int,
         store: CommandStore,
-        around: RuntimeContext,
+        context: RuntimeContext,
         settings: Settings,
         owner_key: bytes,
         valid: Callable[[], bool],
@@ -116,11 +116,11 @@ class Shard:
         self._valid = valid
         self._serving = False
         self._ended = False
-        self._metrics = around.metrics
+        self._metrics = context.metrics
         self._owner_key = owner_key
-        self._upstream = FencedUpstream(around.upstream, self.valid)
+        self._upstream = FencedUpstream(context.upstream, self.valid)
         self.recent = RecentCommandsStore(store)
-        self.bridge = Bridge(around.context(settings, self.recent, self._upstream, owner_key))
+        self.bridge = Bridge(context.bridge_context(settings, self.recent, self._upstream, owner_key))
         self.fallback = FallbackPolicy(self.bridge)
 
     def valid(self) -> bool:

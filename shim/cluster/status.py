@@ -138,7 +138,7 @@ class _Gateways(_All):
 class _Roster(_All):
     @property
     def usage(self) -> Iterable[tuple[SessionKey, dict[Route, RouteUse]]]:
-        return chain.from_iterable(bridge.roster.usage for bridge in self._bridges())
+        return chain.from_iterable(bridge.session_registry.usage for bridge in self._bridges())
 
 
 class Operations(_All):
@@ -147,29 +147,29 @@ class Operations(_All):
     @property
     def draining(self) -> bool:
         """True while new commands are rejected because of a drain."""
-        return any(bridge.operator.draining for bridge in self._bridges())
+        return any(bridge.admin_actions.draining for bridge in self._bridges())
 
     def progress(self) -> Drain:
         """Return the progress of the drain."""
-        return together([bridge.operator.progress() for bridge in self._bridges()])
+        return together([bridge.admin_actions.progress() for bridge in self._bridges()])
 
     def drain(self, timeout_s: float) -> Drain:
         """Start a drain: reject new commands until the queued ones are delivered and the results are sent."""
-        return together([bridge.operator.drain(timeout_s) for bridge in self._bridges()])
+        return together([bridge.admin_actions.drain(timeout_s) for bridge in self._bridges()])
 
     def resume(self) -> Drain:
         """End the drain and accept commands again."""
-        return together([bridge.operator.resume() for bridge in self._bridges()])
+        return together([bridge.admin_actions.resume() for bridge in self._bridges()])
 
     async def find(self, command_id: str) -> list[CommandDetails]:
         """Return all commands with this id. Raises `OperatorError`."""
-        return [each for bridge in self._bridges() for each in await bridge.operator.find(command_id)]
+        return [each for bridge in self._bridges() for each in await bridge.admin_actions.find(command_id)]
 
     async def forget_here(self, agent: str) -> SessionKey | None:
         """Forget an agent by name, id or whole key; `None` if it is not here. Raises `OperatorError`."""
         for bridge in self._bridges():
             try:
-                return await bridge.forgetting.forget(agent)
+                return await bridge.session_removal.forget(agent)
             except OperatorError as error:
                 if error.status != NOT_FOUND:
                     raise
@@ -179,14 +179,14 @@ class Operations(_All):
         """Purge or redeliver a command; `None` if it is not here. Raises `OperatorError`."""
         knowing = []
         for bridge in self._bridges():
-            found = await bridge.operator.find(command_id)
+            found = await bridge.admin_actions.find(command_id)
             if any(not session or session in (str(each[0].session), each[0].session.ident) for each in found):
                 knowing.append(bridge)
         if len(knowing) > 1:
             raise OperatorError(409, "several tokens have a command with this id: name its session")
         if not knowing:
             return None
-        operator = knowing[0].operator
+        operator = knowing[0].admin_actions
         do = operator.purge if action == "purge" else operator.redeliver
         return await do(command_id, session, reason)
 
@@ -236,8 +236,8 @@ def together(drains: list[Drain]) -> Drain:
     order = [DrainState.OFF, DrainState.DRAINED, DrainState.DRAINING, DrainState.TIMED_OUT]
     return Drain(
         max((each.state for each in drains), key=order.index, default=DrainState.OFF),
-        max((each.since_wall for each in drains), default=0.0),
-        max((each.deadline_wall for each in drains), default=0.0),
+        max((each.since_unix for each in drains), default=0.0),
+        max((each.deadline_unix for each in drains), default=0.0),
         sum(each.commands for each in drains),
         sum(each.results for each in drains),
         sum(each.refused for each in drains),
@@ -272,11 +272,11 @@ class Overview:
         self.delivery = _Delivery(bridges)
         self.holding = _Holding(bridges)
         self.gateways = _Gateways(bridges)
-        self.roster = _Roster(bridges)
+        self.session_registry = _Roster(bridges)
         self.registrations = _Registrations(bridges)
         self.websocket_agents = _WebSocketAgents(bridges)
         self.presence = _Heartbeats(bridges)
-        self.operator = self.forgetting = _Everywhere(bridges, others)
+        self.admin_actions = self.session_removal = _Everywhere(bridges, others)
 
     @property
     def links(self) -> Iterable[UpstreamLink]:

@@ -51,7 +51,10 @@ class CommandState(Enum):
     DEAD = "dead"
 
 
-class CommandRecord(msgspec.Struct, frozen=True):
+# Replicas exchange records as JSON. The names of its times are those of earlier versions, for rolling upgrades.
+class CommandRecord(
+    msgspec.Struct, frozen=True, rename={"arrived_unix": "arrived_wall", "expires_unix": "expires_wall"}
+):
     """A normalised command. `payload` is an object; `created_at` is RFC 3339 UTC; `size_bytes` is its size as JSON.
 
     `seq` orders the commands of a store; it is 0 before the command is stored. `attempts` counts the offers that the
@@ -64,8 +67,8 @@ class CommandRecord(msgspec.Struct, frozen=True):
     type: str
     payload: dict[str, Any]
     created_at: str
-    arrived_wall: float
-    expires_wall: float
+    arrived_unix: float
+    expires_unix: float
     request_id: str = ""
     size_bytes: int = 0
     state: CommandState = CommandState.QUEUED
@@ -85,7 +88,7 @@ class SessionRecord(msgspec.Struct, frozen=True):
     dialect: str
     agent_id: str
     upstream_cluster_id: str
-    last_seen_wall: float
+    last_seen_unix: float
     registration: dict[str, Any] = {}
     reply: dict[str, Any] = {}
     hold: dict[str, Any] = {}
@@ -158,7 +161,7 @@ class RequeueCommand(msgspec.Struct, frozen=True):
     session: SessionKey
     command_id: str
     wall: float
-    expires_wall: float
+    expires_unix: float
 
 
 class PutResult(msgspec.Struct, frozen=True):
@@ -258,9 +261,9 @@ class AddTrace(msgspec.Struct, frozen=True):
 
 
 class Prune(msgspec.Struct, frozen=True):
-    """Delete commands and traces that ended or were delivered before `before_wall`. Outbox entries are kept."""
+    """Delete commands and traces that ended or were delivered before `before_unix`. Outbox entries are kept."""
 
-    before_wall: float
+    before_unix: float
 
 
 class WriteProbe(msgspec.Struct, frozen=True):

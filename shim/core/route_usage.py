@@ -52,8 +52,8 @@ class RouteUse:
     """Calls of one route by one agent since this process started."""
 
     count: int
-    first_wall: float
-    last_wall: float
+    first_unix: float
+    last_unix: float
     route: Route = ("", "")
 
 
@@ -74,7 +74,7 @@ class RouteUsage:
         for use in uses:
             if use.route == route:
                 use.count += 1
-                use.last_wall = wall
+                use.last_unix = wall
                 return
         uses.append(RouteUse(1, wall, wall, self._routes.setdefault(route, route)))
 

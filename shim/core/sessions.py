@@ -97,7 +97,7 @@ class Session:
         session.hold = HoldEstimator(record.hold.get("poll"))
         if record.hold.get("tunnel"):
             session._tunnel_hold = HoldEstimator(record.hold["tunnel"])
-        session.last_seen_unix = session.persisted_last_seen = record.last_seen_wall
+        session.last_seen_unix = session.persisted_last_seen = record.last_seen_unix
         session.superseded_by = SessionKey.parse(record.superseded_by) if record.superseded_by else None
         return session
 
@@ -110,7 +110,7 @@ class Session:
             dialect=self.dialect,
             agent_id=self.agent_id,
             upstream_cluster_id=self.upstream_cluster_id,
-            last_seen_wall=self.last_seen_unix,
+            last_seen_unix=self.last_seen_unix,
             registration=dict(self.registration),
             reply=dict(self.reply),
             hold={"poll": self.hold.stored()} | ({"tunnel": tunnel.stored()} if tunnel is not None else {}),

@@ -95,7 +95,7 @@ class FallbackPolicy:
         rollout = self._bridge.ctx.settings.rollout
         if not rollout.partial:
             return True
-        name = self._bridge.detour.name_of(client, call)
+        name = self._bridge.http_fallback.name_of(client, call)
         return in_rollout(name, rollout.percent, rollout.include, rollout.exclude)
 
     def active(self) -> bool:
@@ -106,22 +106,22 @@ class FallbackPolicy:
 
     def _is_used(self, name: str) -> bool:
         """Return True if agents use the link of this name; no calls depend on an idle or removed link."""
-        runner = self._bridge.routes.links.find(name)
-        return runner is not None and runner.state is not LinkState.IDLE
+        link = self._bridge.routes.links.find(name)
+        return link is not None and link.state is not LinkState.IDLE
 
     def _failed_over(self, client: Caller, call: AgentCall) -> bool:
         ctx = self._bridge.ctx
-        runner = self._bridge.detour.link_for(client, call)
-        if runner is None:
+        link = self._bridge.http_fallback.link_for(client, call)
+        if link is None:
             return False
-        failover = self._failovers.get(runner.name)
+        failover = self._failovers.get(link.name)
         if failover is None:
             links = self._bridge.routes.links
             self._failovers = {name: each for name, each in self._failovers.items() if links.find(name) is not None}
-            failover = self._failovers[runner.name] = Failover(ctx.now)
+            failover = self._failovers[link.name] = Failover(ctx.now)
         before = failover.way
         fallback = ctx.settings.fallback
-        way = failover.update(ctx.now, up=runner.online, after_s=fallback.after_s, hold_down_s=fallback.hold_down_s)
+        way = failover.update(ctx.now, up=link.online, after_s=fallback.after_s, hold_down_s=fallback.hold_down_s)
         if way is not before:
             log.warning("failover", way=way.value, was=before.value)
         return way is Transport.HTTP
@@ -136,7 +136,9 @@ class FallbackPolicy:
         call = request.call
         if isinstance(call, HealthCall):
             return None  # a health check asks for the health of the shim itself
-        if isinstance(call, ResultCall) and not await self._bridge.detour.result_belongs_to_http(request.client, call):
+        if isinstance(call, ResultCall) and not await self._bridge.http_fallback.result_belongs_to_http(
+            request.client, call
+        ):
             return None  # the command of this result came by the WebSocket
         began_s = self._bridge.ctx.now
         try:
@@ -149,18 +151,18 @@ class FallbackPolicy:
         except Unreachable as error:
             self._breaker.failed(self._bridge.ctx.now)
             self._record(request, reason=str(error))
-            if isinstance(call, PollCall) and self._bridge.detour.waiting(request.client, call):
-                return await self._bridge.detour.merge(request.client, call, [], request.arrived_s)
+            if isinstance(call, PollCall) and self._bridge.http_fallback.waiting(request.client, call):
+                return await self._bridge.http_fallback.merge(request.client, call, [], request.arrived_s)
             return self._on_unreachable(request)
         if isinstance(call, RegisterCall) and reply.status in TELLING and isinstance(reply.body, bytes):
             told = self._read(reply) or {}
-            self._bridge.detour.registered(request.client, call, told, conflict=reply.status == 409)
+            self._bridge.http_fallback.registered(request.client, call, told, conflict=reply.status == 409)
         self._judge(request, reply)  # after `registered`: before it the status does not know whose call this is
-        self._bridge.detour.used(request.client, call)
+        self._bridge.http_fallback.used(request.client, call)
         if isinstance(call, PollCall):
             return await self._merged(request, call, reply)
         if isinstance(call, ResultCall) and reply.status in (200, 204):
-            self._bridge.detour.result_taken(request.client, call)
+            self._bridge.http_fallback.result_taken(request.client, call)
         return reply
 
     def _read(self, reply: ProxyResponse) -> dict[str, Any] | None:
@@ -172,7 +174,7 @@ class FallbackPolicy:
         try:
             bearer = ctx.read_token() if fallback.use_upstream_token else None
         except ConfigError as error:
-            log.error("token_unreadable", about="fallback", error=str(error))
+            log.error("token_unreadable", dedupe_key="fallback", error=str(error))
             raise Unreachable(str(error)) from None
         whole = isinstance(request.call, (PollCall, RegisterCall))
         base, dialling = fallback_url(ctx.settings), fallback.dialling(ctx.settings.upstream)
@@ -200,16 +202,16 @@ class FallbackPolicy:
 
         No other reply is rewritten. A command that came both ways is delivered once per id.
         """
-        detour = self._bridge.detour
+        http_fallback = self._bridge.http_fallback
         body = self._read(reply)
         if body is None and reply.status == 200:
             return reply  # the agent may be able to read commands in it that the shim cannot: stored ones wait
         body = body or {}
         listed = body.get("commands")
         handed_out = listed if reply.status == 200 and isinstance(listed, list) else []
-        if not handed_out and not detour.waiting(request.client, call):
+        if not handed_out and not http_fallback.waiting(request.client, call):
             return reply
-        answer = await detour.merge(request.client, call, handed_out, request.arrived_s)
+        answer = await http_fallback.merge(request.client, call, handed_out, request.arrived_s)
         if answer is None:
             return reply
         if reply.status != 200 or not isinstance(answer.outcome, Commands):
@@ -231,9 +233,9 @@ class FallbackPolicy:
             ended, agent = FallbackCall(ctx.clock.wall_s(), "", status, reason), None
         else:
             dialect, operation = route_of(call)
-            name, why = self._bridge.detour.name_of(request.client, call), self._why(request.client, call)
+            name, why = self._bridge.http_fallback.name_of(request.client, call), self._why(request.client, call)
             ended = FallbackCall(ctx.clock.wall_s(), operation, status, reason, dialect, name, why)
-            agent = self._bridge.detour.agent_of(request.client, call)
+            agent = self._bridge.http_fallback.agent_of(request.client, call)
         ctx.fallback.add(ended, agent)
         ctx.metrics.fallback.labels(ended.outcome).inc()
 

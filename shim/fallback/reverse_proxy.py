@@ -78,7 +78,7 @@ class ReverseProxy:
             failure = failure_of(error)
             reason = "answer" if failure.reason == "handshake" else failure.reason
             about, where = f"{reason} {failure.detail}", origin_of(base)
-            log.warning("fallback_unreachable", about=about, upstream=where, reason=reason, detail=failure.detail)
+            log.warning("fallback_unreachable", dedupe_key=about, upstream=where, reason=reason, detail=failure.detail)
             raise Unreachable(failure.detail) from None
 
     async def close(self) -> None:

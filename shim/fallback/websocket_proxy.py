@@ -150,7 +150,7 @@ class WebSocketProxy:
         refused = failure.status in _PASSED_STATUSES
         self._metrics.websocket_handshakes.labels("refused" if refused else "failed").inc()
         why = f"{failure.reason} {failure.status}" if failure.status else failure.reason
-        log.warning("websocket_agent_refused", about=why, reason=why, detail=failure.detail)
+        log.warning("websocket_agent_refused", dedupe_key=why, reason=why, detail=failure.detail)
         retry_after_s = None if failure.retry_after_s is None else int(min(failure.retry_after_s, 300.0))
         if refused:
             return AgentError(failure.status, "the controller refuses the handshake", retry_after_s=retry_after_s)

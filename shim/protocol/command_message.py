@@ -50,13 +50,13 @@ class MalformedCommand(ShimError):
 
 
 class ParsedCommand(msgspec.Struct, frozen=True):
-    """A normalised command. `created_at` is RFC 3339 UTC, `expires_wall` Unix seconds; the target ids may be empty."""
+    """A normalised command. `created_at` is RFC 3339 UTC, `expires_unix` Unix seconds; the target ids may be empty."""
 
     id: str
     type: str
     payload: dict[str, Any]
     created_at: str
-    expires_wall: float
+    expires_unix: float
     cluster_id: str
     agent_id: str
 
@@ -76,7 +76,7 @@ def parse_command(message: Message, wall: float, ttl_s: float, new_id: Callable[
         type=kind,
         payload=_command_payload(payload),
         created_at=_created_at(payload, message.timestamp, wall),
-        expires_wall=_expires_wall(payload, message.timestamp, wall, ttl_s),
+        expires_unix=_expires_unix(payload, message.timestamp, wall, ttl_s),
         cluster_id=_scalar(payload.get("cluster_id")),
         agent_id=_scalar(payload.get("agent_id")),
     )
@@ -157,7 +157,7 @@ def _created_at(payload: dict[str, Any], timestamp: str, wall: float) -> str:
     return rfc3339(wall)
 
 
-def _expires_wall(payload: dict[str, Any], timestamp: str, wall: float, ttl_s: float) -> float:
+def _expires_unix(payload: dict[str, Any], timestamp: str, wall: float, ttl_s: float) -> float:
     expires = parse_rfc3339(payload.get("expires_at"))
     if expires is not None:
         # The controller's clock may be wrong, so only the time between sending and expiry counts.

@@ -136,7 +136,7 @@ class CommandOperations:
         return self.add_trace(step)
 
     def requeue(self, operation: RequeueCommand) -> Finish[bool]:
-        parameters = (operation.expires_wall, operation.wall, str(operation.session), operation.command_id)
+        parameters = (operation.expires_unix, operation.wall, str(operation.session), operation.command_id)
         changed = self._execute(_REQUEUE, parameters)
         return lambda: changed.rowcount == 1
 
@@ -158,7 +158,7 @@ class CommandOperations:
             except UndecodableRow:
                 continue  # leave the row in place: `load` quarantines it at the next start if the command is live
             steps = self._execute(_SELECT_TRACE, (record.seq,)).fetchall()
-            first = [TraceEntry(record.arrived_wall, first_step, record.type)] if first_step else []
+            first = [TraceEntry(record.arrived_unix, first_step, record.type)] if first_step else []
             trace = lone.pop(record.session, []) + first + [TraceEntry(*step) for step in steps]
             found.append((record, optional_object(result), trace))
         return found + [(rows.never_stored(key, command_id, trace), None, trace) for key, trace in lone.items()]
@@ -177,7 +177,7 @@ class CommandOperations:
 
     def prune(self, operation: Prune) -> Finish[None]:
         for statement in self._prune:
-            self._execute(statement, (operation.before_wall,))
+            self._execute(statement, (operation.before_unix,))
         return self._database.reclaim
 
 
@@ -189,9 +189,9 @@ def insert_parameters(record: CommandRecord, first_step: str) -> tuple[Any, ...]
         record.request_id,
         record.state._value_,  # `value` is a property call, too slow for a line that runs for every command
         record.attempts,
-        record.arrived_wall,
-        record.arrived_wall,
-        record.expires_wall,
+        record.arrived_unix,
+        record.arrived_unix,
+        record.expires_unix,
         record.size_bytes,
         record.type,
         record.created_at,
@@ -204,7 +204,7 @@ def insert_parameters(record: CommandRecord, first_step: str) -> tuple[Any, ...]
 def is_first_step(record: CommandRecord, step: AddTrace) -> bool:
     """Return whether the row of `record` with `step.entry.event` as its `first_step` holds all of this step."""
     entry = step.entry
-    implied = (record.session, (record.id,), record.arrived_wall, record.type)
+    implied = (record.session, (record.id,), record.arrived_unix, record.type)
     return (step.session, step.ids, entry.wall, entry.detail) == implied
 
 

@@ -56,13 +56,13 @@ _CommandKey = tuple[SessionKey, str]
 @dataclass(slots=True)
 class _StoredCommand:
     record: CommandRecord
-    updated_wall: float
+    updated_unix: float
     result: dict[str, Any] | None
     trace: list[TraceEntry]
 
     def enter(self, state: CommandState, wall: float, attempts: int = 0) -> None:
         self.record = replace(self.record, state=state, attempts=max(self.record.attempts + attempts, 0))
-        self.updated_wall = wall
+        self.updated_unix = wall
 
 
 class MemoryStore:
@@ -144,7 +144,7 @@ class MemoryStore:
             return known
         self._last_command += 1
         self._commands[record.session, record.id] = _StoredCommand(
-            replace(record, seq=self._last_command), record.arrived_wall, None, []
+            replace(record, seq=self._last_command), record.arrived_unix, None, []
         )
         return PutOutcome(self._last_command)
 
@@ -169,7 +169,7 @@ class MemoryStore:
         ):
             return False
         command.enter(CommandState.QUEUED, operation.wall, -command.record.attempts)
-        command.record = replace(command.record, expires_wall=operation.expires_wall)
+        command.record = replace(command.record, expires_unix=operation.expires_unix)
         return True
 
     def _add_trace(self, operation: AddTrace) -> None:
@@ -182,11 +182,11 @@ class MemoryStore:
                 del self._lone_traces[:-MAX_LONE_TRACES]
 
     def _prune(self, operation: Prune) -> None:
-        before = operation.before_wall
+        before = operation.before_unix
         self._commands = {
             key: command
             for key, command in self._commands.items()
-            if command.record.state not in _ENDED or command.updated_wall >= before
+            if command.record.state not in _ENDED or command.updated_unix >= before
         }
         self._lone_traces = [each for each in self._lone_traces if each[1].wall >= before]
         self._unknown_results = {key: wall for key, wall in self._unknown_results.items() if wall >= before}

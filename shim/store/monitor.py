@@ -35,7 +35,7 @@ def probe(
         metrics.store_log_bytes.set(size_bytes)
         metrics.store_log_pinned.set(pinned)
         if pinned:
-            log.warning("store_log_pinned", about="store.path", size_bytes=size_bytes, hint=PINNED_HINT)
+            log.warning("store_log_pinned", dedupe_key="store.path", size_bytes=size_bytes, hint=PINNED_HINT)
 
     return CommitProbe(Clock().monotonic_s, committed, metrics.store_failures.inc, broken, fenced, logged)
 

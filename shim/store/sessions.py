@@ -71,7 +71,7 @@ class SessionOperations:
                 record.dialect,
                 record.agent_id,
                 record.upstream_cluster_id,
-                record.last_seen_wall,
+                record.last_seen_unix,
                 record.superseded_by,
                 encode_json(record.registration),
                 encode_json(record.reply),

@@ -31,7 +31,7 @@ def test_a_command_is_shown_once_with_its_newest_step_the_newest_first() -> None
     client.run(AddTrace(OTHER, ("1",), TraceEntry(4.0, "dead", "why")))
     journal = client.store
     assert isinstance(journal, RecentCommandsStore)
-    assert [(each.id, each.session, each.event, each.type, each.arrived_wall) for each in journal] == [
+    assert [(each.id, each.session, each.event, each.type, each.arrived_unix) for each in journal] == [
         ("1", OTHER, "dead", "", 0.0),
         ("1", KEY, "offered", "exec", 1.0),
         ("2", KEY, "arrived", "scan", 2.0),

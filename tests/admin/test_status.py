@@ -270,7 +270,7 @@ async def test_what_is_configured_is_said_without_paths_and_queries(make_world: 
 
 async def test_a_drain_is_shown(page: Page, world: World) -> None:
     await served(world, "k1")
-    world.bridge.operator.drain(30)
+    world.bridge.admin_actions.drain(30)
     status = page.status("draining")
     assert (status["drain"]["state"], status["drain"]["commands"]) == ("draining", 1)
     assert status["drain"]["deadline_at"] - status["drain"]["since"] == pytest.approx(30)
@@ -322,7 +322,7 @@ async def test_a_session_is_kept_while_its_agent_goes_by_http(make_world: MakeWo
     agent = await served(world)
     for _ in range(4):
         await world.pass_s(3600)
-        world.bridge.detour.used(Caller(TOKEN, 1), agent.heartbeat_call())
+        world.bridge.http_fallback.used(Caller(TOKEN, 1), agent.heartbeat_call())
     await world.restart()
     await world.pass_s(700)
     assert world.session(agent.cluster_id).registration["name"] == "prod"

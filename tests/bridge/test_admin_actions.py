@@ -25,7 +25,7 @@ async def polling(world: World, *commands: str, **fields: str) -> Agent:
 
 
 async def refused(world: World, status: int, *args: str, redeliver: bool = False) -> str:
-    operator = world.bridge.operator
+    operator = world.bridge.admin_actions
     with pytest.raises(OperatorError) as caught:
         await (operator.redeliver(*args) if redeliver else operator.purge(*args))
     assert caught.value.status == status
@@ -37,13 +37,13 @@ async def refused(world: World, status: int, *args: str, redeliver: bool = False
 
 async def test_a_drain_ends_when_agents_have_their_commands_and_the_controller_its_results(world: World) -> None:
     agent = await polling(world, "k1", "k2")
-    started = world.bridge.operator.drain(60.0)
+    started = world.bridge.admin_actions.drain(60.0)
     assert (started.state, started.commands, started.results) == (DrainState.DRAINING, 2, 0)
     await world.pass_s(5)
     assert await agent.poll() == ["k1", "k2"]
     await agent.result("k1")
     await agent.live(40)  # the acknowledgement of a heartbeat is the fence behind which the controller has the result
-    progress = world.bridge.operator.progress()
+    progress = world.bridge.admin_actions.progress()
     assert (progress.state, progress.commands, progress.results) == (DrainState.DRAINED, 0, 0)
 
 
@@ -54,7 +54,7 @@ async def test_new_commands_are_refused_and_known_ones_are_duplicates(world: Wor
     await world.settle()
     sent_before = len(world.controller.results("k1"))
 
-    world.bridge.operator.drain(60.0)
+    world.bridge.admin_actions.drain(60.0)
     for command_id in ("k1", "k2", "k3"):
         world.controller.push(command_id, cluster_id=agent.cluster_id)
     await world.settle()
@@ -65,22 +65,22 @@ async def test_new_commands_are_refused_and_known_ones_are_duplicates(world: Wor
     assert world.controller.results("k2") == []
     assert len(world.controller.results("k1")) >= sent_before
     assert world.metric("commands_total", event="duplicate") == 2
-    assert world.bridge.operator.progress().refused == 1
+    assert world.bridge.admin_actions.progress().refused == 1
     assert await agent.poll() == []
 
 
 async def test_a_drain_that_is_not_over_in_time_says_so_and_goes_on(world: World) -> None:
     agent = await polling(world, "k1")
-    world.bridge.operator.drain(10.0)
+    world.bridge.admin_actions.drain(10.0)
     await world.pass_s(11)
-    assert world.bridge.operator.progress().state is DrainState.TIMED_OUT
+    assert world.bridge.admin_actions.progress().state is DrainState.TIMED_OUT
     world.controller.push("k2", cluster_id=agent.cluster_id)
     await world.settle()
     assert world.controller.results("k2")[0]["code"] == "queue_full"
     assert await agent.poll() == ["k1"]
     assert await agent.poll() == []
     await agent.live(40)
-    assert world.bridge.operator.progress().state is DrainState.DRAINED
+    assert world.bridge.admin_actions.progress().state is DrainState.DRAINED
 
 
 async def test_results_that_nobody_has_yet_keep_a_drain_from_ending(world: World) -> None:
@@ -89,20 +89,20 @@ async def test_results_that_nobody_has_yet_keep_a_drain_from_ending(world: World
     world.controller.go_away()
     await world.pass_s(1)
     await agent.result("k1")
-    world.bridge.operator.drain(600.0)
+    world.bridge.admin_actions.drain(600.0)
     await world.pass_s(30)
-    progress = world.bridge.operator.progress()
+    progress = world.bridge.admin_actions.progress()
     assert (progress.state, progress.results) == (DrainState.DRAINING, 1)
     world.controller.come_back()
     await agent.live(60)
-    assert world.bridge.operator.progress().state is DrainState.DRAINED
+    assert world.bridge.admin_actions.progress().state is DrainState.DRAINED
     assert world.controller.results("k1")[0]["success"] is True
 
 
 async def test_a_cancelled_drain_takes_commands_again(world: World) -> None:
     agent = await polling(world)
-    world.bridge.operator.drain(60.0)
-    assert world.bridge.operator.resume().state is DrainState.OFF
+    world.bridge.admin_actions.drain(60.0)
+    assert world.bridge.admin_actions.resume().state is DrainState.OFF
     world.controller.push("k1", cluster_id=agent.cluster_id)
     await world.settle()
     assert await agent.poll() == ["k1"]
@@ -110,11 +110,11 @@ async def test_a_cancelled_drain_takes_commands_again(world: World) -> None:
 
 async def test_a_restarted_shim_is_not_drained(world: World) -> None:
     agent = await polling(world)
-    world.bridge.operator.drain(60.0)
+    world.bridge.admin_actions.drain(60.0)
     await world.restart()
     await agent.heartbeat()
     await world.settle()
-    assert not world.bridge.operator.draining
+    assert not world.bridge.admin_actions.draining
     world.controller.push("k1", cluster_id=agent.cluster_id)
     await world.settle()
     assert await agent.poll() == ["k1"]
@@ -122,7 +122,7 @@ async def test_a_restarted_shim_is_not_drained(world: World) -> None:
 
 async def test_a_full_disk_refuses_while_draining(world: World) -> None:
     agent = await polling(world)
-    world.bridge.operator.drain(60.0)
+    world.bridge.admin_actions.drain(60.0)
     world.store.fail()
     world.controller.push("k1", cluster_id=agent.cluster_id)
     await world.settle()
@@ -135,7 +135,7 @@ async def test_a_full_disk_refuses_while_draining(world: World) -> None:
 
 async def test_a_purged_command_is_dead_on_disk_and_the_controller_is_told(world: World) -> None:
     agent = await polling(world, "k1", "k2")
-    record = await world.bridge.operator.purge("k1", reason="a typo\nof mine")
+    record = await world.bridge.admin_actions.purge("k1", reason="a typo\nof mine")
     await world.settle()
     assert (record.state, await world.state("k1")) == (CommandState.DEAD, "dead")
     (told,) = world.controller.results("k1")
@@ -154,7 +154,7 @@ async def test_an_uncertain_command_can_be_purged_and_an_offered_one_not(make_wo
     agent.reconnect(clean=False)
     await world.pass_s(61)
     assert await world.state("k1") == "uncertain"
-    await world.bridge.operator.purge("k1")
+    await world.bridge.admin_actions.purge("k1")
     assert await world.state("k1") == "dead"
     assert await agent.poll() == []
 
@@ -175,7 +175,7 @@ async def test_the_same_id_at_two_agents_needs_a_session(world: World) -> None:
     text = await refused(world, 409, "k1")
     assert one.cluster_id in text
     assert two.cluster_id in text
-    await world.bridge.operator.purge("k1", two.cluster_id)
+    await world.bridge.admin_actions.purge("k1", two.cluster_id)
     assert await two.poll() == []
     assert await one.poll() == ["k1"]
 
@@ -200,7 +200,7 @@ async def test_a_dead_command_is_delivered_again_also_after_a_restart(make_world
     await world.pass_s(6)
     assert await world.state("k1") == "dead"
 
-    record = await world.bridge.operator.redeliver("k1", reason="the agent was down")
+    record = await world.bridge.admin_actions.redeliver("k1", reason="the agent was down")
     assert (record.state, record.attempts) == (CommandState.QUEUED, 0)
     assert traces(world, "k1")[-1] == "redeliver: by an operator: the agent was down; before that, it was given up"
     await world.restart()
@@ -216,7 +216,7 @@ async def test_an_expired_command_gets_a_new_time_to_live(make_world: MakeWorld)
     agent = await polling(world, "k1")
     await world.pass_s(101)
     assert await world.state("k1") == "expired"
-    await world.bridge.operator.redeliver("k1")
+    await world.bridge.admin_actions.redeliver("k1")
     await world.pass_s(90)
     await world.restart()
     await agent.heartbeat()
@@ -233,7 +233,7 @@ async def test_a_held_poll_gets_a_redelivered_command_at_once(make_world: MakeWo
     held = agent.poll_task()
     await world.settle()
     assert await world.state("k1") == "delivered"
-    await world.bridge.operator.redeliver("k1")
+    await world.bridge.admin_actions.redeliver("k1")
     assert [command.id for command in agent.take(await held)] == ["k1"]
 
 
@@ -262,7 +262,7 @@ async def test_nothing_is_redelivered_while_draining_or_into_a_full_queue(make_w
     world.controller.push("k2", cluster_id=agent.cluster_id)
     await world.settle()
     assert "full" in await refused(world, 409, "k1", redeliver=True)
-    world.bridge.operator.drain(60.0)
+    world.bridge.admin_actions.drain(60.0)
     assert "drain" in await refused(world, 409, "k1", redeliver=True)
 
 
@@ -271,7 +271,7 @@ async def test_two_at_once_queue_it_once(world: World) -> None:
     await agent.poll()
     await agent.heartbeat()
     await world.settle()
-    operator = world.bridge.operator
+    operator = world.bridge.admin_actions
     outcomes = await asyncio.gather(operator.redeliver("k1"), operator.redeliver("k1"), return_exceptions=True)
     assert sum(isinstance(outcome, OperatorError) for outcome in outcomes) == 1
     assert await agent.poll() == ["k1"]
@@ -285,7 +285,7 @@ async def test_an_agent_that_is_gone_is_forgotten_with_what_waits_for_it(world: 
     await polling(world, "k1", name="gone")
     other = await polling(world, name="stays", agent_id="pod-2")
     await other.live(60)
-    key = await world.bridge.forgetting.forget("gone")
+    key = await world.bridge.session_removal.forget("gone")
     assert await world.state("k1") == "expired"
     await world.settle()
     assert [result["code"] for result in world.controller.results("k1")] == ["expired"]
@@ -300,12 +300,12 @@ async def test_an_agent_is_named_as_people_know_it(world: World, by: str) -> Non
     key = world.session(agent.cluster_id).key
     await world.pass_s(100)
     names = {"name": "prod", "cluster id": agent.cluster_id, "agent id": "pod-1", "whole key": str(key)}
-    assert await world.bridge.forgetting.forget(names[by]) == key
+    assert await world.bridge.session_removal.forget(names[by]) == key
 
 
 async def test_who_still_calls_is_ambiguous_or_unknown_is_not_forgotten(world: World) -> None:
     agent = await polling(world, name="prod")
-    forget = world.bridge.forgetting.forget
+    forget = world.bridge.session_removal.forget
     with pytest.raises(OperatorError, match="stop it first"):
         await forget("prod")
     await world.agent(agent_id="tunnel-only").tunnel_poll()
@@ -326,4 +326,4 @@ async def test_the_disk_may_refuse_to_forget(world: World) -> None:
     await world.pass_s(100)
     world.store.fail()
     with pytest.raises(OperatorError, match="back after a restart"):
-        await world.bridge.forgetting.forget(agent.cluster_id)
+        await world.bridge.session_removal.forget(agent.cluster_id)

@@ -130,7 +130,7 @@ async def test_an_agent_id_that_moves_between_living_sessions_is_counted(
     two.agent_id = "pod-1"
     await two.heartbeat()
     assert world.metric("alias_conflicts_total") == 1
-    assert "alias_moved" in [record.getMessage() for record in caplog.records]
+    assert "agent_id_reassigned" in [record.getMessage() for record in caplog.records]
     assert world.bridge.ctx.sessions.alias("default", "pod-1") is world.session(two.cluster_id)
     await world.pass_s(60)
     one.agent_id = "pod-1"

@@ -113,9 +113,9 @@ async def test_the_log_of_a_flood_is_bounded(world: World, caplog: pytest.LogCap
         world.controller.push(f"k{number}", type=5)
     await world.settle()
     lines = [record for record in caplog.records if record.getMessage() == "command_rejected"]
-    in_full = [record for record in lines if getattr(record, "about", None) is None]
+    in_full = [record for record in lines if getattr(record, "dedupe_key", None) is None]
     assert len(in_full) == LOGGED_PER_MINUTE
-    assert {getattr(record, "about", "") for record in lines[LOGGED_PER_MINUTE:]} == {"malformed"}, "one a minute"
+    assert {getattr(record, "dedupe_key", "") for record in lines[LOGGED_PER_MINUTE:]} == {"malformed"}, "one a minute"
 
 
 async def test_a_waiting_command_that_comes_again_costs_no_look_at_the_disk(world: World) -> None:

@@ -183,8 +183,8 @@ def _heartbeats() -> Iterator[History]:
     yield "told after it", [ev.Introduced(3, "1/1", "s"), contact(1), beat(2)], {"introduced"}
 
 
-def spoke(connection: str, sent_wall: float, owner: str = "o") -> ev.Spoke:
-    return ev.Spoke(sent_wall + 1, owner, connection, sent_wall)
+def spoke(connection: str, sent_unix: float, owner: str = "o") -> ev.Spoke:
+    return ev.Spoke(sent_unix + 1, owner, connection, sent_unix)
 
 
 def _owners() -> Iterator[History]:

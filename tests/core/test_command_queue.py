@@ -27,7 +27,7 @@ POLICY = QueuePolicy(
 
 def record(seq: int, **fields: Any) -> CommandRecord:
     values: dict[str, Any] = {"type": "exec", "size_bytes": 10, **fields}
-    return CommandRecord(KEY, f"k{seq}", payload={}, created_at="", arrived_wall=0, expires_wall=0, seq=seq, **values)
+    return CommandRecord(KEY, f"k{seq}", payload={}, created_at="", arrived_unix=0, expires_unix=0, seq=seq, **values)
 
 
 def queue_of(*records: CommandRecord) -> CommandQueue:

@@ -266,5 +266,5 @@ async def test_how_an_agent_paces_its_polls_is_told(tmp_path: Path) -> None:
         for _ in range(6):
             # it comes back at once: its ticks are shorter than our holds
             await agent.commands()
-        assert (await shim.event("poll_pace"))["pace"] == "ticker"
+        assert (await shim.event("poll_pacing_detected"))["pace"] == "ticker"
         assert await metric(shim, r'polling_sessions\{pace="ticker"\}') == 1

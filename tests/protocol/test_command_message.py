@@ -177,7 +177,7 @@ def test_created_at_is_utc(created_at: Any, timestamp: str, found: str) -> None:
     ],
 )
 def test_expiry_is_measured_by_the_senders_clock(payload: dict[str, Any], timestamp: str, after_s: float) -> None:
-    assert normal(payload, timestamp=timestamp).expires_wall == pytest.approx(WALL + after_s)
+    assert normal(payload, timestamp=timestamp).expires_unix == pytest.approx(WALL + after_s)
 
 
 @pytest.mark.parametrize(
@@ -246,4 +246,4 @@ def test_never_anything_but_malformed_and_always_decodable(
     [read] = reading.value
     assert read["id"] == command.id
     assert read["type"] == command.type != ""
-    assert command.expires_wall == command.expires_wall
+    assert command.expires_unix == command.expires_unix

@@ -167,12 +167,12 @@ def test_a_command_is_queued_again_by_hand_only_when_it_has_ended_without_a_resu
 ) -> None:
     client.run(put("1"), MarkCommands(KEY, ("1",), state, wall=110.0, attempts=5), put("1", OTHER))
     ended = state in (CommandState.DELIVERED, CommandState.EXPIRED, CommandState.DEAD)
-    assert client.one(RequeueCommand(KEY, "1", wall=500.0, expires_wall=900.0)) is ended
-    assert client.one(RequeueCommand(KEY, "nobody", wall=500.0, expires_wall=900.0)) is False
+    assert client.one(RequeueCommand(KEY, "1", wall=500.0, expires_unix=900.0)) is ended
+    assert client.one(RequeueCommand(KEY, "nobody", wall=500.0, expires_unix=900.0)) is False
 
     client = reopen(client)
     client.open()
-    assert {(r.session, r.state, r.attempts, r.expires_wall) for r, _, _ in found(client, "1")} == {
+    assert {(r.session, r.state, r.attempts, r.expires_unix) for r, _, _ in found(client, "1")} == {
         (KEY, CommandState.QUEUED, 0, 900.0) if ended else (KEY, state, 5, 200.0),
         (OTHER, CommandState.QUEUED, 0, 200.0),
     }
@@ -377,7 +377,7 @@ def test_closing_a_failure_leaves_the_state_of_its_command(client: StoreClient) 
 
 
 def test_sessions_aliases_and_tunnels_are_kept_and_replaced(client: StoreClient, reopen: Reopen) -> None:
-    final = session(registration={"name": "b"}, superseded_by=str(OTHER), last_seen_wall=7.25)
+    final = session(registration={"name": "b"}, superseded_by=str(OTHER), last_seen_unix=7.25)
     client.run(SaveSession(session()), SaveSession(session(OTHER)), SaveSession(final))
     client.run(SaveAlias("default", "pod-1", OTHER), SaveAlias("default", "pod-1", KEY), SaveAlias("x", "pod-1", OTHER))
     client.run(SaveTunnel(KEY, {"status": "IDLE"}), SaveTunnel(KEY, {"status": "ACTIVE"}))

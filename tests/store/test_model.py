@@ -57,14 +57,14 @@ words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 entries = st.builds(TraceEntry, walls, words, words)
 
 operations: st.SearchStrategy[Operation] = st.one_of(
-    st.builds(put, ids, keys, payload=payloads, arrived_wall=walls, via=st.sampled_from(("", "http"))),
+    st.builds(put, ids, keys, payload=payloads, arrived_unix=walls, via=st.sampled_from(("", "http"))),
     st.builds(MarkCommands, keys, some_ids, states, walls, st.integers(-1, 1)),
     st.builds(RequeueCommand, keys, ids, walls, walls),
     st.builds(PutResult, keys, ids, payloads, walls),
     st.builds(PutOutbox, keys, ids, ids, payloads),
     st.builds(CloseOutbox, st.lists(st.integers(0, 12), max_size=4).map(tuple), walls),
     st.builds(ReadOutbox, st.sampled_from(("default", "0f0f")), st.integers(0, 12), st.integers(0, 3)),
-    st.builds(SaveSession, st.builds(session, keys, registration=payloads, last_seen_wall=walls)),
+    st.builds(SaveSession, st.builds(session, keys, registration=payloads, last_seen_unix=walls)),
     st.builds(DeleteSession, keys),
     st.builds(MoveSession, keys, keys),
     st.builds(SaveAlias, st.sampled_from(("default", "0f0f")), ids, keys),

@@ -1,4 +1,4 @@
-"""What the tests of the legacy server stand on: a switchboard by hand, a running frontend, agents on raw sockets."""
+"""What the tests of the legacy server stand on: a agent_service by hand, a running frontend, agents on raw sockets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Script = Callable[[Caller, AgentCall], Awaitable[CallResult]]
 
 
 class Board:
-    """A `ports.Switchboard` that notes everything and answers by a script: by default sensibly, without commands."""
+    """A `ports.AgentService` that notes everything and answers by a script: by default sensibly, without commands."""
 
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []

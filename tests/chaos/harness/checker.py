@@ -319,7 +319,7 @@ def _sent_at(beat: ev.Beat, offsets: Sequence[ev.WallClock]) -> list[float]:
     """When it may have been sent: the wall clock may have been set while it lay in buffers."""
     active = [clock.offset_s for clock in offsets if clock.at <= beat.at - LATE_S][-1:]
     active += [clock.offset_s for clock in offsets if beat.at - LATE_S < clock.at <= beat.at + SLACK_S]
-    moments = [beat.sent_wall - offset_s for offset_s in active] if beat.sent_wall else []
+    moments = [beat.sent_unix - offset_s for offset_s in active] if beat.sent_unix else []
     return [at for at in moments if beat.at - LATE_S <= at <= beat.at + SLACK_S] or [beat.at]
 
 
@@ -339,7 +339,7 @@ def sole_owner(found: Case) -> Iterator[Violation]:
     """Two owners never send at once: what is sent on an owner's later connection is later than all on earlier ones."""
     spoken: dict[str, dict[str, list[float]]] = defaultdict(dict)
     for event in found.of(ev.Spoke):
-        spoken[event.owner].setdefault(event.connection, []).append(event.sent_wall)
+        spoken[event.owner].setdefault(event.connection, []).append(event.sent_unix)
     for owner, connections in spoken.items():
         spans = sorted((min(sent), max(sent), name) for name, sent in connections.items())
         for (_, until, earlier), (since, _, later) in pairwise(spans):

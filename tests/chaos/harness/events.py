@@ -143,19 +143,19 @@ class Introduced(Event, frozen=True, tag="introduced"):
 
 
 class Beat(Event, frozen=True, tag="beat"):
-    """The controller handled a heartbeat; `sent_wall` is its envelope's time by the shim's wall clock (0: none)."""
+    """The controller handled a heartbeat; `sent_unix` is its envelope's time by the shim's wall clock (0: none)."""
 
     connection: str
     session: str
-    sent_wall: float = 0.0
+    sent_unix: float = 0.0
 
 
 class Spoke(Event, frozen=True, tag="spoke"):
-    """A message came from this owner's side of a connection; `sent_wall` is its envelope's time."""
+    """A message came from this owner's side of a connection; `sent_unix` is its envelope's time."""
 
     owner: str
     connection: str
-    sent_wall: float
+    sent_unix: float
 
 
 class Link(Event, frozen=True, tag="link"):

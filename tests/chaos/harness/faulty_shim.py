@@ -220,8 +220,8 @@ def doubtful(trap: Trap, clock_file: Path | None) -> type[app.App]:
         def wrap_upstream(self, upstream: UpstreamPort) -> UpstreamPort:
             return _Upstream(upstream, trap)
 
-        def wrap_switchboard(self, switchboard: AgentService) -> AgentService:
-            return _Switchboard(switchboard, trap)
+        def wrap_agent_service(self, agent_service: AgentService) -> AgentService:
+            return _Switchboard(agent_service, trap)
 
     return DoubtfulApp
 
