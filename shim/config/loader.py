@@ -51,6 +51,16 @@ def load(path: str | None, env: Mapping[str, str], sets: Iterable[str], *, reloa
     return settings
 
 
+def given_keys(path: str | None, sets: Iterable[str]) -> list[str]:
+    """Return the dotted paths of the known keys that have a value in the file or in `sets`. Nothing is checked."""
+    faults: list[Fault] = []
+    tree = _read_file(path, faults, reload=False) if path is not None else {}
+    maps = sections()
+    for dotted, text in _from_sets(sets, faults):
+        _put(tree, dotted, _as_map(dotted, text, faults) if dotted in maps else text)
+    return [key for key, _, _ in leaves() if _is_given(tree, key)]
+
+
 def apply_reloadable(running: Settings, fresh: Settings) -> Settings:
     """Return the running settings with the values of `fresh` for all keys that can change without a restart."""
     kept = {name: getattr(fresh, name) for name in _RELOADABLE}
@@ -295,6 +305,12 @@ class TextValue(msgspec.Struct, frozen=True):
             return json.loads(self.text)
         except RecursionError:
             raise ValueError("nested too deeply") from None
+
+
+def _is_given(tree: Any, dotted: str) -> bool:
+    for name in dotted.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree is not None
 
 
 def leaves(cls: type[Any] = Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

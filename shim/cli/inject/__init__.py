@@ -11,6 +11,8 @@ import click
 
 from shim import __version__
 from shim.cli.inject import documents, missing_sidecars
+from shim.cli.inject.settings import PodSettings
+from shim.cli.inject.settings import read as read_settings
 from shim.cli.inject.sidecar import NAME, InjectError
 
 
@@ -21,6 +23,8 @@ from shim.cli.inject.sidecar import NAME, InjectError
 @click.option("--own-token", is_flag=True, help="Use the token that the agent sends instead of reading its Secret.")
 @click.option("--config-map", default=NAME, show_default=True, metavar="NAME", help="The shim's configuration.")
 @click.option("--no-config", is_flag=True, help="Do not write that ConfigMap: the chart's release has it.")
+@click.option("--config", "path", metavar="FILE", help="Settings of the shim to write into that ConfigMap.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="One more setting; overrides the file.")
 @click.option("--remove", is_flag=True, help="Take the sidecar out again.")
 @click.option("--dry-run", is_flag=True, help="Print what would change instead of the manifest.")
 @click.option("--check", is_flag=True, help="Read `kubectl get pods -o json`: exit code 1 if an agent is without it.")
@@ -31,11 +35,17 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
     own_token: bool,
     config_map: str,
     no_config: bool,
+    path: str | None,
+    sets: tuple[str, ...],
     remove: bool,
     dry_run: bool,
     check: bool,
 ) -> None:
     """Add the sidecar to the agent's manifest and print the result. A second run changes nothing."""
+    if (path or sets) and (no_config or remove or check):
+        raise click.UsageError(
+            "--config and --set are for the ConfigMap that is written: not with --no-config, --remove, --check"
+        )
     try:
         # Read as bytes: reading text would turn CRLF into LF.
         data = sys.stdin.buffer.read() if filename == "-" else Path(filename).read_bytes()
@@ -44,8 +54,9 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
         raise click.ClickException(f"{filename} cannot be read: {error}") from None
     if check:
         _check(text)
-    options = documents.Options(image, container, config_map, not no_config, own_token)
     try:
+        settings = read_settings(path, sets, own_token) if path or sets else PodSettings()
+        options = documents.Options(image, container, config_map, not no_config, own_token, settings)
         after = documents.remove(text) if remove else documents.inject(text, options)
     except InjectError as error:
         raise click.ClickException(str(error)) from None

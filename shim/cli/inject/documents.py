@@ -6,11 +6,12 @@ import difflib
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shim.cli.inject import sidecar
 from shim.cli.inject.line_endings import change_lines
+from shim.cli.inject.settings import PodSettings
 from shim.cli.inject.sidecar import InjectError, Map, Sidecar
 
 _HEAD = "---\n"
@@ -24,13 +25,18 @@ _MANAGER = "agent-shim-inject"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Options. `container` names the agent's container, `""` the vendor's names. `config`: also write the ConfigMap."""
+    """Options of `inject`.
+
+    `container` names the agent's container, `""` stands for the vendor's names. `config`: also write the ConfigMap;
+    `settings` are added to it.
+    """
 
     image: str
     container: str = ""
     config_map: str = sidecar.NAME
     config: bool = True
     own_token: bool = False
+    settings: PodSettings = field(default_factory=PodSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ def _inject(text: str, options: Options) -> str:
             sidecar.remove(found.template)
             with_shim = sidecar.recognise(found.container, options.image, options.config_map, options.own_token)
             sidecar.add(found.template, with_shim, found.container)
-            configs.append(_config_map(with_shim, found.namespace))
+            configs.append(_config_map(with_shim, found.namespace, options.settings))
         if options.config and configs:
             out.append(f"{_HEAD}{configs[0]}" if chunk.has_head else f"{configs[0]}{_HEAD}")
         out.append(chunk.text())
@@ -162,14 +168,15 @@ class _Chunk:
         return out.getvalue()
 
 
-def _config_map(with_shim: Sidecar, namespace: str) -> str:
+def _config_map(with_shim: Sidecar, namespace: str, settings: PodSettings) -> str:
     from ruamel.yaml.scalarstring import LiteralScalarString
 
     writer, out = _round_trip(""), io.StringIO()
-    writer.dump(with_shim.settings, out)
+    writer.dump(settings.merged(with_shim.settings), out)
     metadata = {"name": with_shim.config_map} | ({"namespace": namespace} if namespace else {})
     metadata["labels"] = {_MANAGED_BY: _MANAGER}  # type: ignore[assignment]
-    data = {"config.yaml": LiteralScalarString(out.getvalue())}
+    texts = {"config.yaml": out.getvalue(), **settings.files}
+    data = {name: LiteralScalarString(text) for name, text in texts.items()}
     text = io.StringIO()
     writer.dump({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}, text)
     return text.getvalue()
