@@ -299,9 +299,9 @@ class App:
         """Return the clock."""
         return Clock()
 
-    def make_store(self, post: CallThreadsafe) -> CommandStore:
-        """Return the store. `post` is passed to `open_store`."""
-        return open_store(self.settings.store, post, probe(self._metrics, self._store_broken))
+    def make_store(self, call_threadsafe: CallThreadsafe) -> CommandStore:
+        """Return the store. `call_threadsafe` is passed to `open_store`."""
+        return open_store(self.settings.store, call_threadsafe, probe(self._metrics, self._store_broken))
 
     def _store_broken(self, error: StoreError) -> None:
         """Stop the process after the store was found corrupt.

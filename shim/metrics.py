@@ -111,7 +111,7 @@ class Metrics:
         )
         self.bad_requests = self._counters(
             "bad_requests",
-            "Legacy requests refused before the switchboard saw them, by the step that refused them.",
+            "Legacy requests refused before the bridge saw them, by the step that refused them.",
             reason=BAD_REQUEST_REASONS,
         )
         self.replies_lost = self._counter(

@@ -211,16 +211,16 @@ class DeliveryReceipt(Protocol):
 
 
 class CallResult(msgspec.Struct, frozen=True):
-    """The outcome of a call. `lease` is set if it offers commands."""
+    """The outcome of a call. `receipt` is set if it offers commands."""
 
     outcome: Outcome
-    lease: DeliveryReceipt | None = None
+    receipt: DeliveryReceipt | None = None
 
 
 class AgentService(Protocol):
     """The bridge as used by the agents' server.
 
-    Each `lease` is followed by exactly one call of `written` or `unwritten`, and after `written` by evidence.
+    Each `receipt` is followed by exactly one call of `written` or `unwritten`, and after `written` by evidence.
     """
 
     async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
@@ -237,20 +237,20 @@ class AgentService(Protocol):
         Returns `None`, without any change of state, if it must wait.
         """
 
-    def written(self, lease: DeliveryReceipt) -> None:
+    def written(self, receipt: DeliveryReceipt) -> None:
         """Record that the whole reply was handed to the kernel."""
 
-    def unwritten(self, lease: DeliveryReceipt) -> None:
+    def unwritten(self, receipt: DeliveryReceipt) -> None:
         """Record that the reply was not written.
 
         The agent had hung up before the first byte of its body, or writing failed.
         """
 
     def next_request(self, connection: int) -> None:
-        """Record another request on a connection with a written lease that was sent after the reply was written."""
+        """Record another request on a connection, sent after a reply with commands was written on it."""
 
     def connection_closed(self, connection: int, clean: bool) -> None:
-        """Record the end of a connection that had a written lease.
+        """Record the end of a connection on which a reply with commands was written.
 
         `clean` is true if it was closed by FIN, and the peer's kernel had acknowledged everything that was written.
         """
@@ -277,13 +277,13 @@ class ProxyRequest:
 class ProxyResponse:
     """A response of the vendor's HTTP API without hop-by-hop headers. `body` is whole or in chunks.
 
-    `lease` is as in `CallResult`. `complete` is true if another replica made the reply, so that no header may be added.
+    `receipt` is as in `CallResult`. `complete` is true if another replica made the reply: no header may be added then.
     """
 
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes | AsyncGenerator[bytes, None] = field(repr=False)
-    lease: DeliveryReceipt | None = None
+    receipt: DeliveryReceipt | None = None
     complete: bool = False
 
 

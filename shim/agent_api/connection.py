@@ -79,9 +79,9 @@ class AgentConnection(HttpConnection):
     __slots__ = (
         "_aborted",
         "_acknowledged",
+        "_awaits_evidence",
         "_entered",
-        "_had_lease",
-        "_lease_open",
+        "_had_receipt",
         "_own_socket",
         "_refused",
         "_server_context",
@@ -112,8 +112,8 @@ class AgentConnection(HttpConnection):
         self._entered = False
         self._refused = False
         self.lost = False
-        self._lease_open = False
-        self._had_lease = False
+        self._awaits_evidence = False
+        self._had_receipt = False
         self._acknowledged = False
         self._aborted = False
 
@@ -169,10 +169,10 @@ class AgentConnection(HttpConnection):
         super().connection_lost(exc)
         if self._pending is not None:
             self._pending.forget()
-        if self._had_lease:
-            self._end_lease(exc is None and self._acknowledged)
+        if self._had_receipt:
+            self._report_close(exc is None and self._acknowledged)
 
-    def _end_lease(self, clean: bool) -> None:
+    def _report_close(self, clean: bool) -> None:
         self._server_context.agent_service.connection_closed(self.number, clean)
 
     def force_close(self) -> None:
@@ -187,7 +187,7 @@ class AgentConnection(HttpConnection):
 
     def _note_acknowledgement(self) -> None:
         wire, sock = self._wire, self._socket
-        if self._had_lease and not self._acknowledged and not self._aborted and wire is not None and sock is not None:
+        if self._had_receipt and not self._acknowledged and not self._aborted and wire is not None and sock is not None:
             self._acknowledged = not wire.get_write_buffer_size() and tcp_state.acknowledged(sock)
 
     def _answered_at_once(self, request: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
@@ -251,8 +251,8 @@ class AgentConnection(HttpConnection):
 
         A pipelined request was sent before the agent could read that reply, so it is no evidence.
         """
-        if self._lease_open and not self._pipelined:
-            self._lease_open = False
+        if self._awaits_evidence and not self._pipelined:
+            self._awaits_evidence = False
             self._server_context.agent_service.next_request(self.number)
 
     def peer_can_receive(self, *, for_commands: bool) -> bool:
@@ -288,18 +288,18 @@ class AgentConnection(HttpConnection):
                 return False
         return not wire.is_closing()
 
-    def offer(self, lease: DeliveryReceipt) -> None:
+    def offer(self, receipt: DeliveryReceipt) -> None:
         """Prepare for a response that offers commands; only connections of replicas need that."""
 
-    def settle(self, lease: DeliveryReceipt, *, written: bool) -> None:
+    def settle(self, receipt: DeliveryReceipt, *, written: bool) -> None:
         """Report if the response with these commands was written; if so, watch the connection for evidence."""
         if written:
-            self._lease_open = self._had_lease = True
-            self._server_context.agent_service.written(lease)
+            self._awaits_evidence = self._had_receipt = True
+            self._server_context.agent_service.written(receipt)
         else:
-            self._server_context.agent_service.unwritten(lease)
+            self._server_context.agent_service.unwritten(receipt)
 
-    def remarks(self, lease: DeliveryReceipt | None) -> Mapping[str, str]:
+    def remarks(self, receipt: DeliveryReceipt | None) -> Mapping[str, str]:
         """Return further headers for a reply; only connections of replicas have any."""
         return {}
 
@@ -343,10 +343,10 @@ class RequestContext:
         "arrived_s",
         "body",
         "connection",
-        "lease",
         "match",
         "more",
         "must_close",
+        "receipt",
         "request",
         "session",
         "started_s",
@@ -359,7 +359,7 @@ class RequestContext:
         self.started_s, self.arrived_s = self.connection.arrival(self.connection.begin_request())
         self.body: bytes | None = None
         self.match: Match | None = None
-        self.lease: DeliveryReceipt | None = None
+        self.receipt: DeliveryReceipt | None = None
         self.session: tuple[str, str] | None = None  # the key in `InFlight`, once the request is counted there
         self.step = "guard"
         self.more = ""

@@ -43,7 +43,7 @@ _NOT_AT_ONCE = NOT_AT_ONCE + b"Too Early\r\nContent-Length: 0\r\n\r\n"
 class ClusterAgentService(AgentService):
     """An `AgentService` that can also mark a reply as uncertain."""
 
-    def mark_uncertain(self, lease: DeliveryReceipt, connection: int) -> None:
+    def mark_uncertain(self, receipt: DeliveryReceipt, connection: int) -> None:
         """Treat the commands of a reply as uncertain: it is unknown if it was written."""
         raise NotImplementedError
 
@@ -157,11 +157,11 @@ class PairedConnection(AgentConnection):
             case Note.CAME:
                 self._came = read_came(query, self._loop.time())
             case Note.WRITTEN if self._lent is not None:
-                lease, self._lent, self._told_open = self._lent, None, True
-                agent_service.written(lease)
+                receipt, self._lent, self._told_open = self._lent, None, True
+                agent_service.written(receipt)
             case Note.UNWRITTEN if self._lent is not None:
-                lease, self._lent = self._lent, None
-                agent_service.unwritten(lease)
+                receipt, self._lent = self._lent, None
+                agent_service.unwritten(receipt)
             case Note.NEXT if self._told_open:
                 self._told_open = False
                 agent_service.next_request(self.number)
@@ -180,23 +180,23 @@ class PairedConnection(AgentConnection):
         came, self._came = self._came, None
         return came or (started_s, -math.inf)
 
-    def remarks(self, lease: DeliveryReceipt | None) -> Mapping[str, str]:
+    def remarks(self, receipt: DeliveryReceipt | None) -> Mapping[str, str]:
         clock = {CLOCK_HEADER: f"{self._loop.time():.6f}"}
-        return clock if lease is None else clock | {LEASE_HEADER: "1"}
+        return clock if receipt is None else clock | {LEASE_HEADER: "1"}
 
-    def offer(self, lease: DeliveryReceipt) -> None:
-        self._lent, self._begun = lease, False
+    def offer(self, receipt: DeliveryReceipt) -> None:
+        self._lent, self._begun = receipt, False
 
     async def write(self, response: bytes, timeout_s: float) -> bool:
         self._begun = True
         return await super().write(response, timeout_s)
 
-    def settle(self, lease: DeliveryReceipt, *, written: bool) -> None:
+    def settle(self, receipt: DeliveryReceipt, *, written: bool) -> None:
         # Bytes that were passed to this kernel may have reached the agent, even if the connection failed afterwards.
-        if not written and not self._begun and self._lent is lease:
+        if not written and not self._begun and self._lent is receipt:
             self._lent = None
-            self._agent_service.unwritten(lease)
-        elif self._lent is lease and self._wire is None:
+            self._agent_service.unwritten(receipt)
+        elif self._lent is receipt and self._wire is None:
             self._mark_unconfirmed()
 
     async def await_peer_close(self) -> None:
@@ -215,10 +215,10 @@ class PairedConnection(AgentConnection):
             self._loop.call_later(AFTERWARDS_S, self._mark_unconfirmed)
 
     def _mark_unconfirmed(self) -> None:
-        lease, self._lent = self._lent, None
+        receipt, self._lent = self._lent, None
         was_open, self._told_open = self._told_open, False
-        if lease is not None:
-            self._agent_service.mark_uncertain(lease, self.number)
+        if receipt is not None:
+            self._agent_service.mark_uncertain(receipt, self.number)
         elif was_open:
             self._agent_service.lost(self.number)
 

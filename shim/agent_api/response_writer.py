@@ -65,7 +65,7 @@ class ResponseWriter:
         """Write a reply of the shim's own; `body` is its encoded JSON."""
         request, connection = visit.request, visit.connection
         keep = request.keep_alive and not visit.must_close and not connection.closing
-        more = visit.more + "".join(f"{name}: {value}\r\n" for name, value in connection.remarks(visit.lease).items())
+        more = visit.more + "".join(f"{name}: {value}\r\n" for name, value in connection.remarks(visit.receipt).items())
         if not keep:
             more += "Connection: close\r\n"
         elif request.version != HttpVersion11:
@@ -87,7 +87,7 @@ class ResponseWriter:
         keep = request.keep_alive and not connection.closing and request.content.is_eof()
         more: dict[str, str] = {}
         if not proxied.complete:
-            more = {**self._server_context.replies.static_headers(), **connection.remarks(visit.lease)}
+            more = {**self._server_context.replies.static_headers(), **connection.remarks(visit.receipt)}
             more[REQUEST_ID] = self._server_context.replies.request_id(request.headers.get(REQUEST_ID))
         http11, head_only = request.version == HttpVersion11, request.method == hdrs.METH_HEAD
         start, chunked = head(proxied, more, keep=keep, http11=http11, head_only=head_only)
@@ -117,16 +117,16 @@ class ResponseWriter:
 
     async def _write(self, visit: RequestContext, response: bytes) -> bool:
         """Write a response and settle its delivery receipt, even if the write fails or is cancelled."""
-        connection, lease = visit.connection, visit.lease
+        connection, receipt = visit.connection, visit.receipt
         written = False
-        if lease is not None:
-            connection.offer(lease)
+        if receipt is not None:
+            connection.offer(receipt)
         try:
-            if connection.peer_can_receive(for_commands=lease is not None):
+            if connection.peer_can_receive(for_commands=receipt is not None):
                 written = await connection.write(response, self._server_context.listen.body_timeout_s)
         finally:
-            if lease is not None:
-                connection.settle(lease, written=written)
+            if receipt is not None:
+                connection.settle(receipt, written=written)
         return written
 
     async def _end(
@@ -138,7 +138,7 @@ class ResponseWriter:
             self._server_context.metrics.replies_lost.inc()
             visit.connection.force_close()
             return SENT_CLOSE
-        if not keep and visit.lease is not None:
+        if not keep and visit.receipt is not None:
             await visit.connection.await_peer_close()
         elif visit.must_close:
             visit.connection.end_after_reply()

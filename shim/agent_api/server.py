@@ -309,9 +309,9 @@ class AgentServer:
         Commands that it was about to offer are queued again.
         """
         self._metrics.internal_errors.labels("frontend").inc()
-        if visit.lease is not None:
-            self._agent_service.unwritten(visit.lease)
-            visit.lease = None
+        if visit.receipt is not None:
+            self._agent_service.unwritten(visit.receipt)
+            visit.receipt = None
         return error_reply(Failed(500, "internal error"))
 
     async def _answer(self, visit: RequestContext) -> Reply | ProxyResponse | AgentWebSocket:
@@ -341,12 +341,12 @@ class AgentServer:
         if self._fallback is not None and self._fallback.handles_some() and self._fallback.handles(client, agent_call):
             served = await self._fallback.serve(forwarded(visit, listen.base_path, client, data, agent_call))
             if isinstance(served, ProxyResponse):
-                visit.lease = served.lease
+                visit.receipt = served.receipt
                 return served
             answer = served
         if answer is None:
             answer = await self._agent_service.call(client, agent_call, visit.moment(agent_call))
-        visit.lease = answer.lease
+        visit.receipt = answer.receipt
         return match.dialect.render(route.operation, answer.outcome, call)
 
     async def _elsewhere(self, visit: RequestContext, client: Caller) -> ProxyResponse | None:
@@ -372,7 +372,7 @@ class AgentServer:
         visit.step = "answer"
         reply = await forwarder.forward(passed, "" if match is None else match.route.operation)
         if reply is not None:
-            visit.lease = reply.lease
+            visit.receipt = reply.receipt
         return reply
 
     async def _carry(self, visit: RequestContext, websockets: AgentWebSockets, target: str) -> AgentWebSocket:
@@ -449,13 +449,13 @@ class AgentServer:
                 agent_call = match.dialect.parse(match.route.operation, call)
         answer = await fallback.serve(forwarded(visit, listen.base_path, client, data, agent_call))
         if isinstance(answer, ProxyResponse):
-            visit.lease = answer.lease
+            visit.receipt = answer.receipt
             return answer
         if match is None or agent_call is None:
             raise AgentError(502, "the vendor's HTTP API cannot be reached")
         if answer is None:
             answer = await self._agent_service.call(client, agent_call, visit.moment(agent_call))
-        visit.lease = answer.lease
+        visit.receipt = answer.receipt
         return match.dialect.render(match.route.operation, answer.outcome, call)
 
     def _count_in(self, visit: RequestContext, client: Caller, ident: str) -> None:

@@ -169,13 +169,13 @@ class Bridge:
         """Carry out a call that needs no waiting, or return None; implements `ports.AgentService.try_call_sync`."""
         return self.calls.try_call_sync(client, call, arrived_s)
 
-    def written(self, lease: DeliveryReceipt) -> None:
+    def written(self, receipt: DeliveryReceipt) -> None:
         """Record that the whole reply was passed to the kernel."""
-        self.delivery.written(cast("OfferedBatch", lease))
+        self.delivery.written(cast("OfferedBatch", receipt))
 
-    def unwritten(self, lease: DeliveryReceipt) -> None:
+    def unwritten(self, receipt: DeliveryReceipt) -> None:
         """Requeue an offer whose reply could not be written."""
-        self.delivery.unwritten(cast("OfferedBatch", lease))
+        self.delivery.unwritten(cast("OfferedBatch", receipt))
 
     def next_request(self, connection: int) -> None:
         """Record that another request arrived on a connection that carried an offer."""

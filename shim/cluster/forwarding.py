@@ -71,8 +71,8 @@ class Directory(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RemoteLease:
-    """A `ports.Lease` of another replica, which identifies it by the connection that carried its reply."""
+class RemoteReceipt:
+    """A `ports.DeliveryReceipt` of another replica, which identifies it by the connection that carried its reply."""
 
     pair: Pair
     connection: int
@@ -263,7 +263,7 @@ class ReplicaForwarder:
             raise PairLost(sent=True) from None
         if leased:
             return ProxyResponse(
-                head.status, headers, body, RemoteLease(pair, request.client.connection), complete=True
+                head.status, headers, body, RemoteReceipt(pair, request.client.connection), complete=True
             )
         self._pairs.release(pair)
         return ProxyResponse(head.status, headers, body, complete=True)
@@ -282,15 +282,15 @@ class ReplicaForwarder:
 
     # --- what became of replies ---
 
-    def written(self, lease: RemoteLease) -> None:
+    def written(self, receipt: RemoteReceipt) -> None:
         """Notify the owner that its reply was handed to the kernel, and remember to notify it of later evidence."""
-        lease.pair.tell(Note.WRITTEN)
-        self._carried[lease.connection].add(lease.pair)
+        receipt.pair.tell(Note.WRITTEN)
+        self._carried[receipt.connection].add(receipt.pair)
 
-    def unwritten(self, lease: RemoteLease) -> None:
+    def unwritten(self, receipt: RemoteReceipt) -> None:
         """Notify the owner that its reply was not written."""
-        lease.pair.tell(Note.UNWRITTEN)
-        self._pairs.release(lease.pair)
+        receipt.pair.tell(Note.UNWRITTEN)
+        self._pairs.release(receipt.pair)
 
     def next_request(self, connection: int) -> None:
         """Notify owners that the agent sent another request on a connection, evidence that it read their replies."""

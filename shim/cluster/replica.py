@@ -67,7 +67,7 @@ class Replica:
         )
         self.recent = Recents(self.shards.serving)
         self.addresses: dict[str, str] = {}
-        self._ctx = self._context()
+        self._ctx = self._bridge_context()
         self._operators = Operators(
             Operations(self.shards.bridges), self._ctx.sessions, name, self._others, context.spawn
         )
@@ -89,7 +89,7 @@ class Replica:
     def _current(self) -> Settings:
         return self._settings
 
-    def _context(self) -> BridgeContext:
+    def _bridge_context(self) -> BridgeContext:
         context = self._runtime_context
         return context.bridge_context(
             self._settings, DatabaseProbe(self.membership.valid, context.call_threadsafe), context.upstream

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from shim.bridge import Bridge
 from shim.bridge.context import DEFAULT_OWNER
-from shim.cluster.forwarding import RemoteLease, ReplicaForwarder
+from shim.cluster.forwarding import RemoteReceipt, ReplicaForwarder
 from shim.cluster.shard import Shard
 from shim.config.settings import Settings
 from shim.core.agent_calls import AgentCall, Commands, Failed, HealthCall, Healthy
@@ -40,11 +40,11 @@ class Places:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalLease:
-    """A `ports.Lease` of a local bridge, with the connection that carries its reply."""
+class LocalReceipt:
+    """A `ports.DeliveryReceipt` of a local bridge, with the connection that carries its reply."""
 
     bridge: Bridge
-    lease: DeliveryReceipt
+    receipt: DeliveryReceipt
     connection: int
 
 
@@ -88,29 +88,29 @@ class Router:
 
     def fenced(self, shard: Shard, client: Caller, answer: CallResult) -> CallResult:
         """Return an answer, without its commands if the shard was lost: another replica may be offering them."""
-        if answer.lease is None:
+        if answer.receipt is None:
             return answer
         if not shard.usable:
-            shard.bridge.unwritten(answer.lease)
+            shard.bridge.unwritten(answer.receipt)
             return CallResult(Commands((), shard.bridge.ctx.settings.poll.frequency_s))
-        return CallResult(answer.outcome, LocalLease(shard.bridge, answer.lease, client.connection))
+        return CallResult(answer.outcome, LocalReceipt(shard.bridge, answer.receipt, client.connection))
 
     # --- evidence ---
 
-    def written(self, lease: DeliveryReceipt) -> None:
+    def written(self, receipt: DeliveryReceipt) -> None:
         """Note that a reply was handed to the kernel."""
-        if isinstance(lease, RemoteLease):
-            self._forwarder.written(lease)
-        elif isinstance(lease, LocalLease):
-            self._carrying.setdefault(lease.connection, set()).add(lease.bridge)
-            lease.bridge.written(lease.lease)
+        if isinstance(receipt, RemoteReceipt):
+            self._forwarder.written(receipt)
+        elif isinstance(receipt, LocalReceipt):
+            self._carrying.setdefault(receipt.connection, set()).add(receipt.bridge)
+            receipt.bridge.written(receipt.receipt)
 
-    def unwritten(self, lease: DeliveryReceipt) -> None:
+    def unwritten(self, receipt: DeliveryReceipt) -> None:
         """Note that a reply could not be written."""
-        if isinstance(lease, RemoteLease):
-            self._forwarder.unwritten(lease)
-        elif isinstance(lease, LocalLease):
-            lease.bridge.unwritten(lease.lease)
+        if isinstance(receipt, RemoteReceipt):
+            self._forwarder.unwritten(receipt)
+        elif isinstance(receipt, LocalReceipt):
+            receipt.bridge.unwritten(receipt.receipt)
 
     def next_request(self, connection: int) -> None:
         """Note that the agent sent another request on a connection."""
@@ -124,9 +124,9 @@ class Router:
             bridge.connection_closed(connection, clean)
         self._forwarder.connection_closed(connection, clean)
 
-    def mark_uncertain(self, lease: DeliveryReceipt, connection: int) -> None:
+    def mark_uncertain(self, receipt: DeliveryReceipt, connection: int) -> None:
         """Treat the delivery of a reply as unknown: the connection to the replica that had it ended without a note."""
-        self.written(lease)
+        self.written(receipt)
         self.lost(connection)
 
     def lost(self, connection: int) -> None:
@@ -175,14 +175,14 @@ class Fallbacks:
         if shard is None:
             return None
         served = await shard.fallback.serve(request)
-        if served is None or served.lease is None:
+        if served is None or served.receipt is None:
             return served
         if isinstance(served, CallResult):
             return self._router.fenced(shard, request.client, served)
-        fenced = self._router.fenced(shard, request.client, CallResult(Commands((), 0), served.lease))
-        if fenced.lease is None:
+        fenced = self._router.fenced(shard, request.client, CallResult(Commands((), 0), served.receipt))
+        if fenced.receipt is None:
             return fenced
-        return ProxyResponse(served.status, served.headers, served.body, fenced.lease)
+        return ProxyResponse(served.status, served.headers, served.body, fenced.receipt)
 
     async def close(self) -> None:
         """Do nothing: each shard closes its own connections."""

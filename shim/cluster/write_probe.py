@@ -17,9 +17,9 @@ class DatabaseProbe:
     `answers` returns whether the database answers.
     """
 
-    def __init__(self, answers: Callable[[], bool], post: CallThreadsafe) -> None:
+    def __init__(self, answers: Callable[[], bool], call_threadsafe: CallThreadsafe) -> None:
         self._answers = answers
-        self._post = post
+        self._call_threadsafe = call_threadsafe
 
     def open(self) -> StoreContents:
         """Return empty contents."""
@@ -29,7 +29,7 @@ class DatabaseProbe:
         """Report success if the database answers, and an error otherwise."""
         if done is not None:
             fault = None if self._answers() else StoreError("the database does not answer")
-            self._post(partial(done, fault or [None] * len(operations)))
+            self._call_threadsafe(partial(done, fault or [None] * len(operations)))
 
     def close(self) -> None:
         """Do nothing."""

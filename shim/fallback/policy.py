@@ -224,7 +224,7 @@ class FallbackPolicy:
         headers = tuple(
             (name, value) for name, value in reply.headers if name.lower() not in ("content-length", "etag")
         )
-        return ProxyResponse(reply.status, headers, merged, answer.lease)
+        return ProxyResponse(reply.status, headers, merged, answer.receipt)
 
     def _record(self, request: ProxyRequest, status: int = 0, reason: str = "") -> None:
         """Record the result of a call for the metrics and the status."""

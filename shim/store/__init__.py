@@ -47,34 +47,36 @@ def check_files(path: Path) -> None:
         raise StoreError(f"the file at store.path cannot be used: {error.strerror}") from error
 
 
-def open_store(configured: settings.Store, post: CallThreadsafe, probe: CommitProbe | None = None) -> CommandStore:
+def open_store(
+    configured: settings.Store, call_threadsafe: CallThreadsafe, probe: CommitProbe | None = None
+) -> CommandStore:
     """Make the store that the configuration asks for. The caller calls its `open()`.
 
-    `post` schedules a callable on the event loop from any thread (`loop.call_soon_threadsafe`). The store calls every
-    `done` callback through `post`. The path `:memory:` selects a store that keeps everything in this process.
+    `call_threadsafe` schedules a callable on the event loop from any thread (`loop.call_soon_threadsafe`). The store
+    calls every `done` callback through it. The path `:memory:` selects a store that keeps everything in this process.
     """
     if configured.url:
         raise StoreError("store.url: a database is opened shard by shard")
     if configured.path == IN_MEMORY:
         from shim.store.memory import MemoryStore  # noqa: PLC0415 - imported only when used
 
-        return MemoryStore(post)
-    return SqliteStore(Path(configured.path), post, probe)
+        return MemoryStore(call_threadsafe)
+    return SqliteStore(Path(configured.path), call_threadsafe, probe)
 
 
 def open_shard(
     configured: settings.Store,
-    post: CallThreadsafe,
+    call_threadsafe: CallThreadsafe,
     probe: CommitProbe | None,
     partition: Partition,
     patience_s: float,
 ) -> CommandStore:
     """Make the store of one shard in the database at `store.url`. The caller calls its `open()`.
 
-    `post` is as in `open_store`. Raises `StoreError` if the extra `agent-shim[postgres]` is not installed.
+    `call_threadsafe` is as in `open_store`. Raises `StoreError` if the extra `agent-shim[postgres]` is not installed.
     """
     try:
         from shim.store.postgres.store import PostgresStore  # noqa: PLC0415 - an extra; its import costs memory
     except ModuleNotFoundError as error:
         raise StoreError(f"store.url needs the extra agent-shim[postgres]: {error.name} is not installed") from error
-    return PostgresStore(configured, post, probe, partition, patience_s)
+    return PostgresStore(configured, call_threadsafe, probe, partition, patience_s)

@@ -23,8 +23,8 @@ class CallbackQueue:
     After the loop is closed, callbacks are dropped.
     """
 
-    def __init__(self, post: CallThreadsafe) -> None:
-        self._post = post
+    def __init__(self, call_threadsafe: CallThreadsafe) -> None:
+        self._call_threadsafe = call_threadsafe
         self._waiting: deque[Callable[[], None]] = deque()
         self._scheduled = False
 
@@ -37,7 +37,7 @@ class CallbackQueue:
         if self._waiting and not self._scheduled:
             self._scheduled = True
             with contextlib.suppress(RuntimeError):
-                self._post(self._turn)
+                self._call_threadsafe(self._turn)
 
     def _turn(self) -> None:
         waiting = self._waiting
@@ -50,10 +50,10 @@ class CallbackQueue:
         _run_batch(due)
 
 
-def run_on_loop(post: CallThreadsafe, callbacks: Sequence[Callable[[], None]]) -> None:
+def run_on_loop(call_threadsafe: CallThreadsafe, callbacks: Sequence[Callable[[], None]]) -> None:
     """Schedule callbacks to run in order in one turn of the event loop. On a closed loop, drop them."""
     with contextlib.suppress(RuntimeError):
-        post(partial(_run_batch, callbacks))
+        call_threadsafe(partial(_run_batch, callbacks))
 
 
 def _run_batch(callbacks: Sequence[Callable[[], None]]) -> None:

@@ -68,8 +68,8 @@ class _StoredCommand:
 class MemoryStore:
     """A `ports.CommandStore` in memory. Its content survives `close()` and a later `open()`."""
 
-    def __init__(self, post: CallThreadsafe) -> None:
-        self._post = post
+    def __init__(self, call_threadsafe: CallThreadsafe) -> None:
+        self._call_threadsafe = call_threadsafe
         self._is_open = False
         self._key = secrets.token_bytes(32)
         self._last_command = 0
@@ -129,7 +129,7 @@ class MemoryStore:
             else:
                 outcome = StoreError("the store is not open")
         if done is not None:
-            run_on_loop(self._post, [partial(done, outcome)])
+            run_on_loop(self._call_threadsafe, [partial(done, outcome)])
 
     def close(self) -> None:
         """Reject later submissions (`ports.CommandStore`)."""

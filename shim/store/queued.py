@@ -16,8 +16,8 @@ from shim.store.writer import Writer
 class QueuedStore:
     """A `ports.CommandStore` without `open()`. The subclass's `open()` calls `_start`."""
 
-    def __init__(self, post: CallThreadsafe) -> None:
-        self._post = post
+    def __init__(self, call_threadsafe: CallThreadsafe) -> None:
+        self._call_threadsafe = call_threadsafe
         # Without the lock, a submission could be queued after the end marker of `Writer.close` and never be answered.
         self._gate = threading.Lock()
         self._writer: Writer | None = None
@@ -33,7 +33,7 @@ class QueuedStore:
                 self._writer.submit((tuple(operations), done))
                 return
         if done is not None:
-            run_on_loop(self._post, [partial(done, StoreError("the store is not open"))])
+            run_on_loop(self._call_threadsafe, [partial(done, StoreError("the store is not open"))])
 
     def _stop(self, limit_s: float | None = None) -> None:
         with self._gate:

@@ -74,11 +74,11 @@ class SqliteStore(QueuedStore):
     def __init__(
         self,
         path: Path,
-        post: CallThreadsafe,
+        call_threadsafe: CallThreadsafe,
         probe: CommitProbe | None = None,
         busy_timeout_s: float = BUSY_TIMEOUT_S,
     ) -> None:
-        super().__init__(post)
+        super().__init__(call_threadsafe)
         self._path = path
         self._probe = probe
         self._busy_timeout_s = busy_timeout_s
@@ -115,12 +115,12 @@ class SqliteStore(QueuedStore):
                 raise StoreError(f"{error} (the corrupt database was moved to {moved_aside})") from error
         log = WriteAheadLog(self._tell_log)
         engine = SqliteEngine(connection, files.OpenFiles(self._path, Clock.monotonic_s), log)
-        self._start(Writer(engine, self._post, self._probe))
+        self._start(Writer(engine, self._call_threadsafe, self._probe))
         return replace(loaded, moved_aside=moved_aside, warnings=warnings + loaded.warnings)
 
     def _tell_log(self, size_bytes: int, pinned: bool) -> None:
         if self._probe is not None and self._probe.log is not None:
-            run_on_loop(self._post, [partial(self._probe.log, size_bytes, pinned)])
+            run_on_loop(self._call_threadsafe, [partial(self._probe.log, size_bytes, pinned)])
 
     def close(self) -> None:
         """Carry out all submissions and close (`ports.CommandStore`). May be called from any thread."""

@@ -84,9 +84,9 @@ class Engine(Protocol):
 class Writer:
     """Owner of an engine and of the thread that uses it, from `start()` to `close()`."""
 
-    def __init__(self, engine: Engine, post: CallThreadsafe, probe: CommitProbe | None) -> None:
+    def __init__(self, engine: Engine, call_threadsafe: CallThreadsafe, probe: CommitProbe | None) -> None:
         self._engine = engine
-        self._callbacks = CallbackQueue(post)
+        self._callbacks = CallbackQueue(call_threadsafe)
         self._probe = probe
         self._fence_reported = False
         self._queue: SimpleQueue[_Submission | None] = SimpleQueue()

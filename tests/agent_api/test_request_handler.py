@@ -170,7 +170,7 @@ async def test_a_call_that_must_wait_is_made_once_and_the_next_takes_the_fast_pa
         assert board.ways[-1] == "express"
 
 
-async def test_a_refusal_of_the_switchboard_carries_its_retry_after() -> None:
+async def test_a_refusal_of_the_agent_service_carries_its_retry_after() -> None:
     class Refusing(Watch):
         def try_call_sync(self, *args: object) -> CallResult | None:
             return CallResult(Failed(503, "later", 7))

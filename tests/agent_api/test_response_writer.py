@@ -47,8 +47,8 @@ class Api:
         return self._replies.pop(0)
 
 
-def plain(status: int = 200, body: bytes = b'{"a":1}', *headers: tuple[str, str], lease: Any = None) -> ProxyResponse:
-    return ProxyResponse(status, headers, body, lease)
+def plain(status: int = 200, body: bytes = b'{"a":1}', *headers: tuple[str, str], receipt: Any = None) -> ProxyResponse:
+    return ProxyResponse(status, headers, body, receipt)
 
 
 async def test_a_reply_goes_down_as_it_is() -> None:
@@ -159,15 +159,15 @@ async def test_a_reply_that_breaks_off_ends_the_connection_without_its_last_chun
         assert house.count("replies_lost_total") == 1
 
 
-async def test_a_reply_with_commands_settles_its_lease() -> None:
-    api = Api(plain(200, b'{"commands":[]}', lease="lease-1"))
+async def test_a_reply_with_commands_settles_its_receipt() -> None:
+    api = Api(plain(200, b'{"commands":[]}', receipt="receipt-1"))
     async with running(fallback=api) as house:
         assert (await house.ask(POLL)).status == 200
         await house.board.until("clean")
         assert house.board.steps == ["written", "clean"]
 
 
-async def test_what_comes_back_goes_to_the_switchboard() -> None:
+async def test_what_comes_back_goes_to_the_agent_service() -> None:
     api = Api(None, CallResult(Accepted()), None)
     async with running(fallback=api) as house:
         assert (await house.ask(BEAT)).status == 200

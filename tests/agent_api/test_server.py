@@ -514,7 +514,7 @@ async def test_a_reply_that_cannot_be_encoded_gives_its_commands_back() -> None:
 
     async def script(client: Caller, call: AgentCall) -> CallResult:
         poison = OfferedCommand("id", "type", {"x": "\ud800"}, "2026-01-01T00:00:00Z")
-        return CallResult(CommandList((poison,), 5), lease="lease")
+        return CallResult(CommandList((poison,), 5), receipt="receipt")
 
     board.script = script
     async with running(board=board) as house:

@@ -337,10 +337,10 @@ def test_what_the_kernel_tells() -> None:
     assert not tcp_state.acknowledged(ours)
 
 
-async def test_a_failing_switchboard_does_not_break_the_connection() -> None:
+async def test_a_failing_agent_service_does_not_break_the_connection() -> None:
     class Broken(Board):
-        def written(self, lease: object) -> None:
-            super().written(lease)
+        def written(self, receipt: object) -> None:
+            super().written(receipt)
             raise RuntimeError("a defect")
 
     board = Broken()

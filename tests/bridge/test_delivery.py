@@ -170,7 +170,7 @@ async def test_a_poll_that_overlaps_is_no_evidence(world: World) -> None:
     assert await agent.poll() == ["k1"]
     other = world.agent(cluster_id="c-1")
     answer = await other.call(PollCall("clusters_agent", other.target), arrived_s=start)
-    assert answer.lease is None
+    assert answer.receipt is None
     await world.settle()
     assert await world.state("k1") == "offered"
 
@@ -364,8 +364,8 @@ async def test_one_that_comes_back_after_its_time_expires_at_once(world: World) 
     agent = await given(world, "k1", ttl_seconds=30)
     answer = await agent.call(PollCall("clusters_agent", agent.target))
     await world.pass_s(31)
-    assert answer.lease is not None
-    world.bridge.unwritten(answer.lease)
+    assert answer.receipt is not None
+    world.bridge.unwritten(answer.receipt)
     await world.settle()
     assert await world.state("k1") == "expired"
 

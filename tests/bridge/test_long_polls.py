@@ -114,7 +114,7 @@ async def test_a_stop_teaches_nothing(make_world: MakeWorld) -> None:
     poll = agent.poll_task()
     await world.pass_s(0.5)
     await world.stop()
-    assert (await poll).lease is None
+    assert (await poll).receipt is None
     poll = agent.poll_task()
     assert agent.take(await poll) == ()
     world.start()

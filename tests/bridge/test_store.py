@@ -115,7 +115,7 @@ async def test_and_expires_in_time_all_the_same(make_world: MakeWorld) -> None:
     world.store.slow = True
     poll = agent.poll_task()
     await agent.world.pass_s(11)
-    assert (await poll).lease is None
+    assert (await poll).receipt is None
     world.store.heal()
     world.store.catch_up()
     await agent.live(5)

@@ -36,11 +36,11 @@ def test_a_poll_that_was_sent_before_the_reply_was_written_is_no_evidence(same_c
         second = first if same_connection else world.connection()
         sent_at = world.now
         offered = await _poll(world, agent, first, sent_at)
-        assert offered.lease is not None
+        assert offered.receipt is not None
         await asyncio.sleep(0.01)
-        world.bridge.written(offered.lease)
+        world.bridge.written(offered.receipt)
         overlapping = await _poll(world, agent, second, sent_at)
-        assert overlapping.lease is None
+        assert overlapping.receipt is None
         assert await world.state("c1") == "offered"
         world.bridge.connection_closed(first, clean=False)  # the agent died over it, with the reply unread
 
@@ -56,8 +56,8 @@ def test_a_poll_that_was_sent_after_it_is() -> None:
     async def scenario() -> None:
         world, agent = await _started()
         offered = await _poll(world, agent, agent.connection, world.now)
-        assert offered.lease is not None
-        world.bridge.written(offered.lease)
+        assert offered.receipt is not None
+        world.bridge.written(offered.receipt)
         await asyncio.sleep(0.05)
         await _poll(world, agent, world.connection(), world.now)
         assert await world.state("c1") == "delivered"

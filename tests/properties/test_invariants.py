@@ -207,12 +207,12 @@ class Machine(RuleBasedStateMachine):
         assert isinstance(answer.outcome, Commands)
         ids = [command.id for command in answer.outcome.commands]
         if how in ("unwritten", "left"):
-            if answer.lease is not None:
-                self.do(self.world.bridge.unwritten, answer.lease)
+            if answer.receipt is not None:
+                self.do(self.world.bridge.unwritten, answer.receipt)
             self.do(life.agent.reconnect, False)
             return
         self.do(life.agent.take, answer)
-        if how == "read" or answer.lease is None:
+        if how == "read" or answer.receipt is None:
             life.read += ids
         else:
             life.unread = (life.agent.connection, ids)

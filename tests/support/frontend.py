@@ -57,11 +57,11 @@ class Board:
             self._note("cancelled")
             raise
 
-    def written(self, lease: DeliveryReceipt) -> None:
-        self._note("written", lease)
+    def written(self, receipt: DeliveryReceipt) -> None:
+        self._note("written", receipt)
 
-    def unwritten(self, lease: DeliveryReceipt) -> None:
-        self._note("unwritten", lease)
+    def unwritten(self, receipt: DeliveryReceipt) -> None:
+        self._note("unwritten", receipt)
 
     def next_request(self, connection: int) -> None:
         self._note("next", connection)
@@ -104,7 +104,7 @@ def sensible(call: AgentCall) -> CallResult:
 
 
 def offering(size_bytes: int = 10) -> Script:
-    """A script that answers every poll with one command of about this size; its lease is the number of the offer."""
+    """A script that answers every poll with one command of about this size; its receipt is the number of the offer."""
     offers = 0
 
     async def script(client: Caller, call: AgentCall) -> CallResult:
@@ -113,7 +113,7 @@ def offering(size_bytes: int = 10) -> Script:
             return await plain_answer(client, call)
         offers += 1
         command = OfferedCommand(f"cmd-{offers}", "deploy", {"x": "y" * size_bytes}, "2026-01-01T00:00:00Z")
-        return CallResult(Commands((command,), 5), lease=offers)
+        return CallResult(Commands((command,), 5), receipt=offers)
 
     return script
 

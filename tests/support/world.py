@@ -369,8 +369,8 @@ class Agent:
 
     def take(self, answer: CallResult) -> tuple[OfferedCommand, ...]:
         """The reply of a poll is written and arrives."""
-        if answer.lease is not None:
-            self.world.bridge.written(answer.lease)
+        if answer.receipt is not None:
+            self.world.bridge.written(answer.receipt)
             self._leased = True
         assert isinstance(answer.outcome, Commands)
         return answer.outcome.commands
@@ -378,8 +378,8 @@ class Agent:
     async def poll_unwritten(self) -> tuple[OfferedCommand, ...]:
         """Poll, and hang up before the reply's first byte."""
         answer = await self.call(PollCall(self.dialect, self.target))
-        if answer.lease is not None:
-            self.world.bridge.unwritten(answer.lease)
+        if answer.receipt is not None:
+            self.world.bridge.unwritten(answer.receipt)
         self.reconnect(clean=False)
         return cast("Commands", answer.outcome).commands
 

@@ -19,20 +19,20 @@ class PostgresStore(QueuedStore):
     def __init__(
         self,
         configured: settings.Store,
-        post: CallThreadsafe,
+        call_threadsafe: CallThreadsafe,
         probe: CommitProbe | None,
         partition: Partition,
         patience_s: float = PATIENCE_S,
     ) -> None:
         """Make a store that is not open. A submission fails after `patience_s` without an answer of the database."""
-        super().__init__(post)
+        super().__init__(call_threadsafe)
         self._engine = PostgresEngine(configured, partition, patience_s)
         self._probe = probe
 
     def open(self) -> StoreContents:
         """Read the content of the shard (`ports.CommandStore`). Raises `StoreFenced` if another replica has it."""
         loaded = self._engine.open()
-        writer = Writer(self._engine, self._post, self._probe)
+        writer = Writer(self._engine, self._call_threadsafe, self._probe)
         self._engine.refuse = writer.refuse_waiting
         self._start(writer)
         return loaded

@@ -104,7 +104,7 @@ class _Store(SqliteStore):
         return on_disk
 
 
-class _Switchboard:
+class _AgentService:
     """Dies before and after a reply with commands is written."""
 
     def __init__(self, inner: AgentService, trap: Trap) -> None:
@@ -113,19 +113,19 @@ class _Switchboard:
 
     async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
         answer = await self._inner.call(client, call, arrived_s)
-        if answer.lease is not None:
+        if answer.receipt is not None:
             self._trap.reached("before_reply")
         return answer
 
     def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
         return self._inner.try_call_sync(client, call, arrived_s)
 
-    def written(self, lease: DeliveryReceipt) -> None:
+    def written(self, receipt: DeliveryReceipt) -> None:
         self._trap.reached("after_reply")
-        self._inner.written(lease)
+        self._inner.written(receipt)
 
-    def unwritten(self, lease: DeliveryReceipt) -> None:
-        self._inner.unwritten(lease)
+    def unwritten(self, receipt: DeliveryReceipt) -> None:
+        self._inner.unwritten(receipt)
 
     def next_request(self, connection: int) -> None:
         self._inner.next_request(connection)
@@ -221,7 +221,7 @@ def doubtful(trap: Trap, clock_file: Path | None) -> type[app.App]:
             return _Upstream(upstream, trap)
 
         def wrap_agent_service(self, agent_service: AgentService) -> AgentService:
-            return _Switchboard(agent_service, trap)
+            return _AgentService(agent_service, trap)
 
     return DoubtfulApp
 
