@@ -284,7 +284,7 @@ class _View:
             "poll_at": self._wall_of(session.poll_at),
             "polling_now": session.held > 0,
             "hold": self._hold(session),
-            "gateway": self._bridge.gateways.connection_of(session.key) is not None,
+            "gateway": session.gateway is not None and session.gateway.up_connection is not None,
             "superseded": session.superseded_by is not None,
             "migrated": session.migrated_at is not None,
             "queue": self._queue(session.key, not_polling),

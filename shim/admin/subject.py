@@ -10,7 +10,6 @@ from shim.bridge import BridgeContext
 from shim.bridge.admin_actions import CommandDetails, Drain
 from shim.bridge.links import UpstreamLink
 from shim.bridge.registration import RefusedRegistration
-from shim.bridge.upstream_connection import UpstreamConnection
 from shim.bridge.websocket_agents import WebSocketAgent
 from shim.core.command_queue import CommandQueue
 from shim.core.records import CommandRecord, SessionKey
@@ -75,10 +74,6 @@ class Holds(Protocol):
     def held_tunnels(self) -> int: ...
 
 
-class Legs(Protocol):
-    def connection_of(self, key: SessionKey) -> UpstreamConnection | None: ...
-
-
 class Census(Protocol):
     @property
     def usage(self) -> Iterable[tuple[SessionKey, dict[Route, RouteUse]]]: ...
@@ -134,9 +129,6 @@ class Subject(Protocol):
 
     @property
     def holding(self) -> Holds: ...
-
-    @property
-    def gateways(self) -> Legs: ...
 
     @property
     def session_registry(self) -> Census: ...

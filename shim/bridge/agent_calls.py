@@ -12,8 +12,7 @@ from typing import Any
 
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
-from shim.bridge.link_lookup import LinkLookup
-from shim.bridge.links import UpstreamLink
+from shim.bridge.links import LinkPool, UpstreamLink
 from shim.bridge.long_polls import LongPolls, PollHolds, failed
 from shim.bridge.registration import Registrations
 from shim.bridge.session_registry import SessionRegistry, outcome_of
@@ -55,28 +54,28 @@ class AgentCallHandler:
     def __init__(
         self,
         ctx: BridgeContext,
-        routes: LinkLookup,
+        links: LinkPool,
         session_registry: SessionRegistry,
         registrations: Registrations,
         delivery: CommandDelivery,
         holding: PollHolds,
     ) -> None:
         self._ctx = ctx
-        self._routes = routes
+        self._links = links
         self._session_registry = session_registry
         self._usage = session_registry.usage
         self._presence = holding.presence
         self._registrations = registrations
         self._delivery = delivery
         self._holding = holding
-        self._polls = LongPolls(ctx, routes, session_registry, delivery, holding)
+        self._polls = LongPolls(ctx, links, session_registry, delivery, holding)
 
     def call(self, client: Caller, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, CallResult]:
         """Carry out one call; implements `ports.AgentService.call`."""
         answer = self.try_call_sync(client, call, arrived_s)
         if answer is not None:
             return _ready(answer)
-        owner = self._routes.owner_of(client.token) or ""
+        owner = self._links.owner_of(client.token) or ""
         if isinstance(call, PollCall):
             return self._polls.wait(owner, client, call, arrived_s)
         return self._wait(owner, client, call, arrived_s)
@@ -102,7 +101,7 @@ class AgentCallHandler:
         """
         if isinstance(call, HealthCall):
             return CallResult(Healthy())
-        owner = self._routes.owner_of(client.token)
+        owner = self._links.owner_of(client.token)
         if owner is None:
             return CallResult(Failed(401, "a token is required"))
         try:
@@ -137,7 +136,7 @@ class AgentCallHandler:
         key = self._ctx.sessions.key_of(owner, call.target)
         if self._ctx.sessions.get(key) is not None and not self._session_registry.admission.persistence_deferred(key):
             return
-        link = self._routes.links.get(owner, self._routes.links.name_for(owner, str(key)), client.token)
+        link = self._links.get(owner, self._links.name_for(owner, str(key)), client.token)
         link.ensure_connected()
         if link.machine.refused and link.machine.accepted_at is None:
             raise AgentError(401, "the controller refuses the token")
@@ -148,7 +147,7 @@ class AgentCallHandler:
     def _heartbeat(self, owner: str, client: Caller, call: HeartbeatCall) -> Outcome:
         session = self._session_registry.heartbeat(owner, call)
         self._usage.note(session.key, call.dialect, "heartbeat", session.last_seen_unix)
-        link = self._routes.link_for(session, client)
+        link = self._links.link_for(session, client)
         self._presence.heartbeat(session)
         return self._verdict(link)
 
@@ -165,7 +164,7 @@ class AgentCallHandler:
     def _status(self, owner: str, client: Caller, call: StatusCall) -> Outcome:
         session = self._session_registry.session_for_call(owner, call.target, call.dialect)
         self._usage.note(session.key, call.dialect, "status", session.last_seen_unix)
-        self._routes.link_for(session, client)
+        self._links.link_for(session, client)
         self._presence.called(session)
         self._presence.status(session, call.body)
         return Accepted()
@@ -173,8 +172,8 @@ class AgentCallHandler:
     async def _register(self, owner: str, client: Caller, call: RegisterCall, arrived_s: float) -> Outcome:
         stored = self._session_registry.stored_for(owner, call)
         identity = call.agent_id if call.known_by_agent else call.name
-        name = self._routes.link_name(stored) if stored is not None else self._routes.links.name_for(owner, identity)
-        link = self._routes.links.get(owner, name, client.token)
+        name = self._links.link_name(stored) if stored is not None else self._links.name_for(owner, identity)
+        link = self._links.get(owner, name, client.token)
         if stored is None:
             self._session_registry.admission.admit(owner)
         link.ensure_connected()
@@ -194,7 +193,7 @@ class AgentCallHandler:
     async def _result(self, owner: str, client: Caller, call: ResultCall) -> Outcome:
         session = self._session_registry.session_for_call(owner, call.target, call.dialect)
         self._usage.note(session.key, call.dialect, "result", session.last_seen_unix)
-        self._routes.link_for(session, client)
+        self._links.link_for(session, client)
         wall = self._ctx.clock.wall_s()
         payload: dict[str, Any] = {
             "command_id": call.command_id,
@@ -205,7 +204,7 @@ class AgentCallHandler:
         payload.setdefault("timestamp", rfc3339(wall))
         stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         key = session.key
-        posted_at = self._ctx.now if self._routes.connection_of(session) is not None else None
+        posted_at = self._ctx.now if self._links.connection_of(session) is not None else None
 
         def done(outcome: list[Any] | StoreError) -> None:
             # Runs even if the agent has hung up: a stored result must be sent to the controller in any case.
@@ -239,7 +238,7 @@ class AgentCallHandler:
         key = session.key if session is not None else self._ctx.sessions.key_of(owner, call.target)
         self._usage.note(key, *route_of(call), self._ctx.clock.wall_s())
         if session is not None:
-            self._routes.link_for(session, client)
+            self._links.link_for(session, client)
             self._presence.called(session)
         return session
 

@@ -14,7 +14,6 @@ from shim.bridge.delivery import CommandDelivery, OfferedBatch
 from shim.bridge.gateway_redirect import GatewayConnection, GatewayConnections
 from shim.bridge.heartbeats import HeartbeatForwarder
 from shim.bridge.http_fallback import HttpFallbackBridge
-from shim.bridge.link_lookup import LinkLookup
 from shim.bridge.links import LinkPool, UpstreamLink
 from shim.bridge.long_polls import PollHolds
 from shim.bridge.outbox import Outbox
@@ -50,13 +49,12 @@ class Bridge:
         self.registrations = Registrations(ctx, self)
         self.session_registry = SessionRegistry(ctx, self._moved, self._ended, self.links.token_accepted)
         self.gateways = GatewayConnections(ctx, serials, self)
-        self.routes = LinkLookup(ctx, self.links, self.gateways)
-        self.outbox = Outbox(ctx, self.routes.connection_for_key)
+        self.outbox = Outbox(ctx, self.links.connection_for_key)
         self.queues = CommandQueues(ctx, self.outbox)
         self.delivery = CommandDelivery(ctx, self.queues)
         refusals = Rejections(ctx, self.outbox)
         self.intake = CommandIntake(ctx, self.queues, self.outbox, refusals, self.delivery.try_offer)
-        self.presence = HeartbeatForwarder(ctx, self.registrations, self.routes)
+        self.presence = HeartbeatForwarder(ctx, self.registrations, self.links)
         self.holding = PollHolds(ctx, self.presence, self.session_registry)
         self.upstream_messages = UpstreamMessageHandler(
             ctx, self.registrations, self.session_registry, self.intake, refusals, self.holding
@@ -66,12 +64,12 @@ class Bridge:
             ctx, self.session_registry.usage, self.registrations, self.session_registry.forget
         )
         self.http_fallback = HttpFallbackBridge(
-            ctx, self.routes, self.session_registry, self.queues, self.intake, self.delivery
+            ctx, self.links, self.session_registry, self.queues, self.intake, self.delivery
         )
         self.calls = AgentCallHandler(
-            ctx, self.routes, self.session_registry, self.registrations, self.delivery, self.holding
+            ctx, self.links, self.session_registry, self.registrations, self.delivery, self.holding
         )
-        self.websocket_agents = WebSocketAgents(ctx, self.routes.owner_of)
+        self.websocket_agents = WebSocketAgents(ctx, self.links.owner_of)
         self.stopping = False
         self.unpolled = UnpolledCommandsWarning(ctx, self.queues)
         self._upkeep = PeriodicTasks(ctx, self._periodic_tasks())
@@ -200,7 +198,7 @@ class Bridge:
             job.link.owner, job.call, job.session, job.payload, reply, conflict=conflict
         )
         job.session = session
-        self.routes.bind(session, job.link)
+        session.link = job.link
         return outcome_of(session, cached=False)
 
     def session_announced(self, session: Session, connection: UpstreamConnection) -> None:
@@ -214,8 +212,8 @@ class Bridge:
         now = self.ctx.now
         identity = self.presence.identity()
         todo: list[tuple[Session, dict[str, Any]]] = []
-        for session in self.routes.sessions_of(link):
-            if self.gateways.connection_of(session.key) is not None:
+        for session in self.links.sessions_of(link):
+            if session.gateway is not None and session.gateway.up_connection is not None:
                 continue  # the gateway's controller knows the session already
             if session.fresh(now) and (session.registration or session.key.kind == "agent"):
                 payload = session.register_payload(identity)
@@ -229,7 +227,7 @@ class Bridge:
 
     def link_online(self, link: UpstreamLink) -> None:
         """Send the stored results first, then the newest heartbeat of each session."""
-        self.outbox.start_sending(link.owner, lambda: self.presence.online(self.routes.sessions_of(link)))
+        self.outbox.start_sending(link.owner, lambda: self.presence.online(self.links.sessions_of(link)))
 
     def link_offline(self, link: UpstreamLink, connection: UpstreamConnection) -> None:
         """Release the requests and results that were waiting for a reply on the connection."""
@@ -253,15 +251,15 @@ class Bridge:
         A session that is routed to a gateway does not use its link.
         """
         now = self.ctx.now
-        if any(s.fresh(now) and not self.gateways.is_routed(s.key) for s in self.routes.sessions_of(link)):
+        if any(s.fresh(now) and not _is_routed(s) for s in self.links.sessions_of(link)):
             return True
         return self.outbox.unsent_for(link.owner)
 
     def all_sessions_use_gateways(self, link: UpstreamLink) -> bool:
         """Return True if every fresh session is routed to a gateway and nothing else waits for the link."""
         now = self.ctx.now
-        fresh = [session for session in self.routes.sessions_of(link) if session.fresh(now)]
-        if not fresh or not all(self.gateways.is_routed(session.key) for session in fresh):
+        fresh = [session for session in self.links.sessions_of(link) if session.fresh(now)]
+        if not fresh or not all(map(_is_routed, fresh)):
             return False
         return not self.outbox.unsent_for(link.owner) and not self.registrations.waiting_for(link)
 
@@ -271,7 +269,9 @@ class Bridge:
 
     def connection_message(self, connection: UpstreamConnection, message: Message, link: UpstreamLink) -> None:
         """Handle a message that arrived on a link's connection."""
-        self.upstream_messages.handle(connection, message, LinkMessageSource(link, self.routes, self.presence))
+        self.upstream_messages.handle(
+            connection, message, LinkMessageSource(link, self.links, self.gateways, self.presence)
+        )
 
     def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
         """Close the outbox entries that the controller has received."""
@@ -321,15 +321,17 @@ class Bridge:
     # --- sessions that move or end ------------------------------------------------------------------------------------
 
     def _moved(self, source: SessionKey, target: SessionKey) -> None:
-        self.routes.forget(source)
         self.gateways.forget(source)
         self.presence.forget(source)
         self.session_registry.usage.forget(source)
         self.delivery.move(source, target)
 
     def _ended(self, key: SessionKey) -> None:
-        self.routes.forget(key)
         self.gateways.forget(key)
         self.presence.forget(key)
         self.session_registry.usage.forget(key)
         self.queues.end_session(key)
+
+
+def _is_routed(session: Session) -> bool:
+    return session.gateway is not None and session.gateway.routed

@@ -45,6 +45,16 @@ class GatewayConnection:
         self.waiting = False
         self.token = ""
 
+    @property
+    def routed(self) -> bool:
+        """True while the session's traffic goes to the gateway: it is open or being dialled."""
+        return self.connection is not None
+
+    @property
+    def up_connection(self) -> UpstreamConnection | None:
+        """The connection for heartbeats and results, or None while it is being dialled."""
+        return self.connection if self.opened_at is not None else None
+
 
 class GatewayListener(Protocol):
     """The interface through which gateways report to the rest of the bridge."""
@@ -75,16 +85,6 @@ class GatewayConnections:
         self._gateways: dict[SessionKey, GatewayConnection] = {}
         self._suffixes: PublicSuffixList | None = None
 
-    def is_routed(self, key: SessionKey) -> bool:
-        """Return True if a session's gateway is open or being dialled."""
-        gateway = self._gateways.get(key)
-        return gateway is not None and gateway.connection is not None
-
-    def connection_of(self, key: SessionKey) -> UpstreamConnection | None:
-        """Return the open gateway connection of a session, or None."""
-        gateway = self._gateways.get(key)
-        return gateway.connection if gateway is not None and gateway.opened_at is not None else None
-
     def redirect(self, session: Session, link: UpstreamLink, url: str) -> None:
         """Dial the gateway that a `register_success` named, if the token may be sent to its host."""
         if len(url) > MAX_URL_CHARS or not self._allowed(url):
@@ -94,7 +94,7 @@ class GatewayConnections:
             return
         gateway = self._gateways.get(session.key)
         if gateway is None:
-            gateway = self._gateways[session.key] = GatewayConnection(
+            gateway = self._gateways[session.key] = session.gateway = GatewayConnection(
                 session, link, url, Backoff(self._ctx.backoff_policy, self._ctx.rng)
             )
         elif gateway.url == url and (gateway.connection is not None or gateway.waiting):
@@ -118,6 +118,7 @@ class GatewayConnections:
         """Close the gateway of a session, without a report."""
         gateway = self._gateways.pop(key, None)
         if gateway is not None:
+            gateway.session.gateway = None
             gateway.dial = -1
             self._close(gateway)
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from shim.bridge.context import ENVELOPE_BYTES, BridgeContext
-from shim.bridge.link_lookup import LinkLookup
+from shim.bridge.links import LinkPool
 from shim.bridge.registration import Registrations
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.agent_calls import TargetKind
@@ -35,11 +35,11 @@ class HeartbeatForwarder:
         self,
         ctx: BridgeContext,
         registrations: Registrations,
-        routes: LinkLookup,
+        links: LinkPool,
     ) -> None:
         self._ctx = ctx
         self._registrations = registrations
-        self._routes = routes
+        self._links = links
         self._held: dict[SessionKey, Session] = {}
         self._status: dict[SessionKey, dict[str, Any]] = {}
         self._status_sizes: dict[SessionKey, int] = {}
@@ -83,7 +83,7 @@ class HeartbeatForwarder:
         now, found = self._ctx.now, []
         for session in self._ctx.sessions:
             since = session.standing.unacknowledged_since(now, self._window_s) if session.fresh(now) else None
-            if since is not None and self._routes.connection_of(session) is not None:
+            if since is not None and self._links.connection_of(session) is not None:
                 found.append((session, since))
         return found
 
@@ -106,7 +106,7 @@ class HeartbeatForwarder:
 
         With `force` it is due in any case, because something changed. Returns the session's connection, or None.
         """
-        connection = self._routes.connection_of(session)
+        connection = self._links.connection_of(session)
         if connection is None or not session.fresh(self._ctx.now):
             return connection
         if session.heartbeat is None and session.poll_at is None:
@@ -141,16 +141,15 @@ class HeartbeatForwarder:
         return False
 
     def _is_announced(self, session: Session, connection: UpstreamConnection) -> bool:
-        return (
-            session.announced_on == connection.serial or self._routes.gateways.connection_of(session.key) is connection
-        )
+        by_gateway = session.gateway is not None and session.gateway.up_connection is connection
+        return by_gateway or session.announced_on == connection.serial
 
     def announce(self, session: Session) -> None:
         """Register a fresh session with the controller from what is known of it.
 
         Without a name nothing is sent, and a warning is logged once.
         """
-        link = self._routes.link_of(session)
+        link = self._links.link_of(session)
         if link is None or link.connection is None or not session.fresh(self._ctx.now):
             return
         payload = session.register_payload(self.identity())
@@ -162,7 +161,7 @@ class HeartbeatForwarder:
     def session_announced(self, session: Session, connection: UpstreamConnection) -> None:
         """Record that the controller knows the session on this connection, and send its newest heartbeat."""
         session.announced_on = connection.serial
-        if self._routes.connection_of(session) is connection:
+        if self._links.connection_of(session) is connection:
             self._speak_for(session)
 
     def online(self, sessions: list[Session]) -> None:
@@ -231,7 +230,7 @@ class HeartbeatForwarder:
         self._send_status(session)
 
     def _send_status(self, session: Session) -> None:
-        connection = self._routes.connection_of(session)
+        connection = self._links.connection_of(session)
         if session.key not in self._status:
             return
         speaks = connection is not None and session.fresh(self._ctx.now)

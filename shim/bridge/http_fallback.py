@@ -9,8 +9,7 @@ from typing import Any
 from shim.bridge.command_queues import CommandIntake, CommandQueues
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
-from shim.bridge.link_lookup import LinkLookup
-from shim.bridge.links import UpstreamLink
+from shim.bridge.links import LinkPool, UpstreamLink
 from shim.bridge.session_registry import SessionRegistry
 from shim.core.agent_calls import (
     AgentCall,
@@ -45,7 +44,7 @@ class HttpFallbackBridge:
     def __init__(
         self,
         ctx: BridgeContext,
-        routes: LinkLookup,
+        links: LinkPool,
         session_registry: SessionRegistry,
         queues: CommandQueues,
         intake: CommandIntake,
@@ -53,7 +52,7 @@ class HttpFallbackBridge:
     ) -> None:
         self._ctx = ctx
         self._queues = queues
-        self._routes = routes
+        self._links = links
         self._session_registry = session_registry
         self._intake = intake
         self._delivery = delivery
@@ -64,7 +63,7 @@ class HttpFallbackBridge:
             return call.name
         if isinstance(call, HealthCall):
             return ""
-        owner = self._routes.owner_of(client.token) or ""
+        owner = self._links.owner_of(client.token) or ""
         session = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, call.target))
         name = ""
         if session is not None:
@@ -75,16 +74,17 @@ class HttpFallbackBridge:
 
     def link_for(self, client: Caller, call: AgentCall) -> UpstreamLink | None:
         """Return the link that would carry the call and keep it dialling, or return None without an owner."""
-        owner = self._routes.owner_of(client.token)
+        owner = self._links.owner_of(client.token)
         if owner is None:
             return None
         if isinstance(call, (RegisterCall, HealthCall)):
             ident = call.name if isinstance(call, RegisterCall) else ""
-            name = self._routes.links.name_for(owner, ident)
+            name = self._links.name_for(owner, ident)
         else:
-            session = Session(self._ctx.sessions.key_of(owner, call.target), call_dialect(call))
-            name = self._routes.link_name(session)
-        link = self._routes.links.get(owner, name, client.token)
+            key = self._ctx.sessions.key_of(owner, call.target)
+            session = self._ctx.sessions.get(key)
+            name = self._links.link_name(session) if session is not None else self._links.name_for(owner, str(key))
+        link = self._links.get(owner, name, client.token)
         link.ensure_connected()
         return link
 
@@ -92,7 +92,7 @@ class HttpFallbackBridge:
         """Record that the vendor's HTTP API has served an agent's call on a legacy route."""
         if call is None or isinstance(call, (RegisterCall, HealthCall)):
             return
-        owner = self._routes.owner_of(client.token)
+        owner = self._links.owner_of(client.token)
         if owner is not None:
             key = self._ctx.sessions.key_of(owner, call.target)
             self._session_registry.usage.note(key, *route_of(call), self._ctx.clock.wall_s())
@@ -104,7 +104,7 @@ class HttpFallbackBridge:
         A tunnel call carries an agent id, which identifies an agent only if one is known by that id. The same holds for
         the registration of an agent that is identified by its cluster id.
         """
-        owner = self._routes.owner_of(client.token)
+        owner = self._links.owner_of(client.token)
         if owner is None or isinstance(call, HealthCall):
             return None
         sessions = self._ctx.sessions
@@ -127,7 +127,7 @@ class HttpFallbackBridge:
         They are used when the agent is served by the WebSocket later. With `conflict` (409) they are stored only if the
         reply carries the id of the existing cluster.
         """
-        owner = self._routes.owner_of(client.token)
+        owner = self._links.owner_of(client.token)
         cluster = reply.get("cluster")
         ids = {"cluster_id": cluster.get("id")} if isinstance(cluster, dict) else {}
         known = register_reply({**ids, **{k: v for k, v in reply.items() if v is not None}})
@@ -138,7 +138,7 @@ class HttpFallbackBridge:
 
     def waiting(self, client: Caller, call: PollCall) -> bool:
         """Return True if stored commands wait for this agent."""
-        owner = self._routes.owner_of(client.token)
+        owner = self._links.owner_of(client.token)
         if owner is None:
             return False
         queue = self._queues.get(self._ctx.sessions.key_of(owner, call.target))
@@ -149,7 +149,7 @@ class HttpFallbackBridge:
 
         Returns None if the store fails: then the API's own answer must be passed to the agent unchanged.
         """
-        owner = self._routes.owner_of(client.token) or ""
+        owner = self._links.owner_of(client.token) or ""
         session = self._session_registry.session_for_proxied_call(owner, call.target, call.dialect)
         if not await self._take_in(session, commands):
             return None
@@ -214,7 +214,7 @@ class HttpFallbackBridge:
         self._delivery.answered(key, call.command_id)
 
     def _key(self, client: Caller, call: ResultCall) -> SessionKey:
-        owner = self._routes.owner_of(client.token) or ""
+        owner = self._links.owner_of(client.token) or ""
         return self._ctx.sessions.key_of(owner, call.target)
 
 

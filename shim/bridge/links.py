@@ -6,10 +6,11 @@ A link performs what `shim.core.link_state` decides. See docs/reference/protocol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from hashlib import sha256
 from typing import Protocol
 
-from shim.bridge.context import BridgeContext
+from shim.bridge.context import DEFAULT_OWNER, BridgeContext
 from shim.bridge.link_metrics import LinkMetrics
 from shim.bridge.upstream_connection import ConnectionEnd, UpstreamConnection
 from shim.core import link_state as ev
@@ -17,9 +18,12 @@ from shim.core.backoff import Backoff
 from shim.core.link_history import LinkHistory, phase_of
 from shim.core.link_state import LinkPolicy, LinkState, LinkStateMachine
 from shim.core.liveness import LivenessState
+from shim.core.records import SessionKey
+from shim.core.sessions import Session
+from shim.core.shard_assignment import owner_id
 from shim.errors import AgentError, IllegalTransition, ShimError
 from shim.log import get
-from shim.ports import DialFailure, DialRequest, Timer, WebSocket
+from shim.ports import Caller, DialFailure, DialRequest, Timer, WebSocket
 from shim.protocol.http import ws_url
 from shim.protocol.upstream_message import Message
 
@@ -92,7 +96,7 @@ class UpstreamLink:
         self.attempts = LinkMetrics(ctx, listener.received_since)
         self.last_failure = ""
         self.last_detail = ""
-        self.cancelled = False
+        self.stopped = False
         self._dial = 0
         self._timers: dict[str, Timer] = {}
         self._arm("idle", IDLE_CHECK_S, self._check_idle)
@@ -152,7 +156,7 @@ class UpstreamLink:
 
     def stop(self) -> None:
         """Close the connection with code 1000 and never dial again."""
-        self.cancelled = True
+        self.stopped = True
         self.apply(ev.Stop())
         for timer in self._timers.values():
             timer.cancel()
@@ -264,7 +268,7 @@ class UpstreamLink:
 
     def _arm(self, name: str, delay_s: float, callback: Callable[[], None]) -> None:
         self._disarm(name)
-        if not self.cancelled:
+        if not self.stopped:
             self._timers[name] = self._ctx.timers.call_later(delay_s, callback)
 
     def _disarm(self, name: str) -> None:
@@ -319,6 +323,8 @@ class UpstreamLink:
 BUSY_RETRY_AFTER_S = 30
 UNVERIFIED_KEPT_S = 30.0
 MAX_TURNED_AWAY = 4096
+LINK_KIND = "link"
+"""Kind of a `SessionKey` that names a link: rejections of commands without a session are stored under it."""
 
 
 class LinkPool:
@@ -330,6 +336,7 @@ class LinkPool:
         self._serials = serials
         self._links: dict[str, UpstreamLink] = {}
         self._turned_away: dict[str, float] = {}  # until when a token is not dialled again
+        self._hashed_owner = lru_cache(maxsize=4096)(lambda token: owner_id(ctx.owner_key, token))
 
     def __iter__(self) -> Iterator[UpstreamLink]:
         return iter(list(self._links.values()))
@@ -342,6 +349,71 @@ class LinkPool:
         if self._ctx.settings.upstream.share_link:
             return owner
         return f"{owner}:{sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+    def owner_of(self, token: str) -> str | None:
+        """Return the owner of the sessions that a caller may use, or None if a required token is missing."""
+        if not self._ctx.settings.upstream.own_tokens:
+            return DEFAULT_OWNER
+        return self._hashed_owner(token) if token else None
+
+    # --- sessions and their links -------------------------------------------------------------------------------------
+
+    def link_name(self, session: Session) -> str:
+        """Return the name of the session's link: that of the link it has, else the name that its key gives."""
+        return session.link.name if session.link is not None else self.name_for(session.key.owner, str(session.key))
+
+    def link_of(self, session: Session) -> UpstreamLink | None:
+        """Return the link of a session, or None if it does not exist."""
+        link: UpstreamLink | None = session.link
+        if link is None or link.stopped:
+            link = self._links.get(self.link_name(session))
+            session.link = link or session.link
+        return link
+
+    def link_for(self, session: Session, client: Caller) -> UpstreamLink:
+        """Return the link of a session whose agent has just called, and connect the link if necessary.
+
+        Raises `AgentError`: 503 if there are too many links, 401 for a token that was refused recently.
+        """
+        link: UpstreamLink | None = session.link
+        if link is None or link.stopped:
+            link = session.link = self.get(session.key.owner, self.link_name(session), client.token)
+        if session.gateway is None or not session.gateway.routed:
+            link.ensure_connected()
+        return link
+
+    def sessions_of(self, link: UpstreamLink) -> list[Session]:
+        """Return the sessions that belong to this link."""
+        owned = self._ctx.sessions.of_owner(link.owner)
+        if link.name == link.owner:
+            return list(owned)
+        return [session for session in owned if self.link_name(session) == link.name]
+
+    def connection_of(self, session: Session) -> UpstreamConnection | None:
+        """Return the connection for a session's heartbeats and results: its gateway's, else its link's.
+
+        None means that neither is open.
+        """
+        if session.gateway is not None and session.gateway.up_connection is not None:
+            connection: UpstreamConnection = session.gateway.up_connection
+            return connection
+        link = self.link_of(session)
+        return link.up_connection if link is not None else None
+
+    def connection_for_key(self, key: SessionKey) -> UpstreamConnection | None:
+        """Return the connection for an outbox entry, whose session may have been removed.
+
+        A key of kind `link` names the link itself. For a removed session any open link of its owner is used.
+        """
+        if key.kind == LINK_KIND:
+            link = self._links.get(key.ident)
+            return link.up_connection if link is not None else None
+        session = self._ctx.sessions.get(key)
+        if session is not None:
+            return self.connection_of(session)
+        return next((link.up_connection for link in self if link.owner == key.owner and link.up_connection), None)
+
+    # --- creation and removal -----------------------------------------------------------------------------------------
 
     def find(self, name: str) -> UpstreamLink | None:
         """Return the link of this name, or None."""

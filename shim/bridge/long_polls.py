@@ -11,7 +11,7 @@ from typing import Any
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
 from shim.bridge.heartbeats import HeartbeatForwarder
-from shim.bridge.link_lookup import LinkLookup
+from shim.bridge.links import LinkPool
 from shim.bridge.scheduler import DeadlineQueue, DueCallback
 from shim.bridge.session_registry import SessionRegistry
 from shim.core.agent_calls import Commands, Failed, PollCall
@@ -29,13 +29,13 @@ class LongPolls:
     def __init__(
         self,
         ctx: BridgeContext,
-        routes: LinkLookup,
+        links: LinkPool,
         session_registry: SessionRegistry,
         delivery: CommandDelivery,
         holding: PollHolds,
     ) -> None:
         self._ctx = ctx
-        self._routes = routes
+        self._links = links
         self._session_registry = session_registry
         self._delivery = delivery
         self._holding = holding
@@ -44,7 +44,7 @@ class LongPolls:
         session = self._session_registry.session_for_call(owner, call.target, call.dialect)
         session.poll_at = self._ctx.now
         self._session_registry.usage.note(session.key, call.dialect, "poll", session.last_seen_unix)
-        self._routes.link_for(session, client)
+        self._links.link_for(session, client)
         return session
 
     def empty(self, owner: str, client: Caller, call: PollCall) -> CallResult | None:

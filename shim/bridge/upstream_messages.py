@@ -9,8 +9,7 @@ from shim.bridge.command_queues import CommandIntake
 from shim.bridge.context import BridgeContext
 from shim.bridge.gateway_redirect import GatewayConnection, GatewayConnections
 from shim.bridge.heartbeats import HeartbeatForwarder
-from shim.bridge.link_lookup import LINK_KIND, LinkLookup
-from shim.bridge.links import UpstreamLink
+from shim.bridge.links import LINK_KIND, LinkPool, UpstreamLink
 from shim.bridge.long_polls import PollHolds
 from shim.bridge.registration import PendingRegistration, Registrations
 from shim.bridge.rejections import Refusal, Rejections
@@ -31,24 +30,27 @@ from shim.protocol.upstream_message import Message
 class LinkMessageSource:
     """The source of messages from a link's own connection."""
 
-    def __init__(self, link: UpstreamLink, routes: LinkLookup, presence: HeartbeatForwarder) -> None:
+    def __init__(
+        self, link: UpstreamLink, links: LinkPool, gateways: GatewayConnections, presence: HeartbeatForwarder
+    ) -> None:
         self.owner = link.owner
-        self._runner = link
-        self._routes = routes
+        self._link = link
+        self._links = links
+        self._gateways = gateways
         self._presence = presence
 
     @property
     def rejection_key(self) -> SessionKey:
         """The link itself; see `MessageSource.rejection_key`."""
-        return SessionKey(self.owner, LINK_KIND, self._runner.name)
+        return SessionKey(self.owner, LINK_KIND, self._link.name)
 
     def sessions(self) -> Iterable[Session]:
         """Return the sessions that use the link."""
-        return self._routes.sessions_of(self._runner)
+        return self._links.sessions_of(self._link)
 
     def gateway_offered(self, session: Session, url: str) -> None:
         """Route the session to the gateway."""
-        self._routes.gateways.redirect(session, self._runner, url)
+        self._gateways.redirect(session, self._link, url)
 
     def introduce(self, session: Session) -> None:
         """Register the session again."""

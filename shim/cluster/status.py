@@ -14,7 +14,6 @@ from shim.bridge.admin_actions import CommandDetails, Drain, DrainState
 from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.links import UpstreamLink
 from shim.bridge.registration import RefusedRegistration
-from shim.bridge.upstream_connection import UpstreamConnection
 from shim.bridge.websocket_agents import WebSocketAgent
 from shim.cluster.shard import Shard
 from shim.core.command_queue import CommandQueue
@@ -127,12 +126,6 @@ class _Delivery(_All):
 class _Holding(_All):
     def held_tunnels(self) -> int:
         return sum(bridge.holding.held_tunnels() for bridge in self._bridges())
-
-
-class _Gateways(_All):
-    def connection_of(self, key: SessionKey) -> UpstreamConnection | None:
-        found = (bridge.gateways.connection_of(key) for bridge in self._bridges())
-        return next((each for each in found if each is not None), None)
 
 
 class _Roster(_All):
@@ -271,7 +264,6 @@ class Overview:
         self.outbox = _Outbox(bridges)
         self.delivery = _Delivery(bridges)
         self.holding = _Holding(bridges)
-        self.gateways = _Gateways(bridges)
         self.session_registry = _Roster(bridges)
         self.registrations = _Registrations(bridges)
         self.websocket_agents = _WebSocketAgents(bridges)

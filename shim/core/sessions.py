@@ -21,7 +21,11 @@ _KINDS = (TargetKind.AGENT.value, TargetKind.CLUSTER.value)
 
 
 class Session:
-    """One agent. Attributes that end in `_at` are monotonic seconds, `None` if it never happened in this process."""
+    """One agent. Attributes that end in `_at` are monotonic seconds, `None` if it never happened in this process.
+
+    `link` is the agent's `bridge.links.UpstreamLink`. `gateway` is the `bridge.gateway_redirect.GatewayConnection` that
+    carries its traffic instead. Both are None if there is none. `LinkPool.link_of` replaces a link that was removed.
+    """
 
     __slots__ = (
         "_tunnel_hold",
@@ -31,6 +35,7 @@ class Session:
         "coverage",
         "dialect",
         "gaps",
+        "gateway",
         "heartbeat",
         "heartbeat_at",
         "held",
@@ -41,6 +46,7 @@ class Session:
         "last_seen_unix",
         "last_sent_status",
         "last_sent_tunnel",
+        "link",
         "measured_interval_s",
         "migrated_at",
         "persisted_last_seen",
@@ -58,6 +64,8 @@ class Session:
     def __init__(self, key: SessionKey, dialect: str) -> None:
         self.key = key
         self.dialect = dialect
+        self.link: Any = None  # not typed, because the core does not import the bridge
+        self.gateway: Any = None
         self.agent_id = key.ident if key.kind == TargetKind.AGENT.value else ""
         self.upstream_cluster_id = key.ident if key.kind == TargetKind.CLUSTER.value else ""
         self.registration: dict[str, Any] = _NOTHING

@@ -106,7 +106,7 @@ class FallbackPolicy:
 
     def _is_used(self, name: str) -> bool:
         """Return True if agents use the link of this name; no calls depend on an idle or removed link."""
-        link = self._bridge.routes.links.find(name)
+        link = self._bridge.links.find(name)
         return link is not None and link.state is not LinkState.IDLE
 
     def _failed_over(self, client: Caller, call: AgentCall) -> bool:
@@ -116,7 +116,7 @@ class FallbackPolicy:
             return False
         failover = self._failovers.get(link.name)
         if failover is None:
-            links = self._bridge.routes.links
+            links = self._bridge.links
             self._failovers = {name: each for name, each in self._failovers.items() if links.find(name) is not None}
             failover = self._failovers[link.name] = Failover(ctx.now)
         before = failover.way
