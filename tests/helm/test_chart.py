@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.support.manifests import (
     CHART,
     HELMS,
     NAMESPACE,
+    REGISTRY,
     ROOT,
     Refused,
     container,
@@ -98,9 +100,57 @@ def test_the_policy_can_be_forced_and_left_out() -> None:
     assert not [each for each in off if each["kind"].startswith("Mutating")]
 
 
+KYVERNO = ("v1alpha1", "v1beta1", "v1")
+
+
+def with_apis(*apis: str, sets: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The objects of the chart for a cluster of 1.31 that has these APIs."""
+    more = [part for api in apis for part in ("--api-versions", api)]
+    more += [part for each in (f"image.registry={REGISTRY}", *sets) for part in ("--set", each)]
+    return documents(
+        run("helm3", "template", "agent-shim", CHART, "--namespace", NAMESPACE, "--kube-version", "1.31", *more)
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_kyverno_has_the_policy_of_its_newest_version(count: int) -> None:
+    apis = [f"policies.kyverno.io/{version}/MutatingPolicy" for version in KYVERNO[:count]]
+    policy = one(with_apis(*apis), "MutatingPolicy")
+    assert policy["apiVersion"] == f"policies.kyverno.io/{KYVERNO[count - 1]}"
+    kubernetes = one(rendered("injection.admissionPolicy.enabled=true"), "MutatingAdmissionPolicy")
+    assert policy["spec"] == {**kubernetes["spec"], "evaluation": {"background": {"enabled": False}}}
+    # Kyverno derives rules for Deployments only from policies without selectors: the pod alone may change here.
+    assert policy["spec"]["matchConstraints"]["namespaceSelector"]["matchExpressions"]
+
+
+def test_kubernetes_own_policy_is_preferred_to_kyvernos_and_both_can_be_left_out() -> None:
+    both = ("admissionregistration.k8s.io/v1/MutatingAdmissionPolicy", "policies.kyverno.io/v1/MutatingPolicy")
+
+    def kinds(*sets: str, apis: Sequence[str] = both) -> set[str]:
+        return {each["kind"] for each in with_apis(*apis, sets=sets) if each["kind"].endswith("Policy")}
+
+    assert kinds() == {"MutatingAdmissionPolicy"}
+    assert kinds("injection.admissionPolicy.enabled=false") == set()
+    assert kinds("injection.admissionPolicy.enabled=false", "injection.kyverno.enabled=true") == {"MutatingPolicy"}
+    assert kinds("injection.kyverno.enabled=false", apis=both[1:]) == set()
+    assert kinds(apis=both[1:]) == {"MutatingPolicy"}
+    assert kinds(apis=()) == set()
+    assert kinds("injection.kyverno.enabled=true", apis=()) == {"MutatingPolicy"}
+
+
+def test_kyvernos_policy_checks_the_sidecar_at_installation_and_says_so(tmp_path: Path) -> None:
+    sets = ("injection.admissionPolicy.enabled=false", "injection.kyverno.enabled=true")
+    one(rendered(*sets), "PodTemplate")
+    shown = notes(tmp_path / "chart", *sets)
+    assert "MutatingPolicy of Kyverno" in shown
+    assert "kubectl get mutatingpolicies" in shown
+    assert "feature gate" not in shown
+
+
 @pytest.mark.parametrize(
     "sets, said",
     [
+        (["injection.kyverno.enabled=maybe"], "enabled"),
         (["mode=side"], "mode"),
         (["config.rollout.percnt=10"], "percnt"),
         (["config.poll.max_hold_s=99"], "max_hold_s"),

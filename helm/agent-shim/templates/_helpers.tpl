@@ -130,6 +130,27 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- end }}
 {{- end }}
 
+{{/* The version of Kyverno's MutatingPolicy API to use; empty: none. Kubernetes' own policy is preferred to it. */}}
+{{- define "agent-shim.kyvernoVersion" -}}
+{{- $enabled := toString .Values.injection.kyverno.enabled -}}
+{{- /* Who switched the policy off wants no other one unasked. */}}
+{{- $wanted := ternary (ne (toString .Values.injection.admissionPolicy.enabled) "false") (eq $enabled "true") (eq $enabled "auto") -}}
+{{- if and $wanted (not (include "agent-shim.policyVersion" .)) -}}
+{{- $found := "" -}}
+{{- range $version := list "v1alpha1" "v1beta1" "v1" -}}
+{{- if $.Capabilities.APIVersions.Has (printf "policies.kyverno.io/%s/MutatingPolicy" $version) -}}
+{{- $found = $version -}}
+{{- end -}}
+{{- end -}}
+{{ $found | default (ternary "v1" "" (eq $enabled "true")) }}
+{{- end -}}
+{{- end }}
+
+{{/* True if new pods get the sidecar by a policy. */}}
+{{- define "agent-shim.injects" -}}
+{{- include "agent-shim.policyVersion" . | default (include "agent-shim.kyvernoVersion" .) -}}
+{{- end }}
+
 {{/* What the schema cannot say readably: values that exclude each other. */}}
 {{- define "agent-shim.validate" -}}
 {{- $v := .Values -}}
