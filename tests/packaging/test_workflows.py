@@ -56,10 +56,25 @@ def test_the_matrix_has_every_python_that_the_package_claims() -> None:
 
 def test_a_release_is_attested_and_signed_before_anything_is_published() -> None:
     jobs = workflow("release.yml")["jobs"]
-    assert set(jobs["publish"]["needs"]) == {"attest", "image", "chart"}
+    assert set(jobs["publish"]["needs"]) == {"attest", "index", "chart"}
     said = (FOLDER / "release.yml").read_text()
     assert said.count("actions/attest-build-provenance@") == 2, "wheel and image"
-    assert said.count("cosign sign --yes") == 2, "image and chart"
+    assert said.count("cosign sign --yes") == 3, "each image, both as one, and chart"
+
+
+def test_the_image_is_built_for_both_kinds_of_machine_and_published_as_one() -> None:
+    jobs = workflow("release.yml")["jobs"]
+    kinds = {each["arch"]: each["machine"] for each in jobs["image"]["strategy"]["matrix"]["include"]}
+    assert kinds == {"amd64": "ubuntu-24.04", "arm64": "ubuntu-24.04-arm"}
+    assert jobs["index"]["needs"] == "image"
+    assert jobs["chart"]["needs"] == "index", "the chart's default tag names both"
+    script = "".join(step.get("run", "") for step in jobs["index"]["steps"])
+    assert all(f"digest/{arch}" in script for arch in kinds)
+
+
+def test_a_release_has_checksums_of_everything_that_it_holds() -> None:
+    (script,) = [step["run"] for step in workflow("release.yml")["jobs"]["notes"]["steps"] if "run" in step]
+    assert script.index("sha256sum -- *") < script.index("gh release create")
 
 
 def test_a_release_builds_the_wheels_of_both_distributions() -> None:
