@@ -275,7 +275,7 @@ def _nothing_wrong(status: dict[str, Any]) -> Problem:
     sessions = status["sessions"]
     if status["mode"] == "http":
         return make_problem(
-            "all_by_http", url=status["fallback"], agents=_http_agents(status) or "nobody has called yet"
+            "all_by_http", url=status["fallback"], agents=_http_agents(status) or "no agent has called yet"
         )
     if not sessions["total"]:
         if status.get("replicas"):
@@ -289,9 +289,9 @@ def _nothing_wrong(status: dict[str, Any]) -> Problem:
         return make_problem("nobody_called", url=f"http://{status['listen']}" if status["listen"] else "the shim")
     by_http, online = _http_agents(status), bool(status["links"]["online"])
     if not sessions["fresh"] and not by_http:
-        return make_problem("no_agent_alive", link="is up" if online else "rests")
+        return make_problem("no_agent_alive", link="is up" if online else "is idle")
     alive = [f"{plural(sessions['fresh'], 'agent')} alive"] if sessions["fresh"] or not by_http else []
-    link = "the controller is connected" if online else "the link to the controller rests"
+    link = "the controller is connected" if online else "the link to the controller is idle"
     return make_problem("all_well", link=link, agents=", ".join([*alive, *filter(None, [by_http])]))
 
 

@@ -44,10 +44,10 @@ class AdminPort:
             response = connection.getresponse()
             text = response.read()
         except (OSError, HTTPException) as error:
-            why = str(error) or type(error).__name__
+            why = getattr(error, "strerror", "") or str(error) or type(error).__name__
             raise AdminError(
-                f"no answer from the admin port {self.host}:{self.port} ({why}): is the shim running, "
-                "and is this its admin.host and admin.port? --url or --config say where else to ask"
+                f"no answer from the admin port {self.host}:{self.port} ({why}): "
+                "start the shim, or name its admin port with --url or its configuration with --config"
             ) from None
         finally:
             connection.close()

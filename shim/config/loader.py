@@ -385,7 +385,8 @@ def _leaf(key: str, kind: Any, value: Any, path: str, faults: list[Fault]) -> di
     try:
         converted = _convert(kind, value)
     except ValueError:
-        faults.append(Fault(path, f"must be {_expected(kind)}{_source(value)}"))
+        how = _as_text(kind) if isinstance(value, TextValue) else ""
+        faults.append(Fault(path, f"must be {_expected(kind)}{how}{_source(value)}"))
         return {}
     return {key: converted}
 
@@ -403,6 +404,14 @@ def _convert(kind: Any, value: Any) -> Any:
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ValueError("not finite")
     return converted
+
+
+def _as_text(kind: Any) -> str:
+    """Return how a list or a map is written in an environment variable or on the command line."""
+    origins = {get_origin(each) for each in (kind, *get_args(kind))}
+    if tuple in origins:
+        return ', in JSON: ["a", "b"]'
+    return ', in JSON: {"a": "b"}' if dict in origins else ""
 
 
 def _source(value: Any) -> str:
@@ -425,7 +434,7 @@ def _expected(kind: Any) -> str:
         bool: "true or false",
         int: "a whole number",
         float: "a number",
-        str: "a text, in quotes if need be",
+        str: "a text (in quotes if need be)",
     }
     return words[kind]
 

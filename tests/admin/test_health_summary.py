@@ -85,19 +85,22 @@ def sentence(**fields: Any) -> tuple[str, str]:
         (
             {"sessions": []},
             "waiting",
-            "Nobody has called yet: point the agent's PIPEOPS_API_URL at http://127.0.0.1:7080.",
+            "No agent has called yet. Set the agent's PIPEOPS_API_URL to http://127.0.0.1:7080.",
         ),
-        ({"links": [link("idle")]}, "good", "All is well: the link to the controller rests, 1 agent alive."),
+        ({"links": [link("idle")]}, "good", "All is well: the link to the controller is idle, 1 agent alive."),
         ({"links": [link("down", 3, "tcp")]}, "warning", "Connecting to the controller (it cannot be reached)."),
         (
             {"links": [link("down", 150, "status 502")]},
             "bad",
-            "The controller has been away for 2 min: it answers 502. Agents are answered as usual.",
+            "No connection to the controller for 2 min: it answers 502. Agents are answered as usual.",
         ),
         (
             {"links": [link("down", 150, "dns")], "by_http": True, "mode": "auto"},
             "bad",
-            "The controller has been away for 2 min: its name cannot be resolved. Calls go by the vendor's HTTP API.",
+            (
+                "No connection to the controller for 2 min: its name cannot be resolved. "
+                "Calls go by the vendor's HTTP API."
+            ),
         ),
         ({"links": [link("refused", 9, "status 401")]}, "bad", "The controller refuses the token (status 401)."),
         (
@@ -108,7 +111,7 @@ def sentence(**fields: Any) -> tuple[str, str]:
         (
             {"links": [link("up", contended=True)]},
             "bad",
-            "Another process uses our identity: the controller keeps closing the connection.",
+            "Another process uses the same identity: the controller keeps closing the connection.",
         ),
         (
             {
@@ -118,7 +121,7 @@ def sentence(**fields: Any) -> tuple[str, str]:
                 "links": [link("down", 999, "tcp")],
             },
             "good",
-            "All calls go by the vendor's HTTP API (https://old.test), as mode http says: nobody has called yet.",
+            "All calls go to the vendor's HTTP API (https://old.test), because mode is http: no agent has called yet.",
         ),
         (
             {"sessions": [session("a", fresh=False), session("b")]},
@@ -190,7 +193,7 @@ def replicas(unowned: int = 0) -> dict[str, Any]:
 def test_shards_without_an_owner_are_a_warning() -> None:
     told = summarise(status(replicas=replicas(unowned=2)))
     assert told["level"] == "warning"
-    assert told["text"] == "2 shards without an owner: links are down."
+    assert told["text"] == "2 shards without an owner: the links are down."
 
 
 def test_a_replica_without_links_of_its_own_is_well() -> None:
@@ -255,7 +258,7 @@ def trouble(kind: str, since_s: float = 60, text: str = "cluster not found", **w
         (
             {"controller": controller(troubles=[trouble("name_unknown"), trouble("name_unknown", id="c-2")])},
             "name_unknown",
-            "The controller does not know c-1, c-2, and without a name nothing can be registered.",
+            "The controller does not know c-1, c-2, and the shim has no name to register with.",
         ),
         (
             {"controller": controller(troubles=[trouble("unknown", name="prod")])},
@@ -294,13 +297,13 @@ def trouble(kind: str, since_s: float = 60, text: str = "cluster not found", **w
         (
             {"unregistered": {"total": 1, "items": [{"id": "agent-9", "overdue": False}]}, "sessions": []},
             "agents_arriving",
-            "1 agent called and registered nothing yet.",
+            "1 agent called, not registered yet.",
         ),
         ({"log": {"lost": 3}}, "log_lines_lost", "3 log lines could not be written."),
         (
             {"store": {"log_bytes": 200_278_016, "log_pinned": True}},
             "store_log_pinned",
-            "Another program reads the database and does not end: the log beside it has grown to 191 MiB.",
+            "Another program keeps a transaction open on the database: its write-ahead log has grown to 191 MiB.",
         ),
     ],
 )
@@ -370,7 +373,7 @@ def test_agents_of_before_that_have_not_called_yet_are_not_alive() -> None:
 
 def test_agents_that_need_the_shim_no_more_are_named_beside_whatever_else_is_said() -> None:
     migrated = {"total": 1, "items": [{"name": "prod", "agent_id": "pod-1", "cluster_id": "c-1"}]}
-    text = "1 agent by WebSocket, without need of the shim: prod."
+    text = "1 agent connected by WebSocket, independent of the shim: prod."
     alone = summarise(status(sessions=[], websocket_agents=migrated))
     assert (alone["code"], alone["text"], alone["notes"]) == ("needs_no_shim", text, [])
     beside = summarise(status(websocket_agents=migrated))

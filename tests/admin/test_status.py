@@ -190,7 +190,7 @@ async def test_waiting_commands_and_an_agent_that_does_not_poll(page: Page, worl
     await agent.live(61)
     sessions = page.status()["sessions"]
     assert (sessions["not_polling"], sessions["items"][0]["queue"]["not_polling"]) == (1, True)
-    assert page.sentence == ("warning", "Commands wait, and their agent does not fetch them: prod.")
+    assert page.sentence == ("warning", "Commands wait for agents that do not fetch them: prod.")
     await agent.poll()
     assert page.status()["sessions"]["not_polling"] == 0
     commands = page.status()["commands"]
@@ -345,7 +345,7 @@ async def test_what_called_once_is_silent_for_a_day_and_a_registered_agent_for_t
 async def test_an_agent_that_only_asks_for_tunnels_is_not_registered_until_it_is(page: Page, world: World) -> None:
     lonely = world.agent(agent_id="pod-9")
     await lonely.tunnel_poll()
-    assert page.sentence == ("waiting", "1 agent called and registered nothing yet.")
+    assert page.sentence == ("waiting", "1 agent called, not registered yet.")
     for _ in range(8):
         await world.pass_s(5)
         await lonely.tunnel_poll()
@@ -364,7 +364,7 @@ async def test_an_unknown_agent_is_in_the_sentence_and_in_its_row(page: Page, wo
     [beat] = world.controller.got("heartbeat")
     world.controller.socket.says("error", {"error": "cluster not found"}, beat.request_id)
     await world.settle()
-    assert page.sentence == ("bad", "The controller does not know saved, and without a name nothing can be registered.")
+    assert page.sentence == ("bad", "The controller does not know saved, and the shim has no name to register with.")
     assert only(page.status()["sessions"]["items"])["trouble"] == "name_unknown"
 
 

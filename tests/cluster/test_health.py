@@ -31,7 +31,7 @@ async def test_replicas_without_agents_and_one_that_dies(tmp_path: Path, pg_url:
             await second.kill()
             told = await health.until("shards_unowned")
             assert told["replicas"]["unowned"] == SHARDS // 2
-            assert "without an owner: links are down." in str(told["overall"])
+            assert "without an owner: the links are down." in str(told["overall"])
         await health.gone("shards_unowned")
         assert await gate.settled(first) == [SHARDS]
         await health.until("replica_without_links")

@@ -296,7 +296,7 @@ async def test_mode_http_and_an_api_that_is_gone(tmp_path: Path, http: aiohttp.C
         await shim.start()
         health = Health(http, shim)
         told = await health.until("all_by_http")
-        assert "nobody has called yet" in told["overall"]["text"]
+        assert "no agent has called yet" in told["overall"]["text"]
         agent = Agent(http, shim)
         await agent.register()
         async with agent:

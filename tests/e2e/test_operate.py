@@ -89,7 +89,7 @@ async def test_status_says_it_in_the_terminal_and_as_json(tmp_path: Path, http: 
         await shim.start()
         code, out, err = await run("status", *where(shim, tmp_path))
         assert (code, err) == (0, "")
-        assert out.startswith("WAIT: Nobody has called yet: point the agent's PIPEOPS_API_URL at http://127.0.0.1:")
+        assert out.startswith("WAIT: No agent has called yet. Set the agent's PIPEOPS_API_URL to http://127.0.0.1:")
         await agent(http, shim, controller, "k1")
         code, out, err = await run("status", *where(shim, tmp_path))
         lines = out.splitlines()
@@ -178,7 +178,7 @@ async def test_watching_goes_on_while_the_shim_is_away(tmp_path: Path) -> None:
         )
         assert watching.stdout is not None
         async with asyncio.timeout(30):
-            assert b"Nobody has called yet" in await watching.stdout.readline()
+            assert b"No agent has called yet" in await watching.stdout.readline()
             await shim.stop()
             while b"no answer from the admin port" not in await watching.stdout.readline():
                 pass
@@ -219,7 +219,7 @@ async def test_without_a_configured_token_nothing_can_be_changed(tmp_path: Path)
     async with world(tmp_path) as (shim, _):
         await shim.start()
         code, out, _ = await run("status", "--url", shim.admin)
-        assert (code, "Nobody has called yet" in out) == (0, True)
+        assert (code, "No agent has called yet" in out) == (0, True)
         for args in (("drain",), ("purge", "k1"), ("redeliver", "k1")):
             code, _, err = await run(*args, "--url", shim.admin)
             assert (code, "admin.token_file" in err) == (1, True)

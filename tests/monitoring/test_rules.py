@@ -10,11 +10,30 @@ from typing import Any
 import pytest
 import yaml
 
+from shim.admin.health_messages import PROBLEMS
 from tests.docs.test_metrics import documented
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "config" / "prometheus"
 OURS = ("rules.yaml", "alerts.yaml")
+
+BY_OTHER_METRICS = {
+    "store_unwritable": "AgentShimStoreFailing",
+    "configuration_faulty": "AgentShimConfigFaulty",
+    "token_refused": "AgentShimTokenRefused",
+    "identity_contended": "AgentShimIdentityContended",
+    "link_down": "AgentShimLinkDown",
+    "commands_not_fetched": "AgentShimCommandsWaiting",
+}
+WITHOUT_ALERT = {
+    "stopping": "it is wanted",
+    "link_connecting": "it ends within seconds, or becomes link_down",
+    "agents_silent": "the controller alerts on agents that do not call: here and where there is no shim",
+    "commands_in_doubt": "it ends by itself, as AgentShimCommandsFailed if badly",
+    "draining": "a person watches it",
+    "drain_timed_out": "a person watches it",
+    "drained": "a person watches it",
+}
 
 
 def rules(name: str) -> list[dict[str, Any]]:
@@ -67,3 +86,10 @@ def test_every_alert_says_what_to_do_in_the_troubleshooting_page() -> None:
         assert url == f"docs/how-to/diagnose.md#{rule['alert'].lower()}"
         assert rule["alert"].lower() in headings
         assert rule["labels"]["severity"] in ("critical", "warning")
+
+
+def test_every_problem_of_the_status_has_an_alert_or_a_reason_for_none() -> None:
+    alerts = {rule["alert"]: rule["expr"] for rule in rules("alerts.yaml")}
+    named = {code for code in PROBLEMS if any(re.search(rf"\b{code}\b", expr) for expr in alerts.values())}
+    assert set(BY_OTHER_METRICS.values()) <= set(alerts)
+    assert named | set(BY_OTHER_METRICS) | set(WITHOUT_ALERT) == set(PROBLEMS)

@@ -123,7 +123,8 @@ def _examine_remote(options: _Options, report: Report) -> None:
         report.redaction.add(admin_token)
         shim = running_shim.ask(host, port, admin_token)
         if not shim.configuration:
-            report.add([sources.unreadable(shim.where), *running_shim.examine(shim)])
+            unreadable = [sources.unreadable(shim.where)] if shim.answers else []
+            report.add([*unreadable, *running_shim.examine(shim, must_run=True)])
             return
         settings = sources.of_running(shim.configuration)
     except ConfigError as error:

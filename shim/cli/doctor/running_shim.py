@@ -25,7 +25,9 @@ Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 
 @dataclass(frozen=True, slots=True)
 class RunningShim:
-    """Responses of a running shim; empty if none answers. `trouble` is the reason why `/status.json` could not be read.
+    """Responses of a running shim; empty if none answers.
+
+    `trouble` is the reason why none answers, or why `/status.json` could not be read.
 
     `configuration` is the shim's, secrets masked; empty if the shim does not show it.
     """
@@ -61,7 +63,7 @@ def ask(host: str, port: int, token: str) -> RunningShim:
     try:
         status, text = _get(host, port, "/metrics", "")
         if status != 200 or "agent_shim_" not in text:
-            return RunningShim(where)
+            return RunningShim(where, trouble="another program answers, or a shim's port for agents")
         samples = {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value
             for family in text_string_to_metric_families(text)
@@ -71,8 +73,10 @@ def ask(host: str, port: int, token: str) -> RunningShim:
         told = json.loads(body) if body else {}
         shown, body = _get(host, port, "/config.json", token)
         configuration = json.loads(body) if shown == 200 else {}
-    except (OSError, HTTPException, ValueError):
-        return RunningShim(where)
+    except OSError as error:
+        return RunningShim(where, trouble=error.strerror or str(error) or type(error).__name__)
+    except (HTTPException, ValueError):
+        return RunningShim(where, trouble="another program answers, which does not speak HTTP")
     if status != 200 or not isinstance(told, dict):
         why = "it wants the admin token: --admin-token-file" if status == 401 else f"/status.json answers {status}"
         return RunningShim(where, True, {}, samples, why)
@@ -91,11 +95,13 @@ def _get(host: str, port: int, path: str, token: str) -> tuple[int, str]:
         connection.close()
 
 
-def examine(running: RunningShim) -> Iterator[Finding]:
-    """Return the findings on the running shim."""
+def examine(running: RunningShim, *, must_run: bool = False) -> Iterator[Finding]:
+    """Return the findings on the running shim. With `must_run` it is a failure that none answers."""
     if not running.answers:
-        todo = "agents, sessions and heartbeats are examined where one runs: admin.host, admin.port"
-        yield warned("shim", f"none answers on {running.where}", todo)
+        why = f" ({running.trouble})" if running.trouble else ""
+        todo = "start it, or name its admin port (admin.host, admin.port, --url), to examine agents and heartbeats"
+        finding = failed if must_run else warned
+        yield finding("shim", f"no shim answers on the admin port {running.where}{why}", todo)
         return
     status = running.status
     if running.trouble:
@@ -155,12 +161,15 @@ def _endings(running: RunningShim) -> Iterator[Finding]:
 
 def _registrations(running: RunningShim) -> Iterator[Finding]:
     name = "agent_shim_registrations_total"
-    refused = {outcome: running.count(name, outcome=outcome) for outcome in ("400", "401", "409", "502", "timeout")}
-    told = ", ".join(f"{outcome} {number:.0f}" for outcome, number in refused.items() if number)
-    text = f"{running.count(name, outcome='ok'):.0f} accepted"
-    if told:
+    refused = {outcome: running.count(name, outcome=outcome) for outcome in ("400", "401", "409", "502")}
+    parts = [f"{running.count(name, outcome='ok'):.0f} accepted"]
+    parts += [f"{number:.0f} refused with {outcome}" for outcome, number in refused.items() if number]
+    unanswered = running.count(name, outcome="timeout")
+    parts += [f"{unanswered:.0f} not answered in time"] if unanswered else []
+    text = ", ".join(parts)
+    if len(parts) > 1:
         todo = "the log line register_failed has the controller's text; docs/how-to/diagnose.md, Registration fails"
-        yield warned("registrations", f"{text}, refused or unanswered: {told}", todo)
+        yield warned("registrations", text, todo)
     else:
         yield passed("registrations", text)
 
@@ -169,7 +178,7 @@ def _heartbeats(running: RunningShim) -> Iterator[Finding]:
     name = "agent_shim_agent_heartbeats_total"
     acked, written, missed = (running.count(name, outcome=each) for each in ("acked", "written", "missed"))
     total = acked + written + missed
-    text = f"{acked:.0f} acknowledged, {missed:.0f} not heard of"
+    text = f"{acked:.0f} acknowledged, {missed:.0f} not acknowledged in time"
     if written:
         text += f", {written:.0f} only written: the controller never acknowledges"
     if total and missed / total > MISSED_SHARE:

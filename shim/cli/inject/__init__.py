@@ -14,6 +14,7 @@ from shim.cli.inject import documents, missing_sidecars
 from shim.cli.inject.settings import PodSettings
 from shim.cli.inject.settings import read as read_settings
 from shim.cli.inject.sidecar import NAME, InjectError
+from shim.config.files import reason
 
 
 @click.command("inject")
@@ -50,8 +51,10 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
         # Read as bytes: reading text would turn CRLF into LF.
         data = sys.stdin.buffer.read() if filename == "-" else Path(filename).read_bytes()
         text = data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.ClickException(f"{filename} cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        raise click.ClickException(f"{filename} is not UTF-8 text") from None
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{filename} cannot be read: {reason(error)}") from None
     if check:
         _check(text)
     try:

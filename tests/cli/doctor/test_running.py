@@ -98,7 +98,7 @@ async def test_another_process_on_the_admin_port_is_no_shim(doctor: Doctor) -> N
     async with server:
         found = await doctor.examine(admin={"port": port}, upstream={"url": "http://127.0.0.1:9", "token": "canary"})
     found.expect("admin", "FAIL", "taken by another process")
-    found.expect("shim", "WARN", "none answers")
+    found.expect("shim", "WARN", "no shim answers", "another program answers")
 
 
 # --- what a shim in trouble tells, in virtual time --------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_no_agent_yet() -> None:
     async def story() -> None:
         world = await started()
         findings = told(world)
-        check(findings, "health", "WARN", "Nobody has called yet", "http://127.0.0.1:7080")
+        check(findings, "health", "WARN", "No agent has called yet", "http://127.0.0.1:7080")
         check(findings, "link", "PASS")
         check(findings, "stability", "PASS", "no connection was lost")
         await world.stop()
@@ -155,7 +155,7 @@ def test_agents_that_went_away_that_hang_up_and_that_do_not_fetch() -> None:
         world.controller.push("k1", type="x", payload={}, cluster_id=busy.cluster_id)
         await busy.live(200)
         findings = told(world)
-        check(findings, "health", "WARN", "1 agent silent: quiet", "running")
+        check(findings, "health", "WARN", "1 agent silent: quiet", "pod runs")
         check(findings, "timeouts", "PASS", "busy 10 s")
         check(findings, "health", "WARN", "busy", "never fetch")
         check(findings, "heartbeats", "PASS")
@@ -176,9 +176,9 @@ def test_a_link_that_is_down_refused_or_not_heard() -> None:
         world.controller.go_away(DialFailure("tcp"))
         await agent.live(120)
         findings = told(world)
-        check(findings, "health", "FAIL", "away", "it cannot be reached")
+        check(findings, "health", "FAIL", "No connection", "it cannot be reached")
         check(findings, "stability", "WARN", "lost 6", "AgentShimFlapping")
-        check(findings, "heartbeats", "WARN", "not heard of", "AgentShimHeartbeatsNotHeard")
+        check(findings, "heartbeats", "WARN", "not acknowledged in time", "AgentShimHeartbeatsNotHeard")
         world.controller.go_away(DialFailure("status", 401))
         await agent.live(30)
         check(told(world), "health", "FAIL", "refuses the token")
@@ -196,7 +196,7 @@ def test_a_registration_that_fails() -> None:
         world.controller.socket.says("error", {"error": "name is required"}, request.request_id)
         await task
         findings = told(world)
-        check(findings, "registrations", "WARN", "400 1", "register_failed")
+        check(findings, "registrations", "WARN", "0 accepted, 1 refused with 400", "register_failed")
         check(findings, "health", "FAIL", "refuses to register prod (400): name is required")
         await world.stop()
 
@@ -213,7 +213,7 @@ def test_a_contended_identity() -> None:
             if list(world.controller.open_sockets()):
                 world.controller.socket.lose(by_close_frame=True, code=1000)
                 await world.settle()
-        check(told(world), "health", "FAIL", "Another process uses our identity", "second shim")
+        check(told(world), "health", "FAIL", "Another process uses the same identity", "second shim")
         await world.stop()
 
     run_virtual(story())

@@ -102,7 +102,8 @@ async def test_another_configuration_than_the_running_one_is_named(served: Any, 
 
 async def test_nothing_at_the_admin_port_is_said() -> None:
     found = await diagnose("--url", "http://127.0.0.1:1")
-    found.expect("config", "FAIL", "does not show its configuration", "--config")
+    found.expect("shim", "FAIL", "no shim answers on the admin port 127.0.0.1:1 (Connection refused)", "--url")
+    assert "config" not in found.findings
 
 
 @pytest.mark.parametrize("pid,told", [(2**22 + 7, "there is no process"), (os.getpid(), "is no `agent-shim run`")])

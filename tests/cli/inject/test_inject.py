@@ -267,6 +267,20 @@ def test_the_command_reads_files_and_stdin(tmp_path: Path) -> None:
     assert agent_shim("--remove", stdin=by_stdin.stdout).stdout == vendor_text("manifest")
 
 
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda file: None, "cannot be read: No such file or directory"),
+        (lambda file: file.mkdir(), "cannot be read: Is a directory"),
+        (lambda file: file.write_bytes(b"caf\xe9"), "is not UTF-8 text"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_once(make: Callable[[Path], object], told: str, tmp_path: Path) -> None:
+    make(tmp_path / "agent.yaml")
+    done = agent_shim("--filename", str(tmp_path / "agent.yaml"))
+    assert (done.returncode, done.stderr) == (1, f"Error: {tmp_path / 'agent.yaml'} {told}\n")
+
+
 def test_a_dry_run_shows_the_difference_and_an_error_ends_with_1(tmp_path: Path) -> None:
     shown = agent_shim("--dry-run", "--no-config", stdin=vendor_text("installer")).stdout.splitlines()
     assert [line for line in shown if line.startswith("-")] == ["--- stdin"]
