@@ -43,7 +43,7 @@ def run(tmp_path: Path, source: str, *, require_tools: bool = False) -> tuple[di
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
         check=False,
     )
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout.splitlines()[-1])

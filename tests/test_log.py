@@ -314,7 +314,7 @@ made.close()
 
 
 def test_what_python_prints_itself_is_logged_and_masked() -> None:
-    done = subprocess.run([sys.executable, "-c", STRAY], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, "-c", STRAY], capture_output=True, text=True, timeout=120, check=True)
     entries = [json.loads(line) for line in done.stderr.splitlines()]
     assert [entry["level"] for entry in entries] == ["warning", "error", "error"]
     assert "about ***" in entries[0]["event"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import threading
-import time
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -59,9 +58,7 @@ def test_a_pipe_that_nobody_reads_blocks_neither_logging_nor_the_end(pipe: Pipe)
     fill(writer)
     assert writer.dropped > 0
     assert not writer.flush(0.01)
-    before = time.monotonic()
-    writer.close(0.2)
-    assert time.monotonic() - before < 5
+    writer.close(0.2)  # without a limit of its own this would last as long as the pipe is full
 
 
 def test_dropped_lines_are_counted_and_reported_once_somebody_reads(pipe: Pipe) -> None:

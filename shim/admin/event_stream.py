@@ -46,7 +46,8 @@ class EventStream:
         self._status = b""
 
     def stop(self) -> None:
-        """End all streams."""
+        """End all streams, after a last snapshot that says that the shim stops."""
+        self._taken_at = float("-inf")
         self._stopped.set()
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
@@ -86,6 +87,7 @@ class EventStream:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._every_s):
                     await self._stopped.wait()
+        await response.write(await self.status())
 
     async def status(self) -> bytes:
         """Return the event with the present snapshot, which is shared for half of the interval."""

@@ -127,7 +127,8 @@ class Membership:
         term, self.term, self._timer = self.term, None, None
         if term is not None:
             term.end()
-            log.warning("lease_lost", reason=reason, replica=self.me.name)
+            tell = log.info if reason == "given" else log.warning  # a planned stop is no trouble
+            tell("lease_lost", reason=reason, replica=self.me.name)
             self._ended(reason)
 
     def _failed(self, error: ShimError) -> None:

@@ -101,7 +101,7 @@ async def test_fetch_of_node_is_no_browser() -> None:
             ".then(r => process.exit(r.status === 200 ? 0 : 1))"
         )
         process = await asyncio.create_subprocess_exec("node", "-e", script)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert await process.wait() == 0
 
 

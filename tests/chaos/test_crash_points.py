@@ -25,7 +25,7 @@ PROFILE = AgentProfile(
 
 async def push(controller: Controller, agent: LegacyAgent) -> None:
     """As a controller does that has no acknowledgement: until somebody takes it."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             with suppress(ControlError):
                 await controller.api.push({"id": "c1", "type": "work", "cluster_id": agent.cluster_id})

@@ -39,7 +39,6 @@ from tests.support.processes import TOKEN, Controller, Shim, free_port, world
 FAST: dict[str, Any] = {"upstream": {"heartbeat_interval_s": 0.2}, "poll": {"hold": "off"}}
 NAME = "agent-shim.db"
 DEADLINE_S = 30.0
-SQLITE_WAITS_S = 5.0  # for a lock
 VERSION_EXIT, FAULT_EXIT = 78, 70
 
 
@@ -168,7 +167,6 @@ async def test_another_process_that_locks_the_database_delays_and_refuses_and_is
             await push(controller, hands, "refused")
             assert await hands.agent.heartbeat()  # not kept waiting by the disk
             assert await hands.agent.poll() == []
-            assert hands.last.at_s - hands.last.started_s < SQLITE_WAITS_S
             assert (await result(controller, "refused"))["code"] == "store_unavailable"
             await until_ready(shim, False)
             other.execute("ROLLBACK")

@@ -38,7 +38,7 @@ def port() -> Iterator[int]:
 
 def health(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "shim", "health", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_shim_that_lives(port: int) -> None:
@@ -95,5 +95,5 @@ def test_waiting_for_a_shim_that_starts() -> None:
             pass
         server.server_activate()
         server.handle_request()
-        assert waiting.communicate(timeout=30)[0] == '{"status": "ok"}\n'
+        assert waiting.communicate(timeout=120)[0] == '{"status": "ok"}\n'
         assert waiting.returncode == 0

@@ -32,7 +32,7 @@ def agent_shim(*args: str, env: dict[str, str] | None = None) -> subprocess.Comp
         [sys.executable, "-m", "shim", *args],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
         env={**os.environ, **(env or {})},
     )
@@ -50,7 +50,7 @@ def test_version() -> None:
 
 
 def test_help_lists_every_command_without_importing_it() -> None:
-    done = subprocess.run([sys.executable, "-c", SHOW_MODULES], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, "-c", SHOW_MODULES], capture_output=True, text=True, timeout=120, check=True)
     for name in ("run", "check-config", "controller", "demo", "fleet"):
         assert f"\n  {name} " in done.stdout
     for heavy in ("aiohttp", "yaml", "msgspec", "rich", "asyncio", "shim.cli.doctor"):
@@ -103,7 +103,7 @@ def test_a_wrong_command_line_exits_2(args: tuple[str, ...], capsys: pytest.Capt
 def test_a_full_disk_behind_the_output_is_said_in_one_line() -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123 - a device
         command = [sys.executable, "-m", "shim", "check-config"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (1, "Error: the output cannot be written: No space left on device\n")
 
 

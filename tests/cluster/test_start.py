@@ -19,7 +19,7 @@ assert not [name for name in sys.modules if name.startswith(("psycopg", "cryptog
 
 
 def test_nothing_of_a_cluster_is_imported_without_one() -> None:
-    subprocess.run([sys.executable, "-c", ONE_BRIDGE], check=True, capture_output=True, text=True, timeout=60)
+    subprocess.run([sys.executable, "-c", ONE_BRIDGE], check=True, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(

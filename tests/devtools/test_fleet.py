@@ -86,7 +86,7 @@ async def test_a_mixed_fleet_pushes_measures_and_reports(tmp_path: Path) -> None
         assert {call["what"]: call["ok"] for call in found["calls"]}["register"] == 6
         commands = found["commands"]
         assert commands["sent"] == commands["in_hand"] == commands["answered"] > 5
-        assert 0 < commands["latency"]["p50_s"] <= commands["latency"]["p99_s"] < 10
+        assert 0 < commands["latency"]["p50_s"] <= commands["latency"]["p99_s"]
         assert "failing agents: 0" in out
         assert "│" in out
         assert any(call.path.startswith("/api/agents/") for call in server.calls)
@@ -198,7 +198,7 @@ async def test_an_agent_that_exits_is_started_again_and_then_well() -> None:
     async with RecordingServer(lambda call: next(answers, None) or legacy(call)) as server:
         plan = FleetPlan(url=server.url, agents=1, profiles=(AgentProfile(),), token="t", restart_s=0.001)
         herd = Fleet(plan, CLOCK, Callbacks(event=listen))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await herd.run(stop)
         assert tally.counts[EventKind.EXIT, CallOutcome.FAILED] == 1
         assert tally.failing() == {}

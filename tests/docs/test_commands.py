@@ -42,7 +42,7 @@ async def run(block: str, folder: Path) -> str:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    async with asyncio.timeout(50):
+    async with asyncio.timeout(60):
         output, _ = await process.communicate()
     assert process.returncode == 0, f"{block}\n{output.decode()}"
     return output.decode()

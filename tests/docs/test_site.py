@@ -36,7 +36,7 @@ def project(tmp_path: Path) -> Path:
 
 def build(project: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build"]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=50, check=False)
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_site_needs_no_other_host_and_shows_every_list_as_one(project: Path) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_diagrams_are_drawn_from_the_tables() -> None:
     command = [sys.executable, "docs/generate.py", "--check"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

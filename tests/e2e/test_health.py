@@ -20,11 +20,12 @@ import pytest_asyncio
 from shim.admin.health_messages import SENTENCES
 from shim.core.failover import bucket
 from shim.fallback.policy import PATIENCE_S
+from tests.chaos.harness.waiting import last
 from tests.e2e.test_operate import run
-from tests.support.processes import TOKEN, Shim, free_port, world
+from tests.support.processes import TOKEN, Shim, world
 from tests.support.sockets import read_head, tcp_server
 
-WAIT_S = 40.0
+WAIT_S = 60.0
 FAST = {"upstream": {"heartbeat_interval_s": 0.1}, "poll": {"hold": "off"}}
 BASE = "/api/v1/clusters/agent"
 ADMIN_TOKEN = "the-admin-token-of-this-test"
@@ -183,10 +184,12 @@ async def test_commands_in_doubt_and_a_drain(tmp_path: Path, http: aiohttp.Clien
             async with other.get(f"{shim.url}{BASE}/{agent.cluster_id}/poll") as response:
                 assert [each["id"] for each in (await response.json())["commands"]] == ["k1"]
             await health.until("commands_in_doubt")  # that connection stays open and unused
-            async with admin.post(f"{shim.admin}/drain", json={"timeout_s": 3}) as response:
-                assert response.status == 200
-            await health.until("draining")
-            await health.until("drain_timed_out")
+            for timeout_s, said in ((3600, "draining"), (0.1, "drain_timed_out")):
+                async with admin.delete(f"{shim.admin}/drain") as response:
+                    assert response.status == 200
+                async with admin.post(f"{shim.admin}/drain", json={"timeout_s": timeout_s}) as response:
+                    assert response.status == 200
+                await health.until(said)
             assert await agent.poll() == ["k1"]
             result = f"{BASE}/{agent.cluster_id}/commands/k1/result"
             assert (await agent.call("POST", result, {"success": True}))[0] == 200
@@ -388,16 +391,19 @@ async def test_a_store_that_cannot_be_written_and_a_shim_that_stops(
 
 
 async def test_a_log_that_nobody_reads(tmp_path: Path, http: aiohttp.ClientSession) -> None:
-    listen, admin = free_port(), free_port()
-    config = {**FAST, "listen": {"port": listen}, "admin": {"port": admin}, "log": {"level": "debug"}}
+    ready, config = tmp_path / "ready.json", {**FAST, "log": {"level": "debug"}}
     os.mkfifo(tmp_path / "log")
     pipe = os.open(tmp_path / "log", os.O_RDWR)  # open for reading as well, so that the shim's end is no broken pipe
     fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
     try:
         async with world(tmp_path, config) as (shim, _):
             shim.program = ("/bin/sh", "-c", 'exec "$@" 2>"$0"', str(tmp_path / "log"), *shim.program)
-            await shim.launch()
-            shim.url, shim.admin = f"http://127.0.0.1:{listen}", f"http://127.0.0.1:{admin}"
+            await shim.launch("--ready-file", str(ready))
+            async with asyncio.timeout(WAIT_S):
+                while not ready.exists():
+                    await last(0.05)
+            told = json.loads(ready.read_text())
+            shim.url, shim.admin = f"http://{told['listen']}", f"http://{told['admin']}"
             assert (await run("health", "--url", shim.admin, "--wait", "30"))[0] == 0
 
             async def flood(number: int) -> None:

@@ -35,7 +35,7 @@ async def dialled(http: aiohttp.ClientSession, shim: Shim, number: int) -> None:
             return float(found[1])
 
     wanted = await so_far() + number
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await so_far() < wanted:
             pass
 

@@ -29,7 +29,7 @@ class Life:
         self._grown.set()
 
     async def until(self, what: EventKind, count: int = 1, outcome: CallOutcome = CallOutcome.OK) -> list[Event]:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while len(found := self.of(what, outcome)) < count:
                 self._grown.clear()
                 await self._grown.wait()

@@ -18,7 +18,7 @@ import aiohttp
 import pytest_asyncio
 import yaml
 
-from tests.support.processes import Controller, Shim, free_port, world
+from tests.support.processes import Controller, Shim, refusing_port, world
 
 ADMIN_TOKEN = "the-admin-token-of-this-test"
 BASE = "/api/v1/clusters/agent"
@@ -26,7 +26,7 @@ BASE = "/api/v1/clusters/agent"
 
 @pytest_asyncio.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
         yield session
 
 
@@ -137,7 +137,7 @@ class Terminal:
     async def until(self, text: str) -> str:
         """Read until this text has been written; all that was seen."""
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while text.encode() not in self._seen:
                 readable = asyncio.Event()
                 loop.add_reader(self._master, readable.set)
@@ -177,7 +177,7 @@ async def test_watching_goes_on_while_the_shim_is_away(tmp_path: Path) -> None:
             stdout=asyncio.subprocess.PIPE,
         )
         assert watching.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert b"No agent has called yet" in await watching.stdout.readline()
             await shim.stop()
             while b"no answer from the admin port" not in await watching.stdout.readline():
@@ -202,7 +202,8 @@ async def test_what_keeps_a_command_from_its_work_is_said_with_what_to_do(
         assert (code, "not accepted" in err) == (1, True)
         code, _, err = await run("drain", "--url", shim.admin, "--token-file", str(tmp_path / "none"))
         assert (code, "the token file: cannot be read" in err) == (1, True)
-        code, _, err = await run("status", "--url", f"http://127.0.0.1:{free_port()}")
+        with refusing_port() as port:
+            code, _, err = await run("status", "--url", f"http://127.0.0.1:{port}")
         assert (code, "no answer from the admin port" in err, "Traceback" in err) == (1, True, False)
         code, _, err = await run("status", "--url", shim.url, "--token-file", str(tmp_path / "wrong"))
         assert (code, "no such endpoint" in err or "not what a shim's admin port says" in err) == (1, True)
@@ -227,12 +228,11 @@ async def test_without_a_configured_token_nothing_can_be_changed(tmp_path: Path)
 
 async def test_the_configuration_says_where_to_ask(tmp_path: Path, http: aiohttp.ClientSession) -> None:
     config = with_token(tmp_path)
-    config["admin"]["port"] = free_port()
     async with world(tmp_path, config) as (shim, controller):
         await shim.start()
         await agent(http, shim, controller, "k1", "k2")
         file = tmp_path / "for-the-command.yaml"
-        file.write_text(yaml.safe_dump({"admin": config["admin"]}))
+        file.write_text(yaml.safe_dump({"admin": config["admin"] | {"port": int(shim.admin.rpartition(":")[2])}}))
         code, out, err = await run("purge", "k1", "--config", str(file), "--reason", "a test")
         assert (code, out, err) == (0, "k1 is given up, and the controller is told (undeliverable)\n", "")
         code, out, _ = await run("redeliver", "k1", "--config", str(file), "--reason", "a change of mind")

@@ -18,14 +18,14 @@ import pytest_asyncio
 from yarl import URL
 
 from tests.chaos.harness.waiting import last
-from tests.support.processes import TOKEN, Shim, free_port, world
+from tests.support.processes import TOKEN, Shim, world
 
 REGISTER = {"agent_id": "agent-1", "name": "prod-cluster"}
 
 
 @pytest_asyncio.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
         yield session
 
 
@@ -84,7 +84,7 @@ async def poll(http: aiohttp.ClientSession, shim: Shim, cluster_id: str) -> tupl
 
 async def gauge(http: aiohttp.ClientSession, shim: Shim, name: str, value: float) -> None:
     """Ask for metrics until a gauge has a value."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             async with http.get(f"{shim.admin}/metrics") as response:
                 if f"{name} {value:.1f}" in (await response.text()).splitlines():
@@ -194,7 +194,7 @@ async def test_faults_that_prevent_a_start_have_their_exit_codes(tmp_path: Path)
     async with Shim(tmp_path, {"pol": {}}) as shim:
         await shim.launch()
         assert await shim.wait() == 2
-    async with Shim(tmp_path, {"listen": {"port": free_port()}, "admin": {"port": 0}}) as first:
+    async with Shim(tmp_path, {}) as first:
         await first.start()
         async with Shim(tmp_path / "..", {"listen": {"port": int(first.url.rsplit(":", 1)[1])}}) as second:
             await second.launch()
@@ -263,7 +263,7 @@ async def test_closed_standard_streams_are_not_given_to_the_database(tmp_path: P
         shim.program = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *shim.program)
         ready = tmp_path / "ready.json"
         await shim.launch("--ready-file", str(ready))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not ready.exists():
                 await last(0.05)
         told = {number: (Path("/proc") / str(shim.pid) / "fd" / str(number)).readlink() for number in range(3)}

@@ -21,7 +21,7 @@ COMPOSE = ROOT / "config" / "compose" / "compose.yaml"
 def test_generated_files_are_what_their_sources_say() -> None:
     command = [sys.executable, ROOT / "helm" / "generate.py", "--check"]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env={"PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, timeout=120, check=False, env={"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -80,7 +80,7 @@ class TestSystemd:
         unit = tmp_path / "agent-shim.service"
         unit.write_text(text.replace("/opt/agent-shim/bin/agent-shim", str(program)))
         done = subprocess.run(
-            ["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60, check=False
+            ["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=120, check=False
         )
         assert [line for line in done.stderr.splitlines() if "agent-shim.service" in line] == []
 

@@ -18,7 +18,7 @@ HEADERS = {"Authorization": f"Bearer {os.environ['PIPEOPS_TOKEN']}", "Content-Ty
 def call(method, path, body=None):
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(BASE + path, data, HEADERS, method=method)  # noqa: S310 - its own settings
-    with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=120) as response:  # noqa: S310
         text = response.read()
     return json.loads(text) if text else {}
 

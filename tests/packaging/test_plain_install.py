@@ -81,7 +81,7 @@ def installed(folder: Path, *wheels: Path) -> Path:
         str(site),
         *map(str, wheels),
     ]
-    subprocess.run(unpack, check=True, capture_output=True, timeout=50)
+    subprocess.run(unpack, check=True, capture_output=True, timeout=120)
     start = home / "bin" / "agent-shim"
     start.write_text(f"#!{home}/bin/python\nfrom shim.cli.main import main\nmain()\n")
     start.chmod(0o755)
@@ -96,7 +96,7 @@ def call(
         input=text,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
         cwd=program.parent,
         env=None if env is None else {**os.environ, **env},

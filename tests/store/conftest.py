@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.databases import TestedDatabase, database_at
 from tests.support.stores import Stores
 
 
@@ -21,6 +22,15 @@ def _no_thread_is_left() -> Iterator[None]:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "shim.db"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.needs("postgresql"))])
+def database(request: pytest.FixtureRequest, tmp_path: Path, _no_thread_is_left: None) -> Iterator[TestedDatabase]:
+    """An empty database of each engine."""
+    place = str(tmp_path / "shim.db") if request.param == "sqlite" else str(request.getfixturevalue("pg_url"))
+    database = database_at(place)
+    yield database
+    database.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: what was acknowledged is there, and the store opens."""
+"""SIGKILL at any moment: what was acknowledged is there, and the store opens; on both engines."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shim.store.sqlite import SqliteStore
-from tests.support.stores import TIMEOUT_S, StoreClient
+from tests.support.databases import TestedDatabase
+from tests.support.stores import TIMEOUT_S
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 6
 # Puts commands without end and prints the id of each one that is acknowledged.
 VICTIM = """
 import sys
-from pathlib import Path
 from shim.core.records import AddTrace, TraceEntry
 from shim.errors import StoreError
-from shim.store.sqlite import SqliteStore
-from tests.support.stores import KEY, StoreClient, put
+from tests.support.databases import database_at
+from tests.support.stores import KEY, put
 
 round_ = sys.argv[2]
-client = StoreClient(lambda post: SqliteStore(Path(sys.argv[1]), post))
-client.open()
+client, _ = database_at(sys.argv[1]).open()
 out = sys.stdout
 number = 0
 while True:
@@ -40,10 +38,10 @@ while True:
 """
 
 
-def killed_after(path: Path, number: int, lines: int) -> list[str]:
+def killed_after(place: str, number: int, lines: int) -> list[str]:
     """The ids that a victim had acknowledged; it is killed while it goes on after so many."""
     with subprocess.Popen(
-        [sys.executable, "-c", VICTIM, str(path), str(number)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", VICTIM, place, str(number)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as victim:
         assert victim.stdout is not None
         acked = [victim.stdout.readline().strip() for _ in range(lines)]
@@ -54,16 +52,12 @@ def killed_after(path: Path, number: int, lines: int) -> list[str]:
     return acked
 
 
-def test_every_acknowledged_command_survives_sigkill(tmp_path: Path) -> None:
-    path = tmp_path / "shim.db"
+def test_every_acknowledged_command_survives_sigkill(database: TestedDatabase) -> None:
     seeded = random.Random(20261123)
     acked: list[str] = []
     for number in range(ROUNDS):
-        acked += killed_after(path, number, lines=seeded.randrange(1, 400))
-
-        client = StoreClient(lambda post: SqliteStore(path, post))
-        loaded = client.open()
-        client.close()
+        acked += killed_after(database.place, number, lines=seeded.randrange(1, 400))
+        loaded = database.loaded()
         stored = [record.id for record in loaded.commands]
         assert (loaded.moved_aside, loaded.quarantined) == ("", 0)
         assert set(acked) <= set(stored)

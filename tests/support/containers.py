@@ -74,7 +74,7 @@ class Engine:
         return found
 
     def has_image(self, name: str) -> bool:
-        done = subprocess.run(["podman", "image", "exists", name], env=self._env, check=False, timeout=60)
+        done = subprocess.run(["podman", "image", "exists", name], env=self._env, check=False, timeout=120)
         return done.returncode == 0
 
     def build(self) -> str:

@@ -31,7 +31,7 @@ def run(*command: str | Path, stdin: str = "", env: dict[str, str] | None = None
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
         env={**os.environ, **(env or {})},
     )

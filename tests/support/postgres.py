@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -189,9 +189,14 @@ def running(*conf: str) -> Iterator[Postgres]:
 
 def query(url: str, statement: str) -> list[tuple[Any, ...]]:
     """Run one statement on a connection of its own."""
+    return execute(url, statement)[1]
+
+
+def execute(url: str, statement: str, values: Sequence[Any] | None = None) -> tuple[int, list[tuple[Any, ...]]]:
+    """Run one statement on a connection of its own; how many rows it concerned, and what it returned."""
     with psycopg.connect(url, autocommit=True, options="-c search_path=agent_shim") as connection:
-        cursor = connection.execute(statement)
-        return cursor.fetchall() if cursor.description else []
+        cursor = connection.execute(statement, values or None)
+        return cursor.rowcount, cursor.fetchall() if cursor.description else []
 
 
 @contextmanager

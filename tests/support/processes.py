@@ -10,8 +10,8 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,16 +22,17 @@ import yaml
 from devtools.controller.client import ControlClient
 
 TOKEN = "tok-of-the-cluster"
-START_S = 30.0
-STOP_S = 20.0
-GRACE_S = 5.0
+START_S = 60.0
+STOP_S = 40.0
+GRACE_S = 10.0
 
 
 def free_port() -> int:
     """A port that nobody uses now: for a process that must come back on the same one.
 
     It is none of those that the kernel gives to connections: while the process is down, somebody else's connection
-    (even an agent's own one to this very port) would get it, and the process could not come back.
+    (even an agent's own one to this very port) would get it, and the process could not come back. Until this process
+    ends, no other test process is given the same port: an abstract socket with the port's number stands for it.
     """
     kernel = Path("/proc/sys/net/ipv4/ip_local_port_range")
     below = int(kernel.read_text().split()[0]) if kernel.exists() else 32_768
@@ -40,7 +41,22 @@ def free_port() -> int:
         with socket.socket() as probe, suppress(OSError):
             port = random.SystemRandom().choice(candidates)
             probe.bind(("", port))
+            claim = socket.socket(socket.AF_UNIX)
+            try:
+                claim.bind(f"\0agent-shim-test-port-{port}")
+            except OSError:
+                claim.close()
+                continue
+            claim.detach()  # kept open until this process ends
             return port
+
+
+@contextmanager
+def refusing_port() -> Iterator[int]:
+    """A port on which nobody listens, and which nobody else can take meanwhile."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        yield int(unused.getsockname()[1])
 
 
 class _Child:
@@ -185,9 +201,9 @@ class Shim(_Child):
         """The log events of this name so far."""
         return [entry for entry in map(_entry, self.lines) if entry.get("event") == name]
 
-    async def stop(self) -> int:
-        """SIGTERM; the exit code."""
-        self.send(signal.SIGTERM)
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """End it by a signal; the exit code."""
+        self.send(number)
         return await self.wait()
 
     async def __aenter__(self) -> Self:

@@ -263,7 +263,7 @@ class Gateway:
 async def gateway(folder: Path, url: str, lease_s: float = 5, **config: Any) -> AsyncIterator[Gateway]:
     """A gateway without replicas yet, on the database of `url`, whose agents have tokens of their own."""
     options = ("--token-prefix", TOKENS, "--journal", str(folder / "journal.jsonl"))
-    timeout = aiohttp.ClientTimeout(total=60)
+    timeout = aiohttp.ClientTimeout(total=WAIT_S)
     (folder / "admin-token").write_text(ADMIN_TOKEN)
     person = HEADERS | {"Authorization": f"Bearer {ADMIN_TOKEN}"}
     async with (
@@ -276,7 +276,7 @@ async def gateway(folder: Path, url: str, lease_s: float = 5, **config: Any) -> 
             "admin": {"port": 0, "token_file": str(folder / "admin-token")},
             "store": {"url": url},
             "cluster": {"port": 0, "lease_s": lease_s},
-            "commands": {"evidence_s": 20},
+            "commands": {"evidence_s": 60},
             **config,
         }
         made = Gateway(folder, controller, http, settings)

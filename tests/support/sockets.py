@@ -13,7 +13,7 @@ from shim.ports import DialFailure, DialRequest, WebSocket
 from shim.protocol.upstream_message import Message
 from shim.upstream import AiohttpUpstream
 
-DEADLINE_S = 15
+DEADLINE_S = 40
 
 
 class Events:

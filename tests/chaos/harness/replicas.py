@@ -75,7 +75,7 @@ class Node:
         as_user = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups") if os.getuid() == 0 else ()
         command = [*self._inside, *as_user, str(BIN / program), *map(str, args)]
         done = subprocess.run(
-            command, check=False, cwd="/", capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+            command, check=False, cwd="/", capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
         )
         if check and done.returncode:
             raise AssertionError(f"{program}: {done.stdout}{done.stderr}")

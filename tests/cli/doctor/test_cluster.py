@@ -34,7 +34,7 @@ def doctor(folder: Path, pods: list[dict[str, Any]] | None, namespace: str = "al
     command = [sys.executable, "-m", "shim", "doctor", "--json", "--cluster", namespace]
     command += ["--set", "upstream.url=http://127.0.0.1:9", "--set", f"store.path={folder}/s.db"]
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=50)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     findings = json.loads(done.stdout)["findings"]
     return [finding for finding in findings if finding["check"] == "cluster"]
 

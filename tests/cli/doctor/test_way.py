@@ -153,7 +153,7 @@ async def test_a_proxy_that_strips_the_upgrade_is_named(doctor: Doctor) -> None:
 
 async def test_a_proxy_that_passes_the_handshake_and_nothing_else(doctor: Doctor) -> None:
     async with DevController([TOKEN]) as controller, forward_proxy(ForwardProxy(swallows_frames=True)) as proxy:
-        found = await doctor.examine(upstream=upstream(controller.url, proxy=f"http://{proxy}", connect_timeout_s=1))
+        found = await doctor.examine(upstream=upstream(controller.url, proxy=f"http://{proxy}", connect_timeout_s=5))
     found.expect("upgrade", "PASS")
     found.expect("frames", "FAIL", "did not come back", "proxies")
 
@@ -338,7 +338,7 @@ async def test_doctor_takes_for_an_upgrade_what_the_shim_does(lines: str, status
         await reader.read(1)
 
     async with tcp_server(accept) as port:
-        found = await doctor.examine(upstream=upstream(f"http://127.0.0.1:{port}", connect_timeout_s=1))
+        found = await doctor.examine(upstream=upstream(f"http://127.0.0.1:{port}", connect_timeout_s=5))
     found.expect("upgrade", status)
 
 

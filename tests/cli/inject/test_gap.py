@@ -67,7 +67,7 @@ def test_what_is_no_gap() -> None:
 
 def check(stdin: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "shim", "inject", "--check"]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_command() -> None:
@@ -94,7 +94,7 @@ def test_kubectl_is_asked(tmp_path: Path) -> None:
         kubectl.write_text(f"#!/bin/sh\n{script}\n")
         kubectl.chmod(0o755)
         command = [sys.executable, "-c", code]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
     (tmp_path / "pods.json").write_text(json.dumps({"kind": "List", "items": [copy.deepcopy(running())]}))
     wanted = "get pods --namespace pipeops-system --output json --request-timeout=20s"
@@ -103,7 +103,7 @@ def test_kubectl_is_asked(tmp_path: Path) -> None:
     assert "kubectl cannot show pods: no" in asked("echo no >&2; exit 1").stderr
     kubectl.unlink()
     command = [sys.executable, "-c", code]
-    missing = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+    missing = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert "kubectl cannot be asked: FileNotFoundError" in missing.stderr
 
 

@@ -37,12 +37,12 @@ valueFrom:
 
 def agent_shim(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "shim", "inject", *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
 
 
 def agent_shim_bytes(*args: str) -> bytes:
     command = [sys.executable, "-m", "shim", "inject", *args]
-    return subprocess.run(command, capture_output=True, timeout=30, check=True).stdout
+    return subprocess.run(command, capture_output=True, timeout=120, check=True).stdout
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -160,7 +160,7 @@ async def test_an_answer_cut_short_is_an_error_even_for_a_get(cut: bytes) -> Non
 async def test_a_connection_that_the_server_closed_while_idle_is_not_used() -> None:
     async with served(lambda call: Last(http(204))) as (pool, server):
         await pool.exchange(POST)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await pool._idle[0].reader.read()
         await pool.exchange(POST)
         assert server.connections == 2
