@@ -258,11 +258,10 @@ class App:
         # configuration fails before it changes anything.
         admin.bind()
         frontend.bind()
-        await parts.open()
+        await parts.open(partial(self._serve_admin, admin))
         self._parts = parts
         self.addresses |= parts.addresses
-        host, port = await admin.start()
-        self.addresses["admin"] = f"{host}:{port}"
+        await self._serve_admin(admin)
         self._undo.append(parts.stop)
         parts.start()
         self._undo.append(parts.fallback.close)
@@ -274,6 +273,12 @@ class App:
         self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
         trim_heap()
         self._announce()
+
+    async def _serve_admin(self, admin: AdminServer) -> None:
+        """Listen on the admin port, unless it was done while the store was waited for."""
+        if "admin" not in self.addresses:
+            host, port = await admin.start()
+            self.addresses["admin"] = f"{host}:{port}"
 
     def _make_frontend(self, parts: Runtime) -> AgentServer:
         settings = self.settings

@@ -48,6 +48,10 @@ class StoreError(ShimError):
     """A failed read or write of the store. No part of the submission was applied."""
 
 
+class StoreUnreachable(StoreError):
+    """A database that does not answer now. The same attempt may succeed later, without a change by an operator."""
+
+
 class StoreFenced(StoreError):
     """A write of a replica that has lost the shard to another replica. The write was not stored."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -105,8 +105,8 @@ class Runtime(Protocol):
     def websockets(self) -> AgentWebSockets:
         """Proxy for agents that connect by WebSocket."""
 
-    async def open(self) -> None:
-        """Open the store. Raises `StoreError`, `ConfigError`."""
+    async def open(self, waiting: Callable[[], Awaitable[None]]) -> None:
+        """Open the store. `waiting` is called while it cannot be reached. Raises `StoreError`, `ConfigError`."""
 
     def start(self) -> None:
         """Start serving the sessions of the store."""
@@ -146,8 +146,8 @@ class SingleRuntime:
         self._loaded: StoreContents | None = None
         self._opening = False
 
-    async def open(self) -> None:
-        """Open the store in a thread."""
+    async def open(self, waiting: Callable[[], Awaitable[None]]) -> None:
+        """Open the store in a thread. A file is not waited for."""
         self._opening = True
         try:
             self._loaded = await asyncio.to_thread(self.recent.open)

@@ -20,7 +20,7 @@ import msgspec
 import psycopg
 
 from shim.core.leases import Member, View
-from shim.errors import ConfigError, Fault, StoreError
+from shim.errors import ConfigError, Fault, StoreUnreachable
 from shim.log import get
 from shim.store.postgres.database import refusal
 from shim.store.postgres.dsn import application
@@ -122,7 +122,7 @@ class Line:
                 async with asyncio.timeout(min(limit_s, CONNECT_S)):
                     self._connection = await psycopg.AsyncConnection.connect(self._conninfo(), autocommit=True)
             except TimeoutError:
-                raise StoreError("the database did not answer in time") from None
+                raise StoreUnreachable("the database did not answer in time") from None
             except psycopg.Error as error:
                 raise refusal(error) from None
             self._connection.prepare_threshold = None  # names of prepared statements do not survive a pooler

@@ -27,7 +27,7 @@ from shim.cluster.status import Operations, Overview, Recents
 from shim.cluster.write_probe import DatabaseProbe
 from shim.config.settings import Settings, TlsFiles
 from shim.core.leases import LeasePolicy, Member
-from shim.errors import StoreError
+from shim.errors import StoreError, StoreUnreachable
 from shim.fallback import WebSocketProxy, sunset_headers
 from shim.log import get
 from shim.protocol.dialects import load
@@ -40,7 +40,6 @@ from shim.store.postgres.dsn import application, conninfo
 
 log = get(__name__)
 
-OPEN_S = 30.0
 RETRY_S = 1.0
 STOP_S = 3.0
 KEEPALIVE_S = 60.0
@@ -193,14 +192,15 @@ class Replica:
 
     # --- composition.Composition --------------------------------------------------------------------------------------
 
-    async def open(self) -> None:
+    async def open(self, waiting: Callable[[], Awaitable[None]]) -> None:
         """Connect to the database, check the common settings, and become a member.
 
-        Raises `StartError`, `StoreError`, `ConfigError`.
+        While the database cannot be reached, `waiting` is called before each further attempt. Raises `StartError`,
+        `ConfigError`, and `StoreError` for an error that does not end by itself.
         """
         self._listener.bind()
-        await asyncio.to_thread(prepare, self._settings.store)
-        agreement = await self._insist(self.membership.agree)
+        await self._insist(lambda: asyncio.to_thread(prepare, self._settings.store), waiting)
+        agreement = await self._insist(self.membership.agree, waiting)
         self.shards.count, self._owner_key = agreement.shards, agreement.owner_key
         self._pairs.secret = self._operators.pairs.secret = agreement.secret
         self._places.agree(agreement.owner_key, agreement.shards)
@@ -208,17 +208,22 @@ class Replica:
         self.addresses["cluster"] = f"{host}:{port}"
         address = advertised(self._settings.cluster.advertise or (f"[{host}]" if ":" in host else host), port)
         self.membership.me = replace(self.membership.me, address=address)
-        await self._insist(self.membership.join)
+        await self._insist(self.membership.join, waiting)
 
-    async def _insist(self, step: Callable[[], Awaitable[T]]) -> T:
-        """Repeat a step while the database cannot be reached. Raises `StoreError`, `ConfigError`."""
-        until = self._runtime_context.clock.monotonic_s() + OPEN_S
+    async def _insist(self, step: Callable[[], Awaitable[T]], waiting: Callable[[], Awaitable[None]]) -> T:
+        """Repeat a step while the database cannot be reached. Raises `StoreError`, `ConfigError`.
+
+        There is no limit: a process that ended here would be restarted later and later by its orchestrator.
+        """
+        logged = ""
         while True:
             try:
                 return await step()
-            except StoreError:
-                if self._runtime_context.clock.monotonic_s() > until:
-                    raise
+            except StoreUnreachable as error:
+                if str(error) != logged:
+                    logged = str(error)
+                    log.warning("database_awaited", error=logged)
+                await waiting()
                 await asyncio.sleep(RETRY_S)
 
     def start(self) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
 
 from shim.cluster.replica import advertised
-from tests.support.processes import Shim
+from tests.support.processes import Shim, free_port
 
 ONE_BRIDGE = """
 import sys
@@ -51,3 +55,94 @@ async def test_what_makes_no_sense_is_told_by_its_key(tmp_path: Path, cluster: d
         await shim.launch()
         assert await shim.wait() == 2
         assert said in "\n".join(shim.lines)
+
+
+# --- the database at the start ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """A server of the test's own, which is stopped, with a database for the shim."""
+    from tests.support.postgres import running  # noqa: PLC0415 - the driver is an extra
+
+    with running("fsync = off") as server:
+        server.create("shim")
+        server.stop()
+        yield server
+
+
+def on(url: str) -> dict[str, Any]:
+    return {
+        "store": {"url": url},
+        "cluster": {"port": 0},
+        "admin": {"port": free_port()},
+        "upstream": {"url": "http://127.0.0.1:1", "token": "t"},
+    }
+
+
+async def ask(shim: Shim, path: str) -> tuple[int, Any]:
+    url = f"http://127.0.0.1:{shim.config['admin']['port']}{path}"
+    async with aiohttp.ClientSession() as http, http.get(url) as response:
+        return response.status, await response.json()
+
+
+@pytest.mark.needs("postgresql")
+async def test_a_database_that_is_away_at_the_start_is_awaited(tmp_path: Path, server: Any) -> None:
+    async with Shim(tmp_path, on(server.url())) as shim:
+        await shim.launch()
+        awaited = await shim.event("database_awaited")
+        assert awaited["error"].startswith("store.url: no connection: ")
+        assert await ask(shim, "/healthz") == (200, {"status": "ok"})
+        status, told = await ask(shim, "/readyz")
+        assert (status, told["reasons"]) == (503, ["the store cannot be written", "agents are not served yet"])
+        status, told = await ask(shim, "/status.json")
+        assert (status, told["overall"]["code"]) == (200, "store_unwritable")
+        server.start()
+        await shim.event("serving")
+        await shim.event("shard_taken")
+        assert await shim.stop() == 0
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_replica_that_waits_for_its_database_can_be_stopped(
+    tmp_path: Path, server: Any, number: signal.Signals
+) -> None:
+    async with Shim(tmp_path, on(server.url())) as shim:
+        await shim.launch()
+        await shim.event("database_awaited")
+        assert await shim.stop(number) == 0
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.parametrize(
+    "change, statement, code, said",
+    [
+        ({"password": "wrong"}, "", 70, "store.url: the server refuses the password"),
+        ({"database": "nowhere"}, "", 70, "store.url: there is no such database"),
+        ({}, "CREATE SCHEMA agent_shim; CREATE TABLE agent_shim.orders (id integer)", 70, "another application"),
+        ({"user": "poor", "password": "p"}, "CREATE ROLE poor LOGIN PASSWORD 'p'", 70, "GRANT CREATE ON DATABASE"),
+    ],
+)
+async def test_what_no_waiting_mends_ends_the_start_at_once(
+    tmp_path: Path, server: Any, change: dict[str, str], statement: str, code: int, said: str
+) -> None:
+    server.start()
+    if statement:
+        server.sql(statement, "shim")
+    async with Shim(tmp_path, on(server.url(**change))) as shim:
+        await shim.launch()
+        assert await shim.wait() == code
+        assert said in shim.events("stopped_by_fault")[0]["error"]
+        assert not shim.events("database_awaited")
+
+
+@pytest.mark.needs("postgresql")
+async def test_a_database_of_a_newer_shim_ends_the_start_with_78(tmp_path: Path, server: Any) -> None:
+    server.start()
+    async with Shim(tmp_path, on(server.url())) as shim:
+        await shim.start()
+        assert await shim.stop() == 0
+        server.sql("UPDATE meta SET value = '99' WHERE key = 'min_reader_version'", "shim")
+        await shim.launch()
+        assert await shim.wait() == 78

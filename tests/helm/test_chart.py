@@ -6,16 +6,21 @@ import json
 import re
 import shutil
 import tarfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kubernetes_validate
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from shim import __version__
+from shim.cli.store_commands import command as store_command
 from shim.config import loader
+from shim.store.sqlite import SqliteStore
 from tests.support.manifests import (
     CHART,
     HELMS,
@@ -34,6 +39,7 @@ from tests.support.manifests import (
     vendor_text,
 )
 from tests.support.policy import admit
+from tests.support.stores import StoreClient, put
 
 pytestmark = pytest.mark.needs("helm3", "helm4")
 
@@ -465,6 +471,49 @@ def test_the_example_reads_what_the_operator_of_the_database_makes() -> None:
     needed = 16 + 3 * (one(objects, "Deployment")["spec"]["replicas"] + 1)
     assert int(cluster["spec"]["postgresql"]["parameters"]["max_connections"]) > needed
     assert cluster["spec"]["postgresql"]["synchronous"]["dataDurability"] == "required"
+
+
+def test_a_replica_that_waits_for_its_database_is_not_restarted() -> None:
+    probes = container(one(rendered(*DATABASE), "Deployment")["spec"]["template"], "agent-shim")
+    paths = {name: probes[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert paths == {"startupProbe": "/healthz", "livenessProbe": "/healthz", "readinessProbe": "/readyz"}
+
+
+@pytest.mark.needs("postgresql")
+def test_the_pod_that_copies_a_store_is_valid_and_its_command_copies(
+    tmp_path: Path, postgres: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's own manifest, whose paths and addresses are replaced by those of the test."""
+    (text,) = re.findall(r"```yaml\n(.*?)```", (CHART / "UPGRADING.md").read_text(), re.DOTALL)
+    (pod,) = documents(textwrap.dedent(text))
+    kubernetes_validate.validate(pod, "1.29", strict=True)
+    copying = container(pod, "store-copy")
+    gateway = one(rendered("mode=gateway", "store.type=pvc"), "Deployment")["spec"]["template"]
+    (claim,) = [each for each in gateway["spec"]["volumes"] if "persistentVolumeClaim" in each]
+    assert claim["persistentVolumeClaim"] in [each.get("persistentVolumeClaim") for each in pod["spec"]["volumes"]]
+    (place,) = [
+        each["mountPath"] for each in container(gateway, "agent-shim")["volumeMounts"] if each["name"] == claim["name"]
+    ]
+    store = f"{place}/agent-shim.db"
+    assert copying["args"][:4] == ["store", "copy", "--from", store]
+
+    client = StoreClient(lambda post: SqliteStore(tmp_path / "agent-shim.db", post))
+    client.open()
+    client.run(put("waiting"))
+    client.close()
+    url = urlsplit(postgres.create("copied"))
+    (tmp_path / "password").write_text(url.password or "")
+    (mount,) = [each["mountPath"] for each in copying["volumeMounts"] if each["name"] == "database"]
+    for name, value in env_of(copying).items():
+        if not name.endswith("CA_FILE"):  # the server of the test has no TLS
+            monkeypatch.setenv(name, value.replace(mount, str(tmp_path)))
+    here = f"@127.0.0.1:{postgres.port}/copied?sslmode=disable"
+    args = [
+        each.replace(store, str(tmp_path / "agent-shim.db")).replace("@shim-database-rw:5432/shim", here)
+        for each in copying["args"]
+    ]
+    done = CliRunner().invoke(store_command, args[1:])
+    assert (done.exit_code, "commands: 1" in done.output) == (0, True), done.output
 
 
 def test_one_replica_becomes_several_by_their_number_alone() -> None:

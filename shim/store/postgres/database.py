@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 
 from shim.config import settings
-from shim.errors import StoreError, StoreVersionError
+from shim.errors import StoreError, StoreUnreachable, StoreVersionError
 from shim.store.postgres.dsn import SCHEMA, conninfo
 from shim.store.schema import MIGRATIONS, SCHEMA_VERSION
 
@@ -187,18 +187,32 @@ _BY_TEXT = (
 )
 
 
+# Classes and codes of errors that end by themselves: connection lost, resources, an operator's stop, deadlock, lock not
+# granted, read-only (a standby that is about to be promoted).
+_PASSING = ("08", "53", "57", "40", "55P03", "25006")
+# Errors at connecting that no later attempt mends: certificates, and parameters that the driver refuses.
+_LASTING_TEXT = re.compile(r"certificate|\bSSL\b|invalid .* value|could not (open|read|load) ")
+
+
 def refusal(error: psycopg.Error) -> StoreError:
-    """Convert an error of the driver to a `StoreError` whose text contains no stored data and no password."""
+    """Convert an error of the driver to a `StoreError` whose text contains no stored data and no password.
+
+    An error that may end by itself becomes a `StoreUnreachable`.
+    """
     text = str(error)
     if "unsupported startup parameter" in text:
         return StoreError(_POOLER)
     state = error.sqlstate or next((state for pattern, state in _BY_TEXT if re.search(pattern, text)), None)
-    return state_refusal(state) if state else StoreError(f"store.url: no connection: {_first_line(text)}")
+    if state:
+        return state_refusal(state)
+    kind = StoreError if _LASTING_TEXT.search(text) else StoreUnreachable
+    return kind(f"store.url: no connection: {_first_line(text)}")
 
 
 def state_refusal(state: str) -> StoreError:
-    """Convert an SQLSTATE to a `StoreError`."""
-    return StoreError(_BY_STATE.get(state, f"the database refused: {state}"))
+    """Convert an SQLSTATE to a `StoreError`, which is a `StoreUnreachable` if the error may end by itself."""
+    kind = StoreUnreachable if state.startswith(_PASSING) else StoreError
+    return kind(_BY_STATE.get(state, f"the database refused: {state}"))
 
 
 def _first_line(text: str) -> str:
