@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from email.utils import formatdate
 from typing import Any
 
+import aiohttp
 import msgspec
 
 from shim.bridge import Bridge
@@ -157,7 +160,11 @@ class FallbackPolicy:
         if isinstance(call, RegisterCall) and reply.status in TELLING and isinstance(reply.body, bytes):
             told = self._read(reply) or {}
             self._bridge.http_fallback.registered(request.client, call, told, conflict=reply.status == 409)
-        self._judge(request, reply)  # after `registered`: before it the status does not know whose call this is
+        # After `registered`: before it the status does not know whose call this is.
+        if isinstance(reply.body, bytes):
+            self._judge(request, reply.status)
+        else:
+            reply = replace(reply, body=self._judged_at_its_end(request, reply.status, reply.body))
         self._bridge.http_fallback.used(request.client, call)
         if isinstance(call, PollCall):
             return await self._merged(request, call, reply)
@@ -180,9 +187,36 @@ class FallbackPolicy:
         base, dialling = fallback_url(ctx.settings), fallback.dialling(ctx.settings.upstream)
         return await self._proxy.send(base, dialling, request, bearer, whole=whole)
 
-    def _judge(self, request: ProxyRequest, reply: ProxyResponse) -> None:
-        self._record(request, reply.status)
-        if reply.status in BROKEN or reply.status == 410:
+    async def _judged_at_its_end(
+        self, request: ProxyRequest, status: int, pieces: AsyncGenerator[bytes, None]
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the pieces of a streamed reply, and record the call when it ends: a reply may stop halfway."""
+        waits_since_s: float | None = self._bridge.ctx.now  # None while the agent reads a piece
+        reason = ""
+        try:
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    waits_since_s = None
+                    yield piece
+                    waits_since_s = self._bridge.ctx.now
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            reason = "its reply stopped before the end"
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            waited_s = 0.0 if waits_since_s is None else self._bridge.ctx.now - waits_since_s
+            if waited_s >= PATIENCE_S:
+                reason = f"the agent hung up after {waited_s:.0f} s without the rest of the reply"
+            raise
+        finally:
+            if reason:
+                self._breaker.failed(self._bridge.ctx.now)
+                self._record(request, reason=reason)
+            else:
+                self._judge(request, status)
+
+    def _judge(self, request: ProxyRequest, status: int) -> None:
+        self._record(request, status)
+        if status in BROKEN or status == 410:
             self._breaker.failed(self._bridge.ctx.now)
         else:
             self._breaker.succeeded()

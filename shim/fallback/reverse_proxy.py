@@ -14,6 +14,7 @@ from multidict import CIMultiDict
 
 from shim.config.settings import DialSettings
 from shim.errors import ShimError
+from shim.http_connection import Budget
 from shim.log import get
 from shim.ports import ProxyRequest, ProxyResponse
 from shim.protocol import lenient_json
@@ -24,7 +25,7 @@ log = get(__name__)
 
 READ_S = 60.0  # maximum time between two pieces of a reply; agents themselves give up after 30 s
 WHOLE_BYTES = 262_144  # a larger reply is streamed
-MAX_READ_BYTES = 16_777_216  # maximum size of a reply that is read here
+MAX_READ_BYTES = 16_777_216  # of all replies together that are being read whole
 HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -53,6 +54,7 @@ class ReverseProxy:
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         self._environ = environ
+        self._budget = Budget(MAX_READ_BYTES)
         self._diallers: dict[DialSettings, Dialler] = {}
 
     async def send(
@@ -101,21 +103,24 @@ class ReverseProxy:
         if not whole and long:
             return ProxyResponse(response.status, headers, _pieces(response))
         async with response:
-            body = await _read(response.content)
+            body = await _read(response.content, self._budget)
         if whole and response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip"):
             body = _inflate(body)
             headers = tuple((name, value) for name, value in headers if name.lower() != "content-encoding")
         return ProxyResponse(response.status, headers, body)
 
 
-async def _read(content: aiohttp.StreamReader) -> bytes:
-    """Return a whole body. Raises `Unreachable` for one that is too large."""
+async def _read(content: aiohttp.StreamReader, budget: Budget) -> bytes:
+    """Return a whole body. Raises `Unreachable` for one that is too large, alone or together with others."""
     parts, size = [], 0
-    async for piece in content.iter_any():
-        size += len(piece)
-        if size > MAX_READ_BYTES:
-            raise Unreachable("the vendor's HTTP API sent a reply that is too large to read")
-        parts.append(piece)
+    try:
+        async for piece in content.iter_any():
+            if not budget.take(len(piece)):
+                raise Unreachable("the vendor's HTTP API sent more than can be read at a time")
+            size += len(piece)
+            parts.append(piece)
+    finally:
+        budget.give_back(size)
     return b"".join(parts)
 
 
@@ -141,9 +146,14 @@ def unreachable_reply() -> ProxyResponse:
 
 
 def object_of(body: bytes | AsyncGenerator[bytes, None], replaced: Callable[[], None]) -> dict[str, Any] | None:
-    """Return the JSON object in a reply that was read whole, or None; `replaced` as in `lenient_json.decode`."""
+    """Return the JSON object in a reply that was read whole, or None; `replaced` as in `lenient_json.decode`.
+
+    A reply with too many values is not decoded: an agent gets it as it is.
+    """
+    if not isinstance(body, bytes) or lenient_json.has_too_many_values(body):
+        return None
     try:
-        value = lenient_json.decode(body, replaced) if isinstance(body, bytes) else None
+        value = lenient_json.decode(body, replaced)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

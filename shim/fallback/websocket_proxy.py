@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Protocol
 
 from shim.config.settings import Settings
+from shim.core.bounds import MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from shim.errors import AgentError, MessageError
 from shim.fallback.reverse_proxy import HOP_BY_HOP
 from shim.log import get
@@ -52,6 +53,8 @@ _OURS = HOP_BY_HOP | {
     "sec-websocket-accept",
 }
 _PASSED_STATUSES = range(400, 500)
+_IDENTITY = ("name", "agent_id", "cluster_id")
+"""Fields of a `register` that are kept. The others may be large, and the controller may never answer."""
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
 
@@ -269,10 +272,11 @@ class Carried:
     def _sniff_up(self, frame: Frame) -> None:
         """Report the agent's own `register` to the bridge, which then ends the cluster's legacy session."""
         for request_id, payload in _messages(frame, "register"):
-            if len(self._registers) < MAX_PENDING:
-                self._registers[request_id] = payload
-            anew, self._registered = self._registered is None, self._registered or payload
-            self._listener.websocket_registers(self._token, payload, anew=anew)
+            named = {key: payload[key] for key in _IDENTITY if _is_short_text(payload.get(key))}
+            if len(self._registers) < MAX_PENDING and len(request_id) <= MAX_REQUEST_ID_CHARS:
+                self._registers[request_id] = named
+            anew, self._registered = self._registered is None, self._registered or named
+            self._listener.websocket_registers(self._token, named, anew=anew)
 
     def _sniff_down(self, frame: Frame) -> None:
         if self._registers:
@@ -281,6 +285,10 @@ class Carried:
                 cluster_id = payload.get("cluster_id")
                 if register is not None and isinstance(cluster_id, str):
                     self._listener.websocket_registered(self._token, register, cluster_id)
+
+
+def _is_short_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_NAME_CHARS
 
 
 def _passed(headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:

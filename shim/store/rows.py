@@ -8,6 +8,7 @@ import msgspec
 
 from shim.core.records import CommandRecord, CommandState, SessionKey, SessionRecord, TraceEntry
 from shim.errors import ShimError
+from shim.protocol.lenient_json import to_float
 
 COMMAND_COLUMNS = (
     "seq, session, id, request_id, state, attempts, arrived, expires, size_bytes, type, created_at, payload, via"
@@ -15,7 +16,7 @@ COMMAND_COLUMNS = (
 SESSION_COLUMNS = "session, dialect, agent_id, upstream_cluster_id, last_seen, superseded_by, registration, reply, hold"
 
 encode_json = msgspec.json.Encoder().encode
-_decode_object = msgspec.json.Decoder(dict[str, Any]).decode
+_decode_object = msgspec.json.Decoder(dict[str, Any], float_hook=to_float).decode
 _Row = TypeVar("_Row", bound=tuple[Any, ...])
 
 

@@ -325,6 +325,34 @@ async def test_an_api_that_takes_calls_and_never_answers(tmp_path: Path, http: a
         assert "no answer, heartbeat (the agent hung up after" in told["overall"]["text"]
 
 
+@pytest.mark.parametrize(
+    "stalls, told", [(False, "its reply stopped before the end"), (True, "without the rest of the reply")]
+)
+async def test_a_large_reply_that_stops_halfway_is_no_success(
+    tmp_path: Path, http: aiohttp.ClientSession, stalls: bool, told: str
+) -> None:
+    """The status line of a streamed reply says 200 long before anybody knows how the reply ends."""
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 400_000)
+        await writer.drain()
+        if stalls:
+            await reader.read()
+
+    async with world(tmp_path, FAST) as (shim, _), tcp_server(converse) as port:
+        shim.write({"mode": "http", "fallback": {"url": f"http://127.0.0.1:{port}"}})
+        await shim.start()
+        patience = aiohttp.ClientTimeout(sock_read=PATIENCE_S + 1)
+        async with http.get(f"{shim.url}/api/v1/large", timeout=patience) as response:
+            assert response.status == 200
+            with pytest.raises((aiohttp.ClientPayloadError, TimeoutError)):
+                await response.read()
+        status = await Health(http, shim).until("fallback_failing")
+        assert told in status["overall"]["text"]
+        assert status["fallback_calls"]["last_failure"]["status"] in {0, None}
+
+
 async def test_an_api_that_redirects(tmp_path: Path, http: aiohttp.ClientSession) -> None:
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_head(reader)

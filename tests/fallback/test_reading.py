@@ -13,6 +13,7 @@ from shim.fallback.reverse_proxy import object_of
         (b'{"commands": [{"id": "c-1", "note": "\\ud83d"}]}', {"commands": [{"id": "c-1", "note": "\ufffd"}]}),
         (b'{"commands": [{"id": "c-1", "note": "\xe9"}]}', {"commands": [{"id": "c-1", "note": "\ufffd"}]}),
         (b'{"commands": [{"id": "c-1", "n": 1e400}]}', None),
+        (b'{"commands": [' + b"[]," * 250_000 + b"[]]}", None),
         (b"[1]", None),
         (b"<html>", None),
         (b"", None),

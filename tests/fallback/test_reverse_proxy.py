@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -158,6 +159,29 @@ async def test_a_reply_that_is_read_here_is_plain() -> None:
         reply = await proxy.send(url, DIALLING, request(headers=[("Accept-Encoding", "gzip")]), None, whole=True)
     assert reply.body == b'{"commands": []}'
     assert "Content-Encoding" not in dict(reply.headers)
+
+
+async def test_large_replies_at_once_are_read_up_to_a_bound_of_all_together() -> None:
+    one_has_ended = asyncio.Event()
+
+    async def large(seen: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(seen)
+        await response.write(bytes(MAX_READ_BYTES * 9 // 10))
+        await one_has_ended.wait()
+        return response
+
+    async with api(large) as (proxy, url), asyncio.timeout(30):
+
+        async def ask() -> ProxyResponse:
+            try:
+                return await proxy.send(url, DIALLING, request(), None, whole=True)
+            finally:
+                one_has_ended.set()  # the server lets none end before: it can only be the refused one
+
+        outcomes = await asyncio.gather(ask(), ask(), return_exceptions=True)
+        assert sorted(type(outcome).__name__ for outcome in outcomes) == ["ProxyResponse", "Unreachable"]
+        assert (await ask()).status == 200, "what was reserved is free again"
 
 
 async def test_what_cannot_be_asked_or_breaks_off_is_unreachable() -> None:

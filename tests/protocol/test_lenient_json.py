@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -83,3 +85,48 @@ def test_bytes_are_read_as_go_reads_them(raw: bytes) -> None:
             expected, at = expected + "\ufffd", at + 1
     if b"\0" not in raw and not raw.startswith(b"\xef\xbb\xbf"):
         assert lenient_json.as_characters(raw.replace(b"\\", b"/")).decode() == expected.replace("\\", "/")
+
+
+def best_cpu_s(work: Callable[[], object]) -> float:
+    """Return the least CPU time of three runs: unlike the time on the clock, it is the same on a busy machine."""
+    took = []
+    for _ in range(3):
+        began = time.thread_time()
+        work()
+        took.append(time.thread_time() - began)
+    return min(took)
+
+
+@pytest.mark.parametrize("number", ["1e300", "1.2345e300", "-9.9e307", "1e23", "1e-300", "0.1e-320"])
+def test_no_number_takes_much_longer_than_others(number: str) -> None:
+    usual, special = ((f"[{','.join([each] * 10_000)}]").encode() for each in ("1.5", number))
+    assert lenient_json.decode(special) == [float(number)] * 10_000
+    assert best_cpu_s(lambda: lenient_json.decode(special)) < 50 * best_cpu_s(lambda: lenient_json.decode(usual))
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e309", "1.0e99999"])
+def test_numbers_beyond_a_float64_are_no_json(number: str) -> None:
+    with pytest.raises(ValueError, match="out of range"):
+        lenient_json.decode(f"[{number}]")
+
+
+@pytest.mark.parametrize(
+    "text, too_many",
+    [
+        (b"[" + b"1," * 250_000 + b"1]", True),
+        (b"[" + b'"a",' * 250_000 + b'"a"]', True),
+        (b"{" + b'"a":1,' * 125_000 + b'"a":1}', True),
+        (b"[" + b"1," * 249_000 + b"1]", False),
+        (b'"' + b"a,b," * 250_000 + b'"', False),
+        (b'"' + rb"\"," * 300_000 + b'"', False),
+        (b'"' + rb"\\" * 300_000 + b"," * 300_000 + b'"', False),
+        (b'["' + rb"\\" * 300_000 + b'"' + b",1" * 250_000 + b"]", True),
+        (b'["' + rb"\\\"" * 300_000 + b'"' + b",1" * 250_000 + b"]", True),
+    ],
+)
+def test_values_are_counted_outside_of_texts_in_little_time(text: bytes, too_many: bool) -> None:
+    assert lenient_json.has_too_many_values(text) is too_many
+    plain = b"[" + b"1," * (len(text) // 2) + b"1]"
+    assert best_cpu_s(lambda: lenient_json.has_too_many_values(text)) < 20 * best_cpu_s(
+        lambda: lenient_json.has_too_many_values(plain)
+    )
