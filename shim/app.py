@@ -29,6 +29,7 @@ from shim.fallback import sunset_headers
 from shim.log import Logs, capture_stray_output, get
 from shim.log import setup as set_up_log
 from shim.metrics import Metrics, Registry
+from shim.notify import Notifier
 from shim.ports import AgentService, CommandStore, UpstreamPort
 from shim.process import (
     disable_core_dumps,
@@ -270,6 +271,9 @@ class App:
         self.addresses["listen"] = f"{host}:{port}"
         admin.agents_served = True
         self.spawn("watch", self._watch())
+        if settings.notify.wanted:
+            notifier = Notifier(settings.notify, admin.status, clock, self.stop_requested, redaction)
+            self.spawn("notify", notifier.run())
         self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
         trim_heap()
         self._announce()

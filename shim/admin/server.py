@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 import msgspec
 from aiohttp import hdrs, web
@@ -145,6 +146,10 @@ class AdminServer:
         self._sampler.start()
         return str(host), int(port)
 
+    async def status(self) -> dict[str, Any]:
+        """Return the content of `/status.json` without the time series."""
+        return self._snapshots.take(await self._not_ready())
+
     async def stop(self) -> None:
         """Stop listening and close all connections."""
         self._sampler.stop()
@@ -195,7 +200,7 @@ class AdminServer:
         return web.Response(body=msgspec.json.encode(masked), content_type="application/json")
 
     async def _status(self, request: web.Request) -> web.Response:
-        status = {**self._snapshots.take(await self._not_ready()), "series": self._sampler.last()}
+        status = {**await self.status(), "series": self._sampler.last()}
         return web.Response(body=msgspec.json.encode(status), content_type="application/json")
 
 

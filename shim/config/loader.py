@@ -25,9 +25,11 @@ _RELOADABLE = frozenset({"mode", "rollout", "fallback", "heartbeat", "poll", "co
 _MAX_SECRET_BYTES = 65_536
 _MAX_FILE_BYTES = 262_144  # parsing this many takes a second, and it is far more than a person writes
 _MAX_FAULTS_SHOWN = 100
+_MIN_WEBHOOK_SECRET_CHARS = 12  # a path such as /alerts is no secret, and masking it would garble other texts
 _MERGE = "tag:yaml.org,2002:merge"
 _MASK = "***"
 _PASSWORD = re.compile(r"(?<=://)([^/?#@]*?):[^/?#@]*@")
+_HOST = re.compile(r"^(\w+://)(?:[^/?#@]*@)?([^/?#]*).*", re.DOTALL)
 _USERINFO = re.compile(r"(?<=://)[^/?#@,]*@")
 
 
@@ -90,6 +92,11 @@ def redacted(settings: Settings) -> dict[str, Any]:
         base, has_query, _ = section["url"].partition("?")
         section["url"] = base + (f"?{_MASK}" if has_query else "")
         section["proxy"] = _USERINFO.sub(f"{_MASK}@", section["proxy"])
+    notify = plain["notify"]
+    notify["proxy"] = _USERINFO.sub(f"{_MASK}@", notify["proxy"])
+    if notify["url"]:
+        # The secret of a webhook is in its path.
+        notify["url"] = _HOST.sub(rf"\1\2/{_MASK}", notify["url"])
     return plain
 
 
@@ -136,12 +143,14 @@ def secrets(settings: Settings) -> list[str]:
     """Return the secret texts in the settings themselves, for `Redaction`."""
     found = [settings.upstream.token]
     upstream, fallback = settings.upstream, settings.fallback
-    for url in (upstream.proxy, upstream.url, fallback.proxy, fallback.url):
+    for url in (upstream.proxy, upstream.url, fallback.proxy, fallback.url, settings.notify.proxy):
         parts = urlsplit(url.strip())
         found += [value for _, value in parse_qsl(parts.query)]
         if parts.password:
             password = unquote(parts.password)
             found += [parts.password, password, basic_credentials(unquote(parts.username or ""), password)]
+    webhook = urlsplit(settings.notify.url.strip())
+    found += [text for text in (webhook.path.strip("/"), webhook.query) if len(text) >= _MIN_WEBHOOK_SECRET_CHARS]
     database = urlsplit(settings.store.url.strip())
     in_query = [value for key, value in parse_qsl(database.query) if "password" in key]
     for text in (database.password or "", *in_query):

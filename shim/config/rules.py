@@ -94,6 +94,7 @@ def cross_field_faults(settings: Settings, broken: frozenset[str]) -> list[Fault
     checks.times()
     checks.queue_and_store()
     checks.modes()
+    checks.notify()
     return checks.faults
 
 
@@ -252,13 +253,25 @@ class _Checks:
             *("upstream.token", "upstream.token_file"),
         )
 
+    def notify(self) -> None:
+        notify = self.settings.notify
+        parts = _split(notify.url)
+        fits = parts is not None and parts.scheme in ("http", "https")
+        self._require(not notify.url or fits, "must be a URL http:// or https://", "notify.url")
+        both = notify.url and notify.url_file
+        self._require(not both, "must be empty while notify.url is set", "notify.url_file", "notify.url")
+        self._proxy("notify", notify.proxy)
+
     def _dialling(self, section: str, given: Upstream | Fallback) -> None:
         """Check the keys for opening connections, which are the same in both sections."""
         client = (given.client_cert_file, given.client_key_file)
         self._pair(*client, f"{section}.client_cert_file", f"{section}.client_key_file")
-        proxy = _split(given.proxy)
+        self._proxy(section, given.proxy)
+
+    def _proxy(self, section: str, url: str) -> None:
+        parts = _split(url)
         self._require(
-            not given.proxy or (proxy is not None and proxy.scheme in ("http", "https")),
+            not url or (parts is not None and parts.scheme in ("http", "https")),
             "must be a URL http://host:port or https://host:port",
             f"{section}.proxy",
         )

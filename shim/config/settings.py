@@ -263,6 +263,32 @@ class Sunset(Section, frozen=True):
     link: str = ""
 
 
+class Notify(Section, frozen=True):
+    url: str = ""
+    url_file: str = ""
+    ca_file: str = ""
+    proxy: str = ""
+    file: str = ""
+
+    @property
+    def wanted(self) -> bool:
+        """True if notifications go anywhere."""
+        return bool(self.url or self.url_file or self.file)
+
+    @property
+    def dialling(self) -> DialSettings:
+        """The settings for dialling the webhook. Nothing of the vendor's link is used for it."""
+        return DialSettings(
+            section="notify",
+            ca_file=self.ca_file,
+            client_cert_file="",
+            client_key_file="",
+            insecure_skip_verify=False,
+            proxy=self.proxy,
+            connect_timeout_s=5,
+        )
+
+
 class Log(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
@@ -286,6 +312,7 @@ class Settings(Section, frozen=True):
     fallback: Fallback = Fallback()
     rollout: Rollout = Rollout()
     sunset: Sunset = Sunset()
+    notify: Notify = Notify()
     log: Log = Log()
 
     @property

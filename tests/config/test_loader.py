@@ -362,3 +362,12 @@ def test_a_fifo_in_the_place_of_a_file_is_refused_without_waiting(tmp_path: Path
 def test_sections_are_the_parents_of_all_keys() -> None:
     assert {"listen", "listen.tls", "upstream.reconnect", "log"} <= sections()
     assert not sections() & {path for path, _, _ in leaves()}
+
+
+def test_the_path_of_a_webhook_is_a_secret(tmp_path: Path) -> None:
+    settings = settings_of(
+        tmp_path, "notify: {url: 'https://me:pw@hooks.example:8443/services/T00/hunter2-hunter2?a=b'}"
+    )
+    assert redacted(settings)["notify"]["url"] == "https://hooks.example:8443/***"
+    assert "services/T00/hunter2-hunter2" in secrets(settings)
+    assert not [text for text in secrets(settings_of(tmp_path, "notify: {url: 'https://x/alerts'}")) if text]

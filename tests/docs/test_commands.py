@@ -105,7 +105,7 @@ def test_the_pages_name_only_configuration_that_exists() -> None:
     for page in (*OPERATIONS, "how-to/tokens.md", *ALONE, "reference/metrics.md"):
         named = set(
             re.findall(
-                r"`((?:upstream|listen|admin|poll|commands|store|log|fallback|rollout|sunset|identity|"
+                r"`((?:upstream|listen|admin|poll|commands|store|log|fallback|rollout|sunset|notify|identity|"
                 r"heartbeat|register|sessions)\.[a-z_.]+)`",
                 (DOCS / page).read_text(),
             )

@@ -64,9 +64,9 @@ class RecordingServer:
         await self._server.wait_closed()
         await self.until(lambda: self.closed == self.connections)
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def until(self, condition: Callable[[], bool], within_s: float = 60) -> None:
         """Wait until `condition` holds; it is looked at after every call, closed connection and `wake`."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(within_s):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()

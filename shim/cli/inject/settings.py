@@ -33,7 +33,7 @@ _REFUSED = {
     "upstream.token": "a ConfigMap is no place for a secret; the sidecar reads the agent's Secret",
     "store.url": "a database is for the chart's gateway mode",
 }
-_AUTHORITIES = ("upstream.ca_file", "fallback.ca_file")
+_AUTHORITIES = ("upstream.ca_file", "fallback.ca_file", "notify.ca_file")
 """Files that go into the ConfigMap. Certificates of authorities are no secrets, unlike the content of other files."""
 
 
