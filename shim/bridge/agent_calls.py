@@ -137,7 +137,7 @@ class AgentCallHandler:
         if self._ctx.sessions.get(key) is not None and not self._session_registry.admission.persistence_deferred(key):
             return
         link = self._links.get(owner, self._links.name_for(owner, str(key)), client.token)
-        link.ensure_connected()
+        link.ensure_connected(self._ctx.now)
         if link.machine.refused and link.machine.accepted_at is None:
             raise AgentError(401, "the controller refuses the token")
         unjudged = link.machine.accepted_at is None and not link.machine.connected
@@ -147,7 +147,7 @@ class AgentCallHandler:
     def _heartbeat(self, owner: str, client: Caller, call: HeartbeatCall) -> Outcome:
         session = self._session_registry.heartbeat(owner, call)
         self._usage.note(session.key, call.dialect, "heartbeat", session.last_seen_unix)
-        link = self._links.link_for(session, client)
+        link = self._links.link_for(session, client, self._ctx.now)
         self._presence.heartbeat(session)
         return self._verdict(link)
 
@@ -164,7 +164,7 @@ class AgentCallHandler:
     def _status(self, owner: str, client: Caller, call: StatusCall) -> Outcome:
         session = self._session_registry.session_for_call(owner, call.target, call.dialect)
         self._usage.note(session.key, call.dialect, "status", session.last_seen_unix)
-        self._links.link_for(session, client)
+        self._links.link_for(session, client, self._ctx.now)
         self._presence.called(session)
         self._presence.status(session, call.body)
         return Accepted()
@@ -176,7 +176,7 @@ class AgentCallHandler:
         link = self._links.get(owner, name, client.token)
         if stored is None:
             self._session_registry.admission.admit(owner)
-        link.ensure_connected()
+        link.ensure_connected(self._ctx.now)
         cluster_id = self._session_registry.upstream_id(owner, call, stored)
         if cluster_id:
             call = replace(call, payload={**call.payload, "cluster_id": cluster_id})
@@ -193,7 +193,7 @@ class AgentCallHandler:
     async def _result(self, owner: str, client: Caller, call: ResultCall) -> Outcome:
         session = self._session_registry.session_for_call(owner, call.target, call.dialect)
         self._usage.note(session.key, call.dialect, "result", session.last_seen_unix)
-        self._links.link_for(session, client)
+        self._links.link_for(session, client, self._ctx.now)
         wall = self._ctx.clock.wall_s()
         payload: dict[str, Any] = {
             "command_id": call.command_id,
@@ -238,7 +238,7 @@ class AgentCallHandler:
         key = session.key if session is not None else self._ctx.sessions.key_of(owner, call.target)
         self._usage.note(key, *route_of(call), self._ctx.clock.wall_s())
         if session is not None:
-            self._links.link_for(session, client)
+            self._links.link_for(session, client, self._ctx.now)
             self._presence.called(session)
         return session
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from itertools import count
 from typing import Any, cast
 
 from shim.bridge.admin_actions import AdminActions
@@ -11,26 +10,26 @@ from shim.bridge.agent_calls import AgentCallHandler
 from shim.bridge.command_queues import CommandIntake, CommandQueues, UnpolledCommandsWarning
 from shim.bridge.context import DEFAULT_OWNER, BridgeContext
 from shim.bridge.delivery import CommandDelivery, OfferedBatch
-from shim.bridge.gateway_redirect import GatewayConnection, GatewayConnections
+from shim.bridge.event_handlers import EventHandlers
+from shim.bridge.events import EventQueue
+from shim.bridge.gateway_redirect import GatewayConnections
 from shim.bridge.heartbeats import HeartbeatForwarder
 from shim.bridge.http_fallback import HttpFallbackBridge
-from shim.bridge.links import LinkPool, UpstreamLink
+from shim.bridge.links import LinkPool
 from shim.bridge.long_polls import PollHolds
 from shim.bridge.outbox import Outbox
-from shim.bridge.registration import PendingRegistration, Registrations
+from shim.bridge.registration import Registrations
 from shim.bridge.rejections import Rejections
 from shim.bridge.scheduler import PeriodicTask, PeriodicTasks, TimerGroup
-from shim.bridge.session_registry import SessionRegistry, outcome_of
+from shim.bridge.session_registry import SessionRegistry
 from shim.bridge.session_removal import SessionRemoval
-from shim.bridge.upstream_connection import UpstreamConnection
-from shim.bridge.upstream_messages import GatewayMessageSource, LinkMessageSource, UpstreamMessageHandler
+from shim.bridge.upstream_messages import UpstreamMessageHandler
 from shim.bridge.websocket_agents import WebSocketAgents
-from shim.core.agent_calls import AgentCall, Failed, Outcome
+from shim.core.agent_calls import AgentCall
 from shim.core.records import Prune, SessionKey, StoreContents
-from shim.core.sessions import Session, Sessions
+from shim.core.sessions import Sessions
 from shim.log import get
 from shim.ports import Caller, CallResult, DeliveryReceipt
-from shim.protocol.upstream_message import Message
 
 log = get(__name__)
 
@@ -42,13 +41,13 @@ class Bridge:
     """
 
     def __init__(self, ctx: BridgeContext) -> None:
-        serials = count(1)
         self._timers = ctx.timers = TimerGroup(ctx.timers, ctx.clock)
+        ctx.events = EventQueue(ctx.timers, ctx.metrics)
         self.ctx = ctx
-        self.links = LinkPool(ctx, self, serials)
-        self.registrations = Registrations(ctx, self)
+        self.links = LinkPool(ctx)
+        self.registrations = Registrations(ctx)
         self.session_registry = SessionRegistry(ctx, self._moved, self._ended, self.links.token_accepted)
-        self.gateways = GatewayConnections(ctx, serials, self)
+        self.gateways = GatewayConnections(ctx, self.links)
         self.outbox = Outbox(ctx, self.links.connection_for_key)
         self.queues = CommandQueues(ctx, self.outbox)
         self.delivery = CommandDelivery(ctx, self.queues)
@@ -56,9 +55,14 @@ class Bridge:
         self.intake = CommandIntake(ctx, self.queues, self.outbox, refusals, self.delivery.try_offer)
         self.presence = HeartbeatForwarder(ctx, self.registrations, self.links)
         self.holding = PollHolds(ctx, self.presence, self.session_registry)
-        self.upstream_messages = UpstreamMessageHandler(
-            ctx, self.registrations, self.session_registry, self.intake, refusals, self.holding
+        messages = UpstreamMessageHandler(
+            ctx, self.links, self.registrations, self.session_registry, self.intake, refusals, self.holding
         )
+        self.links.receive = self.gateways.receive = messages.handle
+        self.links.has_unsent_results = self.outbox.unsent_for
+        EventHandlers(
+            ctx, self.links, self.gateways, self.registrations, self.session_registry, self.outbox, self.presence
+        ).install()
         self.admin_actions = AdminActions(ctx, self.queues, self.intake, self.delivery)
         self.session_removal = SessionRemoval(
             ctx, self.session_registry.usage, self.registrations, self.session_registry.forget
@@ -123,7 +127,7 @@ class Bridge:
         upstream = self.ctx.settings.upstream
         wanted = self.ctx.settings.mode != "http" or bool(loaded.outbox_owners)
         if wanted and not upstream.own_tokens and upstream.share_link:
-            self.links.get(DEFAULT_OWNER, DEFAULT_OWNER, "").ensure_connected()
+            self.links.get(DEFAULT_OWNER, DEFAULT_OWNER, "").ensure_connected(self.ctx.now)
         self._upkeep.start()
 
     def quiesce(self) -> None:
@@ -183,100 +187,6 @@ class Bridge:
         """Record that a connection that carried an offer was closed."""
         self.delivery.connection_closed(connection, clean)
 
-    # --- registration.RegistrationListener ----------------------------------------------------------------------------
-
-    def registered(self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
-        """Create or update the session of a registration that the controller answered.
-
-        Implements `registration.RegistrationListener.registered`.
-        """
-        if job.session is not None and self.ctx.sessions.get(job.session.key) is not job.session:
-            job.session = None  # the session was superseded or deleted while the controller was answering
-        if job.session is None and job.call is None:
-            return Failed(404, "the session is gone")
-        session = self.session_registry.register(
-            job.link.owner, job.call, job.session, job.payload, reply, conflict=conflict
-        )
-        job.session = session
-        session.link = job.link
-        return outcome_of(session, cached=False)
-
-    def session_announced(self, session: Session, connection: UpstreamConnection) -> None:
-        """Record that the controller knows this session on this connection."""
-        self.presence.session_announced(session, connection)
-
-    # --- links.LinkListener -------------------------------------------------------------------------------------------
-
-    def link_opened(self, link: UpstreamLink) -> None:
-        """Replay the registration of every fresh session."""
-        now = self.ctx.now
-        identity = self.presence.identity()
-        todo: list[tuple[Session, dict[str, Any]]] = []
-        for session in self.links.sessions_of(link):
-            if session.gateway is not None and session.gateway.up_connection is not None:
-                continue  # the gateway's controller knows the session already
-            if session.fresh(now) and (session.registration or session.key.kind == "agent"):
-                payload = session.register_payload(identity)
-                if payload is not None:
-                    todo.append((session, payload))
-        self.registrations.replay(link, todo)
-
-    def link_accepted(self, link: UpstreamLink) -> None:
-        """Store the sessions that were adopted before the token was accepted."""
-        self.session_registry.on_token_accepted(link.owner)
-
-    def link_online(self, link: UpstreamLink) -> None:
-        """Send the stored results first, then the newest heartbeat of each session."""
-        self.outbox.start_sending(link.owner, lambda: self.presence.online(self.links.sessions_of(link)))
-
-    def link_offline(self, link: UpstreamLink, connection: UpstreamConnection) -> None:
-        """Release the requests and results that were waiting for a reply on the connection."""
-        self.registrations.link_lost(link)
-        self.outbox.connection_closed(connection)
-
-    def link_refused(self, link: UpstreamLink) -> None:
-        """Log that the token is refused and answer the waiting registrations."""
-        whose = "the agent's own token" if self.ctx.settings.upstream.own_tokens else "upstream.token"
-        log.error("token_refused", dedupe_key=link.name, link=link.name, hint=f"check {whose} and its permissions")
-        self.registrations.link_refused(link)
-
-    def link_dropped(self, link: UpstreamLink) -> None:
-        """Delete the owner's unverified sessions when its last link is removed."""
-        if all(other.owner != link.owner for other in self.links):
-            self.session_registry.on_owner_removed(link.owner)
-
-    def link_in_use(self, link: UpstreamLink) -> bool:
-        """Return True if a fresh session uses the link or a stored result was never sent.
-
-        A session that is routed to a gateway does not use its link.
-        """
-        now = self.ctx.now
-        if any(s.fresh(now) and not _is_routed(s) for s in self.links.sessions_of(link)):
-            return True
-        return self.outbox.unsent_for(link.owner)
-
-    def all_sessions_use_gateways(self, link: UpstreamLink) -> bool:
-        """Return True if every fresh session is routed to a gateway and nothing else waits for the link."""
-        now = self.ctx.now
-        fresh = [session for session in self.links.sessions_of(link) if session.fresh(now)]
-        if not fresh or not all(map(_is_routed, fresh)):
-            return False
-        return not self.outbox.unsent_for(link.owner) and not self.registrations.waiting_for(link)
-
-    def received_since(self, at_s: float) -> bool:
-        """Return True if a frame arrived on any link after the monotonic time `at_s`."""
-        return any(link.connection is not None and link.connection.heard_at > at_s for link in self.links)
-
-    def connection_message(self, connection: UpstreamConnection, message: Message, link: UpstreamLink) -> None:
-        """Handle a message that arrived on a link's connection."""
-        self.upstream_messages.handle(
-            connection, message, LinkMessageSource(link, self.links, self.gateways, self.presence)
-        )
-
-    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """Close the outbox entries that the controller has received."""
-        self.outbox.confirmed(seqs)
-
     def token_changed(self) -> None:
         """Dial every link again with the new configured token."""
         self.links.token_changed()
@@ -296,28 +206,6 @@ class Bridge:
         """Record that a proxied WebSocket on which an agent had registered was closed."""
         self.websocket_agents.closed(token, payload)
 
-    # --- gateways -----------------------------------------------------------------------------------------------------
-
-    def gateway_up(self, gateway: GatewayConnection) -> None:
-        """Send results and the newest heartbeat over the gateway from now on."""
-        self.outbox.start_sending(gateway.session.key.owner, lambda: self.presence.called(gateway.session, force=True))
-
-    def gateway_released(self, connection: UpstreamConnection) -> None:
-        """Release the results that were waiting for confirmation on the connection."""
-        self.outbox.connection_closed(connection)
-
-    def gateway_lost(self, gateway: GatewayConnection) -> None:
-        """Register the session with the controller again and send it the unconfirmed results."""
-        self.outbox.start_sending(gateway.session.key.owner)
-        if not self.stopping and gateway.session.fresh(self.ctx.now):
-            gateway.session.announced_on = 0
-            gateway.link.ensure_connected()
-            self.presence.announce(gateway.session)
-
-    def gateway_message(self, connection: UpstreamConnection, message: Message, gateway: GatewayConnection) -> None:
-        """Handle a message that arrived on a gateway's connection."""
-        self.upstream_messages.handle(connection, message, GatewayMessageSource(gateway, self.gateways))
-
     # --- sessions that move or end ------------------------------------------------------------------------------------
 
     def _moved(self, source: SessionKey, target: SessionKey) -> None:
@@ -331,7 +219,3 @@ class Bridge:
         self.presence.forget(key)
         self.session_registry.usage.forget(key)
         self.queues.end_session(key)
-
-
-def _is_routed(session: Session) -> bool:
-    return session.gateway is not None and session.gateway.routed

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from shim.bridge.events import EventQueue
 from shim.config.settings import Settings
 from shim.core.backoff import BackoffPolicy
 from shim.core.command_queue import Arriving, QueuePolicy
@@ -32,7 +33,7 @@ class BridgeContext:
     """Settings, ports and shared state of the bridge.
 
     `settings` is replaced on a reload; `rng` yields floats in [0, 1). `fallback` records the results of calls to the
-    vendor's HTTP API, `refused_calls` the refused calls of agents.
+    vendor's HTTP API, `refused_calls` the refused calls of agents. `events` is set by the bridge.
     """
 
     settings: Settings
@@ -50,6 +51,7 @@ class BridgeContext:
     arriving: Arriving = field(default_factory=Arriving)
     fallback: FallbackRecord = field(default_factory=FallbackRecord)
     refused_calls: RecentCalls = field(default_factory=RecentCalls)
+    events: EventQueue = field(init=False)
 
     def masked(self, text: str, *secrets: str) -> str:
         """Return a text from the controller with every known secret masked, for agents, logs and the status page.

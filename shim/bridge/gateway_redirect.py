@@ -5,12 +5,13 @@ See docs/reference/protocol.md#22-gateway-redirect.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from shim.bridge.context import BridgeContext
-from shim.bridge.links import UpstreamLink
+from shim.bridge.events import GatewayClosed, GatewayLost, GatewayOpened
+from shim.bridge.links import LinkPool, UpstreamLink
 from shim.bridge.upstream_connection import ConnectionEnd, UpstreamConnection
 from shim.config.settings import is_loopback
 from shim.core.backoff import Backoff, FailureKind
@@ -46,6 +47,16 @@ class GatewayConnection:
         self.token = ""
 
     @property
+    def owner(self) -> str:
+        """The owner of the session."""
+        return self.session.key.owner
+
+    @property
+    def rejection_key(self) -> SessionKey:
+        """The session's key, under which rejections without a session are stored: they are sent to the same peer."""
+        return self.session.key
+
+    @property
     def routed(self) -> bool:
         """True while the session's traffic goes to the gateway: it is open or being dialled."""
         return self.connection is not None
@@ -56,32 +67,17 @@ class GatewayConnection:
         return self.connection if self.opened_at is not None else None
 
 
-class GatewayListener(Protocol):
-    """The interface through which gateways report to the rest of the bridge."""
-
-    def gateway_up(self, gateway: GatewayConnection) -> None:
-        """Send heartbeats and results over the gateway from now on."""
-
-    def gateway_released(self, connection: UpstreamConnection) -> None:
-        """Handle the end of a gateway's connection."""
-
-    def gateway_lost(self, gateway: GatewayConnection) -> None:
-        """Register the session with the controller again, because its gateway no longer serves it."""
-
-    def gateway_message(self, connection: UpstreamConnection, message: Message, gateway: GatewayConnection) -> None:
-        """Handle a message that arrived on a gateway's connection."""
-
-    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """Handle that the controller has received these outbox entries."""
-
-
 class GatewayConnections:
-    """The gateway connections of all sessions."""
+    """The gateway connections of all sessions.
 
-    def __init__(self, ctx: BridgeContext, serials: Iterator[int], listener: GatewayListener) -> None:
+    `receive` handles the messages of all gateways; the bridge sets it before the first dial.
+    """
+
+    receive: Callable[[UpstreamConnection, Message, GatewayConnection, float], None]
+
+    def __init__(self, ctx: BridgeContext, links: LinkPool) -> None:
         self._ctx = ctx
-        self._serials = serials
-        self._listener = listener
+        self._links = links
         self._gateways: dict[SessionKey, GatewayConnection] = {}
         self._suffixes: PublicSuffixList | None = None
 
@@ -112,7 +108,7 @@ class GatewayConnections:
     def return_to_controller(self, gateway: GatewayConnection) -> None:
         """Close a session's gateway and register the session with the controller, which may name another gateway."""
         self.forget(gateway.session.key)
-        self._listener.gateway_lost(gateway)
+        self._ctx.events.put(GatewayLost(gateway, self._ctx.now))
 
     def forget(self, key: SessionKey) -> None:
         """Close the gateway of a session, without a report."""
@@ -179,7 +175,8 @@ class GatewayConnections:
         path = "" if urlsplit(gateway.url).path.strip("/") else "/ws"
         uuid = gateway.session.reply.get("cluster_uuid") or gateway.session.upstream_cluster_id
         label = f"gateway {gateway.session.key.ident}"
-        connection = UpstreamConnection(self._ctx, next(self._serials), label, self, used_to_ack=gateway.link.acks)
+        serial, acks = next(self._links.serials), gateway.link.acks
+        connection = UpstreamConnection(self._ctx, serial, label, self, self._ctx.now, used_to_ack=acks)
         spec = DialRequest(ws_url(gateway.url, path), token, True, False, (("cluster_uuid", uuid),))
         gateway.connection = connection
         self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(gateway, dial, connection, outcome))
@@ -199,17 +196,17 @@ class GatewayConnections:
             self._retry_later(gateway)
             return
         self._ctx.metrics.gateway.labels("ok").inc()
-        gateway.opened_at = self._ctx.now
-        connection.bind(outcome)
+        now = gateway.opened_at = self._ctx.now
+        connection.bind(outcome, now)
         log.info("gateway_open", session=gateway.session.key.ident, host=host_of(gateway.url))
-        self._listener.gateway_up(gateway)
+        self._ctx.events.put(GatewayOpened(gateway))
 
     def _close(self, gateway: GatewayConnection) -> None:
         connection, gateway.connection = gateway.connection, None
         gateway.opened_at = None
         if connection is not None:
             connection.close(1000)
-            self._listener.gateway_released(connection)
+            self._ctx.events.put(GatewayClosed(connection))
 
     def _retry_later(self, gateway: GatewayConnection) -> None:
         """Return the session to its link and dial the gateway again after a delay."""
@@ -220,8 +217,8 @@ class GatewayConnections:
         gateway.opened_at = None
         gateway.waiting = True
         if connection is not None:
-            self._listener.gateway_released(connection)
-            self._listener.gateway_lost(gateway)
+            self._ctx.events.put(GatewayClosed(connection))
+            self._ctx.events.put(GatewayLost(gateway, self._ctx.now))
         dial = gateway.dial
 
         def again() -> None:
@@ -240,23 +237,19 @@ class GatewayConnections:
     def _gateway_of(self, connection: UpstreamConnection) -> GatewayConnection | None:
         return next((gateway for gateway in self._gateways.values() if gateway.connection is connection), None)
 
-    def connection_message(self, connection: UpstreamConnection, message: Message) -> None:
+    def connection_message(self, connection: UpstreamConnection, message: Message, now: float) -> None:
         """Handle a message from a gateway; one on a replaced connection is dropped."""
         gateway = self._gateway_of(connection)
         if gateway is not None:
-            self._listener.gateway_message(connection, message, gateway)
+            self.receive(connection, message, gateway, now)
 
-    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """Forward confirmed outbox entries to the bridge."""
-        self._listener.results_confirmed(connection, seqs)
-
-    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState) -> None:
+    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState, now: float) -> None:
         """Close a connection that the liveness check found dead, and dial again later."""
         self._ctx.metrics.disconnects.labels(verdict.value).inc()
         connection.close(0)
         self._lost(connection, verdict.value)
 
-    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd) -> None:
+    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd, now: float) -> None:
         """Dial again later, because the peer or the network closed the connection."""
         self._ctx.metrics.disconnects.labels(ending.metric).inc()
         self._lost(connection, ending.text, ending)

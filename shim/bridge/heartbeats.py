@@ -124,7 +124,7 @@ class HeartbeatForwarder:
         session.standing.sent(sent_at, connection.serial)
         self._ctx.metrics.heartbeats_up.labels("sent").inc()
         answered = partial(self._answered, session, sent_at, connection)
-        connection.send_heartbeat(session.key, session.heartbeat_payload(), answered)
+        connection.send_heartbeat(session.key, session.heartbeat_payload(), answered, sent_at)
 
     def _ensure_announced(self, session: Session, connection: UpstreamConnection) -> bool:
         """Return True if the session may send heartbeats on this connection; otherwise register it first.
@@ -162,15 +162,18 @@ class HeartbeatForwarder:
         """Record that the controller knows the session on this connection, and send its newest heartbeat."""
         session.announced_on = connection.serial
         if self._links.connection_of(session) is connection:
-            self._speak_for(session)
+            self._send_newest(session)
 
-    def online(self, sessions: list[Session]) -> None:
-        """Send the newest heartbeat of each fresh session at once; called after the replay and the results."""
+    def online(self, sessions: list[Session], since: float) -> None:
+        """Send the newest heartbeat of each fresh session at once; called after the replay and the results.
+
+        A session is left out if its heartbeat was sent after `since`, when the link came online.
+        """
         for session in sessions:
-            self._speak_for(session)
+            self._send_newest(session, force=session.sent_at is None or session.sent_at < since)
 
-    def _speak_for(self, session: Session) -> None:
-        self.called(session, force=True)
+    def _send_newest(self, session: Session, *, force: bool = True) -> None:
+        self.called(session, force=force)
         if session.key not in self._status_timed:
             self._send_status(session)
 

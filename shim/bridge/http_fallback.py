@@ -85,7 +85,7 @@ class HttpFallbackBridge:
             session = self._ctx.sessions.get(key)
             name = self._links.link_name(session) if session is not None else self._links.name_for(owner, str(key))
         link = self._links.get(owner, name, client.token)
-        link.ensure_connected()
+        link.ensure_connected(self._ctx.now)
         return link
 
     def used(self, client: Caller, call: AgentCall | None) -> None:

@@ -1,6 +1,7 @@
 """Upstream links at run time: one per token, or one per session with `upstream.share_link: false`.
 
-A link performs what `shim.core.link_state` decides. See docs/reference/protocol.md#2-upstream-side-the-websocket.
+A link performs what `shim.core.link_state` decides, and reports to the rest of the bridge by events, which
+`bridge.event_handlers` handles. See docs/reference/protocol.md#2-upstream-side-the-websocket.
 """
 
 from __future__ import annotations
@@ -8,9 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from hashlib import sha256
-from typing import Protocol
+from itertools import count
 
 from shim.bridge.context import DEFAULT_OWNER, BridgeContext
+from shim.bridge.events import (
+    LinkLost,
+    LinkOnline,
+    LinkOpened,
+    LinkRemoved,
+    RetryDue,
+    TokenAccepted,
+    TokenRefused,
+)
 from shim.bridge.link_metrics import LinkMetrics
 from shim.bridge.upstream_connection import ConnectionEnd, UpstreamConnection
 from shim.core import link_state as ev
@@ -30,44 +40,7 @@ from shim.protocol.upstream_message import Message
 log = get(__name__)
 
 IDLE_CHECK_S = 5.0
-_TOLD = frozenset({LinkState.ONLINE, LinkState.REPLAYING})
-
-
-class LinkListener(Protocol):
-    """The interface through which a link reports to the rest of the bridge."""
-
-    def link_opened(self, link: UpstreamLink) -> None:
-        """Replay the registrations on the new connection, then call `link.replayed()`."""
-
-    def link_accepted(self, link: UpstreamLink) -> None:
-        """Handle that the controller has accepted the link's token for the first time."""
-
-    def link_online(self, link: UpstreamLink) -> None:
-        """Send the results and heartbeats that were waiting for the link."""
-
-    def link_offline(self, link: UpstreamLink, connection: UpstreamConnection) -> None:
-        """Handle the end of the link's connection."""
-
-    def link_refused(self, link: UpstreamLink) -> None:
-        """Handle that the controller refuses the link's token."""
-
-    def link_in_use(self, link: UpstreamLink) -> bool:
-        """Return True if a fresh session uses the link or a result is unsent."""
-
-    def link_dropped(self, link: UpstreamLink) -> None:
-        """Handle that the link and its token were removed."""
-
-    def all_sessions_use_gateways(self, link: UpstreamLink) -> bool:
-        """Return True if everything that would use the link uses gateways instead."""
-
-    def received_since(self, at_s: float) -> bool:
-        """Return True if a frame arrived on any link after the monotonic time `at_s`."""
-
-    def connection_message(self, connection: UpstreamConnection, message: Message, link: UpstreamLink) -> None:
-        """Handle a message that arrived on the link's connection."""
-
-    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """Handle that the controller has received these outbox entries."""
+_CONNECTED = frozenset({LinkState.ONLINE, LinkState.REPLAYING})
 
 
 class UpstreamLink:
@@ -76,24 +49,21 @@ class UpstreamLink:
     `acks` is True if the controller acknowledges heartbeats, as far as earlier connections have shown, or None.
     """
 
-    def __init__(
-        self, ctx: BridgeContext, owner: str, name: str, listener: LinkListener, serials: Iterator[int]
-    ) -> None:
+    def __init__(self, ctx: BridgeContext, owner: str, name: str, token: str, pool: LinkPool) -> None:
         self.owner = owner
         self.name = name
-        self.token = ""
+        self.token = token
         self.connection: UpstreamConnection | None = None
         self.acks: bool | None = None
         self._ctx = ctx
-        self._listener = listener
-        self._serials = serials
-        upstream = ctx.settings.upstream
+        self._pool = pool
+        upstream, now = ctx.settings.upstream, ctx.now
         self.machine = LinkStateMachine(
             LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng)
         )
-        self.needed_at = ctx.now
-        self.history = LinkHistory(ctx.now)
-        self.attempts = LinkMetrics(ctx, listener.received_since)
+        self.needed_at = now
+        self.history = LinkHistory(now)
+        self.metrics = LinkMetrics(ctx, pool.received_since)
         self.last_failure = ""
         self.last_detail = ""
         self.stopped = False
@@ -114,87 +84,90 @@ class UpstreamLink:
     @property
     def up_connection(self) -> UpstreamConnection | None:
         """The connection for heartbeats and results, or None while registrations are still being replayed."""
-        return self.connection if self.online else None
+        return self.connection if self.machine.state is LinkState.ONLINE else None
 
-    def ensure_connected(self) -> None:
+    @property
+    def rejection_key(self) -> SessionKey:
+        """The key under which rejections without a session are stored, so that they are sent to the same peer."""
+        return SessionKey(self.owner, LINK_KIND, self.name)
+
+    def ensure_connected(self, now: float) -> None:
         """Dial the link if it is idle, because an agent called."""
-        self.needed_at = self._ctx.now
+        self.needed_at = now
         if self.machine.state is LinkState.IDLE:
-            self.apply(ev.AgentCalled())
+            self.apply(ev.AgentCalled(), now)
 
-    def apply(self, event: ev.LinkEvent) -> None:
+    def apply(self, event: ev.LinkEvent, now: float) -> None:
         """Pass an event to the state machine and perform the resulting effects.
 
         Never raises: an event that is illegal in the current state is logged and ignored.
         """
-        before, proven = self.machine.state, self.machine.accepted_at is not None
+        before = self.machine.state
         try:
-            effects = self.machine.handle(event, self._ctx.now)
+            effects = self.machine.handle(event, now)
         except IllegalTransition as error:
             log.error("illegal_transition", link=self.name, error=str(error))
             return
-        if self.machine.state is not before:
-            self._log_state_change(before)
-        if self.machine.state is LinkState.ONLINE and not self.machine.refused:
-            self.last_failure = self.last_detail = ""
-        if not proven and self.machine.accepted_at is not None:
-            self._listener.link_accepted(self)
-        self.history.enter(phase_of(self.machine), self._ctx.now, self.last_failure)
-        for effect in effects:
-            self._perform(effect)
-
-    def _log_state_change(self, before: LinkState) -> None:
-        """Log a change of state: at level info if a connection came or went, else at level debug."""
         state = self.machine.state
-        matters = before in _TOLD or state in (LinkState.ONLINE, LinkState.IDLE, LinkState.STOPPED)
-        (log.info if matters else log.debug)("link_state", link=self.name, state=state.value, was=before.value)
+        if state is not before:
+            # Logged at level info if a connection came or went, else at level debug.
+            matters = before in _CONNECTED or state in (LinkState.ONLINE, LinkState.IDLE, LinkState.STOPPED)
+            (log.info if matters else log.debug)("link_state", link=self.name, state=state.value, was=before.value)
+        if state is LinkState.ONLINE and not self.machine.refused:
+            self.last_failure = self.last_detail = ""
+        self.history.enter(phase_of(self.machine), now, self.last_failure)
+        for effect in effects:
+            self._perform(effect, now)
 
-    def replayed(self) -> None:
-        """Report that all fresh sessions are registered."""
-        if self.machine.state is LinkState.REPLAYING:
-            self.apply(ev.Replayed())
+    def close_unneeded(self, now: float) -> None:
+        """Close the link, or stop dialling it, until an agent calls again."""
+        self.metrics.closed_by_shim()
+        if self.machine.state is not LinkState.IDLE:
+            self.apply(ev.IdleTimeout(), now)
 
-    def stop(self) -> None:
+    def stop(self, now: float) -> None:
         """Close the connection with code 1000 and never dial again."""
         self.stopped = True
-        self.apply(ev.Stop())
+        self.apply(ev.Stop(), now)
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
 
     # --- performing effects -------------------------------------------------------------------------------------------
 
-    def _perform(self, effect: ev.LinkEffect) -> None:
+    def _perform(self, effect: ev.LinkEffect, now: float) -> None:
+        """Perform an effect on the link's own socket and timers here; queue an event for all others."""
+        put = self._ctx.events.put
         match effect:
             case ev.Dial():
-                self._start_dial(effect)
+                self._start_dial(effect, now)
             case ev.CancelDial():
                 self._dial += 1
             case ev.StartRetryTimer():
-                self._arm("retry", effect.delay_s, self._retry)
-                self._ctx.metrics.retries.labels(self.attempts.reason).inc()
+                self._arm("retry", effect.delay_s, lambda: put(RetryDue(self, self._ctx.now)))
+                self._ctx.metrics.retries.labels(self.metrics.reason).inc()
                 log.debug("link_retry", link=self.name, delay_s=round(effect.delay_s, 3), failure=self.last_failure)
             case ev.CancelRetryTimer():
                 self._disarm("retry")
             case ev.StartReplay():
                 self._arm("stable", self._ctx.settings.upstream.reconnect.stable_after_s, self._stable)
-                self._listener.link_opened(self)
+                put(LinkOpened(self, now))
             case ev.Online():
-                self._went_online()
+                self.metrics.came_online(now)
+                put(LinkOnline(self, now))
             case ev.Offline():
-                self._went_offline()
+                self._drop_connection()
             case ev.CloseSocket():
-                if effect.code:
-                    self.attempts.closed()
-                if self.connection is not None:
-                    self.connection.close(effect.code)
+                self._close_socket(effect.code)
             case ev.AuthRejected():
-                self._listener.link_refused(self)
+                put(TokenRefused(self))
+            case ev.TokenAccepted():
+                put(TokenAccepted(self))
 
-    def _start_dial(self, effect: ev.Dial) -> None:
+    def _start_dial(self, effect: ev.Dial, now: float) -> None:
         self._dial += 1
         dial = self._dial
-        self.attempts.dial_started()
+        self.metrics.dial_started(now)
         upstream = self._ctx.settings.upstream
         try:
             if not upstream.own_tokens:
@@ -202,69 +175,67 @@ class UpstreamLink:
         except ShimError as error:
             self.last_failure, self.last_detail = "token", ""
             log.error("token_unreadable", dedupe_key=self.name, link=self.name, error=str(error))
-            self._ctx.timers.call_later(0, lambda: self._dialled(dial, None, DialFailure("token")))
+            self._ctx.timers.call_later(0, lambda: self._dial_failed(dial, DialFailure("token")))
             return
-        connection = UpstreamConnection(self._ctx, next(self._serials), self.name, self, used_to_ack=self.acks)
+        serial = next(self._pool.serials)
+        connection = UpstreamConnection(self._ctx, serial, self.name, self, now, used_to_ack=self.acks)
         spec = DialRequest(ws_url(upstream.url, upstream.path), self.token, effect.in_header, effect.in_query)
         self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(dial, connection, outcome))
 
-    def _dialled(self, dial: int, connection: UpstreamConnection | None, outcome: WebSocket | DialFailure) -> None:
+    def _dialled(self, dial: int, connection: UpstreamConnection, outcome: WebSocket | DialFailure) -> None:
         if isinstance(outcome, DialFailure):
-            self.attempts.handshake_failed(outcome)
-            if dial == self._dial:
-                self.last_failure = f"{outcome.reason} {outcome.status}" if outcome.status else outcome.reason
-                self.last_detail = "" if outcome.status else outcome.detail
-                why, about = self.last_failure, f"{self.name} {self.last_failure}"
-                log.warning("dial_failed", dedupe_key=about, link=self.name, reason=why, detail=outcome.detail)
-                self.apply(ev.DialFailed(outcome.status, outcome.retry_after_s))
-                # Still OPENING means that the other way to present the token is being tried: the attempt goes on.
-                if self.machine.state is not LinkState.OPENING:
-                    self.attempts.dial_failed(outcome)
-            return
-        if dial != self._dial or connection is None or self.machine.state is not LinkState.OPENING:
+            self._dial_failed(dial, outcome)
+        elif dial != self._dial or self.machine.state is not LinkState.OPENING:
             outcome.close(1000)
+        else:
+            now = self._ctx.now
+            self.metrics.handshake_succeeded(now)
+            self.connection = connection
+            connection.bind(outcome, now)
+            self.apply(ev.Opened(), now)
+
+    def _dial_failed(self, dial: int, failure: DialFailure) -> None:
+        self.metrics.handshake_failed(failure)
+        if dial != self._dial:
             return
-        self.attempts.handshake_succeeded()
-        self.connection = connection
-        connection.bind(outcome)
-        self.apply(ev.Opened())
+        now = self._ctx.now
+        self.last_failure = f"{failure.reason} {failure.status}" if failure.status else failure.reason
+        self.last_detail = "" if failure.status else failure.detail
+        why, key = self.last_failure, f"{self.name} {self.last_failure}"
+        log.warning("dial_failed", dedupe_key=key, link=self.name, reason=why, detail=failure.detail)
+        self.apply(ev.DialFailed(failure.status, failure.retry_after_s), now)
+        # Still OPENING means that the other way to present the token is being tried: the attempt goes on.
+        if self.machine.state is not LinkState.OPENING:
+            self.metrics.dial_failed(failure, now)
 
-    def _went_online(self) -> None:
-        self.attempts.online()
-        self._listener.link_online(self)
+    def _close_socket(self, code: int) -> None:
+        if code:
+            self.metrics.closed_by_shim()
+        if self.connection is not None:
+            self.connection.close(code)
 
-    def _went_offline(self) -> None:
+    def _drop_connection(self) -> None:
         connection, self.connection = self.connection, None
         self._disarm("stable")
         if connection is not None:
             if connection.acks_learnt is not None:
                 self.acks = connection.acks_learnt
-            self._listener.link_offline(self, connection)
+            self._ctx.events.put(LinkLost(self, connection))
 
     def _stable(self) -> None:
         if self.machine.connected:
-            self.apply(ev.StableTimerFired())
-
-    def _retry(self) -> None:
-        """Dial again, unless gateways carry all traffic: then the link stays idle until it is needed."""
-        if self._listener.all_sessions_use_gateways(self):
-            self.attempts.closed()
-            self.apply(ev.IdleTimeout())
-        else:
-            self.apply(ev.RetryDue())
+            self.apply(ev.StableTimerFired(), self._ctx.now)
 
     def _check_idle(self) -> None:
         self._arm("idle", IDLE_CHECK_S, self._check_idle)
-        idle_close_s = self._ctx.settings.upstream.idle_close_s
-        if self._listener.link_in_use(self):
-            self.needed_at = self._ctx.now
+        now, idle_close_s = self._ctx.now, self._ctx.settings.upstream.idle_close_s
+        if self._pool.in_use(self, now):
+            self.needed_at = now
             if self.machine.state is LinkState.IDLE and self.machine.accepted_at is not None:
                 # A command ended while the link was idle and no agent called: connect in order to report that.
-                self.apply(ev.AgentCalled())
-        elif idle_close_s and self._ctx.now - self.needed_at >= idle_close_s:
-            self.attempts.closed()
-            if self.machine.state is not LinkState.IDLE:
-                self.apply(ev.IdleTimeout())
+                self.apply(ev.AgentCalled(), now)
+        elif idle_close_s and now - self.needed_at >= idle_close_s:
+            self.close_unneeded(now)
 
     def _arm(self, name: str, delay_s: float, callback: Callable[[], None]) -> None:
         self._disarm(name)
@@ -276,42 +247,38 @@ class UpstreamLink:
         if timer is not None:
             timer.cancel()
 
-    # --- connection.ConnectionOwner -----------------------------------------------------------------------------------
+    # --- upstream_connection.ConnectionOwner --------------------------------------------------------------------------
 
-    def connection_message(self, connection: UpstreamConnection, message: Message) -> None:
-        """Pass a message to the bridge, after telling the state machine that the token is accepted.
+    def connection_message(self, connection: UpstreamConnection, message: Message, now: float) -> None:
+        """Pass on a message, after recording that the token is accepted.
 
         `register_success` shows that, and so does the first `heartbeat_ack`.
         """
         if self.machine.connected:
             if message.type == "register_success":
-                self.apply(ev.Registered())
+                self.apply(ev.Registered(), now)
             elif message.type == "heartbeat_ack" and (self.machine.refused or self.machine.accepted_at is None):
-                self.apply(ev.Acknowledged())
-        self._listener.connection_message(connection, message, self)
+                self.apply(ev.Acknowledged(), now)
+        self._pool.receive(connection, message, self, now)
 
-    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """Forward confirmed outbox entries to the bridge."""
-        self._listener.results_confirmed(connection, seqs)
-
-    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState) -> None:
+    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState, now: float) -> None:
         """Reconnect, because the liveness check found the connection dead."""
         if connection is self.connection:
             self.last_failure, self.last_detail = verdict.value, ""
-            self.attempts.lost(verdict.value)
+            self.metrics.connection_lost(verdict.value, now)
             log.warning("link_broken", link=self.name, reason=verdict.value)
-            self.apply(ev.WatchdogFailed())
+            self.apply(ev.WatchdogFailed(), now)
 
-    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd) -> None:
+    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd, now: float) -> None:
         """Reconnect, because the peer or the network closed the connection."""
         if connection is not self.connection:
             return
         contended = self.machine.contended
         self.last_failure, self.last_detail = ending.text, ending.detail(self.token)
-        self.attempts.lost(ending.metric)
+        self.metrics.connection_lost(ending.metric, now)
         detail = {"detail": self.last_detail} if self.last_detail else {}
         log.warning("link_lost", link=self.name, reason=self.last_failure, **detail)
-        self.apply(ev.Lost(ending.by_close_frame, ending.code))
+        self.apply(ev.Lost(ending.by_close_frame, ending.code), now)
         if self.machine.contended and not contended:
             log.error(
                 "link_contended",
@@ -327,13 +294,22 @@ LINK_KIND = "link"
 """Kind of a `SessionKey` that names a link: rejections of commands without a session are stored under it."""
 
 
-class LinkPool:
-    """All links, by name."""
+MessageReceiver = Callable[[UpstreamConnection, Message, UpstreamLink, float], None]
 
-    def __init__(self, ctx: BridgeContext, listener: LinkListener, serials: Iterator[int]) -> None:
+
+class LinkPool:
+    """All links, by name.
+
+    `receive` handles the messages of all links. `has_unsent_results(owner)` returns True if a result of this owner was
+    never sent. The bridge sets both before the first dial.
+    """
+
+    receive: MessageReceiver
+    has_unsent_results: Callable[[str], bool]
+
+    def __init__(self, ctx: BridgeContext) -> None:
+        self.serials = count(1)
         self._ctx = ctx
-        self._listener = listener
-        self._serials = serials
         self._links: dict[str, UpstreamLink] = {}
         self._turned_away: dict[str, float] = {}  # until when a token is not dialled again
         self._hashed_owner = lru_cache(maxsize=4096)(lambda token: owner_id(ctx.owner_key, token))
@@ -370,7 +346,7 @@ class LinkPool:
             session.link = link or session.link
         return link
 
-    def link_for(self, session: Session, client: Caller) -> UpstreamLink:
+    def link_for(self, session: Session, client: Caller, now: float) -> UpstreamLink:
         """Return the link of a session whose agent has just called, and connect the link if necessary.
 
         Raises `AgentError`: 503 if there are too many links, 401 for a token that was refused recently.
@@ -379,7 +355,7 @@ class LinkPool:
         if link is None or link.stopped:
             link = session.link = self.get(session.key.owner, self.link_name(session), client.token)
         if session.gateway is None or not session.gateway.routed:
-            link.ensure_connected()
+            link.ensure_connected(now)
         return link
 
     def sessions_of(self, link: UpstreamLink) -> list[Session]:
@@ -413,6 +389,26 @@ class LinkPool:
             return self.connection_of(session)
         return next((link.up_connection for link in self if link.owner == key.owner and link.up_connection), None)
 
+    # --- the use of a link --------------------------------------------------------------------------------------------
+
+    def in_use(self, link: UpstreamLink, now: float) -> bool:
+        """Return True if a fresh session uses the link or a stored result was never sent.
+
+        A session that is routed to a gateway does not use its link.
+        """
+        if any(session.fresh(now) and not _is_routed(session) for session in self.sessions_of(link)):
+            return True
+        return self.has_unsent_results(link.owner)
+
+    def replaced_by_gateways(self, link: UpstreamLink, now: float) -> bool:
+        """Return True if every fresh session of a link is routed to a gateway and no stored result is unsent."""
+        fresh = [session for session in self.sessions_of(link) if session.fresh(now)]
+        return bool(fresh) and all(map(_is_routed, fresh)) and not self.has_unsent_results(link.owner)
+
+    def received_since(self, at_s: float) -> bool:
+        """Return True if a frame arrived on any link after the monotonic time `at_s`."""
+        return any(link.connection is not None and link.connection.heard_at > at_s for link in self)
+
     # --- creation and removal -----------------------------------------------------------------------------------------
 
     def find(self, name: str) -> UpstreamLink | None:
@@ -431,8 +427,7 @@ class LinkPool:
                 raise AgentError(401, "the controller refuses the token")
             if len(self._links) >= self._ctx.settings.upstream.max_links and not self._drop_one():
                 raise AgentError(503, "too many upstream links", retry_after_s=BUSY_RETRY_AFTER_S)
-            link = self._links[name] = UpstreamLink(self._ctx, owner, name, self._listener, self._serials)
-            link.token = token
+            link = self._links[name] = UpstreamLink(self._ctx, owner, name, token, self)
             if self._ctx.settings.upstream.own_tokens:
                 self._ctx.redaction.add(token)  # masked in logs and replies until the link is removed
         return link
@@ -463,14 +458,14 @@ class LinkPool:
         return self._ctx.settings.upstream.own_tokens and machine.refused and machine.accepted_at is None
 
     def _is_useless(self, link: UpstreamLink) -> bool:
-        return link.machine.refused and not self._listener.link_in_use(link)
+        return link.machine.refused and not self.in_use(link, self._ctx.now)
 
     def _drop(self, link: UpstreamLink) -> None:
-        link.stop()
+        link.stop(self._ctx.now)
         del self._links[link.name]
         if self._ctx.settings.upstream.own_tokens and all(other.token != link.token for other in self):
             self._ctx.redaction.discard(link.token)
-        self._listener.link_dropped(link)
+        self._ctx.events.put(LinkRemoved(link))
 
     def token_accepted(self, owner: str) -> bool:
         """Return True if the controller has accepted the owner's token since start-up.
@@ -485,17 +480,22 @@ class LinkPool:
         """Remove links and tokens that were never accepted and whose agents have stopped calling."""
         if not self._ctx.settings.upstream.own_tokens:
             return
+        now = self._ctx.now
         for link in self:
-            unneeded = link.machine.accepted_at is None and not self._listener.link_in_use(link)
-            if unneeded and self._ctx.now - link.needed_at >= UNVERIFIED_KEPT_S:
+            unneeded = link.machine.accepted_at is None and not self.in_use(link, now)
+            if unneeded and now - link.needed_at >= UNVERIFIED_KEPT_S:
                 self._drop(link)
 
     def token_changed(self) -> None:
         """Dial every link again with the new configured token."""
         for link in self:
-            link.apply(ev.TokenChanged())
+            link.apply(ev.TokenChanged(), self._ctx.now)
 
     def stop(self) -> None:
         """Close all links."""
         for link in self:
-            link.stop()
+            link.stop(self._ctx.now)
+
+
+def _is_routed(session: Session) -> bool:
+    return session.gateway is not None and session.gateway.routed

@@ -44,7 +44,7 @@ class LongPolls:
         session = self._session_registry.session_for_call(owner, call.target, call.dialect)
         session.poll_at = self._ctx.now
         self._session_registry.usage.note(session.key, call.dialect, "poll", session.last_seen_unix)
-        self._links.link_for(session, client)
+        self._links.link_for(session, client, self._ctx.now)
         return session
 
     def empty(self, owner: str, client: Caller, call: PollCall) -> CallResult | None:

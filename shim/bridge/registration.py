@@ -6,9 +6,10 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from shim.bridge.context import BridgeContext
+from shim.bridge.events import ReplayFinished, SessionAnnounced
 from shim.bridge.links import UpstreamLink
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core import link_state as ev
@@ -16,7 +17,6 @@ from shim.core.agent_calls import Failed, Outcome, RegisterCall, Registered
 from shim.core.link_state import LinkState
 from shim.core.sessions import Session
 from shim.log import get
-from shim.protocol.controller_replies import conflict_reply, error_status, error_text, register_reply
 from shim.protocol.upstream_message import Message
 
 RegistrationKey = tuple[str, ...]
@@ -89,20 +89,6 @@ class RegistrationReplay:
     waiting: set[PendingRegistration]
 
 
-class RegistrationListener(Protocol):
-    """The interface through which the outcome of a registration is reported."""
-
-    def registered(self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
-        """Create or update the session of a registered agent and return the answer to the agent.
-
-        `reply` is the result of `controller_replies.register_reply`. `conflict` is True if the controller answered with
-        an error that carries the id of an existing cluster (409).
-        """
-
-    def session_announced(self, session: Session, connection: UpstreamConnection) -> None:
-        """Handle that the controller knows this session on this connection."""
-
-
 log = get(__name__)
 
 CACHED_AFTER_S = 5.0
@@ -123,9 +109,8 @@ REFUSED = Failed(401, "the controller refuses the token")
 class Registrations:
     """All pending registrations, at most one per identity."""
 
-    def __init__(self, ctx: BridgeContext, listener: RegistrationListener) -> None:
+    def __init__(self, ctx: BridgeContext) -> None:
         self._ctx = ctx
-        self._listener = listener
         self._by_identity: dict[RegistrationKey, PendingRegistration] = {}
         self._by_request: dict[str, PendingRegistration] = {}
         self._unclaimed: dict[RegistrationKey, tuple[Outcome, float]] = {}
@@ -187,7 +172,7 @@ class Registrations:
         """
         if self._stopping:
             return Failed(503, "the shim is stopping", retry_after_s=RETRY_AFTER_S)
-        link.apply(ev.RetryNow())
+        link.apply(ev.RetryNow(), self._ctx.now)
         if link.machine.refused and link.state is LinkState.WAITING:
             return REFUSED
         identity = identity_of_call(link.owner, call)
@@ -255,7 +240,9 @@ class Registrations:
     # --- the shim registers -------------------------------------------------------------------------------------------
 
     def ask(self, session: Session, link: UpstreamLink, payload: dict[str, Any]) -> None:
-        """Register a session from what is known of it, at most once in 10 s."""
+        """Register a session from what is known of it, at most once in 10 s, unless the shim stops."""
+        if self._stopping:
+            return
         identity = identity_of(session)
         pending = self._by_identity.get(identity)
         if pending is not None:
@@ -275,7 +262,7 @@ class Registrations:
 
     # --- the link -----------------------------------------------------------------------------------------------------
 
-    def replay(self, link: UpstreamLink, sessions: list[tuple[Session, dict[str, Any]]]) -> None:
+    def replay(self, link: UpstreamLink, sessions: list[tuple[Session, dict[str, Any]]], now: float) -> None:
         """Register these sessions after a reconnect, a window at a time, and repeat the pending registrations."""
         self.sweep()
         pending = {job.identity: job for job in self._by_identity.values() if job.link is link}
@@ -283,9 +270,9 @@ class Registrations:
         replay = self._replays[link] = RegistrationReplay(link, todo, set(pending.values()))
         for job in pending.values():
             self._try_send(job)
-        self._advance(replay)
+        self._advance(replay, now)
 
-    def _advance(self, replay: RegistrationReplay) -> None:
+    def _advance(self, replay: RegistrationReplay, now: float) -> None:
         link = replay.link
         if self._replays.get(link) is not replay or link.connection is None:
             return
@@ -296,7 +283,7 @@ class Registrations:
                 replay.waiting.add(self._start(session, link, payload, identity))
         if not replay.remedy and not replay.waiting:
             del self._replays[link]
-            link.replayed()
+            self._ctx.events.put(ReplayFinished(link, now))
 
     def link_lost(self, link: UpstreamLink) -> None:
         """Prepare agents' pending registrations for the next connection, and drop the shim's own."""
@@ -312,7 +299,7 @@ class Registrations:
         """Answer every pending registration of the link with 401, because its token is refused."""
         for job in list(self._by_identity.values()):
             if job.link is link:
-                self._finish(job, REFUSED)
+                self._finish(job, REFUSED, None, self._ctx.now)
 
     def _try_send(self, job: PendingRegistration) -> None:
         """Send a registration, unless the connection carries it already and its reply is less than a minute late."""
@@ -333,56 +320,35 @@ class Registrations:
             return
         self._note_refusal(job, 0, f"no answer within {ANSWER_S:g} s")
         if job.session is not None:
-            self._listener.session_announced(job.session, connection)
-        self._settled(job)
+            self._ctx.events.put(SessionAnnounced(job.session, connection))
+        self._settled(job, self._ctx.now)
 
     # --- the controller answers ---------------------------------------------------------------------------------------
 
-    def in_progress(self, message: Message) -> None:
+    def in_progress(self, message: Message, now: float) -> None:
         """Restart the wait for a reply, because a `register_in_progress` arrived."""
         job = self._by_request.get(message.request_id)
         if job is not None:
-            job.sent_at = self._ctx.now
+            job.sent_at = now
 
-    def succeeded(self, connection: UpstreamConnection, message: Message) -> PendingRegistration | None:
-        """Complete the registration that a `register_success` answers, and return it.
+    def find(self, request_id: str) -> PendingRegistration | None:
+        """Return the registration that a reply with this `request_id` answers, or None."""
+        return self._by_request.get(request_id)
 
-        Returns None if no registration has its `request_id`, or if the reply has no usable cluster id.
-        """
-        job = self._by_request.get(message.request_id)
-        if job is None:
-            return None
-        reply = register_reply(message.payload)
-        if not reply:
-            self._failed(job, connection, Failed(502, "the controller answered without a usable cluster id"))
-            return None
+    def succeed(self, job: PendingRegistration, outcome: Outcome, connection: UpstreamConnection, now: float) -> None:
+        """Complete a registration that the controller accepted."""
         self._ctx.metrics.registrations.labels("ok").inc()
         self._refusals.pop(job.identity, None)
-        self._finish(job, self._listener.registered(job, reply), connection)
-        return job
+        self._finish(job, outcome, connection, now)
 
-    def refused(self, connection: UpstreamConnection, message: Message) -> bool:
-        """Fail the registration that an `error` answers; return False if the error answers none."""
-        job = self._by_request.get(message.request_id)
-        if job is None:
-            return False
-        status = error_status(message.payload)
-        text = error_text(message.payload, lambda text: self._ctx.masked(text, job.link.token, job.secret))
-        session = str(job.identity[-1])
-        log.warning("register_failed", dedupe_key=f"{session} {status}", status=status, error=text, session=session)
-        reply = conflict_reply(message.payload) if status == 409 else {}
-        if reply:
-            self._listener.registered(job, reply, conflict=True)
-        self._failed(job, connection, Failed(status, text, cluster_id=reply.get("cluster_id", "")))
-        return True
-
-    def _failed(self, job: PendingRegistration, connection: UpstreamConnection, failed: Failed) -> None:
+    def fail(self, job: PendingRegistration, failed: Failed, connection: UpstreamConnection, now: float) -> None:
+        """Complete a registration that the controller refused, or answered without a usable cluster id."""
         self._ctx.metrics.registrations.labels(str(failed.status)).inc()
         if failed.cluster_id:
             self._refusals.pop(job.identity, None)  # a 409 with a cluster id is a success for agents and in the status
         else:
             self._note_refusal(job, failed.status, failed.error)
-        self._finish(job, failed, connection)
+        self._finish(job, failed, connection, now)
 
     def _note_refusal(self, job: PendingRegistration, status: int, error: str) -> None:
         name, agent = str(job.payload.get("name", "")), str(job.payload.get("agent_id", ""))
@@ -391,19 +357,22 @@ class Registrations:
         if len(self._refusals) > MAX_REFUSED:
             del self._refusals[next(iter(self._refusals))]
 
-    def _finish(self, job: PendingRegistration, outcome: Outcome, connection: UpstreamConnection | None = None) -> None:
+    def _finish(
+        self, job: PendingRegistration, outcome: Outcome, connection: UpstreamConnection | None, now: float
+    ) -> None:
+        """Answer the waiting agents; if none waits, keep a success for an agent that tries again."""
         self._forget(job)
         if not job.answer(outcome) and job.call is not None and not isinstance(outcome, Failed):
-            self._unclaimed[job.identity] = (outcome, self._ctx.now)
+            self._unclaimed[job.identity] = (outcome, now)
         if connection is not None and job.session is not None:
-            self._listener.session_announced(job.session, connection)
-        self._settled(job)
+            self._ctx.events.put(SessionAnnounced(job.session, connection))
+        self._settled(job, now)
 
-    def _settled(self, job: PendingRegistration) -> None:
+    def _settled(self, job: PendingRegistration, now: float) -> None:
         replay = self._replays.get(job.link)
         if replay is not None and job in replay.waiting:
             replay.waiting.discard(job)
-            self._advance(replay)
+            self._advance(replay, now)
 
     def _forget(self, job: PendingRegistration) -> None:
         self._forget_requests(job)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from shim.bridge.context import BridgeContext
+from shim.bridge.events import ResultsConfirmed
 from shim.bridge.scheduler import LATE_S
 from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, LivenessState
 from shim.core.records import SessionKey
@@ -67,16 +68,13 @@ class ConnectionEnd(NamedTuple):
 class ConnectionOwner(Protocol):
     """The interface through which a connection reports its events."""
 
-    def connection_message(self, connection: UpstreamConnection, message: Message) -> None:
-        """Handle a message that arrived."""
+    def connection_message(self, connection: UpstreamConnection, message: Message, now: float) -> None:
+        """Handle a message that arrived at `now` (monotonic seconds)."""
 
-    def results_confirmed(self, connection: UpstreamConnection, seqs: tuple[int, ...]) -> None:
-        """Handle that the controller has received these outbox entries."""
-
-    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState) -> None:
+    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState, now: float) -> None:
         """Drop the connection, because the liveness check found it dead."""
 
-    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd) -> None:
+    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd, now: float) -> None:
         """Handle that the peer or the network closed the connection."""
 
 
@@ -87,7 +85,14 @@ class UpstreamConnection:
     """
 
     def __init__(
-        self, ctx: BridgeContext, serial: int, label: str, owner: ConnectionOwner, *, used_to_ack: bool | None = None
+        self,
+        ctx: BridgeContext,
+        serial: int,
+        label: str,
+        owner: ConnectionOwner,
+        now: float,
+        *,
+        used_to_ack: bool | None = None,
     ) -> None:
         upstream = ctx.settings.upstream
         self.serial = serial
@@ -96,15 +101,15 @@ class UpstreamConnection:
         self._owner = owner
         self._socket: WebSocket | None = None
         self._watch: Timer | None = None
-        self._check_at_s = ctx.now
+        self._check_at_s = now
         self._liveness = Liveness(
-            ctx.now, upstream.ping_interval_s, upstream.read_timeout_s, 2 * upstream.heartbeat_interval_s, used_to_ack
+            now, upstream.ping_interval_s, upstream.read_timeout_s, 2 * upstream.heartbeat_interval_s, used_to_ack
         )
         self._order = 0
         self._heartbeats: dict[str, _InFlightHeartbeat] = {}
         self._statuses: deque[int] = deque(maxlen=MAX_TRACKED_HEARTBEATS)  # the orders of status reports
         self._results: deque[tuple[int, int]] = deque()  # (order, outbox seq)
-        self._fence_ping: tuple[bytes, int] | None = None
+        self._barrier_ping: tuple[bytes, int] | None = None
         self._application_seen = False
         self._bad_kinds: set[str] = set()
 
@@ -118,12 +123,12 @@ class UpstreamConnection:
         """True or False if this connection has shown that the peer acknowledges heartbeats or not, else None."""
         return self._liveness.learnt
 
-    def bind(self, socket: WebSocket) -> None:
+    def bind(self, socket: WebSocket, now: float) -> None:
         """Start to use the socket of a successful dial; the handshake's answer counts as the first frame."""
         self._socket = socket
-        self._liveness.frame(self._ctx.now)
-        self._check_at_s = self._ctx.now
-        self._check()
+        self._liveness.frame(now)
+        self._check_at_s = now
+        self._check(now)
 
     # --- sending ------------------------------------------------------------------------------------------------------
 
@@ -135,7 +140,9 @@ class UpstreamConnection:
         self._ctx.metrics.messages.labels("out", type_label(kind)).inc()
         self._socket.send(Message(kind, payload, request_id, rfc3339(self._ctx.clock.wall_s())))
 
-    def send_heartbeat(self, key: SessionKey, payload: dict[str, Any], answered: Callable[[bool], None]) -> None:
+    def send_heartbeat(
+        self, key: SessionKey, payload: dict[str, Any], answered: Callable[[bool], None], now: float
+    ) -> None:
         """Send a session's heartbeat.
 
         `answered(True)` is called when it is acknowledged, `answered(False)` when an `error` with its request id
@@ -143,7 +150,6 @@ class UpstreamConnection:
         """
         request_id = self._ctx.new_id()
         self.send("heartbeat", payload, request_id)
-        now = self._ctx.now
         self._heartbeats[request_id] = _InFlightHeartbeat(key, self._order, now, answered)
         while len(self._heartbeats) > MAX_TRACKED_HEARTBEATS:
             del self._heartbeats[next(iter(self._heartbeats))]
@@ -185,10 +191,10 @@ class UpstreamConnection:
 
         At most one barrier ping is under way. Results that were sent after it get the next one.
         """
-        if self._fence_ping is None and self._socket is not None and self._results:
+        if self._barrier_ping is None and self._socket is not None and self._results:
             self._order += 1
             payload = b"fence-%d" % self._order
-            self._fence_ping = (payload, self._order)
+            self._barrier_ping = (payload, self._order)
             self._socket.ping(payload)
 
     def close(self, code: int) -> None:
@@ -215,6 +221,7 @@ class UpstreamConnection:
         """Handle an acknowledgement here, and pass every message to the owner."""
         if self._socket is None:
             return
+        now = self._ctx.now
         if not self._application_seen:
             self._application_seen = True
             self._send_barrier_ping()  # a pong before the first message did not count: ask again
@@ -222,8 +229,8 @@ class UpstreamConnection:
         if message.replaced:
             self._ctx.metrics.invalid_characters.labels("controller").inc()
         if message.type == "heartbeat_ack":
-            self._acked(message.request_id)
-        self._owner.connection_message(self, message)
+            self._acked(message.request_id, now)
+        self._owner.connection_message(self, message, now)
 
     def on_bad_frame(self, kind: str) -> None:
         """Count a frame that is no message; log it once per kind and connection."""
@@ -240,10 +247,10 @@ class UpstreamConnection:
         acknowledgements do. Neither does it count before the application has sent a message, or while a first
         acknowledgement on this connection may still come.
         """
-        if self._fence_ping is None or payload != self._fence_ping[0]:
+        if self._barrier_ping is None or payload != self._barrier_ping[0]:
             return
-        order = self._fence_ping[1]
-        self._fence_ping = None
+        order = self._barrier_ping[1]
+        self._barrier_ping = None
         if self._application_seen and not self._liveness.may_ack(self._ctx.now):
             self._confirm_up_to(order)
         if self._results and self._results[-1][0] > order:
@@ -254,11 +261,11 @@ class UpstreamConnection:
         if self._socket is not None:
             self._socket = None
             self._stop_watch()
-            self._owner.connection_closed(self, ConnectionEnd(by_close_frame, code, reason))
+            self._owner.connection_closed(self, ConnectionEnd(by_close_frame, code, reason), self._ctx.now)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _acked(self, request_id: str) -> None:
+    def _acked(self, request_id: str, now: float) -> None:
         self._liveness.acked(request_id)
         named = bool(request_id)
         if not named and self._heartbeats:
@@ -267,7 +274,7 @@ class UpstreamConnection:
         if found is None:
             return
         self._ctx.metrics.heartbeats_up.labels("acked").inc()
-        self._ctx.metrics.heartbeat_ack_seconds.observe(self._ctx.now - found.at)
+        self._ctx.metrics.heartbeat_ack_seconds.observe(now - found.at)
         found.answered(True)
         # An acknowledgement without an id may belong to a status report that was sent before the oldest heartbeat.
         # Confirm only the results before that report: confirming too few is safe, confirming too many loses results.
@@ -279,23 +286,24 @@ class UpstreamConnection:
         while self._results and self._results[0][0] < order:
             seqs.append(self._results.popleft()[1])
         if seqs:
-            self._owner.results_confirmed(self, tuple(seqs))
+            self._ctx.events.put(ResultsConfirmed(tuple(seqs)))
 
-    def _check(self) -> None:
+    def _check(self, now: float) -> None:
+        """Judge if the peer is alive, and ping it if that is due."""
         if self._socket is None:
             return
-        if self._ctx.now - self._check_at_s > LATE_S:
-            self._liveness.excuse(self._ctx.now)
-        check = self._liveness.check(self._ctx.now)
+        if now - self._check_at_s > LATE_S:
+            self._liveness.excuse(now)
+        check = self._liveness.check(now)
         if check.verdict in (LivenessState.HALF_OPEN, LivenessState.STALLED):
-            self._owner.connection_broken(self, check.verdict)
+            self._owner.connection_broken(self, check.verdict, now)
             return
         if check.verdict is LivenessState.PING:
             self._socket.ping(b"alive")
         self._send_barrier_ping()  # repeats a barrier whose pong came too early to count
         wait_s = max(check.next_s, 0.01)
-        self._check_at_s = self._ctx.now + wait_s
-        self._watch = self._ctx.timers.call_later(wait_s, self._check)
+        self._check_at_s = now + wait_s
+        self._watch = self._ctx.timers.call_later(wait_s, lambda: self._check(self._ctx.now))
 
     def _stop_watch(self) -> None:
         if self._watch is not None:

@@ -2,110 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from shim.bridge.command_queues import CommandIntake
 from shim.bridge.context import BridgeContext
-from shim.bridge.gateway_redirect import GatewayConnection, GatewayConnections
-from shim.bridge.heartbeats import HeartbeatForwarder
-from shim.bridge.links import LINK_KIND, LinkPool, UpstreamLink
+from shim.bridge.events import GatewayNamed, SessionUnknown
+from shim.bridge.gateway_redirect import GatewayConnection
+from shim.bridge.links import LinkPool, UpstreamLink
 from shim.bridge.long_polls import PollHolds
 from shim.bridge.registration import PendingRegistration, Registrations
 from shim.bridge.rejections import Refusal, Rejections
-from shim.bridge.session_registry import SessionRegistry
+from shim.bridge.session_registry import SessionRegistry, outcome_of
 from shim.bridge.upstream_connection import UpstreamConnection
+from shim.core.agent_calls import Failed, Outcome
 from shim.core.bounds import MAX_REQUEST_ID_CHARS, MAX_SHOWN_CHARS, cut
-from shim.core.records import SessionKey
 from shim.core.session_standing import TroubleKind
 from shim.core.sessions import Session
 from shim.log import get
 from shim.protocol.command_message import MalformedCommand, parse_command
-from shim.protocol.controller_replies import LEFTOVER_TYPES, REFUSED_TYPES, error_text, forgotten, refuse, tunnel_state
+from shim.protocol.controller_replies import (
+    LEFTOVER_TYPES,
+    REFUSED_TYPES,
+    conflict_reply,
+    error_status,
+    error_text,
+    forgotten,
+    refuse,
+    register_reply,
+    tunnel_state,
+)
 from shim.protocol.malformed_frames import OUT_OF_RANGE
 from shim.protocol.rfc3339 import rfc3339
 from shim.protocol.upstream_message import Message
-
-
-class LinkMessageSource:
-    """The source of messages from a link's own connection."""
-
-    def __init__(
-        self, link: UpstreamLink, links: LinkPool, gateways: GatewayConnections, presence: HeartbeatForwarder
-    ) -> None:
-        self.owner = link.owner
-        self._link = link
-        self._links = links
-        self._gateways = gateways
-        self._presence = presence
-
-    @property
-    def rejection_key(self) -> SessionKey:
-        """The link itself; see `MessageSource.rejection_key`."""
-        return SessionKey(self.owner, LINK_KIND, self._link.name)
-
-    def sessions(self) -> Iterable[Session]:
-        """Return the sessions that use the link."""
-        return self._links.sessions_of(self._link)
-
-    def gateway_offered(self, session: Session, url: str) -> None:
-        """Route the session to the gateway."""
-        self._gateways.redirect(session, self._link, url)
-
-    def introduce(self, session: Session) -> None:
-        """Register the session again."""
-        self._presence.announce(session)
-
-
-class GatewayMessageSource:
-    """The source of messages from a gateway's connection, which carries one session and no registrations."""
-
-    def __init__(self, gateway: GatewayConnection, gateways: GatewayConnections) -> None:
-        self.owner = gateway.session.key.owner
-        self._leg = gateway
-        self._gateways = gateways
-
-    @property
-    def rejection_key(self) -> SessionKey:
-        """The gateway's session; see `MessageSource.rejection_key`."""
-        return self._leg.session.key
-
-    def sessions(self) -> Iterable[Session]:
-        """Return the gateway's only session."""
-        return (self._leg.session,)
-
-    def gateway_offered(self, session: Session, url: str) -> None:
-        """Do nothing: no registration is sent over a gateway."""
-
-    def introduce(self, session: Session) -> None:
-        """Register the session with the controller, which may name another gateway."""
-        self._gateways.return_to_controller(self._leg)
-
 
 log = get(__name__)
 
 MAX_UNKNOWN_TYPES = 64
 
 
-class MessageSource(Protocol):
-    """The connection that a message arrived on."""
-
-    @property
-    def owner(self) -> str:
-        """The owner of the connection's sessions."""
-
-    @property
-    def rejection_key(self) -> SessionKey:
-        """The key under which rejections without a session are stored, so that they are sent to the same peer."""
-
-    def sessions(self) -> Iterable[Session]:
-        """Return the sessions whose traffic the connection carries."""
-
-    def gateway_offered(self, session: Session, url: str) -> None:
-        """Handle that the reply to a registration named a gateway."""
-
-    def introduce(self, session: Session) -> None:
-        """Register a session with the controller again."""
+MessageSource = UpstreamLink | GatewayConnection
+"""The link or the gateway on whose connection a message arrived."""
 
 
 class UpstreamMessageHandler:
@@ -114,6 +51,7 @@ class UpstreamMessageHandler:
     def __init__(
         self,
         ctx: BridgeContext,
+        links: LinkPool,
         registrations: Registrations,
         session_registry: SessionRegistry,
         intake: CommandIntake,
@@ -121,13 +59,14 @@ class UpstreamMessageHandler:
         holding: PollHolds,
     ) -> None:
         self._ctx = ctx
+        self._links = links
         self._registrations = registrations
         self._session_registry = session_registry
         self._intake = intake
         self._refusals = refusals
         self._holding = holding
         self._unknown: set[str] = set()
-        self._handlers: dict[str, Callable[[UpstreamConnection, Message, MessageSource], None]] = {
+        self._handlers: dict[str, Callable[[UpstreamConnection, Message, MessageSource, float], None]] = {
             "register_success": self._register_success,
             "register_in_progress": self._register_in_progress,
             "heartbeat_ack": self._nothing,
@@ -137,8 +76,8 @@ class UpstreamMessageHandler:
             "tunnel_status": self._tunnel_status,
         }
 
-    def handle(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
-        """Handle one message.
+    def handle(self, connection: UpstreamConnection, message: Message, source: MessageSource, now: float) -> None:
+        """Handle one message that arrived at `now` (monotonic seconds).
 
         A message that cannot be used is counted and dropped. Only a command is answered in that case: the controller
         waits for its result.
@@ -148,9 +87,9 @@ class UpstreamMessageHandler:
             return
         handler = self._handlers.get(message.type)
         if handler is not None:
-            handler(connection, message, source)
+            handler(connection, message, source, now)
         elif message.type in self._ctx.settings.commands.types:
-            self._command(connection, message, source)
+            self._command(connection, message, source, now)
         elif message.type in REFUSED_TYPES:
             self._refuse(connection, message)
         elif message.type in LEFTOVER_TYPES:
@@ -160,43 +99,97 @@ class UpstreamMessageHandler:
 
     # --- by type ------------------------------------------------------------------------------------------------------
 
-    def _nothing(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+    def _nothing(self, connection: UpstreamConnection, message: Message, source: MessageSource, now: float) -> None:
         """Ignore the message. Its arrival has already reset the liveness timer."""
 
-    def _register_in_progress(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
-        self._registrations.in_progress(message)
+    def _register_in_progress(
+        self, connection: UpstreamConnection, message: Message, source: MessageSource, now: float
+    ) -> None:
+        self._registrations.in_progress(message, now)
 
-    def _register_success(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
-        job: PendingRegistration | None = self._registrations.succeeded(connection, message)
+    def _register_success(
+        self, connection: UpstreamConnection, message: Message, source: MessageSource, now: float
+    ) -> None:
+        """Store the session of an accepted registration and answer its agent.
+
+        No registration is sent over a gateway, so only the reply on a link may name a gateway.
+        """
+        job = self._registrations.find(message.request_id)
+        if job is None:
+            return
+        reply = register_reply(message.payload)
+        if not reply:
+            failed = Failed(502, "the controller answered without a usable cluster id")
+            self._registrations.fail(job, failed, connection, now)
+            return
+        self._registrations.succeed(job, self._register(job, reply), connection, now)
         url = message.payload.get("gateway_ws_url")
-        if job is not None and job.session is not None and isinstance(url, str) and url:
-            source.gateway_offered(job.session, url)
+        if job.session is not None and isinstance(url, str) and url and isinstance(source, UpstreamLink):
+            self._ctx.events.put(GatewayNamed(job.session, source, url))
 
-    def _ping(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+    def _register_refused(
+        self, connection: UpstreamConnection, message: Message, job: PendingRegistration, now: float
+    ) -> None:
+        """Answer the agent of a refused registration; a 409 with a cluster id is stored as a registration."""
+        status = error_status(message.payload)
+        text = error_text(message.payload, lambda text: self._ctx.masked(text, job.link.token, job.secret))
+        session = str(job.identity[-1])
+        log.warning("register_failed", dedupe_key=f"{session} {status}", status=status, error=text, session=session)
+        reply = conflict_reply(message.payload) if status == 409 else {}
+        if reply:
+            self._register(job, reply, conflict=True)
+        self._registrations.fail(job, Failed(status, text, cluster_id=reply.get("cluster_id", "")), connection, now)
+
+    def _register(self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
+        """Create or update the session of an answered registration and return the answer to the agent.
+
+        `reply` is the result of `controller_replies.register_reply`. `conflict` is True if the controller answered with
+        an error that carries the id of an existing cluster (409).
+        """
+        if job.session is not None and self._ctx.sessions.get(job.session.key) is not job.session:
+            job.session = None  # the session was superseded or deleted while the controller was answering
+        if job.session is None and job.call is None:
+            return Failed(404, "the session is gone")
+        session = job.session = self._session_registry.register(
+            job.link.owner, job.call, job.session, job.payload, reply, conflict=conflict
+        )
+        session.link = job.link
+        return outcome_of(session, cached=False)
+
+    def _ping(self, connection: UpstreamConnection, message: Message, source: MessageSource, now: float) -> None:
         request_id = message.request_id[:MAX_REQUEST_ID_CHARS]
         connection.send("pong", {"timestamp": rfc3339(self._ctx.clock.wall_s())}, request_id)
 
-    def _error(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
-        if self._registrations.refused(connection, message):
+    def _error(self, connection: UpstreamConnection, message: Message, source: MessageSource, now: float) -> None:
+        """Handle the refusal of a registration or of a heartbeat, or that the controller does not know a session."""
+        job = self._registrations.find(message.request_id)
+        if job is not None:
+            self._register_refused(connection, message, job, now)
             return
         self._ctx.metrics.upstream_errors.inc()
-        about = connection.heartbeat_failed(message.request_id)
+        key = connection.heartbeat_failed(message.request_id)
         text = error_text(message.payload, self._ctx.masked)
         if forgotten(message.payload):
-            for session in source.sessions():
-                if (about is None or session.key == about) and session.fresh(self._ctx.now):
-                    if about is None:
+            for session in self._sessions_of(source):
+                if (key is None or session.key == key) and session.fresh(now):
+                    if key is None:
                         session.coverage.refused()
-                    session.standing.fail(TroubleKind.UNKNOWN, text, self._ctx.now)
-                    source.introduce(session)
+                    session.standing.fail(TroubleKind.UNKNOWN, text, now)
+                    self._ctx.events.put(SessionUnknown(session, source))
             return
-        refused = self._ctx.sessions.get(about) if about is not None else None
+        refused = self._ctx.sessions.get(key) if key is not None else None
         if refused is not None:
-            refused.standing.fail(TroubleKind.HEARTBEATS_REFUSED, text, self._ctx.now)
+            refused.standing.fail(TroubleKind.HEARTBEATS_REFUSED, text, now)
         log.warning("upstream_error", dedupe_key=text, error=text)
 
-    def _tunnel_status(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
-        session = self._target(source, message.payload)
+    def _sessions_of(self, source: MessageSource) -> Sequence[Session]:
+        """Return the sessions whose traffic the connection carries."""
+        return (source.session,) if isinstance(source, GatewayConnection) else self._links.sessions_of(source)
+
+    def _tunnel_status(
+        self, connection: UpstreamConnection, message: Message, source: MessageSource, now: float
+    ) -> None:
+        session = self._target(source, message.payload, now)
         if isinstance(session, Session):
             state = tunnel_state(message.payload)
             if state is None:
@@ -206,7 +199,7 @@ class UpstreamMessageHandler:
         else:
             log.warning("tunnel_status_without_target", dedupe_key=session, code=session)
 
-    def _command(self, connection: UpstreamConnection, message: Message, source: MessageSource) -> None:
+    def _command(self, connection: UpstreamConnection, message: Message, source: MessageSource, now: float) -> None:
         wall = self._ctx.clock.wall_s()
         new_id = self._ctx.new_id
         try:
@@ -215,7 +208,7 @@ class UpstreamMessageHandler:
             request_id = message.request_id[:MAX_REQUEST_ID_CHARS]
             self._reject(source, error.command_id or request_id or new_id(), request_id, "malformed", str(error))
             return
-        session = self._target(source, {"cluster_id": command.cluster_id, "agent_id": command.agent_id})
+        session = self._target(source, {"cluster_id": command.cluster_id, "agent_id": command.agent_id}, now)
         if not isinstance(session, Session):
             self._reject(source, command.id, message.request_id, session, "no such agent is served here")
             return
@@ -226,7 +219,7 @@ class UpstreamMessageHandler:
 
         self._intake.arrive(session, command, message.request_id, settled)
 
-    def _target(self, source: MessageSource, payload: dict[str, Any]) -> Session | str:
+    def _target(self, source: MessageSource, payload: dict[str, Any], now: float) -> Session | str:
         """Return the session that a message is meant for, or the code of a rejection.
 
         See target in docs/reference/protocol.md#3-commands.
@@ -236,8 +229,8 @@ class UpstreamMessageHandler:
         if cluster_id or agent_id:
             found = self._ctx.sessions.find(source.owner, cluster_id, agent_id)
             return found[0] if found else "unknown_agent"
-        sessions = list(source.sessions())
-        fresh = [session for session in sessions if session.fresh(self._ctx.now)]
+        sessions = self._sessions_of(source)
+        fresh = [session for session in sessions if session.fresh(now)]
         if len(fresh) > 1:
             return "ambiguous_target"
         if fresh:

@@ -139,7 +139,7 @@ class DialOutcome(Enum):
 
     OK = "ok"
     FAILED = "failed"  # the controller was reachable
-    AWAY = "away"  # the controller was unreachable, as far as the dial shows
+    UNREACHABLE = "away"  # the controller was unreachable, as far as the dial shows
 
 
 def failure_name(reason: str, status: int) -> str:

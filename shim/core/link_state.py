@@ -145,8 +145,21 @@ class AuthRejected(msgspec.Struct, frozen=True):
     """Report that the controller rejected the token in every way of presenting it."""
 
 
+class TokenAccepted(msgspec.Struct, frozen=True):
+    """Report that the controller accepted an agent's own token for the first time."""
+
+
 LinkEffect = (
-    Dial | CloseSocket | CancelDial | StartReplay | Online | Offline | StartRetryTimer | CancelRetryTimer | AuthRejected
+    Dial
+    | CloseSocket
+    | CancelDial
+    | StartReplay
+    | Online
+    | Offline
+    | StartRetryTimer
+    | CancelRetryTimer
+    | AuthRejected
+    | TokenAccepted
 )
 
 
@@ -288,29 +301,28 @@ class LinkStateMachine:
 
     def _registered(self, event: LinkEvent, now: float) -> _Step:
         self._registered_at = now
-        self._accepted(now)
-        return self.state, []
+        return self.state, self._accepted(now)
 
     def _acknowledged(self, event: LinkEvent, now: float) -> _Step:
-        self._accepted(now)
-        return self.state, []
+        return self.state, self._accepted(now)
 
     def _stable(self, event: LinkEvent, now: float) -> _Step:
         self._backoff.reset()
         self._short_lives = 0
         self.contended = False
-        self._accepted(now)
-        return self.state, []
+        return self.state, self._accepted(now)
 
-    def _accepted(self, now: float) -> None:
+    def _accepted(self, now: float) -> list[LinkEffect]:
         """Record that the controller accepts the token: it accepted a registration or heartbeat, or kept the link open.
 
         The handshake alone does not prove it for an agent's own token: some controllers check the token only
         afterwards.
         """
         self.refused = self.closed_as_refused = False
-        if self.accepted_at is None:
-            self.accepted_at = now
+        if self.accepted_at is not None:
+            return []
+        self.accepted_at = now
+        return [TokenAccepted()]
 
     def _lost(self, event: LinkEvent, now: float) -> _Step:
         assert isinstance(event, Lost)

@@ -159,7 +159,7 @@ async def test_a_command_whose_session_was_deleted_meanwhile_expires(make_world:
     await world.pass_s(590)
     world.store.slow = True
     world.controller.come_back()
-    world.bridge.links.get("default", "default", "").ensure_connected()
+    world.bridge.links.get("default", "default", "").ensure_connected(world.now)
     await world.settle()
     world.controller.push("k1", cluster_id="c-1")
     await world.pass_s(20)
