@@ -12,7 +12,8 @@ from typing import Any
 
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
-from shim.bridge.links import LinkPool, UpstreamLink
+from shim.bridge.link_pool import LinkPool
+from shim.bridge.links import UpstreamLink
 from shim.bridge.long_polls import LongPolls, PollHolds, failed
 from shim.bridge.registration import Registrations
 from shim.bridge.session_registry import SessionRegistry, outcome_of

@@ -15,7 +15,7 @@ from shim.bridge.events import EventQueue
 from shim.bridge.gateway_redirect import GatewayConnections
 from shim.bridge.heartbeats import HeartbeatForwarder
 from shim.bridge.http_fallback import HttpFallbackBridge
-from shim.bridge.links import LinkPool
+from shim.bridge.link_pool import LinkPool
 from shim.bridge.long_polls import PollHolds
 from shim.bridge.outbox import Outbox
 from shim.bridge.registration import Registrations
@@ -47,7 +47,7 @@ class Bridge:
         self.links = LinkPool(ctx)
         self.registrations = Registrations(ctx)
         self.session_registry = SessionRegistry(ctx, self._moved, self._ended, self.links.token_accepted)
-        self.gateways = GatewayConnections(ctx, self.links)
+        self.gateways = GatewayConnections(ctx, self.links.shared)
         self.outbox = Outbox(ctx, self.links.connection_for_key)
         self.queues = CommandQueues(ctx, self.outbox)
         self.delivery = CommandDelivery(ctx, self.queues)
@@ -58,7 +58,7 @@ class Bridge:
         messages = UpstreamMessageHandler(
             ctx, self.links, self.registrations, self.session_registry, self.intake, refusals, self.holding
         )
-        self.links.receive = self.gateways.receive = messages.handle
+        self.links.shared.receive = self.gateways.receive = messages.handle
         self.links.has_unsent_results = self.outbox.unsent_for
         EventHandlers(
             ctx, self.links, self.gateways, self.registrations, self.session_registry, self.outbox, self.presence
@@ -87,6 +87,7 @@ class Bridge:
             (1, self.gateways.sweep),
             (1, self.unpolled.check),
             (5, self.presence.sweep),
+            (5, self.links.check_idle),
             (5, self._look_after_store),
             (5, self.registrations.sweep),
             (60, self._save_holds),

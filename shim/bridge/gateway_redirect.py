@@ -6,12 +6,11 @@ See docs/reference/protocol.md#22-gateway-redirect.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from shim.bridge.context import BridgeContext
-from shim.bridge.events import GatewayClosed, GatewayLost, GatewayOpened
-from shim.bridge.links import LinkPool, UpstreamLink
+from shim.bridge.links import LinkContext, UpstreamLink
 from shim.bridge.upstream_connection import ConnectionEnd, UpstreamConnection
 from shim.config.settings import is_loopback
 from shim.core.backoff import Backoff, FailureKind
@@ -67,6 +66,25 @@ class GatewayConnection:
         return self.connection if self.opened_at is not None else None
 
 
+class GatewayOpened(NamedTuple):
+    """The handshake of a gateway succeeded: it carries the traffic of its session from now on."""
+
+    gateway: GatewayConnection
+
+
+class GatewayClosed(NamedTuple):
+    """The connection of a gateway ended, whoever closed it."""
+
+    connection: UpstreamConnection
+
+
+class GatewayLost(NamedTuple):
+    """A gateway no longer serves its session."""
+
+    gateway: GatewayConnection
+    now: float
+
+
 class GatewayConnections:
     """The gateway connections of all sessions.
 
@@ -75,9 +93,9 @@ class GatewayConnections:
 
     receive: Callable[[UpstreamConnection, Message, GatewayConnection, float], None]
 
-    def __init__(self, ctx: BridgeContext, links: LinkPool) -> None:
+    def __init__(self, ctx: BridgeContext, shared: LinkContext) -> None:
         self._ctx = ctx
-        self._links = links
+        self._shared = shared
         self._gateways: dict[SessionKey, GatewayConnection] = {}
         self._suffixes: PublicSuffixList | None = None
 
@@ -175,7 +193,7 @@ class GatewayConnections:
         path = "" if urlsplit(gateway.url).path.strip("/") else "/ws"
         uuid = gateway.session.reply.get("cluster_uuid") or gateway.session.upstream_cluster_id
         label = f"gateway {gateway.session.key.ident}"
-        serial, acks = next(self._links.serials), gateway.link.acks
+        serial, acks = next(self._shared.serials), gateway.link.acks
         connection = UpstreamConnection(self._ctx, serial, label, self, self._ctx.now, used_to_ack=acks)
         spec = DialRequest(ws_url(gateway.url, path), token, True, False, (("cluster_uuid", uuid),))
         gateway.connection = connection

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from shim.bridge.context import ENVELOPE_BYTES, BridgeContext
-from shim.bridge.links import LinkPool
+from shim.bridge.link_pool import LinkPool
 from shim.bridge.registration import Registrations
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.agent_calls import TargetKind
@@ -164,13 +164,10 @@ class HeartbeatForwarder:
         if self._links.connection_of(session) is connection:
             self._send_newest(session)
 
-    def online(self, sessions: list[Session], since: float) -> None:
-        """Send the newest heartbeat of each fresh session at once; called after the replay and the results.
-
-        A session is left out if its heartbeat was sent after `since`, when the link came online.
-        """
+    def online(self, sessions: list[Session], connection: UpstreamConnection) -> None:
+        """Send the newest heartbeat of each fresh session at once, unless this connection has carried one already."""
         for session in sessions:
-            self._send_newest(session, force=session.sent_at is None or session.sent_at < since)
+            self._send_newest(session, force=session.standing.sent_on != connection.serial)
 
     def _send_newest(self, session: Session, *, force: bool = True) -> None:
         self.called(session, force=force)

@@ -9,7 +9,8 @@ from typing import Any
 from shim.bridge.command_queues import CommandIntake, CommandQueues
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
-from shim.bridge.links import LinkPool, UpstreamLink
+from shim.bridge.link_pool import LinkPool
+from shim.bridge.links import UpstreamLink
 from shim.bridge.session_registry import SessionRegistry
 from shim.core.agent_calls import (
     AgentCall,

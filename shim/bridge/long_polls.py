@@ -11,7 +11,7 @@ from typing import Any
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
 from shim.bridge.heartbeats import HeartbeatForwarder
-from shim.bridge.links import LinkPool
+from shim.bridge.link_pool import LinkPool
 from shim.bridge.scheduler import DeadlineQueue, DueCallback
 from shim.bridge.session_registry import SessionRegistry
 from shim.core.agent_calls import Commands, Failed, PollCall

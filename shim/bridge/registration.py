@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from shim.bridge.context import BridgeContext
-from shim.bridge.events import ReplayFinished, SessionAnnounced
 from shim.bridge.links import UpstreamLink
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core import link_state as ev
@@ -78,6 +77,20 @@ class RefusedRegistration(NamedTuple):
     status: int
     error: str
     at: float
+
+
+class ReplayFinished(NamedTuple):
+    """All fresh sessions of a link are registered on its connection, or were not answered in time."""
+
+    link: UpstreamLink
+    now: float
+
+
+class SessionAnnounced(NamedTuple):
+    """The controller knows a session on this connection, or did not answer its registration in time."""
+
+    session: Session
+    connection: UpstreamConnection
 
 
 @dataclass(slots=True, eq=False)

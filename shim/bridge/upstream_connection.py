@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from shim.bridge.context import BridgeContext
-from shim.bridge.events import ResultsConfirmed
 from shim.bridge.scheduler import LATE_S
 from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, LivenessState
 from shim.core.records import SessionKey
@@ -39,6 +38,12 @@ class _InFlightHeartbeat(NamedTuple):
     order: int
     at: float
     answered: Callable[[bool], None]
+
+
+class ResultsConfirmed(NamedTuple):
+    """The controller has received these entries of the outbox."""
+
+    seqs: tuple[int, ...]
 
 
 class ConnectionEnd(NamedTuple):

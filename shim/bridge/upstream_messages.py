@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from shim.bridge.command_queues import CommandIntake
 from shim.bridge.context import BridgeContext
-from shim.bridge.events import GatewayNamed, SessionUnknown
 from shim.bridge.gateway_redirect import GatewayConnection
-from shim.bridge.links import LinkPool, UpstreamLink
+from shim.bridge.link_pool import LinkPool
+from shim.bridge.links import UpstreamLink
 from shim.bridge.long_polls import PollHolds
 from shim.bridge.registration import PendingRegistration, Registrations
 from shim.bridge.rejections import Refusal, Rejections
@@ -43,6 +43,21 @@ MAX_UNKNOWN_TYPES = 64
 
 MessageSource = UpstreamLink | GatewayConnection
 """The link or the gateway on whose connection a message arrived."""
+
+
+class SessionUnknown(NamedTuple):
+    """The controller answered that it does not know a session; `source` carried the answer."""
+
+    session: Session
+    source: MessageSource
+
+
+class GatewayNamed(NamedTuple):
+    """The reply to a session's registration named a gateway for its traffic."""
+
+    session: Session
+    link: UpstreamLink
+    url: str
 
 
 class UpstreamMessageHandler:

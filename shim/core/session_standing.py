@@ -26,13 +26,16 @@ class Trouble(NamedTuple):
 
 
 class SessionStanding:
-    """Standing of one agent. All times are monotonic seconds; connections are identified by their serial number."""
+    """Standing of one agent. All times are monotonic seconds; connections are identified by their serial number.
 
-    __slots__ = ("_connection", "_sent", "_since", "trouble")
+    `sent_on` is the connection that carried the last heartbeat, 0 if none did.
+    """
+
+    __slots__ = ("_sent", "_since", "sent_on", "trouble")
 
     def __init__(self) -> None:
         self.trouble: Trouble | None = None
-        self._connection = 0
+        self.sent_on = 0
         self._sent = 0
         self._since = 0.0
 
@@ -52,8 +55,8 @@ class SessionStanding:
 
     def sent(self, now: float, connection: int) -> None:
         """Record a heartbeat sent upstream."""
-        if connection != self._connection or not self._sent:
-            self._connection, self._sent, self._since = connection, 0, now
+        if connection != self.sent_on or not self._sent:
+            self.sent_on, self._sent, self._since = connection, 0, now
         self._sent += 1
 
     def acknowledged(self) -> None:
