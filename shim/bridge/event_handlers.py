@@ -1,4 +1,4 @@
-"""What happens when: one function for each event of a link, a gateway or a registration (`bridge.events`).
+"""Handlers of events: one function for each event of a link, a gateway or a registration (`bridge.events`).
 
 Each function is the only place that lists what follows from its event, in the order in which it is done.
 """

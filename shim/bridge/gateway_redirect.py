@@ -73,7 +73,7 @@ class GatewayOpened(NamedTuple):
 
 
 class GatewayClosed(NamedTuple):
-    """The connection of a gateway ended, whoever closed it."""
+    """The connection of a gateway ended, closed by the shim, the peer or the network."""
 
     connection: UpstreamConnection
 

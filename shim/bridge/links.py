@@ -47,7 +47,7 @@ class LinkOnline(NamedTuple):
 
 
 class LinkLost(NamedTuple):
-    """The connection of a link ended, whoever closed it."""
+    """The connection of a link ended, closed by the shim, the peer or the network."""
 
     link: UpstreamLink
     connection: UpstreamConnection
