@@ -6,15 +6,19 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from bench import durable, first_minutes, latency, memory, overload, report, sizing, throughput, traffic
-from bench.figures import Figure
+from bench import database, durable, first_minutes, latency, memory, overload, report, sizing, throughput, traffic
+from bench.figures import Figure, Log
 from bench.servers import ROOT, Bench, allow_files
 
 WANTED_FILES = 17_000
-PARTS = ("latency", "first_minutes", "throughput", "memory", "durable", "overload", "traffic", "sizing")
+OF_DATABASE = ("postgres", "forwarding", "replicas")
+"""Parts with baselines of their own, skipped without PostgreSQL; so they may be written by themselves, all together."""
+PARTS = ("latency", "first_minutes", "throughput", "memory", "durable", "overload", "traffic", "sizing", *OF_DATABASE)
 
 VIRTUAL = {"first_minutes"}
 """Parts in virtual time: their figures are the same on every machine, and so may be written by themselves."""
@@ -33,11 +37,19 @@ def main() -> None:
 
     figures: list[Figure] = []
     rows: list[sizing.Row] = []
+    fleet: dict[str, Any] = {}
 
-    def size(bench: Bench, _log: Callable[[str], None]) -> list[Figure]:
+    def size(bench: Bench, _log: Log) -> list[Figure]:
         found, more = sizing.measure(bench, log)
         rows.extend(more)
         return found
+
+    def on_database(name: str, bench: Bench) -> list[Figure]:
+        found = import_module(f"bench.{name}").measure(bench, log)  # psycopg is an extra
+        if name != "replicas":
+            return list(found)
+        fleet.update(asdict(found[1]))
+        return list(found[0])
 
     parts = (
         latency.measure,
@@ -48,31 +60,42 @@ def main() -> None:
         overload.measure,
         traffic.measure,
         size,
+        *(lambda bench, _log, name=name: on_database(name, bench) for name in OF_DATABASE),
     )
     if (files := allow_files()) < WANTED_FILES:
         log(f"only {files} open files are allowed here: {WANTED_FILES} may be needed")
+    missing = database.missing()
     for name, measure in zip(PARTS, parts, strict=True):
-        if not given.only or name in given.only:
-            with Bench(quick=given.quick) as bench:
-                figures += measure(bench, log)
-            report.write_json(given.json, report.content(figures, rows))
-    found = report.content(figures, rows)
+        if given.only and name not in given.only:
+            continue
+        if name in OF_DATABASE and missing:
+            log(f"{name}: SKIPPED, {missing}")
+            continue
+        with Bench(quick=given.quick) as bench:
+            figures += measure(bench, log)
+        report.write_json(given.json, report.content(figures, rows, fleet))
+    found = report.content(figures, rows, fleet)
     print(report.text(found))
-    if given.docs:
-        report.write_pages(report.with_virtual(found) if given.only else found)
+    if given.docs and not (missing and set(given.only) & set(OF_DATABASE)):
+        report.write_pages(report.merged(found, whole=not given.only))
 
 
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[], metavar="PART", choices=PARTS, help=", ".join(PARTS))
+    parser.add_argument(
+        "--only", nargs="*", action="extend", default=[], metavar="PART", choices=PARTS, help=", ".join(PARTS)
+    )
     parser.add_argument("--quick", action="store_true", help="a little of everything: shows that it works, no figures")
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results.json", metavar="FILE")
     parser.add_argument("--docs", action="store_true", help="write performance.md, sizing.md and performance.json")
     parser.add_argument("--render", action="store_true", help="measure nothing; write the pages anew from the JSON")
     given: argparse.Namespace = parser.parse_args()
-    if given.docs and (given.quick or not set(given.only) <= VIRTUAL):
-        allowed = ", ".join(sorted(VIRTUAL))
-        parser.error(f"the pages show one whole run: --docs goes with no --quick, and with --only of {allowed}")
+    alone = not given.only or set(given.only) <= VIRTUAL or set(given.only) == set(OF_DATABASE)
+    if given.docs and (given.quick or not alone):
+        parser.error(
+            "the pages show one whole run: --docs goes with no --quick, and with --only of"
+            f" {', '.join(sorted(VIRTUAL))}, or of {', '.join(OF_DATABASE)} together"
+        )
     return given
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench.forwarding --url postgresql://… [--quick]`: the CPU that forwarding a heartbeat costs.
+"""The CPU that forwarding a heartbeat costs.
 
 Two replicas share an empty database; one of them owns the shard of the configured token. The same heartbeats go to the
 owner directly and through the other replica; both processes' CPU is counted each time.
@@ -6,16 +6,13 @@ owner directly and through the other replica; both processes' CPU is counted eac
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
-import urllib.request
+from statistics import median
 
-from bench import loads, requests
-from bench.figures import Figure, compared
+from bench import database, loads, requests
+from bench.figures import Figure, Log, compared
 from bench.load import Plan
-from bench.servers import Bench, Server
+from bench.servers import Bench, Server, end
 
 PART = "Heartbeats through a replica that does not own the agent"
 AIM = 1.4
@@ -25,7 +22,16 @@ FEW = 2 * CONNECTIONS  # calls, not seconds: on a busy machine none may be answe
 OWNED_S = 30.0
 
 
-def measure(bench: Bench, url: str) -> list[Figure]:
+def measure(bench: Bench, log: Log) -> list[Figure]:
+    """The figure, from a database of its own."""
+    with database.running() as server:
+        costs_us = _costs_us(bench, server.create())
+    found = (costs_us["forwarded"], costs_us["direct"])
+    log(f"forwarded heartbeat: {median(found[0]):.0f} µs of CPU, direct {median(found[1]):.0f} µs")
+    return [compared(PART, "CPU per heartbeat, both processes", "µs", *found, against="direct", aim=AIM)]
+
+
+def _costs_us(bench: Bench, url: str) -> dict[str, list[float]]:
     """Rounds of one second, directly and forwarded in turn; a first round warms up."""
     controller = bench.controller()
     sections = {"log": {"level": "warning"}, "store": {"url": url}, "cluster": {"port": 0}}
@@ -38,8 +44,9 @@ def measure(bench: Bench, url: str) -> list[Figure]:
             cost_us = _round(server, both, bench.pick(0, FEW))
             if round_:
                 costs_us[name].append(cost_us)
-    found = (costs_us["forwarded"], costs_us["direct"])
-    return [compared(PART, "CPU per heartbeat, both processes", "µs", *found, against="direct", aim=AIM)]
+    for each in (*both, controller):  # before their database
+        end(each.process)
+    return costs_us
 
 
 def _owner(both: list[Server]) -> Server:
@@ -47,9 +54,8 @@ def _owner(both: list[Server]) -> Server:
     until = time.monotonic() + OWNED_S
     while time.monotonic() < until:
         for server in both:
-            with urllib.request.urlopen(f"http://{server.ready['admin']}/status.json", timeout=5) as response:
-                if json.load(response)["links"]["online"]:
-                    return server
+            if server.status()["links"]["online"]:
+                return server
         time.sleep(0.1)
     raise RuntimeError("no replica has the link")
 
@@ -68,19 +74,3 @@ def _round(server: Server, both: list[Server], total: int) -> float:
     if found.errors:
         raise RuntimeError(f"{found.errors} calls failed")
     return (sum(each.cpu_s() for each in both) - before_s) / found.answers * 1e6
-
-
-def main() -> None:
-    """Print the figures as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m bench.forwarding", description=__doc__)
-    parser.add_argument("--url", required=True, help="an empty database")
-    parser.add_argument("--quick", action="store_true", help="a little of everything: shows that it works, no figures")
-    given = parser.parse_args()
-    with Bench(quick=given.quick) as bench:
-        figures = measure(bench, given.url)
-    json.dump([figure.to_json() for figure in figures], sys.stdout, indent=1)
-    print()
-
-
-if __name__ == "__main__":
-    main()

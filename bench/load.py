@@ -18,13 +18,14 @@ import msgspec
 
 BACKLOG = 64
 IDLE_S = 0.2
+ANSWERED_S = 30.0
 _IDS = re.compile(rb'"id": ?"([^"]+)"')
 
 
 class Plan(msgspec.Struct, kw_only=True):
     """`requests` are dealt round the connections. `closed`: each connection sends the next request when it has its
     answer, for `duration_s` or `total` requests. `paced`: each request goes out every `interval_s`, spread evenly.
-    `held`: once. `polling`: for ever.
+    `held`: once. `polling`: for ever; the first polls are spread over `spread_s`.
     """
 
     host: str
@@ -35,6 +36,7 @@ class Plan(msgspec.Struct, kw_only=True):
     duration_s: float = 1.0
     total: int = 0
     interval_s: float = 5.0
+    spread_s: float = 0.0
 
 
 class Found(msgspec.Struct):
@@ -150,10 +152,16 @@ class Load:
                 agent.request = plan.requests[due % len(plan.requests)]
                 self._send(agent)
                 due += 1
-        self._serve(IDLE_S)
+        end_s = time.perf_counter() + max(plan.interval_s, ANSWERED_S)
+        while any(agent.waiting for agent in agents) and time.perf_counter() < end_s:
+            self._serve(IDLE_S)
 
     def _polling(self) -> None:
-        for agent in self._agents.values():
+        start_s, between_s = time.perf_counter(), self.plan.spread_s / len(self._agents)
+        for number, agent in enumerate(list(self._agents.values())):
+            while (wait_s := start_s + number * between_s - time.perf_counter()) > 0:
+                for served in self._serve(wait_s):
+                    self._send(served)
             self._send(agent)
         print(msgspec.json.encode({"held": len(self._agents)}).decode(), flush=True)
         os.set_blocking(sys.stdin.fileno(), False)

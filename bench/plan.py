@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,22 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a replica takes without agents, and what each agent adds: the line through the two largest measurements."""
+    """What a replica takes without agents, and what each agent adds: the line through the two largest measurements.
+
+    `forwarded` is what a call costs that one replica passes on to another, both together, in calls that are not; as
+    measured with `fleet_agents` agents over several replicas, or 2 if that was not measured.
+    """
 
     base_mb: float
     agent_mb: float
     base_cpu: float
     agent_cpu: float
     measured: int
+    forwarded: float = 2.0
+    fleet_agents: int = 0
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Cost:
+    def of(cls, rows: Sequence[Mapping[str, Any]], fleet: Mapping[str, Any] | None = None) -> Cost:
         """Raises `ValueError` where there are not two sizes."""
         if len(rows) < 2:
             raise ValueError("the JSON has no sizing rows: measure with `make bench ONLY=sizing`")
@@ -61,7 +67,17 @@ class Cost:
         agent_cpu = (more["cpu_percent"] - less["cpu_percent"]) / between / 100
         base_mb = more["rss_mb"] - agent_mb * more["agents"]
         base_cpu = max(0.0, more["cpu_percent"] / 100 - agent_cpu * more["agents"])
-        return cls(max(0.0, base_mb), agent_mb, base_cpu, agent_cpu, more["agents"])
+        made = cls(max(0.0, base_mb), agent_mb, base_cpu, agent_cpu, more["agents"])
+        return made.over_replicas(fleet) if fleet else made
+
+    def over_replicas(self, fleet: Mapping[str, Any]) -> Cost:
+        """The same with what agents took whose calls were forwarded as often as replicas are others."""
+        agents, count = fleet["agents"], fleet["replicas"]
+        direct_cpu = self.agent_cpu * agents
+        more_cpu = fleet["cpu_percent"] / 100 - count * self.base_cpu - direct_cpu
+        forwarded = 1 + max(0.0, more_cpu / direct_cpu) * count / (count - 1)
+        agent_mb = max(self.agent_mb, (fleet["rss_mb"] - count * self.base_mb) / agents)
+        return replace(self, agent_mb=agent_mb, forwarded=forwarded, fleet_agents=agents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +89,14 @@ class Plan:
 
     @property
     def per_replica(self) -> int:
-        """Agents to a replica. Nearly every call comes in where its link is not owned: that is taken as two calls."""
+        """Agents to a replica. Nearly every call comes in where its link is not owned, and is forwarded."""
         room = self.fleet.used - self.cost.base_cpu
-        return max(1, int(room / (2 * self.cost.agent_cpu)))
+        return max(1, int(room / (self.cost.forwarded * self.cost.agent_cpu)))
+
+    @property
+    def shards(self) -> int:
+        """Four to a replica, and no fewer than there are."""
+        return max(16, 4 * self.replicas)
 
     @property
     def needed(self) -> int:
@@ -124,7 +145,7 @@ class Plan:
             ("an agent", f"between the two largest measurements, up to {cost.measured:,} agents", _agent(cost)),
             (
                 "agents to a replica",
-                f"{fleet.used:.0%} of a core; a call that another replica passes on is taken as two",
+                f"{fleet.used:.0%} of a core; {_forwarded(cost)}",
                 f"{self.per_replica:,}",
             ),
             ("replicas", "agents / that, and one to lose", f"{self.replicas}"),
@@ -139,6 +160,12 @@ class Plan:
             ("links to the controller", "one a token", f"{fleet.tokens:,}"),
             ("agents on a link", "one owner each; `sessions.max_per_owner`", f"{ceil(fleet.agents / fleet.tokens):,}"),
             ("links to a replica, one lost", "", f"{ceil(fleet.tokens / self.needed):,}"),
+            ("shards", "`agent-shim store shards`: four to a replica", f"{self.shards}"),
+            (
+                "to the database",
+                "one for each shard, three for each replica: `max_connections` above that",
+                f"{self.shards + 3 * self.replicas}",
+            ),
             ("**Messages per second**", "", ""),
             ("agents' calls", "heartbeats, polls held to their end, results", f"{self.calls_s:,.0f}"),
             ("up to the controller", "coalesced heartbeats, results", f"{self._up_s:,.0f}"),
@@ -157,9 +184,15 @@ def _agent(cost: Cost) -> str:
     return f"{cost.agent_mb * 1000:.1f} KB, {cost.agent_cpu * 1e6:.0f} µs of CPU a second"
 
 
+def _forwarded(cost: Cost) -> str:
+    if not cost.fleet_agents:
+        return "a call that another replica passes on is taken as two"
+    return f"a call that another replica passes on costs {cost.forwarded:.2f} ({cost.fleet_agents:,} agents over three)"
+
+
 def text(measured: Mapping[str, Any], fleet: Fleet) -> list[str]:
     """What stands between the markers."""
-    plan = Plan(fleet, Cost.of(measured["sizing"]))
+    plan = Plan(fleet, Cost.of(measured["sizing"], measured.get("database", {}).get("fleet")))
     about = measured["about"]
     for_whom = (
         f"{fleet.agents:,} agents with {fleet.tokens} tokens, a heartbeat every {fleet.heartbeat_s:g} s, polls",
@@ -183,6 +216,11 @@ def page(before: str, lines: Sequence[str]) -> str:
     head, _, rest = before.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return "\n".join([head + BEGIN, *lines, END + tail])
+
+
+def write(measured: Mapping[str, Any]) -> None:
+    """Write the page anew."""
+    PAGE.write_text(page(PAGE.read_text(), text(measured, Fleet())))
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""`python -m bench.postgres [--json FILE]`: the store on PostgreSQL against bare psycopg, and against the file.
+"""The store on PostgreSQL against bare psycopg, and against the file.
 
 A command goes in (stored), is offered, is delivered: three submissions, each told before the next one comes. Bare
 psycopg inserts a row of the same columns and deletes it, in pipelines of as many commands as are outstanding, with
@@ -7,12 +7,10 @@ a commit for each of the two: the least that a durable queue can do.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
@@ -20,12 +18,16 @@ from typing import Any
 
 import psycopg
 
+from bench import database
 from bench.durable import _records
+from bench.figures import Figure, Log, compared
+from bench.servers import Bench
 from shim.core.records import AddTrace, CommandRecord, CommandState, MarkCommands, Operation, PutCommand, TraceEntry
 from shim.ports import CommandStore
 from shim.store.sqlite import SqliteStore
 from tests.support import postgres
 
+PART = database.STORE_PART
 ROUNDS = 5
 OUTSTANDING = {1: 300, 10: 3000, 100: 10_000}
 AIMS = {1: 0.5, 10: 0.8, 100: 0.6}
@@ -101,43 +103,24 @@ def _row(record: CommandRecord) -> tuple[Any, ...]:
     )
 
 
-def measure(rounds: int, scale: float) -> list[dict[str, Any]]:
-    """One row for each number of outstanding commands: the medians, and the median of the ratios round by round."""
-    rows = []
-    with postgres.running("shared_buffers = 128MB", "max_wal_size = 2GB") as server:
+def measure(bench: Bench, log: Log) -> list[Figure]:
+    """The store against both baselines, in alternating rounds."""
+    figures = []
+    with database.running() as server:
         for outstanding, all_of_them in OUTSTANDING.items():
-            count = max(outstanding, int(all_of_them * scale))
+            records = _records(bench.pick(all_of_them, max(outstanding, all_of_them // 10)))
             found: dict[str, list[float]] = {"bare": [], "postgresql": [], "sqlite": []}
-            for _ in range(rounds):
-                records = _records(count)
+            for _ in range(bench.pick(ROUNDS, 1)):
                 url = server.create()
+                path = Path(tempfile.mkdtemp(dir=bench.folder)) / "shim.db"
                 found["bare"].append(bare(url, records, outstanding))
-                found["postgresql"].append(
-                    through_store(lambda post, url=url: postgres.store(url, post), records, outstanding)
-                )
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / "shim.db"
-                    found["sqlite"].append(
-                        through_store(lambda post, path=path: SqliteStore(path, post), records, outstanding)
-                    )
-            ratio = median(ours / theirs for ours, theirs in zip(found["postgresql"], found["bare"], strict=True))
-            row = {"outstanding": outstanding, "ratio": ratio, "aim": AIMS[outstanding]}
-            rows.append(row | {name: median(each) for name, each in found.items()})
-            print(json.dumps(rows[-1]), file=sys.stderr)
-    return rows
-
-
-def main() -> int:
-    """Measure, and print or keep the rows."""
-    parser = argparse.ArgumentParser(prog="python -m bench.postgres", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows there")
-    parser.add_argument("--quick", action="store_true", help="one round of a tenth")
-    given = parser.parse_args()
-    rows = measure(1 if given.quick else ROUNDS, 0.1 if given.quick else 1.0)
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+                made = partial(postgres.store, url)
+                found["postgresql"].append(through_store(made, records, outstanding))
+                found["sqlite"].append(through_store(partial(SqliteStore, path), records, outstanding))
+            log(f"postgres, {outstanding} at a time: " + ", ".join(f"{k} {median(v):,.0f}/s" for k, v in found.items()))
+            what, ours = f"{outstanding} at a time", found["postgresql"]
+            rest: dict[str, Any] = {"against": "bare psycopg", "better": "more", "aim": AIMS[outstanding]}
+            figures.append(compared(PART, what, "1/s", ours, found["bare"], **rest))
+            rest = {"against": "the file", "better": "more"}
+            figures.append(compared(PART, what, "1/s", ours, found["sqlite"], **rest))
+    return figures

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import latency, machine, sizing, traffic
+from bench import database, forwarding, latency, machine, plan, replicas, sizing, traffic
 from bench.figures import Figure, from_json, markdown, table
 from bench.servers import ROOT
 from devtools.latency import duration
@@ -22,12 +22,15 @@ PAGES = {
     "performance.md": DOCS / "reference" / "performance.md",
     "sizing.md": DOCS / "reference" / "sizing.md",
 }
-OF_SIZING = (sizing.PART, traffic.PART)
+OF_SIZING = (sizing.PART, traffic.PART, replicas.PART)
+OF_DATABASE = (database.STORE_PART, forwarding.PART, replicas.PART, replicas.CHANGES)
 
 
-def content(figures: Sequence[Figure], rows: Sequence[sizing.Row]) -> dict[str, Any]:
-    """Everything that was measured, as plain data."""
+def content(figures: Sequence[Figure], rows: Sequence[sizing.Row], fleet: dict[str, Any]) -> dict[str, Any]:
+    """Everything that was measured, as plain data. `fleet` is that of several replicas, empty without them."""
+    on_database = {"about": machine.described(), "load": machine.load(), "fleet": fleet} if fleet else {}
     return {
+        "database": on_database,
         "about": machine.described(),
         "load": machine.load(),
         "figures": [figure.to_json() for figure in figures],
@@ -40,13 +43,23 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def with_virtual(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the whole run that the pages show, with these figures in the place of its own of the same parts."""
-    whole: dict[str, Any] = json.loads(DATA.read_text())
+def merged(found: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+    """Return what the pages show: these figures in the place of those of the same parts, or, of a whole run, these.
+
+    A whole run without PostgreSQL keeps the parts with it from the run before.
+    """
+    shown: dict[str, Any] = json.loads(DATA.read_text())
+    if whole:
+        kept = [each for each in shown["figures"] if each["part"] in OF_DATABASE and not found["database"]]
+        on_database = found["database"] or shown.get("database", {})
+        return {**found, "figures": [*found["figures"], *kept], "database": on_database}
     anew = {each["part"] for each in found["figures"]}
-    kept = [each for each in whole["figures"] if each["part"] not in anew]
-    behind = next((n for n, each in enumerate(kept) if each["part"] == latency.REAL), len(kept))
-    return {**whole, "figures": [*kept[:behind], *found["figures"], *kept[behind:]]}
+    kept = [each for each in shown["figures"] if each["part"] not in anew]
+    behind = len(kept)
+    if not found["database"]:
+        behind = next((n for n, each in enumerate(kept) if each["part"] == latency.REAL), behind)
+    on_database = found["database"] or shown.get("database", {})
+    return {**shown, "figures": [*kept[:behind], *found["figures"], *kept[behind:]], "database": on_database}
 
 
 def text(found: dict[str, Any]) -> str:
@@ -75,6 +88,7 @@ def write_pages(found: dict[str, Any]) -> None:
     write_json(DATA, found)
     for name, path in PAGES.items():
         path.write_text(rendered(path.read_text(), name, found))
+    plan.write(found)
 
 
 def _in_short(found: dict[str, Any]) -> str:
@@ -93,9 +107,16 @@ def _rows(found: dict[str, Any]) -> list[sizing.Row]:
 
 
 def _about(found: dict[str, Any]) -> list[str]:
-    known = found["about"]
-    return [
+    known, on_database = found["about"], found.get("database")
+    lines = [
         f"{known['machine']}; {known['system']}",
         f"{known['python']}, {known['libraries']}",
         f"agent-shim {known['shim']}, {known['date']}; load before the end {found['load']:.1f}",
     ]
+    if on_database:
+        known = on_database["about"]
+        lines.append(
+            f"with PostgreSQL: {known['machine']}; agent-shim {known['shim']}, {known['date']};"
+            f" load before the end {on_database['load']:.1f}"
+        )
+    return lines

@@ -33,13 +33,17 @@ OTHER_CORES = set(CORES[1:]) or SERVER_CORE
 
 @dataclass(slots=True)
 class Server:
-    """A running server process. `host` and `port` are where agents call; `start_s` is the time from exec to serving."""
+    """A running server process. `host` and `port` are where agents call; `start_s` is the time from exec to serving.
+
+    `log` is what it writes to stderr.
+    """
 
     process: subprocess.Popen[Any]
     host: str
     port: int
     start_s: float
     ready: dict[str, Any] = field(default_factory=dict)
+    log: Path = Path(os.devnull)
 
     @property
     def url(self) -> str:
@@ -69,6 +73,12 @@ class Server:
         for bound, value in re.findall(rf'^{name}_bucket{{[^}}]*le="([^"]+)"[^}}]*}} (\S+)$', text, re.MULTILINE):
             buckets[float(bound)] += int(float(value))
         return buckets
+
+    def status(self) -> dict[str, Any]:
+        """What a shim's admin port shows."""
+        with urllib.request.urlopen(f"http://{self.ready['admin']}/status.json", timeout=30) as response:
+            found: dict[str, Any] = json.load(response)
+            return found
 
     def rss_bytes(self) -> int:
         """Resident memory now."""
@@ -125,7 +135,7 @@ def serving(args: list[str], cores: set[int], folder: Path, *, jobs: bool = Fals
         start_s = time.monotonic() - started_s
         ready = json.loads(ready_file.read_text())
         host, port = ready["listen"].rsplit(":", 1)
-        yield Server(process, host, int(port), start_s, ready)
+        yield Server(process, host, int(port), start_s, ready, log)
     finally:
         end(process)
         if process.stdout is not None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import durable, first_minutes, latency, memory, sizing, throughput, traffic
-from bench.__main__ import PARTS
+from bench import database, durable, first_minutes, latency, memory, sizing, throughput, traffic
+from bench.__main__ import OF_DATABASE, PARTS
 from bench.report import DATA, PAGES, rendered
+from bench.report import OF_DATABASE as TITLES
 
 ROOT = Path(__file__).parents[2]
 FOUND = json.loads(DATA.read_text())
@@ -46,6 +47,9 @@ def test_a_part_of_the_bench_runs(
 ) -> None:
     shown, told = runs[part].communicate(timeout=280)
     assert runs[part].returncode == 0, told
+    if part in OF_DATABASE and database.missing():
+        assert f"{part}: SKIPPED, {database.missing()}" in told
+        return
     found = json.loads((tmp_path_factory.getbasetemp() / f"{part}.json").read_text())
     assert found["figures"]
     assert all(each["ours"] is not None for each in found["figures"])
@@ -61,6 +65,10 @@ def test_a_page_shows_the_figures_of_the_json(name: str) -> None:
 
 def test_the_pages_are_of_a_whole_run() -> None:
     parts = {each["part"] for each in FOUND["figures"]}
+    # The parts with PostgreSQL may be measured by themselves, before or after: all of them or none.
+    assert parts & set(TITLES) in (set(), set(TITLES))
+    assert bool(parts & set(TITLES)) == bool(FOUND.get("database"))
+    parts -= set(TITLES)
     modules = (throughput.PART, memory.PART, durable.PART, traffic.PART, sizing.PART)
     assert parts == {latency.SIMULATED, latency.REAL, *first_minutes.PARTS, *modules}
     assert [row["agents"] for row in FOUND["sizing"]] == [*sizing.FEW, *sizing.MANY]

@@ -88,20 +88,21 @@ class Postgres:
 
     def kill(self) -> None:
         """Kill every process of the server at once."""
-        for pid in self._pids():
+        for pid in self.pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         (self.data / "postmaster.pid").unlink(missing_ok=True)
 
     def pause(self) -> None:
-        for pid in self._pids():
+        for pid in self.pids():
             os.kill(pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        for pid in self._pids():
+        for pid in self.pids():
             os.kill(pid, signal.SIGCONT)
 
-    def _pids(self) -> list[int]:
+    def pids(self) -> list[int]:
+        """Its main process and the children."""
         main = int((self.data / "postmaster.pid").read_text().split()[0])
         children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
         return [main, *map(int, children)]
