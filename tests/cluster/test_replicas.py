@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from tests.support.processes import Shim
-from tests.support.replicas import SHARDS, Agent, Gateway, any_certificate, gateway
+from tests.support.replicas import SHARDS, WAIT_S, Agent, Gateway, any_certificate, gateway
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(180)]
 
@@ -291,6 +291,49 @@ async def test_mode_http_goes_by_the_owner_whichever_replica_is_asked(tmp_path: 
         await agent.call(other, "POST", path, {"success": True})
         results = [each for each in journal(tmp_path) if each.get("type") == "command_result"]
         assert [bool(each["connection"]) for each in results] == [True, False]
+
+
+async def test_auto_fails_over_and_back_behind_a_forwarding_replica(tmp_path: Path, pg_url: str) -> None:
+    """The link is the owner's, and so is the vendor's HTTP API while the link is away; the agent knows of neither."""
+    async with gateway(tmp_path, pg_url, poll={"hold": "off"}) as gate:
+        controller = gate.controller
+        gate.configure(
+            mode="auto",
+            fallback={"url": controller.url, "after_s": 0.2, "hold_down_s": 0.2},
+            upstream={"url": controller.url, "heartbeat_interval_s": 0.1},
+        )
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agent = gate.agent(1)
+        await agent.register(a)
+        owner, other = await elsewhere(gate, agent)
+        await gate.until_online(owner)
+
+        async def beat_until(*ways: str) -> None:
+            async with asyncio.timeout(WAIT_S):
+                while [event["way"] for event in owner.events("failover")] != [*ways]:
+                    assert await agent.heartbeat(other) in (200, 204, 503)
+
+        # The WebSocket goes away, and the vendor's HTTP API stays.
+        await controller.control("POST", "/control/faults", {"kind": "refuse", "status": 503})
+        await controller.control("POST", "/control/drop", {"how": "abort"})
+        await beat_until("http")
+        await controller.control("POST", "/control/legacy/commands", {"ident": agent.cluster_id, "id": "by-http"})
+        assert await agent.poll_until(other, "by-http") == ["by-http"]
+        assert await agent.result(other, "by-http") == 1
+        # It comes back, and after a while so do the calls.
+        await controller.control("DELETE", "/control/faults")
+        await beat_until("http", "websocket")
+        await gate.push(agent, "by-link")
+        assert await agent.poll_until(other, "by-link") == ["by-link"]
+        assert await agent.result(other, "by-link") == 1
+        await gate.until_state(other, "by-link", *ENDED)
+        results = [each for each in journal(tmp_path) if each.get("type") == "command_result"]
+        assert {each["payload"]["command_id"]: bool(each["connection"]) for each in results} == {
+            "by-http": False,
+            "by-link": True,
+        }
+        assert not other.events("failover")
 
 
 async def test_a_partial_rollout_works_through_any_replica(tmp_path: Path, pg_url: str) -> None:
