@@ -40,12 +40,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subproc
         process.communicate()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_the_bench_runs(
     part: str, runs: dict[str, subprocess.Popen[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    shown, told = runs[part].communicate(timeout=280)
+    shown, told = runs[part].communicate(timeout=500)
     assert runs[part].returncode == 0, told
     if part in OF_DATABASE and database.missing():
         assert f"{part}: SKIPPED, {database.missing()}" in told
