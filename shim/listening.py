@@ -1,15 +1,25 @@
-"""Binding of listeners before anything else is started, with errors that name the key and the remedy."""
+"""Listening: ports are bound before anything else is started, and connections are accepted a few at a time."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import os
 import socket
-from collections.abc import Iterable
+import ssl
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
+from typing import Any, Protocol, cast
 
 from shim.errors import StartError
 
 ANY_IPV6 = "::"
+BACKLOG = 1024
+ACCEPTED_PER_TURN = 32
+ACCEPT_AGAIN_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 def bind(section: str, hosts: Iterable[str], port: int) -> list[socket.socket]:
@@ -68,3 +78,93 @@ def _explain(section: str, host: str, port: int, error: OSError) -> str:
         return f"{section}.host {host} is not an address of this machine: change {section}.host"
     reason = os.strerror(error.errno) if error.errno else type(error).__name__
     return f"{section}.host {host} with {section}.port {port} cannot be listened on: {reason}"
+
+
+class CountedConnection(Protocol):
+    """A connection's protocol that is counted when it is accepted, before its TLS handshake."""
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        """The transport, `None` before the handshake has ended."""
+
+    def enter(self) -> bool:
+        """Count the connection; return False if there are too many."""
+
+    def leave(self) -> None:
+        """End the count of the connection. Idempotent."""
+
+
+class Listener:
+    """A listener that accepts a few connections in one turn of the event loop, and bounds the time of TLS handshakes.
+
+    asyncio and uvloop accept all connections that wait, which may be a thousand: the agents that are connected would
+    wait for a tenth of a second meanwhile. With TLS they also report a connection only after its handshake, so that
+    peers that never begin one would not be counted.
+    """
+
+    def __init__(
+        self, make: Callable[[], CountedConnection], tls: ssl.SSLContext | None, handshake_timeout_s: float
+    ) -> None:
+        self._make = make
+        self._tls = tls
+        self._handshake_timeout_s = None if tls is None else handshake_timeout_s
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, sockets: Iterable[socket.socket]) -> None:
+        """Listen on bound sockets."""
+        for listening in sockets:
+            listening.listen(BACKLOG)
+            self._spawn(self._accept(listening))
+
+    def stop(self) -> None:
+        """Stop accepting and cancel the handshakes in progress."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        number = 0
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listening)
+            except OSError as error:  # no file descriptors left: connections wait in the kernel's backlog
+                logger.warning("a connection cannot be accepted: %s", error.strerror)
+                await asyncio.sleep(ACCEPT_AGAIN_S)
+                continue
+            connection = self._make()
+            if self._tls is None or connection.enter():
+                opening = self._spawn(self._open(accepted, connection))
+                opening.add_done_callback(partial(self._opened, accepted, connection))
+            else:
+                connection.leave()
+                accepted.close()
+            number += 1
+            if number % ACCEPTED_PER_TURN == 0:
+                await asyncio.sleep(0)  # `sock_accept` returns at once while connections wait
+
+    async def _open(self, accepted: socket.socket, connection: CountedConnection) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: cast("asyncio.Protocol", connection),
+                accepted,
+                ssl=self._tls,
+                ssl_handshake_timeout=self._handshake_timeout_s,
+            )
+        except OSError as error:  # includes ssl.SSLError and TimeoutError
+            logger.debug("a TLS handshake failed: %s", type(error).__name__)
+            self._drop(accepted, connection)
+
+    def _opened(self, accepted: socket.socket, connection: CountedConnection, task: asyncio.Task[None]) -> None:
+        if task.cancelled():  # perhaps before its first step, so that `_open` cannot do this
+            self._drop(accepted, connection)
+
+    def _drop(self, accepted: socket.socket, connection: CountedConnection) -> None:
+        if connection.transport is None:
+            connection.leave()
+            accepted.close()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import logging
 import math
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -42,12 +41,10 @@ from shim.core.bounds import MAX_LINE_BYTES
 from shim.core.recent_calls import RecentCalls
 from shim.errors import AgentError, StartError
 from shim.http_connection import LINGER_S, Budget
-from shim.listening import bind
+from shim.listening import Listener, bind
 from shim.metrics import Metrics
 from shim.ports import AgentService, AgentWebSockets, Caller, CallResult, Fallback, Forwarder, Handshake, ProxyResponse
 from shim.protocol.dialects import Call, Dialect, Match, Reply, Router, error_reply
-
-ACCEPT_AGAIN_S = 1.0
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -80,68 +77,6 @@ class ConnectionServer(web.Server):
         return self._make(self, self._server_context, self._sync_handler, next(self._numbers), self._kwargs)
 
 
-class TlsListener:
-    """A TLS listener that counts connections before their handshake and bounds the time of the handshake.
-
-    asyncio's own listener reports a connection only after its handshake, so peers that never begin one would not be
-    counted.
-    """
-
-    def __init__(
-        self, make: Callable[[], AgentConnection], context: ssl.SSLContext, timeout_s: float, backlog: int
-    ) -> None:
-        self._make = make
-        self._context = context
-        self._timeout_s = timeout_s
-        self._backlog = backlog
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def start(self, sockets: list[socket.socket]) -> None:
-        """Listen on bound sockets."""
-        for listening in sockets:
-            listening.listen(self._backlog)
-            self._spawn(self._accept(listening))
-
-    def stop(self) -> None:
-        """Stop accepting and cancel the handshakes in progress."""
-        for task in self._tasks:
-            task.cancel()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                accepted, _ = await loop.sock_accept(listening)
-            except OSError as error:  # no file descriptors left: connections wait in the kernel's backlog
-                logger.warning("a connection cannot be accepted: %s", error.strerror)
-                await asyncio.sleep(ACCEPT_AGAIN_S)
-                continue
-            connection = self._make()
-            if connection.enter():
-                self._spawn(self._shake_hands(accepted, connection))
-            else:
-                connection.leave()
-                accepted.close()
-
-    async def _shake_hands(self, accepted: socket.socket, connection: AgentConnection) -> None:
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: connection, accepted, ssl=self._context, ssl_handshake_timeout=self._timeout_s
-            )
-        except OSError as error:  # includes ssl.SSLError and TimeoutError
-            logger.debug("a TLS handshake failed: %s", type(error).__name__)
-        finally:
-            if connection.transport is None:
-                connection.leave()
-                accepted.close()
-
-
-BACKLOG = 1024
 RECEIVE_BYTES = 32_768
 """Size of a connection's receive buffer in the kernel, and thereby of one read of the event loop."""
 READ_BYTES = 65_536
@@ -204,8 +139,7 @@ class AgentServer:
         self._web: ConnectionServer | None = None
         self._sockets: list[socket.socket] = []
         self._tls: ssl.SSLContext | None = None
-        self._handshakes: TlsListener | None = None
-        self._servers: list[asyncio.Server] = []
+        self._listener: Listener | None = None
 
     def bind(self) -> None:
         """Bind the port and load the certificate without serving yet. Raises `StartError`."""
@@ -246,13 +180,8 @@ class AgentServer:
         for bound in self._sockets:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         host, port = self._sockets[0].getsockname()[:2]
-        if self._tls is not None:
-            self._handshakes = TlsListener(self._web, self._tls, listen.header_timeout_s, BACKLOG)
-            self._handshakes.start(self._sockets)
-            return host, port
-        for bound in self._sockets:
-            server = await asyncio.get_running_loop().create_server(self._web, sock=bound, backlog=BACKLOG)
-            self._servers.append(server)
+        self._listener = Listener(self._web, self._tls, listen.header_timeout_s)
+        self._listener.start(self._sockets)
         return host, port
 
     def _make_guard(self, token: Callable[[], str] | None) -> Guard:
@@ -266,10 +195,8 @@ class AgentServer:
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Stop accepting, wait at most `grace_s` for requests in progress, and close all connections. Idempotent."""
-        for server in self._servers:
-            server.close()
-        if self._handshakes is not None:
-            self._handshakes.stop()
+        if self._listener is not None:
+            self._listener.stop()
         for bound in self._sockets:
             bound.close()
         if self._websockets is not None:

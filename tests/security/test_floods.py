@@ -182,12 +182,20 @@ FLOODS: tuple[Callable[[Flood], Awaitable[None]], ...] = (
     commands_that_are_malformed,
 )
 
+BY_TLS = (silent_handshakes,)
+
+
+def has_room(flood: Callable[[Flood], Awaitable[None]]) -> bool:
+    """Return True if new connections are served during a flood."""
+    return flood is not connections_beyond_the_maximum
+
 
 def by_tls(folder: Path) -> tuple[dict[str, Any], ssl.SSLContext]:
     """Return a configuration whose agents' port speaks TLS, and an agent's context."""
     authority, context = trustme.CA(), ssl.create_default_context()
     pem = str(folder / "tls.pem")
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(pem)
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     authority.configure_trust(context)
     return {"listen": {"port": 0, "max_connections": 1024, "tls": {"cert_file": pem, "key_file": pem}}}, context
 
@@ -205,8 +213,9 @@ async def many_descriptors() -> AsyncIterator[None]:
 class Bystanders:
     """Another agent, on a connection of its own and on new ones where there is room for them, and the kubelet."""
 
-    def __init__(self, shim: Shim, context: ssl.SSLContext | None = None, *, room: bool = True) -> None:
-        self._shim = shim
+    def __init__(self, url: str, admin: str, context: ssl.SSLContext | None = None, *, room: bool = True) -> None:
+        self._url = url
+        self._admin = admin
         self._context = context
         self._room = room
         self._beat = request("POST", f"{BASE}/bystander/heartbeat", body=b'{"status":"healthy"}')
@@ -216,13 +225,13 @@ class Bystanders:
         self.over = asyncio.Event()
 
     async def watch(self) -> None:
-        kept = await Line.to(self._shim.url, self._context)
+        kept = await Line.to(self._url, self._context)
         while not self.over.is_set():
             await kept.send(self._beat)
             await self._note("heartbeat", kept.reply())
             if self._room:
-                await self._note("heartbeat, new connection", ask(self._shim.url, self._beat, self._context))
-            await self._note("/healthz", ask(self._shim.admin, request("GET", "/healthz")))
+                await self._note("heartbeat, new connection", ask(self._url, self._beat, self._context))
+            await self._note("/healthz", ask(self._admin, request("GET", "/healthz")))
             self.begun.set()
             with suppress(TimeoutError):
                 async with asyncio.timeout(0.05):
@@ -244,12 +253,12 @@ async def test_a_flood_fits_into_the_charts_memory_and_others_are_served(
     with memory_cgroup(chart_limit_bytes()) as cgroup:
         if cgroup is None:
             pytest.skip("no memory cgroup can be made here")
-        config, context = by_tls(tmp_path) if flood is silent_handshakes else ({}, None)
+        config, context = by_tls(tmp_path) if flood in BY_TLS else ({}, None)
         async with many_descriptors(), world(tmp_path, config) as (shim, controller):
             shim.program = cgroup.entering(*shim.program)
             await shim.start()
             it = Flood(shim, controller)
-            others = Bystanders(shim, context, room=flood is not connections_beyond_the_maximum)
+            others = Bystanders(shim.url, shim.admin, context, room=has_room(flood))
             async with asyncio.TaskGroup() as group:
                 group.create_task(others.watch())
                 await others.begun.wait()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shim.errors import StartError
-from shim.listening import bind
+from shim.listening import ACCEPTED_PER_TURN, BACKLOG, Listener, bind
 from tests.security.raw_client import ask, request
 from tests.support.processes import free_port, world
 
@@ -45,6 +47,60 @@ async def test_both_ports_answer_on_all_their_addresses(tmp_path: Path, host: An
             health = await ask(f"{address}:{ports['listen']}", request("GET", "/api/v1/health", *headers))
             healthz = await ask(f"{address}:{ports['admin']}", request("GET", "/healthz"))
             assert (health.status, healthz.status) == (200, 200), address
+
+
+class Arrival(asyncio.Protocol):
+    """A `CountedConnection` that ends at once."""
+
+    transport: asyncio.Transport | None = None
+
+    def __init__(self, lost: Callable[[], None]) -> None:
+        self._lost = lost
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost()
+
+    def enter(self) -> bool:
+        return True
+
+    def leave(self) -> None:
+        pass
+
+
+async def test_of_many_connections_that_wait_a_few_are_accepted_in_a_turn_of_the_loop() -> None:
+    loop, all_lost, left = asyncio.get_running_loop(), asyncio.Event(), 5 * ACCEPTED_PER_TURN
+    by_turn = [0]
+
+    def turn() -> None:
+        by_turn.append(0)
+        if not all_lost.is_set():
+            loop.call_soon(turn)
+
+    def lost() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            all_lost.set()
+
+    def accept() -> Arrival:
+        by_turn[-1] += 1
+        return Arrival(lost)
+
+    [bound] = bind("listen", ("127.0.0.1",), 0)
+    bound.listen(BACKLOG)
+    crowd = [socket.create_connection(bound.getsockname()) for _ in range(left)]
+    listener = Listener(accept, None, 10)
+    turn()
+    listener.start([bound])
+    async with asyncio.timeout(30):
+        await all_lost.wait()
+    assert (sum(by_turn), max(by_turn)) == (len(crowd), ACCEPTED_PER_TURN)
+    listener.stop()
+    for each in (*crowd, bound):
+        each.close()
 
 
 async def test_the_environment_gives_several_as_json(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from shim.admin.connection_limit import MAX_BUSY, MAX_CONNECTIONS
 from shim.admin.event_stream import MAX_READERS
 from shim.config.settings import Listen
 from shim.core import bounds
+from shim.listening import ACCEPTED_PER_TURN
 from shim.upstream.http_client import MAX_INTERIM_RESPONSES
 from tests.security import attack
 
@@ -78,6 +79,7 @@ def test_every_row_names_tests_that_exist() -> None:
         (MAX_CONNECTIONS, "64"),
         (MAX_BUSY, "48"),
         (MAX_READERS, "16"),
+        (ACCEPTED_PER_TURN, "32"),
         (MAX_INTERIM_RESPONSES, "8"),
     ],
 )
