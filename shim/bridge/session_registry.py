@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from shim.bridge.context import BridgeContext
-from shim.core.agent_calls import HeartbeatCall, RegisterCall, Registered, SessionTarget, TargetKind
+from shim.bridge.registration import PendingRegistration
+from shim.core.agent_calls import Failed, HeartbeatCall, RegisterCall, Registered, SessionTarget, TargetKind
 from shim.core.records import (
     DeleteSession,
     MoveSession,
@@ -38,15 +39,15 @@ class SessionPersistence:
 
     def save_session(self, session: Session) -> None:
         """Store a session."""
-        self._submit(session.key, [SaveSession(session.record())])
+        self.submit(session.key, [SaveSession(session.record())])
 
     def save_tunnel(self, session: Session, state: dict[str, Any]) -> None:
         """Store a session's tunnel state."""
-        self._submit(session.key, [SaveTunnel(session.key, state)])
+        self.submit(session.key, [SaveTunnel(session.key, state)])
 
     def save_alias(self, session: Session, agent_id: str) -> None:
         """Store an agent id as an alias of a session."""
-        self._submit(session.key, [SaveAlias(session.key.owner, agent_id, session.key)])
+        self.submit(session.key, [SaveAlias(session.key.owner, agent_id, session.key)])
 
     def retry(self) -> None:
         """Retry one refused write; its success triggers the next retry."""
@@ -64,10 +65,11 @@ class SessionPersistence:
             operations.append(SaveTunnel(key, session.tunnel))
         if self._ctx.sessions.alias_is(key.owner, session.agent_id, key):
             operations.append(SaveAlias(key.owner, session.agent_id, key))
-        self._submit(key, operations)
+        self.submit(key, operations)
         return True
 
-    def _submit(self, key: SessionKey, operations: list[Operation]) -> None:
+    def submit(self, key: SessionKey, operations: list[Operation]) -> None:
+        """Store something of a session, and the whole session later if the write is refused now."""
         if self._withheld(key):
             return
 
@@ -442,26 +444,23 @@ class SessionRegistry:
     # --- registration -------------------------------------------------------------------------------------------------
 
     def register(
-        self,
-        owner: str,
-        call: RegisterCall | None,
-        session: Session | None,
-        payload: dict[str, Any],
-        reply: dict[str, Any],
-        *,
-        conflict: bool = False,
-    ) -> Session:
-        """Create or update the session of a registration that the controller answered, and store it.
+        self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False
+    ) -> Registered | Failed:
+        """Store the session of a registration that the controller answered, and return the answer to the agent.
 
-        With `conflict` the answer was an error with the id of an existing cluster (409). The id shows which cluster the
-        agent belongs to. It does not prove that the agent's token may use it, so no other owner's session is
-        superseded.
+        `reply` is the result of `controller_replies.register_reply`. With `conflict` the answer was an error with the
+        id of an existing cluster (409). The id shows which cluster the agent belongs to. It does not prove that the
+        agent's token may use it, so no other owner's session is superseded.
         """
-        cluster_id = reply["cluster_id"]
-        if session is None:
+        call, payload, cluster_id = job.call, job.payload, reply["cluster_id"]
+        if job.session is not None and self._ctx.sessions.get(job.session.key) is not job.session:
+            job.session = None  # the session was superseded or deleted while the controller was answering
+        if job.session is None:
             if call is None:
-                raise ValueError("a registration is an agent's or a session's")
-            session = self._session_for(owner, call, cluster_id)
+                return Failed(404, "the session is gone")
+            job.session = self._session_for(job.link.owner, call, cluster_id)
+        session = job.session
+        session.link = job.link
         self._ctx.sessions.set_upstream_id(session, cluster_id)
         session.standing.recover()
         session.registration = {k: v for k, v in payload.items() if k not in ("cluster_id", "k8s_service_token")}
@@ -480,7 +479,7 @@ class SessionRegistry:
             self._succession.supersede(session, across_owners=not conflict)
         self.save(session)
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
-        return session
+        return outcome_of(session, cached=False)
 
     def _session_for(self, owner: str, call: RegisterCall, cluster_id: str) -> Session:
         if call.known_by_agent:
@@ -517,7 +516,7 @@ class SessionRegistry:
 
     def save(self, session: Session) -> None:
         """Store a session."""
-        self._saves.save_session(session)
+        self._saves.submit(session.key, [SaveSession(session.record())])
 
     def _set_alias(self, session: Session, agent_id: str) -> None:
         owner = session.key.owner

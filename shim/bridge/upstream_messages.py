@@ -13,9 +13,9 @@ from shim.bridge.links import UpstreamLink
 from shim.bridge.long_polls import PollHolds
 from shim.bridge.registration import PendingRegistration, Registrations
 from shim.bridge.rejections import Refusal, Rejections
-from shim.bridge.session_registry import SessionRegistry, outcome_of
+from shim.bridge.session_registry import SessionRegistry
 from shim.bridge.upstream_connection import UpstreamConnection
-from shim.core.agent_calls import Failed, Outcome
+from shim.core.agent_calls import Failed
 from shim.core.bounds import MAX_REQUEST_ID_CHARS, MAX_SHOWN_CHARS, cut
 from shim.core.session_standing import TroubleKind
 from shim.core.sessions import Session
@@ -137,7 +137,8 @@ class UpstreamMessageHandler:
             failed = Failed(502, "the controller answered without a usable cluster id")
             self._registrations.fail(job, failed, connection, now)
             return
-        self._registrations.succeed(job, self._register(job, reply), connection, now)
+        outcome = self._session_registry.register(job, reply)
+        self._registrations.succeed(job, outcome, connection, now)
         url = message.payload.get("gateway_ws_url")
         if job.session is not None and isinstance(url, str) and url and isinstance(source, UpstreamLink):
             self._ctx.events.put(GatewayNamed(job.session, source, url))
@@ -152,24 +153,8 @@ class UpstreamMessageHandler:
         log.warning("register_failed", dedupe_key=f"{session} {status}", status=status, error=text, session=session)
         reply = conflict_reply(message.payload) if status == 409 else {}
         if reply:
-            self._register(job, reply, conflict=True)
+            self._session_registry.register(job, reply, conflict=True)
         self._registrations.fail(job, Failed(status, text, cluster_id=reply.get("cluster_id", "")), connection, now)
-
-    def _register(self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False) -> Outcome:
-        """Create or update the session of an answered registration and return the answer to the agent.
-
-        `reply` is the result of `controller_replies.register_reply`. `conflict` is True if the controller answered with
-        an error that carries the id of an existing cluster (409).
-        """
-        if job.session is not None and self._ctx.sessions.get(job.session.key) is not job.session:
-            job.session = None  # the session was superseded or deleted while the controller was answering
-        if job.session is None and job.call is None:
-            return Failed(404, "the session is gone")
-        session = job.session = self._session_registry.register(
-            job.link.owner, job.call, job.session, job.payload, reply, conflict=conflict
-        )
-        session.link = job.link
-        return outcome_of(session, cached=False)
 
     def _ping(self, connection: UpstreamConnection, message: Message, source: MessageSource, now: float) -> None:
         request_id = message.request_id[:MAX_REQUEST_ID_CHARS]

@@ -54,7 +54,7 @@ class AiohttpUpstream:
         self._closed = False
 
     def dial(self, spec: DialRequest, events: WebSocketListener, done: DialDone) -> None:
-        """Dial in the background. The same task then reads from the socket."""
+        """Dial in the background. Two more tasks then read from the socket and write to it."""
         if self._closed:
             return
         task = self._spawn("upstream", self._serve(spec, events, done))
@@ -89,13 +89,15 @@ class AiohttpUpstream:
             return
         pump = WebSocketPump(outcome, events, self._wire)
         self._pumps.add(pump)
+        if not self._notify(done, pump):
+            pump.abort()
+        writer = self._spawn("upstream-writer", pump.write())
+        reader = self._spawn("upstream-reader", pump.read())
         try:
-            if not self._notify(done, pump):
-                pump.abort()
-            writer = self._spawn("upstream-writer", pump.write())
-            await pump.run()
-            if writer is not None:
-                await asyncio.wait([writer])  # ends with the connection, at the latest by the pump's close timer
+            # The writer ends with the connection, at the latest by the pump's close timer.
+            running = [task for task in (reader, writer) if task is not None]
+            if running:
+                await asyncio.wait(running)
         finally:
             pump.abort()
             self._pumps.discard(pump)

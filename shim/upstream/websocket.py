@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from aiohttp import ClientWebSocketResponse, WebSocketError, WSCloseCode, WSMessage, WSMsgType, hdrs
 from aiohttp._websocket.reader import WebSocketDataQueue, WebSocketReader
@@ -170,10 +170,25 @@ class _State(Enum):
     GONE = "gone"
 
 
+_DATA_TYPES = frozenset({WSMsgType.TEXT, WSMsgType.BINARY})
+
+
+class _End(NamedTuple):
+    """The end of a connection, as in `ports.WebSocketListener.on_closed`.
+
+    `reply` is the code of the close frame that answers the peer's last frame, 0 if none is due.
+    """
+
+    by_close_frame: bool = False
+    code: int = 0
+    reason: str = ""
+    reply: int = 0
+
+
 class WebSocketPump:
     """`ports.WebSocket` on aiohttp.
 
-    `run()` reads and `write()` writes, each in its own task, until the connection ends.
+    `read()` reads and `write()` writes, each in its own task, until the connection ends.
     """
 
     def __init__(self, ws: RawWebSocket, events: WebSocketListener, wire: WireObserver) -> None:
@@ -207,7 +222,7 @@ class WebSocketPump:
         self._begin_close(code)
 
     def abort(self) -> None:
-        """Abort the connection. `run` ends and reports it in the next iteration of the event loop."""
+        """Abort the connection. `read` ends and reports it in the next iteration of the event loop."""
         self._state = _State.GONE
         self._frames.clear()
         if self._timer is not None:
@@ -255,56 +270,41 @@ class WebSocketPump:
 
     # --- reading ---
 
-    async def run(self) -> None:
+    async def read(self) -> None:
         """Read until the connection ends, then report that. Frames after a protocol error are discarded."""
-        by_close_frame, code, reason, reply = False, 0, "", 0
-        try:
-            by_close_frame, code, reason, reply = await self._read()
-        finally:
-            if reply and not self._close_sent:
-                # A peer that closes, or that violates the protocol, does not process the queued frames. The TCP
-                # connection is kept until the timer fires: closing it at once could reset it before the close frame
-                # is read.
-                self._frames.clear()
-                self._begin_close(reply)
-            else:
-                self.abort()
-            self._report(self._events.on_closed, by_close_frame, code, reason)
-            self.ended.set()
-
-    async def _read(self) -> tuple[bool, int, str, int]:
-        """Handle frames until the connection ends.
-
-        Returns if a close frame ended it, the close frame's code and text, and the code of our reply (0: no reply).
-        """
+        end: _End | None = None
         frames = 0
-        while True:
-            message = await self._ws.receive()
-            match message.type:
-                case WSMsgType.TEXT | WSMsgType.BINARY:
+        try:
+            while end is None:
+                message = await self._ws.receive()
+                if message.type in _DATA_TYPES:
                     frame = bytes(message.data)
                     del message  # frees a long message: keep no second copy, and none while waiting for the next
                     await self._on_data(frame)
                     if len(frame) > LONG_FRAME_BYTES:
                         await asyncio.sleep(0)
                     del frame
-                case WSMsgType.PING:
-                    self._on_control(message.data)
-                    self._queue(bytes(message.data), WSMsgType.PONG)
-                case WSMsgType.PONG:
-                    self._on_control(message.data)
-                    self._report(self._events.on_pong, bytes(message.data))
-                case WSMsgType.CLOSE:
-                    self._report(self._events.on_frame)
-                    return True, message.data, message.extra or "", reply_code(message.data)
-                case WSMsgType.ERROR:
-                    return False, 0, "", self._on_error(message.data)
-                case _:
-                    return False, 0, "", 0
-            frames += 1
-            if frames % FRAMES_PER_TURN == 0:
-                # receive() does not suspend while frames are buffered, so let other tasks run.
-                await asyncio.sleep(0)
+                else:
+                    end = self._on_control(message)
+                frames += 1
+                if frames % FRAMES_PER_TURN == 0:
+                    # receive() does not suspend while frames are buffered, so let other tasks run.
+                    await asyncio.sleep(0)
+        finally:
+            self._finish(end or _End())
+
+    def _finish(self, end: _End) -> None:
+        """Close the connection with the reply that the peer's last frame requires, and report its end."""
+        if end.reply and not self._close_sent:
+            # A peer that closes, or that violates the protocol, does not process the queued frames. The TCP
+            # connection is kept until the timer fires: closing it at once could reset it before the close frame
+            # is read.
+            self._frames.clear()
+            self._begin_close(end.reply)
+        else:
+            self.abort()
+        self._report(self._events.on_closed, end.by_close_frame, end.code, end.reason)
+        self.ended.set()
 
     async def _wait_for_room(self) -> None:
         """Wait until the listener has room, so that TCP slows down a peer that sends too fast.
@@ -328,19 +328,40 @@ class WebSocketPump:
     def _on_bytes(self) -> None:
         self._report(self._events.on_frame)
 
-    def _on_control(self, payload: bytes) -> None:
-        self._wire.received(len(payload))
+    def _on_control(self, message: WSMessage) -> _End | None:
+        """Handle a frame without data. Returns the end of the connection if the frame is the last one."""
+        match message.type:
+            case WSMsgType.PING:
+                self._report_frame(len(message.data))
+                self._queue(bytes(message.data), WSMsgType.PONG)
+            case WSMsgType.PONG:
+                self._report_frame(len(message.data))
+                self._report(self._events.on_pong, bytes(message.data))
+            case WSMsgType.CLOSE:
+                self._report(self._events.on_frame)
+                return _End(True, message.data, message.extra or "", reply_code(message.data))
+            case WSMsgType.ERROR:
+                return _End(reply=self._on_error(message.data))
+            case _:
+                return _End()
+        return None
+
+    def _report_frame(self, size_bytes: int) -> None:
+        self._wire.received(size_bytes)
         self._report(self._events.on_frame)
 
     async def _on_data(self, frame: bytes) -> None:
         """Report the messages of a frame at the pace at which the listener has room; there may be many of them."""
-        self._wire.received(len(frame))
-        self._report(self._events.on_frame)
+        self._report_frame(len(frame))
         for number, message in enumerate(upstream_message.decode_frame(frame), 1):
-            if isinstance(message, MessageError):
-                self._report(self._events.on_bad_frame, message.kind)
-            else:
-                self._report(self._events.on_message, message)
+            try:
+                if isinstance(message, MessageError):
+                    self._events.on_bad_frame(message.kind)
+                else:
+                    self._events.on_message(message)
+            except Exception:
+                logger.exception("a handler of messages failed")
+                self._wire.handler_failed()
             await self._wait_for_room()
             if number % FRAMES_PER_TURN == 0:
                 await asyncio.sleep(0)

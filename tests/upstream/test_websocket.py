@@ -202,7 +202,7 @@ async def test_shutdown_closes_with_1000_and_leaves_no_task(stage: Stage) -> Non
     await stage.tasks.finish()
     stage.upstream.dial(DialRequest(stage.url, "secret"), Events(), lambda outcome: pytest.fail("dialled after close"))
     await stage.upstream.close()
-    assert stage.tasks.names == ["upstream", "upstream-writer"]
+    assert stage.tasks.names == ["upstream", "upstream-writer", "upstream-reader"]
 
 
 async def test_a_failing_handler_costs_nothing(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
