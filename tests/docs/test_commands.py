@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import re
+import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,12 @@ def test_the_pages_name_only_log_events_that_exist() -> None:
 def test_the_guides_questions_are_answered() -> None:
     answered = re.findall(r"^\| \*\*(.+?)\*\* \|", (DOCS / "concepts" / "faq.md").read_text(), re.MULTILINE)
     assert len(answered) == 7
+
+
+@pytest.mark.needs("make")
+@pytest.mark.parametrize("target", ["faults", "faults GATEWAY=1", "bench", "walks", "house", "check", "audit", "demo"])
+def test_what_make_runs_exists(target: str) -> None:
+    command = ["make", "--dry-run", "--always-make", *target.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    modules = set(re.findall(r"python -m ([\w.]+)", done.stdout)) - {"venv"}
+    assert [name for name in modules if find_spec(name) is None] == []
