@@ -142,7 +142,7 @@ def _through_store(path: Path, records: list[CommandRecord], outstanding: int) -
 
     def submit(record: CommandRecord) -> None:
         step = AddTrace(record.session, (record.id,), TraceEntry(record.arrived_unix, "arrived", record.type))
-        store.submit([PutCommand(record), step], stored)
+        store.submit(PutCommand(record), step, done=stored)
 
     store = SqliteStore(path, posted.put, CommitProbe(time.monotonic, committed))
     store.open()

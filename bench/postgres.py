@@ -65,7 +65,7 @@ def through_store(make: Callable[[Any], CommandStore], records: Sequence[Command
     def go_on(left: list[list[Operation]]) -> None:
         nonlocal done
         if left:
-            store.submit(left.pop(), lambda _outcome: go_on(left))
+            store.submit(*left.pop(), done=lambda _outcome: go_on(left))
             return
         done += 1
         if coming:

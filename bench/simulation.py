@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,14 @@ from devtools.controller.server import DevController
 from shim import app, log
 from shim.clock import Clock
 from shim.config import loader
-from shim.core.records import Operation, StoreContents
+from shim.core.records import Operation, StoreContents, StoreOperation
 from shim.errors import StoreError
 from shim.ports import CommandStore, StoreDone
 from shim.store import CallThreadsafe, open_store
 from tests.support.virtual import VirtualClock, VirtualLoop, run_virtual
+
+_Result = TypeVar("_Result")
+
 
 TOKEN = "tok-bench"  # noqa: S105
 PACES = (PollStyle.TICKER, PollStyle.PAUSE)
@@ -49,15 +52,17 @@ class _Counted:
         finally:
             self.outstanding -= 1
 
-    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
+    def submit(
+        self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
+    ) -> None:
         self.outstanding += 1
 
-        def told(outcome: list[Any] | StoreError) -> None:
+        def told(outcome: _Result | StoreError) -> None:
             self.outstanding -= 1
             if done is not None:
                 done(outcome)
 
-        self._inner.submit(operations, told)
+        self._inner.submit(operation, *also, done=told)
 
     def close(self) -> None:
         try:

@@ -44,8 +44,7 @@ from shim.process import (
 from shim.protocol import dialects
 from shim.protocol.http import origin_of
 from shim.runtime import Runtime, RuntimeContext, SingleRuntime
-from shim.store import CallThreadsafe, open_store
-from shim.store.monitor import probe
+from shim.store import CallThreadsafe, commit_probe, open_store
 from shim.upstream import AiohttpUpstream
 
 log = get(__name__)
@@ -310,7 +309,7 @@ class App:
 
     def make_store(self, call_threadsafe: CallThreadsafe) -> CommandStore:
         """Return the store. `call_threadsafe` is passed to `open_store`."""
-        return open_store(self.settings.store, call_threadsafe, probe(self._metrics, self._store_broken))
+        return open_store(self.settings.store, call_threadsafe, commit_probe(self._metrics, self._store_broken))
 
     def _store_broken(self, error: StoreError) -> None:
         """Stop the process after the store was found corrupt.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from shim.core.agent_calls import AgentCall, Outcome
-from shim.core.records import Operation, StoreContents
+from shim.core.records import Operation, StoreContents, StoreOperation
 from shim.errors import StoreError
 from shim.protocol.upstream_message import Message
 
-StoreDone = Callable[[list[Any] | StoreError], None]
+_Result = TypeVar("_Result")
+
+StoreDone = Callable[[_Result | StoreError], None]
+"""Receiver of the result of an operation, or of the error because of which it was not carried out."""
 
 
 class Clock(Protocol):
@@ -46,11 +49,13 @@ class CommandStore(Protocol):
     def open(self) -> StoreContents:
         """Open or create the store and return its contents. Blocks. Raises `StoreVersionError`, `StoreError`."""
 
-    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
-        """Queue operations as one atomic unit. Never blocks.
+    def submit(
+        self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
+    ) -> None:
+        """Queue an operation and those that belong to it as one atomic unit. Never blocks.
 
-        When they are committed and synced, `done` is called on the event loop with one result per operation. If they
-        could not be applied, it is called with a `StoreError`, and no operation of the submission was applied.
+        When they are committed and synced, `done` is called on the event loop with the result of `operation`. If they
+        could not be applied, it is called with a `StoreError`, and none of them was applied.
         """
 
     def close(self) -> None:

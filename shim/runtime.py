@@ -7,10 +7,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shim.admin import RecentCommand, RecentCommandsStore, Subject
+from shim.admin import Subject
 from shim.bridge import Bridge, BridgeContext
 from shim.clock import Clock
 from shim.config.settings import Settings
+from shim.core.command_queue import RecentCommand
 from shim.core.records import StoreContents
 from shim.core.sessions import Sessions
 from shim.errors import StoreError
@@ -18,8 +19,7 @@ from shim.fallback import FallbackPolicy, WebSocketProxy
 from shim.metrics import Metrics
 from shim.ports import AgentService, AgentWebSockets, CommandStore, Fallback, Forwarder, Timers, UpstreamPort
 from shim.redaction import Redaction
-from shim.store import CallThreadsafe
-from shim.store.monitor import log_store_warnings
+from shim.store import CallThreadsafe, log_store_warnings
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], Any]
 
@@ -132,10 +132,9 @@ class SingleRuntime:
 
     def __init__(self, context: RuntimeContext, store: CommandStore) -> None:
         self._metrics = context.metrics
-        self.recent = RecentCommandsStore(store)
-        self.subject = self.agent_service = Bridge(
-            context.bridge_context(context.settings, self.recent, context.upstream)
-        )
+        self._store = store
+        self.subject = self.agent_service = Bridge(context.bridge_context(context.settings, store, context.upstream))
+        self.recent = self.subject.ctx.recent_commands
         self.fallback = FallbackPolicy(self.subject)
         self.addresses: dict[str, str] = {}
         self.forwarder = None
@@ -150,7 +149,7 @@ class SingleRuntime:
         """Open the store in a thread. A file is not waited for."""
         self._opening = True
         try:
-            self._loaded = await asyncio.to_thread(self.recent.open)
+            self._loaded = await asyncio.to_thread(self._store.open)
         except Exception:
             self._opening = False
             raise
@@ -174,7 +173,7 @@ class SingleRuntime:
     async def close(self) -> None:
         """Close the store, unless it is still being opened in its thread: the end of the process ends that."""
         if not self._opening:
-            await asyncio.to_thread(self.recent.close)
+            await asyncio.to_thread(self._store.close)
 
     def reload(self, settings: Settings) -> None:
         """Apply new settings."""

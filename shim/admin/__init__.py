@@ -1,7 +1,6 @@
 """Admin port: health, readiness, metrics, the status page and the operator's actions."""
 
-from shim.admin.recent_commands import RecentCommand, RecentCommandsStore
 from shim.admin.server import AdminServer
 from shim.admin.subject import Subject
 
-__all__ = ["AdminServer", "RecentCommand", "RecentCommandsStore", "Subject"]
+__all__ = ["AdminServer", "Subject"]

@@ -9,8 +9,7 @@ import msgspec
 from aiohttp import web
 
 from shim.admin.subject import Agents, Subject
-from shim.bridge.admin_actions import CommandDetails
-from shim.core.records import CommandRecord
+from shim.core.records import CommandDetails, CommandRecord
 from shim.errors import OperatorError
 
 MAX_DRAIN_S = 86_400.0

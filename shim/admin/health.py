@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from shim.admin.subject import Subject
 from shim.core.records import WriteProbe
@@ -41,19 +40,17 @@ class Health:
         if ctx.now - self._probed_at < STORE_PROBE_S:
             return self._writable
         if self._probe is None:
-            probe: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-            self._probe = probe
-
-            def done(outcome: list[Any] | StoreError) -> None:
-                self._probe = None
-                self._writable = not isinstance(outcome, StoreError)
-                self._probed_at = ctx.now
-                if not probe.done():
-                    probe.set_result(self._writable)
-
-            ctx.store.submit([WriteProbe(ctx.clock.wall_s())], done)
+            self._probe = asyncio.get_running_loop().create_future()
+            ctx.store.submit(WriteProbe(ctx.clock.wall_s()), done=self._probe_done)
         try:
             async with asyncio.timeout(STORE_PROBE_S):
                 return await asyncio.shield(self._probe)
         except TimeoutError:
             return False
+
+    def _probe_done(self, outcome: StoreError | None) -> None:
+        self._writable = outcome is None
+        self._probed_at = self._bridge.ctx.now
+        probe, self._probe = self._probe, None
+        if probe is not None and not probe.done():
+            probe.set_result(self._writable)

@@ -21,13 +21,13 @@ from shim.admin.connection_limit import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Co
 from shim.admin.event_stream import EventStream
 from shim.admin.gauges import BridgeCollector
 from shim.admin.health import Health
-from shim.admin.recent_commands import RecentCommand
 from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
 from shim.admin.status import ProcessInfo, StatusBuilder
 from shim.admin.subject import Subject
 from shim.admin.time_series import Sampler
 from shim.config import loader
 from shim.config.settings import Admin
+from shim.core.command_queue import RecentCommand
 from shim.errors import ConfigError, OperatorError
 from shim.http_connection import LINGER_S, NoRoom
 from shim.listening import bind

@@ -17,12 +17,11 @@ from shim.admin import call_status
 from shim.admin.call_status import name_of
 from shim.admin.health_summary import summarise
 from shim.admin.migration import migration
-from shim.admin.recent_commands import RecentCommand
 from shim.admin.rollout import rollout
 from shim.admin.subject import Subject
 from shim.admin.time_series import Sampler
 from shim.bridge.links import UpstreamLink
-from shim.core.command_queue import CommandQueue, QueuedCommand
+from shim.core.command_queue import CommandQueue, QueuedCommand, RecentCommand
 from shim.core.fallback_record import FallbackCall, Why
 from shim.core.records import CommandState, SessionKey
 from shim.core.sessions import MIN_GAPS, Session

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from shim.bridge import BridgeContext
-from shim.bridge.admin_actions import CommandDetails, Drain
+from shim.bridge.admin_actions import Drain
 from shim.bridge.links import UpstreamLink
 from shim.bridge.registration import RefusedRegistration
 from shim.bridge.websocket_agents import WebSocketAgent
 from shim.core.command_queue import CommandQueue
-from shim.core.records import CommandRecord, SessionKey
+from shim.core.records import CommandDetails, CommandRecord, SessionKey
 from shim.core.route_usage import Route, RouteUse
 from shim.core.sessions import Session
 

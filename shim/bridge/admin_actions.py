@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from enum import Enum
-from typing import Any, NamedTuple
+from functools import partial
 
 import msgspec
 from msgspec.structs import replace
 
-from shim.bridge.command_queues import CommandIntake, CommandQueues
+from shim.bridge.command_queues import CommandQueues
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
+from shim.bridge.outbox import Outbox
 from shim.core.command_queue import CommandEvent, CommandQueue, next_state
-from shim.core.records import AddTrace, CommandRecord, CommandState, FindCommand, RequeueCommand, SessionKey, TraceEntry
+from shim.core.records import (
+    CommandDetails,
+    CommandRecord,
+    CommandState,
+    FindCommand,
+    RequeueCommand,
+    SessionKey,
+)
 from shim.errors import IllegalTransition, OperatorError, StoreError
 from shim.log import get
 from shim.ports import Timer
@@ -59,26 +67,16 @@ class Drain(msgspec.Struct, frozen=True, rename={"since_unix": "since_wall", "de
     refused: int
 
 
-class CommandDetails(NamedTuple):
-    """One stored command. `result` is the payload of its result for the controller, or None."""
-
-    record: CommandRecord
-    result: dict[str, Any] | None
-    trace: list[TraceEntry]
-
-
 class AdminActions:
     """Handler of operators' actions.
 
     Every action may raise `OperatorError`, whose text says why it failed and what to do instead.
     """
 
-    def __init__(
-        self, ctx: BridgeContext, queues: CommandQueues, intake: CommandIntake, delivery: CommandDelivery
-    ) -> None:
+    def __init__(self, ctx: BridgeContext, queues: CommandQueues, outbox: Outbox, delivery: CommandDelivery) -> None:
         self._ctx = ctx
         self._queues = queues
-        self._intake = intake
+        self._outbox = outbox
         self._delivery = delivery
         self._state = DrainState.OFF
         self._since_unix = self._deadline_unix = self._deadline_at = 0.0
@@ -99,8 +97,8 @@ class AdminActions:
             self._since_unix,
             self._deadline_unix,
             sum(map(len, self._queues.values())),
-            len(self._queues.outbox),
-            self._intake.refused_by_drain,
+            len(self._outbox),
+            self._delivery.refused_by_drain,
         )
 
     def drain(self, timeout_s: float) -> Drain:
@@ -111,10 +109,10 @@ class AdminActions:
         wall = self._ctx.clock.wall_s()
         if not self.draining:
             self._since_unix = wall
-            self._intake.refused_by_drain = 0
+            self._delivery.refused_by_drain = 0
             log.info("drain_started", timeout_s=timeout_s)
         self._state = DrainState.DRAINING
-        self._intake.closed = True
+        self._delivery.closed = True
         self._was_empty = False
         self._deadline_unix, self._deadline_at = wall + timeout_s, self._ctx.now + timeout_s
         self._watch()
@@ -127,7 +125,7 @@ class AdminActions:
         self.stop()
         self._state = DrainState.OFF
         self._since_unix = self._deadline_unix = 0.0
-        self._intake.closed = False
+        self._delivery.closed = False
         return self.progress()
 
     def stop(self) -> None:
@@ -146,7 +144,7 @@ class AdminActions:
         A command or result that was being written to disk at the first check is visible at the second.
         """
         now = self.progress()
-        empty = not now.commands and self._queues.outbox.empty
+        empty = not now.commands and self._outbox.empty
         if empty and self._was_empty:
             self._state = DrainState.DRAINED
             log.info("drained", refused=now.refused)
@@ -161,8 +159,10 @@ class AdminActions:
 
     async def find(self, command_id: str) -> list[CommandDetails]:
         """Return all commands with this id, of every session."""
-        outcome = await self._query(FindCommand(command_id))
-        return [CommandDetails(*each) for each in outcome]
+        try:
+            return await self._ctx.execute(FindCommand(command_id))
+        except StoreError as error:
+            raise _unanswered(error) from error
 
     async def purge(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
         """End a waiting or uncertain command as DEAD and report it to the controller as `undeliverable`.
@@ -221,38 +221,33 @@ class AdminActions:
         why = _with_reason("by an operator", reason)
         wall, ttl_s = self._ctx.clock.wall_s(), self._ctx.settings.commands.ttl_s
         again = replace(record, state=queued, attempts=0, expires_unix=wall + ttl_s)
-        detail = f"{why}; before that, {_STANDS[record.state]}"
-        trace = AddTrace(key, (command_id,), TraceEntry(wall, "redeliver", detail))
-        if not await self._query(RequeueCommand(key, command_id, wall, again.expires_unix), trace, then=again):
+        step = self._ctx.step(key, (command_id,), wall, "redeliver", f"{why}; before that, {_STANDS[record.state]}")
+        answer: asyncio.Future[bool | StoreError] = asyncio.get_running_loop().create_future()
+        done = partial(self._requeued, again, answer)
+        self._ctx.store.submit(RequeueCommand(key, command_id, wall, again.expires_unix), step, done=done)
+        outcome = await answer
+        if isinstance(outcome, StoreError):
+            raise _unanswered(outcome)
+        if not outcome:
             raise OperatorError(409, "it changed in the meantime: look at it and try again")
         return again
 
-    async def _query(self, *operations: Any, then: CommandRecord | None = None) -> Any:
-        """Return the result of the first operation.
+    def _requeued(
+        self, record: CommandRecord, answer: asyncio.Future[bool | StoreError], outcome: bool | StoreError
+    ) -> None:
+        """Queue a command inside the store's callback, before any other event can change it."""
+        if outcome is True:
+            at = self._ctx.moment()
+            log.info("command_redelivered", command=record.id, session=record.session.ident)
+            self._queues.count("redelivered_by_hand")
+            self._queues.add(record, at.now + record.expires_unix - at.unix, at.now)
+            self._delivery.try_offer(record.session, at)
+        if not answer.done():
+            answer.set_result(outcome)
 
-        If the result is truthy, `then` is queued inside the store's callback, before any other event can change the
-        command. Raises `OperatorError` 503 if the store fails.
-        """
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-        def done(outcome: list[Any] | StoreError) -> None:
-            if then is not None and not isinstance(outcome, StoreError) and outcome[0]:
-                self._requeued(then)
-            if not answer.done():
-                answer.set_result(outcome if isinstance(outcome, StoreError) else outcome[0])
-
-        self._ctx.store.submit(operations, done)
-        found = await answer
-        if isinstance(found, StoreError):
-            raise OperatorError(503, f"the store did not answer: {found}")
-        return found
-
-    def _requeued(self, record: CommandRecord) -> None:
-        log.info("command_redelivered", command=record.id, session=record.session.ident)
-        self._queues.count("redelivered_by_hand")
-        ttl_s = record.expires_unix - self._ctx.clock.wall_s()
-        self._queues.add(record, self._ctx.now + ttl_s)
-        self._delivery.try_offer(record.session)
+def _unanswered(error: StoreError) -> OperatorError:
+    return OperatorError(503, f"the store did not answer: {error}")
 
 
 def _means(session: str, key: SessionKey) -> bool:

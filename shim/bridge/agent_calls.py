@@ -5,7 +5,6 @@ Calls that need neither the disk nor the controller are answered synchronously, 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
@@ -36,13 +35,11 @@ from shim.core.agent_calls import (
     TunnelState,
 )
 from shim.core.link_state import LinkState
-from shim.core.records import AddTrace, PutResult, ResultOutcome, SessionKey, TraceEntry
 from shim.core.route_usage import route_of
 from shim.core.sessions import Session
 from shim.errors import AgentError, StoreError
 from shim.log import get
 from shim.ports import Caller, CallResult
-from shim.protocol.rfc3339 import rfc3339
 
 log = get(__name__)
 
@@ -194,45 +191,15 @@ class AgentCallHandler:
     async def _result(self, owner: str, client: Caller, call: ResultCall) -> Outcome:
         session = self._session_registry.session_for_call(owner, call.target, call.dialect)
         self._usage.note(session.key, call.dialect, "result", session.last_seen_unix)
-        self._links.link_for(session, client, self._ctx.now)
-        wall = self._ctx.clock.wall_s()
-        payload: dict[str, Any] = {
-            "command_id": call.command_id,
-            "cluster_id": session.upstream_cluster_id,
-            "agent_id": session.agent_id,
-            **call.body,
-        }
-        payload.setdefault("timestamp", rfc3339(wall))
-        stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        key = session.key
-        posted_at = self._ctx.now if self._links.connection_of(session) is not None else None
-
-        def done(outcome: list[Any] | StoreError) -> None:
-            # Runs even if the agent has hung up: a stored result must be sent to the controller in any case.
-            failed = isinstance(outcome, StoreError)
-            if not isinstance(outcome, StoreError):
-                self._result_stored(key, call, outcome[0], posted_at)
-            if not stored.done():
-                stored.set_result(not failed)
-
-        how = "success" if call.body.get("success") is True else "failure"
-        trace = AddTrace(key, (call.command_id,), TraceEntry(wall, "result", how))
-        self._ctx.store.submit([PutResult(key, call.command_id, payload, wall), trace], done)
+        at = self._ctx.moment()
+        self._links.link_for(session, client, at.now)
         self._presence.called(session)
-        if await stored:
-            return Accepted()
-        return Failed(503, "the result cannot be stored now", retry_after_s=RETRY_AFTER_S)
-
-    def _result_stored(
-        self, key: SessionKey, call: ResultCall, outcome: ResultOutcome, posted_at: float | None
-    ) -> None:
-        kind = "repeat" if outcome.entry is None else "known" if outcome.known else "unknown"
-        success = "true" if call.body.get("success") is True else "false"
-        self._ctx.metrics.results.labels(kind, success).inc()
-        log.info("result_stored", command=call.command_id, session=key.ident, known=outcome.known)
-        if outcome.entry is not None:
-            self._delivery.outbox.added(outcome.entry, posted_at)
-        self._delivery.answered(key, call.command_id)
+        online = self._links.connection_of(session) is not None
+        try:
+            await self._delivery.post_result(session, call.command_id, call.body, at, online=online)
+        except StoreError:
+            return Failed(503, "the result cannot be stored now", retry_after_s=RETRY_AFTER_S)
+        return Accepted()
 
     def _tunnel_polled(self, owner: str, client: Caller, call: TunnelPollCall) -> Session | None:
         session = self._session_registry.find_session(owner, call.target)

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from shim.bridge.admin_actions import AdminActions
 from shim.bridge.agent_calls import AgentCallHandler
-from shim.bridge.command_queues import CommandIntake, CommandQueues, UnpolledCommandsWarning
+from shim.bridge.command_queues import CommandQueues, UnpolledCommandsWarning
 from shim.bridge.context import DEFAULT_OWNER, BridgeContext
-from shim.bridge.delivery import CommandDelivery, OfferedBatch
+from shim.bridge.delivery import CommandDelivery
 from shim.bridge.event_handlers import EventHandlers
 from shim.bridge.events import EventQueue
 from shim.bridge.gateway_redirect import GatewayConnections
@@ -26,7 +26,8 @@ from shim.bridge.session_removal import SessionRemoval
 from shim.bridge.upstream_messages import UpstreamMessageHandler
 from shim.bridge.websocket_agents import WebSocketAgents
 from shim.core.agent_calls import AgentCall
-from shim.core.records import Prune, SessionKey, StoreContents
+from shim.core.command_queue import Batch
+from shim.core.records import CheckStore, Prune, SessionKey, StoreContents
 from shim.core.sessions import Sessions
 from shim.log import get
 from shim.ports import Caller, CallResult, DeliveryReceipt
@@ -50,26 +51,30 @@ class Bridge:
         self.gateways = GatewayConnections(ctx, self.links.shared)
         self.outbox = Outbox(ctx, self.links.connection_for_key)
         self.queues = CommandQueues(ctx, self.outbox)
-        self.delivery = CommandDelivery(ctx, self.queues)
         refusals = Rejections(ctx, self.outbox)
-        self.intake = CommandIntake(ctx, self.queues, self.outbox, refusals, self.delivery.try_offer)
+        self.delivery = CommandDelivery(ctx, self.queues, self.outbox, refusals)
         self.presence = HeartbeatForwarder(ctx, self.registrations, self.links)
         self.holding = PollHolds(ctx, self.presence, self.session_registry)
         messages = UpstreamMessageHandler(
-            ctx, self.links, self.registrations, self.session_registry, self.intake, refusals, self.holding
+            ctx, self.links, self.registrations, self.session_registry, self.delivery, refusals, self.holding
         )
         self.links.shared.receive = self.gateways.receive = messages.handle
         self.links.has_unsent_results = self.outbox.unsent_for
         EventHandlers(
-            ctx, self.links, self.gateways, self.registrations, self.session_registry, self.outbox, self.presence
+            ctx,
+            self.links,
+            self.gateways,
+            self.registrations,
+            self.session_registry,
+            self.delivery,
+            self.outbox,
+            self.presence,
         ).install()
-        self.admin_actions = AdminActions(ctx, self.queues, self.intake, self.delivery)
+        self.admin_actions = AdminActions(ctx, self.queues, self.outbox, self.delivery)
         self.session_removal = SessionRemoval(
             ctx, self.session_registry.usage, self.registrations, self.session_registry.forget
         )
-        self.http_fallback = HttpFallbackBridge(
-            ctx, self.links, self.session_registry, self.queues, self.intake, self.delivery
-        )
+        self.http_fallback = HttpFallbackBridge(ctx, self.links, self.session_registry, self.queues, self.delivery)
         self.calls = AgentCallHandler(
             ctx, self.links, self.session_registry, self.registrations, self.delivery, self.holding
         )
@@ -114,7 +119,7 @@ class Bridge:
         self.ctx.owner_key = loaded.key
         self.session_registry.load(loaded)
         self.outbox.has_stored_entries(loaded.outbox_owners)
-        self.intake.load(loaded.commands)
+        self.queues.load(loaded.commands)
         for key, command_id, request_id in loaded.quarantined_commands:
             if key is not None and command_id:
                 self.outbox.report_failure(
@@ -148,8 +153,7 @@ class Bridge:
         self._timers.close()
 
     def _look_after_store(self) -> None:
-        """Submit an empty transaction: an idle store must get a chance to checkpoint its write-ahead log."""
-        self.ctx.store.submit(())
+        self.ctx.store.submit(CheckStore())
 
     def _save_holds(self) -> None:
         for session in self.ctx.sessions:
@@ -160,7 +164,7 @@ class Bridge:
         self.session_registry.expire()
         commands = self.ctx.settings.commands
         kept_s = max(commands.retain_s, commands.dedupe_s)
-        self.ctx.store.submit([Prune(self.ctx.clock.wall_s() - kept_s)])
+        self.ctx.store.submit(Prune(self.ctx.clock.wall_s() - kept_s))
 
     # --- ports.AgentService -------------------------------------------------------------------------------------------
 
@@ -174,11 +178,11 @@ class Bridge:
 
     def written(self, receipt: DeliveryReceipt) -> None:
         """Record that the whole reply was passed to the kernel."""
-        self.delivery.written(cast("OfferedBatch", receipt))
+        self.delivery.written(cast("Batch", receipt))
 
     def unwritten(self, receipt: DeliveryReceipt) -> None:
         """Requeue an offer whose reply could not be written."""
-        self.delivery.unwritten(cast("OfferedBatch", receipt))
+        self.delivery.unwritten(cast("Batch", receipt))
 
     def next_request(self, connection: int) -> None:
         """Record that another request arrived on a connection that carried an offer."""

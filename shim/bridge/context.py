@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 from shim.bridge.events import EventQueue
 from shim.config.settings import Settings
 from shim.core.backoff import BackoffPolicy
-from shim.core.command_queue import Arriving, QueuePolicy
+from shim.core.command_queue import Arriving, QueuePolicy, RecentCommands
 from shim.core.fallback_record import FallbackRecord
 from shim.core.recent_calls import RecentCalls
+from shim.core.records import AddTrace, Operation, SessionKey, StoreOperation, TraceEntry
 from shim.core.sessions import Sessions
+from shim.errors import StoreError
 from shim.metrics import Metrics
 from shim.ports import Clock, CommandStore, Timers, UpstreamPort
 from shim.redaction import Redaction, without_secrets
 
+_Result = TypeVar("_Result")
+
 DEFAULT_OWNER = "default"
 ENVELOPE_BYTES = 512
 """Upper bound on the bytes that an upstream envelope adds to its payload."""
+
+
+class Moment(NamedTuple):
+    """The time of one event, which is read once and passed on: `now` in monotonic seconds, `unix` in Unix seconds."""
+
+    now: float
+    unix: float
 
 
 class TokenSource(Protocol):
@@ -49,6 +62,7 @@ class BridgeContext:
     owner_key: bytes = b""
     redaction: Redaction = field(default_factory=Redaction)
     arriving: Arriving = field(default_factory=Arriving)
+    recent_commands: RecentCommands = field(default_factory=RecentCommands)
     fallback: FallbackRecord = field(default_factory=FallbackRecord)
     refused_calls: RecentCalls = field(default_factory=RecentCalls)
     events: EventQueue = field(init=False)
@@ -60,6 +74,25 @@ class BridgeContext:
         recognised.
         """
         return without_secrets(self.redaction.text(text), *secrets)
+
+    async def execute(self, operation: StoreOperation[_Result], *also: Operation) -> _Result:
+        """Carry out store operations as one unit and return the result of the first one. Raises `StoreError`."""
+        answer: asyncio.Future[_Result | StoreError] = asyncio.get_running_loop().create_future()
+        self.store.submit(operation, *also, done=partial(_resolve, answer))
+        outcome = await answer
+        if isinstance(outcome, StoreError):
+            raise outcome
+        return outcome
+
+    def step(self, key: SessionKey, ids: tuple[str, ...], wall: float, event: str, detail: str = "") -> AddTrace:
+        """Return a step for the trace of commands, to be stored together with the change that it describes."""
+        entry = TraceEntry(wall, event, detail)
+        self.recent_commands.note(key, ids, entry)
+        return AddTrace(key, ids, entry)
+
+    def moment(self) -> Moment:
+        """Return the time of an event that happens now."""
+        return Moment(self.clock.monotonic_s(), self.clock.wall_s())
 
     @property
     def now(self) -> float:
@@ -85,3 +118,8 @@ class BridgeContext:
         """The configured delays between dials."""
         reconnect = self.settings.upstream.reconnect
         return BackoffPolicy(reconnect.initial_s, reconnect.max_s, reconnect.refused_max_s)
+
+
+def _resolve(answer: asyncio.Future[_Result], outcome: _Result) -> None:
+    if not answer.done():  # the caller may have been cancelled
+        answer.set_result(outcome)

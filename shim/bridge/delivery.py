@@ -1,97 +1,223 @@
-"""Delivery of commands to agents: polls, offers, and evidence that an agent has received an offer.
+"""The way of a command through the shim, from its arrival to the confirmation of its result.
 
-A reply that was written to the kernel is not proof that the agent read it. An offer counts as delivered only on
-evidence, see docs/reference/protocol.md#3-commands. Polls are described in docs/reference/protocol.md#13-poll.
+| step | method | stored state |
+|---|---|---|
+| the controller sends a command | `arrive` | |
+| the command is stored | `_put_done`, `_stored` | QUEUED |
+| it is put into the reply to a poll | `_offer`, `_offer_recorded` | OFFERED |
+| the reply is written | `written` | OFFERED |
+| there is evidence that the agent has received it | `_delivered` | DELIVERED |
+| the agent posts its result | `post_result`, `_result_stored` | ANSWERED |
+| the controller confirms the result | `results_confirmed`, `_closed` | CLOSED |
+
+A command leaves this way if it is rejected (`_refuse`), if its reply is not written (`unwritten`), if there is no
+evidence in time (`_evidence_due`), or if it expires or is given up (`CommandQueues.finish`). The states and events are
+those of `core.command_queue.TRANSITIONS`, the rules those of docs/reference/protocol.md#3-commands.
+
+A reply that was written to the kernel is no proof that the agent has read it. An offer counts as delivered only on
+evidence: the next request on the connection, a later poll, or a result.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
 from msgspec.structs import replace
 
 from shim.bridge.command_queues import CommandQueues
-from shim.bridge.context import BridgeContext
-from shim.core.agent_calls import OfferedCommand
+from shim.bridge.context import BridgeContext, Moment
+from shim.bridge.outbox import Outbox, OutboxRecord
+from shim.bridge.rejections import DRAINED, REFUSALS, Refusal, Rejections
 from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, QueuePolicy
-from shim.core.records import AddTrace, CommandState, MarkCommands, Operation, SessionKey, TraceEntry
+from shim.core.records import (
+    VIA_HTTP,
+    CloseOutbox,
+    CommandRecord,
+    CommandState,
+    LookUpCommand,
+    MarkCommands,
+    PutCommand,
+    PutOutcome,
+    PutResult,
+    ResultOutcome,
+    SessionKey,
+)
+from shim.core.sessions import Session
 from shim.counting import Spreads
 from shim.errors import StoreError
 from shim.log import get
 from shim.ports import Timer
+from shim.protocol.command_message import ParsedCommand
+from shim.protocol.rfc3339 import rfc3339
 
 log = get(__name__)
 
 MAX_HAND_OVER_SAMPLES = 1024
 
 
-class OfferedBatch:
-    """A batch of commands in a poll reply; the `ports.DeliveryReceipt` that the agent API passes back.
+@dataclass(slots=True)
+class _Arrival:
+    """One command that is being accepted or rejected. `at` is its arrival in monotonic seconds."""
 
-    `polled_at` is the arrival of its poll in monotonic seconds.
-    """
-
-    __slots__ = ("key", "offer", "polled_at")
-
-    def __init__(self, key: SessionKey, offer: Batch, polled_at: float) -> None:
-        self.key = key
-        self.offer = offer
-        self.polled_at = polled_at
-
-    @property
-    def commands(self) -> tuple[OfferedCommand, ...]:
-        """The commands as the reply contains them."""
-        return tuple(
-            OfferedCommand(live.record.id, live.record.type, live.record.payload, live.record.created_at)
-            for live in self.offer.commands
-        )
+    session: Session
+    record: CommandRecord
+    at: float
+    settled: Callable[[bool], None] | None
 
 
 class PendingPoll:
     """A poll that waits for its answer.
 
-    `offered` is resolved with an offer, or with None for an empty answer. `offering` is set while the offer is being
-    stored; it is the caller's once the poll has returned.
+    `offered` is resolved with a batch, or with None for an empty answer. `batch` is set while the offer is being
+    stored; it is the caller's once the poll has returned. `arrived_s` is the arrival in monotonic seconds.
     """
 
-    __slots__ = ("arrived_at", "connection", "offered", "offering")
+    __slots__ = ("arrived_s", "batch", "connection", "offered")
 
-    def __init__(self, connection: int, arrived_at: float) -> None:
+    def __init__(self, connection: int, arrived_s: float) -> None:
         self.connection = connection
-        self.arrived_at = arrived_at
-        self.offered: asyncio.Future[OfferedBatch | None] = asyncio.get_running_loop().create_future()
-        self.offering: OfferedBatch | None = None
+        self.arrived_s = arrived_s
+        self.offered: asyncio.Future[Batch | None] = asyncio.get_running_loop().create_future()
+        self.batch: Batch | None = None
 
-    def answer(self, offering: OfferedBatch | None) -> None:
+    def answer(self, batch: Batch | None) -> None:
         """Resolve the poll; do nothing if it is resolved already."""
         if not self.offered.done():
-            self.offered.set_result(offering)
+            self.offered.set_result(batch)
 
 
 class CommandDelivery:
-    """The waiting polls and the unconfirmed offers of all sessions.
+    """The commands of all sessions on their way, the waiting polls, and the offers without evidence.
 
-    Its methods are synchronous. They submit writes and replies in order and never wait for them.
+    Its methods are synchronous. They submit writes and replies in order and never wait for them. While it is `closed`,
+    new commands are rejected, and counted in `refused_by_drain`.
     """
 
-    def __init__(self, ctx: BridgeContext, queues: CommandQueues) -> None:
-        self.outbox = queues.outbox
+    def __init__(self, ctx: BridgeContext, queues: CommandQueues, outbox: Outbox, rejections: Rejections) -> None:
         self._ctx = ctx
         self._queues = queues
+        self._outbox = outbox
+        self._rejections = rejections
         self._polls: dict[SessionKey, PendingPoll] = {}
-        self._by_connection: dict[int, list[OfferedBatch]] = {}
+        self._by_connection: dict[int, list[Batch]] = {}
         self._evidence_timers: dict[int, Timer] = {}
         self._numbers = count(1)
         self.hand_overs_s: deque[float] = deque(maxlen=MAX_HAND_OVER_SAMPLES)
+        self.closed = False
+        self.refused_by_drain = 0
+
+    # --- arrival: rejected or stored ----------------------------------------------------------------------------------
+
+    def arrive(
+        self,
+        session: Session,
+        command: ParsedCommand,
+        request_id: str,
+        at: Moment,
+        settled: Callable[[bool], None] | None = None,
+        via: str = "",
+    ) -> None:
+        """Accept or reject a command for this session.
+
+        `settled(True)` is called once the command is stored, also for a duplicate. A rejection (`expired`,
+        `queue_full`, `store_unavailable`) is reported to the controller, is not stored, and calls `settled(False)`.
+        `via` is the same as in `CommandRecord`: a command that came by HTTP cannot be reported.
+
+        A command that is known already is a duplicate and never rejected. So it is looked up before it is rejected as
+        expired, because the queue is full, or because of a drain. Commands that an agent is fetching by HTTP are
+        accepted even during a drain or after they have expired.
+        """
+        record = command.record(session.key, request_id, at.unix, via)
+        arrival = _Arrival(session, record, at.now, settled)
+        queue, by_http = self._queues.get_or_create(session.key), via == VIA_HTTP
+        live = queue.get(record.id)
+        if live is not None:
+            self._known(arrival, PutOutcome(live.seq, duplicate=True, state=live.state))
+        elif self._ctx.arriving.exhausted:
+            self._refuse(arrival, "store_unavailable")
+        elif record.expires_unix <= record.arrived_unix and not by_http:
+            self._look_up(arrival, "expired", REFUSALS["expired"])
+        elif self.closed and not by_http:
+            self._look_up(arrival, "queue_full", DRAINED)
+        elif not queue.room_for(record.size_bytes, self._ctx.queue_policy):
+            self._look_up(arrival, "queue_full", REFUSALS["queue_full"])
+        else:
+            queue.reserve(record.size_bytes)
+            self._ctx.arriving.add(record.size_bytes)
+            step = self._ctx.step(record.session, (record.id,), record.arrived_unix, "arrived", record.type)
+            self._ctx.store.submit(PutCommand(record), step, done=partial(self._put_done, arrival, queue))
+
+    def _put_done(self, arrival: _Arrival, queue: CommandQueue, outcome: PutOutcome | StoreError) -> None:
+        record = arrival.record
+        queue.release(record.size_bytes)
+        self._ctx.arriving.remove(record.size_bytes)
+        if isinstance(outcome, StoreError):
+            log.error("command_not_stored", dedupe_key=str(outcome), command=record.id, error=str(outcome))
+            self._refuse(arrival, "store_unavailable")
+        elif outcome.duplicate:
+            self._known(arrival, outcome)
+        else:
+            self._stored(arrival, outcome.seq)
+
+    def _stored(self, arrival: _Arrival, seq: int) -> None:
+        """Queue a command that was just stored, and offer it if a poll is held."""
+        record, at = arrival.record, self._ctx.moment()
+        key = self._ctx.sessions.home_of(arrival.session)  # the session may have been superseded during the write
+        self._queues.count("queued")
+        log.info("command_queued", command=record.id, type=record.type, session=key.ident)
+        expires_at = arrival.at + (record.expires_unix - record.arrived_unix)
+        live = self._queues.add(replace(record, session=key, seq=seq), expires_at, at.now)
+        live.arrived_at = arrival.at
+        if self._ctx.sessions.get(key) is None:
+            self._queues.end_session(key)
+        self.try_offer(key, at)
+        if arrival.settled is not None:
+            arrival.settled(True)
+
+    def _look_up(self, arrival: _Arrival, code: str, error: str) -> None:
+        """Look up a command that may not be accepted: a known one is a duplicate, any other is rejected."""
+        # The payload is not needed for the lookup. Thousands of these may wait for the disk at a time: free its memory.
+        record = arrival.record = replace(arrival.record, payload={})
+        self._ctx.arriving.add(0)
+        done = partial(self._looked_up, arrival, code, error)
+        self._ctx.store.submit(LookUpCommand(record.session, record.id), done=done)
+
+    def _looked_up(self, arrival: _Arrival, code: str, error: str, outcome: PutOutcome | StoreError | None) -> None:
+        self._ctx.arriving.remove(0)
+        if isinstance(outcome, PutOutcome):
+            self._known(arrival, outcome)
+        else:
+            self.refused_by_drain += error is DRAINED
+            self._refuse(arrival, code, error)
+
+    def _known(self, arrival: _Arrival, known: PutOutcome) -> None:
+        """Acknowledge a duplicate. If its result is known, send that again."""
+        record = arrival.record
+        self._queues.count("duplicate")
+        log.info("command_duplicate", command=record.id, session=record.session.ident, state=known.state.value)
+        if known.result is not None:
+            self._outbox.resend(record.session, record.id, record.request_id, known.result)
+        if arrival.settled is not None:
+            arrival.settled(True)
+
+    def _refuse(self, arrival: _Arrival, code: str, error: str = "") -> None:
+        record, error = arrival.record, error or REFUSALS[code]
+        refusal = Refusal(record.session, record.id, record.request_id, code, error, session=arrival.session)
+        self._rejections.refuse(refusal, report=record.via != VIA_HTTP)
+        if arrival.settled is not None:
+            arrival.settled(False)
+
+    # --- polls --------------------------------------------------------------------------------------------------------
 
     def held(self) -> int:
         """Return the number of held polls."""
         return len(self._polls)
-
-    # --- polls --------------------------------------------------------------------------------------------------------
 
     def has_pending(self, key: SessionKey) -> bool:
         """Return True if a poll would have an effect: commands wait or are offered, or another poll is held."""
@@ -102,16 +228,17 @@ class CommandDelivery:
         """Start a poll: offer the waiting commands, or hold the poll if `hold` is set, or answer it empty.
 
         The poll may be evidence for the session's previous offer. A held poll of the same session is answered empty.
+        Polls are described in docs/reference/protocol.md#13-poll.
         """
-        queue = self._queues.get(key)
+        queue, at = self._queues.get(key), self._ctx.moment()
         if queue is not None and queue.offer is not None and queue.offer.is_acknowledged_by_poll_at(arrived_s):
-            self._delivered(key, queue, queue.offer, "poll")
+            self._delivered(queue, queue.offer, "poll", at)
         older = self._polls.pop(key, None)
         if older is not None:
             older.answer(None)
-        poll = PendingPoll(connection, self._ctx.now)
+        poll = PendingPoll(connection, at.now)
         if queue is not None and queue.waiting():
-            self._offer(key, queue, poll)
+            self._offer(queue, poll, at)
         elif hold:
             self._polls[key] = poll
         else:
@@ -122,9 +249,9 @@ class CommandDelivery:
         """Cancel a waiting poll and requeue the commands of an offer that is not written yet."""
         if self._polls.get(key) is poll:
             del self._polls[key]
-        if poll.offering is not None:
-            self.unwritten(poll.offering)
-            poll.offering = None
+        if poll.batch is not None:
+            self.unwritten(poll.batch)
+            poll.batch = None
         poll.answer(None)
 
     def expire_poll(self, key: SessionKey, poll: PendingPoll) -> None:
@@ -138,59 +265,59 @@ class CommandDelivery:
         for key, poll in list(self._polls.items()):
             self.expire_poll(key, poll)
 
-    def try_offer(self, key: SessionKey) -> None:
+    # --- offer --------------------------------------------------------------------------------------------------------
+
+    def try_offer(self, key: SessionKey, at: Moment) -> None:
         """Offer the waiting commands of a session to its held poll, if it has both."""
         poll = self._polls.get(key)
         queue = self._queues.get(key)
         if poll is not None and queue is not None and queue.waiting():
             del self._polls[key]
-            self._offer(key, queue, poll)
+            self._offer(queue, poll, at)
 
-    def _offer(self, key: SessionKey, queue: CommandQueue, poll: PendingPoll) -> None:
+    def _offer(self, queue: CommandQueue, poll: PendingPoll, at: Moment) -> None:
         policy = self._ctx.queue_policy
-        offer = queue.take(next(self._numbers), poll.connection, policy)
-        if offer is None:
+        batch = poll.batch = queue.take(next(self._numbers), poll.connection, poll.arrived_s, policy)
+        if batch is None:
             poll.answer(None)
             return
-        offering = poll.offering = OfferedBatch(key, offer, poll.arrived_at)
-        wall = self._ctx.clock.wall_s()
-        operations: list[Operation] = [MarkCommands(key, offer.ids, CommandState.OFFERED, wall, attempts=1)]
-        for live in offer.commands:
+        steps = []
+        for live in batch.commands:
             detail = f"attempt {live.attempts}" + (f", {live.reason}" if live.reason else "")
-            operations.append(AddTrace(key, (live.record.id,), TraceEntry(wall, "offered", detail)))
+            steps.append(self._ctx.step(queue.key, (live.record.id,), at.unix, "offered", detail))
+        mark = MarkCommands(queue.key, batch.ids, CommandState.OFFERED, at.unix, attempts=1)
+        self._ctx.store.submit(mark, *steps, done=partial(self._offer_recorded, queue, poll, batch, policy))
 
-        def done(outcome: list[Any] | StoreError) -> None:
-            if poll.offering is not offering:
-                return  # the poll was cancelled during the write, and its commands are queued again
-            recorded = not isinstance(outcome, StoreError)
-            left = poll.offering = offering if recorded else self._offer_without_record(queue, offering, policy)
-            if left is not None:
-                self._observe_offer(left, recorded=recorded)
-            poll.answer(left)
+    def _offer_recorded(
+        self, queue: CommandQueue, poll: PendingPoll, batch: Batch, policy: QueuePolicy, outcome: StoreError | None
+    ) -> None:
+        """Answer the poll. If the store failed, answer it with what may be sent without a record."""
+        if poll.batch is not batch:
+            return  # the poll was cancelled during the write, and its commands are queued again
+        now = self._ctx.now
+        if outcome is not None:
+            poll.batch = self._offer_without_record(queue, batch, policy, now)
+        if poll.batch is not None:
+            self._observe_offer(poll.batch, now, recorded=outcome is None)
+        poll.answer(poll.batch)
 
-        self._ctx.store.submit(operations, done)
-
-    def _offer_without_record(
-        self, queue: CommandQueue, offering: OfferedBatch, policy: QueuePolicy
-    ) -> OfferedBatch | None:
+    def _offer_without_record(self, queue: CommandQueue, batch: Batch, policy: QueuePolicy, now: float) -> Batch | None:
         """Return the part of an offer that may be sent although the store failed to record it.
 
         Types in `commands.at_most_once` are withheld: after a crash they would be delivered again.
         """
-        offer = queue.unrecorded(offering.offer, policy)
-        log.error("offer_not_stored", session=offering.key.ident, offered=len(offer.ids) if offer else 0)
-        for live in offering.offer.commands:
-            if live.state is CommandState.QUEUED and live.expires_at <= self._ctx.now:
-                self._queues.expire(offering.key, live.record.id)
-        return OfferedBatch(offering.key, offer, offering.polled_at) if offer is not None else None
+        rest = queue.unrecorded(batch, policy)
+        log.error("offer_not_stored", session=batch.key.ident, offered=len(rest.ids) if rest else 0)
+        self._queues.expire_overdue(batch.key, batch.commands, now)
+        return rest
 
-    def _observe_offer(self, offering: OfferedBatch, *, recorded: bool) -> None:
+    def _observe_offer(self, batch: Batch, now: float, *, recorded: bool) -> None:
         """Count and log an offer.
 
         `recorded` is False if the store failed: after a crash the offer will not count as an attempt.
         """
-        self._observe_age(offering, self._ctx.metrics.offer_seconds)
-        for live in offering.offer.commands:
+        self._observe_age(batch, self._ctx.metrics.offer_seconds, now)
+        for live in batch.commands:
             self._queues.count("offered" if live.attempts == 1 else "redelivered")
             log.info(
                 "command_offered",
@@ -200,62 +327,61 @@ class CommandDelivery:
                 recorded=recorded,
             )
 
-    def _observe_age(self, offering: OfferedBatch, seconds: Spreads) -> None:
+    def _observe_age(self, batch: Batch, seconds: Spreads, now: float) -> None:
         """Observe the age of the commands that are offered for the first time."""
-        session = self._ctx.sessions.get(offering.key)
+        session = self._ctx.sessions.get(batch.key)
         if session is None:
             return
-        child, now, metrics = seconds.labels(session.dialect), self._ctx.now, self._ctx.metrics
-        for live in offering.offer.commands:
+        child, metrics = seconds.labels(session.dialect), self._ctx.metrics
+        for live in batch.commands:
             if live.arrived_at is None or live.reason:
                 continue
             age_s = now - live.arrived_at
             child.observe(age_s)
             if seconds is metrics.hand_over_seconds:
                 self.hand_overs_s.append(age_s)
-                if offering.polled_at <= live.arrived_at:
+                if batch.polled_at <= live.arrived_at:
                     metrics.message_seconds.labels("down").observe(age_s)
 
-    # --- evidence -----------------------------------------------------------------------------------------------------
+    # --- the reply: written or not ------------------------------------------------------------------------------------
 
-    def written(self, offering: OfferedBatch) -> None:
+    def written(self, batch: Batch) -> None:
         """Wait for evidence of delivery: the whole reply was passed to the kernel."""
-        offer = offering.offer
-        offer.written_at = self._ctx.now
-        self._by_connection.setdefault(offer.connection, []).append(offering)
-        self._observe_age(offering, self._ctx.metrics.hand_over_seconds)
-        self._evidence_timers[offer.number] = self._ctx.timers.call_later(
-            self._ctx.settings.commands.evidence_s, lambda: self._evidence_due(offering)
+        now = batch.written_at = self._ctx.now
+        self._by_connection.setdefault(batch.connection, []).append(batch)
+        self._observe_age(batch, self._ctx.metrics.hand_over_seconds, now)
+        self._evidence_timers[batch.number] = self._ctx.timers.call_later(
+            self._ctx.settings.commands.evidence_s, partial(self._evidence_due, batch)
         )
 
-    def unwritten(self, offering: OfferedBatch) -> None:
+    def unwritten(self, batch: Batch) -> None:
         """Requeue an offer that did not reach the agent, in its old place and without counting an attempt."""
-        key, offer = offering.key, offering.offer
-        queue = self._queues.get(key)
-        if queue is not None and offer.written_at is None:
-            self._requeue(key, queue, offer)
-            self.try_offer(key)
-
-    def _requeue(self, key: SessionKey, queue: CommandQueue, offer: Batch) -> None:
-        back = queue.unwritten(offer)
+        queue = self._queues.get(batch.key)
+        if queue is None or batch.written_at is not None:
+            return
+        key, at = batch.key, self._ctx.moment()
+        back = queue.unwritten(batch)
         for state in (CommandState.QUEUED, CommandState.UNCERTAIN):
             ids = tuple(live.record.id for live in back if live.state is state)
-            self._queues.record_transition(key, ids, state, "requeued", detail="not written", attempts=-1)
-        now = self._ctx.now
+            self._queues.record_transition(key, ids, state, at.unix, "requeued", detail="not written", attempts=-1)
         for live in back:
             log.info("command_requeued", command=live.record.id, session=key.ident, attempt=live.attempts + 1)
-            if live.state is CommandState.QUEUED and live.expires_at <= now:
-                self._queues.expire(key, live.record.id)
+        self._queues.expire_overdue(key, back, at.now)
+        self.try_offer(key, at)
+
+    # --- evidence -----------------------------------------------------------------------------------------------------
 
     def next_request(self, connection: int) -> None:
         """Mark the offers of a connection as delivered.
 
         An agent sends the next request on the same connection only after reading the whole previous reply.
         """
-        for offering in self._by_connection.pop(connection, ()):
-            queue = self._queues.get(offering.key)
+        batches = self._by_connection.pop(connection, ())
+        at = self._ctx.moment()
+        for batch in batches:
+            queue = self._queues.get(batch.key)
             if queue is not None:
-                self._delivered(offering.key, queue, offering.offer, "next request")
+                self._delivered(queue, batch, "next request", at)
 
     def connection_closed(self, connection: int, clean: bool) -> None:
         """Record how the connection of an offer ended.
@@ -263,58 +389,114 @@ class CommandDelivery:
         After a clean close the session's next poll is evidence: the agent's kernel had acknowledged the whole reply.
         After a reset it is not, because the reply may have been discarded unread.
         """
-        for offering in self._by_connection.pop(connection, ()):
-            offering.offer.cleanly_closed = clean
+        for batch in self._by_connection.pop(connection, ()):
+            batch.cleanly_closed = clean
 
     def connection_lost(self, connection: int) -> None:
         """Treat the offers of a connection as uncertain at once: the replica that served the connection is gone."""
-        for offering in self._by_connection.pop(connection, ()):
-            self._evidence_due(offering)
+        for batch in self._by_connection.pop(connection, ()):
+            self._evidence_due(batch)
 
-    def answered(self, key: SessionKey, command_id: str) -> None:
-        """Mark a command as answered, and all commands of the same reply as delivered."""
-        self._queues.answered(key, command_id)
-        queue = self._queues.get(key)
-        if queue is not None:
-            self._note_delivered(key, queue.answered(command_id), "result")
-            self.try_offer(key)
-
-    def _delivered(self, key: SessionKey, queue: CommandQueue, offer: Batch, evidence: str) -> None:
-        timer = self._evidence_timers.pop(offer.number, None)
+    def _delivered(self, queue: CommandQueue, batch: Batch, evidence: str, at: Moment) -> None:
+        timer = self._evidence_timers.pop(batch.number, None)
         if timer is not None:
             timer.cancel()
-        self._note_delivered(key, queue.delivered(offer), evidence)
-        self.try_offer(key)
+        self._record_delivered(queue.key, queue.delivered(batch), evidence, at)
+        self.try_offer(queue.key, at)
 
-    def _note_delivered(self, key: SessionKey, done: tuple[QueuedCommand, ...], evidence: str) -> None:
-        ids = tuple(live.record.id for live in done)
-        self._queues.record_transition(key, ids, CommandState.DELIVERED, "delivered", detail=evidence)
+    def _record_delivered(
+        self, key: SessionKey, commands: tuple[QueuedCommand, ...], evidence: str, at: Moment
+    ) -> None:
+        ids = tuple(live.record.id for live in commands)
+        self._queues.record_transition(key, ids, CommandState.DELIVERED, at.unix, "delivered", detail=evidence)
         for command_id in ids:
             log.info("command_delivered", command=command_id, session=key.ident, evidence=evidence)
 
-    def _evidence_due(self, offering: OfferedBatch) -> None:
-        self._evidence_timers.pop(offering.offer.number, None)
-        queue = self._queues.get(offering.key)
-        if queue is None or queue.offer is not offering.offer:
+    def _evidence_due(self, batch: Batch) -> None:
+        """Treat an offer as uncertain: there was no evidence for it in time."""
+        self._evidence_timers.pop(batch.number, None)
+        queue = self._queues.get(batch.key)
+        if queue is None or queue.offer is not batch:
             return
-        doubt = queue.mark_uncertain(offering.offer, "no evidence", self._ctx.queue_policy)
-        self._queues.handle_uncertain(offering.key, doubt, "no evidence")
-        self.try_offer(offering.key)
+        at = self._ctx.moment()
+        uncertain = queue.mark_uncertain(batch, "no evidence", self._ctx.queue_policy)
+        self._queues.handle_uncertain(batch.key, uncertain, "no evidence", at.unix)
+        self.try_offer(batch.key, at)
 
     def move(self, source: SessionKey, target: SessionKey) -> None:
         """Move the commands of the superseded session `source` to `target`."""
         poll = self._polls.pop(source, None)
         if poll is not None:
             poll.answer(None)
-        self._queues.moved(source, target)
-        queue = self._queues.pop(source)
-        if queue is None:
+        at = self._ctx.moment()
+        self._queues.move(source, target, at)
+        self.try_offer(target, at)
+
+    # --- result: stored, sent, confirmed ------------------------------------------------------------------------------
+
+    async def post_result(
+        self, session: Session, command_id: str, body: dict[str, Any], at: Moment, *, online: bool
+    ) -> None:
+        """Store an agent's result and send it to the controller. Raises `StoreError`; the agent then posts it again.
+
+        `online` is True if the session's link is up: only then is the time until the result is sent observed.
+        """
+        ids = {"command_id": command_id, "cluster_id": session.upstream_cluster_id, "agent_id": session.agent_id}
+        payload = {**ids, **body}
+        payload.setdefault("timestamp", rfc3339(at.unix))
+        success = body.get("success") is True
+        step = self._ctx.step(session.key, (command_id,), at.unix, "result", "success" if success else "failure")
+        stored: asyncio.Future[StoreError | None] = asyncio.get_running_loop().create_future()
+        done = partial(self._result_stored, session.key, command_id, success, at.now if online else None, stored)
+        self._ctx.store.submit(PutResult(session.key, command_id, payload, at.unix), step, done=done)
+        error = await stored
+        if error is not None:
+            raise error
+
+    def _result_stored(
+        self,
+        key: SessionKey,
+        command_id: str,
+        success: bool,
+        posted_at: float | None,
+        stored: asyncio.Future[StoreError | None],
+        outcome: ResultOutcome | StoreError,
+    ) -> None:
+        """Send a result that was just stored, even if its agent has hung up meanwhile."""
+        failed = outcome if isinstance(outcome, StoreError) else None
+        if not isinstance(outcome, StoreError):
+            kind = "repeat" if outcome.entry is None else "known" if outcome.known else "unknown"
+            self._ctx.metrics.results.labels(kind, "true" if success else "false").inc()
+            log.info("result_stored", command=command_id, session=key.ident, known=outcome.known)
+            if outcome.entry is not None:
+                self._outbox.added(outcome.entry, posted_at)
+            self.answered(key, command_id)
+        if not stored.done():
+            stored.set_result(failed)
+
+    def answered(self, key: SessionKey, command_id: str) -> None:
+        """Mark a command as answered, and all commands of the same reply as delivered."""
+        self._queues.answered(key, command_id)
+        queue = self._queues.get(key)
+        if queue is not None:
+            at = self._ctx.moment()
+            self._record_delivered(key, queue.answered(command_id), "result", at)
+            self.try_offer(key, at)
+
+    def results_confirmed(self, seqs: tuple[int, ...]) -> None:
+        """Close the results that the controller has received."""
+        closing = self._outbox.take_confirmed(seqs)
+        if closing:
+            wall = self._ctx.clock.wall_s()
+            steps = [self._ctx.step(each.session, (each.command_id,), wall, "closed") for each in closing.values()]
+            done = partial(self._closed, closing)
+            self._ctx.store.submit(CloseOutbox(tuple(closing), wall), *steps, done=done)
+
+    def _closed(self, closing: dict[int, OutboxRecord], outcome: StoreError | None) -> None:
+        if outcome is not None:
+            self._outbox.keep(closing)
             return
-        if queue.offer is not None:
-            doubt = queue.mark_uncertain(queue.offer, "superseded", self._ctx.queue_policy)
-            self._queues.handle_uncertain(target, doubt, "superseded")
-        successor = self._queues.get_or_create(target)
-        queue.drain_to(successor, lambda record: replace(record, session=target))
-        for live in successor.all():
-            self._queues.schedule_expiry(target, live)
-        self.try_offer(target)
+        self._outbox.forget(closing)
+        for each in closing.values():
+            self._queues.count("closed")
+            log.info("result_closed", command=each.command_id, session=each.session.ident)

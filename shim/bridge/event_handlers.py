@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from shim.bridge.context import BridgeContext
+from shim.bridge.delivery import CommandDelivery
 from shim.bridge.gateway_redirect import (
     GatewayClosed,
     GatewayConnection,
@@ -56,6 +57,7 @@ class EventHandlers:
     gateways: GatewayConnections
     registrations: Registrations
     session_registry: SessionRegistry
+    delivery: CommandDelivery
     outbox: Outbox
     heartbeats: HeartbeatForwarder
 
@@ -107,7 +109,7 @@ class EventHandlers:
 
     def results_confirmed(self, event: ResultsConfirmed) -> None:
         """Close the results, so that they are not sent again on the next connection."""
-        self.outbox.confirmed(event.seqs)
+        self.delivery.results_confirmed(event.seqs)
 
     def link_lost(self, event: LinkLost) -> None:
         """Keep the registrations and results that were waiting for a reply on the connection for the next one."""

@@ -6,7 +6,7 @@ import asyncio
 from functools import partial
 from typing import Any
 
-from shim.bridge.command_queues import CommandIntake, CommandQueues
+from shim.bridge.command_queues import CommandQueues
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
 from shim.bridge.link_pool import LinkPool
@@ -23,7 +23,7 @@ from shim.core.agent_calls import (
     TunnelInfoCall,
     TunnelPollCall,
 )
-from shim.core.records import VIA_HTTP, AddTrace, CommandState, FindCommand, MarkCommands, SessionKey, TraceEntry
+from shim.core.records import VIA_HTTP, CommandState, FindCommand, MarkCommands, SessionKey
 from shim.core.route_usage import route_of
 from shim.core.sessions import Session
 from shim.errors import StoreError
@@ -48,14 +48,12 @@ class HttpFallbackBridge:
         links: LinkPool,
         session_registry: SessionRegistry,
         queues: CommandQueues,
-        intake: CommandIntake,
         delivery: CommandDelivery,
     ) -> None:
         self._ctx = ctx
         self._queues = queues
         self._links = links
         self._session_registry = session_registry
-        self._intake = intake
         self._delivery = delivery
 
     def name_of(self, client: Caller, call: AgentCall) -> str:
@@ -156,24 +154,23 @@ class HttpFallbackBridge:
             return None
         poll = self._delivery.poll(session.key, client.connection, arrived_s, hold=False)
         try:
-            offering = await poll.offered
+            batch = await poll.offered
         except asyncio.CancelledError:
             self._delivery.cancel_poll(session.key, poll)
             raise
-        poll.offering = None
-        offered = offering.commands if offering is not None else ()
-        return CallResult(Commands(offered, self._ctx.settings.poll.frequency_s), offering)
+        poll.batch = None
+        offered = batch.offered if batch is not None else ()
+        return CallResult(Commands(offered, self._ctx.settings.poll.frequency_s), batch)
 
     async def _take_in(self, session: Session, commands: list[Any]) -> bool:
-        loop = asyncio.get_running_loop()
+        loop, at = asyncio.get_running_loop(), self._ctx.moment()
         settled: list[asyncio.Future[bool]] = []
         for entry in commands:
             if not isinstance(entry, dict):
                 continue
-            wall = self._ctx.clock.wall_s()
             try:
                 command = parse_command(
-                    Message("command", entry), wall, self._ctx.settings.commands.ttl_s, self._ctx.new_id
+                    Message("command", entry), at.unix, self._ctx.settings.commands.ttl_s, self._ctx.new_id
                 )
             except MalformedCommand as error:
                 # One malformed command makes most agents discard the whole reply, so it must not be passed on.
@@ -182,7 +179,7 @@ class HttpFallbackBridge:
                 continue
             stored: asyncio.Future[bool] = loop.create_future()
             settled.append(stored)
-            self._intake.arrive(session, command, "", via=VIA_HTTP, settled=partial(_settle, stored))
+            self._delivery.arrive(session, command, "", at, partial(_settle, stored), VIA_HTTP)
         return all([await stored for stored in settled])
 
     # --- results ------------------------------------------------------------------------------------------------------
@@ -190,27 +187,18 @@ class HttpFallbackBridge:
     async def result_belongs_to_http(self, client: Caller, call: ResultCall) -> bool:
         """Return True if a result must go to the vendor's HTTP API: its command did not come by the WebSocket."""
         key = self._key(client, call)
-        found: asyncio.Future[list[Any] | StoreError] = asyncio.get_running_loop().create_future()
-
-        def done(outcome: list[Any] | StoreError) -> None:
-            if not found.done():
-                found.set_result(outcome)
-
-        self._ctx.store.submit([FindCommand(call.command_id)], done)
-        outcome = await found
-        if isinstance(outcome, StoreError):
+        try:
+            found = await self._ctx.execute(FindCommand(call.command_id))
+        except StoreError:
             return False  # the bridge will answer 503, and the agent sends the result again
-        return all(record.via == VIA_HTTP for record, _, _ in outcome[0] if record.session == key)
+        return all(each.record.via == VIA_HTTP for each in found if each.record.session == key)
 
     def result_taken(self, client: Caller, call: ResultCall) -> None:
         """Close a command whose result the vendor's HTTP API has accepted."""
         key, wall = self._key(client, call), self._ctx.clock.wall_s()
         ids = (call.command_id,)
         self._ctx.store.submit(
-            [
-                MarkCommands(key, ids, CommandState.CLOSED, wall),
-                AddTrace(key, ids, TraceEntry(wall, "closed", "by HTTP")),
-            ]
+            MarkCommands(key, ids, CommandState.CLOSED, wall), self._ctx.step(key, ids, wall, "closed", "by HTTP")
         )
         self._delivery.answered(key, call.command_id)
 

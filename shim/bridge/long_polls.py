@@ -71,7 +71,7 @@ class LongPolls:
         limit_s = self._holding.poll_arrived(session, hold)
         poll = self._delivery.poll(key, client.connection, arrived_s, hold=limit_s > 0)
         held_at: float | None = None
-        if poll.offering is None and not poll.offered.done():
+        if poll.batch is None and not poll.offered.done():
             held_at = self._holding.hold_started(session, limit_s, self._delivery.expire_poll, poll)
         else:
             self._holding.presence.called(session)
@@ -87,10 +87,10 @@ class LongPolls:
         if held_at is not None:
             self._holding.reply_sent(session, held_at)
         self._holding.hold_answered(hold)
-        offering = poll.offered.result()
-        commands = offering.commands if offering is not None else ()
-        poll.offering = None
-        return CallResult(Commands(commands, self._ctx.settings.poll.frequency_s), offering)
+        batch = poll.offered.result()
+        commands = batch.offered if batch is not None else ()
+        poll.batch = None
+        return CallResult(Commands(commands, self._ctx.settings.poll.frequency_s), batch)
 
 
 def failed(error: AgentError) -> CallResult:

@@ -9,20 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from shim.bridge.context import ENVELOPE_BYTES, BridgeContext
 from shim.bridge.upstream_connection import UpstreamConnection
-from shim.core.records import (
-    AddTrace,
-    CloseOutbox,
-    Operation,
-    OutboxEntry,
-    PutOutbox,
-    ReadOutbox,
-    SessionKey,
-    TraceEntry,
-)
+from shim.core.records import OutboxEntry, PutOutbox, ReadOutbox, SessionKey
 from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.log import get
@@ -34,12 +26,13 @@ log = get(__name__)
 PAGE = 32
 WINDOW_BYTES = 8 * 1024 * 1024
 MAX_UNPERSISTED = 1000
+RETRY_S = 5.0
 
 Route = Callable[[SessionKey], UpstreamConnection | None]
 
 
 @dataclass(slots=True)
-class _OutboxRecord:
+class OutboxRecord:
     """One stored result that the controller is not known to have.
 
     `sent_on` is the serial of the connection that carried it last, 0 if none did. `posted_at` is the arrival of the
@@ -55,7 +48,7 @@ class _OutboxRecord:
 
 @dataclass(slots=True)
 class _UnpersistedReport:
-    """One report that is not stored; `sent_on` as in `_OutboxRecord`."""
+    """One report that is not stored; `sent_on` as in `OutboxRecord`."""
 
     session: SessionKey
     request_id: str
@@ -72,9 +65,9 @@ class Outbox:
     def __init__(self, ctx: BridgeContext, route: Route) -> None:
         self._ctx = ctx
         self._route = route
-        self._entries: dict[int, _OutboxRecord] = {}
-        self._pumping: dict[str, int] = {}  # owner -> last seq read
-        self._again: set[str] = set()
+        self._entries: dict[int, OutboxRecord] = {}
+        self._reading: dict[str, int] = {}  # owner -> last seq read
+        self._read_again: set[str] = set()
         self._then: dict[str, list[Callable[[], object]]] = {}
         self._in_flight: dict[int, int] = {}  # connection serial -> bytes sent and not confirmed
         self._blocked: dict[str, int] = {}  # owner -> where to read on once there is room
@@ -90,7 +83,7 @@ class Outbox:
     @property
     def empty(self) -> bool:
         """True if the controller has received everything, including what an earlier process stored."""
-        return not (self._entries or self._unread or self._pumping or self._closing or self._unpersisted)
+        return not (self._entries or self._unread or self._reading or self._closing or self._unpersisted)
 
     def has_stored_entries(self, owners: tuple[str, ...]) -> None:
         """Record that the store holds unsent results of these owners from an earlier process."""
@@ -105,13 +98,13 @@ class Outbox:
     def added(self, entry: OutboxEntry, posted_at: float | None = None) -> None:
         """Send a result that was just stored, unless a read of the outbox is under way that will reach it.
 
-        `posted_at` as in `_OutboxRecord`.
+        `posted_at` as in `OutboxRecord`.
         """
-        self._keep(entry.seq, _OutboxRecord(entry.session, entry.command_id, posted_at=posted_at))
-        if entry.session.owner not in self._pumping:
+        self._add(entry.seq, OutboxRecord(entry.session, entry.command_id, posted_at=posted_at))
+        if entry.session.owner not in self._reading:
             self._send(entry)
 
-    def _keep(self, seq: int, entry: _OutboxRecord) -> None:
+    def _add(self, seq: int, entry: OutboxRecord) -> None:
         self._entries[seq] = entry
         self._outstanding[entry.session, entry.command_id] += 1
 
@@ -127,57 +120,54 @@ class Outbox:
         for seq, report in list(self._unpersisted.items()):
             if report.session.owner == owner:
                 self._send_report(seq, report)
-        self._pump(owner, 0)
+        self._start_reading(owner, 0)
 
-    def _pump(self, owner: str, after: int) -> None:
-        if owner in self._pumping:
-            self._again.add(owner)
+    def _start_reading(self, owner: str, after: int) -> None:
+        if owner in self._reading:
+            self._read_again.add(owner)
             return
         self._blocked.pop(owner, None)
-        self._pumping[owner] = after
+        self._reading[owner] = after
         self._read(owner)
 
-    def confirmed(self, seqs: tuple[int, ...]) -> None:
-        """Close the results that the controller has received."""
-        closed: dict[int, _OutboxRecord] = {}
+    def take_confirmed(self, seqs: tuple[int, ...]) -> dict[int, OutboxRecord]:
+        """Return the results that the controller has received, to be closed in the store.
+
+        Call `forget` once they are closed, `keep` if the store failed.
+        """
+        closing: dict[int, OutboxRecord] = {}
         for seq in seqs:
             self._unpersisted.pop(seq, None)
             if (entry := self._entries.pop(seq, None)) is not None:
-                closed[seq] = entry
+                closing[seq] = entry
                 self._no_longer_outstanding(entry.session, entry.command_id)
-        for entry in closed.values():
-            if entry.sent_on in self._in_flight:
-                self._in_flight[entry.sent_on] -= entry.size_bytes
-        self._close(closed)
+                if entry.sent_on in self._in_flight:
+                    self._in_flight[entry.sent_on] -= entry.size_bytes
+        self._closing.update(closing)
         for owner, after in list(self._blocked.items()):
-            self._pump(owner, after)
+            self._start_reading(owner, after)
+        return closing
 
-    def _close(self, closed: dict[int, _OutboxRecord]) -> None:
-        if not closed:
-            return
-        wall = self._ctx.clock.wall_s()
-        traces = [AddTrace(entry.session, (entry.command_id,), TraceEntry(wall, "closed")) for entry in closed.values()]
-        self._closing.update(closed)
+    def forget(self, closed: dict[int, OutboxRecord]) -> None:
+        """Remove results that the store has closed."""
+        self._closing.difference_update(closed)
 
-        def done(outcome: list[Any] | StoreError) -> None:
-            self._closing.difference_update(closed)
-            if isinstance(outcome, StoreError):
-                # The results are still on disk. They are sent again after the next connect: the controller accepts a
-                # result twice.
-                for seq, entry in closed.items():
-                    self._keep(seq, entry)
-                return
-            for entry in closed.values():
-                self._ctx.metrics.commands.labels("closed").inc()
-                log.info("result_closed", command=entry.command_id, session=entry.session.ident)
-
-        self._ctx.store.submit([CloseOutbox(tuple(closed), wall), *traces], done)
+    def keep(self, closing: dict[int, OutboxRecord]) -> None:
+        """Keep results that are still stored. They are sent after the next connect: a result is accepted twice."""
+        self._closing.difference_update(closing)
+        for seq, entry in closing.items():
+            self._add(seq, entry)
 
     def resend(self, key: SessionKey, command_id: str, request_id: str, payload: dict[str, Any]) -> None:
         """Send a stored result again, because the controller sent its command again."""
         if not self._outstanding[key, command_id]:
             self._outstanding[key, command_id] += 1  # the command may arrive once more before the result is stored
-            self._put(key, request_id, payload, resent=True)
+            put = PutOutbox(key, command_id, request_id, payload)
+            self._ctx.store.submit(put, done=partial(self._resend_stored, put))
+
+    def _resend_stored(self, put: PutOutbox, outcome: OutboxEntry | StoreError) -> None:
+        self._no_longer_outstanding(put.session, put.command_id)
+        self._report_stored(put, outcome)
 
     def move(self, source: SessionKey, target: SessionKey) -> None:
         """Send the results of the superseded session `source` over the connection of `target`."""
@@ -197,62 +187,24 @@ class Outbox:
         self._in_flight.pop(connection.serial, None)
 
     def report_failure(
-        self, key: SessionKey, session: Session | None, command_id: str, request_id: str, **fields: Any
+        self, key: SessionKey, session: Session | None, command_id: str, request_id: str, *, code: str, error: str
     ) -> None:
         """Report to the controller that a command ended without its agent's result.
 
-        `fields` contains `code` and `error`. The report is stored first. If the store fails, it is sent without being
-        stored: a report that may be lost is better than none.
+        The report is stored first. If the store fails, it is sent without being stored: a report that may be lost is
+        better than none.
         """
-        payload = self.failure_payload(key, session, command_id, **fields)
         wall = self._ctx.clock.wall_s()
-        self._put(key, request_id, payload, TraceEntry(wall, "reported", str(fields.get("code", ""))))
-
-    def end(
-        self,
-        key: SessionKey,
-        request_id: str,
-        payload: dict[str, Any],
-        ending: tuple[Operation, ...],
-        then: Callable[[bool], None],
-    ) -> None:
-        """Store a report in one transaction with the operations in `ending` that it describes; send it once stored.
-
-        `then(stored)` is called at the end. If `stored` is False, neither was stored and nothing was sent.
-        """
-        command_id = payload["command_id"]
-
-        def done(outcome: list[Any] | StoreError) -> None:
-            stored = not isinstance(outcome, StoreError)
-            if not isinstance(outcome, StoreError):
-                self.added(outcome[-1])
-            then(stored)
-
-        trace = TraceEntry(self._ctx.clock.wall_s(), "reported", payload["code"])
+        payload = self.failure_payload(key, session, command_id, wall, code=code, error=error)
+        step = self._ctx.step(key, (command_id,), wall, "reported", code)
         put = PutOutbox(key, command_id, request_id, payload)
-        self._ctx.store.submit([*ending, AddTrace(key, (command_id,), trace), put], done)
+        self._ctx.store.submit(put, step, done=partial(self._report_stored, put))
 
-    def _put(
-        self,
-        key: SessionKey,
-        request_id: str,
-        payload: dict[str, Any],
-        trace: TraceEntry | None = None,
-        *,
-        resent: bool = False,
-    ) -> None:
-        command_id = payload["command_id"]
-
-        def done(outcome: list[Any] | StoreError) -> None:
-            if resent:
-                self._no_longer_outstanding(key, command_id)
-            if isinstance(outcome, StoreError):
-                self.send_unpersisted(key, request_id, payload)
-            else:
-                self.added(outcome[0])
-
-        traces = [AddTrace(key, (command_id,), trace)] if trace is not None else []
-        self._ctx.store.submit([PutOutbox(key, command_id, request_id, payload), *traces], done)
+    def _report_stored(self, put: PutOutbox, outcome: OutboxEntry | StoreError) -> None:
+        if isinstance(outcome, StoreError):
+            self.send_unpersisted(put.session, put.request_id, put.payload)
+        else:
+            self.added(outcome)
 
     def send_unpersisted(
         self, key: SessionKey, request_id: str, payload: dict[str, Any], *, again: bool = True
@@ -278,7 +230,7 @@ class Outbox:
             connection.send_result(seq, report.request_id, report.payload)
 
     def failure_payload(
-        self, key: SessionKey, session: Session | None, command_id: str, **fields: Any
+        self, key: SessionKey, session: Session | None, command_id: str, wall: float, *, code: str, error: str
     ) -> dict[str, Any]:
         """Return the payload of a `command_result` that the shim creates itself."""
         payload: dict[str, Any] = {"command_id": command_id}
@@ -286,44 +238,44 @@ class Outbox:
             payload["cluster_id"] = session.upstream_cluster_id
             payload["agent_id"] = session.agent_id
         payload["success"] = False
-        payload.update(fields)
-        payload["timestamp"] = rfc3339(self._ctx.clock.wall_s())
+        payload["code"] = code
+        payload["error"] = error
+        payload["timestamp"] = rfc3339(wall)
         return payload
 
     # --- reading stored results ---------------------------------------------------------------------------------------
 
     def _read(self, owner: str) -> None:
-        after = self._pumping[owner]
-        self._ctx.store.submit([ReadOutbox(owner, after, PAGE)], lambda outcome: self._page(owner, outcome))
+        self._ctx.store.submit(ReadOutbox(owner, self._reading[owner], PAGE), done=partial(self._page_read, owner))
 
-    def _page(self, owner: str, outcome: list[Any] | StoreError) -> None:
-        if isinstance(outcome, StoreError):
-            log.warning("outbox_unreadable", dedupe_key=owner, error=str(outcome))
-            self._ctx.timers.call_later(5.0, lambda: self.start_sending(owner))
-            self._pumped(owner)
+    def _page_read(self, owner: str, page: list[OutboxEntry] | StoreError) -> None:
+        if isinstance(page, StoreError):
+            log.warning("outbox_unreadable", dedupe_key=owner, error=str(page))
+            self._ctx.timers.call_later(RETRY_S, partial(self.start_sending, owner))
+            self._end_reading(owner)
             return
-        for entry in outcome[0]:
+        for entry in page:
             if entry.seq in self._closing:
                 continue
             if entry.seq not in self._entries:
-                self._keep(entry.seq, _OutboxRecord(entry.session, entry.command_id))
+                self._add(entry.seq, OutboxRecord(entry.session, entry.command_id))
             if not self._send(entry):
                 self._blocked[owner] = entry.seq - 1
                 self._unread.add(owner)
-                self._pumped(owner)
+                self._end_reading(owner)
                 return
-        if len(outcome[0]) == PAGE:
-            self._pumping[owner] = outcome[0][-1].seq
+        if len(page) == PAGE:
+            self._reading[owner] = page[-1].seq
             self._read(owner)
         else:
             self._unread.discard(owner)
-            self._pumped(owner)
+            self._end_reading(owner)
 
-    def _pumped(self, owner: str) -> None:
-        del self._pumping[owner]
-        if owner in self._again:
-            self._again.discard(owner)
-            self._pump(owner, 0)
+    def _end_reading(self, owner: str) -> None:
+        del self._reading[owner]
+        if owner in self._read_again:
+            self._read_again.discard(owner)
+            self._start_reading(owner, 0)
             return
         for then in self._then.pop(owner, ()):
             then()

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
 
 import msgspec
 
 from shim.bridge.context import BridgeContext
 from shim.bridge.outbox import Outbox
 from shim.core.bounds import MAX_ID_BYTES, MAX_LOGGED_CHARS, cut
-from shim.core.records import AddTrace, SessionKey, TraceEntry
+from shim.core.records import AddTrace, SessionKey
 from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.log import get
@@ -24,6 +23,12 @@ log = get(__name__)
 
 MAX_UNTRACED = 256
 LOGGED_PER_MINUTE = 100
+REFUSALS = {
+    "expired": "it had expired before it arrived",
+    "queue_full": "the queue for this cluster is full",
+    "store_unavailable": "the queue cannot be written",
+}
+DRAINED = "the shim is being drained and takes no new commands"
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -61,15 +66,15 @@ class Rejections:
 
         With `report=False` nothing is reported: a command that came by HTTP has no way back.
         """
-        code = refusal.code
+        code, wall = refusal.code, self._ctx.clock.wall_s()
         self._ctx.metrics.commands.labels("expired" if code == "expired" else f"rejected_{code}").inc()
         self._log(refusal)
         if report:
             payload = self._outbox.failure_payload(
-                refusal.key, refusal.session, refusal.command_id, code=code, error=refusal.error
+                refusal.key, refusal.session, refusal.command_id, wall, code=code, error=refusal.error
             )
             self._outbox.send_unpersisted(refusal.key, refusal.request_id, payload)
-        self._untraced.append((refusal, self._ctx.clock.wall_s()))
+        self._untraced.append((refusal, wall))
         self._trace()
 
     def _log(self, refusal: Refusal) -> None:
@@ -90,18 +95,16 @@ class Rejections:
         if self._tracing or not self._untraced:
             return
         self._tracing = True
-        traces = list(_traces(self._untraced))
+        traces = list(self._traces())
         self._untraced.clear()
+        self._ctx.store.submit(*traces, done=self._traced)
 
-        def done(_outcome: list[Any] | StoreError) -> None:
-            self._tracing = False
-            self._trace()
+    def _traced(self, _outcome: StoreError | None) -> None:
+        self._tracing = False
+        self._trace()
 
-        self._ctx.store.submit(traces, done)
-
-
-def _traces(refused: deque[tuple[Refusal, float]]) -> Iterator[AddTrace]:
-    """Yield one operation for each run of rejections that share session, time and code."""
-    for (key, wall, code), group in groupby(refused, lambda each: (each[0].key, each[1], each[0].code)):
-        ids = tuple(cut(refusal.command_id, MAX_ID_BYTES) for refusal, _ in group)
-        yield AddTrace(key, ids, TraceEntry(wall, "reported", code))
+    def _traces(self) -> Iterator[AddTrace]:
+        """Yield one operation for each run of rejections that share session, time and code."""
+        for (key, wall, code), group in groupby(self._untraced, lambda each: (each[0].key, each[1], each[0].code)):
+            ids = tuple(cut(refusal.command_id, MAX_ID_BYTES) for refusal, _ in group)
+            yield self._ctx.step(key, ids, wall, "reported", code)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from shim.bridge.context import BridgeContext
@@ -23,7 +23,6 @@ from shim.core.route_usage import RouteUsage
 from shim.core.sessions import Session
 from shim.errors import AgentError, StoreError
 from shim.log import get
-from shim.ports import StoreDone
 
 
 class SessionPersistence:
@@ -72,14 +71,13 @@ class SessionPersistence:
         """Store something of a session, and the whole session later if the write is refused now."""
         if self._withheld(key):
             return
+        self._ctx.store.submit(*operations, done=partial(self._saved, key))
 
-        def done(outcome: list[Any] | StoreError) -> None:
-            if isinstance(outcome, StoreError):
-                self._unsaved.add(key)
-            elif self._unsaved:
-                self.retry()
-
-        self._ctx.store.submit(operations, done)
+    def _saved(self, key: SessionKey, outcome: StoreError | None) -> None:
+        if outcome is not None:
+            self._unsaved.add(key)
+        elif self._unsaved:
+            self.retry()
 
 
 log = get(__name__)
@@ -216,12 +214,11 @@ class SessionSuccession:
 
         Meanwhile the transitions of the moved commands are already written under the successor's key.
         """
+        self._ctx.store.submit(move, done=partial(self._move_stored, move))
 
-        def done(outcome: list[Any] | StoreError) -> None:
-            if isinstance(outcome, StoreError):
-                self._pending_moves.append(move)
-
-        self._ctx.store.submit([move], done)
+    def _move_stored(self, move: MoveSession, outcome: StoreError | None) -> None:
+        if outcome is not None:
+            self._pending_moves.append(move)
 
     def expire(self) -> None:
         """Delete sessions that were not seen for `sessions.retain_s`; their commands end as EXPIRED."""
@@ -230,19 +227,17 @@ class SessionSuccession:
         for session in self._ctx.sessions:
             if session.last_seen_unix < before and not session.fresh(now):
                 log.info("session_forgotten", session=session.key.ident)
-                self._end(session)
+                self._ctx.store.submit(self._end(session))
 
-    async def forget(self, session: Session) -> StoreError | None:
-        """Delete a session for an operator; its commands end as EXPIRED. Return the error if the store fails."""
-        stored: asyncio.Future[list[Any] | StoreError] = asyncio.get_running_loop().create_future()
-        self._end(session, lambda outcome: None if stored.done() else stored.set_result(outcome))
-        outcome = await stored
-        return outcome if isinstance(outcome, StoreError) else None
+    async def forget(self, session: Session) -> None:
+        """Delete a session for an operator; its commands end as EXPIRED. Raises `StoreError`."""
+        await self._ctx.execute(self._end(session))
 
-    def _end(self, session: Session, done: StoreDone | None = None) -> None:
+    def _end(self, session: Session) -> DeleteSession:
+        """Remove a session, and return the operation that deletes its rows."""
         self.ended(session.key)
         self._ctx.sessions.remove(session)
-        self._ctx.store.submit([DeleteSession(session.key)], done)
+        return DeleteSession(session.key)
 
 
 SAVE_SEEN_EVERY_S = 3600.0
@@ -492,9 +487,9 @@ class SessionRegistry:
             self._ctx.sessions.add(session)
         return session
 
-    async def forget(self, session: Session) -> StoreError | None:
+    async def forget(self, session: Session) -> None:
         """Delete a session for an operator. Return the error if the store fails."""
-        return await self._succession.forget(session)
+        await self._succession.forget(session)
 
     def expire(self) -> None:
         """Delete sessions that were not seen for `sessions.retain_s`."""

@@ -27,7 +27,7 @@ class SessionRemoval:
         ctx: BridgeContext,
         usage: RouteUsage,
         registrations: Registrations,
-        end: Callable[[Session], Awaitable[StoreError | None]],
+        end: Callable[[Session], Awaitable[None]],
     ) -> None:
         self._ctx = ctx
         self._usage = usage
@@ -53,8 +53,10 @@ class SessionRemoval:
         if session is not None:
             self._registrations.forget(session)
             log.info("agent_forgotten", session=key.ident)
-            if await self._end(session) is not None:
-                raise OperatorError(503, "forgotten in memory, but not on disk: it is back after a restart")
+            try:
+                await self._end(session)
+            except StoreError:
+                raise OperatorError(503, "forgotten in memory, but not on disk: it is back after a restart") from None
         return key
 
     def _named(self, agent: str) -> set[SessionKey]:

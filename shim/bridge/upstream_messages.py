@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from shim.bridge.command_queues import CommandIntake
-from shim.bridge.context import BridgeContext
+from shim.bridge.context import BridgeContext, Moment
+from shim.bridge.delivery import CommandDelivery
 from shim.bridge.gateway_redirect import GatewayConnection
 from shim.bridge.link_pool import LinkPool
 from shim.bridge.links import UpstreamLink
@@ -69,7 +69,7 @@ class UpstreamMessageHandler:
         links: LinkPool,
         registrations: Registrations,
         session_registry: SessionRegistry,
-        intake: CommandIntake,
+        delivery: CommandDelivery,
         refusals: Rejections,
         holding: PollHolds,
     ) -> None:
@@ -77,7 +77,7 @@ class UpstreamMessageHandler:
         self._links = links
         self._registrations = registrations
         self._session_registry = session_registry
-        self._intake = intake
+        self._delivery = delivery
         self._refusals = refusals
         self._holding = holding
         self._unknown: set[str] = set()
@@ -200,10 +200,10 @@ class UpstreamMessageHandler:
             log.warning("tunnel_status_without_target", dedupe_key=session, code=session)
 
     def _command(self, connection: UpstreamConnection, message: Message, source: MessageSource, now: float) -> None:
-        wall = self._ctx.clock.wall_s()
+        at = Moment(now, self._ctx.clock.wall_s())
         new_id = self._ctx.new_id
         try:
-            command = parse_command(message, wall, self._ctx.settings.commands.ttl_s, new_id)
+            command = parse_command(message, at.unix, self._ctx.settings.commands.ttl_s, new_id)
         except MalformedCommand as error:
             request_id = message.request_id[:MAX_REQUEST_ID_CHARS]
             self._reject(source, error.command_id or request_id or new_id(), request_id, "malformed", str(error))
@@ -217,7 +217,7 @@ class UpstreamMessageHandler:
             if safe and self._ctx.settings.upstream.send_command_ack:
                 connection.send("command_ack", {"command_id": command.id}, message.request_id)
 
-        self._intake.arrive(session, command, message.request_id, settled)
+        self._delivery.arrive(session, command, message.request_id, at, settled)
 
     def _target(self, source: MessageSource, payload: dict[str, Any], now: float) -> Session | str:
         """Return the session that a message is meant for, or the code of a rejection.

@@ -33,8 +33,7 @@ from shim.log import get
 from shim.protocol.dialects import load
 from shim.protocol.http import origin_of
 from shim.runtime import RuntimeContext
-from shim.store import Partition, open_shard
-from shim.store.monitor import probe
+from shim.store import Partition, commit_probe, open_shard
 from shim.store.postgres.database import prepare
 from shim.store.postgres.dsn import application, conninfo
 
@@ -96,7 +95,7 @@ class Replica:
 
     def _make_shard(self, number: int, fence: int) -> Shard:
         context, settings = self._runtime_context, self._settings
-        watch = probe(context.metrics, context.on_store_corrupt, lambda: self.shards.fenced(number, fence))
+        watch = commit_probe(context.metrics, context.on_store_corrupt, lambda: self.shards.fenced(number, fence))
         partition = Partition(number, fence, self.membership.me.process)
         store = open_shard(settings.store, context.call_threadsafe, watch, partition, self._policy.refuse_after_s)
         shard = Shard(number, fence, store, context, settings, self._owner_key, self.membership.valid)

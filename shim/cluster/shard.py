@@ -8,14 +8,13 @@ from weakref import WeakSet
 
 from msgspec.structs import replace
 
-from shim.admin import RecentCommandsStore
 from shim.bridge import Bridge
 from shim.config.settings import Settings
 from shim.fallback import FallbackPolicy
 from shim.ports import CommandStore, DialFailure, DialRequest, UpstreamPort, WebSocket, WebSocketListener
 from shim.protocol.upstream_message import Message
 from shim.runtime import RuntimeContext
-from shim.store.monitor import log_store_warnings
+from shim.store import log_store_warnings
 
 
 class FencedSocket:
@@ -119,8 +118,8 @@ class Shard:
         self._metrics = context.metrics
         self._owner_key = owner_key
         self._upstream = FencedUpstream(context.upstream, self.valid)
-        self.recent = RecentCommandsStore(store)
-        self.bridge = Bridge(context.bridge_context(settings, self.recent, self._upstream, owner_key))
+        self._store = store
+        self.bridge = Bridge(context.bridge_context(settings, store, self._upstream, owner_key))
         self.fallback = FallbackPolicy(self.bridge)
 
     def valid(self) -> bool:
@@ -134,7 +133,7 @@ class Shard:
 
     async def open(self) -> None:
         """Open the store, then start the bridge if the lease is still valid. Raises `StoreError`."""
-        loaded = await asyncio.to_thread(self.recent.open)
+        loaded = await asyncio.to_thread(self._store.open)
         log_store_warnings(loaded, self._metrics)
         if self.valid():
             self.bridge.start(replace(loaded, key=self._owner_key))
@@ -154,6 +153,6 @@ class Shard:
     async def close(self) -> None:
         """Store the submissions, unless the next owner has fenced the store, then close it and all connections."""
         await self.fallback.close()
-        await asyncio.to_thread(self.recent.close)
+        await asyncio.to_thread(self._store.close)
         self._ended = True
         self._upstream.cut()

@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, Protocol
 
-from shim.admin import RecentCommand
 from shim.bridge import Bridge, BridgeContext
-from shim.bridge.admin_actions import CommandDetails, Drain, DrainState
+from shim.bridge.admin_actions import Drain, DrainState
 from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.links import UpstreamLink
 from shim.bridge.registration import RefusedRegistration
 from shim.bridge.websocket_agents import WebSocketAgent
 from shim.cluster.shard import Shard
-from shim.core.command_queue import CommandQueue
-from shim.core.records import CommandRecord, SessionKey
+from shim.core.command_queue import CommandQueue, RecentCommand
+from shim.core.records import CommandDetails, CommandRecord, SessionKey
 from shim.core.route_usage import Route, RouteUse
 from shim.core.sessions import Session
 from shim.errors import OperatorError
@@ -244,7 +243,8 @@ class Recents:
         self._shards = shards
 
     def __iter__(self) -> Iterator[RecentCommand]:
-        merged = heapq.merge(*(shard.recent for shard in self._shards()), key=lambda each: each.wall, reverse=True)
+        recent = (shard.bridge.ctx.recent_commands for shard in self._shards())
+        merged = heapq.merge(*recent, key=lambda each: each.wall, reverse=True)
         return islice(merged, KEPT)
 
 

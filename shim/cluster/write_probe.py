@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
-from shim.core.records import Operation, StoreContents
+from shim.core.records import Operation, StoreContents, StoreOperation
 from shim.errors import StoreError
 from shim.ports import StoreDone
 from shim.store import CallThreadsafe
+
+_Result = TypeVar("_Result")
 
 
 class DatabaseProbe:
@@ -25,11 +28,14 @@ class DatabaseProbe:
         """Return empty contents."""
         return StoreContents(b"")
 
-    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
+    def submit(
+        self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
+    ) -> None:
         """Report success if the database answers, and an error otherwise."""
+        del operation, also
         if done is not None:
-            fault = None if self._answers() else StoreError("the database does not answer")
-            self._call_threadsafe(partial(done, fault or [None] * len(operations)))
+            fault: Any = None if self._answers() else StoreError("the database does not answer")
+            self._call_threadsafe(partial(done, fault))
 
     def close(self) -> None:
         """Do nothing."""

@@ -1,17 +1,20 @@
-"""State transitions of commands, and the command queue of one session."""
+"""State transitions of commands, the command queue of one session, and the latest commands."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from enum import Enum
 from itertools import takewhile
 
 import msgspec
 from msgspec.structs import replace
 
-from shim.core.records import CommandRecord, CommandState
+from shim.core.agent_calls import OfferedCommand
+from shim.core.records import CommandRecord, CommandState, SessionKey, TraceEntry
 from shim.errors import IllegalTransition
 
 
@@ -98,12 +101,15 @@ class QueuedCommand:
 class Batch:
     """The commands of one poll reply, until their delivery is decided.
 
-    `connection` is the number of the TCP connection.
+    `connection` is the number of the TCP connection, `polled_at` the arrival of the poll in monotonic seconds. The
+    agent API keeps a batch as the `ports.DeliveryReceipt` of its reply.
     """
 
+    key: SessionKey
     number: int
     commands: tuple[QueuedCommand, ...]
     connection: int
+    polled_at: float
     written_at: float | None = None
     cleanly_closed: bool | None = None  # None while the connection is open
 
@@ -111,6 +117,14 @@ class Batch:
     def ids(self) -> tuple[str, ...]:
         """The ids of the commands in order."""
         return tuple(live.record.id for live in self.commands)
+
+    @property
+    def offered(self) -> tuple[OfferedCommand, ...]:
+        """The commands as the reply contains them."""
+        return tuple(
+            OfferedCommand(live.record.id, live.record.type, live.record.payload, live.record.created_at)
+            for live in self.commands
+        )
 
     def is_acknowledged_by_poll_at(self, arrived_s: float) -> bool:
         """Return True if a poll that arrived at that time proves that the agent has read the reply.
@@ -180,9 +194,10 @@ class UncertainOutcome(msgspec.Struct, frozen=True):
 class CommandQueue:
     """The commands of one session without evidence of delivery, in the order of their arrival."""
 
-    __slots__ = ("_by_id", "_bytes", "_order", "_reserved", "_reserved_bytes", "offer")
+    __slots__ = ("_by_id", "_bytes", "_order", "_reserved", "_reserved_bytes", "key", "offer")
 
-    def __init__(self) -> None:
+    def __init__(self, key: SessionKey) -> None:
+        self.key = key
         self._by_id: dict[str, QueuedCommand] = {}
         self._order: list[QueuedCommand] = []
         self._bytes = 0
@@ -240,7 +255,7 @@ class CommandQueue:
         self._bytes += record.size_bytes
         return live
 
-    def take(self, number: int, connection: int, policy: QueuePolicy) -> Batch | None:
+    def take(self, number: int, connection: int, polled_at: float, policy: QueuePolicy) -> Batch | None:
         """Offer the oldest commands within the bounds of a reply, at least one.
 
         Returns `None` if none can be offered.
@@ -258,7 +273,7 @@ class CommandQueue:
             live.state = next_state(live.state, CommandEvent.OFFER)
             live.attempts += 1
             live.replies += 1
-        self.offer = Batch(number, tuple(batch), connection)
+        self.offer = Batch(self.key, number, tuple(batch), connection, polled_at)
         return self.offer
 
     def unrecorded(self, offer: Batch, policy: QueuePolicy) -> Batch | None:
@@ -274,7 +289,7 @@ class CommandQueue:
             live.state = next_state(live.state, CommandEvent.NO_EVIDENCE if live.reason else CommandEvent.UNWRITTEN)
             live.attempts -= 1
             live.replies -= 1
-        self.offer = Batch(offer.number, kept, offer.connection) if kept else None
+        self.offer = replace_fields(offer, commands=kept) if kept else None
         return self.offer
 
     def unwritten(self, offer: Batch) -> tuple[QueuedCommand, ...]:
@@ -325,17 +340,17 @@ class CommandQueue:
 
     def recover_after_restart(self, policy: QueuePolicy) -> UncertainOutcome:
         """Mark every command that was offered before a restart as uncertain."""
-        doubtful = [live for live in self._order if live.state in (CommandState.OFFERED, CommandState.UNCERTAIN)]
-        for live in doubtful:
+        uncertain = [live for live in self._order if live.state in (CommandState.OFFERED, CommandState.UNCERTAIN)]
+        for live in uncertain:
             if live.state is CommandState.OFFERED:
                 live.state = next_state(live.state, CommandEvent.NO_EVIDENCE)
             live.reason = live.reason or "restart"
-        return self._redeliver_or_dead(doubtful, policy)
+        return self._redeliver_or_dead(uncertain, policy)
 
-    def _redeliver_or_dead(self, doubtful: Iterable[QueuedCommand], policy: QueuePolicy) -> UncertainOutcome:
+    def _redeliver_or_dead(self, uncertain: Iterable[QueuedCommand], policy: QueuePolicy) -> UncertainOutcome:
         again: list[QueuedCommand] = []
         dead: list[QueuedCommand] = []
-        for live in doubtful:
+        for live in uncertain:
             once = live.record.type in policy.at_most_once
             if not once and policy.redeliver and live.attempts < policy.max_attempts:
                 again.append(live)
@@ -390,7 +405,7 @@ class CommandQueue:
         self.offer = None
         return ended
 
-    def drain_to(self, other: CommandQueue, rekey: Callable[[CommandRecord], CommandRecord]) -> None:
+    def drain_to(self, other: CommandQueue) -> None:
         """Move all commands to the queue of a successor session.
 
         A command that both queues have stays as the successor's.
@@ -400,7 +415,7 @@ class CommandQueue:
         for live in self.all():
             self._drop(live)
             if other.get(live.record.id) is None:
-                record = replace(rekey(live.record), state=live.state, attempts=live.attempts)
+                record = replace(live.record, session=other.key, state=live.state, attempts=live.attempts)
                 moved = other.add(record, live.expires_at, live.since)
                 moved.reason, moved.replies, moved.arrived_at = live.reason, live.replies, live.arrived_at
 
@@ -408,3 +423,43 @@ class CommandQueue:
         if self._by_id.pop(live.record.id, None) is not None:
             del self._order[bisect_left(self._order, live)]
             self._bytes -= live.record.size_bytes
+
+
+SHOWN_COMMANDS = 50
+
+
+@dataclass(slots=True)
+class RecentCommand:
+    """The newest step of a command. `type` and `arrived_unix` are unknown (`""`, 0) if it arrived before the start."""
+
+    id: str
+    session: SessionKey
+    event: str
+    detail: str
+    wall: float
+    type: str = ""
+    arrived_unix: float = 0.0
+
+
+class RecentCommands:
+    """The commands that changed last, for the status page."""
+
+    def __init__(self) -> None:
+        self._recent: OrderedDict[tuple[SessionKey, str], RecentCommand] = OrderedDict()
+
+    def __iter__(self) -> Iterator[RecentCommand]:
+        """Iterate over the commands, the newest step first."""
+        return iter(list(reversed(self._recent.values())))
+
+    def note(self, key: SessionKey, ids: tuple[str, ...], entry: TraceEntry) -> None:
+        """Record a step of commands."""
+        for command_id in ids[-SHOWN_COMMANDS:]:
+            known = self._recent.pop((key, command_id), None)
+            recent = RecentCommand(command_id, key, entry.event, entry.detail, entry.wall)
+            if entry.event == "arrived":
+                recent.type, recent.arrived_unix = entry.detail, entry.wall
+            elif known is not None:
+                recent.type, recent.arrived_unix = known.type, known.arrived_unix
+            self._recent[key, command_id] = recent
+        while len(self._recent) > SHOWN_COMMANDS:
+            self._recent.popitem(last=False)

@@ -7,7 +7,7 @@ seconds.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -117,13 +117,15 @@ class TraceEntry(msgspec.Struct, frozen=True):
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
-# Each docstring names the result that the store returns. Without one, the result is `None`.
+
+_Result = TypeVar("_Result")
 
 
-class PutCommand(msgspec.Struct, frozen=True):
-    """Queue a command unless (session, id) is known. Result: `PutOutcome`."""
+class StoreOperation(msgspec.Struct, Generic[_Result], frozen=True):
+    """One operation of a store; the type parameter is the type of its result."""
 
-    record: CommandRecord
+
+Operation = StoreOperation[Any]
 
 
 class PutOutcome(msgspec.Struct, frozen=True):
@@ -133,48 +135,6 @@ class PutOutcome(msgspec.Struct, frozen=True):
     duplicate: bool = False
     state: CommandState = CommandState.QUEUED
     result: dict[str, Any] | None = None
-
-
-class LookUpCommand(msgspec.Struct, frozen=True):
-    """Look up a command of a session. Result: `PutOutcome` as for a duplicate, `None` if unknown."""
-
-    session: SessionKey
-    command_id: str
-
-
-class MarkCommands(msgspec.Struct, frozen=True):
-    """Set the state of commands of a session and add `attempts` to their count. Unknown ids are ignored."""
-
-    session: SessionKey
-    ids: tuple[str, ...]
-    state: CommandState
-    wall: float
-    attempts: int = 0
-
-
-class RequeueCommand(msgspec.Struct, frozen=True):
-    """Queue a DELIVERED, EXPIRED or DEAD command again, without attempts and with a new expiry.
-
-    An operator asks for this. Result: True if it was queued; in any other state nothing changes.
-    """
-
-    session: SessionKey
-    command_id: str
-    wall: float
-    expires_unix: float
-
-
-class PutResult(msgspec.Struct, frozen=True):
-    """Store an agent's result and its outbox entry in one step. Result: `ResultOutcome`.
-
-    The first result per (session, id) wins. `payload` is the upstream `command_result` payload. A result for an unknown
-    id is put into the outbox as well, with `code: unknown_command` added.
-    """
-
-    session: SessionKey
-    command_id: str
-    payload: dict[str, Any]
-    wall: float
 
 
 class ResultOutcome(msgspec.Struct, frozen=True):
@@ -188,8 +148,64 @@ class ResultOutcome(msgspec.Struct, frozen=True):
     state: CommandState | None = None
 
 
-class PutOutbox(msgspec.Struct, frozen=True):
-    """Put a rejection or a final failure into the outbox. Result: the `OutboxEntry` with its `seq`.
+class CommandDetails(NamedTuple):
+    """One stored command. `result` is the payload of its result for the controller, or None."""
+
+    record: CommandRecord
+    result: dict[str, Any] | None
+    trace: list[TraceEntry]
+
+
+class PutCommand(StoreOperation[PutOutcome], frozen=True):
+    """Queue a command unless (session, id) is known."""
+
+    record: CommandRecord
+
+
+class LookUpCommand(StoreOperation[PutOutcome | None], frozen=True):
+    """Look up a command of a session. The result is as for a duplicate, `None` if the command is unknown."""
+
+    session: SessionKey
+    command_id: str
+
+
+class MarkCommands(StoreOperation[None], frozen=True):
+    """Set the state of commands of a session and add `attempts` to their count. Unknown ids are ignored."""
+
+    session: SessionKey
+    ids: tuple[str, ...]
+    state: CommandState
+    wall: float
+    attempts: int = 0
+
+
+class RequeueCommand(StoreOperation[bool], frozen=True):
+    """Queue a DELIVERED, EXPIRED or DEAD command again, without attempts and with a new expiry.
+
+    An operator asks for this. The result is True if it was queued; in any other state nothing changes.
+    """
+
+    session: SessionKey
+    command_id: str
+    wall: float
+    expires_unix: float
+
+
+class PutResult(StoreOperation[ResultOutcome], frozen=True):
+    """Store an agent's result and its outbox entry in one step.
+
+    The first result per (session, id) wins. `payload` is the upstream `command_result` payload. A result for an unknown
+    id is put into the outbox as well, with `code: unknown_command` added.
+    """
+
+    session: SessionKey
+    command_id: str
+    payload: dict[str, Any]
+    wall: float
+
+
+class PutOutbox(StoreOperation[OutboxEntry], frozen=True):
+    """Put a rejection or a final failure into the outbox.
 
     It also settles a quarantined command (`StoreContents.quarantined_commands`).
     """
@@ -200,34 +216,34 @@ class PutOutbox(msgspec.Struct, frozen=True):
     payload: dict[str, Any]
 
 
-class CloseOutbox(msgspec.Struct, frozen=True):
+class CloseOutbox(StoreOperation[None], frozen=True):
     """Delete entries that the controller has received. An ANSWERED command without further entries becomes CLOSED."""
 
     seqs: tuple[int, ...]
     wall: float
 
 
-class ReadOutbox(msgspec.Struct, frozen=True):
-    """Read the outbox of an owner. Result: a list of up to `limit` entries with `seq` above `after`, in order."""
+class ReadOutbox(StoreOperation[list[OutboxEntry]], frozen=True):
+    """Read up to `limit` entries of an owner's outbox with `seq` above `after`, in order."""
 
     owner: str
     after: int
     limit: int
 
 
-class SaveSession(msgspec.Struct, frozen=True):
+class SaveSession(StoreOperation[None], frozen=True):
     """Insert or replace a session."""
 
     record: SessionRecord
 
 
-class DeleteSession(msgspec.Struct, frozen=True):
+class DeleteSession(StoreOperation[None], frozen=True):
     """Delete a session with its aliases and tunnel state. Its commands must have been ended before."""
 
     key: SessionKey
 
 
-class MoveSession(msgspec.Struct, frozen=True):
+class MoveSession(StoreOperation[None], frozen=True):
     """Move commands, outbox entries, aliases, tunnel state and traces to another session; delete the first one.
 
     If both sessions have a command id, the target's command is kept.
@@ -237,7 +253,7 @@ class MoveSession(msgspec.Struct, frozen=True):
     target: SessionKey
 
 
-class SaveAlias(msgspec.Struct, frozen=True):
+class SaveAlias(StoreOperation[None], frozen=True):
     """Insert or replace the alias (owner, agent_id) -> session."""
 
     owner: str
@@ -245,14 +261,14 @@ class SaveAlias(msgspec.Struct, frozen=True):
     session: SessionKey
 
 
-class SaveTunnel(msgspec.Struct, frozen=True):
+class SaveTunnel(StoreOperation[None], frozen=True):
     """Insert or replace the tunnel state of a session."""
 
     session: SessionKey
     payload: dict[str, Any]
 
 
-class AddTrace(msgspec.Struct, frozen=True):
+class AddTrace(StoreOperation[None], frozen=True):
     """Add one step to the trace of each of these commands."""
 
     session: SessionKey
@@ -260,47 +276,30 @@ class AddTrace(msgspec.Struct, frozen=True):
     entry: TraceEntry
 
 
-class Prune(msgspec.Struct, frozen=True):
+class Prune(StoreOperation[None], frozen=True):
     """Delete commands and traces that ended or were delivered before `before_unix`. Outbox entries are kept."""
 
     before_unix: float
 
 
-class WriteProbe(msgspec.Struct, frozen=True):
+class WriteProbe(StoreOperation[None], frozen=True):
     """Write a row to find out if the store is writable (readiness)."""
 
     wall: float
 
 
-class FindCommand(msgspec.Struct, frozen=True):
-    """Find commands by id in all sessions. Result: a list of (`CommandRecord`, result payload or `None`, traces).
+class CheckStore(StoreOperation[None], frozen=True):
+    """Change nothing: an idle store gets a chance to check its files and to truncate its write-ahead log."""
+
+
+class FindCommand(StoreOperation[list[CommandDetails]], frozen=True):
+    """Find commands by id in all sessions.
 
     A rejected command was never stored, so only its trace may be known. Its record has `seq` 0, state DEAD and empty
     fields.
     """
 
     command_id: str
-
-
-Operation = (
-    PutCommand
-    | LookUpCommand
-    | MarkCommands
-    | RequeueCommand
-    | PutResult
-    | PutOutbox
-    | CloseOutbox
-    | ReadOutbox
-    | SaveSession
-    | DeleteSession
-    | MoveSession
-    | SaveAlias
-    | SaveTunnel
-    | AddTrace
-    | Prune
-    | WriteProbe
-    | FindCommand
-)
 
 
 class StoreContents(msgspec.Struct, frozen=True):

@@ -257,6 +257,15 @@ class Sessions:
         """Return the session with this key."""
         return self._by_key.get(key)
 
+    def home_of(self, session: Session) -> SessionKey:
+        """Return the key of the session that has the given one's commands now, which may have been superseded."""
+        while self._by_key.get(session.key) is not session and session.superseded_by is not None:
+            successor = self._by_key.get(session.superseded_by)
+            if successor is None:
+                return session.superseded_by
+            session = successor
+        return session.key
+
     def of_owner(self, owner: str) -> Iterable[Session]:
         """Return all sessions of an owner."""
         return list(self._by_owner.get(owner, {}).values())

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from shim.core.bounds import MAX_ID_BYTES, MAX_REQUEST_ID_CHARS, MAX_WORD_CHARS
+from shim.core.records import CommandRecord, SessionKey
 from shim.errors import ShimError
 from shim.protocol import rfc3339 as form
 from shim.protocol.rfc3339 import parse_rfc3339, rfc3339
@@ -59,6 +60,22 @@ class ParsedCommand(msgspec.Struct, frozen=True):
     expires_unix: float
     cluster_id: str
     agent_id: str
+
+    def record(self, session: SessionKey, request_id: str, arrived_unix: float, via: str) -> CommandRecord:
+        """Return the command as it is stored. Its size is what it adds to a poll reply, including its comma."""
+        reply = {"id": self.id, "type": self.type, "payload": self.payload, "created_at": self.created_at}
+        return CommandRecord(
+            session=session,
+            id=self.id,
+            type=self.type,
+            payload=self.payload,
+            created_at=self.created_at,
+            arrived_unix=arrived_unix,
+            expires_unix=self.expires_unix,
+            request_id=request_id,
+            size_bytes=len(msgspec.json.encode(reply)) + 1,
+            via=via,
+        )
 
 
 def parse_command(message: Message, wall: float, ttl_s: float, new_id: Callable[[], str]) -> ParsedCommand:

@@ -6,14 +6,16 @@ import os
 from pathlib import Path
 
 from shim.config import settings
+from shim.core.records import StoreContents
 from shim.errors import StoreError
+from shim.log import get
+from shim.metrics import Metrics
 from shim.ports import CommandStore
 from shim.store import files, schema
 from shim.store.database import Partition
-from shim.store.delivery import CallThreadsafe
 from shim.store.files import advice
 from shim.store.sqlite import SqliteStore
-from shim.store.writer import CommitProbe
+from shim.store.writer import CallThreadsafe, CommitProbe, commit_probe
 
 __all__ = [
     "CallThreadsafe",
@@ -22,9 +24,13 @@ __all__ = [
     "advice",
     "check_database",
     "check_files",
+    "commit_probe",
+    "log_store_warnings",
     "open_shard",
     "open_store",
 ]
+
+log = get(__name__)
 
 IN_MEMORY = ":memory:"
 CHECK_S = 1.0
@@ -80,3 +86,19 @@ def open_shard(
     except ModuleNotFoundError as error:
         raise StoreError(f"store.url needs the extra agent-shim[postgres]: {error.name} is not installed") from error
     return PostgresStore(configured, call_threadsafe, probe, partition, patience_s)
+
+
+def log_store_warnings(loaded: StoreContents, metrics: Metrics) -> None:
+    """Log and count problems that were found when the database was opened."""
+    for warning in loaded.warnings:
+        log.warning("store_warning", warning=warning)
+    if loaded.quarantined:
+        metrics.store_quarantined.inc(loaded.quarantined)
+        log.error("store_rows_quarantined", rows=loaded.quarantined)
+    if loaded.moved_aside:
+        metrics.store_moved_aside.inc()
+        log.error(
+            "store_moved_aside",
+            path=loaded.moved_aside,
+            hint="the database was corrupt: commands and results that were only in it are lost; agents are adopted",
+        )

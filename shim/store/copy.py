@@ -18,8 +18,8 @@ import msgspec
 from shim.config import settings
 from shim.errors import StoreError
 from shim.store import schema
+from shim.store.schema import TABLES, Table
 from shim.store.sqlite import SqliteStore
-from shim.store.tables import TABLES, Table
 
 
 @dataclass

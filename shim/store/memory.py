@@ -6,16 +6,18 @@ It is also the reference implementation: `tests/store` compares every other stor
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
 from shim.core.records import (
     AddTrace,
+    CheckStore,
     CloseOutbox,
+    CommandDetails,
     CommandRecord,
     CommandState,
     DeleteSession,
@@ -39,18 +41,20 @@ from shim.core.records import (
     SessionKey,
     SessionRecord,
     StoreContents,
+    StoreOperation,
     TraceEntry,
     WriteProbe,
 )
 from shim.errors import StoreError
 from shim.ports import StoreDone
-from shim.store.delivery import CallThreadsafe, run_on_loop, store_error
 from shim.store.rows import encode_json, never_stored
+from shim.store.writer import CallThreadsafe, run_on_loop, store_error
 
 MAX_LONE_TRACES = 10_000
 _LIVE = frozenset({CommandState.QUEUED, CommandState.OFFERED, CommandState.UNCERTAIN})
 _ENDED = frozenset({CommandState.DELIVERED, CommandState.CLOSED, CommandState.EXPIRED, CommandState.DEAD})
 _CommandKey = tuple[SessionKey, str]
+_Result = TypeVar("_Result")
 
 
 @dataclass(slots=True)
@@ -98,6 +102,7 @@ class MemoryStore:
             MoveSession: self._move_session,
             SaveAlias: lambda o: self._aliases.update({(o.owner, o.agent_id): o.session}),
             WriteProbe: lambda _: None,
+            CheckStore: lambda _: None,
             SaveTunnel: lambda o: self._tunnels.update({o.session: o.payload}),
         }
 
@@ -114,9 +119,12 @@ class MemoryStore:
             outbox_owners=tuple(sorted({entry.session.owner for entry in self._outbox.values()})),
         )
 
-    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
+    def submit(
+        self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
+    ) -> None:
         """Carry out operations at once; schedule `done` on the event loop (`ports.CommandStore`)."""
-        outcome: list[Any] | StoreError
+        operations = (operation, *also)
+        outcome: Any
         try:
             # Reject what a database could not store, before any operation is applied.
             encode_json(operations)
@@ -125,7 +133,7 @@ class MemoryStore:
             outcome = store_error(error)
         else:
             if self._is_open:
-                outcome = [carry_out(each) for carry_out, each in zip(carriers, operations, strict=True)]
+                outcome, *_ = [carry_out(each) for carry_out, each in zip(carriers, operations, strict=True)]
             else:
                 outcome = StoreError("the store is not open")
         if done is not None:
@@ -191,15 +199,19 @@ class MemoryStore:
         self._lone_traces = [each for each in self._lone_traces if each[1].wall >= before]
         self._unknown_results = {key: wall for key, wall in self._unknown_results.items() if wall >= before}
 
-    def _find(self, operation: FindCommand) -> list[tuple[CommandRecord, dict[str, Any] | None, list[TraceEntry]]]:
+    def _find(self, operation: FindCommand) -> list[CommandDetails]:
         lone: dict[SessionKey, list[TraceEntry]] = {}
         for (session, command_id), entry in self._lone_traces:
             if command_id == operation.command_id:
                 lone.setdefault(session, []).append(entry)
         stored = [each for (_, command_id), each in self._commands.items() if command_id == operation.command_id]
         stored.sort(key=lambda each: each.record.seq)
-        found = [(each.record, each.result, lone.pop(each.record.session, []) + each.trace) for each in stored]
-        return found + [(never_stored(key, operation.command_id, trace), None, trace) for key, trace in lone.items()]
+        found = [
+            CommandDetails(each.record, each.result, lone.pop(each.record.session, []) + each.trace) for each in stored
+        ]
+        return found + [
+            CommandDetails(never_stored(key, operation.command_id, trace), None, trace) for key, trace in lone.items()
+        ]
 
     # --- results and the outbox ---------------------------------------------------------------------------------------
 

@@ -1,83 +1,218 @@
-"""Dispatch of the operations of `core.records` to the methods that carry them out."""
+"""The operations of `core.records` as SQL, and their dispatch.
+
+Each method carries out one operation in a transaction that the caller begins and ends. It returns a `Finish`, because
+PostgreSQL sends the statements of a whole batch before it waits for the first result.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from shim.core.records import (
     AddTrace,
+    CheckStore,
     CloseOutbox,
+    CommandDetails,
+    CommandRecord,
+    CommandState,
     DeleteSession,
     FindCommand,
     LookUpCommand,
     MarkCommands,
     MoveSession,
     Operation,
+    OutboxEntry,
     Prune,
     PutCommand,
     PutOutbox,
+    PutOutcome,
     PutResult,
     ReadOutbox,
     RequeueCommand,
+    ResultOutcome,
     SaveAlias,
     SaveSession,
     SaveTunnel,
+    SessionKey,
+    TraceEntry,
     WriteProbe,
 )
-from shim.store.commands import CommandOperations
+from shim.store import rows
 from shim.store.database import Database, Finish, nothing
-from shim.store.outbox import OutboxOperations
-from shim.store.sessions import SessionOperations
+from shim.store.rows import UndecodableRow, decode_object, encode_json, optional_object, parse_key
+from shim.store.schema import ENDED
+
+# Limit for the steps of commands that have no row. Ids and reasons are bounded in length before they reach the store.
+MAX_LONE_TRACES = 10_000
+
+INSERT_COMMAND = (
+    "INSERT INTO commands (session, id, request_id, state, attempts, updated, arrived, expires, size_bytes, type,"
+    " created_at, payload, via, first_step) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)"
+    " ON CONFLICT (session, id) DO NOTHING"
+)
+_SELECT_COMMAND = "SELECT seq, state, result FROM commands WHERE session = ?1 AND id = ?2"
+# The indexes begin with the session, because nearly all statements name one. A search in all sessions costs one probe
+# of the index per session; an additional index on the id alone would slow down every insert.
+_ANY_SESSION = (
+    "WITH RECURSIVE known (session) AS (SELECT min(session) FROM {table} UNION ALL"
+    " SELECT (SELECT min(session) FROM {table} WHERE session > known.session) FROM known"
+    " WHERE known.session IS NOT NULL)"
+)
+_FIND_COMMANDS = (
+    f"{_ANY_SESSION.format(table='commands')} SELECT result, first_step, {rows.COMMAND_COLUMNS} FROM commands"  # noqa: S608 - constants
+    " WHERE seq IN (SELECT c.seq FROM known CROSS JOIN commands AS c WHERE c.session = known.session AND c.id = ?1)"
+    " AND {mine} ORDER BY seq"
+)
+_FIND_LONE_TRACES = (
+    f"{_ANY_SESSION.format(table='lone_traces')} SELECT t.session, t.wall, t.event, t.detail"  # noqa: S608 - constants
+    " FROM known CROSS JOIN lone_traces AS t WHERE t.session = known.session AND t.command_id = ?1 AND {mine}"
+    " ORDER BY t.id"
+)
+MARK = (
+    "UPDATE commands SET state = ?1, attempts = CASE WHEN attempts + ?2 > 0 THEN attempts + ?2 ELSE 0 END, updated = ?3"
+    " WHERE session = ?4 AND id = ?5"
+)
+_REQUEUE = (
+    "UPDATE commands SET state = 'queued', attempts = 0, expires = ?1, updated = ?2"
+    " WHERE session = ?3 AND id = ?4 AND state IN ('delivered', 'expired', 'dead')"
+)
+_INSERT_TRACE = (
+    "INSERT INTO traces (command, wall, event, detail)"
+    " SELECT seq, ?1, ?2, ?3 FROM commands WHERE session = ?4 AND id = ?5"
+)
+_INSERT_LONE_TRACE = "INSERT INTO lone_traces (session, command_id, wall, event, detail) VALUES (?1, ?2, ?3, ?4, ?5)"
+_SELECT_TRACE = "SELECT wall, event, detail FROM traces WHERE command = ?1 ORDER BY id"
+# Delete the oldest steps first: operators search for commands that were rejected recently.
+_TRIM_LONE_TRACES = "DELETE FROM lone_traces WHERE {mine} AND id <= (SELECT max(id) FROM lone_traces WHERE {mine}) - ?1"
+# The condition on `arrived` is implied, because `arrived` is never later than `updated`. It is there for PostgreSQL,
+# which has an index on `arrived` and none on `updated`.
+_OUTDATED = f"commands WHERE {{mine}} AND {ENDED} AND updated < ?1 AND arrived < ?1"
+_PRUNE = (
+    f"DELETE FROM traces WHERE command IN (SELECT seq FROM {_OUTDATED})",  # noqa: S608 - constants
+    f"DELETE FROM {_OUTDATED}",  # noqa: S608 - constants
+    "DELETE FROM lone_traces WHERE {mine} AND wall < ?1",
+    "DELETE FROM unknown_results WHERE {mine} AND wall < ?1",
+)
+
+
+_SELECT_FOR_RESULT = "SELECT seq, state, request_id, result FROM commands WHERE session = ?1 AND id = ?2"
+_ANSWER_COMMAND = "UPDATE commands SET state = 'answered', updated = ?1, result = ?2 WHERE seq = ?3"
+_INSERT_UNKNOWN = "INSERT INTO unknown_results (session, command_id, wall) VALUES (?1, ?2, ?3) ON CONFLICT DO NOTHING"
+INSERT_OUTBOX = "INSERT INTO outbox (owner, session, command_id, request_id, payload) VALUES (?1, ?2, ?3, ?4, ?5)"
+_ANSWER_QUARANTINED = "UPDATE quarantine SET pending = false WHERE pending AND session = ?1 AND command_id = ?2"
+# Close the command if entry ?1, which the next statement deletes, is its last one in the outbox.
+_CLOSE_COMMAND = (
+    "UPDATE commands SET state = 'closed', updated = ?2"
+    " WHERE (session, id) = (SELECT session, command_id FROM outbox WHERE seq = ?1) AND state = 'answered'"
+    " AND NOT EXISTS (SELECT 1 FROM outbox AS other"
+    " WHERE other.session = commands.session AND other.command_id = commands.id AND other.seq <> ?1)"
+)
+_DELETE_ENTRY = "DELETE FROM outbox WHERE seq = ?1"
+_READ_OUTBOX = (
+    "SELECT seq, session, command_id, request_id, payload FROM outbox WHERE owner = ?1 AND seq > ?2"
+    " ORDER BY seq LIMIT ?3"
+)
+_REPLACE_PAYLOAD = "UPDATE outbox SET payload = ?1 WHERE seq = ?2"
+
+
+_SAVE_SESSION = (
+    f"INSERT INTO sessions ({rows.SESSION_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"  # noqa: S608 - constants
+    " ON CONFLICT (session) DO UPDATE SET dialect = excluded.dialect, agent_id = excluded.agent_id,"
+    " upstream_cluster_id = excluded.upstream_cluster_id, last_seen = excluded.last_seen,"
+    " superseded_by = excluded.superseded_by, registration = excluded.registration, reply = excluded.reply,"
+    " hold = excluded.hold"
+)
+_SAVE_ALIAS = (
+    "INSERT INTO aliases (owner, agent_id, session) VALUES (?1, ?2, ?3)"
+    " ON CONFLICT (owner, agent_id) DO UPDATE SET session = excluded.session"
+)
+_SAVE_TUNNEL = (
+    "INSERT INTO tunnels (session, payload) VALUES (?1, ?2)"
+    " ON CONFLICT (session) DO UPDATE SET payload = excluded.payload"
+)
+_DELETE_SESSION = tuple(f"DELETE FROM {table} WHERE session = ?1" for table in ("aliases", "tunnels", "sessions"))  # noqa: S608 - constants
+
+
+def _move(table: str, key: str) -> str:
+    """Return a statement that moves rows to another session, except those whose `key` exists there.
+
+    The remaining rows are deleted afterwards.
+    """
+    return (
+        f"UPDATE {table} SET session = ?2 WHERE session = ?1 AND NOT EXISTS"  # noqa: S608 - constants
+        f" (SELECT 1 FROM {table} AS held WHERE held.session = ?2 AND held.{key} = {table}.{key})"
+    )
+
+
+_MOVE_SESSION = (
+    _move("commands", "id"),
+    "DELETE FROM traces WHERE command IN (SELECT seq FROM commands WHERE session = ?1)",
+    "DELETE FROM commands WHERE session = ?1",
+    _move("unknown_results", "command_id"),
+    "DELETE FROM unknown_results WHERE session = ?1",
+    "UPDATE lone_traces SET session = ?2 WHERE session = ?1",
+    "UPDATE tunnels SET session = ?2 WHERE session = ?1 AND NOT EXISTS (SELECT 1 FROM tunnels WHERE session = ?2)",
+    "DELETE FROM tunnels WHERE session = ?1",
+    "DELETE FROM sessions WHERE session = ?1",
+)
+# Aliases are unique by owner and agent id, so only a move to another owner can conflict with an existing alias.
+_MOVE_OUTBOX = "UPDATE outbox SET session = ?2, owner = ?3 WHERE session = ?1"
+_MOVE_ALIASES = (
+    "UPDATE aliases SET session = ?2, owner = ?3 WHERE session = ?1 AND (owner = ?3 OR NOT EXISTS"
+    " (SELECT 1 FROM aliases AS held WHERE held.owner = ?3 AND held.agent_id = aliases.agent_id))"
+)
+_DELETE_ALIASES = "DELETE FROM aliases WHERE session = ?1"
 
 
 class Operations:
-    """All operations on one database, carried out in a transaction that the caller begins and ends."""
+    """All operations on one database."""
 
-    def __init__(
-        self,
-        database: Database,
-        commands: CommandOperations | None = None,
-        outbox: OutboxOperations | None = None,
-    ) -> None:
-        """Register the operations. An engine may pass its own implementation of `commands` and `outbox`."""
-        self._commands = on_commands = commands or CommandOperations(database)
-        on_outbox, on_sessions = outbox or OutboxOperations(database), SessionOperations(database)
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._execute = database.execute
+        self._find_commands = _FIND_COMMANDS.format(mine=database.mine)
+        self._find_lone_traces = _FIND_LONE_TRACES.format(mine=database.mine)
+        self._trim_lone_traces = _TRIM_LONE_TRACES.format(mine=database.mine)
+        self._prune = [statement.format(mine=database.mine) for statement in _PRUNE]
         self._carriers: dict[type[Operation], Callable[[Any], Finish[Any]]] = {
-            PutCommand: on_commands.put,
-            LookUpCommand: on_commands.look_up,
-            MarkCommands: on_commands.mark,
-            RequeueCommand: on_commands.requeue,
-            AddTrace: on_commands.add_trace,
-            Prune: on_commands.prune,
-            FindCommand: on_commands.find,
-            PutResult: on_outbox.put_result,
-            PutOutbox: on_outbox.put,
-            CloseOutbox: on_outbox.close,
-            ReadOutbox: on_outbox.read,
-            SaveSession: on_sessions.save,
-            DeleteSession: on_sessions.delete,
-            MoveSession: on_sessions.move,
-            SaveAlias: on_sessions.save_alias,
-            SaveTunnel: on_sessions.save_tunnel,
+            PutCommand: self.put,
+            LookUpCommand: self.look_up,
+            MarkCommands: self.mark,
+            RequeueCommand: self.requeue,
+            AddTrace: self.add_trace,
+            Prune: self.prune,
+            FindCommand: self.find,
+            PutResult: self.put_result,
+            PutOutbox: self.put_outbox,
+            CloseOutbox: self.close_outbox,
+            ReadOutbox: self.read_outbox,
+            SaveSession: self.save_session,
+            DeleteSession: self.delete_session,
+            MoveSession: self.move_session,
+            SaveAlias: self.save_alias,
+            SaveTunnel: self.save_tunnel,
             WriteProbe: database.touch,
+            CheckStore: lambda _: nothing,
         }
 
-    def carry_out(self, operations: Sequence[Operation]) -> list[Any]:
-        """Carry out operations and return one result for each. Raises the engine's exceptions."""
+    def carry_out(self, operations: Sequence[Operation]) -> Any:
+        """Carry out a submission and return the result of its first operation. Raises the engine's exceptions."""
         if len(operations) == 2:
             finish = self._at_once(*operations)
             if finish is not None:
-                return [finish(), None]
+                return finish()
         carriers = self._carriers
-        return [carriers[type(operation)](operation)() for operation in operations]
+        result, *_ = [carriers[type(operation)](operation)() for operation in operations]
+        return result
 
     def begin(self, operations: Sequence[Operation]) -> list[Finish[Any]]:
-        """Queue the statements of operations. The caller takes the results once those of the whole batch are queued."""
+        """Queue the statements of a submission. The caller calls the results once the whole batch is queued."""
         if len(operations) == 2:
             finish = self._at_once(*operations)
             if finish is not None:
-                return [finish, nothing]
+                return [finish]
         return [self._carriers[type(operation)](operation) for operation in operations]
 
     def _at_once(self, first: Operation, second: Operation) -> Finish[Any] | None:
@@ -88,7 +223,242 @@ class Operations:
         if not isinstance(second, AddTrace):
             return None
         if isinstance(first, PutCommand):
-            return self._commands.put_with_step(first, second)
+            return self.put_with_step(first, second)
         if isinstance(first, MarkCommands) and (first.session, first.ids) == (second.session, second.ids):
-            return self._commands.mark_with_step(first, second)
+            return self.mark_with_step(first, second)
         return None
+
+    # --- commands and their traces ------------------------------------------------------------------------------------
+
+    def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
+        parameters = insert_parameters(operation.record, first_step)
+        seq = self._database.insert(INSERT_COMMAND, parameters)
+        if seq is not None:
+            return partial(PutOutcome, seq)
+        return self.look_up_known(parameters[:2])
+
+    def look_up_known(self, key: tuple[Any, ...]) -> Finish[PutOutcome]:
+        outcome = duplicate(*self._execute(_SELECT_COMMAND, key).fetchone())
+        return lambda: outcome
+
+    def look_up(self, operation: LookUpCommand) -> Finish[PutOutcome | None]:
+        found = self._execute(_SELECT_COMMAND, (str(operation.session), operation.command_id))
+
+        def finish() -> PutOutcome | None:
+            row = found.fetchone()
+            return None if row is None else duplicate(*row)
+
+        return finish
+
+    def put_with_step(self, operation: PutCommand, step: AddTrace) -> Finish[PutOutcome]:
+        """Store a command with a step of its trace.
+
+        For a new command whose step repeats columns of its row, one insert stores both (`is_first_step`).
+        """
+        if not is_first_step(operation.record, step):
+            finish = self.put(operation)
+            self.add_trace(step)
+            return finish
+        parameters = insert_parameters(operation.record, step.entry.event)
+        seq = self._database.insert(INSERT_COMMAND, parameters)
+        if seq is not None:
+            return partial(PutOutcome, seq)
+        self.add_trace(step)
+        return self.look_up_known(parameters[:2])
+
+    def mark(self, operation: MarkCommands) -> Finish[None]:
+        session = str(operation.session)
+        for each in operation.ids:
+            self._execute(MARK, (operation.state.value, operation.attempts, operation.wall, session, each))
+        return nothing
+
+    def mark_with_step(self, operation: MarkCommands, step: AddTrace) -> Finish[None]:
+        """Change the state of commands and add a step to the trace of each."""
+        self.mark(operation)
+        return self.add_trace(step)
+
+    def requeue(self, operation: RequeueCommand) -> Finish[bool]:
+        parameters = (operation.expires_unix, operation.wall, str(operation.session), operation.command_id)
+        changed = self._execute(_REQUEUE, parameters)
+        return lambda: changed.rowcount == 1
+
+    def find(self, operation: FindCommand) -> Finish[list[CommandDetails]]:
+        # Read now, not in `finish`: on PostgreSQL, operations later in the batch would have run by then.
+        found = self._found(operation.command_id)
+        return lambda: found
+
+    def _found(self, command_id: str) -> list[CommandDetails]:
+        lone: dict[SessionKey, list[TraceEntry]] = {}
+        for session, *step in self._execute(self._find_lone_traces, (command_id,)).fetchall():
+            lone.setdefault(parse_key(session), []).append(TraceEntry(*step))
+        found: list[CommandDetails] = []
+        for result, first_step, *row in self._execute(self._find_commands, (command_id,)).fetchall():
+            try:
+                record = rows.command(tuple(row))
+            except UndecodableRow:
+                continue  # leave the row in place: `load` quarantines it at the next start if the command is live
+            steps = self._execute(_SELECT_TRACE, (record.seq,)).fetchall()
+            first = [TraceEntry(record.arrived_unix, first_step, record.type)] if first_step else []
+            trace = lone.pop(record.session, []) + first + [TraceEntry(*step) for step in steps]
+            found.append(CommandDetails(record, optional_object(result), trace))
+        return found + [
+            CommandDetails(rows.never_stored(key, command_id, trace), None, trace) for key, trace in lone.items()
+        ]
+
+    def add_trace(self, operation: AddTrace) -> Finish[None]:
+        session, step = str(operation.session), operation.entry
+        for each in operation.ids:
+            known = self._execute(_INSERT_TRACE, (step.wall, step.event, step.detail, session, each))
+            if not known.rowcount:
+                self._execute(_INSERT_LONE_TRACE, (session, each, step.wall, step.event, step.detail))
+                self.trim_lone_traces()
+        return nothing
+
+    def trim_lone_traces(self) -> None:
+        self._execute(self._trim_lone_traces, (MAX_LONE_TRACES,))
+
+    def prune(self, operation: Prune) -> Finish[None]:
+        for statement in self._prune:
+            self._execute(statement, (operation.before_unix,))
+        return self._database.reclaim
+
+    # --- results and the outbox ---------------------------------------------------------------------------------------
+
+    def put_result(self, operation: PutResult) -> Finish[ResultOutcome]:
+        session, command_id = str(operation.session), operation.command_id
+        row = self._execute(_SELECT_FOR_RESULT, (session, command_id)).fetchone()
+        if row is None:
+            return self._put_unknown_result(operation)
+        seq, state_text, request_id, result = row
+        state = CommandState(state_text)
+        if result is not None:
+            return partial(ResultOutcome, None, known=True, state=state)
+        payload = encode_json(operation.payload)
+        self._execute(_ANSWER_COMMAND, (operation.wall, payload, seq))
+        entry = self._insert_outbox(operation.session, command_id, request_id, operation.payload, payload)()
+        return partial(ResultOutcome, entry, known=True, state=state)
+
+    def _put_unknown_result(self, operation: PutResult) -> Finish[ResultOutcome]:
+        known = self._execute(_INSERT_UNKNOWN, (str(operation.session), operation.command_id, operation.wall))
+        if not known.rowcount:
+            return partial(ResultOutcome, None, known=False)
+        payload = as_unknown(operation.payload)
+        entry = self._insert_outbox(operation.session, operation.command_id, "", payload, encode_json(payload))()
+        return partial(ResultOutcome, entry, known=False)
+
+    def put_outbox(self, operation: PutOutbox) -> Finish[OutboxEntry]:
+        key, command_id, payload = operation.session, operation.command_id, operation.payload
+        self._execute(_ANSWER_QUARANTINED, (str(key), command_id))
+        return self._insert_outbox(key, command_id, operation.request_id, payload, encode_json(payload))
+
+    def _insert_outbox(
+        self, key: SessionKey, command_id: str, request_id: str, payload: dict[str, Any], encoded: bytes
+    ) -> Finish[OutboxEntry]:
+        seq = self._database.insert(INSERT_OUTBOX, (key.owner, str(key), command_id, request_id, encoded))
+        return partial(OutboxEntry, seq or 0, key, command_id, request_id, payload)
+
+    def close_outbox(self, operation: CloseOutbox) -> Finish[None]:
+        for seq in operation.seqs:
+            self._execute(_CLOSE_COMMAND, (seq, operation.wall))
+            self._execute(_DELETE_ENTRY, (seq,))
+        return nothing
+
+    def read_outbox(self, operation: ReadOutbox) -> Finish[list[OutboxEntry]]:
+        page = self._execute(_READ_OUTBOX, (operation.owner, operation.after, operation.limit))
+        return lambda: [self._outbox_entry(*row) for row in page.fetchall()]
+
+    def _outbox_entry(self, seq: int, session: str, command_id: str, request_id: str, column: Any) -> OutboxEntry:
+        try:
+            payload = decode_object(column)
+        except UndecodableRow as error:
+            # The controller waits for a result of this command: send an error in place of the unreadable one.
+            content = {"session": session, "command_id": command_id, "request_id": request_id, "payload": column}
+            rows.quarantine(self._database, "outbox", content, str(error))
+            payload = {
+                "command_id": command_id,
+                "success": False,
+                "code": "malformed",
+                "error": "the stored result cannot be read",
+            }
+            self._execute(_REPLACE_PAYLOAD, (encode_json(payload), seq))
+        return OutboxEntry(seq, parse_key(session), command_id, request_id, payload)
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    def save_session(self, operation: SaveSession) -> Finish[None]:
+        record = operation.record
+        self._execute(
+            _SAVE_SESSION,
+            (
+                str(record.key),
+                record.dialect,
+                record.agent_id,
+                record.upstream_cluster_id,
+                record.last_seen_unix,
+                record.superseded_by,
+                encode_json(record.registration),
+                encode_json(record.reply),
+                encode_json(record.hold),
+            ),
+        )
+        return nothing
+
+    def delete_session(self, operation: DeleteSession) -> Finish[None]:
+        for statement in _DELETE_SESSION:
+            self._execute(statement, (str(operation.key),))
+        return nothing
+
+    def move_session(self, operation: MoveSession) -> Finish[None]:
+        source, target = str(operation.source), str(operation.target)
+        if source != target:
+            for statement in (_MOVE_OUTBOX, _MOVE_ALIASES):
+                self._execute(statement, (source, target, operation.target.owner))
+            self._execute(_DELETE_ALIASES, (source,))
+            for statement in _MOVE_SESSION:
+                self._execute(statement, (source, target) if "?2" in statement else (source,))
+        return nothing
+
+    def save_alias(self, operation: SaveAlias) -> Finish[None]:
+        self._execute(_SAVE_ALIAS, (operation.owner, operation.agent_id, str(operation.session)))
+        return nothing
+
+    def save_tunnel(self, operation: SaveTunnel) -> Finish[None]:
+        self._execute(_SAVE_TUNNEL, (str(operation.session), encode_json(operation.payload)))
+        return nothing
+
+
+def insert_parameters(record: CommandRecord, first_step: str) -> tuple[Any, ...]:
+    """Return the parameters of `INSERT_COMMAND`."""
+    return (
+        str(record.session),
+        record.id,
+        record.request_id,
+        record.state._value_,  # `value` is a property call, too slow for a line that runs for every command
+        record.attempts,
+        record.arrived_unix,
+        record.arrived_unix,
+        record.expires_unix,
+        record.size_bytes,
+        record.type,
+        record.created_at,
+        encode_json(record.payload),
+        record.via,
+        first_step,
+    )
+
+
+def is_first_step(record: CommandRecord, step: AddTrace) -> bool:
+    """Return whether the row of `record` with `step.entry.event` as its `first_step` holds all of this step."""
+    entry = step.entry
+    implied = (record.session, (record.id,), record.arrived_unix, record.type)
+    return (step.session, step.ids, entry.wall, entry.detail) == implied
+
+
+def duplicate(seq: int, state: str, result: Any) -> PutOutcome:
+    """Return the outcome of storing a command whose id is already in the store."""
+    return PutOutcome(seq, duplicate=True, state=CommandState(state), result=optional_object(result))
+
+
+def as_unknown(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of an unknown command in the form that the controller receives."""
+    return payload | {"code": "unknown_command"}

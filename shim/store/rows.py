@@ -1,14 +1,19 @@
-"""Decoding of rows into records. Every column is validated, because SQLite does not enforce column types."""
+"""Reading of rows: decoding into records, the quarantine of those that cannot be decoded, and the contents at start-up.
+
+Every column is validated, because SQLite does not enforce column types.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from shim.core.records import CommandRecord, CommandState, SessionKey, SessionRecord, TraceEntry
+from shim.core.records import CommandRecord, CommandState, SessionKey, SessionRecord, StoreContents, TraceEntry
 from shim.errors import ShimError
 from shim.protocol.lenient_json import to_float
+from shim.store.database import Database
 
 COMMAND_COLUMNS = (
     "seq, session, id, request_id, state, attempts, arrived, expires, size_bytes, type, created_at, payload, via"
@@ -175,4 +180,142 @@ def never_stored(key: SessionKey, command_id: str, trace: list[TraceEntry]) -> C
         arrived_unix=wall,
         expires_unix=wall,
         state=CommandState.DEAD,
+    )
+
+
+# --- quarantine -------------------------------------------------------------------------------------------------------
+
+MAX_QUARANTINED = 256
+MAX_COLUMN_CHARS = 64 * 1024
+"""Limit per column: the beginning is enough for an operator to recognise the row."""
+_QUARANTINE = (
+    "INSERT INTO quarantine (origin, session, command_id, request_id, reason, content, pending)"
+    " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"
+)
+_TRIM_QUARANTINE = (
+    "DELETE FROM quarantine WHERE {mine} AND NOT pending AND id <="
+    " (SELECT id FROM quarantine WHERE {mine} AND NOT pending ORDER BY id DESC LIMIT 1 OFFSET ?1)"
+)
+_PENDING = "SELECT session, command_id, request_id FROM quarantine WHERE {mine} AND pending ORDER BY id"
+
+QuarantinedCommand = tuple[SessionKey | None, str, str]
+
+
+def quarantine(database: Database, origin: str, content: dict[str, Any], reason: str) -> QuarantinedCommand:
+    """Store the columns of a row of the table `origin`. The caller deletes the row itself.
+
+    Returns (session, command id, request id) as far as these are readable. A command whose session and id are readable
+    stays pending until a `PutOutbox` for it is stored, so that the controller gets an answer. Columns are cut at
+    `MAX_COLUMN_CHARS`. Of the rows that are not pending, the newest `MAX_QUARANTINED` are kept.
+    """
+    session, request_id = _readable(content, "session"), _readable(content, "request_id")
+    command_id = _readable(content, "id" if origin == "commands" else "command_id")
+    try:
+        key = parse_key(session)
+    except UndecodableRow:
+        key = None
+    pending = origin == "commands" and key is not None and bool(command_id)
+    database.execute(
+        _QUARANTINE, (origin, session, command_id, request_id, reason, encode_json(_cut(content)), pending)
+    )
+    database.execute(_TRIM_QUARANTINE.format(mine=database.mine), (MAX_QUARANTINED,))
+    return key, command_id, request_id
+
+
+def _cut(content: dict[str, Any]) -> dict[str, Any]:
+    long = {name: value for name, value in content.items() if isinstance(value, str | bytes)}
+    return {**content, **{name: value[:MAX_COLUMN_CHARS] for name, value in long.items()}}
+
+
+def _readable(content: dict[str, Any], column: str) -> str:
+    value = content.get(column)
+    return value if isinstance(value, str) else ""
+
+
+def _pending(database: Database) -> list[QuarantinedCommand]:
+    """Return the quarantined commands that the controller has no answer for, oldest first."""
+    found = database.execute(_PENDING.format(mine=database.mine)).fetchall()
+    return [(parse_key(session), command_id, request_id) for session, command_id, request_id in found]
+
+
+# --- contents at start-up ---------------------------------------------------------------------------------------------
+
+_Record = TypeVar("_Record")
+
+
+class _Table(msgspec.Struct, frozen=True):
+    """A query of one table: `columns` of the rows that meet `condition`, sorted by `order`. `id` is the key column."""
+
+    name: str
+    id: str
+    columns: str
+    order: str
+    condition: str = "{mine}"
+
+    def query(self, database: Database) -> str:
+        # Only constants of this module and of the engine become SQL, never input.
+        condition = self.condition.format(mine=database.mine, live=database.live)
+        return f"SELECT {self.id}, {self.columns} FROM {self.name} WHERE {condition} ORDER BY {self.order}"  # noqa: S608 - constants
+
+
+_COMMANDS = _Table(
+    "commands",
+    "seq",
+    COMMAND_COLUMNS,
+    order="seq",
+    condition="{mine} AND {live}",
+)
+_SESSIONS = _Table("sessions", "id", SESSION_COLUMNS, order="session")
+_ALIASES = _Table("aliases", "id", "owner, agent_id, session", order="owner, agent_id")
+_TUNNELS = _Table("tunnels", "id", "session, payload", order="session")
+_OUTBOX = _Table("outbox", "seq", "owner, session, command_id, request_id", order="seq")
+
+
+class _Reader:
+    """Reader of tables that moves rows it cannot decode to the quarantine."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.quarantined = 0
+        self.unanswerable: list[QuarantinedCommand] = []
+
+    def read(self, table: _Table, decode: Callable[[tuple[Any, ...]], _Record]) -> list[_Record]:
+        records = []
+        bad = []
+        for number, *row in self._database.execute(table.query(self._database)).fetchall():
+            try:
+                records.append(decode(tuple(row)))
+            except UndecodableRow as error:
+                bad.append((number, row, str(error)))
+        for number, row, reason in bad:
+            self._put_aside(table, number, row, reason)
+        return records
+
+    def _put_aside(self, table: _Table, number: int, row: list[Any], reason: str) -> None:
+        content = dict(zip(table.columns.split(", "), row, strict=True))
+        command = quarantine(self._database, table.name, content, reason)
+        self._database.execute(f"DELETE FROM {table.name} WHERE {table.id} = ?1", (number,))  # noqa: S608 - constants
+        self.quarantined += 1
+        if table is _COMMANDS and (command[0] is None or not command[1]):
+            self.unanswerable.append(command)
+
+
+def load(database: Database, key: bytes) -> StoreContents:
+    """Read all that the core needs at start-up, in a transaction that the caller begins and ends."""
+    reader = _Reader(database)
+    sessions = reader.read(_SESSIONS, session)
+    aliases = reader.read(_ALIASES, alias)
+    tunnels = reader.read(_TUNNELS, tunnel)
+    commands = reader.read(_COMMANDS, command)
+    owners = sorted(set(reader.read(_OUTBOX, outbox_owner)))
+    pending = _pending(database)
+    return StoreContents(
+        key=key,
+        sessions=tuple(sessions),
+        aliases=tuple(aliases),
+        tunnels=tuple(tunnels),
+        commands=tuple(commands),
+        outbox_owners=tuple(owners),
+        quarantined=reader.quarantined,
+        quarantined_commands=(*reader.unanswerable, *pending),
     )

@@ -16,15 +16,11 @@ from msgspec.structs import replace
 from shim.clock import Clock
 from shim.core.records import Operation, StoreContents, WriteProbe
 from shim.errors import StoreError
-from shim.store import files, quarantine, schema
+from shim.store import files, rows, schema
 from shim.store.database import Database, Finish, Rows, nothing
-from shim.store.delivery import CallThreadsafe, run_on_loop, store_error
-from shim.store.loading import load
-from shim.store.lock import StoreLock
+from shim.store.files import StoreLock
 from shim.store.operations import Operations
-from shim.store.queued import QueuedStore
-from shim.store.write_ahead_log import LIMIT_BYTES, WriteAheadLog
-from shim.store.writer import CommitProbe, Failure, Writer
+from shim.store.writer import CallThreadsafe, CommitProbe, Failure, QueuedStore, Writer, run_on_loop, store_error
 
 BUSY_TIMEOUT_S = 5.0
 CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -44,6 +40,9 @@ _COMMON = CORRUPT | {
 _VACUUM_PAGES = 1000
 _KEPT_PAGES = 2500
 _KEY_BYTES = 32
+# Size above which the write-ahead log is truncated, and the change of its size that is reported.
+LOG_LIMIT_BYTES = 16 * 1024 * 1024
+_LOG_STEP_BYTES = 1024 * 1024
 _SAVE_META = "INSERT INTO meta (key, value) VALUES (?1, ?2) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
 
@@ -113,12 +112,12 @@ class SqliteStore(QueuedStore):
                 connection, loaded = self._open(lock)
             except StoreError as error:
                 raise StoreError(f"{error} (the corrupt database was moved to {moved_aside})") from error
-        log = WriteAheadLog(self._tell_log)
+        log = WriteAheadLog(self._report_log)
         engine = SqliteEngine(connection, files.OpenFiles(self._path, Clock.monotonic_s), log)
         self._start(Writer(engine, self._call_threadsafe, self._probe))
         return replace(loaded, moved_aside=moved_aside, warnings=warnings + loaded.warnings)
 
-    def _tell_log(self, size_bytes: int, pinned: bool) -> None:
+    def _report_log(self, size_bytes: int, pinned: bool) -> None:
         if self._probe is not None and self._probe.log is not None:
             run_on_loop(self._call_threadsafe, [partial(self._probe.log, size_bytes, pinned)])
 
@@ -202,14 +201,14 @@ class SqliteEngine:
         self._database = SqliteDatabase(connection)
         self._operations = Operations(self._database)
 
-    def commit(self, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
+    def commit(self, batch: Sequence[Sequence[Operation]]) -> list[Any]:
         execute = self._database.execute
         log_bytes = self._files.check()
         execute("BEGIN IMMEDIATE")
         results = [self._operations.carry_out(operations) for operations in batch]
         execute("COMMIT")
         if log_bytes is not None:
-            self._log.look(self._connection, log_bytes)
+            self._log.check(self._connection, log_bytes)
         return results
 
     def roll_back(self) -> None:
@@ -219,9 +218,9 @@ class SqliteEngine:
 
     def failure(self, error: Exception) -> Failure:
         if isinstance(error, files.ReplacedError):
-            return Failure(error, concerns_all=True)
+            return Failure(error, affects_whole_batch=True)
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        return Failure(store_error(error), concerns_all=code in _COMMON, corrupt=code in CORRUPT)
+        return Failure(store_error(error), affects_whole_batch=code in _COMMON, corrupt=code in CORRUPT)
 
     def close(self) -> None:
         with suppress(sqlite3.Error):
@@ -234,7 +233,7 @@ def _load(connection: sqlite3.Connection) -> StoreContents:
     database = SqliteDatabase(connection)
     database.execute("BEGIN IMMEDIATE")
     key, damaged = _owner_key(database)
-    loaded = load(database, key)
+    loaded = rows.load(database, key)
     database.execute("COMMIT")
     return replace(loaded, quarantined=loaded.quarantined + damaged)
 
@@ -248,7 +247,7 @@ def _owner_key(database: Database) -> tuple[bytes, int]:
     if row is not None and isinstance(row[0], bytes) and len(row[0]) == _KEY_BYTES:
         return row[0], 0
     if row is not None:
-        quarantine.keep(database, "meta", {"key": "owner_key"}, "not a key of 32 bytes")
+        rows.quarantine(database, "meta", {"key": "owner_key"}, "not a key of 32 bytes")
     key = secrets.token_bytes(_KEY_BYTES)
     database.execute(_SAVE_META, ("owner_key", key))
     return key, int(row is not None)
@@ -261,5 +260,45 @@ def _configure(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA wal_autocheckpoint = 2000")  # pages: 8 MiB
     connection.execute("PRAGMA cache_size = -2048")  # KiB
-    connection.execute(f"PRAGMA journal_size_limit = {LIMIT_BYTES}")
+    connection.execute(f"PRAGMA journal_size_limit = {LOG_LIMIT_BYTES}")
     connection.execute("PRAGMA temp_store = MEMORY")  # a rollback must work on a full disk
+
+
+class WriteAheadLog:
+    """Size limit of SQLite's write-ahead log. Used by the writer's thread only.
+
+    A commit is appended to the log. A checkpoint copies it into the database, and the log is reused from its start.
+    Another program with an open read transaction still needs the old content: until that transaction ends, the log
+    cannot be reused and grows with every commit.
+
+    `report(size_bytes, pinned)` is called when `pinned` has changed, or the size by 1 MiB or more. `pinned` is true
+    while a reader prevents the truncation.
+    """
+
+    def __init__(self, report: Callable[[int, bool], object]) -> None:
+        self._report = report
+        self._reported = (-1, False)
+
+    def check(self, connection: sqlite3.Connection, size_bytes: int) -> None:
+        """Truncate the log if it is too large, and report its size. Must be called outside of a transaction."""
+        pinned = False
+        if size_bytes > LOG_LIMIT_BYTES:
+            pinned = not _truncate(connection)
+            size_bytes = size_bytes if pinned else 0
+        reported_bytes, reported_pinned = self._reported
+        if pinned != reported_pinned or abs(size_bytes - reported_bytes) >= _LOG_STEP_BYTES:
+            self._reported = (size_bytes, pinned)
+            self._report(size_bytes, pinned)
+
+
+def _truncate(connection: sqlite3.Connection) -> bool:
+    """Checkpoint and truncate the log without waiting for readers. Return whether that succeeded."""
+    (busy_ms,) = connection.execute("PRAGMA busy_timeout").fetchone()
+    connection.execute("PRAGMA busy_timeout = 0").fetchall()
+    try:
+        with suppress(sqlite3.Error):  # the next commit reports the error
+            busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return not busy
+        return False
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {busy_ms}").fetchall()

@@ -1,21 +1,30 @@
-"""The writer's thread: all submissions that wait when it becomes free share one commit."""
+"""The writing thread of a store. All submissions that wait when it becomes free share one commit.
+
+Outcomes are passed to the event loop a few at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from shim.core.records import Operation
+from shim.clock import Clock
+from shim.core.records import Operation, StoreOperation
 from shim.errors import StoreError
+from shim.log import get
+from shim.metrics import Metrics
 from shim.ports import StoreDone
-from shim.store.delivery import CallbackQueue, CallThreadsafe
+
+log = get(__name__)
 
 # Limit of submissions per commit. Larger batches would save little per submission, and would delay submissions that
 # arrive meanwhile, such as an agent's result.
@@ -29,8 +38,19 @@ LARGE_BATCH = 16
 SHORT_SWITCH_INTERVAL_S = 0.001
 SWITCH_INTERVAL_S = sys.getswitchinterval()
 
-_Submission = tuple[Sequence[Operation], StoreDone | None]
-_Outcome = list[Any] | StoreError
+# Callbacks per turn of the event loop: enough to need few wake-ups, few enough not to delay other work.
+_PER_TURN = 32
+_PINNED_HINT = (
+    "another program reads the database in a transaction that it does not end, and the log beside the database grows "
+    "with every commit: end that program (a backup, a sqlite3 shell); the log is emptied within seconds after that"
+)
+
+_Result = TypeVar("_Result")
+# Its first operation's result is the outcome of a submission, unless that is a `StoreError`.
+_Submission = tuple[tuple[Operation, ...], StoreDone[Any] | None]
+
+CallThreadsafe = Callable[[Callable[[], None]], object]
+"""Schedules a callable on the event loop from any thread; normally `loop.call_soon_threadsafe`."""
 
 
 class CommitProbe(msgspec.Struct, frozen=True):
@@ -53,11 +73,32 @@ class CommitProbe(msgspec.Struct, frozen=True):
     log: Callable[[int, bool], None] | None = None
 
 
+def commit_probe(
+    metrics: Metrics, broken: Callable[[StoreError], None], fenced: Callable[[], None] | None = None
+) -> CommitProbe:
+    """Return a probe that feeds the metrics of the store.
+
+    `broken` is called when a commit finds the database corrupt, `fenced` when another replica has taken the shard.
+    """
+
+    def observe(commit_s: float, operations: int) -> None:
+        metrics.store_commit_seconds.observe(commit_s)
+        metrics.store_operations.inc(operations)
+
+    def log_size(size_bytes: int, pinned: bool) -> None:
+        metrics.store_log_bytes.set(size_bytes)
+        metrics.store_log_pinned.set(pinned)
+        if pinned:
+            log.warning("store_log_pinned", dedupe_key="store.path", size_bytes=size_bytes, hint=_PINNED_HINT)
+
+    return CommitProbe(Clock().monotonic_s, observe, metrics.store_failures.inc, broken, fenced, log_size)
+
+
 class Failure(NamedTuple):
-    """Reason why a batch was not stored. `concerns_all` is true if a smaller batch would fail with the same error."""
+    """Reason why a batch was not stored. `affects_whole_batch` is true if a smaller batch would fail as well."""
 
     error: StoreError
-    concerns_all: bool = False
+    affects_whole_batch: bool = False
     corrupt: bool = False
     fenced: bool = False
 
@@ -65,8 +106,8 @@ class Failure(NamedTuple):
 class Engine(Protocol):
     """Database connection that carries out batches of submissions. Used by the writer's thread only."""
 
-    def commit(self, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
-        """Carry out a batch in one synced commit and return one result per operation.
+    def commit(self, batch: Sequence[Sequence[Operation]]) -> list[Any]:
+        """Carry out a batch in one synced commit. Returns the result of each submission's first operation.
 
         Raises any exception of the engine or its driver; `failure` explains it.
         """
@@ -82,14 +123,17 @@ class Engine(Protocol):
 
 
 class Writer:
-    """Owner of an engine and of the thread that uses it, from `start()` to `close()`."""
+    """Owner of an engine and of the thread that uses it, from `start()` to `close()`.
+
+    A submission is put into `queue`, never after `close()`; None ends the thread.
+    """
 
     def __init__(self, engine: Engine, call_threadsafe: CallThreadsafe, probe: CommitProbe | None) -> None:
         self._engine = engine
         self._callbacks = CallbackQueue(call_threadsafe)
         self._probe = probe
         self._fence_reported = False
-        self._queue: SimpleQueue[_Submission | None] = SimpleQueue()
+        self.queue: SimpleQueue[_Submission | None] = SimpleQueue()
         # A daemon thread, so that a process that ends without `close()` does not hang. The database survives that.
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
 
@@ -97,13 +141,9 @@ class Writer:
         """Start the thread."""
         self._thread.start()
 
-    def submit(self, submission: _Submission) -> None:
-        """Queue a submission. Must not be called after `close()`."""
-        self._queue.put(submission)
-
     def close(self, limit_s: float | None = None) -> None:
         """Wait up to `limit_s` until all submissions are carried out and the connection is closed."""
-        self._queue.put(None)
+        self.queue.put(None)
         self._thread.join(limit_s)
 
     # --- in the thread ------------------------------------------------------------------------------------------------
@@ -123,10 +163,10 @@ class Writer:
         self._engine.close()
 
     def _next_batch(self) -> list[_Submission | None]:
-        batch = [self._queue.get()]
+        batch = [self.queue.get()]
         with contextlib.suppress(Empty):
             while len(batch) < MAX_BATCH:
-                batch.append(self._queue.get_nowait())
+                batch.append(self.queue.get_nowait())
         return batch
 
     def refuse_waiting(self, error: StoreError) -> None:
@@ -137,14 +177,14 @@ class Writer:
         refused, ending = [], False
         with contextlib.suppress(Empty):
             while True:
-                submission = self._queue.get_nowait()
+                submission = self.queue.get_nowait()
                 ending = ending or submission is None
                 if submission is not None:
                     refused.append(submission)
         if ending:
-            self._queue.put(None)
+            self.queue.put(None)
         if refused:
-            callbacks = list(self._bad_news(Failure(error), len(refused)))
+            callbacks = list(self._failure_callbacks(Failure(error), len(refused)))
             self._callbacks.add(callbacks + [partial(done, error) for _, done in refused if done is not None])
 
     def _serve(self, batch: list[_Submission]) -> None:
@@ -154,7 +194,7 @@ class Writer:
                 callbacks.append(partial(done, outcome))
         self._callbacks.add(callbacks)
 
-    def _outcomes(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[_Outcome]:
+    def _outcomes(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[Any]:
         """Carry out a batch and append calls of the probe to `callbacks`.
 
         A batch that fails is halved until the failing submission is alone. Savepoints would isolate it too, but would
@@ -165,13 +205,13 @@ class Writer:
         except Exception as error:  # noqa: BLE001 - whatever it was, this thread must live to serve the next batch
             self._engine.roll_back()
             failure = self._engine.failure(error)
-            if len(batch) == 1 or failure.concerns_all:
-                callbacks.extend(self._bad_news(failure, len(batch)))
+            if len(batch) == 1 or failure.affects_whole_batch:
+                callbacks.extend(self._failure_callbacks(failure, len(batch)))
                 return [failure.error] * len(batch)
         half = len(batch) // 2
         return self._outcomes(batch[:half], callbacks) + self._outcomes(batch[half:], callbacks)
 
-    def _bad_news(self, failure: Failure, submissions: int) -> Iterator[Callable[[], None]]:
+    def _failure_callbacks(self, failure: Failure, submissions: int) -> Iterator[Callable[[], None]]:
         probe = self._probe
         if probe is None:
             return
@@ -183,11 +223,101 @@ class Writer:
             self._fence_reported = True
             yield probe.fenced
 
-    def _commit(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[_Outcome]:
+    def _commit(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[Any]:
         probe = self._probe
         started = probe.monotonic() if probe is not None else 0.0
-        outcomes: list[_Outcome] = [*self._engine.commit([operations for operations, _ in batch])]
+        outcomes: list[Any] = [*self._engine.commit([operations for operations, _ in batch])]
         carried_out = sum(len(operations) for operations, _ in batch)
         if probe is not None and carried_out:
             callbacks.append(partial(probe.observe, probe.monotonic() - started, carried_out))
         return outcomes
+
+
+class QueuedStore:
+    """A `ports.CommandStore` without `open()`. The subclass's `open()` calls `_start`."""
+
+    def __init__(self, call_threadsafe: CallThreadsafe) -> None:
+        self._call_threadsafe = call_threadsafe
+        # Without the lock, a submission could be queued after the end marker of `Writer.close` and never be answered.
+        self._gate = threading.Lock()
+        self._writer: Writer | None = None
+
+    def _start(self, writer: Writer) -> None:
+        self._writer = writer
+        writer.start()
+
+    def submit(
+        self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
+    ) -> None:
+        """Queue operations (`ports.CommandStore`). If the store is not open, `done` gets a `StoreError`."""
+        with self._gate:
+            if self._writer is not None:
+                self._writer.queue.put(((operation, *also), done))
+                return
+        if done is not None:
+            run_on_loop(self._call_threadsafe, [partial(done, StoreError("the store is not open"))])
+
+    def _stop(self, limit_s: float | None = None) -> None:
+        with self._gate:
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close(limit_s)
+
+
+class CallbackQueue:
+    """A queue whose callbacks run on the event loop, in order and a few per turn, so that other work can run too.
+
+    After the loop is closed, callbacks are dropped.
+    """
+
+    def __init__(self, call_threadsafe: CallThreadsafe) -> None:
+        self._call_threadsafe = call_threadsafe
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._scheduled = False
+
+    def add(self, callbacks: Sequence[Callable[[], None]]) -> None:
+        """Queue callbacks. May be called from any thread."""
+        self._waiting.extend(callbacks)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._waiting and not self._scheduled:
+            self._scheduled = True
+            with contextlib.suppress(RuntimeError):
+                self._call_threadsafe(self._turn)
+
+    def _turn(self) -> None:
+        waiting = self._waiting
+        due = [waiting.popleft() for _ in range(min(_PER_TURN, len(waiting)))]
+        # No lock is needed. `_schedule` below sees callbacks that another thread added before this line. For callbacks
+        # added after this line, the other thread schedules a turn itself. If both happen, the second turn finds fewer
+        # callbacks or none.
+        self._scheduled = False
+        self._schedule()
+        _run_batch(due)
+
+
+def run_on_loop(call_threadsafe: CallThreadsafe, callbacks: Sequence[Callable[[], None]]) -> None:
+    """Schedule callbacks to run in order in one turn of the event loop. On a closed loop, drop them."""
+    with contextlib.suppress(RuntimeError):
+        call_threadsafe(partial(_run_batch, callbacks))
+
+
+def _run_batch(callbacks: Sequence[Callable[[], None]]) -> None:
+    """Call all callbacks, then raise the exceptions of those that failed as one group."""
+    errors = []
+    for callback in callbacks:
+        try:
+            callback()
+        except Exception as error:  # noqa: BLE001 - one failing callback must not take the outcome from the others
+            errors.append(error)
+    if errors:
+        raise ExceptionGroup("callbacks of the store failed", errors)
+
+
+def store_error(error: Exception) -> StoreError:
+    """Convert an exception to a `StoreError` whose text contains no stored data."""
+    if isinstance(error, sqlite3.Error):
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        return StoreError(f"the database refused: {name}")
+    return StoreError(f"it cannot be stored: {type(error).__name__}")

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from shim.admin.recent_commands import RecentCommandsStore
 from shim.admin.status import ProcessInfo, StatusBuilder
 from shim.admin.time_series import Sampler
 from tests.bridge.conftest import make_world, pytest_asyncio_loop_factories, world
@@ -42,12 +41,11 @@ def make_page() -> Iterator[MakePage]:
     pages: list[Page] = []
 
     def make(of: World) -> Page:
-        journal = RecentCommandsStore(of.bridge.ctx.store)
-        of.bridge.ctx.store = journal
+        recent = of.bridge.ctx.recent_commands
         sampler = Sampler(of.bridge)
         sampler.start()
         facts = ProcessInfo("1.2.3", of.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
-        pages.append(Page(of, sampler, StatusBuilder(of.bridge, sampler, journal, facts)))
+        pages.append(Page(of, sampler, StatusBuilder(of.bridge, sampler, recent, facts)))
         return pages[-1]
 
     yield make

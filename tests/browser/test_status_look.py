@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from itertools import count
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
@@ -19,11 +19,10 @@ import pytest_asyncio
 from aiohttp import web
 from playwright.async_api import Page, expect
 
-from shim.admin.recent_commands import RecentCommandsStore
 from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
 from shim.admin.status import ProcessInfo, StatusBuilder
 from shim.admin.time_series import Sampler
-from shim.core.records import Operation, StoreContents
+from shim.core.records import Operation, StoreContents, StoreOperation
 from shim.ports import CommandStore, StoreDone
 from tests.browser.conftest import OpenTab
 from tests.support.virtual import run_virtual
@@ -34,6 +33,9 @@ pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.asyncio(loop_scope="module"),
 ]
+
+_Result = TypeVar("_Result")
+
 
 AXE = Path(__file__).parents[1] / "clients" / "node_modules" / "axe-core" / "axe.min.js"
 PICTURE = os.environ.get("AGENT_SHIM_PICTURE")
@@ -50,14 +52,16 @@ class Disk:
     def open(self) -> StoreContents:
         return self._store.open()
 
-    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
+    def submit(
+        self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
+    ) -> None:
         loop = asyncio.get_running_loop()
         self._free_at_s = max(self._free_at_s, loop.time()) + self._random.lognormvariate(-5.6, 0.7)
 
         def finished(outcome: Any) -> None:
             loop.call_at(self._free_at_s, done or (lambda _: None), outcome)
 
-        self._store.submit(operations, finished)
+        self._store.submit(operation, *also, done=finished)
 
     def close(self) -> None:
         self._store.close()
@@ -98,8 +102,7 @@ async def orders(world: World, agents: list[Agent]) -> None:
 
 async def an_hour() -> dict[str, Any]:
     world = World(settings(poll={"hold": "auto"}, sunset={"at": "2026-12-24", "deprecation_at": "2026-11-24"})).start()
-    journal = RecentCommandsStore(Disk(world.bridge.ctx.store))
-    world.bridge.ctx.store = journal
+    world.bridge.ctx.store = Disk(world.bridge.ctx.store)
     sampler = Sampler(world.bridge)
     sampler.start()
     facts = ProcessInfo("0.1.0", world.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
@@ -122,7 +125,7 @@ async def an_hour() -> dict[str, Any]:
     await world.pass_s(921)
     ordering.cancel()
     await world.pass_s(41)
-    status = StatusBuilder(world.bridge, sampler, journal, facts).take([])
+    status = StatusBuilder(world.bridge, sampler, world.bridge.ctx.recent_commands, facts).take([])
     for each in living:
         each.cancel()
     sampler.stop()

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec import structs
 
 from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, QueuePolicy
 from shim.core.records import CommandRecord, CommandState, SessionKey
@@ -31,14 +30,14 @@ def record(seq: int, **fields: Any) -> CommandRecord:
 
 
 def queue_of(*records: CommandRecord) -> CommandQueue:
-    queue = CommandQueue()
+    queue = CommandQueue(KEY)
     for each in records:
         queue.add(each, expires_at=100.0, since=float(each.seq))
     return queue
 
 
 def offered(queue: CommandQueue, **policy: Any) -> Batch:
-    offer = queue.take(1, 7, replace(POLICY, **policy))
+    offer = queue.take(1, 7, 0.0, replace(POLICY, **policy))
     assert offer is not None
     return offer
 
@@ -77,7 +76,7 @@ def test_while_a_batch_is_without_evidence_nothing_newer_is_offered() -> None:
     offer = offered(queue)
     queue.add(record(2), 100.0, 0.0)
     assert not queue.waiting()
-    assert queue.take(2, 7, POLICY) is None
+    assert queue.take(2, 7, 0.0, POLICY) is None
     assert ids(queue.delivered(offer)) == ["k1"]
     assert offered(queue).ids == ("k2",)
 
@@ -236,9 +235,11 @@ def test_a_deleted_session_takes_all_its_commands_with_it() -> None:
 def test_a_successor_gets_everything_in_the_order_of_arrival_and_keeps_its_own() -> None:
     old = queue_of(record(1), record(3), record(4, state=CommandState.UNCERTAIN, attempts=2))
     old.all()[2].reason = "restart"
-    new = queue_of(record(2), record(3, type="own"))
     other = SessionKey("default", "cluster", "c-2")
-    old.drain_to(new, lambda each: structs.replace(each, session=other))
+    new = CommandQueue(other)
+    for each in (record(2), record(3, type="own")):
+        new.add(each, expires_at=100.0, since=float(each.seq))
+    old.drain_to(new)
     assert [(live.record.id, live.record.type, live.attempts, live.reason) for live in new.all()] == [
         ("k1", "exec", 0, ""),
         ("k2", "exec", 0, ""),
@@ -274,7 +275,7 @@ STEPS = st.lists(
 @given(STEPS)
 def test_whatever_happens_order_and_bookkeeping_hold(steps: list[str]) -> None:
     """FIFO, at most one batch without evidence, bytes that add up, no command offered twice without a reason."""
-    queue, seq, earlier = CommandQueue(), 0, None
+    queue, seq, earlier = CommandQueue(KEY), 0, None
     for step in steps:
         offer = queue.offer
         if step == "add":
@@ -282,7 +283,7 @@ def test_whatever_happens_order_and_bookkeeping_hold(steps: list[str]) -> None:
             queue.add(record(seq), 100.0, 0.0)
         elif step == "take":
             before = queue.all()
-            taken = queue.take(seq, 7, replace(POLICY, max_batch=2, max_attempts=99))
+            taken = queue.take(seq, 7, 0.0, replace(POLICY, max_batch=2, max_attempts=99))
             assert (taken is None) == (offer is not None or not before)
             if taken is not None:
                 assert taken.commands == before[: len(taken.commands)]

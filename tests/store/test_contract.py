@@ -108,7 +108,7 @@ def test_a_command_comes_back_as_it_was_put(client: StoreClient, reopen: Reopen)
 
 
 def test_commands_are_numbered_upwards_and_loaded_in_that_order(client: StoreClient, reopen: Reopen) -> None:
-    seqs = [outcome.seq for outcome in client.run(put("b"), put("a", OTHER), put("c"))]
+    seqs = [client.one(each).seq for each in (put("b"), put("a", OTHER), put("c"))]
     assert seqs == sorted(set(seqs))
     assert seqs[0] > 0
 
@@ -136,7 +136,7 @@ def test_the_same_id_is_a_duplicate_until_it_is_pruned(client: StoreClient, reop
 
 
 def test_the_same_id_in_another_session_is_another_command(client: StoreClient) -> None:
-    assert [outcome.duplicate for outcome in client.run(put("1"), put("1", OTHER), put("1", STRANGER))] == [False] * 3
+    assert [client.one(put("1", key)).duplicate for key in (KEY, OTHER, STRANGER)] == [False] * 3
     assert [record.session for record, _, _ in found(client, "1")] == [KEY, OTHER, STRANGER]
 
 
@@ -341,7 +341,7 @@ def test_a_command_that_comes_after_a_result_for_its_id_gets_its_own_result(clie
 
 def test_the_outbox_is_read_in_order_by_owner_and_page(client: StoreClient, reopen: Reopen) -> None:
     sessions = (KEY, STRANGER, OTHER, KEY)
-    entries = client.run(*(PutOutbox(key, str(n), f"r{n}", {"n": n}) for n, key in enumerate(sessions)))
+    entries = [client.one(PutOutbox(key, str(n), f"r{n}", {"n": n})) for n, key in enumerate(sessions)]
     mine = [entries[0], entries[2], entries[3]]
     assert outbox(client, limit=2) == mine[:2]
     assert outbox(client, after=mine[1].seq) == mine[2:]
@@ -475,7 +475,7 @@ def test_outcomes_come_in_the_order_of_submission(client: StoreClient) -> None:
         order.append(number)
 
     for n in range(500):
-        client.store.submit([POISON[0] if n % 50 == 7 else put(str(n))], partial(done, n))
+        client.store.submit(POISON[0] if n % 50 == 7 else put(str(n)), done=partial(done, n))
     client.run(put("last"))
     assert order == list(range(500))
 
@@ -489,14 +489,14 @@ def test_a_store_that_is_not_open_says_so(client: StoreClient, make: Make) -> No
     unopened = make()
     with pytest.raises(StoreError):
         unopened.run(put("1"))
-    unopened.store.submit([put("1")])
+    unopened.store.submit(put("1"))
     unopened.close()
 
 
 def test_touching_shows_that_the_store_can_be_written(client: StoreClient) -> None:
-    assert client.run(WriteProbe(1.0), WriteProbe(2.0)) == [None, None]
+    assert client.run(WriteProbe(1.0), WriteProbe(2.0)) is None
 
 
 def test_a_submission_may_come_without_a_callback(client: StoreClient) -> None:
-    client.store.submit([put("1")])
+    client.store.submit(put("1"))
     assert client.one(put("1")).duplicate

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from shim.core.records import (
     AddTrace,
+    CheckStore,
     CloseOutbox,
     CommandRecord,
     CommandState,
@@ -44,8 +45,6 @@ from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore
 from tests.support.stores import KEY, OTHER, POISON, STRANGER, StoreClient, put, session
 
-Outcome = list[list[Any] | StoreError]
-
 keys = st.sampled_from((KEY, OTHER, STRANGER))
 ids = st.sampled_from(("1", "2", "3", "ü/"))
 some_ids = st.lists(ids, max_size=3).map(tuple)
@@ -72,6 +71,7 @@ operations: st.SearchStrategy[Operation] = st.one_of(
     st.builds(AddTrace, keys, some_ids, entries),
     st.builds(Prune, walls),
     st.builds(WriteProbe, walls),
+    st.just(CheckStore()),
     st.builds(FindCommand, ids),
     st.builds(LookUpCommand, keys, ids),
 )
@@ -130,12 +130,14 @@ class Comparison(RuleBasedStateMachine):
             return [self._names(each, names) for each in outcome]
         return outcome
 
-    @rule(submission=st.lists(operations, max_size=4))
+    @rule(submission=st.lists(operations, min_size=1, max_size=4))
     def one_submission(self, submission: list[Operation]) -> None:
         self._compare([submission])
 
     @rule(
-        submissions=st.lists(st.lists(operations | st.sampled_from(POISON), max_size=3), min_size=1, max_size=4),
+        submissions=st.lists(
+            st.lists(operations | st.sampled_from(POISON), min_size=1, max_size=3), min_size=1, max_size=4
+        ),
     )
     def several_at_once_some_of_them_poisoned(self, submissions: list[list[Operation]]) -> None:
         self._compare(submissions)

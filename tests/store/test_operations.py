@@ -9,6 +9,7 @@ import pytest
 
 from shim.core.records import (
     AddTrace,
+    CheckStore,
     CloseOutbox,
     CommandState,
     DeleteSession,
@@ -51,6 +52,7 @@ ALL: list[Operation] = [
     MoveSession(KEY, OTHER),
     DeleteSession(OTHER),
     WriteProbe(1.0),
+    CheckStore(),
     Prune(3.0),
 ]
 

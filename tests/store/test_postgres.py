@@ -27,6 +27,7 @@ from shim.core.records import (
     MarkCommands,
     Prune,
     PutOutbox,
+    PutOutcome,
     PutResult,
     ReadOutbox,
     TraceEntry,
@@ -84,7 +85,7 @@ def until(condition: Callable[[], Any]) -> None:
 
 def accepted(client: StoreClient, name: str) -> None:
     """Submit until the store has recovered."""
-    until(lambda: isinstance(client.wait(client.submit(put(name))), list))
+    until(lambda: isinstance(client.wait(client.submit(put(name))), PutOutcome))
 
 
 def stored(url: str) -> list[str]:
@@ -284,7 +285,7 @@ def test_a_commit_whose_answer_was_lost_is_told_as_it_was(postgres: pg.Postgres,
     for number in range(4):
         cutter.cut = how
         waiting = [client.submit(put(f"{number}-{n}")) for n in range(3)]
-        assert [client.wait(each)[0].duplicate for each in waiting] == [False] * 3  # type: ignore[index]
+        assert [client.wait(each).duplicate for each in waiting] == [False] * 3
     client.close()
     cutter.close()
     assert cutter.cuts == 4
@@ -362,7 +363,7 @@ def test_a_commit_that_waits_for_its_standby_is_told_when_it_is_known(server: pg
         assert isinstance(client.wait(client.submit(put("3"))), StoreError)
         assert waiting == []
         standby.resume()
-        assert isinstance(client.wait(waiting), list)
+        assert isinstance(client.wait(waiting), PutOutcome)
         client.run(put("4"))
         client.close()
     assert stored(url) == ["1", "2", "4"]
@@ -378,7 +379,7 @@ def test_a_commit_whose_wait_was_broken_off_by_hand_is_no_success(server: pg.Pos
         client.drain()
         assert waiting == []
         standby.resume()
-        assert isinstance(client.wait(waiting), list)
+        assert isinstance(client.wait(waiting), PutOutcome)
         client.close()
     assert stored(url) == ["1"]
 
@@ -527,7 +528,7 @@ def test_commands_that_share_a_statement_keep_their_order_and_their_outcomes(pg_
     client = client_of(pg_url)
     names = [str(number) for number in range(75)]
     steps = [[put(name), AddTrace(KEY, (name,), TraceEntry(100.0, "arrived", "exec"))] for name in [*names, "3", "40"]]
-    found = [client.wait(outcome)[0] for outcome in [client.submit(*each) for each in steps]]  # type: ignore[index]
+    found = [client.wait(outcome) for outcome in [client.submit(*each) for each in steps]]
     assert [each.duplicate for each in found] == [False] * 75 + [True] * 2
     assert (found[75].seq, found[76].seq) == (found[3].seq, found[40].seq)
     assert stored(pg_url) == names

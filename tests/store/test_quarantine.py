@@ -19,7 +19,7 @@ from shim.core.records import (
     SaveSession,
     SaveTunnel,
 )
-from shim.store.quarantine import MAX_COLUMN_CHARS, MAX_ROWS
+from shim.store.rows import MAX_COLUMN_CHARS, MAX_QUARANTINED
 from tests.support.databases import TestedDatabase
 from tests.support.stores import KEY, OTHER, put, session
 
@@ -200,15 +200,15 @@ def test_an_ended_command_that_cannot_be_decoded_stays_a_duplicate(filled: Teste
 
 def test_the_quarantine_keeps_the_newest_rows_and_what_nobody_was_told_of(database: TestedDatabase) -> None:
     client, _ = database.open()
-    client.run(put("told"), *(SaveSession(session(KEY._replace(ident=f"c-{n}"))) for n in range(MAX_ROWS + 2)))
+    client.run(put("told"), *(SaveSession(session(KEY._replace(ident=f"c-{n}"))) for n in range(MAX_QUARANTINED + 2)))
     client.close()
     database.change("UPDATE commands SET state = 'dreaming'")
     database.loaded()
     database.execute("UPDATE sessions SET registration = '{'")
-    assert database.loaded().quarantined == MAX_ROWS + 2
+    assert database.loaded().quarantined == MAX_QUARANTINED + 2
 
     kept = database.quarantined()
-    assert [origin for origin, _, _ in kept] == ["commands"] + ["sessions"] * MAX_ROWS
+    assert [origin for origin, _, _ in kept] == ["commands"] + ["sessions"] * MAX_QUARANTINED
     assert '"c-0"' not in str(kept[1])
 
 

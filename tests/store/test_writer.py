@@ -17,11 +17,10 @@ from typing import Any
 import pytest
 
 from shim.config import settings
-from shim.core.records import CommandState, FindCommand, MarkCommands, Prune, ReadOutbox
+from shim.core.records import CheckStore, CommandState, FindCommand, MarkCommands, Prune, PutOutcome, ReadOutbox
 from shim.errors import StoreError
 from shim.store import CommitProbe, open_store
-from shim.store.sqlite import SqliteEngine, SqliteStore
-from shim.store.write_ahead_log import LIMIT_BYTES
+from shim.store.sqlite import LOG_LIMIT_BYTES, SqliteEngine, SqliteStore
 from shim.store.writer import LARGE_BATCH, MAX_BATCH, SHORT_SWITCH_INTERVAL_S, SWITCH_INTERVAL_S
 from tests.support.stores import KEY, POISON, TIMEOUT_S, StoreClient, put
 
@@ -81,7 +80,7 @@ def gated(path: Path, gate: Gate) -> Iterator[StoreClient]:
 def test_submissions_that_wait_share_one_commit(gated: StoreClient, gate: Gate) -> None:
     outcomes = [gated.submit(put(str(n)), put(f"{n}b")) for n in range(250)]
     gate.open()
-    assert all(isinstance(gated.wait(outcome), list) for outcome in outcomes)
+    assert all(isinstance(gated.wait(outcome), PutOutcome) for outcome in outcomes)
     # The time of the commits themselves: each batch reads the clock twice.
     assert gate.commits == [(1.5, 1), (1.5, 500)]
 
@@ -90,7 +89,7 @@ def test_no_commit_is_shared_by_more_than_the_batch_allows(gated: StoreClient, g
     """Else what an agent posts during a flood would wait for all of the flood to be committed."""
     outcomes = [gated.submit(put(str(n))) for n in range(3 * MAX_BATCH)]
     gate.open()
-    assert all(isinstance(gated.wait(outcome), list) for outcome in outcomes)
+    assert all(isinstance(gated.wait(outcome), PutOutcome) for outcome in outcomes)
     assert [operations for _, operations in gate.commits] == [1, MAX_BATCH, MAX_BATCH, MAX_BATCH]
 
 
@@ -98,7 +97,7 @@ def test_the_interpreter_changes_hands_more_often_only_during_a_large_batch(gate
     """Else each statement of it waits 5 ms for a busy event loop; for a small one the shorter interval costs more."""
     outcomes = [gated.submit(put(str(n))) for n in range(LARGE_BATCH + 1)]
     gate.open()
-    assert all(isinstance(gated.wait(outcome), list) for outcome in outcomes)
+    assert all(isinstance(gated.wait(outcome), PutOutcome) for outcome in outcomes)
     gated.run(put("last"))
     usual, short = pytest.approx(SWITCH_INTERVAL_S), pytest.approx(SHORT_SWITCH_INTERVAL_S)
     # Each batch reads the clock twice.
@@ -125,7 +124,7 @@ async def test_outcomes_of_a_flood_leave_the_loop_to_others_in_between(path: Pat
 
     loop.call_soon(count_turns)
     for n in range(1000):
-        store.submit([put(str(n))], done)
+        store.submit(put(str(n)), done=done)
     async with asyncio.timeout(TIMEOUT_S):
         await told.wait()
     store.close()
@@ -136,30 +135,28 @@ async def test_outcomes_of_a_flood_leave_the_loop_to_others_in_between(path: Pat
 def test_a_poisoned_submission_fails_alone(gated: StoreClient, gate: Gate, poison: Any) -> None:
     before = [gated.submit(put(f"before-{n}")) for n in range(500)]
     bad = gated.submit(put("beside"), poison)
-    after = [gated.submit(put(f"after-{n}"), put("before-0")) for n in range(499)]
+    after = [gated.submit(put("before-0"), put(f"after-{n}")) for n in range(499)]
     gate.open()
-    assert all(isinstance(gated.wait(outcome), list) for outcome in before)
+    assert all(isinstance(gated.wait(outcome), PutOutcome) for outcome in before)
     assert isinstance(gated.wait(bad), StoreError)
-    for outcome in after:
-        results = gated.wait(outcome)
-        assert isinstance(results, list)
-        assert [result.duplicate for result in results] == [False, True]
+    assert all(gated.wait(outcome).duplicate for outcome in after)
     assert gated.one(FindCommand("beside")) == []
     assert sum(operations for _, operations in gate.commits) == 1 + 500 + 998 + 1
     assert len(gate.commits) < 15
+    assert all(len(gated.one(FindCommand(f"after-{n}"))) == 1 for n in (0, 498))
 
 
 def test_a_callback_that_fails_keeps_the_outcome_from_nobody(gated: StoreClient, gate: Gate) -> None:
     def fails(outcome: object) -> None:
         raise ValueError("in a callback")
 
-    gated.store.submit([put("1")], fails)
+    gated.store.submit(put("1"), done=fails)
     later = gated.submit(put("2"))
     gate.open()
     with pytest.raises(ExceptionGroup) as raised:
         gated.wait(later)
     assert [str(error) for error in raised.value.exceptions] == ["in a callback"]
-    assert isinstance(later[0], list)
+    assert isinstance(later[0], PutOutcome)
 
 
 def test_closing_carries_out_what_was_submitted(gated: StoreClient, gate: Gate, path: Path) -> None:
@@ -168,7 +165,7 @@ def test_closing_carries_out_what_was_submitted(gated: StoreClient, gate: Gate, 
     gated.close()
     late = gated.submit(put("late"))
     gated.drain()
-    assert all(isinstance(outcome[0], list) for outcome in outcomes)
+    assert all(isinstance(outcome[0], PutOutcome) for outcome in outcomes)
     assert isinstance(late[0], StoreError)
 
     again = StoreClient(lambda post: SqliteStore(path, post))
@@ -191,7 +188,7 @@ async def test_outcomes_arrive_on_the_event_loop(path: Path) -> None:
     store.open()
     arrived: asyncio.Queue[tuple[int, threading.Thread]] = asyncio.Queue()
     for n in range(300):
-        store.submit([put(str(n))], lambda outcome: arrived.put_nowait((outcome[0].seq, threading.current_thread())))  # type: ignore[index]
+        store.submit(put(str(n)), done=lambda outcome: arrived.put_nowait((outcome.seq, threading.current_thread())))  # type: ignore[index]
     async with asyncio.timeout(TIMEOUT_S):
         assert [await arrived.get() for _ in range(300)] == [(n, threading.current_thread()) for n in range(1, 301)]
     store.close()
@@ -203,9 +200,9 @@ def test_a_closed_loop_does_not_stop_the_writer(path: Path) -> None:
     store = open_store(settings.Store(path=str(path)), loop.call_soon_threadsafe)
     store.open()
     for n in range(300):
-        store.submit([put(str(n))], lambda outcome: None)
+        store.submit(put(str(n)), done=lambda outcome: None)
     store.close()
-    store.submit([put("late")], lambda outcome: None)
+    store.submit(put("late"), done=lambda outcome: None)
 
     again = StoreClient(lambda post: SqliteStore(path, post))
     assert len(again.open().commands) == 300
@@ -237,7 +234,7 @@ def test_a_lock_that_is_given_up_in_time_costs_nothing(path: Path, gate: Gate) -
     gate.open()
     other.execute("COMMIT")
     other.close()
-    assert isinstance(client.wait(outcome), list)
+    assert isinstance(client.wait(outcome), PutOutcome)
     client.close()
 
 
@@ -271,7 +268,7 @@ def test_a_file_that_was_replaced_underneath_takes_nothing_more(
 def look_until(client: StoreClient, true: Callable[[], bool]) -> None:
     """Have the store look at its files until a condition is true; it looks at most once per `CHECK_INTERVAL_S`."""
     while not true():
-        client.run()
+        client.run(CheckStore())
         client.drain()
 
 
@@ -287,7 +284,7 @@ def test_a_reader_that_pins_the_log_is_told_and_the_log_emptied_when_it_goes(pat
     for n in range(40):
         client.run(put(str(n), payload={"x": "x" * 1_000_000}))
     wal = path.with_name("shim.db-wal")
-    assert wal.stat().st_size > 2 * LIMIT_BYTES
+    assert wal.stat().st_size > 2 * LOG_LIMIT_BYTES
     look_until(client, lambda: told[-1] == (pytest.approx(wal.stat().st_size, abs=2 * 1024 * 1024), True))
 
     reader.execute("ROLLBACK")
@@ -329,7 +326,7 @@ def test_what_fits_is_stored_beside_what_does_not(gated: StoreClient, gate: Gate
     small.append(gated.submit(put("3")))
     gate.open()
     assert isinstance(gated.wait(big), StoreError)
-    assert all(isinstance(gated.wait(outcome), list) for outcome in small)
+    assert all(isinstance(gated.wait(outcome), PutOutcome) for outcome in small)
 
 
 def test_the_file_shrinks_again(client: StoreClient, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from shim.core.records import StoreContents
 from shim.ports import CommandStore
-from shim.store.delivery import CallThreadsafe
+from shim.store import CallThreadsafe
 from shim.store.sqlite import SqliteStore
 from tests.support.stores import StoreClient
 

@@ -18,8 +18,7 @@ import psycopg
 import trustme
 
 from shim.config import settings
-from shim.store import CommitProbe, Partition
-from shim.store.delivery import CallThreadsafe
+from shim.store import CallThreadsafe, CommitProbe, Partition
 from shim.store.postgres.database import prepare
 from shim.store.postgres.engine import PATIENCE_S
 from shim.store.postgres.store import PostgresStore

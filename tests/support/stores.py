@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
-from shim.core.records import CommandRecord, Operation, PutCommand, SessionKey, SessionRecord, StoreContents
+from shim.core.records import (
+    CommandRecord,
+    Operation,
+    PutCommand,
+    SessionKey,
+    SessionRecord,
+    StoreContents,
+    StoreOperation,
+)
 from shim.errors import StoreError
 from shim.ports import CommandStore
-from shim.store.delivery import CallThreadsafe
+from shim.store import CallThreadsafe
 from shim.store.sqlite import SqliteStore
+
+_Result = TypeVar("_Result")
 
 TIMEOUT_S = 30.0
 KEY = SessionKey("default", "cluster", "c-1")
@@ -29,28 +39,29 @@ class StoreClient:
     def open(self) -> StoreContents:
         return self.store.open()
 
-    def submit(self, *operations: Operation) -> list[list[Any] | StoreError]:
-        """Submit, and return the list that will hold the outcome."""
-        outcome: list[list[Any] | StoreError] = []
-        self.store.submit(operations, outcome.append)
+    def submit(self, *operations: Operation) -> list[Any]:
+        """Submit, and return the list that will hold the outcome: the first operation's result, or a `StoreError`."""
+        outcome: list[Any] = []
+        self.store.submit(*operations, done=outcome.append)
         return outcome
 
-    def wait(self, outcome: list[list[Any] | StoreError]) -> list[Any] | StoreError:
-        """Run what is posted until this outcome is there."""
+    def wait(self, outcome: list[Any]) -> Any:
+        """Run posted calls until the outcome has arrived."""
         while not outcome:
             self._posted.get(timeout=TIMEOUT_S)()
         return outcome[0]
 
-    def run(self, *operations: Operation) -> list[Any]:
-        """Submit and return the results. Raises `StoreError`."""
+    def run(self, *operations: Operation) -> Any:
+        """Submit operations as one unit and return the result of the first. Raises `StoreError`."""
         outcome = self.wait(self.submit(*operations))
         if isinstance(outcome, StoreError):
             raise outcome
         return outcome
 
-    def one(self, operation: Operation) -> Any:
-        """The result of a single operation."""
-        return self.run(operation)[0]
+    def one(self, operation: StoreOperation[_Result]) -> _Result:
+        """Submit one operation and return its result. Raises `StoreError`."""
+        result: _Result = self.run(operation)
+        return result
 
     def drain(self) -> None:
         """Run what has been posted so far."""

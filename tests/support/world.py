@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -27,7 +27,7 @@ from shim.core.agent_calls import (
     TargetKind,
     TunnelPollCall,
 )
-from shim.core.records import AddTrace, FindCommand, Operation, StoreContents
+from shim.core.records import AddTrace, CommandDetails, FindCommand, Operation, StoreContents, StoreOperation
 from shim.core.sessions import Session, Sessions
 from shim.errors import ShimError, StoreError
 from shim.metrics import Metrics
@@ -35,6 +35,8 @@ from shim.ports import Caller, CallResult, CommandStore, StoreDone, Timer
 from shim.store.memory import MemoryStore
 from tests.support.upstream import Controller
 from tests.support.virtual import VirtualClock, VirtualLoop
+
+_Result = TypeVar("_Result")
 
 TOKEN = "upstream-token"
 HALF = 0.5
@@ -85,7 +87,7 @@ class FlakyStore:
 
     def __init__(self, inner: CommandStore) -> None:
         self.inner = inner
-        self.failing: Callable[[Sequence[Operation]], bool] = lambda operations: False
+        self.failing: Callable[[tuple[Operation, ...]], bool] = lambda operations: False
         self.slow = False
         self.dead = False
         self.log: list[Operation] = []
@@ -95,41 +97,39 @@ class FlakyStore:
     def open(self) -> StoreContents:
         return self.inner.open()
 
-    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
+    def submit(
+        self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
+    ) -> None:
         if self.dead:
             return
-        loop = asyncio.get_running_loop()
-        if self.failing(operations):
-            self._deliver(loop, done, StoreError("the disk is full"))
+        if self.failing((operation, *also)):
+            asyncio.get_running_loop().call_soon(self._tell, done, StoreError("the disk is full"))
             return
-        self.log.extend(operations)
+        self.log.extend((operation, *also))
         self.outstanding += 1
 
-        def finished(outcome: list[Any] | StoreError) -> None:
+        def finished(outcome: _Result | StoreError) -> None:
             self.outstanding -= 1
             if self.slow:
                 self._late.append(lambda: self._tell(done, outcome))
             else:
                 self._tell(done, outcome)
 
-        self.inner.submit(operations, finished)
+        self.inner.submit(operation, *also, done=finished)
 
-    def _deliver(self, loop: asyncio.AbstractEventLoop, done: StoreDone | None, outcome: StoreError) -> None:
-        loop.call_soon(self._tell, done, outcome)
-
-    def _tell(self, done: StoreDone | None, outcome: list[Any] | StoreError) -> None:
+    def _tell(self, done: StoreDone[_Result] | None, outcome: _Result | StoreError) -> None:
         if done is not None and not self.dead:
             done(outcome)
 
-    async def find(self, command_id: str) -> list[Any]:
+    async def find(self, command_id: str) -> list[CommandDetails]:
         """What the store below knows of a command, whatever trouble this one makes."""
-        found: asyncio.Future[list[Any] | StoreError] = asyncio.get_running_loop().create_future()
+        found: asyncio.Future[list[CommandDetails] | StoreError] = asyncio.get_running_loop().create_future()
         self.outstanding += 1
-        self.inner.submit([FindCommand(command_id)], found.set_result)
+        self.inner.submit(FindCommand(command_id), done=found.set_result)
         outcome = await found
         self.outstanding -= 1
         assert not isinstance(outcome, StoreError)
-        return list(outcome[0])
+        return outcome
 
     def fail(self) -> None:
         """The disk is full from now on."""

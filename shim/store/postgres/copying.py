@@ -12,7 +12,7 @@ import psycopg
 from shim.config import settings
 from shim.errors import StoreError
 from shim.store.postgres.database import connect, prepare, refusal
-from shim.store.tables import Table, shard_of_session
+from shim.store.schema import Table, shard_of_session
 
 SHARDS = 16
 _PAGE = 2000

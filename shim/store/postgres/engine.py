@@ -23,15 +23,13 @@ from shim.config import settings
 from shim.core.records import Operation, StoreContents
 from shim.errors import ConfigError, StoreError, StoreFenced
 from shim.store.database import Partition
-from shim.store.delivery import store_error
-from shim.store.loading import load
-from shim.store.operations import Operations
 from shim.store.postgres.database import connect, refusal, schema_version, state_refusal
 from shim.store.postgres.dsn import application
 from shim.store.postgres.groups import PostgresDatabase
-from shim.store.postgres.hot import HotCommandOperations, HotOutboxOperations
+from shim.store.postgres.hot import HotOperations
 from shim.store.postgres.pipeline import Lost, Pipeline, Refused
-from shim.store.writer import Failure
+from shim.store.rows import load
+from shim.store.writer import Failure, store_error
 
 PATIENCE_S = 8.0
 """Time that a submission waits for a database that does not answer, before it fails."""
@@ -83,7 +81,7 @@ class PostgresEngine:
         self._partition = partition
         self._key = (partition.shard, partition.fence)
         self._pipeline: Pipeline | None = None
-        self._operations: Operations
+        self._operations: HotOperations
         self._database: PostgresDatabase
         self._batch = 0
         self._down_since_s: float | None = None
@@ -119,7 +117,7 @@ class PostgresEngine:
 
     # --- store.writer.Engine ------------------------------------------------------------------------------------------
 
-    def commit(self, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
+    def commit(self, batch: Sequence[Sequence[Operation]]) -> list[Any]:
         if self._fenced:
             raise StoreFenced("another replica has the shard")
         while True:
@@ -149,17 +147,17 @@ class PostgresEngine:
     def failure(self, error: Exception) -> Failure:
         if isinstance(error, StoreFenced):
             self._fenced = True
-            return Failure(error, concerns_all=True, fenced=True)
+            return Failure(error, affects_whole_batch=True, fenced=True)
         if isinstance(error, Refused):
             if error.state == "25006":
                 self._disconnect()  # the server is no longer the primary: the next connection looks for the new one
-            return Failure(state_refusal(error.state), concerns_all=not error.state.startswith(_OWN_FAULT))
+            return Failure(state_refusal(error.state), affects_whole_batch=not error.state.startswith(_OWN_FAULT))
         if isinstance(error, psycopg.Error):
-            return Failure(refusal(error), concerns_all=True)
+            return Failure(refusal(error), affects_whole_batch=True)
         if isinstance(error, Lost):
-            return Failure(self._cause, concerns_all=True)
+            return Failure(self._cause, affects_whole_batch=True)
         if isinstance(error, (StoreError, ConfigError)):
-            return Failure(error if isinstance(error, StoreError) else StoreError(str(error)), concerns_all=True)
+            return Failure(error if isinstance(error, StoreError) else StoreError(str(error)), affects_whole_batch=True)
         return Failure(store_error(error))
 
     def close(self) -> None:
@@ -171,7 +169,7 @@ class PostgresEngine:
 
     # --- one transaction ----------------------------------------------------------------------------------------------
 
-    def _carry_out(self, pipeline: Pipeline, batch: Sequence[Sequence[Operation]]) -> list[list[Any]]:
+    def _carry_out(self, pipeline: Pipeline, batch: Sequence[Sequence[Operation]]) -> list[Any]:
         # Use a new number also for the repetition of a lost batch: `_stands` identifies a commit by its number.
         self._batch += 1
         pipeline.execute("BEGIN")
@@ -181,7 +179,8 @@ class PostgresEngine:
         pipeline.settle()
         if fence.rowcount != 1:
             raise StoreFenced("another replica has the shard")
-        return [[finish() for finish in each] for each in finishes]
+        results = [[finish() for finish in each] for each in finishes]
+        return [first for first, *_ in results]
 
     def _end_transaction(self) -> bool:
         """Send COMMIT and return true if it is durable.
@@ -263,11 +262,7 @@ class PostgresEngine:
             raise
         self._pipeline = pipeline
         self._database = PostgresDatabase(pipeline, shard)
-        self._operations = Operations(
-            self._database,
-            HotCommandOperations(self._database),
-            HotOutboxOperations(self._database),
-        )
+        self._operations = HotOperations(self._database)
         return pipeline
 
     def _disconnect(self) -> None:

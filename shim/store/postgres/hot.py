@@ -1,6 +1,6 @@
 """The most frequent operations in few statements: each result that a later statement depends on costs a round trip.
 
-The statements combine those of `store.commands` and `store.outbox` in WITH clauses. SQLite does not support changes in
+The statements combine those of `store.operations` in WITH clauses. SQLite does not support changes in
 a WITH clause, and has no round trips to save.
 """
 
@@ -17,10 +17,15 @@ from shim.core.records import (
     ResultOutcome,
     SessionKey,
 )
-from shim.store import outbox
-from shim.store.commands import CommandOperations, duplicate, insert_parameters, is_first_step
 from shim.store.database import Finish, Rows, nothing
-from shim.store.outbox import OutboxOperations, as_unknown
+from shim.store.operations import (
+    INSERT_OUTBOX,
+    Operations,
+    as_unknown,
+    duplicate,
+    insert_parameters,
+    is_first_step,
+)
 from shim.store.postgres.groups import PostgresDatabase
 from shim.store.rows import encode_json
 
@@ -74,11 +79,11 @@ _PUT_RESULT = (
     " UNION ALL SELECT ?1, ?2, ?3, '', ?6 FROM unknown RETURNING seq, request_id)"
     " SELECT (SELECT state FROM known), (SELECT seq FROM entry), (SELECT request_id FROM entry)"
 )
-_PUT_OUTBOX = f"{outbox.INSERT_OUTBOX} RETURNING seq"
+_PUT_OUTBOX = f"{INSERT_OUTBOX} RETURNING seq"
 
 
-class HotCommandOperations(CommandOperations):
-    """The operations on commands, without intermediate results that the client must wait for.
+class HotOperations(Operations):
+    """The operations, the most frequent ones without intermediate results that the client must wait for.
 
     The most frequent kinds of submissions share a statement.
     """
@@ -137,10 +142,6 @@ class HotCommandOperations(CommandOperations):
 
         return finish if lone else nothing
 
-
-class HotOutboxOperations(OutboxOperations):
-    """The operations on results, without intermediate results that the client must wait for."""
-
     def put_result(self, operation: PutResult) -> Finish[ResultOutcome]:
         key, command_id, payload = operation.session, operation.command_id, operation.payload
         unknown = as_unknown(payload)
@@ -158,7 +159,7 @@ class HotOutboxOperations(OutboxOperations):
 
         return finish
 
-    def _insert(
+    def _insert_outbox(
         self, key: SessionKey, command_id: str, request_id: str, payload: dict[str, object], encoded: bytes
     ) -> Finish[OutboxEntry]:
         new = self._execute(_PUT_OUTBOX, (key.owner, str(key), command_id, request_id, encoded))

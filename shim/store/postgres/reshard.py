@@ -9,9 +9,9 @@ import psycopg
 from shim.config import settings
 from shim.errors import StoreError
 from shim.store.postgres.database import connect, prepare, refusal
-from shim.store.tables import TABLES
+from shim.store.schema import TABLES
 
-# `tables.shard_of_session` as SQL.
+# `schema.shard_of_session` as SQL.
 _SHARD = (
     "(('x' || substr(encode(sha256(convert_to(split_part(session, '/', 1), 'UTF8')), 'hex'), 1, 8))::bit(32)::bigint"
     " %% %s)::integer"

@@ -5,10 +5,8 @@ from __future__ import annotations
 from shim.config import settings
 from shim.core.records import StoreContents
 from shim.store.database import Partition
-from shim.store.delivery import CallThreadsafe
 from shim.store.postgres.engine import PATIENCE_S, PostgresEngine
-from shim.store.queued import QueuedStore
-from shim.store.writer import CommitProbe, Writer
+from shim.store.writer import CallThreadsafe, CommitProbe, QueuedStore, Writer
 
 CLOSE_S = 3.0
 

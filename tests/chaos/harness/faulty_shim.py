@@ -14,12 +14,12 @@ import sqlite3
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 from shim import app
 from shim.clock import Clock
 from shim.core.agent_calls import AgentCall
-from shim.core.records import Operation, PutCommand, PutResult, StoreContents
+from shim.core.records import Operation, PutCommand, PutResult, StoreContents, StoreOperation
 from shim.errors import StoreError
 from shim.ports import (
     AgentService,
@@ -36,8 +36,11 @@ from shim.ports import (
 )
 from shim.protocol.upstream_message import Message
 from shim.store import CallThreadsafe
-from shim.store.lock import StoreLock
+from shim.store.files import StoreLock
 from shim.store.sqlite import SqliteStore
+
+_Result = TypeVar("_Result")
+
 
 FLUSHED_S = 0.01
 
@@ -86,16 +89,19 @@ class _Store(SqliteStore):
             self._inserting = False
             self._trap.reached("in_commit")
 
-    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
-        if any(isinstance(operation, PutCommand) for operation in operations):
+    def submit(
+        self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
+    ) -> None:
+        operations = (operation, *also)
+        if any(isinstance(each, PutCommand) for each in operations):
             self._trap.reached("before_commit")
             done = self._then("after_commit", done)
-        elif any(isinstance(operation, PutResult) for operation in operations):
+        elif any(isinstance(each, PutResult) for each in operations):
             done = self._then("result_stored", done)
-        super().submit(operations, done)
+        super().submit(operation, *also, done=done)
 
-    def _then(self, point: str, done: StoreDone | None) -> StoreDone:
-        def on_disk(outcome: list[Any] | StoreError) -> None:
+    def _then(self, point: str, done: StoreDone[_Result] | None) -> StoreDone[_Result]:
+        def on_disk(outcome: _Result | StoreError) -> None:
             if not isinstance(outcome, StoreError):
                 self._trap.reached(point)
             if done is not None:

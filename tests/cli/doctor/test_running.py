@@ -13,7 +13,6 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shim.admin.recent_commands import RecentCommandsStore
 from shim.admin.status import ProcessInfo, StatusBuilder
 from shim.admin.time_series import Sampler
 from shim.cli.doctor.report import Finding
@@ -107,7 +106,7 @@ async def test_another_process_on_the_admin_port_is_no_shim(doctor: Doctor) -> N
 def told(world: World) -> list[Finding]:
     """What is found on a bridge, from the same JSON and metrics that the admin port gives."""
     facts = ProcessInfo("0.0.0", 0.0, {"listen": "127.0.0.1:7080"}, token_required=False)
-    status = StatusBuilder(world.bridge, Sampler(world.bridge), RecentCommandsStore(world.store), facts).take([])
+    status = StatusBuilder(world.bridge, Sampler(world.bridge), world.bridge.ctx.recent_commands, facts).take([])
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(generate_latest(world.registry).decode())
