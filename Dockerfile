@@ -7,13 +7,15 @@ FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_NO_COMPILE=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 
-# The backend that builds our wheel, and what the image runs: both locked, with hashes, wheels only.
-COPY requirements/tools.txt requirements/run.txt ./
+# The backend that builds our wheel, and what the image runs: both locked, with hashes, wheels only. With
+# `--build-arg REQUIREMENTS=run-otel.txt` the image can export traces, too.
+ARG REQUIREMENTS=run.txt
+COPY requirements/tools.txt requirements/${REQUIREMENTS} ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv --without-pip /build/backend \
  && python -m venv --without-pip /opt/agent-shim \
  && pip --python /build/backend/bin/python install --require-hashes --only-binary :all: -r tools.txt \
- && pip --python /opt/agent-shim/bin/python install --require-hashes --only-binary :all: -r run.txt
+ && pip --python /opt/agent-shim/bin/python install --require-hashes --only-binary :all: -r "${REQUIREMENTS}"
 
 COPY pyproject.toml README.md LICENSE ./
 COPY shim shim

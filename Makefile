@@ -82,9 +82,10 @@ chart: $(DEV) ## write the chart's schema and README and the Kustomize component
 
 lock: $(DEV) ## resolve the dependencies anew into requirements/ (ARGS=--upgrade for newer releases)
 	$(PIP) install 'uv>=0.7'
-	$(call compile,dev,--extra tools --extra postgres --group dev)
+	$(call compile,dev,--extra tools --extra postgres --extra otel --group dev)
 	$(call compile,tools,--extra tools --extra postgres --group build --constraints requirements/dev.txt)
 	$(call compile,run,--extra tools --extra postgres --constraints requirements/dev.txt)
+	$(call compile,run-otel,--extra tools --extra postgres --extra otel --constraints requirements/dev.txt)
 
 audit: $(DEV) ## known vulnerabilities of what the image runs (ARGS go to pip-audit); exit code 2 where nobody can tell
 	$(BIN)/python -m supply.audit $(ARGS)

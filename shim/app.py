@@ -245,6 +245,7 @@ class App:
             read_token=self._read_token,
             on_store_corrupt=self._store_broken,
             redaction=self._logging.redaction,
+            **self._telemetry(),
         )
         parts = build_runtime(context, self.make_store)
         if isinstance(parts.subject, Bridge):
@@ -282,6 +283,19 @@ class App:
         if "admin" not in self.addresses:
             host, port = await admin.start()
             self.addresses["admin"] = f"{host}:{port}"
+
+    def _telemetry(self) -> dict[str, Any]:
+        """Return the part of the context that exports traces, nothing if none are wanted. Raises `StartError`."""
+        url = self.settings.telemetry.otlp_url
+        if not url:
+            return {}
+        try:
+            from shim.telemetry import Telemetry  # noqa: PLC0415 - an extra, and 10 MB of memory
+        except ModuleNotFoundError as error:
+            raise StartError(f"telemetry.otlp_url needs agent-shim[otel]: {error.name} is not installed") from error
+        telemetry = Telemetry(url, self._logging.redaction)
+        self._undo.append(telemetry.close)
+        return {"observe_store": telemetry.observe}
 
     def _make_frontend(self, parts: Runtime) -> AgentServer:
         settings = self.settings

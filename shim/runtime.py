@@ -26,7 +26,10 @@ Spawn = Callable[[str, Coroutine[Any, Any, None]], Any]
 
 @dataclass(frozen=True, slots=True)
 class RuntimeContext:
-    """Dependencies of a runtime. `on_store_corrupt` stops the process after the store was found corrupt."""
+    """Dependencies of a runtime. `on_store_corrupt` stops the process after the store was found corrupt.
+
+    `observe_store` may put a store in front of the one that a bridge submits to.
+    """
 
     settings: Settings
     clock: Clock
@@ -40,6 +43,7 @@ class RuntimeContext:
     read_token: Callable[[], str]
     on_store_corrupt: Callable[[StoreError], None]
     redaction: Redaction = field(default_factory=Redaction)
+    observe_store: Callable[[CommandStore], CommandStore] = lambda store: store
 
     def bridge_context(
         self, settings: Settings, store: CommandStore, upstream: UpstreamPort, owner_key: bytes = b""
@@ -51,7 +55,7 @@ class RuntimeContext:
             timers=self.timers,
             rng=self.rng,
             new_id=self.new_id,
-            store=store,
+            store=self.observe_store(store),
             upstream=upstream,
             metrics=self.metrics,
             read_token=self.read_token,

@@ -94,7 +94,7 @@ def cross_field_faults(settings: Settings, broken: frozenset[str]) -> list[Fault
     checks.times()
     checks.queue_and_store()
     checks.modes()
-    checks.notify()
+    checks.notifications_and_traces()
     return checks.faults
 
 
@@ -253,7 +253,7 @@ class _Checks:
             *("upstream.token", "upstream.token_file"),
         )
 
-    def notify(self) -> None:
+    def notifications_and_traces(self) -> None:
         notify = self.settings.notify
         parts = _split(notify.url)
         fits = parts is not None and parts.scheme in ("http", "https")
@@ -261,6 +261,11 @@ class _Checks:
         both = notify.url and notify.url_file
         self._require(not both, "must be empty while notify.url is set", "notify.url_file", "notify.url")
         self._proxy("notify", notify.proxy)
+        otlp_url = self.settings.telemetry.otlp_url
+        parts = _split(otlp_url)
+        fits = parts is not None and parts.scheme in ("http", "https") and "@" not in parts.netloc
+        message = "must be a URL http:// or https:// without user name; OTEL_EXPORTER_OTLP_HEADERS takes credentials"
+        self._require(not otlp_url or fits, message, "telemetry.otlp_url")
 
     def _dialling(self, section: str, given: Upstream | Fallback) -> None:
         """Check the keys for opening connections, which are the same in both sections."""

@@ -289,6 +289,10 @@ class Notify(Section, frozen=True):
         )
 
 
+class Telemetry(Section, frozen=True):
+    otlp_url: str = ""
+
+
 class Log(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
@@ -313,6 +317,7 @@ class Settings(Section, frozen=True):
     rollout: Rollout = Rollout()
     sunset: Sunset = Sunset()
     notify: Notify = Notify()
+    telemetry: Telemetry = Telemetry()
     log: Log = Log()
 
     @property

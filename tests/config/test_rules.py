@@ -130,6 +130,8 @@ def test_what_makes_sense_is_no_fault(sets: list[str]) -> None:
         (["notify.url=hooks.example/alerts"], "notify.url"),
         (["notify.url=ftp://hooks.example/alerts"], "notify.url"),
         (["notify.url=https://hooks.example/a", "notify.url_file=/x"], "notify.url_file"),
+        (["telemetry.otlp_url=collector:4318"], "telemetry.otlp_url"),
+        (["telemetry.otlp_url=http://me:hunter2@collector:4318/v1/traces"], "telemetry.otlp_url"),
         (["notify.proxy=socks5://proxy:1080"], "notify.proxy"),
         (["sunset.link=https://example.com/>"], "sunset.link"),
         (["commands.types=[]"], "commands.types"),

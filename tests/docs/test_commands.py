@@ -107,7 +107,7 @@ def test_the_pages_name_only_configuration_that_exists() -> None:
     for page in (*OPERATIONS, "how-to/tokens.md", *ALONE, "reference/metrics.md"):
         named = set(
             re.findall(
-                r"`((?:upstream|listen|admin|poll|commands|store|log|fallback|rollout|sunset|notify|identity|"
+                r"`((?:upstream|listen|admin|poll|commands|store|log|fallback|rollout|sunset|notify|telemetry|identity|"
                 r"heartbeat|register|sessions)\.[a-z_.]+)`",
                 (DOCS / page).read_text(),
             )
