@@ -86,6 +86,6 @@ def test_an_agent_in_a_container_works_through_the_shim(engine: Engine, compose:
     # This podman does not wait for health: the agent may have been restarted until the shim was there.
     assert ask("GET", "/control/messages?type=register&direction=in&wait_s=20")["messages"]
     (command_id,) = ask("POST", "/control/commands", {"type": "deploy", "payload": {"n": 1}})["ids"]
-    results = ask("GET", f"/control/commands/{command_id}?wait=result&timeout_s=15")["results"]
+    results = ask("GET", f"/control/commands/{command_id}?wait=result&timeout_s=60")["results"]
     assert results[0]["payload"]["output"] == "done: {'n': 1}"
     assert engine.inspect(shim)["HostConfig"]["ReadonlyRootfs"]

@@ -26,7 +26,7 @@ ASK = """
 import json, sys, urllib.request
 method, path, token, body = sys.argv[1:]
 request = urllib.request.Request(path, body.encode() or None, {"Authorization": "Bearer " + token}, method=method)
-print(urllib.request.urlopen(request, timeout=20).read().decode())
+print(urllib.request.urlopen(request, timeout=90).read().decode())
 """
 
 
@@ -88,7 +88,7 @@ class Pod:
         return command_id
 
     def result(self, command_id: str) -> dict[str, Any]:
-        query = "?wait=result&timeout_s=10"
+        query = "?wait=result&timeout_s=60"
         answer = json.loads(self.ask("GET", f"http://{CONTROLLER}/control/commands/{command_id}{query}"))
         found: dict[str, Any] = answer["results"][0]["payload"]
         return found
@@ -143,7 +143,7 @@ def push_to_nobody(pod: Pod, agent: str, **payload: int) -> str:
     """The id of a command that the shim has and no agent fetches."""
     pod.engine.podman("stop", "-t", "1", agent)
     command_id = pod.push(type="restart", payload=payload)
-    pod.ask("GET", f"http://{CONTROLLER}/control/commands/{command_id}?wait=sent&timeout_s=10")
+    pod.ask("GET", f"http://{CONTROLLER}/control/commands/{command_id}?wait=sent&timeout_s=60")
     return command_id
 
 

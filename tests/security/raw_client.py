@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Reply(NamedTuple):

@@ -20,7 +20,7 @@ from shim.metrics import Metrics
 from shim.ports import Caller, CallResult, DeliveryReceipt
 from shim.protocol import dialects
 
-DEADLINE_S = 15
+DEADLINE_S = 60
 POLL = b"GET /api/v1/clusters/agent/c1/poll HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEALTH = b"GET /api/v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 

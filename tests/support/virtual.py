@@ -12,7 +12,7 @@ T = TypeVar("T")
 START_S = 1000.0
 WALL_AT_START_S = 1_795_555_683.0  # 2026-11-24T21:28:03Z
 MAX_JUMPS = 1_000_000
-OUTSIDE_S = 20.0
+OUTSIDE_S = 60.0
 
 
 class Hang(BaseException):

@@ -15,7 +15,7 @@ from websockets.frames import Close
 from devtools.controller.server import DevController
 
 TOKEN = "tok-1"
-DEADLINE_S = 10
+DEADLINE_S = 60
 
 
 class WsAgent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 LOOK_S = 0.02
 
@@ -20,3 +21,8 @@ async def true_within(seconds: float, true: Callable[[], bool]) -> bool:
     while not (found := true()) and time.monotonic() < until:
         await last(LOOK_S)
     return found
+
+
+def waited_for_cpu_s(pid: int) -> float:
+    """Seconds that the process's main thread was ready to run and had no processor."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9
