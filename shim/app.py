@@ -248,8 +248,8 @@ class App:
             **self._telemetry(),
         )
         parts = build_runtime(context, self.make_store)
-        if isinstance(parts.subject, Bridge):
-            self.bridge = parts.subject
+        if isinstance(parts, SingleRuntime):
+            self.bridge = parts.bridge
         self._undo.append(parts.close)
         redaction, registry = self._logging.redaction, self._metrics.registry
         admin = AdminServer(settings.admin, parts.subject, registry, parts.recent, self.addresses, redaction)

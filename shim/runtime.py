@@ -137,14 +137,13 @@ class SingleRuntime:
     def __init__(self, context: RuntimeContext, store: CommandStore) -> None:
         self._metrics = context.metrics
         self._store = store
-        self.subject = self.agent_service = Bridge(context.bridge_context(context.settings, store, context.upstream))
-        self.recent = self.subject.ctx.recent_commands
-        self.fallback = FallbackPolicy(self.subject)
+        self.bridge = self.agent_service = Bridge(context.bridge_context(context.settings, store, context.upstream))
+        self.recent = self.bridge.ctx.recent_commands
+        self.subject = Subject.of(self.bridge)
+        self.fallback = FallbackPolicy(self.bridge)
         self.addresses: dict[str, str] = {}
         self.forwarder = None
-        self.websockets = WebSocketProxy(
-            lambda: self.subject.ctx.settings, context.metrics, context.spawn, self.subject
-        )
+        self.websockets = WebSocketProxy(lambda: self.bridge.ctx.settings, context.metrics, context.spawn, self.bridge)
         context.metrics.websocket_connections.set_function(self.websockets.count)
         self._loaded: StoreContents | None = None
         self._opening = False
@@ -163,16 +162,17 @@ class SingleRuntime:
     def start(self) -> None:
         """Start the bridge with the contents of the store."""
         if self._loaded is not None:
-            self.subject.start(self._loaded)
+            self.bridge.start(self._loaded)
             self._loaded = None
 
     def quiesce(self) -> None:
         """Answer all held polls."""
-        self.subject.quiesce()
+        self.subject.stopping = True
+        self.bridge.quiesce()
 
     async def stop(self) -> None:
         """Stop the bridge."""
-        self.subject.stop()
+        self.bridge.stop()
 
     async def close(self) -> None:
         """Close the store, unless it is still being opened in its thread: the end of the process ends that."""
@@ -181,8 +181,8 @@ class SingleRuntime:
 
     def reload(self, settings: Settings) -> None:
         """Apply new settings."""
-        self.subject.ctx.settings = settings
+        self.bridge.ctx.settings = settings
 
     def token_changed(self) -> None:
         """Use the new upstream token."""
-        self.subject.token_changed()
+        self.bridge.token_changed()

@@ -1,19 +1,18 @@
-"""Routes for single commands: a trace without payload, and the operator's actions."""
+"""An operator's actions on commands, agents and drains, and traces of commands without payload."""
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from aiohttp import web
 
-from shim.admin.subject import Agents, Subject
+from shim.admin.actions import NOT_FOUND, RETAINED
+from shim.admin.subject import Subject
 from shim.core.records import CommandDetails, CommandRecord
 from shim.errors import OperatorError
 
 MAX_DRAIN_S = 86_400.0
-BODY_S = 10.0
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 
@@ -31,57 +30,79 @@ class DrainRequest(msgspec.Struct, forbid_unknown_fields=True):
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_DRAIN_S)] = 300.0
 
 
-class CommandHandlers:
-    """Handlers of the routes. They raise `OperatorError`."""
+class CommandApi:
+    """An operator's actions on commands, agents and drains, by name and independent of HTTP.
 
-    def __init__(self, bridge: Subject) -> None:
-        self._bridge = bridge
+    `here` carries out an action in this process only, `everywhere` at all replicas. `target` is a command's id, or an
+    agent's name, id or whole key; `body` is the JSON of the request.
+    """
 
-    async def trace(self, request: web.Request) -> web.Response:
-        """Handle GET /commands/{id}.json: return every command with this id, of all sessions."""
-        command_id = request.match_info["id"]
-        here = await self.described(command_id)
-        found = [*here, *await self._bridge.found_elsewhere(command_id)]
-        if not found:
-            raise OperatorError(404, "no command with this id is known; ended ones are kept for commands.retain_s")
-        return _json({"commands": found})
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._actions: dict[str, Callable[[str, bytes], Awaitable[dict[str, Any]]]] = {
+            "trace": self._trace,
+            "purge": self._purge,
+            "redeliver": self._redeliver,
+            "forget": self._forget,
+            "drain": self._drain,
+            "resume": self._resume,
+        }
 
-    async def described(self, command_id: str) -> list[dict[str, Any]]:
-        """Return the description of every command with this id in this process."""
-        return [describe(each, self._bridge.sessions) for each in await self._bridge.admin_actions.find(command_id)]
+    async def here(self, action: str, target: str, body: bytes) -> dict[str, Any]:
+        """Carry out an action in this process and return its JSON. Raises `OperatorError`."""
+        return await self._actions[action](target, body)
 
-    async def purge(self, request: web.Request) -> web.Response:
-        """Handle POST /commands/{id}/purge."""
-        choice = await _body(request, CommandSelector)
-        record = await self._bridge.admin_actions.purge(request.match_info["id"], choice.session, choice.reason)
-        return _json({"command": _outcome(record)})
+    async def everywhere(self, action: str, target: str, body: bytes) -> dict[str, Any]:
+        """Carry out an action where the command or agent is, a drain at all replicas. Raises `OperatorError`."""
+        try:
+            mine = await self.here(action, target, body)
+        except OperatorError as error:
+            if error.status != NOT_FOUND:
+                raise
+            for _, answer in await self._subject.ask_others(action, target, body, required=True):
+                return answer
+            raise
+        if action in ("trace", "drain", "resume"):
+            answers = await self._subject.ask_others(action, target, body, required=False)
+            if action != "trace":
+                return {"drain": msgspec.to_builtins(self._subject.admin_actions.progress())}
+            mine["commands"] += [each | {"replica": name} for name, answer in answers for each in answer["commands"]]
+            if not mine["commands"]:
+                raise OperatorError(NOT_FOUND, f"no command with this id is known; {RETAINED}")
+        return mine
 
-    async def redeliver(self, request: web.Request) -> web.Response:
-        """Handle POST /commands/{id}/redeliver."""
-        choice = await _body(request, CommandSelector)
-        record = await self._bridge.admin_actions.redeliver(request.match_info["id"], choice.session, choice.reason)
-        return _json({"command": _outcome(record)})
+    async def _trace(self, command_id: str, _body: bytes) -> dict[str, Any]:
+        """Describe every command with this id, of all sessions; none is no error."""
+        found = await self._subject.admin_actions.find(command_id)
+        return {"commands": [describe(each, self._subject) for each in found]}
 
-    async def forget(self, request: web.Request) -> web.Response:
-        """Handle POST /agents/{id}/forget. The id is an agent's name, id or whole key."""
-        key = await self._bridge.session_removal.forget(request.match_info["id"])
-        return _json({"agent": {"key": str(key), "kind": key.kind, "id": key.ident}})
+    async def _purge(self, command_id: str, body: bytes) -> dict[str, Any]:
+        choice = _decode(body, CommandSelector)
+        return {"command": _outcome(await self._subject.admin_actions.purge(command_id, choice.session, choice.reason))}
 
-    async def drain(self, request: web.Request) -> web.Response:
-        """Handle POST /drain: begin to drain, or change the deadline."""
-        order = await _body(request, DrainRequest)
-        return _json({"drain": msgspec.to_builtins(self._bridge.admin_actions.drain(order.timeout_s))})
+    async def _redeliver(self, command_id: str, body: bytes) -> dict[str, Any]:
+        choice = _decode(body, CommandSelector)
+        record = await self._subject.admin_actions.redeliver(command_id, choice.session, choice.reason)
+        return {"command": _outcome(record)}
 
-    async def resume(self, request: web.Request) -> web.Response:
-        """Handle DELETE /drain: accept commands again."""
-        return _json({"drain": msgspec.to_builtins(self._bridge.admin_actions.resume())})
+    async def _forget(self, agent: str, _body: bytes) -> dict[str, Any]:
+        key = await self._subject.admin_actions.forget(agent)
+        return {"agent": {"key": str(key), "kind": key.kind, "id": key.ident}}
+
+    async def _drain(self, _target: str, body: bytes) -> dict[str, Any]:
+        """Begin to drain, or change the deadline."""
+        return {"drain": msgspec.to_builtins(self._subject.admin_actions.drain(_decode(body, DrainRequest).timeout_s))}
+
+    async def _resume(self, _target: str, _body: bytes) -> dict[str, Any]:
+        """Accept commands again."""
+        return {"drain": msgspec.to_builtins(self._subject.admin_actions.resume())}
 
 
-def describe(found: CommandDetails, sessions: Agents) -> dict[str, Any]:
+def describe(found: CommandDetails, subject: Subject) -> dict[str, Any]:
     """Return a command with its trace, without its payload."""
     record, result, trace = found
     stored = record.seq > 0
-    session = sessions.get(record.session)
+    session = subject.sessions.get(record.session)
     return {
         **_outcome(record),
         "agent": None if session is None else session.registration.get("name") or None,
@@ -107,17 +128,8 @@ def _outcome(record: CommandRecord) -> dict[str, Any]:
     }
 
 
-async def _body(request: web.Request, kind: type[_Body]) -> _Body:
+def _decode(body: bytes, kind: type[_Body]) -> _Body:
     try:
-        async with asyncio.timeout(BODY_S):
-            data = await request.read()
-    except TimeoutError:
-        raise OperatorError(408, "the body did not arrive in time") from None
-    try:
-        return msgspec.json.decode(data, type=kind) if data else kind()
+        return msgspec.json.decode(body, type=kind) if body else kind()
     except msgspec.DecodeError as error:  # its text names keys and types, no values
         raise OperatorError(400, f"the body cannot be read: {error}") from None
-
-
-def _json(data: dict[str, Any]) -> web.Response:
-    return web.Response(body=msgspec.json.encode(data), content_type="application/json")

@@ -16,7 +16,7 @@ from prometheus_client.exposition import choose_encoder
 
 from shim import __version__
 from shim.admin.auth import Access, Guard
-from shim.admin.command_api import CommandHandlers
+from shim.admin.command_api import CommandApi
 from shim.admin.connection_limit import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Connections
 from shim.admin.event_stream import EventStream
 from shim.admin.gauges import BridgeCollector
@@ -34,6 +34,7 @@ from shim.listening import bind
 from shim.redaction import Redaction
 
 STOP_S = 1.0
+BODY_S = 10.0
 MAX_BODY_BYTES = 65_536
 HEADERS = {
     "Cache-Control": "no-store",
@@ -79,7 +80,7 @@ class AdminServer:
         registry.register(BridgeCollector(bridge, self._problems))
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors_as_json])
         app.on_response_prepare.append(_add_headers)
-        self._route(app, CommandHandlers(bridge))
+        self._route(app, CommandApi(bridge))
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -93,7 +94,7 @@ class AdminServer:
         self._sockets: list[socket.socket] = []
         self._listeners: list[asyncio.Server] = []
 
-    def _route(self, app: web.Application, commands: CommandHandlers) -> None:
+    def _route(self, app: web.Application, commands: CommandApi) -> None:
         pages = StaticFiles(self._guard.required)
         routes: list[tuple[str, str, Handler, Access]] = [
             (hdrs.METH_GET, "/healthz", self._healthz, Access.OPEN),
@@ -103,12 +104,12 @@ class AdminServer:
             (hdrs.METH_GET, "/status.json", self._status, Access.DATA),
             (hdrs.METH_GET, "/config.json", self._config, Access.DATA),
             (hdrs.METH_GET, "/events", self._live.serve, Access.DATA),
-            (hdrs.METH_GET, "/commands/{id}.json", commands.trace, Access.DATA),
-            (hdrs.METH_POST, "/commands/{id}/purge", commands.purge, Access.CHANGE),
-            (hdrs.METH_POST, "/commands/{id}/redeliver", commands.redeliver, Access.CHANGE),
-            (hdrs.METH_POST, "/agents/{id}/forget", commands.forget, Access.CHANGE),
-            (hdrs.METH_POST, "/drain", commands.drain, Access.CHANGE),
-            (hdrs.METH_DELETE, "/drain", commands.resume, Access.CHANGE),
+            (hdrs.METH_GET, "/commands/{id}.json", _handler(commands, "trace"), Access.DATA),
+            (hdrs.METH_POST, "/commands/{id}/purge", _handler(commands, "purge"), Access.CHANGE),
+            (hdrs.METH_POST, "/commands/{id}/redeliver", _handler(commands, "redeliver"), Access.CHANGE),
+            (hdrs.METH_POST, "/agents/{id}/forget", _handler(commands, "forget"), Access.CHANGE),
+            (hdrs.METH_POST, "/drain", _handler(commands, "drain"), Access.CHANGE),
+            (hdrs.METH_DELETE, "/drain", _handler(commands, "resume"), Access.CHANGE),
         ]
         for method, path, handler, access in routes:
             app.router.add_route(method, path, self._guarded(handler, access))
@@ -202,6 +203,19 @@ class AdminServer:
     async def _status(self, request: web.Request) -> web.Response:
         status = {**await self.status(), "series": self._sampler.last()}
         return web.Response(body=msgspec.json.encode(status), content_type="application/json")
+
+
+def _handler(commands: CommandApi, action: str) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            async with asyncio.timeout(BODY_S):
+                body = await request.read()
+        except TimeoutError:
+            raise OperatorError(408, "the body did not arrive in time") from None
+        answer = await commands.everywhere(action, request.match_info.get("id", ""), body)
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+    return handle
 
 
 @web.middleware

@@ -1,155 +1,170 @@
-"""Interface between the admin port and one bridge, or the combined bridges of a replica."""
+"""All bridges of this process as one subject of the admin port: what it shows, and what operators change."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any
 
-from shim.bridge import BridgeContext
+import msgspec
+
+from shim.admin.actions import Actions
+from shim.bridge import Bridge, BridgeContext
 from shim.bridge.admin_actions import Drain
+from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.links import UpstreamLink
 from shim.bridge.registration import RefusedRegistration
 from shim.bridge.websocket_agents import WebSocketAgent
 from shim.core.command_queue import CommandQueue
-from shim.core.records import CommandDetails, CommandRecord, SessionKey
+from shim.core.records import SessionKey
 from shim.core.route_usage import Route, RouteUse
 from shim.core.sessions import Session
 
-
-class Agents(Protocol):
-    """Sessions."""
-
-    def __iter__(self) -> Iterator[Session]: ...
-
-    def get(self, key: SessionKey) -> Session | None: ...
-
-    def alias(self, owner: str, agent_id: str) -> Session | None: ...
+Bridges = Callable[[], Sequence[Bridge]]
+Answers = list[tuple[str, dict[str, Any]]]
+AskOthers = Callable[..., Awaitable[Answers]]
 
 
-class Registering(Protocol):
-    """Registrations."""
-
-    @property
-    def refusals(self) -> list[RefusedRegistration]: ...
-
-    def registers(self, agent_id: str) -> bool: ...
+async def ask_nobody(_action: str, _target: str, _body: bytes, *, required: bool) -> Answers:
+    """Return no answers: a single process owns every command. `required` is ignored."""
+    del required
+    return []
 
 
-class Heartbeats(Protocol):
-    """Heartbeats to the controller."""
+class Subject:
+    """The bridges of this process as one.
 
-    def unacknowledged(self) -> list[tuple[Session, float]]: ...
+    `ctx` has what they share. `replicas` describes all replicas, and returns `None` with a single process. `ask_others`
+    has the other replicas carry out an action.
+    """
 
+    def __init__(
+        self,
+        ctx: BridgeContext,
+        bridges: Bridges,
+        replicas: Callable[[], dict[str, Any] | None] = lambda: None,
+        ask_others: AskOthers = ask_nobody,
+    ) -> None:
+        self.ctx = ctx
+        self.stopping = False
+        self.replicas = replicas
+        self._bridges = bridges
+        self._ask_others = ask_others
+        self.sessions = _Sessions(bridges)
+        self.queues = _Queues(bridges)
+        self.outbox = _Outbox(bridges)
+        self.delivery = _Delivery(bridges)
+        self.holding = _Holding(bridges)
+        self.session_registry = _SessionRegistry(bridges)
+        self.registrations = _Registrations(bridges)
+        self.websocket_agents = _WebSocketAgents(bridges)
+        self.presence = _Heartbeats(bridges)
+        self.admin_actions = Actions(bridges)
 
-class Waiting(Protocol):
-    """Queues of commands."""
-
-    def get(self, key: SessionKey) -> CommandQueue | None: ...
-
-    def items(self) -> Iterable[tuple[SessionKey, CommandQueue]]: ...
-
-    def values(self) -> Iterable[CommandQueue]: ...
-
-
-class Outgoing(Protocol):
-    """Results to be sent to the controller."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def empty(self) -> bool: ...
-
-
-class Handing(Protocol):
-    """Held polls, and the times that commands took."""
+    @classmethod
+    def of(cls, bridge: Bridge) -> Subject:
+        """Return the subject of a single bridge."""
+        return cls(bridge.ctx, lambda: (bridge,))
 
     @property
-    def hand_overs_s(self) -> deque[float]: ...
+    def links(self) -> Iterable[UpstreamLink]:
+        """All links of this process."""
+        return [link for bridge in self._bridges() for link in bridge.links]
 
-    def held(self) -> int: ...
+    async def ask_others(self, action: str, target: str, body: bytes, *, required: bool) -> Answers:
+        """Have all other replicas carry out an action of `command_api.CommandApi`.
+
+        Returns the answers of those that could, with the replicas' names. Raises `OperatorError` if there is none, one
+        is `required`, and a replica did not answer or had a reason other than not knowing the target.
+        """
+        answers = await self._ask_others(action, target, body, required=required)
+        if action in ("drain", "resume", "progress"):
+            drains = {name: msgspec.convert(answer["drain"], Drain) for name, answer in answers}
+            self.admin_actions.record_elsewhere(drains)
+        return answers
 
 
-class Holds(Protocol):
-    def held_tunnels(self) -> int: ...
+class _All:
+    """Base of the parts of `Subject`, each a view of all bridges."""
+
+    def __init__(self, bridges: Bridges) -> None:
+        self._bridges = bridges
 
 
-class Census(Protocol):
+class _Sessions(_All):
+    def __iter__(self) -> Iterator[Session]:
+        return chain.from_iterable(bridge.sessions for bridge in self._bridges())
+
+    def get(self, key: SessionKey) -> Session | None:
+        return next((found for bridge in self._bridges() if (found := bridge.sessions.get(key)) is not None), None)
+
+    def alias(self, owner: str, agent_id: str) -> Session | None:
+        found = (bridge.sessions.alias(owner, agent_id) for bridge in self._bridges())
+        return next((each for each in found if each is not None), None)
+
+
+class _WebSocketAgents(_All):
+    def __iter__(self) -> Iterator[WebSocketAgent]:
+        return chain.from_iterable(bridge.websocket_agents for bridge in self._bridges())
+
+
+class _Registrations(_All):
     @property
-    def usage(self) -> Iterable[tuple[SessionKey, dict[Route, RouteUse]]]: ...
+    def refusals(self) -> list[RefusedRegistration]:
+        return [each for bridge in self._bridges() for each in bridge.registrations.refusals]
+
+    def registers(self, agent_id: str) -> bool:
+        return any(bridge.registrations.registers(agent_id) for bridge in self._bridges())
 
 
-class Hands(Protocol):
-    """Operator's actions (`bridge.admin_actions`)."""
-
-    @property
-    def draining(self) -> bool: ...
-
-    def progress(self) -> Drain: ...
-
-    def drain(self, timeout_s: float) -> Drain: ...
-
-    def resume(self) -> Drain: ...
-
-    async def find(self, command_id: str) -> list[CommandDetails]: ...
-
-    async def purge(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord: ...
-
-    async def redeliver(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord: ...
+class _Heartbeats(_All):
+    def unacknowledged(self) -> list[tuple[Session, float]]:
+        return [each for bridge in self._bridges() for each in bridge.presence.unacknowledged()]
 
 
-class Forgets(Protocol):
-    """Deletion of agents by an operator (`bridge.session_removal`)."""
+class _Queues(_All):
+    def get(self, key: SessionKey) -> CommandQueue | None:
+        return next((found for bridge in self._bridges() if (found := bridge.queues.get(key)) is not None), None)
 
-    async def forget(self, agent: str) -> SessionKey: ...
+    def items(self) -> Iterable[tuple[SessionKey, CommandQueue]]:
+        return [each for bridge in self._bridges() for each in bridge.queues.items()]
+
+    def values(self) -> Iterable[CommandQueue]:
+        return [each for bridge in self._bridges() for each in bridge.queues.values()]
 
 
-class Subject(Protocol):
-    """A bridge, as far as the admin port uses one."""
-
-    stopping: bool
-
-    @property
-    def ctx(self) -> BridgeContext: ...
-
-    @property
-    def sessions(self) -> Agents: ...
-
-    @property
-    def links(self) -> Iterable[UpstreamLink]: ...
-
-    @property
-    def queues(self) -> Waiting: ...
-
-    @property
-    def outbox(self) -> Outgoing: ...
-
-    @property
-    def delivery(self) -> Handing: ...
-
-    @property
-    def holding(self) -> Holds: ...
-
-    @property
-    def session_registry(self) -> Census: ...
-
-    @property
-    def registrations(self) -> Registering: ...
-
-    @property
-    def presence(self) -> Heartbeats: ...
+class _Outbox(_All):
+    def __len__(self) -> int:
+        return sum(len(bridge.outbox) for bridge in self._bridges())
 
     @property
-    def websocket_agents(self) -> Iterable[WebSocketAgent]: ...
+    def empty(self) -> bool:
+        return all(bridge.outbox.empty for bridge in self._bridges())
+
+
+class _Delivery(_All):
+    def __init__(self, bridges: Bridges) -> None:
+        super().__init__(bridges)
+        self._times_s: deque[float] = deque(maxlen=MAX_HAND_OVER_SAMPLES)
 
     @property
-    def admin_actions(self) -> Hands: ...
+    def hand_overs_s(self) -> deque[float]:
+        for bridge in self._bridges():
+            self._times_s.extend(bridge.delivery.hand_overs_s)
+            bridge.delivery.hand_overs_s.clear()
+        return self._times_s
 
+    def held(self) -> int:
+        return sum(bridge.delivery.held() for bridge in self._bridges())
+
+
+class _Holding(_All):
+    def held_tunnels(self) -> int:
+        return sum(bridge.holding.held_tunnels() for bridge in self._bridges())
+
+
+class _SessionRegistry(_All):
     @property
-    def session_removal(self) -> Forgets: ...
-
-    def replicas(self) -> dict[str, Any] | None:
-        """Return the status of the replicas, `None` with a single one."""
-
-    async def found_elsewhere(self, command_id: str) -> list[dict[str, Any]]:
-        """Return the descriptions of a command from other replicas."""
+    def usage(self) -> Iterable[tuple[SessionKey, dict[Route, RouteUse]]]:
+        return chain.from_iterable(bridge.session_registry.usage for bridge in self._bridges())

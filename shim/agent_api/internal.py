@@ -245,7 +245,7 @@ class ClusterListener(AgentServer):
         context: ssl.SSLContext,
         secret: Callable[[], str],
         owned: Callable[[str], bool],
-        operate: Callable[[bytes], Awaitable[bytes]],
+        operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]],
         **more: Any,
     ) -> None:
         self._context = context
@@ -271,7 +271,8 @@ class ClusterListener(AgentServer):
         if not connection.operator:
             return await super()._answer(visit)
         body = await read_body(visit.request, self._listen.max_body_bytes, self._listen.body_timeout_s, self._budget)
-        return ProxyResponse(200, (("Content-Type", "application/json"),), await self._operate(body))
+        status, answer = await self._operate(visit.request.raw_path, body)
+        return ProxyResponse(status, (("Content-Type", "application/json"),), answer)
 
     async def _elsewhere(self, visit: RequestContext, client: Caller) -> ProxyResponse | None:
         """Raise `AgentError` 421 for a shard of another replica: a forwarded request is never forwarded again."""

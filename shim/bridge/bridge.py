@@ -104,14 +104,6 @@ class Bridge:
         """The sessions of all agents."""
         return self.ctx.sessions
 
-    def replicas(self) -> dict[str, Any] | None:
-        """Return None: a single process has no other replicas."""
-        return None
-
-    async def found_elsewhere(self, command_id: str) -> list[dict[str, Any]]:
-        """Return an empty list: a single process owns every command."""
-        return []
-
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def start(self, loaded: StoreContents) -> None:

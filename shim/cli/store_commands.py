@@ -44,7 +44,7 @@ def copy(source: str, target: str, config: str | None) -> None:
 def shards(count: int, place: str, config: str | None) -> None:
     """Divide a database into COUNT shards: about four for each planned replica. No replica may run."""
     try:
-        from shim.store.postgres.reshard import change_shards
+        from shim.store.postgres.offline import change_shards
 
         before = change_shards(_store(place, config), count)
     except ModuleNotFoundError as error:

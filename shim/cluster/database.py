@@ -37,7 +37,7 @@ _CREATE = (
     "INSERT INTO leases (shard) SELECT generate_series(0, shards - 1) FROM cluster ON CONFLICT DO NOTHING",
 )
 _AGREED = "SELECT shards, owner_key, secret, agreed FROM cluster FOR UPDATE"
-_ANYBODY = "SELECT EXISTS (SELECT FROM members WHERE until > clock_timestamp())"
+_ANY_MEMBER = "SELECT EXISTS (SELECT FROM members WHERE until > clock_timestamp())"
 _AGREE = "UPDATE cluster SET agreed = %s"
 _JOIN = (
     "INSERT INTO members (process, name, address, fingerprint, lease_s, until, server)"
@@ -63,17 +63,17 @@ _TERMINATE = (
     " WHERE usename = current_user AND EXISTS"
     " (SELECT FROM unnest(%s::text[]) name WHERE application_name = name OR starts_with(application_name, name || ' '))"
 )
-_LOOK = (
+_READ = (
     "SELECT (SELECT json_agg(m) FROM (SELECT process, name, address, fingerprint, leaving FROM members) m),"
     " (SELECT json_agg(json_build_array(shard, holder, fence)) FROM leases)"
 )
-_TAKE = (
+_ACQUIRE = (
     "UPDATE leases SET holder = %(me)s, fence = fence + 1 WHERE shard = %(shard)s"
     " AND (holder IN ('', %(me)s) OR NOT EXISTS (SELECT FROM members WHERE process = leases.holder))"
     " AND EXISTS (SELECT FROM members WHERE process = %(me)s)"
     " RETURNING fence, pg_notify('agent_shim', '')"
 )
-_GIVE = "UPDATE leases SET holder = '' WHERE shard = ANY(%s) AND holder = %s RETURNING pg_notify('agent_shim', '')"
+_RELEASE = "UPDATE leases SET holder = '' WHERE shard = ANY(%s) AND holder = %s RETURNING pg_notify('agent_shim', '')"
 _LEAVE = "DELETE FROM members WHERE process = %s RETURNING pg_notify('agent_shim', '')"
 
 
@@ -86,7 +86,7 @@ class Agreement:
     secret: str = field(repr=False)
 
 
-class Line:
+class Connection:
     """One connection to the database, opened on demand and again after a loss. One task uses it at a time."""
 
     def __init__(self, conninfo: Callable[[], str]) -> None:
@@ -103,7 +103,7 @@ class Line:
         """
         async with self._lock:
             connection = await self._open(limit_s)
-            timer = asyncio.get_running_loop().call_later(limit_s, _cut, connection)
+            timer = asyncio.get_running_loop().call_later(limit_s, _shut_down, connection)
             try:
                 yield connection
             except BaseException as error:
@@ -136,7 +136,7 @@ class Line:
                 await connection.close()
 
 
-def _cut(connection: psycopg.AsyncConnection[Any]) -> None:
+def _shut_down(connection: psycopg.AsyncConnection[Any]) -> None:
     with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.pgconn.socket)) as copy:
         copy.shutdown(socket.SHUT_RDWR)
 
@@ -146,9 +146,9 @@ class Database:
 
     def __init__(self, conninfo: Callable[[], str]) -> None:
         """Prepare the connections. `conninfo` returns the connection string for the current membership."""
-        self._renewals = Line(conninfo)
-        self._work = Line(conninfo)
-        self._hints = Line(conninfo)
+        self._renewals = Connection(conninfo)
+        self._work = Connection(conninfo)
+        self._listener = Connection(conninfo)
 
     async def agree(self, settings: dict[str, Any], limit_s: float) -> Agreement:
         """Return the agreement. While no replica lives, the first one to start sets the common settings.
@@ -163,8 +163,8 @@ class Database:
             (row,) = await (await connection.execute(_AGREED)).fetchall()
             shards, owner_key, secret, agreed = row
             if agreed != mine:
-                ((anybody,),) = await (await connection.execute(_ANYBODY)).fetchall()
-                if anybody:
+                ((any_member,),) = await (await connection.execute(_ANY_MEMBER)).fetchall()
+                if any_member:
                     raise ConfigError(list(_differences(settings, agreed)))
                 await connection.execute(_AGREE, (mine,))
         return Agreement(shards, bytes(owner_key), secret)
@@ -181,14 +181,14 @@ class Database:
         async with self._renewals.use(limit_s) as connection:
             return (await connection.execute(_RENEW, (leaving, process))).rowcount == 1
 
-    async def look(self, limit_s: float) -> View:
+    async def read(self, limit_s: float) -> View:
         """Evict expired members, terminate their database connections, and return the remaining members and leases."""
         async with self._work.use(limit_s) as connection:
             evicted = [row[0] for row in await (await connection.execute(_EVICT)).fetchall()]
             if evicted:
                 log.warning("replicas_evicted", processes=evicted)
                 await connection.execute(_TERMINATE, ([application(each) for each in evicted],))
-            (row,) = await (await connection.execute(_LOOK)).fetchall()
+            (row,) = await (await connection.execute(_READ)).fetchall()
         members, leases = row
         found = (Member(**each) for each in members or ())
         return View(
@@ -196,40 +196,40 @@ class Database:
             {shard: (holder, fence) for shard, holder, fence in leases or ()},
         )
 
-    async def take(self, shard: int, me: str, limit_s: float) -> int | None:
-        """Take a shard that no member holds. Return its fencing token, or `None` if another replica has taken it."""
+    async def acquire(self, shard: int, me: str, limit_s: float) -> int | None:
+        """Acquire a shard that no member holds. Return its fencing token, or `None` if another replica has it."""
         async with self._work.use(limit_s) as connection, connection.transaction():
             await connection.execute(f"SET LOCAL lock_timeout = {int(LOCK_S * 1000)}")
-            rows = await (await connection.execute(_TAKE, {"shard": shard, "me": me})).fetchall()
+            rows = await (await connection.execute(_ACQUIRE, {"shard": shard, "me": me})).fetchall()
         return rows[0][0] if rows else None
 
-    async def give(self, shards: Sequence[int], me: str, limit_s: float) -> None:
+    async def release(self, shards: Sequence[int], me: str, limit_s: float) -> None:
         """Release shards, so that other replicas can take them."""
         async with self._work.use(limit_s) as connection:
-            await connection.execute(_GIVE, (list(shards), me))
+            await connection.execute(_RELEASE, (list(shards), me))
 
     async def leave(self, me: str, limit_s: float) -> None:
         """Delete the member's row, which also frees its remaining shards."""
         async with self._work.use(limit_s) as connection:
             await connection.execute(_LEAVE, (me,))
 
-    async def hints(self, limit_s: float) -> AsyncIterator[None]:
-        """Yield at each change that a replica notifies, until the connection fails."""
-        async with self._hints.use(limit_s) as connection:
+    async def notifications(self, limit_s: float) -> AsyncIterator[None]:
+        """Yield at each change that a replica notifies, until the connection fails. Raises `StoreError` then."""
+        async with self._listener.use(limit_s) as connection:
             await connection.execute("LISTEN agent_shim")
-        connection = await self._hints._open(limit_s)  # noqa: SLF001 - without the limit of `use`
+        connection = await self._listener._open(limit_s)  # noqa: SLF001 - without the limit of `use`
         try:
             async for _ in connection.notifies():
                 yield
         except psycopg.Error as error:
             raise refusal(error) from None
         finally:
-            await self._hints.close()
+            await self._listener.close()
 
     async def close(self) -> None:
         """Close all connections."""
-        for line in (self._renewals, self._work, self._hints):
-            await line.close()
+        for connection in (self._renewals, self._work, self._listener):
+            await connection.close()
 
 
 def _encode(settings: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Forwarding of requests to the owner of the caller's shard, and the replies while no replica owns it."""
+"""Forwarding of requests to the replica that owns the caller's shard."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 from shim.agent_api.internal import CLOCK_HEADER, LEASE_HEADER, NOT_AT_ONCE
 from shim.agent_api.response_writer import MISDIRECTED
-from shim.cluster.connection_pairs import Pair, PairLost, Pairs
+from shim.cluster.connection_pool import ConnectionPool, ReplicaConnection, ReplicaLost, ReplicaReply
+from shim.cluster.membership import Membership
 from shim.cluster.metrics import ClusterMetrics
-from shim.config.settings import Settings
-from shim.core.agent_calls import Accepted, AgentCall, Commands, Failed, HeartbeatCall, Outcome, PollCall, StatusCall
+from shim.cluster.shard_locator import ShardLocator
+from shim.core.agent_calls import AgentCall, Outcome
 from shim.core.leases import ClockOffset, Member
 from shim.errors import AgentError
 from shim.ports import Clock, Pending, ProxyRequest, ProxyResponse
 from shim.protocol.reply_notes import METHOD, Note, came
-from shim.protocol.reply_reader import ReplyHead
 from shim.runtime import Spawn
 
 PATIENCE_S = 10.0
@@ -41,66 +40,60 @@ _NOT_SENT = _HOP_BY_HOP | {"content-length", "expect", "proxy-connection", "te",
 _REPEATABLE = frozenset({"register", "heartbeat", "status", "poll", "result", "tunnel_poll", "tunnel_info", "health"})
 
 
-class Directory(Protocol):
-    """Interface to this replica's view of the owners of shards."""
-
-    def place(self, token: str) -> int | None:
-        """Return the shard of a caller, `None` without a token where one is needed."""
-
-    def serves(self, shard: int) -> bool:
-        """Return whether this replica owns the shard and can serve it now."""
-
-    def owner(self, shard: int) -> Member | None:
-        """Return the living replica that owns a shard, which may be this one."""
-
-    def is_me(self, member: Member) -> bool:
-        """Return whether `member` is this replica."""
-
-    def outdated(self) -> None:
-        """Request a new read of the leases, because the view named a wrong owner."""
-
-    def living(self) -> frozenset[str]:
-        """Return the processes of all replicas that live."""
-
-    async def change(self, at_most_s: float) -> None:
-        """Wait for a change of the view, at most the given time."""
-
-    @property
-    def stopping(self) -> bool:
-        """True while this replica stops."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class RemoteReceipt:
-    """A `ports.DeliveryReceipt` of another replica, which identifies it by the connection that carried its reply."""
+    """Receipt for a reply of another replica, which identifies it by the connection that carried it.
 
-    pair: Pair
+    `connection` is the agent's. The owner cannot see what becomes of its reply, so each step is sent to it as a note.
+    A connection is used again only after the last note about its reply.
+    """
+
+    pool: ConnectionPool
+    carrier: ReplicaConnection
     connection: int
 
+    def written(self) -> None:
+        """Notify the owner that its reply was handed to the kernel."""
+        self.carrier.notify(Note.WRITTEN)
 
-class _Asked:
-    """A forwarded heartbeat. `long_way` is called if the owner cannot answer it immediately."""
+    def unwritten(self) -> None:
+        """Notify the owner that its reply was not written."""
+        self._end(Note.UNWRITTEN)
 
-    __slots__ = ("_done", "_long_way", "due")
+    def next_request(self) -> None:
+        """Notify the owner that the agent sent another request, which is evidence that it has read the reply."""
+        self._end(Note.NEXT)
 
-    def __init__(self, done: Callable[[bytes | None], None], long_way: Callable[[_Asked], None], due: float) -> None:
+    def connection_closed(self, clean: bool | None) -> None:
+        """Notify the owner of the end of the agent's connection."""
+        self._end(Note.CLOSED_CLEANLY if clean else Note.CLOSED)
+
+    def _end(self, kind: Note) -> None:
+        self.carrier.notify(kind)
+        self.pool.release(self.carrier)
+
+
+class _Heartbeat:
+    """A forwarded heartbeat, answered once: by its owner, or by `None` at `due_s`."""
+
+    __slots__ = ("_again", "_done", "due_s")
+
+    def __init__(self, done: Callable[[bytes | None], None], again: Callable[[_Heartbeat], None], due_s: float) -> None:
         self._done: Callable[[bytes | None], None] | None = done
-        self._long_way = long_way
-        self.due = due
-
-    def answered(self, reply: bytes | None) -> None:
-        if self._done is None:
-            return
-        if reply is not None and reply.startswith(NOT_AT_ONCE):
-            self._long_way(self)
-            return
-        done, self._done = self._done, None
-        # 421 means that the replica has lost the shard, so it counts as no answer
-        done(reply if reply is not None and not reply.startswith(b"HTTP/1.1 421") else None)
+        self._again = again
+        self.due_s = due_s
 
     @property
-    def over(self) -> bool:
+    def answered(self) -> bool:
         return self._done is None
+
+    def answer(self, reply: bytes | None) -> None:
+        if self._done is not None and reply is not None and reply.startswith(NOT_AT_ONCE):
+            self._again(self)
+            return
+        done, self._done = self._done, None
+        if done is not None:
+            done(reply)
 
     def forget(self) -> None:
         """Ignore a later answer."""
@@ -108,65 +101,67 @@ class _Asked:
 
 
 class ReplicaForwarder:
-    """Implements `ports.Forwarder`, and passes evidence of delivery to the replicas that made the replies."""
+    """Implements `ports.Forwarder`."""
 
     def __init__(
         self,
-        directory: Directory,
-        pairs: Pairs,
+        locator: ShardLocator,
+        membership: Membership,
+        pool: ConnectionPool,
         clock: Clock,
-        settings: Callable[[], Settings],
         metrics: ClusterMetrics,
         spawn: Spawn,
+        without_owner: Callable[[AgentCall], Outcome],
     ) -> None:
-        self._spawn = spawn
-        self._answered = metrics.forwarded.labels("answered")
-        self._directory = directory
-        self._pairs = pairs
+        self._locator = locator
+        self._membership = membership
+        self._pool = pool
         self._clock = clock
-        self._settings = settings
         self._metrics = metrics
+        self._spawn = spawn
+        self.without_owner = without_owner
+        self._answered = metrics.forwarded.labels("answered")
         self._offsets: defaultdict[str, ClockOffset] = defaultdict(ClockOffset)
-        self._carried: defaultdict[int, set[Pair]] = defaultdict(set)
-        self._asked: list[_Asked] = []
+        self._heartbeats: list[_Heartbeat] = []
         self._ticked_at = clock.monotonic_s()
 
-    # --- ports.Forwarder ---
+    # --- ports.Forwarder ----------------------------------------------------------------------------------------------
 
     def elsewhere(self, token: str) -> bool:
         """Return whether this replica cannot carry out calls with this token now."""
-        shard = self._directory.place(token)
-        return shard is not None and not self._directory.serves(shard)
-
-    def owner_of(self, token: str) -> Member | None:
-        """Return the replica that owns the shard of a token, `None` if that is this one or none."""
-        shard = self._directory.place(token)
-        owner = None if shard is None else self._directory.owner(shard)
-        return None if owner is None or self._directory.is_me(owner) else owner
+        return self._locator.is_elsewhere(token)
 
     def try_call_sync(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
         """Forward a heartbeat if a connection for heartbeats to the owner is open. Return `None` otherwise."""
-        owner = self.owner_of(token)
-        lane = None if owner is None or self._directory.stopping else self._pairs.lane(owner.process)
-        if owner is None or lane is None:
+        owner = self._locator.remote_owner(token)
+        connection = None if owner is None or self._membership.leaving else self._pool.heartbeats(owner.process)
+        if owner is None or connection is None:
             return None
 
-        def long_way(asked: _Asked) -> None:
-            self._spawn("heartbeat", self._ask_alone(owner, request, asked))
+        def again(heartbeat: _Heartbeat) -> None:
+            self._spawn("heartbeat", self._ask_alone(owner, request, heartbeat))
 
-        asked = _Asked(done, long_way, self._clock.monotonic_s() + ANSWER_S)
-        self._asked.append(asked)
+        heartbeat = _Heartbeat(done, again, self._clock.monotonic_s() + ANSWER_S)
+        self._heartbeats.append(heartbeat)
         self._answered.value += 1
-        lane.send(request, asked.answered)
-        return asked
+        connection.send(request, heartbeat.answer)
+        return heartbeat
 
-    async def _ask_alone(self, owner: Member, request: bytes, asked: _Asked) -> None:
+    async def _ask_alone(self, owner: Member, request: bytes, heartbeat: _Heartbeat) -> None:
+        """Send a heartbeat that the owner could not answer at once as a request of its own."""
         try:
-            pair = await self._pairs.acquire(owner)
-        except PairLost:
-            asked.answered(None)
-        else:
-            pair.ask(request, asked.answered)
+            connection = await self._pool.acquire(owner)
+            reply = await connection.exchange(request)
+            body = await reply.read()
+        except ReplicaLost:
+            heartbeat.answer(None)
+            return
+        self._pool.release(connection)
+        if reply.status == MISDIRECTED:
+            heartbeat.answer(None)
+            return
+        lines = [f"HTTP/1.1 {reply.status} ", *(f"{name}: {value}" for name, value in reply.headers), "", ""]
+        heartbeat.answer("\r\n".join(lines).encode("latin-1") + body)
 
     async def forward(self, request: ProxyRequest, operation: str) -> ProxyResponse | None:
         """Forward a request to the owner. Try again, also at a new owner, until one answers or the time is over.
@@ -177,39 +172,29 @@ class ReplicaForwarder:
         if request.method == METHOD:
             raise AgentError(405, "method not allowed")  # notes between replicas use this method
         now_s = self._clock.monotonic_s
-        arrived_s = self._arrival(request.arrived_s)
-        token = request.client.token
-        until = now_s() + (AGAIN_S if operation == "heartbeat" else PATIENCE_S)
-        while True:
-            if not self.elsewhere(token) or self._directory.stopping:
-                return None
-            owner = self.owner_of(token)
+        token, arrived_s = request.client.token, self._arrival(request.arrived_s)
+        is_heartbeat = operation == "heartbeat"
+        until_s = now_s() + (AGAIN_S if is_heartbeat else PATIENCE_S)
+        while self._locator.is_elsewhere(token) and not self._membership.leaving:
+            owner = self._locator.remote_owner(token)
             if owner is not None:
                 try:
-                    return await self._ask(owner, request, arrived_s, operation)
-                except PairLost as lost:
+                    return await self._ask(owner, request, arrived_s, ANSWER_S if is_heartbeat else None)
+                except ReplicaLost as lost:
                     repeatable = operation in _REPEATABLE and isinstance(request.body, bytes)
                     if lost.sent and not repeatable:
                         self._metrics.forwarded.labels("lost").inc()
                         raise AgentError(
                             503, "the replica that owns the agent's link is gone", retry_after_s=RETRY_AFTER_S
                         ) from None
-            left_s = until - now_s()
+            left_s = until_s - now_s()
             if left_s <= 0:
                 self._metrics.forwarded.labels("no_owner").inc()
                 return None
-            await self._directory.change(min(left_s, AGAIN_S))
+            await self._membership.wait_for_change(min(left_s, AGAIN_S))
+        return None
 
-    def without_owner(self, call: AgentCall) -> Outcome:
-        """Return the answer to a call while no replica owns its shard. It never confirms that data is stored."""
-        settings = self._settings()
-        if isinstance(call, PollCall):
-            return Commands((), settings.poll.frequency_s)
-        if isinstance(call, (HeartbeatCall, StatusCall)) and settings.heartbeat.when_link_down == "accept":
-            return Accepted()
-        return Failed(503, "the agent's link is between two replicas", retry_after_s=RETRY_AFTER_S)
-
-    # --- one request ---
+    # --- one request --------------------------------------------------------------------------------------------------
 
     def _arrival(self, arrived_s: float) -> float:
         """Return a lower bound for the arrival of a request.
@@ -219,93 +204,58 @@ class ReplicaForwarder:
         stood_still = self._clock.monotonic_s() - self._ticked_at > STOOD_STILL_S
         return min(arrived_s, self._ticked_at) if stood_still else arrived_s
 
-    async def _ask(self, owner: Member, request: ProxyRequest, arrived_s: float, operation: str) -> ProxyResponse:
-        """Send a request to an owner and return its reply. Raises `PairLost`."""
-        if operation == "heartbeat":
-            await self._pairs.open_lane(owner)
-        pair = await self._pairs.acquire(owner)
-        offset = self._offsets[owner.process]
-        age_s = self._clock.monotonic_s() - arrived_s
-        start = came(age_s, offset.in_its_terms(arrived_s)) + _head(request)
-        answered = False
+    async def _ask(
+        self, owner: Member, request: ProxyRequest, arrived_s: float, limit_s: float | None
+    ) -> ProxyResponse:
+        """Send a request to an owner and return its reply. `limit_s` is set for heartbeats. Raises `ReplicaLost`."""
         try:
-            limit_s = ANSWER_S if operation == "heartbeat" else None
             async with asyncio.timeout(limit_s):
-                reply = await self._reply(pair, request, start)
-            answered = True
+                if limit_s is not None:
+                    await self._pool.open_heartbeats(owner)
+                connection = await self._pool.acquire(owner)
+                try:
+                    reply = await self._exchange(connection, request, arrived_s)
+                except BaseException:
+                    # The agent has not seen a reply, so the owner may offer its commands again at once.
+                    connection.notify(Note.UNWRITTEN)
+                    connection.close()
+                    raise
         except TimeoutError:
-            raise PairLost(sent=True) from None
-        finally:
-            if not answered:
-                # The agent has not seen a reply, so the owner may offer its commands again at once.
-                pair.tell(Note.UNWRITTEN)
-                pair.close()
+            raise ReplicaLost(sent=True) from None
         self._answered.value += 1
         return reply
 
-    async def _reply(self, pair: Pair, request: ProxyRequest, start: bytes) -> ProxyResponse:
-        head = await pair.exchange(start, request.body, head_only=request.method == "HEAD")
-        self._hear(pair, head)
-        if head.status == MISDIRECTED:
-            with suppress(ConnectionError):
-                async for _ in pair.pieces():
-                    pass
-            self._pairs.release(pair)
-            self._directory.outdated()
-            raise PairLost(sent=False)
-        headers = tuple((name, value) for name, value in head.headers if name.lower() not in _HOP_BY_HOP)
-        leased = head.header(LEASE_HEADER.lower()) is not None
-        if not leased and (head.length is None or head.length > WHOLE_BYTES):
-            return ProxyResponse(head.status, headers, self._stream(pair), complete=True)
-        try:
-            body = b"".join([piece async for piece in pair.pieces()])
-        except ConnectionError:
-            raise PairLost(sent=True) from None
-        if leased:
-            return ProxyResponse(
-                head.status, headers, body, RemoteReceipt(pair, request.client.connection), complete=True
-            )
-        self._pairs.release(pair)
-        return ProxyResponse(head.status, headers, body, complete=True)
+    async def _exchange(self, connection: ReplicaConnection, request: ProxyRequest, arrived_s: float) -> ProxyResponse:
+        now, offset = self._clock.monotonic_s(), self._offsets[connection.process]
+        head = came(now - arrived_s, offset.to_peer(arrived_s)) + _head(request)
+        reply = await connection.exchange(head, request.body, head_only=request.method == "HEAD")
+        self._update_offset(offset, reply)
+        if reply.status == MISDIRECTED:
+            self._membership.refresh_soon()
+            raise ReplicaLost(sent=False)
+        headers = tuple((name, value) for name, value in reply.headers if name.lower() not in _HOP_BY_HOP)
+        offers = reply.header(LEASE_HEADER.lower()) is not None
+        if not offers and (reply.length is None or reply.length > WHOLE_BYTES):
+            return ProxyResponse(reply.status, headers, self._stream(connection, reply), complete=True)
+        body = await reply.read()
+        if offers:
+            receipt = RemoteReceipt(self._pool, connection, request.client.connection)
+            return ProxyResponse(reply.status, headers, body, receipt, complete=True)
+        self._pool.release(connection)
+        return ProxyResponse(reply.status, headers, body, complete=True)
 
-    async def _stream(self, pair: Pair) -> AsyncGenerator[bytes, None]:
+    async def _stream(self, connection: ReplicaConnection, reply: ReplicaReply) -> AsyncGenerator[bytes, None]:
         try:
-            async for piece in pair.pieces():
+            async for piece in reply.body.iter_any():
                 yield piece
         finally:
-            self._pairs.release(pair)  # closes the connection unless the reply was read to its end
+            self._pool.release(connection)  # closes the connection unless the reply was read to its end
 
-    def _hear(self, pair: Pair, head: ReplyHead) -> None:
-        clock = head.header(CLOCK_HEADER.lower())
-        with suppress(ValueError, TypeError):
-            self._offsets[pair.process].heard(float(clock or ""), self._clock.monotonic_s())
+    def _update_offset(self, offset: ClockOffset, reply: ReplicaReply) -> None:
+        with suppress(ValueError):
+            offset.update(float(reply.header(CLOCK_HEADER.lower()) or ""), self._clock.monotonic_s())
 
-    # --- what became of replies ---
-
-    def written(self, receipt: RemoteReceipt) -> None:
-        """Notify the owner that its reply was handed to the kernel, and remember to notify it of later evidence."""
-        receipt.pair.tell(Note.WRITTEN)
-        self._carried[receipt.connection].add(receipt.pair)
-
-    def unwritten(self, receipt: RemoteReceipt) -> None:
-        """Notify the owner that its reply was not written."""
-        receipt.pair.tell(Note.UNWRITTEN)
-        self._pairs.release(receipt.pair)
-
-    def next_request(self, connection: int) -> None:
-        """Notify owners that the agent sent another request on a connection, evidence that it read their replies."""
-        self._end(connection, Note.NEXT)
-
-    def connection_closed(self, connection: int, clean: bool) -> None:
-        """Notify owners that a connection was closed."""
-        self._end(connection, Note.CLOSED_CLEANLY if clean else Note.CLOSED)
-
-    def _end(self, connection: int, kind: Note) -> None:
-        for pair in self._carried.pop(connection, ()):
-            pair.tell(kind)
-            self._pairs.release(pair)
-
-    # --- looking after it ---
+    # --- background task ----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Close unused connections and end overdue heartbeats, until cancelled."""
@@ -316,18 +266,14 @@ class ReplicaForwarder:
             if now - swept_at < SWEEP_S:
                 continue
             swept_at = now
-            living = self._directory.living()
-            self._pairs.sweep(living, now)
+            living = frozenset(self._membership.view.members)
+            self._pool.sweep(living, now)
             for process in [each for each in self._offsets if each not in living]:
                 del self._offsets[process]
-            for asked in self._asked:
-                if not asked.over and asked.due <= now:
-                    asked.answered(None)
-            self._asked = [asked for asked in self._asked if not asked.over]
-
-    def close(self) -> None:
-        """Close all connections to other replicas."""
-        self._pairs.close()
+            for heartbeat in self._heartbeats:
+                if heartbeat.due_s <= now:
+                    heartbeat.answer(None)
+            self._heartbeats = [each for each in self._heartbeats if not each.answered]
 
 
 def _head(request: ProxyRequest) -> bytes:

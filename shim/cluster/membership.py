@@ -16,15 +16,15 @@ from shim.ports import Clock, Timer, Timers
 
 log = get(__name__)
 
-LOOK_S = 0.5
+READ_S = 0.5
 RETRY_S = 0.3
 LIMIT_S = 2.0
 HINT_PAUSE_S = 0.02
-"""Pause before reading the rows after a hint: changes come in groups, and one read covers all of them."""
+"""Pause before the rows are read after a notification: changes come in groups, and one read covers all of them."""
 
 
 class Membership:
-    """Row of this replica and its view of all. `ended` is called with a reason when the lease has ended."""
+    """Row of this replica and its view of all. `on_lost` is called with a reason when the lease has ended."""
 
     def __init__(
         self,
@@ -34,24 +34,23 @@ class Membership:
         policy: LeasePolicy,
         clock: Clock,
         timers: Timers,
-        ended: Callable[[str], None],
+        on_lost: Callable[[str], None],
     ) -> None:
         """Prepare a membership. `settings` are those that all replicas must have in common, by key."""
         self._settings = settings
         self.me = me
         self.view = View()
-        self.term: HeldLease | None = None
+        self._lease: HeldLease | None = None
         self.leaving = False
-        self.renewed_at = float("-inf")
         self._database = database
         self._policy = policy
         self._clock = clock
         self._timers = timers
-        self._ended = ended
+        self._on_lost = on_lost
         self._timer: Timer | None = None
-        self._bell = asyncio.Event()
-        self._hint = asyncio.Event()
-        self._told = ""
+        self._changed = asyncio.Event()  # replaced at each change
+        self._refresh = asyncio.Event()
+        self._logged = ""
 
     async def agree(self) -> Agreement:
         """Return the agreement. Raises `StoreError`, and `ConfigError` if living replicas have other settings."""
@@ -65,19 +64,23 @@ class Membership:
             sent_at = self._clock.monotonic_s()
         self._stored(sent_at)
 
-    def works(self) -> tuple[tuple[str, Coroutine[Any, Any, None]], ...]:
+    def tasks(self) -> tuple[tuple[str, Coroutine[Any, Any, None]], ...]:
         """Return the background tasks of a member, with their names."""
         return (
             ("renewals", self._renew_forever()),
-            ("leases", self._look_forever()),
+            ("leases", self._read_forever()),
             ("hints", self._listen_forever()),
         )
 
+    def others(self) -> list[Member]:
+        """Return the other living replicas."""
+        return [each for each in self.view.members.values() if each.process != self.me.process]
+
     def valid(self) -> bool:
         """Return whether this replica's lease is valid by its own clock."""
-        return self.term is not None and self.term.valid(self._clock.monotonic_s())
+        return self._lease is not None and self._lease.valid(self._clock.monotonic_s())
 
-    # --- renewing -----------------------------------------------------------------------------------------------------
+    # --- renewal ------------------------------------------------------------------------------------------------------
 
     async def _renew_forever(self) -> None:
         while True:
@@ -90,120 +93,121 @@ class Membership:
         limit_s = min(LIMIT_S, self._policy.renew_s)
         try:
             if not await self._database.renew(self.me.process, limit_s, leaving=self.leaving):
-                self._lose("taken")  # another replica deleted the expired row
+                self._end_lease("taken")  # another replica deleted the expired row
                 if self.leaving:
                     return True  # the row may be gone because `leave` deleted it
                 self.me = replace(self.me, process=new_process())
                 await self.join()
                 return True
         except (StoreError, ConfigError) as error:
-            self._failed(error)
+            self._log_failure(error)
             return False
         self._stored(sent_at)
         return True
 
     def _stored(self, sent_at: float) -> None:
-        self._told = ""
-        self.renewed_at = sent_at
-        if self.valid() and self.term is not None:
-            self.term.renewed(sent_at)
+        self._logged = ""
+        # Our own clock counts the lease from the time at which the renewal was sent, and the database from a later
+        # one. So others never see the row expire before we have stopped.
+        if self.valid() and self._lease is not None:
+            self._lease.renewed(sent_at)
             return
-        self.term = HeldLease(self._policy, sent_at)
-        self._arm()
+        self._lease = HeldLease(self._policy, sent_at)
+        self._schedule_expiry()
 
-    def _arm(self) -> None:
-        """Schedule a check at the end of the term. If the term was renewed by then, schedule the next check."""
-        if self.term is None:
+    def _schedule_expiry(self) -> None:
+        """Schedule a check at the end of the lease. If it was renewed by then, schedule the next check."""
+        if self._lease is None:
             return
         now = self._clock.monotonic_s()
-        if not self.term.valid(now):
-            self._lose("expired")
+        if not self._lease.valid(now):
+            self._end_lease("expired")
             return
-        self._timer = self._timers.call_later(max(0.001, self.term.ends_at - now), self._arm)
+        self._timer = self._timers.call_later(max(0.001, self._lease.ends_at - now), self._schedule_expiry)
 
-    def _lose(self, reason: str) -> None:
+    def _end_lease(self, reason: str) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        term, self.term, self._timer = self.term, None, None
-        if term is not None:
-            term.end()
-            tell = log.info if reason == "given" else log.warning  # a planned stop is no trouble
-            tell("lease_lost", reason=reason, replica=self.me.name)
-            self._ended(reason)
+        lease, self._lease, self._timer = self._lease, None, None
+        if lease is not None:
+            lease.end()
+            log_end = log.info if reason == "given" else log.warning  # a planned stop is no trouble
+            log_end("lease_lost", reason=reason, replica=self.me.name)
+            self._on_lost(reason)
 
-    def _failed(self, error: ShimError) -> None:
-        if str(error) != self._told:
-            self._told = str(error)
-            log.warning("leases_unreachable", error=self._told)
+    def _log_failure(self, error: ShimError) -> None:
+        if str(error) != self._logged:
+            self._logged = str(error)
+            log.warning("leases_unreachable", error=self._logged)
 
-    # --- seeing -------------------------------------------------------------------------------------------------------
+    # --- view of all replicas -----------------------------------------------------------------------------------------
 
-    async def _look_forever(self) -> None:
+    async def _read_forever(self) -> None:
         while True:
             try:
-                view = await self._database.look(LIMIT_S)
+                view = await self._database.read(LIMIT_S)
             except StoreError as error:
-                self._failed(error)
+                self._log_failure(error)
             else:
                 if view != self.view:
                     self.view = view
-                    self.ring()
+                    self.notify()
             try:
-                async with asyncio.timeout(LOOK_S):
-                    await self._hint.wait()
+                async with asyncio.timeout(READ_S):
+                    await self._refresh.wait()
             except TimeoutError:
                 continue
             await asyncio.sleep(HINT_PAUSE_S)
-            self._hint.clear()
+            self._refresh.clear()
 
     async def _listen_forever(self) -> None:
         while True:
             try:
-                async for _ in self._database.hints(LIMIT_S):
-                    self._hint.set()
+                async for _ in self._database.notifications(LIMIT_S):
+                    self._refresh.set()
             except StoreError as error:
-                self._failed(error)
+                self._log_failure(error)
             await asyncio.sleep(RETRY_S)
 
-    def look_soon(self) -> None:
+    def refresh_soon(self) -> None:
         """Request a new read of the rows without waiting for the next interval."""
-        self._hint.set()
+        self._refresh.set()
 
-    def ring(self) -> None:
-        """Wake all tasks that wait in `change`."""
-        self._bell.set()
-        self._bell = asyncio.Event()
+    def notify(self) -> None:
+        """Wake all tasks in `wait_for_change`."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    async def change(self, at_most_s: float) -> None:
+    async def wait_for_change(self, at_most_s: float) -> None:
         """Wait for a change, at most the given time in seconds."""
-        bell = self._bell
+        changed = self._changed
         try:
             async with asyncio.timeout(max(0.0, at_most_s)):
-                await bell.wait()
+                await changed.wait()
         except TimeoutError:
             return
 
     # --- shards -------------------------------------------------------------------------------------------------------
 
-    async def take(self, shard: int) -> int | None:
-        """Take a shard. Return its fencing token, or `None` if another replica has it. Raises `StoreError`."""
-        fence = await self._database.take(shard, self.me.process, LIMIT_S)
+    async def acquire(self, shard: int) -> int | None:
+        """Acquire a shard. Return its fencing token, or `None` if another replica has it. Raises `StoreError`."""
+        fence = await self._database.acquire(shard, self.me.process, LIMIT_S)
         if fence is not None:
             self.view.leases[shard] = (self.me.process, fence)
-            self.ring()
+            self.notify()
         return fence
 
-    async def give(self, shards: list[int]) -> None:
+    async def release(self, shards: list[int]) -> None:
         """Release shards. Raises `StoreError`; their leases end with the membership then."""
-        await self._database.give(shards, self.me.process, LIMIT_S)
+        await self._database.release(shards, self.me.process, LIMIT_S)
         for shard in shards:
             self.view.leases[shard] = ("", self.view.leases.get(shard, ("", 0))[1])
-        self.ring()
+        self.notify()
 
     async def leave(self) -> None:
         """Stop being a member. Raises `StoreError`."""
         await self._database.leave(self.me.process, LIMIT_S)
-        self._lose("given")
+        self._end_lease("given")
 
 
 def new_process() -> str:

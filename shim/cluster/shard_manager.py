@@ -19,7 +19,7 @@ from shim.runtime import Spawn
 
 log = get(__name__)
 
-LOOK_S = 0.25
+CHECK_S = 0.25
 AFTER_FAILURE_S = 3.0
 SETTLE_S = 1.0
 """Replicas that start together wait for each other: what one takes alone it would have to give away."""
@@ -28,15 +28,14 @@ MakeShard = Callable[[int, int], Shard]
 """Makes a shard of its number and its fencing token."""
 
 
-class Shards:
+class ShardManager:
     """Shards of this replica. `count` must be set before `run`."""
 
     def __init__(
-        self, membership: Callable[[], Membership], make: MakeShard, clock: Clock, spawn: Spawn, metrics: ClusterMetrics
+        self, membership: Membership, make: MakeShard, clock: Clock, spawn: Spawn, metrics: ClusterMetrics
     ) -> None:
         self.count = 0
-        self.stopping = False
-        self._membership_of = membership
+        self._membership = membership
         self._make = make
         self._clock = clock
         self._spawn = spawn
@@ -45,10 +44,6 @@ class Shards:
         self._busy: set[int] = set()
         self._not_before: dict[int, float] = {}
         self._joined_at: float | None = None
-
-    @property
-    def _membership(self) -> Membership:
-        return self._membership_of()
 
     # --- what is here -------------------------------------------------------------------------------------------------
 
@@ -70,16 +65,16 @@ class Shards:
         for shard in self._shards.values():
             shard.bridge.ctx.settings = settings
 
-    # --- taking and giving away ---------------------------------------------------------------------------------------
+    # --- takeover and release -----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Take and release shards at each change and at intervals, until cancelled."""
         while True:
-            if not self.stopping:
-                self._look()
-            await self._membership.change(LOOK_S)
+            if not self._membership.leaving:
+                self._reconcile()
+            await self._membership.wait_for_change(CHECK_S)
 
-    def _look(self) -> None:
+    def _reconcile(self) -> None:
         membership, now = self._membership, self._clock.monotonic_s()
         me, view = membership.me.process, membership.view
         self._metrics.replicas.set(len(view.members))
@@ -99,11 +94,11 @@ class Shards:
         )
         for number in wanted.take if settled else ():
             if self._not_before.get(number, 0.0) <= now:
-                self._begin(number, self._take(number))
+                self._run_exclusive(number, self._acquire(number))
         for number in wanted.give:
-            self._begin(number, self.give(number))
+            self._run_exclusive(number, self._release(number))
 
-    def _begin(self, number: int, step: Coroutine[Any, Any, None]) -> None:
+    def _run_exclusive(self, number: int, step: Coroutine[Any, Any, None]) -> None:
         if number in self._busy:
             step.close()
             return
@@ -114,18 +109,18 @@ class Shards:
                 await step
             except StoreError as error:
                 log.warning("shard_step_failed", shard=number, error=str(error))
-                self._later(number, LOOK_S)
+                self._retry_after(number, CHECK_S)
             finally:
                 self._busy.discard(number)
-                self._membership.ring()
+                self._membership.notify()
 
         self._spawn(f"shard {number}", carry_out())
 
-    async def _take(self, number: int) -> None:
-        fence = await self._membership.take(number)
+    async def _acquire(self, number: int) -> None:
+        fence = await self._membership.acquire(number)
         if fence is None:
-            self._later(number, LOOK_S)
-            self._membership.look_soon()
+            self._retry_after(number, CHECK_S)
+            self._membership.refresh_soon()
             return
         shard = self._shards[number] = self._make(number, fence)
         try:
@@ -134,9 +129,9 @@ class Shards:
             log.error("shard_not_opened", shard=number, error=str(error))
             self._metrics.released.labels("failed").inc()
             self._shards.pop(number, None)
-            self._later(number, AFTER_FAILURE_S)
+            self._retry_after(number, AFTER_FAILURE_S)
             await shard.close()
-            await self._membership.give([number])
+            await self._membership.release([number])
             return
         if not shard.usable:
             await shard.close()  # the lease ended meanwhile
@@ -146,13 +141,13 @@ class Shards:
         self._count()
         log.info("shard_taken", shard=number, fence=fence)
 
-    def _later(self, number: int, after_s: float) -> None:
+    def _retry_after(self, number: int, after_s: float) -> None:
         self._not_before[number] = self._clock.monotonic_s() + after_s
 
-    async def give(self, number: int) -> None:
+    async def _release(self, number: int) -> None:
         """Close a shard, then release its lease. In this order, two replicas never serve it at the same time."""
         await self._close(number)
-        await self._membership.give([number])
+        await self._membership.release([number])
 
     async def _close(self, number: int) -> None:
         shard = self._shards.get(number)
@@ -165,7 +160,7 @@ class Shards:
         self._count()
         log.info("shard_given", shard=number)
 
-    def ended(self, reason: str) -> None:
+    def lease_lost(self, reason: str) -> None:
         """Stop all shards at once, because the membership has ended."""
         for number in list(self._shards):
             self._end(number, reason)
@@ -184,21 +179,20 @@ class Shards:
         shard.cut()
         self._metrics.released.labels(reason).inc()
         self._count()
-        self._begin(number, shard.close())  # waits for a shard that is still being opened
-        self._membership.ring()
+        self._run_exclusive(number, shard.close())  # waits for a shard that is still being opened
+        self._membership.notify()
 
     def _count(self) -> None:
         self._metrics.shards.set(len(self.serving()))
 
-    async def give_all(self) -> None:
-        """Close all shards. Raises `StoreError`."""
-        self.stopping = True
-        while self._busy:
-            await self._membership.change(LOOK_S)  # a shard that is being opened must be open before it can be closed
+    async def release_all(self) -> None:
+        """Close all shards of a replica that is leaving. Raises `StoreError`."""
+        while self._busy:  # a shard that is being opened must be open before it can be closed
+            await self._membership.wait_for_change(CHECK_S)
         await asyncio.gather(*(self._close(number) for number in list(self._shards)))
 
     async def close(self) -> None:
-        """Stop and close the shards that `give_all` has not closed."""
+        """Stop and close the shards that `release_all` has not closed."""
         for shard in list(self._shards.values()):
             shard.cut()
             await shard.close()

@@ -111,12 +111,12 @@ class ClockOffset:
         self._ahead_s: float | None = None
         self._at = 0.0
 
-    def heard(self, its: float, ours: float) -> None:
+    def update(self, its: float, ours: float) -> None:
         """Record a message sent at `its` (peer's clock) and received at `ours`."""
         ahead = its - ours
         if self._ahead_s is None or ahead > self._ahead_s - (ours - self._at) * self.DRIFT:
             self._ahead_s, self._at = ahead, ours
 
-    def in_its_terms(self, ours: float) -> float | None:
+    def to_peer(self, ours: float) -> float | None:
         """Convert a local time to the peer's clock, or an earlier time. Returns `None` while no message has arrived."""
         return None if self._ahead_s is None else ours + self._ahead_s - max(0.0, ours - self._at) * self.DRIFT

@@ -103,10 +103,10 @@ def _opened(configured: settings.Store, option: str) -> Iterator[End]:
             yield end
         return
     try:
-        from shim.store.postgres.copying import database  # noqa: PLC0415 - an extra
+        from shim.store.postgres.offline import copy_end  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
         raise StoreError(f"{option} needs the extra agent-shim[postgres]: {error.name} is not installed") from error
-    with database(configured, option) as end:
+    with copy_end(configured, option) as end:
         yield end
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shim.admin.status import ProcessInfo, StatusBuilder
+from shim.admin.subject import Subject
 from shim.admin.time_series import Sampler
 from tests.bridge.conftest import make_world, pytest_asyncio_loop_factories, world
 from tests.support.world import World
@@ -42,10 +43,11 @@ def make_page() -> Iterator[MakePage]:
 
     def make(of: World) -> Page:
         recent = of.bridge.ctx.recent_commands
-        sampler = Sampler(of.bridge)
+        subject = Subject.of(of.bridge)
+        sampler = Sampler(subject)
         sampler.start()
         facts = ProcessInfo("1.2.3", of.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
-        pages.append(Page(of, sampler, StatusBuilder(of.bridge, sampler, recent, facts)))
+        pages.append(Page(of, sampler, StatusBuilder(subject, sampler, recent, facts)))
         return pages[-1]
 
     yield make

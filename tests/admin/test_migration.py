@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from shim.admin.migration import migration, paths, sunset
+from shim.admin.subject import Subject
 from shim.config.settings import Sunset
 from shim.core.agent_calls import SessionTarget, TargetKind, TunnelInfoCall
 from shim.core.records import SessionKey
@@ -20,7 +21,7 @@ DAY_S = 86_400.0
 
 def panel(world: World, started_ago_s: float = 0.0) -> dict[str, Any]:
     wall = world.clock.wall_s()
-    return migration(world.bridge, wall, wall - started_ago_s)
+    return migration(Subject.of(world.bridge), wall, wall - started_ago_s)
 
 
 def calls(found: dict[str, Any]) -> dict[str, int]:

@@ -9,6 +9,7 @@ import pytest
 
 from shim.admin import status
 from shim.admin.status import ProcessInfo, StatusBuilder
+from shim.admin.subject import Subject
 from shim.core.failover import bucket
 from shim.core.fallback_record import FallbackCall, Why
 from shim.core.records import SessionKey
@@ -377,6 +378,6 @@ async def test_secrets_in_the_controllers_texts_are_masked(make_world: MakeWorld
     world.controller.socket.says("error", {"error": "token=abcdef1234 is not good"}, request.request_id)
     await task
     facts = ProcessInfo("1", 0.0, {}, token_required=False, mask=Redaction().value)
-    status = StatusBuilder(world.bridge, page.sampler, [], facts).take([])
+    status = StatusBuilder(Subject.of(world.bridge), page.sampler, [], facts).take([])
     assert "abcdef1234" not in json.dumps(status)
     assert "is not good" in status["controller"]["registrations"]["items"][0]["error"]

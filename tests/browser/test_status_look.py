@@ -21,6 +21,7 @@ from playwright.async_api import Page, expect
 
 from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
 from shim.admin.status import ProcessInfo, StatusBuilder
+from shim.admin.subject import Subject
 from shim.admin.time_series import Sampler
 from shim.core.records import Operation, StoreContents, StoreOperation
 from shim.ports import CommandStore, StoreDone
@@ -103,7 +104,7 @@ async def orders(world: World, agents: list[Agent]) -> None:
 async def an_hour() -> dict[str, Any]:
     world = World(settings(poll={"hold": "auto"}, sunset={"at": "2026-12-24", "deprecation_at": "2026-11-24"})).start()
     world.bridge.ctx.store = Disk(world.bridge.ctx.store)
-    sampler = Sampler(world.bridge)
+    sampler = Sampler(Subject.of(world.bridge))
     sampler.start()
     facts = ProcessInfo("0.1.0", world.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
     agents = [
@@ -125,7 +126,7 @@ async def an_hour() -> dict[str, Any]:
     await world.pass_s(921)
     ordering.cancel()
     await world.pass_s(41)
-    status = StatusBuilder(world.bridge, sampler, world.bridge.ctx.recent_commands, facts).take([])
+    status = StatusBuilder(Subject.of(world.bridge), sampler, world.bridge.ctx.recent_commands, facts).take([])
     for each in living:
         each.cancel()
     sampler.stop()

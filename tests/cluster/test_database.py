@@ -61,12 +61,12 @@ async def joined(replicas: Replicas, process: str, lease_s: float = 60) -> Any:
 
 async def test_a_shard_has_one_holder_until_it_is_given_back(replicas: Replicas) -> None:
     a, b = await joined(replicas, "a"), await joined(replicas, "b")
-    assert await a.take(3, "a", LIMIT_S) == 1
-    assert await b.take(3, "b", LIMIT_S) is None
-    assert await a.take(3, "a", LIMIT_S) == 2  # after its own count was over: its earlier self is fenced
-    await a.give([3], "a", LIMIT_S)
-    assert await b.take(3, "b", LIMIT_S) == 3
-    view = await a.look(LIMIT_S)
+    assert await a.acquire(3, "a", LIMIT_S) == 1
+    assert await b.acquire(3, "b", LIMIT_S) is None
+    assert await a.acquire(3, "a", LIMIT_S) == 2  # after its own count was over: its earlier self is fenced
+    await a.release([3], "a", LIMIT_S)
+    assert await b.acquire(3, "b", LIMIT_S) == 3
+    view = await a.read(LIMIT_S)
     assert view.holders() == {3: "b"}
     assert set(view.members) == {"a", "b"}
     assert len(view.leases) == 16
@@ -74,16 +74,16 @@ async def test_a_shard_has_one_holder_until_it_is_given_back(replicas: Replicas)
 
 async def test_who_is_evicted_cannot_renew_and_its_shards_are_free(replicas: Replicas) -> None:
     a, b = await joined(replicas, "a", lease_s=0.3), await joined(replicas, "b")
-    assert await a.take(0, "a", LIMIT_S) == 1
-    assert await b.take(0, "b", LIMIT_S) is None
+    assert await a.acquire(0, "a", LIMIT_S) == 1
+    assert await b.acquire(0, "b", LIMIT_S) is None
     async with asyncio.timeout(60):
-        while "a" in (await b.look(LIMIT_S)).members:  # noqa: ASYNC110 - the database's clock
+        while "a" in (await b.read(LIMIT_S)).members:  # noqa: ASYNC110 - the database's clock
             await asyncio.sleep(0.05)
-    assert await b.take(0, "b", LIMIT_S) == 2
+    assert await b.acquire(0, "b", LIMIT_S) == 2
     with pytest.raises(StoreError):  # its connections were ended, too
         await a.renew("a", LIMIT_S, leaving=False)
     assert not await a.renew("a", LIMIT_S, leaving=False)
-    assert await replicas.of("a").take(1, "a", LIMIT_S) is None  # who is no member takes nothing
+    assert await replicas.of("a").acquire(1, "a", LIMIT_S) is None  # who is no member takes nothing
 
 
 async def test_a_row_that_was_not_evicted_may_be_renewed_late(replicas: Replicas) -> None:
@@ -101,7 +101,7 @@ async def test_a_row_that_another_server_dated_waits_one_lease_longer(replicas: 
         until = f"until = clock_timestamp() - make_interval(secs => {late_s})"
         statement = f"UPDATE members SET {until}, server = server - interval '1 day' WHERE process = 'a'"  # noqa: S608
         await asyncio.to_thread(query, pg_url, statement)
-        assert ("a" in (await b.look(LIMIT_S)).members) is stays
+        assert ("a" in (await b.read(LIMIT_S)).members) is stays
 
 
 async def test_what_is_agreed_on_changes_only_while_nobody_lives(replicas: Replicas) -> None:
@@ -123,13 +123,13 @@ async def test_a_change_is_hinted_at(replicas: Replicas) -> None:
     hinted = asyncio.Event()
 
     async def listen() -> None:
-        async for _ in b.hints(LIMIT_S):
+        async for _ in b.notifications(LIMIT_S):
             hinted.set()
 
     task = asyncio.create_task(listen())
     async with asyncio.timeout(60):
         while not hinted.is_set():
-            await a.take(5, "a", LIMIT_S)
+            await a.acquire(5, "a", LIMIT_S)
             await asyncio.sleep(0.05)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

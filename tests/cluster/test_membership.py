@@ -36,7 +36,7 @@ class Rows:
             raise StoreError("away")
         return process in self.members
 
-    async def look(self, limit_s: float) -> View:
+    async def read(self, limit_s: float) -> View:
         return View()
 
     async def leave(self, me: str, limit_s: float) -> None:

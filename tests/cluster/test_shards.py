@@ -41,7 +41,7 @@ async def test_the_store_is_divided_anew_while_nobody_uses_it(tmp_path: Path, pg
             await gate.push(agent, f"c-{agent.agent_id}")
             await gate.until_state(a, f"c-{agent.agent_id}", "queued")
         code, said = await divide(pg_url, 5)
-        assert (code, said) == (1, "store shards: replicas live (a): stop all of them first")
+        assert (code, said) == (1, "store shards: replicas use the database (a): stop all of them first")
         assert await a.stop() == 0
         for count, before in ((40, SHARDS), (5, 40)):
             assert await divide(pg_url, count) == (0, f"{count} shards, {before} before")

@@ -76,9 +76,9 @@ def test_a_moment_told_on_another_clock_is_never_later_than_it_was(
     ahead_s: float, heard: list[tuple[float, float]], moment: float
 ) -> None:
     offset = ClockOffset()
-    assert offset.in_its_terms(moment) is None
+    assert offset.to_peer(moment) is None
     for sent_at, under_way_s in sorted(heard):
-        offset.heard(sent_at + ahead_s, sent_at + under_way_s)
-    told = offset.in_its_terms(moment)
+        offset.update(sent_at + ahead_s, sent_at + under_way_s)
+    told = offset.to_peer(moment)
     assert told is not None
     assert told <= moment + ahead_s + 1e-6

@@ -11,6 +11,7 @@ from pathlib import Path
 from prometheus_client import Counter, Gauge, Histogram
 
 from shim.admin.gauges import BridgeCollector
+from shim.admin.subject import Subject
 from shim.cluster.metrics import ClusterMetrics
 from shim.counting import Family
 from shim.metrics import COMMAND_EVENTS, Metrics, Registry
@@ -77,7 +78,7 @@ async def collected() -> dict[str, Described]:
     await agent.heartbeat()
     await agent.poll()
     found = {}
-    for metric in BridgeCollector(world.bridge, list).collect():
+    for metric in BridgeCollector(Subject.of(world.bridge), list).collect():
         names = sorted({label for sample in metric.samples for label in sample.labels})
         values = {name: {sample.labels[name] for sample in metric.samples} for name in names}
         found[metric.name] = Described(metric.type, tuple((name, tuple(sorted(values[name]))) for name in names))

@@ -14,6 +14,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shim.admin.status import ProcessInfo, StatusBuilder
+from shim.admin.subject import Subject
 from shim.admin.time_series import Sampler
 from shim.cli.doctor.report import Finding
 from shim.cli.doctor.running_shim import RunningShim, examine
@@ -106,7 +107,9 @@ async def test_another_process_on_the_admin_port_is_no_shim(doctor: Doctor) -> N
 def told(world: World) -> list[Finding]:
     """What is found on a bridge, from the same JSON and metrics that the admin port gives."""
     facts = ProcessInfo("0.0.0", 0.0, {"listen": "127.0.0.1:7080"}, token_required=False)
-    status = StatusBuilder(world.bridge, Sampler(world.bridge), world.bridge.ctx.recent_commands, facts).take([])
+    status = StatusBuilder(
+        Subject.of(world.bridge), Sampler(Subject.of(world.bridge)), world.bridge.ctx.recent_commands, facts
+    ).take([])
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(generate_latest(world.registry).decode())
