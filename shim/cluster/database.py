@@ -30,6 +30,8 @@ log = get(__name__)
 SHARDS = 16
 KEY_BYTES = 32
 CONNECT_S = 4.0
+LISTEN_S = 86_400.0
+"""After this time the connection for notifications is replaced, even if it seems to work."""
 LOCK_S = 1.0
 
 _CREATE = (
@@ -102,7 +104,7 @@ class Connection:
         does not answer a cancellation either.
         """
         async with self._lock:
-            connection = await self._open(limit_s)
+            connection = await self._open(min(limit_s, CONNECT_S))
             timer = asyncio.get_running_loop().call_later(limit_s, _shut_down, connection)
             try:
                 yield connection
@@ -119,7 +121,7 @@ class Connection:
             await self.close()
         if self._connection is None:
             try:
-                async with asyncio.timeout(min(limit_s, CONNECT_S)):
+                async with asyncio.timeout(limit_s):
                     self._connection = await psycopg.AsyncConnection.connect(self._conninfo(), autocommit=True)
             except TimeoutError:
                 raise StoreUnreachable("the database did not answer in time") from None
@@ -213,18 +215,12 @@ class Database:
         async with self._work.use(limit_s) as connection:
             await connection.execute(_LEAVE, (me,))
 
-    async def notifications(self, limit_s: float) -> AsyncIterator[None]:
+    async def notifications(self) -> AsyncIterator[None]:
         """Yield at each change that a replica notifies, until the connection fails. Raises `StoreError` then."""
-        async with self._listener.use(limit_s) as connection:
+        async with self._listener.use(LISTEN_S) as connection:
             await connection.execute("LISTEN agent_shim")
-        connection = await self._listener._open(limit_s)  # noqa: SLF001 - without the limit of `use`
-        try:
             async for _ in connection.notifies():
                 yield
-        except psycopg.Error as error:
-            raise refusal(error) from None
-        finally:
-            await self._listener.close()
 
     async def close(self) -> None:
         """Close all connections."""

@@ -163,7 +163,7 @@ class Membership:
     async def _listen_forever(self) -> None:
         while True:
             try:
-                async for _ in self._database.notifications(LIMIT_S):
+                async for _ in self._database.notifications():
                     self._refresh.set()
             except StoreError as error:
                 self._log_failure(error)

@@ -123,7 +123,7 @@ async def test_a_change_is_hinted_at(replicas: Replicas) -> None:
     hinted = asyncio.Event()
 
     async def listen() -> None:
-        async for _ in b.notifications(LIMIT_S):
+        async for _ in b.notifications():
             hinted.set()
 
     task = asyncio.create_task(listen())
