@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -20,9 +20,11 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, StatusCode, set_span_in_context
 
 from shim import __version__
-from shim.core.records import AddTrace, CommandState, Operation, SessionKey, StoreContents, TraceEntry
+from shim.core.records import AddTrace, CommandState, Operation, SessionKey, StoreContents, StoreOperation, TraceEntry
 from shim.ports import CommandStore, StoreDone
 from shim.redaction import Redaction
+
+_Result = TypeVar("_Result")
 
 MAX_OPEN = 10_000
 """Commands without an end whose spans are kept. Beyond it the oldest are given up."""
@@ -130,11 +132,13 @@ class _ObservedStore:
     def open(self) -> StoreContents:
         return self._store.open()
 
-    def submit(self, operations: Sequence[Operation], done: StoreDone | None = None) -> None:
-        for operation in operations:
-            if isinstance(operation, AddTrace):
-                self._telemetry.note(operation)
-        self._store.submit(operations, done)
+    def submit(
+        self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
+    ) -> None:
+        for each in (operation, *also):
+            if isinstance(each, AddTrace):
+                self._telemetry.note(each)
+        self._store.submit(operation, *also, done=done)
 
     def close(self) -> None:
         self._store.close()
