@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import hypothesis
 import pytest
 
 BLOCKED_S = 1.5
+SLOW = ("cluster", "security", "e2e", "chaos", "bench", "browser", "image", "docs", "monitoring", "packaging", "helm")
+"""Folders with tests of real processes and tools, the longest first."""
 NODE_MODULES = Path(__file__).parent / "clients" / "node_modules"
 
 # Examples are bounded in number; a shared machine must not fail them for being slow.
@@ -91,6 +93,22 @@ _watch = _LoopWatch()
 
 def pytest_configure() -> None:
     _watch.install()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape what UTF-8 cannot express in captured output: a report goes from a process of pytest-xdist to another."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the long tests, those of real processes, where several processes share the tests."""
+    if config.getoption("numprocesses", None):
+        places = {name: place for place, name in enumerate(SLOW)}
+        here = Path(__file__).parent
+        items.sort(key=lambda item: places.get(item.path.relative_to(here).parts[0], len(SLOW)))
 
 
 def pytest_unconfigure() -> None:

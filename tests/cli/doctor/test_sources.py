@@ -106,7 +106,11 @@ async def test_nothing_at_the_admin_port_is_said() -> None:
     assert "config" not in found.findings
 
 
-@pytest.mark.parametrize("pid,told", [(2**22 + 7, "there is no process"), (os.getpid(), "is no `agent-shim run`")])
+@pytest.mark.parametrize(
+    "pid,told",
+    [(2**22 + 7, "there is no process"), (os.getpid(), "is no `agent-shim run`")],
+    ids=["of nobody", "of the tests"],
+)
 def test_processes_that_are_no_shim(pid: int, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         of_process(pid)
