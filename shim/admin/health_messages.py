@@ -22,7 +22,10 @@ class Sentence(NamedTuple):
 SENTENCES: dict[str, Sentence] = {
     # --- the process itself ---
     "store_unwritable": Sentence(
-        "bad", "Not ready: {reason}.", "Check the disk of store.path: it may be full, read-only or gone."
+        "bad",
+        "Not ready: {reason}.",
+        "Check the disk of store.path: it may be full, read-only or gone. With store.url: the log says why the database"
+        " does not answer.",
     ),
     "stopping": Sentence("warning", "The shim is stopping."),
     "configuration_faulty": Sentence(

@@ -85,7 +85,7 @@ async def test_a_mixed_fleet_pushes_measures_and_reports(tmp_path: Path) -> None
         assert found["dialects"] == {"clusters_agent": 2, "agents": 2, "clusters": 2}
         assert {call["what"]: call["ok"] for call in found["calls"]}["register"] == 6
         commands = found["commands"]
-        assert commands["sent"] == commands["in_hand"] == commands["answered"] > 5
+        assert commands["sent"] == commands["in_hand"] == commands["answered"] > 0
         assert 0 < commands["latency"]["p50_s"] <= commands["latency"]["p99_s"]
         assert "failing agents: 0" in out
         assert "│" in out
