@@ -98,7 +98,7 @@ SENTENCES: dict[str, Sentence] = {
         "warning",
         "{number} silent: {agents}.",
         "The shim sends no heartbeats for a silent agent. Check that its pod runs and calls the shim; "
-        "agent-shim forget removes an agent that is gone.",
+        "agent-shim forget AGENT removes one that is gone.",
     ),
     "commands_not_fetched": Sentence(
         "warning",

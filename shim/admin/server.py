@@ -21,6 +21,7 @@ from shim.admin.connection_limit import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Co
 from shim.admin.event_stream import EventStream
 from shim.admin.gauges import BridgeCollector
 from shim.admin.health import Health
+from shim.admin.recent_events import RecentEvents
 from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
 from shim.admin.status import ProcessInfo, StatusBuilder
 from shim.admin.subject import Subject
@@ -74,7 +75,8 @@ class AdminServer:
         self._sampler = Sampler(bridge)
         started_at = bridge.ctx.clock.wall_s()
         facts = ProcessInfo(__version__, started_at, addresses, self._guard.required, redaction.value)
-        self._snapshots = StatusBuilder(bridge, self._sampler, journal, facts)
+        self._events = RecentEvents(bridge.ctx.clock, redaction)
+        self._snapshots = StatusBuilder(bridge, self._sampler, journal, facts, self._events)
         self._live = EventStream(bridge.ctx.clock, self._sampler, self._not_ready, self._snapshots.take)
         self._reasons: list[str] = []
         registry.register(BridgeCollector(bridge, self._problems))
@@ -145,6 +147,7 @@ class AdminServer:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
             self._listeners.append(await loop.create_server(self._connections, sock=bound))
         self._sampler.start()
+        self._events.start()
         return str(host), int(port)
 
     async def status(self) -> dict[str, Any]:
@@ -154,6 +157,7 @@ class AdminServer:
     async def stop(self) -> None:
         """Stop listening and close all connections."""
         self._sampler.stop()
+        self._events.stop()
         self._live.stop()
         for listener in self._listeners:
             listener.close()

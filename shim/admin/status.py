@@ -17,6 +17,7 @@ from shim.admin import call_status
 from shim.admin.call_status import name_of
 from shim.admin.health_summary import summarise
 from shim.admin.migration import migration
+from shim.admin.recent_events import RecentEvent
 from shim.admin.rollout import rollout
 from shim.admin.subject import Subject
 from shim.admin.time_series import Sampler
@@ -54,10 +55,18 @@ class ProcessInfo(msgspec.Struct, frozen=True):
 class StatusBuilder:
     """Builder of status snapshots of one bridge."""
 
-    def __init__(self, bridge: Subject, sampler: Sampler, journal: Iterable[RecentCommand], facts: ProcessInfo) -> None:
+    def __init__(
+        self,
+        bridge: Subject,
+        sampler: Sampler,
+        journal: Iterable[RecentCommand],
+        facts: ProcessInfo,
+        events: Iterable[RecentEvent] = (),
+    ) -> None:
         self._bridge = bridge
         self._sampler = sampler
         self._journal = journal
+        self._events = events
         self._facts = facts
         self._lost = 0
         self._lost_at: float | None = None
@@ -89,6 +98,7 @@ class StatusBuilder:
                 "recent": self._recent(),
             },
             "migration": migration(self._bridge, wall, self._facts.started_at),
+            "events": [event._asdict() for event in self._events],
         }
         replicas = self._bridge.replicas()
         if replicas is not None:
@@ -215,6 +225,12 @@ class _View:
         order = {**dict.fromkeys(fresh, 4), **dict.fromkeys(by_http, 3), **dict.fromkeys(silent, 2)}
         order |= {key: 1 for key, call in by_http.items() if not call.ok} | dict.fromkeys(unpolled, 0)
         order |= {session.key: 1 for session in found if session.key in fresh and session.standing.trouble is not None}
+        first_calls = {
+            key: min(use.first_unix for use in uses.values()) for key, uses in self._bridge.session_registry.usage
+        }
+        found = heapq.nsmallest(
+            MAX_SESSIONS, found, key=lambda each: (order.get(each.key, 5), -first_calls.get(each.key, 0.0))
+        )
         found.sort(key=lambda session: (order.get(session.key, 5), name_of(session) or session.key.ident))
         why = Counted(call.why.value for call in by_http.values())
         return {
@@ -227,9 +243,10 @@ class _View:
                 {
                     **self._session(s, s.key in fresh, s.key in unpolled),
                     "silent": s.key in silent,
+                    "first_call_at": first_calls.get(s.key),
                     "http": call_status.by_http(by_http[s.key]) if s.key in by_http else None,
                 }
-                for s in found[:MAX_SESSIONS]
+                for s in found
             ],
         }
 

@@ -21,7 +21,8 @@ class Sample:
     """One sample. `waiting` and `offered` count commands without evidence of delivery; `results` are not confirmed.
 
     `handed_over` counts the commands written to agents since the previous sample. `p50_s` and `p95_s` are their times
-    since arrival, `None` without such commands.
+    since arrival, `None` without such commands. `calls_per_s` counts replies to agents since the previous sample, and
+    `errors_per_s` those of them with a status of 400 or above.
     """
 
     at: float
@@ -32,6 +33,8 @@ class Sample:
     handed_over: int
     p50_s: float | None
     p95_s: float | None
+    calls_per_s: float
+    errors_per_s: float
 
 
 class Sampler:
@@ -43,6 +46,7 @@ class Sampler:
         self._samples: deque[Sample] = deque(maxlen=KEPT)
         self._recent_s: deque[float] = deque(maxlen=RECENT)
         self._timer: Timer | None = None
+        self._replies = (bridge.ctx.now, 0, 0)
         self.taken = 0
 
     def start(self) -> None:
@@ -66,6 +70,7 @@ class Sampler:
         times_s = list(bridge.delivery.hand_overs_s)
         bridge.delivery.hand_overs_s.clear()
         self._recent_s.extend(times_s)
+        calls_per_s, errors_per_s = self._rates()
         sample = Sample(
             at=round(bridge.ctx.clock.wall_s(), 1),
             waiting=waiting,
@@ -75,11 +80,27 @@ class Sampler:
             handed_over=len(times_s),
             p50_s=quantile(times_s, 0.5),
             p95_s=quantile(times_s, 0.95),
+            calls_per_s=calls_per_s,
+            errors_per_s=errors_per_s,
         )
         self._samples.append(sample)
         self.windows.record(bridge.ctx.now)
         self.taken += 1
         return sample
+
+    def _rates(self) -> tuple[float, float]:
+        """Return the replies and the error replies per second since the previous sample."""
+        calls = errors = 0
+        for family in self._bridge.ctx.metrics.requests.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    calls += int(sample.value)
+                    errors += int(sample.value) if sample.labels["status"] >= "400" else 0
+        now = self._bridge.ctx.now
+        before, old_calls, old_errors = self._replies
+        self._replies = (now, calls, errors)
+        passed_s = max(now - before, 1.0)
+        return round((calls - old_calls) / passed_s, 2), round((errors - old_errors) / passed_s, 2)
 
     def last(self, number: int = KEPT) -> dict[str, list[Any]]:
         """Return the last samples by column, the oldest first."""

@@ -44,6 +44,17 @@ async def test_an_hour_is_kept(page: Page, world: World) -> None:
     assert page.sampler.last(0)["at"] == []
 
 
+async def test_replies_are_shown_per_second_with_the_errors_among_them(page: Page) -> None:
+    requests = page.world.bridge.ctx.metrics.requests
+    requests.labels("agents", "heartbeat", "204").inc(40)
+    requests.labels("", "", "404").inc(10)
+    await page.world.pass_s(EVERY_S)
+    columns = page.sampler.last(1)
+    assert (columns["calls_per_s"], columns["errors_per_s"]) == ([10.0], [2.0])
+    await page.world.pass_s(EVERY_S)
+    assert page.sampler.last(1)["calls_per_s"] == [0.0]
+
+
 @pytest.mark.parametrize(
     "values, half, most",
     [([], None, None), ([3.0], 3.0, 3.0), ([2.0, 1.0], 1.0, 2.0), ([float(n) for n in range(1, 101)], 50.0, 95.0)],

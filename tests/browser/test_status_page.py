@@ -101,7 +101,7 @@ async def test_it_shows_a_link_going_down_and_up(
         await agent.beat()
         await expect(sentence(page)).to_have_text("All is well: the controller is connected, 1 agent alive.")
         timeline = page.locator("#timeline")
-        await expect(timeline).to_contain_text("1 interruption")
+        await expect(page.locator("#timeline-summary")).to_contain_text("1 interruption")
         await expect(timeline.locator("rect.down")).to_have_count(1)
         await timeline.get_by_text("When it was away").click()
         await expect(timeline.locator("details li")).to_have_text(
@@ -294,7 +294,7 @@ async def test_a_keyboard_is_enough(tmp_path: Path, http: aiohttp.ClientSession,
         # what is updated every second does not take the focus away
         link = page.locator("#recent").get_by_role("link", name="build-1")
         await link.focus()
-        seen = page.locator("#facts")
+        seen = page.locator("#about")
         before = await seen.text_content()
         await expect(seen).not_to_have_text(before or "")
         await expect(link).to_be_focused()

@@ -5,9 +5,13 @@ const $ = (id) => document.getElementById(id);
 const TOKEN = "agent-shim-admin-token";
 const SILENCE_MS = 10000;
 const HOUR = 3600;
+const QUARTER = 900;
+const AGENTS_SHOWN = 10;
 let now = Date.now() / 1000; // the shim's clock, of the snapshot on show
 let level = null;
 let percent = 100; // of the rollout
+let frame = HOUR; // seconds that the timeline and the plots show
+let names = new Map(); // names of agents by their id
 
 // --- small things -------------------------------------------------------------------------------------------------
 
@@ -51,6 +55,8 @@ const mark = (name, ...text) => el("span", { class: "mark", "data-level": name }
 const chip = (name, text) => el("span", { class: "chip", "data-level": name }, text);
 const id = (text) => el("span", { class: "id" }, text);
 const under = (...text) => el("small", {}, ...text);
+const copy = (text) => el("button", { type: "button", class: "copy", "data-copy": text, "aria-label": `Copy ${text}`, title: `Copy ${text}` });
+const known = (ident) => [names.has(ident) ? el("strong", {}, names.get(ident)) : id(ident), names.has(ident) ? under(id(ident)) : null];
 
 function latency(s) {
   if (s === null) return "–";
@@ -95,18 +101,70 @@ function table(place, caption, columns, rows, key) {
 
 // --- the sections -------------------------------------------------------------------------------------------------
 
+// Where on this page a problem can be seen, by its code.
+const PLACES = {
+  link_down: ["timeline-title", "See when it was away"], link_connecting: ["timeline-title", "See when it was away"],
+  agents_silent: ["agents-title", "See the agents"], agent_unknown: ["agents-title", "See the agents"],
+  name_unknown: ["agents-title", "See the agents"], heartbeats_refused: ["agents-title", "See the agents"],
+  heartbeats_unacknowledged: ["agents-title", "See the agents"], commands_not_fetched: ["commands-title", "See the commands"],
+  commands_in_doubt: ["commands-title", "See the commands"], fallback_failing: ["agents-title", "See the agents by HTTP"],
+  needs_no_shim: ["migration-title", "See the migration"],
+};
+const COMMAND = /agent-shim [a-z-]+(?: (?:--[a-z-]+|[A-Z]{2,}))*/;
+
+// A hint with a button that copies the command in it, and a link to the part of the page that shows more.
+function todoFor(row) {
+  const command = COMMAND.exec(row.hint)?.[0];
+  const [before, after] = command ? row.hint.split(command, 2) : [];
+  const [place, words] = PLACES[row.code] || [];
+  const parts = [command ? [before, el("code", {}, command), copy(command), after] : row.hint, place ? [" ", el("a", { href: `#${place}` }, words)] : null].flat();
+  return parts.some(Boolean) ? el("span", { class: "hint" }, ...parts) : null;
+}
+
 function showOverall(status) {
   const { overall } = status;
   $("overall").dataset.level = overall.level;
   put($("sentence"), el("span", {}, overall.text));
   const rows = [...overall.problems, ...overall.notes];
   put($("problems"), ...rows.map((row, index) =>
-    el("li", {}, index || !overall.problems.length ? el("span", {}, row.text) : null, row.hint ? el("span", { class: "hint" }, row.hint) : null)));
+    el("li", {}, index || !overall.problems.length ? el("span", {}, row.text) : null, todoFor(row))));
   const sign = { good: "✓", waiting: "…", warning: "!", bad: "✕" }[overall.level];
   document.title = `${sign} agent-shim`;
-  if (level !== overall.level) $("announce").textContent = overall.text; // said aloud on a change, not each second
+  if (level !== overall.level) $("announce").textContent = overall.text; // read aloud on a change, not each second
   level = overall.level;
 }
+
+// --- the objectives -----------------------------------------------------------------------------------------------
+
+const OBJECTIVES = {
+  connection_success: ["Connection success", "> 99 %", "attempt"],
+  reconnection: ["Reconnection", "< 10 s for 95 %", "reconnect"],
+  heartbeat_success: ["Heartbeat success", "> 99.9 %", "heartbeat"],
+  message_latency: ["Message latency", "< 100 ms for 95 %", "message"],
+};
+const JUDGED = { met: ["good", "✓"], missed: ["bad", "✕"], unknown: ["waiting", "–"] };
+const share = (part) => `${Math.floor(part * 10000) / 100} %`; // rounded down: what is missed by little is not 100 %
+
+function measured(label, { state, measured: value, samples }, noun) {
+  const [name, sign] = JUDGED[state];
+  return el("div", { class: "window", "data-level": name },
+    el("span", {}, label),
+    el("strong", {}, value === null ? "– none yet" : `${sign} ${share(value)}`, value === null ? null : el("span", { class: "hidden" }, ` ${state}`)),
+    el("span", {}, value === null ? "" : plural(samples, noun)));
+}
+
+function showObjectives(status) {
+  put($("objectives"), ...status.objectives.map((objective) => {
+    const [title, target, noun] = OBJECTIVES[objective.name];
+    const { "1h": hour, "24h": whole } = objective.windows;
+    // Until an hour has passed both windows are the same.
+    const label = whole.observed_s >= 86400 ? "24 h" : `${(whole.observed_s / HOUR).toFixed(1)} h`;
+    const rows = whole.observed_s < 1.1 * HOUR ? [[span(Math.min(whole.observed_s, HOUR)), whole]] : [["1 h", hour], [label, whole]];
+    return el("div", {}, el("h3", {}, el("span", {}, title), el("span", {}, target)), rows.map(([label, window]) => measured(label, window, noun)));
+  }));
+}
+
+// --- the figures --------------------------------------------------------------------------------------------------
 
 function tile(name, value, below, state) {
   return el("div", { "data-level": state }, el("dt", {}, name), el("dd", {}, value), el("dd", {}, below));
@@ -114,25 +172,45 @@ function tile(name, value, below, state) {
 
 const byHttp = (sessions) => Object.values(sessions.by_http).reduce((sum, number) => sum + number, 0);
 
+const MODES = { websocket: "WebSocket", http: "HTTP", auto: "auto" };
+
+// Who of the agents is in the rollout, in one line.
+function inside({ percent, include, exclude, hash, inside, agents }) {
+  if (percent >= 100 && !exclude.length) return "all agents";
+  const place = hash === null ? "" : `, hash ${hash.toFixed(1)}`;
+  const lists = include.length + exclude.length ? " and lists" : "";
+  if (inside === null) return agents.total ? `${agents.inside} of ${agents.total} in the ${percent} %${lists}` : `${percent} % of agents${lists}`;
+  return `${inside ? "in" : "outside"} the ${percent} %${lists}${place}`;
+}
+
+function modeTile(status) {
+  const { mode, by_http, rollout } = status;
+  const now = mode === "http" ? "all calls by the vendor's HTTP API" : mode === "auto" ? `${by_http ? "HTTP" : "WebSocket"} now, ${inside(rollout)}` : inside(rollout);
+  return tile("Mode and rollout", MODES[mode], now, mode === "auto" && by_http ? "warning" : "good");
+}
+
 function showTiles(status) {
   const { links, sessions, commands, migration, replicas } = status;
   const first = links.items[0];
   const phase = { up: "connected", down: "away", refused: "token refused", idle: "at rest" };
   const queued = commands.waiting + commands.offered;
   const days = migration.sunset.days_left;
+  const http = byHttp(sessions);
+  const [calls, errors] = ["calls_per_s", "errors_per_s"].map((name) => plots.data?.[name]?.at(-1) ?? null);
   put($("tiles"),
+    modeTile(status),
     tile("Controller",
       !first ? "no link" : links.total > 1 ? `${links.online} of ${links.total} links up` : phase[first.phase],
       first ? `for ${span(now - first.since)}` : "dialled at an agent's first call",
       first && (first.phase === "down" || first.phase === "refused") ? "bad" : "good"),
-    tile("Agents", `${sessions.fresh} alive`,
-      [`of ${sessions.total} known`, byHttp(sessions) ? `, ${byHttp(sessions)} by HTTP` : "", sessions.silent ? `, ${sessions.silent} silent` : ""].join(""),
+    tile("Agents", sessions.fresh || !http ? `${sessions.fresh} alive` : `${http} by HTTP`,
+      [`of ${sessions.total}${http && sessions.fresh || sessions.silent ? "" : " known"}`, http && sessions.fresh ? `, ${http} by HTTP` : "", sessions.silent ? `, ${sessions.silent} silent` : ""].join(""),
       sessions.silent ? "warning" : "good"),
+    tile("Agents' calls", calls === null ? "–" : `${calls < 10 ? calls.toFixed(1) : Math.round(calls)} / s`,
+      errors === null ? "" : errors ? `${errors < 10 ? errors.toFixed(1) : Math.round(errors)} errors / s` : "no errors", errors ? "warning" : "good"),
     tile("Commands waiting", queued.toLocaleString("en"),
       [plural(commands.results, "result") + " to report", commands.uncertain ? `, ${commands.uncertain} in doubt` : ""].join(""),
       sessions.not_polling || commands.uncertain ? "warning" : "good"),
-    tile("Hand-over, typical", latency(commands.latency.p50_s),
-      commands.latency.commands ? `95 % within ${latency(commands.latency.p95_s)}` : "no command yet", "good"),
     tile("Legacy API ends", days === null ? "unknown" : days < 0 ? "over" : `in ${days < 2 ? span(days * 86400) : plural(Math.floor(days), "day")}`,
       days === null ? "set sunset.at" : new Date(migration.sunset.at * 1000).toLocaleDateString("en-GB", { dateStyle: "medium" }),
       days !== null && days < 7 ? "warning" : "good"),
@@ -141,13 +219,13 @@ function showTiles(status) {
       replicas.unowned ? "warning" : "good") : null);
 }
 
-// The segments of the last hour; `from` and `to` are seconds since its begin. A first dial that succeeds is no loss.
+// The segments in the frame; `from` and `to` are seconds since its begin. A first dial that succeeds is no loss.
 function segments(link) {
   const { timeline } = link;
   const parts = timeline.map((segment, index) => ({
     ...segment,
-    from: Math.max(0, HOUR - (now - segment.since)),
-    to: index + 1 < timeline.length ? HOUR - (now - timeline[index + 1].since) : HOUR,
+    from: Math.max(0, frame - (now - segment.since)),
+    to: index + 1 < timeline.length ? frame - (now - timeline[index + 1].since) : frame,
   }));
   const starting = (part, index) => part.phase === "down" && part.to - part.from < 10 && !parts.slice(0, index).some((each) => each.phase === "up");
   return parts
@@ -156,58 +234,67 @@ function segments(link) {
     .map((part) => ({ ...part, lost: part.phase === "down" || part.phase === "refused" }));
 }
 
-function lane(link, several, started) {
+function summaryOf(link) {
   const parts = segments(link);
   const length = (wanted) => parts.filter(wanted).reduce((sum, part) => sum + part.to - part.from, 0);
   const wanted = length((part) => part.phase !== "idle");
-  const share = wanted ? (100 * length((part) => part.phase === "up")) / wanted : 0;
-  const summary = wanted
-    ? `connected ${share > 99.995 ? "100" : share.toFixed(share < 99 ? 1 : 2)} % of the time it was wanted, ${plural(parts.filter((part) => part.lost).length, "interruption")}${now - started < HOUR ? ` (the shim started ${span(now - started)} ago)` : ""}`
-    : "not wanted in the last hour";
+  const up = wanted ? (100 * length((part) => part.phase === "up")) / wanted : 0;
+  return wanted
+    ? `connected ${up > 99.995 ? "100" : up.toFixed(up < 99 ? 1 : 2)} % of the time it was needed, ${plural(parts.filter((part) => part.lost).length, "interruption")}`
+    : "not needed";
+}
+
+function lane(link, several) {
+  const summary = summaryOf(link);
   // Bad news is painted last, and never too narrow to be seen.
-  const rects = [...parts].sort((a, b) => a.lost - b.lost).map((part) => {
-    const width = Math.max(part.to - part.from, part.lost ? 10 : 0);
-    return el("rect", { class: part.phase, x: Math.min(part.from, HOUR - width).toFixed(1), y: 0, width: width.toFixed(1), height: 30 },
+  const rects = [...segments(link)].sort((a, b) => a.lost - b.lost).map((part) => {
+    const width = Math.max(part.to - part.from, part.lost ? frame / 360 : 0);
+    return el("rect", { class: part.phase, x: Math.min(part.from, frame - width).toFixed(1), y: 0, width: width.toFixed(1), height: 22 },
       el("title", {}, `${part.phase} from ${clock(part.since)} for ${span(part.to - part.from)}${part.reason ? `: ${part.reason}` : ""}`));
   });
   return el("div", { class: "lane" },
-    el("p", {}, several ? id(link.name) : null, el("span", { class: "muted" }, summary)),
-    el("svg", { viewBox: `0 0 ${HOUR} 30`, preserveAspectRatio: "none", role: "img", "aria-label": summary }, rects));
+    several ? el("p", {}, id(link.name), el("span", { class: "muted" }, summary)) : null,
+    el("svg", { viewBox: `0 0 ${frame} 22`, preserveAspectRatio: "none", role: "img", "aria-label": summary }, rects));
 }
 
 function losses(links) {
   const found = links.flatMap((link) => segments(link).filter((part) => part.lost));
   found.sort((a, b) => b.since - a.since);
   return found.slice(0, 20).map((part) =>
-    el("li", {}, `${clock(part.since)} · ${part.to >= HOUR ? "until now" : `for ${span(part.to - part.from)}`} · ${part.phase === "refused" ? "token refused" : part.reason || "first dial"}`));
+    el("li", {}, `${clock(part.since)} · ${part.to >= frame ? "until now" : `for ${span(part.to - part.from)}`} · ${part.phase === "refused" ? "token refused" : part.reason || "first dial"}`));
 }
+
+const LANES_SHOWN = 4;
 
 function showTimeline(status) {
   const { items, total } = status.links;
   const open = $("timeline").querySelector("details")?.open;
   const list = losses(items);
+  const marks = frame === HOUR ? ["60 min ago", "45", "30", "15", "now"] : ["15 min ago", "10", "5", "now"];
+  const shown = items.slice(0, LANES_SHOWN);
+  put($("timeline-summary"), `${frame === HOUR ? "last hour" : "last 15 minutes"}${items.length && total === 1 ? `: ${summaryOf(items[0])}` : ""}`);
   put($("timeline"),
     items.length ? null : el("p", { class: "empty" }, "No link yet: it is dialled at an agent's first call."),
-    items.map((link) => lane(link, total > 1, status.started_at)),
-    items.length ? el("div", { class: "axis", "aria-hidden": "true" }, ["60 min ago", "45", "30", "15", "now"].map((text) => el("span", {}, text))) : null,
-    total > items.length ? el("p", { class: "muted" }, `${total - items.length} more links are up.`) : null,
-    list.length ? el("details", { open }, el("summary", {}, "When it was away"), el("ul", {}, list)) : null);
+    shown.map((link) => lane(link, total > 1)),
+    items.length ? el("div", { class: "axis", "aria-hidden": "true" }, marks.map((text) => el("span", {}, text))) : null,
+    items.length ? el("div", { class: "below" },
+      total > shown.length ? el("span", {}, `${plural(total - shown.length, "more link")}, ${status.links.online} of all ${total} up`) : null,
+      list.length ? el("details", { open }, el("summary", {}, "When it was away"), el("ul", {}, list)) : null) : null);
 }
 
-// Why an agent's calls go to the vendor's HTTP API, and how its last one ended.
-function http(session) {
-  const { why, hash, at, status, reason, served } = session.http;
+// How an agent's last call to the vendor's HTTP API ended, and why it went there.
+function httpReport({ http: { why, hash, status, reason } }) {
   const whys = { mode: "mode http", rollout: `outside ${percent} %, hash ${hash.toFixed(1)}`, link_down: "the link is down" };
-  return [mark(served ? "good" : "bad", "by HTTP"), under(`${whys[why]}; last call `, ago(at), `: ${status || reason || "no answer"}`)];
+  return [String(status || reason || "no answer"), under(whys[why])];
 }
 
 function alive(session) {
-  if (session.http) return http(session);
+  if (session.http) return [mark(session.http.served ? "good" : "bad", "by HTTP"), under(ago(session.http.at))];
   const trouble = { name_unknown: "unknown to the controller", unknown: "unknown to the controller", heartbeats_refused: "refused by the controller" }[session.trouble];
-  if (session.fresh) return [trouble ? mark("bad", trouble) : mark("good", "alive"), under("last call ", ago(session.seen_at))];
+  if (session.fresh) return [trouble ? mark("bad", trouble) : mark("good", "alive"), under(ago(session.seen_at))];
   const since = session.stale_since;
   return [mark(session.silent ? "warning" : "waiting", session.superseded ? "replaced" : "silent"),
-    under(since === null ? "never seen" : `since ${moment(since)} (${span(now - since)})`)];
+    under(since === null ? "never seen" : `for ${span(now - since)}`)];
 }
 
 function held(hold) {
@@ -216,31 +303,62 @@ function held(hold) {
   return hold.ceiling_s === null ? "still learning" : `its client allows ${rough(hold.ceiling_s)}`;
 }
 
+// For how long polls are held, with the reason and their interval as a tooltip.
+function holding({ hold, poll_at, polling_now }) {
+  if (poll_at === null && !polling_now && !hold.ceiling_s) return null;
+  const interval = hold.interval_s ? `; polls ${hold.pace === "pause" ? `${rough(hold.interval_s)} after each` : every(hold.interval_s)}` : "";
+  return el("small", { title: held(hold) + interval }, hold.limit_s ? `up to ${rough(hold.limit_s)}` : "not held");
+}
+
 const AGENT_COLUMNS = [
-  ["Agent", (s) => [s.name ? el("strong", {}, s.name) : id(s.id), under(s.name ? [id(s.id), " · "] : null, s.dialect || "")].flat()],
-  ["Alive", alive],
-  ["Says", (s) => [s.status || "–", s.tunnel_status ? under(`tunnel ${s.tunnel_status}`) : ""]],
-  ["Heartbeats", (s) => s.http ? "by HTTP" : [s.heartbeat_s === null ? (s.heartbeat_at === null ? "none" : "measuring") : every(s.heartbeat_s), s.heartbeat_at === null ? "" : under(ago(s.heartbeat_at))]],
-  ["Polls", (s) => s.http ? "by HTTP" : [s.polling_now ? "held now" : s.poll_at === null ? "none" : ago(s.poll_at), s.hold.interval_s ? under(s.hold.pace === "pause" ? `${rough(s.hold.interval_s)} after each` : every(s.hold.interval_s)) : ""]],
-  ["Held up to", (s) => s.http || s.poll_at === null && !s.polling_now && !s.hold.ceiling_s ? "–"
-    : [s.hold.limit_s ? rough(s.hold.limit_s) : "not held", under(held(s.hold))]],
+  ["Agent", (s) => [s.name ? el("strong", { title: s.name }, s.name) : id(s.id), under(...(s.name ? [id(s.id), copy(s.id)] : [copy(s.id)]))]],
+  ["Dialect", (s) => s.dialect || "–"],
+  ["State", alive],
+  ["Reports", (s) => s.http ? httpReport(s) : [s.status || "–", s.tunnel_status ? under(`tunnel ${s.tunnel_status}`) : ""]],
+  ["Heartbeats", (s) => s.http ? "–" : [s.heartbeat_s === null ? (s.heartbeat_at === null ? "none" : "measuring") : every(s.heartbeat_s), s.heartbeat_at === null ? "" : under(ago(s.heartbeat_at))]],
+  ["Polls", (s) => s.http ? "–" : [s.polling_now ? "held now" : s.poll_at === null ? "none" : ago(s.poll_at), holding(s)]],
   ["Queue", (s) => [
     s.queue.waiting + s.queue.offered ? `${s.queue.waiting} waiting${s.queue.offered ? `, ${s.queue.offered} offered` : ""}` : "empty",
     s.queue.not_polling ? under(chip("warning", "does not poll")) : s.queue.oldest_at !== null ? under("oldest ", ago(s.queue.oldest_at)) : ""]],
 ];
 
+const choice = { text: "", all: false }; // what of the agents is shown
+let latest = null;
+
+const troubled = (s) => s.queue.not_polling || s.silent || s.trouble || (s.http && !s.http.served);
+const stateOf = (s) => (s.http ? "by HTTP" : s.trouble ? "refused unknown" : s.fresh ? "alive" : "silent");
+
 function showAgents(status) {
   const { sessions } = status;
-  const hidden = sessions.total - sessions.items.length;
-  put($("agents-count"), hidden > 0 ? `${sessions.items.length} of ${sessions.total}, those in trouble first` : `${sessions.total} known`);
-  if (!sessions.items.length) {
-    put($("agents"), el("p", { class: "empty" }, "None is known yet."));
+  latest = status;
+  const wanted = choice.text.toLowerCase();
+  const matches = sessions.items.filter((s) => [s.name, s.id, s.agent_id, s.dialect, stateOf(s)].some((text) => text && text.toLowerCase().includes(wanted)));
+  // Those in trouble first, then the newest. The order of agents that stay as they are does not change.
+  matches.sort((a, b) => Boolean(troubled(b)) - Boolean(troubled(a)) || (b.first_call_at || 0) - (a.first_call_at || 0));
+  const shown = choice.all ? matches : matches.slice(0, AGENTS_SHOWN);
+  $("agents-tools").hidden = sessions.items.length <= AGENTS_SHOWN && !wanted;
+  $("agents-all").textContent = choice.all ? `Show ${AGENTS_SHOWN}` : `Show all ${matches.length}`;
+  $("agents-all").hidden = matches.length <= AGENTS_SHOWN;
+  $("agents-all").setAttribute("aria-pressed", String(choice.all));
+  put($("agents-count"), shown.length < sessions.total ? `${shown.length} of ${sessions.total}: those in trouble, then the newest` : `${sessions.total} known`);
+  if (!shown.length) {
+    put($("agents"), el("p", { class: "empty" }, sessions.items.length ? "No agent matches." : "None is known yet."));
     $("agents").body = null;
     return;
   }
   $("agents").shown = null;
-  table($("agents"), "", AGENT_COLUMNS, sessions.items, (s) => `${s.owner}/${s.kind}/${s.id}`);
+  table($("agents"), "", AGENT_COLUMNS, shown, (s) => `${s.owner}/${s.kind}/${s.id}`);
 }
+
+$("filter").addEventListener("input", (event) => {
+  choice.text = event.target.value.trim();
+  if (latest) showAgents(latest);
+});
+$("agents-tools").addEventListener("submit", (event) => event.preventDefault());
+$("agents-all").addEventListener("click", () => {
+  choice.all = !choice.all;
+  if (latest) showAgents(latest);
+});
 
 const STATES = {
   queued: ["waiting", "waiting"], offered: ["waiting", "offered"], uncertain: ["warning", "in doubt"], delivered: ["good", "delivered"],
@@ -249,7 +367,7 @@ const STATES = {
 const EVENTS = {
   arrived: ["waiting", "arrived"], offered: ["waiting", "offered to the agent"], delivered: ["good", "the agent has it"],
   result: ["good", "the agent answered"], closed: ["good", "the controller has the result"], uncertain: ["warning", "in doubt"],
-  requeued: ["warning", "waits again"], reported: ["bad", "failure told to the controller"], dead: ["bad", "given up"],
+  requeued: ["warning", "waits again"], reported: ["bad", "failure reported to the controller"], dead: ["bad", "given up"],
   expired: ["bad", "expired"], redeliver: ["warning", "queued again by hand"],
 };
 const eventOf = (name) => EVENTS[name] || ["waiting", name];
@@ -258,7 +376,7 @@ const linkTo = (command) => el("a", { href: `#command=${encodeURIComponent(comma
 const WAITING_COLUMNS = [
   ["Command", (c) => linkTo(c.id)],
   ["Type", (c) => c.type],
-  ["Agent", (c) => id(c.session)],
+  ["Agent", (c) => known(c.session)],
   ["State", (c) => [chip(...STATES[c.state]), c.reason ? under(c.reason) : ""]],
   ["Since", (c) => ago(c.since)],
   ["Offers", (c) => String(c.attempts), "number"],
@@ -266,17 +384,44 @@ const WAITING_COLUMNS = [
 const RECENT_COLUMNS = [
   ["Command", (c) => linkTo(c.id)],
   ["Type", (c) => c.type || ""],
-  ["Agent", (c) => id(c.session)],
+  ["Agent", (c) => known(c.session)],
   ["Newest step", (c) => [mark(...eventOf(c.event)), c.detail && c.event !== "arrived" ? under(c.detail) : ""]],
   ["When", (c) => ago(c.at)],
 ];
 
+const WAITING_SHOWN = 3;
+const RECENT_SHOWN = 3;
+
 function showCommands(status) {
   const { commands } = status;
+  const { latency: times } = commands;
+  put($("latency-summary"), times.commands ? `half in ${latency(times.p50_s)}, 95 % in ${latency(times.p95_s)}` : "arrival to agent");
   const queued = commands.waiting + commands.offered;
-  put($("commands-count"), queued ? `${plural(queued, "command")} here, ${bytes(commands.bytes)}` : "");
-  table($("waiting"), "Waiting for their agents, the oldest first", WAITING_COLUMNS, commands.items, (c) => `${c.session}/${c.id}`);
-  table($("recent"), "The latest", RECENT_COLUMNS, commands.recent.slice(0, 8), (c) => `${c.session}/${c.id}`);
+  const waiting = commands.items.slice(0, WAITING_SHOWN);
+  put($("commands-count"), queued ? `${queued.toLocaleString("en")} here, ${bytes(commands.bytes)}${queued > waiting.length ? `; the oldest ${waiting.length} shown` : ""}` : "");
+  table($("waiting"), "Waiting for their agents, the oldest first", WAITING_COLUMNS, waiting, (c) => `${c.session}/${c.id}`);
+  table($("recent"), "The latest", RECENT_COLUMNS, commands.recent.slice(0, waiting.length ? RECENT_SHOWN : RECENT_SHOWN + WAITING_SHOWN), (c) => `${c.session}/${c.id}`);
+}
+
+// --- events: names and fields as in the log ------------------------------------------------------------------------
+
+const LEVELS = { info: "good", warning: "warning", error: "bad", critical: "bad" };
+const EVENTS_SHOWN = 5;
+
+// The name of the agent is shown beside its id.
+const named = (detail) => detail.replace(/\bsession ([^,]+)/, (found, ident) => (names.has(ident) ? `${found} (${names.get(ident)})` : found));
+
+function eventLine(event) {
+  return el("li", {},
+    el("time", { datetime: new Date(event.at * 1000).toISOString(), title: moment(event.at) }, day(event.at) === day(now) ? clock(event.at) : new Date(event.at * 1000).toLocaleDateString("en-GB", { day: "numeric", month: "short" })),
+    el("span", {}, mark(LEVELS[event.level] || "waiting", event.event.replaceAll("_", " ")), event.detail ? under(named(event.detail)) : null));
+}
+
+function showEvents(status) {
+  const { events } = status;
+  put($("events"), ...(events.length ? events.slice(0, EVENTS_SHOWN).map(eventLine) : [el("li", {}, el("span", { class: "empty" }, "None yet."))]));
+  $("older").hidden = events.length <= EVENTS_SHOWN;
+  put($("events-older"), ...events.slice(EVENTS_SHOWN).map(eventLine));
 }
 
 const ROUTE_COLUMNS = [
@@ -300,6 +445,8 @@ function showMigration(status) {
   put($("removable"), el("div", { class: "go" },
     removable ? chip("good", "The shim can be removed") : chip("waiting", "The shim is still needed"),
     el("ul", { class: "inline" }, removable ? el("li", {}, "no agent has called a deprecated route for 24 h, and nothing waits here") : reasons.map((reason) => el("li", {}, reason)))));
+  $("usage").hidden = !routes.length && !agents.total;
+  put($("usage-summary"), `${plural(routes.length, "deprecated route")} in use by ${plural(agents.total, "agent")}`);
   table($("routes"), `Deprecated routes in use since ${moment(counted_since)}`, ROUTE_COLUMNS, routes, (r) => `${r.dialect}/${r.operation}`);
   table($("users"), `Who uses them${agents.total > agents.items.length ? ` (${agents.items.length} of ${agents.total})` : ""}`, USER_COLUMNS, agents.items, (a) => `${a.kind}/${a.id}`);
 }
@@ -307,16 +454,22 @@ function showMigration(status) {
 function show(status) {
   now = status.now;
   percent = status.rollout_percent;
+  const before = frame;
+  frame = status.uptime_s < QUARTER ? QUARTER : HOUR;
+  names = new Map(status.sessions.items.filter((s) => s.name).map((s) => [s.id, s.name]));
   $("status").hidden = false;
   $("login").hidden = true;
-  put($("about"), `${status.version} · ${status.mode === "websocket" && status.rollout_percent < 100 ? `${status.rollout_percent} % of agents` : `mode ${status.mode}`}`);
-  put($("facts"), `up ${span(now - status.started_at)} · agents call ${status.listen || "?"} · controller ${status.upstream}${status.fallback ? ` · fallback ${status.fallback}` : ""}`);
-  for (const part of [showOverall, showTiles, showTimeline, showAgents, showCommands, showMigration]) part(status);
+  put($("about"), `${status.version} · up ${span(status.uptime_s)}`);
+  const listen = status.listen ? `http://${status.listen}` : "";
+  put($("facts"), `agents call ${listen || "?"}`, listen ? copy(listen) : null, ` · controller ${status.upstream}${status.fallback ? ` · fallback ${status.fallback}` : ""}`);
+  for (const part of [showOverall, showObjectives, showTiles, showTimeline, showAgents, showCommands, showEvents, showMigration]) part(status);
+  if (before !== frame && plots.all.length) drawPlots();
 }
 
 // --- plots --------------------------------------------------------------------------------------------------------
 
 const plots = { data: null, all: [] };
+const plotHeight = () => (innerWidth < 761 ? 105 : 115);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 // A logarithmic scale has its lines at the powers of ten only.
@@ -329,13 +482,13 @@ function decades(unit, { grid, ticks }) {
 function axes(unit) {
   const shared = { stroke: colour("--muted"), font: "12px system-ui, sans-serif", grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 } };
   return [
-    { ...shared, values: (_, ticks) => ticks.map((at) => new Date(at * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" })) },
-    { ...shared, ...decades(unit, shared), size: 58, values: (_, ticks) => ticks.map((value) => (value === null || !Number.isInteger(value) ? "" : unit === "ms" ? latency(value / 1000) : value.toLocaleString("en"))) },
+    { ...shared, size: 26, values: (_, ticks) => ticks.map((at) => new Date(at * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" })) },
+    { ...shared, ...decades(unit, shared), size: 58, values: (_, ticks) => ticks.map((value) => (value === null || (unit !== "/s" && !Number.isInteger(value)) ? "" : unit === "ms" ? latency(value / 1000) : value.toLocaleString("en"))) },
   ];
 }
 
-// The guide's objective as a dashed line.
-function objective(plot) {
+// The guide's limit of 100 ms as a dashed line.
+function limitLine(plot) {
   const y = plot.valToPos(100, "y", true);
   const { ctx, bbox } = plot;
   ctx.save();
@@ -350,6 +503,7 @@ function objective(plot) {
 
 // From milliseconds to the half minute of an agent that polls rarely: only a logarithm shows both.
 const TIMES = { distr: 3, log: 10, range: (_, low, high) => [1, Math.max(300, high * 1.6)] };
+const RATES = { range: (_, low, high) => [0, Math.max(1, high * 1.15)] };
 const NUMBERS = { range: (_, low, high) => [0, Math.max(4, high * 1.15)] };
 
 function plot(place, unit, lines, y, draw) {
@@ -363,8 +517,8 @@ function plot(place, unit, lines, y, draw) {
     label, stroke: colour(name), width: 2, value: ms, points: { show: unit === "ms", size: 5, fill: colour(name) }, ...more,
   }));
   const made = new uPlot({
-    width: place.clientWidth, height: 190, cursor: { y: false, drag: { setScale: false } },
-    scales: { x: { time: true, range: () => [plots.data.at.at(-1) - HOUR, plots.data.at.at(-1)] }, y },
+    width: place.clientWidth, height: plotHeight(), cursor: { y: false, drag: { setScale: false } },
+    scales: { x: { time: true, range: () => [plots.data.at.at(-1) - frame, plots.data.at.at(-1)] }, y },
     axes: axes(unit),
     series: [{ label: "", value: (_, at) => (at ? clock(at) : "latest") }, ...series],
     hooks: draw ? { draw: [draw] } : {},
@@ -377,24 +531,27 @@ function makePlots() {
   const soft = colour("--good-soft");
   const stepped = { paths: uPlot.paths.stepped({ align: 1 }) };
   plots.all = [
-    plot($("latency"), "ms", [["95 % within", "--accent", {}], ["typical", "--good", {}]], TIMES, objective),
+    plot($("latency"), "ms", [["95 % in", "--accent", {}], ["half in", "--good", {}]], TIMES, limitLine),
     plot($("depth"), "", [["commands", "--accent", { ...stepped, fill: soft }], ["results", "--warning", stepped]], NUMBERS),
+    plot($("calls"), "/s", [["calls", "--accent", stepped], ["errors", "--bad", stepped]], RATES),
   ];
   drawPlots();
 }
 
 function drawPlots() {
-  const { at, waiting, offered, results, p50_s, p95_s } = plots.data;
+  const { at, waiting, offered, results, p50_s, p95_s, calls_per_s, errors_per_s } = plots.data;
   const ms = (column) => column.map((value) => (value === null ? null : Math.max(1, value * 1000)));
   const queued = waiting.map((number, index) => number + offered[index]);
   plots.all[0].setData([at, ms(p95_s), ms(p50_s)]);
   plots.all[1].setData([at, queued, results]);
+  plots.all[2].setData([at, calls_per_s, errors_per_s]);
   const handed = p95_s.filter((value) => value !== null);
   const note = $("latency").querySelector(".empty");
   note.hidden = handed.length > 0;
   note.textContent = "No command was handed over in this time.";
   $("latency").setAttribute("aria-label", handed.length ? `the slowest 5 s had 95 % within ${latency(Math.max(...handed))}` : note.textContent);
   $("depth").setAttribute("aria-label", `now ${queued.at(-1)} commands and ${results.at(-1)} results, at most ${Math.max(...queued)} commands in the last hour`);
+  $("calls").setAttribute("aria-label", `now ${calls_per_s.at(-1)} calls and ${errors_per_s.at(-1)} errors per second, at most ${Math.max(...calls_per_s)} calls`);
 }
 
 function addSamples(columns) {
@@ -405,7 +562,7 @@ function addSamples(columns) {
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plots.data && makePlots());
 new ResizeObserver(() => plots.all.forEach((made) => {
   const width = made.root.parentElement.clientWidth;
-  if (width && width !== made.width) made.setSize({ width, height: 190 });
+  if (width && width !== made.width) made.setSize({ width, height: plotHeight() });
 })).observe($("main"));
 
 // --- one command --------------------------------------------------------------------------------------------------
@@ -430,7 +587,7 @@ const shellWord = (text) => (/^\w[\w.:@=+-]*$/.test(text) ? text : `'${text.repl
 
 function todo(command) {
   const by = { queued: ["purge", "gives it up"], uncertain: ["purge", "gives it up"], dead: ["redeliver", "queues it again"], expired: ["redeliver", "queues it again"], delivered: ["redeliver", "queues it again, if the agent has lost it"] }[command.state];
-  return by && command.stored ? el("p", { class: "todo" }, el("code", {}, `agent-shim ${by[0]} ${shellWord(command.id)}`), ` ${by[1]}.`) : null;
+  return by && command.stored ? el("p", { class: "todo" }, el("code", {}, `agent-shim ${by[0]} ${shellWord(command.id)}`), ` ${by[1]}.`, copy(`agent-shim ${by[0]} ${shellWord(command.id)}`)) : null;
 }
 
 function found(command) {
@@ -486,6 +643,27 @@ addEventListener("keydown", (event) => {
     event.preventDefault();
     $("command").focus();
   }
+});
+
+// --- copying: a page that is not served by https or from localhost has no clipboard --------------------------------
+
+async function copyText(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const field = el("textarea", { class: "hidden", "aria-hidden": true });
+  field.value = text;
+  document.body.append(field);
+  field.select();
+  document.execCommand("copy");
+  field.remove();
+}
+
+addEventListener("click", async (event) => {
+  const button = event.target.closest?.("[data-copy]");
+  if (!button) return;
+  await copyText(button.dataset.copy).catch(() => {});
+  $("announce").textContent = `Copied ${button.dataset.copy}`;
+  button.dataset.done = "";
+  setTimeout(() => delete button.dataset.done, 1200);
 });
 
 // --- following the shim -------------------------------------------------------------------------------------------
