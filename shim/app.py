@@ -59,6 +59,7 @@ STEP_S = 0.25
 FORCED_STOP_S = 4.2
 FORCED_FLUSH_S = 0.3
 
+Start = Callable[[], Coroutine[Any, Any, None]]
 Undo = Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -166,7 +167,7 @@ class App:
         self._owned: set[asyncio.Task[None]] = set()
         self._store_fault: StoreError | None = None
         self._token = ""
-        self._parts: Runtime | None = None
+        self._runtime: Runtime | None = None
 
     async def run(self) -> int:
         """Start, serve until a stop is requested, and stop. Returns the exit code."""
@@ -224,16 +225,45 @@ class App:
             self._start_scope.reschedule(0)
 
     async def _start(self) -> None:
-        loop = asyncio.get_running_loop()
+        """Start the parts in the order of one list, which `_stop` undoes in reverse."""
         settings, clock = self.settings, self.make_clock()
         for secret in loader.secrets(settings):
             self._logging.redaction.add(secret)
         for event, hint in security_warnings(settings):
             log.warning(event, hint=hint)
         upstream = AiohttpUpstream(settings.upstream, self.spawn)
-        self._undo.append(upstream.close)
-        context = RuntimeContext(
-            settings=settings,
+        runtime = build_runtime(self._make_context(clock, upstream), self.make_store)
+        if isinstance(runtime, SingleRuntime):
+            self.bridge = runtime.bridge
+        redaction, registry = self._logging.redaction, self._metrics.registry
+        admin = AdminServer(settings.admin, runtime.subject, registry, runtime.recent, self.addresses, redaction)
+        agents = self._make_agent_server(runtime)
+        steps: tuple[tuple[Start | None, Undo | None], ...] = (
+            (None, upstream.close),
+            (None, runtime.close),
+            (partial(self._bind, admin, agents), admin.stop),
+            (partial(self._open, runtime, admin), None),
+            (partial(self._start_runtime, runtime), runtime.stop),
+            (None, runtime.fallback.close),
+            (partial(self._serve_agents, agents, admin), agents.stop),
+        )
+        for start, undo in steps:
+            if undo is not None:
+                self._undo.append(undo)  # before the start, which may fail halfway
+            if start is not None:
+                await start()
+        self.spawn("watch", self._watch())
+        self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
+        if settings.notify.wanted:
+            notifier = Notifier(settings.notify, admin.status, clock, self.stop_requested, redaction)
+            self.spawn("notify", notifier.run())
+        trim_heap()
+        self._announce()
+
+    def _make_context(self, clock: Clock, upstream: UpstreamPort) -> RuntimeContext:
+        loop = asyncio.get_running_loop()
+        return RuntimeContext(
+            settings=self.settings,
             clock=clock,
             timers=loop,
             rng=random.random,
@@ -247,36 +277,29 @@ class App:
             redaction=self._logging.redaction,
             **self._telemetry(),
         )
-        parts = build_runtime(context, self.make_store)
-        if isinstance(parts, SingleRuntime):
-            self.bridge = parts.bridge
-        self._undo.append(parts.close)
-        redaction, registry = self._logging.redaction, self._metrics.registry
-        admin = AdminServer(settings.admin, parts.subject, registry, parts.recent, self.addresses, redaction)
-        self._undo.append(admin.stop)
-        frontend = self._make_frontend(parts)
-        # Both ports are bound before the store is opened and a link is dialled. So a second shim with the same
-        # configuration fails before it changes anything.
+
+    async def _bind(self, admin: AdminServer, agents: AgentServer) -> None:
+        """Bind both ports before the store is opened and a link is dialled.
+
+        So a second shim with the same configuration fails before it changes anything.
+        """
         admin.bind()
-        frontend.bind()
-        await parts.open(partial(self._serve_admin, admin))
-        self._parts = parts
-        self.addresses |= parts.addresses
+        agents.bind()
+
+    async def _open(self, runtime: Runtime, admin: AdminServer) -> None:
+        """Open the store, and serve the admin port, which the runtime may need while it waits for the store."""
+        await runtime.open(partial(self._serve_admin, admin))
+        self._runtime = runtime
+        self.addresses |= runtime.addresses
         await self._serve_admin(admin)
-        self._undo.append(parts.stop)
-        parts.start()
-        self._undo.append(parts.fallback.close)
-        self._undo.append(frontend.stop)
-        host, port = await frontend.start()
+
+    async def _start_runtime(self, runtime: Runtime) -> None:
+        runtime.start()
+
+    async def _serve_agents(self, agents: AgentServer, admin: AdminServer) -> None:
+        host, port = await agents.start()
         self.addresses["listen"] = f"{host}:{port}"
         admin.agents_served = True
-        self.spawn("watch", self._watch())
-        if settings.notify.wanted:
-            notifier = Notifier(settings.notify, admin.status, clock, self.stop_requested, redaction)
-            self.spawn("notify", notifier.run())
-        self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
-        trim_heap()
-        self._announce()
 
     async def _serve_admin(self, admin: AdminServer) -> None:
         """Listen on the admin port, unless it was done while the store was waited for."""
@@ -297,22 +320,22 @@ class App:
         self._undo.append(telemetry.close)
         return {"observe_store": telemetry.observe}
 
-    def _make_frontend(self, parts: Runtime) -> AgentServer:
+    def _make_agent_server(self, runtime: Runtime) -> AgentServer:
         settings = self.settings
-        self._metrics.fallback_active.set_function(parts.fallback.active)
+        self._metrics.fallback_active.set_function(runtime.fallback.active)
         sunset = sunset_headers(settings.sunset)
         return AgentServer(
             settings.listen,
-            self.wrap_agent_service(parts.agent_service),
+            self.wrap_agent_service(runtime.agent_service),
             dialects.load(),
             self._metrics,
             token=None if settings.upstream.own_tokens else self._token_for_agents,
             static_headers=lambda: sunset,
-            fallback=parts.fallback,
-            forwarder=parts.forwarder,
-            websockets=parts.websockets,
+            fallback=runtime.fallback,
+            forwarder=runtime.forwarder,
+            websockets=runtime.websockets,
             max_message_bytes=settings.upstream.max_message_bytes,
-            refused_calls=parts.subject.ctx.refused_calls,
+            refused_calls=runtime.subject.ctx.refused_calls,
         )
 
     # Tests override these methods to observe or delay the calls between two parts.
@@ -371,8 +394,8 @@ class App:
         self.stop_began()
         loop = asyncio.get_running_loop()
         end_s = loop.time() + STOP_S
-        if self._parts is not None:
-            self._parts.quiesce()
+        if self._runtime is not None:
+            self._runtime.quiesce()
         for later, undo in reversed(list(enumerate(self._undo))):
             try:
                 async with asyncio.timeout_at(end_s - STEP_S * later):
@@ -417,10 +440,10 @@ class App:
             changed = self._changed()
             if "config" in changed:
                 await self._reload()
-            if "token" in changed and self._parts is not None:
+            if "token" in changed and self._runtime is not None:
                 log.info("token_changed")
                 self._token = ""
-                self._parts.token_changed()
+                self._runtime.token_changed()
 
     def _changed(self) -> set[str]:
         return self._files.changed({"config": self._config_path, "token": self.settings.upstream.token_file})
@@ -472,11 +495,11 @@ class App:
         for secret in loader.secrets(fresh):
             self._logging.redaction.add(secret)
         self._logging.set_level(self.settings.log.level)
-        if self._parts is not None:
-            self._parts.reload(self.settings)
+        if self._runtime is not None:
+            self._runtime.reload(self.settings)
             if old.upstream != self.settings.upstream:
                 self._token = ""
-                self._parts.token_changed()
+                self._runtime.token_changed()
         ignored = loader.needs_restart(self.settings, fresh)
         log.info("config_reloaded", mode=self.settings.mode, needs_restart=ignored)
 

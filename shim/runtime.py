@@ -143,7 +143,9 @@ class SingleRuntime:
         self.fallback = FallbackPolicy(self.bridge)
         self.addresses: dict[str, str] = {}
         self.forwarder = None
-        self.websockets = WebSocketProxy(lambda: self.bridge.ctx.settings, context.metrics, context.spawn, self.bridge)
+        self.websockets = WebSocketProxy(
+            lambda: self.bridge.ctx.settings, context.metrics, context.spawn, self.bridge.websocket_agents
+        )
         context.metrics.websocket_connections.set_function(self.websockets.count)
         self._loaded: StoreContents | None = None
         self._opening = False

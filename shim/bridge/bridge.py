@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 from shim.bridge.admin_actions import AdminActions
 from shim.bridge.agent_calls import AgentCallHandler
@@ -25,18 +25,15 @@ from shim.bridge.session_registry import SessionRegistry
 from shim.bridge.session_removal import SessionRemoval
 from shim.bridge.upstream_messages import UpstreamMessageHandler
 from shim.bridge.websocket_agents import WebSocketAgents
-from shim.core.agent_calls import AgentCall
-from shim.core.command_queue import Batch
 from shim.core.records import CheckStore, Prune, SessionKey, StoreContents
 from shim.core.sessions import Sessions
 from shim.log import get
-from shim.ports import Caller, CallResult, DeliveryReceipt
 
 log = get(__name__)
 
 
 class Bridge:
-    """Implementation of `ports.AgentService`.
+    """All parts of the bridge and their wiring; implements `ports.AgentService` by the methods of its parts.
 
     State changes only synchronously, on the event loop. A call that has to wait is a coroutine.
     """
@@ -79,7 +76,14 @@ class Bridge:
             ctx, self.links, self.session_registry, self.registrations, self.delivery, self.holding
         )
         self.websocket_agents = WebSocketAgents(ctx, self.links.owner_of)
-        self.stopping = False
+        self.stopping = False  # shown by the admin port
+        self.call = self.calls.call
+        self.try_call_sync = self.calls.try_call_sync
+        # A `Batch` is the receipt that this bridge gives to the agents' server, which gives it back here.
+        self.written: Callable[[Any], None] = self.delivery.written
+        self.unwritten: Callable[[Any], None] = self.delivery.unwritten
+        self.next_request = self.delivery.next_request
+        self.connection_closed = self.delivery.connection_closed
         self.unpolled = UnpolledCommandsWarning(ctx, self.queues)
         self._upkeep = PeriodicTasks(ctx, self._periodic_tasks())
 
@@ -158,50 +162,10 @@ class Bridge:
         kept_s = max(commands.retain_s, commands.dedupe_s)
         self.ctx.store.submit(Prune(self.ctx.clock.wall_s() - kept_s))
 
-    # --- ports.AgentService -------------------------------------------------------------------------------------------
-
-    def call(self, client: Caller, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, CallResult]:
-        """Carry out an agent's call; implements `ports.AgentService.call`."""
-        return self.calls.call(client, call, arrived_s)
-
-    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
-        """Carry out a call that needs no waiting, or return None; implements `ports.AgentService.try_call_sync`."""
-        return self.calls.try_call_sync(client, call, arrived_s)
-
-    def written(self, receipt: DeliveryReceipt) -> None:
-        """Record that the whole reply was passed to the kernel."""
-        self.delivery.written(cast("Batch", receipt))
-
-    def unwritten(self, receipt: DeliveryReceipt) -> None:
-        """Requeue an offer whose reply could not be written."""
-        self.delivery.unwritten(cast("Batch", receipt))
-
-    def next_request(self, connection: int) -> None:
-        """Record that another request arrived on a connection that carried an offer."""
-        self.delivery.next_request(connection)
-
-    def connection_closed(self, connection: int, clean: bool) -> None:
-        """Record that a connection that carried an offer was closed."""
-        self.delivery.connection_closed(connection, clean)
-
     def token_changed(self) -> None:
         """Dial every link again with the new configured token."""
         self.links.token_changed()
         self.gateways.token_changed()
-
-    # --- agents with a WebSocket client of their own ------------------------------------------------------------------
-
-    def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
-        """Record the `register` of an agent whose own WebSocket the shim proxies."""
-        self.websocket_agents.registers(token, payload, anew=anew)
-
-    def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
-        """Record that the controller accepted the `register` of such an agent."""
-        self.websocket_agents.registered(token, payload, cluster_id)
-
-    def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
-        """Record that a proxied WebSocket on which an agent had registered was closed."""
-        self.websocket_agents.closed(token, payload)
 
     # --- sessions that move or end ------------------------------------------------------------------------------------
 

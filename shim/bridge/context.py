@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 from shim.bridge.events import EventQueue
 from shim.config.settings import Settings
@@ -35,18 +35,13 @@ class Moment(NamedTuple):
     unix: float
 
 
-class TokenSource(Protocol):
-    """Reader of the configured upstream token; raises `ShimError` if the token cannot be read."""
-
-    def __call__(self) -> str: ...
-
-
 @dataclass(slots=True)
 class BridgeContext:
     """Settings, ports and shared state of the bridge.
 
-    `settings` is replaced on a reload; `rng` yields floats in [0, 1). `fallback` records the results of calls to the
-    vendor's HTTP API, `refused_calls` the refused calls of agents. `events` is set by the bridge.
+    `settings` is replaced on a reload. `rng` yields floats in [0, 1). `read_token` returns the configured upstream
+    token or raises `ShimError`. `fallback` records the results of calls to the vendor's HTTP API, `refused_calls` the
+    refused calls of agents. The bridge sets `events`.
     """
 
     settings: Settings
@@ -57,7 +52,7 @@ class BridgeContext:
     store: CommandStore
     upstream: UpstreamPort
     metrics: Metrics
-    read_token: TokenSource
+    read_token: Callable[[], str]
     sessions: Sessions
     owner_key: bytes = b""
     redaction: Redaction = field(default_factory=Redaction)

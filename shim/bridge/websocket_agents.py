@@ -49,7 +49,7 @@ class WebSocketAgents:
     def __iter__(self) -> Iterator[WebSocketAgent]:
         return iter(list(self._agents.values()))
 
-    def registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
+    def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
         """Record an agent's own `register`; `anew` is True for the first one on its connection."""
         owner, wall = self._owner_of(token), self._ctx.clock.wall_s()
         if owner is None:
@@ -68,7 +68,7 @@ class WebSocketAgents:
         agent.connections += anew
         self._end_sessions(owner, payload, _text(payload.get("cluster_id")))
 
-    def registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
+    def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
         """Record that the controller has accepted the `register` with this payload."""
         owner = self._owner_of(token)
         agent = self._agents.get((owner or "", _identity(payload)))
@@ -77,7 +77,7 @@ class WebSocketAgents:
             agent.last_seen_unix = self._ctx.clock.wall_s()
             self._end_sessions(owner, payload, cluster_id)
 
-    def closed(self, token: str, payload: dict[str, Any]) -> None:
+    def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
         """Record that a connection was closed on which an agent had registered."""
         agent = self._agents.get((self._owner_of(token) or "", _identity(payload)))
         if agent is not None:

@@ -79,11 +79,11 @@ class WebSocketEvent(msgspec.Struct, frozen=True, omit_defaults=True):
         """Pass the event to the bridge of the shard."""
         match self.event:
             case "registers":
-                bridge.websocket_registers(self.token, self.payload, anew=self.anew)
+                bridge.websocket_agents.websocket_registers(self.token, self.payload, anew=self.anew)
             case "registered":
-                bridge.websocket_registered(self.token, self.payload, self.cluster_id)
+                bridge.websocket_agents.websocket_registered(self.token, self.payload, self.cluster_id)
             case "closed":
-                bridge.websocket_closed(self.token, self.payload)
+                bridge.websocket_agents.websocket_closed(self.token, self.payload)
 
 
 class ClusterAdmin:
