@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 
 from shim.core.backoff import FAILURES, DialOutcome
-from shim.core.fallback_record import OUTCOMES
+from shim.core.call_records import OUTCOMES
 from shim.core.heartbeat_coverage import HeartbeatOutcome
 from shim.core.liveness import LivenessState
 from shim.counting import OTHER, Counts, Spreads, Values

@@ -6,9 +6,8 @@ from typing import Any
 
 from shim.admin.subject import Subject
 from shim.bridge import BridgeContext
+from shim.core.call_records import FallbackCall, FallbackRecord, rows
 from shim.core.failover import bucket
-from shim.core.fallback_record import FallbackCall, FallbackRecord
-from shim.core.recent_calls import rows
 from shim.core.records import SessionKey
 from shim.core.sessions import MIN_FRESH_S, Session
 from shim.core.text import shorten

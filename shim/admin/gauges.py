@@ -11,7 +11,7 @@ from shim import __version__
 from shim.admin.call_status import RECENT_S, http_agent
 from shim.admin.health_messages import PROBLEMS
 from shim.admin.subject import Subject
-from shim.core.fallback_record import Why
+from shim.core.call_records import Why
 from shim.core.link_state import LinkState
 from shim.core.poll_hold import PollPacing
 

@@ -8,8 +8,8 @@ from typing import Any
 from shim.admin.subject import Subject
 from shim.config.rules import parse_date_s
 from shim.config.settings import Sunset
+from shim.core.call_records import Route, RouteUse
 from shim.core.records import SessionKey
-from shim.core.route_usage import Route, RouteUse
 from shim.core.text import format_duration, plural
 from shim.protocol import dialects
 

@@ -22,8 +22,8 @@ from shim.admin.rollout import rollout
 from shim.admin.subject import Subject
 from shim.admin.time_series import Sampler
 from shim.bridge.links import UpstreamLink
+from shim.core.call_records import FallbackCall, Why
 from shim.core.command_queue import CommandQueue, QueuedCommand, RecentCommand
-from shim.core.fallback_record import FallbackCall, Why
 from shim.core.records import CommandState, SessionKey
 from shim.core.sessions import MIN_GAPS, Session
 from shim.protocol.http import fallback_url, origin_of

@@ -16,9 +16,9 @@ from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.links import UpstreamLink
 from shim.bridge.registration import RefusedRegistration
 from shim.bridge.websocket_agents import WebSocketAgent
+from shim.core.call_records import Route, RouteUse
 from shim.core.command_queue import CommandQueue
 from shim.core.records import SessionKey
-from shim.core.route_usage import Route, RouteUse
 from shim.core.sessions import Session
 
 Bridges = Callable[[], Sequence[Bridge]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shim.core.recent_calls import RecentCalls
+from shim.core.call_records import RecentCalls
 from shim.log import get
 from shim.protocol.dialects import Match
 

@@ -38,7 +38,7 @@ from shim.config.files import reason
 from shim.config.settings import Listen
 from shim.core.agent_calls import AgentCall, Failed, RegisterCall
 from shim.core.bounds import MAX_LINE_BYTES
-from shim.core.recent_calls import RecentCalls
+from shim.core.call_records import RecentCalls
 from shim.errors import AgentError, StartError
 from shim.http_connection import LINGER_S, Budget
 from shim.listening import Listener, bind

@@ -34,8 +34,8 @@ from shim.core.agent_calls import (
     TunnelPollCall,
     TunnelState,
 )
+from shim.core.call_records import route_of
 from shim.core.link_state import LinkState
-from shim.core.route_usage import route_of
 from shim.core.sessions import Session
 from shim.errors import AgentError, StoreError
 from shim.log import get

@@ -11,9 +11,8 @@ from typing import NamedTuple, TypeVar
 from shim.bridge.events import EventQueue
 from shim.config.settings import Settings
 from shim.core.backoff import BackoffPolicy
+from shim.core.call_records import FallbackRecord, RecentCalls
 from shim.core.command_queue import Arriving, QueuePolicy, RecentCommands
-from shim.core.fallback_record import FallbackRecord
-from shim.core.recent_calls import RecentCalls
 from shim.core.records import AddTrace, Operation, SessionKey, StoreOperation, TraceEntry
 from shim.core.sessions import Sessions
 from shim.errors import StoreError

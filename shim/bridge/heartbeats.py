@@ -19,8 +19,7 @@ from shim.core.agent_calls import TargetKind
 from shim.core.bounds import MAX_ALL_KEPT_BYTES
 from shim.core.heartbeat_coverage import ACK_GRACE_S, HeartbeatOutcome
 from shim.core.records import SessionKey
-from shim.core.session_standing import TroubleKind
-from shim.core.sessions import Session
+from shim.core.sessions import Session, TroubleKind
 from shim.log import get
 
 log = get(__name__)

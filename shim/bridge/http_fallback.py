@@ -23,8 +23,8 @@ from shim.core.agent_calls import (
     TunnelInfoCall,
     TunnelPollCall,
 )
+from shim.core.call_records import route_of
 from shim.core.records import VIA_HTTP, CommandState, FindCommand, MarkCommands, SessionKey
-from shim.core.route_usage import route_of
 from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.log import get

@@ -19,7 +19,7 @@ from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.log import get
 from shim.protocol.rfc3339 import rfc3339
-from shim.protocol.truncate import fit
+from shim.protocol.upstream_message import fit
 
 log = get(__name__)
 

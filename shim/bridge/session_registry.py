@@ -9,6 +9,7 @@ from typing import Any
 from shim.bridge.context import BridgeContext
 from shim.bridge.registration import PendingRegistration
 from shim.core.agent_calls import Failed, HeartbeatCall, RegisterCall, Registered, SessionTarget, TargetKind
+from shim.core.call_records import RouteUsage
 from shim.core.records import (
     DeleteSession,
     MoveSession,
@@ -19,7 +20,6 @@ from shim.core.records import (
     SessionKey,
     StoreContents,
 )
-from shim.core.route_usage import RouteUsage
 from shim.core.sessions import Session
 from shim.errors import AgentError, StoreError
 from shim.log import get

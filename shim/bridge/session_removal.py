@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 
 from shim.bridge.context import BridgeContext
 from shim.bridge.registration import Registrations
+from shim.core.call_records import RouteUsage
 from shim.core.records import SessionKey
-from shim.core.route_usage import RouteUsage
 from shim.core.sessions import MIN_FRESH_S, Session
 from shim.core.text import format_duration
 from shim.errors import OperatorError, StoreError

@@ -16,10 +16,9 @@ from shim.bridge import Bridge
 from shim.config.rules import parse_date_s
 from shim.config.settings import Sunset
 from shim.core.agent_calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
+from shim.core.call_records import FallbackCall, Why, route_of
 from shim.core.failover import Breaker, Failover, Transport, in_rollout
-from shim.core.fallback_record import FallbackCall, Why
 from shim.core.link_state import LinkState
-from shim.core.route_usage import route_of
 from shim.errors import ConfigError
 from shim.fallback.reverse_proxy import ReverseProxy, Unreachable, object_of, unreachable_reply
 from shim.log import get

@@ -10,8 +10,8 @@ import pytest
 from shim.admin import status
 from shim.admin.status import ProcessInfo, StatusBuilder
 from shim.admin.subject import Subject
+from shim.core.call_records import FallbackCall, Why
 from shim.core.failover import bucket
-from shim.core.fallback_record import FallbackCall, Why
 from shim.core.records import SessionKey
 from shim.ports import Caller
 from shim.redaction import Redaction

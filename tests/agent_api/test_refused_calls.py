@@ -6,7 +6,7 @@ import pytest
 
 from shim.config.settings import Listen
 from shim.core.agent_calls import AgentCall, Failed
-from shim.core.recent_calls import RecentCalls
+from shim.core.call_records import RecentCalls
 from shim.ports import Caller, CallResult
 from tests.support.frontend import POLL, Board, get, post, running
 

@@ -9,8 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, QueuePolicy
-from shim.core.records import CommandRecord, CommandState, SessionKey
+from shim.core.command_queue import (
+    SHOWN_COMMANDS,
+    TRANSITIONS,
+    Batch,
+    CommandEvent,
+    CommandQueue,
+    QueuedCommand,
+    QueuePolicy,
+    RecentCommands,
+    next_state,
+)
+from shim.core.records import CommandRecord, CommandState, SessionKey, TraceEntry
+from shim.errors import IllegalTransition
 
 KEY = SessionKey("default", "cluster", "c-1")
 POLICY = QueuePolicy(
@@ -306,3 +317,62 @@ def test_whatever_happens_order_and_bookkeeping_hold(steps: list[str]) -> None:
         assert queue.size_bytes == 10 * len(held) == 10 * len(queue)
         in_offer = queue.offer.commands if queue.offer is not None else ()
         assert {live.seq for live in held if live.state is CommandState.OFFERED} <= {live.seq for live in in_offer}
+
+
+# --- The table of a command's life is total: what it does not say raises (docs/reference/protocol.md#3-commands) ---
+
+
+S, E = CommandState, CommandEvent
+EXPECTED = {
+    E.OFFER: {S.QUEUED: S.OFFERED, S.UNCERTAIN: S.OFFERED},
+    E.UNWRITTEN: {S.OFFERED: S.QUEUED},
+    E.EVIDENCE: {S.OFFERED: S.DELIVERED, S.UNCERTAIN: S.DELIVERED},
+    E.NO_EVIDENCE: {S.OFFERED: S.UNCERTAIN},
+    E.RESULT: dict.fromkeys(S, S.ANSWERED) | {S.CLOSED: S.CLOSED},
+    E.FENCED: {S.ANSWERED: S.CLOSED},
+    E.EXPIRE: {S.QUEUED: S.EXPIRED},
+    E.GIVE_UP: {S.QUEUED: S.DEAD, S.UNCERTAIN: S.DEAD},
+    E.FORGET: dict.fromkeys((S.QUEUED, S.OFFERED, S.UNCERTAIN), S.EXPIRED),
+    E.REDELIVER: dict.fromkeys((S.DELIVERED, S.EXPIRED, S.DEAD), S.QUEUED),
+}
+
+
+@pytest.mark.parametrize("step", E, ids=lambda step: step.name)
+@pytest.mark.parametrize("state", S, ids=lambda state: state.name)
+def test_every_cell(state: CommandState, step: CommandEvent) -> None:
+    if state in EXPECTED[step]:
+        assert next_state(state, step) is EXPECTED[step][state]
+    else:
+        with pytest.raises(IllegalTransition, match=f"{step.name} in {state.name}"):
+            next_state(state, step)
+
+
+def test_a_result_is_taken_in_every_state() -> None:
+    assert {state for state, step in TRANSITIONS if step is E.RESULT} == set(S)
+
+
+# --- The latest commands, as the status page shows them ---
+
+
+OTHER = SessionKey("default", "agent", "a-1")
+
+
+def test_a_command_is_shown_once_with_its_newest_step_the_newest_first() -> None:
+    recent = RecentCommands()
+    recent.note(KEY, ("1",), TraceEntry(1.0, "arrived", "exec"))
+    recent.note(KEY, ("2",), TraceEntry(2.0, "arrived", "scan"))
+    recent.note(KEY, ("1",), TraceEntry(3.0, "offered", "attempt 1"))
+    recent.note(OTHER, ("1",), TraceEntry(4.0, "dead", "why"))
+    assert [(each.id, each.session, each.event, each.type, each.arrived_unix) for each in recent] == [
+        ("1", OTHER, "dead", "", 0.0),
+        ("1", KEY, "offered", "exec", 1.0),
+        ("2", KEY, "arrived", "scan", 2.0),
+    ]
+
+
+def test_only_so_many_are_kept_also_of_one_batch() -> None:
+    recent = RecentCommands()
+    recent.note(KEY, tuple(map(str, range(3 * SHOWN_COMMANDS))), TraceEntry(1.0, "offered"))
+    recent.note(KEY, ("last",), TraceEntry(2.0, "arrived"))
+    shown = [each.id for each in recent]
+    assert (len(shown), shown[:2]) == (SHOWN_COMMANDS, ["last", str(3 * SHOWN_COMMANDS - 1)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.fallback_record import MAX_AGENTS, OUTCOMES, FallbackCall, FallbackRecord
+from shim.core.call_records import MAX_AGENTS, OUTCOMES, FallbackCall, FallbackRecord
 from shim.core.records import SessionKey
 
 

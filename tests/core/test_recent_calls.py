@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.core.recent_calls import MAX_ROUTE_CHARS, OTHER_ROUTES, RecentCalls
+from shim.core.call_records import MAX_ROUTE_CHARS, OTHER_ROUTES, RecentCalls
 
 
 def test_calls_are_counted_for_a_minute_the_most_frequent_first() -> None:

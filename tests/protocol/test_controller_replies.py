@@ -12,10 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shim.protocol.controller_replies import (
+    LEFTOVER_TYPES,
+    REASON,
+    REFUSED_TYPES,
     conflict_reply,
     error_status,
     error_text,
     forgotten,
+    refuse,
     register_reply,
     tunnel_state,
     url_safe_id,
@@ -154,3 +158,37 @@ def test_register_reply_has_exact_types(payload: dict[str, Any]) -> None:
 def test_tunnel_state_is_the_tunnels_own() -> None:
     said = {"cluster_id": "c-1", "status": "REQUIRED", "forwards": [], "request_id": "x", "poll_frequency": 9}
     assert tunnel_state(said) == {"status": "REQUIRED", "forwards": [], "poll_frequency": 9}
+
+
+# --- What only a WebSocket agent can serve is refused as a real agent would refuse it ---
+
+
+@pytest.mark.parametrize(
+    "kind, request_id, payload, answer",
+    [
+        ("proxy_request", "r", {"method": "GET"}, ("proxy_error", "r", {"error": REASON})),
+        (
+            "proxy_request",
+            "r",
+            {"supports_response_streaming": True},
+            ("proxy_response_abort", "r", {"error": REASON}),
+        ),
+        ("proxy_request", "r", {"supports_response_streaming": "yes"}, ("proxy_error", "r", {"error": REASON})),
+        ("proxy_request", "", {"method": "GET"}, None),
+        ("proxy_request", "r", {}, None),
+        ("tcp_tunnel_start", "r", {}, ("tcp_tunnel_close", "r", {"reason": "connection_failed", "error": REASON})),
+        ("tcp_tunnel_start", "", {"tunnel_id": "t"}, None),
+        ("ws_start", "r", {"stream_id": "s"}, ("proxy_error", "s", {"request_id": "s", "error": REASON})),
+        ("proxy_websocket_start", "", {"stream_id": "s"}, ("proxy_error", "s", {"request_id": "s", "error": REASON})),
+        ("ws_start", "r", {}, ("proxy_error", "r", {"request_id": "r", "error": REASON})),
+        ("ws_start", "r", {"stream_id": 5}, ("proxy_error", "r", {"request_id": "r", "error": REASON})),
+        ("ws_start", "", {}, None),
+    ],
+)
+def test_refuse(kind: str, request_id: str, payload: dict[str, Any], answer: Any) -> None:
+    assert kind in REFUSED_TYPES
+    assert refuse(kind, request_id, payload) == answer
+
+
+def test_nothing_is_both_refused_and_dropped() -> None:
+    assert not REFUSED_TYPES & LEFTOVER_TYPES

@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.protocol.truncate import fit
+from shim.protocol.upstream_message import fit
 
 TEXT = st.text(max_size=3000) | st.sampled_from(["\x00" * 2000, "ü" * 2000, '"' * 2000, "x" * 5000])
 

@@ -1,0 +1,267 @@
+"""Records of calls for the status, doctor and the alerts, each with bounded memory.
+
+The calls of the last minute, the calls to the vendor's HTTP API (docs/reference/protocol.md#4-modes), and the legacy
+routes that each agent uses.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from shim.core.agent_calls import (
+    AgentCall,
+    HealthCall,
+    HeartbeatCall,
+    PollCall,
+    RegisterCall,
+    ResultCall,
+    StatusCall,
+    TunnelInfoCall,
+    TunnelPollCall,
+)
+from shim.core.bounds import cut
+from shim.core.records import SessionKey
+from shim.core.text import printable
+
+WINDOW_S = 60.0
+STEP_S = 5.0
+MAX_KINDS = 32
+MAX_ROUTE_CHARS = 80
+MAX_REASON_CHARS = 120
+OTHER_ROUTES = "other routes"
+
+
+class CallKind(NamedTuple):
+    """Calls that are counted together. `status` is 0 if there was no reply."""
+
+    status: int
+    route: str
+    reason: str
+
+
+class CallCount(NamedTuple):
+    """Number of calls of one kind within the last minute. `last_at` is the monotonic time of the newest."""
+
+    kind: CallKind
+    calls: int
+    last_at: float
+
+
+class RecentCalls:
+    """Counts per kind for `WINDOW_S`. All times are monotonic seconds.
+
+    Kinds beyond `max_kinds` are counted together as `OTHER_ROUTES` of their status. Paths and reasons come from outside
+    and must not determine the memory that is used.
+    """
+
+    def __init__(self, max_kinds: int = MAX_KINDS) -> None:
+        self._max_kinds = max_kinds
+        self._steps: dict[CallKind, deque[tuple[float, int]]] = {}
+        self._last_at: dict[CallKind, float] = {}
+
+    def note(self, now: float, status: int, route: str, reason: str) -> CallKind:
+        """Count one call, and return the kind under which it was counted."""
+        kind = CallKind(status, bounded(route, MAX_ROUTE_CHARS), bounded(reason, MAX_REASON_CHARS))
+        if kind not in self._steps:
+            self._drop_old(now)
+            if len(self._steps) >= self._max_kinds:
+                kind = CallKind(status, OTHER_ROUTES, "")
+        steps = self._steps.setdefault(kind, deque())
+        if steps and now - steps[-1][0] < STEP_S:
+            steps[-1] = (steps[-1][0], steps[-1][1] + 1)
+        else:
+            steps.append((now, 1))
+            while now - steps[0][0] >= WINDOW_S:
+                steps.popleft()
+        self._last_at[kind] = now
+        return kind
+
+    def last_minute(self, now: float) -> list[CallCount]:
+        """Return the kinds of the last minute, the most frequent first."""
+        self._drop_old(now)
+        found = [
+            CallCount(kind, sum(count for at, count in steps if now - at < WINDOW_S), self._last_at[kind])
+            for kind, steps in self._steps.items()
+        ]
+        return sorted((each for each in found if each.calls), key=lambda each: (-each.calls, each.kind))
+
+    def _drop_old(self, now: float) -> None:
+        for kind in [kind for kind, at in self._last_at.items() if now - at >= WINDOW_S]:
+            del self._steps[kind], self._last_at[kind]
+
+
+def bounded(text: str, chars: int) -> str:
+    """Return a text from outside, printable and cut to `chars` characters."""
+    return cut(printable(text[: chars + 1]), chars)
+
+
+def rows(counts: Iterable[CallCount], limit: int) -> list[dict[str, object]]:
+    """Return the first `limit` counts in the form used in the status."""
+    return [
+        {"status": kind.status or None, "route": kind.route, "reason": kind.reason or None, "calls": calls}
+        for kind, calls, _ in list(counts)[:limit]
+    ]
+
+
+UNREACHABLE = "unreachable"
+OUTCOMES = ("1xx", "2xx", "3xx", "4xx", "5xx", UNREACHABLE)
+MAX_AGENTS = 10_000
+
+
+class Why(Enum):
+    """Reasons for sending an agent's calls to the vendor's HTTP API."""
+
+    MODE = "mode"
+    ROLLOUT = "rollout"
+    LINK_DOWN = "link_down"
+
+
+_NORMAL = frozenset({(404, "tunnel_poll"), (404, "tunnel_info"), (404, ""), (409, "register")})
+"""Statuses above 399 that are no failure: an API without tunnels, an unknown path, a cluster that exists already."""
+
+
+@dataclass(frozen=True, slots=True)
+class FallbackCall:
+    """One finished call. `status` is 0 if the API could not be reached, and `reason` is the cause.
+
+    `name` is the name by which the rollout places the caller: its cluster's name, else its id.
+    """
+
+    wall_s: float
+    operation: str
+    status: int = 0
+    reason: str = ""
+    dialect: str = ""
+    name: str = ""
+    why: Why = Why.MODE
+
+    @property
+    def outcome(self) -> str:
+        """The class of the response, one of `OUTCOMES`. A status that HTTP does not define counts as 5xx."""
+        return f"{min(self.status // 100, 5)}xx" if self.status >= 100 else UNREACHABLE
+
+    @property
+    def ok(self) -> bool:
+        """True if the API served the agent: 2xx, and the statuses that are no failure.
+
+        A redirect serves nobody: an agent that follows it leaves its token behind, or turns its POST into a GET.
+        """
+        return 200 <= self.status < 300 or (self.status, self.operation) in _NORMAL
+
+
+@dataclass(slots=True)
+class FallbackRecord:
+    """Counts per outcome since the start, the newest calls, and each agent's newest call.
+
+    `failures` is the number of failed calls in a row, and `failing_since_s` the time of the first of them (`None` while
+    the newest call was served). `recent` has the calls of the last minute and `recent_failures` the failed ones among
+    them.
+    """
+
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    last: FallbackCall | None = None
+    last_ok: FallbackCall | None = None
+    last_failure: FallbackCall | None = None
+    failures: int = 0
+    failing_since_s: float | None = None
+    by_agent: OrderedDict[SessionKey, FallbackCall] = field(default_factory=OrderedDict)
+    recent: RecentCalls = field(default_factory=RecentCalls)
+    recent_failures: RecentCalls = field(default_factory=RecentCalls)
+
+    def add(self, call: FallbackCall, agent: SessionKey | None = None) -> None:
+        """Record a finished call. `agent` is the caller's session if it is known."""
+        self.counts[call.outcome] += 1
+        self.last = call
+        route = call.operation or "another call"
+        self.recent.note(call.wall_s, call.status, route, "")
+        if not call.ok:
+            self.recent_failures.note(call.wall_s, call.status, route, call.reason)
+        if call.ok:
+            self.last_ok = call
+            self.failures, self.failing_since_s = 0, None
+        else:
+            self.last_failure = call
+            self.failures += 1
+            if self.failing_since_s is None:
+                self.failing_since_s = call.wall_s
+        if agent is not None:
+            self.by_agent[agent] = call
+            self.by_agent.move_to_end(agent)
+            if len(self.by_agent) > MAX_AGENTS:
+                self.by_agent.popitem(last=False)
+
+
+Route = tuple[str, str]
+"""(dialect, operation) as in `dialects`."""
+
+_OPERATIONS: dict[type[AgentCall], str] = {
+    RegisterCall: "register",
+    HeartbeatCall: "heartbeat",
+    StatusCall: "status",
+    PollCall: "poll",
+    ResultCall: "result",
+    TunnelPollCall: "tunnel_poll",
+    TunnelInfoCall: "tunnel_info",
+    HealthCall: "health",
+}
+_DIALECTS: dict[type[AgentCall], str] = {
+    TunnelPollCall: "common",
+    TunnelInfoCall: "clusters_agent",
+    HealthCall: "common",
+}
+
+
+def route_of(call: AgentCall) -> Route:
+    """Return the route of a call. A call type without a dialect field has only one route."""
+    kind = type(call)
+    dialect: str = _DIALECTS[kind] if kind in _DIALECTS else getattr(call, "dialect", "")
+    return dialect, _OPERATIONS[kind]
+
+
+@dataclass(slots=True)
+class RouteUse:
+    """Calls of one route by one agent since this process started."""
+
+    count: int
+    first_unix: float
+    last_unix: float
+    route: Route = ("", "")
+
+
+class RouteUsage:
+    """Counter of calls by agent and route. Beyond `max_agents` the agent that was added first is dropped."""
+
+    def __init__(self, max_agents: int = MAX_AGENTS) -> None:
+        self._max_agents = max_agents
+        self._agents: dict[SessionKey, list[RouteUse]] = {}  # lists, because an agent uses too few routes for a dict
+        self._routes: dict[Route, Route] = {}
+
+    def note(self, key: SessionKey, dialect: str, operation: str, wall: float) -> None:
+        """Count a call. Every request calls this, so it must be fast."""
+        uses = self._agents.get(key)
+        if uses is None:
+            uses = self._add(key)
+        route = (dialect, operation)
+        for use in uses:
+            if use.route == route:
+                use.count += 1
+                use.last_unix = wall
+                return
+        uses.append(RouteUse(1, wall, wall, self._routes.setdefault(route, route)))
+
+    def forget(self, key: SessionKey) -> None:
+        """Drop a session that was deleted or has another key now."""
+        self._agents.pop(key, None)
+
+    def __iter__(self) -> Iterator[tuple[SessionKey, dict[Route, RouteUse]]]:
+        return iter([(key, {use.route: use for use in uses}) for key, uses in self._agents.items()])
+
+    def _add(self, key: SessionKey) -> list[RouteUse]:
+        if len(self._agents) >= self._max_agents:
+            del self._agents[next(iter(self._agents))]
+        uses = self._agents[key] = []
+        return uses
