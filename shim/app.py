@@ -227,6 +227,7 @@ class App:
     async def _start(self) -> None:
         """Start the parts in the order of one list, which `_stop` undoes in reverse."""
         settings, clock = self.settings, self.make_clock()
+        self._count_rollout()
         for secret in loader.secrets(settings):
             self._logging.redaction.add(secret)
         for event, hint in security_warnings(settings):
@@ -485,6 +486,11 @@ class App:
         else:
             self._apply(fresh)
 
+    def _count_rollout(self) -> None:
+        """Set the metrics of the rollout: a canary is watched for a day, counted from its last change."""
+        self._metrics.rollout_percent.set(self.settings.rollout.percent)
+        self._metrics.rollout_changed.set(self.make_clock().wall_s())
+
     def _keep_old(self, faults: list[str]) -> None:
         self._metrics.config_valid.set(0)
         log.error("config_faulty", faults=faults)
@@ -495,6 +501,8 @@ class App:
         for secret in loader.secrets(fresh):
             self._logging.redaction.add(secret)
         self._logging.set_level(self.settings.log.level)
+        if (old.mode, old.rollout) != (self.settings.mode, self.settings.rollout):
+            self._count_rollout()
         if self._runtime is not None:
             self._runtime.reload(self.settings)
             if old.upstream != self.settings.upstream:

@@ -152,6 +152,11 @@ class Metrics:
         self.fallback_active = self._gauge(
             "fallback_active", "1 while calls go by HTTP because of the mode or of a link that is down."
         )
+        self.rollout_percent = self._gauge("rollout_percent", "The configured rollout.percent.")
+        self.rollout_changed = self._gauge(
+            "rollout_changed_timestamp_seconds",
+            "Unix time since which mode and rollout have been as they are, at the earliest the start.",
+        )
 
     def _add_process(self) -> None:
         self.internal_errors = self._counters(

@@ -31,6 +31,7 @@ def rollout(bridge: Subject, wall: float) -> dict[str, Any]:
     inside = sum(place["inside"] is True for place in places)
     return {
         "percent": chosen.percent,
+        "since": next(iter(bridge.ctx.metrics.rollout_changed.collect())).samples[0].value or None,
         "include": list(chosen.include),
         "exclude": list(chosen.exclude),
         "hash": places[0]["hash"] if len(places) == 1 else None,

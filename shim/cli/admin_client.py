@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from typing import Any
@@ -16,6 +19,10 @@ from shim.config.loader import load, read_secret
 from shim.errors import ConfigError
 
 TIMEOUT_S = 5.0
+"""Seconds within which a connection must be made and each piece of the response must come."""
+WHOLE_S = 30.0
+"""Seconds within which the whole response must have come, however small its pieces are."""
+MAX_BYTES = 64 * 1_048_576
 
 
 class AdminError(click.ClickException):
@@ -33,16 +40,23 @@ class AdminPort:
     host: str
     port: int
     token: str = field(default="", repr=False)
+    whole_s: float = WHOLE_S
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send one request and return the JSON object of the response. Raises `AdminError` with a remedy."""
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         data = None if body is None else json.dumps(body)
         connection = HTTPConnection(self.host, self.port, timeout=TIMEOUT_S)
+        watch = threading.Timer(self.whole_s, lambda: _cut(sock))
+        watch.daemon = True
         try:
+            connection.connect()
+            # Kept apart: the connection forgets a socket that the other side closes after its response.
+            sock = connection.sock
+            watch.start()
             connection.request(method, path, data, headers)
             response = connection.getresponse()
-            text = response.read()
+            text = response.read(MAX_BYTES)
         except (OSError, HTTPException) as error:
             why = getattr(error, "strerror", "") or str(error) or type(error).__name__
             raise AdminError(
@@ -50,10 +64,13 @@ class AdminPort:
                 "start the shim, or name its admin port with --url or its configuration with --config"
             ) from None
         finally:
+            watch.cancel()
             connection.close()
         answer = _object(text)
         if response.status != 200:
-            raise AdminError(self._refusal(response.status, answer), response.status)
+            raise AdminError(self._refusal(response.status, answer or {}), response.status)
+        if answer is None:
+            raise AdminError(f"{self.host}:{self.port} answers no JSON object: cut off, or not a shim's admin port")
         return answer
 
     def _refusal(self, status: int, answer: dict[str, Any]) -> str:
@@ -63,12 +80,18 @@ class AdminPort:
         return f"{said}; give --token-file, or --config with the shim's configuration"
 
 
-def _object(text: bytes) -> dict[str, Any]:
+def _cut(sock: socket.socket) -> None:
+    """End a response that does not end by itself: the reading thread then gets the end of the stream."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
     try:
         answer = json.loads(text)
     except ValueError:
-        return {}
-    return answer if isinstance(answer, dict) else {}
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 def admin_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,7 +1,7 @@
 """The command `agent-shim`. The module of a subcommand is imported only when it is called, so that `run` stays small.
 
 Exit codes: 0 success, 1 a command failed or found a failure, 2 faults in the configuration or the command line, 70 an
-internal error, 78 the store was written by a newer version.
+internal error, 78 the store was written by a newer version. `rollout` has 2 for a verdict and 64 for the command line.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ _LAZY_COMMANDS = {
     "inject": ("shim.cli.inject:command", "Add the sidecar to a manifest of the agent, or take it out again."),
     "purge": ("shim.cli.admin_commands:purge_command", "Give up a command that waits for its agent."),
     "redeliver": ("shim.cli.admin_commands:redeliver_command", "Queue a command again that ended without a result."),
+    "rollout": (
+        "shim.cli.rollout:command",
+        "Move many clusters step by step: preview, report with verdict, next step.",
+    ),
     "store": ("shim.cli.store_commands:command", "Copy a store from a file to a database, or back."),
     "status": ("shim.cli.status:command", "Show the state of a running shim, once or live: links, agents, commands."),
 }

@@ -75,6 +75,7 @@ async def test_operations(tmp_path: Path) -> None:
         async with Shim(tmp_path, config) as shim:
             path = tmp_path / "agent-shim.yaml"
             await shim.start()
+            (tmp_path / "clusters.txt").write_text(f"prod {shim.admin} admin-token\n")
             async with living(shim, "clusters_agent"):
                 await controller.until(type="register", direction="in")
                 seen = 0

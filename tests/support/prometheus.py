@@ -24,7 +24,7 @@ class Prometheus:
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session = session
-        self._url = url
+        self.url = self._url = url
         self._firing: set[str] = set()
         self._changed = asyncio.Condition()
 
@@ -65,8 +65,18 @@ class Prometheus:
 
 
 @asynccontextmanager
-async def prometheus(folder: Path, targets: Mapping[str, str], rules: Mapping[str, str]) -> AsyncIterator[Prometheus]:
-    """One that scrapes `targets` (job -> host:port) and evaluates `rules` (file name -> text) twice a second."""
+async def prometheus(
+    folder: Path,
+    targets: Mapping[str, str],
+    rules: Mapping[str, str],
+    clusters: Mapping[str, str] | None = None,
+    every: str = EVERY,
+) -> AsyncIterator[Prometheus]:
+    """One that scrapes `targets` (job -> host:port) and evaluates `rules` (file name -> text) twice a second.
+
+    `clusters` (job -> name) gives the label that a Prometheus of several clusters adds. A scrape may take as long as
+    the time between two: where a lost one would change what is seen, give it more.
+    """
     address = f"127.0.0.1:{free_port()}"
     async with aiohttp.ClientSession() as session:
         it = Prometheus(session, f"http://{address}")
@@ -74,24 +84,33 @@ async def prometheus(folder: Path, targets: Mapping[str, str], rules: Mapping[st
         app.router.add_post("/api/v2/alerts", it.receive)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
+        labels = {job: {"cluster": name} for job, name in (clusters or {}).items()}
         try:
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             manager = f"127.0.0.1:{runner.addresses[0][1]}"
-            async with _running(_configure(folder, targets, rules, manager), folder, address):
+            async with _running(_configure(folder, targets, rules, manager, labels, every), folder, address):
                 yield it
         finally:
             await runner.cleanup()
 
 
-def _configure(folder: Path, targets: Mapping[str, str], rules: Mapping[str, str], manager: str) -> Path:
+def _configure(
+    folder: Path,
+    targets: Mapping[str, str],
+    rules: Mapping[str, str],
+    manager: str,
+    labels: Mapping[str, dict[str, str]],
+    every: str,
+) -> Path:
     for name, text in rules.items():
         (folder / name).write_text(text)
     configuration = {
-        "global": {"scrape_interval": EVERY, "scrape_timeout": EVERY, "evaluation_interval": EVERY},
+        "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
         "rule_files": [str(folder / name) for name in rules],
         "alerting": {"alertmanagers": [{"static_configs": [{"targets": [manager]}]}]},
         "scrape_configs": [
-            {"job_name": job, "static_configs": [{"targets": [target]}]} for job, target in targets.items()
+            {"job_name": job, "static_configs": [{"targets": [target], "labels": labels.get(job, {})}]}
+            for job, target in targets.items()
         ],
     }
     path = folder / "prometheus.yaml"

@@ -42,13 +42,16 @@ def agents(pods: Iterable[Mapping[str, Any]]) -> list[Pod]:
 
 def listed(text: str) -> list[Mapping[str, Any]]:
     """Parse the pods in kubectl's JSON. Raises `InjectError`."""
+    wrong = InjectError("not what `kubectl get pods --output json` prints")
     try:
         data = json.loads(text)
     except ValueError:
-        raise InjectError("not what `kubectl get pods --output json` prints") from None
+        raise wrong from None
     if not isinstance(data, dict):
-        raise InjectError("not what `kubectl get pods --output json` prints")
-    items: list[Mapping[str, Any]] = data["items"] if data.get("kind", "").endswith("List") else [data]
+        raise wrong
+    items = data.get("items") if str(data.get("kind", "")).endswith("List") else [data]
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise wrong
     return items
 
 

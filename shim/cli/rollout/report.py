@@ -1,0 +1,240 @@
+"""The report as rows of cells, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+from shim.cli.rollout.cluster import TITLES, WANTED, Cluster, Measured
+from shim.cli.rollout.verdict import Decision, Reason, Verdict, percentage
+from shim.core.text import plural, printable
+
+WINDOWS = ("1h", "24h")
+SHORT = {
+    "connection_success": "Connect",
+    "reconnection": "Reconnect",
+    "heartbeat_success": "Heartbeat",
+    "message_latency": "Latency",
+}
+"""Titles of the objectives in narrow columns."""
+HEAD = ("Cluster", "Agent", "Sidecar", "Version", "Mode", "Canary", "Link")
+TAIL = ("No result", "Still used", "Can go")
+
+
+class Report(NamedTuple):
+    """Rows of all clusters and the verdict, as seen at `at` (Unix seconds)."""
+
+    clusters: list[Cluster]
+    verdict: Verdict
+    at: float
+
+
+class Cell(NamedTuple):
+    """Text of one cell; `level` is `good`, `warning`, `bad` or empty, `more` explains it."""
+
+    text: str
+    level: str = ""
+    more: str = ""
+
+
+def head() -> list[tuple[str, str]]:
+    """Return the columns, each with the target of its objective or an empty text."""
+    objectives = [(SHORT[name], WANTED[name]) for name in TITLES]
+    return [*((name, "") for name in HEAD), *objectives, *((name, "") for name in TAIL)]
+
+
+def cells(row: Cluster) -> list[Cell]:
+    """Return the cells of one cluster, as many as `head` has, free of terminal control characters."""
+    found = [
+        Cell(row.name),
+        _agent(row),
+        _sidecar(row),
+        Cell(", ".join(row.versions) or "?", "" if len(row.versions) < 2 else "warning"),
+        Cell(", ".join(row.modes) or "?", "" if len(row.modes) < 2 else "warning"),
+        _canary(row),
+        _link(row),
+        *(_objective(row, name) for name in TITLES),
+        _without_result(row),
+        Cell(", ".join(_tails(row.still_used)) if row.seen else "?", "", "\n".join(row.still_used)),
+        _can_go(row),
+    ]
+    return [Cell(printable(cell.text), cell.level, "\n".join(map(printable, cell.more.splitlines()))) for cell in found]
+
+
+def _agent(row: Cluster) -> Cell:
+    if row.agents:
+        return Cell("calls", "good", f"{plural(row.agents, 'agent')} alive, or by HTTP within 24 h")
+    if row.agent_pods:
+        return Cell("silent", "bad", f"{plural(row.agent_pods, 'pod')} of the agent, and none calls a shim")
+    return Cell("none", "warning") if row.seen or row.agent_pods == 0 else Cell("?", "warning")
+
+
+def _sidecar(row: Cluster) -> Cell:
+    if row.sidecar_faults:
+        return Cell(f"{len(row.sidecar_faults)} without", "bad", "\n".join(row.sidecar_faults))
+    if row.seen:
+        return Cell("yes", "good", plural(row.shims, "shim") + " answered")
+    return Cell("none" if row.agent_pods is not None else "?", "warning")
+
+
+def _canary(row: Cluster) -> Cell:
+    words = {"http": "mode http", "empty": "no agent", "unknown": "?", "part": f"{row.inside} in, {row.outside} out"}
+    percent = "" if row.percent is None else f" ({row.percent:g} %)"
+    if row.canary in ("in", "out"):
+        return Cell(f"{row.canary}{percent}", "good" if row.canary == "in" else "")
+    return Cell(words[row.canary] + (percent if row.canary == "part" else ""), "")
+
+
+def _link(row: Cluster) -> Cell:
+    if not row.seen:
+        return Cell("?", "warning")
+    names = {"up": "up", "down": "down", "refused": "refused", "idle": "at rest"}
+    found = [(number, names.get(phase, phase)) for phase, number in row.links.items() if number]
+    text = (
+        "none" if not found else found[0][1] if found == [(1, found[0][1])] else ", ".join(f"{n} {w}" for n, w in found)
+    )
+    bad = any(row.links.get(phase) for phase in ("down", "refused"))
+    return Cell(text, "bad" if bad else "good" if row.links.get("up") else "")
+
+
+def _objective(row: Cluster, name: str) -> Cell:
+    measured = [row.objectives.get(window, {}).get(name) for window in WINDOWS]
+    states = [each.state if each is not None else "unknown" for each in measured]
+    level = "bad" if "missed" in states else "good" if "met" in states else ""
+    more = [f"{window}: {_words(each)}" for window, each in zip(WINDOWS, measured, strict=True) if each is not None]
+    return Cell(" / ".join(map(_share, measured)) if row.seen else "?", level, "\n".join(more))
+
+
+def _share(measured: Measured | None) -> str:
+    if measured is None or measured.share is None:
+        return "-"
+    return percentage(measured.share).replace(" %", "%") + ("!" if measured.state == "missed" else "")
+
+
+def _words(measured: Measured) -> str:
+    if measured.share is None:
+        return "nothing to measure"
+    share = percentage(measured.share)
+    return f"{share}, {measured.state}: {measured.samples - measured.failures:.0f} of {measured.samples:.0f}"
+
+
+def _without_result(row: Cluster) -> Cell:
+    totals = [sum(row.without_result.get(window, {}).values()) for window in WINDOWS]
+    more = [
+        f"{window}: {number} {code}"
+        for window in WINDOWS
+        for code, number in sorted(row.without_result.get(window, {}).items())
+    ]
+    return Cell(f"{totals[0]} / {totals[1]}" if row.seen else "?", "warning" if any(totals) else "", "\n".join(more))
+
+
+def _tails(routes: Sequence[str]) -> list[str]:
+    """Return the last part of each route, for a narrow column."""
+    return sorted({route.partition(" (")[0].rpartition("/")[2] for route in routes})
+
+
+def _can_go(row: Cluster) -> Cell:
+    if row.keep_reasons is None or row.gaps:
+        return Cell("?")
+    reasons = "\n".join(row.keep_reasons)
+    return Cell("no" if row.keep_reasons else "yes", "" if row.keep_reasons else "good", reasons)
+
+
+# --- the verdict ------------------------------------------------------------------------------------------------------
+
+
+def headline(report: Report) -> str:
+    """Return the verdict in one sentence."""
+    verdict = report.verdict
+    if verdict.decision is Decision.GO_BACK:
+        return f"Go back: {', '.join(map(printable, verdict.clusters))}."
+    if verdict.decision is Decision.WAIT:
+        since = f" since {moment(verdict.since)}" if verdict.since else ""
+        until = (
+            f" until {moment(verdict.until)} at the latest" if verdict.until else " until the reasons below are gone"
+        )
+        return f"Wait{since},{until}." if since else f"Wait{until}."
+    done = verdict.percent == 100
+    return "Go on: every cluster is in; the shims can go as soon as their agents are replaced." if done else "Go on."
+
+
+def summary(report: Report) -> str:
+    """Return how many clusters were seen and how many are in, in one sentence."""
+    seen = sum(each.seen and not each.gaps for each in report.clusters)
+    canary = sum(each.on_websocket for each in report.clusters)
+    parts = [f"{plural(len(report.clusters), 'cluster')}, {seen} seen whole, {canary} in"]
+    if report.verdict.percent is not None:
+        parts.append(f"at {report.verdict.percent:g} %")
+    days = [each.sunset_days for each in report.clusters if each.sunset_days is not None]
+    if days:
+        over = min(days) < 0
+        parts.append("the HTTP API is over" if over else f"{plural(int(min(days)), 'day')} until the HTTP API ends")
+    return ", ".join(parts)
+
+
+def reason_line(reason: Reason) -> str:
+    """Return a reason as one line."""
+    where = f"{printable(reason.cluster)}: " if reason.cluster else ""
+    until = f" (until {moment(reason.until)} at the latest)" if reason.until is not None else ""
+    return f"{where}{printable(reason.text)}{until}"
+
+
+def moment(at: float) -> str:
+    """Return a Unix time as text in UTC."""
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def text(report: Report) -> str:
+    """Return the report as text: a row for each cluster, then the verdict and its reasons."""
+    names = [name for name, _ in head()]
+    rows = [[name.upper() for name in names], *([cell.text for cell in cells(each)] for each in report.clusters)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    wanted = "; ".join(f"{title} {WANTED[name]}" for name, title in TITLES.items())
+    lines += ["", f"Objectives over 1 h / 24 h, ! is missed; wanted: {wanted}.", f"{summary(report)}.", ""]
+    lines.append(headline(report))
+    lines += [f"  {reason.decision.text:<8} {reason_line(reason)}" for reason in report.verdict.reasons]
+    notes = [f"{each.name}: {note}" for each in report.clusters for note in each.notes]
+    return "\n".join([*lines, *(f"  {'note':<8} {printable(note)}" for note in notes)])
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Return the report for programs."""
+    verdict = report.verdict
+    return {
+        "at": report.at,
+        "verdict": verdict.decision.text,
+        "exit_code": int(verdict.decision),
+        "since": verdict.since,
+        "until": verdict.until,
+        "percent": verdict.percent,
+        "go_back": verdict.clusters,
+        "reasons": [
+            {**msgspec.to_builtins(reason), "decision": reason.decision.text, "cluster": reason.cluster or None}
+            for reason in verdict.reasons
+        ],
+        "clusters": [_cluster(each) for each in report.clusters],
+    }
+
+
+def _cluster(row: Cluster) -> dict[str, Any]:
+    data: dict[str, Any] = msgspec.to_builtins(row)
+    data["canary"] = row.canary
+    data["removable"] = None if row.keep_reasons is None or row.gaps else not row.keep_reasons
+    data["objectives"] = {
+        window: {
+            name: {
+                "state": each.state,
+                "measured": each.share,
+                "target": each.target,
+                "good": each.good,
+                "samples": each.samples,
+            }
+            for name, each in measured.items()
+        }
+        for window, measured in row.objectives.items()
+    }
+    return data

@@ -1,0 +1,203 @@
+"""Sources of the report: contexts, kubeconfig files, one Prometheus, or a file of admin ports."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import click
+
+from shim.cli.rollout import admin_ports, kubectl, placement
+from shim.cli.rollout.cluster import Cluster
+from shim.cli.rollout.kubectl import Access
+from shim.cli.rollout.placement import Lists, Place
+from shim.cli.rollout.prometheus import Prometheus, PrometheusError, clusters
+from shim.clock import Clock
+from shim.config.loader import read_secret
+from shim.errors import ConfigError
+
+PARALLEL = 8
+TOKEN_VARIABLE = "SHIM_ADMIN__TOKEN_FILE"  # noqa: S105 - the name of a variable
+_LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*", re.ASCII)
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+class Source(NamedTuple):
+    """Source of the rows: one reader for each cluster, or one Prometheus for all.
+
+    `access` maps clusters to helm's options, as far as kubectl reaches them. Clusters in `expected` get a row in any
+    case.
+    """
+
+    readers: dict[str, Callable[[], Cluster]]
+    prometheus: Prometheus | None
+    parallel: int
+    namespace: str
+    access: dict[str, tuple[str, ...]]
+    expected: tuple[str, ...]
+    doubles: tuple[str, ...] = ()
+
+
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that select the clusters; `source_of` turns them into a `Source`."""
+    for option in (
+        click.option(
+            "--timeout", "timeout_s", type=click.FloatRange(1, 600), default=30, show_default=True, metavar="S"
+        ),
+        click.option("--parallel", type=click.IntRange(1, 64), default=PARALLEL, show_default=True, metavar="N"),
+        click.option(
+            "--namespace", default="pipeops-system", show_default=True, help="Of the agents; `all`: every one."
+        ),
+        click.option("--cluster-label", default="cluster", show_default=True, help="With --prometheus."),
+        click.option("--token-file", metavar="FILE", help="Bearer token of the admin ports, or of Prometheus."),
+        click.option("--expect", metavar="FILE", help="Names that must have a row, one a line; - is standard input."),
+        click.option("--urls", metavar="FILE", help="Lines of NAME URL [TOKEN-FILE]: admin ports."),
+        click.option("--prometheus", "prometheus_url", metavar="URL", help="One Prometheus that scrapes all shims."),
+        click.option("--kubeconfig-glob", metavar="GLOB", help="Files of kubectl, each with one cluster."),
+        click.option("--contexts", metavar="A,B", help="Contexts of kubectl."),
+    ):
+        command = option(command)
+    return command
+
+
+def source_of(  # noqa: PLR0913 - one for each option
+    *,
+    contexts: str | None,
+    kubeconfig_glob: str | None,
+    prometheus_url: str | None,
+    urls: str | None,
+    expect: str | None,
+    token_file: str | None,
+    cluster_label: str,
+    namespace: str,
+    parallel: int,
+    timeout_s: float,
+) -> Source:
+    """Return the source that the options name. Raises click's errors."""
+    if sum(map(bool, (contexts, kubeconfig_glob, prometheus_url, urls))) != 1:
+        raise click.UsageError("give one of --contexts, --kubeconfig-glob, --prometheus, --urls")
+    expected = tuple(dict.fromkeys(placement.read_names(expect))) if expect else ()
+    if prometheus_url:
+        prometheus = _prometheus(prometheus_url, token_file, cluster_label, timeout_s)
+        return Source({}, prometheus, parallel, namespace, {}, expected)
+    if urls:
+        token_file = token_file or os.environ.get(TOKEN_VARIABLE, "")
+        ports = admin_ports.read_lines(placement.read_names(urls), token_file, timeout_s)
+        return Source(
+            _some({each.name: partial(admin_ports.cluster, each) for each in ports}, urls),
+            None,
+            parallel,
+            namespace,
+            {},
+            expected,
+        )
+    found = _access(contexts, kubeconfig_glob, namespace, timeout_s)
+    readers = _some({each.name: partial(kubectl.cluster, each) for each in found}, contexts or kubeconfig_glob)
+    access = {each.name: each.helm for each in found}
+    doubles = _doubles(split(contexts)) if contexts else ()
+    return Source(readers, None, parallel, namespace, access, expected, doubles)
+
+
+def collect(source: Source) -> tuple[list[Cluster], list[str]]:
+    """Return a row for each cluster, and the failures of the source itself."""
+    rows: list[Cluster] = []
+    faults: list[str] = []
+    if source.prometheus is not None:
+        try:
+            rows = clusters(source.prometheus, Clock().wall_s())
+        except PrometheusError as error:
+            faults.append(str(error))
+        else:
+            faults += [f"Prometheus warns: {each}" for each in sorted(source.prometheus.warnings)]
+            if not rows:
+                faults.append("this Prometheus has no series of a shim: agent_shim_build_info, in the last 24 h")
+    else:
+        rows = in_parallel(list(source.readers.items()), source.parallel, _read)
+    names = {each.name for each in rows}
+    rows += [Cluster(name=name, gaps=["expected, and not seen"]) for name in source.expected if name not in names]
+    for row in rows:
+        if row.name in source.doubles:
+            row.notes.append("given more than once, asked once")
+    return rows, faults
+
+
+def _read(each: tuple[str, Callable[[], Cluster]]) -> Cluster:
+    name, read = each
+    try:
+        return read()
+    except Exception as error:  # noqa: BLE001 - a defect in reading one cluster must not hide all the others
+        return Cluster(name=name, gaps=[f"the answer cannot be read: {type(error).__name__}: {error}"])
+
+
+def contexts_places(
+    contexts: str, namespace: str, timeout_s: float, percents: Sequence[float], lists: Lists
+) -> list[Place]:
+    """Return the places of all agents that the shims in these contexts know, and a row for each that does not answer.
+
+    A context's name is not the cluster's name, which only the agent has.
+    """
+
+    def ask(access: Access) -> list[Place]:
+        row = Cluster(name=access.name)
+        found = kubectl.statuses(access, row)
+        names = [place.name for status in found for place in status.rollout.agents.items]
+        hidden = sum(status.rollout.agents.total - len(status.rollout.agents.items) for status in found)
+        problems = [*row.gaps, *([f"{hidden} more agents are not listed"] if hidden else [])]
+        if not names and not problems:
+            problems = ["no agent has called: its name is not known yet"]
+        places = [placement.place(name, percents, lists, context=access.name) for name in dict.fromkeys(names)]
+        unknown = [Place("", None, "", {}, context=access.name, problem=problem) for problem in problems]
+        return places + unknown
+
+    found = kubectl.by_contexts(split(contexts), namespace, timeout_s)
+    return [place for places in in_parallel(found, PARALLEL, ask) for place in places]
+
+
+def in_parallel(items: Sequence[_T], parallel: int, function: Callable[[_T], _R]) -> list[_R]:
+    """Return the results in the order of the items, computed in at most `parallel` threads."""
+    with ThreadPoolExecutor(max_workers=parallel) as pool:
+        return list(pool.map(function, items))
+
+
+def split(text: str) -> list[str]:
+    """Return the names in a list with commas; spaces around them and empty ones are left out."""
+    return [name for each in text.split(",") if (name := each.strip())]
+
+
+def _doubles(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in dict.fromkeys(names) if names.count(name) > 1)
+
+
+def _some(readers: dict[str, Callable[[], Cluster]], given: str | None) -> dict[str, Callable[[], Cluster]]:
+    if not readers:
+        raise click.ClickException(f"{given} names no cluster")
+    return readers
+
+
+def _access(contexts: str | None, pattern: str | None, namespace: str, timeout_s: float) -> list[Access]:
+    if contexts is not None:
+        return kubectl.by_contexts(split(contexts), namespace, timeout_s)
+    return kubectl.by_kubeconfigs(pattern or "", namespace, timeout_s)
+
+
+def _prometheus(url: str, token_file: str | None, label: str, timeout_s: float) -> Prometheus:
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise click.BadParameter("expected http(s)://HOST[:PORT][/PATH]", param_hint="--prometheus")
+    if not _LABEL.fullmatch(label):
+        raise click.BadParameter(f"{label!r} is no label's name", param_hint="--cluster-label")
+    try:
+        token = read_secret(token_file, "--token-file") if token_file else ""
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
+    return Prometheus(url, token, label, timeout_s)

@@ -1,0 +1,145 @@
+"""Places of clusters in the rollout: the hash that others can compute, and lists of names as people have them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from shim.cli.main import cli
+from shim.cli.rollout.placement import Lists, place, places
+from shim.core.failover import bucket
+
+ROOT = Path(__file__).parents[3]
+PROTOCOL = (ROOT / "docs" / "reference" / "protocol.md").read_text()
+
+
+def preview(*args: str, stdin: bytes = b"") -> tuple[int, str, str]:
+    done = CliRunner().invoke(cli, ["rollout", "preview", *args], input=stdin)
+    return done.exit_code, done.stdout, done.stderr
+
+
+def vectors() -> list[tuple[str, str, str]]:
+    """(name, hexadecimal digits, hash) in the protocol's page."""
+    return re.findall(r"^\s*\| `([^`]+)` \| `([0-9a-f]{16})` \| ([\d.]+) \|$", PROTOCOL, re.MULTILINE)
+
+
+def test_the_documented_vectors_are_those_of_the_shim() -> None:
+    found = vectors()
+    assert len(found) >= 4
+    assert any(not name.isascii() for name, _, _ in found)
+    for name, digits, number in found:
+        assert bucket(name) == int(digits, 16) / 2**64 * 100
+        assert f"{bucket(name):.4f}" == number
+
+
+@pytest.mark.needs("sh", "awk", "sha256sum")
+def test_the_documented_shell_line_computes_the_same() -> None:
+    line = next(each for each in PROTOCOL.splitlines() if "sha256sum" in each).strip()
+    for name, _, number in vectors():
+        done = subprocess.run(["sh", "-c", f"name='{name}'; {line}"], capture_output=True, check=True, timeout=30)
+        assert done.stdout.decode().strip() == number, name
+
+
+def test_lists_come_before_the_hash() -> None:
+    lists = Lists(include=("late*",), exclude=("*-b",))
+    assert place("late-a", (0, 10), lists).steps == {"0": True, "10": True}
+    assert place("late-a", (0,), lists).decided_by == "include"
+    assert place("late-b", (0, 100), lists).steps == {"0": False, "100": False}
+    assert place("late-b", (0,), lists).decided_by == "exclude"
+    assert place("prod-cluster", (6, 7), lists).steps == {"6": False, "7": True}
+
+
+def test_a_name_that_is_given_twice_is_one_place() -> None:
+    found = places(["staging", "prod-cluster", "staging"], (10,), Lists())
+    assert [(each.cluster, each.given) for each in found] == [("prod-cluster", 1), ("staging", 2)]
+    code, out, _ = preview("staging", "prod-cluster", "staging")
+    assert code == 0
+    assert re.search(r"^staging +91\.05 +out +out +in +given 2 times$", out, re.MULTILINE)
+    assert "2 clusters: in are 1 at 10 %, 1 at 50 %, 2 at 100 %" in out
+
+
+def test_a_larger_percentage_only_adds_clusters() -> None:
+    names = [f"cluster-{number}" for number in range(300)]
+    steps = [{each.cluster for each in places(names, (step,), Lists()) if each.steps[f"{step}"]} for step in (10, 50)]
+    assert steps[0] < steps[1] < set(names)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"prod-cluster\nstaging\n",
+        b"prod-cluster\r\n\r\nstaging\r\n",
+        b"\xef\xbb\xbfprod-cluster\nstaging",
+        b"\n\n  prod-cluster \n\tstaging\n\n",
+    ],
+)
+def test_files_as_people_have_them(text: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "names"
+    path.write_bytes(text)
+    for code, out, err in (
+        preview("--from-file", str(path), "--json"),
+        preview("--from-file", "-", "--json", stdin=text),
+    ):
+        assert (code, err) == (0, "")
+        assert [each["cluster"] for each in json.loads(out)] == ["prod-cluster", "staging"]
+
+
+@pytest.mark.needs("bash")
+def test_a_pipe_is_a_file() -> None:
+    line = f"{sys.executable} -m shim rollout preview --json --from-file <(sleep 0.2; echo staging; echo prod-cluster)"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=60, check=True, cwd=ROOT)
+    assert [round(each["hash"], 2) for each in json.loads(done.stdout)] == [6.12, 91.05]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (b"prod\nb\xfcro\n", "line 2: not UTF-8"),
+        ("prod\n".encode("utf-16"), "is UTF-16"),
+        (b"prod\n\0\0\n", "line 2: a NUL byte"),
+        (b"\n \r\n", "names no cluster"),
+        (b"x" * (17 << 20), "is larger than 16 MiB"),
+    ],
+)
+def test_what_is_no_list_of_names(text: bytes, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "names"
+    path.write_bytes(text)
+    code, out, err = preview("--from-file", str(path))
+    assert (code, out) == (1, "")
+    assert expected in err
+    assert str(path) in err
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    assert "cannot be read: No such file" in preview("--from-file", str(tmp_path / "gone"))[2]
+    assert "cannot be read: Is a directory" in preview("--from-file", str(tmp_path))[2]
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        ((), "give either NAMES"),
+        (("a", "--from-file", "b"), "give either NAMES"),
+        (("a", "--percent", "10,x"), "is no list of numbers"),
+        (("a", "--percent", "nan"), "between 0 and 100"),
+        (("a", "--percent", "101"), "between 0 and 100"),
+        (("a\udcff",), "is not UTF-8"),
+        (("a", "--include", "a\udcff"), "is not UTF-8"),
+        (("--nonsense",), "No such option"),
+    ],
+)
+def test_faults_on_the_command_line_have_an_exit_code_of_their_own(args: tuple[str, ...], expected: str) -> None:
+    code, out, err = preview(*args)
+    assert (code, out) == (64, "")  # 2 would mean to go back
+    assert expected in err
+
+
+def test_names_that_could_control_a_terminal_are_shown_without_that() -> None:
+    assert "\x1b" not in preview("a\x1b[31m")[1]
+    assert json.loads(preview("a\x1b[31m", "--json")[1])[0]["cluster"] == "a\x1b[31m"
