@@ -24,6 +24,7 @@ from shim.errors import ConfigError, StoreVersionError
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+EXIT_USAGE = 64
 EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
 

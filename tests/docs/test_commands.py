@@ -23,7 +23,11 @@ DOCS = ROOT / "docs"
 ADMIN = "token-of-the-admin-port"
 
 # Their blocks are run in this order, as one operator would: install, canary, rollback, removal.
-OPERATIONS = ("get-started/servers.md", "how-to/canary.md", "how-to/rollback.md", "how-to/removal.md")
+OPERATIONS = (
+    *("get-started/servers.md", "how-to/canary.md", "how-to/migrate-many-clusters.md"),
+    *("how-to/rollback.md", "how-to/removal.md"),
+)
+LOAD_TEST = "how-to/load-test.md"
 ALONE = ("concepts/faq.md", "how-to/diagnose.md")
 
 
@@ -34,17 +38,17 @@ def blocks(name: str) -> list[str]:
     return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
 
 
-async def run(block: str, folder: Path) -> str:
+async def run(block: str, folder: Path, **variables: str) -> str:
     """A block as a person would run it, in a directory with `agent-shim.yaml` and the project's `config`."""
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     process = await asyncio.create_subprocess_exec(
         *("bash", "-euo", "pipefail", "-c", block),
         cwd=folder,
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **variables},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         output, _ = await process.communicate()
     assert process.returncode == 0, f"{block}\n{output.decode()}"
     return output.decode()
@@ -60,6 +64,7 @@ def prepare(folder: Path) -> None:
 
 
 @pytest.mark.needs("bash", "promtool")
+@pytest.mark.timeout(300)
 async def test_operations(tmp_path: Path) -> None:
     prepare(tmp_path)
     async with world(tmp_path) as (_, controller):
@@ -76,6 +81,7 @@ async def test_operations(tmp_path: Path) -> None:
             path = tmp_path / "agent-shim.yaml"
             await shim.start()
             (tmp_path / "clusters.txt").write_text(f"prod {shim.admin} admin-token\n")
+            (tmp_path / "clusters-by-name.txt").write_text("prod-cluster\nbank-eu\nstaging\n")
             async with living(shim, "clusters_agent"):
                 await controller.until(type="register", direction="in")
                 seen = 0
@@ -94,6 +100,23 @@ async def test_operations(tmp_path: Path) -> None:
                 assert seen >= 8
 
 
+@pytest.mark.needs("bash", "curl")
+@pytest.mark.timeout(300)
+async def test_the_load_test(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    (tmp_path / "token").write_text(TOKEN)
+    async with world(tmp_path) as (shim, controller):
+        await shim.start()
+        names = {"SHIM": shim.url, "ADMIN": shim.admin, "CONTROLLER": controller.url}
+        outputs = [await run(block, tmp_path, **names) for block in blocks(LOAD_TEST)]
+        assert shim.events("link_lost")
+        assert not any(TOKEN in output for output in outputs)
+    assert len(outputs) == 4
+    for name in ("agents", "commands", "cut"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())
+    assert "Migration to the WebSocket API" in (tmp_path / "load-test.html").read_text()
+
+
 @pytest.mark.needs("bash")
 @pytest.mark.parametrize("name", ALONE)
 async def test_what_needs_no_shim(name: str, tmp_path: Path) -> None:
@@ -105,7 +128,7 @@ async def test_what_needs_no_shim(name: str, tmp_path: Path) -> None:
 
 def test_the_pages_name_only_configuration_that_exists() -> None:
     known = {path for path, _, _ in leaves()} | sections()
-    for page in (*OPERATIONS, "how-to/tokens.md", *ALONE, "reference/metrics.md"):
+    for page in (*OPERATIONS, LOAD_TEST, "how-to/tokens.md", *ALONE, "reference/metrics.md"):
         named = set(
             re.findall(
                 r"`((?:upstream|listen|admin|poll|commands|store|log|fallback|rollout|sunset|notify|telemetry|identity|"
@@ -119,7 +142,7 @@ def test_the_pages_name_only_configuration_that_exists() -> None:
 def test_the_pages_name_only_log_events_that_exist() -> None:
     source = "\n".join(path.read_text() for path in (ROOT / "shim").rglob("*.py"))
     events = set(re.findall(r'log\.(?:debug|info|warning|error|exception)\(\s*"([a-z_]+)"', source)) | {"link_state"}
-    for page in (*OPERATIONS, *ALONE):
+    for page in (*OPERATIONS, LOAD_TEST, *ALONE):
         text = (DOCS / page).read_text()
         named = {
             word

@@ -36,4 +36,8 @@ def test_keys_in_the_text_exist() -> None:
 
 def test_the_exit_codes_are_those_of_the_command() -> None:
     codes = set(re.findall(r"^\| (\d+) \|", DOCS, re.MULTILINE))
-    assert codes == {"0", "1", *map(str, (main.EXIT_CONFIG, main.EXIT_INTERNAL, main.EXIT_STORE_VERSION))}
+    assert codes == {
+        "0",
+        "1",
+        *map(str, (main.EXIT_CONFIG, main.EXIT_USAGE, main.EXIT_INTERNAL, main.EXIT_STORE_VERSION)),
+    }

@@ -12,11 +12,13 @@ import pytest
 
 from tests.docs.test_metrics import documented
 from tests.e2e.test_main_job import living, push, result_of
-from tests.support.processes import Controller, world
+from tests.support.processes import TOKEN, Controller, Shim, world
 from tests.support.prometheus import Prometheus, prometheus
 
 ROOT = Path(__file__).parents[2]
-DASHBOARD: dict[str, Any] = json.loads((ROOT / "config" / "grafana" / "dashboard.json").read_text())
+GRAFANA = ROOT / "config" / "grafana"
+DASHBOARDS: dict[str, dict[str, Any]] = {path.stem: json.loads(path.read_text()) for path in GRAFANA.glob("*.json")}
+DASHBOARD, FLEET = DASHBOARDS["dashboard"], DASHBOARDS["fleet"]
 WINDOW = "10s"
 SCRAPED = """
 groups:
@@ -33,13 +35,17 @@ def rendered(name: str) -> str:
     return re.sub(r"\[\d+[mhd]\]", f"[{WINDOW}]", text)
 
 
-def queries() -> list[tuple[str, str]]:
-    """(panel, expression) of the whole dashboard, with its variables filled in."""
-    return [
-        (panel["title"], target["expr"].replace("$instance", ".*").replace("$__rate_interval", WINDOW))
-        for panel in DASHBOARD["panels"]
-        for target in panel.get("targets", ())
-    ]
+def queries(dashboard: dict[str, Any], label: str = "cluster") -> list[tuple[str, str]]:
+    """(panel, expression) of a whole dashboard, with its variables filled in."""
+    values = {"$instance": ".*", "$__rate_interval": WINDOW, "$label": label, "$cluster": ".*"}
+    found = []
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            expression = target["expr"]
+            for variable, value in values.items():
+                expression = expression.replace(variable, value)
+            found.append((panel["title"], expression))
+    return found
 
 
 async def answer_commands(controller: Controller) -> None:
@@ -78,15 +84,53 @@ async def test_alerts_fire_when_the_controller_is_cut_and_clear_when_it_is_back(
             await prom.until("AgentShimDown", firing=True)
 
 
-async def every_query(prom: Prometheus) -> None:
-    """Each query of the dashboard is valid, names only what is there, and most have something to show."""
+@pytest.mark.needs("prometheus")
+async def test_the_dashboard_of_all_clusters_over_several_shims(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    config = {"upstream": {"heartbeat_interval_s": 0.2}, "poll": {"hold": 5}, "rollout": {"percent": 10}}
+    async with (
+        world(tmp_path, config) as (shim, controller),
+        Shim(
+            tmp_path / "other", {"upstream": {"url": controller.url, "token": TOKEN}, "rollout": {"percent": 50}}
+        ) as other,
+    ):
+        for each in (shim, other):
+            await each.start()
+        targets = {"agent-shim": shim, "agent-shim-other": other}
+        addresses = {job: each.admin.removeprefix("http://") for job, each in targets.items()}
+        rules = {"rules.yaml": rendered("rules.yaml")}
+        clusters = {"agent-shim": "eu", "agent-shim-other": "us"}
+        async with living(shim, "clusters_agent"), prometheus(tmp_path, addresses, rules, clusters, "5s") as prom:
+            await answer_commands(controller)
+            # Two scrapes of both: until then nothing has grown.
+            await prom.until_query("count(count_over_time(agent_shim_build_info[1m]) > 1) == 2")
+            await prom.until_query("agent_shim:heartbeat_success:ratio_rate1h")
+            await shown(prom, FLEET)
+            await shown(prom, FLEET, "instance")
+            found = {title: await prom.query(expression) for title, expression in queries(FLEET)}
+            names = {each["metric"]["cluster"] for each in await prom.query("agent_shim_build_info")}
+    assert names == {"eu", "us"}
+    values = {
+        title: float(found[title][0]["value"][1]) for title in ("Clusters", "On WebSocket", "Lowest step", "Gone")
+    }
+    assert values == {"Clusters": 2, "On WebSocket": 1, "Lowest step": 10, "Gone": 0}
+
+
+async def shown(prom: Prometheus, dashboard: dict[str, Any], label: str = "cluster") -> None:
+    """Each query of a dashboard is valid, names only what is there, and most have something to show."""
     names = await prom.names()
-    for title, expression in queries():
+    for title, expression in queries(dashboard, label):
         for name in re.findall(r"\bagent_shim\w*(?::\w+)*", expression):
             assert name in names or ":" in name, (title, name)
         # what did not happen is not shown, and a share of nothing is none
-        may_be_empty = expression.endswith("> 0") or "ratio_rate" in expression
+        may_be_empty = expression.rstrip(")").endswith("> 0") or "ratio_rate" in expression
         await prom.until_query(expression, (lambda _: True) if may_be_empty else bool)
+
+
+async def every_query(prom: Prometheus) -> None:
+    """Each query of the dashboard has something to show, and each metric of the page is there."""
+    await shown(prom, DASHBOARD)
+    names = await prom.names()
     exposed = {re.sub(r"_(total|bucket|count|sum)$", "", name) for name in names if name.startswith("agent_shim_")}
     missing = set(documented()) - exposed
     # A shim on a file is no replica: these are exposed with `store.url` only, and tests/cluster read them there.
@@ -96,23 +140,25 @@ async def every_query(prom: Prometheus) -> None:
     assert exposed - set(documented()) == set()
 
 
-def test_no_two_panels_overlap_and_all_is_within_the_grid() -> None:
+@pytest.mark.parametrize("dashboard", DASHBOARDS.values(), ids=list(DASHBOARDS))
+def test_no_two_panels_overlap_and_all_is_within_the_grid(dashboard: dict[str, Any]) -> None:
     taken: dict[tuple[int, int], str] = {}
-    for panel in DASHBOARD["panels"]:
+    for panel in dashboard["panels"]:
         place = panel["gridPos"]
         assert place["x"] + place["w"] <= 24
         for x in range(place["x"], place["x"] + place["w"]):
             for y in range(place["y"], place["y"] + place["h"]):
                 assert taken.setdefault((x, y), panel["title"]) == panel["title"]
-    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids))
 
 
-def test_every_panel_is_of_the_chosen_shims_and_data_source() -> None:
-    for panel in DASHBOARD["panels"]:
+@pytest.mark.parametrize("name, chosen", [("dashboard", 'instance=~"$instance"'), ("fleet", '$label=~"$cluster"')])
+def test_every_panel_is_of_the_chosen_shims_and_data_source(name: str, chosen: str) -> None:
+    for panel in DASHBOARDS[name]["panels"]:
         for target in panel.get("targets", ()):
             selectors = re.findall(r"\bagent_shim\w*(?::\w+)*(\{[^}]*\})?", target["expr"])
-            assert all('instance=~"$instance"' in selector for selector in selectors), target["expr"]
+            assert all(chosen in selector for selector in selectors), target["expr"]
             assert target["datasource"] == panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -122,15 +168,18 @@ import type { Options as TimeseriesOptions, FieldConfig as TimeseriesFields }
   from '@grafana/schema/dist/esm/raw/composable/timeseries/panelcfg/x/TimeSeriesPanelCfg_types.gen';
 import type { Options as StatOptions }
   from '@grafana/schema/dist/esm/raw/composable/stat/panelcfg/x/StatPanelCfg_types.gen';
+import type { Options as TableOptions }
+  from '@grafana/schema/dist/esm/raw/composable/table/panelcfg/x/TablePanelCfg_types.gen';
 type Plain<T> = T extends string ? `${T}` : T extends object ? { [K in keyof T]: Plain<T[K]> } : T;
 """
 
 
 @pytest.mark.needs("node", "npm:typescript", "npm:@grafana/schema")
-async def test_the_dashboard_fits_grafanas_own_types(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dashboard", DASHBOARDS.values(), ids=list(DASHBOARDS))
+async def test_the_dashboard_fits_grafanas_own_types(dashboard: dict[str, Any], tmp_path: Path) -> None:
     modules = ROOT / "tests" / "clients" / "node_modules"
-    lines = [TYPES, f"export const dashboard: Plain<Dashboard> = {json.dumps(DASHBOARD)};"]
-    for panel in DASHBOARD["panels"]:
+    lines = [TYPES, f"export const dashboard: Plain<Dashboard> = {json.dumps(dashboard)};"]
+    for panel in dashboard["panels"]:
         number, options = panel["id"], json.dumps(panel.get("options"))
         if panel["type"] == "timeseries":
             custom = json.dumps(panel["fieldConfig"]["defaults"]["custom"])
@@ -138,6 +187,8 @@ async def test_the_dashboard_fits_grafanas_own_types(tmp_path: Path) -> None:
             lines.append(f"export const fields{number}: Plain<TimeseriesFields> = {custom};")
         elif panel["type"] == "stat":
             lines.append(f"export const options{number}: Plain<Partial<StatOptions>> = {options};")
+        elif panel["type"] == "table":
+            lines.append(f"export const options{number}: Plain<Partial<TableOptions>> = {options};")
         else:
             assert panel["type"] == "row"
     (tmp_path / "node_modules").symlink_to(modules)

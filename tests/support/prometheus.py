@@ -36,7 +36,9 @@ class Prometheus:
             result: list[dict[str, Any]] = answer["data"]["result"]
             return result
 
-    async def until_query(self, expression: str, fits: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+    async def until_query(
+        self, expression: str, fits: Callable[[list[dict[str, Any]]], bool] = bool
+    ) -> list[dict[str, Any]]:
         """Ask until a result fits: a scrape that a busy machine was too slow for leaves a gap of a moment."""
         async with asyncio.timeout(WAIT_S):
             while not fits(result := await self.query(expression)):  # noqa: ASYNC110 - another process's state

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 import msgspec
 
+from shim.cli.main import EXIT_USAGE
 from shim.cli.rollout import placement, step
 from shim.cli.rollout.placement import Lists
 from shim.cli.rollout.report import Report, as_json, text
@@ -18,7 +19,6 @@ from shim.cli.rollout.sources import Source, collect, contexts_places, source_of
 from shim.cli.rollout.verdict import judge
 from shim.clock import Clock
 
-EXIT_USAGE = 64
 STEPS = "10,50,100"
 HOUR_S = 3_600.0
 

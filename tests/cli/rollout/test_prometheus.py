@@ -20,7 +20,7 @@ from shim.cli.rollout.prometheus import QUERIES, WINDOW_QUERIES, WITHOUT_RESULT
 from shim.core.failover import bucket
 from tests.e2e.test_health import Agent, Health
 from tests.support.processes import TOKEN, Shim, world
-from tests.support.prometheus import Prometheus, prometheus
+from tests.support.prometheus import prometheus
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "reference" / "rollout.md").read_text()
@@ -49,13 +49,6 @@ def test_the_page_has_every_query() -> None:
     windowed = {name: f"sum by (CLUSTER) ({query})" for name, query in WINDOW_QUERIES.items()}
     queries = {**QUERIES, **windowed, "without result": WITHOUT_RESULT}
     assert dict(re.findall(r"^    # (.+)\n    (.+)$", PAGE, re.MULTILINE)) == queries
-
-
-async def until(prom: Prometheus, query: str) -> None:
-    """Wait until a query has a result; only used for what stays."""
-    async with asyncio.timeout(WAIT_S):
-        while not await prom.query(query):  # noqa: ASYNC110 - another process gives no event
-            await asyncio.sleep(0.2)
 
 
 def configured(shim: Shim, url: str, percent: int) -> None:
@@ -92,8 +85,8 @@ async def test_several_shims_in_one_prometheus(tmp_path: Path) -> None:
         names = {"agent-shim": "well", "agent-shim-out": "out"}
         async with agents[0], agents[1], prometheus(tmp_path, targets, {}, names, "5s") as prom:
             await Health(http, shim).until("all_well")
-            await until(prom, 'increase(agent_shim_agent_heartbeats_total{outcome="acked"}[1h]) > 5')
-            await until(prom, 'agent_shim_agents_by_http{why="rollout"} > 0')
+            await prom.until_query('increase(agent_shim_agent_heartbeats_total{outcome="acked"}[1h]) > 5')
+            await prom.until_query('agent_shim_agents_by_http{why="rollout"} > 0')
             expect = tmp_path / "names"
             expect.write_text("well\nout\ngone\n")
             code, data, rows = await report("--prometheus", prom.url + "/", "--expect", str(expect), "--observe", "0")
@@ -101,10 +94,10 @@ async def test_several_shims_in_one_prometheus(tmp_path: Path) -> None:
             no_label = (await report("--prometheus", prom.url, "--cluster-label", "region"))[2]
 
             await controller.control("POST", "/control/faults", {"kind": "not_registered", "error": "quota exceeded"})
-            await until(prom, 'agent_shim_health_problem{problem="heartbeats_refused"} > 0')
+            await prom.until_query('agent_shim_health_problem{problem="heartbeats_refused"} > 0')
             ill = await report("--prometheus", prom.url)
             await shim.kill()
-            await until(prom, 'up{job="agent-shim"} == 0')
+            await prom.until_query('up{job="agent-shim"} == 0')
             after = (await report("--prometheus", prom.url))[2]
     assert (code, data["verdict"], list(rows)) == (1, "wait", ["out", "well", "gone"])
     assert rows["gone"]["gaps"] == ["expected, and not seen"]
