@@ -28,7 +28,7 @@ INSIDE = next(name for name in map("cluster-{}".format, range(999)) if bucket(na
 OUTSIDE = next(name for name in map("cluster-{}".format, range(999)) if bucket(name) > 50)
 WAIT_S = 90.0
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 
 async def report(*args: str) -> tuple[int, dict[str, Any], dict[str, dict[str, Any]]]:
