@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("psycopg")
 from shim.cluster.admin_actions import ReplicaClient
 from shim.core.leases import Member
 from shim.errors import OperatorError
+from tests.support.replicas import ENDED, elsewhere, gateway
 
 UNKNOWN, AWAY, LATE = OperatorError(404, "unknown"), OperatorError(503, "b does not answer"), OperatorError(409, "late")
 
@@ -51,3 +53,53 @@ async def test_a_reason_is_told_if_an_answer_is_needed_and_none_came(reason: Ope
 async def test_nobody_knows_it() -> None:
     assert await Answering(a=UNKNOWN, b=UNKNOWN).ask_others("purge", "c-1", b"", required=True) == []
     assert await Answering().ask_others("purge", "c-1", b"", required=True) == []
+
+
+# --- on real processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
+async def test_an_agent_that_speaks_websocket_is_carried_by_any_replica_and_known_to_the_owner(
+    tmp_path: Path, pg_url: str
+) -> None:
+    async with gateway(tmp_path, pg_url) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agent = gate.agent(1)
+        await agent.register(a)
+        owner, other = await elsewhere(gate, agent)
+        async with agent.websocket(other) as socket:
+            payload = {"agent_id": agent.agent_id, "name": agent.name, "cluster_id": agent.cluster_id}
+            await socket.send_json({"type": "register", "request_id": "r-1", "payload": payload})
+            answer = await socket.receive_json(timeout=120)
+            assert (answer["type"], answer["request_id"]) == ("register_success", "r-1")
+            await gate.until_websocket_agents(owner, 1)
+            assert (await gate.admin(other, "/status.json"))["websocket_agents"]["items"] == []
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
+async def test_a_person_may_ask_any_replica(tmp_path: Path, pg_url: str) -> None:
+    async with gateway(tmp_path, pg_url) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agent = gate.agent(1)
+        await agent.register(a)
+        owner, other = await elsewhere(gate, agent)
+        await gate.push(agent, "c-1")
+        await gate.until_state(other, "c-1", "queued")
+        reply = await gate.do(other, "POST", "/commands/c-1/purge")
+        assert reply[0] == 200, reply
+        assert reply[1]["command"]["state"] == "dead"
+        assert (await gate.do(other, "POST", "/commands/c-1/redeliver"))[1]["command"]["state"] == "queued"
+        assert (await gate.do(other, "POST", "/commands/nobody/purge"))[0] == 404
+        assert (await gate.do(other, "POST", f"/agents/{agent.agent_id}/forget"))[0] == 409  # it calls
+        assert await agent.poll_until(owner, "c-1") == ["c-1"]
+        await agent.result(owner, "c-1")
+        await gate.until_state(owner, "c-1", *ENDED)
+        status, reply = await gate.do(other, "POST", "/drain", {"timeout_s": 60})
+        assert (status, reply["drain"]["state"]) == (200, "draining")
+        await gate.until_drain(owner, "draining", "drained")
+        assert (await gate.do(owner, "DELETE", "/drain"))[0] == 200
+        await gate.until_drain(other, "off")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from shim.cluster.connection_pool import (
 from shim.core.leases import Member
 from shim.errors import AgentError
 from shim.protocol.reply_notes import Note, note
+from tests.support.replicas import any_certificate, gateway
 
 CASES = {
     b"HTTP/1.1 204 No Content\r\nDate: now\r\n\r\n": (204, b""),
@@ -258,3 +261,29 @@ async def test_a_replica_that_cannot_be_reached_was_sent_nothing(address: str) -
     assert not lost.value.sent
     await pool.open_heartbeats(member)
     assert pool.heartbeats("gone") is None
+
+
+# --- on real processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"GET /api/v1/health HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"NOTIFY /join HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\n\r\n",
+        b"NOTIFY /join HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /operate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}",
+    ],
+)
+async def test_who_is_no_member_is_cut_off(tmp_path: Path, pg_url: str, first: bytes) -> None:
+    async with gateway(tmp_path, pg_url) as gate:
+        (a,) = await gate.add("a")
+        host, _, port = (await a.event("serving"))["cluster"].rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port), ssl=any_certificate())
+        writer.write(first + b"GET /api/v1/health HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(60):
+            with suppress(ConnectionError):  # a reset says the same
+                assert await reader.read() == b""
+        writer.close()

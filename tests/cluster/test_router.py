@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ from shim.cluster.forwarding import RemoteReceipt
 from shim.cluster.router import LocalReceipt, Router
 from shim.config.settings import Settings
 from shim.protocol.reply_notes import Note
+from tests.support.processes import free_port
+from tests.support.replicas import ENDED, WAIT_S, elsewhere, gateway, journal
 
 
 class Carrier:
@@ -85,3 +90,112 @@ def test_replies_of_several_owners_may_await_evidence_on_one_connection() -> Non
     routing.next_request(7)
     assert seen == [("written", "offer"), ("next", 7)]
     assert carrier.noted == [Note.WRITTEN, Note.NEXT]
+
+
+# --- on real processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
+async def test_mode_http_goes_by_the_owner_whichever_replica_is_asked(tmp_path: Path, pg_url: str) -> None:
+    """The development controller has the vendor's HTTP API, too."""
+    async with gateway(tmp_path, pg_url) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agent = gate.agent(1)
+        await agent.register(a)
+        owner, other = await elsewhere(gate, agent)
+        await gate.push(agent, "c-1")
+        await gate.until_state(other, "c-1", "queued")
+        for replica in (a, b):
+            replica.write({"mode": "http", "fallback": {"url": gate.controller.url}})
+            replica.send(signal.SIGHUP)
+            await replica.event("config_reloaded", mode="http")
+        assert await agent.heartbeat(other) < 300
+        # everything is passed on in this mode, but not what is a note between replicas
+        assert (await agent.raw(other, "NOTIFY", "/written"))[0] == 405
+        assert await agent.poll(other) == ["c-1"]
+        assert await agent.result(other, "c-1") == 1
+        await gate.until_state(owner, "c-1", *ENDED)
+        results = [each for each in journal(tmp_path) if each.get("type") == "command_result"]
+        assert [each["payload"]["command_id"] for each in results] == ["c-1"]
+        assert await agent.poll(owner) == []
+        # What the vendor's API handed out goes back there.
+        path = f"{agent.cluster_id}/commands/unknown/result"
+        await agent.call(other, "POST", path, {"success": True})
+        results = [each for each in journal(tmp_path) if each.get("type") == "command_result"]
+        assert [bool(each["connection"]) for each in results] == [True, False]
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
+async def test_auto_fails_over_and_back_behind_a_forwarding_replica(tmp_path: Path, pg_url: str) -> None:
+    """The link is the owner's, and so is the vendor's HTTP API while the link is away; the agent knows of neither."""
+    async with gateway(tmp_path, pg_url, poll={"hold": "off"}) as gate:
+        controller = gate.controller
+        gate.configure(
+            mode="auto",
+            fallback={"url": controller.url, "after_s": 0.2, "hold_down_s": 0.2},
+            upstream={"url": controller.url, "heartbeat_interval_s": 0.1},
+        )
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agent = gate.agent(1)
+        await agent.register(a)
+        owner, other = await elsewhere(gate, agent)
+        await gate.until_online(owner)
+
+        async def beat_until(*ways: str) -> None:
+            async with asyncio.timeout(WAIT_S):
+                while [event["way"] for event in owner.events("failover")] != [*ways]:
+                    assert await agent.heartbeat(other) in (200, 204, 503)
+
+        # The WebSocket goes away, and the vendor's HTTP API stays.
+        await controller.control("POST", "/control/faults", {"kind": "refuse", "status": 503})
+        await controller.control("POST", "/control/drop", {"how": "abort"})
+        await beat_until("http")
+        await controller.control("POST", "/control/legacy/commands", {"ident": agent.cluster_id, "id": "by-http"})
+        assert await agent.poll_until(other, "by-http") == ["by-http"]
+        assert await agent.result(other, "by-http") == 1
+        # It comes back, and after a while so do the calls.
+        await controller.control("DELETE", "/control/faults")
+        await beat_until("http", "websocket")
+        await gate.push(agent, "by-link")
+        assert await agent.poll_until(other, "by-link") == ["by-link"]
+        assert await agent.result(other, "by-link") == 1
+        await gate.until_state(other, "by-link", *ENDED)
+        results = [each for each in journal(tmp_path) if each.get("type") == "command_result"]
+        assert {each["payload"]["command_id"]: bool(each["connection"]) for each in results} == {
+            "by-http": False,
+            "by-link": True,
+        }
+        assert not other.events("failover")
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
+async def test_a_partial_rollout_works_through_any_replica(tmp_path: Path, pg_url: str) -> None:
+    async with gateway(tmp_path, pg_url) as gate:
+        gate.configure(mode="auto", fallback={"url": gate.controller.url}, rollout={"exclude": ["cluster-2"]})
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        inside, outside = gate.agent(1), gate.agent(2)
+        for agent in (inside, outside):
+            await agent.register(b)
+            for replica in (a, b, a, b):
+                assert await agent.heartbeat(replica) < 300
+        await gate.push(inside, "c-1")
+        assert await inside.poll_until(a, "c-1") == ["c-1"]
+        assert await inside.result(b, "c-1") == 1
+        await gate.until_state(a, "c-1", *ENDED)
+        by_http = [each["path"] for each in journal(tmp_path) if each.get("path", "").endswith("/heartbeat")]
+        assert not any(inside.cluster_id in path for path in by_http)
+
+
+def on(url: str) -> dict[str, Any]:
+    return {
+        "store": {"url": url},
+        "cluster": {"port": 0},
+        "admin": {"port": free_port()},
+        "upstream": {"url": "http://127.0.0.1:1", "token": "t"},
+    }

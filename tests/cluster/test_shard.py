@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ pytest.importorskip("psycopg")
 
 from shim.cluster.shard import FencedUpstream
 from shim.ports import DialFailure, DialRequest
+from tests.support.replicas import ENDED, SHARDS, assert_no_double_owner, elsewhere, events, gateway
 
 SPEC = DialRequest("wss://controller.example/ws", "t")
 
@@ -101,3 +104,39 @@ def test_a_dial_that_succeeds_after_the_loss_is_dropped_and_a_failure_is_passed_
     fence.upstream.dialled[1](failure)
     assert late.done == ["abort"]
     assert got == [failure]
+
+
+# --- on real processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
+async def test_a_paused_owner_sends_nothing_more(tmp_path: Path, pg_url: str) -> None:
+    async with gateway(tmp_path, pg_url, lease_s=5) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agents = [gate.agent(number) for number in range(6)]
+        for agent in agents:
+            await agent.register(a)
+        agent = agents[0]
+        owner, other = await elsewhere(gate, agent)
+        await gate.push(agent, "c-1")
+        await gate.until_state(other, "c-1", "queued")
+        for _ in range(2):
+            assert await agent.heartbeat(other) == 204
+        owner.send(signal.SIGSTOP)
+        assert await agent.heartbeat(other) == 204  # nobody answers, and agents need not wait
+        assert await agent.poll_until(other, "c-1") == ["c-1"]
+        await agent.result(other, "c-1")
+        for each in agents:
+            assert await each.heartbeat(other) == 204
+        assert await gate.settled(other) == [SHARDS]
+        found = await gate.until_state(other, "c-1", *ENDED)
+        assert events(found).count("offered") == 1
+        owner.send(signal.SIGCONT)
+        await owner.event("lease_lost")
+        assert await gate.settled(owner, other) == [SHARDS // 2, SHARDS // 2]
+        for each in agents:
+            assert await each.heartbeat(owner) == 204
+            await gate.owner(each)
+        assert assert_no_double_owner(tmp_path) >= 1

@@ -6,8 +6,10 @@ import asyncio
 import io
 import json
 import ssl
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +286,48 @@ async def gateway(folder: Path, url: str, lease_s: float = 5, **config: Any) -> 
             yield made
         finally:
             await made.aclose()
+
+
+# --- what happened ----------------------------------------------------------------------------------------------------
+
+
+ENDED = ("answered", "closed")
+"""The controller has the result, or will: a connection that acknowledges heartbeats must do so once more."""
+
+
+LONG = {"hold": 25, "max_hold_s": 25}
+
+
+def events(found: dict[str, Any]) -> list[str]:
+    return [step["event"] for step in found["trace"]]
+
+
+def journal(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+def assert_no_double_owner(folder: Path) -> int:
+    """Once a token's next connection was opened, nothing comes in on the one before. Returns how many were next."""
+    opened: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    last: dict[int, float] = {}
+    for event in journal(folder):
+        if event["kind"] == "opened":
+            opened[event["owner"]].append((event["monotonic_s"], event["connection"]))
+        elif event["kind"] in ("received", "ping_received"):
+            last[event["connection"]] = event["monotonic_s"]
+    successors = 0
+    for connections in opened.values():
+        for (_, before), (next_at, _) in pairwise(connections):
+            assert last.get(before, 0.0) < next_at, "two owners sent at once"
+            successors += 1
+    return successors
+
+
+async def elsewhere(gate: Gateway, agent: Agent) -> tuple[Shim, Shim]:
+    """The owner of an agent's shard, and another replica."""
+    owner = await gate.owner(agent)
+    return owner, next(replica for replica in gate.replicas.values() if replica is not owner)
+
+
+async def owned_by(gate: Gateway, replica: Shim, agents: list[Agent]) -> list[Agent]:
+    return [agent for agent in agents if await gate.owner(agent) is replica]

@@ -1,4 +1,4 @@
-"""What a replica needs before it starts, and what a shim without a database pays for it: nothing."""
+"""The start of a replica: what it needs, what it waits for, and what ends it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,30 @@ import pytest
 
 from shim.cluster.replica import advertised
 from tests.support.processes import Shim, free_port
+from tests.support.replicas import gateway
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
+async def test_replicas_with_other_settings_are_refused_by_the_name_of_the_key(tmp_path: Path, pg_url: str) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    async with gateway(tmp_path, pg_url) as gate:
+        (a,) = await gate.add("a")
+        await gate.settled(a)
+        config = {
+            "store": {"url": pg_url},
+            "cluster": {"port": 0, "lease_s": 7},
+            "upstream": {"url": "wss://elsewhere.example", "token": "t"},
+        }
+        async with Shim(folder, config) as shim:
+            await shim.launch()
+            assert await shim.wait() == 2
+            (refused,) = shim.events("config_refused")
+            for key in ("cluster.lease_s", "upstream.url", "upstream.token"):
+                assert f"{key}: the replicas that run on this database have another value" in refused["error"]
+        assert [each["name"] for each in (await gate.status(a))["replicas"]] == ["a"]
+
 
 ONE_BRIDGE = """
 import sys
@@ -55,9 +79,6 @@ async def test_what_makes_no_sense_is_told_by_its_key(tmp_path: Path, cluster: d
         await shim.launch()
         assert await shim.wait() == 2
         assert said in "\n".join(shim.lines)
-
-
-# --- the database at the start ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Replicas as processes are driven into the sentences that only several of them can say."""
+"""The sentences of the status that only several replicas can have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.replicas import ADMIN_TOKEN, SHARDS, gateway
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(180)]
 
-# Locks the lease rows of one replica: another one can evict it, but cannot take its shards.
+
 HELD_BY = "SELECT FROM leases JOIN members ON holder = process WHERE name = 'second' FOR UPDATE OF leases"
 
 

@@ -1,0 +1,148 @@
+"""Requests through a replica that does not own the agent's shard, on real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.support.processes import free_port
+from tests.support.replicas import ENDED, LONG, SHARDS, elsewhere, events, gateway, owned_by
+
+pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(180)]
+
+
+async def test_any_replica_serves_any_agent(tmp_path: Path, pg_url: str) -> None:
+    async with gateway(tmp_path, pg_url, poll=LONG) as gate:
+        a, b = await gate.add("a", "b")
+        assert await gate.settled(a, b) == [SHARDS // 2, SHARDS // 2]
+        agents = [gate.agent(number) for number in range(8)]
+        for number, agent in enumerate(agents):
+            await agent.register((a, b)[number % 2])
+        owners = [await gate.owner(agent) for agent in agents]
+        assert len({owner.url for owner in owners}) == 2, "one replica has all tokens"
+
+        agent = agents[0]
+        owner, other = await elsewhere(gate, agent)
+        held = asyncio.create_task(agent.poll_until(other, "c-1"))
+        await gate.until_held(owner)
+        await gate.push(agent, "c-1")
+        assert await held == ["c-1"]
+        assert await agent.result(other, "c-1") == 1
+        for _ in range(3):  # the first takes the long way, the others share one connection
+            assert await agent.heartbeat(other) == 204
+        for replica in (owner, other):
+            found = await gate.until_state(replica, "c-1", *ENDED)
+            assert events(found)[:4] == ["arrived", "offered", "delivered", "result"]
+            assert found["trace"][2]["detail"] == "next request"
+        status, _ = await agent.call(other, "GET", f"{agent.cluster_id}/tunnel-info")
+        assert status == 200
+        # An agent that leaves during a held poll frees it at the owner.
+        held = asyncio.create_task(agent.poll(other))
+        await gate.until_held(owner)
+        held.cancel()
+        await gate.until_held(owner, 0)
+        await gate.push(agent, "c-2")
+        found = await gate.until_state(owner, "c-2", "queued")
+        assert found["attempts"] == 0
+        assert 'agent_shim_forwarded_requests_total{outcome="answered"} ' in await gate.metrics(other)
+        await gate.until_ready(other)
+
+
+async def test_a_body_of_any_size_reaches_the_owner(tmp_path: Path, pg_url: str) -> None:
+    async with gateway(tmp_path, pg_url, listen={"port": 0, "max_status_body_bytes": 3_000_000}) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agent = gate.agent(1)
+        await agent.register(a)
+        _, other = await elsewhere(gate, agent)
+        body = {"agent_id": agent.agent_id, "name": agent.name, "metadata": {"note": "x" * 20_000}}
+        assert (await agent.call(other, "POST", "register", body))[0] == 200
+        # status reports may be larger than what is sent on whole: they are sent on in pieces
+        path = f"/api/v1/agents/{agent.agent_id}/status"
+        assert (await agent.raw(other, "POST", path, {"nodes": "x" * 2_000_000}))[0] in (200, 204)
+        status, reply = await agent.raw(other, "POST", path, {"nodes": "x" * 4_000_000})
+        assert (status, reply["error"]) == (413, "the body is too large")
+
+
+async def test_an_ingress_may_mix_agents_on_one_connection(tmp_path: Path, pg_url: str) -> None:
+    async with gateway(tmp_path, pg_url, poll={"hold": "off"}) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agents = [gate.agent(number) for number in range(6)]
+        for agent in agents:
+            await agent.register(a)
+            await gate.push(agent, f"c-{agent.agent_id}")
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as ingress:
+            for agent in agents:
+                agent.through(ingress)
+            for agent in agents:
+                assert await agent.poll_until(b, f"c-{agent.agent_id}") == [f"c-{agent.agent_id}"]
+            for agent in agents:
+                assert await agent.heartbeat(b) in (200, 204)
+        for agent in agents:
+            found = await gate.until_state(a, f"c-{agent.agent_id}", "delivered")
+            assert found["attempts"] == 1
+
+
+async def test_the_forwarder_dies_and_its_agents_commands_do_not(tmp_path: Path, pg_url: str) -> None:
+    async with gateway(tmp_path, pg_url, poll=LONG) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agents = [gate.agent(number) for number in range(8)]
+        for agent in agents:
+            await agent.register(a)
+        holding, reading = (await owned_by(gate, a, agents))[:2]
+        await gate.push(reading, "read")
+        await gate.until_state(a, "read", "queued")
+        assert await reading.poll(b) == ["read"]
+        held = asyncio.create_task(holding.poll(b))
+        await gate.until_held(a)
+        await b.kill()
+        with pytest.raises(aiohttp.ClientError):
+            await held
+        await gate.push(holding, "offered")
+        assert await holding.poll_until(a, "offered") == ["offered"]
+        # What was only written by a replica that died is not delivered.
+        found = await gate.until_state(a, "read", "uncertain")
+        assert "delivered" not in events(found)
+        assert await reading.poll_until(a, "read") == ["read"]
+
+
+async def test_the_forwarder_is_paused_with_the_reply_in_hand(tmp_path: Path, pg_url: str) -> None:
+    """The agent gives the forwarder up: what it never saw is not lost, and nothing says that it was delivered."""
+    commands = {"evidence_s": 60}
+    async with gateway(tmp_path, pg_url, poll=LONG, lease_s=600, commands=commands) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agents = [gate.agent(number) for number in range(8)]
+        for agent in agents:
+            await agent.register(a)
+        agent = (await owned_by(gate, a, agents))[0]
+        held = asyncio.create_task(agent.poll(b))
+        await gate.until_held(a)
+        b.send(signal.SIGSTOP)
+        await gate.push(agent, "c-1")
+        await gate.until_state(a, "c-1", "offered")  # the reply is in the kernel of the forwarder's connection
+        held.cancel()
+        # The forwarder wakes long before its lease is over, and finds that its agent is gone.
+        b.send(signal.SIGCONT)
+        assert await agent.poll_until(a, "c-1") == ["c-1"]
+        await agent.result(a, "c-1")
+        found = await gate.until_state(a, "c-1", *ENDED)
+        story = events(found)
+        assert story.count("offered") == 2
+        assert "delivered" not in story[: story.index("offered", story.index("offered") + 1)]
+
+
+def on(url: str) -> dict[str, Any]:
+    return {
+        "store": {"url": url},
+        "cluster": {"port": 0},
+        "admin": {"port": free_port()},
+        "upstream": {"url": "http://127.0.0.1:1", "token": "t"},
+    }
