@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from shim import __version__
 from shim.admin import AdminServer
-from shim.agent_api import AgentServer
+from shim.agent_api import AgentServer, Backends
 from shim.bridge import Bridge
 from shim.clock import Clock
 from shim.config import loader
@@ -30,7 +30,7 @@ from shim.log import Logs, capture_stray_output, get
 from shim.log import setup as set_up_log
 from shim.metrics import Metrics, Registry
 from shim.notify import Notifier
-from shim.ports import AgentService, CommandStore, UpstreamPort
+from shim.ports import AgentService, CommandStore, DeliveryEvidence, UpstreamPort
 from shim.process import (
     disable_core_dumps,
     loop_factory,
@@ -327,15 +327,18 @@ class App:
         sunset = sunset_headers(settings.sunset)
         return AgentServer(
             settings.listen,
-            self.wrap_agent_service(runtime.agent_service),
+            Backends(
+                self.wrap_agent_service(runtime.agent_service),
+                self.wrap_evidence(runtime.evidence),
+                runtime.fallback,
+                runtime.forwarder,
+                runtime.websockets,
+                settings.upstream.max_message_bytes,
+            ),
             dialects.load(),
             self._metrics,
             token=None if settings.upstream.own_tokens else self._token_for_agents,
             static_headers=lambda: sunset,
-            fallback=runtime.fallback,
-            forwarder=runtime.forwarder,
-            websockets=runtime.websockets,
-            max_message_bytes=settings.upstream.max_message_bytes,
             refused_calls=runtime.subject.ctx.refused_calls,
         )
 
@@ -364,6 +367,10 @@ class App:
     def wrap_agent_service(self, agent_service: AgentService) -> AgentService:
         """Return the service that the agents' server calls."""
         return agent_service
+
+    def wrap_evidence(self, evidence: DeliveryEvidence) -> DeliveryEvidence:
+        """Return the receiver of delivery evidence that the agents' server calls."""
+        return evidence
 
     def _announce(self) -> None:
         if self._ready_file:

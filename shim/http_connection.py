@@ -86,7 +86,6 @@ class HttpConnection(RequestHandler):
     """
 
     __slots__ = (
-        "_arrived_s",
         "_backlog",
         "_backlog_since_s",
         "_body",
@@ -104,6 +103,7 @@ class HttpConnection(RequestHandler):
         "_pending",
         "_pipelined",
         "_raw",
+        "_received_s",
         "_turned_away",
         "_unread_bytes",
         "_unread_since_s",
@@ -118,7 +118,7 @@ class HttpConnection(RequestHandler):
         self._wire: asyncio.Transport | None = None  # aiohttp clears its `transport` before the connection has ended
         self._turned_away = False
         self._open = False  # True while a complete head has no response yet
-        self._arrived_s = 0.0
+        self._received_s = 0.0  # the time of the newest bytes, read once and used for everything that they cause
         self._head_since_s: float | None = None
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
@@ -132,8 +132,8 @@ class HttpConnection(RequestHandler):
         self._unread_bytes = 0  # bytes of a body that no handler has begun to read
         self._charged_bytes = 0
         self._pipelined = False
-        self._pending: Any = None  # the answer that `_answered_at_once` has requested from another replica
-        self._raw = b""  # the bytes of the request that is on the fast path
+        self._pending: Any = None  # the answer that `_begin_request` has requested from another replica
+        self._raw = b""  # the bytes of the request that `_begin_request` gets, empty if they arrived in pieces
 
     # --- for subclasses ---
 
@@ -144,8 +144,11 @@ class HttpConnection(RequestHandler):
     def _count_refused(self, reason: str) -> None:
         """Count a rejected request by reason: `head`, `http` or `memory`."""
 
-    def _answered_at_once(self, message: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
-        """Answer a request without a handler if possible; return True if that was done."""
+    def _begin_request(self, message: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
+        """Begin a request whose head is complete; return True if no handler task is needed for it.
+
+        `arrived_s` is the loop time of the request's first byte.
+        """
         return False
 
     def _watch_for_first_request(self, timeout_s: float) -> None:
@@ -170,11 +173,6 @@ class HttpConnection(RequestHandler):
         """True if the connection closes after the next reply."""
         return self._close or self._force_close
 
-    @property
-    def _must_wait(self) -> bool:
-        """True while no more bytes may be parsed: a complete request is unanswered, or its body's buffer is full."""
-        return self._reading_paused or (self._open and not self._body_left) or self._wire is None
-
     def data_received(self, data: bytes) -> None:
         if self._close or self._force_close or self._turned_away:
             return
@@ -184,10 +182,12 @@ class HttpConnection(RequestHandler):
             if not self._body.is_eof():
                 self._feed_body(b"")  # the body's buffer has room again for the bytes that the parser kept
             self._read_on()
-        elif self._backlog or self._must_wait:
-            self._keep(data, self._loop.time())
         else:
-            self._read(data, self._loop.time(), waited=False)
+            self._received_s = now = self._loop.time()
+            if self._backlog:
+                self._keep(data, now)
+            else:
+                self._read(data, now, waited=False)
 
     def set_parser(self, parser: Any, data_received_cb: Callable[[], None] | None = None) -> None:
         """Switch to WebSocket frames; the bytes behind the handshake are the first of them."""
@@ -208,7 +208,8 @@ class HttpConnection(RequestHandler):
         `since_s` is the arrival of `data`; `waited` is True if the bytes were kept before.
         """
         while data and not (self._close or self._force_close or self._turned_away):
-            if self._must_wait:
+            # A complete request is unanswered, or its body's buffer is full: no more bytes may be parsed.
+            if self._reading_paused or (self._open and not self._body_left) or self._wire is None:
                 self._keep(data, since_s)
                 return
             if self._body_left and self._body.exception() is not None:
@@ -219,7 +220,8 @@ class HttpConnection(RequestHandler):
                 data = data[size:]
             else:
                 data = self._read_head(data, since_s, waited=waited)
-        self._charge()
+        if self._charged_bytes or self._head_bytes > FREE_BYTES:
+            self._charge()
 
     def _keep(self, data: bytes, since_s: float) -> None:
         """Keep bytes until the request before them is answered; pause reading beyond `MAX_WAITING_BYTES`."""
@@ -236,6 +238,7 @@ class HttpConnection(RequestHandler):
         """Parse the bytes that were kept."""
         data, self._backlog = self._backlog, b""
         if data:
+            self._received_s = self._loop.time()
             self._read(data, self._backlog_since_s, waited=True)
         self._charge()
         if self._buffer_paused and len(self._backlog) < MAX_WAITING_BYTES:
@@ -273,7 +276,10 @@ class HttpConnection(RequestHandler):
             data = data.lstrip(b"\r\n")  # RFC 9112 section 2.2: ignore empty lines before a request
             if not data:
                 return b""
-            self._begin_head(since_s, waited=waited)
+            self._head_since_s = since_s if self._unread_since_s is None else min(since_s, self._unread_since_s)
+            self._unread_since_s = None
+            # A request that began before the previous one was answered does not show that its sender read the answer.
+            self._pipelined = self._pipelined or waited
         end = self._empty_line.find(data)
         self._raw = data if is_start and end else b""
         piece, rest = (data[:end], data[end:]) if end else (data, b"")
@@ -287,28 +293,28 @@ class HttpConnection(RequestHandler):
             self._malformed(fault)
             return b""
         if not messages:
+            if is_start:
+                self._await_rest_of_head()
             return rest
         if len(messages) > 1:  # the parser found two heads before one empty line: request smuggling, reject all
             self._turn_away(400, "malformed request", "http")
             return b""
         return self._begin_body(*messages[0], upgraded=upgraded, rest=rest)
 
-    def _begin_head(self, since_s: float, *, waited: bool) -> None:
-        self._head_since_s = since_s if self._unread_since_s is None else min(since_s, self._unread_since_s)
-        self._unread_since_s = None
-        # A request that began before the previous one was answered is no evidence that its sender has read the answer.
-        self._pipelined = self._pipelined or waited
+    def _await_rest_of_head(self) -> None:
+        """Bound the time for the rest of a head that has begun."""
         # The connection is no longer idle: the timeout for heads applies, not the one for keep-alive.
-        self._next_keepalive_close_time = self._loop.time() + self._head_timeout_s + self._keepalive_timeout
+        self._next_keepalive_close_time = self._received_s + self._head_timeout_s + self._keepalive_timeout
         self._stop_head_timer()
         self._head_timer = self._loop.call_later(self._head_timeout_s, self._head_too_slow)
 
     def _begin_body(self, message: RawRequestMessage, body: StreamReader, *, upgraded: bool, rest: bytes) -> bytes:
         """Start a request whose head is complete, with the body bytes that are here; return the bytes behind it."""
-        arrived_s = self._loop.time() if self._head_since_s is None else self._head_since_s
+        arrived_s = self._received_s if self._head_since_s is None else self._head_since_s
         self._head_since_s = None
         self._head_bytes = 0
-        self._stop_head_timer()
+        if self._head_timer is not None:
+            self._stop_head_timer()
         self._body, self._empty_lines = body, 0
         if message.method == hdrs.METH_CONNECT:
             self._body_left = 0
@@ -321,13 +327,12 @@ class HttpConnection(RequestHandler):
             self._take_body(rest[:size])
             rest = rest[size:]
         self._raw = b"" if self._body_left else self._raw[: len(self._raw) - len(rest)]
-        answered = self._answered_at_once(message, body, arrived_s)
+        answered = self._begin_request(message, body, arrived_s)
         self._raw = b""
         if answered:
             self._open = self._pending is not None
             self._unread_bytes = 0
         else:
-            self._arrived_s = arrived_s
             self._request_count += 1
             self._messages.append((message, body))
             if self._waiter is not None and not self._waiter.done():
@@ -400,7 +405,9 @@ class HttpConnection(RequestHandler):
     def _take_body(self, data: bytes) -> None:
         """Pass a piece of a body to its reader, or fail the body if the common budget is exhausted."""
         self._unread_bytes += len(data)
-        if self._adjust_charge():
+        if self._unread_bytes <= FREE_BYTES:
+            self._feed_body(data)
+        elif self._adjust_charge():
             # Runs directly before a waiting reader wakes up: from then on the reader charges the bytes itself.
             self._loop.call_soon(self._release_body)
             self._feed_body(data)

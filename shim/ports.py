@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from enum import Enum
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -211,8 +212,8 @@ class Caller:
     connection: int
 
 
-class DeliveryReceipt(Protocol):
-    """Opaque reference to the commands that a reply offers."""
+DeliveryReceipt = Any
+"""Opaque reference to the commands that a reply offers."""
 
 
 class CallResult(msgspec.Struct, frozen=True):
@@ -223,24 +224,25 @@ class CallResult(msgspec.Struct, frozen=True):
 
 
 class AgentService(Protocol):
-    """The bridge as used by the agents' server.
+    """The bridge as used by the agents' server: one method for all calls."""
 
-    Each `receipt` is followed by exactly one call of `written` or `unwritten`, and after `written` by evidence.
+    def call(
+        self, caller: Caller, call: AgentCall, arrived_s: float, now_s: float
+    ) -> CallResult | Coroutine[Any, Any, CallResult]:
+        """Serve a call, and return its result, or the rest of the call as a coroutine if it has to wait.
+
+        `arrived_s` is the loop time of the request's first byte, as precisely as it is known, and `now_s` the time at
+        which the request was complete. Never raises `AgentError`: a failure is an outcome. The coroutine may be closed
+        before it starts. It is cancelled if the agent hangs up. Commands that were about to be offered are then queued
+        again by the bridge, even if the cancellation meets a result that is just ready.
+        """
+
+
+class DeliveryEvidence(Protocol):
+    """Receiver of the evidence that agents got the commands in their replies.
+
+    Each receipt is followed by exactly one call of `written` or `unwritten`, and after `written` by evidence.
     """
-
-    async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
-        """Serve a call. `arrived_s` is the loop time of the request's first byte, as precisely as it is known.
-
-        Never raises `AgentError`: a failure is an outcome. The call is cancelled if the agent hangs up. Commands that
-        were about to be offered are then queued again by the bridge, even if the cancellation meets a result that is
-        just ready.
-        """
-
-    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
-        """Serve a call that need not wait, as `call` does.
-
-        Returns `None`, without any change of state, if it must wait.
-        """
 
     def written(self, receipt: DeliveryReceipt) -> None:
         """Record that the whole reply was handed to the kernel."""
@@ -273,7 +275,7 @@ class ProxyRequest:
     target: str
     headers: tuple[tuple[str, str], ...] = field(repr=False)
     body: bytes | AsyncIterator[bytes] = field(repr=False)
-    client: Caller
+    caller: Caller
     call: AgentCall | None
     arrived_s: float
 
@@ -305,7 +307,7 @@ class Forwarder(Protocol):
     def elsewhere(self, token: str) -> bool:
         """Return True if calls with this token cannot be served by this replica now."""
 
-    def try_call_sync(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
+    def forward_now(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
         """Forward a whole request if that is possible without waiting, else return `None`.
 
         `done` is called with the bytes of the whole reply, or with `None` if there is none.
@@ -323,17 +325,26 @@ class Forwarder(Protocol):
         """Return the outcome of a call while the agent's shard has no owner."""
 
 
+class FallbackScope(Enum):
+    """Share of the calls that the vendor's HTTP API may serve."""
+
+    NONE = "none"
+    SOME = "some"
+    ALL = "all"
+
+
 class Fallback(Protocol):
     """Server of calls by the vendor's HTTP API (docs/reference/protocol.md#4-modes)."""
 
-    def handles_all(self) -> bool:
-        """Return True while every request is sent to the HTTP API, so that requests need not be parsed."""
+    def scope(self) -> FallbackScope:
+        """Return the share of the calls that may be sent to the HTTP API now.
 
-    def handles_some(self) -> bool:
-        """Return True while some calls may be sent to the HTTP API."""
+        With `ALL` every request is sent there, so requests need not be parsed. Every request asks for it, so it must
+        be fast.
+        """
 
-    def handles(self, client: Caller, call: AgentCall) -> bool:
-        """Return True if this call is sent to the HTTP API."""
+    def handles(self, caller: Caller, call: AgentCall) -> bool:
+        """Return True if this call is sent to the HTTP API; asked only if `scope` is `SOME`."""
 
     async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
         """Serve a request by the HTTP API. Returns a `CallResult` if the bridge took part.

@@ -17,7 +17,16 @@ from shim.core.sessions import Sessions
 from shim.errors import StoreError
 from shim.fallback import FallbackPolicy, WebSocketProxy
 from shim.metrics import Metrics
-from shim.ports import AgentService, AgentWebSockets, CommandStore, Fallback, Forwarder, Timers, UpstreamPort
+from shim.ports import (
+    AgentService,
+    AgentWebSockets,
+    CommandStore,
+    DeliveryEvidence,
+    Fallback,
+    Forwarder,
+    Timers,
+    UpstreamPort,
+)
 from shim.redaction import Redaction
 from shim.store import CallThreadsafe, log_store_warnings
 
@@ -94,6 +103,10 @@ class Runtime(Protocol):
         """The service that the agents' server calls."""
 
     @property
+    def evidence(self) -> DeliveryEvidence:
+        """The receiver of delivery evidence that the agents' server calls."""
+
+    @property
     def addresses(self) -> Mapping[str, str]:
         """Further addresses on which this process listens, by name."""
 
@@ -137,9 +150,10 @@ class SingleRuntime:
     def __init__(self, context: RuntimeContext, store: CommandStore) -> None:
         self._metrics = context.metrics
         self._store = store
-        self.bridge = self.agent_service = Bridge(context.bridge_context(context.settings, store, context.upstream))
+        self.bridge = Bridge(context.bridge_context(context.settings, store, context.upstream))
         self.recent = self.bridge.ctx.recent_commands
         self.subject = Subject.of(self.bridge)
+        self.agent_service, self.evidence = self.bridge.calls, self.bridge.delivery
         self.fallback = FallbackPolicy(self.bridge)
         self.addresses: dict[str, str] = {}
         self.forwarder = None

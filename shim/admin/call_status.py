@@ -104,7 +104,7 @@ def controller(bridge: Subject, wall: float) -> dict[str, Any]:
     refusals = bridge.registrations.refusals
     troubled = [s for s in bridge.sessions if s.standing.trouble is not None and s.fresh(now)]
     in_trouble = {session.key for session in troubled}
-    unacknowledged = [each for each in bridge.presence.unacknowledged() if each[0].key not in in_trouble]
+    unacknowledged = [each for each in bridge.heartbeats.unacknowledged() if each[0].key not in in_trouble]
     return {
         "registrations": {
             "total": len(refusals),

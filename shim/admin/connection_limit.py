@@ -143,7 +143,7 @@ class AdminConnection(HttpConnection):
     def _size_unsent(self) -> int:
         return 0 if self._wire is None else self._wire.get_write_buffer_size()
 
-    def _answered_at_once(self, message: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
+    def _begin_request(self, message: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
         self._connections.used(self)
         if message.headers.get(hdrs.EXPECT, "100-continue").lower() == "100-continue":
             return False

@@ -99,7 +99,7 @@ class BridgeCollector:
         for pace in PollPacing:
             family.add_metric([pace.value], paces[pace])
         yield family
-        held = self._bridge.delivery.held() + self._bridge.holding.held_tunnels()
+        held = self._bridge.delivery.held() + self._bridge.long_polls.held_tunnels()
         yield GaugeMetricFamily(
             "agent_shim_polls_held", "Polls held open now, those for tunnel states too.", value=held
         )

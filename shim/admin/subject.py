@@ -55,11 +55,11 @@ class Subject:
         self.queues = _Queues(bridges)
         self.outbox = _Outbox(bridges)
         self.delivery = _Delivery(bridges)
-        self.holding = _Holding(bridges)
+        self.long_polls = _LongPolls(bridges)
         self.session_registry = _SessionRegistry(bridges)
         self.registrations = _Registrations(bridges)
         self.websocket_agents = _WebSocketAgents(bridges)
-        self.presence = _Heartbeats(bridges)
+        self.heartbeats = _Heartbeats(bridges)
         self.admin_actions = Actions(bridges)
 
     @classmethod
@@ -120,7 +120,7 @@ class _Registrations(_All):
 
 class _Heartbeats(_All):
     def unacknowledged(self) -> list[tuple[Session, float]]:
-        return [each for bridge in self._bridges() for each in bridge.presence.unacknowledged()]
+        return [each for bridge in self._bridges() for each in bridge.heartbeats.unacknowledged()]
 
 
 class _Queues(_All):
@@ -159,9 +159,9 @@ class _Delivery(_All):
         return sum(bridge.delivery.held() for bridge in self._bridges())
 
 
-class _Holding(_All):
+class _LongPolls(_All):
     def held_tunnels(self) -> int:
-        return sum(bridge.holding.held_tunnels() for bridge in self._bridges())
+        return sum(bridge.long_polls.held_tunnels() for bridge in self._bridges())
 
 
 class _SessionRegistry(_All):

@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from aiohttp import EofStream, WebSocketError, WSMsgType, hdrs, web
 from aiohttp._websocket.reader import WebSocketReader
+from aiohttp.http_parser import RawRequestMessage
 from aiohttp.log import ws_logger
 
 from shim.ports import Frame
@@ -20,17 +21,17 @@ from shim.upstream.websocket import CloseFrameReader, frame_of, opcode_of
 ws_logger.setLevel(logging.ERROR)
 
 
-def is_handshake(request: web.BaseRequest) -> bool:
+def is_handshake(message: RawRequestMessage) -> bool:
     """Return True if a request asks for a WebSocket."""
-    return request.method == hdrs.METH_GET and request.headers.get(hdrs.UPGRADE, "").strip().lower() == "websocket"
+    return message.method == hdrs.METH_GET and message.headers.get(hdrs.UPGRADE, "").strip().lower() == "websocket"
 
 
-def token_of(request: web.BaseRequest) -> str:
+def token_of(message: RawRequestMessage) -> str:
     """Return the token in the header or else in the query of a handshake, or an empty string."""
-    found = bearer(request.headers.get(hdrs.AUTHORIZATION) or "")
+    found = bearer(message.headers.get(hdrs.AUTHORIZATION) or "")
     if found:
         return found
-    query = parse_qs(urlsplit(request.raw_path).query, encoding="utf-8", errors="surrogateescape", max_num_fields=64)
+    query = parse_qs(urlsplit(message.path).query, encoding="utf-8", errors="surrogateescape", max_num_fields=64)
     return query.get("token", [""])[0]
 
 

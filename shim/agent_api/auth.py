@@ -12,7 +12,7 @@ from aiohttp import hdrs
 from multidict import istr
 
 from shim.config.settings import Listen, is_loopback
-from shim.core.agent_calls import Failed
+from shim.errors import AgentError
 from shim.protocol.http import bearer, host_name
 
 __all__ = ["Guard", "bearer"]
@@ -35,31 +35,29 @@ class Guard:
         self._hosts = {host.lower() for host in (*listen.allowed_hosts, *listen.hosts)}
         self._known: dict[str, bool] = {}
 
-    def check(self, headers: Mapping[str, str]) -> Failed | None:
-        """Return a 403 for browsers (CSRF) and for requests to a foreign host name (DNS rebinding), else None.
+    def check(self, headers: Mapping[str, str]) -> None:
+        """Reject requests of browsers (CSRF) and requests to a foreign host name (DNS rebinding).
 
         A browser sends `Origin` or `Sec-Fetch-Site` with every request that a web page can cause. `Sec-Fetch-Mode` is
-        no evidence of a browser: the `fetch` of Node.js sends it as well.
+        no evidence of a browser: the `fetch` of Node.js sends it as well. Raises `AgentError` 403.
         """
         if hdrs.ORIGIN in headers or _SEC_FETCH_SITE in headers:
-            return Failed(403, "requests of browsers are refused")
+            raise AgentError(403, "requests of browsers are refused")
         if not self._any_host:
             host = headers.get(hdrs.HOST)
-            if host is not None and not self._is_ours(host):
-                return Failed(403, "the Host header names another host")
-        return None
+            if host is not None and not (self._known.get(host) or self._is_ours(host)):
+                raise AgentError(403, "the Host header names another host")
 
-    def authorize(self, token: str) -> Failed | None:
-        """Return a 401 for a Bearer token that is not accepted, else None; a missing token is an empty string."""
+    def authorize(self, token: str) -> None:
+        """Raise `AgentError` 401 for a Bearer token that is not accepted; a missing token is an empty string."""
         if self._token is None:
-            return None if token else Failed(401, "a token is required")
-        if not self._required:
-            return None
-        expected = self._token()
-        # While the upstream token is not available yet it is empty, and must not equal the empty token of a call.
-        if expected and hmac.compare_digest(token.encode(), expected.encode()):
-            return None
-        return Failed(401, "the token is not accepted")
+            if not token:
+                raise AgentError(401, "a token is required")
+        elif self._required:
+            expected = self._token()
+            # While the upstream token is not available yet it is empty, and must not equal the empty token of a call.
+            if not expected or not hmac.compare_digest(token.encode(), expected.encode()):
+                raise AgentError(401, "the token is not accepted")
 
     def _is_ours(self, host: str) -> bool:
         known = self._known.get(host)

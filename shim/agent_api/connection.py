@@ -5,24 +5,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
-from aiohttp import web
+from aiohttp import hdrs, web
+from aiohttp.http import HttpVersion11
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 from prometheus_client import Gauge
 
 from shim.agent_api import tcp_state
+from shim.agent_api.auth import bearer
 from shim.agent_api.refused_calls import NO_ROUTE, RefusedCalls
 from shim.agent_api.responses import SENT_CLOSE, ResponseBuilder
 from shim.config.settings import Listen
 from shim.core.agent_calls import AgentCall, PollCall
+from shim.errors import AgentError
 from shim.http_connection import Budget, HttpConnection
 from shim.metrics import Metrics
-from shim.ports import AgentService, Caller, DeliveryReceipt, Pending
-from shim.protocol.dialects import Match
+from shim.ports import (
+    AgentService,
+    AgentWebSockets,
+    Caller,
+    DeliveryEvidence,
+    DeliveryReceipt,
+    Fallback,
+    Forwarder,
+    Pending,
+)
+from shim.protocol.dialects import Call, Match, Reply
 
 
 @dataclass(slots=True)
@@ -46,13 +58,29 @@ class ConnectionCount:
 
 
 @dataclass(frozen=True, slots=True)
+class Backends:
+    """The services that answer requests behind the agents' server; None if the shim is not configured for one.
+
+    `evidence` learns if agents received their replies. `fallback` serves calls that go by the vendor's HTTP API,
+    `websockets` agents that connect by WebSocket. `forwarder` sends calls to the replica that owns the agent's shard.
+    """
+
+    agent_service: AgentService
+    evidence: DeliveryEvidence
+    fallback: Fallback | None = None
+    forwarder: Forwarder | None = None
+    websockets: AgentWebSockets | None = None
+    max_message_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ServerContext:
     """The objects that all connections of one server share."""
 
     listen: Listen
-    agent_service: AgentService
+    backends: Backends
     metrics: Metrics
-    replies: ResponseBuilder
+    responses: ResponseBuilder
     budget: Budget
     refused: RefusedCalls
     connections: ConnectionCount = field(default_factory=ConnectionCount)
@@ -60,35 +88,43 @@ class ServerContext:
 
 FAREWELL_S = 2.0
 
-SyncHandler = Callable[["AgentConnection", RawRequestMessage, StreamReader, float], bytes | Pending | None]
-"""Function that returns the whole response to a request, or None; its float is the loop time of the first byte.
-
-A `Pending` means that another replica answers: `AgentConnection.answer_late` is called with the response.
-"""
-
 logger = logging.getLogger(__name__)
+
+
+class Handler(Protocol):
+    """The handler of a connection's requests. `RequestHandler` cannot be named here, because it imports this module."""
+
+    def begin(self, request: RequestContext, /) -> Reply | Pending | Coroutine[Any, Any, Any]:
+        """Carry a request as far as that is possible without waiting."""
+
+    def response(self, request: RequestContext, reply: Reply, /) -> bytes:
+        """Return the whole response to a request that was answered without waiting."""
+
+    def abandon(self, request: RequestContext, /) -> None:
+        """Drop a request that has begun and is not finished."""
 
 
 class AgentConnection(HttpConnection):
     """One agent's connection.
 
-    `number` is unique in the process, `client` is the caller of the latest request. The connection infers evidence of
-    delivery for the commands in its replies: the agent's next request, or how the connection ends.
+    `number` is unique in the process. The connection infers evidence of delivery for the commands in its replies: the
+    agent's next request, or how the connection ends.
     """
 
     __slots__ = (
         "_aborted",
         "_acknowledged",
-        "_awaits_evidence",
+        "_authorization",
+        "_caller",
+        "_context",
         "_entered",
-        "_had_receipt",
+        "_evidence_awaited",
+        "_had_commands",
+        "_handler",
         "_own_socket",
         "_refused",
         "_server_context",
         "_socket",
-        "_sync_handler",
-        "authorization",
-        "client",
         "lost",
         "number",
     )
@@ -97,23 +133,24 @@ class AgentConnection(HttpConnection):
         self,
         server: web.Server,
         server_context: ServerContext,
-        sync_handler: SyncHandler,
+        handler: Handler,
         number: int,
         options: dict[str, Any],
     ) -> None:
         super().__init__(server, server_context.budget, server_context.listen.header_timeout_s, options)
         self.number = number
-        self.client: Caller | None = None
-        self.authorization: str | None = None
-        self._sync_handler = sync_handler
+        self._caller: Caller | None = None
+        self._authorization: str | None = None
+        self._context: RequestContext | None = None  # a request that has begun and waits for its handler task
+        self._handler = handler
         self._server_context = server_context
         self._socket: socket.socket | None = None  # or asyncio's `TransportSocket`, which has the methods used here
         self._own_socket: socket.socket | None = None
         self._entered = False
         self._refused = False
         self.lost = False
-        self._awaits_evidence = False
-        self._had_receipt = False
+        self._evidence_awaited = False
+        self._had_commands = False
         self._acknowledged = False
         self._aborted = False
 
@@ -169,11 +206,10 @@ class AgentConnection(HttpConnection):
         super().connection_lost(exc)
         if self._pending is not None:
             self._pending.forget()
-        if self._had_receipt:
-            self._report_close(exc is None and self._acknowledged)
-
-    def _report_close(self, clean: bool) -> None:
-        self._server_context.agent_service.connection_closed(self.number, clean)
+        if self._context is not None:
+            self._handler.abandon(self._context)
+        if self._had_commands:
+            self._server_context.backends.evidence.connection_closed(self.number, exc is None and self._acknowledged)
 
     def force_close(self) -> None:
         self._note_acknowledgement()
@@ -187,41 +223,86 @@ class AgentConnection(HttpConnection):
 
     def _note_acknowledgement(self) -> None:
         wire, sock = self._wire, self._socket
-        if self._had_receipt and not self._acknowledged and not self._aborted and wire is not None and sock is not None:
+        if (
+            self._had_commands
+            and not self._acknowledged
+            and not self._aborted
+            and wire is not None
+            and sock is not None
+        ):
             self._acknowledged = not wire.get_write_buffer_size() and tcp_state.acknowledged(sock)
 
-    def _answered_at_once(self, request: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
-        """Answer a request that was just parsed, if that is possible synchronously.
+    # --- requests -----------------------------------------------------------------------------------------------------
 
-        `_waiter`, `_messages` and `_next_keepalive_close_time` are private to aiohttp's `RequestHandler`. A pending
-        waiter shows that no handler is running, so no reply can be overtaken.
+    def _begin_request(self, message: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
+        if self._evidence_awaited:
+            self._note_next_request()
+        return self._handle(RequestContext(self, message, body, arrived_s, self._received_s))
+
+    def _handle(self, context: RequestContext) -> bool:
+        """Pass a request to the handler; return True if it is answered, or will be by another replica.
+
+        Otherwise a handler task finishes it (`take_request`). `_waiter`, `_messages` and `_next_keepalive_close_time`
+        are private to aiohttp's `RequestHandler`. A pending waiter shows that no task is running, so no reply can be
+        overtaken.
         """
-        waiter, wire = self._waiter, self._wire
-        if waiter is None or waiter.done() or self._messages or self._pipelined or self.writing_paused:
-            return False
-        if wire is None or wire.is_closing():
-            return False
-        if request.should_close or request.upgrade or not body.is_eof() or body.exception() is not None:
-            return False
-        self._note_next_request()
-        response = self._sync_handler(self, request, body, arrived_s)
-        if response is None:
+        waiter, wire, message = self._waiter, self._wire, context.message
+        context.immediate = (
+            waiter is not None
+            and not waiter.done()
+            and not (self._messages or self._pipelined or self.writing_paused)
+            and not (message.should_close or message.upgrade)
+            and wire is not None
+            and not wire.is_closing()
+            and context.complete
+            and message.version == HttpVersion11
+        )
+        answer = self._handler.begin(context)
+        if isinstance(answer, Reply) and context.immediate and context.receipt is None and wire is not None:
+            response = self._handler.response(context, answer)
+            self._http.message_consumed()
+            self._next_keepalive_close_time = self._received_s + self._keepalive_timeout
+            wire.write(response)
+            return True
+        if isinstance(answer, (Reply, Coroutine)):
+            context.answer = answer
+            self._context = context
             return False
         self._http.message_consumed()
-        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-        if isinstance(response, bytes):
-            wire.write(response)
-        else:
-            self._pending = response
+        self._pending = answer
         return True
+
+    def take_request(self, request: web.BaseRequest) -> RequestContext:
+        """Return the request that its handler task finishes. The task calls this once."""
+        context, self._context = self._context, None
+        if context is None:
+            raise RuntimeError("a request that was not begun")
+        context.request = request
+        self._unread_bytes = 0
+        self._charge()
+        return context
+
+    def identify(self, authorization: str | None) -> Caller:
+        """Return the caller of a request, the same object for the same header.
+
+        Raises `AgentError` 401 if the header is malformed.
+        """
+        caller = self._caller
+        if caller is None or authorization != self._authorization:
+            token = bearer(authorization)
+            if token is None:
+                raise AgentError(401, "the Authorization header is malformed")
+            caller = self._caller = Caller(token, self.number)
+            self._authorization = authorization
+        return caller
 
     @property
     def raw_request(self) -> bytes:
-        """The bytes of the request on the fast path, empty if they arrived in pieces."""
+        """The bytes of the request that has just begun, empty if they arrived in pieces."""
         return self._raw
 
     def answer_late(self, response: bytes) -> None:
-        """Write the response of another replica to the request on the fast path."""
+        """Write the response of another replica to a request that `_handle` has left pending."""
         self._pending = None
         if self._wire is not None and not self._wire.is_closing():
             self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
@@ -231,29 +312,19 @@ class AgentConnection(HttpConnection):
     def _refusal(self, status: int, error: str, more: str = "") -> bytes:
         """Return and record the response to a request that is rejected before its route is known."""
         self._server_context.refused.note(self._loop.time(), status, NO_ROUTE, error)
-        return self._server_context.replies.error(status, error, more=more)
+        return self._server_context.responses.error(status, error, more=more)
 
     def _count_refused(self, reason: str) -> None:
         self._server_context.metrics.bad_requests.labels(reason).inc()
-
-    def begin_request(self) -> float:
-        """Start a request of the normal path and return the loop time of its first byte.
-
-        Its handler calls this once.
-        """
-        self._note_next_request()
-        self._unread_bytes = 0
-        self._charge()
-        return self._arrived_s
 
     def _note_next_request(self) -> None:
         """Report the next request, which is evidence that the agent has read the previous reply.
 
         A pipelined request was sent before the agent could read that reply, so it is no evidence.
         """
-        if self._awaits_evidence and not self._pipelined:
-            self._awaits_evidence = False
-            self._server_context.agent_service.next_request(self.number)
+        if self._evidence_awaited and not self._pipelined:
+            self._evidence_awaited = False
+            self._server_context.backends.evidence.next_request(self.number)
 
     def peer_can_receive(self, *, for_commands: bool) -> bool:
         """Return False if the agent is known to have disconnected.
@@ -294,18 +365,14 @@ class AgentConnection(HttpConnection):
     def settle(self, receipt: DeliveryReceipt, *, written: bool) -> None:
         """Report if the response with these commands was written; if so, watch the connection for evidence."""
         if written:
-            self._awaits_evidence = self._had_receipt = True
-            self._server_context.agent_service.written(receipt)
+            self._evidence_awaited = self._had_commands = True
+            self._server_context.backends.evidence.written(receipt)
         else:
-            self._server_context.agent_service.unwritten(receipt)
+            self._server_context.backends.evidence.unwritten(receipt)
 
-    def remarks(self, receipt: DeliveryReceipt | None) -> Mapping[str, str]:
+    def more_headers(self, receipt: DeliveryReceipt | None) -> dict[str, str]:
         """Return further headers for a reply; only connections of replicas have any."""
         return {}
-
-    def arrival(self, started_s: float) -> tuple[float, float]:
-        """Return the arrival of a request: its best estimate, and the time before which it certainly did not arrive."""
-        return started_s, started_s
 
     async def await_peer_close(self) -> None:
         """Wait briefly for the agent to close the connection after a last reply with commands.
@@ -335,46 +402,76 @@ class AgentConnection(HttpConnection):
 class RequestContext:
     """The state of one request while it is served.
 
-    `step` names the current step for the metric `bad_requests`. The request did not arrive before `arrived_s`. `body`
-    is set if it was read before, to be sent to another replica.
+    The request did not arrive before `arrived_s`; `started_s` is the best estimate of its arrival, and `now_s` the time
+    at which it was complete (loop time). `complete` is True if its whole body has arrived, `immediate` if its reply may
+    be written without a handler task. `step` names the current step for the metric `bad_requests`. `answer` is the
+    reply, or the coroutine that makes it. `request` is aiohttp's object, which exists in the handler task only. `data`
+    are the bytes of the body once they are read, and `encoded` those of the reply's body.
     """
 
     __slots__ = (
+        "answer",
         "arrived_s",
-        "body",
+        "call",
+        "caller",
+        "complete",
         "connection",
+        "data",
+        "encoded",
+        "headers",
+        "immediate",
+        "in_flight",
         "match",
+        "message",
         "more",
         "must_close",
+        "now_s",
+        "payload",
         "receipt",
         "request",
-        "session",
         "started_s",
         "step",
     )
 
-    def __init__(self, request: web.BaseRequest) -> None:
-        self.request = request
-        self.connection = cast("AgentConnection", request.protocol)
-        self.started_s, self.arrived_s = self.connection.arrival(self.connection.begin_request())
-        self.body: bytes | None = None
+    def __init__(
+        self,
+        connection: AgentConnection,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        arrived_s: float,
+        now_s: float,
+    ) -> None:
+        self.connection = connection
+        self.message = message
+        self.headers = message.headers
+        self.payload = payload
+        self.started_s = self.arrived_s = arrived_s
+        self.now_s = now_s
+        self.complete = payload.is_eof() and payload.exception() is None
+        self.immediate = False
+        self.answer: Reply | Coroutine[Any, Any, Any] | None = None
+        self.request: web.BaseRequest | None = None
         self.match: Match | None = None
+        self.caller: Caller | None = None
+        self.call: Call | None = None
+        self.data: bytes | None = None
+        self.encoded: bytes | None = None
         self.receipt: DeliveryReceipt | None = None
-        self.session: tuple[str, str] | None = None  # the key in `InFlight`, once the request is counted there
+        self.in_flight: tuple[str, str] | None = None  # the key in `InFlight`, once the request is counted there
         self.step = "guard"
         self.more = ""
         self.must_close = False
 
-    def moment(self, call: AgentCall) -> float:
+    @property
+    def content_length(self) -> int | None:
+        """The announced size of the body, or None."""
+        length = self.headers.get(hdrs.CONTENT_LENGTH)
+        return None if length is None else int(length)
+
+    def arrival_of(self, call: AgentCall) -> float:
         """Return the arrival time that the bridge uses for a call.
 
         For a poll that is the earlier bound: a poll that may have been sent before a reply is no evidence that it was
         read.
         """
         return self.arrived_s if isinstance(call, PollCall) else self.started_s
-
-    @property
-    def place(self) -> tuple[str, str]:
-        """The dialect and operation of the request, empty if no route matched."""
-        match = self.match
-        return ("", "") if match is None else (match.dialect.NAME, match.route.operation)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import zlib
 
-from aiohttp import hdrs, web
+from aiohttp import hdrs
 
+from shim.agent_api.connection import RequestContext
 from shim.agent_api.request_body import RETRY_AFTER_S, BodyRejected, too_large
 from shim.errors import AgentError
 from shim.http_connection import Budget
@@ -18,7 +19,7 @@ _GZIP = zlib.MAX_WBITS | 16
 _SLICE_BYTES = 262_144
 
 
-async def plain_body(request: web.BaseRequest, data: bytes, limit_bytes: int, budget: Budget) -> bytes:
+async def plain_body(request: RequestContext, data: bytes, limit_bytes: int, budget: Budget) -> bytes:
     """Return a body, read as `data`, without its content coding.
 
     Raises `AgentError` 415 for a coding that is not accepted, and `BodyRejected` 400, 413 or 503 as `read_body` does.

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from aiohttp import hdrs, web
+from aiohttp import hdrs
+from aiohttp.http_parser import RawRequestMessage
 
 from shim.agent_api.connection import RequestContext
 from shim.core.agent_calls import AgentCall
@@ -16,23 +17,26 @@ _ORIGIN = re.compile(r"\A[A-Za-z][A-Za-z0-9+.\-]*://[^/?#]*", re.ASCII)
 _BODILESS = frozenset({204, 304})
 
 
-def is_large(request: web.BaseRequest, limit_bytes: int) -> bool:
+def is_large(request: RequestContext, limit_bytes: int) -> bool:
     """Return True if a body is passed on in pieces: it exceeds `limit_bytes` or its size is not announced."""
     length = request.content_length
-    return length > limit_bytes if length is not None else not request.content.is_eof()
+    return length > limit_bytes if length is not None else not request.payload.is_eof()
 
 
-def forwarded(
-    visit: RequestContext, base_path: str, client: Caller, data: bytes | None, call: AgentCall | None
-) -> ProxyRequest:
-    """Return the request for `ports.Fallback`; without `data` its body is streamed."""
-    request = visit.request
-    pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.raw_headers]
+def forwarded(request: RequestContext, base_path: str, caller: Caller, call: AgentCall | None) -> ProxyRequest:
+    """Return the request for `ports.Fallback`; a body that was not read is streamed."""
+    message, data = request.message, request.data
+    pairs = headers_of(message)
     # aiohttp's client sets the Content-Length of a whole body itself.
     headers = tuple((name, value) for name, value in pairs if data is None or name.lower() != "content-length")
-    body = request.content.iter_any() if data is None else data
-    target = target_of(request.raw_path, base_path)
-    return ProxyRequest(request.method, target, headers, body, client, call, visit.arrived_s)
+    body = request.payload.iter_any() if data is None else data
+    target = target_of(message.path, base_path)
+    return ProxyRequest(message.method, target, headers, body, caller, call, request.arrived_s)
+
+
+def headers_of(message: RawRequestMessage) -> tuple[tuple[str, str], ...]:
+    """Return all headers of a request as received."""
+    return tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in message.raw_headers)
 
 
 def target_of(raw_target: str, base_path: str) -> str:

@@ -11,7 +11,7 @@ import hmac
 import math
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, cast
 
 from aiohttp import hdrs
@@ -19,29 +19,29 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
-from shim.agent_api.agent_websocket import AgentWebSocket
 from shim.agent_api.auth import Guard, bearer
 from shim.agent_api.connection import AgentConnection, ConnectionCount, RequestContext
 from shim.agent_api.request_body import read_body
+from shim.agent_api.request_handler import Answer, RequestHandler, Waiting
 from shim.agent_api.response_writer import MISDIRECTED
 from shim.agent_api.server import AgentServer
-from shim.core.agent_calls import Failed
 from shim.errors import AgentError
-from shim.ports import AgentService, Caller, DeliveryReceipt, ProxyResponse
+from shim.metrics import Metrics
+from shim.ports import Caller, DeliveryEvidence, DeliveryReceipt, Pending, ProxyResponse
 from shim.protocol.dialects import Reply
 from shim.protocol.reply_notes import HEARTBEATS, METHOD, OPERATOR, Note, read, read_came
 
 LEASE_HEADER = "X-Shim-Lease"
 CLOCK_HEADER = "X-Shim-Clock"
 AFTERWARDS_S = 0.05
-MAX_CLIENTS = 16_384
+MAX_CALLERS = 16_384
 # A heartbeat that cannot be answered synchronously. The forwarding replica then sends it again as a normal request.
 NOT_AT_ONCE = b"HTTP/1.1 425 "
 _NOT_AT_ONCE = NOT_AT_ONCE + b"Too Early\r\nContent-Length: 0\r\n\r\n"
 
 
-class ClusterAgentService(AgentService):
-    """An `AgentService` that can also mark a reply as uncertain."""
+class ClusterEvidence(DeliveryEvidence):
+    """A `DeliveryEvidence` that can also mark a reply as uncertain."""
 
     def mark_uncertain(self, receipt: DeliveryReceipt, connection: int) -> None:
         """Treat the commands of a reply as uncertain: it is unknown if it was written."""
@@ -65,12 +65,11 @@ class PairedConnection(AgentConnection):
         self._joined = False
         self._heartbeats = False
         self._queued: deque[tuple[RawRequestMessage, StreamReader]] = deque()
-        self._clients: dict[str, Caller] = {}
+        self._callers: dict[str, Caller] = {}
         self._secret = secret
-        self._agent_service = cast("ClusterAgentService", self._server_context.agent_service)
-        self._lent: DeliveryReceipt | None = None
+        self._evidence = cast("ClusterEvidence", self._server_context.backends.evidence)
+        self._receipt: DeliveryReceipt | None = None  # of the newest reply, until a note says if it was written
         self._begun = False
-        self._told_open = False
         self._came: tuple[float, float] | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -103,24 +102,29 @@ class PairedConnection(AgentConnection):
             return
         now, replies = self._loop.time(), []
         while self._queued and self._queued[0][1].is_eof():
-            request, body = self._queued.popleft()
-            self._identify(request.headers.get(hdrs.AUTHORIZATION))
-            reply = self._sync_handler(self, request, body, now)
-            replies.append(reply if isinstance(reply, bytes) else _NOT_AT_ONCE)
+            context = RequestContext(self, *self._queued.popleft(), now, now)
+            reply = self._handler.begin(context)
+            if isinstance(reply, Reply) and not context.must_close:
+                replies.append(self._handler.response(context, reply))
+            else:
+                context.answer = reply if isinstance(reply, Coroutine) else None
+                self._handler.abandon(context)
+                replies.append(_NOT_AT_ONCE)
         self._next_keepalive_close_time = now + self._keepalive_timeout
         if replies and self._wire is not None and not self._wire.is_closing():
             self._wire.write(b"".join(replies))
 
-    def _answered_at_once(self, request: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
+    def _begin_request(self, message: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
         if not self._joined:
-            self._join(request)
-        elif request.method == METHOD:
-            self._take_note(request.path)
-        elif super()._answered_at_once(request, body, arrived_s):
-            self._came = None
-            return True
+            self._join(message)
+        elif message.method == METHOD:
+            self._take_note(message.path)
         else:
-            return False
+            # Nothing is inferred for the previous reply: the next forwarded request may come from another agent.
+            context = RequestContext(self, message, body, arrived_s, self._received_s)
+            came, self._came = self._came, None
+            context.started_s, context.arrived_s = came or (arrived_s, -math.inf)
+            return self._handle(context)
         self._http.message_consumed()
         return True
 
@@ -142,50 +146,45 @@ class PairedConnection(AgentConnection):
         except ValueError:
             self.abort()
 
-    def _identify(self, authorization: str | None) -> None:
-        """Make the agent that sent a heartbeat the caller of this connection."""
-        client = self._clients.get(authorization or "")
-        if client is None:
-            if len(self._clients) >= MAX_CLIENTS:
-                self._clients.clear()
-            client = self._clients[authorization or ""] = Caller(bearer(authorization) or "", self.number)
-        self.client, self.authorization = client, authorization
+    def identify(self, authorization: str | None) -> Caller:
+        caller = self._callers.get(authorization or "")
+        if caller is None:
+            token = bearer(authorization)
+            if token is None:
+                raise AgentError(401, "the Authorization header is malformed")
+            if len(self._callers) >= MAX_CALLERS:
+                self._callers.clear()
+            caller = self._callers[authorization or ""] = Caller(token, self.number)
+        return caller
 
     def _note(self, kind: Note, query: str) -> None:
-        agent_service = self._agent_service
+        evidence = self._evidence
         match kind:
             case Note.CAME:
                 self._came = read_came(query, self._loop.time())
-            case Note.WRITTEN if self._lent is not None:
-                receipt, self._lent, self._told_open = self._lent, None, True
-                agent_service.written(receipt)
-            case Note.UNWRITTEN if self._lent is not None:
-                receipt, self._lent = self._lent, None
-                agent_service.unwritten(receipt)
-            case Note.NEXT if self._told_open:
-                self._told_open = False
-                agent_service.next_request(self.number)
-            case Note.CLOSED | Note.CLOSED_CLEANLY if self._told_open:
-                self._told_open = False
-                agent_service.connection_closed(self.number, kind is Note.CLOSED_CLEANLY)
+            case Note.WRITTEN if self._receipt is not None:
+                receipt, self._receipt, self._evidence_awaited = self._receipt, None, True
+                evidence.written(receipt)
+            case Note.UNWRITTEN if self._receipt is not None:
+                receipt, self._receipt = self._receipt, None
+                evidence.unwritten(receipt)
+            case Note.NEXT if self._evidence_awaited:
+                self._evidence_awaited = False
+                evidence.next_request(self.number)
+            case Note.CLOSED | Note.CLOSED_CLEANLY if self._evidence_awaited:
+                self._evidence_awaited = False
+                evidence.connection_closed(self.number, kind is Note.CLOSED_CLEANLY)
             case _:
                 pass  # a note about a reply that offered no commands
 
     # --- evidence that `AgentConnection` infers from its own agent, and that arrives as notes here ---
 
-    def _note_next_request(self) -> None:
-        """Infer nothing: the next forwarded request may come from another agent than the previous reply went to."""
-
-    def arrival(self, started_s: float) -> tuple[float, float]:
-        came, self._came = self._came, None
-        return came or (started_s, -math.inf)
-
-    def remarks(self, receipt: DeliveryReceipt | None) -> Mapping[str, str]:
+    def more_headers(self, receipt: DeliveryReceipt | None) -> dict[str, str]:
         clock = {CLOCK_HEADER: f"{self._loop.time():.6f}"}
         return clock if receipt is None else clock | {LEASE_HEADER: "1"}
 
     def offer(self, receipt: DeliveryReceipt) -> None:
-        self._lent, self._begun = receipt, False
+        self._receipt, self._begun = receipt, False
 
     async def write(self, response: bytes, timeout_s: float) -> bool:
         self._begun = True
@@ -193,10 +192,10 @@ class PairedConnection(AgentConnection):
 
     def settle(self, receipt: DeliveryReceipt, *, written: bool) -> None:
         # Bytes that were passed to this kernel may have reached the agent, even if the connection failed afterwards.
-        if not written and not self._begun and self._lent is receipt:
-            self._lent = None
-            self._agent_service.unwritten(receipt)
-        elif self._lent is receipt and self._wire is None:
+        if not written and not self._begun and self._receipt is receipt:
+            self._receipt = None
+            self._evidence.unwritten(receipt)
+        elif self._receipt is receipt and self._wire is None:
             self._mark_unconfirmed()
 
     async def await_peer_close(self) -> None:
@@ -209,33 +208,59 @@ class PairedConnection(AgentConnection):
             if self._joined and method == METHOD.encode():
                 self._take_note(rest.partition(b" ")[0].decode("latin-1"))
         super().connection_lost(exc)
-        if self._lent is not None or self._told_open:
+        if self._receipt is not None or self._evidence_awaited:
             # Waiting polls of the same replica are cancelled in the same moment. The delay keeps uncertain commands
             # from being offered to them.
             self._loop.call_later(AFTERWARDS_S, self._mark_unconfirmed)
 
     def _mark_unconfirmed(self) -> None:
-        receipt, self._lent = self._lent, None
-        was_open, self._told_open = self._told_open, False
+        receipt, self._receipt = self._receipt, None
+        was_open, self._evidence_awaited = self._evidence_awaited, False
         if receipt is not None:
-            self._agent_service.mark_uncertain(receipt, self.number)
+            self._evidence.mark_uncertain(receipt, self.number)
         elif was_open:
-            self._agent_service.lost(self.number)
+            self._evidence.lost(self.number)
 
 
 class _NoGuard(Guard):
     """A `Guard` without header checks, for requests that the other replica has checked."""
 
-    def check(self, headers: Mapping[str, str]) -> Failed | None:
-        return None
+    def check(self, headers: Mapping[str, str]) -> None:
+        """Accept all headers."""
 
 
-class ClusterListener(AgentServer):
-    """The server for requests of other replicas.
+class ClusterRequestHandler(RequestHandler):
+    """Handler of the requests of other replicas.
 
     `owned(token)` returns True if this replica owns the token's shard. `operate` carries out an operator's request that
     another replica forwards.
     """
+
+    def __init__(
+        self, *args: Any, owned: Callable[[str], bool], operate: Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
+    ) -> None:
+        super().__init__(*args)
+        self._owned = owned
+        self._operate = operate
+
+    def begin(self, request: RequestContext) -> Reply | Pending | Waiting:
+        connection = cast("PairedConnection", request.connection)
+        return self._carry_out(request) if connection.operator else super().begin(request)
+
+    async def _carry_out(self, request: RequestContext) -> Answer:
+        body = await read_body(request, self._listen.max_body_bytes, self._listen.body_timeout_s, self._budget)
+        status, answer = await self._operate(request.message.path, body)
+        return ProxyResponse(status, (("Content-Type", "application/json"),), answer)
+
+    def _is_elsewhere(self, caller: Caller) -> bool:
+        """Raise `AgentError` 421 for a shard of another replica: a forwarded request is never forwarded again."""
+        if not self._owned(caller.token):
+            raise AgentError(MISDIRECTED, "this replica does not own the agent's link")
+        return False
+
+
+class ClusterListener(AgentServer):
+    """The server for requests of other replicas. `owned` and `operate` are as in `ClusterRequestHandler`."""
 
     _section = "cluster"
 
@@ -257,26 +282,14 @@ class ClusterListener(AgentServer):
     def _make_guard(self, token: Callable[[], str] | None) -> Guard:
         return _NoGuard(self._listen, token)
 
+    def _make_handler(self, *args: Any) -> RequestHandler:
+        return ClusterRequestHandler(*args, owned=self._owned, operate=self._operate)
+
     def _make_connection(self, *args: Any) -> AgentConnection:
         return PairedConnection(self._secret(), *args)
 
-    def _make_connection_count(self) -> ConnectionCount:
+    def _make_connection_count(self, metrics: Metrics) -> ConnectionCount:
         return ConnectionCount()
 
     def _make_tls(self) -> ssl.SSLContext | None:
         return self._context
-
-    async def _answer(self, visit: RequestContext) -> Reply | ProxyResponse | AgentWebSocket:
-        connection = cast("PairedConnection", visit.connection)
-        if not connection.operator:
-            return await super()._answer(visit)
-        body = await read_body(visit.request, self._listen.max_body_bytes, self._listen.body_timeout_s, self._budget)
-        status, answer = await self._operate(visit.request.raw_path, body)
-        return ProxyResponse(status, (("Content-Type", "application/json"),), answer)
-
-    async def _elsewhere(self, visit: RequestContext, client: Caller) -> ProxyResponse | None:
-        """Raise `AgentError` 421 for a shard of another replica: a forwarded request is never forwarded again."""
-        if not self._owned(client.token):
-            visit.step = "owner"
-            raise AgentError(MISDIRECTED, "this replica does not own the agent's link")
-        return None

@@ -7,12 +7,13 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
-from aiohttp import hdrs, web
+from aiohttp import hdrs
 from aiohttp.http import HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
+from shim.agent_api.connection import RequestContext
 from shim.core.bounds import FREE_BYTES, MAX_VALUES
 from shim.errors import AgentError
 from shim.http_connection import Budget, NoRoom
@@ -37,19 +38,17 @@ class InFlight:
         """Return the number of agents with requests in progress."""
         return len(self._counts)
 
-    def key(self, token: str, ident: str) -> tuple[str, str]:
-        """Return the key of the agent that calls with this token and id."""
-        return (token if self._own_tokens else "", ident)
+    def enter(self, token: str, ident: str) -> tuple[str, str]:
+        """Count a request of the agent with this token and id; return the key for `leave`.
 
-    def has_room(self, key: tuple[str, str]) -> bool:
-        """Return True if one more request of this agent is within the limit."""
-        return self._counts.get(key, 0) < self._limit
-
-    def enter(self, key: tuple[str, str]) -> None:
-        """Count a request of an agent. Raises `AgentError` 429 beyond the limit."""
-        if not self.has_room(key):
+        Raises `AgentError` 429 beyond the limit.
+        """
+        key = (token if self._own_tokens else "", ident)
+        count = self._counts.get(key, 0)
+        if count >= self._limit:
             raise AgentError(429, "too many requests of this agent at a time", retry_after_s=RETRY_AFTER_S)
-        self._counts[key] = self._counts.get(key, 0) + 1
+        self._counts[key] = count + 1
+        return key
 
     def leave(self, key: tuple[str, str]) -> None:
         """End the count of a request."""
@@ -64,17 +63,28 @@ class BodyRejected(AgentError):
     """A rejection after which the rest of the body is not read: the connection closes with the reply."""
 
 
-async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float, budget: Budget) -> bytes:
-    """Read a whole body without decoding it. Raises `BodyRejected` 400, 408, 413, 417 or 503.
+def check_announcement(request: RequestContext, limit_bytes: float) -> None:
+    """Reject a body whose announced length exceeds the limit, and send `100 Continue` if the agent waits for it.
+
+    Raises `BodyRejected` 413 or 417.
+    """
+    length = request.headers.get(hdrs.CONTENT_LENGTH)
+    if length is not None and int(length) > limit_bytes:
+        raise too_large()
+    if hdrs.EXPECT in request.headers:
+        meet_expectation(request)
+
+
+async def read_body(request: RequestContext, limit_bytes: int, timeout_s: float, budget: Budget) -> bytes:
+    """Read a whole body without decoding it. Raises `BodyRejected` 400, 408, 413 or 503.
 
     The memory that is reserved from `budget` while reading is released at the end.
     """
-    payload = request.content
-    _check_announcement(request, limit_bytes)
+    if request.complete:
+        return whole_body(request.payload, limit_bytes)
+    payload = request.payload
     taken_bytes = 0
     try:
-        if payload.is_eof():
-            return _bounded(payload.read_nowait(), limit_bytes)
         async with asyncio.timeout(timeout_s):
             data = bytearray()
             while part := await payload.readany():
@@ -96,15 +106,15 @@ async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float
         budget.give_back(taken_bytes)
 
 
-async def stream_body(request: web.BaseRequest, limit_bytes: float, timeout_s: float) -> AsyncGenerator[bytes, None]:
+async def stream_body(request: RequestContext, limit_bytes: float, timeout_s: float) -> AsyncGenerator[bytes, None]:
     """Yield a body in pieces, for another replica. Raises `BodyRejected` 400, 408, 413 or 417."""
-    _check_announcement(request, limit_bytes)
+    check_announcement(request, limit_bytes)
     deadline = asyncio.get_running_loop().time() + timeout_s
     size = 0
     while True:
         try:
             async with asyncio.timeout_at(deadline):
-                piece = await request.content.readany()
+                piece = await request.payload.readany()
         except TimeoutError:
             raise BodyRejected(408, "the body did not arrive in time") from None
         except (HttpProcessingError, RequestPayloadError):
@@ -117,8 +127,8 @@ async def stream_body(request: web.BaseRequest, limit_bytes: float, timeout_s: f
         yield piece
 
 
-def peek(payload: StreamReader) -> bytes:
-    """Return a complete body without consuming it.
+def whole_body(payload: StreamReader, limit_bytes: int) -> bytes:
+    """Return a complete body without consuming it. Raises `BodyRejected` 413.
 
     `StreamReader._buffer` is not public. The public `read_nowait` would make aiohttp resume reading and parse the next
     request, which must not happen before this one is answered.
@@ -126,7 +136,10 @@ def peek(payload: StreamReader) -> bytes:
     if payload is EMPTY_PAYLOAD:
         return b""
     parts = payload._buffer  # noqa: SLF001 - see above
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    data = parts[0] if len(parts) == 1 else b"".join(parts)
+    if len(data) > limit_bytes:
+        raise too_large()
+    return data
 
 
 def decode_body(data: bytes, replaced: Callable[[], None]) -> Any:
@@ -137,7 +150,8 @@ def decode_body(data: bytes, replaced: Callable[[], None]) -> Any:
     """
     if not data:
         return None
-    too_many = lenient_json.has_too_many_values(data)
+    # Every value takes at least one byte, so most bodies need not be searched.
+    too_many = len(data) > MAX_VALUES and lenient_json.has_too_many_values(data)
     try:
         if not too_many:
             return lenient_json.decode(data, replaced)
@@ -152,29 +166,16 @@ def is_shallow(data: bytes) -> bool:
     return data.count(b"{") + data.count(b"[") <= MAX_DEPTH
 
 
-def _check_announcement(request: web.BaseRequest, limit_bytes: float) -> None:
-    """Reject a body whose announced length exceeds the limit, and send `100 Continue` if the agent waits for it."""
-    length = request.content_length
-    if length is not None and length > limit_bytes:
-        raise too_large()
-    meet_expectation(request)
-
-
-def meet_expectation(request: web.BaseRequest) -> None:
+def meet_expectation(request: RequestContext) -> None:
     """Send `100 Continue` to an agent that waits for it. Raises `BodyRejected` 417 for another expectation."""
     expectation = request.headers.get(hdrs.EXPECT)
-    if expectation is None or request.version < HttpVersion11:
+    if expectation is None or request.message.version < HttpVersion11:
         return
     if expectation.lower() != "100-continue":
         raise BodyRejected(417, "the expectation cannot be met")
-    if request.transport is not None and not request.content.is_eof():
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-
-def _bounded(data: bytes, limit_bytes: int) -> bytes:
-    if len(data) > limit_bytes:
-        raise too_large()
-    return data
+    transport = request.connection.transport
+    if transport is not None and not request.payload.is_eof():
+        transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def too_large() -> BodyRejected:

@@ -1,165 +1,408 @@
-"""The fast path: answer a complete request inside `data_received`, without a task or a request object.
+"""The way of a request through the agents' server: check, route, read, parse, carry out, reply.
 
-Most requests are heartbeats, each alone on its connection and complete in one segment. Every other request falls
-through to `shim.agent_api.server` before any state has changed.
+`RequestHandler.begin` carries every request as far as that is possible without waiting, inside `data_received`. Most
+requests are heartbeats and end there. For all others `begin` returns a coroutine, which a handler task finishes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+from collections.abc import Coroutine, Iterable
+from dataclasses import replace
+from typing import Any
 
-from aiohttp import hdrs
-from aiohttp.http import HttpVersion11
-from aiohttp.http_parser import RawRequestMessage
-from aiohttp.streams import StreamReader
+from aiohttp import hdrs, web
 
+from shim.agent_api.agent_websocket import AgentWebSocket, is_handshake, token_of
 from shim.agent_api.auth import Guard
-from shim.agent_api.connection import AgentConnection, ServerContext
-from shim.agent_api.refused_calls import route_of
-from shim.agent_api.request_body import InFlight, decode_body, is_shallow, peek
-from shim.agent_api.response_writer import REQUEST_ID, RequestMetrics
+from shim.agent_api.connection import RequestContext, ServerContext
+from shim.agent_api.content_coding import plain_body
+from shim.agent_api.forwarding import forwarded, headers_of, is_large, target_of
+from shim.agent_api.request_body import (
+    BodyRejected,
+    InFlight,
+    check_announcement,
+    decode_body,
+    is_shallow,
+    meet_expectation,
+    read_body,
+    stream_body,
+    whole_body,
+)
+from shim.agent_api.response_writer import ResponseWriter
 from shim.agent_api.responses import encode_body
-from shim.agent_api.routing import RouteCache, session_in
-from shim.core.agent_calls import Failed
+from shim.agent_api.routing import RouteCache
+from shim.core.agent_calls import AgentCall, Failed, RegisterCall
 from shim.errors import AgentError
-from shim.ports import Fallback, Forwarder, Pending
-from shim.protocol.dialects import Call, Match, error_reply
-
-_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_POST})
-OPERATIONS = frozenset({"heartbeat", "poll", "tunnel_poll", "tunnel_info", "health"})
+from shim.ports import (
+    AgentWebSockets,
+    Caller,
+    CallResult,
+    Fallback,
+    FallbackScope,
+    Forwarder,
+    Handshake,
+    Pending,
+    ProxyResponse,
+)
+from shim.protocol.dialects import Call, Dialect, Match, Reply, Router, error_reply
 
 logger = logging.getLogger(__name__)
 
+Answer = Reply | ProxyResponse | AgentWebSocket
+Waiting = Coroutine[Any, Any, Answer]
+"""The rest of a request that has to wait, as a coroutine that has not started."""
 
-class SyncRequestHandler:
-    """Handler of requests that can be answered synchronously."""
+
+class RequestHandler:
+    """Handler of all requests of one server."""
 
     def __init__(
-        self,
-        server_context: ServerContext,
-        guard: Guard,
-        routes: RouteCache,
-        in_flight: InFlight,
-        counts: RequestMetrics,
-        fallback: Fallback | None,
-        forwarder: Forwarder | None = None,
+        self, server_context: ServerContext, guard: Guard, dialects: Iterable[Dialect], in_flight: InFlight
     ) -> None:
-        self._server_context = server_context
+        backends = server_context.backends
+        self._listen = server_context.listen
+        self._agent_service = backends.agent_service
+        self._evidence = backends.evidence
+        self._fallback = backends.fallback
+        self._forwarder = backends.forwarder
+        self._websockets = backends.websockets
+        self._max_message_bytes = backends.max_message_bytes
+        self._metrics = server_context.metrics
+        self._budget = server_context.budget
         self._guard = guard
-        self._routes = routes
+        self._routes = RouteCache(Router(dialects, server_context.listen.base_path))
         self._in_flight = in_flight
-        self._counts = counts
-        self._fallback = fallback
-        self._forwarder = forwarder
+        self._writer = ResponseWriter(server_context)
+        self._replaced = server_context.metrics.invalid_characters.labels("agent").inc
 
-    def answer(
-        self, connection: AgentConnection, request: RawRequestMessage, body: StreamReader, started_s: float
-    ) -> bytes | Pending | None:
-        """Return the whole response to a request, or None if the request must take the normal path. Never raises.
+    # --- the way of every request -------------------------------------------------------------------------------------
 
-        The caller guarantees that the request is complete and the only one on its connection, and that it keeps the
-        connection open. `started_s` is the loop time of its first byte. A `Pending` means that another replica will
-        answer.
+    def begin(self, request: RequestContext) -> Reply | Pending | Waiting:
+        """Carry a request as far as that is possible without waiting. Never raises.
+
+        Returns the reply, or the rest as a coroutine. A `Pending` means that another replica answers, which calls
+        `AgentConnection.answer_late`. The caller finishes the request by exactly one of `response`, `finish` and
+        `abandon`, unless it got a `Pending`.
         """
-        match, client, headers = self._admitted(connection, request), connection.client, request.headers
-        if match is None or client is None:
-            return None
-        data = peek(body)
-        if len(data) > self._server_context.listen.max_body_bytes:
-            return None
-        if self._forwarder is not None and not match.route.open and self._forwarder.elsewhere(client.token):
-            return self._forward(self._forwarder, connection, request, match, data)
         try:
-            decoded = decode_body(data, _leave_fast_path) if match.route.method == hdrs.METH_POST else None
-            call = Call(match.params, decoded, headers.get(hdrs.USER_AGENT, ""), is_shallow(data), len(data))
-            agent_call = match.dialect.parse(match.route.operation, call)
-        except AgentError:
-            return None
+            headers = request.headers
+            self._guard.check(headers)
+            if self._websockets is not None and hdrs.UPGRADE in headers and is_handshake(request.message):
+                target = target_of(request.message.path, self._listen.base_path)
+                if self._websockets.serves(target):
+                    return self._carry(request, self._websockets, target)
+            scope = FallbackScope.NONE if self._fallback is None else self._fallback.scope()
+            if self._fallback is not None and scope is FallbackScope.ALL:
+                return self._proxy(request, self._fallback)
+            request.step = "route"
+            match = request.match = self._routes.match(request.message)
+            request.step = "auth"
+            caller = request.caller = request.connection.identify(headers.get(hdrs.AUTHORIZATION))
+            if not match.route.open:
+                self._guard.authorize(caller.token)
+                request.step = "owner"
+                if self._is_elsewhere(caller):
+                    return self._forward_at_once(request, match) or self._forward_or_serve(request)
+            return self._serve(request, caller, match)
+        except Exception as error:  # noqa: BLE001 - a defect is logged there
+            return self._reply_to(request, error)
+
+    def _serve(self, request: RequestContext, caller: Caller, match: Match) -> Reply | Waiting:
+        """Serve a request at this replica. Raises `AgentError`."""
+        request.step = "in_flight"
+        self._count_in(request, caller, match.ident)
+        request.step = "body"
+        limit_bytes = self._limit_bytes(match)
+        check_announcement(request, limit_bytes)
+        if not request.complete or hdrs.CONTENT_ENCODING in request.headers:
+            return self._read_and_serve(request, caller, match, limit_bytes)
+        data = request.data = whole_body(request.payload, limit_bytes)
+        return self._call(request, caller, self._parse(request, match, data))
+
+    async def _read_and_serve(self, request: RequestContext, caller: Caller, match: Match, limit_bytes: int) -> Answer:
+        if request.data is None:
+            request.data = await read_body(request, limit_bytes, self._listen.body_timeout_s, self._budget)
+        plain = await plain_body(request, request.data, limit_bytes, self._budget)
+        request.now_s = request.connection.now_s()
+        answer = self._call(request, caller, self._parse(request, match, plain))
+        return answer if isinstance(answer, Reply) else await answer
+
+    def _limit_bytes(self, match: Match) -> int:
+        return self._listen.max_status_body_bytes if match.route.large else self._listen.max_body_bytes
+
+    def _parse(self, request: RequestContext, match: Match, data: bytes) -> AgentCall:
+        """Return the call in a decoded body. Raises `AgentError`."""
+        route = match.route
+        body = decode_body(data, self._replaced) if data and route.method == hdrs.METH_POST else None
+        request.step = "call"
+        user_agent = request.headers.get(hdrs.USER_AGENT, "")
+        call = request.call = Call(match.params, body, user_agent, is_shallow(data), len(data))
+        return match.dialect.parse(route.operation, call)
+
+    def _call(self, request: RequestContext, caller: Caller, call: AgentCall) -> Reply | Waiting:
+        """Carry out a call by the bridge, or by the vendor's HTTP API if the mode demands that. Raises `AgentError`."""
+        if isinstance(call, RegisterCall):
+            request.step = "in_flight"
+            self._count_in(request, caller, call.agent_id or call.name)
+        request.step = "answer"
+        fallback = self._fallback
+        if fallback is not None and fallback.scope() is FallbackScope.SOME and fallback.handles(caller, call):
+            return self._by_fallback(request, fallback, caller, call)
+        result = self._agent_service.call(caller, call, request.arrival_of(call), request.now_s)
+        return self._render(request, result) if isinstance(result, CallResult) else self._await(request, result)
+
+    async def _await(self, request: RequestContext, result: Coroutine[Any, Any, CallResult]) -> Reply:
+        return self._render(request, await result)
+
+    def _render(self, request: RequestContext, result: CallResult) -> Reply:
+        request.receipt = result.receipt
+        match, call = request.match, request.call
+        if match is None or call is None:
+            raise ValueError("a result without a call")
+        reply = match.dialect.render(match.route.operation, result.outcome, call)
+        request.encoded = None if reply.body is None else encode_body(reply.body)
+        return reply
+
+    # --- the end of every request -------------------------------------------------------------------------------------
+
+    def response(self, request: RequestContext, reply: Reply) -> bytes:
+        """Return the whole response to a request that was answered without waiting."""
+        self._release(request)
+        return self._writer.immediate(request, reply)
+
+    async def finish(self, aiohttp_request: web.BaseRequest) -> web.StreamResponse:
+        """Finish a request in its handler task, and write its reply."""
+        request: RequestContext = aiohttp_request.protocol.take_request(aiohttp_request)  # type: ignore[attr-defined]
         try:
-            answer = self._server_context.agent_service.try_call_sync(client, agent_call, started_s)
-            if answer is None:
-                return None
-            reply = match.dialect.render(match.route.operation, answer.outcome, call)
-        except Exception:
-            logger.exception("a defect while serving %s", (match.dialect.NAME, match.route.operation))
-            self._server_context.metrics.internal_errors.labels("frontend").inc()
+            answer = await self._answer_of(request)
+            if isinstance(answer, AgentWebSocket):
+                return answer
+            if isinstance(answer, ProxyResponse):
+                return await self._writer.write_proxied(request, answer)
+            return await self._writer.reply(request, answer)
+        finally:
+            self._release(request)
+
+    async def _answer_of(self, request: RequestContext) -> Answer:
+        begun = request.answer
+        try:
+            if begun is None:
+                raise ValueError("a request that was not begun")
+            return begun if isinstance(begun, Reply) else await begun
+        except Exception as error:  # noqa: BLE001 - a defect is logged there
+            return self._reply_to(request, error)
+
+    def abandon(self, request: RequestContext) -> None:
+        """Drop a request that has begun and is not finished, because its connection was lost."""
+        if isinstance(request.answer, Coroutine):
+            request.answer.close()
+        self._release(request)
+
+    def _release(self, request: RequestContext) -> None:
+        if request.in_flight is not None:
+            self._in_flight.leave(request.in_flight)
+            request.in_flight = None
+
+    def _count_in(self, request: RequestContext, caller: Caller, ident: str) -> None:
+        """Count a request of an agent, once per request. Raises `AgentError` 429."""
+        if ident and request.in_flight is None:
+            request.in_flight = self._in_flight.enter(caller.token, ident)
+
+    def _reply_to(self, request: RequestContext, error: Exception) -> Reply:
+        """Return the reply to a request that was rejected before it became a call, or met a defect.
+
+        Commands that it was about to offer are queued again.
+        """
+        if isinstance(error, AgentError):
+            reply = self._refuse(request, error)
+        else:
+            match = request.match
+            place = ("", "") if match is None else (match.dialect.NAME, match.route.operation)
+            logger.error("a defect while serving %s", place, exc_info=error)
+            self._metrics.internal_errors.labels("frontend").inc()
             reply = error_reply(Failed(500, "internal error"))
-        more = "" if reply.retry_after_s is None else f"Retry-After: {reply.retry_after_s}\r\n"
-        request_id = self._server_context.replies.request_id(headers.get(REQUEST_ID))
-        encoded = None if reply.body is None else encode_body(reply.body)
-        response = self._server_context.replies.response(reply.status, encoded, request_id, more)
-        self._counts.count(match, reply.status, connection.now_s() - started_s)
-        if reply.status >= 400:
-            route = route_of(request.method, request.path, match)
-            self._server_context.refused.note(connection.now_s(), reply.status, route, reply.body)
-        return response
+        if request.receipt is not None:
+            self._evidence.unwritten(request.receipt)
+            request.receipt = None
+        request.encoded = encode_body(reply.body)
+        return reply
 
-    def _admitted(self, connection: AgentConnection, request: RawRequestMessage) -> Match | None:
-        """Return the route of a request whose head permits the fast path, else None.
+    def _refuse(self, request: RequestContext, error: AgentError) -> Reply:
+        self._metrics.bad_requests.labels(request.step).inc()
+        if isinstance(error, BodyRejected):
+            request.must_close = True
+            request.immediate = False
+        if error.status == 401:
+            request.more = "WWW-Authenticate: Bearer\r\n"
+        elif error.status == 405:
+            request.more = f"Allow: {self._routes.allowed(error, request.message)}\r\n"
+        failed = Failed(error.status, str(error), error.retry_after_s)
+        match = request.match
+        if match is None:
+            return error_reply(failed)
+        return match.dialect.render(match.route.operation, failed, request.call or Call(match.params))
 
-        Only an identical repetition qualifies: the target was routed before, and the token equals the connection's
-        previous one.
-        """
-        match = self._routes.cached_match(request.method, request.path)
-        headers = request.headers
-        if match is None or match.route.operation not in OPERATIONS or request.version != HttpVersion11:
-            return None
-        if request.method not in _METHODS or hdrs.EXPECT in headers or hdrs.CONTENT_ENCODING in headers:
-            return None
-        if self._guard.check(headers) is not None or self._elsewhere():
-            return None
-        client = connection.client
-        if client is None or headers.get(hdrs.AUTHORIZATION) != connection.authorization:
-            return None
-        if not match.route.open and self._guard.authorize(client.token) is not None:
-            return None
-        has_room = self._in_flight.has_room(self._in_flight.key(client.token, session_in(match)))
-        return match if has_room else None
+    # --- other replicas -----------------------------------------------------------------------------------------------
 
-    def _forward(
-        self,
-        forwarder: Forwarder,
-        connection: AgentConnection,
-        request: RawRequestMessage,
-        match: Match,
-        body: bytes,
-    ) -> Pending | None:
+    def _is_elsewhere(self, caller: Caller) -> bool:
+        """Return True if another replica owns the shard of the caller."""
+        return self._forwarder is not None and self._forwarder.elsewhere(caller.token)
+
+    def _forward_at_once(self, request: RequestContext, match: Match) -> Pending | None:
         """Forward the unchanged bytes of a heartbeat to the replica that owns the agent's shard.
 
-        Returns None if that is not possible synchronously.
+        Returns None if that is not possible without waiting.
         """
-        client = connection.client
-        if client is None or match.route.operation != "heartbeat" or request.compression or request.chunked:
+        forwarder, message, caller = self._forwarder, request.message, request.caller
+        raw = request.connection.raw_request
+        suitable = request.immediate and match.route.operation == "heartbeat" and not message.chunked
+        if forwarder is None or caller is None or not raw or not suitable or hdrs.CONTENT_ENCODING in request.headers:
             return None
-        raw = connection.raw_request
-        if not raw:
-            return None
+        data = whole_body(request.payload, self._listen.max_body_bytes)
 
         def answered(reply: bytes | None) -> None:
-            connection.answer_late(reply or self._without_owner(forwarder, match, request, body))
+            request.connection.answer_late(reply or self._without_owner(forwarder, request, match, data))
 
-        return forwarder.try_call_sync(client.token, raw, answered)
+        return forwarder.forward_now(caller.token, raw, answered)
 
-    def _without_owner(self, forwarder: Forwarder, match: Match, request: RawRequestMessage, body: bytes) -> bytes:
-        """Return the reply to a heartbeat whose owning replica did not answer."""
+    def _without_owner(self, forwarder: Forwarder, request: RequestContext, match: Match, data: bytes) -> bytes:
+        """Return the response to a heartbeat whose owning replica did not answer."""
         try:
-            decoded = decode_body(body, lambda: None)  # invalid characters are counted by the owning replica
-            call = Call(match.params, decoded, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(body))
-            agent_call = match.dialect.parse(match.route.operation, call)
+            decoded = decode_body(data, _ignore)  # invalid characters are counted by the owning replica
+            call = Call(match.params, decoded, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(data), len(data))
+            outcome = forwarder.without_owner(match.dialect.parse(match.route.operation, call))
+            reply = match.dialect.render(match.route.operation, outcome, call)
         except AgentError as error:
-            return self._server_context.replies.error(error.status, str(error))
-        outcome = forwarder.without_owner(agent_call)
-        reply = match.dialect.render(match.route.operation, outcome, call)
-        encoded = None if reply.body is None else encode_body(reply.body)
-        more = "" if reply.retry_after_s is None else f"Retry-After: {reply.retry_after_s}\r\n"
-        request_id = self._server_context.replies.request_id(request.headers.get(REQUEST_ID))
-        return self._server_context.replies.response(reply.status, encoded, request_id, more)
+            reply = error_reply(Failed(error.status, str(error)))
+        request.encoded = None if reply.body is None else encode_body(reply.body)
+        return self._writer.response(request, reply, "")
 
-    def _elsewhere(self) -> bool:
-        """Return True if calls may have to go by the vendor's HTTP API."""
-        return self._fallback is not None and (self._fallback.handles_all() or self._fallback.handles_some())
+    async def _forward_or_serve(self, request: RequestContext) -> Answer:
+        """Return the reply of the replica that owns the agent's shard, or serve the call here if there is none."""
+        reply = await self._forward(request)
+        if reply is not None:
+            return reply
+        if request.caller is None or request.match is None:
+            raise ValueError("a request without a caller")
+        request.now_s = request.connection.now_s()
+        match = request.match
+        if request.data is None:
+            served = self._serve(request, request.caller, match)
+        else:  # the body was read to be forwarded
+            served = self._read_and_serve(request, request.caller, match, self._limit_bytes(match))
+        return served if isinstance(served, Reply) else await served
+
+    async def _forward(self, request: RequestContext) -> ProxyResponse | None:
+        """Return the reply of the replica that owns the agent's shard, or None if this replica serves the call.
+
+        Raises `AgentError`.
+        """
+        forwarder, match, caller = self._forwarder, request.match, request.caller
+        if forwarder is None or caller is None:
+            return None
+        if match is not None:
+            request.step = "in_flight"
+            self._count_in(request, caller, match.ident)
+        limit_bytes = self._listen.max_body_bytes
+        if not is_large(request, limit_bytes):
+            request.step = "body"
+            check_announcement(request, limit_bytes)
+            request.data = await read_body(request, limit_bytes, self._listen.body_timeout_s, self._budget)
+        passed = forwarded(request, "", caller, None)
+        if request.data is None:
+            takes_all = self._fallback is not None and self._fallback.scope() is FallbackScope.ALL
+            limit = math.inf if takes_all else self._listen.max_status_body_bytes
+            passed = replace(passed, body=stream_body(request, limit, self._listen.body_timeout_s))
+        request.step = "answer"
+        reply = await forwarder.forward(passed, "" if match is None else match.route.operation)
+        if reply is not None:
+            request.receipt = reply.receipt
+        return reply
+
+    # --- the vendor's HTTP API ----------------------------------------------------------------------------------------
+
+    async def _by_fallback(
+        self, request: RequestContext, fallback: Fallback, caller: Caller, call: AgentCall
+    ) -> Answer:
+        served = await fallback.serve(forwarded(request, self._listen.base_path, caller, call))
+        if isinstance(served, ProxyResponse):
+            request.receipt = served.receipt
+            return served
+        if served is None:
+            request.now_s = request.connection.now_s()
+            result = self._agent_service.call(caller, call, request.arrival_of(call), request.now_s)
+            served = result if isinstance(result, CallResult) else await result
+        return self._render(request, served)
+
+    async def _proxy(self, request: RequestContext, fallback: Fallback) -> Answer:
+        """Send any request to the vendor's HTTP API, even one that has no route here or cannot be parsed."""
+        listen = self._listen
+        with contextlib.suppress(AgentError):
+            request.match = self._routes.match(request.message)
+        match = request.match
+        caller = request.caller = request.connection.identify(request.headers.get(hdrs.AUTHORIZATION))
+        if match is None or not match.route.open:
+            self._guard.authorize(caller.token)
+            request.step = "owner"
+            if self._is_elsewhere(caller):
+                elsewhere = await self._forward(request)
+                if elsewhere is not None:
+                    return elsewhere
+        if match is not None:
+            request.step = "in_flight"
+            self._count_in(request, caller, match.ident)
+        if request.data is None and not is_large(request, listen.max_body_bytes):
+            request.step = "body"
+            check_announcement(request, listen.max_body_bytes)
+            request.data = await read_body(request, listen.max_body_bytes, listen.body_timeout_s, self._budget)
+        elif request.data is None:
+            meet_expectation(request)
+        agent_call = None
+        if match is not None and request.data is not None:
+            request.call = Call(match.params)
+            with contextlib.suppress(AgentError):
+                plain = await plain_body(request, request.data, listen.max_body_bytes, self._budget)
+                agent_call = self._parse(request, match, plain)
+        answer = await fallback.serve(forwarded(request, listen.base_path, caller, agent_call))
+        if isinstance(answer, ProxyResponse):
+            request.receipt = answer.receipt
+            return answer
+        if match is None or agent_call is None:
+            raise AgentError(502, "the vendor's HTTP API cannot be reached")
+        if answer is None:
+            request.now_s = request.connection.now_s()
+            result = self._agent_service.call(caller, agent_call, request.arrival_of(agent_call), request.now_s)
+            answer = result if isinstance(result, CallResult) else await result
+        return self._render(request, answer)
+
+    # --- agents with a WebSocket of their own -------------------------------------------------------------------------
+
+    async def _carry(self, request: RequestContext, websockets: AgentWebSockets, target: str) -> AgentWebSocket:
+        """Proxy an agent's own WebSocket to the controller until it ends.
+
+        Raises `AgentError` if the controller's side cannot be opened.
+        """
+        request.step = "auth"
+        token = token_of(request.message)
+        self._guard.authorize(token)
+        request.step = "call"
+        aiohttp_request, limit_bytes = request.request, self._max_message_bytes
+        if aiohttp_request is None or not AgentWebSocket(limit_bytes, "").can_prepare(aiohttp_request):
+            raise AgentError(400, "malformed WebSocket handshake")
+        request.step = "answer"
+        carried = await websockets.open(Handshake(target, headers_of(request.message), token))
+        agent = AgentWebSocket(limit_bytes, carried.subprotocol)
+        try:
+            await agent.prepare(aiohttp_request)
+        except BaseException:
+            carried.abort()
+            raise
+        await carried.run(agent)
+        return agent
 
 
-def _leave_fast_path() -> None:
-    """Leave the fast path, because the body is not UTF-8: the normal path counts that."""
-    raise AgentError(400, "the body is not valid UTF-8")
+def _ignore() -> None:
+    pass

@@ -57,46 +57,65 @@ class RequestMetrics:
 class ResponseWriter:
     """Writer of replies; settles the delivery receipts of the replies and counts them."""
 
-    def __init__(self, server_context: ServerContext, counts: RequestMetrics) -> None:
+    def __init__(self, server_context: ServerContext) -> None:
         self._server_context = server_context
-        self._counts = counts
+        self._responses = server_context.responses
+        self._metrics = RequestMetrics(server_context.metrics)
 
-    async def reply(self, visit: RequestContext, reply: Reply, body: bytes | None) -> web.StreamResponse:
-        """Write a reply of the shim's own; `body` is its encoded JSON."""
-        request, connection = visit.request, visit.connection
-        keep = request.keep_alive and not visit.must_close and not connection.closing
-        more = visit.more + "".join(f"{name}: {value}\r\n" for name, value in connection.remarks(visit.receipt).items())
-        if not keep:
-            more += "Connection: close\r\n"
-        elif request.version != HttpVersion11:
-            more += "Connection: keep-alive\r\n"
+    def immediate(self, request: RequestContext, reply: Reply) -> bytes:
+        """Return the whole response to a request whose connection stays open, and count it."""
+        response = self.response(request, reply, "")
+        now_s = request.connection.now_s()
+        self._metrics.count(request.match, reply.status, now_s - request.started_s)
+        if reply.status >= 400:
+            self._record_refusal(request, reply)
+        return response
+
+    def response(self, request: RequestContext, reply: Reply, more: str) -> bytes:
+        """Return the whole response; `more` contains further header lines."""
+        if request.more:
+            more += request.more
         if reply.retry_after_s is not None:
             more += f"Retry-After: {reply.retry_after_s}\r\n"
-        request_id = self._server_context.replies.request_id(request.headers.get(REQUEST_ID))
-        head_only = request.method == hdrs.METH_HEAD
-        response = self._server_context.replies.response(reply.status, body, request_id, more, head_only=head_only)
-        if reply.status >= 400 and reply.status != MISDIRECTED:  # that one is for another replica, not for an agent
-            route = route_of(request.method, request.raw_path, visit.match)
-            self._server_context.refused.note(connection.now_s(), reply.status, route, reply.body)
-        written = await self._write(visit, response)
-        return await self._end(visit, reply.status, written=written, keep=keep)
+        request_id = self._responses.request_id(request.headers.get(REQUEST_ID))
+        head_only = request.message.method == hdrs.METH_HEAD
+        return self._responses.response(reply.status, request.encoded, request_id, more, head_only=head_only)
 
-    async def write_proxied(self, visit: RequestContext, proxied: ProxyResponse) -> web.StreamResponse:
+    async def reply(self, request: RequestContext, reply: Reply) -> web.StreamResponse:
+        """Write a reply of the shim's own and end the request."""
+        connection, message = request.connection, request.message
+        keep = not message.should_close and not request.must_close and not connection.closing
+        more = "".join(f"{name}: {value}\r\n" for name, value in connection.more_headers(request.receipt).items())
+        if not keep:
+            more += "Connection: close\r\n"
+        elif message.version != HttpVersion11:
+            more += "Connection: keep-alive\r\n"
+        response = self.response(request, reply, more)
+        if reply.status >= 400 and reply.status != MISDIRECTED:  # that one is for another replica, not for an agent
+            self._record_refusal(request, reply)
+        written = await self._write(request, response)
+        return await self._end(request, reply.status, written=written, keep=keep)
+
+    def _record_refusal(self, request: RequestContext, reply: Reply) -> None:
+        route = route_of(request.message.method, request.message.path, request.match)
+        self._server_context.refused.note(request.connection.now_s(), reply.status, route, reply.body)
+
+    async def write_proxied(self, request: RequestContext, proxied: ProxyResponse) -> web.StreamResponse:
         """Write a reply of the vendor's API or of another replica, in pieces if it came in pieces."""
-        request, connection = visit.request, visit.connection
-        keep = request.keep_alive and not connection.closing and request.content.is_eof()
+        connection, message = request.connection, request.message
+        keep = not message.should_close and not connection.closing and request.payload.is_eof()
         more: dict[str, str] = {}
         if not proxied.complete:
-            more = {**self._server_context.replies.static_headers(), **connection.remarks(visit.receipt)}
-            more[REQUEST_ID] = self._server_context.replies.request_id(request.headers.get(REQUEST_ID))
-        http11, head_only = request.version == HttpVersion11, request.method == hdrs.METH_HEAD
+            more = {**self._responses.static_headers(), **connection.more_headers(request.receipt)}
+            more[REQUEST_ID] = self._responses.request_id(request.headers.get(REQUEST_ID))
+        http11, head_only = message.version == HttpVersion11, message.method == hdrs.METH_HEAD
         start, chunked = head(proxied, more, keep=keep, http11=http11, head_only=head_only)
         if isinstance(proxied.body, bytes):
-            written = await self._write(visit, start if head_only else start + proxied.body)
+            written = await self._write(request, start if head_only else start + proxied.body)
         else:
             written = await self._stream(connection, start, proxied.body, chunked=chunked)
             keep = keep and (chunked or b"\r\nConnection: close" not in start)
-        return await self._end(visit, proxied.status, written=written, keep=keep, counts=not proxied.complete)
+        return await self._end(request, proxied.status, written=written, keep=keep, counts=not proxied.complete)
 
     async def _stream(
         self, connection: AgentConnection, start: bytes, pieces: AsyncGenerator[bytes, None], *, chunked: bool
@@ -115,9 +134,9 @@ class ResponseWriter:
             written = await connection.write(chunk(b""), timeout_s)
         return written
 
-    async def _write(self, visit: RequestContext, response: bytes) -> bool:
+    async def _write(self, request: RequestContext, response: bytes) -> bool:
         """Write a response and settle its delivery receipt, even if the write fails or is cancelled."""
-        connection, receipt = visit.connection, visit.receipt
+        connection, receipt = request.connection, request.receipt
         written = False
         if receipt is not None:
             connection.offer(receipt)
@@ -130,17 +149,17 @@ class ResponseWriter:
         return written
 
     async def _end(
-        self, visit: RequestContext, status: int, *, written: bool, keep: bool, counts: bool = True
+        self, request: RequestContext, status: int, *, written: bool, keep: bool, counts: bool = True
     ) -> web.StreamResponse:
         if counts:  # otherwise the replica that made the reply has counted it
-            self._counts.count(visit.match, status, visit.connection.now_s() - visit.started_s)
+            self._metrics.count(request.match, status, request.connection.now_s() - request.started_s)
         if not written:
             self._server_context.metrics.replies_lost.inc()
-            visit.connection.force_close()
+            request.connection.force_close()
             return SENT_CLOSE
-        if not keep and visit.receipt is not None:
-            await visit.connection.await_peer_close()
-        elif visit.must_close:
-            visit.connection.end_after_reply()
+        if not keep and request.receipt is not None:
+            await request.connection.await_peer_close()
+        elif request.must_close:
+            request.connection.end_after_reply()
             return SENT_KEEP  # `end_after_reply` closes the connection
         return SENT_KEEP if keep else SENT_CLOSE

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from aiohttp import hdrs, web
+from aiohttp import hdrs
+from aiohttp.http_parser import RawRequestMessage
 
 from shim.agent_api.request_body import BodyRejected
 from shim.errors import AgentError
@@ -22,55 +23,43 @@ class RouteCache:
         """Return the number of cached targets."""
         return len(self._matches)
 
-    def cached_match(self, method: str, target: str) -> Match | None:
-        """Return the route of a target that was routed before, or None."""
-        return self._matches.get((method, target))
-
-    def match(self, request: web.BaseRequest) -> Match:
+    def match(self, message: RawRequestMessage) -> Match:
         """Return the route of a request. Raises `AgentError` 400, 404 or 405."""
-        key = (request.method, request.raw_path)
+        key = (message.method, message.path)
         match = self._matches.get(key)
         if match is None:
-            match = self._find(request)
+            match = self._find(message)
             if len(self._matches) >= _REMEMBERED_TARGETS:
                 self._matches.clear()
             self._matches[key] = match
         return match
 
-    def _find(self, request: web.BaseRequest) -> Match:
-        if request.method == hdrs.METH_CONNECT:
+    def _find(self, message: RawRequestMessage) -> Match:
+        if message.method == hdrs.METH_CONNECT:
             raise BodyRejected(405, "method not allowed")  # after CONNECT aiohttp takes all further bytes for a body
-        path = _path_of(request)
-        if request.method == hdrs.METH_HEAD:
+        path = _path_of(message)
+        if message.method == hdrs.METH_HEAD:
             match = self._router.match(hdrs.METH_GET, path)
             if not match.route.open:
-                raise AgentError(405, "method not allowed")  # a HEAD of a poll would fetch commands and not return them
+                # A HEAD of a poll would fetch commands and not return them.
+                raise AgentError(405, "method not allowed", allow=(match.route.method,))
             return match
-        return self._router.match(request.method, path)
+        return self._router.match(message.method, path)
 
-    def allowed(self, request: web.BaseRequest) -> list[str]:
-        """Return the methods that the request's target supports."""
-        allowed = []
-        for method in (hdrs.METH_GET, hdrs.METH_POST):
-            try:
-                match = self._router.match(method, _path_of(request))
-            except AgentError:
-                continue
-            allowed += [method, hdrs.METH_HEAD] if match.route.open else [method]
-        return allowed
+    def allowed(self, error: AgentError, message: RawRequestMessage) -> str:
+        """Return the `Allow` header for a 405: the methods of the target's route, and HEAD if the route is open."""
+        methods = list(error.allow)
+        if hdrs.METH_GET in methods and self._router.match(hdrs.METH_GET, _path_of(message)).route.open:
+            methods.insert(methods.index(hdrs.METH_GET) + 1, hdrs.METH_HEAD)
+        return ", ".join(methods)
 
 
-def _path_of(request: web.BaseRequest) -> str:
+def _path_of(message: RawRequestMessage) -> str:
     """Return the raw path without the query. Raises `AgentError` 400 if it is not UTF-8."""
-    target = request.raw_path
-    path = target.partition("?")[0].partition("#")[0] if target.startswith("/") else request.rel_url.raw_path
+    target = message.path
+    path = target.partition("?")[0].partition("#")[0] if target.startswith("/") else message.url.raw_path
     try:
         path.encode()
     except UnicodeEncodeError:
         raise AgentError(400, "the path is not valid UTF-8") from None
     return path
-
-
-def session_in(match: Match) -> str:
-    """Return the agent's id in the path of a route, or an empty string."""
-    return match.params.get("cluster_id") or match.params.get("agent_id", "")

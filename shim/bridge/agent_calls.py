@@ -9,13 +9,13 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
-from shim.bridge.context import BridgeContext
+from shim.bridge.context import BridgeContext, Moment
 from shim.bridge.delivery import CommandDelivery
+from shim.bridge.heartbeats import HeartbeatForwarder
 from shim.bridge.link_pool import LinkPool
-from shim.bridge.links import UpstreamLink
-from shim.bridge.long_polls import LongPolls, PollHolds, failed
+from shim.bridge.long_polls import LongPolls, failed
 from shim.bridge.registration import Registrations
-from shim.bridge.session_registry import SessionRegistry, outcome_of
+from shim.bridge.session_registry import SessionRegistry
 from shim.core.agent_calls import (
     Accepted,
     AgentCall,
@@ -44,6 +44,8 @@ from shim.ports import Caller, CallResult
 log = get(__name__)
 
 RETRY_AFTER_S = 5
+_ACCEPTED = Accepted()
+_SessionCall = StatusCall | ResultCall
 
 
 class AgentCallHandler:
@@ -56,72 +58,49 @@ class AgentCallHandler:
         session_registry: SessionRegistry,
         registrations: Registrations,
         delivery: CommandDelivery,
-        holding: PollHolds,
+        long_polls: LongPolls,
+        heartbeats: HeartbeatForwarder,
     ) -> None:
         self._ctx = ctx
         self._links = links
         self._session_registry = session_registry
         self._usage = session_registry.usage
-        self._presence = holding.presence
+        self._heartbeats = heartbeats
         self._registrations = registrations
         self._delivery = delivery
-        self._holding = holding
-        self._polls = LongPolls(ctx, links, session_registry, delivery, holding)
+        self._polls = long_polls
 
-    def call(self, client: Caller, call: AgentCall, arrived_s: float) -> Coroutine[Any, Any, CallResult]:
+    def call(
+        self, caller: Caller, call: AgentCall, arrived_s: float, now: float
+    ) -> CallResult | Coroutine[Any, Any, CallResult]:
         """Carry out one call; implements `ports.AgentService.call`."""
-        answer = self.try_call_sync(client, call, arrived_s)
-        if answer is not None:
-            return _ready(answer)
-        owner = self._links.owner_of(client.token) or ""
-        if isinstance(call, PollCall):
-            return self._polls.wait(owner, client, call, arrived_s)
-        return self._wait(owner, client, call, arrived_s)
-
-    async def _wait(self, owner: str, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
-        try:
-            match call:
-                case RegisterCall():
-                    return CallResult(await self._register(owner, client, call, arrived_s))
-                case ResultCall():
-                    return CallResult(await self._result(owner, client, call))
-                case TunnelPollCall():
-                    return CallResult(await self._tunnel_poll(owner, client, call))
-                case _:
-                    raise TypeError(f"{type(call).__name__} is answered at once")
-        except AgentError as error:
-            return failed(error)
-
-    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
-        """Carry out a call that needs no waiting, or return None; implements `ports.AgentService.try_call_sync`.
-
-        None means that the state is unchanged and the caller must use `call`.
-        """
         if isinstance(call, HealthCall):
             return CallResult(Healthy())
-        owner = self._links.owner_of(client.token)
+        owner = self._links.owner_of(caller.token)
         if owner is None:
             return CallResult(Failed(401, "a token is required"))
         try:
             if self._ctx.settings.upstream.own_tokens:
-                self._vet(owner, client, call)
+                self._vet(owner, caller, call, now)
             match call:
                 case HeartbeatCall():
-                    return CallResult(self._heartbeat(owner, client, call))
+                    return CallResult(self._heartbeat(owner, caller, call, now))
                 case PollCall():
-                    return self._polls.empty(owner, client, call)
+                    return self._polls.poll(owner, caller, call, arrived_s, now)
                 case StatusCall():
-                    return CallResult(self._status(owner, client, call))
-                case TunnelPollCall() if not self._ctx.settings.poll.hold_tunnel:
-                    return CallResult(self._tunnel_state(owner, client, call))
+                    return CallResult(self._status(owner, caller, call, now))
+                case ResultCall():
+                    return self._result(owner, caller, call, now)
+                case RegisterCall():
+                    return self._register(owner, caller, call, arrived_s)
+                case TunnelPollCall():
+                    return self._tunnel_poll(owner, caller, call, now)
                 case TunnelInfoCall():
-                    return CallResult(self._tunnel_info(owner, call))
-                case _:
-                    return None
+                    return CallResult(self._tunnel_info(owner, call, now))
         except AgentError as error:
             return failed(error)
 
-    def _vet(self, owner: str, client: Caller, call: AgentCall) -> None:
+    def _vet(self, owner: str, caller: Caller, call: AgentCall, now: float) -> None:
         """Connect the link of an agent with a token of its own; raise if the controller refuses the token.
 
         Called before anything is stored for the agent. Does nothing for a session whose token the controller has
@@ -132,48 +111,58 @@ class AgentCallHandler:
         if not isinstance(call, (HeartbeatCall, PollCall, StatusCall, ResultCall)):
             return
         key = self._ctx.sessions.key_of(owner, call.target)
-        if self._ctx.sessions.get(key) is not None and not self._session_registry.admission.persistence_deferred(key):
+        if self._ctx.sessions.get(key) is not None and not self._session_registry.quota.persistence_deferred(key):
             return
-        link = self._links.get(owner, self._links.name_for(owner, str(key)), client.token)
-        link.ensure_connected(self._ctx.now)
+        link = self._links.get(owner, self._links.name_for(owner, str(key)), caller.token)
+        link.ensure_connected(now)
         if link.machine.refused and link.machine.accepted_at is None:
             raise AgentError(401, "the controller refuses the token")
         unjudged = link.machine.accepted_at is None and not link.machine.connected
         if unjudged and isinstance(call, ResultCall):
             raise AgentError(503, "the controller has not accepted the token yet", retry_after_s=RETRY_AFTER_S)
 
-    def _heartbeat(self, owner: str, client: Caller, call: HeartbeatCall) -> Outcome:
-        session = self._session_registry.heartbeat(owner, call)
-        self._usage.note(session.key, call.dialect, "heartbeat", session.last_seen_unix)
-        link = self._links.link_for(session, client, self._ctx.now)
-        self._presence.heartbeat(session)
-        return self._verdict(link)
+    def _called(self, owner: str, caller: Caller, call: _SessionCall, operation: str, now: float) -> Session:
+        """Return the session of a call, with its link connected. Raises `AgentError`."""
+        session = self._session_registry.session_for_call(owner, call.target, call.dialect, now)
+        self._usage.note(session.key, call.dialect, operation, session.last_seen_unix)
+        self._links.link_for(session, caller, now)
+        return session
 
-    def _verdict(self, link: UpstreamLink) -> Outcome:
-        """Return the reply to a heartbeat, which depends on the state of the session's link."""
-        if link.machine.refused:
+    def _heartbeat(self, owner: str, caller: Caller, call: HeartbeatCall, now: float) -> Outcome:
+        session = self._session_registry.heartbeat(owner, call, now)
+        self._usage.note(session.key, call.dialect, "heartbeat", session.last_seen_unix)
+        link = self._links.link_for(session, caller, now)
+        self._heartbeats.heartbeat(session, now)
+        machine = link.machine
+        if machine.refused:
             return Failed(401, "the controller refuses the token")
         # The link of a new agent is still being dialled for the first time: that is not a failure yet.
-        down = not link.machine.connected and (link.machine.failures > 0 or link.state is LinkState.STOPPED)
+        down = not machine.connected and (machine.failures > 0 or machine.state is LinkState.STOPPED)
         if down and self._ctx.settings.heartbeat.when_link_down == "fail":
             return Failed(503, "the controller cannot be reached", retry_after_s=RETRY_AFTER_S)
-        return Accepted()
+        return _ACCEPTED
 
-    def _status(self, owner: str, client: Caller, call: StatusCall) -> Outcome:
-        session = self._session_registry.session_for_call(owner, call.target, call.dialect)
-        self._usage.note(session.key, call.dialect, "status", session.last_seen_unix)
-        self._links.link_for(session, client, self._ctx.now)
-        self._presence.called(session)
-        self._presence.status(session, call.body)
-        return Accepted()
+    def _status(self, owner: str, caller: Caller, call: StatusCall, now: float) -> Outcome:
+        session = self._called(owner, caller, call, "status", now)
+        self._heartbeats.called(session, now)
+        self._heartbeats.status(session, call.body)
+        return _ACCEPTED
 
-    async def _register(self, owner: str, client: Caller, call: RegisterCall, arrived_s: float) -> Outcome:
+    # --- registrations ------------------------------------------------------------------------------------------------
+
+    async def _register(self, owner: str, caller: Caller, call: RegisterCall, arrived_s: float) -> CallResult:
+        try:
+            return CallResult(await self._registered(owner, caller, call, arrived_s))
+        except AgentError as error:
+            return failed(error)
+
+    async def _registered(self, owner: str, caller: Caller, call: RegisterCall, arrived_s: float) -> Outcome:
         stored = self._session_registry.stored_for(owner, call)
         identity = call.agent_id if call.known_by_agent else call.name
         name = self._links.link_name(stored) if stored is not None else self._links.name_for(owner, identity)
-        link = self._links.get(owner, name, client.token)
+        link = self._links.get(owner, name, caller.token)
         if stored is None:
-            self._session_registry.admission.admit(owner)
+            self._session_registry.quota.admit(owner)
         link.ensure_connected(self._ctx.now)
         cluster_id = self._session_registry.upstream_id(owner, call, stored)
         if cluster_id:
@@ -181,52 +170,54 @@ class AgentCallHandler:
 
         def cached() -> Outcome | None:
             known = self._session_registry.stored_for(owner, call)
-            return outcome_of(known, cached=True) if known is not None else None
+            return known.registered(cached=True) if known is not None else None
 
         outcome = await self._registrations.register(link, call, cached, arrived_s)
         if isinstance(outcome, Registered):
             self._session_registry.registration_answered(owner, call, outcome)
         return outcome
 
-    async def _result(self, owner: str, client: Caller, call: ResultCall) -> Outcome:
-        session = self._session_registry.session_for_call(owner, call.target, call.dialect)
-        self._usage.note(session.key, call.dialect, "result", session.last_seen_unix)
-        at = self._ctx.moment()
-        self._links.link_for(session, client, at.now)
-        self._presence.called(session)
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def _result(self, owner: str, caller: Caller, call: ResultCall, now: float) -> Coroutine[Any, Any, CallResult]:
+        session = self._called(owner, caller, call, "result", now)
+        self._heartbeats.called(session, now)
         online = self._links.connection_of(session) is not None
+        return self._posted(session, call, Moment(now, session.last_seen_unix), online=online)
+
+    async def _posted(self, session: Session, call: ResultCall, at: Moment, *, online: bool) -> CallResult:
         try:
             await self._delivery.post_result(session, call.command_id, call.body, at, online=online)
         except StoreError:
-            return Failed(503, "the result cannot be stored now", retry_after_s=RETRY_AFTER_S)
-        return Accepted()
+            return CallResult(Failed(503, "the result cannot be stored now", retry_after_s=RETRY_AFTER_S))
+        return CallResult(_ACCEPTED)
 
-    def _tunnel_polled(self, owner: str, client: Caller, call: TunnelPollCall) -> Session | None:
-        session = self._session_registry.find_session(owner, call.target)
+    # --- tunnels ------------------------------------------------------------------------------------------------------
+
+    def _tunnel_poll(
+        self, owner: str, caller: Caller, call: TunnelPollCall, now: float
+    ) -> CallResult | Coroutine[Any, Any, CallResult]:
+        session = self._session_registry.find_session(owner, call.target, now)
         key = session.key if session is not None else self._ctx.sessions.key_of(owner, call.target)
         self._usage.note(key, *route_of(call), self._ctx.clock.wall_s())
-        if session is not None:
-            self._links.link_for(session, client, self._ctx.now)
-            self._presence.called(session)
-        return session
+        if session is None:
+            return self._tunnel_state(None)
+        self._links.link_for(session, caller, now)
+        self._heartbeats.called(session, now)
+        if not self._ctx.settings.poll.hold_tunnel:
+            return self._tunnel_state(session)
+        return self._tunnel_held(session)
 
-    def _tunnel_state(self, owner: str, client: Caller, call: TunnelPollCall) -> Outcome:
-        session = self._tunnel_polled(owner, client, call)
-        return TunnelState(None if session is None else session.tunnel, self._ctx.settings.poll.frequency_s)
+    async def _tunnel_held(self, session: Session) -> CallResult:
+        await self._polls.tunnel(session)
+        return self._tunnel_state(session)
 
-    async def _tunnel_poll(self, owner: str, client: Caller, call: TunnelPollCall) -> Outcome:
-        session = self._tunnel_polled(owner, client, call)
-        if session is not None:
-            await self._holding.tunnel(session)
-        return TunnelState(None if session is None else session.tunnel, self._ctx.settings.poll.frequency_s)
+    def _tunnel_state(self, session: Session | None) -> CallResult:
+        return CallResult(TunnelState(None if session is None else session.tunnel, self._ctx.settings.poll.frequency_s))
 
-    def _tunnel_info(self, owner: str, call: TunnelInfoCall) -> Outcome:
-        session = self._session_registry.find_session(owner, call.target)
+    def _tunnel_info(self, owner: str, call: TunnelInfoCall, now: float) -> Outcome:
+        session = self._session_registry.find_session(owner, call.target, now)
         if session is None or not session.reply:
             return Failed(404, "not registered")
         self._usage.note(session.key, *route_of(call), session.last_seen_unix)
-        return TunnelInfo(outcome_of(session, cached=False))
-
-
-async def _ready(answer: CallResult) -> CallResult:
-    return answer
+        return TunnelInfo(session.registered(cached=False))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from shim.bridge.admin_actions import AdminActions
 from shim.bridge.agent_calls import AgentCallHandler
 from shim.bridge.command_queues import CommandQueues, UnpolledCommandsWarning
@@ -16,7 +13,7 @@ from shim.bridge.gateway_redirect import GatewayConnections
 from shim.bridge.heartbeats import HeartbeatForwarder
 from shim.bridge.http_fallback import HttpFallbackBridge
 from shim.bridge.link_pool import LinkPool
-from shim.bridge.long_polls import PollHolds
+from shim.bridge.long_polls import LongPolls
 from shim.bridge.outbox import Outbox
 from shim.bridge.registration import Registrations
 from shim.bridge.rejections import Rejections
@@ -33,7 +30,7 @@ log = get(__name__)
 
 
 class Bridge:
-    """All parts of the bridge and their wiring; implements `ports.AgentService` by the methods of its parts.
+    """All parts of the bridge. `calls` serves agents' calls, `delivery` receives the evidence of their replies.
 
     State changes only synchronously, on the event loop. A call that has to wait is a coroutine.
     """
@@ -50,10 +47,10 @@ class Bridge:
         self.queues = CommandQueues(ctx, self.outbox)
         refusals = Rejections(ctx, self.outbox)
         self.delivery = CommandDelivery(ctx, self.queues, self.outbox, refusals)
-        self.presence = HeartbeatForwarder(ctx, self.registrations, self.links)
-        self.holding = PollHolds(ctx, self.presence, self.session_registry)
+        self.heartbeats = HeartbeatForwarder(ctx, self.registrations, self.links)
+        self.long_polls = LongPolls(ctx, self.links, self.session_registry, self.delivery, self.heartbeats)
         messages = UpstreamMessageHandler(
-            ctx, self.links, self.registrations, self.session_registry, self.delivery, refusals, self.holding
+            ctx, self.links, self.registrations, self.session_registry, self.delivery, refusals, self.long_polls
         )
         self.links.shared.receive = self.gateways.receive = messages.handle
         self.links.has_unsent_results = self.outbox.unsent_for
@@ -65,7 +62,7 @@ class Bridge:
             self.session_registry,
             self.delivery,
             self.outbox,
-            self.presence,
+            self.heartbeats,
         ).install()
         self.admin_actions = AdminActions(ctx, self.queues, self.outbox, self.delivery)
         self.session_removal = SessionRemoval(
@@ -73,17 +70,10 @@ class Bridge:
         )
         self.http_fallback = HttpFallbackBridge(ctx, self.links, self.session_registry, self.queues, self.delivery)
         self.calls = AgentCallHandler(
-            ctx, self.links, self.session_registry, self.registrations, self.delivery, self.holding
+            ctx, self.links, self.session_registry, self.registrations, self.delivery, self.long_polls, self.heartbeats
         )
         self.websocket_agents = WebSocketAgents(ctx, self.links.owner_of)
         self.stopping = False  # shown by the admin port
-        self.call = self.calls.call
-        self.try_call_sync = self.calls.try_call_sync
-        # A `Batch` is the receipt that this bridge gives to the agents' server, which gives it back here.
-        self.written: Callable[[Any], None] = self.delivery.written
-        self.unwritten: Callable[[Any], None] = self.delivery.unwritten
-        self.next_request = self.delivery.next_request
-        self.connection_closed = self.delivery.connection_closed
         self.unpolled = UnpolledCommandsWarning(ctx, self.queues)
         self._upkeep = PeriodicTasks(ctx, self._periodic_tasks())
 
@@ -92,10 +82,10 @@ class Bridge:
             (1, self.links.sweep),
             (1, self.queues.sweep),
             (1, self.session_registry.sweep),
-            (1, self.presence.settle),
+            (1, self.heartbeats.settle),
             (1, self.gateways.sweep),
             (1, self.unpolled.check),
-            (5, self.presence.sweep),
+            (5, self.heartbeats.sweep),
             (5, self.links.check_idle),
             (5, self._look_after_store),
             (5, self.registrations.sweep),
@@ -136,7 +126,7 @@ class Bridge:
         """Answer every waiting call: held polls with an empty list, registrations with 503."""
         self.stopping = True
         self.registrations.end_all()
-        self.holding.end_all()
+        self.long_polls.end_all()
         self.delivery.end_all()
         self._save_holds()
 
@@ -154,7 +144,7 @@ class Bridge:
     def _save_holds(self) -> None:
         for session in self.ctx.sessions:
             if session.holds_changed:
-                self.session_registry.save(session)
+                self.session_registry.persistence.save_session(session)
 
     def _forget_old(self) -> None:
         self.session_registry.expire()
@@ -171,12 +161,12 @@ class Bridge:
 
     def _moved(self, source: SessionKey, target: SessionKey) -> None:
         self.gateways.forget(source)
-        self.presence.forget(source)
+        self.heartbeats.forget(source)
         self.session_registry.usage.forget(source)
         self.delivery.move(source, target)
 
     def _ended(self, key: SessionKey) -> None:
         self.gateways.forget(key)
-        self.presence.forget(key)
+        self.heartbeats.forget(key)
         self.session_registry.usage.forget(key)
         self.queues.end_session(key)

@@ -56,15 +56,16 @@ class HeartbeatForwarder:
 
     # --- heartbeats ---------------------------------------------------------------------------------------------------
 
-    def heartbeat(self, session: Session) -> None:
+    def heartbeat(self, session: Session, now: float) -> None:
         """Record an agent's heartbeat and send one upstream if it is due.
 
         The controller is expected to acknowledge a heartbeat for this agent within one interval; the metric
         `agent_shim_agent_heartbeats` counts if it did.
         """
-        line = self.called(session)
-        if session.coverage.beat(self._ctx.now, line, self._window_s):
-            self._covered.value += 1
+        connection = self.called(session, now)
+        window_s = self._ctx.settings.upstream.heartbeat_interval_s + ACK_GRACE_S
+        if session.coverage.beat(now, connection, window_s):
+            self._covered.inc()
         else:
             self._uncovered.add(session)
 
@@ -90,40 +91,39 @@ class HeartbeatForwarder:
     def _window_s(self) -> float:
         return self._ctx.settings.upstream.heartbeat_interval_s + ACK_GRACE_S
 
-    def _answered(self, session: Session, sent_at: float, line: UpstreamConnection, accepted: bool) -> None:
+    def _answered(self, session: Session, sent_at: float, connection: UpstreamConnection, accepted: bool) -> None:
         if not accepted:
             session.coverage.refused(sent_at)
             return
         self._acks_seen = True
         session.standing.acknowledged()
         self._registrations.acknowledged(session)
-        covered = session.coverage.acked(sent_at, line, self._ctx.now, self._window_s)
+        covered = session.coverage.acked(sent_at, connection, self._ctx.now, self._window_s)
         self._covered.inc(covered)
 
-    def called(self, session: Session, *, force: bool = False) -> UpstreamConnection | None:
+    def called(self, session: Session, now: float, *, force: bool = False) -> UpstreamConnection | None:
         """Send a heartbeat for a session whose agent has just called, if one is due and allowed.
 
         With `force` it is due in any case, because something changed. Returns the session's connection, or None.
         """
         connection = self._links.connection_of(session)
-        if connection is None or not session.fresh(self._ctx.now):
+        if connection is None or not session.fresh(now):
             return connection
         if session.heartbeat is None and session.poll_at is None:
             return connection  # the agent has only registered so far: wait for the data of its own first heartbeat
-        interval_s = self._ctx.settings.upstream.heartbeat_interval_s
-        due = force or session.heartbeat_due(self._ctx.now, interval_s)
+        due = force or session.heartbeat_due(now, self._ctx.settings.upstream.heartbeat_interval_s)
         if due and self._ensure_announced(session, connection):
-            self._send(session, connection)
+            self._send(session, connection, now)
         return connection
 
-    def _send(self, session: Session, connection: UpstreamConnection) -> None:
-        sent_at = session.sent_at = self._ctx.now
+    def _send(self, session: Session, connection: UpstreamConnection, now: float) -> None:
+        session.sent_at = now
         session.last_sent_status = session.reported_status()
-        session.coverage.written(sent_at, connection)
-        session.standing.sent(sent_at, connection.serial)
+        session.coverage.written(now, connection)
+        session.standing.sent(now, connection.serial)
         self._ctx.metrics.heartbeats_up.labels("sent").inc()
-        answered = partial(self._answered, session, sent_at, connection)
-        connection.send_heartbeat(session.key, session.heartbeat_payload(), answered, sent_at)
+        answered = partial(self._answered, session, now, connection)
+        connection.send_heartbeat(session.key, session.heartbeat_payload(), answered, now)
 
     def _ensure_announced(self, session: Session, connection: UpstreamConnection) -> bool:
         """Return True if the session may send heartbeats on this connection; otherwise register it first.
@@ -161,25 +161,27 @@ class HeartbeatForwarder:
         """Record that the controller knows the session on this connection, and send its newest heartbeat."""
         session.announced_on = connection.serial
         if self._links.connection_of(session) is connection:
-            self._send_newest(session)
+            self._send_newest(session, self._ctx.now)
 
     def online(self, sessions: list[Session], connection: UpstreamConnection) -> None:
         """Send the newest heartbeat of each fresh session at once, unless this connection has carried one already."""
+        now = self._ctx.now
         for session in sessions:
-            self._send_newest(session, force=session.standing.sent_on != connection.serial)
+            self._send_newest(session, now, force=session.standing.sent_on != connection.serial)
 
-    def _send_newest(self, session: Session, *, force: bool = True) -> None:
-        self.called(session, force=force)
+    def _send_newest(self, session: Session, now: float, *, force: bool = True) -> None:
+        """Send the session's newest heartbeat and status report."""
+        self.called(session, now, force=force)
         if session.key not in self._status_timed:
             self._send_status(session)
 
-    def hold_started(self, session: Session) -> None:
+    def hold_started(self, session: Session, now: float) -> None:
         """Count a held poll as contact with the agent while its connection is open."""
         session.held += 1
         self._held[session.key] = session
-        self.called(session)
+        self.called(session, now)
 
-    def hold_ended(self, session: Session) -> None:
+    def hold_ended(self, session: Session, now: float) -> None:
         """Record the last contact of a held poll.
 
         The connection was open until now, also if the agent disconnected: the agent was alive until then.
@@ -187,15 +189,15 @@ class HeartbeatForwarder:
         session.held -= 1
         if not session.held:
             self._held.pop(session.key, None)
-        session.touch(self._ctx.now, self._ctx.clock.wall_s())
-        self.called(session)
+        session.touch(now, self._ctx.clock.wall_s())
+        self.called(session, now)
 
     def sweep(self) -> None:
         """Send the heartbeats that became due during held polls; called every few seconds."""
         now, wall = self._ctx.now, self._ctx.clock.wall_s()
         for session in list(self._held.values()):
             session.touch(now, wall)
-            self.called(session)
+            self.called(session, now)
 
     # --- status -------------------------------------------------------------------------------------------------------
 
@@ -232,13 +234,13 @@ class HeartbeatForwarder:
         connection = self._links.connection_of(session)
         if session.key not in self._status:
             return
-        speaks = connection is not None and session.fresh(self._ctx.now)
-        told = connection is not None and self._is_announced(session, connection)
-        if speaks and not told and session.register_payload(self.identity()) is not None:
+        alive = connection is not None and session.fresh(self._ctx.now)
+        announced = connection is not None and self._is_announced(session, connection)
+        if alive and not announced and session.register_payload(self.identity()) is not None:
             return  # keep the report of an adopted agent: it is sent after the registration that its heartbeat causes
         body = self._status[session.key]
         self._drop_status(session.key)
-        if connection is None or not speaks or not told:
+        if connection is None or not alive or not announced:
             self._ctx.metrics.status_dropped.inc()
             return
         self._status_at[session.key] = self._ctx.now

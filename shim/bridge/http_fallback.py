@@ -56,24 +56,24 @@ class HttpFallbackBridge:
         self._session_registry = session_registry
         self._delivery = delivery
 
-    def name_of(self, client: Caller, call: AgentCall) -> str:
+    def name_of(self, caller: Caller, call: AgentCall) -> str:
         """Return the name by which the rollout places an agent: its cluster's name if known, else its id."""
         if isinstance(call, RegisterCall):
             return call.name
         if isinstance(call, HealthCall):
             return ""
-        owner = self._links.owner_of(client.token) or ""
+        owner = self._links.owner_of(caller.token) or ""
         session = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, call.target))
         name = ""
         if session is not None:
-            name = session.registration.get("name") or session.known.get("name") or ""
+            name = session.name
         if not name and isinstance(call, HeartbeatCall):
             name = call.known.get("name") or ""
         return str(name) or (session.key.ident if session is not None else call.target.ident)
 
-    def link_for(self, client: Caller, call: AgentCall) -> UpstreamLink | None:
+    def link_for(self, caller: Caller, call: AgentCall) -> UpstreamLink | None:
         """Return the link that would carry the call and keep it dialling, or return None without an owner."""
-        owner = self._links.owner_of(client.token)
+        owner = self._links.owner_of(caller.token)
         if owner is None:
             return None
         if isinstance(call, (RegisterCall, HealthCall)):
@@ -83,27 +83,27 @@ class HttpFallbackBridge:
             key = self._ctx.sessions.key_of(owner, call.target)
             session = self._ctx.sessions.get(key)
             name = self._links.link_name(session) if session is not None else self._links.name_for(owner, str(key))
-        link = self._links.get(owner, name, client.token)
+        link = self._links.get(owner, name, caller.token)
         link.ensure_connected(self._ctx.now)
         return link
 
-    def used(self, client: Caller, call: AgentCall | None) -> None:
+    def used(self, caller: Caller, call: AgentCall | None) -> None:
         """Record that the vendor's HTTP API has served an agent's call on a legacy route."""
         if call is None or isinstance(call, (RegisterCall, HealthCall)):
             return
-        owner = self._links.owner_of(client.token)
+        owner = self._links.owner_of(caller.token)
         if owner is not None:
             key = self._ctx.sessions.key_of(owner, call.target)
             self._session_registry.usage.note(key, *route_of(call), self._ctx.clock.wall_s())
             self._session_registry.seen(key)
 
-    def agent_of(self, client: Caller, call: AgentCall) -> SessionKey | None:
+    def agent_of(self, caller: Caller, call: AgentCall) -> SessionKey | None:
         """Return the session key under which a call by HTTP is shown, or None if it does not identify its agent.
 
         A tunnel call carries an agent id, which identifies an agent only if one is known by that id. The same holds for
         the registration of an agent that is identified by its cluster id.
         """
-        owner = self._links.owner_of(client.token)
+        owner = self._links.owner_of(caller.token)
         if owner is None or isinstance(call, HealthCall):
             return None
         sessions = self._ctx.sessions
@@ -120,13 +120,13 @@ class HttpFallbackBridge:
 
     # --- registrations ------------------------------------------------------------------------------------------------
 
-    def registered(self, client: Caller, call: RegisterCall, reply: dict[str, Any], *, conflict: bool = False) -> None:
+    def registered(self, caller: Caller, call: RegisterCall, reply: dict[str, Any], *, conflict: bool = False) -> None:
         """Store the name and ids of an agent that the vendor's HTTP API registered.
 
         They are used when the agent is served by the WebSocket later. With `conflict` (409) they are stored only if the
         reply carries the id of the existing cluster.
         """
-        owner = self._links.owner_of(client.token)
+        owner = self._links.owner_of(caller.token)
         cluster = reply.get("cluster")
         ids = {"cluster_id": cluster.get("id")} if isinstance(cluster, dict) else {}
         known = register_reply({**ids, **{k: v for k, v in reply.items() if v is not None}})
@@ -135,24 +135,24 @@ class HttpFallbackBridge:
 
     # --- polls --------------------------------------------------------------------------------------------------------
 
-    def waiting(self, client: Caller, call: PollCall) -> bool:
+    def waiting(self, caller: Caller, call: PollCall) -> bool:
         """Return True if stored commands wait for this agent."""
-        owner = self._links.owner_of(client.token)
+        owner = self._links.owner_of(caller.token)
         if owner is None:
             return False
         queue = self._queues.get(self._ctx.sessions.key_of(owner, call.target))
         return queue is not None and len(queue) > 0
 
-    async def merge(self, client: Caller, call: PollCall, commands: list[Any], arrived_s: float) -> CallResult | None:
+    async def merge(self, caller: Caller, call: PollCall, commands: list[Any], arrived_s: float) -> CallResult | None:
         """Queue the commands that the vendor's API returned and answer the poll from the queue, oldest first.
 
         Returns None if the store fails: then the API's own answer must be passed to the agent unchanged.
         """
-        owner = self._links.owner_of(client.token) or ""
+        owner = self._links.owner_of(caller.token) or ""
         session = self._session_registry.session_for_proxied_call(owner, call.target, call.dialect)
         if not await self._take_in(session, commands):
             return None
-        poll = self._delivery.poll(session.key, client.connection, arrived_s, hold=False)
+        poll = self._delivery.poll(session.key, caller.connection, arrived_s, hold=False)
         try:
             batch = await poll.offered
         except asyncio.CancelledError:
@@ -184,26 +184,26 @@ class HttpFallbackBridge:
 
     # --- results ------------------------------------------------------------------------------------------------------
 
-    async def result_belongs_to_http(self, client: Caller, call: ResultCall) -> bool:
+    async def result_belongs_to_http(self, caller: Caller, call: ResultCall) -> bool:
         """Return True if a result must go to the vendor's HTTP API: its command did not come by the WebSocket."""
-        key = self._key(client, call)
+        key = self._key(caller, call)
         try:
             found = await self._ctx.execute(FindCommand(call.command_id))
         except StoreError:
             return False  # the bridge will answer 503, and the agent sends the result again
         return all(each.record.via == VIA_HTTP for each in found if each.record.session == key)
 
-    def result_taken(self, client: Caller, call: ResultCall) -> None:
+    def result_taken(self, caller: Caller, call: ResultCall) -> None:
         """Close a command whose result the vendor's HTTP API has accepted."""
-        key, wall = self._key(client, call), self._ctx.clock.wall_s()
+        key, wall = self._key(caller, call), self._ctx.clock.wall_s()
         ids = (call.command_id,)
         self._ctx.store.submit(
             MarkCommands(key, ids, CommandState.CLOSED, wall), self._ctx.step(key, ids, wall, "closed", "by HTTP")
         )
         self._delivery.answered(key, call.command_id)
 
-    def _key(self, client: Caller, call: ResultCall) -> SessionKey:
-        owner = self._links.owner_of(client.token) or ""
+    def _key(self, caller: Caller, call: ResultCall) -> SessionKey:
+        owner = self._links.owner_of(caller.token) or ""
         return self._ctx.sessions.key_of(owner, call.target)
 
 

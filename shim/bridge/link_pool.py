@@ -80,14 +80,14 @@ class LinkPool:
             session.link = link or session.link
         return link
 
-    def link_for(self, session: Session, client: Caller, now: float) -> UpstreamLink:
+    def link_for(self, session: Session, caller: Caller, now: float) -> UpstreamLink:
         """Return the link of a session whose agent has just called, and connect the link if necessary.
 
         Raises `AgentError`: 503 if there are too many links, 401 for a token that was refused recently.
         """
         link: UpstreamLink | None = session.link
         if link is None or link.stopped:
-            link = session.link = self.get(session.key.owner, self.link_name(session), client.token)
+            link = session.link = self.get(session.key.owner, self.link_name(session), caller.token)
         if session.gateway is None or not session.gateway.routed:
             link.ensure_connected(now)
         return link

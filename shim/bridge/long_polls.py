@@ -6,13 +6,14 @@ The hold time is learnt per session, see docs/reference/protocol.md#13-poll.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
 from shim.bridge.heartbeats import HeartbeatForwarder
 from shim.bridge.link_pool import LinkPool
-from shim.bridge.scheduler import DeadlineQueue, DueCallback
+from shim.bridge.scheduler import DeadlineQueue
 from shim.bridge.session_registry import SessionRegistry
 from shim.core.agent_calls import Commands, Failed, PollCall
 from shim.core.poll_hold import HoldEstimator
@@ -22,75 +23,7 @@ from shim.errors import AgentError
 from shim.log import get
 from shim.ports import Caller, CallResult
 
-
-class LongPolls:
-    """Handler of polls."""
-
-    def __init__(
-        self,
-        ctx: BridgeContext,
-        links: LinkPool,
-        session_registry: SessionRegistry,
-        delivery: CommandDelivery,
-        holding: PollHolds,
-    ) -> None:
-        self._ctx = ctx
-        self._links = links
-        self._session_registry = session_registry
-        self._delivery = delivery
-        self._holding = holding
-
-    def _polled(self, owner: str, client: Caller, call: PollCall) -> Session:
-        session = self._session_registry.session_for_call(owner, call.target, call.dialect)
-        session.poll_at = self._ctx.now
-        self._session_registry.usage.note(session.key, call.dialect, "poll", session.last_seen_unix)
-        self._links.link_for(session, client, self._ctx.now)
-        return session
-
-    def empty(self, owner: str, client: Caller, call: PollCall) -> CallResult | None:
-        """Answer a poll that has nothing to fetch and may not be held; return None for every other poll."""
-        known = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, call.target))
-        if known is None or self._holding.limit_s(known.hold) > 0 or self._delivery.has_pending(known.key):
-            return None
-        session = self._polled(owner, client, call)
-        self._holding.poll_arrived(session, session.hold)
-        self._holding.presence.called(session)
-        self._holding.hold_answered(session.hold)
-        return CallResult(Commands((), self._ctx.settings.poll.frequency_s))
-
-    async def wait(self, owner: str, client: Caller, call: PollCall, arrived_s: float) -> CallResult:
-        """Answer a poll as soon as commands are offered to it, or when its hold time ends.
-
-        Thousands of polls may wait at a time, so a held poll costs one coroutine, one future and no timer of its own.
-        """
-        try:
-            session = self._polled(owner, client, call)
-        except AgentError as error:
-            return failed(error)
-        key, hold = session.key, session.hold
-        limit_s = self._holding.poll_arrived(session, hold)
-        poll = self._delivery.poll(key, client.connection, arrived_s, hold=limit_s > 0)
-        held_at: float | None = None
-        if poll.batch is None and not poll.offered.done():
-            held_at = self._holding.hold_started(session, limit_s, self._delivery.expire_poll, poll)
-        else:
-            self._holding.presence.called(session)
-        try:
-            await poll.offered
-        except asyncio.CancelledError:
-            if held_at is None:
-                hold.connection_lost()  # the poll was waiting for the disk: its duration does not depend on the agent
-            else:
-                self._holding.agent_disconnected(session, hold, held_at)
-            self._delivery.cancel_poll(key, poll)
-            raise
-        if held_at is not None:
-            self._holding.reply_sent(session, held_at)
-        self._holding.hold_answered(hold)
-        batch = poll.offered.result()
-        commands = batch.offered if batch is not None else ()
-        poll.batch = None
-        return CallResult(Commands(commands, self._ctx.settings.poll.frequency_s), batch)
+log = get(__name__)
 
 
 def failed(error: AgentError) -> CallResult:
@@ -98,19 +31,80 @@ def failed(error: AgentError) -> CallResult:
     return CallResult(Failed(error.status, str(error), error.retry_after_s))
 
 
-log = get(__name__)
+class LongPolls:
+    """The polls of all sessions, and the hold time of each, learnt from the way its earlier polls ended."""
 
-
-class PollHolds:
-    """The hold time of each session, learnt from the way its earlier polls ended."""
-
-    def __init__(self, ctx: BridgeContext, presence: HeartbeatForwarder, session_registry: SessionRegistry) -> None:
+    def __init__(
+        self,
+        ctx: BridgeContext,
+        links: LinkPool,
+        session_registry: SessionRegistry,
+        delivery: CommandDelivery,
+        heartbeats: HeartbeatForwarder,
+    ) -> None:
         self._ctx = ctx
-        self.presence = presence
+        self._links = links
         self._session_registry = session_registry
+        self._delivery = delivery
+        self._heartbeats = heartbeats
         self._tunnels: dict[SessionKey, asyncio.Future[None]] = {}
         self._deadlines = DeadlineQueue(ctx)
         self.stopping = False
+
+    # --- polls for commands -------------------------------------------------------------------------------------------
+
+    def poll(
+        self, owner: str, caller: Caller, call: PollCall, arrived_s: float, now: float
+    ) -> CallResult | Coroutine[Any, Any, CallResult]:
+        """Answer a poll at once if it has nothing to fetch and may not be held; else return the wait for its answer.
+
+        Raises `AgentError` as `SessionRegistry.session_for_call` and `LinkPool.link_for` do.
+        """
+        session = self._session_registry.session_for_call(owner, call.target, call.dialect, now)
+        session.poll_at = now
+        self._session_registry.usage.note(session.key, call.dialect, "poll", session.last_seen_unix)
+        self._links.link_for(session, caller, now)
+        limit_s = self.limit_s(session.hold)
+        if limit_s > 0 or self._delivery.has_pending(session.key):
+            return self._wait(session, caller.connection, arrived_s, limit_s)
+        self._poll_arrived(session, session.hold, now)
+        self._heartbeats.called(session, now)
+        session.hold.reply_sent(now, self._ctx.settings.poll.max_hold_s)
+        return CallResult(Commands((), self._ctx.settings.poll.frequency_s))
+
+    async def _wait(self, session: Session, connection: int, arrived_s: float, limit_s: float) -> CallResult:
+        """Answer a poll as soon as commands are offered to it, or when its hold time ends.
+
+        Thousands of polls may wait at a time, so a held poll costs one coroutine, one future and no timer of its own.
+        """
+        now = self._ctx.now
+        key, hold = session.key, session.hold
+        self._poll_arrived(session, hold, now)
+        poll = self._delivery.poll(key, connection, arrived_s, hold=limit_s > 0)
+        held = poll.batch is None and not poll.offered.done()
+        if held:
+            self._deadlines.add(limit_s, self._delivery.expire_poll, key, poll)
+            self._heartbeats.hold_started(session, now)
+        else:
+            self._heartbeats.called(session, now)
+        try:
+            await poll.offered
+        except asyncio.CancelledError:
+            if held:
+                self._agent_disconnected(session, hold, now)
+            else:
+                hold.connection_lost()  # the poll was waiting for the disk: its duration does not depend on the agent
+            self._delivery.cancel_poll(key, poll)
+            raise
+        if held:
+            self._hold_ended(session, now, "replied")
+        hold.reply_sent(self._ctx.now, self._ctx.settings.poll.max_hold_s)
+        batch = poll.offered.result()
+        commands = batch.offered if batch is not None else ()
+        poll.batch = None
+        return CallResult(Commands(commands, self._ctx.settings.poll.frequency_s), batch)
+
+    # --- hold times ---------------------------------------------------------------------------------------------------
 
     def limit_s(self, hold: HoldEstimator) -> float:
         """Return the number of seconds for which a poll may be held now; 0 means that it is answered at once."""
@@ -121,33 +115,18 @@ class PollHolds:
             return hold.limit_s(poll.max_hold_s)
         return min(poll.hold, poll.max_hold_s)
 
-    def poll_arrived(self, session: Session, hold: HoldEstimator) -> float:
-        """Record the arrival of a poll and return for how many seconds it may be held.
+    def _poll_arrived(self, session: Session, hold: HoldEstimator, now: float) -> None:
+        """Record the arrival of a poll.
 
-        The caller must then call exactly one of `hold_answered`, `agent_disconnected` and
+        The caller must then call exactly one of `HoldEstimator.reply_sent`, `_agent_disconnected` and
         `HoldEstimator.connection_lost`.
         """
-        if hold.poll_arrived(self._ctx.now):
+        if hold.poll_arrived(now):
             log.info(
                 "poll_pacing_detected", session=session.key.ident, pace=hold.pace.value, interval_s=hold.interval_s
             )
-        return self.limit_s(hold)
 
-    def hold_started(self, session: Session, limit_s: float, end: DueCallback, poll: Any) -> float:
-        """Start to hold a poll and return the current monotonic time.
-
-        `end(session.key, poll)` is called after `limit_s` in any case and must ignore a poll that was answered before.
-        The caller passes the returned time to `reply_sent` or `agent_disconnected`.
-        """
-        self._deadlines.add(limit_s, end, session.key, poll)
-        self.presence.hold_started(session)
-        return self._ctx.now
-
-    def reply_sent(self, session: Session, started: float) -> None:
-        """Record that a hold ended with a reply of the shim."""
-        self._ended(session, started, "replied")
-
-    def agent_disconnected(self, session: Session, hold: HoldEstimator, started: float) -> None:
+    def _agent_disconnected(self, session: Session, hold: HoldEstimator, started_s: float) -> None:
         """Record that the agent disconnected during a hold, and learn its patience from that.
 
         Nothing is learnt while the shim is stopping: the agent may have been disconnected by the shutdown.
@@ -155,17 +134,14 @@ class PollHolds:
         if self.stopping:
             hold.connection_lost()
         else:
-            hold.agent_disconnected(self._ctx.now - started)
-            self._session_registry.save(session)
-        self._ended(session, started, "left")
+            hold.agent_disconnected(self._ctx.now - started_s)
+            self._session_registry.persistence.save_session(session)
+        self._hold_ended(session, started_s, "left")
 
-    def _ended(self, session: Session, started: float, how: str) -> None:
-        self._ctx.metrics.hold_seconds.labels(how).observe(self._ctx.now - started)
-        self.presence.hold_ended(session)
-
-    def hold_answered(self, hold: HoldEstimator) -> None:
-        """Record a reply to a poll, which lets the hold time grow."""
-        hold.reply_sent(self._ctx.now, self._ctx.settings.poll.max_hold_s)
+    def _hold_ended(self, session: Session, started_s: float, how: str) -> None:
+        now = self._ctx.now
+        self._ctx.metrics.hold_seconds.labels(how).observe(now - started_s)
+        self._heartbeats.hold_ended(session, now)
 
     # --- tunnel polls -------------------------------------------------------------------------------------------------
 
@@ -175,23 +151,25 @@ class PollHolds:
         A waiting tunnel poll of the same session is answered at once. A poll is not held if the tunnel state has
         changed since the agent's previous poll.
         """
-        hold = session.tunnel_hold
-        limit_s = self.poll_arrived(session, hold)
+        hold, now = session.tunnel_hold, self._ctx.now
+        self._poll_arrived(session, hold, now)
+        limit_s = self.limit_s(hold)
         if self._ctx.settings.poll.hold_tunnel and limit_s > 0 and session.tunnel == session.last_sent_tunnel:
             self.tunnel_changed(session.key)
             changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._tunnels[session.key] = changed
-            started = self.hold_started(session, limit_s, self._tunnel_over, changed)
+            self._deadlines.add(limit_s, self._tunnel_over, session.key, changed)
+            self._heartbeats.hold_started(session, now)
             try:
                 await changed
             except asyncio.CancelledError:
-                self.agent_disconnected(session, hold, started)
+                self._agent_disconnected(session, hold, now)
                 raise
             finally:
                 self._tunnel_over(session.key, changed)
-            self.reply_sent(session, started)
+            self._hold_ended(session, now, "replied")
         session.last_sent_tunnel = session.tunnel
-        self.hold_answered(hold)
+        hold.reply_sent(self._ctx.now, self._ctx.settings.poll.max_hold_s)
 
     def tunnel_changed(self, key: SessionKey) -> None:
         """Answer the waiting tunnel poll of a session."""

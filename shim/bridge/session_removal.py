@@ -82,5 +82,4 @@ class SessionRemoval:
 
 
 def _names(session: Session) -> tuple[str, ...]:
-    name = session.registration.get("name") or session.known.get("name") or ""
-    return session.key.ident, str(session.key), session.agent_id, str(name)
+    return session.key.ident, str(session.key), session.agent_id, session.name

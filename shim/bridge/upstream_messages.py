@@ -10,7 +10,7 @@ from shim.bridge.delivery import CommandDelivery
 from shim.bridge.gateway_redirect import GatewayConnection
 from shim.bridge.link_pool import LinkPool
 from shim.bridge.links import UpstreamLink
-from shim.bridge.long_polls import PollHolds
+from shim.bridge.long_polls import LongPolls
 from shim.bridge.registration import PendingRegistration, Registrations
 from shim.bridge.rejections import Refusal, Rejections
 from shim.bridge.session_registry import SessionRegistry
@@ -70,7 +70,7 @@ class UpstreamMessageHandler:
         session_registry: SessionRegistry,
         delivery: CommandDelivery,
         refusals: Rejections,
-        holding: PollHolds,
+        long_polls: LongPolls,
     ) -> None:
         self._ctx = ctx
         self._links = links
@@ -78,7 +78,7 @@ class UpstreamMessageHandler:
         self._session_registry = session_registry
         self._delivery = delivery
         self._refusals = refusals
-        self._holding = holding
+        self._long_polls = long_polls
         self._unknown: set[str] = set()
         self._handlers: dict[str, Callable[[UpstreamConnection, Message, MessageSource, float], None]] = {
             "register_success": self._register_success,
@@ -194,7 +194,7 @@ class UpstreamMessageHandler:
             if state is None:
                 log.warning("tunnel_status_too_large", dedupe_key=session.key.ident, session=session.key.ident)
             elif self._session_registry.set_tunnel(session, state):
-                self._holding.tunnel_changed(session.key)
+                self._long_polls.tunnel_changed(session.key)
         else:
             log.warning("tunnel_status_without_target", dedupe_key=session, code=session)
 

@@ -131,7 +131,7 @@ class ReplicaForwarder:
         """Return whether this replica cannot carry out calls with this token now."""
         return self._locator.is_elsewhere(token)
 
-    def try_call_sync(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
+    def forward_now(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
         """Forward a heartbeat if a connection for heartbeats to the owner is open. Return `None` otherwise."""
         owner = self._locator.remote_owner(token)
         connection = None if owner is None or self._membership.leaving else self._pool.heartbeats(owner.process)
@@ -172,7 +172,7 @@ class ReplicaForwarder:
         if request.method == METHOD:
             raise AgentError(405, "method not allowed")  # notes between replicas use this method
         now_s = self._clock.monotonic_s
-        token, arrived_s = request.client.token, self._arrival(request.arrived_s)
+        token, arrived_s = request.caller.token, self._arrival(request.arrived_s)
         is_heartbeat = operation == "heartbeat"
         until_s = now_s() + (AGAIN_S if is_heartbeat else PATIENCE_S)
         while self._locator.is_elsewhere(token) and not self._membership.leaving:
@@ -239,7 +239,7 @@ class ReplicaForwarder:
             return ProxyResponse(reply.status, headers, self._stream(connection, reply), complete=True)
         body = await reply.read()
         if offers:
-            receipt = RemoteReceipt(self._pool, connection, request.client.connection)
+            receipt = RemoteReceipt(self._pool, connection, request.caller.connection)
             return ProxyResponse(reply.status, headers, body, receipt, complete=True)
         self._pool.release(connection)
         return ProxyResponse(reply.status, headers, body, complete=True)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from shim.admin import Subject
+from shim.agent_api import Backends
 from shim.agent_api.internal import ClusterListener
 from shim.bridge import BridgeContext
 from shim.cluster.admin_actions import ClusterAdmin, ReplicaClient
@@ -78,7 +79,7 @@ class Replica:
         about = partial(replicas_status, self.membership, self.shards)
         self.subject = Subject(self._ctx, self.shards.bridges, about, client.ask_others)
         self._admin = ClusterAdmin(self.subject, client, self._locator, context.spawn)
-        self.agent_service = Router(self._locator, self._current)
+        self.agent_service = self.evidence = Router(self._locator, self._current)
         self.forwarder = ReplicaForwarder(
             self._locator,
             self.membership,
@@ -128,12 +129,11 @@ class Replica:
         sunset = sunset_headers(settings.sunset)
         return ClusterListener(
             listen,
-            self.agent_service,
+            Backends(self.agent_service, self.evidence, self.fallback),
             load(),
             context.metrics,
             token=None if settings.upstream.own_tokens else context.read_token,
             static_headers=lambda: sunset,
-            fallback=self.fallback,
             refused_calls=self._ctx.refused_calls,
             context=self._tls,
             secret=lambda: self._pool.secret,

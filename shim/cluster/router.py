@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
-from shim.bridge import Bridge
+from shim.bridge.delivery import CommandDelivery
 from shim.cluster.forwarding import RETRY_AFTER_S, RemoteReceipt
 from shim.cluster.shard import Shard
 from shim.cluster.shard_locator import ShardLocator
@@ -25,8 +25,8 @@ from shim.core.agent_calls import (
     PollCall,
     StatusCall,
 )
-from shim.fallback.policy import is_over
-from shim.ports import Caller, CallResult, Clock, DeliveryReceipt, ProxyRequest, ProxyResponse
+from shim.fallback.policy import configured_scope, is_over
+from shim.ports import Caller, CallResult, Clock, DeliveryReceipt, FallbackScope, ProxyRequest, ProxyResponse
 
 _NO_TOKEN = CallResult(Failed(401, "a token is required"))
 
@@ -35,35 +35,35 @@ _NO_TOKEN = CallResult(Failed(401, "a token is required"))
 class LocalReceipt:
     """Receipt of a local bridge. `connection` carries its reply."""
 
-    bridge: Bridge
+    delivery: CommandDelivery
     receipt: DeliveryReceipt
     connection: int
 
     def written(self) -> None:
         """Record that the reply was handed to the kernel."""
-        self.bridge.written(self.receipt)
+        self.delivery.written(self.receipt)
 
     def unwritten(self) -> None:
         """Record that the reply could not be written."""
-        self.bridge.unwritten(self.receipt)
+        self.delivery.unwritten(self.receipt)
 
     def next_request(self) -> None:
         """Record that the agent sent another request on the connection."""
-        self.bridge.next_request(self.connection)
+        self.delivery.next_request(self.connection)
 
     def connection_closed(self, clean: bool | None) -> None:
         """Record the end of the connection. `clean` is `None` if the replica that served it is gone."""
         if clean is None:
-            self.bridge.delivery.connection_lost(self.connection)
+            self.delivery.connection_lost(self.connection)
         else:
-            self.bridge.connection_closed(self.connection, clean)
+            self.delivery.connection_closed(self.connection, clean)
 
 
 _Receipt = LocalReceipt | RemoteReceipt
 
 
 class Router:
-    """Implements `internal.ClusterAgentService` with the bridges of this replica's shards.
+    """Implements `ports.AgentService` and `internal.ClusterEvidence` with the bridges of this replica's shards.
 
     Callers try to forward a call first. A call whose shard is not here gets an answer that confirms nothing.
     """
@@ -73,23 +73,18 @@ class Router:
         self._settings = settings
         self._awaiting_evidence: defaultdict[int, list[_Receipt]] = defaultdict(list)
 
-    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
-        """Carry out a call at once, or return `None` if it has to wait or its shard is not here."""
-        if isinstance(call, HealthCall):
-            return CallResult(Healthy())
-        shard = self._locator.local(client.token)
-        return None if shard is None else shard.bridge.try_call_sync(client, call, arrived_s)
-
-    async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
+    def call(
+        self, caller: Caller, call: AgentCall, arrived_s: float, now_s: float
+    ) -> CallResult | Coroutine[Any, Any, CallResult]:
         """Carry out a call at this replica."""
         if isinstance(call, HealthCall):
             return CallResult(Healthy())
-        if self._locator.shard_number(client.token) is None:
-            return _NO_TOKEN
-        shard = self._locator.local(client.token)
+        shard = self._locator.local(caller.token)
         if shard is None:
-            return CallResult(self.without_owner(call))
-        return fenced(shard, client, await shard.bridge.call(client, call, arrived_s))
+            unknown = self._locator.shard_number(caller.token) is None
+            return _NO_TOKEN if unknown else CallResult(self.without_owner(call))
+        answer = shard.bridge.calls.call(caller, call, arrived_s, now_s)
+        return fenced(shard, caller, answer) if isinstance(answer, CallResult) else _later(shard, caller, answer)
 
     def without_owner(self, call: AgentCall) -> Outcome:
         """Return the answer to a call while no replica owns its shard. It never confirms that data is stored."""
@@ -132,14 +127,18 @@ class Router:
         self.connection_closed(connection, None)
 
 
-def fenced(shard: Shard, client: Caller, answer: CallResult) -> CallResult:
+async def _later(shard: Shard, caller: Caller, answer: Coroutine[Any, Any, CallResult]) -> CallResult:
+    return fenced(shard, caller, await answer)
+
+
+def fenced(shard: Shard, caller: Caller, answer: CallResult) -> CallResult:
     """Return an answer, without its commands if the shard was lost: another replica may be offering them."""
     if answer.receipt is None:
         return answer
     if not shard.usable:
-        shard.bridge.unwritten(answer.receipt)
+        shard.bridge.delivery.unwritten(answer.receipt)
         return CallResult(Commands((), shard.bridge.ctx.settings.poll.frequency_s))
-    return CallResult(answer.outcome, LocalReceipt(shard.bridge, answer.receipt, client.connection))
+    return CallResult(answer.outcome, LocalReceipt(shard.bridge.delivery, answer.receipt, caller.connection))
 
 
 class ClusterFallback:
@@ -153,40 +152,33 @@ class ClusterFallback:
         self._settings = settings
         self._clock = clock
 
-    def handles_all(self) -> bool:
-        """Return whether all calls use the HTTP API."""
-        return self._settings().mode == "http" and not self._sunset_over()
-
-    def handles_some(self) -> bool:
-        """Return whether some calls may use the HTTP API."""
+    def scope(self) -> FallbackScope:
+        """Return the share of the calls that may go by HTTP now; implements `ports.Fallback.scope`."""
         settings = self._settings()
-        if settings.mode == "http":
-            return False
-        return (settings.mode == "auto" or settings.rollout.partial) and not self._sunset_over()
+        scope = configured_scope(settings)
+        over = scope is not FallbackScope.NONE and is_over(settings.sunset, self._clock.wall_s())
+        return FallbackScope.NONE if over else scope
 
-    def _sunset_over(self) -> bool:
-        return is_over(self._settings().sunset, self._clock.wall_s())
-
-    def handles(self, client: Caller, call: AgentCall) -> bool:
+    def handles(self, caller: Caller, call: AgentCall) -> bool:
         """Return whether this call uses the HTTP API."""
-        shard = self._locator.local(client.token)
-        return shard is not None and shard.fallback.handles(client, call)
+        shard = self._locator.local(caller.token)
+        return shard is not None and shard.fallback.handles(caller, call)
 
     def active(self) -> bool:
         """Return whether calls use the HTTP API now, because of the mode or a link that is down."""
-        return self.handles_all() or any(shard.fallback.active() for shard in self._shards.serving())
+        return self.scope() is FallbackScope.ALL or any(shard.fallback.active() for shard in self._shards.serving())
 
     async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
         """Serve a call by the HTTP API if its shard is here. Return `None` otherwise."""
-        shard = self._locator.local(request.client.token)
+        shard = self._locator.local(request.caller.token)
         if shard is None:
             return None
         served = await shard.fallback.serve(request)
         if served is None or served.receipt is None:
             return served
         if isinstance(served, CallResult):
-            return fenced(shard, request.client, served)
-        checked = fenced(shard, request.client, CallResult(Commands((), 0), served.receipt))
+            return fenced(shard, request.caller, served)
+        checked = fenced(shard, request.caller, CallResult(Commands((), 0), served.receipt))
         if checked.receipt is None:
             return checked
         return ProxyResponse(served.status, served.headers, served.body, checked.receipt)

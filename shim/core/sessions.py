@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any, NamedTuple
 
-from shim.core.agent_calls import HeartbeatCall, SessionTarget, TargetKind
+from shim.core.agent_calls import HeartbeatCall, Registered, SessionTarget, TargetKind
 from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES
 from shim.core.heartbeat_coverage import HeartbeatCoverage
 from shim.core.poll_hold import HoldEstimator, Samples, middle_of, remember
@@ -289,6 +289,32 @@ class Session:
         if self.heartbeat is not None:
             payload.update(self.heartbeat.payload)
         return payload
+
+    @property
+    def name(self) -> str:
+        """The name of the agent's cluster, empty if it is not known."""
+        return str(self.registration.get("name") or self.known.get("name") or "")
+
+    def registered(self, *, cached: bool) -> Registered:
+        """Return the answer to the agent's registration, with the cluster id that the agent knows.
+
+        That id never changes for the agent, see docs/reference/protocol.md#16-owners-sessions-aliases.
+        """
+        reply = self.reply
+        cluster_id = self.key.ident if self.key.kind == TargetKind.CLUSTER.value else self.upstream_cluster_id
+        uuid = reply.get("cluster_uuid", cluster_id) if cluster_id == self.upstream_cluster_id else cluster_id
+        return Registered(
+            cluster_id=cluster_id,
+            cluster_uuid=uuid,
+            name=reply.get("name") or self.registration.get("name") or "",
+            agent_id=self.agent_id,
+            status=reply.get("status") or "registered",
+            tunnel_url=reply.get("tunnel_url", ""),
+            api_server=reply.get("api_server", ""),
+            workspace_id=reply.get("workspace_id"),
+            registered_at=reply.get("registered_at"),
+            cached=cached,
+        )
 
     def register_payload(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Return the payload of a `register`: `identity`, heartbeat fields, stored registration, later ones winning.

@@ -14,7 +14,7 @@ import msgspec
 
 from shim.bridge import Bridge
 from shim.config.rules import parse_date_s
-from shim.config.settings import Sunset
+from shim.config.settings import Settings, Sunset
 from shim.core.agent_calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
 from shim.core.call_records import FallbackCall, Why, route_of
 from shim.core.failover import Breaker, Failover, Transport, in_rollout
@@ -22,7 +22,7 @@ from shim.core.link_state import LinkState
 from shim.errors import ConfigError
 from shim.fallback.reverse_proxy import ReverseProxy, Unreachable, object_of, unreachable_reply
 from shim.log import get
-from shim.ports import Caller, CallResult, ProxyRequest, ProxyResponse
+from shim.ports import Caller, CallResult, FallbackScope, ProxyRequest, ProxyResponse
 from shim.protocol.http import fallback_url
 
 
@@ -46,6 +46,13 @@ def is_over(sunset: Sunset, wall_s: float) -> bool:
     return bool(sunset.at) and wall_s >= parse_date_s(sunset.at)
 
 
+def configured_scope(settings: Settings) -> FallbackScope:
+    """Return the share of the calls that may go by HTTP before the sunset."""
+    if settings.mode == "http":
+        return FallbackScope.ALL
+    return FallbackScope.SOME if settings.mode == "auto" or settings.rollout.partial else FallbackScope.NONE
+
+
 log = get(__name__)
 
 PATIENCE_S = 5.0
@@ -63,6 +70,8 @@ class FallbackPolicy:
         self._proxy = ReverseProxy()
         self._failovers: dict[str, Failover] = {}
         self._breaker = Breaker()
+        self._settings = bridge.ctx.settings
+        self._scope = configured_scope(self._settings)
 
     async def close(self) -> None:
         """Close the connections to the vendor's API."""
@@ -70,39 +79,36 @@ class FallbackPolicy:
 
     # --- choice of transport ------------------------------------------------------------------------------------------
 
-    def handles_all(self) -> bool:
-        """Return True if every call goes by HTTP: in mode `http`, before the sunset."""
+    def scope(self) -> FallbackScope:
+        """Return the share of the calls that may go by HTTP now; implements `ports.Fallback.scope`."""
         settings = self._bridge.ctx.settings
-        return settings.mode == "http" and not self._sunset_over()
+        if settings is not self._settings:  # they were reloaded
+            self._settings, self._scope = settings, configured_scope(settings)
+        if self._scope is FallbackScope.NONE or is_over(settings.sunset, self._bridge.ctx.clock.wall_s()):
+            return FallbackScope.NONE
+        return self._scope
 
-    def handles_some(self) -> bool:
-        """Return True if some calls may go by HTTP: in mode `auto` or with a partial rollout, before the sunset."""
-        settings = self._bridge.ctx.settings
-        if settings.mode == "http":
-            return False
-        return (settings.mode == "auto" or settings.rollout.partial) and not self._sunset_over()
-
-    def handles(self, client: Caller, call: AgentCall) -> bool:
+    def handles(self, caller: Caller, call: AgentCall) -> bool:
         """Return True if this call goes by HTTP."""
         if isinstance(call, HealthCall):
             return False
         settings = self._bridge.ctx.settings
-        if not self._in_rollout(client, call):
+        if not self._in_rollout(caller, call):
             return True
         return (
-            settings.mode == "auto" and self._failed_over(client, call) and self._breaker.allows(self._bridge.ctx.now)
+            settings.mode == "auto" and self._failed_over(caller, call) and self._breaker.allows(self._bridge.ctx.now)
         )
 
-    def _in_rollout(self, client: Caller, call: AgentCall) -> bool:
+    def _in_rollout(self, caller: Caller, call: AgentCall) -> bool:
         rollout = self._bridge.ctx.settings.rollout
         if not rollout.partial:
             return True
-        name = self._bridge.http_fallback.name_of(client, call)
+        name = self._bridge.http_fallback.name_of(caller, call)
         return in_rollout(name, rollout.percent, rollout.include, rollout.exclude)
 
     def active(self) -> bool:
         """Return True if calls go by HTTP because of the mode or of a failed link, but not because of the rollout."""
-        return self.handles_all() or any(
+        return self.scope() is FallbackScope.ALL or any(
             failover.way is Transport.HTTP and self._is_used(name) for name, failover in self._failovers.items()
         )
 
@@ -111,9 +117,9 @@ class FallbackPolicy:
         link = self._bridge.links.find(name)
         return link is not None and link.state is not LinkState.IDLE
 
-    def _failed_over(self, client: Caller, call: AgentCall) -> bool:
+    def _failed_over(self, caller: Caller, call: AgentCall) -> bool:
         ctx = self._bridge.ctx
-        link = self._bridge.http_fallback.link_for(client, call)
+        link = self._bridge.http_fallback.link_for(caller, call)
         if link is None:
             return False
         failover = self._failovers.get(link.name)
@@ -128,9 +134,6 @@ class FallbackPolicy:
             log.warning("failover", way=way.value, was=before.value)
         return way is Transport.HTTP
 
-    def _sunset_over(self) -> bool:
-        return is_over(self._bridge.ctx.settings.sunset, self._bridge.ctx.clock.wall_s())
-
     # --- serving ------------------------------------------------------------------------------------------------------
 
     async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
@@ -139,7 +142,7 @@ class FallbackPolicy:
         if isinstance(call, HealthCall):
             return None  # a health check asks for the health of the shim itself
         if isinstance(call, ResultCall) and not await self._bridge.http_fallback.result_belongs_to_http(
-            request.client, call
+            request.caller, call
         ):
             return None  # the command of this result came by the WebSocket
         began_s = self._bridge.ctx.now
@@ -153,22 +156,22 @@ class FallbackPolicy:
         except Unreachable as error:
             self._breaker.failed(self._bridge.ctx.now)
             self._record(request, reason=str(error))
-            if isinstance(call, PollCall) and self._bridge.http_fallback.waiting(request.client, call):
-                return await self._bridge.http_fallback.merge(request.client, call, [], request.arrived_s)
+            if isinstance(call, PollCall) and self._bridge.http_fallback.waiting(request.caller, call):
+                return await self._bridge.http_fallback.merge(request.caller, call, [], request.arrived_s)
             return self._on_unreachable(request)
         if isinstance(call, RegisterCall) and reply.status in TELLING and isinstance(reply.body, bytes):
             told = self._read(reply) or {}
-            self._bridge.http_fallback.registered(request.client, call, told, conflict=reply.status == 409)
+            self._bridge.http_fallback.registered(request.caller, call, told, conflict=reply.status == 409)
         # After `registered`: before it the status does not know whose call this is.
         if isinstance(reply.body, bytes):
             self._judge(request, reply.status)
         else:
             reply = replace(reply, body=self._judged_at_its_end(request, reply.status, reply.body))
-        self._bridge.http_fallback.used(request.client, call)
+        self._bridge.http_fallback.used(request.caller, call)
         if isinstance(call, PollCall):
             return await self._merged(request, call, reply)
         if isinstance(call, ResultCall) and reply.status in (200, 204):
-            self._bridge.http_fallback.result_taken(request.client, call)
+            self._bridge.http_fallback.result_taken(request.caller, call)
         return reply
 
     def _read(self, reply: ProxyResponse) -> dict[str, Any] | None:
@@ -242,9 +245,9 @@ class FallbackPolicy:
         body = body or {}
         listed = body.get("commands")
         handed_out = listed if reply.status == 200 and isinstance(listed, list) else []
-        if not handed_out and not http_fallback.waiting(request.client, call):
+        if not handed_out and not http_fallback.waiting(request.caller, call):
             return reply
-        answer = await http_fallback.merge(request.client, call, handed_out, request.arrived_s)
+        answer = await http_fallback.merge(request.caller, call, handed_out, request.arrived_s)
         if answer is None:
             return reply
         if reply.status != 200 or not isinstance(answer.outcome, Commands):
@@ -266,13 +269,13 @@ class FallbackPolicy:
             ended, agent = FallbackCall(ctx.clock.wall_s(), "", status, reason), None
         else:
             dialect, operation = route_of(call)
-            name, why = self._bridge.http_fallback.name_of(request.client, call), self._why(request.client, call)
+            name, why = self._bridge.http_fallback.name_of(request.caller, call), self._why(request.caller, call)
             ended = FallbackCall(ctx.clock.wall_s(), operation, status, reason, dialect, name, why)
-            agent = self._bridge.http_fallback.agent_of(request.client, call)
+            agent = self._bridge.http_fallback.agent_of(request.caller, call)
         ctx.fallback.add(ended, agent)
         ctx.metrics.fallback.labels(ended.outcome).inc()
 
-    def _why(self, client: Caller, call: AgentCall) -> Why:
-        if self.handles_all():
+    def _why(self, caller: Caller, call: AgentCall) -> Why:
+        if self.scope() is FallbackScope.ALL:
             return Why.MODE
-        return Why.LINK_DOWN if self._in_rollout(client, call) else Why.ROLLOUT
+        return Why.LINK_DOWN if self._in_rollout(caller, call) else Why.ROLLOUT

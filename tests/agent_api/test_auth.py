@@ -56,7 +56,7 @@ async def test_tokens(
         assert reply.status == status
         assert (reply.headers.get("www-authenticate") == "Bearer") is (status == 401)
         assert (await house.ask(get("/api/v1/health"))).status == 200, "health needs no token"
-    tokens = [client.token for client in house.board.clients[:-1]]
+    tokens = [client.token for client in house.board.callers[:-1]]
     assert tokens == ([] if seen is None else [seen])
 
 
@@ -68,7 +68,7 @@ async def test_each_request_is_judged_by_its_own_token() -> None:
             assert (await agent.reply()).status == 200
         await agent.send(POLL)
         assert (await agent.reply()).status == 401
-    assert [client.token for client in house.board.clients] == ["a", "a", "b"]
+    assert [client.token for client in house.board.callers] == ["a", "a", "b"]
 
 
 def test_a_token_is_never_shown() -> None:
@@ -140,7 +140,7 @@ async def test_many_host_names_do_not_pile_up() -> None:
         for n in range(300):
             await agent.send(f"GET /api/v1/health HTTP/1.1\r\nHost: {n}.example\r\n\r\n".encode())
             assert (await agent.reply()).status == 403
-        assert len(house.frontend._guard._known) <= 256
+        assert len(house.frontend._handler._guard._known) <= 256
 
 
 async def test_many_paths_do_not_pile_up() -> None:
@@ -149,7 +149,7 @@ async def test_many_paths_do_not_pile_up() -> None:
         for n in range(4200):
             await agent.send(get(f"/api/v1/health?{n}"))
             await agent.reply()
-        assert len(house.frontend._routes) <= 4096
+        assert len(house.frontend._handler._routes) <= 4096
 
 
 # --- TLS ----------------------------------------------------------------------------------------------------------

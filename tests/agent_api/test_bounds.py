@@ -29,11 +29,11 @@ class HeldPolls:
         self._offer = offering()
         board.script = self._script
 
-    async def _script(self, client: Caller, call: AgentCall) -> CallResult:
+    async def _script(self, caller: Caller, call: AgentCall) -> CallResult:
         if not isinstance(call, PollCall):
-            return await plain_answer(client, call)
+            return await plain_answer(caller, call)
         await self.go.wait()
-        return await self._offer(client, call)
+        return await self._offer(caller, call)
 
 
 # --- heads ---------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ async def test_unfinished_heads_share_one_bound_and_small_calls_are_served_meanw
         for hog in hogs[:2]:
             await hog.send(b"\r\n\r\n")
             assert (await hog.reply()).status == 200
-        assert house.frontend._budget.used_bytes == 0
+        assert house.frontend._server_context.budget.used_bytes == 0
 
 
 async def test_blank_lines_without_end_are_no_head() -> None:
@@ -110,7 +110,7 @@ async def test_what_is_sent_behind_a_held_poll_stays_with_its_sender() -> None:
         replies = [await hog.reply() for _ in range(2001)]
         await flood
         assert {reply.status for reply in replies} == {200}
-        assert house.frontend._budget.used_bytes == 0
+        assert house.frontend._server_context.budget.used_bytes == 0
 
 
 async def test_what_waits_behind_polls_shares_one_bound() -> None:
@@ -126,7 +126,7 @@ async def test_what_waits_behind_polls_shares_one_bound() -> None:
         counts = [(await hog.closed_or(2)).count(b"HTTP/1.1 200") for hog in hogs]
         assert sorted(counts) == [1, 1, 1, 2, 2], "beyond the bound the poll is answered and the connection closed"
         assert house.count("bad_requests_total", reason="memory") == 3
-        assert house.frontend._budget.used_bytes == 0
+        assert house.frontend._server_context.budget.used_bytes == 0
 
 
 async def test_a_half_head_behind_a_held_poll_has_the_time_of_a_head() -> None:
@@ -193,10 +193,10 @@ async def test_bytes_that_the_kernel_has_already_when_the_reply_is_written_are_n
     offer = offering()
     agents: list[Agent] = []
 
-    async def script(client: Caller, call: AgentCall) -> CallResult:
+    async def script(caller: Caller, call: AgentCall) -> CallResult:
         if isinstance(call, PollCall):
             agents[0].sock.send(BEAT)  # arrives between our last look at the socket and the reply
-        return await offer(client, call)
+        return await offer(caller, call)
 
     board.script = script
     async with running(board=board) as house:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from shim.config.settings import Listen
-from shim.core.agent_calls import AgentCall, Failed
+from shim.core.agent_calls import Failed
 from shim.core.call_records import RecentCalls
-from shim.ports import Caller, CallResult
+from shim.ports import CallResult
 from tests.support.frontend import POLL, Board, get, post, running
 
 REGISTER = "/api/v1/clusters/agent/register"
@@ -43,10 +43,7 @@ async def test_every_refused_call_is_counted_with_its_route(
 class Refusing(Board):
     """A bridge that refuses every call at once."""
 
-    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
-        return CallResult(Failed(401, "the controller refuses the token"))
-
-    async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
+    def call(self, *_: object) -> CallResult:
         return CallResult(Failed(401, "the controller refuses the token"))
 
 

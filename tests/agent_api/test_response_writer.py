@@ -15,7 +15,7 @@ import pytest
 from shim.agent_api.forwarding import target_of
 from shim.config.settings import Listen
 from shim.core.agent_calls import Accepted, AgentCall, HeartbeatCall, PollCall, StatusCall
-from shim.ports import Caller, CallResult, ProxyRequest, ProxyResponse
+from shim.ports import Caller, CallResult, FallbackScope, ProxyRequest, ProxyResponse
 from tests.support.frontend import HEALTH, POLL, get, post, running
 
 PACKED = gzip.compress(b'{"agent_id":"a","name":"n"}')
@@ -31,13 +31,10 @@ class Api:
         self._replies = list(replies)
         self._everything = everything
 
-    def handles_all(self) -> bool:
-        return self._everything
+    def scope(self) -> FallbackScope:
+        return FallbackScope.ALL if self._everything else FallbackScope.SOME
 
-    def handles_some(self) -> bool:
-        return not self._everything
-
-    def handles(self, client: Caller, call: AgentCall) -> bool:
+    def handles(self, caller: Caller, call: AgentCall) -> bool:
         return isinstance(call, PollCall)
 
     async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:

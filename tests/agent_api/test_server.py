@@ -54,7 +54,7 @@ async def test_go_gets_204_without_a_body_and_keeps_its_connection() -> None:
 async def test_a_failed_outcome_is_rendered_with_retry_after() -> None:
     board = Board()
 
-    async def script(client: Caller, call: AgentCall) -> CallResult:
+    async def script(caller: Caller, call: AgentCall) -> CallResult:
         return CallResult(Failed(503, "not now", retry_after_s=7))
 
     board.script = script
@@ -370,9 +370,9 @@ async def test_a_slow_pipelined_head_does_not_cost_the_reply_before_it() -> None
     board = Board()
     go = asyncio.Event()
 
-    async def script(client: Caller, call: AgentCall) -> CallResult:
+    async def script(caller: Caller, call: AgentCall) -> CallResult:
         await go.wait()
-        return await plain_answer(client, call)
+        return await plain_answer(caller, call)
 
     board.script = script
     async with running(Listen(port=0, header_timeout_s=0.1), board) as house:
@@ -495,7 +495,7 @@ async def test_garbage_behind_a_request_waits_for_its_reply() -> None:
 async def test_a_defect_is_an_internal_error(caplog: pytest.LogCaptureFixture) -> None:
     board = Board()
 
-    async def script(client: Caller, call: AgentCall) -> CallResult:
+    async def script(caller: Caller, call: AgentCall) -> CallResult:
         raise RuntimeError("inner-detail")
 
     board.script = script
@@ -512,7 +512,7 @@ async def test_a_defect_is_an_internal_error(caplog: pytest.LogCaptureFixture) -
 async def test_a_reply_that_cannot_be_encoded_gives_its_commands_back() -> None:
     board = Board()
 
-    async def script(client: Caller, call: AgentCall) -> CallResult:
+    async def script(caller: Caller, call: AgentCall) -> CallResult:
         poison = OfferedCommand("id", "type", {"x": "\ud800"}, "2026-01-01T00:00:00Z")
         return CallResult(CommandList((poison,), 5), receipt="receipt")
 
@@ -548,9 +548,9 @@ async def test_too_many_connections() -> None:
 async def _held(house: House) -> tuple[asyncio.Event, Agent]:
     go = asyncio.Event()
 
-    async def script(client: Caller, call: AgentCall) -> CallResult:
+    async def script(caller: Caller, call: AgentCall) -> CallResult:
         await go.wait()
-        return await offering()(client, call)
+        return await offering()(caller, call)
 
     house.board.script = script
     agent = await house.agent()
@@ -598,9 +598,9 @@ class Gate:
         self.open = asyncio.Event()
         board.script = self._script
 
-    async def _script(self, client: Caller, call: AgentCall) -> CallResult:
+    async def _script(self, caller: Caller, call: AgentCall) -> CallResult:
         await self.open.wait()
-        return await plain_answer(client, call)
+        return await plain_answer(caller, call)
 
 
 async def test_one_agent_has_so_many_requests_at_a_time_and_others_theirs() -> None:
@@ -620,7 +620,7 @@ async def test_one_agent_has_so_many_requests_at_a_time_and_others_theirs() -> N
         for agent in waiting:
             assert (await agent.reply()).status == 200
         assert (await house.ask(POLL)).status == 200
-        assert len(house.frontend._in_flight) == 0
+        assert len(house.frontend._handler._in_flight) == 0
 
 
 async def test_an_agent_that_hangs_up_is_not_counted_any_more() -> None:
@@ -674,7 +674,7 @@ async def test_large_bodies_are_refused_while_others_fill_the_memory_for_them() 
         for number, agent in enumerate(agents):
             await agent.send(whole.replace(b"/a1/", f"/b{number}/".encode())[:-1000])
         async with asyncio.timeout(60):
-            while house.frontend._budget.used_bytes < 190_000:
+            while house.frontend._server_context.budget.used_bytes < 190_000:
                 await house.ask(get("/nope"))
         late = await house.agent()
         await late.send(whole[:20_000])
@@ -685,7 +685,7 @@ async def test_large_bodies_are_refused_while_others_fill_the_memory_for_them() 
             await agent.send(whole[-1000:])
             assert (await agent.reply()).status == 200
         assert (await house.ask(whole)).status == 200
-        assert house.frontend._budget.used_bytes == 0
+        assert house.frontend._server_context.budget.used_bytes == 0
 
 
 async def test_an_agent_that_reads_no_reply_is_dropped() -> None:

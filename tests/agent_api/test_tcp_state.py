@@ -28,9 +28,9 @@ class Held:
         self._inner = offering()
         board.script = self.script
 
-    async def script(self, client: Caller, call: AgentCall) -> CallResult:
+    async def script(self, caller: Caller, call: AgentCall) -> CallResult:
         await self.go.wait()
-        return await self._inner(client, call)
+        return await self._inner(caller, call)
 
 
 def offering_board(size_bytes: int = 10) -> Board:
@@ -72,7 +72,7 @@ async def test_connections_have_numbers_of_their_own() -> None:
             await agent.reply()
             agent.close()
         await house.board.until("clean", 2)
-    numbers = [client.connection for client in house.board.clients]
+    numbers = [client.connection for client in house.board.callers]
     assert len(set(numbers)) == 2
     assert sorted(entry[1] for entry in house.board.log if entry[0] == "closed") == sorted(numbers)
 
@@ -133,9 +133,9 @@ async def test_hanging_up_unnoticed_leaves_the_reply_unwritten(how: str) -> None
     board = Board()
     inner = offering()
 
-    async def script(client: Caller, call: AgentCall) -> CallResult:
+    async def script(caller: Caller, call: AgentCall) -> CallResult:
         getattr(agent, how)()
-        return await inner(client, call)
+        return await inner(caller, call)
 
     board.script = script
     async with running(board=board) as house:

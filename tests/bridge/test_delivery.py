@@ -365,7 +365,7 @@ async def test_one_that_comes_back_after_its_time_expires_at_once(world: World) 
     answer = await agent.call(PollCall("clusters_agent", agent.target))
     await world.pass_s(31)
     assert answer.receipt is not None
-    world.bridge.unwritten(answer.receipt)
+    world.bridge.delivery.unwritten(answer.receipt)
     await world.settle()
     assert await world.state("k1") == "expired"
 

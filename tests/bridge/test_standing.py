@@ -76,13 +76,13 @@ async def test_heartbeats_that_nobody_acknowledges_are_noticed(world: World, reg
         await agent.register()
     world.controller.manners.acks = False
     await agent.live(50)
-    assert world.bridge.presence.unacknowledged() == []
+    assert world.bridge.heartbeats.unacknowledged() == []
     await agent.live(30)
-    [(session, _)] = world.bridge.presence.unacknowledged()
+    [(session, _)] = world.bridge.heartbeats.unacknowledged()
     assert session.key.ident == agent.cluster_id
     world.controller.manners.acks = True
     await agent.live(30)
-    assert world.bridge.presence.unacknowledged() == []
+    assert world.bridge.heartbeats.unacknowledged() == []
 
 
 def test_a_new_connection_begins_to_count_anew() -> None:

@@ -25,7 +25,8 @@ async def _started() -> tuple[World, Agent]:
 
 async def _poll(world: World, agent: Agent, connection: int, arrived_s: float) -> CallResult:
     call = PollCall(agent.dialect, agent.target)
-    return await world.bridge.call(Caller(agent.token, connection), call, arrived_s)
+    answer = world.bridge.calls.call(Caller(agent.token, connection), call, arrived_s, world.now)
+    return answer if isinstance(answer, CallResult) else await answer
 
 
 @pytest.mark.parametrize("same_connection", [True, False])
@@ -38,11 +39,11 @@ def test_a_poll_that_was_sent_before_the_reply_was_written_is_no_evidence(same_c
         offered = await _poll(world, agent, first, sent_at)
         assert offered.receipt is not None
         await asyncio.sleep(0.01)
-        world.bridge.written(offered.receipt)
+        world.bridge.delivery.written(offered.receipt)
         overlapping = await _poll(world, agent, second, sent_at)
         assert overlapping.receipt is None
         assert await world.state("c1") == "offered"
-        world.bridge.connection_closed(first, clean=False)  # the agent died over it, with the reply unread
+        world.bridge.delivery.connection_closed(first, clean=False)  # the agent died over it, with the reply unread
 
         await asyncio.sleep(world.settings.commands.evidence_s + 1)
         again = await agent.poll()
@@ -57,7 +58,7 @@ def test_a_poll_that_was_sent_after_it_is() -> None:
         world, agent = await _started()
         offered = await _poll(world, agent, agent.connection, world.now)
         assert offered.receipt is not None
-        world.bridge.written(offered.receipt)
+        world.bridge.delivery.written(offered.receipt)
         await asyncio.sleep(0.05)
         await _poll(world, agent, world.connection(), world.now)
         assert await world.state("c1") == "delivered"

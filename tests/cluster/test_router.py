@@ -76,16 +76,16 @@ def test_a_reply_that_was_not_written_frees_its_connection() -> None:
 def test_replies_of_several_owners_may_await_evidence_on_one_connection() -> None:
     routing, seen = router(), []
 
-    class Bridge:
+    class Delivery:
         def written(self, receipt: Any) -> None:
             seen.append(("written", receipt))
 
         def next_request(self, connection: int) -> None:
             seen.append(("next", connection))
 
-    bridge: Any = Bridge()
+    delivery: Any = Delivery()
     receipt, carrier = remote(7)
-    routing.written(LocalReceipt(bridge, "offer", 7))
+    routing.written(LocalReceipt(delivery, "offer", 7))
     routing.written(receipt)
     routing.next_request(7)
     assert seen == [("written", "offer"), ("next", 7)]

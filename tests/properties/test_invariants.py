@@ -208,7 +208,7 @@ class Machine(RuleBasedStateMachine):
         ids = [command.id for command in answer.outcome.commands]
         if how in ("unwritten", "left"):
             if answer.receipt is not None:
-                self.do(self.world.bridge.unwritten, answer.receipt)
+                self.do(self.world.bridge.delivery.unwritten, answer.receipt)
             self.do(life.agent.reconnect, False)
             return
         self.do(life.agent.take, answer)
@@ -226,7 +226,7 @@ class Machine(RuleBasedStateMachine):
             if life.unread is not None:
                 (connection, ids), life.unread = life.unread, None
                 life.read += ids if reads else []
-                self.do(self.world.bridge.connection_closed, connection, reads)
+                self.do(self.world.bridge.delivery.connection_closed, connection, reads)
 
     @rule(who=WHO)
     def reconnect(self, who: int) -> None:
@@ -432,7 +432,7 @@ class Machine(RuleBasedStateMachine):
         if not life.agent.cluster_id and life.agent.dialect != "agents":
             return
         if life.unread is not None:
-            self.world.bridge.connection_closed(life.unread[0], False)
+            self.world.bridge.delivery.connection_closed(life.unread[0], False)
             life.unread = None
         self.called(life)
         life.beats.append(self.world.now)

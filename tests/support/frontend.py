@@ -1,4 +1,4 @@
-"""What the tests of the legacy server stand on: a agent_service by hand, a running frontend, agents on raw sockets."""
+"""What the tests of the legacy server stand on: an agent service by hand, a running frontend, agents on raw sockets."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from shim.agent_api import AgentServer
+from shim.agent_api import AgentServer, Backends
 from shim.config.settings import Listen
 from shim.core.agent_calls import Accepted, AgentCall, Commands, Healthy, OfferedCommand, PollCall
 from shim.core.agent_calls import HealthCall as HealthQuestion
@@ -40,19 +40,17 @@ class Board:
         self.log.append(entry)
         self._changed.set()
 
-    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
+    def call(
+        self, caller: Caller, call: AgentCall, arrived_s: float, now_s: float
+    ) -> CallResult | Coroutine[Any, Any, CallResult]:
         """What the plain script answers needs no waiting; every other script is taken to need it."""
-        if self.script is not plain_answer:
-            return None
         self.arrivals_s.append(arrived_s)
-        self._note("call", client, call)
-        return sensible(call)
+        self._note("call", caller, call)
+        return sensible(call) if self.script is plain_answer else self._scripted(self.script, caller, call)
 
-    async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
-        self.arrivals_s.append(arrived_s)
-        self._note("call", client, call)
+    async def _scripted(self, script: Script, caller: Caller, call: AgentCall) -> CallResult:
         try:
-            return await self.script(client, call)
+            return await script(caller, call)
         except asyncio.CancelledError:
             self._note("cancelled")
             raise
@@ -79,7 +77,7 @@ class Board:
         return [entry[2] for entry in self.log if entry[0] == "call"]
 
     @property
-    def clients(self) -> list[Caller]:
+    def callers(self) -> list[Caller]:
         return [entry[1] for entry in self.log if entry[0] == "call"]
 
     async def until(self, step: str, count: int = 1) -> None:
@@ -89,7 +87,7 @@ class Board:
                 await self._changed.wait()
 
 
-async def plain_answer(client: Caller, call: AgentCall) -> CallResult:
+async def plain_answer(caller: Caller, call: AgentCall) -> CallResult:
     return sensible(call)
 
 
@@ -107,10 +105,10 @@ def offering(size_bytes: int = 10) -> Script:
     """A script that answers every poll with one command of about this size; its receipt is the number of the offer."""
     offers = 0
 
-    async def script(client: Caller, call: AgentCall) -> CallResult:
+    async def script(caller: Caller, call: AgentCall) -> CallResult:
         nonlocal offers
         if not isinstance(call, PollCall):
-            return await plain_answer(client, call)
+            return await plain_answer(caller, call)
         offers += 1
         command = OfferedCommand(f"cmd-{offers}", "deploy", {"x": "y" * size_bytes}, "2026-01-01T00:00:00Z")
         return CallResult(Commands((command,), 5), receipt=offers)
@@ -157,6 +155,12 @@ class House:
         """Let the event loop run once."""
         await asyncio.sleep(0)
 
+    @property
+    def handler_tasks(self) -> int:
+        """The number of requests that needed a handler task."""
+        served = self.frontend._web
+        return 0 if served is None else served.requests_count
+
     def count(self, name: str, **labels: str) -> float:
         """A metric's value."""
         return self.metrics.registry.get_sample_value(f"agent_shim_{name}", labels) or 0.0
@@ -172,7 +176,9 @@ async def running(listen: Listen | None = None, board: Board | None = None, **op
     board = board or Board()
     metrics = Metrics(CollectorRegistry())
     options.setdefault("token", lambda: "t")
-    frontend = AgentServer(listen or Listen(port=0), board, dialects.load(), metrics, **options)
+    others = {name: options.pop(name) for name in tuple(options) if name in Backends.__dataclass_fields__}
+    backends = Backends(board, board, **others)
+    frontend = AgentServer(listen or Listen(port=0), backends, dialects.load(), metrics, **options)
     house = House(frontend, board, metrics)
     house.host, house.port = await frontend.start()
     try:

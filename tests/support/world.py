@@ -322,9 +322,10 @@ class Agent:
         world = self.world
         if self._leased:
             self._leased = False
-            world.bridge.next_request(self.connection)
+            world.bridge.delivery.next_request(self.connection)
         at_s = world.now if arrived_s is None else arrived_s
-        return await world.bridge.call(Caller(self.token, self.connection), call, at_s)
+        answer = world.bridge.calls.call(Caller(self.token, self.connection), call, at_s, world.now)
+        return answer if isinstance(answer, CallResult) else await answer
 
     async def outcome(self, call: AgentCall) -> Outcome:
         return (await self.call(call)).outcome
@@ -370,7 +371,7 @@ class Agent:
     def take(self, answer: CallResult) -> tuple[OfferedCommand, ...]:
         """The reply of a poll is written and arrives."""
         if answer.receipt is not None:
-            self.world.bridge.written(answer.receipt)
+            self.world.bridge.delivery.written(answer.receipt)
             self._leased = True
         assert isinstance(answer.outcome, Commands)
         return answer.outcome.commands
@@ -379,7 +380,7 @@ class Agent:
         """Poll, and hang up before the reply's first byte."""
         answer = await self.call(PollCall(self.dialect, self.target))
         if answer.receipt is not None:
-            self.world.bridge.unwritten(answer.receipt)
+            self.world.bridge.delivery.unwritten(answer.receipt)
         self.reconnect(clean=False)
         return cast("Commands", answer.outcome).commands
 
@@ -391,7 +392,7 @@ class Agent:
         """Close the connection, by FIN or by RST, and open another."""
         if self._leased:
             self._leased = False
-            self.world.bridge.connection_closed(self.connection, clean)
+            self.world.bridge.delivery.connection_closed(self.connection, clean)
         self.connection = self.world.connection()
 
     async def live(self, seconds: float, every_s: float = 5.0) -> None:

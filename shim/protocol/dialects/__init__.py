@@ -97,41 +97,47 @@ def error_reply(failed: Failed) -> Reply:
 
 
 class Match(msgspec.Struct, frozen=True):
-    """A routed request."""
+    """A routed request. `params` has the ids of the path; `ident` is the one of them that names the agent, or empty."""
 
     dialect: Dialect
     route: Route
     params: dict[str, str]
+    ident: str = ""
 
 
-@dataclass(slots=True)
-class _Node:
-    """One path segment in the routing tree. A `{name}` segment is stored under `None`."""
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """The path of one or more routes: its segments, None for an id, and the routes by method."""
 
-    children: dict[str | None, _Node] = field(default_factory=dict)
-    routes: dict[str, tuple[Dialect, Route, tuple[str, ...]]] = field(default_factory=dict)
+    segments: tuple[str | None, ...]
+    names: tuple[str, ...]
+    routes: dict[str, tuple[Dialect, Route]] = field(default_factory=dict)
+
+    def ids_in(self, parts: list[str]) -> list[str] | None:
+        """Return the ids, still encoded, of a request path that has this form, else None."""
+        if any(own is not None and own != part for own, part in zip(self.segments, parts, strict=True)):
+            return None
+        return [part for own, part in zip(self.segments, parts, strict=True) if own is None]
 
 
 class Router:
-    """Routes of all dialects as a tree of path segments. Literal segments take precedence over ids."""
+    """Routes of all dialects by the number of their path segments. Literal segments take precedence over ids."""
 
     def __init__(self, dialects: Iterable[Dialect], base_path: str = "") -> None:
-        self._root = _Node()
         self._base = [part for part in base_path.split("/") if part]
+        paths: dict[tuple[str | None, ...], _Path] = {}
         for dialect in dialects:
             for route in dialect.ROUTES:
-                self._add(dialect, route)
-
-    def _add(self, dialect: Dialect, route: Route) -> None:
-        node, names = self._root, []
-        for part in route.pattern.strip("/").split("/"):
-            name = part[1:-1] if part.startswith("{") else None
-            if name:
-                names.append(name)
-            node = node.children.setdefault(None if name else part, _Node())
-        if route.method in node.routes:
-            raise ValueError(f"two dialects claim {route.method} {route.pattern}")
-        node.routes[route.method] = (dialect, route, tuple(names))
+                parts = route.pattern.strip("/").split("/")
+                segments = tuple(None if part.startswith("{") else part for part in parts)
+                names = tuple(part[1:-1] for part in parts if part.startswith("{"))
+                path = paths.setdefault(segments, _Path(segments, names))
+                if route.method in path.routes:
+                    raise ValueError(f"two dialects claim {route.method} {route.pattern}")
+                path.routes[route.method] = dialect, route
+        self._paths: dict[int, list[_Path]] = {}
+        for path in sorted(paths.values(), key=lambda each: [segment is None for segment in each.segments]):
+            self._paths.setdefault(len(path.segments), []).append(path)
 
     def match(self, method: str, raw_path: str) -> Match:
         """Route a request by its raw path, still encoded and without the query.
@@ -140,36 +146,26 @@ class Router:
         double slash after it. Raises `AgentError` with 404 (no such route), 405 (other methods only, listed in `allow`)
         or 400 (an id that is not 1-256 printable bytes without `/`).
         """
-        found = self._find(raw_path)
+        path, raw_ids = self._find(raw_path)
+        found = path.routes.get(method)
         if found is None:
-            raise AgentError(404, "no such endpoint")
-        node, raw_ids = found
-        entry = node.routes.get(method)
-        if entry is None:
-            raise AgentError(405, "method not allowed", allow=tuple(sorted(node.routes)))
-        dialect, route, names = entry
-        return Match(dialect, route, {name: decode_id(raw) for name, raw in zip(names, raw_ids, strict=True)})
+            raise AgentError(405, "method not allowed", allow=tuple(sorted(path.routes)))
+        params = {name: decode_id(raw) for name, raw in zip(path.names, raw_ids, strict=True)}
+        return Match(*found, params, params.get("cluster_id") or params.get("agent_id", ""))
 
-    def _find(self, raw_path: str) -> tuple[_Node, list[str]] | None:
+    def _find(self, raw_path: str) -> tuple[_Path, list[str]]:
         parts = raw_path.lstrip("/").split("/")
+        candidates = [parts]
         base = self._base
         if base and parts[: len(base)] == base:
             # Agents build URLs by concatenation: a base URL that ends in a slash gives `base//api`.
-            found = self._walk(self._root, "/".join(parts[len(base) :]).lstrip("/").split("/"), 0, [])
-            if found is not None:
-                return found
-        return self._walk(self._root, parts, 0, [])
-
-    def _walk(self, node: _Node, parts: list[str], at: int, ids: list[str]) -> tuple[_Node, list[str]] | None:
-        if at == len(parts):
-            return (node, ids) if node.routes else None
-        literal = node.children.get(parts[at])
-        if literal is not None:
-            found = self._walk(literal, parts, at + 1, ids)
-            if found is not None:
-                return found
-        wildcard = node.children.get(None)
-        return self._walk(wildcard, parts, at + 1, [*ids, parts[at]]) if wildcard is not None else None
+            candidates.insert(0, "/".join(parts[len(base) :]).lstrip("/").split("/"))
+        for candidate in candidates:
+            for path in self._paths.get(len(candidate), ()):
+                ids = path.ids_in(candidate)
+                if ids is not None:
+                    return path, ids
+        raise AgentError(404, "no such endpoint")
 
 
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_\-]{1,256}", re.ASCII)

@@ -12,9 +12,9 @@ import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from shim import app
 from shim.clock import Clock
@@ -26,6 +26,7 @@ from shim.ports import (
     Caller,
     CallResult,
     CommandStore,
+    DeliveryEvidence,
     DeliveryReceipt,
     DialFailure,
     DialRequest,
@@ -111,33 +112,38 @@ class _Store(SqliteStore):
 
 
 class _AgentService:
-    """Dies before and after a reply with commands is written."""
+    """Dies before a reply with commands is written."""
 
     def __init__(self, inner: AgentService, trap: Trap) -> None:
         self._inner = inner
         self._trap = trap
 
-    async def call(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult:
-        answer = await self._inner.call(client, call, arrived_s)
+    def call(
+        self, caller: Caller, call: AgentCall, arrived_s: float, now_s: float
+    ) -> CallResult | Coroutine[Any, Any, CallResult]:
+        answer = self._inner.call(caller, call, arrived_s, now_s)
+        return answer if isinstance(answer, CallResult) else self._observed(answer)
+
+    async def _observed(self, waiting: Coroutine[Any, Any, CallResult]) -> CallResult:
+        answer = await waiting
         if answer.receipt is not None:
             self._trap.reached("before_reply")
         return answer
 
-    def try_call_sync(self, client: Caller, call: AgentCall, arrived_s: float) -> CallResult | None:
-        return self._inner.try_call_sync(client, call, arrived_s)
+
+class _Evidence:
+    """Dies after a reply with commands is written."""
+
+    def __init__(self, inner: DeliveryEvidence, trap: Trap) -> None:
+        self._trap = trap
+        self._inner = inner
+        self.unwritten = inner.unwritten
+        self.next_request = inner.next_request
+        self.connection_closed = inner.connection_closed
 
     def written(self, receipt: DeliveryReceipt) -> None:
         self._trap.reached("after_reply")
         self._inner.written(receipt)
-
-    def unwritten(self, receipt: DeliveryReceipt) -> None:
-        self._inner.unwritten(receipt)
-
-    def next_request(self, connection: int) -> None:
-        self._inner.next_request(connection)
-
-    def connection_closed(self, connection: int, clean: bool) -> None:
-        self._inner.connection_closed(connection, clean)
 
 
 class _Upstream:
@@ -228,6 +234,9 @@ def doubtful(trap: Trap, clock_file: Path | None) -> type[app.App]:
 
         def wrap_agent_service(self, agent_service: AgentService) -> AgentService:
             return _AgentService(agent_service, trap)
+
+        def wrap_evidence(self, evidence: DeliveryEvidence) -> DeliveryEvidence:
+            return _Evidence(evidence, trap)
 
     return DoubtfulApp
 
