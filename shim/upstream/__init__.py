@@ -6,7 +6,7 @@ Rules: docs/reference/protocol.md#2-upstream-side-the-websocket.
 from shim.upstream.dial import AiohttpUpstream
 from shim.upstream.dial_errors import DialError, failure_of
 from shim.upstream.dialler import Dialler, DialTrace
-from shim.upstream.websocket import WebSocketPump, WireObserver
+from shim.upstream.websocket import WebSocketPump
 
 __all__ = [
     "AiohttpUpstream",
@@ -15,6 +15,5 @@ __all__ = [
     "Dialler",
     "Unanswered",
     "WebSocketPump",
-    "WireObserver",
     "failure_of",
 ]

@@ -16,22 +16,12 @@ from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
 from shim.protocol.http import origin_of, with_query
 from shim.upstream.dial_errors import failure_of
 from shim.upstream.dialler import Dialler, DialTrace
-from shim.upstream.websocket import CLOSE_WAIT_S, RawWebSocket, WebSocketPump, WireObserver
+from shim.upstream.websocket import CLOSE_WAIT_S, RawWebSocket, WebSocketPump
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
 DialDone = Callable[[WebSocket | DialFailure], None]
 
 logger = logging.getLogger(__name__)
-
-
-class _Unobserved:
-    """`WireObserver` that does nothing."""
-
-    def received(self, size_bytes: int) -> None: ...
-
-    def sent(self, size_bytes: int) -> None: ...
-
-    def handler_failed(self) -> None: ...
 
 
 class AiohttpUpstream:
@@ -41,13 +31,11 @@ class AiohttpUpstream:
         self,
         settings: Upstream,
         spawn: Spawn,
-        wire: WireObserver | None = None,
         environ: Mapping[str, str] = os.environ,
         trace: DialTrace | None = None,
     ) -> None:
         self._settings = settings
         self._spawn = spawn
-        self._wire = wire or _Unobserved()
         self._dialler = Dialler(settings.dialling, environ, max_message_bytes=settings.max_message_bytes, trace=trace)
         self._dials: set[asyncio.Task[None]] = set()
         self._pumps: set[WebSocketPump] = set()
@@ -87,7 +75,7 @@ class AiohttpUpstream:
         if isinstance(outcome, DialFailure):
             self._notify(done, outcome)
             return
-        pump = WebSocketPump(outcome, events, self._wire)
+        pump = WebSocketPump(outcome, events)
         self._pumps.add(pump)
         if not self._notify(done, pump):
             pump.abort()
@@ -107,7 +95,6 @@ class AiohttpUpstream:
             done(outcome)
         except Exception:
             logger.exception("a handler of dial results failed")
-            self._wire.handler_failed()
             return False
         return True
 

@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from aiohttp import ClientWebSocketResponse, WebSocketError, WSCloseCode, WSMessage, WSMsgType, hdrs
 from aiohttp._websocket.reader import WebSocketDataQueue, WebSocketReader
@@ -151,19 +151,6 @@ ROOM_CHECK_S = 0.001
 logger = logging.getLogger(__name__)
 
 
-class WireObserver(Protocol):
-    """Observer of the payload bytes of a pump's frames, and of handlers that raised."""
-
-    def received(self, size_bytes: int) -> None:
-        """Count the payload of a received frame."""
-
-    def sent(self, size_bytes: int) -> None:
-        """Count the payload of a frame that was passed to the transport."""
-
-    def handler_failed(self) -> None:
-        """Count a handler of `WebSocketListener` that raised an exception."""
-
-
 class _State(Enum):
     OPEN = "open"
     CLOSING = "closing"  # the close frame is queued or sent, and the timer runs
@@ -191,10 +178,9 @@ class WebSocketPump:
     `read()` reads and `write()` writes, each in its own task, until the connection ends.
     """
 
-    def __init__(self, ws: RawWebSocket, events: WebSocketListener, wire: WireObserver) -> None:
+    def __init__(self, ws: RawWebSocket, events: WebSocketListener) -> None:
         self._ws = ws
         self._events = events
-        self._wire = wire
         self._state = _State.OPEN
         self._close_code = 1000
         self._close_sent = False
@@ -259,7 +245,6 @@ class WebSocketPump:
                     data, kind = self._frames.popleft()
                     await self._ws.send_frame(data, kind)
                     self._waiting_bytes -= len(data) + FRAME_COST_BYTES
-                    self._wire.sent(len(data))
                 if self._state is _State.CLOSING and not self._close_sent:
                     self._close_sent = True
                     await self._ws.send_close(self._close_code)
@@ -332,10 +317,10 @@ class WebSocketPump:
         """Handle a frame without data. Returns the end of the connection if the frame is the last one."""
         match message.type:
             case WSMsgType.PING:
-                self._report_frame(len(message.data))
+                self._report(self._events.on_frame)
                 self._queue(bytes(message.data), WSMsgType.PONG)
             case WSMsgType.PONG:
-                self._report_frame(len(message.data))
+                self._report(self._events.on_frame)
                 self._report(self._events.on_pong, bytes(message.data))
             case WSMsgType.CLOSE:
                 self._report(self._events.on_frame)
@@ -346,13 +331,9 @@ class WebSocketPump:
                 return _End()
         return None
 
-    def _report_frame(self, size_bytes: int) -> None:
-        self._wire.received(size_bytes)
-        self._report(self._events.on_frame)
-
     async def _on_data(self, frame: bytes) -> None:
         """Report the messages of a frame at the pace at which the listener has room; there may be many of them."""
-        self._report_frame(len(frame))
+        self._report(self._events.on_frame)
         for number, message in enumerate(upstream_message.decode_frame(frame), 1):
             try:
                 if isinstance(message, MessageError):
@@ -361,7 +342,6 @@ class WebSocketPump:
                     self._events.on_message(message)
             except Exception:
                 logger.exception("a handler of messages failed")
-                self._wire.handler_failed()
             await self._wait_for_room()
             if number % FRAMES_PER_TURN == 0:
                 await asyncio.sleep(0)
@@ -379,4 +359,3 @@ class WebSocketPump:
             handler(*values)
         except Exception:
             logger.exception("a handler of socket events failed")
-            self._wire.handler_failed()
