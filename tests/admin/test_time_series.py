@@ -1,11 +1,10 @@
-"""Samples for the plots, and the timeline of a link."""
+"""Samples for the plots."""
 
 from __future__ import annotations
 
 import pytest
 
 from shim.admin.time_series import EVERY_S, KEPT, quantile
-from shim.core.link_history import MAX_SEGMENTS, LinkHistory, PhaseKind
 from shim.core.text import format_duration, plural
 from tests.admin.conftest import Page
 from tests.support.world import World
@@ -61,20 +60,6 @@ async def test_replies_are_shown_per_second_with_the_errors_among_them(page: Pag
 )
 def test_quantiles(values: list[float], half: float | None, most: float | None) -> None:
     assert (quantile(values, 0.5), quantile(values, 0.95)) == (half, most)
-
-
-def test_a_timeline_joins_what_is_alike_and_forgets_what_is_long_past() -> None:
-    timeline = LinkHistory(0.0)
-    for at, phase in ((10.0, PhaseKind.DOWN), (11.0, PhaseKind.DOWN), (12.0, PhaseKind.UP), (5000.0, PhaseKind.DOWN)):
-        timeline.enter(phase, at, f"at {at:g}")
-    assert [(each.phase, each.since_s) for each in timeline.last(5100.0, 3600.0)] == [
-        (PhaseKind.UP, 12.0),
-        (PhaseKind.DOWN, 5000.0),
-    ]
-    assert (timeline.current.phase, timeline.current.reason) == (PhaseKind.DOWN, "at 5000")
-    for number in range(2 * MAX_SEGMENTS):
-        timeline.enter(PhaseKind.UP if number % 2 else PhaseKind.IDLE, 6000.0 + number, "")
-    assert len(timeline.last(6000.0 + 2 * MAX_SEGMENTS, 1e6)) == MAX_SEGMENTS
 
 
 @pytest.mark.parametrize(

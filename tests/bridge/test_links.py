@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.agent_calls import Accepted, Failed
+from shim.core.agent_calls import Accepted
 from shim.core.link_state import LinkState
 from shim.errors import ShimError
 from shim.ports import DialFailure
@@ -114,58 +114,6 @@ async def test_a_socket_that_opens_too_late_is_closed(world: World) -> None:
 # --- one link or many -------------------------------------------------------------------------------------------------
 
 
-async def test_one_link_carries_all_sessions_of_a_token(world: World) -> None:
-    for number in range(5):
-        await living(world, name=f"n{number}", agent_id=f"pod-{number}")
-    assert len(world.controller.dials) == 1
-
-
-async def test_unshared_links_carry_one_session_each(make_world: MakeWorld) -> None:
-    world = await make_world(upstream={"share_link": False})
-    assert not world.controller.dials
-    one = await living(world, name="one", agent_id="pod-1")
-    two = await living(world, name="two", agent_id="pod-2")
-    assert len(world.controller.dials) == 2
-    by_socket = [{s.message.payload.get("cluster_id", "") for s in world.controller.log if s.socket is socket}
-                 for socket in world.controller.sockets]  # fmt: skip
-    assert by_socket == [{"", one.cluster_id}, {"", two.cluster_id}]
-    world.controller.sockets[0].says("command", {"id": "k1"})
-    world.controller.sockets[1].says("command", {"id": "k2"})
-    await world.settle()
-    assert await one.poll() == ["k1"]
-    assert await two.poll() == ["k2"]
-    before = len(world.controller.log)
-    world.controller.sockets[0].lose()
-    await world.pass_s(3)
-    replayed = world.controller.got("register", before)
-    assert [message.payload["name"] for message in replayed] == ["one"]
-
-
-async def test_an_unshared_session_keeps_its_link_after_a_restart(make_world: MakeWorld) -> None:
-    world = await make_world(upstream={"share_link": False})
-    agent = await living(world)
-    await world.restart()
-    await agent.heartbeat()
-    await agent.register()
-    await world.settle()
-    assert len(world.bridge.links) == 1
-    world.controller.push("k1")
-    await world.settle()
-    assert await agent.poll() == ["k1"]
-
-
-async def test_the_next_link_above_the_limit_is_refused(make_world: MakeWorld) -> None:
-    world = await make_world(upstream={"token": "", "max_links": 2})
-    agents = [await living(world, token=f"t{n}", name=f"n{n}") for n in range(2)]
-    third = world.agent(token="t2", cluster_id="c-3")
-    for outcome in (await third.heartbeat(), await third.register()):
-        assert isinstance(outcome, Failed)
-        assert (outcome.status, outcome.retry_after_s) == (503, 30)
-    await world.pass_s(200)
-    assert await third.heartbeat() == Accepted(), "idle links make room"
-    assert await agents[0].heartbeat() == Accepted()
-
-
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
@@ -180,37 +128,6 @@ async def test_back_within_ten_seconds_of_the_controllers_return(make_world: Mak
     while states(world) != [LinkState.ONLINE]:
         await agent.live(1, every_s=1)
     assert world.now - returned <= 10
-
-
-async def test_half_open_connections_are_found_in_under_a_minute(world: World) -> None:
-    agent = await living(world)
-    world.controller.manners.pongs = world.controller.manners.acks = False
-    silent_since = world.now
-    first = world.controller.socket
-    while first.open:
-        await agent.live(1, every_s=1)
-    assert world.now - silent_since < 60
-    assert first.closed_by_us == 0
-    assert b"alive" in first.pings
-
-
-async def test_a_stalled_application_behind_a_live_proxy_is_found_in_under_90_seconds(world: World) -> None:
-    agent = await living(world)
-    world.controller.manners.acks = False
-    silent_since = world.now
-    first = world.controller.socket
-    while first.open:
-        await agent.live(1, every_s=1)
-    assert 55 < world.now - silent_since < 90
-
-
-async def test_pings_of_the_controller_are_life(world: World) -> None:
-    world.controller.manners.pongs = world.controller.manners.acks = False
-    agent = await living(world)
-    for _ in range(8):
-        await agent.live(20)
-        world.controller.socket.frame()
-    assert len(world.controller.dials) == 1
 
 
 async def test_contention_is_said_once_and_paced(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -284,50 +201,3 @@ async def test_a_refusal_says_whose_token_it_is(
 
 
 # --- idleness ---------------------------------------------------------------------------------------------------------
-
-
-async def test_a_link_without_a_fresh_session_is_closed_and_dialled_at_the_next_call(world: World) -> None:
-    agent = await living(world)
-    first = world.controller.socket
-    await world.pass_s(120)
-    assert first.open, "35 s of freshness and 90 s without"
-    await world.pass_s(15)
-    assert first.closed_by_us == 1000
-    assert states(world) == [LinkState.IDLE]
-    await world.pass_s(1000)
-    assert len(world.controller.dials) == 1
-    before = len(world.controller.log)
-    await agent.heartbeat()
-    await world.settle()
-    assert [sent.message.type for sent in world.controller.log[before:]] == ["register", "heartbeat"]
-
-
-async def test_an_idle_link_can_be_kept(make_world: MakeWorld) -> None:
-    world = await make_world(upstream={"idle_close_s": 0})
-    await world.pass_s(1000)
-    assert states(world) == [LinkState.ONLINE]
-
-
-async def test_a_dead_agents_result_keeps_the_link_dialling(world: World) -> None:
-    agent = await living(world)
-    world.controller.push("k1")
-    await world.settle()
-    await agent.poll()
-    world.controller.go_away()
-    await world.settle()
-    await agent.result("k1")
-    await world.pass_s(600)
-    world.controller.come_back()
-    await world.pass_s(10)
-    assert len(world.controller.results("k1")) == 1
-
-
-async def test_bad_frames_are_said_once_per_kind_and_survived(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    for _ in range(3):
-        world.controller.socket.bad_frame("not_json")
-    world.controller.socket.bad_frame("no_type")
-    await world.settle()
-    ignored = [r.fields["kind"] for r in caplog.records if r.getMessage() == "frame_ignored"]  # type: ignore[attr-defined]
-    assert ignored == ["not_json", "no_type"]
-    assert world.metric("upstream_bad_frames_total", kind="not_json") == 3
-    assert states(world) == [LinkState.ONLINE]

@@ -98,17 +98,6 @@ async def test_a_refused_token_gets_401_and_nothing_of_it_is_kept(make_world: Ma
     assert stored(world) == []
 
 
-async def test_an_agents_token_is_masked_as_long_as_its_link_is_kept(make_world: MakeWorld) -> None:
-    world = await make_world(**OWN)
-    refuse(world, "bad-token")
-    redaction = world.bridge.ctx.redaction
-    assert await beat(world.agent(cluster_id="c-9", token="bad-token")) == 200
-    assert redaction.text("a line about bad-token") == "a line about ***"
-    await world.pass_s(120)
-    assert len(world.bridge.links) == 0
-    assert redaction.text("a line about bad-token") == "a line about bad-token", "memory for tokens is bounded by links"
-
-
 async def test_a_token_that_was_never_judged_has_few_agents_and_no_results_on_disk(make_world: MakeWorld) -> None:
     world = await make_world(**OWN)
     world.controller.manners.dial = DialFailure("tcp")
@@ -143,35 +132,6 @@ async def test_a_known_agent_is_served_after_a_restart_although_its_token_is_ref
     assert status(await agent.result("k-1")) == 200
     await world.pass_s(120)
     assert sessions(world) == [agent.cluster_id], "only what was adopted on an unproven token is forgotten"
-
-
-async def test_strangers_use_up_no_links_for_good(make_world: MakeWorld) -> None:
-    world = await make_world(upstream={"token": "", "max_links": 2})
-    refuse(world, *(f"bad-{n}" for n in range(9)))
-    for n in range(9):
-        await beat(world.agent(cluster_id=f"c-{n}", token=f"bad-{n}"))
-        await world.settle()
-    assert len(world.bridge.links) == 2
-    assert await beat(world.agent(cluster_id="c-mine", token="good")) == 200, "a refused token makes room at once"
-    await world.settle()
-    assert "c-mine" in sessions(world)
-    assert await beat(world.agent(cluster_id="c-second", token="good-2")) == 200
-    await world.settle()
-    assert await beat(world.agent(cluster_id="c-third", token="good-3")) == 503, "accepted ones do not"
-    await world.pass_s(90)
-    assert sessions(world) == ["c-mine", "c-second"]
-
-
-async def test_made_up_tokens_that_made_room_are_not_dialled_again_at_once(make_world: MakeWorld) -> None:
-    world = await make_world(upstream={"token": "", "max_links": 2, "auth": "header"})
-    refuse(world, *(f"bad-{n}" for n in range(9)))
-    strangers = [world.agent(cluster_id=f"c-{n}", token=f"bad-{n}") for n in range(9)]
-    for _ in range(12):
-        for stranger in strangers:
-            await beat(stranger)
-            await world.settle()
-        await world.pass_s(5)
-    assert len(world.controller.dials) <= 2 * len(strangers), "one dial a minute each"
 
 
 @pytest.mark.parametrize("good", ["good", ""])

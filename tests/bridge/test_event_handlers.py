@@ -1,0 +1,75 @@
+"""What follows from an event of a link, and in which order (docs/reference/protocol.md#21-link-life)."""
+
+from __future__ import annotations
+
+from shim.bridge import gateway_redirect as gateways
+from shim.bridge import link_pool, links, registration, upstream_connection, upstream_messages
+from shim.bridge.event_handlers import ResultsSent
+from shim.core.records import SaveSession
+from tests.bridge.conftest import MakeWorld
+from tests.bridge.test_links import living
+from tests.bridge.test_session_quota import OWN, beat
+from tests.support.world import World
+
+EVENTS = {
+    *(links.LinkOpened, links.LinkOnline, links.LinkLost, links.RetryDue, links.TokenRefused, links.TokenAccepted),
+    *(registration.ReplayFinished, registration.SessionAnnounced, link_pool.LinkRemoved, ResultsSent),
+    *(upstream_connection.ResultsConfirmed, upstream_messages.SessionUnknown, upstream_messages.GatewayNamed),
+    *(gateways.GatewayOpened, gateways.GatewayClosed, gateways.GatewayLost),
+}
+
+
+async def test_every_event_has_one_handler(world: World) -> None:
+    assert set(world.bridge.ctx.events.handlers) == EVENTS
+
+
+async def test_a_link_that_comes_online_carries_registrations_then_results_then_heartbeats(world: World) -> None:
+    agent = await living(world)
+    world.controller.push("k1")
+    await world.settle()
+    await agent.poll()
+    world.controller.go_away()
+    await world.settle()
+    await agent.result("k1")
+    world.controller.come_back()
+    await world.pass_s(10)
+    carried = [sent.message.type for sent in world.controller.log if sent.socket is world.controller.socket]
+    assert carried == ["register", "command_result", "heartbeat"]
+
+
+async def test_a_heartbeat_that_meets_the_link_coming_online_is_sent_once(world: World) -> None:
+    agent = await living(world)
+    world.store.slow = True  # the results are being read while the agent calls
+    world.controller.socket.lose()
+    await world.pass_s(3)
+    await agent.heartbeat(status="degraded")
+    world.store.catch_up()
+    await world.settle()
+    carried = [sent.message.type for sent in world.controller.log if sent.socket is world.controller.socket]
+    assert carried == ["register", "heartbeat"]
+
+
+async def test_a_link_that_is_lost_before_it_is_online_replays_again(world: World) -> None:
+    await living(world)
+    world.controller.manners.registers = False
+    world.controller.socket.lose()
+    await world.pass_s(3)
+    assert not any(link.online for link in world.bridge.links)
+    world.controller.manners.registers = True
+    world.controller.socket.lose()
+    await world.pass_s(3)
+    assert all(link.online for link in world.bridge.links)
+    carried = [sent.message.type for sent in world.controller.log if sent.socket is world.controller.socket]
+    assert carried == ["register", "heartbeat"]
+
+
+async def test_sessions_of_an_own_token_are_stored_once_it_is_accepted(make_world: MakeWorld) -> None:
+    world = await make_world(**OWN)
+    world.controller.manners.acks = False
+    agent = world.agent(cluster_id="c-1", token="good")
+    assert await beat(agent) == 200
+    await world.settle()
+    assert not [each for each in world.store.log if isinstance(each, SaveSession)], "an open socket is no acceptance"
+    world.controller.manners.acks = True
+    await agent.live(60)
+    assert {each.record.key.ident for each in world.store.log if isinstance(each, SaveSession)} == {"c-1"}
