@@ -127,7 +127,7 @@ def report_command(form: str | None, observe_h: float, **options: Any) -> NoRetu
         case "html":
             from shim.cli.rollout.page import page
 
-            click.echo(page(report), nl=False)
+            click.echo(page(report).encode(), nl=False)
         case _:
             click.echo(text(report))
     sys.exit(int(report.verdict.decision))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from shim.core.text import format_duration, plural, shorten
@@ -120,19 +122,25 @@ class Cluster(msgspec.Struct, kw_only=True):
         return over or any(each.code in ("fallback_failing", "fallback_failed") for each in self.troubles)
 
 
+# A status is another program's text: numbers are taken as far as they can be what they are called.
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_Moment = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
+_Days = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+
+
 class _Window(msgspec.Struct):
-    good: int
-    samples: int
+    good: _Count
+    samples: _Count
 
 
 class _Objective(msgspec.Struct):
     name: str
-    target: float
+    target: Annotated[float, msgspec.Meta(ge=0, le=1)]
     windows: dict[str, _Window]
 
 
 class _Codes(msgspec.Struct):
-    codes: dict[str, int]
+    codes: dict[str, _Count]
 
 
 class _Commands(msgspec.Struct):
@@ -144,15 +152,15 @@ class _Place(msgspec.Struct):
 
 
 class _Agents(msgspec.Struct):
-    total: int
-    inside: int
+    total: _Count
+    inside: _Count
     items: list[_Place]
 
 
 class _Rollout(msgspec.Struct):
-    percent: float
+    percent: Annotated[float, msgspec.Meta(ge=0, le=100)]
     agents: _Agents
-    since: float | None = None
+    since: _Moment | None = None
 
 
 class _Problem(msgspec.Struct):
@@ -167,29 +175,28 @@ class _Overall(msgspec.Struct):
 
 class _Link(msgspec.Struct):
     phase: str
-    since: float | None = None
+    since: _Moment | None = None
 
 
 class _Links(msgspec.Struct):
-    total: int
-    online: int
+    online: _Count
     items: list[_Link]
 
 
 class _Sessions(msgspec.Struct):
-    fresh: int
-    by_http: dict[str, int]
+    fresh: _Count
+    by_http: dict[str, _Count]
 
 
 class _Route(msgspec.Struct):
     path: str
-    agents: int
-    last: float
+    agents: _Count
+    last: _Moment
     method: str = ""
 
 
 class _Sunset(msgspec.Struct):
-    days_left: float | None = None
+    days_left: _Days | None = None
 
 
 class _Migration(msgspec.Struct):
@@ -205,9 +212,9 @@ class StatusError(Exception):
 class Status(msgspec.Struct):
     """The part of `/status.json` that the report reads. A field that is missing there names an older shim."""
 
-    now: float
+    now: _Moment
     version: str
-    started_at: float
+    started_at: _Moment
     mode: str
     overall: _Overall
     links: _Links
@@ -239,7 +246,7 @@ def add_status(cluster: Cluster, status: Status) -> None:
     cluster.since = max(rollout.since or status.started_at, cluster.since or 0)
     cluster.agents = (cluster.agents or 0) + status.sessions.fresh + sum(status.sessions.by_http.values())
     cluster.inside += agents.inside
-    cluster.outside += agents.total - agents.inside
+    cluster.outside += max(0, agents.total - agents.inside)
     _add_links(cluster, status)
     _add_counts(cluster, status)
     migration = status.migration

@@ -140,7 +140,7 @@ class Prometheus:
             self.warnings |= {printable(str(each)) for each in answer.get("warnings") or ()}
             for each in answer["data"]["result"]:
                 value = float(each["value"][1])
-                if not math.isnan(value):
+                if math.isfinite(value):
                     yield Sample({str(key): str(text) for key, text in each["metric"].items()}, value)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise PrometheusError(f"{self.address} answers something else than Prometheus' query API") from None

@@ -183,8 +183,11 @@ def reason_line(reason: Reason) -> str:
 
 
 def moment(at: float) -> str:
-    """Return a Unix time as text in UTC."""
-    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
+    """Return a Unix time as text in UTC, `?` for one that is beyond every calendar."""
+    try:
+        return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
+    except (ValueError, OverflowError, OSError):
+        return "?"
 
 
 def text(report: Report) -> str:

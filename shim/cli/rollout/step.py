@@ -11,6 +11,7 @@ import msgspec
 from shim.cli.rollout.cluster import Cluster
 from shim.cli.rollout.report import Report, headline, reason_line
 from shim.cli.rollout.verdict import Decision
+from shim.core.text import printable
 
 PERCENT = "config.rollout.percent"
 MODE = "config.mode"
@@ -47,8 +48,9 @@ def _helm(keys: dict[str, str], target: Target, cluster: str) -> str:
     access = target.access.get(cluster)
     words = ["helm", "upgrade", target.release, target.chart, "--namespace", target.namespace, "--reuse-values"]
     words += [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
-    # Without kubectl's access the command names no cluster: a comment says where to run it.
-    return shlex.join([*words, *access]) if access else f"# in {shlex.quote(cluster)}:\n{shlex.join(words)}"
+    # Without kubectl's access the command names no cluster: a comment says where to run it. A name is a label's value
+    # and may hold a line end, which would end the comment.
+    return shlex.join([*words, *access]) if access else f"# in {printable(cluster)}:\n{shlex.join(words)}"
 
 
 def _yaml(keys: dict[str, str]) -> str:
@@ -78,12 +80,12 @@ def advise(report: Report, steps: Sequence[float], form: str, target: Target, *,
     if verdict.decision is Decision.GO_BACK:
         _go_back(report, steps, form, target)
         return int(verdict.decision)
-    if verdict.decision is Decision.WAIT:
-        return int(verdict.decision)
-    running = begun(report.clusters)
-    if start and running:
+    running = begun(report.clusters) if start else []
+    if running:
         _say(f"--start: {', '.join(running)} go by WebSocket already; leave it out")
         return int(Decision.WAIT)
+    if verdict.decision is Decision.WAIT:
+        return int(verdict.decision)
     current = 0 if start else verdict.percent or 0
     following = next_percent(current, steps)
     if following is None:
@@ -112,4 +114,4 @@ def _go_back(report: Report, steps: Sequence[float], form: str, target: Target) 
 
 def _say(*lines: str) -> None:
     for line in lines:
-        click.echo(line, err=True)
+        click.echo("\n".join(map(printable, line.split("\n"))), err=True)

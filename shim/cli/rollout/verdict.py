@@ -86,8 +86,13 @@ def judge(
     known = [until for until in waits if until is not None]
     until = max(known) if decision is Decision.WAIT and len(known) == len(waits) else None
     changes = [each.since for each in clusters if each.on_websocket and each.since is not None]
+    return Verdict(decision, reasons, common_percent(clusters), max(changes, default=None), until)
+
+
+def common_percent(clusters: Sequence[Cluster]) -> float | None:
+    """Return the percentage of most clusters, the lowest of several such; `None` if none is known."""
     percents = [each.percent for each in clusters if each.percent is not None]
-    return Verdict(decision, reasons, min(percents, default=None), max(changes, default=None), until)
+    return min(percents, key=lambda percent: (-percents.count(percent), percent), default=None)
 
 
 def _of_all(clusters: Sequence[Cluster], *, start: bool) -> Iterator[Reason]:
@@ -100,9 +105,24 @@ def _of_all(clusters: Sequence[Cluster], *, start: bool) -> Iterator[Reason]:
             return
         text = "mode http everywhere: nothing goes by WebSocket; `rollout step --start` begins or begins again"
         yield Reason(Decision.WAIT, "", text)
-    elif seen and not any(each.on_websocket for each in seen) and any(each.percent for each in seen):
+        return
+    yield from _of_differences(seen, common_percent(clusters) or 0)
+    if seen and not any(each.on_websocket for each in seen) and any(each.percent for each in seen):
         percent = max(each.percent or 0 for each in seen)
         yield Reason(Decision.WAIT, "", f"no cluster with an agent is in at {percent:g} %: name one in rollout.include")
+
+
+def _of_differences(seen: Sequence[Cluster], percent: float) -> Iterator[Reason]:
+    """Yield the clusters that are behind the others: what was taken back, or has not got the change yet."""
+    for each in seen:
+        if each.modes == ["http"]:
+            text = "mode http: it was taken back, or has not got the change yet"
+            yield Reason(Decision.WAIT, each.name, text)
+        elif each.percent is not None and each.percent < percent:
+            text = (
+                f"at {each.percent:g} %, most are at {percent:g} %: it has not got the change yet, or has its own value"
+            )
+            yield Reason(Decision.WAIT, each.name, text)
 
 
 def _of_cluster(row: Cluster, now: float, observe_s: float) -> Iterator[Reason]:

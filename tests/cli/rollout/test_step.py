@@ -52,6 +52,13 @@ def test_helm_commands_name_their_cluster(make_cluster: MakeCluster, capsys: pyt
     assert (where, second) == ("# in other:", f"{common} --set config.rollout.percent=50")
 
 
+def test_a_name_does_not_end_its_comment(make_cluster: MakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert advice(make_cluster("a\nrm -rf /\x1b[31m"), form="helm") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "# in a?rm -rf /?[31m:"
+    assert len(lines) == 2
+
+
 def test_waiting_prints_no_change(make_cluster: MakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
     assert advice(make_cluster(since=NOW - 60)) == 1
     out, err = capsys.readouterr()

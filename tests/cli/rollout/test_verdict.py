@@ -135,8 +135,20 @@ def test_a_canary_without_a_cluster_in_it(make_cluster: MakeCluster) -> None:
     assert verdict(make_cluster(inside=0, outside=1, percent=0.0)).decision is Decision.GO_ON  # not begun
 
 
-def test_the_percentage_is_the_lowest_one(make_cluster: MakeCluster) -> None:
-    assert verdict(make_cluster(percent=100.0), make_cluster("late", percent=10.0)).percent == 10
+def test_the_percentage_is_that_of_most_clusters_and_others_hold_it(make_cluster: MakeCluster) -> None:
+    fleet = [make_cluster("a", percent=50.0), make_cluster("b", percent=50.0)]
+    ahead = verdict(*fleet, make_cluster("ahead", percent=100.0))
+    assert (ahead.decision, ahead.percent) == (Decision.GO_ON, 50)
+    behind = verdict(*fleet, make_cluster("late", percent=10.0))
+    assert (behind.decision, behind.percent, behind.reasons[0].cluster) == (Decision.WAIT, 50, "late")
+    assert verdict(make_cluster(percent=50.0), make_cluster(percent=10.0)).percent == 10
+
+
+def test_a_cluster_that_was_taken_back_holds_the_others(make_cluster: MakeCluster) -> None:
+    found = verdict(make_cluster(), make_cluster("back", modes=["http"], objectives={}))
+    assert found.decision is Decision.WAIT
+    assert found.reasons[0].cluster == "back"
+    assert "mode http" in found.reasons[0].text
 
 
 def test_percentages_are_cut_and_not_rounded_up() -> None:
