@@ -30,10 +30,10 @@ log = get(__name__)
 
 CHECK_S = 0.5
 REASON_CHARS = 200
-_STANDS = {
+_STATE_TEXTS = {
     CommandState.QUEUED: "it waits for its agent",
     CommandState.OFFERED: "it is in a reply that the agent may have",
-    CommandState.UNCERTAIN: "it is in doubt and will be offered again",
+    CommandState.UNCERTAIN: "it is uncertain and will be offered again",
     CommandState.DELIVERED: "it was delivered",
     CommandState.ANSWERED: "its agent has answered it",
     CommandState.CLOSED: "it is done, and the controller has its result",
@@ -176,7 +176,7 @@ class AdminActions:
         ]
         if not held:
             record = _only(await self.find(command_id), session).record
-            raise OperatorError(409, f"{_STANDS[record.state]}: only a command that still waits can be purged")
+            raise OperatorError(409, f"{_STATE_TEXTS[record.state]}: only a command that still waits can be purged")
         key, queue = held[0]
         if len(held) > 1:
             raise _ambiguous([key for key, _ in held])
@@ -187,14 +187,14 @@ class AdminActions:
         return found
 
     def _purge(self, key: SessionKey, queue: CommandQueue, command_id: str, why: str) -> None:
-        live = queue.give_up(command_id)
-        if live is None:
+        queued = queue.give_up(command_id)
+        if queued is None:
             raise OperatorError(
                 409,
-                "it is in a reply that the agent may have: wait until it is delivered or in doubt "
+                "it is in a reply that the agent may have: wait until it is delivered or uncertain "
                 f"(at most {self._ctx.settings.commands.evidence_s:g} s) and look again",
             )
-        self._queues.finish(key, live, CommandState.DEAD, "undeliverable", why)
+        self._queues.finish(key, queued, CommandState.DEAD, "undeliverable", why)
 
     async def redeliver(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
         """Queue a DELIVERED, EXPIRED or DEAD command again, for `commands.ttl_s`.
@@ -209,7 +209,7 @@ class AdminActions:
             queued = next_state(record.state, CommandEvent.REDELIVER)
         except IllegalTransition:
             why = "only one that was delivered, expired or given up, and has no result, can be delivered again"
-            raise OperatorError(409, f"{_STANDS[record.state]}: {why}") from None
+            raise OperatorError(409, f"{_STATE_TEXTS[record.state]}: {why}") from None
         if record.seq == 0:
             raise OperatorError(
                 409, "it was rejected when it arrived and never stored: the controller must send it again"
@@ -221,7 +221,9 @@ class AdminActions:
         why = _with_reason("by an operator", reason)
         wall, ttl_s = self._ctx.clock.wall_s(), self._ctx.settings.commands.ttl_s
         again = replace(record, state=queued, attempts=0, expires_unix=wall + ttl_s)
-        step = self._ctx.step(key, (command_id,), wall, "redeliver", f"{why}; before that, {_STANDS[record.state]}")
+        step = self._ctx.step(
+            key, (command_id,), wall, "redeliver", f"{why}; before that, {_STATE_TEXTS[record.state]}"
+        )
         answer: asyncio.Future[bool | StoreError] = asyncio.get_running_loop().create_future()
         done = partial(self._requeued, again, answer)
         self._ctx.store.submit(RequeueCommand(key, command_id, wall, again.expires_unix), step, done=done)

@@ -79,18 +79,18 @@ class CommandQueues:
 
     def add(self, record: CommandRecord, expires_at: float, now: float) -> QueuedCommand:
         """Queue a stored command and schedule its expiry; the times are monotonic."""
-        live = self.get_or_create(record.session).add(record, expires_at, now)
-        self.schedule_expiry(record.session, live, now)
-        return live
+        queued = self.get_or_create(record.session).add(record, expires_at, now)
+        self.schedule_expiry(record.session, queued, now)
+        return queued
 
     def load(self, records: tuple[CommandRecord, ...]) -> None:
         """Queue the stored commands after a restart; commands in an offer become uncertain."""
         at = self._ctx.moment()
         for record in records:
-            live = self.add(record, at.now + (record.expires_unix - at.unix), at.now)
+            queued = self.add(record, at.now + (record.expires_unix - at.unix), at.now)
             # The previous process may have put the command into a reply that the agent received. Counting one reply
             # keeps a result from being taken as evidence for the whole reply of a later offer.
-            live.replies = 1
+            queued.replies = 1
         for key, queue in self._queues.items():
             outcome = queue.recover_after_restart(self._ctx.queue_policy)
             self.handle_uncertain(key, outcome, "restart", at.unix)
@@ -108,8 +108,8 @@ class CommandQueues:
             self.handle_uncertain(target, outcome, "superseded", at.unix)
         successor = self.get_or_create(target)
         queue.drain_to(successor)
-        for live in successor.all():
-            self.schedule_expiry(target, live, at.now)
+        for queued in successor.all():
+            self.schedule_expiry(target, queued, at.now)
 
     # --- state transitions --------------------------------------------------------------------------------------------
 
@@ -132,13 +132,13 @@ class CommandQueues:
 
     def handle_uncertain(self, key: SessionKey, outcome: UncertainOutcome, reason: str, wall: float) -> None:
         """Record commands without evidence of delivery: some will be offered again, the others end as DEAD."""
-        again = tuple(live.record.id for live in outcome.again)
+        again = tuple(queued.record.id for queued in outcome.again)
         if again:
             log.warning("commands_uncertain", session=key.ident, commands=len(again), reason=reason)
             self.record_transition(key, again, CommandState.UNCERTAIN, wall, "uncertain", detail=reason)
-        for live in outcome.dead:
-            error = f"given up after {live.attempts} offers: {reason}"
-            self.finish(key, live, CommandState.DEAD, "undeliverable", error)
+        for queued in outcome.dead:
+            error = f"given up after {queued.attempts} offers: {reason}"
+            self.finish(key, queued, CommandState.DEAD, "undeliverable", error)
 
     def count(self, event: str, number: int = 1) -> None:
         """Count an event in the metric `agent_shim_commands`."""
@@ -146,11 +146,11 @@ class CommandQueues:
 
     # --- final states without a result --------------------------------------------------------------------------------
 
-    def finish(self, key: SessionKey, live: QueuedCommand, state: CommandState, code: str, error: str) -> None:
+    def finish(self, key: SessionKey, queued: QueuedCommand, state: CommandState, code: str, error: str) -> None:
         """End a command as EXPIRED or DEAD after its removal from the queue, and report that to the controller."""
-        log.warning("command_ended", command=live.record.id, session=key.ident, code=code)
+        log.warning("command_ended", command=queued.record.id, session=key.ident, code=code)
         self.count(state.value)
-        self._store(_FinalState(key, live.record, state, code, error), again=False)
+        self._store(_FinalState(key, queued.record, state, code, error), again=False)
 
     def _store(self, ending: _FinalState, *, again: bool) -> None:
         """Store the final state and its report to the controller in one transaction.
@@ -202,14 +202,14 @@ class CommandQueues:
         """End all commands of a deleted session as EXPIRED."""
         queue = self._queues.pop(key, None)
         error = "the agent was not seen for too long, or was forgotten by an operator"
-        for live in queue.forget_all() if queue is not None else ():
-            self.finish(key, live, CommandState.EXPIRED, "expired", error)
+        for queued in queue.forget_all() if queue is not None else ():
+            self.finish(key, queued, CommandState.EXPIRED, "expired", error)
 
     # --- expiry -------------------------------------------------------------------------------------------------------
 
-    def schedule_expiry(self, key: SessionKey, live: QueuedCommand, now: float) -> None:
+    def schedule_expiry(self, key: SessionKey, queued: QueuedCommand, now: float) -> None:
         """Schedule the expiry of a command; `now` is monotonic."""
-        heapq.heappush(self._expiries, (live.expires_at, live.seq, key, live.record.id))
+        heapq.heappush(self._expiries, (queued.expires_at, queued.seq, key, queued.record.id))
         if len(self._expiries) > EXPIRY_SLACK and len(self._expiries) > 2 * sum(map(len, self._queues.values())):
             # Most commands are fetched long before they expire, and their entries stay in the heap. Rebuild the heap
             # without them when they are more than half of it, which costs amortised constant time per command.
@@ -220,15 +220,15 @@ class CommandQueues:
     def expire(self, key: SessionKey, command_id: str) -> None:
         """Expire a command whose time has passed; a command that is not QUEUED is left alone."""
         queue = self._queues.get(key)
-        live = queue.expire(command_id) if queue is not None else None
-        if live is not None:
-            self.finish(key, live, CommandState.EXPIRED, "expired", "not fetched in time")
+        queued = queue.expire(command_id) if queue is not None else None
+        if queued is not None:
+            self.finish(key, queued, CommandState.EXPIRED, "expired", "not fetched in time")
 
     def expire_overdue(self, key: SessionKey, commands: tuple[QueuedCommand, ...], now: float) -> None:
         """Expire those commands whose time ended while they were offered."""
-        for live in commands:
-            if live.state is CommandState.QUEUED and live.expires_at <= now:
-                self.expire(key, live.record.id)
+        for queued in commands:
+            if queued.state is CommandState.QUEUED and queued.expires_at <= now:
+                self.expire(key, queued.record.id)
 
     def sweep(self) -> None:
         """Retry refused writes and adjust expiry times if the wall clock was set.
@@ -244,10 +244,10 @@ class CommandQueues:
         self._wall_offset_s += by_s
         log.warning("wall_clock_stepped", by_s=round(by_s, 3))
         for key, queue in self.items():
-            for live in queue.all():
-                if live.arrived_at is None:
-                    live.expires_at -= by_s
-                    self.schedule_expiry(key, live, at.now)
+            for queued in queue.all():
+                if queued.arrived_at is None:
+                    queued.expires_at -= by_s
+                    self.schedule_expiry(key, queued, at.now)
 
     def _held(self, key: SessionKey, command_id: str) -> bool:
         queue = self._queues.get(key)
@@ -284,8 +284,8 @@ class CommandQueues:
                 return
             _, _, key, command_id = heapq.heappop(self._expiries)
             queue = self._queues.get(key)
-            live = queue.get(command_id) if queue is not None else None
-            if live is not None and live.expires_at <= now:
+            queued = queue.get(command_id) if queue is not None else None
+            if queued is not None and queued.expires_at <= now:
                 self.expire(key, command_id)
         self._arm(now)
 

@@ -68,7 +68,7 @@ class _Arrival:
     session: Session
     record: CommandRecord
     at: float
-    settled: Callable[[bool], None] | None
+    settled: Callable[[bool], None]
 
 
 class PendingPoll:
@@ -120,7 +120,7 @@ class CommandDelivery:
         command: ParsedCommand,
         request_id: str,
         at: Moment,
-        settled: Callable[[bool], None] | None = None,
+        settled: Callable[[bool], None],
         via: str = "",
     ) -> None:
         """Accept or reject a command for this session.
@@ -136,9 +136,9 @@ class CommandDelivery:
         record = command.record(session.key, request_id, at.unix, via)
         arrival = _Arrival(session, record, at.now, settled)
         queue, by_http = self._queues.get_or_create(session.key), via == VIA_HTTP
-        live = queue.get(record.id)
-        if live is not None:
-            self._known(arrival, PutOutcome(live.seq, duplicate=True, state=live.state))
+        queued = queue.get(record.id)
+        if queued is not None:
+            self._known(arrival, PutOutcome(queued.seq, duplicate=True, state=queued.state))
         elif self._ctx.arriving.exhausted:
             self._refuse(arrival, "store_unavailable")
         elif record.expires_unix <= record.arrived_unix and not by_http:
@@ -172,13 +172,12 @@ class CommandDelivery:
         self._queues.count("queued")
         log.info("command_queued", command=record.id, type=record.type, session=key.ident)
         expires_at = arrival.at + (record.expires_unix - record.arrived_unix)
-        live = self._queues.add(replace(record, session=key, seq=seq), expires_at, at.now)
-        live.arrived_at = arrival.at
+        queued = self._queues.add(replace(record, session=key, seq=seq), expires_at, at.now)
+        queued.arrived_at = arrival.at
         if self._ctx.sessions.get(key) is None:
             self._queues.end_session(key)
         self.try_offer(key, at)
-        if arrival.settled is not None:
-            arrival.settled(True)
+        arrival.settled(True)
 
     def _look_up(self, arrival: _Arrival, code: str, error: str) -> None:
         """Look up a command that may not be accepted: a known one is a duplicate, any other is rejected."""
@@ -203,15 +202,13 @@ class CommandDelivery:
         log.info("command_duplicate", command=record.id, session=record.session.ident, state=known.state.value)
         if known.result is not None:
             self._outbox.resend(record.session, record.id, record.request_id, known.result)
-        if arrival.settled is not None:
-            arrival.settled(True)
+        arrival.settled(True)
 
     def _refuse(self, arrival: _Arrival, code: str, error: str = "") -> None:
         record, error = arrival.record, error or REFUSALS[code]
         refusal = Refusal(record.session, record.id, record.request_id, code, error, session=arrival.session)
         self._rejections.refuse(refusal, report=record.via != VIA_HTTP)
-        if arrival.settled is not None:
-            arrival.settled(False)
+        arrival.settled(False)
 
     # --- polls --------------------------------------------------------------------------------------------------------
 
@@ -282,9 +279,9 @@ class CommandDelivery:
             poll.answer(None)
             return
         steps = []
-        for live in batch.commands:
-            detail = f"attempt {live.attempts}" + (f", {live.reason}" if live.reason else "")
-            steps.append(self._ctx.step(queue.key, (live.record.id,), at.unix, "offered", detail))
+        for queued in batch.commands:
+            detail = f"attempt {queued.attempts}" + (f", {queued.reason}" if queued.reason else "")
+            steps.append(self._ctx.step(queue.key, (queued.record.id,), at.unix, "offered", detail))
         mark = MarkCommands(queue.key, batch.ids, CommandState.OFFERED, at.unix, attempts=1)
         self._ctx.store.submit(mark, *steps, done=partial(self._offer_recorded, queue, poll, batch, policy))
 
@@ -317,13 +314,13 @@ class CommandDelivery:
         `recorded` is False if the store failed: after a crash the offer will not count as an attempt.
         """
         self._observe_age(batch, self._ctx.metrics.offer_seconds, now)
-        for live in batch.commands:
-            self._queues.count("offered" if live.attempts == 1 else "redelivered")
+        for queued in batch.commands:
+            self._queues.count("offered" if queued.attempts == 1 else "redelivered")
             log.info(
                 "command_offered",
-                command=live.record.id,
-                attempt=live.attempts,
-                reason=live.reason,
+                command=queued.record.id,
+                attempt=queued.attempts,
+                reason=queued.reason,
                 recorded=recorded,
             )
 
@@ -333,14 +330,14 @@ class CommandDelivery:
         if session is None:
             return
         child, metrics = seconds.labels(session.dialect), self._ctx.metrics
-        for live in batch.commands:
-            if live.arrived_at is None or live.reason:
+        for queued in batch.commands:
+            if queued.arrived_at is None or queued.reason:
                 continue
-            age_s = now - live.arrived_at
+            age_s = now - queued.arrived_at
             child.observe(age_s)
             if seconds is metrics.hand_over_seconds:
                 self.hand_overs_s.append(age_s)
-                if batch.polled_at <= live.arrived_at:
+                if batch.polled_at <= queued.arrived_at:
                     metrics.message_seconds.labels("down").observe(age_s)
 
     # --- the reply: written or not ------------------------------------------------------------------------------------
@@ -362,10 +359,10 @@ class CommandDelivery:
         key, at = batch.key, self._ctx.moment()
         back = queue.unwritten(batch)
         for state in (CommandState.QUEUED, CommandState.UNCERTAIN):
-            ids = tuple(live.record.id for live in back if live.state is state)
+            ids = tuple(queued.record.id for queued in back if queued.state is state)
             self._queues.record_transition(key, ids, state, at.unix, "requeued", detail="not written", attempts=-1)
-        for live in back:
-            log.info("command_requeued", command=live.record.id, session=key.ident, attempt=live.attempts + 1)
+        for queued in back:
+            log.info("command_requeued", command=queued.record.id, session=key.ident, attempt=queued.attempts + 1)
         self._queues.expire_overdue(key, back, at.now)
         self.try_offer(key, at)
 
@@ -407,7 +404,7 @@ class CommandDelivery:
     def _record_delivered(
         self, key: SessionKey, commands: tuple[QueuedCommand, ...], evidence: str, at: Moment
     ) -> None:
-        ids = tuple(live.record.id for live in commands)
+        ids = tuple(queued.record.id for queued in commands)
         self._queues.record_transition(key, ids, CommandState.DELIVERED, at.unix, "delivered", detail=evidence)
         for command_id in ids:
             log.info("command_delivered", command=command_id, session=key.ident, evidence=evidence)

@@ -64,7 +64,7 @@ class HeartbeatForwarder:
         """
         connection = self.called(session, now)
         window_s = self._ctx.settings.upstream.heartbeat_interval_s + ACK_GRACE_S
-        if session.coverage.beat(now, connection, window_s):
+        if session.coverage.record_heartbeat(now, connection, window_s):
             self._covered.inc()
         else:
             self._uncovered.add(session)

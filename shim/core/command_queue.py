@@ -116,14 +116,14 @@ class Batch:
     @property
     def ids(self) -> tuple[str, ...]:
         """The ids of the commands in order."""
-        return tuple(live.record.id for live in self.commands)
+        return tuple(queued.record.id for queued in self.commands)
 
     @property
     def offered(self) -> tuple[OfferedCommand, ...]:
         """The commands as the reply contains them."""
         return tuple(
-            OfferedCommand(live.record.id, live.record.type, live.record.payload, live.record.created_at)
-            for live in self.commands
+            OfferedCommand(queued.record.id, queued.record.type, queued.record.payload, queued.record.created_at)
+            for queued in self.commands
         )
 
     def is_acknowledged_by_poll_at(self, arrived_s: float) -> bool:
@@ -249,11 +249,11 @@ class CommandQueue:
 
     def add(self, record: CommandRecord, expires_at: float, since: float) -> QueuedCommand:
         """Add a stored command."""
-        live = QueuedCommand(record.seq, record, record.state, record.attempts, expires_at, since)
-        self._by_id[record.id] = live
-        insort(self._order, live)
+        queued = QueuedCommand(record.seq, record, record.state, record.attempts, expires_at, since)
+        self._by_id[record.id] = queued
+        insort(self._order, queued)
         self._bytes += record.size_bytes
-        return live
+        return queued
 
     def take(self, number: int, connection: int, polled_at: float, policy: QueuePolicy) -> Batch | None:
         """Offer the oldest commands within the bounds of a reply, at least one.
@@ -264,15 +264,15 @@ class CommandQueue:
             return None
         batch: list[QueuedCommand] = []
         size_bytes = 0
-        for live in self._order:
-            size_bytes += live.record.size_bytes
+        for queued in self._order:
+            size_bytes += queued.record.size_bytes
             if batch and (len(batch) >= policy.max_batch or size_bytes > policy.max_bytes):
                 break
-            batch.append(live)
-        for live in batch:
-            live.state = next_state(live.state, CommandEvent.OFFER)
-            live.attempts += 1
-            live.replies += 1
+            batch.append(queued)
+        for queued in batch:
+            queued.state = next_state(queued.state, CommandEvent.OFFER)
+            queued.attempts += 1
+            queued.replies += 1
         self.offer = Batch(self.key, number, tuple(batch), connection, polled_at)
         return self.offer
 
@@ -282,13 +282,15 @@ class CommandQueue:
         A crash would deliver an unrecorded offer again. So a command of a type with at most one delivery stays in the
         queue, and every command behind it, to keep the order. Returns the reduced offer, `None` if it is empty.
         """
-        kept = tuple(takewhile(lambda live: live.record.type not in policy.at_most_once, offer.commands))
-        for live in offer.commands[len(kept) :]:
-            if live.state is not CommandState.OFFERED:
+        kept = tuple(takewhile(lambda queued: queued.record.type not in policy.at_most_once, offer.commands))
+        for queued in offer.commands[len(kept) :]:
+            if queued.state is not CommandState.OFFERED:
                 continue
-            live.state = next_state(live.state, CommandEvent.NO_EVIDENCE if live.reason else CommandEvent.UNWRITTEN)
-            live.attempts -= 1
-            live.replies -= 1
+            queued.state = next_state(
+                queued.state, CommandEvent.NO_EVIDENCE if queued.reason else CommandEvent.UNWRITTEN
+            )
+            queued.attempts -= 1
+            queued.replies -= 1
         self.offer = replace_fields(offer, commands=kept) if kept else None
         return self.offer
 
@@ -297,12 +299,14 @@ class CommandQueue:
 
         It does not count as an attempt.
         """
-        back = tuple(live for live in offer.commands if live.state is CommandState.OFFERED)
-        for live in back:
+        back = tuple(queued for queued in offer.commands if queued.state is CommandState.OFFERED)
+        for queued in back:
             # A command that was uncertain before the offer stays uncertain: the failed reply proves nothing about the
             # earlier one.
-            live.state = next_state(live.state, CommandEvent.NO_EVIDENCE if live.reason else CommandEvent.UNWRITTEN)
-            live.attempts -= 1
+            queued.state = next_state(
+                queued.state, CommandEvent.NO_EVIDENCE if queued.reason else CommandEvent.UNWRITTEN
+            )
+            queued.attempts -= 1
         if self.offer is offer:
             self.offer = None
         return back
@@ -316,11 +320,11 @@ class CommandQueue:
         open_states = (
             (CommandState.OFFERED, CommandState.UNCERTAIN) if self.offer is offer else (CommandState.UNCERTAIN,)
         )
-        held = (live for live in offer.commands if self._by_id.get(live.record.id) is live)
-        done = tuple(live for live in held if live.state in open_states)
-        for live in done:
-            live.state = next_state(live.state, CommandEvent.EVIDENCE)
-            self._drop(live)
+        held = (queued for queued in offer.commands if self._by_id.get(queued.record.id) is queued)
+        done = tuple(queued for queued in held if queued.state in open_states)
+        for queued in done:
+            queued.state = next_state(queued.state, CommandEvent.EVIDENCE)
+            self._drop(queued)
         if self.offer is offer:
             self.offer = None
         return done
@@ -330,34 +334,34 @@ class CommandQueue:
 
         The rule is docs/reference/protocol.md#3-commands, *uncertain*.
         """
-        open_ = [live for live in offer.commands if live.state is CommandState.OFFERED]
-        for live in open_:
-            live.state = next_state(live.state, CommandEvent.NO_EVIDENCE)
-            live.reason = reason
+        open_ = [queued for queued in offer.commands if queued.state is CommandState.OFFERED]
+        for queued in open_:
+            queued.state = next_state(queued.state, CommandEvent.NO_EVIDENCE)
+            queued.reason = reason
         if self.offer is offer:
             self.offer = None
         return self._redeliver_or_dead(open_, policy)
 
     def recover_after_restart(self, policy: QueuePolicy) -> UncertainOutcome:
         """Mark every command that was offered before a restart as uncertain."""
-        uncertain = [live for live in self._order if live.state in (CommandState.OFFERED, CommandState.UNCERTAIN)]
-        for live in uncertain:
-            if live.state is CommandState.OFFERED:
-                live.state = next_state(live.state, CommandEvent.NO_EVIDENCE)
-            live.reason = live.reason or "restart"
+        uncertain = [queued for queued in self._order if queued.state in (CommandState.OFFERED, CommandState.UNCERTAIN)]
+        for queued in uncertain:
+            if queued.state is CommandState.OFFERED:
+                queued.state = next_state(queued.state, CommandEvent.NO_EVIDENCE)
+            queued.reason = queued.reason or "restart"
         return self._redeliver_or_dead(uncertain, policy)
 
     def _redeliver_or_dead(self, uncertain: Iterable[QueuedCommand], policy: QueuePolicy) -> UncertainOutcome:
         again: list[QueuedCommand] = []
         dead: list[QueuedCommand] = []
-        for live in uncertain:
-            once = live.record.type in policy.at_most_once
-            if not once and policy.redeliver and live.attempts < policy.max_attempts:
-                again.append(live)
+        for queued in uncertain:
+            once = queued.record.type in policy.at_most_once
+            if not once and policy.redeliver and queued.attempts < policy.max_attempts:
+                again.append(queued)
                 continue
-            live.state = next_state(live.state, CommandEvent.GIVE_UP)
-            self._drop(live)
-            dead.append(live)
+            queued.state = next_state(queued.state, CommandEvent.GIVE_UP)
+            self._drop(queued)
+            dead.append(queued)
         return UncertainOutcome(tuple(again), tuple(dead))
 
     def answered(self, command_id: str) -> tuple[QueuedCommand, ...]:
@@ -367,41 +371,41 @@ class CommandQueue:
 
         The result proves the delivery of the whole reply if the command was in no other reply.
         """
-        live = self._by_id.get(command_id)
-        if live is None:
+        queued = self._by_id.get(command_id)
+        if queued is None:
             return ()
-        offer = self.offer if live.state is CommandState.OFFERED and live.replies == 1 else None
-        live.state = next_state(live.state, CommandEvent.RESULT)
-        self._drop(live)
+        offer = self.offer if queued.state is CommandState.OFFERED and queued.replies == 1 else None
+        queued.state = next_state(queued.state, CommandEvent.RESULT)
+        self._drop(queued)
         return self.delivered(offer) if offer is not None else ()
 
     def expire(self, command_id: str) -> QueuedCommand | None:
         """End a command whose time is over. Returns it, or `None` if it is not QUEUED."""
-        live = self._by_id.get(command_id)
-        if live is None or live.state is not CommandState.QUEUED:
+        queued = self._by_id.get(command_id)
+        if queued is None or queued.state is not CommandState.QUEUED:
             return None
-        live.state = next_state(live.state, CommandEvent.EXPIRE)
-        self._drop(live)
-        return live
+        queued.state = next_state(queued.state, CommandEvent.EXPIRE)
+        self._drop(queued)
+        return queued
 
     def give_up(self, command_id: str) -> QueuedCommand | None:
         """End a command on an operator's request.
 
         Returns it, or `None` if it is offered at present and cannot be withdrawn.
         """
-        live = self._by_id.get(command_id)
-        if live is None or live.state is CommandState.OFFERED:
+        queued = self._by_id.get(command_id)
+        if queued is None or queued.state is CommandState.OFFERED:
             return None
-        live.state = next_state(live.state, CommandEvent.GIVE_UP)
-        self._drop(live)
-        return live
+        queued.state = next_state(queued.state, CommandEvent.GIVE_UP)
+        self._drop(queued)
+        return queued
 
     def forget_all(self) -> tuple[QueuedCommand, ...]:
         """End all commands of a session that is being deleted, and return them."""
         ended = self.all()
-        for live in ended:
-            live.state = next_state(live.state, CommandEvent.FORGET)
-            self._drop(live)
+        for queued in ended:
+            queued.state = next_state(queued.state, CommandEvent.FORGET)
+            self._drop(queued)
         self.offer = None
         return ended
 
@@ -412,17 +416,17 @@ class CommandQueue:
 
         Settle an open offer before: its evidence would arrive under another session.
         """
-        for live in self.all():
-            self._drop(live)
-            if other.get(live.record.id) is None:
-                record = replace(live.record, session=other.key, state=live.state, attempts=live.attempts)
-                moved = other.add(record, live.expires_at, live.since)
-                moved.reason, moved.replies, moved.arrived_at = live.reason, live.replies, live.arrived_at
+        for queued in self.all():
+            self._drop(queued)
+            if other.get(queued.record.id) is None:
+                record = replace(queued.record, session=other.key, state=queued.state, attempts=queued.attempts)
+                moved = other.add(record, queued.expires_at, queued.since)
+                moved.reason, moved.replies, moved.arrived_at = queued.reason, queued.replies, queued.arrived_at
 
-    def _drop(self, live: QueuedCommand) -> None:
-        if self._by_id.pop(live.record.id, None) is not None:
-            del self._order[bisect_left(self._order, live)]
-            self._bytes -= live.record.size_bytes
+    def _drop(self, queued: QueuedCommand) -> None:
+        if self._by_id.pop(queued.record.id, None) is not None:
+            del self._order[bisect_left(self._order, queued)]
+            self._bytes -= queued.record.size_bytes
 
 
 SHOWN_COMMANDS = 50

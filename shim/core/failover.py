@@ -46,21 +46,21 @@ class Failover:
     def __init__(self, now: float) -> None:
         self._up_since: float | None = None
         self._down_since: float | None = now
-        self.way = Transport.WEBSOCKET
+        self.transport = Transport.WEBSOCKET
 
     def update(self, now: float, *, up: bool, after_s: float, hold_down_s: float) -> Transport:
         """Return the transport for a call at `now`. `up` is the present state of the link."""
         if up:
             self._down_since = None
             self._up_since = now if self._up_since is None else self._up_since
-            if self.way is Transport.HTTP and now - self._up_since >= hold_down_s:
-                self.way = Transport.WEBSOCKET
+            if self.transport is Transport.HTTP and now - self._up_since >= hold_down_s:
+                self.transport = Transport.WEBSOCKET
         else:
             self._up_since = None
             self._down_since = now if self._down_since is None else self._down_since
             if now - self._down_since >= after_s:
-                self.way = Transport.HTTP
-        return self.way
+                self.transport = Transport.HTTP
+        return self.transport
 
 
 @dataclass(slots=True)

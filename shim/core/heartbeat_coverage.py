@@ -57,7 +57,7 @@ class HeartbeatCoverage:
         """True if heartbeats wait to be covered."""
         return bool(self._waiting)
 
-    def beat(self, now: float, line: HeartbeatChannel | None, window_s: float) -> bool:
+    def record_heartbeat(self, now: float, line: HeartbeatChannel | None, window_s: float) -> bool:
         """Record an agent's heartbeat.
 
         `line` is the connection of its session. Returns True if it is covered already.

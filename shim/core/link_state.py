@@ -261,8 +261,8 @@ class LinkStateMachine:
                 return Dial(in_header=not query, in_query=query)
             case "both":
                 return Dial(in_header=True, in_query=True)
-            case way:
-                return Dial(in_header=way == "header", in_query=way == "query")
+            case place:
+                return Dial(in_header=place == "header", in_query=place == "query")
 
     def _opened(self, event: LinkEvent, now: float) -> _Step:
         if self._other_way_tried:

@@ -109,7 +109,7 @@ class FallbackPolicy:
     def active(self) -> bool:
         """Return True if calls go by HTTP because of the mode or of a failed link, but not because of the rollout."""
         return self.scope() is FallbackScope.ALL or any(
-            failover.way is Transport.HTTP and self._is_used(name) for name, failover in self._failovers.items()
+            failover.transport is Transport.HTTP and self._is_used(name) for name, failover in self._failovers.items()
         )
 
     def _is_used(self, name: str) -> bool:
@@ -127,7 +127,7 @@ class FallbackPolicy:
             links = self._bridge.links
             self._failovers = {name: each for name, each in self._failovers.items() if links.find(name) is not None}
             failover = self._failovers[link.name] = Failover(ctx.now)
-        before = failover.way
+        before = failover.transport
         fallback = ctx.settings.fallback
         way = failover.update(ctx.now, up=link.online, after_s=fallback.after_s, hold_down_s=fallback.hold_down_s)
         if way is not before:

@@ -120,8 +120,8 @@ def conflict_reply(payload: dict[str, Any]) -> dict[str, Any]:
     cluster = payload.get("cluster")
     nested = cluster if isinstance(cluster, dict) else {}
     cluster_id = url_safe_id(payload.get("cluster_id")) or url_safe_id(nested.get("id"))
-    told = {"cluster_uuid": nested.get("uuid"), "name": nested.get("name"), **payload, "cluster_id": cluster_id}
-    return register_reply({key: value for key, value in told.items() if key != "status"})
+    fields = {"cluster_uuid": nested.get("uuid"), "name": nested.get("name"), **payload, "cluster_id": cluster_id}
+    return register_reply({key: value for key, value in fields.items() if key != "status"})
 
 
 def tunnel_state(payload: dict[str, Any]) -> dict[str, Any] | None:

@@ -208,7 +208,7 @@ class Operations:
         return result
 
     def begin(self, operations: Sequence[Operation]) -> list[Finish[Any]]:
-        """Queue the statements of a submission. The caller calls the results once the whole batch is queued."""
+        """Queue the statements of a submission. Return functions for their results."""
         if len(operations) == 2:
             finish = self._at_once(*operations)
             if finish is not None:

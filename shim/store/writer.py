@@ -239,7 +239,7 @@ class QueuedStore:
     def __init__(self, call_threadsafe: CallThreadsafe) -> None:
         self._call_threadsafe = call_threadsafe
         # Without the lock, a submission could be queued after the end marker of `Writer.close` and never be answered.
-        self._gate = threading.Lock()
+        self._submit_lock = threading.Lock()
         self._writer: Writer | None = None
 
     def _start(self, writer: Writer) -> None:
@@ -250,7 +250,7 @@ class QueuedStore:
         self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
     ) -> None:
         """Queue operations (`ports.CommandStore`). If the store is not open, `done` gets a `StoreError`."""
-        with self._gate:
+        with self._submit_lock:
             if self._writer is not None:
                 self._writer.queue.put(((operation, *also), done))
                 return
@@ -258,7 +258,7 @@ class QueuedStore:
             run_on_loop(self._call_threadsafe, [partial(done, StoreError("the store is not open"))])
 
     def _stop(self, limit_s: float | None = None) -> None:
-        with self._gate:
+        with self._submit_lock:
             writer, self._writer = self._writer, None
         if writer is not None:
             writer.close(limit_s)

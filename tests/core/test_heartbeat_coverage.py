@@ -19,20 +19,20 @@ class FakeLine:
 def test_the_triggering_heartbeat_and_those_that_are_coalesced_into_it_are_covered_by_one_acknowledgement() -> None:
     coverage, line = HeartbeatCoverage(), FakeLine()
     coverage.written(0, line)
-    assert coverage.beat(0, line, W) is False
+    assert coverage.record_heartbeat(0, line, W) is False
     assert coverage.acked(0, line, 0.05, W) == 1
-    assert [coverage.beat(at, line, W) for at in (5, 10, 25, 30)] == [True] * 4
-    assert coverage.beat(30.1, line, W) is False
+    assert [coverage.record_heartbeat(at, line, W) for at in (5, 10, 25, 30)] == [True] * 4
+    assert coverage.record_heartbeat(30.1, line, W) is False
     assert coverage.settle(60, W, acks=True) == {}
     assert coverage.settle(60.2, W, acks=True) == {HeartbeatOutcome.MISSED: 1}
 
 
 def test_what_was_acknowledged_on_a_connection_that_is_gone_vouches_no_more() -> None:
     coverage, before, after = HeartbeatCoverage(), FakeLine(), FakeLine()
-    coverage.beat(0, before, W)
+    coverage.record_heartbeat(0, before, W)
     coverage.acked(0, before, 0.1, W)
-    assert coverage.beat(5, None, W) is False
-    assert coverage.beat(10, after, W) is False
+    assert coverage.record_heartbeat(5, None, W) is False
+    assert coverage.record_heartbeat(10, after, W) is False
     # but one that goes up in time covers them
     assert coverage.acked(34, after, 34.9, W) == 2
     assert not coverage.waiting
@@ -40,8 +40,8 @@ def test_what_was_acknowledged_on_a_connection_that_is_gone_vouches_no_more() ->
 
 def test_an_acknowledgement_that_comes_too_late_covers_only_what_is_young_enough() -> None:
     coverage, line = HeartbeatCoverage(), FakeLine()
-    coverage.beat(0, line, W)
-    coverage.beat(20, line, W)
+    coverage.record_heartbeat(0, line, W)
+    coverage.record_heartbeat(20, line, W)
     assert coverage.acked(20, line, 40, W) == 1
     assert coverage.settle(40, W, acks=True) == {HeartbeatOutcome.MISSED: 1}
 
@@ -49,7 +49,7 @@ def test_an_acknowledgement_that_comes_too_late_covers_only_what_is_young_enough
 def test_heartbeats_of_one_second_are_kept_together_and_counted_one_by_one() -> None:
     coverage, line = HeartbeatCoverage(), FakeLine()
     for number in range(50):
-        coverage.beat(number * 0.01, None, W)
+        coverage.record_heartbeat(number * 0.01, None, W)
     assert len(coverage._waiting) == 1
     assert coverage.acked(1, line, 2, W) == 50
 
@@ -66,7 +66,7 @@ def test_without_acknowledgements_a_write_to_a_live_connection_is_what_can_be_kn
     heard_at: float, acks: bool, outcome: HeartbeatOutcome
 ) -> None:
     coverage, line = HeartbeatCoverage(), FakeLine()
-    coverage.beat(10, line, W)
+    coverage.record_heartbeat(10, line, W)
     coverage.written(10, line)
     line.heard_at = heard_at
     assert coverage.settle(40, W, acks=acks) == {}
