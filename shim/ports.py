@@ -1,4 +1,7 @@
-"""Protocols between the layers: store and WebSockets for the bridge, and the bridge for the agents' server."""
+"""Protocols between the layers: store and WebSockets for the bridge, and the bridge for the agents' server.
+
+A Protocol stands here only where the caller may not import the implementation: it is in a layer above or beside.
+"""
 
 from __future__ import annotations
 

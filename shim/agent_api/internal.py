@@ -47,7 +47,7 @@ class ClusterEvidence(DeliveryEvidence):
         """Treat the commands of a reply as uncertain: it is unknown if it was written."""
         raise NotImplementedError
 
-    def lost(self, connection: int) -> None:
+    def connection_lost(self, connection: int) -> None:
         """Treat every written reply of this connection that has no evidence yet as uncertain."""
         raise NotImplementedError
 
@@ -219,7 +219,7 @@ class PairedConnection(AgentConnection):
         if receipt is not None:
             self._evidence.mark_uncertain(receipt, self.number)
         elif was_open:
-            self._evidence.lost(self.number)
+            self._evidence.connection_lost(self.number)
 
 
 class _NoGuard(Guard):

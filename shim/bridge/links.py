@@ -259,8 +259,9 @@ class UpstreamLink:
         connection, self.connection = self.connection, None
         self._disarm("stable")
         if connection is not None:
-            if connection.acks_learnt is not None:
-                self.acks = connection.acks_learnt
+            learnt = connection.acks_learnt
+            if learnt is not None:
+                self.acks = learnt
             self._ctx.events.put(LinkLost(self, connection))
 
     def _stable(self) -> None:

@@ -67,7 +67,7 @@ class ConnectionEnd(NamedTuple):
 
     def detail(self, token: str) -> str:
         """Return the controller's close reason with secrets masked, bounded and in printable characters."""
-        return printable(without_secrets(self.reason, token))[:MAX_CLOSE_REASON_CHARS]
+        return printable(without_secrets(self.reason, token))[:MAX_CLOSE_REASON_CHARS] if self.reason else ""
 
 
 class ConnectionOwner(Protocol):

@@ -120,9 +120,9 @@ class Router:
     def mark_uncertain(self, receipt: DeliveryReceipt, connection: int) -> None:
         """Treat the delivery of a reply as unknown: the connection to the replica that had it ended without a note."""
         self.written(receipt)
-        self.lost(connection)
+        self.connection_lost(connection)
 
-    def lost(self, connection: int) -> None:
+    def connection_lost(self, connection: int) -> None:
         """Treat the delivery of replies on this connection as unknown."""
         self.connection_closed(connection, None)
 
