@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shim.admin import Subject
 from shim.bridge import Bridge, BridgeContext
 from shim.clock import Clock
 from shim.config.settings import Settings
@@ -16,6 +15,7 @@ from shim.core.records import StoreContents
 from shim.core.sessions import Sessions
 from shim.errors import StoreError
 from shim.fallback import FallbackPolicy, WebSocketProxy
+from shim.management.subject import Subject
 from shim.metrics import Metrics
 from shim.ports import (
     AgentService,

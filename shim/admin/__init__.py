@@ -1,6 +1,5 @@
-"""Admin port: health, readiness, metrics, the status page and the operator's actions."""
+"""Admin port: the HTTP server for health, readiness, metrics, the status page and the operators' actions."""
 
 from shim.admin.server import AdminServer
-from shim.admin.subject import Subject
 
-__all__ = ["AdminServer", "Subject"]
+__all__ = ["AdminServer"]

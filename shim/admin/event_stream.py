@@ -11,8 +11,8 @@ import msgspec
 from aiohttp import hdrs, web
 
 from shim.admin.connection_limit import AdminConnection
-from shim.admin.time_series import Sampler
 from shim.errors import OperatorError
+from shim.management.time_series import Sampler
 from shim.ports import Clock
 
 EVERY_S = 1.0

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from shim import __version__
-from shim.admin.call_status import RECENT_S, http_agent
-from shim.admin.health_messages import PROBLEMS
-from shim.admin.subject import Subject
 from shim.core.call_records import Why
 from shim.core.link_state import LinkState
 from shim.core.poll_hold import PollPacing
+from shim.management.call_status import RECENT_S, http_agent
+from shim.management.health_messages import PROBLEMS
+from shim.management.subject import Subject
 
 
 class BridgeCollector:

@@ -16,22 +16,22 @@ from prometheus_client.exposition import choose_encoder
 
 from shim import __version__
 from shim.admin.auth import Access, Guard
-from shim.admin.command_api import CommandApi
 from shim.admin.connection_limit import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Connections
 from shim.admin.event_stream import EventStream
 from shim.admin.gauges import BridgeCollector
-from shim.admin.health import Health
-from shim.admin.recent_events import RecentEvents
 from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
-from shim.admin.status import ProcessInfo, StatusBuilder
-from shim.admin.subject import Subject
-from shim.admin.time_series import Sampler
 from shim.config import loader
 from shim.config.settings import Admin
 from shim.core.command_queue import RecentCommand
 from shim.errors import ConfigError, OperatorError
 from shim.http_connection import LINGER_S, NoRoom
 from shim.listening import bind
+from shim.management.command_api import CommandApi
+from shim.management.health import Health
+from shim.management.recent_events import RecentEvents
+from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.subject import Subject
+from shim.management.time_series import Sampler
 from shim.redaction import Redaction
 
 STOP_S = 1.0

@@ -8,16 +8,15 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from shim.admin import Subject
-from shim.admin.actions import NOT_FOUND
-from shim.admin.command_api import CommandApi
-from shim.admin.subject import Answers
 from shim.bridge import Bridge
 from shim.cluster.connection_pool import ConnectionPool, ReplicaLost
 from shim.cluster.membership import Membership
 from shim.cluster.shard_locator import ShardLocator
 from shim.core.leases import Member
 from shim.errors import OperatorError
+from shim.management.actions import NOT_FOUND
+from shim.management.command_api import CommandApi
+from shim.management.subject import Answers, Subject
 from shim.runtime import Spawn
 
 WAIT_S = 2.0

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from shim.admin import Subject
 from shim.agent_api import Backends
 from shim.agent_api.internal import ClusterListener
 from shim.bridge import BridgeContext
@@ -34,6 +33,7 @@ from shim.core.leases import LeasePolicy, Member
 from shim.errors import StoreError, StoreUnreachable
 from shim.fallback import WebSocketProxy, sunset_headers
 from shim.log import get
+from shim.management.subject import Subject
 from shim.protocol.dialects import load
 from shim.protocol.http import origin_of
 from shim.protocol.reply_notes import OPERATOR

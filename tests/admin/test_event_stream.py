@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from shim.admin.event_stream import EVERY_S, MAX_EVERY_S, SHARE, EventStream
-from tests.admin.conftest import Page
+from tests.management.conftest import Page
 
 
 class Hands:

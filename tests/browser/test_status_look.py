@@ -22,13 +22,13 @@ import pytest_asyncio
 from aiohttp import web
 from playwright.async_api import Page, expect
 
-from shim.admin.recent_events import RecentEvents
 from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
-from shim.admin.status import ProcessInfo, StatusBuilder
-from shim.admin.subject import Subject
-from shim.admin.time_series import Sampler
 from shim.core.call_records import FallbackCall, Why
 from shim.core.records import Operation, SessionKey, StoreContents, StoreOperation
+from shim.management.recent_events import RecentEvents
+from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.subject import Subject
+from shim.management.time_series import Sampler
 from shim.ports import CommandStore, StoreDone
 from shim.redaction import Redaction
 from tests.browser.conftest import OpenTab

@@ -11,9 +11,9 @@ from pathlib import Path
 from prometheus_client import Counter, Gauge, Histogram
 
 from shim.admin.gauges import BridgeCollector
-from shim.admin.subject import Subject
 from shim.cluster.metrics import ClusterMetrics
 from shim.counting import Family
+from shim.management.subject import Subject
 from shim.metrics import COMMAND_EVENTS, Metrics, Registry
 from tests.support.virtual import run_virtual
 from tests.support.world import World

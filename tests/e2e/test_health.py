@@ -17,9 +17,9 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from shim.admin.health_messages import SENTENCES
 from shim.core.failover import bucket
 from shim.fallback.policy import PATIENCE_S
+from shim.management.health_messages import SENTENCES
 from tests.chaos.harness.waiting import last
 from tests.e2e.test_operate import run
 from tests.support.processes import TOKEN, Shim, world

@@ -13,9 +13,9 @@ from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
-from shim.admin.objectives import CODES, OBJECTIVES
 from shim.cli.rollout.cluster import Cluster, Measured, Trouble
 from shim.core.text import plural, printable
+from shim.management.objectives import CODES, OBJECTIVES
 
 MAX_ANSWER_BYTES = 64 * 1_048_576
 WINDOWS = {"1h": "1h", "24h": "1d"}

@@ -13,11 +13,11 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shim.admin.status import ProcessInfo, StatusBuilder
-from shim.admin.subject import Subject
-from shim.admin.time_series import Sampler
 from shim.cli.doctor.report import Finding
 from shim.cli.doctor.running_shim import RunningShim, examine
+from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.subject import Subject
+from shim.management.time_series import Sampler
 from shim.ports import DialFailure
 from tests.cli.doctor.conftest import Diagnosis, Doctor
 from tests.e2e.test_main_job import living

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from shim.admin.objectives import OBJECTIVES
 from shim.cli.rollout.cluster import Cluster, Measured
+from shim.management.objectives import OBJECTIVES
 
 NOW = 1_800_000_000.0
 DAY_S = 86_400.0

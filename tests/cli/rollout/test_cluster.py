@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from shim.admin.objectives import OBJECTIVES
 from shim.cli.rollout.cluster import Cluster, StatusError, add_status, read_status
 from shim.cli.rollout.page import page
 from shim.cli.rollout.report import Report, as_json, text
 from shim.cli.rollout.verdict import judge
+from shim.management.objectives import OBJECTIVES
 
 NOW = 1_800_000_000.0
 

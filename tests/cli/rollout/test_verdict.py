@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from shim.admin.health_messages import PROBLEMS
 from shim.cli.rollout.cluster import Cluster, Trouble
 from shim.cli.rollout.verdict import Decision, Verdict, judge, percentage
+from shim.management.health_messages import PROBLEMS
 from tests.cli.rollout.conftest import DAY_S, NOW, MakeCluster, measured
 
 HOUR_S = 3_600.0

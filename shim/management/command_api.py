@@ -7,10 +7,10 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from shim.admin.actions import NOT_FOUND, RETAINED
-from shim.admin.subject import Subject
 from shim.core.records import CommandDetails, CommandRecord
 from shim.errors import OperatorError
+from shim.management.actions import NOT_FOUND, RETAINED
+from shim.management.subject import Subject
 
 MAX_DRAIN_S = 86_400.0
 

@@ -6,9 +6,9 @@ from collections import deque
 from dataclasses import dataclass, fields
 from typing import Any
 
-from shim.admin.objectives import ObjectiveWindows
-from shim.admin.subject import Subject
 from shim.core.records import CommandState
+from shim.management.objectives import ObjectiveWindows
+from shim.management.subject import Subject
 from shim.ports import Timer
 
 EVERY_S = 5.0

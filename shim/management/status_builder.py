@@ -13,19 +13,19 @@ from typing import Any
 import msgspec
 from prometheus_client import Counter, Gauge
 
-from shim.admin import call_status
-from shim.admin.call_status import name_of
-from shim.admin.health_summary import summarise
-from shim.admin.migration import migration
-from shim.admin.recent_events import RecentEvent
-from shim.admin.rollout import rollout
-from shim.admin.subject import Subject
-from shim.admin.time_series import Sampler
 from shim.bridge.links import UpstreamLink
 from shim.core.call_records import FallbackCall, Why
 from shim.core.command_queue import CommandQueue, QueuedCommand, RecentCommand
 from shim.core.records import CommandState, SessionKey
 from shim.core.sessions import MIN_GAPS, Session
+from shim.management import call_status
+from shim.management.call_status import name_of
+from shim.management.health_summary import summarise
+from shim.management.migration import migration
+from shim.management.recent_events import RecentEvent
+from shim.management.rollout import rollout
+from shim.management.subject import Subject
+from shim.management.time_series import Sampler
 from shim.protocol.http import fallback_url, origin_of
 
 HOUR_S = 3600.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from shim.admin.health_messages import LEVELS, REFUSED_HINTS, SENTENCES
 from shim.core.text import format_duration, plural, shorten
+from shim.management.health_messages import LEVELS, REFUSED_HINTS, SENTENCES
 
 SETTLING_S = 10.0
 """Seconds in which a lost link is no problem yet: it is back within 10 s of the controller's return."""

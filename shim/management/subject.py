@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 
-from shim.admin.actions import Actions
 from shim.bridge import Bridge, BridgeContext
 from shim.bridge.admin_actions import Drain
 from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
@@ -20,6 +19,7 @@ from shim.core.call_records import Route, RouteUse
 from shim.core.command_queue import CommandQueue
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
+from shim.management.actions import Actions
 
 Bridges = Callable[[], Sequence[Bridge]]
 Answers = list[tuple[str, dict[str, Any]]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from shim.core.failover import bucket
-from tests.admin.conftest import MakePage
 from tests.bridge.conftest import MakeWorld
+from tests.management.conftest import MakePage
 
 
 async def test_an_agent_has_its_place_by_the_name_of_its_cluster(make_world: MakeWorld, make_page: MakePage) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from shim.admin.subject import Subject
 from shim.core.records import WriteProbe
 from shim.errors import StoreError
+from shim.management.subject import Subject
 
 STORE_PROBE_S = 2.0
 

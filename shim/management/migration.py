@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from shim.admin.subject import Subject
 from shim.config.rules import parse_date_s
 from shim.config.settings import Sunset
 from shim.core.call_records import Route, RouteUse
 from shim.core.records import SessionKey
 from shim.core.text import format_duration, plural
+from shim.management.subject import Subject
 from shim.protocol import dialects
 
 QUIET_S = 86_400.0

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from shim.admin.health_messages import PROBLEMS, SENTENCES
-from shim.admin.health_summary import reason_text, summarise
 from shim.cli.status_view import replicas_line
+from shim.management.health_messages import PROBLEMS, SENTENCES
+from shim.management.health_summary import reason_text, summarise
 
 NOW = 10_000.0
 FALLBACK: dict[str, Any] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from shim.admin.subject import Subject
 from shim.core.failover import bucket, in_rollout
+from shim.management.subject import Subject
 
 RECENT_S = 86_400.0
 MAX_AGENTS = 200

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from shim.admin.objectives import CODES, ROW_S, ObjectiveWindows
+from shim.management.objectives import CODES, ROW_S, ObjectiveWindows
 from shim.metrics import COMMAND_EVENTS
 from shim.ports import DialFailure
-from tests.admin.conftest import MakePage, Page
 from tests.bridge.conftest import MakeWorld
+from tests.management.conftest import MakePage, Page
 from tests.support.world import World
 
 

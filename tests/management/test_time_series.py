@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from shim.admin.time_series import EVERY_S, KEPT, quantile
 from shim.core.text import format_duration, plural
-from tests.admin.conftest import Page
+from shim.management.time_series import EVERY_S, KEPT, quantile
+from tests.management.conftest import Page
 from tests.support.world import World
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from shim.admin.migration import migration, paths, sunset
-from shim.admin.subject import Subject
 from shim.config.settings import Sunset
 from shim.core.agent_calls import SessionTarget, TargetKind, TunnelInfoCall
 from shim.core.call_records import RouteUsage
 from shim.core.records import SessionKey
+from shim.management.migration import migration, paths, sunset
+from shim.management.subject import Subject
 from tests.bridge.conftest import MakeWorld
 from tests.support.virtual import WALL_AT_START_S
 from tests.support.world import World

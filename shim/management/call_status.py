@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from shim.admin.subject import Subject
 from shim.bridge import BridgeContext
 from shim.core.call_records import FallbackCall, FallbackRecord, rows
 from shim.core.failover import bucket
 from shim.core.records import SessionKey
 from shim.core.sessions import MIN_FRESH_S, Session
 from shim.core.text import shorten
+from shim.management.subject import Subject
 
 MAX_SHOWN = 20
 REGISTERING_S = MIN_FRESH_S

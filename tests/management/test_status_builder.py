@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from shim.admin import status
-from shim.admin.status import ProcessInfo, StatusBuilder
-from shim.admin.subject import Subject
 from shim.core.call_records import FallbackCall, Why
 from shim.core.failover import bucket
 from shim.core.records import SessionKey
+from shim.management import status_builder as status
+from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.subject import Subject
 from shim.ports import Caller
 from shim.redaction import Redaction
-from tests.admin.conftest import MakePage, Page
 from tests.bridge.conftest import MakeWorld
+from tests.management.conftest import MakePage, Page
 from tests.support.upstream import REFUSED
 from tests.support.world import TOKEN, Agent, World
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from shim.admin.recent_events import KEPT, MAX_DETAIL_CHARS, RecentEvents
 from shim.clock import Clock
 from shim.log import get
+from shim.management.recent_events import KEPT, MAX_DETAIL_CHARS, RecentEvents
 from shim.redaction import Redaction
 
 log = get("shim.test")
