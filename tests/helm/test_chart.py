@@ -229,7 +229,7 @@ def test_the_shim_takes_the_configuration(values: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(one(objects, "ConfigMap", "agent-shim")["data"]["config.yaml"])
     given = {
-        "SHIM_ADMIN__HOST": "10.0.0.7",
+        "SHIM_ADMIN__HOST": '["127.0.0.1","10.0.0.7"]',
         "SHIM_STORE__URL": "postgresql://shim@db.example/shim",
         "SHIM_CLUSTER__HOST": "10.0.0.7",
         "SHIM_CLUSTER__REPLICA": "agent-shim-6b9f-abcde",
@@ -300,7 +300,10 @@ def test_the_sidecar_is_native_and_comes_first() -> None:
     assert sidecar["startupProbe"]["httpGet"] == {"path": "/readyz", "port": "shim-admin", "scheme": "HTTP"}
     assert [port["containerPort"] for port in sidecar["ports"]] == [7090]
     env = env_of(sidecar)
-    assert env["SHIM_ADMIN__HOST"] == {"fieldRef": {"apiVersion": "v1", "fieldPath": "status.podIP"}}
+    assert env["POD_IP"] == {"fieldRef": {"apiVersion": "v1", "fieldPath": "status.podIP"}}
+    # Kubernetes fills in $(POD_IP), which must stand before it.
+    assert list(env)[:2] == ["POD_IP", "SHIM_ADMIN__HOST"]
+    assert json.loads(env["SHIM_ADMIN__HOST"]) == ["127.0.0.1", "$(POD_IP)"]
     agent = container(pod, "agent")
     assert env_of(agent)["PIPEOPS_API_URL"] == "http://127.0.0.1:7080"
     assert agent["envFrom"] == [{"secretRef": {"name": "pipeops-agent-config"}}]
@@ -422,7 +425,7 @@ def test_the_gateway() -> None:
     assert one(objects, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].items() <= labels.items()
     assert one(objects, "ServiceAccount")["automountServiceAccountToken"] is False
     env = env_of(spec["containers"][0])
-    assert env["SHIM_LISTEN__HOST"] == env["SHIM_ADMIN__HOST"]
+    assert env["SHIM_LISTEN__HOST"] == env["POD_IP"]
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     assert volumes["agent-shim-store"]["persistentVolumeClaim"] == {"claimName": "shim-store"}
     assert volumes["agent-shim-tls"]["secret"]["secretName"] == "shim-tls"
@@ -440,7 +443,7 @@ def test_a_gateway_on_a_database_takes_everything_from_secrets() -> None:
     shim = container(pod, "agent-shim")
     env = env_of(shim)
     assert env["SHIM_STORE__URL"] == {"secretKeyRef": {"name": "shim-database", "key": "uri"}}
-    assert env["SHIM_CLUSTER__HOST"] == env["SHIM_ADMIN__HOST"]
+    assert env["SHIM_CLUSTER__HOST"] == env["POD_IP"]
     assert env["SHIM_CLUSTER__REPLICA"]["fieldRef"]["fieldPath"] == "metadata.name"
     config = yaml.safe_load(one(objects, "ConfigMap", "agent-shim")["data"]["config.yaml"])
     assert config["cluster"] == {"lease_s": 21.5, "port": 7081}

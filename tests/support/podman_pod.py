@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+POD_IP = "127.0.0.2"
 _UNKNOWN = ("ports", "readinessProbe", "livenessProbe", "startupProbe")
 Manifest = dict[str, Any]
 
@@ -50,7 +51,9 @@ def _data(documents: list[Manifest], name: str) -> dict[str, str]:
 def _env(entry: Manifest) -> Manifest | None:
     source = entry.get("valueFrom", {})
     if source.get("fieldRef", {}).get("fieldPath") == "status.podIP":
-        return {"name": entry["name"], "value": "127.0.0.1"}
+        return {"name": entry["name"], "value": POD_IP}
+    if "value" in entry:
+        return {"name": entry["name"], "value": entry["value"].replace("$(POD_IP)", POD_IP)}
     if "fieldRef" in source:
         return None
     if reference := source.pop("secretKeyRef", None):

@@ -88,7 +88,7 @@ field. Empty: the URL is given by upstream.url. It takes the place of the variab
 */}}
 {{- define "agent-shim.celMoveURL" -}}
 {{- if and (not .Values.upstream.url) (eq .Values.mode "sidecar") -}}
-{{- $at := 1 -}}
+{{- $at := 2 -}}
 {{- $reads := false -}}
 {{- range $index, $entry := include "agent-shim.env" . | fromYamlArray -}}
 {{- if eq $entry.name "SHIM_UPSTREAM__URL" }}{{ $at = $index }}{{ $reads = true }}{{ end -}}

@@ -37,12 +37,15 @@ successThreshold: 1
 failureThreshold: {{ .failures }}
 {{- end }}
 
+{{/* The admin port: probes and Prometheus come to the pod's address, `kubectl port-forward` to loopback. */}}
 {{- define "agent-shim.env" -}}
-- name: SHIM_ADMIN__HOST
+- name: POD_IP
   valueFrom:
     fieldRef:
       apiVersion: v1
       fieldPath: status.podIP
+- name: SHIM_ADMIN__HOST
+  value: '["127.0.0.1","$(POD_IP)"]'
 {{- if eq .Values.mode "gateway" }}
 - name: SHIM_LISTEN__HOST
   valueFrom:

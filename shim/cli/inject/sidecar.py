@@ -55,7 +55,9 @@ class Sidecar:
     def container(self) -> dict[str, Any]:
         """Return a native sidecar: an init container that keeps running and must serve before the agent starts."""
         env: list[dict[str, Any]] = [
-            {"name": "SHIM_ADMIN__HOST", "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "status.podIP"}}}
+            {"name": "POD_IP", "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "status.podIP"}}},
+            # Probes and Prometheus come to the pod's address, `kubectl port-forward` to loopback.
+            {"name": "SHIM_ADMIN__HOST", "value": '["127.0.0.1","$(POD_IP)"]'},
         ]
         if self.upstream:
             env.append({"name": UPSTREAM_URL, **self.upstream})
