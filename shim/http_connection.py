@@ -322,7 +322,12 @@ class HttpConnection(RequestHandler):
             self._body_left = CHUNKED if message.chunked else int(message.headers.get(hdrs.CONTENT_LENGTH, 0))
         self._upgraded = upgraded
         self._open = True
-        if rest and self._body_left:
+        if 0 < self._body_left <= min(len(rest), FREE_BYTES):  # a small body that is complete, as of a heartbeat
+            size, self._body_left = self._body_left, 0
+            self._unread_bytes = size
+            self._feed_body(rest[:size])
+            rest = rest[size:]
+        elif rest and self._body_left:
             size = self._size_in_body(rest)
             self._take_body(rest[:size])
             rest = rest[size:]

@@ -20,7 +20,6 @@ from shim.agent_api.auth import bearer
 from shim.agent_api.refused_calls import NO_ROUTE, RefusedCalls
 from shim.agent_api.responses import SENT_CLOSE, ResponseBuilder
 from shim.config.settings import Listen
-from shim.core.agent_calls import AgentCall, PollCall
 from shim.errors import AgentError
 from shim.http_connection import Budget, HttpConnection
 from shim.metrics import Metrics
@@ -31,6 +30,7 @@ from shim.ports import (
     DeliveryEvidence,
     DeliveryReceipt,
     Fallback,
+    FallbackScope,
     Forwarder,
     Pending,
 )
@@ -234,19 +234,22 @@ class AgentConnection(HttpConnection):
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def _begin_request(self, message: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
-        if self._evidence_awaited:
-            self._note_next_request()
-        return self._handle(RequestContext(self, message, body, arrived_s, self._received_s))
-
-    def _handle(self, context: RequestContext) -> bool:
+    def _begin_request(
+        self, message: RawRequestMessage, body: StreamReader, arrived_s: float, earliest_s: float | None = None
+    ) -> bool:
         """Pass a request to the handler; return True if it is answered, or will be by another replica.
 
+        `earliest_s` is the time before which the request certainly did not arrive, if that is not `arrived_s`.
         Otherwise a handler task finishes it (`take_request`). `_waiter`, `_messages` and `_next_keepalive_close_time`
         are private to aiohttp's `RequestHandler`. A pending waiter shows that no task is running, so no reply can be
         overtaken.
         """
-        waiter, wire, message = self._waiter, self._wire, context.message
+        if self._evidence_awaited:
+            self._note_next_request()
+        context = RequestContext(self, message, body, arrived_s, self._received_s)
+        if earliest_s is not None:
+            context.arrived_s = earliest_s
+        waiter, wire = self._waiter, self._wire
         context.immediate = (
             waiter is not None
             and not waiter.done()
@@ -302,7 +305,7 @@ class AgentConnection(HttpConnection):
         return self._raw
 
     def answer_late(self, response: bytes) -> None:
-        """Write the response of another replica to a request that `_handle` has left pending."""
+        """Write the response of another replica to a request that `_begin_request` has left pending."""
         self._pending = None
         if self._wire is not None and not self._wire.is_closing():
             self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
@@ -406,7 +409,8 @@ class RequestContext:
     at which it was complete (loop time). `complete` is True if its whole body has arrived, `immediate` if its reply may
     be written without a handler task. `step` names the current step for the metric `bad_requests`. `answer` is the
     reply, or the coroutine that makes it. `request` is aiohttp's object, which exists in the handler task only. `data`
-    are the bytes of the body once they are read, and `encoded` those of the reply's body.
+    are the bytes of the body once they are read, and `encoded` those of the reply's body. `scope` is the share of calls
+    that may go by the vendor's HTTP API.
     """
 
     __slots__ = (
@@ -429,6 +433,7 @@ class RequestContext:
         "payload",
         "receipt",
         "request",
+        "scope",
         "started_s",
         "step",
     )
@@ -458,6 +463,7 @@ class RequestContext:
         self.encoded: bytes | None = None
         self.receipt: DeliveryReceipt | None = None
         self.in_flight: tuple[str, str] | None = None  # the key in `InFlight`, once the request is counted there
+        self.scope = FallbackScope.NONE
         self.step = "guard"
         self.more = ""
         self.must_close = False
@@ -467,11 +473,3 @@ class RequestContext:
         """The announced size of the body, or None."""
         length = self.headers.get(hdrs.CONTENT_LENGTH)
         return None if length is None else int(length)
-
-    def arrival_of(self, call: AgentCall) -> float:
-        """Return the arrival time that the bridge uses for a call.
-
-        For a poll that is the earlier bound: a poll that may have been sent before a reply is no evidence that it was
-        read.
-        """
-        return self.arrived_s if isinstance(call, PollCall) else self.started_s

@@ -69,6 +69,7 @@ class PairedConnection(AgentConnection):
         self._secret = secret
         self._evidence = cast("ClusterEvidence", self._server_context.backends.evidence)
         self._receipt: DeliveryReceipt | None = None  # of the newest reply, until a note says if it was written
+        self._note_awaited = False  # about how the agent received the newest reply
         self._begun = False
         self._came: tuple[float, float] | None = None
 
@@ -114,17 +115,16 @@ class PairedConnection(AgentConnection):
         if replies and self._wire is not None and not self._wire.is_closing():
             self._wire.write(b"".join(replies))
 
-    def _begin_request(self, message: RawRequestMessage, body: StreamReader, arrived_s: float) -> bool:
+    def _begin_request(
+        self, message: RawRequestMessage, body: StreamReader, arrived_s: float, earliest_s: float | None = None
+    ) -> bool:
         if not self._joined:
             self._join(message)
         elif message.method == METHOD:
             self._take_note(message.path)
         else:
-            # Nothing is inferred for the previous reply: the next forwarded request may come from another agent.
-            context = RequestContext(self, message, body, arrived_s, self._received_s)
             came, self._came = self._came, None
-            context.started_s, context.arrived_s = came or (arrived_s, -math.inf)
-            return self._handle(context)
+            return super()._begin_request(message, body, *(came or (arrived_s, -math.inf)))
         self._http.message_consumed()
         return True
 
@@ -163,16 +163,16 @@ class PairedConnection(AgentConnection):
             case Note.CAME:
                 self._came = read_came(query, self._loop.time())
             case Note.WRITTEN if self._receipt is not None:
-                receipt, self._receipt, self._evidence_awaited = self._receipt, None, True
+                receipt, self._receipt, self._note_awaited = self._receipt, None, True
                 evidence.written(receipt)
             case Note.UNWRITTEN if self._receipt is not None:
                 receipt, self._receipt = self._receipt, None
                 evidence.unwritten(receipt)
-            case Note.NEXT if self._evidence_awaited:
-                self._evidence_awaited = False
+            case Note.NEXT if self._note_awaited:
+                self._note_awaited = False
                 evidence.next_request(self.number)
-            case Note.CLOSED | Note.CLOSED_CLEANLY if self._evidence_awaited:
-                self._evidence_awaited = False
+            case Note.CLOSED | Note.CLOSED_CLEANLY if self._note_awaited:
+                self._note_awaited = False
                 evidence.connection_closed(self.number, kind is Note.CLOSED_CLEANLY)
             case _:
                 pass  # a note about a reply that offered no commands
@@ -208,14 +208,14 @@ class PairedConnection(AgentConnection):
             if self._joined and method == METHOD.encode():
                 self._take_note(rest.partition(b" ")[0].decode("latin-1"))
         super().connection_lost(exc)
-        if self._receipt is not None or self._evidence_awaited:
+        if self._receipt is not None or self._note_awaited:
             # Waiting polls of the same replica are cancelled in the same moment. The delay keeps uncertain commands
             # from being offered to them.
             self._loop.call_later(AFTERWARDS_S, self._mark_unconfirmed)
 
     def _mark_unconfirmed(self) -> None:
         receipt, self._receipt = self._receipt, None
-        was_open, self._evidence_awaited = self._evidence_awaited, False
+        was_open, self._note_awaited = self._note_awaited, False
         if receipt is not None:
             self._evidence.mark_uncertain(receipt, self.number)
         elif was_open:
@@ -242,6 +242,7 @@ class ClusterRequestHandler(RequestHandler):
         super().__init__(*args)
         self._owned = owned
         self._operate = operate
+        self._is_elsewhere = self._reject_foreign
 
     def begin(self, request: RequestContext) -> Reply | Pending | Waiting:
         connection = cast("PairedConnection", request.connection)
@@ -252,9 +253,9 @@ class ClusterRequestHandler(RequestHandler):
         status, answer = await self._operate(request.message.path, body)
         return ProxyResponse(status, (("Content-Type", "application/json"),), answer)
 
-    def _is_elsewhere(self, caller: Caller) -> bool:
+    def _reject_foreign(self, token: str) -> bool:
         """Raise `AgentError` 421 for a shard of another replica: a forwarded request is never forwarded again."""
-        if not self._owned(caller.token):
+        if not self._owned(token):
             raise AgentError(MISDIRECTED, "this replica does not own the agent's link")
         return False
 

@@ -18,7 +18,6 @@ from shim.core.bounds import FREE_BYTES, MAX_VALUES
 from shim.errors import AgentError
 from shim.http_connection import Budget, NoRoom
 from shim.protocol import lenient_json
-from shim.protocol.dialects import MAX_DEPTH
 
 RETRY_AFTER_S = 1
 
@@ -159,11 +158,6 @@ def decode_body(data: bytes, replaced: Callable[[], None]) -> Any:
     except (ValueError, RecursionError):
         raise AgentError(400, "the body is not valid JSON") from None
     raise AgentError(413, f"the body has more than {MAX_VALUES} values")
-
-
-def is_shallow(data: bytes) -> bool:
-    """Return True if a body has too few brackets to be nested deeper than `MAX_DEPTH`."""
-    return data.count(b"{") + data.count(b"[") <= MAX_DEPTH
 
 
 def meet_expectation(request: RequestContext) -> None:

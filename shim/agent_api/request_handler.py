@@ -25,7 +25,6 @@ from shim.agent_api.request_body import (
     InFlight,
     check_announcement,
     decode_body,
-    is_shallow,
     meet_expectation,
     read_body,
     stream_body,
@@ -34,7 +33,7 @@ from shim.agent_api.request_body import (
 from shim.agent_api.response_writer import ResponseWriter
 from shim.agent_api.responses import encode_body
 from shim.agent_api.routing import RouteCache
-from shim.core.agent_calls import AgentCall, Failed, RegisterCall
+from shim.core.agent_calls import AgentCall, Failed, PollCall, RegisterCall
 from shim.errors import AgentError
 from shim.ports import (
     AgentWebSockets,
@@ -47,7 +46,7 @@ from shim.ports import (
     Pending,
     ProxyResponse,
 )
-from shim.protocol.dialects import Call, Dialect, Match, Reply, Router, error_reply
+from shim.protocol.dialects import MAX_DEPTH, Call, Dialect, Match, Reply, Router, error_reply
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +67,7 @@ class RequestHandler:
         self._evidence = backends.evidence
         self._fallback = backends.fallback
         self._forwarder = backends.forwarder
+        self._is_elsewhere = None if backends.forwarder is None else backends.forwarder.elsewhere
         self._websockets = backends.websockets
         self._max_message_bytes = backends.max_message_bytes
         self._metrics = server_context.metrics
@@ -94,9 +94,10 @@ class RequestHandler:
                 target = target_of(request.message.path, self._listen.base_path)
                 if self._websockets.serves(target):
                     return self._carry(request, self._websockets, target)
-            scope = FallbackScope.NONE if self._fallback is None else self._fallback.scope()
-            if self._fallback is not None and scope is FallbackScope.ALL:
-                return self._proxy(request, self._fallback)
+            if self._fallback is not None:
+                request.scope = self._fallback.scope()
+                if request.scope is FallbackScope.ALL:
+                    return self._proxy(request, self._fallback)
             request.step = "route"
             match = request.match = self._routes.match(request.message)
             request.step = "auth"
@@ -104,7 +105,7 @@ class RequestHandler:
             if not match.route.open:
                 self._guard.authorize(caller.token)
                 request.step = "owner"
-                if self._is_elsewhere(caller):
+                if self._is_elsewhere is not None and self._is_elsewhere(caller.token):
                     return self._forward_at_once(request, match) or self._forward_or_serve(request)
             return self._serve(request, caller, match)
         except Exception as error:  # noqa: BLE001 - a defect is logged there
@@ -112,12 +113,14 @@ class RequestHandler:
 
     def _serve(self, request: RequestContext, caller: Caller, match: Match) -> Reply | Waiting:
         """Serve a request at this replica. Raises `AgentError`."""
-        request.step = "in_flight"
-        self._count_in(request, caller, match.ident)
+        if request.in_flight is None and match.ident:
+            request.step = "in_flight"
+            request.in_flight = self._in_flight.enter(caller.token, match.ident)
         request.step = "body"
-        limit_bytes = self._limit_bytes(match)
-        check_announcement(request, limit_bytes)
-        if not request.complete or hdrs.CONTENT_ENCODING in request.headers:
+        listen, headers = self._listen, request.headers
+        limit_bytes = listen.max_status_body_bytes if match.route.large else listen.max_body_bytes
+        if not request.complete or hdrs.EXPECT in headers or hdrs.CONTENT_ENCODING in headers:
+            check_announcement(request, limit_bytes)
             return self._read_and_serve(request, caller, match, limit_bytes)
         data = request.data = whole_body(request.payload, limit_bytes)
         return self._call(request, caller, self._parse(request, match, data))
@@ -130,16 +133,14 @@ class RequestHandler:
         answer = self._call(request, caller, self._parse(request, match, plain))
         return answer if isinstance(answer, Reply) else await answer
 
-    def _limit_bytes(self, match: Match) -> int:
-        return self._listen.max_status_body_bytes if match.route.large else self._listen.max_body_bytes
-
     def _parse(self, request: RequestContext, match: Match, data: bytes) -> AgentCall:
         """Return the call in a decoded body. Raises `AgentError`."""
         route = match.route
         body = decode_body(data, self._replaced) if data and route.method == hdrs.METH_POST else None
         request.step = "call"
+        shallow = data.count(b"{") + data.count(b"[") <= MAX_DEPTH
         user_agent = request.headers.get(hdrs.USER_AGENT, "")
-        call = request.call = Call(match.params, body, user_agent, is_shallow(data), len(data))
+        call = request.call = Call(match.params, body, user_agent, shallow, len(data))
         return match.dialect.parse(route.operation, call)
 
     def _call(self, request: RequestContext, caller: Caller, call: AgentCall) -> Reply | Waiting:
@@ -149,9 +150,11 @@ class RequestHandler:
             self._count_in(request, caller, call.agent_id or call.name)
         request.step = "answer"
         fallback = self._fallback
-        if fallback is not None and fallback.scope() is FallbackScope.SOME and fallback.handles(caller, call):
+        if fallback is not None and request.scope is FallbackScope.SOME and fallback.handles(caller, call):
             return self._by_fallback(request, fallback, caller, call)
-        result = self._agent_service.call(caller, call, request.arrival_of(call), request.now_s)
+        # A poll that may have been sent before a reply does not show that the reply was read: the earlier bound counts.
+        arrived_s = request.arrived_s if isinstance(call, PollCall) else request.started_s
+        result = self._agent_service.call(caller, call, arrived_s, request.now_s)
         return self._render(request, result) if isinstance(result, CallResult) else self._await(request, result)
 
     async def _await(self, request: RequestContext, result: Coroutine[Any, Any, CallResult]) -> Reply:
@@ -170,7 +173,8 @@ class RequestHandler:
 
     def response(self, request: RequestContext, reply: Reply) -> bytes:
         """Return the whole response to a request that was answered without waiting."""
-        self._release(request)
+        if request.in_flight is not None:
+            self._in_flight.leave(request.in_flight)
         return self._writer.immediate(request, reply)
 
     async def finish(self, aiohttp_request: web.BaseRequest) -> web.StreamResponse:
@@ -247,10 +251,6 @@ class RequestHandler:
 
     # --- other replicas -----------------------------------------------------------------------------------------------
 
-    def _is_elsewhere(self, caller: Caller) -> bool:
-        """Return True if another replica owns the shard of the caller."""
-        return self._forwarder is not None and self._forwarder.elsewhere(caller.token)
-
     def _forward_at_once(self, request: RequestContext, match: Match) -> Pending | None:
         """Forward the unchanged bytes of a heartbeat to the replica that owns the agent's shard.
 
@@ -271,10 +271,8 @@ class RequestHandler:
     def _without_owner(self, forwarder: Forwarder, request: RequestContext, match: Match, data: bytes) -> bytes:
         """Return the response to a heartbeat whose owning replica did not answer."""
         try:
-            decoded = decode_body(data, _ignore)  # invalid characters are counted by the owning replica
-            call = Call(match.params, decoded, request.headers.get(hdrs.USER_AGENT, ""), is_shallow(data), len(data))
-            outcome = forwarder.without_owner(match.dialect.parse(match.route.operation, call))
-            reply = match.dialect.render(match.route.operation, outcome, call)
+            outcome = forwarder.without_owner(self._parse(request, match, data))
+            reply = match.dialect.render(match.route.operation, outcome, request.call or Call(match.params))
         except AgentError as error:
             reply = error_reply(Failed(error.status, str(error)))
         request.encoded = None if reply.body is None else encode_body(reply.body)
@@ -292,7 +290,7 @@ class RequestHandler:
         if request.data is None:
             served = self._serve(request, request.caller, match)
         else:  # the body was read to be forwarded
-            served = self._read_and_serve(request, request.caller, match, self._limit_bytes(match))
+            served = self._read_and_serve(request, request.caller, match, self._listen.max_body_bytes)
         return served if isinstance(served, Reply) else await served
 
     async def _forward(self, request: RequestContext) -> ProxyResponse | None:
@@ -331,11 +329,13 @@ class RequestHandler:
         if isinstance(served, ProxyResponse):
             request.receipt = served.receipt
             return served
-        if served is None:
-            request.now_s = request.connection.now_s()
-            result = self._agent_service.call(caller, call, request.arrival_of(call), request.now_s)
-            served = result if isinstance(result, CallResult) else await result
-        return self._render(request, served)
+        return await self._answer_here(request, caller, call) if served is None else self._render(request, served)
+
+    async def _answer_here(self, request: RequestContext, caller: Caller, call: AgentCall) -> Answer:
+        """Carry out a call that the HTTP API was not asked for after all."""
+        request.now_s, request.scope = request.connection.now_s(), FallbackScope.NONE
+        answer = self._call(request, caller, call)
+        return answer if isinstance(answer, Reply) else await answer
 
     async def _proxy(self, request: RequestContext, fallback: Fallback) -> Answer:
         """Send any request to the vendor's HTTP API, even one that has no route here or cannot be parsed."""
@@ -347,7 +347,7 @@ class RequestHandler:
         if match is None or not match.route.open:
             self._guard.authorize(caller.token)
             request.step = "owner"
-            if self._is_elsewhere(caller):
+            if self._is_elsewhere is not None and self._is_elsewhere(caller.token):
                 elsewhere = await self._forward(request)
                 if elsewhere is not None:
                     return elsewhere
@@ -366,17 +366,14 @@ class RequestHandler:
             with contextlib.suppress(AgentError):
                 plain = await plain_body(request, request.data, listen.max_body_bytes, self._budget)
                 agent_call = self._parse(request, match, plain)
+        request.step = "answer"
         answer = await fallback.serve(forwarded(request, listen.base_path, caller, agent_call))
         if isinstance(answer, ProxyResponse):
             request.receipt = answer.receipt
             return answer
         if match is None or agent_call is None:
             raise AgentError(502, "the vendor's HTTP API cannot be reached")
-        if answer is None:
-            request.now_s = request.connection.now_s()
-            result = self._agent_service.call(caller, agent_call, request.arrival_of(agent_call), request.now_s)
-            answer = result if isinstance(result, CallResult) else await result
-        return self._render(request, answer)
+        return await self._answer_here(request, caller, agent_call) if answer is None else self._render(request, answer)
 
     # --- agents with a WebSocket of their own -------------------------------------------------------------------------
 
@@ -402,7 +399,3 @@ class RequestHandler:
             raise
         await carried.run(agent)
         return agent
-
-
-def _ignore() -> None:
-    pass

@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
-from shim.bridge.context import BridgeContext, Moment
+from shim.bridge.context import DEFAULT_OWNER, BridgeContext, Moment
 from shim.bridge.delivery import CommandDelivery
 from shim.bridge.heartbeats import HeartbeatForwarder
 from shim.bridge.link_pool import LinkPool
@@ -80,7 +80,7 @@ class AgentCallHandler:
         if owner is None:
             return CallResult(Failed(401, "a token is required"))
         try:
-            if self._ctx.settings.upstream.own_tokens:
+            if owner != DEFAULT_OWNER:
                 self._vet(owner, caller, call, now)
             match call:
                 case HeartbeatCall():

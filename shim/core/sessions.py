@@ -241,10 +241,10 @@ class Session:
         """Record a heartbeat: measure the gap and keep the heartbeat as the newest."""
         if self.heartbeat_at is not None:
             self.gaps = remember(self.gaps, now - self.heartbeat_at)
-            if len(self.gaps) >= MIN_GAPS:
-                self.measured_interval_s = middle_of(self.gaps)
         self.heartbeat_at = now
         provisional_s = middle_of(self.gaps) if self.gaps else None
+        if len(self.gaps) >= MIN_GAPS:
+            self.measured_interval_s = provisional_s
         self.hold.heartbeat(self.measured_interval_s, provisional_s)
         if self._tunnel_hold is not None:
             self._tunnel_hold.heartbeat(self.measured_interval_s, provisional_s)

@@ -48,6 +48,7 @@ _GROUPS = (
     ("grafana_url", "grafana"),
     ("opencost_base_url", "opencost"),
 )
+_MONITORED = frozenset(url_key for url_key, _ in _GROUPS)
 
 
 def body_object(call: Call) -> dict[str, Any]:
@@ -85,6 +86,8 @@ def text(value: Any) -> str:
 
 def word(value: Any) -> str:
     """Return a descriptive text (no id), cut to `MAX_WORD_CHARS`."""
+    if isinstance(value, str) and len(value) <= MAX_WORD_CHARS:
+        return value
     return cut(text(value), MAX_WORD_CHARS)
 
 
@@ -92,7 +95,7 @@ def bounded_object(call: Call) -> dict[str, Any]:
     """Return the JSON object of a call that is kept in memory. Raises `AgentError` 413 if it is too large."""
     if call.size_bytes > MAX_KEPT_BYTES:
         raise AgentError(413, f"a registration or heartbeat may have {MAX_KEPT_BYTES} bytes, this one has more")
-    body = body_object(call)
+    body: dict[str, Any] = call.body if call.shallow and isinstance(call.body, dict) else body_object(call)
     if call.size_bytes > MAX_KEPT_VALUES and _count_values(body) > MAX_KEPT_VALUES:
         raise AgentError(413, f"a registration or heartbeat may have {MAX_KEPT_VALUES} values, this one has more")
     return body
@@ -210,10 +213,12 @@ def read_heartbeat(
 
     `tunnel_status` is the default if the body has none. `secret` is the ServiceAccount token, if the body has it.
     """
+    payload = {} if _MONITORED.isdisjoint(body) else _monitoring(body)
     metadata = body.get("metadata")
-    payload = _monitoring(body)
     if isinstance(metadata, dict):
         payload["metadata"] = metadata
+    else:
+        metadata = {}
     return HeartbeatCall(
         dialect=dialect,
         target=target,
@@ -221,7 +226,7 @@ def read_heartbeat(
         status=word(body.get("status")),
         tunnel_status=word(body.get("tunnel_status")) or tunnel_status,
         payload=payload,
-        known=_known(body, object_or_empty(metadata)),
+        known=_known(body, metadata),
         secret=secret,
         size_bytes=size_bytes,
     )

@@ -29,7 +29,8 @@ def parse(operation: str, call: Call) -> AgentCall:
     if operation == "heartbeat":
         # The cluster id of the path takes precedence over the body's.
         body = _requests.bounded_object(call)
-        agent_id = _requests.text(body.get("agent_id"))
+        given = body.get("agent_id")
+        agent_id = given if isinstance(given, str) else _requests.text(given)
         return _requests.read_heartbeat(
             NAME, target, agent_id and valid_id(agent_id, "agent_id"), body, size_bytes=call.size_bytes
         )
