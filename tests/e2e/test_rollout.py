@@ -207,6 +207,7 @@ async def test_contexts_that_do_not_answer_as_they_should(tmp_path: Path, http: 
             one = [kubectl.pod("agent-1")]
             forbidden = 'Error from server (Forbidden): pods is forbidden: User "ci" cannot list resource "pods"\n'
             noise = "Defaulted container\nError: no answer from the admin port\ncommand terminated with exit code 1\n"
+            away = 'E1130 03:25:55 memcache.go:265] "Unhandled Error"\nThe connection to the server a:1 was refused\n'
             contexts: dict[str, Any] = {
                 "good": {"pods": one, "exec": {"agent-1": good}},
                 "forbidden": {"pods": {"stderr": forbidden, "code": 1}},
@@ -220,7 +221,8 @@ async def test_contexts_that_do_not_answer_as_they_should(tmp_path: Path, http: 
                 "stranger": {"pods": one, "exec": {"agent-1": {"stdout": "[1, 2]"}}},
                 "bare": {"pods": [kubectl.pod("agent-1", "agent")]},
                 "empty": {"pods": []},
-                "slow": {"pods": {"sleep": True}},
+                "slow": {"pods": {"sleep": str(tmp_path / "pid")}},
+                "away": {"pods": {"stderr": away, "code": 1}},
                 "two": {
                     "pods": [kubectl.pod("agent-1"), kubectl.pod("agent-2")],
                     "exec": {"agent-1": good, "agent-2": {"stderr": "error: container not running\n", "code": 1}},
@@ -243,6 +245,7 @@ async def test_contexts_that_do_not_answer_as_they_should(tmp_path: Path, http: 
         "bare": "no pod with a container agent-shim",
         "empty": "no pod with a container agent-shim",
         "slow": "kubectl get did not end within 45 s",
+        "away": "The connection to the server a:1 was refused",
         "two": "agent-2: error: container not running",
         "nowhere": 'context "nowhere" does not exist',
     }
@@ -253,8 +256,23 @@ async def test_contexts_that_do_not_answer_as_they_should(tmp_path: Path, http: 
     assert rows["good"]["notes"] == ["given more than once, asked once"]
     assert rows["two"]["shims"] == 1
     assert "there is no sidecar" in rows["bare"]["sidecar_faults"][0]
+    await gone(int((tmp_path / "pid").read_text()))
     held = {each["cluster"] for each in data["reasons"] if each["decision"] == "wait"}
     assert held == {*expected}
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+async def gone(pid: int) -> None:
+    """Wait until a process has ended; nobody may have asked for its exit code."""
+    async with asyncio.timeout(WAIT_S):
+        while _runs(pid):  # noqa: ASYNC110 - no child of ours, so there is no event
+            await asyncio.sleep(0.1)
 
 
 async def test_admin_ports_of_a_file(tmp_path: Path, http: aiohttp.ClientSession) -> None:

@@ -1,14 +1,14 @@
 """A program that stands for kubectl: contexts of a JSON file, in which `exec` runs real commands on this machine.
 
 `{"CONTEXT": {"pods": [...], "exec": {"POD": ["status", "--url", ...]}}}`. Instead of `pods` or a command there may
-be `{"stderr": "...", "code": 1}`, `{"stdout": "..."}` or `{"sleep": true}`, which waits for its end.
+be `{"stderr": "...", "code": 1}`, `{"stdout": "..."}` or `{"sleep": FILE}`, which waits
+for a child that never ends, as a login program may be, and writes its id to the file.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -62,7 +62,9 @@ def main(path: str, *arguments: str) -> int:
 
 def play(answer: dict[str, Any]) -> int:
     if "sleep" in answer:
-        signal.pause()
+        child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+        Path(answer["sleep"]).write_text(str(child.pid))
+        child.wait()
     sys.stdout.write(answer.get("stdout", ""))
     sys.stderr.write(answer.get("stderr", ""))
     return int(answer.get("code", 0))

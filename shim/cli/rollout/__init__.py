@@ -158,5 +158,5 @@ def step_command(
     """
     source = source_of(**options)
     report = _report(source, observe_h, start=start)
-    target = step.Target(chart, release, source.namespace, source.access)
+    target = step.Target(chart, release, source.terms.namespace, dict(source.access))
     sys.exit(step.advise(report, steps, form, target, start=start))

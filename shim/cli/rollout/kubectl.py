@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import msgspec
+from threading import Event
+from typing import Any, NamedTuple
 
 from shim.cli.inject.missing_sidecars import agents, listed
 from shim.cli.inject.sidecar import CONFIG_DIR, NAME, InjectError
@@ -18,38 +21,47 @@ from shim.core.text import plural, printable
 MAX_SHIMS = 50
 ERROR_CHARS = 300
 ALL = "all"
+LOOK_S = 0.5
+"""Seconds between two looks for Ctrl-C while a kubectl runs."""
+_LOG_LINE = re.compile(r"[EWIF]\d{4} ")
 
 
 class KubectlError(Exception):
     """kubectl failed; the text is its own, or says why it was not run to its end."""
 
 
-class Access(msgspec.Struct, frozen=True):
-    """Access to one cluster: its name in the report, kubectl's and helm's options for it, the namespace to look in."""
+class Terms(NamedTuple):
+    """Conditions that hold for every cluster: the namespace to look in, and when to end a kubectl."""
+
+    namespace: str
+    timeout_s: float
+    interrupted: Event
+
+
+class Access(NamedTuple):
+    """Access to one cluster: its name in the report, and kubectl's and helm's options that select it."""
 
     name: str
     options: tuple[str, ...]
     helm: tuple[str, ...]
-    namespace: str
-    timeout_s: float
+    terms: Terms
 
 
-def by_contexts(contexts: Iterable[str], namespace: str, timeout_s: float) -> list[Access]:
+def by_contexts(contexts: Iterable[str], terms: Terms) -> list[Access]:
     """Return the access to each context; a context that is given twice is one."""
     return [
-        Access(name, (f"--context={name}",), (f"--kube-context={name}",), namespace, timeout_s)
-        for name in dict.fromkeys(contexts)
+        Access(name, (f"--context={name}",), (f"--kube-context={name}",), terms) for name in dict.fromkeys(contexts)
     ]
 
 
-def by_kubeconfigs(pattern: str, namespace: str, timeout_s: float) -> list[Access]:
+def by_kubeconfigs(pattern: str, terms: Terms) -> list[Access]:
     """Return the access by the current context of each file that matches, named after the file."""
     whole = Path(pattern).expanduser().absolute()
     paths = sorted(Path(whole.anchor).glob(str(whole.relative_to(whole.anchor))))
     stems = [path.stem for path in paths]
     names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
     options = [(f"--kubeconfig={path}",) for path in paths]
-    return [Access(name, option, option, namespace, timeout_s) for name, option in zip(names, options, strict=True)]
+    return [Access(name, option, option, terms) for name, option in zip(names, options, strict=True)]
 
 
 def cluster(access: Access) -> Cluster:
@@ -89,11 +101,11 @@ def statuses(access: Access, row: Cluster) -> list[Status]:
 
 
 def _where(access: Access) -> str:
-    return "any namespace" if access.namespace == ALL else f"namespace {access.namespace}"
+    return "any namespace" if access.terms.namespace == ALL else f"namespace {access.terms.namespace}"
 
 
 def _pods(access: Access) -> list[Mapping[str, Any]]:
-    where = ("--all-namespaces",) if access.namespace == ALL else ("--namespace", access.namespace)
+    where = ("--all-namespaces",) if access.terms.namespace == ALL else ("--namespace", access.terms.namespace)
     return listed(_run(access, "get", "pods", *where, "--output", "json"))
 
 
@@ -109,7 +121,7 @@ def _status(access: Access, pod: Mapping[str, Any]) -> Status:
     metadata = pod["metadata"]
     # The configuration says where the admin port is and which file holds its token: neither leaves the pod.
     command = (NAME, "status", "--config", f"{CONFIG_DIR}/config.yaml", "--json")
-    where = ("--namespace", metadata.get("namespace") or access.namespace, metadata["name"], "--container", NAME)
+    where = ("--namespace", metadata.get("namespace") or access.terms.namespace, metadata["name"], "--container", NAME)
     output = _run(access, "exec", *where, "--", *command)
     try:
         answer = json.loads(output)
@@ -119,22 +131,41 @@ def _status(access: Access, pod: Mapping[str, Any]) -> Status:
 
 
 def _run(access: Access, verb: str, *arguments: str) -> str:
-    command = ["kubectl", *access.options, f"--request-timeout={access.timeout_s:g}s", verb, *arguments]
+    command = ["kubectl", *access.options, f"--request-timeout={access.terms.timeout_s:g}s", verb, *arguments]
     try:
-        done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=access.timeout_s, check=False
+        # A session of its own, so that a login program which kubectl has started ends with it.
+        process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        raise KubectlError(f"kubectl {verb} did not end within {access.timeout_s:g} s") from None
     except OSError as error:
         raise KubectlError(f"kubectl cannot be run: {error.strerror}") from None
-    if done.returncode:
-        raise KubectlError(_reason(done.stderr.decode("utf-8", "replace")) or f"kubectl {verb}: {done.returncode}")
-    return done.stdout.decode("utf-8", "replace")
+    with process:
+        output, errors = _communicate(process, access.terms, verb)
+    if process.returncode:
+        raise KubectlError(_reason(errors.decode("utf-8", "replace")) or f"kubectl {verb}: {process.returncode}")
+    return output.decode("utf-8", "replace")
+
+
+def _communicate(process: subprocess.Popen[bytes], terms: Terms, verb: str) -> tuple[bytes, bytes]:
+    """Return standard output and standard error. Kills the process when its time is over, or on Ctrl-C."""
+    left_s = terms.timeout_s
+    while left_s > 0 and not terms.interrupted.is_set():
+        try:
+            return process.communicate(timeout=min(left_s, LOOK_S))
+        except subprocess.TimeoutExpired:
+            left_s -= LOOK_S
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    raise KubectlError(f"kubectl {verb} did not end within {terms.timeout_s:g} s")
 
 
 def _reason(text: str) -> str:
-    """Return the line of kubectl's error output that has the reason; warnings and exit codes stand around it."""
+    """Return the line of kubectl's error output that has the reason; log lines and exit codes stand around it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.lower().startswith(("error", "unable")) and "exit code" not in line]
-    return printable((errors or lines or [""])[0])[:ERROR_CHARS]
+    told = [line for line in lines if not _LOG_LINE.match(line) and "exit code" not in line]
+    errors = [line for line in told if line.lower().startswith(("error", "unable", "the connection"))]
+    return printable((errors or told[-1:] or lines[-1:] or [""])[0])[:ERROR_CHARS]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Event
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -14,7 +16,7 @@ import click
 
 from shim.cli.rollout import admin_ports, kubectl, placement
 from shim.cli.rollout.cluster import Cluster
-from shim.cli.rollout.kubectl import Access
+from shim.cli.rollout.kubectl import Access, Terms
 from shim.cli.rollout.placement import Lists, Place
 from shim.cli.rollout.prometheus import Prometheus, PrometheusError, clusters
 from shim.clock import Clock
@@ -32,15 +34,15 @@ class Source(NamedTuple):
     """Source of the rows: one reader for each cluster, or one Prometheus for all.
 
     `access` maps clusters to helm's options, as far as kubectl reaches them. Clusters in `expected` get a row in any
-    case.
+    case. Names in `doubles` were given more than once.
     """
 
-    readers: dict[str, Callable[[], Cluster]]
-    prometheus: Prometheus | None
+    terms: Terms
     parallel: int
-    namespace: str
-    access: dict[str, tuple[str, ...]]
     expected: tuple[str, ...]
+    readers: Mapping[str, Callable[[], Cluster]] = MappingProxyType({})
+    prometheus: Prometheus | None = None
+    access: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     doubles: tuple[str, ...] = ()
 
 
@@ -83,25 +85,19 @@ def source_of(  # noqa: PLR0913 - one for each option
     if sum(map(bool, (contexts, kubeconfig_glob, prometheus_url, urls))) != 1:
         raise click.UsageError("give one of --contexts, --kubeconfig-glob, --prometheus, --urls")
     expected = tuple(dict.fromkeys(placement.read_names(expect))) if expect else ()
+    source = Source(Terms(namespace, timeout_s, Event()), parallel, expected)
     if prometheus_url:
-        prometheus = _prometheus(prometheus_url, token_file, cluster_label, timeout_s)
-        return Source({}, prometheus, parallel, namespace, {}, expected)
+        return source._replace(prometheus=_prometheus(prometheus_url, token_file, cluster_label, timeout_s))
     if urls:
         token_file = token_file or os.environ.get(TOKEN_VARIABLE, "")
         ports = admin_ports.read_lines(placement.read_names(urls), token_file, timeout_s)
-        return Source(
-            _some({each.name: partial(admin_ports.cluster, each) for each in ports}, urls),
-            None,
-            parallel,
-            namespace,
-            {},
-            expected,
-        )
-    found = _access(contexts, kubeconfig_glob, namespace, timeout_s)
-    readers = _some({each.name: partial(kubectl.cluster, each) for each in found}, contexts or kubeconfig_glob)
-    access = {each.name: each.helm for each in found}
-    doubles = _doubles(split(contexts)) if contexts else ()
-    return Source(readers, None, parallel, namespace, access, expected, doubles)
+        return source._replace(readers=_some({each.name: partial(admin_ports.cluster, each) for each in ports}, urls))
+    found = _access(contexts, kubeconfig_glob, source.terms)
+    return source._replace(
+        readers=_some({each.name: partial(kubectl.cluster, each) for each in found}, contexts or kubeconfig_glob),
+        access={each.name: each.helm for each in found},
+        doubles=_doubles(split(contexts)) if contexts else (),
+    )
 
 
 def collect(source: Source) -> tuple[list[Cluster], list[str]]:
@@ -118,7 +114,7 @@ def collect(source: Source) -> tuple[list[Cluster], list[str]]:
             if not rows:
                 faults.append("this Prometheus has no series of a shim: agent_shim_build_info, in the last 24 h")
     else:
-        rows = in_parallel(list(source.readers.items()), source.parallel, _read)
+        rows = in_parallel(list(source.readers.items()), source.parallel, _read, source.terms.interrupted)
     names = {each.name for each in rows}
     rows += [Cluster(name=name, gaps=["expected, and not seen"]) for name in source.expected if name not in names]
     for row in rows:
@@ -155,14 +151,22 @@ def contexts_places(
         unknown = [Place("", None, "", {}, context=access.name, problem=problem) for problem in problems]
         return places + unknown
 
-    found = kubectl.by_contexts(split(contexts), namespace, timeout_s)
-    return [place for places in in_parallel(found, PARALLEL, ask) for place in places]
+    terms = Terms(namespace, timeout_s, Event())
+    found = kubectl.by_contexts(split(contexts), terms)
+    return [place for places in in_parallel(found, PARALLEL, ask, terms.interrupted) for place in places]
 
 
-def in_parallel(items: Sequence[_T], parallel: int, function: Callable[[_T], _R]) -> list[_R]:
-    """Return the results in the order of the items, computed in at most `parallel` threads."""
+def in_parallel(items: Sequence[_T], parallel: int, function: Callable[[_T], _R], interrupted: Event) -> list[_R]:
+    """Return the results in the order of the items, computed in at most `parallel` threads.
+
+    `interrupted` is set on Ctrl-C, so that running functions can end early: the pool waits for them.
+    """
     with ThreadPoolExecutor(max_workers=parallel) as pool:
-        return list(pool.map(function, items))
+        try:
+            return list(pool.map(function, items))
+        except BaseException:
+            interrupted.set()
+            raise
 
 
 def split(text: str) -> list[str]:
@@ -180,10 +184,10 @@ def _some(readers: dict[str, Callable[[], Cluster]], given: str | None) -> dict[
     return readers
 
 
-def _access(contexts: str | None, pattern: str | None, namespace: str, timeout_s: float) -> list[Access]:
+def _access(contexts: str | None, pattern: str | None, terms: Terms) -> list[Access]:
     if contexts is not None:
-        return kubectl.by_contexts(split(contexts), namespace, timeout_s)
-    return kubectl.by_kubeconfigs(pattern or "", namespace, timeout_s)
+        return kubectl.by_contexts(split(contexts), terms)
+    return kubectl.by_kubeconfigs(pattern or "", terms)
 
 
 def _prometheus(url: str, token_file: str | None, label: str, timeout_s: float) -> Prometheus:
