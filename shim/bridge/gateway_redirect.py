@@ -6,6 +6,7 @@ See docs/reference/protocol.md#22-gateway-redirect.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
@@ -31,19 +32,43 @@ if TYPE_CHECKING:
 log = get(__name__)
 
 
-class GatewayConnection:
-    """One session's gateway connection, open or being dialled."""
+class GatewayOpened(NamedTuple):
+    """The handshake of a gateway succeeded: it carries the traffic of its session from now on."""
 
-    def __init__(self, session: Session, link: UpstreamLink, url: str, backoff: Backoff) -> None:
+    gateway: GatewayConnection
+
+
+class GatewayClosed(NamedTuple):
+    """The connection of a gateway ended, closed by the shim, the peer or the network."""
+
+    connection: UpstreamConnection
+
+
+class GatewayLost(NamedTuple):
+    """A gateway no longer serves its session."""
+
+    gateway: GatewayConnection
+    now: float
+
+
+class GatewayConnection:
+    """One session's gateway: its connection, open or being dialled, and the delays between dials.
+
+    Only a message on the present connection is handled: the sender of one on a replaced connection serves nobody.
+    """
+
+    def __init__(self, ctx: BridgeContext, pool: GatewayConnections, session: Session, link: UpstreamLink) -> None:
         self.session = session
         self.link = link
-        self.url = url
-        self.backoff = backoff
+        self.url = ""
         self.connection: UpstreamConnection | None = None
-        self.dial = 0
         self.opened_at: float | None = None
-        self.waiting = False
-        self.token = ""
+        self._ctx = ctx
+        self._pool = pool
+        self._backoff = Backoff(ctx.backoff_policy, ctx.rng)
+        self._token = ""
+        self._waiting = False
+        self._forgotten = False
 
     @property
     def owner(self) -> str:
@@ -65,28 +90,114 @@ class GatewayConnection:
         """The connection for heartbeats and results, or None while it is being dialled."""
         return self.connection if self.opened_at is not None else None
 
+    def redirect(self, link: UpstreamLink, url: str) -> None:
+        """Dial the gateway at `url`, unless it is open, being dialled or waiting for its next dial."""
+        if self.url == url and (self.connection is not None or self._waiting):
+            return
+        self.link, self.url = link, url
+        self.close()
+        if not self._waiting:
+            self._dial()
 
-class GatewayOpened(NamedTuple):
-    """The handshake of a gateway succeeded: it carries the traffic of its session from now on."""
+    def close(self) -> None:
+        """Close the connection, or give up its dial."""
+        if self.connection is not None:
+            self.connection.close(1000)
+            self._drop_connection()
 
-    gateway: GatewayConnection
+    def forget(self) -> None:
+        """Close the connection and never dial again."""
+        self._forgotten = True
+        self.session.gateway = None
+        self.close()
 
+    def _drop_connection(self) -> None:
+        connection, self.connection = self.connection, None
+        self.opened_at = None
+        if connection is not None:
+            self._ctx.events.put(GatewayClosed(connection))
 
-class GatewayClosed(NamedTuple):
-    """The connection of a gateway ended, closed by the shim, the peer or the network."""
+    # --- dialling -----------------------------------------------------------------------------------------------------
 
-    connection: UpstreamConnection
+    def _dial(self) -> None:
+        now = self._ctx.now
+        try:
+            self._token = self.link.token if self._ctx.settings.upstream.own_tokens else self._ctx.read_token()
+        except ShimError as error:
+            log.error("token_unreadable", dedupe_key="gateway", error=str(error))
+            self._retry_later(now)
+            return
+        path = "" if urlsplit(self.url).path.strip("/") else "/ws"
+        uuid = self.session.reply.get("cluster_uuid") or self.session.upstream_cluster_id
+        label = f"gateway {self.session.key.ident}"
+        serial = next(self._pool.shared.serials)
+        connection = UpstreamConnection(self._ctx, serial, label, self, now, used_to_ack=self.link.acks)
+        spec = DialRequest(ws_url(self.url, path), self._token, True, False, (("cluster_uuid", uuid),))
+        self.connection = connection
+        self._ctx.upstream.dial(spec, connection, partial(self._dialled, connection))
 
+    def _dialled(self, connection: UpstreamConnection, outcome: WebSocket | DialFailure) -> None:
+        if connection is not self.connection:
+            if not isinstance(outcome, DialFailure):
+                outcome.close(1000)
+            return
+        now = self._ctx.now
+        if isinstance(outcome, DialFailure):
+            self._ctx.metrics.gateway.labels("failed").inc()
+            key = f"{host_of(self.url)} {outcome.reason}"
+            log.warning("gateway_dial_failed", dedupe_key=key, reason=outcome.reason, status=outcome.status)
+            self.connection = None
+            self._retry_later(now)
+            return
+        self._ctx.metrics.gateway.labels("ok").inc()
+        self.opened_at = now
+        connection.bind(outcome, now)
+        log.info("gateway_open", session=self.session.key.ident, host=host_of(self.url))
+        self._ctx.events.put(GatewayOpened(self))
 
-class GatewayLost(NamedTuple):
-    """A gateway no longer serves its session."""
+    def _retry_later(self, now: float) -> None:
+        """Return the session to its link and dial the gateway again after a delay."""
+        stable_s = self._ctx.settings.upstream.reconnect.stable_after_s
+        if self.opened_at is not None and now - self.opened_at >= stable_s:
+            self._backoff.reset()
+        self._waiting = True
+        if self.connection is not None:
+            self._drop_connection()
+            self._ctx.events.put(GatewayLost(self, now))
+        self._ctx.timers.call_later(self._backoff.next_delay_s(FailureKind.REFUSED), self._retry)
 
-    gateway: GatewayConnection
-    now: float
+    def _retry(self) -> None:
+        self._waiting = False
+        if not self._forgotten and self.session.fresh(self._ctx.now):
+            self._dial()
+
+    # --- upstream_connection.ConnectionOwner --------------------------------------------------------------------------
+
+    def connection_message(self, connection: UpstreamConnection, message: Message, now: float) -> None:
+        """Pass on a message."""
+        if connection is self.connection:
+            self._pool.receive(connection, message, self, now)
+
+    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState, now: float) -> None:
+        """Close a connection that the liveness check found dead, and dial again later."""
+        self._ctx.metrics.disconnects.labels(verdict.value).inc()
+        connection.close(0)
+        self._lost(connection, verdict.value, "", now)
+
+    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd, now: float) -> None:
+        """Dial again later, because the peer or the network closed the connection."""
+        self._ctx.metrics.disconnects.labels(ending.metric).inc()
+        self._lost(connection, ending.text, ending.detail(self._token), now)
+
+    def _lost(self, connection: UpstreamConnection, reason: str, text: str, now: float) -> None:
+        if connection is self.connection:
+            detail = {"detail": text} if text else {}
+            log.warning("gateway_lost", session=self.session.key.ident, reason=reason, **detail)
+            self._retry_later(now)
 
 
 class GatewayConnections:
-    """The gateway connections of all sessions.
+    """The gateways of all sessions.
 
     `receive` handles the messages of all gateways; the bridge sets it before the first dial.
     """
@@ -94,8 +205,8 @@ class GatewayConnections:
     receive: Callable[[UpstreamConnection, Message, GatewayConnection, float], None]
 
     def __init__(self, ctx: BridgeContext, shared: LinkContext) -> None:
+        self.shared = shared
         self._ctx = ctx
-        self._shared = shared
         self._gateways: dict[SessionKey, GatewayConnection] = {}
         self._suffixes: PublicSuffixList | None = None
 
@@ -108,15 +219,9 @@ class GatewayConnections:
             return
         gateway = self._gateways.get(session.key)
         if gateway is None:
-            gateway = self._gateways[session.key] = session.gateway = GatewayConnection(
-                session, link, url, Backoff(self._ctx.backoff_policy, self._ctx.rng)
-            )
-        elif gateway.url == url and (gateway.connection is not None or gateway.waiting):
-            return
-        gateway.url, gateway.link = url, link
-        self._close(gateway)
-        if not gateway.waiting:
-            self._dial(gateway)
+            gateway = self._gateways[session.key] = GatewayConnection(self._ctx, self, session, link)
+            session.gateway = gateway
+        gateway.redirect(link, url)
 
     def token_changed(self) -> None:
         """Register every routed session with the controller again, with the new configured token."""
@@ -129,17 +234,16 @@ class GatewayConnections:
         self._ctx.events.put(GatewayLost(gateway, self._ctx.now))
 
     def forget(self, key: SessionKey) -> None:
-        """Close the gateway of a session, without a report."""
+        """Close the gateway of a session without registering the session again."""
         gateway = self._gateways.pop(key, None)
         if gateway is not None:
-            gateway.session.gateway = None
-            gateway.dial = -1
-            self._close(gateway)
+            gateway.forget()
 
     def sweep(self) -> None:
         """Close the gateways of sessions that are no longer fresh; their next call goes to the controller."""
+        now = self._ctx.now
         for key, gateway in list(self._gateways.items()):
-            if not gateway.session.fresh(self._ctx.now):
+            if not gateway.session.fresh(now):
                 gateway.session.announced_on = 0
                 self.forget(key)
 
@@ -147,8 +251,6 @@ class GatewayConnections:
         """Close all gateways."""
         for key in list(self._gateways):
             self.forget(key)
-
-    # --- inside -------------------------------------------------------------------------------------------------------
 
     def _allowed(self, url: str) -> bool:
         upstream = self._ctx.settings.upstream
@@ -179,102 +281,3 @@ class GatewayConnections:
             self._suffixes = PublicSuffixList()
         domain = self._suffixes.privatesuffix(host)
         return domain is not None and domain == self._suffixes.privatesuffix(other)
-
-    def _dial(self, gateway: GatewayConnection) -> None:
-        gateway.dial += 1
-        dial = gateway.dial
-        try:
-            token = gateway.link.token if self._ctx.settings.upstream.own_tokens else self._ctx.read_token()
-        except ShimError as error:
-            log.error("token_unreadable", dedupe_key="gateway", error=str(error))
-            self._retry_later(gateway)
-            return
-        gateway.token = token
-        path = "" if urlsplit(gateway.url).path.strip("/") else "/ws"
-        uuid = gateway.session.reply.get("cluster_uuid") or gateway.session.upstream_cluster_id
-        label = f"gateway {gateway.session.key.ident}"
-        serial, acks = next(self._shared.serials), gateway.link.acks
-        connection = UpstreamConnection(self._ctx, serial, label, self, self._ctx.now, used_to_ack=acks)
-        spec = DialRequest(ws_url(gateway.url, path), token, True, False, (("cluster_uuid", uuid),))
-        gateway.connection = connection
-        self._ctx.upstream.dial(spec, connection, lambda outcome: self._dialled(gateway, dial, connection, outcome))
-
-    def _dialled(
-        self, gateway: GatewayConnection, dial: int, connection: UpstreamConnection, outcome: WebSocket | DialFailure
-    ) -> None:
-        if gateway.dial != dial:
-            if not isinstance(outcome, DialFailure):
-                outcome.close(1000)
-            return
-        if isinstance(outcome, DialFailure):
-            self._ctx.metrics.gateway.labels("failed").inc()
-            about = f"{host_of(gateway.url)} {outcome.reason}"
-            log.warning("gateway_dial_failed", dedupe_key=about, reason=outcome.reason, status=outcome.status)
-            gateway.connection = None
-            self._retry_later(gateway)
-            return
-        self._ctx.metrics.gateway.labels("ok").inc()
-        now = gateway.opened_at = self._ctx.now
-        connection.bind(outcome, now)
-        log.info("gateway_open", session=gateway.session.key.ident, host=host_of(gateway.url))
-        self._ctx.events.put(GatewayOpened(gateway))
-
-    def _close(self, gateway: GatewayConnection) -> None:
-        connection, gateway.connection = gateway.connection, None
-        gateway.opened_at = None
-        if connection is not None:
-            connection.close(1000)
-            self._ctx.events.put(GatewayClosed(connection))
-
-    def _retry_later(self, gateway: GatewayConnection) -> None:
-        """Return the session to its link and dial the gateway again after a delay."""
-        stable_s = self._ctx.settings.upstream.reconnect.stable_after_s
-        if gateway.opened_at is not None and self._ctx.now - gateway.opened_at >= stable_s:
-            gateway.backoff.reset()
-        connection, gateway.connection = gateway.connection, None
-        gateway.opened_at = None
-        gateway.waiting = True
-        if connection is not None:
-            self._ctx.events.put(GatewayClosed(connection))
-            self._ctx.events.put(GatewayLost(gateway, self._ctx.now))
-        dial = gateway.dial
-
-        def again() -> None:
-            gateway.waiting = False
-            if (
-                gateway.dial == dial
-                and self._gateways.get(gateway.session.key) is gateway
-                and gateway.session.fresh(self._ctx.now)
-            ):
-                self._dial(gateway)
-
-        self._ctx.timers.call_later(gateway.backoff.next_delay_s(FailureKind.REFUSED), again)
-
-    # --- connection.ConnectionOwner -----------------------------------------------------------------------------------
-
-    def _gateway_of(self, connection: UpstreamConnection) -> GatewayConnection | None:
-        return next((gateway for gateway in self._gateways.values() if gateway.connection is connection), None)
-
-    def connection_message(self, connection: UpstreamConnection, message: Message, now: float) -> None:
-        """Handle a message from a gateway; one on a replaced connection is dropped."""
-        gateway = self._gateway_of(connection)
-        if gateway is not None:
-            self.receive(connection, message, gateway, now)
-
-    def connection_broken(self, connection: UpstreamConnection, verdict: LivenessState, now: float) -> None:
-        """Close a connection that the liveness check found dead, and dial again later."""
-        self._ctx.metrics.disconnects.labels(verdict.value).inc()
-        connection.close(0)
-        self._lost(connection, verdict.value)
-
-    def connection_closed(self, connection: UpstreamConnection, ending: ConnectionEnd, now: float) -> None:
-        """Dial again later, because the peer or the network closed the connection."""
-        self._ctx.metrics.disconnects.labels(ending.metric).inc()
-        self._lost(connection, ending.text, ending)
-
-    def _lost(self, connection: UpstreamConnection, reason: str, ending: ConnectionEnd | None = None) -> None:
-        gateway = self._gateway_of(connection)
-        if gateway is not None:
-            detail = {"detail": ending.detail(gateway.token)} if ending is not None and ending.reason else {}
-            log.warning("gateway_lost", session=gateway.session.key.ident, reason=reason, **detail)
-            self._retry_later(gateway)
