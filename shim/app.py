@@ -28,6 +28,11 @@ from shim.errors import ConfigError, Fault, StartError, StoreError, StoreVersion
 from shim.fallback import sunset_headers
 from shim.log import Logs, capture_stray_output, get
 from shim.log import setup as set_up_log
+from shim.management.command_api import CommandApi
+from shim.management.health import Health
+from shim.management.recent_events import RecentEvents
+from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.time_series import Sampler
 from shim.metrics import Metrics, Registry
 from shim.notify import Notifier
 from shim.ports import AgentService, CommandStore, DeliveryEvidence, UpstreamPort
@@ -236,8 +241,15 @@ class App:
         runtime = build_runtime(self._make_context(clock, upstream), self.make_store)
         if isinstance(runtime, SingleRuntime):
             self.bridge = runtime.bridge
-        redaction, registry = self._logging.redaction, self._metrics.registry
-        admin = AdminServer(settings.admin, runtime.subject, registry, runtime.recent, self.addresses, redaction)
+        redaction = self._logging.redaction
+        admin = AdminServer(
+            settings.admin,
+            self._make_status(runtime),
+            Health(runtime.subject),
+            CommandApi(runtime.subject),
+            self._metrics.registry,
+            redaction,
+        )
         agents = self._make_agent_server(runtime)
         steps: tuple[tuple[Start | None, Undo | None], ...] = (
             (None, upstream.close),
@@ -278,6 +290,14 @@ class App:
             redaction=self._logging.redaction,
             **self._telemetry(),
         )
+
+    def _make_status(self, runtime: Runtime) -> StatusBuilder:
+        """Return the builder of the status that the admin port shows."""
+        subject, redaction = runtime.subject, self._logging.redaction
+        clock = subject.ctx.clock
+        token_required = bool(self.settings.admin.token_file)
+        facts = ProcessInfo(__version__, clock.wall_s(), self.addresses, token_required, redaction.value)
+        return StatusBuilder(subject, Sampler(subject), runtime.recent, facts, RecentEvents(clock, redaction))
 
     async def _bind(self, admin: AdminServer, agents: AgentServer) -> None:
         """Bind both ports before the store is opened and a link is dialled.

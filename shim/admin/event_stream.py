@@ -12,6 +12,7 @@ from aiohttp import hdrs, web
 
 from shim.admin.connection_limit import AdminConnection
 from shim.errors import OperatorError
+from shim.management.status import Status
 from shim.management.time_series import Sampler
 from shim.ports import Clock
 
@@ -33,7 +34,7 @@ class EventStream:
         clock: Clock,
         sampler: Sampler,
         prepare: Callable[[], Awaitable[list[str]]],
-        take: Callable[[list[str]], dict[str, Any]],
+        take: Callable[[list[str]], Status],
     ) -> None:
         self._clock = clock
         self._sampler = sampler
@@ -101,5 +102,5 @@ class EventStream:
         return self._status
 
 
-def _event(name: str, data: dict[str, Any]) -> bytes:
+def _event(name: str, data: Status | dict[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode(data))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -14,24 +14,20 @@ from aiohttp.web_protocol import RequestPayloadError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from shim import __version__
 from shim.admin.auth import Access, Guard
 from shim.admin.connection_limit import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Connections
 from shim.admin.event_stream import EventStream
-from shim.admin.gauges import BridgeCollector
+from shim.admin.gauges import StatusCollector
 from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
 from shim.config import loader
 from shim.config.settings import Admin
-from shim.core.command_queue import RecentCommand
 from shim.errors import ConfigError, OperatorError
 from shim.http_connection import LINGER_S, NoRoom
 from shim.listening import bind
 from shim.management.command_api import CommandApi
 from shim.management.health import Health
-from shim.management.recent_events import RecentEvents
-from shim.management.status_builder import ProcessInfo, StatusBuilder
-from shim.management.subject import Subject
-from shim.management.time_series import Sampler
+from shim.management.status import Status
+from shim.management.status_builder import StatusBuilder
 from shim.redaction import Redaction
 
 STOP_S = 1.0
@@ -59,30 +55,25 @@ class AdminServer:
     def __init__(
         self,
         settings: Admin,
-        bridge: Subject,
+        status: StatusBuilder,
+        health: Health,
+        commands: CommandApi,
         registry: CollectorRegistry,
-        journal: Iterable[RecentCommand],
-        addresses: dict[str, str],
         redaction: Redaction,
     ) -> None:
         self.agents_served = False
         self._settings = settings
         self._registry = registry
         self._redaction = redaction
-        self._bridge = bridge
-        self._health = Health(bridge)
+        self._builder = status
+        self._health = health
         self._guard = Guard(settings, self._token)
-        self._sampler = Sampler(bridge)
-        started_at = bridge.ctx.clock.wall_s()
-        facts = ProcessInfo(__version__, started_at, addresses, self._guard.required, redaction.value)
-        self._events = RecentEvents(bridge.ctx.clock, redaction)
-        self._snapshots = StatusBuilder(bridge, self._sampler, journal, facts, self._events)
-        self._live = EventStream(bridge.ctx.clock, self._sampler, self._not_ready, self._snapshots.take)
+        self._live = EventStream(status.clock, status.sampler, self._not_ready, status.take)
         self._reasons: list[str] = []
-        registry.register(BridgeCollector(bridge, self._problems))
+        registry.register(StatusCollector(lambda: status.take(self._reasons)))
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors_as_json])
         app.on_response_prepare.append(_add_headers)
-        self._route(app, CommandApi(bridge))
+        self._route(app, commands)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -146,18 +137,20 @@ class AdminServer:
         for bound in self._sockets:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
             self._listeners.append(await loop.create_server(self._connections, sock=bound))
-        self._sampler.start()
-        self._events.start()
+        self._builder.start()
         return str(host), int(port)
 
     async def status(self) -> dict[str, Any]:
-        """Return the content of `/status.json` without the time series."""
-        return self._snapshots.take(await self._not_ready())
+        """Return the content of `/status.json` without the plots."""
+        status: dict[str, Any] = msgspec.to_builtins(await self._take())
+        return status
+
+    async def _take(self) -> Status:
+        return self._builder.take(await self._not_ready())
 
     async def stop(self) -> None:
         """Stop listening and close all connections."""
-        self._sampler.stop()
-        self._events.stop()
+        self._builder.stop()
         self._live.stop()
         for listener in self._listeners:
             listener.close()
@@ -181,10 +174,6 @@ class AdminServer:
         self._reasons = reasons
         return reasons
 
-    def _problems(self) -> list[str]:
-        """Return the codes of the present problems, with the readiness reasons of the last check."""
-        return [problem["code"] for problem in self._snapshots.take(self._reasons)["overall"]["problems"]]
-
     async def _healthz(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
@@ -201,11 +190,12 @@ class AdminServer:
 
     async def _config(self, request: web.Request) -> web.Response:
         """Return the effective configuration with secrets masked, for `agent-shim doctor --url`."""
-        masked = loader.redacted(self._bridge.ctx.settings)
+        masked = loader.redacted(self._builder.settings)
         return web.Response(body=msgspec.json.encode(masked), content_type="application/json")
 
     async def _status(self, request: web.Request) -> web.Response:
-        status = {**await self.status(), "series": self._sampler.last()}
+        status = await self._take()
+        status.series = self._builder.sampler.last()
         return web.Response(body=msgspec.json.encode(status), content_type="application/json")
 
 

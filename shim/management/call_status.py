@@ -10,6 +10,7 @@ from shim.core.failover import bucket
 from shim.core.records import SessionKey
 from shim.core.sessions import MIN_FRESH_S, Session
 from shim.core.text import shorten
+from shim.management.status import Rows
 from shim.management.subject import Subject
 
 MAX_SHOWN = 20
@@ -136,7 +137,7 @@ def controller(bridge: Subject, wall: float) -> dict[str, Any]:
     }
 
 
-def unregistered(bridge: Subject, wall: float) -> dict[str, Any]:
+def unregistered(bridge: Subject, wall: float) -> Rows:
     """Return the agents that poll for tunnels without a session: their registration failed, or is still to come."""
     found = []
     for key, uses in bridge.session_registry.usage:
@@ -148,7 +149,7 @@ def unregistered(bridge: Subject, wall: float) -> dict[str, Any]:
         if wall - last < RECENT_S:
             first = min(use.first_unix for use in uses.values())
             found.append({"id": key.ident, "last": last, "overdue": last - first >= REGISTERING_S})
-    return {"total": len(found), "items": found[:MAX_SHOWN]}
+    return Rows(total=len(found), items=found[:MAX_SHOWN])
 
 
 def _agent(session: Session) -> dict[str, Any]:

@@ -1,12 +1,15 @@
-"""Health summary of a status: one sentence, and a list of problems with hints. The input is the status's JSON."""
+"""Health summary of a status: one sentence, and a list of problems with hints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from msgspec import UnsetType
+
 from shim.core.text import format_duration, plural, shorten
 from shim.management.health_messages import LEVELS, REFUSED_HINTS, SENTENCES
+from shim.management.status import ControllerStatus, DrainStatus, Status
 
 SETTLING_S = 10.0
 """Seconds in which a lost link is no problem yet: it is back within 10 s of the controller's return."""
@@ -44,7 +47,7 @@ def make_problem(code: str, **fields: Any) -> Problem:
     return Problem(code, sentence.level, sentence.text.format(**fields), sentence.hint.format(**fields))
 
 
-def summarise(status: dict[str, Any]) -> dict[str, Any]:
+def summarise(status: Status) -> dict[str, Any]:
     """Return `level`, `code` and `text` of the main sentence, `problems` (the worst first) and `notes`."""
     problems = sorted(_problems(status), key=lambda problem: -LEVELS.index(problem.level))
     first = problems[0] if problems else _nothing_wrong(status)
@@ -69,30 +72,30 @@ def reason_text(reason: str | None) -> str:
     return _REASONS.get(reason, reason)
 
 
-def _problems(status: dict[str, Any]) -> Iterator[Problem]:
+def _problems(status: Status) -> Iterator[Problem]:
     yield from _of_process(status)
-    if status["mode"] != "http":
+    if status.mode != "http":
         yield from _of_links(status)
-        yield from _of_controller(status["controller"], status["now"])
+        yield from _of_controller(status.controller, status.now)
     yield from _of_fallback(status)
     yield from _of_agents(status)
     yield from _of_commands(status)
-    yield from _of_drain(status["drain"])
-    yield from _of_replicas(status.get("replicas"))
+    yield from _of_drain(status.drain)
+    yield from _of_replicas(status.replicas)
 
 
-def _of_process(status: dict[str, Any]) -> Iterator[Problem]:
-    for reason in status["not_ready"]:
+def _of_process(status: Status) -> Iterator[Problem]:
+    for reason in status.not_ready:
         if "store" in reason:
             yield make_problem("store_unwritable", reason=reason)
         elif reason == "stopping":
             yield make_problem("stopping")
-    if not status["config_valid"]:
+    if not status.config_valid:
         yield make_problem("configuration_faulty")
-    if status["log"]["lost"]:
-        yield make_problem("log_lines_lost", lines=plural(status["log"]["lost"], "log line"))
-    if status["store"]["log_pinned"]:
-        yield make_problem("store_log_pinned", size=f"{status['store']['log_bytes'] / MIB:.0f} MiB")
+    if status.log.lost:
+        yield make_problem("log_lines_lost", lines=plural(status.log.lost, "log line"))
+    if status.store.log_pinned:
+        yield make_problem("store_log_pinned", size=f"{status.store.log_bytes / MIB:.0f} MiB")
 
 
 # --- the link ---------------------------------------------------------------------------------------------------------
@@ -103,10 +106,10 @@ def _words(link: dict[str, Any]) -> str:
     return f": “{shorten(link['detail'])}”" if link.get("detail") else ""
 
 
-def _of_links(status: dict[str, Any]) -> Iterator[Problem]:
+def _of_links(status: Status) -> Iterator[Problem]:
     """Yield the problems of all links; many refused tokens are one problem, or they would hide all others."""
-    refused = [link for link in status["links"]["items"] if link["phase"] == "refused"]
-    for link in status["links"]["items"]:
+    refused = [link for link in status.links.items if link["phase"] == "refused"]
+    for link in status.links.items:
         if len(refused) <= KINDS_SHOWN or link["phase"] != "refused":
             yield from _of_link(link, status)
     if len(refused) > KINDS_SHOWN:
@@ -114,12 +117,12 @@ def _of_links(status: dict[str, Any]) -> Iterator[Problem]:
         yield from _of_link({**refused[0], "name": names}, status)
 
 
-def _of_link(link: dict[str, Any], status: dict[str, Any]) -> Iterator[Problem]:
-    several = status["links"]["total"] > 1
+def _of_link(link: dict[str, Any], status: Status) -> Iterator[Problem]:
+    several = status.links.total > 1
     name = f"link {link['name']}: " if several else ""
-    since_s = status["now"] - link["since"]
+    since_s = status.now - link["since"]
     if link["phase"] == "refused":
-        hint = "An agent's own token: check the agent's." if status["own_tokens"] else "Check upstream.token."
+        hint = "An agent's own token: check the agent's." if status.own_tokens else "Check upstream.token."
         yield make_problem("token_refused", link=name, reason=f"{link['reason']}{_words(link)}", hint=hint)
     elif link["contended"]:
         yield make_problem("identity_contended", link=name.rstrip(": ") or "the connection")
@@ -128,12 +131,12 @@ def _of_link(link: dict[str, Any], status: dict[str, Any]) -> Iterator[Problem]:
         if since_s < SETTLING_S:
             yield make_problem("link_connecting", link=name, reason=why)
         else:
-            agents = "Calls go by the vendor's HTTP API." if status["by_http"] else "Agents are answered as usual."
+            agents = "Calls go by the vendor's HTTP API." if status.by_http else "Agents are answered as usual."
             yield make_problem("link_down", time=format_duration(since_s), link=name, reason=why, agents=agents)
 
 
-def _of_controller(controller: dict[str, Any], now: float) -> Iterator[Problem]:
-    for refusal in controller["registrations"]["items"]:
+def _of_controller(controller: ControllerStatus, now: float) -> Iterator[Problem]:
+    for refusal in controller.registrations.items:
         agent = shorten(refusal["name"] or refusal["agent"] or "an agent")
         if refusal["status"] is None:
             yield make_problem("registration_unanswered", agent=agent)
@@ -142,7 +145,7 @@ def _of_controller(controller: dict[str, Any], now: float) -> Iterator[Problem]:
                 "registration_refused", agent=agent, status=refusal["status"], error=_text(refusal["error"])
             )
     by_kind: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for each in controller["troubles"]["items"]:
+    for each in controller.troubles.items:
         if each["kind"] == "unknown" and now - each["since"] < SETTLING_S:
             continue  # the agent is being registered again
         text = "" if each["kind"] == "name_unknown" else each["text"]
@@ -150,9 +153,9 @@ def _of_controller(controller: dict[str, Any], now: float) -> Iterator[Problem]:
     codes = {"name_unknown": "name_unknown", "unknown": "agent_unknown", "heartbeats_refused": "heartbeats_refused"}
     for (kind, text), agents in by_kind.items():
         yield make_problem(codes[kind], agents=_names(agents, len(agents)), error=_text(text))
-    unacknowledged = controller["unacknowledged"]
-    if unacknowledged["total"]:
-        yield make_problem("heartbeats_unacknowledged", agents=_names(unacknowledged["items"], unacknowledged["total"]))
+    unacknowledged = controller.unacknowledged
+    if unacknowledged.total:
+        yield make_problem("heartbeats_unacknowledged", agents=_names(unacknowledged.items, unacknowledged.total))
 
 
 def _text(error: str | None) -> str:
@@ -162,30 +165,30 @@ def _text(error: str | None) -> str:
 # --- agents -----------------------------------------------------------------------------------------------------------
 
 
-def _of_agents(status: dict[str, Any]) -> Iterator[Problem]:
-    sessions, refused = status["sessions"], status["refused"]
-    unregistered = [each for each in status["unregistered"]["items"] if each["overdue"]]
+def _of_agents(status: Status) -> Iterator[Problem]:
+    sessions, refused = status.sessions, status.refused
+    unregistered = [each for each in status.unregistered.items if each["overdue"]]
     if unregistered:
         yield make_problem("not_registered", agents=_names(unregistered, len(unregistered)))
-    if refused["calls"]:
+    if refused.calls:
         yield make_problem(
             "calls_refused",
-            calls=plural(refused["calls"], "call"),
-            kinds=_kinds(refused["kinds"]),
-            hint=REFUSED_HINTS.get(refused["kinds"][0]["status"], ""),
+            calls=plural(refused.calls, "call"),
+            kinds=_kinds(refused.kinds),
+            hint=REFUSED_HINTS.get(refused.kinds[0]["status"], ""),
         )
-    if sessions["silent"] and status["now"] - status["started_at"] >= STARTING_S:
-        silent = [session for session in sessions["items"] if session["silent"]]
+    if sessions.silent and status.now - status.started_at >= STARTING_S:
+        silent = [session for session in sessions.items if session["silent"]]
         yield make_problem(
-            "agents_silent", number=plural(sessions["silent"], "agent"), agents=_names(silent, sessions["silent"])
+            "agents_silent", number=plural(sessions.silent, "agent"), agents=_names(silent, sessions.silent)
         )
 
 
-def _of_commands(status: dict[str, Any]) -> Iterator[Problem]:
-    sessions, in_doubt = status["sessions"], status["commands"]["uncertain"]
-    if sessions["not_polling"]:
-        waiting = [session for session in sessions["items"] if session["queue"]["not_polling"]]
-        yield make_problem("commands_not_fetched", agents=_names(waiting, sessions["not_polling"]))
+def _of_commands(status: Status) -> Iterator[Problem]:
+    sessions, in_doubt = status.sessions, status.commands.uncertain
+    if sessions.not_polling:
+        waiting = [session for session in sessions.items if session["queue"]["not_polling"]]
+        yield make_problem("commands_not_fetched", agents=_names(waiting, sessions.not_polling))
     if in_doubt:
         yield make_problem("commands_in_doubt", number=plural(in_doubt, "command"))
 
@@ -210,25 +213,25 @@ def _names(agents: list[dict[str, Any]], number: int) -> str:
 # --- the vendor's HTTP API --------------------------------------------------------------------------------------------
 
 
-def _of_fallback(status: dict[str, Any]) -> Iterator[Problem]:
-    calls = status["fallback_calls"]
-    if not calls["used"]:
+def _of_fallback(status: Status) -> Iterator[Problem]:
+    calls = status.fallback_calls
+    if not calls.used:
         return  # calls are no longer sent there, so earlier failures are no problem
-    kinds = calls["failures"]
+    kinds = calls.failures
     if kinds:
         yield make_problem(
             "fallback_failing",
-            failed=calls["failed"],
-            calls=plural(calls["calls"], "call"),
+            failed=calls.failed,
+            calls=plural(calls.calls, "call"),
             kinds=_kinds(kinds),
             hint=_fallback_hint(kinds[0]["status"]),
         )
         return
-    last = calls["last_failure"]
-    if calls["failing_since"] is not None and last and status["now"] - last["at"] < FALLBACK_FAILED_S:
+    last = calls.last_failure
+    if calls.failing_since is not None and last and status.now - last["at"] < FALLBACK_FAILED_S:
         yield make_problem(
             "fallback_failed",
-            time=format_duration(status["now"] - last["at"]),
+            time=format_duration(status.now - last["at"]),
             kinds=f"{last['status'] or last['reason'] or 'no answer'} {last['operation'] or 'another call'}",
             hint=_fallback_hint(last["status"]),
         )
@@ -247,50 +250,50 @@ def _fallback_hint(status: int | None) -> str:
 # --- replicas, drain --------------------------------------------------------------------------------------------------
 
 
-def _of_replicas(replicas: dict[str, Any] | None) -> Iterator[Problem]:
-    if replicas is not None and replicas["unowned"]:
+def _of_replicas(replicas: dict[str, Any] | UnsetType) -> Iterator[Problem]:
+    if isinstance(replicas, dict) and replicas["unowned"]:
         yield make_problem("shards_unowned", number=plural(replicas["unowned"], "shard"))
 
 
-def _of_drain(drain: dict[str, Any]) -> Iterator[Problem]:
-    left = f"{plural(drain['commands'], 'command')} and {plural(drain['results'], 'result')} left"
+def _of_drain(drain: DrainStatus) -> Iterator[Problem]:
+    left = f"{plural(drain.commands, 'command')} and {plural(drain.results, 'result')} left"
     codes = {"draining": "draining", "timed out": "drain_timed_out", "drained": "drained"}
-    if drain["state"] in codes:
-        yield make_problem(codes[drain["state"]], left=left)
+    if drain.state in codes:
+        yield make_problem(codes[drain.state], left=left)
 
 
 # --- nothing is wrong -------------------------------------------------------------------------------------------------
 
 
-def _notes(status: dict[str, Any]) -> Iterator[Problem]:
+def _notes(status: Status) -> Iterator[Problem]:
     """Yield notes: facts worth knowing that are no problem."""
-    agents = status["websocket_agents"]
-    if agents["total"]:
-        shown = [{"id": each["cluster_id"] or each["agent_id"] or "?", **each} for each in agents["items"]]
-        names = _names(shown, agents["total"])
-        yield make_problem("needs_no_shim", number=plural(agents["total"], "agent"), agents=names)
+    agents = status.websocket_agents
+    if agents.total:
+        shown = [{"id": each["cluster_id"] or each["agent_id"] or "?", **each} for each in agents.items]
+        names = _names(shown, agents.total)
+        yield make_problem("needs_no_shim", number=plural(agents.total, "agent"), agents=names)
 
 
-def _nothing_wrong(status: dict[str, Any]) -> Problem:
-    sessions = status["sessions"]
-    if status["mode"] == "http":
+def _nothing_wrong(status: Status) -> Problem:
+    sessions = status.sessions
+    if status.mode == "http":
         return make_problem(
-            "all_by_http", url=status["fallback"], agents=_http_agents(status) or "no agent has called yet"
+            "all_by_http", url=status.fallback, agents=_http_agents(status) or "no agent has called yet"
         )
-    if not sessions["total"]:
-        if status.get("replicas"):
+    if not sessions.total:
+        if status.replicas:
             return make_problem("replica_without_links")
         notes = list(_notes(status))
         if notes:
             return notes[0]
-        arriving = status["unregistered"]["total"]
+        arriving = status.unregistered.total
         if arriving:
             return make_problem("agents_arriving", number=plural(arriving, "agent"))
-        return make_problem("nobody_called", url=f"http://{status['listen']}" if status["listen"] else "the shim")
-    by_http, online = _http_agents(status), bool(status["links"]["online"])
-    if not sessions["fresh"] and not by_http:
+        return make_problem("nobody_called", url=f"http://{status.listen}" if status.listen else "the shim")
+    by_http, online = _http_agents(status), bool(status.links.online)
+    if not sessions.fresh and not by_http:
         return make_problem("no_agent_alive", link="is up" if online else "is idle")
-    alive = [f"{plural(sessions['fresh'], 'agent')} alive"] if sessions["fresh"] or not by_http else []
+    alive = [f"{plural(sessions.fresh, 'agent')} alive"] if sessions.fresh or not by_http else []
     link = "the controller is connected" if online else "the link to the controller is idle"
     return make_problem("all_well", link=link, agents=", ".join([*alive, *filter(None, [by_http])]))
 
@@ -298,7 +301,7 @@ def _nothing_wrong(status: dict[str, Any]) -> Problem:
 _WHY = {"mode": "", "rollout": " (outside the rollout)", "link_down": " (while the link is down)"}
 
 
-def _http_agents(status: dict[str, Any]) -> str:
+def _http_agents(status: Status) -> str:
     """Return the number of agents served by HTTP and the reasons, `""` if there is none."""
-    reasons = status["sessions"]["by_http"]
+    reasons = status.sessions.by_http
     return ", ".join(f"{plural(number, 'agent')} by HTTP{_WHY[why]}" for why, number in reasons.items() if number)

@@ -10,6 +10,7 @@ from shim.config.settings import Sunset
 from shim.core.call_records import Route, RouteUse
 from shim.core.records import SessionKey
 from shim.core.text import format_duration, plural
+from shim.management.status import MigrationStatus, Rows
 from shim.management.subject import Subject
 from shim.protocol import dialects
 
@@ -27,7 +28,7 @@ def paths() -> dict[Route, tuple[str, str]]:
     return {(d.NAME, r.operation): (r.method, r.pattern) for d in dialects.load() for r in d.ROUTES}
 
 
-def migration(bridge: Subject, wall: float, started_unix: float) -> dict[str, Any]:
+def migration(bridge: Subject, wall: float, started_unix: float) -> MigrationStatus:
     """Return the panel's data at `wall`.
 
     Calls are counted since the start. The time at which an agent was last seen survives restarts.
@@ -37,14 +38,14 @@ def migration(bridge: Subject, wall: float, started_unix: float) -> dict[str, An
     for key, routes in uses:
         last_seen[key] = max(last_seen.get(key, 0.0), *(use.last_unix for use in routes.values()))
     reasons = _reasons(bridge, last_seen, wall, started_unix)
-    return {
-        "sunset": sunset(bridge.ctx.settings.sunset, wall),
-        "counted_since": started_unix,
-        "routes": _by_route(uses),
-        "agents": _by_agent(bridge, dict(uses), last_seen),
-        "removable": not reasons,
-        "reasons": reasons,
-    }
+    return MigrationStatus(
+        sunset=sunset(bridge.ctx.settings.sunset, wall),
+        counted_since=started_unix,
+        routes=_by_route(uses),
+        agents=_by_agent(bridge, dict(uses), last_seen),
+        removable=not reasons,
+        reasons=reasons,
+    )
 
 
 def sunset(configured: Sunset, wall: float) -> dict[str, Any]:
@@ -98,12 +99,10 @@ def _by_route(uses: _Uses) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["dialect"], row["path"]))
 
 
-def _by_agent(
-    bridge: Subject, uses: dict[SessionKey, dict[Route, RouteUse]], last: dict[SessionKey, float]
-) -> dict[str, Any]:
+def _by_agent(bridge: Subject, uses: dict[SessionKey, dict[Route, RouteUse]], last: dict[SessionKey, float]) -> Rows:
     newest = sorted(last, key=lambda key: last[key], reverse=True)[:MAX_AGENTS]
     agents = [_agent(bridge, key, uses.get(key, {}), last[key]) for key in newest]
-    return {"total": len(last), "items": sorted(agents, key=lambda agent: agent["name"] or agent["id"])}
+    return Rows(total=len(last), items=sorted(agents, key=lambda agent: agent["name"] or agent["id"]))
 
 
 def _agent(bridge: Subject, key: SessionKey, routes: dict[Route, RouteUse], last: float) -> dict[str, Any]:

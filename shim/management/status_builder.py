@@ -1,19 +1,18 @@
-"""JSON of the status page, read from a running bridge: no payloads, no secrets, bounded in size.
-
-Times called `…_at`, `since` and `last` are Unix seconds, `None` if it never happened; `…_s` are seconds.
-"""
+"""Builder of the status, which reads the bridges of this process."""
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter as Counted
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
+from msgspec import UNSET
 from prometheus_client import Counter, Gauge
 
 from shim.bridge.links import UpstreamLink
+from shim.config.settings import Settings
 from shim.core.call_records import FallbackCall, Why
 from shim.core.command_queue import CommandQueue, QueuedCommand, RecentCommand
 from shim.core.records import CommandState, SessionKey
@@ -22,10 +21,24 @@ from shim.management import call_status
 from shim.management.call_status import name_of
 from shim.management.health_summary import summarise
 from shim.management.migration import migration
-from shim.management.recent_events import RecentEvent
+from shim.management.recent_events import RecentEvents
 from shim.management.rollout import rollout
+from shim.management.status import (
+    CommandsStatus,
+    ControllerStatus,
+    DrainStatus,
+    FallbackStatus,
+    LinksStatus,
+    LogStatus,
+    RefusedCalls,
+    SessionsStatus,
+    Status,
+    StoreStatus,
+    WebSocketAgentsStatus,
+)
 from shim.management.subject import Subject
 from shim.management.time_series import Sampler
+from shim.ports import Clock
 from shim.protocol.http import fallback_url, origin_of
 
 HOUR_S = 3600.0
@@ -52,8 +65,11 @@ class ProcessInfo(msgspec.Struct, frozen=True):
     mask: Callable[[Any], Any] = lambda value: value
 
 
+_Section = TypeVar("_Section", bound=msgspec.Struct)
+
+
 class StatusBuilder:
-    """Builder of status snapshots of one bridge."""
+    """Builder of the status of one process, with what it records between `start` and `stop`."""
 
     def __init__(
         self,
@@ -61,93 +77,117 @@ class StatusBuilder:
         sampler: Sampler,
         journal: Iterable[RecentCommand],
         facts: ProcessInfo,
-        events: Iterable[RecentEvent] = (),
+        events: RecentEvents | None = None,
     ) -> None:
         self._bridge = bridge
-        self._sampler = sampler
+        self.sampler = sampler
         self._journal = journal
         self._events = events
         self._facts = facts
         self._lost = 0
         self._lost_at: float | None = None
 
-    def take(self, not_ready: list[str]) -> dict[str, Any]:
-        """Return the whole status without the time series. `not_ready` has the reasons of `/readyz`."""
-        ctx = self._bridge.ctx
-        now, wall = ctx.now, ctx.clock.wall_s()
-        view, mask = _View(self._bridge, now, wall), self._facts.mask
-        status: dict[str, Any] = {
-            "now": wall,
-            **self._about(wall),
-            "not_ready": not_ready,
-            "objectives": self._sampler.windows.objectives(now),
-            "rollout": rollout(self._bridge, wall),
-            "drain": self._drain(),
-            "links": view.links(),
-            "controller": mask(call_status.controller(self._bridge, wall)),
-            "refused": mask(call_status.refused_calls(ctx)),
-            "fallback_calls": mask(call_status.fallback_calls(ctx, active=bool(_value(ctx.metrics.fallback_active)))),
-            "websocket_agents": mask(call_status.websocket_agents(self._bridge)),
-            "unregistered": call_status.unregistered(self._bridge, wall),
-            "log": self._log(now, wall),
-            "sessions": view.sessions(),
-            "commands": {
-                **view.commands(),
-                "latency": self._sampler.latency(),
-                "without_result": self._sampler.windows.without_result(now),
-                "recent": self._recent(),
-            },
-            "migration": migration(self._bridge, wall, self._facts.started_at),
-            "events": [event._asdict() for event in self._events],
-        }
-        replicas = self._bridge.replicas()
-        if replicas is not None:
-            status["replicas"] = replicas
-        return {"overall": summarise(status), **status}
+    @property
+    def settings(self) -> Settings:
+        """The present settings."""
+        return self._bridge.ctx.settings
 
-    def _log(self, now: float, wall: float) -> dict[str, Any]:
+    @property
+    def clock(self) -> Clock:
+        """The clock of the status."""
+        return self._bridge.ctx.clock
+
+    def start(self) -> None:
+        """Start to sample and to record events."""
+        self.sampler.start()
+        if self._events is not None:
+            self._events.start()
+
+    def stop(self) -> None:
+        """Stop sampling and recording."""
+        self.sampler.stop()
+        if self._events is not None:
+            self._events.stop()
+
+    def take(self, not_ready: list[str]) -> Status:
+        """Return the status without the time series. `not_ready` has the reasons of `/readyz`."""
+        bridge, ctx, facts = self._bridge, self._bridge.ctx, self._facts
+        now, wall = ctx.now, ctx.clock.wall_s()
+        settings, view = ctx.settings, _View(bridge, now, wall)
+        by_http = bool(_value(ctx.metrics.fallback_active))
+        replicas = bridge.replicas()
+        status = Status(
+            now=wall,
+            version=facts.version,
+            started_at=facts.started_at,
+            uptime_s=round(wall - facts.started_at, 1),
+            mode=settings.mode,
+            rollout_percent=settings.rollout.percent,
+            rollout_lists=bool(settings.rollout.include or settings.rollout.exclude),
+            by_http=by_http,
+            upstream=origin_of(settings.upstream.url),
+            fallback=origin_of(fallback_url(settings)) if settings.uses_fallback else None,
+            listen=facts.addresses.get("listen"),
+            own_tokens=settings.upstream.own_tokens,
+            token_required=facts.token_required,
+            config_valid=bool(_value(ctx.metrics.config_valid)),
+            store=self._store(),
+            log=self._log(now, wall),
+            not_ready=not_ready,
+            objectives=self.sampler.windows.objectives(now),
+            rollout=rollout(bridge, wall),
+            drain=self._drain(),
+            links=view.links(),
+            controller=self._masked(call_status.controller(bridge, wall), ControllerStatus),
+            refused=self._masked(call_status.refused_calls(ctx), RefusedCalls),
+            fallback_calls=self._masked(call_status.fallback_calls(ctx, active=by_http), FallbackStatus),
+            websocket_agents=self._masked(call_status.websocket_agents(bridge), WebSocketAgentsStatus),
+            unregistered=call_status.unregistered(bridge, wall),
+            sessions=view.sessions(),
+            commands=self._commands(view, now),
+            migration=migration(bridge, wall, facts.started_at),
+            events=[event._asdict() for event in self._events or ()],
+            replicas=UNSET if replicas is None else replicas,
+        )
+        status.overall = summarise(status)
+        return status
+
+    def _masked(self, found: dict[str, Any], kind: type[_Section]) -> _Section:
+        """Return a section whose texts come from agents and controller, without secrets."""
+        return msgspec.convert(self._facts.mask(found), kind)
+
+    def _store(self) -> StoreStatus:
+        metrics = self._bridge.ctx.metrics
+        return StoreStatus(
+            log_bytes=int(_value(metrics.store_log_bytes)), log_pinned=bool(_value(metrics.store_log_pinned))
+        )
+
+    def _commands(self, view: _View, now: float) -> CommandsStatus:
+        commands = view.commands()
+        commands.latency = self.sampler.latency()
+        commands.without_result = self.sampler.windows.without_result(now)
+        commands.recent = self._recent()
+        return commands
+
+    def _log(self, now: float, wall: float) -> LogStatus:
         """Return the number of lost log lines; `lost` is 0 if the last loss is older than `LOST_SHOWN_S`."""
         lost = int(_value(self._bridge.ctx.metrics.log_lines_dropped))
         if lost > self._lost:
             self._lost, self._lost_at = lost, now
         recent = self._lost_at is not None and now - self._lost_at < LOST_SHOWN_S
         at = None if self._lost_at is None else wall - (now - self._lost_at)
-        return {"lost": lost if recent else 0, "lost_total": lost, "last": at}
+        return LogStatus(lost=lost if recent else 0, lost_total=lost, last=at)
 
-    def _about(self, wall: float) -> dict[str, Any]:
-        settings = self._bridge.ctx.settings
-        has_fallback = settings.uses_fallback
-        metrics = self._bridge.ctx.metrics
-        return {
-            "version": self._facts.version,
-            "started_at": self._facts.started_at,
-            "uptime_s": round(wall - self._facts.started_at, 1),
-            "mode": settings.mode,
-            "rollout_percent": settings.rollout.percent,
-            "rollout_lists": bool(settings.rollout.include or settings.rollout.exclude),
-            "by_http": bool(_value(metrics.fallback_active)),
-            "upstream": origin_of(settings.upstream.url),
-            "fallback": origin_of(fallback_url(settings)) if has_fallback else None,
-            "listen": self._facts.addresses.get("listen"),
-            "own_tokens": settings.upstream.own_tokens,
-            "token_required": self._facts.token_required,
-            "config_valid": bool(_value(metrics.config_valid)),
-            "store": {
-                "log_bytes": int(_value(metrics.store_log_bytes)),
-                "log_pinned": bool(_value(metrics.store_log_pinned)),
-            },
-        }
-
-    def _drain(self) -> dict[str, Any]:
+    def _drain(self) -> DrainStatus:
         drain = self._bridge.admin_actions.progress()
-        return {
-            "state": drain.state.value,
-            "since": drain.since_unix or None,
-            "deadline_at": drain.deadline_unix or None,
-            "commands": drain.commands,
-            "results": drain.results,
-            "refused": drain.refused,
-        }
+        return DrainStatus(
+            state=drain.state.value,
+            since=drain.since_unix or None,
+            deadline_at=drain.deadline_unix or None,
+            commands=drain.commands,
+            results=drain.results,
+            refused=drain.refused,
+        )
 
     def _recent(self) -> list[dict[str, Any]]:
         return [
@@ -181,14 +221,17 @@ class _View:
 
     # --- links --------------------------------------------------------------------------------------------------------
 
-    def links(self) -> dict[str, Any]:
+    def links(self) -> LinksStatus:
         """Return counts and the links, those that are not online first."""
         links = sorted(self._bridge.links, key=lambda link: (link.online, link.name))
-        return {
-            "total": len(links),
-            "online": sum(link.online for link in links),
-            "items": [self._link(link) for link in links[:MAX_LINKS]],
-        }
+        return LinksStatus(
+            total=len(links),
+            online=sum(link.online for link in links),
+            states=dict(Counted(link.state.value for link in links)),
+            refused=sum(link.machine.refused for link in links),
+            contended=sum(link.machine.contended for link in links),
+            items=[self._link(link) for link in links[:MAX_LINKS]],
+        )
 
     def _link(self, link: UpstreamLink) -> dict[str, Any]:
         current = link.history.current
@@ -209,12 +252,14 @@ class _View:
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def sessions(self) -> dict[str, Any]:
+    def sessions(self) -> SessionsStatus:
         """Return counts and the agents, those with problems first."""
         found = list(self._bridge.sessions)
         by_http = self._by_http(found)
         strangers = [(key, call) for key, call in by_http.items() if self._bridge.sessions.get(key) is None]
         total = len(found) + len(strangers)
+        dialects = Counted((session.dialect, session.fresh(self._now)) for session in found)
+        polling = [session for session in found if session.poll_at is not None and session.fresh(self._now)]
         # Sessions are created for shown rows only: thousands of agents may have called by HTTP only.
         shown = heapq.nsmallest(MAX_SESSIONS, strangers, key=lambda each: (each[1].ok, each[1].name))
         found += [self._stranger(key, call) for key, call in shown]
@@ -232,14 +277,21 @@ class _View:
             MAX_SESSIONS, found, key=lambda each: (order.get(each.key, 5), -first_calls.get(each.key, 0.0))
         )
         found.sort(key=lambda session: (order.get(session.key, 5), name_of(session) or session.key.ident))
-        why = Counted(call.why.value for call in by_http.values())
-        return {
-            "total": total,
-            "fresh": len(fresh),
-            "silent": len(silent),
-            "by_http": {each.value: why[each.value] for each in Why},
-            "not_polling": len(unpolled),
-            "items": [
+        why = Counted(call.why for call in by_http.values())
+        why_now = Counted(call.why for call in by_http.values() if self._wall - call.wall_s < call_status.RECENT_S)
+        return SessionsStatus(
+            total=total,
+            fresh=len(fresh),
+            silent=len(silent),
+            not_polling=len(unpolled),
+            by_http={each.value: why[each] for each in Why},
+            by_http_now={each.value: why_now[each] for each in Why},
+            dialects=[
+                {"dialect": dialect, "fresh": is_fresh, "number": number}
+                for (dialect, is_fresh), number in sorted(dialects.items())
+            ],
+            paces=dict(Counted(session.hold.pace.value for session in polling)),
+            items=[
                 {
                     **self._session(s, s.key in fresh, s.key in unpolled),
                     "silent": s.key in silent,
@@ -248,7 +300,7 @@ class _View:
                 }
                 for s in found
             ],
-        }
+        )
 
     def _by_http(self, sessions: list[Session]) -> dict[SessionKey, FallbackCall]:
         """Return the newest call of each agent whose newest call was sent to the vendor's HTTP API."""
@@ -336,20 +388,24 @@ class _View:
 
     # --- commands -----------------------------------------------------------------------------------------------------
 
-    def commands(self) -> dict[str, Any]:
+    def commands(self) -> CommandsStatus:
         """Return counts over all agents, and the commands that wait longest."""
-        held = [(key, live) for key, queue in self._bridge.queues.items() for live in queue.all()]
-        states = [live.state for _, live in held]
+        bridge = self._bridge
+        held = [(key, live) for key, queue in bridge.queues.items() for live in queue.all()]
+        states = Counted(live.state for _, live in held)
         held.sort(key=lambda each: each[1].since)
-        return {
-            "waiting": len(held) - states.count(CommandState.OFFERED),
-            "offered": states.count(CommandState.OFFERED),
-            "uncertain": states.count(CommandState.UNCERTAIN),
-            "bytes": sum(queue.size_bytes for queue in self._bridge.queues.values()),
-            "results": len(self._bridge.outbox),
-            "held_polls": self._bridge.delivery.held(),
-            "items": [self._command(key, live) for key, live in held[:MAX_WAITING]],
-        }
+        arrived = min((live.record.arrived_unix for _, live in held), default=self._wall)
+        return CommandsStatus(
+            waiting=len(held) - states[CommandState.OFFERED],
+            offered=states[CommandState.OFFERED],
+            uncertain=states[CommandState.UNCERTAIN],
+            bytes=sum(queue.size_bytes for queue in bridge.queues.values()),
+            oldest_s=max(0.0, self._wall - arrived),
+            results=len(bridge.outbox),
+            held_polls=bridge.delivery.held(),
+            held_tunnels=bridge.long_polls.held_tunnels(),
+            items=[self._command(key, live) for key, live in held[:MAX_WAITING]],
+        )
 
     def _command(self, key: SessionKey, live: QueuedCommand) -> dict[str, Any]:
         return {

@@ -133,7 +133,7 @@ class Watched:
 
     async def end(self) -> dict[str, Any]:
         """Return the last status, and stop everything."""
-        status = {**self._builder.take([]), "series": self._sampler.last()}
+        status = {**msgspec.to_builtins(self._builder.take([])), "series": self._sampler.last()}
         for task in self._tasks:
             task.cancel()
         self._sampler.stop()

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from shim.admin.gauges import BridgeCollector
+from shim.admin.gauges import StatusCollector
 from shim.cluster.metrics import ClusterMetrics
 from shim.counting import Family
+from shim.management.status_builder import ProcessInfo, StatusBuilder
 from shim.management.subject import Subject
+from shim.management.time_series import Sampler
 from shim.metrics import COMMAND_EVENTS, Metrics, Registry
 from tests.support.virtual import run_virtual
 from tests.support.world import World
@@ -78,7 +80,10 @@ async def collected() -> dict[str, Described]:
     await agent.heartbeat()
     await agent.poll()
     found = {}
-    for metric in BridgeCollector(Subject.of(world.bridge), list).collect():
+    subject = Subject.of(world.bridge)
+    facts = ProcessInfo("1.2.3", world.clock.wall_s(), {}, token_required=False)
+    builder = StatusBuilder(subject, Sampler(subject), [], facts)
+    for metric in StatusCollector(lambda: builder.take([])).collect():
         names = sorted({label for sample in metric.samples for label in sample.labels})
         values = {name: {sample.labels[name] for sample in metric.samples} for name in names}
         found[metric.name] = Described(metric.type, tuple((name, tuple(sorted(values[name]))) for name in names))

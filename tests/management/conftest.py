@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pytest
 
 from shim.management.status_builder import ProcessInfo, StatusBuilder
@@ -26,7 +27,8 @@ class Page:
     snapshots: StatusBuilder
 
     def status(self, *not_ready: str) -> dict[str, Any]:
-        return self.snapshots.take(list(not_ready))
+        status: dict[str, Any] = msgspec.to_builtins(self.snapshots.take(list(not_ready)))
+        return status
 
     @property
     def sentence(self) -> tuple[str, str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from shim.cli.status_view import replicas_line
 from shim.management.health_messages import PROBLEMS, SENTENCES
 from shim.management.health_summary import reason_text, summarise
+from shim.management.status import SessionsStatus, Status
 
 NOW = 10_000.0
 FALLBACK: dict[str, Any] = {
@@ -23,6 +25,28 @@ FALLBACK: dict[str, Any] = {
 }
 
 
+UNUSED: dict[str, Any] = {
+    "version": "1.2.3",
+    "uptime_s": 3600.0,
+    "rollout_percent": 100.0,
+    "rollout_lists": False,
+    "upstream": "https://api.vendor.test",
+    "token_required": False,
+    "objectives": [],
+    "rollout": {},
+    "migration": {
+        "sunset": {},
+        "counted_since": NOW,
+        "routes": [],
+        "agents": {"total": 0, "items": []},
+        "removable": False,
+        "reasons": [],
+    },
+    "events": [],
+}
+"""What the summary does not look at."""
+
+
 def link(
     phase: str = "up", since_s: float = 60, reason: str | None = None, *, contended: bool = False
 ) -> dict[str, Any]:
@@ -34,10 +58,11 @@ def session(name: str, *, fresh: bool = True, not_polling: bool = False) -> dict
     return {"name": name, "id": f"c-{name}", "fresh": fresh, "silent": not fresh, "http": None, "queue": queue}
 
 
-def status(**fields: Any) -> dict[str, Any]:
+def status(**fields: Any) -> Status:
     links, sessions = fields.pop("links", [link()]), fields.pop("sessions", [session("prod")])
     fresh = sum(each["fresh"] for each in sessions)
-    return {
+    found = {
+        **UNUSED,
         "now": NOW,
         "started_at": NOW - 3600,
         "mode": "websocket",
@@ -71,6 +96,11 @@ def status(**fields: Any) -> dict[str, Any]:
         "fallback_calls": FALLBACK,
         **fields,
     }
+    return msgspec.convert(found, Status)
+
+
+def with_sessions(of: Status, sessions: dict[str, Any]) -> Status:
+    return msgspec.structs.replace(of, sessions=msgspec.convert(sessions, SessionsStatus))
 
 
 def sentence(**fields: Any) -> tuple[str, str]:
@@ -353,11 +383,11 @@ def test_agents_by_http_are_counted_and_never_silent() -> None:
         "not_polling": 0,
         "items": [],
     }
-    found = summarise(status() | {"sessions": sessions})
+    found = summarise(with_sessions(status(), sessions))
     assert found["text"] == (
         "All is well: the controller is connected, 1 agent alive, 2 agents by HTTP (outside the rollout)."
     )
-    idle = summarise(status(links=[link("idle")]) | {"sessions": {**sessions, "fresh": 0}})
+    idle = summarise(with_sessions(status(links=[link("idle")]), {**sessions, "fresh": 0}))
     assert (idle["level"], "2 agents by HTTP" in idle["text"]) == ("good", True)
 
 

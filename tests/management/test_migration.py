@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from shim.config.settings import Sunset
@@ -21,7 +22,8 @@ DAY_S = 86_400.0
 
 def panel(world: World, started_ago_s: float = 0.0) -> dict[str, Any]:
     wall = world.clock.wall_s()
-    return migration(Subject.of(world.bridge), wall, wall - started_ago_s)
+    found: dict[str, Any] = msgspec.to_builtins(migration(Subject.of(world.bridge), wall, wall - started_ago_s))
+    return found
 
 
 def calls(found: dict[str, Any]) -> dict[str, int]:

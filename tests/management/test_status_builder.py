@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from shim.core.call_records import FallbackCall, Why
@@ -379,5 +380,6 @@ async def test_secrets_in_the_controllers_texts_are_masked(make_world: MakeWorld
     await task
     facts = ProcessInfo("1", 0.0, {}, token_required=False, mask=Redaction().value)
     status = StatusBuilder(Subject.of(world.bridge), page.sampler, [], facts).take([])
-    assert "abcdef1234" not in json.dumps(status)
-    assert "is not good" in status["controller"]["registrations"]["items"][0]["error"]
+    text = msgspec.json.encode(status).decode()
+    assert "abcdef1234" not in text
+    assert "is not good" in status.controller.registrations.items[0]["error"]

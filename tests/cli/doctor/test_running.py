@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -115,7 +116,7 @@ def told(world: World) -> list[Finding]:
         for family in text_string_to_metric_families(generate_latest(world.registry).decode())
         for sample in family.samples
     }
-    return list(examine(RunningShim("127.0.0.1:7090", True, status, samples)))
+    return list(examine(RunningShim("127.0.0.1:7090", True, msgspec.to_builtins(status), samples)))
 
 
 def check(findings: list[Finding], name: str, status: str, *parts: str) -> None:
