@@ -44,11 +44,11 @@ async def measure(flood: Callable[[Flood], Awaitable[None]]) -> list[float]:
     """Return the milliseconds that each call of the bystanders took, in order of size."""
     spawning = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        config = by_tls(Path(folder))[0] if flood in BY_TLS else {}
+        config, context = by_tls(Path(folder)) if flood in BY_TLS else ({}, None)
         ca_file = f"{folder}/ca.pem" if flood in BY_TLS else None
         async with many_descriptors(), world(Path(folder), config) as (shim, controller):
             await shim.start()
-            it = Flood(shim, controller)
+            it = Flood(shim, controller, context)
             pipe, theirs = spawning.Pipe()
             others = spawning.Process(target=stand_by, args=(shim.url, shim.admin, ca_file, has_room(flood), theirs))
             others.start()
@@ -58,8 +58,7 @@ async def measure(flood: Callable[[Flood], Awaitable[None]]) -> list[float]:
             pipe.send(None)
             took_s: list[float] = await asyncio.to_thread(pipe.recv)
             others.join()
-            for line in it.lines:
-                line.close()
+            it.close()
     return sorted(1000 * each for each in took_s)
 
 

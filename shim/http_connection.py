@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,7 @@ from shim.core.bounds import FREE_BYTES, MAX_EMPTY_LINES, MAX_HEAD_BYTES, MAX_WA
 
 LINGER_S = 2.0
 CHUNKED = -1
+_RESET = struct.pack("ii", 1, 0)  # linger for no time
 
 logger = logging.getLogger(__name__)
 
@@ -472,6 +475,18 @@ class HttpConnection(RequestHandler):
         if self._parser is not None and not (self._close or self._force_close):
             self._stop_head_timer()
             self._read_on()
+
+    def abort(self) -> None:
+        """Close the connection at once, with everything unsent.
+
+        A peer that does not read gets a reset. After a usual close the kernel would keep for minutes what waits for it.
+        """
+        wire = self._wire
+        if wire is None:
+            return
+        if self.writing_paused:
+            wire.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        wire.abort()
 
     def log_exception(self, *args: Any, **details: Any) -> None:
         """Log an error of aiohttp, unless it concerns discarded input behind an answered request."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import Counter, Histogram, generate_latest
 
-from shim.counting import Counts, Spreads
+from shim.counting import MAX_CHILDREN, OTHER, Counts, Spreads
 from shim.metrics import Registry
 
 BOUNDS = (0.001, 0.25, 1, 30)
@@ -44,3 +44,12 @@ def test_a_wrong_number_of_labels_is_refused() -> None:
     counts = Counts("calls", "How many.", {"kind": ("a", "b")})
     with pytest.raises(ValueError, match="zip"):
         counts.labels("a", "b")
+
+
+def test_values_of_a_label_beyond_the_bound_are_counted_together() -> None:
+    counts = Counts("calls", "How many.", {"kind": None})
+    for number in range(MAX_CHILDREN + 10):
+        counts.labels(f"kind-{number}").inc()
+    (family,) = counts.collect()
+    assert len(family.samples) == MAX_CHILDREN + 1
+    assert [sample.value for sample in family.samples if sample.labels["kind"] == OTHER] == [10]

@@ -98,11 +98,6 @@ class AdminConnection(HttpConnection):
         """True while the peer does not read what is written for it."""
         return self.writing_paused
 
-    def abort(self) -> None:
-        """Close the connection at once, with everything unsent."""
-        if self._wire is not None:
-            self._wire.abort()
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._wire = wire = cast("asyncio.Transport", transport)
         self._connections.enter(self)

@@ -218,8 +218,7 @@ class AgentConnection(HttpConnection):
     def abort(self) -> None:
         """Drop the connection with all unsent bytes."""
         self._aborted = True
-        if self._wire is not None:
-            self._wire.abort()
+        super().abort()
 
     def _note_acknowledgement(self) -> None:
         wire, sock = self._wire, self._socket

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from shim.bridge.context import BridgeContext
 from shim.bridge.registration import PendingRegistration
 from shim.core.agent_calls import Failed, HeartbeatCall, RegisterCall, Registered, SessionTarget, TargetKind
@@ -168,7 +170,7 @@ class SessionRegistry:
         for key, payload in loaded.tunnels:
             session = self._ctx.sessions.get(key)
             if session is not None:
-                session.tunnel = payload
+                self._ctx.sessions.keep_tunnel(session, payload, len(msgspec.json.encode(payload)))
 
     # --- calls of agents ----------------------------------------------------------------------------------------------
 
@@ -412,8 +414,8 @@ class SessionRegistry:
             log.info("session_superseded", session=session.key.ident, by=target.ident)
             self._ctx.sessions.move_aliases(session.key, target)
             self._ctx.sessions.remove(session)
-            if successor.tunnel is None:
-                successor.tunnel = session.tunnel
+            if successor.tunnel is None and session.tunnel is not None:
+                self._ctx.sessions.keep_tunnel(successor, session.tunnel, session.tunnel_bytes + FREE_KEPT_BYTES)
             self._store_move(MoveSession(session.key, target))
             self._moved(session.key, target)
 
@@ -466,10 +468,14 @@ class SessionRegistry:
 
     # --- small things -------------------------------------------------------------------------------------------------
 
-    def set_tunnel(self, session: Session, state: dict[str, Any]) -> bool:
-        """Store the latest tunnel state; return True if it differs from the previous one."""
+    def set_tunnel(self, session: Session, state: dict[str, Any]) -> bool | None:
+        """Store the latest tunnel state; return True if it differs from the previous one.
+
+        Returns None if it cannot be kept, because all agents' states together would be too large.
+        """
         changed = session.tunnel != state
-        session.tunnel = state
+        if not self._ctx.sessions.keep_tunnel(session, state, len(msgspec.json.encode(state))):
+            return None
         self.persistence.save_tunnel(session, state)
         return changed
 

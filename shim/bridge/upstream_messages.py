@@ -191,9 +191,10 @@ class UpstreamMessageHandler:
         session = self._target(source, message.payload, now)
         if isinstance(session, Session):
             state = tunnel_state(message.payload)
-            if state is None:
+            changed = None if state is None else self._session_registry.set_tunnel(session, state)
+            if changed is None:
                 log.warning("tunnel_status_too_large", dedupe_key=session.key.ident, session=session.key.ident)
-            elif self._session_registry.set_tunnel(session, state):
+            elif changed:
                 self._long_polls.tunnel_changed(session.key)
         else:
             log.warning("tunnel_status_without_target", dedupe_key=session, code=session)

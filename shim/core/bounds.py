@@ -33,6 +33,10 @@ MAX_VALUES = 250_000
 """JSON values in one body, where more are answered with 413, and in one message of the controller.
 
 A decoded value takes more memory than its bytes."""
+VALUE_BYTES = 64
+"""Memory of one decoded value besides its JSON text, by which commands of many values count."""
+FREE_VALUES = 1000
+"""Values of one command that do not count."""
 MAX_TEXT_CHARS = 4096
 """Reasons and error texts that are forwarded."""
 MAX_SHOWN_CHARS = 64

@@ -127,6 +127,7 @@ class Session:
         "standing",
         "superseded_by",
         "tunnel",
+        "tunnel_bytes",
         "upstream_cluster_id",
     )
 
@@ -143,6 +144,7 @@ class Session:
         self.known: dict[str, Any] = _NOTHING
         self.superseded_by: SessionKey | None = None
         self.tunnel: dict[str, Any] | None = None
+        self.tunnel_bytes = 0  # those that count towards the bound of all tunnel states
         self.last_sent_tunnel: dict[str, Any] | None = {}  # the agent has received none: {} differs from every state
         self.hold = HoldEstimator()
         self._tunnel_hold: HoldEstimator | None = None  # created on demand: most agents' tunnel polls are never held
@@ -341,6 +343,7 @@ class Sessions:
         self._by_owner: dict[str, dict[SessionKey, Session]] = {}
         self._by_upstream_id: dict[tuple[str, str], dict[SessionKey, Session]] = {}
         self._kept_bytes = 0
+        self._tunnel_bytes = 0
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -401,6 +404,7 @@ class Sessions:
         """Remove a session and its aliases."""
         if session.key in self._by_key:
             self._kept_bytes -= session.kept_bytes
+            self._tunnel_bytes -= session.tunnel_bytes
         self._by_key.pop(session.key, None)
         self._drop_from_index(session)
         owned = self._by_owner.get(session.key.owner, {})
@@ -419,6 +423,15 @@ class Sessions:
         """Count the bytes of the heartbeat that a session keeps from now on."""
         self._kept_bytes += _counted_bytes(call) - session.kept_bytes
         session.kept_bytes = _counted_bytes(call)
+
+    def keep_tunnel(self, session: Session, state: dict[str, Any], size_bytes: int) -> bool:
+        """Keep a tunnel state in place of the session's last one; return False if all together would be too large."""
+        counted_bytes = max(0, size_bytes - FREE_KEPT_BYTES)
+        total_bytes = self._tunnel_bytes - session.tunnel_bytes + counted_bytes
+        if counted_bytes > session.tunnel_bytes and total_bytes > MAX_ALL_KEPT_BYTES:
+            return False
+        self._tunnel_bytes, session.tunnel_bytes, session.tunnel = total_bytes, counted_bytes, state
+        return True
 
     def alias(self, owner: str, agent_id: str) -> Session | None:
         """Return the session for which an agent id of the owner is an alias."""

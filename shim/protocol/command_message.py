@@ -12,6 +12,7 @@ from shim.core.bounds import MAX_ID_BYTES, MAX_REQUEST_ID_CHARS, MAX_WORD_CHARS
 from shim.core.records import CommandRecord, SessionKey
 from shim.errors import ShimError
 from shim.protocol import rfc3339 as form
+from shim.protocol.lenient_json import memory_of_values
 from shim.protocol.rfc3339 import parse_rfc3339, rfc3339
 from shim.protocol.upstream_message import Message
 
@@ -62,8 +63,13 @@ class ParsedCommand(msgspec.Struct, frozen=True):
     agent_id: str
 
     def record(self, session: SessionKey, request_id: str, arrived_unix: float, via: str) -> CommandRecord:
-        """Return the command as it is stored. Its size is what it adds to a poll reply, including its comma."""
+        """Return the command as it is stored.
+
+        Its size is what it adds to a poll reply, including its comma. Very many values add to it what they take in
+        memory, because waiting commands are kept there.
+        """
         reply = {"id": self.id, "type": self.type, "payload": self.payload, "created_at": self.created_at}
+        encoded = msgspec.json.encode(reply)
         return CommandRecord(
             session=session,
             id=self.id,
@@ -73,7 +79,7 @@ class ParsedCommand(msgspec.Struct, frozen=True):
             arrived_unix=arrived_unix,
             expires_unix=self.expires_unix,
             request_id=request_id,
-            size_bytes=len(msgspec.json.encode(reply)) + 1,
+            size_bytes=len(encoded) + 1 + memory_of_values(encoded),
             via=via,
         )
 

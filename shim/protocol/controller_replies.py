@@ -8,8 +8,16 @@ from typing import Any
 
 import msgspec
 
-from shim.core.bounds import MAX_KEPT_BYTES, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS, MAX_URL_CHARS, MAX_WORD_CHARS
+from shim.core.bounds import (
+    MAX_KEPT_BYTES,
+    MAX_KEPT_VALUES,
+    MAX_NAME_CHARS,
+    MAX_REQUEST_ID_CHARS,
+    MAX_URL_CHARS,
+    MAX_WORD_CHARS,
+)
 from shim.protocol import rfc3339
+from shim.protocol.lenient_json import has_too_many_values
 
 # RFC 3986: the characters of a path segment that need no escaping
 _URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)
@@ -130,7 +138,9 @@ def tunnel_state(payload: dict[str, Any]) -> dict[str, Any] | None:
     The dialects remove values that agents cannot decode.
     """
     state = {key: payload[key] for key in TUNNEL_KEYS if key in payload}
-    return state if len(msgspec.json.encode(state)) <= MAX_KEPT_BYTES else None
+    encoded = msgspec.json.encode(state)
+    too_large = len(encoded) > MAX_KEPT_BYTES or has_too_many_values(encoded, MAX_KEPT_VALUES)
+    return None if too_large else state
 
 
 REASON = "this cluster is served by a legacy agent through agent-shim; it cannot serve proxied traffic"

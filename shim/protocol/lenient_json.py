@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from shim.core.bounds import MAX_VALUES
+from shim.core.bounds import FREE_VALUES, MAX_VALUES, VALUE_BYTES
 
 
 def to_float(digits: str) -> float:
@@ -58,15 +58,30 @@ def decode(text: str | bytes, replaced: Callable[[], None] = _ignore) -> Any:
         return _decode(readable)
 
 
-def has_too_many_values(data: bytes) -> bool:
-    """Return True if a JSON text may have more than `MAX_VALUES` values, which take far more memory than its bytes.
+def has_too_many_values(data: bytes, limit: int = MAX_VALUES) -> bool:
+    """Return True if a JSON text may have more values than `limit`: they take far more memory than its bytes.
 
     Names in objects count as values. No step may take long for any text of some MB, because this blocks the event loop.
     """
-    if _count_values(data) <= MAX_VALUES:
+    if _count_values(data) <= limit:
         return False
-    plain = data.replace(_BACKSLASH, b"").replace(rb"\"", b"")  # from here on each quote begins or ends a text
-    return plain.count(b'"') // 2 > MAX_VALUES or _count_values(_TEXTS.sub(b"", plain)) > MAX_VALUES
+    plain = _without_escapes(data)
+    return plain.count(b'"') // 2 > limit or _count_values(_TEXTS.sub(b"", plain)) > limit
+
+
+def memory_of_values(data: bytes) -> int:
+    """Return about how many bytes of memory the decoded values of a JSON text take besides its own bytes.
+
+    The first `FREE_VALUES` are not counted. The number of values must be bounded already.
+    """
+    if _count_values(data) <= FREE_VALUES:
+        return 0
+    return VALUE_BYTES * max(0, _count_values(_TEXTS.sub(b"", _without_escapes(data))) - FREE_VALUES)
+
+
+def _without_escapes(data: bytes) -> bytes:
+    """Return a JSON text without escaped quotes and backslashes: each quote that is left begins or ends a text."""
+    return data.replace(_BACKSLASH, b"").replace(rb"\"", b"")
 
 
 def _count_values(data: bytes) -> int:

@@ -282,16 +282,21 @@ class _Reader:
     def read(self, table: _Table, decode: Callable[[tuple[Any, ...]], _Record]) -> list[_Record]:
         records = []
         bad = []
-        for number, *row in self._database.execute(table.query(self._database)).fetchall():
+        # One row at a time: rows that cannot be decoded may be large, and together more than the memory has room for.
+        found = self._database.execute(table.query(self._database))
+        while (columns := found.fetchone()) is not None:
+            number, *row = columns
             try:
                 records.append(decode(tuple(row)))
             except UndecodableRow as error:
-                bad.append((number, row, str(error)))
-        for number, row, reason in bad:
-            self._put_aside(table, number, row, reason)
+                bad.append((number, str(error)))
+        for number, reason in bad:
+            self._put_aside(table, number, reason)
         return records
 
-    def _put_aside(self, table: _Table, number: int, row: list[Any], reason: str) -> None:
+    def _put_aside(self, table: _Table, number: int, reason: str) -> None:
+        query = f"SELECT {table.columns} FROM {table.name} WHERE {table.id} = ?1"  # noqa: S608 - constants
+        row = self._database.execute(query, (number,)).fetchone()
         content = dict(zip(table.columns.split(", "), row, strict=True))
         command = quarantine(self._database, table.name, content, reason)
         self._database.execute(f"DELETE FROM {table.name} WHERE {table.id} = ?1", (number,))  # noqa: S608 - constants

@@ -8,12 +8,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import pytest
 
 from shim.bridge.outbox import MAX_UNPERSISTED
 from shim.bridge.rejections import LOGGED_PER_MINUTE, MAX_UNTRACED
 from shim.core.agent_calls import TunnelState
-from shim.core.bounds import MAX_REQUEST_ID_CHARS
+from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES, MAX_REQUEST_ID_CHARS
 from shim.core.command_queue import ARRIVING_COMMANDS, MAX_ARRIVING_BYTES
 from shim.core.records import AddTrace, LookUpCommand, PutCommand, PutOutbox
 from shim.protocol.controller_replies import register_reply
@@ -210,6 +211,33 @@ async def test_a_tunnel_state_without_end_is_not_kept(world: World) -> None:
     await world.settle()
     assert world.session("c-1").tunnel == {"status": "ACTIVE", "poll_frequency": 7}
     assert await agent.tunnel_poll() == TunnelState({"status": "ACTIVE", "poll_frequency": 7}, 5)
+
+
+async def test_a_tunnel_state_of_many_values_is_not_kept(world: World) -> None:
+    """A decoded value takes many times its bytes, and a state is kept for each agent."""
+    agent = await living(world)
+    world.controller.socket.says("tunnel_status", {"status": "ACTIVE", "forwards": [[]] * 5000})
+    await world.settle()
+    assert world.session("c-1").tunnel is None
+    assert await agent.tunnel_poll() == TunnelState(None, 5)
+
+
+async def test_the_tunnel_states_of_all_agents_share_one_bound(world: World) -> None:
+    agents = [world.agent(agent_id=f"pod-{number}", name=f"n-{number}") for number in range(130)]
+    for agent in agents:
+        await agent.register()
+    large = {"status": "REQUIRED", "credentials": "x" * 60_000}
+    for agent in agents:
+        world.controller.socket.says("tunnel_status", {**large, "cluster_id": agent.cluster_id})
+    await world.settle()
+    kept = [agent for agent in agents if world.session(agent.cluster_id).tunnel is not None]
+    assert len(kept) == MAX_ALL_KEPT_BYTES // (len(msgspec.json.encode(large)) - FREE_KEPT_BYTES)
+    # a small one always has room, also in place of a large one
+    for agent in agents:
+        world.controller.socket.says("tunnel_status", {"status": "IDLE", "cluster_id": agent.cluster_id})
+    world.controller.socket.says("tunnel_status", {**large, "cluster_id": agents[-1].cluster_id})
+    await world.settle()
+    assert [world.session(agent.cluster_id).tunnel for agent in agents] == [{"status": "IDLE"}] * 129 + [large]
 
 
 async def test_texts_without_end_in_a_register_reply_are_left_out() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shim.core.agent_calls import Commands, OfferedCommand
+from shim.core.bounds import VALUE_BYTES
+from shim.core.records import SessionKey
 from shim.protocol import dialects
 from shim.protocol.command_message import MAX_DEPTH, MAX_ECHO_CHARS, MalformedCommand, ParsedCommand, parse_command
 from shim.protocol.dialects import Call
@@ -247,3 +250,17 @@ def test_never_anything_but_malformed_and_always_decodable(
     assert read["id"] == command.id
     assert read["type"] == command.type != ""
     assert command.expires_unix == command.expires_unix
+
+
+@pytest.mark.parametrize("payload", [{"x": [[]] * 50_000}, {"x": [1] * 50_000}, {str(n): "" for n in range(50_000)}])
+def test_a_command_of_many_values_counts_with_the_memory_that_they_take(payload: dict[str, Any]) -> None:
+    parsed = parse_command(Message("command", {"command_id": "k", "payload": payload}), 0.0, 60.0, str)
+    record = parsed.record(SessionKey("default", "cluster", "c"), "", 0.0, "")
+    assert record.size_bytes > 49_000 * VALUE_BYTES
+
+
+def test_a_command_of_long_texts_counts_as_its_json() -> None:
+    payload = {"script": 'echo "a,b,c:[{"' * 10_000, "args": ["x"] * 100}
+    parsed = parse_command(Message("command", {"command_id": "k", "payload": payload}), 0.0, 60.0, str)
+    record = parsed.record(SessionKey("default", "cluster", "c"), "", 0.0, "")
+    assert record.size_bytes < len(msgspec.json.encode(payload)) + 200

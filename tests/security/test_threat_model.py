@@ -16,6 +16,7 @@ from shim.core import bounds
 from shim.listening import ACCEPTED_PER_TURN
 from shim.upstream.http_client import MAX_INTERIM_RESPONSES
 from tests.security import attack
+from tests.security.test_floods import FLOODS
 
 ROOT = Path(__file__).parents[2]
 PAGE = attack.PAGE.read_text()
@@ -54,6 +55,23 @@ def test_every_row_names_tests_that_exist() -> None:
             path = ROOT / file
             assert path.is_file(), f"{file} does not exist"
             assert name in names_in(path), f"{file} has no {name}"
+
+
+def test_every_bound_is_tried_by_a_flood_or_names_its_test() -> None:
+    section = PAGE.partition("## Bounds")[2].partition("\n## ")[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
+    bounds = [row for row in cells if row[0] != "what"]
+    assert len(bounds) > 50
+    tried: set[str] = set()
+    for row in bounds:
+        assert len(row) == 4, row
+        for named in row[3].split(", "):
+            file, _, name = named.partition("::")
+            if name:
+                assert name in names_in(ROOT / file), named
+            else:
+                tried.add(named.strip("`"))
+    assert tried == {flood.__name__ for flood in FLOODS}
 
 
 @pytest.mark.parametrize(
