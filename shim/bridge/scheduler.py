@@ -13,6 +13,8 @@ from shim.core.records import SessionKey
 from shim.log import get
 from shim.ports import Clock, Timer, Timers
 
+log = get(__name__)
+
 LATE_S = 1.0
 """Delay after which a timer is considered late because the process was stopped, frozen or without CPU."""
 CATCH_UP_S = 0.25
@@ -115,8 +117,6 @@ class DeadlineQueue:
         self._arm()
 
 
-log = get(__name__)
-
 TICK_S = 1.0
 
 PeriodicTask = tuple[float, Callable[[], None]]
@@ -128,10 +128,10 @@ class PeriodicTasks:
     A task that raises is logged and counted; the others go on.
     """
 
-    def __init__(self, ctx: BridgeContext, duties: Sequence[PeriodicTask]) -> None:
+    def __init__(self, ctx: BridgeContext, tasks: Sequence[PeriodicTask]) -> None:
         self._ctx = ctx
-        self._periodic_tasks = duties
-        self._done_at = [ctx.now] * len(duties)
+        self._tasks = tasks
+        self._done_at = [ctx.now] * len(tasks)
 
     def start(self) -> None:
         """Start the periodic tasks; the first tick comes one second later."""
@@ -140,12 +140,12 @@ class PeriodicTasks:
     def _tick(self) -> None:
         self._ctx.timers.call_later(TICK_S, self._tick)
         now = self._ctx.now
-        for number, (every_s, duty) in enumerate(self._periodic_tasks):
+        for number, (every_s, task) in enumerate(self._tasks):
             if now - self._done_at[number] < every_s:
                 continue
             self._done_at[number] = now
             try:
-                duty()
+                task()
             except Exception:
                 self._ctx.metrics.internal_errors.labels("bridge").inc()
-                log.exception("upkeep_failed", duty=getattr(duty, "__qualname__", "?"))
+                log.exception("upkeep_failed", duty=getattr(task, "__qualname__", "?"))
