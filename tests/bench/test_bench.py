@@ -12,7 +12,7 @@ import pytest
 
 from bench import database, durable, first_minutes, latency, memory, sizing, throughput, traffic
 from bench.__main__ import OF_DATABASE, PARTS
-from bench.report import DATA, PAGES, rendered
+from bench.report import DATA, PAGES, merged, rendered
 from bench.report import OF_DATABASE as TITLES
 
 ROOT = Path(__file__).parents[2]
@@ -88,3 +88,15 @@ def test_no_bridge_can_beat_the_bound_of_a_burst() -> None:
     assert first_minutes.best_s([17.0, 18.0], 0.0, 5.0) == [0.0, 0.0], (
         "a tick that was missed during a hold comes at once"
     )
+
+
+def test_parts_with_a_database_take_the_place_of_their_own_and_nothing_else() -> None:
+    of_others = [each for each in FOUND["figures"] if each["part"] not in TITLES]
+    fleet = {"about": FOUND["about"], "load": 0.5, "fleet": {"agents": 1}}
+    anew = [{"part": title, "what": "anything"} for title in TITLES]
+    shown = merged({"figures": anew, "database": fleet}, whole=False)
+    assert shown["figures"] == [*of_others, *anew]
+    assert (shown["database"], shown["sizing"], shown["about"]) == (fleet, FOUND["sizing"], FOUND["about"])
+    # A whole run without PostgreSQL loses none of them.
+    kept = merged({**FOUND, "figures": of_others, "database": {}}, whole=True)
+    assert [each["part"] for each in kept["figures"]] == [each["part"] for each in FOUND["figures"]]

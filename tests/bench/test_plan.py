@@ -54,3 +54,16 @@ def test_the_page_is_what_the_measurements_make_of_it() -> None:
     before = plan.PAGE.read_text()
     made = plan.text(json.loads(plan.MEASURED.read_text()), Fleet())
     assert plan.page(before, made) == before, "python -m bench.plan"
+
+
+def test_what_forwarding_costs_is_what_three_replicas_took_more_than_one() -> None:
+    # 0.5 of a core for the agents and 0.01 for each replica; two calls of three are forwarded, at 1.3
+    fleet = {"agents": 10_000, "replicas": 3, "cpu_percent": 100 * (0.5 * (1 + 0.3 * 2 / 3) + 0.03), "rss_mb": 420.0}
+    cost = Cost.of(ROWS, fleet)
+    assert round(cost.forwarded, 6) == 1.3
+    assert round(cost.agent_mb, 6) == 0.03
+    # (0.5 - 0.01) / (1.3 * 50 µs)
+    assert Plan(Fleet(), cost).per_replica == 7538
+    assert "costs 1.30 (10,000 agents over three)" in "\n".join(
+        plan.text({**MEASURED, "database": {"fleet": fleet}}, Fleet())
+    )
