@@ -37,7 +37,7 @@ from tests.support.world import Agent, World, settings
 
 pytestmark = [
     pytest.mark.needs("chromium", "npm:axe-core"),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(400),
     pytest.mark.asyncio(loop_scope="module"),
 ]
 

@@ -15,7 +15,7 @@ from playwright.async_api import Page, expect
 from tests.browser.conftest import OpenTab
 from tests.support.processes import Controller, Shim, free_port, world
 
-pytestmark = [pytest.mark.needs("chromium"), pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.needs("chromium"), pytest.mark.timeout(400), pytest.mark.asyncio(loop_scope="module")]
 
 BASE = "/api/v1/clusters/agent"
 ADMIN_TOKEN = "the-admin-token-of-this-test"

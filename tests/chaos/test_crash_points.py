@@ -92,7 +92,7 @@ def judge(point: str, shim: Shim, before: int, received: list[str], found: dict[
     assert 1 <= len(received) <= len(offers)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 async def test_a_command_survives_a_kill_at_every_point(tmp_path: Path) -> None:
     """All at once: each is a shim, a controller and an agent of its own, and mostly waits."""
     folders = {point: tmp_path / point for point in CRASH_POINTS}

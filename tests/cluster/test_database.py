@@ -12,7 +12,7 @@ from shim.config import settings
 from shim.core.leases import Member
 from shim.errors import ConfigError, StoreError
 
-pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(400)]
 
 LIMIT_S = 30.0
 AGREED = {"cluster.lease_s": 1}

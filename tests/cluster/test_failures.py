@@ -15,7 +15,7 @@ import pytest
 from tests.support.postgres import PASSWORD, USER, Postgres
 from tests.support.replicas import SHARDS, gateway
 
-pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(400)]
 
 OUTAGE_S = 4.0
 

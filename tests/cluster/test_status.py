@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.test_health import Health
 from tests.support.replicas import ADMIN_TOKEN, SHARDS, gateway
 
-pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(400)]
 
 
 HELD_BY = "SELECT FROM leases JOIN members ON holder = process WHERE name = 'second' FOR UPDATE OF leases"

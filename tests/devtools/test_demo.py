@@ -85,7 +85,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 async def test_once_shows_every_step_and_ends_with_0(tmp_path: Path) -> None:
     demo = await Demo.start(tmp_path, "--once")
     code, out = await demo.end()
@@ -106,7 +106,7 @@ async def test_once_shows_every_step_and_ends_with_0(tmp_path: Path) -> None:
         assert re.search(f"✓  {step}", out), step
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 async def test_it_stays_until_ctrl_c_and_its_commands_work(tmp_path: Path) -> None:
     demo = await Demo.start(tmp_path)
     push = await demo.line("/control/commands")
@@ -161,7 +161,7 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.mark.needs("postgresql")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 async def test_gateway_once_kills_the_owner_and_what_waited_arrives_once(open_folder: Path) -> None:
     demo = await Demo.start(open_folder, "--gateway", "--once")
     code, out = await demo.end()
@@ -184,7 +184,7 @@ async def test_gateway_once_kills_the_owner_and_what_waited_arrives_once(open_fo
 
 
 @pytest.mark.needs("postgresql")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 async def test_gateway_ends_all_it_started_on_ctrl_c(open_folder: Path) -> None:
     demo = await Demo.start(open_folder, "--gateway")
     await demo.line("shards shared out")
@@ -197,7 +197,7 @@ async def test_gateway_ends_all_it_started_on_ctrl_c(open_folder: Path) -> None:
 
 
 @pytest.mark.needs("postgresql")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 async def test_gateway_whose_database_dies_is_a_failure_with_its_last_words(open_folder: Path) -> None:
     demo = await Demo.start(open_folder, "--gateway", "--once")
     await demo.line("replica north serves")

@@ -31,7 +31,7 @@ BASE = "/api/v1/clusters/agent"
 ADMIN_TOKEN = "the-admin-token-of-this-test"
 
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest_asyncio.fixture

@@ -16,7 +16,7 @@ from tests.support.sockets import tcp_server
 pytest.importorskip("opentelemetry.sdk", reason="needs agent-shim[otel]")
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 
 

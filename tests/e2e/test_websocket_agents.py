@@ -57,7 +57,7 @@ async def until_status(shim: Shim, found: Callable[[dict[str, Any]], bool]) -> d
 # --- with the vendor's kind of clients and the development controller ---------------------------------------------
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("mode", ["websocket", "http", "auto"])
 @pytest.mark.parametrize("prepare", CLIENTS)
 async def test_a_real_client_works_through_the_shim(prepare: Prepare, mode: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import yaml
 from tests.kubernetes.conftest import RELEASE, Cluster
 from tests.support.manifests import Refused, container, env_of, pod_of, run, vendor_text
 
-pytestmark = [pytest.mark.needs("helm4", "kubectl"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("helm4", "kubectl"), pytest.mark.timeout(400)]
 
 
 def bare_pod(**agent: Any) -> dict[str, Any]:

@@ -409,7 +409,7 @@ class Bystanders:
         self.took_s.append(loop.time() - began_s)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("flood", FLOODS)
 async def test_a_flood_fits_into_the_charts_memory_and_others_are_served(
     tmp_path: Path, flood: Callable[[Flood], Awaitable[None]]

@@ -107,7 +107,7 @@ def test_the_table_of_bounds_says_what_the_code_does(bound: int, said: str) -> N
     assert said in PAGE.partition("## Bounds")[2].partition("\n## ")[0]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 async def test_an_attacker_gets_what_the_threat_model_says() -> None:
     findings, breaches = await attack.attack()
     assert breaches == []

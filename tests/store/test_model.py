@@ -185,7 +185,7 @@ def on_postgres(postgres: Any) -> None:
 
 
 @pytest.mark.needs("postgresql")
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 @pytest.mark.usefixtures("on_postgres")
 class TestPostgresComparison(PostgresComparison.TestCase):  # type: ignore[misc, valid-type]
     settings = search(max_examples=4, stateful_step_count=25, deadline=None)

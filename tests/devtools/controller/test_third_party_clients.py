@@ -71,7 +71,7 @@ async def _running(*command: str) -> AsyncIterator[list[dict[str, str]]]:
         told += map(json.loads, stdout.decode().splitlines())
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "prepare",
     [

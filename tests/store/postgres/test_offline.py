@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.replicas import SHARDS, gateway
 
-pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(400)]
 
 
 async def divide(url: str, count: int) -> tuple[int, str]:
