@@ -41,6 +41,7 @@ from shim.process import (
     loop_factory,
     occupy_standard_streams,
     raise_fd_limit,
+    report_loop_error,
     security_warnings,
     trim_heap,
     tune_gc,
@@ -179,6 +180,7 @@ class App:
         code = EXIT_OK
         try:
             async with asyncio.TaskGroup() as self._tasks:
+                asyncio.get_running_loop().set_exception_handler(report_loop_error)
                 self._handle_signals(asyncio.get_running_loop())
                 try:
                     await self._start_unless_stopped()

@@ -9,10 +9,14 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from shim.config.settings import Settings
+from shim.log import get
 from shim.metrics import Metrics
 from shim.ports import Clock
+
+log = get(__name__)
 
 _PR_SET_DUMPABLE = 4
 _OTHER_FILES = 256  # the store, the admin port, listeners, the event loop
@@ -90,6 +94,19 @@ def trim_heap() -> None:
 
 
 SAMPLE_S = 0.1
+
+
+def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log an error that no task handles, as the loop does by default, except one of uvloop's that means nothing.
+
+    If a TLS connection is lost while its data are being decrypted, uvloop tries to answer on the closed socket, and
+    reports that as a fatal error. The connection is gone, and its protocol has been told.
+    """
+    error = context.get("exception")
+    if isinstance(error, RuntimeError) and "the handler is closed" in str(error) and "protocol" in context:
+        log.debug("tls_connection_gone")
+        return
+    loop.default_exception_handler(context)
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -69,7 +69,7 @@ async def answered(agent: Agent, controller: Controller, *commands: str) -> None
         await agent.result(command_id)
 
 
-FAST = {"poll": {"hold": "off"}, "upstream": {"heartbeat_interval_s": 0.1}}
+FAST = {"poll": {"hold": "off"}, "upstream": {"heartbeat_interval_s": 2.0}}
 
 
 def sentence(page: Page) -> Any:

@@ -17,7 +17,7 @@ from tests.chaos.harness.supervisors import DOUBTFUL, SOUND
 from tests.chaos.harness.waiting import last
 from tests.support.processes import TOKEN, Controller, Shim, free_port, world
 
-CONFIG = {"upstream": {"heartbeat_interval_s": 0.2, "send_command_ack": True}, "poll": {"hold": "off"}}
+CONFIG = {"upstream": {"heartbeat_interval_s": 2.0, "send_command_ack": True}, "poll": {"hold": "off"}}
 PROFILE = AgentProfile(
     heartbeat_interval_s=0.1, poll_interval_s=0.1, retry_initial_s=0.1, retry_max_s=0.1, result_attempts=99
 )

@@ -36,7 +36,7 @@ from tests.chaos.harness.waiting import last
 from tests.support import disks
 from tests.support.processes import TOKEN, Controller, Shim, free_port, world
 
-FAST: dict[str, Any] = {"upstream": {"heartbeat_interval_s": 0.2}, "poll": {"hold": "off"}}
+FAST: dict[str, Any] = {"upstream": {"heartbeat_interval_s": 2.0}, "poll": {"hold": "off"}}
 NAME = "agent-shim.db"
 DEADLINE_S = 30.0
 VERSION_EXIT, FAULT_EXIT = 78, 70

@@ -26,7 +26,8 @@ from tests.support.processes import TOKEN, Shim, world
 from tests.support.sockets import read_head, tcp_server
 
 WAIT_S = 60.0
-FAST = {"upstream": {"heartbeat_interval_s": 0.1}, "poll": {"hold": "off"}}
+# A controller that leaves a heartbeat without its acknowledgement for two intervals is taken for stalled.
+FAST = {"upstream": {"heartbeat_interval_s": 2.0}, "poll": {"hold": "off"}}
 BASE = "/api/v1/clusters/agent"
 ADMIN_TOKEN = "the-admin-token-of-this-test"
 

@@ -10,7 +10,7 @@ import aiohttp
 from tests.support.processes import TOKEN, world
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
-FAST = {"upstream": {"heartbeat_interval_s": 0.1}, "poll": {"hold": "off"}}
+FAST = {"upstream": {"heartbeat_interval_s": 2.0}, "poll": {"hold": "off"}}
 REGISTER = b'{"agent_id":"agent-1","name":"caf\xe9","hostname":"h\xf4te"}'
 
 

@@ -14,7 +14,7 @@ from devtools.agents import AgentProfile, Callbacks, CallOutcome, Command, Event
 from shim.clock import Clock
 from tests.support.processes import TOKEN, Controller, Shim, world
 
-FAST = {"upstream": {"heartbeat_interval_s": 0.2}, "poll": {"hold": "off"}}
+FAST = {"upstream": {"heartbeat_interval_s": 2.0}, "poll": {"hold": "off"}}
 
 
 class Life:
@@ -158,7 +158,7 @@ async def test_an_adopted_agent_that_the_controller_does_not_know_is_registered_
 
 
 async def test_agents_own_tokens_open_their_own_links_and_see_only_their_own(tmp_path: Path) -> None:
-    config = {**FAST, "upstream": {"heartbeat_interval_s": 0.2, "token": ""}}
+    config = {**FAST, "upstream": {"heartbeat_interval_s": 2.0, "token": ""}}
     async with world(tmp_path, config, "--token", "tok-of-another") as (shim, controller):
         await shim.start()
         async with (

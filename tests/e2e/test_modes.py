@@ -21,7 +21,7 @@ from tests.support.processes import TOKEN, Controller, Shim, world
 from tests.support.proxies import PickyProxy
 from tests.support.sockets import answer, read_head, tcp_server
 
-FAST = {"upstream": {"heartbeat_interval_s": 0.1}}
+FAST = {"upstream": {"heartbeat_interval_s": 2.0}}
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 
 

@@ -53,7 +53,7 @@ def with_token(folder: Path) -> dict[str, Any]:
     return {
         "admin": {"port": 0, "token_file": str(folder / "admin-token")},
         "poll": {"hold": "off"},
-        "upstream": {"heartbeat_interval_s": 0.1},
+        "upstream": {"heartbeat_interval_s": 2.0},
     }
 
 

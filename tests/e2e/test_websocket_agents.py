@@ -25,7 +25,7 @@ from tests.support.processes import TOKEN, Shim, world
 
 PATH = "/api/v1/clusters/agent/ws"
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
-FAST = {"upstream": {"heartbeat_interval_s": 0.1}, "poll": {"hold": "off"}}
+FAST = {"upstream": {"heartbeat_interval_s": 2.0}, "poll": {"hold": "off"}}
 DEADLINE_S = 40.0
 Prepare = Callable[[Path], Awaitable[list[str]]]
 CLIENTS = [

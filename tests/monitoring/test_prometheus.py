@@ -56,7 +56,7 @@ async def answer_commands(controller: Controller) -> None:
 @pytest.mark.needs("prometheus")
 @pytest.mark.timeout(400)
 async def test_alerts_fire_when_the_controller_is_cut_and_clear_when_it_is_back(tmp_path: Path) -> None:
-    config = {"upstream": {"heartbeat_interval_s": 0.2}, "poll": {"hold": 5}}
+    config = {"upstream": {"heartbeat_interval_s": 2.0}, "poll": {"hold": 5}}
     async with world(tmp_path, config) as (shim, controller):
         await shim.start()
         rules = {"rules.yaml": rendered("rules.yaml"), "alerts.yaml": rendered("alerts.yaml"), "test.yaml": SCRAPED}

@@ -237,7 +237,7 @@ async def from_another_pod() -> AsyncIterator[Finding]:
         yield Finding(actor, "drains through the admin port", await admin_changes(it))
     own = {
         "listen": {"port": 0},
-        "upstream": {"token": "", "heartbeat_interval_s": 0.2},
+        "upstream": {"token": "", "heartbeat_interval_s": 2.0},
         "sessions": {"max_per_owner": 9},
     }
     async with site(own) as it:
@@ -313,7 +313,7 @@ async def from_a_browser() -> AsyncIterator[Finding]:
 
 async def from_the_controller() -> AsyncIterator[Finding]:
     actor = "a hostile controller"
-    config = {"commands": {"max_queued": 3}, "upstream": {"heartbeat_interval_s": 0.2, "max_message_bytes": 200_000}}
+    config = {"commands": {"max_queued": 3}, "upstream": {"heartbeat_interval_s": 2.0, "max_message_bytes": 200_000}}
     async with site(config) as it, trap(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n") as thief:
         await it.controller.control(
             "POST", "/control/faults", {"kind": "gateway", "url": f"ws://localhost:{thief.port}/ws", "count": 1}

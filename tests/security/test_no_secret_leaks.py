@@ -212,7 +212,7 @@ async def test_a_configured_token(tmp_path: Path, http: aiohttp.ClientSession) -
                 "url": f"{controller.url}?key={QUERY}",
                 "token_file": str(tmp_path / "token"),
                 "proxy": f"http://someone:{PROXY}@{proxy}",
-                "heartbeat_interval_s": 0.1,
+                "heartbeat_interval_s": 2.0,
             },
             "admin": {"port": 0, "token_file": str(tmp_path / "admin-token")},
             "mode": "auto",
@@ -234,7 +234,7 @@ async def test_a_configured_token(tmp_path: Path, http: aiohttp.ClientSession) -
 async def test_tokens_of_agents(tmp_path: Path, http: aiohttp.ClientSession) -> None:
     written = Written()
     async with world(tmp_path, None, "--token", OWN) as (_, controller):
-        more = {"upstream": {"url": controller.url, "heartbeat_interval_s": 0.1, "auth": "query"}}
+        more = {"upstream": {"url": controller.url, "heartbeat_interval_s": 2.0, "auth": "query"}}
         async with watched(tmp_path, controller, more, written) as shim:
             cluster_id = await work(Caller(http, shim, OWN, written), shim, controller)
             refused = Caller(http, shim, REFUSED, written)

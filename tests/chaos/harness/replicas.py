@@ -258,13 +258,19 @@ class Replicas:
                     await keeper.serving.wait()
                 while not await self._all_owned():
                     await last(0.2)
-                running += [asyncio.create_task(part.run()) for part in self._parts]
+                agents = [asyncio.create_task(part.run()) for part in self._parts]
+                running += agents
                 for part in self._parts:
                     await part.connected.wait()
             pushing = asyncio.create_task(self._push_all())
             await self._trouble(duration_s)
             pushing.cancel()
             settled_s = await self._settle()
+            # Agents end first: a result that is posted while the replicas end would be stored, and never reported.
+            for agent in agents:
+                agent.cancel()
+            await asyncio.gather(*agents, return_exceptions=True)
+            await self._settle()
             for keeper in self._keepers.values():
                 ending.enter_context(keeper.down())
                 await keeper.stop()

@@ -35,7 +35,7 @@ async def served(folder: Path, token: str) -> AsyncIterator[tuple[Shim, Controll
     admin_token = folder / "admin-token"
     admin_token.write_text(ADMIN)
     config = {
-        "upstream": {"heartbeat_interval_s": 0.2, "token": token},
+        "upstream": {"heartbeat_interval_s": 2.0, "token": token},
         "admin": {"port": 0, "token_file": str(admin_token)},
     }
     async with world(folder, config, "--token", token) as (shim, controller):
