@@ -149,7 +149,7 @@ async def test_a_webhook_that_never_answers_holds_nothing_up() -> None:
         accepted.set()
         await asyncio.Event().wait()
 
-    async with asyncio.timeout(20), tcp_server(hold) as port, notifying(Notify(url=f"http://127.0.0.1:{port}"), *seen):
+    async with asyncio.timeout(60), tcp_server(hold) as port, notifying(Notify(url=f"http://127.0.0.1:{port}"), *seen):
         await accepted.wait()
 
 

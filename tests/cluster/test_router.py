@@ -136,7 +136,7 @@ async def test_auto_fails_over_and_back_behind_a_forwarding_replica(tmp_path: Pa
         gate.configure(
             mode="auto",
             fallback={"url": controller.url, "after_s": 0.2, "hold_down_s": 0.2},
-            upstream={"url": controller.url, "heartbeat_interval_s": 0.1},
+            upstream={"url": controller.url, "heartbeat_interval_s": 2.0},
         )
         a, b = await gate.add("a", "b")
         await gate.settled(a, b)

@@ -87,7 +87,7 @@ async def test_alerts_fire_when_the_controller_is_cut_and_clear_when_it_is_back(
 @pytest.mark.needs("prometheus")
 async def test_the_dashboard_of_all_clusters_over_several_shims(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    config = {"upstream": {"heartbeat_interval_s": 0.2}, "poll": {"hold": 5}, "rollout": {"percent": 10}}
+    config = {"upstream": {"heartbeat_interval_s": 2.0}, "poll": {"hold": 5}, "rollout": {"percent": 10}}
     async with (
         world(tmp_path, config) as (shim, controller),
         Shim(
