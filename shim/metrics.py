@@ -59,7 +59,9 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self._add_requests()
         self._add_agents()
+        self._add_other_transports()
         self._add_process()
         self._add_link()
         self._add_messages()
@@ -88,74 +90,79 @@ class Metrics:
 
     # --- the metrics --------------------------------------------------------------------------------------------------
 
-    def _add_agents(self) -> None:
+    def _add_requests(self) -> None:
         self.requests = self._counters(
             "requests",
-            "Legacy requests answered, by dialect, operation and HTTP status; empty labels where no route matched.",
+            "Replies to agents' requests by dialect, operation and HTTP status. Labels are empty if no route matched.",
             dialect=OPEN,
             operation=OPEN,
             status=OPEN,
         )
         self.request_seconds = self._histograms(
             "request_duration_seconds",
-            "Time from a legacy request's first byte to its reply's last byte, hold times of polls included.",
+            "Time from a request's first byte to its reply's last byte, including the time for which a poll was held.",
             REQUEST_BUCKETS_S,
             dialect=OPEN,
             operation=OPEN,
         )
         self.deprecated_calls = self._counters(
             "deprecated_calls",
-            "Calls of routes that the vendor removes, by dialect and route, however they were answered.",
+            "Requests to routes that the vendor removes, by dialect and route, whatever the reply was.",
             dialect=OPEN,
             route=OPEN,
         )
         self.bad_requests = self._counters(
             "bad_requests",
-            "Legacy requests refused before the bridge saw them, by the step that refused them.",
+            "Requests refused before they reached the bridge, by the step that refused them.",
             reason=BAD_REQUEST_REASONS,
         )
         self.replies_lost = self._counter(
-            "replies_lost", "Legacy replies that could not be written: the agent had hung up or did not read."
+            "replies_lost", "Replies that could not be written: the agent had closed the connection or did not read."
         )
-        self.connections = self._gauge("connections", "Open legacy connections.")
+        self.connections = self._gauge("connections", "Open TCP connections of agents.")
         self.hold_seconds = self._histograms(
             "poll_hold_seconds",
-            "How long polls were held, by who ended it: our reply, or the agent that left.",
+            "Time for which polls were held, by what ended it: the shim's reply, or the agent that left.",
             (0.1, 0.5, 1, 2, 5, 10, 15, 20, 30),
             ended=("replied", "left"),
         )
+
+    def _add_agents(self) -> None:
         self.sessions_adopted = self._counter(
-            "sessions_adopted", "Sessions made for agents that did not register here."
+            "sessions_adopted", "Sessions created for agents that did not register at this shim."
         )
         self.sessions_refused = self._counter(
-            "sessions_refused", "Agents that were refused because their token had too many already."
+            "sessions_refused", "Calls of new agents refused because their token already has as many agents as it may."
         )
         self.alias_conflicts = self._counter("alias_conflicts", "Agent ids that moved between two fresh sessions.")
         self.agent_heartbeats = self._counters(
             "agent_heartbeats",
-            "Agents' heartbeats by what the controller heard of them within one interval.",
+            "Agents' heartbeats: acknowledged by the controller within one interval, only written to it, or missed.",
             outcome=[each.value for each in HeartbeatOutcome],
         )
+
+    def _add_other_transports(self) -> None:
         self.fallback = self._counters(
             "fallback_calls",
-            "Calls that went to the vendor's HTTP API, by the class of its answer, or unreachable.",
+            "Calls sent to the vendor's HTTP API, by the class of the response, or unreachable.",
             outcome=OUTCOMES,
         )
         self.websocket_handshakes = self._counters(
             "websocket_agent_handshakes",
-            "WebSocket handshakes of agents that were passed on to the controller, by outcome.",
+            "WebSocket handshakes of agents passed on to the controller, by outcome.",
             outcome=("ok", "refused", "failed", "busy"),
         )
         self.websocket_connections = self._gauge(
-            "websocket_agent_connections", "Agents whose own WebSocket is carried to the controller now."
+            "websocket_agent_connections", "Agents whose own WebSocket connection is passed on to the controller now."
         )
         self.fallback_active = self._gauge(
-            "fallback_active", "1 while calls go by HTTP because of the mode or of a link that is down."
+            "fallback_active",
+            "1 while agents' calls use the vendor's HTTP API because of the mode or of a link that is down.",
         )
         self.rollout_percent = self._gauge("rollout_percent", "The configured rollout.percent.")
         self.rollout_changed = self._gauge(
             "rollout_changed_timestamp_seconds",
-            "Unix time since which mode and rollout have been as they are, at the earliest the start.",
+            "Unix time of the last change of mode or rollout, or of the start.",
         )
 
     def _add_process(self) -> None:
@@ -163,25 +170,29 @@ class Metrics:
             "internal_errors", "Defects of the shim that were caught at a boundary.", part=("frontend", "bridge")
         )
         self.log_lines_dropped = self._counter(
-            "log_lines_dropped", "Log lines that could not be written: nobody read fast enough, or writing failed."
+            "log_lines_dropped", "Log lines that could not be written: the reader was too slow, or writing failed."
         )
         self.loop_lag_seconds = self._histogram(
             "event_loop_lag_seconds",
-            "How late the event loop came to a timer, sampled ten times a second.",
+            "Delay of a timer on the event loop, sampled ten times a second.",
             (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5),
         )
         self.loop_lag_max_seconds = self._gauge(
-            "event_loop_lag_max_seconds", "The longest of those delays since the start."
+            "event_loop_lag_max_seconds", "Longest delay of the event loop since the start."
         )
         self.store_commit_seconds = self._histogram(
-            "store_commit_seconds", "Time of a commit of the store, its sync included.", LATENCY_BUCKETS_S
+            "store_commit_seconds", "Duration of a commit of the store, including its sync.", LATENCY_BUCKETS_S
         )
-        self.store_operations = self._counter("store_operations", "Operations that those commits carried out.")
-        self.store_failures = self._counter("store_failures", "Submissions that the store could not carry out.")
-        self.store_log_bytes = self._gauge("store_log_bytes", "Size of the database's write-ahead log.")
-        self.store_log_pinned = self._gauge("store_log_pinned", "1 while a reader keeps that log from being emptied.")
+        self.store_operations = self._counter("store_operations", "Operations carried out in commits of the store.")
+        self.store_failures = self._counter(
+            "store_failures", "Submissions to the store that failed. Nothing of them was applied."
+        )
+        self.store_log_bytes = self._gauge("store_log_bytes", "Size in bytes of the database's write-ahead log.")
+        self.store_log_pinned = self._gauge(
+            "store_log_pinned", "1 while another program keeps the write-ahead log from being emptied."
+        )
         self.store_moved_aside = self._counter(
-            "store_moved_aside", "Corrupt databases that were moved aside: what was only in them is lost."
+            "store_moved_aside", "Corrupt databases moved aside. Data that was only in them is lost."
         )
         self.store_quarantined = self._counter(
             "store_quarantined_rows", "Rows of the database that could not be decoded."
@@ -194,25 +205,30 @@ class Metrics:
     def _add_link(self) -> None:
         self.attempts = self._counters(
             "connection_attempts",
-            "Attempts to get a link online: ok, failed although the controller was there, or made while it was away.",
+            "Attempts to bring a link online: ok, failed with the controller reachable, or made while it was away.",
             outcome=[each.value for each in DialOutcome],
         )
         self.dials = self._counters(
             "upstream_dials", "Handshakes with the controller, by outcome.", outcome=("ok", *FAILURES)
         )
         self.retries = self._counters(
-            "upstream_retries", "Waits before another dial, by what made it necessary.", reason=(*FAILURES, *ENDINGS)
+            "upstream_retries",
+            "Waits before another dial, by the failure that made it necessary.",
+            reason=(*FAILURES, *ENDINGS),
         )
-        self.disconnects = self._counters("upstream_disconnects", "Connections that ended, by reason.", reason=ENDINGS)
+        self.disconnects = self._counters(
+            "upstream_disconnects", "Connections to the controller that ended, by reason.", reason=ENDINGS
+        )
         self.early_disconnects = self._counter(
-            "upstream_early_disconnects", "Those that ended before upstream.reconnect.stable_after_s."
+            "upstream_early_disconnects",
+            "Connections to the controller that ended before upstream.reconnect.stable_after_s.",
         )
         self.reconnect_seconds = self._histogram(
-            "upstream_reconnect_seconds", "Time from the loss of a link to it being online again.", RECONNECT_BUCKETS_S
+            "upstream_reconnect_seconds", "Time from the loss of a link until it is online again.", RECONNECT_BUCKETS_S
         )
         self.return_seconds = self._histogram(
             "upstream_reconnect_after_return_seconds",
-            "Upper bound of the time from the controller's return to a lost link being online again.",
+            "Upper bound of the time from the controller's return until a lost link is online again.",
             RECONNECT_BUCKETS_S,
         )
         self.gateway = self._counters(
@@ -222,62 +238,72 @@ class Metrics:
     def _add_messages(self) -> None:
         self.messages = self._counters(
             "upstream_messages",
-            "Upstream envelopes by direction and type (unknown types as other).",
+            "Messages to and from the controller by direction and type. Unknown types count as other.",
             direction=OPEN,
             type=(*sorted(KNOWN_TYPES), OTHER),
         )
         self.message_seconds = self._histograms(
             "message_latency_seconds",
-            "Time that messages spend in the shim while their way on is open: a poll is held, the link is up.",
+            "Time that messages spend in the shim while they can be passed on: a poll is held, or the link is up.",
             LATENCY_BUCKETS_S,
             direction=("down", "up"),
         )
         self.bad_frames = self._counters(
             "upstream_bad_frames",
-            "Data frames that were no envelope.",
+            "Data frames that contained no valid message, by the reason.",
             kind=("not_json", "not_object", "no_type", "bad_payload", "too_many_values", "too_big", "protocol_error"),
         )
         self.invalid_characters = self._counters(
             "invalid_characters",
-            "Bodies and messages with bytes that are no UTF-8: taken, each such byte as U+FFFD.",
+            "Bodies and messages with bytes that are not UTF-8. They are accepted, each such byte as U+FFFD.",
             source=("agent", "controller", "fallback"),
         )
         self.unknown_types = self._counter(
-            "upstream_unknown_types", "Messages of a type that the shim does not know; it goes on."
+            "upstream_unknown_types", "Messages of a type that the shim does not know. They are ignored."
         )
-        self.upstream_errors = self._counter("upstream_errors", "Error messages that answered no registration.")
+        self.upstream_errors = self._counter(
+            "upstream_errors", "Error messages of the controller that answer no registration."
+        )
         self.refused = self._counters(
-            "upstream_refused", "Requests that a legacy agent cannot serve, refused.", type=sorted(REFUSED_TYPES)
+            "upstream_refused",
+            "Requests of the controller refused because a legacy agent cannot serve them, by type.",
+            type=sorted(REFUSED_TYPES),
         )
-        self.leftovers = self._counter("upstream_leftovers", "Streaming messages that belong to nothing.")
+        self.leftovers = self._counter(
+            "upstream_leftovers", "Streaming messages of the controller that belong to no open stream."
+        )
         self.registrations = self._counters("registrations", "Registrations by outcome.", outcome=REGISTRATION_OUTCOMES)
         self.heartbeats_up = self._counters(
-            "upstream_heartbeats", "Heartbeats sent upstream and acknowledged.", event=("sent", "acked")
+            "upstream_heartbeats",
+            "Heartbeats sent to the controller, and those that it acknowledged.",
+            event=("sent", "acked"),
         )
         self.heartbeat_ack_seconds = self._histogram(
             "upstream_heartbeat_ack_seconds",
-            "Time from a heartbeat to its acknowledgement.",
+            "Time from a heartbeat to the controller until its acknowledgement.",
             (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
         )
-        self.status_dropped = self._counter("status_dropped", "Status reports that did not go upstream.")
+        self.status_dropped = self._counter(
+            "status_dropped", "Agents' status reports that were not sent to the controller."
+        )
 
     def _add_commands(self) -> None:
-        self.commands = self._counters("commands", "What happened to commands.", event=COMMAND_EVENTS)
+        self.commands = self._counters("commands", "Steps in the lives of commands, by event.", event=COMMAND_EVENTS)
         self.results = self._counters(
             "results",
-            "Results that agents posted: of a command that is known, a repeat, or of an unknown one.",
+            "Results posted by agents: of a known command, a repeat, or of an unknown command.",
             kind=("known", "repeat", "unknown"),
             success=("true", "false"),
         )
         self.offer_seconds = self._histograms(
             "command_offer_seconds",
-            "Time from a command's arrival to its first offer: the shim's own share while a poll is held.",
+            "Time from a command's arrival to its first offer to the agent.",
             LATENCY_BUCKETS_S,
             dialect=OPEN,
         )
         self.hand_over_seconds = self._histograms(
             "command_hand_over_seconds",
-            "Time from a command's arrival to its reply being handed to the agent's connection.",
+            "Time from a command's arrival until the reply with it was handed to the agent's connection.",
             LATENCY_BUCKETS_S,
             dialect=OPEN,
         )

@@ -96,6 +96,10 @@ def _commands(commands: CommandsStatus) -> Iterator[Metric]:
             "uncertain": commands.uncertain,
         },
     )
-    yield _gauge("queue_bytes", "JSON bytes of those commands.", commands.bytes)
-    yield _gauge("command_oldest_seconds", "Age of the oldest of those commands, 0 without any.", commands.oldest_s)
+    yield _gauge("queue_bytes", "JSON bytes of commands that agents are not known to have received.", commands.bytes)
+    yield _gauge(
+        "command_oldest_seconds",
+        "Age of the oldest command that its agent is not known to have received, 0 without any.",
+        commands.oldest_s,
+    )
     yield _gauge("results_pending", "Results that the controller is not known to have received.", commands.results)
