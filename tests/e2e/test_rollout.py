@@ -60,7 +60,7 @@ async def rollout(*args: str, path: str | None = None) -> tuple[int, str, str]:
 async def report(*args: str, path: str | None = None) -> tuple[int, dict[str, Any], dict[str, dict[str, Any]]]:
     """Exit code, the report and its clusters by name."""
     code, out, err = await rollout("report", "--json", *args, path=path)
-    assert err == ""
+    assert (code in (0, 1, 2), err) == (True, ""), (code, out, err)
     data = json.loads(out)
     assert data["exit_code"] == code
     return code, data, {each["name"]: each for each in data["clusters"]}

@@ -225,6 +225,11 @@ class Status(msgspec.Struct):
     commands: _Commands
 
 
+# msgspec builds what it knows of a type at its first use, and that is not safe in several threads at once: the process
+# ended by a segmentation fault. A decoder builds it here, at the import, in one thread.
+msgspec.json.Decoder(Status)
+
+
 def read_status(answer: object) -> Status:
     """Return the status in a shim's answer. Raises `StatusError` with the reason if it is none or an older one."""
     try:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from shim.cli.rollout.report import Report, as_json, text
 from shim.cli.rollout.verdict import judge
 from shim.management.objectives import OBJECTIVES
 
+ROOT = Path(__file__).parents[3]
 NOW = 1_800_000_000.0
 
 
@@ -88,6 +92,27 @@ def test_an_older_status_is_named_as_that(missing: str) -> None:
 def test_values_that_cannot_be(changes: dict[str, Any]) -> None:
     with pytest.raises(StatusError):
         read_status(json.loads(json.dumps(status(**changes))))
+
+
+THREADS = """
+import json, sys, threading
+sys.setswitchinterval(1e-6)
+from shim.cli.rollout.cluster import read_status
+answer, start = json.loads(sys.stdin.read()), threading.Barrier(8)
+def read():
+    start.wait()
+    read_status(answer)
+threads = [threading.Thread(target=read) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def test_the_first_statuses_may_be_read_at_the_same_time() -> None:
+    for _ in range(10):  # about half of them ended by a segmentation fault
+        command = [sys.executable, "-c", THREADS]
+        done = subprocess.run(command, input=json.dumps(status()), text=True, cwd=ROOT, timeout=60, check=False)
+        assert done.returncode == 0
 
 
 @pytest.mark.parametrize("answer", [None, [], "text", 3, {}, {"version": 3}, {"status": "ok"}])
