@@ -45,12 +45,12 @@ class Bridge:
         self.gateways = GatewayConnections(ctx, self.links.shared)
         self.outbox = Outbox(ctx, self.links.connection_for_key)
         self.queues = CommandQueues(ctx, self.outbox)
-        refusals = Rejections(ctx, self.outbox)
-        self.delivery = CommandDelivery(ctx, self.queues, self.outbox, refusals)
+        rejections = Rejections(ctx, self.outbox)
+        self.delivery = CommandDelivery(ctx, self.queues, self.outbox, rejections)
         self.heartbeats = HeartbeatForwarder(ctx, self.registrations, self.links)
         self.long_polls = LongPolls(ctx, self.links, self.session_registry, self.delivery, self.heartbeats)
         messages = UpstreamMessageHandler(
-            ctx, self.links, self.registrations, self.session_registry, self.delivery, refusals, self.long_polls
+            ctx, self.links, self.registrations, self.session_registry, self.delivery, rejections, self.long_polls
         )
         self.links.shared.receive = self.gateways.receive = messages.handle
         self.links.has_unsent_results = self.outbox.unsent_for

@@ -33,7 +33,7 @@ from msgspec.structs import replace
 from shim.bridge.command_queues import CommandQueues
 from shim.bridge.context import BridgeContext, Moment
 from shim.bridge.outbox import Outbox, OutboxRecord
-from shim.bridge.rejections import DRAINED, REFUSALS, Refusal, Rejections
+from shim.bridge.rejections import DRAINED, REASONS, Rejection, Rejections
 from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, QueuePolicy
 from shim.core.records import (
     VIA_HTTP,
@@ -142,11 +142,11 @@ class CommandDelivery:
         elif self._ctx.arriving.exhausted:
             self._refuse(arrival, "store_unavailable")
         elif record.expires_unix <= record.arrived_unix and not by_http:
-            self._look_up(arrival, "expired", REFUSALS["expired"])
+            self._look_up(arrival, "expired", REASONS["expired"])
         elif self.closed and not by_http:
             self._look_up(arrival, "queue_full", DRAINED)
         elif not queue.room_for(record.size_bytes, self._ctx.queue_policy):
-            self._look_up(arrival, "queue_full", REFUSALS["queue_full"])
+            self._look_up(arrival, "queue_full", REASONS["queue_full"])
         else:
             queue.reserve(record.size_bytes)
             self._ctx.arriving.add(record.size_bytes)
@@ -205,9 +205,9 @@ class CommandDelivery:
         arrival.settled(True)
 
     def _refuse(self, arrival: _Arrival, code: str, error: str = "") -> None:
-        record, error = arrival.record, error or REFUSALS[code]
-        refusal = Refusal(record.session, record.id, record.request_id, code, error, session=arrival.session)
-        self._rejections.refuse(refusal, report=record.via != VIA_HTTP)
+        record, error = arrival.record, error or REASONS[code]
+        rejection = Rejection(record.session, record.id, record.request_id, code, error, session=arrival.session)
+        self._rejections.reject(rejection, report=record.via != VIA_HTTP)
         arrival.settled(False)
 
     # --- polls --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ log = get(__name__)
 
 MAX_UNTRACED = 256
 LOGGED_PER_MINUTE = 100
-REFUSALS = {
+REASONS = {
     "expired": "it had expired before it arrived",
     "queue_full": "the queue for this cluster is full",
     "store_unavailable": "the queue cannot be written",
@@ -31,7 +31,7 @@ REFUSALS = {
 DRAINED = "the shim is being drained and takes no new commands"
 
 
-class Refusal(msgspec.Struct, frozen=True):
+class Rejection(msgspec.Struct, frozen=True):
     """One rejected command.
 
     `code` and `error` are sent to the controller; the trace is stored under `key`.
@@ -56,38 +56,38 @@ class Rejections:
     def __init__(self, ctx: BridgeContext, outbox: Outbox) -> None:
         self._ctx = ctx
         self._outbox = outbox
-        self._untraced: deque[tuple[Refusal, float]] = deque(maxlen=MAX_UNTRACED)
+        self._untraced: deque[tuple[Rejection, float]] = deque(maxlen=MAX_UNTRACED)
         self._tracing = False
         self._minute = -1
         self._logged = 0
 
-    def refuse(self, refusal: Refusal, *, report: bool = True) -> None:
+    def reject(self, rejection: Rejection, *, report: bool = True) -> None:
         """Count, log and trace a rejection and report it to the controller.
 
         With `report=False` nothing is reported: a command that came by HTTP has no way back.
         """
-        code, wall = refusal.code, self._ctx.clock.wall_s()
+        code, wall = rejection.code, self._ctx.clock.wall_s()
         self._ctx.metrics.commands.labels("expired" if code == "expired" else f"rejected_{code}").inc()
-        self._log(refusal)
+        self._log(rejection)
         if report:
             payload = self._outbox.failure_payload(
-                refusal.key, refusal.session, refusal.command_id, wall, code=code, error=refusal.error
+                rejection.key, rejection.session, rejection.command_id, wall, code=code, error=rejection.error
             )
-            self._outbox.send_unpersisted(refusal.key, refusal.request_id, payload)
-        self._untraced.append((refusal, wall))
+            self._outbox.send_unpersisted(rejection.key, rejection.request_id, payload)
+        self._untraced.append((rejection, wall))
         self._trace()
 
-    def _log(self, refusal: Refusal) -> None:
+    def _log(self, rejection: Rejection) -> None:
         minute = int(self._ctx.now // 60)
         if minute != self._minute:
             self._minute, self._logged = minute, 0
         self._logged += 1
         log.warning(
             "command_rejected",
-            dedupe_key=None if self._logged <= LOGGED_PER_MINUTE else refusal.code,
-            command=cut(refusal.command_id, MAX_LOGGED_CHARS),
-            session=refusal.key.ident,
-            code=refusal.code,
+            dedupe_key=None if self._logged <= LOGGED_PER_MINUTE else rejection.code,
+            command=cut(rejection.command_id, MAX_LOGGED_CHARS),
+            session=rejection.key.ident,
+            code=rejection.code,
         )
 
     def _trace(self) -> None:
@@ -106,5 +106,5 @@ class Rejections:
     def _traces(self) -> Iterator[AddTrace]:
         """Yield one operation for each run of rejections that share session, time and code."""
         for (key, wall, code), group in groupby(self._untraced, lambda each: (each[0].key, each[1], each[0].code)):
-            ids = tuple(cut(refusal.command_id, MAX_ID_BYTES) for refusal, _ in group)
+            ids = tuple(cut(rejection.command_id, MAX_ID_BYTES) for rejection, _ in group)
             yield self._ctx.step(key, ids, wall, "reported", code)

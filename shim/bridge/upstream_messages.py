@@ -12,7 +12,7 @@ from shim.bridge.link_pool import LinkPool
 from shim.bridge.links import UpstreamLink
 from shim.bridge.long_polls import LongPolls
 from shim.bridge.registration import PendingRegistration, Registrations
-from shim.bridge.rejections import Refusal, Rejections
+from shim.bridge.rejections import Rejection, Rejections
 from shim.bridge.session_registry import SessionRegistry
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.agent_calls import Failed
@@ -69,7 +69,7 @@ class UpstreamMessageHandler:
         registrations: Registrations,
         session_registry: SessionRegistry,
         delivery: CommandDelivery,
-        refusals: Rejections,
+        rejections: Rejections,
         long_polls: LongPolls,
     ) -> None:
         self._ctx = ctx
@@ -77,7 +77,7 @@ class UpstreamMessageHandler:
         self._registrations = registrations
         self._session_registry = session_registry
         self._delivery = delivery
-        self._refusals = refusals
+        self._rejections = rejections
         self._long_polls = long_polls
         self._unknown: set[str] = set()
         self._handlers: dict[str, Callable[[UpstreamConnection, Message, MessageSource, float], None]] = {
@@ -238,7 +238,7 @@ class UpstreamMessageHandler:
         return max(sessions, key=lambda s: (s.contact_at or 0.0, s.last_seen_unix), default="unknown_agent")
 
     def _reject(self, source: MessageSource, command_id: str, request_id: str, code: str, error: str) -> None:
-        self._refusals.refuse(Refusal(source.rejection_key, command_id, request_id, code, error))
+        self._rejections.reject(Rejection(source.rejection_key, command_id, request_id, code, error))
 
     def _refuse(self, connection: UpstreamConnection, message: Message) -> None:
         self._ctx.metrics.refused.labels(message.type).inc()
