@@ -100,7 +100,7 @@ def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
     """Log an error that no task handles, as the loop does by default, except one of uvloop's that means nothing.
 
     If a TLS connection is lost while its data are being decrypted, uvloop tries to answer on the closed socket, and
-    reports that as a fatal error. The connection is gone, and its protocol has been told.
+    reports that as a fatal error. The connection is gone, and its protocol was notified.
     """
     error = context.get("exception")
     if isinstance(error, RuntimeError) and "the handler is closed" in str(error) and "protocol" in context:
