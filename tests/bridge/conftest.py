@@ -10,7 +10,7 @@ import pytest
 
 from shim.ports import CommandStore
 from tests.support.virtual import VirtualLoop
-from tests.support.world import World, settings
+from tests.support.world import Agent, World, settings
 
 MakeWorld = Callable[..., Awaitable[World]]
 
@@ -43,3 +43,31 @@ async def make_world() -> AsyncIterator[MakeWorld]:
 async def world(make_world: MakeWorld) -> World:
     """A shim with a configured token, online, without agents."""
     return await make_world()
+
+
+async def living(world: World, **fields: str) -> Agent:
+    agent = world.agent(**fields)
+    await agent.register()
+    await agent.heartbeat()
+    await world.settle()
+    return agent
+
+
+async def given(world: World, *commands: str, **payload: Any) -> Agent:
+    """A living agent for which these commands wait."""
+    agent = await living(world)
+    for command_id in commands:
+        world.controller.push(command_id, **payload)
+    await world.settle()
+    return agent
+
+
+def codes(world: World, command_id: str) -> list[str]:
+    return [result.get("code", "") for result in world.controller.results(command_id)]
+
+
+async def offered(world: World) -> Agent:
+    agent = await given(world, "k1")
+    assert await agent.poll() == ["k1"]
+    assert await world.state("k1") == "offered"
+    return agent

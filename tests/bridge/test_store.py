@@ -17,16 +17,8 @@ from shim.core.records import Prune, SessionKey, StoreContents
 from shim.ports import CommandStore
 from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore
-from tests.bridge.conftest import MakeWorld
-from tests.support.world import Agent, World
-
-
-async def living(world: World, **fields: str) -> Agent:
-    agent = world.agent(**fields)
-    await agent.register()
-    await agent.heartbeat()
-    await world.settle()
-    return agent
+from tests.bridge.conftest import MakeWorld, living
+from tests.support.world import World
 
 
 def sqlite(path: Path) -> Callable[[], CommandStore]:
