@@ -5,7 +5,9 @@ docs/reference/metrics.md defines each metric. Every label has a bounded set of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import product
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 
@@ -13,11 +15,15 @@ from shim.core.backoff import FAILURES, DialOutcome
 from shim.core.call_records import OUTCOMES
 from shim.core.heartbeat_coverage import HeartbeatOutcome
 from shim.core.liveness import LivenessState
-from shim.counting import OTHER, Counts, Spreads, Values
 from shim.protocol.controller_replies import REFUSED_TYPES
 from shim.protocol.upstream_message import KNOWN_TYPES
 
 OPEN = None  # label values that come from routes, dialects or HTTP
+OTHER = "other"
+MAX_CHILDREN = 1024
+
+Values = Collection[str] | None
+"""Values of a label, `None` if they are not known in advance. `MAX_CHILDREN` bounds their number then."""
 
 # Register may take 25 s, a held poll 20 s, everything else well under 10 ms.
 REQUEST_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30)
@@ -42,6 +48,46 @@ BAD_REQUEST_REASONS = (
     *("guard", "route", "auth", "in_flight", "body", "call", "answer"),
     *("connections", "head", "http", "memory"),
 )
+
+
+_Metric = TypeVar("_Metric", Counter, Histogram)
+
+
+class Labelled(Generic[_Metric]):
+    """A metric's children by label values. A value that the label does not have counts as `other`.
+
+    If all label values are known, all children exist from the start. Prometheus does not see the first increment of a
+    series that did not exist before. Keep the child of a frequent event: looking it up costs as much as counting.
+    """
+
+    def __init__(self, metric: _Metric, values_of: Mapping[str, Values]) -> None:
+        self.metric: _Metric = metric
+        self.values_of = values_of
+        self._children: dict[tuple[str, ...], _Metric] = {}
+        closed = [each for each in values_of.values() if each is not None]
+        if len(closed) == len(values_of):
+            for known in product(*closed):
+                self.labels(*known)
+
+    def labels(self, *values: str) -> _Metric:
+        """Return the child with these label values, which is created on first use."""
+        child = self._children.get(values)
+        if child is not None:
+            return child
+        if len(self._children) >= MAX_CHILDREN:
+            return self.metric.labels(*(OTHER,) * len(values))
+        allowed = self.values_of.values()
+        bounded = [v if known is None or v in known else OTHER for v, known in zip(values, allowed, strict=True)]
+        child = self._children[values] = self.metric.labels(*bounded)
+        return child
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metric with all children, as the registry collects it."""
+        return self.metric.collect()
+
+
+LabelledCounter = Labelled[Counter]
+LabelledHistogram = Labelled[Histogram]
 
 
 class Registry(CollectorRegistry):
@@ -72,10 +118,8 @@ class Metrics:
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"agent_shim_{name}", text, registry=self.registry)
 
-    def _counters(self, name: str, text: str, **labels: Values) -> Counts:
-        metric = Counts(f"agent_shim_{name}", text, labels)
-        self.registry.register(metric)
-        return metric
+    def _counters(self, name: str, text: str, **labels: Values) -> LabelledCounter:
+        return Labelled(Counter(f"agent_shim_{name}", text, list(labels), registry=self.registry), labels)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"agent_shim_{name}", text, registry=self.registry)
@@ -83,10 +127,9 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"agent_shim_{name}", text, buckets=buckets, registry=self.registry)
 
-    def _histograms(self, name: str, text: str, buckets: tuple[float, ...], **labels: Values) -> Spreads:
-        metric = Spreads(f"agent_shim_{name}", text, labels, buckets)
-        self.registry.register(metric)
-        return metric
+    def _histograms(self, name: str, text: str, buckets: tuple[float, ...], **labels: Values) -> LabelledHistogram:
+        metric = Histogram(f"agent_shim_{name}", text, list(labels), buckets=buckets, registry=self.registry)
+        return Labelled(metric, labels)
 
     # --- the metrics --------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,12 @@ import aiohttp
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from multidict import istr
+from prometheus_client import Counter, Histogram
 
 from shim.agent_api.connection import AgentConnection, RequestContext, ServerContext
 from shim.agent_api.forwarding import chunk, head
 from shim.agent_api.refused_calls import route_of
 from shim.agent_api.responses import SENT_CLOSE, SENT_KEEP
-from shim.counting import Count, Spread
 from shim.metrics import Metrics
 from shim.ports import ProxyResponse
 from shim.protocol.dialects import Match, Reply
@@ -31,7 +31,7 @@ class RequestMetrics:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._counted: dict[tuple[str, str, int], tuple[Count, Spread, Count | None]] = {}
+        self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram, Counter | None]] = {}
 
     def count(self, match: Match | None, status: int, took_s: float) -> None:
         """Count one answered request; `match` is None if no route matched."""
@@ -48,10 +48,10 @@ class RequestMetrics:
                 deprecated,
             )
         answered, took, deprecated = children
-        answered.value += 1
+        answered.inc()
         took.observe(took_s)
         if deprecated is not None:
-            deprecated.value += 1
+            deprecated.inc()
 
 
 class ResponseWriter:

@@ -49,9 +49,9 @@ from shim.core.records import (
     SessionKey,
 )
 from shim.core.sessions import Session
-from shim.counting import Spreads
 from shim.errors import StoreError
 from shim.log import get
+from shim.metrics import LabelledHistogram
 from shim.ports import Timer
 from shim.protocol.command_message import ParsedCommand
 from shim.protocol.rfc3339 import rfc3339
@@ -324,7 +324,7 @@ class CommandDelivery:
                 recorded=recorded,
             )
 
-    def _observe_age(self, batch: Batch, seconds: Spreads, now: float) -> None:
+    def _observe_age(self, batch: Batch, seconds: LabelledHistogram, now: float) -> None:
         """Observe the age of the commands that are offered for the first time."""
         session = self._ctx.sessions.get(batch.key)
         if session is None:

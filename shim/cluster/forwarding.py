@@ -143,7 +143,7 @@ class ReplicaForwarder:
 
         heartbeat = _Heartbeat(done, again, self._clock.monotonic_s() + ANSWER_S)
         self._heartbeats.append(heartbeat)
-        self._answered.value += 1
+        self._answered.inc()
         connection.send(request, heartbeat.answer)
         return heartbeat
 
@@ -222,7 +222,7 @@ class ReplicaForwarder:
                     raise
         except TimeoutError:
             raise ReplicaLost(sent=True) from None
-        self._answered.value += 1
+        self._answered.inc()
         return reply
 
     async def _exchange(self, connection: ReplicaConnection, request: ProxyRequest, arrived_s: float) -> ProxyResponse:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge
 
-from shim.counting import Counts
-from shim.metrics import Metrics
+from shim.metrics import Labelled, Metrics
 
 OUTCOMES = ("answered", "no_owner", "lost")
 REASONS = ("given", "expired", "taken", "failed")
@@ -19,13 +18,14 @@ class ClusterMetrics:
         self.shards = Gauge("agent_shim_shards", "Shards that this replica owns.", registry=registry)
         self.replicas = Gauge("agent_shim_replicas", "Replicas that live, as this one sees it.", registry=registry)
         self.taken = Counter("agent_shim_shards_taken", "Shards that this replica took over.", registry=registry)
-        self.released = Counts(
-            "agent_shim_shards_released", "Shards that this replica gave up, by reason.", {"reason": REASONS}
+        released = Counter(
+            "agent_shim_shards_released", "Shards that this replica gave up, by reason.", ["reason"], registry=registry
         )
-        self.forwarded = Counts(
+        self.released = Labelled(released, {"reason": REASONS})
+        forwarded = Counter(
             "agent_shim_forwarded_requests",
             "Agents' requests sent on to the replica that owns their shard, by what became of them.",
-            {"outcome": OUTCOMES},
+            ["outcome"],
+            registry=registry,
         )
-        registry.register(self.released)
-        registry.register(self.forwarded)
+        self.forwarded = Labelled(forwarded, {"outcome": OUTCOMES})

@@ -12,11 +12,10 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from shim.admin.gauges import StatusCollector
 from shim.cluster.metrics import ClusterMetrics
-from shim.counting import Family
 from shim.management.status_builder import ProcessInfo, StatusBuilder
 from shim.management.subject import Subject
 from shim.management.time_series import Sampler
-from shim.metrics import COMMAND_EVENTS, Metrics, Registry
+from shim.metrics import COMMAND_EVENTS, Labelled, Metrics, Registry
 from tests.support.virtual import run_virtual
 from tests.support.world import World
 
@@ -57,8 +56,8 @@ def own() -> Iterator[tuple[str, Described]]:
 def described(holder: Metrics | ClusterMetrics) -> Iterator[tuple[str, Described]]:
     """The metrics that are attributes of an object."""
     for held in vars(holder).values():
-        if isinstance(held, Family):
-            name, kind, values_of = held.name, held.kind, held.values_of
+        if isinstance(held, Labelled):
+            name, kind, values_of = held.metric._name, held.metric._type, held.values_of
         elif isinstance(held, Counter | Gauge | Histogram):
             name, kind, values_of = held._name, held._type, {}
         else:
@@ -134,7 +133,7 @@ def test_label_values_in_the_code_are_declared() -> None:
         tree = ast.parse(path.read_text())
         for call, of in literals("labels", tree):
             held = getattr(metrics, of.rpartition("metrics.")[2], None) if "metrics." in of else None
-            if not isinstance(held, Family):
+            if not isinstance(held, Labelled):
                 continue
             assert len(call.args) == len(held.values_of), (path, call.lineno)
             for argument, (label, allowed) in zip(call.args, held.values_of.items(), strict=True):
