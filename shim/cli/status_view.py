@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import floor
 from typing import Any, NamedTuple
 
 from shim.core.text import format_duration, plural, printable, shorten
@@ -14,6 +15,13 @@ TROUBLES = {
     "unknown": "unknown to the controller",
     "heartbeats_refused": "refused by the controller",
 }
+OBJECTIVES = {
+    "connection_success": ("connections", ""),
+    "reconnection": ("reconnects", " within 10 s"),
+    "heartbeat_success": ("heartbeats", ""),
+    "message_latency": ("messages", " within 100 ms"),
+}
+WINDOWS_S = {"1h": 3_600.0, "24h": 86_400.0}
 WHY_HTTP = {"mode": "mode http", "rollout": "outside", "link_down": "link down"}
 
 
@@ -70,6 +78,8 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("results", f"{commands['results']} to report"),
         *_calls(status),
         ("latency", timing if latency["commands"] else "no command handed over yet"),
+        *_objectives(status),
+        *_rollout(status),
         ("removal", _removal(status["migration"])),
     ]
     if "replicas" in status:
@@ -77,6 +87,42 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     if status["drain"]["state"] != "off":
         lines.append(("drain", drain_line(status["drain"])))
     return lines
+
+
+def _objectives(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return one line for each window of the objectives: one until an hour has passed, none for an older shim."""
+    objectives = status.get("objectives", [])
+    lines: list[tuple[str, str]] = []
+    for window, window_s in WINDOWS_S.items():
+        found = [_measured(each, window) for each in objectives]
+        observed_s = min((each["windows"][window]["observed_s"] for each in objectives), default=0.0)
+        if found:
+            text = f"last {format_duration(min(observed_s, window_s))}: {', '.join(found)}"
+            lines.append(("" if lines else "objectives", text))
+        if observed_s < window_s:
+            break  # a longer window has seen the same
+    return lines
+
+
+def _measured(objective: dict[str, Any], window: str) -> str:
+    """Return an objective in one window; a share is rounded down, so that what is missed by little is not 100 %."""
+    found = objective["windows"][window]
+    name, limit = OBJECTIVES.get(objective["name"], (objective["name"], ""))
+    if found["measured"] is None:
+        return f"no {name}"
+    missed = f" (missed, more than {objective['target'] * 100:g} % wanted)" if found["state"] == "missed" else ""
+    return f"{name} {floor(found['measured'] * 10_000) / 100:g} %{limit}{missed}"
+
+
+def _rollout(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the line about the rollout, none if it has all agents."""
+    rollout = status.get("rollout")
+    if rollout is None or (rollout["percent"] >= 100 and not rollout["exclude"]):
+        return []
+    agents, lists = rollout["agents"], " and lists" if status["rollout_lists"] else ""
+    place = "" if rollout["hash"] is None else f", hash {rollout['hash']:.1f}"
+    inside = f"{agents['inside']} of {plural(agents['total'], 'agent')} inside{place}"
+    return [("rollout", f"{rollout['percent']:g} %{lists}: {inside}")]
 
 
 def replicas_line(replicas: dict[str, Any]) -> str:

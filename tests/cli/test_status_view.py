@@ -1,0 +1,82 @@
+"""Text of `agent-shim status`, of a shim in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from shim.cli.status_view import plain, view
+from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.subject import Subject
+from shim.management.time_series import Sampler
+from tests.support.virtual import run_virtual
+from tests.support.world import World, settings
+
+
+def status_after(life: Callable[[World], Awaitable[Any]], **sections: Any) -> dict[str, Any]:
+    """The status of a shim after this life of its agents."""
+
+    async def run() -> dict[str, Any]:
+        world = World(settings(**sections)).start()
+        subject = Subject.of(world.bridge)
+        facts = ProcessInfo("1.2.3", world.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
+        builder = StatusBuilder(subject, Sampler(subject), [], facts)
+        builder.start()
+        await world.settle()
+        await life(world)
+        status: dict[str, Any] = msgspec.to_builtins(builder.take([]))
+        builder.stop()
+        await world.stop()
+        return status
+
+    return run_virtual(run())
+
+
+async def two_minutes(world: World) -> None:
+    agent = world.agent()
+    await agent.register()
+    await agent.live(120)
+
+
+async def over_an_hour_with_missed_heartbeats(world: World) -> None:
+    agent = world.agent()
+    await agent.register()
+    await agent.live(60)
+    world.controller.manners.acks = False
+    await agent.live(600)
+    world.controller.manners.acks = True
+    await agent.live(3_900)
+
+
+def test_the_objectives_are_one_line_in_the_first_hour() -> None:
+    found = dict(view(status_after(two_minutes)).lines)
+    assert found["objectives"] == "last 2 min: connections 100 %, no reconnects, heartbeats 100 %, no messages"
+    assert "" not in found
+
+
+def test_later_they_are_two_lines_and_say_what_was_missed() -> None:
+    shown = view(status_after(over_an_hour_with_missed_heartbeats)).lines
+    hour, day = [text for name, text in shown if name in ("objectives", "")]
+    assert hour.startswith("last 1 h: no connections, ")
+    assert "heartbeats 100 %, no messages" in hour
+    assert day.startswith("last 1 h 16 min: connections ")
+    assert " % (missed, more than 99.9 % wanted), no messages" in day
+
+
+def test_a_rollout_is_a_line() -> None:
+    status = status_after(two_minutes, rollout={"percent": 10, "include": ["prod"]})
+    assert dict(view(status).lines)["rollout"].startswith("10 % and lists: 1 of 1 agent inside, hash ")
+    assert "rollout     10 %" in plain(view(status))
+
+
+def test_without_a_rollout_there_is_no_line() -> None:
+    assert "rollout" not in dict(view(status_after(two_minutes)).lines)
+
+
+def test_a_status_of_an_older_shim_is_shown() -> None:
+    status = status_after(two_minutes)
+    for name in ("objectives", "rollout"):
+        del status[name]
+    assert {"objectives", "rollout"}.isdisjoint(dict(view(status).lines))
