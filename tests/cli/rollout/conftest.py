@@ -21,24 +21,25 @@ def measured(good: int = 1000, samples: int = 1000, **others: tuple[int, int]) -
     return {each.name: Measured(each.target, *others.get(each.name, (good, samples))) for each in OBJECTIVES}
 
 
+def well(name: str = "prod", **given: Any) -> Cluster:
+    """A cluster that has been in for more than a day and is well, but for what is given."""
+    fields: dict[str, Any] = {
+        "name": name,
+        "shims": 1,
+        "versions": ["1.0"],
+        "modes": ["websocket"],
+        "percent": 10.0,
+        "since": NOW - DAY_S - 1,
+        "inside": 1,
+        "agents": 1,
+        "links": {"up": 1},
+        "objectives": {"1h": measured(), "24h": measured()},
+        "keep_reasons": ["1 agent called"],
+    }
+    return Cluster(**(fields | given))
+
+
 @pytest.fixture
 def make_cluster() -> MakeCluster:
-    """Return a maker of clusters that are in for more than a day and well, but for what is given."""
-
-    def make(name: str = "prod", **given: Any) -> Cluster:
-        fields: dict[str, Any] = {
-            "name": name,
-            "shims": 1,
-            "versions": ["1.0"],
-            "modes": ["websocket"],
-            "percent": 10.0,
-            "since": NOW - DAY_S - 1,
-            "inside": 1,
-            "agents": 1,
-            "links": {"up": 1},
-            "objectives": {"1h": measured(), "24h": measured()},
-            "keep_reasons": ["1 agent called"],
-        }
-        return Cluster(**(fields | given))
-
-    return make
+    """Return the maker of clusters that are well but for what is given."""
+    return well
