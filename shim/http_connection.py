@@ -145,7 +145,7 @@ class HttpConnection(RequestHandler):
         self._unread_bytes = 0  # bytes of a body that no handler has begun to read
         self._charged_bytes = 0
         self._pipelined = False
-        self._pending: Any = None  # the answer that `_begin_request` has requested from another replica
+        self._pending: Any = None  # a request that another replica answers
         self._raw = b""  # the bytes of the request that `_begin_request` gets, empty if they arrived in pieces
 
     # --- for subclasses ---
@@ -351,11 +351,15 @@ class HttpConnection(RequestHandler):
             self._open = self._pending is not None
             self._unread_bytes = 0
         else:
-            self._request_count += 1
-            self._messages.append((message, body))
-            if self._waiter is not None and not self._waiter.done():
-                self._waiter.set_result(None)
+            self._pass_to_task(message, body)
         return rest
+
+    def _pass_to_task(self, message: RawRequestMessage, body: StreamReader) -> None:
+        """Have aiohttp's handler task finish a request."""
+        self._request_count += 1
+        self._messages.append((message, body))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:

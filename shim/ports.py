@@ -259,10 +259,11 @@ class DeliveryEvidence(Protocol):
     def next_request(self, connection: int) -> None:
         """Record another request on a connection, sent after a reply with commands was written on it."""
 
-    def connection_closed(self, connection: int, clean: bool) -> None:
+    def connection_closed(self, connection: int, clean: bool | None) -> None:
         """Record the end of a connection on which a reply with commands was written.
 
-        `clean` is true if it was closed by FIN, and the peer's kernel had acknowledged everything that was written.
+        `clean` is true if it was closed by FIN, and the peer's kernel had acknowledged everything that was written. It
+        is `None` if nothing is known, because the replica that served the connection is gone.
         """
 
 
@@ -297,23 +298,16 @@ class ProxyResponse:
     complete: bool = False
 
 
-class Pending(Protocol):
-    """A request that another replica is answering."""
-
-    def forget(self) -> None:
-        """Cancel the request: its reply is not needed."""
-
-
 class Forwarder(Protocol):
     """Client that sends agents' requests to the replica that owns the caller's shard."""
 
     def elsewhere(self, token: str) -> bool:
         """Return True if calls with this token cannot be served by this replica now."""
 
-    def forward_now(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
-        """Forward a whole request if that is possible without waiting, else return `None`.
+    def forward_now(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> bool:
+        """Forward a whole request if that is possible without waiting, else return False.
 
-        `done` is called with the bytes of the whole reply, or with `None` if there is none.
+        `done` is called later with the bytes of the whole reply, or with `None` if `forward` must try it.
         """
 
     async def forward(self, request: ProxyRequest, operation: str) -> ProxyResponse | None:
@@ -323,9 +317,6 @@ class Forwarder(Protocol):
 
         `operation` is the route's, empty if none matched. Cancelled if the agent hangs up. Raises `AgentError`.
         """
-
-    def without_owner(self, call: AgentCall) -> Outcome:
-        """Return the outcome of a call while the agent's shard has no owner."""
 
 
 class FallbackScope(Enum):

@@ -32,7 +32,6 @@ from shim.ports import (
     Fallback,
     FallbackScope,
     Forwarder,
-    Pending,
 )
 from shim.protocol.dialects import Call, Match, Reply
 
@@ -94,8 +93,11 @@ logger = logging.getLogger(__name__)
 class Handler(Protocol):
     """The handler of a connection's requests. `RequestHandler` cannot be named here, because it imports this module."""
 
-    def begin(self, request: RequestContext, /) -> Reply | Pending | Coroutine[Any, Any, Any]:
+    def begin(self, request: RequestContext, /) -> Reply | Coroutine[Any, Any, Any] | None:
         """Carry a request as far as that is possible without waiting."""
+
+    def forward_or_serve(self, request: RequestContext, /) -> Coroutine[Any, Any, Any]:
+        """Forward a request to the replica that owns the agent's shard, or serve it here if there is none."""
 
     def response(self, request: RequestContext, reply: Reply, /) -> bytes:
         """Return the whole response to a request that was answered without waiting."""
@@ -204,8 +206,7 @@ class AgentConnection(HttpConnection):
         if self._refused:
             return
         super().connection_lost(exc)
-        if self._pending is not None:
-            self._pending.forget()
+        self._pending = None
         if self._context is not None:
             self._handler.abandon(self._context)
         if self._had_commands:
@@ -266,13 +267,12 @@ class AgentConnection(HttpConnection):
             self._next_keepalive_close_time = self._received_s + self._keepalive_timeout
             wire.write(response)
             return True
-        if isinstance(answer, (Reply, Coroutine)):
-            context.answer = answer
-            self._context = context
-            return False
-        self._http.message_consumed()
-        self._pending = answer
-        return True
+        if answer is None:
+            self._pending = context
+            return True
+        context.answer = answer
+        self._context = context
+        return False
 
     def take_request(self, request: web.BaseRequest) -> RequestContext:
         """Return the request that its handler task finishes. The task calls this once."""
@@ -303,13 +303,24 @@ class AgentConnection(HttpConnection):
         """The bytes of the request that has just begun, empty if they arrived in pieces."""
         return self._raw
 
-    def answer_late(self, response: bytes) -> None:
-        """Write the response of another replica to a request that `_begin_request` has left pending."""
-        self._pending = None
-        if self._wire is not None and not self._wire.is_closing():
+    def answer_late(self, response: bytes | None) -> None:
+        """Write the response of another replica to a request that `_begin_request` has left pending.
+
+        Without a response, a handler task finishes the request. After the loss of the connection, nothing happens.
+        """
+        context, self._pending = self._pending, None
+        wire = self._wire
+        if context is None or wire is None or wire.is_closing():
+            return
+        if response is None:
+            context.answer = self._handler.forward_or_serve(context)
+            self._context = context
+            self._pass_to_task(context.message, context.payload)
+        else:
+            self._http.message_consumed()
             self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-            self._wire.write(response)
-        self._request_over()
+            wire.write(response)
+            self._request_over()
 
     def _refusal(self, status: int, error: str, more: str = "") -> bytes:
         """Return and record the response to a request that is rejected before its route is known."""

@@ -12,6 +12,7 @@ import math
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from functools import lru_cache
 from typing import Any, cast
 
 from aiohttp import hdrs
@@ -27,29 +28,24 @@ from shim.agent_api.response_writer import MISDIRECTED
 from shim.agent_api.server import AgentServer
 from shim.errors import AgentError
 from shim.metrics import Metrics
-from shim.ports import Caller, DeliveryEvidence, DeliveryReceipt, Pending, ProxyResponse
+from shim.ports import Caller, DeliveryReceipt, ProxyResponse
 from shim.protocol.dialects import Reply
-from shim.protocol.reply_notes import HEARTBEATS, METHOD, OPERATOR, Note, read, read_came
+from shim.protocol.reply_notes import (
+    ARRIVAL_HEADER,
+    CLOCK_HEADER,
+    HEARTBEATS,
+    METHOD,
+    OPERATOR,
+    RECEIPT_HEADER,
+    Note,
+    read_arrival,
+)
 
-LEASE_HEADER = "X-Shim-Lease"
-CLOCK_HEADER = "X-Shim-Clock"
 AFTERWARDS_S = 0.05
 MAX_CALLERS = 16_384
 # A heartbeat that cannot be answered synchronously. The forwarding replica then sends it again as a normal request.
 NOT_AT_ONCE = b"HTTP/1.1 425 "
 _NOT_AT_ONCE = NOT_AT_ONCE + b"Too Early\r\nContent-Length: 0\r\n\r\n"
-
-
-class ClusterEvidence(DeliveryEvidence):
-    """A `DeliveryEvidence` that can also mark a reply as uncertain."""
-
-    def mark_uncertain(self, receipt: DeliveryReceipt, connection: int) -> None:
-        """Treat the commands of a reply as uncertain: it is unknown if it was written."""
-        raise NotImplementedError
-
-    def connection_lost(self, connection: int) -> None:
-        """Treat every written reply of this connection that has no evidence yet as uncertain."""
-        raise NotImplementedError
 
 
 class PairedConnection(AgentConnection):
@@ -65,13 +61,12 @@ class PairedConnection(AgentConnection):
         self._joined = False
         self._heartbeats = False
         self._queued: deque[tuple[RawRequestMessage, StreamReader]] = deque()
-        self._callers: dict[str, Caller] = {}
+        self._caller_of = lru_cache(MAX_CALLERS)(self._make_caller)
         self._secret = secret
-        self._evidence = cast("ClusterEvidence", self._server_context.backends.evidence)
+        self._evidence = self._server_context.backends.evidence
         self._receipt: DeliveryReceipt | None = None  # of the newest reply, until a note says if it was written
         self._note_awaited = False  # about how the agent received the newest reply
-        self._begun = False
-        self._came: tuple[float, float] | None = None
+        self._begun = False  # bytes of that reply were passed to this kernel
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -123,65 +118,59 @@ class PairedConnection(AgentConnection):
         elif message.method == METHOD:
             self._take_note(message.path)
         else:
-            came, self._came = self._came, None
-            return super()._begin_request(message, body, *(came or (arrived_s, -math.inf)))
+            return super()._begin_request(message, body, *self._arrival(message, arrived_s))
         self._http.message_consumed()
         return True
+
+    def _arrival(self, message: RawRequestMessage, arrived_s: float) -> tuple[float, float]:
+        """Return the arrival of a request at the other replica, as `reply_notes.read_arrival` does."""
+        try:
+            return read_arrival(message.headers.get(ARRIVAL_HEADER, ""), self._received_s)
+        except ValueError:
+            return arrived_s, -math.inf
 
     def _join(self, request: RawRequestMessage) -> None:
         """Authenticate the other replica by the cluster's secret; drop the connection if it is wrong."""
         path, _, purpose = request.path.partition("?")
         given = request.headers.get(hdrs.AUTHORIZATION, "").encode()
-        proved = request.method == METHOD and path == Note.JOIN.value
-        self._joined = proved and hmac.compare_digest(given, f"Bearer {self._secret}".encode())
+        is_join = request.method == METHOD and path == Note.JOIN.value
+        self._joined = is_join and hmac.compare_digest(given, f"Bearer {self._secret}".encode())
         self._heartbeats = purpose == HEARTBEATS
         self.operator = purpose == OPERATOR
         if not self._joined:
             self.abort()
 
-    def _take_note(self, target: str) -> None:
-        try:
-            kind, query = read(target)
-            self._note(kind, query)
-        except ValueError:
-            self.abort()
-
     def identify(self, authorization: str | None) -> Caller:
-        caller = self._callers.get(authorization or "")
-        if caller is None:
-            token = bearer(authorization)
-            if token is None:
-                raise AgentError(401, "the Authorization header is malformed")
-            if len(self._callers) >= MAX_CALLERS:
-                self._callers.clear()
-            caller = self._callers[authorization or ""] = Caller(token, self.number)
-        return caller
+        return self._caller_of(authorization)
 
-    def _note(self, kind: Note, query: str) -> None:
-        evidence = self._evidence
-        match kind:
-            case Note.CAME:
-                self._came = read_came(query, self._loop.time())
-            case Note.WRITTEN if self._receipt is not None:
-                receipt, self._receipt, self._note_awaited = self._receipt, None, True
+    def _make_caller(self, authorization: str | None) -> Caller:
+        token = bearer(authorization)
+        if token is None:
+            raise AgentError(401, "the Authorization header is malformed")
+        return Caller(token, self.number)
+
+    def _take_note(self, path: str) -> None:
+        """Handle a note about the latest reply. Notes about a reply that offered no commands are ignored."""
+        evidence, receipt = self._evidence, self._receipt
+        match path:
+            case Note.WRITTEN.value if receipt is not None:
+                self._receipt, self._note_awaited = None, True
                 evidence.written(receipt)
-            case Note.UNWRITTEN if self._receipt is not None:
-                receipt, self._receipt = self._receipt, None
+            case Note.UNWRITTEN.value if receipt is not None:
+                self._receipt = None
                 evidence.unwritten(receipt)
-            case Note.NEXT if self._note_awaited:
+            case Note.NEXT.value if self._note_awaited:
                 self._note_awaited = False
                 evidence.next_request(self.number)
-            case Note.CLOSED | Note.CLOSED_CLEANLY if self._note_awaited:
+            case Note.CLOSED.value | Note.CLOSED_CLEANLY.value if self._note_awaited:
                 self._note_awaited = False
-                evidence.connection_closed(self.number, kind is Note.CLOSED_CLEANLY)
-            case _:
-                pass  # a note about a reply that offered no commands
+                evidence.connection_closed(self.number, path == Note.CLOSED_CLEANLY.value)
 
     # --- evidence that `AgentConnection` infers from its own agent, and that arrives as notes here ---
 
     def more_headers(self, receipt: DeliveryReceipt | None) -> dict[str, str]:
         clock = {CLOCK_HEADER: f"{self._loop.time():.6f}"}
-        return clock if receipt is None else clock | {LEASE_HEADER: "1"}
+        return clock if receipt is None else clock | {RECEIPT_HEADER: "1"}
 
     def offer(self, receipt: DeliveryReceipt) -> None:
         self._receipt, self._begun = receipt, False
@@ -196,7 +185,7 @@ class PairedConnection(AgentConnection):
             self._receipt = None
             self._evidence.unwritten(receipt)
         elif self._receipt is receipt and self._wire is None:
-            self._mark_unconfirmed()
+            self._report_unknown()
 
     async def await_peer_close(self) -> None:
         """Do nothing: the other replica sends a note about the reply."""
@@ -211,15 +200,16 @@ class PairedConnection(AgentConnection):
         if self._receipt is not None or self._note_awaited:
             # Waiting polls of the same replica are cancelled in the same moment. The delay keeps uncertain commands
             # from being offered to them.
-            self._loop.call_later(AFTERWARDS_S, self._mark_unconfirmed)
+            self._loop.call_later(AFTERWARDS_S, self._report_unknown)
 
-    def _mark_unconfirmed(self) -> None:
+    def _report_unknown(self) -> None:
+        """Report that it is unknown what the agent received of a reply without a last note."""
         receipt, self._receipt = self._receipt, None
-        was_open, self._note_awaited = self._note_awaited, False
+        awaited, self._note_awaited = self._note_awaited, False
         if receipt is not None:
-            self._evidence.mark_uncertain(receipt, self.number)
-        elif was_open:
-            self._evidence.connection_lost(self.number)
+            self._evidence.written(receipt)
+        if receipt is not None or awaited:
+            self._evidence.connection_closed(self.number, None)
 
 
 class _NoGuard(Guard):
@@ -244,7 +234,7 @@ class ClusterRequestHandler(RequestHandler):
         self._operate = operate
         self._is_elsewhere = self._reject_foreign
 
-    def begin(self, request: RequestContext) -> Reply | Pending | Waiting:
+    def begin(self, request: RequestContext) -> Reply | Waiting | None:
         connection = cast("PairedConnection", request.connection)
         return self._carry_out(request) if connection.operator else super().begin(request)
 

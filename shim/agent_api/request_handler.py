@@ -41,9 +41,7 @@ from shim.ports import (
     CallResult,
     Fallback,
     FallbackScope,
-    Forwarder,
     Handshake,
-    Pending,
     ProxyResponse,
 )
 from shim.protocol.dialects import MAX_DEPTH, Call, Dialect, Match, Reply, Router, error_reply
@@ -80,12 +78,12 @@ class RequestHandler:
 
     # --- the way of every request -------------------------------------------------------------------------------------
 
-    def begin(self, request: RequestContext) -> Reply | Pending | Waiting:
+    def begin(self, request: RequestContext) -> Reply | Waiting | None:
         """Carry a request as far as that is possible without waiting. Never raises.
 
-        Returns the reply, or the rest as a coroutine. A `Pending` means that another replica answers, which calls
+        Returns the reply, or the rest as a coroutine. None means that another replica answers, which calls
         `AgentConnection.answer_late`. The caller finishes the request by exactly one of `response`, `finish` and
-        `abandon`, unless it got a `Pending`.
+        `abandon`, unless it got None.
         """
         try:
             headers = request.headers
@@ -106,7 +104,7 @@ class RequestHandler:
                 self._guard.authorize(caller.token)
                 request.step = "owner"
                 if self._is_elsewhere is not None and self._is_elsewhere(caller.token):
-                    return self._forward_at_once(request, match) or self._forward_or_serve(request)
+                    return None if self._forward_at_once(request, match, caller) else self.forward_or_serve(request)
             return self._serve(request, caller, match)
         except Exception as error:  # noqa: BLE001 - a defect is logged there
             return self._reply_to(request, error)
@@ -251,34 +249,21 @@ class RequestHandler:
 
     # --- other replicas -----------------------------------------------------------------------------------------------
 
-    def _forward_at_once(self, request: RequestContext, match: Match) -> Pending | None:
+    def _forward_at_once(self, request: RequestContext, match: Match, caller: Caller) -> bool:
         """Forward the unchanged bytes of a heartbeat to the replica that owns the agent's shard.
 
-        Returns None if that is not possible without waiting.
+        Returns False if that is not possible without waiting.
         """
-        forwarder, message, caller = self._forwarder, request.message, request.caller
-        raw = request.connection.raw_request
-        suitable = request.immediate and match.route.operation == "heartbeat" and not message.chunked
-        if forwarder is None or caller is None or not raw or not suitable or hdrs.CONTENT_ENCODING in request.headers:
-            return None
-        data = whole_body(request.payload, self._listen.max_body_bytes)
+        forwarder, connection = self._forwarder, request.connection
+        suitable = request.immediate and match.route.operation == "heartbeat" and not request.message.chunked
+        if forwarder is None or not connection.raw_request or not suitable:
+            return False
+        if hdrs.CONTENT_ENCODING in request.headers:
+            return False
+        check_announcement(request, self._listen.max_body_bytes)
+        return forwarder.forward_now(caller.token, connection.raw_request, connection.answer_late)
 
-        def answered(reply: bytes | None) -> None:
-            request.connection.answer_late(reply or self._without_owner(forwarder, request, match, data))
-
-        return forwarder.forward_now(caller.token, raw, answered)
-
-    def _without_owner(self, forwarder: Forwarder, request: RequestContext, match: Match, data: bytes) -> bytes:
-        """Return the response to a heartbeat whose owning replica did not answer."""
-        try:
-            outcome = forwarder.without_owner(self._parse(request, match, data))
-            reply = match.dialect.render(match.route.operation, outcome, request.call or Call(match.params))
-        except AgentError as error:
-            reply = error_reply(Failed(error.status, str(error)))
-        request.encoded = None if reply.body is None else encode_body(reply.body)
-        return self._writer.response(request, reply, "")
-
-    async def _forward_or_serve(self, request: RequestContext) -> Answer:
+    async def forward_or_serve(self, request: RequestContext) -> Answer:
         """Return the reply of the replica that owns the agent's shard, or serve the call here if there is none."""
         reply = await self._forward(request)
         if reply is not None:

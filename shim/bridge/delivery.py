@@ -380,19 +380,18 @@ class CommandDelivery:
             if queue is not None:
                 self._delivered(queue, batch, "next request", at)
 
-    def connection_closed(self, connection: int, clean: bool) -> None:
+    def connection_closed(self, connection: int, clean: bool | None) -> None:
         """Record how the connection of an offer ended.
 
         After a clean close the session's next poll is evidence: the agent's kernel had acknowledged the whole reply.
-        After a reset it is not, because the reply may have been discarded unread.
+        After a reset it is not, because the reply may have been discarded unread. If the replica that served the
+        connection is gone (`clean` is None), no evidence can come any longer, so the offers are uncertain at once.
         """
         for batch in self._by_connection.pop(connection, ()):
-            batch.cleanly_closed = clean
-
-    def connection_lost(self, connection: int) -> None:
-        """Treat the offers of a connection as uncertain at once: the replica that served the connection is gone."""
-        for batch in self._by_connection.pop(connection, ()):
-            self._evidence_due(batch)
+            if clean is None:
+                self._evidence_due(batch)
+            else:
+                batch.cleanly_closed = clean
 
     def _delivered(self, queue: CommandQueue, batch: Batch, evidence: str, at: Moment) -> None:
         timer = self._evidence_timers.pop(batch.number, None)

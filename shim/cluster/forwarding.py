@@ -8,24 +8,22 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from shim.agent_api.internal import CLOCK_HEADER, LEASE_HEADER, NOT_AT_ONCE
+from shim.agent_api.internal import NOT_AT_ONCE
 from shim.agent_api.response_writer import MISDIRECTED
 from shim.cluster.connection_pool import ConnectionPool, ReplicaConnection, ReplicaLost, ReplicaReply
 from shim.cluster.membership import Membership
 from shim.cluster.metrics import ClusterMetrics
 from shim.cluster.shard_locator import ShardLocator
-from shim.core.agent_calls import AgentCall, Outcome
 from shim.core.leases import ClockOffset, Member
 from shim.errors import AgentError
-from shim.ports import Clock, Pending, ProxyRequest, ProxyResponse
-from shim.protocol.reply_notes import METHOD, Note, came
-from shim.runtime import Spawn
+from shim.ports import Clock, ProxyRequest, ProxyResponse
+from shim.protocol.reply_notes import ARRIVAL_HEADER, CLOCK_HEADER, METHOD, OWN_HEADERS, RECEIPT_HEADER, Note, arrival
 
 PATIENCE_S = 10.0
 """How long a call waits for an owner: longer than a takeover takes, shorter than agents wait for an answer."""
 AGAIN_S = 0.2
 ANSWER_S = 1.0
-"""How long the owner may take for a heartbeat, which is answered at once.
+"""Limit from the arrival of a heartbeat to its answer, whatever the owner does.
 
 Rules: docs/reference/protocol.md#12-heartbeat-status-results-the-short-answers.
 """
@@ -34,7 +32,7 @@ RETRY_AFTER_S = 3
 WHOLE_BYTES = 262_144
 TICK_S = 0.1
 STOOD_STILL_S = 0.3
-_HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", LEASE_HEADER.lower(), CLOCK_HEADER.lower()})
+_HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding"})
 _NOT_SENT = _HOP_BY_HOP | {"content-length", "expect", "proxy-connection", "te", "trailer", "upgrade"}
 # Idempotent operations, which may be repeated if their answer was lost.
 _REPEATABLE = frozenset({"register", "heartbeat", "status", "poll", "result", "tunnel_poll", "tunnel_info", "health"})
@@ -76,11 +74,10 @@ class RemoteReceipt:
 class _Heartbeat:
     """A forwarded heartbeat, answered once: by its owner, or by `None` at `due_s`."""
 
-    __slots__ = ("_again", "_done", "due_s")
+    __slots__ = ("_done", "due_s")
 
-    def __init__(self, done: Callable[[bytes | None], None], again: Callable[[_Heartbeat], None], due_s: float) -> None:
+    def __init__(self, done: Callable[[bytes | None], None], due_s: float) -> None:
         self._done: Callable[[bytes | None], None] | None = done
-        self._again = again
         self.due_s = due_s
 
     @property
@@ -88,16 +85,9 @@ class _Heartbeat:
         return self._done is None
 
     def answer(self, reply: bytes | None) -> None:
-        if self._done is not None and reply is not None and reply.startswith(NOT_AT_ONCE):
-            self._again(self)
-            return
         done, self._done = self._done, None
         if done is not None:
-            done(reply)
-
-    def forget(self) -> None:
-        """Ignore a later answer."""
-        self._done = None
+            done(None if reply is None or reply.startswith(NOT_AT_ONCE) else reply)
 
 
 class ReplicaForwarder:
@@ -110,16 +100,12 @@ class ReplicaForwarder:
         pool: ConnectionPool,
         clock: Clock,
         metrics: ClusterMetrics,
-        spawn: Spawn,
-        without_owner: Callable[[AgentCall], Outcome],
     ) -> None:
         self._locator = locator
         self._membership = membership
         self._pool = pool
         self._clock = clock
         self._metrics = metrics
-        self._spawn = spawn
-        self.without_owner = without_owner
         self._answered = metrics.forwarded.labels("answered")
         self._offsets: defaultdict[str, ClockOffset] = defaultdict(ClockOffset)
         self._heartbeats: list[_Heartbeat] = []
@@ -131,37 +117,17 @@ class ReplicaForwarder:
         """Return whether this replica cannot carry out calls with this token now."""
         return self._locator.is_elsewhere(token)
 
-    def forward_now(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> Pending | None:
-        """Forward a heartbeat if a connection for heartbeats to the owner is open. Return `None` otherwise."""
+    def forward_now(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> bool:
+        """Forward a heartbeat if a connection for heartbeats to the owner is open. Return false otherwise."""
         owner = self._locator.remote_owner(token)
         connection = None if owner is None or self._membership.leaving else self._pool.heartbeats(owner.process)
-        if owner is None or connection is None:
-            return None
-
-        def again(heartbeat: _Heartbeat) -> None:
-            self._spawn("heartbeat", self._ask_alone(owner, request, heartbeat))
-
-        heartbeat = _Heartbeat(done, again, self._clock.monotonic_s() + ANSWER_S)
+        if connection is None:
+            return False
+        heartbeat = _Heartbeat(done, self._clock.monotonic_s() + ANSWER_S)
         self._heartbeats.append(heartbeat)
         self._answered.inc()
         connection.send(request, heartbeat.answer)
-        return heartbeat
-
-    async def _ask_alone(self, owner: Member, request: bytes, heartbeat: _Heartbeat) -> None:
-        """Send a heartbeat that the owner could not answer at once as a request of its own."""
-        try:
-            connection = await self._pool.acquire(owner)
-            reply = await connection.exchange(request)
-            body = await reply.read()
-        except ReplicaLost:
-            heartbeat.answer(None)
-            return
-        self._pool.release(connection)
-        if reply.status == MISDIRECTED:
-            heartbeat.answer(None)
-            return
-        lines = [f"HTTP/1.1 {reply.status} ", *(f"{name}: {value}" for name, value in reply.headers), "", ""]
-        heartbeat.answer("\r\n".join(lines).encode("latin-1") + body)
+        return True
 
     async def forward(self, request: ProxyRequest, operation: str) -> ProxyResponse | None:
         """Forward a request to the owner. Try again, also at a new owner, until one answers or the time is over.
@@ -176,10 +142,11 @@ class ReplicaForwarder:
         is_heartbeat = operation == "heartbeat"
         until_s = now_s() + (AGAIN_S if is_heartbeat else PATIENCE_S)
         while self._locator.is_elsewhere(token) and not self._membership.leaving:
+            answer_s = request.arrived_s + ANSWER_S - now_s() if is_heartbeat else None
             owner = self._locator.remote_owner(token)
-            if owner is not None:
+            if owner is not None and (answer_s is None or answer_s > 0):
                 try:
-                    return await self._ask(owner, request, arrived_s, ANSWER_S if is_heartbeat else None)
+                    return await self._ask(owner, request, arrived_s, answer_s)
                 except ReplicaLost as lost:
                     repeatable = operation in _REPEATABLE and isinstance(request.body, bytes)
                     if lost.sent and not repeatable:
@@ -188,7 +155,7 @@ class ReplicaForwarder:
                             503, "the replica that owns the agent's link is gone", retry_after_s=RETRY_AFTER_S
                         ) from None
             left_s = until_s - now_s()
-            if left_s <= 0:
+            if left_s <= 0 or (answer_s is not None and answer_s <= 0):
                 self._metrics.forwarded.labels("no_owner").inc()
                 return None
             await self._membership.wait_for_change(min(left_s, AGAIN_S))
@@ -227,14 +194,14 @@ class ReplicaForwarder:
 
     async def _exchange(self, connection: ReplicaConnection, request: ProxyRequest, arrived_s: float) -> ProxyResponse:
         now, offset = self._clock.monotonic_s(), self._offsets[connection.process]
-        head = came(now - arrived_s, offset.to_peer(arrived_s)) + _head(request)
+        head = _head(request, arrival(now - arrived_s, offset.to_peer(arrived_s)))
         reply = await connection.exchange(head, request.body, head_only=request.method == "HEAD")
         self._update_offset(offset, reply)
         if reply.status == MISDIRECTED:
             self._membership.refresh_soon()
             raise ReplicaLost(sent=False)
-        headers = tuple((name, value) for name, value in reply.headers if name.lower() not in _HOP_BY_HOP)
-        offers = reply.header(LEASE_HEADER.lower()) is not None
+        headers = tuple((name, value) for name, value in reply.headers if name.lower() not in _HOP_BY_HOP | OWN_HEADERS)
+        offers = reply.header(RECEIPT_HEADER.lower()) is not None
         if not offers and (reply.length is None or reply.length > WHOLE_BYTES):
             return ProxyResponse(reply.status, headers, self._stream(connection, reply), complete=True)
         body = await reply.read()
@@ -276,10 +243,10 @@ class ReplicaForwarder:
             self._heartbeats = [each for each in self._heartbeats if not each.answered]
 
 
-def _head(request: ProxyRequest) -> bytes:
+def _head(request: ProxyRequest, arrived: str) -> bytes:
     """Return the head of a request for the owner, without the headers that concern the agent's connection."""
-    lines = [f"{request.method} {request.target} HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in request.headers if name.lower() not in _NOT_SENT]
+    lines = [f"{request.method} {request.target} HTTP/1.1", f"{ARRIVAL_HEADER}: {arrived}"]
+    lines += [f"{name}: {value}" for name, value in request.headers if name.lower() not in _NOT_SENT | OWN_HEADERS]
     if not isinstance(request.body, bytes):
         lines.append("Transfer-Encoding: chunked")
     elif request.body or request.method not in ("GET", "HEAD"):

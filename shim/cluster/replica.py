@@ -80,15 +80,7 @@ class Replica:
         self.subject = Subject(self._ctx, self.shards.bridges, about, client.ask_others)
         self._admin = ClusterAdmin(self.subject, client, self._locator, context.spawn)
         self.agent_service = self.evidence = Router(self._locator, self._current)
-        self.forwarder = ReplicaForwarder(
-            self._locator,
-            self.membership,
-            self._pool,
-            context.clock,
-            self._metrics,
-            context.spawn,
-            self.agent_service.without_owner,
-        )
+        self.forwarder = ReplicaForwarder(self._locator, self.membership, self._pool, context.clock, self._metrics)
         self.fallback = ClusterFallback(self._locator, self.shards, self._current, context.clock)
         self.websockets = WebSocketProxy(self._current, context.metrics, context.spawn, self._admin)
         context.metrics.websocket_connections.set_function(self.websockets.count)

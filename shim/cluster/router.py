@@ -52,18 +52,15 @@ class LocalReceipt:
         self.delivery.next_request(self.connection)
 
     def connection_closed(self, clean: bool | None) -> None:
-        """Record the end of the connection. `clean` is `None` if the replica that served it is gone."""
-        if clean is None:
-            self.delivery.connection_lost(self.connection)
-        else:
-            self.delivery.connection_closed(self.connection, clean)
+        """Record the end of the connection, as `DeliveryEvidence.connection_closed` does."""
+        self.delivery.connection_closed(self.connection, clean)
 
 
 _Receipt = LocalReceipt | RemoteReceipt
 
 
 class Router:
-    """Implements `ports.AgentService` and `internal.ClusterEvidence` with the bridges of this replica's shards.
+    """Implements `ports.AgentService` and `ports.DeliveryEvidence` with the bridges of this replica's shards.
 
     Callers try to forward a call first. A call whose shard is not here gets an answer that confirms nothing.
     """
@@ -82,11 +79,11 @@ class Router:
         shard = self._locator.local(caller.token)
         if shard is None:
             unknown = self._locator.shard_number(caller.token) is None
-            return _NO_TOKEN if unknown else CallResult(self.without_owner(call))
+            return _NO_TOKEN if unknown else CallResult(self._without_owner(call))
         answer = shard.bridge.calls.call(caller, call, arrived_s, now_s)
         return fenced(shard, caller, answer) if isinstance(answer, CallResult) else _later(shard, caller, answer)
 
-    def without_owner(self, call: AgentCall) -> Outcome:
+    def _without_owner(self, call: AgentCall) -> Outcome:
         """Return the answer to a call while no replica owns its shard. It never confirms that data is stored."""
         settings = self._settings()
         if isinstance(call, PollCall):
@@ -116,15 +113,6 @@ class Router:
         """Record that a connection was closed."""
         for receipt in self._awaiting_evidence.pop(connection, ()):
             receipt.connection_closed(clean)
-
-    def mark_uncertain(self, receipt: DeliveryReceipt, connection: int) -> None:
-        """Treat the delivery of a reply as unknown: the connection to the replica that had it ended without a note."""
-        self.written(receipt)
-        self.connection_lost(connection)
-
-    def connection_lost(self, connection: int) -> None:
-        """Treat the delivery of replies on this connection as unknown."""
-        self.connection_closed(connection, None)
 
 
 async def _later(shard: Shard, caller: Caller, answer: Coroutine[Any, Any, CallResult]) -> CallResult:

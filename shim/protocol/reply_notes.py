@@ -1,7 +1,8 @@
-"""Notes between replicas: HTTP/1.1 requests without a reply, in the order of the requests to which they belong.
+"""Notes and headers between replicas.
 
-The owner of a shard cannot see if a reply that another replica writes reaches the agent. That replica reports it on the
-connection that carried the reply. If the connection ends without a note, the outcome is unknown.
+The owner of a shard cannot see if a reply that another replica writes reaches the agent. That replica reports it by
+notes on the connection that carried the reply: HTTP/1.1 requests that get no reply. If the connection ends without a
+note, the outcome is unknown.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ METHOD = "NOTIFY"
 OPERATOR = "operator"
 HEARTBEATS = "heartbeats"
 
+ARRIVAL_HEADER = "X-Shim-Arrival"  # of a forwarded request: its age, and an owner's time before which it did not arrive
+RECEIPT_HEADER = "X-Shim-Receipt"  # of a reply that offers commands
+CLOCK_HEADER = "X-Shim-Clock"  # of a reply: the owner's monotonic clock
+OWN_HEADERS = frozenset(map(str.lower, (ARRIVAL_HEADER, RECEIPT_HEADER, CLOCK_HEADER)))
+"""Headers that no agent's request and no reply to an agent may carry."""
+
 
 class Note(Enum):
     """Kinds of notes, by the path of their request."""
 
     JOIN = "/join"  # sent first: proves with `Authorization` that the sender knows the members' secret
-    CAME = "/came"  # age of the request that follows, and an owner's time before which it did not arrive
     WRITTEN = "/written"  # the whole reply was handed to the kernel
     UNWRITTEN = "/unwritten"  # the reply was not written, or the agent hung up before
     NEXT = "/next"  # the agent sent its next request on the connection that carried the reply
@@ -32,25 +38,19 @@ def note(kind: Note, query: str = "", headers: str = "") -> bytes:
     return f"{METHOD} {kind.value}{query} HTTP/1.1\r\nHost: owner\r\n{headers}\r\n".encode("ascii")
 
 
-def came(age_s: float, not_before: float | None) -> bytes:
+def arrival(age_s: float, not_before: float | None) -> str:
     """Encode the arrival of a request. `not_before` is on the owner's clock, `None` if unknown."""
     bound = "" if not_before is None else f"{not_before:.6f}"
-    return note(Note.CAME, f"?{max(0.0, age_s):.6f}&{bound}")
+    return f"{max(0.0, age_s):.6f}&{bound}"
 
 
-def read_came(query: str, now: float) -> tuple[float, float]:
+def read_arrival(value: str, now: float) -> tuple[float, float]:
     """Return the estimated arrival of a request and the earliest possible one, both on the owner's clock.
 
-    Raises `ValueError` for a malformed note.
+    Raises `ValueError` for a malformed or missing value.
     """
-    age_s, _, bound = query.partition("&")
+    age_s, _, bound = value.partition("&")
     age, not_before = float(age_s), float(bound) if bound else -math.inf
     if not (math.isfinite(age) and age >= 0) or math.isnan(not_before):
         raise ValueError("not a time")
     return now - age, min(not_before, now)
-
-
-def read(target: str) -> tuple[Note, str]:
-    """Return a note and its query. Raises `ValueError` for an unknown target."""
-    path, _, query = target.partition("?")
-    return Note(path), query

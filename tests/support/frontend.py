@@ -64,7 +64,7 @@ class Board:
     def next_request(self, connection: int) -> None:
         self._note("next", connection)
 
-    def connection_closed(self, connection: int, clean: bool) -> None:
+    def connection_closed(self, connection: int, clean: bool | None) -> None:
         self._note("closed", connection, clean)
 
     @property
