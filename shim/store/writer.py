@@ -169,7 +169,7 @@ class Writer:
                 batch.append(self.queue.get_nowait())
         return batch
 
-    def refuse_waiting(self, error: StoreError) -> None:
+    def fail_waiting(self, error: StoreError) -> None:
         """Answer all queued submissions with an error, while the engine waits for its database.
 
         The end marker of `close()` is kept in the queue.

@@ -40,7 +40,7 @@ CREATE INDEX commands_by_arrival ON commands (shard, arrived);
 CREATE INDEX outbox_by_owner ON outbox (owner, seq);
 CREATE INDEX lone_traces_by_shard ON lone_traces (shard, id);
 
--- One row: what all replicas agree on.
+-- One row: the values that all replicas share.
 CREATE TABLE cluster (
     one boolean PRIMARY KEY DEFAULT true CHECK (one),
     shards integer NOT NULL,
@@ -48,8 +48,8 @@ CREATE TABLE cluster (
     secret text NOT NULL,
     agreed text NOT NULL
 );
--- A replica that lives; the row is the lease of all its shards. `until` is by the clock of the server that started at
--- `server`.
+-- A living replica. The row is the lease of all its shards. `until` was set by the clock of the server that started
+-- at `server`.
 CREATE TABLE members (
     process text COLLATE "C" PRIMARY KEY,
     name text NOT NULL,
@@ -60,7 +60,7 @@ CREATE TABLE members (
     until timestamptz NOT NULL,
     server timestamptz NOT NULL
 );
--- Who has which shard: `members.process`, or empty. `batch` is the number of the last commit of who has it.
+-- The holder of each shard: `members.process`, or empty. `batch` is the number of the holder's last commit.
 CREATE TABLE leases (
     shard integer PRIMARY KEY,
     holder text COLLATE "C" NOT NULL DEFAULT '',
@@ -88,6 +88,17 @@ def prepare(configured: settings.Store) -> None:
 def connect(configured: settings.Store, name: str, **options: str) -> psycopg.Connection[Any]:
     """Connect in autocommit mode. Raises `psycopg.Error`, and `ConfigError` for the password file."""
     return psycopg.connect(conninfo(configured, name, **options), autocommit=True)
+
+
+def require_sync(connection: psycopg.Connection[Any]) -> None:
+    """Have commits of this session synced to disk: one that was reported could be lost otherwise.
+
+    Stricter settings of the server are kept.
+    """
+    connection.execute(
+        "SELECT set_config('synchronous_commit', 'on', false)"
+        " WHERE current_setting('synchronous_commit') IN ('off', 'local')"
+    )
 
 
 def check_server(connection: psycopg.Connection[Any]) -> None:

@@ -23,11 +23,11 @@ from shim.config import settings
 from shim.core.records import Operation, StoreContents
 from shim.errors import ConfigError, StoreError, StoreFenced
 from shim.store.database import Partition
-from shim.store.postgres.database import connect, refusal, schema_version, state_refusal
+from shim.store.postgres.database import connect, refusal, require_sync, schema_version, state_refusal
 from shim.store.postgres.dsn import application
 from shim.store.postgres.groups import PostgresDatabase
 from shim.store.postgres.hot import HotOperations
-from shim.store.postgres.pipeline import Lost, Pipeline, Refused
+from shim.store.postgres.pipeline import ConnectionLost, Pipeline, StatementError
 from shim.store.rows import load
 from shim.store.writer import Failure, store_error
 
@@ -61,18 +61,13 @@ _END_OTHERS = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
     " AND application_name = current_setting('application_name') AND usename = current_user"
 )
-# Without a sync to disk, a commit that was reported could be lost. Stricter settings of the server are kept.
-_SYNCED = (
-    "SELECT set_config('synchronous_commit', 'on', false)"
-    " WHERE current_setting('synchronous_commit') IN ('off', 'local')"
-)
 monotonic = Clock().monotonic_s
 
 
 class PostgresEngine:
     """A `store.writer.Engine` on PostgreSQL.
 
-    `refuse` is called with an error to fail the queued submissions while the database does not answer.
+    `fail_waiting` is called with an error to fail the queued submissions while the database does not answer.
     """
 
     def __init__(self, configured: settings.Store, partition: Partition, patience_s: float = PATIENCE_S) -> None:
@@ -89,7 +84,7 @@ class PostgresEngine:
         self._cause = StoreError("the database does not answer")
         self._closing = threading.Event()
         self._fenced = False
-        self.refuse: Callable[[StoreError], None] = lambda _error: None
+        self.fail_waiting: Callable[[StoreError], None] = lambda _error: None
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
@@ -112,7 +107,7 @@ class PostgresEngine:
         key = execute(_OWNER_KEY).fetchone()
         loaded = load(self._database, bytes(key[0]) if key is not None else b"")
         execute("COMMIT")
-        pipeline.settle(_COMMIT_S)
+        pipeline.sync(_COMMIT_S)
         return loaded
 
     # --- store.writer.Engine ------------------------------------------------------------------------------------------
@@ -122,12 +117,12 @@ class PostgresEngine:
             raise StoreFenced("another replica has the shard")
         while True:
             try:
-                results = self._carry_out(self._connected(), batch)
-            except Lost:
+                results = self._execute(self._connected(), batch)
+            except ConnectionLost:
                 # The COMMIT was not sent, so nothing is stored: repeat the batch on a new connection.
                 self._disconnect()
                 continue
-            if self._end_transaction() or self._stands():
+            if self._commit() or self._was_committed():
                 self._down_since_s = None
                 return results
 
@@ -135,26 +130,26 @@ class PostgresEngine:
         pipeline = self._pipeline
         if pipeline is None:
             return
-        self._database.drop_groups()
+        self._database.clear_groups()
         try:
-            with suppress(Refused):
-                pipeline.settle()  # statements queued before a later one could not be encoded
+            with suppress(StatementError):
+                pipeline.sync()  # statements queued before a later one could not be encoded
             pipeline.execute("ROLLBACK")
-            pipeline.settle()
-        except (Lost, Refused):
+            pipeline.sync()
+        except (ConnectionLost, StatementError):
             self._disconnect()
 
     def failure(self, error: Exception) -> Failure:
         if isinstance(error, StoreFenced):
             self._fenced = True
             return Failure(error, affects_whole_batch=True, fenced=True)
-        if isinstance(error, Refused):
+        if isinstance(error, StatementError):
             if error.state == "25006":
                 self._disconnect()  # the server is no longer the primary: the next connection looks for the new one
             return Failure(state_refusal(error.state), affects_whole_batch=not error.state.startswith(_OWN_FAULT))
         if isinstance(error, psycopg.Error):
             return Failure(refusal(error), affects_whole_batch=True)
-        if isinstance(error, Lost):
+        if isinstance(error, ConnectionLost):
             return Failure(self._cause, affects_whole_batch=True)
         if isinstance(error, (StoreError, ConfigError)):
             return Failure(error if isinstance(error, StoreError) else StoreError(str(error)), affects_whole_batch=True)
@@ -163,26 +158,26 @@ class PostgresEngine:
     def close(self) -> None:
         self._disconnect()
 
-    def give_up(self) -> None:
+    def stop_waiting(self) -> None:
         """Stop waiting for connections, except to resolve a COMMIT in doubt. May be called from any thread."""
         self._closing.set()
 
     # --- one transaction ----------------------------------------------------------------------------------------------
 
-    def _carry_out(self, pipeline: Pipeline, batch: Sequence[Sequence[Operation]]) -> list[Any]:
-        # Use a new number also for the repetition of a lost batch: `_stands` identifies a commit by its number.
+    def _execute(self, pipeline: Pipeline, batch: Sequence[Sequence[Operation]]) -> list[Any]:
+        # Use a new number also for the repetition of a lost batch: `_was_committed` identifies a commit by its number.
         self._batch += 1
         pipeline.execute("BEGIN")
         fence = pipeline.execute(_FENCE, (self._batch, *self._key))
         finishes = [self._operations.begin(operations) for operations in batch]
         self._database.send_groups()
-        pipeline.settle()
+        pipeline.sync()
         if fence.rowcount != 1:
             raise StoreFenced("another replica has the shard")
         results = [[finish() for finish in each] for each in finishes]
         return [first for first, *_ in results]
 
-    def _end_transaction(self) -> bool:
+    def _commit(self) -> bool:
         """Send COMMIT and return true if it is durable.
 
         Returns false if it is in doubt. Either no answer came, or the server warned that it stopped waiting for the
@@ -194,13 +189,13 @@ class PostgresEngine:
         pipeline.warned = False
         try:
             pipeline.execute("COMMIT")
-            pipeline.settle(_COMMIT_S)
-        except Lost:
+            pipeline.sync(_COMMIT_S)
+        except ConnectionLost:
             self._disconnect()
             return False
         return not pipeline.warned
 
-    def _stands(self) -> bool:
+    def _was_committed(self) -> bool:
         """Return whether a COMMIT in doubt was carried out. Retries until the database answers.
 
         Raises `StoreFenced` if another replica has taken the shard.
@@ -213,11 +208,11 @@ class PostgresEngine:
                 row = pipeline.execute(_LAST_BATCH, self._key).fetchone()
                 if row is None:
                     raise StoreFenced("another replica has the shard")
-                if self._end_transaction():
+                if self._commit():
                     return bool(row[0] == self._batch)
-            except Lost:
+            except ConnectionLost:
                 self._disconnect()
-            except Refused:
+            except StatementError:
                 self.roll_back()  # an earlier backend that waits for its standby still locks the row
                 self._wait()
 
@@ -239,11 +234,11 @@ class PostgresEngine:
                 self._connect()
             except StoreFenced:
                 raise
-            except (psycopg.Error, Lost, Refused, StoreError, ConfigError) as error:
+            except (psycopg.Error, ConnectionLost, StatementError, StoreError, ConfigError) as error:
                 self._cause = self.failure(error).error
                 self._disconnect()
                 if late and not patient:
-                    self.refuse(self._cause)
+                    self.fail_waiting(self._cause)
                     raise self._cause from None
                 self._wait()
         return self._pipeline
@@ -255,7 +250,7 @@ class PostgresEngine:
         )
         try:
             schema_version(connection)
-            connection.execute(_SYNCED)
+            require_sync(connection)
             pipeline = Pipeline(connection, self._tick)
         except BaseException:
             connection.close()
@@ -280,4 +275,4 @@ class PostgresEngine:
         if self._down_since_s is None:
             self._down_since_s = monotonic()
         if monotonic() - self._down_since_s > self._patience_s:
-            self.refuse(self._cause)
+            self.fail_waiting(self._cause)

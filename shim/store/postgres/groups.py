@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 from shim.core.records import WriteProbe
@@ -14,36 +15,24 @@ from shim.store.postgres.pipeline import Pipeline
 _SIZES = (32, 8, 2, 1)
 
 
-class _Chunk:
-    """Result rows of one statement, by the number that each input row has in it."""
-
-    def __init__(self, answer: Rows) -> None:
-        self._answer = answer
-        self._found: dict[int, tuple[Any, ...]] | None = None
-
-    def of(self, number: int) -> tuple[Any, ...]:
-        if self._found is None:
-            self._found = {row[0]: row[1:] for row in self._answer.fetchall()}
-        return self._found[number]
-
-
 class Row:
     """An input row that waits in a group or was sent."""
 
-    __slots__ = ("_chunk", "_number")
+    __slots__ = ("_number", "_results")
 
     def __init__(self) -> None:
-        self._chunk: _Chunk | None = None
+        self._results: Callable[[], dict[int, tuple[Any, ...]]] | None = None
         self._number = 0
 
-    def sent(self, chunk: _Chunk, number: int) -> None:
-        self._chunk, self._number = chunk, number
+    def attach(self, results: Callable[[], dict[int, tuple[Any, ...]]], number: int) -> None:
+        """Set the results of the row's statement, and the number of the row in it."""
+        self._results, self._number = results, number
 
-    def found(self) -> tuple[Any, ...]:
+    def result(self) -> tuple[Any, ...]:
         """Return the result for this row. The group must have been sent."""
-        if self._chunk is None:
+        if self._results is None:
             raise RuntimeError("the group was not sent")
-        return self._chunk.of(self._number)
+        return self._results()[self._number]
 
 
 class Group:
@@ -64,7 +53,7 @@ class Group:
         self._rows.append((row, parameters))
         if len(self._rows) == _SIZES[0]:
             self.send()
-            self._pipeline.push()  # the server works on these rows while we encode the next ones
+            self._pipeline.flush()  # the server works on these rows while we encode the next ones
         return row
 
     def send(self) -> None:
@@ -77,11 +66,11 @@ class Group:
             start += size
             values = [value for _, parameters in part for value in parameters]
             statement = self._statements.get(size) or self._make(size, len(part[0][1]))
-            chunk = _Chunk(self._pipeline.execute(statement, values))
+            results = cache(partial(_by_number, self._pipeline.execute(statement, values)))
             for number, (row, _) in enumerate(part):
-                row.sent(chunk, number)
+                row.attach(results, number)
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         """Discard all waiting rows."""
         self._rows.clear()
 
@@ -92,6 +81,10 @@ class Group:
         )
         statement = self._statements[size] = f"{self._head} (VALUES {', '.join(rows)}){self._tail}"
         return statement
+
+
+def _by_number(answer: Rows) -> dict[int, tuple[Any, ...]]:
+    return {row[0]: row[1:] for row in answer.fetchall()}
 
 
 class PostgresDatabase:
@@ -121,7 +114,7 @@ class PostgresDatabase:
         self._groups.append(group)
         return group
 
-    def join(self, session: str, command_id: str) -> None:
+    def reserve(self, session: str, command_id: str) -> None:
         """Prepare for adding a row of this command to a group: send the groups if one has a row of it already."""
         if (session, command_id) in self._grouped:
             self.send_groups()
@@ -133,11 +126,11 @@ class PostgresDatabase:
         for group in self._groups:
             group.send()
 
-    def drop_groups(self) -> None:
+    def clear_groups(self) -> None:
         """Discard the waiting rows, because their transaction is rolled back."""
         self._grouped.clear()
         for group in self._groups:
-            group.drop()
+            group.clear()
 
     def insert(self, statement: str, parameters: Sequence[Any]) -> int | None:
         row = self.execute(f"{statement} RETURNING seq", parameters).fetchone()

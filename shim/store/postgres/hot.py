@@ -90,16 +90,16 @@ class HotOperations(Operations):
 
     def __init__(self, database: PostgresDatabase) -> None:
         super().__init__(database)
-        self._join = database.join
+        self._reserve = database.reserve
         self._puts, self._marks = database.group(*_PUT), database.group(*_MARK)
 
     def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
         parameters = insert_parameters(operation.record, first_step)
-        self._join(parameters[0], parameters[1])
+        self._reserve(parameters[0], parameters[1])
         row = self._puts.add(parameters)
 
         def finish() -> PutOutcome:
-            seq, state, result = row.found()
+            seq, state, result = row.result()
             return PutOutcome(seq) if state is None else duplicate(seq, state, result)
 
         return finish
@@ -118,22 +118,22 @@ class HotOperations(Operations):
     def mark_with_step(self, operation: MarkCommands, step: AddTrace) -> Finish[None]:
         session, entry = str(operation.session), step.entry
         marked = (operation.state.value, operation.attempts, operation.wall, session)
-        told = (entry.wall, entry.event, entry.detail)
+        values = (entry.wall, entry.event, entry.detail)
         rows = []
         for each in operation.ids:
-            self._join(session, each)
-            rows.append(self._marks.add((*marked, each, *told)))
+            self._reserve(session, each)
+            rows.append(self._marks.add((*marked, each, *values)))
 
         def finish() -> None:
-            if any(row.found()[0] for row in rows):
+            if any(row.result()[0] for row in rows):
                 self.trim_lone_traces()
 
         return finish
 
     def add_trace(self, operation: AddTrace) -> Finish[None]:
         session, step = str(operation.session), operation.entry
-        told = (step.wall, step.event, step.detail, session)
-        return self._trimmed([self._execute(_ADD_TRACE, (*told, each)) for each in operation.ids])
+        values = (step.wall, step.event, step.detail, session)
+        return self._trimmed([self._execute(_ADD_TRACE, (*values, each)) for each in operation.ids])
 
     def _trimmed(self, lone: list[Rows]) -> Finish[None]:
         def finish() -> None:

@@ -1,4 +1,4 @@
-"""A database as doctor sees it before a shim uses it. Nothing in it is changed."""
+"""Facts about a database for doctor, read without changing it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psycopg
 
 from shim.clock import Clock
 from shim.config import settings
-from shim.store.postgres.database import check_server, connect, refusal, schema_version
+from shim.store.postgres.database import check_server, connect, refusal, require_sync, schema_version
 from shim.store.postgres.dsn import SCHEMA
 
 monotonic = Clock().monotonic_s
@@ -19,7 +19,7 @@ monotonic = Clock().monotonic_s
 PATIENCE_S = 4.0
 COMMITS = 3
 
-# Without a schema the shim makes one; with one it needs its tables.
+# If there is no schema, the shim creates it, which needs other rights than using its tables.
 _RIGHTS = """
 SELECT CASE WHEN namespace IS NULL THEN has_database_privilege(current_database(), 'CREATE')
     ELSE has_schema_privilege(namespace, 'USAGE') AND (has_schema_privilege(namespace, 'CREATE') OR tables > 0)
@@ -30,19 +30,15 @@ FROM (SELECT to_regnamespace(%(schema)s)::oid AS namespace) AS here, LATERAL (
         AND has_table_privilege(oid, 'UPDATE') AND has_table_privilege(oid, 'DELETE')) AS allowed
     FROM pg_class WHERE relnamespace = namespace AND relkind = 'r') AS found
 """
-# Names and states of standbys are for privileged users; their number, and what commits wait for, are for all.
+# Only privileged users may read names and states of standbys. Their number and the setting are readable for all.
 _REPLICATION = "SELECT (SELECT count(*) FROM pg_stat_replication), current_setting('synchronous_standby_names')"
-# A message in the write-ahead log that nobody reads: its commit is synced and replicated as one of the store's.
+# A message in the write-ahead log, which nothing reads: its commit is synced and replicated like one of the store.
 _MESSAGE = "SELECT pg_logical_emit_message(true, 'agent-shim doctor', '')"
-_SYNCED = (
-    "SELECT set_config('synchronous_commit', 'on', false)"
-    " WHERE current_setting('synchronous_commit') IN ('off', 'local')"
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """The facts. `schema` is 0 where there is none; a `commit_s` of `PATIENCE_S` or more was broken off."""
+    """Facts about a database. `schema` is 0 if there is none; a commit of `PATIENCE_S` or longer was cancelled."""
 
     host: str
     port: int
@@ -85,8 +81,8 @@ def _inspect(connection: psycopg.Connection[Any]) -> Inspection:
 
 
 def _commit_s(connection: psycopg.Connection[Any]) -> float:
-    """Return how long the fastest of a few commits took: the others may have waited for something else."""
-    connection.execute(_SYNCED)
+    """Return the duration of the fastest of a few commits: the others may have waited for something else."""
+    require_sync(connection)
     fastest = PATIENCE_S
     for _ in range(COMMITS):
         taken = _one_commit_s(connection)
@@ -97,7 +93,7 @@ def _commit_s(connection: psycopg.Connection[Any]) -> float:
 
 
 def _one_commit_s(connection: psycopg.Connection[Any]) -> float:
-    # No setting limits a COMMIT that waits for a standby; a cancelled one ends as if it had been replicated.
+    # No setting limits a COMMIT that waits for a standby. A cancelled one ends as if it had been replicated.
     timer = Timer(PATIENCE_S, connection.cancel_safe)
     connection.execute("BEGIN")
     connection.execute(_MESSAGE)

@@ -31,7 +31,7 @@ _BINARY: dict[int, Callable[[bytes], Any]] = {
 }
 
 
-class Refused(Exception):
+class StatementError(Exception):
     """The server answered with an error. `state` is its SQLSTATE."""
 
     def __init__(self, state: str) -> None:
@@ -39,11 +39,11 @@ class Refused(Exception):
         self.state = state
 
 
-class Lost(Exception):
+class ConnectionLost(Exception):
     """The connection was lost, or the server did not answer in time."""
 
 
-class Answer:
+class StatementResult:
     """Result of a statement. The first access sends all queued statements and waits for their results."""
 
     __slots__ = ("_next", "_pipeline", "result")
@@ -56,11 +56,11 @@ class Answer:
     @property
     def rowcount(self) -> int:
         """Number of rows that the statement changed or returned."""
-        return self._here().command_tuples or 0
+        return self._received().command_tuples or 0
 
     def fetchone(self) -> tuple[Any, ...] | None:
         """Return the next row, or `None` after the last one."""
-        result, row = self._here(), self._next
+        result, row = self._received(), self._next
         if row >= result.ntuples:
             return None
         self._next = row + 1
@@ -73,19 +73,19 @@ class Answer:
             rows.append(row)
         return rows
 
-    def _here(self) -> abc.PGresult:
+    def _received(self) -> abc.PGresult:
         if self.result is None:
-            self._pipeline.settle()
+            self._pipeline.sync()
         if self.result is None:
-            raise Lost
+            raise ConnectionLost
         return self.result
 
 
 class Pipeline:
     """Queue of statements on one connection, used by one thread.
 
-    After `Refused` the caller rolls the transaction back; after `Lost` it closes the pipeline. `waiting` is called
-    each second during a wait for the server. An exception of `waiting` ends the wait.
+    After `StatementError` the caller rolls the transaction back; after `ConnectionLost` it closes the pipeline.
+    `waiting` is called each second during a wait for the server. An exception of `waiting` ends the wait.
     """
 
     def __init__(self, connection: psycopg.Connection[Any], waiting: Callable[[], None]) -> None:
@@ -102,10 +102,10 @@ class Pipeline:
         self._names = 0
         self._prepared: dict[tuple[str, tuple[int, ...]], bytes] = {}
         self._new: list[tuple[str, tuple[int, ...]]] = []
-        self._waiting: list[Answer] = []
+        self._waiting: list[StatementResult] = []
         self._limit_s = ANSWER_S
 
-    def execute(self, statement: str, parameters: Sequence[Any] = ()) -> Answer:
+    def execute(self, statement: str, parameters: Sequence[Any] = ()) -> StatementResult:
         """Queue a statement. Its text must be a constant, because each text is prepared at first use and kept."""
         values: list[bytes | None] = []
         types: list[int] = []
@@ -124,8 +124,8 @@ class Pipeline:
             name = self._prepared.get(key) or self._prepare(key)
             self._server.send_query_prepared(name, values, [_FORMATS.get(oid, 0) for oid in types], 1)
         except psycopg.Error as error:
-            raise Lost from error
-        answer = Answer(self)
+            raise ConnectionLost from error
+        answer = StatementResult(self)
         self._waiting.append(answer)
         return answer
 
@@ -134,20 +134,20 @@ class Pipeline:
         name = self._prepared[key] = b"s%d" % self._names
         self._new.append(key)
         self._server.send_prepare(name, key[0].replace("?", "$").encode(), key[1])
-        self._waiting.append(Answer(self))
+        self._waiting.append(StatementResult(self))
         return name
 
-    def push(self) -> None:
+    def flush(self) -> None:
         """Send queued statements, as much as the socket accepts without blocking."""
         try:
             self._server.flush()
         except psycopg.Error as error:
-            raise Lost from error
+            raise ConnectionLost from error
 
-    def settle(self, limit_s: float = ANSWER_S) -> None:
-        """Send the queued statements and read their results. Raises `Refused` with the first error, `Lost`.
+    def sync(self, limit_s: float = ANSWER_S) -> None:
+        """Send the queued statements and read their results.
 
-        A server that sends nothing for `limit_s` counts as lost.
+        Raises `StatementError` with the first error, and `ConnectionLost`, also if nothing arrives for `limit_s`.
         """
         waiting, self._waiting = self._waiting, []
         self._limit_s = limit_s
@@ -160,9 +160,9 @@ class Pipeline:
                     if result.status == pq.ExecStatus.FATAL_ERROR and refused is None:
                         refused = result
             if (end := self._next_result()) is None or end.status != pq.ExecStatus.PIPELINE_SYNC:
-                raise Lost
+                raise ConnectionLost
         except psycopg.Error as error:
-            raise Lost from error
+            raise ConnectionLost from error
         if refused is not None:
             for key in self._new:
                 self._prepared.pop(key, None)
@@ -185,7 +185,7 @@ class Pipeline:
             elif monotonic() < until_s:
                 self._tick()
             else:
-                raise Lost
+                raise ConnectionLost
             if not server.is_busy():
                 return
 
@@ -201,7 +201,7 @@ def _refusal(result: abc.PGresult) -> Exception:
     state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
     # An error without SQLSTATE comes from the driver: the connection broke. With 57P the server stops or ends this
     # backend; 08 are connection errors; 25P03 ends a session that was idle in a transaction.
-    return Refused(state) if state and not state.startswith(("57P", "08", "25P03")) else Lost()
+    return StatementError(state) if state and not state.startswith(("57P", "08", "25P03")) else ConnectionLost()
 
 
 def _decode(result: abc.PGresult, row: int, column: int) -> Any:

@@ -31,7 +31,7 @@ class PostgresStore(QueuedStore):
         """Read the content of the shard (`ports.CommandStore`). Raises `StoreFenced` if another replica has it."""
         loaded = self._engine.open()
         writer = Writer(self._engine, self._call_threadsafe, self._probe)
-        self._engine.refuse = writer.refuse_waiting
+        self._engine.fail_waiting = writer.fail_waiting
         self._start(writer)
         return loaded
 
@@ -40,5 +40,5 @@ class PostgresStore(QueuedStore):
 
         A COMMIT without an answer may be carried out later or not; the next opening of the shard shows which.
         """
-        self._engine.give_up()
+        self._engine.stop_waiting()
         self._stop(CLOSE_S)

@@ -12,7 +12,7 @@ from shim.config import settings
 pytest.importorskip("psycopg")
 
 from shim.store.postgres.database import connect
-from shim.store.postgres.pipeline import Lost, Pipeline, Refused
+from shim.store.postgres.pipeline import ConnectionLost, Pipeline, StatementError
 from tests.support import postgres as pg
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(120)]
@@ -51,17 +51,17 @@ def test_several_statements_share_one_round_trip(pipeline: Pipeline) -> None:
 def test_an_error_has_its_state_and_the_connection_goes_on(pipeline: Pipeline) -> None:
     pipeline.execute("BEGIN")
     pipeline.execute("SELECT 1 / ?1::bigint", (0,))
-    with pytest.raises(Refused) as refused:
-        pipeline.settle()
+    with pytest.raises(StatementError) as refused:
+        pipeline.sync()
     assert refused.value.state == "22012"
     pipeline.execute("ROLLBACK")
-    pipeline.settle()
+    pipeline.sync()
     assert pipeline.execute("SELECT 1 / ?1::bigint", (1,)).fetchone() == (1,)
 
 
 def test_a_warning_is_noted(pipeline: Pipeline) -> None:
     pipeline.execute("COMMIT")  # outside of a transaction
-    pipeline.settle()
+    pipeline.sync()
     assert pipeline.warned
 
 
@@ -69,7 +69,7 @@ def test_a_connection_that_the_server_ends_is_lost(pipeline: Pipeline, pg_url: s
     row = pipeline.execute("SELECT pg_backend_pid()").fetchone()
     assert row is not None
     pg.query(pg_url, f"SELECT pg_terminate_backend({row[0]})")
-    with pytest.raises(Lost):
+    with pytest.raises(ConnectionLost):
         pipeline.execute("SELECT 1").fetchone()
 
 
@@ -77,7 +77,7 @@ def test_a_server_that_does_not_answer_in_time_is_lost(pg_url: str) -> None:
     ticks: list[bool] = []
     pipeline = Pipeline(connect(settings.Store(url=pg_url), "agent-shim test"), lambda: ticks.append(True))
     pipeline.execute("SELECT pg_sleep(60)")
-    with pytest.raises(Lost):
-        pipeline.settle(limit_s=1.5)  # the tick comes each second
+    with pytest.raises(ConnectionLost):
+        pipeline.sync(limit_s=1.5)  # the tick comes each second
     assert ticks
     pipeline.close()
