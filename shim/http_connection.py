@@ -80,14 +80,14 @@ class Budget:
         self._limit_bytes = limit_bytes
         self.used_bytes = 0
 
-    def take(self, size_bytes: int) -> bool:
+    def reserve(self, size_bytes: int) -> bool:
         """Reserve `size_bytes`; return False and reserve none if that exceeds the limit."""
         if self.used_bytes + size_bytes > self._limit_bytes:
             return False
         self.used_bytes += size_bytes
         return True
 
-    def give_back(self, size_bytes: int) -> None:
+    def release(self, size_bytes: int) -> None:
         """Release `size_bytes`."""
         self.used_bytes -= size_bytes
 
@@ -265,8 +265,8 @@ class HttpConnection(RequestHandler):
         """Charge the bytes held beyond `FREE_BYTES` to the common budget; return False if it is exhausted."""
         held_bytes = max(0, len(self._backlog) + self._head_bytes + self._unread_bytes - FREE_BYTES)
         if held_bytes <= self._charged_bytes:
-            self._budget.give_back(self._charged_bytes - held_bytes)
-        elif not self._budget.take(held_bytes - self._charged_bytes):
+            self._budget.release(self._charged_bytes - held_bytes)
+        elif not self._budget.reserve(held_bytes - self._charged_bytes):
             return False
         self._charged_bytes = held_bytes
         return True

@@ -49,7 +49,7 @@ async def _inflate(data: bytes, bits: int, limit_bytes: int, budget: Budget) -> 
             rest = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
             if size + len(part) > limit_bytes:
                 raise too_large()
-            if not budget.take(len(part)):
+            if not budget.reserve(len(part)):
                 raise BodyRejected(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S)
             size += len(part)
             parts.append(part)
@@ -59,5 +59,5 @@ async def _inflate(data: bytes, bits: int, limit_bytes: int, budget: Budget) -> 
     except zlib.error:
         raise BodyRejected(400, "the body does not match its Content-Encoding") from None
     finally:
-        budget.give_back(size)
+        budget.release(size)
     return b"".join(parts)

@@ -90,7 +90,7 @@ async def read_body(request: RequestContext, limit_bytes: int, timeout_s: float,
                 if len(data) + len(part) > limit_bytes:
                     raise too_large()
                 more_bytes = max(0, len(data) + len(part) - FREE_BYTES) - taken_bytes
-                if not budget.take(more_bytes):
+                if not budget.reserve(more_bytes):
                     raise BodyRejected(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S)
                 taken_bytes += more_bytes
                 data += part
@@ -102,7 +102,7 @@ async def read_body(request: RequestContext, limit_bytes: int, timeout_s: float,
     except (HttpProcessingError, RequestPayloadError):
         raise BodyRejected(400, "the body cannot be read") from None
     finally:
-        budget.give_back(taken_bytes)
+        budget.release(taken_bytes)
 
 
 async def stream_body(request: RequestContext, limit_bytes: float, timeout_s: float) -> AsyncGenerator[bytes, None]:

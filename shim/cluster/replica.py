@@ -170,7 +170,7 @@ class Replica:
                 await asyncio.sleep(RETRY_S)
 
     def start(self) -> None:
-        """Start to renew the membership, to take shards and to serve other replicas."""
+        """Start to renew the membership, to acquire shards and to serve other replicas."""
         tasks = (
             *self.membership.tasks(),
             ("shards", self.shards.run()),
@@ -184,7 +184,7 @@ class Replica:
         log.info("replica_started", replica=self.membership.me.name, shards=self.shards.count)
 
     def quiesce(self) -> None:
-        """Answer waiting calls, and stop taking shards."""
+        """Answer waiting calls, and stop acquiring shards."""
         self.membership.leaving = self.subject.stopping = True
         for bridge in self.shards.bridges():
             bridge.quiesce()

@@ -1,4 +1,4 @@
-"""Management of this replica's shards: take, serve, release."""
+"""Management of this replica's shards: acquire, serve, release."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ log = get(__name__)
 CHECK_S = 0.25
 AFTER_FAILURE_S = 3.0
 SETTLE_S = 1.0
-"""Replicas that start together wait for each other: what one takes alone it would have to give away."""
+"""Replicas that start together wait for each other: shards that one acquires alone would soon have to move."""
 
 MakeShard = Callable[[int, int], Shard]
-"""Makes a shard of its number and its fencing token."""
+"""Function that makes a shard from its number and its fencing token."""
 
 
 class ShardManager:
@@ -68,7 +68,7 @@ class ShardManager:
     # --- takeover and release -----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Take and release shards at each change and at intervals, until cancelled."""
+        """Acquire and release shards at each change and at intervals, until cancelled."""
         while True:
             if not self._membership.leaving:
                 self._reconcile()
@@ -92,10 +92,10 @@ class ShardManager:
         settled = any(each != me for each in holders.values()) or (
             self._joined_at is not None and now >= self._joined_at + SETTLE_S
         )
-        for number in wanted.take if settled else ():
+        for number in wanted.acquire if settled else ():
             if self._not_before.get(number, 0.0) <= now:
                 self._run_exclusive(number, self._acquire(number))
-        for number in wanted.give:
+        for number in wanted.release:
             self._run_exclusive(number, self._release(number))
 
     def _run_exclusive(self, number: int, step: Coroutine[Any, Any, None]) -> None:

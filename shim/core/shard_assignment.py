@@ -20,15 +20,15 @@ def shard_of(owner: str, count: int) -> int:
 
 
 AT_ONCE = 4
-"""Shards that a replica gives away at a time. Their links are closed meanwhile; all others stay connected."""
+"""Shards that a replica releases at a time. Their links are closed meanwhile; all others stay connected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rebalance:
-    """Shards that a replica has to take and to give away now."""
+    """Shards that a replica has to acquire and to release now."""
 
-    take: tuple[int, ...] = ()
-    give: tuple[int, ...] = ()
+    acquire: tuple[int, ...] = ()
+    release: tuple[int, ...] = ()
 
 
 def target_counts(count: int, members: Collection[str], held: Mapping[str, int]) -> dict[str, int]:
@@ -39,7 +39,7 @@ def target_counts(count: int, members: Collection[str], held: Mapping[str, int])
 
 
 def plan_rebalance(me: str, count: int, members: Collection[str], holders: Mapping[int, str]) -> Rebalance:
-    """Return the shards that `me` has to take or to give away.
+    """Return the shards that `me` has to acquire or to release.
 
     `members` are the living replicas that are not leaving. `holders` maps each leased shard to its holder. A holder
     that is no member is leaving, so its shards count as free soon.
@@ -50,7 +50,7 @@ def plan_rebalance(me: str, count: int, members: Collection[str], holders: Mappi
     share = target_counts(count, members, held)
     missing = {member: max(0, share[member] - held[member]) for member in share}
     if missing[me]:
-        return Rebalance(take=_to_take(me, count, missing, holders))
+        return Rebalance(acquire=_to_acquire(me, count, missing, holders))
     mine = sorted(shard for shard, holder in holders.items() if holder == me)
     unheld = count - sum(held[member] for member in share)
     wanted = sum(missing.values()) - unheld
@@ -58,12 +58,12 @@ def plan_rebalance(me: str, count: int, members: Collection[str], holders: Mappi
         surplus = max(0, held[member] - share[member])
         given = min(surplus, max(0, wanted))
         if member == me:
-            return Rebalance(give=tuple(mine[len(mine) - min(given, AT_ONCE) :]))
+            return Rebalance(release=tuple(mine[len(mine) - min(given, AT_ONCE) :]))
         wanted -= given
     return Rebalance()
 
 
-def _to_take(me: str, count: int, missing: Mapping[str, int], holders: Mapping[int, str]) -> tuple[int, ...]:
+def _to_acquire(me: str, count: int, missing: Mapping[str, int], holders: Mapping[int, str]) -> tuple[int, ...]:
     """Return the free shards for `me`.
 
     They are dealt out by replica name, so that two replicas rarely want the same.

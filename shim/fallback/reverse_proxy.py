@@ -115,12 +115,12 @@ async def _read(content: aiohttp.StreamReader, budget: Budget) -> bytes:
     parts, size = [], 0
     try:
         async for piece in content.iter_any():
-            if not budget.take(len(piece)):
+            if not budget.reserve(len(piece)):
                 raise Unreachable("the vendor's HTTP API sent more than can be read at a time")
             size += len(piece)
             parts.append(piece)
     finally:
-        budget.give_back(size)
+        budget.release(size)
     return b"".join(parts)
 
 

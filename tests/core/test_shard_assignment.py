@@ -37,13 +37,13 @@ def settle(count: int, members: set[str], holders: dict[int, str]) -> int:
     changed = 0
     for _ in range(20 * count + 20):
         todo = {member: plan_rebalance(member, count, members, holders) for member in sorted(members)}
-        if not any(each.take or each.give for each in todo.values()):
+        if not any(each.acquire or each.release for each in todo.values()):
             return changed
         for member, each in todo.items():
-            assert len(each.give) <= AT_ONCE
-            for shard in each.give:
+            assert len(each.release) <= AT_ONCE
+            for shard in each.release:
                 assert holders.pop(shard) == member
-            for shard in each.take:
+            for shard in each.acquire:
                 assert shard not in holders
                 holders[shard] = member
                 changed += 1
@@ -79,6 +79,6 @@ def test_what_is_even_stays_as_it_is(count: int, members: set[str]) -> None:
 
 def test_who_is_leaving_takes_nothing_and_its_shards_wait_for_nobody() -> None:
     holders = {0: "a", 1: "a", 2: "b", 3: "b"}
-    assert plan_rebalance("b", 4, {"a"}, holders).take == ()
-    assert plan_rebalance("a", 4, {"a"}, holders).give == ()
-    assert plan_rebalance("a", 4, {"a"}, {0: "a", 1: "a"}).take == (2, 3)
+    assert plan_rebalance("b", 4, {"a"}, holders).acquire == ()
+    assert plan_rebalance("a", 4, {"a"}, holders).release == ()
+    assert plan_rebalance("a", 4, {"a"}, {0: "a", 1: "a"}).acquire == (2, 3)
