@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Coroutine, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -34,6 +35,7 @@ from shim.agent_api.response_writer import ResponseWriter
 from shim.agent_api.responses import encode_body
 from shim.agent_api.routing import RouteCache
 from shim.core.agent_calls import AgentCall, Failed, PollCall, RegisterCall
+from shim.core.continued import Continued
 from shim.errors import AgentError
 from shim.ports import (
     AgentWebSockets,
@@ -153,10 +155,9 @@ class RequestHandler:
         # A poll that may have been sent before a reply does not show that the reply was read: the earlier bound counts.
         arrived_s = request.arrived_s if isinstance(call, PollCall) else request.started_s
         result = self._agent_service.call(caller, call, arrived_s, request.now_s)
-        return self._render(request, result) if isinstance(result, CallResult) else self._await(request, result)
-
-    async def _await(self, request: RequestContext, result: Coroutine[Any, Any, CallResult]) -> Reply:
-        return self._render(request, await result)
+        if isinstance(result, CallResult):
+            return self._render(request, result)
+        return Continued(result, partial(self._render, request))
 
     def _render(self, request: RequestContext, result: CallResult) -> Reply:
         request.receipt = result.receipt

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from shim.bridge.delivery import CommandDelivery
@@ -25,6 +26,7 @@ from shim.core.agent_calls import (
     PollCall,
     StatusCall,
 )
+from shim.core.continued import Continued
 from shim.fallback.policy import configured_scope, is_over
 from shim.ports import Caller, CallResult, Clock, DeliveryReceipt, FallbackScope, ProxyRequest, ProxyResponse
 
@@ -81,7 +83,9 @@ class Router:
             unknown = self._locator.shard_number(caller.token) is None
             return _NO_TOKEN if unknown else CallResult(self._without_owner(call))
         answer = shard.bridge.calls.call(caller, call, arrived_s, now_s)
-        return fenced(shard, caller, answer) if isinstance(answer, CallResult) else _later(shard, caller, answer)
+        if isinstance(answer, CallResult):
+            return fenced(shard, caller, answer)
+        return Continued(answer, partial(fenced, shard, caller))
 
     def _without_owner(self, call: AgentCall) -> Outcome:
         """Return the answer to a call while no replica owns its shard. It never confirms that data is stored."""
@@ -113,10 +117,6 @@ class Router:
         """Record that a connection was closed."""
         for receipt in self._awaiting_evidence.pop(connection, ()):
             receipt.connection_closed(clean)
-
-
-async def _later(shard: Shard, caller: Caller, answer: Coroutine[Any, Any, CallResult]) -> CallResult:
-    return fenced(shard, caller, await answer)
 
 
 def fenced(shard: Shard, caller: Caller, answer: CallResult) -> CallResult:
