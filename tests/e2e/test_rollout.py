@@ -279,8 +279,9 @@ async def test_admin_ports_of_a_file(tmp_path: Path, http: aiohttp.ClientSession
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{")
-        while await reader.read(1):
-            pass
+        while not writer.is_closing():
+            writer.write(b" ")
+            await asyncio.sleep(0.5)
 
     token = tmp_path / "admin-token"
     token.write_text(ADMIN_TOKEN)
@@ -310,7 +311,7 @@ async def test_admin_ports_of_a_file(tmp_path: Path, http: aiohttp.ClientSession
             path.write_text("\r\n".join(["", *lines, ""]))
             names = tmp_path / "names"
             names.write_text("good\nnever-heard-of\n")
-            args = ("--urls", str(path), "--expect", str(names), "--timeout", "5", "--observe", "0")
+            args = ("--urls", str(path), "--expect", str(names), "--timeout", "20", "--observe", "0")
             code, data, rows = await report(*args)
             good = await report("--urls", str(path), "--observe", "0", "--token-file", str(token))
             text = (await rollout("report", *args))[1]
@@ -322,7 +323,7 @@ async def test_admin_ports_of_a_file(tmp_path: Path, http: aiohttp.ClientSession
         "https": "expected http://host:port",
         "long": "not `NAME URL [TOKEN-FILE]`",
         "user": "the URL has a user",
-        "slow": "answers no JSON object",
+        "slow": f"127.0.0.1:{dripping}",
         "stranger": "",
         "never-heard-of": "expected, and not seen",
         shim.admin.removeprefix("http://"): "give --token-file",
@@ -331,6 +332,8 @@ async def test_admin_ports_of_a_file(tmp_path: Path, http: aiohttp.ClientSession
     for name, part in expected.items():
         assert part in rows[name]["gaps"][0], name
         assert not rows[name]["shims"]
+    # Its pieces come in time, and it has no end; on a busy machine a piece may be late, too.
+    assert any(each in rows["slow"]["gaps"][0] for each in ("answers no JSON object", "timed out"))
     assert (rows["good"]["gaps"], rows["good"]["shims"]) == ([], 1)
     assert good[2][shim.admin.removeprefix("http://")]["gaps"] == []
     assert ADMIN_TOKEN not in text
