@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 import signal
@@ -12,7 +11,6 @@ import threading
 import uuid
 from collections.abc import Callable, Coroutine
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 from shim import __version__
@@ -22,9 +20,10 @@ from shim.bridge import Bridge
 from shim.clock import Clock
 from shim.config import loader
 from shim.config.file_watch import FileWatcher
+from shim.config.reloader import ConfigReloader
 from shim.config.settings import Settings
 from shim.config.warnings import find_warnings
-from shim.errors import ConfigError, Fault, StartError, StoreError, StoreVersionError, describe
+from shim.errors import ConfigError, StartError, StoreError, StoreVersionError, describe
 from shim.fallback import sunset_headers
 from shim.log import Logs, capture_stray_output, get
 from shim.log import setup as set_up_log
@@ -37,6 +36,7 @@ from shim.metrics import Metrics, Registry
 from shim.notify import Notifier
 from shim.ports import AgentService, CommandStore, DeliveryEvidence, UpstreamPort
 from shim.process import (
+    check_ready_file,
     disable_core_dumps,
     loop_factory,
     occupy_standard_streams,
@@ -46,6 +46,7 @@ from shim.process import (
     trim_heap,
     tune_gc,
     watch_loop,
+    write_ready_file,
 )
 from shim.protocol import dialects
 from shim.protocol.http import origin_of
@@ -59,7 +60,6 @@ EXIT_OK = 0
 EXIT_CONFIG = 2
 EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
-WATCH_S = 2.0
 STOP_S = 3.4
 STEP_S = 0.25
 FORCED_STOP_S = 4.2
@@ -81,7 +81,7 @@ def main(
     occupy_standard_streams()
     private = disable_core_dumps()
     settings = loader.load(config_path, os.environ, sets)
-    _check_ready_file(ready_file)
+    check_ready_file(ready_file)
     logging = set_up_log(settings.log.level, settings.log.format)
     capture_stray_output()
     connections = settings.listen.max_connections + settings.upstream.max_links
@@ -107,19 +107,6 @@ def main(
     # Everything durable is closed. A normal exit would wait for threads that cannot be cancelled: `getaddrinfo` takes
     # many seconds if the name server does not answer.
     os._exit(code)
-
-
-def _check_ready_file(path: str | None) -> None:
-    """Raise `ConfigError` if the ready file cannot be written, before anything is started."""
-    if path is None:
-        return
-    directory = Path(path).absolute().parent
-    if not directory.is_dir():
-        raise ConfigError([Fault("--ready-file", f"{path}: the directory {directory} does not exist: make it first")])
-    if Path(path).exists() and not Path(path).is_file():  # the file is replaced, which would delete a device
-        raise ConfigError([Fault("--ready-file", f"{path} is not a regular file: name another one")])
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError([Fault("--ready-file", f"{path} cannot be written by this user: name another file")])
 
 
 def _end_in_time(logging: Logs) -> None:
@@ -157,22 +144,20 @@ class App:
         self.bridge: Bridge | None = None
         self.addresses: dict[str, str] = {}
         self.ready = asyncio.Event()
-        self._load = load
         self._logging = logging
-        self._config_path = config_path
         self._ready_file = ready_file
         self._tasks: asyncio.TaskGroup | None = None
         self._undo: list[Undo] = []
         self._metrics = Metrics(Registry())
         logging.count_drops(self._metrics.log_lines_dropped.inc)
-        self._files = files or FileWatcher()
-        self._changed()
         self._start_scope: asyncio.Timeout | None = None
-        self._reloading = False
-        self._reload_wanted = False
         self._owned: set[asyncio.Task[None]] = set()
         self._store_fault: StoreError | None = None
         self._token = ""
+        self._reloader = ConfigReloader(
+            load, files or FileWatcher(), config_path, self._apply, self._keep_old, self.stop_requested
+        )
+        self._reloader.changed(settings.upstream.token_file)
         self._runtime: Runtime | None = None
 
     async def run(self) -> int:
@@ -267,7 +252,7 @@ class App:
                 self._undo.append(undo)  # before the start, which may fail halfway
             if start is not None:
                 await start()
-        self.spawn("watch", self._watch())
+        self.spawn("watch", self._reloader.watch(lambda: self.settings.upstream.token_file, self._token_changed))
         self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
         if settings.notify.wanted:
             notifier = Notifier(settings.notify, admin.status, clock, self.stop_requested, redaction)
@@ -396,14 +381,7 @@ class App:
 
     def _announce(self) -> None:
         if self._ready_file:
-            text = json.dumps({**self.addresses, "pid": os.getpid()})
-            temporary = Path(f"{self._ready_file}.{os.getpid()}")
-            try:
-                temporary.write_text(text)
-                temporary.replace(self._ready_file)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise StartError(f"--ready-file {self._ready_file} cannot be written: {error.strerror}") from None
+            write_ready_file(self._ready_file, {**self.addresses, "pid": os.getpid()})
         log.info(
             "serving",
             version=__version__,
@@ -459,61 +437,17 @@ class App:
         """
         return self._token or self._read_token()
 
-    async def _watch(self) -> None:
-        """Reload after a change of the configuration or token file, Kubernetes' symlink swap included."""
-        if self._reload_wanted:
-            await self._reload()
-        while not self.stop_requested.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WATCH_S):
-                    await self.stop_requested.wait()
-            changed = self._changed()
-            if "config" in changed:
-                await self._reload()
-            if "token" in changed and self._runtime is not None:
-                log.info("token_changed")
-                self._token = ""
-                self._runtime.token_changed()
-
-    def _changed(self) -> set[str]:
-        return self._files.changed({"config": self._config_path, "token": self.settings.upstream.token_file})
+    def _token_changed(self) -> None:
+        if self._runtime is not None:
+            log.info("token_changed")
+            self._token = ""
+            self._runtime.token_changed()
 
     def reload(self) -> None:
         """Request a reload of the configuration: now, or after the start."""
-        self._reload_wanted = True
+        self._reloader.request()
         if self.ready.is_set():
-            self.spawn("reload", self._reload())
-
-    async def _reload(self) -> None:
-        """Read the configuration again and apply the keys that can change at run time.
-
-        A file with faults changes nothing.
-
-        The file is read in a thread, because parsing a large one takes a second. A request during the reading is served
-        by the same reading, unless the file has changed since it began.
-        """
-        if self._reloading:
-            return
-        self._reloading = True
-        try:
-            changed = True
-            while changed and not self.stop_requested.is_set():
-                self._reload_wanted = False
-                self._files.changed({"config": self._config_path})
-                await self._read_and_apply()
-                changed = self._reload_wanted and bool(self._files.changed({"config": self._config_path}))
-        finally:
-            self._reloading = False
-
-    async def _read_and_apply(self) -> None:
-        try:
-            fresh = await asyncio.to_thread(self._load)
-        except ConfigError as error:
-            self._keep_old([str(fault) for fault in error.faults])
-        except Exception as error:  # noqa: BLE001 - no file may stop a running shim
-            self._keep_old([f"the configuration could not be read: {type(error).__name__}"])
-        else:
-            self._apply(fresh)
+            self.spawn("reload", self._reloader.reload())
 
     def _count_rollout(self) -> None:
         """Set the metrics of the rollout: a canary is watched for a day, counted from its last change."""

@@ -1,17 +1,20 @@
-"""Settings of this process: core dumps, file descriptors, garbage collection, and the event loop's lag."""
+"""Settings of this process: core dumps, file descriptors, garbage collection, event-loop lag, and the ready file."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
 import gc
+import json
 import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from shim.config.settings import Settings
+from shim.errors import ConfigError, Fault, StartError
 from shim.log import get
 from shim.metrics import Metrics
 from shim.ports import Clock
@@ -129,3 +132,27 @@ async def watch_loop(clock: Clock, metrics: Metrics, stop: asyncio.Event) -> Non
         if late_s > longest_s:
             longest_s = late_s
             metrics.loop_lag_max_seconds.set(late_s)
+
+
+def check_ready_file(path: str | None) -> None:
+    """Raise `ConfigError` if the ready file cannot be written, before anything is started."""
+    if path is None:
+        return
+    directory = Path(path).absolute().parent
+    if not directory.is_dir():
+        raise ConfigError([Fault("--ready-file", f"{path}: the directory {directory} does not exist: make it first")])
+    if Path(path).exists() and not Path(path).is_file():  # the file is replaced, which would delete a device
+        raise ConfigError([Fault("--ready-file", f"{path} is not a regular file: name another one")])
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError([Fault("--ready-file", f"{path} cannot be written by this user: name another file")])
+
+
+def write_ready_file(path: str, content: dict[str, Any]) -> None:
+    """Write the ready file in one step, so that no process reads a part of it. Raises `StartError`."""
+    temporary = Path(f"{path}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StartError(f"--ready-file {path} cannot be written: {error.strerror}") from None
