@@ -26,7 +26,7 @@ async def test_all_held_polls_are_answered_empty_and_the_process_ends_in_order(t
         aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {TOKEN}"}, connector=aiohttp.TCPConnector(limit=0)
         ) as session,
-        world(tmp_path, {"poll": {"hold": HOLD_S}}) as (shim, _),
+        world(tmp_path, {"poll": {"hold": HOLD_S, "max_hold_s": HOLD_S}}) as (shim, _),
     ):
         await shim.start()
 
