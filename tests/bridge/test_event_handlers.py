@@ -8,7 +8,7 @@ from shim.bridge.event_handlers import ResultsSent
 from shim.core.records import SaveSession
 from tests.bridge.conftest import MakeWorld
 from tests.bridge.test_links import living
-from tests.bridge.test_session_quota import OWN, beat
+from tests.bridge.test_session_registry import OWN, beat
 from tests.support.world import World
 
 EVENTS = {

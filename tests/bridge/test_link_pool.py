@@ -9,7 +9,7 @@ from shim.core.agent_calls import Accepted, Failed
 from shim.core.link_state import LinkState
 from tests.bridge.conftest import MakeWorld
 from tests.bridge.test_links import living, states
-from tests.bridge.test_session_quota import OWN, beat, refuse, sessions
+from tests.bridge.test_session_registry import OWN, beat, refuse, sessions
 from tests.support.world import World
 
 

@@ -12,7 +12,7 @@ from shim.core.link_state import LinkState
 from shim.errors import ShimError
 from shim.ports import DialFailure
 from tests.bridge.conftest import MakeWorld
-from tests.bridge.test_session_quota import status
+from tests.bridge.test_session_registry import status
 from tests.support.upstream import REFUSED
 from tests.support.world import Agent, World
 
