@@ -400,6 +400,7 @@ function showCommands(status) {
   const waiting = commands.items.slice(0, WAITING_SHOWN);
   put($("commands-count"), queued ? `${queued.toLocaleString("en")} here, ${bytes(commands.bytes)}${queued > waiting.length ? `; the oldest ${waiting.length} shown` : ""}` : "");
   table($("waiting"), "Waiting for their agents, the oldest first", WAITING_COLUMNS, waiting, (c) => `${c.session}/${c.id}`);
+  $("no-commands").hidden = commands.items.length + commands.recent.length > 0;
   table($("recent"), "The latest", RECENT_COLUMNS, commands.recent.slice(0, waiting.length ? RECENT_SHOWN : RECENT_SHOWN + WAITING_SHOWN), (c) => `${c.session}/${c.id}`);
 }
 
