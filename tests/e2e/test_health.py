@@ -491,6 +491,6 @@ async def test_a_reader_that_keeps_the_stores_log(tmp_path: Path, http: aiohttp.
                     if shim.events("store_log_pinned"):
                         break
                 told = await health.until("store_log_pinned")
-                assert "the log beside it has grown to " in str(told["overall"]["problems"])
+                assert "its write-ahead log has grown to " in str(told["overall"]["problems"])
                 database.execute("ROLLBACK")
             await health.gone("store_log_pinned")
