@@ -461,7 +461,7 @@ async def test_a_log_that_nobody_reads(tmp_path: Path, http: aiohttp.ClientSessi
                         await agent.call("POST", result, {"success": True})
 
             flooding = asyncio.gather(*(flood(number) for number in range(20)))
-            told = await Health(http, shim).until("log_lines_lost", 90)
+            told = await Health(http, shim).until("log_lines_lost", 300)
             assert "could not be written." in str(told["overall"]["problems"])
             assert told["log"]["lost"] > 0
             flooding.cancel()
