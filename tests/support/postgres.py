@@ -98,7 +98,8 @@ class Postgres:
 
     def resume(self) -> None:
         for pid in self.pids():
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # a worker of the server may have ended meanwhile
+                os.kill(pid, signal.SIGCONT)
 
     def pids(self) -> list[int]:
         """Its main process and the children."""
