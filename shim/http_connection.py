@@ -1,8 +1,7 @@
 """An HTTP server connection that parses one request at a time, with bounds on the bytes that a peer can occupy.
 
 aiohttp's own protocol parses everything that has arrived. Here bytes behind an unanswered request are kept unparsed,
-are bounded, and pause reading (docs/concepts/threat-model.md#bounds). That also yields the exact time of a request's
-first byte.
+are bounded, and pause reading (docs/concepts/threat-model.md#bounds). The time of a request's first byte is exact.
 
 The class overrides private methods and attributes of aiohttp's `RequestHandler`: `_parser`, `_messages`, `_waiter`,
 `_request_count`, `_upgraded`, `_payload_parser`, `_close`, `_force_close`, `_reading_paused` and
@@ -166,7 +165,7 @@ class HttpConnection(RequestHandler):
 
     def _watch_for_first_request(self, timeout_s: float) -> None:
         """Close the connection if no byte arrives within `timeout_s`."""
-        self._head_timer = self._loop.call_later(timeout_s, self._never_spoke)
+        self._head_timer = self._loop.call_later(timeout_s, self.force_close)
 
     def _drop_what_is_held(self) -> None:
         """Release all unparsed bytes, because the connection ends."""
@@ -329,10 +328,9 @@ class HttpConnection(RequestHandler):
         if self._head_timer is not None:
             self._stop_head_timer()
         self._body, self._empty_lines = body, 0
+        self._body_left = CHUNKED if message.chunked else int(message.headers.get(hdrs.CONTENT_LENGTH, 0))
         if message.method == hdrs.METH_CONNECT:
             self._body_left = 0
-        else:
-            self._body_left = CHUNKED if message.chunked else int(message.headers.get(hdrs.CONTENT_LENGTH, 0))
         self._upgraded = upgraded
         self._open = True
         if 0 < self._body_left <= min(len(rest), FREE_BYTES):  # a small body that is complete, as of a heartbeat
@@ -366,10 +364,6 @@ class HttpConnection(RequestHandler):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _never_spoke(self) -> None:
-        self._head_timer = None
-        self.force_close()
-
     def _head_too_slow(self) -> None:
         self._head_timer = None
         if self._open:
@@ -382,10 +376,9 @@ class HttpConnection(RequestHandler):
     def _malformed(self, fault: HttpProcessingError) -> None:
         """Reject a request that the parser rejected; its own error texts echo the input, also in the log."""
         logger.debug("a malformed request: %s", type(fault).__name__)
-        if isinstance(fault, LineTooLong):
-            self._turn_away(431, "a line of the request is too long", "http")
-        else:
-            self._turn_away(400, "malformed request", "http")
+        too_long = isinstance(fault, LineTooLong)
+        text = "a line of the request is too long" if too_long else "malformed request"
+        self._turn_away(431 if too_long else 400, text, "http")
 
     def _turn_away(self, status: int, text: str, reason: str, more: str = "") -> None:
         """Reject a request before it becomes a call, and close the connection."""
@@ -427,11 +420,10 @@ class HttpConnection(RequestHandler):
     def _take_body(self, data: bytes) -> None:
         """Pass a piece of a body to its reader, or fail the body if the common budget is exhausted."""
         self._unread_bytes += len(data)
-        if self._unread_bytes <= FREE_BYTES:
-            self._feed_body(data)
-        elif self._adjust_charge():
-            # Runs directly before a waiting reader wakes up: from then on the reader charges the bytes itself.
-            self._loop.call_soon(self._release_body)
+        if self._unread_bytes <= FREE_BYTES or self._adjust_charge():
+            if self._charged_bytes:
+                # Runs directly before a waiting reader wakes up: from then on the reader charges the bytes itself.
+                self._loop.call_soon(self._release_body)
             self._feed_body(data)
         else:
             self._unread_bytes = 0
