@@ -21,6 +21,7 @@ from shim.core.failover import bucket
 from tests.e2e.test_health import Agent, Health
 from tests.support.processes import TOKEN, Shim, world
 from tests.support.prometheus import prometheus
+from tests.support.sockets import tcp_server
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "reference" / "rollout.md").read_text()
@@ -161,8 +162,11 @@ async def test_what_is_no_answer(status: int, body: str, headers: dict[str, str]
 async def test_a_port_where_nobody_listens_and_one_that_never_answers() -> None:
     code, data, _ = await report("--prometheus", "http://127.0.0.1:1")
     assert (code, "does not answer" in data["reasons"][0]["text"]) == (1, True)
-    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65_536):
+            pass
+
+    async with tcp_server(silent) as port:
         code, data, _ = await report("--prometheus", f"http://127.0.0.1:{port}", "--timeout", "2")
     assert (code, "does not answer: timed out" in data["reasons"][0]["text"]) == (1, True)
