@@ -436,6 +436,9 @@ class HttpConnection(RequestHandler):
         if self._body is not EMPTY_PAYLOAD:
             self._body._buffer.clear()  # noqa: SLF001 - public reads would make aiohttp resume reading
             self._body._size = self._body._buffer_offset = 0  # noqa: SLF001 - must match the buffer
+            fault = self._body.exception()
+            if isinstance(fault, BaseException):
+                fault.__traceback__ = None  # it keeps the frames of its reader, and thereby the bytes that were read
 
     def _release_body(self) -> None:
         if self._unread_bytes and not self._messages:
