@@ -13,7 +13,7 @@ from shim.cli.inject.settings import read
 from shim.cli.inject.sidecar import STORE_DIR, InjectError
 from shim.config import loader
 from shim.errors import ConfigError
-from tests.cli.inject.test_inject import agent_shim
+from tests.cli.inject.test_documents import agent_shim
 from tests.support.manifests import documents, one, vendor_text
 
 
