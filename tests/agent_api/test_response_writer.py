@@ -18,7 +18,7 @@ from shim.core.agent_calls import Accepted, AgentCall, HeartbeatCall, PollCall, 
 from shim.ports import Caller, CallResult, FallbackScope, ProxyRequest, ProxyResponse
 from tests.support.frontend import HEALTH, POLL, get, post, running
 
-PACKED = gzip.compress(b'{"agent_id":"a","name":"n"}')
+PACKED = gzip.compress(b'{"agent_id":"a","name":"n"}', mtime=0)
 BEAT = post("/api/v1/clusters/agent/c1/heartbeat", b'{"status": "healthy"}')
 
 
@@ -66,7 +66,7 @@ async def test_what_nobody_here_understands_goes_there_too() -> None:
             post("/api/v1/clusters/agent/register", b"{ no json"),
             post(
                 "/api/v1/clusters/agent/register",
-                gzip.compress(b'{"agent_id":"a","name":"n"}'),
+                gzip.compress(b'{"agent_id":"a","name":"n"}', mtime=0),
                 "Content-Encoding: gzip",
             ),
             get("/api/v1/clusters/agent/c1/heartbeat"),

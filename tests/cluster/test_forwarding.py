@@ -20,7 +20,7 @@ async def test_any_replica_serves_any_agent(tmp_path: Path, pg_url: str) -> None
     async with gateway(tmp_path, pg_url, poll=LONG) as gate:
         a, b = await gate.add("a", "b")
         assert await gate.settled(a, b) == [SHARDS // 2, SHARDS // 2]
-        agents = [gate.agent(number) for number in range(8)]
+        agents = [gate.agent(number) for number in range(20)]
         for number, agent in enumerate(agents):
             await agent.register((a, b)[number % 2])
         owners = [await gate.owner(agent) for agent in agents]
@@ -93,7 +93,7 @@ async def test_the_forwarder_dies_and_its_agents_commands_do_not(tmp_path: Path,
     async with gateway(tmp_path, pg_url, poll=LONG) as gate:
         a, b = await gate.add("a", "b")
         await gate.settled(a, b)
-        agents = [gate.agent(number) for number in range(8)]
+        agents = [gate.agent(number) for number in range(20)]
         for agent in agents:
             await agent.register(a)
         holding, reading = (await owned_by(gate, a, agents))[:2]
@@ -119,7 +119,7 @@ async def test_the_forwarder_is_paused_with_the_reply_in_hand(tmp_path: Path, pg
     async with gateway(tmp_path, pg_url, poll=LONG, lease_s=600, commands=commands) as gate:
         a, b = await gate.add("a", "b")
         await gate.settled(a, b)
-        agents = [gate.agent(number) for number in range(8)]
+        agents = [gate.agent(number) for number in range(20)]
         for agent in agents:
             await agent.register(a)
         agent = (await owned_by(gate, a, agents))[0]
