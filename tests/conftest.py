@@ -103,9 +103,9 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the long tests, those of real processes, where several processes share the tests."""
-    if config.getoption("numprocesses", None):
+    if "PYTEST_XDIST_WORKER" in os.environ:
         places = {name: place for place, name in enumerate(SLOW)}
         here = Path(__file__).parent
         items.sort(key=lambda item: places.get(item.path.relative_to(here).parts[0], len(SLOW)))
