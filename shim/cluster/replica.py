@@ -163,10 +163,11 @@ class Replica:
             try:
                 return await step()
             except StoreUnreachable as error:
+                # Probes are answered from here on, so that whoever reads the line may ask.
+                await waiting()
                 if str(error) != logged:
                     logged = str(error)
                     log.warning("database_awaited", error=logged)
-                await waiting()
                 await asyncio.sleep(RETRY_S)
 
     def start(self) -> None:
