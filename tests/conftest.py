@@ -15,7 +15,21 @@ import hypothesis
 import pytest
 
 BLOCKED_S = 1.5
-SLOW = ("cluster", "security", "e2e", "chaos", "bench", "browser", "image", "docs", "monitoring", "packaging", "helm")
+SLOW = (
+    "properties",
+    "store",
+    "cluster",
+    "security",
+    "e2e",
+    "chaos",
+    "bench",
+    "browser",
+    "image",
+    "docs",
+    "monitoring",
+    "packaging",
+    "helm",
+)
 """Folders with tests of real processes and tools, the longest first."""
 NODE_MODULES = Path(__file__).parent / "clients" / "node_modules"
 
