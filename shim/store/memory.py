@@ -194,7 +194,8 @@ class MemoryStore:
         self._commands = {
             key: command
             for key, command in self._commands.items()
-            if command.record.state not in _ENDED or command.updated_unix >= before
+            # A command may have arrived later than it was changed, if the clock was set back: it stays, as in the SQL.
+            if command.record.state not in _ENDED or max(command.updated_unix, command.record.arrived_unix) >= before
         }
         self._lone_traces = [each for each in self._lone_traces if each[1].wall >= before]
         self._unknown_results = {key: wall for key, wall in self._unknown_results.items() if wall >= before}
