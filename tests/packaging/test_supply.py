@@ -18,12 +18,17 @@ ROOT = Path(__file__).parents[2]
 # --- locks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["run", "tools", "dev"])
+@pytest.mark.parametrize("name", ["run", "run-otel", "tools", "dev"])
 def test_every_locked_package_has_hashes(name: str) -> None:
     text = (ROOT / "requirements" / f"{name}.txt").read_text()
     entries = re.split(r"^(?=[A-Za-z0-9._-]+==)", text, flags=re.MULTILINE)[1:]
     assert len(entries) > 10
     assert all("--hash=sha256:" in entry for entry in entries)
+
+
+@pytest.mark.parametrize("name", ["run", "run-otel", "tools"])
+def test_the_build_of_the_image_gets_every_list_that_it_may_install(name: str) -> None:
+    assert f"!requirements/{name}.txt" in (ROOT / ".dockerignore").read_text().splitlines()
 
 
 # --- licences -----------------------------------------------------------------------------------------------------
