@@ -58,8 +58,14 @@ def test_a_release_is_attested_and_signed_before_anything_is_published() -> None
     jobs = workflow("release.yml")["jobs"]
     assert set(jobs["publish"]["needs"]) == {"attest", "index", "chart"}
     said = (FOLDER / "release.yml").read_text()
-    assert said.count("actions/attest-build-provenance@") == 2, "wheel and image"
+    assert said.count("actions/attest-build-provenance@") == 3, "wheels, each image, and both as one"
     assert said.count("cosign sign --yes") == 3, "each image, both as one, and chart"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_the_tests_that_it_runs_exist(file: Path) -> None:
+    named = re.findall(r"make test ARGS=(\S+)", file.read_text())
+    assert [each for each in named if not (ROOT / each).exists()] == []
 
 
 def test_the_image_is_built_for_both_kinds_of_machine_and_published_as_one() -> None:
