@@ -10,9 +10,10 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
-from supply.locked import ROOT, packages
+from supply.locked import ROOT, RUN, RUN_OTEL, packages
 
 PAGE = ROOT / "docs" / "reference" / "licenses.md"
 # SPDX identifiers of licences that Apache-2.0 software may be shipped with, as it is.
@@ -29,6 +30,7 @@ _SPELT = {
     "bsd": "BSD-3-Clause",
     "bsd license": "BSD-3-Clause",
     "bsd-3-clause license": "BSD-3-Clause",
+    "3-clause bsd license": "BSD-3-Clause",
     "mit license": "MIT",
     "mozilla public license 2.0 (mpl 2.0)": "MPL-2.0",
     "python software foundation license": "PSF-2.0",
@@ -47,14 +49,19 @@ class Row(NamedTuple):
     license: str
 
 
-def rows() -> list[Row]:
-    """The licences of what `requirements/run.txt` pins."""
+def rows(path: Path = RUN) -> list[Row]:
+    """Return the licences of the packages that a file of locked requirements pins."""
     known = {(match["name"], match["version"]): match["license"] for match in _known()}
     found = []
-    for package in packages():
+    for package in packages(path):
         text = _declared(package.name, package.version) or known.get((package.name, package.version), "?")
         found.append(Row(package.name, package.version, text))
     return found
+
+
+def rows_of_otel() -> list[Row]:
+    """Return the licences of the packages that only the extra `otel` brings along."""
+    return [row for row in rows(RUN_OTEL) if row not in rows()]
 
 
 def vendored() -> Iterator[tuple[Row, str]]:
@@ -71,8 +78,8 @@ def refused(found: Sequence[Row]) -> list[Row]:
     return [row for row in found if not _allowed(row.license) and row.license != USED_UNCHANGED.get(row.name)]
 
 
-def page(found: Sequence[Row]) -> str:
-    """The whole page."""
+def page(found: Sequence[Row], of_otel: Sequence[Row]) -> str:
+    """Return the whole page."""
     lines = [
         "# Licences",
         "",
@@ -84,9 +91,11 @@ def page(found: Sequence[Row]) -> str:
         "`agent-shim[postgres]` and with the image.",
         "They are used unchanged, and whoever runs the shim can replace them: `pip install` another build of them.",
         "",
-        "| package | version | licence |",
-        "|---|---|---|",
-        *(f"| {row.name} | {row.version} | {row.license} |" for row in sorted(found)),
+        *_table(found),
+        "",
+        "Only with the extra `agent-shim[otel]`, and in an image that is built with `REQUIREMENTS=run-otel.txt`:",
+        "",
+        *_table(of_otel),
         "",
         "Shipped as files:",
         "",
@@ -98,6 +107,11 @@ def page(found: Sequence[Row]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _table(found: Sequence[Row]) -> Iterator[str]:
+    yield from ("| package | version | licence |", "|---|---|---|")
+    yield from (f"| {row.name} | {row.version} | {row.license} |" for row in sorted(found))
 
 
 def _known() -> Iterator[re.Match[str]]:
@@ -129,11 +143,11 @@ def _allowed(expression: str) -> bool:
 
 def main(args: Sequence[str]) -> int:
     """Print, write or check the page; returns the exit code."""
-    found = rows()
-    bad = refused(found)
+    found, of_otel = rows(), rows_of_otel()
+    bad = refused([*found, *of_otel])
     for row in bad:
         print(f"{row.name} {row.version}: {row.license} is not an allowed licence", file=sys.stderr)
-    text = page(found)
+    text = page(found, of_otel)
     if "--write" in args:
         PAGE.write_text(text)
     elif "--check" in args:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "requirements" / "run.txt"
+RUN_OTEL = ROOT / "requirements" / "run-otel.txt"
 _PINNED = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^ ;\\]+)", re.MULTILINE)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from supply import audit, licenses, sbom
-from supply.locked import RUN, packages
+from supply.locked import RUN, RUN_OTEL, packages
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,10 +35,11 @@ def test_the_build_of_the_image_gets_every_list_that_it_may_install(name: str) -
 
 
 def test_the_page_of_licences_is_up_to_date_and_all_are_allowed() -> None:
-    found = licenses.rows()
+    found, of_otel = licenses.rows(), licenses.rows_of_otel()
     assert {row.name for row in found} == {package.name for package in packages()}
-    assert licenses.refused(found) == []
-    assert licenses.PAGE.read_text() == licenses.page(found)
+    assert {row.name for row in (*found, *of_otel)} == {package.name for package in packages(RUN_OTEL)}
+    assert licenses.refused([*found, *of_otel]) == []
+    assert licenses.PAGE.read_text() == licenses.page(found, of_otel)
 
 
 @pytest.mark.parametrize(
