@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from shim.cli import main
 from shim.config.loader import leaves
 
 DOCS = (Path(__file__).parents[2] / "docs" / "reference" / "configuration.md").read_text()
@@ -32,12 +31,3 @@ def test_keys_in_the_text_exist() -> None:
     known = {path for path, _, _ in leaves()}
     named = set(re.findall(r"`([a-z]+\.[a-z0-9_.]+)`", DOCS)) - {"agent-shim.yaml"}
     assert named - known == set()
-
-
-def test_the_exit_codes_are_those_of_the_command() -> None:
-    codes = set(re.findall(r"^\| (\d+) \|", DOCS, re.MULTILINE))
-    assert codes == {
-        "0",
-        "1",
-        *map(str, (main.EXIT_CONFIG, main.EXIT_USAGE, main.EXIT_INTERNAL, main.EXIT_STORE_VERSION)),
-    }
