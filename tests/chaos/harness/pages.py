@@ -84,12 +84,18 @@ def blocks(found: dict[str, Any]) -> dict[str, list[str]]:
     }
 
 
+def _machine(found: dict[str, Any]) -> str:
+    known = found["machine"]
+    return (
+        f"- {known['date']}; {known['processor']}, {known['cores']} cores, {known['system']}, Python {known['python']}"
+    )
+
+
 def _run(found: dict[str, Any]) -> Iterator[str]:
-    machine = found["machine"]
     minutes = sum(one["duration_s"] for one in found["rounds"]) / 60
     paces = sorted({one["pace"] for one in found["rounds"]})
     speed = " and ".join("as real ones" if pace == 1 else f"{pace:g} times as fast as real ones" for pace in paces)
-    yield f"- {machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}"
+    yield _machine(found)
     yield f"- {len(found['rounds'])} rounds, {minutes:.0f} minutes of faults; agents and time-outs {speed}"
     yield f"- seed {found['rounds'][0]['seed']}; the shim was started {found['shim_starts']} times"
     yield f"- broken promises that the checker found: **{len(found['violations'])}**"
@@ -155,8 +161,8 @@ def _herd(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _gateway(found: dict[str, Any]) -> Iterator[str]:
-    machine, commands, stops = found["machine"], found["commands"], found["stops"]
-    yield f"- {machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}"
+    commands, stops = found["commands"], found["stops"]
+    yield _machine(found)
     minutes = found["duration_s"] / 60
     yield f"- {minutes:.0f} minutes of faults, seed {found['seed']}, settled in {found['settled_s']:.1f} s"
     yield f"- broken promises that the checker found: **{len(found['violations'])}**"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -200,8 +201,9 @@ def distribution(values: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, str]:
-    """Where it was measured."""
+    """Return where and on which day it was measured."""
     return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "system": f"{platform.system()} {platform.release()}",
         "processor": platform.machine(),
         "cores": str(os.cpu_count()),
