@@ -38,10 +38,7 @@ from shim.core.call_records import route_of
 from shim.core.link_state import LinkState
 from shim.core.sessions import Session
 from shim.errors import AgentError, StoreError
-from shim.log import get
 from shim.ports import Caller, CallResult
-
-log = get(__name__)
 
 RETRY_AFTER_S = 5
 _ACCEPTED = Accepted()

@@ -24,9 +24,6 @@ from shim.bridge.upstream_messages import UpstreamMessageHandler
 from shim.bridge.websocket_agents import WebSocketAgents
 from shim.core.records import CheckStore, Prune, SessionKey, StoreContents
 from shim.core.sessions import Sessions
-from shim.log import get
-
-log = get(__name__)
 
 
 class Bridge:
@@ -73,7 +70,6 @@ class Bridge:
             ctx, self.links, self.session_registry, self.registrations, self.delivery, self.long_polls, self.heartbeats
         )
         self.websocket_agents = WebSocketAgents(ctx, self.links.owner_of)
-        self.stopping = False  # shown by the admin port
         self.unpolled = UnpolledCommandsWarning(ctx, self.queues)
         self._upkeep = PeriodicTasks(ctx, self._periodic_tasks())
 
@@ -124,7 +120,6 @@ class Bridge:
 
     def quiesce(self) -> None:
         """Answer every waiting call: held polls with an empty list, registrations with 503."""
-        self.stopping = True
         self.registrations.end_all()
         self.long_polls.end_all()
         self.delivery.end_all()

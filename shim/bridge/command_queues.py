@@ -161,7 +161,7 @@ class CommandQueues:
         key, record, ids = ending.key, ending.record, (ending.record.id,)
         wall = self._ctx.clock.wall_s()
         session = self._ctx.sessions.get(key)
-        report = self._outbox.failure_payload(key, session, record.id, wall, code=ending.code, error=ending.error)
+        report = self._outbox.failure_payload(session, record.id, wall, code=ending.code, error=ending.error)
         mark = MarkCommands(key, ids, ending.state, wall)
         step = self._ctx.step(key, ids, wall, ending.state.value, ending.error)
         self._ctx.arriving.add(0)

@@ -210,8 +210,3 @@ class HttpFallbackBridge:
 def _settle(stored: asyncio.Future[bool], safe: bool) -> None:
     if not stored.done():  # the agent may have hung up
         stored.set_result(safe)
-
-
-def call_dialect(call: AgentCall) -> str:
-    """Return the dialect of a call, or an empty string if the call has none."""
-    return getattr(call, "dialect", "")

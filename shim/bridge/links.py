@@ -43,7 +43,6 @@ class LinkOnline(NamedTuple):
     """A link may carry heartbeats and results."""
 
     link: UpstreamLink
-    now: float
 
 
 class LinkLost(NamedTuple):
@@ -195,7 +194,7 @@ class UpstreamLink:
                 put(LinkOpened(self, now))
             case ev.Online():
                 self.metrics.came_online(now)
-                put(LinkOnline(self, now))
+                put(LinkOnline(self))
             case ev.Offline():
                 self._drop_connection()
             case ev.CloseSocket():

@@ -195,7 +195,7 @@ class Outbox:
         better than none.
         """
         wall = self._ctx.clock.wall_s()
-        payload = self.failure_payload(key, session, command_id, wall, code=code, error=error)
+        payload = self.failure_payload(session, command_id, wall, code=code, error=error)
         step = self._ctx.step(key, (command_id,), wall, "reported", code)
         put = PutOutbox(key, command_id, request_id, payload)
         self._ctx.store.submit(put, step, done=partial(self._report_stored, put))
@@ -230,7 +230,7 @@ class Outbox:
             connection.send_result(seq, report.request_id, report.payload)
 
     def failure_payload(
-        self, key: SessionKey, session: Session | None, command_id: str, wall: float, *, code: str, error: str
+        self, session: Session | None, command_id: str, wall: float, *, code: str, error: str
     ) -> dict[str, Any]:
         """Return the payload of a `command_result` that the shim creates itself."""
         payload: dict[str, Any] = {"command_id": command_id}

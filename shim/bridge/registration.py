@@ -15,7 +15,6 @@ from shim.core import link_state as ev
 from shim.core.agent_calls import Failed, Outcome, RegisterCall, Registered
 from shim.core.link_state import LinkState
 from shim.core.sessions import Session
-from shim.log import get
 from shim.protocol.upstream_message import Message
 
 RegistrationKey = tuple[str, ...]
@@ -101,8 +100,6 @@ class RegistrationReplay:
     remedy: deque[tuple[Session, dict[str, Any]]]
     waiting: set[PendingRegistration]
 
-
-log = get(__name__)
 
 CACHED_AFTER_S = 5.0
 REPLAY_WINDOW = 32

@@ -71,7 +71,7 @@ class Rejections:
         self._log(rejection)
         if report:
             payload = self._outbox.failure_payload(
-                rejection.key, rejection.session, rejection.command_id, wall, code=code, error=rejection.error
+                rejection.session, rejection.command_id, wall, code=code, error=rejection.error
             )
             self._outbox.send_unpersisted(rejection.key, rejection.request_id, payload)
         self._untraced.append((rejection, wall))
