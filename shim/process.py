@@ -23,6 +23,12 @@ log = get(__name__)
 
 _PR_SET_DUMPABLE = 4
 _OTHER_FILES = 256  # the store, the admin port, listeners, the event loop
+SAMPLE_S = 0.1
+
+# With 10,000 sessions a full garbage collection takes most of a second, in which no agent is answered. By default one
+# runs whenever the number of objects has grown by a quarter, so with every wave of held polls. Nearly all garbage is
+# young. So young objects are collected often, and all of them only after tens of millions of allocations.
+_YOUNG, _MIDDLE, _ALL = 10_000, 20, 200
 
 
 def occupy_standard_streams() -> None:
@@ -47,8 +53,6 @@ def disable_core_dumps() -> bool:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if not sys.platform.startswith("linux"):
         return True
-    import ctypes  # noqa: PLC0415 - for one call, on Linux
-
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     return prctl is not None and prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
 
@@ -72,12 +76,6 @@ def security_warnings(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "upstream_allow_insecure", "Tokens may be sent without encryption."
 
 
-# With 10,000 sessions a full garbage collection takes most of a second, in which no agent is answered. By default one
-# runs whenever the number of objects has grown by a quarter, so with every wave of held polls. Nearly all garbage is
-# young. So young objects are collected often, and all of them only after tens of millions of allocations.
-_YOUNG, _MIDDLE, _ALL = 10_000, 20, 200
-
-
 def tune_gc() -> None:
     """Make garbage collection shorter.
 
@@ -94,9 +92,6 @@ def trim_heap() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-
-
-SAMPLE_S = 0.1
 
 
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

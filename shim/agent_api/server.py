@@ -30,6 +30,11 @@ from shim.protocol.dialects import Dialect
 
 logger = logging.getLogger(__name__)
 
+RECEIVE_BYTES = 32_768
+"""Size of a connection's receive buffer in the kernel, and thereby of one read of the event loop."""
+READ_BYTES = 65_536
+"""Half of the bytes that aiohttp buffers of a body before it pauses reading."""
+
 
 class ConnectionServer(web.Server):
     """aiohttp's `web.Server` with connections of type `AgentConnection`."""
@@ -51,12 +56,6 @@ class ConnectionServer(web.Server):
 
     def __call__(self) -> AgentConnection:
         return self._make(self, self._server_context, self._handler, next(self._numbers), self._kwargs)
-
-
-RECEIVE_BYTES = 32_768
-"""Size of a connection's receive buffer in the kernel, and thereby of one read of the event loop."""
-READ_BYTES = 65_536
-"""Half of the bytes that aiohttp buffers of a body before it pauses reading."""
 
 
 class AgentServer:

@@ -30,6 +30,7 @@ EXPIRED_PER_TURN = 64
 REST_S = 0.01
 MAX_TIMER_S = 86_400.0
 WALL_STEP_S = 1.0
+UNPOLLED_WARNING_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,9 +289,6 @@ class CommandQueues:
             if queued is not None and queued.expires_at <= now:
                 self.expire(key, command_id)
         self._arm(now)
-
-
-UNPOLLED_WARNING_S = 600.0
 
 
 class UnpolledCommandsWarning:

@@ -19,6 +19,20 @@ from shim.protocol.upstream_message import Message
 
 RegistrationKey = tuple[str, ...]
 
+CACHED_AFTER_S = 5.0
+REPLAY_WINDOW = 32
+ANSWER_S = 10.0
+UNCLAIMED_S = 600.0
+ABANDONED_S = 60.0
+LOST_S = 60.0
+AGAIN_S = 10.0
+RETRY_AFTER_S = 5
+REFUSED_S = 900.0
+"""Time for which a refusal is shown: an agent that exits because of one is restarted every few minutes."""
+MAX_REFUSED = 100
+
+REFUSED = Failed(401, "the controller refuses the token")
+
 
 def identity_of(session: Session) -> RegistrationKey:
     """Return the identity of a session's registration.
@@ -99,21 +113,6 @@ class RegistrationReplay:
     link: UpstreamLink
     remedy: deque[tuple[Session, dict[str, Any]]]
     waiting: set[PendingRegistration]
-
-
-CACHED_AFTER_S = 5.0
-REPLAY_WINDOW = 32
-ANSWER_S = 10.0
-UNCLAIMED_S = 600.0
-ABANDONED_S = 60.0
-LOST_S = 60.0
-AGAIN_S = 10.0
-RETRY_AFTER_S = 5
-REFUSED_S = 900.0
-"""Time for which a refusal is shown: an agent that exits because of one is restarted every few minutes."""
-MAX_REFUSED = 100
-
-REFUSED = Failed(401, "the controller refuses the token")
 
 
 class Registrations:

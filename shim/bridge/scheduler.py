@@ -21,6 +21,15 @@ CATCH_UP_S = 0.25
 """Delay of a late timer, in which waiting input is read: event loops call timers before they read from sockets."""
 
 
+TICK_S = 1.0
+# Agents that polled at the same time, for example after a restart, are due at the same time. Answering a bounded number
+# per turn of the event loop lets other agents' calls be served in between.
+AT_A_TIME = 64
+
+DueCallback = Callable[[SessionKey, Any], None]
+PeriodicTask = tuple[float, Callable[[], None]]
+
+
 class _PendingTimer:
     """One `ports.Timer` of a `TimerGroup`."""
 
@@ -72,13 +81,6 @@ class TimerGroup:
             pending.cancel()
 
 
-# Agents that polled at the same time, for example after a restart, are due at the same time. Answering a bounded number
-# per turn of the event loop lets other agents' calls be served in between.
-AT_A_TIME = 64
-
-DueCallback = Callable[[SessionKey, Any], None]
-
-
 class DeadlineQueue:
     """Callbacks ordered by due time, all behind one timer.
 
@@ -115,11 +117,6 @@ class DeadlineQueue:
             _, _, due, key, item = heapq.heappop(self._heap)
             due(key, item)
         self._arm()
-
-
-TICK_S = 1.0
-
-PeriodicTask = tuple[float, Callable[[], None]]
 
 
 class PeriodicTasks:

@@ -27,6 +27,13 @@ from shim.core.sessions import Session
 from shim.errors import AgentError, StoreError
 from shim.log import get
 
+log = get(__name__)
+
+MAX_UNVERIFIED_SESSIONS = 8
+RETRY_AFTER_S = 60
+SAVE_SEEN_EVERY_S = 3600.0
+KEEP_AGAIN_S = 30
+
 
 class SessionPersistence:
     """Storage of sessions, aliases and tunnel states.
@@ -81,12 +88,6 @@ class SessionPersistence:
             self.retry()
 
 
-log = get(__name__)
-
-MAX_UNVERIFIED_SESSIONS = 8
-RETRY_AFTER_S = 60
-
-
 class SessionQuota:
     """Limit on the number of sessions of an owner.
 
@@ -134,10 +135,6 @@ class SessionQuota:
     def owner_removed(self, owner: str) -> None:
         """Log an owner's next session beyond the limit again, because its last link was removed."""
         self._logged_owners.discard(owner)
-
-
-SAVE_SEEN_EVERY_S = 3600.0
-KEEP_AGAIN_S = 30
 
 
 class SessionRegistry:

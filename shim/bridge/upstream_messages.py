@@ -39,7 +39,6 @@ log = get(__name__)
 
 MAX_UNKNOWN_TYPES = 64
 
-
 MessageSource = UpstreamLink | GatewayConnection
 """The link or the gateway on whose connection a message arrived."""
 

@@ -25,6 +25,14 @@ from shim.log import get
 from shim.ports import Caller, CallResult, FallbackScope, ProxyRequest, ProxyResponse
 from shim.protocol.http import fallback_url
 
+log = get(__name__)
+
+PATIENCE_S = 5.0
+"""Seconds after which an agent that hangs up unanswered was not served; one that leaves sooner may be stopping."""
+BROKEN = frozenset({502, 503, 504})
+TELLING = frozenset({200, 201, 409})
+"""Statuses of a registration's reply that may contain the agent's cluster id."""
+
 
 def sunset_headers(sunset: Sunset) -> Mapping[str, str]:
     """Return the headers that announce the end of the legacy API, without those that are not configured.
@@ -51,15 +59,6 @@ def configured_scope(settings: Settings) -> FallbackScope:
     if settings.mode == "http":
         return FallbackScope.ALL
     return FallbackScope.SOME if settings.mode == "auto" or settings.rollout.partial else FallbackScope.NONE
-
-
-log = get(__name__)
-
-PATIENCE_S = 5.0
-"""Seconds after which an agent that hangs up unanswered was not served; one that leaves sooner may be stopping."""
-BROKEN = frozenset({502, 503, 504})
-TELLING = frozenset({200, 201, 409})
-"""Statuses of a registration's reply that may contain the agent's cluster id."""
 
 
 class FallbackPolicy:

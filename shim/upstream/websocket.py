@@ -17,17 +17,18 @@ from shim.errors import MessageError
 from shim.ports import Frame, WebSocketListener
 from shim.protocol import upstream_message
 
+CLOSE_WAIT_S = 2.0
+MAX_WAITING_BYTES = 64 * 1024 * 1024
+FRAME_COST_BYTES = 128  # memory of a queued frame besides its payload, so that many small frames count, too
+FRAMES_PER_TURN = 64
+LONG_FRAME_BYTES = 65_536
+HELD_BACK_S = 1.0
+ROOM_CHECK_S = 0.001
+
+logger = logging.getLogger(__name__)
+
 # RFC 6455 section 7.4: the codes between 1000 and 4999 that must not be sent in a frame.
 _UNSENDABLE = frozenset({1004, 1005, 1006, *range(1015, 3000)})
-
-
-def reply_code(code: int) -> int:
-    """Return the code for the reply to a peer's close frame: the peer's own, if it may be sent."""
-    if not code:
-        return int(WSCloseCode.OK)
-    return code if 1000 <= code < 5000 and code not in _UNSENDABLE else int(WSCloseCode.PROTOCOL_ERROR)
-
-
 _KINDS: dict[WSMsgType, Literal["text", "binary", "ping", "pong"]] = {
     WSMsgType.TEXT: "text",
     WSMsgType.BINARY: "binary",
@@ -36,6 +37,14 @@ _KINDS: dict[WSMsgType, Literal["text", "binary", "ping", "pong"]] = {
 }
 _OPCODES = {kind: opcode for opcode, kind in _KINDS.items()} | {"close": WSMsgType.CLOSE}
 _MAX_CLOSE_TEXT_BYTES = 123
+_DATA_TYPES = frozenset({WSMsgType.TEXT, WSMsgType.BINARY})
+
+
+def reply_code(code: int) -> int:
+    """Return the code for the reply to a peer's close frame: the peer's own, if it may be sent."""
+    if not code:
+        return int(WSCloseCode.OK)
+    return code if 1000 <= code < 5000 and code not in _UNSENDABLE else int(WSCloseCode.PROTOCOL_ERROR)
 
 
 def frame_of(message: Any) -> Frame | None:
@@ -140,24 +149,10 @@ def websocket_class(max_message_bytes: int) -> type[RawWebSocket]:
     return type("BoundedWebSocket", (RawWebSocket,), {"max_message_bytes": max_message_bytes})
 
 
-CLOSE_WAIT_S = 2.0
-MAX_WAITING_BYTES = 64 * 1024 * 1024
-FRAME_COST_BYTES = 128  # memory of a queued frame besides its payload, so that many small frames count, too
-FRAMES_PER_TURN = 64
-LONG_FRAME_BYTES = 65_536
-HELD_BACK_S = 1.0
-ROOM_CHECK_S = 0.001
-
-logger = logging.getLogger(__name__)
-
-
 class _State(Enum):
     OPEN = "open"
     CLOSING = "closing"  # the close frame is queued or sent, and the timer runs
     GONE = "gone"
-
-
-_DATA_TYPES = frozenset({WSMsgType.TEXT, WSMsgType.BINARY})
 
 
 class _End(NamedTuple):
