@@ -111,7 +111,7 @@ class RegistrationReplay:
     """One replay after a reconnect: the registrations still to be sent, and those that wait for a reply."""
 
     link: UpstreamLink
-    remedy: deque[tuple[Session, dict[str, Any]]]
+    unsent: deque[tuple[Session, dict[str, Any]]]
     waiting: set[PendingRegistration]
 
 
@@ -285,12 +285,12 @@ class Registrations:
         link = replay.link
         if self._replays.get(link) is not replay or link.connection is None:
             return
-        while replay.remedy and len(replay.waiting) < REPLAY_WINDOW:
-            session, payload = replay.remedy.popleft()
+        while replay.unsent and len(replay.waiting) < REPLAY_WINDOW:
+            session, payload = replay.unsent.popleft()
             identity = identity_of(session)
             if identity not in self._by_identity:
                 replay.waiting.add(self._start(session, link, payload, identity))
-        if not replay.remedy and not replay.waiting:
+        if not replay.unsent and not replay.waiting:
             del self._replays[link]
             self._ctx.events.put(ReplayFinished(link, now))
 
