@@ -13,9 +13,7 @@ from multidict import istr
 
 from shim.config.settings import Listen, is_loopback
 from shim.errors import AgentError
-from shim.protocol.http import bearer, host_name
-
-__all__ = ["Guard", "bearer"]
+from shim.protocol.http import host_name
 
 _SEC_FETCH_SITE = istr("Sec-Fetch-Site")
 _REMEMBERED_HOSTS = 256

@@ -16,7 +16,6 @@ from aiohttp.streams import StreamReader
 from prometheus_client import Gauge
 
 from shim.agent_api import tcp_state
-from shim.agent_api.auth import bearer
 from shim.agent_api.refused_calls import NO_ROUTE, RefusedCalls
 from shim.agent_api.responses import SENT_CLOSE, ResponseBuilder
 from shim.config.settings import Listen
@@ -34,6 +33,11 @@ from shim.ports import (
     Forwarder,
 )
 from shim.protocol.dialects import Call, Match, Reply
+from shim.protocol.http import bearer
+
+FAREWELL_S = 2.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -83,11 +87,6 @@ class ServerContext:
     budget: Budget
     refused: RefusedCalls
     connections: ConnectionCount = field(default_factory=ConnectionCount)
-
-
-FAREWELL_S = 2.0
-
-logger = logging.getLogger(__name__)
 
 
 class Handler(Protocol):

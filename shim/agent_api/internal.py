@@ -20,7 +20,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
-from shim.agent_api.auth import Guard, bearer
+from shim.agent_api.auth import Guard
 from shim.agent_api.connection import AgentConnection, ConnectionCount, RequestContext
 from shim.agent_api.request_body import read_body
 from shim.agent_api.request_handler import Answer, RequestHandler, Waiting
@@ -30,6 +30,7 @@ from shim.errors import AgentError
 from shim.metrics import Metrics
 from shim.ports import Caller, DeliveryReceipt, ProxyResponse
 from shim.protocol.dialects import Reply
+from shim.protocol.http import bearer
 from shim.protocol.reply_notes import (
     ARRIVAL_HEADER,
     CLOCK_HEADER,
