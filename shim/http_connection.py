@@ -224,14 +224,12 @@ class HttpConnection(RequestHandler):
             if self._reading_paused or (self._open and not self._body_left) or self._wire is None:
                 self._keep(data, since_s)
                 return
-            if self._body_left and self._body.exception() is not None:
-                return  # the rest of a failed body is dropped, and the connection closes with its reply
-            if self._body_left:
-                size = self._size_in_body(data)
-                self._take_body(data[:size])
-                data = data[size:]
-            else:
+            if not self._body_left:
                 data = self._read_head(data, since_s, waited=waited)
+            elif self._body.exception() is None:
+                data = self._take_body(data)
+            else:
+                return  # the rest of a failed body is dropped, and the connection closes with its reply
         if self._charged_bytes or self._head_bytes > FREE_BYTES:
             self._charge()
 
@@ -339,9 +337,7 @@ class HttpConnection(RequestHandler):
             self._feed_body(rest[:size])
             rest = rest[size:]
         elif rest and self._body_left:
-            size = self._size_in_body(rest)
-            self._take_body(rest[:size])
-            rest = rest[size:]
+            rest = self._take_body(rest)
         self._raw = b"" if self._body_left else self._raw[: len(self._raw) - len(rest)]
         answered = self._begin_request(message, body, arrived_s)
         self._raw = b""
@@ -408,28 +404,29 @@ class HttpConnection(RequestHandler):
 
     # --- bodies ---
 
-    def _size_in_body(self, data: bytes) -> int:
-        """Return how many bytes of `data` the parser may get now; all of them belong to the current body."""
-        if self._body_left != CHUNKED:
+    def _take_body(self, data: bytes) -> bytes:
+        """Pass bytes of the current body to its reader; return the bytes behind them, which the parser may not get yet.
+
+        The body fails if the common budget is exhausted.
+        """
+        if self._body_left == CHUNKED:
+            self._empty_lines += 1
+            size = self._empty_line.find(data) or len(data)
+        else:
             size = min(len(data), self._body_left)
             self._body_left -= size
-            return size
-        self._empty_lines += 1
-        return self._empty_line.find(data) or len(data)
-
-    def _take_body(self, data: bytes) -> None:
-        """Pass a piece of a body to its reader, or fail the body if the common budget is exhausted."""
-        self._unread_bytes += len(data)
+        self._unread_bytes += size
         if self._unread_bytes <= FREE_BYTES or self._adjust_charge():
             if self._charged_bytes:
                 # Runs directly before a waiting reader wakes up: from then on the reader charges the bytes itself.
                 self._loop.call_soon(self._release_body)
-            self._feed_body(data)
+            self._feed_body(data[:size])
         else:
             self._unread_bytes = 0
             self._body_left = CHUNKED
             self._forget_body()
             self._body.set_exception(NoRoom())
+        return data[size:]
 
     def _forget_body(self) -> None:
         """Free the unread bytes of a body; aiohttp keeps its reader until the next request."""
