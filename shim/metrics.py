@@ -111,6 +111,7 @@ class Metrics:
         self._add_process()
         self._add_link()
         self._add_messages()
+        self._add_registrations_and_heartbeats()
         self._add_commands()
 
     # --- construction -------------------------------------------------------------------------------------------------
@@ -315,6 +316,8 @@ class Metrics:
         self.leftovers = self._counter(
             "upstream_leftovers", "Streaming messages of the controller that belong to no open stream."
         )
+
+    def _add_registrations_and_heartbeats(self) -> None:
         self.registrations = self._counters("registrations", "Registrations by outcome.", outcome=REGISTRATION_OUTCOMES)
         self.heartbeats_up = self._counters(
             "upstream_heartbeats",
