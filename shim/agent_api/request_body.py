@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -74,6 +75,20 @@ def check_announcement(request: RequestContext, limit_bytes: float) -> None:
         meet_expectation(request)
 
 
+@contextlib.asynccontextmanager
+async def _reading(limit: asyncio.Timeout) -> AsyncGenerator[None, None]:
+    """Bound the time of reading a body, and raise `BodyRejected` 400, 408 or 503 for one that cannot be read."""
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        raise BodyRejected(408, "the body did not arrive in time") from None
+    except NoRoom:
+        raise BodyRejected(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S) from None
+    except (HttpProcessingError, RequestPayloadError):
+        raise BodyRejected(400, "the body cannot be read") from None
+
+
 async def read_body(request: RequestContext, limit_bytes: int, timeout_s: float, budget: Budget) -> bytes:
     """Read a whole body without decoding it. Raises `BodyRejected` 400, 408, 413 or 503.
 
@@ -84,40 +99,29 @@ async def read_body(request: RequestContext, limit_bytes: int, timeout_s: float,
     payload = request.payload
     taken_bytes = 0
     try:
-        async with asyncio.timeout(timeout_s):
+        async with _reading(asyncio.timeout(timeout_s)):
             data = bytearray()
             while part := await payload.readany():
                 if len(data) + len(part) > limit_bytes:
                     raise too_large()
                 more_bytes = max(0, len(data) + len(part) - FREE_BYTES) - taken_bytes
                 if not budget.reserve(more_bytes):
-                    raise BodyRejected(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S)
+                    raise NoRoom
                 taken_bytes += more_bytes
                 data += part
         return bytes(data)
-    except TimeoutError:
-        raise BodyRejected(408, "the body did not arrive in time") from None
-    except NoRoom:
-        raise BodyRejected(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S) from None
-    except (HttpProcessingError, RequestPayloadError):
-        raise BodyRejected(400, "the body cannot be read") from None
     finally:
         budget.release(taken_bytes)
 
 
 async def stream_body(request: RequestContext, limit_bytes: float, timeout_s: float) -> AsyncGenerator[bytes, None]:
-    """Yield a body in pieces, for another replica. Raises `BodyRejected` 400, 408, 413 or 417."""
+    """Yield a body in pieces, for another replica. Raises `BodyRejected` 400, 408, 413, 417 or 503."""
     check_announcement(request, limit_bytes)
     deadline = asyncio.get_running_loop().time() + timeout_s
     size = 0
     while True:
-        try:
-            async with asyncio.timeout_at(deadline):
-                piece = await request.payload.readany()
-        except TimeoutError:
-            raise BodyRejected(408, "the body did not arrive in time") from None
-        except (HttpProcessingError, RequestPayloadError):
-            raise BodyRejected(400, "the body cannot be read") from None
+        async with _reading(asyncio.timeout_at(deadline)):
+            piece = await request.payload.readany()
         if not piece:
             return
         size += len(piece)

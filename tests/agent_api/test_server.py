@@ -7,13 +7,14 @@ import gzip
 import json
 import logging
 import zlib
+from collections.abc import Callable
 
 import pytest
 
 from shim.config.settings import Listen
 from shim.core.agent_calls import AgentCall, Failed, HeartbeatCall, OfferedCommand, PollCall
 from shim.core.agent_calls import Commands as CommandList
-from shim.ports import Caller, CallResult
+from shim.ports import Caller, CallResult, ProxyRequest, ProxyResponse
 from tests.support.frontend import HEALTH, POLL, Agent, Board, House, Reply, get, offering, plain_answer, post, running
 
 HEARTBEAT = "/api/v1/clusters/agent/c1/heartbeat"
@@ -686,6 +687,37 @@ async def test_large_bodies_are_refused_while_others_fill_the_memory_for_them() 
             assert (await agent.reply()).status == 200
         assert (await house.ask(whole)).status == 200
         assert house.frontend._server_context.budget.used_bytes == 0
+
+
+class Owner:
+    """Another replica that owns every agent, and reads the bodies that are passed on to it in pieces."""
+
+    def elsewhere(self, token: str) -> bool:
+        return True
+
+    def forward_now(self, token: str, request: bytes, done: Callable[[bytes | None], None]) -> bool:
+        return False
+
+    async def forward(self, request: ProxyRequest, operation: str) -> ProxyResponse | None:
+        assert not isinstance(request.body, bytes)
+        size = sum([len(piece) async for piece in request.body])
+        return ProxyResponse(200, (), str(size).encode())
+
+
+async def test_a_large_body_for_another_replica_is_refused_while_others_fill_the_memory() -> None:
+    """A body that is passed on in pieces meets the same bound as one that is read here."""
+    listen = Listen(port=0, max_body_bytes=1024, max_status_body_bytes=200_000)
+    async with running(listen, forwarder=Owner()) as house:
+        whole = post(STATUS, b'{"x":"' + b"y" * 99_990 + b'"}')
+        assert (await house.ask(whole)).body == b"99998"
+        budget = house.frontend._server_context.budget
+        assert budget.reserve(400_000)
+        reply = await house.ask(whole)
+        assert_error(reply, 503, "too many large bodies at a time")
+        assert reply.headers["retry-after"] == "1"
+        budget.release(400_000)
+        assert (await house.ask(whole)).status == 200
+        assert house.count("internal_errors_total", part="frontend") == 0
 
 
 async def test_an_agent_that_reads_no_reply_is_dropped() -> None:
