@@ -126,8 +126,12 @@ class Bridge:
         self._save_holds()
 
     def stop(self) -> None:
-        """Answer every waiting call and close all links. The caller closes the store afterwards."""
+        """Answer every waiting call and close all links. The caller closes the store afterwards.
+
+        Events that happened before are handled first: a result that the controller has confirmed is not sent again.
+        """
         self.quiesce()
+        self.ctx.events.handle_all()
         self.admin_actions.stop()
         self.gateways.stop()
         self.links.stop()

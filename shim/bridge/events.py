@@ -37,9 +37,10 @@ class EventQueue:
         self._events.append(event)
         if not self._scheduled:
             self._scheduled = True
-            self._timers.call_later(0, self._handle_all)
+            self._timers.call_later(0, self.handle_all)
 
-    def _handle_all(self) -> None:
+    def handle_all(self) -> None:
+        """Handle all queued events now."""
         self._scheduled = False
         while self._events:
             event = self._events.popleft()

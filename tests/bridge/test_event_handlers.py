@@ -37,6 +37,21 @@ async def test_a_link_that_comes_online_carries_registrations_then_results_then_
     assert carried == ["register", "command_result", "heartbeat"]
 
 
+async def test_a_result_that_is_confirmed_in_the_moment_of_a_stop_is_closed(world: World) -> None:
+    agent = await living(world)
+    world.controller.push("k1")
+    await world.settle()
+    await agent.poll()
+    world.controller.manners.acks = world.controller.manners.pongs = False
+    await agent.result("k1")
+    await world.settle()
+    assert await world.state("k1") == "answered"
+    world.bridge.ctx.events.put(upstream_connection.ResultsConfirmed(tuple(world.bridge.outbox._entries)))
+    world.bridge.stop()
+    await world.settle()
+    assert await world.state("k1") == "closed"
+
+
 async def test_a_heartbeat_that_meets_the_link_coming_online_is_sent_once(world: World) -> None:
     agent = await living(world)
     world.store.slow = True  # the results are being read while the agent calls
