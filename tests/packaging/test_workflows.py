@@ -112,3 +112,19 @@ def test_zizmor_has_nothing_to_say() -> None:
         [zizmor, "--offline", "--pedantic", "--no-progress", *FILES], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_the_gate_installs_every_program_that_a_test_needs() -> None:
+    scripts = (ROOT / ".ci" / "run").read_text() + (ROOT / ".ci" / "helm-tools").read_text()
+    installed = set(re.findall(r"[\w-]+", scripts))
+    # Of packages that every Debian has.
+    essential = {"awk", "bash", "mount", "sh", "sha256sum", "unshare"}
+    marks = [
+        mark
+        for path in (ROOT / "tests").rglob("*.py")
+        if path.name not in ("test_conftest.py", "test_workflows.py") and "node_modules" not in path.parts
+        for mark in re.findall(r"\.needs\((.*?)\)", path.read_text())
+    ]
+    needed = {tool for mark in marks for tool in re.findall(r'"([\w-]+)"', mark)}
+    assert {"curl", "postgresql"} <= needed
+    assert needed - essential - installed == set()
