@@ -11,18 +11,10 @@ from shim.core.agent_calls import Accepted
 from shim.core.link_state import LinkState
 from shim.errors import ShimError
 from shim.ports import DialFailure
-from tests.bridge.conftest import MakeWorld
+from tests.bridge.conftest import MakeWorld, living
 from tests.bridge.test_session_registry import status
 from tests.support.upstream import REFUSED
-from tests.support.world import Agent, World
-
-
-async def living(world: World, **fields: str) -> Agent:
-    agent = world.agent(**fields)
-    await agent.register()
-    await agent.heartbeat()
-    await world.settle()
-    return agent
+from tests.support.world import World
 
 
 def states(world: World) -> list[LinkState]:

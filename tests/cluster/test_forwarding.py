@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import signal
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 
-from tests.support.processes import free_port
 from tests.support.replicas import ENDED, LONG, SHARDS, elsewhere, events, gateway, owned_by
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(180)]
@@ -137,12 +135,3 @@ async def test_the_forwarder_is_paused_with_the_reply_in_hand(tmp_path: Path, pg
         story = events(found)
         assert story.count("offered") == 2
         assert "delivered" not in story[: story.index("offered", story.index("offered") + 1)]
-
-
-def on(url: str) -> dict[str, Any]:
-    return {
-        "store": {"url": url},
-        "cluster": {"port": 0},
-        "admin": {"port": free_port()},
-        "upstream": {"url": "http://127.0.0.1:1", "token": "t"},
-    }

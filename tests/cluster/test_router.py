@@ -15,7 +15,6 @@ from shim.cluster.forwarding import RemoteReceipt
 from shim.cluster.router import LocalReceipt, Router
 from shim.config.settings import Settings
 from shim.protocol.reply_notes import Note
-from tests.support.processes import free_port
 from tests.support.replicas import ENDED, WAIT_S, elsewhere, gateway, journal
 
 
@@ -190,12 +189,3 @@ async def test_a_partial_rollout_works_through_any_replica(tmp_path: Path, pg_ur
         await gate.until_state(a, "c-1", *ENDED)
         by_http = [each["path"] for each in journal(tmp_path) if each.get("path", "").endswith("/heartbeat")]
         assert not any(inside.cluster_id in path for path in by_http)
-
-
-def on(url: str) -> dict[str, Any]:
-    return {
-        "store": {"url": url},
-        "cluster": {"port": 0},
-        "admin": {"port": free_port()},
-        "upstream": {"url": "http://127.0.0.1:1", "token": "t"},
-    }
