@@ -326,7 +326,7 @@ class App:
             raise StartError(f"telemetry.otlp_url needs agent-shim[otel]: {error.name} is not installed") from error
         telemetry = Telemetry(url, self._logging.redaction)
         self._undo.append(telemetry.close)
-        return {"observe_store": telemetry.observe}
+        return {"note_step": telemetry.note}
 
     def _make_agent_server(self, runtime: Runtime) -> AgentServer:
         settings = self.settings

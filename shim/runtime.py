@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from shim.bridge import Bridge, BridgeContext
+from shim.bridge.context import NoteStep
 from shim.clock import Clock
 from shim.config.settings import Settings
 from shim.core.command_queue import RecentCommand
@@ -37,7 +38,7 @@ Spawn = Callable[[str, Coroutine[Any, Any, None]], Any]
 class RuntimeContext:
     """Dependencies of a runtime. `on_store_corrupt` stops the process after the store was found corrupt.
 
-    `observe_store` may put a store in front of the one that a bridge submits to.
+    `note_step` is called with each step in the trace of commands: session, commands, and what happened.
     """
 
     settings: Settings
@@ -52,7 +53,7 @@ class RuntimeContext:
     read_token: Callable[[], str]
     on_store_corrupt: Callable[[StoreError], None]
     redaction: Redaction = field(default_factory=Redaction)
-    observe_store: Callable[[CommandStore], CommandStore] = lambda store: store
+    note_step: NoteStep | None = None
 
     def bridge_context(
         self, settings: Settings, store: CommandStore, upstream: UpstreamPort, owner_key: bytes = b""
@@ -64,13 +65,14 @@ class RuntimeContext:
             timers=self.timers,
             rng=self.rng,
             new_id=self.new_id,
-            store=self.observe_store(store),
+            store=store,
             upstream=upstream,
             metrics=self.metrics,
             read_token=self.read_token,
             sessions=Sessions(),
             owner_key=owner_key,
             redaction=self.redaction,
+            note_step=self.note_step,
         )
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -20,11 +20,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, StatusCode, set_span_in_context
 
 from shim import __version__
-from shim.core.records import AddTrace, CommandState, Operation, SessionKey, StoreContents, StoreOperation, TraceEntry
-from shim.ports import CommandStore, StoreDone
+from shim.core.records import CommandState, SessionKey, TraceEntry
 from shim.redaction import Redaction
-
-_Result = TypeVar("_Result")
 
 MAX_OPEN = 10_000
 """Commands without an end whose spans are kept. Beyond it the oldest are given up."""
@@ -61,14 +58,10 @@ class Telemetry:
         self._redaction = redaction
         self._open: OrderedDict[tuple[SessionKey, str], _Open] = OrderedDict()
 
-    def observe(self, store: CommandStore) -> CommandStore:
-        """Return a store that forwards everything to `store` and makes spans of the steps of commands."""
-        return _ObservedStore(store, self)
-
-    def note(self, step: AddTrace) -> None:
-        """Begin and end the spans that a step of some commands changes."""
-        for command_id in step.ids:
-            self._note((step.session, command_id), step.entry)
+    def note(self, session: SessionKey, ids: Iterable[str], entry: TraceEntry) -> None:
+        """Begin and end the spans that a step of some commands of a session changes."""
+        for command_id in ids:
+            self._note((session, command_id), entry)
 
     async def close(self) -> None:
         """Send what is queued; the caller bounds the time. A collector that hangs cannot keep the process alive."""
@@ -120,25 +113,3 @@ class Telemetry:
     def _make_room(self) -> None:
         while len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)
-
-
-class _ObservedStore:
-    """`ports.CommandStore` in front of another one, for `Telemetry`."""
-
-    def __init__(self, store: CommandStore, telemetry: Telemetry) -> None:
-        self._store = store
-        self._telemetry = telemetry
-
-    def open(self) -> StoreContents:
-        return self._store.open()
-
-    def submit(
-        self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
-    ) -> None:
-        for each in (operation, *also):
-            if isinstance(each, AddTrace):
-                self._telemetry.note(each)
-        self._store.submit(operation, *also, done=done)
-
-    def close(self) -> None:
-        self._store.close()

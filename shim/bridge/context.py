@@ -22,6 +22,8 @@ from shim.redaction import Redaction, without_secrets
 
 _Result = TypeVar("_Result")
 
+NoteStep = Callable[[SessionKey, tuple[str, ...], TraceEntry], None]
+
 DEFAULT_OWNER = "default"
 ENVELOPE_BYTES = 512
 """Upper bound on the bytes that an upstream envelope adds to its payload."""
@@ -40,7 +42,8 @@ class BridgeContext:
 
     `settings` is replaced on a reload. `rng` yields floats in [0, 1). `read_token` returns the configured upstream
     token or raises `ShimError`. `fallback` records the results of calls to the vendor's HTTP API, `refused_calls` the
-    refused calls of agents. The bridge sets `events`.
+    refused calls of agents. `note_step` is called with each step of commands, if traces are exported. The bridge sets
+    `events`.
     """
 
     settings: Settings
@@ -59,6 +62,7 @@ class BridgeContext:
     recent_commands: RecentCommands = field(default_factory=RecentCommands)
     fallback: FallbackRecord = field(default_factory=FallbackRecord)
     refused_calls: RecentCalls = field(default_factory=RecentCalls)
+    note_step: NoteStep | None = None
     events: EventQueue = field(init=False)
 
     def masked(self, text: str, *secrets: str) -> str:
@@ -82,6 +86,8 @@ class BridgeContext:
         """Return a step for the trace of commands, to be stored together with the change that it describes."""
         entry = TraceEntry(wall, event, detail)
         self.recent_commands.note(key, ids, entry)
+        if self.note_step is not None:
+            self.note_step(key, ids, entry)
         return AddTrace(key, ids, entry)
 
     def moment(self) -> Moment:
