@@ -11,7 +11,6 @@ import errno
 import os
 import socket
 import stat
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -100,9 +99,10 @@ class Changes:
 
 
 class Notifier:
-    """Sender of notifications, one after the other. `run` ends with the shim, and never raises for a failed delivery.
+    """Sender of notifications, to each receiver one after the other. `run` ends with the shim and never raises.
 
-    `status` returns the content of `/status.json`. At most `MAX_WAITING` events wait; the oldest is dropped first.
+    `status` returns the content of `/status.json`. At most `MAX_WAITING` events wait for a receiver; the oldest is
+    dropped first.
     """
 
     def __init__(
@@ -122,29 +122,41 @@ class Notifier:
         self._stopped = stopped
         self._redaction = redaction
         self._changes = Changes()
-        self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
-        self._arrived = asyncio.Event()
         self._webhook = Webhook(settings, redaction)
+        sends = [self._write] if settings.file else []
+        sends += [self._send] if settings.url or settings.url_file else []
+        # A queue each: a webhook that does not answer for minutes must not keep an event out of the file.
+        self._receivers = [(asyncio.Queue[bytes](MAX_WAITING), send) for send in sends]
 
     async def run(self) -> None:
         """Look for changes every `check_s` seconds and deliver them until the shim stops."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                sender = tasks.create_task(self._deliver())
+                senders = [tasks.create_task(self._deliver(queue, send)) for queue, send in self._receivers]
                 while not await self._stops_within(self._check_s):
-                    await self._look()
-                sender.cancel()
+                    await self._guarded(self._look())
+                for sender in senders:
+                    sender.cancel()
         finally:
             await self._webhook.close()
+
+    async def _guarded(self, step: Awaitable[None]) -> None:
+        """Await a step and log its exception: a defect in a notification must not end the shim."""
+        try:
+            await step
+        except Exception as error:
+            log.exception("notification_failed", dedupe_key=repr(error), reason="a defect of the shim")
 
     async def _look(self) -> None:
         status = await self._status()
         for change in self._changes.of(status):
-            if len(self._waiting) == MAX_WAITING:
-                log.warning("notification_dropped", reason=f"more than {MAX_WAITING} wait")
             log.info("notification", notification=change["event"])
-            self._waiting.append(self._encode(change, status))
-            self._arrived.set()
+            body = self._encode(change, status)
+            for queue, _ in self._receivers:
+                if queue.full():
+                    queue.get_nowait()
+                    log.warning("notification_dropped", reason=f"more than {MAX_WAITING} wait")
+                queue.put_nowait(body)
 
     def _encode(self, change: dict[str, str], status: Mapping[str, Any]) -> bytes:
         agents = [session["name"] for session in status["sessions"]["items"] if session["name"]][:MAX_NAMES]
@@ -163,16 +175,9 @@ class Notifier:
         }
         return msgspec.json.encode(self._redaction.value(said))
 
-    async def _deliver(self) -> None:
+    async def _deliver(self, queue: asyncio.Queue[bytes], send: Callable[[bytes], Awaitable[None]]) -> None:
         while True:
-            await self._arrived.wait()
-            self._arrived.clear()
-            while self._waiting:
-                body = self._waiting.popleft()
-                if self._settings.file:
-                    await self._write(body)
-                if self._settings.url or self._settings.url_file:
-                    await self._send(body)
+            await self._guarded(send(await queue.get()))
 
     async def _write(self, body: bytes) -> None:
         try:

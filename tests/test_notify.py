@@ -89,6 +89,17 @@ async def called(server: RecordingServer, count: int) -> list[Recorded]:
     return server.calls
 
 
+async def written(file: Path, count: int) -> None:
+    """Wait until the file has so many lines, which it keeps."""
+    async with asyncio.timeout(60):
+        while _lines(file) < count:  # noqa: ASYNC110 - a file has no event
+            await asyncio.sleep(0.01)
+
+
+def _lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
 async def test_a_webhook_gets_text_event_and_agents() -> None:
     async with (
         RecordingServer(lambda call: http(200)) as server,
@@ -160,19 +171,39 @@ async def test_a_file_gets_one_line_for_each_event(tmp_path: Path) -> None:
         settings = Notify(url=server.url, file=str(file))
         async with notifying(settings, status("link_down"), status(), status(removable=True)):
             await called(server, 3)
+            await written(file, 4)
     lines = [json.loads(line)["event"] for line in file.read_text().splitlines()]
     assert lines == ["earlier", "link_down", "link_up", "removable"]
+
+
+async def test_a_webhook_that_never_answers_keeps_no_event_out_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    async with tcp_server(lambda reader, writer: reader.read()) as port:
+        settings = Notify(url=f"http://127.0.0.1:{port}", file=str(file))
+        async with notifying(settings, status("link_down"), status()):
+            await written(file, 2)
+    assert [json.loads(line)["event"] for line in file.read_text().splitlines()] == ["link_down", "link_up"]
+
+
+async def test_a_status_that_cannot_be_taken_is_logged_and_the_next_one_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "events.jsonl"
+    async with notifying(Notify(file=str(file)), status("link_down"), {}, status()):
+        await written(file, 2)
+    assert [json.loads(line)["event"] for line in file.read_text().splitlines()] == ["link_down", "link_up"]
+    assert "a defect of the shim" in str([vars(record) for record in caplog.records])
+    assert "notification_failed" in caplog.text
 
 
 async def test_a_pipe_that_nobody_reads_and_a_missing_folder_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
-    async with RecordingServer(lambda call: http(200)) as server:
-        for name in ("pipe", "none/events"):
-            async with notifying(Notify(url=server.url, file=str(tmp_path / name)), status("link_down")):
-                await called(server, len(server.calls) + 1)
-    assert caplog.text.count("notification_failed") == 2
+    for count, name in enumerate(("pipe", "none/events"), 1):
+        async with asyncio.timeout(60), notifying(Notify(file=str(tmp_path / name)), status("link_down")):
+            while caplog.text.count("notification_failed") < count:  # noqa: ASYNC110 - a line of the log has no event
+                await asyncio.sleep(0.01)
 
 
 def test_a_line_that_does_not_fit_leaves_the_lines_before_it_whole(tmp_path: Path) -> None:

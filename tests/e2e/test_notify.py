@@ -12,6 +12,7 @@ import pytest
 from tests.support.processes import TOKEN, world
 from tests.support.recording_server import Recorded, RecordingServer, http
 from tests.support.sockets import tcp_server
+from tests.test_notify import written
 
 pytestmark = pytest.mark.timeout(400)
 SECRET_PATH = "/services/T0000/B0000/hunter2-hunter2"
@@ -38,6 +39,7 @@ async def test_a_webhook_and_a_file_hear_of_the_link(tmp_path: Path) -> None:
             down = await told(server, "link_down")
             await controller.start()
             await told(server, "link_up")
+            await written(file, len(server.calls))
             assert await shim.stop() == 0
         assert "No connection to the controller" in down.json["text"]
         assert down.json["agents"] == ["prod-eu"]
@@ -67,6 +69,7 @@ async def test_a_refused_token_is_told_and_a_webhook_that_hangs_does_not_delay_t
                 pass
             async with asyncio.timeout(90):
                 await accepted.wait()
+            await written(tmp_path / "events.jsonl", 1)
             assert await shim.stop() == 0  # a process that is ended by force has another code
         assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[0])["event"] == "token_refused"
         assert "hunter2" not in "\n".join(shim.lines)
