@@ -7,6 +7,7 @@ imports this module.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -53,6 +54,7 @@ class Telemetry:
     def __init__(self, otlp_url: str, redaction: Redaction) -> None:
         resource = Resource.create({"service.name": "agent-shim", "service.version": __version__})
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        logging.getLogger(OTLPSpanExporter.__module__).addFilter(_as_event)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=otlp_url)))
         self._tracer = self._provider.get_tracer("agent-shim", __version__)
         self._redaction = redaction
@@ -113,3 +115,9 @@ class Telemetry:
     def _make_room(self) -> None:
         while len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)
+
+
+def _as_event(record: logging.LogRecord) -> bool:
+    """Make a line of the exporter an event of the shim, which is not repeated within a minute: each retry logs one."""
+    vars(record).update(fields={"reason": record.getMessage()}, dedupe_key="", msg="traces_not_exported", args=())
+    return True

@@ -88,12 +88,11 @@ def redacted(settings: Settings) -> dict[str, Any]:
     if plain["upstream"]["token"]:
         plain["upstream"]["token"] = _MASK
     plain["store"]["url"] = _without_password(plain["store"]["url"])
-    for section in (plain["upstream"], plain["fallback"]):
-        base, has_query, _ = section["url"].partition("?")
-        section["url"] = base + (f"?{_MASK}" if has_query else "")
+    upstream, fallback, notify, telemetry = (plain[name] for name in ("upstream", "fallback", "notify", "telemetry"))
+    for section, key in ((upstream, "url"), (fallback, "url"), (telemetry, "otlp_url")):
+        section[key] = _without_query(section[key])
+    for section in (upstream, fallback, notify):
         section["proxy"] = _USERINFO.sub(f"{_MASK}@", section["proxy"])
-    notify = plain["notify"]
-    notify["proxy"] = _USERINFO.sub(f"{_MASK}@", notify["proxy"])
     if notify["url"]:
         # The secret of a webhook is in its path.
         notify["url"] = _HOST.sub(rf"\1\2/{_MASK}", notify["url"])
@@ -102,8 +101,12 @@ def redacted(settings: Settings) -> dict[str, Any]:
 
 def _without_password(url: str) -> str:
     """Return a database's URL with password and query masked. User, hosts and database stay readable."""
+    return _PASSWORD.sub(rf"\1:{_MASK}@", _without_query(url))
+
+
+def _without_query(url: str) -> str:
     base, has_query, _ = url.partition("?")
-    return _PASSWORD.sub(rf"\1:{_MASK}@", base) + (f"?{_MASK}" if has_query else "")
+    return base + (f"?{_MASK}" if has_query else "")
 
 
 def dump(settings: Settings) -> str:
@@ -143,7 +146,8 @@ def secrets(settings: Settings) -> list[str]:
     """Return the secret texts in the settings themselves, for `Redaction`."""
     found = [settings.upstream.token]
     upstream, fallback = settings.upstream, settings.fallback
-    for url in (upstream.proxy, upstream.url, fallback.proxy, fallback.url, settings.notify.proxy):
+    proxies = (upstream.proxy, fallback.proxy, settings.notify.proxy)
+    for url in (*proxies, upstream.url, fallback.url, settings.telemetry.otlp_url):
         parts = urlsplit(url.strip())
         found += [value for _, value in parse_qsl(parts.query)]
         if parts.password:

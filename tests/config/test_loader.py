@@ -289,6 +289,7 @@ SECRET = load(
         "fallback.url=https://h/base?key=url-hunter2",
         "fallback.proxy=http://user:other%40hunter2@p:3128",
         "store.url=postgresql://u:store-hunter2@a,b/shim",
+        "telemetry.otlp_url=https://h/v1/traces?api-key=trace-hunter2",
     ],
 )
 
@@ -310,7 +311,7 @@ def test_dump_of_settings_without_secrets_is_a_configuration(tmp_path: Path) -> 
 
 def test_secrets_are_the_texts_to_be_masked_in_logs() -> None:
     found = secrets(SECRET)
-    assert {"tok-hunter2", "url-hunter2", "proxy-hunter2"} < set(found)
+    assert {"tok-hunter2", "url-hunter2", "proxy-hunter2", "trace-hunter2"} < set(found)
     assert "dXNlcjpwcm94eS1odW50ZXIy" in found  # as Proxy-Authorization carries user and password
     assert secrets(Settings()) == []
 

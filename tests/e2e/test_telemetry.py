@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,24 @@ async def test_a_collector_that_hangs_delays_neither_commands_nor_the_stop(tmp_p
                 polled += await agent.poll()
             assert polled == ["k0", "k1", "k2"]
             assert await shim.stop() == 0  # bounded by the harness and by the shim's own limit
+
+
+async def test_a_collector_that_is_away_is_one_event_of_the_log_without_the_query(tmp_path: Path) -> None:
+    with socket.socket() as bound:  # it does not listen, so a connection is refused
+        bound.bind(("127.0.0.1", 0))
+        settings = {"telemetry": {"otlp_url": f"http://127.0.0.1:{bound.getsockname()[1]}/v1/traces?api-key=hunter2"}}
+        async with world(tmp_path, settings) as (shim, controller), aiohttp.ClientSession(headers=HEADERS) as session:
+            shim.environment |= {"OTEL_BSP_SCHEDULE_DELAY": "50"}
+            await shim.start()
+            agent = Agent(session, shim)
+            await agent.register()
+            await controller.api.push({"id": "k1", "cluster_id": agent.cluster_id})
+            assert await agent.poll() == ["k1"]
+            line = await shim.event("traces_not_exported")
+            assert await shim.stop() == 0
+    assert "Connection refused" in line["reason"]
+    assert "hunter2" not in "\n".join(shim.lines)
+    assert all('"traces_not_exported"' in line for line in shim.lines if '"opentelemetry.exporter' in line)
 
 
 async def test_without_the_extra_the_start_names_it(tmp_path: Path) -> None:
