@@ -163,6 +163,7 @@ class Bridge:
         self.heartbeats.forget(source)
         self.session_registry.usage.forget(source)
         self.delivery.move(source, target)
+        self.outbox.move(source, target)
 
     def _ended(self, key: SessionKey) -> None:
         self.gateways.forget(key)

@@ -490,10 +490,14 @@ async def test_results_of_the_old_one_go_up_by_the_new_ones_way(make_world: Make
     await world.settle()
     world.controller.sockets[0].lose()
     world.controller.manners.refuse = lambda spec: None if spec.token == "new" else REFUSED
+    world.controller.manners.pongs = world.controller.manners.acks = True
     new = await registered(world, token="new")
     before = len(world.controller.log)
     await new.live(60)
+    assert len(world.controller.sockets) == 2, "the new one's link stays open: no reconnect sends the results"
     assert [m.payload["command_id"] for m in world.controller.got("command_result", before)] == ["k1"]
+    await new.live(60)
+    assert await world.state("k1") == "closed"
 
 
 async def test_a_session_moves_to_a_new_token_only_with_the_controllers_word(make_world: MakeWorld) -> None:
