@@ -34,6 +34,8 @@ TICK_S = 0.1
 STOOD_STILL_S = 0.3
 _HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding"})
 _NOT_SENT = _HOP_BY_HOP | {"content-length", "expect", "proxy-connection", "te", "trailer", "upgrade"}
+# The owner cannot answer at once, or has just lost the shard: the heartbeat is sent again as a normal request.
+_NO_ANSWER = (NOT_AT_ONCE, b"HTTP/1.1 %d " % MISDIRECTED)
 # Idempotent operations, which may be repeated if their answer was lost.
 _REPEATABLE = frozenset({"register", "heartbeat", "status", "poll", "result", "tunnel_poll", "tunnel_info", "health"})
 
@@ -87,7 +89,7 @@ class _Heartbeat:
     def answer(self, reply: bytes | None) -> None:
         done, self._done = self._done, None
         if done is not None:
-            done(None if reply is None or reply.startswith(NOT_AT_ONCE) else reply)
+            done(None if reply is None or reply.startswith(_NO_ANSWER) else reply)
 
 
 class ReplicaForwarder:

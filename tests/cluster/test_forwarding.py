@@ -1,19 +1,71 @@
-"""Requests through a replica that does not own the agent's shard, on real processes."""
+"""Requests through a replica that does not own the agent's shard."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
+from prometheus_client import CollectorRegistry
 
+pytest.importorskip("psycopg")
+
+from shim.clock import Clock
+from shim.cluster.forwarding import ReplicaForwarder
+from shim.cluster.metrics import ClusterMetrics
+from shim.core.leases import Member
+from shim.metrics import Metrics
+from tests.agent_api.test_internal import HEARTBEAT, Owner, owner
 from tests.support.replicas import ENDED, LONG, SHARDS, elsewhere, events, gateway, owned_by
 
-pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(180)]
+
+class Locator:
+    """The view of a replica that has not seen yet that an owner lost its shards."""
+
+    def __init__(self, owning: Member) -> None:
+        self._owner = owning
+
+    def is_elsewhere(self, token: str) -> bool:
+        return True
+
+    def remote_owner(self, token: str) -> Member:
+        return self._owner
 
 
+class Membership:
+    leaving = False
+
+    def refresh_soon(self) -> None:
+        pass
+
+    async def wait_for_change(self, at_most_s: float) -> None:
+        await asyncio.sleep(at_most_s)
+
+
+def forwarder_to(owning: Owner) -> ReplicaForwarder:
+    locator: Any = Locator(owning.member)
+    membership: Any = Membership()
+    return ReplicaForwarder(locator, membership, owning.pool, Clock(), ClusterMetrics(Metrics(CollectorRegistry())))
+
+
+async def test_an_agent_never_gets_the_refusal_of_a_replica_that_lost_the_shard() -> None:
+    async with owner(owns=False) as owning:
+        forwarder = forwarder_to(owning)
+        await owning.pool.open_heartbeats(owning.member)
+        answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        assert forwarder.forward_now("t", HEARTBEAT, answer.set_result)
+        async with asyncio.timeout(60):
+            assert await answer is None  # the heartbeat is sent again as a normal request
+
+
+# --- on real processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
 async def test_any_replica_serves_any_agent(tmp_path: Path, pg_url: str) -> None:
     async with gateway(tmp_path, pg_url, poll=LONG) as gate:
         a, b = await gate.add("a", "b")
@@ -51,6 +103,8 @@ async def test_any_replica_serves_any_agent(tmp_path: Path, pg_url: str) -> None
         await gate.until_ready(other)
 
 
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
 async def test_a_body_of_any_size_reaches_the_owner(tmp_path: Path, pg_url: str) -> None:
     async with gateway(tmp_path, pg_url, listen={"port": 0, "max_status_body_bytes": 3_000_000}) as gate:
         a, b = await gate.add("a", "b")
@@ -67,6 +121,8 @@ async def test_a_body_of_any_size_reaches_the_owner(tmp_path: Path, pg_url: str)
         assert (status, reply["error"]) == (413, "the body is too large")
 
 
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
 async def test_an_ingress_may_mix_agents_on_one_connection(tmp_path: Path, pg_url: str) -> None:
     async with gateway(tmp_path, pg_url, poll={"hold": "off"}) as gate:
         a, b = await gate.add("a", "b")
@@ -87,6 +143,8 @@ async def test_an_ingress_may_mix_agents_on_one_connection(tmp_path: Path, pg_ur
             assert found["attempts"] == 1
 
 
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
 async def test_the_forwarder_dies_and_its_agents_commands_do_not(tmp_path: Path, pg_url: str) -> None:
     async with gateway(tmp_path, pg_url, poll=LONG) as gate:
         a, b = await gate.add("a", "b")
@@ -111,6 +169,8 @@ async def test_the_forwarder_dies_and_its_agents_commands_do_not(tmp_path: Path,
         assert await reading.poll_until(a, "read") == ["read"]
 
 
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
 async def test_the_forwarder_is_paused_with_the_reply_in_hand(tmp_path: Path, pg_url: str) -> None:
     """The agent gives the forwarder up: what it never saw is not lost, and nothing says that it was delivered."""
     commands = {"evidence_s": 60}
