@@ -40,7 +40,10 @@ P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 
 class ReplicaLost(Exception):
-    """The connection to another replica failed. `sent` is true if the replica may have carried out the request."""
+    """Another replica did not answer a request.
+
+    `sent` is true if it may have carried the request out, or read a part of a streamed body.
+    """
 
     def __init__(self, *, sent: bool) -> None:
         super().__init__("the connection to the owner was lost")

@@ -201,7 +201,8 @@ class ReplicaForwarder:
         self._update_offset(offset, reply)
         if reply.status == MISDIRECTED:
             self._membership.refresh_soon()
-            raise ReplicaLost(sent=False)
+            # Some pieces of a streamed body are gone: the next owner would get the request without them.
+            raise ReplicaLost(sent=not isinstance(request.body, bytes))
         headers = tuple((name, value) for name, value in reply.headers if name.lower() not in _HOP_BY_HOP | OWN_HEADERS)
         offers = reply.header(RECEIPT_HEADER.lower()) is not None
         if not offers and (reply.length is None or reply.length > WHOLE_BYTES):

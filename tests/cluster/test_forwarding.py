@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from shim.clock import Clock
 from shim.cluster.forwarding import ReplicaForwarder
 from shim.cluster.metrics import ClusterMetrics
 from shim.core.leases import Member
+from shim.errors import AgentError
 from shim.metrics import Metrics
+from shim.ports import Caller, ProxyRequest
 from tests.agent_api.test_internal import HEARTBEAT, Owner, owner
 from tests.support.replicas import ENDED, LONG, SHARDS, elsewhere, events, gateway, owned_by
 
@@ -59,6 +62,19 @@ async def test_an_agent_never_gets_the_refusal_of_a_replica_that_lost_the_shard(
         assert forwarder.forward_now("t", HEARTBEAT, answer.set_result)
         async with asyncio.timeout(60):
             assert await answer is None  # the heartbeat is sent again as a normal request
+
+
+async def test_a_body_in_pieces_that_a_wrong_owner_has_begun_to_read_is_not_sent_without_its_beginning() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"agent_id":'
+        await asyncio.Event().wait()
+
+    async with owner(owns=False) as owning:
+        headers = (("Host", "x"), ("Authorization", "Bearer t"))
+        request = ProxyRequest("POST", "/api/v1/agents/a/status", headers, body(), Caller("t", 1), None, 0.0)
+        with pytest.raises(AgentError) as refused:
+            await forwarder_to(owning).forward(request, "status")
+    assert (refused.value.status, refused.value.retry_after_s) == (503, 3)
 
 
 # --- on real processes ----------------------------------------------------------------------------------------------
