@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 from aiohttp import hdrs
-from aiohttp.client_exceptions import ClientError
+from aiohttp.client_exceptions import ClientError, ClientPayloadError
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import RawResponseMessage, StreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
@@ -81,7 +81,11 @@ class ReplicaConnection(ResponseHandler):
         self._on_lost = on_lost
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        body = self._payload
         super().connection_lost(exc)
+        # aiohttp does not end a body whose framing it could not read: whoever reads it would wait for ever.
+        if body is not None and not body.is_eof() and body.exception() is None:
+            body.set_exception(ClientPayloadError("the reply broke off"))
         self._on_lost(self)
 
     def close(self) -> None:

@@ -130,6 +130,19 @@ async def test_a_body_that_breaks_off_is_not_whole(end: Exception | None) -> Non
     assert lost.value.sent
 
 
+async def test_a_body_with_a_bad_chunk_is_not_whole() -> None:
+    connection, wire, _ = connected()
+    found = await exchanged(connection, [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"])
+    reading = asyncio.ensure_future(found.read())
+    await asyncio.sleep(0)
+    connection.data_received(b"no size\r\n")
+    assert wire.ended
+    connection.connection_lost(None)
+    async with asyncio.timeout(60):
+        with pytest.raises(ReplicaLost):
+            await reading
+
+
 @pytest.mark.parametrize("how", ["close", "abort"])
 async def test_a_reader_learns_that_the_pool_ended_the_connection(how: str) -> None:
     connection, wire, _ = connected()
