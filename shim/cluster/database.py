@@ -47,6 +47,8 @@ _JOIN = (
     " clock_timestamp() + make_interval(secs => %(lease_s)s), pg_postmaster_start_time()"
     # FOR SHARE waits for a replica that is changing `agreed`, then checks the new value
     " FROM (SELECT FROM cluster WHERE agreed = %(agreed)s FOR SHARE) same"
+    # The connection may be lost after the commit: the repetition finds the row, and renews it
+    " ON CONFLICT (process) DO UPDATE SET until = excluded.until, server = excluded.server"
     " RETURNING pg_notify('agent_shim', '')"
 )
 _RENEW = (

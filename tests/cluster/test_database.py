@@ -59,6 +59,13 @@ async def joined(replicas: Replicas, process: str, lease_s: float = 60) -> Any:
     return database
 
 
+async def test_joining_may_be_repeated_because_its_answer_may_be_lost(replicas: Replicas) -> None:
+    a = await joined(replicas, "a")
+    assert await a.join(member("a"), 60, AGREED, LIMIT_S)
+    assert not await a.join(member("a"), 60, {"cluster.lease_s": 2}, LIMIT_S)
+    assert set((await a.read(LIMIT_S)).members) == {"a"}
+
+
 async def test_a_shard_has_one_holder_until_it_is_given_back(replicas: Replicas) -> None:
     a, b = await joined(replicas, "a"), await joined(replicas, "b")
     assert await a.acquire(3, "a", LIMIT_S) == 1
