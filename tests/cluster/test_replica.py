@@ -40,8 +40,23 @@ async def test_replicas_with_other_settings_are_refused_by_the_name_of_the_key(t
 
 
 ONE_BRIDGE = """
-import sys
+import asyncio, sys
 from shim import app
+from shim.config import loader
+from shim.log import setup
+
+UPSTREAM = ["upstream.url=http://127.0.0.1:9", "upstream.token=t"]
+
+async def serve():
+    settings = loader.load(None, {}, [*UPSTREAM, "listen.port=0", "admin.port=0", "store.path=:memory:"])
+    shim = app.App(settings, lambda: settings, setup("error", "json"))
+    running = asyncio.create_task(shim.run())
+    await shim.ready.wait()
+    shim.stop_requested.set()
+    return await running
+
+assert asyncio.run(serve()) == app.EXIT_OK
+assert "shim.store.memory" in sys.modules  # what is imported only when it is used was imported
 assert not [name for name in sys.modules if name.startswith(("psycopg", "cryptography", "shim.cluster"))]
 """
 
