@@ -1,7 +1,7 @@
 """Stored data, and the operations that change it (docs/reference/protocol.md#3-commands).
 
-The core returns these operations as effects; a `ports.CommandStore` performs them. Times named `…wall` are Unix
-seconds.
+The core returns these operations as effects; a `ports.CommandStore` performs them. Times named `wall` or `…_unix` are
+Unix seconds.
 """
 
 from __future__ import annotations
@@ -51,10 +51,7 @@ class CommandState(Enum):
     DEAD = "dead"
 
 
-# Replicas exchange records as JSON. The names of its times are those of earlier versions, for rolling upgrades.
-class CommandRecord(
-    msgspec.Struct, frozen=True, rename={"arrived_unix": "arrived_wall", "expires_unix": "expires_wall"}
-):
+class CommandRecord(msgspec.Struct, frozen=True):
     """A normalised command. `payload` is an object; `created_at` is RFC 3339 UTC; `size_bytes` is its size as JSON.
 
     `seq` orders the commands of a store; it is 0 before the command is stored. `attempts` counts the offers that the
