@@ -31,7 +31,7 @@ class ReplicaClient:
         self._pool = pool
 
     async def ask_others(self, action: str, target: str, body: bytes, *, required: bool) -> Answers:
-        """Have all other replicas carry out an action, as `admin.Subject.ask_others` describes."""
+        """Have all other replicas carry out an action, as `management.subject.Subject.ask_others` describes."""
         members = self._membership.others()
         asked = (self.ask(member, action, target, body) for member in members)
         answers = await asyncio.gather(*asked, return_exceptions=True)

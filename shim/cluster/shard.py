@@ -18,7 +18,7 @@ from shim.store import log_store_warnings
 
 
 class FencedSocket:
-    """A `ports.Socket` that sends only while the lease of the shard is valid."""
+    """A `ports.WebSocket` that sends only while the lease of the shard is valid."""
 
     def __init__(self, socket: WebSocket, fence: FencedUpstream) -> None:
         self._socket = socket

@@ -86,8 +86,8 @@ _INSERT_LONE_TRACE = "INSERT INTO lone_traces (session, command_id, wall, event,
 _SELECT_TRACE = "SELECT wall, event, detail FROM traces WHERE command = ?1 ORDER BY id"
 # Delete the oldest steps first: operators search for commands that were rejected recently.
 _TRIM_LONE_TRACES = "DELETE FROM lone_traces WHERE {mine} AND id <= (SELECT max(id) FROM lone_traces WHERE {mine}) - ?1"
-# The condition on `arrived` is implied, because `arrived` is never later than `updated`. It is there for PostgreSQL,
-# which has an index on `arrived` and none on `updated`.
+# PostgreSQL has an index on `arrived` and none on `updated`. A command that arrived later than it was changed, because
+# the clock was set back, is kept.
 _OUTDATED = f"commands WHERE {{mine}} AND {ENDED} AND updated < ?1 AND arrived < ?1"
 _PRUNE = (
     f"DELETE FROM traces WHERE command IN (SELECT seq FROM {_OUTDATED})",  # noqa: S608 - constants
