@@ -284,7 +284,7 @@ class App:
         clock = subject.ctx.clock
         token_required = bool(self.settings.admin.token_file)
         facts = ProcessInfo(__version__, clock.wall_s(), self.addresses, token_required, redaction.value)
-        return StatusBuilder(subject, Sampler(subject), runtime.recent, facts, RecentEvents(clock, redaction))
+        return StatusBuilder(subject, Sampler(subject), runtime.recent_commands, facts, RecentEvents(clock, redaction))
 
     async def _bind(self, admin: AdminServer, agents: AgentServer) -> None:
         """Bind both ports before the store is opened and a link is dialled.

@@ -97,7 +97,7 @@ class Runtime(Protocol):
         """The bridge or bridges shown on the admin port."""
 
     @property
-    def recent(self) -> Iterable[RecentCommand]:
+    def recent_commands(self) -> Iterable[RecentCommand]:
         """Recently changed commands."""
 
     @property
@@ -153,7 +153,7 @@ class SingleRuntime:
         self._metrics = context.metrics
         self._store = store
         self.bridge = Bridge(context.bridge_context(context.settings, store, context.upstream))
-        self.recent = self.bridge.ctx.recent_commands
+        self.recent_commands = self.bridge.ctx.recent_commands
         self.subject = Subject.of(self.bridge)
         self.agent_service, self.evidence = self.bridge.calls, self.bridge.delivery
         self.fallback = FallbackPolicy(self.bridge)

@@ -26,7 +26,7 @@ from shim.cluster.router import ClusterFallback, Router
 from shim.cluster.shard import Shard
 from shim.cluster.shard_locator import ShardLocator
 from shim.cluster.shard_manager import ShardManager
-from shim.cluster.status import Recents, replicas_status
+from shim.cluster.status import ReplicaRecentCommands, replicas_status
 from shim.cluster.write_probe import DatabaseProbe
 from shim.config.settings import Settings, TlsFiles
 from shim.core.leases import LeasePolicy, Member
@@ -68,7 +68,7 @@ class Replica:
             database, me, agreed(settings), self._policy, context.clock, context.timers, self._lease_lost
         )
         self.shards = ShardManager(self.membership, self._make_shard, context.clock, context.spawn, self._metrics)
-        self.recent = Recents(self.shards.serving)
+        self.recent_commands = ReplicaRecentCommands(self.shards.serving)
         self.addresses: dict[str, str] = {}
         self._owner_key = b""
         self._pool = ConnectionPool()

@@ -36,7 +36,7 @@ def replicas_status(membership: Membership, shards: ShardManager) -> dict[str, A
     }
 
 
-class Recents:
+class ReplicaRecentCommands:
     """Recent events of commands at this replica, newest first."""
 
     def __init__(self, shards: Callable[[], list[Shard]]) -> None:

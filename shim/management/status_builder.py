@@ -75,13 +75,13 @@ class StatusBuilder:
         self,
         bridge: Subject,
         sampler: Sampler,
-        journal: Iterable[RecentCommand],
+        recent_commands: Iterable[RecentCommand],
         facts: ProcessInfo,
         events: RecentEvents | None = None,
     ) -> None:
         self._bridge = bridge
         self.sampler = sampler
-        self._journal = journal
+        self._recent_commands = recent_commands
         self._events = events
         self._facts = facts
         self._lost = 0
@@ -200,7 +200,7 @@ class StatusBuilder:
                 "detail": recent.detail,
                 "at": recent.wall,
             }
-            for recent in self._journal
+            for recent in self._recent_commands
         ]
 
 
