@@ -282,12 +282,15 @@ class UpstreamLink:
     def connection_message(self, connection: UpstreamConnection, message: Message, now: float) -> None:
         """Pass on a message, after recording that the token is accepted.
 
-        `register_success` shows that, and so does the first `heartbeat_ack`.
+        `register_success` shows that, and so does the first `heartbeat_ack` or command. A command is stored with the
+        session that it is for: after a crash, a poll would not find it without its session.
         """
         if self.machine.connected:
             if message.type == "register_success":
                 self.apply(ev.Registered(), now)
-            elif message.type == "heartbeat_ack" and (self.machine.refused or self.machine.accepted_at is None):
+            elif (self.machine.refused or self.machine.accepted_at is None) and (
+                message.type == "heartbeat_ack" or message.type in self._ctx.settings.commands.types
+            ):
                 self.apply(ev.Acknowledged(), now)
         self._shared.receive(connection, message, self, now)
 

@@ -46,7 +46,7 @@ class Registered(msgspec.Struct, frozen=True):
 
 
 class Acknowledged(msgspec.Struct, frozen=True):
-    """The controller acknowledged a heartbeat on this connection."""
+    """The controller acknowledged a heartbeat or sent a command on this connection."""
 
 
 class StableTimerFired(msgspec.Struct, frozen=True):
@@ -313,10 +313,10 @@ class LinkStateMachine:
         return self.state, self._accepted(now)
 
     def _accepted(self, now: float) -> list[LinkEffect]:
-        """Record that the controller accepts the token: it accepted a registration or heartbeat, or kept the link open.
+        """Record that the controller accepts the token.
 
-        The handshake alone does not prove it for an agent's own token: some controllers check the token only
-        afterwards.
+        It accepted a registration or heartbeat, sent a command, or kept the link open. The handshake alone does not
+        prove it for an agent's own token: some controllers check the token only afterwards.
         """
         self.refused = self.closed_as_refused = False
         if self.accepted_at is not None:

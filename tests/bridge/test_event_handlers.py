@@ -9,6 +9,7 @@ from shim.core.records import SaveSession
 from tests.bridge.conftest import MakeWorld
 from tests.bridge.test_links import living
 from tests.bridge.test_session_registry import OWN, beat
+from tests.support.upstream import REFUSED
 from tests.support.world import World
 
 EVENTS = {
@@ -88,3 +89,23 @@ async def test_sessions_of_an_own_token_are_stored_once_it_is_accepted(make_worl
     world.controller.manners.acks = True
     await agent.live(60)
     assert {each.record.key.ident for each in world.store.log if isinstance(each, SaveSession)} == {"c-1"}
+
+
+async def test_a_command_is_delivered_after_a_crash_although_the_own_token_is_refused_meanwhile(
+    make_world: MakeWorld,
+) -> None:
+    world = await make_world(**OWN)
+    world.controller.manners.acks = False
+    agent = world.agent(cluster_id="c-1", token="good")
+    assert await beat(agent) == 200
+    await world.settle()
+    world.controller.push("k1", cluster_id="c-1")
+    await world.settle()
+    await world.crash()
+    world.controller.manners.dial = REFUSED
+    world.start()
+    await world.settle()
+    assert await beat(agent) == 200, "nobody has told yet that the token is refused"
+    await world.settle()
+    assert await agent.poll() == ["k1"]
+    assert await beat(agent) == 401
