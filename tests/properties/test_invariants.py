@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shim.core.agent_calls import Accepted, Commands
+from shim.core.agent_calls import Accepted, Commands, Failed
 from shim.ports import CallResult, DialFailure
 from tests.support.upstream import GONE, REFUSED, FakeSocket, Sent
 from tests.support.virtual import VirtualLoop
@@ -79,6 +79,8 @@ class Machine(RuleBasedStateMachine):
         logging.getLogger("shim").setLevel(logging.INFO)
         self.pushed = 0
         self.posted: set[str] = set()
+        self.own_tokens = False
+        self.dial_failures: list[DialFailure] = []
         self.checked = 0
 
     def run(self, coro: Coroutine[Any, Any, T]) -> T:
@@ -100,7 +102,8 @@ class Machine(RuleBasedStateMachine):
     )
     def begin(self, hold: Any, acks: bool, links: str) -> None:
         upstream = {"send_command_ack": True, "share_link": links != "each"}
-        if links == "own tokens":
+        self.own_tokens = links == "own tokens"
+        if self.own_tokens:
             upstream["token"] = ""
 
         async def make() -> World:
@@ -204,6 +207,8 @@ class Machine(RuleBasedStateMachine):
     def _end_poll(self, life: Life, how: str) -> None:
         assert life.poll is not None
         answer, life.poll = life.poll.result(), None
+        if self.token_refused(answer):
+            return
         assert isinstance(answer.outcome, Commands)
         ids = [command.id for command in answer.outcome.commands]
         if how in ("unwritten", "left"):
@@ -217,6 +222,15 @@ class Machine(RuleBasedStateMachine):
         else:
             life.unread = (life.agent.connection, ids)
             life.agent.connection, life.agent._leased = self.world.connection(), False
+
+    def token_refused(self, answer: CallResult) -> bool:
+        """Return True for the 401 of an agent of which nothing is stored, whose own token the controller refuses."""
+        if not isinstance(answer.outcome, Failed):
+            return False
+        assert answer.outcome.status == 401
+        assert self.own_tokens
+        assert REFUSED in self.dial_failures
+        return True
 
     @precondition(lambda self: any(life.unread for life in self.lives))
     @rule(reads=st.booleans())
@@ -296,6 +310,7 @@ class Machine(RuleBasedStateMachine):
         if how == "comes back":
             self.controller.come_back()
         elif how in failures:
+            self.dial_failures.append(failures[how])
             self.do(self.controller.go_away, failures[how])
         for socket in list(self.controller.open_sockets()):
             if how == "deaf":
@@ -442,8 +457,8 @@ class Machine(RuleBasedStateMachine):
             life.poll.add_done_callback(lambda _: self.called(life))
             await self.world.settle()
         if life.poll.done():
-            commands = life.agent.take(life.poll.result())
-            life.poll = None
+            answer, life.poll = life.poll.result(), None
+            commands = () if self.token_refused(answer) else life.agent.take(answer)
             life.read += [command.id for command in commands]
             for command in commands:
                 await self._post(life, command.id)
