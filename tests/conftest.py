@@ -13,6 +13,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from hypothesis.internal.conjecture import providers
 
 BLOCKED_S = 1.5
 SLOW = (
@@ -36,8 +37,20 @@ NODE_MODULES = Path(__file__).parent / "clients" / "node_modules"
 # Examples are bounded in number; a shared machine must not fail them for being slow.
 hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 # A gate gives the same answer for the same commit; new examples are searched for where people work.
-hypothesis.settings.register_profile("gate", deadline=None, print_blob=True, derandomize=True, database=None)
+# It does not shrink: that may take longer than a test may, and then nobody sees what failed.
+hypothesis.settings.register_profile(
+    "gate",
+    deadline=None,
+    print_blob=True,
+    derandomize=True,
+    database=None,
+    phases=[phase for phase in hypothesis.Phase if phase != hypothesis.Phase.shrink],
+)
 hypothesis.settings.load_profile("gate" if os.environ.get("CI") else "search")
+if os.environ.get("CI"):
+    # Hypothesis mixes numbers and texts of every imported module of ours into what it draws: the examples would depend
+    # on the tests that this process ran before. There is no setting for it; test_conftest.py notices if this ends.
+    providers._get_local_constants = providers.Constants
 
 
 def _is_there(tool: str) -> bool:
