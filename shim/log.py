@@ -202,6 +202,7 @@ class Logs:
     def __init__(self, handler: logging.Handler, redaction: Redaction, writer: LineWriter) -> None:
         self._handler = handler
         self._writer = writer
+        self._level_before = logging.getLogger("shim").level
         self.redaction = redaction
 
     @property
@@ -224,6 +225,7 @@ class Logs:
     def close(self) -> None:
         """Stop logging. Queued lines are written for at most `FLUSH_S` seconds. Idempotent."""
         logging.getLogger().removeHandler(self._handler)
+        logging.getLogger("shim").setLevel(self._level_before)
         self._handler.close()
         self._writer.close(FLUSH_S)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import time
@@ -149,6 +150,22 @@ def _event_loop_never_blocked() -> Iterator[None]:
     yield
     if _watch.blocked:
         pytest.fail("the event loop was blocked: " + "; ".join(_watch.blocked), pytrace=False)
+
+
+def _logging_state() -> tuple[int, list[logging.Handler]]:
+    return logging.getLogger("shim").level, [*logging.getLogger().handlers]
+
+
+@pytest.fixture(autouse=True)
+def _logging_left_as_it_was() -> Iterator[None]:
+    """Fail the test that leaves its level or handlers behind: tests after it would miss records that they expect."""
+    before = _logging_state()
+    yield
+    after = _logging_state()
+    if after != before:
+        logging.getLogger("shim").setLevel(before[0])
+        logging.getLogger().handlers[:] = before[1]
+        pytest.fail(f"logging was left changed: {before} became {after}", pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from shim import app
 from shim.config import loader
 from shim.config.settings import Settings
 from shim.core.records import StoreContents
-from shim.log import setup
+from shim.log import Logs, setup
 from shim.ports import CommandStore
 from shim.store import CallThreadsafe
 from shim.store.memory import MemoryStore
@@ -45,12 +46,18 @@ class Recorded(MemoryStore):
 class RecordedApp(app.App):
     """A shim whose store records its own life."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, lambda: settings, setup("error", "json"))
+    def __init__(self, settings: Settings, logs: Logs) -> None:
+        super().__init__(settings, lambda: settings, logs)
         self.steps: list[str] = []
 
     def make_store(self, post: CallThreadsafe) -> CommandStore:
         return Recorded(post, self.steps)
+
+
+@pytest.fixture
+def logs() -> Iterator[Logs]:
+    with closing(setup("error", "json")) as logs:
+        yield logs
 
 
 async def ended(running: asyncio.Task[int]) -> int:
@@ -65,8 +72,8 @@ async def started(shim: RecordedApp) -> asyncio.Task[int]:
     return running
 
 
-async def test_two_shims_run_in_one_process_and_stop_by_themselves() -> None:
-    one, two = RecordedApp(configured()), RecordedApp(configured())
+async def test_two_shims_run_in_one_process_and_stop_by_themselves(logs: Logs) -> None:
+    one, two = RecordedApp(configured(), logs), RecordedApp(configured(), logs)
     running = [await started(one), await started(two)]
     assert len({*one.addresses.values(), *two.addresses.values()}) == 4
     one.stop_requested.set()
@@ -78,21 +85,21 @@ async def test_two_shims_run_in_one_process_and_stop_by_themselves() -> None:
 
 
 @pytest.mark.parametrize("section", ["listen", "admin"])
-async def test_a_port_that_is_taken_ends_the_start_before_the_store_is_opened(section: str) -> None:
+async def test_a_port_that_is_taken_ends_the_start_before_the_store_is_opened(section: str, logs: Logs) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        shim = RecordedApp(configured(f"{section}.port={taken.getsockname()[1]}"))
+        shim = RecordedApp(configured(f"{section}.port={taken.getsockname()[1]}"), logs)
         assert await ended(asyncio.create_task(shim.run())) == app.EXIT_INTERNAL
     assert "open" not in shim.steps, "another shim may use this store"
     assert not shim.ready.is_set()
 
 
-async def test_during_a_stop_no_task_is_started() -> None:
+async def test_during_a_stop_no_task_is_started(logs: Logs) -> None:
     ran: list[str] = []
 
     async def task() -> None:
         ran.append("ran")
 
-    shim = RecordedApp(configured())
+    shim = RecordedApp(configured(), logs)
     running = await started(shim)
     shim.stop_requested.set()
     coroutine: Coroutine[Any, Any, None] = task()
