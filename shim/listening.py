@@ -121,7 +121,7 @@ class Listener:
         for task in self._tasks:
             task.cancel()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -139,7 +139,14 @@ class Listener:
                 continue
             connection = self._make()
             if self._tls is None or connection.enter():
-                opening = self._spawn(self._open(accepted, connection))
+                opening = self._spawn(
+                    loop.connect_accepted_socket(
+                        partial(cast, "asyncio.Protocol", connection),
+                        accepted,
+                        ssl=self._tls,
+                        ssl_handshake_timeout=self._handshake_timeout_s,
+                    )
+                )
                 opening.add_done_callback(partial(self._opened, accepted, connection))
             else:
                 connection.leave()
@@ -148,23 +155,15 @@ class Listener:
             if number % ACCEPTED_PER_TURN == 0:
                 await asyncio.sleep(0)  # `sock_accept` returns at once while connections wait
 
-    async def _open(self, accepted: socket.socket, connection: CountedConnection) -> None:
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: cast("asyncio.Protocol", connection),
-                accepted,
-                ssl=self._tls,
-                ssl_handshake_timeout=self._handshake_timeout_s,
-            )
-        except OSError as error:  # includes ssl.SSLError and TimeoutError
-            logger.debug("a TLS handshake failed: %s", type(error).__name__)
-            self._drop(accepted, connection)
-
-    def _opened(self, accepted: socket.socket, connection: CountedConnection, task: asyncio.Task[None]) -> None:
-        if task.cancelled():  # perhaps before its first step, so that `_open` cannot do this
-            self._drop(accepted, connection)
-
-    def _drop(self, accepted: socket.socket, connection: CountedConnection) -> None:
+    def _opened(self, accepted: socket.socket, connection: CountedConnection, task: asyncio.Task[Any]) -> None:
+        """Close a socket that did not become a connection, whatever the reason, and end its count."""
+        if not task.cancelled():  # otherwise the server stops
+            error = task.exception()
+            if error is None:
+                return
+            # `OSError` includes ssl.SSLError and TimeoutError: they are the peer's fault.
+            level = logging.DEBUG if isinstance(error, OSError) else logging.ERROR
+            logger.log(level, "a connection could not be opened: %s", type(error).__name__)
         if connection.transport is None:
             connection.leave()
             accepted.close()

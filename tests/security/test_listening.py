@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -114,3 +115,27 @@ async def test_the_environment_gives_several_as_json(tmp_path: Path) -> None:
 def test_a_fault_names_the_address_among_several_and_leaves_none_taken() -> None:
     with pytest.raises(StartError, match=r"admin.host 192\.0\.2\.1 is not an address of this machine"):
         bind("admin", ("127.0.0.1", "192.0.2.1"), 0)
+
+
+class Departure(Arrival):
+    """A `CountedConnection` whose count ends."""
+
+    def leave(self) -> None:
+        self._lost()
+
+
+async def test_a_connection_that_cannot_be_opened_is_closed_and_no_longer_counted() -> None:
+    """Only errors of the network were expected: after any other the connection was counted for ever."""
+    left = asyncio.Event()
+    [listening] = bind("listen", ("127.0.0.1",), 0)
+    listener = Listener(lambda: Departure(left.set), cast("ssl.SSLContext", "no context"), 30)
+    listener.start([listening])
+    reader, writer = await asyncio.open_connection(*listening.getsockname())
+    try:
+        async with asyncio.timeout(60):
+            await left.wait()
+            assert await reader.read() == b""
+    finally:
+        writer.close()
+        listener.stop()
+        listening.close()
