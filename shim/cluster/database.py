@@ -20,7 +20,7 @@ import msgspec
 import psycopg
 
 from shim.core.leases import Member, View
-from shim.errors import ConfigError, Fault, StoreUnreachable
+from shim.errors import ConfigError, Fault, StoreError, StoreUnreachable
 from shim.log import get
 from shim.store.postgres.database import refusal
 from shim.store.postgres.dsn import application
@@ -129,6 +129,8 @@ class Connection:
                 raise StoreUnreachable("the database did not answer in time") from None
             except psycopg.Error as error:
                 raise refusal(error) from None
+            except ConfigError as error:  # the password file is read for each connection, and may be away at times
+                raise StoreError(str(error)) from None
             self._connection.prepare_threshold = None  # names of prepared statements do not survive a pooler
         return self._connection
 

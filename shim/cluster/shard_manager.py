@@ -179,7 +179,7 @@ class ShardManager:
         shard.cut()
         self._metrics.released.labels(reason).inc()
         self._count()
-        self._run_exclusive(number, shard.close())  # waits for a shard that is still being opened
+        self._run_exclusive(number, shard.close())  # a shard that is being opened or released is closed by that step
         self._membership.notify()
 
     def _count(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,11 +30,11 @@ class Replicas:
         self._url = url
         self._made: list[Any] = []
 
-    def of(self, process: str) -> Any:
+    def of(self, process: str, **store: Any) -> Any:
         from shim.cluster.database import Database  # noqa: PLC0415 - the driver is an extra
         from shim.store.postgres.dsn import application, conninfo  # noqa: PLC0415
 
-        configured = settings.Store(url=self._url)
+        configured = settings.Store(url=self._url, **store)
         self._made.append(Database(lambda: conninfo(configured, application(process))))
         return self._made[-1]
 
@@ -64,6 +65,22 @@ async def test_joining_may_be_repeated_because_its_answer_may_be_lost(replicas: 
     assert await a.join(member("a"), 60, AGREED, LIMIT_S)
     assert not await a.join(member("a"), 60, {"cluster.lease_s": 2}, LIMIT_S)
     assert set((await a.read(LIMIT_S)).members) == {"a"}
+
+
+async def test_a_password_file_that_is_away_ends_no_task_of_a_replica(replicas: Replicas, tmp_path: Path) -> None:
+    from tests.support.postgres import PASSWORD  # noqa: PLC0415 - the driver is an extra
+
+    a = await joined(replicas, "a")
+    file = tmp_path / "password"
+    file.write_text(PASSWORD)
+    other = replicas.of("a", password_file=str(file))
+    assert set((await other.read(LIMIT_S)).members) == {"a"}
+    await other.close()
+    file.unlink()
+    with pytest.raises(StoreError, match=r"store\.password_file"):
+        await other.read(LIMIT_S)
+    file.write_text(PASSWORD)
+    assert (await other.read(LIMIT_S)) == await a.read(LIMIT_S)
 
 
 async def test_a_shard_has_one_holder_until_it_is_given_back(replicas: Replicas) -> None:
