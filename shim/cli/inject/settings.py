@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from functools import reduce
+from operator import attrgetter, getitem
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from shim.cli.inject import sidecar
 from shim.cli.inject.sidecar import InjectError
 from shim.config import loader
 from shim.config.files import read_regular, reason
+from shim.config.settings import Settings
 from shim.errors import ConfigError, Fault
 
 _MAX_CA_BYTES = 524_288  # a ConfigMap holds 1 MiB
@@ -63,7 +65,7 @@ def read(path: str | None, sets: Sequence[str], own_token: bool) -> PodSettings:
     tree: dict[str, Any] = {}
     files: dict[str, str] = {}
     if loader.secrets(settings):
-        raise InjectError("a token, a password or a query of a URL is in it, and a ConfigMap is no place for a secret")
+        raise InjectError(f"{_with_secrets(settings, keys)}: a secret is in it, and a ConfigMap is no place for one")
     for key in keys:
         value = attrgetter(key)(settings)
         _require_place(key, value)
@@ -74,6 +76,13 @@ def read(path: str | None, sets: Sequence[str], own_token: bool) -> PodSettings:
         if key not in _DECIDED:
             _put(tree, key.split("."), msgspec.to_builtins(value))
     return PodSettings(tree, files)
+
+
+def _with_secrets(settings: Settings, keys: Sequence[str]) -> str:
+    shown = loader.redacted(settings)
+    plain: dict[str, Any] = msgspec.to_builtins(settings)
+    masked = [key for key in keys if reduce(getitem, key.split("."), shown) != reduce(getitem, key.split("."), plain)]
+    return ", ".join(masked)
 
 
 def _require_place(key: str, value: Any) -> None:

@@ -123,8 +123,9 @@ class Prometheus:
                 reason = _error(error.read(MAX_ANSWER_BYTES)) or "not what a Prometheus answers"
             raise PrometheusError(f"{self.address} answers {error.code}: {reason}") from None
         except (OSError, HTTPException) as error:
-            why = getattr(error, "reason", None) or error
-            raise PrometheusError(f"{self.address} does not answer: {str(why) or type(error).__name__}") from None
+            cause = getattr(error, "reason", None) or error
+            why = getattr(cause, "strerror", "") or str(cause) or type(error).__name__
+            raise PrometheusError(f"{self.address} does not answer: {why}") from None
         return list(self._samples(data))
 
     def clusters_by(self, expression: str) -> dict[str, list[Sample]]:

@@ -62,8 +62,13 @@ def test_an_authority_goes_into_the_config_map(tmp_path: Path, ends: str) -> Non
     [
         ("upstream.url=https://x.example", "upstream.url: the sidecar takes it from the agent's own PIPEOPS_API_URL"),
         ("upstream.token=hunter2", "no place for a secret"),
-        ("upstream.proxy=http://me:hunter2@proxy:3128", "no place for a secret"),
-        ("fallback.url=https://old.example/?key=hunter2", "no place for a secret"),
+        ("upstream.proxy=http://me:hunter2@proxy:3128", "upstream.proxy: a secret is in it"),
+        ("fallback.url=https://old.example/?key=hunter2", "fallback.url: a secret is in it"),
+        ("notify.url=https://hooks.example/services/hunter2-hunter2", "notify.url: a secret is in it"),
+        (
+            "telemetry.otlp_url=https://t.example/v1/traces?api-key=hunter2",
+            "telemetry.otlp_url: a secret is in it",
+        ),
         ("upstream.client_cert_file=/x.pem", "client_key_file"),
         ("listen.port=7081", "listen.port: in the pod it is 7080"),
         ("admin.host=0.0.0.0", "admin.host: in the pod it is its own address"),
