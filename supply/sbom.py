@@ -74,16 +74,40 @@ def image(name: str, found: dict[str, Any]) -> Bom:
 
 
 def ask(name: str) -> dict[str, Any]:
-    """What the interpreter of an image finds in it. Raises `RuntimeError` without an engine, `CalledProcessError`."""
-    engine = shutil.which("podman") or shutil.which("docker")
-    if engine is None:
-        raise RuntimeError("neither podman nor docker is there to start the image")
-    command = [engine, "run", "--rm", "--network=none", "--entrypoint", "/opt/agent-shim/bin/python", name, "-c", _ASK]
+    """Return what an image's interpreter finds in it. Raises `RuntimeError` without an engine, `CalledProcessError`."""
+    command = [
+        _engine(name),
+        "run",
+        "--rm",
+        "--network=none",
+        "--entrypoint",
+        "/opt/agent-shim/bin/python",
+        name,
+        "-c",
+        _ASK,
+    ]
     done = subprocess.run(  # noqa: S603 - our own command, with the image that whoever runs make has named
         command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
     )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def _engine(name: str) -> str:
+    """Return podman or docker, whichever has the image; the first one that is installed if neither has it.
+
+    A machine may have both, and each keeps images of its own.
+    """
+    engines = [path for path in map(shutil.which, ("podman", "docker")) if path is not None]
+    if not engines:
+        raise RuntimeError("neither podman nor docker is there to start the image")
+    for engine in engines:
+        done = subprocess.run(  # noqa: S603 - as above
+            [engine, "image", "inspect", name], capture_output=True, timeout=_TIMEOUT_S, check=False
+        )
+        if done.returncode == 0:
+            return engine
+    return engines[0]
 
 
 def render(bom: Bom) -> str:

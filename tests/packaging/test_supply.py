@@ -96,6 +96,16 @@ def test_the_question_to_an_image_can_be_answered_by_any_interpreter(tmp_path: P
     assert {"python", "os", "packages", "debian"} == set(json.loads(said[0]))
 
 
+def test_the_image_is_started_by_the_engine_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = json.dumps({"python": "3.13.1", "os": {}, "packages": [], "debian": []})
+    for name, images in (("podman", ""), ("docker", "built-here")):
+        engine = tmp_path / name
+        engine.write_text(f"#!/bin/sh\ncase $* in *{images or 'nothing'}*) echo '{answer}' ;; *) exit 125 ;; esac\n")
+        engine.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert sbom.ask("built-here")["python"] == "3.13.1"
+
+
 # --- audit --------------------------------------------------------------------------------------------------------
 
 
