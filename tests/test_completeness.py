@@ -20,7 +20,6 @@ ELSEWHERE = {
     "admin/static_files.py": "browser/test_status_page.py",
     "agent_api/agent_websocket.py": "e2e/test_websocket_agents.py",
     "agent_api/content_coding.py": "agent_api/test_server.py",
-    "agent_api/request_body.py": "agent_api/test_server.py",
     "agent_api/responses.py": "agent_api/test_server.py",
     "agent_api/routing.py": "protocol/dialects/test_router.py",
     "agent_api/tls.py": "security/test_listening.py",

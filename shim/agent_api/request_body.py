@@ -21,6 +21,33 @@ from shim.http_connection import Budget, NoRoom
 from shim.protocol import lenient_json
 
 RETRY_AFTER_S = 1
+LONG_BODY_BYTES = 65_536
+
+
+class LongWork:
+    """Gate for work that holds the event loop for milliseconds, such as decoding a long body.
+
+    One piece of it passes at a time. Before the next one, as much time is left to everything else as it took.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._next_s = 0.0
+
+    @contextlib.asynccontextmanager
+    async def turn(self, size_bytes: int) -> AsyncGenerator[None, None]:
+        """Wait for the turn of work on so many bytes. The work itself must not wait for anything."""
+        if size_bytes <= LONG_BODY_BYTES:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        async with self._lock:
+            await asyncio.sleep(self._next_s - loop.time())
+            began_s = loop.time()
+            try:
+                yield
+            finally:
+                self._next_s = 2 * loop.time() - began_s
 
 
 class InFlight:

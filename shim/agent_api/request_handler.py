@@ -22,8 +22,10 @@ from shim.agent_api.connection import RequestContext, ServerContext
 from shim.agent_api.content_coding import plain_body
 from shim.agent_api.forwarding import forwarded, headers_of, is_large, target_of
 from shim.agent_api.request_body import (
+    LONG_BODY_BYTES,
     BodyRejected,
     InFlight,
+    LongWork,
     check_announcement,
     decode_body,
     meet_expectation,
@@ -75,6 +77,7 @@ class RequestHandler:
         self._guard = guard
         self._routes = RouteCache(Router(dialects, server_context.listen.base_path))
         self._in_flight = in_flight
+        self._long_work = LongWork()
         self._writer = ResponseWriter(server_context)
         self._replaced = server_context.metrics.invalid_characters.labels("agent").inc
 
@@ -123,14 +126,17 @@ class RequestHandler:
             check_announcement(request, limit_bytes)
             return self._read_and_serve(request, caller, match, limit_bytes)
         data = request.data = whole_body(request.payload, limit_bytes)
+        if len(data) > LONG_BODY_BYTES:
+            return self._read_and_serve(request, caller, match, limit_bytes)
         return self._call(request, caller, self._parse(request, match, data))
 
     async def _read_and_serve(self, request: RequestContext, caller: Caller, match: Match, limit_bytes: int) -> Answer:
         if request.data is None:
             request.data = await read_body(request, limit_bytes, self._listen.body_timeout_s, self._budget)
         plain = await plain_body(request, request.data, limit_bytes, self._budget)
-        request.now_s = request.connection.now_s()
-        answer = self._call(request, caller, self._parse(request, match, plain))
+        async with self._long_work.turn(len(plain)):
+            request.now_s = request.connection.now_s()
+            answer = self._call(request, caller, self._parse(request, match, plain))
         return answer if isinstance(answer, Reply) else await answer
 
     def _parse(self, request: RequestContext, match: Match, data: bytes) -> AgentCall:

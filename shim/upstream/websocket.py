@@ -22,6 +22,7 @@ MAX_WAITING_BYTES = 64 * 1024 * 1024
 FRAME_COST_BYTES = 128  # memory of a queued frame besides its payload, so that many small frames count, too
 FRAMES_PER_TURN = 64
 LONG_FRAME_BYTES = 65_536
+MAX_PAUSE_S = 0.1
 HELD_BACK_S = 1.0
 ROOM_CHECK_S = 0.001
 
@@ -260,9 +261,11 @@ class WebSocketPump:
                 if message.type in _DATA_TYPES:
                     frame = bytes(message.data)
                     del message  # frees a long message: keep no second copy, and none while waiting for the next
+                    began_s = self._loop.time()
                     await self._on_data(frame)
                     if len(frame) > LONG_FRAME_BYTES:
-                        await asyncio.sleep(0)
+                        # Decoding it held the event loop: leave as much time to everything else.
+                        await asyncio.sleep(min(self._loop.time() - began_s, MAX_PAUSE_S))
                     del frame
                 else:
                     end = self._on_control(message)

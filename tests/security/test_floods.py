@@ -14,6 +14,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
@@ -36,6 +37,7 @@ SEND_S = 3.0
 PUSHERS = 20
 GONE_S = 60.0
 ESTABLISHED = 1
+NEW_CONNECTION = "heartbeat on a new connection"
 
 
 def chart_limit_bytes() -> int:
@@ -377,14 +379,23 @@ async def many_descriptors() -> AsyncIterator[None]:
 class Bystanders:
     """Another agent, on a connection of its own and on new ones where there is room for them, and the kubelet."""
 
-    def __init__(self, url: str, admin: str, context: ssl.SSLContext | None = None, *, room: bool = True) -> None:
+    def __init__(
+        self,
+        url: str,
+        admin: str,
+        context: ssl.SSLContext | None = None,
+        *,
+        room: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._url = url
         self._admin = admin
         self._context = context
         self._room = room
         self._beat = request("POST", f"{BASE}/bystander/heartbeat", body=b'{"status":"healthy"}')
         self.statuses: list[tuple[str, int]] = []
-        self.took_s: list[float] = []
+        self.took_s: list[tuple[str, float]] = []
         self.begun = asyncio.Event()
         self.over = asyncio.Event()
 
@@ -394,7 +405,7 @@ class Bystanders:
             await kept.send(self._beat)
             await self._note("heartbeat", kept.reply())
             if self._room:
-                await self._note("heartbeat, new connection", ask(self._url, self._beat, self._context))
+                await self._note(NEW_CONNECTION, ask(self._url, self._beat, self._context))
             await self._note("/healthz", ask(self._admin, request("GET", "/healthz")))
             self.begun.set()
             with suppress(TimeoutError):
@@ -403,10 +414,9 @@ class Bystanders:
         kept.close()
 
     async def _note(self, what: str, asked: Awaitable[Reply]) -> None:
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
+        began_s = self._clock()
         self.statuses.append((what, (await asked).status))
-        self.took_s.append(loop.time() - began_s)
+        self.took_s.append((what, self._clock() - began_s))
 
 
 @pytest.mark.timeout(400)

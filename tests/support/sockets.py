@@ -17,11 +17,12 @@ DEADLINE_S = 40
 
 
 class Events:
-    """`ports.SocketEvents` that notes everything; `on_message` may be told to raise."""
+    """`ports.SocketEvents` that notes everything; `on_message` may be told to raise, and calls `handle`."""
 
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
         self.failing = False
+        self.handle: Callable[[], None] = lambda: None
         self.close_reason: str | None = None
         self.room = True
         self._changed = asyncio.Event()
@@ -31,6 +32,7 @@ class Events:
         self._changed.set()
 
     def on_message(self, message: Message) -> None:
+        self.handle()
         self._note("message", message)
         if self.failing:
             raise RuntimeError("a defect of a handler")

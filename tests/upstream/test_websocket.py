@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator
 
@@ -14,6 +15,7 @@ from shim.config.settings import Upstream
 from shim.ports import DialRequest
 from shim.protocol.upstream_message import Message, decode
 from shim.upstream import AiohttpUpstream
+from shim.upstream.websocket import LONG_FRAME_BYTES
 from tests.support.sockets import DEADLINE_S, Events, Tasks, accept_websocket, connect, tcp_server
 
 HELLO = b'{"type":"hello","payload":{"n":1}}'
@@ -214,6 +216,26 @@ async def test_the_loop_gets_its_turn_under_a_flood_of_frames(stage: Stage) -> N
     await stage.events.until("message", 2000)
     await counting
     assert turns > 20
+
+
+async def test_between_long_frames_as_much_time_is_left_as_they_took(stage: Stage) -> None:
+    """Decoding and handling each of them holds the event loop: a new connection of an agent needs several turns."""
+    clock = asyncio.get_running_loop().time
+    spans: list[tuple[float, float]] = []
+
+    def hold() -> None:
+        began_s = clock()
+        while clock() < began_s + 0.03:
+            pass
+        spans.append((began_s, clock()))
+
+    stage.events.handle = hold
+    text = b'{"type":"hello","payload":{"x":"' + b"x" * LONG_FRAME_BYTES + b'"}}'
+    for _ in range(3):
+        await stage.controller.send(text)
+    await stage.events.until("message", 3)
+    for (began_s, ended_s), (next_s, _) in itertools.pairwise(spans):
+        assert next_s - ended_s >= 0.9 * (ended_s - began_s)
 
 
 # --- peers that misbehave on the level of bytes -------------------------------------------------------------------
