@@ -11,17 +11,38 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bench import database, durable, first_minutes, latency, memory, overload, report, sizing, throughput, traffic
+from bench import (
+    database,
+    durable,
+    first_minutes,
+    idle,
+    latency,
+    libraries,
+    memory,
+    overload,
+    report,
+    sizing,
+    throughput,
+    traffic,
+)
 from bench.figures import Figure, Log
 from bench.servers import ROOT, Bench, allow_files
 
 WANTED_FILES = 17_000
 OF_DATABASE = ("postgres", "forwarding", "replicas")
-"""Parts with baselines of their own, skipped without PostgreSQL; so they may be written by themselves, all together."""
-PARTS = ("latency", "first_minutes", "throughput", "memory", "durable", "overload", "traffic", "sizing", *OF_DATABASE)
-
-VIRTUAL = {"first_minutes"}
-"""Parts in virtual time: their figures are the same on every machine, and so may be written by themselves."""
+"""Parts with baselines of their own, skipped without PostgreSQL."""
+PARTS = (
+    "latency",
+    "first_minutes",
+    "throughput",
+    "memory",
+    "durable",
+    "overload",
+    "traffic",
+    "idle",
+    "sizing",
+    *OF_DATABASE,
+)
 
 
 def main() -> None:
@@ -37,11 +58,17 @@ def main() -> None:
 
     figures: list[Figure] = []
     rows: list[sizing.Row] = []
+    used: list[libraries.Library] = []
     fleet: dict[str, Any] = {}
 
     def size(bench: Bench, _log: Log) -> list[Figure]:
         found, more = sizing.measure(bench, log)
         rows.extend(more)
+        return found
+
+    def rest(bench: Bench, _log: Log) -> list[Figure]:
+        found, more = idle.measure(bench, log)
+        used.extend(more)
         return found
 
     def on_database(name: str, bench: Bench) -> list[Figure]:
@@ -59,6 +86,7 @@ def main() -> None:
         durable.measure,
         overload.measure,
         traffic.measure,
+        rest,
         size,
         *(lambda bench, _log, name=name: on_database(name, bench) for name in OF_DATABASE),
     )
@@ -73,10 +101,10 @@ def main() -> None:
             continue
         with Bench(quick=given.quick) as bench:
             figures += measure(bench, log)
-        report.write_json(given.json, report.content(figures, rows, fleet))
-    found = report.content(figures, rows, fleet)
+        report.write_json(given.json, report.content(figures, rows, used, fleet))
+    found = report.content(figures, rows, used, fleet)
     print(report.text(found))
-    if given.docs and not (missing and set(given.only) & set(OF_DATABASE)):
+    if given.docs and figures:
         report.write_pages(report.merged(found, whole=not given.only))
 
 
@@ -90,12 +118,8 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--docs", action="store_true", help="write performance.md, sizing.md and performance.json")
     parser.add_argument("--render", action="store_true", help="measure nothing; write the pages anew from the JSON")
     given: argparse.Namespace = parser.parse_args()
-    alone = not given.only or set(given.only) <= VIRTUAL or set(given.only) == set(OF_DATABASE)
-    if given.docs and (given.quick or not alone):
-        parser.error(
-            "the pages show one whole run: --docs goes with no --quick, and with --only of"
-            f" {', '.join(sorted(VIRTUAL))}, or of {', '.join(OF_DATABASE)} together"
-        )
+    if given.docs and given.quick:
+        parser.error("--quick measures nothing that could be shown: --docs does not go with it")
     return given
 
 

@@ -17,6 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "how-to" / "several-replicas.md"
 MEASURED = ROOT / "docs" / "reference" / "performance.json"
+SIZING = "CPU of a thousand agents"
+"""The part of the benchmark with the sizing rows (`bench.sizing.PART`)."""
 BEGIN = "<!-- plan: begin -->"
 END = "<!-- plan: end -->"
 
@@ -192,8 +194,8 @@ def _forwarded(cost: Cost) -> str:
 
 def text(measured: Mapping[str, Any], fleet: Fleet) -> list[str]:
     """What stands between the markers."""
-    plan = Plan(fleet, Cost.of(measured["sizing"], measured.get("database", {}).get("fleet")))
-    about = measured["about"]
+    plan = Plan(fleet, Cost.of(measured["sizing"], measured.get("fleet")))
+    about = measured.get("apart", {}).get(SIZING, measured)["about"]
     for_whom = (
         f"{fleet.agents:,} agents with {fleet.tokens} tokens, a heartbeat every {fleet.heartbeat_s:g} s, polls",
         f"held for {fleet.hold_s:g} s; {fleet.commands_per_hour:g} commands an hour of {fleet.payload_bytes:,} bytes",

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import database, forwarding, latency, machine, plan, replicas, sizing, traffic
+from bench import database, forwarding, idle, latency, libraries, machine, plan, replicas, sizing, traffic
 from bench.figures import Figure, from_json, markdown, table
 from bench.servers import ROOT
 from devtools.latency import duration
@@ -22,19 +22,22 @@ PAGES = {
     "performance.md": DOCS / "reference" / "performance.md",
     "sizing.md": DOCS / "reference" / "sizing.md",
 }
-OF_SIZING = (sizing.PART, traffic.PART, replicas.PART)
+OF_SIZING = (idle.PART, sizing.PART, traffic.PART, replicas.PART)
 OF_DATABASE = (database.STORE_PART, forwarding.PART, replicas.PART, replicas.CHANGES)
 
 
-def content(figures: Sequence[Figure], rows: Sequence[sizing.Row], fleet: dict[str, Any]) -> dict[str, Any]:
-    """Everything that was measured, as plain data. `fleet` is that of several replicas, empty without them."""
-    on_database = {"about": machine.described(), "load": machine.load(), "fleet": fleet} if fleet else {}
+def content(
+    figures: Sequence[Figure], rows: Sequence[sizing.Row], used: Sequence[libraries.Library], fleet: dict[str, Any]
+) -> dict[str, Any]:
+    """Return everything that was measured, as plain data. `fleet` is that of several replicas, empty without them."""
     return {
-        "database": on_database,
         "about": machine.described(),
         "load": machine.load(),
+        "apart": {},
         "figures": [figure.to_json() for figure in figures],
         "sizing": [asdict(row) for row in rows],
+        "libraries": [asdict(each) for each in used],
+        "fleet": fleet,
     }
 
 
@@ -44,22 +47,29 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
 
 
 def merged(found: dict[str, Any], *, whole: bool) -> dict[str, Any]:
-    """Return what the pages show: these figures in the place of those of the same parts, or, of a whole run, these.
+    """Return what the pages show: what was found, and what they show already of all that was not measured this time.
 
-    A whole run without PostgreSQL keeps the parts with it from the run before.
+    `apart` says of each part where and when it was measured, if that was not the last whole run.
     """
     shown: dict[str, Any] = json.loads(DATA.read_text())
-    if whole:
-        kept = [each for each in shown["figures"] if each["part"] in OF_DATABASE and not found["database"]]
-        on_database = found["database"] or shown.get("database", {})
-        return {**found, "figures": [*found["figures"], *kept], "database": on_database}
-    anew = {each["part"] for each in found["figures"]}
-    kept = [each for each in shown["figures"] if each["part"] not in anew]
-    behind = len(kept)
-    if not found["database"]:
-        behind = next((n for n, each in enumerate(kept) if each["part"] == latency.REAL), behind)
-    on_database = found["database"] or shown.get("database", {})
-    return {**shown, "figures": [*kept[:behind], *found["figures"], *kept[behind:]], "database": on_database}
+    old, new = _by_part(shown), _by_part(found)
+    of_run = {"about": found["about"], "load": found["load"]}
+    of_old = {"about": shown["about"], "load": shown["load"]}
+    about = {part: shown["apart"].get(part, of_old) for part in old} | dict.fromkeys(new, of_run)
+    base = of_run if whole else of_old
+    return {
+        **base,
+        "apart": {part: each for part, each in about.items() if each != base},
+        "figures": [each for figures in (old | new).values() for each in figures],
+        **{kind: found[kind] or shown[kind] for kind in ("sizing", "libraries", "fleet")},
+    }
+
+
+def _by_part(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for each in found["figures"]:
+        parts.setdefault(each["part"], []).append(each)
+    return parts
 
 
 def text(found: dict[str, Any]) -> str:
@@ -67,6 +77,8 @@ def text(found: dict[str, Any]) -> str:
     lines = [*_about(found), "", *table(_figures(found))]
     if found["sizing"]:
         lines += ["", *sizing.markdown(_rows(found))]
+    if found["libraries"]:
+        lines += ["", *libraries.markdown(_libraries(found))]
     return "\n".join(lines)
 
 
@@ -80,6 +92,8 @@ def rendered(page: str, name: str, found: dict[str, Any]) -> str:
     if name == "sizing.md":
         lines += ["### By number of agents", "", *sizing.markdown(_rows(found))]
     lines += markdown([each for each in _figures(found) if (each.part in OF_SIZING) == (name == "sizing.md")])
+    if name == "sizing.md" and found["libraries"]:
+        lines += ["", "### Memory and start by library", "", *libraries.markdown(_libraries(found))]
     return "\n".join([before + BEGIN, *lines, END + after])
 
 
@@ -106,17 +120,22 @@ def _rows(found: dict[str, Any]) -> list[sizing.Row]:
     return [sizing.Row(**each) for each in found["sizing"]]
 
 
+def _libraries(found: dict[str, Any]) -> list[libraries.Library]:
+    return [libraries.Library(**each) for each in found["libraries"]]
+
+
 def _about(found: dict[str, Any]) -> list[str]:
-    known, on_database = found["about"], found.get("database")
+    known = found["about"]
     lines = [
         f"{known['machine']}; {known['system']}",
         f"{known['python']}, {known['libraries']}",
         f"agent-shim {known['shim']}, {known['date']}; load before the end {found['load']:.1f}",
     ]
-    if on_database:
-        known = on_database["about"]
-        lines.append(
-            f"with PostgreSQL: {known['machine']}; agent-shim {known['shim']}, {known['date']};"
-            f" load before the end {on_database['load']:.1f}"
+    apart: dict[str, list[str]] = {}
+    for part, each in found["apart"].items():
+        known = each["about"]
+        when = (
+            f"{known['machine']}; agent-shim {known['shim']}, {known['date']}; load before the end {each['load']:.1f}"
         )
-    return lines
+        apart.setdefault(when, []).append(f"*{part}*")
+    return lines + [f"{', '.join(parts)}: {when}" for when, parts in apart.items()]

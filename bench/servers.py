@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,11 +83,16 @@ class Server:
 
     def rss_bytes(self) -> int:
         """Resident memory now."""
-        return _status_kib(self.process.pid, "VmRSS") * 1024
+        return _in_status(Path(f"/proc/{self.process.pid}/status"), "VmRSS") * 1024
+
+    def wake_ups(self) -> int:
+        """Return how often its threads have waited so far: each wait ends with a wake-up."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/status")
+        return sum(_in_status(task, "voluntary_ctxt_switches") for task in tasks)
 
 
-def _status_kib(pid: int, key: str) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+def _in_status(status: Path, key: str) -> int:
+    for line in status.read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1])
     raise ValueError(f"the kernel does not tell {key}")
@@ -99,13 +105,13 @@ def allow_files() -> int:
     return hard
 
 
-def spawn(args: list[str], cores: set[int], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a Python program of this checkout on these cores."""
+def spawn(args: list[str], cores: set[int], root: Path = ROOT, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a Python program of this checkout, or of what is installed in `root`, on these cores."""
 
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONHASHSEED": "0"}
     process = subprocess.Popen(
         [sys.executable, *args],
-        cwd=ROOT,
+        cwd=root,
         env=environment,
         stdout=options.get("stdout", subprocess.DEVNULL),
         stderr=options.get("stderr", subprocess.DEVNULL),
@@ -116,17 +122,19 @@ def spawn(args: list[str], cores: set[int], **options: Any) -> subprocess.Popen[
 
 
 @contextmanager
-def serving(args: list[str], cores: set[int], folder: Path, *, jobs: bool = False) -> Iterator[Server]:
+def serving(
+    args: list[str], cores: set[int], folder: Path, *, jobs: bool = False, root: Path = ROOT
+) -> Iterator[Server]:
     """A program that writes `{"listen": "host:port"}` to its `--ready-file` when it serves; SIGTERM at the end.
 
-    `jobs`: it takes lines on stdin and answers on stdout.
+    `jobs`: it takes lines on stdin and answers on stdout. `root`: as in `spawn`.
     """
     pipe = subprocess.PIPE if jobs else subprocess.DEVNULL
     ready_file = Path(tempfile.mkdtemp(dir=folder)) / "ready.json"
     log = ready_file.with_name("stderr")
     started_s = time.monotonic()
     with log.open("wb") as stderr:
-        process = spawn([*args, "--ready-file", str(ready_file)], cores, stderr=stderr, stdin=pipe, stdout=pipe)
+        process = spawn([*args, "--ready-file", str(ready_file)], cores, root, stderr=stderr, stdin=pipe, stdout=pipe)
     try:
         while not ready_file.exists():
             if process.poll() is not None or time.monotonic() - started_s > START_S:
@@ -161,12 +169,13 @@ T = TypeVar("T")
 class Bench:
     """What one run of the bench starts; everything ends with its block, in reverse.
 
-    `quick`: as little of everything as shows that it works.
+    `quick`: as little of everything as shows that it works. `root`: where shims and bare servers are imported from.
     """
 
     def __init__(self, *, quick: bool = False) -> None:
         self._quick = quick
         self._stack = ExitStack()
+        self.root = ROOT
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="agent-shim-bench-")))
 
     def __enter__(self) -> Self:
@@ -178,6 +187,18 @@ class Bench:
     def pick(self, full: T, quick: T) -> T:
         """How much of something there is to be."""
         return quick if self._quick else full
+
+    def install(self) -> None:
+        """Start shims and bare servers from a wheel with bytecode, as users have it, instead of the checkout."""
+        self.root = Path(tempfile.mkdtemp(dir=self.folder))
+        offline = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+        run = [sys.executable, "-m", "pip", "install", *offline, "--target", str(self.root), str(ROOT)]
+        subprocess.run(run, check=True, timeout=START_S)
+        baseline = self.root / "bench"
+        baseline.mkdir()
+        for name in ("__init__.py", "bare.py"):
+            shutil.copy(ROOT / "bench" / name, baseline)
+        subprocess.run([sys.executable, "-m", "compileall", "-q", str(baseline)], check=True, timeout=START_S)
 
     def controller(self) -> Server:
         """`bench.controller`, which takes its jobs by `Server.ask`. It is not measured."""
@@ -201,11 +222,12 @@ class Bench:
             config[name] = {**config.get(name, {}), **values}
         path = folder / "agent-shim.yaml"
         path.write_text(yaml.safe_dump(config))
-        return self._stack.enter_context(serving(["-m", "shim", "run", "--config", str(path)], cores, self.folder))
+        args = ["-m", "shim", "run", "--config", str(path)]
+        return self._stack.enter_context(serving(args, cores, self.folder, root=self.root))
 
     def bare(self, kind: str = "server", cores: set[int] = SERVER_CORE) -> Server:
         """`bench.bare`: aiohttp and nothing else."""
-        return self._stack.enter_context(serving(["-m", "bench.bare", kind], cores, self.folder))
+        return self._stack.enter_context(serving(["-m", "bench.bare", kind], cores, self.folder, root=self.root))
 
     def naive(self, upstream: Server, cores: set[int] = SERVER_CORE) -> Server:
         """`bench.naive`: what one would write in an afternoon."""

@@ -1,4 +1,4 @@
-"""What it costs to run: with 1 to 10,000 agents, idle and at the start (items 6 and 7)."""
+"""The cost of running with 1 to 10,000 agents; `bench.idle` has that of an idle shim."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from statistics import median
 
 from bench import loads, requests
 from bench.controller import Send
@@ -15,14 +14,13 @@ from bench.load import Found, Plan
 from bench.servers import Bench, Server, end
 from devtools.latency import percentile
 
-PART = "Idle cost and start"
+PART = "CPU of a thousand agents"
 FEW = (1, 10, 100)  # measured at the same time
 MANY = (1000, 10_000)
 INTERVAL_S = 5.0
 WINDOW_S = 20.0
 MINUTE_S = 60.0
 MINUTES = 2
-STARTS = 7
 COMMANDS = 200
 RATE_HZ = 20.0
 # A process may have 20,000 open files on many systems: with 10,000 held polls the other calls share connections.
@@ -45,58 +43,37 @@ class Row:
     command_p50_ms: float
     command_p99_ms: float
     late: int = 0
+    wake_ups_s: float | None = None
 
 
 def measure(bench: Bench, log: Log) -> tuple[list[Figure], list[Row]]:
-    """The figures of item 6, and the rows of item 7."""
-    figures = [*_starts(bench, log), *_minutes(bench, log)]
+    """Return the figures of a thousand agents, and the rows of the sizing table."""
+    figures = _minutes(bench, log)
     with ThreadPoolExecutor() as together:
         rows = list(together.map(lambda agents: _row(bench, agents, log), FEW))
     return figures, [*rows, *(_row(bench, agents, log) for agents in bench.pick(MANY, ()))]
 
 
-def _starts(bench: Bench, log: Log) -> list[Figure]:
-    controller = bench.controller()
-    ours: list[float] = []
-    bare: list[float] = []
-    for _ in range(bench.pick(STARTS, 1)):
-        for found, server in ((ours, bench.shim(controller)), (bare, bench.bare("server"))):
-            found.append(server.start_s)
-            end(server.process)
-    log(f"start: {median(ours):.2f} s")
-    note = "the store is created and synced, the admin port is open, then the agents' port"
-    return [compared(PART, "from exec to serving", "s", ours, bare, against="aiohttp, same imports", note=note)]
-
-
 def _minutes(bench: Bench, log: Log) -> list[Figure]:
-    """CPU of a minute with one agent and with a thousand, all servers at the same time: each has its own count."""
-    controller, many = bench.controller(), bench.pick(1000, 20)
+    """Count the CPU of a minute with a thousand agents, of all servers at the same time: each has its own count."""
+    controller, agents = bench.controller(), bench.pick(1000, 20)
     minute_s, warm_up_s = bench.pick((MINUTE_S, 2.5), (0.5, 0.2))
-    spent_s: dict[tuple[int, str], list[float]] = {}
+    spent_s: dict[str, list[float]] = {}
     for _ in range(bench.pick(MINUTES, 1)):
-        servers: dict[tuple[int, str], Server] = {}
+        servers = {"ours": bench.shim(controller), "aiohttp": bench.bare(), "naive": bench.naive(controller)}
         with ExitStack() as running:
-            for agents in (1, many):
-                of_these = {"ours": bench.shim(controller), "aiohttp": bench.bare(), "naive": bench.naive(controller)}
-                for name, server in of_these.items():
-                    running.enter_context(loads.start(_beating(server, agents, minute_s + 2 * warm_up_s)))
-                    servers[agents, name] = server
+            for server in servers.values():
+                running.enter_context(loads.start(_beating(server, agents, minute_s + 2 * warm_up_s)))
             time.sleep(warm_up_s)
-            before_s = {key: server.cpu_s() for key, server in servers.items()}
+            before_s = {name: server.cpu_s() for name, server in servers.items()}
             time.sleep(minute_s)
-            for key, server in servers.items():
-                spent_s.setdefault(key, []).append((server.cpu_s() - before_s[key]) / minute_s * MINUTE_S)
+            for name, server in servers.items():
+                spent_s.setdefault(name, []).append((server.cpu_s() - before_s[name]) / minute_s * MINUTE_S)
         for server in servers.values():  # after what loads them
             end(server.process)
-    figures = []
-    for agents in (1, many):
-        what = f"CPU of a minute, {agents:,} agent{'s' if agents > 1 else ''} at 5 s"
-        figures += [
-            compared(PART, what, "s", spent_s[agents, "ours"], spent_s[agents, name], against=name)
-            for name in ("aiohttp", "naive")
-        ]
-        log(f"{what}: {spent_s[agents, 'ours'][-1]:.2f} s")
-    return figures
+    what = f"CPU of a minute, {agents:,} agents at 5 s"
+    log(f"{what}: {spent_s['ours'][-1]:.2f} s")
+    return [compared(PART, what, "s", spent_s["ours"], spent_s[name], against=name) for name in ("aiohttp", "naive")]
 
 
 def _beating(server: Server, agents: int, duration_s: float) -> Plan:
@@ -125,9 +102,11 @@ def _row(bench: Bench, agents: int, log: Log) -> Row:
     with loads.start(polling) as polls:
         loads.held(polls)
         loads.run(_beating(server, agents, bench.pick(INTERVAL_S, 0.5)))  # everybody is known
-        before_s, started_s = server.cpu_s(), time.monotonic()
+        before_s, before, started_s = server.cpu_s(), server.wake_ups(), time.monotonic()
         found: Found = loads.run(_beating(server, agents, bench.pick(WINDOW_S, 0.5)))
-        cpu_percent = (server.cpu_s() - before_s) / (time.monotonic() - started_s) * 100
+        passed_s = time.monotonic() - started_s
+        cpu_percent = (server.cpu_s() - before_s) / passed_s * 100
+        wake_ups_s = (server.wake_ups() - before) / passed_s
         rss_mb = server.rss_bytes() / MB
         clusters = [requests.cluster(number * agents // COMMANDS) for number in range(COMMANDS)]
         sent_s = controller.ask(Send(clusters, bench.pick(COMMANDS, 10), RATE_HZ, "sizing"))["sent"]
@@ -139,13 +118,14 @@ def _row(bench: Bench, agents: int, log: Log) -> Row:
     beats_ms = [each / 1e3 for each in found.latencies_us]
     log(f"{agents} agents: {rss_mb:.0f} MB, {cpu_percent:.1f} % CPU, commands p99 {percentile(commands_ms, 99):.1f} ms")
     times_ms = [percentile(each, q) for each in (beats_ms, commands_ms) for q in (50, 99)]
-    return Row(agents, rss_mb, cpu_percent, times_ms[0], times_ms[1], times_ms[2], times_ms[3], found.errors)
+    return Row(agents, rss_mb, cpu_percent, *times_ms, late=found.errors, wake_ups_s=wake_ups_s)
 
 
 HEAD = (
     "agents",
     "resident memory",
     "CPU of one core",
+    "wake-ups a second",
     "heartbeat p50",
     "heartbeat p99",
     "command p50",
@@ -158,7 +138,7 @@ def markdown(rows: list[Row]) -> list[str]:
     """The sizing table."""
     lines = [f"| {' | '.join(HEAD)} |", "|" + "--:|" * len(HEAD)]
     for row in rows:
-        cells = [f"{row.agents:,}", f"{row.rss_mb:.0f} MB", f"{number(row.cpu_percent)} %"]
+        cells = [f"{row.agents:,}", f"{row.rss_mb:.0f} MB", f"{number(row.cpu_percent)} %", number(row.wake_ups_s)]
         times_ms = (row.beat_p50_ms, row.beat_p99_ms, row.command_p50_ms, row.command_p99_ms)
         cells += [*(f"{number(each)} ms" for each in times_ms), f"{row.late:,}"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -7,10 +7,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench import database, durable, first_minutes, latency, memory, overload, sizing, throughput, traffic
+from bench import (
+    database,
+    durable,
+    first_minutes,
+    idle,
+    latency,
+    libraries,
+    memory,
+    overload,
+    sizing,
+    throughput,
+    traffic,
+)
 from bench.__main__ import OF_DATABASE, PARTS
 from bench.report import DATA, PAGES, merged, rendered
 from bench.report import OF_DATABASE as TITLES
@@ -54,6 +67,8 @@ def test_a_part_of_the_bench_runs(
     assert found["figures"]
     assert all(each["ours"] is not None for each in found["figures"])
     assert [row["agents"] for row in found["sizing"]] == (list(sizing.FEW) if part == "sizing" else [])
+    names = {row["name"] for row in found["libraries"]}
+    assert names >= {"agent-shim", "aiohttp", "uvloop", libraries.PYTHON} if part == "idle" else not names
     assert "ours" in shown
 
 
@@ -65,11 +80,8 @@ def test_a_page_shows_the_figures_of_the_json(name: str) -> None:
 
 def test_the_pages_are_of_a_whole_run() -> None:
     parts = {each["part"] for each in FOUND["figures"]}
-    # The parts with PostgreSQL may be measured by themselves, before or after: all of them or none.
-    assert parts & set(TITLES) in (set(), set(TITLES))
-    assert bool(parts & set(TITLES)) == bool(FOUND.get("database"))
-    parts -= {*TITLES, overload.PART}  # the latter is newer than the run that is shown
-    modules = (throughput.PART, memory.PART, durable.PART, traffic.PART, sizing.PART)
+    parts -= {*TITLES, overload.PART}  # measured by themselves, or newer than the run that is shown
+    modules = (throughput.PART, memory.PART, durable.PART, traffic.PART, idle.PART, sizing.PART)
     assert parts == {latency.SIMULATED, latency.REAL, *first_minutes.PARTS, *modules}
     assert [row["agents"] for row in FOUND["sizing"]] == [*sizing.FEW, *sizing.MANY]
     aims = {each["what"]: each["met"] for each in FOUND["figures"] if each["aim"] is not None}
@@ -90,13 +102,24 @@ def test_no_bridge_can_beat_the_bound_of_a_burst() -> None:
     )
 
 
-def test_parts_with_a_database_take_the_place_of_their_own_and_nothing_else() -> None:
-    of_others = [each for each in FOUND["figures"] if each["part"] not in TITLES]
-    fleet = {"about": FOUND["about"], "load": 0.5, "fleet": {"agents": 1}}
-    anew = [{"part": title, "what": "anything"} for title in TITLES]
-    shown = merged({"figures": anew, "database": fleet}, whole=False)
-    assert shown["figures"] == [*of_others, *anew]
-    assert (shown["database"], shown["sizing"], shown["about"]) == (fleet, FOUND["sizing"], FOUND["about"])
-    # A whole run without PostgreSQL loses none of them.
-    kept = merged({**FOUND, "figures": of_others, "database": {}}, whole=True)
-    assert [each["part"] for each in kept["figures"]] == [each["part"] for each in FOUND["figures"]]
+def test_a_part_that_is_measured_alone_takes_its_own_place_and_names_its_machine() -> None:
+    run = {"about": {"machine": "another"}, "load": 0.5}
+    figures = [{"part": idle.PART, "what": "anything"}, {"part": "a new one", "what": "anything"}]
+    empty: dict[str, Any] = {"sizing": [], "libraries": [], "fleet": {}}
+    shown = merged({**run, "figures": figures, **empty}, whole=False)
+    order = list(dict.fromkeys(each["part"] for each in FOUND["figures"]))
+    assert list(dict.fromkeys(each["part"] for each in shown["figures"])) == [*order, "a new one"]
+    assert [each for each in shown["figures"] if each["part"] in (idle.PART, "a new one")] == figures
+    assert shown["apart"] == {**FOUND["apart"], idle.PART: run, "a new one": run}
+    kinds = ("about", "load", "sizing", "libraries", "fleet")
+    assert {kind: shown[kind] for kind in kinds} == {kind: FOUND[kind] for kind in kinds}
+
+
+def test_a_whole_run_keeps_what_it_could_not_measure() -> None:
+    of_database = {each["part"] for each in FOUND["figures"]} & set(TITLES)
+    run = {"about": {"machine": "another"}, "load": 0.5, "libraries": [{"name": "one"}]}
+    others = [each for each in FOUND["figures"] if each["part"] not in TITLES]
+    shown = merged({**FOUND, **run, "figures": others, "fleet": {}}, whole=True)
+    assert [each["part"] for each in shown["figures"]] == [each["part"] for each in FOUND["figures"]]
+    assert (shown["about"], shown["libraries"], shown["fleet"]) == (run["about"], run["libraries"], FOUND["fleet"])
+    assert shown["apart"].keys() == of_database

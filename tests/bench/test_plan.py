@@ -37,6 +37,7 @@ def test_replicas_memory_and_messages_follow() -> None:
 
 def test_the_fleet_beats_as_fast_as_the_agents_that_were_measured() -> None:
     assert Fleet().heartbeat_s == sizing.INTERVAL_S
+    assert plan.SIZING == sizing.PART
 
 
 def test_the_page_keeps_what_stands_around_the_plan() -> None:
@@ -63,5 +64,5 @@ def test_what_forwarding_costs_is_what_three_replicas_took_more_than_one() -> No
     # (0.5 - 0.01) / (1.3 * 50 µs)
     assert Plan(Fleet(), cost).per_replica == 7538
     assert "costs 1.30 (10,000 agents over three)" in "\n".join(
-        plan.text({**MEASURED, "database": {"fleet": fleet}}, Fleet())
+        plan.text({**MEASURED, "fleet": fleet}, Fleet())
     )
