@@ -19,7 +19,7 @@ from shim.agent_api import AgentServer, Backends
 from shim.bridge import Bridge
 from shim.clock import Clock
 from shim.config import loader
-from shim.config.file_watch import FileWatcher
+from shim.config.files import FileWatcher
 from shim.config.reloader import ConfigReloader
 from shim.config.settings import Settings
 from shim.config.warnings import find_warnings

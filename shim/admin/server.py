@@ -1,10 +1,12 @@
-"""Admin HTTP server: health, metrics, the status page with its JSON, and the operator's actions."""
+"""Admin HTTP server: health, metrics, the status page with its JSON and files, and the operator's actions."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,7 +20,6 @@ from shim.admin.auth import Access, Guard
 from shim.admin.connection_limit import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Connections
 from shim.admin.event_stream import EventStream
 from shim.admin.gauges import StatusCollector
-from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
 from shim.config import loader
 from shim.config.settings import Admin
 from shim.errors import ConfigError, OperatorError
@@ -29,6 +30,42 @@ from shim.management.health import Health
 from shim.management.status import Status
 from shim.management.status_builder import StatusBuilder
 from shim.redaction import Redaction
+
+FILES = {
+    "/": ("index.html", "text/html"),
+    "/status.js": ("status.js", "text/javascript"),
+    "/status.css": ("status.css", "text/css"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/uplot.js": ("uPlot.iife.min.js", "text/javascript"),
+    "/uplot.css": ("uPlot.min.css", "text/css"),
+    "/uplot.LICENSE": ("uPlot.LICENSE", "text/plain"),
+}
+
+_NO_TOKEN = b'data-token="none"'
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class StaticFiles:
+    """Handler for `FILES`. The page has a mark that shows if it must ask for a token before it requests data."""
+
+    def __init__(self, token_required: bool) -> None:
+        self._token = b'data-token="required"' if token_required else _NO_TOKEN
+
+    async def serve(self, request: web.Request) -> web.Response:
+        """Return one of `FILES`."""
+        name, content_type = FILES[request.path]
+        body = _read(name).replace(_NO_TOKEN, self._token, 1) if request.path == "/" else _read(name)
+        return web.Response(body=body, content_type=content_type, charset="utf-8")
+
+
+@cache
+def _read(name: str) -> bytes:
+    return (Path(__file__).parent / "static" / name).read_bytes()
+
 
 STOP_S = 1.0
 BODY_S = 10.0

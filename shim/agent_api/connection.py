@@ -16,8 +16,7 @@ from aiohttp.streams import StreamReader
 from prometheus_client import Gauge
 
 from shim.agent_api import tcp_state
-from shim.agent_api.refused_calls import NO_ROUTE, RefusedCalls
-from shim.agent_api.responses import SENT_CLOSE, ResponseBuilder
+from shim.agent_api.responses import NO_ROUTE, SENT_CLOSE, RefusedCalls, ResponseBuilder
 from shim.config.settings import Listen
 from shim.errors import AgentError
 from shim.http_connection import Budget, HttpConnection

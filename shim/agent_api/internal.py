@@ -1,5 +1,8 @@
 """The internal listener: requests that other replicas forward, and notes about the replies to them.
 
+Notes are HTTP/1.1 requests that get no reply, on the connection that carried the reply. If the connection ends without
+a note, the outcome is unknown.
+
 A reply is written to the forwarding replica, whose kernel acknowledges it. That is no evidence that the agent received
 it. So only the other replica's notes are evidence, and a reply without a note is uncertain when the connection ends.
 Notes are handled where requests are parsed, because aiohttp cancels a handler when its connection ends.
@@ -12,6 +15,7 @@ import math
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from enum import Enum
 from functools import lru_cache
 from typing import Any, cast
 
@@ -31,16 +35,52 @@ from shim.metrics import Metrics
 from shim.ports import Caller, DeliveryReceipt, ProxyResponse
 from shim.protocol.dialects import Reply
 from shim.protocol.http import bearer
-from shim.protocol.reply_notes import (
-    ARRIVAL_HEADER,
-    CLOCK_HEADER,
-    HEARTBEATS,
-    METHOD,
-    OPERATOR,
-    RECEIPT_HEADER,
-    Note,
-    read_arrival,
-)
+
+METHOD = "NOTIFY"
+OPERATOR = "operator"
+HEARTBEATS = "heartbeats"
+
+ARRIVAL_HEADER = "X-Shim-Arrival"  # of a forwarded request: its age, and an owner's time before which it did not arrive
+RECEIPT_HEADER = "X-Shim-Receipt"  # of a reply that offers commands
+CLOCK_HEADER = "X-Shim-Clock"  # of a reply: the owner's monotonic clock
+OWN_HEADERS = frozenset(map(str.lower, (ARRIVAL_HEADER, RECEIPT_HEADER, CLOCK_HEADER)))
+"""Headers that no agent's request and no reply to an agent may carry."""
+
+
+class Note(Enum):
+    """Kinds of notes, by the path of their request."""
+
+    JOIN = "/join"  # sent first: proves with `Authorization` that the sender knows the members' secret
+    WRITTEN = "/written"  # the whole reply was handed to the kernel
+    UNWRITTEN = "/unwritten"  # the reply was not written, or the agent hung up before
+    NEXT = "/next"  # the agent sent its next request on the connection that carried the reply
+    CLOSED_CLEANLY = "/closed/cleanly"  # the agent's connection ended by FIN, with everything acknowledged
+    CLOSED = "/closed"  # the agent's connection ended in another way
+
+
+def note(kind: Note, query: str = "", headers: str = "") -> bytes:
+    """Encode a note."""
+    # RFC 9112 §3.2: servers reject a request without Host
+    return f"{METHOD} {kind.value}{query} HTTP/1.1\r\nHost: owner\r\n{headers}\r\n".encode("ascii")
+
+
+def arrival(age_s: float, not_before: float | None) -> str:
+    """Encode the arrival of a request. `not_before` is on the owner's clock, `None` if unknown."""
+    bound = "" if not_before is None else f"{not_before:.6f}"
+    return f"{max(0.0, age_s):.6f}&{bound}"
+
+
+def read_arrival(value: str, now: float) -> tuple[float, float]:
+    """Return the estimated arrival of a request and the earliest possible one, both on the owner's clock.
+
+    Raises `ValueError` for a malformed or missing value.
+    """
+    age_s, _, bound = value.partition("&")
+    age, not_before = float(age_s), float(bound) if bound else -math.inf
+    if not (math.isfinite(age) and age >= 0) or math.isnan(not_before):
+        raise ValueError("not a time")
+    return now - age, min(not_before, now)
+
 
 AFTERWARDS_S = 0.05
 MAX_CALLERS = 16_384
@@ -124,7 +164,7 @@ class PairedConnection(AgentConnection):
         return True
 
     def _arrival(self, message: RawRequestMessage, arrived_s: float) -> tuple[float, float]:
-        """Return the arrival of a request at the other replica, as `reply_notes.read_arrival` does."""
+        """Return the arrival of a request at the other replica, as `read_arrival` does."""
         try:
             return read_arrival(message.headers.get(ARRIVAL_HEADER, ""), self._received_s)
         except ValueError:

@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any
 
 from aiohttp import hdrs, web
+from aiohttp.http_parser import RawRequestMessage
 
 from shim.agent_api.agent_websocket import AgentWebSocket, is_handshake, token_of
 from shim.agent_api.auth import Guard
 from shim.agent_api.connection import RequestContext, ServerContext
-from shim.agent_api.content_coding import plain_body
 from shim.agent_api.forwarding import forwarded, headers_of, is_large, target_of
 from shim.agent_api.request_body import (
     LONG_BODY_BYTES,
@@ -29,15 +29,14 @@ from shim.agent_api.request_body import (
     check_announcement,
     decode_body,
     meet_expectation,
+    plain_body,
     read_body,
     stream_body,
     whole_body,
 )
 from shim.agent_api.response_writer import ResponseWriter
 from shim.agent_api.responses import encode_body
-from shim.agent_api.routing import RouteCache
-from shim.core.agent_calls import AgentCall, Failed, PollCall, RegisterCall
-from shim.core.continued import Continued
+from shim.core.agent_calls import AgentCall, Continued, Failed, PollCall, RegisterCall
 from shim.errors import AgentError
 from shim.ports import (
     AgentWebSockets,
@@ -49,6 +48,62 @@ from shim.ports import (
     ProxyResponse,
 )
 from shim.protocol.dialects import MAX_DEPTH, Call, Dialect, Match, Reply, Router, error_reply
+
+_REMEMBERED_TARGETS = 4096
+
+
+class RouteCache:
+    """A `Router` with a bounded cache."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._matches: dict[tuple[str, str], Match] = {}
+
+    def __len__(self) -> int:
+        """Return the number of cached targets."""
+        return len(self._matches)
+
+    def match(self, message: RawRequestMessage) -> Match:
+        """Return the route of a request. Raises `AgentError` 400, 404 or 405."""
+        key = (message.method, message.path)
+        match = self._matches.get(key)
+        if match is None:
+            match = self._find(message)
+            if len(self._matches) >= _REMEMBERED_TARGETS:
+                self._matches.clear()
+            self._matches[key] = match
+        return match
+
+    def _find(self, message: RawRequestMessage) -> Match:
+        if message.method == hdrs.METH_CONNECT:
+            raise BodyRejected(405, "method not allowed")  # after CONNECT aiohttp takes all further bytes for a body
+        path = _path_of(message)
+        if message.method == hdrs.METH_HEAD:
+            match = self._router.match(hdrs.METH_GET, path)
+            if not match.route.open:
+                # A HEAD of a poll would fetch commands and not return them.
+                raise AgentError(405, "method not allowed", allow=(match.route.method,))
+            return match
+        return self._router.match(message.method, path)
+
+    def allowed(self, error: AgentError, message: RawRequestMessage) -> str:
+        """Return the `Allow` header for a 405: the methods of the target's route, and HEAD if the route is open."""
+        methods = list(error.allow)
+        if hdrs.METH_GET in methods and self._router.match(hdrs.METH_GET, _path_of(message)).route.open:
+            methods.insert(methods.index(hdrs.METH_GET) + 1, hdrs.METH_HEAD)
+        return ", ".join(methods)
+
+
+def _path_of(message: RawRequestMessage) -> str:
+    """Return the raw path without the query. Raises `AgentError` 400 if it is not UTF-8."""
+    target = message.path
+    path = target.partition("?")[0].partition("#")[0] if target.startswith("/") else message.url.raw_path
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise AgentError(400, "the path is not valid UTF-8") from None
+    return path
+
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ from prometheus_client import Counter, Histogram
 
 from shim.agent_api.connection import AgentConnection, RequestContext, ServerContext
 from shim.agent_api.forwarding import chunk, head
-from shim.agent_api.refused_calls import route_of
-from shim.agent_api.responses import SENT_CLOSE, SENT_KEEP
+from shim.agent_api.responses import SENT_CLOSE, SENT_KEEP, route_of
 from shim.metrics import Metrics
 from shim.ports import ProxyResponse
 from shim.protocol.dialects import Match, Reply

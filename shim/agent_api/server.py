@@ -13,13 +13,11 @@ from aiohttp import web
 
 from shim.agent_api.auth import Guard
 from shim.agent_api.connection import AgentConnection, Backends, ConnectionCount, ServerContext
-from shim.agent_api.refused_calls import RefusedCalls
 from shim.agent_api.request_body import InFlight
 from shim.agent_api.request_handler import RequestHandler
-from shim.agent_api.responses import ResponseBuilder, StaticHeaders, no_static_headers
-from shim.agent_api.tls import ServerTls
-from shim.config.files import reason
-from shim.config.settings import Listen
+from shim.agent_api.responses import RefusedCalls, ResponseBuilder, StaticHeaders, no_static_headers
+from shim.config.files import FileFingerprint, fingerprints, reason, require_regular
+from shim.config.settings import Listen, TlsFiles
 from shim.core.bounds import MAX_LINE_BYTES
 from shim.core.call_records import RecentCalls
 from shim.errors import StartError
@@ -27,6 +25,62 @@ from shim.http_connection import LINGER_S, Budget
 from shim.listening import Listener, bind
 from shim.metrics import Metrics
 from shim.protocol.dialects import Dialect
+
+
+class ServerTls:
+    """The TLS context of the listener, rebuilt when the certificate files change.
+
+    If the new files cannot be used, the previous certificate stays in use. The files are checked at each client hello,
+    so neither a task nor a signal is needed. Kubernetes replaces them by changing a symlink, which is detected as well.
+    """
+
+    def __init__(self, files: TlsFiles) -> None:
+        """Load the certificate. Raises `OSError`, which includes `ssl.SSLError`, if a file cannot be used."""
+        self._files = files
+        self._signature = self._look()
+        self._current = self._build()
+        # The listener keeps this first context. Each handshake starts with it and switches to the current one in the
+        # callback, which OpenSSL calls for every client hello, even if the hello names no server.
+        self.context = self._current
+        self.context.sni_callback = self._on_hello
+
+    def _look(self) -> tuple[FileFingerprint, ...]:
+        """Return the fingerprints of the certificate files, or an empty tuple if one is missing."""
+        names = (self._files.cert_file, self._files.key_file)
+        try:
+            return fingerprints(name for name in names if name)
+        except OSError:
+            return ()
+
+    def _build(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        for name in filter(None, (self._files.cert_file, self._files.key_file)):
+            require_regular(name)
+        # With a password given, an encrypted key raises an error. Otherwise OpenSSL would wait at a password prompt.
+        context.load_cert_chain(self._files.cert_file, self._files.key_file or None, password="")
+        return context
+
+    def _on_hello(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        signature = self._look()
+        if signature != self._signature:
+            self._signature = signature  # remembered before loading: a faulty pair is loaded and logged only once
+            self._replace()
+        if self._current is not context:
+            connection.context = self._current
+
+    def _replace(self) -> None:
+        try:
+            self._current = self._build()
+        except OSError as error:
+            logger.error("the new certificate of listen.tls cannot be used, the old one stays: %s", _reason(error))
+        else:
+            logger.info("the certificate of listen.tls was replaced")
+
+
+def _reason(error: OSError) -> str:
+    return getattr(error, "reason", None) or error.strerror or type(error).__name__
+
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +185,7 @@ class AgentServer:
             max_field_size=MAX_LINE_BYTES,
             lingering_time=LINGER_S,
             read_bufsize=READ_BYTES,
-            auto_decompress=False,  # `content_coding` decodes the bodies that the shim itself reads
+            auto_decompress=False,  # `request_body` decodes the bodies that the shim itself reads
         )
         for bound in self._sockets:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)

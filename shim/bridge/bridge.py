@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from shim.bridge.admin_actions import AdminActions
+from shim.bridge.admin_actions import AdminActions, SessionRemoval
 from shim.bridge.agent_calls import AgentCallHandler
 from shim.bridge.command_queues import CommandQueues, UnpolledCommandsWarning
-from shim.bridge.context import DEFAULT_OWNER, BridgeContext
+from shim.bridge.context import DEFAULT_OWNER, BridgeContext, EventQueue
 from shim.bridge.delivery import CommandDelivery
 from shim.bridge.event_handlers import EventHandlers
-from shim.bridge.events import EventQueue
 from shim.bridge.gateway_redirect import GatewayConnections
 from shim.bridge.heartbeats import HeartbeatForwarder
 from shim.bridge.http_fallback import HttpFallbackBridge
 from shim.bridge.link_pool import LinkPool
 from shim.bridge.long_polls import LongPolls
-from shim.bridge.outbox import Outbox
+from shim.bridge.outbox import Outbox, Rejections
 from shim.bridge.registration import Registrations
-from shim.bridge.rejections import Rejections
 from shim.bridge.scheduler import PeriodicTask, PeriodicTasks, TimerGroup
 from shim.bridge.session_registry import SessionRegistry
-from shim.bridge.session_removal import SessionRemoval
 from shim.bridge.upstream_messages import UpstreamMessageHandler
 from shim.bridge.websocket_agents import WebSocketAgents
 from shim.core.records import CheckStore, Prune, SessionKey, StoreContents

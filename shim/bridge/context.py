@@ -1,14 +1,14 @@
-"""Settings, ports and state that all parts of the bridge share."""
+"""Settings, ports, state and events that all parts of the bridge share."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from shim.bridge.events import EventQueue
 from shim.config.settings import Settings
 from shim.core.backoff import BackoffPolicy
 from shim.core.call_records import FallbackRecord, RecentCalls
@@ -16,9 +16,47 @@ from shim.core.command_queue import Arriving, QueuePolicy, RecentCommands
 from shim.core.records import AddTrace, Operation, SessionKey, StoreOperation, TraceEntry
 from shim.core.sessions import Sessions
 from shim.errors import StoreError
+from shim.log import get
 from shim.metrics import Metrics
 from shim.ports import Clock, CommandStore, Timers, UpstreamPort
 from shim.redaction import Redaction, without_secrets
+
+log = get(__name__)
+
+
+class EventQueue:
+    """Events, handled in order after the callback that caused them has returned.
+
+    Without the queue an event would be handled on the stack of its cause: the message that completes a registration
+    would bring the link online, read the outbox and send heartbeats before its own handler has returned. `handlers` has
+    one handler for each type of event; it is set before the first event.
+    """
+
+    def __init__(self, timers: Timers, metrics: Metrics) -> None:
+        self._timers = timers
+        self._metrics = metrics
+        self._events: deque[object] = deque()
+        self._scheduled = False
+        self.handlers: Mapping[type, Callable[[Any], None]] = {}
+
+    def put(self, event: object) -> None:
+        """Handle an event in the next iteration of the event loop, after the events that are queued already."""
+        self._events.append(event)
+        if not self._scheduled:
+            self._scheduled = True
+            self._timers.call_later(0, self.handle_all)
+
+    def handle_all(self) -> None:
+        """Handle all queued events now."""
+        self._scheduled = False
+        while self._events:
+            event = self._events.popleft()
+            try:
+                self.handlers[type(event)](event)
+            except Exception:
+                self._metrics.internal_errors.labels("bridge").inc()
+                log.exception("event_failed", kind=type(event).__name__)
+
 
 _Result = TypeVar("_Result")
 

@@ -32,8 +32,7 @@ from msgspec.structs import replace
 
 from shim.bridge.command_queues import CommandQueues
 from shim.bridge.context import BridgeContext, Moment
-from shim.bridge.outbox import Outbox, OutboxRecord
-from shim.bridge.rejections import DRAINED, REASONS, Rejection, Rejections
+from shim.bridge.outbox import DRAINED, REASONS, Outbox, OutboxRecord, Rejection, Rejections
 from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, QueuePolicy
 from shim.core.records import (
     VIA_HTTP,

@@ -11,8 +11,8 @@ from shim.bridge.gateway_redirect import GatewayConnection
 from shim.bridge.link_pool import LinkPool
 from shim.bridge.links import UpstreamLink
 from shim.bridge.long_polls import LongPolls
+from shim.bridge.outbox import Rejection, Rejections
 from shim.bridge.registration import PendingRegistration, Registrations
-from shim.bridge.rejections import Rejection, Rejections
 from shim.bridge.session_registry import SessionRegistry
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.agent_calls import Failed
@@ -31,9 +31,8 @@ from shim.protocol.controller_replies import (
     register_reply,
     tunnel_state,
 )
-from shim.protocol.malformed_frames import OUT_OF_RANGE
 from shim.protocol.rfc3339 import rfc3339
-from shim.protocol.upstream_message import Message
+from shim.protocol.upstream_message import OUT_OF_RANGE, Message
 
 log = get(__name__)
 

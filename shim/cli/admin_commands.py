@@ -11,7 +11,7 @@ from urllib.parse import quote
 import click
 
 from shim.cli.admin_client import AdminPort, admin_options, port_of
-from shim.cli.status_view import drain_line
+from shim.cli.status import drain_line
 from shim.core.text import printable
 
 

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from shim.cli.status_view import HEAD, WORDS, View
+from shim.cli.status import HEAD, WORDS, View
 
 _COLOURS = {"good": "green", "waiting": "dim", "warning": "yellow", "bad": "bold red"}
 _ALIVE = HEAD.index("ALIVE")

@@ -11,7 +11,7 @@ import msgspec
 from shim.bridge import Bridge
 from shim.cluster.connection_pool import ConnectionPool, ReplicaLost
 from shim.cluster.membership import Membership
-from shim.cluster.shard_locator import ShardLocator
+from shim.cluster.shard_manager import ShardLocator
 from shim.core.leases import Member
 from shim.errors import OperatorError
 from shim.management.actions import NOT_FOUND

@@ -8,16 +8,24 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from shim.agent_api.internal import NOT_AT_ONCE
+from shim.agent_api.internal import (
+    ARRIVAL_HEADER,
+    CLOCK_HEADER,
+    METHOD,
+    NOT_AT_ONCE,
+    OWN_HEADERS,
+    RECEIPT_HEADER,
+    Note,
+    arrival,
+)
 from shim.agent_api.response_writer import MISDIRECTED
 from shim.cluster.connection_pool import ConnectionPool, ReplicaConnection, ReplicaLost, ReplicaReply
 from shim.cluster.membership import Membership
-from shim.cluster.metrics import ClusterMetrics
-from shim.cluster.shard_locator import ShardLocator
+from shim.cluster.shard_manager import ShardLocator
 from shim.core.leases import ClockOffset, Member
 from shim.errors import AgentError
+from shim.metrics import ClusterMetrics
 from shim.ports import Clock, ProxyRequest, ProxyResponse
-from shim.protocol.reply_notes import ARRIVAL_HEADER, CLOCK_HEADER, METHOD, OWN_HEADERS, RECEIPT_HEADER, Note, arrival
 
 PATIENCE_S = 10.0
 """How long a call waits for an owner: longer than a takeover takes, shorter than agents wait for an answer."""

@@ -1,46 +1,115 @@
-"""One replica among others: connects the parts, and starts and stops them (docs/how-to/several-replicas.md)."""
+"""One replica among others: connects, starts and stops the parts, and returns the status of all replicas.
+
+Usage: docs/how-to/several-replicas.md.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from socket import gethostname
 from typing import Any, TypeVar
 
 import msgspec
 
 from shim.agent_api import Backends
-from shim.agent_api.internal import ClusterListener
+from shim.agent_api.internal import OPERATOR, ClusterListener
 from shim.bridge import BridgeContext
 from shim.cluster.admin_actions import ClusterAdmin, ReplicaClient
-from shim.cluster.connection_pool import ConnectionPool
+from shim.cluster.connection_pool import ConnectionPool, make_identity
 from shim.cluster.database import Database
 from shim.cluster.forwarding import ReplicaForwarder
-from shim.cluster.identity import make_identity
 from shim.cluster.membership import Membership, new_process
-from shim.cluster.metrics import ClusterMetrics
 from shim.cluster.router import ClusterFallback, Router
 from shim.cluster.shard import Shard
-from shim.cluster.shard_locator import ShardLocator
-from shim.cluster.shard_manager import ShardManager
-from shim.cluster.status import ReplicaRecentCommands, replicas_status
-from shim.cluster.write_probe import DatabaseProbe
+from shim.cluster.shard_manager import ShardLocator, ShardManager
 from shim.config.settings import Settings, TlsFiles
+from shim.core.command_queue import RecentCommand
 from shim.core.leases import LeasePolicy, Member
+from shim.core.records import Operation, StoreContents, StoreOperation
 from shim.errors import StoreError, StoreUnreachable
 from shim.fallback import WebSocketProxy, sunset_headers
 from shim.log import get
 from shim.management.subject import Subject
+from shim.metrics import ClusterMetrics
+from shim.ports import StoreDone
 from shim.protocol.dialects import load
 from shim.protocol.http import origin_of
-from shim.protocol.reply_notes import OPERATOR
 from shim.runtime import RuntimeContext
-from shim.store import Partition, commit_probe, open_shard
+from shim.store import CallThreadsafe, Partition, commit_probe, open_shard
 from shim.store.postgres.database import prepare
 from shim.store.postgres.dsn import application, conninfo
+
+KEPT = 50
+
+
+def replicas_status(membership: Membership, shards: ShardManager) -> dict[str, Any]:
+    """Return all replicas as this one sees them, for the status page."""
+    view, me = membership.view, membership.me
+    holders = view.holders()
+    return {
+        "replica": me.name,
+        "shards": shards.count,
+        "owned": sorted(shard.number for shard in shards.serving()),
+        "unowned": shards.count - len(holders),
+        "replicas": [
+            {
+                "name": member.name,
+                "self": process == me.process,
+                "leaving": member.leaving,
+                "shards": sum(holder == process for holder in holders.values()),
+            }
+            for process, member in sorted(view.members.items(), key=lambda item: (item[1].name, item[0]))
+        ],
+    }
+
+
+class ReplicaRecentCommands:
+    """Recent events of commands at this replica, newest first."""
+
+    def __init__(self, shards: Callable[[], list[Shard]]) -> None:
+        self._shards = shards
+
+    def __iter__(self) -> Iterator[RecentCommand]:
+        recent = (shard.bridge.ctx.recent_commands for shard in self._shards())
+        merged = heapq.merge(*recent, key=lambda each: each.wall, reverse=True)
+        return islice(merged, KEPT)
+
+
+_Result = TypeVar("_Result")
+
+
+class DatabaseProbe:
+    """A `ports.CommandStore` for the readiness probe of a replica, which may own no shard.
+
+    `answers` returns whether the database answers.
+    """
+
+    def __init__(self, answers: Callable[[], bool], call_threadsafe: CallThreadsafe) -> None:
+        self._answers = answers
+        self._call_threadsafe = call_threadsafe
+
+    def open(self) -> StoreContents:
+        """Return empty contents."""
+        return StoreContents(b"")
+
+    def submit(
+        self, operation: StoreOperation[_Result], *also: Operation, done: StoreDone[_Result] | None = None
+    ) -> None:
+        """Report success if the database answers, and an error otherwise."""
+        del operation, also
+        if done is not None:
+            fault: Any = None if self._answers() else StoreError("the database does not answer")
+            self._call_threadsafe(partial(done, fault))
+
+    def close(self) -> None:
+        """Do nothing."""
+
 
 log = get(__name__)
 

@@ -11,13 +11,13 @@ from typing import Any, cast
 from shim.bridge.delivery import CommandDelivery
 from shim.cluster.forwarding import RETRY_AFTER_S, RemoteReceipt
 from shim.cluster.shard import Shard
-from shim.cluster.shard_locator import ShardLocator
-from shim.cluster.shard_manager import ShardManager
+from shim.cluster.shard_manager import ShardLocator, ShardManager
 from shim.config.settings import Settings
 from shim.core.agent_calls import (
     Accepted,
     AgentCall,
     Commands,
+    Continued,
     Failed,
     HealthCall,
     Healthy,
@@ -26,7 +26,6 @@ from shim.core.agent_calls import (
     PollCall,
     StatusCall,
 )
-from shim.core.continued import Continued
 from shim.fallback.policy import configured_scope, is_over
 from shim.ports import Caller, CallResult, Clock, DeliveryReceipt, FallbackScope, ProxyRequest, ProxyResponse
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from shim.config.file_watch import FileWatcher
+from shim.config.files import FileWatcher
 from shim.config.settings import Settings
 from shim.errors import ConfigError
 

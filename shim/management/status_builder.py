@@ -20,9 +20,8 @@ from shim.core.sessions import MIN_GAPS, Session
 from shim.management import call_status
 from shim.management.call_status import name_of
 from shim.management.health_summary import summarise
-from shim.management.migration import migration
+from shim.management.migration import migration, rollout
 from shim.management.recent_events import RecentEvents
-from shim.management.rollout import rollout
 from shim.management.status import (
     CommandsStatus,
     ControllerStatus,

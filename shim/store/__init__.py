@@ -82,7 +82,7 @@ def open_shard(
     `call_threadsafe` is as in `open_store`. Raises `StoreError` if the extra `agent-shim[postgres]` is not installed.
     """
     try:
-        from shim.store.postgres.store import PostgresStore  # noqa: PLC0415 - an extra; its import costs memory
+        from shim.store.postgres.engine import PostgresStore  # noqa: PLC0415 - an extra; its import costs memory
     except ModuleNotFoundError as error:
         raise StoreError(f"store.url needs the extra agent-shim[postgres]: {error.name} is not installed") from error
     return PostgresStore(configured, call_threadsafe, probe, partition, patience_s)

@@ -11,8 +11,9 @@ import base64
 import logging
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
@@ -21,14 +22,69 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
 
-from shim.config.settings import DialSettings
-from shim.ports import DialFailure
-from shim.protocol.http import origin_of
-from shim.upstream.dial_errors import UNANSWERED, DialError, Refused, retry_after_s, tls_text
+import shim
+from shim.config.files import FileFingerprint, fingerprints, read_regular, reason
+from shim.config.settings import DialSettings, Upstream
+from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
+from shim.protocol.http import origin_of, with_query
+from shim.upstream.dial_errors import UNANSWERED, DialError, Refused, failure_of, retry_after_s, tls_text
 from shim.upstream.http_client import Connector, LenientResponse
 from shim.upstream.proxy import ProxyChoice, choose_proxy
-from shim.upstream.tls import ClientTls
-from shim.upstream.websocket import RawWebSocket, websocket_class
+from shim.upstream.websocket import CLOSE_WAIT_S, RawWebSocket, WebSocketPump, websocket_class
+
+_MAX_FILE_BYTES = 4_194_304  # the system's certificate bundle has 0.2 MB
+
+
+class ClientTls:
+    """The TLS context for dials, created anew when one of its files has changed."""
+
+    def __init__(self, settings: DialSettings) -> None:
+        self._settings = settings
+        names = ("ca_file", "client_cert_file", "client_key_file")
+        self._files = {name: Path(path) for name in names if (path := getattr(settings, name))}
+        self._context: ssl.SSLContext | None = None
+        self._signature: tuple[FileFingerprint, ...] = ()
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context. Raises `DialError`, whose text names the key of an unusable file."""
+        try:
+            signature = fingerprints(self._files.values())
+        except OSError:
+            signature = ()  # `_build` reports the missing file
+        if self._context is None or signature != self._signature or len(signature) < len(self._files):
+            self._context = self._build()
+            self._signature = signature
+        return self._context
+
+    def _build(self) -> ssl.SSLContext:
+        settings = self._settings
+        for name, path in self._files.items():
+            try:
+                read_regular(path, _MAX_FILE_BYTES)
+            except (OSError, ValueError) as error:
+                raise self._unusable(reason(error), name) from None
+        try:
+            # With a CA file only its authorities are trusted, and no public ones.
+            context = ssl.create_default_context(cafile=settings.ca_file or None)
+        except OSError as error:
+            raise self._unusable(f"no PEM file of certificates ({tls_text(error)})", "ca_file") from None
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if settings.client_cert_file:
+            try:
+                # With an empty password an encrypted key is an error. Otherwise OpenSSL would prompt for one and block.
+                context.load_cert_chain(settings.client_cert_file, settings.client_key_file or None, password="")
+            except OSError as error:
+                text = f"no PEM certificate and key that fit each other ({tls_text(error)})"
+                raise self._unusable(text, "client_cert_file", "client_key_file") from None
+        if settings.insecure_skip_verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+    def _unusable(self, why: str, *names: str) -> DialError:
+        keys = ", ".join(self._settings.key(name) for name in names)
+        return DialError(DialFailure("tls", detail=f"{keys}: {why}"))
+
 
 # An idle connection is closed before the server closes it. A request that crosses the server's close is lost, and only
 # its sender knows if it may be repeated. The shortest idle times in use are gunicorn's 2 s and Node's 5 s.
@@ -267,3 +323,95 @@ def _host_header(target: URL) -> dict[str, str]:
         return {}
     port = "" if target.is_default_port() else f":{target.port}"
     return {hdrs.HOST: host.rstrip(".") + port}
+
+
+Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
+DialDone = Callable[[WebSocket | DialFailure], None]
+
+
+class AiohttpUpstream:
+    """`ports.UpstreamPort` on aiohttp. `close()` ends pending dials without calling their `done`."""
+
+    def __init__(
+        self,
+        settings: Upstream,
+        spawn: Spawn,
+        environ: Mapping[str, str] = os.environ,
+        trace: DialTrace | None = None,
+    ) -> None:
+        self._settings = settings
+        self._spawn = spawn
+        self._dialler = Dialler(settings.dialling, environ, max_message_bytes=settings.max_message_bytes, trace=trace)
+        self._dials: set[asyncio.Task[None]] = set()
+        self._pumps: set[WebSocketPump] = set()
+        self._closed = False
+
+    def dial(self, spec: DialRequest, events: WebSocketListener, done: DialDone) -> None:
+        """Dial in the background. Two more tasks then read from the socket and write to it."""
+        if self._closed:
+            return
+        task = self._spawn("upstream", self._serve(spec, events, done))
+        if task is not None:
+            self._dials.add(task)
+            task.add_done_callback(self._dials.discard)
+
+    async def close(self) -> None:
+        """Close all sockets with 1000, waiting at most 2 s, and cancel pending dials. Idempotent."""
+        self._closed = True
+        pumps = list(self._pumps)
+        for pump in pumps:
+            pump.close(1000)
+        try:
+            async with asyncio.timeout(CLOSE_WAIT_S):
+                for pump in pumps:
+                    await pump.ended.wait()
+        except TimeoutError:
+            logger.info("the upstream did not answer the close frame in time")
+        for pump in list(self._pumps):
+            pump.abort()
+        dials = list(self._dials)
+        for task in dials:
+            task.cancel()
+        await asyncio.gather(*dials, return_exceptions=True)
+        await self._dialler.close()
+
+    async def _serve(self, spec: DialRequest, events: WebSocketListener, done: DialDone) -> None:
+        outcome = await self._connect(spec)
+        if isinstance(outcome, DialFailure):
+            self._notify(done, outcome)
+            return
+        pump = WebSocketPump(outcome, events)
+        self._pumps.add(pump)
+        if not self._notify(done, pump):
+            pump.abort()
+        writer = self._spawn("upstream-writer", pump.write())
+        reader = self._spawn("upstream-reader", pump.read())
+        try:
+            # The writer ends with the connection, at the latest by the pump's close timer.
+            running = [task for task in (reader, writer) if task is not None]
+            if running:
+                await asyncio.wait(running)
+        finally:
+            pump.abort()
+            self._pumps.discard(pump)
+
+    def _notify(self, done: DialDone, outcome: WebSocket | DialFailure) -> bool:
+        try:
+            done(outcome)
+        except Exception:
+            logger.exception("a handler of dial results failed")
+            return False
+        return True
+
+    async def _connect(self, spec: DialRequest) -> RawWebSocket | DialFailure:
+        query = (*spec.query, ("token", spec.token)) if spec.in_query and spec.token else spec.query
+        headers: dict[str, str] = {hdrs.USER_AGENT: f"agent-shim/{shim.__version__}"}
+        if spec.in_header and spec.token:
+            headers[hdrs.AUTHORIZATION] = f"Bearer {spec.token}"
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout_s):
+                return await self._dialler.websocket(with_query(spec.url, query), headers)
+        except Exception as error:  # noqa: BLE001 - texts and tracebacks of aiohttp's errors contain the token
+            failure = failure_of(error)
+            logger.debug("dial of %s failed: %s (%s)", origin_of(spec.url), failure.reason, failure.detail)
+            return failure

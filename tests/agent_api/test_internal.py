@@ -13,14 +13,21 @@ from prometheus_client import CollectorRegistry
 pytest.importorskip("cryptography")
 
 from shim.agent_api import Backends
-from shim.agent_api.internal import NOT_AT_ONCE, ClusterListener
-from shim.cluster.connection_pool import ConnectionPool, ReplicaConnection, ReplicaLost
-from shim.cluster.identity import make_identity
+from shim.agent_api.internal import (
+    ARRIVAL_HEADER,
+    CLOCK_HEADER,
+    NOT_AT_ONCE,
+    OPERATOR,
+    RECEIPT_HEADER,
+    ClusterListener,
+    Note,
+    arrival,
+)
+from shim.cluster.connection_pool import ConnectionPool, ReplicaConnection, ReplicaLost, make_identity
 from shim.config.settings import Listen
 from shim.core.leases import Member
 from shim.metrics import Metrics
 from shim.protocol import dialects
-from shim.protocol.reply_notes import ARRIVAL_HEADER, CLOCK_HEADER, OPERATOR, RECEIPT_HEADER, Note, arrival
 from tests.support.frontend import Board, offering
 
 SECRET = "the members' secret"

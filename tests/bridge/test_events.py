@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from shim.bridge.events import EventQueue
+from shim.bridge.context import EventQueue
 from tests.support.world import World
 
 

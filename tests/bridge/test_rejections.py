@@ -11,8 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from shim.bridge.outbox import MAX_UNPERSISTED
-from shim.bridge.rejections import LOGGED_PER_MINUTE, MAX_UNTRACED
+from shim.bridge.outbox import LOGGED_PER_MINUTE, MAX_UNPERSISTED, MAX_UNTRACED
 from shim.core.agent_calls import TunnelState
 from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES, MAX_REQUEST_ID_CHARS
 from shim.core.command_queue import ARRIVING_COMMANDS, MAX_ARRIVING_BYTES

@@ -8,8 +8,7 @@ import pytest
 from playwright.async_api import expect
 
 from shim.cli.rollout.cluster import Cluster, Trouble
-from shim.cli.rollout.page import page
-from shim.cli.rollout.report import Report
+from shim.cli.rollout.report import Report, page
 from shim.cli.rollout.verdict import judge
 from tests.browser.conftest import OpenTab
 from tests.cli.rollout.conftest import DAY_S, NOW, well

@@ -22,7 +22,7 @@ import pytest_asyncio
 from aiohttp import web
 from playwright.async_api import Page, expect
 
-from shim.admin.static_files import CONTENT_SECURITY_POLICY, FILES, StaticFiles
+from shim.admin.server import CONTENT_SECURITY_POLICY, FILES, StaticFiles
 from shim.core.call_records import FallbackCall, Why
 from shim.core.records import Operation, SessionKey, StoreContents, StoreOperation
 from shim.management.recent_events import RecentEvents

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from shim.cli.status_view import plain, view
+from shim.cli.status import plain, view
 from shim.management.status_builder import ProcessInfo, StatusBuilder
 from shim.management.subject import Subject
 from shim.management.time_series import Sampler

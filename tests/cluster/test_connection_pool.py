@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("cryptography")
 
+from shim.agent_api.internal import Note, note
 from shim.cluster.connection_pool import (
     MAX_UNANSWERED,
     ConnectionPool,
@@ -24,7 +25,6 @@ from shim.cluster.connection_pool import (
 )
 from shim.core.leases import Member
 from shim.errors import AgentError
-from shim.protocol.reply_notes import Note, note
 from tests.support.replicas import any_certificate, gateway
 
 CASES = {

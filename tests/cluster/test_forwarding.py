@@ -16,10 +16,9 @@ pytest.importorskip("psycopg")
 
 from shim.clock import Clock
 from shim.cluster.forwarding import ReplicaForwarder
-from shim.cluster.metrics import ClusterMetrics
 from shim.core.leases import Member
 from shim.errors import AgentError
-from shim.metrics import Metrics
+from shim.metrics import ClusterMetrics, Metrics
 from shim.ports import Caller, ProxyRequest
 from tests.agent_api.test_internal import HEARTBEAT, Owner, owner
 from tests.support.replicas import ENDED, LONG, SHARDS, elsewhere, events, gateway, owned_by

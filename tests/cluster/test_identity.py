@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("cryptography")
 
-from shim.cluster.identity import fingerprint_of, make_identity
+from shim.cluster.connection_pool import fingerprint_of, make_identity
 from tests.support.replicas import any_certificate
 
 

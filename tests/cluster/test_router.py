@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("psycopg")
 
+from shim.agent_api.internal import Note
 from shim.cluster.forwarding import RemoteReceipt
 from shim.cluster.router import LocalReceipt, Router
 from shim.config.settings import Settings
-from shim.protocol.reply_notes import Note
 from tests.support.replicas import ENDED, WAIT_S, elsewhere, gateway, journal
 
 

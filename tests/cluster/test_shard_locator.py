@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("psycopg")
 
-from shim.cluster.shard_locator import ShardLocator
+from shim.cluster.shard_manager import ShardLocator
 from shim.core.leases import Member, View
 from shim.core.shard_assignment import owner_id, shard_of
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shim.cluster.write_probe import DatabaseProbe
+from shim.cluster.replica import DatabaseProbe
 from shim.core.records import WriteProbe
 from shim.errors import StoreError
 

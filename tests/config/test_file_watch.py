@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shim.config.file_watch import FileWatcher, fingerprints
+from shim.config.files import FileWatcher, fingerprints
 
 
 def test_a_change_is_told_once_and_a_missing_file_is_none(tmp_path: Path) -> None:

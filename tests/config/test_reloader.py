@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from shim.config import loader
-from shim.config.file_watch import FileWatcher
+from shim.config.files import FileWatcher
 from shim.config.reloader import ConfigReloader
 from shim.config.settings import Settings
 from shim.errors import ConfigError, Fault

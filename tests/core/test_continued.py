@@ -8,7 +8,7 @@ from inspect import getcoroutinestate
 
 import pytest
 
-from shim.core.continued import Continued
+from shim.core.agent_calls import Continued
 
 
 async def number(told: list[str]) -> int:

@@ -11,11 +11,10 @@ from pathlib import Path
 from prometheus_client import Counter, Gauge, Histogram
 
 from shim.admin.gauges import StatusCollector
-from shim.cluster.metrics import ClusterMetrics
 from shim.management.status_builder import ProcessInfo, StatusBuilder
 from shim.management.subject import Subject
 from shim.management.time_series import Sampler
-from shim.metrics import COMMAND_EVENTS, Labelled, Metrics, Registry
+from shim.metrics import COMMAND_EVENTS, ClusterMetrics, Labelled, Metrics, Registry
 from tests.support.virtual import run_virtual
 from tests.support.world import World
 

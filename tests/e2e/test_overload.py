@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType, web
 
-from shim.bridge.rejections import LOGGED_PER_MINUTE
+from shim.bridge.outbox import LOGGED_PER_MINUTE
 from tests.support.processes import TOKEN, Shim
 
 BASE = "/api/v1/clusters/agent"

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from shim.cli.status_view import replicas_line
+from shim.cli.status import replicas_line
 from shim.management.health_messages import PROBLEMS, SENTENCES
 from shim.management.health_summary import reason_text, summarise
 from shim.management.status import SessionsStatus, Status

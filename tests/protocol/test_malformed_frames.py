@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shim.core import bounds
 from shim.errors import MessageError
-from shim.protocol.malformed_frames import (
+from shim.protocol.upstream_message import (
     MAX_BYTES,
     MAX_VALUES,
     NO_JSON,
@@ -19,9 +19,10 @@ from shim.protocol.malformed_frames import (
     TOO_DEEP,
     TOO_LARGE,
     TOO_MANY,
+    Message,
+    decode_frame,
     values_of,
 )
-from shim.protocol.upstream_message import Message, decode_frame
 
 OBJECTS = st.recursive(
     st.none()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.protocol.reply_notes import Note, arrival, note, read_arrival
+from shim.agent_api.internal import Note, arrival, note, read_arrival
 
 
 @pytest.mark.parametrize("kind", list(Note))

@@ -11,7 +11,7 @@ import pytest
 
 from shim.admin.connection_limit import MAX_CONNECTIONS, PROBES, STALL_S
 from shim.admin.event_stream import MAX_READERS
-from shim.admin.static_files import FILES
+from shim.admin.server import FILES
 from tests.security.raw_client import Line, ask, request
 from tests.support.processes import Shim, world
 

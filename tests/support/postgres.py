@@ -20,8 +20,7 @@ import trustme
 from shim.config import settings
 from shim.store import CallThreadsafe, CommitProbe, Partition
 from shim.store.postgres.database import prepare
-from shim.store.postgres.engine import PATIENCE_S
-from shim.store.postgres.store import PostgresStore
+from shim.store.postgres.engine import PATIENCE_S, PostgresStore
 from tests.support.processes import free_port
 
 BIN = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nowhere"))

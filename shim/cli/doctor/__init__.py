@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 import click
 
 from shim.cli.admin_client import given
+from shim.cli.doctor.report import Finding, failed, passed, warned
+from shim.cli.inject.missing_sidecars import agents, in_cluster
+from shim.cli.inject.sidecar import InjectError
 from shim.config import loader as configuration
 from shim.config.settings import is_loopback
 from shim.config.warnings import find_warnings
@@ -58,7 +61,6 @@ def command(  # noqa: PLR0913, PLR0917 - one parameter per option
 
     Exit code 1 if a line says FAIL.
     """
-    from shim.cli.doctor import cluster_gap as pods
     from shim.cli.doctor.report import Report
 
     if pid and (config or sets):
@@ -69,7 +71,7 @@ def command(  # noqa: PLR0913, PLR0917 - one parameter per option
     options = _Options(config, sets, token_file, admin_token_file, url, pid, dial)
     examine(options, report)
     if cluster:
-        report.add(pods.examine(cluster))
+        report.add(examine_cluster(cluster))
     click.echo(report.json() if as_json else "\n".join(report.lines()))
     sys.exit(0 if report.ok else 1)
 
@@ -143,3 +145,27 @@ def _examine_remote(options: _Options, report: Report) -> None:
     )
     report.redaction.add(token)
     report.add([*runner.configuration(f"the running shim on {shim.where}, as it is now", settings), *found])
+
+
+_NAMED = 5
+
+
+def examine_cluster(namespace: str) -> list[Finding]:
+    """Return one finding for all agents with a sidecar and one for each without; `all` selects every namespace."""
+    try:
+        pods = agents(in_cluster("" if namespace == "all" else namespace))
+    except InjectError as error:
+        return [failed("cluster", str(error), "doctor needs kubectl, and the right to list pods")]
+    where = "the cluster" if namespace == "all" else f"namespace {namespace}"
+    if not pods:
+        return [warned("cluster", f"no agent's pod in {where}", "is it the namespace that the agent runs in?")]
+    wrong = [pod for pod in pods if pod.fault]
+    found = [
+        failed("cluster", f"{p.namespace}/{p.name} {p.fault}", "docs/how-to/kubernetes.md") for p in wrong[:_NAMED]
+    ]
+    if len(wrong) > _NAMED:
+        found.append(failed("cluster", f"and {len(wrong) - _NAMED} more", "`agent-shim inject --check` lists them all"))
+    if not wrong:
+        out = sum(pod.opted_out for pod in pods)
+        found.append(passed("cluster", f"{len(pods) - out} agents in {where} have the shim, {out} opted out"))
+    return found

@@ -125,7 +125,7 @@ def report_command(form: str | None, observe_h: float, **options: Any) -> NoRetu
         case "json":
             click.echo(json.dumps(as_json(report), indent=2))
         case "html":
-            from shim.cli.rollout.page import page
+            from shim.cli.rollout.report import page
 
             click.echo(page(report).encode(), nl=False)
         case _:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Event
@@ -13,9 +13,11 @@ from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import click
+import msgspec
 
-from shim.cli.rollout import admin_ports, kubectl, placement
-from shim.cli.rollout.cluster import Cluster
+from shim.cli.admin_client import AdminPort, given
+from shim.cli.rollout import kubectl, placement
+from shim.cli.rollout.cluster import Cluster, Status, StatusError, add_status, read_status
 from shim.cli.rollout.kubectl import Access, Terms
 from shim.cli.rollout.placement import Lists, Place
 from shim.cli.rollout.prometheus import Prometheus, PrometheusError, clusters
@@ -90,8 +92,8 @@ def source_of(  # noqa: PLR0913 - one for each option
         return source._replace(prometheus=_prometheus(prometheus_url, token_file, cluster_label, timeout_s))
     if urls:
         token_file = token_file or os.environ.get(TOKEN_VARIABLE, "")
-        ports = admin_ports.read_lines(placement.read_names(urls), token_file, timeout_s)
-        return source._replace(readers=_some({each.name: partial(admin_ports.cluster, each) for each in ports}, urls))
+        ports = read_lines(placement.read_names(urls), token_file, timeout_s)
+        return source._replace(readers=_some({each.name: partial(cluster_of_ports, each) for each in ports}, urls))
     found = _access(contexts, kubeconfig_glob, source.terms)
     return source._replace(
         readers=_some({each.name: partial(kubectl.cluster, each) for each in found}, contexts or kubeconfig_glob),
@@ -205,3 +207,53 @@ def _prometheus(url: str, token_file: str | None, label: str, timeout_s: float) 
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
     return Prometheus(url, token, label, timeout_s)
+
+
+class Ports(msgspec.Struct, frozen=True):
+    """Admin ports of one cluster: lines of the file, of which those that are none have a reason instead of a URL."""
+
+    name: str
+    timeout_s: float
+    lines: tuple[tuple[str, str, str], ...]
+
+
+def read_lines(lines: Iterable[str], token_file: str, timeout_s: float) -> list[Ports]:
+    """Return the clusters that the lines name. Lines with the same name are shims of one cluster.
+
+    A line may be a URL alone; its host and port are the name then.
+    """
+    found: dict[str, dict[tuple[str, str, str], None]] = {}
+    for line in lines:
+        words = line.split()
+        if len(words) == 1:
+            words = [(line.partition("://")[2] or line).rpartition("@")[2], line]
+        url, file = words[1], words[2] if len(words) == 3 else token_file
+        reason = "" if len(words) <= 3 else f"not `NAME URL [TOKEN-FILE]` but {len(words)} words"
+        if "@" in url:
+            # The text of the line is shown nowhere: it may hold a password.
+            url, reason = "", "the URL has a user: an admin port takes a token, from TOKEN-FILE or --token-file"
+        found.setdefault(words[0], {})[url, file, reason] = None
+    return [Ports(name, timeout_s, tuple(ports)) for name, ports in found.items()]
+
+
+def cluster_of_ports(ports: Ports) -> Cluster:
+    """Return what the shims of one cluster report. Every failure is a gap of the row."""
+    row = Cluster(name=ports.name)
+    for url, token_file, reason in ports.lines:
+        try:
+            if reason:
+                raise StatusError(reason)
+            add_status(row, _status(url, token_file, ports.timeout_s))
+        except (click.ClickException, ConfigError, StatusError) as error:
+            text = error.message if isinstance(error, click.ClickException) else str(error)
+            row.gaps.append(f"{url}: {text}" if url and url not in text else text)
+    return row
+
+
+def _status(url: str, token_file: str, timeout_s: float) -> Status:
+    try:
+        host, port = given(url)
+    except click.BadParameter as error:
+        raise StatusError(error.message) from None
+    token = read_secret(token_file, "the token file") if token_file else ""
+    return read_status(AdminPort(host, port, token, timeout_s).ask("GET", "/status.json"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shim.cli.doctor.volumes import Kind, volume_of
+from shim.cli.doctor.host import Kind, volume_of
 from tests.cli.doctor.conftest import Doctor
 from tests.support.disks import fill, mounted
 from tests.support.processes import Shim

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from shim.cli.rollout.cluster import Cluster, StatusError, add_status, read_status
-from shim.cli.rollout.page import page
-from shim.cli.rollout.report import Report, as_json, text
+from shim.cli.rollout.report import Report, as_json, page, text
 from shim.cli.rollout.verdict import judge
 from shim.management.objectives import OBJECTIVES
 

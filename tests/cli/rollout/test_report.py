@@ -9,8 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from shim.cli.rollout.cluster import Cluster, Trouble
-from shim.cli.rollout.page import page
-from shim.cli.rollout.report import Report, as_json, cells, head, headline, text
+from shim.cli.rollout.report import Report, as_json, cells, head, headline, page, text
 from shim.cli.rollout.verdict import judge
 from tests.cli.rollout.conftest import DAY_S, NOW, MakeCluster, measured
 
