@@ -51,6 +51,8 @@ BAD_REQUEST_REASONS = (
 
 
 _Metric = TypeVar("_Metric", Counter, Histogram)
+FORWARD_OUTCOMES = ("answered", "no_owner", "lost")
+RELEASE_REASONS = ("given", "expired", "taken", "failed")
 
 
 class Labelled(Generic[_Metric]):
@@ -353,10 +355,6 @@ class Metrics:
             LATENCY_BUCKETS_S,
             dialect=OPEN,
         )
-
-
-FORWARD_OUTCOMES = ("answered", "no_owner", "lost")
-RELEASE_REASONS = ("given", "expired", "taken", "failed")
 
 
 class ClusterMetrics:

@@ -47,6 +47,18 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+STOP_S = 1.0
+BODY_S = 10.0
+MAX_BODY_BYTES = 65_536
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Server": "agent-shim",
+    "X-Content-Type-Options": "nosniff",
+}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class StaticFiles:
@@ -65,21 +77,6 @@ class StaticFiles:
 @cache
 def _read(name: str) -> bytes:
     return (Path(__file__).parent / "static" / name).read_bytes()
-
-
-STOP_S = 1.0
-BODY_S = 10.0
-MAX_BODY_BYTES = 65_536
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "Server": "agent-shim",
-    "X-Content-Type-Options": "nosniff",
-}
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class AdminServer:

@@ -45,6 +45,11 @@ RECEIPT_HEADER = "X-Shim-Receipt"  # of a reply that offers commands
 CLOCK_HEADER = "X-Shim-Clock"  # of a reply: the owner's monotonic clock
 OWN_HEADERS = frozenset(map(str.lower, (ARRIVAL_HEADER, RECEIPT_HEADER, CLOCK_HEADER)))
 """Headers that no agent's request and no reply to an agent may carry."""
+AFTERWARDS_S = 0.05
+MAX_CALLERS = 16_384
+# A heartbeat that cannot be answered synchronously. The forwarding replica then sends it again as a normal request.
+NOT_AT_ONCE = b"HTTP/1.1 425 "
+_NOT_AT_ONCE = NOT_AT_ONCE + b"Too Early\r\nContent-Length: 0\r\n\r\n"
 
 
 class Note(Enum):
@@ -80,13 +85,6 @@ def read_arrival(value: str, now: float) -> tuple[float, float]:
     if not (math.isfinite(age) and age >= 0) or math.isnan(not_before):
         raise ValueError("not a time")
     return now - age, min(not_before, now)
-
-
-AFTERWARDS_S = 0.05
-MAX_CALLERS = 16_384
-# A heartbeat that cannot be answered synchronously. The forwarding replica then sends it again as a normal request.
-NOT_AT_ONCE = b"HTTP/1.1 425 "
-_NOT_AT_ONCE = NOT_AT_ONCE + b"Too Early\r\nContent-Length: 0\r\n\r\n"
 
 
 class PairedConnection(AgentConnection):

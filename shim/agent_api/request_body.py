@@ -27,6 +27,8 @@ from shim.protocol import lenient_json
 
 RETRY_AFTER_S = 1
 LONG_BODY_BYTES = 65_536
+_GZIP = zlib.MAX_WBITS | 16
+_SLICE_BYTES = 262_144
 
 
 class LongWork:
@@ -211,10 +213,6 @@ def meet_expectation(request: RequestContext) -> None:
 def too_large() -> BodyRejected:
     """Return the rejection of a body beyond its limit."""
     return BodyRejected(413, "the body is too large")
-
-
-_GZIP = zlib.MAX_WBITS | 16
-_SLICE_BYTES = 262_144
 
 
 async def plain_body(request: RequestContext, data: bytes, limit_bytes: int, budget: Budget) -> bytes:

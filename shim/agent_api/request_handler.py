@@ -50,6 +50,10 @@ from shim.ports import (
 from shim.protocol.dialects import MAX_DEPTH, Call, Dialect, Match, Reply, Router, error_reply
 
 _REMEMBERED_TARGETS = 4096
+logger = logging.getLogger(__name__)
+Answer = Reply | ProxyResponse | AgentWebSocket
+Waiting = Coroutine[Any, Any, Answer]
+"""The rest of a request that has to wait, as a coroutine that has not started."""
 
 
 class RouteCache:
@@ -103,13 +107,6 @@ def _path_of(message: RawRequestMessage) -> str:
     except UnicodeEncodeError:
         raise AgentError(400, "the path is not valid UTF-8") from None
     return path
-
-
-logger = logging.getLogger(__name__)
-
-Answer = Reply | ProxyResponse | AgentWebSocket
-Waiting = Coroutine[Any, Any, Answer]
-"""The rest of a request that has to wait, as a coroutine that has not started."""
 
 
 class RequestHandler:

@@ -25,6 +25,8 @@ _UNFIT = re.compile(r"[^\t\x20-\x7e]+")
 _NO_HEADERS: Mapping[str, str] = {}
 
 encode_body: Callable[[Any], bytes] = msgspec.json.Encoder().encode
+log = get(__name__)
+NO_ROUTE = "a request without a route"
 
 
 def no_static_headers() -> Mapping[str, str]:
@@ -107,11 +109,6 @@ class ResponseBuilder:
             # RFC 9110 section 8.6 forbids a Content-Length in a 204.
             return "\r\n".join([*lines, ""] if status == 204 else [*lines, "Content-Length: 0", ""])
         return "\r\n".join([*lines, "Content-Type: application/json", "Content-Length: "])
-
-
-log = get(__name__)
-
-NO_ROUTE = "a request without a route"
 
 
 class RefusedCalls:

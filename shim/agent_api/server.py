@@ -26,6 +26,12 @@ from shim.listening import Listener, bind
 from shim.metrics import Metrics
 from shim.protocol.dialects import Dialect
 
+logger = logging.getLogger(__name__)
+RECEIVE_BYTES = 32_768
+"""Size of a connection's receive buffer in the kernel, and thereby of one read of the event loop."""
+READ_BYTES = 65_536
+"""Half of the bytes that aiohttp buffers of a body before it pauses reading."""
+
 
 class ServerTls:
     """The TLS context of the listener, rebuilt when the certificate files change.
@@ -80,14 +86,6 @@ class ServerTls:
 
 def _reason(error: OSError) -> str:
     return getattr(error, "reason", None) or error.strerror or type(error).__name__
-
-
-logger = logging.getLogger(__name__)
-
-RECEIVE_BYTES = 32_768
-"""Size of a connection's receive buffer in the kernel, and thereby of one read of the event loop."""
-READ_BYTES = 65_536
-"""Half of the bytes that aiohttp buffers of a body before it pauses reading."""
 
 
 class ConnectionServer(web.Server):

@@ -22,6 +22,11 @@ from shim.ports import Clock, CommandStore, Timers, UpstreamPort
 from shim.redaction import Redaction, without_secrets
 
 log = get(__name__)
+_Result = TypeVar("_Result")
+NoteStep = Callable[[SessionKey, tuple[str, ...], TraceEntry], None]
+DEFAULT_OWNER = "default"
+ENVELOPE_BYTES = 512
+"""Upper bound on the bytes that an upstream envelope adds to its payload."""
 
 
 class EventQueue:
@@ -56,15 +61,6 @@ class EventQueue:
             except Exception:
                 self._metrics.internal_errors.labels("bridge").inc()
                 log.exception("event_failed", kind=type(event).__name__)
-
-
-_Result = TypeVar("_Result")
-
-NoteStep = Callable[[SessionKey, tuple[str, ...], TraceEntry], None]
-
-DEFAULT_OWNER = "default"
-ENVELOPE_BYTES = 512
-"""Upper bound on the bytes that an upstream envelope adds to its payload."""
 
 
 class Moment(NamedTuple):

@@ -24,6 +24,11 @@ from shim.ports import DialFailure, DialRequest, Timer, WebSocket
 from shim.protocol.http import ws_url
 from shim.protocol.upstream_message import Message
 
+log = get(__name__)
+LINK_KIND = "link"
+"""Kind of a `SessionKey` that names a link: rejections of commands without a session are stored under it."""
+_CONNECTED = frozenset({LinkState.ONLINE, LinkState.REPLAYING})
+
 
 class LinkMetrics:
     """Recorder of one link's metrics.
@@ -105,13 +110,6 @@ class LinkMetrics:
     def closed_by_shim(self) -> None:
         """Record that the shim closed the connection itself or stopped dialling: no return is to be measured."""
         self._begun_at = self._opened_at = self._lost_at = None
-
-
-log = get(__name__)
-
-LINK_KIND = "link"
-"""Kind of a `SessionKey` that names a link: rejections of commands without a session are stored under it."""
-_CONNECTED = frozenset({LinkState.ONLINE, LinkState.REPLAYING})
 
 
 class LinkOpened(NamedTuple):

@@ -33,6 +33,14 @@ MAX_UNPERSISTED = 1000
 RETRY_S = 5.0
 
 Route = Callable[[SessionKey], UpstreamConnection | None]
+MAX_UNTRACED = 256
+LOGGED_PER_MINUTE = 100
+REASONS = {
+    "expired": "it had expired before it arrived",
+    "queue_full": "the queue for this cluster is full",
+    "store_unavailable": "the queue cannot be written",
+}
+DRAINED = "the shim is being drained and takes no new commands"
 
 
 @dataclass(slots=True)
@@ -312,16 +320,6 @@ class Outbox:
         if session is not None and session.upstream_cluster_id:
             payload = {**payload, "cluster_id": session.upstream_cluster_id}
         return fit(payload, self._ctx.settings.upstream.max_send_bytes - ENVELOPE_BYTES)
-
-
-MAX_UNTRACED = 256
-LOGGED_PER_MINUTE = 100
-REASONS = {
-    "expired": "it had expired before it arrived",
-    "queue_full": "the queue for this cluster is full",
-    "store_unavailable": "the queue cannot be written",
-}
-DRAINED = "the shim is being drained and takes no new commands"
 
 
 class Rejection(msgspec.Struct, frozen=True):

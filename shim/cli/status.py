@@ -32,6 +32,7 @@ OBJECTIVES = {
 }
 WINDOWS_S = {"1h": 3_600.0, "24h": 86_400.0}
 WHY_HTTP = {"mode": "mode http", "rollout": "outside", "link_down": "link down"}
+EVERY_S = 1.0
 
 
 class View(NamedTuple):
@@ -224,9 +225,6 @@ def _ago(at: float | None, now: float) -> str:
 
 def _ms(seconds: float | None) -> str:
     return "?" if seconds is None else f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-EVERY_S = 1.0
 
 
 @click.command("status")

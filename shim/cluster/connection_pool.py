@@ -36,6 +36,15 @@ from shim.errors import AgentError
 
 LASTS = timedelta(days=3650)
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - a file that only we may read, for the moment in which it is loaded
+CONNECT_S = 2.0
+IDLE_S = 30.0
+MAX_IDLE = 256
+MAX_UNANSWERED = 4096  # heartbeats on one connection
+MAX_HEAD_BYTES = 65_536
+MAX_HEADERS = 4096
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
+Done = Callable[[bytes | None], None]
+P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 
 def fingerprint_of(certificate: bytes) -> str:
@@ -74,18 +83,6 @@ def _load(context: ssl.SSLContext, pem: bytes) -> None:
         file.write(pem)
         file.flush()
         context.load_cert_chain(file.name)
-
-
-CONNECT_S = 2.0
-IDLE_S = 30.0
-MAX_IDLE = 256
-MAX_UNANSWERED = 4096  # heartbeats on one connection
-MAX_HEAD_BYTES = 65_536
-MAX_HEADERS = 4096
-_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
-
-Done = Callable[[bytes | None], None]
-P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 
 class ReplicaLost(Exception):

@@ -46,6 +46,12 @@ from shim.store.postgres.database import prepare
 from shim.store.postgres.dsn import application, conninfo
 
 KEPT = 50
+_Result = TypeVar("_Result")
+log = get(__name__)
+RETRY_S = 1.0
+STOP_S = 3.0
+KEEPALIVE_S = 60.0
+T = TypeVar("T")
 
 
 def replicas_status(membership: Membership, shards: ShardManager) -> dict[str, Any]:
@@ -81,9 +87,6 @@ class ReplicaRecentCommands:
         return islice(merged, KEPT)
 
 
-_Result = TypeVar("_Result")
-
-
 class DatabaseProbe:
     """A `ports.CommandStore` for the readiness probe of a replica, which may own no shard.
 
@@ -109,15 +112,6 @@ class DatabaseProbe:
 
     def close(self) -> None:
         """Do nothing."""
-
-
-log = get(__name__)
-
-RETRY_S = 1.0
-STOP_S = 3.0
-KEEPALIVE_S = 60.0
-
-T = TypeVar("T")
 
 
 class Replica:

@@ -11,6 +11,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+FileFingerprint = tuple[int, int, int, int]
+
 
 def read_regular(path: str | Path, limit_bytes: int) -> bytes:
     """Return the content of a regular file. Symbolic links are followed.
@@ -46,9 +48,6 @@ def reason(error: OSError | ValueError) -> str:
 def _check(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
-
-
-FileFingerprint = tuple[int, int, int, int]
 
 
 def fingerprint(path: str | Path) -> FileFingerprint:

@@ -13,6 +13,9 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+_First = TypeVar("_First")
+_Result = TypeVar("_Result")
+
 
 class TargetKind(Enum):
     """Kinds of ids by which a call names its session (docs/reference/protocol.md#16-owners-sessions-aliases)."""
@@ -188,10 +191,6 @@ class Failed:
 
 
 Outcome = Registered | Accepted | Commands | TunnelState | TunnelInfo | Healthy | Failed
-
-
-_First = TypeVar("_First")
-_Result = TypeVar("_Result")
 
 
 class Continued(Coroutine[Any, Any, _Result], Generic[_First, _Result]):

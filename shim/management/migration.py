@@ -21,6 +21,7 @@ DAY_S = 86_400.0
 MAX_AGENTS = 200
 
 _Uses = list[tuple[SessionKey, dict[Route, RouteUse]]]
+RECENT_S = 86_400.0
 
 
 @cache
@@ -126,9 +127,6 @@ def _agent(bridge: Subject, key: SessionKey, routes: dict[Route, RouteUse], last
 def _every_s(use: RouteUse) -> float | None:
     """Return the average seconds between calls, `None` for a single call."""
     return None if use.count < 2 else round((use.last_unix - use.first_unix) / (use.count - 1), 1)
-
-
-RECENT_S = 86_400.0
 
 
 def rollout(bridge: Subject, wall: float) -> dict[str, Any]:

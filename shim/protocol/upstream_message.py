@@ -43,6 +43,25 @@ KNOWN_TYPES = frozenset(
         "ws_start",
     }
 )
+_encoder = msgspec.json.Encoder()
+NOTES_BYTES = 256
+"""Bytes reserved for the fields that report what was cut."""
+_TEXTS = ("output", "error")
+MAX_VALUES = 1024
+"""Values that are read from one frame."""
+MAX_BYTES = 524_288
+"""Bytes beyond which a frame is only searched for ids: decoding it in Python would block the event loop."""
+SKIMMED_CHARS = 131_072
+"""Characters from the start of a value in which its ids are searched."""
+OUT_OF_RANGE = "a number is beyond what agents can decode"
+TOO_DEEP = "the command is nested too deeply"
+TOO_MANY = f"the message has more than {bounds.MAX_VALUES} values"
+TOO_LARGE = "the message cannot be read, and is too large to find out why"
+NO_JSON = "the message is not valid JSON"
+_MAX_DIGITS = 309  # of a whole number that may still fit a float64
+_LONG = re.compile(r"\d{310}")
+_SPACE = re.compile(r"[ \t\r\n\ufeff\x1e\0]*")  # between values: also marks, record separators and padding
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +78,6 @@ class Message:
     timestamp: str = ""
     fault: str = ""
     replaced: bool = False
-
-
-_encoder = msgspec.json.Encoder()
 
 
 def decode(frame: str | bytes) -> Message:
@@ -157,12 +173,6 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(out)
 
 
-NOTES_BYTES = 256
-"""Bytes reserved for the fields that report what was cut."""
-
-_TEXTS = ("output", "error")
-
-
 def fit(payload: dict[str, Any], limit_bytes: int) -> dict[str, Any]:
     """Return the payload, or a copy whose JSON is no longer than `limit_bytes`.
 
@@ -199,24 +209,6 @@ def _cut(text: str, room_bytes: int) -> str:
 
 def _size(value: Any) -> int:
     return len(msgspec.json.encode(value))
-
-
-MAX_VALUES = 1024
-"""Values that are read from one frame."""
-MAX_BYTES = 524_288
-"""Bytes beyond which a frame is only searched for ids: decoding it in Python would block the event loop."""
-SKIMMED_CHARS = 131_072
-"""Characters from the start of a value in which its ids are searched."""
-OUT_OF_RANGE = "a number is beyond what agents can decode"
-TOO_DEEP = "the command is nested too deeply"
-TOO_MANY = f"the message has more than {bounds.MAX_VALUES} values"
-TOO_LARGE = "the message cannot be read, and is too large to find out why"
-NO_JSON = "the message is not valid JSON"
-
-_MAX_DIGITS = 309  # of a whole number that may still fit a float64
-_LONG = re.compile(r"\d{310}")
-_SPACE = re.compile(r"[ \t\r\n\ufeff\x1e\0]*")  # between values: also marks, record separators and padding
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+', re.DOTALL)
 
 
 class Salvaged(NamedTuple):

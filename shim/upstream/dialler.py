@@ -33,6 +33,13 @@ from shim.upstream.proxy import ProxyChoice, choose_proxy
 from shim.upstream.websocket import CLOSE_WAIT_S, RawWebSocket, WebSocketPump, websocket_class
 
 _MAX_FILE_BYTES = 4_194_304  # the system's certificate bundle has 0.2 MB
+# An idle connection is closed before the server closes it. A request that crosses the server's close is lost, and only
+# its sender knows if it may be repeated. The shortest idle times in use are gunicorn's 2 s and Node's 5 s.
+KEEP_S = 1.5
+_PLAIN = {"ws": "http", "wss": "https"}
+logger = logging.getLogger(__name__)
+Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
+DialDone = Callable[[WebSocket | DialFailure], None]
 
 
 class ClientTls:
@@ -84,14 +91,6 @@ class ClientTls:
     def _unusable(self, why: str, *names: str) -> DialError:
         keys = ", ".join(self._settings.key(name) for name in names)
         return DialError(DialFailure("tls", detail=f"{keys}: {why}"))
-
-
-# An idle connection is closed before the server closes it. A request that crosses the server's close is lost, and only
-# its sender knows if it may be repeated. The shortest idle times in use are gunicorn's 2 s and Node's 5 s.
-KEEP_S = 1.5
-_PLAIN = {"ws": "http", "wss": "https"}
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -323,10 +322,6 @@ def _host_header(target: URL) -> dict[str, str]:
         return {}
     port = "" if target.is_default_port() else f":{target.port}"
     return {hdrs.HOST: host.rstrip(".") + port}
-
-
-Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
-DialDone = Callable[[WebSocket | DialFailure], None]
 
 
 class AiohttpUpstream:

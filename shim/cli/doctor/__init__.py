@@ -24,6 +24,7 @@ from shim.log import Redaction
 
 if TYPE_CHECKING:
     from shim.cli.doctor.report import Report
+_NAMED = 5
 
 
 @click.command("doctor")
@@ -145,9 +146,6 @@ def _examine_remote(options: _Options, report: Report) -> None:
     )
     report.redaction.add(token)
     report.add([*runner.configuration(f"the running shim on {shim.where}, as it is now", settings), *found])
-
-
-_NAMED = 5
 
 
 def examine_cluster(namespace: str) -> list[Finding]:

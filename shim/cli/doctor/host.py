@@ -23,6 +23,10 @@ LITTLE_BYTES = 64 * 1024 * 1024
 NOTHING_BYTES = 1024 * 1024
 MOUNTS = Path("/proc/self/mountinfo")
 LOCKS = Path("/proc/locks")
+_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+_CONTAINER = frozenset({"overlay", "aufs", "fuse-overlayfs", "fuse.fuse-overlayfs"})
+_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "lustre", "afs", "virtiofs"})
+_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 class Kind(Enum):
@@ -33,12 +37,6 @@ class Kind(Enum):
     CONTAINER = "container"  # the container's own layer: lost when the container is replaced
     EMPTY_DIR = "emptyDir"  # lost with the pod
     NETWORK = "network"
-
-
-_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs"})
-_CONTAINER = frozenset({"overlay", "aufs", "fuse-overlayfs", "fuse.fuse-overlayfs"})
-_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "lustre", "afs", "virtiofs"})
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ _MEND_WAY = "let the proxy or load balancer pass the headers Upgrade and Connect
 _VALID_ONE_NEEDED = "put a valid token into upstream.token_file, with the permission to connect agents"
 _MEND_FRAMES = "something on the way passes the handshake and not the frames behind it: look at proxies"
 _CREDENTIALS = "it wants other credentials: {key}: http://user:password@host:port"
+EXPIRES_SOON_S = 14 * 86_400.0
 
 
 def judge_way(dial: Dial) -> list[Finding]:
@@ -242,9 +243,6 @@ def judge_fallback(dial: Dial) -> Finding:
         return warned("fallback", f"{host} answers (HTTP {status}); {doubt.check}: {doubt.text}", doubt.remedy)
     through = f", through {origin_of(dial.trace.proxy.url)}" if dial.trace.proxy.url else ""
     return passed("fallback", f"{host} answers (HTTP {status}){through}")
-
-
-EXPIRES_SOON_S = 14 * 86_400.0
 
 
 def certificate(check: str, tls: ssl.SSLObject, ca_file: str) -> Finding:

@@ -20,6 +20,7 @@ _LIST = re.compile(r"^( *)(?:- )?[\w.\-/\"']+:[ \t]*(?:#.*)?\n(?:[ \t]*(?:#.*)?\
 _WORKLOADS = frozenset({"Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Pod"})
 _MANAGED_BY = "app.kubernetes.io/managed-by"
 _MANAGER = "agent-shim-inject"
+_BOM = "\ufeff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +248,6 @@ def _unless_equal(after: str, before: str) -> str:
     """Return `before` if both streams contain the same data."""
     same = [_parsed(part) for part in _split(after)] == [_parsed(part) for part in _split(before)]
     return before if same else after
-
-
-_BOM = "\ufeff"
 
 
 def change_lines(text: str, change: Callable[[str], str]) -> str:

@@ -23,6 +23,40 @@ SHORT = {
 """Titles of the objectives in narrow columns."""
 HEAD = ("Cluster", "Agent", "Sidecar", "Version", "Mode", "Canary", "Link")
 TAIL = ("No result", "Still used", "Can go")
+_LEVELS = {Decision.GO_ON: "good", Decision.WAIT: "warning", Decision.GO_BACK: "bad"}
+_STYLE = """
+:root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --text: #1c2330; --soft: #5b6675; --line: #d9dee6;
+  --good: #14713d; --good-bg: #e3f4ea; --warning: #8a5200; --warning-bg: #fdf0d8; --bad: #b3201d; --bad-bg: #fbe4e3; }
+@media (prefers-color-scheme: dark) { :root { --bg: #12161c; --card: #1b212a; --text: #e6eaf0; --soft: #9aa6b6;
+  --line: #323b48; --good: #6fd39a; --good-bg: #173325; --warning: #f0b95a; --warning-bg: #3a2c12; --bad: #ff8f88;
+  --bad-bg: #401c1b; } }
+* { box-sizing: border-box; }
+body { margin: 0; padding: 1.5rem; background: var(--bg); color: var(--text);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 96rem; margin: auto; }
+h1 { font-size: 1.1rem; margin: 0 0 1rem; } h2 { font-size: 1rem; margin: 2rem 0 .6rem; }
+.verdict { border-left: .4rem solid; border-radius: .5rem; padding: 1rem 1.2rem; }
+.verdict strong { display: block; font-size: 1.5rem; line-height: 1.3; }
+.verdict p { margin: .3rem 0 0; color: var(--text); }
+.good { color: var(--good); } .warning { color: var(--warning); } .bad { color: var(--bad); }
+.soft { color: var(--soft); }
+.verdict.good { background: var(--good-bg); } .verdict.warning { background: var(--warning-bg); }
+.verdict.bad { background: var(--bad-bg); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem; margin-top: 1rem; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
+.tile b { display: block; font-size: 1.35rem; } .tile span { color: var(--soft); font-size: .85rem; }
+ul { margin: 0; padding-left: 1.2rem; } li { margin: .2rem 0; }
+.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
+table { border-collapse: collapse; width: 100%; font-size: .82rem; }
+th, td { text-align: left; padding: .45rem .42rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; } th small { display: block; font-weight: 400; }
+tbody tr:last-child td { border-bottom: 0; }
+td:first-child { font-weight: 600; min-width: 8rem; overflow-wrap: anywhere; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
+td > span { white-space: nowrap; }
+footer { color: var(--soft); font-size: .85rem; margin-top: 1.5rem; }
+@media print { body { background: none; padding: 0; } .scroll { overflow: visible; } }
+"""
 
 
 class Report(NamedTuple):
@@ -242,42 +276,6 @@ def _cluster(row: Cluster) -> dict[str, Any]:
         for window, measured in row.objectives.items()
     }
     return data
-
-
-_LEVELS = {Decision.GO_ON: "good", Decision.WAIT: "warning", Decision.GO_BACK: "bad"}
-_STYLE = """
-:root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --text: #1c2330; --soft: #5b6675; --line: #d9dee6;
-  --good: #14713d; --good-bg: #e3f4ea; --warning: #8a5200; --warning-bg: #fdf0d8; --bad: #b3201d; --bad-bg: #fbe4e3; }
-@media (prefers-color-scheme: dark) { :root { --bg: #12161c; --card: #1b212a; --text: #e6eaf0; --soft: #9aa6b6;
-  --line: #323b48; --good: #6fd39a; --good-bg: #173325; --warning: #f0b95a; --warning-bg: #3a2c12; --bad: #ff8f88;
-  --bad-bg: #401c1b; } }
-* { box-sizing: border-box; }
-body { margin: 0; padding: 1.5rem; background: var(--bg); color: var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 96rem; margin: auto; }
-h1 { font-size: 1.1rem; margin: 0 0 1rem; } h2 { font-size: 1rem; margin: 2rem 0 .6rem; }
-.verdict { border-left: .4rem solid; border-radius: .5rem; padding: 1rem 1.2rem; }
-.verdict strong { display: block; font-size: 1.5rem; line-height: 1.3; }
-.verdict p { margin: .3rem 0 0; color: var(--text); }
-.good { color: var(--good); } .warning { color: var(--warning); } .bad { color: var(--bad); }
-.soft { color: var(--soft); }
-.verdict.good { background: var(--good-bg); } .verdict.warning { background: var(--warning-bg); }
-.verdict.bad { background: var(--bad-bg); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem; margin-top: 1rem; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
-.tile b { display: block; font-size: 1.35rem; } .tile span { color: var(--soft); font-size: .85rem; }
-ul { margin: 0; padding-left: 1.2rem; } li { margin: .2rem 0; }
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
-table { border-collapse: collapse; width: 100%; font-size: .82rem; }
-th, td { text-align: left; padding: .45rem .42rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; white-space: nowrap; } th small { display: block; font-weight: 400; }
-tbody tr:last-child td { border-bottom: 0; }
-td:first-child { font-weight: 600; min-width: 8rem; overflow-wrap: anywhere; }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
-td > span { white-space: nowrap; }
-footer { color: var(--soft); font-size: .85rem; margin-top: 1.5rem; }
-@media print { body { background: none; padding: 0; } .scroll { overflow: visible; } }
-"""
 
 
 def page(report: Report) -> str:

@@ -62,6 +62,7 @@ _END_OTHERS = (
     " AND application_name = current_setting('application_name') AND usename = current_user"
 )
 monotonic = Clock().monotonic_s
+CLOSE_S = 3.0
 
 
 class PostgresEngine:
@@ -276,9 +277,6 @@ class PostgresEngine:
             self._down_since_s = monotonic()
         if monotonic() - self._down_since_s > self._patience_s:
             self.fail_waiting(self._cause)
-
-
-CLOSE_S = 3.0
 
 
 class PostgresStore(QueuedStore):
