@@ -120,10 +120,12 @@ class HttpConnection(RequestHandler):
         "_unread_bytes",
         "_unread_since_s",
         "_wire",
+        "now_s",
     )
 
     def __init__(self, server: web.Server, budget: Budget, head_timeout_s: float, options: dict[str, Any]) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
+        self.now_s = self._loop.time  # the loop's own function: every request calls it
         self._budget = budget
         self._head_timeout_s = head_timeout_s
         self._http: Any = self._parser
@@ -175,10 +177,6 @@ class HttpConnection(RequestHandler):
         self._charge()
 
     # --- requests ---
-
-    def now_s(self) -> float:
-        """Return the event loop's time."""
-        return self._loop.time()
 
     @property
     def closing(self) -> bool:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from aiohttp import hdrs, web
-from aiohttp.http_parser import RawRequestMessage
+from yarl import URL
 
 from shim.agent_api.agent_websocket import AgentWebSocket, is_handshake, token_of
 from shim.agent_api.auth import Guard
@@ -56,52 +56,46 @@ Waiting = Coroutine[Any, Any, Answer]
 """The rest of a request that has to wait, as a coroutine that has not started."""
 
 
-class RouteCache:
-    """A `Router` with a bounded cache."""
+class RouteCache(dict[tuple[str, str], Match]):
+    """Routes by (method, target), as far as these were seen lately. A lookup routes a new target.
+
+    A lookup raises `AgentError` 400, 404 or 405.
+    """
 
     def __init__(self, router: Router) -> None:
+        super().__init__()
         self._router = router
-        self._matches: dict[tuple[str, str], Match] = {}
 
-    def __len__(self) -> int:
-        """Return the number of cached targets."""
-        return len(self._matches)
-
-    def match(self, message: RawRequestMessage) -> Match:
-        """Return the route of a request. Raises `AgentError` 400, 404 or 405."""
-        key = (message.method, message.path)
-        match = self._matches.get(key)
-        if match is None:
-            match = self._find(message)
-            if len(self._matches) >= _REMEMBERED_TARGETS:
-                self._matches.clear()
-            self._matches[key] = match
+    def __missing__(self, key: tuple[str, str]) -> Match:
+        match = self._find(*key)
+        if len(self) >= _REMEMBERED_TARGETS:
+            self.clear()
+        self[key] = match
         return match
 
-    def _find(self, message: RawRequestMessage) -> Match:
-        if message.method == hdrs.METH_CONNECT:
+    def _find(self, method: str, target: str) -> Match:
+        if method == hdrs.METH_CONNECT:
             raise BodyRejected(405, "method not allowed")  # after CONNECT aiohttp takes all further bytes for a body
-        path = _path_of(message)
-        if message.method == hdrs.METH_HEAD:
+        path = _path_of(target)
+        if method == hdrs.METH_HEAD:
             match = self._router.match(hdrs.METH_GET, path)
             if not match.route.open:
                 # A HEAD of a poll would fetch commands and not return them.
                 raise AgentError(405, "method not allowed", allow=(match.route.method,))
             return match
-        return self._router.match(message.method, path)
+        return self._router.match(method, path)
 
-    def allowed(self, error: AgentError, message: RawRequestMessage) -> str:
+    def allowed(self, error: AgentError, target: str) -> str:
         """Return the `Allow` header for a 405: the methods of the target's route, and HEAD if the route is open."""
         methods = list(error.allow)
-        if hdrs.METH_GET in methods and self._router.match(hdrs.METH_GET, _path_of(message)).route.open:
+        if hdrs.METH_GET in methods and self._router.match(hdrs.METH_GET, _path_of(target)).route.open:
             methods.insert(methods.index(hdrs.METH_GET) + 1, hdrs.METH_HEAD)
         return ", ".join(methods)
 
 
-def _path_of(message: RawRequestMessage) -> str:
+def _path_of(target: str) -> str:
     """Return the raw path without the query. Raises `AgentError` 400 if it is not UTF-8."""
-    target = message.path
-    path = target.partition("?")[0].partition("#")[0] if target.startswith("/") else message.url.raw_path
+    path = target.partition("?")[0].partition("#")[0] if target.startswith("/") else URL(target, encoded=True).raw_path
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -154,7 +148,7 @@ class RequestHandler:
                 if request.scope is FallbackScope.ALL:
                     return self._proxy(request, self._fallback)
             request.step = "route"
-            match = request.match = self._routes.match(request.message)
+            match = request.match = self._routes[request.message.method, request.message.path]
             request.step = "auth"
             caller = request.caller = request.connection.identify(headers.get(hdrs.AUTHORIZATION))
             if not match.route.open:
@@ -299,7 +293,7 @@ class RequestHandler:
         if error.status == 401:
             request.more = "WWW-Authenticate: Bearer\r\n"
         elif error.status == 405:
-            request.more = f"Allow: {self._routes.allowed(error, request.message)}\r\n"
+            request.more = f"Allow: {self._routes.allowed(error, request.message.path)}\r\n"
         failed = Failed(error.status, str(error), error.retry_after_s)
         match = request.match
         if match is None:
@@ -385,7 +379,7 @@ class RequestHandler:
         """Send any request to the vendor's HTTP API, even one that has no route here or cannot be parsed."""
         listen = self._listen
         with contextlib.suppress(AgentError):
-            request.match = self._routes.match(request.message)
+            request.match = self._routes[request.message.method, request.message.path]
         match = request.match
         caller = request.caller = request.connection.identify(request.headers.get(hdrs.AUTHORIZATION))
         if match is None or not match.route.open:

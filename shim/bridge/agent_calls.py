@@ -35,7 +35,7 @@ from shim.core.agent_calls import (
     TunnelState,
 )
 from shim.core.call_records import route_of
-from shim.core.link_state import LinkState
+from shim.core.link_state import LinkState, LinkStateMachine
 from shim.core.sessions import Session
 from shim.errors import AgentError, StoreError
 from shim.ports import Caller, CallResult
@@ -133,9 +133,7 @@ class AgentCallHandler:
         machine = link.machine
         if machine.refused:
             return Failed(401, "the controller refuses the token")
-        # The link of a new agent is still being dialled for the first time: that is not a failure yet.
-        down = not machine.connected and (machine.failures > 0 or machine.state is LinkState.STOPPED)
-        if down and self._ctx.settings.heartbeat.when_link_down == "fail":
+        if self._ctx.settings.heartbeat.when_link_down == "fail" and _is_down(machine):
             return Failed(503, "the controller cannot be reached", retry_after_s=RETRY_AFTER_S)
         return _ACCEPTED
 
@@ -218,3 +216,8 @@ class AgentCallHandler:
             return Failed(404, "not registered")
         self._usage.note(session.key, *route_of(call), session.last_seen_unix)
         return TunnelInfo(session.registered(cached=False))
+
+
+def _is_down(machine: LinkStateMachine) -> bool:
+    """Return True unless the link is open, or is a new agent's that is being dialled for the first time."""
+    return not machine.connected and (machine.failures > 0 or machine.state is LinkState.STOPPED)

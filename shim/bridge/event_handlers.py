@@ -181,7 +181,7 @@ class EventHandlers:
     def gateway_opened(self, event: GatewayOpened) -> None:
         """Send the results and then the newest heartbeat over the gateway."""
         session = event.gateway.session
-        self.outbox.start_sending(session.key.owner, lambda: self.heartbeats.called(session, self.ctx.now, force=True))
+        self.outbox.start_sending(session.key.owner, lambda: self.heartbeats.send_newest(session, self.ctx.now))
 
     def gateway_closed(self, event: GatewayClosed) -> None:
         """Keep the results that were waiting for confirmation on the connection for the next one."""

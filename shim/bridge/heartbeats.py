@@ -102,13 +102,14 @@ class HeartbeatForwarder:
         self._covered.inc(covered)
 
     def called(self, session: Session, now: float, *, force: bool = False) -> UpstreamConnection | None:
-        """Send a heartbeat for a session whose agent has just called, if one is due and allowed.
+        """Send a heartbeat for a session whose agent is alive, if one is due and allowed.
 
-        With `force` it is due in any case, because something changed. Returns the session's connection, or None.
+        With `force` it is due in any case, because something changed. Returns the session's connection, or None. The
+        agent has just called, or the caller has checked `Session.fresh`.
         """
         connection = self._links.connection_of(session)
-        if connection is None or not session.fresh(now):
-            return connection
+        if connection is None:
+            return None
         if session.heartbeat is None and session.poll_at is None:
             return connection  # the agent has only registered so far: wait for the data of its own first heartbeat
         due = force or session.heartbeat_due(now, self._ctx.settings.upstream.heartbeat_interval_s)
@@ -118,7 +119,7 @@ class HeartbeatForwarder:
 
     def _send(self, session: Session, connection: UpstreamConnection, now: float) -> None:
         session.sent_at = now
-        session.last_sent_status = session.reported_status()
+        session.last_sent_status = session.reported_status
         session.coverage.written(now, connection)
         session.standing.sent(now, connection.serial)
         self._ctx.metrics.heartbeats_up.labels("sent").inc()
@@ -161,17 +162,18 @@ class HeartbeatForwarder:
         """Record that the controller knows the session on this connection, and send its newest heartbeat."""
         session.announced_on = connection.serial
         if self._links.connection_of(session) is connection:
-            self._send_newest(session, self._ctx.now)
+            self.send_newest(session, self._ctx.now)
 
     def online(self, sessions: list[Session], connection: UpstreamConnection) -> None:
         """Send the newest heartbeat of each fresh session at once, unless this connection has carried one already."""
         now = self._ctx.now
         for session in sessions:
-            self._send_newest(session, now, force=session.standing.sent_on != connection.serial)
+            self.send_newest(session, now, force=session.standing.sent_on != connection.serial)
 
-    def _send_newest(self, session: Session, now: float, *, force: bool = True) -> None:
-        """Send the session's newest heartbeat and status report."""
-        self.called(session, now, force=force)
+    def send_newest(self, session: Session, now: float, *, force: bool = True) -> None:
+        """Send the session's newest heartbeat and status report, if its agent is alive."""
+        if session.fresh(now):
+            self.called(session, now, force=force)
         if session.key not in self._status_timed:
             self._send_status(session)
 

@@ -63,7 +63,7 @@ class HttpFallbackBridge:
         if isinstance(call, HealthCall):
             return ""
         owner = self._links.owner_of(caller.token) or ""
-        session = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, call.target))
+        session = self._ctx.sessions.find_target(owner, call.target)
         name = ""
         if session is not None:
             name = session.name

@@ -44,6 +44,7 @@ class LinkPool:
     def __init__(self, ctx: BridgeContext) -> None:
         self.shared = LinkContext(count(1), self.received_since)
         self._ctx = ctx
+        self._own_tokens = ctx.settings.upstream.own_tokens  # no reload changes it
         self._links: dict[str, UpstreamLink] = {}
         self._turned_away: dict[str, float] = {}  # until when a token is not dialled again
         self._hashed_owner = lru_cache(maxsize=4096)(lambda token: owner_id(ctx.owner_key, token))
@@ -62,7 +63,7 @@ class LinkPool:
 
     def owner_of(self, token: str) -> str | None:
         """Return the owner of the sessions that a caller may use, or None if a required token is missing."""
-        if not self._ctx.settings.upstream.own_tokens:
+        if not self._own_tokens:
             return DEFAULT_OWNER
         return self._hashed_owner(token) if token else None
 
@@ -107,7 +108,9 @@ class LinkPool:
         if session.gateway is not None and session.gateway.up_connection is not None:
             connection: UpstreamConnection = session.gateway.up_connection
             return connection
-        link = self.link_of(session)
+        link: UpstreamLink | None = session.link
+        if link is None or link.stopped:
+            link = self.link_of(session)
         return link.up_connection if link is not None else None
 
     def connection_for_key(self, key: SessionKey) -> UpstreamConnection | None:
@@ -176,7 +179,7 @@ class LinkPool:
             if len(self._links) >= self._ctx.settings.upstream.max_links and not self._drop_one():
                 raise AgentError(503, "too many upstream links", retry_after_s=BUSY_RETRY_AFTER_S)
             link = self._links[name] = UpstreamLink(self._ctx, owner, name, token, self.shared)
-            if self._ctx.settings.upstream.own_tokens:
+            if self._own_tokens:
                 self._ctx.redaction.add(token)  # masked in logs and replies until the link is removed
         return link
 
@@ -203,7 +206,7 @@ class LinkPool:
 
     def _is_made_up(self, link: UpstreamLink) -> bool:
         machine = link.machine
-        return self._ctx.settings.upstream.own_tokens and machine.refused and machine.accepted_at is None
+        return self._own_tokens and machine.refused and machine.accepted_at is None
 
     def _is_useless(self, link: UpstreamLink) -> bool:
         return link.machine.refused and not self.in_use(link, self._ctx.now)
@@ -211,7 +214,7 @@ class LinkPool:
     def _drop(self, link: UpstreamLink) -> None:
         link.stop(self._ctx.now)
         del self._links[link.name]
-        if self._ctx.settings.upstream.own_tokens and all(other.token != link.token for other in self):
+        if self._own_tokens and all(other.token != link.token for other in self):
             self._ctx.redaction.discard(link.token)
         self._ctx.events.put(LinkRemoved(link))
 
@@ -220,13 +223,13 @@ class LinkPool:
 
         A configured token counts as accepted.
         """
-        if not self._ctx.settings.upstream.own_tokens:
+        if not self._own_tokens:
             return True
         return any(link.owner == owner and link.machine.accepted_at is not None for link in self._links.values())
 
     def sweep(self) -> None:
         """Remove links and tokens that were never accepted and whose agents have stopped calling."""
-        if not self._ctx.settings.upstream.own_tokens:
+        if not self._own_tokens:
             return
         now = self._ctx.now
         for link in self:

@@ -176,10 +176,10 @@ class SessionRegistry:
 
         Raises `AgentError` 503 if the owner may not have another session.
         """
-        key = self._ctx.sessions.key_of(owner, target)
-        session = self._ctx.sessions.get(key)
+        session = self._ctx.sessions.find_target(owner, target)
         wall = self._ctx.clock.wall_s()
         if session is None:
+            key = self._ctx.sessions.key_of(owner, target)
             session = self._adopt(key, dialect)
             self.quota.adopted(key)
             session.touch(now, wall)
@@ -191,7 +191,7 @@ class SessionRegistry:
         session.touch(now, wall)
         if first:
             session.dialect = dialect
-            log.info("agent_first_call", session=key.ident, dialect=dialect)
+            log.info("agent_first_call", session=session.key.ident, dialect=dialect)
         if first or wall - session.persisted_last_seen > SAVE_SEEN_EVERY_S:
             self.persistence.save_session(session)
         return session
@@ -203,7 +203,7 @@ class SessionRegistry:
         """
         sessions = self._ctx.sessions
         if call.size_bytes > FREE_KEPT_BYTES and not sessions.has_room_for(
-            sessions.get(sessions.key_of(owner, call.target)), call
+            sessions.find_target(owner, call.target), call
         ):
             raise AgentError(503, "too many large heartbeats are kept", retry_after_s=KEEP_AGAIN_S)
         session = self.session_for_call(owner, call.target, call.dialect, now)
@@ -218,7 +218,7 @@ class SessionRegistry:
 
     def find_session(self, owner: str, target: SessionTarget, now: float) -> Session | None:
         """Return the session of a call that creates none (tunnel calls), and record the contact."""
-        session = self._ctx.sessions.get(self._ctx.sessions.key_of(owner, target))
+        session = self._ctx.sessions.find_target(owner, target)
         if session is not None:
             session.touch(now, self._ctx.clock.wall_s())
         return session
@@ -242,10 +242,9 @@ class SessionRegistry:
 
         The call is no contact. Raises `AgentError` 503 if the owner may not have another session.
         """
-        key = self._ctx.sessions.key_of(owner, target)
-        session = self._ctx.sessions.get(key)
+        session = self._ctx.sessions.find_target(owner, target)
         if session is None:
-            session = self._adopt(key, dialect)
+            session = self._adopt(self._ctx.sessions.key_of(owner, target), dialect)
             session.last_seen_unix = self._ctx.clock.wall_s()
             self.persistence.save_session(session)
         return session

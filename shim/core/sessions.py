@@ -17,8 +17,8 @@ MIN_FRESH_S = 35.0
 FRESH_FACTOR = 1.5
 MIN_GAPS = 3
 _NOTHING: dict[str, Any] = {}  # shared by thousands of sessions: fields are replaced, never changed in place
-_KINDS = (TargetKind.AGENT.value, TargetKind.CLUSTER.value)
-
+_CLUSTER, _AGENT = TargetKind.CLUSTER.value, TargetKind.AGENT.value
+_NO_STATUS = ("", "disconnected")
 
 UNACKNOWLEDGED = 3
 """Heartbeats in a row without an acknowledgement from which on it is no coincidence."""
@@ -122,6 +122,7 @@ class Session:
         "poll_at",
         "registration",
         "reply",
+        "reported_status",
         "secret",
         "sent_at",
         "standing",
@@ -162,6 +163,7 @@ class Session:
         self.kept_bytes = 0
         self.sent_at: float | None = None
         self.last_sent_status: tuple[str, str] | None = None
+        self.reported_status = _NO_STATUS  # (status, tunnel_status) as a heartbeat would report them upstream now
         self.announced_on = 0
         self.standing = SessionStanding()
 
@@ -251,6 +253,7 @@ class Session:
         if self._tunnel_hold is not None:
             self._tunnel_hold.heartbeat(self.measured_interval_s, provisional_s)
         self.heartbeat = call
+        self.reported_status = call.status, call.tunnel_status or "disconnected"
         if call.agent_id:
             self.agent_id = call.agent_id
         if call.known:
@@ -264,25 +267,18 @@ class Session:
         if self._tunnel_hold is not None:
             self._tunnel_hold.new_process()
 
-    def reported_status(self) -> tuple[str, str]:
-        """Return (status, tunnel_status) as a heartbeat would report them upstream now."""
-        beat = self.heartbeat
-        if beat is None:
-            return "", "disconnected"
-        return beat.status, beat.tunnel_status or "disconnected"
-
     def heartbeat_due(self, now: float, interval_s: float) -> bool:
         """Return True if this contact should send a heartbeat upstream: the last is old enough, or a status changed."""
         if self.sent_at is None or now - self.sent_at >= interval_s:
             return True
-        return self.reported_status() != self.last_sent_status
+        return self.reported_status != self.last_sent_status
 
     def heartbeat_payload(self) -> dict[str, Any]:
         """Return the upstream payload of the newest heartbeat.
 
         Its fields are docs/reference/protocol.md#2-upstream-side-the-websocket.
         """
-        status, tunnel_status = self.reported_status()
+        status, tunnel_status = self.reported_status
         payload: dict[str, Any] = {"cluster_id": self.upstream_cluster_id, "agent_id": self.agent_id}
         if status:
             payload["status"] = status
@@ -354,6 +350,12 @@ class Sessions:
     def get(self, key: SessionKey) -> Session | None:
         """Return the session with this key."""
         return self._by_key.get(key)
+
+    def find_target(self, owner: str, target: SessionTarget) -> Session | None:
+        """Return the session that a call names, or None if its owner does not have it."""
+        if target.kind is TargetKind.CLUSTER:
+            return self._by_key.get(SessionKey(owner, _CLUSTER, target.ident))
+        return self._by_key.get(self.key_of(owner, target))
 
     def home_of(self, session: Session) -> SessionKey:
         """Return the key of the session that has the given one's commands now, which may have been superseded."""
@@ -461,8 +463,8 @@ class Sessions:
             aliased = self.alias(owner, target.ident)
             if aliased is not None:
                 return aliased.key
-            return SessionKey(owner, TargetKind.AGENT.value, target.ident)
-        return SessionKey(owner, _KINDS[target.kind is TargetKind.CLUSTER], target.ident)
+            return SessionKey(owner, _AGENT, target.ident)
+        return SessionKey(owner, _CLUSTER if target.kind is TargetKind.CLUSTER else _AGENT, target.ident)
 
     def find(self, owner: str, cluster_id: str, agent_id: str) -> list[Session]:
         """Return the owner's sessions that match a controller's target, the most recently seen first.

@@ -331,7 +331,7 @@ class _View:
     def _session(self, session: Session, fresh: bool, not_polling: bool) -> dict[str, Any]:
         contact = session.contact_at
         stale_at = session.last_seen_unix if contact is None else self._wall_of(contact + session.fresh_for_s)
-        status, tunnel_status = session.reported_status()
+        status, tunnel_status = session.reported_status
         return {
             "id": session.key.ident,
             "kind": session.key.kind,

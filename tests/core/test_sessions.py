@@ -103,12 +103,12 @@ def test_heartbeats_are_due_when_old_enough_or_when_their_words_change() -> None
     session = cluster("c-1")
     beat(session, 0.0)
     assert session.heartbeat_due(0.0, 27.5)
-    session.sent_at, session.last_sent_status = 0.0, session.reported_status()
+    session.sent_at, session.last_sent_status = 0.0, session.reported_status
     assert not session.heartbeat_due(27.4, 27.5)
     assert session.heartbeat_due(27.5, 27.5)
     beat(session, 5.0, status="unhealthy")
     assert session.heartbeat_due(5.0, 27.5)
-    session.last_sent_status = session.reported_status()
+    session.last_sent_status = session.reported_status
     beat(session, 10.0, status="unhealthy", tunnel="disconnected")
     assert session.heartbeat_due(10.0, 27.5)
 
