@@ -10,7 +10,7 @@ import asyncio
 import random
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,13 +127,14 @@ async def running(
                 values[name] = {**values.get(name, {}), **given}
             sets = tuple(f"{name}.{key}={value}" for name, keys in values.items() for key, value in keys.items())
             settings = loader.load(None, {}, sets)
-            shim = _VirtualApp(settings, lambda: settings, log.setup("error", "json"))
-            task = asyncio.create_task(shim.run())
-            await shim.ready.wait()
-            yield World(shim, controller, f"http://{shim.addresses['listen']}")
-            shim.counted.outstanding += 1  # until it is closed
-            shim.stop_requested.set()
-            await task
+            with closing(log.setup("error", "json")) as logs:
+                shim = _VirtualApp(settings, lambda: settings, logs)
+                task = asyncio.create_task(shim.run())
+                await shim.ready.wait()
+                yield World(shim, controller, f"http://{shim.addresses['listen']}")
+                shim.counted.outstanding += 1  # until it is closed
+                shim.stop_requested.set()
+                await task
 
 
 def run(simulation: Coroutine[Any, Any, T]) -> T:

@@ -152,8 +152,9 @@ def _event_loop_never_blocked() -> Iterator[None]:
         pytest.fail("the event loop was blocked: " + "; ".join(_watch.blocked), pytrace=False)
 
 
-def _logging_state() -> tuple[int, list[logging.Handler]]:
-    return logging.getLogger("shim").level, [*logging.getLogger().handlers]
+def _logging_state() -> tuple[int, list[logging.Handler], list[logging.Handler]]:
+    ours = logging.getLogger("shim")
+    return ours.level, [*ours.handlers], [*logging.getLogger().handlers]
 
 
 @pytest.fixture(autouse=True)
@@ -163,8 +164,8 @@ def _logging_left_as_it_was() -> Iterator[None]:
     yield
     after = _logging_state()
     if after != before:
-        logging.getLogger("shim").setLevel(before[0])
-        logging.getLogger().handlers[:] = before[1]
+        level, logging.getLogger("shim").handlers[:], logging.getLogger().handlers[:] = before
+        logging.getLogger("shim").setLevel(level)
         pytest.fail(f"logging was left changed: {before} became {after}", pytrace=False)
 
 

@@ -76,6 +76,7 @@ class Machine(RuleBasedStateMachine):
         self.loop = VirtualLoop()
         self.log = Log()
         logging.getLogger("shim").addHandler(self.log)
+        self.level_before = logging.getLogger("shim").level
         logging.getLogger("shim").setLevel(logging.INFO)
         self.pushed = 0
         self.posted: set[str] = set()
@@ -420,6 +421,7 @@ class Machine(RuleBasedStateMachine):
                 self.nothing_was_raised()
         finally:
             logging.getLogger("shim").removeHandler(self.log)
+            logging.getLogger("shim").setLevel(self.level_before)
             self.loop.close()
 
     async def _balance(self) -> None:

@@ -101,9 +101,13 @@ async def examine_fallback(settings: Settings, environ: Mapping[str, str]) -> li
 
 async def _examine_network(settings: Settings, token: str, environ: Mapping[str, str], *, quiet: bool) -> list[Finding]:
     # The dialler logs its path; doctor prints it in lines of its own.
-    logging.getLogger("shim").addHandler(logging.NullHandler())
-    way = await examine_way(settings, token, environ, quiet=quiet)
-    return way + await examine_fallback(settings, environ)
+    logger, silence = logging.getLogger("shim"), logging.NullHandler()
+    logger.addHandler(silence)
+    try:
+        way = await examine_way(settings, token, environ, quiet=quiet)
+        return way + await examine_fallback(settings, environ)
+    finally:
+        logger.removeHandler(silence)
 
 
 def examine(
