@@ -32,6 +32,7 @@ FLEET_RATE_HZ = 4.0
 # A hold is learnt within some polls, and whether heartbeats run beside them.
 FLEET_WARM_UP_S = 75
 MOST_HOLD_S = 20.0
+IN_HAND_S = 3.0
 
 
 def measure(bench: Bench, log: Log) -> list[Figure]:
@@ -119,6 +120,7 @@ def _share(bench: Bench, log: Log) -> list[Figure]:
             after = server.buckets(SHARE)
             own.append(Counter({bound: count - before[bound] for bound, count in after.items()}))
             before = after
+        time.sleep(IN_HAND_S)
         in_hand_s = loads.found(process).in_hand_s
     seen_ms = [_latencies_ms(sent, in_hand_s) for sent in sent_s]
     log(f"own share: p99 {percentile(seen_ms[-1], 99):.1f} ms at the agent")

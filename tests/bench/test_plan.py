@@ -63,6 +63,4 @@ def test_what_forwarding_costs_is_what_three_replicas_took_more_than_one() -> No
     assert round(cost.agent_mb, 6) == 0.03
     # (0.5 - 0.01) / (1.3 * 50 µs)
     assert Plan(Fleet(), cost).per_replica == 7538
-    assert "costs 1.30 (10,000 agents over three)" in "\n".join(
-        plan.text({**MEASURED, "fleet": fleet}, Fleet())
-    )
+    assert "costs 1.30 (10,000 agents over three)" in "\n".join(plan.text({**MEASURED, "fleet": fleet}, Fleet()))
