@@ -53,8 +53,8 @@ faults: $(DEV) ## break everything on purpose and prove that nothing is lost (LO
 	$(BIN)/python -m tests.chaos$(if $(GATEWAY),.harness.replicas) $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 fuzz: export AGENT_SHIM_FUZZ_INPUTS := $(or $(INPUTS),1000000)
-fuzz: $(DEV) ## a million inputs into parsers, decoders and a whole bridge (INPUTS=n: another number)
-	$(BIN)/python -m pytest tests/chaos/test_fuzz.py tests/chaos/test_schemathesis.py $(ARGS)
+fuzz: $(DEV) ## a million inputs into parsers, decoders, connections and a whole bridge (INPUTS=n: another number)
+	$(BIN)/python -m pytest tests/chaos/test_fuzz.py tests/chaos/test_differential.py tests/chaos/test_schemathesis.py $(ARGS)
 
 bench: $(DEV) ## measure against baselines in the same run (ONLY=latency: a part; ARGS=--docs: write the pages)
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(ARGS)

@@ -292,13 +292,15 @@ class HttpConnection(RequestHandler):
         self._raw = data if is_start and end else b""
         piece, rest = (data[:end], data[end:]) if end else (data, b"")
         self._head_bytes += len(piece)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._turn_away(431, "the head of the request is too large", "head")
-            return b""
+        excess = max(0, self._head_bytes - MAX_HEAD_BYTES)
         try:
-            messages, upgraded, _ = self._http.feed_data(piece)
+            # A head that is malformed before its limit is answered with 400, however its bytes arrive.
+            messages, upgraded, _ = self._http.feed_data(piece[: len(piece) - excess])
         except HttpProcessingError as fault:
             self._malformed(fault)
+            return b""
+        if excess:
+            self._turn_away(431, "the head of the request is too large", "head")
             return b""
         if not messages:
             if is_start:
@@ -360,12 +362,11 @@ class HttpConnection(RequestHandler):
 
     def _head_too_slow(self) -> None:
         self._head_timer = None
-        if self._open:
-            if b"\r\n\r\n" not in self._backlog:
-                self._count_refused("head")
-                self.close()  # the request in progress is answered before the connection closes
-            return
-        self._turn_away(408, "the request did not arrive in time", "head")
+        if not self._open:
+            self._turn_away(408, "the request did not arrive in time", "head")
+        elif b"\r\n\r\n" not in self._backlog:
+            self._count_refused("head")
+            self.close()  # the request in progress is answered before the connection closes
 
     def _malformed(self, fault: HttpProcessingError) -> None:
         """Reject a request that the parser rejected; its own error texts echo the input, also in the log."""
@@ -467,6 +468,8 @@ class HttpConnection(RequestHandler):
         try:
             return await super().finish_response(request, resp, start_time)
         finally:
+            if not request.keep_alive:
+                self.close()  # RFC 9112 section 9.6: bytes behind the last request are ignored, not rejected
             self._request_over()
 
     def _request_over(self) -> None:

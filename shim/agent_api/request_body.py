@@ -110,8 +110,8 @@ def check_announcement(request: RequestContext, limit_bytes: float) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _reading(limit: asyncio.Timeout) -> AsyncGenerator[None, None]:
-    """Bound the time of reading a body, and raise `BodyRejected` 400, 408 or 503 for one that cannot be read."""
+async def _reading(payload: StreamReader, limit_bytes: float, limit: asyncio.Timeout) -> AsyncGenerator[None, None]:
+    """Bound the time of reading a body, and raise `BodyRejected` 400, 408, 413 or 503 for one that cannot be read."""
     try:
         async with limit:
             yield
@@ -120,7 +120,9 @@ async def _reading(limit: asyncio.Timeout) -> AsyncGenerator[None, None]:
     except NoRoom:
         raise BodyRejected(503, "too many large bodies at a time", retry_after_s=RETRY_AFTER_S) from None
     except (HttpProcessingError, RequestPayloadError):
-        raise BodyRejected(400, "the body cannot be read") from None
+        # A fault hides the bytes before it from the reader, which would have rejected them if they had come alone.
+        too_many = payload.total_bytes > limit_bytes
+        raise (too_large() if too_many else BodyRejected(400, "the body cannot be read")) from None
 
 
 async def read_body(request: RequestContext, limit_bytes: int, timeout_s: float, budget: Budget) -> bytes:
@@ -133,7 +135,7 @@ async def read_body(request: RequestContext, limit_bytes: int, timeout_s: float,
     payload = request.payload
     taken_bytes = 0
     try:
-        async with _reading(asyncio.timeout(timeout_s)):
+        async with _reading(payload, limit_bytes, asyncio.timeout(timeout_s)):
             data = bytearray()
             while part := await payload.readany():
                 if len(data) + len(part) > limit_bytes:
@@ -154,7 +156,7 @@ async def stream_body(request: RequestContext, limit_bytes: float, timeout_s: fl
     deadline = asyncio.get_running_loop().time() + timeout_s
     size = 0
     while True:
-        async with _reading(asyncio.timeout_at(deadline)):
+        async with _reading(request.payload, limit_bytes, asyncio.timeout_at(deadline)):
             piece = await request.payload.readany()
         if not piece:
             return

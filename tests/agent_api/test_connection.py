@@ -414,3 +414,38 @@ async def test_commas_in_a_text_are_no_values() -> None:
         body = b'{"success":true,"output":"' + b'a,[{:\\",' * 100_000 + b'"}'
         path = "/api/v1/clusters/agent/c1/commands/k/result"
         assert (await house.ask(post(path, body, "Authorization: Bearer t"))).status == 200
+
+
+# --- found by tests/chaos/test_differential.py ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "last",
+    [get("/api/v1/health", "Connection: close"), HEALTH.replace(b"HTTP/1.1", b"HTTP/1.0"), SPLITTABLE["last"]],
+    ids=["close", "HTTP/1.0", "POST"],
+)
+async def test_bytes_behind_the_last_request_of_a_connection_are_ignored(last: bytes) -> None:
+    """The parser rejects them, and an agent got a 400 behind its reply."""
+    async with running() as house:
+        for behind in (HEALTH, b"no request\r\n\r\n"):
+            agent = await house.agent()
+            await agent.send(last + behind)
+            assert (await agent.reply()).status == 200
+            assert await agent.closed_by_peer() == b""
+        assert house.count("bad_requests_total", reason="http") == 0
+
+
+@pytest.mark.parametrize("cut", [20, 100, MAX_HEAD_BYTES])
+async def test_a_head_that_is_malformed_before_it_is_too_large_gets_the_same_answer_whole_and_split(cut: int) -> None:
+    head = big_head(MAX_HEAD_BYTES + 100).replace(b"\r\n", b"\n", 1)
+    async with running() as house:
+        assert await answers(house, (head[:cut], head[cut:])) == await answers(house, (head,))
+        assert (await house.ask(head)).status == 400
+
+
+async def test_a_body_that_is_too_large_before_it_is_malformed_gets_the_same_answer_whole_and_split() -> None:
+    body = chunked(b" " * 1500)
+    async with running(Listen(port=0, max_body_bytes=1024)) as house:
+        whole_body = await answers(house, (body[:-5] + b"zz\r\n\r\n",))
+        assert await answers(house, (body[:-5], b"zz\r\n\r\n")) == whole_body
+        assert whole_body[0][0] == 413

@@ -1,0 +1,82 @@
+"""The same bytes on a connection in different ways: whole, cut, byte by byte, behind and before other requests."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from tests.chaos.harness.http_requests import pieces_of
+from tests.chaos.harness.memory_transport import MemoryTransport
+
+OVER_S = 30.0  # virtual: longer than an unfinished request or an unread reply is waited for
+TURNS = 40
+"""Turns of the event loop in which everything happens that needs no time."""
+LONGEST_BYTE_BY_BYTE = 1500
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_GENERATED = re.compile(rb"\r\n(Date: [^\r]+|X-Request-Id: [0-9a-f]{8}-[0-9a-f]+)(?=\r\n)")
+
+Segments = list[list[bytes]]
+"""Pieces that arrive together, before the server has done anything; then it does all it can, and the next arrive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came back on a connection, and what the server did because of it."""
+
+    replies: bytes
+    closed: bool
+    effects: tuple[Any, ...]
+
+    @property
+    def calls(self) -> list[Any]:
+        """The calls among the effects."""
+        return [effect for effect in self.effects if effect[0] == "call"]
+
+
+class Peer:
+    """A client of a server in memory. `effects` takes what the server has done since the last time."""
+
+    def __init__(self, connect: Callable[[], asyncio.Protocol], effects: Callable[[], tuple[Any, ...]]) -> None:
+        self._connect = connect
+        self._effects = effects
+
+    async def play(self, segments: Segments) -> Outcome:
+        """Send segments on a connection of their own, wait until nothing follows, and hang up."""
+        self._effects()
+        transport = MemoryTransport(self._connect())
+        for segment in segments:
+            transport.send(segment)
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+        await asyncio.sleep(OVER_S)
+        closed = transport.is_closing()
+        transport.hang_up()
+        await asyncio.sleep(OVER_S)
+        replies = _GENERATED.sub(b"", bytes(transport.written).replace(_CONTINUE, b""))
+        return Outcome(replies, closed, self._effects())
+
+
+def one_by_one(requests: Iterable[bytes]) -> Segments:
+    """Each request whole, after the one before it was answered."""
+    return [[request] for request in requests]
+
+
+def cut_one_by_one(requests: Iterable[bytes], rng: Random) -> Segments:
+    """Each request in pieces, after the one before it was answered."""
+    return [[piece] for request in requests for piece in pieces_of(request, rng)]
+
+
+def pipelined(requests: list[bytes], rng: Random) -> Iterator[tuple[str, Segments]]:
+    """All requests without waiting for an answer, joined and cut in many ways."""
+    joined = b"".join(requests)
+    yield "joined", [[joined]]
+    yield "one after the other at once", [requests]
+    yield "cut", [pieces_of(joined, rng)]
+    yield "cut, with time in between", [[piece] for piece in pieces_of(joined, rng)]
+    if len(joined) <= LONGEST_BYTE_BY_BYTE:
+        yield "byte by byte", [[bytes([byte]) for byte in joined]]
