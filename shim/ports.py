@@ -172,42 +172,6 @@ class FrameSocket(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Handshake:
-    """An agent's WebSocket handshake. `target` is as in `ProxyRequest`, `token` from its header or query."""
-
-    target: str = field(repr=False)
-    headers: tuple[tuple[str, str], ...] = field(repr=False)
-    token: str = field(repr=False)
-
-
-class CarriedSocket(Protocol):
-    """The controller's side of an agent's WebSocket."""
-
-    @property
-    def subprotocol(self) -> str:
-        """The subprotocol that the controller chose, or an empty text."""
-
-    async def run(self, agent: FrameSocket) -> None:
-        """Forward frames in both directions until either side is closed."""
-
-    def abort(self) -> None:
-        """Close the connection at once, after the agent has disconnected. Idempotent."""
-
-
-class AgentWebSockets(Protocol):
-    """Proxy for agents that connect by WebSocket (docs/reference/protocol.md#5-an-agent-that-has-migrated-already)."""
-
-    def serves(self, target: str) -> bool:
-        """Return True if a handshake for this request target is forwarded."""
-
-    async def open(self, handshake: Handshake) -> CarriedSocket:
-        """Open the controller's side. Raises `AgentError` if that fails."""
-
-    async def close(self) -> None:
-        """Close all connections with 1001."""
-
-
-@dataclass(frozen=True, slots=True)
 class Caller:
     """The caller of a request: its Bearer token (`""` if none) and the process-wide number of its TCP connection."""
 
@@ -339,6 +303,12 @@ class Fallback(Protocol):
 
     def handles(self, caller: Caller, call: AgentCall) -> bool:
         """Return True if this call is sent to the HTTP API; asked only if `scope` is `SOME`."""
+
+    def active(self) -> bool:
+        """Return True if calls are sent to the HTTP API because of the mode, or of a link that is down."""
+
+    async def close(self) -> None:
+        """Close the connections to the vendor's API."""
 
     async def serve(self, request: ProxyRequest) -> ProxyResponse | CallResult | None:
         """Serve a request by the HTTP API. Returns a `CallResult` if the bridge took part.

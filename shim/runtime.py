@@ -20,7 +20,6 @@ from shim.management.subject import Subject
 from shim.metrics import Metrics
 from shim.ports import (
     AgentService,
-    AgentWebSockets,
     CommandStore,
     DeliveryEvidence,
     Fallback,
@@ -76,16 +75,6 @@ class RuntimeContext:
         )
 
 
-class ClosableFallback(Fallback, Protocol):
-    """Fallback to the vendor's HTTP API with its life cycle."""
-
-    def active(self) -> bool:
-        """Return True if calls are sent to the HTTP API because of the mode, or of a link that is down."""
-
-    async def close(self) -> None:
-        """Close the connections to the vendor's API."""
-
-
 class Runtime(Protocol):
     """The parts that serve agents. Call `open`, `start`, …, `quiesce`, `stop`, `close` in this order.
 
@@ -117,11 +106,11 @@ class Runtime(Protocol):
         """Client for other replicas, `None` without replicas."""
 
     @property
-    def fallback(self) -> ClosableFallback:
+    def fallback(self) -> Fallback:
         """Server of calls by the vendor's HTTP API."""
 
     @property
-    def websockets(self) -> AgentWebSockets:
+    def websockets(self) -> WebSocketProxy:
         """Proxy for agents that connect by WebSocket."""
 
     async def open(self, waiting: Callable[[], Awaitable[None]]) -> None:

@@ -19,11 +19,11 @@ from shim.agent_api import tcp_state
 from shim.agent_api.responses import NO_ROUTE, SENT_CLOSE, RefusedCalls, ResponseBuilder
 from shim.config.settings import Listen
 from shim.errors import AgentError
+from shim.fallback.websocket_proxy import WebSocketProxy
 from shim.http_connection import Budget, HttpConnection
 from shim.metrics import Metrics
 from shim.ports import (
     AgentService,
-    AgentWebSockets,
     Caller,
     DeliveryEvidence,
     DeliveryReceipt,
@@ -71,7 +71,7 @@ class Backends:
     evidence: DeliveryEvidence
     fallback: Fallback | None = None
     forwarder: Forwarder | None = None
-    websockets: AgentWebSockets | None = None
+    websockets: WebSocketProxy | None = None
     max_message_bytes: int = 0
 
 

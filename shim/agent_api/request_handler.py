@@ -38,13 +38,12 @@ from shim.agent_api.response_writer import ResponseWriter
 from shim.agent_api.responses import encode_body
 from shim.core.agent_calls import AgentCall, Continued, Failed, PollCall, RegisterCall
 from shim.errors import AgentError
+from shim.fallback.websocket_proxy import Handshake, WebSocketProxy
 from shim.ports import (
-    AgentWebSockets,
     Caller,
     CallResult,
     Fallback,
     FallbackScope,
-    Handshake,
     ProxyResponse,
 )
 from shim.protocol.dialects import MAX_DEPTH, Call, Dialect, Match, Reply, Router, error_reply
@@ -415,7 +414,7 @@ class RequestHandler:
 
     # --- agents with a WebSocket of their own -------------------------------------------------------------------------
 
-    async def _carry(self, request: RequestContext, websockets: AgentWebSockets, target: str) -> AgentWebSocket:
+    async def _carry(self, request: RequestContext, websockets: WebSocketProxy, target: str) -> AgentWebSocket:
         """Proxy an agent's own WebSocket to the controller until it ends.
 
         Raises `AgentError` if the controller's side cannot be opened.

@@ -129,7 +129,7 @@ def fenced(shard: Shard, caller: Caller, answer: CallResult) -> CallResult:
 
 
 class ClusterFallback:
-    """Implements `runtime.ClosableFallback` with the fallback of each shard."""
+    """Implements `ports.Fallback` with the fallback of each shard."""
 
     def __init__(
         self, locator: ShardLocator, shards: ShardManager, settings: Callable[[], Settings], clock: Clock

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from shim.config.settings import Settings
@@ -20,7 +21,7 @@ from shim.errors import AgentError, MessageError
 from shim.fallback.reverse_proxy import HOP_BY_HOP
 from shim.log import get
 from shim.metrics import Metrics
-from shim.ports import Frame, FrameSocket, Handshake
+from shim.ports import Frame, FrameSocket
 from shim.protocol.http import http_url, under, ws_url
 from shim.protocol.upstream_message import decode_frame
 from shim.upstream.dial_errors import failure_of
@@ -59,6 +60,15 @@ _IDENTITY = ("name", "agent_id", "cluster_id")
 Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
 
 
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """An agent's WebSocket handshake. `target` is as in `ProxyRequest`, `token` from its header or query."""
+
+    target: str = field(repr=False)
+    headers: tuple[tuple[str, str], ...] = field(repr=False)
+    token: str = field(repr=False)
+
+
 class MigrationListener(Protocol):
     """The interface through which the bridge learns of agents that no longer need the shim."""
 
@@ -73,8 +83,9 @@ class MigrationListener(Protocol):
 
 
 class WebSocketProxy:
-    """All proxied WebSockets; implements `ports.AgentWebSockets`.
+    """All WebSockets of agents that connect by WebSocket themselves, proxied to the controller.
 
+    The rules are docs/reference/protocol.md#5-an-agent-that-has-migrated-already.
     `settings()` returns the current settings.
     """
 
