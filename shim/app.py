@@ -36,6 +36,7 @@ from shim.metrics import Metrics, Registry
 from shim.notify import Notifier
 from shim.ports import AgentService, CommandStore, DeliveryEvidence, UpstreamPort
 from shim.process import (
+    LoopLagMeter,
     check_ready_file,
     disable_core_dumps,
     loop_factory,
@@ -45,7 +46,6 @@ from shim.process import (
     security_warnings,
     trim_heap,
     tune_gc,
-    watch_loop,
     write_ready_file,
 )
 from shim.protocol import dialects
@@ -253,7 +253,7 @@ class App:
             if start is not None:
                 await start()
         self.spawn("watch", self._reloader.watch(lambda: self.settings.upstream.token_file, self._token_changed))
-        self.spawn("lag", watch_loop(clock, self._metrics, self.stop_requested))
+        LoopLagMeter(asyncio.get_running_loop(), clock, self._metrics).start()
         if settings.notify.wanted:
             notifier = Notifier(settings.notify, admin.status, clock, self.stop_requested, redaction)
             self.spawn("notify", notifier.run())

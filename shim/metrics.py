@@ -220,7 +220,7 @@ class Metrics:
         )
         self.loop_lag_seconds = self._histogram(
             "event_loop_lag_seconds",
-            "Delay of a timer on the event loop, sampled ten times a second.",
+            "Delay of a timer on the event loop, sampled ten times a second while the loop works.",
             (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5),
         )
         self.loop_lag_max_seconds = self._gauge(

@@ -10,20 +10,25 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shim.clock import Clock
 from shim.config.settings import Settings
 from shim.errors import ConfigError, Fault, StartError
 from shim.log import get
 from shim.metrics import Metrics
-from shim.ports import Clock
+from shim.ports import Timers
 
 log = get(__name__)
 
 _PR_SET_DUMPABLE = 4
 _OTHER_FILES = 256  # the store, the admin port, listeners, the event loop
 SAMPLE_S = 0.1
+IDLE_SAMPLE_S = 2.0
+NOTICEABLE_S = 0.01
+WORKING_SHARE = 0.02
 
 # With 10,000 sessions a full garbage collection takes most of a second, in which no agent is answered. By default one
 # runs whenever the number of objects has grown by a quarter, so with every wave of held polls. Nearly all garbage is
@@ -116,17 +121,34 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def watch_loop(clock: Clock, metrics: Metrics, stop: asyncio.Event) -> None:
-    """Measure until `stop` how late timers fire. A block may have been up to `SAMPLE_S` longer than measured."""
-    longest_s = 0.0
-    while not stop.is_set():
-        before = clock.monotonic_s()
-        await asyncio.sleep(SAMPLE_S)
-        late_s = max(0.0, clock.monotonic_s() - before - SAMPLE_S)
-        metrics.loop_lag_seconds.observe(late_s)
-        if late_s > longest_s:
-            longest_s = late_s
-            metrics.loop_lag_max_seconds.set(late_s)
+class LoopLagMeter:
+    """Meter of the event loop's lag: how late a timer fires. A block may have been longer, by up to the interval.
+
+    The interval is `SAMPLE_S` while the loop works, else `IDLE_SAMPLE_S`: a loop with nothing to do delays nobody, and
+    ten samples a second would be nearly all that an idle shim costs. It works if its thread uses the CPU, or if the
+    last sample was late.
+    """
+
+    def __init__(self, timers: Timers, clock: Clock, metrics: Metrics) -> None:
+        self._timers = timers
+        self._clock = clock
+        self._metrics = metrics
+        self._longest_s = 0.0
+
+    def start(self, every_s: float = SAMPLE_S) -> None:
+        """Take samples for as long as the loop runs, the first one after `every_s`."""
+        began = (self._clock.monotonic_s(), self._clock.cpu_s())
+        self._timers.call_later(every_s, partial(self._sample, every_s, *began))
+
+    def _sample(self, every_s: float, began_s: float, cpu_s: float) -> None:
+        passed_s = self._clock.monotonic_s() - began_s
+        late_s = max(0.0, passed_s - every_s)
+        self._metrics.loop_lag_seconds.observe(late_s)
+        if late_s > self._longest_s:
+            self._longest_s = late_s
+            self._metrics.loop_lag_max_seconds.set(late_s)
+        works = late_s > NOTICEABLE_S or self._clock.cpu_s() - cpu_s > WORKING_SHARE * passed_s
+        self.start(SAMPLE_S if works else IDLE_SAMPLE_S)
 
 
 def check_ready_file(path: str | None) -> None:

@@ -1,13 +1,18 @@
-"""Settings of the process: which errors of the event loop are logged as errors."""
+"""Settings of the process: which errors of the event loop are logged as errors, and how its lag is measured."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import pytest
+from prometheus_client import CollectorRegistry
 
-from shim.process import report_loop_error
+from shim.clock import Clock
+from shim.metrics import Metrics
+from shim.ports import Timer
+from shim.process import IDLE_SAMPLE_S, NOTICEABLE_S, SAMPLE_S, WORKING_SHARE, LoopLagMeter, report_loop_error
 
 # As uvloop reports it: tests.chaos.harness.replicas found it in the log of a replica whose peer was cut off.
 GONE = "unable to perform operation on <TCPTransport closed=True reading=False 0x55ff03746ca0>; the handler is closed"
@@ -29,3 +34,42 @@ async def test_a_tls_connection_that_is_gone_is_no_error(
     with caplog.at_level(logging.ERROR):
         report_loop_error(asyncio.get_running_loop(), context | ({"protocol": asyncio.Protocol()} if protocol else {}))
     assert [record.getMessage().splitlines()[0] for record in caplog.records] == logged
+
+
+class FakeLoop(Clock):
+    """Timers and clock of a loop whose only timer fires as late as a test wants, after as much work."""
+
+    def __init__(self) -> None:
+        self.now_s = self.used_s = self.delay_s = 0.0
+        self.callback: Callable[[], None]
+        self.monotonic_s = lambda: self.now_s  # type: ignore[method-assign]
+        self.cpu_s = lambda: self.used_s  # type: ignore[method-assign]
+
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
+        self.delay_s, self.callback = delay, callback
+        return self
+
+    def cancel(self) -> None: ...
+
+    def fire(self, late_s: float = 0.0, work_s: float = 0.0) -> float:
+        """Return the delay of the next timer."""
+        self.now_s += self.delay_s + late_s
+        self.used_s += work_s
+        self.callback()
+        return self.delay_s
+
+
+def test_the_lag_of_a_loop_is_measured_often_while_it_works_and_rarely_while_it_does_not() -> None:
+    loop, registry = FakeLoop(), CollectorRegistry()
+    LoopLagMeter(loop, loop, Metrics(registry)).start()
+    assert loop.delay_s == SAMPLE_S
+    assert loop.fire() == IDLE_SAMPLE_S
+    assert loop.fire() == IDLE_SAMPLE_S
+    assert loop.fire(work_s=1.01 * WORKING_SHARE * IDLE_SAMPLE_S) == SAMPLE_S
+    assert loop.fire(work_s=1.01 * WORKING_SHARE * SAMPLE_S) == SAMPLE_S
+    assert loop.fire() == IDLE_SAMPLE_S
+    assert loop.fire(late_s=2 * NOTICEABLE_S) == SAMPLE_S, "another thread or process kept the loop from working"
+    assert loop.fire(late_s=0.5) == SAMPLE_S
+    assert loop.fire() == IDLE_SAMPLE_S
+    assert registry.get_sample_value("agent_shim_event_loop_lag_seconds_count") == 8
+    assert registry.get_sample_value("agent_shim_event_loop_lag_max_seconds") == pytest.approx(0.5)

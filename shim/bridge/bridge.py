@@ -15,7 +15,7 @@ from shim.bridge.link_pool import LinkPool
 from shim.bridge.long_polls import LongPolls
 from shim.bridge.outbox import Outbox, Rejections
 from shim.bridge.registration import Registrations
-from shim.bridge.scheduler import PeriodicTask, PeriodicTasks, TimerGroup
+from shim.bridge.scheduler import TICK_S, PeriodicTask, PeriodicTasks, TimerGroup
 from shim.bridge.session_registry import SessionRegistry
 from shim.bridge.upstream_messages import UpstreamMessageHandler
 from shim.bridge.websocket_agents import WebSocketAgents
@@ -72,16 +72,16 @@ class Bridge:
 
     def _periodic_tasks(self) -> tuple[PeriodicTask, ...]:
         return (
-            (1, self.links.sweep),
-            (1, self.queues.sweep),
-            (1, self.session_registry.sweep),
-            (1, self.heartbeats.settle),
-            (1, self.gateways.sweep),
-            (1, self.unpolled.check),
-            (5, self.heartbeats.sweep),
-            (5, self.links.check_idle),
-            (5, self._look_after_store),
-            (5, self.registrations.sweep),
+            (TICK_S, self.links.sweep),
+            (TICK_S, self.queues.sweep),
+            (TICK_S, self.session_registry.sweep),
+            (TICK_S, self.heartbeats.settle),
+            (TICK_S, self.gateways.sweep),
+            (TICK_S, self.unpolled.check),
+            (TICK_S, self.heartbeats.sweep),
+            (TICK_S, self.links.check_idle),
+            (TICK_S, self.registrations.sweep),
+            (30, self._look_after_store),
             (60, self._save_holds),
             (600, self._forget_old),
         )

@@ -21,7 +21,8 @@ CATCH_UP_S = 0.25
 """Delay of a late timer, in which waiting input is read: event loops call timers before they read from sockets."""
 
 
-TICK_S = 1.0
+TICK_S = 5.0
+"""Interval of the periodic tasks. Each of them serves a time limit of half a minute or more, or retries a write."""
 # Agents that polled at the same time, for example after a restart, are due at the same time. Answering a bounded number
 # per turn of the event loop lets other agents' calls be served in between.
 AT_A_TIME = 64
@@ -120,7 +121,7 @@ class DeadlineQueue:
 
 
 class PeriodicTasks:
-    """Runner of periodic tasks, each with its own interval in seconds.
+    """Runner of periodic tasks behind one timer. Intervals are multiples of `TICK_S`.
 
     A task that raises is logged and counted; the others go on.
     """
@@ -131,14 +132,14 @@ class PeriodicTasks:
         self._done_at = [ctx.now] * len(tasks)
 
     def start(self) -> None:
-        """Start the periodic tasks; the first tick comes one second later."""
+        """Start the periodic tasks; the first tick comes after `TICK_S`."""
         self._ctx.timers.call_later(TICK_S, self._tick)
 
     def _tick(self) -> None:
         self._ctx.timers.call_later(TICK_S, self._tick)
         now = self._ctx.now
         for number, (every_s, task) in enumerate(self._tasks):
-            if now - self._done_at[number] < every_s:
+            if now - self._done_at[number] < every_s - TICK_S / 2:  # a timer may be early by a rounding error
                 continue
             self._done_at[number] = now
             try:

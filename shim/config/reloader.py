@@ -10,7 +10,7 @@ from shim.config.files import FileWatcher
 from shim.config.settings import Settings
 from shim.errors import ConfigError
 
-WATCH_S = 2.0
+WATCH_S = 5.0
 
 
 class ConfigReloader:

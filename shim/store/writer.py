@@ -42,7 +42,7 @@ SWITCH_INTERVAL_S = sys.getswitchinterval()
 _PER_TURN = 32
 _PINNED_HINT = (
     "another program reads the database in a transaction that it does not end, and the log beside the database grows "
-    "with every commit: end that program (a backup, a sqlite3 shell); the log is emptied within seconds after that"
+    "with every commit: end that program (a backup, a sqlite3 shell); the log is then emptied within half a minute"
 )
 
 _Result = TypeVar("_Result")

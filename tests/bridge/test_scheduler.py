@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from shim.bridge.scheduler import AT_A_TIME, CATCH_UP_S, LATE_S, DeadlineQueue, PeriodicTasks, TimerGroup
+from shim.bridge.context import DEFAULT_OWNER
+from shim.bridge.scheduler import AT_A_TIME, CATCH_UP_S, LATE_S, TICK_S, DeadlineQueue, PeriodicTasks, TimerGroup
 from shim.core.records import SessionKey
 from shim.ports import Timer
 from tests.support.world import World
@@ -22,12 +23,21 @@ async def test_a_duty_that_fails_is_said_and_counted_and_the_others_go_on(
         done.append("fails")
         raise ValueError("a defect")
 
-    PeriodicTasks(world.bridge.ctx, ((1, fails), (5, lambda: done.append("rare")))).start()
-    await world.pass_s(10.5)
+    PeriodicTasks(world.bridge.ctx, ((TICK_S, fails), (5 * TICK_S, lambda: done.append("rare")))).start()
+    await world.pass_s(10.5 * TICK_S)
     assert done.count("fails") == 10
     assert done.count("rare") == 2
     assert world.metric("internal_errors_total", part="bridge") == 10
     assert [record.getMessage() for record in caplog.records].count("upkeep_failed") == 10
+
+
+async def test_an_idle_bridge_is_woken_by_one_timer_and_by_its_link(world: World) -> None:
+    world.bridge.links.get(DEFAULT_OWNER, DEFAULT_OWNER, "").ensure_connected(world.now)
+    await world.pass_s(60)
+    jumps = world.loop.jumps
+    await world.pass_s(600)
+    ticks, pings = 600 / TICK_S, 2 * 600 / world.settings.upstream.ping_interval_s
+    assert world.loop.jumps - jumps <= ticks + pings + 2
 
 
 # --- timers that are cancelled together -------------------------------------------------------------------------------

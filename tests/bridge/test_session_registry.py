@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from shim.bridge.scheduler import TICK_S
 from shim.bridge.session_registry import MAX_UNVERIFIED_SESSIONS
 from shim.core.agent_calls import (
     Accepted,
@@ -455,7 +456,7 @@ async def test_a_succession_that_the_disk_refused_is_stored_later(world: World) 
     await new.live(50, every_s=10)
     assert [session.key.ident for session in world.bridge.ctx.sessions] == ["a-2"]
     world.store.heal()
-    await world.pass_s(3)
+    await world.pass_s(TICK_S + 1)
     await world.restart()
     assert [session.key.ident for session in world.bridge.ctx.sessions] == ["a-2"]
     assert await new.poll() == ["k1"]

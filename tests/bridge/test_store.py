@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from shim.bridge.scheduler import TICK_S
 from shim.core.agent_calls import Accepted, Failed, Registered
 from shim.core.records import Prune, SessionKey, StoreContents
 from shim.ports import CommandStore
@@ -121,7 +122,7 @@ async def test_what_a_full_disk_refused_of_sessions_is_stored_when_it_has_room(w
     world.controller.socket.says("tunnel_status", {"cluster_id": agents[2].cluster_id, "status": "ACTIVE"})
     await world.pass_s(10)
     world.store.heal()
-    await world.pass_s(3)
+    await world.pass_s(TICK_S + 1)
     await world.restart()
     assert {session.key.ident for session in world.bridge.ctx.sessions} == {agent.cluster_id for agent in agents}
     assert world.bridge.ctx.sessions.alias("default", "pod-3") is world.session(agents[3].cluster_id)

@@ -59,6 +59,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._jumping.now_s
 
     @property
+    def jumps(self) -> int:
+        """Return how often the loop has waited for a timer."""
+        return self._jumping.jumps
+
+    @property
     def outside(self) -> Callable[[], bool]:
         return self._jumping.outside
 
@@ -76,6 +81,10 @@ class VirtualClock:
 
     def monotonic_s(self) -> float:
         return self._loop.time()
+
+    def cpu_s(self) -> float:
+        """What the machine needs takes no virtual time."""
+        return 0.0
 
     def wall_s(self) -> float:
         return WALL_AT_START_S + self.wall_offset_s + self._loop.time() - START_S
