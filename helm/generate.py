@@ -18,7 +18,7 @@ import msgspec
 from ruamel.yaml import YAML
 
 from shim.cli.inject.sidecar import API_URL, INJECTED_LABEL, NAME, SHIM_URL, UPSTREAM_URL, Sidecar
-from shim.config.rules import BOUNDS
+from shim.config.rules import BOUNDS, PATTERNS
 from shim.config.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +59,7 @@ def _config_schema() -> dict[str, Any]:
 
 
 def _inline(node: dict[str, Any], defs: dict[str, Any], path: str) -> dict[str, Any]:
-    """`node` with its references resolved, its defaults left out, and the bounds of the key at `path`."""
+    """`node` with its references resolved, its defaults left out, and the bounds and patterns of the key at `path`."""
     if "$ref" in node:
         return _inline(defs[node["$ref"].rpartition("/")[2]], defs, path)
     kept = {key: value for key, value in node.items() if key not in {"title", "default", "description", "required"}}
@@ -70,6 +70,10 @@ def _inline(node: dict[str, Any], defs: dict[str, Any], path: str) -> dict[str, 
         kept["anyOf"] = [_inline(each, defs, path) for each in kept["anyOf"]]
     if path in BOUNDS and kept.get("type") in {"integer", "number"}:
         kept["minimum"], kept["maximum"] = BOUNDS[path]
+    if path in PATTERNS and kept.get("type") == "string":
+        kept["pattern"] = PATTERNS[path]
+    if "items" in kept:
+        kept["items"] = _inline(kept["items"], defs, path)
     return kept
 
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Helm post-renderer: the rendered manifests come in on stdin, and go out with the sidecar in the agent's pods.
 # Needs kubectl or kustomize. Arguments, with --post-renderer-args:
-#   --image IMAGE    where your clusters pull the sidecar from (default agent-shim:0.1.0)
+#   --image IMAGE    where your clusters pull the sidecar from; required
 #   --install HOW    chart (default) or manifest: how the agent takes its URL and token
 #   --with-config    add the sidecar's ConfigMap, too: only where the chart agent-shim is not installed
 set -eu
@@ -11,8 +11,8 @@ how=chart
 config=
 while [ $# -gt 0 ]; do
   case $1 in
-    --image) image=$2; shift 2 ;;
-    --install) how=$2; shift 2 ;;
+    --image) image=${2-}; shift; shift $(($# > 0)) ;;
+    --install) how=${2-}; shift; shift $(($# > 0)) ;;
     --with-config) config=yes; shift ;;
     *) echo "agent-shim post-renderer: unknown argument $1" >&2; exit 2 ;;
   esac
@@ -21,6 +21,11 @@ case $how in
   chart|manifest) ;;
   *) echo "agent-shim post-renderer: --install is chart or manifest" >&2; exit 2 ;;
 esac
+# A native sidecar whose image cannot be pulled keeps the agent from starting.
+if ! printf '%s' "$image" | grep -Eq '^[A-Za-z0-9._:@/-]+$' || [ "${image#*://}" != "$image" ]; then
+  echo "agent-shim post-renderer: --image must say where your clusters pull the sidecar from" >&2
+  exit 2
+fi
 
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
@@ -45,6 +50,7 @@ cp -RL "$here/components" "$work/components"
 # The components know the agent's Deployment by its label. Where Helm rendered several Deployments, the replacement that moves
 # the agent's URL needs its name, and Kustomize selects a source by nothing else.
 agent=$(awk '
+  { sub(/\r$/, "") }
   function done() { if (kind && label && name) print name; kind = label = name = "" }
   /^---/ { done() }
   /^kind: *Deployment *$/ { kind = 1 }
@@ -69,20 +75,16 @@ fi
   echo "components:"
   echo "  - components/$how"
   [ -z "$config" ] || echo "  - components/config"
-  if [ -n "$config$image" ]; then
-    echo "patches:"
-  fi
+  echo "patches:"
   if [ -n "$config" ]; then
     # Helm puts it into the release's namespace, as it does with the agent.
     echo "  - target: {kind: ConfigMap, name: agent-shim}"
     echo "    patch: |"
     echo "      - {op: remove, path: /metadata/namespace}"
   fi
-  if [ -n "$image" ]; then
-    echo "  - target: {kind: Deployment, $selector}"
-    echo "    patch: |"
-    echo "      - {op: replace, path: /spec/template/spec/initContainers/0/image, value: \"$image\"}"
-  fi
+  echo "  - target: {kind: Deployment, $selector}"
+  echo "    patch: |"
+  echo "      - {op: replace, path: /spec/template/spec/initContainers/0/image, value: \"$image\"}"
 } >"$work/kustomization.yaml"
 $build "$work" >"$work/out.yaml"
 if ! grep -q 'agent-shim/sidecar: enabled' "$work/out.yaml"; then

@@ -69,9 +69,35 @@ BOUNDS: dict[str, tuple[float, float]] = {
 _EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared, not bound
 _ADVERTISED = re.compile(r"(?:[A-Za-z0-9_.\-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9_.:\-]+", re.ASCII)
+_PATH = re.compile(r"(?:/[^?#\s]*)?")
 _TOKEN = re.compile(r"[!-~]+", re.ASCII)
 _SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)  # names of query parameters with secrets
 _DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[Tt]\d\d:\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d))?", re.ASCII)
+_PROXY = r"^(https?://[^\s/]+\S*)?$"
+_NOT_EMPTY = r"."
+
+# What the text of a key, or of each item of a list, must match. Helm checks it too when the chart is installed, because
+# a sidecar that ends over its configuration keeps the agent from starting. The rules below say more about these keys.
+PATTERNS: dict[str, str] = {
+    "listen.base_path": f"^{_PATH.pattern}$",
+    "listen.allowed_hosts": f"^{_HOST.pattern}$",
+    "admin.allowed_hosts": f"^{_HOST.pattern}$",
+    "upstream.path": f"^{_PATH.pattern}$",
+    "upstream.gateway_hosts": f"^{_HOST.pattern}$",
+    "upstream.proxy": _PROXY,
+    "fallback.url": r"^(https?://[^\s/?#@]+([/?][^\s#]*)?)?$",
+    "fallback.proxy": _PROXY,
+    "notify.proxy": _PROXY,
+    "notify.url": r"^(https?://[^\s/]+\S*)?$",
+    "telemetry.otlp_url": r"^(https?://[^\s/@]+([/?]\S*)?)?$",
+    "sunset.deprecation_at": f"^({_DATE.pattern})?$",
+    "sunset.at": f"^({_DATE.pattern})?$",
+    "sunset.link": r"^(https?://[^\s<>\"]+)?$",
+    "commands.types": _NOT_EMPTY,
+    "commands.at_most_once": _NOT_EMPTY,
+    "rollout.include": _NOT_EMPTY,
+    "rollout.exclude": _NOT_EMPTY,
+}
 
 
 def parse_date_s(text: str) -> float:
@@ -365,4 +391,4 @@ def _split(url: str) -> SplitResult | None:
 
 
 def _is_path(path: str) -> bool:
-    return not path or (path.startswith("/") and not re.search(r"[?#\s]", path))
+    return bool(_PATH.fullmatch(path))

@@ -105,25 +105,26 @@ def decode_frame(frame: bytes) -> Sequence[Message | MessageError]:
         return (decode(frame),)
     except MessageError as error:
         if error.kind != "not_json":
-            return (_named(frame) or error,)
+            raw = lenient_json.decode(frame)
+            listed = isinstance(raw, list) and raw and all(isinstance(each, dict) for each in raw)
+            return [_message_or_error(each) for each in (raw if listed else [raw])]
     found = [_salvaged(each) for each in values_of(frame)]
     return found or (MessageError("not_json"),)
 
 
-def _named(frame: bytes) -> Message | None:
-    """Return a message whose payload is no object if it has a `request_id` for a reply, else `None`."""
-    raw = lenient_json.decode(frame)
-    if not isinstance(raw, dict) or raw.get("payload") is None:
-        return None
-    return _answerable({**raw, "payload": None}, "the payload must be an object")
+def _message_or_error(raw: Any) -> Message | MessageError:
+    """Convert a JSON value to an envelope. One whose payload is no object is returned if it can be answered."""
+    try:
+        return _message(raw)
+    except MessageError as error:
+        if not isinstance(raw, dict) or raw.get("payload") is None:
+            return error
+        return _answerable({**raw, "payload": None}, "the payload must be an object") or error
 
 
 def _salvaged(found: Salvaged) -> Message | MessageError:
     if not found.fault:
-        try:
-            return _message(found.value)
-        except MessageError as error:
-            return error
+        return _message_or_error(found.value)
     return _answerable(found.value, found.fault) or MessageError("not_json")
 
 

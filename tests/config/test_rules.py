@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import get_args
 
 import pytest
 
 from shim.config.loader import leaves, load
-from shim.config.rules import BOUNDS, cross_field_faults, parse_date_s
+from shim.config.rules import BOUNDS, PATTERNS, cross_field_faults, parse_date_s
 from shim.config.settings import Settings, is_loopback
 from shim.errors import ConfigError
 
@@ -75,6 +77,9 @@ def test_numbers_outside_their_bounds_are_faults(path: str) -> None:
 )
 def test_what_makes_sense_is_no_fault(sets: list[str]) -> None:
     assert faulty(*sets) == []
+    for path, _, value in (each.partition("=") for each in sets):
+        texts = json.loads(value) if value.startswith("[") else [value]
+        assert all(re.search(PATTERNS.get(path, ""), text) for text in texts), path
 
 
 @pytest.mark.parametrize(
@@ -167,6 +172,18 @@ def test_what_makes_sense_is_no_fault(sets: list[str]) -> None:
 )
 def test_what_makes_no_sense_is_one_fault(sets: list[str], path: str) -> None:
     assert faulty(*sets) == [path]
+
+
+@pytest.mark.parametrize("path", sorted(PATTERNS))
+def test_what_the_chart_refuses_is_a_fault_and_the_default_is_none(path: str) -> None:
+    (default,) = [default for name, _, default in leaves() if name == path]
+    texts = [default] if isinstance(default, str) else default
+    assert all(re.search(PATTERNS[path], text) for text in texts)
+    refused = [t for t in ("", "a b", "soon", "http://", "https://a b", "/?x", "#") if not re.search(PATTERNS[path], t)]
+    assert refused
+    for text in refused:
+        value = text if isinstance(default, str) else json.dumps([text])
+        assert faulty(f"{path}={value}") == [path], text
 
 
 def test_a_broken_key_starts_no_second_fault() -> None:

@@ -212,6 +212,21 @@ def test_kyvernos_policy_checks_the_sidecar_at_installation_and_says_so(tmp_path
         (["store.existingClaim=mine"], "store.type is not pvc"),
         (["mode=gateway", "config.listen.auth=off"], "off is for 127.0.0.1"),
         (["extraVolumes[0].name=ca"], "must begin with agent-shim-"),
+        (["extraEnv[0].name=SHIM_UPSTREAM__URL", "extraEnv[0].value=x"], "use config, upstream, admin or ports"),
+        (["extraEnv[0].name=SHIM_MODE", "extraEnv[0].value=http"], "a variable beats the file"),
+        (["image.registry=https://r.example"], "registry"),
+        (["image.repository=Agent-Shim"], "repository"),
+        (["image.tag=v 1"], "tag"),
+        (["upstream.url=https://a:b@c.example"], "url"),
+        (["upstream.url=https://c.example/#x"], "url"),
+        (["upstream.url=https://c.example/?token=x"], "upstream.url must not contain a token"),
+        (["config.fallback.url=https://a:b@c.example"], "fallback"),
+        (["config.upstream.path=api"], "path"),
+        (["config.upstream.proxy=proxy.example:3128"], "proxy"),
+        (["config.upstream.gateway_hosts={https://c.example}"], "gateway_hosts"),
+        (["config.commands.types={}", "config.commands.types[0]="], "types"),
+        (["config.rollout.include[0]="], "include"),
+        (["config.sunset.at=tomorrow"], "sunset"),
     ],
 )
 @pytest.mark.parametrize("helm", HELMS)
@@ -403,6 +418,14 @@ def test_helm_test_has_a_store_of_its_own(mode: str) -> None:
     pod = one(rendered(f"mode={mode}", "store.type=pvc"), "Pod")
     (store,) = [each for each in pod["spec"]["volumes"] if each["name"] == "agent-shim-store"]
     assert set(store) == {"name", "emptyDir"}
+
+
+@pytest.mark.parametrize("mode", ["sidecar", "gateway"])
+def test_sections_that_are_taken_away_leave_no_null(mode: str) -> None:
+    sets = ("resources=null", "securityContext=null", "podSecurityContext=null", f"mode={mode}")
+    text = template("injection.admissionPolicy.enabled=true", *sets)
+    assert "resources" not in container(one(documents(text), "Pod"), "agent-shim")
+    assert "null" not in text
 
 
 def test_a_digest_wins() -> None:

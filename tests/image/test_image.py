@@ -68,7 +68,7 @@ def test_every_command_is_there_without_a_shell(engine: Engine, image: str) -> N
     assert {"run", "health", "inject", "doctor", "status"} <= commands
     assert not {"controller", "fleet", "demo"} & commands
     text = (ROOT / "tests/cli/inject/vendor/chart.yaml").read_text()
-    injected = engine.podman("run", "--rm", "-i", *HARDENED, image, "inject", stdin=text)
+    injected = engine.podman("run", "--rm", "-i", *HARDENED, image, "inject", "--image", image, stdin=text)
     assert "agent-shim/sidecar: enabled" in injected
 
 

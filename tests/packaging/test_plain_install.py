@@ -166,7 +166,7 @@ def test_operators_commands_need_no_extra(program: Path, tmp_path: Path) -> None
 
 
 def test_a_command_that_needs_an_extra_says_which(program: Path) -> None:
-    done = call(program, "inject", text=AGENT)
+    done = call(program, "inject", "--image", "r.example/agent-shim:1", text=AGENT)
     assert done.returncode == 2
     assert done.stderr == "Error: this needs ruamel: pip install 'agent-shim[tools]'\n"
     assert done.stdout == ""

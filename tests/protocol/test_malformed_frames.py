@@ -90,6 +90,19 @@ def test_a_frame_is_skimmed_in_bounded_time() -> None:
     assert len(list(values_of(b"{}" * (MAX_VALUES + 5)))) == MAX_VALUES
 
 
+def test_messages_in_an_array_are_taken_one_by_one() -> None:
+    command = {"type": "command", "request_id": "r", "payload": {"command_id": "k"}}
+    first, second, third = decode_frame(json.dumps([command, {**command, "payload": "x"}, {"payload": {}}]).encode())
+    assert isinstance(first, Message)
+    assert (first.payload, first.fault) == ({"command_id": "k"}, "")
+    assert isinstance(second, Message)
+    assert (second.request_id, second.fault) == ("r", "the payload must be an object")
+    assert isinstance(third, MessageError)
+    for other in (b"[]", b"[1,2,3]", b'[{"type":"ping"},1]'):
+        (found,) = decode_frame(other)
+        assert isinstance(found, MessageError)
+
+
 def test_a_message_with_more_values_than_memory_holds_is_answered_by_its_id() -> None:
     values = b"[]," * bounds.MAX_VALUES
     (found,) = decode_frame(b'{"type":"command","payload":{"command_id":"k","payload":[' + values + b"[]]}}")

@@ -86,6 +86,9 @@ def _evaluate(expression: str, variables: dict[str, Any]) -> Any:
     for name, value in variables.items():
         context.add_variable(name, value)
     context.add_function("indexOf", lambda items, item: items.index(item) if item in items else -1)
+    context.add_function(
+        "lastIndexOf", lambda items, item: max((at for at, i in enumerate(items) if i == item), default=-1)
+    )
     return cel.evaluate(plain(expression), context)
 
 

@@ -189,6 +189,9 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- fail "upstream.url is the shim's own address: give the controller's" -}}
 {{- end -}}
 {{- end -}}
+{{- if regexMatch "(?i)[?&][^=&]*(token|secret|password|api_?key)" $v.upstream.url -}}
+{{- fail "upstream.url must not contain a token: upstream.token.from says where it comes from" -}}
+{{- end -}}
 {{- $token := $v.upstream.token -}}
 {{- if and (eq $token.from "secret") (not $token.secretName) -}}
 {{- fail "upstream.token.secretName is missing: upstream.token.from is secret" -}}
@@ -230,6 +233,9 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- range $v.extraEnv -}}
 {{- if regexMatch "^SHIM_(STORE|CLUSTER)__" .name -}}
 {{- fail (printf "extraEnv: %s is the chart's to set; a database's URL stands in a Secret: store.postgresql.secretName" .name) -}}
+{{- end -}}
+{{- if or (hasPrefix "SHIM_" .name) (eq .name "POD_IP") -}}
+{{- fail (printf "extraEnv: %s would hide what the chart sets, and a variable beats the file, so that a change of config needed a restart; use config, upstream, admin or ports" .name) -}}
 {{- end -}}
 {{- if and (eq .name "PGPASSWORD") .value -}}
 {{- fail "extraEnv: PGPASSWORD would stand in the Deployment and in the release's history; put the password into the Secret: store.postgresql.passwordKey" -}}

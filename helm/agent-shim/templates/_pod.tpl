@@ -16,10 +16,14 @@ readinessProbe:
   {{- include "agent-shim.probe" (dict "path" "/readyz" "period" 10 "failures" 3) | nindent 2 }}
 livenessProbe:
   {{- include "agent-shim.probe" (dict "path" "/healthz" "period" 10 "failures" 6) | nindent 2 }}
+{{- with .Values.resources }}
 resources:
-  {{- toYaml .Values.resources | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.securityContext }}
 securityContext:
-  {{- toYaml .Values.securityContext | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 terminationMessagePath: /dev/termination-log
 terminationMessagePolicy: FallbackToLogsOnError
 volumeMounts:
@@ -202,8 +206,10 @@ enableServiceLinks: false
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- with .Values.podSecurityContext }}
 securityContext:
-  {{- toYaml .Values.podSecurityContext | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 volumes:
   {{- include "agent-shim.volumes" . | nindent 2 }}
 {{- end }}

@@ -38,6 +38,13 @@ matchConditions:
   - name: no-volume-has-our-name
     expression: >-
       !has(object.spec.volumes) || !object.spec.volumes.exists(v, v.name in {{ include "agent-shim.volumeNames" . }})
+  {{- if not .Values.upstream.url }}
+  # The sidecar has none of the agent's variables, and would not start with such a URL. The gap shows such a pod as well.
+  - name: url-refers-to-no-variable
+    expression: >-
+      !object.spec.containers.exists(c, c.name in {{ include "agent-shim.agentContainers" . }} && has(c.env) &&
+      c.env.exists(e, e.name == "PIPEOPS_API_URL" && has(e.value) && e.value.contains("$(")))
+  {{- end }}
   {{- else }}
   - name: calls-somebody-else
     expression: >-
@@ -52,8 +59,9 @@ variables:
     expression: object.spec.containers[variables.index]
   - name: names
     expression: "has(variables.agent.env) ? variables.agent.env.map(e, e.name) : []"
+  # Of several entries with one name the last one counts.
   - name: url
-    expression: 'variables.names.indexOf("PIPEOPS_API_URL")'
+    expression: 'variables.names.lastIndexOf("PIPEOPS_API_URL")'
   - name: env
     expression: '"/spec/containers/" + string(variables.index) + "/env"'
   - name: place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -16,10 +17,15 @@ from shim.cli.inject.settings import read as read_settings
 from shim.cli.inject.sidecar import NAME, InjectError
 from shim.config.files import reason
 
+_IMAGE = re.compile(
+    r"(?:[A-Za-z0-9.-]+(?::\d+)?/)?[a-z0-9._-]+(?:/[a-z0-9._-]+)*(?::[\w][\w.-]{0,127})?(?:@sha256:[0-9a-f]{64})?",
+    re.ASCII,
+)
+
 
 @click.command("inject")
 @click.option("-f", "--filename", metavar="FILE", default="-", help="The manifest; - or nothing: standard input.")
-@click.option("--image", default=f"{NAME}:{__version__}", show_default=True, help="Where your clusters pull it from.")
+@click.option("--image", default="", metavar="IMAGE", help="Where your clusters pull the sidecar from. Required.")
 @click.option("--container", default="", metavar="NAME", help="The agent's container, if it is none of the vendor's.")
 @click.option("--own-token", is_flag=True, help="Use the token that the agent sends instead of reading its Secret.")
 @click.option("--config-map", default=NAME, show_default=True, metavar="NAME", help="The shim's configuration.")
@@ -46,6 +52,12 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
     if (path or sets) and (no_config or remove or check):
         raise click.UsageError(
             "--config and --set are for the ConfigMap that is written: not with --no-config, --remove, --check"
+        )
+    if not (remove or check) and not _IMAGE.fullmatch(image):
+        # A native sidecar whose image cannot be pulled keeps the agent from starting.
+        raise click.UsageError(
+            f"--image must say where your clusters pull the sidecar from: registry.example.com/{NAME}:{__version__}, "
+            f"or {NAME}:{__version__} where the nodes have the image already"
         )
     try:
         # Read as bytes: reading text would turn CRLF into LF.

@@ -211,7 +211,9 @@ def _load(yaml: Any, text: str) -> Any:
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1} of a document" if mark else ""
-        raise InjectError(f"not valid YAML{where}: {getattr(error, 'problem', None) or 'cannot be read'}") from None
+        # The library names the value of a key that stands twice, which may be a token.
+        problem = (getattr(error, "problem", None) or "cannot be read").partition(" with value ")[0]
+        raise InjectError(f"not valid YAML{where}: {problem}") from None
 
 
 def _patch(original: str, before: str, after: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shim.cli.inject.sidecar import API_URL, NAME, OPT_OUT_LABEL, InjectError, is_agent
+from shim.cli.inject.sidecar import API_URL, NAME, OPT_OUT_LABEL, InjectError, env_entry, is_agent, leads_to_loopback
 
 _ALIVE = frozenset({"Pending", "Running"})
 _KUBECTL_S = 20
@@ -74,9 +74,9 @@ def _fault(spec: Mapping[str, Any], container: Mapping[str, Any]) -> str:
     has_sidecar = any(each.get("name") == NAME for each in spec.get("initContainers") or [])
     if spec.get("hostNetwork"):
         return "uses hostNetwork: it cannot have a sidecar, send it to a gateway"
-    url = next((entry.get("value") for entry in container.get("env") or [] if entry.get("name") == API_URL), None)
-    on_loopback = str(url).startswith("http://127.0.0.1:")
-    calls_us = on_loopback or f"{NAME}." in str(url)
+    url = str((env_entry(container, API_URL) or {}).get("value"))
+    on_loopback = leads_to_loopback(url)
+    calls_us = on_loopback or f"{NAME}." in url
     if not has_sidecar and not calls_us:
         return "has no sidecar: it was made before the injection, or was not matched; restart its Deployment"
     if not calls_us:

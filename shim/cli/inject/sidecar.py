@@ -10,8 +10,10 @@ from collections.abc import Mapping, MutableMapping, MutableSequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from shim import __version__
+from shim.config.settings import is_loopback
 
 NAME = "agent-shim"
 INJECTED_LABEL = "agent-shim/sidecar"
@@ -138,19 +140,16 @@ def recognise(agent: Mapping[str, Any], image: str, config_map: str, own_token: 
     That is a Secret as a whole, or entries key by key. Raises `InjectError` if the manifest does not show it.
     """
     names = [source["secretRef"]["name"] for source in agent.get("envFrom") or [] if "secretRef" in source]
-    url = _entry(agent, API_URL)
+    url = env_entry(agent, API_URL)
     upstream: Mapping[str, Any] | None = None
     if url is not None:
         upstream = {key: url[key] for key in ("value", "valueFrom") if key in url}
-        if str(upstream.get("value", "")).startswith("http://127.0.0.1"):
-            raise InjectError(
-                f"{API_URL} of container {agent['name']} is {upstream['value']} already: set the real URL"
-            )
+        _check_address(str(upstream.get("value", "")), agent["name"])
     elif names:
         upstream = {"valueFrom": {"secretKeyRef": {"name": names[0], "key": API_URL, "optional": True}}}
     if own_token:
         return Sidecar(image, upstream, "", "", config_map)
-    token = _entry(agent, TOKEN)
+    token = env_entry(agent, TOKEN)
     if token is not None:
         reference = (token.get("valueFrom") or {}).get("secretKeyRef")
         if reference is None:
@@ -161,20 +160,34 @@ def recognise(agent: Mapping[str, Any], image: str, config_map: str, own_token: 
     return Sidecar(image, upstream, names[0], TOKEN, config_map)
 
 
+def _check_address(url: str, container: str) -> None:
+    """Raise `InjectError` for a value of `API_URL` that does not lead the sidecar to the controller."""
+    if leads_to_loopback(url):
+        raise InjectError(f"{API_URL} of container {container} is {url} already: set the real URL")
+    if "$(" in url:
+        raise InjectError(
+            f"{API_URL} of container {container} is {url}: the sidecar has none of the agent's variables, write it out"
+        )
+
+
 def add(template: Map, sidecar: Sidecar, agent: Map) -> None:
     """Put the sidecar into a pod template (`metadata`, `spec`) and point its container `agent` to it.
 
-    Raises `InjectError` for pods in the node's network, where loopback is shared with the node.
+    Raises `InjectError` for pods in the node's network, where loopback is shared with the node, and for pods in which a
+    container or a volume has a name of the sidecar's.
     """
     spec = template["spec"]
     if spec.get("hostNetwork"):
         raise InjectError("the pod uses hostNetwork, where 127.0.0.1 is the whole node's: use the chart's gateway mode")
+    taken = {each["name"] for each in [*spec["containers"], *(spec.get("volumes") or [])]}
+    if ours := taken & {NAME, *(volume["name"] for volume in sidecar.volumes)}:
+        raise InjectError(f"the pod has a container or a volume named {min(ours)}, as the sidecar would: rename it")
     _own(_own(template, "metadata", dict), "labels", dict)[INJECTED_LABEL] = "enabled"
     if "initContainers" not in spec:
         _insert(spec, "containers", "initContainers", [])
     _own(spec, "initContainers", list).insert(0, sidecar.container)
     _own(spec, "volumes", list)[:0] = sidecar.volumes
-    env, entry = _own(agent, "env", list), _entry(agent, API_URL)
+    env, entry = _own(agent, "env", list), env_entry(agent, API_URL)
     if entry is not None:
         entry.pop("valueFrom", None)
         entry["value"] = SHIM_URL
@@ -189,9 +202,10 @@ def remove(template: Map) -> bool:
     for container in ours:
         spec["initContainers"].remove(container)
         for agent in spec["containers"]:
-            _give_back(agent, _entry(container, UPSTREAM_URL))
+            _give_back(agent, env_entry(container, UPSTREAM_URL))
     volumes = spec.get("volumes") or []
-    for volume in [volume for volume in volumes if volume["name"].startswith(PREFIX)]:
+    mounted = {mount["name"] for container in ours for mount in container.get("volumeMounts") or []}
+    for volume in [each for each in volumes if each["name"].startswith(PREFIX) and each["name"] in mounted]:
         volumes.remove(volume)
     metadata = template.get("metadata") or {}
     if (metadata.get("labels") or {}).pop(INJECTED_LABEL, None):
@@ -209,7 +223,7 @@ def _drop_empty(parent: Map, key: str) -> None:
 
 
 def _give_back(agent: Map, upstream: Map | None) -> None:
-    entry = _entry(agent, API_URL)
+    entry = env_entry(agent, API_URL)
     if entry is None or entry.get("value") != SHIM_URL:
         return
     reference = ((upstream or {}).get("valueFrom") or {}).get("secretKeyRef") or {}
@@ -221,6 +235,19 @@ def _give_back(agent: Map, upstream: Map | None) -> None:
     entry.update((key, value) for key, value in upstream.items() if key != "name")
 
 
+def env_entry(container: Mapping[str, Any], name: str) -> Any:
+    """Return the env entry of this name; the last one counts, as in Kubernetes."""
+    return next((entry for entry in reversed(container.get("env") or []) if entry.get("name") == name), None)
+
+
+def leads_to_loopback(url: str) -> bool:
+    """Return True for a URL whose host is this pod itself."""
+    try:
+        return is_loopback(urlsplit(url).hostname or "")
+    except ValueError:
+        return False
+
+
 def is_agent(container: Mapping[str, Any], template: Mapping[str, Any]) -> bool:
     """Return True if this is the vendor's agent: by its container's name, and by other marks of the vendor."""
     name = container.get("name")
@@ -228,11 +255,6 @@ def is_agent(container: Mapping[str, Any], template: Mapping[str, Any]) -> bool:
         return False
     around = f"{container}{(template.get('metadata') or {}).get('labels')}".lower()
     return name != "agent" or "pipeops" in around
-
-
-def _entry(container: Mapping[str, Any], name: str) -> Any:
-    """Return the env entry of this name; the last one counts, as in Kubernetes."""
-    return next((entry for entry in reversed(container.get("env") or []) if entry.get("name") == name), None)
 
 
 def _own(parent: Map, key: str, kind: type) -> Any:

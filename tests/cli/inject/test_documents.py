@@ -92,7 +92,7 @@ def test_the_form_of_the_text_is_kept(shape: str, form: str) -> None:
 def test_the_command_writes_the_bytes_that_it_read(form: str, tmp_path: Path) -> None:
     file = tmp_path / "agent.yaml"
     file.write_bytes(FORMS[form](MINIMAL).encode())
-    injected = agent_shim_bytes("--own-token", "-f", str(file))
+    injected = agent_shim_bytes("--image", IMAGE, "--own-token", "-f", str(file))
     file.with_name("with.yaml").write_bytes(injected)
     assert agent_shim_bytes("--remove", "-f", str(file.with_name("with.yaml"))) == file.read_bytes()
 
@@ -232,6 +232,12 @@ def test_an_agent_that_opted_out_is_none() -> None:
         ("          envFrom:\n            - secretRef:\n                name: pipeops-agent-config\n", "", "no Secret"),
         ("- name: agent\n", "- name: web\n", "no agent in it"),
         ("kind: Deployment", "kind: Deployment\n  x: [", "not valid YAML in line"),
+        (
+            "      volumes:\n",
+            "      volumes:\n        - {name: agent-shim-store}\n",
+            "named agent-shim-store",
+        ),
+        ("      containers:\n", "      containers:\n        - name: agent-shim\n", "named agent-shim, as"),
     ],
 )
 def test_what_cannot_be_done_is_said(old: str, new: str, said: str) -> None:
@@ -244,6 +250,9 @@ def test_what_cannot_be_done_is_said(old: str, new: str, said: str) -> None:
     "old, new, said",
     [
         ("https://api.pipeops.sh", "http://127.0.0.1:9000", "is http://127.0.0.1:9000 already"),
+        ("https://api.pipeops.sh", "http://localhost:7080/", "is http://localhost:7080/ already"),
+        ("https://api.pipeops.sh", "http://[::1]:7080", "already: set the real URL"),
+        ("https://api.pipeops.sh", "https://$(REGION).example", "none of the agent's variables"),
         (
             BY_REFERENCE,
             "value: in-the-open\n",
@@ -277,17 +286,45 @@ def test_the_command_reads_files_and_stdin(tmp_path: Path) -> None:
 )
 def test_a_file_that_cannot_be_read_is_named_once(make: Callable[[Path], object], told: str, tmp_path: Path) -> None:
     make(tmp_path / "agent.yaml")
-    done = agent_shim("--filename", str(tmp_path / "agent.yaml"))
+    done = agent_shim("--image", IMAGE, "--filename", str(tmp_path / "agent.yaml"))
     assert (done.returncode, done.stderr) == (1, f"Error: {tmp_path / 'agent.yaml'} {told}\n")
 
 
 def test_a_dry_run_shows_the_difference_and_an_error_ends_with_1(tmp_path: Path) -> None:
-    shown = agent_shim("--dry-run", "--no-config", stdin=vendor_text("installer")).stdout.splitlines()
+    shown = agent_shim("--image", IMAGE, "--dry-run", "--no-config", stdin=vendor_text("installer")).stdout.splitlines()
     assert [line for line in shown if line.startswith("-")] == ["--- stdin"]
     assert "+        - name: PIPEOPS_API_URL" in shown
-    failed = agent_shim(stdin="kind: ConfigMap\n")
+    failed = agent_shim("--image", IMAGE, stdin="kind: ConfigMap\n")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert "no agent in it" in failed.stderr
-    missing = agent_shim("-f", str(tmp_path / "none.yaml"))
+    missing = agent_shim("--image", IMAGE, "-f", str(tmp_path / "none.yaml"))
     assert missing.returncode == 1
     assert "cannot be read" in missing.stderr
+
+
+@pytest.mark.parametrize("image", [(), ("--image=",), ("--image=https://r.example/x",), ("--image=r.example/a b",)])
+def test_an_image_must_be_given_that_can_be_pulled(image: tuple[str, ...]) -> None:
+    done = agent_shim(*image, stdin=vendor_text("manifest"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--image must say where your clusters pull the sidecar from" in done.stderr
+
+
+@pytest.mark.parametrize("image", ["agent-shim:0.1.0", "r.example:5000/team/agent-shim@sha256:" + "a" * 64])
+def test_images_of_every_form_are_taken(image: str) -> None:
+    done = agent_shim("--image", image, stdin=vendor_text("manifest"))
+    assert container(pod_of(done.stdout), "agent-shim")["image"] == image
+
+
+def test_an_error_of_the_manifest_shows_no_value() -> None:
+    with pytest.raises(InjectError) as refused:
+        inject("stringData:\n  PIPEOPS_TOKEN: first-secret\n  PIPEOPS_TOKEN: second-secret\n", OPTIONS)
+    assert str(refused.value) == 'not valid YAML in line 3 of a document: found duplicate key "PIPEOPS_TOKEN"'
+
+
+def test_removal_leaves_volumes_of_others_whatever_they_are_called() -> None:
+    volumes = "      volumes: [{name: agent-shim-certs, emptyDir: {}}]\n      containers:\n"
+    text = vendor_text("installer").replace("      containers:\n", volumes)
+    assert "agent-shim-certs" in text
+    once = inject(text, OPTIONS)
+    assert "agent-shim-certs" in {volume["name"] for volume in pod_of(once)["spec"]["volumes"]}
+    assert documents(remove(once)) == documents(text)

@@ -190,13 +190,26 @@ def test_the_post_renderer_takes_manifest_shapes_and_adds_the_config_map_if_aske
         ((), ("name: pipeops-agent\n", "name: other\n"), "no Deployment of the agent"),
         (("--colour",), ("", ""), "unknown argument --colour"),
         (("--install", "magic"), ("", ""), "--install is chart or manifest"),
+        (("--install",), ("", ""), "--install is chart or manifest"),
+        (("--image", ""), ("", ""), "--image must say where"),
+        (("--image", "https://r.example/x"), ("", ""), "--image must say where"),
+        (("--image", 'r.example/x"'), ("", ""), "--image must say where"),
+        (("--image",), ("", ""), "--image must say where"),
     ],
 )
 @pytest.mark.needs("kubectl")
 def test_the_post_renderer_refuses(args: tuple[str, ...], change: tuple[str, str], said: str) -> None:
     script = POST_RENDERER / "agent-shim-sidecar.sh"
     with pytest.raises(Refused, match=said):
-        run(script, "--install", "manifest", *args, stdin=vendor_text("manifest").replace(*change))
+        run(script, "--image", IMAGE, "--install", "manifest", *args, stdin=vendor_text("manifest").replace(*change))
+
+
+@pytest.mark.needs("kubectl")
+def test_the_post_renderer_asks_for_an_image_and_takes_windows_line_ends() -> None:
+    script, text = POST_RENDERER / "agent-shim-sidecar.sh", vendor_text("chart")
+    with pytest.raises(Refused, match="--image must say where"):
+        run(script, stdin=text)
+    assert pod_of(run(script, "--image", IMAGE, stdin=text.replace("\n", "\r\n"))) == by_command("chart")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -280,6 +293,27 @@ class TestPolicy:
         pod["spec"]["containers"][0].setdefault("env", []).append({"name": "PIPEOPS_API_URL", "value": url})
         made = admit(policy(), pod, NAMESPACE)
         assert env_of(container(made, "agent-shim"))["SHIM_UPSTREAM__URL"]["secretKeyRef"]["key"] == "PIPEOPS_API_URL"
+
+    @pytest.mark.parametrize("mode", ["sidecar", "gateway"])
+    def test_the_last_of_several_entries_with_one_name_counts(self, mode: str) -> None:
+        pod = pod_of(vendor_text("manifest"))
+        urls = [{"name": "PIPEOPS_API_URL", "value": f"https://{name}.example"} for name in ("first", "last")]
+        pod["spec"]["containers"][0].setdefault("env", []).extend(urls)
+        made = admit(policy(f"mode={mode}"), pod, NAMESPACE)
+        # As in Kubernetes, of entries with one name `env_of` shows the last one.
+        assert env_of(container(made, "agent"))["PIPEOPS_API_URL"].startswith("http://")
+        if mode == "sidecar":
+            assert env_of(container(made, "agent-shim"))["SHIM_UPSTREAM__URL"] == "https://last.example"
+
+    def test_a_url_that_refers_to_the_agents_variables_leaves_the_pod_as_it_is(self) -> None:
+        pod = pod_of(vendor_text("chart"))
+        (entry,) = [e for e in pod["spec"]["containers"][0]["env"] if e["name"] == "PIPEOPS_API_URL"]
+        entry["value"] = "https://$(REGION).example"
+        assert admit(policy("agent.install=chart"), pod, NAMESPACE) == pod
+        (found,) = agents([pod])
+        assert "has no sidecar" in found.fault
+        given = admit(policy("agent.install=chart", "upstream.url=https://c.example"), pod, NAMESPACE)
+        assert env_of(container(given, "pipeops-agent"))["PIPEOPS_API_URL"] == "http://127.0.0.1:7080"
 
     def test_a_url_that_the_values_give_is_the_only_one(self) -> None:
         made = admit(

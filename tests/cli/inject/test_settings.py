@@ -13,12 +13,13 @@ from shim.cli.inject.settings import read
 from shim.cli.inject.sidecar import STORE_DIR, InjectError
 from shim.config import loader
 from shim.errors import ConfigError
-from tests.cli.inject.test_documents import agent_shim
+from tests.cli.inject.test_documents import IMAGE, agent_shim
 from tests.support.manifests import documents, one, vendor_text
 
 
 def injected(*args: str) -> dict[str, Any]:
     """The files of the ConfigMap, by name; the configuration as data."""
+    args = ("--image", IMAGE, *args)
     done = agent_shim(*args, stdin=vendor_text("installer"))
     assert (done.returncode, done.stderr) == (0, "")
     files: dict[str, Any] = one(documents(done.stdout), "ConfigMap")["data"]
@@ -91,7 +92,7 @@ def test_what_has_no_place_in_the_pod(item: str, reason: str) -> None:
 def test_a_bad_file_ends_the_command_before_anything_is_written(tmp_path: Path) -> None:
     file = tmp_path / "shim.yaml"
     file.write_text("mode: of\nlisten: {port: high}\n")
-    done = agent_shim("--config", str(file), stdin=vendor_text("installer"))
+    done = agent_shim("--image", IMAGE, "--config", str(file), stdin=vendor_text("installer"))
     assert (done.returncode, done.stdout) == (2, "")
     assert "mode" in done.stderr
     assert "listen.port" in done.stderr
