@@ -18,6 +18,7 @@ import msgspec
 from ruamel.yaml import YAML
 
 from shim.cli.inject.sidecar import API_URL, INJECTED_LABEL, NAME, SHIM_URL, UPSTREAM_URL, Sidecar
+from shim.config.loader import REMOVED
 from shim.config.rules import BOUNDS, PATTERNS
 from shim.config.settings import Settings
 
@@ -54,6 +55,9 @@ def _config_schema() -> dict[str, Any]:
         for name in path:
             parent, section = parent[section]["properties"], name
         del parent[section]
+    for key in REMOVED:
+        if "." not in key:
+            config["properties"][key] = {"type": "object"}
     config["description"] = "The shim's own configuration; docs/reference/configuration.md."
     return config
 

@@ -89,7 +89,7 @@ def main(
         log.warning("few_open_files", hint="Raise the limit of open files: it is below listen.max_connections.")
     if not private:
         log.warning("memory_not_private", hint="The kernel keeps core dumps enabled; they would contain tokens.")
-    for warning in find_warnings(settings, os.environ):
+    for warning in find_warnings(settings, os.environ, config_path):
         log.warning("config_doubtful", warning=warning)
 
     def load() -> Settings:

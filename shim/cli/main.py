@@ -134,7 +134,7 @@ def check_config(config: str | None, sets: tuple[str, ...]) -> None:
     from shim.config.warnings import find_warnings
 
     settings = load(config, os.environ, sets)
-    for warning in find_warnings(settings, os.environ):
+    for warning in find_warnings(settings, os.environ, config):
         click.echo(f"warning: {warning}", err=True)
     click.echo(dump(settings), nl=False)
 

@@ -21,6 +21,8 @@ from shim.errors import ConfigError, Fault
 from shim.redaction import basic_credentials
 
 ENV_PREFIX = "SHIM_"
+REMOVED = frozenset({"shards", "store.credentials_file", "store.replicas"})
+"""Sections and keys of earlier versions that had an effect on stores in NATS only. They are ignored, with a warning."""
 _RELOADABLE = frozenset({"mode", "rollout", "fallback", "heartbeat", "poll", "commands"})
 _MAX_SECRET_BYTES = 65_536
 _MAX_FILE_BYTES = 262_144  # parsing this many takes a second, and it is far more than a person writes
@@ -61,6 +63,14 @@ def given_keys(path: str | None, sets: Iterable[str]) -> list[str]:
     for dotted, text in _from_sets(sets, faults):
         _put(tree, dotted, _as_map(dotted, text, faults) if dotted in maps else text)
     return [key for key, _, _ in leaves() if _is_given(tree, key)]
+
+
+def removed_keys(path: str | None, env: Mapping[str, str]) -> list[str]:
+    """Return the keys of `REMOVED` that the file or `env` still has. Nothing is checked."""
+    tree = _read_file(path, [], reload=False) if path is not None else {}
+    for dotted, text in _from_env(env):
+        _put(tree, dotted, text)
+    return sorted(key for key in REMOVED if _is_given(tree, key))
 
 
 def apply_reloadable(running: Settings, fresh: Settings) -> Settings:
@@ -383,6 +393,8 @@ def _section(cls: type[Any], value: Any, path: str, faults: list[Fault]) -> Any:
         shown = shown_key(key)
         dotted = f"{path}.{shown}" if path else shown
         field = fields.get(key) if isinstance(key, str) else None
+        if dotted in REMOVED:
+            continue
         if field is None:
             hint = _suggestion(shown, path, fields) if len(faults) < _MAX_SUGGESTIONS else ""
             faults.append(Fault(dotted, f"unknown key{hint}{_source(below)}"))

@@ -1,4 +1,4 @@
-"""Warnings for likely mistakes: variables with misspelt names, and files that do not exist."""
+"""Warnings for likely mistakes: variables with misspelt names, files that do not exist, and removed keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from operator import attrgetter
 
 from shim.config.files import reason, require_regular
-from shim.config.loader import ENV_PREFIX, is_read, leaves, read_secret
+from shim.config.loader import ENV_PREFIX, is_read, leaves, read_secret, removed_keys
 from shim.config.settings import Settings
 from shim.errors import ConfigError
 
@@ -20,9 +20,13 @@ _OF_A_SERVICE = re.compile(
 _ADDRESS = re.compile(r"(?:tcp|udp|sctp)://")
 
 
-def find_warnings(settings: Settings, env: Mapping[str, str]) -> list[str]:
-    """Return one sentence for each likely mistake. No sentence contains the value of a secret key."""
-    found = [*_variables(env), *_files(settings)]
+def find_warnings(settings: Settings, env: Mapping[str, str], path: str | None = None) -> list[str]:
+    """Return one sentence for each likely mistake in settings that were loaded from the file `path` and from `env`.
+
+    No sentence contains the value of a secret key.
+    """
+    removed = [f"{key} has no effect: stores in NATS are gone, remove it" for key in removed_keys(path, env)]
+    found = [*removed, *_variables(env), *_files(settings)]
     more = len(found) - _MAX_SHOWN
     return found[:_MAX_SHOWN] + [f"and {more} more"] * (more > 0)
 

@@ -33,6 +33,16 @@ def test_a_variable_that_is_nearly_ours_is_named_without_its_value(name: str, me
     assert "hunter2" not in warning
 
 
+def test_keys_that_were_removed_with_the_stores_in_nats_are_named(tmp_path: Path) -> None:
+    file, env = tmp_path / "shim.yaml", {"SHIM_STORE__CREDENTIALS_FILE": ""}
+    file.write_text("store: {replicas: 3}\nshards: {count: 0}\n")
+    assert load(str(file), env, ["shards.count=0"]) == Settings()
+    assert find_warnings(Settings(), env, str(file)) == [
+        f"{key} has no effect: stores in NATS are gone, remove it"
+        for key in ("shards", "store.credentials_file", "store.replicas")
+    ]
+
+
 def test_an_unknown_section_is_named() -> None:
     assert find_warnings(Settings(), {"SHIM_QQQ__ZZZ": "x"}) == [
         "environment: SHIM_QQQ__ZZZ is not read: there is no such section"

@@ -181,6 +181,10 @@ http://127.0.0.1:{{ .Values.ports.legacy }}
 {{- fail (printf "%s cannot be the name of a Service, which begins with a letter: set fullnameOverride" (include "agent-shim.fullname" .)) -}}
 {{- end -}}
 {{- $registry := $v.image.registry | default (regexFind "^([^/]*[.:][^/]*|localhost)/" $v.image.repository) -}}
+{{- $nats := .Values.store.nats | default dict -}}
+{{- if or .Values.store.url $nats.urlSecretName -}}
+{{- fail "store.url and store.nats: stores in NATS are gone; several replicas need store.postgresql.secretName (UPGRADING.md)" -}}
+{{- end -}}
 {{- if not (or $registry $v.image.allowBareName) -}}
 {{- fail "image.registry is missing: where you pushed the image, for example --set image.registry=registry.example.com/team (image.allowBareName=true if the nodes have an image of that bare name)" -}}
 {{- end -}}

@@ -109,7 +109,8 @@ def _examine_given(options: _Options, report: Report) -> None:
     shim = runner.find_running_shim(settings, given(options.url) if options.url else None, admin_token)
     found, token = runner.examine(settings, shim, options.token_file, source.environ, dial=options.dial)
     redaction.add(token)
-    report.add(runner.configuration(source.describe(), settings, find_warnings(settings, source.environ)))
+    warnings = find_warnings(settings, source.environ, source.path)
+    report.add(runner.configuration(source.describe(), settings, warnings))
     if shim.configuration:
         report.add(sources.compare(settings, shim.configuration))
     report.add(found)
