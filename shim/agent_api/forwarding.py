@@ -12,6 +12,7 @@ from aiohttp.http_parser import RawRequestMessage
 from shim.agent_api.connection import RequestContext
 from shim.core.agent_calls import AgentCall
 from shim.ports import Caller, ProxyRequest, ProxyResponse
+from shim.protocol.http import header_bytes, header_text
 
 _ORIGIN = re.compile(r"\A[A-Za-z][A-Za-z0-9+.\-]*://[^/?#]*", re.ASCII)
 _BODILESS = frozenset({204, 304})
@@ -36,7 +37,7 @@ def forwarded(request: RequestContext, base_path: str, caller: Caller, call: Age
 
 def headers_of(message: RawRequestMessage) -> tuple[tuple[str, str], ...]:
     """Return all headers of a request as received."""
-    return tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in message.raw_headers)
+    return tuple((header_text(name), header_text(value)) for name, value in message.raw_headers)
 
 
 def target_of(raw_target: str, base_path: str) -> str:
@@ -72,7 +73,7 @@ def head(
         lines.append(f"{hdrs.TRANSFER_ENCODING}: chunked")
     if not keep or not (framed or http11):
         lines.append(f"{hdrs.CONNECTION}: close")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace"), chunked
+    return header_bytes("\r\n".join([*lines, "", ""])), chunked
 
 
 def chunk(piece: bytes) -> bytes:

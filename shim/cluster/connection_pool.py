@@ -33,6 +33,7 @@ from cryptography.x509.oid import NameOID
 from shim.agent_api.internal import HEARTBEATS, Note, note
 from shim.core.leases import Member
 from shim.errors import AgentError
+from shim.protocol.http import header_text
 
 LASTS = timedelta(days=3650)
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - a file that only we may read, for the moment in which it is loaded
@@ -212,7 +213,7 @@ class ReplicaConnection(ResponseHandler):
 
 
 def _decoded(message: RawResponseMessage, body: StreamReader) -> ReplicaReply:
-    headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in message.raw_headers)
+    headers = tuple((header_text(name), header_text(value)) for name, value in message.raw_headers)
     length = message.headers.get(hdrs.CONTENT_LENGTH)
     if body is EMPTY_PAYLOAD:
         size: int | None = 0

@@ -26,6 +26,7 @@ from shim.core.leases import ClockOffset, Member
 from shim.errors import AgentError
 from shim.metrics import ClusterMetrics
 from shim.ports import Clock, ProxyRequest, ProxyResponse
+from shim.protocol.http import header_bytes
 
 PATIENCE_S = 10.0
 """How long a call waits for an owner: longer than a takeover takes, shorter than agents wait for an answer."""
@@ -262,4 +263,4 @@ def _head(request: ProxyRequest, arrived: str) -> bytes:
         lines.append("Transfer-Encoding: chunked")
     elif request.body or request.method not in ("GET", "HEAD"):
         lines.append(f"Content-Length: {len(request.body)}")
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+    return header_bytes("\r\n".join(lines) + "\r\n\r\n")

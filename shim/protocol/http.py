@@ -17,6 +17,22 @@ def bearer(authorization: str | None) -> str | None:
     return token if token.isascii() and token.isprintable() and " " not in token else None
 
 
+def header_text(raw: bytes) -> str:
+    """Return a part of a head as text that `header_bytes` turns into the same bytes, if they are UTF-8.
+
+    Other bytes are read as Latin-1: aiohttp's client drops what it cannot encode.
+    """
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def header_bytes(text: str) -> bytes:
+    """Return the bytes of a part of a head. In a reply that aiohttp's client has read they are as they came."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def host_name(host: str) -> str:
     """Return the name or address in a Host header, in lower case, without port, brackets and final dot."""
     name, colon, port = host.lower().rpartition(":")

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from shim.agent_api.forwarding import head
 from shim.config.settings import Fallback, Upstream
 from shim.fallback.reverse_proxy import MAX_READ_BYTES, ReverseProxy, Unreachable
 from shim.ports import Caller, ProxyRequest, ProxyResponse
+from shim.protocol.http import header_text
 
 DIALLING = Fallback().dialling(Upstream())
 
@@ -89,6 +91,28 @@ async def test_only_hop_by_hop_headers_and_the_host_are_changed() -> None:
         "X-Kept": ["1", "2"],
         "Content-Length": ["2"],
     }
+
+
+async def test_bytes_beyond_ascii_in_headers_arrive_as_they_came_in_both_directions() -> None:
+    arrived: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        arrived.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nX-Utf: c\xc3\xa4f\r\nX-Latin: c\xe4f\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    proxy = ReverseProxy({})
+    try:
+        headers = [("X-Utf", header_text(b"c\xc3\xa4f")), ("X-Latin", header_text(b"c\xe4f"))]
+        base = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        reply = await proxy.send(base, DIALLING, request(method="GET", headers=headers), None, whole=False)
+    finally:
+        await proxy.close()
+        server.close()
+    assert b"X-Utf: c\xc3\xa4f\r\nX-Latin: c\xc3\xa4f\r\n" in arrived[0]
+    assert b"X-Utf: c\xc3\xa4f\r\nX-Latin: c\xe4f\r\n" in head(reply, {}, keep=True, http11=True)[0]
 
 
 async def test_the_upstream_token_may_stand_in_for_the_agents() -> None:
