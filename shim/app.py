@@ -7,11 +7,10 @@ import contextlib
 import os
 import random
 import signal
-import threading
 import uuid
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from shim import __version__
 from shim.admin import AdminServer
@@ -22,11 +21,9 @@ from shim.config import loader
 from shim.config.files import FileWatcher
 from shim.config.reloader import ConfigReloader
 from shim.config.settings import Settings
-from shim.config.warnings import find_warnings
 from shim.errors import ConfigError, StartError, StoreError, StoreVersionError, describe
 from shim.fallback import sunset_headers
-from shim.log import Logs, capture_stray_output, get
-from shim.log import setup as set_up_log
+from shim.log import Logs, get
 from shim.management.command_api import CommandApi
 from shim.management.health import Health
 from shim.management.recent_events import RecentEvents
@@ -37,15 +34,9 @@ from shim.notify import Notifier
 from shim.ports import AgentService, CommandStore, DeliveryEvidence, UpstreamPort
 from shim.process import (
     LoopLagMeter,
-    check_ready_file,
-    disable_core_dumps,
-    loop_factory,
-    occupy_standard_streams,
-    raise_fd_limit,
     report_loop_error,
     security_warnings,
     trim_heap,
-    tune_gc,
     write_ready_file,
 )
 from shim.protocol import dialects
@@ -62,64 +53,9 @@ EXIT_INTERNAL = 70
 EXIT_STORE_VERSION = 78
 STOP_S = 3.4
 STEP_S = 0.25
-FORCED_STOP_S = 4.2
-FORCED_FLUSH_S = 0.3
 
 Start = Callable[[], Coroutine[Any, Any, None]]
 Undo = Callable[[], Coroutine[Any, Any, None]]
-
-
-def main(
-    config_path: str | None, sets: tuple[str, ...], ready_file: str | None, kind: type[App] | None = None
-) -> NoReturn:
-    """Run the shim until SIGTERM or SIGINT, then exit the process with code 0, 2, 70 or 78.
-
-    `kind` is `App` or a subclass of it. Raises `ConfigError` before anything was started.
-    """
-    files = FileWatcher()
-    files.changed({"config": config_path})  # called before the file is read, so that no later change is missed
-    occupy_standard_streams()
-    private = disable_core_dumps()
-    settings = loader.load(config_path, os.environ, sets)
-    check_ready_file(ready_file)
-    logging = set_up_log(settings.log.level, settings.log.format)
-    capture_stray_output()
-    connections = settings.listen.max_connections + settings.upstream.max_links
-    if raise_fd_limit(connections) < connections:
-        log.warning("few_open_files", hint="Raise the limit of open files: it is below listen.max_connections.")
-    if not private:
-        log.warning("memory_not_private", hint="The kernel keeps core dumps enabled; they would contain tokens.")
-    for warning in find_warnings(settings, os.environ, config_path):
-        log.warning("config_doubtful", warning=warning)
-
-    def load() -> Settings:
-        return loader.load(config_path, os.environ, sets, reload=True)
-
-    app = (kind or App)(settings, load, logging, config_path, ready_file, files)
-    app.stop_began = partial(_end_in_time, logging)
-    tune_gc()
-    try:
-        code = asyncio.Runner(loop_factory=loop_factory()).run(app.run())
-    except BaseException:
-        log.exception("stopped_by_fault")
-        code = EXIT_INTERNAL
-    logging.close()
-    # Everything durable is closed. A normal exit would wait for threads that cannot be cancelled: `getaddrinfo` takes
-    # many seconds if the name server does not answer.
-    os._exit(code)
-
-
-def _end_in_time(logging: Logs) -> None:
-    """Start a thread that ends the process if the event loop does not: a disk that hangs may block the loop."""
-
-    def end() -> None:
-        log.error("stop_forced", hint="A part did not stop in time. Everything that was acknowledged is on disk.")
-        logging.flush(FORCED_FLUSH_S)
-        os._exit(EXIT_INTERNAL)
-
-    timer = threading.Timer(FORCED_STOP_S, end)
-    timer.daemon = True
-    timer.start()
 
 
 class App:

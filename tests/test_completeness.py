@@ -39,6 +39,7 @@ ELSEWHERE = {
     "cli/rollout/sources.py": "e2e/test_rollout.py",
     # Types and constants, tried by what uses them.
     "config/settings.py": "config/test_loader.py",
+    "config/yaml_file.py": "config/test_loader.py",
     "core/agent_calls.py": "protocol/dialects/test_requests.py",
     "core/bounds.py": "protocol/dialects/test_bounds.py",
     "core/call_records.py": "core/test_fallback_record.py",

@@ -120,9 +120,9 @@ def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> No
     # Before the event loop handles signals, PID 1 would ignore SIGTERM, and SIGHUP would end the process.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_OK))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    from shim import app
+    from shim import launch
 
-    app.main(config, sets, ready_file)
+    launch.main(config, sets, ready_file)
 
 
 @cli.command("check-config")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
@@ -12,7 +13,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
-import yaml
 
 from shim.config.files import read_regular, reason
 from shim.config.rules import cross_field_faults
@@ -28,8 +28,8 @@ _MAX_SECRET_BYTES = 65_536
 _MAX_FILE_BYTES = 262_144  # parsing this many takes a second, and it is far more than a person writes
 _MAX_FAULTS_SHOWN = 100
 _MIN_WEBHOOK_SECRET_CHARS = 12  # a path such as /alerts is no secret, and masking it would garble other texts
-_MERGE = "tag:yaml.org,2002:merge"
 _MASK = "***"
+_YAML_FILE = "shim.config.yaml_file"
 _PASSWORD = re.compile(r"(?<=://)([^/?#@]*?):[^/?#@]*@")
 _HOST = re.compile(r"^(\w+://)(?:[^/?#@]*@)?([^/?#]*).*", re.DOTALL)
 _USERINFO = re.compile(r"(?<=://)[^/?#@,]*@")
@@ -121,7 +121,9 @@ def _without_query(url: str) -> str:
 
 def dump(settings: Settings) -> str:
     """Return `redacted(settings)` as YAML that `load` can read."""
-    return yaml.safe_dump(redacted(settings), sort_keys=False, allow_unicode=True)
+    from shim.config import yaml_file  # noqa: PLC0415 - see `_read_file`
+
+    return yaml_file.dump(redacted(settings))
 
 
 def read_token(settings: Settings) -> str:
@@ -175,17 +177,28 @@ def secrets(settings: Settings) -> list[str]:
 # --- where values come from ---
 
 
+def forget_yaml() -> None:
+    """Remove the YAML library and what uses it from memory. It is imported again when a file is read again."""
+    for name in list(sys.modules):  # a copy: another thread may import something
+        if name.partition(".")[0] == "yaml" or name == _YAML_FILE:
+            del sys.modules[name]
+    vars(sys.modules[__package__]).pop("yaml_file", None)
+
+
 def _read_file(path: str, faults: list[Fault], *, reload: bool) -> dict[str, Any]:
     try:
         data = read_regular(path, _MAX_FILE_BYTES)
     except (OSError, ValueError) as exc:
         faults.append(Fault("", f"{path} cannot be read: {reason(exc)}"))
         return {}
+    from shim.config import yaml_file  # noqa: PLC0415 - 1.5 MB, which `forget_yaml` frees after the file was read
+
     try:
-        tree = _parse(data, faults)
+        tree, repeated = yaml_file.parse(data)
     except Exception as exc:  # noqa: BLE001 - no file may stop a running shim, whatever the YAML library raises
-        faults.append(Fault("", f"{path} is not valid YAML{_where(exc)}"))
+        faults.append(Fault("", f"{path} is not valid YAML{yaml_file.where(exc)}"))
         return {}
+    faults += [Fault("", f"line {line}: the key {shown_key(key)!r} is given twice") for line, key in repeated]
     if tree is None:
         if reload:
             faults.append(Fault("", f"{path} is empty; write {{}} for a configuration of defaults"))
@@ -194,30 +207,6 @@ def _read_file(path: str, faults: list[Fault], *, reload: bool) -> dict[str, Any
         faults.append(Fault("", f"{path} must be a map of sections"))
         return {}
     return tree
-
-
-def _parse(data: bytes, faults: list[Fault]) -> Any:
-    loader = _Loader(data)
-    try:
-        tree = loader.get_single_data()
-    finally:
-        loader.dispose()
-    faults += loader.faults
-    return tree
-
-
-def _where(exc: Exception) -> str:
-    """Return line, column and problem of a YAML error, without any text of the file, which could be a secret.
-
-    The library's own message has an excerpt. It also names tags, aliases and anchors, and YAML reads a secret as one of
-    these if it begins with `!`, `*` or `&`.
-    """
-    if not isinstance(exc, yaml.MarkedYAMLError) or exc.problem_mark is None:
-        return ""
-    problem = exc.problem or "not understood"
-    if re.search(r"tag|alias|anchor", problem):
-        problem = re.split(r"['\"]", problem)[0].strip()
-    return f": line {exc.problem_mark.line + 1}, column {exc.problem_mark.column + 1}: {problem}"
 
 
 def is_read(name: str) -> bool:
@@ -264,52 +253,6 @@ def _put(tree: dict[Any, Any], dotted: str, value: TextValue | dict[str, Any]) -
         tree[name] = dict(below) if isinstance(below, dict) else {}
         tree = tree[name]
     tree[key] = value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML loader that converts only true, false, null and decimal numbers; all other plain words stay texts.
-
-    `faults` lists keys that are given twice, which YAML forbids and the library accepts.
-    """
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - the library's attribute
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.faults: list[Fault] = []
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Convert a node.
-
-        A value that does not fit its explicit tag (`!!int word`) raises an error with its place, not its text.
-        """
-        try:
-            return super().construct_object(node, deep)
-        except (yaml.YAMLError, RecursionError):
-            raise
-        except Exception:  # noqa: BLE001 - the constructor of each tag raises other exceptions
-            raise yaml.constructor.ConstructorError(None, None, "not a value of its type", node.start_mark) from None
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if isinstance(key, str) and key_node.tag != _MERGE:
-                if key in seen:
-                    where = f"line {key_node.start_mark.line + 1}"
-                    self.faults.append(Fault("", f"{where}: the key {shown_key(key)!r} is given twice"))
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-for _tag, _form, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", [*"-+0123456789"]),
-    ("float", r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
-    ("merge", r"<<", ["<"]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_form})$"), _first)
 
 
 _MAX_KEY_CHARS = 64

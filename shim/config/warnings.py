@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from operator import attrgetter
 
 from shim.config.files import reason, require_regular
@@ -45,6 +44,8 @@ def _variables(env: Mapping[str, str]) -> Iterator[str]:
             continue
         meant = by_letters.get(_letters(folded)) or by_last_part.get(folded.removeprefix(ENV_PREFIX))
         if meant is None:
+            from difflib import get_close_matches  # noqa: PLC0415 - for a warning only
+
             near = get_close_matches(folded[:64], names, n=1, cutoff=0.8)
             meant = near[0] if near else None
         shown = "".join(char if char.isprintable() else "?" for char in name[:64])

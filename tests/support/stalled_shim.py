@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from shim import app
+from shim import app, launch
 from shim.core.records import StoreContents
 from shim.ports import CommandStore
 from shim.store import CallThreadsafe
@@ -44,4 +44,4 @@ if __name__ == "__main__":
     step, command, option, config = sys.argv[1:]
     assert (command, option) == ("run", "--config")
     _StalledApp.store = {"open": _StalledOpen, "close": _StalledClose}[step]
-    app.main(config, (), None, _StalledApp)
+    launch.main(config, (), None, lambda: _StalledApp)

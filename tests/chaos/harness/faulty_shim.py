@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from shim import app
+from shim import app, launch
 from shim.clock import Clock
 from shim.core.agent_calls import AgentCall
 from shim.core.records import Operation, PutCommand, PutResult, StoreContents, StoreOperation
@@ -250,7 +250,7 @@ def main(args: Sequence[str]) -> NoReturn:
     parser.add_argument("--config", required=True)
     given = parser.parse_args(args)
     point, count = given.crash
-    app.main(given.config, (), None, doubtful(Trap(point, int(count)), given.clock))
+    launch.main(given.config, (), None, lambda: doubtful(Trap(point, int(count)), given.clock))
 
 
 if __name__ == "__main__":
