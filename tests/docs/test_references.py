@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-_BINARY = (".png", ".ico", ".woff2", ".gz")
-_GENERATED = ("requirements/", "tests/clients/package-lock.json", "CHANGELOG.md")
+_BINARY = (".png", ".ico", ".woff2")
+_GENERATED = ("requirements/", "tests/clients/package-lock.json", "tests/fixtures/version-before/", "CHANGELOG.md")
 
 # A page, and what follows it: one anchor or several, as in `docs/reference/protocol.md#13-poll, #3-commands`.
 _PAGE = re.compile(r"(?<![\w./-])(docs/[\w./-]+\.(?:md|yaml|json|png))((?:#[\w-]+(?:, (?=#[\w-]))?)*)")
