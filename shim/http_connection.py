@@ -97,6 +97,8 @@ class HttpConnection(RequestHandler):
     Subclasses provide the responses to rejected requests and count them.
     """
 
+    head_limit_bytes = MAX_HEAD_BYTES
+
     __slots__ = (
         "_backlog",
         "_backlog_since_s",
@@ -292,7 +294,7 @@ class HttpConnection(RequestHandler):
         self._raw = data if is_start and end else b""
         piece, rest = (data[:end], data[end:]) if end else (data, b"")
         self._head_bytes += len(piece)
-        excess = max(0, self._head_bytes - MAX_HEAD_BYTES)
+        excess = max(0, self._head_bytes - self.head_limit_bytes)
         try:
             # A head that is malformed before its limit is answered with 400, however its bytes arrive.
             messages, upgraded, _ = self._http.feed_data(piece[: len(piece) - excess])
@@ -468,7 +470,7 @@ class HttpConnection(RequestHandler):
         try:
             return await super().finish_response(request, resp, start_time)
         finally:
-            if not request.keep_alive:
+            if not resp.keep_alive:
                 self.close()  # RFC 9112 section 9.6: bytes behind the last request are ignored, not rejected
             self._request_over()
 

@@ -253,6 +253,7 @@ class ProxyResponse:
     """A response of the vendor's HTTP API without hop-by-hop headers. `body` is whole or in chunks.
 
     `receipt` is as in `CallResult`. `complete` is true if another replica made the reply: no header may be added then.
+    `closes` is true if the connection must close with the reply.
     """
 
     status: int
@@ -260,6 +261,7 @@ class ProxyResponse:
     body: bytes | AsyncGenerator[bytes, None] = field(repr=False)
     receipt: DeliveryReceipt | None = None
     complete: bool = False
+    closes: bool = False
 
 
 class Forwarder(Protocol):

@@ -73,6 +73,8 @@ def head(
         lines.append(f"{hdrs.TRANSFER_ENCODING}: chunked")
     if not keep or not (framed or http11):
         lines.append(f"{hdrs.CONNECTION}: close")
+    elif not http11:
+        lines.append(f"{hdrs.CONNECTION}: keep-alive")
     return header_bytes("\r\n".join([*lines, "", ""])), chunked
 
 

@@ -29,7 +29,8 @@ from shim.agent_api.connection import AgentConnection, ConnectionCount, RequestC
 from shim.agent_api.request_body import read_body
 from shim.agent_api.request_handler import Answer, RequestHandler, Waiting
 from shim.agent_api.response_writer import MISDIRECTED
-from shim.agent_api.server import AgentServer
+from shim.agent_api.server import MAX_HEADERS, AgentServer
+from shim.core.bounds import MAX_HEAD_BYTES, MAX_LINE_BYTES
 from shim.errors import AgentError
 from shim.metrics import Metrics
 from shim.ports import Caller, DeliveryReceipt, ProxyResponse
@@ -45,6 +46,9 @@ RECEIPT_HEADER = "X-Shim-Receipt"  # of a reply that offers commands
 CLOCK_HEADER = "X-Shim-Clock"  # of a reply: the owner's monotonic clock
 OWN_HEADERS = frozenset(map(str.lower, (ARRIVAL_HEADER, RECEIPT_HEADER, CLOCK_HEADER)))
 """Headers that no agent's request and no reply to an agent may carry."""
+ADDED_BYTES = 1024
+"""Room for what another replica adds to the head of a request: a head that is accepted there is accepted here."""
+ADDED_HEADERS = 8
 AFTERWARDS_S = 0.05
 MAX_CALLERS = 16_384
 # A heartbeat that cannot be answered synchronously. The forwarding replica then sends it again as a normal request.
@@ -92,6 +96,8 @@ class PairedConnection(AgentConnection):
 
     Its number is negative, because the positive numbers belong to agents' own connections.
     """
+
+    head_limit_bytes = MAX_HEAD_BYTES + ADDED_BYTES
 
     def __init__(self, secret: str, *args: Any) -> None:
         super().__init__(*args)
@@ -293,6 +299,8 @@ class ClusterListener(AgentServer):
     """The server for requests of other replicas. `owned` and `operate` are as in `ClusterRequestHandler`."""
 
     _section = "cluster"
+    _line_limit_bytes = MAX_LINE_BYTES + ADDED_BYTES
+    _max_headers = MAX_HEADERS + ADDED_HEADERS
 
     def __init__(
         self,

@@ -342,13 +342,15 @@ class RequestHandler:
             request.step = "in_flight"
             self._count_in(request, caller, match.ident)
         limit_bytes = self._listen.max_body_bytes
-        if not is_large(request, limit_bytes):
+        takes_all = self._fallback is not None and self._fallback.scope() is FallbackScope.ALL
+        # Other calls are forwarded with their whole body: a slow one would use up the time of the owner's answer.
+        may_stream = takes_all or match is None or match.route.large
+        if not (may_stream and is_large(request, limit_bytes)):
             request.step = "body"
             check_announcement(request, limit_bytes)
             request.data = await read_body(request, limit_bytes, self._listen.body_timeout_s, self._budget)
         passed = forwarded(request, "", caller, None)
         if request.data is None:
-            takes_all = self._fallback is not None and self._fallback.scope() is FallbackScope.ALL
             limit = math.inf if takes_all else self._listen.max_status_body_bytes
             passed = replace(passed, body=stream_body(request, limit, self._listen.body_timeout_s))
         request.step = "answer"

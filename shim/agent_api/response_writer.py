@@ -102,7 +102,8 @@ class ResponseWriter:
     async def write_proxied(self, request: RequestContext, proxied: ProxyResponse) -> web.StreamResponse:
         """Write a reply of the vendor's API or of another replica, in pieces if it came in pieces."""
         connection, message = request.connection, request.message
-        keep = not message.should_close and not connection.closing and request.payload.is_eof()
+        request.must_close = proxied.closes
+        keep = not (message.should_close or connection.closing or proxied.closes) and request.payload.is_eof()
         more: dict[str, str] = {}
         if not proxied.complete:
             more = {**self._responses.static_headers(), **connection.more_headers(request.receipt)}

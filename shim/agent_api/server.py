@@ -29,6 +29,8 @@ from shim.protocol.dialects import Dialect
 logger = logging.getLogger(__name__)
 RECEIVE_BYTES = 32_768
 """Size of a connection's receive buffer in the kernel, and thereby of one read of the event loop."""
+MAX_HEADERS = 128
+"""Header lines of one request, as aiohttp's default."""
 READ_BYTES = 65_536
 """Half of the bytes that aiohttp buffers of a body before it pauses reading."""
 
@@ -114,6 +116,8 @@ class AgentServer:
     """The HTTP server for agents. Call `start()` and `stop()` once each."""
 
     _section = "listen"
+    _line_limit_bytes = MAX_LINE_BYTES
+    _max_headers = MAX_HEADERS
 
     def __init__(
         self,
@@ -179,8 +183,9 @@ class AgentServer:
             tcp_keepalive=True,
             access_log=None,  # an access log shows request targets, which may contain tokens
             logger=logger,
-            max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_LINE_BYTES,
+            max_line_size=self._line_limit_bytes,
+            max_field_size=self._line_limit_bytes,
+            max_headers=self._max_headers,
             lingering_time=LINGER_S,
             read_bufsize=READ_BYTES,
             auto_decompress=False,  # `request_body` decodes the bodies that the shim itself reads

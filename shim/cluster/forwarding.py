@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 
 from shim.agent_api.internal import (
     ARRIVAL_HEADER,
@@ -213,15 +215,18 @@ class ReplicaForwarder:
             # Some pieces of a streamed body are gone: the next owner would get the request without them.
             raise ReplicaLost(sent=not isinstance(request.body, bytes))
         headers = tuple((name, value) for name, value in reply.headers if name.lower() not in _HOP_BY_HOP | OWN_HEADERS)
+        # The owner rejected the body. It would close its own agents' connections, so this connection closes as well.
+        closes = reply.status >= HTTPStatus.BAD_REQUEST and reply.header("connection") == "close"
+        respond = partial(ProxyResponse, reply.status, headers, complete=True, closes=closes)
         offers = reply.header(RECEIPT_HEADER.lower()) is not None
         if not offers and (reply.length is None or reply.length > WHOLE_BYTES):
-            return ProxyResponse(reply.status, headers, self._stream(connection, reply), complete=True)
+            return respond(self._stream(connection, reply))
         body = await reply.read()
         if offers:
             receipt = RemoteReceipt(self._pool, connection, request.caller.connection)
-            return ProxyResponse(reply.status, headers, body, receipt, complete=True)
+            return respond(body, receipt)
         self._pool.release(connection)
-        return ProxyResponse(reply.status, headers, body, complete=True)
+        return respond(body)
 
     async def _stream(self, connection: ReplicaConnection, reply: ReplicaReply) -> AsyncGenerator[bytes, None]:
         try:
@@ -259,6 +264,8 @@ def _head(request: ProxyRequest, arrived: str) -> bytes:
     """Return the head of a request for the owner, without the headers that concern the agent's connection."""
     lines = [f"{request.method} {request.target} HTTP/1.1", f"{ARRIVAL_HEADER}: {arrived}"]
     lines += [f"{name}: {value}" for name, value in request.headers if name.lower() not in _NOT_SENT | OWN_HEADERS]
+    if not any(name.lower() == "host" for name, _ in request.headers):
+        lines.append("Host: owner")  # an agent's HTTP/1.0 needs none
     if not isinstance(request.body, bytes):
         lines.append("Transfer-Encoding: chunked")
     elif request.body or request.method not in ("GET", "HEAD"):

@@ -5,20 +5,29 @@ Whole, cut anywhere, byte by byte, joined with the requests before and behind th
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+pytest.importorskip("cryptography")
+
 from shim.agent_api import AgentServer, Backends
+from shim.agent_api.internal import ClusterListener, Note, note
+from shim.cluster.connection_pool import ConnectionPool, P, make_identity
+from shim.cluster.forwarding import ReplicaForwarder
 from shim.config.settings import Listen
-from shim.metrics import Metrics
+from shim.core.bounds import MAX_HEAD_BYTES
+from shim.core.leases import Member
+from shim.metrics import ClusterMetrics, Metrics
 from shim.protocol import dialects
 from tests.chaos.harness.http_requests import (
     RECORDED,
@@ -29,14 +38,19 @@ from tests.chaos.harness.http_requests import (
     other_body,
     pieces_of,
 )
+from tests.chaos.harness.memory_transport import connect
 from tests.chaos.harness.ways import Peer, cut_one_by_one, one_by_one, pipelined
 from tests.support.frontend import Board, offering
 from tests.support.virtual import run_virtual
 
 INPUTS = int(os.environ.get("AGENT_SHIM_FUZZ_INPUTS", "10000"))
-EXAMPLES = max(100, INPUTS // 100)
+EXAMPLES = max(60, INPUTS // 400)
 
 LISTEN = Listen(port=0, max_body_bytes=3000, max_status_body_bytes=150_000, header_timeout_s=5, body_timeout_s=7)
+SECRET = "the members' secret"
+IDENTITY, FINGERPRINT = make_identity(0.0)
+OWNER = Member("owner", "owner", "127.0.0.1:1", FINGERPRINT)
+HEARTBEATS = [draft.render() for draft in RECORDED if draft.target.endswith(b"/heartbeat")]
 POLLS = [draft.render() for draft in RECORDED if draft.method == b"GET" and draft.target.endswith(b"/commands")]
 
 pytestmark = pytest.mark.timeout(120 + INPUTS // 20)
@@ -45,27 +59,30 @@ searched = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=
 
 
 class Recorder:
-    """A server in memory whose agent service is a `Board`, and what it was told and counted since the last look."""
+    """The agent service of a server in memory: it notes what it was told, and what was counted, since the last look."""
 
-    def __init__(self, *, commands: bool) -> None:
+    def __init__(self, *, commands: bool = False) -> None:
         self._commands = commands
         self.board = Board()
-        metrics = Metrics(CollectorRegistry())
+        self.backends = Backends(self.board, self.board)
+        self.metrics = metrics = Metrics(CollectorRegistry())
         self._counters = [metrics.requests, metrics.bad_requests, metrics.replies_lost, metrics.internal_errors]
         self._counters += [metrics.deprecated_calls, metrics.invalid_characters]
-        backends = Backends(self.board, self.board)
-        self.server = AgentServer(LISTEN, backends, dialects.load(), metrics, token=lambda: TOKEN)
         self._counted: dict[str, float] = {}
 
     def take(self) -> tuple[Any, ...]:
-        """Return the calls and evidence since the last time, and the metrics that they changed."""
-        calls = tuple(_essence(entry) for entry in self.board.log)
+        """Return what the service was told since the last time, and the metrics that changed."""
+        before, self._counted = self._counted, self._counts()
+        changed = {name: value - before.get(name, 0.0) for name, value in self._counted.items()}
+        return (*self.take_told(), *sorted((name, value) for name, value in changed.items() if value))
+
+    def take_told(self) -> tuple[Any, ...]:
+        """Return the calls and the evidence since the last time."""
+        told = tuple(_essence(entry) for entry in self.board.log)
         self.board.log.clear()
         if self._commands:
             self.board.script = offering()
-        before, self._counted = self._counted, self._counts()
-        changed = {name: value - before.get(name, 0.0) for name, value in self._counted.items()}
-        return (*calls, *sorted((name, value) for name, value in changed.items() if value))
+        return told
 
     def _counts(self) -> dict[str, float]:
         return {
@@ -84,16 +101,23 @@ def _essence(entry: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @asynccontextmanager
-async def recording(*, commands: bool = False) -> AsyncIterator[Peer]:
-    """A peer of a server that records."""
-    recorder = Recorder(commands=commands)
-    await recorder.server.start()
-    web = recorder.server._web
-    assert web is not None
+async def serving(server: AgentServer, effects: Callable[[], tuple[Any, ...]]) -> AsyncIterator[Peer]:
+    """A peer of a server in memory."""
+    await server.start()
+    assert server._web is not None
     try:
-        yield Peer(web, recorder.take)
+        yield Peer(server._web, effects)
     finally:
-        await recorder.server.stop(0)
+        await server.stop(0)
+
+
+@asynccontextmanager
+async def recording(*, commands: bool = False) -> AsyncIterator[Peer]:
+    """A peer of a server of one token; its effects are what was told and counted."""
+    recorder = Recorder(commands=commands)
+    server = AgentServer(LISTEN, recorder.backends, dialects.load(), recorder.metrics, token=lambda: TOKEN)
+    async with serving(server, recorder.take) as peer:
+        yield peer
 
 
 async def compare(requests: list[bytes], rng: Random, peer: Peer) -> None:
@@ -151,5 +175,139 @@ def test_a_body_has_the_same_effect_with_its_length_in_chunks_and_after_100_cont
                 [[head], *([each] for each in pieces_of(coded, rng))],
             ):
                 assert await peer.play(segments) == expected, segments
+
+    run_virtual(scenario())
+
+
+# --- through another replica ----------------------------------------------------------------------------------------
+
+
+class MemoryPool(ConnectionPool):
+    """A pool whose connections to the owner are in memory."""
+
+    def __init__(self, owner: Callable[[], asyncio.Protocol]) -> None:
+        super().__init__()
+        self._owner = owner
+
+    async def _connect(self, member: Member, make: Callable[[], P], query: str) -> P:
+        client = make()
+        transport = connect(client, self._owner())
+        transport.write(note(Note.JOIN, query, headers=f"Authorization: Bearer {self.secret}\r\n"))
+        return client
+
+
+class Elsewhere:
+    """The view of a replica that owns nothing, and of which nobody takes anything."""
+
+    leaving = False
+
+    def is_elsewhere(self, token: str) -> bool:
+        return True
+
+    def remote_owner(self, token: str) -> Member:
+        return OWNER
+
+    def refresh_soon(self) -> None:
+        pass
+
+    async def wait_for_change(self, at_most_s: float) -> None:
+        await asyncio.sleep(at_most_s)
+
+
+class LoopClock:
+    """The event loop's virtual time."""
+
+    def __init__(self) -> None:
+        self.monotonic_s = self.wall_s = asyncio.get_running_loop().time
+
+
+async def no_operators(path: str, body: bytes) -> tuple[int, bytes]:
+    raise AssertionError(path)
+
+
+@asynccontextmanager
+async def owning() -> AsyncIterator[Peer]:
+    """A peer of a replica that owns everything; its effects are what was told."""
+    recorder = Recorder()
+    server = AgentServer(LISTEN, recorder.backends, dialects.load(), recorder.metrics)
+    async with serving(server, recorder.take_told) as peer:
+        yield peer
+
+
+@asynccontextmanager
+async def forwarding() -> AsyncIterator[Peer]:
+    """A peer of a replica that owns nothing; its effects are what it or the owner was told."""
+    recorder, metrics = Recorder(), Metrics(CollectorRegistry())
+    owner = ClusterListener(
+        *(LISTEN, recorder.backends, dialects.load(), recorder.metrics),
+        context=IDENTITY,
+        secret=lambda: SECRET,
+        owned=lambda token: True,
+        operate=no_operators,
+    )
+    async with serving(owner, recorder.take_told) as behind:
+        pool, view = MemoryPool(behind.connect), cast("Any", Elsewhere())
+        pool.secret = SECRET
+        await pool.open_heartbeats(OWNER)
+        forwarder = ReplicaForwarder(view, view, pool, LoopClock(), ClusterMetrics(metrics))
+        front = AgentServer(LISTEN, replace(recorder.backends, forwarder=forwarder), dialects.load(), metrics)
+        async with serving(front, recorder.take_told) as peer:
+            yield peer
+        pool.close()
+
+
+@searched
+@given(st.randoms(use_true_random=False))
+def test_requests_get_the_same_answers_through_another_replica(rng: Random) -> None:
+    """The unchanged bytes of heartbeats of all agents share one connection: none may be read differently there."""
+
+    async def scenario() -> None:
+        requests = [request for _ in range(2) for request in (rng.choice(HEARTBEATS), *conversation(rng))]
+        async with owning() as direct, forwarding() as forwarded:
+            expected = await direct.play(one_by_one(requests))
+            for name, segments in [("cut, one by one", cut_one_by_one(requests, rng)), *pipelined(requests, rng)]:
+                outcome = await forwarded.play(segments)
+                assert outcome == expected, (name, segments)
+
+    run_virtual(scenario())
+
+
+BEAT = HEARTBEATS[0]
+
+
+def beat(*headers: bytes, body: bytes = b"{}", version: bytes = b"HTTP/1.1") -> bytes:
+    lines = [b"POST /api/v1/agents/a/heartbeat " + version, b"Authorization: Bearer t", *headers]
+    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", b""]) + body
+
+
+def longest_head() -> bytes:
+    """A poll whose head has all the bytes that it may have."""
+    start = POLLS[0][:-2] + b"X: " + b"x" * 16_000 + b"\r\nZ: " + b"z" * 16_000 + b"\r\nY: \r\n\r\n"
+    return start.replace(b"Y: ", b"Y: " + b"y" * (MAX_HEAD_BYTES - len(start)))
+
+
+ONCE_DIFFERENT = {
+    "the longest head": longest_head(),
+    "the most lines": beat(b"Host: localhost", *(b"X-%d: y" % number for number in range(125))),
+    "no Host": beat(version=b"HTTP/1.0"),
+    "HTTP/1.0 on a connection that stays": beat(b"Connection: keep-alive", version=b"HTTP/1.0"),
+    "a body too large": beat(b"Host: localhost", body=b" " * 4000),
+    "a body too large after 100 Continue": beat(b"Host: localhost", b"Expect: tea", body=b" " * 4000),
+    "no gzip": beat(b"Host: localhost", b"Content-Encoding: gzip"),
+    "a chunked body that never ends": beat(b"Host: localhost", b"Transfer-Encoding: chunked")
+    .replace(b"Content-Length: 2\r\n", b"")
+    .replace(b"{}", b"2\r\n{}\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", ONCE_DIFFERENT)
+def test_another_replica_answers_as_the_owner_does(name: str) -> None:
+    async def scenario() -> None:
+        async with owning() as direct, forwarding() as forwarded:
+            request = ONCE_DIFFERENT[name]
+            assert await forwarded.play([[request]]) == await direct.play([[request]])
+            expected = await direct.play([[request], [BEAT]])
+            for segments in ([[request], [BEAT]], [[request, BEAT]]):
+                assert await forwarded.play(segments) == expected
 
     run_virtual(scenario())

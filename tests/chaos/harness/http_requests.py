@@ -250,10 +250,13 @@ def _bare_line_ends(draft: Draft, rng: Random) -> None:
 
 
 def _long(draft: Draft, rng: Random) -> None:
-    """Bring the head, or a line of it, to its limit or just beyond."""
+    """Bring the head, its number of lines, or one line to the limit or just beyond."""
     off = rng.choice((-2, -1, 0, 1, 2))
     if rng.random() < 0.4:
         draft.put(b"X-Long", b"x" * (MAX_LINE_BYTES - len(b"X-Long: ") + off))
+        return
+    if rng.random() < 0.2:
+        draft.headers += [(b"X-%d" % number, b"y") for number in range(128 + off - len(draft.headers))]
         return
     if rng.random() < 0.3:
         draft.target += b"?" + b"q" * (MAX_LINE_BYTES - len(draft.target) - 1 + off)

@@ -110,3 +110,28 @@ class MemoryTransport(asyncio.Transport):
 
     def abort(self) -> None:
         self.close()
+
+
+class _Pipe(MemoryTransport):
+    """One end of a connection in memory between two protocols of this process."""
+
+    def __init__(self, protocol: asyncio.Protocol) -> None:
+        self.other: _Pipe | None = None
+        super().__init__(protocol)
+
+    def write(self, data: Any) -> None:
+        super().write(data)
+        if self.other is not None and not self._closing:
+            self._loop.call_soon(self.other.send, [bytes(data)])
+
+    def close(self) -> None:
+        super().close()
+        if self.other is not None:
+            self._loop.call_soon(self.other.hang_up)
+
+
+def connect(client: asyncio.Protocol, server: asyncio.Protocol) -> MemoryTransport:
+    """Connect two protocols; return the client's transport."""
+    one, two = _Pipe(client), _Pipe(server)
+    one.other, two.other = two, one
+    return one

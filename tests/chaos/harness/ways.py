@@ -18,7 +18,8 @@ TURNS = 40
 LONGEST_BYTE_BY_BYTE = 1500
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_GENERATED = re.compile(rb"\r\n(Date: [^\r]+|X-Request-Id: [0-9a-f]{8}-[0-9a-f]+)(?=\r\n)")
+_HEAD = re.compile(rb"(HTTP/1\.1 [^\r\n]*)\r\n((?:[^\r\n]+\r\n)*)\r\n")
+_GENERATED = re.compile(rb"Date: .*|X-Request-Id: [0-9a-f]{8}-[0-9a-f]+")
 
 Segments = list[list[bytes]]
 """Pieces that arrive together, before the server has done anything; then it does all it can, and the next arrive."""
@@ -42,13 +43,13 @@ class Peer:
     """A client of a server in memory. `effects` takes what the server has done since the last time."""
 
     def __init__(self, connect: Callable[[], asyncio.Protocol], effects: Callable[[], tuple[Any, ...]]) -> None:
-        self._connect = connect
+        self.connect = connect
         self._effects = effects
 
     async def play(self, segments: Segments) -> Outcome:
         """Send segments on a connection of their own, wait until nothing follows, and hang up."""
         self._effects()
-        transport = MemoryTransport(self._connect())
+        transport = MemoryTransport(self.connect())
         for segment in segments:
             transport.send(segment)
             for _ in range(TURNS):
@@ -57,8 +58,17 @@ class Peer:
         closed = transport.is_closing()
         transport.hang_up()
         await asyncio.sleep(OVER_S)
-        replies = _GENERATED.sub(b"", bytes(transport.written).replace(_CONTINUE, b""))
-        return Outcome(replies, closed, self._effects())
+        return Outcome(_normalised(bytes(transport.written)), closed, self._effects())
+
+
+def _normalised(replies: bytes) -> bytes:
+    """Return replies without interim ones, and with sorted headers of which none depends on time."""
+
+    def sort(head: re.Match[bytes]) -> bytes:
+        lines = sorted(line for line in head[2].split(b"\r\n") if line and not _GENERATED.fullmatch(line))
+        return b"\r\n".join([head[1], *lines, b"", b""])
+
+    return _HEAD.sub(sort, replies.replace(_CONTINUE, b""))
 
 
 def one_by_one(requests: Iterable[bytes]) -> Segments:
