@@ -186,6 +186,7 @@ class HttpConnection(RequestHandler):
         return self._close or self._force_close
 
     def data_received(self, data: bytes) -> None:
+        """Parse the bytes that arrived, or keep them while a request is unanswered."""
         if self._close or self._force_close or self._turned_away:
             return
         if self._payload_parser is not None:
@@ -467,6 +468,7 @@ class HttpConnection(RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
+        """Finish a response as aiohttp does, then go on with the bytes behind its request."""
         try:
             return await super().finish_response(request, resp, start_time)
         finally:

@@ -74,6 +74,7 @@ def main(
     """
 
     def load() -> Settings:
+        """Load the configuration again from the same sources. Raises `ConfigError`."""
         try:
             return loader.load(config_path, os.environ, sets, reload=True)
         finally:
@@ -114,6 +115,7 @@ def _end_in_time(logging: Logs) -> None:
     """Start a thread that ends the process if the event loop does not: a disk that hangs may block the loop."""
 
     def end() -> None:
+        """End the process with the exit code of an internal error."""
         log.error("stop_forced", hint="A part did not stop in time. Everything that was acknowledged is on disk.")
         logging.flush(FORCED_FLUSH_S)
         os._exit(EXIT_INTERNAL)

@@ -45,15 +45,19 @@ class Logger:
         self._logger = logger
 
     def debug(self, event: str, /, *, dedupe_key: str | None = None, **fields: Any) -> None:
+        """Log an event for developers."""
         self._log(logging.DEBUG, event, dedupe_key, fields)
 
     def info(self, event: str, /, *, dedupe_key: str | None = None, **fields: Any) -> None:
+        """Log an event of normal operation."""
         self._log(logging.INFO, event, dedupe_key, fields)
 
     def warning(self, event: str, /, *, dedupe_key: str | None = None, **fields: Any) -> None:
+        """Log an event that an operator should look at."""
         self._log(logging.WARNING, event, dedupe_key, fields)
 
     def error(self, event: str, /, *, dedupe_key: str | None = None, **fields: Any) -> None:
+        """Log a failure."""
         self._log(logging.ERROR, event, dedupe_key, fields)
 
     def exception(self, event: str, /, *, dedupe_key: str | None = None, **fields: Any) -> None:
@@ -89,6 +93,7 @@ class RepeatFilter(logging.Filter):
         self._seen: dict[tuple[str, str, str], _Repeated] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Return False for a repetition; the next record that passes has the number of those left out."""
         dedupe_key: str | None = getattr(record, "dedupe_key", None)
         if dedupe_key is None:
             return True
@@ -131,6 +136,7 @@ class JsonFormatter(_Formatter):
     """Formatter for one JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line of JSON."""
         return _escaped(json.dumps(self._entry(record), ensure_ascii=False))
 
 
@@ -145,6 +151,7 @@ class ConsoleFormatter(_Formatter):
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the record as a line for people, and its traceback on the lines below."""
         entry = self._entry(record)
         time, level, _, event = (entry.pop(name) for name in ("time", "level", "logger", "event"))
         exception = entry.pop("exception", "")
@@ -256,11 +263,13 @@ def capture_stray_output() -> None:
     stray = logging.getLogger("shim.stray")
 
     def unraisable(found: sys.UnraisableHookArgs) -> None:
+        """Log an exception that Python would print because nothing can handle it."""
         if found.exc_value is not None:
             error = (found.exc_type, found.exc_value, found.exc_traceback)
             stray.error("%s", "error_ignored_by_python", exc_info=error)
 
     def in_thread(found: threading.ExceptHookArgs) -> None:
+        """Log an exception that ended a thread."""
         if found.exc_value is not None:
             error = (found.exc_type, found.exc_value, found.exc_traceback)
             stray.error("%s", "error_in_thread", exc_info=error)

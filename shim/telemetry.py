@@ -70,6 +70,7 @@ class Telemetry:
         done, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def shut_down() -> None:
+            """Send what is queued, in a thread of its own."""
             self._provider.shutdown()
             loop.call_soon_threadsafe(done.set)
 

@@ -99,6 +99,7 @@ class AdminConnection(HttpConnection):
         return self.writing_paused
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Count the connection and bound the time of its first request."""
         self._wire = wire = cast("asyncio.Transport", transport)
         self._connections.enter(self)
         wire.set_write_buffer_limits(high=0)
@@ -106,6 +107,7 @@ class AdminConnection(HttpConnection):
         self._watch_for_first_request(FIRST_REQUEST_S)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """Release everything that the connection holds, and end its count."""
         self._connections.leave(self)
         self._drop_what_is_held()
         self._watch_writing(None)
@@ -113,11 +115,13 @@ class AdminConnection(HttpConnection):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
+        """Bound the time for which the peer may stop reading."""
         super().pause_writing()
         self._unsent_bytes = self._size_unsent()
         self._watch_writing(STALL_S)
 
     def resume_writing(self) -> None:
+        """End the bound: the peer has read everything."""
         super().resume_writing()
         self._watch_writing(None)
 

@@ -145,6 +145,10 @@ class AdminServer:
 
     def _guarded(self, handler: Handler, access: Access) -> Handler:
         async def guarded(request: web.Request) -> web.StreamResponse:
+            """Check the access, and call the handler unless too many requests are served already.
+
+            Raises `OperatorError`.
+            """
             self._guard.check(request, access)
             busy = 0 if self._connections is None else self._connections.busy
             if busy > MAX_BUSY and request.path not in PROBES:
@@ -235,6 +239,7 @@ class AdminServer:
 
 def _handler(commands: CommandApi, action: str) -> Handler:
     async def handle(request: web.Request) -> web.Response:
+        """Pass the action to the command API and return its answer as JSON. Raises `OperatorError`."""
         try:
             async with asyncio.timeout(BODY_S):
                 body = await request.read()

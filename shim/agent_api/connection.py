@@ -155,6 +155,7 @@ class AgentConnection(HttpConnection):
         self._aborted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Refuse the connection if there are too many, else prepare it for evidence of delivery."""
         self._wire = wire = cast("asyncio.Transport", transport)
         tls = wire.get_extra_info("sslcontext") is not None
         self._socket = wire.get_extra_info("socket")
@@ -190,10 +191,12 @@ class AgentConnection(HttpConnection):
             self._server_context.connections.left()
 
     def eof_received(self) -> None:
+        """Note if the peer's kernel has acknowledged everything so far."""
         # asyncio's TLS now sends a close alert, which the peer will not acknowledge: query the kernel before that.
         self._note_acknowledgement()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """Release everything that the connection holds, and report its end as evidence of delivery."""
         self.lost = True
         self.leave()
         self._drop_what_is_held()
@@ -211,6 +214,7 @@ class AgentConnection(HttpConnection):
             self._server_context.backends.evidence.connection_closed(self.number, exc is None and self._acknowledged)
 
     def force_close(self) -> None:
+        """Close at once, after noting if everything was acknowledged."""
         self._note_acknowledgement()
         super().force_close()
 

@@ -114,6 +114,7 @@ class PairedConnection(AgentConnection):
         self._begun = False  # bytes of that reply were passed to this kernel
 
     def connection_made(self, transport: Any) -> None:
+        """Drop the connection if the other replica does not join in time."""
         super().connection_made(transport)
         self._loop.call_later(self._server_context.listen.header_timeout_s, self._must_have_joined)
 
@@ -186,6 +187,10 @@ class PairedConnection(AgentConnection):
             self.abort()
 
     def identify(self, authorization: str | None) -> Caller:
+        """Return the caller of a forwarded request: the connection carries those of many agents.
+
+        Raises `AgentError` 401.
+        """
         return self._caller_of(authorization)
 
     def _make_caller(self, authorization: str | None) -> Caller:
@@ -214,17 +219,21 @@ class PairedConnection(AgentConnection):
     # --- evidence that `AgentConnection` infers from its own agent, and that arrives as notes here ---
 
     def more_headers(self, receipt: DeliveryReceipt | None) -> dict[str, str]:
+        """Return the owner's clock, and the mark of a reply that offers commands."""
         clock = {CLOCK_HEADER: f"{self._loop.time():.6f}"}
         return clock if receipt is None else clock | {RECEIPT_HEADER: "1"}
 
     def offer(self, receipt: DeliveryReceipt) -> None:
+        """Await a note about the reply that is written next."""
         self._receipt, self._begun = receipt, False
 
     async def write(self, response: bytes, timeout_s: float) -> bool:
+        """Write as `AgentConnection.write` does, and remember that the reply has begun."""
         self._begun = True
         return await super().write(response, timeout_s)
 
     def settle(self, receipt: DeliveryReceipt, *, written: bool) -> None:
+        """Report a reply that was certainly not written. All other outcomes are reported by notes."""
         # Bytes that were passed to this kernel may have reached the agent, even if the connection failed afterwards.
         if not written and not self._begun and self._receipt is receipt:
             self._receipt = None
@@ -236,6 +245,7 @@ class PairedConnection(AgentConnection):
         """Do nothing: the other replica sends a note about the reply."""
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """Handle the notes that had arrived, then report that all other outcomes are unknown."""
         # Notes behind a request wait until the request is answered, which will not happen any longer: handle them now.
         for head in self._backlog.split(b"\r\n\r\n")[:-1]:
             method, _, rest = head.partition(b" ")
@@ -280,6 +290,7 @@ class ClusterRequestHandler(RequestHandler):
         self._is_elsewhere = self._reject_foreign
 
     def begin(self, request: RequestContext) -> Reply | Waiting | None:
+        """Carry out an operator's action, or serve an agent's request as `RequestHandler.begin` does."""
         connection = cast("PairedConnection", request.connection)
         return self._carry_out(request) if connection.operator else super().begin(request)
 

@@ -46,13 +46,15 @@ class AlreadySent(web.StreamResponse):
 
     @property
     def keep_alive(self) -> bool:
+        """True if the connection stays open."""
         return self._keep
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Write no head: it was written already."""
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
-        return None
+        """Write nothing."""
 
 
 SENT_KEEP = AlreadySent(keep=True)

@@ -164,6 +164,7 @@ class AgentCallHandler:
             call = replace(call, payload={**call.payload, "cluster_id": cluster_id})
 
         def cached() -> Outcome | None:
+            """Return the stored registration, or None."""
             known = self._session_registry.stored_for(owner, call)
             return known.registered(cached=True) if known is not None else None
 

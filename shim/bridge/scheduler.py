@@ -52,6 +52,7 @@ class _PendingTimer:
         self._callback()
 
     def cancel(self) -> None:
+        """Cancel the call (`ports.Timer`)."""
         self._owner.pending.discard(self)
         if self.timer is not None:
             self.timer.cancel()

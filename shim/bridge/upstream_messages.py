@@ -212,6 +212,7 @@ class UpstreamMessageHandler:
             return
 
         def settled(safe: bool) -> None:
+            """Acknowledge the command if the configuration asks for it and the command is safe on disk."""
             if safe and self._ctx.settings.upstream.send_command_ack:
                 connection.send("command_ack", {"command_id": command.id}, message.request_id)
 

@@ -79,9 +79,11 @@ class LazyGroup(click.Group):
         self._modules = modules
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all installed commands, sorted."""
         return sorted([*super().list_commands(ctx), *self._installed()])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of a command and return the command, or None if there is none of this name."""
         if cmd_name not in self._modules:
             return super().get_command(ctx, cmd_name)
         module, _, name = self._modules[cmd_name][0].partition(":")
@@ -89,6 +91,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help of all installed commands without importing their modules."""
         own = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
         with formatter.section("Commands"):
             formatter.write_dl(sorted({**own, **self._installed()}.items()))

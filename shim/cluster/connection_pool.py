@@ -128,6 +128,7 @@ class ReplicaConnection(ResponseHandler):
         self._on_lost = on_lost
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """End the request in progress with an error."""
         body = self._payload
         super().connection_lost(exc)
         # aiohttp does not end a body whose framing it could not read: whoever reads it would wait for ever.
@@ -242,9 +243,11 @@ class HeartbeatConnection(asyncio.Protocol):
         return self._transport is not None and len(self._unanswered) < MAX_UNANSWERED
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport (`asyncio.Protocol`)."""
         self._transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, _exc: BaseException | None) -> None:
+        """Have all heartbeats without a reply be sent in another way."""
         self._transport = None
         self._on_lost()
         unanswered, self._unanswered = self._unanswered, deque()
@@ -264,6 +267,7 @@ class HeartbeatConnection(asyncio.Protocol):
             self._transport.write(b"".join(requests))
 
     def data_received(self, data: bytes) -> None:
+        """Pass each complete reply to the oldest heartbeat without one."""
         buffer = self._buffer + data if self._buffer else data
         start = 0
         while self._unanswered:

@@ -95,9 +95,11 @@ class _Heartbeat:
 
     @property
     def answered(self) -> bool:
+        """True once the agent has its reply, or a handler task makes it."""
         return self._done is None
 
     def answer(self, reply: bytes | None) -> None:
+        """Answer the agent once. With None, a handler task serves the heartbeat."""
         done, self._done = self._done, None
         if done is not None:
             done(None if reply is None or reply.startswith(_NO_ANSWER) else reply)

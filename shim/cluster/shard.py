@@ -78,6 +78,7 @@ class FencedUpstream:
             return
 
         def dialled(outcome: WebSocket | DialFailure) -> None:
+            """Pass the outcome on, with the socket behind the fence."""
             if isinstance(outcome, DialFailure):
                 done(outcome)
                 return

@@ -109,6 +109,7 @@ class ShardManager:
         self._busy.add(number)
 
         async def carry_out() -> None:
+            """Acquire or release the shard, then have all shards looked at again."""
             try:
                 await step
             except StoreError as error:
@@ -217,6 +218,7 @@ class ShardLocator:
         default = shard_of(DEFAULT_OWNER, count)
 
         def of_own_token(token: str) -> int | None:
+            """Return the shard of an agent's own token, or None without a token."""
             return shard_of(owner_id(key, token), count) if token else None
 
         self._shard_of = lru_cache(REMEMBERED_TOKENS)(of_own_token) if self._own_tokens else lambda _: default

@@ -138,6 +138,7 @@ class _Checks:
         return False
 
     def numbers_and_texts(self) -> None:
+        """Check the bounds of numbers and the characters of texts."""
         for path, value in _values(self.settings):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 low, high = BOUNDS[path]
@@ -148,6 +149,7 @@ class _Checks:
                 self._broken.add(path)
 
     def listeners(self) -> None:
+        """Check addresses, ports, host names and certificates of the listeners."""
         listen, admin = self.settings.listen, self.settings.admin
         for path, hosts in (("listen.host", listen.hosts), ("admin.host", admin.hosts)):
             is_host = bool(hosts) and all(map(_HOST.fullmatch, hosts))
@@ -193,6 +195,7 @@ class _Checks:
         )
 
     def upstream(self) -> None:
+        """Check the URL, the path, the token and the dialling of the link."""
         upstream = self.settings.upstream
         self._url("upstream.url", upstream.url, ("https", "wss"), ("http", "ws"))
         self._require(_is_path(upstream.path), "must be empty or start with / and have no ? or #", "upstream.path")
@@ -212,6 +215,7 @@ class _Checks:
         self._require(all(map(_HOST.fullmatch, hosts)), "must be host names or addresses", "upstream.gateway_hosts")
 
     def times(self) -> None:
+        """Check the order of times: timeouts, delays, holds and the dates of the sunset."""
         upstream, poll, sunset = self.settings.upstream, self.settings.poll, self.settings.sunset
         self._at_least("upstream.read_timeout_s", upstream.read_timeout_s, "upstream.ping_interval_s", more=True)
         self._at_least("upstream.reconnect.max_s", upstream.reconnect.max_s, "upstream.reconnect.initial_s")
@@ -232,6 +236,7 @@ class _Checks:
         self._require(not sunset.link or fits, "must be a URL http:// or https://", "sunset.link")
 
     def queue_and_store(self) -> None:
+        """Check the types of commands and the store's path, certificate and URL."""
         commands, store = self.settings.commands, self.settings.store
         self._require(bool(commands.types), "must name at least one type", "commands.types")
         for path, names in (("commands.types", commands.types), ("commands.at_most_once", commands.at_most_once)):
@@ -265,6 +270,7 @@ class _Checks:
         self._require(local or verified or store.allow_insecure, message, "store.url", "store.allow_insecure")
 
     def modes(self) -> None:
+        """Check the HTTP fallback and the rollout."""
         settings, fallback = self.settings, self.settings.fallback
         if fallback.url:
             self._url("fallback.url", fallback.url, ("https",), ("http",))
@@ -280,6 +286,7 @@ class _Checks:
         )
 
     def notifications_and_traces(self) -> None:
+        """Check the webhook and the collector of traces."""
         notify = self.settings.notify
         parts = _split(notify.url)
         fits = parts is not None and parts.scheme in ("http", "https")

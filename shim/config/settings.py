@@ -32,6 +32,8 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class TlsFiles(Section, frozen=True):
+    """Certificate of the agent listener, as PEM files. Without them it speaks plain HTTP."""
+
     cert_file: str = ""
     key_file: str = ""
 
@@ -46,6 +48,8 @@ def hosts_in(host: Hosts) -> tuple[str, ...]:
 
 
 class Listen(Section, frozen=True):
+    """The agent listener and its bounds."""
+
     host: Hosts = "127.0.0.1"
     port: int = 7080
     base_path: str = ""
@@ -72,6 +76,8 @@ class Listen(Section, frozen=True):
 
 
 class Admin(Section, frozen=True):
+    """The admin port. Without `token_file` it changes nothing by request."""
+
     host: Hosts = "127.0.0.1"
     port: int = 7090
     token_file: str = ""
@@ -85,6 +91,8 @@ class Admin(Section, frozen=True):
 
 
 class Reconnect(Section, frozen=True):
+    """Delays between dials, in seconds."""
+
     initial_s: float = 1
     max_s: float = 5
     refused_max_s: float = 60
@@ -113,6 +121,8 @@ class DialSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Upstream(Section, frozen=True):
+    """The link to the controller: address, token, trust, timeouts and message sizes."""
+
     url: str = "https://api.pipeops.io"
     path: str = "/api/v1/clusters/agent/ws"
     token: str = ""
@@ -161,14 +171,20 @@ class Upstream(Section, frozen=True):
 
 
 class Register(Section, frozen=True):
+    """Registrations. `deadline_s` bounds the wait for the controller."""
+
     deadline_s: float = 25
 
 
 class Heartbeat(Section, frozen=True):
+    """Answers to heartbeats while the link is down."""
+
     when_link_down: Literal["accept", "fail"] = "accept"
 
 
 class Poll(Section, frozen=True):
+    """Holds and replies of polls (docs/reference/protocol.md#13-poll)."""
+
     hold: Literal["auto", "off"] | float = "auto"
     max_hold_s: float = 20
     hold_tunnel: bool = False
@@ -178,6 +194,8 @@ class Poll(Section, frozen=True):
 
 
 class Commands(Section, frozen=True):
+    """Queueing and delivery of commands (docs/reference/protocol.md#3-commands)."""
+
     types: tuple[str, ...] = ("command",)
     ttl_s: float = 86_400
     retain_s: float = 86_400
@@ -191,11 +209,15 @@ class Commands(Section, frozen=True):
 
 
 class Sessions(Section, frozen=True):
+    """Bounds on sessions. `retain_s` counts from the last call."""
+
     retain_s: float = 2_592_000
     max_per_owner: int = 10_000
 
 
 class Identity(Section, frozen=True):
+    """Registration data of agents that never registered here (docs/reference/protocol.md#14-adoption)."""
+
     name: str = ""
     k8s_version: str = ""
     agent_version: str = ""
@@ -206,6 +228,8 @@ class Identity(Section, frozen=True):
 
 
 class Store(Section, frozen=True):
+    """The store: a SQLite file, or a PostgreSQL database if `url` is set."""
+
     path: str = "./agent-shim.db"
     url: str = ""
     password_file: str = ""
@@ -216,6 +240,8 @@ class Store(Section, frozen=True):
 
 
 class Cluster(Section, frozen=True):
+    """Replicas on one PostgreSQL database: their internal listener and leases."""
+
     host: str = "127.0.0.1"
     port: int = 7081
     advertise: str = ""
@@ -224,6 +250,8 @@ class Cluster(Section, frozen=True):
 
 
 class Fallback(Section, frozen=True):
+    """The vendor's HTTP API as the other way (docs/reference/protocol.md#4-modes)."""
+
     url: str = ""
     ca_file: str = ""
     client_cert_file: str = ""
@@ -247,6 +275,8 @@ class Fallback(Section, frozen=True):
 
 
 class Rollout(Section, frozen=True):
+    """Share of the agents that the WebSocket serves (docs/reference/protocol.md#41-the-hash-of-the-rollout)."""
+
     percent: float = 100
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -258,12 +288,16 @@ class Rollout(Section, frozen=True):
 
 
 class Sunset(Section, frozen=True):
+    """Announced end of the legacy API, sent to agents in headers."""
+
     deprecation_at: str = ""
     at: str = ""
     link: str = ""
 
 
 class Notify(Section, frozen=True):
+    """Notifications by webhook or file."""
+
     url: str = ""
     url_file: str = ""
     ca_file: str = ""
@@ -290,10 +324,14 @@ class Notify(Section, frozen=True):
 
 
 class Telemetry(Section, frozen=True):
+    """Traces of commands, sent to an OpenTelemetry collector."""
+
     otlp_url: str = ""
 
 
 class Log(Section, frozen=True):
+    """Level and format of the log."""
+
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
 

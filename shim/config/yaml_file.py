@@ -67,6 +67,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, "not a value of its type", node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Convert a map, and add a fault for each key that is given twice."""
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = key_node.value

@@ -211,11 +211,14 @@ class Continued(Coroutine[Any, Any, _Result], Generic[_First, _Result]):
         return self._whole.__await__()
 
     def send(self, value: Any, /) -> Any:
+        """Resume the coroutine (`Coroutine.send`)."""
         return self._whole.send(value)
 
     def throw(self, *error: Any) -> Any:
+        """Raise an exception in the coroutine (`Coroutine.throw`)."""
         return self._whole.throw(*error)
 
     def close(self) -> None:
+        """Close this coroutine and the one that it awaits."""
         self._whole.close()
         self._first.close()

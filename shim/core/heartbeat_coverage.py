@@ -25,7 +25,8 @@ class HeartbeatChannel(Protocol):
     """A connection, open or closed. `heard_at` is the monotonic time of its last inbound frame."""
 
     @property
-    def heard_at(self) -> float: ...
+    def heard_at(self) -> float:
+        """Monotonic time of the last frame that arrived on the connection."""
 
 
 @dataclass(slots=True)

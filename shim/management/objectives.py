@@ -47,7 +47,8 @@ OBJECTIVES = (
 
 
 class _Collected(Protocol):
-    def collect(self) -> Iterable[Metric]: ...
+    def collect(self) -> Iterable[Metric]:
+        """Return the metric with its present samples."""
 
 
 class ObjectiveWindows:

@@ -97,9 +97,11 @@ class _Sessions(_All):
         return chain.from_iterable(bridge.sessions for bridge in self._bridges())
 
     def get(self, key: SessionKey) -> Session | None:
+        """Return the session with this key from the bridge that has it, or None."""
         return next((found for bridge in self._bridges() if (found := bridge.sessions.get(key)) is not None), None)
 
     def alias(self, owner: str, agent_id: str) -> Session | None:
+        """Return the session for which an agent id of the owner is an alias, or None."""
         found = (bridge.sessions.alias(owner, agent_id) for bridge in self._bridges())
         return next((each for each in found if each is not None), None)
 
@@ -112,25 +114,31 @@ class _WebSocketAgents(_All):
 class _Registrations(_All):
     @property
     def refusals(self) -> list[RefusedRegistration]:
+        """The registrations that the controller refused."""
         return [each for bridge in self._bridges() for each in bridge.registrations.refusals]
 
     def registers(self, agent_id: str) -> bool:
+        """Return True if a registration of this agent waits for the controller."""
         return any(bridge.registrations.registers(agent_id) for bridge in self._bridges())
 
 
 class _Heartbeats(_All):
     def unacknowledged(self) -> list[tuple[Session, float]]:
+        """Return the agents without acknowledged heartbeats, and since when (monotonic seconds)."""
         return [each for bridge in self._bridges() for each in bridge.heartbeats.unacknowledged()]
 
 
 class _Queues(_All):
     def get(self, key: SessionKey) -> CommandQueue | None:
+        """Return the queue of a session, or None if it has none."""
         return next((found for bridge in self._bridges() if (found := bridge.queues.get(key)) is not None), None)
 
     def items(self) -> Iterable[tuple[SessionKey, CommandQueue]]:
+        """Return all sessions with a queue, and their queues."""
         return [each for bridge in self._bridges() for each in bridge.queues.items()]
 
     def values(self) -> Iterable[CommandQueue]:
+        """Return all queues."""
         return [each for bridge in self._bridges() for each in bridge.queues.values()]
 
 
@@ -140,6 +148,7 @@ class _Outbox(_All):
 
     @property
     def empty(self) -> bool:
+        """True if no result waits for the controller."""
         return all(bridge.outbox.empty for bridge in self._bridges())
 
 
@@ -150,21 +159,25 @@ class _Delivery(_All):
 
     @property
     def hand_overs_s(self) -> deque[float]:
+        """The latest seconds between the arrival of commands and their delivery, moved here from the bridges."""
         for bridge in self._bridges():
             self._times_s.extend(bridge.delivery.hand_overs_s)
             bridge.delivery.hand_overs_s.clear()
         return self._times_s
 
     def held(self) -> int:
+        """Return the number of held polls."""
         return sum(bridge.delivery.held() for bridge in self._bridges())
 
 
 class _LongPolls(_All):
     def held_tunnels(self) -> int:
+        """Return the number of held tunnel polls."""
         return sum(bridge.long_polls.held_tunnels() for bridge in self._bridges())
 
 
 class _SessionRegistry(_All):
     @property
     def usage(self) -> Iterable[tuple[SessionKey, dict[Route, RouteUse]]]:
+        """The calls of all agents, by route."""
         return chain.from_iterable(bridge.session_registry.usage for bridge in self._bridges())

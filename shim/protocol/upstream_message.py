@@ -245,6 +245,7 @@ def _read(text: str, at: int, fault: str) -> tuple[Salvaged | None, int | None]:
     out_of_range: list[str] = []
 
     def number(digits: str) -> Any:
+        """Convert a number, and note one beyond a float64."""
         value = int(digits) if len(digits) <= _MAX_DIGITS and digits.lstrip("-").isdigit() else float(digits)
         if value in (float("inf"), float("-inf")):
             out_of_range.append(digits)
@@ -252,6 +253,7 @@ def _read(text: str, at: int, fault: str) -> tuple[Salvaged | None, int | None]:
         return value
 
     def constant(name: str) -> Any:  # NaN and Infinity are no JSON, but Python programs write them
+        """Note a constant, which JSON does not have."""
         out_of_range.append(name)
 
     # `int` is faster than `number`, and safe unless an integer has more digits than a float64 can.

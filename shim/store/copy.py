@@ -86,6 +86,7 @@ class _Digest:
         self._hash = hashlib.sha256()
 
     def passed(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows unchanged, and add each to the digest."""
         for row in rows:
             plain = [int(each) if isinstance(each, bool) else each for each in row]  # SQLite has integers only
             self._hash.update(msgspec.msgpack.encode(plain))
@@ -93,6 +94,7 @@ class _Digest:
 
     @property
     def value(self) -> bytes:
+        """The digest of all rows so far."""
         return self._hash.digest()
 
 
@@ -115,18 +117,22 @@ class _File:
         self._connection = connection
 
     def key(self) -> bytes | None:
+        """Return the key for owner ids, or None if there is none (`End.key`)."""
         row = self._connection.execute("SELECT value FROM meta WHERE key = 'owner_key'").fetchone()
         return row[0] if row is not None and isinstance(row[0], bytes) else None
 
     def read(self, table: Table) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows of a table in order."""
         yield from self._connection.cursor().execute(table.select)
 
     def write(self, table: Table, rows: Iterator[tuple[Any, ...]]) -> None:
+        """Insert rows into a table."""
         marks = ", ".join("?" * len(table.names))
         statement = f"INSERT INTO {table.name} ({', '.join(table.names)}) VALUES ({marks})"  # noqa: S608 - constants
         self._connection.executemany(statement, rows)
 
     def finish(self, key: bytes) -> None:
+        """Store the key for owner ids and commit."""
         self._connection.execute("UPDATE meta SET value = ? WHERE key = 'owner_key'", (key,))
         self._connection.execute("COMMIT")
 

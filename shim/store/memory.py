@@ -65,6 +65,7 @@ class _StoredCommand:
     trace: list[TraceEntry]
 
     def enter(self, state: CommandState, wall: float, attempts: int = 0) -> None:
+        """Change the state and the number of attempts, at the Unix time `wall`."""
         self.record = replace(self.record, state=state, attempts=max(self.record.attempts + attempts, 0))
         self.updated_unix = wall
 

@@ -231,6 +231,7 @@ class Operations:
     # --- commands and their traces ------------------------------------------------------------------------------------
 
     def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
+        """Insert a command. The outcome names an existing one with the same id and its result."""
         parameters = insert_parameters(operation.record, first_step)
         seq = self._database.insert(INSERT_COMMAND, parameters)
         if seq is not None:
@@ -238,13 +239,16 @@ class Operations:
         return self.look_up_known(parameters[:2])
 
     def look_up_known(self, key: tuple[Any, ...]) -> Finish[PutOutcome]:
+        """Return the outcome for a command that exists: `key` is its session and id."""
         outcome = duplicate(*self._execute(_SELECT_COMMAND, key).fetchone())
         return lambda: outcome
 
     def look_up(self, operation: LookUpCommand) -> Finish[PutOutcome | None]:
+        """Look up a command by session and id; the result is None if there is none."""
         found = self._execute(_SELECT_COMMAND, (str(operation.session), operation.command_id))
 
         def finish() -> PutOutcome | None:
+            """Read the row, if there is one."""
             row = found.fetchone()
             return None if row is None else duplicate(*row)
 
@@ -267,6 +271,7 @@ class Operations:
         return self.look_up_known(parameters[:2])
 
     def mark(self, operation: MarkCommands) -> Finish[None]:
+        """Change the state of commands of one session, and add `attempts`, which may be negative, to theirs."""
         session = str(operation.session)
         for each in operation.ids:
             self._execute(MARK, (operation.state.value, operation.attempts, operation.wall, session, each))
@@ -278,11 +283,13 @@ class Operations:
         return self.add_trace(step)
 
     def requeue(self, operation: RequeueCommand) -> Finish[bool]:
+        """Queue a command again that ended without a result. The result is False if it is in another state."""
         parameters = (operation.expires_unix, operation.wall, str(operation.session), operation.command_id)
         changed = self._execute(_REQUEUE, parameters)
         return lambda: changed.rowcount == 1
 
     def find(self, operation: FindCommand) -> Finish[list[CommandDetails]]:
+        """Find the commands with an id in all sessions, with results and traces, also if they were never stored."""
         # Read now, not in `finish`: on PostgreSQL, operations later in the batch would have run by then.
         found = self._found(operation.command_id)
         return lambda: found
@@ -306,6 +313,7 @@ class Operations:
         ]
 
     def add_trace(self, operation: AddTrace) -> Finish[None]:
+        """Add a step to the traces of commands. Traces of commands that are not stored are bounded."""
         session, step = str(operation.session), operation.entry
         for each in operation.ids:
             known = self._execute(_INSERT_TRACE, (step.wall, step.event, step.detail, session, each))
@@ -315,9 +323,11 @@ class Operations:
         return nothing
 
     def trim_lone_traces(self) -> None:
+        """Delete the oldest traces of commands that are not stored, beyond `MAX_LONE_TRACES`."""
         self._execute(self._trim_lone_traces, (MAX_LONE_TRACES,))
 
     def prune(self, operation: Prune) -> Finish[None]:
+        """Delete what ended before a Unix time, with its traces, then reclaim some space."""
         for statement in self._prune:
             self._execute(statement, (operation.before_unix,))
         return self._database.reclaim
@@ -325,6 +335,7 @@ class Operations:
     # --- results and the outbox ---------------------------------------------------------------------------------------
 
     def put_result(self, operation: PutResult) -> Finish[ResultOutcome]:
+        """Store the first result of a command and its entry in the outbox; a later result changes nothing."""
         session, command_id = str(operation.session), operation.command_id
         row = self._execute(_SELECT_FOR_RESULT, (session, command_id)).fetchone()
         if row is None:
@@ -347,6 +358,7 @@ class Operations:
         return partial(ResultOutcome, entry, known=False)
 
     def put_outbox(self, operation: PutOutbox) -> Finish[OutboxEntry]:
+        """Store a report in the outbox, as for a rejected command, and settle a quarantined command of this id."""
         key, command_id, payload = operation.session, operation.command_id, operation.payload
         self._execute(_ANSWER_QUARANTINED, (str(key), command_id))
         return self._insert_outbox(key, command_id, operation.request_id, payload, encode_json(payload))
@@ -358,12 +370,17 @@ class Operations:
         return partial(OutboxEntry, seq or 0, key, command_id, request_id, payload)
 
     def close_outbox(self, operation: CloseOutbox) -> Finish[None]:
+        """Delete entries that the controller has received, and close their commands."""
         for seq in operation.seqs:
             self._execute(_CLOSE_COMMAND, (seq, operation.wall))
             self._execute(_DELETE_ENTRY, (seq,))
         return nothing
 
     def read_outbox(self, operation: ReadOutbox) -> Finish[list[OutboxEntry]]:
+        """Read up to `limit` entries of an owner after the number `after`.
+
+        An unreadable one becomes an error report.
+        """
         page = self._execute(_READ_OUTBOX, (operation.owner, operation.after, operation.limit))
         return lambda: [self._outbox_entry(*row) for row in page.fetchall()]
 
@@ -386,6 +403,7 @@ class Operations:
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     def save_session(self, operation: SaveSession) -> Finish[None]:
+        """Insert or replace the record of a session."""
         record = operation.record
         self._execute(
             _SAVE_SESSION,
@@ -404,11 +422,13 @@ class Operations:
         return nothing
 
     def delete_session(self, operation: DeleteSession) -> Finish[None]:
+        """Delete a session with everything that is stored for it."""
         for statement in _DELETE_SESSION:
             self._execute(statement, (str(operation.key),))
         return nothing
 
     def move_session(self, operation: MoveSession) -> Finish[None]:
+        """Give the stored commands, results and aliases of a session to another one, and delete the session."""
         source, target = str(operation.source), str(operation.target)
         if source != target:
             for statement in (_MOVE_OUTBOX, _MOVE_ALIASES):
@@ -419,10 +439,12 @@ class Operations:
         return nothing
 
     def save_alias(self, operation: SaveAlias) -> Finish[None]:
+        """Make an agent id an alias of a session."""
         self._execute(_SAVE_ALIAS, (operation.owner, operation.agent_id, str(operation.session)))
         return nothing
 
     def save_tunnel(self, operation: SaveTunnel) -> Finish[None]:
+        """Store the latest tunnel state of a session."""
         self._execute(_SAVE_TUNNEL, (str(operation.session), encode_json(operation.payload)))
         return nothing
 

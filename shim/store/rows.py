@@ -253,6 +253,7 @@ class _Table(msgspec.Struct, frozen=True):
     condition: str = "{mine}"
 
     def query(self, database: Database) -> str:
+        """Return the SQL of the query for this database."""
         # Only constants of this module and of the engine become SQL, never input.
         condition = self.condition.format(mine=database.mine, live=database.live)
         return f"SELECT {self.id}, {self.columns} FROM {self.name} WHERE {condition} ORDER BY {self.order}"  # noqa: S608 - constants
@@ -280,6 +281,7 @@ class _Reader:
         self.unanswerable: list[QuarantinedCommand] = []
 
     def read(self, table: _Table, decode: Callable[[tuple[Any, ...]], _Record]) -> list[_Record]:
+        """Return the decoded rows of a table; those that cannot be decoded are moved to the quarantine."""
         records = []
         bad = []
         # One row at a time: rows that cannot be decoded may be large, and together more than the memory has room for.

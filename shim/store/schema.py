@@ -254,10 +254,12 @@ class Table:
 
     @property
     def names(self) -> list[str]:
+        """The names of the columns."""
         return [each.partition(":")[0] for each in self.columns.split()]
 
     @property
     def select(self) -> str:
+        """The SQL that reads all rows in the order of the key."""
         order = ", ".join(self.names[: self.key])
         return f"SELECT {', '.join(self.names)} FROM {self.name} ORDER BY {order}"  # noqa: S608 - constants
 

@@ -174,15 +174,18 @@ class SqliteDatabase:
         self.execute: Callable[..., Rows] = self._cursor.execute
 
     def insert(self, statement: str, parameters: Sequence[Any]) -> int | None:
+        """Insert a row and return its `seq`, or None if it conflicts with an existing one."""
         cursor = self._cursor
         cursor.execute(statement, parameters)
         return cursor.lastrowid if cursor.rowcount else None
 
     def touch(self, operation: WriteProbe) -> Finish[None]:
+        """Write the time into the table `meta`."""
         self.execute(_SAVE_META, ("touched", operation.wall))
         return nothing
 
     def reclaim(self) -> None:
+        """Return up to `_VACUUM_PAGES` free pages to the file system, beyond those kept for new rows."""
         (free,) = self.execute("PRAGMA freelist_count").fetchone()
         for _ in range(min(free - _KEPT_PAGES, _VACUUM_PAGES)):
             self.execute("PRAGMA incremental_vacuum(1)")  # frees one page whatever N is: Python steps a pragma once
@@ -202,6 +205,7 @@ class SqliteEngine:
         self._operations = Operations(self._database)
 
     def commit(self, batch: Sequence[Sequence[Operation]]) -> list[Any]:
+        """Carry out a batch (`store.writer.Engine`). Raises `ReplacedError` if the files are no longer those opened."""
         execute = self._database.execute
         log_bytes = self._files.check()
         execute("BEGIN IMMEDIATE")
@@ -212,17 +216,20 @@ class SqliteEngine:
         return results
 
     def roll_back(self) -> None:
+        """Roll back, if a transaction is open."""
         with suppress(sqlite3.Error):
             if self._connection.in_transaction:
                 self._database.execute("ROLLBACK")
 
     def failure(self, error: Exception) -> Failure:
+        """Convert an exception of `commit` by its SQLite error code."""
         if isinstance(error, files.ReplacedError):
             return Failure(error, affects_whole_batch=True)
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         return Failure(store_error(error), affects_whole_batch=code in _COMMON, corrupt=code in CORRUPT)
 
     def close(self) -> None:
+        """Move the write-ahead log into the database as far as possible, and close the connection."""
         with suppress(sqlite3.Error):
             self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         with suppress(sqlite3.Error):

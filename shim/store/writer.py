@@ -82,10 +82,12 @@ def commit_probe(
     """
 
     def observe(commit_s: float, operations: int) -> None:
+        """Count one commit, its seconds and its operations."""
         metrics.store_commit_seconds.observe(commit_s)
         metrics.store_operations.inc(operations)
 
     def log_size(size_bytes: int, pinned: bool) -> None:
+        """Record the size of the write-ahead log, and warn if a reader keeps it from shrinking."""
         metrics.store_log_bytes.set(size_bytes)
         metrics.store_log_pinned.set(pinned)
         if pinned:

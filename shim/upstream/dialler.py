@@ -118,6 +118,7 @@ class _TracedResolver(aiohttp.ThreadedResolver):
         self._trace = trace
 
     async def resolve(self, *args: Any, **options: Any) -> list[aiohttp.abc.ResolveResult]:
+        """Resolve a host, and note its name and addresses in the trace."""
         self._trace.resolving = args[0]
         found = await super().resolve(*args, **options)
         self._trace.resolved = tuple(dict.fromkeys(each["host"] for each in found))

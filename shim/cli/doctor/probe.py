@@ -52,19 +52,25 @@ class _Frames:
         self.closed: asyncio.Future[tuple[int, str] | None] = asyncio.get_running_loop().create_future()
 
     def has_room(self) -> bool:
+        """Return True: the probe reads everything."""
         return True
 
-    def on_message(self, message: Message) -> None: ...
+    def on_message(self, message: Message) -> None:
+        """Ignore a message."""
 
-    def on_bad_frame(self, kind: str) -> None: ...
+    def on_bad_frame(self, kind: str) -> None:
+        """Ignore a frame that is no message."""
 
-    def on_frame(self) -> None: ...
+    def on_frame(self) -> None:
+        """Ignore the arrival of a frame."""
 
     def on_pong(self, payload: bytes) -> None:
+        """End the wait if this is the pong to the ping of the probe."""
         if payload == self.payload:
             self._end(True)
 
     def on_closed(self, by_close_frame: bool, code: int, reason: str = "") -> None:
+        """End the wait, and keep code and reason of a close frame."""
         if not self.closed.done():
             self.closed.set_result((code, reason) if by_close_frame else None)
         self._end(False)

@@ -27,10 +27,12 @@ class _Group(click.Group):
     """A group in which faults on the command line exit with 64: 2, click's own code, would mean to go back."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the arguments; a fault in them exits with 64."""
         with _usage_exits_64():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a fault in its arguments exits with 64."""
         with _usage_exits_64():
             return super().invoke(ctx)
 

@@ -86,7 +86,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Handler that follows no redirect: urllib would send the token along to the other host."""
 
     def redirect_request(self, *_: object) -> None:
-        return None
+        """Follow no redirect: the token must not be sent to another host."""
 
 
 class Prometheus:

@@ -142,6 +142,7 @@ def contexts_places(
     """
 
     def ask(access: Access) -> list[Place]:
+        """Return the places of the agents in one context, and a row without a place for each problem."""
         row = Cluster(name=access.name)
         found = kubectl.statuses(access, row)
         names = [place.name for status in found for place in status.rollout.agents.items]

@@ -114,6 +114,7 @@ class PostgresEngine:
     # --- store.writer.Engine ------------------------------------------------------------------------------------------
 
     def commit(self, batch: Sequence[Sequence[Operation]]) -> list[Any]:
+        """Carry out a batch (`store.writer.Engine`), again on a new connection if one is lost before its COMMIT."""
         if self._fenced:
             raise StoreFenced("another replica has the shard")
         while True:
@@ -128,6 +129,7 @@ class PostgresEngine:
                 return results
 
     def roll_back(self) -> None:
+        """Roll back, or drop the connection if that fails."""
         pipeline = self._pipeline
         if pipeline is None:
             return
@@ -141,6 +143,7 @@ class PostgresEngine:
             self._disconnect()
 
     def failure(self, error: Exception) -> Failure:
+        """Convert an exception of `commit`; a fenced engine stays fenced."""
         if isinstance(error, StoreFenced):
             self._fenced = True
             return Failure(error, affects_whole_batch=True, fenced=True)
@@ -157,6 +160,7 @@ class PostgresEngine:
         return Failure(store_error(error))
 
     def close(self) -> None:
+        """Close the connection."""
         self._disconnect()
 
     def stop_waiting(self) -> None:

@@ -133,6 +133,7 @@ class PostgresDatabase:
             group.clear()
 
     def insert(self, statement: str, parameters: Sequence[Any]) -> int | None:
+        """Insert a row and return its `seq`, or None if it conflicts with an existing one."""
         row = self.execute(f"{statement} RETURNING seq", parameters).fetchone()
         return None if row is None else row[0]
 

@@ -94,28 +94,33 @@ class HotOperations(Operations):
         self._puts, self._marks = database.group(*_PUT), database.group(*_MARK)
 
     def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
+        """Insert a command as a row of one grouped statement."""
         parameters = insert_parameters(operation.record, first_step)
         self._reserve(parameters[0], parameters[1])
         row = self._puts.add(parameters)
 
         def finish() -> PutOutcome:
+            """Read the outcome of the row."""
             seq, state, result = row.result()
             return PutOutcome(seq) if state is None else duplicate(seq, state, result)
 
         return finish
 
     def put_with_step(self, operation: PutCommand, step: AddTrace) -> Finish[PutOutcome]:
+        """Insert a command with a step of its trace."""
         if is_first_step(operation.record, step):
             return self.put(operation, step.entry.event)
         finish, finish_step = self.put(operation), self.add_trace(step)
 
         def finish_both() -> PutOutcome:
+            """Finish the step, then the command, whose outcome counts."""
             finish_step()
             return finish()
 
         return finish_both
 
     def mark_with_step(self, operation: MarkCommands, step: AddTrace) -> Finish[None]:
+        """Change the state of commands and add a step to their traces, by one grouped statement."""
         session, entry = str(operation.session), step.entry
         marked = (operation.state.value, operation.attempts, operation.wall, session)
         values = (entry.wall, entry.event, entry.detail)
@@ -125,24 +130,28 @@ class HotOperations(Operations):
             rows.append(self._marks.add((*marked, each, *values)))
 
         def finish() -> None:
+            """Trim the traces of commands that are not stored, if one was added."""
             if any(row.result()[0] for row in rows):
                 self.trim_lone_traces()
 
         return finish
 
     def add_trace(self, operation: AddTrace) -> Finish[None]:
+        """Add a step to the traces of commands."""
         session, step = str(operation.session), operation.entry
         values = (step.wall, step.event, step.detail, session)
         return self._trimmed([self._execute(_ADD_TRACE, (*values, each)) for each in operation.ids])
 
     def _trimmed(self, lone: list[Rows]) -> Finish[None]:
         def finish() -> None:
+            """Trim the traces of commands that are not stored, if one was added."""
             if sum(each.rowcount for each in lone):
                 self.trim_lone_traces()
 
         return finish if lone else nothing
 
     def put_result(self, operation: PutResult) -> Finish[ResultOutcome]:
+        """Store the first result of a command and its entry in the outbox, by one statement."""
         key, command_id, payload = operation.session, operation.command_id, operation.payload
         unknown = as_unknown(payload)
         found = self._execute(
@@ -151,6 +160,7 @@ class HotOperations(Operations):
         )
 
         def finish() -> ResultOutcome:
+            """Read the outcome."""
             state, seq, request_id = found.fetchone()
             entry = None
             if seq is not None:
