@@ -332,7 +332,7 @@ class SessionRegistry:
         session = job.session
         session.link = job.link
         self._ctx.sessions.set_upstream_id(session, cluster_id)
-        session.standing.recover()
+        session.standing.registered()
         session.registration = {k: v for k, v in payload.items() if k not in ("cluster_id", "k8s_service_token")}
         session.reply = reply
         agent_id = payload.get("agent_id")

@@ -61,6 +61,39 @@ async def test_an_unknown_agent_with_a_name_is_in_trouble_until_its_registration
     assert trouble(world, "c-saved") is None
 
 
+async def test_registrations_that_change_nothing_do_not_hide_that_the_agent_is_unknown(make_world: MakeWorld) -> None:
+    world = await make_world(identity={"name": "configured"})
+    world.controller.manners.acks = False
+    agent = world.agent(cluster_id="c-saved")
+    began, refused = world.clock.monotonic_s(), 0
+    for _ in range(4):
+        await agent.heartbeat()
+        await world.settle()
+        while waiting := world.controller.got("heartbeat")[refused:]:  # a registration is followed by a heartbeat
+            refused += len(waiting)
+            for beat in waiting:
+                world.controller.socket.says("error", {"error": "cluster not found"}, beat.request_id)
+            await world.settle()
+        found = world.session("c-saved").standing.trouble
+        assert found is not None
+        assert found.since <= began
+        await world.pass_s(30)
+    assert len(world.controller.got("register")) >= 2
+
+
+def test_a_trouble_is_over_when_a_heartbeat_after_the_registration_is_not_refused() -> None:
+    standing = SessionStanding()
+    standing.sent(0.0, connection=1)
+    standing.fail(TroubleKind.UNKNOWN, "cluster not found", 1.0)
+    standing.registered()
+    standing.sent(2.0, connection=1)
+    standing.sent(30.0, connection=1)  # a controller that acknowledges nothing
+    assert standing.trouble is None
+    standing.fail(TroubleKind.UNKNOWN, "cluster not found", 500.0)
+    assert standing.trouble is not None
+    assert standing.trouble.since == 500.0
+
+
 async def test_heartbeats_that_are_refused_for_another_reason_have_its_text(world: World) -> None:
     agent = world.agent(cluster_id="c-saved")
     await answered_with(world, agent, "quota exceeded")
