@@ -223,6 +223,12 @@ class DeliveryEvidence(Protocol):
     def next_request(self, connection: int) -> None:
         """Record another request on a connection, sent after a reply with commands was written on it."""
 
+    def connection_open(self, connection: int, until_s: float) -> None:
+        """Record that a connection was certainly open at `until_s` (monotonic seconds).
+
+        Only for connections at another replica; the end of an own connection is noticed at once.
+        """
+
     def connection_closed(self, connection: int, clean: bool | None) -> None:
         """Record the end of a connection on which a reply with commands was written.
 

@@ -15,6 +15,7 @@ import math
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from enum import Enum
 from functools import lru_cache
 from typing import Any, cast
@@ -62,6 +63,7 @@ class Note(Enum):
     JOIN = "/join"  # sent first: proves with `Authorization` that the sender knows the members' secret
     WRITTEN = "/written"  # the whole reply was handed to the kernel
     UNWRITTEN = "/unwritten"  # the reply was not written, or the agent hung up before
+    OPEN = "/open"  # its query: the owner's time up to which the agent's connection was certainly open
     NEXT = "/next"  # the agent sent its next request on the connection that carried the reply
     CLOSED_CLEANLY = "/closed/cleanly"  # the agent's connection ended by FIN, with everything acknowledged
     CLOSED = "/closed"  # the agent's connection ended in another way
@@ -202,6 +204,7 @@ class PairedConnection(AgentConnection):
     def _take_note(self, path: str) -> None:
         """Handle a note about the latest reply. Notes about a reply that offered no commands are ignored."""
         evidence, receipt = self._evidence, self._receipt
+        path, _, until = path.partition("?")
         match path:
             case Note.WRITTEN.value if receipt is not None:
                 self._receipt, self._note_awaited = None, True
@@ -209,6 +212,9 @@ class PairedConnection(AgentConnection):
             case Note.UNWRITTEN.value if receipt is not None:
                 self._receipt = None
                 evidence.unwritten(receipt)
+            case Note.OPEN.value if self._note_awaited:
+                with suppress(ValueError):
+                    evidence.connection_open(self.number, float(until))
             case Note.NEXT.value if self._note_awaited:
                 self._note_awaited = False
                 evidence.next_request(self.number)

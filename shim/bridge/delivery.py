@@ -32,6 +32,7 @@ from msgspec.structs import replace
 
 from shim.bridge.command_queues import CommandQueues
 from shim.bridge.context import BridgeContext, Moment
+from shim.bridge.evidence import AwaitedEvidence
 from shim.bridge.outbox import DRAINED, REASONS, Outbox, OutboxRecord, Rejection, Rejections
 from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, QueuePolicy
 from shim.core.records import (
@@ -51,7 +52,6 @@ from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.log import get
 from shim.metrics import LabelledHistogram
-from shim.ports import Timer
 from shim.protocol.command_message import ParsedCommand
 from shim.protocol.rfc3339 import rfc3339
 
@@ -104,8 +104,7 @@ class CommandDelivery:
         self._outbox = outbox
         self._rejections = rejections
         self._polls: dict[SessionKey, PendingPoll] = {}
-        self._by_connection: dict[int, list[Batch]] = {}
-        self._evidence_timers: dict[int, Timer] = {}
+        self.evidence = AwaitedEvidence(ctx.timers)
         self._numbers = count(1)
         self.hand_overs_s: deque[float] = deque(maxlen=MAX_HAND_OVER_SAMPLES)
         self.closed = False
@@ -227,7 +226,7 @@ class CommandDelivery:
         Polls are described in docs/reference/protocol.md#13-poll.
         """
         queue, at = self._queues.get(key), self._ctx.moment()
-        if queue is not None and queue.offer is not None and queue.offer.is_acknowledged_by_poll_at(arrived_s):
+        if queue is not None and queue.offer is not None and queue.offer.is_read_at_poll(arrived_s, at.now):
             self._delivered(queue, queue.offer, "poll", at)
         older = self._polls.pop(key, None)
         if older is not None:
@@ -344,11 +343,8 @@ class CommandDelivery:
     def written(self, batch: Batch) -> None:
         """Wait for evidence of delivery: the whole reply was passed to the kernel."""
         now = batch.written_at = self._ctx.now
-        self._by_connection.setdefault(batch.connection, []).append(batch)
+        self.evidence.add(batch, self._ctx.settings.commands.evidence_s, self._evidence_due)
         self._observe_age(batch, self._ctx.metrics.hand_over_seconds, now)
-        self._evidence_timers[batch.number] = self._ctx.timers.call_later(
-            self._ctx.settings.commands.evidence_s, partial(self._evidence_due, batch)
-        )
 
     def unwritten(self, batch: Batch) -> None:
         """Requeue an offer that did not reach the agent, in its old place and without counting an attempt."""
@@ -372,12 +368,18 @@ class CommandDelivery:
 
         An agent sends the next request on the same connection only after reading the whole previous reply.
         """
-        batches = self._by_connection.pop(connection, ())
         at = self._ctx.moment()
-        for batch in batches:
+        for batch in self.evidence.take(connection):
             queue = self._queues.get(batch.key)
             if queue is not None:
                 self._delivered(queue, batch, "next request", at)
+
+    def connection_open(self, connection: int, until_s: float) -> None:
+        """Mark offers as delivered whose connection, at another replica, was open at `until_s`, after a later poll."""
+        for batch in self.evidence.on(connection):
+            queue = self._queues.get(batch.key)
+            if queue is not None and batch.is_confirmed_by_open_at(until_s):
+                self._delivered(queue, batch, "poll", self._ctx.moment())
 
     def connection_closed(self, connection: int, clean: bool | None) -> None:
         """Record how the connection of an offer ended.
@@ -386,16 +388,15 @@ class CommandDelivery:
         After a reset it is not, because the reply may have been discarded unread. If the replica that served the
         connection is gone (`clean` is None), no evidence can come any longer, so the offers are uncertain at once.
         """
-        for batch in self._by_connection.pop(connection, ()):
+        for batch in self.evidence.take(connection):
             if clean is None:
+                self.evidence.settle(batch)
                 self._evidence_due(batch)
             else:
                 batch.cleanly_closed = clean
 
     def _delivered(self, queue: CommandQueue, batch: Batch, evidence: str, at: Moment) -> None:
-        timer = self._evidence_timers.pop(batch.number, None)
-        if timer is not None:
-            timer.cancel()
+        self.evidence.settle(batch)
         self._record_delivered(queue.key, queue.delivered(batch), evidence, at)
         self.try_offer(queue.key, at)
 
@@ -409,9 +410,9 @@ class CommandDelivery:
 
     def _evidence_due(self, batch: Batch) -> None:
         """Treat an offer as uncertain: there was no evidence for it in time."""
-        self._evidence_timers.pop(batch.number, None)
         queue = self._queues.get(batch.key)
         if queue is None or queue.offer is not batch:
+            self.evidence.settle(batch)
             return
         at = self._ctx.moment()
         uncertain = queue.mark_uncertain(batch, "no evidence", self._ctx.queue_policy)
@@ -474,8 +475,10 @@ class CommandDelivery:
         self._queues.answered(key, command_id)
         queue = self._queues.get(key)
         if queue is not None:
-            at = self._ctx.moment()
+            at, offer = self._ctx.moment(), queue.offer
             self._record_delivered(key, queue.answered(command_id), "result", at)
+            if offer is not None and queue.offer is not offer:
+                self.evidence.settle(offer)
             self.try_offer(key, at)
 
     def results_confirmed(self, seqs: tuple[int, ...]) -> None:

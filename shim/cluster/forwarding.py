@@ -241,17 +241,30 @@ class ReplicaForwarder:
         with suppress(ValueError):
             offset.update(float(reply.header(CLOCK_HEADER.lower()) or ""), self._clock.monotonic_s())
 
+    def _confirm_open(self, until: float) -> None:
+        """Report to owners which agents' connections were open at `until`, the time of an earlier tick.
+
+        Everything that had arrived by then has been handled: the event loop has read from its sockets between the two
+        ticks. At the tick itself the end of a connection may still wait in the kernel, above all after a pause.
+        """
+        for connection in self._pool.awaiting_evidence():
+            on_owners_clock = self._offsets[connection.process].to_peer(until)
+            if on_owners_clock is not None:
+                connection.notify_open(on_owners_clock)
+
     # --- background task ----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Close unused connections and end overdue heartbeats, until cancelled."""
+        """Close unused connections, end overdue heartbeats and confirm open connections, until cancelled."""
         swept_at = 0.0
         while True:
             await asyncio.sleep(TICK_S)
-            now = self._ticked_at = self._clock.monotonic_s()
+            ticked_before, now = self._ticked_at, self._clock.monotonic_s()
+            self._ticked_at = now
             if now - swept_at < SWEEP_S:
                 continue
             swept_at = now
+            self._confirm_open(ticked_before)
             living = frozenset(self._membership.view.members)
             self._pool.sweep(living, now)
             for process in [each for each in self._offsets if each not in living]:

@@ -29,6 +29,9 @@ from shim.core.agent_calls import (
 from shim.fallback.policy import configured_scope, is_over
 from shim.ports import Caller, CallResult, Clock, DeliveryReceipt, FallbackScope, ProxyRequest, ProxyResponse
 
+# An agent that pipelines shows no evidence by its connection, which may be open for weeks. Each receipt of another
+# replica occupies a connection between replicas.
+MAX_RECEIPTS = 32
 _NO_TOKEN = CallResult(Failed(401, "a token is required"))
 
 
@@ -39,6 +42,10 @@ class LocalReceipt:
     delivery: CommandDelivery
     receipt: DeliveryReceipt
     connection: int
+
+    def is_like(self, other: LocalReceipt | RemoteReceipt) -> bool:
+        """Return True for a receipt of the same bridge and connection."""
+        return isinstance(other, LocalReceipt) and other.delivery is self.delivery
 
     def written(self) -> None:
         """Record that the reply was handed to the kernel."""
@@ -51,6 +58,10 @@ class LocalReceipt:
     def next_request(self) -> None:
         """Record that the agent sent another request on the connection."""
         self.delivery.next_request(self.connection)
+
+    def connection_open(self, until_s: float) -> None:
+        """Record that the connection was open, as `DeliveryEvidence.connection_open` does."""
+        self.delivery.connection_open(self.connection, until_s)
 
     def connection_closed(self, clean: bool | None) -> None:
         """Record the end of the connection, as `DeliveryEvidence.connection_closed` does."""
@@ -100,8 +111,13 @@ class Router:
     def written(self, receipt: DeliveryReceipt) -> None:
         """Record that a reply was handed to the kernel."""
         found = cast("_Receipt", receipt)
-        self._awaiting_evidence[found.connection].append(found)
+        awaiting = self._awaiting_evidence[found.connection]
+        # A local delivery needs one receipt for each connection: its evidence concerns all offers of the connection.
+        if not (isinstance(found, LocalReceipt) and any(found.is_like(other) for other in awaiting)):
+            awaiting.append(found)
         found.written()
+        if len(awaiting) > MAX_RECEIPTS:
+            awaiting.pop(0).connection_closed(False)
 
     def unwritten(self, receipt: DeliveryReceipt) -> None:
         """Record that a reply could not be written."""
@@ -111,6 +127,12 @@ class Router:
         """Record that the agent sent another request on a connection."""
         for receipt in self._awaiting_evidence.pop(connection, ()):
             receipt.next_request()
+
+    def connection_open(self, connection: int, until_s: float) -> None:
+        """Record that another replica's connection to an agent was open at `until_s`."""
+        for receipt in self._awaiting_evidence.get(connection, ()):
+            if isinstance(receipt, LocalReceipt):
+                receipt.connection_open(until_s)
 
     def connection_closed(self, connection: int, clean: bool | None) -> None:
         """Record that a connection was closed."""

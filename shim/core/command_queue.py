@@ -101,8 +101,10 @@ class QueuedCommand:
 class Batch:
     """The commands of one poll reply, until their delivery is decided.
 
-    `connection` is the number of the TCP connection, `polled_at` the arrival of the poll in monotonic seconds. The
-    agent API keeps a batch as the `ports.DeliveryReceipt` of its reply.
+    `connection` is the number of the TCP connection, negative if another replica has it; `polled_at` is the arrival of
+    the poll in monotonic seconds. The agent API keeps a batch as the `ports.DeliveryReceipt` of its reply.
+    `unconfirmed_poll_at` is the time of a later poll that is evidence if the connection was still open then: the end of
+    a connection at another replica is learned late, or never while that replica is paused.
     """
 
     key: SessionKey
@@ -112,6 +114,7 @@ class Batch:
     polled_at: float
     written_at: float | None = None
     cleanly_closed: bool | None = None  # None while the connection is open
+    unconfirmed_poll_at: float | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -126,16 +129,28 @@ class Batch:
             for queued in self.commands
         )
 
-    def is_acknowledged_by_poll_at(self, arrived_s: float) -> bool:
-        """Return True if a poll that arrived at that time proves that the agent has read the reply.
+    def is_read_at_poll(self, arrived_s: float, now: float) -> bool:
+        """Return True if a poll that arrived at `arrived_s` proves that the agent has read the reply.
 
         The rule is docs/reference/protocol.md#3-commands. A connection that was closed by FIN has been read to its end.
         While it is open, the poll must not have been on its way when the reply was written. Agents may have two polls
-        at once, and may pipeline.
+        at once, and may pipeline. If another replica has the connection, such a poll is noted with the time `now`, and
+        proves nothing until that replica reports that the connection was still open then.
         """
         if self.cleanly_closed is not None:
             return self.cleanly_closed
-        return self.written_at is not None and arrived_s >= self.written_at + OVERLAP_S
+        if self.written_at is None or arrived_s < self.written_at + OVERLAP_S:
+            return False
+        if self.connection < 0 and self.unconfirmed_poll_at is None:
+            self.unconfirmed_poll_at = now
+        return self.connection > 0
+
+    def is_confirmed_by_open_at(self, until_s: float) -> bool:
+        """Return True if the connection was still open after the later poll was sent. True once for each poll."""
+        if self.unconfirmed_poll_at is None or until_s < self.unconfirmed_poll_at + OVERLAP_S:
+            return False
+        self.unconfirmed_poll_at = None
+        return True
 
 
 @dataclass(frozen=True, slots=True)

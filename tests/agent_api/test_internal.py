@@ -129,6 +129,22 @@ async def test_silence_at_the_end_of_the_connection_means_that_nobody_knows(note
         assert owning.board.log[-1][2] is None
 
 
+async def test_a_note_tells_until_when_the_agents_connection_was_open() -> None:
+    async with owner() as owning:
+        connection = await owning.offered()
+        connection.notify_open(1.0)  # before the reply was written: of no meaning
+        connection.notify(Note.WRITTEN)
+        connection.notify_open(12.5)
+        await owning.board.until("open")
+        assert owning.board.steps == ["call", "written", "open"]
+        assert owning.board.log[-1][2] == 12.5
+        connection.notify(Note.NEXT)
+        connection.notify_open(13.5)  # nothing waits for it any more
+        owning.pool.release(connection)
+        await owning.offered()
+        assert owning.board.steps == ["call", "written", "open", "next", "call"]
+
+
 async def test_notes_that_came_before_the_end_count() -> None:
     async with owner() as owning:
         connection = await owning.offered()

@@ -21,7 +21,9 @@ from shim.errors import AgentError
 from shim.metrics import ClusterMetrics, Metrics
 from shim.ports import Caller, ProxyRequest
 from tests.agent_api.test_internal import HEARTBEAT, Owner, owner
-from tests.support.replicas import ENDED, LONG, SHARDS, elsewhere, events, gateway, owned_by
+from tests.chaos.harness.waiting import last
+from tests.support.processes import Shim
+from tests.support.replicas import ENDED, LONG, SHARDS, Agent, Gateway, elsewhere, events, gateway, owned_by
 
 
 class Locator:
@@ -208,5 +210,65 @@ async def test_the_forwarder_is_paused_with_the_reply_in_hand(tmp_path: Path, pg
         await agent.result(a, "c-1")
         found = await gate.until_state(a, "c-1", *ENDED)
         story = events(found)
+        assert story.count("offered") == 2
+        assert "delivered" not in story[: story.index("offered", story.index("offered") + 1)]
+
+
+async def raw_poll(agent: Agent, replica: Shim) -> asyncio.StreamWriter:
+    """Poll on a connection of its own, and return it when the reply has begun to arrive."""
+    host, _, port = replica.url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1)
+    path = f"/api/v1/clusters/agent/{agent.cluster_id}/poll"
+    head = f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: {agent.headers['Authorization']}\r\n\r\n"
+    writer.write(head.encode())
+    async with asyncio.timeout(60):
+        assert await reader.readexactly(15) == b"HTTP/1.1 200 OK"
+    return writer
+
+
+async def until_handed_over(gate: Gateway, owner: Shim, count: int) -> None:
+    """Wait until the owner has been told that a reply was written."""
+    line = f'agent_shim_command_hand_over_seconds_count{{dialect="clusters_agent"}} {float(count)}'
+    async with asyncio.timeout(60):
+        while line not in await gate.metrics(owner):
+            await last(0.05)
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(240)
+async def test_a_poll_elsewhere_is_evidence_once_the_forwarder_confirms_that_its_connection_is_open(
+    tmp_path: Path, pg_url: str
+) -> None:
+    """A forwarder that is paused cannot tell that its agent went without reading: silence is no confirmation."""
+    options = {"poll": {"hold": "off"}, "commands": {"evidence_s": 8}}
+    async with gateway(tmp_path, pg_url, lease_s=600, **options) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agents = [gate.agent(number) for number in range(20)]
+        for agent in agents:
+            await agent.register(a)
+        agent, other = (await owned_by(gate, a, agents))[:2]
+
+        await gate.push(other, "open")
+        await gate.until_state(a, "open", "queued")
+        connection = await raw_poll(other, b)
+        await until_handed_over(gate, a, 1)
+        found = await gate.trace(a, "open")
+        while found[0]["state"] == "offered":
+            assert await other.poll(a) == []
+            found = await gate.trace(a, "open")
+        assert (found[0]["state"], found[0]["trace"][-1]["detail"]) == ("delivered", "poll")
+        connection.close()
+
+        await gate.push(agent, "unread")
+        await gate.until_state(a, "unread", "queued")
+        connection = await raw_poll(agent, b)
+        await until_handed_over(gate, a, 2)
+        b.send(signal.SIGSTOP)
+        connection.transport.abort()  # a reset, as of a process that dies with the reply unread
+        assert await agent.poll_until(a, "unread") == ["unread"]
+        b.send(signal.SIGCONT)
+        await agent.result(a, "unread")
+        story = events(await gate.until_state(a, "unread", *ENDED))
         assert story.count("offered") == 2
         assert "delivered" not in story[: story.index("offered", story.index("offered") + 1)]

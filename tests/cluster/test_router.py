@@ -13,7 +13,7 @@ pytest.importorskip("psycopg")
 
 from shim.agent_api.internal import Note
 from shim.cluster.forwarding import RemoteReceipt
-from shim.cluster.router import LocalReceipt, Router
+from shim.cluster.router import MAX_RECEIPTS, LocalReceipt, Router
 from shim.config.settings import Settings
 from tests.support.replicas import ENDED, WAIT_S, elsewhere, gateway, journal
 
@@ -89,6 +89,39 @@ def test_replies_of_several_owners_may_await_evidence_on_one_connection() -> Non
     routing.next_request(7)
     assert seen == [("written", "offer"), ("next", 7)]
     assert carrier.noted == [Note.WRITTEN, Note.NEXT]
+
+
+def test_a_connection_that_never_shows_evidence_keeps_few_receipts() -> None:
+    """Each receipt of another replica occupies a connection to it, as long as the agent's connection is open."""
+    routing = router()
+    receipts = [remote(7) for _ in range(MAX_RECEIPTS + 3)]
+    for receipt, _ in receipts:
+        routing.written(receipt)
+    noted = [carrier.noted for _, carrier in receipts]
+    assert noted[:3] == [[Note.WRITTEN, Note.CLOSED]] * 3
+    assert noted[3:] == [[Note.WRITTEN]] * MAX_RECEIPTS
+    assert [carrier.released for _, carrier in receipts[:4]] == [1, 1, 1, 0]
+
+
+def test_one_receipt_of_a_local_bridge_stands_for_all_its_offers_on_a_connection() -> None:
+    routing, seen = router(), []
+
+    class Delivery:
+        def written(self, receipt: Any) -> None:
+            seen.append(("written", receipt))
+
+        def next_request(self, connection: int) -> None:
+            seen.append(("next", connection))
+
+        def connection_open(self, connection: int, until_s: float) -> None:
+            seen.append(("open", until_s))
+
+    delivery: Any = Delivery()
+    for offer in ("a", "b"):
+        routing.written(LocalReceipt(delivery, offer, -7))
+    routing.connection_open(-7, 12.5)
+    routing.next_request(-7)
+    assert seen == [("written", "a"), ("written", "b"), ("open", 12.5), ("next", -7)]
 
 
 # --- on real processes ----------------------------------------------------------------------------------------------

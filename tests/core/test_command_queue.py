@@ -111,6 +111,24 @@ def test_what_was_uncertain_before_an_unwritten_reply_stays_so() -> None:
 # --- evidence ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_poll_after_a_reply_of_another_replica_waits_for_its_word_that_the_connection_was_open() -> None:
+    offer = Batch(KEY, 1, (), -7, 0.0, written_at=10.0)
+    assert not offer.is_read_at_poll(11.0, now=11.0)
+    assert not offer.is_read_at_poll(12.0, now=12.0), "a second poll changes nothing: the first is the earlier one"
+    assert not offer.is_confirmed_by_open_at(11.0), "its end may be on its way, as the poll was"
+    assert offer.is_confirmed_by_open_at(11.1)
+    assert not offer.is_confirmed_by_open_at(11.2), "once"
+
+
+@pytest.mark.parametrize("connection, cleanly_closed", [(7, None), (-7, True)])
+def test_no_confirmation_is_needed_for_an_own_connection_or_one_that_was_closed(
+    connection: int, cleanly_closed: bool | None
+) -> None:
+    offer = Batch(KEY, 1, (), connection, 0.0, written_at=10.0, cleanly_closed=cleanly_closed)
+    assert offer.is_read_at_poll(11.0, now=11.0)
+    assert not offer.is_confirmed_by_open_at(99.0)
+
+
 def test_a_result_proves_the_whole_reply() -> None:
     queue = queue_of(record(1), record(2))
     offered(queue)

@@ -64,6 +64,9 @@ class Board:
     def next_request(self, connection: int) -> None:
         self._note("next", connection)
 
+    def connection_open(self, connection: int, until_s: float) -> None:
+        self._note("open", connection, until_s)
+
     def connection_closed(self, connection: int, clean: bool | None) -> None:
         self._note("closed", connection, clean)
 

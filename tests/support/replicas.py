@@ -45,7 +45,7 @@ class Agent:
         self.name = f"cluster-{number}"
         self.agent_id = f"agent-{number}"
         self.cluster_id = ""
-        self._headers = {"Authorization": f"Bearer {token(number)}"}
+        self.headers = {"Authorization": f"Bearer {token(number)}"}
 
     def through(self, http: aiohttp.ClientSession) -> None:
         """Call by these connections from now on."""
@@ -59,13 +59,13 @@ class Agent:
         """The same with a whole path."""
         url = f"{replica.url}{path}"
         sent = None if body is None else io.BytesIO(json.dumps(body).encode())
-        async with self._http.request(method, url, data=sent, headers=self._headers) as response:
+        async with self._http.request(method, url, data=sent, headers=self.headers) as response:
             data = await response.read()
             return response.status, json.loads(data) if data else None
 
     def websocket(self, replica: Shim) -> AbstractAsyncContextManager[aiohttp.ClientWebSocketResponse]:
         """A connection as a newer agent makes it, with the same token."""
-        return self._http.ws_connect(f"{replica.url}/api/v1/clusters/agent/ws", headers=self._headers)
+        return self._http.ws_connect(f"{replica.url}/api/v1/clusters/agent/ws", headers=self.headers)
 
     async def register(self, replica: Shim) -> None:
         """Until it is registered, as agents do."""

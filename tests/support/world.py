@@ -307,6 +307,7 @@ class Agent:
         self.connection = world.connection()
         self.extra: dict[str, Any] = {"k8s_version": "v1.28.3"}
         self._leased = False
+        self.pipelines = False  # then its next request is no evidence
 
     @property
     def target(self) -> SessionTarget:
@@ -319,7 +320,7 @@ class Agent:
     async def call(self, call: AgentCall, arrived_s: float | None = None) -> CallResult:
         """One request on the agent's connection. A reply with commands is written, unless `poll` does otherwise."""
         world = self.world
-        if self._leased:
+        if self._leased and not self.pipelines:
             self._leased = False
             world.bridge.delivery.next_request(self.connection)
         at_s = world.now if arrived_s is None else arrived_s

@@ -139,6 +139,7 @@ class _Evidence:
         self._inner = inner
         self.unwritten = inner.unwritten
         self.next_request = inner.next_request
+        self.connection_open = inner.connection_open
         self.connection_closed = inner.connection_closed
 
     def written(self, receipt: DeliveryReceipt) -> None:
