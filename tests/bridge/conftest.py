@@ -36,6 +36,7 @@ async def make_world() -> AsyncIterator[MakeWorld]:
         if world.running:
             await world.stop()
         assert not world.faults, world.faults
+        assert world.has_defects or not world.defects(), "an exception was caught, logged and counted as a defect"
         assert not world.timers.pending(), world.timers.pending()
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from shim.core.agent_calls import Accepted, PollCall
+from shim.bridge.outbox import DRAINED
+from shim.core.agent_calls import Accepted, Commands, PollCall
+from shim.core.command_queue import Batch
+from shim.ports import CallResult
+from shim.protocol.rfc3339 import rfc3339
 from tests.bridge.conftest import MakeWorld, codes, given, living, offered
-from tests.support.world import World, traces
+from tests.support.world import Agent, World, traces
 
 # --- the normal life --------------------------------------------------------------------------------------------------
 
@@ -172,8 +176,13 @@ async def test_an_unwritten_reply_is_queued_again_at_once_and_was_no_attempt(wor
         assert [command.id for command in await agent.poll_unwritten()] == ["k1", "k2"]
         await world.settle()
         assert await world.state("k1") == "queued"
+    [(record, _, _)] = await world.store.find("k1")
+    assert record.attempts == 0
     assert await agent.poll() == ["k1", "k2"]
-    assert traces(world, "k1")[-1] == "offered: attempt 1"
+    assert traces(world, "k1")[-2:] == ["requeued: not written", "offered: attempt 1"]
+    await world.settle()
+    [(record, _, _)] = await world.store.find("k1")
+    assert record.attempts == 1, "a restart would count the attempts of the record"
 
 
 async def test_an_agent_that_hangs_up_while_the_offer_goes_to_disk_swallows_nothing(world: World) -> None:
@@ -221,6 +230,130 @@ async def test_a_held_poll_gets_the_command_at_once(make_world: MakeWorld) -> No
     world.controller.push("k1")
     await world.settle()
     assert [command.id for command in agent.take(poll.result())] == ["k1"]
+
+
+# --- what ends an offer gives what waits to a held poll ---------------------------------------------------------------
+
+
+async def held_behind_an_offer(make_world: MakeWorld) -> tuple[World, Agent, Agent, asyncio.Task[CallResult]]:
+    """An agent that has read `k1` without evidence, and polls on another connection while `k2` waits."""
+    world = await make_world(poll={"hold": 20})
+    agent = await given(world, "k1")
+    other = world.agent(cluster_id=agent.cluster_id)
+    poll = agent.poll_task()
+    await world.settle()
+    held = other.poll_task()  # arrives in the same moment: it does not show that the reply was read
+    agent.take(poll.result())
+    world.controller.push("k2")
+    await world.settle()
+    assert not held.done()
+    return world, agent, other, held
+
+
+async def ids_of(world: World, other: Agent, held: asyncio.Task[CallResult]) -> list[str]:
+    """The commands that a held poll has got without any time passing."""
+    await world.settle()
+    return [command.id for command in other.take(held.result())]
+
+
+async def test_evidence_lets_a_held_poll_have_what_waits(make_world: MakeWorld) -> None:
+    world, agent, other, held = await held_behind_an_offer(make_world)
+    await agent.heartbeat()
+    assert await ids_of(world, other, held) == ["k2"]
+
+
+async def test_a_result_lets_a_held_poll_have_what_waits(make_world: MakeWorld) -> None:
+    world, agent, other, held = await held_behind_an_offer(make_world)
+    agent.reconnect(clean=False)
+    await agent.result("k1")
+    assert await ids_of(world, other, held) == ["k2"]
+
+
+async def test_the_loss_of_the_replica_that_served_the_offer_makes_it_uncertain_at_once(make_world: MakeWorld) -> None:
+    world, agent, other, held = await held_behind_an_offer(make_world)
+    world.bridge.delivery.connection_closed(agent.connection, None)
+    assert await ids_of(world, other, held) == ["k1", "k2"]
+    assert traces(world, "k1")[-2:] == ["uncertain: no evidence", "offered: attempt 2, no evidence"]
+
+
+async def test_an_offer_that_becomes_uncertain_goes_to_a_held_poll(make_world: MakeWorld) -> None:
+    world, agent, other, held = await held_behind_an_offer(make_world)
+    agent.reconnect(clean=False)
+    await world.pass_s(45)
+    assert held.result().outcome == Commands((), 5)
+    held = other.poll_task()
+    await world.pass_s(15.1)
+    assert await ids_of(world, other, held) == ["k1", "k2"]
+
+
+async def test_an_unwritten_reply_goes_to_a_held_poll(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 20})
+    agent = await given(world, "k1")
+    poll = agent.poll_task()
+    await world.settle()
+    held = agent.poll_task()
+    await world.settle()
+    assert not held.done()
+    world.bridge.delivery.unwritten(cast("Batch", poll.result().receipt))
+    assert await ids_of(world, agent, held) == ["k1"]
+
+
+async def test_a_second_poll_of_an_agent_answers_the_first_empty(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 20})
+    agent = await living(world)
+    first = agent.poll_task()
+    await world.settle()
+    second = agent.poll_task()
+    await world.settle()
+    assert first.result().outcome == Commands((), 5)
+    assert not second.done()
+    world.controller.push("k1")
+    assert await ids_of(world, agent, second) == ["k1"]
+
+
+# --- what is counted and traced ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("success", [True, False])
+async def test_the_life_of_a_command_is_counted_and_traced(world: World, success: bool) -> None:
+    agent = await given(world, "k1", type="scale")
+    assert await agent.poll() == ["k1"]
+    await agent.result("k1", success)
+    await agent.result("k1", success)
+    await agent.result("k0", success)
+    await agent.live(40)
+    assert traces(world, "k1") == [
+        "arrived: scale",
+        "offered: attempt 1",
+        "delivered: next request",
+        f"result: {'success' if success else 'failure'}",
+        f"result: {'success' if success else 'failure'}",
+        "closed: ",
+    ]
+    counted = {event: world.metric("commands_total", event=event) for event in ("queued", "offered", "redelivered")}
+    assert counted == {"queued": 1, "offered": 1, "redelivered": 0}
+    assert world.metric("commands_total", event="closed") == 2, "the result of an unknown command is closed as well"
+    for kind in ("known", "repeat", "unknown"):
+        assert world.metric("results_total", kind=kind, success=str(success).lower()) == 1
+
+
+async def test_a_result_without_a_time_gets_the_time_of_its_arrival(world: World) -> None:
+    agent = await offered(world)
+    at = rfc3339(world.clock.wall_s())
+    await agent.result("k1")
+    await agent.live(40)
+    [result] = world.controller.results("k1")
+    assert result["timestamp"] == at
+
+
+async def test_a_drain_counts_each_command_that_it_refuses(world: World) -> None:
+    await living(world)
+    world.bridge.delivery.closed = True
+    for command_id in ("k1", "k2", "k3"):
+        world.controller.push(command_id)
+    await world.settle()
+    assert world.bridge.delivery.refused_by_drain == 3
+    assert [world.controller.results(each)[0]["error"] for each in ("k1", "k3")] == [DRAINED, DRAINED]
 
 
 # --- doubt ------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ async def test_an_event_of_a_handler_comes_after_those_that_wait_already(world: 
 async def test_a_handler_that_fails_is_counted_and_the_next_event_is_handled(
     world: World, queue: EventQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
+    world.has_defects = True
     handled: list[int] = []
 
     def handle(event: Happened) -> None:

@@ -17,6 +17,7 @@ from tests.support.world import World
 async def test_a_duty_that_fails_is_said_and_counted_and_the_others_go_on(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
+    world.has_defects = True
     done: list[str] = []
 
     def fails() -> None:

@@ -167,6 +167,7 @@ class World:
         self.token_error: ShimError | None = None
         self.faults: list[dict[str, Any]] = []
         self.running = False
+        self.has_defects = False  # a test makes some on purpose
         self._rng = rng
         self._memory = MemoryStore(loop.call_soon)
         self._make_store = make_store
@@ -265,6 +266,11 @@ class World:
 
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(f"agent_shim_{name}", labels) or 0.0
+
+    def defects(self) -> list[Any]:
+        """The exceptions that were caught and counted as defects, by part."""
+        found = (sample for family in self.registry.collect() for sample in family.samples)
+        return [each for each in found if each.name == "agent_shim_internal_errors_total" and each.value]
 
     def session(self, ident: str) -> Session:
         found = [session for session in self.bridge.ctx.sessions if session.key.ident == ident]
