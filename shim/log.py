@@ -12,9 +12,10 @@ import re
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
+
+import msgspec
 
 from shim.log_writer import LineWriter
 from shim.redaction import MASK, MAX_TEXT_CHARS, Redaction
@@ -77,8 +78,7 @@ def get(name: str) -> Logger:
     return Logger(logging.getLogger(name))
 
 
-@dataclass(slots=True)
-class _Repeated:
+class _Repeated(msgspec.Struct):
     """Unix time at which an event was last written, and the number of repeats left out since."""
 
     written_at: float

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import msgspec
 
 from shim.bridge import Bridge, BridgeContext
 from shim.bridge.context import NoteStep
@@ -33,8 +34,7 @@ from shim.store import CallThreadsafe, log_store_warnings
 Spawn = Callable[[str, Coroutine[Any, Any, None]], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class RuntimeContext:
+class RuntimeContext(msgspec.Struct, frozen=True):
     """Dependencies of a runtime. `on_store_corrupt` stops the process after the store was found corrupt.
 
     `note_step` is called with each step in the trace of commands: session, commands, and what happened.
@@ -51,7 +51,7 @@ class RuntimeContext:
     upstream: UpstreamPort
     read_token: Callable[[], str]
     on_store_corrupt: Callable[[StoreError], None]
-    redaction: Redaction = field(default_factory=Redaction)
+    redaction: Redaction = msgspec.field(default_factory=Redaction)
     note_step: NoteStep | None = None
 
     def bridge_context(

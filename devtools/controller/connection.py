@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import socket as sockets
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from aiohttp import WebSocketError, WSMessage, WSMsgType, web
+from msgspec.structs import replace
 
 from devtools.controller import faults as fault
 from devtools.controller.active_faults import Scope

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import socket
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
+import msgspec
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from aiohttp.http_parser import RawRequestMessage
@@ -39,8 +39,7 @@ FAREWELL_S = 2.0
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class ConnectionCount:
+class ConnectionCount(msgspec.Struct):
     """Number of open connections, also in a gauge if one is given."""
 
     gauge: Gauge | None = None
@@ -59,8 +58,7 @@ class ConnectionCount:
             self.gauge.dec()
 
 
-@dataclass(frozen=True, slots=True)
-class Backends:
+class Backends(msgspec.Struct, frozen=True):
     """The services that answer requests behind the agents' server; None if the shim is not configured for one.
 
     `evidence` learns if agents received their replies. `fallback` serves calls that go by the vendor's HTTP API,
@@ -75,8 +73,7 @@ class Backends:
     max_message_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ServerContext:
+class ServerContext(msgspec.Struct, frozen=True):
     """The objects that all connections of one server share."""
 
     listen: Listen
@@ -85,7 +82,7 @@ class ServerContext:
     responses: ResponseBuilder
     budget: Budget
     refused: RefusedCalls
-    connections: ConnectionCount = field(default_factory=ConnectionCount)
+    connections: ConnectionCount = msgspec.field(default_factory=ConnectionCount)
 
 
 class Handler(Protocol):

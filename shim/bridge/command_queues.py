@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from shim.bridge.context import BridgeContext, Moment
 from shim.bridge.outbox import Outbox
@@ -33,8 +35,7 @@ WALL_STEP_S = 1.0
 UNPOLLED_WARNING_S = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class _FinalState:
+class _FinalState(msgspec.Struct, frozen=True):
     """The final state of a command that ended without a result of its agent.
 
     `code` and `error` are sent to the controller.

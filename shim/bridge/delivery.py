@@ -23,11 +23,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
 from shim.bridge.command_queues import CommandQueues
@@ -60,8 +60,7 @@ log = get(__name__)
 MAX_HAND_OVER_SAMPLES = 1024
 
 
-@dataclass(slots=True)
-class _Arrival:
+class _Arrival(msgspec.Struct):
     """One command that is being accepted or rejected. `at` is its arrival in monotonic seconds."""
 
     session: Session

@@ -5,9 +5,10 @@ Each function is the only place that lists what follows from its event, in the o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+
+import msgspec
 
 from shim.bridge.context import BridgeContext
 from shim.bridge.delivery import CommandDelivery
@@ -48,8 +49,7 @@ class ResultsSent(NamedTuple):
     link: UpstreamLink
 
 
-@dataclass(frozen=True, slots=True)
-class EventHandlers:
+class EventHandlers(msgspec.Struct, frozen=True):
     """Handlers of all events. `install` makes them those of the bridge's queue."""
 
     ctx: BridgeContext

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -43,8 +42,7 @@ REASONS = {
 DRAINED = "the shim is being drained and takes no new commands"
 
 
-@dataclass(slots=True)
-class OutboxRecord:
+class OutboxRecord(msgspec.Struct):
     """One stored result that the controller is not known to have.
 
     `sent_on` is the serial of the connection that carried it last, 0 if none did. `posted_at` is the arrival of the
@@ -58,8 +56,7 @@ class OutboxRecord:
     posted_at: float | None = None
 
 
-@dataclass(slots=True)
-class _UnpersistedReport:
+class _UnpersistedReport(msgspec.Struct):
     """One report that is not stored; `sent_on` as in `OutboxRecord`."""
 
     session: SessionKey

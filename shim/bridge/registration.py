@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 from shim.bridge.context import BridgeContext
 from shim.bridge.links import UpstreamLink
@@ -51,8 +53,7 @@ def identity_of_call(owner: str, call: RegisterCall) -> RegistrationKey:
     return (owner, "agent", call.agent_id) if call.known_by_agent else (owner, "name", call.name)
 
 
-@dataclass(slots=True, eq=False)
-class PendingRegistration:
+class PendingRegistration(msgspec.Struct, eq=False):
     """One registration that the controller has not answered.
 
     `session` is set if the shim itself registers. `sent_on` is the serial of the connection that carries it, 0 if none
@@ -65,8 +66,8 @@ class PendingRegistration:
     secret: str
     call: RegisterCall | None = None
     session: Session | None = None
-    waiters: set[asyncio.Future[Outcome]] = field(default_factory=set)
-    request_ids: list[str] = field(default_factory=list)
+    waiters: set[asyncio.Future[Outcome]] = msgspec.field(default_factory=set)
+    request_ids: list[str] = msgspec.field(default_factory=list)
     sent_on: int = 0
     sent_at: float = 0.0
     abandoned_at: float | None = None
@@ -106,8 +107,7 @@ class SessionAnnounced(NamedTuple):
     connection: UpstreamConnection
 
 
-@dataclass(slots=True, eq=False)
-class RegistrationReplay:
+class RegistrationReplay(msgspec.Struct, eq=False):
     """One replay after a reconnect: the registrations still to be sent, and those that wait for a reply."""
 
     link: UpstreamLink

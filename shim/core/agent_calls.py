@@ -120,8 +120,7 @@ AgentCall = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Registered:
+class Registered(msgspec.Struct, frozen=True):
     """A successful registration as it is returned to the agent.
 
     `cluster_id` is non-empty and URL-safe. `workspace_id` and `registered_at` (RFC 3339) are `None` if unknown.
@@ -180,8 +179,7 @@ class Healthy(msgspec.Struct, frozen=True):
     """The outcome of a health check."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """A failed call and its HTTP status. `cluster_id` is the existing cluster's id in a conflict (409)."""
 
     status: int

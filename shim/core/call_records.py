@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
+
+import msgspec
 
 from shim.core.agent_calls import (
     AgentCall,
@@ -124,8 +125,7 @@ _NORMAL = frozenset({(404, "tunnel_poll"), (404, "tunnel_info"), (404, ""), (409
 """Statuses above 399 that are no failure: an API without tunnels, an unknown path, a cluster that exists already."""
 
 
-@dataclass(frozen=True, slots=True)
-class FallbackCall:
+class FallbackCall(msgspec.Struct, frozen=True):
     """One finished call. `status` is 0 if the API could not be reached, and `reason` is the cause.
 
     `name` is the name by which the rollout places the caller: its cluster's name, else its id.
@@ -153,8 +153,7 @@ class FallbackCall:
         return 200 <= self.status < 300 or (self.status, self.operation) in _NORMAL
 
 
-@dataclass(slots=True)
-class FallbackRecord:
+class FallbackRecord(msgspec.Struct):
     """Counts per outcome since the start, the newest calls, and each agent's newest call.
 
     `failures` is the number of failed calls in a row, and `failing_since_s` the time of the first of them (`None` while
@@ -162,15 +161,15 @@ class FallbackRecord:
     them.
     """
 
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    counts: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     last: FallbackCall | None = None
     last_ok: FallbackCall | None = None
     last_failure: FallbackCall | None = None
     failures: int = 0
     failing_since_s: float | None = None
-    by_agent: OrderedDict[SessionKey, FallbackCall] = field(default_factory=OrderedDict)
-    recent: RecentCalls = field(default_factory=RecentCalls)
-    recent_failures: RecentCalls = field(default_factory=RecentCalls)
+    by_agent: OrderedDict[SessionKey, FallbackCall] = msgspec.field(default_factory=OrderedDict)
+    recent: RecentCalls = msgspec.field(default_factory=RecentCalls)
+    recent_failures: RecentCalls = msgspec.field(default_factory=RecentCalls)
 
     def add(self, call: FallbackCall, agent: SessionKey | None = None) -> None:
         """Record a finished call. `agent` is the caller's session if it is known."""
@@ -222,8 +221,7 @@ def route_of(call: AgentCall) -> Route:
     return dialect, _OPERATIONS[kind]
 
 
-@dataclass(slots=True)
-class RouteUse:
+class RouteUse(msgspec.Struct):
     """Calls of one route by one agent since this process started."""
 
     count: int

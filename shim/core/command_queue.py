@@ -6,7 +6,6 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from dataclasses import replace as replace_fields
 from enum import Enum
 from itertools import takewhile
 
@@ -97,8 +96,7 @@ class QueuedCommand:
     arrived_at: float | None = field(compare=False, default=None)
 
 
-@dataclass(slots=True)
-class Batch:
+class Batch(msgspec.Struct):
     """The commands of one poll reply, until their delivery is decided.
 
     `connection` is the number of the TCP connection, negative if another replica has it; `polled_at` is the arrival of
@@ -153,8 +151,7 @@ class Batch:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class QueuePolicy:
+class QueuePolicy(msgspec.Struct, frozen=True):
     """Bounds of a session's queue and of one reply, and the treatment of commands without evidence."""
 
     max_queued: int
@@ -166,8 +163,7 @@ class QueuePolicy:
     at_most_once: frozenset[str]
 
 
-@dataclass(slots=True)
-class Arriving:
+class Arriving(msgspec.Struct):
     """Counter of the commands of all sessions that are being stored, looked up or ended.
 
     If `has_room` is false, the next frame is not read, so that TCP slows the controller down. A disk that stands still
@@ -306,7 +302,7 @@ class CommandQueue:
             )
             queued.attempts -= 1
             queued.replies -= 1
-        self.offer = replace_fields(offer, commands=kept) if kept else None
+        self.offer = replace(offer, commands=kept) if kept else None
         return self.offer
 
     def unwritten(self, offer: Batch) -> tuple[QueuedCommand, ...]:
@@ -447,8 +443,7 @@ class CommandQueue:
 SHOWN_COMMANDS = 50
 
 
-@dataclass(slots=True)
-class RecentCommand:
+class RecentCommand(msgspec.Struct):
     """The newest step of a command. `type` and `arrived_unix` are unknown (`""`, 0) if it arrived before the start."""
 
     id: str

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
+
+import msgspec
 
 BREAKER_INITIAL_S = 1.0
 BREAKER_MAX_S = 60.0
@@ -63,8 +64,7 @@ class Failover:
         return self.transport
 
 
-@dataclass(slots=True)
-class Breaker:
+class Breaker(msgspec.Struct):
     """Circuit breaker for the vendor's HTTP API. It opens after three failures in a row, each time for longer."""
 
     _failures: int = 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
+
+import msgspec
 
 ACK_GRACE_S = 2.5  # with the default of 27.5 s the window is the vendor's own interval, 30 s
 MERGED_S = 1.0
@@ -29,8 +30,7 @@ class HeartbeatChannel(Protocol):
         """Monotonic time of the last frame that arrived on the connection."""
 
 
-@dataclass(slots=True)
-class _Waiting:
+class _Waiting(msgspec.Struct):
     """Agent heartbeats that are not covered yet: `count` of them within `MERGED_S` after `at`."""
 
     at: float

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, fields
 from typing import Any
+
+import msgspec
 
 from shim.core.records import CommandState
 from shim.management.objectives import ObjectiveWindows
@@ -16,8 +17,7 @@ KEPT = 720
 RECENT = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True):
     """One sample. `waiting` and `offered` count commands without evidence of delivery; `results` are not confirmed.
 
     `handed_over` counts the commands written to agents since the previous sample. `p50_s` and `p95_s` are their times
@@ -105,7 +105,7 @@ class Sampler:
     def last(self, number: int = KEPT) -> dict[str, list[Any]]:
         """Return the last samples by column, the oldest first."""
         samples = list(self._samples)[-number:] if number > 0 else []
-        return {field.name: [getattr(sample, field.name) for sample in samples] for field in fields(Sample)}
+        return {name: [getattr(sample, name) for sample in samples] for name in Sample.__struct_fields__}
 
     def latency(self) -> dict[str, Any]:
         """Return the number, median and 95th percentile of the times of the last commands written to agents."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import msgspec
@@ -64,8 +63,7 @@ _SPACE = re.compile(r"[ \t\r\n\ufeff\x1e\0]*")  # between values: also marks, re
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+', re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(msgspec.Struct, frozen=True):
     """One envelope. `payload` is always an object (`null` and absent become `{}`); `timestamp` is the sender's text.
 
     `fault` is why the payload is unusable although its ids could be read, else empty. `replaced` is true if bytes that
@@ -73,7 +71,7 @@ class Message:
     """
 
     type: str
-    payload: dict[str, Any] = field(default_factory=dict)
+    payload: dict[str, Any] = msgspec.field(default_factory=dict)
     request_id: str = ""
     timestamp: str = ""
     fault: str = ""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 from msgspec.structs import replace
 
 from shim.core.records import (
@@ -57,8 +57,7 @@ _CommandKey = tuple[SessionKey, str]
 _Result = TypeVar("_Result")
 
 
-@dataclass(slots=True)
-class _StoredCommand:
+class _StoredCommand(msgspec.Struct):
     record: CommandRecord
     updated_unix: float
     result: dict[str, Any] | None

@@ -179,7 +179,7 @@ async def running(listen: Listen | None = None, board: Board | None = None, **op
     board = board or Board()
     metrics = Metrics(CollectorRegistry())
     options.setdefault("token", lambda: "t")
-    others = {name: options.pop(name) for name in tuple(options) if name in Backends.__dataclass_fields__}
+    others = {name: options.pop(name) for name in tuple(options) if name in Backends.__struct_fields__}
     backends = Backends(board, board, **others)
     frontend = AgentServer(listen or Listen(port=0), backends, dialects.load(), metrics, **options)
     house = House(frontend, board, metrics)

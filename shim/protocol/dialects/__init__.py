@@ -17,7 +17,6 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
@@ -105,13 +104,12 @@ class Match(msgspec.Struct, frozen=True):
     ident: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Path:
+class _Path(msgspec.Struct, frozen=True):
     """The path of one or more routes: its segments, None for an id, and the routes by method."""
 
     segments: tuple[str | None, ...]
     names: tuple[str, ...]
-    routes: dict[str, tuple[Dialect, Route]] = field(default_factory=dict)
+    routes: dict[str, tuple[Dialect, Route]] = msgspec.field(default_factory=dict)
 
     def ids_in(self, parts: list[str]) -> list[str] | None:
         """Return the ids, still encoded, of a request path that has this form, else None."""

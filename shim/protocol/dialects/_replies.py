@@ -7,8 +7,9 @@ agents exit then (docs/reference/legacy-agents.md#11-register).
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from shim.core.agent_calls import Accepted, Commands, Failed, Healthy, Outcome, Registered, TunnelInfo, TunnelState
 from shim.protocol import rfc3339
