@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from shim.core.command_queue import (
+    OVERLAP_S,
     SHOWN_COMMANDS,
     TRANSITIONS,
     Batch,
@@ -99,6 +100,41 @@ def test_an_unwritten_reply_was_no_attempt_and_everything_is_in_its_old_place() 
     back = queue.unwritten(offer)
     assert [(live.state, live.attempts) for live in back] == [(CommandState.QUEUED, 0)] * 2
     assert offered(queue).ids == ("k1", "k2", "k3")
+
+
+def test_what_may_not_be_offered_without_a_record_was_no_attempt_and_stays_in_its_place() -> None:
+    queue = queue_of(record(1), record(2, type="once"), record(3))
+    uncertain = queue.add(record(4, state=CommandState.UNCERTAIN, attempts=1), expires_at=100.0, since=4.0)
+    uncertain.reason = "no evidence"
+    rest = queue.unrecorded(offered(queue), POLICY)
+    assert rest is queue.offer
+    assert rest is not None
+    assert rest.ids == ("k1",)
+    assert [(live.record.id, live.state, live.attempts, live.replies) for live in queue.all()] == [
+        ("k1", CommandState.OFFERED, 1, 1),
+        ("k2", CommandState.QUEUED, 0, 0),
+        ("k3", CommandState.QUEUED, 0, 0),
+        ("k4", CommandState.UNCERTAIN, 1, 0),
+    ]
+
+
+def test_a_command_that_ended_during_the_write_is_left_as_it_is() -> None:
+    queue = queue_of(record(1, type="once"), record(2), record(3))
+    offer = offered(queue)
+    offer.commands[1].state = CommandState.ANSWERED
+    assert queue.unrecorded(offer, POLICY) is None
+    assert [live.state for live in offer.commands] == [
+        CommandState.QUEUED,
+        CommandState.ANSWERED,
+        CommandState.QUEUED,
+    ]
+
+
+@pytest.mark.parametrize("later_s, evidence", [(OVERLAP_S, True), (OVERLAP_S * 0.99, False)])
+def test_a_poll_from_the_end_of_the_overlap_on_is_evidence(later_s: float, evidence: bool) -> None:
+    offer = offered(queue_of(record(1)))
+    offer.written_at = 0.0
+    assert offer.is_read_at_poll(later_s, later_s) == evidence
 
 
 def test_what_was_uncertain_before_an_unwritten_reply_stays_so() -> None:
@@ -277,6 +313,7 @@ def test_a_successor_gets_everything_in_the_order_of_arrival_and_keeps_its_own()
     ]
     assert [live.since for live in new.all()] == [1.0, 2.0, 3.0, 4.0]
     assert new.all()[0].record.session == other
+    assert (new.all()[3].record.state, new.all()[3].record.attempts) == (CommandState.UNCERTAIN, 2)
     assert len(old) == 0
     assert old.size_bytes == 0
 
@@ -381,6 +418,7 @@ def test_a_command_is_shown_once_with_its_newest_step_the_newest_first() -> None
     recent.note(KEY, ("2",), TraceEntry(2.0, "arrived", "scan"))
     recent.note(KEY, ("1",), TraceEntry(3.0, "offered", "attempt 1"))
     recent.note(OTHER, ("1",), TraceEntry(4.0, "dead", "why"))
+    assert [(each.detail, each.wall) for each in recent] == [("why", 4.0), ("attempt 1", 3.0), ("scan", 2.0)]
     assert [(each.id, each.session, each.event, each.type, each.arrived_unix) for each in recent] == [
         ("1", OTHER, "dead", "", 0.0),
         ("1", KEY, "offered", "exec", 1.0),
