@@ -33,6 +33,7 @@ from shim.metrics import Metrics, Registry
 from shim.notify import Notifier
 from shim.ports import AgentService, CommandStore, DeliveryEvidence, UpstreamPort
 from shim.process import (
+    GarbageSearch,
     LoopLagMeter,
     report_loop_error,
     security_warnings,
@@ -190,6 +191,7 @@ class App:
                 await start()
         self.spawn("watch", self._reloader.watch(lambda: self.settings.upstream.token_file, self._token_changed))
         LoopLagMeter(asyncio.get_running_loop(), clock, self._metrics).start()
+        GarbageSearch(asyncio.get_running_loop(), clock).start()
         if settings.notify.wanted:
             notifier = Notifier(settings.notify, admin.status, clock, self.stop_requested, redaction)
             self.spawn("notify", notifier.run())

@@ -11,6 +11,7 @@ The class overrides private methods and attributes of aiohttp's `RequestHandler`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import socket
@@ -24,7 +25,7 @@ from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
-from shim.core.bounds import FREE_BYTES, MAX_EMPTY_LINES, MAX_HEAD_BYTES, MAX_WAITING_BYTES
+from shim.core.bounds import FREE_BYTES, MAX_EMPTY_LINES, MAX_HEAD_BYTES, MAX_WAITING_BYTES, Budget
 
 LINGER_S = 2.0
 CHUNKED = -1
@@ -40,6 +41,13 @@ def _spread(delay_s: float) -> float:
     loop, and closing them all takes longer than others may wait.
     """
     return delay_s * random.uniform(1.0, 1.2)  # noqa: S311 - nothing secret depends on it
+
+
+def _forget_cancellation(task: asyncio.Task[None]) -> None:
+    """Free the exception of a cancelled task: it keeps a frame of aiohttp's that keeps the task."""
+    if task.cancelled():
+        with contextlib.suppress(asyncio.CancelledError):
+            task.exception()
 
 
 class NoRoom(Exception):
@@ -67,28 +75,6 @@ class EmptyLine:
         end = at + 4 - len(self._tail)
         self._tail = b""
         return end
-
-
-class Budget:
-    """A limit on the bytes that all connections together hold: bodies being read, incomplete heads, unparsed bytes.
-
-    A single request may be large, but not all at the same time. The first `FREE_BYTES` of a connection are not counted.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self.used_bytes = 0
-
-    def reserve(self, size_bytes: int) -> bool:
-        """Reserve `size_bytes`; return False and reserve none if that exceeds the limit."""
-        if self.used_bytes + size_bytes > self._limit_bytes:
-            return False
-        self.used_bytes += size_bytes
-        return True
-
-    def release(self, size_bytes: int) -> None:
-        """Release `size_bytes`."""
-        self.used_bytes -= size_bytes
 
 
 class HttpConnection(RequestHandler):
@@ -177,6 +163,14 @@ class HttpConnection(RequestHandler):
         self._backlog = b""
         self._head_bytes = self._unread_bytes = 0
         self._charge()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._task_handler is not None:
+            self._task_handler.add_done_callback(_forget_cancellation)
+        super().connection_lost(exc)
+        # The parser and the reader refer to this connection, and such a cycle stays in memory until the garbage
+        # collector searches for it, which is rare (`process.GarbageSearch`).
+        self._http, self._body = None, EMPTY_PAYLOAD
 
     # --- requests ---
 

@@ -137,23 +137,26 @@ class Listener:
                 logger.warning("a connection cannot be accepted: %s", error.strerror)
                 await asyncio.sleep(ACCEPT_AGAIN_S)
                 continue
-            connection = self._make()
-            if self._tls is None or connection.enter():
-                opening = self._spawn(
-                    loop.connect_accepted_socket(
-                        partial(cast, "asyncio.Protocol", connection),
-                        accepted,
-                        ssl=self._tls,
-                        ssl_handshake_timeout=self._handshake_timeout_s,
-                    )
-                )
-                opening.add_done_callback(partial(self._opened, accepted, connection))
-            else:
-                connection.leave()
-                accepted.close()
+            self._open(accepted)
             number += 1
             if number % ACCEPTED_PER_TURN == 0:
                 await asyncio.sleep(0)  # `sock_accept` returns at once while connections wait
+
+    def _open(self, accepted: socket.socket) -> None:
+        connection = self._make()
+        if self._tls is None or connection.enter():
+            opening = self._spawn(
+                asyncio.get_running_loop().connect_accepted_socket(
+                    partial(cast, "asyncio.Protocol", connection),
+                    accepted,
+                    ssl=self._tls,
+                    ssl_handshake_timeout=self._handshake_timeout_s,
+                )
+            )
+            opening.add_done_callback(partial(self._opened, accepted, connection))
+        else:
+            connection.leave()
+            accepted.close()
 
     def _opened(self, accepted: socket.socket, connection: CountedConnection, task: asyncio.Task[Any]) -> None:
         """Close a socket that did not become a connection, whatever the reason, and end its count."""

@@ -30,10 +30,12 @@ IDLE_SAMPLE_S = 2.0
 NOTICEABLE_S = 0.01
 WORKING_SHARE = 0.02
 
-# With 10,000 sessions a full garbage collection takes most of a second, in which no agent is answered. By default one
-# runs whenever the number of objects has grown by a quarter, so with every wave of held polls. Nearly all garbage is
-# young. So young objects are collected often, and all of them only after tens of millions of allocations.
-_YOUNG, _MIDDLE, _ALL = 10_000, 20, 200
+# Requests leave no reference cycles behind; only errors do. But the interpreter searches young objects for cycles
+# whenever their number has grown, and with 10,000 sessions nearly all that it finds are alive: held polls and the
+# agents' newest heartbeats. So it searches a few of them at a time, and the older ones only when `GarbageSearch` does.
+_YOUNG, _NEVER = 2_000, 1_000_000
+SEARCH_S = 60.0
+SEARCH_SHARE = 0.0001
 
 
 def occupy_standard_streams() -> None:
@@ -88,7 +90,28 @@ def tune_gc() -> None:
     what importing leaves, the collections during it have found nearly all.
     """
     gc.freeze()
-    gc.set_threshold(_YOUNG, _MIDDLE, _ALL)
+    gc.set_threshold(_YOUNG, _NEVER, _NEVER)
+
+
+class GarbageSearch:
+    """Search of all objects for reference cycles that became garbage, at most each minute.
+
+    No agent is answered meanwhile: a few milliseconds with a few agents, most of a second with 10,000. So a search
+    waits until all of them together take a ten-thousandth of the time at most.
+    """
+
+    def __init__(self, timers: Timers, clock: Clock) -> None:
+        self._timers = timers
+        self._clock = clock
+
+    def start(self, wait_s: float = SEARCH_S) -> None:
+        """Search for as long as the loop runs, the first time after `wait_s`."""
+        self._timers.call_later(wait_s, self._search)
+
+    def _search(self) -> None:
+        began_s = self._clock.cpu_s()
+        gc.collect()
+        self.start(max(SEARCH_S, (self._clock.cpu_s() - began_s) / SEARCH_SHARE))
 
 
 def trim_heap() -> None:

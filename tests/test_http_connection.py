@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.http_connection import Budget, EmptyLine
+from shim.core.bounds import Budget
+from shim.http_connection import EmptyLine
 
 END = b"\r\n\r\n"
 

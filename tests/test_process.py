@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable
 
@@ -12,7 +13,17 @@ from prometheus_client import CollectorRegistry
 from shim.clock import Clock
 from shim.metrics import Metrics
 from shim.ports import Timer
-from shim.process import IDLE_SAMPLE_S, NOTICEABLE_S, SAMPLE_S, WORKING_SHARE, LoopLagMeter, report_loop_error
+from shim.process import (
+    IDLE_SAMPLE_S,
+    NOTICEABLE_S,
+    SAMPLE_S,
+    SEARCH_S,
+    SEARCH_SHARE,
+    WORKING_SHARE,
+    GarbageSearch,
+    LoopLagMeter,
+    report_loop_error,
+)
 
 # As uvloop reports it: tests.chaos.harness.replicas found it in the log of a replica whose peer was cut off.
 GONE = "unable to perform operation on <TCPTransport closed=True reading=False 0x55ff03746ca0>; the handler is closed"
@@ -73,3 +84,21 @@ def test_the_lag_of_a_loop_is_measured_often_while_it_works_and_rarely_while_it_
     assert loop.fire() == IDLE_SAMPLE_S
     assert registry.get_sample_value("agent_shim_event_loop_lag_seconds_count") == 8
     assert registry.get_sample_value("agent_shim_event_loop_lag_max_seconds") == pytest.approx(0.5)
+
+
+def test_the_search_for_garbage_is_rare_where_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, searched = FakeLoop(), []
+    took_s = 0.0
+
+    def collect() -> None:
+        searched.append(loop.now_s)
+        loop.used_s += took_s
+
+    monkeypatch.setattr(gc, "collect", collect)
+    GarbageSearch(loop, loop).start()
+    assert (searched, loop.delay_s) == ([], SEARCH_S)
+    took_s = 0.5 * SEARCH_S * SEARCH_SHARE
+    assert loop.fire() == SEARCH_S
+    took_s = 0.8
+    assert loop.fire() == pytest.approx(0.8 / SEARCH_SHARE)
+    assert searched == [SEARCH_S, 2 * SEARCH_S]

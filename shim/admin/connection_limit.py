@@ -16,7 +16,8 @@ from aiohttp import hdrs, web
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
-from shim.http_connection import Budget, HttpConnection
+from shim.core.bounds import Budget
+from shim.http_connection import HttpConnection
 
 MAX_CONNECTIONS = 64
 MAX_BUSY = 48

@@ -18,9 +18,10 @@ from prometheus_client import Gauge
 from shim.agent_api import tcp_state
 from shim.agent_api.responses import NO_ROUTE, SENT_CLOSE, RefusedCalls, ResponseBuilder
 from shim.config.settings import Listen
+from shim.core.bounds import Budget
 from shim.errors import AgentError
 from shim.fallback.websocket_proxy import WebSocketProxy
-from shim.http_connection import Budget, HttpConnection
+from shim.http_connection import HttpConnection
 from shim.metrics import Metrics
 from shim.ports import (
     AgentService,
@@ -207,6 +208,7 @@ class AgentConnection(HttpConnection):
         self._pending = None
         if self._context is not None:
             self._handler.abandon(self._context)
+            self._context = None
         if self._had_commands:
             self._server_context.backends.evidence.connection_closed(self.number, exc is None and self._acknowledged)
 

@@ -20,9 +20,9 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
 from shim.agent_api.connection import RequestContext
-from shim.core.bounds import FREE_BYTES, MAX_VALUES
+from shim.core.bounds import FREE_BYTES, MAX_VALUES, Budget
 from shim.errors import AgentError
-from shim.http_connection import Budget, NoRoom
+from shim.http_connection import NoRoom
 from shim.protocol import lenient_json
 
 RETRY_AFTER_S = 1

@@ -18,10 +18,10 @@ from shim.agent_api.request_handler import RequestHandler
 from shim.agent_api.responses import RefusedCalls, ResponseBuilder, StaticHeaders, no_static_headers
 from shim.config.files import FileFingerprint, fingerprints, reason, require_regular
 from shim.config.settings import Listen, TlsFiles
-from shim.core.bounds import MAX_LINE_BYTES
+from shim.core.bounds import MAX_LINE_BYTES, Budget
 from shim.core.call_records import RecentCalls
 from shim.errors import StartError
-from shim.http_connection import LINGER_S, Budget
+from shim.http_connection import LINGER_S
 from shim.listening import Listener, bind
 from shim.metrics import Metrics
 from shim.protocol.dialects import Dialect

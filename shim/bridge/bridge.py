@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from shim.bridge.admin_actions import AdminActions, SessionRemoval
 from shim.bridge.agent_calls import AgentCallHandler
 from shim.bridge.command_queues import CommandQueues, UnpolledCommandsWarning
@@ -120,7 +122,8 @@ class Bridge:
         self.registrations.end_all()
         self.long_polls.end_all()
         self.delivery.end_all()
-        self._save_holds()
+        for _ in self._save_holds():
+            pass
 
     def stop(self) -> None:
         """Answer every waiting call and close all links. The caller closes the store afterwards.
@@ -137,9 +140,10 @@ class Bridge:
     def _look_after_store(self) -> None:
         self.ctx.store.submit(CheckStore())
 
-    def _save_holds(self) -> None:
+    def _save_holds(self) -> Iterator[None]:
         for session in self.ctx.sessions:
-            if session.holds_changed:
+            yield
+            if session.holds_changed and self.ctx.sessions.get(session.key) is session:
                 self.session_registry.persistence.save_session(session)
 
     def _forget_old(self) -> None:

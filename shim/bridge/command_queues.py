@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -303,10 +303,11 @@ class UnpolledCommandsWarning:
         self._queues = queues
         self.sessions: set[SessionKey] = set()
 
-    def check(self) -> None:
+    def check(self) -> Iterator[None]:
         """Log the sessions that became overdue since the last check."""
         overdue = set()
         for key, queue in self._queues.items():
+            yield
             session, since = self._ctx.sessions.get(key), queue.waiting_since
             if session is None or since is None or session.held:
                 continue

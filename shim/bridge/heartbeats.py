@@ -6,6 +6,7 @@ alive. See docs/reference/protocol.md#21-link-life.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,14 @@ import msgspec
 from shim.bridge.context import ENVELOPE_BYTES, BridgeContext
 from shim.bridge.link_pool import LinkPool
 from shim.bridge.registration import Registrations
+from shim.bridge.scheduler import in_slices
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.agent_calls import TargetKind
 from shim.core.bounds import MAX_ALL_KEPT_BYTES
 from shim.core.heartbeat_coverage import ACK_GRACE_S, HeartbeatOutcome
 from shim.core.records import SessionKey
-from shim.core.sessions import Session, TroubleKind
+from shim.core.sessions import Session
+from shim.core.standing import TroubleKind
 from shim.log import get
 
 log = get(__name__)
@@ -69,10 +72,11 @@ class HeartbeatForwarder:
         else:
             self._uncovered.add(session)
 
-    def settle(self) -> None:
-        """Count the agents' heartbeats whose interval has passed as acknowledged or not; called every second."""
+    def settle(self) -> Iterator[None]:
+        """Count the agents' heartbeats whose interval has passed as acknowledged or not; called periodically."""
         now, window_s = self._ctx.now, self._window_s
         for session in list(self._uncovered):
+            yield
             for outcome, number in session.coverage.settle(now, window_s, acks=self._acks_seen).items():
                 self._ctx.metrics.agent_heartbeats.labels(outcome.value).inc(number)
             if not session.coverage.waiting:
@@ -165,10 +169,14 @@ class HeartbeatForwarder:
             self.send_newest(session, self._ctx.now)
 
     def online(self, sessions: list[Session], connection: UpstreamConnection) -> None:
-        """Send the newest heartbeat of each fresh session at once, unless this connection has carried one already."""
-        now = self._ctx.now
+        """Send the newest heartbeat of each fresh session, unless this connection has carried one already."""
+        in_slices(self._ctx, self._online(sessions, connection))
+
+    def _online(self, sessions: list[Session], connection: UpstreamConnection) -> Iterator[None]:
         for session in sessions:
-            self.send_newest(session, now, force=session.standing.sent_on != connection.serial)
+            if self._links.connection_of(session) is connection:
+                self.send_newest(session, self._ctx.now, force=session.standing.sent_on != connection.serial)
+            yield
 
     def send_newest(self, session: Session, now: float, *, force: bool = True) -> None:
         """Send the session's newest heartbeat and status report, if its agent is alive."""
@@ -194,12 +202,14 @@ class HeartbeatForwarder:
         session.touch(now, self._ctx.clock.wall_s())
         self.called(session, now)
 
-    def sweep(self) -> None:
+    def sweep(self) -> Iterator[None]:
         """Send the heartbeats that became due during held polls; called every few seconds."""
-        now, wall = self._ctx.now, self._ctx.clock.wall_s()
         for session in list(self._held.values()):
-            session.touch(now, wall)
-            self.called(session, now)
+            yield
+            if session.held:
+                now = self._ctx.now
+                session.touch(now, self._ctx.clock.wall_s())
+                self.called(session, now)
 
     # --- status -------------------------------------------------------------------------------------------------------
 

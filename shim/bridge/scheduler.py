@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -26,9 +27,17 @@ TICK_S = 5.0
 # Agents that polled at the same time, for example after a restart, are due at the same time. Answering a bounded number
 # per turn of the event loop lets other agents' calls be served in between.
 AT_A_TIME = 64
+SLOT_S = 0.02
+CROWD = 16
+GOLDEN_RATIO = 0.6180339887498949
+EARLY = 0.25
+"""Share of a delay by which `DeadlineQueue.add_spread` may bring a deadline forward."""
+SLICE_S = 0.002
+"""Time for which work on all sessions may occupy the event loop in one turn."""
 
 DueCallback = Callable[[SessionKey, Any], None]
-PeriodicTask = tuple[float, Callable[[], None]]
+PeriodicTask = tuple[float, Callable[[], Iterator[None] | None]]
+"""Interval in seconds, and a function. An iterator that it returns is advanced over as many turns as it takes."""
 
 
 class _PendingTimer:
@@ -49,13 +58,15 @@ class _PendingTimer:
             self.timer = self._owner.again(CATCH_UP_S, self.fire)
             return
         self._owner.pending.discard(self)
+        self.timer = None  # the loop's timer refers to this object: the garbage collector would have to find the pair
         self._callback()
 
     def cancel(self) -> None:
         """Cancel the call (`ports.Timer`)."""
         self._owner.pending.discard(self)
-        if self.timer is not None:
-            self.timer.cancel()
+        timer, self.timer = self.timer, None
+        if timer is not None:
+            timer.cancel()
 
 
 class TimerGroup:
@@ -94,6 +105,28 @@ class DeadlineQueue:
         self._heap: list[tuple[float, int, DueCallback, SessionKey, Any]] = []
         self._numbers = count()
         self._armed_for: float | None = None
+        self._slots: Counter[int] = Counter()
+
+    def add_spread(self, delay_s: float, due: DueCallback, key: SessionKey, item: Any) -> None:
+        """Call `due(key, item)` after `delay_s`, or up to a quarter earlier if many calls are due at the same time.
+
+        Agents that polled in the same second poll again in the same second, and so on for hours: the calls of others
+        would wait behind thousands of them again and again. Spread a few times, they are as far apart as they can be.
+        """
+        at = self._ctx.now + delay_s
+        if self._slots[int(at / SLOT_S)] >= CROWD:
+            # Multiples of the golden ratio, without their integers, fill the interval evenly however many there are.
+            delay_s *= 1.0 - EARLY * (next(self._numbers) * GOLDEN_RATIO % 1.0)
+            at = self._ctx.now + delay_s
+        self._slots[int(at / SLOT_S)] += 1
+        self.add(delay_s, self._due_spread, key, (int(at / SLOT_S), due, item))
+
+    def _due_spread(self, key: SessionKey, entry: tuple[int, DueCallback, Any]) -> None:
+        slot, due, item = entry
+        self._slots[slot] -= 1
+        if not self._slots[slot]:
+            del self._slots[slot]
+        due(key, item)
 
     def add(self, delay_s: float, due: DueCallback, key: SessionKey, item: Any) -> None:
         """Call `due(key, item)` after `delay_s`."""
@@ -121,10 +154,23 @@ class DeadlineQueue:
         self._arm()
 
 
+def in_slices(ctx: BridgeContext, steps: Iterator[None]) -> None:
+    """Advance an iterator to its end, for at most `SLICE_S` in each turn of the event loop.
+
+    Agents are answered between two slices. A step must therefore check that its object still exists.
+    """
+    end_s = ctx.now + SLICE_S
+    for _ in steps:
+        if ctx.now > end_s:
+            ctx.timers.call_later(0, partial(in_slices, ctx, steps))
+            return
+
+
 class PeriodicTasks:
     """Runner of periodic tasks behind one timer. Intervals are multiples of `TICK_S`.
 
-    A task that raises is logged and counted; the others go on.
+    A task that raises is logged and counted; the others go on. They are carried out by `in_slices`, because with
+    thousands of sessions they take tens of milliseconds together.
     """
 
     def __init__(self, ctx: BridgeContext, tasks: Sequence[PeriodicTask]) -> None:
@@ -137,14 +183,21 @@ class PeriodicTasks:
         self._ctx.timers.call_later(TICK_S, self._tick)
 
     def _tick(self) -> None:
-        self._ctx.timers.call_later(TICK_S, self._tick)
         now = self._ctx.now
+        due = []
         for number, (every_s, task) in enumerate(self._tasks):
-            if now - self._done_at[number] < every_s - TICK_S / 2:  # a timer may be early by a rounding error
-                continue
-            self._done_at[number] = now
+            if now - self._done_at[number] >= every_s - TICK_S / 2:  # a timer may be early by a rounding error
+                self._done_at[number] = now
+                due.append(task)
+        in_slices(self._ctx, self._steps(due))
+
+    def _steps(self, tasks: Sequence[Callable[[], Iterator[None] | None]]) -> Iterator[None]:
+        for task in tasks:
             try:
-                task()
+                yield from task() or ()
             except Exception:
                 self._ctx.metrics.internal_errors.labels("bridge").inc()
                 log.exception("upkeep_failed", duty=getattr(task, "__qualname__", "?"))
+            yield
+        # Only now: tasks that take longer than the interval must not run twice at the same time.
+        self._ctx.timers.call_later(TICK_S, self._tick)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -154,6 +154,7 @@ class SessionRegistry:
         self._moved = moved
         self._ended = ended
         self._pending_moves: list[MoveSession] = []
+        self._superseded: set[SessionKey] = set()
         self.quota = SessionQuota(ctx, token_accepted)
         self.persistence = SessionPersistence(ctx, self.quota.persistence_deferred)
         self.usage = RouteUsage()
@@ -162,6 +163,8 @@ class SessionRegistry:
         """Load the stored sessions, aliases and tunnel states."""
         for record in loaded.sessions:
             self._ctx.sessions.add(Session.from_record(record))
+            if record.superseded_by:
+                self._superseded.add(record.key)
         for owner, agent_id, key in loaded.aliases:
             self._ctx.sessions.set_alias(owner, agent_id, key)
         for key, payload in loaded.tunnels:
@@ -261,7 +264,7 @@ class SessionRegistry:
         session.last_seen_unix = self._ctx.clock.wall_s()
         session.superseded_by = None
         self.usage.note(session.key, call.dialect, "register", session.last_seen_unix)
-        session.registration = {k: v for k, v in call.payload.items() if k != "cluster_id"}
+        self._ctx.sessions.set_registration(session, {k: v for k, v in call.payload.items() if k != "cluster_id"})
         session.agent_id = call.agent_id
         session.secret = call.secret
         if reply:
@@ -284,11 +287,7 @@ class SessionRegistry:
             if exact is not None and exact.reply:
                 return exact
         kind = (TargetKind.AGENT if call.known_by_agent else TargetKind.CLUSTER).value
-        found = [
-            s
-            for s in sessions.of_owner(owner)
-            if s.key.kind == kind and s.reply and s.registration.get("name") == call.name
-        ]
+        found = [s for s in sessions.registered_as(owner, call.name) if s.key.kind == kind and s.reply]
         return max(found, key=lambda s: (s.superseded_by is None, s.last_seen_unix), default=None)
 
     def upstream_id(self, owner: str, call: RegisterCall, stored: Session | None) -> str:
@@ -333,7 +332,8 @@ class SessionRegistry:
         session.link = job.link
         self._ctx.sessions.set_upstream_id(session, cluster_id)
         session.standing.registered()
-        session.registration = {k: v for k, v in payload.items() if k not in ("cluster_id", "k8s_service_token")}
+        kept = {k: v for k, v in payload.items() if k not in ("cluster_id", "k8s_service_token")}
+        self._ctx.sessions.set_registration(session, kept)
         session.reply = reply
         agent_id = payload.get("agent_id")
         if isinstance(agent_id, str) and agent_id:
@@ -346,8 +346,7 @@ class SessionRegistry:
             session.last_seen_unix = self._ctx.clock.wall_s()  # no contact: the agent may have stopped waiting long ago
             session.superseded_by = None
         if session.superseded_by is None:  # a replayed registration of an older session must not supersede newer ones
-            sessions = self._ctx.sessions
-            self._supersede(session, sessions.of_owner(session.key.owner) if conflict else sessions)
+            self._supersede(session, session.key.owner if conflict else None)
             self._move_superseded()
         self.persistence.save_session(session)
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
@@ -373,18 +372,23 @@ class SessionRegistry:
         self.quota.admit(key.owner)
         session = Session(key, dialect)
         self._ctx.sessions.add(session)
-        if session.upstream_cluster_id:
-            older = self._supersede(session, self._ctx.sessions.of_owner(key.owner))
-            latest = max(older, key=lambda other: other.last_seen_unix, default=session)
-            session.registration, session.reply = latest.registration, latest.reply
+        older = self._supersede(session, key.owner)
+        if older:
+            latest = max(older, key=lambda other: other.last_seen_unix)
+            self._ctx.sessions.set_registration(session, latest.registration)
+            session.reply = latest.reply
         return session
 
-    def _supersede(self, session: Session, others: Iterable[Session]) -> list[Session]:
-        """Let a session supersede those of the others with its upstream cluster id, as soon as they are not fresh."""
-        cluster_id = session.upstream_cluster_id
-        found = [other for other in others if other is not session and other.upstream_cluster_id == cluster_id]
+    def _supersede(self, session: Session, owner: str | None) -> list[Session]:
+        """Let a session supersede the others with its upstream cluster id, as soon as they are not fresh.
+
+        They may be those of one owner, or all. Returns them.
+        """
+        same = self._ctx.sessions.with_upstream_id(session.upstream_cluster_id, owner)
+        found = [other for other in same if other is not session]
         for other in found:
             other.superseded_by = session.key
+            self._superseded.add(other.key)
             self.persistence.save_session(other)
         return found
 
@@ -399,9 +403,13 @@ class SessionRegistry:
         for move in unmoved:
             self._store_move(move)
         now = self._ctx.now
-        for session in self._ctx.sessions:
-            target = session.superseded_by
-            if target is None or session.fresh(now):
+        for key in list(self._superseded):
+            session = self._ctx.sessions.get(key)
+            target = session.superseded_by if session is not None else None
+            if session is None or target is None:
+                self._superseded.discard(key)
+                continue
+            if session.fresh(now):
                 continue
             successor = self._ctx.sessions.get(target)
             if successor is None:

@@ -17,7 +17,8 @@ from shim.bridge.session_registry import SessionRegistry
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.agent_calls import Failed
 from shim.core.bounds import MAX_REQUEST_ID_CHARS, MAX_SHOWN_CHARS, cut
-from shim.core.sessions import Session, TroubleKind
+from shim.core.sessions import Session
+from shim.core.standing import TroubleKind
 from shim.log import get
 from shim.protocol.command_message import MalformedCommand, parse_command
 from shim.protocol.controller_replies import (

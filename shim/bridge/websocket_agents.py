@@ -97,7 +97,7 @@ class WebSocketAgents:
         if not found and isinstance(agent_id := payload.get("agent_id"), str):
             found = sessions.find(owner, "", agent_id)
         if not found and isinstance(name, str) and name:
-            found = [each for each in sessions.of_owner(owner) if each.registration.get("name") == name]
+            found = sessions.registered_as(owner, name)
         return found
 
 

@@ -61,3 +61,25 @@ MAX_EMPTY_LINES = 1000
 def cut(text: str, limit_chars: int) -> str:
     """Return the text, shortened to the limit if necessary; a shortened text ends in `…`."""
     return text if len(text) <= limit_chars else f"{text[: limit_chars - 1]}…"
+
+
+class Budget:
+    """A limit on the bytes that all connections together hold: bodies being read, incomplete heads, unparsed bytes.
+
+    A single request may be large, but not all at the same time. The first `FREE_BYTES` of a connection are not counted.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self.used_bytes = 0
+
+    def reserve(self, size_bytes: int) -> bool:
+        """Reserve `size_bytes`; return False and reserve none if that exceeds the limit."""
+        if self.used_bytes + size_bytes > self._limit_bytes:
+            return False
+        self.used_bytes += size_bytes
+        return True
+
+    def release(self, size_bytes: int) -> None:
+        """Release `size_bytes`."""
+        self.used_bytes -= size_bytes

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 from shim.core.agent_calls import HeartbeatCall, Registered, SessionTarget, TargetKind
 from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES
 from shim.core.heartbeat_coverage import HeartbeatCoverage
 from shim.core.poll_hold import HoldEstimator, Samples, middle_of, remember
 from shim.core.records import SessionKey, SessionRecord
+from shim.core.standing import SessionStanding
 
 DEFAULT_INTERVAL_S = 30.0
 MIN_FRESH_S = 35.0
@@ -19,81 +19,6 @@ MIN_GAPS = 3
 _NOTHING: dict[str, Any] = {}  # shared by thousands of sessions: fields are replaced, never changed in place
 _CLUSTER, _AGENT = TargetKind.CLUSTER.value, TargetKind.AGENT.value
 _NO_STATUS = ("", "disconnected")
-
-UNACKNOWLEDGED = 3
-"""Heartbeats in a row without an acknowledgement from which on it is no coincidence."""
-
-
-class TroubleKind(Enum):
-    """Reasons why the controller does not regard an agent as connected."""
-
-    NAME_UNKNOWN = "name_unknown"  # the agent is not registered, and the shim has no name to register it with
-    UNKNOWN = "unknown"  # the agent is not registered, and is being registered again
-    HEARTBEATS_REFUSED = "heartbeats_refused"
-
-
-class Trouble(NamedTuple):
-    """One reason, the controller's text if it sent one, and the monotonic time of its begin."""
-
-    kind: TroubleKind
-    text: str
-    since: float
-
-
-class SessionStanding:
-    """Standing of one agent. All times are monotonic seconds; connections are identified by their serial number.
-
-    `sent_on` is the connection that carried the last heartbeat, 0 if none did.
-    """
-
-    __slots__ = ("_registered_over", "_sent", "_sent_since_registered", "_since", "sent_on", "trouble")
-
-    def __init__(self) -> None:
-        self.trouble: Trouble | None = None
-        # The trouble that a registration has ended, until a heartbeat shows that it is over.
-        self._registered_over: Trouble | None = None
-        self.sent_on = self._sent = self._sent_since_registered = 0
-        self._since = 0.0
-
-    def fail(self, kind: TroubleKind, text: str, now: float) -> bool:
-        """Record a reason. Returns True if it is a new one."""
-        before = self.trouble or self._registered_over
-        if self.trouble is not None and self.trouble.kind is TroubleKind.NAME_UNKNOWN and kind is TroubleKind.UNKNOWN:
-            kind = self.trouble.kind  # NAME_UNKNOWN is the more precise of the two
-        new, since = before is None or before.kind is not kind, now if before is None else before.since
-        self.trouble = Trouble(kind, text or (before.text if before is not None else ""), since)
-        return new
-
-    def registered(self) -> None:
-        """Record that the controller accepted a registration.
-
-        If it refuses the next heartbeat all the same, the trouble goes on since its first begin.
-        """
-        self._registered_over, self.trouble = self.trouble or self._registered_over, None
-        self._sent_since_registered = 0
-
-    def sent(self, now: float, connection: int) -> None:
-        """Record a heartbeat sent upstream."""
-        if connection != self.sent_on or not self._sent:
-            self.sent_on, self._sent, self._since = connection, 0, now
-        self._sent += 1
-        if self.trouble is None and self._sent_since_registered:
-            self._registered_over = None  # the heartbeat before this one was not refused
-        self._sent_since_registered += 1
-
-    def acknowledged(self) -> None:
-        """Record an acknowledgement."""
-        self._sent = 0
-        self.trouble = self._registered_over = None
-
-    def unacknowledged_since(self, now: float, window_s: float) -> float | None:
-        """Return the time since which heartbeats have no acknowledgement, `None` if they have.
-
-        `window_s` is the time that an acknowledgement may take.
-        """
-        if self._sent < UNACKNOWLEDGED or now - self._since < window_s:
-            return None
-        return self._since
 
 
 class Session:
@@ -296,6 +221,12 @@ class Session:
         return payload
 
     @property
+    def registered_name(self) -> str:
+        """The cluster name in the stored registration, empty if there is none."""
+        name = self.registration.get("name")
+        return name if isinstance(name, str) else ""
+
+    @property
     def name(self) -> str:
         """The name of the agent's cluster, empty if it is not known."""
         return str(self.registration.get("name") or self.known.get("name") or "")
@@ -337,14 +268,40 @@ class Session:
         return payload
 
 
+class _Index:
+    """Sessions by one of their texts. Those without it are left out."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[SessionKey, Session]] = {}
+
+    def add(self, text: str, session: Session) -> None:
+        if text:
+            self._found.setdefault(text, {})[session.key] = session
+
+    def drop(self, text: str, session: Session) -> None:
+        found = self._found.get(text, {})
+        if found.get(session.key) is session:
+            del found[session.key]
+            if not found:
+                del self._found[text]
+
+    def get(self, text: str) -> list[Session]:
+        return list(self._found.get(text, {}).values())
+
+
 class Sessions:
-    """All sessions, by key, by alias and by the controller's ids."""
+    """All sessions, by key, by alias, by the controller's ids and by the name of their cluster.
+
+    A look-up takes the same time however many sessions there are: thousands of agents register together.
+    """
 
     def __init__(self) -> None:
         self._by_key: dict[SessionKey, Session] = {}
         self._aliases: dict[tuple[str, str], SessionKey] = {}
+        self._aliases_of: dict[SessionKey, tuple[str, ...]] = {}
         self._by_owner: dict[str, dict[SessionKey, Session]] = {}
-        self._by_upstream_id: dict[tuple[str, str], dict[SessionKey, Session]] = {}
+        self._by_upstream_id = _Index()
+        self._by_name = _Index()
         self._kept_bytes = 0
         self._tunnel_bytes = 0
 
@@ -394,20 +351,30 @@ class Sessions:
         """Set the controller's id of a session, which need not have been added yet."""
         self._drop_from_index(session)
         session.upstream_cluster_id = cluster_id
-        if self._by_key.get(session.key) is session:
-            self._index(session)
+        self._index(session)
+
+    def set_registration(self, session: Session, registration: dict[str, Any]) -> None:
+        """Set the stored registration of a session, which need not have been added yet."""
+        self._drop_from_index(session)
+        session.registration = registration
+        self._index(session)
 
     def _index(self, session: Session) -> None:
-        name = (session.key.owner, session.upstream_cluster_id)
-        self._by_upstream_id.setdefault(name, {})[session.key] = session
+        if self._by_key.get(session.key) is session:
+            self._by_upstream_id.add(session.upstream_cluster_id, session)
+            self._by_name.add(session.registered_name, session)
 
     def _drop_from_index(self, session: Session) -> None:
-        name = (session.key.owner, session.upstream_cluster_id)
-        named = self._by_upstream_id.get(name, {})
-        if named.get(session.key) is session:
-            del named[session.key]
-            if not named:
-                del self._by_upstream_id[name]
+        self._by_upstream_id.drop(session.upstream_cluster_id, session)
+        self._by_name.drop(session.registered_name, session)
+
+    def with_upstream_id(self, cluster_id: str, owner: str | None = None) -> list[Session]:
+        """Return the sessions with this id of the controller, of one owner or of all."""
+        return [each for each in self._by_upstream_id.get(cluster_id) if owner in (None, each.key.owner)]
+
+    def registered_as(self, owner: str, name: str) -> list[Session]:
+        """Return the owner's sessions whose stored registration has this cluster name."""
+        return [each for each in self._by_name.get(name) if each.key.owner == owner]
 
     def remove(self, session: Session) -> None:
         """Remove a session and its aliases."""
@@ -420,8 +387,8 @@ class Sessions:
         owned.pop(session.key, None)
         if not owned:
             self._by_owner.pop(session.key.owner, None)
-        for alias in [alias for alias, key in self._aliases.items() if key == session.key]:
-            del self._aliases[alias]
+        for agent_id in self._aliases_of.pop(session.key, ()):
+            self._aliases.pop((session.key.owner, agent_id), None)
 
     def has_room_for(self, session: Session | None, call: HeartbeatCall) -> bool:
         """Return True if a heartbeat can be kept in place of the session's last one."""
@@ -450,8 +417,13 @@ class Sessions:
     def set_alias(self, owner: str, agent_id: str, key: SessionKey) -> SessionKey | None:
         """Make an agent id an alias of a session. Returns its previous session's key if that was another one."""
         before = self._aliases.get((owner, agent_id))
+        if before == key:
+            return None
+        if before is not None:
+            self._aliases_of[before] = tuple(each for each in self._aliases_of[before] if each != agent_id)
         self._aliases[(owner, agent_id)] = key
-        return before if before != key else None
+        self._aliases_of[key] = (*self._aliases_of.get(key, ()), agent_id)
+        return before
 
     def alias_is(self, owner: str, agent_id: str, key: SessionKey) -> bool:
         """Return True if the agent id is an alias of this session. Every heartbeat with an agent id calls this."""
@@ -459,10 +431,9 @@ class Sessions:
 
     def move_aliases(self, source: SessionKey, target: SessionKey) -> None:
         """Move the aliases of a superseded session to its successor."""
-        for (owner, agent_id), key in list(self._aliases.items()):
-            if key == source:
-                del self._aliases[(owner, agent_id)]
-                self._aliases[(target.owner, agent_id)] = target
+        for agent_id in self._aliases_of.pop(source, ()):
+            del self._aliases[source.owner, agent_id]
+            self.set_alias(target.owner, agent_id, target)
 
     def key_of(self, owner: str, target: SessionTarget) -> SessionKey:
         """Return the key of the session that a call names (docs/reference/protocol.md#16-owners-sessions-aliases)."""
@@ -484,7 +455,7 @@ class Sessions:
         exact = self.get(SessionKey(owner, TargetKind.CLUSTER.value, cluster_id))
         if exact is not None and exact.upstream_cluster_id == cluster_id and agent_id in ("", exact.agent_id):
             return [exact]
-        found = list(self._by_upstream_id.get((owner, cluster_id), {}).values())
+        found = self.with_upstream_id(cluster_id, owner)
         if exact is not None and exact not in found:
             found.append(exact)
         if agent_id and len(found) > 1:

@@ -13,8 +13,8 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 
 from shim.config.settings import DialSettings
+from shim.core.bounds import Budget
 from shim.errors import ShimError
-from shim.http_connection import Budget
 from shim.log import get
 from shim.ports import ProxyRequest, ProxyResponse
 from shim.protocol import lenient_json

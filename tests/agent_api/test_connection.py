@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import ssl
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import trustme
 
+from shim.agent_api.connection import AgentConnection
 from shim.config.settings import Listen, TlsFiles
 from shim.core.agent_calls import AgentCall, PollCall
 from shim.core.bounds import MAX_HEAD_BYTES, MAX_VALUES, MAX_WAITING_BYTES
@@ -449,3 +451,52 @@ async def test_a_body_that_is_too_large_before_it_is_malformed_gets_the_same_ans
         whole_body = await answers(house, (body[:-5] + b"zz\r\n\r\n",))
         assert await answers(house, (body[:-5], b"zz\r\n\r\n")) == whole_body
         assert whole_body[0][0] == 413
+
+
+# --- garbage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        BEAT,
+        3 * BEAT,
+        POLL,
+        b"POST /api/v1/clus",
+        b"no HTTP at all\r\n\r\n",
+        BEAT[:-3],
+        BEAT.replace(b"/clusters/agent", b"/nowhere")[:-3],
+    ],
+    ids=[
+        "nothing",
+        "a heartbeat",
+        "pipelined",
+        "a poll",
+        "half a head",
+        "no HTTP",
+        "half a body",
+        "half a body for nobody",
+    ],
+)
+async def test_a_lost_connection_is_freed_without_the_garbage_collector(sent: bytes) -> None:
+    """Its search would keep the loop busy for most of a second with 10,000 sessions, so it is rare."""
+    board = Board()
+    HeldPolls(board)
+    gc.collect()
+    before = sum(isinstance(each, AgentConnection) for each in gc.get_objects())
+    gc.disable()
+    try:
+        async with running(board=board) as house, asyncio.timeout(60):
+            for waits in (True, False):
+                agent = await house.agent()
+                await agent.send(sent)
+                if waits:
+                    await house.turn()
+                agent.close()
+            alive = 2  # the other one is that of `turn`
+            while alive > 1:
+                await house.turn()
+                alive = sum(isinstance(each, AgentConnection) for each in gc.get_objects()) - before
+    finally:
+        gc.enable()

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from shim.bridge.context import DEFAULT_OWNER
-from shim.bridge.scheduler import AT_A_TIME, CATCH_UP_S, LATE_S, TICK_S, DeadlineQueue, PeriodicTasks, TimerGroup
+from shim.bridge.scheduler import (
+    AT_A_TIME,
+    CATCH_UP_S,
+    CROWD,
+    EARLY,
+    LATE_S,
+    SLICE_S,
+    TICK_S,
+    DeadlineQueue,
+    PeriodicTasks,
+    TimerGroup,
+    in_slices,
+)
 from shim.core.records import SessionKey
 from shim.ports import Timer
 from tests.support.world import World
@@ -83,6 +98,18 @@ async def test_a_late_timer_waits_once_for_input_that_arrived_meanwhile() -> Non
     assert fired == [clock.now], "it waits only once"
 
 
+async def test_a_timer_that_has_fired_is_freed_without_the_garbage_collector() -> None:
+    """The loop's timer refers to the group's, which must not refer back: polls arm thousands of them."""
+    timers, clock = FakeTimers(), FakeClock()
+    pending = TimerGroup(timers, clock).call_later(5, lambda: None)
+    clock.now = 5.0
+    timers.calls.pop()[1]()
+    assert timers not in gc.get_referents(pending)
+    pending = TimerGroup(timers, clock).call_later(5, lambda: None)
+    pending.cancel()
+    assert timers not in gc.get_referents(pending)
+
+
 async def test_a_closed_group_fires_nothing_and_takes_nothing() -> None:
     timers, fired = FakeTimers(), []
     group = TimerGroup(timers, FakeClock())
@@ -123,3 +150,77 @@ async def test_deadlines_of_one_moment_are_spread_over_turns_of_the_loop(world: 
     await world.pass_s(2)
     assert met == list(range(3 * AT_A_TIME))
     assert all(after - before <= AT_A_TIME for before, after in pairwise(counts))
+
+
+def crowd(world: World, queue: DeadlineQueue, count: int, delay_s: float) -> list[float]:
+    """Deadlines that are added together; returns the list to which each adds its time when it is met."""
+    met: list[float] = []
+    for number in range(count):
+        queue.add_spread(delay_s, lambda *_: met.append(world.loop.time()), SessionKey("o", "agent", "a"), number)
+    return met
+
+
+async def test_a_deadline_that_comes_alone_is_met_in_time(world: World) -> None:
+    queue, start_s = DeadlineQueue(world.bridge.ctx), world.loop.time()
+    met = crowd(world, queue, CROWD, 20.0)
+    await world.pass_s(21)
+    assert [at - start_s for at in met] == pytest.approx([20.0] * CROWD)
+
+
+async def test_a_crowd_of_deadlines_is_spread_and_never_late(world: World) -> None:
+    queue, start_s, count = DeadlineQueue(world.bridge.ctx), world.loop.time(), 2000
+    met = crowd(world, queue, count, 20.0)
+    await world.pass_s(21)
+    after_s = [at - start_s for at in met]
+    assert (len(met), max(after_s)) == (count, pytest.approx(20.0))
+    assert min(after_s) >= 20.0 * (1.0 - EARLY) - 0.001
+    assert max(Counter(int(at) for at in after_s).values()) < count / 2
+    met = crowd(world, queue, CROWD, 20.0)
+    await world.pass_s(21)
+    assert [at - start_s - 21 for at in met] == pytest.approx([20.0] * CROWD), "those that are over do not count"
+
+
+# --- work on all sessions ---------------------------------------------------------------------------------------------
+
+
+async def test_work_on_all_sessions_lets_others_run_in_between(world: World) -> None:
+    clock, timers = FakeClock(), FakeTimers()
+    ctx = replace(world.bridge.ctx, clock=clock, timers=timers)
+    done: list[int] = []
+
+    def steps() -> Iterator[None]:
+        for number in range(10):
+            clock.now += 0.4 * SLICE_S
+            done.append(number)
+            yield
+
+    in_slices(ctx, steps())
+    turns = [len(done)]
+    while timers.calls:
+        [(delay_s, go_on)] = timers.calls
+        assert delay_s == 0
+        timers.calls.clear()
+        go_on()
+        turns.append(len(done))
+    assert turns == [3, 6, 9, 10]
+
+
+async def test_periodic_tasks_begin_again_only_after_their_last_step(world: World) -> None:
+    clock, timers = FakeClock(), FakeTimers()
+    ctx = replace(world.bridge.ctx, clock=clock, timers=timers)
+
+    def slow() -> Iterator[None]:
+        for _ in range(3):
+            clock.now += 2 * TICK_S
+            yield
+
+    tasks = PeriodicTasks(ctx, ((TICK_S, slow),))
+    tasks.start()
+    delays_s = []
+    for _ in range(5):
+        [(delay_s, call)] = timers.calls
+        delays_s.append(delay_s)
+        timers.calls.clear()
+        clock.now += delay_s
+        call()
+    assert delays_s == [TICK_S, 0, 0, 0, TICK_S]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from shim.core.sessions import SessionStanding, TroubleKind
+from shim.core.standing import SessionStanding, TroubleKind
 from tests.bridge.conftest import MakeWorld
 from tests.support.world import Agent, World
 

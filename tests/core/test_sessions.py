@@ -303,3 +303,35 @@ def test_a_smaller_heartbeat_and_a_forgotten_session_give_their_room_back() -> N
     sessions.remove(kept[0])
     assert sessions.has_room_for(None, heartbeat_of(MAX_KEPT_BYTES))
     assert not sessions.has_room_for(None, heartbeat_of(2 * MAX_KEPT_BYTES))
+
+
+def test_sessions_are_found_by_the_controllers_id_and_by_name_until_either_changes() -> None:
+    sessions = Sessions()
+    mine, other = (Session(SessionKey(owner, "cluster", "c-1"), "clusters_agent") for owner in ("o", "p"))
+    for each in (mine, other):
+        sessions.add(each)
+        sessions.set_registration(each, {"name": "prod"})
+    assert sessions.with_upstream_id("c-1") == [mine, other]
+    assert sessions.with_upstream_id("c-1", "p") == [other]
+    assert sessions.registered_as("o", "prod") == [mine]
+    sessions.set_upstream_id(mine, "c-2")
+    sessions.set_registration(mine, {"name": "test"})
+    assert (sessions.with_upstream_id("c-1"), sessions.with_upstream_id("c-2")) == ([other], [mine])
+    assert (sessions.registered_as("o", "prod"), sessions.registered_as("o", "test")) == ([], [mine])
+    sessions.remove(mine)
+    assert (sessions.with_upstream_id("c-2"), sessions.registered_as("o", "test")) == ([], [])
+
+
+def test_an_alias_follows_its_latest_session_and_goes_with_it() -> None:
+    sessions = Sessions()
+    first, second = (Session(SessionKey("o", "cluster", ident), "clusters_agent") for ident in ("c-1", "c-2"))
+    for each in (first, second):
+        sessions.add(each)
+    assert sessions.set_alias("o", "a-1", first.key) is None
+    assert sessions.set_alias("o", "a-2", first.key) is None
+    assert sessions.set_alias("o", "a-2", second.key) == first.key
+    sessions.remove(first)
+    assert (sessions.alias("o", "a-1"), sessions.alias("o", "a-2")) == (None, second)
+    sessions.set_alias("o", "a-1", first.key)
+    sessions.move_aliases(first.key, second.key)
+    assert sessions.alias("o", "a-1") is second
