@@ -14,6 +14,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import trustme
 from hypothesis.internal.conjecture import providers
 
 BLOCKED_S = 1.5
@@ -70,6 +71,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("AGENT_SHIM_REQUIRE_TOOLS") == "1":
         pytest.fail(f"needs {missing}, and AGENT_SHIM_REQUIRE_TOOLS=1 says that it must be there", pytrace=False)
     pytest.skip(f"needs {missing}")
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    """A certificate authority that the machine does not trust."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def ca_file(authority: trustme.CA, tmp_path: Path) -> str:
+    """The path of the authority's certificate."""
+    path = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(path))
+    return str(path)
 
 
 def _waited_for_cpu_s() -> float:

@@ -34,7 +34,7 @@ for _ in range(2):
 """
 
 
-def python(program: str, *args: str) -> None:
+def assert_ends_well(program: str, *args: str) -> None:
     """Run a program in a process that has imported nothing else."""
     ended = subprocess.run(
         [sys.executable, "-c", program, *args], check=False, capture_output=True, text=True, timeout=120
@@ -43,10 +43,10 @@ def python(program: str, *args: str) -> None:
 
 
 def test_certificates_and_lists_that_only_aiohttp_would_load_are_left_out() -> None:
-    python(IMPORTS)
+    assert_ends_well(IMPORTS)
 
 
 def test_the_yaml_library_is_gone_after_a_file_was_read_and_reads_it_again(tmp_path: Path) -> None:
     file = tmp_path / "shim.yaml"
     file.write_text("upstream: {url: 'https://api.vendor.test', token: t}\nlog: {level: debug}\n")
-    python(FORGETS, str(file))
+    assert_ends_well(FORGETS, str(file))

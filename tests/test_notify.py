@@ -204,6 +204,8 @@ async def test_a_pipe_that_nobody_reads_and_a_missing_folder_are_logged(
         async with asyncio.timeout(60), notifying(Notify(file=str(tmp_path / name)), status("link_down")):
             while caplog.text.count("notification_failed") < count:  # noqa: ASYNC110 - a line of the log has no event
                 await asyncio.sleep(0.01)
+    assert (tmp_path / "pipe").is_fifo()
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_line_that_does_not_fit_leaves_the_lines_before_it_whole(tmp_path: Path) -> None:

@@ -17,25 +17,23 @@ from shim.config.settings import Listen, TlsFiles
 from shim.core.agent_calls import AgentCall, PollCall
 from shim.core.bounds import MAX_HEAD_BYTES, MAX_VALUES, MAX_WAITING_BYTES
 from shim.ports import Caller, CallResult
-from tests.support.frontend import HEALTH, POLL, Agent, Board, House, Reply, get, offering, plain_answer, post, running
+from tests.support.frontend import (
+    HEALTH,
+    POLL,
+    Agent,
+    Board,
+    HeldCalls,
+    House,
+    Reply,
+    get,
+    offering,
+    plain_answer,
+    post,
+    running,
+)
 
 HEARTBEAT = "/api/v1/clusters/agent/c1/heartbeat"
 BEAT = post(HEARTBEAT, b'{"status":"healthy"}', "Authorization: Bearer t")
-
-
-class HeldPolls:
-    """A script that holds polls until it is let go and answers everything else at once."""
-
-    def __init__(self, board: Board) -> None:
-        self.go = asyncio.Event()
-        self._offer = offering()
-        board.script = self._script
-
-    async def _script(self, caller: Caller, call: AgentCall) -> CallResult:
-        if not isinstance(call, PollCall):
-            return await plain_answer(caller, call)
-        await self.go.wait()
-        return await self._offer(caller, call)
 
 
 # --- heads ---------------------------------------------------------------------------------------------------------
@@ -96,7 +94,7 @@ async def test_blank_lines_without_end_are_no_head() -> None:
 
 async def test_what_is_sent_behind_a_held_poll_stays_with_its_sender() -> None:
     board = Board()
-    held = HeldPolls(board)
+    held = HeldCalls(board, PollCall)
     async with running(board=board) as house:
         hog = await house.agent()
         await hog.send(POLL)
@@ -117,7 +115,7 @@ async def test_what_is_sent_behind_a_held_poll_stays_with_its_sender() -> None:
 
 async def test_what_waits_behind_polls_shares_one_bound() -> None:
     board = Board()
-    held = HeldPolls(board)
+    held = HeldCalls(board, PollCall)
     listen = Listen(port=0, max_body_bytes=20_000, max_status_body_bytes=20_000)
     async with running(listen, board) as house:
         hogs = [await house.agent() for _ in range(5)]
@@ -133,7 +131,7 @@ async def test_what_waits_behind_polls_shares_one_bound() -> None:
 
 async def test_a_half_head_behind_a_held_poll_has_the_time_of_a_head() -> None:
     board = Board()
-    held = HeldPolls(board)
+    held = HeldCalls(board, PollCall)
     async with running(Listen(port=0, header_timeout_s=0.2), board) as house:
         agent = await house.agent()
         await agent.send(POLL + HEALTH[:20])
@@ -174,7 +172,7 @@ async def test_half_a_request_in_one_segment_with_the_poll_is_no_evidence(cut: i
 
 async def test_a_poll_that_began_before_the_reply_keeps_its_time_of_arrival() -> None:
     board = Board()
-    held = HeldPolls(board)
+    held = HeldCalls(board, PollCall)
     async with running(board=board) as house:
         agent = await house.agent()
         await agent.send(POLL)
@@ -286,6 +284,7 @@ async def test_what_is_no_handshake_leaves_no_count(tls: tuple[TlsFiles, ssl.SSL
         async with asyncio.timeout(60):
             while house.count("connections"):
                 await house.loop_turn()
+    assert house.board.calls == []
 
 
 # --- one request, however it comes ---------------------------------------------------------------------------------
@@ -386,7 +385,7 @@ async def test_an_agent_with_enough_in_flight_is_refused_either_way(
     pieces: Callable[[bytes], tuple[bytes, ...]],
 ) -> None:
     board = Board()
-    held = HeldPolls(board)
+    held = HeldCalls(board, PollCall)
     async with running(Listen(port=0, max_in_flight_per_session=2), board) as house:
         agent = await house.agent()
         await agent.send(BEAT)

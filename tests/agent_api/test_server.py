@@ -636,6 +636,7 @@ async def test_an_agent_that_hangs_up_is_not_counted_any_more() -> None:
         again = await house.agent()
         await again.send(POLL)
         await board.until("call", 2)
+        assert house.count("bad_requests_total", reason="in_flight") == 0
 
 
 @pytest.mark.parametrize("own_tokens", [True, False])

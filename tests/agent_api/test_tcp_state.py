@@ -14,23 +14,10 @@ from shim.agent_api import tcp_state
 from shim.config.settings import Listen
 from shim.core.agent_calls import AgentCall
 from shim.ports import Caller, CallResult
-from tests.support.frontend import HEALTH, POLL, Agent, Board, get, offering, running
+from tests.support.frontend import HEALTH, POLL, Agent, Board, HeldCalls, get, offering, running
 
 LARGE_BYTES = 12_000_000  # more than loopback sockets buffer
 LAST_POLL = get("/api/v1/clusters/agent/c1/poll", "Connection: close")
-
-
-class Held:
-    """A script that holds every call until it is let go, then answers as another one does."""
-
-    def __init__(self, board: Board) -> None:
-        self.go = asyncio.Event()
-        self._inner = offering()
-        board.script = self.script
-
-    async def script(self, caller: Caller, call: AgentCall) -> CallResult:
-        await self.go.wait()
-        return await self._inner(caller, call)
 
 
 def offering_board(size_bytes: int = 10) -> Board:
@@ -116,7 +103,7 @@ async def _rest(agent: Agent) -> bytes:
 @pytest.mark.parametrize("how", ["close", "reset", "half_close"])
 async def test_hanging_up_cancels_a_held_call(how: str) -> None:
     board = Board()
-    Held(board)
+    HeldCalls(board)
     async with running(board=board) as house:
         agent = await house.agent()
         await agent.send(POLL)
@@ -148,7 +135,7 @@ async def test_hanging_up_unnoticed_leaves_the_reply_unwritten(how: str) -> None
 
 async def test_a_cancellation_that_meets_the_answer_is_no_delivery() -> None:
     board = Board()
-    held = Held(board)
+    held = HeldCalls(board)
     async with running(board=board) as house:
         agent = await house.agent()
         await agent.send(POLL)
@@ -190,6 +177,7 @@ async def test_a_reset_after_reading_is_no_evidence() -> None:
         await agent.reply()
         agent.reset()
         await house.board.until("reset")
+    assert house.board.steps == ["call", "written", "reset"]
 
 
 async def test_an_agent_that_stops_reading_is_dropped() -> None:
@@ -240,7 +228,7 @@ async def test_pipelined_requests_are_answered_in_order_and_prove_nothing() -> N
 @pytest.mark.parametrize("early", [POLL, POLL[:10]])
 async def test_a_request_sent_before_the_reply_proves_nothing(early: bytes) -> None:
     board = Board()
-    held = Held(board)
+    held = HeldCalls(board)
     async with running(board=board) as house:
         agent = await house.agent()
         await agent.send(POLL)
@@ -276,6 +264,7 @@ async def test_a_last_reply_that_was_never_read() -> None:
         await _readable(agent)
         agent.close()
         await house.board.until("reset")
+    assert house.board.steps == ["call", "written", "reset"]
 
 
 async def test_an_agent_that_never_closes_does_not_hold_the_connection() -> None:

@@ -155,5 +155,6 @@ async def test_a_change_is_hinted_at(replicas: Replicas) -> None:
         while not hinted.is_set():
             await a.acquire(5, "a", LIMIT_S)
             await asyncio.sleep(0.05)
+    assert not task.done()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

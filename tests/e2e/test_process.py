@@ -255,7 +255,7 @@ async def test_what_takes_the_place_of_the_file_leaves_the_running_configuration
             kept.rename(file)
         after = len(shim.lines)
         shim.send(signal.SIGHUP)
-        await shim.event("config_reloaded", after)
+        assert (await shim.event("config_reloaded", after))["mode"] == "websocket"
 
 
 async def test_closed_standard_streams_are_not_given_to_the_database(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ async def test_a_reader_that_takes_nothing_of_a_large_answer_is_dropped(shim: Sh
         sock.connect((host, int(port)))
         sock.sendall(request("GET", "/uplot.js"))
         await shim.line("a reader of the admin port that does not read is dropped")
+    assert await shim.stop() == 0
 
 
 MALFORMED = [

@@ -38,7 +38,7 @@ def filled(database: TestedDatabase) -> TestedDatabase:
     return database
 
 
-def check_command_put_aside(filled: TestedDatabase, column: str, value: Any, known: tuple[Any, str, str]) -> None:
+def assert_command_put_aside(filled: TestedDatabase, column: str, value: Any, known: tuple[Any, str, str]) -> None:
     filled.change(f"UPDATE commands SET {column} = ? WHERE id = '1'", value)  # noqa: S608
     loaded = filled.loaded()
     assert [record.id for record in loaded.commands] == ["2", "3"]
@@ -63,7 +63,7 @@ def check_command_put_aside(filled: TestedDatabase, column: str, value: Any, kno
 def test_a_command_that_cannot_be_decoded_is_put_aside_and_named(
     filled: TestedDatabase, column: str, value: Any, known: tuple[Any, str, str]
 ) -> None:
-    check_command_put_aside(filled, column, value, known)
+    assert_command_put_aside(filled, column, value, known)
 
 
 @only_sqlite
@@ -83,7 +83,7 @@ def test_a_command_that_cannot_be_decoded_is_put_aside_and_named(
 def test_a_value_of_another_type_is_put_aside(
     filled: TestedDatabase, column: str, value: Any, known: tuple[Any, str, str]
 ) -> None:
-    check_command_put_aside(filled, column, value, known)
+    assert_command_put_aside(filled, column, value, known)
 
 
 @only_sqlite
@@ -124,7 +124,7 @@ def test_a_quarantined_command_is_named_until_it_is_answered(filled: TestedDatab
     ],
 )
 def test_any_row_that_cannot_be_decoded_is_put_aside(filled: TestedDatabase, statement: str) -> None:
-    check_row_put_aside(filled, statement)
+    assert_row_put_aside(filled, statement)
 
 
 @only_sqlite
@@ -137,10 +137,10 @@ def test_any_row_that_cannot_be_decoded_is_put_aside(filled: TestedDatabase, sta
     ],
 )
 def test_any_row_with_a_value_of_another_type_is_put_aside(filled: TestedDatabase, statement: str) -> None:
-    check_row_put_aside(filled, statement)
+    assert_row_put_aside(filled, statement)
 
 
-def check_row_put_aside(filled: TestedDatabase, statement: str) -> None:
+def assert_row_put_aside(filled: TestedDatabase, statement: str) -> None:
     filled.change(statement)
     before = filled.loaded()
     assert (before.quarantined, before.quarantined_commands) == (1, ())

@@ -119,6 +119,22 @@ def offering(size_bytes: int = 10) -> Script:
     return script
 
 
+class HeldCalls:
+    """A script that holds calls of one kind until `go` is set, then offers a command; others are answered at once."""
+
+    def __init__(self, board: Board, kind: type = object) -> None:
+        self.go = asyncio.Event()
+        self._kind = kind
+        self._offer = offering()
+        board.script = self._script
+
+    async def _script(self, caller: Caller, call: AgentCall) -> CallResult:
+        if not isinstance(call, self._kind):
+            return await plain_answer(caller, call)
+        await self.go.wait()
+        return await self._offer(caller, call)
+
+
 class House:
     """A running frontend."""
 

@@ -31,18 +31,6 @@ TOKEN = "token-canary"
 UPGRADED = "101 Switching Protocols"
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture
-def ca_file(authority: trustme.CA, tmp_path: Path) -> str:
-    path = tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(path)
-    return str(path)
-
-
 @pytest.fixture
 def client_files(authority: trustme.CA, tmp_path: Path) -> dict[str, str]:
     client = authority.issue_cert("agent-shim")

@@ -23,18 +23,6 @@ from tests.support.sockets import Events, Tasks, accept_websocket, answer, conne
 TOKEN = "token-canary"
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture
-def ca_file(authority: trustme.CA, tmp_path: Path) -> str:
-    path = tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(path)
-    return str(path)
-
-
 def server_context(authority: trustme.CA, *names: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(*(names or ("127.0.0.1",))).configure_cert(context)
@@ -58,7 +46,7 @@ async def dialling(settings: Upstream, environ: dict[str, str] | None = None) ->
         await tasks.finish()
 
 
-async def greeted(upstream: AiohttpUpstream, url: str) -> None:
+async def assert_greeted(upstream: AiohttpUpstream, url: str) -> None:
     events = Events()
     await connect(upstream, DialRequest(url, TOKEN), events)
     await events.until("message")
@@ -70,7 +58,7 @@ async def test_a_certificate_of_the_given_authority_is_trusted(authority: trustm
         tcp_server(greet, ssl=server_context(authority)) as port,
         dialling(Upstream(ca_file=ca_file)) as upstream,
     ):
-        await greeted(upstream, f"wss://127.0.0.1:{port}/ws")
+        await assert_greeted(upstream, f"wss://127.0.0.1:{port}/ws")
 
 
 @pytest.mark.parametrize(
@@ -92,8 +80,8 @@ async def test_other_certificates_are_refused(
 async def test_skipping_verification_is_loud(authority: trustme.CA, caplog: pytest.LogCaptureFixture) -> None:
     context = server_context(authority, "other.example")
     async with tcp_server(greet, ssl=context) as port, dialling(Upstream(insecure_skip_verify=True)) as upstream:
-        await greeted(upstream, f"wss://127.0.0.1:{port}/ws")
-        await greeted(upstream, f"wss://127.0.0.1:{port}/ws")
+        await assert_greeted(upstream, f"wss://127.0.0.1:{port}/ws")
+        await assert_greeted(upstream, f"wss://127.0.0.1:{port}/ws")
     assert caplog.text.count("insecure_skip_verify") == 1
 
 
@@ -128,7 +116,7 @@ async def test_a_client_certificate_is_shown(authority: trustme.CA, ca_file: str
         ca_file=ca_file, client_cert_file=str(tmp_path / "cert.pem"), client_key_file=str(tmp_path / "key.pem")
     )
     async with tcp_server(greet, ssl=context) as port, dialling(settings) as upstream:
-        await greeted(upstream, f"wss://127.0.0.1:{port}/ws")
+        await assert_greeted(upstream, f"wss://127.0.0.1:{port}/ws")
 
 
 async def test_an_authority_that_changes_on_disk_counts_from_the_next_dial(
@@ -144,7 +132,7 @@ async def test_an_authority_that_changes_on_disk_counts_from_the_next_dial(
             "upstream.ca_file: no PEM file of certificates (NO_CERTIFICATE_OR_CRL_FOUND)"
         )
         authority.cert_pem.write_to_path(path)
-        await greeted(upstream, spec.url)
+        await assert_greeted(upstream, spec.url)
 
 
 # --- proxies -------------------------------------------------------------------------------------------------------
@@ -188,7 +176,7 @@ async def test_a_proxy_with_credentials(
             environ = {"HTTPS_PROXY": way} if by_environment else {}
             with caplog.at_level(logging.DEBUG):
                 async with dialling(settings, environ) as upstream:
-                    await greeted(upstream, "wss://controller.test:8443/ws")
+                    await assert_greeted(upstream, "wss://controller.test:8443/ws")
     line, headers = proxy.seen[0]
     assert line == "CONNECT controller.test:8443 HTTP/1.1"
     assert headers["proxy-authorization"] == "Basic " + base64.b64encode(b"user:pass word").decode()

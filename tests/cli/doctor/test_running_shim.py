@@ -119,7 +119,7 @@ def told(world: World) -> list[Finding]:
     return list(examine(RunningShim("127.0.0.1:7090", True, msgspec.to_builtins(status), samples)))
 
 
-def check(findings: list[Finding], name: str, status: str, *parts: str) -> None:
+def expect(findings: list[Finding], name: str, status: str, *parts: str) -> None:
     """One of the findings of this name is as wanted."""
     named = [finding for finding in findings if finding.check == name]
     assert any(
@@ -139,9 +139,9 @@ def test_no_agent_yet() -> None:
     async def story() -> None:
         world = await started()
         findings = told(world)
-        check(findings, "health", "WARN", "No agent has called yet", "http://127.0.0.1:7080")
-        check(findings, "link", "PASS")
-        check(findings, "stability", "PASS", "no connection was lost")
+        expect(findings, "health", "WARN", "No agent has called yet", "http://127.0.0.1:7080")
+        expect(findings, "link", "PASS")
+        expect(findings, "stability", "PASS", "no connection was lost")
         await world.stop()
 
     run_virtual(story())
@@ -158,10 +158,10 @@ def test_agents_that_went_away_that_hang_up_and_that_do_not_fetch() -> None:
         world.controller.push("k1", type="x", payload={}, cluster_id=busy.cluster_id)
         await busy.live(200)
         findings = told(world)
-        check(findings, "health", "WARN", "1 agent silent: quiet", "pod runs")
-        check(findings, "timeouts", "PASS", "busy 10 s")
-        check(findings, "health", "WARN", "busy", "never fetch")
-        check(findings, "heartbeats", "PASS")
+        expect(findings, "health", "WARN", "1 agent silent: quiet", "pod runs")
+        expect(findings, "timeouts", "PASS", "busy 10 s")
+        expect(findings, "health", "WARN", "busy", "never fetch")
+        expect(findings, "heartbeats", "PASS")
         await world.stop()
 
     run_virtual(story())
@@ -179,12 +179,12 @@ def test_a_link_that_is_down_refused_or_not_heard() -> None:
         world.controller.go_away(DialFailure("tcp"))
         await agent.live(120)
         findings = told(world)
-        check(findings, "health", "FAIL", "No connection", "it cannot be reached")
-        check(findings, "stability", "WARN", "lost 6", "AgentShimFlapping")
-        check(findings, "heartbeats", "WARN", "not acknowledged in time", "AgentShimHeartbeatsNotHeard")
+        expect(findings, "health", "FAIL", "No connection", "it cannot be reached")
+        expect(findings, "stability", "WARN", "lost 6", "AgentShimFlapping")
+        expect(findings, "heartbeats", "WARN", "not acknowledged in time", "AgentShimHeartbeatsNotHeard")
         world.controller.go_away(DialFailure("status", 401))
         await agent.live(30)
-        check(told(world), "health", "FAIL", "refuses the token")
+        expect(told(world), "health", "FAIL", "refuses the token")
         await world.stop()
 
     run_virtual(story())
@@ -199,8 +199,8 @@ def test_a_registration_that_fails() -> None:
         world.controller.socket.says("error", {"error": "name is required"}, request.request_id)
         await task
         findings = told(world)
-        check(findings, "registrations", "WARN", "0 accepted, 1 refused with 400", "register_failed")
-        check(findings, "health", "FAIL", "refuses to register prod (400): name is required")
+        expect(findings, "registrations", "WARN", "0 accepted, 1 refused with 400", "register_failed")
+        expect(findings, "health", "FAIL", "refuses to register prod (400): name is required")
         await world.stop()
 
     run_virtual(story())
@@ -216,7 +216,7 @@ def test_a_contended_identity() -> None:
             if list(world.controller.open_sockets()):
                 world.controller.socket.lose(by_close_frame=True, code=1000)
                 await world.settle()
-        check(told(world), "health", "FAIL", "Another process uses the same identity", "second shim")
+        expect(told(world), "health", "FAIL", "Another process uses the same identity", "second shim")
         await world.stop()
 
     run_virtual(story())

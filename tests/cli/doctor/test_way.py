@@ -6,7 +6,6 @@ import asyncio
 import ssl
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from pathlib import Path
 
 import pytest
 import trustme
@@ -59,18 +58,6 @@ async def test_a_name_that_does_not_exist(doctor: Doctor) -> None:
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture
-def ca_file(authority: trustme.CA, tmp_path: Path) -> str:
-    path = tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(str(path))
-    return str(path)
 
 
 def serving(authority: trustme.CA, *names: str, expires_in: timedelta = timedelta(days=90)) -> ssl.SSLContext:

@@ -317,7 +317,7 @@ async def test_deep_nesting_does_no_harm(controller: DevController) -> None:
         await agent.ws.send('{"type":"heartbeat","payload":{"metadata":' + deep + "}}")
         await agent.receive("heartbeat_ack")
         await agent.ws.send('{"type":"heartbeat","payload":{"metadata":' + "[" * 100_000 + "}}")
-        await agent.receive("error")
+        assert (await agent.receive("error"))["type"] == "error"
 
 
 async def test_messages_in_binary_frames_are_the_same(controller: DevController) -> None:
@@ -387,7 +387,7 @@ async def test_pongs_keep_a_quiet_agent() -> None:
         for _ in range(10):
             pong = await controller.wait_for(lambda event: event.kind is EventKind.PONG_RECEIVED, after=pongs)
             pongs = pong.n
-        await agent.register()
+        assert (await agent.register())["cluster_id"]
 
 
 async def test_pings_of_the_agent_are_answered(controller: DevController) -> None:

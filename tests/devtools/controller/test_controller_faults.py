@@ -31,7 +31,7 @@ def _closed(event: Event) -> bool:
     return event.kind is EventKind.CLOSED
 
 
-async def _nothing_more(agent: WsAgent) -> None:
+async def _expect_nothing_more(agent: WsAgent) -> None:
     """Nothing else was sent before the answer to this."""
     assert (await agent.ask("ping", request_id="nothing-more"))["request_id"] == "nothing-more"
 
@@ -213,7 +213,7 @@ async def test_stalled(controller: DevController) -> None:
             pass
         controller.clear_faults()
         await agent.receive("command")
-        await _nothing_more(agent)
+        await _expect_nothing_more(agent)
     lost = await controller.wait_for(lambda event: event.kind is EventKind.DISCARDED)
     assert lost.type == "heartbeat"
     assert controller.books.registry.presence(agent.cluster_id).heartbeats == 0
@@ -306,7 +306,7 @@ async def test_garbage(controller: DevController) -> None:
             got.append(await agent.frame())
             await agent.receive("pong")
         assert got == list(GARBAGE)
-        await _nothing_more(agent)
+        await _expect_nothing_more(agent)
 
 
 async def test_oversize(controller: DevController) -> None:
@@ -316,7 +316,7 @@ async def test_oversize(controller: DevController) -> None:
         big = await agent.receive("oversize")
         assert len(big["payload"]["filler"]) == 3_000_000
         await agent.receive("pong")
-        await _nothing_more(agent)
+        await _expect_nothing_more(agent)
 
 
 async def test_binary_frames(controller: DevController) -> None:
@@ -349,7 +349,7 @@ async def test_no_register_answer(controller: DevController) -> None:
     async with connected(controller) as agent:
         controller.set_fault(fault.NoRegisterAnswer(count=1))
         await agent.send("register", {"agent_id": "a", "name": "c"}, request_id="r-1")
-        await _nothing_more(agent)
+        await _expect_nothing_more(agent)
         await agent.register()
 
 
@@ -444,7 +444,7 @@ async def test_no_heartbeat_acks(controller: DevController) -> None:
         controller.set_fault(fault.NoHeartbeatAcks(count=2))
         await agent.send("heartbeat")
         await agent.send("heartbeat")
-        await _nothing_more(agent)
+        await _expect_nothing_more(agent)
         assert (await agent.heartbeat())["type"] == "heartbeat_ack"
     assert controller.books.registry.presence(agent.cluster_id).heartbeats == 3
 
@@ -470,7 +470,7 @@ async def test_fault_starts_later_and_ends_by_itself(controller: DevController) 
         await agent.heartbeat()
         started = await controller.wait_for(lambda event: event.kind is EventKind.FAULT_SET)
         await agent.send("heartbeat")
-        await _nothing_more(agent)
+        await _expect_nothing_more(agent)
         ended = await controller.wait_for(lambda event: event.kind is EventKind.FAULT_ENDED)
         assert ended.monotonic_s - started.monotonic_s >= 0.15
         await agent.heartbeat()
@@ -490,7 +490,7 @@ async def test_fault_for_one_connection(controller: DevController) -> None:
         controller.set_fault(fault.Drop(connection=1))
         assert (await one.end()).code == 1001
         await two.send("heartbeat")
-        await _nothing_more(two)
+        await _expect_nothing_more(two)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def request_schema(method: str, path: str) -> dict[str, Any]:
 
 
 def test_the_document_is_valid_openapi() -> None:
-    openapi_spec_validator.validate(DOCUMENT)
+    assert list(openapi_spec_validator.OpenAPIV31SpecValidator(DOCUMENT).iter_errors()) == []
 
 
 def test_every_route_is_documented_and_nothing_else() -> None:
