@@ -239,9 +239,12 @@ class Dialler:
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             resolver = None if self._trace is None else _TracedResolver(self._trace)
-            # Names are not cached, because the vendor's addresses may change.
+            # Answers are not cached, because the vendor's addresses may change. But the cache lets dials to one host
+            # share a look-up. One that hangs cannot be cancelled, and every further dial would add another.
             keep: dict[str, Any] = {"keepalive_timeout": KEEP_S} if self._keep else {"force_close": True}
-            connector = Connector(self._connected, limit=0, use_dns_cache=False, resolver=resolver, **keep)
+            connector = Connector(
+                self._connected, limit=0, use_dns_cache=True, ttl_dns_cache=0, resolver=resolver, **keep
+            )
             connect_s = self._settings.connect_timeout_s
             self._session = aiohttp.ClientSession(
                 connector=connector,

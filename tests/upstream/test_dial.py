@@ -14,7 +14,7 @@ from shim.config.settings import Upstream
 from shim.ports import DialFailure, DialRequest, WebSocket
 from shim.upstream import AiohttpUpstream
 from shim.upstream.dial_errors import failure_of, retry_after_s
-from tests.support.sockets import Events, Tasks, accept_websocket, answer, connect, read_head, refusal, tcp_server
+from tests.support.sockets import Events, Tasks, accept_websocket, answer, connect, dial, read_head, refusal, tcp_server
 
 TOKEN = "to&ken=canary"
 
@@ -155,6 +155,31 @@ async def test_a_name_that_does_not_exist() -> None:
         failure = await refusal(upstream, DialRequest("ws://controller.invalid/ws", TOKEN))
     assert failure.reason == "dns"
     assert failure.detail.startswith("cannot resolve controller.invalid: ")
+
+
+async def test_dials_share_a_look_up_that_hangs_and_ask_again_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look-up cannot be cancelled. If each dial began its own, they would be as many as there were dials."""
+    loop = asyncio.get_running_loop()
+    answered, asked = asyncio.Event(), []
+
+    async def look_up(host: str, port: int, **options: object) -> list[object]:
+        asked.append(host)
+        await answered.wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(loop, "getaddrinfo", look_up)
+    hasty = Upstream(connect_timeout_s=0.2)
+    async with tcp_server(Handshakes().converse) as port, dialling(hasty) as upstream:
+        request = DialRequest(f"ws://controller.test:{port}/ws", TOKEN)
+        for _ in range(3):
+            assert (await refusal(upstream, request)).reason == "timeout"
+        assert asked == ["controller.test"]
+        answered.set()
+        for _ in range(20):  # the steps from the answer to the end of the look-up
+            await asyncio.sleep(0)
+        for _ in range(2):
+            await dial(upstream, request)  # its own time may be over before it is connected
+        assert len(asked) == 3, "an answer is used by those who waited for it, and by nobody later"
 
 
 async def test_a_token_that_cannot_be_a_header_is_told_without_it() -> None:
