@@ -481,7 +481,7 @@ async def test_a_body_that_is_too_large_before_it_is_malformed_gets_the_same_ans
 async def test_a_lost_connection_is_freed_without_the_garbage_collector(sent: bytes) -> None:
     """Its search would keep the loop busy for most of a second with 10,000 sessions, so it is rare."""
     board = Board()
-    HeldPolls(board)
+    HeldCalls(board, PollCall)
     gc.collect()
     before = sum(isinstance(each, AgentConnection) for each in gc.get_objects())
     gc.disable()
