@@ -229,8 +229,8 @@ class App:
 
         So a second shim with the same configuration fails before it changes anything.
         """
-        admin.bind()
-        agents.bind()
+        await admin.bind()
+        await agents.bind()
 
     async def _open(self, runtime: Runtime, admin: AdminServer) -> None:
         """Open the store, and serve the admin port, which the runtime may need while it waits for the store."""

@@ -22,7 +22,7 @@ ACCEPT_AGAIN_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-def bind(section: str, hosts: Iterable[str], port: int) -> list[socket.socket]:
+async def bind(section: str, hosts: Iterable[str], port: int) -> list[socket.socket]:
     """Return one bound socket for each address of the hosts; none of them listens yet.
 
     `section` is `listen` or `admin`. With port 0 all addresses get the same free port. `::` stands for all addresses of
@@ -31,7 +31,7 @@ def bind(section: str, hosts: Iterable[str], port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     try:
         for host in hosts:
-            for family, address in _addresses(section, host, port):
+            for family, address in await _addresses(section, host, port):
                 at = port or (sockets[0].getsockname()[1] if sockets else 0)
                 try:
                     sockets.append(_bound(family, address, at))
@@ -44,9 +44,12 @@ def bind(section: str, hosts: Iterable[str], port: int) -> list[socket.socket]:
     return sockets
 
 
-def _addresses(section: str, host: str, port: int) -> list[tuple[int, str]]:
+async def _addresses(section: str, host: str, port: int) -> list[tuple[int, str]]:
+    # Not `socket.getaddrinfo`: a process could not be stopped while the name server does not answer.
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = await asyncio.get_running_loop().getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
     except (OSError, UnicodeError):
         raise StartError(f"{section}.host {host} has no address: set {section}.host to one of this machine") from None
     return list(dict.fromkeys((int(family), str(address[0])) for family, _, _, _, address in found))

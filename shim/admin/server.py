@@ -157,14 +157,14 @@ class AdminServer:
 
         return guarded
 
-    def bind(self) -> None:
+    async def bind(self) -> None:
         """Bind the port without listening yet. Raises `StartError`."""
-        self._sockets = bind("admin", self._settings.hosts, self._settings.port)
+        self._sockets = await bind("admin", self._settings.hosts, self._settings.port)
 
     async def start(self) -> tuple[str, int]:
         """Listen on the bound sockets and return the first address. Raises `StartError`, `OSError`."""
         if not self._sockets:
-            self.bind()
+            await self.bind()
         await self._runner.setup()
         if self._runner.server is None:
             raise RuntimeError("the runner made no server")

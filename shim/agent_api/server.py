@@ -154,10 +154,10 @@ class AgentServer:
         self._tls: ssl.SSLContext | None = None
         self._listener: Listener | None = None
 
-    def bind(self) -> None:
+    async def bind(self) -> None:
         """Bind the port and load the certificate without serving yet. Raises `StartError`."""
         self._tls = self._make_tls()
-        self._sockets = bind(self._section, self._listen.hosts, self._listen.port)
+        self._sockets = await bind(self._section, self._listen.hosts, self._listen.port)
 
     def _make_tls(self) -> ssl.SSLContext | None:
         tls = self._listen.tls
@@ -173,7 +173,7 @@ class AgentServer:
         Calls `bind` if that has not been done.
         """
         if not self._sockets:
-            self.bind()
+            await self.bind()
         listen = self._listen
         self._web = ConnectionServer(
             self._server_context,

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from shim.cli.threads import within
 from shim.config.loader import load, read_secret
 from shim.errors import ConfigError
 
@@ -50,7 +51,7 @@ class AdminPort:
         watch = threading.Timer(self.whole_s, lambda: _cut(sock))
         watch.daemon = True
         try:
-            connection.connect()
+            within(TIMEOUT_S, connection.connect)
             # Kept apart: the connection forgets a socket that the other side closes after its response.
             sock = connection.sock
             watch.start()

@@ -13,6 +13,7 @@ from threading import Event
 import click
 
 from shim.cli.admin_client import configured, given
+from shim.cli.threads import within
 from shim.clock import Clock
 
 _SHOWN_BYTES = 300
@@ -45,6 +46,7 @@ def ask(host: str, port: int, path: str, timeout_s: float) -> tuple[bool, str]:
     """Send GET `path`; return True if the answer was 200, and a sentence for people."""
     connection = HTTPConnection(host, port, timeout=timeout_s)
     try:
+        within(timeout_s, connection.connect)
         connection.request("GET", path)
         response = connection.getresponse()
         body = response.read(_SHOWN_BYTES).decode("utf-8", "replace").strip()

@@ -204,7 +204,7 @@ class Replica:
         While the database cannot be reached, `waiting` is called before each further attempt. Raises `StartError`,
         `ConfigError`, and `StoreError` for an error that does not end by itself.
         """
-        self._listener.bind()
+        await self._listener.bind()
         await self._retry(lambda: asyncio.to_thread(prepare, self._settings.store), waiting)
         agreement = await self._retry(self.membership.agree, waiting)
         self.shards.count, self._owner_key = agreement.shards, agreement.owner_key

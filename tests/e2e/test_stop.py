@@ -16,8 +16,8 @@ import socket
 import subprocess
 import sys
 import termios
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -55,22 +55,76 @@ def may_mount() -> bool:
     return subprocess.run(probe, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.skipif(not may_mount(), reason="mount namespaces are not permitted here")
-async def test_a_name_server_that_answers_nothing(tmp_path: Path) -> None:
-    loop = asyncio.get_running_loop()
+needs_mounts = pytest.mark.skipif(not may_mount(), reason="mount namespaces are not permitted here")
+
+
+@contextmanager
+def silent_name_server(folder: Path) -> Iterator[tuple[Callable[[], Awaitable[bytes]], tuple[str, ...]]]:
+    """A name server that answers nothing: a wait for its next question, and the words before a command that uses it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as name_server:
         name_server.bind((NAME_SERVER, 53))
         name_server.setblocking(False)
-        resolver = tmp_path / "resolv.conf"
+        resolver = folder / "resolv.conf"
         resolver.write_text(f"nameserver {NAME_SERVER}\nsearch a.test b.test c.test\noptions timeout:9 attempts:5\n")
-        async with Shim(tmp_path, {"upstream": {"url": "https://vendor.test", "token": "tok-abc"}}) as shim:
-            mount = f'mount --bind {resolver} /etc/resolv.conf && exec "$@"'
-            shim.program = ("unshare", "--mount", "sh", "-c", mount, "sh", *shim.program)
-            await shim.start()
+        mount = f'mount --bind {resolver} /etc/resolv.conf && exec "$@"'
+
+        async def asked() -> bytes:
             async with asyncio.timeout(STOP_S):
-                await loop.sock_recv(name_server, 512)  # the question has been asked
+                return await asyncio.get_running_loop().sock_recv(name_server, 512)
+
+        yield asked, ("unshare", "--mount", "sh", "-c", mount, "sh")
+
+
+@needs_mounts
+async def test_a_name_server_that_answers_nothing(tmp_path: Path) -> None:
+    with silent_name_server(tmp_path) as (asked, before):
+        async with Shim(tmp_path, {"upstream": {"url": "https://vendor.test", "token": "tok-abc"}}) as shim:
+            shim.program = (*before, *shim.program)
+            await shim.start()
+            await asked()
             assert await shim.stop() == 0
             assert shim.events("stopped")
+
+
+@needs_mounts
+async def test_a_name_server_that_answers_nothing_about_our_own_address(tmp_path: Path) -> None:
+    """The event loop waited for the answer, so that no signal was taken."""
+    with silent_name_server(tmp_path) as (asked, before):
+        async with Shim(tmp_path, {"admin": {"host": "shim.test"}, "upstream": {"token": "tok-abc"}}) as shim:
+            shim.program = (*before, *shim.program)
+            await shim.launch()
+            await asked()
+            assert await shim.stop() == 0
+
+
+@needs_mounts
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("doctor", "--set=upstream.url=https://vendor.test", "--set=upstream.token=t", "--set=admin.port=1"),
+        ("status", "--url=http://shim.test:7090"),
+        ("health", "--url=http://shim.test:7090"),
+    ],
+    ids=lambda command: command[0],
+)
+async def test_no_command_waits_for_a_name_server_that_answers_nothing(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The resolver would go on for three minutes."""
+    with silent_name_server(tmp_path) as (_, before):
+        words = (*before, sys.executable, "-m", "shim", *command)
+        process = await asyncio.create_subprocess_exec(
+            *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=tmp_path
+        )
+        try:
+            async with asyncio.timeout(100):
+                told, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        assert process.returncode == 1
+        assert b"no answer" in told
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

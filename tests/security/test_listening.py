@@ -90,7 +90,7 @@ async def test_of_many_connections_that_wait_a_few_are_accepted_in_a_turn_of_the
         by_turn[-1] += 1
         return Arrival(lost)
 
-    [bound] = bind("listen", ("127.0.0.1",), 0)
+    [bound] = await bind("listen", ("127.0.0.1",), 0)
     bound.listen(BACKLOG)
     crowd = [socket.create_connection(bound.getsockname()) for _ in range(left)]
     listener = Listener(accept, None, 10)
@@ -112,9 +112,9 @@ async def test_the_environment_gives_several_as_json(tmp_path: Path) -> None:
         assert (await ask(f"127.0.0.2:{port}", request("GET", "/healthz"))).status == 200
 
 
-def test_a_fault_names_the_address_among_several_and_leaves_none_taken() -> None:
+async def test_a_fault_names_the_address_among_several_and_leaves_none_taken() -> None:
     with pytest.raises(StartError, match=r"admin.host 192\.0\.2\.1 is not an address of this machine"):
-        bind("admin", ("127.0.0.1", "192.0.2.1"), 0)
+        await bind("admin", ("127.0.0.1", "192.0.2.1"), 0)
 
 
 class Departure(Arrival):
@@ -127,7 +127,7 @@ class Departure(Arrival):
 async def test_a_connection_that_cannot_be_opened_is_closed_and_no_longer_counted() -> None:
     """Only errors of the network were expected: after any other the connection was counted for ever."""
     left = asyncio.Event()
-    [listening] = bind("listen", ("127.0.0.1",), 0)
+    [listening] = await bind("listen", ("127.0.0.1",), 0)
     listener = Listener(lambda: Departure(left.set), cast("ssl.SSLContext", "no context"), 30)
     listener.start([listening])
     reader, writer = await asyncio.open_connection(*listening.getsockname())

@@ -14,9 +14,12 @@ from pathlib import Path, PurePosixPath
 
 from shim.cli.doctor.report import Finding, failed, passed, warned
 from shim.cli.doctor.running_shim import RunningShim
+from shim.cli.threads import within
 from shim.config import settings
 from shim.errors import StoreError
 from shim.store import advice, check_database, check_files
+
+RESOLVE_S = 5.0
 
 VENDORS_PORTS = frozenset({8080, 8090})
 LITTLE_BYTES = 64 * 1024 * 1024
@@ -130,7 +133,9 @@ def examine_port(check: str, host: str, port: int, running: RunningShim) -> Find
 def _bind(host: str, port: int) -> int:
     """Try to bind; return the error number, or 0 on success."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = within(
+            RESOLVE_S, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        )
     except OSError:
         return errno.EADDRNOTAVAIL
     for family, kind, protocol, _, address in found:

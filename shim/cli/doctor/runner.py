@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 
+from shim.cli import threads
 from shim.cli.admin_client import reachable
 from shim.cli.doctor import database, host, running_shim, sources
 from shim.cli.doctor.probe import Dial, ask_head, ask_time_unverified, dial_websocket
@@ -134,11 +134,11 @@ def examine(
         todo = "the file must exist, be readable for the shim's user, and hold one word"
         untested = sources.unknown_token() if hidden_token else failed("token", str(error), todo)
         # the path up to the handshake needs no token, and may have a fault of its own
-        way = asyncio.run(_examine_network(settings, "", environ, quiet=True))
+        way = threads.run(_examine_network(settings, "", environ, quiet=True))
         found += [finding for finding in way if finding.check not in ("upgrade", "token")]
         return [*found, untested, *running_shim.examine(shim)], ""
     quiet = not dial and not token_file and shim.is_online(settings)
-    found += asyncio.run(_examine_network(settings, token, environ, quiet=quiet))
+    found += threads.run(_examine_network(settings, token, environ, quiet=quiet))
     return [*found, *running_shim.examine(shim)], token
 
 

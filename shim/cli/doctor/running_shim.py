@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from shim.cli.doctor.report import Finding, failed, passed, warned
+from shim.cli.threads import within
 from shim.config.settings import Settings
 from shim.core.text import shorten
 from shim.protocol.http import origin_of
@@ -88,6 +89,7 @@ def ask(host: str, port: int, token: str) -> RunningShim:
 def _get(host: str, port: int, path: str, token: str) -> tuple[int, str]:
     connection = HTTPConnection(host, port, timeout=TIMEOUT_S)
     try:
+        within(TIMEOUT_S, connection.connect)
         connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
         response = connection.getresponse()
         return response.status, response.read().decode("utf-8", "replace")
