@@ -262,6 +262,9 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
     except NoRoom:
         return web.json_response({"error": "too many large requests at a time"}, status=503)
     except (RequestPayloadError, HttpProcessingError):
+        # A fault hides the bytes before it, which would have been rejected if they had come alone.
+        if request.content.total_bytes > request.client_max_size:
+            return web.json_response({"error": "request entity too large"}, status=413)
         return web.json_response({"error": "the body cannot be read"}, status=400)
     except web.HTTPException as error:
         allow = {name: error.headers[name] for name in (hdrs.ALLOW,) if name in error.headers}

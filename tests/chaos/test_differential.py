@@ -13,6 +13,7 @@ from random import Random
 from typing import Any, cast
 
 import pytest
+from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -20,6 +21,9 @@ from prometheus_client import CollectorRegistry
 
 pytest.importorskip("cryptography")
 
+from shim.admin.connection_limit import Connections
+from shim.admin.server import HEADERS
+from shim.admin.server import _errors_as_json as errors_as_json
 from shim.agent_api import AgentServer, Backends
 from shim.agent_api.internal import ClusterListener, Note, note
 from shim.cluster.connection_pool import ConnectionPool, P, make_identity
@@ -309,5 +313,44 @@ def test_another_replica_answers_as_the_owner_does(name: str) -> None:
             expected = await direct.play([[request], [BEAT]])
             for segments in ([[request], [BEAT]], [[request, BEAT]]):
                 assert await forwarded.play(segments) == expected
+
+    run_virtual(scenario())
+
+
+# --- the admin port ---------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def administering() -> AsyncIterator[Peer]:
+    """A peer of connections to the admin port; a handler of the test reads every body and notes it."""
+    noted: list[tuple[str, str, str, bytes]] = []
+
+    async def note_request(request: web.Request) -> web.Response:
+        body = await request.read()
+        noted.append(("call", request.method, request.path_qs, body))
+        return web.json_response({"size": len(body)})
+
+    def take() -> tuple[Any, ...]:
+        taken = tuple(noted)
+        noted.clear()
+        return taken
+
+    app = web.Application(client_max_size=3000, middlewares=[errors_as_json])
+    app.router.add_route("*", "/{path:.*}", note_request)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, keepalive_timeout=1000.0)
+    await runner.setup()
+    assert runner.server is not None
+    try:
+        yield Peer(Connections(runner.server, runner.server._kwargs, HEADERS), take)
+    finally:
+        await runner.cleanup()
+
+
+@searched
+@given(st.randoms(use_true_random=False))
+def test_the_admin_port_gives_the_same_answers_however_requests_arrive(rng: Random) -> None:
+    async def scenario() -> None:
+        async with administering() as peer:
+            await compare(conversation(rng), rng, peer)
 
     run_virtual(scenario())

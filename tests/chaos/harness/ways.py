@@ -18,8 +18,14 @@ TURNS = 40
 LONGEST_BYTE_BY_BYTE = 1500
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_HEAD = re.compile(rb"(HTTP/1\.1 [^\r\n]*)\r\n((?:[^\r\n]+\r\n)*)\r\n")
+_HEAD = re.compile(rb"(HTTP/1\.[01] [^\r\n]*)\r\n((?:[^\r\n]+\r\n)*)\r\n")
 _GENERATED = re.compile(rb"Date: .*|X-Request-Id: [0-9a-f]{8}-[0-9a-f]+")
+# The refusal of a request that cannot be read, without what differs between the two reasons.
+_LINE_TOO_LONG = re.compile(
+    rb"HTTP/1\.1 (431 [^\r]*|400 Bad Request)((?:\r\n[^\r\n]+)*?)\r\nContent-Length: \d+((?:\r\n[^\r\n]+)*)\r\n\r\n"
+    rb'(\{[^}]*"error":")(malformed request|a line of the request is too long)"'
+)
+_MALFORMED = rb'HTTP/1.1 400 Bad Request\2\3\r\n\r\n\4malformed request"'
 
 Segments = list[list[bytes]]
 """Pieces that arrive together, before the server has done anything; then it does all it can, and the next arrive."""
@@ -62,13 +68,17 @@ class Peer:
 
 
 def _normalised(replies: bytes) -> bytes:
-    """Return replies without interim ones, and with sorted headers of which none depends on time."""
+    """Return replies without interim ones, and with sorted headers of which none depends on time.
+
+    A line that is too long and malformed behind its limit is one or the other: it depends on the cut what the parser
+    sees first.
+    """
 
     def sort(head: re.Match[bytes]) -> bytes:
         lines = sorted(line for line in head[2].split(b"\r\n") if line and not _GENERATED.fullmatch(line))
         return b"\r\n".join([head[1], *lines, b"", b""])
 
-    return _HEAD.sub(sort, replies.replace(_CONTINUE, b""))
+    return _LINE_TOO_LONG.sub(_MALFORMED, _HEAD.sub(sort, replies.replace(_CONTINUE, b"")))
 
 
 def one_by_one(requests: Iterable[bytes]) -> Segments:
