@@ -12,7 +12,7 @@ import pytest
 
 from shim.core import link_state as ev
 from shim.core.backoff import Backoff, BackoffPolicy
-from shim.core.link_state import TRANSITIONS, LinkPolicy, LinkState, LinkStateMachine
+from shim.core.link_state import CONTENDED_WITHIN_S, TRANSITIONS, LinkPolicy, LinkState, LinkStateMachine
 from shim.errors import IllegalTransition
 
 S = LinkState
@@ -392,3 +392,61 @@ def test_a_register_on_an_earlier_connection_does_not_count() -> None:
     for round_ in range(4):
         short_life(machine, 10.0 * round_, registered=round_ == 0)
     assert not machine.contended
+
+
+# --- what mutants survived --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", [ev.Registered(), ev.Acknowledged(), ev.StableTimerFired()])
+def test_an_own_token_is_accepted_at_the_first_sign_of_it(event: ev.LinkEvent) -> None:
+    machine = in_state(S.ONLINE, own_token=True)
+    assert machine.accepted_at is None
+    assert machine.handle(event, 5.0) == [ev.TokenAccepted()]
+    assert machine.handle(event, 6.0) == []
+    assert machine.accepted_at == 5.0
+
+
+def test_a_configured_token_is_accepted_with_the_handshake() -> None:
+    machine = link()
+    machine.handle(ev.AgentCalled(), 1.0)
+    machine.handle(ev.Opened(), 2.0)
+    assert machine.accepted_at == 2.0
+
+
+def test_short_lives_are_counted_anew_after_a_stable_or_a_long_one() -> None:
+    machine = link()
+    for round_ in range(2):
+        short_life(machine, 100.0 * round_)
+    machine.handle(ev.RetryDue(), 300)
+    machine.handle(ev.Opened(), 300)
+    machine.handle(ev.StableTimerFired(), 330)
+    machine.handle(ev.Lost(), 340)
+    for round_ in range(4, 6):
+        short_life(machine, 100.0 * round_)
+    assert not machine.contended
+    machine.handle(ev.RetryDue(), 600)
+    machine.handle(ev.Opened(), 600)
+    machine.handle(ev.Registered(), 600)
+    machine.handle(ev.Lost(True, 1000), 600 + CONTENDED_WITHIN_S)
+    for round_ in range(7, 9):
+        short_life(machine, 100.0 * round_)
+    assert not machine.contended
+
+
+@pytest.mark.parametrize("event", [ev.TokenChanged(), ev.IdleTimeout()])
+def test_a_404_after_an_open_link_was_closed_on_purpose_is_a_redeployment(event: ev.LinkEvent) -> None:
+    machine = in_state(S.ONLINE, rng=0.999)
+    machine.handle(event, 100)
+    machine.handle(ev.AgentCalled(), 101)
+    for _ in range(10):
+        [*_, retry] = machine.handle(ev.DialFailed(404), 110)
+        machine.handle(ev.RetryDue(), 110)
+    assert isinstance(retry, ev.StartRetryTimer)
+    assert retry.delay_s < 5
+
+
+def test_a_new_token_of_an_open_link_is_not_refused_yet() -> None:
+    machine = in_state(S.ONLINE)
+    machine.refused = machine.closed_as_refused = True
+    machine.handle(ev.TokenChanged(), 1)
+    assert (machine.refused, machine.closed_as_refused) == (False, False)
