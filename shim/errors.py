@@ -94,5 +94,5 @@ def describe(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(describe(inner) for inner in error.exceptions)
     if isinstance(error, (StoreError, ConfigError, StartError, OSError)):
-        return str(error)
+        return str(error) or type(error).__name__  # `TimeoutError` has no text
     return f"{type(error).__name__}: {error}"

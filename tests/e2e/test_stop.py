@@ -160,6 +160,8 @@ async def test_a_store_on_a_disk_that_hangs(step: str, tmp_path: Path) -> None:
             await shim.event("serving")
         await shim.stop()
         assert shim.events("stopped")
+        if step == "close":
+            assert [failed["error"] for failed in shim.events("stop_failed")] == ["TimeoutError"]
 
 
 def waiting_bytes(read_fd: int) -> int:
