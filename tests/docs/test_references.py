@@ -86,6 +86,20 @@ def test_every_file_that_a_document_names_exists(name: str) -> None:
     assert [path for path in _FILE.findall(text) if "NAME" not in path and not (ROOT / path).exists()] == []
 
 
+def test_the_names_in_the_map_of_the_code_are_defined_there() -> None:
+    text = (ROOT / "docs/contributing/architecture.md").read_text(encoding="utf-8")
+    found = re.findall(r"`(shim/[\w/]+\.py)` \(((?:`[\w.]+`(?:, )?)+)\)", text)
+    assert len(found) > 10
+    names = [(path, name) for path, listed in found for name in re.findall(r"(\w+)`", listed)]
+    wrong = [f"{path}: {name}" for path, name in names if not _defines(ROOT / path, name)]
+    assert wrong == []
+
+
+def _defines(module: Path, name: str) -> bool:
+    source = module.read_text(encoding="utf-8")
+    return re.search(rf"^ *(?:(?:async )?def |class )?{name}\b(?=[(:= ])", source, re.MULTILINE) is not None
+
+
 def _without_links(name: str, text: str) -> str:
     """Return the text without the targets of relative links: those of documents are checked by their own test."""
     return re.sub(r"\[[^\]]*\]\([^)]*\)", "", text) if name.endswith(".md") else text
