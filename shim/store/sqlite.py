@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import sqlite3
@@ -35,6 +36,13 @@ _COMMON = CORRUPT | {
     sqlite3.SQLITE_PROTOCOL,
     sqlite3.SQLITE_READONLY,
 }
+# Errors of SQLite and the system's errors with the same remedy.
+_LIKE = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EACCES,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+}
 # Free pages that one `Prune` returns to the file system: enough to keep up, few enough not to delay commits. The next
 # constant is the number of free pages that the file keeps for reuse.
 _VACUUM_PAGES = 1000
@@ -59,9 +67,17 @@ def _translated(path: Path) -> Iterator[None]:
         todo = files.advice(error, path)
         raise StoreError(f"store.path {path} cannot be used: {error.strerror}: {todo}") from error
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _CORRUPT:
             raise _CorruptError(str(store_error(error))) from error
-        raise store_error(error) from error
+        raise StoreError(f"store.path {path} cannot be used: {store_error(error)}: {_advice(code, path)}") from error
+
+
+def _advice(code: int, path: Path) -> str:
+    """Return a hint on how to solve an error of SQLite at opening."""
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return "end the program that holds it (a backup, a sqlite3 shell)"
+    return files.advice(OSError(_LIKE.get(code, errno.EIO), ""), path)
 
 
 class SqliteStore(QueuedStore):

@@ -246,7 +246,7 @@ def test_a_locked_database_is_no_damage(stores: Stores, path: Path) -> None:
     stores.fill(path, SOME_COMMANDS)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(StoreError, match="SQLITE_BUSY"):
+        with pytest.raises(StoreError, match="SQLITE_BUSY: end the program that holds it"):
             stores.open(path)
         other.execute("ROLLBACK")
     loaded = stores.loaded(path)

@@ -270,7 +270,9 @@ def test_a_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
     assert answers["before"] is False
     assert len(answers["full"]) == 3
     assert all(str(answer).startswith("the database refused: SQLITE_") for answer in answers["full"])
-    assert "SQLITE_" in answers["opened when full"]
+    told = answers["opened when full"]
+    assert told.startswith("store.path /")
+    assert "SQLITE_" in told
     assert answers["after"] == [False, True]
     assert answers["kept"] == ["before", "full-0"]
     assert answers["files"] == []
