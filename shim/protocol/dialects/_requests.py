@@ -41,7 +41,7 @@ _SECRET = re.compile(
     r"token|passw|secret|credential|authorization|cookie|kubeconfig|(private|api|access)_?key", re.IGNORECASE
 )
 _HOST_KEYS = ("k8s_version", "hostname", "server_ip", "region", "cloud_provider")
-_TELLING = frozenset({"agent_version", "version", *_HOST_KEYS})
+_KNOWN_KEYS = frozenset({"cluster_name", "name", "agent_version", "version", *_HOST_KEYS})
 _GROUPS = (
     ("prometheus_url", "prometheus"),
     ("loki_url", "loki"),
@@ -219,6 +219,8 @@ def read_heartbeat(
         payload["metadata"] = metadata
     else:
         metadata = {}
+    # Most heartbeats have none of these fields: test for the keys first.
+    known = {} if _KNOWN_KEYS.isdisjoint(body) and _KNOWN_KEYS.isdisjoint(metadata) else _known(body, metadata)
     return HeartbeatCall(
         dialect=dialect,
         target=target,
@@ -226,7 +228,7 @@ def read_heartbeat(
         status=word(body.get("status")),
         tunnel_status=word(body.get("tunnel_status")) or tunnel_status,
         payload=payload,
-        known=_known(body, metadata),
+        known=known,
         secret=secret,
         size_bytes=size_bytes,
     )
@@ -253,13 +255,10 @@ def _known(body: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
 
     The rule is docs/reference/protocol.md#14-adoption.
     """
-    # Every heartbeat is searched, and most have none of these fields: test for the keys first.
     found = {}
     if "cluster_name" in body or "name" in body:
         found["name"] = _name(body)
     for source in (metadata, body):
-        if _TELLING.isdisjoint(source):
-            continue
         if "agent_version" in source or "version" in source:
             version = first_text(source, "agent_version", "version")
             found["agent_version"] = cut(version, MAX_WORD_CHARS) or found.get("agent_version", "")
