@@ -117,11 +117,8 @@ class HeartbeatForwarder:
         if session.heartbeat is None and session.poll_at is None:
             return connection  # the agent has only registered so far: wait for the data of its own first heartbeat
         due = force or session.heartbeat_due(now, self._ctx.settings.upstream.heartbeat_interval_s)
-        if due and self._ensure_announced(session, connection):
-            self._send(session, connection, now)
-        return connection
-
-    def _send(self, session: Session, connection: UpstreamConnection, now: float) -> None:
+        if not due or not self._ensure_announced(session, connection):
+            return connection
         session.sent_at = now
         session.last_sent_status = session.reported_status
         session.coverage.written(now, connection)
@@ -129,6 +126,7 @@ class HeartbeatForwarder:
         self._ctx.metrics.heartbeats_up.labels("sent").inc()
         answered = partial(self._answered, session, now, connection)
         connection.send_heartbeat(session.key, session.heartbeat_payload(), answered, now)
+        return connection
 
     def _ensure_announced(self, session: Session, connection: UpstreamConnection) -> bool:
         """Return True if the session may send heartbeats on this connection; otherwise register it first.
