@@ -56,6 +56,7 @@ class CommandQueues:
         self._outbox = outbox
         self._queues: dict[SessionKey, CommandQueue] = {}
         self._expiries: list[tuple[float, int, SessionKey, str]] = []
+        self._scheduled = 0
         self._timer_at: float | None = None
         self._unstored: dict[tuple[SessionKey, str], _FinalState] = {}
         self._wall_offset_s = ctx.clock.wall_s() - ctx.now
@@ -212,12 +213,21 @@ class CommandQueues:
     def schedule_expiry(self, key: SessionKey, queued: QueuedCommand, now: float) -> None:
         """Schedule the expiry of a command; `now` is monotonic."""
         heapq.heappush(self._expiries, (queued.expires_at, queued.seq, key, queued.record.id))
-        if len(self._expiries) > EXPIRY_SLACK and len(self._expiries) > 2 * sum(map(len, self._queues.values())):
-            # Most commands are fetched long before they expire, and their entries stay in the heap. Rebuild the heap
-            # without them when they are more than half of it, which costs amortised constant time per command.
+        self._scheduled += 1
+        if self._scheduled >= EXPIRY_SLACK:
+            self._scheduled = 0
+            self._drop_settled()
+        self._arm(now)
+
+    def _drop_settled(self) -> None:
+        """Rebuild the heap without commands that have left their queue, if they are more than half of it.
+
+        Most commands are fetched long before they expire. Counting those that wait takes a look at every session's
+        queue, so it is done once in `EXPIRY_SLACK` commands.
+        """
+        if len(self._expiries) > 2 * sum(map(len, self._queues.values())):
             self._expiries = [entry for entry in self._expiries if self._held(entry[2], entry[3])]
             heapq.heapify(self._expiries)
-        self._arm(now)
 
     def expire(self, key: SessionKey, command_id: str) -> None:
         """Expire a command whose time has passed; a command that is not QUEUED is left alone."""

@@ -47,10 +47,13 @@ from shim.store.schema import ENDED
 # Limit for the steps of commands that have no row. Ids and reasons are bounded in length before they reach the store.
 MAX_LONE_TRACES = 10_000
 
+COMMAND_COLUMNS = (
+    "session, id, request_id, state, attempts, updated, arrived, expires, size_bytes, type, created_at, payload, via,"
+    " first_step"
+)
 INSERT_COMMAND = (
-    "INSERT INTO commands (session, id, request_id, state, attempts, updated, arrived, expires, size_bytes, type,"
-    " created_at, payload, via, first_step) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)"
-    " ON CONFLICT (session, id) DO NOTHING"
+    f"INSERT INTO commands ({COMMAND_COLUMNS})"  # noqa: S608 - constants
+    " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14) ON CONFLICT (session, id) DO NOTHING"
 )
 _SELECT_COMMAND = "SELECT seq, state, result FROM commands WHERE session = ?1 AND id = ?2"
 # The indexes begin with the session, because nearly all statements name one. A search in all sessions costs one probe

@@ -15,12 +15,12 @@ from typing import Any
 from msgspec.structs import replace
 
 from shim.clock import Clock
-from shim.core.records import Operation, StoreContents, WriteProbe
+from shim.core.records import Operation, StoreContents
 from shim.errors import StoreError
 from shim.store import files, rows, schema
-from shim.store.database import Database, Finish, Rows, nothing
+from shim.store.database import Database
 from shim.store.files import StoreLock
-from shim.store.operations import Operations
+from shim.store.sqlite_database import SAVE_META, SqliteDatabase, SqliteOperations
 from shim.store.writer import CallThreadsafe, CommitProbe, Failure, QueuedStore, Writer, run_on_loop, store_error
 
 BUSY_TIMEOUT_S = 5.0
@@ -43,15 +43,10 @@ _LIKE = {
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
     sqlite3.SQLITE_PERM: errno.EACCES,
 }
-# Free pages that one `Prune` returns to the file system: enough to keep up, few enough not to delay commits. The next
-# constant is the number of free pages that the file keeps for reuse.
-_VACUUM_PAGES = 1000
-_KEPT_PAGES = 2500
 _KEY_BYTES = 32
 # Size above which the write-ahead log is truncated, and the change of its size that is reported.
 LOG_LIMIT_BYTES = 16 * 1024 * 1024
 _LOG_STEP_BYTES = 1024 * 1024
-_SAVE_META = "INSERT INTO meta (key, value) VALUES (?1, ?2) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
 
 class _CorruptError(StoreError):
@@ -178,35 +173,6 @@ class SqliteStore(QueuedStore):
         return replace(loaded, warnings=files.foreign_owner_warnings(self._path))
 
 
-class SqliteDatabase:
-    """A `store.database.Database` in which every row belongs to the store."""
-
-    mine = "true"
-    # Written with NOT IN, so that `load` also reads rows with an unknown state and quarantines them.
-    live = "state NOT IN ('delivered', 'answered', 'closed', 'expired', 'dead')"
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._cursor = connection.cursor()
-        self.execute: Callable[..., Rows] = self._cursor.execute
-
-    def insert(self, statement: str, parameters: Sequence[Any]) -> int | None:
-        """Insert a row and return its `seq`, or None if it conflicts with an existing one."""
-        cursor = self._cursor
-        cursor.execute(statement, parameters)
-        return cursor.lastrowid if cursor.rowcount else None
-
-    def touch(self, operation: WriteProbe) -> Finish[None]:
-        """Write the time into the table `meta`."""
-        self.execute(_SAVE_META, ("touched", operation.wall))
-        return nothing
-
-    def reclaim(self) -> None:
-        """Return up to `_VACUUM_PAGES` free pages to the file system, beyond those kept for new rows."""
-        (free,) = self.execute("PRAGMA freelist_count").fetchone()
-        for _ in range(min(free - _KEPT_PAGES, _VACUUM_PAGES)):
-            self.execute("PRAGMA incremental_vacuum(1)")  # frees one page whatever N is: Python steps a pragma once
-
-
 class SqliteEngine:
     """A `store.writer.Engine` that carries out each batch in one synced commit.
 
@@ -218,14 +184,14 @@ class SqliteEngine:
         self._files = open_files
         self._log = log
         self._database = SqliteDatabase(connection)
-        self._operations = Operations(self._database)
+        self._operations = SqliteOperations(self._database)
 
     def commit(self, batch: Sequence[Sequence[Operation]]) -> list[Any]:
         """Carry out a batch (`store.writer.Engine`). Raises `ReplacedError` if the files are no longer those opened."""
         execute = self._database.execute
         log_bytes = self._files.check()
         execute("BEGIN IMMEDIATE")
-        results = [self._operations.carry_out(operations) for operations in batch]
+        results = self._operations.carry_out_batch(batch)
         execute("COMMIT")
         if log_bytes is not None:
             self._log.check(self._connection, log_bytes)
@@ -272,7 +238,7 @@ def _owner_key(database: Database) -> tuple[bytes, int]:
     if row is not None:
         rows.quarantine(database, "meta", {"key": "owner_key"}, "not a key of 32 bytes")
     key = secrets.token_bytes(_KEY_BYTES)
-    database.execute(_SAVE_META, ("owner_key", key))
+    database.execute(SAVE_META, ("owner_key", key))
     return key, int(row is not None)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
+from shim.bridge.command_queues import EXPIRY_SLACK
 from shim.core.agent_calls import PollCall
 from tests.bridge.conftest import MakeWorld, codes, given, living, offered
+from tests.support.stores import put
 from tests.support.world import World, traces
 
 
@@ -144,3 +147,12 @@ async def test_commands_that_nobody_polls_for_are_said_once(world: World, caplog
     assert warnings() == 1, "it has not waited for ten minutes"
     await agent.live(100)
     assert warnings() == 2
+
+
+async def test_settled_commands_leave_the_list_of_expiries(world: World) -> None:
+    """Those that were fetched long before they expire must not fill the memory."""
+    queues, record, now = world.bridge.queues, put("k").record, world.loop.time()
+    for number in range(3 * EXPIRY_SLACK):
+        queues.add(replace(record, id=f"k{number}", seq=number), now + 1e6, now)
+        queues.get_or_create(record.session).expire(f"k{number}")
+    assert len(queues._expiries) <= EXPIRY_SLACK

@@ -19,6 +19,7 @@ from shim.core.records import (
 )
 from shim.store.database import Finish, Rows, nothing
 from shim.store.operations import (
+    COMMAND_COLUMNS,
     INSERT_OUTBOX,
     Operations,
     as_unknown,
@@ -29,16 +30,12 @@ from shim.store.operations import (
 from shim.store.postgres.groups import PostgresDatabase
 from shim.store.rows import encode_json
 
-_COLUMNS = (
-    "session, id, request_id, state, attempts, updated, arrived, expires, size_bytes, type, created_at, payload, via,"
-    " first_step"
-)
 # ORDER BY n keeps the order of arrival in `seq`. For a duplicate no row is inserted, so the trace step that the row
 # would have implied is inserted into `traces`.
 _PUT = (
-    f"WITH given (n, {_COLUMNS}) AS",
+    f"WITH given (n, {COMMAND_COLUMNS}) AS",
     (
-        f", new AS (INSERT INTO commands ({_COLUMNS}) SELECT {_COLUMNS} FROM given ORDER BY n"
+        f", new AS (INSERT INTO commands ({COMMAND_COLUMNS}) SELECT {COMMAND_COLUMNS} FROM given ORDER BY n"
         " ON CONFLICT (session, id) DO NOTHING RETURNING seq, session, id),"
         " old AS (SELECT n, seq, c.state, c.result, g.arrived, g.first_step, g.type FROM given AS g JOIN commands AS c"
         " ON c.session = g.session AND c.id = g.id),"
