@@ -1,4 +1,7 @@
-"""Offers that were written and have no evidence of delivery yet."""
+"""Offers that were written and have no evidence of delivery yet.
+
+Evidence itself is judged by `delivery.CommandDelivery` and, for a later poll, by `core.command_queue.Batch`.
+"""
 
 from __future__ import annotations
 

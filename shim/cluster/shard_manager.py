@@ -1,4 +1,7 @@
-"""Management of this replica's shards: acquire, serve, release."""
+"""Management of this replica's shards: acquire, serve, release.
+
+The shards of a replica that died are acquired as all others that no member holds, once its row is evicted.
+"""
 
 from __future__ import annotations
 

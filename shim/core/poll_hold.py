@@ -1,4 +1,7 @@
-"""Estimator of the time for which a poll without commands may be held open (docs/reference/protocol.md#13-poll)."""
+"""Estimator of the time for which a poll without commands may be held open (docs/reference/protocol.md#13-poll).
+
+`bridge.long_polls` asks it how long a poll may be held, and records in it how the poll ended.
+"""
 
 from __future__ import annotations
 

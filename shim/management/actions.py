@@ -1,4 +1,4 @@
-"""An operator's actions on commands, agents and drains, on one bridge or many."""
+"""Operators' actions on all bridges of this process. `bridge.admin_actions` has those on one bridge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""An operator's actions on commands, agents and drains, and traces of commands without payload."""
+"""The admin port's actions by name, at this process or at all replicas, with JSON in and out.
+
+They are traces of commands (without payload), purge, redeliver, forget and drain. `actions` carries them out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readiness of the shim, and a probe of its store."""
+"""Readiness of the shim for `/readyz`, and a probe of its store. `health_summary` has the sentences of the status."""
 
 from __future__ import annotations
 

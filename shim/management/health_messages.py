@@ -1,7 +1,7 @@
 """Sentences of the health summary: level, text and hint of each.
 
 docs/how-to/diagnose.md#what-the-status-says has the causes; a test compares that table with this list. `health_summary`
-fills in the placeholders in braces.
+decides which sentences apply, and fills in the placeholders in braces.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Health summary of a status: one sentence, and a list of problems with hints."""
+"""Health summary of a status: one sentence, and a list of problems with hints.
+
+The conditions of all sentences are here, their wording is in `health_messages`. Readiness is a matter of `health`.
+"""
 
 from __future__ import annotations
 
