@@ -80,6 +80,7 @@ def main(
         finally:
             loader.forget_yaml()
 
+    tune_gc()  # what is imported by now is kept: the collection below need not search it
     files = FileWatcher()
     files.changed({"config": config_path})  # called before the file is read, so that no later change is missed
     occupy_standard_streams()

@@ -6,7 +6,6 @@ A Protocol stands here only where the caller may not import the implementation: 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -114,15 +113,17 @@ class WebSocketListener(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class DialRequest:
+class DialRequest(msgspec.Struct, frozen=True):
     """Target and token of a dial. `url` is ws/wss; the token is neither in it nor in `query`."""
 
     url: str
-    token: str = field(repr=False)
+    token: str
     in_header: bool = True
     in_query: bool = False
     query: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        return f"DialRequest({self.url!r})"
 
 
 class DialFailure(msgspec.Struct, frozen=True):
@@ -171,12 +172,14 @@ class FrameSocket(Protocol):
         """Close the connection at once. Idempotent."""
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """The caller of a request: its Bearer token (`""` if none) and the process-wide number of its TCP connection."""
 
-    token: str = field(repr=False)
+    token: str
     connection: int
+
+    def __repr__(self) -> str:
+        return f"Caller({self.connection})"
 
 
 DeliveryReceipt = Any
@@ -237,8 +240,7 @@ class DeliveryEvidence(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyRequest:
+class ProxyRequest(msgspec.Struct, frozen=True):
     """An agent's request as received. `target` is the path under the configured base path, with its query.
 
     `body` is the whole body, or its chunks if it is larger than the body of a call may be. `call` is the parsed call,
@@ -247,15 +249,17 @@ class ProxyRequest:
 
     method: str
     target: str
-    headers: tuple[tuple[str, str], ...] = field(repr=False)
-    body: bytes | AsyncIterator[bytes] = field(repr=False)
+    headers: tuple[tuple[str, str], ...]
+    body: bytes | AsyncIterator[bytes]
     caller: Caller
     call: AgentCall | None
     arrived_s: float
 
+    def __repr__(self) -> str:
+        return f"ProxyRequest({self.method!r}, {self.call!r})"
 
-@dataclass(frozen=True, slots=True)
-class ProxyResponse:
+
+class ProxyResponse(msgspec.Struct, frozen=True):
     """A response of the vendor's HTTP API without hop-by-hop headers. `body` is whole or in chunks.
 
     `receipt` is as in `CallResult`. `complete` is true if another replica made the reply: no header may be added then.
@@ -264,10 +268,13 @@ class ProxyResponse:
 
     status: int
     headers: tuple[tuple[str, str], ...]
-    body: bytes | AsyncGenerator[bytes, None] = field(repr=False)
+    body: bytes | AsyncGenerator[bytes, None]
     receipt: DeliveryReceipt | None = None
     complete: bool = False
     closes: bool = False
+
+    def __repr__(self) -> str:
+        return f"ProxyResponse({self.status})"
 
 
 class Forwarder(Protocol):

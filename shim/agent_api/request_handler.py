@@ -10,11 +10,11 @@ import contextlib
 import logging
 import math
 from collections.abc import Coroutine, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from aiohttp import hdrs, web
+from msgspec.structs import replace
 from yarl import URL
 
 from shim.agent_api.agent_websocket import AgentWebSocket, is_handshake, token_of

@@ -6,8 +6,9 @@ Calls that need neither the disk nor the controller are answered synchronously, 
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from shim.bridge.context import DEFAULT_OWNER, BridgeContext, Moment
 from shim.bridge.delivery import CommandDelivery

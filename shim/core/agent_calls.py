@@ -7,7 +7,6 @@ The types used by every heartbeat and poll are `Struct`s: creating one costs a t
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Generator
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
@@ -32,8 +31,7 @@ class SessionTarget(msgspec.Struct, frozen=True):
     ident: str
 
 
-@dataclass(frozen=True, slots=True)
-class RegisterCall:
+class RegisterCall(msgspec.Struct, frozen=True):
     """A registration. `payload` is the upstream `register` payload.
 
     The field map is docs/reference/legacy-agents.md#4-field-mapping-http-to-websocket. `payload` always has `agent_id`
@@ -45,9 +43,12 @@ class RegisterCall:
     dialect: str
     agent_id: str
     name: str
-    payload: dict[str, Any] = field(repr=False)
-    secret: str = field(default="", repr=False)
+    payload: dict[str, Any]
+    secret: str = ""
     known_by_agent: bool = False
+
+    def __repr__(self) -> str:
+        return f"RegisterCall({self.dialect!r}, {self.agent_id!r}, {self.name!r})"
 
 
 class HeartbeatCall(msgspec.Struct, frozen=True):
@@ -73,13 +74,15 @@ class HeartbeatCall(msgspec.Struct, frozen=True):
         return f"HeartbeatCall({self.dialect!r}, {self.target!r}, {self.agent_id!r}, {self.status!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class StatusCall:
+class StatusCall(msgspec.Struct, frozen=True):
     """A cluster status report (dialect `agents`). `body` is sent upstream unchanged."""
 
     dialect: str
     target: SessionTarget
-    body: dict[str, Any] = field(repr=False)
+    body: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"StatusCall({self.dialect!r}, {self.target!r})"
 
 
 class PollCall(msgspec.Struct, frozen=True):
@@ -89,14 +92,16 @@ class PollCall(msgspec.Struct, frozen=True):
     target: SessionTarget
 
 
-@dataclass(frozen=True, slots=True)
-class ResultCall:
+class ResultCall(msgspec.Struct, frozen=True):
     """A command result. `body` has those of `success, output, error, metadata, timestamp` that the agent sent."""
 
     dialect: str
     target: SessionTarget
     command_id: str
-    body: dict[str, Any] = field(repr=False)
+    body: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"ResultCall({self.dialect!r}, {self.target!r}, {self.command_id!r})"
 
 
 class TunnelPollCall(msgspec.Struct, frozen=True):

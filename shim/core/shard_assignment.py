@@ -6,7 +6,8 @@ import hashlib
 import hmac
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 
 def owner_id(key: bytes, token: str) -> str:
@@ -23,8 +24,7 @@ AT_ONCE = 4
 """Shards that a replica releases at a time. Their links are closed meanwhile; all others stay connected."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rebalance:
+class Rebalance(msgspec.Struct, frozen=True):
     """Shards that a replica has to acquire and to release now."""
 
     acquire: tuple[int, ...] = ()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import replace
 from email.utils import formatdate
 from typing import Any
 
 import aiohttp
 import msgspec
+from msgspec.structs import replace
 
 from shim.bridge import Bridge
 from shim.config.rules import parse_date_s

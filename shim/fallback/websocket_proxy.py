@@ -12,8 +12,9 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import msgspec
 
 from shim.config.settings import Settings
 from shim.core.bounds import MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
@@ -60,13 +61,15 @@ _IDENTITY = ("name", "agent_id", "cluster_id")
 Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
 
 
-@dataclass(frozen=True, slots=True)
-class Handshake:
+class Handshake(msgspec.Struct, frozen=True):
     """An agent's WebSocket handshake. `target` is as in `ProxyRequest`, `token` from its header or query."""
 
-    target: str = field(repr=False)
-    headers: tuple[tuple[str, str], ...] = field(repr=False)
-    token: str = field(repr=False)
+    target: str
+    headers: tuple[tuple[str, str], ...]
+    token: str
+
+    def __repr__(self) -> str:
+        return "Handshake()"
 
 
 class MigrationListener(Protocol):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from urllib.parse import urlsplit
+
+import msgspec
 
 from shim.config.settings import DialSettings, is_loopback
 from shim.hosts import plain_host
@@ -13,12 +14,14 @@ from shim.hosts import plain_host
 _VARIABLES = {True: ("https_proxy", "all_proxy"), False: ("http_proxy", "all_proxy")}
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyChoice:
+class ProxyChoice(msgspec.Struct, frozen=True):
     """The proxy of a dial. `url` is `""` for a direct dial; `source` is the setting or rule that decided."""
 
-    url: str = field(repr=False, default="")
+    url: str = ""
     source: str = ""
+
+    def __repr__(self) -> str:
+        return f"ProxyChoice({self.source!r})"
 
 
 def choose_proxy(url: str, settings: DialSettings, environ: Mapping[str, str]) -> ProxyChoice:
