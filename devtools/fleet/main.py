@@ -46,7 +46,7 @@ def _url(_context: click.Context, _option: click.Parameter, value: str | None) -
     type=click.Choice([*GENERATIONS, "mixed"]),
     default="mixed",
     show_default=True,
-    help="Their generation; mixed: one of each in turn.",
+    help="Their dialect; mixed: one of each in turn.",
 )
 @click.option("--poll-interval", type=_SECONDS, default=5, show_default=True, help="Between polls, in s; 0: none.")
 @click.option(
