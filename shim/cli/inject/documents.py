@@ -11,13 +11,13 @@ from typing import Any
 
 from shim.cli.inject import sidecar
 from shim.cli.inject.settings import PodSettings
+from shim.cli.inject.shapes import WORKLOADS, ShapeError, check
 from shim.cli.inject.sidecar import InjectError, Map, Sidecar
 
 _HEAD = "---\n"
 _SEPARATOR = re.compile(r"^---(?=\s|$)", re.MULTILINE)
 # A key with a list below it: how far each is indented, with comments between them.
 _LIST = re.compile(r"^( *)(?:- )?[\w.\-/\"']+:[ \t]*(?:#.*)?\n(?:[ \t]*(?:#.*)?\n)*( *)- ", re.MULTILINE)
-_WORKLOADS = frozenset({"Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Pod"})
 _MANAGED_BY = "app.kubernetes.io/managed-by"
 _MANAGER = "agent-shim-inject"
 _BOM = "\ufeff"
@@ -111,6 +111,10 @@ class _Chunk:
         self._head = text[: text.index("\n", match.end()) + 1] if match and "\n" in text[match.end() :] else ""
         self._yaml = _round_trip(text)
         self._data = _load(self._yaml, text[len(self._head) :])
+        try:
+            check(self._data)
+        except ShapeError as error:
+            raise InjectError(str(error)) from None
         # The library's output without any change: only a difference from it is a change.
         self._before = self._dump()
 
@@ -137,7 +141,7 @@ class _Chunk:
                 continue
             if data.get("kind") == "List":
                 pending.extend(data.get("items") or [])
-            elif data.get("kind") in _WORKLOADS and isinstance(data.get("spec"), dict):
+            elif isinstance(data.get("kind"), str) and data["kind"] in WORKLOADS and isinstance(data.get("spec"), dict):
                 template = data if data["kind"] == "Pod" else data["spec"].get("template")
                 if isinstance(template, dict) and (template.get("spec") or {}).get("containers"):
                     yield template, (data.get("metadata") or {}).get("namespace") or ""
@@ -208,6 +212,8 @@ def _load(yaml: Any, text: str) -> Any:
 
     try:
         return yaml.load(text)
+    except RecursionError:
+        raise InjectError("not a manifest: nested too deeply") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1} of a document" if mark else ""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shim.cli.inject.shapes import ShapeError, check_pod
 from shim.cli.inject.sidecar import API_URL, NAME, OPT_OUT_LABEL, InjectError, env_entry, is_agent, leads_to_loopback
 
 _ALIVE = frozenset({"Pending", "Running"})
@@ -45,13 +46,18 @@ def listed(text: str) -> list[Mapping[str, Any]]:
     wrong = InjectError("not what `kubectl get pods --output json` prints")
     try:
         data = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise wrong from None
     if not isinstance(data, dict):
         raise wrong
     items = data.get("items") if str(data.get("kind", "")).endswith("List") else [data]
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+    if not isinstance(items, list):
         raise wrong
+    for item in items:
+        try:
+            check_pod(item)
+        except ShapeError:
+            raise wrong from None
     return items
 
 

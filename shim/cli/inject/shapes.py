@@ -1,0 +1,107 @@
+"""Shapes of the objects that are read, so that a manifest of another shape ends with an error that says where.
+
+Only fields that are read are here. A key without a value is as if it were not there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+WORKLOADS = frozenset({"Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Pod"})
+
+
+class ShapeError(Exception):
+    """An object of another shape; the text contains its kind and the place, and no value."""
+
+
+class _Named(msgspec.Struct):
+    name: str
+
+
+class _KeyReference(msgspec.Struct):
+    name: str
+    key: str
+
+
+class _ValueSource(msgspec.Struct):
+    secretKeyRef: _KeyReference | None = None  # noqa: N815 - Kubernetes' name
+
+
+class _Entry(msgspec.Struct):
+    name: str
+    valueFrom: _ValueSource | None = None  # noqa: N815
+
+
+class _Source(msgspec.Struct):
+    secretRef: _Named | None = None  # noqa: N815
+
+
+class _Container(msgspec.Struct):
+    name: str
+    env: list[_Entry] | None = None
+    envFrom: list[_Source] | None = None  # noqa: N815
+    volumeMounts: list[_Named] | None = None  # noqa: N815
+
+
+class _PodSpec(msgspec.Struct):
+    containers: list[_Container] | None = None
+    initContainers: list[_Container] | None = None  # noqa: N815
+    volumes: list[_Named] | None = None
+
+
+class _Metadata(msgspec.Struct):
+    name: str | None = None
+    namespace: str | None = None
+    labels: dict[Any, Any] | None = None
+
+
+class _Status(msgspec.Struct):
+    phase: str | None = None
+
+
+class _Pod(msgspec.Struct):
+    metadata: _Metadata | None = None
+    spec: _PodSpec | None = None
+    status: _Status | None = None
+
+
+class _WorkloadSpec(msgspec.Struct):
+    template: _Pod | None = None
+
+
+class _Workload(msgspec.Struct):
+    metadata: _Metadata | None = None
+    spec: _WorkloadSpec | None = None
+
+
+class _ConfigMap(msgspec.Struct):
+    metadata: _Metadata | None = None
+
+
+def check(data: Any) -> None:
+    """Check an object, or the items of a List. Raises `ShapeError`."""
+    if not isinstance(data, dict):
+        return
+    kind = data.get("kind")
+    if kind == "List":
+        items = data.get("items")
+        for item in items if isinstance(items, list) else []:
+            check(item)
+    elif kind == "ConfigMap":
+        _require(kind, data, _ConfigMap)
+    elif isinstance(kind, str) and kind in WORKLOADS:
+        _require(kind, data, _Pod if kind == "Pod" else _Workload)
+
+
+def check_pod(data: Any) -> None:
+    """Check a pod in a list of kubectl's. Raises `ShapeError`."""
+    _require("Pod", data, _Pod)
+
+
+def _require(kind: str, data: Any, shape: type[msgspec.Struct]) -> None:
+    try:
+        msgspec.convert(data, shape)
+    except msgspec.ValidationError as error:
+        raise ShapeError(f"not a {kind} of Kubernetes: {error}") from None
