@@ -229,7 +229,7 @@ def test_the_guides_common_issues_point_to_lines_that_exist() -> None:
         checks |= set(re.findall(r'(?:passed|warned|failed|examine_port)\(\s*"([a-z-]+)"', path.read_text()))
     documented = page.split("| line of doctor |")[1].split("\n\n")[0]
     assert {name for row in documented.splitlines() for name in re.findall(r"`([a-z-]+)`", row.split("|")[1])} == checks
-    table = page.split("## The guide's common issues")[1].split("\n## ")[0]
+    table = page.split("## Common issues of the vendor's migration guide")[1].split("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("| **")]
     guide = ("Connection refused", "Frequent disconnections", "Registration fails", "No heartbeat acknowledgments")
     assert [row.split("**")[1] for row in rows] == list(guide)
