@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
+
+import msgspec
 
 from shim.config.settings import Settings
 from shim.core.backoff import BackoffPolicy
@@ -70,8 +71,7 @@ class Moment(NamedTuple):
     unix: float
 
 
-@dataclass(slots=True)
-class BridgeContext:
+class BridgeContext(msgspec.Struct):
     """Settings, ports and shared state of the bridge.
 
     `settings` is replaced on a reload. `rng` yields floats in [0, 1). `read_token` returns the configured upstream
@@ -91,13 +91,13 @@ class BridgeContext:
     read_token: Callable[[], str]
     sessions: Sessions
     owner_key: bytes = b""
-    redaction: Redaction = field(default_factory=Redaction)
-    arriving: Arriving = field(default_factory=Arriving)
-    recent_commands: RecentCommands = field(default_factory=RecentCommands)
-    fallback: FallbackRecord = field(default_factory=FallbackRecord)
-    refused_calls: RecentCalls = field(default_factory=RecentCalls)
+    redaction: Redaction = msgspec.field(default_factory=Redaction)
+    arriving: Arriving = msgspec.field(default_factory=Arriving)
+    recent_commands: RecentCommands = msgspec.field(default_factory=RecentCommands)
+    fallback: FallbackRecord = msgspec.field(default_factory=FallbackRecord)
+    refused_calls: RecentCalls = msgspec.field(default_factory=RecentCalls)
     note_step: NoteStep | None = None
-    events: EventQueue = field(init=False)
+    events: EventQueue = msgspec.UNSET  # type: ignore[assignment] # a queue needs the timers that the bridge makes
 
     def masked(self, text: str, *secrets: str) -> str:
         """Return a text from the controller with every known secret masked, for agents, logs and the status page.

@@ -7,7 +7,6 @@ A link performs what `shim.core.link_state` decides, and reports to the rest of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from shim.bridge.context import BridgeContext
@@ -151,7 +150,6 @@ class TokenAccepted(NamedTuple):
     link: UpstreamLink
 
 
-@dataclass(slots=True)
 class LinkContext:
     """State that all links share: the numbers of their connections, and the handler of their messages.
 
@@ -159,9 +157,11 @@ class LinkContext:
     `receive` before the first dial.
     """
 
-    serials: Iterator[int]
-    received_since: Callable[[float], bool]
-    receive: Callable[[UpstreamConnection, Message, UpstreamLink, float], None] = field(init=False)
+    receive: Callable[[UpstreamConnection, Message, UpstreamLink, float], None]
+
+    def __init__(self, serials: Iterator[int], received_since: Callable[[float], bool]) -> None:
+        self.serials = serials
+        self.received_since = received_since
 
 
 class UpstreamLink:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from enum import Enum
 from itertools import takewhile
 
@@ -77,8 +76,7 @@ MAX_ARRIVING_BYTES = 24 * 1024 * 1024
 OVERLAP_S = 0.02  # a poll this soon after a reply on another connection may have been sent before the reply was read
 
 
-@dataclass(slots=True, order=True)
-class QueuedCommand:
+class QueuedCommand(msgspec.Struct, eq=False):
     """A command that waits for its agent, ordered by arrival. `reason` is why it is offered again, else empty.
 
     `replies` counts the poll replies that contained it, including those that were not written. `since` (queued),
@@ -86,14 +84,17 @@ class QueuedCommand:
     """
 
     seq: int
-    record: CommandRecord = field(compare=False)
-    state: CommandState = field(compare=False)
-    attempts: int = field(compare=False)
-    expires_at: float = field(compare=False)
-    since: float = field(compare=False)
-    reason: str = field(compare=False, default="")
-    replies: int = field(compare=False, default=0)
-    arrived_at: float | None = field(compare=False, default=None)
+    record: CommandRecord
+    state: CommandState
+    attempts: int
+    expires_at: float
+    since: float
+    reason: str = ""
+    replies: int = 0
+    arrived_at: float | None = None
+
+    def __lt__(self, other: QueuedCommand) -> bool:
+        return self.seq < other.seq
 
 
 class Batch(msgspec.Struct):

@@ -12,12 +12,12 @@ import logging
 import os
 import ssl
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import aiohttp
+import msgspec
 from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
@@ -93,8 +93,7 @@ class ClientTls:
         return DialError(DialFailure("tls", detail=f"{keys}: {why}"))
 
 
-@dataclass(slots=True)
-class DialTrace:
+class DialTrace(msgspec.Struct):
     """Facts about the newest dial, for doctor. Each is set as soon as it is known.
 
     `tried` is true if the configuration allowed a dial. `resolved` has the addresses of the name `resolving`. `tls`
@@ -103,13 +102,13 @@ class DialTrace:
 
     tried: bool = False
 
-    proxy: ProxyChoice = field(default_factory=ProxyChoice)
+    proxy: ProxyChoice = msgspec.field(default_factory=ProxyChoice)
     resolving: str = ""
     resolved: tuple[str, ...] = ()
     connected: bool = False
     tls: ssl.SSLObject | None = None
     status: int = 0
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
 class _TracedResolver(aiohttp.ThreadedResolver):

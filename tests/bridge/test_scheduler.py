@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from msgspec.structs import replace
 
 from shim.bridge.context import DEFAULT_OWNER
 from shim.bridge.scheduler import (
