@@ -18,7 +18,7 @@ NODE_DEPS := $(if $(shell command -v npm 2>/dev/null),$(CLIENTS)/node_modules/.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test cov faults fuzz bench walks house demo run chart docs docs-site lock audit wheels sbom licenses clean
+.PHONY: help install check test cov faults fuzz mutation bench walks house demo run chart docs docs-site lock audit wheels sbom licenses clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,11 @@ faults: $(DEV) ## break everything on purpose and prove that nothing is lost (LO
 fuzz: export AGENT_SHIM_FUZZ_INPUTS := $(or $(INPUTS),1000000)
 fuzz: $(DEV) ## a million inputs into parsers, decoders, connections and a whole bridge (INPUTS=n: another number)
 	$(BIN)/python -m pytest tests/chaos/test_fuzz.py tests/chaos/test_differential.py tests/chaos/test_schemathesis.py $(ARGS)
+
+mutation: $(DEV) ## change the core and the delivery path in small ways, and list the changes that no test notices (ARGS=names of mutants)
+	$(PIP) install mutmut==3.8.1
+	CI=1 $(BIN)/mutmut run --max-children 1 $(ARGS)
+	$(BIN)/mutmut results
 
 bench: $(DEV) ## measure against baselines in the same run (ONLY=latency: a part; ARGS=--docs: write the pages)
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
@@ -102,7 +107,7 @@ licenses: $(DEV) ## write docs/reference/licenses.md from the locked packages' m
 	$(BIN)/python -m supply.licenses --write
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) dist build htmlcov .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build mutants htmlcov .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	rm -rf .import_linter_cache $(CLIENTS)/node_modules
 	find shim devtools tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 

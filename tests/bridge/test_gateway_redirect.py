@@ -58,6 +58,27 @@ async def test_heartbeats_and_commands_flow_there_and_nothing_registers(world: W
     assert await world.state("k1") == "closed"
 
 
+async def test_a_gateway_that_opens_gets_the_waiting_results_and_the_newest_heartbeat_at_once(world: World) -> None:
+    agent = await redirected(world)
+    await agent.heartbeat()
+    world.controller.push("k1")
+    await world.settle()
+    assert await agent.poll() == ["k1"]
+    world.controller.manners.refuse = lambda spec: GONE
+    for socket in list(world.controller.open_sockets()):
+        socket.lose()
+    await world.settle()
+    await agent.result("k1")
+    await agent.heartbeat("degraded")
+    world.controller.manners.refuse = lambda spec: None
+    await agent.live(20)
+    gateways = [socket for socket in sockets(world)[1] if socket.open]
+    assert len(gateways) == 1
+    sent = [(each.message.type, each.at_s) for each in world.controller.log if each.socket is gateways[0]]
+    assert sent[0][1] == sent[1][1]
+    assert [kind for kind, _ in sent][:2] == ["command_result", "heartbeat"]
+
+
 async def test_a_path_in_the_address_is_kept(world: World) -> None:
     await redirected(world, "https://gw.vendor.test:8443/tunnel?x=1")
     _, [gateway] = sockets(world)

@@ -335,3 +335,29 @@ def test_an_alias_follows_its_latest_session_and_goes_with_it() -> None:
     sessions.set_alias("o", "a-1", first.key)
     sessions.move_aliases(first.key, second.key)
     assert sessions.alias("o", "a-1") is second
+
+
+def test_removed_sessions_give_back_the_bytes_of_their_tunnels_and_leave_no_owner_behind() -> None:
+    sessions = Sessions()
+    state = {"x": "y" * (MAX_KEPT_BYTES // 2)}
+    size_bytes = len(str(state))
+    for round_ in range(2 * MAX_ALL_KEPT_BYTES // size_bytes):
+        session = cluster(f"c-{round_}", owner=f"owner-{round_}")
+        sessions.add(session)
+        assert sessions.keep_tunnel(session, state, size_bytes)
+        sessions.remove(session)
+    assert not sessions._by_owner
+    assert sessions._tunnel_bytes == 0
+
+
+def test_a_session_that_was_removed_already_gives_back_nothing_again() -> None:
+    sessions = Sessions()
+    one, other = cluster("c-1"), cluster("c-2")
+    for session in (one, other):
+        sessions.add(session)
+        sessions.keep_tunnel(session, {"x": "y" * 5000}, 5000)
+    before = sessions._tunnel_bytes
+    sessions.remove(one)
+    sessions.remove(one)
+    assert sessions._tunnel_bytes == before / 2
+    assert list(sessions._by_owner) == [OWNER]
