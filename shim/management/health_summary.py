@@ -125,7 +125,8 @@ def _of_link(link: dict[str, Any], status: Status) -> Iterator[Problem]:
     name = f"link {link['name']}: " if several else ""
     since_s = status.now - link["since"]
     if link["phase"] == "refused":
-        hint = "An agent's own token: check the agent's." if status.own_tokens else "Check upstream.token."
+        ours = "Check upstream.token or the file that upstream.token_file names."
+        hint = "An agent's own token: check the agent's." if status.own_tokens else ours
         yield make_problem("token_refused", link=name, reason=f"{link['reason']}{_words(link)}", hint=hint)
     elif link["contended"]:
         yield make_problem("identity_contended", link=name.rstrip(": ") or "the connection")
