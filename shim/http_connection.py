@@ -165,6 +165,7 @@ class HttpConnection(RequestHandler):
         self._charge()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """End the connection as aiohttp does, and leave no reference cycle behind."""
         if self._task_handler is not None:
             self._task_handler.add_done_callback(_forget_cancellation)
         super().connection_lost(exc)

@@ -22,6 +22,7 @@ class DaemonThreads(ThreadPoolExecutor):
         future: Future[Any] = Future()
 
         def work() -> None:
+            """Call the function and pass on its result, or the exception that it raised."""
             if not future.set_running_or_notify_cancel():
                 return
             try:
@@ -47,6 +48,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     import asyncio  # not needed by `health`, which must be cheap
 
     async def with_daemon_threads() -> T:
+        """Await the coroutine with daemon threads for what blocks."""
         asyncio.get_running_loop().set_default_executor(DaemonThreads())
         return await main
 

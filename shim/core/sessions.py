@@ -275,10 +275,12 @@ class _Index:
         self._found: dict[str, dict[SessionKey, Session]] = {}
 
     def add(self, text: str, session: Session) -> None:
+        """Add a session under a text; an empty text is not indexed."""
         if text:
             self._found.setdefault(text, {})[session.key] = session
 
     def drop(self, text: str, session: Session) -> None:
+        """Remove a session from the sessions of a text, if it is among them."""
         found = self._found.get(text, {})
         if found.get(session.key) is session:
             del found[session.key]
@@ -286,6 +288,7 @@ class _Index:
                 del self._found[text]
 
     def get(self, text: str) -> list[Session]:
+        """Return the sessions of a text."""
         return list(self._found.get(text, {}).values())
 
 
