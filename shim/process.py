@@ -33,7 +33,7 @@ WORKING_SHARE = 0.02
 # Requests leave no reference cycles behind; only errors do. But the interpreter searches young objects for cycles
 # whenever their number has grown, and with 10,000 sessions nearly all that it finds are alive: held polls and the
 # agents' newest heartbeats. So it searches a few of them at a time, and the older ones only when `GarbageSearch` does.
-_YOUNG, _NEVER = 2_000, 1_000_000
+_YOUNG, _NEVER = 1_000, 1_000_000
 SEARCH_S = 60.0
 SEARCH_SHARE = 0.0001
 
