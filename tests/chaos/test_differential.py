@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from random import Random
@@ -16,7 +17,6 @@ import pytest
 from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 pytest.importorskip("cryptography")
@@ -107,6 +107,10 @@ def _essence(entry: tuple[Any, ...]) -> tuple[Any, ...]:
 @asynccontextmanager
 async def serving(server: AgentServer, effects: Callable[[], tuple[Any, ...]]) -> AsyncIterator[Peer]:
     """A peer of a server in memory."""
+    unused = socket.socket()
+    unused.setblocking(False)
+    unused.bind(("127.0.0.1", 0))
+    server._sockets = [unused]  # otherwise a thread would look the address up, which has no place in virtual time
     await server.start()
     assert server._web is not None
     try:
@@ -254,7 +258,9 @@ async def forwarding() -> AsyncIterator[Peer]:
         pool.secret = SECRET
         await pool.open_heartbeats(OWNER)
         forwarder = ReplicaForwarder(view, view, pool, LoopClock(), ClusterMetrics(metrics))
-        front = AgentServer(LISTEN, replace(recorder.backends, forwarder=forwarder), dialects.load(), metrics)
+        front = AgentServer(
+            LISTEN, Backends(recorder.board, recorder.board, forwarder=forwarder), dialects.load(), metrics
+        )
         async with serving(front, recorder.take_told) as peer:
             yield peer
         pool.close()
