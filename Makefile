@@ -49,8 +49,8 @@ cov: ## run the tests and hold the branch coverage of shim/, subprocesses includ
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-faults: $(DEV) ## break everything on purpose and prove that nothing is lost (LONG=1: an hour; SEED=n: the same again; GATEWAY=1: three replicas on PostgreSQL)
-	$(BIN)/python -m tests.chaos$(if $(GATEWAY),.harness.replicas) $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(ARGS)
+faults: $(DEV) ## break everything on purpose and prove that nothing is lost (LONG=1: an hour; SEED=n: the same again; GATEWAY=1: three replicas on PostgreSQL; SOAK=1: ten million calls)
+	$(BIN)/python -m tests.chaos$(if $(GATEWAY),.harness.replicas)$(if $(SOAK),.harness.soak) $(if $(LONG),--long) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 fuzz: export AGENT_SHIM_FUZZ_INPUTS := $(or $(INPUTS),1000000)
 fuzz: $(DEV) ## a million inputs into parsers, decoders, connections and a whole bridge (INPUTS=n: another number)

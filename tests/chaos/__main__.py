@@ -11,17 +11,19 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
 from tests.chaos.harness.agents import NAMELESS
 from tests.chaos.harness.checker import case, check
 from tests.chaos.harness.events import read
+from tests.chaos.harness.links import measured
 from tests.chaos.harness.pages import write
 from tests.chaos.harness.report import figures, simulated, table
 from tests.chaos.harness.runner import Plan, Played, Round
-from tests.chaos.harness.schedule import Decks
-from tests.support import disks, network
+from tests.chaos.harness.schedule import MEMORY_LIMIT, NETWORK, STORE, Decks
+from tests.support import disks, memory, network
 
 FIGURES = Path("build/faults.json")
 SHORT = ((60.0, 10.0),) * 3
@@ -35,6 +37,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="only so many of the rounds; with --long they are 2 and 8 minutes")
     parser.add_argument("--seconds", type=float, help="one round of this length")
     parser.add_argument("--pace", type=float, default=10.0, help="with --seconds: how much faster than real")
+    parser.add_argument("--links", action="store_true", help="many links at real pace beside; --long has them anyway")
     parser.add_argument("--only", default="", help="only faults of these kinds (comma-separated)")
     parser.add_argument("--json", type=Path, default=FIGURES, help=f"write the figures there; default: {FIGURES}")
     parser.add_argument("--docs", action="store_true", help="put the figures into docs/concepts/promises.md")
@@ -43,11 +46,39 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-async def play(options: argparse.Namespace, folder: Path) -> list[Played]:
-    """All rounds, one after another."""
-    hosts = None if network.permitted() else network.TwoHosts()
-    small_disks = disks.permitted(folder)
-    decks = Decks(options.seed, network=hosts is not None, store=small_disks)
+def impossible(folder: Path) -> dict[str, str]:
+    """Return the faults that this machine does not permit, with the reasons."""
+    disk = "" if disks.permitted(folder) else "a small disk is not permitted here"
+    reasons = {**dict.fromkeys(NETWORK.kinds, network.permitted()), **dict.fromkeys(STORE.kinds, disk)}
+    reasons[MEMORY_LIMIT] = memory.permitted()
+    return {kind: reason for kind, reason in reasons.items() if reason}
+
+
+async def play(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Play all rounds, one after another, and the many links beside them; returns the figures."""
+    left_out = impossible(folder)
+    hosts = None if NETWORK.kinds[0] in left_out else network.TwoHosts()
+    async with asyncio.TaskGroup() as group:
+        links = group.create_task(play_links(options, folder, hosts))
+        played = group.create_task(play_rounds(options, folder, hosts, left_out))
+    return figures(played.result()) | links.result() | {"impossible": left_out}
+
+
+async def play_links(options: argparse.Namespace, folder: Path, hosts: network.TwoHosts | None) -> dict[str, Any]:
+    """Play many links at real pace, if they are wanted."""
+    if not options.links:
+        return {}
+    place = folder / "links"
+    place.mkdir()
+    return {"links": await measured(place, hosts)}
+
+
+async def play_rounds(
+    options: argparse.Namespace, folder: Path, hosts: network.TwoHosts | None, left_out: dict[str, str]
+) -> list[Played]:
+    """Play all rounds, one after another."""
+    small_disks, limits = STORE.kinds[0] not in left_out, MEMORY_LIMIT not in left_out
+    decks = Decks(options.seed, network=hosts is not None, store=small_disks, memory=limits)
     rounds = ((options.seconds, options.pace),) if options.seconds else LONG if options.long else SHORT
     rounds = rounds[: options.rounds]
     played = []
@@ -91,11 +122,13 @@ def main(given: Sequence[str]) -> int:
         if code is not None:
             return code
     logging.getLogger().addHandler(logging.NullHandler())  # the shims in virtual time have much to say
-    print(f"seed {options.seed}; network faults: {reason or 'yes'}", flush=True)
+    limits = memory.permitted()
+    print(f"seed {options.seed}; network faults: {reason or 'yes'}; memory limits: {limits or 'yes'}", flush=True)
+    options.links = options.links or options.long
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found = figures(asyncio.run(play(options, folder))) | simulated()
+        found = asyncio.run(play(options, folder)) | simulated()
     print("\n".join(table(found)))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -67,6 +67,13 @@ def _lost() -> Iterator[History]:
     yield "ended with a code", [pushed(), queued(), ev.Reported(9, C, False, "expired")], set()
     yield "gone with a destroyed database", [pushed(), queued(), ev.StoreLost(8)], set()
     yield "accepted after a database was destroyed", [ev.StoreLost(0), pushed(), queued()], {"lost"}
+    again = [pushed(), queued(), ev.StoreLost(8), pushed(9), queued(10)]
+    yield "gone with a destroyed database, then accepted again", again, {"lost"}
+    waiting = [pushed(), queued(), contact(5, what="register"), ev.Stored(9, C, 1, "uncertain")]
+    yield "waits for an id that its agent had before a database was destroyed", [ev.StoreLost(0.5), *waiting], set()
+    yield "waits for its agent, and no database was destroyed", waiting, {"lost"}
+    yield "waits, and its agent has not registered since", [ev.StoreLost(0.5), *waiting[:2], waiting[3]], {"lost"}
+    yield "its agent has registered, and the command is gone", [ev.StoreLost(0.5), *waiting[:3]], {"lost"}
 
 
 def _redelivery() -> Iterator[History]:
@@ -101,10 +108,16 @@ def _redelivery() -> Iterator[History]:
     yield "an offer that no disk remembers, and a restart", [*unrecorded, shim(5, born=False), offered(6)], set()
     yield "an offer that no disk remembers, without one", [*unrecorded, offered(6)], {"redelivery"}
     yield "again after the database was destroyed", [*DELIVERED, ev.StoreLost(6), offered(7), received(8)], set()
+    later = [*DELIVERED, offered(7, 2, "restart"), received(8), offered(9, 1, "restart")]
+    yield "a number that falls long after the database was destroyed", [ev.StoreLost(0), *later], {"redelivery"}
 
 
 def _at_most_once() -> Iterator[History]:
     once = [pushed(once=True), queued(), offered(3), received(4)]
+    twice = [*once, offered(6, 1, "restart"), received(7)]
+    yield "once for each database, as it was destroyed", [*twice, ev.StoreLost(5)], set()
+    again = [*once, offered(6, 2, "restart"), ev.StoreLost(9)]
+    yield "once, and again before the database was destroyed", again, {"at_most_once"}
     yield "once", once, set()
     yield "once, offered twice", [*once, offered(6, 2, "restart")], {"at_most_once"}
     yield "once, received twice", [*once, offered(6, 2, "restart"), received(7)], {"at_most_once"}
@@ -176,10 +189,18 @@ def _heartbeats() -> Iterator[History]:
     yield "three gaps unknown: 45 s", young, set()
     restarted = [*living, shim(36, born=True), contact(37), beat(79)]
     yield "a shim that has just started knows no interval yet", restarted, set()
+    pause = [ev.Fault(30, "paused", True), ev.Fault(50, "paused", False)]
+    yield "what came while the shim was paused it reads when it goes on", [*living, *pause, beat(84)], set()
+    yield "and then no later than ever", [*living, *pause, beat(90)], {"vouched"}
+    earlier = [ev.Fault(2, "paused", True), ev.Fault(5, "paused", False)]
+    yield "a pause before the last call vouches for nothing", [*living, *earlier, beat(84)], {"vouched"}
 
     yield "told on this connection", [told, contact(1), beat(2)], set()
     yield "told on another one", [told, contact(1), beat(2, connection="1/2")], {"introduced"}
     yield "adopted after the database was destroyed", [ev.StoreLost(0.5), contact(1), beat(2)], set()
+    registered = contact(1, what="register")
+    yield "registered again after that", [ev.StoreLost(0.5), registered, contact(2), beat(3)], {"introduced"}
+    yield "registered only before that", [registered, ev.StoreLost(1.5), contact(2), beat(3)], set()
     yield "told after it", [ev.Introduced(3, "1/1", "s"), contact(1), beat(2)], {"introduced"}
 
 

@@ -21,6 +21,7 @@ def test_each_fault_is_seen_by_an_open_connection_and_heals() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert found["names"] == [network.FAR_ADDRESS, "gaierror", network.FAR_ADDRESS]
     assert found["cut"] == found["loss"] == "TimeoutError"  # nobody was told
     assert found["reset"] == "ConnectionResetError"
     assert found["latency"] >= 0.1

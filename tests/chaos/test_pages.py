@@ -6,7 +6,7 @@ import json
 import re
 
 from tests.chaos.harness.faults import INJURIES
-from tests.chaos.harness.pages import DATA, DOCS, PAGE, WORDS, rendered
+from tests.chaos.harness.pages import DATA, DOCS, PAGE, PLOT, WORDS, drawn, rendered
 
 ROOT = DOCS.parent
 
@@ -29,6 +29,21 @@ def test_the_figures_are_of_a_run_without_a_broken_promise() -> None:
     assert found["virtual"]["half_open_found"]["max"] < 60
     assert found["virtual"]["stalled_found"]["max"] < 90
     assert all(herd["ratio"] <= 2 for herd in found["herd"])
+
+
+def test_many_links_at_real_pace_were_given_up_within_the_bounds() -> None:
+    links = json.loads(DATA.read_text())["links"]
+    for kind, bound_s in (("half_open_found", 60), ("cut_found", 60), ("stalled_found", 90)):
+        assert links[kind]["count"] == links["links"] >= 50
+        assert links[kind]["max"] < bound_s
+
+
+def test_the_soak_lost_nothing_and_is_drawn() -> None:
+    found = json.loads(DATA.read_text())["soak"]
+    assert sum(found["calls"].values()) > 1_000_000
+    assert (found["commands"]["lost"], found["commands"]["results_lost"]) == (0, 0)
+    assert (found["refused"], found["log"]["unexplained"]) == ({}, [])
+    assert PLOT.read_text() == drawn(found), "python -m tests.chaos.harness.pages"
 
 
 def test_the_figures_of_several_replicas_are_of_a_run_without_a_broken_promise() -> None:

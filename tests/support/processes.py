@@ -115,8 +115,14 @@ class _Child:
         return self._process.pid
 
     def send(self, number: signal.Signals) -> None:
+        """Send a signal. Raises `ProcessLookupError` if the process is known to have ended.
+
+        `subprocess` would collect the exit code of a process that has just ended, and asyncio would never get it.
+        """
         assert self._process is not None
-        self._process.send_signal(number)
+        if self._process.returncode is not None:
+            raise ProcessLookupError
+        os.kill(self._process.pid, number)
 
     async def wait(self) -> int:
         """Wait for the end; the exit code."""

@@ -3,11 +3,13 @@
 Rules: docs/reference/protocol.md#21-link-life, #3-commands.
 
 Each rule is a function from a `Case` to the violations that it finds; `check` applies all. The one named exception is
-`StoreLost`: what the shim had accepted before its database was destroyed may be gone.
+`StoreLost`: commands that were in a database which was destroyed, and the sessions known only to it, may be gone. What
+came after it is judged as everything else.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +28,8 @@ KEPT_GAPS = 8
 LOOK_S = 0.02  # how often the harness looks whether it is late
 SLACK_S = 2.0  # between a call's end at the agent and its being noted by the shim, and for the clocks' resolution
 STAMP_S = 0.002  # envelopes tell milliseconds
+PAUSED = "paused"
+WAITING = frozenset({"queued", "uncertain"})
 LATE_S = 120.0  # how long a sent heartbeat may lie in buffers before the controller reads it
 
 E = TypeVar("E", bound=ev.Event)
@@ -75,10 +79,28 @@ class Command:
         # It was on disk, but the shim died before it could say so.
         return max((push.at for push in self.pushed), default=0.0) if self.stored else None
 
+    @property
+    def last_accepted_at(self) -> float | None:
+        """When the shim took responsibility for it the last time: the controller may push it again after a loss."""
+        return max((word.at for word in self.queued), default=self.accepted_at)
+
 
 def session_of(command: str) -> str:
     """The session whose command it is."""
     return command.rpartition(".")[0]
+
+
+def spans(faults: Iterable[ev.Fault], kinds: frozenset[str]) -> list[tuple[float, float]]:
+    """Return when faults of these kinds lasted."""
+    found: list[tuple[float, float]] = []
+    begun: dict[str, float] = {}
+    for event in faults:
+        if event.name in kinds:
+            if event.begins:
+                begun[event.name] = event.at
+            elif event.name in begun:
+                found.append((begun.pop(event.name), event.at))
+    return found + [(at, math.inf) for at in begun.values()]
 
 
 class Spells:
@@ -102,21 +124,30 @@ class Spells:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A history, sorted for the rules. `nameless`: sessions that were adopted and have no registration to replay."""
+    """A history, sorted for the rules.
+
+    `nameless` are the sessions that were adopted and have no registration to replay; `registered` has the beginnings of
+    the registrations that succeeded, by session.
+    """
 
     commands: dict[str, Command]
     lost_stores: tuple[float, ...]
     others: dict[type, list[ev.AnyEvent]]
     nameless: frozenset[str]
     spells: Spells
+    registered: dict[str, list[float]]
 
     def of(self, kind: type[E]) -> list[E]:
         """The events of one kind that belong to no command."""
         return cast("list[E]", self.others.get(kind, []))
 
+    def lost_between(self, after: float, before: float) -> bool:
+        """Return whether a database was destroyed within these times."""
+        return any(after <= lost <= before for lost in self.lost_stores)
+
     def excused(self, at: float) -> bool:
-        """Whether what the shim knew at that time may be gone."""
-        return any(lost >= at for lost in self.lost_stores)
+        """Return whether what the shim stored at that time was in a database that was destroyed later."""
+        return self.lost_between(at, math.inf)
 
 
 _LISTS: dict[type, str] = {
@@ -146,7 +177,11 @@ def case(history: Iterable[ev.AnyEvent], nameless: Iterable[str] = ()) -> Case:
             getattr(commands.setdefault(ident, Command(ident)), name).append(event)
     gone = tuple(event.at for event in others[ev.StoreLost])
     spells = Spells(cast("list[ev.Late]", others[ev.Late]))
-    return Case(commands, gone, others, frozenset(nameless), spells)
+    registered: dict[str, list[float]] = defaultdict(list)
+    for contact in cast("list[ev.Contact]", others[ev.Contact]):
+        if contact.what == "register" and contact.outcome == "ok":
+            registered[contact.session].append(contact.since)
+    return Case(commands, gone, others, frozenset(nameless), spells, registered)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -155,10 +190,21 @@ def case(history: Iterable[ev.AnyEvent], nameless: Iterable[str] = ()) -> Case:
 def lost(found: Case) -> Iterator[Violation]:
     """Every command that the shim accepted was received by its agent, or ended with a result at the controller."""
     for command in found.commands.values():
-        at = command.accepted_at
-        if at is None or command.received or command.reported or found.excused(at):
+        at = command.last_accepted_at
+        if at is None or command.received or command.reported or found.excused(at) or stranded(found, command, at):
             continue
         yield Violation("lost", command.id, f"accepted at {at:.3f} and never heard of again")
+
+
+def stranded(found: Case, command: Command, accepted_at: float) -> bool:
+    """Return whether a command waits in the database for a cluster id that its agent does not have any more.
+
+    Its session was adopted after a database was destroyed, so nothing is known of it but that id. The agent then lost
+    the id, registered, and got another one. The command ends as `expired`, later than a run lasts.
+    """
+    waits = any(step.state in WAITING for step in command.stored)
+    registered = [at for at in found.registered[command.session] if at > accepted_at]
+    return waits and any(found.lost_between(0.0, at) for at in registered)
 
 
 def redelivered(found: Case) -> Iterator[Violation]:
@@ -185,19 +231,18 @@ def _take_back(found: Case, counting: list[ev.Offered], step: ev.Requeued) -> No
 
 
 def _offer_problem(found: Case, before: Sequence[ev.Offered], offer: ev.Offered) -> str:
-    forgotten = any(lost <= offer.at for lost in found.lost_stores)
     if not before:
         if offer.attempt > 1 and not offer.reason:
             return f"attempt {offer.attempt} without a reason"
         return ""
     last = before[-1]
-    if any(last.at <= lost <= offer.at for lost in found.lost_stores):
+    if found.lost_between(last.at, offer.at):
         return ""
     if not all(earlier.recorded for earlier in before) and _died(found, last.at, offer.at):
         return ""  # the disk took no record of the offer, and the memory of it died
     if not offer.reason:
         return f"offered again (attempt {offer.attempt}) without a reason"
-    if offer.attempt <= last.attempt and not forgotten:
+    if offer.attempt <= last.attempt:
         return f"offered again as attempt {offer.attempt} after attempt {last.attempt}"
     return ""
 
@@ -217,10 +262,10 @@ def at_most_once(found: Case) -> Iterator[Violation]:
                 counting.append(step)
             else:
                 _take_back(found, counting, step)
-        if len(counting) > 1 and not found.lost_stores:
-            yield Violation("at_most_once", command.id, f"offered {len(counting)} times")
-        if len(command.received) > 1 and not found.lost_stores:
-            yield Violation("at_most_once", command.id, f"received {len(command.received)} times")
+        for what, events in (("offered", counting), ("received", command.received)):
+            for earlier, later in pairwise(events):
+                if not found.lost_between(earlier.at, later.at):
+                    yield Violation("at_most_once", command.id, f"{what} again at {later.at:.3f}")
 
 
 def results(found: Case) -> Iterator[Violation]:
@@ -269,9 +314,21 @@ def _inversions(received: list[tuple[float, int, str]]) -> Iterator[Violation]:
 class _Vouchers:
     """When a session's agent called, and how long that vouches for it."""
 
-    def __init__(self, contacts: list[ev.Contact], deaths: list[float], shims: list[float], slack_s: float) -> None:
-        self._spans = sorted((contact.since, contact.at) for contact in contacts)
-        self._ends = sorted([end for _, end in self._spans] + deaths)
+    def __init__(
+        self,
+        contacts: list[ev.Contact],
+        deaths: list[float],
+        shims: list[float],
+        pauses: list[tuple[float, float]],
+        slack_s: float,
+    ) -> None:
+        """`pauses` are the times in which the shim was stopped: it reads what came meanwhile when it goes on."""
+
+        def read_at(since: float, until: float) -> float:
+            return max([until, *(end for begin, end in pauses if since <= end and until >= begin)])
+
+        self._spans = sorted((contact.since, read_at(contact.since, contact.at)) for contact in contacts)
+        self._ends = sorted([end for _, end in self._spans] + [read_at(death, death) for death in deaths])
         self._beats = sorted(contact.since for contact in contacts if contact.what == "heartbeat")
         self._shims = shims
         self._slack_s = slack_s
@@ -308,7 +365,8 @@ def vouched(found: Case) -> Iterator[Violation]:
     offsets = found.of(ev.WallClock)
     blocked_s = max((lag.seconds for lag in found.of(ev.Lag)), default=0.0)  # a call may have waited that long
     slack_s = SLACK_S + blocked_s + max((late.seconds for late in found.of(ev.Late)), default=0.0)
-    vouchers = {name: _Vouchers(contacts[name], deaths[name], shims, slack_s) for name in {*contacts, *deaths}}
+    pauses = spans(found.of(ev.Fault), frozenset({PAUSED}))
+    vouchers = {name: _Vouchers(contacts[name], deaths[name], shims, pauses, slack_s) for name in {*contacts, *deaths}}
     for beat in found.of(ev.Beat):
         known = vouchers.get(beat.session)
         if known is None or not any(map(known.vouch, _sent_at(beat, offsets))):
@@ -329,7 +387,9 @@ def introduced(found: Case) -> Iterator[Violation]:
     for event in found.of(ev.Introduced):
         told.setdefault((event.connection, event.session), event.at)
     for beat in found.of(ev.Beat):
-        if beat.session in found.nameless or any(lost <= beat.at for lost in found.lost_stores):
+        gone_at = max((lost for lost in found.lost_stores if lost <= beat.at), default=None)
+        known = gone_at is None or any(gone_at <= at <= beat.at for at in found.registered[beat.session])
+        if beat.session in found.nameless or not known:
             continue  # there is no registration to tell of: the agent was adopted
         if told.get((beat.connection, beat.session), float("inf")) > beat.at:
             yield Violation("introduced", beat.session, f"a heartbeat at {beat.at:.3f} on {beat.connection} before it")

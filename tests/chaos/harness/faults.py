@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import random
 import signal
 import sqlite3
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,20 @@ from typing import Any
 from tests.chaos.harness import events as ev
 from tests.chaos.harness.agents import Part
 from tests.chaos.harness.schedule import CRASH_POINTS, Planned
-from tests.chaos.harness.supervisors import ControllerKeeper, Note, ShimKeeper
+from tests.chaos.harness.supervisors import EXIT_STORE_VERSION, ControllerKeeper, Note, ShimKeeper
 from tests.chaos.harness.waiting import last, true_within
-from tests.support.disks import fill
+from tests.support import memory
+from tests.support.disks import fill, read_only
+from tests.support.name_server import NameServer
 from tests.support.network import TwoHosts
 
 RETRY_AFTER_S = 2
 MAX_CRASH_COUNT = 4
 OVERSIZE_BYTES = 2_000_000
 FILLER = "filler"
+FUTURE = 999
+ROOM_BYTES = 4 << 20
+REMOUNT_S = 10.0
 RECONNECT_BEFORE_S = 6.0
 
 
@@ -41,6 +48,7 @@ class Stage:
     note: Note
     clock_file: Path
     network: TwoHosts | None = None
+    names: NameServer | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
@@ -135,6 +143,18 @@ async def _network(stage: Stage, planned: Planned) -> None:
         await last(planned.lasts_s)
 
 
+async def _dns_hangs(stage: Stage, planned: Planned) -> None:
+    """The name server answers nothing, and the connection is reset: a lookup is what the next one begins with."""
+    assert stage.names is not None
+    with stage.fault(planned.kind):
+        stage.names.hangs = True
+        try:
+            await stage.controller.control("POST", "/control/faults", _drops("rst"))
+            await last(planned.lasts_s)
+        finally:
+            stage.names.hangs = False
+
+
 # --- the shim ---------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +194,34 @@ async def _clock(stage: Stage, planned: Planned) -> None:
             stage.set_clock(0)
 
 
+async def _paused(stage: Stage, planned: Planned) -> None:
+    with stage.fault(planned.kind), stage.shim.paused():
+        await last(planned.lasts_s)
+
+
+async def _unread_log(stage: Stage, planned: Planned) -> None:
+    """A life whose log nobody reads, with the pipe and the queue before it full; it must also end by itself."""
+    with stage.fault(planned.kind):
+        stage.shim.arm("--unread-log")
+        await stage.shim.kill()
+        await last(planned.lasts_s)
+        await stage.shim.stop()
+
+
+async def _memory_limit(stage: Stage, planned: Planned) -> None:
+    """A life in a memory group that has little more than the life needs at its start: the kernel may kill it."""
+    with stage.fault(planned.kind), memory.group() as group:
+        stage.shim.arm(within=group.inside)
+        await stage.shim.kill()
+        until, lives = time.monotonic() + planned.lasts_s, stage.shim.deaths
+        await true_within(planned.lasts_s, lambda: stage.shim.serving.is_set() or stage.shim.deaths > lives)
+        group.limit(group.used_bytes() + int(planned.roll * ROOM_BYTES))
+        await last(until - time.monotonic())
+        stage.shim.arm()
+        if stage.shim.deaths == lives:
+            await stage.shim.kill()
+
+
 # --- the store --------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +250,80 @@ def _begin(connection: sqlite3.Connection) -> bool:
     except sqlite3.OperationalError:
         return False
     return True
+
+
+async def _pinned_wal(stage: Stage, planned: Planned) -> None:
+    """Another process keeps a read transaction open: the write-ahead log cannot be reused, and grows."""
+    connection = sqlite3.connect(stage.database, timeout=0, isolation_level=None)
+    with stage.fault(planned.kind), closing(connection):
+        until = time.monotonic() + planned.lasts_s
+        await true_within(planned.lasts_s, lambda: _read(connection))
+        await last(until - time.monotonic())
+
+
+def _read(connection: sqlite3.Connection) -> bool:
+    """Begin a read transaction and leave it open. False if the database is moved aside or cannot be read now."""
+    try:
+        connection.execute("BEGIN")
+        connection.execute("SELECT count(*) FROM meta").fetchone()
+    except sqlite3.Error:
+        with suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        return False
+    return True
+
+
+async def _read_only(stage: Stage, planned: Planned) -> None:
+    """The shim comes back on a read-only file system, again and again."""
+    with ExitStack() as stack, stage.shim.in_trouble(), stage.fault(planned.kind):
+        with stage.shim.down():
+            await stage.shim.kill()
+            await stage.shim.gone()
+            assert await true_within(REMOUNT_S, lambda: _made_read_only(stage.database.parent, stack))
+        await last(planned.lasts_s)
+
+
+def _made_read_only(folder: Path, stack: ExitStack) -> bool:
+    """Make a mounted folder read-only until the stack ends. False as long as a file is open for writing there."""
+    try:
+        stack.enter_context(read_only(folder))
+    except subprocess.CalledProcessError:
+        return False
+    return True
+
+
+async def _newer_schema(stage: Stage, planned: Planned) -> None:
+    """A newer shim has had the database: this one must end with its own exit code, and leave the file alone."""
+    with stage.shim.in_trouble(EXIT_STORE_VERSION), stage.fault(planned.kind):
+        with stage.shim.down():
+            await stage.shim.kill()
+            await stage.shim.gone()
+            known = _demand_reader(stage.database, FUTURE)
+        if known is None:
+            return
+        before = _digest(stage.database)
+        try:
+            await last(planned.lasts_s)
+        finally:
+            with stage.shim.down():
+                await asyncio.shield(stage.shim.gone())
+                if _digest(stage.database) != before:
+                    stage.note(ev.Defect(time.monotonic(), "the shim has changed the database of a newer one"))
+                _demand_reader(stage.database, known)
+
+
+def _demand_reader(database: Path, version: int) -> int | None:
+    """Set the oldest version that may read the database; returns the one before, `None` if there is no database."""
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True)) as connection:
+        (known,) = connection.execute("SELECT value FROM meta WHERE key = 'min_reader_version'").fetchone()
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'min_reader_version'", (version,))
+        connection.commit()
+        return int(known)
+    return None
+
+
+def _digest(database: Path) -> str:
+    return hashlib.sha256(database.read_bytes()).hexdigest()
 
 
 async def _destroyed(stage: Stage, planned: Planned) -> None:
@@ -295,12 +417,19 @@ INJURIES: dict[str, Injury] = {
     "oversize": _controller(kind="oversize", size_bytes=OVERSIZE_BYTES, count=2),
     "binary": _controller(kind="binary_frames"),
     **dict.fromkeys(("cut", "reset", "loss", "latency", "narrow"), _network),
+    "dns_hangs": _dns_hangs,
     "kill": _kill,
     "sigterm": _sigterm,
     "clock": _clock,
+    "paused": _paused,
+    "unread_log": _unread_log,
+    "memory_limit": _memory_limit,
     **{f"crash_{point}": _crash for point in CRASH_POINTS},
     "disk_full": _disk_full,
     "locked": _locked,
+    "pinned_wal": _pinned_wal,
+    "read_only": _read_only,
+    "newer_schema": _newer_schema,
     "corrupted": _destroyed,
     "truncated": _destroyed,
     "agent_dies": _agent_dies(lambda part: None),

@@ -1,13 +1,17 @@
 """The real shim with faults inside: `python -m tests.chaos.harness.faulty_shim [options] run --config F`.
 
 `--crash POINT N`: it is killed by SIGKILL when the point (`schedule.CRASH_POINTS`) is reached for the N-th time.
-`--clock FILE`: its wall clock is wrong by as many seconds as the file says. All the rest is the shim's own code.
+`--clock FILE`: its wall clock is wrong by as many seconds as the file says.
+`--unread-log`: nobody reads its log; the pipe and the queue before it are full from the start.
+All the rest is the shim's own code.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
+import logging
 import os
 import signal
 import sqlite3
@@ -21,6 +25,7 @@ from shim.clock import Clock
 from shim.core.agent_calls import AgentCall
 from shim.core.records import Operation, PutCommand, PutResult, StoreContents, StoreOperation
 from shim.errors import StoreError
+from shim.log import JsonFormatter, Logs, Redaction, RepeatFilter
 from shim.ports import (
     AgentService,
     Caller,
@@ -44,6 +49,8 @@ _Result = TypeVar("_Result")
 
 
 FLUSHED_S = 0.01
+PIPE_BYTES = 4096
+FILLER = "x" * 1000
 
 
 class Trap:
@@ -220,10 +227,39 @@ class _SteppedClock(Clock):
         return super().wall_s() + float(self._file.read_text())
 
 
-def doubtful(trap: Trap, clock_file: Path | None) -> type[app.App]:
-    """The shim's app with trap and clock built in."""
+def leave_log_unread() -> None:
+    """Put a pipe that nobody reads in the place of stderr. What the log says goes to the old stderr as well.
+
+    The harness judges by what the log says, so it needs a second copy, which is complete.
+    """
+    copy = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8")
+    _unread, full = os.pipe()  # the end for reading stays open, or writing would fail instead of hang
+    fcntl.fcntl(full, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    os.dup2(full, 2)
+    os.close(full)
+    handler = logging.StreamHandler(copy)
+    handler.setFormatter(JsonFormatter(Redaction()))
+    handler.setLevel(logging.INFO)
+    handler.addFilter(RepeatFilter())
+    logging.getLogger().addHandler(handler)
+
+
+def fill_log(logs: Logs) -> None:
+    """Log until pipe and queue are full. Must be called when the shim has set its log up, at the level `debug`."""
+    filler = logging.getLogger("shim.filler")
+    while not logs.dropped:
+        filler.debug("filler", extra={"fields": {"text": FILLER}})
+
+
+def doubtful(trap: Trap, clock_file: Path | None, *, unread_log: bool = False) -> type[app.App]:
+    """Return the shim's app with trap, clock and full log built in."""
 
     class DoubtfulApp(app.App):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            if unread_log:
+                fill_log(args[2])
+
         def make_clock(self) -> Clock:
             return super().make_clock() if clock_file is None else _SteppedClock(clock_file)
 
@@ -247,11 +283,16 @@ def main(args: Sequence[str]) -> NoReturn:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.harness.faulty_shim")
     parser.add_argument("--crash", nargs=2, default=("", "0"), metavar=("POINT", "N"))
     parser.add_argument("--clock", type=Path, metavar="FILE")
+    parser.add_argument("--unread-log", action="store_true")
     parser.add_argument("command", choices=["run"])
     parser.add_argument("--config", required=True)
     given = parser.parse_args(args)
     point, count = given.crash
-    launch.main(given.config, (), None, lambda: doubtful(Trap(point, int(count)), given.clock))
+    if given.unread_log:
+        leave_log_unread()
+    sets = ("log.level=debug",) if given.unread_log else ()
+    trap = Trap(point, int(count))
+    launch.main(given.config, sets, None, lambda: doubtful(trap, given.clock, unread_log=given.unread_log))
 
 
 if __name__ == "__main__":

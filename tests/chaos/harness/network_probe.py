@@ -1,16 +1,23 @@
-"""Print as JSON what each network fault does to a connection: `python -m tests.chaos.harness.network_probe`."""
+"""Print as JSON what each network fault does to a connection or a look-up.
+
+`python -m tests.chaos.harness.network_probe`
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from tests.support import network
+from tests.support.name_server import NameServer
 
 _ECHO = """
 import socketserver
@@ -51,16 +58,35 @@ def seen(fault: Callable[[], AbstractContextManager[None]], size_bytes: int = 1)
                 return type(error).__name__
 
 
+async def looked_up() -> list[str]:
+    """Return what a look-up yields: an address, then an error because nobody answers, then the address again."""
+    names, found = NameServer(network.FAR_ADDRESS), []
+    with tempfile.TemporaryDirectory() as folder:
+        await names.start(Path(folder) / "resolv.conf", timeout_s=1)
+        for names.hangs in (False, True, False):
+            try:
+                answers = await asyncio.get_running_loop().getaddrinfo(
+                    "controller.test", PORT, proto=socket.IPPROTO_TCP
+                )
+                found.append(str(answers[0][4][0]))
+            except socket.gaierror as error:
+                found.append(type(error).__name__)
+        names.close()
+    return found
+
+
 def main() -> int:
     code = network.reenter("tests.chaos.harness.network_probe", ())
     if code is not None:
         return code
     hosts = network.TwoHosts()
+    names = asyncio.run(looked_up())
     command = [*hosts.far.inside, sys.executable, "-c", _ECHO.format(port=PORT)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as echo:
         assert echo.stdout is not None
         echo.stdout.readline()
         found = {
+            "names": names,
             "cut": seen(lambda: hosts.cut(PORT)),
             "reset": seen(lambda: hosts.reset(PORT)),
             "latency": seen(lambda: hosts.latency(PORT, 50)),

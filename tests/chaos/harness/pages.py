@@ -9,9 +9,12 @@ from typing import Any
 
 from docs.generate import command_edges, diagram
 from shim.core.records import CommandState
+from tests.chaos.harness.plot import Panel, plot
 
 DOCS = Path(__file__).parents[3] / "docs"
 PAGE, DATA = DOCS / "concepts" / "promises.md", DOCS / "concepts" / "promises.json"
+PLOT = DOCS / "concepts" / "soak.svg"
+OF_OTHER_RUNS = ("gateway", "soak")
 
 WORDS = {
     "controller_killed": "the controller is killed and comes back",
@@ -49,9 +52,13 @@ WORDS = {
     "loss": "5 to 25 % of the packets are lost",
     "latency": "20 to 220 ms each way",
     "narrow": "64 to 264 kbit/s",
+    "dns_hangs": "the name server answers nothing, and the connection is reset",
     "kill": "`kill -9` of the shim",
     "sigterm": "SIGTERM to the shim, and a new start",
     "clock": "the wall clock is set up to six hours forth and back",
+    "paused": "the shim is paused (SIGSTOP) and goes on",
+    "unread_log": "nobody reads the shim's log: pipe and queue are full",
+    "memory_limit": "the shim has hardly more memory than it needs: the kernel may kill it",
     "crash_frame_read": "`kill -9` when a command's frame was read",
     "crash_before_commit": "`kill -9` before the command is written",
     "crash_in_commit": "`kill -9` at the COMMIT",
@@ -62,6 +69,9 @@ WORDS = {
     "crash_result_sent": "`kill -9` right after a result was sent",
     "disk_full": "the disk is full to the last byte",
     "locked": "another process holds the database's write lock",
+    "pinned_wal": "another process keeps a read transaction open: the write-ahead log grows",
+    "read_only": "the shim comes back on a read-only file system",
+    "newer_schema": "the shim comes back to the database of a newer one",
     "corrupted": "the database is overwritten while the shim is down",
     "truncated": "the database is cut off while the shim is down",
     "agent_dies": "an agent is killed and comes back",
@@ -81,6 +91,7 @@ def blocks(found: dict[str, Any]) -> dict[str, list[str]]:
         "recovery": list(_recovery(found)),
         "herd": list(_herd(found)),
         "gateway": list(_gateway(found["gateway"])) if found.get("gateway") else [],
+        "soak": list(soak_table(found["soak"])) if found.get("soak") else [],
     }
 
 
@@ -104,7 +115,7 @@ def _run(found: dict[str, Any]) -> Iterator[str]:
 def _faults(found: dict[str, Any]) -> Iterator[str]:
     yield from ("| fault | injected |", "|---|---:|")
     for kind, words in WORDS.items():
-        yield f"| {words} | {found['faults'].get(kind, 0)} |"
+        yield f"| {words} | {found['faults'].get(kind, 0) or found.get('impossible', {}).get(kind, 0)} |"
     for way, times in found["rude_calls"].items():
         yield f"| an agent {way} | {times} |"
 
@@ -121,6 +132,9 @@ def _commands(found: dict[str, Any]) -> Iterator[str]:
     yield f"| **accepted and lost** | **{commands['lost']}** |"
     gone = commands["gone_with_destroyed_databases"]
     yield f"| gone with the {found['stores_lost']} databases that were destroyed, the named exception | {gone} |"
+    if commands.get("wait_for_an_id_of_before"):
+        waiting = commands["wait_for_an_id_of_before"]
+        yield f"| waiting for a cluster id that an agent had before, so that they will end as `expired` | {waiting} |"
     yield f"| replies taken back and offered again, no attempt | {commands['offers_taken_back']} |"
     for reason, times in commands["redelivered_by_reason"].items():
         yield f"| offered again, reason: {reason} | {times} |"
@@ -136,10 +150,12 @@ def _recovery(found: dict[str, Any]) -> Iterator[str]:
         "link_back": "online again after the controller's return",
         "half_open_found": "half-open connection given up",
         "stalled_found": "stalled application given up",
+        "cut_found": "connection given up whose packets vanish",
     }
-    for pace, kinds in ({"real settings, virtual time": found["virtual"]} | found["recovery"]).items():
+    links = {f"real settings, {found['links']['links']} links at once": found["links"]} if "links" in found else {}
+    for pace, kinds in ({"real settings, virtual time": found["virtual"]} | links | found["recovery"]).items():
         for kind, d in kinds.items():
-            if d["count"]:
+            if kind in names and d["count"]:
                 times = " | ".join(f"{d[share]:.2f} s" for share in ("p50", "p95", "p99.9", "max"))
                 yield f"| {names[kind]} ({pace}) | {d['count']} | {times} |"
     stops = found["stops"]
@@ -180,6 +196,52 @@ def _gateway(found: dict[str, Any]) -> Iterator[str]:
     yield f"| longest stop of a replica by SIGTERM ({stops['count']}) | {stops['max']:.1f} s |"
 
 
+def soak_table(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines that show a soak."""
+    commands, samples = found["commands"], found["samples"]
+    settled = samples[len(samples) // 10 :]
+    yield _machine(found)
+    yield f"- {found['duration_s'] / 60:.0f} minutes, seed {found['seed']}; {found['agents']} agents; a poll after"
+    yield f"  {found['batch']} heartbeats; every second agent pipelines these"
+    yield from ("", "| one shim, nothing fails | |", "|---|---:|")
+    yield f"| **calls** | **{sum(found['calls'].values()):,}** |"
+    for kind, times in found["calls"].items():
+        yield f"| {kind} | {times:,} |"
+    yield f"| calls that were refused | {sum(found['refused'].values())} |"
+    yield f"| commands acknowledged | {commands['acked']:,} |"
+    yield f"| received by their agents | {commands['received']:,} |"
+    yield f"| **acknowledged and lost** | **{commands['lost']}** |"
+    yield f"| received more than once | {commands['received_more_than_once']} |"
+    yield f"| results that agents got a 2xx for | {commands['results_taken']:,} |"
+    yield f"| **of these never at the controller** | **{commands['results_lost']}** |"
+    yield f"| lines in the log | {found['log']['lines']:,} |"
+    yield f"| **errors and exceptions among them** | **{len(found['log']['unexplained'])}** |"
+    for name, key in (("memory (PSS)", "pss_mib"), ("write-ahead log", "wal_mib")):
+        values = [sample[key] for sample in settled]
+        yield f"| {name} after the first tenth: from, to, at the end | {min(values)}, {max(values)}, {values[-1]} MiB |"
+    files = [sample["files"] for sample in settled]
+    yield f"| file descriptors after the first tenth: from, to | {min(files)}, {max(files)} |"
+    yield f"| longest delay of the event loop, with what the machine took | {found['longest_lag_s']:.2f} s |"
+    yield f"| the shim's loop was ready to run and had no processor | {found['waited_for_processor_s']} s |"
+
+
+def drawn(found: dict[str, Any]) -> str:
+    """Return the plot of a soak."""
+    samples = found["samples"]
+
+    def series(key: str) -> list[float]:
+        return [sample[key] for sample in samples]
+
+    panels = (
+        Panel("memory, MiB", {"RSS": series("rss_mib"), "PSS": series("pss_mib")}),
+        Panel("file descriptors", {"open": series("files")}),
+        Panel("database, MiB", {"write-ahead log": series("wal_mib"), "file": series("database_mib")}),
+        Panel("delay of the event loop, ms (mean of 5 s)", {"measured": series("lag_ms")}),
+        Panel("time in which the loop waited for a processor, %", {"machine": series("waited_percent")}),
+    )
+    return plot([sample["at_s"] / 60 for sample in samples], panels)
+
+
 def _broken(found: dict[str, Any], rule: str) -> int:
     return sum(1 for violation in found["violations"] if violation["rule"] == rule)
 
@@ -195,15 +257,20 @@ def rendered(page: str, found: dict[str, Any]) -> str:
 
 
 def write(found: dict[str, Any]) -> None:
-    """Keep the figures, and put them into the page. Those of several replicas are of a run of their own and stay."""
-    if DATA.exists():
-        found = {"gateway": json.loads(DATA.read_text()).get("gateway", {})} | found
-    _keep(found)
+    """Keep the figures, and put them into the page. Those of `OF_OTHER_RUNS` stay as they are."""
+    known = json.loads(DATA.read_text()) if DATA.exists() else {}
+    _keep({key: known[key] for key in OF_OTHER_RUNS if key in known} | found)
 
 
 def write_gateway(found: dict[str, Any]) -> None:
     """Keep the figures of several replicas beside the others', and put them into the page."""
     _keep(json.loads(DATA.read_text()) | {"gateway": found})
+
+
+def write_soak(found: dict[str, Any]) -> None:
+    """Keep the figures of a soak beside the others', put them into the page, and draw them."""
+    PLOT.write_text(drawn(found))
+    _keep(json.loads(DATA.read_text()) | {"soak": found})
 
 
 def _keep(found: dict[str, Any]) -> None:
@@ -212,4 +279,6 @@ def _keep(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    write(json.loads(DATA.read_text()))
+    kept = json.loads(DATA.read_text())
+    PLOT.write_text(drawn(kept["soak"]))
+    write(kept)

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.herd import measured
+from tests.chaos.harness import checker
 from tests.chaos.harness import events as ev
 from tests.chaos.harness.checker import Case, Violation, case, check
 from tests.chaos.harness.outages import half_open_s, returns_s, stalled_s
@@ -29,6 +30,7 @@ AWAY = frozenset(
         "hang_handshake",
         "cut",
         "reset",
+        "dns_hangs",
     }
 )
 # The way there is open, but what passes is slow, or is not answered.
@@ -45,16 +47,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def spans(history: Iterable[ev.AnyEvent], kinds: frozenset[str]) -> list[Span]:
-    """When faults of these kinds lasted."""
-    found: list[Span] = []
-    begun: dict[str, float] = {}
-    for event in history:
-        if isinstance(event, ev.Fault) and event.name in kinds:
-            if event.begins:
-                begun[event.name] = event.at
-            elif event.name in begun:
-                found.append((begun.pop(event.name), event.at))
-    return found + [(at, math.inf) for at in begun.values()]
+    """Return when faults of these kinds lasted."""
+    return checker.spans((event for event in history if isinstance(event, ev.Fault)), kinds)
 
 
 def _touches(some: Iterable[Span], begin: float, end: float) -> bool:
@@ -168,7 +162,11 @@ def _commands(cases: Sequence[Case]) -> dict[str, Any]:
     )
     lost_in_store = [
         c for found in cases for c in found.commands.values() if not c.received and not c.reported
-        and c.accepted_at is not None and found.excused(c.accepted_at)
+        and c.last_accepted_at is not None and found.excused(c.last_accepted_at)
+    ]  # fmt: skip
+    waiting = [
+        c for found in cases for c in found.commands.values() if not c.received and not c.reported
+        and c.last_accepted_at is not None and checker.stranded(found, c, c.last_accepted_at)
     ]  # fmt: skip
     return {
         "pushed": sum(1 for command in commands if command.pushed),
@@ -183,6 +181,7 @@ def _commands(cases: Sequence[Case]) -> dict[str, Any]:
         "ended_by_code": dict(sorted(codes.items())),
         "lost": sum(1 for found in cases for violation in check(found) if violation.rule == "lost"),
         "gone_with_destroyed_databases": len(lost_in_store),
+        "wait_for_an_id_of_before": len(waiting),
     }
 
 
@@ -214,6 +213,8 @@ def machine() -> dict[str, str]:
 def table(found: dict[str, Any]) -> Iterator[str]:
     """The lines for people."""
     yield from _section("faults injected", found["faults"])
+    for kind, reason in found["impossible"].items():
+        yield f"  {kind.replace('_', ' ')}: left out: {reason}"
     yield from _section("calls that agents made badly", found["rude_calls"])
     yield from _section("commands", {k: v for k, v in found["commands"].items() if not isinstance(v, dict)})
     yield from _section("redelivered, by reason", found["commands"]["redelivered_by_reason"])
@@ -226,7 +227,8 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{'recovery (s)':<36}{'n':>5}{'p50':>9}{'p95':>9}{'p99.9':>9}{'max':>9}"
     stops = {"all": {"gone_after_sigterm": found["stops"]}}
-    for pace, kinds in (stops | found["recovery"] | {"virtual time": found["virtual"]}).items():
+    links = {"many links": {kind: d for kind, d in found.get("links", {}).items() if kind != "links"}}
+    for pace, kinds in (stops | found["recovery"] | links | {"virtual time": found["virtual"]}).items():
         for kind, d in kinds.items():
             if not d["count"]:
                 continue

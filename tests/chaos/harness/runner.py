@@ -23,6 +23,7 @@ from tests.chaos.harness.schedule import Planned, in_lanes
 from tests.chaos.harness.supervisors import TOKEN, ControllerKeeper, JournalReader, KeptShim, ShimKeeper
 from tests.chaos.harness.waiting import last
 from tests.support.disks import mounted
+from tests.support.name_server import NameServer
 from tests.support.network import Host, TwoHosts
 from tests.support.processes import free_port
 
@@ -31,6 +32,8 @@ SETTLE_S = 60.0
 QUIET_S = 1.0
 LATE_S = 0.005
 RETRY_S = 0.5
+CONTROLLER_NAME = "controller.test"
+RESOLVER_S = 5.0
 _LAG = re.compile(rb"^agent_shim_event_loop_lag_max_seconds ([0-9.e+-]+)$", re.MULTILINE)
 _ONCE = 0.15
 _SHORT_LIVED = 0.1
@@ -147,7 +150,12 @@ class Round:
         self._controller = ControllerKeeper(folder, session, self._note, host)
         store = folder / "store"
         store.mkdir(exist_ok=True)
-        config = configuration(plan, self._controller.url)
+        self._names = NameServer(network.far.address) if network is not None else None
+        url = self._controller.url
+        if network is not None:  # dialled by name: a name server may hang
+            url = url.replace(network.far.address, CONTROLLER_NAME)
+        config = configuration(plan, url)
+        config["upstream"]["gateway_hosts"] = [host.address]  # the controller's gateway has no name
         self._database = store / "agent-shim.db"
         config["store"] = {"path": str(self._database)}
         self._shim = KeptShim(folder, config)
@@ -161,7 +169,8 @@ class Round:
         self._journal = JournalReader(self._controller.journal, self._session_of)
         clock = folder / "clock"
         self._stage = Stage(
-            self._keeper, self._controller, self._parts, self._database, plan.pace, self._note, clock, network
+            *(self._keeper, self._controller, self._parts, self._database, plan.pace, self._note, clock),
+            *(network, self._names),
         )
         self._stage.set_clock(0)
 
@@ -183,6 +192,9 @@ class Round:
         plan = self._plan
         with mounted(self._database.parent):
             try:
+                if self._names is not None:
+                    resolver_s = max(1, round(RESOLVER_S / plan.pace))
+                    await self._names.start(self._folder / "resolv.conf", resolver_s)
                 await self._controller.start()
                 running = [
                     asyncio.create_task(w)
@@ -269,6 +281,8 @@ class Round:
                 task.cancel()
         await self._shim.kill()
         await self._controller.kill()
+        if self._names is not None:
+            self._names.close()
         self._recorder.close()
 
     # --- what goes on beside ------------------------------------------------------------------------------------------
@@ -280,16 +294,16 @@ class Round:
             await last(0.1)
 
     async def _watch_lag(self) -> None:
-        """The shim's own measure of how long its loop was blocked."""
+        """Note the shim's own measure of how long its loop was blocked, except after somebody paused it."""
         while True:
             await last(1)
-            if not self._keeper.serving.is_set():
+            if not self._keeper.serving.is_set() or self._keeper.was_paused:
                 continue
             with suppress(aiohttp.ClientError, TimeoutError, OSError):
                 timeout = aiohttp.ClientTimeout(total=2)
                 async with self._session.get(f"{self._keeper.admin}/metrics", timeout=timeout) as response:
                     found = _LAG.search(await response.read())
-                if found is not None and float(found[1]) > self._longest_lag_s:
+                if found is not None and float(found[1]) > self._longest_lag_s and not self._keeper.was_paused:
                     self._longest_lag_s = float(found[1])
                     self._note(ev.Lag(time.monotonic(), self._longest_lag_s))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,21 @@ MESSAGES = Lane(
     lasts_s=(20, 60),
     rests_s=(20, 60),
 )
-NETWORK = Lane(("cut", "reset", "loss", "latency", "narrow"), lasts_s=(10, 50), rests_s=(60, 140))
+NETWORK = Lane(("cut", "reset", "loss", "latency", "narrow", "dns_hangs"), lasts_s=(10, 50), rests_s=(60, 140))
+MEMORY_LIMIT = "memory_limit"
 SHIM = Lane(
-    ("kill", "sigterm", "clock", *(f"crash_{point}" for point in CRASH_POINTS)),
+    (
+        *("kill", "sigterm", "clock", "paused", "unread_log", MEMORY_LIMIT),
+        *(f"crash_{point}" for point in CRASH_POINTS),
+    ),
     lasts_s=(20, 60),
     rests_s=(40, 160),
 )
-STORE = Lane(("disk_full", "locked", "corrupted", "truncated"), lasts_s=(20, 80), rests_s=(80, 160))
+STORE = Lane(
+    ("disk_full", "locked", "pinned_wal", "read_only", "newer_schema", "corrupted", "truncated"),
+    lasts_s=(20, 80),
+    rests_s=(40, 120),
+)
 AGENTS = Lane(("agent_dies", "agent_new_pod", "agent_forgets_id"), lasts_s=(10, 50), rests_s=(5, 30))
 
 # What takes its time to be found out.
@@ -108,10 +116,11 @@ def in_lanes(faults: Sequence[Planned]) -> list[list[Planned]]:
 class Decks:
     """Deals faults for one run after another."""
 
-    def __init__(self, seed: int, *, network: bool = True, store: bool = True) -> None:
-        """`network`, `store`: whether these faults are possible on this machine."""
+    def __init__(self, seed: int, *, network: bool = True, store: bool = True, memory: bool = True) -> None:
+        """Shuffle by `seed`. Leave out the faults of `network`, `store` or `memory` where they are not possible."""
         self._rng = random.Random(seed)
-        self._lanes = [LINK, MESSAGES, SHIM, AGENTS]
+        shim = SHIM if memory else replace(SHIM, kinds=tuple(kind for kind in SHIM.kinds if kind != MEMORY_LIMIT))
+        self._lanes = [LINK, MESSAGES, shim, AGENTS]
         self._lanes += [NETWORK] * network + [STORE] * store
         self._decks: dict[Lane, list[str]] = {}
 

@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ START_S = 60.0
 SOUND = (sys.executable, "-m", "shim")
 DOUBTFUL = (sys.executable, "-m", "tests.chaos.harness.faulty_shim")
 EXIT_STORE = 70
+EXIT_STORE_VERSION = 78
 
 # Errors that the faults explain; anything else that is said at this level, and any traceback, is a defect.
 _EXPLAINED = frozenset(
@@ -36,17 +38,21 @@ _EXPLAINED = frozenset(
         "command_not_stored",
         "offer_not_stored",
         "store_moved_aside",
+        "store_version",
         "store_rows_quarantined",
         "stopped_by_fault",
         "shard_not_opened",
     }
 )
 
+# Steps of a stop are given up after some seconds; a store that cannot be used explains that.
+_EXPLAINED_BY_STORE = frozenset({"stop_failed", "stop_forced"})
+
 Note = Callable[[ev.AnyEvent], None]
 
 
 class ShimKeeper:
-    """The shim. A life that has seen its store `in_trouble` may have refused to start."""
+    """Keep the shim running. A life that has seen its store `in_trouble` may have refused to start."""
 
     def __init__(self, shim: KeptShim, config: Path, note: Note, inside: tuple[str, ...] = ()) -> None:
         """`inside`: the command prefix that starts it on another host."""
@@ -62,9 +68,11 @@ class ShimKeeper:
         self._may_run.set()
         self._held = 0
         self._armed: tuple[str, ...] = ()
-        self._troubles = 0
-        self._saw_trouble = False
+        self._within: tuple[str, ...] = ()
+        self._troubles: Counter[int] = Counter()
+        self._explained: set[int] = set()
         self._expected = ""
+        self.was_paused = False
         self._gone = asyncio.Event()
         shim.on_line = self._on_line
 
@@ -76,11 +84,12 @@ class ShimKeeper:
         """Start it, and start it again whenever it ends, until cancelled."""
         while True:
             await self._may_run.wait()
-            options, self._armed = self._armed, ()
-            armed = " ".join(options)
-            self._shim.program = (*self._inside, *((*DOUBTFUL, *options) if options else SOUND))
+            (options, self._armed), (within, self._within) = (self._armed, ()), (self._within, ())
+            armed = " ".join(options) or ("a limit of memory" if within else "")
+            self._shim.program = (*self._inside, *within, *((*DOUBTFUL, *options) if options else SOUND))
             self._expected = ""
-            self._saw_trouble = self._troubles > 0
+            self._explained = set(+self._troubles)
+            self.was_paused = False
             self._gone.clear()
             self._note(ev.Life(time.monotonic(), "shim", born=True, detail=armed))
             code = await self._shim.live("run", "--config", str(self._config))
@@ -95,8 +104,8 @@ class ShimKeeper:
             return self._expected or f"died of {armed}"
         if code == 0 and self._expected == "stopped":
             return self._expected
-        if code == EXIT_STORE and self._saw_trouble:
-            return "could not use its store"
+        if code in self._explained:
+            return f"could not use its store ({code})"
         self._note(ev.Defect(time.monotonic(), f"the shim ended with {code} ({self._expected or 'by itself'})"))
         return f"ended with {code}"
 
@@ -121,9 +130,25 @@ class ShimKeeper:
         if number is signal.SIGTERM:
             self._note(ev.Stopped(time.monotonic(), time.monotonic() - began))
 
-    def arm(self, *options: str) -> None:
-        """The next life is one of `doubtful_shim` with these options."""
-        self._armed = options
+    def arm(self, *options: str, within: tuple[str, ...] = ()) -> None:
+        """Start the next life as one of `faulty_shim` with these options, or by the command prefix `within`."""
+        self._armed, self._within = options, within
+
+    async def gone(self) -> None:
+        """Wait until the present life has ended by itself. Nothing may start it meanwhile: use `down`."""
+        await self._gone.wait()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the process without its knowledge while the block lasts. Its life may end meanwhile."""
+        with suppress(ProcessLookupError):
+            self._shim.send(signal.SIGSTOP)
+        self.was_paused = True
+        try:
+            yield
+        finally:
+            with suppress(ProcessLookupError):
+                self._shim.send(signal.SIGCONT)
 
     @contextmanager
     def down(self) -> Iterator[None]:
@@ -138,14 +163,14 @@ class ShimKeeper:
                 self._may_run.set()
 
     @contextmanager
-    def in_trouble(self) -> Iterator[None]:
-        """Its store cannot be used while the block lasts."""
-        self._troubles += 1
-        self._saw_trouble = True
+    def in_trouble(self, code: int = EXIT_STORE) -> Iterator[None]:
+        """Its store cannot be used while the block lasts: a life may end with this exit code."""
+        self._troubles[code] += 1
+        self._explained.add(code)
         try:
             yield
         finally:
-            self._troubles -= 1
+            self._troubles[code] -= 1
 
     def _on_line(self, line: str) -> None:
         at = time.monotonic()
@@ -175,7 +200,8 @@ class ShimKeeper:
                 self._note(ev.Condemned(at, entry["reason"]))
             case "store_moved_aside":
                 self._note(ev.StoreLost(at))
-        unexplained = entry.get("level") in ("error", "critical") and name not in _EXPLAINED
+        explained = name in _EXPLAINED or (name in _EXPLAINED_BY_STORE and self._explained)
+        unexplained = entry.get("level") in ("error", "critical") and not explained
         if unexplained or "exception" in entry or name == "illegal_transition":
             self._note(ev.Defect(at, f"the shim said: {line[:1000]}"))
 
