@@ -25,29 +25,29 @@ class _KeyReference(msgspec.Struct):
     key: str
 
 
-class _ValueSource(msgspec.Struct):
-    secretKeyRef: _KeyReference | None = None  # noqa: N815 - Kubernetes' name
+class _ValueSource(msgspec.Struct, rename="camel"):
+    secret_key_ref: _KeyReference | None = None
 
 
-class _Entry(msgspec.Struct):
+class _Entry(msgspec.Struct, rename="camel"):
     name: str
-    valueFrom: _ValueSource | None = None  # noqa: N815
+    value_from: _ValueSource | None = None
 
 
-class _Source(msgspec.Struct):
-    secretRef: _Named | None = None  # noqa: N815
+class _Source(msgspec.Struct, rename="camel"):
+    secret_ref: _Named | None = None
 
 
-class _Container(msgspec.Struct):
+class _Container(msgspec.Struct, rename="camel"):
     name: str
     env: list[_Entry] | None = None
-    envFrom: list[_Source] | None = None  # noqa: N815
-    volumeMounts: list[_Named] | None = None  # noqa: N815
+    env_from: list[_Source] | None = None
+    volume_mounts: list[_Named] | None = None
 
 
-class _PodSpec(msgspec.Struct):
+class _PodSpec(msgspec.Struct, rename="camel"):
     containers: list[_Container] | None = None
-    initContainers: list[_Container] | None = None  # noqa: N815
+    init_containers: list[_Container] | None = None
     volumes: list[_Named] | None = None
 
 
