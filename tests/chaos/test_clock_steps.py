@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from shim.bridge.scheduler import TICK_S
 from tests.support.virtual import run_virtual
 from tests.support.world import World
 
@@ -44,13 +45,13 @@ def test_a_command_from_disk_expires_by_the_wall_clock_also_when_that_is_set_rig
         await asyncio.sleep(120)
         assert await world.state("short") == "queued"
         world.clock.wall_offset_s = 0
-        await asyncio.sleep(2)
+        await asyncio.sleep(TICK_S + 1)
         assert (await world.state("short"), await world.state("long")) == ("expired", "queued")
         await world.controller.until("command_result", within_s=10)
         assert [result["code"] for result in world.controller.results("short")] == ["expired"]
 
         world.clock.wall_offset_s = 6 * HOURS_S
-        await asyncio.sleep(2)
+        await asyncio.sleep(TICK_S + 1)
         assert await world.state("long") == "expired"
         await world.stop()
 

@@ -239,7 +239,7 @@ async def test_contexts_that_do_not_answer_as_they_should(tmp_path: Path, http: 
         "half": "agent-1: the answer is no JSON",
         "half-list": "not what `kubectl get pods",
         "odd-list": "not what `kubectl get pods",
-        "odd-pods": "the answer cannot be read",
+        "odd-pods": "not what `kubectl get pods",
         "ancient": "agent-1: version 0.0.1 is too old for this report",
         "stranger": "agent-1: the answer is no shim's status",
         "bare": "no pod with a container agent-shim",
