@@ -35,6 +35,8 @@ def plural(number: int, noun: str) -> str:
 
 def printable(text: str) -> str:
     """Return a text from outside that cannot control a terminal: `?` replaces unprintable characters."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
