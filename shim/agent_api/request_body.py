@@ -20,13 +20,12 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
 from shim.agent_api.connection import RequestContext
-from shim.core.bounds import FREE_BYTES, MAX_VALUES, Budget
+from shim.core.bounds import FREE_BYTES, LONG_TEXT_BYTES, MAX_VALUES, Budget
 from shim.errors import AgentError
 from shim.http_connection import NoRoom
 from shim.protocol import lenient_json
 
 RETRY_AFTER_S = 1
-LONG_BODY_BYTES = 65_536
 _GZIP = zlib.MAX_WBITS | 16
 _SLICE_BYTES = 262_144
 
@@ -44,7 +43,7 @@ class LongWork:
     @contextlib.asynccontextmanager
     async def turn(self, size_bytes: int) -> AsyncGenerator[None, None]:
         """Wait for the turn of work on so many bytes. The work itself must not wait for anything."""
-        if size_bytes <= LONG_BODY_BYTES:
+        if size_bytes <= LONG_TEXT_BYTES:
             yield
             return
         loop = asyncio.get_running_loop()

@@ -22,7 +22,6 @@ from shim.agent_api.auth import Guard
 from shim.agent_api.connection import RequestContext, ServerContext
 from shim.agent_api.forwarding import forwarded, headers_of, is_large, target_of
 from shim.agent_api.request_body import (
-    LONG_BODY_BYTES,
     BodyRejected,
     InFlight,
     LongWork,
@@ -37,6 +36,7 @@ from shim.agent_api.request_body import (
 from shim.agent_api.response_writer import ResponseWriter
 from shim.agent_api.responses import encode_body
 from shim.core.agent_calls import AgentCall, Continued, Failed, PollCall, RegisterCall
+from shim.core.bounds import LONG_TEXT_BYTES
 from shim.errors import AgentError
 from shim.fallback.websocket_proxy import Handshake, WebSocketProxy
 from shim.ports import (
@@ -171,7 +171,7 @@ class RequestHandler:
             check_announcement(request, limit_bytes)
             return self._read_and_serve(request, caller, match, limit_bytes)
         data = request.data = whole_body(request.payload, limit_bytes)
-        if len(data) > LONG_BODY_BYTES:
+        if len(data) > LONG_TEXT_BYTES:
             return self._read_and_serve(request, caller, match, limit_bytes)
         return self._call(request, caller, self._parse(request, match, data))
 

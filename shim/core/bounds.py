@@ -54,6 +54,8 @@ FREE_BYTES = 2048
 """Bytes of each connection that do not count towards the bound of all connections (twice the largest body).
 
 A small request is therefore never rejected because other agents send large ones."""
+LONG_TEXT_BYTES = 65_536
+"""Bytes of a body or message beyond which decoding it holds the event loop: then other work gets as much time."""
 MAX_EMPTY_LINES = 1000
 """Empty lines in one chunked body, each of which may be its end; more are answered with 400. JSON has none."""
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from aiohttp import ClientWebSocketResponse, WebSocketError, WSCloseCode, WSMessage, WSMsgType, hdrs
 from aiohttp._websocket.reader import WebSocketDataQueue, WebSocketReader
 
+from shim.core.bounds import LONG_TEXT_BYTES
 from shim.errors import MessageError
 from shim.ports import Frame, WebSocketListener
 from shim.protocol import upstream_message
@@ -21,7 +22,6 @@ CLOSE_WAIT_S = 2.0
 MAX_WAITING_BYTES = 64 * 1024 * 1024
 FRAME_COST_BYTES = 128  # memory of a queued frame besides its payload, so that many small frames count, too
 FRAMES_PER_TURN = 64
-LONG_FRAME_BYTES = 65_536
 MAX_PAUSE_S = 0.1
 HELD_BACK_S = 1.0
 ROOM_CHECK_S = 0.001
@@ -263,7 +263,7 @@ class WebSocketPump:
                     del message  # frees a long message: keep no second copy, and none while waiting for the next
                     began_s = self._loop.time()
                     await self._on_data(frame)
-                    if len(frame) > LONG_FRAME_BYTES:
+                    if len(frame) > LONG_TEXT_BYTES:
                         # Decoding it held the event loop: leave as much time to everything else.
                         await asyncio.sleep(min(self._loop.time() - began_s, MAX_PAUSE_S))
                     del frame

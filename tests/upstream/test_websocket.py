@@ -12,10 +12,10 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from shim.config.settings import Upstream
+from shim.core.bounds import LONG_TEXT_BYTES
 from shim.ports import DialRequest
 from shim.protocol.upstream_message import Message, decode
 from shim.upstream import AiohttpUpstream
-from shim.upstream.websocket import LONG_FRAME_BYTES
 from tests.support.sockets import DEADLINE_S, Events, Tasks, accept_websocket, connect, tcp_server
 
 HELLO = b'{"type":"hello","payload":{"n":1}}'
@@ -230,7 +230,7 @@ async def test_between_long_frames_as_much_time_is_left_as_they_took(stage: Stag
         spans.append((began_s, clock()))
 
     stage.events.handle = hold
-    text = b'{"type":"hello","payload":{"x":"' + b"x" * LONG_FRAME_BYTES + b'"}}'
+    text = b'{"type":"hello","payload":{"x":"' + b"x" * LONG_TEXT_BYTES + b'"}}'
     for _ in range(3):
         await stage.controller.send(text)
     await stage.events.until("message", 3)
