@@ -6,7 +6,7 @@ import asyncio
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from devtools.controller.client import ControlError
@@ -52,7 +52,7 @@ async def _play(folder: Path, make: Callable[[Console, Clock, Path], Scenario], 
     story = make(stage, clock, folder)
     _cancel_on_signal()
     try:
-        code = await _perform(story, stage, once=once)
+        code = await perform(story, stage, once=once)
     except asyncio.CancelledError:
         # Ctrl-C is the normal end of the demo after its steps.
         code = EXIT_OK if story.told else EXIT_INTERRUPTED
@@ -64,7 +64,8 @@ async def _play(folder: Path, make: Callable[[Console, Clock, Path], Scenario], 
     return code
 
 
-async def _perform(story: Scenario, stage: Console, *, once: bool) -> int:
+async def perform(story: Scenario, stage: Console, *, once: bool) -> int:
+    """Run a scenario on a console and return the exit code; the caller stops its child processes."""
     failures: list[str] = []
     try:
         async with asyncio.TaskGroup() as group:
@@ -73,7 +74,7 @@ async def _perform(story: Scenario, stage: Console, *, once: bool) -> int:
                 await story.stay()
             story.dismiss()
     except* (StepFailed, ChildFailed, ControlError) as found:
-        failures += map(str, found.exceptions)
+        failures += await _causes(story, found.exceptions)
     if not failures:
         stage.headline("Every step done.")
         return EXIT_OK
@@ -82,6 +83,16 @@ async def _perform(story: Scenario, stage: Console, *, once: bool) -> int:
         stage.plain("\n".join(child.tail()))
     stage.headline(f"The demo failed: {'; '.join(failures)}")
     return EXIT_FAILED
+
+
+async def _causes(story: Scenario, found: Sequence[Exception]) -> list[str]:
+    """Return the reasons of a failure: the end of child processes where one ended, else the step that failed.
+
+    A step that talks to a process which has just died may fail before the loop learns of the process's end.
+    """
+    died = await asyncio.gather(*(child.died() for child in story.children))
+    ended = [child for child, has in zip(story.children, died, strict=True) if has]
+    return [f"the {child.name} {child.fate}" for child in ended] or [str(error) for error in found]
 
 
 def _cancel_on_signal() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 _LOOK_S = 0.02
 _TAIL_LINES = 12
+# From the last byte of a process that was killed to the news of its end in this process, on a busy machine.
+_NEWS_S = 2
 
 
 class ChildFailed(Exception):
@@ -100,6 +102,16 @@ class ChildProcess:
             await process.wait()
             if process is not self._expected:
                 raise ChildFailed(f"the {self.name} {self.fate}")
+
+    async def died(self) -> bool:
+        """Return True if the process has ended, or ends within moments, and not by `kill` or `stop`."""
+        process = self._process
+        if process is None or process is self._expected:
+            return False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_NEWS_S):
+                await process.wait()
+        return process.returncode is not None
 
     def tail(self) -> list[str]:
         """Return the last lines of the log."""

@@ -20,9 +20,11 @@ from typing import Any
 import aiohttp
 import pytest
 
+from devtools.demo import main as demo_main
 from devtools.demo.console import Console, StepFailed
 from devtools.demo.postgres import PostgresServer, missing
 from devtools.demo.processes import ChildFailed, ChildProcess
+from devtools.demo.scenario import Scenario
 from devtools.demo.service import Service
 from shim.clock import Clock
 
@@ -135,6 +137,27 @@ async def test_a_shim_that_dies_is_a_failure_with_its_last_words(tmp_path: Path)
     assert code == 1
     assert "The demo failed: the shim ended with exit code -9" in out
     assert '"event": "serving"' in out
+
+
+class DyingScenario(Scenario):
+    """A step that fails at once when a child process dies, before the loop has learned of the end."""
+
+    async def tell(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+        await self._start_controller("127.0.0.1:0")
+        os.kill(self._controller._process.pid, signal.SIGKILL)
+        raise StepFailed("no answer")
+
+    def show_commands(self) -> None:
+        raise AssertionError("a failed scenario has nothing to try")
+
+
+async def test_the_end_of_a_child_is_the_cause_of_a_step_that_failed_with_it(tmp_path: Path) -> None:
+    out, clock = io.StringIO(), Clock()
+    stage = Console(out, clock, colour=False)
+    story = DyingScenario(stage, clock, [ChildProcess("controller", tmp_path)])
+    assert await demo_main.perform(story, stage, once=True) == 1
+    assert "The demo failed: the controller ended with exit code -9\n" in out.getvalue()
 
 
 async def test_ctrl_c_before_the_end_is_130(tmp_path: Path) -> None:
