@@ -66,8 +66,8 @@ async def crash_at(point: str, folder: Path) -> None:
             life.cancel()
             with suppress(asyncio.CancelledError):
                 await life
+        assert await shim.stop() == 0  # and the log has been read to its end
         judge(point, shim, before, received, found)
-        assert await shim.stop() == 0
 
 
 def judge(point: str, shim: Shim, before: int, received: list[str], found: dict[str, object]) -> None:

@@ -111,7 +111,7 @@ async def test_the_load_test(tmp_path: Path) -> None:
         await shim.start()
         names = {"SHIM": shim.url, "ADMIN": shim.admin, "CONTROLLER": controller.url}
         outputs = [await run(block, tmp_path, **names) for block in blocks(LOAD_TEST)]
-        assert shim.events("link_lost")
+        await shim.event("link_lost")
         assert not any(TOKEN in output for output in outputs)
     assert len(outputs) == 4
     for name in ("agents", "commands", "cut"):
