@@ -270,7 +270,7 @@ class SessionRegistry:
         if reply:
             session.reply = reply
             self._ctx.sessions.set_upstream_id(session, cluster_id)
-        self._set_alias(session, call.agent_id)
+        self._supersede_former(session, self._set_alias(session, call.agent_id))
         self.persistence.save_session(session)
 
     # --- registrations ------------------------------------------------------------------------------------------------
@@ -336,10 +336,12 @@ class SessionRegistry:
         self._ctx.sessions.set_registration(session, kept)
         session.reply = reply
         agent_id = payload.get("agent_id")
+        former = None
         if isinstance(agent_id, str) and agent_id:
             session.agent_id = agent_id
-            self._set_alias(session, agent_id)
+            former = self._set_alias(session, agent_id)
         if call is not None:
+            self._supersede_former(session, former)
             session.secret = call.secret
             session.new_process()
             session.dialect = call.dialect
@@ -384,10 +386,23 @@ class SessionRegistry:
         same = self._ctx.sessions.with_upstream_id(session.upstream_cluster_id, owner)
         found = [other for other in same if other is not session]
         for other in found:
-            other.superseded_by = session.key
-            self._superseded.add(other.key)
-            self.persistence.save_session(other)
+            self._follow(other, session)
         return found
+
+    def _supersede_former(self, session: Session, former: Session | None) -> None:
+        """Let a session supersede the one that had its agent's id, once not fresh, if both have the same name.
+
+        The agent lost its cluster id and registered, and the controller gave it another one. Nobody else would fetch
+        what waits for the agent under its former id. An equal name is not enough, because two clusters may have it.
+        """
+        if former is not None and session.name and former.name == session.name:
+            self._follow(former, session)
+
+    def _follow(self, older: Session, successor: Session) -> None:
+        """Record that a session is superseded by another one."""
+        older.superseded_by = successor.key
+        self._superseded.add(older.key)
+        self.persistence.save_session(older)
 
     def sweep(self) -> None:
         """Retry refused writes and complete supersessions; called every second."""
@@ -480,16 +495,18 @@ class SessionRegistry:
         self.persistence.save_tunnel(session, state)
         return changed
 
-    def _set_alias(self, session: Session, agent_id: str) -> None:
+    def _set_alias(self, session: Session, agent_id: str) -> Session | None:
+        """Let an agent id lead to a session; return the other session to which it led before."""
         owner = session.key.owner
         if self._ctx.sessions.alias_is(owner, agent_id, session.key):
-            return
+            return None
         before = self._ctx.sessions.set_alias(owner, agent_id, session.key)
         self.persistence.save_alias(session, agent_id)
         other = self._ctx.sessions.get(before) if before is not None else None
         if other is not None and other.fresh(self._ctx.now):
             self._ctx.metrics.alias_conflicts.inc()
             log.warning("agent_id_reassigned", agent=agent_id, session=session.key.ident, was=other.key.ident)
+        return other
 
 
 def _key_of(owner: str, call: RegisterCall, cluster_id: str) -> SessionKey:

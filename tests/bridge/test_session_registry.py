@@ -14,6 +14,7 @@ from shim.core.agent_calls import (
     Failed,
     Outcome,
     PollCall,
+    RegisterCall,
     Registered,
     SessionTarget,
     TargetKind,
@@ -22,7 +23,7 @@ from shim.core.agent_calls import (
     TunnelState,
 )
 from shim.core.records import SaveAlias, SaveSession, SessionKey
-from shim.ports import DialFailure, DialRequest
+from shim.ports import Caller, DialFailure, DialRequest
 from tests.bridge.conftest import MakeWorld
 from tests.support.upstream import REFUSED
 from tests.support.world import Agent, World
@@ -514,6 +515,47 @@ async def test_a_session_moves_to_a_new_token_only_with_the_controllers_word(mak
     await new.register()
     await new.live(10)
     assert await new.poll() == ["k1"]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_what_waits_for_an_agent_that_lost_its_id_and_got_another_follows_it(
+    world: World, restarted: bool
+) -> None:
+    old = await registered(world, agent_id="pod-1", name="prod")
+    await old.heartbeat()
+    world.controller.push("k1", cluster_id=old.cluster_id)
+    await world.settle()
+    if restarted:
+        await world.restart()  # the old session is not fresh any more, so that nothing repeats its registration
+    world.controller.manners.cluster_id = lambda payload: "c-new"
+    new = await registered(world, agent_id="pod-1", name="prod")
+    assert new.cluster_id == "c-new"
+    await new.live(10 if restarted else 50)
+    assert await new.poll() == ["k1"]
+    await world.restart()
+    assert [session.key.ident for session in world.bridge.ctx.sessions] == ["c-new"]
+
+
+async def test_it_follows_an_agent_that_got_its_new_id_by_http(world: World) -> None:
+    agent = await registered(world, agent_id="pod-1", name="prod")
+    world.controller.push("k1", cluster_id=agent.cluster_id)
+    await world.settle()
+    await world.restart()
+    call = RegisterCall("clusters_agent", "pod-1", "prod", {"agent_id": "pod-1", "name": "prod"}, "", False)
+    world.bridge.http_fallback.registered(Caller(agent.token, agent.connection), call, {"cluster_id": "c-new"})
+    agent.cluster_id = "c-new"
+    await agent.live(10)
+    assert await agent.poll() == ["k1"]
+
+
+async def test_two_clusters_whose_agents_have_one_id_stay_apart(world: World) -> None:
+    world.controller.manners.cluster_id = lambda payload: "c-" + payload["name"]
+    one = await registered(world, agent_id="node-1", name="prod")
+    world.controller.push("k1", cluster_id=one.cluster_id)
+    two = await registered(world, agent_id="node-1", name="staging")
+    await two.live(60)
+    assert await two.poll() == []
+    assert await one.poll() == ["k1"]
 
 
 async def test_two_clusters_of_one_name_stay_apart(world: World) -> None:
