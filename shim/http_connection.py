@@ -3,9 +3,9 @@
 aiohttp's own protocol parses everything that has arrived. Here bytes behind an unanswered request are kept unparsed,
 are bounded, and pause reading (docs/concepts/threat-model.md#bounds). The time of a request's first byte is exact.
 
-The class overrides private methods and attributes of aiohttp's `RequestHandler`: `_parser`, `_messages`, `_waiter`,
-`_request_count`, `_upgraded`, `_payload_parser`, `_close`, `_force_close`, `_reading_paused` and
-`_next_keepalive_close_time`. Check them when aiohttp is updated.
+The class overrides private parts of aiohttp's `RequestHandler`: `_parser`, `_messages`, `_waiter`, `_request_count`,
+`_upgraded`, `_payload_parser`, `_close`, `_force_close`, `_reading_paused` and `_next_keepalive_close_time`. Check them
+when aiohttp is updated.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from shim.core.bounds import FREE_BYTES, MAX_EMPTY_LINES, MAX_HEAD_BYTES, MAX_WAITING_BYTES, Budget
+from shim.http_heads import EmptyLine, KnownHeads
 
 LINGER_S = 2.0
 CHUNKED = -1
@@ -54,29 +55,6 @@ class NoRoom(Exception):
     """An error of a body that is dropped because all connections together hold too many bytes."""
 
 
-class EmptyLine:
-    """Search for the next empty line in bytes that arrive in pieces.
-
-    Every head and every chunked body ends with an empty line.
-    """
-
-    __slots__ = ("_tail",)
-
-    def __init__(self) -> None:
-        self._tail = b""
-
-    def find(self, data: bytes) -> int:
-        """Return the number of bytes of `data` up to the end of the next empty line, 0 if there is none yet."""
-        seen = self._tail + data
-        at = seen.find(b"\r\n\r\n")
-        if at < 0:
-            self._tail = seen[-3:]
-            return 0
-        end = at + 4 - len(self._tail)
-        self._tail = b""
-        return end
-
-
 class HttpConnection(RequestHandler):
     """aiohttp's protocol for one connection, with bounds.
 
@@ -99,6 +77,7 @@ class HttpConnection(RequestHandler):
         "_head_timeout_s",
         "_head_timer",
         "_http",
+        "_known_heads",
         "_open",
         "_pending",
         "_pipelined",
@@ -117,6 +96,7 @@ class HttpConnection(RequestHandler):
         self._budget = budget
         self._head_timeout_s = head_timeout_s
         self._http: Any = self._parser
+        self._known_heads: KnownHeads | None = None
         self._wire: asyncio.Transport | None = None  # aiohttp clears its `transport` before the connection has ended
         self._turned_away = False
         self._open = False  # True while a complete head has no response yet
@@ -151,6 +131,10 @@ class HttpConnection(RequestHandler):
 
         `arrived_s` is the loop time of the request's first byte.
         """
+        return False
+
+    def _begin_known_request(self, message: RawRequestMessage, body: bytes) -> bool:
+        """Begin a request that arrived whole, with a head of `_known_heads`; return False if it has to be parsed."""
         return False
 
     def _watch_for_first_request(self, timeout_s: float) -> None:
@@ -194,8 +178,23 @@ class HttpConnection(RequestHandler):
             self._received_s = now = self._loop.time()
             if self._backlog:
                 self._keep(data, now)
-            else:
+            elif self._known_heads is None or not self._read_known(data, self._known_heads):
                 self._read(data, now, waited=False)
+
+    def _read_known(self, data: bytes, known_heads: KnownHeads) -> bool:
+        """Begin the request that `data` is, if its head is known; return False if it has to be parsed."""
+        if self._open or self._body_left or self._head_since_s is not None or self._unread_since_s is not None:
+            return False
+        end = data.find(b"\r\n\r\n") + 4
+        known = known_heads.get(data[:end])
+        if known is None or len(data) != end + known.body_bytes or self._reading_paused:
+            return False
+        if self._head_timer is not None:
+            self._stop_head_timer()
+        self._raw = data
+        begun = self._begin_known_request(known.message, data[end:])
+        self._raw = b""
+        return begun
 
     def set_parser(self, parser: Any, data_received_cb: Callable[[], None] | None = None) -> None:
         """Switch to WebSocket frames; the bytes behind the handshake are the first of them."""
@@ -337,6 +336,8 @@ class HttpConnection(RequestHandler):
         elif rest and self._body_left:
             rest = self._take_body(rest)
         self._raw = b"" if self._body_left else self._raw[: len(self._raw) - len(rest)]
+        if self._raw and self._known_heads is not None:
+            self._known_heads.add(self._raw, message)
         answered = self._begin_request(message, body, arrived_s)
         self._raw = b""
         if answered:

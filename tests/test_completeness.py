@@ -19,6 +19,7 @@ ELSEWHERE = {
     "admin/server.py": "e2e/test_admin_port.py",
     "agent_api/agent_websocket.py": "e2e/test_websocket_agents.py",
     "agent_api/responses.py": "agent_api/test_server.py",
+    "agent_api/server_context.py": "agent_api/test_server.py",
     "listening.py": "security/test_listening.py",
     # The whole bridge, by the port that agents' calls come through.
     "bridge/agent_calls.py": "agent_api/test_request_handler.py",

@@ -8,82 +8,23 @@ import socket
 from collections.abc import Coroutine
 from typing import Any, Protocol, cast
 
-import msgspec
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from aiohttp.http_parser import RawRequestMessage
-from aiohttp.streams import StreamReader
-from prometheus_client import Gauge
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 
 from shim.agent_api import tcp_state
-from shim.agent_api.responses import NO_ROUTE, SENT_CLOSE, RefusedCalls, ResponseBuilder
-from shim.config.settings import Listen
-from shim.core.bounds import Budget
+from shim.agent_api.responses import NO_ROUTE, SENT_CLOSE
+from shim.agent_api.server_context import ServerContext
 from shim.errors import AgentError
-from shim.fallback.websocket_proxy import WebSocketProxy
 from shim.http_connection import HttpConnection
-from shim.metrics import Metrics
-from shim.ports import (
-    AgentService,
-    Caller,
-    DeliveryEvidence,
-    DeliveryReceipt,
-    Fallback,
-    FallbackScope,
-    Forwarder,
-)
+from shim.ports import Caller, DeliveryReceipt, FallbackScope
 from shim.protocol.dialects import Call, Match, Reply
 from shim.protocol.http import bearer
 
 FAREWELL_S = 2.0
 
 logger = logging.getLogger(__name__)
-
-
-class ConnectionCount(msgspec.Struct):
-    """Number of open connections, also in a gauge if one is given."""
-
-    gauge: Gauge | None = None
-    open: int = 0
-
-    def entered(self) -> None:
-        """Count a new connection."""
-        self.open += 1
-        if self.gauge is not None:
-            self.gauge.inc()
-
-    def left(self) -> None:
-        """End the count of a connection."""
-        self.open -= 1
-        if self.gauge is not None:
-            self.gauge.dec()
-
-
-class Backends(msgspec.Struct, frozen=True):
-    """The services that answer requests behind the agents' server; None if the shim is not configured for one.
-
-    `evidence` learns if agents received their replies. `fallback` serves calls that go by the vendor's HTTP API,
-    `websockets` agents that connect by WebSocket. `forwarder` sends calls to the replica that owns the agent's shard.
-    """
-
-    agent_service: AgentService
-    evidence: DeliveryEvidence
-    fallback: Fallback | None = None
-    forwarder: Forwarder | None = None
-    websockets: WebSocketProxy | None = None
-    max_message_bytes: int = 0
-
-
-class ServerContext(msgspec.Struct, frozen=True):
-    """The objects that all connections of one server share."""
-
-    listen: Listen
-    backends: Backends
-    metrics: Metrics
-    responses: ResponseBuilder
-    budget: Budget
-    refused: RefusedCalls
-    connections: ConnectionCount = msgspec.field(default_factory=ConnectionCount)
 
 
 class Handler(Protocol):
@@ -142,6 +83,7 @@ class AgentConnection(HttpConnection):
         self._context: RequestContext | None = None  # a request that has begun and waits for its handler task
         self._handler = handler
         self._server_context = server_context
+        self._known_heads = server_context.known_heads
         self._socket: socket.socket | None = None  # or asyncio's `TransportSocket`, which has the methods used here
         self._own_socket: socket.socket | None = None
         self._entered = False
@@ -242,29 +184,59 @@ class AgentConnection(HttpConnection):
 
         `earliest_s` is the time before which the request certainly did not arrive, if that is not `arrived_s`.
         Otherwise a handler task finishes it (`take_request`). `_waiter`, `_messages` and `_next_keepalive_close_time`
-        are private to aiohttp's `RequestHandler`. A pending waiter shows that no task is running, so no reply can be
-        overtaken.
+        are private to aiohttp's `RequestHandler`.
         """
         if self._evidence_awaited:
             self._note_next_request()
         context = RequestContext(self, message, body, arrived_s, self._received_s)
         if earliest_s is not None:
             context.arrived_s = earliest_s
-        waiter, wire = self._waiter, self._wire
         context.immediate = (
-            waiter is not None
-            and not waiter.done()
-            and not (self._messages or self._pipelined or self.writing_paused)
+            self._may_answer_at_once()
             and not (message.should_close or message.upgrade)
-            and wire is not None
-            and not wire.is_closing()
             and context.complete
             and message.version == HttpVersion11
         )
+        answered = self._serve(context)
+        if answered and self._pending is None:
+            self._http.message_consumed()
+        return answered
+
+    def _begin_known_request(self, message: RawRequestMessage, body: bytes) -> bool:
+        if not self._may_answer_at_once():
+            return False
+        if self._evidence_awaited:
+            self._note_next_request()
+        self._open = True
+        context = RequestContext(self, message, body, self._received_s, self._received_s)
+        context.immediate = True
+        if self._serve(context):
+            self._open = self._pending is not None
+        else:
+            self._body = context.payload
+            self._pass_to_task(message, context.payload)
+        return True
+
+    def _may_answer_at_once(self) -> bool:
+        """Return True if a reply that is written now overtakes no other and reaches the kernel at once.
+
+        A pending waiter shows that no handler task is running.
+        """
+        waiter, wire = self._waiter, self._wire
+        return (
+            waiter is not None
+            and not waiter.done()
+            and not (self._messages or self._pipelined or self.writing_paused)
+            and wire is not None
+            and not wire.is_closing()
+        )
+
+    def _serve(self, context: RequestContext) -> bool:
+        """Pass a request to the handler; return True if it is answered, or will be by another replica."""
         answer = self._handler.begin(context)
+        wire = self._wire
         if isinstance(answer, Reply) and context.immediate and context.receipt is None and wire is not None:
             response = self._handler.response(context, answer)
-            self._http.message_consumed()
             self._next_keepalive_close_time = self._received_s + self._keepalive_timeout
             wire.write(response)
             return True
@@ -427,6 +399,7 @@ class RequestContext:
     __slots__ = (
         "answer",
         "arrived_s",
+        "body",
         "call",
         "caller",
         "complete",
@@ -441,7 +414,6 @@ class RequestContext:
         "more",
         "must_close",
         "now_s",
-        "payload",
         "receipt",
         "request",
         "scope",
@@ -453,17 +425,17 @@ class RequestContext:
         self,
         connection: AgentConnection,
         message: RawRequestMessage,
-        payload: StreamReader,
+        body: StreamReader | bytes,
         arrived_s: float,
         now_s: float,
     ) -> None:
         self.connection = connection
         self.message = message
         self.headers = message.headers
-        self.payload = payload
+        self.body = body
         self.started_s = self.arrived_s = arrived_s
         self.now_s = now_s
-        self.complete = payload.is_eof() and payload.exception() is None
+        self.complete = isinstance(body, bytes) or (body.is_eof() and body.exception() is None)
         self.immediate = False
         self.answer: Reply | Coroutine[Any, Any, Any] | None = None
         self.request: web.BaseRequest | None = None
@@ -478,6 +450,19 @@ class RequestContext:
         self.step = "guard"
         self.more = ""
         self.must_close = False
+
+    @property
+    def payload(self) -> StreamReader:
+        """The reader of the body."""
+        body = self.body
+        if isinstance(body, bytes):
+            data, body = body, EMPTY_PAYLOAD
+            if data:
+                body = StreamReader(self.connection, len(data), loop=asyncio.get_running_loop())
+                body.feed_data(data)
+                body.feed_eof()
+            self.body = body
+        return body
 
     @property
     def content_length(self) -> int | None:

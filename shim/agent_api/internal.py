@@ -26,11 +26,12 @@ from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
 from shim.agent_api.auth import Guard
-from shim.agent_api.connection import AgentConnection, ConnectionCount, RequestContext
+from shim.agent_api.connection import AgentConnection, RequestContext
 from shim.agent_api.request_body import read_body
 from shim.agent_api.request_handler import Answer, RequestHandler, Waiting
 from shim.agent_api.response_writer import MISDIRECTED
 from shim.agent_api.server import MAX_HEADERS, AgentServer
+from shim.agent_api.server_context import ConnectionCount
 from shim.core.bounds import MAX_HEAD_BYTES, MAX_LINE_BYTES
 from shim.errors import AgentError
 from shim.metrics import Metrics
@@ -110,6 +111,8 @@ class PairedConnection(AgentConnection):
         self._queued: deque[tuple[RawRequestMessage, StreamReader]] = deque()
         self._caller_of = lru_cache(MAX_CALLERS)(self._make_caller)
         self._secret = secret
+        # Every request passes `_begin_request`, which asks for the secret and takes the notes.
+        self._known_heads = None
         self._evidence = self._server_context.backends.evidence
         self._receipt: DeliveryReceipt | None = None  # of the newest reply, until a note says if it was written
         self._note_awaited = False  # about how the agent received the newest reply

@@ -130,7 +130,7 @@ async def read_body(request: RequestContext, limit_bytes: int, timeout_s: float,
     The memory that is reserved from `budget` while reading is released at the end.
     """
     if request.complete:
-        return whole_body(request.payload, limit_bytes)
+        return whole_body(request.body, limit_bytes)
     payload = request.payload
     taken_bytes = 0
     try:
@@ -165,16 +165,19 @@ async def stream_body(request: RequestContext, limit_bytes: float, timeout_s: fl
         yield piece
 
 
-def whole_body(payload: StreamReader, limit_bytes: int) -> bytes:
+def whole_body(body: StreamReader | bytes, limit_bytes: int) -> bytes:
     """Return a complete body without consuming it. Raises `BodyRejected` 413.
 
     `StreamReader._buffer` is not public. The public `read_nowait` would make aiohttp resume reading and parse the next
     request, which must not happen before this one is answered.
     """
-    if payload is EMPTY_PAYLOAD:
+    if isinstance(body, bytes):
+        data = body
+    elif body is EMPTY_PAYLOAD:
         return b""
-    parts = payload._buffer  # noqa: SLF001 - see above
-    data = parts[0] if len(parts) == 1 else b"".join(parts)
+    else:
+        parts = body._buffer  # noqa: SLF001 - see above
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
     if len(data) > limit_bytes:
         raise too_large()
     return data

@@ -19,7 +19,7 @@ from yarl import URL
 
 from shim.agent_api.agent_websocket import AgentWebSocket, is_handshake, token_of
 from shim.agent_api.auth import Guard
-from shim.agent_api.connection import RequestContext, ServerContext
+from shim.agent_api.connection import RequestContext
 from shim.agent_api.forwarding import forwarded, headers_of, is_large, target_of
 from shim.agent_api.request_body import (
     BodyRejected,
@@ -35,6 +35,7 @@ from shim.agent_api.request_body import (
 )
 from shim.agent_api.response_writer import ResponseWriter
 from shim.agent_api.responses import encode_body
+from shim.agent_api.server_context import ServerContext
 from shim.core.agent_calls import AgentCall, Continued, Failed, PollCall, RegisterCall
 from shim.core.bounds import LONG_TEXT_BYTES
 from shim.errors import AgentError
@@ -170,7 +171,7 @@ class RequestHandler:
         if not request.complete or hdrs.EXPECT in headers or hdrs.CONTENT_ENCODING in headers:
             check_announcement(request, limit_bytes)
             return self._read_and_serve(request, caller, match, limit_bytes)
-        data = request.data = whole_body(request.payload, limit_bytes)
+        data = request.data = whole_body(request.body, limit_bytes)
         if len(data) > LONG_TEXT_BYTES:
             return self._read_and_serve(request, caller, match, limit_bytes)
         return self._call(request, caller, self._parse(request, match, data))

@@ -14,9 +14,10 @@ from aiohttp.http import HttpVersion11
 from multidict import istr
 from prometheus_client import Counter, Histogram
 
-from shim.agent_api.connection import AgentConnection, RequestContext, ServerContext
+from shim.agent_api.connection import AgentConnection, RequestContext
 from shim.agent_api.forwarding import chunk, head
 from shim.agent_api.responses import SENT_CLOSE, SENT_KEEP, route_of
+from shim.agent_api.server_context import ServerContext
 from shim.metrics import Metrics
 from shim.ports import ProxyResponse
 from shim.protocol.dialects import Match, Reply

@@ -12,10 +12,11 @@ from typing import Any
 from aiohttp import web
 
 from shim.agent_api.auth import Guard
-from shim.agent_api.connection import AgentConnection, Backends, ConnectionCount, ServerContext
+from shim.agent_api.connection import AgentConnection
 from shim.agent_api.request_body import InFlight
 from shim.agent_api.request_handler import RequestHandler
 from shim.agent_api.responses import RefusedCalls, ResponseBuilder, StaticHeaders, no_static_headers
+from shim.agent_api.server_context import Backends, ConnectionCount, ServerContext
 from shim.config.files import FileFingerprint, fingerprints, reason, require_regular
 from shim.config.settings import Listen, TlsFiles
 from shim.core.bounds import MAX_LINE_BYTES, Budget

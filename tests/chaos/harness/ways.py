@@ -18,7 +18,7 @@ TURNS = 40
 LONGEST_BYTE_BY_BYTE = 1500
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_HEAD = re.compile(rb"(HTTP/1\.[01] [^\r\n]*)\r\n((?:[^\r\n]+\r\n)*)\r\n")
+_HEAD = re.compile(rb"(HTTP/\d\.\d [^\r\n]*)\r\n((?:[^\r\n]+\r\n)*)\r\n")
 _GENERATED = re.compile(rb"Date: .*|X-Request-Id: [0-9a-f]{8}-[0-9a-f]+")
 # The refusal of a request that cannot be read, without what differs between the two reasons.
 _LINE_TOO_LONG = re.compile(

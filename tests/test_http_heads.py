@@ -1,0 +1,106 @@
+"""The end of heads and bodies that arrive in pieces, and heads that need not be parsed again."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shim.core.agent_calls import HeartbeatCall
+from shim.core.bounds import FREE_BYTES
+from shim.http_heads import EmptyLine, KnownHeads
+from tests.support.frontend import POLL, Agent, get, post, running
+
+END = b"\r\n\r\n"
+HEARTBEAT = "/api/v1/clusters/agent/c1/heartbeat"
+TOKEN = "Authorization: Bearer t"
+
+
+@given(st.lists(st.sampled_from([b"a", b"\r", b"\n", b"\r\n", END]), max_size=12).map(b"".join), st.data())
+def test_an_empty_line_is_found_wherever_it_is_cut(text: bytes, data: st.DataObject) -> None:
+    search, seen, found = EmptyLine(), 0, 0
+    rest = text
+    while rest:
+        piece = rest[: data.draw(st.integers(1, len(rest)))]
+        end = search.find(piece)
+        if end:
+            found = seen + end
+            break
+        seen += len(piece)
+        rest = rest[len(piece) :]
+    at = text.find(END)
+    assert found == (0 if at < 0 else at + len(END))
+
+
+def test_a_search_begins_anew_behind_each_empty_line() -> None:
+    search = EmptyLine()
+    assert search.find(b"a\r\n\r\nb") == 5
+    assert search.find(b"\n\r\n") == 0  # the line end before it belonged to the empty line that was found
+    assert search.find(b"\r\n") == 2
+
+
+# --- known heads ------------------------------------------------------------------------------------------------------
+
+
+async def known_after(requests: list[bytes]) -> KnownHeads:
+    """The heads that a server knows after it has answered these requests, each on a connection of its own."""
+    async with running() as house:
+        for request in requests:
+            await house.ask(request)
+        return house.frontend._server_context.known_heads
+
+
+async def test_a_head_is_known_once_however_often_it_comes() -> None:
+    beats = [post(HEARTBEAT, body, TOKEN) for body in (b'{"status":"a"}', b'{"status":"b"}', b'{"status":"a"}')]
+    known = await known_after([*beats, POLL, POLL])
+    assert sorted(each.body_bytes for each in known.values()) == [0, 14]
+    assert all(head.endswith(END) and head.count(END) == 1 for head in known)
+
+
+async def test_a_known_head_has_each_requests_own_body_and_time() -> None:
+    async with running() as house:
+        agent = await house.agent()
+        for status in ("up", "ab", "cd"):
+            await agent.send(post(HEARTBEAT, b'{"status":"%s"}' % status.encode(), TOKEN))
+            assert (await agent.reply()).status == 200
+        assert [call.status for call in house.board.calls if isinstance(call, HeartbeatCall)] == ["up", "ab", "cd"]
+        assert len(house.frontend._server_context.known_heads) == 1
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pytest.param(post(HEARTBEAT, b"{}", TOKEN, "Connection: close"), id="the last request"),
+        pytest.param(post(HEARTBEAT, b"{}", TOKEN).replace(b"HTTP/1.1", b"HTTP/1.0"), id="HTTP/1.0"),
+        pytest.param(post(HEARTBEAT, b"{}", TOKEN, "Expect: 100-continue"), id="an interim response"),
+        pytest.param(post(HEARTBEAT, b" " * FREE_BYTES, TOKEN), id="large"),
+        pytest.param(b"CONNECT a:1 HTTP/1.1\r\nHost: localhost\r\n\r\n", id="CONNECT"),
+        pytest.param(get("/ws", TOKEN, "Connection: Upgrade", "Upgrade: websocket"), id="an upgrade"),
+    ],
+)
+async def test_a_head_that_asks_for_more_than_a_reply_is_always_parsed(request_: bytes) -> None:
+    assert await known_after([request_]) == {}
+
+
+async def test_a_head_is_parsed_again_where_its_request_came_in_pieces_or_with_others() -> None:
+    async with running() as house:
+        agent = await house.agent()
+        beat = post(HEARTBEAT, b'{"status":"up"}', TOKEN)
+        for pieces in ([beat], [beat[:-5], beat[-5:]], [beat + beat], [b"\r\n" + beat], [beat]):
+            await _exchange(agent, pieces, replies=2 if pieces == [beat + beat] else 1)
+        assert [call.status for call in house.board.calls if isinstance(call, HeartbeatCall)] == ["up"] * 6
+
+
+async def _exchange(agent: Agent, pieces: list[bytes], replies: int) -> None:
+    for piece in pieces:
+        await agent.send(piece)
+    for _ in range(replies):
+        assert (await agent.reply()).status == 200
+
+
+async def test_the_number_of_known_heads_is_bounded() -> None:
+    known = await known_after([POLL])
+    ((head, found),) = known.items()
+    for number in range(10_000):
+        known.add(b"%d%b" % (number, head), found.message)
+    assert 0 < len(known) <= 4096
