@@ -18,7 +18,7 @@ import aiohttp
 from devtools.controller.client import ControlClient, ControlError
 from shim.protocol.rfc3339 import parse_rfc3339
 from tests.chaos.harness import events as ev
-from tests.chaos.harness.waiting import last, true_within
+from tests.chaos.harness.waiting import last, true_within, waited_for_cpu_s
 from tests.support.network import Host
 from tests.support.processes import Shim, _Child, free_port
 
@@ -45,8 +45,10 @@ _EXPLAINED = frozenset(
     }
 )
 
-# Steps of a stop are given up after some seconds; a store that cannot be used explains that.
-_EXPLAINED_BY_STORE = frozenset({"stop_failed", "stop_forced"})
+# Steps of a stop are given up after some seconds. A store that cannot be used explains that, and so does a machine
+# that leaves the shim without a processor for so long within the stop.
+_EXPLAINED_IN_A_STOP = frozenset({"stop_failed", "stop_forced"})
+STARVED_S = 0.5
 
 Note = Callable[[ev.AnyEvent], None]
 
@@ -54,7 +56,14 @@ Note = Callable[[ev.AnyEvent], None]
 class ShimKeeper:
     """Keep the shim running. A life that has seen its store `in_trouble` may have refused to start."""
 
-    def __init__(self, shim: KeptShim, config: Path, note: Note, inside: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        shim: KeptShim,
+        config: Path,
+        note: Note,
+        inside: tuple[str, ...] = (),
+        waited_s: Callable[[int], float] = waited_for_cpu_s,
+    ) -> None:
         """`inside`: the command prefix that starts it on another host."""
         self.serving = asyncio.Event()
         self.url = ""
@@ -73,6 +82,8 @@ class ShimKeeper:
         self._explained: set[int] = set()
         self._expected = ""
         self.was_paused = False
+        self._waited_s = waited_s
+        self._waited_before_s = 0.0
         self._gone = asyncio.Event()
         shim.on_line = self._on_line
 
@@ -124,11 +135,25 @@ class ShimKeeper:
             return
         self._expected = how
         began = time.monotonic()
+        with suppress(OSError):
+            self._waited_before_s = self._waited_s(self.pid)
         with suppress(ProcessLookupError):
             self._shim.send(number)
         await self._gone.wait()
         if number is signal.SIGTERM:
             self._note(ev.Stopped(time.monotonic(), time.monotonic() - began))
+
+    def _is_explained(self, name: str) -> bool:
+        """Return whether an error that the shim logs now follows from a fault, or from the machine."""
+        if name in _EXPLAINED_IN_A_STOP:
+            return bool(self._explained) or self._starved()
+        return name in _EXPLAINED
+
+    def _starved(self) -> bool:
+        """Return whether the machine took much of the time of the stop that is under way."""
+        with suppress(OSError):
+            return self._expected == "stopped" and self._waited_s(self.pid) - self._waited_before_s > STARVED_S
+        return False
 
     def arm(self, *options: str, within: tuple[str, ...] = ()) -> None:
         """Start the next life as one of `faulty_shim` with these options, or by the command prefix `within`."""
@@ -200,8 +225,7 @@ class ShimKeeper:
                 self._note(ev.Condemned(at, entry["reason"]))
             case "store_moved_aside":
                 self._note(ev.StoreLost(at))
-        explained = name in _EXPLAINED or (name in _EXPLAINED_BY_STORE and self._explained)
-        unexplained = entry.get("level") in ("error", "critical") and not explained
+        unexplained = entry.get("level") in ("error", "critical") and not self._is_explained(name)
         if unexplained or "exception" in entry or name == "illegal_transition":
             self._note(ev.Defect(at, f"the shim said: {line[:1000]}"))
 
