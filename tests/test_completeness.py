@@ -32,11 +32,9 @@ ELSEWHERE = {
     "cli/status.py": "e2e/test_operate.py",
     "cli/status_rich.py": "e2e/test_operate.py",
     "cli/store_commands.py": "store/test_copy.py",
-    "cli/doctor/probe.py": "cli/doctor/test_way.py",
     "cli/doctor/report.py": "cli/doctor/test_sources.py",
     "cli/doctor/runner.py": "cli/doctor/test_sources.py",
     "cli/inject/sidecar.py": "cli/inject/test_same_pod.py",
-    "cli/rollout/kubectl.py": "e2e/test_rollout.py",
     "cli/rollout/sources.py": "e2e/test_rollout.py",
     # Types and constants, tried by what uses them.
     "config/settings.py": "config/test_loader.py",

@@ -17,7 +17,7 @@ DEADLINE_S = 40
 
 
 class Events:
-    """`ports.SocketEvents` that notes everything; `on_message` may be told to raise, and calls `handle`."""
+    """`ports.WebSocketListener` that notes everything; `on_message` may be told to raise, and calls `handle`."""
 
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []

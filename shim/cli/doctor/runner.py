@@ -7,11 +7,21 @@ from collections.abc import Iterable, Mapping
 
 from shim.cli import threads
 from shim.cli.admin_client import reachable
-from shim.cli.doctor import database, host, running_shim, sources
-from shim.cli.doctor.probe import Dial, ask_head, ask_time_unverified, dial_websocket
+from shim.cli.doctor import host, running_shim, sources
 from shim.cli.doctor.report import Finding, Status, failed, passed, warned
 from shim.cli.doctor.running_shim import RunningShim
-from shim.cli.doctor.way import judge_clock, judge_fallback, judge_frames, judge_token, judge_upgrade, judge_way
+from shim.cli.doctor.way import (
+    Dial,
+    ask_head,
+    ask_time_unverified,
+    dial_websocket,
+    judge_clock,
+    judge_fallback,
+    judge_frames,
+    judge_token,
+    judge_upgrade,
+    judge_way,
+)
 from shim.config import loader
 from shim.config.settings import Settings, Upstream
 from shim.errors import ConfigError
@@ -29,7 +39,7 @@ def find_running_shim(settings: Settings, admin: tuple[str, int] | None, token: 
 def examine_machine(settings: Settings, shim: RunningShim) -> list[Finding]:
     """Return the findings on ports and store."""
     store = settings.store
-    kept = database.examine_database(store) if store.url else host.examine_store(store, shim)
+    kept = host.examine_database(store) if store.url else host.examine_store(store, shim)
     return [
         *(host.examine_port("listen", name, settings.listen.port, shim) for name in settings.listen.hosts),
         *(host.examine_port("admin", name, settings.admin.port, shim) for name in settings.admin.hosts),

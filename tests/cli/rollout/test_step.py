@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from shim.cli.rollout import Target, advise, change, next_percent, previous_percent
 from shim.cli.rollout.cluster import Cluster, Trouble
 from shim.cli.rollout.report import Report
-from shim.cli.rollout.step import Target, advise, change, next_percent, previous_percent
 from shim.cli.rollout.verdict import judge
 from tests.cli.rollout.conftest import DAY_S, NOW, MakeCluster
 
