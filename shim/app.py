@@ -25,9 +25,8 @@ from shim.errors import ConfigError, StartError, StoreError, StoreVersionError, 
 from shim.fallback import sunset_headers
 from shim.log import Logs, get
 from shim.management.command_api import CommandApi
-from shim.management.health import Health
 from shim.management.recent_events import RecentEvents
-from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.status_builder import Health, ProcessInfo, StatusBuilder
 from shim.management.time_series import Sampler
 from shim.metrics import Metrics, Registry
 from shim.notify import Notifier

@@ -14,7 +14,6 @@ SHIM = TESTS.parent / "shim"
 
 ELSEWHERE = {
     # What an HTTP server does is tried on its port, with all its parts.
-    "admin/auth.py": "e2e/test_admin_port.py",
     "admin/connection_limit.py": "security/test_admin_limits.py",
     "admin/server.py": "e2e/test_admin_port.py",
     "agent_api/agent_websocket.py": "e2e/test_websocket_agents.py",
@@ -52,10 +51,8 @@ ELSEWHERE = {
     "fallback/policy.py": "e2e/test_modes.py",
     "fallback/websocket_proxy.py": "e2e/test_websocket_agents.py",
     # What an operator sees and does.
-    "management/actions.py": "e2e/test_operate.py",
     "management/call_status.py": "management/test_status_builder.py",
     "management/command_api.py": "e2e/test_operate.py",
-    "management/health.py": "e2e/test_admin_port.py",
     "management/health_messages.py": "management/test_health_summary.py",
     "management/subject.py": "management/test_status_builder.py",
     # A dialect is a table; requests and replies of all dialects are tried with the same cases.

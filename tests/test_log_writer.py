@@ -10,7 +10,7 @@ from typing import TextIO
 
 import pytest
 
-from shim.log_writer import MAX_QUEUED_BYTES, LineWriter
+from shim.log import MAX_QUEUED_BYTES, LineWriter
 
 LINE = "x" * 999
 

@@ -42,7 +42,7 @@ def identity_of(session: Session) -> RegistrationKey:
     The identity is (owner, `agent`, agent id) for a dialect that identifies agents by id, else (owner, `name`, cluster
     name). An adopted session without a known name is identified by its session key.
     """
-    name = session.registration.get("name")
+    name = session.registered_name
     if session.key.kind == "agent" or not name:
         return tuple(session.key)
     return session.key.owner, "name", name

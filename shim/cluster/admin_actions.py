@@ -14,9 +14,8 @@ from shim.cluster.membership import Membership
 from shim.cluster.shard_manager import ShardLocator
 from shim.core.leases import Member
 from shim.errors import OperatorError
-from shim.management.actions import NOT_FOUND
 from shim.management.command_api import CommandApi
-from shim.management.subject import Answers, Subject
+from shim.management.subject import NOT_FOUND, Answers, Subject
 from shim.runtime import Spawn
 
 WAIT_S = 2.0

@@ -20,11 +20,6 @@ RECENT_S = 120.0
 DAY_S = 86_400.0
 
 
-def name_of(session: Session) -> str | None:
-    """Return the cluster's name from the registration or the heartbeats, `None` if unknown."""
-    return session.registration.get("name") or session.known.get("name") or None
-
-
 def refused_calls(ctx: BridgeContext) -> dict[str, Any]:
     """Return the calls that were rejected in the last minute, by status, route and reason."""
     counts = ctx.refused_calls.last_minute(ctx.now)
@@ -102,10 +97,10 @@ def by_http(call: FallbackCall) -> dict[str, Any]:
 def controller(bridge: Subject, wall: float) -> dict[str, Any]:
     """Return the living agents that the controller rejects, does not know or does not acknowledge."""
     now = bridge.ctx.now
-    refusals = bridge.registrations.refusals
+    refusals = bridge.refusals
     troubled = [s for s in bridge.sessions if s.standing.trouble is not None and s.fresh(now)]
     in_trouble = {session.key for session in troubled}
-    unacknowledged = [each for each in bridge.heartbeats.unacknowledged() if each[0].key not in in_trouble]
+    unacknowledged = [each for each in bridge.unacknowledged() if each[0].key not in in_trouble]
     return {
         "registrations": {
             "total": len(refusals),
@@ -140,10 +135,10 @@ def controller(bridge: Subject, wall: float) -> dict[str, Any]:
 def unregistered(bridge: Subject, wall: float) -> Rows:
     """Return the agents that poll for tunnels without a session: their registration failed, or is still to come."""
     found = []
-    for key, uses in bridge.session_registry.usage:
-        if bridge.sessions.get(key) is not None or bridge.sessions.alias(key.owner, key.ident) is not None:
+    for key, uses in bridge.usage:
+        if bridge.session(key) is not None or bridge.alias(key.owner, key.ident) is not None:
             continue
-        if key in bridge.ctx.fallback.by_agent or bridge.registrations.registers(key.ident):
+        if key in bridge.ctx.fallback.by_agent or bridge.registers(key.ident):
             continue
         last = max(use.last_unix for use in uses.values())
         if wall - last < RECENT_S:
@@ -153,4 +148,4 @@ def unregistered(bridge: Subject, wall: float) -> Rows:
 
 
 def _agent(session: Session) -> dict[str, Any]:
-    return {"id": session.key.ident, "name": name_of(session)}
+    return {"id": session.key.ident, "name": session.name or None}

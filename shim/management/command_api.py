@@ -1,6 +1,6 @@
 """The admin port's actions by name, at this process or at all replicas, with JSON in and out.
 
-They are traces of commands (without payload), purge, redeliver, forget and drain. `actions` carries them out.
+They are traces of commands (without payload), purge, redeliver, forget and drain. `subject.Actions` carries them out.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import msgspec
 
 from shim.core.records import CommandDetails, CommandRecord
 from shim.errors import OperatorError
-from shim.management.actions import NOT_FOUND, RETAINED
-from shim.management.subject import Subject
+from shim.management.subject import NOT_FOUND, RETAINED, Subject
 
 MAX_DRAIN_S = 86_400.0
 
@@ -105,7 +104,7 @@ def describe(found: CommandDetails, subject: Subject) -> dict[str, Any]:
     """Return a command with its trace, without its payload."""
     record, result, trace = found
     stored = record.seq > 0
-    session = subject.sessions.get(record.session)
+    session = subject.session(record.session)
     return {
         **_outcome(record),
         "agent": None if session is None else session.registration.get("name") or None,

@@ -1,6 +1,6 @@
 """Health summary of a status: one sentence, and a list of problems with hints.
 
-The conditions of all sentences are here, their wording is in `health_messages`. Readiness is a matter of `health`.
+The conditions of all sentences are here, their wording is in `health_messages`. Readiness: `status_builder.Health`.
 """
 
 from __future__ import annotations

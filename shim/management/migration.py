@@ -15,13 +15,11 @@ from shim.management.status import MigrationStatus, Rows
 from shim.management.subject import Subject
 from shim.protocol import dialects
 
-QUIET_S = 86_400.0
-"""Seconds without a deprecated call after which agents are assumed to have migrated."""
 DAY_S = 86_400.0
+"""Seconds of a day: as long without a deprecated call, agents are assumed to have migrated."""
 MAX_AGENTS = 200
 
 _Uses = list[tuple[SessionKey, dict[Route, RouteUse]]]
-RECENT_S = 86_400.0
 
 
 @cache
@@ -35,7 +33,7 @@ def migration(bridge: Subject, wall: float, started_unix: float) -> MigrationSta
 
     Calls are counted since the start. The time at which an agent was last seen survives restarts.
     """
-    uses: _Uses = list(bridge.session_registry.usage)
+    uses: _Uses = list(bridge.usage)
     last_seen = {session.key: session.last_seen_unix for session in bridge.sessions}
     for key, routes in uses:
         last_seen[key] = max(last_seen.get(key, 0.0), *(use.last_unix for use in routes.values()))
@@ -64,17 +62,17 @@ def sunset(configured: Sunset, wall: float) -> dict[str, Any]:
 def _reasons(bridge: Subject, last_seen: dict[SessionKey, float], wall: float, started_unix: float) -> list[str]:
     """Return the reasons why the shim cannot be removed, empty if it can."""
     reasons = []
-    active = [seen for seen in last_seen.values() if wall - seen < QUIET_S]
+    active = [seen for seen in last_seen.values() if wall - seen < DAY_S]
     if active:
         ago = format_duration(wall - max(active))
         reasons.append(f"{plural(len(active), 'agent')} called in the last 24 h, the last one {ago} ago")
-    elif wall - started_unix < QUIET_S:
+    elif wall - started_unix < DAY_S:
         reasons.append(f"no call in the {format_duration(wall - started_unix)} since the start: wait until it is 24 h")
-    commands = sum(map(len, bridge.queues.values()))
+    commands = sum(len(queue) for _, queue in bridge.queues)
     if commands:
         verb = "waits" if commands == 1 else "wait"
         reasons.append(f"{plural(commands, 'command')} {verb} to be fetched")
-    if not bridge.outbox.empty:
+    if not bridge.all_results_confirmed:
         reasons.append("results are not confirmed by the controller yet")
     return reasons
 
@@ -108,12 +106,11 @@ def _by_agent(bridge: Subject, uses: dict[SessionKey, dict[Route, RouteUse]], la
 
 
 def _agent(bridge: Subject, key: SessionKey, routes: dict[Route, RouteUse], last: float) -> dict[str, Any]:
-    session = bridge.sessions.get(key)
-    name = session.registration.get("name") or session.known.get("name") if session is not None else None
+    session = bridge.session(key)
     return {
         "id": key.ident,
         "kind": key.kind,
-        "name": name or None,
+        "name": session.name or None if session is not None else None,
         "dialect": session.dialect if session is not None else None,
         "last": last or None,
         "calls": sum(use.count for use in routes.values()),
@@ -161,11 +158,11 @@ def rollout(bridge: Subject, wall: float) -> dict[str, Any]:
 def _names(bridge: Subject, wall: float) -> list[str]:
     """Return the names by which the rollout places agents: the cluster's name if known, else the agent's id."""
     names = {
-        str(session.registration.get("name") or session.known.get("name") or session.key.ident)
+        session.name or session.key.ident
         for session in bridge.sessions
-        if session.superseded_by is None and wall - session.last_seen_unix < RECENT_S
+        if session.superseded_by is None and wall - session.last_seen_unix < DAY_S
     }
     for key, call in bridge.ctx.fallback.by_agent.items():
-        if wall - call.wall_s < RECENT_S and bridge.sessions.get(key) is None:
+        if wall - call.wall_s < DAY_S and bridge.session(key) is None:
             names.add(call.name)
     return sorted(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections import Counter as Counted
 from collections.abc import Callable, Iterable
@@ -15,10 +16,10 @@ from shim.bridge.links import UpstreamLink
 from shim.config.settings import Settings
 from shim.core.call_records import FallbackCall, Why
 from shim.core.command_queue import CommandQueue, QueuedCommand, RecentCommand
-from shim.core.records import CommandState, SessionKey
+from shim.core.records import CommandState, SessionKey, WriteProbe
 from shim.core.sessions import MIN_GAPS, Session
+from shim.errors import StoreError
 from shim.management import call_status
-from shim.management.call_status import name_of
 from shim.management.health_summary import summarise
 from shim.management.migration import migration, rollout
 from shim.management.recent_events import RecentEvents
@@ -255,7 +256,7 @@ class _View:
         """Return counts and the agents, those with problems first."""
         found = list(self._bridge.sessions)
         by_http = self._by_http(found)
-        strangers = [(key, call) for key, call in by_http.items() if self._bridge.sessions.get(key) is None]
+        strangers = [(key, call) for key, call in by_http.items() if self._bridge.session(key) is None]
         total = len(found) + len(strangers)
         dialects = Counted((session.dialect, session.fresh(self._now)) for session in found)
         polling = [session for session in found if session.poll_at is not None and session.fresh(self._now)]
@@ -263,19 +264,17 @@ class _View:
         shown = heapq.nsmallest(MAX_SESSIONS, strangers, key=lambda each: (each[1].ok, each[1].name))
         found += [self._stranger(key, call) for key, call in shown]
         fresh = {session.key for session in found if session.key not in by_http and session.fresh(self._now)}
-        unpolled = {key for key, queue in self._bridge.queues.items() if self._not_polling(key, queue)}
+        unpolled = {key for key, queue in self._bridge.queues if self._not_polling(key, queue)}
         others = [session for session in found if session.key not in fresh and session.key not in by_http]
         silent = {session.key for session in others if self._silent(session)}
         order = {**dict.fromkeys(fresh, 4), **dict.fromkeys(by_http, 3), **dict.fromkeys(silent, 2)}
         order |= {key: 1 for key, call in by_http.items() if not call.ok} | dict.fromkeys(unpolled, 0)
         order |= {session.key: 1 for session in found if session.key in fresh and session.standing.trouble is not None}
-        first_calls = {
-            key: min(use.first_unix for use in uses.values()) for key, uses in self._bridge.session_registry.usage
-        }
+        first_calls = {key: min(use.first_unix for use in uses.values()) for key, uses in self._bridge.usage}
         found = heapq.nsmallest(
             MAX_SESSIONS, found, key=lambda each: (order.get(each.key, 5), -first_calls.get(each.key, 0.0))
         )
-        found.sort(key=lambda session: (order.get(session.key, 5), name_of(session) or session.key.ident))
+        found.sort(key=lambda session: (order.get(session.key, 5), session.name or session.key.ident))
         why = Counted(call.why for call in by_http.values())
         why_now = Counted(call.why for call in by_http.values() if self._wall - call.wall_s < call_status.RECENT_S)
         return SessionsStatus(
@@ -323,7 +322,7 @@ class _View:
         return not replaced and self._wall - session.last_seen_unix < limit_s
 
     def _not_polling(self, key: SessionKey, queue: CommandQueue) -> bool:
-        session, since = self._bridge.sessions.get(key), queue.waiting_since
+        session, since = self._bridge.session(key), queue.waiting_since
         if session is None or since is None or session.held:
             return False
         return self._now - max(since, session.poll_at or 0.0) >= NOT_POLLING_S
@@ -336,7 +335,7 @@ class _View:
             "id": session.key.ident,
             "kind": session.key.kind,
             "owner": session.key.owner[:OWNER_CHARS],
-            "name": name_of(session),
+            "name": session.name or None,
             "agent_id": session.agent_id or None,
             "upstream_cluster_id": session.upstream_cluster_id or None,
             "dialect": session.dialect,
@@ -373,7 +372,7 @@ class _View:
         }
 
     def _queue(self, key: SessionKey, not_polling: bool) -> dict[str, Any]:
-        queue = self._bridge.queues.get(key)
+        queue = self._bridge.queue(key)
         held = () if queue is None else queue.all()
         states = [live.state for live in held]
         return {
@@ -390,7 +389,7 @@ class _View:
     def commands(self) -> CommandsStatus:
         """Return counts over all agents, and the commands that wait longest."""
         bridge = self._bridge
-        held = [(key, live) for key, queue in bridge.queues.items() for live in queue.all()]
+        held = [(key, live) for key, queue in bridge.queues for live in queue.all()]
         states = Counted(live.state for _, live in held)
         held.sort(key=lambda each: each[1].since)
         arrived = min((live.record.arrived_unix for _, live in held), default=self._wall)
@@ -398,11 +397,11 @@ class _View:
             waiting=len(held) - states[CommandState.OFFERED],
             offered=states[CommandState.OFFERED],
             uncertain=states[CommandState.UNCERTAIN],
-            bytes=sum(queue.size_bytes for queue in bridge.queues.values()),
+            bytes=sum(queue.size_bytes for _, queue in bridge.queues),
             oldest_s=max(0.0, self._wall - arrived),
-            results=len(bridge.outbox),
-            held_polls=bridge.delivery.held(),
-            held_tunnels=bridge.long_polls.held_tunnels(),
+            results=bridge.results,
+            held_polls=bridge.held_polls,
+            held_tunnels=bridge.held_tunnels,
             items=[self._command(key, live) for key, live in held[:MAX_WAITING]],
         )
 
@@ -417,3 +416,53 @@ class _View:
             "reason": live.reason or None,
             "expires_at": self._wall_of(live.expires_at),
         }
+
+
+# --- readiness --------------------------------------------------------------------------------------------------------
+
+STORE_PROBE_S = 2.0
+
+
+class Health:
+    """Readiness check for `/readyz`. It depends on the upstream only with `admin.ready_requires_upstream`."""
+
+    def __init__(self, bridge: Subject) -> None:
+        self._bridge = bridge
+        self._probe: asyncio.Future[bool] | None = None
+        self._probed_at = float("-inf")
+        self._writable = False
+
+    async def reasons_not_ready(self) -> list[str]:
+        """Return the reasons why the shim is not ready, empty if it is."""
+        reasons = []
+        if self._bridge.stopping:
+            reasons.append("stopping")
+        if self._bridge.admin_actions.draining:
+            reasons.append("draining")
+        if not await self.store_writable():
+            reasons.append("the store cannot be written")
+        requires_upstream = self._bridge.ctx.settings.admin.ready_requires_upstream
+        if requires_upstream and not any(link.online for link in self._bridge.links):
+            reasons.append("no upstream link is online")
+        return reasons
+
+    async def store_writable(self) -> bool:
+        """Return True if a synced write succeeds. At most one write is done in 2 s, however many callers ask."""
+        ctx = self._bridge.ctx
+        if ctx.now - self._probed_at < STORE_PROBE_S:
+            return self._writable
+        if self._probe is None:
+            self._probe = asyncio.get_running_loop().create_future()
+            ctx.store.submit(WriteProbe(ctx.clock.wall_s()), done=self._probe_done)
+        try:
+            async with asyncio.timeout(STORE_PROBE_S):
+                return await asyncio.shield(self._probe)
+        except TimeoutError:
+            return False
+
+    def _probe_done(self, outcome: StoreError | None) -> None:
+        self._writable = outcome is None
+        self._probed_at = self._bridge.ctx.now
+        probe, self._probe = self._probe, None
+        if probe is not None and not probe.done():
+            probe.set_result(self._writable)

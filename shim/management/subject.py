@@ -3,23 +3,113 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import msgspec
 
 from shim.bridge import Bridge, BridgeContext
-from shim.bridge.admin_actions import Drain
+from shim.bridge.admin_actions import AdminActions, Drain, DrainState
 from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.links import UpstreamLink
 from shim.bridge.registration import RefusedRegistration
 from shim.bridge.websocket_agents import WebSocketAgent
 from shim.core.call_records import Route, RouteUse
 from shim.core.command_queue import CommandQueue
-from shim.core.records import SessionKey
+from shim.core.records import CommandDetails, CommandRecord, SessionKey
 from shim.core.sessions import Session
-from shim.management.actions import Actions
+from shim.errors import OperatorError
+
+NOT_FOUND = 404
+RETAINED = "ended ones are kept for commands.retain_s"
+
+
+class Actions:
+    """An operator's actions on all bridges of this process. With shards, a drain covers those owned when it starts.
+
+    `drains_elsewhere` has the latest known progress of other replicas' drains, by the replica's name.
+    """
+
+    def __init__(self, bridges: Callable[[], Sequence[Bridge]]) -> None:
+        self._bridges = bridges
+        self.drains_elsewhere: dict[str, Drain] = {}
+
+    @property
+    def draining(self) -> bool:
+        """True while this process rejects new commands because of a drain."""
+        return any(bridge.admin_actions.draining for bridge in self._bridges())
+
+    def progress_here(self) -> Drain:
+        """Return the progress of this process's drain."""
+        return together([bridge.admin_actions.progress() for bridge in self._bridges()])
+
+    def progress(self) -> Drain:
+        """Return the progress of the drain at all replicas."""
+        return together([self.progress_here(), *self.drains_elsewhere.values()])
+
+    def record_elsewhere(self, drains: dict[str, Drain]) -> None:
+        """Record the progress of other replicas. Drains that are over are forgotten with this process's own."""
+        self.drains_elsewhere = {name: each for name, each in drains.items() if self.draining or each.since_unix}
+
+    def drain(self, timeout_s: float) -> Drain:
+        """Start a drain: reject new commands until the queued ones are delivered and the results are sent."""
+        return together([bridge.admin_actions.drain(timeout_s) for bridge in self._bridges()])
+
+    def resume(self) -> Drain:
+        """End the drain and accept commands again."""
+        return together([bridge.admin_actions.resume() for bridge in self._bridges()])
+
+    async def find(self, command_id: str) -> list[CommandDetails]:
+        """Return all commands with this id. Raises `OperatorError`."""
+        return [each for bridge in self._bridges() for each in await bridge.admin_actions.find(command_id)]
+
+    async def purge(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
+        """Purge a command. Raises `OperatorError`."""
+        return await (await self._owner_of(command_id, session)).purge(command_id, session, reason)
+
+    async def redeliver(self, command_id: str, session: str = "", reason: str = "") -> CommandRecord:
+        """Redeliver a command. Raises `OperatorError`."""
+        return await (await self._owner_of(command_id, session)).redeliver(command_id, session, reason)
+
+    async def _owner_of(self, command_id: str, session: str) -> AdminActions:
+        bridges, knowing = self._bridges(), []
+        if len(bridges) == 1:
+            return bridges[0].admin_actions
+        for bridge in bridges:
+            found = await bridge.admin_actions.find(command_id)
+            if any(not session or session in (str(each[0].session), each[0].session.ident) for each in found):
+                knowing.append(bridge)
+        if not knowing:
+            raise OperatorError(NOT_FOUND, f"no command with this id is known; {RETAINED}")
+        if len(knowing) > 1:
+            raise OperatorError(409, "several tokens have a command with this id: name its session")
+        return knowing[0].admin_actions
+
+    async def forget(self, agent: str) -> SessionKey:
+        """Forget an agent by name, id or whole key. Raises `OperatorError`."""
+        bridges = self._bridges()
+        for bridge in bridges:
+            try:
+                return await bridge.session_removal.forget(agent)
+            except OperatorError as error:
+                if error.status != NOT_FOUND or len(bridges) == 1:
+                    raise
+        raise OperatorError(NOT_FOUND, "no agent with this name, id or key is known")
+
+
+def together(drains: list[Drain]) -> Drain:
+    """Combine several drains into one."""
+    order = [DrainState.OFF, DrainState.DRAINED, DrainState.DRAINING, DrainState.TIMED_OUT]
+    return Drain(
+        max((each.state for each in drains), key=order.index, default=DrainState.OFF),
+        max((each.since_unix for each in drains), default=0.0),
+        max((each.deadline_unix for each in drains), default=0.0),
+        sum(each.commands for each in drains),
+        sum(each.results for each in drains),
+        sum(each.refused for each in drains),
+    )
+
 
 Bridges = Callable[[], Sequence[Bridge]]
 Answers = list[tuple[str, dict[str, Any]]]
@@ -49,28 +139,15 @@ class Subject:
         self.ctx = ctx
         self.stopping = False
         self.replicas = replicas
+        self.admin_actions = Actions(bridges)
         self._bridges = bridges
         self._ask_others = ask_others
-        self.sessions = _Sessions(bridges)
-        self.queues = _Queues(bridges)
-        self.outbox = _Outbox(bridges)
-        self.delivery = _Delivery(bridges)
-        self.long_polls = _LongPolls(bridges)
-        self.session_registry = _SessionRegistry(bridges)
-        self.registrations = _Registrations(bridges)
-        self.websocket_agents = _WebSocketAgents(bridges)
-        self.heartbeats = _Heartbeats(bridges)
-        self.admin_actions = Actions(bridges)
+        self._hand_overs_s: deque[float] = deque(maxlen=MAX_HAND_OVER_SAMPLES)
 
     @classmethod
     def of(cls, bridge: Bridge) -> Subject:
         """Return the subject of a single bridge."""
         return cls(bridge.ctx, lambda: (bridge,))
-
-    @property
-    def links(self) -> Iterable[UpstreamLink]:
-        """All links of this process."""
-        return [link for bridge in self._bridges() for link in bridge.links]
 
     async def ask_others(self, action: str, target: str, body: bytes, *, required: bool) -> Answers:
         """Have all other replicas carry out an action of `command_api.CommandApi`.
@@ -84,19 +161,19 @@ class Subject:
             self.admin_actions.record_elsewhere(drains)
         return answers
 
+    # --- links and agents ---------------------------------------------------------------------------------------------
 
-class _All:
-    """Base of the parts of `Subject`, each a view of all bridges."""
+    @property
+    def links(self) -> Iterable[UpstreamLink]:
+        """All links of this process."""
+        return [link for bridge in self._bridges() for link in bridge.links]
 
-    def __init__(self, bridges: Bridges) -> None:
-        self._bridges = bridges
-
-
-class _Sessions(_All):
-    def __iter__(self) -> Iterator[Session]:
+    @property
+    def sessions(self) -> Iterable[Session]:
+        """The sessions of all agents."""
         return chain.from_iterable(bridge.sessions for bridge in self._bridges())
 
-    def get(self, key: SessionKey) -> Session | None:
+    def session(self, key: SessionKey) -> Session | None:
         """Return the session with this key from the bridge that has it, or None."""
         return next((found for bridge in self._bridges() if (found := bridge.sessions.get(key)) is not None), None)
 
@@ -105,13 +182,16 @@ class _Sessions(_All):
         found = (bridge.sessions.alias(owner, agent_id) for bridge in self._bridges())
         return next((each for each in found if each is not None), None)
 
-
-class _WebSocketAgents(_All):
-    def __iter__(self) -> Iterator[WebSocketAgent]:
+    @property
+    def websocket_agents(self) -> Iterable[WebSocketAgent]:
+        """The agents that connect by WebSocket themselves."""
         return chain.from_iterable(bridge.websocket_agents for bridge in self._bridges())
 
+    @property
+    def usage(self) -> Iterable[tuple[SessionKey, dict[Route, RouteUse]]]:
+        """The calls of all agents, by route."""
+        return chain.from_iterable(bridge.session_registry.usage for bridge in self._bridges())
 
-class _Registrations(_All):
     @property
     def refusals(self) -> list[RefusedRegistration]:
         """The registrations that the controller refused."""
@@ -121,63 +201,45 @@ class _Registrations(_All):
         """Return True if a registration of this agent waits for the controller."""
         return any(bridge.registrations.registers(agent_id) for bridge in self._bridges())
 
-
-class _Heartbeats(_All):
     def unacknowledged(self) -> list[tuple[Session, float]]:
         """Return the agents without acknowledged heartbeats, and since when (monotonic seconds)."""
         return [each for bridge in self._bridges() for each in bridge.heartbeats.unacknowledged()]
 
+    # --- commands and results -----------------------------------------------------------------------------------------
 
-class _Queues(_All):
-    def get(self, key: SessionKey) -> CommandQueue | None:
+    @property
+    def queues(self) -> list[tuple[SessionKey, CommandQueue]]:
+        """All queues that are not empty, each with the key of its session."""
+        return [each for bridge in self._bridges() for each in bridge.queues.items()]
+
+    def queue(self, key: SessionKey) -> CommandQueue | None:
         """Return the queue of a session, or None if it has none."""
         return next((found for bridge in self._bridges() if (found := bridge.queues.get(key)) is not None), None)
 
-    def items(self) -> Iterable[tuple[SessionKey, CommandQueue]]:
-        """Return all sessions with a queue, and their queues."""
-        return [each for bridge in self._bridges() for each in bridge.queues.items()]
-
-    def values(self) -> Iterable[CommandQueue]:
-        """Return all queues."""
-        return [each for bridge in self._bridges() for each in bridge.queues.values()]
-
-
-class _Outbox(_All):
-    def __len__(self) -> int:
-        return sum(len(bridge.outbox) for bridge in self._bridges())
+    @property
+    def held_polls(self) -> int:
+        """Number of held polls for commands."""
+        return sum(bridge.delivery.held() for bridge in self._bridges())
 
     @property
-    def empty(self) -> bool:
-        """True if no result waits for the controller."""
-        return all(bridge.outbox.empty for bridge in self._bridges())
-
-
-class _Delivery(_All):
-    def __init__(self, bridges: Bridges) -> None:
-        super().__init__(bridges)
-        self._times_s: deque[float] = deque(maxlen=MAX_HAND_OVER_SAMPLES)
+    def held_tunnels(self) -> int:
+        """Number of held tunnel polls."""
+        return sum(bridge.long_polls.held_tunnels() for bridge in self._bridges())
 
     @property
     def hand_overs_s(self) -> deque[float]:
         """The latest seconds between the arrival of commands and their delivery, moved here from the bridges."""
         for bridge in self._bridges():
-            self._times_s.extend(bridge.delivery.hand_overs_s)
+            self._hand_overs_s.extend(bridge.delivery.hand_overs_s)
             bridge.delivery.hand_overs_s.clear()
-        return self._times_s
+        return self._hand_overs_s
 
-    def held(self) -> int:
-        """Return the number of held polls."""
-        return sum(bridge.delivery.held() for bridge in self._bridges())
-
-
-class _LongPolls(_All):
-    def held_tunnels(self) -> int:
-        """Return the number of held tunnel polls."""
-        return sum(bridge.long_polls.held_tunnels() for bridge in self._bridges())
-
-
-class _SessionRegistry(_All):
     @property
-    def usage(self) -> Iterable[tuple[SessionKey, dict[Route, RouteUse]]]:
-        """The calls of all agents, by route."""
-        return chain.from_iterable(bridge.session_registry.usage for bridge in self._bridges())
+    def results(self) -> int:
+        """Number of stored results that the controller is not known to have."""
+        return sum(len(bridge.outbox) for bridge in self._bridges())
+
+    @property
+    def all_results_confirmed(self) -> bool:
+        """True if the controller has received every result."""
+        return all(bridge.outbox.empty for bridge in self._bridges())

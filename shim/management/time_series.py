@@ -63,20 +63,20 @@ class Sampler:
         """Take one sample."""
         bridge = self._bridge
         waiting = offered = 0
-        for queue in bridge.queues.values():
+        for _, queue in bridge.queues:
             under_way = sum(live.state is CommandState.OFFERED for live in queue.offer.commands) if queue.offer else 0
             offered += under_way
             waiting += len(queue) - under_way
-        times_s = list(bridge.delivery.hand_overs_s)
-        bridge.delivery.hand_overs_s.clear()
+        times_s = list(bridge.hand_overs_s)
+        bridge.hand_overs_s.clear()
         self._recent_s.extend(times_s)
         calls_per_s, errors_per_s = self._rates()
         sample = Sample(
             at=round(bridge.ctx.clock.wall_s(), 1),
             waiting=waiting,
             offered=offered,
-            results=len(bridge.outbox),
-            held=bridge.delivery.held(),
+            results=bridge.results,
+            held=bridge.held_polls,
             handed_over=len(times_s),
             p50_s=quantile(times_s, 0.5),
             p95_s=quantile(times_s, 0.95),
@@ -109,7 +109,7 @@ class Sampler:
 
     def latency(self) -> dict[str, Any]:
         """Return the number, median and 95th percentile of the times of the last commands written to agents."""
-        times_s = [*self._recent_s, *self._bridge.delivery.hand_overs_s]
+        times_s = [*self._recent_s, *self._bridge.hand_overs_s]
         return {"commands": len(times_s), "p50_s": quantile(times_s, 0.5), "p95_s": quantile(times_s, 0.95)}
 
 
