@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 
 from shim.core.backoff import FAILURES, DialOutcome
 from shim.core.call_records import OUTCOMES
-from shim.core.heartbeat_coverage import HeartbeatOutcome
 from shim.core.liveness import LivenessState
+from shim.core.standing import HeartbeatOutcome
 from shim.protocol.controller_replies import REFUSED_TYPES
 from shim.protocol.upstream_message import KNOWN_TYPES
 

@@ -67,7 +67,6 @@ ELSEWHERE = {
     # One dial, with all that it needs.
     "upstream/dial_errors.py": "upstream/test_dialler.py",
     "upstream/http_client.py": "upstream/test_dialler.py",
-    "upstream/proxy.py": "upstream/test_dialler.py",
     "upstream/webhook.py": "test_notify.py",
 }
 MODULES = sorted(

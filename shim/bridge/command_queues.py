@@ -1,9 +1,9 @@
-"""The command queues of all sessions: state transitions, final states and expiry."""
+"""The command queues of all sessions: state transitions, final states, expiry, and offers that await evidence."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from shim.bridge.context import BridgeContext, Moment
 from shim.bridge.outbox import Outbox
-from shim.core.command_queue import CommandQueue, QueuedCommand, UncertainOutcome
+from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, UncertainOutcome
 from shim.core.records import (
     VIA_HTTP,
     CommandRecord,
@@ -24,6 +24,7 @@ from shim.core.records import (
 )
 from shim.errors import StoreError
 from shim.log import get
+from shim.ports import Timer, Timers
 
 log = get(__name__)
 
@@ -332,3 +333,48 @@ class UnpolledCommandsWarning:
                     hint="this agent has not polled for 10 minutes; stock agents never fetch commands",
                 )
         self.sessions = overdue
+
+
+class AwaitedEvidence:
+    """Written offers by the connection that carried them, each with a time limit for its evidence.
+
+    An offer is kept only as long as evidence of it matters. Its connection may show none by itself, because its agent
+    pipelines, and may be open for weeks.
+    """
+
+    def __init__(self, timers: Timers) -> None:
+        self._timers = timers
+        self._by_connection: dict[int, list[Batch]] = {}
+        self._limits: dict[int, Timer] = {}
+
+    def add(self, batch: Batch, limit_s: float, overdue: Callable[[Batch], object]) -> None:
+        """Await evidence of an offer. Call `overdue` after `limit_s` seconds without it."""
+        self._by_connection.setdefault(batch.connection, []).append(batch)
+        self._limits[batch.number] = self._timers.call_later(limit_s, partial(self._overdue, batch, overdue))
+
+    def _overdue(self, batch: Batch, overdue: Callable[[Batch], object]) -> None:
+        del self._limits[batch.number]
+        overdue(batch)
+
+    def on(self, connection: int) -> tuple[Batch, ...]:
+        """Return the offers of a connection."""
+        return tuple(self._by_connection.get(connection, ()))
+
+    def take(self, connection: int) -> list[Batch]:
+        """Return the offers of a connection, and expect nothing more from it. Their time limits go on."""
+        return self._by_connection.pop(connection, [])
+
+    def settle(self, batch: Batch) -> None:
+        """Await no more evidence of an offer. Idempotent."""
+        limit = self._limits.pop(batch.number, None)
+        if limit is not None:
+            limit.cancel()
+        awaiting = self._by_connection.get(batch.connection, [])
+        if batch in awaiting:
+            awaiting.remove(batch)
+            if not awaiting:
+                del self._by_connection[batch.connection]
+
+    def __len__(self) -> int:
+        """Return the number of offers that are kept for their connections or their time limits."""
+        return max(len(self._limits), sum(map(len, self._by_connection.values())))

@@ -30,9 +30,8 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from shim.bridge.command_queues import CommandQueues
+from shim.bridge.command_queues import AwaitedEvidence, CommandQueues
 from shim.bridge.context import BridgeContext, Moment
-from shim.bridge.evidence import AwaitedEvidence
 from shim.bridge.outbox import DRAINED, REASONS, Outbox, OutboxRecord, Rejection, Rejections
 from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, QueuePolicy
 from shim.core.records import (

@@ -19,10 +19,9 @@ from shim.bridge.scheduler import in_slices
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.agent_calls import TargetKind
 from shim.core.bounds import MAX_ALL_KEPT_BYTES
-from shim.core.heartbeat_coverage import ACK_GRACE_S, HeartbeatOutcome
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
-from shim.core.standing import TroubleKind
+from shim.core.standing import ACK_GRACE_S, HeartbeatOutcome, TroubleKind
 from shim.log import get
 
 log = get(__name__)

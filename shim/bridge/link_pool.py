@@ -17,7 +17,7 @@ from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.link_state import AgentCalled, LinkState, TokenChanged
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
-from shim.core.shard_assignment import owner_id
+from shim.core.shards import owner_id
 from shim.errors import AgentError
 from shim.ports import Caller
 

@@ -13,8 +13,7 @@ from shim.bridge.context import BridgeContext
 from shim.bridge.upstream_connection import ConnectionEnd, UpstreamConnection
 from shim.core import link_state as ev
 from shim.core.backoff import Backoff, DialOutcome, failure_name, is_controller_unreachable
-from shim.core.link_history import LinkHistory, phase_of
-from shim.core.link_state import LinkPolicy, LinkState, LinkStateMachine
+from shim.core.link_state import LinkHistory, LinkPolicy, LinkState, LinkStateMachine, phase_of
 from shim.core.liveness import LivenessState
 from shim.core.records import SessionKey
 from shim.errors import IllegalTransition, ShimError

@@ -12,7 +12,7 @@ from shim.bridge import Bridge
 from shim.cluster.connection_pool import ConnectionPool, ReplicaLost
 from shim.cluster.membership import Membership
 from shim.cluster.shard_manager import ShardLocator
-from shim.core.leases import Member
+from shim.core.shards import Member
 from shim.errors import OperatorError
 from shim.management.command_api import CommandApi
 from shim.management.subject import NOT_FOUND, Answers, Subject

@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from shim.agent_api.internal import HEARTBEATS, Note, note
-from shim.core.leases import Member
+from shim.core.shards import Member
 from shim.errors import AgentError
 from shim.protocol.http import header_text
 

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import psycopg
 
-from shim.core.leases import Member, View
+from shim.core.shards import Member, View
 from shim.errors import ConfigError, Fault, StoreError, StoreUnreachable
 from shim.log import get
 from shim.store.postgres.database import refusal

@@ -24,7 +24,7 @@ from shim.agent_api.response_writer import MISDIRECTED
 from shim.cluster.connection_pool import ConnectionPool, ReplicaConnection, ReplicaLost, ReplicaReply
 from shim.cluster.membership import Membership
 from shim.cluster.shard_manager import ShardLocator
-from shim.core.leases import ClockOffset, Member
+from shim.core.shards import ClockOffset, Member
 from shim.errors import AgentError
 from shim.metrics import ClusterMetrics
 from shim.ports import Clock, ProxyRequest, ProxyResponse

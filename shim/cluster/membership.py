@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from shim.cluster.database import Agreement, Database
-from shim.core.leases import HeldLease, LeasePolicy, Member, View
+from shim.core.shards import HeldLease, LeasePolicy, Member, View
 from shim.errors import ConfigError, ShimError, StoreError
 from shim.log import get
 from shim.ports import Clock, Timer, Timers

@@ -30,8 +30,8 @@ from shim.cluster.shard import Shard
 from shim.cluster.shard_manager import ShardLocator, ShardManager
 from shim.config.settings import Settings, TlsFiles
 from shim.core.command_queue import RecentCommand
-from shim.core.leases import LeasePolicy, Member
 from shim.core.records import Operation, StoreContents, StoreOperation
+from shim.core.shards import LeasePolicy, Member
 from shim.errors import StoreError, StoreUnreachable
 from shim.fallback import WebSocketProxy, sunset_headers
 from shim.log import get

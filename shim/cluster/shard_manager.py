@@ -15,8 +15,7 @@ from shim.bridge.context import DEFAULT_OWNER
 from shim.cluster.membership import Membership
 from shim.cluster.shard import Shard
 from shim.config.settings import Settings
-from shim.core.leases import Member
-from shim.core.shard_assignment import owner_id, plan_rebalance, shard_of
+from shim.core.shards import Member, owner_id, plan_rebalance, shard_of
 from shim.errors import StoreError
 from shim.log import get
 from shim.metrics import ClusterMetrics

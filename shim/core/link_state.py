@@ -1,7 +1,8 @@
-"""State machine of an upstream link: a total table of states and events."""
+"""State machine of an upstream link: a total table of states and events; and the recent phases of a link."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from typing import Literal
@@ -356,27 +357,21 @@ class LinkStateMachine:
         state, effects = self._lost(Lost(), now)
         return state, [CloseSocket(0), *effects]
 
-    # A new token may be accepted where the old one was rejected, so every step below resets the rejection.
-
     def _new_token(self, event: LinkEvent, now: float) -> _Step:
+        """Forget the rejection, because a new token may be accepted where the old one was not, and dial again."""
         self.refused = self.closed_as_refused = False
         self._not_before = None
-        return self.state, []
-
-    def _new_token_open(self, event: LinkEvent, now: float) -> _Step:
-        self._working_until = now
-        self.refused = self.closed_as_refused = False
+        if self.state is LinkState.IDLE:
+            return self.state, []
         state, effects = self._dial(event, now)
-        return state, [CloseSocket(1000), Offline(), *effects]
-
-    def _new_token_opening(self, event: LinkEvent, now: float) -> _Step:
-        self.refused = self.closed_as_refused = False
-        state, effects = self._dial(event, now)
-        return state, [CancelDial(), *effects]
-
-    def _new_token_waiting(self, event: LinkEvent, now: float) -> _Step:
-        self.refused = self.closed_as_refused = False
-        return self._redial(event, now)
+        match self.state:
+            case LinkState.OPENING:
+                return state, [CancelDial(), *effects]
+            case LinkState.WAITING:
+                return state, [CancelRetryTimer(), *effects]
+            case _:
+                self._working_until = now
+                return state, [CloseSocket(1000), Offline(), *effects]
 
     def _idle(self, event: LinkEvent, now: float) -> _Step:
         self._working_until = now
@@ -411,7 +406,7 @@ TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
     (_S.OPENING, RetryNow): LinkStateMachine._stay,
     (_S.OPENING, Opened): LinkStateMachine._opened,
     (_S.OPENING, DialFailed): LinkStateMachine._dial_failed,
-    (_S.OPENING, TokenChanged): LinkStateMachine._new_token_opening,
+    (_S.OPENING, TokenChanged): LinkStateMachine._new_token,
     (_S.OPENING, IdleTimeout): LinkStateMachine._idle_undialled,
     (_S.OPENING, Stop): LinkStateMachine._stop,
     (_S.REPLAYING, AgentCalled): LinkStateMachine._stay,
@@ -422,7 +417,7 @@ TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
     (_S.REPLAYING, StableTimerFired): LinkStateMachine._stable,
     (_S.REPLAYING, Lost): LinkStateMachine._lost,
     (_S.REPLAYING, WatchdogFailed): LinkStateMachine._broken,
-    (_S.REPLAYING, TokenChanged): LinkStateMachine._new_token_open,
+    (_S.REPLAYING, TokenChanged): LinkStateMachine._new_token,
     (_S.REPLAYING, IdleTimeout): LinkStateMachine._idle,
     (_S.REPLAYING, Stop): LinkStateMachine._stop,
     (_S.ONLINE, AgentCalled): LinkStateMachine._stay,
@@ -432,13 +427,13 @@ TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
     (_S.ONLINE, StableTimerFired): LinkStateMachine._stable,
     (_S.ONLINE, Lost): LinkStateMachine._lost,
     (_S.ONLINE, WatchdogFailed): LinkStateMachine._broken,
-    (_S.ONLINE, TokenChanged): LinkStateMachine._new_token_open,
+    (_S.ONLINE, TokenChanged): LinkStateMachine._new_token,
     (_S.ONLINE, IdleTimeout): LinkStateMachine._idle,
     (_S.ONLINE, Stop): LinkStateMachine._stop,
     (_S.WAITING, AgentCalled): LinkStateMachine._stay,
     (_S.WAITING, RetryNow): LinkStateMachine._hurry,
     (_S.WAITING, RetryDue): LinkStateMachine._dial,
-    (_S.WAITING, TokenChanged): LinkStateMachine._new_token_waiting,
+    (_S.WAITING, TokenChanged): LinkStateMachine._new_token,
     (_S.WAITING, IdleTimeout): LinkStateMachine._idle_undialled,
     (_S.WAITING, Stop): LinkStateMachine._stop,
     (_S.STOPPED, AgentCalled): LinkStateMachine._stay,
@@ -447,3 +442,59 @@ TRANSITIONS: dict[tuple[LinkState, type], _Cell] = {
     (_S.STOPPED, IdleTimeout): LinkStateMachine._stay,
     (_S.STOPPED, Stop): LinkStateMachine._stay,
 }
+
+
+# --- history ----------------------------------------------------------------------------------------------------------
+
+MAX_SEGMENTS = 256
+
+
+class PhaseKind(Enum):
+    """Phases of a link as shown to operators."""
+
+    UP = "up"
+    DOWN = "down"  # needed but not connected
+    REFUSED = "refused"  # the controller rejects the token
+    IDLE = "idle"  # not needed by any agent
+
+
+def phase_of(link: LinkStateMachine) -> PhaseKind:
+    """Return the present phase of a link."""
+    if link.state in (LinkState.IDLE, LinkState.STOPPED):
+        return PhaseKind.IDLE
+    if link.refused:
+        return PhaseKind.REFUSED
+    return PhaseKind.UP if link.state is LinkState.ONLINE else PhaseKind.DOWN
+
+
+class LinkPhase(msgspec.Struct, frozen=True):
+    """A phase that began at `since_s` and lasts until the next one. `reason` is why it began, `""` if unknown."""
+
+    phase: PhaseKind
+    since_s: float
+    reason: str = ""
+
+
+class LinkHistory:
+    """The last `MAX_SEGMENTS` phases of one link, as the status page draws them. Times are monotonic seconds."""
+
+    __slots__ = ("_segments",)
+
+    def __init__(self, now: float) -> None:
+        self._segments: deque[LinkPhase] = deque([LinkPhase(PhaseKind.IDLE, now)], MAX_SEGMENTS)
+
+    @property
+    def current(self) -> LinkPhase:
+        """The present phase."""
+        return self._segments[-1]
+
+    def enter(self, phase: PhaseKind, now: float, reason: str) -> None:
+        """Begin a phase, unless the link is in it already."""
+        if phase is not self._segments[-1].phase:
+            self._segments.append(LinkPhase(phase, now, reason))
+
+    def last(self, now: float, span_s: float) -> tuple[LinkPhase, ...]:
+        """Return the phases of the last `span_s` seconds; the first may have begun earlier."""
+        segments = list(self._segments)
+        begins = [index for index, segment in enumerate(segments) if segment.since_s <= now - span_s]
+        return tuple(segments[begins[-1] if begins else 0 :])

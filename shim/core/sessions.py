@@ -7,10 +7,9 @@ from typing import Any
 
 from shim.core.agent_calls import HeartbeatCall, Registered, SessionTarget, TargetKind
 from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES
-from shim.core.heartbeat_coverage import HeartbeatCoverage
 from shim.core.poll_hold import HoldEstimator, Samples, middle_of, remember
 from shim.core.records import SessionKey, SessionRecord
-from shim.core.standing import SessionStanding
+from shim.core.standing import HeartbeatCoverage, SessionStanding
 
 DEFAULT_INTERVAL_S = 30.0
 MIN_FRESH_S = 35.0

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from shim.core.shard_assignment import shard_of
+from shim.core.shards import shard_of
 from shim.errors import StoreError, StoreVersionError
 from shim.store.files import has_log
 

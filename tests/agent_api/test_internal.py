@@ -25,7 +25,7 @@ from shim.agent_api.internal import (
 )
 from shim.cluster.connection_pool import ConnectionPool, ReplicaConnection, ReplicaLost, make_identity
 from shim.config.settings import Listen
-from shim.core.leases import Member
+from shim.core.shards import Member
 from shim.metrics import Metrics
 from shim.protocol import dialects
 from tests.support.frontend import Board, offering

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.bridge.evidence import AwaitedEvidence
+from shim.bridge.command_queues import AwaitedEvidence
 from shim.core.command_queue import Batch
 from shim.core.records import SessionKey
 from tests.bridge.conftest import living

@@ -30,7 +30,7 @@ from shim.cluster.connection_pool import ConnectionPool, P, make_identity
 from shim.cluster.forwarding import ReplicaForwarder
 from shim.config.settings import Listen
 from shim.core.bounds import MAX_HEAD_BYTES
-from shim.core.leases import Member
+from shim.core.shards import Member
 from shim.metrics import ClusterMetrics, Metrics
 from shim.protocol import dialects
 from tests.chaos.harness.http_requests import (

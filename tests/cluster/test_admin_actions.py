@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("psycopg")
 
 from shim.cluster.admin_actions import ReplicaClient
-from shim.core.leases import Member
+from shim.core.shards import Member
 from shim.errors import OperatorError
 from tests.support.replicas import ENDED, elsewhere, gateway
 

@@ -23,7 +23,7 @@ from shim.cluster.connection_pool import (
     ReplicaLost,
     ReplicaReply,
 )
-from shim.core.leases import Member
+from shim.core.shards import Member
 from shim.errors import AgentError
 from tests.support.replicas import any_certificate, gateway
 

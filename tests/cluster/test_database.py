@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shim.config import settings
-from shim.core.leases import Member
+from shim.core.shards import Member
 from shim.errors import ConfigError, StoreError
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(400)]

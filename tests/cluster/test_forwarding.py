@@ -16,7 +16,7 @@ pytest.importorskip("psycopg")
 
 from shim.clock import Clock
 from shim.cluster.forwarding import ReplicaForwarder
-from shim.core.leases import Member
+from shim.core.shards import Member
 from shim.errors import AgentError
 from shim.metrics import ClusterMetrics, Metrics
 from shim.ports import Caller, ProxyRequest

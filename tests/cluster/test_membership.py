@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("psycopg")
 
 from shim.cluster.membership import Membership
-from shim.core.leases import LeasePolicy, Member, View
+from shim.core.shards import LeasePolicy, Member, View
 from shim.errors import StoreError
 from tests.support.virtual import run_virtual
 

@@ -9,8 +9,7 @@ import pytest
 pytest.importorskip("psycopg")
 
 from shim.cluster.shard_manager import ShardLocator
-from shim.core.leases import Member, View
-from shim.core.shard_assignment import owner_id, shard_of
+from shim.core.shards import Member, View, owner_id, shard_of
 
 KEY = b"k" * 32
 ME, OTHER = (Member(name, name, "127.0.0.1:1", "f") for name in ("me", "other"))

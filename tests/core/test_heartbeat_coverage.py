@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from shim.core.heartbeat_coverage import HeartbeatCoverage, HeartbeatOutcome
+from shim.core.standing import HeartbeatCoverage, HeartbeatOutcome
 
 W = 30.0
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.leases import ClockOffset, HeldLease, LeasePolicy, Member, View
+from shim.core.shards import ClockOffset, HeldLease, LeasePolicy, Member, View
 
 POLICY = LeasePolicy(5.0)
 

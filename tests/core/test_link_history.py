@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.core.link_history import MAX_SEGMENTS, LinkHistory, PhaseKind
+from shim.core.link_state import MAX_SEGMENTS, LinkHistory, PhaseKind
 
 
 def test_a_timeline_joins_what_is_alike_and_forgets_what_is_long_past() -> None:

@@ -27,7 +27,7 @@ from shim.core.records import (
     StoreContents,
     TraceEntry,
 )
-from shim.core.shard_assignment import shard_of
+from shim.core.shards import shard_of
 from shim.errors import StoreError
 from shim.store.copy import copy
 from shim.store.sqlite import SqliteStore

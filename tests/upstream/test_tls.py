@@ -17,7 +17,7 @@ from shim.config.settings import Upstream
 from shim.ports import DialFailure, DialRequest
 from shim.protocol.upstream_message import Message
 from shim.upstream import AiohttpUpstream
-from shim.upstream.proxy import choose_proxy
+from shim.upstream.dialler import choose_proxy
 from tests.support.sockets import Events, Tasks, accept_websocket, answer, connect, read_head, refusal, tcp_server
 
 TOKEN = "token-canary"

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.shard_assignment import AT_ONCE, Rebalance, owner_id, plan_rebalance, shard_of, target_counts
+from shim.core.shards import AT_ONCE, Rebalance, owner_id, plan_rebalance, shard_of, target_counts
 
 names = st.sets(st.text("abcdef", min_size=1, max_size=3), min_size=1, max_size=6)
 

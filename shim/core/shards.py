@@ -1,4 +1,4 @@
-"""Leases as pure data and rules: the validity of a replica's lease, and the holder of each shard.
+"""Shards and their leases as pure data and rules: a token's shard, each shard's holder, and how long a lease is valid.
 
 A replica is a database row that it renews; the row is the lease of every shard it holds. The end of a lease is computed
 twice: by the database's clock for the other replicas, and earlier by the holder's own monotonic clock. So the holder
@@ -7,7 +7,13 @@ always stops before another replica may take over.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+
+import msgspec
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +126,70 @@ class ClockOffset:
     def to_peer(self, ours: float) -> float | None:
         """Convert a local time to the peer's clock, or an earlier time. Returns `None` while no message has arrived."""
         return None if self._ahead_s is None else ours + self._ahead_s - max(0.0, ours - self._at) * self.DRIFT
+
+
+# --- the owner of a token, and the shards of a replica ----------------------------------------------------------------
+
+
+def owner_id(key: bytes, token: str) -> str:
+    """Return the owner of a token's sessions: 64 hexadecimal digits, which cannot be computed without the key."""
+    return hmac.digest(key, token.encode("utf-8", "surrogatepass"), "sha256").hex()
+
+
+def shard_of(owner: str, count: int) -> int:
+    """Return the shard of an owner, a number below `count`."""
+    return int(hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()[:8], 16) % count
+
+
+AT_ONCE = 4
+"""Shards that a replica releases at a time. Their links are closed meanwhile; all others stay connected."""
+
+
+class Rebalance(msgspec.Struct, frozen=True):
+    """Shards that a replica has to acquire and to release now."""
+
+    acquire: tuple[int, ...] = ()
+    release: tuple[int, ...] = ()
+
+
+def target_counts(count: int, members: Collection[str], held: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of shards for each member. The remainder goes to the members that hold the most already."""
+    base, odd = divmod(count, len(members)) if members else (0, 0)
+    favoured = sorted(members, key=lambda member: (-held.get(member, 0), member))[:odd]
+    return {member: base + (member in favoured) for member in sorted(members)}
+
+
+def plan_rebalance(me: str, count: int, members: Collection[str], holders: Mapping[int, str]) -> Rebalance:
+    """Return the shards that `me` has to acquire or to release.
+
+    `members` are the living replicas that are not leaving. `holders` maps each leased shard to its holder. A holder
+    that is no member is leaving, so its shards count as free soon.
+    """
+    if me not in members:
+        return Rebalance()
+    held = Counter(holders.values())
+    share = target_counts(count, members, held)
+    missing = {member: max(0, share[member] - held[member]) for member in share}
+    if missing[me]:
+        return Rebalance(acquire=_to_acquire(me, count, missing, holders))
+    mine = sorted(shard for shard, holder in holders.items() if holder == me)
+    unheld = count - sum(held[member] for member in share)
+    wanted = sum(missing.values()) - unheld
+    for member in share:
+        surplus = max(0, held[member] - share[member])
+        given = min(surplus, max(0, wanted))
+        if member == me:
+            return Rebalance(release=tuple(mine[len(mine) - min(given, AT_ONCE) :]))
+        wanted -= given
+    return Rebalance()
+
+
+def _to_acquire(me: str, count: int, missing: Mapping[str, int], holders: Mapping[int, str]) -> tuple[int, ...]:
+    """Return the free shards for `me`.
+
+    They are dealt out by replica name, so that two replicas rarely want the same.
+    """
+    free = [shard for shard in range(count) if shard not in holders]
+    start = sum(number for member, number in missing.items() if member < me)
+    dealt = free[start : start + missing[me]]
+    return tuple(dealt)
