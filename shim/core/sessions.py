@@ -187,7 +187,7 @@ class Session:
         self.reported_status = call.status, call.tunnel_status or "disconnected"
         if call.agent_id:
             self.agent_id = call.agent_id
-        if call.known:
+        if call.known and call.known != self.known:
             self.known = self.known | call.known
         if call.secret:
             self.secret = call.secret

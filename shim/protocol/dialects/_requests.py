@@ -41,6 +41,7 @@ _SECRET = re.compile(
     r"token|passw|secret|credential|authorization|cookie|kubeconfig|(private|api|access)_?key", re.IGNORECASE
 )
 _HOST_KEYS = ("k8s_version", "hostname", "server_ip", "region", "cloud_provider")
+_ANY_HOST_KEY = frozenset(_HOST_KEYS)
 _KNOWN_KEYS = frozenset({"cluster_name", "name", "agent_version", "version", *_HOST_KEYS})
 _GROUPS = (
     ("prometheus_url", "prometheus"),
@@ -219,7 +220,7 @@ def read_heartbeat(
         payload["metadata"] = metadata
     else:
         metadata = {}
-    # Most heartbeats have none of these fields: test for the keys first.
+    # Many heartbeats have none of these fields: test for the keys first.
     known = {} if _KNOWN_KEYS.isdisjoint(body) and _KNOWN_KEYS.isdisjoint(metadata) else _known(body, metadata)
     return HeartbeatCall(
         dialect=dialect,
@@ -256,16 +257,14 @@ def _known(body: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     The rule is docs/reference/protocol.md#14-adoption.
     """
     found = {}
-    if "cluster_name" in body or "name" in body:
-        found["name"] = _name(body)
+    if name := _name(body):
+        found["name"] = name
     for source in (metadata, body):
-        if "agent_version" in source or "version" in source:
-            version = first_text(source, "agent_version", "version")
-            found["agent_version"] = cut(version, MAX_WORD_CHARS) or found.get("agent_version", "")
-        for key in _HOST_KEYS:
-            if key in source:
-                found[key] = word(source[key]) or found.get(key, "")
-    return {key: value for key, value in found.items() if value}
+        if version := word(source.get("agent_version")) or word(source.get("version")):
+            found["agent_version"] = version
+        if not _ANY_HOST_KEY.isdisjoint(source):
+            found |= {key: value for key in _HOST_KEYS if (value := word(source.get(key)))}
+    return found
 
 
 def read_result(dialect: str, target: SessionTarget, call: Call) -> ResultCall:
