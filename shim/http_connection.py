@@ -3,9 +3,8 @@
 aiohttp's own protocol parses everything that has arrived. Here bytes behind an unanswered request are kept unparsed,
 are bounded, and pause reading (docs/concepts/threat-model.md#bounds). The time of a request's first byte is exact.
 
-The class overrides private parts of aiohttp's `RequestHandler`: `_parser`, `_messages`, `_waiter`, `_request_count`,
-`_upgraded`, `_payload_parser`, `_close`, `_force_close`, `_reading_paused` and `_next_keepalive_close_time`. Check them
-when aiohttp is updated.
+Check the private parts of aiohttp's `RequestHandler` when it is updated: `_parser`, `_messages`, `_waiter`, `_close`,
+`_request_count`, `_upgraded`, `_payload_parser`, `_force_close`, `_reading_paused` and `_next_keepalive_close_time`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from shim.core.bounds import FREE_BYTES, MAX_EMPTY_LINES, MAX_HEAD_BYTES, MAX_WAITING_BYTES, Budget
-from shim.http_heads import EmptyLine, KnownHeads
+from shim.http_heads import EmptyLine, KnownHeads, remember
 
 LINGER_S = 2.0
 CHUNKED = -1
@@ -62,6 +61,7 @@ class HttpConnection(RequestHandler):
     """
 
     head_limit_bytes = MAX_HEAD_BYTES
+    remembers_heads = False  # a subclass that does provides `_begin_known_request`
 
     __slots__ = (
         "_backlog",
@@ -96,7 +96,7 @@ class HttpConnection(RequestHandler):
         self._budget = budget
         self._head_timeout_s = head_timeout_s
         self._http: Any = self._parser
-        self._known_heads: KnownHeads | None = None
+        self._known_heads: KnownHeads = ()
         self._wire: asyncio.Transport | None = None  # aiohttp clears its `transport` before the connection has ended
         self._turned_away = False
         self._open = False  # True while a complete head has no response yet
@@ -155,7 +155,7 @@ class HttpConnection(RequestHandler):
         super().connection_lost(exc)
         # The parser and the reader refer to this connection, and such a cycle stays in memory until the garbage
         # collector searches for it, which is rare (`process.GarbageSearch`).
-        self._http, self._body = None, EMPTY_PAYLOAD
+        self._http, self._body, self._known_heads = None, EMPTY_PAYLOAD, ()
 
     # --- requests ---
 
@@ -178,23 +178,22 @@ class HttpConnection(RequestHandler):
             self._received_s = now = self._loop.time()
             if self._backlog:
                 self._keep(data, now)
-            elif self._known_heads is None or not self._read_known(data, self._known_heads):
+            elif not (self._known_heads and self._read_known(data)):
                 self._read(data, now, waited=False)
 
-    def _read_known(self, data: bytes, known_heads: KnownHeads) -> bool:
+    def _read_known(self, data: bytes) -> bool:
         """Begin the request that `data` is, if its head is known; return False if it has to be parsed."""
         if self._open or self._body_left or self._head_since_s is not None or self._unread_since_s is not None:
             return False
-        end = data.find(b"\r\n\r\n") + 4
-        known = known_heads.get(data[:end])
-        if known is None or len(data) != end + known.body_bytes or self._reading_paused:
-            return False
-        if self._head_timer is not None:
-            self._stop_head_timer()
-        self._raw = data
-        begun = self._begin_known_request(known.message, data[end:])
-        self._raw = b""
-        return begun
+        for known in self._known_heads:
+            if len(data) == known.size_bytes and data.startswith(known.head) and not self._reading_paused:
+                if self._head_timer is not None:
+                    self._stop_head_timer()
+                self._raw = data
+                begun = self._begin_known_request(known.message, data[len(known.head) :])
+                self._raw = b""
+                return begun
+        return False
 
     def set_parser(self, parser: Any, data_received_cb: Callable[[], None] | None = None) -> None:
         """Switch to WebSocket frames; the bytes behind the handshake are the first of them."""
@@ -336,8 +335,8 @@ class HttpConnection(RequestHandler):
         elif rest and self._body_left:
             rest = self._take_body(rest)
         self._raw = b"" if self._body_left else self._raw[: len(self._raw) - len(rest)]
-        if self._raw and self._known_heads is not None:
-            self._known_heads.add(self._raw, message)
+        if self._raw and self.remembers_heads:
+            self._known_heads = remember(self._known_heads, self._raw, message)
         answered = self._begin_request(message, body, arrived_s)
         self._raw = b""
         if answered:

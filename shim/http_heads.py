@@ -9,7 +9,9 @@ from aiohttp.http_parser import RawRequestMessage
 
 from shim.core.bounds import FREE_BYTES
 
-_MAX_KNOWN_HEADS = 4096  # about 10 MB
+MAX_KNOWN_HEADS = 3  # of a connection: a poll, and heartbeats whose bodies have two lengths
+MAX_KNOWN_HEADERS = 16  # header lines of a known head, whose parsed form has many times the size of its bytes
+KnownHeads = tuple["KnownHead", ...]
 
 
 class EmptyLine:
@@ -36,26 +38,24 @@ class EmptyLine:
 
 
 class KnownHead(msgspec.Struct, frozen=True):
-    """A parsed head without any special meaning, and the size of the body behind it."""
+    """The bytes of a head, its parsed form, and the size of the request with the body behind it."""
 
+    head: bytes
     message: RawRequestMessage
-    body_bytes: int
+    size_bytes: int
 
 
-class KnownHeads(dict[bytes, KnownHead]):
-    """Heads that were parsed lately, by their bytes.
+def remember(known: KnownHeads, request: bytes, message: RawRequestMessage) -> KnownHeads:
+    """Return the known heads with that of a request; the oldest of more than three is dropped.
 
-    An agent sends the same few heads for its whole life, and parsing a head is a sixth of the work for a heartbeat.
+    Heads that are large, or ask for an upgrade, an interim response or the end of the connection, are not remembered.
     """
-
-    def add(self, request: bytes, message: RawRequestMessage) -> None:
-        """Remember the head of a small request, unless it asks for an upgrade, an interim response or the end."""
-        special = message.chunked or message.upgrade or message.should_close or hdrs.EXPECT in message.headers
-        if special or message.method == hdrs.METH_CONNECT or message.version != HttpVersion11:
-            return
-        if len(request) > FREE_BYTES:
-            return
-        if len(self) >= _MAX_KNOWN_HEADS:
-            self.clear()
-        end = request.find(b"\r\n\r\n") + 4
-        self[request[:end]] = KnownHead(message, len(request) - end)
+    special = message.chunked or message.upgrade or message.should_close or hdrs.EXPECT in message.headers
+    if special or message.method == hdrs.METH_CONNECT or message.version != HttpVersion11:
+        return known
+    if len(request) > FREE_BYTES or len(message.raw_headers) > MAX_KNOWN_HEADERS:
+        return known
+    head = request[: request.find(b"\r\n\r\n") + 4]
+    if any(each.head == head for each in known):
+        return known
+    return (*known[1 - MAX_KNOWN_HEADS :], KnownHead(head, message, len(request)))

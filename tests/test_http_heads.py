@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shim.agent_api.connection import AgentConnection
 from shim.core.agent_calls import HeartbeatCall
 from shim.core.bounds import FREE_BYTES
-from shim.http_heads import EmptyLine, KnownHeads
-from tests.support.frontend import POLL, Agent, get, post, running
+from shim.http_heads import MAX_KNOWN_HEADERS, MAX_KNOWN_HEADS, EmptyLine, KnownHeads
+from tests.support.frontend import POLL, Agent, House, get, post, running
 
 END = b"\r\n\r\n"
 HEARTBEAT = "/api/v1/clusters/agent/c1/heartbeat"
@@ -43,43 +44,52 @@ def test_a_search_begins_anew_behind_each_empty_line() -> None:
 
 
 async def known_after(requests: list[bytes]) -> KnownHeads:
-    """The heads that a server knows after it has answered these requests, each on a connection of its own."""
+    """The heads that a connection knows after these requests were answered."""
     async with running() as house:
+        agent = await house.agent()
         for request in requests:
-            await house.ask(request)
-        return house.frontend._server_context.known_heads
+            await agent.send(request)
+            await agent.reply()
+        assert house.frontend._web is not None
+        (connection,) = house.frontend._web.connections
+        assert isinstance(connection, AgentConnection)
+        return connection._known_heads
 
 
 async def test_a_head_is_known_once_however_often_it_comes() -> None:
     beats = [post(HEARTBEAT, body, TOKEN) for body in (b'{"status":"a"}', b'{"status":"b"}', b'{"status":"a"}')]
     known = await known_after([*beats, POLL, POLL])
-    assert sorted(each.body_bytes for each in known.values()) == [0, 14]
-    assert all(head.endswith(END) and head.count(END) == 1 for head in known)
+    assert [each.size_bytes for each in known] == [len(beats[0]), len(POLL)]
+    assert all(each.head.endswith(END) and each.head.count(END) == 1 for each in known)
 
 
-async def test_a_known_head_has_each_requests_own_body_and_time() -> None:
+async def test_a_known_head_has_each_requests_own_body() -> None:
     async with running() as house:
         agent = await house.agent()
         for status in ("up", "ab", "cd"):
             await agent.send(post(HEARTBEAT, b'{"status":"%s"}' % status.encode(), TOKEN))
             assert (await agent.reply()).status == 200
-        assert [call.status for call in house.board.calls if isinstance(call, HeartbeatCall)] == ["up", "ab", "cd"]
-        assert len(house.frontend._server_context.known_heads) == 1
+        assert statuses(house) == ["up", "ab", "cd"]
+
+
+def many_lines(number: int) -> list[str]:
+    return [f"X-{each}: y" for each in range(number)]
 
 
 @pytest.mark.parametrize(
     "request_",
     [
-        pytest.param(post(HEARTBEAT, b"{}", TOKEN, "Connection: close"), id="the last request"),
-        pytest.param(post(HEARTBEAT, b"{}", TOKEN).replace(b"HTTP/1.1", b"HTTP/1.0"), id="HTTP/1.0"),
         pytest.param(post(HEARTBEAT, b"{}", TOKEN, "Expect: 100-continue"), id="an interim response"),
         pytest.param(post(HEARTBEAT, b" " * FREE_BYTES, TOKEN), id="large"),
-        pytest.param(b"CONNECT a:1 HTTP/1.1\r\nHost: localhost\r\n\r\n", id="CONNECT"),
+        pytest.param(post(HEARTBEAT, b"{}", TOKEN, *many_lines(MAX_KNOWN_HEADERS)), id="many lines"),
         pytest.param(get("/ws", TOKEN, "Connection: Upgrade", "Upgrade: websocket"), id="an upgrade"),
+        pytest.param(
+            post(HEARTBEAT, b"{}", TOKEN, "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0"), id="HTTP/1.0"
+        ),
     ],
 )
-async def test_a_head_that_asks_for_more_than_a_reply_is_always_parsed(request_: bytes) -> None:
-    assert await known_after([request_]) == {}
+async def test_a_head_that_is_large_or_asks_for_more_than_a_reply_is_always_parsed(request_: bytes) -> None:
+    assert await known_after([request_]) == ()
 
 
 async def test_a_head_is_parsed_again_where_its_request_came_in_pieces_or_with_others() -> None:
@@ -88,7 +98,7 @@ async def test_a_head_is_parsed_again_where_its_request_came_in_pieces_or_with_o
         beat = post(HEARTBEAT, b'{"status":"up"}', TOKEN)
         for pieces in ([beat], [beat[:-5], beat[-5:]], [beat + beat], [b"\r\n" + beat], [beat]):
             await _exchange(agent, pieces, replies=2 if pieces == [beat + beat] else 1)
-        assert [call.status for call in house.board.calls if isinstance(call, HeartbeatCall)] == ["up"] * 6
+        assert statuses(house) == ["up"] * 6
 
 
 async def _exchange(agent: Agent, pieces: list[bytes], replies: int) -> None:
@@ -98,9 +108,11 @@ async def _exchange(agent: Agent, pieces: list[bytes], replies: int) -> None:
         assert (await agent.reply()).status == 200
 
 
-async def test_the_number_of_known_heads_is_bounded() -> None:
-    known = await known_after([POLL])
-    ((head, found),) = known.items()
-    for number in range(10_000):
-        known.add(b"%d%b" % (number, head), found.message)
-    assert 0 < len(known) <= 4096
+def statuses(house: House) -> list[str]:
+    """The states in the heartbeats that arrived."""
+    return [call.status for call in house.board.calls if isinstance(call, HeartbeatCall)]
+
+
+async def test_a_connection_knows_its_newest_heads() -> None:
+    polls = [get(f"/api/v1/clusters/agent/c{number}/poll", TOKEN) for number in range(MAX_KNOWN_HEADS + 2)]
+    assert [each.head for each in await known_after(polls)] == polls[2:]

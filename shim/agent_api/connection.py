@@ -50,6 +50,8 @@ class AgentConnection(HttpConnection):
     agent's next request, or how the connection ends.
     """
 
+    remembers_heads = True
+
     __slots__ = (
         "_aborted",
         "_acknowledged",
@@ -83,7 +85,6 @@ class AgentConnection(HttpConnection):
         self._context: RequestContext | None = None  # a request that has begun and waits for its handler task
         self._handler = handler
         self._server_context = server_context
-        self._known_heads = server_context.known_heads
         self._socket: socket.socket | None = None  # or asyncio's `TransportSocket`, which has the methods used here
         self._own_socket: socket.socket | None = None
         self._entered = False

@@ -101,6 +101,7 @@ class PairedConnection(AgentConnection):
     """
 
     head_limit_bytes = MAX_HEAD_BYTES + ADDED_BYTES
+    remembers_heads = False  # every request passes `_begin_request`, which asks for the secret and takes the notes
 
     def __init__(self, secret: str, *args: Any) -> None:
         super().__init__(*args)
@@ -111,8 +112,6 @@ class PairedConnection(AgentConnection):
         self._queued: deque[tuple[RawRequestMessage, StreamReader]] = deque()
         self._caller_of = lru_cache(MAX_CALLERS)(self._make_caller)
         self._secret = secret
-        # Every request passes `_begin_request`, which asks for the secret and takes the notes.
-        self._known_heads = None
         self._evidence = self._server_context.backends.evidence
         self._receipt: DeliveryReceipt | None = None  # of the newest reply, until a note says if it was written
         self._note_awaited = False  # about how the agent received the newest reply

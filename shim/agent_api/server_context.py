@@ -9,7 +9,6 @@ from shim.agent_api.responses import RefusedCalls, ResponseBuilder
 from shim.config.settings import Listen
 from shim.core.bounds import Budget
 from shim.fallback.websocket_proxy import WebSocketProxy
-from shim.http_heads import KnownHeads
 from shim.metrics import Metrics
 from shim.ports import AgentService, DeliveryEvidence, Fallback, Forwarder
 
@@ -58,4 +57,3 @@ class ServerContext(msgspec.Struct, frozen=True):
     budget: Budget
     refused: RefusedCalls
     connections: ConnectionCount = msgspec.field(default_factory=ConnectionCount)
-    known_heads: KnownHeads = msgspec.field(default_factory=KnownHeads)
