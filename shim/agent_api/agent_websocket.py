@@ -97,8 +97,11 @@ class AgentWebSocket(web.WebSocketResponse):
 
     def abort(self) -> None:
         """Drop the connection: by FIN if everything is written, else by RST. Idempotent."""
-        if self._transport is not None:
-            if self._transport.get_write_buffer_size():
-                self._transport.abort()
-            else:
-                self._transport.close()
+        transport = self._transport
+        if transport is None:
+            return
+        # asyncio's TLS transport drops its connection when it is closed a second time: then only `abort` may be called.
+        if transport.is_closing() or transport.get_write_buffer_size():
+            transport.abort()
+        else:
+            transport.close()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from random import Random
@@ -42,8 +41,9 @@ from tests.chaos.harness.http_requests import (
     other_body,
     pieces_of,
 )
+from tests.chaos.harness.memory_tls import secured
 from tests.chaos.harness.memory_transport import connect
-from tests.chaos.harness.ways import Peer, cut_one_by_one, one_by_one, pipelined
+from tests.chaos.harness.ways import Peer, TlsPeer, cut_one_by_one, one_by_one, pipelined, serving
 from tests.support.frontend import Board, offering
 from tests.support.virtual import run_virtual
 
@@ -102,21 +102,6 @@ def _essence(entry: tuple[Any, ...]) -> tuple[Any, ...]:
     if entry[0] == "call":
         return "call", entry[1].token, repr(entry[2])
     return (entry[0], *entry[2:]) if entry[0] in ("next", "closed") else entry
-
-
-@asynccontextmanager
-async def serving(server: AgentServer, effects: Callable[[], tuple[Any, ...]]) -> AsyncIterator[Peer]:
-    """A peer of a server in memory."""
-    unused = socket.socket()
-    unused.setblocking(False)
-    unused.bind(("127.0.0.1", 0))
-    server._sockets = [unused]  # otherwise a thread would look the address up, which has no place in virtual time
-    await server.start()
-    assert server._web is not None
-    try:
-        yield Peer(server._web, effects)
-    finally:
-        await server.stop(0)
 
 
 @asynccontextmanager
@@ -192,19 +177,43 @@ def test_a_body_has_the_same_effect_with_its_length_in_chunks_and_after_100_cont
     run_virtual(scenario())
 
 
+@searched
+@given(st.randoms(use_true_random=False))
+def test_requests_get_the_same_answers_by_tls_wherever_records_are_cut(rng: Random) -> None:
+    async def scenario() -> None:
+        async with recording() as peer:
+            requests, secure = conversation(rng), TlsPeer(peer, IDENTITY, rng)
+            expected = await peer.play(one_by_one(requests))
+            for name, segments in [
+                ("one by one", one_by_one(requests)),
+                ("cut, one by one", cut_one_by_one(requests, rng)),
+                *pipelined(requests, rng),
+            ]:
+                assert await secure.play(segments) == expected, (name, segments)
+
+    run_virtual(scenario())
+
+
 # --- through another replica ----------------------------------------------------------------------------------------
 
 
 class MemoryPool(ConnectionPool):
-    """A pool whose connections to the owner are in memory."""
+    """A pool whose connections to the owner are in memory, with TLS if `rng` is given to cut its records."""
 
-    def __init__(self, owner: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(self, owner: Callable[[], asyncio.Protocol], rng: Random | None = None) -> None:
         super().__init__()
-        self._owner = owner
+        self._owner, self._rng = owner, rng
 
     async def _connect(self, member: Member, make: Callable[[], P], query: str) -> P:
-        client = make()
-        transport = connect(client, self._owner())
+        client = cast("Any", make())
+        if (rng := self._rng) is None:
+            transport: asyncio.Transport = connect(client, self._owner())
+        else:
+            waiter = asyncio.get_running_loop().create_future()
+            tls = secured(client, self._context, waiter)
+            connect(tls, secured(self._owner(), IDENTITY), lambda data: pieces_of(data, rng))
+            await waiter
+            transport = tls._app_transport
         transport.write(note(Note.JOIN, query, headers=f"Authorization: Bearer {self.secret}\r\n"))
         return client
 
@@ -248,8 +257,11 @@ async def owning() -> AsyncIterator[Peer]:
 
 
 @asynccontextmanager
-async def forwarding() -> AsyncIterator[Peer]:
-    """A peer of a replica that owns nothing; its effects are what it or the owner was told."""
+async def forwarding(rng: Random | None = None) -> AsyncIterator[Peer]:
+    """A peer of a replica that owns nothing; its effects are what it or the owner was told.
+
+    The replicas are connected by TLS if `rng` is given.
+    """
     recorder, metrics = Recorder(), Metrics(CollectorRegistry())
     owner = ClusterListener(
         *(LISTEN, recorder.backends, dialects.load(), recorder.metrics),
@@ -259,7 +271,7 @@ async def forwarding() -> AsyncIterator[Peer]:
         operate=no_operators,
     )
     async with serving(owner, recorder.take_told) as behind:
-        pool, view = MemoryPool(behind.connect), cast("Any", Elsewhere())
+        pool, view = MemoryPool(behind.connect, rng), cast("Any", Elsewhere())
         pool.secret = SECRET
         await pool.open_heartbeats(OWNER)
         forwarder = ReplicaForwarder(view, view, pool, LoopClock(), ClusterMetrics(metrics))
@@ -283,6 +295,19 @@ def test_requests_get_the_same_answers_through_another_replica(rng: Random) -> N
             for name, segments in [("cut, one by one", cut_one_by_one(requests, rng)), *pipelined(requests, rng)]:
                 outcome = await forwarded.play(segments)
                 assert outcome == expected, (name, segments)
+
+    run_virtual(scenario())
+
+
+@searched
+@given(st.randoms(use_true_random=False))
+def test_requests_get_the_same_answers_through_another_replica_wherever_records_are_cut(rng: Random) -> None:
+    async def scenario() -> None:
+        requests = [request for _ in range(2) for request in (rng.choice(HEARTBEATS), *conversation(rng))]
+        async with forwarding() as plain, forwarding(Random(rng.getrandbits(32))) as secure:
+            expected = await plain.play(one_by_one(requests))
+            for name, segments in [("one by one", one_by_one(requests)), *pipelined(requests, rng)]:
+                assert await secure.play(segments) == expected, (name, segments)
 
     run_virtual(scenario())
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
+
+Cut = Callable[[bytes], list[bytes]]
 
 
 @cache
@@ -59,7 +61,13 @@ class MemoryTransport(asyncio.Transport):
 
     def _deliver(self) -> None:
         while self._pieces and self._reading and not self._closing:
-            self._protocol.data_received(self._pieces.popleft())
+            piece = self._pieces.popleft()
+            if isinstance(self._protocol, asyncio.BufferedProtocol):  # asyncio's TLS
+                room = self._protocol.get_buffer(len(piece))
+                room[: len(piece)] = piece
+                self._protocol.buffer_updated(len(piece))
+            else:
+                self._protocol.data_received(piece)
 
     # --- asyncio.Transport ---
 
@@ -111,18 +119,23 @@ class MemoryTransport(asyncio.Transport):
     def abort(self) -> None:
         self.close()
 
+    def _force_close(self, _exc: BaseException | None) -> None:
+        """Drop the connection; asyncio's TLS calls this method of its transport."""
+        self.close()
+
 
 class _Pipe(MemoryTransport):
     """One end of a connection in memory between two protocols of this process."""
 
-    def __init__(self, protocol: asyncio.Protocol) -> None:
-        self.other: _Pipe | None = None
+    def __init__(self, protocol: Any, cut: Cut, other: _Pipe | None = None) -> None:
+        self.other = other
+        self._cut = cut
         super().__init__(protocol)
 
     def write(self, data: Any) -> None:
         super().write(data)
         if self.other is not None and not self._closing:
-            self._loop.call_soon(self.other.send, [bytes(data)])
+            self._loop.call_soon(self.other.send, self._cut(bytes(data)))
 
     def close(self) -> None:
         super().close()
@@ -130,8 +143,8 @@ class _Pipe(MemoryTransport):
             self._loop.call_soon(self.other.hang_up)
 
 
-def connect(client: asyncio.Protocol, server: asyncio.Protocol) -> MemoryTransport:
-    """Connect two protocols; return the client's transport."""
-    one, two = _Pipe(client), _Pipe(server)
-    one.other, two.other = two, one
-    return one
+def connect(client: Any, server: Any, cut: Cut = lambda data: [data]) -> MemoryTransport:
+    """Connect two protocols; return the client's transport. `cut` returns the pieces in which a write arrives."""
+    accepted = _Pipe(server, cut)
+    accepted.other = opened = _Pipe(client, cut, accepted)
+    return opened

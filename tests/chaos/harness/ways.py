@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Iterator
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from shim.agent_api import AgentServer
 from tests.chaos.harness.http_requests import pieces_of
+from tests.chaos.harness.memory_tls import TlsEnd, client_context, secured
 from tests.chaos.harness.memory_transport import MemoryTransport
 
 OVER_S = 30.0  # virtual: longer than an unfinished request or an unread reply is waited for
@@ -50,12 +55,16 @@ class Peer:
 
     def __init__(self, connect: Callable[[], asyncio.Protocol], effects: Callable[[], tuple[Any, ...]]) -> None:
         self.connect = connect
-        self._effects = effects
+        self.effects = effects
+
+    async def _open(self) -> MemoryTransport | TlsEnd:
+        """Return the client's end of a new connection."""
+        return MemoryTransport(self.connect())
 
     async def play(self, segments: Segments) -> Outcome:
         """Send segments on a connection of their own, wait until nothing follows, and hang up."""
-        self._effects()
-        transport = MemoryTransport(self.connect())
+        self.effects()
+        transport = await self._open()
         for segment in segments:
             transport.send(segment)
             for _ in range(TURNS):
@@ -64,7 +73,20 @@ class Peer:
         closed = transport.is_closing()
         transport.hang_up()
         await asyncio.sleep(OVER_S)
-        return Outcome(_normalised(bytes(transport.written)), closed, self._effects())
+        return Outcome(_normalised(bytes(transport.written)), closed, self.effects())
+
+
+class TlsPeer(Peer):
+    """A client of the same server by TLS."""
+
+    def __init__(self, peer: Peer, context: ssl.SSLContext, rng: Random) -> None:
+        super().__init__(peer.connect, peer.effects)
+        self._context, self._rng = context, Random(rng.getrandbits(32))
+
+    async def _open(self) -> TlsEnd:
+        end = TlsEnd(secured(self.connect(), self._context), client_context(), self._rng)
+        await end.handshake()
+        return end
 
 
 def _normalised(replies: bytes) -> bytes:
@@ -79,6 +101,21 @@ def _normalised(replies: bytes) -> bytes:
         return b"\r\n".join([head[1], *lines, b"", b""])
 
     return _LINE_TOO_LONG.sub(_MALFORMED, _HEAD.sub(sort, replies.replace(_CONTINUE, b"")))
+
+
+@asynccontextmanager
+async def serving(server: AgentServer, effects: Callable[[], tuple[Any, ...]]) -> AsyncIterator[Peer]:
+    """A peer of a server in memory."""
+    unused = socket.socket()
+    unused.setblocking(False)
+    unused.bind(("127.0.0.1", 0))
+    server._sockets = [unused]  # otherwise a thread would look the address up, which has no place in virtual time
+    await server.start()
+    assert server._web is not None
+    try:
+        yield Peer(server._web, effects)
+    finally:
+        await server.stop(0)
 
 
 def one_by_one(requests: Iterable[bytes]) -> Segments:
