@@ -26,7 +26,7 @@ class AgentError(ShimError):
 
 
 class OperatorError(ShimError):
-    """A request to the admin port that cannot be served. `status` is the HTTP status of the reply."""
+    """A request of an operator, mostly to the admin port, that cannot be served. `status` is that of the reply."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)

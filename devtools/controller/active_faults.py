@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from devtools.controller.errors import RequestRefused
 from devtools.controller.faults import AnyFault, Endpoint, Fault
+from shim.errors import OperatorError
 
 F = TypeVar("F", bound=Fault)
 
@@ -47,13 +47,13 @@ class ActiveFault:
 
 
 def parse_fault(value: Any) -> AnyFault:
-    """Parse a fault from its JSON object. Raises `RequestRefused` 400 that names the place of the mistake."""
+    """Parse a fault from its JSON object. Raises `OperatorError` 400 that names the place of the mistake."""
     try:
         fault: AnyFault = msgspec.convert(value, AnyFault, strict=True)
     except msgspec.ValidationError as error:
-        raise RequestRefused(400, f"no such fault: {error}") from None
+        raise OperatorError(400, f"no such fault: {error}") from None
     if fault.count is not None and not fault.counted:
-        raise RequestRefused(400, f"count has no meaning for {type(fault).__struct_config__.tag}")
+        raise OperatorError(400, f"count has no meaning for {type(fault).__struct_config__.tag}")
     return fault
 
 

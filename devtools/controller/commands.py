@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from devtools.controller.errors import RequestRefused
 from devtools.controller.faults import Positive
 from devtools.controller.history import Event
+from shim.errors import OperatorError
 from shim.protocol.upstream_message import Message
 
 _MAX_COMMANDS = 100_000
@@ -80,13 +80,13 @@ class CommandSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 def parse_spec(value: Any) -> CommandSpec:
-    """Parse a spec from its JSON object. Raises `RequestRefused` 400."""
+    """Parse a spec from its JSON object. Raises `OperatorError` 400."""
     try:
         spec = msgspec.convert(value, CommandSpec, strict=True)
     except msgspec.ValidationError as error:
-        raise RequestRefused(400, f"no such command: {error}") from None
+        raise OperatorError(400, f"no such command: {error}") from None
     if spec.payload_as == "flat" and not isinstance(spec.payload, dict):
-        raise RequestRefused(400, "a flat payload must be an object")
+        raise OperatorError(400, "a flat payload must be an object")
     return spec
 
 

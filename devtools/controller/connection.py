@@ -15,9 +15,8 @@ from msgspec.structs import replace
 
 from devtools.controller import faults as fault
 from devtools.controller.active_faults import Scope
-from devtools.controller.condition import Condition
 from devtools.controller.faults import Endpoint, How
-from devtools.controller.history import Event, EventKind
+from devtools.controller.history import Condition, Event, EventKind
 from devtools.controller.message_handler import Answer, CloseAfterReply, MessageHandler
 from devtools.controller.outbox import Outbox, Outgoing, outgoing
 from devtools.controller.state import ControllerState

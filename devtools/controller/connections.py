@@ -13,14 +13,13 @@ from aiohttp import WSMsgType
 
 from devtools.controller.active_faults import ActiveFault
 from devtools.controller.commands import Command, CommandSpec, Target
-from devtools.controller.condition import Condition
 from devtools.controller.connection import Connection
-from devtools.controller.errors import RequestRefused
 from devtools.controller.faults import CloseCode, Drop, Forget, How
-from devtools.controller.history import Event, EventKind
+from devtools.controller.history import Condition, Event, EventKind
 from devtools.controller.message_handler import MessageHandler
 from devtools.controller.outbox import Outgoing
 from devtools.controller.state import ControllerState
+from shim.errors import OperatorError
 from shim.protocol.upstream_message import Message
 
 
@@ -37,13 +36,13 @@ class RawSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
     frame: Literal["text", "binary"] = "text"
 
     def raw(self) -> bytes:
-        """Return the bytes of the raw frame. Raises `RequestRefused` 400."""
+        """Return the bytes of the raw frame. Raises `OperatorError` 400."""
         if self.text is not None:
             return self.text.encode()
         try:
             return base64.b64decode(self.base64 or "", validate=True)
         except binascii.Error:
-            raise RequestRefused(400, "base64 is malformed") from None
+            raise OperatorError(400, "base64 is malformed") from None
 
 
 class DropSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,10 +68,10 @@ class Connections:
     # --- selection ----------------------------------------------------------------------------------------------------
 
     def connection_for(self, target: Target) -> Connection:
-        """Return the open connection of a target. Raises `RequestRefused` 409 if there is none."""
+        """Return the open connection of a target. Raises `OperatorError` 409 if there is none."""
         connection = self.connections.get(self._number_for(target))
         if connection is None:
-            raise RequestRefused(409, "no open connection speaks for this target")
+            raise OperatorError(409, "no open connection speaks for this target")
         return connection
 
     def _number_for(self, target: Target) -> int:
@@ -90,7 +89,7 @@ class Connections:
     # --- sending and dropping -----------------------------------------------------------------------------------------
 
     def push(self, spec: CommandSpec) -> list[tuple[Command, Outgoing]]:
-        """Queue commands on the connection of their target. Raises `RequestRefused`."""
+        """Queue commands on the connection of their target. Raises `OperatorError`."""
         connection = self.connection_for(spec)
         pushed = []
         for command_id in spec.ids():
@@ -100,10 +99,10 @@ class Connections:
         return pushed
 
     def send(self, spec: RawSpec) -> Outgoing:
-        """Queue a message or a raw frame. Raises `RequestRefused`."""
+        """Queue a message or a raw frame. Raises `OperatorError`."""
         given = [value is not None for value in (spec.message, spec.text, spec.base64)]
         if sum(given) != 1:
-            raise RequestRefused(400, "give one of message, text, base64")
+            raise OperatorError(400, "give one of message, text, base64")
         connection = self.connection_for(spec)
         opcode = WSMsgType.TEXT if spec.frame == "text" else WSMsgType.BINARY
         if spec.message is None:
@@ -113,11 +112,11 @@ class Connections:
         try:
             message = msgspec.convert(spec.message, Message, strict=True)
         except msgspec.ValidationError as error:
-            raise RequestRefused(400, f"no such message: {error}; send it as text") from None
+            raise OperatorError(400, f"no such message: {error}; send it as text") from None
         return connection.send(message)
 
     def drop(self, spec: DropSpec) -> list[int]:
-        """End connections and return their numbers. Raises `RequestRefused` 409 if the target has none."""
+        """End connections and return their numbers. Raises `OperatorError` 409 if the target has none."""
         everyone = spec.connection is None and spec.cluster_id is None and spec.agent_id is None
         chosen = list(self.connections.values()) if everyone else [self.connection_for(spec)]
         for connection in chosen:

@@ -13,10 +13,10 @@ from aiohttp import web
 from devtools.controller.active_faults import parse_fault
 from devtools.controller.commands import Command, parse_spec
 from devtools.controller.connections import Connections, DropSpec, RawSpec, written
-from devtools.controller.errors import RequestRefused
 from devtools.controller.history import Event
 from devtools.controller.legacy import LegacyApi
-from devtools.controller.tokens import bearer
+from devtools.controller.state import bearer
+from shim.errors import OperatorError
 from shim.protocol.rfc3339 import rfc3339
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class Control:
                 return _refusal(401, "unauthorized: the control API needs its own Bearer token")
             try:
                 return await handler(request)
-            except RequestRefused as refused:
+            except OperatorError as refused:
                 return _refusal(refused.status, str(refused))
 
         return guarded
@@ -143,7 +143,7 @@ class Control:
         command_id = request.match_info["id"]
         wait = request.query.get("wait", "")
         if wait and wait not in _WAITS:
-            raise RequestRefused(400, "wait must be sent, ack or result")
+            raise OperatorError(400, "wait must be sent, ack or result")
         timeout_s = _seconds(request, "timeout_s", 20)
 
         def there() -> bool:
@@ -154,7 +154,7 @@ class Control:
             await self._books.history.until(there, timeout_s)
         command = self._books.commands.get(command_id)
         if command is None:
-            raise RequestRefused(404, "no command with this id")
+            raise OperatorError(404, "no command with this id")
         shown = {"success": True} | command.to_json()
         return web.json_response(shown | ({"waited_for": there()} if wait else {}))
 
@@ -182,7 +182,7 @@ class Control:
     async def _clear_fault(self, request: web.Request) -> web.Response:
         ident = request.match_info["id"]
         if not ident.isdecimal() or not self._books.faults.clear(int(ident)):
-            raise RequestRefused(404, "no fault with this id is set")
+            raise OperatorError(404, "no fault with this id is set")
         return web.json_response({"success": True, "cleared": 1})
 
 
@@ -208,20 +208,20 @@ async def _body(request: web.Request) -> Any:
     try:
         return json.loads(await request.read() or b"{}")
     except (ValueError, RecursionError):
-        raise RequestRefused(400, "the body must be JSON") from None
+        raise OperatorError(400, "the body must be JSON") from None
 
 
 async def _parsed(request: web.Request, kind: type[T]) -> T:
     try:
         return msgspec.convert(await _body(request), kind, strict=True)
     except msgspec.ValidationError as error:
-        raise RequestRefused(400, f"bad request: {error}") from None
+        raise OperatorError(400, f"bad request: {error}") from None
 
 
 def _number(request: web.Request, name: str, default: int) -> int:
     text = request.query.get(name, str(default))
     if not text.isdecimal() or len(text) > 18:
-        raise RequestRefused(400, f"{name} must be a number")
+        raise OperatorError(400, f"{name} must be a number")
     return int(text)
 
 
@@ -231,5 +231,5 @@ def _seconds(request: web.Request, name: str, default: float = 0) -> float:
     except ValueError:
         value = -1
     if not 0 <= value <= _MAX_WAIT_S:
-        raise RequestRefused(400, f"{name} must be between 0 and {_MAX_WAIT_S:.0f} seconds")
+        raise OperatorError(400, f"{name} must be between 0 and {_MAX_WAIT_S:.0f} seconds")
     return value

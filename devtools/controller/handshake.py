@@ -13,8 +13,7 @@ from devtools.controller.connection import AcceptedHandshake, Connection
 from devtools.controller.connections import Connections
 from devtools.controller.faults import Endpoint
 from devtools.controller.history import EventKind
-from devtools.controller.options import TokenPlace
-from devtools.controller.tokens import Tokens, bearer
+from devtools.controller.state import TokenPlace, Tokens, bearer
 
 CONTROLLER_PATH = "/api/v1/clusters/agent/ws"
 GATEWAY_PATH = "/gateway/ws"

@@ -3,19 +3,77 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
+import mmap
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from io import SEEK_END, FileIO
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from devtools.controller.condition import Condition
-from devtools.controller.history_file import HistoryFile
-from devtools.controller.masking import mask
+import msgspec
+
 from shim.clock import Clock
 from shim.protocol.rfc3339 import rfc3339
 from shim.protocol.upstream_message import Message
+
+# --- masking: credentials are shown as present and as equal or not, without their values ------------------------------
+
+_MAX_LEVELS = 64
+_SECRET = frozenset({"token", "password", "cluster_cert_data"})
+_SECRET_ENDINGS = ("_token", "_password")
+
+
+def masked(secret: str) -> str:
+    """Return the mask of `secret`; equal secrets have equal masks."""
+    return "sha256:" + hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def mask(value: Any, *, levels: int = _MAX_LEVELS) -> Any:
+    """Return a copy of a JSON value with each non-empty text masked whose key denotes a credential.
+
+    Values nested deeper than `levels` are left out, so that no message can exhaust the stack.
+    """
+    if not isinstance(value, (dict, list)):
+        return value
+    if not levels:
+        return "(nested too deeply to show)"
+    if isinstance(value, list):
+        return [mask(item, levels=levels - 1) for item in value]
+    return {
+        key: masked(held) if _is_secret(key, held) else mask(held, levels=levels - 1) for key, held in value.items()
+    }
+
+
+def _is_secret(key: str, held: Any) -> bool:
+    return isinstance(held, str) and held != "" and (key in _SECRET or key.endswith(_SECRET_ENDINGS))
+
+
+class Condition:
+    """A condition without a lock: code that changes the state calls `wake`, and the waiters check it again."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def wake(self) -> None:
+        """Let every waiter evaluate the state."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def until(self, ready: Callable[[], bool], *, timeout_s: float | None = None) -> bool:
+        """Return True as soon as `ready()` is true, at once if it already is; return False after the time limit."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not ready():
+                    await self._event.wait()
+        except TimeoutError:
+            return False
+        return True
+
 
 _EVENT_BYTES = 500
 
@@ -169,3 +227,52 @@ class History:
         except TimeoutError:
             latest = ", ".join(f"{event.kind.value} {event.type}".strip() for event in self.after(self.last_n - 10))
             raise TimeoutError(f"not within {timeout_s} s; the latest events were: {latest or 'none'}") from None
+
+
+# --- the history as a file with one JSON object a line, which a `kill -9` does not lose -------------------------------
+
+
+class HistoryFile:
+    """Append-only file of events.
+
+    A line has reached the operating system when `write` returns: the end of this process loses none, the end of the
+    machine may. Several runs may append to one file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file. Raises `OSError`."""
+        self.last_n = _last_n(path)
+        self._file = append_lines(path)
+
+    def write(self, event: dict[str, Any]) -> None:
+        """Append one event. Raises `OSError`."""
+        self._file.write(msgspec.json.encode(event) + b"\n")
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self._file.close()
+
+
+def append_lines(path: Path) -> FileIO:
+    """Open a file for unbuffered appending, and terminate the incomplete last line of a run that was killed."""
+    file = path.open("ab+", buffering=0)
+    if file.tell():
+        file.seek(-1, SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
+
+
+def _last_n(path: Path) -> int:
+    """Return the number of the last complete event of the file, or 0."""
+    if not path.exists() or not path.stat().st_size:
+        return 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = content.rfind(b"\n")
+        while end > 0:
+            start = content.rfind(b"\n", 0, end) + 1
+            try:
+                return int(json.loads(content[start:end])["n"])
+            except (ValueError, KeyError, TypeError):
+                end = start - 1
+    return 0

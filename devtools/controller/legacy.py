@@ -12,10 +12,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from devtools.controller.errors import RequestRefused
 from devtools.controller.history import EventKind
-from devtools.controller.state import ControllerState
-from devtools.controller.tokens import Tokens, bearer
+from devtools.controller.state import ControllerState, Tokens, bearer
 from shim.core.agent_calls import (
     Accepted,
     Commands,
@@ -33,7 +31,7 @@ from shim.core.agent_calls import (
     TunnelPollCall,
     TunnelState,
 )
-from shim.errors import AgentError
+from shim.errors import AgentError, OperatorError
 from shim.protocol import dialects
 from shim.protocol.rfc3339 import rfc3339
 from shim.protocol.upstream_message import Message
@@ -73,13 +71,13 @@ class LegacyApi:
         return [web.route(route.method, route.pattern, self._serve) for route in served]
 
     def push(self, value: Any) -> None:
-        """Queue a command for a poll. Raises `RequestRefused` 400."""
+        """Queue a command for a poll. Raises `OperatorError` 400."""
         spec = _convert(value, LegacyCommand)
         created_at = rfc3339(self._books.clock.wall_s())
         self._waiting[spec.ident].append(OfferedCommand(spec.id, spec.type, spec.payload, created_at))
 
     def switch(self, value: Any) -> None:
-        """Refuse all calls, or serve again. Raises `RequestRefused` 400."""
+        """Refuse all calls, or serve again. Raises `OperatorError` 400."""
         self.refuse = _convert(value, LegacySwitch).refuse
 
     async def _serve(self, request: web.Request) -> web.Response:
@@ -140,7 +138,7 @@ def _convert(value: Any, kind: type[Any]) -> Any:
     try:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError as error:
-        raise RequestRefused(400, str(error)) from None
+        raise OperatorError(400, str(error)) from None
 
 
 def _json(status: int, body: dict[str, Any]) -> web.Response:

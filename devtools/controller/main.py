@@ -14,11 +14,11 @@ import click
 import msgspec
 
 from devtools.controller.active_faults import parse_fault
-from devtools.controller.errors import RequestRefused
 from devtools.controller.faults import AnyFault
 from devtools.controller.history import Event
-from devtools.controller.options import Options, TokenPlace
 from devtools.controller.server import DevController, address
+from devtools.controller.state import Options, TokenPlace
+from shim.errors import OperatorError
 from shim.protocol.rfc3339 import rfc3339
 
 _ARROWS = {"in": "<-", "out": "->", "": "--"}
@@ -70,7 +70,7 @@ def _fault_script(path: Path | None) -> list[AnyFault]:
     try:
         script = json.loads(path.read_text())
         return [parse_fault(value) for value in (script if isinstance(script, list) else [script])]
-    except (ValueError, RequestRefused) as error:
+    except (ValueError, OperatorError) as error:
         raise click.ClickException(f"--faults: {error}") from None
 
 

@@ -12,8 +12,7 @@ from aiohttp import WSMsgType, web
 
 from devtools.controller import faults as fault
 from devtools.controller.active_faults import Scope
-from devtools.controller.condition import Condition
-from devtools.controller.history import Event, EventKind
+from devtools.controller.history import Condition, Event, EventKind
 from devtools.controller.message_handler import CloseAfterReply
 from devtools.controller.state import ControllerState
 from shim.protocol.upstream_message import Message, encode

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from devtools.controller.history_file import append_lines
+from devtools.controller.history import append_lines
 from shim.clock import Clock
 from shim.protocol.rfc3339 import rfc3339
 

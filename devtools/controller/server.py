@@ -15,13 +15,10 @@ from devtools.controller.connections import Connections, DropSpec, RawSpec, writ
 from devtools.controller.control import Control
 from devtools.controller.faults import AnyFault, How
 from devtools.controller.handshake import CONTROLLER_PATH, GATEWAY_PATH, Handshakes
-from devtools.controller.history import Event, EventKind, History, Wanted
-from devtools.controller.history_file import HistoryFile
+from devtools.controller.history import Event, EventKind, History, HistoryFile, Wanted
 from devtools.controller.legacy import LegacyApi
-from devtools.controller.options import Options
 from devtools.controller.registry import Registry
-from devtools.controller.state import ControllerState
-from devtools.controller.tokens import Tokens
+from devtools.controller.state import ControllerState, Options, Tokens
 from shim.clock import Clock
 
 _MAX_BODY_BYTES = 134_217_728
@@ -141,7 +138,7 @@ class DevController:
         return self.books.history
 
     async def push_command(self, **spec: Any) -> list[Command]:
-        """Push commands; the fields are those of `CommandSpec`. Raises `RequestRefused`, `msgspec.ValidationError`.
+        """Push commands; the fields are those of `CommandSpec`. Raises `OperatorError`, `msgspec.ValidationError`.
 
         Returns when they are sent, or after a second if faults hold them back.
         """

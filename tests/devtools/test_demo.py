@@ -22,10 +22,10 @@ import pytest
 
 from devtools.demo import main as demo_main
 from devtools.demo.console import Console, StepFailed
+from devtools.demo.gateway_scenario import Service
 from devtools.demo.postgres import PostgresServer, missing
 from devtools.demo.processes import ChildFailed, ChildProcess
 from devtools.demo.scenario import Scenario
-from devtools.demo.service import Service
 from shim.clock import Clock
 
 CONTROLLER = ["controller", "--listen", "127.0.0.1:0", "--token", "t"]

@@ -11,8 +11,8 @@ import pytest
 import trustme
 
 from devtools.controller.history import EventKind
-from devtools.controller.options import Options, TokenPlace
 from devtools.controller.server import DevController
+from devtools.controller.state import Options, TokenPlace
 from tests.cli.doctor.conftest import PASSWORD, TOKEN, Doctor, upstream
 from tests.support.proxies import ForwardProxy, PickyProxy, forward_proxy
 from tests.support.sockets import accept_websocket, answer, read_head, tcp_server

@@ -12,9 +12,8 @@ from devtools.controller.commands import CommandLog
 from devtools.controller.faults import Endpoint
 from devtools.controller.history import EventKind, History
 from devtools.controller.message_handler import Answer, MessageHandler
-from devtools.controller.options import Options
 from devtools.controller.registry import Registry
-from devtools.controller.state import ControllerState
+from devtools.controller.state import ControllerState, Options
 from shim.clock import Clock
 from shim.protocol.upstream_message import Message
 

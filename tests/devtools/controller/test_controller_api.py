@@ -13,10 +13,9 @@ import trustme
 import websockets
 
 from devtools.controller.faults import Gateway, Slow
-from devtools.controller.history import EventKind
-from devtools.controller.masking import masked
-from devtools.controller.options import Options, TokenPlace
+from devtools.controller.history import EventKind, masked
 from devtools.controller.server import DevController
+from devtools.controller.state import Options, TokenPlace
 from shim.protocol.rfc3339 import parse_rfc3339
 from tests.support.wsagent import TOKEN, WsAgent, connected, registered
 

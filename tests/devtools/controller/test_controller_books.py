@@ -12,11 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devtools.controller.commands import CommandLog
-from devtools.controller.history import EventKind, History
-from devtools.controller.history_file import HistoryFile
-from devtools.controller.masking import mask, masked
+from devtools.controller.history import EventKind, History, HistoryFile, mask, masked
 from devtools.controller.registry import Registry
-from devtools.controller.tokens import Tokens, bearer
+from devtools.controller.state import Tokens, bearer
 from shim.clock import Clock
 from shim.protocol.upstream_message import Message
 

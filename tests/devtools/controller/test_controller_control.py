@@ -13,8 +13,8 @@ import aiohttp
 import pytest
 
 from devtools.controller.history import EventKind
-from devtools.controller.options import Options
 from devtools.controller.server import DevController
+from devtools.controller.state import Options
 from tests.support.wsagent import TOKEN, connected, registered
 
 

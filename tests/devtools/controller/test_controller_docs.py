@@ -15,10 +15,8 @@ from devtools.controller.control import Control
 from devtools.controller.faults import AnyFault, Fault
 from devtools.controller.history import History
 from devtools.controller.legacy import LegacyApi
-from devtools.controller.options import Options
 from devtools.controller.registry import Registry
-from devtools.controller.state import ControllerState
-from devtools.controller.tokens import Tokens
+from devtools.controller.state import ControllerState, Options, Tokens
 from shim.clock import Clock
 
 PAGE = (Path(__file__).parents[3] / "docs" / "reference" / "controller.md").read_text()

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from devtools.controller import faults as fault
 from devtools.controller.active_faults import ActiveFaults, Scope, parse_fault
 from devtools.controller.commands import CommandSpec, parse_spec
-from devtools.controller.errors import RequestRefused
 from devtools.controller.faults import AnyFault, Endpoint, How
 from devtools.controller.history import Event, EventKind
 from devtools.controller.outbox import GARBAGE
 from devtools.controller.server import DevController
+from shim.errors import OperatorError
 from tests.support.wsagent import TOKEN, WsAgent, connected, registered
 
 
@@ -511,7 +511,7 @@ async def test_fault_for_one_connection(controller: DevController) -> None:
     ],
 )
 def test_bad_fault_is_told(value: Any, text: str) -> None:
-    with pytest.raises(RequestRefused, match=re.escape(text)) as refused:
+    with pytest.raises(OperatorError, match=re.escape(text)) as refused:
         parse_fault(value)
     assert refused.value.status == 400
 

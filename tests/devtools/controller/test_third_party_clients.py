@@ -19,8 +19,8 @@ import pytest
 
 from devtools.controller.faults import How
 from devtools.controller.history import EventKind
-from devtools.controller.options import Options
 from devtools.controller.server import DevController
+from devtools.controller.state import Options
 
 CLIENTS = Path(__file__).parents[2] / "clients"
 TOKEN = "tok-clients"
