@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shim.core import command_queue, link_state
 from shim.core.backoff import Backoff, BackoffPolicy
-from shim.core.link_state import EVENT_TYPES, DialFailed, LinkEvent, LinkPolicy, LinkState, LinkStateMachine, Lost
+from shim.core.link_state import EVENT_TYPES, DialFailed, LinkEvent, LinkState, LinkStateMachine, Lost
 from shim.core.records import CommandState
 
 DOCUMENT = Path(__file__).parent / "contributing" / "state-machines.md"
@@ -55,7 +55,7 @@ def link_edges() -> set[Edge]:
     edges: set[Edge] = set()
     visited: set[tuple[LinkState, type]] = set()
     for _ in range(WALKS):
-        machine = LinkStateMachine(LinkPolicy(own_token=rng.random() < 0.5), Backoff(BackoffPolicy(), rng.random))
+        machine = LinkStateMachine("auto", Backoff(BackoffPolicy(), rng.random), own_token=rng.random() < 0.5)
         now = 0.0
         for _ in range(STEPS):
             event = rng.choice([each for each in variants if (machine.state, type(each)) in link_state.TRANSITIONS])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shim.bridge.admin_actions import AdminActions, SessionRemoval
+from shim.bridge.admin_actions import AdminActions
 from shim.bridge.agent_calls import AgentCallHandler
 from shim.bridge.command_queues import CommandQueues, UnpolledCommandsWarning
 from shim.bridge.context import DEFAULT_OWNER, BridgeContext, EventQueue
@@ -60,9 +60,8 @@ class Bridge:
             self.outbox,
             self.heartbeats,
         ).install()
-        self.admin_actions = AdminActions(ctx, self.queues, self.outbox, self.delivery)
-        self.session_removal = SessionRemoval(
-            ctx, self.session_registry.usage, self.registrations, self.session_registry.forget
+        self.admin_actions = AdminActions(
+            ctx, self.queues, self.outbox, self.delivery, self.registrations, self.session_registry
         )
         self.http_fallback = HttpFallbackBridge(ctx, self.links, self.session_registry, self.queues, self.delivery)
         self.calls = AgentCallHandler(

@@ -13,7 +13,7 @@ from shim.bridge.context import BridgeContext
 from shim.bridge.upstream_connection import ConnectionEnd, UpstreamConnection
 from shim.core import link_state as ev
 from shim.core.backoff import Backoff, DialOutcome, failure_name, is_controller_unreachable
-from shim.core.link_state import LinkHistory, LinkPolicy, LinkState, LinkStateMachine, phase_of
+from shim.core.link_state import LinkHistory, LinkState, LinkStateMachine, phase_of
 from shim.core.liveness import LivenessState
 from shim.core.records import SessionKey
 from shim.errors import IllegalTransition, ShimError
@@ -178,9 +178,8 @@ class UpstreamLink:
         self._ctx = ctx
         self._shared = shared
         upstream, now = ctx.settings.upstream, ctx.now
-        self.machine = LinkStateMachine(
-            LinkPolicy(upstream.auth, upstream.own_tokens), Backoff(ctx.backoff_policy, ctx.rng)
-        )
+        backoff = Backoff(ctx.backoff_policy, ctx.rng)
+        self.machine = LinkStateMachine(upstream.auth, backoff, own_token=upstream.own_tokens)
         self.needed_at = now
         self.history = LinkHistory(now)
         self.metrics = LinkMetrics(ctx, shared.received_since)

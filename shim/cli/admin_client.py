@@ -81,6 +81,20 @@ class AdminPort:
         return f"{said}; give --token-file, or --config with the shim's configuration"
 
 
+def fetch(
+    host: str, port: int, path: str, timeout_s: float, *, token: str = "", limit_bytes: int | None = None
+) -> tuple[int, str]:
+    """Send GET `path`; return the status and the first bytes of the body as text. Raises `OSError`, `HTTPException`."""
+    connection = HTTPConnection(host, port, timeout=timeout_s)
+    try:
+        within(timeout_s, connection.connect)
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+        response = connection.getresponse()
+        return response.status, response.read(limit_bytes).decode("utf-8", "replace")
+    finally:
+        connection.close()
+
+
 def _cut(sock: socket.socket) -> None:
     """End a response that does not end by itself: the reading thread then gets the end of the stream."""
     with suppress(OSError):

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPException
 from threading import Event
 
 import click
 
-from shim.cli.admin_client import configured, given
-from shim.cli.threads import within
+from shim.cli.admin_client import configured, fetch, given
 from shim.clock import Clock
 
 _SHOWN_BYTES = 300
@@ -44,17 +43,11 @@ def command(
 
 def ask(host: str, port: int, path: str, timeout_s: float) -> tuple[bool, str]:
     """Send GET `path`; return True if the answer was 200, and a sentence for people."""
-    connection = HTTPConnection(host, port, timeout=timeout_s)
     try:
-        within(timeout_s, connection.connect)
-        connection.request("GET", path)
-        response = connection.getresponse()
-        body = response.read(_SHOWN_BYTES).decode("utf-8", "replace").strip()
+        status, body = fetch(host, port, path, timeout_s, limit_bytes=_SHOWN_BYTES)
     except (OSError, HTTPException) as error:
         return False, f"no answer from the admin port {host}:{port}: {str(error) or type(error).__name__}"
-    finally:
-        connection.close()
-    return response.status == 200, body if response.status == 200 else f"{response.status} {body}"
+    return status == 200, body.strip() if status == 200 else f"{status} {body.strip()}"
 
 
 def _configured(config: str | None, sets: tuple[str, ...]) -> tuple[str, int]:

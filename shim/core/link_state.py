@@ -180,21 +180,19 @@ class LinkState(Enum):
     STOPPED = "stopped"
 
 
-class LinkPolicy(msgspec.Struct, frozen=True):
-    """Settings of a link. `own_token` is true for an agent's token, which the controller may never have accepted."""
-
-    auth: Literal["auto", "query", "header", "both"] = "auto"
-    own_token: bool = False
-
-
+Auth = Literal["auto", "query", "header", "both"]
 _Step = tuple[LinkState, list[LinkEffect]]
 
 
 class LinkStateMachine:
-    """One upstream link. Only `handle` changes it."""
+    """One upstream link. Only `handle` changes it.
 
-    def __init__(self, policy: LinkPolicy, backoff: Backoff) -> None:
-        self._policy = policy
+    `own_token` is true for an agent's token, which the controller may never have accepted.
+    """
+
+    def __init__(self, auth: Auth, backoff: Backoff, *, own_token: bool) -> None:
+        self._auth = auth
+        self._own_token = own_token
         self._backoff = backoff
         self.state = LinkState.IDLE
         self.refused = False
@@ -257,7 +255,7 @@ class LinkStateMachine:
         return self._redial(event, now)
 
     def _way(self, query: bool) -> Dial:
-        match self._policy.auth:
+        match self._auth:
             case "auto":
                 return Dial(in_header=not query, in_query=query)
             case "both":
@@ -272,7 +270,7 @@ class LinkStateMachine:
         # open socket is no acceptance then.
         if not self.closed_as_refused:
             self.refused = False
-        if not self._policy.own_token:
+        if not self._own_token:
             self.accepted_at = now
         self._registered_at = None
         return LinkState.REPLAYING, [StartReplay()]
@@ -280,7 +278,7 @@ class LinkStateMachine:
     def _dial_failed(self, event: LinkEvent, now: float) -> _Step:
         assert isinstance(event, DialFailed)
         unauthorised = event.status in (401, 403)
-        if unauthorised and self._policy.auth == "auto" and not self._other_way_tried:
+        if unauthorised and self._auth == "auto" and not self._other_way_tried:
             self._other_way_tried = True
             return LinkState.OPENING, [self._way(not self._query_first)]
         effects: list[LinkEffect] = []
@@ -289,7 +287,7 @@ class LinkStateMachine:
             effects.append(AuthRejected())
         since_working_s = None if self._working_until is None else now - self._working_until
         kind = classify(event.status, event.retry_after_s, since_working_s)
-        if self.contended or (unauthorised and self._policy.own_token and self.accepted_at is None):
+        if self.contended or (unauthorised and self._own_token and self.accepted_at is None):
             delay_s = self._backoff.fixed_delay_s(event.retry_after_s)
             self._not_before = now + delay_s
         else:
@@ -337,7 +335,7 @@ class LinkStateMachine:
         if meaning is CloseMeaning.REFUSED:
             self._refused_by_close()
             effects.append(AuthRejected())
-        unproven = self.refused and self._policy.own_token and self.accepted_at is None
+        unproven = self.refused and self._own_token and self.accepted_at is None
         if self.contended or unproven:
             delay_s = self._backoff.fixed_delay_s()
             self._not_before = now + delay_s
@@ -349,7 +347,7 @@ class LinkStateMachine:
     def _refused_by_close(self) -> None:
         """Record that the controller rejected the token after it had accepted the handshake."""
         self.refused = self.closed_as_refused = True
-        if self._registered_at is None and self._policy.auth == "auto":
+        if self._registered_at is None and self._auth == "auto":
             # The controller may read the token only from the other place (header or query): use that in the next dial.
             self._query_first = not self._query_first
 

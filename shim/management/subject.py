@@ -91,7 +91,7 @@ class Actions:
         bridges = self._bridges()
         for bridge in bridges:
             try:
-                return await bridge.session_removal.forget(agent)
+                return await bridge.admin_actions.forget(agent)
             except OperatorError as error:
                 if error.status != NOT_FOUND or len(bridges) == 1:
                     raise

@@ -285,7 +285,7 @@ async def test_an_agent_that_is_gone_is_forgotten_with_what_waits_for_it(world: 
     await polling(world, "k1", name="gone")
     other = await polling(world, name="stays", agent_id="pod-2")
     await other.live(60)
-    key = await world.bridge.session_removal.forget("gone")
+    key = await world.bridge.admin_actions.forget("gone")
     assert await world.state("k1") == "expired"
     await world.settle()
     assert [result["code"] for result in world.controller.results("k1")] == ["expired"]
@@ -300,12 +300,12 @@ async def test_an_agent_is_named_as_people_know_it(world: World, by: str) -> Non
     key = world.session(agent.cluster_id).key
     await world.pass_s(100)
     names = {"name": "prod", "cluster id": agent.cluster_id, "agent id": "pod-1", "whole key": str(key)}
-    assert await world.bridge.session_removal.forget(names[by]) == key
+    assert await world.bridge.admin_actions.forget(names[by]) == key
 
 
 async def test_who_still_calls_is_ambiguous_or_unknown_is_not_forgotten(world: World) -> None:
     agent = await polling(world, name="prod")
-    forget = world.bridge.session_removal.forget
+    forget = world.bridge.admin_actions.forget
     with pytest.raises(OperatorError, match="stop it first"):
         await forget("prod")
     await world.agent(agent_id="tunnel-only").tunnel_poll()
@@ -326,4 +326,4 @@ async def test_the_disk_may_refuse_to_forget(world: World) -> None:
     await world.pass_s(100)
     world.store.fail()
     with pytest.raises(OperatorError, match="back after a restart"):
-        await world.bridge.session_removal.forget(agent.cluster_id)
+        await world.bridge.admin_actions.forget(agent.cluster_id)

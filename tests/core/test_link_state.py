@@ -12,7 +12,7 @@ import pytest
 
 from shim.core import link_state as ev
 from shim.core.backoff import Backoff, BackoffPolicy
-from shim.core.link_state import CONTENDED_WITHIN_S, TRANSITIONS, LinkPolicy, LinkState, LinkStateMachine
+from shim.core.link_state import CONTENDED_WITHIN_S, TRANSITIONS, LinkState, LinkStateMachine
 from shim.errors import IllegalTransition
 
 S = LinkState
@@ -40,7 +40,7 @@ ANYWHERE = {ev.AgentCalled, ev.RetryNow, ev.TokenChanged, ev.IdleTimeout, ev.Sto
 
 
 def link(*, own_token: bool = False, auth: Any = "auto", rng: float = 0.5) -> LinkStateMachine:
-    return LinkStateMachine(LinkPolicy(auth, own_token), Backoff(BackoffPolicy(), lambda: rng))
+    return LinkStateMachine(auth, Backoff(BackoffPolicy(), lambda: rng), own_token=own_token)
 
 
 def in_state(state: LinkState, **fields: Any) -> LinkStateMachine:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPException
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from shim.cli.admin_client import fetch
 from shim.cli.doctor.report import Finding, failed, passed, warned
-from shim.cli.threads import within
 from shim.config.settings import Settings
 from shim.core.text import shorten
 from shim.protocol.http import origin_of
@@ -62,7 +62,7 @@ def ask(host: str, port: int, token: str) -> RunningShim:
     """Query the admin port."""
     where = f"{host}:{port}"
     try:
-        status, text = _get(host, port, "/metrics", "")
+        status, text = fetch(host, port, "/metrics", TIMEOUT_S)
         if status != 200 or "agent_shim_" not in text:
             return RunningShim(where, trouble="another program answers, or a shim's port for agents")
         samples = {
@@ -70,9 +70,9 @@ def ask(host: str, port: int, token: str) -> RunningShim:
             for family in text_string_to_metric_families(text)
             for sample in family.samples
         }
-        status, body = _get(host, port, "/status.json", token)
+        status, body = fetch(host, port, "/status.json", TIMEOUT_S, token=token)
         told = json.loads(body) if body else {}
-        shown, body = _get(host, port, "/config.json", token)
+        shown, body = fetch(host, port, "/config.json", TIMEOUT_S, token=token)
         configuration = json.loads(body) if shown == 200 else {}
     except OSError as error:
         return RunningShim(where, trouble=error.strerror or str(error) or type(error).__name__)
@@ -84,17 +84,6 @@ def ask(host: str, port: int, token: str) -> RunningShim:
     return RunningShim(
         where, True, told, samples, configuration=configuration if isinstance(configuration, dict) else {}
     )
-
-
-def _get(host: str, port: int, path: str, token: str) -> tuple[int, str]:
-    connection = HTTPConnection(host, port, timeout=TIMEOUT_S)
-    try:
-        within(TIMEOUT_S, connection.connect)
-        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
-        response = connection.getresponse()
-        return response.status, response.read().decode("utf-8", "replace")
-    finally:
-        connection.close()
 
 
 def examine(running: RunningShim, *, must_run: bool = False) -> Iterator[Finding]:
