@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from shim.bridge.command_queues import CommandQueues
-from shim.bridge.context import BridgeContext
+from shim.bridge.context import BridgeContext, resolve
 from shim.bridge.delivery import CommandDelivery
 from shim.bridge.outbox import Outbox
 from shim.bridge.registration import Registrations
@@ -258,8 +258,7 @@ class AdminActions:
             self._queues.count("redelivered_by_hand")
             self._queues.add(record, at.now + record.expires_unix - at.unix, at.now)
             self._delivery.try_offer(record.session, at)
-        if not answer.done():
-            answer.set_result(outcome)
+        resolve(answer, outcome)
 
     # --- removal of an agent ------------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class BridgeContext(msgspec.Struct):
     async def execute(self, operation: StoreOperation[_Result], *also: Operation) -> _Result:
         """Carry out store operations as one unit and return the result of the first one. Raises `StoreError`."""
         answer: asyncio.Future[_Result | StoreError] = asyncio.get_running_loop().create_future()
-        self.store.submit(operation, *also, done=partial(_resolve, answer))
+        self.store.submit(operation, *also, done=partial(resolve, answer))
         outcome = await answer
         if isinstance(outcome, StoreError):
             raise outcome
@@ -154,6 +154,7 @@ class BridgeContext(msgspec.Struct):
         return BackoffPolicy(reconnect.initial_s, reconnect.max_s, reconnect.refused_max_s)
 
 
-def _resolve(answer: asyncio.Future[_Result], outcome: _Result) -> None:
-    if not answer.done():  # the caller may have been cancelled
+def resolve(answer: asyncio.Future[_Result], outcome: _Result) -> None:
+    """Pass an outcome to its waiting call, unless that was cancelled: its agent may have hung up."""
+    if not answer.done():
         answer.set_result(outcome)

@@ -31,7 +31,7 @@ import msgspec
 from msgspec.structs import replace
 
 from shim.bridge.command_queues import AwaitedEvidence, CommandQueues
-from shim.bridge.context import BridgeContext, Moment
+from shim.bridge.context import BridgeContext, Moment, resolve
 from shim.bridge.outbox import DRAINED, REASONS, Outbox, OutboxRecord, Rejection, Rejections
 from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, QueuePolicy
 from shim.core.records import (
@@ -465,8 +465,7 @@ class CommandDelivery:
             if outcome.entry is not None:
                 self._outbox.added(outcome.entry, posted_at)
             self.answered(key, command_id)
-        if not stored.done():
-            stored.set_result(failed)
+        resolve(stored, failed)
 
     def answered(self, key: SessionKey, command_id: str) -> None:
         """Mark a command as answered, and all commands of the same reply as delivered."""

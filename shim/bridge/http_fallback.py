@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from shim.bridge.command_queues import CommandQueues
-from shim.bridge.context import BridgeContext
+from shim.bridge.context import BridgeContext, resolve
 from shim.bridge.delivery import CommandDelivery
 from shim.bridge.link_pool import LinkPool
 from shim.bridge.links import UpstreamLink
@@ -64,9 +64,7 @@ class HttpFallbackBridge:
             return ""
         owner = self._links.owner_of(caller.token) or ""
         session = self._ctx.sessions.find_target(owner, call.target)
-        name = ""
-        if session is not None:
-            name = session.name
+        name = session.name if session is not None else ""
         if not name and isinstance(call, HeartbeatCall):
             name = call.known.get("name") or ""
         return str(name) or (session.key.ident if session is not None else call.target.ident)
@@ -179,7 +177,7 @@ class HttpFallbackBridge:
                 continue
             stored: asyncio.Future[bool] = loop.create_future()
             settled.append(stored)
-            self._delivery.arrive(session, command, "", at, partial(_settle, stored), VIA_HTTP)
+            self._delivery.arrive(session, command, "", at, partial(resolve, stored), VIA_HTTP)
         return all([await stored for stored in settled])
 
     # --- results ------------------------------------------------------------------------------------------------------
@@ -205,8 +203,3 @@ class HttpFallbackBridge:
     def _key(self, caller: Caller, call: ResultCall) -> SessionKey:
         owner = self._links.owner_of(caller.token) or ""
         return self._ctx.sessions.key_of(owner, call.target)
-
-
-def _settle(stored: asyncio.Future[bool], safe: bool) -> None:
-    if not stored.done():  # the agent may have hung up
-        stored.set_result(safe)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from prometheus_client import Metric
+from prometheus_client import Histogram
 
-from shim.metrics import Metrics
+from shim.metrics import LabelledCounter, LabelledHistogram, Metrics
 
 ROW_S = 60.0
 WINDOWS = {"1h": 3_600.0, "24h": 86_400.0}
@@ -44,11 +43,6 @@ OBJECTIVES = (
     Objective("heartbeat_success", 0.999),
     Objective("message_latency", 0.95, LATENCY_LIMIT_S),
 )
-
-
-class _Collected(Protocol):
-    def collect(self) -> Iterable[Metric]:
-        """Return the metric with its present samples."""
 
 
 class ObjectiveWindows:
@@ -124,13 +118,13 @@ def _measurement(objective: Objective, good: int, samples: int, observed_s: floa
     return {"state": state, "measured": measured, "good": good, "samples": samples, "observed_s": observed_s}
 
 
-def _by_label(counters: _Collected) -> dict[str, int]:
+def _by_label(counters: LabelledCounter) -> dict[str, int]:
     """Return the values of a counter with one label."""
     (family,) = counters.collect()
     return {value: int(s.value) for s in family.samples for value in s.labels.values() if s.name.endswith("_total")}
 
 
-def _within(histogram: _Collected, limit_s: float) -> tuple[int, int]:
+def _within(histogram: Histogram | LabelledHistogram, limit_s: float) -> tuple[int, int]:
     """Return the observations that took at most `limit_s`, which is the bound of a bucket, and all observations."""
     (family,) = histogram.collect()
     buckets = [(sample.labels["le"], int(sample.value)) for sample in family.samples if "le" in sample.labels]
