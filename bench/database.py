@@ -13,7 +13,7 @@ STORE_PART = "Commands on PostgreSQL: in, offered, delivered"
 
 
 def missing() -> str:
-    """What these parts need and is not there, empty if they can run."""
+    """Return the missing requirement of these parts as a sentence, empty if they can run."""
     if find_spec("psycopg") is None:
         return "agent-shim[postgres] is not installed"
     return "" if any(BINARIES.glob("*/bin/postgres")) else "PostgreSQL's server programs are not installed"

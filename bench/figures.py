@@ -47,7 +47,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the aim was reached."""
+        """Return True if the aim was reached."""
         found = self.ours if self.absolute else self.ratio
         if self.aim is None or found is None:
             return None
@@ -82,7 +82,7 @@ def compared(part: str, what: str, unit: str, ours: Sequence[float], base: Seque
 
 
 def spread(rounds: Sequence[float]) -> str:
-    """What a figure without a baseline came to in the rounds."""
+    """Return the range of the rounds, for a figure without a baseline."""
     return f"rounds from {number(min(rounds))} to {number(max(rounds))}"
 
 

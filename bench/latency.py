@@ -96,7 +96,7 @@ def _start_fleet(bench: Bench, server: Server, controller: Server, name: str) ->
 
 
 def _share(bench: Bench, log: Log) -> list[Figure]:
-    """What the shim itself takes while 1,000 polls are held, by its own histogram and by what agents see."""
+    """Measure the share of the shim in a reply while 1,000 polls are held, by its histogram and as agents see it."""
     controller, sessions = bench.controller(), bench.pick(SHARE_SESSIONS, 20)
     server = bench.shim(controller, poll={"hold": MOST_HOLD_S}, log=QUIET)
     plan = Plan(

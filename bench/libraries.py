@@ -21,7 +21,7 @@ PYTHON = "Python and its standard library"
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """What a distribution adds to resident memory and to the time until the shim serves."""
+    """The cost of one distribution: resident memory, and time until the shim serves."""
 
     name: str
     rss_mb: float

@@ -1,4 +1,4 @@
-"""What the figures were taken on."""
+"""Description of the machine that measured the figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def described() -> dict[str, str]:
 
 
 def load() -> float:
-    """How many processes wanted to run at the same time in the last minute."""
+    """Return the mean number of processes that were ready to run in the last minute."""
     return os.getloadavg()[0]
 
 

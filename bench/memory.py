@@ -26,7 +26,7 @@ def measure(bench: Bench, log: Log) -> list[Figure]:
 
 
 def held(bench: Bench, log: Log) -> Figure:
-    """What one more waiting request costs: a poll of an agent that the shim keeps a session of, and a bare one."""
+    """Measure the cost of one more waiting request: a poll of an agent with a session, and a bare one."""
     controller = bench.controller()
     ours, bare = [], []
     count, settle_s = bench.pick((HELD, SETTLE_S), (50, 0.0))

@@ -1,4 +1,4 @@
-"""What one would write in an afternoon: each legacy call becomes a message, commands wait in a dict, nothing is held.
+"""A naive shim as a baseline: each legacy call becomes a message, commands wait in a dict, nothing is held.
 
 It works as long as nothing goes wrong. It keeps no command over a restart, takes a poll's reply for delivered when it
 was made, knows nothing of tokens, duplicates, expiry, gateways or agents that died, and sends a heartbeat up for each

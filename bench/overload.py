@@ -28,7 +28,7 @@ SAMPLE_S = 0.02
 
 @dataclass(slots=True)
 class _Seen:
-    """What was measured during a flood: seconds from a request to its answer, and resident memory."""
+    """Measurements during a flood: seconds from a request to its reply, and resident memory."""
 
     heartbeats_s: list[float] = field(default_factory=list)
     results_s: list[float] = field(default_factory=list)

@@ -29,7 +29,7 @@ MB = 1e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """What is planned for. `used` is the share of a core that a replica may use: the rest is for restarts and peaks."""
+    """A fleet to plan for. `used` is the share of a core that a replica may use: the rest is for restarts and peaks."""
 
     agents: int = 100_000
     tokens: int = 200
@@ -44,7 +44,7 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a replica takes without agents, and what each agent adds: the line through the two largest measurements.
+    """The cost of a replica without agents and of each agent: the line through the two largest measurements.
 
     `forwarded` is what a call costs that one replica passes on to another, both together, in calls that are not; as
     measured with `fleet_agents` agents over several replicas, or 2 if that was not measured.
@@ -193,7 +193,7 @@ def _forwarded(cost: Cost) -> str:
 
 
 def text(measured: Mapping[str, Any], fleet: Fleet) -> list[str]:
-    """What stands between the markers."""
+    """Return the text between the markers."""
     plan = Plan(fleet, Cost.of(measured["sizing"], measured.get("fleet")))
     about = measured.get("apart", {}).get(SIZING, measured)["about"]
     for_whom = (

@@ -45,7 +45,7 @@ FILES_AN_AGENT = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the fleet took, for `bench.plan`. CPU is in percent of one core, that of `replicas` together."""
+    """The cost of the fleet, for `bench.plan`. CPU is in percent of one core, that of `replicas` together."""
 
     agents: int
     replicas: int

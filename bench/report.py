@@ -73,7 +73,7 @@ def _by_part(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """What a terminal shows."""
+    """Return the report as text for a terminal."""
     lines = [*_about(found), "", *table(_figures(found))]
     if found["sizing"]:
         lines += ["", *sizing.markdown(_rows(found))]
@@ -106,7 +106,7 @@ def write_pages(found: dict[str, Any]) -> None:
 
 
 def _in_short(found: dict[str, Any]) -> str:
-    """What holding polls does for half of all commands, as a part of a sentence."""
+    """Return the effect of held polls on the median command, as a part of a sentence."""
     of = (latency.REAL, f"{latency.FLEET_AGENTS} agents polling every 5 s, p50", "hold off")
     figure = next(each for each in _figures(found) if (each.part, each.what, each.against) == of)
     return f"{duration(figure.ours)} instead of {duration(figure.baseline or 0.0)}"

@@ -1,4 +1,4 @@
-"""What agents put on the wire, as bytes: the shapes of the generation B4+.
+"""Requests of agents as bytes: the shapes of the generation B4+.
 
 Rules: docs/reference/legacy-agents.md#1-legacy-http-endpoints.
 """

@@ -76,7 +76,7 @@ class Server:
         return buckets
 
     def status(self) -> dict[str, Any]:
-        """What a shim's admin port shows."""
+        """Return the status that a shim's admin port shows."""
         with urllib.request.urlopen(f"http://{self.ready['admin']}/status.json", timeout=30) as response:
             found: dict[str, Any] = json.load(response)
             return found
@@ -167,7 +167,7 @@ T = TypeVar("T")
 
 
 class Bench:
-    """What one run of the bench starts; everything ends with its block, in reverse.
+    """The processes of one run of the bench. All of them end with its block, in reverse.
 
     `quick`: as little of everything as shows that it works. `root`: where shims and bare servers are imported from.
     """
@@ -185,7 +185,7 @@ class Bench:
         self._stack.close()
 
     def pick(self, full: T, quick: T) -> T:
-        """How much of something there is to be."""
+        """Return the number to use, by the size of the run."""
         return quick if self._quick else full
 
     def install(self) -> None:

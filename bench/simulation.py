@@ -154,7 +154,7 @@ def run(simulation: Coroutine[Any, Any, T]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """How many agents of each kind live for how long, and for how long they were learnt before."""
+    """The agents of each kind, the time for which they live, and the time for which they were learnt before."""
 
     agents_per_kind: int = 6
     warm_up_s: float = 900.0

@@ -1,4 +1,4 @@
-"""What goes over the network in one agent-hour: the shim's WebSocket against the HTTP that it replaces (item 5)."""
+"""Network traffic of one agent-hour: the shim's WebSocket against the HTTP that it replaces."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Wire:
 
 
 class Hour:
-    """What one agent-hour came to: HTTP calls and bytes of the agent, messages and bytes of the shim's WebSocket."""
+    """One agent-hour: HTTP calls and bytes of the agent, messages and bytes of the shim's WebSocket."""
 
     def __init__(self) -> None:
         self.calls = 0

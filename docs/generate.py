@@ -88,7 +88,7 @@ def diagram(first: Enum, order: Iterable[Enum], edges: set[Edge]) -> str:
 
 
 def document() -> str:
-    """What the file must hold."""
+    """Return the text that the file must have."""
     events = [f"| `{kind.__name__}` | {(kind.__doc__ or '').splitlines()[0].rstrip(':')} |" for kind in EVENT_TYPES]
     return PROSE.format(
         link=diagram(LinkState.IDLE, LinkState, link_edges()),

@@ -1,1 +1,1 @@
-"""What this project ships and depends on: audit, bill of materials, licences. Run by make."""
+"""Dependencies of this project: audit, bill of materials, licences. Run by make."""

@@ -65,7 +65,7 @@ def rows_of_otel() -> list[Row]:
 
 
 def vendored() -> Iterator[tuple[Row, str]]:
-    """What is shipped as files, and where the text of its licence lies."""
+    """Yield the components that are shipped as files, with the paths of their licence texts."""
     for name, file, spdx, text in _VENDORED:
         version = re.search(r"v(\d+\.\d+\.\d+)", file.read_text(encoding="utf-8")[:200])
         if version is None or not text.is_file():

@@ -22,7 +22,7 @@ class Package:
 
 
 def packages(path: Path = RUN) -> Iterator[Package]:
-    """What a requirements file pins."""
+    """Yield the packages that a requirements file pins."""
     for match in _PINNED.finditer(path.read_text()):
         yield Package(normalised(match["name"]), match["version"])
 

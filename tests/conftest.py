@@ -1,4 +1,4 @@
-"""What every test is run under: tools it needs, an event loop that must not be blocked, settings of hypothesis."""
+"""Conditions of every test: the tools it needs, an event loop that must not be blocked, settings of hypothesis."""
 
 from __future__ import annotations
 

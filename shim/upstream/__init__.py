@@ -12,7 +12,6 @@ __all__ = [
     "DialError",
     "DialTrace",
     "Dialler",
-    "Unanswered",
     "WebSocketPump",
     "failure_of",
 ]

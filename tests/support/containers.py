@@ -49,7 +49,7 @@ class Engine:
         }
 
     def run(self, *command: str | Path, stdin: str = "", timeout_s: float = 60, check: bool = True) -> str:
-        """What a program prints on both of its outputs. Raises `Refused` if it fails, unless `check` is off."""
+        """Run a program and return both of its outputs. Raises `Refused` if it fails, unless `check` is off."""
         done = subprocess.run(
             [str(part) for part in command],
             input=stdin,
@@ -69,7 +69,7 @@ class Engine:
         return self.run("podman", *args, **how)
 
     def inspect(self, name: str) -> dict[str, Any]:
-        """What podman knows of a container or an image."""
+        """Return the description of a container or an image by podman."""
         found: dict[str, Any] = json.loads(self.podman("inspect", name))[0]
         return found
 

@@ -37,7 +37,7 @@ class TestedDatabase(ABC):
         return self._clients[-1], self._clients[-1].open()
 
     def loaded(self) -> StoreContents:
-        """What the store holds; closed again."""
+        """Open the store, close it again, and return its contents."""
         client, loaded = self.open()
         client.close()
         return loaded

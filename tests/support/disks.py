@@ -40,7 +40,7 @@ def _remount(folder: Path, how: str) -> None:
 
 
 def permitted(folder: Path) -> bool:
-    """Whether `mounted` works here."""
+    """Return True if `mounted` works here."""
     with mounted(folder, 1) as works:
         return works
 

@@ -1,4 +1,4 @@
-"""What the tests of the legacy server stand on: an agent service by hand, a running frontend, agents on raw sockets."""
+"""Fakes for tests of the agent API: a scripted agent service, a running server, and agents on raw sockets."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Board:
     def call(
         self, caller: Caller, call: AgentCall, arrived_s: float, now_s: float
     ) -> CallResult | Coroutine[Any, Any, CallResult]:
-        """What the plain script answers needs no waiting; every other script is taken to need it."""
+        """Return the result of the plain script at once; every other script is a coroutine."""
         self.arrivals_s.append(arrived_s)
         self._note("call", caller, call)
         return sensible(call) if self.script is plain_answer else self._scripted(self.script, caller, call)
@@ -252,7 +252,7 @@ class Agent:
         return Reply(int(lines[0].split()[1]), headers, body)
 
     def take(self) -> bytes:
-        """What was received behind the last response."""
+        """Return the bytes that were received after the last response."""
         data, self._unread = self._unread, b""
         return data
 

@@ -50,7 +50,7 @@ _TUNNEL_INFO = _ENVELOPE | dict.fromkeys(("cluster_id", "status", "tunnel_url", 
 
 
 class Verdict(Enum):
-    """What an agent makes of a reply."""
+    """The result of an agent's decoding of a reply."""
 
     CONTENT = "content"
     REFUSED = "refused"  # an error status that it logs and survives, or exits over as it is meant to
@@ -109,7 +109,7 @@ class Generation:
         return Request(method, path, agents.get(operation, "Go-http-client/1.1"), body)
 
     def read(self, operation: str, status: int, body: bytes) -> Reading:
-        """What this generation makes of a reply to `operation`."""
+        """Decode a reply to `operation` as this generation does."""
         if operation == "register":
             return _read_register(self, status, body)
         if operation in ("heartbeat", "status", "result"):

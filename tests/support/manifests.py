@@ -25,7 +25,7 @@ class Refused(Exception):
 
 
 def run(*command: str | Path, stdin: str = "", env: dict[str, str] | None = None) -> str:
-    """What a program prints. Raises `Refused` with what it says otherwise."""
+    """Run a program and return its output. Raises `Refused` with its error output if it fails."""
     done = subprocess.run(
         [str(part) for part in command],
         input=stdin,

@@ -26,7 +26,7 @@ _DELAY = Path(__file__).with_name("nfq_delay.py")
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Where a server of the test runs: its address, and the command prefix that starts a program there."""
+    """The place of a server of the test: its address, and the command prefix that starts a program there."""
 
     address: str = "127.0.0.1"
     inside: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class TwoHosts:
 
     @contextmanager
     def _rules(self, port: int, *target: str, each: Sequence[str] = (), answers: bool = True) -> Iterator[None]:
-        """What is sent to the port goes to `target`, and with `answers` what comes from it, too."""
+        """Send the traffic to the port to `target` for a block, and with `answers` also the traffic from it."""
         rules = [("OUTPUT", "-p", "tcp", "--dport", str(port), *each, *target)]
         rules += [("INPUT", "-p", "tcp", "--sport", str(port), *each, *target)] * answers
         for rule in rules:

@@ -1,4 +1,4 @@
-"""What an API server does with a MutatingAdmissionPolicy of JSON patches: selectors, conditions, variables, CEL, patch.
+"""A MutatingAdmissionPolicy of JSON patches, applied as by an API server: selectors, conditions, variables, CEL, patch.
 
 The expressions are evaluated by a CEL implementation that knows no object types. `plain` turns `Object.spec.x{a: 1}`
 into a map, and checks on the way what Kubernetes checks: that a type's name is the path at which the object stands.

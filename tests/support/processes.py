@@ -133,7 +133,7 @@ class _Child:
             return await self._process.wait()
 
     async def kill(self) -> None:
-        """As a crash does it."""
+        """Kill the process, as a crash does."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             await self.wait()

@@ -136,7 +136,7 @@ class Gateway:
         self._config |= config
 
     async def do(self, replica: Shim, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """What a person does on the admin port."""
+        """Carry out an operator's action on the admin port."""
         async with self._http.request(method, replica.admin + path, json=body) as response:
             return response.status, await response.json()
 
@@ -166,7 +166,7 @@ class Gateway:
         return Agent(http, number)
 
     async def status(self, replica: Shim) -> dict[str, Any]:
-        """What its status page says of replicas."""
+        """Return the part of its status about replicas."""
         async with self._http.get(f"{replica.admin}/status.json") as response:
             return dict((await response.json())["replicas"])
 
@@ -211,7 +211,7 @@ class Gateway:
                 await asyncio.sleep(0.1)
 
     async def trace(self, replica: Shim, command: str) -> list[dict[str, Any]]:
-        """What any replica knows of a command."""
+        """Return the trace of a command, from whichever replica has it."""
         async with self._http.get(f"{replica.admin}/commands/{command}.json") as response:
             return list((await response.json())["commands"]) if response.status == 200 else []
 
@@ -250,7 +250,7 @@ class Gateway:
                 await asyncio.sleep(0.1)
 
     async def metrics(self, replica: Shim) -> str:
-        """What Prometheus reads."""
+        """Return the metrics as Prometheus reads them."""
         async with self._http.get(f"{replica.admin}/metrics") as response:
             return await response.text()
 

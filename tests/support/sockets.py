@@ -1,4 +1,4 @@
-"""What the tests of the upstream side stand on: a record of socket events, an owner of tasks, servers by hand."""
+"""Fakes for tests of the upstream side: a record of socket events, an owner of tasks, scripted servers."""
 
 from __future__ import annotations
 

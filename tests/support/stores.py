@@ -88,7 +88,7 @@ class Stores:
         return client, client.open()
 
     def loaded(self, path: Path) -> StoreContents:
-        """What the store holds; closed again."""
+        """Open the store, close it again, and return its contents."""
         client, loaded = self.open(path)
         client.close()
         return loaded

@@ -29,7 +29,7 @@ class Sent:
 
 
 class FakeSocket:
-    """One end of a WebSocket: `ports.Socket` for the shim, and the peer's side for the test."""
+    """One end of a WebSocket: `ports.WebSocket` for the shim, and the peer's side for the test."""
 
     def __init__(self, spec: DialRequest, events: WebSocketListener) -> None:
         self.spec = spec
@@ -156,7 +156,7 @@ class FakeUpstream:
 
 @dataclass(slots=True)
 class Manners:
-    """How the controller behaves; a test changes what it wants to be otherwise."""
+    """The behaviour of the controller; a test changes the fields that it needs."""
 
     dial: DialFailure | None = None  # how dials fail
     refuse: Callable[[DialRequest], DialFailure | None] = lambda spec: None

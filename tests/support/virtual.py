@@ -16,7 +16,7 @@ OUTSIDE_S = 60.0
 
 
 class Hang(BaseException):
-    """Nothing will ever happen again, or far too much has happened: the test waits for something that never comes."""
+    """Raised if no event is left, or far too many have happened: the test waits for something that never comes."""
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -83,7 +83,7 @@ class VirtualClock:
         return self._loop.time()
 
     def cpu_s(self) -> float:
-        """What the machine needs takes no virtual time."""
+        """Return 0: the machine's work takes no virtual time."""
         return 0.0
 
     def wall_s(self) -> float:

@@ -121,7 +121,7 @@ class FlakyStore:
             done(outcome)
 
     async def find(self, command_id: str) -> list[CommandDetails]:
-        """What the store below knows of a command, whatever trouble this one makes."""
+        """Look up a command in the store below, in spite of the faults that this one makes."""
         found: asyncio.Future[list[CommandDetails] | StoreError] = asyncio.get_running_loop().create_future()
         self.outstanding += 1
         self.inner.submit(FindCommand(command_id), done=found.set_result)
@@ -138,7 +138,7 @@ class FlakyStore:
         self.failing = lambda operations: False
 
     def catch_up(self) -> None:
-        """What was slow is answered now."""
+        """Answer the slow submissions now."""
         self.slow = False
         late, self._late = self._late, []
         for tell in late:
@@ -209,7 +209,7 @@ class World:
         return self.token
 
     async def stop(self) -> None:
-        """As SIGTERM does."""
+        """Stop the shim, as SIGTERM does."""
         self.running = False
         self.bridge.quiesce()
         await self.settle()
@@ -218,7 +218,7 @@ class World:
         self.store.close()
 
     async def crash(self) -> None:
-        """As `kill -9` does: nothing more is said, what is on disk stays."""
+        """End the shim as `kill -9` does: no message follows, and the disk stays as it is."""
         self.running = False
         self.timers.crash()
         self.store.dead = True
@@ -410,7 +410,7 @@ class Agent:
 
 
 def traces(world: World, command_id: str) -> list[str]:
-    """What the shim wrote down about a command, in order, as `event: detail`."""
+    """Return the trace of a command in order, as `event: detail`."""
     return [
         f"{operation.entry.event}: {operation.entry.detail}"
         for operation in world.store.log
