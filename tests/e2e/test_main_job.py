@@ -75,7 +75,7 @@ async def push(controller: Controller, **spec: Any) -> str:
 
 async def result_of(controller: Controller, command_id: str) -> dict[str, Any]:
     """What the controller got for a command."""
-    command = await controller.control("GET", f"/control/commands/{command_id}?wait=result&timeout_s=20")
+    command = await controller.control("GET", f"/control/commands/{command_id}?wait=result&timeout_s=60")
     payload: dict[str, Any] = command["results"][0]["payload"]
     return payload
 

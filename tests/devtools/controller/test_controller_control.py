@@ -71,9 +71,9 @@ async def test_command_to_result(controller: DevController, api: Api) -> None:
         assert message["request_id"] == pushed["commands"][0]["request_id"]
         assert message["timestamp"]
 
-        waiting = asyncio.create_task(api.get(f"/control/commands/{command_id}?wait=result&timeout_s=10"))
+        waiting = asyncio.create_task(api.get(f"/control/commands/{command_id}?wait=result&timeout_s=60"))
         await agent.send("command_ack", {"command_id": command_id})
-        acked = await api.get(f"/control/commands/{command_id}?wait=ack&timeout_s=10")
+        acked = await api.get(f"/control/commands/{command_id}?wait=ack&timeout_s=60")
         assert acked["waited_for"] is True
         assert acked["results"] == []
         assert not waiting.done()
