@@ -424,6 +424,23 @@ async def test_names_stand_beside_ids(fleet_url: str, open_tab: OpenTab) -> None
     await expect(page.locator("#events")).to_contain_text(re.compile(r"session c-\d+ \(cluster-\d+-eu-west\)"))
 
 
+async def test_the_headline_is_read_aloud_once(fleet_url: str, open_tab: OpenTab) -> None:
+    page = (await open_tab("about:blank", viewport=DESK)).page
+    await page.add_init_script(
+        """addEventListener("DOMContentLoaded", () => {
+            window.said = [];
+            const announce = document.getElementById("announce");
+            new MutationObserver(() => window.said.push(announce.textContent)).observe(announce, {childList: true});
+            let shown = 0;  // each status sets the level
+            window.several = new Promise((resolve) => new MutationObserver(() => ++shown === 4 && resolve())
+                .observe(document.getElementById("overall"), {attributes: true}));
+        })"""
+    )
+    await page.goto(fleet_url)
+    await page.evaluate("window.several")
+    assert len(await page.evaluate("window.said")) == 1
+
+
 async def test_a_problem_says_what_to_do_and_where_to_look(fleet_url: str, open_tab: OpenTab) -> None:
     context = {"viewport": DESK, "permissions": ["clipboard-read", "clipboard-write"]}
     page = (await open_tab(fleet_url, **context)).page

@@ -713,8 +713,9 @@ function setLive(state) {
   $("live").dataset.state = state;
   $("live").textContent = words[state];
   $("status").toggleAttribute("data-stale", state === "lost");
-  if (state === "lost") $("announce").textContent = words.lost;
-  else level = null;
+  if (state !== "lost") return;
+  $("announce").textContent = words.lost;
+  level = null; // the first answer after that is read aloud, whatever it says
 }
 
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
