@@ -153,8 +153,11 @@ class Rebalance(msgspec.Struct, frozen=True):
 
 
 def target_counts(count: int, members: Collection[str], held: Mapping[str, int]) -> dict[str, int]:
-    """Return the number of shards for each member. The remainder goes to the members that hold the most already."""
-    base, odd = divmod(count, len(members)) if members else (0, 0)
+    """Return the number of shards for each member, of which there is at least one.
+
+    The remainder goes to the members that hold the most already.
+    """
+    base, odd = divmod(count, len(members))
     favoured = sorted(members, key=lambda member: (-held.get(member, 0), member))[:odd]
     return {member: base + (member in favoured) for member in sorted(members)}
 
@@ -173,15 +176,9 @@ def plan_rebalance(me: str, count: int, members: Collection[str], holders: Mappi
     if missing[me]:
         return Rebalance(acquire=_to_acquire(me, count, missing, holders))
     mine = sorted(shard for shard, holder in holders.items() if holder == me)
-    unheld = count - sum(held[member] for member in share)
-    wanted = sum(missing.values()) - unheld
-    for member in share:
-        surplus = max(0, held[member] - share[member])
-        given = min(surplus, max(0, wanted))
-        if member == me:
-            return Rebalance(release=tuple(mine[len(mine) - min(given, AT_ONCE) :]))
-        wanted -= given
-    return Rebalance()
+    # The targets add up to all shards, so another member misses each shard that is too many here.
+    surplus = held[me] - share[me]
+    return Rebalance(release=tuple(mine[len(mine) - min(surplus, AT_ONCE) :]))
 
 
 def _to_acquire(me: str, count: int, missing: Mapping[str, int], holders: Mapping[int, str]) -> tuple[int, ...]:

@@ -139,3 +139,14 @@ def test_names_are_bounded(reason: str, status: int, name: str) -> None:
 )
 def test_away_or_there(reason: str, status: int, since_working_s: float | None, away: bool) -> None:
     assert is_controller_unreachable(reason, status, since_working_s) is away
+
+
+def test_jitter_is_added_to_retry_after_up_to_the_bound_of_the_failures_so_far() -> None:
+    backoff = Backoff(BackoffPolicy(), lambda: 0.5)
+    assert [backoff.next_delay_s(REFUSED, 30.0) for _ in range(4)] == [30.5, 31, 32, 34]
+
+
+def test_fixed_delays_count_as_failures_and_may_be_short() -> None:
+    backoff = Backoff(BackoffPolicy(contended_s=0.5), lambda: 0.0)
+    assert [backoff.fixed_delay_s(), backoff.fixed_delay_s(2.0)] == [0.5, 2.0]
+    assert backoff.failures == 2

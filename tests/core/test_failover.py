@@ -15,6 +15,7 @@ def test_buckets_never_change() -> None:
     assert f"{bucket('staging'):.9f}" == "91.054769312"
     assert f"{bucket(''):.9f}" == "88.941599489"
     assert f"{bucket('größe'):.9f}" == "82.549490945"
+    assert 0 <= bucket("\ud83d") < 100, "half a character has a place, too"
 
 
 @given(st.text())
@@ -70,14 +71,20 @@ def test_the_breaker_opens_after_three_failures_ever_longer_and_closes_with_a_su
     assert breaker.allows(1.2)
     breaker.failed(1.2)
     assert not breaker.allows(3.1)
+    assert breaker.allows(3.2)
     for _ in range(20):
         breaker.failed(10)
     assert not breaker.allows(10 + BREAKER_MAX_S - 0.1)
     assert breaker.allows(10 + BREAKER_MAX_S)
     breaker.succeeded()
     assert not breaker.open
-    breaker.failed(200)
-    assert breaker.allows(200)
+    assert breaker.allows(0.0)
+    for now in (200.0, 201.0):
+        breaker.failed(now)
+        assert breaker.allows(now)
+    breaker.failed(202)
+    assert not breaker.allows(202.9)
+    assert breaker.allows(203)  # as short as the first time
 
 
 @pytest.mark.parametrize(

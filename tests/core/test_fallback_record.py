@@ -67,3 +67,18 @@ def test_the_newest_call_of_each_agent_is_kept_for_a_bounded_number() -> None:
     assert len(record.by_agent) == MAX_AGENTS
     assert record.by_agent[keys[0]].status == 500
     assert keys[1] not in record.by_agent
+
+
+def test_calls_of_the_last_minute_are_counted_by_route_and_failed_ones_by_reason() -> None:
+    record = FallbackRecord()
+    for operation, status, reason in (("", 200, ""), ("heartbeat", 503, "overloaded"), ("heartbeat", 0, "timeout")):
+        record.add(FallbackCall(1.0, operation, status, reason))
+    assert {tuple(each.kind) for each in record.recent.last_minute(1.0)} == {
+        (200, "another call", ""),
+        (503, "heartbeat", ""),
+        (0, "heartbeat", ""),
+    }
+    assert {tuple(each.kind) for each in record.recent_failures.last_minute(1.0)} == {
+        (503, "heartbeat", "overloaded"),
+        (0, "heartbeat", "timeout"),
+    }

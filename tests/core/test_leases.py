@@ -82,3 +82,24 @@ def test_a_moment_told_on_another_clock_is_never_later_than_it_was(
     told = offset.to_peer(moment)
     assert told is not None
     assert told <= moment + ahead_s + 1e-6
+
+
+def test_a_renewal_lasts_from_when_it_was_sent_and_one_that_overtakes_another_shortens_nothing() -> None:
+    lease = HeldLease(POLICY, 0.0)
+    lease.renewed(3.0)
+    lease.renewed(2.0)
+    assert lease.valid(6.9)
+    assert not lease.valid(7.0)
+
+
+def test_a_time_on_another_clock_is_as_late_as_drift_allows() -> None:
+    offset = ClockOffset()
+    offset.update(100.0, 50.0)
+    assert offset.to_peer(40.0) == 90.0
+    assert offset.to_peer(50.0) == 100.0
+    assert offset.to_peer(50.5) == pytest.approx(100.5 - 0.5e-3, abs=1e-9)
+    assert offset.to_peer(150.0) == pytest.approx(200.0 - 0.1)
+    offset.update(199.85, 150.0)  # this message took longer than a drift of 0.1 s explains
+    assert offset.to_peer(150.0) == pytest.approx(199.9)
+    offset.update(199.95, 150.0)
+    assert offset.to_peer(150.0) == 199.95

@@ -17,3 +17,7 @@ def test_a_timeline_joins_what_is_alike_and_forgets_what_is_long_past() -> None:
     for number in range(2 * MAX_SEGMENTS):
         timeline.enter(PhaseKind.UP if number % 2 else PhaseKind.IDLE, 6000.0 + number, "")
     assert len(timeline.last(6000.0 + 2 * MAX_SEGMENTS, 1e6)) == MAX_SEGMENTS
+
+
+def test_a_link_begins_idle() -> None:
+    assert LinkHistory(0.0).current.phase is PhaseKind.IDLE

@@ -179,3 +179,35 @@ def test_a_pause_of_our_own_is_not_held_against_the_peer() -> None:
     )
     liveness.frame(186)
     assert liveness.check(186).verdict is LivenessState.STALLED
+
+
+def test_a_controller_that_acknowledged_on_earlier_connections_is_stalled_without_a_first_one_on_this() -> None:
+    liveness = Liveness(0, PING_S, READ_S, ACK_S, used_to_ack=True)
+    assert (liveness.learnt, liveness.acks_seen) == (None, False)
+    liveness.heartbeat_sent("h1", 10)
+    liveness.frame(60)
+    assert liveness.check(64.9).verdict is LivenessState.ALIVE
+    assert liveness.check(65) == LivenessCheck(LivenessState.STALLED, 0)
+    assert liveness.learnt is False
+    liveness.acked("h1")
+    assert liveness.learnt is True
+
+
+def test_an_acknowledgement_covers_no_later_heartbeat() -> None:
+    [(at, verdict)] = watched(living({1.0: beat("h1"), 20.0: beat("h2"), 21.0: ack("h1")}))
+    assert (at, verdict) == (20.0 + ACK_S, LivenessState.STALLED)
+
+
+def test_of_too_many_heartbeats_the_oldest_are_not_awaited() -> None:
+    liveness = Liveness(0, PING_S, READ_S, ACK_S, used_to_ack=True)
+    liveness.heartbeat_sent("h", 0)
+    for number in range(MAX_TRACKED_HEARTBEATS):
+        liveness.heartbeat_sent(f"h{number}", 50)
+    liveness.frame(50)
+    assert liveness.check(ACK_S).verdict is LivenessState.ALIVE
+
+
+def test_a_reply_to_a_heartbeat_that_is_not_awaited_changes_nothing() -> None:
+    liveness = Liveness(0, PING_S, READ_S, ACK_S)
+    liveness.answered("unknown")
+    assert liveness.check(READ_S) == LivenessCheck(LivenessState.HALF_OPEN, 0)

@@ -271,6 +271,7 @@ def test_a_poll_that_overtakes_another_leaves_no_pause_between_them() -> None:
     st.lists(
         st.one_of(
             st.just(("replied", 0.0)),
+            st.just(("restarted", 0.0)),
             st.tuples(st.just("left"), st.floats(0, 40)),
             st.tuples(st.sampled_from(["beat", "beat_held"]), st.floats(0.1, 60)),
         ),
@@ -280,10 +281,14 @@ def test_a_poll_that_overtakes_another_leaves_no_pause_between_them() -> None:
 )
 def test_never_above_any_bound(events: list[tuple[str, float]], max_s: float) -> None:
     hold = HoldEstimator()
+    assert hold.changed is False
+    stored = hold.stored()
     for kind, value in events:
         match kind:
             case "replied":
                 hold.reply_sent(0.0, max_s)
+            case "restarted":
+                hold.new_process()
             case "left":
                 hold.agent_disconnected(value)
                 assert hold.limit_s(max_s) <= max(0.0, value - 1)
@@ -293,5 +298,94 @@ def test_never_above_any_bound(events: list[tuple[str, float]], max_s: float) ->
                 hold.heartbeat(value)
                 hold.connection_lost()
         assert 0 <= hold.limit_s(max_s) <= max_s
-        restored = HoldEstimator(hold.stored())
+        changed, before = hold.changed, stored
+        stored = hold.stored()
+        assert changed is True or (changed is False and stored == before), "what is learnt is marked for the disk"
+        assert hold.changed is False
+        restored = HoldEstimator(stored)
         assert restored.limit_s(max_s) == hold.limit_s(max_s)
+
+
+def test_a_ceiling_is_tried_higher_after_a_fixed_number_of_replies_at_it() -> None:
+    hold = HoldEstimator()
+    hold.agent_disconnected(5.0)
+    answered(hold, 2)  # up to the ceiling
+    for ceiling_s in (4, 5):
+        answered(hold, 2 * PROBE_AFTER - 1)
+        assert hold.limit_s(MAX_S) == ceiling_s
+        hold.stored()
+        answered(hold, 1)
+        assert hold.limit_s(MAX_S) == ceiling_s + 1
+        assert hold.changed is True
+
+
+def test_a_ceiling_at_the_maximum_is_not_raised() -> None:
+    hold = HoldEstimator()
+    hold.agent_disconnected(MAX_S + 1)
+    answered(hold, 10 * PROBE_AFTER)
+    assert hold.ceiling_s == MAX_S
+
+
+def test_a_new_process_begins_at_the_hold_that_the_previous_one_allowed_and_counts_anew() -> None:
+    hold = HoldEstimator()
+    hold.agent_disconnected(5.0)
+    answered(hold, 20)
+    hold.stored()
+    hold.new_process()
+    assert hold.changed is True
+    assert hold.limit_s(MAX_S) == 4
+    hold.agent_disconnected(5.0)
+    answered(hold, 2 + 2 * PROBE_AFTER - 1)
+    assert hold.limit_s(MAX_S) == 4
+    answered(hold, 1)
+    assert hold.limit_s(MAX_S) == 5
+
+
+def test_an_agent_that_leaves_at_once_lets_the_hold_grow_for_no_successor() -> None:
+    hold = HoldEstimator()
+    hold.agent_disconnected(0.2)
+    answered(hold, 1)
+    assert hold.held_s == 0
+
+
+def test_only_a_shorter_interval_is_written_to_disk() -> None:
+    hold = HoldEstimator()
+    hold.heartbeat(5.0)
+    assert hold.changed is True
+    hold.stored()
+    for interval_s in (5.0, 6.0):
+        hold.heartbeat(interval_s)
+        assert hold.changed is False
+
+
+def test_that_an_agent_is_serial_is_known_after_a_restart() -> None:
+    hold = HoldEstimator()
+    polls = Polls(hold)
+    hold.heartbeat(5.0)
+    polls.held(4.0, 1.0)  # as long as a serial agent may be held
+    assert hold.limit_s(MAX_S) == 6
+    polls.held(5.0, 1.0)  # as long as the interval: no heartbeat came
+    restored = HoldEstimator(hold.stored())
+    polls = Polls(restored)
+    for _ in range(3):
+        assert restored.limit_s(MAX_S) == 4
+        polls.held(4.0, 1.0)
+
+
+def test_a_parallel_agent_is_never_taken_as_serial_and_neither_is_learnt_twice() -> None:
+    parallel, serial = HoldEstimator(), HoldEstimator()
+    parallel.poll_arrived(0.0)
+    for hold in (parallel, serial):
+        hold.heartbeat(5.0)
+        hold.reply_sent(1.0, MAX_S)
+        answered(hold, 9)
+        Polls(hold).held(MAX_S)
+    assert (parallel.stored()["serial"], serial.stored()["serial"]) == (False, True)
+    Polls(serial).held(MAX_S)
+    assert serial.changed is False
+
+
+def test_polls_without_any_pause_and_hold_are_judged_too() -> None:
+    assert pauser(Polls(HoldEstimator()), 0.0, [0.25] * 9) is PollPacing.TICKER
+    assert pauser(Polls(HoldEstimator()), 0.0, [0.1] * 9) is PollPacing.UNKNOWN
+    assert pauser(Polls(HoldEstimator()), 0.0, [0.05, 0.1, 0.15, 0.2] * 3) is PollPacing.PAUSE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shim.core.call_records import MAX_ROUTE_CHARS, OTHER_ROUTES, RecentCalls
+from shim.core.call_records import MAX_ROUTE_CHARS, OTHER_ROUTES, STEP_S, RecentCalls, bounded
 
 
 def test_calls_are_counted_for_a_minute_the_most_frequent_first() -> None:
@@ -40,3 +40,18 @@ def test_kinds_of_the_past_make_room() -> None:
     calls.note(0.0, 404, "GET /old", "")
     calls.note(100.0, 404, "GET /new", "")
     assert [each.kind.route for each in calls.last_minute(100.0)] == ["GET /new"]
+
+
+def test_a_kind_has_its_reason_and_texts_that_fit_are_whole() -> None:
+    calls = RecentCalls()
+    route, reason = "r" * MAX_ROUTE_CHARS, "not found"
+    assert calls.note(0.0, 404, route, reason) == (404, route, reason)
+    assert bounded("x" * 10, 10) == "x" * 10
+    assert bounded("a\x1bb", 10) == "a?b"
+
+
+def test_calls_of_some_seconds_share_a_place() -> None:
+    calls = RecentCalls()
+    for second in range(60):
+        kind = calls.note(1000.0 + second, 404, "GET /a", "")
+    assert len(calls._steps[kind]) == 60 / STEP_S

@@ -361,3 +361,151 @@ def test_a_session_that_was_removed_already_gives_back_nothing_again() -> None:
     sessions.remove(one)
     assert sessions._tunnel_bytes == before / 2
     assert list(sessions._by_owner) == [OWNER]
+
+
+# --- storage, and what the estimators learn ---------------------------------------------------------------------------
+
+
+def test_a_session_is_stored_whole_and_without_its_secret() -> None:
+    session = cluster("c-1", upstream_cluster_id="c-2", registration={"name": "prod"}, reply={"status": "ok"})
+    session.superseded_by = SessionKey(OWNER, "cluster", "c-3")
+    session.hold.agent_disconnected(9.0)
+    session.tunnel_hold.agent_disconnected(7.0)
+    beat(session, 50.0, secret="s3cret")
+    assert session.holds_changed
+    record = session.record()
+    assert not session.holds_changed
+    assert (record.key, record.dialect, record.agent_id, record.upstream_cluster_id) == (
+        *(session.key, "clusters_agent", "pod-1", "c-2"),
+    )
+    assert (record.registration, record.reply, record.last_seen_unix) == ({"name": "prod"}, {"status": "ok"}, 50.0)
+    assert record.superseded_by == str(session.superseded_by)
+    assert "s3cret" not in repr(record)
+    again = Session.from_record(record)
+    assert again.record() == record
+    assert again.superseded_by == session.superseded_by
+    assert (again.hold.ceiling_s, again.tunnel_hold.ceiling_s) == (8.0, 6.0)
+    assert (session.persisted_last_seen, again.persisted_last_seen, again.last_seen_unix) == (50.0, 50.0, 50.0)
+
+
+def test_a_new_session_is_stored_with_what_its_key_says() -> None:
+    record = cluster("c-1").record()
+    assert (record.agent_id, record.upstream_cluster_id, record.last_seen_unix) == ("", "c-1", 0.0)
+    assert (record.superseded_by, list(record.hold)) == ("", ["poll"])
+    assert (agent("a").record().agent_id, agent("a").record().upstream_cluster_id) == ("a", "")
+    assert Session.from_record(record).superseded_by is None
+    assert Sessions().home_of(agent("a")) == agent("a").key
+
+
+def test_both_estimators_learn_the_interval_from_the_first_gap_on() -> None:
+    session = cluster("c-1")
+    holds = (session.hold, session.tunnel_hold)
+    for hold in holds:
+        for _ in range(9):
+            hold.reply_sent(0.0, 20.0)
+    for now, limit_s in ((0.0, 20.0), (5.0, 4.0), (8.0, 3.0), (11.0, 2.0), (14.0, 2.0)):
+        beat(session, now)
+        assert [hold.limit_s(20.0) for hold in holds] == [limit_s, limit_s]
+    assert [hold.stored()["interval_s"] for hold in holds] == [3.0, 3.0]
+
+
+def test_a_heartbeat_completes_what_earlier_ones_said() -> None:
+    session = cluster("c-1")
+    beat(session, 0.0, tunnel="", known={"name": "prod", "version": "1"}, secret="s")
+    beat(session, 5.0, tunnel="", known={"version": "2"})
+    assert session.heartbeat_payload()["tunnel_status"] == "disconnected"
+    assert session.register_payload({}) == {
+        "name": "prod",
+        "version": "2",
+        "agent_id": "pod-1",
+        "cluster_id": "c-1",
+        "k8s_service_token": "s",
+    }
+
+
+def test_an_agent_id_of_the_registration_is_sent_if_no_call_had_one() -> None:
+    for registration, agent_id in (({"name": "prod", "agent_id": "pod-7"}, "pod-7"), ({"name": "prod"}, "")):
+        payload = cluster("c-1", registration=registration).register_payload({})
+        assert payload is not None
+        assert payload["agent_id"] == agent_id
+
+
+def test_a_heartbeat_is_not_due_before_its_interval_at_any_time() -> None:
+    session = cluster("c-1", sent_at=1000.0)
+    session.last_sent_status = session.reported_status
+    assert not session.heartbeat_due(1009.9, 10.0)
+    assert session.heartbeat_due(1010.0, 10.0)
+
+
+# --- bounds and look-ups, exactly -------------------------------------------------------------------------------------
+
+
+def test_the_room_for_heartbeats_is_filled_to_the_last_byte() -> None:
+    sessions, first, second = Sessions(), agent("a"), agent("b")
+    for session in (first, second):
+        sessions.add(session)
+    sessions.keep(first, heartbeat_of(FREE_KEPT_BYTES))
+    sessions.keep(second, heartbeat_of(1))
+    whole = heartbeat_of(FREE_KEPT_BYTES + MAX_ALL_KEPT_BYTES)
+    assert sessions.has_room_for(None, whole)
+    assert not sessions.has_room_for(None, heartbeat_of(whole.size_bytes + 1))
+    sessions.keep(first, whole)
+    assert sessions.has_room_for(first, whole)
+    assert not sessions.has_room_for(first, heartbeat_of(whole.size_bytes + 1))
+    assert sessions.has_room_for(second, heartbeat_of(FREE_KEPT_BYTES))
+    assert not sessions.has_room_for(second, heartbeat_of(FREE_KEPT_BYTES + 1))
+
+
+def test_the_room_for_tunnel_states_is_filled_to_the_last_byte() -> None:
+    sessions, first, second = Sessions(), agent("a"), agent("b")
+    for session in (first, second):
+        sessions.add(session)
+    whole = FREE_KEPT_BYTES + MAX_ALL_KEPT_BYTES
+    assert sessions.keep_tunnel(second, {"n": 0}, FREE_KEPT_BYTES)
+    assert not sessions.keep_tunnel(first, {"n": 1}, whole + 1)
+    assert first.tunnel is None
+    for number in (2, 3):
+        assert sessions.keep_tunnel(first, {"n": number}, whole)
+        assert first.tunnel == {"n": number}
+    assert sessions.keep_tunnel(second, {"n": 4}, FREE_KEPT_BYTES)
+    assert not sessions.keep_tunnel(second, {"n": 5}, FREE_KEPT_BYTES + 1)
+
+
+def test_an_owner_has_its_own_sessions() -> None:
+    one = agent("a")
+    sessions = table(one, agent("b", OTHER))
+    assert list(sessions.of_owner(OWNER)) == [one]
+    assert list(sessions.of_owner("unknown")) == []
+
+
+def test_an_unknown_session_can_be_removed_and_a_removed_one_has_no_aliases() -> None:
+    one = agent("a")
+    sessions = table(one)
+    sessions.set_alias(OWNER, "pod-1", one.key)
+    sessions.remove(agent("b", OTHER))
+    sessions.remove(one)
+    assert sessions.set_alias(OWNER, "pod-1", agent("c").key) is None
+    sessions.move_aliases(one.key, agent("c").key)
+    assert sessions.alias_is(OWNER, "pod-1", agent("c").key)
+
+
+def test_a_call_of_an_agent_names_an_agents_session() -> None:
+    sessions = table(cluster("x"), agent("x"))
+    for kind, found in ((TargetKind.AGENT, "agent"), (TargetKind.ALIAS, "agent"), (TargetKind.CLUSTER, "cluster")):
+        assert sessions.key_of(OWNER, SessionTarget(kind, "x")).kind == found
+
+
+def test_a_cluster_id_that_is_both_the_agents_and_the_controllers_means_that_session_alone() -> None:
+    exact, other = cluster("c", agent_id="pod-1"), agent("a", upstream_cluster_id="c", contact_at=9.0)
+    sessions = table(exact, other)
+    assert sessions.find(OWNER, "c", "") == [exact]
+    assert sessions.find(OWNER, "c", "pod-1") == [exact]
+    assert sessions.find(OWNER, "c", "a") == [other]
+    assert sessions.find(OWNER, "c", "unknown") == [other, exact]
+    sessions.set_upstream_id(exact, "c-2")
+    assert sessions.find(OWNER, "c", "") == [other, exact]
+
+
+def test_without_an_agent_id_a_session_without_one_is_not_preferred() -> None:
+    one, two = agent("a", upstream_cluster_id="c", agent_id=""), agent("b", upstream_cluster_id="c", contact_at=9.0)
+    assert table(one, two).find(OWNER, "c", "") == [two, one]

@@ -82,3 +82,26 @@ def test_who_is_leaving_takes_nothing_and_its_shards_wait_for_nobody() -> None:
     assert plan_rebalance("b", 4, {"a"}, holders).acquire == ()
     assert plan_rebalance("a", 4, {"a"}, holders).release == ()
     assert plan_rebalance("a", 4, {"a"}, {0: "a", 1: "a"}).acquire == (2, 3)
+
+
+def test_owners_and_shards_never_change() -> None:
+    """Replicas of different versions must agree, and an owner is a key in the database."""
+    key = b"k" * 32
+    owner = "cbe2d061385212d1a27772f68ba2721e3d0d27c5caf5d43bb7f28ecf178a6de4"
+    assert owner_id(key, "token") == owner
+    assert [shard_of(owner, count) for count in (1, 16, 64, 1000)] == [0, 2, 50, 138]
+    half = owner_id(key, "\udcff")  # a byte of a header that is no UTF-8
+    assert 0 <= shard_of(half, 16) < 16
+    assert 0 <= shard_of("\udcff", 16) < 16
+
+
+def test_the_remainder_stays_where_most_shards_are() -> None:
+    assert target_counts(5, {"a", "b"}, {"b": 1}) == {"a": 2, "b": 3}
+    assert target_counts(5, {"a", "b"}, {}) == {"a": 3, "b": 2}
+
+
+def test_shards_beyond_the_own_share_are_released_a_few_at_a_time() -> None:
+    holders = dict.fromkeys(range(6), "a")
+    assert plan_rebalance("a", 8, {"a", "b"}, holders) == Rebalance(release=(4, 5))
+    assert plan_rebalance("a", 20, {"a", "b"}, dict.fromkeys(range(20), "a")) == Rebalance(release=(16, 17, 18, 19))
+    assert plan_rebalance("c", 8, {"a", "b"}, holders) == Rebalance()
