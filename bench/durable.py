@@ -21,6 +21,7 @@ from bench.figures import Figure, Log, compared, spread
 from bench.load import Plan
 from bench.servers import Bench
 from shim.core.records import AddTrace, CommandRecord, PutCommand, SessionKey, TraceEntry
+from shim.process import tune_gc
 from shim.store import CommitProbe
 from shim.store.sqlite import SqliteStore
 
@@ -46,6 +47,7 @@ def measure(bench: Bench, log: Log) -> list[Figure]:
 
     What arrives during a commit shares the next: plain sqlite3 is given batches of the size that came of it.
     """
+    tune_gc()  # as the shim does
     figures = []
     for outstanding, all_of_them in OUTSTANDING.items():
         count = bench.pick(all_of_them, 100)

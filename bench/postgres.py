@@ -24,6 +24,7 @@ from bench.figures import Figure, Log, compared
 from bench.servers import Bench
 from shim.core.records import AddTrace, CommandRecord, CommandState, MarkCommands, Operation, PutCommand, TraceEntry
 from shim.ports import CommandStore
+from shim.process import tune_gc
 from shim.store.sqlite import SqliteStore
 from tests.support import postgres
 
@@ -31,16 +32,16 @@ PART = database.STORE_PART
 ROUNDS = 5
 OUTSTANDING = {1: 300, 10: 3000, 100: 10_000}
 AIMS = {1: 0.5, 10: 0.8, 100: 0.6}
-_TABLE = (
+TABLE = (
     "CREATE TABLE IF NOT EXISTS bare (seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, session text, id text,"
     " request_id text, state text, attempts bigint, arrived float8, expires float8, type text, created_at text,"
     " payload bytea, UNIQUE (session, id))"
 )
-_INSERT = (
+INSERT = (
     "INSERT INTO bare (session, id, request_id, state, attempts, arrived, expires, type, created_at, payload)"
     " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
 )
-_DELETE = "DELETE FROM bare WHERE session = %s AND id = %s"
+DELETE = "DELETE FROM bare WHERE session = %s AND id = %s"
 
 
 def through_store(make: Callable[[Any], CommandStore], records: Sequence[CommandRecord], outstanding: int) -> float:
@@ -84,19 +85,20 @@ def through_store(make: Callable[[Any], CommandStore], records: Sequence[Command
 def bare(url: str, records: Sequence[CommandRecord], outstanding: int) -> float:
     """Commands per second, each inserted and deleted."""
     with psycopg.connect(url, autocommit=True, prepare_threshold=1) as connection:
-        connection.execute(_TABLE)
+        connection.execute(TABLE)
         connection.execute("TRUNCATE bare")
         started_s = time.perf_counter()
         for first in range(0, len(records), outstanding):
             batch = records[first : first + outstanding]
             with connection.pipeline(), connection.transaction():
-                connection.cursor().executemany(_INSERT, [_row(each) for each in batch])
+                connection.cursor().executemany(INSERT, [bare_row(each) for each in batch])
             with connection.pipeline(), connection.transaction():
-                connection.cursor().executemany(_DELETE, [(str(each.session), each.id) for each in batch])
+                connection.cursor().executemany(DELETE, [(str(each.session), each.id) for each in batch])
         return len(records) / (time.perf_counter() - started_s)
 
 
-def _row(record: CommandRecord) -> tuple[Any, ...]:
+def bare_row(record: CommandRecord) -> tuple[Any, ...]:
+    """Return the parameters of `INSERT`, those of `DELETE` first."""
     return (
         *(str(record.session), record.id, record.request_id, "queued", 0, record.arrived_unix, record.expires_unix),
         *(record.type, record.created_at, b'{"replicas":3,"deployment":"web","namespace":"default"}'),
@@ -105,6 +107,7 @@ def _row(record: CommandRecord) -> tuple[Any, ...]:
 
 def measure(bench: Bench, log: Log) -> list[Figure]:
     """The store against both baselines, in alternating rounds."""
+    tune_gc()  # as the shim does
     figures = []
     with database.running() as server:
         for outstanding, all_of_them in OUTSTANDING.items():

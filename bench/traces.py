@@ -1,9 +1,9 @@
 """`python -m bench.traces`: the cost of a command's trace, with other ways to keep it, on SQLite and PostgreSQL.
 
 A command is inserted, offered and delivered, in batches of a hundred with a commit for each of the three, by bare SQL
-on tables with the columns and indexes of the store. Its two later steps are kept as rows of `traces` (as the store
-does), as such rows with one index instead of two, as text that grows in the command's own row, or not at all. CPU is
-that of all threads and of the server, which does not depend on the disk.
+on tables with the columns and indexes of the store. Its two later steps are kept as rows of `traces`, as such rows with
+one index instead of two, as text that grows in the command's own row (as the store does), or not at all. CPU is that of
+all threads and of the server, which does not depend on the disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 from bench import database
 from bench.durable import ROUNDS, _records
 from shim.store import schema
-from shim.store.operations import COMMAND_COLUMNS, insert_parameters
+from shim.store.operations import COMMAND_COLUMNS
+from shim.store.rows import insert_parameters
 
 COUNT = 5000
 BATCH = 100
@@ -58,7 +59,7 @@ def _lives(way: str, rows: Sequence[Sequence[Any]], transact: Transact) -> None:
         def step(execute: Execute, event: str = event, wall: float = wall) -> None:
             more, text = "", ()
             if way == WAYS[2]:
-                more, text = ", trace = trace || ?", (f'{{"wall":{wall},"event":"{event}","detail":""}},',)
+                more, text = ", steps = steps || ?", (f'{{"wall":{wall},"event":"{event}","detail":""}},',)
             execute(_MARK.format(more=more), [(event, wall, *text, *key) for key in keys])
             if way in WAYS[:2]:
                 execute(_TRACE, [(wall, event, *key) for key in keys])
@@ -78,7 +79,6 @@ def on_sqlite(way: str) -> float:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         schema.migrate(connection)
-        connection.execute("ALTER TABLE commands ADD COLUMN trace TEXT NOT NULL DEFAULT ''")
         for statement in _ONE_INDEX["sqlite"] if way == WAYS[1] else ():
             connection.execute(statement)
 
@@ -106,7 +106,6 @@ def on_postgres(server: Any, way: str) -> float:
     prepare(settings.Store(url=url))
     options = f"-c search_path={SCHEMA} -c agent_shim.shard=0 -c enable_seqscan=off"
     with psycopg.connect(url, autocommit=True, prepare_threshold=1, options=options) as connection:
-        connection.execute("ALTER TABLE commands ADD COLUMN trace text NOT NULL DEFAULT ''")
         for statement in _ONE_INDEX["postgresql"] if way == WAYS[1] else ():
             connection.execute(statement)
 

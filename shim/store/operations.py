@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from heapq import merge
+from operator import attrgetter
 from typing import Any
 
 from shim.core.records import (
@@ -15,7 +17,6 @@ from shim.core.records import (
     CheckStore,
     CloseOutbox,
     CommandDetails,
-    CommandRecord,
     CommandState,
     DeleteSession,
     FindCommand,
@@ -40,8 +41,17 @@ from shim.core.records import (
     WriteProbe,
 )
 from shim.store import rows
-from shim.store.database import Database, Finish, nothing
-from shim.store.rows import UndecodableRow, decode_object, encode_json, optional_object, parse_key
+from shim.store.database import Database, Finish, Rows, nothing
+from shim.store.rows import (
+    MAX_STEPS_CHARS,
+    UndecodableRow,
+    decode_object,
+    encode_json,
+    insert_parameters,
+    is_first_step,
+    optional_object,
+    parse_key,
+)
 from shim.store.schema import ENDED
 
 # Limit for the steps of commands that have no row. Ids and reasons are bounded in length before they reach the store.
@@ -64,7 +74,7 @@ _ANY_SESSION = (
     " WHERE known.session IS NOT NULL)"
 )
 _FIND_COMMANDS = (
-    f"{_ANY_SESSION.format(table='commands')} SELECT result, first_step, {rows.COMMAND_COLUMNS} FROM commands"  # noqa: S608 - constants
+    f"{_ANY_SESSION.format(table='commands')} SELECT result, first_step, steps, {rows.COMMAND_COLUMNS} FROM commands"  # noqa: S608 - constants
     " WHERE seq IN (SELECT c.seq FROM known CROSS JOIN commands AS c WHERE c.session = known.session AND c.id = ?1)"
     " AND {mine} ORDER BY seq"
 )
@@ -73,9 +83,15 @@ _FIND_LONE_TRACES = (
     " FROM known CROSS JOIN lone_traces AS t WHERE t.session = known.session AND t.command_id = ?1 AND {mine}"
     " ORDER BY t.id"
 )
-MARK = (
+_CHANGE = (
     "UPDATE commands SET state = ?1, attempts = CASE WHEN attempts + ?2 > 0 THEN attempts + ?2 ELSE 0 END, updated = ?3"
-    " WHERE session = ?4 AND id = ?5"
+)
+MARK = f"{_CHANGE} WHERE session = ?4 AND id = ?5"
+# A step is appended to the command's own row as long as that has room.
+_MARK_WITH_STEP = f"{_CHANGE}, steps = steps || ?6 WHERE session = ?4 AND id = ?5 AND length(steps) < {MAX_STEPS_CHARS}"
+_ADD_STEP = (
+    "UPDATE commands SET steps = steps || ?3"  # noqa: S608 - constants
+    f" WHERE session = ?1 AND id = ?2 AND length(steps) < {MAX_STEPS_CHARS}"
 )
 _REQUEUE = (
     "UPDATE commands SET state = 'queued', attempts = 0, expires = ?1, updated = ?2"
@@ -89,9 +105,9 @@ _INSERT_LONE_TRACE = "INSERT INTO lone_traces (session, command_id, wall, event,
 _SELECT_TRACE = "SELECT wall, event, detail FROM traces WHERE command = ?1 ORDER BY id"
 # Delete the oldest steps first: operators search for commands that were rejected recently.
 _TRIM_LONE_TRACES = "DELETE FROM lone_traces WHERE {mine} AND id <= (SELECT max(id) FROM lone_traces WHERE {mine}) - ?1"
-# PostgreSQL has an index on `arrived` and none on `updated`. A command that arrived later than it was changed, because
-# the clock was set back, is kept.
-_OUTDATED = f"commands WHERE {{mine}} AND {ENDED} AND updated < ?1 AND arrived < ?1"
+# PostgreSQL has an index on `arrived`, of the commands that are not live, and none on `updated`. A command that arrived
+# later than it was changed, because the clock was set back, is kept.
+_OUTDATED = f"commands WHERE {{mine}} AND {ENDED} AND NOT ({{live}}) AND updated < ?1 AND arrived < ?1"
 _PRUNE = (
     f"DELETE FROM traces WHERE command IN (SELECT seq FROM {_OUTDATED})",  # noqa: S608 - constants
     f"DELETE FROM {_OUTDATED}",  # noqa: S608 - constants
@@ -178,7 +194,7 @@ class Operations:
         self._find_commands = _FIND_COMMANDS.format(mine=database.mine)
         self._find_lone_traces = _FIND_LONE_TRACES.format(mine=database.mine)
         self._trim_lone_traces = _TRIM_LONE_TRACES.format(mine=database.mine)
-        self._prune = [statement.format(mine=database.mine) for statement in _PRUNE]
+        self._prune = [statement.format(mine=database.mine, live=database.live) for statement in _PRUNE]
         self._carriers: dict[type[Operation], Callable[[Any], Finish[Any]]] = {
             PutCommand: self.put,
             LookUpCommand: self.look_up,
@@ -281,9 +297,14 @@ class Operations:
         return nothing
 
     def mark_with_step(self, operation: MarkCommands, step: AddTrace) -> Finish[None]:
-        """Change the state of commands and add a step to the trace of each."""
-        self.mark(operation)
-        return self.add_trace(step)
+        """Change the state of commands and add a step to the trace of each, by one statement for a command."""
+        session, text = str(operation.session), rows.encode_step(step.entry)
+        for each in operation.ids:
+            values = (operation.state.value, operation.attempts, operation.wall, session, each)
+            if not self._execute(_MARK_WITH_STEP, (*values, text)).rowcount:
+                self._execute(MARK, values)
+                self._add_as_row(session, each, step.entry)
+        return nothing
 
     def requeue(self, operation: RequeueCommand) -> Finish[bool]:
         """Queue a command again that ended without a result. The result is False if it is in another state."""
@@ -302,31 +323,42 @@ class Operations:
         for session, *step in self._execute(self._find_lone_traces, (command_id,)).fetchall():
             lone.setdefault(parse_key(session), []).append(TraceEntry(*step))
         found: list[CommandDetails] = []
-        for result, first_step, *row in self._execute(self._find_commands, (command_id,)).fetchall():
+        for result, first_step, steps, *row in self._execute(self._find_commands, (command_id,)).fetchall():
             try:
                 record = rows.command(tuple(row))
             except UndecodableRow:
                 continue  # leave the row in place: `load` quarantines it at the next start if the command is live
-            steps = self._execute(_SELECT_TRACE, (record.seq,)).fetchall()
-            first = [TraceEntry(record.arrived_unix, first_step, record.type)] if first_step else []
-            trace = lone.pop(record.session, []) + first + [TraceEntry(*step) for step in steps]
+            trace = lone.pop(record.session, [])
+            if first_step:
+                trace.append(TraceEntry(record.arrived_unix, first_step, record.type))
+            added = self._execute(_SELECT_TRACE, (record.seq,)).fetchall()
+            # Rows follow the steps in a full row. Those of a shim before schema version 2 precede them.
+            trace += merge(rows.decode_steps(steps), [TraceEntry(*step) for step in added], key=attrgetter("wall"))
             found.append(CommandDetails(record, optional_object(result), trace))
         return found + [
             CommandDetails(rows.never_stored(key, command_id, trace), None, trace) for key, trace in lone.items()
         ]
 
     def add_trace(self, operation: AddTrace) -> Finish[None]:
-        """Add a step to the traces of commands. Traces of commands that are not stored are bounded."""
-        session, step = str(operation.session), operation.entry
+        """Add a step to the traces of commands."""
+        session, text = str(operation.session), rows.encode_step(operation.entry)
         for each in operation.ids:
-            known = self._execute(_INSERT_TRACE, (step.wall, step.event, step.detail, session, each))
-            if not known.rowcount:
-                self._execute(_INSERT_LONE_TRACE, (session, each, step.wall, step.event, step.detail))
-                self.trim_lone_traces()
+            if not self._execute(_ADD_STEP, (session, each, text)).rowcount:
+                self._add_as_row(session, each, operation.entry)
         return nothing
 
-    def trim_lone_traces(self) -> None:
-        """Delete the oldest traces of commands that are not stored, beyond `MAX_LONE_TRACES`."""
+    def _add_as_row(self, session: str, command_id: str, step: TraceEntry) -> None:
+        """Add a step as a row, because the command's own row is full or the command is not stored."""
+        if not self.add_trace_row(session, command_id, step).rowcount:
+            self.add_lone_trace(session, command_id, step)
+
+    def add_trace_row(self, session: str, command_id: str, step: TraceEntry) -> Rows:
+        """Add a step to the trace of a stored command, as a row. The result has no row if it is not stored."""
+        return self._execute(_INSERT_TRACE, (step.wall, step.event, step.detail, session, command_id))
+
+    def add_lone_trace(self, session: str, command_id: str, step: TraceEntry) -> None:
+        """Add a step to the trace of a command that is not stored. Such traces are bounded."""
+        self._execute(_INSERT_LONE_TRACE, (session, command_id, step.wall, step.event, step.detail))
         self._execute(self._trim_lone_traces, (MAX_LONE_TRACES,))
 
     def prune(self, operation: Prune) -> Finish[None]:
@@ -450,33 +482,6 @@ class Operations:
         """Store the latest tunnel state of a session."""
         self._execute(_SAVE_TUNNEL, (str(operation.session), encode_json(operation.payload)))
         return nothing
-
-
-def insert_parameters(record: CommandRecord, first_step: str) -> tuple[Any, ...]:
-    """Return the parameters of `INSERT_COMMAND`."""
-    return (
-        str(record.session),
-        record.id,
-        record.request_id,
-        record.state._value_,  # `value` is a property call, too slow for a line that runs for every command
-        record.attempts,
-        record.arrived_unix,
-        record.arrived_unix,
-        record.expires_unix,
-        record.size_bytes,
-        record.type,
-        record.created_at,
-        encode_json(record.payload),
-        record.via,
-        first_step,
-    )
-
-
-def is_first_step(record: CommandRecord, step: AddTrace) -> bool:
-    """Return whether the row of `record` with `step.entry.event` as its `first_step` holds all of this step."""
-    entry = step.entry
-    implied = (record.session, (record.id,), record.arrived_unix, record.type)
-    return (step.session, step.ids, entry.wall, entry.detail) == implied
 
 
 def duplicate(seq: int, state: str, result: Any) -> PutOutcome:

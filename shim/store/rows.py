@@ -1,4 +1,4 @@
-"""Reading of rows: decoding into records, the quarantine of those that cannot be decoded, and the contents at start-up.
+"""Records as rows: encoding, decoding, the quarantine of rows that cannot be decoded, and the contents at start-up.
 
 Every column is validated, because SQLite does not enforce column types.
 """
@@ -10,7 +10,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from shim.core.records import CommandRecord, CommandState, SessionKey, SessionRecord, StoreContents, TraceEntry
+from shim.core.records import (
+    AddTrace,
+    CommandRecord,
+    CommandState,
+    SessionKey,
+    SessionRecord,
+    StoreContents,
+    TraceEntry,
+)
 from shim.errors import ShimError
 from shim.protocol.lenient_json import to_float
 from shim.store.database import Database
@@ -22,6 +30,9 @@ SESSION_COLUMNS = "session, dialect, agent_id, upstream_cluster_id, last_seen, s
 
 encode_json = msgspec.json.Encoder().encode
 _decode_object = msgspec.json.Decoder(dict[str, Any], float_hook=to_float).decode
+# Limit for the steps in a command's row, because each step writes the row anew. Further steps are rows of `traces`.
+MAX_STEPS_CHARS = 1000
+_decode_steps = msgspec.json.Decoder(list[tuple[float, str, str]]).decode
 _Row = TypeVar("_Row", bound=tuple[Any, ...])
 
 
@@ -97,6 +108,47 @@ def optional_object(column: Any) -> dict[str, Any] | None:
         return decode_object(column)
     except UndecodableRow:
         return None
+
+
+def insert_parameters(record: CommandRecord, first_step: str) -> tuple[Any, ...]:
+    """Return the parameters of `operations.INSERT_COMMAND`."""
+    return (
+        str(record.session),
+        record.id,
+        record.request_id,
+        record.state._value_,  # `value` is a property call, too slow for a line that runs for every command
+        record.attempts,
+        record.arrived_unix,
+        record.arrived_unix,
+        record.expires_unix,
+        record.size_bytes,
+        record.type,
+        record.created_at,
+        encode_json(record.payload),
+        record.via,
+        first_step,
+    )
+
+
+def is_first_step(record: CommandRecord, step: AddTrace) -> bool:
+    """Return whether the row of `record` with `step.entry.event` as its `first_step` holds all of this step."""
+    entry = step.entry
+    implied = (record.session, (record.id,), record.arrived_unix, record.type)
+    return (step.session, step.ids, entry.wall, entry.detail) == implied
+
+
+def encode_step(entry: TraceEntry) -> str:
+    """Return a step as it is appended to the column `steps`."""
+    return encode_json((entry.wall, entry.event, entry.detail)).decode() + ","
+
+
+def decode_steps(column: Any) -> list[TraceEntry]:
+    """Decode the column `steps`. An unreadable one has no steps."""
+    try:
+        steps = _decode_steps(f"[{column.rstrip(', ')}]")
+    except (AttributeError, msgspec.MsgspecError, TypeError, ValueError, RecursionError):
+        return []
+    return [TraceEntry(*step) for step in steps]
 
 
 def parse_key(text: str) -> SessionKey:

@@ -149,7 +149,15 @@ CREATE TABLE quarantine (
 CREATE INDEX quarantine_pending ON quarantine (session, command_id) WHERE pending
 """
 
-MIGRATIONS = (Migration(min_reader_version=1, script=_VERSION_1, sqlite=_SQLITE_1),)
+# steps: the steps of the trace after the first one, each a JSON array of `TraceEntry` followed by a comma. Nearly every
+# step belongs to a change of the row, so it costs no row and no statement of its own. Further steps of a long trace
+# are rows of `traces` (`operations.MAX_STEPS_CHARS`); on PostgreSQL a final space says so.
+_VERSION_2 = "ALTER TABLE commands ADD COLUMN steps TEXT NOT NULL DEFAULT ''"
+
+MIGRATIONS = (
+    Migration(min_reader_version=1, script=_VERSION_1, sqlite=_SQLITE_1),
+    Migration(min_reader_version=1, script=_VERSION_2),
+)
 SCHEMA_VERSION = len(MIGRATIONS)
 
 
@@ -273,7 +281,7 @@ TABLES = (
     Table("aliases", "id:i owner:t agent_id:t session:t"),
     Table("tunnels", "id:i session:t payload:b"),
     Table("commands", "seq:i session:t id:t request_id:t state:t attempts:i updated:f arrived:f expires:f size_bytes:i"
-          " type:t created_at:t payload:b via:t first_step:t result:n"),
+          " type:t created_at:t payload:b via:t first_step:t result:n steps:t"),
     Table("outbox", "seq:i owner:t session:t command_id:t request_id:t payload:b"),
     Table("unknown_results", "session:t command_id:t wall:f", key=2),
     Table("traces", "id:i command:i wall:f event:t detail:t"),

@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 
 from shim.core.records import AddTrace, Operation, PutCommand, PutOutcome, WriteProbe
 from shim.store.database import Finish, Rows, nothing
-from shim.store.operations import COMMAND_COLUMNS, Operations, insert_parameters, is_first_step
+from shim.store.operations import COMMAND_COLUMNS, Operations
+from shim.store.rows import insert_parameters, is_first_step
 
 SAVE_META = "INSERT INTO meta (key, value) VALUES (?1, ?2) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 # Free pages that one `Prune` returns to the file system: enough to keep up, few enough not to delay commits. The next
 # constant is the number of free pages that the file keeps for reuse.
 _VACUUM_PAGES = 1000
 _KEPT_PAGES = 2500
-# Rows per statement. Each size is a statement of its own, which is prepared once, so there are few.
-_SIZES = (32, 8, 2, 1)
+# Rows per statement. Each size is a statement of its own, which is prepared once.
+_SIZES = (128, 64, 32, 16, 8, 4, 2, 1)
 _NEWEST = "SELECT min(seq) FROM (SELECT seq FROM commands ORDER BY seq DESC LIMIT ?1)"
 
 

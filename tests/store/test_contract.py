@@ -244,6 +244,31 @@ def test_a_first_step_that_comes_with_its_command_is_traced_each_time(client: St
     assert [(record.session, trace) for record, _, trace in found(client, "4")] == [(KEY, []), (OTHER, [step])]
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_long_trace_keeps_its_steps_in_order(client: StoreClient, at_once: bool) -> None:
+    """More steps than a command's own row takes, and a duplicate and commands without a row among them."""
+    first = TraceEntry(100.0, "arrived", "exec")
+    steps = [TraceEntry(101.0 + number, "offered", f"'{number}\" \0, " + 60 * "ü") for number in range(40)]
+    submitted: list[list[Operation]] = [[put("1"), AddTrace(KEY, ("1",), first)]]
+    for number, step in enumerate(steps):
+        change = MarkCommands(KEY, ("1", "2"), CommandState.OFFERED, 5.0, 1)
+        submitted.append([*([change] if number % 2 else []), AddTrace(KEY, ("1", "2"), step)])
+    submitted.append([put("1"), AddTrace(KEY, ("1",), first)])
+    outcomes = [client.submit(*each) if at_once else [client.run(*each)] for each in submitted]
+    duplicate = [client.wait(each) for each in outcomes][-1]
+
+    ((record, _, trace),) = found(client, "1")
+    assert (record.state, record.attempts) == (CommandState.OFFERED, 20)
+    assert (duplicate.duplicate, duplicate.state) == (True, CommandState.OFFERED)
+    assert shown(trace) == shown([first, *steps, first])
+    assert shown(found(client, "2")[0][2]) == shown(steps)
+
+
+def shown(trace: list[TraceEntry]) -> list[TraceEntry]:
+    """Replace NUL in details as PostgreSQL's text columns do."""
+    return [replace(step, detail=step.detail.replace("\0", "␀")) for step in trace]
+
+
 def test_a_rejected_command_is_found_by_its_trace_until_that_is_old(client: StoreClient) -> None:
     steps = [TraceEntry(100.0, "reported", "queue_full"), TraceEntry(105.0, "closed")]
     client.run(*(AddTrace(OTHER, ("1",), step) for step in steps), put("2"))

@@ -145,9 +145,9 @@ def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path: Path, pg_url: str) 
     client.close()
     source, target = settings.Store(path=str(path)), settings.Store(url=pg_url)
     pg.store(pg_url, list)
-    pg.query(pg_url, "ALTER TABLE traces ADD CHECK (event <> 'delivered')")
+    pg.query(pg_url, "ALTER TABLE lone_traces ADD CHECK (event <> 'rejected')")
     with pytest.raises(StoreError, match="--to"):
         copy(source, target)
     assert pg.query(pg_url, "SELECT count(*) FROM commands") == [(0,)]
-    pg.query(pg_url, "ALTER TABLE traces DROP CONSTRAINT traces_event_check")
-    assert copy(source, target).rows["traces"] == 1
+    pg.query(pg_url, "ALTER TABLE lone_traces DROP CONSTRAINT lone_traces_event_check")
+    assert copy(source, target).rows["lone_traces"] == 1

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from shim.core.records import AddTrace, CommandState, FindCommand, MarkCommands, TraceEntry
 from shim.store.schema import MIGRATIONS, SCHEMA_VERSION, Migration, migrate
 from shim.store.sqlite import SqliteStore
-from tests.support.stores import StoreClient, put
+from tests.support.stores import KEY, StoreClient, put
 
 
 def read(path: Path, statement: str) -> list[tuple[Any, ...]]:
@@ -59,6 +60,29 @@ def test_what_was_stored_survives_a_migration(tmp_path: Path) -> None:
     assert [record.id for record in client.open().commands] == ["1", "2"]
     client.close()
     assert read(path, "PRAGMA user_version") == [(SCHEMA_VERSION + 1,)]
+
+
+def test_steps_of_the_first_schema_come_before_those_that_are_added(tmp_path: Path) -> None:
+    path = tmp_path / "shim.db"
+    migrate_at(path, MIGRATIONS[:1])
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(
+            "INSERT INTO commands VALUES"
+            " (1, ?, 'old', '', 'offered', 1, 2, 1, 1e9, 2, 'exec', '', '{}', 'ws', 'arrived', NULL)",
+            (str(KEY),),
+        )
+        connection.execute("INSERT INTO traces VALUES (1, 1, 2, 'offered', '')")
+        connection.commit()
+    client = StoreClient(lambda post: SqliteStore(path, post))
+    client.open()
+    step = AddTrace(KEY, ("old",), TraceEntry(3.0, "delivered"))
+    client.run(MarkCommands(KEY, ("old",), CommandState.DELIVERED, 3.0), step)
+    ((record, _, trace),) = client.one(FindCommand("old"))
+    assert (record.state, [each.event for each in trace]) == (
+        CommandState.DELIVERED,
+        ["arrived", "offered", "delivered"],
+    )
+    client.close()
 
 
 def test_a_migration_that_fails_leaves_the_schema_of_the_one_before(tmp_path: Path) -> None:

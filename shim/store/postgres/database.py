@@ -26,8 +26,8 @@ _WORDS = (
     ("{shard}", "shard integer NOT NULL DEFAULT current_setting('agent_shim.shard')::integer,\n    "),
 )
 # An update that changes no indexed column writes to no index (a "heap-only tuple" update). No index therefore contains
-# `state` or `updated`. The index on `live` is written once per command, when it ends. `Prune` finds old commands by
-# `arrived`.
+# `state` or `updated`. A command is in the index of the live ones until it ends, then in that of the ended ones, where
+# `Prune` finds it by `arrived`.
 _OWN_1 = """
 CREATE TABLE meta (key text PRIMARY KEY, value text NOT NULL);
 INSERT INTO meta (key, value)
@@ -68,7 +68,11 @@ CREATE TABLE leases (
     batch bigint NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50)
 """
-_OWN = (_OWN_1,)
+_OWN_2 = """
+DROP INDEX commands_by_arrival;
+CREATE INDEX commands_ended ON commands (shard, arrived) WHERE NOT live
+"""
+_OWN = (_OWN_1, _OWN_2)
 _RELATIONS = "SELECT relname FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace WHERE nspname = %s"
 
 

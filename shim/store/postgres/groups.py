@@ -1,90 +1,78 @@
-"""Grouping of rows into multi-row statements, because a statement costs the server more than a row."""
+"""Grouping of rows into statements for many rows, because a statement costs the server more than a row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
 from typing import Any
 
 from shim.core.records import WriteProbe
 from shim.store.database import Finish, Rows, nothing
 from shim.store.postgres.pipeline import Pipeline
 
-# Rows per statement. Each size is a separate prepared statement, so there are few. Rows are split into the largest
-# sizes that they fill.
-_SIZES = (32, 8, 2, 1)
+# Rows that are sent at once. The server works on them while the next ones are encoded.
+CHUNK = 50
+
+Key = tuple[str, str]
+"""Session and id of a command."""
 
 
-class Row:
-    """An input row that waits in a group or was sent."""
+class GroupAnswer:
+    """Result of the statement for a group of rows."""
 
-    __slots__ = ("_number", "_results")
+    __slots__ = ("_answer", "_rows")
 
     def __init__(self) -> None:
-        self._results: Callable[[], dict[int, tuple[Any, ...]]] | None = None
-        self._number = 0
+        self._answer: Rows | None = None
+        self._rows: dict[Key, tuple[Any, ...]] | None = None
 
-    def attach(self, results: Callable[[], dict[int, tuple[Any, ...]]], number: int) -> None:
-        """Set the results of the row's statement, and the number of the row in it."""
-        self._results, self._number = results, number
+    def attach(self, answer: Rows) -> None:
+        """Set the result of the statement that was sent."""
+        self._answer = answer
 
-    def result(self) -> tuple[Any, ...]:
-        """Return the result for this row. The group must have been sent."""
-        if self._results is None:
-            raise RuntimeError("the group was not sent")
-        return self._results()[self._number]
+    @property
+    def rows(self) -> dict[Key, tuple[Any, ...]]:
+        """The rows of the result without their first two columns, which are the key. The group must have been sent."""
+        if self._rows is None:
+            if self._answer is None:
+                raise RuntimeError("the group was not sent")
+            self._rows = {(session, command_id): rest for session, command_id, *rest in self._answer.fetchall()}
+        return self._rows
 
 
 class Group:
-    """Waiting rows for one kind of statement. `head` and `tail` enclose its `VALUES`, whose rows are numbered from 0.
+    """Waiting rows for one kind of statement, which are its parameters: an array for each column.
 
-    The statement must return one row per input row, with the number in its first column.
+    `statement` has `{rows}` for them, numbered from 1 in a last column. `kinds` has a letter for each column
+    (`Pipeline.execute_columns`). The columns of the result begin with session and id of a command.
     """
 
-    def __init__(self, head: str, tail: str, pipeline: Pipeline) -> None:
-        self._head, self._tail = head, tail
+    def __init__(self, statement: str, kinds: str, pipeline: Pipeline) -> None:
+        arrays = ", ".join(f"?{number}" for number in range(1, len(kinds) + 1))
+        self._statement = statement.replace("{rows}", f"unnest({arrays}) WITH ORDINALITY")
+        self._kinds = kinds
         self._pipeline = pipeline
-        self._rows: list[tuple[Row, Sequence[Any]]] = []
-        self._statements: dict[int, str] = {}
+        self._rows: list[Sequence[Any]] = []
+        self._answer = GroupAnswer()
 
-    def add(self, parameters: Sequence[Any]) -> Row:
+    def add(self, parameters: Sequence[Any]) -> GroupAnswer:
         """Queue a row for `send`. A full group is sent at once."""
-        row = Row()
-        self._rows.append((row, parameters))
-        if len(self._rows) == _SIZES[0]:
+        answer = self._answer
+        self._rows.append(parameters)
+        if len(self._rows) == CHUNK:
             self.send()
-            self._pipeline.flush()  # the server works on these rows while we encode the next ones
-        return row
+            self._pipeline.flush()
+        return answer
 
     def send(self) -> None:
         """Send all waiting rows in order."""
-        rows, self._rows = self._rows, []
-        start = 0
-        while start < len(rows):
-            size = next(each for each in _SIZES if each <= len(rows) - start)
-            part = rows[start : start + size]
-            start += size
-            values = [value for _, parameters in part for value in parameters]
-            statement = self._statements.get(size) or self._make(size, len(part[0][1]))
-            results = cache(partial(_by_number, self._pipeline.execute(statement, values)))
-            for number, (row, _) in enumerate(part):
-                row.attach(results, number)
+        if self._rows:
+            self._answer.attach(self._pipeline.execute_columns(self._statement, self._kinds, self._rows))
+            self.clear()
 
     def clear(self) -> None:
-        """Discard all waiting rows."""
-        self._rows.clear()
-
-    def _make(self, size: int, width: int) -> str:
-        rows = (
-            f"({number}, {', '.join(f'?{number * width + column}' for column in range(1, width + 1))})"
-            for number in range(size)
-        )
-        statement = self._statements[size] = f"{self._head} (VALUES {', '.join(rows)}){self._tail}"
-        return statement
-
-
-def _by_number(answer: Rows) -> dict[int, tuple[Any, ...]]:
-    return {row[0]: row[1:] for row in answer.fetchall()}
+        """Begin a new statement."""
+        self._rows = []
+        self._answer = GroupAnswer()
 
 
 class PostgresDatabase:
@@ -100,7 +88,7 @@ class PostgresDatabase:
         self.mine = f"shard = {shard:d}"
         self._pipeline = pipeline
         self._groups: list[Group] = []
-        self._grouped: set[tuple[str, str]] = set()
+        self._grouped: set[Key] = set()
         self.execute: Callable[..., Rows] = self._execute
 
     def _execute(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
@@ -108,9 +96,9 @@ class PostgresDatabase:
             self.send_groups()
         return self._pipeline.execute(statement, parameters)
 
-    def group(self, head: str, tail: str) -> Group:
+    def group(self, statement: str, kinds: str) -> Group:
         """Make a group for one kind of statement."""
-        group = Group(head, tail, self._pipeline)
+        group = Group(statement, kinds, self._pipeline)
         self._groups.append(group)
         return group
 

@@ -6,6 +6,9 @@ a WITH clause, and has no round trips to save.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from shim.core.records import (
     AddTrace,
     CommandState,
@@ -16,55 +19,44 @@ from shim.core.records import (
     PutResult,
     ResultOutcome,
     SessionKey,
+    TraceEntry,
 )
-from shim.store.database import Finish, Rows, nothing
+from shim.store.database import Finish
 from shim.store.operations import (
     COMMAND_COLUMNS,
     INSERT_OUTBOX,
     Operations,
     as_unknown,
     duplicate,
-    insert_parameters,
-    is_first_step,
 )
 from shim.store.postgres.groups import PostgresDatabase
-from shim.store.rows import encode_json
+from shim.store.rows import MAX_STEPS_CHARS, encode_json, encode_step, insert_parameters, is_first_step
 
-# ORDER BY n keeps the order of arrival in `seq`. For a duplicate no row is inserted, so the trace step that the row
-# would have implied is inserted into `traces`.
+# Appends a step to the row of `c`, or a final space if the row is full: then the step becomes a row of `traces`.
+_STEPS = (
+    f"steps = CASE WHEN length(c.steps) < {MAX_STEPS_CHARS} THEN c.steps || {{step}}"
+    " WHEN c.steps LIKE '% ' THEN c.steps ELSE c.steps || ' ' END"
+)
+# ORDER BY n keeps the order of arrival in `seq`.
 _PUT = (
-    f"WITH given (n, {COMMAND_COLUMNS}) AS",
-    (
-        f", new AS (INSERT INTO commands ({COMMAND_COLUMNS}) SELECT {COMMAND_COLUMNS} FROM given ORDER BY n"
-        " ON CONFLICT (session, id) DO NOTHING RETURNING seq, session, id),"
-        " old AS (SELECT n, seq, c.state, c.result, g.arrived, g.first_step, g.type FROM given AS g JOIN commands AS c"
-        " ON c.session = g.session AND c.id = g.id),"
-        " step AS (INSERT INTO traces (command, wall, event, detail)"
-        " SELECT seq, arrived, first_step, type FROM old WHERE first_step <> '')"
-        " SELECT n, seq, NULL, NULL FROM new JOIN given USING (session, id)"
-        " UNION ALL SELECT n, seq, state, result FROM old"
-    ),
+    f"WITH given ({COMMAND_COLUMNS}, n) AS (SELECT * FROM {{rows}}),"
+    f" new AS (INSERT INTO commands ({COMMAND_COLUMNS}) SELECT {COMMAND_COLUMNS} FROM given ORDER BY n"
+    " ON CONFLICT (session, id) DO NOTHING RETURNING seq, session, id)"
+    " SELECT session, id, seq, NULL, NULL FROM new UNION ALL"
+    " SELECT session, id, c.seq, c.state, c.result FROM given JOIN commands AS c USING (session, id)"
+    " WHERE (SELECT count(*) FROM new) < (SELECT count(*) FROM given)"
 )
+_PUT_KINDS = "ttttifffittbtt"
 _MARK = (
-    "WITH given (n, state, more, updated, session, id, wall, event, detail) AS",
-    (
-        ", known AS (UPDATE commands AS c SET state = g.state, updated = g.updated,"
-        " attempts = CASE WHEN attempts + more > 0 THEN attempts + more ELSE 0 END"
-        " FROM given AS g WHERE c.session = g.session AND c.id = g.id RETURNING n, seq, wall, event, detail),"
-        " step AS (INSERT INTO traces (command, wall, event, detail) SELECT seq, wall, event, detail FROM known),"
-        " lone AS (INSERT INTO lone_traces (session, command_id, wall, event, detail)"
-        " SELECT session, id, wall, event, detail FROM given WHERE n NOT IN (SELECT n FROM known) RETURNING 1)"
-        " SELECT n, (SELECT count(*) FROM lone) FROM given"
-    ),
+    f"UPDATE commands AS c SET state = g.state, updated = g.updated, {_STEPS.format(step='g.step')},"
+    " attempts = CASE WHEN attempts + more > 0 THEN attempts + more ELSE 0 END"
+    " FROM {rows} AS g (state, more, updated, session, id, step, n)"
+    " WHERE c.session = g.session AND c.id = g.id RETURNING c.session, c.id, c.steps LIKE '% '"
 )
-_LONE = (
-    " INSERT INTO lone_traces (session, command_id, wall, event, detail)"
-    " SELECT {session}, {id}, {wall}, {event}, {detail} WHERE NOT EXISTS (SELECT 1 FROM known)"
+_MARK_KINDS = "tifttt"
+_ADD_STEP = (
+    f"UPDATE commands AS c SET {_STEPS.format(step='?3')} WHERE session = ?1 AND id = ?2 RETURNING steps LIKE '% '"
 )
-_ADD_TRACE = (
-    "WITH known AS (SELECT seq FROM commands WHERE session = ?4 AND id = ?5), step AS"
-    " (INSERT INTO traces (command, wall, event, detail) SELECT seq, ?1, ?2, ?3 FROM known)"
-) + _LONE.format(session="?4", id="?5", wall="?1", event="?2", detail="?3")
 _PUT_RESULT = (
     "WITH known AS (SELECT seq, state, request_id, result FROM commands WHERE session = ?2 AND id = ?3),"
     " answered AS (UPDATE commands SET state = 'answered', updated = ?4, result = ?5"
@@ -88,64 +80,74 @@ class HotOperations(Operations):
     def __init__(self, database: PostgresDatabase) -> None:
         super().__init__(database)
         self._reserve = database.reserve
-        self._puts, self._marks = database.group(*_PUT), database.group(*_MARK)
+        self._puts, self._marks = database.group(_PUT, _PUT_KINDS), database.group(_MARK, _MARK_KINDS)
 
     def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
         """Insert a command as a row of one grouped statement."""
         parameters = insert_parameters(operation.record, first_step)
-        self._reserve(parameters[0], parameters[1])
-        row = self._puts.add(parameters)
+        key = (parameters[0], parameters[1])
+        self._reserve(*key)
+        answer = self._puts.add(parameters)
 
         def finish() -> PutOutcome:
             """Read the outcome of the row."""
-            seq, state, result = row.result()
+            seq, state, result = answer.rows[key]
             return PutOutcome(seq) if state is None else duplicate(seq, state, result)
 
         return finish
 
     def put_with_step(self, operation: PutCommand, step: AddTrace) -> Finish[PutOutcome]:
         """Insert a command with a step of its trace."""
-        if is_first_step(operation.record, step):
-            return self.put(operation, step.entry.event)
-        finish, finish_step = self.put(operation), self.add_trace(step)
+        if not is_first_step(operation.record, step):
+            finish, finish_step = self.put(operation), self.add_trace(step)
+        else:
+            finish, finish_step = self.put(operation, step.entry.event), None
 
         def finish_both() -> PutOutcome:
-            """Finish the step, then the command, whose outcome counts."""
-            finish_step()
-            return finish()
+            """Finish the command, whose outcome counts. Add the step that its row would have implied to a duplicate."""
+            outcome = finish()
+            if finish_step is not None:
+                finish_step()
+            elif outcome.duplicate:
+                self.add_trace(step)()
+            return outcome
 
         return finish_both
 
     def mark_with_step(self, operation: MarkCommands, step: AddTrace) -> Finish[None]:
         """Change the state of commands and add a step to their traces, by one grouped statement."""
-        session, entry = str(operation.session), step.entry
-        marked = (operation.state.value, operation.attempts, operation.wall, session)
-        values = (entry.wall, entry.event, entry.detail)
-        rows = []
+        session, text = str(operation.session), encode_step(step.entry)
+        marked = (operation.state._value_, operation.attempts, operation.wall, session)
+        answers = []
         for each in operation.ids:
             self._reserve(session, each)
-            rows.append(self._marks.add((*marked, each, *values)))
+            answers.append((each, self._marks.add((*marked, each, text))))
 
         def finish() -> None:
-            """Trim the traces of commands that are not stored, if one was added."""
-            if any(row.result()[0] for row in rows):
-                self.trim_lone_traces()
+            """Add the step as a row where that is needed."""
+            for each, answer in answers:
+                self._add_row_if_needed(answer.rows.get((session, each)), session, each, step.entry)
 
         return finish
 
     def add_trace(self, operation: AddTrace) -> Finish[None]:
         """Add a step to the traces of commands."""
-        session, step = str(operation.session), operation.entry
-        values = (step.wall, step.event, step.detail, session)
-        return self._trimmed([self._execute(_ADD_TRACE, (*values, each)) for each in operation.ids])
+        session, text = str(operation.session), encode_step(operation.entry)
+        answers = [(each, self._execute(_ADD_STEP, (session, each, text))) for each in operation.ids]
 
-    def _trimmed(self, lone: list[Rows]) -> Finish[None]:
         def finish() -> None:
-            """Trim the traces of commands that are not stored, if one was added."""
-            if sum(each.rowcount for each in lone):
-                self.trim_lone_traces()
+            """Add the step as a row where that is needed."""
+            for each, answer in answers:
+                self._add_row_if_needed(answer.fetchone(), session, each, operation.entry)
 
-        return finish if lone else nothing
+        return finish
+
+    def _add_row_if_needed(self, found: Sequence[Any] | None, session: str, command_id: str, step: TraceEntry) -> None:
+        """Add a step as a row if the command is not stored (`found` is None) or its own row is full (`found[0]`)."""
+        if found is None:
+            self.add_lone_trace(session, command_id, step)
+        elif found[0]:
+            self.add_trace_row(session, command_id, step)
 
     def put_result(self, operation: PutResult) -> Finish[ResultOutcome]:
         """Store the first result of a command and its entry in the outbox, by one statement."""

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from shim.config import settings
+from shim.core.records import AddTrace, CommandState, FindCommand, MarkCommands, Prune, TraceEntry
 from shim.errors import StoreError, StoreVersionError
 
 pytest.importorskip("psycopg")
 
-from shim.store.postgres.database import prepare
+from shim.store.postgres.database import prepare, script
 from shim.store.postgres.inspection import inspect
+from shim.store.schema import SCHEMA_VERSION
 from tests.support import postgres as pg
-from tests.support.postgres_stores import client_of, until
+from tests.support.postgres_stores import client_of, stored, until
 from tests.support.processes import free_port, refusing_port
+from tests.support.stores import KEY
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(240)]
 
@@ -88,7 +91,35 @@ def test_another_encoding_is_refused(postgres: pg.Postgres) -> None:
 def test_many_replicas_start_at_once(pg_url: str) -> None:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda _: prepare(settings.Store(url=pg_url)), range(6)))
-    assert pg.query(pg_url, "SELECT value FROM meta WHERE key = 'schema_version'") == [("1",)]
+    assert pg.query(pg_url, "SELECT value FROM meta WHERE key = 'schema_version'") == [(str(SCHEMA_VERSION),)]
+
+
+def test_a_database_of_the_first_schema_is_used_with_what_it_holds(pg_url: str) -> None:
+    pg.query(pg_url, "CREATE SCHEMA agent_shim")
+    pg.query(pg_url, f"SET agent_shim.shard = 0; {script(0)}")
+    pg.query(pg_url, "UPDATE meta SET value = '1' WHERE key LIKE '%version'")
+    pg.query(
+        pg_url,
+        "INSERT INTO commands (shard, session, id, request_id, state, attempts, updated, arrived, expires, size_bytes,"
+        " type, created_at, payload, via, first_step)"
+        " SELECT 0, 'default/cluster/c-1', id, '', state, 1, 2, 1, 1e9, 2, 'exec', '', '{}', 'ws', 'arrived'"
+        " FROM (VALUES ('old', 'offered'), ('ended', 'delivered')) AS given (id, state)",
+    )
+    pg.query(pg_url, "INSERT INTO traces (command, wall, event, detail) SELECT seq, 2, 'offered', '' FROM commands")
+
+    client = client_of(pg_url)
+    step = AddTrace(KEY, ("old",), TraceEntry(3.0, "delivered"))
+    client.run(MarkCommands(KEY, ("old",), CommandState.DELIVERED, 3.0), step)
+    ((record, _, trace),) = client.one(FindCommand("old"))
+    assert (record.state, [each.event for each in trace]) == (
+        CommandState.DELIVERED,
+        ["arrived", "offered", "delivered"],
+    )
+    client.one(Prune(2.5))
+    assert stored(pg_url) == ["old"]
+    client.one(Prune(4.0))
+    assert stored(pg_url) == []
+    assert pg.query(pg_url, "SELECT count(*) FROM traces") == [(0,)]
 
 
 @pytest.mark.needs("pgbouncer")

@@ -40,6 +40,13 @@ def test_a_value_comes_back_as_it_was(pipeline: Pipeline, kind: str, value: Any,
     assert pipeline.execute(f"SELECT ?1::{kind}", (value,)).fetchone() == (back,)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_come_back_as_they_were(pipeline: Pipeline, count: int) -> None:
+    rows = [("ü\0", -(2**60) + number, 0.1 * number, b"\0\xff" * number) for number in range(count)]
+    answer = pipeline.execute_columns("SELECT * FROM unnest(?1, ?2, ?3, ?4)", "tifb", rows)
+    assert answer.fetchall() == [("ü␀", *row[1:]) for row in rows]
+
+
 def test_several_statements_share_one_round_trip(pipeline: Pipeline) -> None:
     first, second = pipeline.execute("SELECT 1"), pipeline.execute("SELECT g FROM generate_series(1, 3) g")
     assert first.result is None
