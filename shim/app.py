@@ -90,8 +90,10 @@ class App:
         self._owned: set[asyncio.Task[None]] = set()
         self._store_fault: StoreError | None = None
         self._token = ""
+        self._clock = self.make_clock()
         self._reloader = ConfigReloader(
-            load, files or FileWatcher(), config_path, self._apply, self._keep_old, self.stop_requested
+            *(load, files or FileWatcher(), config_path, self._apply, self._keep_old, self.stop_requested),
+            until_tick_s=self._clock.until_tick_s,
         )
         self._reloader.changed(settings.upstream.token_file)
         self._runtime: Runtime | None = None
@@ -154,7 +156,7 @@ class App:
 
     async def _start(self) -> None:
         """Start the parts in the order of one list, which `_stop` undoes in reverse."""
-        settings, clock = self.settings, self.make_clock()
+        settings, clock = self.settings, self._clock
         self._count_rollout()
         for secret in loader.secrets(settings):
             self._logging.redaction.add(secret)
@@ -389,7 +391,7 @@ class App:
     def _count_rollout(self) -> None:
         """Set the metrics of the rollout: a canary is watched for a day, counted from its last change."""
         self._metrics.rollout_percent.set(self.settings.rollout.percent)
-        self._metrics.rollout_changed.set(self.make_clock().wall_s())
+        self._metrics.rollout_changed.set(self._clock.wall_s())
 
     def _keep_old(self, faults: list[str]) -> None:
         self._metrics.config_valid.set(0)

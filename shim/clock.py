@@ -6,7 +6,7 @@ import time
 
 
 class Clock:
-    """The machine's clocks. Tests use an object with the same three methods."""
+    """The machine's clocks. Tests use an object with the same methods."""
 
     # These are the functions themselves, without a method around them: every request calls them several times.
     monotonic_s = staticmethod(time.monotonic)
@@ -15,3 +15,14 @@ class Clock:
     """Return Unix seconds; the clock may step in either direction."""
     cpu_s = staticmethod(time.thread_time)
     """Return the CPU seconds that the calling thread has used."""
+
+    def __init__(self) -> None:
+        self._began_s = time.monotonic()
+
+    def until_tick_s(self, every_s: float) -> float:
+        """Return the seconds to a multiple of `every_s` since the clock was made, at least half of `every_s`.
+
+        Periodic work of the same interval is due at the same moment, so that an idle process wakes up once for all.
+        """
+        left_s = every_s - (time.monotonic() - self._began_s) % every_s
+        return left_s if left_s > every_s / 2 else left_s + every_s

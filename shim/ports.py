@@ -31,6 +31,9 @@ class Clock(Protocol):
     def wall_s(self) -> float:
         """Return Unix seconds; the clock may step."""
 
+    def until_tick_s(self, every_s: float) -> float:
+        """Return the seconds after which work that is done every `every_s` seconds is due, in step with all of it."""
+
 
 class Timer(Protocol):
     """A scheduled call."""

@@ -26,7 +26,7 @@ log = get(__name__)
 _PR_SET_DUMPABLE = 4
 _OTHER_FILES = 256  # the store, the admin port, listeners, the event loop
 SAMPLE_S = 0.1
-IDLE_SAMPLE_S = 2.0
+IDLE_SAMPLE_S = 5.0
 NOTICEABLE_S = 0.01
 WORKING_SHARE = 0.02
 
@@ -147,9 +147,9 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 class LoopLagMeter:
     """Meter of the event loop's lag: how late a timer fires. A block may have been longer, by up to the interval.
 
-    The interval is `SAMPLE_S` while the loop works, else `IDLE_SAMPLE_S`: a loop with nothing to do delays nobody, and
-    ten samples a second would be nearly all that an idle shim costs. It works if its thread uses the CPU, or if the
-    last sample was late.
+    The interval is `SAMPLE_S` while the loop works, else about `IDLE_SAMPLE_S`: a loop with nothing to do delays
+    nobody, and ten samples a second would be nearly all that an idle shim costs. It works if its thread uses the CPU,
+    or if the last sample was late.
     """
 
     def __init__(self, timers: Timers, clock: Clock, metrics: Metrics) -> None:
@@ -171,7 +171,7 @@ class LoopLagMeter:
             self._longest_s = late_s
             self._metrics.loop_lag_max_seconds.set(late_s)
         works = late_s > NOTICEABLE_S or self._clock.cpu_s() - cpu_s > WORKING_SHARE * passed_s
-        self.start(SAMPLE_S if works else IDLE_SAMPLE_S)
+        self.start(SAMPLE_S if works else self._clock.until_tick_s(IDLE_SAMPLE_S))
 
 
 def check_ready_file(path: str | None) -> None:

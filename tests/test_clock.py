@@ -12,3 +12,15 @@ def test_reads_the_right_clocks() -> None:
     after = time.time(), time.monotonic()
     assert before[0] <= read[0] <= after[0]
     assert before[1] <= read[1] <= after[1]
+
+
+def test_the_next_tick_is_a_multiple_of_the_interval_and_at_least_half_of_it_away() -> None:
+    clock = Clock()
+    began = time.monotonic()
+    for every_s in (5.0, 0.002):
+        for _ in range(20):
+            before = time.monotonic()
+            left_s = clock.until_tick_s(every_s)
+            off_s = (before + left_s - began + every_s / 2) % every_s - every_s / 2
+            assert abs(off_s) <= time.monotonic() - before + 1e-3, "the moment is the same whenever it is asked for"
+            assert every_s / 2 <= left_s <= 1.5 * every_s

@@ -62,6 +62,9 @@ class FakeLoop(Clock):
 
     def cancel(self) -> None: ...
 
+    def until_tick_s(self, every_s: float) -> float:
+        return every_s
+
     def fire(self, late_s: float = 0.0, work_s: float = 0.0) -> float:
         """Return the delay of the next timer."""
         self.now_s += self.delay_s + late_s

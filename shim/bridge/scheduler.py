@@ -179,8 +179,8 @@ class PeriodicTasks:
         self._done_at = [ctx.now] * len(tasks)
 
     def start(self) -> None:
-        """Start the periodic tasks; the first tick comes after `TICK_S`."""
-        self._ctx.timers.call_later(TICK_S, self._tick)
+        """Start the periodic tasks; the first tick comes after about `TICK_S`."""
+        self._ctx.timers.call_later(self._ctx.clock.until_tick_s(TICK_S), self._tick)
 
     def _tick(self) -> None:
         now = self._ctx.now
@@ -200,4 +200,4 @@ class PeriodicTasks:
                 log.exception("upkeep_failed", duty=getattr(task, "__qualname__", "?"))
             yield
         # Only now: tasks that take longer than the interval must not run twice at the same time.
-        self._ctx.timers.call_later(TICK_S, self._tick)
+        self._ctx.timers.call_later(self._ctx.clock.until_tick_s(TICK_S), self._tick)

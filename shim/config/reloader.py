@@ -17,7 +17,8 @@ class ConfigReloader:
     """Reader of changed configuration.
 
     `load` reads the configuration. `apply` receives the new settings, `reject` the faults of a file that cannot be
-    used. `files` has recorded the file before it was read for the first time, so that no change is missed.
+    used. `until_tick_s` is that of the clock. `files` has recorded the file before it was read for the first time, so
+    that no change is missed.
     """
 
     def __init__(
@@ -28,7 +29,9 @@ class ConfigReloader:
         apply: Callable[[Settings], None],
         reject: Callable[[list[str]], None],
         stopping: asyncio.Event,
+        until_tick_s: Callable[[float], float],
     ) -> None:
+        self._until_tick_s = until_tick_s
         self._load = load
         self._files = files
         self._path = path
@@ -52,7 +55,7 @@ class ConfigReloader:
             await self.reload()
         while not self._stopping.is_set():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WATCH_S):
+                async with asyncio.timeout(self._until_tick_s(WATCH_S)):
                     await self._stopping.wait()
             changed = self.changed(token_file())
             if "config" in changed:

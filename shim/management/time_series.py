@@ -52,7 +52,7 @@ class Sampler:
     def start(self) -> None:
         """Take a sample now, and then every `EVERY_S` seconds."""
         self.take()
-        self._timer = self._bridge.ctx.timers.call_later(EVERY_S, self.start)
+        self._timer = self._bridge.ctx.timers.call_later(self._bridge.ctx.clock.until_tick_s(EVERY_S), self.start)
 
     def stop(self) -> None:
         """Stop sampling."""

@@ -21,6 +21,9 @@ class Hands:
     def wall_s(self) -> float:
         return self.now
 
+    def until_tick_s(self, every_s: float) -> float:
+        return every_s
+
 
 class Scene:
     def __init__(self, page: Page) -> None:

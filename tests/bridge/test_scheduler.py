@@ -71,6 +71,9 @@ class FakeClock:
     def wall_s(self) -> float:
         return self.now
 
+    def until_tick_s(self, every_s: float) -> float:
+        return every_s
+
 
 class FakeTimers:
     """Timers that the test fires."""

@@ -36,6 +36,7 @@ class Stage:
             lambda settings: self.applied.append(settings.mode),
             self.rejected.append,
             self.stopping,
+            until_tick_s=lambda every_s: every_s,
         )
 
     def load(self) -> Settings:

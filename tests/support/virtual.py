@@ -82,6 +82,10 @@ class VirtualClock:
     def monotonic_s(self) -> float:
         return self._loop.time()
 
+    def until_tick_s(self, every_s: float) -> float:
+        left_s = every_s - (self._loop.time() - START_S) % every_s
+        return left_s if left_s > every_s / 2 else left_s + every_s
+
     def cpu_s(self) -> float:
         """Return 0: the machine's work takes no virtual time."""
         return 0.0

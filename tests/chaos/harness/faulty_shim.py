@@ -221,6 +221,7 @@ class _SteppedClock(Clock):
     """A wall clock that somebody sets. (libfaketime would do it from outside, but it breaks waiting for the GIL.)"""
 
     def __init__(self, file: Path) -> None:
+        super().__init__()
         self._file = file
 
     def wall_s(self) -> float:
