@@ -21,7 +21,17 @@ from shim.config import loader
 from shim.config.files import FileWatcher
 from shim.config.reloader import ConfigReloader
 from shim.config.settings import Settings
-from shim.errors import ConfigError, StartError, StoreError, StoreVersionError, describe
+from shim.errors import (
+    EXIT_CONFIG,
+    EXIT_INTERNAL,
+    EXIT_OK,
+    EXIT_STORE_VERSION,
+    ConfigError,
+    StartError,
+    StoreError,
+    StoreVersionError,
+    describe,
+)
 from shim.fallback import sunset_headers
 from shim.log import Logs, get
 from shim.management.command_api import CommandApi
@@ -47,10 +57,6 @@ from shim.upstream import AiohttpUpstream
 
 log = get(__name__)
 
-EXIT_OK = 0
-EXIT_CONFIG = 2
-EXIT_INTERNAL = 70
-EXIT_STORE_VERSION = 78
 STOP_S = 3.4
 STEP_S = 0.25
 

@@ -1,8 +1,16 @@
-"""Exceptions by origin of the fault. Only the outer layers convert them to HTTP statuses or exit codes."""
+"""Exceptions by origin of the fault, which only the outer layers convert to HTTP statuses or the exit codes below."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+# Exit codes of commands: docs/reference/commands.md.
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+EXIT_USAGE = 64
+EXIT_INTERNAL = 70
+EXIT_STORE_VERSION = 78
 
 
 class ShimError(Exception):

@@ -19,6 +19,7 @@ from shim.config import loader
 from shim.config.files import FileWatcher
 from shim.config.settings import Settings
 from shim.config.warnings import find_warnings
+from shim.errors import EXIT_INTERNAL
 from shim.log import Logs, capture_stray_output, get
 from shim.log import setup as set_up_log
 from shim.process import (
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 log = get(__name__)
 
-EXIT_INTERNAL = 70
 FORCED_STOP_S = 4.2
 FORCED_FLUSH_S = 0.3
 

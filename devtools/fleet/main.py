@@ -7,7 +7,7 @@ import json
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from devtools.fleet.command_load import CommandLoad
 from devtools.fleet.report import Report, lines, report
 from devtools.fleet.runner import Fleet, FleetPlan, FleetStats
 from shim.clock import Clock
+from shim.process import loop_factory
 
 _REFRESH_S = 0.25
 _GRACE_S = 5
@@ -99,7 +100,7 @@ def command(**given: Any) -> None:
     if given["warm_up"] and given["json_file"] != "-":
         click.echo(f"warming up for {given['warm_up']:g} s, then measuring for {given['duration']:g} s", err=True)
     _allow_files(plan.agents)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         sys.exit(_publish(runner.run(_run(plan, given)), given["json_file"]))
 
 
@@ -111,15 +112,6 @@ def _publish(found: Report, json_file: str | None) -> int:
     if json_file != "-":
         click.echo("\n".join(lines(found)))
     return 0 if found.good else 1
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return uvloop's loop factory if it is installed: many agents need less CPU with it."""
-    try:
-        import uvloop
-    except ModuleNotFoundError:
-        return None
-    return uvloop.new_event_loop
 
 
 def _plan(given: dict[str, Any]) -> FleetPlan:

@@ -37,7 +37,7 @@ from shim.agent_api.response_writer import ResponseWriter
 from shim.agent_api.responses import encode_body
 from shim.agent_api.server_context import ServerContext
 from shim.core.agent_calls import AgentCall, Continued, Failed, PollCall, RegisterCall
-from shim.core.bounds import LONG_TEXT_BYTES
+from shim.core.bounds import LONG_TEXT_BYTES, MAX_DEPTH
 from shim.errors import AgentError
 from shim.fallback.websocket_proxy import Handshake, WebSocketProxy
 from shim.ports import (
@@ -47,7 +47,7 @@ from shim.ports import (
     FallbackScope,
     ProxyResponse,
 )
-from shim.protocol.dialects import MAX_DEPTH, Call, Dialect, Match, Reply, Router, error_reply
+from shim.protocol.dialects import Call, Dialect, Match, Reply, Router, error_reply
 
 _REMEMBERED_TARGETS = 4096
 logger = logging.getLogger(__name__)

@@ -19,14 +19,15 @@ from typing import Any, NoReturn
 import click
 
 from shim import __version__
-from shim.errors import ConfigError, StoreVersionError
-
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_CONFIG = 2
-EXIT_USAGE = 64
-EXIT_INTERNAL = 70
-EXIT_STORE_VERSION = 78
+from shim.errors import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_INTERNAL,
+    EXIT_OK,
+    EXIT_STORE_VERSION,
+    ConfigError,
+    StoreVersionError,
+)
 
 # Packages of the extras. They are imported where they are used, so that help needs none of them.
 _OPTIONAL = {"rich": "tools", "ruamel": "tools", "psycopg": "postgres", "devtools": "devtools"}

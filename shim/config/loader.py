@@ -18,7 +18,7 @@ from shim.config.files import read_regular, reason
 from shim.config.rules import cross_field_faults
 from shim.config.settings import Section, Settings
 from shim.errors import ConfigError, Fault
-from shim.redaction import basic_credentials
+from shim.redaction import MASK, basic_credentials
 
 ENV_PREFIX = "SHIM_"
 REMOVED = frozenset({"shards", "store.credentials_file", "store.replicas"})
@@ -28,7 +28,6 @@ _MAX_SECRET_BYTES = 65_536
 _MAX_FILE_BYTES = 262_144  # parsing this many takes a second, and it is far more than a person writes
 _MAX_FAULTS_SHOWN = 100
 _MIN_WEBHOOK_SECRET_CHARS = 12  # a path such as /alerts is no secret, and masking it would garble other texts
-_MASK = "***"
 _YAML_FILE = "shim.config.yaml_file"
 _PASSWORD = re.compile(r"(?<=://)([^/?#@]*?):[^/?#@]*@")
 _HOST = re.compile(r"^(\w+://)(?:[^/?#@]*@)?([^/?#]*).*", re.DOTALL)
@@ -96,27 +95,27 @@ def redacted(settings: Settings) -> dict[str, Any]:
     """
     plain: dict[str, Any] = msgspec.to_builtins(settings)
     if plain["upstream"]["token"]:
-        plain["upstream"]["token"] = _MASK
+        plain["upstream"]["token"] = MASK
     plain["store"]["url"] = _without_password(plain["store"]["url"])
     upstream, fallback, notify, telemetry = (plain[name] for name in ("upstream", "fallback", "notify", "telemetry"))
     for section, key in ((upstream, "url"), (fallback, "url"), (telemetry, "otlp_url")):
         section[key] = _without_query(section[key])
     for section in (upstream, fallback, notify):
-        section["proxy"] = _USERINFO.sub(f"{_MASK}@", section["proxy"])
+        section["proxy"] = _USERINFO.sub(f"{MASK}@", section["proxy"])
     if notify["url"]:
         # The secret of a webhook is in its path.
-        notify["url"] = _HOST.sub(rf"\1\2/{_MASK}", notify["url"])
+        notify["url"] = _HOST.sub(rf"\1\2/{MASK}", notify["url"])
     return plain
 
 
 def _without_password(url: str) -> str:
     """Return a database's URL with password and query masked. User, hosts and database stay readable."""
-    return _PASSWORD.sub(rf"\1:{_MASK}@", _without_query(url))
+    return _PASSWORD.sub(rf"\1:{MASK}@", _without_query(url))
 
 
 def _without_query(url: str) -> str:
     base, has_query, _ = url.partition("?")
-    return base + (f"?{_MASK}" if has_query else "")
+    return base + (f"?{MASK}" if has_query else "")
 
 
 def dump(settings: Settings) -> str:

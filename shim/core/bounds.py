@@ -29,6 +29,8 @@ FREE_KEPT_BYTES = 1024
 """Bytes of each heartbeat that do not count towards `MAX_ALL_KEPT_BYTES`.
 
 A heartbeat of usual size is therefore never rejected because other agents send large ones."""
+MAX_DEPTH = 64
+"""Levels of nested arrays and objects in a body or a command: far more than usual, far fewer than an encoder allows."""
 MAX_VALUES = 250_000
 """JSON values in one body, where more are answered with 413, and in one message of the controller.
 

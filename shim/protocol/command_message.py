@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from shim.core.bounds import MAX_ID_BYTES, MAX_REQUEST_ID_CHARS, MAX_WORD_CHARS
+from shim.core.bounds import MAX_DEPTH, MAX_ID_BYTES, MAX_REQUEST_ID_CHARS, MAX_WORD_CHARS
 from shim.core.records import CommandRecord, SessionKey
 from shim.errors import ShimError
 from shim.protocol import rfc3339 as form
@@ -18,8 +18,6 @@ from shim.protocol.upstream_message import Message
 
 MAX_ECHO_CHARS = 1024
 """Characters of an unusable id that are repeated in the rejection."""
-MAX_DEPTH = 64
-"""Levels of nested arrays and objects: far more than commands have, far fewer than make an encoder fail."""
 MAX_NUMBER = int(1.7976931348623157e308)
 
 _PAYLOAD_KEYS = ("payload", "params", "args")

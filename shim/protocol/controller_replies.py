@@ -19,7 +19,7 @@ from shim.core.bounds import (
 from shim.protocol import rfc3339
 from shim.protocol.lenient_json import has_too_many_values
 
-# RFC 3986: the characters of a path segment that need no escaping
+# RFC 3986: the characters of a path segment that need no escaping. Agents insert their cluster id without escaping.
 _URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)
 _PATTERNS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (401, ("unauthor", "invalid token", "forbidden")),
@@ -54,6 +54,15 @@ def url_safe_id(value: Any) -> str:
     return value if isinstance(value, str) and _URL_SAFE.fullmatch(value) else ""
 
 
+def integer(value: Any) -> int | None:
+    """Return a number that Go decodes into an `int` (64 bits, no fraction), `None` for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if -(2**63) <= value < 2**63 else None
+
+
 def register_reply(payload: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a `register_success` that agents may receive, each of its exact type.
 
@@ -70,11 +79,9 @@ def register_reply(payload: dict[str, Any]) -> dict[str, Any]:
         value = payload.get(key)
         if isinstance(value, str) and len(value) <= limit_chars:
             reply[key] = value
-    workspace = payload.get("workspace_id")
-    if isinstance(workspace, float) and workspace.is_integer():
-        workspace = int(workspace)
-    if isinstance(workspace, int) and not isinstance(workspace, bool) and -(2**63) <= workspace < 2**63:
-        reply["workspace_id"] = workspace
+    workspace_id = integer(payload.get("workspace_id"))
+    if workspace_id is not None:
+        reply["workspace_id"] = workspace_id
     if rfc3339.parse(payload.get("registered_at")) is not None:
         reply["registered_at"] = payload["registered_at"]
     return reply

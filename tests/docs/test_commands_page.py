@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from shim.cli import main
+from shim import errors
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference" / "commands.md").read_text()
@@ -30,4 +30,4 @@ def test_every_command_is_listed_and_no_other() -> None:
 
 def test_the_exit_codes_are_those_of_the_command() -> None:
     codes = list(map(int, re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)))
-    assert codes == [0, 1, main.EXIT_CONFIG, main.EXIT_USAGE, main.EXIT_INTERNAL, main.EXIT_STORE_VERSION]
+    assert codes == [0, 1, errors.EXIT_CONFIG, errors.EXIT_USAGE, errors.EXIT_INTERNAL, errors.EXIT_STORE_VERSION]

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shim.core.agent_calls import Commands, OfferedCommand
-from shim.core.bounds import VALUE_BYTES
+from shim.core.bounds import MAX_DEPTH, VALUE_BYTES
 from shim.core.records import SessionKey
 from shim.protocol import dialects
-from shim.protocol.command_message import MAX_DEPTH, MAX_ECHO_CHARS, MalformedCommand, ParsedCommand, parse_command
+from shim.protocol.command_message import MAX_ECHO_CHARS, MalformedCommand, ParsedCommand, parse_command
 from shim.protocol.dialects import Call
 from shim.protocol.rfc3339 import rfc3339
 from shim.protocol.upstream_message import Message

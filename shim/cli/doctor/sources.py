@@ -14,10 +14,10 @@ from shim.config import loader
 from shim.config.loader import leaves, to_settings
 from shim.config.settings import Settings
 from shim.errors import ConfigError, Fault
+from shim.redaction import MASK
 
 PROC = Path("/proc")
 _SHOWN = 8
-_MASK = "***"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +106,9 @@ def of_running(masked: Mapping[str, Any]) -> Settings:
     tree = {name: dict(value) if isinstance(value, dict) else value for name, value in masked.items()}
     for section in tree.values():
         if isinstance(section, dict):
-            for key in [key for key, value in section.items() if isinstance(value, str) and _MASK in value]:
+            for key in [key for key, value in section.items() if isinstance(value, str) and MASK in value]:
                 # A masked query, password or user is cut out; a masked token is unknown.
-                for hidden in (f"?{_MASK}", f":{_MASK}@", f"{_MASK}@", _MASK):
+                for hidden in (f"?{MASK}", f":{MASK}@", f"{MASK}@", MASK):
                     section[key] = section[key].replace(hidden, "@" if hidden.startswith(":") else "")
     settings = to_settings(tree, faults)
     if faults:

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import click
 import msgspec
 
-from shim.cli.main import EXIT_USAGE
 from shim.cli.rollout import placement
 from shim.cli.rollout.cluster import Cluster
 from shim.cli.rollout.placement import Lists
@@ -21,6 +20,7 @@ from shim.cli.rollout.sources import Source, collect, contexts_places, source_of
 from shim.cli.rollout.verdict import Decision, judge
 from shim.clock import Clock
 from shim.core.text import printable
+from shim.errors import EXIT_USAGE
 
 STEPS = "10,50,100"
 HOUR_S = 3_600.0

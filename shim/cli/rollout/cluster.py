@@ -8,9 +8,6 @@ import msgspec
 
 from shim.core.text import format_duration, plural, shorten
 
-WINDOWS = ("1h", "24h")
-
-
 TITLES = {
     "connection_success": "connection success",
     "reconnection": "reconnection",

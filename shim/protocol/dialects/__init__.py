@@ -26,9 +26,6 @@ from shim.core.agent_calls import AgentCall, Failed, Outcome
 from shim.core.bounds import MAX_ID_BYTES
 from shim.errors import AgentError
 
-MAX_DEPTH = 64
-"""Levels of nested arrays and objects in a body: far more than agents send, far fewer than make an encoder fail."""
-
 
 class Call(msgspec.Struct, frozen=True):
     """One decoded legacy request. `params` has the ids of the path, `body` the JSON value (`None` if empty).

@@ -6,19 +6,17 @@ agents exit then (docs/reference/legacy-agents.md#11-register).
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from msgspec.structs import replace
 
 from shim.core.agent_calls import Accepted, Commands, Failed, Healthy, Outcome, Registered, TunnelInfo, TunnelState
 from shim.protocol import rfc3339
+from shim.protocol.controller_replies import integer, url_safe_id
 from shim.protocol.dialects import Call, Reply, error_reply
 
 _NO_CONTENT = Reply(204)
 _ACCEPTED = Reply(200, {"success": True})
-# RFC 3986: the characters of a path segment that need no escaping. Agents insert their cluster id without escaping.
-_URL_SAFE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9\-._~!$&'()*+,;=:@]{1,256}", re.ASCII)
 
 
 def render(operation: str, outcome: Outcome, call: Call) -> Reply:  # noqa: ARG001 - a dialect's own may need it
@@ -39,13 +37,13 @@ def render(operation: str, outcome: Outcome, call: Call) -> Reply:  # noqa: ARG0
         case Healthy():
             return Reply(200, {"status": "healthy"})
         case Failed():
-            usable = _URL_SAFE.fullmatch(outcome.cluster_id)
+            usable = url_safe_id(outcome.cluster_id)
             return error_reply(outcome if usable else replace(outcome, cluster_id=""))
 
 
 def _registered(known: Registered) -> Reply:
     """Return a registration with its ids in both places that agents read, without token and gateway."""
-    if not _URL_SAFE.fullmatch(known.cluster_id):
+    if not url_safe_id(known.cluster_id):
         return error_reply(Failed(502, "the controller returned a cluster id that agents cannot use"))
     cluster: dict[str, Any] = {
         "id": known.cluster_id,
@@ -55,7 +53,7 @@ def _registered(known: Registered) -> Reply:
         "agent_id": known.agent_id,
     }
     data: dict[str, Any] = {"cluster_id": known.cluster_id, "status": known.status, "tunnel_url": known.tunnel_url}
-    workspace_id = _integer(known.workspace_id)
+    workspace_id = integer(known.workspace_id)
     if workspace_id is not None:
         cluster["workspace_id"] = workspace_id
     if rfc3339.parse(known.registered_at):
@@ -98,7 +96,7 @@ def _tunnel(state: TunnelState) -> dict[str, Any]:
     for key in ("status", "credentials", "tunnel_server_addr", "server_fingerprint"):
         if isinstance(payload.get(key), str):
             out[key] = payload[key]
-    frequency_s = _integer(payload.get("poll_frequency"))
+    frequency_s = integer(payload.get("poll_frequency"))
     if frequency_s is not None and frequency_s > 0:
         out["poll_frequency"] = frequency_s
     forwards = payload.get("forwards")
@@ -108,7 +106,7 @@ def _tunnel(state: TunnelState) -> dict[str, Any]:
 
 
 def _forward(forward: Any) -> dict[str, Any] | None:
-    port = _integer(forward.get("remote_port")) if isinstance(forward, dict) else None
+    port = integer(forward.get("remote_port")) if isinstance(forward, dict) else None
     if port is None or not isinstance(forward.get("name"), str):
         return None
     return {"name": forward["name"], "remote_port": port}
@@ -122,12 +120,3 @@ def _tunnel_info(known: Registered) -> dict[str, Any]:
         "tunnel_url": known.tunnel_url,
         "api_server": known.api_server,
     }
-
-
-def _integer(value: Any) -> int | None:
-    """Return a number that Go decodes into an `int` (64 bits, no fraction), `None` for anything else."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool):
-        return None
-    return value if -(2**63) <= value < 2**63 else None

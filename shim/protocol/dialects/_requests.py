@@ -15,6 +15,7 @@ import msgspec
 
 from shim.core.agent_calls import HeartbeatCall, RegisterCall, ResultCall, SessionTarget
 from shim.core.bounds import (
+    MAX_DEPTH,
     MAX_ID_BYTES,
     MAX_KEPT_BYTES,
     MAX_KEPT_VALUES,
@@ -25,7 +26,7 @@ from shim.core.bounds import (
 )
 from shim.errors import AgentError
 from shim.protocol import rfc3339
-from shim.protocol.dialects import MAX_DEPTH, Call, valid_id
+from shim.protocol.dialects import Call, valid_id
 
 _TEXTS = ("k8s_version", "hostname", "agent_version", "server_ip", "region", "cloud_provider", "cluster_id")
 _OBJECTS = ("tunnel_port_config", "server_specs", "metadata")
