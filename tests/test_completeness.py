@@ -56,8 +56,7 @@ ELSEWHERE = {
     "management/health_messages.py": "management/test_health_summary.py",
     "management/subject.py": "management/test_status_builder.py",
     # A dialect is a table; requests and replies of all dialects are tried with the same cases.
-    "protocol/dialects/_replies.py": "protocol/dialects/test_replies.py",
-    "protocol/dialects/_requests.py": "protocol/dialects/test_requests.py",
+    "protocol/dialects/_shared.py": "protocol/dialects/test_requests.py",
     "protocol/dialects/agents.py": "protocol/dialects/test_requests.py",
     "protocol/dialects/clusters.py": "protocol/dialects/test_requests.py",
     "protocol/dialects/clusters_agent.py": "protocol/dialects/test_requests.py",

@@ -7,8 +7,8 @@ A dialect is one module of this package with
     def parse(operation: str, call: Call) -> AgentCall      # raises errors.AgentError
     def render(operation: str, outcome: Outcome, call: Call) -> Reply
 
-Dialects are found by their module name, so a new dialect is one new file. Modules with a leading underscore are no
-dialects: `_requests` and `_replies` have the code that dialects share.
+Dialects are found by their module name, so a new dialect is one new file. The module `_shared` is no
+dialect: it has the code that dialects share.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Routes: docs/reference/protocol.md#1-legacy-side.
 from __future__ import annotations
 
 from shim.core.agent_calls import AgentCall, PollCall, SessionTarget, TargetKind, TunnelInfoCall
-from shim.protocol.dialects import Call, Route, _replies, _requests, valid_id
+from shim.protocol.dialects import Call, Route, _shared, valid_id
 
 NAME = "clusters_agent"
 
@@ -18,24 +18,24 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/api/v1/clusters/agent/{cluster_id}/commands/{command_id}/result", "result"),
 )
 
-render = _replies.render
+render = _shared.render
 
 
 def parse(operation: str, call: Call) -> AgentCall:
     """Convert a request to a call. Raises `AgentError` (400) for a malformed request."""
     if operation == "register":
-        return _requests.read_register(NAME, call)
+        return _shared.read_register(NAME, call)
     target = SessionTarget(TargetKind.CLUSTER, call.params["cluster_id"])
     if operation == "heartbeat":
         # The cluster id of the path takes precedence over the body's.
-        body = _requests.bounded_object(call)
+        body = _shared.bounded_object(call)
         given = body.get("agent_id")
-        agent_id = given if isinstance(given, str) else _requests.text(given)
-        return _requests.read_heartbeat(
+        agent_id = given if isinstance(given, str) else _shared.text(given)
+        return _shared.read_heartbeat(
             NAME, target, agent_id and valid_id(agent_id, "agent_id"), body, size_bytes=call.size_bytes
         )
     if operation == "poll":
         return PollCall(NAME, target)
     if operation == "tunnel_info":
         return TunnelInfoCall(target)
-    return _requests.read_result(NAME, target, call)
+    return _shared.read_result(NAME, target, call)

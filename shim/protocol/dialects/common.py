@@ -6,7 +6,7 @@ Rules: docs/reference/protocol.md#15-tunnel-poll.
 from __future__ import annotations
 
 from shim.core.agent_calls import AgentCall, HealthCall, SessionTarget, TargetKind, TunnelPollCall
-from shim.protocol.dialects import Call, Route, _replies
+from shim.protocol.dialects import Call, Route, _shared
 
 NAME = "common"
 
@@ -15,7 +15,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/v1/health", "health", open=True),
 )
 
-render = _replies.render
+render = _shared.render
 
 
 def parse(operation: str, call: Call) -> AgentCall:
