@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench import database, forwarding, idle, latency, libraries, machine, plan, replicas, sizing, traffic
+from bench import database, forwarding, idle, latency, libraries, plan, replicas, sizing, traffic
 from bench.figures import Figure, from_json, markdown, table
 from bench.servers import ROOT
 from devtools.latency import duration
+from shim import __version__
 
 BEGIN = "<!-- bench: begin -->"
 END = "<!-- bench: end -->"
@@ -31,8 +37,8 @@ def content(
 ) -> dict[str, Any]:
     """Return everything that was measured, as plain data. `fleet` is that of several replicas, empty without them."""
     return {
-        "about": machine.described(),
-        "load": machine.load(),
+        "about": described(),
+        "load": load(),
         "apart": {},
         "figures": [figure.to_json() for figure in figures],
         "sizing": [asdict(row) for row in rows],
@@ -139,3 +145,31 @@ def _about(found: dict[str, Any]) -> list[str]:
         )
         apart.setdefault(when, []).append(f"*{part}*")
     return lines + [f"{', '.join(parts)}: {when}" for when, parts in apart.items()]
+
+
+def described() -> dict[str, str]:
+    """The machine and the software, by name."""
+    return {
+        "machine": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores, {_memory_gb():.0f} GB",
+        "system": f"{platform.system()} {platform.release()}",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "libraries": f"aiohttp {version('aiohttp')}, uvloop {version('uvloop')}, SQLite {sqlite3.sqlite_version}",
+        "shim": __version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def load() -> float:
+    """Return the mean number of processes that were ready to run in the last minute."""
+    return os.getloadavg()[0]
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
