@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import click
 
 from shim.cli.admin_client import AdminError, AdminPort, admin_options, port_of
-from shim.core.text import format_duration, plural, printable, shorten
+from shim.core.text import columns, format_duration, plural, printable, shorten
 
 HEAD = ("AGENT", "DIALECT", "ALIVE", "HEARTBEATS", "POLLS", "HELD UP TO", "QUEUE")
 PHASES = {"up": "connected", "down": "away", "refused": "token refused", "idle": "at rest"}
@@ -68,12 +68,7 @@ def plain(shown: View) -> str:
     lines = [f"{WORDS[shown.level]}: {shown.sentence}", *(f"  {hint}" for hint in shown.hints), ""]
     lines += [f"{name:<12}{text}" for name, text in shown.lines]
     if shown.rows:
-        table = [HEAD, *(cells for _, cells in shown.rows)]
-        widths = [max(len(row[column]) for row in table) for column in range(len(HEAD))]
-        lines += [
-            "",
-            *("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table),
-        ]
+        lines += ["", *columns([HEAD, *(cells for _, cells in shown.rows)])]
     return "\n".join([*lines, *([shown.more] if shown.more else [])])
 
 

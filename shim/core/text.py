@@ -1,6 +1,8 @@
-"""Formatting of durations, counts and texts from outside for people."""
+"""Formatting of durations, counts, tables and texts from outside for people."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from shim.core.bounds import MAX_SHOWN_CHARS, cut
 
@@ -31,6 +33,12 @@ def format_duration(seconds: float) -> str:
 def plural(number: int, noun: str) -> str:
     """Return a count with its noun, as in `1 agent`, `2 agents`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from shim.core.failover import bucket, in_rollout
-from shim.core.text import plural, printable
+from shim.core.text import columns, plural, printable
 
 MAX_NAMES_BYTES = 16 * 1_048_576
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -122,13 +122,11 @@ def table(found: Sequence[Place], percents: Sequence[float]) -> str:
         number = "?" if each.hash is None else f"{each.hash:.2f}"
         context = [printable(each.context)] if contexts else []
         rows.append([printable(each.cluster) or "?", *context, number, *cells, printable(_remark(each))])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     known = [each for each in found if each.hash is not None]
     counts = [f"{sum(each.steps[step] for each in known)} at {step} %" for step in steps]
     unknown = len(found) - len(known)
     also = f"; {plural(unknown, 'cluster')} unknown" if unknown else ""
-    return "\n".join([*lines, "", f"{plural(len(known), 'cluster')}: in are {', '.join(counts)}{also}"])
+    return "\n".join([*columns(rows), "", f"{plural(len(known), 'cluster')}: in are {', '.join(counts)}{also}"])
 
 
 def _remark(each: Place) -> str:

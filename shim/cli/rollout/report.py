@@ -11,7 +11,7 @@ import msgspec
 
 from shim.cli.rollout.cluster import TITLES, WANTED, Cluster, Measured
 from shim.cli.rollout.verdict import Decision, Reason, Verdict, percentage
-from shim.core.text import plural, printable
+from shim.core.text import columns, plural, printable
 
 WINDOWS = ("1h", "24h")
 SHORT = {
@@ -227,12 +227,15 @@ def moment(at: float) -> str:
 
 def text(report: Report) -> str:
     """Return the report as text: a row for each cluster, then the verdict and its reasons."""
-    names = [name for name, _ in head()]
-    rows = [[name.upper() for name in names], *([cell.text for cell in cells(each)] for each in report.clusters)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rows = [[name.upper() for name, _ in head()], *([cell.text for cell in cells(each)] for each in report.clusters)]
     wanted = "; ".join(f"{title} {WANTED[name]}" for name, title in TITLES.items())
-    lines += ["", f"Objectives over 1 h / 24 h, ! is missed; wanted: {wanted}.", f"{summary(report)}.", ""]
+    lines = [
+        *columns(rows),
+        "",
+        f"Objectives over 1 h / 24 h, ! is missed; wanted: {wanted}.",
+        f"{summary(report)}.",
+        "",
+    ]
     lines.append(headline(report))
     lines += [f"  {reason.decision.text:<8} {reason_line(reason)}" for reason in report.verdict.reasons]
     notes = [f"{each.name}: {note}" for each in report.clusters for note in each.notes]
