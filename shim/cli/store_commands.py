@@ -9,7 +9,7 @@ import click
 
 from shim.config.loader import load
 from shim.config.settings import Store
-from shim.errors import StoreError, StoreVersionError
+from shim.errors import StoreError
 
 
 @click.group("store")
@@ -27,8 +27,6 @@ def copy(source: str, target: str, config: str | None) -> None:
 
     try:
         done = carry_out(_store(source, config), _store(target, config))
-    except StoreVersionError:
-        raise
     except StoreError as error:
         click.echo(f"store copy: {error}", err=True)
         sys.exit(1)
@@ -50,8 +48,6 @@ def shards(count: int, place: str, config: str | None) -> None:
     except ModuleNotFoundError as error:
         click.echo(f"store shards needs agent-shim[postgres]: {error.name} is not installed", err=True)
         sys.exit(2)
-    except StoreVersionError:
-        raise
     except StoreError as error:
         click.echo(f"store shards: {error}", err=True)
         sys.exit(1)

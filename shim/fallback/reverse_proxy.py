@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import aiohttp
@@ -64,7 +64,7 @@ class ReverseProxy:
 
         `bearer` replaces the agent's token. With `whole` the reply is read completely and decoded.
         """
-        headers = CIMultiDict(_end_to_end(request.headers))
+        headers = CIMultiDict(end_to_end(request.headers))
         headers.popall(hdrs.HOST, None)
         headers.popall(hdrs.EXPECT, None)  # the shim has answered it: the API may never send `100 Continue`
         if bearer is not None:
@@ -97,7 +97,7 @@ class ReverseProxy:
         return self._diallers[settings]
 
     async def _reply(self, response: aiohttp.ClientResponse, *, whole: bool) -> ProxyResponse:
-        headers = tuple(_end_to_end(response.headers.items()))
+        headers = tuple(end_to_end(response.headers.items()))
         length = response.content_length
         long = length > WHOLE_BYTES if length is not None else not response.content.at_eof()
         if not whole and long:
@@ -165,10 +165,10 @@ async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, Non
             yield piece
 
 
-def _end_to_end(headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
-    """Return the headers without the hop-by-hop ones: a fixed set, and those that `Connection` lists."""
+def end_to_end(headers: Iterable[tuple[str, str]], dropped: Collection[str] = HOP_BY_HOP) -> Iterable[tuple[str, str]]:
+    """Return the headers without those that are `dropped` and those that `Connection` lists."""
     pairs = list(headers)
     named = {
         token.strip().lower() for name, value in pairs if name.lower() == "connection" for token in value.split(",")
     }
-    return [(name, value) for name, value in pairs if name.lower() not in HOP_BY_HOP and name.lower() not in named]
+    return [(name, value) for name, value in pairs if name.lower() not in dropped and name.lower() not in named]

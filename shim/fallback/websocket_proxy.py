@@ -19,7 +19,7 @@ import msgspec
 from shim.config.settings import Settings
 from shim.core.bounds import MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from shim.errors import AgentError, MessageError
-from shim.fallback.reverse_proxy import HOP_BY_HOP
+from shim.fallback.reverse_proxy import HOP_BY_HOP, end_to_end
 from shim.log import get
 from shim.metrics import Metrics
 from shim.ports import Frame, FrameSocket
@@ -125,7 +125,7 @@ class WebSocketProxy:
         self._dialling += 1
         try:
             async with asyncio.timeout(self._settings().upstream.connect_timeout_s):
-                upstream = await self._dialler.websocket(url, dict(_passed(handshake.headers)))
+                upstream = await self._dialler.websocket(url, dict(end_to_end(handshake.headers, _OURS)))
         except Exception as error:  # noqa: BLE001 - texts and tracebacks of aiohttp's errors contain the token
             raise self._refusal(error) from None
         finally:
@@ -303,14 +303,6 @@ class Carried:
 
 def _is_short_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= MAX_NAME_CHARS
-
-
-def _passed(headers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
-    pairs = list(headers)
-    named = {
-        token.strip().lower() for name, value in pairs if name.lower() == "connection" for token in value.split(",")
-    }
-    return [(name, value) for name, value in pairs if name.lower() not in _OURS and name.lower() not in named]
 
 
 def _messages(frame: Frame, kind: str) -> Iterable[tuple[str, dict[str, Any]]]:
