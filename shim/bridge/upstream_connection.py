@@ -97,7 +97,7 @@ class UpstreamConnection:
         owner: ConnectionOwner,
         now: float,
         *,
-        used_to_ack: bool | None = None,
+        used_to_ack: bool | None,
     ) -> None:
         upstream = ctx.settings.upstream
         self.serial = serial

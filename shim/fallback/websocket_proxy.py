@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 import msgspec
@@ -98,14 +97,13 @@ class WebSocketProxy:
         metrics: Metrics,
         spawn: Spawn,
         listener: MigrationListener,
-        environ: Mapping[str, str] = os.environ,
     ) -> None:
         upstream = settings().upstream
         self._settings = settings
         self._metrics = metrics
         self._spawn = spawn
         self._listener = listener
-        self._dialler = Dialler(upstream.dialling, environ, max_message_bytes=upstream.max_message_bytes)
+        self._dialler = Dialler(upstream.dialling, max_message_bytes=upstream.max_message_bytes)
         self._open: set[Carried] = set()
         self._dialling = 0
         self._stopping = False

@@ -44,7 +44,7 @@ class MalformedCommand(ShimError):
     `command_id` is the controller's id for it, even if the id is the fault; empty without an id.
     """
 
-    def __init__(self, reason: str, command_id: str = "") -> None:
+    def __init__(self, reason: str, command_id: str) -> None:
         super().__init__(reason)
         self.command_id = command_id
 

@@ -61,7 +61,7 @@ def listed(text: str) -> list[Mapping[str, Any]]:
     return items
 
 
-def in_cluster(namespace: str = "") -> list[Mapping[str, Any]]:
+def in_cluster(namespace: str) -> list[Mapping[str, Any]]:
     """Return the pods that kubectl shows, of one namespace or of all. Raises `InjectError` if it fails."""
     where = ["--namespace", namespace] if namespace else ["--all-namespaces"]
     command = ["kubectl", "get", "pods", *where, "--output", "json", f"--request-timeout={_KUBECTL_S}s"]

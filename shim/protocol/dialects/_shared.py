@@ -226,7 +226,7 @@ def read_heartbeat(
     agent_id: str,
     body: dict[str, Any],
     *,
-    size_bytes: int = 0,
+    size_bytes: int,
     tunnel_status: str = "",
     secret: str = "",
 ) -> HeartbeatCall:
