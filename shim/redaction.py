@@ -124,5 +124,5 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def basic_credentials(user: str, password: str) -> str:
-    """Return user and password as encoded in `Authorization: Basic`, to be masked as well."""
+    """Return user and password as encoded in `Authorization: Basic`. This text is a secret, too."""
     return base64.b64encode(f"{user}:{password}".encode()).decode()

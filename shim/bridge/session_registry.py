@@ -405,7 +405,7 @@ class SessionRegistry:
         self.persistence.save_session(older)
 
     def sweep(self) -> None:
-        """Retry refused writes and complete supersessions; called every second."""
+        """Retry refused writes and complete supersessions; called every few seconds."""
         self.persistence.retry()
         self._move_superseded()
 

@@ -7,7 +7,6 @@ of names and addresses.
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import os
 import ssl
@@ -29,6 +28,7 @@ from shim.config.settings import DialSettings, Upstream, is_loopback
 from shim.hosts import plain_host
 from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
 from shim.protocol.http import origin_of, with_query
+from shim.redaction import basic_credentials
 from shim.upstream.dial_errors import UNANSWERED, DialError, Refused, failure_of, retry_after_s, tls_text
 from shim.upstream.http_client import Connector, LenientResponse
 from shim.upstream.websocket import CLOSE_WAIT_S, RawWebSocket, WebSocketPump, websocket_class
@@ -157,14 +157,12 @@ class ClientTls:
 class DialTrace(msgspec.Struct):
     """Facts about the newest dial, for doctor. Each is set as soon as it is known.
 
-    `tried` is true if the configuration allowed a dial. `resolved` has the addresses of the name `resolving`. `tls`
+    `tried` is true if the configuration allowed a dial. `resolved` has the addresses of the name. `tls`
     describes the connection once it is open.
     """
 
     tried: bool = False
-
     proxy: ProxyChoice = msgspec.field(default_factory=ProxyChoice)
-    resolving: str = ""
     resolved: tuple[str, ...] = ()
     connected: bool = False
     tls: ssl.SSLObject | None = None
@@ -178,8 +176,7 @@ class _TracedResolver(aiohttp.ThreadedResolver):
         self._trace = trace
 
     async def resolve(self, *args: Any, **options: Any) -> list[aiohttp.abc.ResolveResult]:
-        """Resolve a host, and note its name and addresses in the trace."""
-        self._trace.resolving = args[0]
+        """Resolve a host, and note its addresses in the trace."""
         found = await super().resolve(*args, **options)
         self._trace.resolved = tuple(dict.fromkeys(each["host"] for each in found))
         return found
@@ -374,9 +371,9 @@ def _without_credentials(proxy: str) -> tuple[str, dict[str, str]]:
     parts = urlsplit(proxy)
     if parts.username is None:
         return proxy, {}
-    credentials = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    credentials = basic_credentials(unquote(parts.username), unquote(parts.password or ""))
     address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    return address, {hdrs.PROXY_AUTHORIZATION: f"Basic {base64.b64encode(credentials.encode()).decode()}"}
+    return address, {hdrs.PROXY_AUTHORIZATION: f"Basic {credentials}"}
 
 
 def _host_header(target: URL) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import urllib.request
@@ -16,6 +15,7 @@ import msgspec
 from shim.cli.rollout.cluster import Cluster, Measured, Trouble
 from shim.core.text import plural, printable
 from shim.management.objectives import CODES, OBJECTIVES
+from shim.redaction import basic_credentials
 
 MAX_ANSWER_BYTES = 64 * 1_048_576
 WINDOWS = {"1h": "1h", "24h": "1d"}
@@ -106,8 +106,8 @@ class Prometheus:
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
         elif parts.username is not None:
-            login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            self._headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+            login = basic_credentials(unquote(parts.username), unquote(parts.password or ""))
+            self._headers["Authorization"] = f"Basic {login}"
 
     def query(self, expression: str) -> list[Sample]:
         """Return the samples of an instant query, in which `CLUSTER` stands for the label. Raises `PrometheusError`."""
