@@ -42,11 +42,7 @@ def load(path: str | None, env: Mapping[str, str], sets: Iterable[str], *, reloa
     defaults.
     """
     faults: list[Fault] = []
-    tree = _read_file(path, faults, reload=reload) if path is not None else {}
-    maps = sections()
-    for dotted, text in [*_from_env(env), *_from_sets(sets, faults)]:
-        _put(tree, dotted, _as_map(dotted, text, faults) if dotted in maps else text)
-    settings = to_settings(tree, faults)
+    settings = to_settings(_read(path, env, sets, faults, reload=reload), faults)
     faults += cross_field_faults(settings, frozenset(fault.path for fault in faults))
     if faults:
         more = len(faults) - _MAX_FAULTS_SHOWN
@@ -56,19 +52,13 @@ def load(path: str | None, env: Mapping[str, str], sets: Iterable[str], *, reloa
 
 def given_keys(path: str | None, sets: Iterable[str]) -> list[str]:
     """Return the dotted paths of the known keys that have a value in the file or in `sets`. Nothing is checked."""
-    faults: list[Fault] = []
-    tree = _read_file(path, faults, reload=False) if path is not None else {}
-    maps = sections()
-    for dotted, text in _from_sets(sets, faults):
-        _put(tree, dotted, _as_map(dotted, text, faults) if dotted in maps else text)
+    tree = _read(path, {}, sets, [])
     return [key for key, _, _ in leaves() if _is_given(tree, key)]
 
 
 def removed_keys(path: str | None, env: Mapping[str, str]) -> list[str]:
     """Return the keys of `REMOVED` that the file or `env` still has. Nothing is checked."""
-    tree = _read_file(path, [], reload=False) if path is not None else {}
-    for dotted, text in _from_env(env):
-        _put(tree, dotted, text)
+    tree = _read(path, env, (), [])
     return sorted(key for key in REMOVED if _is_given(tree, key))
 
 
@@ -182,6 +172,17 @@ def forget_yaml() -> None:
         if name.partition(".")[0] == "yaml" or name == _YAML_FILE:
             del sys.modules[name]
     vars(sys.modules[__package__]).pop("yaml_file", None)
+
+
+def _read(
+    path: str | None, env: Mapping[str, str], sets: Iterable[str], faults: list[Fault], *, reload: bool = False
+) -> dict[str, Any]:
+    """Return the tree of all sources, the later ones of file, environment and `sets` winning."""
+    tree = _read_file(path, faults, reload=reload) if path is not None else {}
+    maps = sections()
+    for dotted, text in [*_from_env(env), *_from_sets(sets, faults)]:
+        _put(tree, dotted, _as_map(dotted, text, faults) if dotted in maps else text)
+    return tree
 
 
 def _read_file(path: str, faults: list[Fault], *, reload: bool) -> dict[str, Any]:
