@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
 
+import pytest
+
+from shim.core.agent_calls import Commands, PollCall, TunnelState
 from tests.bridge.conftest import MakeWorld
 from tests.support.world import World
 
@@ -120,3 +123,104 @@ async def test_a_stop_teaches_nothing(make_world: MakeWorld) -> None:
     world.start()
     await world.settle()
     assert world.session(agent.cluster_id).hold.ceiling_s is None
+
+
+def holds(world: World, ended: str) -> tuple[float, float]:
+    """Number and seconds of the holds that ended in this way, as the metric has them."""
+    name = "poll_hold_seconds"
+    return world.metric(f"{name}_count", ended=ended), world.metric(f"{name}_sum", ended=ended)
+
+
+async def test_the_time_of_each_hold_is_measured_by_what_ended_it(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 8.0})
+    agent = world.agent()
+    await agent.register()
+    await world.pass_s(100.0)
+    assert await agent.poll() == []
+    assert holds(world, "replied") == (1, pytest.approx(8.0, abs=0.01))
+    poll = agent.poll_task()
+    await world.pass_s(3.0)
+    poll.cancel()
+    await world.settle()
+    assert holds(world, "left") == (1, pytest.approx(3.0, abs=0.01))
+    poll = agent.poll_task()
+    await world.pass_s(1.0)
+    world.controller.push("k1")
+    await world.settle()
+    assert [command.id for command in agent.take(await poll)] == ["k1"]
+    assert holds(world, "replied") == (2, pytest.approx(9.0, abs=0.02))
+    world.controller.push("k2")
+    await world.settle()
+    answer = await agent.call(PollCall(agent.dialect, agent.target))
+    assert answer.receipt is not None
+    assert isinstance(answer.outcome, Commands)
+    assert answer.outcome.poll_frequency_s == world.settings.poll.frequency_s
+    assert holds(world, "replied")[0] == 2, "a poll that is answered at once was not held"
+
+
+async def test_a_poll_counts_as_a_use_of_its_route(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": "off"})
+    agent = world.agent()
+    await agent.register()
+    await world.pass_s(7.0)
+    await agent.poll()
+    session = world.session(agent.cluster_id)
+    use = dict(world.bridge.session_registry.usage)[session.key][agent.dialect, "poll"]
+    assert (use.count, use.first_unix) == (1, world.clock.wall_s())
+    assert session.poll_at == world.now
+
+
+async def test_a_tunnel_poll_is_held_until_its_state_changes_or_its_time_is_over(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 8.0, "hold_tunnel": True})
+    agent = world.agent()
+    await agent.register()
+    await world.pass_s(100.0)
+    began = world.now
+    assert await agent.tunnel_poll() == TunnelState(None, 5)
+    assert world.now == began, "the agent's first poll is answered at once"
+    assert await agent.tunnel_poll() == TunnelState(None, 5)
+    assert world.now == pytest.approx(began + 8.0, abs=0.01)
+    poll = asyncio.create_task(agent.tunnel_poll())
+    await world.pass_s(1.0)
+    assert world.bridge.long_polls.held_tunnels() == 1
+    world.controller.socket.says("tunnel_status", {"cluster_id": agent.cluster_id, "status": "ACTIVE"})
+    assert await poll == TunnelState({"status": "ACTIVE"}, 5)
+    assert holds(world, "replied") == (2, pytest.approx(9.0, abs=0.02))
+    assert world.bridge.long_polls.held_tunnels() == 0
+    earlier = asyncio.create_task(agent.tunnel_poll())
+    await world.pass_s(1.0)
+    later = asyncio.create_task(agent.tunnel_poll())
+    await world.pass_s(0.01)
+    assert earlier.done(), "an agent has one tunnel poll at a time"
+    assert not later.done()
+    await later
+
+
+async def test_a_tunnel_poll_whose_agent_hangs_up_teaches_its_patience(make_world: MakeWorld) -> None:
+    world = await make_world(poll=AUTO | {"hold_tunnel": True})
+    agent = world.agent()
+    await agent.register()
+    for _ in range(4):
+        await agent.tunnel_poll()
+    session = world.session(agent.cluster_id)
+    poll = asyncio.create_task(agent.tunnel_poll())
+    await world.pass_s(6.0)
+    poll.cancel()
+    await world.settle()
+    assert world.bridge.long_polls.held_tunnels() == 0
+    assert session.tunnel_hold.limit_s(20.0) == 2.5
+    assert session.hold.limit_s(20.0) == 4.0, "its other polls have an estimator of their own"
+    assert holds(world, "left") == (1, pytest.approx(6.0, abs=0.01))
+    await world.restart()
+    assert world.session(agent.cluster_id).tunnel_hold.limit_s(20.0) == 2.5
+
+
+async def test_tunnel_polls_are_not_held_unless_that_is_set(make_world: MakeWorld) -> None:
+    for configured in ({"hold": 8.0}, {"hold": "off", "hold_tunnel": True}):
+        world = await make_world(poll=configured)
+        agent = world.agent()
+        await agent.register()
+        began = world.now
+        for _ in range(3):
+            await agent.tunnel_poll()
+        assert world.now == began

@@ -9,6 +9,7 @@ import pytest
 
 from shim.core.agent_calls import Accepted
 from shim.core.records import CloseOutbox, Operation, PutOutbox, ReadOutbox
+from shim.protocol.rfc3339 import parse_rfc3339
 from tests.bridge.conftest import MakeWorld
 from tests.support.world import Agent, World
 
@@ -295,3 +296,99 @@ async def test_nothing_is_left_when_all_is_confirmed(world: World, late: bool) -
     await world.settle()
     assert world.bridge.outbox.empty
     assert len(world.bridge.outbox) == 0
+
+
+async def test_a_result_is_sent_again_for_each_time_that_its_command_comes_again(world: World) -> None:
+    """Once is enough while the result is on its way; when it has arrived, a command that comes again wants it again."""
+    agent = await answered(world, "k1")
+    world.controller.push("k1")
+    await world.settle()
+    assert sent(world, "k1") == 1, "it is on its way already"
+    for times in (2, 3, 4):
+        await agent.live(40)
+        for _ in range(2):
+            world.controller.push("k1")
+        await world.settle()
+        assert sent(world, "k1") == times
+    await agent.live(40)
+    assert world.bridge.outbox.empty
+
+
+async def test_results_that_were_never_sent_are_known_by_owner(make_world: MakeWorld) -> None:
+    world = await make_world()
+    agent = await answered(world, "k1")
+    owner, outbox = world.session(agent.cluster_id).key.owner, world.bridge.outbox
+    assert not outbox.unsent_for(owner), "it was sent, and is not confirmed yet"
+    await agent.live(40)
+    assert not outbox.unsent_for(owner)
+    world.controller.go_away()
+    await world.settle()
+    await agent.result("k2")
+    await world.settle()
+    assert outbox.unsent_for(owner)
+    assert not outbox.unsent_for("somebody else")
+    await world.restart()
+    assert world.bridge.outbox.unsent_for(owner), "what an earlier process stored was not read yet"
+    world.controller.come_back()
+    await agent.live(40)
+    assert sent(world, "k2") == 1
+    assert not world.bridge.outbox.unsent_for(owner)
+
+
+async def test_a_report_that_is_not_stored_waits_for_a_connection_of_its_owner(world: World) -> None:
+    agent = await answered(world)
+    world.controller.push("k1", ttl_seconds=10)
+    await world.settle()
+    world.controller.go_away()
+    world.store.fail()
+    await agent.live(15)
+    owner = world.session(agent.cluster_id).key.owner
+    assert world.bridge.outbox.unsent_for(owner)
+    assert not world.bridge.outbox.unsent_for("somebody else")
+    world.controller.come_back()
+    await agent.live(10)
+    assert not world.bridge.outbox.unsent_for(owner)
+
+
+async def test_a_report_of_the_shim_names_command_agent_and_reason(world: World) -> None:
+    agent = await answered(world)
+    world.controller.socket.says(
+        "command", {"command_id": "k1", "type": "t", "cluster_id": agent.cluster_id, "ttl_seconds": 0}, "r-77"
+    )
+    await world.settle()
+    [message] = world.controller.got("command_result")
+    timestamp = message.payload["timestamp"]
+    assert message.request_id == "r-77"
+    assert message.payload == {
+        "command_id": "k1",
+        "cluster_id": agent.cluster_id,
+        "agent_id": agent.agent_id,
+        "success": False,
+        "code": "expired",
+        "error": "it had expired before it arrived",
+        "timestamp": timestamp,
+    }
+    assert parse_rfc3339(timestamp) == pytest.approx(world.clock.wall_s(), abs=1)
+    assert world.metric("commands_total", event="expired") == 1
+
+
+async def test_the_time_of_a_result_from_its_agent_to_the_controller_is_measured_once(world: World) -> None:
+    await world.pass_s(500.0)
+    agent = await answered(world, "k1")
+    world.controller.socket.lose()
+    await agent.live(10)
+    assert sent(world, "k1") == 2
+    assert world.metric("message_latency_seconds_count", direction="up") == 1
+    assert world.metric("message_latency_seconds_sum", direction="up") < 1
+
+
+async def test_a_result_goes_up_with_the_cluster_id_that_the_controller_uses_now(world: World) -> None:
+    agent = await answered(world)
+    world.controller.go_away()
+    await world.settle()
+    await agent.result("k1", cluster_id="the agent's own")
+    session = world.session(agent.cluster_id)
+    world.bridge.ctx.sessions.set_upstream_id(session, "c-new")
+    world.controller.come_back()
+    await agent.live(10)
+    assert world.controller.results("k1")[0]["cluster_id"] == session.upstream_cluster_id != "the agent's own"
