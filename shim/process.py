@@ -36,6 +36,8 @@ WORKING_SHARE = 0.02
 _YOUNG, _NEVER = 1_000, 1_000_000
 SEARCH_S = 60.0
 SEARCH_SHARE = 0.0001
+# CPU time that a search takes at least for each block of memory that objects have.
+SEARCH_BLOCK_S = 0.25e-6
 
 
 def occupy_standard_streams() -> None:
@@ -97,21 +99,33 @@ class GarbageSearch:
     """Search of all objects for reference cycles that became garbage, at most each minute.
 
     No agent is answered meanwhile: a few milliseconds with a few agents, most of a second with 10,000. So a search
-    waits until all of them together take a ten-thousandth of the time at most.
+    waits until all of them together take a ten-thousandth of the time at most. That includes the first one: agents
+    arrive in the first minute, and commands with them.
     """
 
     def __init__(self, timers: Timers, clock: Clock) -> None:
         self._timers = timers
         self._clock = clock
+        self._searched_s = clock.monotonic_s()
+        self._blocks = sys.getallocatedblocks()  # of objects that `tune_gc` has left out of every search
+        self._block_s = SEARCH_BLOCK_S
 
     def start(self, wait_s: float = SEARCH_S) -> None:
         """Search for as long as the loop runs, the first time after `wait_s`."""
-        self._timers.call_later(wait_s, self._search)
+        self._timers.call_later(wait_s, self._search_if_due)
 
-    def _search(self) -> None:
+    def _search_if_due(self) -> None:
+        blocks = max(1, sys.getallocatedblocks() - self._blocks)  # a count of objects would take a sixth of a search
+        due_s = self._searched_s + blocks * self._block_s / SEARCH_SHARE
+        rest_s = due_s - self._clock.monotonic_s()
+        if rest_s > 0:
+            self.start(max(SEARCH_S, rest_s))
+            return
         began_s = self._clock.cpu_s()
         gc.collect()
-        self.start(max(SEARCH_S, (self._clock.cpu_s() - began_s) / SEARCH_SHARE))
+        self._block_s = max(SEARCH_BLOCK_S, (self._clock.cpu_s() - began_s) / blocks)
+        self._searched_s = self._clock.monotonic_s()
+        self.start()
 
 
 def trim_heap() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,7 @@ from shim.process import (
     IDLE_SAMPLE_S,
     NOTICEABLE_S,
     SAMPLE_S,
+    SEARCH_BLOCK_S,
     SEARCH_S,
     SEARCH_SHARE,
     WORKING_SHARE,
@@ -92,16 +94,36 @@ def test_the_lag_of_a_loop_is_measured_often_while_it_works_and_rarely_while_it_
 def test_the_search_for_garbage_is_rare_where_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     loop, searched = FakeLoop(), []
     took_s = 0.0
+    blocks = 1000
 
     def collect() -> None:
         searched.append(loop.now_s)
         loop.used_s += took_s
 
     monkeypatch.setattr(gc, "collect", collect)
+    monkeypatch.setattr(sys, "getallocatedblocks", lambda: blocks)
     GarbageSearch(loop, loop).start()
     assert (searched, loop.delay_s) == ([], SEARCH_S)
-    took_s = 0.5 * SEARCH_S * SEARCH_SHARE
+
+    # Few objects: each minute. A search that takes longer than expected is paid for by the wait for the next one.
     assert loop.fire() == SEARCH_S
-    took_s = 0.8
-    assert loop.fire() == pytest.approx(0.8 / SEARCH_SHARE)
-    assert searched == [SEARCH_S, 2 * SEARCH_S]
+    took_s = 2 * SEARCH_S * SEARCH_SHARE
+    blocks += 1000
+    assert loop.fire() == SEARCH_S
+    assert loop.fire() == pytest.approx(SEARCH_S)
+    loop.fire()
+    assert searched == [SEARCH_S, 2 * SEARCH_S, 4 * SEARCH_S]
+
+
+def test_the_first_search_for_garbage_waits_too_if_it_will_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand agents come in the first minute, and commands for them: a search would keep all of them waiting."""
+    loop, searched, blocks = FakeLoop(), [], 1000
+    monkeypatch.setattr(gc, "collect", lambda: searched.append(loop.now_s))
+    monkeypatch.setattr(sys, "getallocatedblocks", lambda: blocks)
+    GarbageSearch(loop, loop).start()
+    blocks += 4_000_000
+    wait_s = 4_000_000 * SEARCH_BLOCK_S / SEARCH_SHARE
+    assert loop.fire() == pytest.approx(wait_s - SEARCH_S)
+    assert searched == []
+    loop.fire()
+    assert searched == [pytest.approx(wait_s)]
