@@ -53,7 +53,6 @@ ELSEWHERE = {
     # What an operator sees and does.
     "management/call_status.py": "management/test_status_builder.py",
     "management/command_api.py": "e2e/test_operate.py",
-    "management/health_messages.py": "management/test_health_summary.py",
     "management/subject.py": "management/test_status_builder.py",
     # A dialect is a table; requests and replies of all dialects are tried with the same cases.
     "protocol/dialects/_shared.py": "protocol/dialects/test_requests.py",

@@ -16,7 +16,7 @@ import pytest
 from shim import notify
 from shim.clock import Clock
 from shim.config.settings import Notify
-from shim.management.health_messages import SENTENCES
+from shim.management.health_summary import SENTENCES
 from shim.notify import CONDITIONS, MAX_WAITING, Changes, Notifier
 from shim.redaction import Redaction
 from tests.support.recording_server import Recorded, RecordingServer, http

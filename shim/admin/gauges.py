@@ -9,7 +9,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from shim.core.call_records import Why
 from shim.core.link_state import LinkState
 from shim.core.poll_hold import PollPacing
-from shim.management.health_messages import PROBLEMS
+from shim.management.health_summary import PROBLEMS
 from shim.management.status import CommandsStatus, LinksStatus, SessionsStatus, Status
 
 

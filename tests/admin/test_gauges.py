@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shim.admin.gauges import StatusCollector
-from shim.management.health_messages import PROBLEMS
+from shim.management.health_summary import PROBLEMS
 from tests.bridge.conftest import MakeWorld
 from tests.management.conftest import MakePage, Page
 

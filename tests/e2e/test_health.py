@@ -19,7 +19,7 @@ import pytest_asyncio
 
 from shim.core.failover import bucket
 from shim.fallback.policy import PATIENCE_S
-from shim.management.health_messages import SENTENCES
+from shim.management.health_summary import SENTENCES
 from tests.chaos.harness.waiting import last
 from tests.e2e.test_operate import run
 from tests.support.processes import TOKEN, Shim, world

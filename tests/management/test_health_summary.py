@@ -9,8 +9,7 @@ import msgspec
 import pytest
 
 from shim.cli.status import replicas_line
-from shim.management.health_messages import PROBLEMS, SENTENCES
-from shim.management.health_summary import reason_text, summarise
+from shim.management.health_summary import PROBLEMS, SENTENCES, reason_text, summarise
 from shim.management.status import SessionsStatus, Status
 
 NOW = 10_000.0

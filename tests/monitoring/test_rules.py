@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from shim.management.health_messages import PROBLEMS
+from shim.management.health_summary import PROBLEMS
 from tests.docs.test_metrics import documented
 
 ROOT = Path(__file__).parents[2]

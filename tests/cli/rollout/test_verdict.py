@@ -8,7 +8,7 @@ import pytest
 
 from shim.cli.rollout.cluster import Cluster, Trouble
 from shim.cli.rollout.verdict import Decision, Verdict, judge, percentage
-from shim.management.health_messages import PROBLEMS
+from shim.management.health_summary import PROBLEMS
 from tests.cli.rollout.conftest import DAY_S, NOW, MakeCluster, measured
 
 HOUR_S = 3_600.0
