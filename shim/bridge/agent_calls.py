@@ -15,7 +15,7 @@ from shim.bridge.delivery import CommandDelivery
 from shim.bridge.heartbeats import HeartbeatForwarder
 from shim.bridge.link_pool import LinkPool
 from shim.bridge.long_polls import LongPolls, failed
-from shim.bridge.registration import Registrations
+from shim.bridge.registration import REFUSED, Registrations
 from shim.bridge.session_registry import SessionRegistry
 from shim.core.agent_calls import (
     Accepted,
@@ -133,7 +133,7 @@ class AgentCallHandler:
         self._heartbeats.heartbeat(session, now)
         machine = link.machine
         if machine.refused:
-            return Failed(401, "the controller refuses the token")
+            return REFUSED
         if self._ctx.settings.heartbeat.when_link_down == "fail" and _is_down(machine):
             return Failed(503, "the controller cannot be reached", retry_after_s=RETRY_AFTER_S)
         return _ACCEPTED

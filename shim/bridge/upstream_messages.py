@@ -17,7 +17,7 @@ from shim.bridge.session_registry import SessionRegistry
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.agent_calls import Failed
 from shim.core.bounds import MAX_REQUEST_ID_CHARS, MAX_SHOWN_CHARS, cut
-from shim.core.sessions import Session
+from shim.core.sessions import Session, recency
 from shim.core.standing import TroubleKind
 from shim.log import get
 from shim.protocol.command_message import MalformedCommand, parse_command
@@ -235,7 +235,7 @@ class UpstreamMessageHandler:
             return "ambiguous_target"
         if fresh:
             return fresh[0]
-        return max(sessions, key=lambda s: (s.contact_at or 0.0, s.last_seen_unix), default="unknown_agent")
+        return max(sessions, key=recency, default="unknown_agent")
 
     def _reject(self, source: MessageSource, command_id: str, request_id: str, code: str, error: str) -> None:
         self._rejections.reject(Rejection(source.rejection_key, command_id, request_id, code, error))

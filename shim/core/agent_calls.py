@@ -149,7 +149,7 @@ class Accepted(msgspec.Struct, frozen=True):
 
 
 class OfferedCommand(msgspec.Struct, frozen=True):
-    """A command in a poll reply.
+    """A command in a poll reply, with the fields of the reply.
 
     Every field has exactly the type that agents decode (docs/reference/protocol.md#13-poll).
     """

@@ -462,11 +462,16 @@ class Sessions:
             found.append(exact)
         if agent_id and len(found) > 1:
             found = [s for s in found if s.agent_id == agent_id] or found
-        return sorted(found, key=lambda s: (s.contact_at or 0.0, s.last_seen_unix), reverse=True)
+        return sorted(found, key=recency, reverse=True)
 
     def _of_agent(self, owner: str, agent_id: str) -> list[Session]:
         aliased = self.alias(owner, agent_id) or self.get(SessionKey(owner, TargetKind.AGENT.value, agent_id))
         return [aliased] if aliased is not None else []
+
+
+def recency(session: Session) -> tuple[float, float]:
+    """Return a sort key, by which the session that was seen last is the greatest."""
+    return session.contact_at or 0.0, session.last_seen_unix
 
 
 def _counted_bytes(call: HeartbeatCall) -> int:

@@ -251,11 +251,7 @@ class FallbackPolicy:
             return reply
         if reply.status != 200 or not isinstance(answer.outcome, Commands):
             return answer
-        commands = [
-            {"id": c.id, "type": c.type, "payload": c.payload, "created_at": c.created_at}
-            for c in answer.outcome.commands
-        ]
-        merged = msgspec.json.encode({**body, "commands": commands})
+        merged = msgspec.json.encode({**body, "commands": answer.outcome.commands})
         headers = tuple(
             (name, value) for name, value in reply.headers if name.lower() not in ("content-length", "etag")
         )

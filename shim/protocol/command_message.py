@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from shim.core.agent_calls import OfferedCommand
 from shim.core.bounds import MAX_DEPTH, MAX_ID_BYTES, MAX_REQUEST_ID_CHARS, MAX_WORD_CHARS
 from shim.core.records import CommandRecord, SessionKey
 from shim.errors import ShimError
@@ -66,8 +67,7 @@ class ParsedCommand(msgspec.Struct, frozen=True):
         Its size is what it adds to a poll reply, including its comma. Very many values add to it what they take in
         memory, because waiting commands are kept there.
         """
-        reply = {"id": self.id, "type": self.type, "payload": self.payload, "created_at": self.created_at}
-        encoded = msgspec.json.encode(reply)
+        encoded = msgspec.json.encode(OfferedCommand(self.id, self.type, self.payload, self.created_at))
         return CommandRecord(
             session=session,
             id=self.id,

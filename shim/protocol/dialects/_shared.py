@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from shim.core.agent_calls import (
     Accepted,
@@ -382,9 +382,7 @@ def _registered(known: Registered) -> Reply:
 def _commands(answer: Commands) -> dict[str, Any]:
     return {
         "success": True,
-        "commands": [
-            {"id": c.id, "type": c.type, "payload": c.payload, "created_at": c.created_at} for c in answer.commands
-        ],
+        "commands": list(map(asdict, answer.commands)),
         "status": "IDLE",
         "poll_frequency": answer.poll_frequency_s,
     }
