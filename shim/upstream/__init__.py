@@ -5,13 +5,11 @@ Rules: docs/reference/protocol.md#2-upstream-side-the-websocket.
 
 from shim.upstream.dial_errors import DialError, failure_of
 from shim.upstream.dialler import AiohttpUpstream, Dialler, DialTrace
-from shim.upstream.websocket import WebSocketPump
 
 __all__ = [
     "AiohttpUpstream",
     "DialError",
     "DialTrace",
     "Dialler",
-    "WebSocketPump",
     "failure_of",
 ]
