@@ -295,13 +295,7 @@ class CommandQueue:
         queue, and every command behind it, to keep the order. Returns the reduced offer, `None` if it is empty.
         """
         kept = tuple(takewhile(lambda queued: queued.record.type not in policy.at_most_once, offer.commands))
-        for queued in offer.commands[len(kept) :]:
-            if queued.state is not CommandState.OFFERED:
-                continue
-            queued.state = next_state(
-                queued.state, CommandEvent.NO_EVIDENCE if queued.reason else CommandEvent.UNWRITTEN
-            )
-            queued.attempts -= 1
+        for queued in _take_back(offer.commands[len(kept) :]):
             queued.replies -= 1
         self.offer = replace(offer, commands=kept) if kept else None
         return self.offer
@@ -311,14 +305,7 @@ class CommandQueue:
 
         It does not count as an attempt.
         """
-        back = tuple(queued for queued in offer.commands if queued.state is CommandState.OFFERED)
-        for queued in back:
-            # A command that was uncertain before the offer stays uncertain: the failed reply proves nothing about the
-            # earlier one.
-            queued.state = next_state(
-                queued.state, CommandEvent.NO_EVIDENCE if queued.reason else CommandEvent.UNWRITTEN
-            )
-            queued.attempts -= 1
+        back = _take_back(offer.commands)
         if self.offer is offer:
             self.offer = None
         return back
@@ -439,6 +426,17 @@ class CommandQueue:
         if self._by_id.pop(queued.record.id, None) is not None:
             del self._order[bisect_left(self._order, queued)]
             self._bytes -= queued.record.size_bytes
+
+
+def _take_back(commands: Iterable[QueuedCommand]) -> tuple[QueuedCommand, ...]:
+    """Return those commands that are offered to their places, without counting an attempt."""
+    back = tuple(queued for queued in commands if queued.state is CommandState.OFFERED)
+    for queued in back:
+        # A command that was uncertain before the offer stays uncertain: the failed reply proves nothing about the
+        # earlier one.
+        queued.state = next_state(queued.state, CommandEvent.NO_EVIDENCE if queued.reason else CommandEvent.UNWRITTEN)
+        queued.attempts -= 1
+    return back
 
 
 SHOWN_COMMANDS = 50

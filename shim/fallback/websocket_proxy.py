@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import msgspec
@@ -25,7 +25,7 @@ from shim.ports import Frame, FrameSocket
 from shim.protocol.http import http_url, under, ws_url
 from shim.protocol.upstream_message import decode_frame
 from shim.upstream.dial_errors import failure_of
-from shim.upstream.dialler import Dialler
+from shim.upstream.dialler import Dialler, Spawn
 from shim.upstream.websocket import RawWebSocket
 
 log = get(__name__)
@@ -56,8 +56,6 @@ _OURS = HOP_BY_HOP | {
 _PASSED_STATUSES = range(400, 500)
 _IDENTITY = ("name", "agent_id", "cluster_id")
 """Fields of a `register` that are kept. The others may be large, and the controller may never answer."""
-
-Spawn = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None] | None"]
 
 
 class Handshake(msgspec.Struct, frozen=True):
