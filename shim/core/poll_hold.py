@@ -13,7 +13,6 @@ STEP_S = 1.0
 MARGIN_S = 1.0
 PROBE_AFTER = 50
 MAX_PROBE_AFTER = 3200
-SERIAL_PROBE_AFTER = 1
 MIN_SAMPLES = 4
 AT_ONCE_S = 0.1
 STEADY = 0.15
@@ -54,7 +53,6 @@ class HoldEstimator:
         "_answered_at",
         "_arrived_at",
         "_at_ceiling",
-        "_at_interval",
         "_base_interval_s",
         "_before_left_s",
         "_concurrent",
@@ -62,6 +60,7 @@ class HoldEstimator:
         "_open",
         "_pauses",
         "_probe_after",
+        "_probes_serial",
         "_provisional_s",
         "_serial_for_sure",
         "_unjudged",
@@ -82,7 +81,7 @@ class HoldEstimator:
         self._provisional_s: float | None = None
         self._before_left_s: float | None = None
         self._at_ceiling = 0
-        self._at_interval = 0
+        self._probes_serial = False  # a poll was held as long as a serial agent allows: the next is held longer
         self._probe_after = int(_number(known.get("probe_after"), PROBE_AFTER))
         self._open = 0
         self._unjudged = -1
@@ -124,7 +123,7 @@ class HoldEstimator:
             bound_s = min(bound_s, self.ceiling_s)
         interval_s = self._provisional_s if self._base_interval_s is None else self._base_interval_s
         if interval_s is not None and not self._concurrent:
-            probing = self._at_interval >= SERIAL_PROBE_AFTER and not self._serial_for_sure
+            probing = self._probes_serial and not self._serial_for_sure
             bound_s = min(bound_s, interval_s + (MARGIN_S if probing else -MARGIN_S))
         return max(0.0, bound_s)
 
@@ -156,8 +155,7 @@ class HoldEstimator:
             self._at_ceiling += 1
             if self._at_ceiling >= self._probe_after and self.ceiling_s < max_s:
                 self._at_ceiling = 0
-                self.ceiling_s += STEP_S
-                self.changed = True
+                self.ceiling_s += STEP_S  # the hold below grows with it
         allowed = max_s if self.ceiling_s is None else min(max_s, self.ceiling_s)
         longer_s = self.held_s + (STEP_S if self.ceiling_s is not None else max(self.held_s, STEP_S))
         grown = min(longer_s, max(allowed, 0.0))
@@ -200,12 +198,11 @@ class HoldEstimator:
         """
         if self._before_left_s is not None:
             self.held_s, self._before_left_s = max(self.held_s, self._before_left_s), None
-            self.changed = True
         if self.ceiling_s is not None or self._serial_for_sure:
             self.ceiling_s = None
             self._probe_after = PROBE_AFTER
             self._serial_for_sure = False
-            self._at_interval = 0
+            self._probes_serial = False
             self.changed = True
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -221,7 +218,7 @@ class HoldEstimator:
         if now - self._arrived_at >= self._base_interval_s:
             self._serial_for_sure = self.changed = True
         elif self.held_s >= self._base_interval_s - MARGIN_S:
-            self._at_interval += 1
+            self._probes_serial = True
 
     def _judge_pace(self) -> PollPacing:
         """Return the pacing that the last polls show.

@@ -395,7 +395,7 @@ class Sessions:
     def has_room_for(self, session: Session | None, call: HeartbeatCall) -> bool:
         """Return True if a heartbeat can be kept in place of the session's last one."""
         more_bytes = _counted_bytes(call) - (0 if session is None else session.kept_bytes)
-        return more_bytes <= 0 or self._kept_bytes + more_bytes <= MAX_ALL_KEPT_BYTES
+        return self._kept_bytes + more_bytes <= MAX_ALL_KEPT_BYTES
 
     def keep(self, session: Session, call: HeartbeatCall) -> None:
         """Count the bytes of the heartbeat that a session keeps from now on."""
@@ -406,7 +406,7 @@ class Sessions:
         """Keep a tunnel state in place of the session's last one; return False if all together would be too large."""
         counted_bytes = max(0, size_bytes - FREE_KEPT_BYTES)
         total_bytes = self._tunnel_bytes - session.tunnel_bytes + counted_bytes
-        if counted_bytes > session.tunnel_bytes and total_bytes > MAX_ALL_KEPT_BYTES:
+        if total_bytes > MAX_ALL_KEPT_BYTES:
             return False
         self._tunnel_bytes, session.tunnel_bytes, session.tunnel = total_bytes, counted_bytes, state
         return True

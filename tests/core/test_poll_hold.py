@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.poll_hold import MAX_PROBE_AFTER, PROBE_AFTER, SERIAL_PROBE_AFTER, HoldEstimator, PollPacing
+from shim.core.poll_hold import MAX_PROBE_AFTER, PROBE_AFTER, HoldEstimator, PollPacing
 
 MAX_S = 20.0
 
@@ -164,10 +164,9 @@ def test_two_loops_of_one_rate_are_told_from_a_serial_agent_by_one_longer_hold()
     answered(hold, 20)
     polls = Polls(hold)
     hold.heartbeat(5.0)
-    for _ in range(SERIAL_PROBE_AFTER):
-        assert hold.limit_s(MAX_S) == 4
-        polls.held(4.0, 1.0)  # the heartbeat comes just before each poll, never during it
-        hold.heartbeat(5.0)
+    assert hold.limit_s(MAX_S) == 4
+    polls.held(4.0, 1.0)  # the heartbeat comes just before each poll, never during it
+    hold.heartbeat(5.0)
     assert hold.limit_s(MAX_S) == 6
     hold.poll_arrived(polls.now)
     hold.heartbeat(5.0)
@@ -180,18 +179,16 @@ def test_a_serial_agent_is_held_longer_once_and_never_again() -> None:
     answered(hold, 20)
     polls = Polls(hold)
     hold.heartbeat(5.0)
-    for _ in range(SERIAL_PROBE_AFTER):
-        polls.held(4.0, 1.0)
+    polls.held(4.0, 1.0)
     polls.held(2.0, 1.0)  # a command came: nothing was learnt
     assert hold.limit_s(MAX_S) == 6
     polls.held(6.0, 1.0)
-    for _ in range(5 * SERIAL_PROBE_AFTER):
+    for _ in range(5):
         assert HoldEstimator(hold.stored()).limit_s(MAX_S) == hold.limit_s(MAX_S) == 4
         polls.held(4.0, 1.0)
     hold.new_process()
     assert hold.limit_s(MAX_S) == 4  # and what it is will be found out again
-    for _ in range(SERIAL_PROBE_AFTER):
-        polls.held(4.0, 1.0)
+    polls.held(4.0, 1.0)
     assert hold.limit_s(MAX_S) == 6
 
 

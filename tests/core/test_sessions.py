@@ -406,7 +406,8 @@ def test_both_estimators_learn_the_interval_from_the_first_gap_on() -> None:
     for now, limit_s in ((0.0, 20.0), (5.0, 4.0), (8.0, 3.0), (11.0, 2.0), (14.0, 2.0)):
         beat(session, now)
         assert [hold.limit_s(20.0) for hold in holds] == [limit_s, limit_s]
-    assert [hold.stored()["interval_s"] for hold in holds] == [3.0, 3.0]
+        measured_s = 3.0 if now > 10.0 else None
+        assert [hold.stored()["interval_s"] for hold in holds] == [measured_s, measured_s]
 
 
 def test_a_heartbeat_completes_what_earlier_ones_said() -> None:
@@ -469,6 +470,9 @@ def test_the_room_for_tunnel_states_is_filled_to_the_last_byte() -> None:
         assert first.tunnel == {"n": number}
     assert sessions.keep_tunnel(second, {"n": 4}, FREE_KEPT_BYTES)
     assert not sessions.keep_tunnel(second, {"n": 5}, FREE_KEPT_BYTES + 1)
+    assert sessions.keep_tunnel(first, {"n": 6}, FREE_KEPT_BYTES + 1)
+    assert sessions.keep_tunnel(second, {"n": 7}, whole - 1)
+    assert not sessions.keep_tunnel(first, {"n": 8}, FREE_KEPT_BYTES + 2)
 
 
 def test_an_owner_has_its_own_sessions() -> None:
