@@ -42,8 +42,6 @@ ELSEWHERE = {
     "core/bounds.py": "protocol/dialects/test_bounds.py",
     "core/call_records.py": "core/test_fallback_record.py",
     "core/records.py": "store/test_contract.py",
-    "core/standing.py": "bridge/test_standing.py",
-    "core/text.py": "management/test_time_series.py",
     "errors.py": "config/test_loader.py",
     "hosts.py": "upstream/test_dialler.py",
     "ports.py": "store/test_contract.py",

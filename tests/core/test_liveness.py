@@ -211,3 +211,16 @@ def test_a_reply_to_a_heartbeat_that_is_not_awaited_changes_nothing() -> None:
     liveness = Liveness(0, PING_S, READ_S, ACK_S)
     liveness.answered("unknown")
     assert liveness.check(READ_S) == LivenessCheck(LivenessState.HALF_OPEN, 0)
+
+
+def test_a_first_acknowledgement_may_come_for_ten_seconds_unless_earlier_connections_tell() -> None:
+    unknown, never, always = (Liveness(0, PING_S, READ_S, ACK_S, used_to_ack=each) for each in (None, False, True))
+    for liveness in (unknown, never, always):
+        assert liveness.may_ack(0) is False, "none is awaited"
+        liveness.heartbeat_sent("h1", 100)
+        liveness.heartbeat_sent("h2", 105)
+    assert [each.may_ack(109.9) for each in (unknown, never, always)] == [True, False, True]
+    assert [each.may_ack(110.0) for each in (unknown, never, always)] == [False, False, True]
+    assert [each.learnt for each in (unknown, never, always)] == [False, None, None]
+    unknown.acked("h1")
+    assert unknown.may_ack(500) is True

@@ -8,11 +8,12 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.agent_calls import HeartbeatCall, SessionTarget, TargetKind
+from shim.core.agent_calls import HeartbeatCall, Registered, SessionTarget, TargetKind
 from shim.core.bounds import FREE_KEPT_BYTES, MAX_ALL_KEPT_BYTES, MAX_KEPT_BYTES
 from shim.core.records import SessionKey
 from shim.core.sessions import Session, Sessions
@@ -513,3 +514,43 @@ def test_a_cluster_id_that_is_both_the_agents_and_the_controllers_means_that_ses
 def test_without_an_agent_id_a_session_without_one_is_not_preferred() -> None:
     one, two = agent("a", upstream_cluster_id="c", agent_id=""), agent("b", upstream_cluster_id="c", contact_at=9.0)
     assert table(one, two).find(OWNER, "c", "") == [two, one]
+
+
+# --- answers to registrations -----------------------------------------------------------------------------------------
+
+
+def test_an_agent_gets_what_the_controller_replied_with_the_cluster_id_that_it_knows() -> None:
+    reply = {
+        "cluster_uuid": "u-1",
+        "name": "prod",
+        "status": "active",
+        "tunnel_url": "t",
+        "api_server": "s",
+        "workspace_id": 7,
+        "registered_at": "2026-11-24T21:28:03Z",
+    }
+    session = cluster("c-1", agent_id="pod-1", reply=reply, registration={"name": "other"})
+    told = Registered("c-1", "u-1", "prod", "pod-1", "active", "t", "s", 7, "2026-11-24T21:28:03Z", cached=True)
+    assert session.registered(cached=True) == told
+    session.upstream_cluster_id = "c-2"  # the uuid belongs to an id that the agent does not know
+    assert session.registered(cached=False) == msgspec.structs.replace(told, cluster_uuid="c-1", cached=False)
+
+
+def test_what_the_controller_did_not_reply_has_defaults() -> None:
+    session = agent("a", upstream_cluster_id="c-1")
+    assert session.registered(cached=False) == Registered("c-1", "c-1", "", "a", "registered")
+    session.registration = {"name": "prod"}
+    session.reply = {"name": "", "status": ""}
+    assert session.registered(cached=False) == Registered("c-1", "c-1", "prod", "a", "registered")
+
+
+def test_the_commands_of_a_superseded_session_are_with_its_last_successor() -> None:
+    first, second, third = agent("a"), agent("b"), agent("c")
+    first.superseded_by, second.superseded_by = second.key, third.key
+    sessions = table(third)
+    sessions.add(second)
+    assert sessions.home_of(first) == second.key, "a session that is still there has its commands"
+    sessions.remove(second)
+    assert sessions.home_of(second) == third.key
+    assert sessions.home_of(first) == second.key, "where the successor is unknown, it is named"
+    assert sessions.home_of(third) == third.key

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.text import format_duration, plural
 from shim.management.time_series import EVERY_S, KEPT, quantile
 from tests.management.conftest import Page
 from tests.support.world import World
@@ -60,26 +59,3 @@ async def test_replies_are_shown_per_second_with_the_errors_among_them(page: Pag
 )
 def test_quantiles(values: list[float], half: float | None, most: float | None) -> None:
     assert (quantile(values, 0.5), quantile(values, 0.95)) == (half, most)
-
-
-@pytest.mark.parametrize(
-    "seconds, words",
-    [
-        (-1, "0 s"),
-        (0.9, "0 s"),
-        (59.9, "59 s"),
-        (60, "1 min"),
-        (3599, "59 min"),
-        (3600, "1 h"),
-        (7500, "2 h 5 min"),
-        (86_400, "1 day"),
-        (200_000, "2 days 7 h"),
-        (86_460, "1 day"),
-    ],
-)
-def test_spans_in_words(seconds: float, words: str) -> None:
-    assert format_duration(seconds) == words
-
-
-def test_numbers_in_words() -> None:
-    assert [plural(number, "agent") for number in (0, 1, 2)] == ["0 agents", "1 agent", "2 agents"]
