@@ -11,7 +11,6 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
-import pytest_asyncio
 
 from tests.support.processes import TOKEN, Controller, Shim, world
 
@@ -25,12 +24,6 @@ CHANGES = (
     ("POST", "/drain"),
     ("DELETE", "/drain"),
 )
-
-
-@pytest_asyncio.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
-        yield session
 
 
 class Asker:

@@ -6,21 +6,13 @@ import asyncio
 import json
 import re
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
-import pytest_asyncio
 
 from tests.support.processes import Shim, world
 
 SWIFT = {"reconnect": {"initial_s": 0.01, "max_s": 0.02}}
-
-
-@pytest_asyncio.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
 
 
 async def dialled(http: aiohttp.ClientSession, shim: Shim, number: int) -> None:

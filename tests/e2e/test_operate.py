@@ -10,24 +10,16 @@ import signal
 import struct
 import sys
 import termios
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pytest_asyncio
 import yaml
 
 from tests.support.processes import Controller, Shim, refusing_port, world
 
 ADMIN_TOKEN = "the-admin-token-of-this-test"
 BASE = "/api/v1/clusters/agent"
-
-
-@pytest_asyncio.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
-        yield session
 
 
 async def run(*args: str) -> tuple[int, str, str]:

@@ -7,26 +7,18 @@ import json
 import os
 import signal
 import sqlite3
-from collections.abc import AsyncIterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-import pytest_asyncio
 from yarl import URL
 
 from tests.chaos.harness.waiting import last
 from tests.support.processes import TOKEN, Shim, world
 
 REGISTER = {"agent_id": "agent-1", "name": "prod-cluster"}
-
-
-@pytest_asyncio.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
-        yield session
 
 
 async def register(http: aiohttp.ClientSession, shim: Shim) -> str:
