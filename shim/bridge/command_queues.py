@@ -60,7 +60,7 @@ class CommandQueues:
         self._scheduled = 0
         self._timer_at: float | None = None
         self._unstored: dict[tuple[SessionKey, str], _FinalState] = {}
-        self._wall_offset_s = ctx.clock.wall_s() - ctx.now
+        self._wall_offset_s = 0.0
 
     def get(self, key: SessionKey) -> CommandQueue | None:
         """Return the queue of a session, or None if the session has none."""
@@ -90,6 +90,9 @@ class CommandQueues:
     def load(self, records: tuple[CommandRecord, ...]) -> None:
         """Queue the stored commands after a restart; commands in an offer become uncertain."""
         at = self._ctx.moment()
+        self._wall_offset_s = (
+            at.unix - at.now
+        )  # the store may have taken long to open, and the clock been set meanwhile
         for record in records:
             queued = self.add(record, at.now + (record.expires_unix - at.unix), at.now)
             # The previous process may have put the command into a reply that the agent received. Counting one reply

@@ -182,7 +182,8 @@ class World:
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
-    def start(self) -> World:
+    def start(self, while_opening: Callable[[], None] = lambda: None) -> World:
+        """Start the shim; `while_opening` is called while it waits for its store."""
         self.timers = OwnedTimers(self.loop)
         self.registry = CollectorRegistry()
         self.store = FlakyStore(self._make_store() if self._make_store is not None else self._memory)
@@ -199,7 +200,9 @@ class World:
             sessions=Sessions(),
         )
         self.bridge = Bridge(ctx)
-        self.bridge.start(self.store.open())
+        loaded = self.store.open()
+        while_opening()
+        self.bridge.start(loaded)
         self.running = True
         return self
 
