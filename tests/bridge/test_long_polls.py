@@ -224,3 +224,37 @@ async def test_tunnel_polls_are_not_held_unless_that_is_set(make_world: MakeWorl
         for _ in range(3):
             await agent.tunnel_poll()
         assert world.now == began
+        assert holds(world, "replied") == (0, 0)
+
+
+async def test_a_hold_may_be_shorter_than_a_second(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 0.5, "hold_tunnel": True})
+    agent = world.agent()
+    await agent.register()
+    await agent.tunnel_poll()
+    began = world.now
+    await agent.poll()
+    assert world.now == pytest.approx(began + 0.5, abs=0.01)
+    await agent.tunnel_poll()
+    assert world.now == pytest.approx(began + 1.0, abs=0.02)
+
+
+async def test_a_tunnel_poll_of_a_serial_agent_lets_its_heartbeats_pass(make_world: MakeWorld) -> None:
+    world = await make_world(poll=AUTO | {"hold_tunnel": True})
+    agent = world.agent()
+    await agent.register()
+    await agent.tunnel_poll()
+    for _ in range(4):
+        await agent.heartbeat()
+        await world.pass_s(INTERVAL_S)
+    began = world.now
+    for _ in range(2):
+        await agent.tunnel_poll()
+    assert world.now - began < 2 * INTERVAL_S + 1.1
+    assert world.session(agent.cluster_id).tunnel_hold.serial
+
+
+async def test_an_agent_that_polls_first_is_served_in_its_dialect(world: World) -> None:
+    agent = world.agent(dialect="agents", agent_id="a-9")
+    await agent.poll()
+    assert world.session("a-9").dialect == "agents"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from shim.core.agent_calls import Accepted
-from shim.core.records import CloseOutbox, Operation, PutOutbox, ReadOutbox
+from shim.core.records import AddTrace, CloseOutbox, Operation, PutOutbox, ReadOutbox, SessionKey, TraceEntry
 from shim.protocol.rfc3339 import parse_rfc3339
 from tests.bridge.conftest import MakeWorld
 from tests.support.world import Agent, World
@@ -188,6 +188,7 @@ async def test_a_close_that_the_disk_refuses_is_made_up_for(world: World) -> Non
     await agent.live(40)
     assert sent(world, "k1") == 2
     assert await world.state("k1") == "closed"
+    assert world.bridge.outbox.empty
 
 
 async def test_an_outbox_that_cannot_be_read_is_read_later(world: World) -> None:
@@ -310,6 +311,7 @@ async def test_a_result_is_sent_again_for_each_time_that_its_command_comes_again
             world.controller.push("k1")
         await world.settle()
         assert sent(world, "k1") == times
+    assert {message.request_id for message in world.controller.got("command_result")} == {"r-k1"}
     await agent.live(40)
     assert world.bridge.outbox.empty
 
@@ -370,6 +372,10 @@ async def test_a_report_of_the_shim_names_command_agent_and_reason(world: World)
     }
     assert parse_rfc3339(timestamp) == pytest.approx(world.clock.wall_s(), abs=1)
     assert world.metric("commands_total", event="expired") == 1
+    world.controller.push("k2", cluster_id="nobody")
+    await world.settle()
+    assert world.metric("commands_total", event="rejected_unknown_agent") == 1
+    assert world.metric("commands_total", event="expired") == 1
 
 
 async def test_the_time_of_a_result_from_its_agent_to_the_controller_is_measured_once(world: World) -> None:
@@ -392,3 +398,51 @@ async def test_a_result_goes_up_with_the_cluster_id_that_the_controller_uses_now
     world.controller.come_back()
     await agent.live(10)
     assert world.controller.results("k1")[0]["cluster_id"] == session.upstream_cluster_id != "the agent's own"
+
+
+@pytest.mark.parametrize("stored", [True, False])
+async def test_the_end_of_a_command_without_its_agents_result_is_reported(world: World, stored: bool) -> None:
+    agent = await answered(world)
+    session, outbox = world.session(agent.cluster_id), world.bridge.outbox
+    if not stored:
+        world.store.fail()
+    world.store.log.clear()
+    wall_s = world.clock.wall_s()
+    outbox.report_failure(session.key, session, "k1", "r-1", code="malformed", error="it could not be read")
+    await world.settle()
+    [message] = world.controller.got("command_result")
+    assert message.request_id == "r-1"
+    assert (message.payload["agent_id"], message.payload["cluster_id"]) == (agent.agent_id, agent.cluster_id)
+    assert (message.payload["command_id"], message.payload["code"]) == ("k1", "malformed")
+    assert message.payload["error"] == "it could not be read"
+    assert (len(outbox) == 1) is stored
+    if stored:
+        assert [each.command_id for each in world.store.log if isinstance(each, PutOutbox)] == ["k1"]
+        traced = AddTrace(session.key, ("k1",), TraceEntry(wall_s, "reported", "malformed"))
+        assert [each for each in world.store.log if isinstance(each, AddTrace)] == [traced]
+    else:
+        assert max(outbox._unpersisted) < 0, "its number is none of a stored result"
+    outbox.start_sending(session.key.owner)
+    await world.settle()
+    assert sent(world, "k1") == 1, "this connection has carried it"
+    world.store.heal()
+    await agent.live(40)
+    assert outbox.empty
+
+
+async def test_an_end_that_the_disk_refuses_is_told_with_the_request_of_its_command(world: World) -> None:
+    agent = await answered(world)
+    world.controller.push("k1", ttl_seconds=10)
+    await world.settle()
+    world.store.fail()
+    await agent.live(15)
+    assert [message.request_id for message in world.controller.got("command_result")] == ["r-k1"]
+
+
+async def test_results_of_a_superseded_session_are_outstanding_for_its_successor(world: World) -> None:
+    world.controller.manners.acks = world.controller.manners.pongs = False
+    agent = await answered(world, "k1", "k2")
+    source, outbox = world.session(agent.cluster_id).key, world.bridge.outbox
+    target = SessionKey(source.owner, "cluster", "c-new")
+    outbox.move(source, target)
+    assert dict(outbox._outstanding) == {(target, "k1"): 1, (target, "k2"): 1}

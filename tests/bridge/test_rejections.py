@@ -116,6 +116,14 @@ async def test_the_log_of_a_flood_is_bounded(world: World, caplog: pytest.LogCap
     in_full = [record for record in lines if getattr(record, "dedupe_key", None) is None]
     assert len(in_full) == LOGGED_PER_MINUTE
     assert {getattr(record, "dedupe_key", "") for record in lines[LOGGED_PER_MINUTE:]} == {"malformed"}, "one a minute"
+    caplog.clear()
+    await world.pass_s(30 - world.now % 60 + 60)  # to the middle of the next minute
+    for number in range(LOGGED_PER_MINUTE + 20):
+        await world.pass_s(0.01)
+        world.controller.push(f"l{number}", type=5)
+    await world.settle()
+    lines = [record for record in caplog.records if record.getMessage() == "command_rejected"]
+    assert len([record for record in lines if getattr(record, "dedupe_key", None) is None]) == LOGGED_PER_MINUTE
 
 
 async def test_a_waiting_command_that_comes_again_costs_no_look_at_the_disk(world: World) -> None:
