@@ -127,7 +127,7 @@ class WebSocketProxy:
         finally:
             self._dialling -= 1
         self._metrics.websocket_handshakes.labels("ok").inc()
-        carried = Carried(upstream, handshake.token, self._listener, self._spawn, self._open.discard)
+        carried = Carried(upstream, handshake.token, self._listener, self._spawn, self._open.discard, self._metrics)
         self._open.add(carried)
         return carried
 
@@ -183,6 +183,7 @@ class Carried:
         listener: MigrationListener,
         spawn: Spawn,
         gone: Callable[[Carried], None],
+        metrics: Metrics,
     ) -> None:
         self.subprotocol = upstream.subprotocol
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -191,6 +192,7 @@ class Carried:
         self._listener = listener
         self._spawn = spawn
         self._gone = gone
+        self._metrics = metrics
         self._agent: FrameSocket | None = None
         self._registers: dict[str, dict[str, Any]] = {}
         self._registered: dict[str, Any] | None = None
@@ -222,6 +224,10 @@ class Carried:
     async def _down(self, agent: FrameSocket) -> None:
         try:
             await self._carry(self._upstream, agent, self._sniff_down)
+        except Exception:
+            # This task has no owner that would catch it, and a defect with one agent must not end the process for all.
+            self._metrics.internal_errors.labels("frontend").inc()
+            log.exception("websocket_proxy_failed")
         finally:
             self._down_ended.set()
             if self._closing:
@@ -229,8 +235,8 @@ class Carried:
                 loop.call_later(CLOSE_WAIT_S, agent.abort)
                 loop.call_later(CLOSE_WAIT_S, self.abort)
             else:
-                agent.abort()
                 self.abort()
+                agent.abort()
 
     async def _carry(self, source: FrameSocket, target: FrameSocket, look: Callable[[Frame], None]) -> None:
         """Pass frames from `source` to `target` until a close frame was passed on or one side is lost.

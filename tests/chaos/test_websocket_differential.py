@@ -222,12 +222,15 @@ class Noted:
 
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
+        self.fails = False
 
     def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
         self.log.append(("registers", token, payload, anew))
 
     def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
         self.log.append(("registered", token, payload, cluster_id))
+        if self.fails:
+            raise RuntimeError("a defect of a listener")
 
     def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
         self.log.append(("closed", token, payload))
@@ -237,11 +240,12 @@ class Proxied:
     """Proxied WebSockets of a shim in memory; the test is the agent and the controller."""
 
     def __init__(self, server: AgentServer, dialler: MemoryDialler, noted: Noted, rng: Random | None) -> None:
-        self._server, self._dialler, self._noted, self._rng = server, dialler, noted, rng
+        self._server, self._dialler, self._rng = server, dialler, rng
+        self.noted = noted
 
     async def play(self, segments: Segments, *, by_agent: bool, joined: bool = False) -> Outcome:
         """Open a WebSocket, send segments from one side of it, and hang up both."""
-        self._noted.log.clear()
+        self.noted.log.clear()
         agent = await self._connect()
         await send(agent, behind(HANDSHAKE, segments if by_agent and joined else [], joined=joined))
         controller, answer = await self._dialler.accept()
@@ -257,7 +261,7 @@ class Proxied:
         assert head.startswith(b"HTTP/1.1 101 "), head
         to_agent, to_controller = read_frames(returned), read_frames(bytes(controller.written))
         passed_on, replies = (to_controller, to_agent) if by_agent else (to_agent, to_controller)
-        return Outcome(tuple(self._noted.log), replies, closed[0], passed_on, closed[1])
+        return Outcome(tuple(self.noted.log), replies, closed[0], passed_on, closed[1])
 
     async def _connect(self) -> End:
         assert self._server._web is not None
@@ -274,7 +278,7 @@ async def proxied(rng: Random | None = None) -> AsyncIterator[Proxied]:
     tasks, noted, board, metrics = Tasks(), Noted(), Board(), Metrics(CollectorRegistry())
     url = "http://controller" if rng is None else "https://controller"
     chosen = Settings(upstream=Upstream(url=url, max_message_bytes=MAX_MESSAGE_BYTES, insecure_skip_verify=True))
-    websockets = WebSocketProxy(lambda: chosen, metrics, tasks.spawn, noted, {})
+    websockets = WebSocketProxy(lambda: chosen, metrics, tasks.spawn, noted)
     websockets._dialler = dialler = MemoryDialler(rng)
     backends = Backends(board, board, websockets=websockets, max_message_bytes=MAX_MESSAGE_BYTES)
     server = AgentServer(Listen(port=0), backends, dialects.load(), metrics, token=lambda: TOKEN)
@@ -362,5 +366,26 @@ def test_proxied_messages_are_passed_on_the_same_cut_at_every_place(by_agent: bo
             assert expected.passed_on == messages
             for segments in cut_at_every_place(messages, mask):
                 assert await peer.play(segments, by_agent=by_agent) == expected, segments
+
+    run_virtual(scenario())
+
+
+# --- one agent alone --------------------------------------------------------------------------------------------------
+
+
+def test_a_defect_ends_one_proxied_websocket_and_not_the_process() -> None:
+    async def scenario() -> None:
+        async with proxied() as peer:
+            peer.noted.fails = True
+            agent = await peer._connect()
+            await send(agent, [[HANDSHAKE, whole(REGISTER, b"mask")]])
+            controller, answer = await peer._dialler.accept()
+            await send(controller, [[answer, whole(REGISTERED)]])
+            assert agent.is_closing()
+            assert controller.is_closing()
+            assert [entry[0] for entry in peer.noted.log] == ["registers", "registered", "closed"]
+            peer.noted.fails = False
+            again = await peer.play([[whole(COMMAND)]], by_agent=False)
+            assert again.passed_on == [COMMAND]
 
     run_virtual(scenario())
