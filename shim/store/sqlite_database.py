@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from shim.core.records import AddTrace, Operation, PutCommand, PutOutcome, WriteProbe
 from shim.store.database import Finish, Rows, nothing
@@ -61,12 +61,8 @@ class SqliteDatabase:
             self.execute("PRAGMA incremental_vacuum(1)")  # frees one page whatever N is: Python steps a pragma once
 
 
-class _Put(NamedTuple):
-    """A new command with its first step, which waits for others; `parameters` are those of its row."""
-
-    operation: PutCommand
-    step: AddTrace
-    parameters: tuple[Any, ...]
+# A new command's submission, which waits for others, and the parameters of its row.
+_Put = tuple[Sequence[Any], tuple[Any, ...]]
 
 
 class SqliteOperations(Operations):
@@ -84,7 +80,7 @@ class SqliteOperations(Operations):
             if len(operations) == 2:
                 first, step = operations
                 if isinstance(first, PutCommand) and isinstance(step, AddTrace) and is_first_step(first.record, step):
-                    puts.append(_Put(first, step, insert_parameters(first.record, step.entry.event)))
+                    puts.append((operations, insert_parameters(first.record, step.entry.event)))
                     continue
             if puts:
                 results += self._put_all(puts)
@@ -99,7 +95,7 @@ class SqliteOperations(Operations):
             size = next(each for each in _SIZES if each <= len(puts) - start)
             part = puts[start : start + size]
             start += size
-            inserted, last_seq = self._sqlite.insert_many(_insert(size), [v for put in part for v in put.parameters])
+            inserted, last_seq = self._sqlite.insert_many(_insert(size), [v for _, row in part for v in row])
             if inserted == size:
                 # The rows of one statement have consecutive numbers: nobody else inserts meanwhile.
                 outcomes += map(PutOutcome, range(last_seq - size + 1, last_seq + 1))
@@ -112,13 +108,13 @@ class SqliteOperations(Operations):
         (first_seq,) = self._execute(_NEWEST, (inserted,)).fetchone()
         new: set[int] = set()
         outcomes = []
-        for put in puts:
-            outcome = self.look_up_known(put.parameters[:2])()
+        for (_, step), row in puts:
+            outcome = self.look_up_known(row[:2])()
             if inserted and outcome.seq >= first_seq and outcome.seq not in new:
                 new.add(outcome.seq)
                 outcomes.append(PutOutcome(outcome.seq))
             else:
-                self.add_trace(put.step)
+                self.add_trace(step)
                 outcomes.append(outcome)
         return outcomes
 
