@@ -325,12 +325,8 @@ class Sessions:
 
     def home_of(self, session: Session) -> SessionKey:
         """Return the key of the session that has the given one's commands now, which may have been superseded."""
-        while self._by_key.get(session.key) is not session and session.superseded_by is not None:
-            successor = self._by_key.get(session.superseded_by)
-            if successor is None:
-                return session.superseded_by
-            session = successor
-        return session.key
+        is_here = self._by_key.get(session.key) is session
+        return session.key if is_here or session.superseded_by is None else session.superseded_by
 
     def of_owner(self, owner: str) -> Iterable[Session]:
         """Return all sessions of an owner."""

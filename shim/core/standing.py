@@ -147,7 +147,8 @@ class SessionStanding:
         self.trouble: Trouble | None = None
         # The trouble that a registration has ended, until a heartbeat shows that it is over.
         self._registered_over: Trouble | None = None
-        self.sent_on = self._sent = self._sent_since_registered = 0
+        self.sent_on = self._sent = 0
+        self._sent_since_registered = False
         self._since = 0.0
 
     def fail(self, kind: TroubleKind, text: str, now: float) -> bool:
@@ -165,7 +166,7 @@ class SessionStanding:
         If it refuses the next heartbeat all the same, the trouble goes on since its first begin.
         """
         self._registered_over, self.trouble = self.trouble or self._registered_over, None
-        self._sent_since_registered = 0
+        self._sent_since_registered = False
 
     def sent(self, now: float, connection: int) -> None:
         """Record a heartbeat sent upstream."""
@@ -174,7 +175,7 @@ class SessionStanding:
         self._sent += 1
         if self.trouble is None and self._sent_since_registered:
             self._registered_over = None  # the heartbeat before this one was not refused
-        self._sent_since_registered += 1
+        self._sent_since_registered = True
 
     def acknowledged(self) -> None:
         """Record an acknowledgement."""

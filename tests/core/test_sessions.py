@@ -544,7 +544,7 @@ def test_what_the_controller_did_not_reply_has_defaults() -> None:
     assert session.registered(cached=False) == Registered("c-1", "c-1", "prod", "a", "registered")
 
 
-def test_the_commands_of_a_superseded_session_are_with_its_last_successor() -> None:
+def test_the_commands_of_a_superseded_session_are_with_its_successor() -> None:
     first, second, third = agent("a"), agent("b"), agent("c")
     first.superseded_by, second.superseded_by = second.key, third.key
     sessions = table(third)
@@ -552,5 +552,15 @@ def test_the_commands_of_a_superseded_session_are_with_its_last_successor() -> N
     assert sessions.home_of(first) == second.key, "a session that is still there has its commands"
     sessions.remove(second)
     assert sessions.home_of(second) == third.key
-    assert sessions.home_of(first) == second.key, "where the successor is unknown, it is named"
+    assert sessions.home_of(first) == second.key
     assert sessions.home_of(third) == third.key
+
+
+def test_a_call_finds_the_session_that_it_names() -> None:
+    one, two = cluster("x"), agent("x")
+    sessions = table(one, two)
+    for kind, found in ((TargetKind.CLUSTER, one), (TargetKind.AGENT, two), (TargetKind.ALIAS, two)):
+        assert sessions.find_target(OWNER, SessionTarget(kind, "x")) is found
+        assert sessions.find_target(OTHER, SessionTarget(kind, "x")) is None
+        assert sessions.find_target(OWNER, SessionTarget(kind, "y")) is None
+    assert list(sessions) == [one, two]
