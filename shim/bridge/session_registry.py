@@ -390,13 +390,15 @@ class SessionRegistry:
         return found
 
     def _supersede_former(self, session: Session, former: Session | None) -> None:
-        """Let a session supersede the one that had its agent's id, once not fresh, if both have the same name.
+        """Let a session supersede the one that had its agent's id, if both have the same name.
 
         The agent lost its cluster id and registered, and the controller gave it another one. Nobody else would fetch
         what waits for the agent under its former id. An equal name is not enough, because two clusters may have it.
+        The former session is over at once: what waits in it was stored before what comes now, and is delivered first.
         """
         if former is not None and session.name and former.name == session.name:
             self._follow(former, session)
+            former.forget_contact()
 
     def _follow(self, older: Session, successor: Session) -> None:
         """Record that a session is superseded by another one."""

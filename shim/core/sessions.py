@@ -172,6 +172,10 @@ class Session:
         """
         self.contact_at, self.migrated_at = None, now
 
+    def forget_contact(self) -> None:
+        """Mark the agent as not alive: its process calls under another cluster id now."""
+        self.contact_at = None
+
     def record_heartbeat(self, call: HeartbeatCall, now: float) -> None:
         """Record a heartbeat: measure the gap and keep the heartbeat as the newest."""
         if self.heartbeat_at is not None:

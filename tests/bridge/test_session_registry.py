@@ -530,10 +530,25 @@ async def test_what_waits_for_an_agent_that_lost_its_id_and_got_another_follows_
     world.controller.manners.cluster_id = lambda payload: "c-new"
     new = await registered(world, agent_id="pod-1", name="prod")
     assert new.cluster_id == "c-new"
-    await new.live(10 if restarted else 50)
-    assert await new.poll() == ["k1"]
+    world.controller.push("k2", cluster_id="c-new")
+    await world.settle()
+    assert await new.poll() == ["k1", "k2"]
     await world.restart()
     assert [session.key.ident for session in world.bridge.ctx.sessions] == ["c-new"]
+
+
+async def test_it_follows_at_once_where_a_repeated_registration_has_told_of_the_new_id_before(world: World) -> None:
+    old = await registered(world, agent_id="pod-1", name="prod")
+    await old.heartbeat()
+    world.controller.manners.cluster_id = lambda payload: "c-new"
+    world.controller.socket.lose()
+    await world.until(lambda: world.session(old.cluster_id).upstream_cluster_id == "c-new")
+    world.controller.push("k1", cluster_id="c-new")
+    await world.settle()
+    new = await registered(world, agent_id="pod-1", name="prod")
+    world.controller.push("k2", cluster_id="c-new")
+    await world.settle()
+    assert await new.poll() == ["k1", "k2"]
 
 
 async def test_it_follows_an_agent_that_got_its_new_id_by_http(world: World) -> None:
