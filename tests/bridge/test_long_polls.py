@@ -258,3 +258,16 @@ async def test_an_agent_that_polls_first_is_served_in_its_dialect(world: World) 
     agent = world.agent(dialect="agents", agent_id="a-9")
     await agent.poll()
     assert world.session("a-9").dialect == "agents"
+
+
+async def test_a_stop_answers_held_tunnel_polls(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 20.0, "hold_tunnel": True})
+    agent = world.agent()
+    await agent.register()
+    await agent.tunnel_poll()
+    poll = asyncio.create_task(agent.tunnel_poll())
+    await world.pass_s(1.0)
+    began = world.now
+    world.bridge.quiesce()
+    assert await poll == TunnelState(None, 5)
+    assert world.now == began

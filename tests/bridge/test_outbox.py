@@ -350,6 +350,9 @@ async def test_a_report_that_is_not_stored_waits_for_a_connection_of_its_owner(w
     world.controller.come_back()
     await agent.live(10)
     assert not world.bridge.outbox.unsent_for(owner)
+    world.store.heal()
+    await agent.live(60)
+    assert world.bridge.outbox.empty, "its arrival is noticed like that of a stored one"
 
 
 async def test_a_report_of_the_shim_names_command_agent_and_reason(world: World) -> None:
@@ -371,6 +374,8 @@ async def test_a_report_of_the_shim_names_command_agent_and_reason(world: World)
         "timestamp": timestamp,
     }
     assert parse_rfc3339(timestamp) == pytest.approx(world.clock.wall_s(), abs=1)
+    traced = TraceEntry(world.clock.wall_s(), "reported", "expired")
+    assert AddTrace(world.session(agent.cluster_id).key, ("k1",), traced) in world.store.log
     assert world.metric("commands_total", event="expired") == 1
     world.controller.push("k2", cluster_id="nobody")
     await world.settle()
@@ -386,6 +391,7 @@ async def test_the_time_of_a_result_from_its_agent_to_the_controller_is_measured
     assert sent(world, "k1") == 2
     assert world.metric("message_latency_seconds_count", direction="up") == 1
     assert world.metric("message_latency_seconds_sum", direction="up") < 1
+    assert len(world.bridge.outbox._in_flight) == 1, "nothing is kept of the connection that is closed"
 
 
 async def test_a_result_goes_up_with_the_cluster_id_that_the_controller_uses_now(world: World) -> None:
