@@ -452,3 +452,23 @@ async def test_results_of_a_superseded_session_are_outstanding_for_its_successor
     target = SessionKey(source.owner, "cluster", "c-new")
     outbox.move(source, target)
     assert dict(outbox._outstanding) == {(target, "k1"): 1, (target, "k2"): 1}
+
+
+async def test_a_command_that_comes_again_does_not_repeat_a_result_of_an_earlier_process_on_its_way(
+    world: World,
+) -> None:
+    agent = await answered(world)
+    world.controller.push("k1")
+    await world.settle()
+    await agent.poll()
+    world.controller.go_away()
+    await world.settle()
+    await agent.result("k1")
+    await world.restart()
+    world.controller.manners.acks = world.controller.manners.pongs = False
+    world.controller.come_back()
+    await agent.live(10)
+    assert sent(world, "k1") == 1
+    world.controller.push("k1")
+    await world.settle()
+    assert sent(world, "k1") == 1
