@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ async def served(folder: Path, answer: Answer) -> AsyncIterator[tuple[Shim, Cont
             await runner.cleanup()
 
 
+async def until_stored(folder: Path) -> None:
+    """Wait until a session with its name is on disk: an agent is answered before, and a kill may come in between."""
+    async with asyncio.timeout(WAIT_S):
+        with closing(sqlite3.connect(folder / "agent-shim.db")) as database:
+            found = "SELECT count(*) FROM sessions WHERE instr(CAST(registration AS TEXT), 'prod')"
+            while not database.execute(found).fetchone()[0]:  # noqa: ASYNC110 - another process writes it
+                await asyncio.sleep(0.02)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -99,6 +109,7 @@ async def test_what_a_conflict_tells_about_an_agent_survives_a_crash(tmp_path: P
         assert (status, body["cluster_id"]) == (409, CLUSTER)
         await controller.next_register()
         assert (await post(http, shim, beat, {"status": "healthy"}))[0] == 200
+        await until_stored(tmp_path)
         await shim.kill()
         controller.answer = success
         controller.forget()
@@ -122,6 +133,7 @@ async def test_the_token_in_a_heartbeat_is_used_after_a_restart_and_never_stored
         assert (await post(http, shim, "/clusters/pod-1", register))[0] == 200
         assert (await controller.next_register())["k8s_service_token"] == SERVICE_TOKEN
         assert (await post(http, shim, "/clusters/pod-1/heartbeat", beat))[0] == 200
+        await until_stored(tmp_path)
         await shim.kill()
         await shim.start()
         assert (await post(http, shim, "/clusters/pod-1/heartbeat", beat))[0] == 200
