@@ -5,6 +5,14 @@ from __future__ import annotations
 import time
 
 
+def pause(seconds: float) -> None:
+    """Block the process: for commands, never for what serves agents.
+
+    Ctrl-C ends it at any moment. In `threading.Event.wait` there are moments at which it raises `RuntimeError` instead.
+    """
+    time.sleep(seconds)
+
+
 class Clock:
     """The machine's clocks. Tests use an object with the same methods."""
 

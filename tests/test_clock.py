@@ -1,8 +1,11 @@
 """shim.clock reads the machine's clocks."""
 
+import sys
 import time
+from types import FrameType
+from typing import Any
 
-from shim.clock import Clock
+from shim.clock import Clock, pause
 
 
 def test_reads_the_right_clocks() -> None:
@@ -24,3 +27,26 @@ def test_the_next_tick_is_a_multiple_of_the_interval_and_at_least_half_of_it_awa
             off_s = (before + left_s - began + every_s / 2) % every_s - every_s / 2
             assert abs(off_s) <= time.monotonic() - before + 1e-3, "the moment is the same whenever it is asked for"
             assert every_s / 2 <= left_s <= 1.5 * every_s
+
+
+def test_an_interrupt_ends_a_pause_at_any_moment() -> None:
+    before, moments = sys.gettrace(), range(1, 200)
+    for moment in moments:
+        seen = 0
+
+        def interrupt(frame: FrameType, event: str, arg: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == moment:  # noqa: B023 - called within this turn only
+                raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            pause(0.001)
+        except KeyboardInterrupt:
+            continue
+        finally:
+            sys.settrace(before)
+        break
+    assert 1 < moment < moments.stop - 1, "every line of the pause was interrupted once"

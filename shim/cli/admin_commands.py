@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from threading import Event
 from typing import Any
 from urllib.parse import quote
 
@@ -12,6 +11,7 @@ import click
 
 from shim.cli.admin_client import AdminPort, admin_options, port_of
 from shim.cli.status import drain_line
+from shim.clock import pause
 from shim.core.text import printable
 
 
@@ -97,7 +97,7 @@ def drain_command(wait: bool, timeout_s: float, cancel: bool, **where: Any) -> N
 def _wait(port: AdminPort, drain: dict[str, Any]) -> int:
     said = drain_line(drain)
     while drain["state"] == "draining":
-        Event().wait(EVERY_S)
+        pause(EVERY_S)
         drain = _state(port)
         if drain_line(drain) != said:
             said = drain_line(drain)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import sys
 from http.client import HTTPException
-from threading import Event
 
 import click
 
 from shim.cli.admin_client import configured, fetch, given
-from shim.clock import Clock
+from shim.clock import Clock, pause
 
 _SHOWN_BYTES = 300
 _PAUSE_S = 0.2
@@ -35,7 +34,7 @@ def command(
     end_s = clock.monotonic_s() + wait_s
     well, text = ask(host, port, path, timeout_s)
     while not well and clock.monotonic_s() < end_s:
-        Event().wait(_PAUSE_S)
+        pause(_PAUSE_S)
         well, text = ask(host, port, path, timeout_s)
     click.echo(text, err=not well)
     sys.exit(0 if well else 1)

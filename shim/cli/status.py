@@ -7,13 +7,13 @@ import json
 import sys
 from contextlib import suppress
 from math import floor
-from threading import Event
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import click
 
 from shim.cli.admin_client import AdminError, AdminPort, admin_options, port_of
+from shim.clock import pause
 from shim.core.text import columns, format_duration, plural, printable, shorten
 
 HEAD = ("AGENT", "DIALECT", "ALIVE", "HEARTBEATS", "POLLS", "HELD UP TO", "QUEUE")
@@ -239,14 +239,14 @@ def command(as_json: bool, watch: bool, **where: Any) -> None:
             return
         click.echo(plain(shown))
         while watch:
-            Event().wait(EVERY_S)
+            pause(EVERY_S)
             click.echo("\n" + plain(_look_again(port)))
 
 
 def _print_json(port: AdminPort, watch: bool) -> None:
     click.echo(json.dumps(port.ask("GET", "/status.json"), indent=None if watch else 2))
     while watch:
-        Event().wait(EVERY_S)
+        pause(EVERY_S)
         click.echo(json.dumps(port.ask("GET", "/status.json")))
 
 

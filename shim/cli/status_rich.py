@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Event
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shim.cli.status import HEAD, WORDS, View
+from shim.clock import pause
 
 _COLOURS = {"good": "green", "waiting": "dim", "warning": "yellow", "bad": "bold red"}
 _ALIVE = HEAD.index("ALIVE")
@@ -25,7 +25,7 @@ def watch(shown: View, look: Callable[[], View], every_s: float) -> None:
     """Show the status on the full screen until Ctrl-C."""
     with Live(_render(shown), screen=True, auto_refresh=False) as live:
         while True:
-            Event().wait(every_s)
+            pause(every_s)
             live.update(_render(look()), refresh=True)
 
 

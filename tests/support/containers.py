@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -80,8 +81,14 @@ class Engine:
     def build(self) -> str:
         """The name of the image of this checkout; built once for each content."""
         image = f"{OURS}:{_digest()}"
-        if self.has_image(image):
-            return image
+        with (self.work / "lock").open("w") as lock:
+            # Two workers of one run would tidy up and build at the same time.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not self.has_image(image):
+                self._build(image)
+        return image
+
+    def _build(self, image: str) -> None:
         self._tidy()
         if not self.has_image(BASE):
             self.run("sh", ROOT / "tests/support/make-python-base.sh", self.work, BASE, timeout_s=240)
@@ -89,7 +96,6 @@ class Engine:
         mounts = ("-v", f"{CERTIFICATES}:{CERTIFICATES}:ro", "-v", f"{self.work}/pip.conf:/etc/pip.conf:ro")
         args = ("--build-arg", f"PYTHON_IMAGE={BASE}", "--build-arg", "VERSION=ci", "--build-arg", "REVISION=abc")
         self.run("buildah", "bud", *options, *args, *mounts, "-t", image, ROOT, timeout_s=240)
-        return image
 
     def _tidy(self) -> None:
         """Images of former contents go when they become many; with them the layers that only they had."""
