@@ -25,12 +25,14 @@ class Clock:
     """Return the CPU seconds that the calling thread has used."""
 
     def __init__(self) -> None:
-        self._began_s = time.monotonic()
+        self._began_ms = int(time.monotonic() * 1000)
 
     def until_tick_s(self, every_s: float) -> float:
         """Return the seconds to a multiple of `every_s` since the clock was made, at least half of `every_s`.
 
-        Periodic work of the same interval is due at the same moment, so that an idle process wakes up once for all.
+        Periodic work of the same interval is due at the same moment, so that an idle process wakes up once for all. The
+        moment is exact to the millisecond if it is asked for in the event loop, whose timers count these.
         """
-        left_s = every_s - (time.monotonic() - self._began_s) % every_s
-        return left_s if left_s > every_s / 2 else left_s + every_s
+        every_ms = int(every_s * 1000)
+        left_ms = every_ms - (int(time.monotonic() * 1000) - self._began_ms) % every_ms
+        return (left_ms if left_ms > every_ms / 2 else left_ms + every_ms) / 1000
