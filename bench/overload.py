@@ -67,7 +67,8 @@ def _figures(flood: int, seen: _Seen, took_s: float, before_bytes: int) -> Itera
         )
     grown_mib = (max(seen.rss_bytes, default=before_bytes) - before_bytes) / 2**20
     yield Figure(PART, f"{flood:,} commands: memory over that before", "MiB", grown_mib)
-    yield Figure(PART, f"{flood:,} commands: each stored or refused, and answered", "1/s", flood / took_s, better="more")
+    what = f"{flood:,} commands: each stored or refused, and answered"
+    yield Figure(PART, what, "1/s", flood / took_s, better="more")
 
 
 def _longest_ms(found_s: list[float]) -> float:
