@@ -90,9 +90,8 @@ class CommandQueues:
     def load(self, records: tuple[CommandRecord, ...]) -> None:
         """Queue the stored commands after a restart; commands in an offer become uncertain."""
         at = self._ctx.moment()
-        self._wall_offset_s = (
-            at.unix - at.now
-        )  # the store may have taken long to open, and the clock been set meanwhile
+        # Measured now: the store may have taken long to open, and the wall clock been set meanwhile.
+        self._wall_offset_s = at.unix - at.now
         for record in records:
             queued = self.add(record, at.now + (record.expires_unix - at.unix), at.now)
             # The previous process may have put the command into a reply that the agent received. Counting one reply

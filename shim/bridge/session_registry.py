@@ -382,7 +382,7 @@ class SessionRegistry:
         return session
 
     def _supersede(self, session: Session, owner: str | None) -> list[Session]:
-        """Let a session supersede others with its cluster id, of one owner or all, once not fresh. Returns them."""
+        """Let a session supersede the others with its upstream cluster id, of one owner or of all. Return them."""
         same = self._ctx.sessions.with_upstream_id(session.upstream_cluster_id, owner)
         found = [other for other in same if other is not session]
         for other in found:

@@ -151,7 +151,7 @@ CREATE INDEX quarantine_pending ON quarantine (session, command_id) WHERE pendin
 
 # steps: the steps of the trace after the first one, each a JSON array of `TraceEntry` followed by a comma. Nearly every
 # step belongs to a change of the row, so it costs no row and no statement of its own. Further steps of a long trace
-# are rows of `traces` (`operations.MAX_STEPS_CHARS`); on PostgreSQL a final space says so.
+# are rows of `traces` (`rows.MAX_STEPS_CHARS`); on PostgreSQL a final space says so.
 _VERSION_2 = "ALTER TABLE commands ADD COLUMN steps TEXT NOT NULL DEFAULT ''"
 
 MIGRATIONS = (

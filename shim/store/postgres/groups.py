@@ -70,7 +70,7 @@ class Group:
             self.clear()
 
     def clear(self) -> None:
-        """Begin a new statement."""
+        """Discard all waiting rows and begin a new statement."""
         self._rows = []
         self._answer = GroupAnswer()
 
