@@ -22,11 +22,20 @@ def plain_host(host: str) -> str:
         return name.lower()
 
 
-def is_this_machine(host: str) -> bool:
-    """Return True if a connection to the host stays on this machine: loopback, or the path of a socket."""
-    if not host or host.startswith(("/", "@")) or host == "localhost":
-        return True
+def is_loopback(host: str) -> bool:
+    """Return True for `localhost`, its subdomains (RFC 6761) and loopback addresses, with or without brackets."""
     try:
-        return ip_address(host).is_loopback
+        name = plain_host(host)
     except ValueError:
         return False
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def is_this_machine(host: str) -> bool:
+    """Return True if a connection to a database's host stays on this machine: loopback, or the path of a socket."""
+    return not host or host.startswith(("/", "@")) or is_loopback(host)

@@ -43,7 +43,6 @@ ELSEWHERE = {
     "core/call_records.py": "core/test_fallback_record.py",
     "core/records.py": "store/test_contract.py",
     "errors.py": "config/test_loader.py",
-    "hosts.py": "upstream/test_dialler.py",
     "ports.py": "store/test_contract.py",
     # The choice between link and fallback, by whole processes.
     "fallback/policy.py": "e2e/test_modes.py",

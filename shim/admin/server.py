@@ -23,8 +23,9 @@ from shim.admin.connection_limit import IDLE_S, MAX_BUSY, PROBES, SEND_BYTES, Co
 from shim.admin.event_stream import EventStream
 from shim.admin.gauges import StatusCollector
 from shim.config import loader
-from shim.config.settings import Admin, is_loopback
+from shim.config.settings import Admin
 from shim.errors import ConfigError, OperatorError
+from shim.hosts import is_loopback
 from shim.http_connection import LINGER_S, NoRoom
 from shim.listening import bind
 from shim.management.command_api import CommandApi

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from aiohttp import hdrs
 from multidict import istr
 
-from shim.config.settings import Listen, is_loopback
+from shim.config.settings import Listen
 from shim.errors import AgentError
+from shim.hosts import is_loopback
 from shim.protocol.http import host_name
 
 _SEC_FETCH_SITE = istr("Sec-Fetch-Site")

@@ -13,14 +13,13 @@ from urllib.parse import urlsplit
 from shim.bridge.context import BridgeContext
 from shim.bridge.links import LinkContext, UpstreamLink
 from shim.bridge.upstream_connection import ConnectionEnd, UpstreamConnection
-from shim.config.settings import is_loopback
 from shim.core.backoff import Backoff, FailureKind
 from shim.core.bounds import MAX_LOGGED_CHARS, MAX_URL_CHARS, cut
 from shim.core.liveness import LivenessState
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
 from shim.errors import ShimError
-from shim.hosts import plain_host
+from shim.hosts import is_loopback, plain_host
 from shim.log import get
 from shim.ports import DialFailure, DialRequest, WebSocket
 from shim.protocol.http import host_of, ws_url

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from shim.config.settings import Fallback, Section, Settings, Store, Upstream, is_loopback
+from shim.config.settings import Fallback, Section, Settings, Store, Upstream
 from shim.errors import Fault
-from shim.hosts import is_this_machine, plain_host
+from shim.hosts import is_loopback, is_this_machine, plain_host
 
 _PORT = (0, 65_535)
 _COUNT = (1, 1_000_000)
@@ -264,7 +264,7 @@ class _Checks:
             self._require(False, "must have a port from 1 to 65535: postgresql://user@host:5432/database", "store.url")
             return
         hosts = [re.sub(r":\d*$", "", each) for each in addresses]
-        local = all(is_this_machine(host.strip("[]")) for host in [*hosts, *query.get("host", "").split(",")])
+        local = all(map(is_this_machine, [*hosts, *query.get("host", "").split(",")]))
         verified = query.get("sslmode", "verify-full") == "verify-full"
         message = "must leave sslmode at verify-full off this machine, unless store.allow_insecure is true"
         self._require(local or verified or store.allow_insecure, message, "store.url", "store.allow_insecure")

@@ -5,26 +5,11 @@ Names end in their units: `_s` seconds, `_bytes` bytes. docs/reference/configura
 
 from __future__ import annotations
 
-from ipaddress import ip_address
 from typing import Literal
 
 import msgspec
 
-from shim.hosts import plain_host
-
-
-def is_loopback(host: str) -> bool:
-    """Return True for `localhost`, its subdomains (RFC 6761) and loopback addresses, with or without brackets."""
-    try:
-        name = plain_host(host)
-    except ValueError:
-        return False
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return False
+from shim.hosts import is_loopback
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -24,8 +24,8 @@ from yarl import URL
 
 import shim
 from shim.config.files import FileFingerprint, fingerprints, read_regular, reason
-from shim.config.settings import DialSettings, Upstream, is_loopback
-from shim.hosts import plain_host
+from shim.config.settings import DialSettings, Upstream
+from shim.hosts import is_loopback, plain_host
 from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
 from shim.protocol.http import origin_of, with_query
 from shim.redaction import basic_credentials

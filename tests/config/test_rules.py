@@ -10,7 +10,7 @@ import pytest
 
 from shim.config.loader import leaves, load
 from shim.config.rules import BOUNDS, PATTERNS, cross_field_faults, parse_date_s
-from shim.config.settings import Settings, is_loopback
+from shim.config.settings import Settings
 from shim.errors import ConfigError
 
 
@@ -191,26 +191,6 @@ def test_a_broken_key_starts_no_second_fault() -> None:
     assert faulty("listen.tls.cert_file=\n", "listen.tls.key_file=k") == ["listen.tls.cert_file"]
     assert faulty("upstream.reconnect.max_s=-1") == ["upstream.reconnect.max_s"]
     assert faulty("mode=htp", "fallback.url=") == ["mode"]
-
-
-@pytest.mark.parametrize(
-    "host,expected",
-    [
-        ("localhost", True),
-        ("LOCALHOST.", True),
-        ("a.localhost", True),
-        ("127.9.9.9", True),
-        ("[::1]", True),
-        ("::1", True),
-        ("0.0.0.0", False),
-        ("10.0.0.1", False),
-        ("localhost.example.com", False),
-        ("127.0.0.1.example.com", False),
-        ("", False),
-    ],
-)
-def test_is_loopback(host: str, expected: bool) -> None:
-    assert is_loopback(host) is expected
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from shim.cli.doctor.report import Finding, failed, passed, warned
 from shim.cli.inject.missing_sidecars import agents, in_cluster
 from shim.cli.inject.sidecar import InjectError
 from shim.config import loader as configuration
-from shim.config.settings import is_loopback
 from shim.config.warnings import find_warnings
 from shim.errors import ConfigError
+from shim.hosts import is_loopback
 from shim.log import Redaction
 
 if TYPE_CHECKING:

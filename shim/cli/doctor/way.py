@@ -19,9 +19,10 @@ import msgspec
 
 from shim.cli.doctor.report import Finding, Status, failed, passed, warned
 from shim.clock import Clock
-from shim.config.settings import DialSettings, Upstream, is_loopback
+from shim.config.settings import DialSettings, Upstream
 from shim.core.backoff import CloseMeaning, close_meaning
 from shim.core.text import printable
+from shim.hosts import is_loopback
 from shim.ports import DialFailure, DialRequest, WebSocket
 from shim.protocol.http import host_of, http_url, origin_of, ws_url
 from shim.protocol.upstream_message import Message

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from shim import __version__
-from shim.config.settings import is_loopback
+from shim.hosts import is_loopback
 
 NAME = "agent-shim"
 INJECTED_LABEL = "agent-shim/sidecar"
