@@ -19,13 +19,13 @@ from statistics import median
 from typing import TypeVar, cast
 
 from tests.chaos.harness import events as ev
+from tests.chaos.harness.waiting import LOOK_S
 
 DEFAULT_INTERVAL_S = 30.0
 MIN_FRESH_S = 35.0
 FRESH_FACTOR = 1.5
 MIN_GAPS = 3
 KEPT_GAPS = 8
-LOOK_S = 0.02  # how often the harness looks whether it is late
 SLACK_S = 2.0  # between a call's end at the agent and its being noted by the shim, and for the clocks' resolution
 STAMP_S = 0.002  # envelopes tell milliseconds
 PAUSED = "paused"

@@ -31,12 +31,12 @@ import aiohttp
 
 from tests.chaos.harness import events as ev
 from tests.chaos.harness.agents import CAST, Part
-from tests.chaos.harness.checker import LOOK_S, Case, case, check
+from tests.chaos.harness.checker import Case, case, check
 from tests.chaos.harness.pages import write_gateway
 from tests.chaos.harness.report import distribution, machine
-from tests.chaos.harness.runner import LATE_S, Plan, Settling, configuration
+from tests.chaos.harness.runner import Plan, Settling, configuration
 from tests.chaos.harness.supervisors import ControllerKeeper, JournalReader, KeptShim, ShimKeeper
-from tests.chaos.harness.waiting import last
+from tests.chaos.harness.waiting import last, watch_oneself
 from tests.support import network
 from tests.support.network import ManyHosts
 from tests.support.postgres import BIN
@@ -251,7 +251,7 @@ class Replicas:
         try:
             await asyncio.gather(self.controller.start(), asyncio.to_thread(self._database.start))
             works = [keeper.run() for keeper in self._keepers.values()]
-            works += [self._service.probe(self._session), self._read_journal(), self._watch_oneself()]
+            works += [self._service.probe(self._session), self._journal.follow(self._note), watch_oneself(self._note)]
             running += [asyncio.create_task(work) for work in works]
             async with asyncio.timeout(START_S):
                 for keeper in self._keepers.values():
@@ -377,20 +377,6 @@ class Replicas:
         return quiet - started
 
     # --- what goes on beside ------------------------------------------------------------------------------------------
-
-    async def _read_journal(self) -> None:
-        while True:
-            for event in self._journal.read():
-                self._note(event)
-            await last(0.1)
-
-    async def _watch_oneself(self) -> None:
-        while True:
-            due = time.monotonic() + LOOK_S
-            await last(LOOK_S)
-            late_s = time.monotonic() - due
-            if late_s > LATE_S:
-                self._note(ev.Late(time.monotonic(), late_s))
 
     async def _push_all(self) -> None:
         while True:

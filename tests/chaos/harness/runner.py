@@ -17,11 +17,10 @@ import aiohttp
 
 from tests.chaos.harness import events as ev
 from tests.chaos.harness.agents import CAST, Cast, Part
-from tests.chaos.harness.checker import LOOK_S
 from tests.chaos.harness.faults import INJURIES, Stage
 from tests.chaos.harness.schedule import Planned, in_lanes
 from tests.chaos.harness.supervisors import TOKEN, ControllerKeeper, JournalReader, KeptShim, ShimKeeper
-from tests.chaos.harness.waiting import last
+from tests.chaos.harness.waiting import last, watch_oneself
 from tests.support.disks import mounted
 from tests.support.name_server import NameServer
 from tests.support.network import Host, TwoHosts
@@ -30,7 +29,6 @@ from tests.support.processes import free_port
 START_S = 30.0
 SETTLE_S = 60.0
 QUIET_S = 1.0
-LATE_S = 0.005
 RETRY_S = 0.5
 CONTROLLER_NAME = "controller.test"
 RESOLVER_S = 5.0
@@ -196,10 +194,8 @@ class Round:
                     resolver_s = max(1, round(RESOLVER_S / plan.pace))
                     await self._names.start(self._folder / "resolv.conf", resolver_s)
                 await self._controller.start()
-                running = [
-                    asyncio.create_task(w)
-                    for w in (self._keeper.run(), self._read_journal(), self._watch_lag(), self._watch_oneself())
-                ]
+                works = (self._keeper.run(), self._journal.follow(self._note), self._watch_lag())
+                running = [asyncio.create_task(work) for work in (*works, watch_oneself(self._note))]
                 await self._all_connected(running)
                 await self._trouble()
                 settled_s = await self._settle()
@@ -287,12 +283,6 @@ class Round:
 
     # --- what goes on beside ------------------------------------------------------------------------------------------
 
-    async def _read_journal(self) -> None:
-        while True:
-            for event in self._journal.read():
-                self._note(event)
-            await last(0.1)
-
     async def _watch_lag(self) -> None:
         """Note the shim's own measure of how long its loop was blocked, except after somebody paused it."""
         while True:
@@ -306,15 +296,6 @@ class Round:
                 if found is not None and float(found[1]) > self._longest_lag_s and not self._keeper.was_paused:
                     self._longest_lag_s = float(found[1])
                     self._note(ev.Lag(time.monotonic(), self._longest_lag_s))
-
-    async def _watch_oneself(self) -> None:
-        """How late this process is, as every one is on a busy machine."""
-        while True:
-            due = time.monotonic() + LOOK_S
-            await last(LOOK_S)
-            late_s = time.monotonic() - due
-            if late_s > LATE_S:
-                self._note(ev.Late(time.monotonic(), late_s))
 
     async def _push_all(self) -> None:
         """Commands of every kind to every session, some of them twice."""

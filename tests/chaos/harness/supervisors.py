@@ -309,6 +309,13 @@ class JournalReader:
         self.cluster_names: dict[str, str] = {}
         self.latest_ids: dict[str, str] = {}
 
+    async def follow(self, note: Callable[[ev.AnyEvent], None]) -> None:
+        """Note all events as they come."""
+        while True:
+            for event in self.read():
+                note(event)
+            await last(0.1)
+
     def read(self) -> Iterator[ev.AnyEvent]:
         """The new events."""
         if not self._path.exists():

@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.chaos.harness import events as ev
+
 LOOK_S = 0.02
+LATE_S = 0.005
 
 
 async def last(seconds: float) -> None:
@@ -21,6 +24,16 @@ async def true_within(seconds: float, true: Callable[[], bool]) -> bool:
     while not (found := true()) and time.monotonic() < until:
         await last(LOOK_S)
     return found
+
+
+async def watch_oneself(note: Callable[[ev.AnyEvent], None]) -> None:
+    """Note how late this process is, as every process is on a busy machine."""
+    while True:
+        due = time.monotonic() + LOOK_S
+        await last(LOOK_S)
+        late_s = time.monotonic() - due
+        if late_s > LATE_S:
+            note(ev.Late(time.monotonic(), late_s))
 
 
 def waited_for_cpu_s(pid: int) -> float:
