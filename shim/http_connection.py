@@ -25,7 +25,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from shim.core.bounds import FREE_BYTES, MAX_EMPTY_LINES, MAX_HEAD_BYTES, MAX_WAITING_BYTES, Budget
-from shim.http_heads import EmptyLine, KnownHeads, remember
+from shim.http_heads import EmptyLine, KnownHead, KnownHeads, remember
 
 LINGER_S = 2.0
 CHUNKED = -1
@@ -133,7 +133,7 @@ class HttpConnection(RequestHandler):
         """
         return False
 
-    def _begin_known_request(self, message: RawRequestMessage, body: bytes) -> bool:
+    def _begin_known_request(self, known: KnownHead, body: bytes) -> bool:
         """Begin a request that arrived whole, with a head of `_known_heads`; return False if it has to be parsed."""
         return False
 
@@ -190,7 +190,7 @@ class HttpConnection(RequestHandler):
                 if self._head_timer is not None:
                     self._stop_head_timer()
                 self._raw = data
-                begun = self._begin_known_request(known.message, data[len(known.head) :])
+                begun = self._begin_known_request(known, data[len(known.head) :])
                 self._raw = b""
                 return begun
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from aiohttp import hdrs
 from aiohttp.http import HttpVersion11
@@ -37,12 +39,16 @@ class EmptyLine:
         return end
 
 
-class KnownHead(msgspec.Struct, frozen=True):
-    """The bytes of a head, its parsed form, and the size of the request with the body behind it."""
+class KnownHead(msgspec.Struct):
+    """The bytes of a head, its parsed form, and the size of the request with the body behind it.
+
+    `admitted` is what the server derives from such a head alone, None until it has accepted one.
+    """
 
     head: bytes
     message: RawRequestMessage
     size_bytes: int
+    admitted: Any = None
 
 
 def remember(known: KnownHeads, request: bytes, message: RawRequestMessage) -> KnownHeads:

@@ -5,17 +5,23 @@ docs/reference/metrics.md defines each metric. Every label has a bounded set of 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import product
+from itertools import accumulate, product
 from typing import Generic, TypeVar
 
+import msgspec
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from shim.core.backoff import FAILURES, DialOutcome
 from shim.core.call_records import OUTCOMES
 from shim.core.liveness import LivenessState
 from shim.core.standing import HeartbeatOutcome
 from shim.protocol.controller_replies import REFUSED_TYPES
+from shim.protocol.dialects import Match, Route
 from shim.protocol.upstream_message import KNOWN_TYPES
 
 OPEN = None  # label values that come from routes, dialects or HTTP
@@ -92,6 +98,94 @@ LabelledCounter = Labelled[Counter]
 LabelledHistogram = Labelled[Histogram]
 
 
+class RequestCount(msgspec.Struct):
+    """Replies to one route with one status: the number in each of `REQUEST_BUCKETS_S`, and their whole duration."""
+
+    dialect: str
+    operation: str
+    status: str
+    route: str
+    buckets: list[int]
+    total_s: float = 0.0
+
+    @property
+    def number(self) -> int:
+        """The number of replies."""
+        return sum(self.buckets)
+
+
+class RequestCounts(Collector):
+    """Collector of the metrics of answered requests, which are counted together and made when they are collected.
+
+    Three metrics of `prometheus_client` would take four locks for every request. `route` is the method and pattern of a
+    deprecated route, empty for any other.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._counts: dict[tuple[Route | None, int], RequestCount] = {}
+        registry.register(self)
+
+    def count(self, match: Match | None, status: int, took_s: float) -> None:
+        """Count one answered request; `match` is None if no route matched."""
+        key = (None if match is None else match.route, status)
+        count = self._counts.get(key)
+        if count is None:
+            count = self._add(key, match)
+        count.buckets[bisect_left(REQUEST_BUCKETS_S, took_s)] += 1
+        count.total_s += took_s
+
+    def _add(self, key: tuple[Route | None, int], match: Match | None) -> RequestCount:
+        names = ("", "", "")
+        status = str(key[1])
+        if match is not None:
+            route = "" if match.route.open else f"{match.route.method} {match.route.pattern}"
+            names = (match.dialect.NAME, match.route.operation, route)
+        if len(self._counts) >= MAX_CHILDREN:
+            key, names, status = (None, 0), (OTHER, OTHER, OTHER), OTHER
+        dialect, operation, route = names
+        buckets = [0] * (len(REQUEST_BUCKETS_S) + 1)
+        return self._counts.setdefault(key, RequestCount(dialect, operation, status, route, buckets))
+
+    def sums(self, *names: str) -> dict[tuple[str, ...], RequestCount]:
+        """Return the sums of the counts that agree in the named attributes, by their values."""
+        found: dict[tuple[str, ...], RequestCount] = {}
+        for each in self._counts.values():
+            of = tuple(getattr(each, name) for name in names)
+            former = found.get(of)
+            if former is not None:
+                buckets = [one + other for one, other in zip(former.buckets, each.buckets, strict=True)]
+                each = replace(each, buckets=buckets, total_s=former.total_s + each.total_s)  # noqa: PLW2901
+            found[of] = each
+        return found
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the three metrics."""
+        requests = CounterMetricFamily(
+            "agent_shim_requests",
+            "Replies to agents' requests by dialect, operation and HTTP status. Labels are empty if no route matched.",
+            labels=("dialect", "operation", "status"),
+        )
+        durations = HistogramMetricFamily(
+            "agent_shim_request_duration_seconds",
+            "Time from a request's first byte to its reply's last byte, including the time for which a poll was held.",
+            labels=("dialect", "operation"),
+        )
+        deprecated = CounterMetricFamily(
+            "agent_shim_deprecated_calls",
+            "Requests to routes that the vendor removes, by dialect and route, whatever the reply was.",
+            labels=("dialect", "route"),
+        )
+        for names, count in self.sums("dialect", "operation", "status").items():
+            requests.add_metric(names, count.number)
+        bounds = [*(str(float(bound)) for bound in REQUEST_BUCKETS_S), "+Inf"]
+        for names, count in self.sums("dialect", "operation").items():
+            durations.add_metric(names, list(zip(bounds, accumulate(count.buckets), strict=True)), count.total_s)
+        for names, count in self.sums("dialect", "route").items():
+            if count.route:
+                deprecated.add_metric(names, count.number)
+        yield from (requests, durations, deprecated)
+
+
 class Registry(CollectorRegistry):
     """Registry without the `_created` series, which would double the number of counter series."""
 
@@ -137,26 +231,7 @@ class Metrics:
     # --- the metrics --------------------------------------------------------------------------------------------------
 
     def _add_requests(self) -> None:
-        self.requests = self._counters(
-            "requests",
-            "Replies to agents' requests by dialect, operation and HTTP status. Labels are empty if no route matched.",
-            dialect=OPEN,
-            operation=OPEN,
-            status=OPEN,
-        )
-        self.request_seconds = self._histograms(
-            "request_duration_seconds",
-            "Time from a request's first byte to its reply's last byte, including the time for which a poll was held.",
-            REQUEST_BUCKETS_S,
-            dialect=OPEN,
-            operation=OPEN,
-        )
-        self.deprecated_calls = self._counters(
-            "deprecated_calls",
-            "Requests to routes that the vendor removes, by dialect and route, whatever the reply was.",
-            dialect=OPEN,
-            route=OPEN,
-        )
+        self.requests = RequestCounts(self.registry)
         self.bad_requests = self._counters(
             "bad_requests",
             "Requests refused before they reached the bridge, by the step that refused them.",

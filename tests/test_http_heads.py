@@ -7,14 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shim.agent_api.connection import AgentConnection
+from shim.config.settings import Listen
 from shim.core.agent_calls import HeartbeatCall
 from shim.core.bounds import FREE_BYTES
 from shim.http_heads import MAX_KNOWN_HEADERS, MAX_KNOWN_HEADS, EmptyLine, KnownHeads
-from tests.support.frontend import POLL, Agent, House, get, post, running
+from tests.support.frontend import POLL, Agent, House, Reply, get, post, running
 
 END = b"\r\n\r\n"
 HEARTBEAT = "/api/v1/clusters/agent/c1/heartbeat"
 TOKEN = "Authorization: Bearer t"
+POLL_T = get("/api/v1/clusters/agent/c1/poll", TOKEN)
 
 
 @given(st.lists(st.sampled_from([b"a", b"\r", b"\n", b"\r\n", END]), max_size=12).map(b"".join), st.data())
@@ -101,6 +103,11 @@ async def test_a_head_is_parsed_again_where_its_request_came_in_pieces_or_with_o
         assert statuses(house) == ["up"] * 6
 
 
+async def _ask(agent: Agent, request: bytes) -> Reply:
+    await agent.send(request)
+    return await agent.reply()
+
+
 async def _exchange(agent: Agent, pieces: list[bytes], replies: int) -> None:
     for piece in pieces:
         await agent.send(piece)
@@ -116,3 +123,40 @@ def statuses(house: House) -> list[str]:
 async def test_a_connection_knows_its_newest_heads() -> None:
     polls = [get(f"/api/v1/clusters/agent/c{number}/poll", TOKEN) for number in range(MAX_KNOWN_HEADS + 2)]
     assert [each.head for each in await known_after(polls)] == polls[2:]
+
+
+async def test_the_token_of_a_known_head_is_compared_each_time() -> None:
+    accepted = "t"
+    async with running(Listen(auth="required"), token=lambda: accepted) as house:
+        agent = await house.agent()
+        seen = []
+        for accepted in ("t", "t", "t", "other", "t"):  # noqa: B007 - the server reads it
+            await agent.send(POLL_T)
+            seen.append((await agent.reply()).status)
+    assert seen == [200, 200, 200, 401, 200]
+
+
+@pytest.mark.parametrize(
+    "request_, status",
+    [
+        (get("/api/v1/unknown", TOKEN), 404),
+        (get(HEARTBEAT, TOKEN), 405),
+        (get("/api/v1/clusters/agent/c1/poll", TOKEN, "Origin: http://a.example"), 403),
+    ],
+)
+async def test_a_known_head_that_is_not_accepted_is_refused_each_time(request_: bytes, status: int) -> None:
+    async with running() as house:
+        agent = await house.agent()
+        replies = [await _ask(agent, request_) for _ in range(4)]
+    assert [reply.status for reply in replies] == [status] * 4
+    assert len({reply.body for reply in replies}) == 1
+
+
+async def test_each_of_two_known_heads_keeps_its_own_headers() -> None:
+    """A Go agent gets no body for a heartbeat, any other gets one; each gets its own request id back."""
+    async with running() as house:
+        agent = await house.agent()
+        of_go = post(HEARTBEAT, b"{}", TOKEN, "User-Agent: Go-http-client/1.1", "X-Request-Id: go")
+        of_other = post(HEARTBEAT, b"{}", TOKEN, "User-Agent: curl/8", "X-Request-Id: other")
+        seen = [await _ask(agent, request) for request in [of_go, of_other] * 3]
+    assert [(reply.status, reply.headers["x-request-id"]) for reply in seen] == [(204, "go"), (200, "other")] * 3

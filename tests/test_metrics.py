@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from prometheus_client import Counter, Histogram, generate_latest
 
-from shim.metrics import MAX_CHILDREN, Labelled, LabelledCounter, Metrics, Registry
+from shim.metrics import MAX_CHILDREN, Labelled, LabelledCounter, Metrics, Registry, RequestCounts
+from shim.protocol.dialects import Router, load
 
 
 def counter(registry: Registry, **labels: tuple[str, ...] | None) -> LabelledCounter:
@@ -66,3 +67,37 @@ def test_no_series_tells_when_it_was_created() -> None:
     registry = Registry()
     Metrics(registry)
     assert b"_created" not in generate_latest(registry)
+
+
+def test_a_reply_counts_in_three_metrics() -> None:
+    registry = Registry()
+    counts = RequestCounts(registry)
+    poll = Router(load()).match("GET", "/api/v1/clusters/agent/c1/poll")
+    for status, took_s in ((200, 0.0005), (200, 0.3), (503, 31.0)):
+        counts.count(poll, status, took_s)
+    counts.count(Router(load()).match("GET", "/api/v1/health"), 200, 0.0)
+    counts.count(None, 404, 0.0)
+    named = {"dialect": "clusters_agent", "operation": "poll"}
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"agent_shim_{name}", labels)
+
+    assert value("requests_total", **named, status="200") == 2
+    assert value("requests_total", **named, status="503") == 1
+    assert value("requests_total", dialect="", operation="", status="404") == 1
+    buckets = [value("request_duration_seconds_bucket", **named, le=le) for le in ("0.0005", "0.25", "0.5", "+Inf")]
+    assert buckets == [1, 1, 2, 3]
+    assert value("request_duration_seconds_count", **named) == 3
+    assert value("request_duration_seconds_sum", **named) == pytest.approx(31.3005)
+    route = {"dialect": "clusters_agent", "route": "GET /api/v1/clusters/agent/{cluster_id}/poll"}
+    assert value("deprecated_calls_total", **route) == 3
+    assert sum(count.number for names, count in counts.sums("route").items() if names != ("",)) == 3
+
+
+def test_the_same_route_of_two_requests_is_one_series() -> None:
+    registry = Registry()
+    counts = RequestCounts(registry)
+    for cluster in ("c1", "c2"):
+        counts.count(Router(load()).match("POST", f"/api/v1/clusters/agent/{cluster}/heartbeat"), 204, 0.0)
+    labels = {"dialect": "clusters_agent", "operation": "heartbeat", "status": "204"}
+    assert registry.get_sample_value("agent_shim_requests_total", labels) == 2

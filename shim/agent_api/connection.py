@@ -8,6 +8,7 @@ import socket
 from collections.abc import Coroutine
 from typing import Any, Protocol, cast
 
+import msgspec
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from aiohttp.http_parser import RawRequestMessage
@@ -18,6 +19,7 @@ from shim.agent_api.responses import NO_ROUTE, SENT_CLOSE
 from shim.agent_api.server_context import ServerContext
 from shim.errors import AgentError
 from shim.http_connection import HttpConnection
+from shim.http_heads import KnownHead
 from shim.ports import Caller, DeliveryReceipt, FallbackScope
 from shim.protocol.dialects import Call, Match, Reply
 from shim.protocol.http import bearer
@@ -203,19 +205,22 @@ class AgentConnection(HttpConnection):
             self._http.message_consumed()
         return answered
 
-    def _begin_known_request(self, message: RawRequestMessage, body: bytes) -> bool:
+    def _begin_known_request(self, known: KnownHead, body: bytes) -> bool:
         if not self._may_answer_at_once():
             return False
         if self._evidence_awaited:
             self._note_next_request()
         self._open = True
-        context = RequestContext(self, message, body, self._received_s, self._received_s)
+        context = RequestContext(self, known.message, body, self._received_s, self._received_s)
         context.immediate = True
-        if self._serve(context):
+        context.admitted = known.admitted
+        answered = self._serve(context)
+        known.admitted = context.admitted
+        if answered:
             self._open = self._pending is not None
         else:
             self._body = context.payload
-            self._pass_to_task(message, context.payload)
+            self._pass_to_task(known.message, context.payload)
         return True
 
     def _may_answer_at_once(self) -> bool:
@@ -386,6 +391,19 @@ class AgentConnection(HttpConnection):
         return SENT_CLOSE
 
 
+class Admitted(msgspec.Struct, frozen=True):
+    """The route, the caller and the headers of an accepted request, the same for all requests with the same head.
+
+    `plain` is True if the body has no content coding and the agent waits for no interim response.
+    """
+
+    match: Match
+    caller: Caller
+    user_agent: str
+    request_id: str | None
+    plain: bool
+
+
 class RequestContext:
     """The state of one request while it is served.
 
@@ -398,6 +416,7 @@ class RequestContext:
     """
 
     __slots__ = (
+        "admitted",
         "answer",
         "arrived_s",
         "body",
@@ -438,6 +457,7 @@ class RequestContext:
         self.now_s = now_s
         self.complete = isinstance(body, bytes) or (body.is_eof() and body.exception() is None)
         self.immediate = False
+        self.admitted: Admitted | None = None
         self.answer: Reply | Coroutine[Any, Any, Any] | None = None
         self.request: web.BaseRequest | None = None
         self.match: Match | None = None

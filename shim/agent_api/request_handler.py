@@ -19,7 +19,7 @@ from yarl import URL
 
 from shim.agent_api.agent_websocket import AgentWebSocket, is_handshake, token_of
 from shim.agent_api.auth import Guard
-from shim.agent_api.connection import RequestContext
+from shim.agent_api.connection import Admitted, RequestContext
 from shim.agent_api.forwarding import forwarded, headers_of, is_large, target_of
 from shim.agent_api.request_body import (
     BodyRejected,
@@ -33,7 +33,7 @@ from shim.agent_api.request_body import (
     stream_body,
     whole_body,
 )
-from shim.agent_api.response_writer import ResponseWriter
+from shim.agent_api.response_writer import REQUEST_ID, ResponseWriter
 from shim.agent_api.responses import encode_body
 from shim.agent_api.server_context import ServerContext
 from shim.core.agent_calls import AgentCall, Continued, Failed, PollCall, RegisterCall
@@ -137,38 +137,58 @@ class RequestHandler:
         `abandon`, unless it got None.
         """
         try:
-            headers = request.headers
-            self._guard.check(headers)
-            if self._websockets is not None and hdrs.UPGRADE in headers and is_handshake(request.message):
-                target = target_of(request.message.path, self._listen.base_path)
-                if self._websockets.serves(target):
-                    return self._carry(request, self._websockets, target)
+            admitted = request.admitted
+            if admitted is None:
+                headers = request.headers
+                self._guard.check(headers)
+                if self._websockets is not None and hdrs.UPGRADE in headers and is_handshake(request.message):
+                    target = target_of(request.message.path, self._listen.base_path)
+                    if self._websockets.serves(target):
+                        return self._carry(request, self._websockets, target)
             if self._fallback is not None:
                 request.scope = self._fallback.scope()
                 if request.scope is FallbackScope.ALL:
                     return self._proxy(request, self._fallback)
-            request.step = "route"
-            match = request.match = self._routes[request.message.method, request.message.path]
+            if admitted is None:
+                admitted = self._admit(request)
+            match = request.match = admitted.match
+            caller = request.caller = admitted.caller
             request.step = "auth"
-            caller = request.caller = request.connection.identify(headers.get(hdrs.AUTHORIZATION))
             if not match.route.open:
                 self._guard.authorize(caller.token)
                 request.step = "owner"
                 if self._is_elsewhere is not None and self._is_elsewhere(caller.token):
                     return None if self._forward_at_once(request, match, caller) else self.forward_or_serve(request)
-            return self._serve(request, caller, match)
+            return self._serve(request, admitted)
         except Exception as error:  # noqa: BLE001 - a defect is logged there
             return self._reply_to(request, error)
 
-    def _serve(self, request: RequestContext, caller: Caller, match: Match) -> Reply | Waiting:
+    def _admit(self, request: RequestContext) -> Admitted:
+        """Return what the head of a request says. Raises `AgentError` if it has no route or a malformed token."""
+        headers = request.headers
+        request.step = "route"
+        match = request.match = self._routes[request.message.method, request.message.path]
+        request.step = "auth"
+        caller = request.connection.identify(headers.get(hdrs.AUTHORIZATION))
+        admitted = request.admitted = Admitted(
+            match,
+            caller,
+            headers.get(hdrs.USER_AGENT, ""),
+            headers.get(REQUEST_ID),
+            hdrs.EXPECT not in headers and hdrs.CONTENT_ENCODING not in headers,
+        )
+        return admitted
+
+    def _serve(self, request: RequestContext, admitted: Admitted) -> Reply | Waiting:
         """Serve a request at this replica. Raises `AgentError`."""
+        match, caller = admitted.match, admitted.caller
         if request.in_flight is None and match.ident:
             request.step = "in_flight"
             request.in_flight = self._in_flight.enter(caller.token, match.ident)
         request.step = "body"
-        listen, headers = self._listen, request.headers
+        listen = self._listen
         limit_bytes = listen.max_status_body_bytes if match.route.large else listen.max_body_bytes
-        if not request.complete or hdrs.EXPECT in headers or hdrs.CONTENT_ENCODING in headers:
+        if not (request.complete and admitted.plain):
             check_announcement(request, limit_bytes)
             return self._read_and_serve(request, caller, match, limit_bytes)
         data = request.data = whole_body(request.body, limit_bytes)
@@ -191,7 +211,8 @@ class RequestHandler:
         body = decode_body(data, self._replaced) if data and route.method == hdrs.METH_POST else None
         request.step = "call"
         shallow = data.count(b"{") + data.count(b"[") <= MAX_DEPTH
-        user_agent = request.headers.get(hdrs.USER_AGENT, "")
+        admitted = request.admitted
+        user_agent = request.headers.get(hdrs.USER_AGENT, "") if admitted is None else admitted.user_agent
         call = request.call = Call(match.params, body, user_agent, shallow, len(data))
         return match.dialect.parse(route.operation, call)
 
@@ -321,14 +342,14 @@ class RequestHandler:
         reply = await self._forward(request)
         if reply is not None:
             return reply
-        if request.caller is None or request.match is None:
+        admitted = request.admitted
+        if admitted is None:
             raise ValueError("a request without a caller")
         request.now_s = request.connection.now_s()
-        match = request.match
         if request.data is None:
-            served = self._serve(request, request.caller, match)
+            served = self._serve(request, admitted)
         else:  # the body was read to be forwarded
-            served = self._read_and_serve(request, request.caller, match, self._listen.max_body_bytes)
+            served = self._read_and_serve(request, admitted.caller, admitted.match, self._listen.max_body_bytes)
         return served if isinstance(served, Reply) else await served
 
     async def _forward(self, request: RequestContext) -> ProxyResponse | None:

@@ -12,46 +12,16 @@ import aiohttp
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from multidict import istr
-from prometheus_client import Counter, Histogram
 
 from shim.agent_api.connection import AgentConnection, RequestContext
 from shim.agent_api.forwarding import chunk, head
 from shim.agent_api.responses import SENT_CLOSE, SENT_KEEP, route_of
 from shim.agent_api.server_context import ServerContext
-from shim.metrics import Metrics
 from shim.ports import ProxyResponse
-from shim.protocol.dialects import Match, Reply
+from shim.protocol.dialects import Reply
 
 REQUEST_ID = istr("X-Request-Id")
 MISDIRECTED = 421
-
-
-class RequestMetrics:
-    """Recorder of the metrics of answered requests."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram, Counter | None]] = {}
-
-    def count(self, match: Match | None, status: int, took_s: float) -> None:
-        """Count one answered request; `match` is None if no route matched."""
-        dialect, operation = ("", "") if match is None else (match.dialect.NAME, match.route.operation)
-        children = self._counted.get((dialect, operation, status))
-        if children is None:
-            deprecated = None
-            if match is not None and not match.route.open:  # the health check is not a deprecated call
-                route = f"{match.route.method} {match.route.pattern}"
-                deprecated = self._metrics.deprecated_calls.labels(dialect, route)
-            children = self._counted[dialect, operation, status] = (
-                self._metrics.requests.labels(dialect, operation, str(status)),
-                self._metrics.request_seconds.labels(dialect, operation),
-                deprecated,
-            )
-        answered, took, deprecated = children
-        answered.inc()
-        took.observe(took_s)
-        if deprecated is not None:
-            deprecated.inc()
 
 
 class ResponseWriter:
@@ -60,13 +30,13 @@ class ResponseWriter:
     def __init__(self, server_context: ServerContext) -> None:
         self._server_context = server_context
         self._responses = server_context.responses
-        self._metrics = RequestMetrics(server_context.metrics)
+        self._requests = server_context.metrics.requests
 
     def immediate(self, request: RequestContext, reply: Reply) -> bytes:
         """Return the whole response to a request whose connection stays open, and count it."""
         response = self.response(request, reply, "")
         now_s = request.connection.now_s()
-        self._metrics.count(request.match, reply.status, now_s - request.started_s)
+        self._requests.count(request.match, reply.status, now_s - request.started_s)
         if reply.status >= 400:
             self._record_refusal(request, reply)
         return response
@@ -77,7 +47,9 @@ class ResponseWriter:
             more += request.more
         if reply.retry_after_s is not None:
             more += f"Retry-After: {reply.retry_after_s}\r\n"
-        request_id = self._responses.request_id(request.headers.get(REQUEST_ID))
+        admitted = request.admitted
+        given_id = request.headers.get(REQUEST_ID) if admitted is None else admitted.request_id
+        request_id = self._responses.request_id(given_id)
         head_only = request.message.method == hdrs.METH_HEAD
         return self._responses.response(reply.status, request.encoded, request_id, more, head_only=head_only)
 
@@ -153,7 +125,7 @@ class ResponseWriter:
         self, request: RequestContext, status: int, *, written: bool, keep: bool, counts: bool = True
     ) -> web.StreamResponse:
         if counts:  # otherwise the replica that made the reply has counted it
-            self._metrics.count(request.match, status, request.connection.now_s() - request.started_s)
+            self._requests.count(request.match, status, request.connection.now_s() - request.started_s)
         if not written:
             self._server_context.metrics.replies_lost.inc()
             request.connection.force_close()

@@ -91,11 +91,9 @@ class Sampler:
     def _rates(self) -> tuple[float, float]:
         """Return the replies and the error replies per second since the previous sample."""
         calls = errors = 0
-        for family in self._bridge.ctx.metrics.requests.collect():
-            for sample in family.samples:
-                if sample.name.endswith("_total"):
-                    calls += int(sample.value)
-                    errors += int(sample.value) if sample.labels["status"] >= "400" else 0
+        for (status,), count in self._bridge.ctx.metrics.requests.sums("status").items():
+            calls += count.number
+            errors += count.number if status >= "400" else 0
         now = self._bridge.ctx.now
         before, old_calls, old_errors = self._replies
         self._replies = (now, calls, errors)

@@ -62,7 +62,9 @@ _SECRET = re.compile(
 )
 _HOST_KEYS = ("k8s_version", "hostname", "server_ip", "region", "cloud_provider")
 _ANY_HOST_KEY = frozenset(_HOST_KEYS)
-_KNOWN_KEYS = frozenset({"cluster_name", "name", "agent_version", "version", *_HOST_KEYS})
+_NAME_KEYS = frozenset({"cluster_name", "name"})
+_VERSION_KEYS = frozenset({"agent_version", "version"})
+_KNOWN_KEYS = _NAME_KEYS | _VERSION_KEYS | _ANY_HOST_KEY
 _GROUPS = (
     ("prometheus_url", "prometheus"),
     ("loki_url", "loki"),
@@ -277,10 +279,11 @@ def _known(body: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     The rule is docs/reference/protocol.md#14-adoption.
     """
     found = {}
-    if name := _name(body):
+    if not _NAME_KEYS.isdisjoint(body) and (name := _name(body)):
         found["name"] = name
     for source in (metadata, body):
-        if version := word(source.get("agent_version")) or word(source.get("version")):
+        versions = () if _VERSION_KEYS.isdisjoint(source) else (source.get("agent_version"), source.get("version"))
+        if version := next(filter(None, map(word, versions)), ""):
             found["agent_version"] = version
         if not _ANY_HOST_KEY.isdisjoint(source):
             found |= {key: value for key in _HOST_KEYS if (value := word(source.get(key)))}
