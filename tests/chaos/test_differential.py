@@ -71,7 +71,7 @@ class Recorder:
         self.backends = Backends(self.board, self.board)
         self.metrics = metrics = Metrics(CollectorRegistry())
         self._counters = [metrics.requests, metrics.bad_requests, metrics.replies_lost, metrics.internal_errors]
-        self._counters += [metrics.deprecated_calls, metrics.invalid_characters]
+        self._counters.append(metrics.invalid_characters)
         self._counted: dict[str, float] = {}
 
     def take(self) -> tuple[Any, ...]:
@@ -93,6 +93,7 @@ class Recorder:
             f"{sample.name}{sorted(sample.labels.items())}": sample.value
             for counter in self._counters
             for family in counter.collect()
+            if family.type == "counter"
             for sample in family.samples
             if not sample.name.endswith("_created")
         }
