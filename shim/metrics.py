@@ -99,7 +99,10 @@ LabelledHistogram = Labelled[Histogram]
 
 
 class RequestCount(msgspec.Struct):
-    """Replies to one route with one status: the number in each of `REQUEST_BUCKETS_S`, and their whole duration."""
+    """Replies to one route with one status: the number in each of `REQUEST_BUCKETS_S`, and their whole duration.
+
+    `route` is the method and pattern of a deprecated route, empty for any other.
+    """
 
     dialect: str
     operation: str
@@ -117,8 +120,7 @@ class RequestCount(msgspec.Struct):
 class RequestCounts(Collector):
     """Collector of the metrics of answered requests, which are counted together and made when they are collected.
 
-    Three metrics of `prometheus_client` would take four locks for every request. `route` is the method and pattern of a
-    deprecated route, empty for any other.
+    Three metrics of `prometheus_client` would take four locks for every request.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
