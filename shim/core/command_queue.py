@@ -263,7 +263,10 @@ class CommandQueue:
         """Add a stored command."""
         queued = QueuedCommand(record.seq, record, record.state, record.attempts, expires_at, since)
         self._by_id[record.id] = queued
-        insort(self._order, queued)
+        if self._order and queued < self._order[-1]:
+            insort(self._order, queued)
+        else:
+            self._order.append(queued)
         self._bytes += record.size_bytes
         return queued
 

@@ -108,19 +108,19 @@ def _check_decodable(payload: dict[str, Any], command_id: str) -> None:
 
     That is a number that does not fit Go's float64, or nesting beyond `MAX_DEPTH`. Raises `MalformedCommand`.
     """
-    level: list[Any] = [payload]
+    level = list(payload.values())
     for _ in range(MAX_DEPTH):
         # A command may have millions of values, and the event loop is blocked meanwhile. So each level is processed by
         # functions in C, without a step of the interpreter per value.
-        inner = list(chain.from_iterable(outer.values() if isinstance(outer, dict) else outer for outer in level))
-        kinds = set(map(type, inner))
+        kinds = set(map(type, level))
         if int in kinds:
-            numbers = inner if kinds == {int} else [value for value in inner if type(value) is int]
+            numbers = level if kinds == {int} else [value for value in level if type(value) is int]
             if max(numbers) > MAX_NUMBER or min(numbers) < -MAX_NUMBER:
                 raise MalformedCommand("a number is beyond what agents can decode", command_id)
         if kinds.isdisjoint((dict, list)):
             return
-        level = [value for value in inner if isinstance(value, (dict, list))]
+        outer = [value for value in level if isinstance(value, (dict, list))]
+        level = list(chain.from_iterable(each.values() if isinstance(each, dict) else each for each in outer))
     raise MalformedCommand("the command is nested too deeply", command_id)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime
+from functools import lru_cache
 
+# `datetime.fromisoformat` accepts more, such as a date alone, and since Python 3.13 also the hour 24.
 _FORM = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9})\d*)?(?:Z|([+-])([01]\d|2[0-3]):([0-5]\d))", re.ASCII
+    r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d+)?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)", re.ASCII
 )
 
 
@@ -15,24 +17,17 @@ def parse(value: object) -> datetime | None:
 
     Lower-case `t` and `z`, a missing offset, second 60 and year 0 are rejected.
     """
-    found = _FORM.fullmatch(value) if isinstance(value, str) else None
-    if found is None:
+    if not isinstance(value, str) or _FORM.fullmatch(value) is None:
         return None
-    year, month, day, hour, minute, second = map(int, found.groups()[:6])
-    fraction, sign, offset_h, offset_m = found.groups()[6:]
-    zone = UTC
-    if sign:
-        offset = timedelta(hours=int(offset_h), minutes=int(offset_m))
-        zone = timezone(-offset if sign == "-" else offset)
     try:
-        return datetime(year, month, day, hour, minute, second, int((fraction or "0").ljust(6, "0")[:6]), zone)
+        return datetime.fromisoformat(value)
     except ValueError:
         return None
 
 
 def utc_text(moment: datetime) -> str:
     """Return a time as RFC 3339 in UTC. Raises `OverflowError` if it is outside of the years 1 to 9999 in UTC."""
-    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    return moment.astimezone(UTC).isoformat().removesuffix("+00:00") + "Z"
 
 
 FIRST_S = -62_135_596_800
@@ -48,8 +43,13 @@ def rfc3339(wall_s: float) -> str:
     Times before the year 1 and after 9999 become the nearest one that has a text. Raises `ValueError` for NaN.
     """
     milliseconds = int(min(max(wall_s, FIRST_S), AFTER_LAST_S - 0.001) * 1000 // 1)
-    moment = datetime.fromtimestamp(milliseconds // 1000, tz=UTC).replace(microsecond=milliseconds % 1000 * 1000)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
+
+
+@lru_cache(maxsize=1)  # nearly every text is of the same second as the one before
+def _second(wall_s: int) -> str:
+    """Return whole Unix seconds as RFC 3339 without the zone."""
+    return datetime.fromtimestamp(wall_s, tz=UTC).isoformat().removesuffix("+00:00")
 
 
 def parse_rfc3339(text: object) -> float | None:
