@@ -63,7 +63,7 @@ def has_too_many_values(data: bytes, limit: int = MAX_VALUES) -> bool:
 
     Names in objects count as values. No step may take long for any text of some MB, because this blocks the event loop.
     """
-    if _count_values(data) <= limit:
+    if len(data) <= limit or _count_values(data) <= limit:
         return False
     plain = _without_escapes(data)
     return plain.count(b'"') // 2 > limit or _count_values(_TEXTS.sub(b"", plain)) > limit
@@ -74,7 +74,7 @@ def memory_of_values(data: bytes) -> int:
 
     The first `FREE_VALUES` are not counted. The number of values must be bounded already.
     """
-    if _count_values(data) <= FREE_VALUES:
+    if len(data) <= FREE_VALUES or _count_values(data) <= FREE_VALUES:
         return 0
     return VALUE_BYTES * max(0, _count_values(_TEXTS.sub(b"", _without_escapes(data))) - FREE_VALUES)
 
