@@ -232,6 +232,35 @@ async def test_a_held_poll_gets_the_command_at_once(make_world: MakeWorld) -> No
     assert [command.id for command in agent.take(poll.result())] == ["k1"]
 
 
+async def test_a_reply_that_was_written_is_not_withdrawn(world: World) -> None:
+    agent = await offered(world)
+    offer = offer_of(world, agent)
+    world.bridge.delivery.unwritten(offer)
+    await world.settle()
+    assert await world.state("k1") == "offered"
+    assert offer_of(world, agent) is offer
+
+
+def offer_of(world: World, agent: Agent) -> Batch:
+    queue = world.bridge.queues.get(world.session(agent.cluster_id).key)
+    assert queue is not None
+    assert queue.offer is not None
+    return queue.offer
+
+
+async def test_each_step_has_its_time_and_an_attempt_less_is_one(world: World) -> None:
+    agent = await offered(world)
+    agent.reconnect(clean=False)
+    start = world.clock.wall_s()
+    await world.pass_s(70)
+    await agent.poll_unwritten()
+    await world.settle()
+    [(record, _, trace)] = await world.store.find("k1")
+    assert (record.state.value, record.attempts) == ("uncertain", 1)
+    assert [entry.event for entry in trace][-3:] == ["uncertain", "offered", "requeued"]
+    assert [entry.wall - start for entry in trace][-3:] == pytest.approx([60, 70, 70], abs=0.1)
+
+
 # --- what ends an offer gives what waits to a held poll ---------------------------------------------------------------
 
 
@@ -309,6 +338,47 @@ async def test_a_second_poll_of_an_agent_answers_the_first_empty(make_world: Mak
     assert not second.done()
     world.controller.push("k1")
     assert await ids_of(world, agent, second) == ["k1"]
+
+
+async def test_what_a_successor_takes_over_goes_to_its_held_poll_and_the_former_poll_ends(
+    make_world: MakeWorld,
+) -> None:
+    world = await make_world(poll={"hold": 20})
+    agent = await given(world, "k1")
+    successor = await living(world, agent_id="pod-2", name="new")
+    assert await agent.poll() == ["k1"]
+    other = world.agent(cluster_id=agent.cluster_id)
+    held, held_by_successor = other.poll_task(), successor.poll_task()
+    await world.settle()
+    world.bridge.delivery.move(world.session(agent.cluster_id).key, world.session(successor.cluster_id).key)
+    assert await ids_of(world, successor, held_by_successor) == ["k1"]
+    assert held.result().outcome == Commands((), 5)
+    assert traces(world, "k1")[-2:] == ["uncertain: superseded", "offered: attempt 2, superseded"]
+    await successor.live(70)
+    assert len(world.bridge.delivery.evidence) == 0, "the former offer is not kept either"
+
+
+# --- polls at other replicas ------------------------------------------------------------------------------------------
+
+
+async def test_a_later_poll_is_evidence_once_the_replica_of_the_offer_says_the_connection_was_open(
+    world: World,
+) -> None:
+    agent = await given(world, "k1")
+    agent.connection = -7
+    assert await agent.poll() == ["k1"]
+    await world.pass_s(1)
+    assert await world.agent(cluster_id=agent.cluster_id).poll() == []
+    delivery, polled_at = world.bridge.delivery, world.now
+    await world.pass_s(5)
+    for connection, until_s in ((-7, polled_at - 0.5), (-8, world.now)):
+        delivery.connection_open(connection, until_s)
+        await world.settle()
+        assert await world.state("k1") == "offered"
+    delivery.connection_open(-7, world.now)
+    await world.settle()
+    [(_, _, trace)] = await world.store.find("k1")
+    assert (trace[-1].event, trace[-1].detail, trace[-1].wall) == ("delivered", "poll", world.clock.wall_s())
 
 
 # --- what is counted and traced ---------------------------------------------------------------------------------------

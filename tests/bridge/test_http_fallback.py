@@ -5,11 +5,12 @@ Rules: docs/reference/protocol.md#4-modes.
 
 from __future__ import annotations
 
+from shim.core.agent_calls import PollCall
 from shim.fallback import FallbackPolicy
 from shim.ports import Caller
-from tests.bridge.conftest import MakeWorld
+from tests.bridge.conftest import MakeWorld, living
 from tests.support.upstream import REFUSED
-from tests.support.world import Agent
+from tests.support.world import Agent, World
 
 AUTO = {"mode": "auto", "fallback": {"url": "https://old.vendor.test", "after_s": 10, "hold_down_s": 60}}
 
@@ -64,3 +65,19 @@ async def test_nothing_goes_by_http_while_no_agent_calls(make_world: MakeWorld) 
     await world.pass_s(200)
     assert not passthrough.active()
     assert by_http(passthrough, agent), "it begins where it was"
+
+
+async def test_commands_of_the_http_api_that_cannot_be_stored_are_not_reported_and_stay_in_its_reply(
+    world: World,
+) -> None:
+    agent = await living(world)
+    poll, caller = PollCall(agent.dialect, agent.target), Caller(agent.token, agent.connection)
+    world.store.fail()
+    assert await world.bridge.http_fallback.merge(caller, poll, [{"id": "k1"}], world.now) is None
+    world.store.heal()
+    await agent.live(40)
+    assert world.metric("commands_total", event="rejected_store_unavailable") == 1
+    assert not world.controller.got("command_result"), "the controller has not sent the command by the WebSocket"
+    merged = await world.bridge.http_fallback.merge(caller, poll, [{"id": "k1"}], world.now)
+    assert merged is not None
+    assert [command.id for command in agent.take(merged)] == ["k1"]

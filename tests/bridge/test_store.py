@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from shim.bridge.outbox import REASONS
 from shim.bridge.scheduler import TICK_S
 from shim.core.agent_calls import Accepted, Failed, Registered
 from shim.core.records import Prune, SessionKey, StoreContents
 from shim.ports import CommandStore
 from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore
-from tests.bridge.conftest import MakeWorld, living
+from tests.bridge.conftest import MakeWorld, codes, living
 from tests.support.world import World
 
 
@@ -72,7 +73,8 @@ async def test_a_full_disk_refuses_commands_and_serves_everything_else(world: Wo
     world.store.fail()
     world.controller.push("k2")
     await world.settle()
-    assert [result["code"] for result in world.controller.results("k2")] == ["store_unavailable"]
+    [refused] = world.controller.results("k2")
+    assert (refused["code"], refused["error"]) == ("store_unavailable", REASONS["store_unavailable"])
     assert await agent.poll() == ["k1"], "what was queued before is still delivered"
     assert await agent.heartbeat() == Accepted()
     outcome = await agent.result("k1")
@@ -107,13 +109,14 @@ async def test_and_expires_in_time_all_the_same(make_world: MakeWorld) -> None:
     world.store.fail()
     world.store.slow = True
     poll = agent.poll_task()
-    await agent.world.pass_s(11)
-    assert (await poll).receipt is None
+    await world.pass_s(11)
+    assert world.metric("commands_total", event="expired") == 0, "as long as its offer is being stored"
     world.store.heal()
     world.store.catch_up()
+    assert (await poll).receipt is None
     await agent.live(5)
     assert await agent.poll() == []
-    assert {result["code"] for result in world.controller.results("k1")} == {"expired"}
+    assert codes(world, "k1") == ["expired"]
 
 
 async def test_what_a_full_disk_refused_of_sessions_is_stored_when_it_has_room(world: World) -> None:

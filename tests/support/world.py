@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar, cast
 
@@ -102,7 +103,11 @@ class FlakyStore:
         if self.dead:
             return
         if self.failing((operation, *also)):
-            asyncio.get_running_loop().call_soon(self._tell, done, StoreError("the disk is full"))
+            refusal = partial(self._tell, done, StoreError("the disk is full"))
+            if self.slow:
+                self._late.append(refusal)
+            else:
+                asyncio.get_running_loop().call_soon(refusal)
             return
         self.log.extend((operation, *also))
         self.outstanding += 1
