@@ -6,6 +6,7 @@ Rules: docs/reference/protocol.md#3-commands.
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 
 import pytest
@@ -319,11 +320,20 @@ def test_what_the_kernel_tells() -> None:
     with ours, theirs:
         assert tcp_state.acknowledged(ours)
         assert not tcp_state.hung_up(ours)
+        assert not tcp_state.unread(ours)
+        theirs.send(b"ab")
+        select.select([ours], [], [], 30)
+        assert tcp_state.unread(ours)
+        ours.recv(1)
+        assert tcp_state.unread(ours)
+        ours.recv(1)
+        assert not tcp_state.unread(ours)
         theirs.shutdown(socket.SHUT_WR)
         assert tcp_state.hung_up(ours)
         assert tcp_state.acknowledged(ours)
     assert tcp_state.hung_up(ours)
     assert not tcp_state.acknowledged(ours)
+    assert not tcp_state.unread(ours)
 
 
 async def test_a_failing_agent_service_does_not_break_the_connection() -> None:

@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from shim.core.command_queue import (
+    ARRIVING_BYTES,
+    ARRIVING_COMMANDS,
+    MAX_ARRIVING_BYTES,
+    MAX_ARRIVING_COMMANDS,
     OVERLAP_S,
     SHOWN_COMMANDS,
     TRANSITIONS,
+    Arriving,
     Batch,
     CommandEvent,
     CommandQueue,
@@ -156,7 +161,7 @@ def test_a_poll_after_a_reply_of_another_replica_waits_for_its_word_that_the_con
     assert not offer.is_confirmed_by_open_at(11.2), "once"
 
 
-@pytest.mark.parametrize("connection, cleanly_closed", [(7, None), (-7, True)])
+@pytest.mark.parametrize("connection, cleanly_closed", [(1, None), (7, None), (-1, True), (-7, True)])
 def test_no_confirmation_is_needed_for_an_own_connection_or_one_that_was_closed(
     connection: int, cleanly_closed: bool | None
 ) -> None:
@@ -318,6 +323,15 @@ def test_a_successor_gets_everything_in_the_order_of_arrival_and_keeps_its_own()
     assert old.size_bytes == 0
 
 
+def test_a_successor_knows_what_was_offered_since_the_commands_were_stored() -> None:
+    old, new = queue_of(record(1)), CommandQueue(SessionKey("default", "cluster", "c-2"))
+    old.mark_uncertain(offered(old), "superseded", POLICY)
+    old.drain_to(new)
+    [moved] = new.all()
+    assert (moved.state, moved.attempts, moved.reason) == (CommandState.UNCERTAIN, 1, "superseded")
+    assert (moved.replies, moved.expires_at) == (1, 100.0)
+
+
 # --- bounds -----------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +344,42 @@ def test_bounds_count_what_is_on_its_way_to_the_disk() -> None:
     assert not queue.room_for(1, policy)
     queue.release(50)
     assert queue.room_for(90, policy)
+    policy = replace(POLICY, max_queued=4, max_queued_bytes=100)
+    for size_bytes in (20, 30):
+        queue.reserve(size_bytes)
+    assert (queue.room_for(40, policy), queue.room_for(41, policy)) == (True, False)
+    queue.reserve(0)
+    assert not queue.room_for(0, policy), "three on their way and one in the queue"
+    queue.release(30)
+    assert (queue.room_for(70, policy), queue.room_for(71, policy)) == (True, False)
+    queue.reserve(0)
+    assert not queue.room_for(0, policy)
+
+
+@pytest.mark.parametrize("number, size_bytes", [(ARRIVING_COMMANDS, 7), (4, ARRIVING_BYTES // 4)])
+def test_no_frame_is_read_while_too_much_is_on_its_way_to_the_disk(number: int, size_bytes: int) -> None:
+    arriving = Arriving()
+    for _ in range(number):
+        assert arriving.has_room
+        arriving.add(size_bytes)
+    assert not arriving.has_room
+    assert not arriving.exhausted
+    arriving.remove(size_bytes)
+    assert arriving.has_room
+    arriving.add(size_bytes)
+    assert not arriving.has_room
+
+
+@pytest.mark.parametrize("number, size_bytes", [(MAX_ARRIVING_COMMANDS, 7), (4, MAX_ARRIVING_BYTES // 4)])
+def test_a_disk_that_stands_still_ends_in_rejections(number: int, size_bytes: int) -> None:
+    arriving = Arriving()
+    for _ in range(number):
+        assert not arriving.exhausted
+        arriving.add(size_bytes)
+    assert arriving.exhausted
+    for _ in range(number):
+        arriving.remove(size_bytes)
+    assert (arriving.commands, arriving.size_bytes) == (0, 0)
 
 
 STEPS = st.lists(

@@ -12,7 +12,7 @@ import pytest
 
 from shim.core import link_state as ev
 from shim.core.backoff import Backoff, BackoffPolicy
-from shim.core.link_state import CONTENDED_WITHIN_S, TRANSITIONS, LinkState, LinkStateMachine
+from shim.core.link_state import CONTENDED_WITHIN_S, TRANSITIONS, LinkState, LinkStateMachine, PhaseKind, phase_of
 from shim.errors import IllegalTransition
 
 S = LinkState
@@ -187,13 +187,13 @@ def waiting_after(machine: LinkStateMachine, event: ev.DialFailed, now: float = 
 
 
 def test_hurry_cuts_a_backoff_short_at_most_every_five_seconds() -> None:
-    machine = link()
-    waiting_after(machine, ev.DialFailed())
-    assert machine.handle(ev.RetryNow(), 1) == [ev.CancelRetryTimer(), HEADER]
-    machine.handle(ev.DialFailed(), 1)
-    assert machine.handle(ev.RetryNow(), 5.9) == []
+    machine = link(rng=0.999)
+    assert waiting_after(machine, ev.DialFailed()) > 0.9
+    assert machine.handle(ev.RetryNow(), 0.5) == [ev.CancelRetryTimer(), HEADER]
+    machine.handle(ev.DialFailed(), 0.5)
+    assert machine.handle(ev.RetryNow(), 5.4) == []
     assert machine.state is S.WAITING
-    assert machine.handle(ev.RetryNow(), 6) == [ev.CancelRetryTimer(), HEADER]
+    assert machine.handle(ev.RetryNow(), 5.5) == [ev.CancelRetryTimer(), HEADER]
 
 
 def test_hurry_never_goes_against_retry_after() -> None:
@@ -450,3 +450,87 @@ def test_a_new_token_of_an_open_link_is_not_refused_yet() -> None:
     machine.refused = machine.closed_as_refused = True
     machine.handle(ev.TokenChanged(), 1)
     assert (machine.refused, machine.closed_as_refused) == (False, False)
+
+
+def test_a_404_after_a_half_open_link_was_dropped_is_a_redeployment() -> None:
+    machine = in_state(S.REPLAYING, rng=0.999)
+    machine.handle(ev.Registered(), 9990)
+    machine.handle(ev.WatchdogFailed(), 10_000)
+    for _ in range(10):
+        machine.handle(ev.RetryDue(), 10_010)
+        [*_, retry] = machine.handle(ev.DialFailed(404), 10_010)
+    assert isinstance(retry, ev.StartRetryTimer)
+    assert retry.delay_s < 5
+
+
+@pytest.mark.parametrize("state", [S.OPENING, S.WAITING])
+def test_a_refused_link_that_is_not_needed_is_judged_by_its_next_dial(state: LinkState) -> None:
+    machine = in_state(S.ONLINE)
+    machine.handle(ev.Lost(True, 1008), 1)
+    assert phase_of(machine) is PhaseKind.REFUSED
+    if state is S.OPENING:
+        machine.handle(ev.RetryDue(), 2)
+    machine.handle(ev.IdleTimeout(), 3)
+    assert phase_of(machine) is PhaseKind.IDLE
+    machine.handle(ev.AgentCalled(), 4)
+    assert phase_of(machine) is PhaseKind.DOWN
+    machine.handle(ev.Opened(), 5)
+    machine.handle(ev.Replayed(), 5)
+    assert phase_of(machine) is PhaseKind.UP
+
+
+@pytest.mark.parametrize(
+    "state, phase",
+    [
+        (S.IDLE, PhaseKind.IDLE),
+        (S.OPENING, PhaseKind.DOWN),
+        (S.REPLAYING, PhaseKind.DOWN),
+        (S.ONLINE, PhaseKind.UP),
+        (S.WAITING, PhaseKind.DOWN),
+        (S.STOPPED, PhaseKind.IDLE),
+    ],
+)
+def test_the_phase_of_a_link_that_is_not_refused_is_that_of_its_state(state: LinkState, phase: PhaseKind) -> None:
+    assert phase_of(in_state(state)) is phase
+
+
+def test_retry_after_is_spread_as_a_refusal_whatever_the_status() -> None:
+    """Many shims get the same `Retry-After`: after a long outage they return within a minute, not within 5 s."""
+    machine = link(rng=0.999)
+    machine.handle(ev.AgentCalled(), 0)
+    for _ in range(10):
+        machine.handle(ev.DialFailed(503), 0)
+        machine.handle(ev.RetryDue(), 0)
+    assert machine.handle(ev.DialFailed(503, 300), 0) == [ev.StartRetryTimer(300 + 0.999 * 60)]
+
+
+def test_short_lives_before_a_stable_one_do_not_count_even_if_that_registered_late() -> None:
+    machine = link()
+    for round_ in range(2):
+        short_life(machine, 100.0 * round_)
+    machine.handle(ev.RetryDue(), 300)
+    machine.handle(ev.Opened(), 300)
+    machine.handle(ev.Registered(), 325)
+    machine.handle(ev.StableTimerFired(), 330)
+    machine.handle(ev.Lost(True, 1000), 340)
+    short_life(machine, 400)
+    assert not machine.contended
+
+
+def test_an_own_token_that_nobody_has_judged_yet_is_dialled_again_soon() -> None:
+    machine = in_state(S.ONLINE, own_token=True)
+    assert machine.handle(ev.Lost(), 10) == [ev.Offline(), ev.StartRetryTimer(0.5)]
+
+
+@pytest.mark.parametrize(
+    "state, effects",
+    [
+        (S.IDLE, []),
+        (S.OPENING, [ev.CancelDial(), HEADER]),
+        (S.REPLAYING, [ev.CloseSocket(1000), ev.Offline(), HEADER]),
+        (S.ONLINE, [ev.CloseSocket(1000), ev.Offline(), HEADER]),
+        (S.WAITING, [ev.CancelRetryTimer(), HEADER]),
+    ],
+)
+def test_a_new_token_ends_what_the_old_one_has_begun(state: LinkState, effects: list[ev.LinkEffect]) -> None:
+    assert in_state(state).handle(ev.TokenChanged(), 1) == effects
