@@ -38,52 +38,61 @@ KEEP_AGAIN_S = 30
 class SessionPersistence:
     """Storage of sessions, aliases and tunnel states.
 
-    Nothing is stored of a session for which `deferred(key)` returns True. A refused write is retried.
+    Nothing is stored of a session for which `deferred(key)` returns True. A refused write is retried, and sessions that
+    were to be stored together stay together.
     """
 
     def __init__(self, ctx: BridgeContext, deferred: Callable[[SessionKey], bool]) -> None:
         self._ctx = ctx
         self._deferred = deferred
-        self._unsaved: set[SessionKey] = set()
+        self._unsaved: set[frozenset[SessionKey]] = set()
 
     def save_session(self, session: Session) -> None:
         """Store a session."""
-        self._submit(session.key, [SaveSession(session.record())])
+        self._submit((session.key,), [SaveSession(session.record())])
 
     def save_tunnel(self, session: Session, state: dict[str, Any]) -> None:
         """Store a session's tunnel state."""
-        self._submit(session.key, [SaveTunnel(session.key, state)])
+        self._submit((session.key,), [SaveTunnel(session.key, state)])
 
     def save_alias(self, session: Session, agent_id: str) -> None:
         """Store an agent id as an alias of a session."""
-        self._submit(session.key, [SaveAlias(session.key.owner, agent_id, session.key)])
+        self._submit((session.key,), [SaveAlias(session.key.owner, agent_id, session.key)])
 
     def retry(self) -> None:
         """Retry one refused write; its success triggers the next retry."""
         while self._unsaved:
-            if self.save_all(self._unsaved.pop()):
+            if self.save_all(*self._unsaved.pop()):
                 return
 
-    def save_all(self, key: SessionKey) -> bool:
-        """Store a session with its alias and tunnel state; return False if the session was removed."""
-        session = self._ctx.sessions.get(key)
-        if session is None:
-            return False
-        operations: list[Operation] = [SaveSession(session.record())]
-        if session.tunnel is not None:
-            operations.append(SaveTunnel(key, session.tunnel))
-        if self._ctx.sessions.alias_is(key.owner, session.agent_id, key):
-            operations.append(SaveAlias(key.owner, session.agent_id, key))
-        self._submit(key, operations)
-        return True
+    def save_all(self, *keys: SessionKey) -> bool:
+        """Store sessions with their aliases and tunnel states in one transaction; return False if there are none.
 
-    def _submit(self, key: SessionKey, operations: list[Operation]) -> None:
-        if not self._deferred(key):
-            self._ctx.store.submit(*operations, done=partial(self._saved, key))
+        A session and the one that it supersedes are stored together: a process killed in between would start with an
+        agent id that leads to the new session already, and nothing would lead to what waits in the former one.
+        """
+        operations: list[Operation] = []
+        for session in map(self._ctx.sessions.get, keys):
+            if session is None or self._deferred(session.key):
+                continue
+            key = session.key
+            operations.append(SaveSession(session.record()))
+            if session.tunnel is not None:
+                operations.append(SaveTunnel(key, session.tunnel))
+            if self._ctx.sessions.alias_is(key.owner, session.agent_id, key):
+                operations.append(SaveAlias(key.owner, session.agent_id, key))
+        if operations:
+            self._submit(keys, operations)
+        return bool(operations)
 
-    def _saved(self, key: SessionKey, outcome: StoreError | None) -> None:
+    def _submit(self, keys: tuple[SessionKey, ...], operations: list[Operation]) -> None:
+        if not all(map(self._deferred, keys)):
+            self._ctx.store.submit(*operations, done=partial(self._saved, keys))
+
+    def _saved(self, keys: tuple[SessionKey, ...], outcome: StoreError | None) -> None:
         if outcome is not None:
-            self._unsaved.add(key)
+            together = frozenset(keys).union(*(others for others in self._unsaved if not others.isdisjoint(keys)))
+            self._unsaved = {others for others in self._unsaved if others.isdisjoint(keys)} | {together}
         elif self._unsaved:
             self.retry()
 
@@ -217,6 +226,7 @@ class SessionRegistry:
         session.record_heartbeat(call, now)
         if call.agent_id and not sessions.alias_is(owner, call.agent_id, session.key):
             self._set_alias(session, call.agent_id)
+            self.persistence.save_alias(session, call.agent_id)
         return session
 
     def find_session(self, owner: str, target: SessionTarget, now: float) -> Session | None:
@@ -270,8 +280,8 @@ class SessionRegistry:
         if reply:
             session.reply = reply
             self._ctx.sessions.set_upstream_id(session, cluster_id)
-        self._supersede_former(session, self._set_alias(session, call.agent_id))
-        self.persistence.save_session(session)
+        superseded = self._supersede_former(session, self._set_alias(session, call.agent_id))
+        self.persistence.save_all(session.key, *superseded)
 
     # --- registrations ------------------------------------------------------------------------------------------------
 
@@ -310,7 +320,9 @@ class SessionRegistry:
         session.touch(self._ctx.now, self._ctx.clock.wall_s())
         self.usage.note(session.key, call.dialect, "register", session.last_seen_unix)
         session.agent_id, session.secret = call.agent_id, call.secret or session.secret
-        self._set_alias(session, call.agent_id)
+        if not self._ctx.sessions.alias_is(owner, call.agent_id, session.key):
+            self._set_alias(session, call.agent_id)
+            self.persistence.save_alias(session, call.agent_id)
 
     def register(
         self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False
@@ -336,21 +348,22 @@ class SessionRegistry:
         self._ctx.sessions.set_registration(session, kept)
         session.reply = reply
         agent_id = payload.get("agent_id")
-        former = None
+        former: Session | None = None
+        superseded: tuple[SessionKey, ...] = ()
         if isinstance(agent_id, str) and agent_id:
             session.agent_id = agent_id
             former = self._set_alias(session, agent_id)
         if call is not None:
-            self._supersede_former(session, former)
+            superseded = self._supersede_former(session, former)
             session.secret = call.secret
             session.new_process()
             session.dialect = call.dialect
             session.last_seen_unix = self._ctx.clock.wall_s()  # no contact: the agent may have stopped waiting long ago
             session.superseded_by = None
+        self.persistence.save_all(session.key, *superseded)
         if session.superseded_by is None:  # a replayed registration of an older session must not supersede newer ones
             self._supersede(session, session.key.owner if conflict else None)
             self._move_superseded()
-        self.persistence.save_session(session)
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
         return session.registered(cached=False)
 
@@ -387,29 +400,33 @@ class SessionRegistry:
         found = [other for other in same if other is not session]
         for other in found:
             self._follow(other, session)
+            self.persistence.save_session(other)
         return found
 
-    def _supersede_former(self, session: Session, former: Session | None) -> None:
+    def _supersede_former(self, session: Session, former: Session | None) -> tuple[SessionKey, ...]:
         """Let a session supersede the one that had its agent's id, if both have the same name.
+
+        Returns the key of the superseded session, which the caller stores together with its successor.
 
         The agent lost its cluster id and registered, and the controller gave it another one. Nobody else would fetch
         what waits for the agent under its former id. An equal name is not enough, because two clusters may have it.
         The former session is over at once: what waits in it was stored before what comes now, and is delivered first.
         """
-        if former is not None and session.name and former.name == session.name:
-            self._follow(former, session)
-            former.forget_contact()
+        if former is None or not session.name or former.name != session.name:
+            return ()
+        self._follow(former, session)
+        former.forget_contact()
+        return (former.key,)
 
     def _follow(self, older: Session, successor: Session) -> None:
         """Record that a session is superseded by another one."""
         older.superseded_by = successor.key
         self._superseded.add(older.key)
-        self.persistence.save_session(older)
 
     def sweep(self) -> None:
         """Retry refused writes and complete supersessions; called every few seconds."""
+        self._move_superseded()  # first: a stored alias of a successor hides what is not moved yet from a restart
         self.persistence.retry()
-        self._move_superseded()
 
     def _move_superseded(self) -> None:
         """Move the superseded sessions that are no longer fresh into their successors, and retry refused moves."""
@@ -498,12 +515,11 @@ class SessionRegistry:
         return changed
 
     def _set_alias(self, session: Session, agent_id: str) -> Session | None:
-        """Let an agent id lead to a session; return the other session to which it led before."""
+        """Let an agent id lead to a session; return the other one to which it led before. The caller stores it."""
         owner = session.key.owner
         if self._ctx.sessions.alias_is(owner, agent_id, session.key):
             return None
         before = self._ctx.sessions.set_alias(owner, agent_id, session.key)
-        self.persistence.save_alias(session, agent_id)
         other = self._ctx.sessions.get(before) if before is not None else None
         if other is not None and other.fresh(self._ctx.now):
             self._ctx.metrics.alias_conflicts.inc()

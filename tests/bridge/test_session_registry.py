@@ -537,6 +537,44 @@ async def test_what_waits_for_an_agent_that_lost_its_id_and_got_another_follows_
     assert [session.key.ident for session in world.bridge.ctx.sessions] == ["c-new"]
 
 
+@pytest.mark.parametrize("commits", range(8))
+async def test_a_kill_between_two_commits_of_its_registration_leaves_nothing_behind(world: World, commits: int) -> None:
+    old = await registered(world, agent_id="pod-1", name="prod")
+    world.controller.push("k1", cluster_id=old.cluster_id)
+    await world.settle()
+    await world.restart()
+    world.controller.manners.cluster_id = lambda payload: "c-new"
+    left = iter(range(commits))
+    world.store.failing = lambda operations: next(left, None) is None  # what comes later is not on disk
+    await registered(world, agent_id="pod-1", name="prod")
+    await world.crash()
+    world.start()
+    await world.settle()
+    again = await registered(world, agent_id="pod-1", name="prod")
+    await again.heartbeat()
+    assert await again.poll() == ["k1"]
+
+
+@pytest.mark.parametrize("commits", range(8))
+async def test_so_does_a_kill_while_writes_that_were_refused_are_retried(world: World, commits: int) -> None:
+    old = await registered(world, agent_id="pod-1", name="prod")
+    world.controller.push("k1", cluster_id=old.cluster_id)
+    await world.settle()
+    await world.restart()
+    world.controller.manners.cluster_id = lambda payload: "c-new"
+    world.store.fail()
+    await registered(world, agent_id="pod-1", name="prod")
+    left = iter(range(commits))
+    world.store.failing = lambda operations: next(left, None) is None
+    await world.pass_s(2 * TICK_S)
+    await world.crash()
+    world.start()
+    await world.settle()
+    again = await registered(world, agent_id="pod-1", name="prod")
+    await again.heartbeat()
+    assert await again.poll() == ["k1"]
+
+
 async def test_it_follows_at_once_where_a_repeated_registration_has_told_of_the_new_id_before(world: World) -> None:
     old = await registered(world, agent_id="pod-1", name="prod")
     await old.heartbeat()
