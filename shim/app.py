@@ -39,7 +39,6 @@ from shim.management.recent_events import RecentEvents
 from shim.management.status_builder import Health, ProcessInfo, StatusBuilder
 from shim.management.time_series import Sampler
 from shim.metrics import Metrics, Registry
-from shim.notify import Notifier
 from shim.ports import AgentService, CommandStore, DeliveryEvidence, UpstreamPort
 from shim.process import (
     GarbageSearch,
@@ -200,6 +199,8 @@ class App:
         LoopLagMeter(asyncio.get_running_loop(), clock, self._metrics).start()
         GarbageSearch(asyncio.get_running_loop(), clock).start()
         if settings.notify.wanted:
+            from shim.notify import Notifier  # noqa: PLC0415 - few ask for notifications
+
             notifier = Notifier(settings.notify, admin.status, clock, self.stop_requested, redaction)
             self.spawn("notify", notifier.run())
         trim_heap()

@@ -18,11 +18,14 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from aiohttp import hdrs, web
+from aiohttp import hdrs
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
+from aiohttp.web_server import Server
 
 from shim.core.bounds import FREE_BYTES, MAX_EMPTY_LINES, MAX_HEAD_BYTES, MAX_WAITING_BYTES, Budget
 from shim.http_heads import EmptyLine, KnownHead, KnownHeads, remember
@@ -90,7 +93,7 @@ class HttpConnection(RequestHandler):
         "now_s",
     )
 
-    def __init__(self, server: web.Server, budget: Budget, head_timeout_s: float, options: dict[str, Any]) -> None:
+    def __init__(self, server: Server, budget: Budget, head_timeout_s: float, options: dict[str, Any]) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self.now_s = self._loop.time  # the loop's own function: every request calls it
         self._budget = budget
@@ -461,8 +464,8 @@ class HttpConnection(RequestHandler):
     # --- the end of a request ---
 
     async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
+        self, request: BaseRequest, resp: StreamResponse, start_time: float | None
+    ) -> tuple[StreamResponse, bool]:
         """Finish a response as aiohttp does, then go on with the bytes behind its request."""
         try:
             return await super().finish_response(request, resp, start_time)

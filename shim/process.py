@@ -111,8 +111,8 @@ class GarbageSearch:
         self._block_s = SEARCH_BLOCK_S
 
     def start(self, wait_s: float = SEARCH_S) -> None:
-        """Search for as long as the loop runs, the first time after `wait_s`."""
-        self._timers.call_later(wait_s, self._search_if_due)
+        """Search for as long as the loop runs, the first time after about `wait_s`."""
+        self._timers.call_later(self._clock.until_tick_s(wait_s), self._search_if_due)
 
     def _search_if_due(self) -> None:
         blocks = max(1, sys.getallocatedblocks() - self._blocks)  # a count of objects would take a sixth of a search

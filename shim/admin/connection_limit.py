@@ -12,9 +12,12 @@ from http import HTTPStatus
 from typing import Any, cast
 
 import msgspec
-from aiohttp import hdrs, web
+from aiohttp import hdrs
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse, json_response
+from aiohttp.web_server import Server
 
 from shim.core.bounds import Budget
 from shim.http_connection import HttpConnection
@@ -40,7 +43,7 @@ logger = logging.getLogger(__name__)
 class Connections:
     """All connections, the least recently used first. An instance is the listener's protocol factory."""
 
-    def __init__(self, server: web.Server, options: dict[str, Any], headers: Mapping[str, str]) -> None:
+    def __init__(self, server: Server, options: dict[str, Any], headers: Mapping[str, str]) -> None:
         self.headers = headers
         self.budget = Budget(MAX_HELD_BYTES)
         self._server = server
@@ -81,10 +84,11 @@ class Connections:
 class AdminConnection(HttpConnection):
     """One connection to the admin port."""
 
-    __slots__ = ("_connections", "_stall_timer", "_unsent_bytes")
+    __slots__ = ("_connections", "_stall_timer", "_unsent_bytes", "headers")
 
-    def __init__(self, connections: Connections, server: web.Server, options: dict[str, Any]) -> None:
+    def __init__(self, connections: Connections, server: Server, options: dict[str, Any]) -> None:
         super().__init__(server, connections.budget, FIRST_REQUEST_S, options)
+        self.headers = connections.headers
         self._connections = connections
         self._stall_timer: asyncio.TimerHandle | None = None
         self._unsent_bytes = 0
@@ -159,13 +163,13 @@ class AdminConnection(HttpConnection):
 
     def handle_error(
         self,
-        request: web.BaseRequest,
+        request: BaseRequest,
         status: int = 500,
         exc: BaseException | None = None,
         message: str | None = None,
-    ) -> web.StreamResponse:
+    ) -> StreamResponse:
         """Return a JSON reply for an exception of a handler: aiohttp would return a page of its own."""
         logger.error("a defect of the admin port", exc_info=exc)
-        response = web.json_response({"error": "internal error"}, status=status, headers=self._connections.headers)
+        response = json_response({"error": "internal error"}, status=status, headers=self._connections.headers)
         response.force_close()
         return response

@@ -8,7 +8,9 @@ from contextlib import suppress
 from typing import Any, cast
 
 import msgspec
-from aiohttp import hdrs, web
+from aiohttp import hdrs
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
 
 from shim.admin.connection_limit import AdminConnection
 from shim.errors import OperatorError
@@ -51,12 +53,12 @@ class EventStream:
         self._taken_at = float("-inf")
         self._stopped.set()
 
-    async def serve(self, request: web.Request) -> web.StreamResponse:
+    async def serve(self, request: BaseRequest) -> StreamResponse:
         """Stream until the reader disconnects or the shim stops. Raises `OperatorError` 503."""
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        reader = cast("AdminConnection", request.protocol)
+        response = StreamResponse(headers={**reader.headers, "Content-Type": "text/event-stream; charset=utf-8"})
         if request.method == hdrs.METH_HEAD:
             return response
-        reader = cast("AdminConnection", request.protocol)
         if len(self._readers) >= MAX_READERS:
             self._make_room()
         self._readers.add(reader)
@@ -77,7 +79,7 @@ class EventStream:
         for reader in stalled:
             reader.abort()
 
-    async def _stream(self, response: web.StreamResponse) -> None:
+    async def _stream(self, response: StreamResponse) -> None:
         taken = self._sampler.taken
         await response.write(_event("series", self._sampler.last()))
         while not self._stopped.is_set():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
 from functools import cache
 from ipaddress import ip_address
@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from aiohttp import hdrs, web
+from aiohttp import hdrs
+from aiohttp.http import HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_exceptions import HTTPException
 from aiohttp.web_protocol import RequestPayloadError
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import Response, StreamResponse, json_response
+from aiohttp.web_server import Server
+from multidict import istr
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
@@ -59,7 +65,7 @@ class Guard:
         self._hosts = {host.lower() for host in (*admin.allowed_hosts, *admin.hosts)}
         self.required = bool(admin.token_file)
 
-    def check(self, request: web.Request, access: Access) -> None:
+    def check(self, request: BaseRequest, access: Access) -> None:
         """Return if the request is allowed. Raises `OperatorError` with 401, 403 or 503."""
         if access is Access.OPEN:
             return
@@ -77,7 +83,7 @@ class Guard:
         if self.required:
             self._authorize(request)
 
-    def _authorize(self, request: web.Request) -> None:
+    def _authorize(self, request: BaseRequest) -> None:
         given = bearer(request.headers.get(hdrs.AUTHORIZATION))
         if not given:
             raise OperatorError(401, "the admin token is required: Authorization: Bearer …")
@@ -94,7 +100,7 @@ class Guard:
         return True  # an address is not resolved by DNS, so it cannot be rebound
 
 
-def _same_origin(request: web.Request, host: str) -> bool:
+def _same_origin(request: BaseRequest, host: str) -> bool:
     """Return True unless the request comes from another site's page. Only browsers send the headers that show it."""
     if request.headers.get(_SEC_FETCH_SITE, "none") not in _OWN_SITE:
         return False
@@ -129,7 +135,8 @@ HEADERS = {
     "Server": "agent-shim",
     "X-Content-Type-Options": "nosniff",
 }
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Handler = Callable[[BaseRequest], Awaitable[StreamResponse]]
+Route = tuple[Handler, Access]
 
 
 class StaticFiles:
@@ -138,11 +145,11 @@ class StaticFiles:
     def __init__(self, token_required: bool) -> None:
         self._token = b'data-token="required"' if token_required else _NO_TOKEN
 
-    async def serve(self, request: web.Request) -> web.Response:
+    async def serve(self, request: BaseRequest) -> Response:
         """Return one of `FILES`."""
         name, content_type = FILES[request.path]
         body = _read(name).replace(_NO_TOKEN, self._token, 1) if request.path == "/" else _read(name)
-        return web.Response(body=body, content_type=content_type, charset="utf-8")
+        return Response(body=body, content_type=content_type, charset="utf-8")
 
 
 @cache
@@ -176,57 +183,83 @@ class AdminServer:
         self._live = EventStream(status.clock, status.sampler, self._not_ready, status.take)
         self._reasons: list[str] = []
         registry.register(StatusCollector(lambda: status.take(self._reasons)))
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors_as_json])
-        app.on_response_prepare.append(_add_headers)
-        self._route(app, commands)
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            handler_cancellation=True,
-            shutdown_timeout=STOP_S,
-            keepalive_timeout=IDLE_S,
-            lingering_time=LINGER_S,
-            read_bufsize=MAX_BODY_BYTES,
-        )
+        self._routes = self._make_routes(commands)
+        self._server: Server | None = None
         self._connections: Connections | None = None
         self._sockets: list[socket.socket] = []
         self._listeners: list[asyncio.Server] = []
 
-    def _route(self, app: web.Application, commands: CommandApi) -> None:
+    def _make_routes(self, commands: CommandApi) -> dict[str, dict[str, Route]]:
+        """Return the routes by path and method. `{id}` stands for one segment of a path, or its beginning."""
         pages = StaticFiles(self._guard.required)
+        get, post = hdrs.METH_GET, hdrs.METH_POST
         routes: list[tuple[str, str, Handler, Access]] = [
-            (hdrs.METH_GET, "/healthz", self._healthz, Access.OPEN),
-            (hdrs.METH_GET, "/readyz", self._readyz, Access.OPEN),
-            (hdrs.METH_GET, "/metrics", self._metrics, Access.OPEN),
-            *((hdrs.METH_GET, path, pages.serve, Access.SHELL) for path in FILES),
-            (hdrs.METH_GET, "/status.json", self._status, Access.DATA),
-            (hdrs.METH_GET, "/config.json", self._config, Access.DATA),
-            (hdrs.METH_GET, "/events", self._live.serve, Access.DATA),
-            (hdrs.METH_GET, "/commands/{id}.json", _handler(commands, "trace"), Access.DATA),
-            (hdrs.METH_POST, "/commands/{id}/purge", _handler(commands, "purge"), Access.CHANGE),
-            (hdrs.METH_POST, "/commands/{id}/redeliver", _handler(commands, "redeliver"), Access.CHANGE),
-            (hdrs.METH_POST, "/agents/{id}/forget", _handler(commands, "forget"), Access.CHANGE),
-            (hdrs.METH_POST, "/drain", _handler(commands, "drain"), Access.CHANGE),
+            (get, "/healthz", self._healthz, Access.OPEN),
+            (get, "/readyz", self._readyz, Access.OPEN),
+            (get, "/metrics", self._metrics, Access.OPEN),
+            *((get, path, pages.serve, Access.SHELL) for path in FILES),
+            (get, "/status.json", self._status, Access.DATA),
+            (get, "/config.json", self._config, Access.DATA),
+            (get, "/events", self._live.serve, Access.DATA),
+            (get, "/commands/{id}.json", _handler(commands, "trace"), Access.DATA),
+            (post, "/commands/{id}/purge", _handler(commands, "purge"), Access.CHANGE),
+            (post, "/commands/{id}/redeliver", _handler(commands, "redeliver"), Access.CHANGE),
+            (post, "/agents/{id}/forget", _handler(commands, "forget"), Access.CHANGE),
+            (post, "/drain", _handler(commands, "drain"), Access.CHANGE),
             (hdrs.METH_DELETE, "/drain", _handler(commands, "resume"), Access.CHANGE),
         ]
+        table: dict[str, dict[str, Route]] = {}
         for method, path, handler, access in routes:
-            app.router.add_route(method, path, self._guarded(handler, access))
-            if method == hdrs.METH_GET:
-                app.router.add_route(hdrs.METH_HEAD, path, self._guarded(handler, access))
+            methods = table.setdefault(path, {})
+            methods[method] = (handler, access)
+            if method == get:
+                methods[hdrs.METH_HEAD] = (handler, access)
+        return table
 
-    def _guarded(self, handler: Handler, access: Access) -> Handler:
-        async def guarded(request: web.Request) -> web.StreamResponse:
-            """Check the access, and call the handler unless too many requests are served already.
+    def _make_request(self, *args: Any) -> BaseRequest:
+        make: Callable[..., BaseRequest] = BaseRequest
+        return make(*args, asyncio.get_running_loop(), client_max_size=MAX_BODY_BYTES)
 
-            Raises `OperatorError`.
-            """
-            self._guard.check(request, access)
-            busy = 0 if self._connections is None else self._connections.busy
-            if busy > MAX_BUSY and request.path not in PROBES:
-                raise OperatorError(503, "too many requests at a time")
-            return await handler(request)
+    async def _dispatch(self, request: BaseRequest) -> StreamResponse:
+        """Call the handler of a request's route. Raises `OperatorError`.
 
-        return guarded
+        aiohttp's own router would bring its web framework with it, 1 MB of memory for a dozen routes.
+        """
+        if request.version == HttpVersion11 and hdrs.EXPECT in request.headers:  # checked by `AdminConnection`
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the interim response is no part of the response
+        methods = self._routes.get(_split_path(request)[0])
+        if methods is None:
+            raise OperatorError(404, "not found")
+        if request.method not in methods:
+            raise _MethodNotAllowedError(methods)
+        handler, access = methods[request.method]
+        self._guard.check(request, access)
+        busy = 0 if self._connections is None else self._connections.busy
+        if busy > MAX_BUSY and request.path not in PROBES:
+            raise OperatorError(503, "too many requests at a time")
+        return await handler(request)
+
+    async def _answer(self, request: BaseRequest) -> StreamResponse:
+        """Return the response to a request, every error as JSON with one sentence."""
+        try:
+            response = await self._dispatch(request)
+        except OperatorError as error:
+            headers = {hdrs.WWW_AUTHENTICATE: "Bearer"} if error.status == 401 else None
+            if isinstance(error, _MethodNotAllowedError):
+                headers = {hdrs.ALLOW: error.allowed}
+            response = _error(error.status, str(error), headers)
+        except NoRoom:
+            response = _error(503, "too many large requests at a time")
+        except (RequestPayloadError, HttpProcessingError):
+            # A fault hides the bytes before it, which would have been rejected if they had come alone.
+            too_large = request.content.total_bytes > MAX_BODY_BYTES
+            response = _error(413, "request entity too large") if too_large else _error(400, "the body cannot be read")
+        except HTTPException as error:
+            response = _error(error.status, error.reason.lower())
+        if not response.prepared:
+            response.headers.update(HEADERS)
+        return response
 
     async def bind(self) -> None:
         """Bind the port without listening yet. Raises `StartError`."""
@@ -236,11 +269,14 @@ class AdminServer:
         """Listen on the bound sockets and return the first address. Raises `StartError`, `OSError`."""
         if not self._sockets:
             await self.bind()
-        await self._runner.setup()
-        if self._runner.server is None:
-            raise RuntimeError("the runner made no server")
-        options = self._runner.server._kwargs  # noqa: SLF001 - aiohttp would pass these to its own connections
-        self._connections = Connections(self._runner.server, options, HEADERS)
+        self._server = Server(self._answer, request_factory=self._make_request, handler_cancellation=True)
+        options = {
+            "access_log": None,
+            "keepalive_timeout": IDLE_S,
+            "lingering_time": LINGER_S,
+            "read_bufsize": MAX_BODY_BYTES,
+        }
+        self._connections = Connections(self._server, options, HEADERS)
         loop = asyncio.get_running_loop()
         host, port, *_ = self._sockets[0].getsockname()
         for bound in self._sockets:
@@ -265,7 +301,10 @@ class AdminServer:
             listener.close()
         for bound in self._sockets:
             bound.close()
-        await self._runner.cleanup()
+        if self._server is not None:
+            await asyncio.sleep(0)  # requests that have arrived are begun, so that their connections are not idle
+            self._server.pre_shutdown()
+            await self._server.shutdown(STOP_S)
 
     def _token(self) -> str:
         """Return the present admin token, read from its file."""
@@ -283,64 +322,62 @@ class AdminServer:
         self._reasons = reasons
         return reasons
 
-    async def _healthz(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
+    async def _healthz(self, request: BaseRequest) -> Response:
+        return json_response({"status": "ok"})
 
-    async def _readyz(self, request: web.Request) -> web.Response:
+    async def _readyz(self, request: BaseRequest) -> Response:
         reasons = await self._not_ready()
         if reasons:
-            return web.json_response({"status": "not ready", "reasons": reasons}, status=503)
-        return web.json_response({"status": "ready"})
+            return json_response({"status": "not ready", "reasons": reasons}, status=503)
+        return json_response({"status": "ready"})
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _metrics(self, request: BaseRequest) -> Response:
         await self._not_ready()
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
+        return Response(body=encode(self._registry), headers={"Content-Type": content_type})
 
-    async def _config(self, request: web.Request) -> web.Response:
+    async def _config(self, request: BaseRequest) -> Response:
         """Return the effective configuration with secrets masked, for `agent-shim doctor --url`."""
         masked = loader.redacted(self._builder.settings)
-        return web.Response(body=msgspec.json.encode(masked), content_type="application/json")
+        return Response(body=msgspec.json.encode(masked), content_type="application/json")
 
-    async def _status(self, request: web.Request) -> web.Response:
+    async def _status(self, request: BaseRequest) -> Response:
         status = await self._take()
         status.series = self._builder.sampler.last()
-        return web.Response(body=msgspec.json.encode(status), content_type="application/json")
+        return Response(body=msgspec.json.encode(status), content_type="application/json")
 
 
 def _handler(commands: CommandApi, action: str) -> Handler:
-    async def handle(request: web.Request) -> web.Response:
+    async def handle(request: BaseRequest) -> Response:
         """Pass the action to the command API and return its answer as JSON. Raises `OperatorError`."""
         try:
             async with asyncio.timeout(BODY_S):
                 body = await request.read()
         except TimeoutError:
             raise OperatorError(408, "the body did not arrive in time") from None
-        answer = await commands.everywhere(action, request.match_info.get("id", ""), body)
-        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+        answer = await commands.everywhere(action, _split_path(request)[1], body)
+        return Response(body=msgspec.json.encode(answer), content_type="application/json")
 
     return handle
 
 
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Return every error as JSON with one sentence, whether the shim or aiohttp raised it."""
-    try:
-        return await handler(request)
-    except OperatorError as error:
-        headers = {hdrs.WWW_AUTHENTICATE: "Bearer"} if error.status == 401 else None
-        return web.json_response({"error": str(error)}, status=error.status, headers=headers)
-    except NoRoom:
-        return web.json_response({"error": "too many large requests at a time"}, status=503)
-    except (RequestPayloadError, HttpProcessingError):
-        # A fault hides the bytes before it, which would have been rejected if they had come alone.
-        if request.content.total_bytes > request.client_max_size:
-            return web.json_response({"error": "request entity too large"}, status=413)
-        return web.json_response({"error": "the body cannot be read"}, status=400)
-    except web.HTTPException as error:
-        allow = {name: error.headers[name] for name in (hdrs.ALLOW,) if name in error.headers}
-        return web.json_response({"error": error.reason.lower()}, status=error.status, headers=allow)
+class _MethodNotAllowedError(OperatorError):
+    """The path is served by other methods. `allowed` is the value of the header `Allow`."""
+
+    def __init__(self, methods: Iterable[str]) -> None:
+        super().__init__(405, "method not allowed")
+        self.allowed = ",".join(sorted(methods))
 
 
-async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.update(HEADERS)
+def _split_path(request: BaseRequest) -> tuple[str, str]:
+    """Return the path of a request as the routes name it, and the id in it, decoded."""
+    match request.rel_url.parts:
+        case (_, folder, name) if len(name) > len(".json") and name.endswith(".json"):
+            return f"/{folder}/{{id}}.json", name.removesuffix(".json")
+        case (_, folder, name, action) if name:
+            return f"/{folder}/{{id}}/{action}", name
+    return request.path, ""
+
+
+def _error(status: int, text: str, headers: dict[istr, str] | None = None) -> Response:
+    return json_response({"error": text}, status=status, headers=headers)

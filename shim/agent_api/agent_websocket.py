@@ -7,10 +7,12 @@ import logging
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from aiohttp import EofStream, WebSocketError, WSMsgType, hdrs, web
+from aiohttp import EofStream, WebSocketError, WSMsgType, hdrs
 from aiohttp._websocket.reader import WebSocketReader
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.log import ws_logger
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_ws import WebSocketResponse
 
 from shim.ports import Frame
 from shim.protocol.http import bearer
@@ -35,7 +37,7 @@ def token_of(message: RawRequestMessage) -> str:
     return query.get("token", [""])[0]
 
 
-class AgentWebSocket(web.WebSocketResponse):
+class AgentWebSocket(WebSocketResponse):
     """One agent's WebSocket; implements `ports.FrameSocket`.
 
     The caller decides when it ends: aiohttp's automatic close and pong are off.
@@ -67,7 +69,7 @@ class AgentWebSocket(web.WebSocketResponse):
         """
         self._frame_reader = CloseFrameReader(self._reader, self._bound) if reader and self._reader else None
 
-    async def prepare(self, request: web.BaseRequest) -> Any:
+    async def prepare(self, request: BaseRequest) -> Any:
         """Answer the handshake with 101."""
         self._transport = request.transport
         return await super().prepare(request)

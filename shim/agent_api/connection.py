@@ -9,10 +9,13 @@ from collections.abc import Coroutine
 from typing import Any, Protocol, cast
 
 import msgspec
-from aiohttp import hdrs, web
+from aiohttp import hdrs
 from aiohttp.http import HttpVersion11
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
+from aiohttp.web_server import Server
 
 from shim.agent_api import tcp_state
 from shim.agent_api.responses import NO_ROUTE, SENT_CLOSE
@@ -74,7 +77,7 @@ class AgentConnection(HttpConnection):
 
     def __init__(
         self,
-        server: web.Server,
+        server: Server,
         server_context: ServerContext,
         handler: Handler,
         number: int,
@@ -253,7 +256,7 @@ class AgentConnection(HttpConnection):
         self._context = context
         return False
 
-    def take_request(self, request: web.BaseRequest) -> RequestContext:
+    def take_request(self, request: BaseRequest) -> RequestContext:
         """Return the request that its handler task finishes. The task calls this once."""
         context, self._context = self._context, None
         if context is None:
@@ -380,11 +383,11 @@ class AgentConnection(HttpConnection):
 
     def handle_error(
         self,
-        request: web.BaseRequest,
+        request: BaseRequest,
         status: int = 500,
         exc: BaseException | None = None,
         message: str | None = None,
-    ) -> web.StreamResponse:
+    ) -> StreamResponse:
         """Close a connection whose handler failed; aiohttp's default would write a second response, in plain text."""
         self._server_context.metrics.internal_errors.labels("frontend").inc()
         logger.error("a handler failed after its reply", exc_info=exc)
@@ -459,7 +462,7 @@ class RequestContext:
         self.immediate = False
         self.admitted: Admitted | None = None
         self.answer: Reply | Coroutine[Any, Any, Any] | None = None
-        self.request: web.BaseRequest | None = None
+        self.request: BaseRequest | None = None
         self.match: Match | None = None
         self.caller: Caller | None = None
         self.call: Call | None = None

@@ -13,7 +13,9 @@ from collections.abc import Coroutine, Iterable
 from functools import partial
 from typing import Any
 
-from aiohttp import hdrs, web
+from aiohttp import hdrs
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
 from msgspec.structs import replace
 from yarl import URL
 
@@ -249,7 +251,7 @@ class RequestHandler:
             self._in_flight.leave(request.in_flight)
         return self._writer.immediate(request, reply)
 
-    async def finish(self, aiohttp_request: web.BaseRequest) -> web.StreamResponse:
+    async def finish(self, aiohttp_request: BaseRequest) -> StreamResponse:
         """Finish a request in its handler task, and write its reply."""
         request: RequestContext = aiohttp_request.protocol.take_request(aiohttp_request)  # type: ignore[attr-defined]
         try:

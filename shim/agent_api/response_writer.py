@@ -9,8 +9,9 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 import aiohttp
-from aiohttp import hdrs, web
+from aiohttp import hdrs
 from aiohttp.http import HttpVersion11
+from aiohttp.web_response import StreamResponse
 from multidict import istr
 
 from shim.agent_api.connection import AgentConnection, RequestContext
@@ -53,7 +54,7 @@ class ResponseWriter:
         head_only = request.message.method == hdrs.METH_HEAD
         return self._responses.response(reply.status, request.encoded, request_id, more, head_only=head_only)
 
-    async def reply(self, request: RequestContext, reply: Reply) -> web.StreamResponse:
+    async def reply(self, request: RequestContext, reply: Reply) -> StreamResponse:
         """Write a reply of the shim's own and end the request."""
         connection, message = request.connection, request.message
         keep = not message.should_close and not request.must_close and not connection.closing
@@ -72,7 +73,7 @@ class ResponseWriter:
         route = route_of(request.message.method, request.message.path, request.match)
         self._server_context.refused.note(request.connection.now_s(), reply.status, route, reply.body)
 
-    async def write_proxied(self, request: RequestContext, proxied: ProxyResponse) -> web.StreamResponse:
+    async def write_proxied(self, request: RequestContext, proxied: ProxyResponse) -> StreamResponse:
         """Write a reply of the vendor's API or of another replica, in pieces if it came in pieces."""
         connection, message = request.connection, request.message
         request.must_close = proxied.closes
@@ -123,7 +124,7 @@ class ResponseWriter:
 
     async def _end(
         self, request: RequestContext, status: int, *, written: bool, keep: bool, counts: bool = True
-    ) -> web.StreamResponse:
+    ) -> StreamResponse:
         if counts:  # otherwise the replica that made the reply has counted it
             self._requests.count(request.match, status, request.connection.now_s() - request.started_s)
         if not written:

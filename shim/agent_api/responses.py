@@ -10,9 +10,10 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
 
 from shim.core.call_records import RecentCalls
 from shim.log import get
@@ -34,7 +35,7 @@ def no_static_headers() -> Mapping[str, str]:
     return _NO_HEADERS
 
 
-class AlreadySent(web.StreamResponse):
+class AlreadySent(StreamResponse):
     """The response that a handler returns to aiohttp after writing the real one itself.
 
     It has no state, so two instances serve all requests.
@@ -49,7 +50,7 @@ class AlreadySent(web.StreamResponse):
         """True if the connection stays open."""
         return self._keep
 
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+    async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
         """Write no head: it was written already."""
         return None
 

@@ -9,7 +9,7 @@ import ssl
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from aiohttp import web
+from aiohttp.web_server import Server
 
 from shim.agent_api.auth import Guard
 from shim.agent_api.connection import AgentConnection
@@ -91,8 +91,8 @@ def _reason(error: OSError) -> str:
     return getattr(error, "reason", None) or error.strerror or type(error).__name__
 
 
-class ConnectionServer(web.Server):
-    """aiohttp's `web.Server` with connections of type `AgentConnection`."""
+class ConnectionServer(Server):
+    """aiohttp's `Server` with connections of type `AgentConnection`."""
 
     def __init__(
         self,

@@ -1,36 +1,17 @@
-"""The command `agent-shim`. The module of a subcommand is imported only when it is called, so that `run` stays small.
-
-Exit codes: 0 success, 1 a command failed or found a failure, 2 faults in the configuration or the command line, 70 an
-internal error, 78 the store was written by a newer version. `rollout` has 2 for a verdict and 64 for the command line.
-"""
+"""The commands of `agent-shim`. The module of a subcommand is imported only when it is called."""
 
 from __future__ import annotations
 
-import errno
 import importlib
 import importlib.util
 import os
-import signal
-import sys
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import click
 
 from shim import __version__
-from shim.errors import (
-    EXIT_CONFIG,
-    EXIT_FAILED,
-    EXIT_INTERNAL,
-    EXIT_OK,
-    EXIT_STORE_VERSION,
-    ConfigError,
-    StoreVersionError,
-)
-
-# Packages of the extras. They are imported where they are used, so that help needs none of them.
-_OPTIONAL = {"rich": "tools", "ruamel": "tools", "psycopg": "postgres", "devtools": "devtools"}
+from shim.cli import run as run_command
 
 # Each command as `module:name`, with the help that is shown without importing the module.
 _LAZY_COMMANDS = {
@@ -121,12 +102,7 @@ def cli() -> None:
 @click.option("--ready-file", metavar="FILE", help="Written when the shim serves: its addresses and pid as JSON.")
 def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> NoReturn:
     """Run the sidecar until SIGTERM or SIGINT."""
-    # Before the event loop handles signals, PID 1 would ignore SIGTERM, and SIGHUP would end the process.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_OK))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    from shim import launch
-
-    launch.main(config, sets, ready_file)
+    run_command.start(config, sets, ready_file)
 
 
 @cli.command("check-config")
@@ -141,30 +117,3 @@ def check_config(config: str | None, sets: tuple[str, ...]) -> None:
     for warning in find_warnings(settings, os.environ, config):
         click.echo(f"warning: {warning}", err=True)
     click.echo(dump(settings), nl=False)
-
-
-def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Execute the command line (default: that of the process) and exit with its code."""
-    try:
-        cli.main(args, prog_name="agent-shim")
-    except ConfigError as exc:
-        plural = "s" if len(exc.faults) > 1 else ""
-        click.echo(f"{len(exc.faults)} fault{plural} in the configuration:", err=True)
-        for fault in exc.faults:
-            click.echo(f"  {fault}", err=True)
-        sys.exit(EXIT_CONFIG)
-    except StoreVersionError as exc:
-        click.echo(f"store: {exc}", err=True)
-        sys.exit(EXIT_STORE_VERSION)
-    except Exception as exc:  # noqa: BLE001 - the last resort: a defect has its own exit code
-        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EIO):
-            click.echo(f"Error: the output cannot be written: {exc.strerror}", err=True)
-            sys.exit(EXIT_FAILED)
-        package = (exc.name or "").partition(".")[0] if isinstance(exc, ModuleNotFoundError) else ""
-        if package in _OPTIONAL:
-            click.echo(f"Error: this needs {package}: pip install 'agent-shim[{_OPTIONAL[package]}]'", err=True)
-            sys.exit(EXIT_CONFIG)
-        from shim.log import Redaction
-
-        click.echo(Redaction().text(traceback.format_exc()), err=True, nl=False)
-        sys.exit(EXIT_INTERNAL)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from shim.cluster.database import Agreement, Database
 from shim.core.shards import HeldLease, LeasePolicy, Member, View

@@ -9,13 +9,13 @@ import asyncio
 import heapq
 import re
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from socket import gethostname
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from shim.agent_api import Backends
 from shim.agent_api.internal import OPERATOR, ClusterListener

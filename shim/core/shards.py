@@ -11,13 +11,11 @@ import hashlib
 import hmac
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 
 import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class LeasePolicy:
+class LeasePolicy(msgspec.Struct, frozen=True):
     """Times of a lease of `lease_s` seconds."""
 
     lease_s: float
@@ -76,8 +74,7 @@ class HeldLease:
         self.over = True
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(msgspec.Struct, frozen=True):
     """A replica as described by its row. `process` is never reused; `fingerprint` is that of its certificate."""
 
     process: str
@@ -87,12 +84,11 @@ class Member:
     leaving: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(msgspec.Struct, frozen=True):
     """All rows as last read: members by process, and (holder, fence) by shard."""
 
-    members: dict[str, Member] = field(default_factory=dict)
-    leases: dict[int, tuple[str, int]] = field(default_factory=dict)
+    members: dict[str, Member] = msgspec.field(default_factory=dict)
+    leases: dict[int, tuple[str, int]] = msgspec.field(default_factory=dict)
 
     def owner(self, shard: int) -> Member | None:
         """Return the replica that holds a shard. A holder without a row is gone, so its shards are free."""

@@ -28,8 +28,8 @@ ROOM_CHECK_S = 0.001
 
 logger = logging.getLogger(__name__)
 
-# RFC 6455 section 7.4: the codes between 1000 and 4999 that must not be sent in a frame.
-_UNSENDABLE = frozenset({1004, 1005, 1006, *range(1015, 3000)})
+# RFC 6455 section 7.4: the codes that may be sent in a frame.
+_SENDABLE = (range(1000, 1004), range(1007, 1015), range(3000, 5000))
 _KINDS: dict[WSMsgType, Literal["text", "binary", "ping", "pong"]] = {
     WSMsgType.TEXT: "text",
     WSMsgType.BINARY: "binary",
@@ -45,7 +45,7 @@ def reply_code(code: int) -> int:
     """Return the code for the reply to a peer's close frame: the peer's own, if it may be sent."""
     if not code:
         return int(WSCloseCode.OK)
-    return code if 1000 <= code < 5000 and code not in _UNSENDABLE else int(WSCloseCode.PROTOCOL_ERROR)
+    return code if any(code in codes for codes in _SENDABLE) else int(WSCloseCode.PROTOCOL_ERROR)
 
 
 def frame_of(message: Any) -> Frame | None:

@@ -13,14 +13,14 @@ import yaml
 from click.testing import CliRunner
 
 from shim import __version__
-from shim.cli import main
+from shim.cli import entry, main
 from shim.errors import StoreVersionError
 
 SHOW_MODULES = """
 import sys
-from shim.cli import main as cli
+from shim.cli import entry
 try:
-    cli.main(["--help"])
+    entry.main(["--help"])
 finally:
     print(sorted(sys.modules), file=sys.stderr)
 """
@@ -40,7 +40,7 @@ def agent_shim(*args: str, env: dict[str, str] | None = None) -> subprocess.Comp
 
 def exit_code(*args: str) -> int | str | None:
     with pytest.raises(SystemExit) as caught:
-        main.main(args)
+        entry.main(args)
     return caught.value.code
 
 

@@ -83,7 +83,7 @@ def installed(folder: Path, *wheels: Path) -> Path:
     ]
     subprocess.run(unpack, check=True, capture_output=True, timeout=120)
     start = home / "bin" / "agent-shim"
-    start.write_text(f"#!{home}/bin/python\nfrom shim.cli.main import main\nmain()\n")
+    start.write_text(f"#!{home}/bin/python\nfrom shim.cli.entry import main\nmain()\n")
     start.chmod(0o755)
     return start
 

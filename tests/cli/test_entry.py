@@ -1,0 +1,20 @@
+"""The entry point imports no more than its command needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_a_run_imports_neither_click_nor_the_web_framework(tmp_path: Path) -> None:
+    """Each would take 1 MB of an idle sidecar's memory."""
+    code = (
+        "import sys; from shim import launch; from shim.cli import entry\n"
+        "launch.main = lambda *given: (launch.import_app(), sys.exit(str(sorted(sys.modules))))\n"
+        f"entry.main(['run', '--config', '{tmp_path}/none.yaml'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert "'shim.app'" in done.stderr
+    kept = [name for name in ("click", "aiohttp.web", "aiohttp.web_app", "argparse") if f"'{name}'" in done.stderr]
+    assert not kept, kept
