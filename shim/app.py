@@ -138,6 +138,28 @@ class App:
         task.add_done_callback(self._owned.discard)
         return task
 
+    def spawn_isolated(self, name: str, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+        """Run a coroutine that serves one connection or one call, like `spawn`.
+
+        An exception of it is logged and counted. It ends what the coroutine served, which must see to that itself, and
+        not the process, as the failure of a service does.
+        """
+
+        async def isolated() -> None:
+            """Await the coroutine, and catch what it raises."""
+            try:
+                await coro
+            except Exception:
+                self._metrics.internal_errors.labels("connection").inc()
+                log.exception("task_failed", task=name)
+
+        task = self.spawn(name, isolated())
+        if task is None:
+            coro.close()
+        else:
+            task.add_done_callback(lambda _: coro.close())  # a task that is cancelled at once never awaits it
+        return task
+
     # --- the start list -----------------------------------------------------------------------------------------------
 
     async def _start_unless_stopped(self) -> None:
@@ -167,7 +189,7 @@ class App:
             self._logging.redaction.add(secret)
         for event, hint in security_warnings(settings):
             log.warning(event, hint=hint)
-        upstream = AiohttpUpstream(settings.upstream, self.spawn)
+        upstream = AiohttpUpstream(settings.upstream, self.spawn_isolated)
         runtime = build_runtime(self._make_context(clock, upstream), self.make_store)
         if isinstance(runtime, SingleRuntime):
             self.bridge = runtime.bridge
@@ -216,6 +238,7 @@ class App:
             new_id=lambda: uuid.uuid4().hex,
             call_threadsafe=loop.call_soon_threadsafe,
             spawn=self.spawn,
+            spawn_isolated=self.spawn_isolated,
             metrics=self._metrics,
             upstream=self.wrap_upstream(upstream),
             read_token=self._read_token,
@@ -393,7 +416,7 @@ class App:
         """Request a reload of the configuration: now, or after the start."""
         self._reloader.request()
         if self.ready.is_set():
-            self.spawn("reload", self._reloader.reload())
+            self.spawn_isolated("reload", self._reloader.reload())
 
     def _count_rollout(self) -> None:
         """Set the metrics of the rollout: a canary is watched for a day, counted from its last change."""

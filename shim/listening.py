@@ -140,7 +140,11 @@ class Listener:
                 logger.warning("a connection cannot be accepted: %s", error.strerror)
                 await asyncio.sleep(ACCEPT_AGAIN_S)
                 continue
-            self._open(accepted)
+            try:
+                self._open(accepted)
+            except Exception:  # a defect with one connection must not end the listener for all
+                logger.exception("a connection could not be opened")
+                accepted.close()
             number += 1
             if number % ACCEPTED_PER_TURN == 0:
                 await asyncio.sleep(0)  # `sock_accept` returns at once while connections wait

@@ -290,7 +290,9 @@ class Metrics:
 
     def _add_process(self) -> None:
         self.internal_errors = self._counters(
-            "internal_errors", "Defects of the shim that were caught at a boundary.", part=("frontend", "bridge")
+            "internal_errors",
+            "Defects of the shim that were caught at a boundary.",
+            part=("frontend", "bridge", "connection"),
         )
         self.log_lines_dropped = self._counter(
             "log_lines_dropped", "Log lines that could not be written: the reader was too slow, or writing failed."

@@ -37,6 +37,7 @@ Spawn = Callable[[str, Coroutine[Any, Any, None]], Any]
 class RuntimeContext(msgspec.Struct, frozen=True):
     """Dependencies of a runtime. `on_store_corrupt` stops the process after the store was found corrupt.
 
+    `spawn` runs a service, whose failure ends the process, and `spawn_isolated` what serves one connection or one call.
     `note_step` is called with each step in the trace of commands: session, commands, and what happened.
     """
 
@@ -47,6 +48,7 @@ class RuntimeContext(msgspec.Struct, frozen=True):
     new_id: Callable[[], str]
     call_threadsafe: CallThreadsafe
     spawn: Spawn
+    spawn_isolated: Spawn
     metrics: Metrics
     upstream: UpstreamPort
     read_token: Callable[[], str]
@@ -149,7 +151,7 @@ class SingleRuntime:
         self.addresses: dict[str, str] = {}
         self.forwarder = None
         self.websockets = WebSocketProxy(
-            lambda: self.bridge.ctx.settings, context.metrics, context.spawn, self.bridge.websocket_agents
+            lambda: self.bridge.ctx.settings, context.metrics, context.spawn_isolated, self.bridge.websocket_agents
         )
         context.metrics.websocket_connections.set_function(self.websockets.count)
         self._loaded: StoreContents | None = None

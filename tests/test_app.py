@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Iterator
 from contextlib import closing
 from typing import Any
 
+import aiohttp
 import pytest
 
 from shim import app
@@ -91,6 +92,45 @@ async def test_a_port_that_is_taken_ends_the_start_before_the_store_is_opened(se
         assert await ended(asyncio.create_task(shim.run())) == app.EXIT_INTERNAL
     assert "open" not in shim.steps, "another shim may use this store"
     assert not shim.ready.is_set()
+
+
+async def test_a_defect_with_one_connection_ends_that_alone_and_one_of_a_service_ends_the_process(logs: Logs) -> None:
+    async def defect() -> None:
+        raise RuntimeError("a defect")
+
+    shim = RecordedApp(configured(), logs)
+    running = await started(shim)
+    task = shim.spawn_isolated("connection 7", defect())
+    assert task is not None
+    await asyncio.wait([task], timeout=PATIENCE_S)
+    assert task.exception() is None
+    async with (
+        asyncio.timeout(PATIENCE_S),
+        aiohttp.ClientSession() as session,
+        session.get(f"http://{shim.addresses['admin']}/metrics") as response,
+    ):
+        counted = await response.text()
+    assert 'agent_shim_internal_errors_total{part="connection"} 1.0' in counted
+    assert not running.done()
+    shim.spawn("service", defect())
+    assert await ended(running) == app.EXIT_INTERNAL
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_what_serves_one_connection_is_never_left_unfinished(cancelled: bool, logs: Logs) -> None:
+    async def waits() -> None:
+        await asyncio.Event().wait()
+
+    shim = RecordedApp(configured(), logs)
+    running = await started(shim)
+    task = shim.spawn_isolated("connection", waits())
+    assert task is not None
+    if cancelled:
+        task.cancel()  # before its first step: a coroutine that was never awaited would be a warning
+    shim.stop_requested.set()
+    assert shim.spawn_isolated("late", waits()) is None
+    assert await ended(running) == app.EXIT_OK
+    assert task.cancelled()
 
 
 async def test_during_a_stop_no_task_is_started(logs: Logs) -> None:

@@ -141,11 +141,11 @@ class Replica:
         client = ReplicaClient(self.membership, self._admin_pool)
         about = partial(replicas_status, self.membership, self.shards)
         self.subject = Subject(self._ctx, self.shards.bridges, about, client.ask_others)
-        self._admin = ClusterAdmin(self.subject, client, self._locator, context.spawn)
+        self._admin = ClusterAdmin(self.subject, client, self._locator, context.spawn_isolated)
         self.agent_service = self.evidence = Router(self._locator, self._current)
         self.forwarder = ReplicaForwarder(self._locator, self.membership, self._pool, context.clock, self._metrics)
         self.fallback = ClusterFallback(self._locator, self.shards, self._current, context.clock)
-        self.websockets = WebSocketProxy(self._current, context.metrics, context.spawn, self._admin)
+        self.websockets = WebSocketProxy(self._current, context.metrics, context.spawn_isolated, self._admin)
         context.metrics.websocket_connections.set_function(self.websockets.count)
         self._listener = self._make_listener()
         self._tasks: list[asyncio.Task[None]] = []

@@ -248,6 +248,9 @@ class WebSocketPump:
                 await self._wake.wait()
         except ConnectionError:
             logger.debug("writing failed; the reader reports the end of the connection")
+        except Exception:
+            self.abort()  # otherwise the link would go on with nobody who writes
+            raise
 
     # --- reading ---
 

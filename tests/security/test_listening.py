@@ -139,3 +139,27 @@ async def test_a_connection_that_cannot_be_opened_is_closed_and_no_longer_counte
         writer.close()
         listener.stop()
         listening.close()
+
+
+async def test_a_defect_with_one_connection_does_not_end_the_listener() -> None:
+    """The listener's task ended with it, and nobody was served any more, although the process went on."""
+    served = asyncio.Event()
+    made = iter([None, Arrival(served.set)])
+
+    def make() -> Arrival:
+        arrival = next(made)
+        if arrival is None:
+            raise RuntimeError("a defect")
+        return arrival
+
+    [listening] = await bind("listen", ("127.0.0.1",), 0)
+    listener = Listener(make, None, 30)
+    listener.start([listening])
+    async with asyncio.timeout(60):
+        for _ in range(2):
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            assert await reader.read() == b""
+            writer.close()
+        await served.wait()
+    listener.stop()
+    listening.close()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import cast
 
 import pytest
+from aiohttp import WSMessage, WSMsgType
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
@@ -16,6 +18,7 @@ from shim.core.bounds import LONG_TEXT_BYTES
 from shim.ports import DialRequest
 from shim.protocol.upstream_message import Message, decode
 from shim.upstream import AiohttpUpstream
+from shim.upstream.websocket import RawWebSocket, WebSocketPump
 from tests.support.sockets import DEADLINE_S, Events, Tasks, accept_websocket, connect, tcp_server
 
 HELLO = b'{"type":"hello","payload":{"n":1}}'
@@ -428,3 +431,34 @@ async def test_a_close_frame_without_a_code_is_answered() -> None:
         assert (await received)[0] == 0x88
         await upstream.close()
         await tasks.finish()
+
+
+class SocketWithADefect:
+    """A WebSocket whose writing fails as nothing expects. Reading ends when it is aborted."""
+
+    def __init__(self) -> None:
+        self.aborted = asyncio.Event()
+
+    def watch(self, on_bytes: Callable[[], None]) -> None:
+        pass
+
+    async def send_frame(self, data: bytes, kind: WSMsgType) -> None:
+        raise RuntimeError("a defect")
+
+    async def receive(self) -> WSMessage:
+        await self.aborted.wait()
+        return WSMessage(WSMsgType.CLOSED, None, None)
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
+async def test_a_defect_of_the_writer_ends_its_connection_as_a_loss() -> None:
+    events = Events()
+    pump = WebSocketPump(cast("RawWebSocket", SocketWithADefect()), events)
+    pump.ping(b"fence")
+    async with asyncio.timeout(DEADLINE_S):
+        wrote, read = await asyncio.gather(pump.write(), pump.read(), return_exceptions=True)
+    assert isinstance(wrote, RuntimeError)
+    assert read is None
+    assert events.of("closed") == [(False, 0)]
