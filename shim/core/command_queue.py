@@ -426,9 +426,9 @@ class CommandQueue:
                 moved.reason, moved.replies, moved.arrived_at = queued.reason, queued.replies, queued.arrived_at
 
     def _drop(self, queued: QueuedCommand) -> None:
-        if self._by_id.pop(queued.record.id, None) is not None:
-            del self._order[bisect_left(self._order, queued)]
-            self._bytes -= queued.record.size_bytes
+        del self._by_id[queued.record.id]
+        del self._order[bisect_left(self._order, queued)]
+        self._bytes -= queued.record.size_bytes
 
 
 def _take_back(commands: Iterable[QueuedCommand]) -> tuple[QueuedCommand, ...]:

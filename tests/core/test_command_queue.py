@@ -68,7 +68,10 @@ def ids(commands: tuple[QueuedCommand, ...]) -> list[str]:
 
 def test_offers_the_oldest_first_whatever_the_order_of_their_commits() -> None:
     queue = queue_of(record(3), record(1), record(2))
-    assert offered(queue).ids == ("k1", "k2", "k3")
+    offer = queue.take(5, 7, 12.0, POLICY)
+    assert offer is not None
+    assert offer.ids == ("k1", "k2", "k3")
+    assert (offer.key, offer.number, offer.connection, offer.polled_at) == (KEY, 5, 7, 12.0)
     assert queue.waiting_since == 1.0
 
 
@@ -172,8 +175,9 @@ def test_no_confirmation_is_needed_for_an_own_connection_or_one_that_was_closed(
 
 def test_a_result_proves_the_whole_reply() -> None:
     queue = queue_of(record(1), record(2))
-    offered(queue)
+    offer = offered(queue)
     assert ids(queue.answered("k2")) == ["k1"]
+    assert [live.state for live in offer.commands] == [CommandState.DELIVERED, CommandState.ANSWERED]
     assert len(queue) == 0
     assert queue.offer is None
 

@@ -213,6 +213,8 @@ def test_a_link_that_was_not_needed_meanwhile_keeps_to_retry_after_as_well() -> 
     machine.handle(ev.IdleTimeout(), 90)
     assert machine.handle(ev.AgentCalled(), 100) == [ev.StartRetryTimer(delay_s - 100)]
     assert machine.state is S.WAITING
+    machine.handle(ev.IdleTimeout(), 200)
+    assert machine.handle(ev.AgentCalled(), delay_s - 0.25) == [ev.StartRetryTimer(0.25)]
     assert machine.handle(ev.RetryDue(), delay_s) == [HEADER]
 
 
