@@ -171,7 +171,7 @@ class AgentCallHandler:
 
         outcome = await self._registrations.register(link, call, cached, arrived_s)
         if isinstance(outcome, Registered):
-            self._session_registry.registration_answered(owner, call, outcome)
+            await self._session_registry.registration_answered(owner, call, outcome)
         return outcome
 
     # --- results ------------------------------------------------------------------------------------------------------

@@ -118,8 +118,10 @@ class HttpFallbackBridge:
 
     # --- registrations ------------------------------------------------------------------------------------------------
 
-    def registered(self, caller: Caller, call: RegisterCall, reply: dict[str, Any], *, conflict: bool = False) -> None:
-        """Store the name and ids of an agent that the vendor's HTTP API registered.
+    async def registered(
+        self, caller: Caller, call: RegisterCall, reply: dict[str, Any], *, conflict: bool = False
+    ) -> None:
+        """Store the name and ids of an agent that the vendor's HTTP API registered, and wait until they are stored.
 
         They are used when the agent is served by the WebSocket later. With `conflict` (409) they are stored only if the
         reply carries the id of the existing cluster.
@@ -129,7 +131,7 @@ class HttpFallbackBridge:
         ids = {"cluster_id": cluster.get("id")} if isinstance(cluster, dict) else {}
         known = register_reply({**ids, **{k: v for k, v in reply.items() if v is not None}})
         if owner is not None and (known or not conflict):
-            self._session_registry.record_http_registration(owner, call, known)
+            await self._session_registry.record_http_registration(owner, call, known)
 
     # --- polls --------------------------------------------------------------------------------------------------------
 

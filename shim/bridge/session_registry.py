@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -33,6 +35,7 @@ MAX_UNVERIFIED_SESSIONS = 8
 RETRY_AFTER_S = 60
 SAVE_SEEN_EVERY_S = 3600.0
 KEEP_AGAIN_S = 30
+STORE_WAIT_S = 1.0
 
 
 class SessionPersistence:
@@ -71,6 +74,24 @@ class SessionPersistence:
         A session and the one that it supersedes are stored together: a process killed in between would start with an
         agent id that leads to the new session already, and nothing would lead to what waits in the former one.
         """
+        operations = self._operations(keys)
+        if operations:
+            self._submit(keys, operations)
+        return bool(operations)
+
+    async def save_and_wait(self, *keys: SessionKey) -> None:
+        """Store sessions as `save_all` does, and wait for the store's answer, at most `STORE_WAIT_S`.
+
+        An agent that was answered after this keeps its registration through a kill of the shim.
+        """
+        operations, answered = self._operations(keys), asyncio.Event()
+        if operations:
+            self._submit(keys, operations, answered.set)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STORE_WAIT_S):
+                    await answered.wait()
+
+    def _operations(self, keys: tuple[SessionKey, ...]) -> list[Operation]:
         operations: list[Operation] = []
         for session in map(self._ctx.sessions.get, keys):
             if session is None or self._deferred(session.key):
@@ -81,15 +102,19 @@ class SessionPersistence:
                 operations.append(SaveTunnel(key, session.tunnel))
             if self._ctx.sessions.alias_is(key.owner, session.agent_id, key):
                 operations.append(SaveAlias(key.owner, session.agent_id, key))
-        if operations:
-            self._submit(keys, operations)
-        return bool(operations)
+        return operations
 
-    def _submit(self, keys: tuple[SessionKey, ...], operations: list[Operation]) -> None:
+    def _submit(
+        self, keys: tuple[SessionKey, ...], operations: list[Operation], answered: Callable[[], None] | None = None
+    ) -> None:
         if not all(map(self._deferred, keys)):
-            self._ctx.store.submit(*operations, done=partial(self._saved, keys))
+            self._ctx.store.submit(*operations, done=partial(self._saved, keys, answered))
 
-    def _saved(self, keys: tuple[SessionKey, ...], outcome: StoreError | None) -> None:
+    def _saved(
+        self, keys: tuple[SessionKey, ...], answered: Callable[[], None] | None, outcome: StoreError | None
+    ) -> None:
+        if answered is not None:
+            answered()
         if outcome is not None:
             together = frozenset(keys).union(*(others for others in self._unsaved if not others.isdisjoint(keys)))
             self._unsaved = {others for others in self._unsaved if others.isdisjoint(keys)} | {together}
@@ -262,7 +287,7 @@ class SessionRegistry:
             self.persistence.save_session(session)
         return session
 
-    def record_http_registration(self, owner: str, call: RegisterCall, reply: dict[str, Any]) -> None:
+    async def record_http_registration(self, owner: str, call: RegisterCall, reply: dict[str, Any]) -> None:
         """Store the data of an agent that registered by HTTP, for the time when it is served by the WebSocket.
 
         `reply` is the result of `controller_replies.register_reply`, empty if the API's reply was not usable.
@@ -281,7 +306,7 @@ class SessionRegistry:
             session.reply = reply
             self._ctx.sessions.set_upstream_id(session, cluster_id)
         superseded = self._supersede_former(session, self._set_alias(session, call.agent_id))
-        self.persistence.save_all(session.key, *superseded)
+        await self.persistence.save_and_wait(session.key, *superseded)
 
     # --- registrations ------------------------------------------------------------------------------------------------
 
@@ -309,8 +334,8 @@ class SessionRegistry:
         session = self._ctx.sessions.get(SessionKey(owner, TargetKind.CLUSTER.value, named)) if named else stored
         return session.upstream_cluster_id if session is not None else ""
 
-    def registration_answered(self, owner: str, call: RegisterCall, outcome: Registered) -> None:
-        """Record the contact and the id of an agent whose registration was answered.
+    async def registration_answered(self, owner: str, call: RegisterCall, outcome: Registered) -> None:
+        """Record the contact and the id of an agent whose registration was answered, and wait until they are stored.
 
         The answer may have come from the store, or to the request of another agent of the same cluster.
         """
@@ -320,9 +345,8 @@ class SessionRegistry:
         session.touch(self._ctx.now, self._ctx.clock.wall_s())
         self.usage.note(session.key, call.dialect, "register", session.last_seen_unix)
         session.agent_id, session.secret = call.agent_id, call.secret or session.secret
-        if not self._ctx.sessions.alias_is(owner, call.agent_id, session.key):
-            self._set_alias(session, call.agent_id)
-            self.persistence.save_alias(session, call.agent_id)
+        self._set_alias(session, call.agent_id)
+        await self.persistence.save_and_wait(session.key)
 
     def register(
         self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False

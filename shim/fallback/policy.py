@@ -160,7 +160,7 @@ class FallbackPolicy:
             return self._on_unreachable(request)
         if isinstance(call, RegisterCall) and reply.status in TELLING and isinstance(reply.body, bytes):
             told = self._read(reply) or {}
-            self._bridge.http_fallback.registered(request.caller, call, told, conflict=reply.status == 409)
+            await self._bridge.http_fallback.registered(request.caller, call, told, conflict=reply.status == 409)
         # After `registered`: before it the status does not know whose call this is.
         if isinstance(reply.body, bytes):
             self._judge(request, reply.status)

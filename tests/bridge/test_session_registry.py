@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from shim.bridge.scheduler import TICK_S
-from shim.bridge.session_registry import MAX_UNVERIFIED_SESSIONS
+from shim.bridge.session_registry import MAX_UNVERIFIED_SESSIONS, STORE_WAIT_S
 from shim.core.agent_calls import (
     Accepted,
     Commands,
@@ -463,6 +464,42 @@ async def test_a_succession_that_the_disk_refused_is_stored_later(world: World) 
     assert await new.poll() == ["k1"]
 
 
+async def test_a_registration_is_answered_when_it_is_on_disk(world: World) -> None:
+    world.store.slow = True
+    registering = asyncio.ensure_future(world.agent().register())
+    await world.until(lambda: any(isinstance(each, SaveAlias) for each in world.store.log))
+    await world.settle()
+    assert not registering.done()
+    world.store.catch_up()
+    await world.settle()
+    assert isinstance(registering.result(), Registered)
+
+
+@pytest.mark.parametrize("broken", ["full", "hanging"])
+async def test_a_disk_that_is_full_or_hangs_delays_a_registration_by_a_second_at_most(
+    world: World, broken: str
+) -> None:
+    if broken == "full":
+        world.store.fail()
+    else:
+        world.store.slow = True
+    began_s = world.now
+    assert isinstance(await world.agent().register(), Registered)
+    assert world.now - began_s < (0.5 if broken == "full" else STORE_WAIT_S + 0.5)
+
+
+async def test_an_agent_that_hangs_up_while_its_registration_goes_to_disk_is_registered(world: World) -> None:
+    agent = world.agent()
+    world.store.slow = True
+    registering = asyncio.ensure_future(agent.register())
+    await world.until(lambda: any(isinstance(each, SaveAlias) for each in world.store.log))
+    registering.cancel()
+    await world.settle()
+    world.store.catch_up()
+    await world.restart()
+    assert [session.registered_name for session in world.bridge.ctx.sessions] == [agent.name]
+
+
 async def test_what_was_offered_to_the_old_one_is_uncertain_for_the_new(make_world: MakeWorld) -> None:
     world = await make_world(commands={"at_most_once": ["once"]})
     world.controller.manners.cluster_id = same_cluster
@@ -595,7 +632,7 @@ async def test_it_follows_an_agent_that_got_its_new_id_by_http(world: World) -> 
     await world.settle()
     await world.restart()
     call = RegisterCall("clusters_agent", "pod-1", "prod", {"agent_id": "pod-1", "name": "prod"}, "", False)
-    world.bridge.http_fallback.registered(Caller(agent.token, agent.connection), call, {"cluster_id": "c-new"})
+    await world.bridge.http_fallback.registered(Caller(agent.token, agent.connection), call, {"cluster_id": "c-new"})
     agent.cluster_id = "c-new"
     await agent.live(10)
     assert await agent.poll() == ["k1"]
