@@ -101,3 +101,22 @@ def test_the_same_route_of_two_requests_is_one_series() -> None:
         counts.count(Router(load()).match("POST", f"/api/v1/clusters/agent/{cluster}/heartbeat"), 204, 0.0)
     labels = {"dialect": "clusters_agent", "operation": "heartbeat", "status": "204"}
     assert registry.get_sample_value("agent_shim_requests_total", labels) == 2
+
+
+def test_replies_beyond_the_bound_count_as_other() -> None:
+    registry = Registry()
+    counts = RequestCounts(registry)
+    poll = Router(load()).match("GET", "/api/v1/clusters/agent/c1/poll")
+    for status in range(1, MAX_CHILDREN + 6):  # a proxied reply has any status
+        counts.count(poll, status, 0.5)
+    counts.count(poll, 1, 0.5)
+    named = {"dialect": "clusters_agent", "operation": "poll"}
+    other = {"dialect": "other", "operation": "other"}
+    requests = "agent_shim_requests_total"
+    assert registry.get_sample_value(requests, {**other, "status": "other"}) == 5
+    assert registry.get_sample_value(requests, {**named, "status": "1"}) == 2
+    assert registry.get_sample_value(requests, {**named, "status": str(MAX_CHILDREN)}) == 1
+    assert registry.get_sample_value(requests, {**named, "status": str(MAX_CHILDREN + 1)}) is None
+    assert registry.get_sample_value("agent_shim_request_duration_seconds_sum", other) == 2.5
+    deprecated = {"dialect": "other", "route": "other"}
+    assert registry.get_sample_value("agent_shim_deprecated_calls_total", deprecated) == 5
