@@ -11,7 +11,7 @@ from shim.config.settings import Listen
 from shim.core.agent_calls import HeartbeatCall
 from shim.core.bounds import FREE_BYTES
 from shim.http_heads import MAX_KNOWN_HEADERS, MAX_KNOWN_HEADS, EmptyLine, KnownHeads
-from tests.support.frontend import POLL, Agent, House, Reply, get, post, running
+from tests.support.frontend import POLL, Agent, Board, HeldCalls, House, Reply, get, offering, post, running
 
 END = b"\r\n\r\n"
 HEARTBEAT = "/api/v1/clusters/agent/c1/heartbeat"
@@ -160,3 +160,49 @@ async def test_each_of_two_known_heads_keeps_its_own_headers() -> None:
         of_other = post(HEARTBEAT, b"{}", TOKEN, "User-Agent: curl/8", "X-Request-Id: other")
         seen = [await _ask(agent, request) for request in [of_go, of_other] * 3]
     assert [(reply.status, reply.headers["x-request-id"]) for reply in seen] == [(204, "go"), (200, "other")] * 3
+
+
+async def test_a_request_with_a_known_head_is_evidence_for_the_reply_before_it() -> None:
+    board = Board()
+    board.script = offering()
+    async with running(board=board) as house:
+        agent = await house.agent()
+        for number in range(1, 4):
+            [command] = (await _ask(agent, POLL)).json["commands"]
+            assert command["id"] == f"cmd-{number}"
+            await board.until("written", number)
+        assert board.steps == ["call", "written", *["next", "call", "written"] * 2]
+
+
+async def test_a_known_head_whose_answer_takes_time_has_its_body_and_keeps_what_follows() -> None:
+    board = Board()
+    async with running(board=board) as house:
+        agent = await house.agent()
+        await _ask(agent, beat("first"))
+        held = HeldCalls(board, HeartbeatCall)
+        await agent.send(beat("other"))
+        await board.until("call", 2)
+        await agent.send(beat("third"))
+        await house.turn()
+        assert statuses(house) == ["first", "other"], "one request at a time"
+        held.go.set()
+        assert [(await agent.reply()).status for _ in range(2)] == [200, 200]
+        assert statuses(house) == ["first", "other", "third"]
+        assert (await _ask(agent, beat("again"))).status == 200
+
+
+async def test_an_agent_that_hangs_up_on_a_held_poll_with_a_known_head_is_noticed() -> None:
+    board = Board()
+    async with running(board=board) as house:
+        agent = await house.agent()
+        await _ask(agent, POLL)
+        HeldCalls(board)
+        await agent.send(POLL)
+        await board.until("call", 2)
+        agent.close()
+        await board.until("cancelled")
+
+
+def beat(status: str) -> bytes:
+    """A heartbeat; those with a state of five letters have the same head."""
+    return post(HEARTBEAT, b'{"status":"%s"}' % status.encode(), TOKEN)
