@@ -83,7 +83,7 @@ class LongPolls:
         poll = self._delivery.poll(key, connection, arrived_s, hold=limit_s > 0)
         held = poll.batch is None and not poll.offered.done()
         if held:
-            self._deadlines.add_spread(limit_s, self._delivery.expire_poll, key, poll)
+            self._deadlines.add(limit_s, self._delivery.expire_poll, key, poll)
             self._heartbeats.hold_started(session, now)
         else:
             self._heartbeats.called(session, now)
@@ -158,7 +158,7 @@ class LongPolls:
             self.tunnel_changed(session.key)
             changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._tunnels[session.key] = changed
-            self._deadlines.add_spread(limit_s, self._tunnel_over, session.key, changed)
+            self._deadlines.add(limit_s, self._tunnel_over, session.key, changed)
             self._heartbeats.hold_started(session, now)
             try:
                 await changed

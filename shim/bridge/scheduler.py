@@ -31,7 +31,7 @@ SLOT_S = 0.02
 CROWD = 16
 GOLDEN_RATIO = 0.6180339887498949
 EARLY = 0.25
-"""Share of a delay by which `DeadlineQueue.add_spread` may bring a deadline forward."""
+"""Share of a delay by which `DeadlineQueue.add` may bring a deadline forward."""
 SLICE_S = 0.002
 """Time for which work on all sessions may occupy the event loop in one turn."""
 
@@ -107,30 +107,19 @@ class DeadlineQueue:
         self._armed_for: float | None = None
         self._slots: Counter[int] = Counter()
 
-    def add_spread(self, delay_s: float, due: DueCallback, key: SessionKey, item: Any) -> None:
+    def add(self, delay_s: float, due: DueCallback, key: SessionKey, item: Any) -> None:
         """Call `due(key, item)` after `delay_s`, or up to a quarter earlier if many calls are due at the same time.
 
         Agents that polled in the same second poll again in the same second, and so on for hours: the calls of others
         would wait behind thousands of them again and again. Spread a few times, they are as far apart as they can be.
         """
-        at = self._ctx.now + delay_s
+        now = self._ctx.now
+        at, number = now + delay_s, next(self._numbers)
         if self._slots[int(at / SLOT_S)] >= CROWD:
             # Multiples of the golden ratio, without their integers, fill the interval evenly however many there are.
-            delay_s *= 1.0 - EARLY * (next(self._numbers) * GOLDEN_RATIO % 1.0)
-            at = self._ctx.now + delay_s
+            at = now + delay_s * (1.0 - EARLY * (number * GOLDEN_RATIO % 1.0))
         self._slots[int(at / SLOT_S)] += 1
-        self.add(delay_s, self._due_spread, key, (int(at / SLOT_S), due, item))
-
-    def _due_spread(self, key: SessionKey, entry: tuple[int, DueCallback, Any]) -> None:
-        slot, due, item = entry
-        self._slots[slot] -= 1
-        if not self._slots[slot]:
-            del self._slots[slot]
-        due(key, item)
-
-    def add(self, delay_s: float, due: DueCallback, key: SessionKey, item: Any) -> None:
-        """Call `due(key, item)` after `delay_s`."""
-        heapq.heappush(self._heap, (self._ctx.now + delay_s, next(self._numbers), due, key, item))
+        heapq.heappush(self._heap, (at, number, due, key, item))
         self._arm()
 
     def _arm(self) -> None:
@@ -149,7 +138,11 @@ class DeadlineQueue:
         for _ in range(AT_A_TIME):
             if not self._heap or self._heap[0][0] > now:
                 break
-            _, _, due, key, item = heapq.heappop(self._heap)
+            at, _, due, key, item = heapq.heappop(self._heap)
+            slot = int(at / SLOT_S)
+            self._slots[slot] -= 1
+            if not self._slots[slot]:
+                del self._slots[slot]
             due(key, item)
         self._arm()
 

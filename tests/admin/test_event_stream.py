@@ -7,27 +7,12 @@ from typing import Any
 
 from shim.admin.event_stream import EVERY_S, MAX_EVERY_S, SHARE, EventStream
 from tests.management.conftest import Page
-
-
-class Hands:
-    """A clock that only the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic_s(self) -> float:
-        return self.now
-
-    def wall_s(self) -> float:
-        return self.now
-
-    def until_tick_s(self, every_s: float) -> float:
-        return every_s
+from tests.support.virtual import FakeClock
 
 
 class Scene:
     def __init__(self, page: Page) -> None:
-        self.clock = Hands()
+        self.clock = FakeClock(100.0)
         self.took_s = 0.0
         self.taken = 0
         self.live = EventStream(self.clock, page.sampler, self._prepare, self._take)

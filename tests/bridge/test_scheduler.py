@@ -26,6 +26,7 @@ from shim.bridge.scheduler import (
 )
 from shim.core.records import SessionKey
 from shim.ports import Timer
+from tests.support.virtual import FakeClock
 from tests.support.world import World
 
 
@@ -57,22 +58,6 @@ async def test_an_idle_bridge_is_woken_by_one_timer_and_by_its_link(world: World
 
 
 # --- timers that are cancelled together -------------------------------------------------------------------------------
-
-
-class FakeClock:
-    """A clock that the test sets."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic_s(self) -> float:
-        return self.now
-
-    def wall_s(self) -> float:
-        return self.now
-
-    def until_tick_s(self, every_s: float) -> float:
-        return every_s
 
 
 class FakeTimers:
@@ -138,20 +123,18 @@ async def test_deadlines_are_met_in_order_of_time_and_then_of_arrival(world: Wor
 
 
 async def test_deadlines_of_one_moment_are_spread_over_turns_of_the_loop(world: World) -> None:
+    """All are due at once after the process stood still."""
+    clock, timers = FakeClock(), FakeTimers()
+    queue = DeadlineQueue(replace(world.bridge.ctx, clock=clock, timers=timers))
     met: list[int] = []
-    queue = DeadlineQueue(world.bridge.ctx)
     for number in range(3 * AT_A_TIME):
         queue.add(1.0, lambda _, item: met.append(item), SessionKey("o", "agent", "a"), number)
-    counts: list[int] = []
-
-    def count() -> None:
+    clock.now += 2.0
+    counts = [0]
+    while timers.calls:
+        timers.calls.pop()[1]()
         counts.append(len(met))
-        if len(met) < 3 * AT_A_TIME:
-            world.loop.call_soon(count)
-
-    world.loop.call_later(1.0, count)
-    await world.pass_s(2)
-    assert met == list(range(3 * AT_A_TIME))
+    assert sorted(met) == list(range(3 * AT_A_TIME))
     assert all(after - before <= AT_A_TIME for before, after in pairwise(counts))
 
 
@@ -159,7 +142,7 @@ def crowd(world: World, queue: DeadlineQueue, count: int, delay_s: float) -> lis
     """Deadlines that are added together; returns the list to which each adds its time when it is met."""
     met: list[float] = []
     for number in range(count):
-        queue.add_spread(delay_s, lambda *_: met.append(world.loop.time()), SessionKey("o", "agent", "a"), number)
+        queue.add(delay_s, lambda *_: met.append(world.loop.time()), SessionKey("o", "agent", "a"), number)
     return met
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("psycopg")
 from shim.cluster.membership import Membership
 from shim.core.shards import LeasePolicy, Member, View
 from shim.errors import StoreError
-from tests.support.virtual import run_virtual
+from tests.support.virtual import VirtualClock, run_virtual
 
 ME = Member("first", "shim-0", "127.0.0.1:1", "f")
 
@@ -43,16 +43,10 @@ class Rows:
         self.members.discard(me)
 
 
-class Clock:
-    def __init__(self, loop: Any) -> None:
-        self.monotonic_s = loop.time
-        self.wall_s = loop.time
-
-
 def made(rows: Rows, ended: list[str]) -> Membership:
     database: Any = rows
     loop = asyncio.get_running_loop()
-    return Membership(database, ME, {}, LeasePolicy(5.0), Clock(loop), loop, ended.append)
+    return Membership(database, ME, {}, LeasePolicy(5.0), VirtualClock(loop), loop, ended.append)
 
 
 def test_a_right_ends_by_our_own_clock_and_is_not_the_same_afterwards() -> None:

@@ -72,6 +72,22 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._jumping.outside = busy
 
 
+class FakeClock:
+    """A clock that the test sets."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def monotonic_s(self) -> float:
+        return self.now
+
+    def wall_s(self) -> float:
+        return self.now
+
+    def until_tick_s(self, every_s: float) -> float:
+        return every_s
+
+
 class VirtualClock:
     """A `ports.Clock` on a loop's time. `wall_offset_s` steps the wall clock."""
 
