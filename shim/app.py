@@ -59,8 +59,7 @@ log = get(__name__)
 STOP_S = 3.4
 STEP_S = 0.25
 
-Start = Callable[[], Coroutine[Any, Any, None]]
-Undo = Callable[[], Coroutine[Any, Any, None]]
+Step = Callable[[], Coroutine[Any, Any, None]]
 
 
 class App:
@@ -88,7 +87,7 @@ class App:
         self._logging = logging
         self._ready_file = ready_file
         self._tasks: asyncio.TaskGroup | None = None
-        self._undo: list[Undo] = []
+        self._undo: list[Step] = []
         self._metrics = Metrics(Registry())
         logging.count_drops(self._metrics.log_lines_dropped.inc)
         self._start_scope: asyncio.Timeout | None = None
@@ -203,7 +202,7 @@ class App:
             redaction,
         )
         agents = self._make_agent_server(runtime)
-        steps: tuple[tuple[Start | None, Undo | None], ...] = (
+        steps: tuple[tuple[Step | None, Step | None], ...] = (
             (None, upstream.close),
             (None, runtime.close),
             (partial(self._bind, admin, agents), admin.stop),

@@ -33,6 +33,7 @@ from shim.ports import Timer
 log = get(__name__)
 
 CHECK_S = 0.5
+NOT_FOUND = 404
 REASON_CHARS = 200
 _STATE_TEXTS = {
     CommandState.QUEUED: "it waits for its agent",
@@ -110,7 +111,7 @@ class AdminActions:
             self._state,
             self._since_unix,
             self._deadline_unix,
-            sum(map(len, self._queues.values())),
+            len(self._queues),
             len(self._outbox),
             self._delivery.refused_by_drain,
         )
@@ -186,7 +187,7 @@ class AdminActions:
         held = [
             (key, queue)
             for key, queue in self._queues.items()
-            if _means(session, key) and queue.get(command_id) is not None
+            if means(session, key) and queue.get(command_id) is not None
         ]
         if not held:
             record = _only(await self.find(command_id), session).record
@@ -270,7 +271,7 @@ class AdminActions:
         """
         keys = self._named(agent)
         if not keys:
-            raise OperatorError(404, "no agent of this name or id is known")
+            raise OperatorError(NOT_FOUND, "no agent of this name or id is known")
         if len(keys) > 1:
             shown = ", ".join(str(key) for key in sorted(keys)[:10])
             raise OperatorError(409, f"{len(keys)} agents have this name or id, choose one by its whole key: {shown}")
@@ -314,16 +315,23 @@ def _unanswered(error: StoreError) -> OperatorError:
     return OperatorError(503, f"the store did not answer: {error}")
 
 
-def _means(session: str, key: SessionKey) -> bool:
+def means(session: str, key: SessionKey) -> bool:
+    """Return True if an operator's text means this session: an id, a whole key, or nothing for any session."""
     return session in ("", key.ident, str(key))
+
+
+def unknown_command(where: str = "") -> OperatorError:
+    """Return the error for a command that no session has; `where` restricts it to one session."""
+    return OperatorError(
+        NOT_FOUND, f"no command with this id is known{where}; ended ones are kept for commands.retain_s"
+    )
 
 
 def _only(found: list[CommandDetails], session: str) -> CommandDetails:
     """Return the one command that is meant. Raises `OperatorError` 404 or 409."""
-    meant = [each for each in found if _means(session, each.record.session)]
+    meant = [each for each in found if means(session, each.record.session)]
     if not meant:
-        where = " in this session" if session else ""
-        raise OperatorError(404, f"no command with this id is known{where}; ended ones are kept for commands.retain_s")
+        raise unknown_command(" in this session" if session else "")
     if len(meant) > 1:
         raise _ambiguous([each.record.session for each in meant])
     return meant[0]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from shim.bridge.admin_actions import AdminActions
 from shim.bridge.agent_calls import AgentCallHandler
-from shim.bridge.command_queues import CommandQueues, UnpolledCommandsWarning
+from shim.bridge.command_queues import CommandQueues
 from shim.bridge.context import DEFAULT_OWNER, BridgeContext, EventQueue
 from shim.bridge.delivery import CommandDelivery
 from shim.bridge.event_handlers import EventHandlers
@@ -68,7 +68,6 @@ class Bridge:
             ctx, self.links, self.session_registry, self.registrations, self.delivery, self.long_polls, self.heartbeats
         )
         self.websocket_agents = WebSocketAgents(ctx, self.links.owner_of)
-        self.unpolled = UnpolledCommandsWarning(ctx, self.queues)
         self._upkeep = PeriodicTasks(ctx, self._periodic_tasks())
 
     def _periodic_tasks(self) -> tuple[PeriodicTask, ...]:
@@ -78,7 +77,7 @@ class Bridge:
             (TICK_S, self.session_registry.sweep),
             (TICK_S, self.heartbeats.settle),
             (TICK_S, self.gateways.sweep),
-            (TICK_S, self.unpolled.check),
+            (TICK_S, self.queues.warn_unpolled),
             (TICK_S, self.heartbeats.sweep),
             (TICK_S, self.links.check_idle),
             (TICK_S, self.registrations.sweep),

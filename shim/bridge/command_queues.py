@@ -22,6 +22,7 @@ from shim.core.records import (
     PutOutbox,
     SessionKey,
 )
+from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.log import get
 from shim.ports import Timer, Timers
@@ -61,6 +62,7 @@ class CommandQueues:
         self._timer_at: float | None = None
         self._unstored: dict[tuple[SessionKey, str], _FinalState] = {}
         self._wall_offset_s = 0.0
+        self.unpolled: set[SessionKey] = set()
 
     def get(self, key: SessionKey) -> CommandQueue | None:
         """Return the queue of a session, or None if the session has none."""
@@ -77,9 +79,9 @@ class CommandQueues:
         """Return every non-empty queue with its session key."""
         return [(key, queue) for key, queue in self._queues.items() if len(queue)]
 
-    def values(self) -> Iterable[CommandQueue]:
-        """Return every non-empty queue."""
-        return [queue for _, queue in self.items()]
+    def __len__(self) -> int:
+        """Return the number of commands in all queues."""
+        return sum(map(len, self._queues.values()))
 
     def add(self, record: CommandRecord, expires_at: float, now: float) -> QueuedCommand:
         """Queue a stored command and schedule its expiry; the times are monotonic."""
@@ -228,7 +230,7 @@ class CommandQueues:
         Most commands are fetched long before they expire. Counting those that wait takes a look at every session's
         queue, so it is done once in `EXPIRY_SLACK` commands.
         """
-        if len(self._expiries) > 2 * sum(map(len, self._queues.values())):
+        if len(self._expiries) > 2 * len(self):
             self._expiries = [entry for entry in self._expiries if self._held(entry[2], entry[3])]
             heapq.heapify(self._expiries)
 
@@ -263,6 +265,26 @@ class CommandQueues:
                 if queued.arrived_at is None:
                     queued.expires_at -= by_s
                     self.schedule_expiry(key, queued, at.now)
+
+    def warn_unpolled(self) -> Iterator[None]:
+        """Log each session once whose commands wait and whose agent has not polled for 10 minutes.
+
+        The status shows these sessions earlier. See docs/reference/protocol.md#1-legacy-side.
+        """
+        overdue = set()
+        for key, queue in self.items():
+            yield
+            if unpolled_s(self._ctx.sessions.get(key), queue, self._ctx.now) < UNPOLLED_WARNING_S:
+                continue
+            overdue.add(key)
+            if key not in self.unpolled:
+                log.warning(
+                    "commands_not_polled",
+                    session=key.ident,
+                    commands=len(queue),
+                    hint="this agent has not polled for 10 minutes; stock agents never fetch commands",
+                )
+        self.unpolled = overdue
 
     def _held(self, key: SessionKey, command_id: str) -> bool:
         queue = self._queues.get(key)
@@ -305,36 +327,12 @@ class CommandQueues:
         self._arm(now)
 
 
-class UnpolledCommandsWarning:
-    """Warning about sessions whose commands wait while their agent has not polled for 10 minutes.
-
-    Each such session is logged once and shown in the status. See docs/reference/protocol.md#1-legacy-side.
-    """
-
-    def __init__(self, ctx: BridgeContext, queues: CommandQueues) -> None:
-        self._ctx = ctx
-        self._queues = queues
-        self.sessions: set[SessionKey] = set()
-
-    def check(self) -> Iterator[None]:
-        """Log the sessions that became overdue since the last check."""
-        overdue = set()
-        for key, queue in self._queues.items():
-            yield
-            session, since = self._ctx.sessions.get(key), queue.waiting_since
-            if session is None or since is None or session.held:
-                continue
-            if self._ctx.now - max(since, session.poll_at or 0.0) < UNPOLLED_WARNING_S:
-                continue
-            overdue.add(key)
-            if key not in self.sessions:
-                log.warning(
-                    "commands_not_polled",
-                    session=key.ident,
-                    commands=len(queue),
-                    hint="this agent has not polled for 10 minutes; stock agents never fetch commands",
-                )
-        self.sessions = overdue
+def unpolled_s(session: Session | None, queue: CommandQueue, now: float) -> float:
+    """Return the seconds for which commands have waited without a poll; 0 if none waits or a poll is held."""
+    since = queue.waiting_since
+    if session is None or since is None or session.held:
+        return 0.0
+    return now - max(since, session.poll_at or 0.0)
 
 
 class AwaitedEvidence:

@@ -9,13 +9,14 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from shim.bridge import Bridge
+from shim.bridge.admin_actions import NOT_FOUND
 from shim.cluster.connection_pool import ConnectionPool, ReplicaLost
 from shim.cluster.membership import Membership
 from shim.cluster.shard_manager import ShardLocator
 from shim.core.shards import Member
 from shim.errors import OperatorError
 from shim.management.command_api import CommandApi
-from shim.management.subject import NOT_FOUND, Answers, Subject
+from shim.management.subject import Answers, Subject
 from shim.runtime import Spawn
 
 WAIT_S = 2.0

@@ -45,13 +45,13 @@ from shim.store import CallThreadsafe, Partition, commit_probe, open_shard
 from shim.store.postgres.database import prepare
 from shim.store.postgres.dsn import application, conninfo
 
-KEPT = 50
-_Result = TypeVar("_Result")
 log = get(__name__)
+
+KEPT = 50
 RETRY_S = 1.0
 STOP_S = 3.0
 KEEPALIVE_S = 60.0
-T = TypeVar("T")
+_Result = TypeVar("_Result")
 
 
 def replicas_status(membership: Membership, shards: ShardManager) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class Replica:
         self.membership.me = replace(self.membership.me, address=address)
         await self._retry(self.membership.join, waiting)
 
-    async def _retry(self, step: Callable[[], Awaitable[T]], waiting: Callable[[], Awaitable[None]]) -> T:
+    async def _retry(self, step: Callable[[], Awaitable[_Result]], waiting: Callable[[], Awaitable[None]]) -> _Result:
         """Repeat a step while the database cannot be reached. Raises `StoreError`, `ConfigError`.
 
         There is no limit: a process that ended here would be restarted later and later by its orchestrator.

@@ -10,9 +10,10 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from shim.bridge.admin_actions import NOT_FOUND, unknown_command
 from shim.core.records import CommandDetails, CommandRecord
 from shim.errors import OperatorError
-from shim.management.subject import NOT_FOUND, RETAINED, Subject
+from shim.management.subject import Subject
 
 MAX_DRAIN_S = 86_400.0
 
@@ -70,7 +71,7 @@ class CommandApi:
                 return {"drain": msgspec.to_builtins(self._subject.admin_actions.progress())}
             mine["commands"] += [each | {"replica": name} for name, answer in answers for each in answer["commands"]]
             if not mine["commands"]:
-                raise OperatorError(NOT_FOUND, f"no command with this id is known; {RETAINED}")
+                raise unknown_command()
         return mine
 
     async def _trace(self, command_id: str, _body: bytes) -> dict[str, Any]:

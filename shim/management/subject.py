@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from shim.bridge import Bridge, BridgeContext
-from shim.bridge.admin_actions import AdminActions, Drain, DrainState
+from shim.bridge.admin_actions import NOT_FOUND, AdminActions, Drain, DrainState, means, unknown_command
 from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.links import UpstreamLink
 from shim.bridge.registration import RefusedRegistration
@@ -20,9 +20,6 @@ from shim.core.command_queue import CommandQueue
 from shim.core.records import CommandDetails, CommandRecord, SessionKey
 from shim.core.sessions import Session
 from shim.errors import OperatorError
-
-NOT_FOUND = 404
-RETAINED = "ended ones are kept for commands.retain_s"
 
 
 class Actions:
@@ -78,10 +75,10 @@ class Actions:
             return bridges[0].admin_actions
         for bridge in bridges:
             found = await bridge.admin_actions.find(command_id)
-            if any(not session or session in (str(each[0].session), each[0].session.ident) for each in found):
+            if any(means(session, each.record.session) for each in found):
                 knowing.append(bridge)
         if not knowing:
-            raise OperatorError(NOT_FOUND, f"no command with this id is known; {RETAINED}")
+            raise unknown_command()
         if len(knowing) > 1:
             raise OperatorError(409, "several tokens have a command with this id: name its session")
         return knowing[0].admin_actions
@@ -116,17 +113,11 @@ Answers = list[tuple[str, dict[str, Any]]]
 AskOthers = Callable[..., Awaitable[Answers]]
 
 
-async def ask_nobody(_action: str, _target: str, _body: bytes, *, required: bool) -> Answers:
-    """Return no answers: a single process owns every command. `required` is ignored."""
-    del required
-    return []
-
-
 class Subject:
     """The bridges of this process as one.
 
     `ctx` has what they share. `replicas` describes all replicas, and returns `None` with a single process. `ask_others`
-    has the other replicas carry out an action.
+    has the other replicas carry out an action; a single process owns every command and asks nobody.
     """
 
     def __init__(
@@ -134,7 +125,7 @@ class Subject:
         ctx: BridgeContext,
         bridges: Bridges,
         replicas: Callable[[], dict[str, Any] | None] = lambda: None,
-        ask_others: AskOthers = ask_nobody,
+        ask_others: AskOthers | None = None,
     ) -> None:
         self.ctx = ctx
         self.stopping = False
@@ -155,6 +146,8 @@ class Subject:
         Returns the answers of those that could, with the replicas' names. Raises `OperatorError` if there is none, one
         is `required`, and a replica did not answer or had a reason other than not knowing the target.
         """
+        if self._ask_others is None:
+            return []
         answers = await self._ask_others(action, target, body, required=required)
         if action in ("drain", "resume", "progress"):
             drains = {name: msgspec.convert(answer["drain"], Drain) for name, answer in answers}

@@ -136,12 +136,12 @@ async def test_commands_that_nobody_polls_for_are_said_once(world: World, caplog
     assert warnings() == 0
     await agent.live(30)
     assert warnings() == 1
-    assert world.bridge.unpolled.sessions == {world.session("c-1").key}
+    assert world.bridge.queues.unpolled == {world.session("c-1").key}
     await agent.live(1000, every_s=30)
     assert warnings() == 1
     await agent.poll()
     await agent.live(20)
-    assert not world.bridge.unpolled.sessions
+    assert not world.bridge.queues.unpolled
     world.controller.push("k2")
     await agent.live(550)
     assert warnings() == 1, "it has not waited for ten minutes"
