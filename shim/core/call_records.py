@@ -45,11 +45,10 @@ class CallKind(NamedTuple):
 
 
 class CallCount(NamedTuple):
-    """Number of calls of one kind within the last minute. `last_at` is the monotonic time of the newest."""
+    """Number of calls of one kind within the last minute."""
 
     kind: CallKind
     calls: int
-    last_at: float
 
 
 class RecentCalls:
@@ -85,7 +84,7 @@ class RecentCalls:
         """Return the kinds of the last minute, the most frequent first."""
         self._drop_old(now)
         found = [
-            CallCount(kind, sum(count for at, count in steps if now - at < WINDOW_S), self._last_at[kind])
+            CallCount(kind, sum(count for at, count in steps if now - at < WINDOW_S))
             for kind, steps in self._steps.items()
         ]
         return sorted((each for each in found if each.calls), key=lambda each: (-each.calls, each.kind))
@@ -104,7 +103,7 @@ def rows(counts: Iterable[CallCount], limit: int) -> list[dict[str, object]]:
     """Return the first `limit` counts in the form used in the status."""
     return [
         {"status": kind.status or None, "route": kind.route, "reason": kind.reason or None, "calls": calls}
-        for kind, calls, _ in list(counts)[:limit]
+        for kind, calls in list(counts)[:limit]
     ]
 
 
@@ -154,18 +153,14 @@ class FallbackCall(msgspec.Struct, frozen=True):
 
 
 class FallbackRecord(msgspec.Struct):
-    """Counts per outcome since the start, the newest calls, and each agent's newest call.
+    """The newest calls, those of the last minute, and each agent's newest call.
 
-    `failures` is the number of failed calls in a row, and `failing_since_s` the time of the first of them (`None` while
-    the newest call was served). `recent` has the calls of the last minute and `recent_failures` the failed ones among
-    them.
+    `failing_since_s` is the time of the first of the failed calls in a row, `None` while the newest call was served.
+    `recent` has the calls of the last minute and `recent_failures` the failed ones among them.
     """
 
-    counts: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     last: FallbackCall | None = None
-    last_ok: FallbackCall | None = None
     last_failure: FallbackCall | None = None
-    failures: int = 0
     failing_since_s: float | None = None
     by_agent: OrderedDict[SessionKey, FallbackCall] = msgspec.field(default_factory=OrderedDict)
     recent: RecentCalls = msgspec.field(default_factory=RecentCalls)
@@ -173,18 +168,14 @@ class FallbackRecord(msgspec.Struct):
 
     def add(self, call: FallbackCall, agent: SessionKey | None = None) -> None:
         """Record a finished call. `agent` is the caller's session if it is known."""
-        self.counts[call.outcome] += 1
         self.last = call
         route = call.operation or "another call"
         self.recent.note(call.wall_s, call.status, route, "")
-        if not call.ok:
-            self.recent_failures.note(call.wall_s, call.status, route, call.reason)
         if call.ok:
-            self.last_ok = call
-            self.failures, self.failing_since_s = 0, None
+            self.failing_since_s = None
         else:
+            self.recent_failures.note(call.wall_s, call.status, route, call.reason)
             self.last_failure = call
-            self.failures += 1
             if self.failing_since_s is None:
                 self.failing_since_s = call.wall_s
         if agent is not None:

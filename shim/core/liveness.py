@@ -30,6 +30,7 @@ class LivenessCheck(msgspec.Struct, frozen=True):
 class Liveness:
     """Liveness of one connection. Times are monotonic seconds.
 
+    `heard_at` is the time of the last inbound frame, before the first one that of the dial.
     `used_to_ack` is true if the peer acknowledged heartbeats on earlier connections, `None` if that is unknown.
     """
 
@@ -44,21 +45,16 @@ class Liveness:
         self._ping_interval_s = ping_interval_s
         self._read_timeout_s = read_timeout_s
         self._ack_timeout_s = ack_timeout_s
-        self._last_frame = now
+        self.heard_at = now
         self._pinged_at: float | None = None
         self._unacked: OrderedDict[str, float] = OrderedDict()
         self._used_to_ack = used_to_ack
         self._disproved: bool | None = None
         self.acks_seen = False
 
-    @property
-    def heard_at(self) -> float:
-        """Monotonic time of the last inbound frame, before the first one the time of the dial."""
-        return self._last_frame
-
     def frame(self, now: float) -> None:
         """Record an inbound frame. Every frame proves that the peer is alive."""
-        self._last_frame = now
+        self.heard_at = now
         self._pinged_at = None
 
     def heartbeat_sent(self, request_id: str, now: float) -> None:
@@ -107,13 +103,13 @@ class Liveness:
         The peer is pinged at the next check and has the usual time to answer. The time for acknowledgements starts
         again.
         """
-        self._last_frame = max(self._last_frame, now - self._ping_interval_s)
+        self.heard_at = max(self.heard_at, now - self._ping_interval_s)
         self._pinged_at = None
         self._unacked = OrderedDict.fromkeys(self._unacked, now)
 
     def check(self, now: float) -> LivenessCheck:
         """Return the state of the connection. Call again after `next_s` seconds."""
-        silent_s = now - self._last_frame
+        silent_s = now - self.heard_at
         if silent_s >= self._read_timeout_s:
             return LivenessCheck(LivenessState.HALF_OPEN, 0)
         if (self.acks_seen or self._used_to_ack) and self._unacked:

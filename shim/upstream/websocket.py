@@ -201,7 +201,11 @@ class WebSocketPump:
 
     def close(self, code: int) -> None:
         """Send the queued frames and a close frame; wait at most 2 s in all for the peer, then abort."""
-        self._begin_close(code)
+        if self._state is _State.OPEN:
+            self._state = _State.CLOSING
+            self._close_code = code
+            self._timer = self._loop.call_later(CLOSE_WAIT_S, self.abort)
+            self._wake.set()
 
     def abort(self) -> None:
         """Abort the connection. `read` ends and reports it in the next iteration of the event loop."""
@@ -225,13 +229,6 @@ class WebSocketPump:
             return
         self._frames.append((data, kind))
         self._wake.set()
-
-    def _begin_close(self, code: int) -> None:
-        if self._state is _State.OPEN:
-            self._state = _State.CLOSING
-            self._close_code = code
-            self._timer = self._loop.call_later(CLOSE_WAIT_S, self.abort)
-            self._wake.set()
 
     async def write(self) -> None:
         """Write queued frames in order, the close frame last, until the connection ends."""
@@ -286,7 +283,7 @@ class WebSocketPump:
             # connection is kept until the timer fires: closing it at once could reset it before the close frame
             # is read.
             self._frames.clear()
-            self._begin_close(end.reply)
+            self.close(end.reply)
         else:
             self.abort()
         self._report(self._events.on_closed, end.by_close_frame, end.code, end.reason)

@@ -70,6 +70,6 @@ def test_of_too_many_agents_the_first_is_dropped() -> None:
 
 
 def test_the_status_has_the_first_counts() -> None:
-    counts = [CallCount(CallKind(404, "GET /a", "not found"), 3, 1.0), CallCount(CallKind(0, "poll", ""), 2, 1.0)]
+    counts = [CallCount(CallKind(404, "GET /a", "not found"), 3), CallCount(CallKind(0, "poll", ""), 2)]
     assert rows(counts, 1) == [{"status": 404, "route": "GET /a", "reason": "not found", "calls": 3}]
     assert rows(counts, 2)[1] == {"status": None, "route": "poll", "reason": None, "calls": 2}
