@@ -17,12 +17,11 @@ import click
 
 from shim.cli.threads import within
 from shim.config.loader import load, read_secret
+from shim.config.settings import Admin
 from shim.errors import ConfigError
 
 TIMEOUT_S = 5.0
-"""Seconds within which a connection must be made and each piece of the response must come."""
 WHOLE_S = 30.0
-"""Seconds within which the whole response must have come, however small its pieces are."""
 MAX_BYTES = 64 * 1_048_576
 
 
@@ -36,40 +35,52 @@ class AdminError(click.ClickException):
 
 @dataclass(frozen=True, slots=True)
 class AdminPort:
-    """Address of the admin port and its token (`""` if there is none)."""
+    """Address of the admin port and its token (`""` if there is none).
+
+    `timeout_s` bounds the connection and each piece of a response, `whole_s` the whole of it, however small the pieces.
+    """
 
     host: str
     port: int
     token: str = field(default="", repr=False)
+    timeout_s: float = TIMEOUT_S
     whole_s: float = WHOLE_S
 
-    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Send one request and return the JSON object of the response. Raises `AdminError` with a remedy."""
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        data = None if body is None else json.dumps(body)
-        connection = HTTPConnection(self.host, self.port, timeout=TIMEOUT_S)
+    def exchange(
+        self, method: str, path: str, body: str | None = None, limit_bytes: int = MAX_BYTES
+    ) -> tuple[int, str]:
+        """Send one request; return the status and the first bytes of the response's body as text.
+
+        Raises `OSError`, `HTTPException`.
+        """
+        connection = HTTPConnection(self.host, self.port, timeout=self.timeout_s)
         watch = threading.Timer(self.whole_s, lambda: _cut(sock))
         watch.daemon = True
         try:
-            within(TIMEOUT_S, connection.connect)
+            within(self.timeout_s, connection.connect)
             # Kept apart: the connection forgets a socket that the other side closes after its response.
             sock = connection.sock
             watch.start()
-            connection.request(method, path, data, headers)
+            connection.request(method, path, body, {"Authorization": f"Bearer {self.token}"} if self.token else {})
             response = connection.getresponse()
-            text = response.read(MAX_BYTES)
+            return response.status, response.read(limit_bytes).decode("utf-8", "replace")
+        finally:
+            watch.cancel()
+            connection.close()
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Send one request and return the JSON object of the response. Raises `AdminError` with a remedy."""
+        try:
+            status, text = self.exchange(method, path, None if body is None else json.dumps(body))
         except (OSError, HTTPException) as error:
             why = getattr(error, "strerror", "") or str(error) or type(error).__name__
             raise AdminError(
                 f"no answer from the admin port {self.host}:{self.port} ({why}): "
                 "start the shim, or name its admin port with --url or its configuration with --config"
             ) from None
-        finally:
-            watch.cancel()
-            connection.close()
         answer = _object(text)
-        if response.status != 200:
-            raise AdminError(self._refusal(response.status, answer or {}), response.status)
+        if status != 200:
+            raise AdminError(self._refusal(status, answer or {}), status)
         if answer is None:
             raise AdminError(f"{self.host}:{self.port} answers no JSON object: cut off, or not a shim's admin port")
         return answer
@@ -81,27 +92,13 @@ class AdminPort:
         return f"{said}; give --token-file, or --config with the shim's configuration"
 
 
-def fetch(
-    host: str, port: int, path: str, timeout_s: float, *, token: str = "", limit_bytes: int | None = None
-) -> tuple[int, str]:
-    """Send GET `path`; return the status and the first bytes of the body as text. Raises `OSError`, `HTTPException`."""
-    connection = HTTPConnection(host, port, timeout=timeout_s)
-    try:
-        within(timeout_s, connection.connect)
-        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
-        response = connection.getresponse()
-        return response.status, response.read(limit_bytes).decode("utf-8", "replace")
-    finally:
-        connection.close()
-
-
 def _cut(sock: socket.socket) -> None:
     """End a response that does not end by itself: the reading thread then gets the end of the stream."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def _object(text: bytes) -> dict[str, Any] | None:
+def _object(text: str) -> dict[str, Any] | None:
     try:
         answer = json.loads(text)
     except ValueError:
@@ -124,7 +121,7 @@ def admin_options(command: Callable[..., None]) -> Callable[..., None]:
 def port_of(url: str | None, config: str | None, sets: tuple[str, ...], token_file: str | None) -> AdminPort:
     """Return the admin port that the options select. Raises click's errors, `AdminError`, `ConfigError`."""
     admin = load(config, os.environ, sets).admin
-    host, port = given(url) if url else configured(admin.hosts[0], admin.port)
+    host, port = given(url) if url else configured(admin)
     path = token_file or admin.token_file
     try:
         return AdminPort(host, port, read_secret(path, "the token file") if path else "")
@@ -146,11 +143,11 @@ def given(url: str) -> tuple[str, int]:
     raise click.BadParameter("expected http://host:port", param_hint="--url")
 
 
-def configured(host: str, port: int) -> tuple[str, int]:
+def configured(admin: Admin) -> tuple[str, int]:
     """Return the address of a shim with these settings, as seen from here. Raises click's error if it is unknown."""
-    if not port:
+    if not admin.port:
         raise click.UsageError("admin.port is 0, any free port: give --url")
-    return reachable(host), port
+    return reachable(admin.hosts[0]), admin.port
 
 
 def reachable(host: str) -> str:

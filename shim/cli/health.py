@@ -11,8 +11,9 @@ from http.client import HTTPException
 
 import click
 
-from shim.cli.admin_client import configured, fetch, given
+from shim.cli.admin_client import AdminPort, configured, given
 from shim.clock import Clock, pause
+from shim.config.loader import load
 
 _SHOWN_BYTES = 300
 _PAUSE_S = 0.2
@@ -29,7 +30,7 @@ def command(
     config: str | None, sets: tuple[str, ...], url: str | None, ready: bool, wait_s: float, timeout_s: float
 ) -> None:
     """Check a running shim: exit code 0 if it is healthy, 1 if it is not or does not answer."""
-    host, port = given(url) if url else _configured(config, sets)
+    host, port = given(url) if url else configured(load(config, os.environ, sets).admin)
     path, clock = "/readyz" if ready else "/healthz", Clock()
     end_s = clock.monotonic_s() + wait_s
     well, text = ask(host, port, path, timeout_s)
@@ -43,14 +44,7 @@ def command(
 def ask(host: str, port: int, path: str, timeout_s: float) -> tuple[bool, str]:
     """Send GET `path`; return True if the answer was 200, and a sentence for people."""
     try:
-        status, body = fetch(host, port, path, timeout_s, limit_bytes=_SHOWN_BYTES)
+        status, body = AdminPort(host, port, timeout_s=timeout_s).exchange("GET", path, limit_bytes=_SHOWN_BYTES)
     except (OSError, HTTPException) as error:
         return False, f"no answer from the admin port {host}:{port}: {str(error) or type(error).__name__}"
     return status == 200, body.strip() if status == 200 else f"{status} {body.strip()}"
-
-
-def _configured(config: str | None, sets: tuple[str, ...]) -> tuple[str, int]:
-    from shim.config.loader import load
-
-    admin = load(config, os.environ, sets).admin
-    return configured(admin.hosts[0], admin.port)

@@ -10,13 +10,12 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from shim.cli.admin_client import fetch
+from shim.cli.admin_client import AdminPort
 from shim.cli.doctor.report import Finding, failed, passed, warned
 from shim.config.settings import Settings
 from shim.core.text import shorten
 from shim.protocol.http import origin_of
 
-TIMEOUT_S = 5.0
 EARLY_MANY = 3
 MISSED_SHARE = 0.001
 SHOWN = 5
@@ -62,7 +61,7 @@ def ask(host: str, port: int, token: str) -> RunningShim:
     """Query the admin port."""
     where = f"{host}:{port}"
     try:
-        status, text = fetch(host, port, "/metrics", TIMEOUT_S)
+        status, text = AdminPort(host, port).exchange("GET", "/metrics")
         if status != 200 or "agent_shim_" not in text:
             return RunningShim(where, trouble="another program answers, or a shim's port for agents")
         samples = {
@@ -70,9 +69,9 @@ def ask(host: str, port: int, token: str) -> RunningShim:
             for family in text_string_to_metric_families(text)
             for sample in family.samples
         }
-        status, body = fetch(host, port, "/status.json", TIMEOUT_S, token=token)
+        status, body = AdminPort(host, port, token).exchange("GET", "/status.json")
         told = json.loads(body) if body else {}
-        shown, body = fetch(host, port, "/config.json", TIMEOUT_S, token=token)
+        shown, body = AdminPort(host, port, token).exchange("GET", "/config.json")
         configuration = json.loads(body) if shown == 200 else {}
     except OSError as error:
         return RunningShim(where, trouble=error.strerror or str(error) or type(error).__name__)

@@ -153,7 +153,6 @@ async def ask_time_unverified(upstream: Upstream, environ: Mapping[str, str]) ->
 SKEW_WARN_S = 30.0
 SKEW_FAIL_S = 300.0
 SHOWN_ADDRESSES = 4
-_UPGRADED = 101
 _MEND_WAY = "let the proxy or load balancer pass the headers Upgrade and Connection on to the controller"
 _VALID_ONE_NEEDED = "put a valid token into upstream.token_file, with the permission to connect agents"
 _MEND_FRAMES = "something on the way passes the handshake and not the frames behind it: look at proxies"

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shim.cli.inject import sidecar
-from shim.cli.inject.settings import PodSettings
-from shim.cli.inject.shapes import WORKLOADS, ShapeError, check
+from shim.cli.inject.settings import PodSettings, merge
+from shim.cli.inject.shapes import WORKLOADS, check
 from shim.cli.inject.sidecar import InjectError, Map, Sidecar
 
 _HEAD = "---\n"
@@ -39,15 +39,6 @@ class Options:
     settings: PodSettings = field(default_factory=PodSettings)
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """An agent: its pod template, its container, and the namespace of its manifest."""
-
-    template: Map
-    container: Map
-    namespace: str
-
-
 def inject(text: str, options: Options) -> str:
     """Return the manifests with the sidecar in every agent. Text that has it already is returned unchanged.
 
@@ -67,12 +58,12 @@ def _inject(text: str, options: Options) -> str:
     out: list[str] = []
     for chunk in _chunks(text):
         configs = []
-        for found in chunk.agents(options.container):
+        for template, container, namespace in chunk.agents(options.container):
             agents += 1
-            sidecar.remove(found.template)
-            with_shim = sidecar.recognise(found.container, options.image, options.config_map, options.own_token)
-            sidecar.add(found.template, with_shim, found.container)
-            configs.append(_config_map(with_shim, found.namespace, options.settings))
+            sidecar.remove(template)
+            with_shim = sidecar.recognise(container, options.image, options.config_map, options.own_token)
+            sidecar.add(template, with_shim, container)
+            configs.append(_config_map(with_shim, namespace, options.settings))
         if options.config and configs:
             out.append(f"{_HEAD}{configs[0]}" if chunk.has_head else f"{configs[0]}{_HEAD}")
         out.append(chunk.text())
@@ -111,10 +102,7 @@ class _Chunk:
         self._head = text[: text.index("\n", match.end()) + 1] if match and "\n" in text[match.end() :] else ""
         self._yaml = _round_trip(text)
         self._data = _load(self._yaml, text[len(self._head) :])
-        try:
-            check(self._data)
-        except ShapeError as error:
-            raise InjectError(str(error)) from None
+        check(self._data)
         # The library's output without any change: only a difference from it is a change.
         self._before = self._dump()
 
@@ -146,15 +134,15 @@ class _Chunk:
                 if isinstance(template, dict) and (template.get("spec") or {}).get("containers"):
                     yield template, (data.get("metadata") or {}).get("namespace") or ""
 
-    def agents(self, wanted: str) -> Iterator[_Found]:
-        """Return the agents, without pods that opted out by label."""
+    def agents(self, wanted: str) -> Iterator[tuple[Map, Map, str]]:
+        """Return pod template, container and namespace of every agent, without pods that opted out by label."""
         for template, namespace in self.templates():
             labels = (template.get("metadata") or {}).get("labels") or {}
             if labels.get(sidecar.OPT_OUT_LABEL) == "disabled":
                 continue
             for container in template["spec"]["containers"]:
                 if container.get("name") == wanted if wanted else sidecar.is_agent(container, template):
-                    yield _Found(template, container, namespace)
+                    yield template, container, namespace
                     break
 
     def is_our_config(self) -> bool:
@@ -176,7 +164,7 @@ def _config_map(with_shim: Sidecar, namespace: str, settings: PodSettings) -> st
     from ruamel.yaml.scalarstring import LiteralScalarString
 
     writer, out = _round_trip(""), io.StringIO()
-    writer.dump(settings.merged(with_shim.settings), out)
+    writer.dump(merge(with_shim.settings, settings.tree), out)
     metadata = {"name": with_shim.config_map} | ({"namespace": namespace} if namespace else {})
     metadata["labels"] = {_MANAGED_BY: _MANAGER}  # type: ignore[assignment]
     texts = {"config.yaml": out.getvalue(), **settings.files}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shim.cli.inject.shapes import ShapeError, check_pod
+from shim.cli.inject.shapes import check_pod
 from shim.cli.inject.sidecar import API_URL, NAME, OPT_OUT_LABEL, InjectError, env_entry, is_agent, leads_to_loopback
 
 _ALIVE = frozenset({"Pending", "Running"})
-_KUBECTL_S = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +54,9 @@ def listed(text: str) -> list[Mapping[str, Any]]:
     for item in items:
         try:
             check_pod(item)
-        except ShapeError:
+        except InjectError:
             raise wrong from None
     return items
-
-
-def in_cluster(namespace: str) -> list[Mapping[str, Any]]:
-    """Return the pods that kubectl shows, of one namespace or of all. Raises `InjectError` if it fails."""
-    where = ["--namespace", namespace] if namespace else ["--all-namespaces"]
-    command = ["kubectl", "get", "pods", *where, "--output", "json", f"--request-timeout={_KUBECTL_S}s"]
-    try:
-        done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
-            command, capture_output=True, text=True, timeout=_KUBECTL_S + 5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise InjectError(f"kubectl cannot be asked: {type(error).__name__}") from None
-    if done.returncode:
-        raise InjectError(f"kubectl cannot show pods: {done.stderr.strip()[:300]}")
-    return listed(done.stdout)
 
 
 def _fault(spec: Mapping[str, Any], container: Mapping[str, Any]) -> str:

@@ -41,14 +41,13 @@ _AUTHORITIES = ("upstream.ca_file", "fallback.ca_file", "notify.ca_file")
 
 @dataclass(frozen=True, slots=True)
 class PodSettings:
-    """`tree` is merged into the settings of the sidecar; `files` are texts by their name in the ConfigMap."""
+    """Settings of the operator: keys that the pod decides are not in `tree`.
+
+    `files` are texts by their name in the ConfigMap.
+    """
 
     tree: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
-
-    def merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings of the sidecar with these added. Keys that the pod decides are not among them."""
-        return _merge(own, self.tree)
 
 
 def read(path: str | None, sets: Sequence[str], own_token: bool) -> PodSettings:
@@ -107,6 +106,7 @@ def _put(tree: dict[str, Any], names: Sequence[str], value: Any) -> None:
     tree[names[-1]] = value
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key: _merge(below[key], above[key]) for key in below if isinstance(above.get(key), Mapping)}
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one tree of settings with another one added, whose values win."""
+    both = {key: merge(below[key], above[key]) for key in below if isinstance(above.get(key), Mapping)}
     return {**below, **above, **both}

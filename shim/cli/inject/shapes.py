@@ -9,11 +9,9 @@ from typing import Any
 
 import msgspec
 
+from shim.cli.inject.sidecar import InjectError
+
 WORKLOADS = frozenset({"Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Pod"})
-
-
-class ShapeError(Exception):
-    """An object of another shape; the text contains its kind and the place, and no value."""
 
 
 class _Named(msgspec.Struct):
@@ -81,7 +79,7 @@ class _ConfigMap(msgspec.Struct):
 
 
 def check(data: Any) -> None:
-    """Check an object, or the items of a List. Raises `ShapeError`."""
+    """Check an object, or the items of a List. Raises `InjectError`."""
     if not isinstance(data, dict):
         return
     kind = data.get("kind")
@@ -96,7 +94,7 @@ def check(data: Any) -> None:
 
 
 def check_pod(data: Any) -> None:
-    """Check a pod in a list of kubectl's. Raises `ShapeError`."""
+    """Check a pod in a list of kubectl's. Raises `InjectError`."""
     _require("Pod", data, _Pod)
 
 
@@ -104,4 +102,4 @@ def _require(kind: str, data: Any, shape: type[msgspec.Struct]) -> None:
     try:
         msgspec.convert(data, shape)
     except msgspec.ValidationError as error:
-        raise ShapeError(f"not a {kind} of Kubernetes: {error}") from None
+        raise InjectError(f"not a {kind} of Kubernetes: {error}") from None

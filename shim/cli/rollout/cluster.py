@@ -22,6 +22,10 @@ WANTED = {
 }
 
 
+NO_WAY_BACK = frozenset({"fallback_failing", "fallback_failed"})
+"""Problems with which the vendor's HTTP API does not serve an agent."""
+
+
 class Measured(msgspec.Struct, frozen=True):
     """Samples of one objective in one window; more than the share `target` of them must be good."""
 
@@ -116,7 +120,7 @@ class Cluster(msgspec.Struct, kw_only=True):
     def http_fails(self) -> bool:
         """True if calls by the vendor's HTTP API are not served: there is no way back."""
         over = self.sunset_days is not None and self.sunset_days < 0
-        return over or any(each.code in ("fallback_failing", "fallback_failed") for each in self.troubles)
+        return over or any(each.code in NO_WAY_BACK for each in self.troubles)
 
 
 # A status is another program's text: numbers are taken as far as they can be what they are called.

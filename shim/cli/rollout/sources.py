@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -20,36 +17,21 @@ from urllib.parse import urlsplit
 import click
 import msgspec
 
+from shim.cli import kubectl
 from shim.cli.admin_client import AdminPort, given
-from shim.cli.inject.missing_sidecars import agents, listed
+from shim.cli.inject.missing_sidecars import agents
 from shim.cli.inject.sidecar import CONFIG_DIR, NAME, InjectError
+from shim.cli.kubectl import KubectlError, Terms
 from shim.cli.rollout import placement
 from shim.cli.rollout.cluster import Cluster, Status, StatusError, add_status, read_status
 from shim.cli.rollout.placement import Lists, Place
 from shim.cli.rollout.prometheus import Prometheus, PrometheusError, clusters
 from shim.clock import Clock
 from shim.config.loader import read_secret
-from shim.core.text import plural, printable
+from shim.core.text import plural
 from shim.errors import ConfigError
 
 MAX_SHIMS = 50
-ERROR_CHARS = 300
-ALL = "all"
-LOOK_S = 0.5
-"""Seconds between two looks for Ctrl-C while a kubectl runs."""
-_LOG_LINE = re.compile(r"[EWIF]\d{4} ")
-
-
-class KubectlError(Exception):
-    """kubectl failed; the text is its own, or says why it was not run to its end."""
-
-
-class Terms(NamedTuple):
-    """Conditions that hold for every cluster: the namespace to look in, and when to end a kubectl."""
-
-    namespace: str
-    timeout_s: float
-    interrupted: Event
 
 
 class Access(NamedTuple):
@@ -89,7 +71,7 @@ def cluster_of_context(access: Access) -> Cluster:
 def statuses(access: Access, row: Cluster) -> list[Status]:
     """Return the status of every shim of a cluster, and add agents' pods and failures to its row."""
     try:
-        pods = _pods(access)
+        pods = kubectl.pods(access.terms, access.options)
     except (KubectlError, InjectError) as error:
         row.gaps.append(str(error))
         return []
@@ -101,7 +83,7 @@ def statuses(access: Access, row: Cluster) -> list[Status]:
         row.notes.append(f"{plural(opted_out, 'agent')} opted out of the sidecar")
     shims = [pod for pod in pods if _has_shim(pod)]
     if not shims:
-        row.gaps.append(f"no pod with a container {NAME} in {_where(access)}")
+        row.gaps.append(f"no pod with a container {NAME} in {access.terms.where}")
     if len(shims) > MAX_SHIMS:
         row.gaps.append(f"{len(shims) - MAX_SHIMS} more pods with a shim were not asked")
     answers = []
@@ -112,15 +94,6 @@ def statuses(access: Access, row: Cluster) -> list[Status]:
         except (KubectlError, StatusError) as error:
             row.gaps.append(f"{name}: {error}")
     return answers
-
-
-def _where(access: Access) -> str:
-    return "any namespace" if access.terms.namespace == ALL else f"namespace {access.terms.namespace}"
-
-
-def _pods(access: Access) -> list[Mapping[str, Any]]:
-    where = ("--all-namespaces",) if access.terms.namespace == ALL else ("--namespace", access.terms.namespace)
-    return listed(_run(access, "get", "pods", *where, "--output", "json"))
 
 
 def _has_shim(pod: Mapping[str, Any]) -> bool:
@@ -136,53 +109,12 @@ def _status_in(access: Access, pod: Mapping[str, Any]) -> Status:
     # The configuration says where the admin port is and which file holds its token: neither leaves the pod.
     command = (NAME, "status", "--config", f"{CONFIG_DIR}/config.yaml", "--json")
     where = ("--namespace", metadata.get("namespace") or access.terms.namespace, metadata["name"], "--container", NAME)
-    output = _run(access, "exec", *where, "--", *command)
+    output = kubectl.run(access.terms, access.options, "exec", *where, "--", *command)
     try:
         answer = json.loads(output)
     except ValueError:
         raise StatusError("the answer is no JSON: cut off, or not of a shim") from None
     return read_status(answer)
-
-
-def _run(access: Access, verb: str, *arguments: str) -> str:
-    command = ["kubectl", *access.options, f"--request-timeout={access.terms.timeout_s:g}s", verb, *arguments]
-    try:
-        # A session of its own, so that a login program which kubectl has started ends with it.
-        process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise KubectlError(f"kubectl cannot be run: {error.strerror}") from None
-    with process:
-        output, errors = _communicate(process, access.terms, verb)
-    if process.returncode:
-        raise KubectlError(_reason(errors.decode("utf-8", "replace")) or f"kubectl {verb}: {process.returncode}")
-    return output.decode("utf-8", "replace")
-
-
-def _communicate(process: subprocess.Popen[bytes], terms: Terms, verb: str) -> tuple[bytes, bytes]:
-    """Return standard output and standard error. Kills the process when its time is over, or on Ctrl-C."""
-    left_s = terms.timeout_s
-    while left_s > 0 and not terms.interrupted.is_set():
-        try:
-            return process.communicate(timeout=min(left_s, LOOK_S))
-        except subprocess.TimeoutExpired:
-            left_s -= LOOK_S
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    raise KubectlError(f"kubectl {verb} did not end within {terms.timeout_s:g} s")
-
-
-def _reason(text: str) -> str:
-    """Return the line of kubectl's error output that has the reason; log lines and exit codes stand around it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if not _LOG_LINE.match(line) and "exit code" not in line]
-    errors = [line for line in told if line.lower().startswith(("error", "unable", "the connection"))]
-    return printable((errors or told[-1:] or lines[-1:] or [""])[0])[:ERROR_CHARS]
 
 
 # --- all sources ------------------------------------------------------------------------------------------------------
@@ -419,4 +351,4 @@ def _status_at(url: str, token_file: str, timeout_s: float) -> Status:
     except click.BadParameter as error:
         raise StatusError(error.message) from None
     token = read_secret(token_file, "the token file") if token_file else ""
-    return read_status(AdminPort(host, port, token, timeout_s).ask("GET", "/status.json"))
+    return read_status(AdminPort(host, port, token, whole_s=timeout_s).ask("GET", "/status.json"))

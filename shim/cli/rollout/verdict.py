@@ -7,7 +7,7 @@ from enum import IntEnum
 
 import msgspec
 
-from shim.cli.rollout.cluster import TITLES, WANTED, Cluster, Measured, Trouble
+from shim.cli.rollout.cluster import NO_WAY_BACK, TITLES, WANTED, Cluster, Measured, Trouble
 from shim.core.text import format_duration, plural
 
 LINK_DOWN_S = 120.0
@@ -24,7 +24,6 @@ _GO_BACK = frozenset(
     }
 )
 _NOTES = frozenset({"log_lines_lost", "store_log_pinned", "commands_not_fetched", "commands_in_doubt"})
-_NO_WAY_BACK = frozenset({"fallback_failing", "fallback_failed"})
 
 
 class Decision(IntEnum):
@@ -151,7 +150,7 @@ def _of_troubles(row: Cluster) -> Iterator[Reason]:
         decision, text = Decision.WAIT, trouble.text
         if trouble.code in _NOTES:
             continue
-        if trouble.code in _NO_WAY_BACK:
+        if trouble.code in NO_WAY_BACK:
             text = f"there is no way back by HTTP: {text}"
         elif row.may_use_websocket and (trouble.code in _GO_BACK or _is_long_down(trouble)):
             decision = Decision.GO_BACK

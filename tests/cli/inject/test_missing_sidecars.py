@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,29 +79,6 @@ def test_the_command() -> None:
         wrong = check(text)
         assert wrong.returncode == 1
         assert "not what `kubectl get pods" in wrong.stderr
-
-
-def test_kubectl_is_asked(tmp_path: Path) -> None:
-    """A stand-in for kubectl on the path, in a process of its own."""
-    kubectl = tmp_path / "kubectl"
-    code = "from shim.cli.inject import missing_sidecars as m; print(m.agents(m.in_cluster('pipeops-system')))"
-    env = {**os.environ, "PATH": str(tmp_path)}
-
-    def asked(script: str) -> subprocess.CompletedProcess[str]:
-        kubectl.write_text(f"#!/bin/sh\n{script}\n")
-        kubectl.chmod(0o755)
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-
-    (tmp_path / "pods.json").write_text(json.dumps({"kind": "List", "items": [copy.deepcopy(running())]}))
-    wanted = "get pods --namespace pipeops-system --output json --request-timeout=20s"
-    shown = asked(f'[ "$*" = "{wanted}" ] && exec /bin/cat {tmp_path}/pods.json')
-    assert "fault='', opted_out=False" in shown.stdout, shown.stderr
-    assert "kubectl cannot show pods: no" in asked("echo no >&2; exit 1").stderr
-    kubectl.unlink()
-    command = [sys.executable, "-c", code]
-    missing = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert "kubectl cannot be asked: FileNotFoundError" in missing.stderr
 
 
 def test_all_namespaces_without_a_name() -> None:
