@@ -24,6 +24,7 @@ ELSEWHERE = {
     "bridge/agent_calls.py": "agent_api/test_request_handler.py",
     "bridge/bridge.py": "bridge/test_store.py",
     "bridge/context.py": "bridge/test_store.py",
+    "bridge/session_persistence.py": "bridge/test_session_registry.py",
     "runtime.py": "test_app.py",
     # Commands are tried as commands.
     "cli/admin_client.py": "e2e/test_operate.py",
@@ -32,7 +33,6 @@ ELSEWHERE = {
     "cli/status_rich.py": "e2e/test_operate.py",
     "cli/store_commands.py": "store/test_copy.py",
     "cli/doctor/report.py": "cli/doctor/test_sources.py",
-    "cli/doctor/runner.py": "cli/doctor/test_sources.py",
     "cli/inject/sidecar.py": "cli/inject/test_same_pod.py",
     "cli/rollout/sources.py": "e2e/test_rollout.py",
     # Types and constants, tried by what uses them.

@@ -109,7 +109,7 @@ class AgentCallHandler:
         if not isinstance(call, (HeartbeatCall, PollCall, StatusCall, ResultCall)):
             return
         key = self._ctx.sessions.key_of(owner, call.target)
-        if self._ctx.sessions.get(key) is not None and not self._session_registry.quota.persistence_deferred(key):
+        if self._ctx.sessions.get(key) is not None and not self._session_registry.persistence.is_deferred(key):
             return
         link = self._links.get(owner, self._links.name_for(owner, str(key)), caller.token)
         link.ensure_connected(now)
@@ -158,7 +158,7 @@ class AgentCallHandler:
         name = self._links.link_name(stored) if stored is not None else self._links.name_for(owner, identity)
         link = self._links.get(owner, name, caller.token)
         if stored is None:
-            self._session_registry.quota.admit(owner)
+            self._session_registry.admit(owner)
         link.ensure_connected(self._ctx.now)
         cluster_id = self._session_registry.upstream_id(owner, call, stored)
         if cluster_id:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,16 +10,13 @@ import msgspec
 
 from shim.bridge.context import BridgeContext
 from shim.bridge.registration import PendingRegistration
+from shim.bridge.session_persistence import SessionPersistence
 from shim.core.agent_calls import Failed, HeartbeatCall, RegisterCall, Registered, SessionTarget, TargetKind
 from shim.core.bounds import FREE_KEPT_BYTES
 from shim.core.call_records import RouteUsage
 from shim.core.records import (
     DeleteSession,
     MoveSession,
-    Operation,
-    SaveAlias,
-    SaveSession,
-    SaveTunnel,
     SessionKey,
     StoreContents,
 )
@@ -35,146 +30,15 @@ MAX_UNVERIFIED_SESSIONS = 8
 RETRY_AFTER_S = 60
 SAVE_SEEN_EVERY_S = 3600.0
 KEEP_AGAIN_S = 30
-STORE_WAIT_S = 1.0
-
-
-class SessionPersistence:
-    """Storage of sessions, aliases and tunnel states.
-
-    Nothing is stored of a session for which `deferred(key)` returns True. A refused write is retried, and sessions that
-    were to be stored together stay together.
-    """
-
-    def __init__(self, ctx: BridgeContext, deferred: Callable[[SessionKey], bool]) -> None:
-        self._ctx = ctx
-        self._deferred = deferred
-        self._unsaved: set[frozenset[SessionKey]] = set()
-
-    def save_session(self, session: Session) -> None:
-        """Store a session."""
-        self._submit((session.key,), [SaveSession(session.record())])
-
-    def save_tunnel(self, session: Session, state: dict[str, Any]) -> None:
-        """Store a session's tunnel state."""
-        self._submit((session.key,), [SaveTunnel(session.key, state)])
-
-    def save_alias(self, session: Session, agent_id: str) -> None:
-        """Store an agent id as an alias of a session."""
-        self._submit((session.key,), [SaveAlias(session.key.owner, agent_id, session.key)])
-
-    def retry(self) -> None:
-        """Retry one refused write; its success triggers the next retry."""
-        while self._unsaved:
-            if self.save_all(*self._unsaved.pop()):
-                return
-
-    def save_all(self, *keys: SessionKey) -> bool:
-        """Store sessions with their aliases and tunnel states in one transaction; return False if there are none.
-
-        A session and the one that it supersedes are stored together: a process killed in between would start with an
-        agent id that leads to the new session already, and nothing would lead to what waits in the former one.
-        """
-        operations = self._operations(keys)
-        if operations:
-            self._submit(keys, operations)
-        return bool(operations)
-
-    async def save_and_wait(self, *keys: SessionKey) -> None:
-        """Store sessions as `save_all` does, and wait for the store's answer, at most `STORE_WAIT_S`.
-
-        An agent that was answered after this keeps its registration through a kill of the shim.
-        """
-        operations, answered = self._operations(keys), asyncio.Event()
-        if operations:
-            self._submit(keys, operations, answered.set)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STORE_WAIT_S):
-                    await answered.wait()
-
-    def _operations(self, keys: tuple[SessionKey, ...]) -> list[Operation]:
-        operations: list[Operation] = []
-        for session in map(self._ctx.sessions.get, keys):
-            if session is None or self._deferred(session.key):
-                continue
-            key = session.key
-            operations.append(SaveSession(session.record()))
-            if session.tunnel is not None:
-                operations.append(SaveTunnel(key, session.tunnel))
-            if self._ctx.sessions.alias_is(key.owner, session.agent_id, key):
-                operations.append(SaveAlias(key.owner, session.agent_id, key))
-        return operations
-
-    def _submit(
-        self, keys: tuple[SessionKey, ...], operations: list[Operation], answered: Callable[[], None] | None = None
-    ) -> None:
-        if not all(map(self._deferred, keys)):
-            self._ctx.store.submit(*operations, done=partial(self._saved, keys, answered))
-
-    def _saved(
-        self, keys: tuple[SessionKey, ...], answered: Callable[[], None] | None, outcome: StoreError | None
-    ) -> None:
-        if answered is not None:
-            answered()
-        if outcome is not None:
-            together = frozenset(keys).union(*(others for others in self._unsaved if not others.isdisjoint(keys)))
-            self._unsaved = {others for others in self._unsaved if others.isdisjoint(keys)} | {together}
-        elif self._unsaved:
-            self.retry()
-
-
-class SessionQuota:
-    """Limit on the number of sessions of an owner.
-
-    `token_accepted(owner)` returns True if the controller has accepted the owner's token. A token that it has not
-    accepted since start-up is untrusted: at most `MAX_UNVERIFIED_SESSIONS` sessions are created for it, and they are
-    not stored.
-    """
-
-    def __init__(self, ctx: BridgeContext, token_accepted: Callable[[str], bool]) -> None:
-        self._ctx = ctx
-        self._token_accepted = token_accepted
-        self._unverified: set[SessionKey] = set()
-        self._logged_owners: set[str] = set()
-
-    def admit(self, owner: str) -> None:
-        """Raise `AgentError` 503 if the owner may not have another session."""
-        accepted = self._token_accepted(owner)
-        limit = self._ctx.settings.sessions.max_per_owner if accepted else MAX_UNVERIFIED_SESSIONS
-        if self._ctx.sessions.count_of(owner) < limit:
-            self._logged_owners.discard(owner)
-            return
-        self._ctx.metrics.sessions_refused.inc()
-        if not accepted:
-            raise AgentError(503, "the controller has not accepted the token yet", retry_after_s=RETRY_AFTER_S)
-        if owner not in self._logged_owners:
-            self._logged_owners.add(owner)
-            log.error("too_many_sessions", owner=owner[:16], limit=limit, hint="raise sessions.max_per_owner")
-        raise AgentError(503, "too many agents: see sessions.max_per_owner", retry_after_s=RETRY_AFTER_S)
-
-    def adopted(self, key: SessionKey) -> None:
-        """Record that a session was created for an agent that did not register here."""
-        if not self._token_accepted(key.owner):
-            self._unverified.add(key)
-
-    def persistence_deferred(self, key: SessionKey) -> bool:
-        """Return True if the session may not be stored yet."""
-        return key in self._unverified
-
-    def release(self, owner: str) -> list[SessionKey]:
-        """Return the owner's sessions that were created before its token was accepted, and forget that they were."""
-        found = [key for key in self._unverified if key.owner == owner]
-        self._unverified.difference_update(found)
-        return found
-
-    def owner_removed(self, owner: str) -> None:
-        """Log an owner's next session beyond the limit again, because its last link was removed."""
-        self._logged_owners.discard(owner)
 
 
 class SessionRegistry:
     """The sessions and what is stored of them.
 
     `moved(source, target)` is called after a session was superseded, `ended(key)` when one is removed.
+    `token_accepted(owner)` returns True if the controller has accepted the owner's token. A token that it has not
+    accepted since start-up is untrusted: at most `MAX_UNVERIFIED_SESSIONS` sessions are created for it, and they are
+    not stored.
     """
 
     def __init__(
@@ -189,8 +53,9 @@ class SessionRegistry:
         self._ended = ended
         self._pending_moves: list[MoveSession] = []
         self._superseded: set[SessionKey] = set()
-        self.quota = SessionQuota(ctx, token_accepted)
-        self.persistence = SessionPersistence(ctx, self.quota.persistence_deferred)
+        self._token_accepted = token_accepted
+        self._logged_owners: set[str] = set()
+        self.persistence = SessionPersistence(ctx)
         self.usage = RouteUsage()
 
     def load(self, loaded: StoreContents) -> None:
@@ -218,7 +83,8 @@ class SessionRegistry:
         if session is None:
             key = self._ctx.sessions.key_of(owner, target)
             session = self._adopt(key, dialect)
-            self.quota.adopted(key)
+            if not self._token_accepted(owner):
+                self.persistence.defer(key)
             session.touch(now, wall)
             self._ctx.metrics.sessions_adopted.inc()
             log.info("session_adopted", session=key.ident, kind=key.kind, dialect=dialect)
@@ -399,7 +265,22 @@ class SessionRegistry:
             self._ctx.sessions.add(session)
         return session
 
-    # --- sessions that follow others ----------------------------------------------------------------------------------
+    # --- new sessions, and sessions that follow others ----------------------------------------------------------------
+
+    def admit(self, owner: str) -> None:
+        """Raise `AgentError` 503 if the owner may not have another session."""
+        accepted = self._token_accepted(owner)
+        limit = self._ctx.settings.sessions.max_per_owner if accepted else MAX_UNVERIFIED_SESSIONS
+        if self._ctx.sessions.count_of(owner) < limit:
+            self._logged_owners.discard(owner)
+            return
+        self._ctx.metrics.sessions_refused.inc()
+        if not accepted:
+            raise AgentError(503, "the controller has not accepted the token yet", retry_after_s=RETRY_AFTER_S)
+        if owner not in self._logged_owners:
+            self._logged_owners.add(owner)
+            log.error("too_many_sessions", owner=owner[:16], limit=limit, hint="raise sessions.max_per_owner")
+        raise AgentError(503, "too many agents: see sessions.max_per_owner", retry_after_s=RETRY_AFTER_S)
 
     def _adopt(self, key: SessionKey, dialect: str) -> Session:
         """Return a new session for an agent that did not register here. Raises `AgentError` 503 beyond the quota.
@@ -408,7 +289,7 @@ class SessionRegistry:
         registration data of the most recent of them. The agent knows that id from a registration whose session was
         never stored: the shim was killed while the store failed.
         """
-        self.quota.admit(key.owner)
+        self.admit(key.owner)
         session = Session(key, dialect)
         self._ctx.sessions.add(session)
         older = self._supersede(session, key.owner)
@@ -493,13 +374,13 @@ class SessionRegistry:
 
     def on_token_accepted(self, owner: str) -> None:
         """Store the sessions that were adopted before the owner's token was accepted."""
-        for key in self.quota.release(owner):
+        for key in self.persistence.release(owner):
             self.persistence.save_all(key)
 
     def on_owner_removed(self, owner: str) -> None:
-        """Delete the sessions that were adopted on a token that was never accepted."""
-        self.quota.owner_removed(owner)
-        for key in self.quota.release(owner):
+        """Delete the sessions that were adopted on a token that was never accepted; its last link was removed."""
+        self._logged_owners.discard(owner)
+        for key in self.persistence.release(owner):
             session = self._ctx.sessions.get(key)
             if session is not None:
                 log.info("session_discarded", session=key.ident)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from shim.bridge.scheduler import TICK_S
-from shim.bridge.session_registry import MAX_UNVERIFIED_SESSIONS, STORE_WAIT_S
+from shim.bridge.session_persistence import STORE_WAIT_S
+from shim.bridge.session_registry import MAX_UNVERIFIED_SESSIONS
 from shim.core.agent_calls import (
     Accepted,
     Commands,

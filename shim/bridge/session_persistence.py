@@ -1,0 +1,113 @@
+"""Storage of sessions with what belongs to them: aliases and tunnel states."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from shim.bridge.context import BridgeContext
+from shim.core.records import Operation, SaveAlias, SaveSession, SaveTunnel, SessionKey
+from shim.core.sessions import Session
+from shim.errors import StoreError
+
+STORE_WAIT_S = 1.0
+
+
+class SessionPersistence:
+    """Storage of sessions, aliases and tunnel states.
+
+    A refused write is retried, and sessions that were to be stored together stay together.
+    """
+
+    def __init__(self, ctx: BridgeContext) -> None:
+        self._ctx = ctx
+        self._deferred: set[SessionKey] = set()
+        self._unsaved: set[frozenset[SessionKey]] = set()
+
+    def defer(self, key: SessionKey) -> None:
+        """Store nothing of a session until its owner is released."""
+        self._deferred.add(key)
+
+    def is_deferred(self, key: SessionKey) -> bool:
+        """Return True if the session may not be stored yet."""
+        return key in self._deferred
+
+    def release(self, owner: str) -> list[SessionKey]:
+        """Return the owner's sessions that may not be stored yet, and lift that."""
+        found = [key for key in self._deferred if key.owner == owner]
+        self._deferred.difference_update(found)
+        return found
+
+    def save_session(self, session: Session) -> None:
+        """Store a session."""
+        self._submit((session.key,), [SaveSession(session.record())])
+
+    def save_tunnel(self, session: Session, state: dict[str, Any]) -> None:
+        """Store a session's tunnel state."""
+        self._submit((session.key,), [SaveTunnel(session.key, state)])
+
+    def save_alias(self, session: Session, agent_id: str) -> None:
+        """Store an agent id as an alias of a session."""
+        self._submit((session.key,), [SaveAlias(session.key.owner, agent_id, session.key)])
+
+    def retry(self) -> None:
+        """Retry one refused write; its success triggers the next retry."""
+        while self._unsaved:
+            if self.save_all(*self._unsaved.pop()):
+                return
+
+    def save_all(self, *keys: SessionKey) -> bool:
+        """Store sessions with their aliases and tunnel states in one transaction; return False if there are none.
+
+        A session and the one that it supersedes are stored together: a process killed in between would start with an
+        agent id that leads to the new session already, and nothing would lead to what waits in the former one.
+        """
+        operations = self._operations(keys)
+        if operations:
+            self._submit(keys, operations)
+        return bool(operations)
+
+    async def save_and_wait(self, *keys: SessionKey) -> None:
+        """Store sessions as `save_all` does, and wait for the store's answer, at most `STORE_WAIT_S`.
+
+        An agent that was answered after this keeps its registration through a kill of the shim.
+        """
+        operations, answered = self._operations(keys), asyncio.Event()
+        if operations:
+            self._submit(keys, operations, answered.set)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STORE_WAIT_S):
+                    await answered.wait()
+
+    def _operations(self, keys: tuple[SessionKey, ...]) -> list[Operation]:
+        operations: list[Operation] = []
+        for session in map(self._ctx.sessions.get, keys):
+            if session is None or session.key in self._deferred:
+                continue
+            key = session.key
+            operations.append(SaveSession(session.record()))
+            if session.tunnel is not None:
+                operations.append(SaveTunnel(key, session.tunnel))
+            if self._ctx.sessions.alias_is(key.owner, session.agent_id, key):
+                operations.append(SaveAlias(key.owner, session.agent_id, key))
+        return operations
+
+    def _submit(
+        self, keys: tuple[SessionKey, ...], operations: list[Operation], answered: Callable[[], None] | None = None
+    ) -> None:
+        if not self._deferred.issuperset(keys):
+            self._ctx.store.submit(*operations, done=partial(self._saved, keys, answered))
+
+    def _saved(
+        self, keys: tuple[SessionKey, ...], answered: Callable[[], None] | None, outcome: StoreError | None
+    ) -> None:
+        if answered is not None:
+            answered()
+        if outcome is not None:
+            together = frozenset(keys).union(*(others for others in self._unsaved if not others.isdisjoint(keys)))
+            self._unsaved = {others for others in self._unsaved if others.isdisjoint(keys)} | {together}
+        elif self._unsaved:
+            self.retry()
