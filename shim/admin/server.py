@@ -216,18 +216,11 @@ class AdminServer:
                 methods[hdrs.METH_HEAD] = (handler, access)
         return table
 
-    def _make_request(self, *args: Any) -> BaseRequest:
-        make: Callable[..., BaseRequest] = BaseRequest
-        return make(*args, asyncio.get_running_loop(), client_max_size=MAX_BODY_BYTES)
-
     async def _dispatch(self, request: BaseRequest) -> StreamResponse:
         """Call the handler of a request's route. Raises `OperatorError`.
 
         aiohttp's own router would bring its web framework with it, 1 MB of memory for a dozen routes.
         """
-        if request.version == HttpVersion11 and hdrs.EXPECT in request.headers:  # checked by `AdminConnection`
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0  # the interim response is no part of the response
         methods = self._routes.get(_split_path(request)[0])
         if methods is None:
             raise OperatorError(404, "not found")
@@ -240,27 +233,6 @@ class AdminServer:
             raise OperatorError(503, "too many requests at a time")
         return await handler(request)
 
-    async def _answer(self, request: BaseRequest) -> StreamResponse:
-        """Return the response to a request, every error as JSON with one sentence."""
-        try:
-            response = await self._dispatch(request)
-        except OperatorError as error:
-            headers = {hdrs.WWW_AUTHENTICATE: "Bearer"} if error.status == 401 else None
-            if isinstance(error, _MethodNotAllowedError):
-                headers = {hdrs.ALLOW: error.allowed}
-            response = _error(error.status, str(error), headers)
-        except NoRoom:
-            response = _error(503, "too many large requests at a time")
-        except (RequestPayloadError, HttpProcessingError):
-            # A fault hides the bytes before it, which would have been rejected if they had come alone.
-            too_large = request.content.total_bytes > MAX_BODY_BYTES
-            response = _error(413, "request entity too large") if too_large else _error(400, "the body cannot be read")
-        except HTTPException as error:
-            response = _error(error.status, error.reason.lower())
-        if not response.prepared:
-            response.headers.update(HEADERS)
-        return response
-
     async def bind(self) -> None:
         """Bind the port without listening yet. Raises `StartError`."""
         self._sockets = await bind("admin", self._settings.hosts, self._settings.port)
@@ -269,7 +241,7 @@ class AdminServer:
         """Listen on the bound sockets and return the first address. Raises `StartError`, `OSError`."""
         if not self._sockets:
             await self.bind()
-        self._server = Server(self._answer, request_factory=self._make_request, handler_cancellation=True)
+        self._server = make_server(self._dispatch)
         options = {
             "access_log": None,
             "keepalive_timeout": IDLE_S,
@@ -367,6 +339,46 @@ class _MethodNotAllowedError(OperatorError):
     def __init__(self, methods: Iterable[str]) -> None:
         super().__init__(405, "method not allowed")
         self.allowed = ",".join(sorted(methods))
+
+
+def make_server(handle: Handler, max_body_bytes: int = MAX_BODY_BYTES) -> Server:
+    """Return aiohttp's low-level server for a handler of all requests, whose errors become JSON with one sentence."""
+
+    def make_request(*args: Any) -> BaseRequest:
+        make: Callable[..., BaseRequest] = BaseRequest
+        return make(*args, asyncio.get_running_loop(), client_max_size=max_body_bytes)
+
+    async def answer(request: BaseRequest) -> StreamResponse:
+        """Ask for the body if the client waits for that, and return the response."""
+        if request.version == HttpVersion11 and hdrs.EXPECT in request.headers:  # checked by `AdminConnection`
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the interim response is no part of the response
+        response = await _errors_as_json(request, handle)
+        if not response.prepared:
+            response.headers.update(HEADERS)
+        return response
+
+    return Server(answer, request_factory=make_request, handler_cancellation=True)
+
+
+async def _errors_as_json(request: BaseRequest, handle: Handler) -> StreamResponse:
+    """Return every error as JSON with one sentence, whether the shim or aiohttp raised it."""
+    try:
+        return await handle(request)
+    except OperatorError as error:
+        headers = {hdrs.WWW_AUTHENTICATE: "Bearer"} if error.status == 401 else None
+        if isinstance(error, _MethodNotAllowedError):
+            headers = {hdrs.ALLOW: error.allowed}
+        return _error(error.status, str(error), headers)
+    except NoRoom:
+        return _error(503, "too many large requests at a time")
+    except (RequestPayloadError, HttpProcessingError):
+        # A fault hides the bytes before it, which would have been rejected if they had come alone.
+        if request.content.total_bytes > request.client_max_size:
+            return _error(413, "request entity too large")
+        return _error(400, "the body cannot be read")
+    except HTTPException as error:
+        return _error(error.status, error.reason.lower())
 
 
 def _split_path(request: BaseRequest) -> tuple[str, str]:

@@ -77,7 +77,8 @@ class BridgeContext(msgspec.Struct):
     `settings` is replaced on a reload. `rng` yields floats in [0, 1). `read_token` returns the configured upstream
     token or raises `ShimError`. `fallback` records the results of calls to the vendor's HTTP API, `refused_calls` the
     refused calls of agents. `note_step` is called with each step of commands, if traces are exported. The bridge sets
-    `events`.
+    `events`. `refused_bytes` is the size of the largest command or result that the store has refused since readiness
+    has last seen that as much can be written.
     """
 
     settings: Settings
@@ -97,6 +98,7 @@ class BridgeContext(msgspec.Struct):
     fallback: FallbackRecord = msgspec.field(default_factory=FallbackRecord)
     refused_calls: RecentCalls = msgspec.field(default_factory=RecentCalls)
     note_step: NoteStep | None = None
+    refused_bytes: int = 0
     events: EventQueue = msgspec.UNSET  # type: ignore[assignment] # a queue needs the timers that the bridge makes
 
     def masked(self, text: str, *secrets: str) -> str:

@@ -155,6 +155,7 @@ class CommandDelivery:
         self._ctx.arriving.remove(record.size_bytes)
         if isinstance(outcome, StoreError):
             log.error("command_not_stored", dedupe_key=str(outcome), command=record.id, error=str(outcome))
+            self._ctx.refused_bytes = max(self._ctx.refused_bytes, record.size_bytes)
             self._refuse(arrival, "store_unavailable")
         elif outcome.duplicate:
             self._known(arrival, outcome)
@@ -445,6 +446,7 @@ class CommandDelivery:
         self._ctx.store.submit(PutResult(session.key, command_id, payload, at.unix), step, done=done)
         error = await stored
         if error is not None:
+            self._ctx.refused_bytes = max(self._ctx.refused_bytes, len(msgspec.json.encode(payload)))
             raise error
 
     def _result_stored(

@@ -280,9 +280,10 @@ class Prune(StoreOperation[None], frozen=True):
 
 
 class WriteProbe(StoreOperation[None], frozen=True):
-    """Write a row to find out if the store is writable (readiness)."""
+    """Write a row of about `size_bytes` to find out if the store is writable (readiness)."""
 
     wall: float
+    size_bytes: int = 0
 
 
 class CheckStore(StoreOperation[None], frozen=True):

@@ -420,6 +420,8 @@ class _View:
 # --- readiness --------------------------------------------------------------------------------------------------------
 
 STORE_PROBE_S = 2.0
+MAX_PROBE_BYTES = 65_536
+"""Size of a large command. A shim that can store it is ready, although a larger one may be refused."""
 
 
 class Health:
@@ -429,6 +431,7 @@ class Health:
         self._bridge = bridge
         self._probe: asyncio.Future[bool] | None = None
         self._probed_at = float("-inf")
+        self._probed_bytes = 0
         self._writable = False
 
     async def reasons_not_ready(self) -> list[str]:
@@ -446,13 +449,19 @@ class Health:
         return reasons
 
     async def store_writable(self) -> bool:
-        """Return True if a synced write succeeds. At most one write is done in 2 s, however many callers ask."""
+        """Return True if a synced write succeeds. At most one write is done in 2 s, however many callers ask.
+
+        After the store has refused a command or a result, the write is as large as that was: a nearly full disk has
+        room for small writes long after it has none for commands.
+        """
         ctx = self._bridge.ctx
-        if ctx.now - self._probed_at < STORE_PROBE_S:
+        size_bytes = min(ctx.refused_bytes, MAX_PROBE_BYTES)
+        if ctx.now - self._probed_at < STORE_PROBE_S and size_bytes <= self._probed_bytes:
             return self._writable
         if self._probe is None:
             self._probe = asyncio.get_running_loop().create_future()
-            ctx.store.submit(WriteProbe(ctx.clock.wall_s()), done=self._probe_done)
+            self._probed_bytes = size_bytes
+            ctx.store.submit(WriteProbe(ctx.clock.wall_s(), size_bytes), done=self._probe_done)
         try:
             async with asyncio.timeout(STORE_PROBE_S):
                 return await asyncio.shield(self._probe)
@@ -460,8 +469,11 @@ class Health:
             return False
 
     def _probe_done(self, outcome: StoreError | None) -> None:
+        ctx = self._bridge.ctx
         self._writable = outcome is None
-        self._probed_at = self._bridge.ctx.now
+        self._probed_at = ctx.now
+        if self._writable and min(ctx.refused_bytes, MAX_PROBE_BYTES) <= self._probed_bytes:
+            ctx.refused_bytes = self._probed_bytes = 0
         probe, self._probe = self._probe, None
         if probe is not None and not probe.done():
             probe.set_result(self._writable)

@@ -50,8 +50,8 @@ class SqliteDatabase:
         return cursor.rowcount, cursor.lastrowid or 0
 
     def touch(self, operation: WriteProbe) -> Finish[None]:
-        """Write the time into the table `meta`."""
-        self.execute(SAVE_META, ("touched", operation.wall))
+        """Write the time, or zeros of the wanted size, into the table `meta`."""
+        self.execute(SAVE_META, ("touched", bytes(operation.size_bytes) or operation.wall))
         return nothing
 
     def reclaim(self) -> None:

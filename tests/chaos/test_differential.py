@@ -13,7 +13,8 @@ from random import Random
 from typing import Any, cast
 
 import pytest
-from aiohttp import web
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse, json_response
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
@@ -21,8 +22,7 @@ from prometheus_client import CollectorRegistry
 pytest.importorskip("cryptography")
 
 from shim.admin.connection_limit import Connections
-from shim.admin.server import HEADERS
-from shim.admin.server import _errors_as_json as errors_as_json
+from shim.admin.server import HEADERS, make_server
 from shim.agent_api import AgentServer, Backends
 from shim.agent_api.internal import ClusterListener, Note, note
 from shim.cluster.connection_pool import ConnectionPool, P, make_identity
@@ -362,25 +362,22 @@ async def administering() -> AsyncIterator[Peer]:
     """A peer of connections to the admin port; a handler of the test reads every body and notes it."""
     noted: list[tuple[str, str, str, bytes]] = []
 
-    async def note_request(request: web.Request) -> web.Response:
+    async def note_request(request: BaseRequest) -> StreamResponse:
         body = await request.read()
         noted.append(("call", request.method, request.path_qs, body))
-        return web.json_response({"size": len(body)})
+        return json_response({"size": len(body)})
 
     def take() -> tuple[Any, ...]:
         taken = tuple(noted)
         noted.clear()
         return taken
 
-    app = web.Application(client_max_size=3000, middlewares=[errors_as_json])
-    app.router.add_route("*", "/{path:.*}", note_request)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, keepalive_timeout=1000.0)
-    await runner.setup()
-    assert runner.server is not None
+    server = make_server(note_request, max_body_bytes=3000)
     try:
-        yield Peer(Connections(runner.server, runner.server._kwargs, HEADERS), take)
+        yield Peer(Connections(server, {"access_log": None, "keepalive_timeout": 1000.0}, HEADERS), take)
     finally:
-        await runner.cleanup()
+        server.pre_shutdown()
+        await server.shutdown(1.0)
 
 
 @searched

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import random
 import sqlite3
@@ -39,6 +40,7 @@ from tests.support.processes import TOKEN, Controller, Shim, free_port, world
 FAST: dict[str, Any] = {"upstream": {"heartbeat_interval_s": 2.0}, "poll": {"hold": "off"}}
 NAME = "agent-shim.db"
 DEADLINE_S = 30.0
+ROOM_BYTES, LARGE_BYTES = 32_768, 60_000
 VERSION_EXIT, FAULT_EXIT = 78, 70
 
 
@@ -47,12 +49,13 @@ class Hands:
 
     def __init__(self, shim: Shim) -> None:
         self.events: list[Event] = []
+        self.output = ""
         who = Identity(agent_id="pod-1", cluster_name="prod", token=TOKEN)
         callbacks = Callbacks(event=self.events.append, execute=self._execute)
         self.agent = LegacyAgent(shim.url, who, AgentProfile(), Clock(), callbacks)
 
     async def _execute(self, command: Command) -> Result:
-        return Result(output=f"done {command.id}")
+        return Result(output=self.output or f"done {command.id}")
 
     @property
     def last(self) -> Event:
@@ -81,9 +84,9 @@ async def living(folder: Path) -> AsyncIterator[tuple[Shim, Controller, Hands]]:
             await last(0)
 
 
-async def push(controller: Controller, hands: Hands, command_id: str) -> None:
+async def push(controller: Controller, hands: Hands, command_id: str, **more: Any) -> None:
     """Push a command as soon as a connection of the controller's speaks for the agent."""
-    spec = {"id": command_id, "type": "work", "cluster_id": hands.agent.cluster_id}
+    spec = {"id": command_id, "type": "work", "cluster_id": hands.agent.cluster_id, **more}
     async with asyncio.timeout(DEADLINE_S):
         while True:
             with suppress(ControlError):
@@ -157,6 +160,38 @@ async def test_a_full_disk_refuses_commands_and_stops_nothing_else(tmp_path: Pat
         assert await hands.agent.poll() is not None
         assert (await result(controller, "after"))["output"] == "done after"
         assert hands.commands == ["before", "after"]
+        assert await shim.stop() == 0
+
+
+@pytest.mark.parametrize("refused", ["command", "result"])
+async def test_a_disk_with_room_for_small_writes_only_is_told_until_larger_ones_fit(
+    tmp_path: Path, small_disk: Path, refused: str
+) -> None:
+    """What readiness writes is small: it fits long after a command of normal size does not."""
+    async with living(tmp_path) as (shim, controller, hands):
+        await push(controller, hands, "before")
+        await shim.event("command_queued", command="before")
+        filler = small_disk / "filler"
+        disks.fill(filler)
+        with filler.open("r+b") as file:
+            file.truncate(filler.stat().st_size - ROOM_BYTES)
+
+        if refused == "command":
+            await push(controller, hands, "refused", payload={"text": "x" * LARGE_BYTES})
+            assert (await result(controller, "refused"))["code"] == "store_unavailable"
+        else:
+            hands.output = "x" * LARGE_BYTES
+            assert await hands.agent.poll() is not None
+            assert (hands.last.what, hands.last.status) == (EventKind.RESULT, 503)
+        for _ in range(2):  # what is written for the first answer leaves no less room than there was
+            assert await ready(shim) is False
+        status = json.loads((await admin(shim, "/status.json"))[1])
+        assert "store_unwritable" in {problem["code"] for problem in status["overall"]["problems"]}
+
+        filler.unlink()
+        await until_ready(shim, True)
+        await push(controller, hands, "after", payload={"text": "x" * LARGE_BYTES})
+        await shim.event("command_queued", command="after")
         assert await shim.stop() == 0
 
 
