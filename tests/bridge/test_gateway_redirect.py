@@ -188,6 +188,24 @@ async def test_a_lost_gateway_leads_back_to_the_controller_with_a_full_registrat
     assert gateways[-1] is not gateway
 
 
+async def test_heartbeats_wait_for_the_registration_that_follows_a_lost_gateway(world: World) -> None:
+    agent = await redirected(world)
+    await agent.heartbeat()
+    [link], [gateway] = sockets(world)
+    world.controller.manners.refuse = lambda spec: GONE if to_gateway(spec) else None
+    world.controller.manners.registers = False
+    gateway.lose()
+    await world.settle()
+    await agent.heartbeat(status="degraded")  # a change is sent at once
+    await world.settle()
+    assert link.open
+    assert set(kinds(world, link)) == {"register"}
+    assert kinds(world, link).count("register") > 1
+    world.controller.answer_register()
+    await world.settle()
+    assert kinds(world, link)[-1] == "heartbeat"
+
+
 async def test_a_gateway_that_cannot_be_reached_costs_nothing(world: World) -> None:
     world.controller.manners.refuse = lambda spec: GONE if to_gateway(spec) else None
     agent = await redirected(world)
