@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -10,9 +11,9 @@ import pytest
 
 from shim.core.call_records import FallbackCall, Why
 from shim.core.failover import bucket
-from shim.core.records import SessionKey
+from shim.core.records import Operation, PutCommand, SessionKey, WriteProbe
 from shim.management import status_builder as status
-from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.status_builder import Health, ProcessInfo, StatusBuilder
 from shim.management.subject import Subject
 from shim.ports import Caller
 from shim.redaction import Redaction
@@ -383,3 +384,46 @@ async def test_secrets_in_the_controllers_texts_are_masked(make_world: MakeWorld
     text = msgspec.json.encode(status).decode()
     assert "abcdef1234" not in text
     assert "is not good" in status.controller.registrations.items[0]["error"]
+
+
+# --- readiness --------------------------------------------------------------------------------------------------------
+
+
+def refusing_beyond(room_bytes: int) -> Callable[[tuple[Operation, ...]], bool]:
+    """A disk that has room for this much: it refuses what is larger."""
+
+    def refuses(operations: tuple[Operation, ...]) -> bool:
+        commands = sum(each.record.size_bytes for each in operations if isinstance(each, PutCommand))
+        return commands + sum(each.size_bytes for each in operations if isinstance(each, WriteProbe)) > room_bytes
+
+    return refuses
+
+
+@pytest.mark.parametrize("size_bytes", [20_000, 300_000])
+async def test_readiness_follows_what_was_refused_until_as_much_can_be_written(world: World, size_bytes: int) -> None:
+    agent = await served(world)
+    health = Health(Subject.of(world.bridge))
+    assert await health.reasons_not_ready() == []
+    world.store.failing = refusing_beyond(10_000)
+    assert await health.reasons_not_ready() == []
+    for number in range(2):
+        world.controller.push(f"k{number}", cluster_id=agent.cluster_id, payload={"text": "x" * size_bytes})
+        await world.settle()
+        for _ in range(3):
+            assert await health.reasons_not_ready() == ["the store cannot be written"]
+            await world.pass_s(status.STORE_PROBE_S + 1)
+        world.store.failing = refusing_beyond(status.MAX_PROBE_BYTES)  # room for most commands
+        assert await health.reasons_not_ready() == []
+        await world.pass_s(status.STORE_PROBE_S + 1)
+        assert await health.reasons_not_ready() == []
+        world.store.failing = refusing_beyond(10_000)
+
+
+async def test_a_refusal_right_after_a_successful_write_is_told_at_once(world: World) -> None:
+    agent = await served(world)
+    health = Health(Subject.of(world.bridge))
+    world.store.failing = refusing_beyond(10_000)
+    assert await health.reasons_not_ready() == []
+    world.controller.push("k1", cluster_id=agent.cluster_id, payload={"text": "x" * 20_000})
+    await world.settle()
+    assert await health.reasons_not_ready() == ["the store cannot be written"]
