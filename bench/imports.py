@@ -50,7 +50,7 @@ def main() -> None:
     ExtensionFileLoader.create_module = counted(ExtensionFileLoader.create_module, lambda spec: spec.name)  # type: ignore[method-assign]
     ExtensionFileLoader.exec_module = counted(ExtensionFileLoader.exec_module, lambda module: module.__name__)  # type: ignore[method-assign]
     # What is measured; uvloop is imported when the event loop is made.
-    importlib.import_module("shim.cli.entry")
+    importlib.import_module("shim.cli.main")
     importlib.import_module("shim.launch").import_app()
     importlib.import_module("uvloop")
     json.dump(costs, sys.stdout)

@@ -1,5 +1,5 @@
 """Entry point of `python -m shim`, the same as the command `agent-shim`."""
 
-from shim.cli.entry import main
+from shim.cli.main import main
 
 main()

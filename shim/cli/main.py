@@ -1,119 +1,61 @@
-"""The commands of `agent-shim`. The module of a subcommand is imported only when it is called."""
+"""Entry point of the command `agent-shim`.
+
+Exit codes: 0 success, 1 a command failed or found a failure, 2 faults in the configuration or the command line, 70 an
+internal error, 78 the store was written by a newer version. `rollout` has 2 for a verdict and 64 for the command line.
+"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-from collections.abc import Mapping
-from typing import Any, NoReturn
+import errno
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
 
-import click
+from shim.cli import run
+from shim.errors import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_INTERNAL,
+    EXIT_STORE_VERSION,
+    ConfigError,
+    StoreVersionError,
+)
 
-from shim import __version__
-from shim.cli import run as run_command
-
-# Each command as `module:name`, with the help that is shown without importing the module.
-_LAZY_COMMANDS = {
-    "controller": (
-        "devtools.controller:command",
-        "Run a development controller: the vendor's WebSocket API with fault scripts.",
-    ),
-    "demo": ("devtools.demo:command", "Run a controller, a shim and one legacy agent in this terminal, step by step."),
-    "doctor": ("shim.cli.doctor:command", "Examine everything between this machine and a working shim, with remedies."),
-    "drain": (
-        "shim.cli.admin_commands:drain_command",
-        "Make a running shim refuse new commands and deliver those that it has.",
-    ),
-    "fleet": ("devtools.fleet.main:command", "Run simulated legacy agents of every dialect, with a latency report."),
-    "forget": ("shim.cli.admin_commands:forget_command", "Forget an agent that has stopped calling."),
-    "health": ("shim.cli.health:command", "Check a running shim: exit code 0 or 1."),
-    "inject": ("shim.cli.inject:command", "Add the sidecar to a manifest of the agent, or take it out again."),
-    "purge": ("shim.cli.admin_commands:purge_command", "Give up a command that waits for its agent."),
-    "redeliver": ("shim.cli.admin_commands:redeliver_command", "Queue a command again that ended without a result."),
-    "rollout": (
-        "shim.cli.rollout:command",
-        "Move many clusters step by step: preview, report with verdict, next step.",
-    ),
-    "store": ("shim.cli.store_commands:command", "Copy a store from a file to a database, or back."),
-    "status": ("shim.cli.status:command", "Show the state of a running shim, once or live: links, agents, commands."),
-}
+# Packages of the extras. They are imported where they are used, so that help needs none of them.
+_OPTIONAL = {"rich": "tools", "ruamel": "tools", "psycopg": "postgres", "devtools": "devtools"}
 
 
-def _has_devtools() -> bool:
-    """Return True if the distribution agent-shim-devtools, or a checkout, is installed."""
-    # An unrelated distribution on PyPI also installs a package `devtools`: only a module of ours identifies ours.
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Execute the command line (default: that of the process) and exit with its code."""
     try:
-        return importlib.util.find_spec("devtools.controller") is not None
-    except ModuleNotFoundError:
-        return False
+        given = run.parse(sys.argv[1:] if args is None else args)
+        if given is not None:
+            run.start(*given)
+        from shim.cli.commands import cli
+
+        cli.main(args, prog_name="agent-shim")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_FAILED)
+    except Exception as error:  # noqa: BLE001 - the last resort: a defect has its own exit code
+        _exit(error)
 
 
-class LazyGroup(click.Group):
-    """A group that imports the module of a subcommand when it is called.
+def _exit(error: Exception) -> NoReturn:
+    """Print an error to stderr and exit with its code."""
+    code, package = EXIT_CONFIG, (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ConfigError):
+        plural = "s" if len(error.faults) > 1 else ""
+        lines = [f"{len(error.faults)} fault{plural} in the configuration:", *(f"  {fault}" for fault in error.faults)]
+    elif isinstance(error, StoreVersionError):
+        code, lines = EXIT_STORE_VERSION, [f"store: {error}"]
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
+        code, lines = EXIT_FAILED, [f"Error: the output cannot be written: {error.strerror}"]
+    elif isinstance(error, ModuleNotFoundError) and package in _OPTIONAL:
+        lines = [f"Error: this needs {package}: pip install 'agent-shim[{_OPTIONAL[package]}]'"]
+    else:
+        from shim.log import Redaction
 
-    `modules` maps each name to `module:name` of its command and to its help. Commands of `devtools` are listed only if
-    it is installed.
-    """
-
-    def __init__(self, *args: Any, modules: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._modules = modules
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all installed commands, sorted."""
-        return sorted([*super().list_commands(ctx), *self._installed()])
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the module of a command and return the command, or None if there is none of this name."""
-        if cmd_name not in self._modules:
-            return super().get_command(ctx, cmd_name)
-        module, _, name = self._modules[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the help of all installed commands without importing their modules."""
-        own = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted({**own, **self._installed()}.items()))
-
-    def _installed(self) -> dict[str, str]:
-        """Map the names of the lazy commands that are installed to their help."""
-        has_devtools = _has_devtools()
-        return {
-            name: text for name, (at, text) in self._modules.items() if has_devtools or not at.startswith("devtools.")
-        }
-
-
-_config = click.option("--config", metavar="FILE", help="The YAML file; without it, defaults and environment.")
-_sets = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Overrides file and environment.")
-
-
-@click.group(cls=LazyGroup, modules=_LAZY_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, message="%(prog)s %(version)s")
-def cli() -> None:
-    """Serve an agent's legacy HTTP API on localhost and speak the vendor's WebSocket API for it."""
-
-
-@cli.command()
-@_config
-@_sets
-@click.option("--ready-file", metavar="FILE", help="Written when the shim serves: its addresses and pid as JSON.")
-def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> NoReturn:
-    """Run the sidecar until SIGTERM or SIGINT."""
-    run_command.start(config, sets, ready_file)
-
-
-@cli.command("check-config")
-@_config
-@_sets
-def check_config(config: str | None, sets: tuple[str, ...]) -> None:
-    """Print the effective configuration with secrets masked, or all its faults. Warnings are printed to stderr."""
-    from shim.config.loader import dump, load
-    from shim.config.warnings import find_warnings
-
-    settings = load(config, os.environ, sets)
-    for warning in find_warnings(settings, os.environ, config):
-        click.echo(f"warning: {warning}", err=True)
-    click.echo(dump(settings), nl=False)
+        code, lines = EXIT_INTERNAL, Redaction().text("".join(traceback.format_exception(error))).splitlines()
+    sys.stderr.write("\n".join(lines) + "\n")
+    sys.exit(code)

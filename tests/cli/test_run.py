@@ -6,7 +6,7 @@ import click
 import pytest
 
 from shim.cli import run
-from shim.cli.main import cli
+from shim.cli.commands import cli
 
 PLAIN = [
     ["run"],

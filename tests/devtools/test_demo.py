@@ -251,7 +251,7 @@ async def test_gateway_whose_database_dies_is_a_failure_with_its_last_words(open
 
 @pytest.mark.needs("postgresql")
 def test_gateway_without_the_extra_says_so_in_one_line() -> None:
-    code = "import sys; sys.modules['psycopg'] = None; from shim.cli.entry import main; main(['demo', '--gateway'])"
+    code = "import sys; sys.modules['psycopg'] = None; from shim.cli.main import main; main(['demo', '--gateway'])"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
     assert "pip install 'agent-shim[postgres]'" in done.stderr

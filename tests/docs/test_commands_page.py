@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from shim import errors
-from shim.cli.main import cli
+from shim.cli.commands import cli
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference" / "commands.md").read_text()

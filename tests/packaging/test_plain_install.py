@@ -14,7 +14,7 @@ import click
 import pytest
 from packaging.requirements import Requirement
 
-from shim.cli.main import cli
+from shim.cli.commands import cli
 from tests.packaging.test_wheel import built
 
 pytest.importorskip("hatchling", reason="the build backend comes with requirements/dev.txt")
@@ -83,7 +83,7 @@ def installed(folder: Path, *wheels: Path) -> Path:
     ]
     subprocess.run(unpack, check=True, capture_output=True, timeout=120)
     start = home / "bin" / "agent-shim"
-    start.write_text(f"#!{home}/bin/python\nfrom shim.cli.entry import main\nmain()\n")
+    start.write_text(f"#!{home}/bin/python\nfrom shim.cli.main import main\nmain()\n")
     start.chmod(0o755)
     return start
 

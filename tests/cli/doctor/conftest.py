@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from shim.cli.main import cli
+from shim.cli.commands import cli
 
 TOKEN = "canary-token-of-the-upstream"
 PASSWORD = "canary-password-of-the-proxy"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from shim.cli.main import cli
+from shim.cli.commands import cli
 from shim.cli.rollout.placement import Lists, place, places
 from shim.core.failover import bucket
 
