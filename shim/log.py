@@ -21,9 +21,7 @@ from typing import Any, Literal, TextIO
 
 import msgspec
 
-from shim.redaction import MASK, MAX_TEXT_CHARS, Redaction
-
-__all__ = ["MASK", "Logger", "Logs", "Redaction", "capture_stray_output", "get", "setup"]
+from shim.redaction import MAX_TEXT_CHARS, Redaction
 
 _OWN = ("time", "level", "logger", "event", "exception")
 FLUSH_S = 0.8

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Protocol
 
 import msgspec
 
@@ -30,8 +30,7 @@ from shim.ports import (
 )
 from shim.redaction import Redaction
 from shim.store import CallThreadsafe, log_store_warnings
-
-Spawn = Callable[[str, Coroutine[Any, Any, None]], Any]
+from shim.upstream.dialler import Spawn
 
 
 class RuntimeContext(msgspec.Struct, frozen=True):

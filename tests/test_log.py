@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from shim import log
-from shim.log import Redaction
+from shim.redaction import Redaction
 
 
 class Output(io.StringIO):

@@ -54,7 +54,7 @@ def _exit(error: Exception) -> NoReturn:
     elif isinstance(error, ModuleNotFoundError) and package in _OPTIONAL:
         lines = [f"Error: this needs {package}: pip install 'agent-shim[{_OPTIONAL[package]}]'"]
     else:
-        from shim.log import Redaction
+        from shim.redaction import Redaction
 
         code, lines = EXIT_INTERNAL, Redaction().text("".join(traceback.format_exception(error))).splitlines()
     sys.stderr.write("\n".join(lines) + "\n")

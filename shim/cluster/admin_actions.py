@@ -17,7 +17,7 @@ from shim.core.shards import Member
 from shim.errors import OperatorError
 from shim.management.command_api import CommandApi
 from shim.management.subject import Answers, Subject
-from shim.runtime import Spawn
+from shim.upstream.dialler import Spawn
 
 WAIT_S = 2.0
 PROGRESS_S = 1.0

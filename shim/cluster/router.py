@@ -43,10 +43,6 @@ class LocalReceipt:
     receipt: DeliveryReceipt
     connection: int
 
-    def is_like(self, other: LocalReceipt | RemoteReceipt) -> bool:
-        """Return True for a receipt of the same bridge and connection."""
-        return isinstance(other, LocalReceipt) and other.delivery is self.delivery
-
     def written(self) -> None:
         """Record that the reply was handed to the kernel."""
         self.delivery.written(self.receipt)
@@ -90,7 +86,7 @@ class Router:
             return CallResult(Healthy())
         shard = self._locator.local(caller.token)
         if shard is None:
-            unknown = self._locator.shard_number(caller.token) is None
+            unknown = self._locator.shard_of(caller.token) is None
             return _NO_TOKEN if unknown else CallResult(self._without_owner(call))
         answer = shard.bridge.calls.call(caller, call, arrived_s, now_s)
         if isinstance(answer, CallResult):
@@ -113,7 +109,8 @@ class Router:
         found = cast("_Receipt", receipt)
         awaiting = self._awaiting_evidence[found.connection]
         # A local delivery needs one receipt for each connection: its evidence concerns all offers of the connection.
-        if not (isinstance(found, LocalReceipt) and any(found.is_like(other) for other in awaiting)):
+        bridges = [other.delivery for other in awaiting if isinstance(other, LocalReceipt)]
+        if not (isinstance(found, LocalReceipt) and found.delivery in bridges):
             awaiting.append(found)
         found.written()
         if len(awaiting) > MAX_RECEIPTS:

@@ -20,7 +20,7 @@ from shim.errors import StoreError
 from shim.log import get
 from shim.metrics import ClusterMetrics
 from shim.ports import Clock
-from shim.runtime import Spawn
+from shim.upstream.dialler import Spawn
 
 log = get(__name__)
 
@@ -206,13 +206,16 @@ class ShardManager:
 
 
 class ShardLocator:
-    """Finds the shard of a token, and the replica that owns it."""
+    """Finds the shard of a token, and the replica that owns it.
+
+    `shard_of(token)` returns the number of a caller's shard, `None` without a token where one is needed.
+    """
 
     def __init__(self, shards: ShardManager, membership: Membership, *, own_tokens: bool) -> None:
         """Create a locator that finds nothing until `agree`. `own_tokens` is true if agents bring their own tokens."""
         self._shards = shards
         self._membership = membership
-        self._shard_of: Callable[[str], int | None] = lambda _: None
+        self.shard_of: Callable[[str], int | None] = lambda _: None
         self._own_tokens = own_tokens
 
     def agree(self, key: bytes, count: int) -> None:
@@ -223,24 +226,20 @@ class ShardLocator:
             """Return the shard of an agent's own token, or None without a token."""
             return shard_of(owner_id(key, token), count) if token else None
 
-        self._shard_of = lru_cache(REMEMBERED_TOKENS)(of_own_token) if self._own_tokens else lambda _: default
-
-    def shard_number(self, token: str) -> int | None:
-        """Return the shard of a caller, `None` without a token where one is needed."""
-        return self._shard_of(token)
+        self.shard_of = lru_cache(REMEMBERED_TOKENS)(of_own_token) if self._own_tokens else lambda _: default
 
     def local(self, token: str) -> Shard | None:
         """Return the shard of a caller if this replica owns it and can serve it now."""
-        number = self._shard_of(token)
+        number = self.shard_of(token)
         return None if number is None else self._shards.usable(number)
 
     def is_elsewhere(self, token: str) -> bool:
         """Return whether this replica cannot carry out calls with this token now."""
-        number = self._shard_of(token)
+        number = self.shard_of(token)
         return number is not None and self._shards.usable(number) is None
 
     def remote_owner(self, token: str) -> Member | None:
         """Return the replica that owns the shard of a token, `None` if that is this one or none."""
-        number = self._shard_of(token)
+        number = self.shard_of(token)
         owner = None if number is None else self._membership.view.owner(number)
         return None if owner is None or owner.process == self._membership.me.process else owner

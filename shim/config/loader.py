@@ -53,13 +53,13 @@ def load(path: str | None, env: Mapping[str, str], sets: Iterable[str], *, reloa
 def given_keys(path: str | None, sets: Iterable[str]) -> list[str]:
     """Return the dotted paths of the known keys that have a value in the file or in `sets`. Nothing is checked."""
     tree = _read(path, {}, sets, [])
-    return [key for key, _, _ in leaves() if _is_given(tree, key)]
+    return [key for key, _, _ in leaves() if value_at(tree, key) is not None]
 
 
 def removed_keys(path: str | None, env: Mapping[str, str]) -> list[str]:
     """Return the keys of `REMOVED` that the file or `env` still has. Nothing is checked."""
     tree = _read(path, env, (), [])
-    return sorted(key for key in REMOVED if _is_given(tree, key))
+    return sorted(key for key in REMOVED if value_at(tree, key) is not None)
 
 
 def apply_reloadable(running: Settings, fresh: Settings) -> Settings:
@@ -273,10 +273,11 @@ class TextValue(msgspec.Struct, frozen=True):
             raise ValueError("nested too deeply") from None
 
 
-def _is_given(tree: Any, dotted: str) -> bool:
+def value_at(tree: Any, dotted: str) -> Any:
+    """Return the value of a dotted key in a tree of maps, `None` without one."""
     for name in dotted.split("."):
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree is not None
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def leaves(cls: type[Any] = Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

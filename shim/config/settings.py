@@ -27,15 +27,18 @@ Hosts = str | tuple[str, ...]
 """One or several addresses to listen on."""
 
 
-def hosts_in(host: Hosts) -> tuple[str, ...]:
-    """Return the addresses of a setting that has one or several."""
-    return (host,) if isinstance(host, str) else host
+class _Listener(Section, frozen=True):
+    host: Hosts = "127.0.0.1"
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """All addresses to listen on."""
+        return (self.host,) if isinstance(self.host, str) else self.host
 
 
-class Listen(Section, frozen=True):
+class Listen(_Listener, frozen=True):
     """The agent listener and its bounds."""
 
-    host: Hosts = "127.0.0.1"
     port: int = 7080
     base_path: str = ""
     auth: Literal["auto", "required", "off"] = "auto"
@@ -50,29 +53,18 @@ class Listen(Section, frozen=True):
     keepalive_s: float = 120
 
     @property
-    def hosts(self) -> tuple[str, ...]:
-        """All addresses to listen on."""
-        return hosts_in(self.host)
-
-    @property
     def on_loopback(self) -> bool:
         """True if only this machine can connect."""
         return all(is_loopback(host) for host in self.hosts)
 
 
-class Admin(Section, frozen=True):
+class Admin(_Listener, frozen=True):
     """The admin port. Without `token_file` it changes nothing by request."""
 
-    host: Hosts = "127.0.0.1"
     port: int = 7090
     token_file: str = ""
     allowed_hosts: tuple[str, ...] = ()
     ready_requires_upstream: bool = False
-
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        """All addresses to listen on."""
-        return hosts_in(self.host)
 
 
 class Reconnect(Section, frozen=True):

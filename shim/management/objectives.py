@@ -112,9 +112,14 @@ class ObjectiveWindows:
         )
 
 
+def state_of(share: float | None, target: float) -> str:
+    """Return the outcome by the share of good samples: `met`, `missed`, or `unknown` without samples."""
+    return "unknown" if share is None else "met" if share > target else "missed"
+
+
 def _measurement(objective: Objective, good: int, samples: int, observed_s: float) -> dict[str, Any]:
     measured = good / samples if samples else None
-    state = "unknown" if measured is None else "met" if measured > objective.target else "missed"
+    state = state_of(measured, objective.target)
     return {"state": state, "measured": measured, "good": good, "samples": samples, "observed_s": observed_s}
 
 

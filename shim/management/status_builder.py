@@ -16,7 +16,7 @@ from shim.bridge.command_queues import unpolled_s
 from shim.bridge.links import UpstreamLink
 from shim.config.settings import Settings
 from shim.core.call_records import FallbackCall, Why
-from shim.core.command_queue import QueuedCommand, RecentCommand
+from shim.core.command_queue import CommandQueue, QueuedCommand, RecentCommand
 from shim.core.records import CommandState, SessionKey, WriteProbe
 from shim.core.sessions import MIN_GAPS, Session
 from shim.errors import StoreError
@@ -265,11 +265,7 @@ class _View:
         shown = heapq.nsmallest(MAX_SESSIONS, strangers, key=lambda each: (each[1].ok, each[1].name))
         found += [self._stranger(key, call) for key, call in shown]
         fresh = {session.key for session in found if session.key not in by_http and session.fresh(self._now)}
-        unpolled = {
-            key
-            for key, queue in self._bridge.queues
-            if unpolled_s(self._bridge.session(key), queue, self._now) >= NOT_POLLING_S
-        }
+        unpolled = {key for key, queue in self._bridge.queues if self._not_polling(key, queue)}
         others = [session for session in found if session.key not in fresh and session.key not in by_http]
         silent = {session.key for session in others if self._silent(session)}
         order = {**dict.fromkeys(fresh, 4), **dict.fromkeys(by_http, 3), **dict.fromkeys(silent, 2)}
@@ -325,6 +321,9 @@ class _View:
         limit_s = CASUAL_SILENT_S if casual else SILENT_S
         replaced = session.superseded_by is not None or session.migrated_at is not None
         return not replaced and self._wall - session.last_seen_unix < limit_s
+
+    def _not_polling(self, key: SessionKey, queue: CommandQueue) -> bool:
+        return unpolled_s(self._bridge.session(key), queue, self._now) >= NOT_POLLING_S
 
     def _session(self, session: Session, fresh: bool, not_polling: bool) -> dict[str, Any]:
         contact = session.contact_at

@@ -46,7 +46,7 @@ def test_nothing_is_found_before_the_replicas_agree() -> None:
     membership: Any = Membership()
     shards: Any = Shards(*range(16))
     locator = ShardLocator(shards, membership, own_tokens=True)
-    assert locator.shard_number("t") is None
+    assert locator.shard_of("t") is None
     assert locator.local("t") is None
     assert not locator.is_elsewhere("t")
     assert locator.remote_owner("t") is None
@@ -66,7 +66,7 @@ def test_a_shard_is_here_elsewhere_or_nowhere() -> None:
 
 
 def test_a_caller_without_a_token_has_no_shard_where_agents_bring_their_own() -> None:
-    assert made(Shards(), Membership()).shard_number("") is None
+    assert made(Shards(), Membership()).shard_of("") is None
     common = made(Shards(), Membership(), own_tokens=False)
-    assert common.shard_number("") is not None
-    assert common.shard_number("") == common.shard_number("t")
+    assert common.shard_of("") is not None
+    assert common.shard_of("") == common.shard_of("t")

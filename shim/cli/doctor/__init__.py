@@ -39,8 +39,8 @@ from shim.config.settings import Settings, Upstream
 from shim.config.warnings import find_warnings
 from shim.errors import ConfigError
 from shim.hosts import is_loopback
-from shim.log import Redaction
 from shim.protocol.http import fallback_url, origin_of, under, ws_url
+from shim.redaction import Redaction
 
 KUBECTL_S = 20.0
 _NAMED = 5

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from shim.core.text import printable
-from shim.log import Redaction
+from shim.redaction import Redaction
 
 
 class Status(Enum):

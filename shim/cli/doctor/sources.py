@@ -11,7 +11,7 @@ from typing import Any
 
 from shim.cli.doctor.report import Finding, failed, warned
 from shim.config import loader
-from shim.config.loader import leaves, to_settings
+from shim.config.loader import leaves, to_settings, value_at
 from shim.config.settings import Settings
 from shim.errors import ConfigError, Fault
 from shim.redaction import MASK
@@ -132,10 +132,8 @@ def _differ(key: str, examined: Any, running: Any) -> bool:
 
 
 def _at(tree: Mapping[str, Any], dotted: str) -> Any:
-    found: Any = tree
-    for name in dotted.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return list(found) if isinstance(found, (list, tuple)) else found
+    found = value_at(tree, dotted)
+    return list(found) if isinstance(found, tuple) else found
 
 
 def unknown_token() -> Finding:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import attrgetter, getitem
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -78,10 +77,8 @@ def read(path: str | None, sets: Sequence[str], own_token: bool) -> PodSettings:
 
 
 def _with_secrets(settings: Settings, keys: Sequence[str]) -> str:
-    shown = loader.redacted(settings)
-    plain: dict[str, Any] = msgspec.to_builtins(settings)
-    masked = [key for key in keys if reduce(getitem, key.split("."), shown) != reduce(getitem, key.split("."), plain)]
-    return ", ".join(masked)
+    shown, plain = loader.redacted(settings), msgspec.to_builtins(settings)
+    return ", ".join(key for key in keys if loader.value_at(shown, key) != loader.value_at(plain, key))
 
 
 def _require_place(key: str, value: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 
 from shim.core.text import format_duration, plural, shorten
+from shim.management.objectives import state_of
 
 TITLES = {
     "connection_success": "connection success",
@@ -45,9 +46,8 @@ class Measured(msgspec.Struct, frozen=True):
 
     @property
     def state(self) -> str:
-        """The outcome: `met`, `missed`, or `unknown` without samples."""
-        share = self.share
-        return "unknown" if share is None else "met" if share > self.target else "missed"
+        """The outcome, as in the status: `met`, `missed`, or `unknown` without samples."""
+        return state_of(self.share, self.target)
 
     def plus(self, other: Measured | None) -> Measured:
         """Return the samples of both."""

@@ -25,7 +25,7 @@ from shim.clock import Clock
 from shim.core.agent_calls import AgentCall
 from shim.core.records import Operation, PutCommand, PutResult, StoreContents, StoreOperation
 from shim.errors import StoreError
-from shim.log import JsonFormatter, Logs, Redaction, RepeatFilter
+from shim.log import JsonFormatter, Logs, RepeatFilter
 from shim.ports import (
     AgentService,
     Caller,
@@ -41,6 +41,7 @@ from shim.ports import (
     WebSocketListener,
 )
 from shim.protocol.upstream_message import Message
+from shim.redaction import Redaction
 from shim.store import CallThreadsafe
 from shim.store.files import StoreLock
 from shim.store.sqlite import SqliteStore
