@@ -21,8 +21,8 @@ SAVE_META = "INSERT INTO meta (key, value) VALUES (?1, ?2) ON CONFLICT (key) DO 
 # constant is the number of free pages that the file keeps for reuse.
 _VACUUM_PAGES = 1000
 _KEPT_PAGES = 2500
-# Rows per statement. Each size is a statement of its own, which is prepared once.
-_SIZES = (128, 64, 32, 16, 8, 4, 2, 1)
+# Rows per statement. Each size is a statement of its own, which is prepared once. Most batches have up to 16.
+_SIZES = (128, 64, 32, *range(16, 0, -1))
 _NEWEST = "SELECT min(seq) FROM (SELECT seq FROM commands ORDER BY seq DESC LIMIT ?1)"
 
 
