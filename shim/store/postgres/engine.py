@@ -22,11 +22,11 @@ from shim.clock import Clock
 from shim.config import settings
 from shim.core.records import Operation, StoreContents
 from shim.errors import ConfigError, StoreError, StoreFenced
-from shim.store.database import Partition
+from shim.store.database import Finish, Partition
 from shim.store.postgres.database import connect, refusal, require_sync, schema_version, state_refusal
 from shim.store.postgres.dsn import application
 from shim.store.postgres.groups import PostgresDatabase
-from shim.store.postgres.hot import HotOperations
+from shim.store.postgres.hot import AFTER_FINISH, HotOperations
 from shim.store.postgres.pipeline import ConnectionLost, Pipeline, StatementError
 from shim.store.rows import load
 from shim.store.writer import CallThreadsafe, CommitProbe, Failure, QueuedStore, Writer, store_error
@@ -174,11 +174,24 @@ class PostgresEngine:
         self._batch += 1
         pipeline.execute("BEGIN")
         fence = pipeline.execute(_FENCE, (self._batch, *self._key))
-        finishes = [self._operations.begin(operations) for operations in batch]
+        results: list[Any] = []
+        finishes: list[list[Finish[Any]]] = []
+        for operations in batch:
+            if AFTER_FINISH.isdisjoint(map(type, operations)):
+                finishes.append(self._operations.begin(operations))
+            else:
+                results += self._finished(finishes)
+                finishes = []
+                results.append(self._operations.carry_out(operations))
         self._database.send_groups()
         pipeline.sync()
         if fence.rowcount != 1:
             raise StoreFenced("another replica has the shard")
+        return results + self._finished(finishes)
+
+    def _finished(self, finishes: Sequence[Sequence[Finish[Any]]]) -> list[Any]:
+        """Return the result of each submission's first operation."""
+        self._database.send_groups()
         results = [[finish() for finish in each] for each in finishes]
         return [first for first, *_ in results]
 

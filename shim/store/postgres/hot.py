@@ -12,8 +12,12 @@ from typing import Any
 from shim.core.records import (
     AddTrace,
     CommandState,
+    FindCommand,
     MarkCommands,
+    MoveSession,
+    Operation,
     OutboxEntry,
+    Prune,
     PutCommand,
     PutOutcome,
     PutResult,
@@ -71,6 +75,11 @@ _PUT_RESULT = (
 _PUT_OUTBOX = f"{INSERT_OUTBOX} RETURNING seq"
 
 
+# Operations that find the rows of traces. A step of an operation before them in the batch may become a row only when
+# that operation is finished.
+AFTER_FINISH = frozenset({FindCommand, MoveSession, Prune})
+
+
 class HotOperations(Operations):
     """The operations, the most frequent ones without intermediate results that the client must wait for.
 
@@ -79,8 +88,17 @@ class HotOperations(Operations):
 
     def __init__(self, database: PostgresDatabase) -> None:
         super().__init__(database)
-        self._reserve = database.reserve
+        self._reserve, self._send_groups = database.reserve, database.send_groups
         self._puts, self._marks = database.group(_PUT, _PUT_KINDS), database.group(_MARK, _MARK_KINDS)
+
+    def carry_out(self, operations: Sequence[Operation]) -> Any:
+        """Carry out a submission, each operation before the next one, and return the result of its first operation."""
+        results = []
+        for operation in operations:
+            finish = self._carriers[type(operation)](operation)
+            self._send_groups()
+            results.append(finish())
+        return results[0]
 
     def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
         """Insert a command as a row of one grouped statement."""
