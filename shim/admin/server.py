@@ -345,6 +345,7 @@ def make_server(handle: Handler, max_body_bytes: int = MAX_BODY_BYTES) -> Server
     """Return aiohttp's low-level server for a handler of all requests, whose errors become JSON with one sentence."""
 
     def make_request(*args: Any) -> BaseRequest:
+        """Return aiohttp's request for what a connection has read."""
         make: Callable[..., BaseRequest] = BaseRequest
         return make(*args, asyncio.get_running_loop(), client_max_size=max_body_bytes)
 
