@@ -5,36 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 from aiohttp import EofStream, WebSocketError, WSMsgType, hdrs
 from aiohttp._websocket.reader import WebSocketReader
-from aiohttp.http_parser import RawRequestMessage
 from aiohttp.log import ws_logger
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_ws import WebSocketResponse
 
 from shim.ports import Frame
-from shim.protocol.http import bearer
 from shim.upstream.websocket import CloseFrameReader, frame_of, opcode_of
 
 # aiohttp logs every subprotocol that it does not support, as the client sent it and at any length. The controller
 # decides about subprotocols here, so such a warning would be wrong as well as unbounded.
 ws_logger.setLevel(logging.ERROR)
-
-
-def is_handshake(message: RawRequestMessage) -> bool:
-    """Return True if a request asks for a WebSocket."""
-    return message.method == hdrs.METH_GET and message.headers.get(hdrs.UPGRADE, "").strip().lower() == "websocket"
-
-
-def token_of(message: RawRequestMessage) -> str:
-    """Return the token in the header or else in the query of a handshake, or an empty string."""
-    found = bearer(message.headers.get(hdrs.AUTHORIZATION) or "")
-    if found:
-        return found
-    query = parse_qs(urlsplit(message.path).query, encoding="utf-8", errors="surrogateescape", max_num_fields=64)
-    return query.get("token", [""])[0]
 
 
 class AgentWebSocket(WebSocketResponse):

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable, Mapping
+from urllib.parse import parse_qs, urlsplit
 
 from aiohttp import hdrs
+from aiohttp.http_parser import RawRequestMessage
 from multidict import istr
 
 from shim.config.settings import Listen
 from shim.errors import AgentError
 from shim.hosts import is_loopback
-from shim.protocol.http import host_name
+from shim.protocol.http import bearer, host_name
 
 _SEC_FETCH_SITE = istr("Sec-Fetch-Site")
 _REMEMBERED_HOSTS = 256
@@ -69,3 +71,17 @@ class Guard:
     def _matches(self, host: str) -> bool:
         name = host_name(host)
         return is_loopback(name) or name in self._hosts
+
+
+def is_handshake(message: RawRequestMessage) -> bool:
+    """Return True if a request asks for a WebSocket."""
+    return message.method == hdrs.METH_GET and message.headers.get(hdrs.UPGRADE, "").strip().lower() == "websocket"
+
+
+def token_of(message: RawRequestMessage) -> str:
+    """Return the token in the header or else in the query of a handshake, or an empty string."""
+    found = bearer(message.headers.get(hdrs.AUTHORIZATION) or "")
+    if found:
+        return found
+    query = parse_qs(urlsplit(message.path).query, encoding="utf-8", errors="surrogateescape", max_num_fields=64)
+    return query.get("token", [""])[0]

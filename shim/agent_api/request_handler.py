@@ -19,8 +19,7 @@ from aiohttp.web_response import StreamResponse
 from msgspec.structs import replace
 from yarl import URL
 
-from shim.agent_api.agent_websocket import AgentWebSocket, is_handshake, token_of
-from shim.agent_api.auth import Guard
+from shim.agent_api.auth import Guard, is_handshake, token_of
 from shim.agent_api.connection import Admitted, RequestContext
 from shim.agent_api.forwarding import forwarded, headers_of, is_large, target_of
 from shim.agent_api.request_body import (
@@ -53,7 +52,7 @@ from shim.protocol.dialects import Call, Dialect, Match, Reply, Router, error_re
 
 _REMEMBERED_TARGETS = 4096
 logger = logging.getLogger(__name__)
-Answer = Reply | ProxyResponse | AgentWebSocket
+Answer = Reply | ProxyResponse | StreamResponse
 Waiting = Coroutine[Any, Any, Answer]
 """The rest of a request that has to wait, as a coroutine that has not started."""
 
@@ -256,7 +255,7 @@ class RequestHandler:
         request: RequestContext = aiohttp_request.protocol.take_request(aiohttp_request)  # type: ignore[attr-defined]
         try:
             answer = await self._answer_of(request)
-            if isinstance(answer, AgentWebSocket):
+            if isinstance(answer, StreamResponse):
                 return answer
             if isinstance(answer, ProxyResponse):
                 return await self._writer.write_proxied(request, answer)
@@ -440,11 +439,13 @@ class RequestHandler:
 
     # --- agents with a WebSocket of their own -------------------------------------------------------------------------
 
-    async def _carry(self, request: RequestContext, websockets: WebSocketProxy, target: str) -> AgentWebSocket:
+    async def _carry(self, request: RequestContext, websockets: WebSocketProxy, target: str) -> StreamResponse:
         """Proxy an agent's own WebSocket to the controller until it ends.
 
         Raises `AgentError` if the controller's side cannot be opened.
         """
+        from shim.agent_api.agent_websocket import AgentWebSocket  # noqa: PLC0415 - memory only where one migrated
+
         request.step = "auth"
         token = token_of(request.message)
         self._guard.authorize(token)

@@ -14,9 +14,9 @@ dialect: it has the code that dialects share.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
@@ -80,7 +80,7 @@ class Dialect(Protocol):
 
 def load() -> tuple[Dialect, ...]:
     """Return all dialects of this package, ordered by name."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    names = sorted(file.stem for file in Path(__file__).parent.glob("[!_]*.py"))
     return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)
 
 
