@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import socket
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -178,6 +181,7 @@ async def test_a_known_head_whose_answer_takes_time_has_its_body_and_keeps_what_
     board = Board()
     async with running(board=board) as house:
         agent = await house.agent()
+        agent.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else the third waits for the reply
         await _ask(agent, beat("first"))
         held = HeldCalls(board, HeartbeatCall)
         await agent.send(beat("other"))
@@ -189,6 +193,62 @@ async def test_a_known_head_whose_answer_takes_time_has_its_body_and_keeps_what_
         assert [(await agent.reply()).status for _ in range(2)] == [200, 200]
         assert statuses(house) == ["first", "other", "third"]
         assert (await _ask(agent, beat("again"))).status == 200
+
+
+@pytest.mark.parametrize("early", [POLL, POLL[:10]])
+async def test_what_is_sent_behind_a_held_poll_with_a_known_head_is_no_evidence(early: bytes) -> None:
+    board = Board()
+    async with running(board=board) as house:
+        agent = await house.agent()
+        agent.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else the early bytes wait for the reply
+        await _ask(agent, POLL)
+        held = HeldCalls(board)
+        await agent.send(POLL)
+        await board.until("call", 2)
+        await agent.send(early)
+        await house.ask(get("/nope"))  # by then the early bytes have been seen, too
+        held.go.set()
+        await agent.reply()
+        await agent.send(POLL[len(early) :])
+        await agent.reply()
+        assert board.steps == ["call", "call", "written", "call", "written"]
+
+
+async def test_a_body_with_an_empty_line_is_no_part_of_its_head() -> None:
+    async with running() as house:
+        agent = await house.agent()
+        for status in ("first", "other", "other"):
+            request = post(HEARTBEAT, b'{"status":"%s",\r\n\r\n"x":1}' % status.encode(), TOKEN)
+            assert (await _ask(agent, request)).status == 200
+        assert statuses(house) == ["first", "other", "other"]
+
+
+async def test_a_compressed_body_behind_a_known_head_is_decompressed() -> None:
+    async with running() as house:
+        agent = await house.agent()
+        request = post(HEARTBEAT, gzip.compress(b'{"status":"up"}'), TOKEN, "Content-Encoding: gzip")
+        assert [(await _ask(agent, request)).status for _ in range(3)] == [200] * 3
+        assert statuses(house) == ["up"] * 3
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(b"GET /nope HTTP/1.1\r\nX-A: ", id="in a head"),
+        pytest.param(post("/nope", b" " * len(POLL_T))[: -len(POLL_T)], id="in a body"),
+    ],
+)
+async def test_bytes_inside_another_request_are_no_request_although_they_are_one_that_is_known(before: bytes) -> None:
+    async with running() as house:
+        agent = await house.agent()
+        agent.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        assert (await _ask(agent, POLL_T)).status == 200
+        await agent.send(before)
+        await house.turn()
+        await agent.send(POLL_T)
+        await house.turn()
+        assert (await agent.reply()).status == 404
+        assert len(house.board.calls) == 1
 
 
 async def test_an_agent_that_hangs_up_on_a_held_poll_with_a_known_head_is_noticed() -> None:

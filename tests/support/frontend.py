@@ -44,6 +44,7 @@ class Board:
         self, caller: Caller, call: AgentCall, arrived_s: float, now_s: float
     ) -> CallResult | Coroutine[Any, Any, CallResult]:
         """Return the result of the plain script at once; every other script is a coroutine."""
+        assert arrived_s <= now_s
         self.arrivals_s.append(arrived_s)
         self._note("call", caller, call)
         return sensible(call) if self.script is plain_answer else self._scripted(self.script, caller, call)
