@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from shim.core.link_state import LinkState
+from shim.core.agent_calls import Registered
+from shim.core.link_state import LinkState, PhaseKind
 from shim.errors import ShimError
 from shim.ports import DialRequest
 from tests.bridge.conftest import MakeWorld
@@ -149,6 +150,33 @@ async def test_the_controller_may_close_the_link_and_is_left_alone(world: World)
     assert (len(controllers), len(gateways)) == (1, 1)
     assert [link.state for link in world.bridge.links] == [LinkState.IDLE]
     assert not [link for link in world.bridge.links if link.machine.contended]
+
+
+async def test_a_lost_link_that_no_session_needs_is_idle_from_its_next_dial_on(world: World) -> None:
+    agent = await redirected(world)
+    await agent.heartbeat()
+    [socket], _ = sockets(world)
+    socket.lose()
+    lost_at = world.now
+    await world.pass_s(10)
+    [link] = world.bridge.links
+    assert len(sockets(world)[0]) == 1
+    *_, down, idle = link.history.last(world.now, 60)
+    assert (down.phase, down.since_s, idle.phase) == (PhaseKind.DOWN, lost_at, PhaseKind.IDLE)
+    assert lost_at < idle.since_s <= lost_at + 1
+
+
+async def test_a_link_that_a_registration_waits_for_is_dialled_although_gateways_carry_everything(world: World) -> None:
+    await redirected(world)
+    [socket], _ = sockets(world)
+    world.controller.manners.refuse = lambda spec: None if to_gateway(spec) else GONE
+    socket.lose()
+    waiting = world.loop.create_task(world.agent(name="other", agent_id="pod-2").register())
+    await world.pass_s(1)
+    assert not waiting.done()
+    world.controller.manners.refuse = lambda spec: None
+    await world.pass_s(9)
+    assert isinstance(waiting.result(), Registered)
 
 
 async def test_a_link_that_only_serves_gateways_is_closed_as_idle(world: World) -> None:
