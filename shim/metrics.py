@@ -154,10 +154,11 @@ class RequestCounts(Collector):
         for each in self._counts.values():
             of = tuple(getattr(each, name) for name in names)
             former = found.get(of)
-            if former is not None:
+            if former is None:
+                found[of] = each
+            else:
                 buckets = [one + other for one, other in zip(former.buckets, each.buckets, strict=True)]
-                each = replace(each, buckets=buckets, total_s=former.total_s + each.total_s)  # noqa: PLW2901
-            found[of] = each
+                found[of] = replace(each, buckets=buckets, total_s=former.total_s + each.total_s)
         return found
 
     def collect(self) -> Iterator[Metric]:
