@@ -441,6 +441,20 @@ async def test_without_evidence_in_time_it_is_offered_again_with_a_reason(world:
     assert world.metric("commands_total", event="redelivered") == 1
 
 
+async def test_a_result_that_may_belong_to_an_earlier_reply_leaves_the_rest_of_the_offer_its_time(world: World) -> None:
+    agent = await given(world, "k1", "k2")
+    assert await agent.poll() == ["k1", "k2"]
+    agent.reconnect(clean=False)
+    await world.pass_s(61)
+    assert await agent.poll() == ["k1", "k2"]
+    agent.reconnect(clean=False)
+    await agent.result("k1")
+    await world.settle()
+    assert await world.state("k2") == "offered"
+    await world.pass_s(61)
+    assert await agent.poll() == ["k2"]
+
+
 async def test_a_slow_agent_on_a_kept_connection_gets_nothing_twice(world: World) -> None:
     agent = await offered(world)
     await world.pass_s(90)
