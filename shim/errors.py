@@ -94,6 +94,10 @@ class ConfigError(ShimError):
         self.faults = faults
 
 
+class NoRoom(Exception):
+    """An error of a body that is dropped because all connections together hold too many bytes."""
+
+
 def describe(error: BaseException) -> str:
     """Return an exception's text for the log.
 

@@ -28,6 +28,7 @@ from aiohttp.web_response import StreamResponse
 from aiohttp.web_server import Server
 
 from shim.core.bounds import FREE_BYTES, MAX_EMPTY_LINES, MAX_HEAD_BYTES, MAX_WAITING_BYTES, Budget
+from shim.errors import NoRoom
 from shim.http_heads import EmptyLine, KnownHead, KnownHeads, remember
 
 LINGER_S = 2.0
@@ -51,10 +52,6 @@ def _forget_cancellation(task: asyncio.Task[None]) -> None:
     if task.cancelled():
         with contextlib.suppress(asyncio.CancelledError):
             task.exception()
-
-
-class NoRoom(Exception):
-    """An error of a body that is dropped because all connections together hold too many bytes."""
 
 
 class HttpConnection(RequestHandler):

@@ -30,9 +30,9 @@ from shim.admin.event_stream import EventStream
 from shim.admin.gauges import StatusCollector
 from shim.config import loader
 from shim.config.settings import Admin
-from shim.errors import ConfigError, OperatorError
+from shim.errors import ConfigError, NoRoom, OperatorError
 from shim.hosts import is_loopback
-from shim.http_connection import LINGER_S, NoRoom
+from shim.http_connection import LINGER_S
 from shim.listening import bind
 from shim.management.command_api import CommandApi
 from shim.management.status import Status

@@ -21,8 +21,7 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from shim.agent_api.connection import RequestContext
 from shim.core.bounds import FREE_BYTES, LONG_TEXT_BYTES, MAX_VALUES, Budget
-from shim.errors import AgentError
-from shim.http_connection import NoRoom
+from shim.errors import AgentError, NoRoom
 from shim.protocol import lenient_json
 
 RETRY_AFTER_S = 1
