@@ -131,6 +131,7 @@ async def test_a_later_poll_is_evidence_while_the_connection_is_open(world: Worl
     assert await other.poll() == []
     await world.settle()
     assert await world.state("k1") == "delivered"
+    assert traces(world, "k1")[-1] == "delivered: poll"
 
 
 async def test_a_poll_that_overlaps_is_no_evidence(world: World) -> None:
