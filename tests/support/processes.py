@@ -115,14 +115,17 @@ class _Child:
         return self._process.pid
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal. Raises `ProcessLookupError` if the process is known to have ended.
+        """Send a signal, and after SIGSTOP wait until all threads stand still: a busy machine lets some run on.
 
         `subprocess` would collect the exit code of a process that has just ended, and asyncio would never get it.
+        Raises `ProcessLookupError` if the process is known to have ended.
         """
         assert self._process is not None
         if self._process.returncode is not None:
             raise ProcessLookupError
         os.kill(self._process.pid, number)
+        if number is signal.SIGSTOP:
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     async def wait(self) -> int:
         """Wait for the end; the exit code."""
