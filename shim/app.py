@@ -140,8 +140,8 @@ class App:
     def spawn_isolated(self, name: str, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
         """Run a coroutine that serves one connection or one call, like `spawn`.
 
-        An exception of it is logged and counted. It ends what the coroutine served, which must see to that itself, and
-        not the process, as the failure of a service does.
+        An exception of it is logged and counted, and the process goes on, unlike after the failure of a service. The
+        coroutine must release what it serves itself, also when it fails.
         """
 
         async def isolated() -> None:
@@ -415,7 +415,7 @@ class App:
         """Request a reload of the configuration: now, or after the start."""
         self._reloader.request()
         if self.ready.is_set():
-            self.spawn_isolated("reload", self._reloader.reload())
+            self.spawn("reload", self._reloader.reload())
 
     def _count_rollout(self) -> None:
         """Set the metrics of the rollout: a canary is watched for a day, counted from its last change."""

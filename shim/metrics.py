@@ -118,7 +118,7 @@ class RequestCount(msgspec.Struct):
 
 
 class RequestCounts(Collector):
-    """Collector of the metrics of answered requests, which are counted together and made when they are collected.
+    """Counts of answered requests; three metrics are built from them at each scrape.
 
     Three metrics of `prometheus_client` would take four locks for every request.
     """

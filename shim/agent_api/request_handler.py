@@ -165,7 +165,10 @@ class RequestHandler:
             return self._reply_to(request, error)
 
     def _admit(self, request: RequestContext) -> Admitted:
-        """Return what the head of a request says. Raises `AgentError` if it has no route or a malformed token."""
+        """Return the route, the caller and the headers of a request.
+
+        Raises `AgentError` if it has no route or a malformed token.
+        """
         headers = request.headers
         request.step = "route"
         match = request.match = self._routes[request.message.method, request.message.path]

@@ -171,7 +171,8 @@ class AgentCallHandler:
 
         outcome = await self._registrations.register(link, call, cached, arrived_s)
         if isinstance(outcome, Registered):
-            await self._session_registry.registration_answered(owner, call, outcome)
+            left_s = arrived_s + self._ctx.settings.register.deadline_s - self._ctx.now
+            await self._session_registry.registration_answered(owner, call, outcome, left_s)
         return outcome
 
     # --- results ------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class SessionPersistence:
         return key in self._deferred
 
     def release(self, owner: str) -> list[SessionKey]:
-        """Return the owner's sessions that may not be stored yet, and lift that."""
+        """Allow the owner's deferred sessions to be stored, and return their keys."""
         found = [key for key in self._deferred if key.owner == owner]
         self._deferred.difference_update(found)
         return found
@@ -70,8 +70,8 @@ class SessionPersistence:
             self._submit(keys, operations)
         return bool(operations)
 
-    async def save_and_wait(self, *keys: SessionKey) -> None:
-        """Store sessions as `save_all` does, and wait for the store's answer, at most `STORE_WAIT_S`.
+    async def save_and_wait(self, *keys: SessionKey, within_s: float = STORE_WAIT_S) -> None:
+        """Store sessions as `save_all` does, and wait for the store's answer for at most `within_s`.
 
         An agent that was answered after this keeps its registration through a kill of the shim.
         """
@@ -79,7 +79,7 @@ class SessionPersistence:
         if operations:
             self._submit(keys, operations, answered.set)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STORE_WAIT_S):
+                async with asyncio.timeout(within_s):
                     await answered.wait()
 
     def _operations(self, keys: tuple[SessionKey, ...]) -> list[Operation]:

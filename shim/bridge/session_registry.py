@@ -10,7 +10,7 @@ import msgspec
 
 from shim.bridge.context import BridgeContext
 from shim.bridge.registration import PendingRegistration
-from shim.bridge.session_persistence import SessionPersistence
+from shim.bridge.session_persistence import STORE_WAIT_S, SessionPersistence
 from shim.core.agent_calls import Failed, HeartbeatCall, RegisterCall, Registered, SessionTarget, TargetKind
 from shim.core.bounds import FREE_KEPT_BYTES
 from shim.core.call_records import RouteUsage
@@ -200,9 +200,10 @@ class SessionRegistry:
         session = self._ctx.sessions.get(SessionKey(owner, TargetKind.CLUSTER.value, named)) if named else stored
         return session.upstream_cluster_id if session is not None else ""
 
-    async def registration_answered(self, owner: str, call: RegisterCall, outcome: Registered) -> None:
+    async def registration_answered(self, owner: str, call: RegisterCall, outcome: Registered, within_s: float) -> None:
         """Record the contact and the id of an agent whose registration was answered, and wait until they are stored.
 
+        A store that does not answer delays that by at most `STORE_WAIT_S`, and by at most `within_s`.
         The answer may have come from the store, or to the request of another agent of the same cluster.
         """
         session = self._ctx.sessions.get(_key_of(owner, call, outcome.cluster_id))
@@ -212,7 +213,7 @@ class SessionRegistry:
         self.usage.note(session.key, call.dialect, "register", session.last_seen_unix)
         session.agent_id, session.secret = call.agent_id, call.secret or session.secret
         self._set_alias(session, call.agent_id)
-        await self.persistence.save_and_wait(session.key)
+        await self.persistence.save_and_wait(session.key, within_s=min(STORE_WAIT_S, within_s))
 
     def register(
         self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False
@@ -330,7 +331,9 @@ class SessionRegistry:
 
     def sweep(self) -> None:
         """Retry refused writes and complete supersessions; called every few seconds."""
-        self._move_superseded()  # first: a stored alias of a successor hides what is not moved yet from a restart
+        # Move first: once the successor's alias is stored, no agent id leads to commands that are not moved, and a
+        # restart would not find them.
+        self._move_superseded()
         self.persistence.retry()
 
     def _move_superseded(self) -> None:

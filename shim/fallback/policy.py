@@ -158,15 +158,18 @@ class FallbackPolicy:
             if isinstance(call, PollCall) and self._bridge.http_fallback.waiting(request.caller, call):
                 return await self._bridge.http_fallback.merge(request.caller, call, [], request.arrived_s)
             return self._on_unreachable(request)
-        if isinstance(call, RegisterCall) and reply.status in TELLING and isinstance(reply.body, bytes):
-            told = self._read(reply) or {}
-            await self._bridge.http_fallback.registered(request.caller, call, told, conflict=reply.status == 409)
-        # After `registered`: before it the status does not know whose call this is.
-        if isinstance(reply.body, bytes):
-            self._judge(request, reply.status)
-        else:
-            reply = replace(reply, body=self._judged_at_its_end(request, reply.status, reply.body))
-        self._bridge.http_fallback.used(request.caller, call)
+        try:
+            if isinstance(call, RegisterCall) and reply.status in TELLING and isinstance(reply.body, bytes):
+                told = self._read(reply) or {}
+                await self._bridge.http_fallback.registered(request.caller, call, told, conflict=reply.status == 409)
+        finally:
+            # Also if the agent hangs up while its registration goes to disk. After `registered`, because before it the
+            # status does not know whose call this is.
+            if isinstance(reply.body, bytes):
+                self._judge(request, reply.status)
+            else:
+                reply = replace(reply, body=self._judged_at_its_end(request, reply.status, reply.body))
+            self._bridge.http_fallback.used(request.caller, call)
         if isinstance(call, PollCall):
             return await self._merged(request, call, reply)
         if isinstance(call, ResultCall) and reply.status in (200, 204):

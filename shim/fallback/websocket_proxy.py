@@ -127,7 +127,7 @@ class WebSocketProxy:
         finally:
             self._dialling -= 1
         self._metrics.websocket_handshakes.labels("ok").inc()
-        carried = Carried(upstream, handshake.token, self._listener, self._spawn, self._open.discard, self._metrics)
+        carried = Carried(upstream, handshake.token, self._listener, self._spawn, self._open.discard)
         self._open.add(carried)
         return carried
 
@@ -183,7 +183,6 @@ class Carried:
         listener: MigrationListener,
         spawn: Spawn,
         gone: Callable[[Carried], None],
-        metrics: Metrics,
     ) -> None:
         self.subprotocol = upstream.subprotocol
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -192,7 +191,6 @@ class Carried:
         self._listener = listener
         self._spawn = spawn
         self._gone = gone
-        self._metrics = metrics
         self._agent: FrameSocket | None = None
         self._registers: dict[str, dict[str, Any]] = {}
         self._registered: dict[str, Any] | None = None
@@ -224,10 +222,6 @@ class Carried:
     async def _down(self, agent: FrameSocket) -> None:
         try:
             await self._carry(self._upstream, agent, self._sniff_down)
-        except Exception:
-            # This task has no owner that would catch it, and a defect with one agent must not end the process for all.
-            self._metrics.internal_errors.labels("frontend").inc()
-            log.exception("websocket_proxy_failed")
         finally:
             self._down_ended.set()
             if self._closing:

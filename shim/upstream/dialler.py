@@ -432,7 +432,11 @@ class AiohttpUpstream:
         await self._dialler.close()
 
     async def _serve(self, spec: DialRequest, events: WebSocketListener, done: DialDone) -> None:
-        outcome = await self._connect(spec)
+        try:
+            outcome = await self._connect(spec)
+        except Exception:  # a defect: without an answer the link would wait for this dial for ever
+            self._notify(done, DialFailure("handshake", detail="an error of the shim: see its log"))
+            raise
         if isinstance(outcome, DialFailure):
             self._notify(done, outcome)
             return

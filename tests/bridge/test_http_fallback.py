@@ -5,9 +5,11 @@ Rules: docs/reference/protocol.md#4-modes.
 
 from __future__ import annotations
 
-from shim.core.agent_calls import PollCall
+import asyncio
+
+from shim.core.agent_calls import PollCall, RegisterCall
 from shim.fallback import FallbackPolicy
-from shim.ports import Caller
+from shim.ports import Caller, ProxyRequest, ProxyResponse
 from tests.bridge.conftest import MakeWorld, living
 from tests.support.upstream import REFUSED
 from tests.support.world import Agent, World
@@ -81,3 +83,29 @@ async def test_commands_of_the_http_api_that_cannot_be_stored_are_not_reported_a
     merged = await world.bridge.http_fallback.merge(caller, poll, [{"id": "k1"}], world.now)
     assert merged is not None
     assert [command.id for command in agent.take(merged)] == ["k1"]
+
+
+class AnsweredAtOnce(FallbackPolicy):
+    """A policy whose API registers every agent."""
+
+    async def _send(self, request: ProxyRequest) -> ProxyResponse:
+        return ProxyResponse(200, (), b'{"success": true, "cluster_id": "c-9"}')
+
+
+async def test_a_registration_by_http_counts_although_its_agent_leaves_while_it_is_stored(
+    make_world: MakeWorld,
+) -> None:
+    world = await make_world(mode="http", fallback={"url": "https://old.vendor.test"})
+    passthrough, agent = AnsweredAtOnce(world.bridge), world.agent()
+    call = RegisterCall(agent.dialect, agent.agent_id, agent.name, {"name": agent.name}, "", False)
+    caller = Caller(agent.token, agent.connection)
+    world.store.slow = True
+    serving = asyncio.ensure_future(
+        passthrough.serve(ProxyRequest("POST", "/register", (), b"{}", caller, call, world.now))
+    )
+    await world.until(lambda: bool(world.store.log))
+    serving.cancel()
+    await world.settle()
+    assert serving.cancelled()
+    assert world.metric("fallback_calls_total", outcome="2xx") == 1
+    await passthrough.close()

@@ -489,6 +489,16 @@ async def test_a_disk_that_is_full_or_hangs_delays_a_registration_by_a_second_at
     assert world.now - began_s < (0.5 if broken == "full" else STORE_WAIT_S + 0.5)
 
 
+async def test_the_wait_for_the_disk_ends_at_the_registrations_deadline(make_world: MakeWorld) -> None:
+    world = await make_world(register={"deadline_s": 3})
+    agent = await registered(world)
+    world.controller.manners.registers = False  # so the answer comes from the store, at the deadline
+    world.store.slow = True
+    began_s = world.now
+    assert isinstance(await agent.register(), Registered)
+    assert world.now - began_s == pytest.approx(3, abs=0.1)
+
+
 async def test_an_agent_that_hangs_up_while_its_registration_goes_to_disk_is_registered(world: World) -> None:
     agent = world.agent()
     world.store.slow = True

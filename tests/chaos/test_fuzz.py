@@ -325,7 +325,7 @@ def test_any_message_leaves_a_bridge_at_work_and_no_larger_than_its_bounds() -> 
         assert not world.faults, world.faults[0]
         assert socket.open
         assert world.metric("internal_errors_total", part="upstream") == 0
-        stored_bytes = 4096 * len(world.bridge.queues.values()) + 2048 * len(world.bridge.outbox)
+        stored_bytes = 4096 * len(list(world.bridge.queues.items())) + 2048 * len(world.bridge.outbox)
         assert sizes[1] - sizes[0] < GROWTH_BYTES + INPUTS * 100 + stored_bytes
         await world.stop()
 
