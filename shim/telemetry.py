@@ -7,6 +7,7 @@ imports this module.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import OrderedDict
@@ -26,6 +27,8 @@ from shim.redaction import Redaction
 
 MAX_OPEN = 10_000
 """Commands without an end whose spans are kept. Beyond it the oldest are given up."""
+
+CLOSE_S = 1.0
 
 _QUEUED, _AT_AGENT, _RETURNING = "wait for the agent", "at the agent", "return the result"
 _PHASES = {"arrived": _QUEUED, "redeliver": _QUEUED, "uncertain": _QUEUED, "offered": _AT_AGENT, "result": _RETURNING}
@@ -66,7 +69,7 @@ class Telemetry:
             self._note((session, command_id), entry)
 
     async def close(self) -> None:
-        """Send what is queued; the caller bounds the time. A collector that hangs cannot keep the process alive."""
+        """Send what is queued, for at most `CLOSE_S`. A collector that is away or hangs does not delay the stop."""
         done, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def shut_down() -> None:
@@ -75,7 +78,9 @@ class Telemetry:
             loop.call_soon_threadsafe(done.set)
 
         threading.Thread(target=shut_down, name="telemetry", daemon=True).start()
-        await done.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await done.wait()
 
     def _note(self, key: tuple[SessionKey, str], entry: TraceEntry) -> None:
         at_ns = int(entry.wall * 1e9)
