@@ -37,5 +37,13 @@ def is_loopback(host: str) -> bool:
 
 
 def is_this_machine(host: str) -> bool:
-    """Return True if a connection to a database's host stays on this machine: loopback, or the path of a socket."""
-    return not host or host.startswith(("/", "@")) or is_loopback(host)
+    """Return True if a connection to a database's host stays on this machine: loopback, or the path of a socket.
+
+    Of names only `localhost` itself counts: PostgreSQL's library asks name servers for `localhost.` and its subdomains.
+    """
+    if not host or host.startswith(("/", "@")) or host == "localhost":
+        return True
+    try:
+        return ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False

@@ -25,11 +25,13 @@ def test_is_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
 
-@pytest.mark.parametrize("host", ["", "/run/postgresql", "@socket", "localhost", "LOCALHOST.", "db.localhost", "[::1]"])
+@pytest.mark.parametrize("host", ["", "/run/postgresql", "@socket", "localhost", "127.0.0.2", "::1", "[::1]"])
 def test_a_database_on_this_machine_is_recognised_by_loopback_and_by_the_path_of_a_socket(host: str) -> None:
     assert is_this_machine(host)
 
 
-@pytest.mark.parametrize("host", ["db", "10.0.0.1", "localhost.example.com"])
+@pytest.mark.parametrize(
+    "host", ["db", "10.0.0.1", "localhost.example.com", "db.localhost", "localhost.", "a,b.localhost", "127.0.0.1%2Cdb"]
+)
 def test_a_database_elsewhere_is_not_on_this_machine(host: str) -> None:
     assert not is_this_machine(host)

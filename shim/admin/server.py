@@ -389,7 +389,7 @@ def _split_path(request: BaseRequest) -> tuple[str, str]:
             return f"/{folder}/{{id}}.json", name.removesuffix(".json")
         case (_, folder, name, action) if name:
             return f"/{folder}/{{id}}/{action}", name
-    return request.path, ""
+    return ("" if "{" in request.path else request.path), ""  # an encoded brace must not name a route's `{id}`
 
 
 def _error(status: int, text: str, headers: dict[istr, str] | None = None) -> Response:

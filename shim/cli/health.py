@@ -11,7 +11,7 @@ from http.client import HTTPException
 
 import click
 
-from shim.cli.admin_client import AdminPort, configured, given
+from shim.cli.admin_client import WHOLE_S, AdminPort, configured, given
 from shim.clock import Clock, pause
 from shim.config.loader import load
 
@@ -44,7 +44,8 @@ def command(
 def ask(host: str, port: int, path: str, timeout_s: float) -> tuple[bool, str]:
     """Send GET `path`; return True if the answer was 200, and a sentence for people."""
     try:
-        status, body = AdminPort(host, port, timeout_s=timeout_s).exchange("GET", path, limit_bytes=_SHOWN_BYTES)
+        admin_port = AdminPort(host, port, timeout_s=timeout_s, whole_s=max(WHOLE_S, timeout_s))
+        status, body = admin_port.exchange("GET", path, limit_bytes=_SHOWN_BYTES)
     except (OSError, HTTPException) as error:
         return False, f"no answer from the admin port {host}:{port}: {str(error) or type(error).__name__}"
     return status == 200, body.strip() if status == 200 else f"{status} {body.strip()}"

@@ -6,6 +6,7 @@ internal error, 78 the store was written by a newer version. `rollout` has 2 for
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 import traceback
@@ -57,5 +58,7 @@ def _exit(error: Exception) -> NoReturn:
         from shim.redaction import Redaction
 
         code, lines = EXIT_INTERNAL, Redaction().text("".join(traceback.format_exception(error))).splitlines()
-    sys.stderr.write("\n".join(lines) + "\n")
+    with contextlib.suppress(OSError, AttributeError):  # without a descriptor 2, `sys.stderr` is None
+        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.flush()
     sys.exit(code)

@@ -29,8 +29,9 @@ def parse(args: Sequence[str]) -> tuple[str | None, tuple[str, ...], str | None]
 
 def start(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> NoReturn:
     """Run the shim. Raises `ConfigError` before anything was started."""
-    # Before the event loop handles signals, PID 1 would ignore SIGTERM, and SIGHUP would end the process.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_OK))
+    # Before the event loop handles signals, PID 1 would ignore SIGTERM and SIGINT, and SIGHUP would end the process.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(EXIT_OK))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from shim import launch
 

@@ -264,7 +264,9 @@ class _Checks:
             self._require(False, "must have a port from 1 to 65535: postgresql://user@host:5432/database", "store.url")
             return
         hosts = [re.sub(r":\d*$", "", each) for each in addresses]
-        local = all(map(is_this_machine, [*hosts, *query.get("host", "").split(",")]))
+        for key in ("host", "hostaddr"):
+            hosts += query.get(key, "").split(",")
+        local = all(map(is_this_machine, hosts)) and not query.get("service")  # a service's host is in a file
         verified = query.get("sslmode", "verify-full") == "verify-full"
         message = "must leave sslmode at verify-full off this machine, unless store.allow_insecure is true"
         self._require(local or verified or store.allow_insecure, message, "store.url", "store.allow_insecure")

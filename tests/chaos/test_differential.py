@@ -95,7 +95,8 @@ class Recorder:
             for family in counter.collect()
             if family.type == "counter"
             for sample in family.samples
-            if not sample.name.endswith("_created")
+            # Bytes that wait behind another request count against the common budget, those of a request alone do not.
+            if not sample.name.endswith("_created") and sample.labels.get("reason") != "memory"
         }
 
 

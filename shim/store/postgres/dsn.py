@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,7 @@ def conninfo(configured: settings.Store, name: str, **options: str) -> str:
     parameters: dict[str, Any] = _NETWORK | given
     if configured.password_file:
         parameters["password"] = loader.read_secret(configured.password_file, "store.password_file")
-    hosts = str(given.get("host") or given.get("hostaddr") or "").split(",")
-    if not configured.allow_insecure and not all(map(is_this_machine, hosts)):
+    if not configured.allow_insecure and not _on_this_machine(given):
         parameters["sslmode"] = "verify-full"
     elif configured.ca_file:
         parameters.setdefault("sslmode", "verify-full")
@@ -65,6 +66,16 @@ def _parse(url: str) -> dict[str, Any]:
         # Do not pass on the driver's message: it repeats a part of the URL, possibly the password.
         message = "is no PostgreSQL URL: a parameter is unknown, or a % is out of place"
         raise ConfigError([Fault("store.url", message)]) from None
+
+
+def _on_this_machine(given: Mapping[str, Any]) -> bool:
+    """Return True if the database is certainly on this machine.
+
+    What the URL does not have comes from the environment, and a service's host from a file.
+    """
+    found = {key: str(given.get(key) or os.environ.get(f"PG{key.upper()}", "")) for key in ("host", "hostaddr")}
+    service = given.get("service") or os.environ.get("PGSERVICE")
+    return not service and all(is_this_machine(host) for hosts in found.values() for host in hosts.split(","))
 
 
 def _authorities() -> str:

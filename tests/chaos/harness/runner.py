@@ -214,7 +214,8 @@ class Round:
 
     async def _all_connected(self, running: list[asyncio.Task[None]]) -> None:
         """Start the agents when the shim serves, as a startup probe has it."""
-        async with asyncio.timeout(2 * START_S + 60 / self._plan.pace):  # some first call after half a minute
+        # A heartbeat every half a minute, and a rude agent spoils a third of them.
+        async with asyncio.timeout(2 * START_S + 300 / self._plan.pace):
             await self._keeper.serving.wait()
             running += [asyncio.create_task(part.run()) for part in self._parts]
             for part in self._parts:

@@ -45,6 +45,32 @@ def test_connection_parameters(store: dict[str, Any], expected: str) -> None:
     assert expected in conninfo(settings.Store(**store), "agent-shim x").split()
 
 
+@pytest.mark.parametrize(
+    "url, environment",
+    [
+        ("postgresql://127.0.0.1/d?hostaddr=10.0.0.9&sslmode=disable", {}),
+        ("postgresql://db.localhost/d", {}),
+        ("postgresql:///d?service=x", {}),
+        ("postgresql:///d", {"PGHOST": "h.example"}),
+        ("postgresql:///d?host=127.0.0.1", {"PGHOSTADDR": "10.0.0.9"}),
+        ("postgresql:///d", {"PGSERVICE": "x"}),
+    ],
+)
+def test_wherever_the_host_is_named_another_machine_needs_tls(
+    url: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert "sslmode=verify-full" in conninfo(settings.Store(url=url), "agent-shim x").split()
+
+
+def test_the_environment_does_not_make_a_local_database_a_remote_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGHOST", "h.example")
+    assert "sslmode" not in conninfo(settings.Store(url="postgresql://localhost/d"), "agent-shim x")
+
+
 def test_a_database_off_this_machine_must_prove_who_it_is(server: pg.Postgres, tmp_path: Path) -> None:
     ours, theirs = trustme.CA(), trustme.CA()
     for name, authority in (("ours", ours), ("theirs", theirs)):
