@@ -18,3 +18,9 @@ def test_a_run_imports_neither_click_nor_the_web_framework(tmp_path: Path) -> No
     assert "'shim.app'" in done.stderr
     kept = [name for name in ("click", "aiohttp.web", "aiohttp.web_ws", "argparse") if f"'{name}'" in done.stderr]
     assert not kept, kept
+
+
+def test_a_fault_keeps_its_exit_code_where_nothing_can_be_printed() -> None:
+    for redirection in ("2>&-", "2>/dev/full"):
+        shell = f'exec "$0" -m shim run --set foo=bar {redirection}'
+        assert subprocess.run(["sh", "-c", shell, sys.executable], timeout=120, check=False).returncode == 2

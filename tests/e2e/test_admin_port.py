@@ -91,6 +91,7 @@ async def test_without_a_token_it_may_be_read_and_nothing_changed(tmp_path: Path
             status, refusal = await ask(path, method)
             assert (status, "admin.token_file" in refusal["error"]) == (403, True)
         assert await ask("/nowhere") == (404, {"error": "not found"})
+        assert await ask("/agents%2F%7Bid%7D%2Fforget", "POST") == (404, {"error": "not found"})
         assert (await ask("/status.json", "POST"))[0] == 405
         assert await shim.stop() == 0
 
