@@ -27,7 +27,7 @@ from shim.store.postgres.database import connect, refusal, require_sync, schema_
 from shim.store.postgres.dsn import application
 from shim.store.postgres.groups import PostgresDatabase
 from shim.store.postgres.hot import AFTER_FINISH, HotOperations
-from shim.store.postgres.pipeline import ConnectionLost, Pipeline, StatementError
+from shim.store.postgres.pipeline import ConnectionLost, Pipeline, StatementError, StatementResult
 from shim.store.rows import load
 from shim.store.writer import CallThreadsafe, CommitProbe, Failure, QueuedStore, Writer, store_error
 
@@ -180,18 +180,22 @@ class PostgresEngine:
             if AFTER_FINISH.isdisjoint(map(type, operations)):
                 finishes.append(self._operations.begin(operations))
             else:
-                results += self._finished(finishes)
+                results += self._finished(pipeline, fence, finishes)
                 finishes = []
                 results.append(self._operations.carry_out(operations))
+        return results + self._finished(pipeline, fence, finishes)
+
+    def _finished(
+        self, pipeline: Pipeline, fence: StatementResult, finishes: Sequence[Sequence[Finish[Any]]]
+    ) -> list[Any]:
+        """Return the result of each submission's first operation.
+
+        Raises `StoreFenced` if another replica has the shard.
+        """
         self._database.send_groups()
         pipeline.sync()
         if fence.rowcount != 1:
             raise StoreFenced("another replica has the shard")
-        return results + self._finished(finishes)
-
-    def _finished(self, finishes: Sequence[Sequence[Finish[Any]]]) -> list[Any]:
-        """Return the result of each submission's first operation."""
-        self._database.send_groups()
         results = [[finish() for finish in each] for each in finishes]
         return [first for first, *_ in results]
 
