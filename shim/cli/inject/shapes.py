@@ -78,6 +78,11 @@ class _ConfigMap(msgspec.Struct):
     metadata: _Metadata | None = None
 
 
+# In the thread that imports this: several threads at once must not be the first to use a type (`rollout.cluster`).
+for _shape in (_Pod, _Workload, _ConfigMap):
+    msgspec.json.Decoder(_shape)
+
+
 def check(data: Any) -> None:
     """Check an object, or the items of a List. Raises `InjectError`."""
     if not isinstance(data, dict):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -77,3 +79,23 @@ def test_pods_that_kubectl_would_not_print(items: Any) -> None:
     text = items if isinstance(items, str) else json.dumps({"kind": "List", "items": items})
     with pytest.raises(InjectError, match="not what `kubectl get pods --output json` prints"):
         listed(text)
+
+
+THREADS = """
+import sys, threading
+sys.setswitchinterval(1e-6)
+from shim.cli.inject.shapes import check_pod
+pod = {"metadata": {"name": "a"}, "spec": {"containers": [{"name": "x", "env": [{"name": "n", "value": "v"}]}]}}
+start = threading.Barrier(8)
+def look():
+    start.wait()
+    check_pod(pod)
+threads = [threading.Thread(target=look) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def test_pods_of_several_clusters_may_be_looked_at_at_the_same_time() -> None:
+    for _ in range(10):  # a third of them ended by a segmentation fault
+        assert subprocess.run([sys.executable, "-c", THREADS], timeout=60, check=False).returncode == 0
