@@ -86,6 +86,12 @@ class _OutboxKeys(NamedTuple):
     request_id: str
 
 
+# In the thread that imports this: msgspec builds what it knows of a type at its first use, which is not safe in several
+# threads at once, and each shard has a thread.
+for _kind in (_CommandRow, _SessionRow, _AliasRow, _TunnelRow, _OutboxKeys):
+    msgspec.json.Decoder(_kind)
+
+
 def _typed(row: tuple[Any, ...], kind: type[_Row]) -> _Row:
     try:
         typed: _Row = msgspec.convert(row, kind)
