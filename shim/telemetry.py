@@ -69,7 +69,7 @@ class Telemetry:
             self._note((session, command_id), entry)
 
     async def close(self) -> None:
-        """Send what is queued, for at most `CLOSE_S`. A collector that is away or hangs does not delay the stop."""
+        """Send what is queued, for at most `CLOSE_S`, although the collector may be away or hang."""
         done, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def shut_down() -> None:

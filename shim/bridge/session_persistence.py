@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,8 @@ class SessionPersistence:
         self._ctx = ctx
         self._deferred: set[SessionKey] = set()
         self._unsaved: set[frozenset[SessionKey]] = set()
+        self._newest = asyncio.Event()  # set once the store has answered the newest write
+        self._newest.set()
 
     def defer(self, key: SessionKey) -> None:
         """Store nothing of a session until its owner is released."""
@@ -65,24 +66,6 @@ class SessionPersistence:
         A session and the one that it supersedes are stored together: a process killed in between would start with an
         agent id that leads to the new session already, and nothing would lead to what waits in the former one.
         """
-        operations = self._operations(keys)
-        if operations:
-            self._submit(keys, operations)
-        return bool(operations)
-
-    async def save_and_wait(self, *keys: SessionKey, within_s: float = STORE_WAIT_S) -> None:
-        """Store sessions as `save_all` does, and wait for the store's answer for at most `within_s`.
-
-        An agent that was answered after this keeps its registration through a kill of the shim.
-        """
-        operations, answered = self._operations(keys), asyncio.Event()
-        if operations:
-            self._submit(keys, operations, answered.set)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(within_s):
-                    await answered.wait()
-
-    def _operations(self, keys: tuple[SessionKey, ...]) -> list[Operation]:
         operations: list[Operation] = []
         for session in map(self._ctx.sessions.get, keys):
             if session is None or session.key in self._deferred:
@@ -93,19 +76,26 @@ class SessionPersistence:
                 operations.append(SaveTunnel(key, session.tunnel))
             if self._ctx.sessions.alias_is(key.owner, session.agent_id, key):
                 operations.append(SaveAlias(key.owner, session.agent_id, key))
-        return operations
+        if operations:
+            self._submit(keys, operations)
+        return bool(operations)
 
-    def _submit(
-        self, keys: tuple[SessionKey, ...], operations: list[Operation], answered: Callable[[], None] | None = None
-    ) -> None:
+    async def answered(self, within_s: float = STORE_WAIT_S) -> None:
+        """Wait until the store has answered all writes so far, for at most `within_s`.
+
+        An agent that is answered after they have succeeded keeps its registration through a kill of the shim.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._newest.wait()  # the store answers in the order of submission
+
+    def _submit(self, keys: tuple[SessionKey, ...], operations: list[Operation]) -> None:
         if not self._deferred.issuperset(keys):
-            self._ctx.store.submit(*operations, done=partial(self._saved, keys, answered))
+            newest = self._newest = asyncio.Event()
+            self._ctx.store.submit(*operations, done=partial(self._saved, keys, newest))
 
-    def _saved(
-        self, keys: tuple[SessionKey, ...], answered: Callable[[], None] | None, outcome: StoreError | None
-    ) -> None:
-        if answered is not None:
-            answered()
+    def _saved(self, keys: tuple[SessionKey, ...], answered: asyncio.Event, outcome: StoreError | None) -> None:
+        answered.set()
         if outcome is not None:
             together = frozenset(keys).union(*(others for others in self._unsaved if not others.isdisjoint(keys)))
             self._unsaved = {others for others in self._unsaved if others.isdisjoint(keys)} | {together}

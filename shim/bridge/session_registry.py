@@ -172,7 +172,8 @@ class SessionRegistry:
             session.reply = reply
             self._ctx.sessions.set_upstream_id(session, cluster_id)
         superseded = self._supersede_former(session, self._set_alias(session, call.agent_id))
-        await self.persistence.save_and_wait(session.key, *superseded)
+        self.persistence.save_all(session.key, *superseded)
+        await self.persistence.answered()
 
     # --- registrations ------------------------------------------------------------------------------------------------
 
@@ -212,8 +213,10 @@ class SessionRegistry:
         session.touch(self._ctx.now, self._ctx.clock.wall_s())
         self.usage.note(session.key, call.dialect, "register", session.last_seen_unix)
         session.agent_id, session.secret = call.agent_id, call.secret or session.secret
-        self._set_alias(session, call.agent_id)
-        await self.persistence.save_and_wait(session.key, within_s=min(STORE_WAIT_S, within_s))
+        if not self._ctx.sessions.alias_is(owner, call.agent_id, session.key):
+            self._set_alias(session, call.agent_id)
+            self.persistence.save_all(session.key)
+        await self.persistence.answered(min(STORE_WAIT_S, within_s))
 
     def register(
         self, job: PendingRegistration, reply: dict[str, Any], *, conflict: bool = False

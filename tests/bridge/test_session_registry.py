@@ -585,13 +585,18 @@ async def test_what_waits_for_an_agent_that_lost_its_id_and_got_another_follows_
     assert [session.key.ident for session in world.bridge.ctx.sessions] == ["c-new"]
 
 
-@pytest.mark.parametrize("commits", range(8))
-async def test_a_kill_between_two_commits_of_its_registration_leaves_nothing_behind(world: World, commits: int) -> None:
+async def gets_another_id(world: World) -> None:
+    """A command waits for an agent that will get another cluster id when it registers again."""
     old = await registered(world, agent_id="pod-1", name="prod")
     world.controller.push("k1", cluster_id=old.cluster_id)
     await world.settle()
     await world.restart()
     world.controller.manners.cluster_id = lambda payload: "c-new"
+
+
+@pytest.mark.parametrize("commits", range(8))
+async def test_a_kill_between_two_commits_of_its_registration_leaves_nothing_behind(world: World, commits: int) -> None:
+    await gets_another_id(world)
     left = iter(range(commits))
     world.store.failing = lambda operations: next(left, None) is None  # what comes later is not on disk
     await registered(world, agent_id="pod-1", name="prod")
@@ -605,11 +610,7 @@ async def test_a_kill_between_two_commits_of_its_registration_leaves_nothing_beh
 
 @pytest.mark.parametrize("commits", range(8))
 async def test_so_does_a_kill_while_writes_that_were_refused_are_retried(world: World, commits: int) -> None:
-    old = await registered(world, agent_id="pod-1", name="prod")
-    world.controller.push("k1", cluster_id=old.cluster_id)
-    await world.settle()
-    await world.restart()
-    world.controller.manners.cluster_id = lambda payload: "c-new"
+    await gets_another_id(world)
     world.store.fail()
     await registered(world, agent_id="pod-1", name="prod")
     left = iter(range(commits))

@@ -456,3 +456,20 @@ async def test_the_fallback_waits_for_no_100_continue() -> None:
     assert reply.status == 204
     assert "expect" not in vendor.heads[0]
     assert vendor.heads[0]["content-encoding"] == "x-gzip"
+
+
+class Defective(AiohttpUpstream):
+    """A dialler with a defect in each dial."""
+
+    async def _connect(self, spec: DialRequest) -> DialFailure:
+        raise ValueError("a defect")
+
+
+async def test_a_defect_in_a_dial_is_answered_so_that_the_link_dials_again() -> None:
+    tasks = Tasks()
+    port = Defective(Upstream(), tasks.spawn, environ={})
+    outcome = await dial(port, DialRequest("ws://127.0.0.1:1/ws", TOKEN), Events())
+    assert isinstance(outcome, DialFailure)
+    await port.close()
+    with pytest.raises(ValueError, match="a defect"):  # for `App.spawn_isolated`, which logs and counts it
+        await tasks.finish()

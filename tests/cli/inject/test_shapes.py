@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from shim.cli.inject.documents import Options, inject, remove
 from shim.cli.inject.missing_sidecars import listed
 from shim.cli.inject.sidecar import InjectError
 from tests.support.manifests import vendor_text
+from tests.support.threads import exit_code_of_first_calls
 
 OPTIONS = Options("r.example/agent-shim:1", own_token=True)
 AGENT = {"name": "pipeops-agent"}
@@ -81,21 +80,7 @@ def test_pods_that_kubectl_would_not_print(items: Any) -> None:
         listed(text)
 
 
-THREADS = """
-import sys, threading
-sys.setswitchinterval(1e-6)
-from shim.cli.inject.shapes import check_pod
-pod = {"metadata": {"name": "a"}, "spec": {"containers": [{"name": "x", "env": [{"name": "n", "value": "v"}]}]}}
-start = threading.Barrier(8)
-def look():
-    start.wait()
-    check_pod(pod)
-threads = [threading.Thread(target=look) for _ in range(8)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-"""
-
-
 def test_pods_of_several_clusters_may_be_looked_at_at_the_same_time() -> None:
+    pod = {"metadata": {"name": "a"}, "spec": {"containers": [{"name": "x", "env": [{"name": "n", "value": "v"}]}]}}
     for _ in range(10):  # a third of them ended by a segmentation fault
-        assert subprocess.run([sys.executable, "-c", THREADS], timeout=60, check=False).returncode == 0
+        assert exit_code_of_first_calls("shim.cli.inject.shapes", "check_pod", json.dumps(pod)) == 0

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +12,8 @@ from shim.cli.rollout.cluster import Cluster, StatusError, add_status, read_stat
 from shim.cli.rollout.report import Report, as_json, page, text
 from shim.cli.rollout.verdict import judge
 from shim.management.objectives import OBJECTIVES
+from tests.support.threads import exit_code_of_first_calls
 
-ROOT = Path(__file__).parents[3]
 NOW = 1_800_000_000.0
 
 
@@ -93,25 +90,9 @@ def test_values_that_cannot_be(changes: dict[str, Any]) -> None:
         read_status(json.loads(json.dumps(status(**changes))))
 
 
-THREADS = """
-import json, sys, threading
-sys.setswitchinterval(1e-6)
-from shim.cli.rollout.cluster import read_status
-answer, start = json.loads(sys.stdin.read()), threading.Barrier(8)
-def read():
-    start.wait()
-    read_status(answer)
-threads = [threading.Thread(target=read) for _ in range(8)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-"""
-
-
 def test_the_first_statuses_may_be_read_at_the_same_time() -> None:
     for _ in range(10):  # about half of them ended by a segmentation fault
-        command = [sys.executable, "-c", THREADS]
-        done = subprocess.run(command, input=json.dumps(status()), text=True, cwd=ROOT, timeout=60, check=False)
-        assert done.returncode == 0
+        assert exit_code_of_first_calls("shim.cli.rollout.cluster", "read_status", json.dumps(status())) == 0
 
 
 @pytest.mark.parametrize("answer", [None, [], "text", 3, {}, {"version": 3}, {"status": "ok"}])
