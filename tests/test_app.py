@@ -18,7 +18,7 @@ from shim.core.records import StoreContents
 from shim.log import Logs, setup
 from shim.ports import CommandStore
 from shim.store import CallThreadsafe
-from shim.store.memory import MemoryStore
+from tests.support.memory_store import MemoryStore
 
 PATIENCE_S = 30.0
 

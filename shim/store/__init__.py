@@ -14,7 +14,7 @@ from shim.ports import CommandStore
 from shim.store import files, schema
 from shim.store.database import Partition
 from shim.store.files import advice
-from shim.store.sqlite import SqliteStore
+from shim.store.sqlite import InMemoryStore, SqliteStore
 from shim.store.writer import CallThreadsafe, CommitProbe, commit_probe
 
 __all__ = [
@@ -64,9 +64,7 @@ def open_store(
     if configured.url:
         raise StoreError("store.url: a database is opened shard by shard")
     if configured.path == IN_MEMORY:
-        from shim.store.memory import MemoryStore  # noqa: PLC0415 - imported only when used
-
-        return MemoryStore(call_threadsafe)
+        return InMemoryStore(call_threadsafe, probe)
     return SqliteStore(Path(configured.path), call_threadsafe, probe)
 
 

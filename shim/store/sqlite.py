@@ -173,13 +173,40 @@ class SqliteStore(QueuedStore):
         return replace(loaded, warnings=files.foreign_owner_warnings(self._path))
 
 
+class InMemoryStore(QueuedStore):
+    """A `ports.CommandStore` on a database in memory, for trials without a disk. Its content ends with `close()`."""
+
+    def __init__(self, call_threadsafe: CallThreadsafe, probe: CommitProbe | None) -> None:
+        super().__init__(call_threadsafe)
+        self._probe = probe
+
+    def open(self) -> StoreContents:
+        """Make an empty database (`ports.CommandStore`)."""
+        connection = schema.connect("file::memory:", BUSY_TIMEOUT_S)
+        connection.execute("PRAGMA temp_store = MEMORY")
+        schema.migrate(connection)
+        loaded = _load(connection)
+        self._start(Writer(SqliteEngine(connection), self._call_threadsafe, self._probe))
+        return loaded
+
+    def close(self) -> None:
+        """Carry out all submissions and close (`ports.CommandStore`)."""
+        self._stop()
+
+
 class SqliteEngine:
     """A `store.writer.Engine` that carries out each batch in one synced commit.
 
-    `open_files` detects that the files of the connection's database were replaced.
+    `open_files` detects that the files of the connection's database were replaced. A database in memory has neither
+    files nor a log.
     """
 
-    def __init__(self, connection: sqlite3.Connection, open_files: files.OpenFiles, log: WriteAheadLog) -> None:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        open_files: files.OpenFiles | None = None,
+        log: WriteAheadLog | None = None,
+    ) -> None:
         self._connection = connection
         self._files = open_files
         self._log = log
@@ -189,11 +216,11 @@ class SqliteEngine:
     def commit(self, batch: Sequence[Sequence[Operation]]) -> list[Any]:
         """Carry out a batch (`store.writer.Engine`). Raises `ReplacedError` if the files are no longer those opened."""
         execute = self._database.execute
-        log_bytes = self._files.check()
+        log_bytes = None if self._files is None else self._files.check()
         execute("BEGIN IMMEDIATE")
         results = self._operations.carry_out_batch(batch)
         execute("COMMIT")
-        if log_bytes is not None:
+        if self._log is not None and log_bytes is not None:
             self._log.check(self._connection, log_bytes)
         return results
 

@@ -17,9 +17,9 @@ from shim.bridge.scheduler import TICK_S
 from shim.core.agent_calls import Accepted, Failed, Registered
 from shim.core.records import Prune, SessionKey, StoreContents
 from shim.ports import CommandStore
-from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore
 from tests.bridge.conftest import MakeWorld, codes, living
+from tests.support.memory_store import MemoryStore
 from tests.support.world import World
 
 

@@ -56,7 +56,7 @@ async def serve():
     return await running
 
 assert asyncio.run(serve()) == app.EXIT_OK
-assert "shim.store.memory" in sys.modules  # what is imported only when it is used was imported
+assert "shim.store.sqlite" in sys.modules
 assert not [name for name in sys.modules if name.startswith(("psycopg", "cryptography", "shim.cluster"))]
 """
 

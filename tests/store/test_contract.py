@@ -38,7 +38,7 @@ from shim.core.records import (
 )
 from shim.errors import StoreError
 from shim.store import open_store
-from shim.store.memory import MAX_LONE_TRACES, MemoryStore
+from tests.support.memory_store import MAX_LONE_TRACES, MemoryStore
 from tests.support.stores import KEY, OTHER, POISON, STRANGER, StoreClient, command, put, session
 
 Make = Callable[[], StoreClient]
@@ -53,8 +53,9 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
 
         url = request.getfixturevalue("pg_url")
         return lambda: StoreClient(lambda post: postgres.store(url, post))
-    path = ":memory:" if request.param == "memory" else str(tmp_path / "shim.db")
-    return lambda: StoreClient(lambda post: open_store(settings.Store(path=path), post))
+    if request.param == "memory":
+        return lambda: StoreClient(MemoryStore)
+    return lambda: StoreClient(lambda post: open_store(settings.Store(path=str(tmp_path / "shim.db")), post))
 
 
 @pytest.fixture

@@ -13,9 +13,19 @@ from typing import Any
 
 import pytest
 
-from shim.core.records import CheckStore, CommandState, FindCommand, MarkCommands, Prune, PutOutcome, ReadOutbox
+from shim.config import settings
+from shim.core.records import (
+    CheckStore,
+    CommandState,
+    FindCommand,
+    MarkCommands,
+    Prune,
+    PutOutcome,
+    ReadOutbox,
+    WriteProbe,
+)
 from shim.errors import StoreError
-from shim.store import CommitProbe
+from shim.store import CommitProbe, open_store
 from shim.store.sqlite import LOG_LIMIT_BYTES, SqliteEngine, SqliteStore
 from tests.store.conftest import Gate
 from tests.support.stores import KEY, TIMEOUT_S, StoreClient, put
@@ -28,6 +38,18 @@ def test_closing_checkpoints(client: StoreClient, path: Path) -> None:
     with sqlite3.connect(path) as connection:
         assert connection.execute("SELECT count(*) FROM commands").fetchone() == (100,)
     connection.close()
+
+
+def test_a_store_in_memory_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        client = StoreClient(lambda post: open_store(settings.Store(path=":memory:"), post))
+        assert client.open().commands == ()
+        assert client.one(put("1")) == PutOutcome(1)
+        assert [found.record.id for found in client.one(FindCommand("1"))] == ["1"]
+        assert client.one(WriteProbe(1.0)) is None
+        client.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- databases that refuse ----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from shim.core.sessions import Session, Sessions
 from shim.errors import ShimError, StoreError
 from shim.metrics import Metrics
 from shim.ports import Caller, CallResult, CommandStore, StoreDone, Timer
-from shim.store.memory import MemoryStore
+from tests.support.memory_store import MemoryStore
 from tests.support.upstream import Controller
 from tests.support.virtual import VirtualClock, VirtualLoop
 

@@ -1,6 +1,6 @@
-"""Command store in memory, for trials without a disk.
+"""The reference implementation of a command store: plain dictionaries, with which the stores of the shim are compared.
 
-It is also the reference implementation: `tests/store` compares every other store with it.
+Worlds in virtual time use it as their store, because it needs no thread.
 """
 
 from __future__ import annotations

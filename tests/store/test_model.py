@@ -42,8 +42,8 @@ from shim.core.records import (
     WriteProbe,
 )
 from shim.errors import StoreError
-from shim.store.memory import MemoryStore
 from shim.store.sqlite import SqliteStore
+from tests.support.memory_store import MemoryStore
 from tests.support.stores import KEY, OTHER, POISON, STRANGER, StoreClient, put, session
 
 keys = st.sampled_from((KEY, OTHER, STRANGER))
