@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 
 from shim.agent_api.connection import AgentConnection
 from shim.config.settings import Listen
-from shim.core.agent_calls import HeartbeatCall
+from shim.core.agent_calls import (
+    AgentCall,
+    Commands,
+    HeartbeatCall,
+    OfferedCommand,
+    PollCall,
+    SessionTarget,
+    TargetKind,
+)
 from shim.core.bounds import FREE_BYTES
 from shim.http_heads import MAX_KNOWN_HEADERS, MAX_KNOWN_HEADS, EmptyLine, KnownHeads
+from shim.ports import Caller, CallResult
 from tests.support.frontend import POLL, Agent, Board, HeldCalls, House, Reply, get, offering, post, running
 
 END = b"\r\n\r\n"
@@ -163,6 +172,25 @@ async def test_each_of_two_known_heads_keeps_its_own_headers() -> None:
         of_other = post(HEARTBEAT, b"{}", TOKEN, "User-Agent: curl/8", "X-Request-Id: other")
         seen = [await _ask(agent, request) for request in [of_go, of_other] * 3]
     assert [(reply.status, reply.headers["x-request-id"]) for reply in seen] == [(204, "go"), (200, "other")] * 3
+
+
+async def test_each_poll_with_a_known_head_is_answered_by_its_own_outcome() -> None:
+    """The reply to a poll without commands is kept, and used only for that very outcome."""
+    board = Board()
+    empty, command = Commands((), 5), OfferedCommand("cmd-1", "deploy", {}, "2026-01-01T00:00:00Z")
+    outcomes = [empty, empty, Commands((command,), 5), empty, Commands((), 9), Commands((), 5)]
+
+    async def script(caller: Caller, call: AgentCall) -> CallResult:
+        outcome = outcomes[len(board.calls) - 1]
+        return CallResult(outcome, receipt=1 if outcome.commands else None)
+
+    board.script = script
+    async with running(board=board) as house:
+        agent = await house.agent()
+        replies = [(await _ask(agent, POLL)).json for _ in outcomes]
+    seen = [([each["id"] for each in reply["commands"]], reply["poll_frequency"]) for reply in replies]
+    assert seen == [([], 5), ([], 5), (["cmd-1"], 5), ([], 5), ([], 9), ([], 5)]
+    assert board.calls == [PollCall("clusters_agent", SessionTarget(TargetKind.CLUSTER, "c1"))] * 6
 
 
 async def test_a_request_with_a_known_head_is_evidence_for_the_reply_before_it() -> None:

@@ -9,7 +9,6 @@ from collections.abc import Coroutine
 from typing import Any, Protocol, cast
 
 import msgspec
-from aiohttp import hdrs
 from aiohttp.http import HttpVersion11
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
@@ -20,6 +19,7 @@ from aiohttp.web_server import Server
 from shim.agent_api import tcp_state
 from shim.agent_api.responses import NO_ROUTE, SENT_CLOSE
 from shim.agent_api.server_context import ServerContext
+from shim.core.agent_calls import AgentCall, Commands
 from shim.errors import AgentError
 from shim.http_connection import HttpConnection
 from shim.http_heads import KnownHead
@@ -394,10 +394,12 @@ class AgentConnection(HttpConnection):
         return SENT_CLOSE
 
 
-class Admitted(msgspec.Struct, frozen=True):
+class Admitted(msgspec.Struct):
     """The route, the caller and the headers of an accepted request, the same for all requests with the same head.
 
-    `plain` is True if the body has no content coding and the agent waits for no interim response.
+    `request_id` is None unless it is well-formed. `plain` is True if the body has no content coding and the agent waits
+    for no interim response. `call` and `agent_call` are those of a request without a body. `no_commands` is the outcome
+    of a poll without commands, with its reply and encoded body.
     """
 
     match: Match
@@ -405,6 +407,9 @@ class Admitted(msgspec.Struct, frozen=True):
     user_agent: str
     request_id: str | None
     plain: bool
+    call: Call | None = None
+    agent_call: AgentCall | None = None
+    no_commands: tuple[Commands, Reply, bytes | None] | None = None
 
 
 class RequestContext:
@@ -487,9 +492,3 @@ class RequestContext:
                 body.feed_eof()
             self.body = body
         return body
-
-    @property
-    def content_length(self) -> int | None:
-        """The announced size of the body, or None."""
-        length = self.headers.get(hdrs.CONTENT_LENGTH)
-        return None if length is None else int(length)

@@ -20,8 +20,8 @@ _BODILESS = frozenset({204, 304})
 
 def is_large(request: RequestContext, limit_bytes: int) -> bool:
     """Return True if a body is passed on in pieces: it exceeds `limit_bytes` or its size is not announced."""
-    length = request.content_length
-    return length > limit_bytes if length is not None else not request.payload.is_eof()
+    length = request.headers.get(hdrs.CONTENT_LENGTH)
+    return int(length) > limit_bytes if length is not None else not request.payload.is_eof()
 
 
 def forwarded(request: RequestContext, base_path: str, caller: Caller, call: AgentCall | None) -> ProxyRequest:

@@ -35,9 +35,9 @@ from shim.agent_api.request_body import (
     whole_body,
 )
 from shim.agent_api.response_writer import REQUEST_ID, ResponseWriter
-from shim.agent_api.responses import encode_body
+from shim.agent_api.responses import encode_body, well_formed_id
 from shim.agent_api.server_context import ServerContext
-from shim.core.agent_calls import AgentCall, Continued, Failed, PollCall, RegisterCall
+from shim.core.agent_calls import AgentCall, Commands, Continued, Failed, PollCall, RegisterCall
 from shim.core.bounds import LONG_TEXT_BYTES, MAX_DEPTH
 from shim.errors import AgentError
 from shim.fallback.websocket_proxy import Handshake, WebSocketProxy
@@ -178,7 +178,7 @@ class RequestHandler:
             match,
             caller,
             headers.get(hdrs.USER_AGENT, ""),
-            headers.get(REQUEST_ID),
+            well_formed_id(headers.get(REQUEST_ID)),
             hdrs.EXPECT not in headers and hdrs.CONTENT_ENCODING not in headers,
         )
         return admitted
@@ -211,14 +211,19 @@ class RequestHandler:
 
     def _parse(self, request: RequestContext, match: Match, data: bytes) -> AgentCall:
         """Return the call in a decoded body. Raises `AgentError`."""
-        route = match.route
+        admitted, route = request.admitted, match.route
+        if not data and admitted is not None and admitted.agent_call is not None:
+            request.call = admitted.call
+            return admitted.agent_call
         body = decode_body(data, self._replaced) if data and route.method == hdrs.METH_POST else None
         request.step = "call"
         shallow = data.count(b"{") + data.count(b"[") <= MAX_DEPTH
-        admitted = request.admitted
         user_agent = request.headers.get(hdrs.USER_AGENT, "") if admitted is None else admitted.user_agent
         call = request.call = Call(match.params, body, user_agent, shallow, len(data))
-        return match.dialect.parse(route.operation, call)
+        agent_call = match.dialect.parse(route.operation, call)
+        if not data and admitted is not None:
+            admitted.call, admitted.agent_call = call, agent_call
+        return agent_call
 
     def _call(self, request: RequestContext, caller: Caller, call: AgentCall) -> Reply | Waiting:
         """Carry out a call by the bridge, or by the vendor's HTTP API if the mode demands that. Raises `AgentError`."""
@@ -238,11 +243,18 @@ class RequestHandler:
 
     def _render(self, request: RequestContext, result: CallResult) -> Reply:
         request.receipt = result.receipt
-        match, call = request.match, request.call
+        match, call, outcome = request.match, request.call, result.outcome
         if match is None or call is None:
             raise ValueError("a result without a call")
-        reply = match.dialect.render(match.route.operation, result.outcome, call)
+        admitted = request.admitted
+        known = None if admitted is None else admitted.no_commands
+        if known is not None and known[0] is outcome:
+            _, reply, request.encoded = known
+            return reply
+        reply = match.dialect.render(match.route.operation, outcome, call)
         request.encoded = None if reply.body is None else encode_body(reply.body)
+        if admitted is not None and admitted.call is call and isinstance(outcome, Commands) and not outcome.commands:
+            admitted.no_commands = outcome, reply, request.encoded
         return reply
 
     # --- the end of every request -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from multidict import istr
 
 from shim.agent_api.connection import AgentConnection, RequestContext
 from shim.agent_api.forwarding import chunk, head
-from shim.agent_api.responses import SENT_CLOSE, SENT_KEEP, route_of
+from shim.agent_api.responses import SENT_CLOSE, SENT_KEEP, route_of, well_formed_id
 from shim.agent_api.server_context import ServerContext
 from shim.ports import ProxyResponse
 from shim.protocol.dialects import Reply
@@ -49,8 +49,7 @@ class ResponseWriter:
         if reply.retry_after_s is not None:
             more += f"Retry-After: {reply.retry_after_s}\r\n"
         admitted = request.admitted
-        given_id = request.headers.get(REQUEST_ID) if admitted is None else admitted.request_id
-        request_id = self._responses.request_id(given_id)
+        request_id = well_formed_id(request.headers.get(REQUEST_ID)) if admitted is None else admitted.request_id
         head_only = request.message.method == hdrs.METH_HEAD
         return self._responses.response(reply.status, request.encoded, request_id, more, head_only=head_only)
 
@@ -81,7 +80,7 @@ class ResponseWriter:
         more: dict[str, str] = {}
         if not proxied.complete:
             more = {**self._responses.static_headers(), **connection.more_headers(request.receipt)}
-            more[REQUEST_ID] = self._responses.request_id(request.headers.get(REQUEST_ID))
+            more[REQUEST_ID] = well_formed_id(request.headers.get(REQUEST_ID)) or self._responses.new_request_id()
         http11, head_only = message.version == HttpVersion11, message.method == hdrs.METH_HEAD
         start, chunked = head(proxied, more, keep=keep, http11=http11, head_only=head_only)
         if isinstance(proxied.body, bytes):

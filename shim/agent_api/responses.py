@@ -76,19 +76,20 @@ class ResponseBuilder:
         self._prefix = secrets.token_hex(4)
         self._numbers = itertools.count(1)
 
-    def request_id(self, given: str | None) -> str:
-        """Return the request id of the client if it is well-formed, else a new one."""
-        if given is not None and _SANE_ID.fullmatch(given):
-            return given
+    def new_request_id(self) -> str:
+        """Return the request id of a request that has none."""
         return f"{self._prefix}-{next(self._numbers):x}"
 
     def response(
-        self, status: int, body: bytes | None, request_id: str, more: str, *, head_only: bool = False
+        self, status: int, body: bytes | None, request_id: str | None, more: str, *, head_only: bool = False
     ) -> bytes:
         """Return a whole response.
 
-        `more` contains further header lines, each with its CRLF. A `body` of None is no body at all.
+        `request_id` is the client's, or None for a new one. `more` contains further header lines, each with its CRLF. A
+        `body` of None is no body at all.
         """
+        if request_id is None:
+            request_id = self.new_request_id()
         static = self.static_headers()
         if static is not self._seen:
             self._seen = static
@@ -103,7 +104,7 @@ class ResponseBuilder:
     def error(self, status: int, text: str, *, more: str = "") -> bytes:
         """Return the response to a request that is rejected before it becomes a call and closes the connection."""
         body = encode_body({"success": False, "error": text})
-        return self.response(status, body, self.request_id(None), f"Connection: close\r\n{more}")
+        return self.response(status, body, None, f"Connection: close\r\n{more}")
 
     def _head(self, status: int, empty: bool) -> str:
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
@@ -112,6 +113,11 @@ class ResponseBuilder:
             # RFC 9110 section 8.6 forbids a Content-Length in a 204.
             return "\r\n".join([*lines, ""] if status == 204 else [*lines, "Content-Length: 0", ""])
         return "\r\n".join([*lines, "Content-Type: application/json", "Content-Length: "])
+
+
+def well_formed_id(given: str | None) -> str | None:
+    """Return the request id of a client, or None unless it is well-formed."""
+    return given if given is not None and _SANE_ID.fullmatch(given) else None
 
 
 class RefusedCalls:

@@ -15,7 +15,7 @@ from shim.bridge.heartbeats import HeartbeatForwarder
 from shim.bridge.link_pool import LinkPool
 from shim.bridge.scheduler import DeadlineQueue
 from shim.bridge.session_registry import SessionRegistry
-from shim.core.agent_calls import Commands, Failed, PollCall
+from shim.core.agent_calls import Commands, Failed, OfferedCommand, PollCall
 from shim.core.poll_hold import HoldEstimator
 from shim.core.records import SessionKey
 from shim.core.sessions import Session
@@ -49,6 +49,7 @@ class LongPolls:
         self._heartbeats = heartbeats
         self._tunnels: dict[SessionKey, asyncio.Future[None]] = {}
         self._deadlines = DeadlineQueue(ctx)
+        self._no_commands = Commands((), ctx.settings.poll.frequency_s)
         self.stopping = False
 
     # --- polls for commands -------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ class LongPolls:
         self._poll_arrived(session, session.hold, now)
         self._heartbeats.called(session, now)
         session.hold.reply_sent(now, self._ctx.settings.poll.max_hold_s)
-        return CallResult(Commands((), self._ctx.settings.poll.frequency_s))
+        return CallResult(self._commands(()))
 
     async def _wait(self, session: Session, connection: int, arrived_s: float, limit_s: float) -> CallResult:
         """Answer a poll as soon as commands are offered to it, or when its hold time ends.
@@ -102,7 +103,16 @@ class LongPolls:
         batch = poll.offered.result()
         commands = batch.offered if batch is not None else ()
         poll.batch = None
-        return CallResult(Commands(commands, self._ctx.settings.poll.frequency_s), batch)
+        return CallResult(self._commands(commands), batch)
+
+    def _commands(self, commands: tuple[OfferedCommand, ...]) -> Commands:
+        """Return the outcome of a poll: without commands the same object each time, so that it is encoded once."""
+        frequency_s = self._ctx.settings.poll.frequency_s
+        if commands:
+            return Commands(commands, frequency_s)
+        if self._no_commands.poll_frequency_s != frequency_s:
+            self._no_commands = Commands((), frequency_s)
+        return self._no_commands
 
     # --- hold times ---------------------------------------------------------------------------------------------------
 

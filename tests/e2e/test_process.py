@@ -107,6 +107,8 @@ async def test_sighup_and_a_changed_file_reload_what_may_change(tmp_path: Path, 
     async with world(tmp_path, {"poll": {"hold": "off", "frequency_s": 5}}) as (shim, _):
         await shim.start()
         cluster_id = await register(http, shim)
+        for _ in range(2):
+            assert (await poll(http, shim, cluster_id))[1]["poll_frequency"] == 5
         shim.write({"poll": {"hold": "off", "frequency_s": 9}, "listen": {"port": 7}})
         shim.send(signal.SIGHUP)
         reloaded = await shim.event("config_reloaded")
