@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Coroutine, Iterable
-from functools import partial
 from typing import Any
 
 from aiohttp import hdrs
@@ -37,7 +36,7 @@ from shim.agent_api.request_body import (
 from shim.agent_api.response_writer import REQUEST_ID, ResponseWriter
 from shim.agent_api.responses import encode_body, well_formed_id
 from shim.agent_api.server_context import ServerContext
-from shim.core.agent_calls import AgentCall, Commands, Continued, Failed, PollCall, RegisterCall
+from shim.core.agent_calls import AgentCall, Commands, Failed, PollCall, RegisterCall
 from shim.core.bounds import LONG_TEXT_BYTES, MAX_DEPTH
 from shim.errors import AgentError
 from shim.fallback.websocket_proxy import Handshake, WebSocketProxy
@@ -53,7 +52,9 @@ from shim.protocol.dialects import Call, Dialect, Match, Reply, Router, error_re
 _REMEMBERED_TARGETS = 4096
 logger = logging.getLogger(__name__)
 Answer = Reply | ProxyResponse | StreamResponse
-Waiting = Coroutine[Any, Any, Answer]
+Served = Answer | CallResult
+"""How a request ends: a `CallResult` is still to be rendered as a reply."""
+Waiting = Coroutine[Any, Any, Served]
 """The rest of a request that has to wait, as a coroutine that has not started."""
 
 
@@ -200,7 +201,7 @@ class RequestHandler:
             return self._read_and_serve(request, caller, match, limit_bytes)
         return self._call(request, caller, self._parse(request, match, data))
 
-    async def _read_and_serve(self, request: RequestContext, caller: Caller, match: Match, limit_bytes: int) -> Answer:
+    async def _read_and_serve(self, request: RequestContext, caller: Caller, match: Match, limit_bytes: int) -> Served:
         if request.data is None:
             request.data = await read_body(request, limit_bytes, self._listen.body_timeout_s, self._budget)
         plain = await plain_body(request, request.data, limit_bytes, self._budget)
@@ -237,9 +238,7 @@ class RequestHandler:
         # A poll that may have been sent before a reply does not show that the reply was read: the earlier bound counts.
         arrived_s = request.arrived_s if isinstance(call, PollCall) else request.started_s
         result = self._agent_service.call(caller, call, arrived_s, request.now_s)
-        if isinstance(result, CallResult):
-            return self._render(request, result)
-        return Continued(result, partial(self._render, request))
+        return self._render(request, result) if isinstance(result, CallResult) else result
 
     def _render(self, request: RequestContext, result: CallResult) -> Reply:
         request.receipt = result.receipt
@@ -269,7 +268,14 @@ class RequestHandler:
         """Finish a request in its handler task, and write its reply."""
         request: RequestContext = aiohttp_request.protocol.take_request(aiohttp_request)  # type: ignore[attr-defined]
         try:
-            answer = await self._answer_of(request)
+            try:
+                begun = request.answer
+                if begun is None:
+                    raise ValueError("a request that was not begun")
+                served = begun if isinstance(begun, Reply) else await begun
+                answer = self._render(request, served) if isinstance(served, CallResult) else served
+            except Exception as error:  # noqa: BLE001 - a defect is logged there
+                answer = self._reply_to(request, error)
             if isinstance(answer, StreamResponse):
                 return answer
             if isinstance(answer, ProxyResponse):
@@ -277,15 +283,6 @@ class RequestHandler:
             return await self._writer.reply(request, answer)
         finally:
             self._release(request)
-
-    async def _answer_of(self, request: RequestContext) -> Answer:
-        begun = request.answer
-        try:
-            if begun is None:
-                raise ValueError("a request that was not begun")
-            return begun if isinstance(begun, Reply) else await begun
-        except Exception as error:  # noqa: BLE001 - a defect is logged there
-            return self._reply_to(request, error)
 
     def abandon(self, request: RequestContext) -> None:
         """Drop a request that has begun and is not finished, because its connection was lost."""
@@ -353,7 +350,7 @@ class RequestHandler:
         check_announcement(request, self._listen.max_body_bytes)
         return forwarder.forward_now(caller.token, connection.raw_request, connection.answer_late)
 
-    async def forward_or_serve(self, request: RequestContext) -> Answer:
+    async def forward_or_serve(self, request: RequestContext) -> Served:
         """Return the reply of the replica that owns the agent's shard, or serve the call here if there is none."""
         reply = await self._forward(request)
         if reply is not None:
@@ -401,20 +398,20 @@ class RequestHandler:
 
     async def _by_fallback(
         self, request: RequestContext, fallback: Fallback, caller: Caller, call: AgentCall
-    ) -> Answer:
+    ) -> Served:
         served = await fallback.serve(forwarded(request, self._listen.base_path, caller, call))
         if isinstance(served, ProxyResponse):
             request.receipt = served.receipt
             return served
-        return await self._answer_here(request, caller, call) if served is None else self._render(request, served)
+        return await self._answer_here(request, caller, call) if served is None else served
 
-    async def _answer_here(self, request: RequestContext, caller: Caller, call: AgentCall) -> Answer:
+    async def _answer_here(self, request: RequestContext, caller: Caller, call: AgentCall) -> Served:
         """Carry out a call that the HTTP API was not asked for after all."""
         request.now_s, request.scope = request.connection.now_s(), FallbackScope.NONE
         answer = self._call(request, caller, call)
         return answer if isinstance(answer, Reply) else await answer
 
-    async def _proxy(self, request: RequestContext, fallback: Fallback) -> Answer:
+    async def _proxy(self, request: RequestContext, fallback: Fallback) -> Served:
         """Send any request to the vendor's HTTP API, even one that has no route here or cannot be parsed."""
         listen = self._listen
         with contextlib.suppress(AgentError):
@@ -450,7 +447,7 @@ class RequestHandler:
             return answer
         if match is None or agent_call is None:
             raise AgentError(502, "the vendor's HTTP API cannot be reached")
-        return await self._answer_here(request, caller, agent_call) if answer is None else self._render(request, answer)
+        return await self._answer_here(request, caller, agent_call) if answer is None else answer
 
     # --- agents with a WebSocket of their own -------------------------------------------------------------------------
 

@@ -275,24 +275,27 @@ class _Index:
     """Sessions by one of their texts. Those without it are left out."""
 
     def __init__(self) -> None:
-        self._found: dict[str, dict[SessionKey, Session]] = {}
+        self._found: dict[str, tuple[Session, ...]] = {}  # nearly all texts have one session
 
     def add(self, text: str, session: Session) -> None:
         """Add a session under a text; an empty text is not indexed."""
         if text:
-            self._found.setdefault(text, {})[session.key] = session
+            self._found[text] = (*self._found.get(text, ()), session)
 
     def drop(self, text: str, session: Session) -> None:
         """Remove a session from the sessions of a text, if it is among them."""
-        found = self._found.get(text, {})
-        if found.get(session.key) is session:
-            del found[session.key]
-            if not found:
-                del self._found[text]
+        found = self._found.get(text, ())
+        if session not in found:
+            return
+        if len(found) == 1:
+            del self._found[text]
+        else:
+            at = found.index(session)
+            self._found[text] = found[:at] + found[at + 1 :]
 
-    def get(self, text: str) -> list[Session]:
+    def get(self, text: str) -> tuple[Session, ...]:
         """Return the sessions of a text."""
-        return list(self._found.get(text, {}).values())
+        return self._found.get(text, ())
 
 
 class Sessions:
