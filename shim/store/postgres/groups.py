@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from shim.core.records import WriteProbe
@@ -15,64 +16,69 @@ CHUNK = 50
 Key = tuple[str, str]
 """Session and id of a command."""
 
+Read = Callable[[Rows, int], Sequence[Any]]
+"""Function that converts the result of a statement for so many rows to the outcome of each row."""
+
 
 class GroupAnswer:
     """Result of the statement for a group of rows."""
 
-    __slots__ = ("_answer", "_rows")
+    __slots__ = ("_answer", "_count", "_outcomes", "_read")
 
-    def __init__(self) -> None:
+    def __init__(self, read: Read) -> None:
+        self._read = read
         self._answer: Rows | None = None
-        self._rows: dict[Key, tuple[Any, ...]] | None = None
+        self._count = 0
+        self._outcomes: Sequence[Any] | None = None
 
-    def attach(self, answer: Rows) -> None:
-        """Set the result of the statement that was sent."""
-        self._answer = answer
+    def attach(self, answer: Rows, count: int) -> None:
+        """Set the result of the statement that was sent with `count` rows."""
+        self._answer, self._count = answer, count
 
-    @property
-    def rows(self) -> dict[Key, tuple[Any, ...]]:
-        """The rows of the result without their first two columns, which are the key. The group must have been sent."""
-        if self._rows is None:
+    def outcome(self, number: int) -> Any:
+        """Return the outcome of a row, numbered from 0. The group must have been sent."""
+        if self._outcomes is None:
             if self._answer is None:
                 raise RuntimeError("the group was not sent")
-            self._rows = {(session, command_id): rest for session, command_id, *rest in self._answer.fetchall()}
-        return self._rows
+            self._outcomes = self._read(self._answer, self._count)
+        return self._outcomes[number]
 
 
 class Group:
     """Waiting rows for one kind of statement, which are its parameters: an array for each column.
 
-    `statement` has `{rows}` for them, numbered from 1 in a last column. `kinds` has a letter for each column
-    (`Pipeline.execute_columns`). The columns of the result begin with session and id of a command.
+    `statement` has `{rows}` for them. `kinds` has a letter for each column (`Pipeline.execute_columns`). `read` makes
+    the outcome of each row from the result.
     """
 
-    def __init__(self, statement: str, kinds: str, pipeline: Pipeline) -> None:
+    def __init__(self, statement: str, kinds: str, read: Read, pipeline: Pipeline) -> None:
         arrays = ", ".join(f"?{number}" for number in range(1, len(kinds) + 1))
-        self._statement = statement.replace("{rows}", f"unnest({arrays}) WITH ORDINALITY")
+        self._statement = statement.replace("{rows}", f"unnest({arrays})")
         self._kinds = kinds
+        self._read = read
         self._pipeline = pipeline
-        self._rows: list[Sequence[Any]] = []
-        self._answer = GroupAnswer()
+        self.clear()
 
-    def add(self, parameters: Sequence[Any]) -> GroupAnswer:
-        """Queue a row for `send`. A full group is sent at once."""
-        answer = self._answer
+    def add(self, parameters: Sequence[Any]) -> Finish[Any]:
+        """Queue a row for `send` and return a function for its outcome. A full group is sent at once."""
+        finish = partial(self._answer.outcome, len(self._rows))
         self._rows.append(parameters)
         if len(self._rows) == CHUNK:
             self.send()
             self._pipeline.flush()
-        return answer
+        return finish
 
     def send(self) -> None:
         """Send all waiting rows in order."""
-        if self._rows:
-            self._answer.attach(self._pipeline.execute_columns(self._statement, self._kinds, self._rows))
+        rows = self._rows
+        if rows:
+            self._answer.attach(self._pipeline.execute_columns(self._statement, self._kinds, rows), len(rows))
             self.clear()
 
     def clear(self) -> None:
         """Discard all waiting rows and begin a new statement."""
-        self._rows = []
-        self._answer = GroupAnswer()
+        self._rows: list[Sequence[Any]] = []
+        self._answer = GroupAnswer(self._read)
 
 
 class PostgresDatabase:
@@ -96,9 +102,9 @@ class PostgresDatabase:
             self.send_groups()
         return self._pipeline.execute(statement, parameters)
 
-    def group(self, statement: str, kinds: str) -> Group:
+    def group(self, statement: str, kinds: str, read: Read) -> Group:
         """Make a group for one kind of statement."""
-        group = Group(statement, kinds, self._pipeline)
+        group = Group(statement, kinds, read, self._pipeline)
         self._groups.append(group)
         return group
 

@@ -25,7 +25,7 @@ from shim.core.records import (
     SessionKey,
     TraceEntry,
 )
-from shim.store.database import Finish
+from shim.store.database import Finish, Rows
 from shim.store.operations import (
     COMMAND_COLUMNS,
     INSERT_OUTBOX,
@@ -41,21 +41,23 @@ _STEPS = (
     f"steps = CASE WHEN length(c.steps) < {MAX_STEPS_CHARS} THEN c.steps || {{step}}"
     " WHEN c.steps LIKE '% ' THEN c.steps ELSE c.steps || ' ' END"
 )
-# ORDER BY n keeps the order of arrival in `seq`.
+# The first row of the result has the numbers of all new commands in the order of arrival, which is the order of the
+# arrays. The other rows are the commands that exist already; without one, the second half is not carried out.
 _PUT = (
-    f"WITH given ({COMMAND_COLUMNS}, n) AS (SELECT * FROM {{rows}}),"
-    f" new AS (INSERT INTO commands ({COMMAND_COLUMNS}) SELECT {COMMAND_COLUMNS} FROM given ORDER BY n"
-    " ON CONFLICT (session, id) DO NOTHING RETURNING seq, session, id)"
-    " SELECT session, id, seq, NULL, NULL FROM new UNION ALL"
-    " SELECT session, id, c.seq, c.state, c.result FROM given JOIN commands AS c USING (session, id)"
-    " WHERE (SELECT count(*) FROM new) < (SELECT count(*) FROM given)"
+    f"WITH new AS (INSERT INTO commands ({COMMAND_COLUMNS}) SELECT * FROM {{rows}}"
+    " ON CONFLICT (session, id) DO NOTHING RETURNING seq)"
+    " SELECT NULL, array_agg(seq), NULL, NULL FROM new UNION ALL"
+    " SELECT n - 1, ARRAY[c.seq], c.state, c.result FROM unnest(?1, ?2) WITH ORDINALITY AS given (session, id, n)"
+    " JOIN commands AS c USING (session, id) WHERE (SELECT count(*) FROM new) < cardinality(?1)"
 )
 _PUT_KINDS = "ttttifffittbtt"
+# The result is the numbers of the rows whose command is stored, in any order: negative if its trace is full.
 _MARK = (
-    f"UPDATE commands AS c SET state = g.state, updated = g.updated, {_STEPS.format(step='g.step')},"
-    " attempts = CASE WHEN attempts + more > 0 THEN attempts + more ELSE 0 END"
-    " FROM {rows} AS g (state, more, updated, session, id, step, n)"
-    " WHERE c.session = g.session AND c.id = g.id RETURNING c.session, c.id, c.steps LIKE '% '"
+    "WITH marked AS (UPDATE commands AS c SET state = g.state, updated = g.updated,"
+    f" {_STEPS.format(step='g.step')}, attempts = CASE WHEN attempts + more > 0 THEN attempts + more ELSE 0 END"
+    " FROM {rows} WITH ORDINALITY AS g (state, more, updated, session, id, step, n)"
+    " WHERE c.session = g.session AND c.id = g.id RETURNING CASE WHEN c.steps LIKE '% ' THEN -n ELSE n END AS n)"
+    " SELECT array_agg(n) FROM marked"
 )
 _MARK_KINDS = "tifttt"
 _ADD_STEP = (
@@ -89,7 +91,8 @@ class HotOperations(Operations):
     def __init__(self, database: PostgresDatabase) -> None:
         super().__init__(database)
         self._reserve, self._send_groups = database.reserve, database.send_groups
-        self._puts, self._marks = database.group(_PUT, _PUT_KINDS), database.group(_MARK, _MARK_KINDS)
+        self._puts = database.group(_PUT, _PUT_KINDS, _read_puts)
+        self._marks = database.group(_MARK, _MARK_KINDS, _read_marks)
 
     def carry_out(self, operations: Sequence[Operation]) -> Any:
         """Carry out a submission, each operation before the next one, and return the result of its first operation."""
@@ -103,16 +106,8 @@ class HotOperations(Operations):
     def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
         """Insert a command as a row of one grouped statement."""
         parameters = insert_parameters(operation.record, first_step)
-        key = (parameters[0], parameters[1])
-        self._reserve(*key)
-        answer = self._puts.add(parameters)
-
-        def finish() -> PutOutcome:
-            """Read the outcome of the row."""
-            seq, state, result = answer.rows[key]
-            return PutOutcome(seq) if state is None else duplicate(seq, state, result)
-
-        return finish
+        self._reserve(parameters[0], parameters[1])
+        return self._puts.add(parameters)
 
     def put_with_step(self, operation: PutCommand, step: AddTrace) -> Finish[PutOutcome]:
         """Insert a command with a step of its trace."""
@@ -136,15 +131,15 @@ class HotOperations(Operations):
         """Change the state of commands and add a step to their traces, by one grouped statement."""
         session, text = str(operation.session), encode_step(step.entry)
         marked = (operation.state._value_, operation.attempts, operation.wall, session)
-        answers = []
+        full = []
         for each in operation.ids:
             self._reserve(session, each)
-            answers.append((each, self._marks.add((*marked, each, text))))
+            full.append((each, self._marks.add((*marked, each, text))))
 
         def finish() -> None:
             """Add the step as a row where that is needed."""
-            for each, answer in answers:
-                self._add_row_if_needed(answer.rows.get((session, each)), session, each, step.entry)
+            for each, is_full in full:
+                self._add_row_if_needed(is_full(), session, each, step.entry)
 
         return finish
 
@@ -156,15 +151,16 @@ class HotOperations(Operations):
         def finish() -> None:
             """Add the step as a row where that is needed."""
             for each, answer in answers:
-                self._add_row_if_needed(answer.fetchone(), session, each, operation.entry)
+                row = answer.fetchone()
+                self._add_row_if_needed(row[0] if row else None, session, each, operation.entry)
 
         return finish
 
-    def _add_row_if_needed(self, found: Sequence[Any] | None, session: str, command_id: str, step: TraceEntry) -> None:
-        """Add a step as a row if the command is not stored (`found` is None) or its own row is full (`found[0]`)."""
-        if found is None:
+    def _add_row_if_needed(self, full: bool | None, session: str, command_id: str, step: TraceEntry) -> None:
+        """Add a step as a row if the command is not stored (`full` is None) or its own row is full."""
+        if full is None:
             self.add_lone_trace(session, command_id, step)
-        elif found[0]:
+        elif full:
             self.add_trace_row(session, command_id, step)
 
     def put_result(self, operation: PutResult) -> Finish[ResultOutcome]:
@@ -191,3 +187,22 @@ class HotOperations(Operations):
     ) -> Finish[OutboxEntry]:
         new = self._execute(_PUT_OUTBOX, (key.owner, str(key), command_id, request_id, encoded))
         return lambda: OutboxEntry(new.fetchone()[0], key, command_id, request_id, payload)
+
+
+def _read_puts(answer: Rows, count: int) -> list[PutOutcome]:
+    (_, seqs, *_), *existing = answer.fetchall()
+    new = [PutOutcome(seq) for seq in seqs or ()]
+    if not existing:
+        return new
+    known = {number: duplicate(seq, state, result) for number, (seq,), state, result in existing}
+    rest = iter(new)
+    return [known.get(number) or next(rest) for number in range(count)]
+
+
+def _read_marks(answer: Rows, count: int) -> list[bool | None]:
+    """Return for each row whether the command's trace is full, None if the command is not stored."""
+    ((numbers,),) = answer.fetchall()
+    full: list[bool | None] = [None] * count
+    for number in numbers or ():
+        full[abs(number) - 1] = number < 0
+    return full

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.records import AddTrace, FindCommand, TraceEntry
+from shim.core.records import AddTrace, CommandState, FindCommand, MarkCommands, TraceEntry
+from shim.store.rows import MAX_STEPS_CHARS
 
 pytest.importorskip("psycopg")
 
@@ -24,4 +25,21 @@ def test_commands_that_share_a_statement_keep_their_order_and_their_outcomes(pg_
     assert stored(pg_url) == names
     ((_, _, trace),) = client.one(FindCommand("3"))
     assert [step.event for step in trace] == ["arrived", "arrived"]
+    client.close()
+
+
+def test_each_row_of_a_shared_statement_has_its_own_outcome(pg_url: str) -> None:
+    """One command's trace is full, one is not stored, and the rest are marked as usual."""
+    client = client_of(pg_url)
+    client.run(put("1"), put("full"), put("2"))
+    client.run(AddTrace(KEY, ("full",), TraceEntry(1.0, "long", "x" * MAX_STEPS_CHARS)))
+    step = TraceEntry(2.0, "offered", "attempt 1")
+    names = ["1", "full", "never", "2"]
+    marks = [[MarkCommands(KEY, (each,), CommandState.OFFERED, 2.0, 1), AddTrace(KEY, (each,), step)] for each in names]
+    for outcome in [client.submit(*each) for each in marks]:
+        assert client.wait(outcome) is None
+    for name in names:
+        (found,) = client.one(FindCommand(name))
+        assert [each for each in found.trace if each.event == "offered"] == [step]
+        assert found.record.attempts == (name != "never")
     client.close()

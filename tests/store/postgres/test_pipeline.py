@@ -47,6 +47,11 @@ def test_rows_come_back_as_they_were(pipeline: Pipeline, count: int) -> None:
     assert answer.fetchall() == [("ü␀", *row[1:]) for row in rows]
 
 
+def test_numbers_come_back_as_one_array(pipeline: Pipeline) -> None:
+    answer = pipeline.execute("SELECT array_agg(g * ?1::bigint) FROM generate_series(-1, 1) g", (2**60,))
+    assert answer.fetchone() == ((-(2**60), 0, 2**60),)
+
+
 def test_several_statements_share_one_round_trip(pipeline: Pipeline) -> None:
     first, second = pipeline.execute("SELECT 1"), pipeline.execute("SELECT g FROM generate_series(1, 3) g")
     assert first.result is None
