@@ -8,6 +8,9 @@ RUNNER ?= python -m pytest
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
+# Some images of containers set it. The tests start hundreds of processes, and each would compile the whole package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 DEV := $(VENV)/.dev
 # What running needs is part of what developing needs.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import kubernetes_validate
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -28,6 +27,7 @@ from tests.support.manifests import (
     REGISTRY,
     ROOT,
     Refused,
+    assert_valid,
     container,
     documents,
     env_of,
@@ -70,7 +70,7 @@ def test_every_object_is_valid(version: str, values: str) -> None:
     objects = rendered(policy, kube=version, values=CHART / "ci" / values)
     for each in objects:
         if not each["apiVersion"].startswith("monitoring.coreos.com/"):
-            kubernetes_validate.validate(each, version, strict=True)
+            assert_valid(each, version)
     kinds = {each["kind"] for each in objects}
     assert ("MutatingAdmissionPolicy" in kinds) == (POLICIES[version] == "true")
 
@@ -381,7 +381,7 @@ def test_texts_that_yaml_takes_for_something_else_stay_texts(helm: str, word: st
         command = (helm, "template", release, CHART, "--namespace", release, "--kube-version", "1.36")
         for each in documents(run(*command, "--values", file, *more)):
             if not each["apiVersion"].startswith("monitoring.coreos.com/"):
-                kubernetes_validate.validate(each, "1.36", strict=True)
+                assert_valid(each, "1.36")
             metadata = each["metadata"]
             texts_of = [metadata["name"], *metadata["labels"].values(), *metadata.get("annotations", {}).values()]
             assert [text for text in texts_of if not isinstance(text, str)] == []
@@ -512,7 +512,7 @@ def test_the_pod_that_copies_a_store_is_valid_and_its_command_copies(
     """The page's own manifest, whose paths and addresses are replaced by those of the test."""
     (text,) = re.findall(r"```yaml\n(.*?)```", (CHART / "UPGRADING.md").read_text(), re.DOTALL)
     (pod,) = documents(textwrap.dedent(text))
-    kubernetes_validate.validate(pod, "1.29", strict=True)
+    assert_valid(pod, "1.29")
     copying = container(pod, "store-copy")
     gateway = one(rendered("mode=gateway", "store.type=pvc"), "Deployment")["spec"]["template"]
     (claim,) = [each for each in gateway["spec"]["volumes"] if "persistentVolumeClaim" in each]
@@ -677,7 +677,7 @@ def test_the_command_before_the_restart_makes_the_agents_pod(shape: str, tmp_pat
     # Without a cluster kubectl prints by a path what it was given, where the command is a local one.
     text = run("kubectl", "label", "--local", "--filename", deployment, "a=b", "--output", path.replace("'", ""))
     pod = yaml.safe_load(text)
-    kubernetes_validate.validate(pod, "1.36", strict=True)
+    assert_valid(pod, "1.36")
     assert pod["spec"] == pod_of(vendor_text(shape))["spec"]
     assert pod["metadata"]["labels"] == pod_of(vendor_text(shape))["metadata"]["labels"]
 

@@ -37,7 +37,8 @@ def install(folder: Path, contexts: dict[str, Any]) -> str:
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "contexts.json").write_text(json.dumps(contexts))
     program = folder / "bin" / "kubectl"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {folder / "contexts.json"} "$@"\n')
+    # Without `site` it starts in a tenth of the time: nothing here is measured, and only the standard library is used.
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -S {__file__} {folder / "contexts.json"} "$@"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return f"{folder / 'bin'}:{os.environ['PATH']}"
 
@@ -62,7 +63,7 @@ def main(path: str, *arguments: str) -> int:
 
 def play(answer: dict[str, Any]) -> int:
     if "sleep" in answer:
-        child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+        child = subprocess.Popen([sys.executable, "-S", "-c", "import signal; signal.pause()"])
         Path(answer["sleep"]).write_text(str(child.pid))
         child.wait()
     sys.stdout.write(answer.get("stdout", ""))

@@ -41,8 +41,15 @@ def run(*command: str | Path, stdin: str = "", env: dict[str, str] | None = None
 
 
 def documents(text: str) -> list[dict[str, Any]]:
-    """The manifests of a stream."""
-    return [document for document in yaml.safe_load_all(text) if document]
+    """Return the manifests of a stream."""
+    return [document for document in yaml.load_all(text, yaml.CSafeLoader) if document]
+
+
+def assert_valid(manifest: dict[str, Any], version: str) -> None:
+    """Hold a manifest to the schema of a Kubernetes version, in which no unknown field is allowed."""
+    import kubernetes_validate  # noqa: PLC0415 - takes a second, which most processes of pytest-xdist need not spend
+
+    kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def template(*sets: str, helm: str = "helm4", values: str | Path | None = None, kube: str = "1.36") -> str:
