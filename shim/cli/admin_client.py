@@ -25,14 +25,6 @@ WHOLE_S = 30.0
 MAX_BYTES = 64 * 1_048_576
 
 
-class AdminError(click.ClickException):
-    """The shim cannot be reached or refuses; exit code 1. `status` is its HTTP status, 0 without a response."""
-
-    def __init__(self, message: str, status: int = 0) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 @dataclass(frozen=True, slots=True)
 class AdminPort:
     """Address of the admin port and its token (`""` if there is none).
@@ -69,20 +61,22 @@ class AdminPort:
             connection.close()
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Send one request and return the JSON object of the response. Raises `AdminError` with a remedy."""
+        """Send one request and return the JSON object of the response. Raises click's error with a remedy."""
         try:
             status, text = self.exchange(method, path, None if body is None else json.dumps(body))
         except (OSError, HTTPException) as error:
             why = getattr(error, "strerror", "") or str(error) or type(error).__name__
-            raise AdminError(
+            raise click.ClickException(
                 f"no answer from the admin port {self.host}:{self.port} ({why}): "
                 "start the shim, or name its admin port with --url or its configuration with --config"
             ) from None
         answer = _object(text)
         if status != 200:
-            raise AdminError(self._refusal(status, answer or {}), status)
+            raise click.ClickException(self._refusal(status, answer or {}))
         if answer is None:
-            raise AdminError(f"{self.host}:{self.port} answers no JSON object: cut off, or not a shim's admin port")
+            raise click.ClickException(
+                f"{self.host}:{self.port} answers no JSON object: cut off, or not a shim's admin port"
+            )
         return answer
 
     def _refusal(self, status: int, answer: dict[str, Any]) -> str:
@@ -119,14 +113,14 @@ def admin_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def port_of(url: str | None, config: str | None, sets: tuple[str, ...], token_file: str | None) -> AdminPort:
-    """Return the admin port that the options select. Raises click's errors, `AdminError`, `ConfigError`."""
+    """Return the admin port that the options select. Raises click's errors, `ConfigError`."""
     admin = load(config, os.environ, sets).admin
     host, port = given(url) if url else configured(admin)
     path = token_file or admin.token_file
     try:
         return AdminPort(host, port, read_secret(path, "the token file") if path else "")
     except ConfigError as error:
-        raise AdminError(str(error)) from None
+        raise click.ClickException(str(error)) from None
 
 
 _UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - addresses to listen on

@@ -27,7 +27,7 @@ def order_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def give_order(what: str, command_id: str, session: str, reason: str, where: dict[str, Any]) -> None:
-    """Execute the order at the admin port. Raises `AdminError` with the shim's reason if it refuses."""
+    """Execute the order at the admin port. Raises click's error with the shim's reason if it refuses."""
     path = f"/commands/{quote(command_id, safe='')}/{what}"
     port_of(**where).ask("POST", path, {"session": session, "reason": reason})
 

@@ -1,17 +1,24 @@
-"""The commands of `agent-shim`. The module of a subcommand is imported only when it is called."""
+"""The commands of `agent-shim`: the small ones, and the modules of all others, which are imported when they are called.
+
+A small command imports what it needs when it is called, too.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from shim import __version__
 from shim.cli import run as run_command
+
+if TYPE_CHECKING:
+    from shim.config.settings import Store
 
 # Each command as `module:name`, with the help that is shown without importing the module.
 _LAZY_COMMANDS = {
@@ -27,7 +34,6 @@ _LAZY_COMMANDS = {
     ),
     "fleet": ("devtools.fleet.main:command", "Run simulated legacy agents of every dialect, with a latency report."),
     "forget": ("shim.cli.admin_commands:forget_command", "Forget an agent that has stopped calling."),
-    "health": ("shim.cli.health:command", "Check a running shim: exit code 0 or 1."),
     "inject": ("shim.cli.inject:command", "Add the sidecar to a manifest of the agent, or take it out again."),
     "purge": ("shim.cli.admin_commands:purge_command", "Give up a command that waits for its agent."),
     "redeliver": ("shim.cli.admin_commands:redeliver_command", "Queue a command again that ended without a result."),
@@ -35,7 +41,6 @@ _LAZY_COMMANDS = {
         "shim.cli.rollout:command",
         "Move many clusters step by step: preview, report with verdict, next step.",
     ),
-    "store": ("shim.cli.store_commands:command", "Copy a store from a file to a database, or back."),
     "status": ("shim.cli.status:command", "Show the state of a running shim, once or live: links, agents, commands."),
 }
 
@@ -117,3 +122,106 @@ def check_config(config: str | None, sets: tuple[str, ...]) -> None:
     for warning in find_warnings(settings, os.environ, config):
         click.echo(f"warning: {warning}", err=True)
     click.echo(dump(settings), nl=False)
+
+
+# --- health -----------------------------------------------------------------------------------------------------------
+
+_SHOWN_BYTES = 300
+_PAUSE_S = 0.2
+
+
+@cli.command("health", short_help="Check a running shim: exit code 0 or 1.")
+@click.option("--config", metavar="FILE", help="The shim's configuration: it says where the admin port is.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="As given to `run`.")
+@click.option("--url", metavar="URL", help="The admin port itself, http://host:port, instead of a configuration.")
+@click.option("--ready", is_flag=True, help="Ask whether it can serve (/readyz), not only whether it lives (/healthz).")
+@click.option("--wait", "wait_s", type=click.FloatRange(0, 600), default=0, metavar="S", help="Ask again for so long.")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 60), default=3, show_default=True, metavar="S")
+def health(
+    config: str | None, sets: tuple[str, ...], url: str | None, ready: bool, wait_s: float, timeout_s: float
+) -> None:
+    """Check a running shim: exit code 0 if it is healthy, 1 if it is not or does not answer."""
+    from shim.cli.admin_client import configured, given
+    from shim.clock import Clock, pause
+    from shim.config.loader import load
+
+    host, port = given(url) if url else configured(load(config, os.environ, sets).admin)
+    path, clock = "/readyz" if ready else "/healthz", Clock()
+    end_s = clock.monotonic_s() + wait_s
+    well, text = _ask_health(host, port, path, timeout_s)
+    while not well and clock.monotonic_s() < end_s:
+        pause(_PAUSE_S)
+        well, text = _ask_health(host, port, path, timeout_s)
+    click.echo(text, err=not well)
+    sys.exit(0 if well else 1)
+
+
+def _ask_health(host: str, port: int, path: str, timeout_s: float) -> tuple[bool, str]:
+    """Send GET `path`; return True if the answer was 200, and a sentence for people.
+
+    The standard library's client is used: a check of a container every few seconds must be cheap.
+    """
+    from http.client import HTTPException
+
+    from shim.cli.admin_client import WHOLE_S, AdminPort
+
+    try:
+        admin_port = AdminPort(host, port, timeout_s=timeout_s, whole_s=max(WHOLE_S, timeout_s))
+        status, body = admin_port.exchange("GET", path, limit_bytes=_SHOWN_BYTES)
+    except (OSError, HTTPException) as error:
+        return False, f"no answer from the admin port {host}:{port}: {str(error) or type(error).__name__}"
+    return status == 200, body.strip() if status == 200 else f"{status} {body.strip()}"
+
+
+# --- store ------------------------------------------------------------------------------------------------------------
+
+
+@cli.group(short_help="Copy a store from a file to a database, or back.")
+def store() -> None:
+    """Copy or divide a store that no shim uses."""
+
+
+@store.command("copy")
+@click.option("--from", "source", required=True, metavar="PATH|URL", help="A file, or postgresql://…")
+@click.option("--to", "target", required=True, metavar="PATH|URL", help="The same; it must be empty.")
+@click.option("--config", metavar="FILE", help="Its store section says how to reach a database: password, TLS.")
+def copy_store(source: str, target: str, config: str | None) -> None:
+    """Copy a store into an empty one. No shim may use either; an interrupted copy leaves nothing behind."""
+    from shim.errors import StoreError
+    from shim.store.copy import copy
+
+    try:
+        copied = copy(_store_at(source, config), _store_at(target, config))
+    except StoreError as error:
+        click.echo(f"store copy: {error}", err=True)
+        sys.exit(1)
+    for table, (rows, left_out) in copied.items():
+        click.echo(f"{table}: {rows}" + (f", and {left_out} that cannot be read left out" if left_out else ""))
+
+
+@store.command("shards")
+@click.argument("count", type=click.IntRange(1, 256))
+@click.option("--at", "place", required=True, metavar="URL", help="postgresql://…")
+@click.option("--config", metavar="FILE", help="Its store section says how to reach the database: password, TLS.")
+def change_store_shards(count: int, place: str, config: str | None) -> None:
+    """Divide a database into COUNT shards: about four for each planned replica. No replica may run."""
+    from shim.errors import StoreError
+
+    try:
+        from shim.store.postgres.offline import change_shards
+
+        before = change_shards(_store_at(place, config), count)
+    except ModuleNotFoundError as error:
+        click.echo(f"store shards needs agent-shim[postgres]: {error.name} is not installed", err=True)
+        sys.exit(2)
+    except StoreError as error:
+        click.echo(f"store shards: {error}", err=True)
+        sys.exit(1)
+    click.echo(f"{count} shards, {before} before")
+
+
+def _store_at(place: str, config: str | None) -> Store:
+    from shim.config.loader import load
+
+    is_url = place.startswith(("postgresql://", "postgres://"))
+    return load(config, os.environ, [f"store.url={place}"] if is_url else ["store.url=", f"store.path={place}"]).store

@@ -11,6 +11,8 @@ from contextlib import suppress
 from threading import Event
 from typing import Any, NamedTuple
 
+import click
+
 from shim.cli.inject.missing_sidecars import listed
 from shim.core.text import printable
 
@@ -19,10 +21,6 @@ ALL = "all"
 LOOK_S = 0.5
 """Seconds between two looks for Ctrl-C while a kubectl runs."""
 _LOG_LINE = re.compile(r"[EWIF]\d{4} ")
-
-
-class KubectlError(Exception):
-    """kubectl failed; the text is its own, or says why it was not run to its end."""
 
 
 class Terms(NamedTuple):
@@ -39,13 +37,16 @@ class Terms(NamedTuple):
 
 
 def pods(terms: Terms, options: Sequence[str] = ()) -> list[Mapping[str, Any]]:
-    """Return the pods that kubectl shows. `options` select a cluster. Raises `KubectlError`, `InjectError`."""
+    """Return the pods that kubectl shows. `options` select a cluster. Raises click's error."""
     where = ("--all-namespaces",) if terms.namespace == ALL else ("--namespace", terms.namespace)
     return listed(run(terms, options, "get", "pods", *where, "--output", "json"))
 
 
 def run(terms: Terms, options: Sequence[str], verb: str, *arguments: str) -> str:
-    """Return the output of one kubectl. `options` select a cluster. Raises `KubectlError`."""
+    """Return the output of one kubectl. `options` select a cluster.
+
+    Raises click's error with kubectl's own text, or with the reason why it was not run to its end.
+    """
     command = ["kubectl", *options, f"--request-timeout={terms.timeout_s:g}s", verb, *arguments]
     try:
         # A session of its own, so that a login program which kubectl has started ends with it.
@@ -57,11 +58,13 @@ def run(terms: Terms, options: Sequence[str], verb: str, *arguments: str) -> str
             start_new_session=True,
         )
     except OSError as error:
-        raise KubectlError(f"kubectl cannot be run: {error.strerror}") from None
+        raise click.ClickException(f"kubectl cannot be run: {error.strerror}") from None
     with process:
         output, errors = _communicate(process, terms, verb)
     if process.returncode:
-        raise KubectlError(_reason(errors.decode("utf-8", "replace")) or f"kubectl {verb}: {process.returncode}")
+        raise click.ClickException(
+            _reason(errors.decode("utf-8", "replace")) or f"kubectl {verb}: {process.returncode}"
+        )
     return output.decode("utf-8", "replace")
 
 
@@ -74,7 +77,7 @@ def _communicate(process: subprocess.Popen[bytes], terms: Terms, verb: str) -> t
                 return process.communicate(timeout=min(left_s, LOOK_S))
             except subprocess.TimeoutExpired:
                 left_s -= LOOK_S
-        raise KubectlError(f"kubectl {verb} did not end within {terms.timeout_s:g} s")
+        raise click.ClickException(f"kubectl {verb} did not end within {terms.timeout_s:g} s")
     except BaseException:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

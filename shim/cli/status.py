@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from math import floor
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from shim.cli.admin_client import AdminError, AdminPort, admin_options, port_of
+from shim.cli.admin_client import AdminPort, admin_options, port_of
 from shim.clock import pause
 from shim.core.text import columns, format_duration, plural, printable, shorten
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 HEAD = ("AGENT", "DIALECT", "ALIVE", "HEARTBEATS", "POLLS", "HELD UP TO", "QUEUE")
 PHASES = {"up": "connected", "down": "away", "refused": "token refused", "idle": "at rest"}
@@ -233,9 +236,9 @@ def command(as_json: bool, watch: bool, **where: Any) -> None:
         if as_json:
             _print_json(port, watch)
             return
-        shown, screen = _look(port), _screen()
-        if screen is not None:
-            screen.watch(shown, lambda: _look_again(port), EVERY_S) if watch else screen.show(shown)
+        shown = _look(port)
+        if _has_colours():
+            _show_in_colours(shown, (lambda: _look_again(port)) if watch else None)
             return
         click.echo(plain(shown))
         while watch:
@@ -258,15 +261,55 @@ def _look_again(port: AdminPort) -> View:
     """Query the status; return an error as a view, because the shim may restart while it is watched."""
     try:
         return _look(port)
-    except AdminError as error:
+    except click.ClickException as error:
         return View("bad", error.message, [], [], [], "")
 
 
-def _screen() -> ModuleType | None:
-    """Return the rendering with colours, for a terminal and if rich is installed."""
-    if not sys.stdout.isatty():
-        return None
-    try:
-        return importlib.import_module("shim.cli.status_rich")
-    except ModuleNotFoundError:
-        return None
+# --- colours ----------------------------------------------------------------------------------------------------------
+
+_COLOURS = {"good": "green", "waiting": "dim", "warning": "yellow", "bad": "bold red"}
+_ALIVE = HEAD.index("ALIVE")
+
+
+def _has_colours() -> bool:
+    """Return True on a terminal, if rich is installed."""
+    return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
+
+
+def _show_in_colours(shown: View, look: Callable[[], View] | None) -> None:
+    """Print the status once, or show what `look` returns on the full screen until Ctrl-C."""
+    from rich.console import Console
+    from rich.live import Live
+
+    if look is None:
+        Console().print(_render(shown))
+        return
+    with Live(_render(shown), screen=True, auto_refresh=False) as live:
+        while True:
+            pause(EVERY_S)
+            live.update(_render(look()), refresh=True)
+
+
+def _render(shown: View) -> Group:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table.grid(padding=(0, 2))
+    for name, text in shown.lines:
+        facts.add_row(Text(name, style="dim"), Text(text))
+    agents = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for head in HEAD:
+        agents.add_column(head, no_wrap=True)
+    for level, cells in shown.rows:
+        agents.add_row(*(Text(cell, style=_COLOURS[level] if at == _ALIVE else "") for at, cell in enumerate(cells)))
+    word = (f" {WORDS[shown.level]} ", f"reverse {_COLOURS[shown.level]}")
+    return Group(
+        Text.assemble(word, " ", (shown.sentence, "bold")),
+        *(Text(f"  {hint}", style="dim") for hint in shown.hints),
+        Text(),
+        facts,
+        Text(),
+        *([agents] if shown.rows else []),
+        *([Text(shown.more, style="dim")] if shown.more else []),
+    )

@@ -7,9 +7,9 @@ target unchanged and can be started again. Both stores are locked during the cop
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,14 +20,6 @@ from shim.errors import StoreError
 from shim.store import schema
 from shim.store.schema import TABLES, Table
 from shim.store.sqlite import SqliteStore
-
-
-@dataclass
-class Copied:
-    """Counts per table of the rows that were copied, and of those left out because a column has the wrong type."""
-
-    rows: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, int] = field(default_factory=dict)
 
 
 class End(Protocol):
@@ -46,12 +38,14 @@ class End(Protocol):
         """Set the key for owner ids and commit the transaction."""
 
 
-def copy(source: settings.Store, target: settings.Store) -> Copied:
+def copy(source: settings.Store, target: settings.Store) -> dict[str, tuple[int, int]]:
     """Copy one store into another, which must be empty. Blocks.
 
-    Raises `StoreError`; the target is then unchanged.
+    Returns the number of copied rows of each table, and of rows left out because a column has the wrong type. Raises
+    `StoreError`; the target is then unchanged.
     """
-    done = Copied()
+    copied_rows: dict[str, int] = {}
+    left_out = Counter[str]()
     with ExitStack() as stack:
         origin = stack.enter_context(_opened(source, "--from"))
         copied = stack.enter_context(_opened(target, "--to"))
@@ -62,40 +56,30 @@ def copy(source: settings.Store, target: settings.Store) -> Copied:
         if key is None:
             raise StoreError("--from: the store was never used")
         for table in TABLES:
-            digest = _Digest()
-            copied.write(table, digest.passed(_fitting(table, origin, done)))
-            again = _Digest()
-            done.rows[table.name] = sum(1 for _ in again.passed(copied.read(table)))
-            if digest.value != again.value:
+            read, written = hashlib.sha256(), hashlib.sha256()
+            copied.write(table, _digested(_fitting(table, origin, left_out), read))
+            copied_rows[table.name] = sum(1 for _ in _digested(copied.read(table), written))
+            if read.digest() != written.digest():
                 raise StoreError(f"--to: what was written to {table.name} is not what was read: nothing was kept")
         copied.finish(key)
-    return done
+    return {name: (rows, left_out[name]) for name, rows in copied_rows.items()}
 
 
-def _fitting(table: Table, origin: End, done: Copied) -> Iterator[tuple[Any, ...]]:
+def _fitting(table: Table, origin: End, left_out: Counter[str]) -> Iterator[tuple[Any, ...]]:
     for row in origin.read(table):
         if table.fits(row):
             # PostgreSQL rejects NUL characters in text: replace each with the visible symbol for NUL.
             yield tuple(each.replace("\0", "␀") if isinstance(each, str) else each for each in row)
         else:
-            done.left_out[table.name] = done.left_out.get(table.name, 0) + 1
+            left_out[table.name] += 1
 
 
-class _Digest:
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def passed(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-        """Yield the rows unchanged, and add each to the digest."""
-        for row in rows:
-            plain = [int(each) if isinstance(each, bool) else each for each in row]  # SQLite has integers only
-            self._hash.update(msgspec.msgpack.encode(plain))
-            yield row
-
-    @property
-    def value(self) -> bytes:
-        """The digest of all rows so far."""
-        return self._hash.digest()
+def _digested(rows: Iterator[tuple[Any, ...]], digest: hashlib._Hash) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows unchanged, and add each to the digest."""
+    for row in rows:
+        plain = [int(each) if isinstance(each, bool) else each for each in row]  # SQLite has integers only
+        digest.update(msgspec.msgpack.encode(plain))
+        yield row
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 from shim import __version__
-from shim.cli.store_commands import command as store_command
+from shim.cli.commands import store as store_command
 from shim.config import loader
 from shim.store.sqlite import SqliteStore
 from tests.support.manifests import (

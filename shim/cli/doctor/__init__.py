@@ -33,7 +33,6 @@ from shim.cli.doctor.way import (
     judge_way,
 )
 from shim.cli.inject.missing_sidecars import agents
-from shim.cli.inject.sidecar import InjectError
 from shim.config import loader
 from shim.config.settings import Settings, Upstream
 from shim.config.warnings import find_warnings
@@ -284,7 +283,7 @@ def examine_cluster(namespace: str) -> list[Finding]:
     terms = kubectl.Terms(namespace, KUBECTL_S, Event())
     try:
         pods = agents(kubectl.pods(terms))
-    except (InjectError, kubectl.KubectlError) as error:
+    except click.ClickException as error:
         return [failed("cluster", str(error), "doctor needs kubectl, and the right to list pods")]
     where = "the cluster" if namespace == kubectl.ALL else terms.where
     if not pods:

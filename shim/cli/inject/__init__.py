@@ -14,7 +14,7 @@ from shim import __version__
 from shim.cli.inject import documents, missing_sidecars
 from shim.cli.inject.settings import PodSettings
 from shim.cli.inject.settings import read as read_settings
-from shim.cli.inject.sidecar import NAME, InjectError
+from shim.cli.inject.sidecar import NAME
 from shim.config.files import reason
 
 _IMAGE = re.compile(
@@ -69,12 +69,9 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
         raise click.ClickException(f"{filename} cannot be read: {reason(error)}") from None
     if check:
         _check(text)
-    try:
-        settings = read_settings(path, sets, own_token) if path or sets else PodSettings()
-        options = documents.Options(image, container, config_map, not no_config, own_token, settings)
-        after = documents.remove(text) if remove else documents.inject(text, options)
-    except InjectError as error:
-        raise click.ClickException(str(error)) from None
+    settings = read_settings(path, sets, own_token) if path or sets else PodSettings()
+    options = documents.Options(image, container, config_map, not no_config, own_token, settings)
+    after = documents.remove(text) if remove else documents.inject(text, options)
     if dry_run:
         name = "stdin" if filename == "-" else filename
         before, new = text.splitlines(keepends=True), after.splitlines(keepends=True)
@@ -85,10 +82,7 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
 
 
 def _check(text: str) -> NoReturn:
-    try:
-        agents = missing_sidecars.agents(missing_sidecars.listed(text))
-    except InjectError as error:
-        raise click.ClickException(str(error)) from None
+    agents = missing_sidecars.agents(missing_sidecars.listed(text))
     for pod in agents:
         click.echo(f"{pod.namespace}/{pod.name}: {pod.fault or ('opted out' if pod.opted_out else 'ok')}")
     if not agents:

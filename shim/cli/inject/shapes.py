@@ -43,10 +43,11 @@ class _Container(msgspec.Struct, rename="camel"):
     volume_mounts: list[_Named] | None = None
 
 
-class _PodSpec(msgspec.Struct, rename="camel"):
+class _Spec(msgspec.Struct, rename="camel"):
     containers: list[_Container] | None = None
     init_containers: list[_Container] | None = None
     volumes: list[_Named] | None = None
+    template: _Object | None = None
 
 
 class _Metadata(msgspec.Struct):
@@ -59,28 +60,16 @@ class _Status(msgspec.Struct):
     phase: str | None = None
 
 
-class _Pod(msgspec.Struct):
+class _Object(msgspec.Struct):
+    """A pod, a workload with the template of its pods, or a ConfigMap."""
+
     metadata: _Metadata | None = None
-    spec: _PodSpec | None = None
+    spec: _Spec | None = None
     status: _Status | None = None
 
 
-class _WorkloadSpec(msgspec.Struct):
-    template: _Pod | None = None
-
-
-class _Workload(msgspec.Struct):
-    metadata: _Metadata | None = None
-    spec: _WorkloadSpec | None = None
-
-
-class _ConfigMap(msgspec.Struct):
-    metadata: _Metadata | None = None
-
-
 # In the thread that imports this: several threads at once must not be the first to use a type (`rollout.cluster`).
-for _shape in (_Pod, _Workload, _ConfigMap):
-    msgspec.json.Decoder(_shape)
+msgspec.json.Decoder(_Object)
 
 
 def check(data: Any) -> None:
@@ -92,19 +81,17 @@ def check(data: Any) -> None:
         items = data.get("items")
         for item in items if isinstance(items, list) else []:
             check(item)
-    elif kind == "ConfigMap":
-        _require(kind, data, _ConfigMap)
-    elif isinstance(kind, str) and kind in WORKLOADS:
-        _require(kind, data, _Pod if kind == "Pod" else _Workload)
+    elif isinstance(kind, str) and kind in (*WORKLOADS, "ConfigMap"):
+        _require(kind, data)
 
 
 def check_pod(data: Any) -> None:
     """Check a pod in a list of kubectl's. Raises `InjectError`."""
-    _require("Pod", data, _Pod)
+    _require("Pod", data)
 
 
-def _require(kind: str, data: Any, shape: type[msgspec.Struct]) -> None:
+def _require(kind: str, data: Any) -> None:
     try:
-        msgspec.convert(data, shape)
+        msgspec.convert(data, _Object)
     except msgspec.ValidationError as error:
         raise InjectError(f"not a {kind} of Kubernetes: {error}") from None

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import click
+
 from shim import __version__
 from shim.hosts import is_loopback
 
@@ -34,7 +36,7 @@ Map = MutableMapping[str, Any]
 PREFIX = f"{NAME}-"
 
 
-class InjectError(Exception):
+class InjectError(click.ClickException):
     """A manifest that cannot be given the sidecar; the text contains the reason and the remedy."""
 
 

@@ -14,11 +14,11 @@ import msgspec
 
 from shim.cli.rollout import placement
 from shim.cli.rollout.cluster import Cluster
-from shim.cli.rollout.placement import Lists
 from shim.cli.rollout.report import Report, as_json, headline, reason_line, text
 from shim.cli.rollout.sources import Source, collect, contexts_places, source_of, source_options
 from shim.cli.rollout.verdict import Decision, judge
 from shim.clock import Clock
+from shim.config.settings import Rollout
 from shim.core.text import printable
 from shim.errors import EXIT_USAGE
 
@@ -88,7 +88,7 @@ def preview_command(  # noqa: PLR0913, PLR0917 - one for each option
     """Show which clusters are in at which percentage, by the hash that every shim uses."""
     if sum(map(bool, (names, from_file, contexts))) != 1:
         raise click.UsageError("give either NAMES, --from-file or --contexts")
-    lists = Lists(tuple(placement.checked(include)), tuple(placement.checked(exclude)))
+    lists = Rollout(include=tuple(placement.checked(include)), exclude=tuple(placement.checked(exclude)))
     if contexts:
         found = contexts_places(contexts, namespace, timeout_s, percents, lists)
     else:

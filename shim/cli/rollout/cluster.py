@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import click
 import msgspec
 
 from shim.core.text import format_duration, plural, shorten
@@ -206,10 +207,6 @@ class _Migration(msgspec.Struct):
     sunset: _Sunset
 
 
-class StatusError(Exception):
-    """An answer that is no status this report can read; the text is the reason."""
-
-
 class Status(msgspec.Struct):
     """The part of `/status.json` that the report reads. A field that is missing there names an older shim."""
 
@@ -232,14 +229,16 @@ msgspec.json.Decoder(Status)
 
 
 def read_status(answer: object) -> Status:
-    """Return the status in a shim's answer. Raises `StatusError` with the reason if it is none or an older one."""
+    """Return the status in a shim's answer. Raises click's error with the reason if it is none or an older one."""
     try:
         return msgspec.convert(answer, Status, strict=False)
     except msgspec.ValidationError as error:
         version = answer.get("version") if isinstance(answer, dict) else None
         if isinstance(version, str):
-            raise StatusError(f"version {shorten(version)} is too old for this report ({error}): upgrade it") from None
-        raise StatusError(f"the answer is no shim's status ({error})") from None
+            raise click.ClickException(
+                f"version {shorten(version)} is too old for this report ({error}): upgrade it"
+            ) from None
+        raise click.ClickException(f"the answer is no shim's status ({error})") from None
 
 
 def add_status(cluster: Cluster, status: Status) -> None:

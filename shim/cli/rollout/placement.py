@@ -12,18 +12,12 @@ from typing import IO
 import click
 import msgspec
 
+from shim.config.settings import Rollout
 from shim.core.failover import bucket, in_rollout
 from shim.core.text import columns, plural, printable
 
 MAX_NAMES_BYTES = 16 * 1_048_576
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-class Lists(msgspec.Struct, frozen=True):
-    """Names and patterns that come before the hash, as in `rollout.include` and `rollout.exclude`."""
-
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -41,8 +35,8 @@ class Place(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
-def place(name: str, percents: Iterable[float], lists: Lists, given: int = 1, context: str = "") -> Place:
-    """Return the place of the cluster with this name."""
+def place(name: str, percents: Iterable[float], lists: Rollout, given: int = 1, context: str = "") -> Place:
+    """Return the place of the cluster with this name. `lists` has the names and patterns that precede the hash."""
     rules = lists.include, lists.exclude
     decided_by = "hash"
     if not in_rollout(name, float("inf"), *rules):
@@ -53,7 +47,7 @@ def place(name: str, percents: Iterable[float], lists: Lists, given: int = 1, co
     return Place(name, bucket(name), decided_by, steps, given, context)
 
 
-def places(names: Iterable[str], percents: Sequence[float], lists: Lists) -> list[Place]:
+def places(names: Iterable[str], percents: Sequence[float], lists: Rollout) -> list[Place]:
     """Return one place for each name, the lowest hash first; a name that is given twice is one place."""
     counted = Counter(names)
     found = [place(name, percents, lists, given) for name, given in counted.items()]

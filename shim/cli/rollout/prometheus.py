@@ -10,6 +10,7 @@ from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
 
+import click
 import msgspec
 
 from shim.cli.rollout.cluster import Cluster, Measured, Trouble
@@ -71,10 +72,6 @@ WITHOUT_RESULT = (
 _LINK_PHASES = {"online": "up", "idle": "idle", "opening": "down", "replaying": "down", "waiting": "down"}
 
 
-class PrometheusError(Exception):
-    """Prometheus did not answer, refused a query, or answered with something else; no secrets in the text."""
-
-
 class Sample(msgspec.Struct, frozen=True):
     """One sample of an instant query."""
 
@@ -110,7 +107,10 @@ class Prometheus:
             self._headers["Authorization"] = f"Basic {login}"
 
     def query(self, expression: str) -> list[Sample]:
-        """Return the samples of an instant query, in which `CLUSTER` stands for the label. Raises `PrometheusError`."""
+        """Return the samples of an instant query, in which `CLUSTER` stands for the label.
+
+        Raises click's error, without secrets, if Prometheus does not answer, or answers something else.
+        """
         text = expression.replace("CLUSTER", self.label)
         request = urllib.request.Request(  # noqa: S310 - the option is checked for http and https
             f"{self.address}/api/v1/query", urlencode({"query": text}).encode(), self._headers, method="POST"
@@ -121,11 +121,11 @@ class Prometheus:
         except HTTPError as error:
             with error:
                 reason = _error(error.read(MAX_ANSWER_BYTES)) or "not what a Prometheus answers"
-            raise PrometheusError(f"{self.address} answers {error.code}: {reason}") from None
+            raise click.ClickException(f"{self.address} answers {error.code}: {reason}") from None
         except (OSError, HTTPException) as error:
             cause = getattr(error, "reason", None) or error
             why = getattr(cause, "strerror", "") or str(cause) or type(error).__name__
-            raise PrometheusError(f"{self.address} does not answer: {why}") from None
+            raise click.ClickException(f"{self.address} does not answer: {why}") from None
         return list(self._samples(data))
 
     def clusters_by(self, expression: str) -> dict[str, list[Sample]]:
@@ -144,7 +144,7 @@ class Prometheus:
                 if math.isfinite(value):
                     yield Sample({str(key): str(text) for key, text in each["metric"].items()}, value)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise PrometheusError(f"{self.address} answers something else than Prometheus' query API") from None
+            raise click.ClickException(f"{self.address} answers something else than Prometheus' query API") from None
 
 
 def _error(data: bytes) -> str:
@@ -155,7 +155,7 @@ def _error(data: bytes) -> str:
 
 
 def clusters(prometheus: Prometheus, now: float) -> list[Cluster]:
-    """Return a row for each cluster of which Prometheus has series. Raises `PrometheusError`."""
+    """Return a row for each cluster of which Prometheus has series. Raises click's error."""
     answers = {name: prometheus.clusters_by(query) for name, query in QUERIES.items()}
     rows = {name: Cluster(name=name) for name in sorted(answers["seen"].keys() | answers["agent_pods"].keys())}
     for name, row in rows.items():

@@ -15,19 +15,19 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import click
-import msgspec
 
 from shim.cli import kubectl
 from shim.cli.admin_client import AdminPort, given
 from shim.cli.inject.missing_sidecars import agents
-from shim.cli.inject.sidecar import CONFIG_DIR, NAME, InjectError
-from shim.cli.kubectl import KubectlError, Terms
+from shim.cli.inject.sidecar import CONFIG_DIR, NAME
+from shim.cli.kubectl import Terms
 from shim.cli.rollout import placement
-from shim.cli.rollout.cluster import Cluster, Status, StatusError, add_status, read_status
-from shim.cli.rollout.placement import Lists, Place
-from shim.cli.rollout.prometheus import Prometheus, PrometheusError, clusters
+from shim.cli.rollout.cluster import Cluster, Status, add_status, read_status
+from shim.cli.rollout.placement import Place
+from shim.cli.rollout.prometheus import Prometheus, clusters
 from shim.clock import Clock
 from shim.config.loader import read_secret
+from shim.config.settings import Rollout
 from shim.core.text import plural
 from shim.errors import ConfigError
 
@@ -72,7 +72,7 @@ def statuses(access: Access, row: Cluster) -> list[Status]:
     """Return the status of every shim of a cluster, and add agents' pods and failures to its row."""
     try:
         pods = kubectl.pods(access.terms, access.options)
-    except (KubectlError, InjectError) as error:
+    except click.ClickException as error:
         row.gaps.append(str(error))
         return []
     found = agents(pods)
@@ -91,7 +91,7 @@ def statuses(access: Access, row: Cluster) -> list[Status]:
         name = pod["metadata"]["name"]
         try:
             answers.append(_status_in(access, pod))
-        except (KubectlError, StatusError) as error:
+        except click.ClickException as error:
             row.gaps.append(f"{name}: {error}")
     return answers
 
@@ -104,7 +104,7 @@ def _has_shim(pod: Mapping[str, Any]) -> bool:
 
 
 def _status_in(access: Access, pod: Mapping[str, Any]) -> Status:
-    """Return the status of the shim in a pod. Raises `KubectlError`, and `StatusError` for an answer that is none."""
+    """Return the status of the shim in a pod. Raises click's error."""
     metadata = pod["metadata"]
     # The configuration says where the admin port is and which file holds its token: neither leaves the pod.
     command = (NAME, "status", "--config", f"{CONFIG_DIR}/config.yaml", "--json")
@@ -113,7 +113,7 @@ def _status_in(access: Access, pod: Mapping[str, Any]) -> Status:
     try:
         answer = json.loads(output)
     except ValueError:
-        raise StatusError("the answer is no JSON: cut off, or not of a shim") from None
+        raise click.ClickException("the answer is no JSON: cut off, or not of a shim") from None
     return read_status(answer)
 
 
@@ -186,12 +186,13 @@ def source_of(  # noqa: PLR0913 - one for each option
         return source._replace(prometheus=_prometheus(prometheus_url, token_file, cluster_label, timeout_s))
     if urls:
         token_file = token_file or os.environ.get(TOKEN_VARIABLE, "")
-        ports = read_lines(placement.read_names(urls), token_file, timeout_s)
-        return source._replace(readers=_some({each.name: partial(cluster_of_ports, each) for each in ports}, urls))
-    found = _access(contexts, kubeconfig_glob, source.terms)
+        found = read_lines(placement.read_names(urls), token_file)
+        readers = {name: partial(cluster_of_ports, name, ports, timeout_s) for name, ports in found.items()}
+        return source._replace(readers=_some(readers, urls))
+    accesses = _access(contexts, kubeconfig_glob, source.terms)
     return source._replace(
-        readers=_some({each.name: partial(cluster_of_context, each) for each in found}, contexts or kubeconfig_glob),
-        access={each.name: each.helm for each in found},
+        readers=_some({each.name: partial(cluster_of_context, each) for each in accesses}, contexts or kubeconfig_glob),
+        access={each.name: each.helm for each in accesses},
         doubles=_doubles(split(contexts)) if contexts else (),
     )
 
@@ -203,7 +204,7 @@ def collect(source: Source) -> tuple[list[Cluster], list[str]]:
     if source.prometheus is not None:
         try:
             rows = clusters(source.prometheus, Clock().wall_s())
-        except PrometheusError as error:
+        except click.ClickException as error:
             faults.append(str(error))
         else:
             faults += [f"Prometheus warns: {each}" for each in sorted(source.prometheus.warnings)]
@@ -228,7 +229,7 @@ def _read(each: tuple[str, Callable[[], Cluster]]) -> Cluster:
 
 
 def contexts_places(
-    contexts: str, namespace: str, timeout_s: float, percents: Sequence[float], lists: Lists
+    contexts: str, namespace: str, timeout_s: float, percents: Sequence[float], lists: Rollout
 ) -> list[Place]:
     """Return the places of all agents that the shims in these contexts know, and a row for each that does not answer.
 
@@ -275,7 +276,7 @@ def _doubles(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(names) if names.count(name) > 1)
 
 
-def _some(readers: dict[str, Callable[[], Cluster]], given: str | None) -> dict[str, Callable[[], Cluster]]:
+def _some(readers: Mapping[str, Callable[[], Cluster]], given: str | None) -> Mapping[str, Callable[[], Cluster]]:
     if not readers:
         raise click.ClickException(f"{given} names no cluster")
     return readers
@@ -304,20 +305,16 @@ def _prometheus(url: str, token_file: str | None, label: str, timeout_s: float) 
     return Prometheus(url, token, label, timeout_s)
 
 
-class Ports(msgspec.Struct, frozen=True):
-    """Admin ports of one cluster: lines of the file, of which those that are none have a reason instead of a URL."""
-
-    name: str
-    timeout_s: float
-    lines: tuple[tuple[str, str, str], ...]
+_Port = tuple[str, str, str]
+"""An admin port by its line: URL, token file, and the reason why it cannot be asked, or an empty text."""
 
 
-def read_lines(lines: Iterable[str], token_file: str, timeout_s: float) -> list[Ports]:
-    """Return the clusters that the lines name. Lines with the same name are shims of one cluster.
+def read_lines(lines: Iterable[str], token_file: str) -> dict[str, list[_Port]]:
+    """Return the admin ports of each cluster that the lines name. Lines with the same name are shims of one cluster.
 
     A line may be a URL alone; its host and port are the name then.
     """
-    found: dict[str, dict[tuple[str, str, str], None]] = {}
+    found: dict[str, dict[_Port, None]] = {}
     for line in lines:
         words = line.split()
         if len(words) == 1:
@@ -328,27 +325,24 @@ def read_lines(lines: Iterable[str], token_file: str, timeout_s: float) -> list[
             # The text of the line is shown nowhere: it may hold a password.
             url, reason = "", "the URL has a user: an admin port takes a token, from TOKEN-FILE or --token-file"
         found.setdefault(words[0], {})[url, file, reason] = None
-    return [Ports(name, timeout_s, tuple(ports)) for name, ports in found.items()]
+    return {name: list(ports) for name, ports in found.items()}
 
 
-def cluster_of_ports(ports: Ports) -> Cluster:
+def cluster_of_ports(name: str, ports: Iterable[_Port], timeout_s: float) -> Cluster:
     """Return what the shims of one cluster report. Every failure is a gap of the row."""
-    row = Cluster(name=ports.name)
-    for url, token_file, reason in ports.lines:
+    row = Cluster(name=name)
+    for url, token_file, reason in ports:
         try:
             if reason:
-                raise StatusError(reason)
-            add_status(row, _status_at(url, token_file, ports.timeout_s))
-        except (click.ClickException, ConfigError, StatusError) as error:
-            text = error.message if isinstance(error, click.ClickException) else str(error)
+                raise click.ClickException(reason)
+            add_status(row, _status_at(url, token_file, timeout_s))
+        except (click.ClickException, ConfigError) as error:
+            text = str(error)
             row.gaps.append(f"{url}: {text}" if url and url not in text else text)
     return row
 
 
 def _status_at(url: str, token_file: str, timeout_s: float) -> Status:
-    try:
-        host, port = given(url)
-    except click.BadParameter as error:
-        raise StatusError(error.message) from None
+    host, port = given(url)
     token = read_secret(token_file, "the token file") if token_file else ""
     return read_status(AdminPort(host, port, token, whole_s=timeout_s).ask("GET", "/status.json"))

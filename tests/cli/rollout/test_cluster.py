@@ -6,9 +6,10 @@ import copy
 import json
 from typing import Any
 
+import click
 import pytest
 
-from shim.cli.rollout.cluster import Cluster, StatusError, add_status, read_status
+from shim.cli.rollout.cluster import Cluster, add_status, read_status
 from shim.cli.rollout.report import Report, as_json, page, text
 from shim.cli.rollout.verdict import judge
 from shim.management.objectives import OBJECTIVES
@@ -66,7 +67,7 @@ def test_several_shims_of_a_cluster_are_one_row() -> None:
 def test_an_older_status_is_named_as_that(missing: str) -> None:
     older = status()
     del older[missing]
-    with pytest.raises(StatusError, match=f"version 1.0 is too old for this report.*`{missing}`"):
+    with pytest.raises(click.ClickException, match=f"version 1.0 is too old for this report.*`{missing}`"):
         read_status(older)
 
 
@@ -86,7 +87,7 @@ def test_an_older_status_is_named_as_that(missing: str) -> None:
     ],
 )
 def test_values_that_cannot_be(changes: dict[str, Any]) -> None:
-    with pytest.raises(StatusError):
+    with pytest.raises(click.ClickException):
         read_status(json.loads(json.dumps(status(**changes))))
 
 
@@ -97,7 +98,7 @@ def test_the_first_statuses_may_be_read_at_the_same_time() -> None:
 
 @pytest.mark.parametrize("answer", [None, [], "text", 3, {}, {"version": 3}, {"status": "ok"}])
 def test_what_is_no_status(answer: Any) -> None:
-    with pytest.raises(StatusError, match="no shim's status"):
+    with pytest.raises(click.ClickException, match="no shim's status"):
         read_status(answer)
 
 

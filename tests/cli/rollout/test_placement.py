@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from shim.cli.commands import cli
-from shim.cli.rollout.placement import Lists, place, places
+from shim.cli.rollout.placement import place, places
+from shim.config.settings import Rollout
 from shim.core.failover import bucket
 
 ROOT = Path(__file__).parents[3]
@@ -47,7 +48,7 @@ def test_the_documented_shell_line_computes_the_same() -> None:
 
 
 def test_lists_come_before_the_hash() -> None:
-    lists = Lists(include=("late*",), exclude=("*-b",))
+    lists = Rollout(include=("late*",), exclude=("*-b",))
     assert place("late-a", (0, 10), lists).steps == {"0": True, "10": True}
     assert place("late-a", (0,), lists).decided_by == "include"
     assert place("late-b", (0, 100), lists).steps == {"0": False, "100": False}
@@ -56,7 +57,7 @@ def test_lists_come_before_the_hash() -> None:
 
 
 def test_a_name_that_is_given_twice_is_one_place() -> None:
-    found = places(["staging", "prod-cluster", "staging"], (10,), Lists())
+    found = places(["staging", "prod-cluster", "staging"], (10,), Rollout())
     assert [(each.cluster, each.given) for each in found] == [("prod-cluster", 1), ("staging", 2)]
     code, out, _ = preview("staging", "prod-cluster", "staging")
     assert code == 0
@@ -66,7 +67,7 @@ def test_a_name_that_is_given_twice_is_one_place() -> None:
 
 def test_a_larger_percentage_only_adds_clusters() -> None:
     names = [f"cluster-{number}" for number in range(300)]
-    steps = [{each.cluster for each in places(names, (step,), Lists()) if each.steps[f"{step}"]} for step in (10, 50)]
+    steps = [{each.cluster for each in places(names, (step,), Rollout()) if each.steps[f"{step}"]} for step in (10, 50)]
     assert steps[0] < steps[1] < set(names)
 
 
