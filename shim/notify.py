@@ -20,10 +20,13 @@ import msgspec
 
 from shim import __version__
 from shim.clock import Clock
+from shim.config import loader
 from shim.config.settings import Notify
+from shim.errors import ConfigError
 from shim.log import get
+from shim.protocol.http import origin_of
 from shim.redaction import Redaction
-from shim.upstream.webhook import Webhook
+from shim.upstream import DialError, Dialler
 
 CHECK_S = 5.0
 ATTEMPTS = 8
@@ -31,6 +34,10 @@ FIRST_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
 MAX_WAITING = 100
 MAX_NAMES = 10
+ANSWER_S = 10.0
+"""Seconds in which a webhook must answer."""
+_MAY_PASS = frozenset({408, 425, 429})
+"""Statuses below 500 after which the same request may succeed later."""
 
 log = get(__name__)
 
@@ -122,7 +129,7 @@ class Notifier:
         self._stopped = stopped
         self._redaction = redaction
         self._changes = Changes()
-        self._webhook = Webhook(settings, redaction)
+        self._dialler = Dialler(settings.dialling, name="notify", read_timeout_s=ANSWER_S)
         sends = [self._write] if settings.file else []
         sends += [self._send] if settings.url or settings.url_file else []
         # A queue each: a webhook that does not answer for minutes must not keep an event out of the file.
@@ -138,7 +145,7 @@ class Notifier:
                 for sender in senders:
                     sender.cancel()
         finally:
-            await self._webhook.close()
+            await self._dialler.close()
 
     async def _guarded(self, step: Awaitable[None]) -> None:
         """Await a step and log its exception: a defect in a notification must not end the shim."""
@@ -193,12 +200,28 @@ class Notifier:
             if attempt and await self._stops_within(pause_s):
                 return
             pause_s = min(pause_s * 2, MAX_RETRY_S) if attempt else pause_s
-            reason, lasting = await self._webhook.post(body)
+            reason, lasting = await self._post(body)
             if not reason:
                 return
             if lasting:
                 break
         log.warning("notification_failed", dedupe_key=f"url {reason}", reason=reason)
+
+    async def _post(self, body: bytes) -> tuple[str, bool]:
+        """Send to the webhook; return the reason of a failure (`""` for success) and True if a retry is useless."""
+        try:
+            url = self._settings.url or loader.read_secret(self._settings.url_file, "notify.url_file")
+            self._redaction.add(url)  # its path is a secret with most chat systems
+            within_s = self._settings.dialling.connect_timeout_s + ANSWER_S
+            status = await self._dialler.post(url, {"Content-Type": "application/json"}, body, within_s)
+        except ConfigError as error:
+            return str(error), False
+        except DialError as error:
+            failure = error.failure
+            return f"{failure.reason}: {failure.detail}" if failure.detail else failure.reason, False
+        if 200 <= status < 300:
+            return "", False
+        return f"{origin_of(url)} answers {status}", status < 500 and status not in _MAY_PASS
 
     async def _stops_within(self, pause_s: float) -> bool:
         with suppress(TimeoutError):

@@ -11,23 +11,13 @@ import aiohttp
 
 from shim.errors import ShimError
 from shim.ports import DialFailure
-from shim.upstream.http_client import InterimFlood
 
 UNANSWERED = "the connection was closed before an answer came"
 PROXY_UNREACHED = "cannot reach the proxy"
 
 
-class Refused(ShimError):
-    """The controller answered the handshake with a status other than 101, redirects included."""
-
-    def __init__(self, status: int, retry_after_s: float | None) -> None:
-        super().__init__(f"HTTP {status}")
-        self.status = status
-        self.retry_after_s = retry_after_s
-
-
 class DialError(ShimError):
-    """A dial ended without a reply of the vendor. `failure` has the reason."""
+    """A dial ended without the answer that was wanted. `failure` has the reason."""
 
     def __init__(self, failure: DialFailure) -> None:
         super().__init__(failure.detail)
@@ -55,8 +45,6 @@ def failure_of(error: Exception) -> DialFailure:
 
     Of an unexpected one only the type is reported, because its text may hold a secret.
     """
-    if isinstance(error, Refused):
-        return DialFailure("status", error.status, error.retry_after_s, f"HTTP {error.status}")
     if isinstance(error, DialError):
         return error.failure
     reason, detail = _classify(error)
@@ -85,8 +73,6 @@ def _classify(error: Exception) -> tuple[str, str]:
 def _answer_text(error: Exception) -> str:
     """Return a description of a malformed or missing reply."""
     match error:
-        case InterimFlood():
-            return str(error)
         case aiohttp.WSServerHandshakeError():
             return error.message
         case aiohttp.ClientResponseError():  # only the parser raises this: no status is treated as an error

@@ -29,7 +29,7 @@ from shim.hosts import is_loopback, plain_host
 from shim.ports import DialFailure, DialRequest, WebSocket, WebSocketListener
 from shim.protocol.http import origin_of, with_query
 from shim.redaction import basic_credentials
-from shim.upstream.dial_errors import UNANSWERED, DialError, Refused, failure_of, retry_after_s, tls_text
+from shim.upstream.dial_errors import UNANSWERED, DialError, failure_of, retry_after_s, tls_text
 from shim.upstream.http_client import Connector, LenientResponse
 from shim.upstream.websocket import CLOSE_WAIT_S, RawWebSocket, WebSocketPump, websocket_class
 
@@ -250,6 +250,16 @@ class Dialler:
             **way,
         )
 
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, within_s: float) -> int:
+        """Send a body and return the status of the reply. Raises `DialError`."""
+        try:
+            async with asyncio.timeout(within_s):
+                response = await self.request("POST", url, headers, body)
+                async with response:
+                    return response.status
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise DialError(failure_of(error)) from None
+
     async def close(self) -> None:
         """Close all connections. Idempotent."""
         session, self._session = self._session, None
@@ -345,7 +355,8 @@ class Dialler:
         response.close()
         if upgraded:
             raise DialError(DialFailure("handshake", detail="the answer is an upgrade that nobody asked for"))
-        raise Refused(response.status, retry_after_s(response.headers))
+        status = response.status  # of a refusal, or of a redirect
+        raise DialError(DialFailure("status", status, retry_after_s(response.headers), f"HTTP {status}"))
 
 
 def _check(proxy: ProxyChoice) -> None:

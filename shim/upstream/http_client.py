@@ -17,12 +17,12 @@ from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from shim.ports import DialFailure
+from shim.upstream.dial_errors import DialError
+
 MAX_INTERIM_RESPONSES = 8
 _SWITCHING_PROTOCOLS = 101
-
-
-class InterimFlood(aiohttp.ClientError):
-    """A server or proxy sent more than `MAX_INTERIM_RESPONSES` responses with status 1xx to one request."""
+_INTERIM_FLOOD = DialFailure("handshake", detail="too many interim responses (HTTP 1xx)")
 
 
 class BoundedResponseHandler(ResponseHandler):
@@ -45,7 +45,7 @@ class BoundedResponseHandler(ResponseHandler):
             self._interim += 1
             if self._interim > MAX_INTERIM_RESPONSES:
                 if self._interim == MAX_INTERIM_RESPONSES + 1:
-                    self.set_exception(InterimFlood("too many interim responses (HTTP 1xx)"))
+                    self.set_exception(DialError(_INTERIM_FLOOD))
                     if self.transport is not None:
                         # The transport is paused, not this protocol: `self.pause_reading()` would stop the parser in
                         # the middle of its call of this method.
