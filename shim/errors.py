@@ -34,11 +34,15 @@ class AgentError(ShimError):
 
 
 class OperatorError(ShimError):
-    """A request of an operator, mostly to the admin port, that cannot be served. `status` is that of the reply."""
+    """A request of an operator, mostly to the admin port, that cannot be served.
 
-    def __init__(self, status: int, message: str) -> None:
+    `status` is that of the reply, `allow` as in `AgentError`.
+    """
+
+    def __init__(self, status: int, message: str, *, allow: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.status = status
+        self.allow = allow
 
 
 class MessageError(ShimError):

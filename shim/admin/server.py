@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from enum import Enum
 from functools import cache
 from ipaddress import ip_address
@@ -118,8 +118,6 @@ FILES = {
     "/uplot.LICENSE": ("uPlot.LICENSE", "text/plain"),
 }
 
-_NO_TOKEN = b'data-token="none"'
-
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -139,22 +137,10 @@ Handler = Callable[[BaseRequest], Awaitable[StreamResponse]]
 Route = tuple[Handler, Access]
 
 
-class StaticFiles:
-    """Handler for `FILES`. The page has a mark that shows if it must ask for a token before it requests data."""
-
-    def __init__(self, token_required: bool) -> None:
-        self._token = b'data-token="required"' if token_required else _NO_TOKEN
-
-    async def serve(self, request: BaseRequest) -> Response:
-        """Return one of `FILES`."""
-        name, content_type = FILES[request.path]
-        body = _read(name).replace(_NO_TOKEN, self._token, 1) if request.path == "/" else _read(name)
-        return Response(body=body, content_type=content_type, charset="utf-8")
-
-
 @cache
-def _read(name: str) -> bytes:
-    return (Path(__file__).parent / "static" / name).read_bytes()
+def read_file(path: str) -> bytes:
+    """Return the content of one of `FILES`."""
+    return (Path(__file__).parent / "static" / FILES[path][0]).read_bytes()
 
 
 class AdminServer:
@@ -191,13 +177,12 @@ class AdminServer:
 
     def _make_routes(self, commands: CommandApi) -> dict[str, dict[str, Route]]:
         """Return the routes by path and method. `{id}` stands for one segment of a path, or its beginning."""
-        pages = StaticFiles(self._guard.required)
         get, post = hdrs.METH_GET, hdrs.METH_POST
         routes: list[tuple[str, str, Handler, Access]] = [
             (get, "/healthz", self._healthz, Access.OPEN),
             (get, "/readyz", self._readyz, Access.OPEN),
             (get, "/metrics", self._metrics, Access.OPEN),
-            *((get, path, pages.serve, Access.SHELL) for path in FILES),
+            *((get, path, self._file, Access.SHELL) for path in FILES),
             (get, "/status.json", self._status, Access.DATA),
             (get, "/config.json", self._config, Access.DATA),
             (get, "/events", self._live.serve, Access.DATA),
@@ -225,7 +210,7 @@ class AdminServer:
         if methods is None:
             raise OperatorError(404, "not found")
         if request.method not in methods:
-            raise _MethodNotAllowedError(methods)
+            raise OperatorError(405, "method not allowed", allow=tuple(sorted(methods)))
         handler, access = methods[request.method]
         self._guard.check(request, access)
         busy = 0 if self._connections is None else self._connections.busy
@@ -308,6 +293,13 @@ class AdminServer:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return Response(body=encode(self._registry), headers={"Content-Type": content_type})
 
+    async def _file(self, request: BaseRequest) -> Response:
+        """Return one of `FILES`. The page has a mark that shows if it must ask for a token before it requests data."""
+        body = read_file(request.path)
+        if request.path == "/" and self._guard.required:
+            body = body.replace(b'data-token="none"', b'data-token="required"', 1)
+        return Response(body=body, content_type=FILES[request.path][1], charset="utf-8")
+
     async def _config(self, request: BaseRequest) -> Response:
         """Return the effective configuration with secrets masked, for `agent-shim doctor --url`."""
         masked = loader.redacted(self._builder.settings)
@@ -331,14 +323,6 @@ def _handler(commands: CommandApi, action: str) -> Handler:
         return Response(body=msgspec.json.encode(answer), content_type="application/json")
 
     return handle
-
-
-class _MethodNotAllowedError(OperatorError):
-    """The path is served by other methods. `allowed` is the value of the header `Allow`."""
-
-    def __init__(self, methods: Iterable[str]) -> None:
-        super().__init__(405, "method not allowed")
-        self.allowed = ",".join(sorted(methods))
 
 
 def make_server(handle: Handler, max_body_bytes: int = MAX_BODY_BYTES) -> Server:
@@ -368,8 +352,8 @@ async def _errors_as_json(request: BaseRequest, handle: Handler) -> StreamRespon
         return await handle(request)
     except OperatorError as error:
         headers = {hdrs.WWW_AUTHENTICATE: "Bearer"} if error.status == 401 else None
-        if isinstance(error, _MethodNotAllowedError):
-            headers = {hdrs.ALLOW: error.allowed}
+        if error.allow:
+            headers = {hdrs.ALLOW: ",".join(error.allow)}
         return _error(error.status, str(error), headers)
     except NoRoom:
         return _error(503, "too many large requests at a time")
