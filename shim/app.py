@@ -36,7 +36,7 @@ from shim.fallback import sunset_headers
 from shim.log import Logs, get
 from shim.management.command_api import CommandApi
 from shim.management.recent_events import RecentEvents
-from shim.management.status_builder import Health, ProcessInfo, StatusBuilder
+from shim.management.status_builder import Health, StatusBuilder
 from shim.management.time_series import Sampler
 from shim.metrics import Metrics, Registry
 from shim.ports import AgentService, CommandStore, DeliveryEvidence, UpstreamPort
@@ -249,10 +249,8 @@ class App:
     def _make_status(self, runtime: Runtime) -> StatusBuilder:
         """Return the builder of the status that the admin port shows."""
         subject, redaction = runtime.subject, self._logging.redaction
-        clock = subject.ctx.clock
-        token_required = bool(self.settings.admin.token_file)
-        facts = ProcessInfo(__version__, clock.wall_s(), self.addresses, token_required, redaction.value)
-        return StatusBuilder(subject, Sampler(subject), runtime.recent_commands, facts, RecentEvents(clock, redaction))
+        events = RecentEvents(self._clock, redaction)
+        return StatusBuilder(subject, Sampler(subject), runtime.recent_commands, self.addresses, events)
 
     async def _bind(self, admin: AdminServer, agents: AgentServer) -> None:
         """Bind both ports before the store is opened and a link is dialled.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from shim.log import RepeatFilter
+from shim.management.status import Row
 from shim.ports import Clock
 from shim.redaction import Redaction
 
@@ -19,15 +20,6 @@ MAX_DETAIL_CHARS = 200
 MAX_EVENT_CHARS = 64
 
 
-class RecentEvent(NamedTuple):
-    """One line of the log. `detail` has the fields except the hint as `name value`, with secrets masked."""
-
-    at: float
-    level: str
-    event: str
-    detail: str
-
-
 class RecentEvents(logging.Handler):
     """Log handler that keeps the last `KEPT` events of the shim from level info on, between `start` and `stop`."""
 
@@ -35,11 +27,11 @@ class RecentEvents(logging.Handler):
         super().__init__(logging.INFO)
         self._clock = clock
         self._redaction = redaction
-        self._events: deque[RecentEvent] = deque(maxlen=KEPT)
+        self._events: deque[Row] = deque(maxlen=KEPT)
         self.addFilter(lambda record: not record.getMessage().startswith(FREQUENT))
         self.addFilter(RepeatFilter())
 
-    def __iter__(self) -> Iterator[RecentEvent]:
+    def __iter__(self) -> Iterator[Row]:
         """Iterate over the events, the newest first."""
         return iter(list(reversed(self._events)))
 
@@ -58,18 +50,19 @@ class RecentEvents(logging.Handler):
         except Exception:  # noqa: BLE001 - logging must not end the caller
             return
 
-    def _format(self, record: logging.LogRecord) -> RecentEvent:
+    def _format(self, record: logging.LogRecord) -> Row:
+        """Return a line of the log. `detail` has the fields except the hint as `name value`, with secrets masked."""
         fields: dict[str, Any] = getattr(record, "fields", {})
         masked = {name: self._redaction.value(value, name) for name, value in fields.items()}
         detail = ", ".join(
             f"{name} {value}" for name, value in masked.items() if value not in (None, "") and name != "hint"
         )
-        return RecentEvent(
-            self._clock.wall_s(),
-            record.levelname.lower(),
-            self._encodable(record.getMessage(), MAX_EVENT_CHARS),
-            self._encodable(detail, MAX_DETAIL_CHARS),
-        )
+        return {
+            "at": self._clock.wall_s(),
+            "level": record.levelname.lower(),
+            "event": self._encodable(record.getMessage(), MAX_EVENT_CHARS),
+            "detail": self._encodable(detail, MAX_DETAIL_CHARS),
+        }
 
     def _encodable(self, text: str, max_chars: int) -> str:
         """Return a masked text that JSON can carry: a lone surrogate is shown as its escape."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import Counter as Counted
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import UNSET
 from prometheus_client import Counter, Gauge
 
+from shim import __version__
 from shim.bridge.command_queues import unpolled_s
 from shim.bridge.links import UpstreamLink
 from shim.config.settings import Settings
@@ -56,35 +57,29 @@ NOT_POLLING_S = 60.0
 """Seconds without a poll after which waiting commands are reported as a problem."""
 
 
-class ProcessInfo(msgspec.Struct, frozen=True):
-    """Facts about the process that the bridge does not have. `mask` removes secrets from a JSON value."""
-
-    version: str
-    started_at: float
-    addresses: dict[str, str]
-    token_required: bool
-    mask: Callable[[Any], Any] = lambda value: value
-
-
 _Section = TypeVar("_Section", bound=msgspec.Struct)
 
 
 class StatusBuilder:
-    """Builder of the status of one process, with what it records between `start` and `stop`."""
+    """Builder of the status of one process, with what it records between `start` and `stop`.
+
+    It is made at the start of the process. `addresses` are those on which the process listens, by name.
+    """
 
     def __init__(
         self,
         bridge: Subject,
         sampler: Sampler,
         recent_commands: Iterable[RecentCommand],
-        facts: ProcessInfo,
+        addresses: Mapping[str, str],
         events: RecentEvents | None = None,
     ) -> None:
         self._bridge = bridge
         self.sampler = sampler
         self._recent_commands = recent_commands
         self._events = events
-        self._facts = facts
+        self._addresses = addresses
+        self.started_unix = bridge.ctx.clock.wall_s()
         self._lost = 0
         self._lost_at: float | None = None
 
@@ -112,25 +107,25 @@ class StatusBuilder:
 
     def take(self, not_ready: list[str]) -> Status:
         """Return the status without the time series. `not_ready` has the reasons of `/readyz`."""
-        bridge, ctx, facts = self._bridge, self._bridge.ctx, self._facts
+        bridge, ctx, started_at = self._bridge, self._bridge.ctx, self.started_unix
         now, wall = ctx.now, ctx.clock.wall_s()
         settings, view = ctx.settings, _View(bridge, now, wall)
         by_http = bool(_value(ctx.metrics.fallback_active))
         replicas = bridge.replicas()
         status = Status(
             now=wall,
-            version=facts.version,
-            started_at=facts.started_at,
-            uptime_s=round(wall - facts.started_at, 1),
+            version=__version__,
+            started_at=started_at,
+            uptime_s=round(wall - started_at, 1),
             mode=settings.mode,
             rollout_percent=settings.rollout.percent,
             rollout_lists=bool(settings.rollout.include or settings.rollout.exclude),
             by_http=by_http,
             upstream=origin_of(settings.upstream.url),
             fallback=origin_of(fallback_url(settings)) if settings.uses_fallback else None,
-            listen=facts.addresses.get("listen"),
+            listen=self._addresses.get("listen"),
             own_tokens=settings.upstream.own_tokens,
-            token_required=facts.token_required,
+            token_required=bool(settings.admin.token_file),
             config_valid=bool(_value(ctx.metrics.config_valid)),
             store=self._store(),
             log=self._log(now, wall),
@@ -146,8 +141,8 @@ class StatusBuilder:
             unregistered=call_status.unregistered(bridge, wall),
             sessions=view.sessions(),
             commands=self._commands(view, now),
-            migration=migration(bridge, wall, facts.started_at),
-            events=[event._asdict() for event in self._events or ()],
+            migration=migration(bridge, wall, started_at),
+            events=list(self._events or ()),
             replicas=UNSET if replicas is None else replicas,
         )
         status.overall = summarise(status)
@@ -155,7 +150,7 @@ class StatusBuilder:
 
     def _masked(self, found: dict[str, Any], kind: type[_Section]) -> _Section:
         """Return a section whose texts come from agents and controller, without secrets."""
-        return msgspec.convert(self._facts.mask(found), kind)
+        return msgspec.convert(self._bridge.ctx.redaction.value(found), kind)
 
     def _store(self) -> StoreStatus:
         metrics = self._bridge.ctx.metrics

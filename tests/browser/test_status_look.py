@@ -22,11 +22,11 @@ import pytest_asyncio
 from aiohttp import web
 from playwright.async_api import Page, expect
 
-from shim.admin.server import CONTENT_SECURITY_POLICY, FILES, StaticFiles
+from shim.admin.server import CONTENT_SECURITY_POLICY, FILES, read_file
 from shim.core.call_records import FallbackCall, Why
 from shim.core.records import Operation, SessionKey, StoreContents, StoreOperation
 from shim.management.recent_events import RecentEvents
-from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.status_builder import StatusBuilder
 from shim.management.subject import Subject
 from shim.management.time_series import Sampler
 from shim.ports import CommandStore, StoreDone
@@ -118,10 +118,8 @@ class Watched:
         world.bridge.ctx.store = Disk(world.bridge.ctx.store)
         self._sampler = Sampler(Subject.of(world.bridge))
         self._events = RecentEvents(world.clock, Redaction())
-        facts = ProcessInfo("0.1.0", world.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
-        self._builder = StatusBuilder(
-            Subject.of(world.bridge), self._sampler, world.bridge.ctx.recent_commands, facts, self._events
-        )
+        recent, addresses = world.bridge.ctx.recent_commands, {"listen": "127.0.0.1:7080"}
+        self._builder = StatusBuilder(Subject.of(world.bridge), self._sampler, recent, addresses, self._events)
         self._tasks: list[asyncio.Task[None]] = []
         logging.getLogger("shim").setLevel("INFO")
         self._sampler.start()
@@ -226,9 +224,13 @@ def fleet() -> dict[str, Any]:
 @asynccontextmanager
 async def serve(status: dict[str, Any]) -> AsyncIterator[str]:
     """Serve the page with this status; yield its address."""
+
+    async def file(request: web.Request) -> web.Response:
+        return web.Response(body=read_file(request.path), content_type=FILES[request.path][1], charset="utf-8")
+
     app = web.Application()
     for path in FILES:
-        app.router.add_get(path, StaticFiles(token_required=False).serve)
+        app.router.add_get(path, file)
     app.router.add_get("/events", Still(status).events)
 
     async def bounds(request: web.Request, response: web.StreamResponse) -> None:

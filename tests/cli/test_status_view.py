@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from shim.cli.status import plain, view
-from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.status_builder import StatusBuilder
 from shim.management.subject import Subject
 from shim.management.time_series import Sampler
 from tests.support.virtual import run_virtual
@@ -21,8 +21,7 @@ def status_after(life: Callable[[World], Awaitable[Any]], **sections: Any) -> di
     async def run() -> dict[str, Any]:
         world = World(settings(**sections)).start()
         subject = Subject.of(world.bridge)
-        facts = ProcessInfo("1.2.3", world.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
-        builder = StatusBuilder(subject, Sampler(subject), [], facts)
+        builder = StatusBuilder(subject, Sampler(subject), [], {"listen": "127.0.0.1:7080"})
         builder.start()
         await world.settle()
         await life(world)

@@ -11,7 +11,7 @@ from pathlib import Path
 from prometheus_client import Counter, Gauge, Histogram
 
 from shim.admin.gauges import StatusCollector
-from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.status_builder import StatusBuilder
 from shim.management.subject import Subject
 from shim.management.time_series import Sampler
 from shim.metrics import COMMAND_EVENTS, ClusterMetrics, Labelled, Metrics, Registry, RequestCounts
@@ -84,8 +84,7 @@ async def collected() -> dict[str, Described]:
     await agent.poll()
     found = {}
     subject = Subject.of(world.bridge)
-    facts = ProcessInfo("1.2.3", world.clock.wall_s(), {}, token_required=False)
-    builder = StatusBuilder(subject, Sampler(subject), [], facts)
+    builder = StatusBuilder(subject, Sampler(subject), [], {})
     for metric in StatusCollector(lambda: builder.take([])).collect():
         names = sorted({label for sample in metric.samples for label in sample.labels})
         values = {name: {sample.labels[name] for sample in metric.samples} for name in names}

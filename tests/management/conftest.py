@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.status_builder import StatusBuilder
 from shim.management.subject import Subject
 from shim.management.time_series import Sampler
 from tests.bridge.conftest import make_world, pytest_asyncio_loop_factories, world
@@ -48,8 +48,7 @@ def make_page() -> Iterator[MakePage]:
         subject = Subject.of(of.bridge)
         sampler = Sampler(subject)
         sampler.start()
-        facts = ProcessInfo("1.2.3", of.clock.wall_s(), {"listen": "127.0.0.1:7080"}, token_required=False)
-        pages.append(Page(of, sampler, StatusBuilder(subject, sampler, recent, facts)))
+        pages.append(Page(of, sampler, StatusBuilder(subject, sampler, recent, {"listen": "127.0.0.1:7080"})))
         return pages[-1]
 
     yield make

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shim.cli.doctor.report import Finding
 from shim.cli.doctor.running_shim import RunningShim, examine
-from shim.management.status_builder import ProcessInfo, StatusBuilder
+from shim.management.status_builder import StatusBuilder
 from shim.management.subject import Subject
 from shim.management.time_series import Sampler
 from shim.ports import DialFailure
@@ -107,10 +107,10 @@ async def test_another_process_on_the_admin_port_is_no_shim(doctor: Doctor) -> N
 
 def told(world: World) -> list[Finding]:
     """What is found on a bridge, from the same JSON and metrics that the admin port gives."""
-    facts = ProcessInfo("0.0.0", 0.0, {"listen": "127.0.0.1:7080"}, token_required=False)
-    status = StatusBuilder(
-        Subject.of(world.bridge), Sampler(Subject.of(world.bridge)), world.bridge.ctx.recent_commands, facts
-    ).take([])
+    subject, addresses = Subject.of(world.bridge), {"listen": "127.0.0.1:7080"}
+    builder = StatusBuilder(subject, Sampler(subject), world.bridge.ctx.recent_commands, addresses)
+    builder.started_unix = 0.0
+    status = builder.take([])
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(generate_latest(world.registry).decode())
