@@ -15,7 +15,7 @@ from shim.store import files, schema
 from shim.store.database import Partition
 from shim.store.files import advice
 from shim.store.sqlite import InMemoryStore, SqliteStore
-from shim.store.writer import CallThreadsafe, CommitProbe, commit_probe
+from shim.store.writer import UNOBSERVED, CallThreadsafe, CommitProbe, commit_probe
 
 __all__ = [
     "CallThreadsafe",
@@ -54,7 +54,7 @@ def check_files(path: Path) -> None:
 
 
 def open_store(
-    configured: settings.Store, call_threadsafe: CallThreadsafe, probe: CommitProbe | None = None
+    configured: settings.Store, call_threadsafe: CallThreadsafe, probe: CommitProbe = UNOBSERVED
 ) -> CommandStore:
     """Make the store that the configuration asks for. The caller calls its `open()`.
 
@@ -71,7 +71,7 @@ def open_store(
 def open_shard(
     configured: settings.Store,
     call_threadsafe: CallThreadsafe,
-    probe: CommitProbe | None,
+    probe: CommitProbe,
     partition: Partition,
     patience_s: float,
 ) -> CommandStore:

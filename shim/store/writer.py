@@ -53,8 +53,12 @@ CallThreadsafe = Callable[[Callable[[], None]], object]
 """Schedules a callable on the event loop from any thread; normally `loop.call_soon_threadsafe`."""
 
 
+def _ignore(*_: object) -> None:
+    pass
+
+
 class CommitProbe(msgspec.Struct, frozen=True):
-    """Callbacks that observe commits. All of them run on the event loop.
+    """Callbacks that observe commits. All of them run on the event loop, and do nothing unless they are given.
 
     `observe(commit_s, operations)` is called after each successful commit with its duration in seconds by `monotonic`
     and the number of operations. The duration includes waiting for another process.
@@ -65,16 +69,19 @@ class CommitProbe(msgspec.Struct, frozen=True):
     while a reader prevents its truncation.
     """
 
-    monotonic: Callable[[], float]
-    observe: Callable[[float, int], None]
-    failed: Callable[[int], None] | None = None
-    corrupt: Callable[[StoreError], None] | None = None
-    fenced: Callable[[], None] | None = None
-    log: Callable[[int, bool], None] | None = None
+    monotonic: Callable[[], float] = Clock.monotonic_s
+    observe: Callable[[float, int], None] = _ignore
+    failed: Callable[[int], None] = _ignore
+    corrupt: Callable[[StoreError], None] = _ignore
+    fenced: Callable[[], None] = _ignore
+    log: Callable[[int, bool], None] = _ignore
+
+
+UNOBSERVED = CommitProbe()
 
 
 def commit_probe(
-    metrics: Metrics, broken: Callable[[StoreError], None], fenced: Callable[[], None] | None = None
+    metrics: Metrics, broken: Callable[[StoreError], None], fenced: Callable[[], None] = _ignore
 ) -> CommitProbe:
     """Return a probe that feeds the metrics of the store.
 
@@ -93,7 +100,7 @@ def commit_probe(
         if pinned:
             log.warning("store_log_pinned", dedupe_key="store.path", size_bytes=size_bytes, hint=_PINNED_HINT)
 
-    return CommitProbe(Clock().monotonic_s, observe, metrics.store_failures.inc, broken, fenced, log_size)
+    return CommitProbe(Clock.monotonic_s, observe, metrics.store_failures.inc, broken, fenced, log_size)
 
 
 class Failure(NamedTuple):
@@ -130,7 +137,7 @@ class Writer:
     A submission is put into `queue`, never after `close()`; None ends the thread.
     """
 
-    def __init__(self, engine: Engine, call_threadsafe: CallThreadsafe, probe: CommitProbe | None) -> None:
+    def __init__(self, engine: Engine, call_threadsafe: CallThreadsafe, probe: CommitProbe) -> None:
         self._engine = engine
         self._callbacks = CallbackQueue(call_threadsafe)
         self._probe = probe
@@ -214,23 +221,19 @@ class Writer:
         return self._outcomes(batch[:half], callbacks) + self._outcomes(batch[half:], callbacks)
 
     def _failure_callbacks(self, failure: Failure, submissions: int) -> Iterator[Callable[[], None]]:
-        probe = self._probe
-        if probe is None:
-            return
-        if probe.failed is not None:
-            yield partial(probe.failed, submissions)
-        if probe.corrupt is not None and failure.corrupt:
-            yield partial(probe.corrupt, failure.error)
-        if probe.fenced is not None and failure.fenced and not self._fence_reported:
+        yield partial(self._probe.failed, submissions)
+        if failure.corrupt:
+            yield partial(self._probe.corrupt, failure.error)
+        if failure.fenced and not self._fence_reported:
             self._fence_reported = True
-            yield probe.fenced
+            yield self._probe.fenced
 
     def _commit(self, batch: list[_Submission], callbacks: list[Callable[[], None]]) -> list[Any]:
         probe = self._probe
-        started = probe.monotonic() if probe is not None else 0.0
+        started = probe.monotonic()
         outcomes: list[Any] = [*self._engine.commit([operations for operations, _ in batch])]
         carried_out = sum(len(operations) for operations, _ in batch)
-        if probe is not None and carried_out:
+        if carried_out:
             callbacks.append(partial(probe.observe, probe.monotonic() - started, carried_out))
         return outcomes
 

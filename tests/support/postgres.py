@@ -23,6 +23,7 @@ from shim.config import settings
 from shim.store import CallThreadsafe, CommitProbe, Partition
 from shim.store.postgres.database import prepare
 from shim.store.postgres.engine import PATIENCE_S, PostgresStore
+from shim.store.writer import UNOBSERVED
 from tests.support.processes import free_port
 
 BIN = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nowhere"))
@@ -236,7 +237,7 @@ def lease(url: str, shard: int = 0, process: str = "p1") -> Partition:
 def store(
     url: str,
     post: CallThreadsafe,
-    probe: CommitProbe | None = None,
+    probe: CommitProbe = UNOBSERVED,
     shard: int = 0,
     process: str = "p1",
     patience_s: float = PATIENCE_S,

@@ -307,7 +307,7 @@ class PostgresStore(QueuedStore):
         self,
         configured: settings.Store,
         call_threadsafe: CallThreadsafe,
-        probe: CommitProbe | None,
+        probe: CommitProbe,
         partition: Partition,
         patience_s: float = PATIENCE_S,
     ) -> None:

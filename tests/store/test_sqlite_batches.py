@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shim.core.records import AddTrace, CommandState, FindCommand, MarkCommands, Operation, PutResult, TraceEntry
 from shim.store import schema
-from shim.store.sqlite_database import SqliteDatabase, SqliteOperations
+from shim.store.sqlite import SqliteDatabase, SqliteOperations
 from tests.support.stores import KEY, put
 
 Batch = Sequence[Sequence[Operation]]
