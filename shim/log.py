@@ -19,8 +19,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
-import msgspec
-
 from shim.redaction import MAX_TEXT_CHARS, Redaction
 
 _OWN = ("time", "level", "logger", "event", "exception")
@@ -79,19 +77,13 @@ def get(name: str) -> Logger:
     return Logger(logging.getLogger(name))
 
 
-class _Repeated(msgspec.Struct):
-    """Unix time at which an event was last written, and the number of repeats left out since."""
-
-    written_at: float
-    left_out: int = 0
-
-
 class RepeatFilter(logging.Filter):
     """Filter for repeated events with a `dedupe_key`. At most `_MAX_REPEATS` keys are remembered."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[tuple[str, str, str], _Repeated] = {}
+        # The Unix time at which each event was last written, and the number of repeats left out since.
+        self._seen: dict[tuple[str, str, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return False for a repetition; the next record that passes has the number of those left out."""
@@ -99,15 +91,15 @@ class RepeatFilter(logging.Filter):
         if dedupe_key is None:
             return True
         key = (record.name, record.getMessage(), dedupe_key)
-        seen = self._seen.get(key)
-        if seen is not None and 0 <= record.created - seen.written_at < REPEAT_S:
-            seen.left_out += 1
+        written_at, left_out = self._seen.get(key, (float("-inf"), 0))
+        if 0 <= record.created - written_at < REPEAT_S:
+            self._seen[key] = (written_at, left_out + 1)
             return False
-        if seen is None and len(self._seen) >= _MAX_REPEATS:
+        if key not in self._seen and len(self._seen) >= _MAX_REPEATS:
             del self._seen[next(iter(self._seen))]
-        elif seen is not None and seen.left_out:
-            record.fields = {**getattr(record, "fields", {}), "repeats": seen.left_out}
-        self._seen[key] = _Repeated(record.created)
+        if left_out:
+            record.fields = {**getattr(record, "fields", {}), "repeats": left_out}
+        self._seen[key] = (record.created, 0)
         return True
 
 
@@ -390,30 +382,25 @@ class LineWriter:
         """Write one line, waiting for the reader. Returns False if it cannot be written."""
         # After a line that a full disk cut off, a line break keeps the next line intact.
         data = b"\n" + line if self._torn else line
+        if self._fd is not None:
+            left_bytes = _write_all(self._fd, data)
+            if left_bytes < len(data):
+                self._torn = left_bytes > 0
+            return not left_bytes
         try:
-            if self._stream is None:
-                return False
-            if self._fd is None:
+            if self._stream is not None:
                 self._stream.write(data.decode("utf-8"))
                 self._stream.flush()
-            else:
-                _write_all(self._fd, data)
-        except _Torn:
-            self._torn = True
+        except (OSError, ValueError):  # ValueError for a closed stream
             return False
-        except (OSError, ValueError):  # EPIPE, ENOSPC, EIO; ValueError for a closed stream
-            return False
-        self._torn = False
-        return True
+        return self._stream is not None
 
 
-class _Torn(Exception):
-    """A line of which only a part could be written."""
+def _write_all(fd: int, data: bytes) -> int:
+    """Write to a descriptor that may be non-blocking, because another process that shares it may have made it so.
 
-
-def _write_all(fd: int, data: bytes) -> None:
-    """Write to a descriptor that may be non-blocking, because another process that shares it may have made it so."""
-    total = len(data)
+    Returns the number of bytes that could not be written (EPIPE, ENOSPC, EIO).
+    """
     while data:
         try:
             data = data[os.write(fd, data) :]
@@ -421,10 +408,9 @@ def _write_all(fd: int, data: bytes) -> None:
             writable = select.poll()
             writable.register(fd, select.POLLOUT)
             writable.poll(RETRY_MS)
-        except OSError as error:
-            if len(data) < total:
-                raise _Torn from error
-            raise
+        except OSError:
+            break
+    return len(data)
 
 
 def _fd_of(stream: TextIO | None) -> int | None:

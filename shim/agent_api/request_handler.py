@@ -39,7 +39,7 @@ from shim.agent_api.server_context import ServerContext
 from shim.core.agent_calls import AgentCall, Commands, Failed, PollCall, RegisterCall
 from shim.core.bounds import LONG_TEXT_BYTES, MAX_DEPTH
 from shim.errors import AgentError
-from shim.fallback.websocket_proxy import Handshake, WebSocketProxy
+from shim.fallback.websocket_proxy import WebSocketProxy
 from shim.ports import (
     Caller,
     CallResult,
@@ -466,7 +466,7 @@ class RequestHandler:
         if aiohttp_request is None or not AgentWebSocket(limit_bytes, "").can_prepare(aiohttp_request):
             raise AgentError(400, "malformed WebSocket handshake")
         request.step = "answer"
-        carried = await websockets.open(Handshake(target, headers_of(request.message), token))
+        carried = await websockets.open(target, headers_of(request.message), token)
         agent = AgentWebSocket(limit_bytes, carried.subprotocol)
         try:
             await agent.prepare(aiohttp_request)

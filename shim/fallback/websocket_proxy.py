@@ -13,8 +13,6 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-import msgspec
-
 from shim.config.settings import Settings
 from shim.core.bounds import MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from shim.errors import AgentError, MessageError
@@ -58,17 +56,6 @@ _IDENTITY = ("name", "agent_id", "cluster_id")
 """Fields of a `register` that are kept. The others may be large, and the controller may never answer."""
 
 
-class Handshake(msgspec.Struct, frozen=True):
-    """An agent's WebSocket handshake. `target` is as in `ProxyRequest`, `token` from its header or query."""
-
-    target: str
-    headers: tuple[tuple[str, str], ...]
-    token: str
-
-    def __repr__(self) -> str:
-        return "Handshake()"
-
-
 class MigrationListener(Protocol):
     """The interface through which the bridge learns of agents that no longer need the shim."""
 
@@ -110,9 +97,12 @@ class WebSocketProxy:
         """Return True if a WebSocket handshake for this request target is proxied."""
         return self._url_of(target) is not None
 
-    async def open(self, handshake: Handshake) -> Carried:
-        """Open the controller's side with the agent's own token. Raises `AgentError` if that fails."""
-        url = self._url_of(handshake.target)
+    async def open(self, target: str, headers: Iterable[tuple[str, str]], token: str) -> Carried:
+        """Open the controller's side with the agent's own token. Raises `AgentError` if that fails.
+
+        `target` is as in `ProxyRequest`; `token` comes from the handshake's header or query.
+        """
+        url = self._url_of(target)
         if url is None:
             raise AgentError(404, "no such endpoint")
         if self._stopping or len(self._open) + self._dialling >= self._settings().upstream.max_links:
@@ -121,13 +111,13 @@ class WebSocketProxy:
         self._dialling += 1
         try:
             async with asyncio.timeout(self._settings().upstream.connect_timeout_s):
-                upstream = await self._dialler.websocket(url, dict(end_to_end(handshake.headers, _OURS)))
+                upstream = await self._dialler.websocket(url, dict(end_to_end(headers, _OURS)))
         except Exception as error:  # noqa: BLE001 - texts and tracebacks of aiohttp's errors contain the token
             raise self._refusal(error) from None
         finally:
             self._dialling -= 1
         self._metrics.websocket_handshakes.labels("ok").inc()
-        carried = Carried(upstream, handshake.token, self._listener, self._spawn, self._open.discard)
+        carried = Carried(upstream, token, self._listener, self._spawn, self._open.discard)
         self._open.add(carried)
         return carried
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -97,7 +97,7 @@ def decode_frame(frame: bytes) -> Sequence[Message | MessageError]:
     An unusable message that has an id is returned with its `fault`, so that it can be answered.
     """
     if lenient_json.has_too_many_values(frame):
-        found = [_salvaged(each) for each in values_of(frame, TOO_MANY)]
+        found = [_salvaged(*each) for each in values_of(frame, TOO_MANY)]
         return found or (MessageError("too_many_values"),)
     try:
         return (decode(frame),)
@@ -106,7 +106,7 @@ def decode_frame(frame: bytes) -> Sequence[Message | MessageError]:
             raw = lenient_json.decode(frame)
             listed = isinstance(raw, list) and raw and all(isinstance(each, dict) for each in raw)
             return [_message_or_error(each) for each in (raw if listed else [raw])]
-    found = [_salvaged(each) for each in values_of(frame)]
+    found = [_salvaged(*each) for each in values_of(frame)]
     return found or (MessageError("not_json"),)
 
 
@@ -120,10 +120,10 @@ def _message_or_error(raw: Any) -> Message | MessageError:
         return _answerable({**raw, "payload": None}, "the payload must be an object") or error
 
 
-def _salvaged(found: Salvaged) -> Message | MessageError:
-    if not found.fault:
-        return _message_or_error(found.value)
-    return _answerable(found.value, found.fault) or MessageError("not_json")
+def _salvaged(value: Any, fault: str) -> Message | MessageError:
+    if not fault:
+        return _message_or_error(value)
+    return _answerable(value, fault) or MessageError("not_json")
 
 
 def _answerable(raw: Any, fault: str) -> Message | None:
@@ -210,17 +210,14 @@ def _size(value: Any) -> int:
     return len(msgspec.json.encode(value))
 
 
-class Salvaged(NamedTuple):
-    """One value of a frame. With a `fault` it is incomplete: numbers are missing, or everything but its scalars."""
-
-    value: Any
-    fault: str = ""
+_Salvaged = tuple[Any, str]
 
 
-def values_of(frame: bytes, fault: str = "") -> Iterator[Salvaged]:
-    """Yield the values of a frame, in order. Text that is no JSON raises nothing.
+def values_of(frame: bytes, fault: str = "") -> Iterator[_Salvaged]:
+    """Yield the values of a frame in order, each with its fault. Text that is no JSON raises nothing.
 
-    With a `fault`, which every value then has, nothing but ids is read.
+    With a fault a value is incomplete: numbers are missing, or everything but its scalars. With the argument `fault`,
+    which every value then has, nothing but ids is read.
     """
     text = lenient_json.as_characters(frame).decode()
     at = 0
@@ -236,7 +233,7 @@ def values_of(frame: bytes, fault: str = "") -> Iterator[Salvaged]:
         at = end
 
 
-def _read(text: str, at: int, fault: str) -> tuple[Salvaged | None, int | None]:
+def _read(text: str, at: int, fault: str) -> tuple[_Salvaged | None, int | None]:
     """Return the value that begins at `at` and its end, `None` if the end is unknown."""
     if fault or len(text) > MAX_BYTES:
         return _skim(text, at, fault or TOO_LARGE)
@@ -263,10 +260,10 @@ def _read(text: str, at: int, fault: str) -> tuple[Salvaged | None, int | None]:
         return _skim(text, at, TOO_DEEP)
     except ValueError:
         return _skim(text, at, NO_JSON)
-    return Salvaged(value, OUT_OF_RANGE if out_of_range else ""), end
+    return (value, OUT_OF_RANGE if out_of_range else ""), end
 
 
-def _skim(text: str, at: int, fault: str) -> tuple[Salvaged | None, int | None]:
+def _skim(text: str, at: int, fault: str) -> tuple[_Salvaged | None, int | None]:
     """Return the scalars of the object that begins at `at`, and those of its `payload`, without decoding the rest."""
     envelope: dict[str, Any] = {}
     payload: dict[str, Any] = {}
@@ -291,7 +288,7 @@ def _skim(text: str, at: int, fault: str) -> tuple[Salvaged | None, int | None]:
                 key = _scalar(lexeme)
             else:
                 (envelope if depth == 1 else payload)[str(key)] = _scalar(lexeme)
-    return (Salvaged({**envelope, "payload": payload}, fault) if envelope else None), end
+    return (({**envelope, "payload": payload}, fault) if envelope else None), end
 
 
 def _scalar(token: str) -> Any:
