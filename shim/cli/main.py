@@ -39,6 +39,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(EXIT_FAILED)
     except Exception as error:  # noqa: BLE001 - the last resort: a defect has its own exit code
+        from shim.cli.threads import is_interrupt
+
+        if is_interrupt(error):
+            sys.exit(EXIT_FAILED)
         _exit(error)
 
 

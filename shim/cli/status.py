@@ -6,13 +6,13 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from math import floor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from shim.cli.admin_client import AdminPort, admin_options, port_of
+from shim.cli.threads import until_interrupted
 from shim.clock import pause
 from shim.core.text import columns, format_duration, plural, printable, shorten
 
@@ -232,7 +232,7 @@ def _ms(seconds: float | None) -> str:
 def command(as_json: bool, watch: bool, **where: Any) -> None:
     """Show the state of a running shim: links, agents, commands, and if it can be removed."""
     port = port_of(**where)
-    with suppress(KeyboardInterrupt):
+    with until_interrupted():
         if as_json:
             _print_json(port, watch)
             return

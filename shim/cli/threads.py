@@ -7,8 +7,9 @@ its end for the threads of a usual executor.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -41,6 +42,28 @@ def within(limit_s: float, work: Callable[[], T]) -> T:
     except TimeoutError:
         raise TimeoutError(f"no answer within {limit_s:g} s") from None
     return done
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Return True for an exception that Ctrl-C caused.
+
+    There are moments in `threading` at which Ctrl-C leaves a lock open that the code around it closes. Then Python
+    raises `RuntimeError`, whose context is the `KeyboardInterrupt`.
+    """
+    context: BaseException | None = error
+    while context is not None and not isinstance(context, KeyboardInterrupt):
+        context = context.__context__
+    return context is not None
+
+
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    """End the block without an exception when Ctrl-C is pressed."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_interrupt(error):
+            raise
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

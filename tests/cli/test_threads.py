@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 
-from shim.cli.threads import DaemonThreads, run, within
+from shim.cli.threads import DaemonThreads, run, until_interrupted, within
 
 
 def test_a_call_that_takes_too_long_is_left_alone() -> None:
@@ -22,6 +26,37 @@ def test_results_and_errors_come_back() -> None:
     assert within(60, lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         within(60, lambda: 1 // 0)
+
+
+def _ctrl_c_before(function: str) -> Callable[[FrameType, str, Any], None]:
+    """A profiler that presses Ctrl-C before the first call of a function of C, so that the call does not happen."""
+
+    def press(frame: FrameType, event: str, called: Any) -> None:
+        if event == "c_call" and called.__name__ == function:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGINT)
+
+    return press
+
+
+@pytest.mark.parametrize("function", ["acquire", "_acquire_restore"])
+def test_ctrl_c_ends_a_wait_at_any_moment(function: str) -> None:
+    ended = []
+    with until_interrupted():
+        try:
+            sys.setprofile(_ctrl_c_before(function))
+            within(0.05, threading.Event().wait)
+        except BaseException as error:
+            ended.append(type(error))
+            raise
+        finally:
+            sys.setprofile(None)
+    assert ended == [RuntimeError if function == "_acquire_restore" else KeyboardInterrupt]
+
+
+def test_what_ctrl_c_did_not_cause_is_raised() -> None:
+    with pytest.raises(RuntimeError, match="another"), until_interrupted():
+        raise RuntimeError("another")
 
 
 def test_a_cancelled_call_is_none() -> None:
