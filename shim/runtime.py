@@ -149,8 +149,9 @@ class SingleRuntime:
         self.fallback = FallbackPolicy(self.bridge)
         self.addresses: dict[str, str] = {}
         self.forwarder = None
+        record = self.bridge.websocket_agents.record
         self.websockets = WebSocketProxy(
-            lambda: self.bridge.ctx.settings, context.metrics, context.spawn_isolated, self.bridge.websocket_agents
+            lambda: self.bridge.ctx.settings, context.metrics, context.spawn_isolated, record
         )
         context.metrics.websocket_connections.set_function(self.websockets.count)
         self._loaded: StoreContents | None = None

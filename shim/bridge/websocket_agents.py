@@ -6,7 +6,7 @@ See docs/reference/protocol.md#5-an-agent-that-has-migrated-already.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -18,6 +18,23 @@ from shim.log import get
 log = get(__name__)
 
 MAX_AGENTS = 1024
+
+
+class WebSocketEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Event on the connection of an agent that speaks WebSocket itself. `payload` is that of the agent's `register`.
+
+    `registers`: the agent has sent a `register`; `anew` is true for the first one on its connection. `registered`: the
+    controller has accepted it as `cluster_id`. `closed`: the connection of an agent that had registered was closed.
+    """
+
+    event: Literal["registers", "registered", "closed"]
+    token: str
+    payload: dict[str, Any]
+    cluster_id: str = ""
+    anew: bool = False
+
+    def __repr__(self) -> str:
+        return f"WebSocketEvent({self.event!r})"
 
 
 class WebSocketAgent(msgspec.Struct):
@@ -49,8 +66,17 @@ class WebSocketAgents:
     def __iter__(self) -> Iterator[WebSocketAgent]:
         return iter(list(self._agents.values()))
 
-    def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
-        """Record an agent's own `register`; `anew` is True for the first one on its connection."""
+    def record(self, event: WebSocketEvent) -> None:
+        """Record an event."""
+        match event.event:
+            case "registers":
+                self._registers(event.token, event.payload, anew=event.anew)
+            case "registered":
+                self._registered(event.token, event.payload, event.cluster_id)
+            case "closed":
+                self._closed(event.token, event.payload)
+
+    def _registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
         owner, wall = self._owner_of(token), self._ctx.clock.wall_s()
         if owner is None:
             return
@@ -68,8 +94,7 @@ class WebSocketAgents:
         agent.connections += anew
         self._end_sessions(owner, payload, _text(payload.get("cluster_id")))
 
-    def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
-        """Record that the controller has accepted the `register` with this payload."""
+    def _registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
         owner = self._owner_of(token)
         agent = self._agents.get((owner or "", _identity(payload)))
         if owner is not None and agent is not None:
@@ -77,8 +102,7 @@ class WebSocketAgents:
             agent.last_seen_unix = self._ctx.clock.wall_s()
             self._end_sessions(owner, payload, cluster_id)
 
-    def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
-        """Record that a connection was closed on which an agent had registered."""
+    def _closed(self, token: str, payload: dict[str, Any]) -> None:
         agent = self._agents.get((self._owner_of(token) or "", _identity(payload)))
         if agent is not None:
             agent.connections = max(0, agent.connections - 1)

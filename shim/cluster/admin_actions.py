@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, unquote
 
 import msgspec
 
-from shim.bridge import Bridge
 from shim.bridge.admin_actions import NOT_FOUND
+from shim.bridge.websocket_agents import WebSocketEvent
 from shim.cluster.connection_pool import ConnectionPool, ReplicaLost
 from shim.cluster.membership import Membership
 from shim.cluster.shard_manager import ShardLocator
@@ -62,31 +62,8 @@ class ReplicaClient:
         return answer
 
 
-class WebSocketEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Event of an agent that speaks WebSocket itself, for the owner of its shard (`MigrationListener`)."""
-
-    event: Literal["registers", "registered", "closed"]
-    token: str
-    payload: dict[str, Any]
-    cluster_id: str = ""
-    anew: bool = False
-
-    def __repr__(self) -> str:
-        return f"WebSocketEvent({self.event!r})"
-
-    def apply(self, bridge: Bridge) -> None:
-        """Pass the event to the bridge of the shard."""
-        match self.event:
-            case "registers":
-                bridge.websocket_agents.websocket_registers(self.token, self.payload, anew=self.anew)
-            case "registered":
-                bridge.websocket_agents.websocket_registered(self.token, self.payload, self.cluster_id)
-            case "closed":
-                bridge.websocket_agents.websocket_closed(self.token, self.payload)
-
-
 class ClusterAdmin:
-    """Carries out what other replicas ask for, and implements `fallback.websocket_proxy.MigrationListener`."""
+    """Carries out what other replicas ask for, and sends them the events of agents that speak WebSocket themselves."""
 
     def __init__(self, subject: Subject, client: ReplicaClient, locator: ShardLocator, spawn: Spawn) -> None:
         self._subject = subject
@@ -123,21 +100,8 @@ class ClusterAdmin:
             if self._actions.draining or self._actions.drains_elsewhere:
                 await self._subject.ask_others("progress", "", b"", required=False)
 
-    # --- fallback.websocket_proxy.MigrationListener -------------------------------------------------------------------
-
-    def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
-        """Notify the owner that an agent has sent a `register` to the controller itself."""
-        self._notify(WebSocketEvent("registers", token, payload, anew=anew))
-
-    def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
-        """Notify the owner that the controller has accepted such a `register`."""
-        self._notify(WebSocketEvent("registered", token, payload, cluster_id))
-
-    def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
-        """Notify the owner that the connection of an agent that had registered was closed."""
-        self._notify(WebSocketEvent("closed", token, payload))
-
-    def _notify(self, event: WebSocketEvent) -> None:
+    def websocket_event(self, event: WebSocketEvent) -> None:
+        """Record an event of an agent that speaks WebSocket itself, here or at the owner of its shard."""
         owner = self._locator.remote_owner(event.token)
         if not self._apply(event) and owner is not None:
             self._spawn("websocket event", self._send(owner, event))
@@ -145,7 +109,7 @@ class ClusterAdmin:
     def _apply(self, event: WebSocketEvent) -> bool:
         shard = self._locator.local(event.token)
         if shard is not None:
-            event.apply(shard.bridge)
+            shard.bridge.websocket_agents.record(event)
         return shard is not None
 
     async def _send(self, owner: Member, event: WebSocketEvent) -> None:

@@ -145,7 +145,9 @@ class Replica:
         self.agent_service = self.evidence = Router(self._locator, self._current)
         self.forwarder = ReplicaForwarder(self._locator, self.membership, self._pool, context.clock, self._metrics)
         self.fallback = ClusterFallback(self._locator, self.shards, self._current, context.clock)
-        self.websockets = WebSocketProxy(self._current, context.metrics, context.spawn_isolated, self._admin)
+        self.websockets = WebSocketProxy(
+            self._current, context.metrics, context.spawn_isolated, self._admin.websocket_event
+        )
         context.metrics.websocket_connections.set_function(self.websockets.count)
         self._listener = self._make_listener()
         self._tasks: list[asyncio.Task[None]] = []

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
+from shim.bridge.websocket_agents import WebSocketEvent
 from shim.config.settings import Settings
 from shim.core.bounds import MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from shim.errors import AgentError, MessageError
@@ -56,38 +57,22 @@ _IDENTITY = ("name", "agent_id", "cluster_id")
 """Fields of a `register` that are kept. The others may be large, and the controller may never answer."""
 
 
-class MigrationListener(Protocol):
-    """The interface through which the bridge learns of agents that no longer need the shim."""
-
-    def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
-        """Record that an agent has sent a `register`; `anew` is True for the first on its connection."""
-
-    def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
-        """Record that the controller has accepted that `register`."""
-
-    def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
-        """Record that the connection of an agent that had registered was closed."""
-
-
 class WebSocketProxy:
     """All WebSockets of agents that connect by WebSocket themselves, proxied to the controller.
 
     The rules are docs/reference/protocol.md#5-an-agent-that-has-migrated-already.
-    `settings()` returns the current settings.
+    `settings()` returns the current settings. `record` is called with each event that shows that an agent no longer
+    needs the shim.
     """
 
     def __init__(
-        self,
-        settings: Callable[[], Settings],
-        metrics: Metrics,
-        spawn: Spawn,
-        listener: MigrationListener,
+        self, settings: Callable[[], Settings], metrics: Metrics, spawn: Spawn, record: Callable[[WebSocketEvent], None]
     ) -> None:
         upstream = settings().upstream
         self._settings = settings
         self._metrics = metrics
         self._spawn = spawn
-        self._listener = listener
+        self._record = record
         self._dialler = Dialler(upstream.dialling, max_message_bytes=upstream.max_message_bytes)
         self._open: set[Carried] = set()
         self._dialling = 0
@@ -117,7 +102,7 @@ class WebSocketProxy:
         finally:
             self._dialling -= 1
         self._metrics.websocket_handshakes.labels("ok").inc()
-        carried = Carried(upstream, token, self._listener, self._spawn, self._open.discard)
+        carried = Carried(upstream, token, self._record, self._spawn, self._open.discard)
         self._open.add(carried)
         return carried
 
@@ -170,7 +155,7 @@ class Carried:
         self,
         upstream: RawWebSocket,
         token: str,
-        listener: MigrationListener,
+        record: Callable[[WebSocketEvent], None],
         spawn: Spawn,
         gone: Callable[[Carried], None],
     ) -> None:
@@ -178,7 +163,7 @@ class Carried:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._upstream = upstream
         self._token = token
-        self._listener = listener
+        self._record = record
         self._spawn = spawn
         self._gone = gone
         self._agent: FrameSocket | None = None
@@ -265,7 +250,7 @@ class Carried:
             self.ended.set_result(None)
             self._gone(self)
             if self._registered is not None:
-                self._listener.websocket_closed(self._token, self._registered)
+                self._record(WebSocketEvent("closed", self._token, self._registered))
 
     # --- inspection of passing frames ---------------------------------------------------------------------------------
 
@@ -276,7 +261,7 @@ class Carried:
             if len(self._registers) < MAX_PENDING and len(request_id) <= MAX_REQUEST_ID_CHARS:
                 self._registers[request_id] = named
             anew, self._registered = self._registered is None, self._registered or named
-            self._listener.websocket_registers(self._token, named, anew=anew)
+            self._record(WebSocketEvent("registers", self._token, named, anew=anew))
 
     def _sniff_down(self, frame: Frame) -> None:
         if self._registers:
@@ -284,7 +269,7 @@ class Carried:
                 register = self._registers.pop(request_id, None)
                 cluster_id = payload.get("cluster_id")
                 if register is not None and isinstance(cluster_id, str):
-                    self._listener.websocket_registered(self._token, register, cluster_id)
+                    self._record(WebSocketEvent("registered", self._token, register, cluster_id))
 
 
 def _is_short_text(value: Any) -> bool:

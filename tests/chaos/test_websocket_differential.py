@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 pytest.importorskip("cryptography")
 
 from shim.agent_api import AgentServer, Backends
+from shim.bridge.websocket_agents import WebSocketEvent
 from shim.cluster.connection_pool import make_identity
 from shim.config.settings import Listen, Settings, Upstream
 from shim.fallback.websocket_proxy import AGENT_PATH, WebSocketProxy
@@ -218,22 +219,17 @@ def test_messages_of_the_controller_have_the_same_effect_by_tls_wherever_records
 
 
 class Noted:
-    """A `MigrationListener` that notes everything."""
+    """Keeps every event of an agent's WebSocket."""
 
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
         self.fails = False
 
-    def websocket_registers(self, token: str, payload: dict[str, Any], *, anew: bool) -> None:
-        self.log.append(("registers", token, payload, anew))
-
-    def websocket_registered(self, token: str, payload: dict[str, Any], cluster_id: str) -> None:
-        self.log.append(("registered", token, payload, cluster_id))
-        if self.fails:
+    def record(self, event: WebSocketEvent) -> None:
+        more = {"registers": (event.anew,), "registered": (event.cluster_id,), "closed": ()}[event.event]
+        self.log.append((event.event, event.token, event.payload, *more))
+        if self.fails and event.event == "registered":
             raise RuntimeError("a defect of a listener")
-
-    def websocket_closed(self, token: str, payload: dict[str, Any]) -> None:
-        self.log.append(("closed", token, payload))
 
 
 class Proxied:
@@ -278,7 +274,7 @@ async def proxied(rng: Random | None = None) -> AsyncIterator[Proxied]:
     tasks, noted, board, metrics = Tasks(), Noted(), Board(), Metrics(CollectorRegistry())
     url = "http://controller" if rng is None else "https://controller"
     chosen = Settings(upstream=Upstream(url=url, max_message_bytes=MAX_MESSAGE_BYTES, insecure_skip_verify=True))
-    websockets = WebSocketProxy(lambda: chosen, metrics, tasks.spawn, noted)
+    websockets = WebSocketProxy(lambda: chosen, metrics, tasks.spawn, noted.record)
     websockets._dialler = dialler = MemoryDialler(rng)
     backends = Backends(board, board, websockets=websockets, max_message_bytes=MAX_MESSAGE_BYTES)
     server = AgentServer(Listen(port=0), backends, dialects.load(), metrics, token=lambda: TOKEN)
