@@ -37,7 +37,6 @@ from shim.log import Logs, get
 from shim.management.command_api import CommandApi
 from shim.management.recent_events import RecentEvents
 from shim.management.status_builder import Health, StatusBuilder
-from shim.management.time_series import Sampler
 from shim.metrics import Metrics, Registry
 from shim.ports import AgentService, CommandStore, DeliveryEvidence, UpstreamPort
 from shim.process import (
@@ -248,9 +247,7 @@ class App:
 
     def _make_status(self, runtime: Runtime) -> StatusBuilder:
         """Return the builder of the status that the admin port shows."""
-        subject, redaction = runtime.subject, self._logging.redaction
-        events = RecentEvents(self._clock, redaction)
-        return StatusBuilder(subject, Sampler(subject), runtime.recent_commands, self.addresses, events)
+        return StatusBuilder(runtime.subject, self.addresses, RecentEvents(self._clock, self._logging.redaction))
 
     async def _bind(self, admin: AdminServer, agents: AgentServer) -> None:
         """Bind both ports before the store is opened and a link is dialled.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -12,7 +12,6 @@ from shim.bridge import Bridge, BridgeContext
 from shim.bridge.context import NoteStep
 from shim.clock import Clock
 from shim.config.settings import Settings
-from shim.core.command_queue import RecentCommand
 from shim.core.records import StoreContents
 from shim.core.sessions import Sessions
 from shim.errors import StoreError
@@ -87,10 +86,6 @@ class Runtime(Protocol):
         """The bridge or bridges shown on the admin port."""
 
     @property
-    def recent_commands(self) -> Iterable[RecentCommand]:
-        """Recently changed commands."""
-
-    @property
     def agent_service(self) -> AgentService:
         """The service that the agents' server calls."""
 
@@ -143,7 +138,6 @@ class SingleRuntime:
         self._metrics = context.metrics
         self._store = store
         self.bridge = Bridge(context.bridge_context(context.settings, store, context.upstream))
-        self.recent_commands = self.bridge.ctx.recent_commands
         self.subject = Subject.of(self.bridge)
         self.agent_service, self.evidence = self.bridge.calls, self.bridge.delivery
         self.fallback = FallbackPolicy(self.bridge)

@@ -6,11 +6,9 @@ Usage: docs/how-to/several-replicas.md.
 from __future__ import annotations
 
 import asyncio
-import heapq
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from functools import partial
-from itertools import islice
 from socket import gethostname
 from typing import Any, TypeVar
 
@@ -29,7 +27,6 @@ from shim.cluster.router import ClusterFallback, Router
 from shim.cluster.shard import Shard
 from shim.cluster.shard_manager import ShardLocator, ShardManager
 from shim.config.settings import Settings, TlsFiles
-from shim.core.command_queue import RecentCommand
 from shim.core.records import Operation, StoreContents, StoreOperation
 from shim.core.shards import LeasePolicy, Member
 from shim.errors import StoreError, StoreUnreachable
@@ -47,7 +44,6 @@ from shim.store.postgres.dsn import application, conninfo
 
 log = get(__name__)
 
-KEPT = 50
 RETRY_S = 1.0
 STOP_S = 3.0
 KEEPALIVE_S = 60.0
@@ -73,18 +69,6 @@ def replicas_status(membership: Membership, shards: ShardManager) -> dict[str, A
             for process, member in sorted(view.members.items(), key=lambda item: (item[1].name, item[0]))
         ],
     }
-
-
-class ReplicaRecentCommands:
-    """Recent events of commands at this replica, newest first."""
-
-    def __init__(self, shards: Callable[[], list[Shard]]) -> None:
-        self._shards = shards
-
-    def __iter__(self) -> Iterator[RecentCommand]:
-        recent = (shard.bridge.ctx.recent_commands for shard in self._shards())
-        merged = heapq.merge(*recent, key=lambda each: each.wall, reverse=True)
-        return islice(merged, KEPT)
 
 
 class DatabaseProbe:
@@ -131,7 +115,6 @@ class Replica:
             database, me, agreed(settings), self._policy, context.clock, context.timers, self._lease_lost
         )
         self.shards = ShardManager(self.membership, self._make_shard, context.clock, context.spawn, self._metrics)
-        self.recent_commands = ReplicaRecentCommands(self.shards.serving)
         self.addresses: dict[str, str] = {}
         self._owner_key = b""
         self._pool = ConnectionPool()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import Counter as Counted
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,7 +17,7 @@ from shim.bridge.command_queues import unpolled_s
 from shim.bridge.links import UpstreamLink
 from shim.config.settings import Settings
 from shim.core.call_records import FallbackCall, Why
-from shim.core.command_queue import CommandQueue, QueuedCommand, RecentCommand
+from shim.core.command_queue import CommandQueue, QueuedCommand
 from shim.core.records import CommandState, SessionKey, WriteProbe
 from shim.core.sessions import MIN_GAPS, Session
 from shim.errors import StoreError
@@ -69,14 +69,11 @@ class StatusBuilder:
     def __init__(
         self,
         bridge: Subject,
-        sampler: Sampler,
-        recent_commands: Iterable[RecentCommand],
         addresses: Mapping[str, str],
         events: RecentEvents | None = None,
     ) -> None:
         self._bridge = bridge
-        self.sampler = sampler
-        self._recent_commands = recent_commands
+        self.sampler = Sampler(bridge)
         self._events = events
         self._addresses = addresses
         self.started_unix = bridge.ctx.clock.wall_s()
@@ -196,7 +193,7 @@ class StatusBuilder:
                 "detail": recent.detail,
                 "at": recent.wall,
             }
-            for recent in self._recent_commands
+            for recent in self._bridge.recent_commands
         ]
 
 

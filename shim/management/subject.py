@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ from shim.bridge.links import UpstreamLink
 from shim.bridge.registration import RefusedRegistration
 from shim.bridge.websocket_agents import WebSocketAgent
 from shim.core.call_records import Route, RouteUse
-from shim.core.command_queue import CommandQueue
+from shim.core.command_queue import SHOWN_COMMANDS, CommandQueue, RecentCommand
 from shim.core.records import CommandDetails, CommandRecord, SessionKey
 from shim.core.sessions import Session
 from shim.errors import OperatorError
@@ -208,6 +209,12 @@ class Subject:
     def queue(self, key: SessionKey) -> CommandQueue | None:
         """Return the queue of a session, or None if it has none."""
         return next((found for bridge in self._bridges() if (found := bridge.queues.get(key)) is not None), None)
+
+    @property
+    def recent_commands(self) -> Iterable[RecentCommand]:
+        """The commands that changed last, the newest step first."""
+        recent = (bridge.ctx.recent_commands for bridge in self._bridges())
+        return islice(heapq.merge(*recent, key=lambda each: each.wall, reverse=True), SHOWN_COMMANDS)
 
     @property
     def held_polls(self) -> int:

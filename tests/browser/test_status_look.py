@@ -28,7 +28,6 @@ from shim.core.records import Operation, SessionKey, StoreContents, StoreOperati
 from shim.management.recent_events import RecentEvents
 from shim.management.status_builder import StatusBuilder
 from shim.management.subject import Subject
-from shim.management.time_series import Sampler
 from shim.ports import CommandStore, StoreDone
 from shim.redaction import Redaction
 from tests.browser.conftest import OpenTab
@@ -116,10 +115,9 @@ class Watched:
     def __init__(self, world: World) -> None:
         self.world = world
         world.bridge.ctx.store = Disk(world.bridge.ctx.store)
-        self._sampler = Sampler(Subject.of(world.bridge))
         self._events = RecentEvents(world.clock, Redaction())
-        recent, addresses = world.bridge.ctx.recent_commands, {"listen": "127.0.0.1:7080"}
-        self._builder = StatusBuilder(Subject.of(world.bridge), self._sampler, recent, addresses, self._events)
+        self._builder = StatusBuilder(Subject.of(world.bridge), {"listen": "127.0.0.1:7080"}, self._events)
+        self._sampler = self._builder.sampler
         self._tasks: list[asyncio.Task[None]] = []
         logging.getLogger("shim").setLevel("INFO")
         self._sampler.start()

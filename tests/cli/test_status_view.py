@@ -10,7 +10,6 @@ import msgspec
 from shim.cli.status import plain, view
 from shim.management.status_builder import StatusBuilder
 from shim.management.subject import Subject
-from shim.management.time_series import Sampler
 from tests.support.virtual import run_virtual
 from tests.support.world import World, settings
 
@@ -20,8 +19,7 @@ def status_after(life: Callable[[World], Awaitable[Any]], **sections: Any) -> di
 
     async def run() -> dict[str, Any]:
         world = World(settings(**sections)).start()
-        subject = Subject.of(world.bridge)
-        builder = StatusBuilder(subject, Sampler(subject), [], {"listen": "127.0.0.1:7080"})
+        builder = StatusBuilder(Subject.of(world.bridge), {"listen": "127.0.0.1:7080"})
         builder.start()
         await world.settle()
         await life(world)

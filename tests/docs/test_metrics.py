@@ -13,7 +13,6 @@ from prometheus_client import Counter, Gauge, Histogram
 from shim.admin.gauges import StatusCollector
 from shim.management.status_builder import StatusBuilder
 from shim.management.subject import Subject
-from shim.management.time_series import Sampler
 from shim.metrics import COMMAND_EVENTS, ClusterMetrics, Labelled, Metrics, Registry, RequestCounts
 from tests.support.virtual import run_virtual
 from tests.support.world import World
@@ -84,7 +83,7 @@ async def collected() -> dict[str, Described]:
     await agent.poll()
     found = {}
     subject = Subject.of(world.bridge)
-    builder = StatusBuilder(subject, Sampler(subject), [], {})
+    builder = StatusBuilder(subject, {})
     for metric in StatusCollector(lambda: builder.take([])).collect():
         names = sorted({label for sample in metric.samples for label in sample.labels})
         values = {name: {sample.labels[name] for sample in metric.samples} for name in names}

@@ -44,11 +44,9 @@ def make_page() -> Iterator[MakePage]:
     pages: list[Page] = []
 
     def make(of: World) -> Page:
-        recent = of.bridge.ctx.recent_commands
-        subject = Subject.of(of.bridge)
-        sampler = Sampler(subject)
-        sampler.start()
-        pages.append(Page(of, sampler, StatusBuilder(subject, sampler, recent, {"listen": "127.0.0.1:7080"})))
+        builder = StatusBuilder(Subject.of(of.bridge), {"listen": "127.0.0.1:7080"})
+        builder.sampler.start()
+        pages.append(Page(of, builder.sampler, builder))
         return pages[-1]
 
     yield make

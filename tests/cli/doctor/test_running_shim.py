@@ -18,7 +18,6 @@ from shim.cli.doctor.report import Finding
 from shim.cli.doctor.running_shim import RunningShim, examine
 from shim.management.status_builder import StatusBuilder
 from shim.management.subject import Subject
-from shim.management.time_series import Sampler
 from shim.ports import DialFailure
 from tests.cli.doctor.conftest import Diagnosis, Doctor
 from tests.e2e.test_main_job import living
@@ -107,8 +106,7 @@ async def test_another_process_on_the_admin_port_is_no_shim(doctor: Doctor) -> N
 
 def told(world: World) -> list[Finding]:
     """What is found on a bridge, from the same JSON and metrics that the admin port gives."""
-    subject, addresses = Subject.of(world.bridge), {"listen": "127.0.0.1:7080"}
-    builder = StatusBuilder(subject, Sampler(subject), world.bridge.ctx.recent_commands, addresses)
+    builder = StatusBuilder(Subject.of(world.bridge), {"listen": "127.0.0.1:7080"})
     builder.started_unix = 0.0
     status = builder.take([])
     samples = {
