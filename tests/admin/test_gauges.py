@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shim import __version__
 from shim.admin.gauges import StatusCollector
 from shim.management.health_summary import PROBLEMS
 from tests.bridge.conftest import MakeWorld
@@ -30,7 +31,7 @@ async def test_a_link_and_its_agents_are_counted(make_world: MakeWorld, make_pag
     assert found["links", "waiting"] == found["links_refused",] == found["links_contended",] == 0
     assert found["sessions", "clusters_agent", "true"] == found["sessions", "agents", "true"] == 1
     assert found["polling_sessions", "unknown"] == 1
-    assert (found["build_info", "1.2.3"], found["mode", "websocket"], found["mode", "http"]) == (1, 1, 0)
+    assert (found["build_info", __version__], found["mode", "websocket"], found["mode", "http"]) == (1, 1, 0)
 
 
 async def test_commands_are_counted_by_state_with_the_age_of_the_oldest(
