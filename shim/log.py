@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal, TextIO
 
 from shim.redaction import MAX_TEXT_CHARS, Redaction
@@ -103,14 +104,20 @@ class RepeatFilter(logging.Filter):
         return True
 
 
-class _Formatter(logging.Formatter):
-    """Common base of both formats: a record as a dict of masked values, with the shim's own keys first."""
+class Formatter(logging.Formatter):
+    """Formatter of masked records. `write` turns an entry into text: `as_json` or `as_text`."""
 
-    def __init__(self, redaction: Redaction) -> None:
+    def __init__(self, redaction: Redaction, write: Callable[[dict[str, Any]], str]) -> None:
         super().__init__()
         self._redaction = redaction
+        self._write = write
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as a line; a traceback may take further ones."""
+        return self._write(self._entry(record))
 
     def _entry(self, record: logging.LogRecord) -> dict[str, Any]:
+        """Return a record as masked values, with the shim's own keys first."""
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
             "level": record.levelname.lower(),
@@ -125,34 +132,23 @@ class _Formatter(logging.Formatter):
         return entry
 
 
-class JsonFormatter(_Formatter):
-    """Formatter for one JSON object per line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as one line of JSON."""
-        return _escaped(json.dumps(self._entry(record), ensure_ascii=False))
+def as_json(entry: dict[str, Any]) -> str:
+    """Return an entry as one line of JSON."""
+    return _escaped(json.dumps(entry, ensure_ascii=False))
 
 
-class ConsoleFormatter(_Formatter):
-    """Formatter for a console, with tracebacks on separate lines.
+def as_text(entry: dict[str, Any], *, colour: bool) -> str:
+    """Return an entry as a line for people, and its traceback on the lines below.
 
     Example: `21:56:41.123 INFO link_state link=default state=online`.
     """
-
-    def __init__(self, redaction: Redaction, *, colour: bool) -> None:
-        super().__init__(redaction)
-        self._colour = colour
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as a line for people, and its traceback on the lines below."""
-        entry = self._entry(record)
-        time, level, _, event = (entry.pop(name) for name in ("time", "level", "logger", "event"))
-        exception = entry.pop("exception", "")
-        shown = f"{level.upper():<7}"
-        if self._colour:
-            shown = f"\x1b[{_COLOURS.get(level, '0')}m{shown}\x1b[0m"
-        words = [time[11:-1], shown, _line(event), *(f"{name}={_quoted(value)}" for name, value in entry.items())]
-        return " ".join(words) + "".join(f"\n    {_line(line)}" for line in exception.splitlines())
+    time, level, _, event = (entry.pop(name) for name in ("time", "level", "logger", "event"))
+    exception = entry.pop("exception", "")
+    shown = f"{level.upper():<7}"
+    if colour:
+        shown = f"\x1b[{_COLOURS.get(level, '0')}m{shown}\x1b[0m"
+    words = [time[11:-1], shown, _line(event), *(f"{name}={_quoted(value)}" for name, value in entry.items())]
+    return " ".join(words) + "".join(f"\n    {_line(line)}" for line in exception.splitlines())
 
 
 def _quoted(value: Any) -> str:
@@ -234,9 +230,10 @@ def setup(level: Level, form: Literal["json", "console"], *, stream: TextIO | No
     """Write all records of this process to `stream` (default stderr), until the returned object is closed."""
     target = sys.stderr if stream is None else stream
     redaction = Redaction()
-    formatter: _Formatter = JsonFormatter(redaction)
+    write: Callable[[dict[str, Any]], str] = as_json
     if form == "console":
-        formatter = ConsoleFormatter(redaction, colour=target is not None and target.isatty())
+        write = partial(as_text, colour=target is not None and target.isatty())
+    formatter = Formatter(redaction, write)
     writer = LineWriter(target, lambda count: formatter.format(_dropped_lines(count)))
     handler = _Handler(writer)
     handler.setFormatter(formatter)

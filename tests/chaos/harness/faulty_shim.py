@@ -25,7 +25,7 @@ from shim.clock import Clock
 from shim.core.agent_calls import AgentCall
 from shim.core.records import Operation, PutCommand, PutResult, StoreContents, StoreOperation
 from shim.errors import StoreError
-from shim.log import JsonFormatter, Logs, RepeatFilter
+from shim.log import Formatter, Logs, RepeatFilter, as_json
 from shim.ports import (
     AgentService,
     Caller,
@@ -240,7 +240,7 @@ def leave_log_unread() -> None:
     os.dup2(full, 2)
     os.close(full)
     handler = logging.StreamHandler(copy)
-    handler.setFormatter(JsonFormatter(Redaction()))
+    handler.setFormatter(Formatter(Redaction(), as_json))
     handler.setLevel(logging.INFO)
     handler.addFilter(RepeatFilter())
     logging.getLogger().addHandler(handler)
