@@ -17,68 +17,44 @@ Key = tuple[str, str]
 """Session and id of a command."""
 
 Read = Callable[[Rows, int], Sequence[Any]]
-"""Function that converts the result of a statement for so many rows to the outcome of each row."""
+"""Function that makes the outcome of each row from the result of a statement for so many rows."""
 
 
-class GroupAnswer:
-    """Result of the statement for a group of rows."""
+class GroupStatement:
+    """A statement for any number of rows, which are its parameters: an array for each column.
 
-    __slots__ = ("_answer", "_count", "_outcomes", "_read")
+    `statement` has `{rows}` for them. `kinds` has a letter for each column (`Pipeline.execute_columns`).
+    """
 
-    def __init__(self, read: Read) -> None:
-        self._read = read
+    def __init__(self, statement: str, kinds: str, read: Read) -> None:
+        arrays = ", ".join(f"?{number}" for number in range(1, len(kinds) + 1))
+        self.text = statement.replace("{rows}", f"unnest({arrays})")
+        self.kinds = kinds
+        self.read = read
+
+
+class Group:
+    """Rows for one execution of a statement."""
+
+    __slots__ = ("_answer", "_outcomes", "_statement", "rows")
+
+    def __init__(self, statement: GroupStatement) -> None:
+        self._statement = statement
+        self.rows: list[Sequence[Any]] = []
         self._answer: Rows | None = None
-        self._count = 0
         self._outcomes: Sequence[Any] | None = None
 
-    def attach(self, answer: Rows, count: int) -> None:
-        """Set the result of the statement that was sent with `count` rows."""
-        self._answer, self._count = answer, count
+    def send(self, pipeline: Pipeline) -> None:
+        """Send the rows, in order."""
+        self._answer = pipeline.execute_columns(self._statement.text, self._statement.kinds, self.rows)
 
     def outcome(self, number: int) -> Any:
         """Return the outcome of a row, numbered from 0. The group must have been sent."""
         if self._outcomes is None:
             if self._answer is None:
                 raise RuntimeError("the group was not sent")
-            self._outcomes = self._read(self._answer, self._count)
+            self._outcomes = self._statement.read(self._answer, len(self.rows))
         return self._outcomes[number]
-
-
-class Group:
-    """Waiting rows for one kind of statement, which are its parameters: an array for each column.
-
-    `statement` has `{rows}` for them. `kinds` has a letter for each column (`Pipeline.execute_columns`). `read` makes
-    the outcome of each row from the result.
-    """
-
-    def __init__(self, statement: str, kinds: str, read: Read, pipeline: Pipeline) -> None:
-        arrays = ", ".join(f"?{number}" for number in range(1, len(kinds) + 1))
-        self._statement = statement.replace("{rows}", f"unnest({arrays})")
-        self._kinds = kinds
-        self._read = read
-        self._pipeline = pipeline
-        self.clear()
-
-    def add(self, parameters: Sequence[Any]) -> Finish[Any]:
-        """Queue a row for `send` and return a function for its outcome. A full group is sent at once."""
-        finish = partial(self._answer.outcome, len(self._rows))
-        self._rows.append(parameters)
-        if len(self._rows) == CHUNK:
-            self.send()
-            self._pipeline.flush()
-        return finish
-
-    def send(self) -> None:
-        """Send all waiting rows in order."""
-        rows = self._rows
-        if rows:
-            self._answer.attach(self._pipeline.execute_columns(self._statement, self._kinds, rows), len(rows))
-            self.clear()
-
-    def clear(self) -> None:
-        """Discard all waiting rows and begin a new statement."""
-        self._rows: list[Sequence[Any]] = []
-        self._answer = GroupAnswer(self._read)
 
 
 class PostgresDatabase:
@@ -93,7 +69,7 @@ class PostgresDatabase:
     def __init__(self, pipeline: Pipeline, shard: int) -> None:
         self.mine = f"shard = {shard:d}"
         self._pipeline = pipeline
-        self._groups: list[Group] = []
+        self._groups: dict[GroupStatement, Group] = {}
         self._grouped: set[Key] = set()
         self.execute: Callable[..., Rows] = self._execute
 
@@ -102,29 +78,35 @@ class PostgresDatabase:
             self.send_groups()
         return self._pipeline.execute(statement, parameters)
 
-    def group(self, statement: str, kinds: str, read: Read) -> Group:
-        """Make a group for one kind of statement."""
-        group = Group(statement, kinds, read, self._pipeline)
-        self._groups.append(group)
-        return group
+    def execute_grouped(self, statement: GroupStatement, key: Key, parameters: Sequence[Any]) -> Finish[Any]:
+        """Queue a row of the command `key` for a statement, and return a function for its outcome.
 
-    def reserve(self, session: str, command_id: str) -> None:
-        """Prepare for adding a row of this command to a group: send the groups if one has a row of it already."""
-        if (session, command_id) in self._grouped:
+        A full group is sent at once, and all groups if one has a row of this command already.
+        """
+        if key in self._grouped:
             self.send_groups()
-        self._grouped.add((session, command_id))
+        self._grouped.add(key)
+        group = self._groups.get(statement)
+        if group is None:
+            group = self._groups[statement] = Group(statement)
+        finish = partial(group.outcome, len(group.rows))
+        group.rows.append(parameters)
+        if len(group.rows) == CHUNK:
+            del self._groups[statement]
+            group.send(self._pipeline)
+            self._pipeline.flush()
+        return finish
 
     def send_groups(self) -> None:
         """Send the waiting rows of all groups."""
-        self._grouped.clear()
-        for group in self._groups:
-            group.send()
+        for group in self._groups.values():
+            group.send(self._pipeline)
+        self.clear_groups()
 
     def clear_groups(self) -> None:
-        """Discard the waiting rows, because their transaction is rolled back."""
+        """Forget the waiting rows: they were sent, or their transaction is rolled back."""
         self._grouped.clear()
-        for group in self._groups:
-            group.clear()
+        self._groups.clear()
 
     def insert(self, statement: str, parameters: Sequence[Any]) -> int | None:
         """Insert a row and return its `seq`, or None if it conflicts with an existing one."""

@@ -33,7 +33,7 @@ from shim.store.operations import (
     as_unknown,
     duplicate,
 )
-from shim.store.postgres.groups import PostgresDatabase
+from shim.store.postgres.groups import GroupStatement, PostgresDatabase
 from shim.store.rows import MAX_STEPS_CHARS, encode_json, encode_step, insert_parameters, is_first_step
 
 # Appends a step to the row of `c`, or a final space if the row is full: then the step becomes a row of `traces`.
@@ -41,25 +41,48 @@ _STEPS = (
     f"steps = CASE WHEN length(c.steps) < {MAX_STEPS_CHARS} THEN c.steps || {{step}}"
     " WHEN c.steps LIKE '% ' THEN c.steps ELSE c.steps || ' ' END"
 )
+
+
+def _read_puts(answer: Rows, count: int) -> list[PutOutcome]:
+    (_, seqs, *_), *existing = answer.fetchall()
+    new = [PutOutcome(seq) for seq in seqs or ()]
+    if not existing:
+        return new
+    known = {number: duplicate(seq, state, result) for number, (seq,), state, result in existing}
+    rest = iter(new)
+    return [known.get(number) or next(rest) for number in range(count)]
+
+
+def _read_marks(answer: Rows, count: int) -> list[bool | None]:
+    """Return for each row whether the command's trace is full, None if the command is not stored."""
+    ((numbers,),) = answer.fetchall()
+    full: list[bool | None] = [None] * count
+    for number in numbers or ():
+        full[abs(number) - 1] = number < 0
+    return full
+
+
 # The first row of the result has the numbers of all new commands in the order of arrival, which is the order of the
 # arrays. The other rows are the commands that exist already; without one, the second half is not carried out.
-_PUT = (
+_PUT = GroupStatement(
     f"WITH new AS (INSERT INTO commands ({COMMAND_COLUMNS}) SELECT * FROM {{rows}}"
     " ON CONFLICT (session, id) DO NOTHING RETURNING seq)"
     " SELECT NULL, array_agg(seq), NULL, NULL FROM new UNION ALL"
     " SELECT n - 1, ARRAY[c.seq], c.state, c.result FROM unnest(?1, ?2) WITH ORDINALITY AS given (session, id, n)"
-    " JOIN commands AS c USING (session, id) WHERE (SELECT count(*) FROM new) < cardinality(?1)"
+    " JOIN commands AS c USING (session, id) WHERE (SELECT count(*) FROM new) < cardinality(?1)",
+    "ttttifffittbtt",
+    _read_puts,
 )
-_PUT_KINDS = "ttttifffittbtt"
 # The result is the numbers of the rows whose command is stored, in any order: negative if its trace is full.
-_MARK = (
+_MARK = GroupStatement(
     "WITH marked AS (UPDATE commands AS c SET state = g.state, updated = g.updated,"
     f" {_STEPS.format(step='g.step')}, attempts = CASE WHEN attempts + more > 0 THEN attempts + more ELSE 0 END"
     " FROM {rows} WITH ORDINALITY AS g (state, more, updated, session, id, step, n)"
     " WHERE c.session = g.session AND c.id = g.id RETURNING CASE WHEN c.steps LIKE '% ' THEN -n ELSE n END AS n)"
-    " SELECT array_agg(n) FROM marked"
+    " SELECT array_agg(n) FROM marked",
+    "tifttt",
+    _read_marks,
 )
-_MARK_KINDS = "tifttt"
 _ADD_STEP = (
     f"UPDATE commands AS c SET {_STEPS.format(step='?3')} WHERE session = ?1 AND id = ?2 RETURNING steps LIKE '% '"
 )
@@ -90,9 +113,7 @@ class HotOperations(Operations):
 
     def __init__(self, database: PostgresDatabase) -> None:
         super().__init__(database)
-        self._reserve, self._send_groups = database.reserve, database.send_groups
-        self._puts = database.group(_PUT, _PUT_KINDS, _read_puts)
-        self._marks = database.group(_MARK, _MARK_KINDS, _read_marks)
+        self._execute_grouped, self._send_groups = database.execute_grouped, database.send_groups
 
     def carry_out(self, operations: Sequence[Operation]) -> Any:
         """Carry out a submission, each operation before the next one, and return the result of its first operation."""
@@ -106,8 +127,7 @@ class HotOperations(Operations):
     def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
         """Insert a command as a row of one grouped statement."""
         parameters = insert_parameters(operation.record, first_step)
-        self._reserve(parameters[0], parameters[1])
-        return self._puts.add(parameters)
+        return self._execute_grouped(_PUT, (parameters[0], parameters[1]), parameters)
 
     def put_with_step(self, operation: PutCommand, step: AddTrace) -> Finish[PutOutcome]:
         """Insert a command with a step of its trace."""
@@ -131,10 +151,7 @@ class HotOperations(Operations):
         """Change the state of commands and add a step to their traces, by one grouped statement."""
         session, text = str(operation.session), encode_step(step.entry)
         marked = (operation.state._value_, operation.attempts, operation.wall, session)
-        full = []
-        for each in operation.ids:
-            self._reserve(session, each)
-            full.append((each, self._marks.add((*marked, each, text))))
+        full = [(each, self._execute_grouped(_MARK, (session, each), (*marked, each, text))) for each in operation.ids]
 
         def finish() -> None:
             """Add the step as a row where that is needed."""
@@ -187,22 +204,3 @@ class HotOperations(Operations):
     ) -> Finish[OutboxEntry]:
         new = self._execute(_PUT_OUTBOX, (key.owner, str(key), command_id, request_id, encoded))
         return lambda: OutboxEntry(new.fetchone()[0], key, command_id, request_id, payload)
-
-
-def _read_puts(answer: Rows, count: int) -> list[PutOutcome]:
-    (_, seqs, *_), *existing = answer.fetchall()
-    new = [PutOutcome(seq) for seq in seqs or ()]
-    if not existing:
-        return new
-    known = {number: duplicate(seq, state, result) for number, (seq,), state, result in existing}
-    rest = iter(new)
-    return [known.get(number) or next(rest) for number in range(count)]
-
-
-def _read_marks(answer: Rows, count: int) -> list[bool | None]:
-    """Return for each row whether the command's trace is full, None if the command is not stored."""
-    ((numbers,),) = answer.fetchall()
-    full: list[bool | None] = [None] * count
-    for number in numbers or ():
-        full[abs(number) - 1] = number < 0
-    return full
