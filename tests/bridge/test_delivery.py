@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.outbox import DRAINED
 from shim.core.agent_calls import Accepted, Commands, PollCall
 from shim.core.command_queue import Batch
@@ -40,6 +41,8 @@ async def test_from_the_controller_to_the_agent_and_back(world: World) -> None:
     }
     assert await world.trace("k1") == ["arrived", "offered", "delivered", "result", "closed"]
     assert await world.state("k1") == "closed"
+    [(record, _, _)] = await world.store.find("k1")
+    assert record.via == "", "not by HTTP"
 
 
 async def test_first_come_first_served_and_within_the_bounds_of_a_reply(make_world: MakeWorld) -> None:
@@ -406,6 +409,43 @@ async def test_the_life_of_a_command_is_counted_and_traced(world: World, success
     assert world.metric("commands_total", event="closed") == 2, "the result of an unknown command is closed as well"
     for kind in ("known", "repeat", "unknown"):
         assert world.metric("results_total", kind=kind, success=str(success).lower()) == 1
+
+
+async def test_the_age_of_each_command_is_observed_once_also_beside_one_that_is_offered_again(world: World) -> None:
+    agent = await offered(world)
+    agent.reconnect(clean=False)
+    await world.pass_s(61)
+    world.controller.push("k2")
+    await world.settle()
+    assert await agent.poll() == ["k1", "k2"]
+    for metric in ("command_offer_seconds_count", "command_hand_over_seconds_count"):
+        assert world.metric(metric, dialect="clusters_agent") == 2
+
+
+async def test_a_command_is_handed_over_when_its_reply_is_written(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 20})
+    agent = await living(world)
+    poll = agent.poll_task()
+    await world.pass_s(1)
+    world.controller.push("k1")
+    await world.pass_s(2)  # the offer is made, its reply not yet written
+    agent.take(poll.result())
+    assert world.metric("command_offer_seconds_sum", dialect="clusters_agent") == pytest.approx(0, abs=0.1)
+    assert list(world.bridge.delivery.hand_overs_s) == [pytest.approx(2, abs=0.1)]
+    for metric, labels in (
+        ("command_hand_over_seconds", {"dialect": "clusters_agent"}),
+        ("message_latency_seconds", {"direction": "down"}),
+    ):
+        assert world.metric(f"{metric}_count", **labels) == 1
+        assert world.metric(f"{metric}_sum", **labels) == pytest.approx(2, abs=0.1)
+
+
+async def test_the_hand_over_times_that_nobody_takes_are_bounded(make_world: MakeWorld) -> None:
+    world = await make_world(commands={"max_queued": 2000}, poll={"max_batch": 1000})
+    agent = await given(world, *(f"k{n}" for n in range(MAX_HAND_OVER_SAMPLES + 5)))
+    polls = [await agent.poll() for _ in range(2)]
+    assert sum(map(len, polls)) == MAX_HAND_OVER_SAMPLES + 5
+    assert len(world.bridge.delivery.hand_overs_s) == MAX_HAND_OVER_SAMPLES
 
 
 async def test_a_result_without_a_time_gets_the_time_of_its_arrival(world: World) -> None:

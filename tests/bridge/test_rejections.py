@@ -57,6 +57,8 @@ async def test_what_is_refused_on_arrival_is_told_and_traced_but_not_stored(
     assert codes(world, "k1") == [code]
     assert stored(world, "k1") == []
     assert await world.trace("k1") == ["reported"]
+    arriving = world.bridge.ctx.arriving
+    assert (arriving.commands, arriving.size_bytes) == (0, 0)
 
 
 async def test_what_was_answered_is_no_refusal_when_it_comes_again_expired(world: World) -> None:

@@ -66,7 +66,10 @@ async def test_sessions_aliases_and_tunnels_come_back_from_sqlite(make_world: Ma
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_full_disk_refuses_commands_and_serves_everything_else(world: World) -> None:
+async def test_a_full_disk_refuses_commands_and_serves_everything_else(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     agent = await living(world)
     world.controller.push("k1")
     await world.settle()
@@ -88,6 +91,22 @@ async def test_a_full_disk_refuses_commands_and_serves_everything_else(world: Wo
     await world.settle()
     assert await agent.poll() == ["k2"]
     assert len(world.controller.results("k1")) == 1
+    offers = [each.fields for each in caplog.records if each.getMessage() == "command_offered"]  # type: ignore[attr-defined]
+    assert [(each["command"], each["recorded"]) for each in offers] == [("k1", False), ("k2", True)]
+
+
+async def test_the_largest_command_or_result_that_a_full_disk_refused_is_remembered_for_readiness(world: World) -> None:
+    agent = await living(world)
+    world.store.fail()
+    sizes = []
+    for size_bytes in (2000, 1000):
+        world.controller.push(f"k{size_bytes}", payload={"data": "x" * size_bytes})
+        await world.settle()
+        sizes.append(world.bridge.ctx.refused_bytes)
+    for size_bytes in (4000, 3000):
+        assert isinstance(await agent.result("k1", output="x" * size_bytes), Failed)
+        sizes.append(world.bridge.ctx.refused_bytes)
+    assert 2000 <= sizes[0] == sizes[1] < 4000 <= sizes[2] == sizes[3]
 
 
 async def test_what_must_not_be_repeated_is_not_offered_without_a_record(make_world: MakeWorld) -> None:
