@@ -26,7 +26,7 @@ from shim.core.agent_calls import (
     PollCall,
     StatusCall,
 )
-from shim.fallback.policy import configured_scope, is_over
+from shim.fallback.policy import scope_of
 from shim.ports import Caller, CallResult, Clock, DeliveryReceipt, FallbackScope, ProxyRequest, ProxyResponse
 
 # An agent that pipelines shows no evidence by its connection, which may be open for weeks. Each receipt of another
@@ -160,10 +160,7 @@ class ClusterFallback:
 
     def scope(self) -> FallbackScope:
         """Return the share of the calls that may go by HTTP now; implements `ports.Fallback.scope`."""
-        settings = self._settings()
-        scope = configured_scope(settings)
-        over = scope is not FallbackScope.NONE and is_over(settings.sunset, self._clock.wall_s())
-        return FallbackScope.NONE if over else scope
+        return scope_of(self._settings(), self._clock)
 
     def handles(self, caller: Caller, call: AgentCall) -> bool:
         """Return whether this call uses the HTTP API."""

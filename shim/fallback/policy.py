@@ -22,7 +22,7 @@ from shim.core.link_state import LinkState
 from shim.errors import ConfigError
 from shim.fallback.reverse_proxy import ReverseProxy, Unreachable, object_of, unreachable_reply
 from shim.log import get
-from shim.ports import Caller, CallResult, FallbackScope, ProxyRequest, ProxyResponse
+from shim.ports import Caller, CallResult, Clock, FallbackScope, ProxyRequest, ProxyResponse
 from shim.protocol.http import fallback_url
 
 log = get(__name__)
@@ -49,16 +49,13 @@ def sunset_headers(sunset: Sunset) -> Mapping[str, str]:
     return found
 
 
-def is_over(sunset: Sunset, wall_s: float) -> bool:
-    """Return True if the legacy API no longer exists at the Unix time `wall_s`."""
-    return bool(sunset.at) and wall_s >= parse_date_s(sunset.at)
-
-
-def configured_scope(settings: Settings) -> FallbackScope:
-    """Return the share of the calls that may go by HTTP before the sunset."""
-    if settings.mode == "http":
-        return FallbackScope.ALL
-    return FallbackScope.SOME if settings.mode == "auto" or settings.rollout.partial else FallbackScope.NONE
+def scope_of(settings: Settings, clock: Clock) -> FallbackScope:
+    """Return the share of the calls that may go by HTTP now: none after the sunset, when that API no longer exists."""
+    if settings.mode not in ("http", "auto") and not settings.rollout.partial:
+        return FallbackScope.NONE
+    if settings.sunset.at and clock.wall_s() >= parse_date_s(settings.sunset.at):
+        return FallbackScope.NONE
+    return FallbackScope.ALL if settings.mode == "http" else FallbackScope.SOME
 
 
 class FallbackPolicy:
@@ -69,8 +66,6 @@ class FallbackPolicy:
         self._proxy = ReverseProxy()
         self._failovers: dict[str, Failover] = {}
         self._breaker = Breaker()
-        self._settings = bridge.ctx.settings
-        self._scope = configured_scope(self._settings)
 
     async def close(self) -> None:
         """Close the connections to the vendor's API."""
@@ -80,12 +75,7 @@ class FallbackPolicy:
 
     def scope(self) -> FallbackScope:
         """Return the share of the calls that may go by HTTP now; implements `ports.Fallback.scope`."""
-        settings = self._bridge.ctx.settings
-        if settings is not self._settings:  # they were reloaded
-            self._settings, self._scope = settings, configured_scope(settings)
-        if self._scope is FallbackScope.NONE or is_over(settings.sunset, self._bridge.ctx.clock.wall_s()):
-            return FallbackScope.NONE
-        return self._scope
+        return scope_of(self._bridge.ctx.settings, self._bridge.ctx.clock)
 
     def handles(self, caller: Caller, call: AgentCall) -> bool:
         """Return True if this call goes by HTTP."""
