@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from shim.bridge import gateway_redirect as gateways
 from shim.bridge import link_pool, links, registration, upstream_connection, upstream_messages
 from shim.bridge.event_handlers import ResultsSent
@@ -36,6 +38,28 @@ async def test_a_link_that_comes_online_carries_registrations_then_results_then_
     await world.pass_s(10)
     carried = [sent.message.type for sent in world.controller.log if sent.socket is world.controller.socket]
     assert carried == ["register", "command_result", "heartbeat"]
+
+
+@pytest.mark.parametrize(
+    "dialect, expected",
+    [
+        ("agents", ["register", "command_result", "heartbeat"]),
+        ("clusters_agent", ["command_result", "heartbeat"]),  # its heartbeats carry the cluster id that it has already
+    ],
+)
+async def test_an_agent_that_never_registered_is_replayed_if_its_id_is_no_cluster_id(
+    make_world: MakeWorld, dialect: str, expected: list[str]
+) -> None:
+    world = await make_world(identity={"name": "prod"})
+    world.controller.go_away()
+    await world.settle()
+    agent = world.agent(dialect=dialect, agent_id="a-1", cluster_id="c-9")
+    await agent.heartbeat()
+    await agent.result("k1")
+    world.controller.come_back()
+    await agent.live(10)
+    carried = [sent.message.type for sent in world.controller.log if sent.socket is world.controller.socket]
+    assert carried == expected
 
 
 async def test_a_result_that_is_confirmed_in_the_moment_of_a_stop_is_closed(world: World) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from shim.core.agent_calls import Commands, PollCall, TunnelState
 from tests.bridge.conftest import MakeWorld
-from tests.support.world import World
+from tests.support.world import World, settings
 
 AUTO = {"hold": "auto"}
 INTERVAL_S = 5.0
@@ -270,4 +270,19 @@ async def test_a_stop_answers_held_tunnel_polls(make_world: MakeWorld) -> None:
     began = world.now
     world.bridge.quiesce()
     assert await poll == TunnelState(None, 5)
+    assert world.now == began
+
+
+async def test_a_held_poll_ends_at_the_next_although_polls_are_no_longer_held(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 20.0})
+    agent = world.agent()
+    await agent.register()
+    first = agent.poll_task()
+    await world.pass_s(1.0)
+    began = world.now
+    world.bridge.ctx.settings = settings(poll={"hold": "off"})
+    assert await world.agent(cluster_id=agent.cluster_id).poll() == []
+    await world.settle()
+    assert first.done()
+    assert first.result().outcome == Commands((), 5)
     assert world.now == began

@@ -8,7 +8,7 @@ import pytest
 
 from shim.core.agent_calls import Failed, Outcome, RegisterCall, Registered
 from shim.ports import DialFailure
-from tests.bridge.conftest import MakeWorld
+from tests.bridge.conftest import MakeWorld, living
 from tests.support.upstream import GONE, REFUSED
 from tests.support.world import Agent, World
 
@@ -358,6 +358,26 @@ async def test_a_registration_in_flight_is_sent_again_after_a_loss(world: World)
     assert not agent.done()
     assert isinstance(await agent, Registered)
     assert len(world.controller.got("register")) == 2
+
+
+async def test_a_replay_that_a_loss_cuts_off_registers_no_agent_that_died_meanwhile(world: World) -> None:
+    await living(world, agent_id="dying", name="one")
+    other = await living(world, agent_id="living", name="two")
+    world.controller.manners.registers = False
+    world.controller.socket.lose()
+    await world.pass_s(3)
+    assert registered(world) == ["dying", "living"] * 2
+    world.controller.go_away()
+    await other.live(150)
+    world.controller.manners.registers = True
+    world.controller.come_back()
+    await other.live(60)
+    assert registered(world) == ["dying", "living"] * 2 + ["living"]
+
+
+def registered(world: World) -> list[str]:
+    """The agents of all registrations that the controller got, in order."""
+    return [message.payload["agent_id"] for message in world.controller.got("register")]
 
 
 async def test_a_link_that_cannot_come_up_is_named_in_time(world: World) -> None:
