@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.processes import UNMEASURED
+
 ROOT = Path(__file__).parent.parent
 
 BLOCKING = """
@@ -73,7 +75,7 @@ def run(tmp_path: Path, source: str, *, require_tools: bool = False) -> tuple[di
     (folder / "test_guarded.py").write_text(source)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={tmp_path}", str(folder)],
-        env={**os.environ, "CI": "true", "AGENT_SHIM_REQUIRE_TOOLS": "1" if require_tools else "", "PY_COLORS": "0"},
+        env=os.environ | UNMEASURED | {"CI": "true", "AGENT_SHIM_REQUIRE_TOOLS": "1" * require_tools, "PY_COLORS": "0"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -28,6 +28,7 @@ from bench import (
 from bench.__main__ import OF_DATABASE, PARTS
 from bench.report import DATA, PAGES, merged, rendered
 from bench.report import OF_DATABASE as TITLES
+from tests.support.processes import UNMEASURED
 
 ROOT = Path(__file__).parents[2]
 FOUND = json.loads(DATA.read_text())
@@ -42,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subproc
         part: subprocess.Popen(
             [*command, part, "--json", str(folder / f"{part}.json")],
             cwd=ROOT,
-            env=os.environ | {"COVERAGE_PROCESS_CONFIG": ""},  # simulated hours, which measuring makes twice as long
+            env=os.environ | UNMEASURED,  # simulated hours, which measuring makes twice as long
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

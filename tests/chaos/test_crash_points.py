@@ -15,7 +15,7 @@ from shim.clock import Clock
 from tests.chaos.harness.schedule import CRASH_POINTS
 from tests.chaos.harness.supervisors import DOUBTFUL, SOUND
 from tests.chaos.harness.waiting import last
-from tests.support.processes import TOKEN, Controller, Shim, free_port, world
+from tests.support.processes import TOKEN, UNMEASURED, Controller, Shim, free_port, world
 
 CONFIG = {"upstream": {"heartbeat_interval_s": 2.0, "send_command_ack": True}, "poll": {"hold": "off"}}
 PROFILE = AgentProfile(
@@ -36,6 +36,7 @@ async def push(controller: Controller, agent: LegacyAgent) -> None:
 async def crash_at(point: str, folder: Path) -> None:
     async with world(folder, {**CONFIG, "listen": {"port": free_port()}}) as (shim, controller):
         shim.program = (*DOUBTFUL, "--crash", point, "1")
+        shim.environment = UNMEASURED  # one that is killed tells no coverage
         await shim.start()
         received: list[str] = []
         registered = asyncio.Event()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import TOKEN, world
+from tests.support.processes import TOKEN, UNMEASURED, world
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "openapi.yaml"
 EXAMPLES = int(os.environ.get("AGENT_SHIM_FUZZ_INPUTS", "10000")) // 500
@@ -32,6 +32,7 @@ async def test_the_running_shim_answers_as_its_document_says(tmp_path: Path) -> 
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             cwd=tmp_path,
+            env=os.environ | UNMEASURED,
         )
         said, _ = await process.communicate()
         assert process.returncode == 0, said.decode()[-6000:]

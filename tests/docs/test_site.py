@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.processes import UNMEASURED
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
@@ -36,7 +39,10 @@ def project(tmp_path: Path) -> Path:
 
 def build(project: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build"]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120, check=False)
+    environment = os.environ | UNMEASURED
+    return subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_the_site_needs_no_other_host_and_shows_every_list_as_one(project: Path) -> None:

@@ -25,6 +25,8 @@ TOKEN = "tok-of-the-cluster"
 START_S = 60.0
 STOP_S = 40.0
 GRACE_S = 10.0
+UNMEASURED = {"COVERAGE_PROCESS_CONFIG": ""}
+"""Environment of a process whose coverage adds nothing: what it runs of the package is measured by tests of its own."""
 
 
 def free_port() -> int:
@@ -239,9 +241,9 @@ class Controller(_Child):
 
     def __init__(self, folder: Path, session: aiohttp.ClientSession, *options: str) -> None:
         super().__init__()
-        # It stands for the vendor's, and half of its start was measuring it, which its own tests do, and reading the
-        # system's authorities, which aiohttp does at once: it calls nobody.
-        self.environment = {"COVERAGE_PROCESS_CONFIG": "", "SSL_CERT_FILE": os.devnull}
+        # Half of its start was measuring it, and reading the system's authorities, which aiohttp does at once: it calls
+        # nobody.
+        self.environment = UNMEASURED | {"SSL_CERT_FILE": os.devnull}
         self._options = ("--state", str(folder / "controller.json"), "--token", TOKEN, *options)
         self._session = session
         port = free_port()
