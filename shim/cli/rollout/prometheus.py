@@ -159,7 +159,7 @@ def clusters(prometheus: Prometheus, now: float) -> list[Cluster]:
     answers = {name: prometheus.clusters_by(query) for name, query in QUERIES.items()}
     rows = {name: Cluster(name=name) for name in sorted(answers["seen"].keys() | answers["agent_pods"].keys())}
     for name, row in rows.items():
-        _fill(row, _Answers({query: found.get(name, []) for query, found in answers.items()}), now)
+        _fill(row, {query: found.get(name, []) for query, found in answers.items()}, now)
     for window, length in WINDOWS.items():
         _measure(rows, prometheus, window, length)
     nameless = rows.get("")
@@ -169,72 +169,73 @@ def clusters(prometheus: Prometheus, now: float) -> list[Cluster]:
     return list(rows.values())
 
 
-class _Answers(msgspec.Struct, frozen=True):
-    """Samples of one cluster by query."""
+_Answers = dict[str, list[Sample]]
+"""Samples of one cluster by query."""
 
-    samples: dict[str, list[Sample]]
 
-    def one(self, query: str) -> float | None:
-        """Return the only value of a query, `None` without one."""
-        return next((sample.value for sample in self.samples[query]), None)
+def _one(samples: list[Sample]) -> float | None:
+    """Return the only value of a query, `None` without one."""
+    return samples[0].value if samples else None
 
-    def total(self, query: str) -> int:
-        """Return the value of a query as a count, 0 without one."""
-        return round(self.one(query) or 0)
 
-    def by(self, query: str, label: str) -> dict[str, float]:
-        """Return the values of a query by a label."""
-        return {sample.labels.get(label, ""): sample.value for sample in self.samples[query]}
+def _total(samples: list[Sample]) -> int:
+    """Return the value of a query as a count, 0 without one."""
+    return round(_one(samples) or 0)
+
+
+def _by(samples: list[Sample], label: str) -> dict[str, float]:
+    """Return the values of a query by a label."""
+    return {sample.labels.get(label, ""): sample.value for sample in samples}
 
 
 def _fill(row: Cluster, answers: _Answers, now: float) -> None:
-    versions = answers.by("versions", "version")
+    versions = _by(answers["versions"], "version")
     row.shims = round(sum(versions.values()))
     row.versions = sorted(versions)
-    unanswered = answers.total("unanswered")
+    unanswered = _total(answers["unanswered"])
     if unanswered:
         row.gaps.append(f"{plural(unanswered, 'shim')} did not answer the last scrape")
-    if answers.samples["agent_pods"]:
-        row.agent_pods = answers.total("agent_pods")
-        pods = [sample.labels.get("pod", "") for sample in answers.samples["no_sidecar"]]
+    if answers["agent_pods"]:
+        row.agent_pods = _total(answers["agent_pods"])
+        pods = [sample.labels.get("pod", "") for sample in answers["no_sidecar"]]
         row.sidecar_faults = [f"{pod} has no sidecar" for pod in pods]
     if not row.shims:
-        known = "was seen in the last 24 h, and is not now" if answers.samples["seen"] else "is not scraped"
+        known = "was seen in the last 24 h, and is not now" if answers["seen"] else "is not scraped"
         row.gaps.append(f"its shim {known}")
         return
-    row.modes = sorted(answers.by("modes", "mode"))
-    row.percent, row.since = answers.one("percent"), answers.one("since")
+    row.modes = sorted(_by(answers["modes"], "mode"))
+    row.percent, row.since = _one(answers["percent"]), _one(answers["since"])
     if row.percent is None:
         row.gaps.append(f"version {', '.join(row.versions)} is too old for this report: upgrade it")
-    if answers.samples["unchanged"]:
+    if answers["unchanged"]:
         row.since = min(row.since or now, now - DAY_S)
     _fill_agents(row, answers)
-    down_2m = bool(answers.samples["down_2m"])
+    down_2m = bool(answers["down_2m"])
     row.troubles = [
         Trouble(code, f"problem {code}", 120.0 if down_2m and code == "link_down" else None)
-        for code in sorted(answers.by("problems", "problem"))
+        for code in sorted(_by(answers["problems"], "problem"))
     ]
 
 
 def _fill_agents(row: Cluster, answers: _Answers) -> None:
-    by_http = answers.by("by_http", "why")
-    fresh = answers.total("fresh")
+    by_http = _by(answers["by_http"], "why")
+    fresh = _total(answers["fresh"])
     row.agents = fresh + round(sum(by_http.values()))
     row.outside = round(by_http.get("rollout", 0))
     row.inside = 0 if row.modes == ["http"] else fresh + round(by_http.get("link_down", 0))
-    for state, number in answers.by("links", "state").items():
+    for state, number in _by(answers["links"], "state").items():
         phase = _LINK_PHASES.get(state)
         if phase is not None and number:
             row.links[phase] = row.links.get(phase, 0) + round(number)
-    refused = answers.total("refused")
+    refused = _total(answers["refused"])
     if refused:
         row.links["refused"] = refused
-    row.still_used = sorted(answers.by("routes", "route"))
-    commands, results = answers.total("commands"), answers.total("results")
+    row.still_used = sorted(_by(answers["routes"], "route"))
+    commands, results = _total(answers["commands"]), _total(answers["results"])
     row.keep_reasons = [f"{plural(len(row.still_used), 'route')} called in the last 24 h"] if row.still_used else []
     row.keep_reasons += [f"{plural(commands, 'command')} not fetched"] if commands else []
     row.keep_reasons += [f"{plural(results, 'result')} not confirmed"] if results else []
-    if not answers.samples["unchanged"] and not row.keep_reasons:
+    if not answers["unchanged"] and not row.keep_reasons:
         row.keep_reasons = ["not observed for 24 h yet"]
 
 
