@@ -49,9 +49,13 @@ def sunset_headers(sunset: Sunset) -> Mapping[str, str]:
     return found
 
 
+def _may_go_by_http(settings: Settings) -> bool:
+    return settings.mode in ("http", "auto") or settings.rollout.partial
+
+
 def scope_of(settings: Settings, clock: Clock) -> FallbackScope:
     """Return the share of the calls that may go by HTTP now: none after the sunset, when that API no longer exists."""
-    if settings.mode not in ("http", "auto") and not settings.rollout.partial:
+    if not _may_go_by_http(settings):
         return FallbackScope.NONE
     if settings.sunset.at and clock.wall_s() >= parse_date_s(settings.sunset.at):
         return FallbackScope.NONE
@@ -66,6 +70,8 @@ class FallbackPolicy:
         self._proxy = ReverseProxy()
         self._failovers: dict[str, Failover] = {}
         self._breaker = Breaker()
+        self._settings = bridge.ctx.settings
+        self._by_http = _may_go_by_http(self._settings)  # kept, because every request asks for it
 
     async def close(self) -> None:
         """Close the connections to the vendor's API."""
@@ -75,7 +81,10 @@ class FallbackPolicy:
 
     def scope(self) -> FallbackScope:
         """Return the share of the calls that may go by HTTP now; implements `ports.Fallback.scope`."""
-        return scope_of(self._bridge.ctx.settings, self._bridge.ctx.clock)
+        settings = self._bridge.ctx.settings
+        if settings is not self._settings:  # they were reloaded
+            self._settings, self._by_http = settings, _may_go_by_http(settings)
+        return scope_of(settings, self._bridge.ctx.clock) if self._by_http else FallbackScope.NONE
 
     def handles(self, caller: Caller, call: AgentCall) -> bool:
         """Return True if this call goes by HTTP."""
