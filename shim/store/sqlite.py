@@ -192,6 +192,7 @@ class InMemoryStore(QueuedStore):
     def open(self) -> StoreContents:
         """Make an empty database (`ports.CommandStore`)."""
         connection = schema.connect("file::memory:", BUSY_TIMEOUT_S)
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # else memory of deleted rows is never released
         connection.execute("PRAGMA temp_store = MEMORY")
         schema.migrate(connection)
         loaded = _load(connection)

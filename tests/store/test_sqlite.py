@@ -27,6 +27,7 @@ from shim.core.records import (
 from shim.errors import StoreError
 from shim.store import CommitProbe, open_store
 from shim.store.sqlite import LOG_LIMIT_BYTES, SqliteEngine, SqliteStore
+from shim.store.writer import QueuedStore
 from tests.store.conftest import Gate
 from tests.support.stores import KEY, TIMEOUT_S, StoreClient, put
 
@@ -50,6 +51,20 @@ def test_a_store_in_memory_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
         assert client.one(WriteProbe(1.0)) is None
         client.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_in_memory_releases_the_memory_of_deleted_commands() -> None:
+    client = StoreClient(lambda post: open_store(settings.Store(path=":memory:"), post))
+    client.open()
+    connection = connection_of(client)
+    large = [str(number) for number in range(15)]
+    client.run(*(put(each, payload={"x": "x" * 1_000_000}) for each in large))
+    client.one(MarkCommands(KEY, tuple(large), CommandState.DELIVERED, 200.0))
+    (full,) = connection.execute("PRAGMA page_count").fetchone()
+    for _ in range(3):
+        client.one(Prune(1e9))
+    assert connection.execute("PRAGMA page_count").fetchone()[0] < full - 1000
+    client.close()
 
 
 # --- databases that refuse ----------------------------------------------------------------------------------------
@@ -137,13 +152,18 @@ def test_a_reader_that_pins_the_log_is_told_and_the_log_emptied_when_it_goes(pat
     client.close()
 
 
-def limit_pages(client: StoreClient, more: int) -> None:
-    """Let the database grow by so many pages: then it is full."""
+def connection_of(client: StoreClient) -> sqlite3.Connection:
+    """The connection of an open store, which waits for its next submission."""
     store = client.store
-    assert isinstance(store, SqliteStore)
+    assert isinstance(store, QueuedStore)
     assert store._writer is not None
     assert isinstance(store._writer._engine, SqliteEngine)
-    connection = store._writer._engine._connection
+    return store._writer._engine._connection
+
+
+def limit_pages(client: StoreClient, more: int) -> None:
+    """Let the database grow by so many pages: then it is full."""
+    connection = connection_of(client)
     (pages,) = connection.execute("PRAGMA page_count").fetchone()
     connection.execute(f"PRAGMA max_page_count = {pages + more}").fetchall()
 
