@@ -87,7 +87,7 @@ def _fleets(bench: Bench, log: Log) -> list[Figure]:
 
 
 def _start_fleet(bench: Bench, server: Server, controller: Server, name: str) -> subprocess.Popen[bytes]:
-    warm_up_s, measured_s = bench.pick((FLEET_WARM_UP_S, FLEET_S), (5, 2))
+    warm_up_s, measured_s = bench.pick((FLEET_WARM_UP_S, FLEET_S), (10, 5))
     args = ["-m", "shim", "fleet", "--url", server.url, "--agents", str(FLEET_AGENTS), "--token", TOKEN]
     args += ["--dialect", "clusters_agent", "--poll-interval", "5", "--heartbeat-interval", "5", "--spread", "4.5"]
     args += ["--duration", str(measured_s), "--warm-up", str(warm_up_s), "--rate", str(FLEET_RATE_HZ)]
