@@ -275,27 +275,33 @@ class _Index:
     """Sessions by one of their texts. Those without it are left out."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[Session, ...]] = {}  # nearly all texts have one session
+        # Nearly all texts have one session, which needs no dictionary. All agents of a shim may have the same name.
+        self._found: dict[str, Session | dict[SessionKey, Session]] = {}
 
     def add(self, text: str, session: Session) -> None:
         """Add a session under a text; an empty text is not indexed."""
-        if text:
-            self._found[text] = (*self._found.get(text, ()), session)
+        found = self._found.get(text)
+        if isinstance(found, dict):
+            found[session.key] = session
+        elif found is not None:
+            self._found[text] = {found.key: found, session.key: session}
+        elif text:
+            self._found[text] = session
 
     def drop(self, text: str, session: Session) -> None:
         """Remove a session from the sessions of a text, if it is among them."""
-        found = self._found.get(text, ())
-        if session not in found:
-            return
-        if len(found) == 1:
+        found = self._found.get(text)
+        if isinstance(found, dict) and found.get(session.key) is session:
+            del found[session.key]
+        if found is session or found == {}:
             del self._found[text]
-        else:
-            at = found.index(session)
-            self._found[text] = found[:at] + found[at + 1 :]
 
     def get(self, text: str) -> tuple[Session, ...]:
         """Return the sessions of a text."""
-        return self._found.get(text, ())
+        found = self._found.get(text)
+        if isinstance(found, dict):
+            return tuple(found.values())
+        return () if found is None else (found,)
 
 
 class Sessions:

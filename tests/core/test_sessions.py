@@ -5,6 +5,7 @@ Rules: docs/reference/protocol.md#16-owners-sessions-aliases, #21-link-life.
 
 from __future__ import annotations
 
+import tracemalloc
 from statistics import median
 from typing import Any
 
@@ -321,6 +322,23 @@ def test_sessions_are_found_by_the_controllers_id_and_by_name_until_either_chang
     assert (sessions.registered_as("o", "prod"), sessions.registered_as("o", "test")) == ([], [mine])
     sessions.remove(mine)
     assert (sessions.with_upstream_id("c-2"), sessions.registered_as("o", "test")) == ([], [])
+
+
+def test_one_more_of_many_agents_with_one_name_costs_as_much_as_the_first() -> None:
+    """All agents of a shim may have the same name, and register together."""
+    sessions = Sessions()
+    for number in range(9000):
+        each = Session(SessionKey("o", "cluster", f"c-{number}"), "clusters_agent")
+        each.registration = {"name": "prod"}
+        sessions.add(each)
+    tracemalloc.start()
+    try:
+        sessions.set_registration(each, {"name": "prod"})
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 9000
+    assert len(sessions.registered_as("o", "prod")) == 9000
 
 
 def test_an_alias_follows_its_latest_session_and_goes_with_it() -> None:
