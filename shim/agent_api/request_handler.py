@@ -53,7 +53,7 @@ _REMEMBERED_TARGETS = 4096
 logger = logging.getLogger(__name__)
 Answer = Reply | ProxyResponse | StreamResponse
 Served = Answer | CallResult
-"""How a request ends: a `CallResult` is still to be rendered as a reply."""
+"""The end of a request. A `CallResult` must still be rendered as a reply."""
 Waiting = Coroutine[Any, Any, Served]
 """The rest of a request that has to wait, as a coroutine that has not started."""
 
