@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pytest
 
+from shim.bridge.outbox import WINDOW_BYTES
+from shim.bridge.upstream_connection import ResultsConfirmed
 from shim.core.agent_calls import Accepted
 from shim.core.records import AddTrace, CloseOutbox, Operation, PutOutbox, ReadOutbox, SessionKey, TraceEntry
 from shim.protocol.rfc3339 import parse_rfc3339
@@ -167,6 +169,19 @@ async def test_long_results_do_not_pile_up_on_the_connection(world: World) -> No
     assert agent.world.bridge.outbox.empty
 
 
+async def test_as_many_bytes_follow_as_were_confirmed(world: World) -> None:
+    world.controller.manners.acks = world.controller.manners.pongs = False
+    await answered(world, *(f"k{n}" for n in range(20)), output="x" * 900_000)
+    counts = [len(world.controller.got("command_result"))]
+    for confirmed in (1, 2):
+        seqs = tuple(world.bridge.outbox._entries)[:confirmed]
+        world.bridge.ctx.events.put(ResultsConfirmed(seqs))
+        await world.settle()
+        counts.append(len(world.controller.got("command_result")))
+    full = WINDOW_BYTES // 900_000 + 1
+    assert counts == [full, full + 1, full + 3]
+
+
 async def test_a_result_longer_than_the_controller_takes_is_cut_and_says_so(make_world: MakeWorld) -> None:
     world = await make_world(upstream={"max_send_bytes": 65_536})
     await answered(world, "k1", output="x" * 100_000)
@@ -314,6 +329,20 @@ async def test_a_result_is_sent_again_for_each_time_that_its_command_comes_again
     assert {message.request_id for message in world.controller.got("command_result")} == {"r-k1"}
     await agent.live(40)
     assert world.bridge.outbox.empty
+
+
+async def test_a_result_is_sent_again_although_the_disk_refuses_to_store_that(world: World) -> None:
+    agent = await answered(world, "k1")
+    await agent.live(40)
+    world.store.failing = no_outbox
+    world.controller.push("k1")
+    await world.settle()
+    assert sent(world, "k1") == 2
+    assert world.controller.results("k1")[1]["output"] == "done"
+    await agent.live(40)
+    world.controller.push("k1")
+    await world.settle()
+    assert sent(world, "k1") == 3, "it is not taken for one on its way"
 
 
 async def test_results_that_were_never_sent_are_known_by_owner(make_world: MakeWorld) -> None:
