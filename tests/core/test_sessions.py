@@ -337,7 +337,7 @@ def test_one_more_of_many_agents_with_one_name_costs_as_much_as_the_first() -> N
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 9000
+    assert peak_bytes < 50_000, "a copy of all takes four times as much"
     assert len(sessions.registered_as("o", "prod")) == 9000
 
 
