@@ -58,7 +58,9 @@ def _ignore(*_: object) -> None:
 
 
 class CommitProbe(msgspec.Struct, frozen=True):
-    """Callbacks that observe commits. All of them run on the event loop, and do nothing unless they are given.
+    """Callbacks that observe commits, and the clock for their duration.
+
+    All callbacks run on the event loop, and do nothing unless they are given. `monotonic` is called in any thread.
 
     `observe(commit_s, operations)` is called after each successful commit with its duration in seconds by `monotonic`
     and the number of operations. The duration includes waiting for another process.

@@ -22,6 +22,7 @@ pytest.importorskip("psycopg")
 
 from shim.store.postgres.database import prepare
 from shim.store.postgres.dsn import application
+from shim.store.writer import UNOBSERVED
 from tests.support import postgres as pg
 from tests.support.disks import fill, mounted
 from tests.support.postgres_stores import client_of, owner, stored, until
@@ -231,7 +232,7 @@ def test_who_lost_the_lease_commits_nothing_more(pg_url: str) -> None:
     assert stored(pg_url) == ["1"]
     assert fenced == [True]
     with pytest.raises(StoreFenced):
-        pg.PostgresStore(settings.Store(url=pg_url), list, None, partition._replace(fence=1)).open()
+        pg.PostgresStore(settings.Store(url=pg_url), list, UNOBSERVED, partition._replace(fence=1)).open()
 
 
 ROUNDS = 6

@@ -43,3 +43,14 @@ def test_each_row_of_a_shared_statement_has_its_own_outcome(pg_url: str) -> None
         assert [each for each in found.trace if each.event == "offered"] == [step]
         assert found.record.attempts == (name != "never")
     client.close()
+
+
+def test_a_command_whose_id_has_a_character_that_the_server_rejects_has_its_own_outcome(pg_url: str) -> None:
+    """NUL is stored as a visible symbol, under which the command is found when it comes again."""
+    client = client_of(pg_url)
+    client.run(put("known"))
+    for again in (False, True):
+        outcomes = [client.submit(put(name)) for name in ("1", "a\0", "known", "2")]
+        assert [client.wait(each).duplicate for each in outcomes] == [again, again, True, again]
+    client.close()
+    assert stored(pg_url) == ["known", "1", "a␀", "2"]
