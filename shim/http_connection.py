@@ -317,8 +317,7 @@ class HttpConnection(RequestHandler):
     def _begin_body(self, message: RawRequestMessage, body: StreamReader, *, upgraded: bool, rest: bytes) -> bytes:
         """Start a request whose head is complete, with the body bytes that are here; return the bytes behind it."""
         arrived_s = self._received_s if self._head_since_s is None else self._head_since_s
-        self._head_since_s = None
-        self._head_bytes = 0
+        self._head_since_s, self._head_bytes = None, 0
         if self._head_timer is not None:
             self._stop_head_timer()
         self._body, self._empty_lines = body, 0
@@ -393,8 +392,7 @@ class HttpConnection(RequestHandler):
         self._forget_body()
         self._reading_paused = self._buffer_paused = False
         self._resume_transport_reading()  # a peer that is blocked in writing would not read the reply
-        wire = self._wire
-        if wire is not None and not wire.is_closing():
+        if (wire := self._wire) is not None and not wire.is_closing():
             if wire.can_write_eof():
                 wire.write_eof()
             self._head_timer = self._loop.call_later(_spread(LINGER_S), self.force_close)
@@ -420,9 +418,8 @@ class HttpConnection(RequestHandler):
             self._feed_body(data[:size])
         else:
             self._unread_bytes = 0
-            self._body_left = CHUNKED
             self._forget_body()
-            self._body.set_exception(NoRoom())
+            self._fail_body(NoRoom())
         return data[size:]
 
     def _forget_body(self) -> None:
@@ -440,8 +437,8 @@ class HttpConnection(RequestHandler):
             self._adjust_charge()
 
     def _feed_body(self, data: bytes) -> None:
-        fault: Exception | None = None
         messages: Any = ()
+        fault: Any = None
         try:
             messages, self._upgraded, _ = self._http.feed_data(data)
         except HttpProcessingError as error:
@@ -450,13 +447,18 @@ class HttpConnection(RequestHandler):
         if self._empty_lines > MAX_EMPTY_LINES or (fault is None and messages):
             fault = RequestPayloadError("the body cannot be read")
         if body.exception() is not None or fault is not None:
-            self._body_left = CHUNKED
-            if not self._open:
+            if self._open:
+                self._fail_body(body.exception() or fault)
+            else:
                 self.force_close()  # the reply is written, and no handler reads the rest
-            elif fault is not None and body.exception() is None:
-                body.set_exception(fault)
         elif self._body_left == CHUNKED and body.is_eof():
             self._body_left = 0
+
+    def _fail_body(self, fault: Any) -> None:
+        self._body_left = CHUNKED
+        self._body.set_exception(fault)
+        # The end of a chunk in the same bytes may have woken the reader, which then waits again without a look at this.
+        self._loop.call_soon(self._body.set_exception, fault)
 
     # --- the end of a request ---
 
@@ -473,8 +475,7 @@ class HttpConnection(RequestHandler):
 
     def _request_over(self) -> None:
         """Go on with the bytes behind an answered request."""
-        self._open = False
-        self._unread_bytes = 0
+        self._open, self._unread_bytes = False, 0
         if self._upgraded and self._payload_parser is None and self._http is not None:
             self._upgraded = False  # the upgrade was declined
             self._http.set_upgraded(False)
@@ -487,8 +488,7 @@ class HttpConnection(RequestHandler):
 
         A peer that does not read gets a reset. After a usual close the kernel would keep for minutes what waits for it.
         """
-        wire = self._wire
-        if wire is None:
+        if (wire := self._wire) is None:
             return
         if self.writing_paused:
             wire.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)

@@ -298,6 +298,7 @@ SPLITTABLE = {
     "chunked": chunked(b'{"status":', b'"healthy"}'),
     "chunked, extension and trailer": chunked(b'{"status":"x"}', extension=b";a=b", trailers=b"X: y\r\n"),
     "chunked, empty lines": chunked(b'{\r\n\r\n"status":"x"\r\n\r\n}'),
+    "a fault behind a chunk": chunked()[: -len(b"0\r\n\r\n")] + b"5\r\nab\r\n0\r\n\r\n",
     "gzip": post(
         HEARTBEAT, gzip.compress(b'{"status":"x"}', mtime=0), "Content-Encoding: gzip", "Authorization: Bearer t"
     ),
