@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import msgspec
 
 from shim.core.agent_calls import AgentCall, Outcome
+from shim.core.command_queue import OpenUntil
 from shim.core.records import Operation, StoreContents, StoreOperation
 from shim.errors import StoreError
 from shim.protocol.upstream_message import Message
@@ -217,8 +218,8 @@ class DeliveryEvidence(Protocol):
     Each receipt is followed by exactly one call of `written` or `unwritten`, and after `written` by evidence.
     """
 
-    def written(self, receipt: DeliveryReceipt) -> None:
-        """Record that the whole reply was handed to the kernel."""
+    def written(self, receipt: DeliveryReceipt, open_until: OpenUntil) -> None:
+        """Record that the whole reply was handed to the kernel. `open_until` is called at later polls."""
 
     def unwritten(self, receipt: DeliveryReceipt) -> None:
         """Record that the reply was not written.
@@ -229,10 +230,10 @@ class DeliveryEvidence(Protocol):
     def next_request(self, connection: int) -> None:
         """Record another request on a connection, sent after a reply with commands was written on it."""
 
-    def connection_open(self, connection: int, until_s: float) -> None:
-        """Record that a connection was certainly open at `until_s` (monotonic seconds).
+    def connection_open(self, connection: int, until_s: float) -> bool:
+        """Record that the agent's side of a connection was certainly open at `until_s` (monotonic seconds).
 
-        Only for connections at another replica; the end of an own connection is noticed at once.
+        Called again and again while evidence is awaited. Returns False if none is awaited any longer.
         """
 
     def connection_closed(self, connection: int, clean: bool | None) -> None:

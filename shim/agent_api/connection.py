@@ -19,6 +19,7 @@ from aiohttp.web_server import Server
 from shim.agent_api import tcp_state
 from shim.agent_api.responses import NO_ROUTE, SENT_CLOSE
 from shim.agent_api.server_context import ServerContext
+from shim.agent_api.tcp_state import PeerWatch
 from shim.core.agent_calls import AgentCall, Commands
 from shim.errors import AgentError
 from shim.http_connection import HttpConnection
@@ -68,6 +69,7 @@ class AgentConnection(HttpConnection):
         "_had_commands",
         "_handler",
         "_own_socket",
+        "_peer_watch",
         "_refused",
         "_server_context",
         "_socket",
@@ -92,12 +94,11 @@ class AgentConnection(HttpConnection):
         self._server_context = server_context
         self._socket: socket.socket | None = None  # or asyncio's `TransportSocket`, which has the methods used here
         self._own_socket: socket.socket | None = None
-        self._entered = False
-        self._refused = False
+        self._entered = self._refused = False
         self.lost = False
         self._evidence_awaited = False
-        self._had_commands = False
-        self._acknowledged = False
+        self._peer_watch: PeerWatch | None = None
+        self._had_commands = self._acknowledged = False
         self._aborted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -147,6 +148,8 @@ class AgentConnection(HttpConnection):
         self.leave()
         self._drop_what_is_held()
         self._note_acknowledgement()
+        if self._peer_watch is not None:
+            self._peer_watch.end()
         if self._own_socket is not None:
             self._own_socket.close()
         self._wire = self._socket = None  # the kernel may soon reuse the file descriptor for another connection
@@ -361,7 +364,10 @@ class AgentConnection(HttpConnection):
         """Report if the response with these commands was written; if so, watch the connection for evidence."""
         if written:
             self._evidence_awaited = self._had_commands = True
-            self._server_context.backends.evidence.written(receipt)
+            evidence = self._server_context.backends.evidence
+            watch = self._peer_watch = self._peer_watch or PeerWatch(evidence, self.number)
+            evidence.written(receipt, watch.open_until)
+            watch.begin(self._socket)
         else:
             self._server_context.backends.evidence.unwritten(receipt)
 

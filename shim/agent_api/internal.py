@@ -33,6 +33,7 @@ from shim.agent_api.response_writer import MISDIRECTED
 from shim.agent_api.server import MAX_HEADERS, AgentServer
 from shim.agent_api.server_context import ConnectionCount
 from shim.core.bounds import MAX_HEAD_BYTES, MAX_LINE_BYTES
+from shim.core.command_queue import unknown_open
 from shim.errors import AgentError
 from shim.metrics import Metrics
 from shim.ports import Caller, DeliveryReceipt, ProxyResponse
@@ -210,7 +211,7 @@ class PairedConnection(AgentConnection):
         match path:
             case Note.WRITTEN.value if receipt is not None:
                 self._receipt, self._note_awaited = None, True
-                evidence.written(receipt)
+                evidence.written(receipt, unknown_open)
             case Note.UNWRITTEN.value if receipt is not None:
                 self._receipt = None
                 evidence.unwritten(receipt)
@@ -270,7 +271,7 @@ class PairedConnection(AgentConnection):
         receipt, self._receipt = self._receipt, None
         awaited, self._note_awaited = self._note_awaited, False
         if receipt is not None:
-            self._evidence.written(receipt)
+            self._evidence.written(receipt, unknown_open)
         if receipt is not None or awaited:
             self._evidence.connection_closed(self.number, None)
 

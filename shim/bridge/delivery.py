@@ -33,7 +33,7 @@ from msgspec.structs import replace
 from shim.bridge.command_queues import AwaitedEvidence, CommandQueues
 from shim.bridge.context import BridgeContext, Moment, resolve
 from shim.bridge.outbox import DRAINED, REASONS, Outbox, OutboxRecord, Rejection, Rejections
-from shim.core.command_queue import Batch, CommandQueue, QueuedCommand, QueuePolicy
+from shim.core.command_queue import Batch, CommandQueue, OpenUntil, QueuedCommand, QueuePolicy
 from shim.core.records import (
     VIA_HTTP,
     CloseOutbox,
@@ -339,9 +339,10 @@ class CommandDelivery:
 
     # --- the reply: written or not ------------------------------------------------------------------------------------
 
-    def written(self, batch: Batch) -> None:
+    def written(self, batch: Batch, open_until: OpenUntil) -> None:
         """Wait for evidence of delivery: the whole reply was passed to the kernel."""
         now = batch.written_at = self._ctx.now
+        batch.open_until = open_until
         self.evidence.add(batch, self._ctx.settings.commands.evidence_s, self._evidence_due)
         self._observe_age(batch, self._ctx.metrics.hand_over_seconds, now)
 
@@ -373,12 +374,16 @@ class CommandDelivery:
             if queue is not None:
                 self._delivered(queue, batch, "next request", at)
 
-    def connection_open(self, connection: int, until_s: float) -> None:
-        """Mark offers as delivered whose connection, at another replica, was open at `until_s`, after a later poll."""
+    def connection_open(self, connection: int, until_s: float) -> bool:
+        """Mark offers as delivered whose connection was open at `until_s`, after a later poll.
+
+        Returns False if no evidence is awaited on this connection any longer.
+        """
         for batch in self.evidence.on(connection):
             queue = self._queues.get(batch.key)
             if queue is not None and batch.is_confirmed_by_open_at(until_s):
                 self._delivered(queue, batch, "poll", self._ctx.moment())
+        return bool(self.evidence.on(connection))
 
     def connection_closed(self, connection: int, clean: bool | None) -> None:
         """Record how the connection of an offer ended.

@@ -126,7 +126,6 @@ class ReplicaConnection(ResponseHandler):
         super().__init__(asyncio.get_running_loop())
         self.process = process
         self.idle_since_s = 0.0
-        self.awaits_evidence = False
         self._on_lost = on_lost
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -156,7 +155,6 @@ class ReplicaConnection(ResponseHandler):
 
     def notify(self, kind: Note) -> None:
         """Send a note to the owner about the delivery of its reply."""
-        self.awaits_evidence = kind is Note.WRITTEN
         self._write(note(kind))
 
     def notify_open(self, until: float) -> None:
@@ -355,10 +353,6 @@ class ConnectionPool:
             idle.append(connection)
         else:
             connection.close()
-
-    def awaiting_evidence(self) -> list[ReplicaConnection]:
-        """Return the connections whose latest reply was written to an agent and has no evidence of delivery yet."""
-        return [each for each in self._open if each.awaits_evidence]
 
     def _discard(self, connection: ReplicaConnection) -> None:
         self._open.discard(connection)

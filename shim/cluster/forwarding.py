@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
@@ -24,6 +25,7 @@ from shim.agent_api.response_writer import MISDIRECTED
 from shim.cluster.connection_pool import ConnectionPool, ReplicaConnection, ReplicaLost, ReplicaReply
 from shim.cluster.membership import Membership
 from shim.cluster.shard_manager import ShardLocator
+from shim.core.command_queue import OpenUntil
 from shim.core.shards import ClockOffset, Member
 from shim.errors import AgentError
 from shim.metrics import ClusterMetrics
@@ -62,10 +64,18 @@ class RemoteReceipt:
     pool: ConnectionPool
     carrier: ReplicaConnection
     connection: int
+    offset: ClockOffset
 
-    def written(self) -> None:
+    def written(self, _open_until: OpenUntil) -> None:
         """Notify the owner that its reply was handed to the kernel."""
         self.carrier.notify(Note.WRITTEN)
+
+    def connection_open(self, until_s: float) -> bool:
+        """Notify the owner up to when the agent's connection was open; True until there is evidence."""
+        on_owners_clock = self.offset.to_peer(until_s)
+        if on_owners_clock is not None and math.isfinite(on_owners_clock):
+            self.carrier.notify_open(on_owners_clock)
+        return True
 
     def unwritten(self) -> None:
         """Notify the owner that its reply was not written."""
@@ -225,7 +235,7 @@ class ReplicaForwarder:
             return respond(self._stream(connection, reply))
         body = await reply.read()
         if offers:
-            receipt = RemoteReceipt(self._pool, connection, request.caller.connection)
+            receipt = RemoteReceipt(self._pool, connection, request.caller.connection, offset)
             return respond(body, receipt)
         self._pool.release(connection)
         return respond(body)
@@ -241,30 +251,17 @@ class ReplicaForwarder:
         with suppress(ValueError):
             offset.update(float(reply.header(CLOCK_HEADER.lower()) or ""), self._clock.monotonic_s())
 
-    def _confirm_open(self, until: float) -> None:
-        """Report to owners which agents' connections were open at `until`, the time of an earlier tick.
-
-        Everything that had arrived by then has been handled: the event loop has read from its sockets between the two
-        ticks. At the tick itself the end of a connection may still wait in the kernel, above all after a pause.
-        """
-        for connection in self._pool.awaiting_evidence():
-            on_owners_clock = self._offsets[connection.process].to_peer(until)
-            if on_owners_clock is not None:
-                connection.notify_open(on_owners_clock)
-
     # --- background task ----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Close unused connections, end overdue heartbeats and confirm open connections, until cancelled."""
+        """Close unused connections and end overdue heartbeats, until cancelled."""
         swept_at = 0.0
         while True:
             await asyncio.sleep(TICK_S)
-            ticked_before, now = self._ticked_at, self._clock.monotonic_s()
-            self._ticked_at = now
+            now = self._ticked_at = self._clock.monotonic_s()
             if now - swept_at < SWEEP_S:
                 continue
             swept_at = now
-            self._confirm_open(ticked_before)
             living = frozenset(self._membership.view.members)
             self._pool.sweep(living, now)
             for process in [each for each in self._offsets if each not in living]:

@@ -26,6 +26,7 @@ from shim.core.agent_calls import (
     PollCall,
     StatusCall,
 )
+from shim.core.command_queue import OpenUntil
 from shim.fallback.policy import scope_of
 from shim.ports import Caller, CallResult, Clock, DeliveryReceipt, FallbackScope, ProxyRequest, ProxyResponse
 
@@ -43,9 +44,9 @@ class LocalReceipt:
     receipt: DeliveryReceipt
     connection: int
 
-    def written(self) -> None:
+    def written(self, open_until: OpenUntil) -> None:
         """Record that the reply was handed to the kernel."""
-        self.delivery.written(self.receipt)
+        self.delivery.written(self.receipt, open_until)
 
     def unwritten(self) -> None:
         """Record that the reply could not be written."""
@@ -55,9 +56,9 @@ class LocalReceipt:
         """Record that the agent sent another request on the connection."""
         self.delivery.next_request(self.connection)
 
-    def connection_open(self, until_s: float) -> None:
+    def connection_open(self, until_s: float) -> bool:
         """Record that the connection was open, as `DeliveryEvidence.connection_open` does."""
-        self.delivery.connection_open(self.connection, until_s)
+        return self.delivery.connection_open(self.connection, until_s)
 
     def connection_closed(self, clean: bool | None) -> None:
         """Record the end of the connection, as `DeliveryEvidence.connection_closed` does."""
@@ -104,7 +105,7 @@ class Router:
 
     # --- evidence -----------------------------------------------------------------------------------------------------
 
-    def written(self, receipt: DeliveryReceipt) -> None:
+    def written(self, receipt: DeliveryReceipt, open_until: OpenUntil) -> None:
         """Record that a reply was handed to the kernel."""
         found = cast("_Receipt", receipt)
         awaiting = self._awaiting_evidence[found.connection]
@@ -112,7 +113,7 @@ class Router:
         bridges = [other.delivery for other in awaiting if isinstance(other, LocalReceipt)]
         if not (isinstance(found, LocalReceipt) and found.delivery in bridges):
             awaiting.append(found)
-        found.written()
+        found.written(open_until)
         if len(awaiting) > MAX_RECEIPTS:
             awaiting.pop(0).connection_closed(False)
 
@@ -125,11 +126,10 @@ class Router:
         for receipt in self._awaiting_evidence.pop(connection, ()):
             receipt.next_request()
 
-    def connection_open(self, connection: int, until_s: float) -> None:
-        """Record that another replica's connection to an agent was open at `until_s`."""
-        for receipt in self._awaiting_evidence.get(connection, ()):
-            if isinstance(receipt, LocalReceipt):
-                receipt.connection_open(until_s)
+    def connection_open(self, connection: int, until_s: float) -> bool:
+        """Record that a connection to an agent was open at `until_s`. Returns False if no evidence is awaited on it."""
+        awaited = [receipt.connection_open(until_s) for receipt in self._awaiting_evidence.get(connection, ())]
+        return any(awaited)
 
     def connection_closed(self, connection: int, clean: bool | None) -> None:
         """Record that a connection was closed."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from itertools import takewhile
 
@@ -97,13 +98,23 @@ class QueuedCommand(msgspec.Struct, eq=False):
         return self.seq < other.seq
 
 
+OpenUntil = Callable[[], float]
+"""Returns the monotonic time up to which the agent's side of a connection was certainly open, -inf if that is unknown.
+
+A connection to another machine may look open long after that machine, or the network to it, is gone."""
+
+
+def unknown_open() -> float:
+    """Return -inf: nothing is known of the agent's side of a connection (`OpenUntil`)."""
+    return -math.inf
+
+
 class Batch(msgspec.Struct):
     """The commands of one poll reply, until their delivery is decided.
 
     `connection` is the number of the TCP connection, negative if another replica has it; `polled_at` is the arrival of
     the poll in monotonic seconds. The agent API keeps a batch as the `ports.DeliveryReceipt` of its reply.
-    `unconfirmed_poll_at` is the time of a later poll that is evidence if the connection was still open then: the end of
-    a connection at another replica is learned late, or never while that replica is paused.
+    `unconfirmed_poll_at` is the time of a later poll that is evidence if the connection was still open then.
     """
 
     key: SessionKey
@@ -112,6 +123,7 @@ class Batch(msgspec.Struct):
     connection: int
     polled_at: float
     written_at: float | None = None
+    open_until: OpenUntil = unknown_open
     cleanly_closed: bool | None = None  # None while the connection is open
     unconfirmed_poll_at: float | None = None
 
@@ -132,17 +144,19 @@ class Batch(msgspec.Struct):
         """Return True if a poll that arrived at `arrived_s` proves that the agent has read the reply.
 
         The rule is docs/reference/protocol.md#3-commands. A connection that was closed by FIN has been read to its end.
-        While it is open, the poll must not have been on its way when the reply was written. Agents may have two polls
-        at once, and may pipeline. If another replica has the connection, such a poll is noted with the time `now`, and
-        proves nothing until that replica reports that the connection was still open then.
+        While it is open, the poll must not have been on its way when the reply was written: agents may have two polls
+        at once, and may pipeline. And the agent's side must have been open at the poll. Unless that is certain at once,
+        the poll is noted with the time `now`, and proves nothing until a report shows that it was.
         """
         if self.cleanly_closed is not None:
             return self.cleanly_closed
         if self.written_at is None or arrived_s < self.written_at + OVERLAP_S:
             return False
-        if self.connection < 0 and self.unconfirmed_poll_at is None:
+        if self.open_until() >= arrived_s:
+            return True
+        if self.unconfirmed_poll_at is None:
             self.unconfirmed_poll_at = now
-        return self.connection > 0
+        return False
 
     def is_confirmed_by_open_at(self, until_s: float) -> bool:
         """Return True if the connection was still open after the later poll was sent. True once for each poll."""

@@ -6,14 +6,17 @@ Rules: docs/reference/protocol.md#3-commands.
 from __future__ import annotations
 
 import asyncio
+import math
 import select
 import socket
+from contextlib import suppress
 
 import pytest
 
 from shim.agent_api import tcp_state
 from shim.config.settings import Listen
 from shim.core.agent_calls import AgentCall
+from shim.core.command_queue import OpenUntil
 from shim.ports import Caller, CallResult
 from tests.support.frontend import HEALTH, POLL, Agent, Board, HeldCalls, get, offering, running
 
@@ -315,6 +318,24 @@ def test_a_reset_after_a_half_close_is_found_out() -> None:
         assert not tcp_state.acknowledged(ours)
 
 
+def test_a_peer_on_this_machine_has_the_connection_open_now_or_not_at_all() -> None:
+    ours, theirs = _pair()
+    with ours, theirs:
+        ours.setblocking(False)
+        ours.send(b"a reply")
+        assert tcp_state.open_until(ours, 7.0) == 7.0
+        with suppress(BlockingIOError):
+            while True:
+                ours.send(bytes(65_536))
+        assert tcp_state.open_until(ours, 7.0) == -math.inf  # not all of it has arrived
+        theirs.settimeout(30)
+        while tcp_state.open_until(ours, 7.0) < 7.0:
+            theirs.recv(1_048_576)
+        theirs.close()
+        assert tcp_state.open_until(ours, 7.0) == -math.inf
+    assert tcp_state.open_until(ours, 7.0) == -math.inf
+
+
 def test_what_the_kernel_tells() -> None:
     ours, theirs = _pair()
     with ours, theirs:
@@ -338,8 +359,8 @@ def test_what_the_kernel_tells() -> None:
 
 async def test_a_failing_agent_service_does_not_break_the_connection() -> None:
     class Broken(Board):
-        def written(self, receipt: object) -> None:
-            super().written(receipt)
+        def written(self, receipt: object, open_until: OpenUntil) -> None:
+            super().written(receipt, open_until)
             raise RuntimeError("a defect")
 
     board = Broken()

@@ -362,24 +362,23 @@ async def test_what_a_successor_takes_over_goes_to_its_held_poll_and_the_former_
     assert len(world.bridge.delivery.evidence) == 0, "the former offer is not kept either"
 
 
-# --- polls at other replicas ------------------------------------------------------------------------------------------
+# --- polls while the state of the reply's connection is unknown -------------------------------------------------------
 
 
-async def test_a_later_poll_is_evidence_once_the_replica_of_the_offer_says_the_connection_was_open(
-    world: World,
-) -> None:
+async def test_a_later_poll_is_evidence_once_a_report_shows_that_the_connection_was_open(world: World) -> None:
     agent = await given(world, "k1")
-    agent.connection = -7
+    agent.connection, before = -7, world.now - 1
+    agent.open_until = lambda: before
     assert await agent.poll() == ["k1"]
     await world.pass_s(1)
     assert await world.agent(cluster_id=agent.cluster_id).poll() == []
     delivery, polled_at = world.bridge.delivery, world.now
     await world.pass_s(5)
-    for connection, until_s in ((-7, polled_at - 0.5), (-8, world.now)):
-        delivery.connection_open(connection, until_s)
+    for connection, until_s, awaited in ((-7, polled_at - 0.5, True), (-8, world.now, False)):
+        assert delivery.connection_open(connection, until_s) is awaited
         await world.settle()
         assert await world.state("k1") == "offered"
-    delivery.connection_open(-7, world.now)
+    assert not delivery.connection_open(-7, world.now)
     await world.settle()
     [(_, _, trace)] = await world.store.find("k1")
     assert (trace[-1].event, trace[-1].detail, trace[-1].wall) == ("delivered", "poll", world.clock.wall_s())

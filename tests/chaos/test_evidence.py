@@ -39,7 +39,7 @@ def test_a_poll_that_was_sent_before_the_reply_was_written_is_no_evidence(same_c
         offered = await _poll(world, agent, first, sent_at)
         assert offered.receipt is not None
         await asyncio.sleep(0.01)
-        world.bridge.delivery.written(offered.receipt)
+        world.bridge.delivery.written(offered.receipt, lambda: world.now)
         overlapping = await _poll(world, agent, second, sent_at)
         assert overlapping.receipt is None
         assert await world.state("c1") == "offered"
@@ -58,7 +58,7 @@ def test_a_poll_that_was_sent_after_it_is() -> None:
         world, agent = await _started()
         offered = await _poll(world, agent, agent.connection, world.now)
         assert offered.receipt is not None
-        world.bridge.delivery.written(offered.receipt)
+        world.bridge.delivery.written(offered.receipt, lambda: world.now)
         await asyncio.sleep(0.05)
         await _poll(world, agent, world.connection(), world.now)
         assert await world.state("c1") == "delivered"

@@ -15,6 +15,8 @@ from shim.agent_api.internal import Note
 from shim.cluster.forwarding import RemoteReceipt
 from shim.cluster.router import MAX_RECEIPTS, LocalReceipt, Router
 from shim.config.settings import Settings
+from shim.core.command_queue import OpenUntil, unknown_open
+from shim.core.shards import ClockOffset
 from tests.support.replicas import ENDED, WAIT_S, elsewhere, gateway, journal
 
 
@@ -23,10 +25,14 @@ class Carrier:
 
     def __init__(self) -> None:
         self.noted: list[Note] = []
+        self.open_until: list[float] = []
         self.released = 0
 
     def notify(self, kind: Note) -> None:
         self.noted.append(kind)
+
+    def notify_open(self, until: float) -> None:
+        self.open_until.append(until)
 
     def release(self, connection: Any) -> None:
         assert connection is self
@@ -40,7 +46,7 @@ def router() -> Router:
 
 def remote(connection: int) -> tuple[RemoteReceipt, Carrier]:
     carrier: Any = Carrier()
-    return RemoteReceipt(carrier, carrier, connection), carrier
+    return RemoteReceipt(carrier, carrier, connection, ClockOffset()), carrier
 
 
 @pytest.mark.parametrize(
@@ -56,12 +62,25 @@ def test_evidence_of_a_connection_reaches_the_owner_once(end: Any, noted: Note) 
     receipt, carrier = remote(7)
     other, untouched = remote(8)
     for each in (receipt, other):
-        routing.written(each)
+        routing.written(each, unknown_open)
     end(routing)
     end(routing)
     assert carrier.noted == [Note.WRITTEN, noted]
     assert carrier.released == 1
     assert untouched.noted == [Note.WRITTEN]
+
+
+def test_an_owner_learns_on_its_own_clock_until_when_an_agents_connection_was_open() -> None:
+    routing = router()
+    receipt, carrier = remote(7)
+    routing.written(receipt, unknown_open)
+    assert routing.connection_open(7, 5.0)  # the clock of the owner is not known yet
+    receipt.offset.update(105.0, 5.0)
+    for until_s in (5.0, unknown_open()):
+        assert routing.connection_open(7, until_s)
+    assert carrier.open_until == [105.0]
+    routing.next_request(7)
+    assert not routing.connection_open(7, 6.0)
 
 
 def test_a_reply_that_was_not_written_frees_its_connection() -> None:
@@ -76,7 +95,7 @@ def test_replies_of_several_owners_may_await_evidence_on_one_connection() -> Non
     routing, seen = router(), []
 
     class Delivery:
-        def written(self, receipt: Any) -> None:
+        def written(self, receipt: Any, open_until: OpenUntil) -> None:
             seen.append(("written", receipt))
 
         def next_request(self, connection: int) -> None:
@@ -84,8 +103,8 @@ def test_replies_of_several_owners_may_await_evidence_on_one_connection() -> Non
 
     delivery: Any = Delivery()
     receipt, carrier = remote(7)
-    routing.written(LocalReceipt(delivery, "offer", 7))
-    routing.written(receipt)
+    routing.written(LocalReceipt(delivery, "offer", 7), unknown_open)
+    routing.written(receipt, unknown_open)
     routing.next_request(7)
     assert seen == [("written", "offer"), ("next", 7)]
     assert carrier.noted == [Note.WRITTEN, Note.NEXT]
@@ -96,7 +115,7 @@ def test_a_connection_that_never_shows_evidence_keeps_few_receipts() -> None:
     routing = router()
     receipts = [remote(7) for _ in range(MAX_RECEIPTS + 3)]
     for receipt, _ in receipts:
-        routing.written(receipt)
+        routing.written(receipt, unknown_open)
     noted = [carrier.noted for _, carrier in receipts]
     assert noted[:3] == [[Note.WRITTEN, Note.CLOSED]] * 3
     assert noted[3:] == [[Note.WRITTEN]] * MAX_RECEIPTS
@@ -107,19 +126,20 @@ def test_one_receipt_of_a_local_bridge_stands_for_all_its_offers_on_a_connection
     routing, seen = router(), []
 
     class Delivery:
-        def written(self, receipt: Any) -> None:
+        def written(self, receipt: Any, open_until: OpenUntil) -> None:
             seen.append(("written", receipt))
 
         def next_request(self, connection: int) -> None:
             seen.append(("next", connection))
 
-        def connection_open(self, connection: int, until_s: float) -> None:
+        def connection_open(self, connection: int, until_s: float) -> bool:
             seen.append(("open", until_s))
+            return False
 
     delivery: Any = Delivery()
     for offer in ("a", "b"):
-        routing.written(LocalReceipt(delivery, offer, -7))
-    routing.connection_open(-7, 12.5)
+        routing.written(LocalReceipt(delivery, offer, -7), unknown_open)
+    assert not routing.connection_open(-7, 12.5)
     routing.next_request(-7)
     assert seen == [("written", "a"), ("written", "b"), ("open", 12.5), ("next", -7)]
 

@@ -25,6 +25,7 @@ from shim.core.command_queue import (
     QueuePolicy,
     RecentCommands,
     next_state,
+    unknown_open,
 )
 from shim.core.records import CommandRecord, CommandState, SessionKey, TraceEntry
 from shim.errors import IllegalTransition
@@ -142,6 +143,7 @@ def test_a_command_that_ended_during_the_write_is_left_as_it_is() -> None:
 def test_a_poll_from_the_end_of_the_overlap_on_is_evidence(later_s: float, evidence: bool) -> None:
     offer = offered(queue_of(record(1)))
     offer.written_at = 0.0
+    offer.open_until = lambda: later_s
     assert offer.is_read_at_poll(later_s, later_s) == evidence
 
 
@@ -165,10 +167,11 @@ def test_a_poll_after_a_reply_of_another_replica_waits_for_its_word_that_the_con
 
 
 @pytest.mark.parametrize("connection, cleanly_closed", [(1, None), (7, None), (-1, True), (-7, True)])
-def test_no_confirmation_is_needed_for_an_own_connection_or_one_that_was_closed(
+def test_no_report_is_needed_for_a_connection_that_is_certainly_open_or_was_closed(
     connection: int, cleanly_closed: bool | None
 ) -> None:
     offer = Batch(KEY, 1, (), connection, 0.0, written_at=10.0, cleanly_closed=cleanly_closed)
+    offer.open_until = (lambda: 11.0) if cleanly_closed is None else unknown_open
     assert offer.is_read_at_poll(11.0, now=11.0)
     assert not offer.is_confirmed_by_open_at(99.0)
 

@@ -16,6 +16,7 @@ from shim.agent_api import AgentServer, Backends
 from shim.config.settings import Listen
 from shim.core.agent_calls import Accepted, AgentCall, Commands, Healthy, OfferedCommand, PollCall
 from shim.core.agent_calls import HealthCall as HealthQuestion
+from shim.core.command_queue import OpenUntil, unknown_open
 from shim.metrics import Metrics
 from shim.ports import Caller, CallResult, DeliveryReceipt
 from shim.protocol import dialects
@@ -34,6 +35,7 @@ class Board:
         self.log: list[tuple[Any, ...]] = []
         self.arrivals_s: list[float] = []
         self.script: Script = plain_answer
+        self.open_until: OpenUntil = unknown_open
         self._changed = asyncio.Event()
 
     def _note(self, *entry: Any) -> None:
@@ -56,7 +58,8 @@ class Board:
             self._note("cancelled")
             raise
 
-    def written(self, receipt: DeliveryReceipt) -> None:
+    def written(self, receipt: DeliveryReceipt, open_until: OpenUntil) -> None:
+        self.open_until = open_until
         self._note("written", receipt)
 
     def unwritten(self, receipt: DeliveryReceipt) -> None:
@@ -65,8 +68,9 @@ class Board:
     def next_request(self, connection: int) -> None:
         self._note("next", connection)
 
-    def connection_open(self, connection: int, until_s: float) -> None:
+    def connection_open(self, connection: int, until_s: float) -> bool:
         self._note("open", connection, until_s)
+        return True
 
     def connection_closed(self, connection: int, clean: bool | None) -> None:
         self._note("closed", connection, clean)

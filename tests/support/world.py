@@ -27,6 +27,7 @@ from shim.core.agent_calls import (
     TargetKind,
     TunnelPollCall,
 )
+from shim.core.command_queue import OpenUntil
 from shim.core.records import AddTrace, CommandDetails, FindCommand, Operation, StoreContents, StoreOperation
 from shim.core.sessions import Session, Sessions
 from shim.errors import ShimError, StoreError
@@ -319,6 +320,7 @@ class Agent:
         self.cluster_id = cluster_id
         self.token = token
         self.connection = world.connection()
+        self.open_until: OpenUntil = lambda: world.now  # of that connection
         self.extra: dict[str, Any] = {"k8s_version": "v1.28.3"}
         self._leased = False
         self.pipelines = False  # then its next request is no evidence
@@ -385,7 +387,7 @@ class Agent:
     def take(self, answer: CallResult) -> tuple[OfferedCommand, ...]:
         """The reply of a poll is written and arrives."""
         if answer.receipt is not None:
-            self.world.bridge.delivery.written(answer.receipt)
+            self.world.bridge.delivery.written(answer.receipt, self.open_until)
             self._leased = True
         assert isinstance(answer.outcome, Commands)
         return answer.outcome.commands

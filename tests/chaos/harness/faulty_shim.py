@@ -23,6 +23,7 @@ from typing import Any, NoReturn, TypeVar
 from shim import app, launch
 from shim.clock import Clock
 from shim.core.agent_calls import AgentCall
+from shim.core.command_queue import OpenUntil
 from shim.core.records import Operation, PutCommand, PutResult, StoreContents, StoreOperation
 from shim.errors import StoreError
 from shim.log import Formatter, Logs, RepeatFilter, as_json
@@ -150,9 +151,9 @@ class _Evidence:
         self.connection_open = inner.connection_open
         self.connection_closed = inner.connection_closed
 
-    def written(self, receipt: DeliveryReceipt) -> None:
+    def written(self, receipt: DeliveryReceipt, open_until: OpenUntil) -> None:
         self._trap.reached("after_reply")
-        self._inner.written(receipt)
+        self._inner.written(receipt, open_until)
 
 
 class _Upstream:
