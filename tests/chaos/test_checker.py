@@ -106,6 +106,7 @@ def _redelivery() -> Iterator[History]:
     )
     unrecorded = [pushed(), queued(), offered(3, recorded=False), received(4)]
     yield "an offer that no disk remembers, and a restart", [*unrecorded, shim(5, born=False), offered(6)], set()
+    yield "an offer that no disk remembers, and another owner", [*unrecorded, offered(6, 1, "restart")], set()
     yield "an offer that no disk remembers, without one", [*unrecorded, offered(6)], {"redelivery"}
     yield "again after the database was destroyed", [*DELIVERED, ev.StoreLost(6), offered(7), received(8)], set()
     later = [*DELIVERED, offered(7, 2, "restart"), received(8), offered(9, 1, "restart")]

@@ -230,6 +230,9 @@ def _take_back(found: Case, counting: list[ev.Offered], step: ev.Requeued) -> No
         counting.pop()
 
 
+_RESTART = "restart"  # the reason of an offer whose command was read from the store: by a new process, or another owner
+
+
 def _offer_problem(found: Case, before: Sequence[ev.Offered], offer: ev.Offered) -> str:
     if not before:
         if offer.attempt > 1 and not offer.reason:
@@ -238,8 +241,9 @@ def _offer_problem(found: Case, before: Sequence[ev.Offered], offer: ev.Offered)
     last = before[-1]
     if found.lost_between(last.at, offer.at):
         return ""
-    if not all(earlier.recorded for earlier in before) and _died(found, last.at, offer.at):
-        return ""  # the disk took no record of the offer, and the memory of it died
+    forgotten = offer.reason == _RESTART or _died(found, last.at, offer.at)
+    if not all(earlier.recorded for earlier in before) and forgotten:
+        return ""  # the disk took no record of the offer, and who offers now has only the disk's
     if not offer.reason:
         return f"offered again (attempt {offer.attempt}) without a reason"
     if offer.attempt <= last.attempt:
