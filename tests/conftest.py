@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
@@ -137,6 +138,9 @@ _watch = _LoopWatch()
 
 def pytest_configure() -> None:
     _watch.install()
+    # A job in the background of a script ignores Ctrl-C, and so would every process that a test ends by it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
