@@ -55,7 +55,7 @@ class HeartbeatCoverage:
         self._acked_at = float("-inf")
         self._acked_on: HeartbeatChannel | None = None
         self._writes: tuple[tuple[float, HeartbeatChannel], ...] = ()
-        self._waiting: list[_Waiting] = []
+        self._waiting: tuple[_Waiting, ...] = ()  # thousands of agents have none
 
     @property
     def waiting(self) -> bool:
@@ -72,7 +72,7 @@ class HeartbeatCoverage:
         if self._waiting and now - self._waiting[-1].at < MERGED_S:
             self._waiting[-1].count += 1
         else:
-            self._waiting.append(_Waiting(now, 1))
+            self._waiting = (*self._waiting, _Waiting(now, 1))
         return False
 
     def written(self, now: float, line: HeartbeatChannel) -> None:
@@ -93,12 +93,9 @@ class HeartbeatCoverage:
         """
         if sent_at > self._acked_at:
             self._acked_at, self._acked_on = sent_at, line
-        covered = 0
-        for waiting in list(self._waiting):
-            if sent_at >= waiting.at - window_s and now <= waiting.at + window_s:
-                covered += waiting.count
-                self._waiting.remove(waiting)
-        return covered
+        before = self._waiting
+        self._waiting = tuple(each for each in before if sent_at < each.at - window_s or now > each.at + window_s)
+        return sum(each.count for each in before) - sum(each.count for each in self._waiting)
 
     def settle(self, now: float, window_s: float, *, acks: bool) -> Counter[HeartbeatOutcome]:
         """Decide the heartbeats whose window is over. `acks` is true if this controller is known to acknowledge.
@@ -107,7 +104,7 @@ class HeartbeatCoverage:
         """
         judged: Counter[HeartbeatOutcome] = Counter()
         while self._waiting and now > self._waiting[0].at + window_s:
-            waiting = self._waiting.pop(0)
+            waiting, self._waiting = self._waiting[0], self._waiting[1:]
             written = not acks and any(
                 abs(sent_at - waiting.at) <= window_s and line.heard_at > sent_at for sent_at, line in self._writes
             )
