@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 from shim.bridge.delivery import CommandDelivery
 from shim.cluster.forwarding import RETRY_AFTER_S, RemoteReceipt
@@ -17,7 +17,6 @@ from shim.core.agent_calls import (
     Accepted,
     AgentCall,
     Commands,
-    Continued,
     Failed,
     HealthCall,
     Healthy,
@@ -33,6 +32,8 @@ from shim.ports import Caller, CallResult, Clock, DeliveryReceipt, FallbackScope
 # An agent that pipelines shows no evidence by its connection, which may be open for weeks. Each receipt of another
 # replica occupies a connection between replicas.
 MAX_RECEIPTS = 32
+_First = TypeVar("_First")
+_Result = TypeVar("_Result")
 _NO_TOKEN = CallResult(Failed(401, "a token is required"))
 
 
@@ -145,6 +146,37 @@ def fenced(shard: Shard, caller: Caller, answer: CallResult) -> CallResult:
         shard.bridge.delivery.unwritten(answer.receipt)
         return CallResult(Commands((), shard.bridge.ctx.settings.poll.frequency_s))
     return CallResult(answer.outcome, LocalReceipt(shard.bridge.delivery, answer.receipt, caller.connection))
+
+
+class Continued(Coroutine[Any, Any, _Result], Generic[_First, _Result]):
+    """Coroutine that awaits `first` and returns `finish` of its result. Closing it closes `first` as well.
+
+    A coroutine function that took `first` as its argument would leave it open if it was closed before it started, and
+    Python would report that `first` was never awaited.
+    """
+
+    def __init__(self, first: Coroutine[Any, Any, _First], finish: Callable[[_First], _Result]) -> None:
+        self._first = first
+        self._whole = self._run(finish)
+
+    async def _run(self, finish: Callable[[_First], _Result]) -> _Result:
+        return finish(await self._first)
+
+    def __await__(self) -> Generator[Any, Any, _Result]:
+        return self._whole.__await__()
+
+    def send(self, value: Any, /) -> Any:
+        """Resume the coroutine (`Coroutine.send`)."""
+        return self._whole.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Raise an exception in the coroutine (`Coroutine.throw`)."""
+        return self._whole.throw(*error)
+
+    def close(self) -> None:
+        """Close this coroutine and the one that it awaits."""
+        self._whole.close()
+        self._first.close()
 
 
 class ClusterFallback:

@@ -8,7 +8,7 @@ from inspect import getcoroutinestate
 
 import pytest
 
-from shim.core.agent_calls import Continued
+from shim.cluster.router import Continued
 
 
 async def number(told: list[str]) -> int:
