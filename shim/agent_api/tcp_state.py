@@ -22,6 +22,7 @@ _SIOCOUTQ = termios.TIOCOUTQ  # the same number on Linux
 _ESTABLISHED = 1
 _LAST_ACK_RECEIVED = struct.Struct("=56xI")  # of struct tcp_info: milliseconds since the peer acknowledged anything
 _GRAIN_S = 0.02
+_MOST_PROBES = 127  # the highest number that the kernel accepts
 REPORT_EVERY_S = 0.25
 
 
@@ -92,11 +93,16 @@ def open_until(sock: socket.socket, now_s: float) -> float:
 
 
 def probe(sock: socket.socket, *, after_s: int, every_s: int) -> None:
-    """Let the kernel ask a silent peer on another machine if it has the connection: it acknowledges or resets."""
+    """Let the kernel ask a silent peer on another machine if it has the connection: it acknowledges or resets.
+
+    An agent that cannot be reached for a while has often read the reply: its next request on the connection shows that.
+    So the kernel asks as often as it can before it gives the connection up. By default ten seconds would be enough.
+    """
     if not _LINUX or is_near(sock):
         return
     with suppress(OSError):  # the connection has ended
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _MOST_PROBES)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every_s)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, after_s)
 

@@ -388,14 +388,18 @@ class CommandDelivery:
     def connection_closed(self, connection: int, clean: bool | None) -> None:
         """Record how the connection of an offer ended.
 
-        After a clean close the session's next poll is evidence: the agent's kernel had acknowledged the whole reply.
-        After a reset it is not, because the reply may have been discarded unread. If the replica that served the
-        connection is gone (`clean` is None), no evidence can come any longer, so the offers are uncertain at once.
+        After a clean close a later poll of the session is evidence, also one that came before the close: the agent's
+        kernel had acknowledged the whole reply. After a reset it is not, because the reply may have been discarded
+        unread. If the replica that served the connection is gone (`clean` is None), no evidence can come any longer, so
+        the offers are uncertain at once.
         """
         for batch in self.evidence.take(connection):
+            queue = self._queues.get(batch.key)
             if clean is None:
                 self.evidence.settle(batch)
                 self._evidence_due(batch)
+            elif clean and queue is not None and batch.unconfirmed_poll_at is not None:
+                self._delivered(queue, batch, "poll", self._ctx.moment())
             else:
                 batch.cleanly_closed = clean
 

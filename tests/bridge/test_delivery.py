@@ -10,7 +10,7 @@ import pytest
 from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.outbox import DRAINED
 from shim.core.agent_calls import Accepted, Commands, PollCall
-from shim.core.command_queue import Batch
+from shim.core.command_queue import Batch, unknown_open
 from shim.ports import CallResult
 from shim.protocol.rfc3339 import rfc3339
 from tests.bridge.conftest import MakeWorld, codes, given, living, offered
@@ -382,6 +382,28 @@ async def test_a_later_poll_is_evidence_once_a_report_shows_that_the_connection_
     await world.settle()
     [(_, _, trace)] = await world.store.find("k1")
     assert (trace[-1].event, trace[-1].detail, trace[-1].wall) == ("delivered", "poll", world.clock.wall_s())
+
+
+@pytest.mark.parametrize("clean", [True, False])
+async def test_a_waiting_poll_is_evidence_once_the_connection_before_it_is_closed_cleanly(
+    make_world: MakeWorld, clean: bool
+) -> None:
+    world = await make_world(poll={"hold": 20})
+    agent = await given(world, "k1")
+    agent.open_until = unknown_open
+    assert await agent.poll() == ["k1"]
+    await world.pass_s(1)
+    other = world.agent(cluster_id=agent.cluster_id)
+    held = other.poll_task()
+    world.controller.push("k2")
+    await world.settle()
+    agent.reconnect(clean)
+    await world.settle()
+    assert await world.state("k1") == ("delivered" if clean else "offered")
+    assert held.done() is clean
+    if not clean:
+        await world.pass_s(20)
+    assert await ids_of(world, other, held) == (["k2"] if clean else [])
 
 
 # --- what is counted and traced ---------------------------------------------------------------------------------------

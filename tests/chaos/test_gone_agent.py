@@ -21,4 +21,9 @@ def test_a_connection_that_only_looks_open_makes_no_poll_evidence() -> None:
     command = [sys.executable, "-m", "tests.chaos.harness.gone_agent"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"unreachable": "offered again", "unread": "offered again", "read": "poll"}
+    assert json.loads(done.stdout) == {
+        "unreachable": "offered again",
+        "unread": "offered again",
+        "read": "poll",
+        "returned": "next request",
+    }

@@ -6,6 +6,7 @@ of it is gone with the process. `TwoHosts` then makes the far host; faults are a
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -50,10 +51,11 @@ def reenter(module: str, args: Sequence[str]) -> int | None:
     return subprocess.run(command, env=os.environ | {INSIDE: "1"}, check=False).returncode
 
 
-def _run(*command: str) -> None:
+def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, check=False, text=True)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 class TwoHosts:
@@ -92,6 +94,16 @@ class TwoHosts:
         """No packet passes, and nobody is told."""
         with self._rules(port, "-j", "DROP"):
             yield
+
+    async def dropped(self, port: int, packets: int) -> None:
+        """Wait until this host has sent so many packets in vain, during `cut`."""
+        async with asyncio.timeout(60):
+            while True:
+                rules = await asyncio.to_thread(_run, "iptables", "-w", "-L", "OUTPUT", "-n", "-v", "-x")
+                sent = [int(line.split()[0]) for line in rules.splitlines() if line.endswith(f"dpt:{port}")]
+                if sent and sent[0] >= packets:
+                    return
+                await asyncio.sleep(0.1)
 
     @contextmanager
     def reset(self, port: int) -> Iterator[None]:

@@ -21,7 +21,10 @@ from tests.support.processes import TOKEN, Controller, Shim, world
 
 AGAIN_S = 1.0  # a poll that overlaps with the reply before it shows nothing, so the next one must not wait for long
 BASE = "/api/v1/clusters/agent"
-PORTS = {"unreachable": 4441, "unread": 4442, "read": 4443}  # of the far agent in each case
+PORTS = {"unreachable": 4441, "unread": 4442, "read": 4443, "returned": 4444}  # of the far agent in each case
+PROBES = (
+    2  # after so many keep-alive probes without an answer, the kernel ends a connection if the shim does not object
+)
 _AGENT = """
 import json, socket, sys
 connection = socket.create_connection((sys.argv[1], int(sys.argv[2])), source_address=("", int(sys.argv[4])))
@@ -33,6 +36,8 @@ for line in sys.stdin:
         connection.recv(1, socket.MSG_PEEK)
     if line == "read\\n":
         connection.recv(65536)
+    if line == "ask\\n":
+        connection.sendall(sys.argv[3].encode())
     print("done", flush=True)
 """
 
@@ -65,7 +70,7 @@ class FarAgent:
         assert self._process.stdout.readline(), "the far agent ended"
 
     def do(self, what: str) -> None:
-        """`wait` until a reply has arrived without reading it, or `read` it."""
+        """`wait` until a reply has arrived without reading it, `read` it, or `ask` again on the same connection."""
         assert self._process.stdin is not None
         print(what, file=self._process.stdin, flush=True)
         self._answer()
@@ -156,6 +161,16 @@ class Case:
         agent.do("read")
         return await self._evidence()
 
+    async def returned(self, agent: FarAgent) -> str:
+        """The agent has read the reply, cannot be reached for a while, and polls again on the same connection."""
+        delivered = asyncio.create_task(self._shim.event("command_delivered", command=self._name))
+        await self._offer()
+        agent.do("read")
+        with self._two.cut(self._port):
+            await self._two.dropped(self._port, PROBES + 3)
+        agent.do("ask")
+        return str((await delivered)["evidence"])
+
 
 async def play(two: network.TwoHosts, folder: Path) -> dict[str, str]:
     """Play all cases on one shim; each by its name, with what was taken for evidence."""
@@ -177,7 +192,9 @@ def main() -> int:
     if inside is not None:
         return inside
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(asyncio.run(play(network.TwoHosts(), Path(folder)))))
+        two = network.TwoHosts()
+        Path("/proc/sys/net/ipv4/tcp_keepalive_probes").write_text(f"{PROBES}\n")
+        print(json.dumps(asyncio.run(play(two, Path(folder)))))
     return 0
 
 
