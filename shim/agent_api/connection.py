@@ -140,7 +140,7 @@ class AgentConnection(HttpConnection):
     def eof_received(self) -> None:
         """Note if the peer's kernel has acknowledged everything so far."""
         # asyncio's TLS now sends a close alert, which the peer will not acknowledge: query the kernel before that.
-        self._note_acknowledgement()
+        self._note_acknowledgement(closed_by_peer=True)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Release everything that the connection holds, and report its end as evidence of delivery."""
@@ -173,7 +173,7 @@ class AgentConnection(HttpConnection):
         self._aborted = True
         super().abort()
 
-    def _note_acknowledgement(self) -> None:
+    def _note_acknowledgement(self, *, closed_by_peer: bool = False) -> None:
         wire, sock = self._wire, self._socket
         if (
             self._had_commands
@@ -182,7 +182,11 @@ class AgentConnection(HttpConnection):
             and wire is not None
             and sock is not None
         ):
-            self._acknowledged = not wire.get_write_buffer_size() and tcp_state.acknowledged(sock)
+            self._acknowledged = (
+                not wire.get_write_buffer_size()
+                and tcp_state.acknowledged(sock)
+                and (closed_by_peer or tcp_state.closed_or_present(sock, self._loop.time()))
+            )
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

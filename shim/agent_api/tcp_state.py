@@ -20,10 +20,13 @@ _LINUX = sys.platform.startswith("linux")
 _SIOCINQ = termios.FIONREAD
 _SIOCOUTQ = termios.TIOCOUTQ  # the same number on Linux
 _ESTABLISHED = 1
+_FIN_WAIT_1 = 4  # our FIN is not acknowledged yet
+_FIN_WAIT_2 = 5  # our FIN is acknowledged, and the peer's has not arrived
 _LAST_ACK_RECEIVED = struct.Struct("=56xI")  # of struct tcp_info: milliseconds since the peer acknowledged anything
 _GRAIN_S = 0.02
 _MOST_PROBES = 127  # the highest number that the kernel accepts
 REPORT_EVERY_S = 0.25
+_PRESENT_S = 1.5  # longer than between two probes, shorter than the farewell after a last reply
 
 
 def acknowledged(sock: socket.socket) -> bool:
@@ -86,10 +89,25 @@ def open_until(sock: socket.socket, now_s: float) -> float:
         unacknowledged = fcntl.ioctl(sock.fileno(), _SIOCOUTQ, b"\0\0\0\0")
     except (OSError, ValueError):  # ValueError: the socket is closed
         return -math.inf
-    if state[0] != _ESTABLISHED or unacknowledged != b"\0\0\0\0":
+    if state[0] not in (_ESTABLISHED, _FIN_WAIT_2) or unacknowledged != b"\0\0\0\0":
         return -math.inf
     (silent_ms,) = _LAST_ACK_RECEIVED.unpack(state)
     return now_s if is_near(sock) else now_s - silent_ms / 1000 - _GRAIN_S
+
+
+def closed_or_present(sock: socket.socket, now_s: float) -> bool:
+    """Return True if the peer's FIN or RST has arrived, or if its kernel has confirmed the connection lately.
+
+    If neither is so when we close a connection, the peer may be gone without having read what its kernel acknowledged.
+    """
+    if not _LINUX:
+        return True
+    try:
+        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    except OSError:
+        return False
+    peer_closed = state not in (_ESTABLISHED, _FIN_WAIT_1, _FIN_WAIT_2)
+    return peer_closed or open_until(sock, now_s) >= now_s - _PRESENT_S
 
 
 def probe(sock: socket.socket, *, after_s: int, every_s: int) -> None:

@@ -26,4 +26,5 @@ def test_a_connection_that_only_looks_open_makes_no_poll_evidence() -> None:
         "unread": "offered again",
         "read": "poll",
         "returned": "next request",
+        "closed": "offered again",
     }

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,18 @@ def _run(*command: str) -> str:
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout
+
+
+def wait_half_closed(port: int) -> None:
+    """Wait until this host has closed its half of the connection to a far port, and the far kernel has acknowledged."""
+    deadline_s = time.monotonic() + 60
+    while time.monotonic() < deadline_s:
+        for line in Path("/proc/thread-self/net/tcp").read_text().splitlines():
+            _, _, there, state, *_ = line.split()
+            if there.endswith(f":{port:04X}") and state == "05":
+                return
+        time.sleep(0.02)
+    raise TimeoutError
 
 
 class TwoHosts:

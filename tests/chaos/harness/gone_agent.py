@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,12 +22,12 @@ from tests.support.processes import TOKEN, Controller, Shim, world
 
 AGAIN_S = 1.0  # a poll that overlaps with the reply before it shows nothing, so the next one must not wait for long
 BASE = "/api/v1/clusters/agent"
-PORTS = {"unreachable": 4441, "unread": 4442, "read": 4443, "returned": 4444}  # of the far agent in each case
-PROBES = (
-    2  # after so many keep-alive probes without an answer, the kernel ends a connection if the shim does not object
-)
+# Of the far agent in each case.
+PORTS = {"unreachable": 4441, "unread": 4442, "read": 4443, "returned": 4444, "closed": 4445}
+# By default, the kernel ends a connection after so many keep-alive probes without an answer.
+PROBES = 2
 _AGENT = """
-import json, socket, sys
+import os, select, signal, socket, sys
 connection = socket.create_connection((sys.argv[1], int(sys.argv[2])), source_address=("", int(sys.argv[4])))
 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
 connection.sendall(sys.argv[3].encode())
@@ -36,6 +37,11 @@ for line in sys.stdin:
         connection.recv(1, socket.MSG_PEEK)
     if line == "read\\n":
         connection.recv(65536)
+    if line.startswith("stop "):
+        poll = select.poll()
+        poll.register(connection, select.POLLRDHUP)
+        poll.poll()
+        os.kill(int(line.split()[1]), signal.SIGSTOP)
     if line == "ask\\n":
         connection.sendall(sys.argv[3].encode())
     print("done", flush=True)
@@ -45,7 +51,7 @@ for line in sys.stdin:
 class FarAgent:
     """An agent on the far host, with a poll that waits on a connection from a known port."""
 
-    def __init__(self, far: network.Host, shim: Shim, cluster_id: str, own_port: int) -> None:
+    def __init__(self, far: network.Host, shim: Shim, cluster_id: str, own_port: int, more: str) -> None:
         port = shim.url.rpartition(":")[2]
         head = f"GET {BASE}/{cluster_id}/poll HTTP/1.1\r\nHost: {network.NEAR_ADDRESS}\r\nAuthorization: Bearer {TOKEN}"
         self._process = subprocess.Popen(
@@ -56,7 +62,7 @@ class FarAgent:
                 _AGENT,
                 network.NEAR_ADDRESS,
                 port,
-                f"{head}\r\n\r\n",
+                f"{head}\r\n{more}\r\n",
                 str(own_port),
             ],
             stdin=subprocess.PIPE,
@@ -70,7 +76,7 @@ class FarAgent:
         assert self._process.stdout.readline(), "the far agent ended"
 
     def do(self, what: str) -> None:
-        """`wait` until a reply has arrived without reading it, `read` it, or `ask` again on the same connection."""
+        """`wait` for a reply without reading it, `read` it, `ask` again, or `stop PID`, a process, at its FIN."""
         assert self._process.stdin is not None
         print(what, file=self._process.stdin, flush=True)
         self._answer()
@@ -82,9 +88,9 @@ class FarAgent:
 
 
 @contextmanager
-def far_agent(far: network.Host, shim: Shim, cluster_id: str, own_port: int) -> Iterator[FarAgent]:
+def far_agent(far: network.Host, shim: Shim, cluster_id: str, own_port: int, more: str) -> Iterator[FarAgent]:
     """A far agent that is gone with the block."""
-    agent = FarAgent(far, shim, cluster_id, own_port)
+    agent = FarAgent(far, shim, cluster_id, own_port, more)
     try:
         yield agent
     finally:
@@ -130,7 +136,8 @@ class Case:
         body = {"agent_id": f"agent-{self._name}", "name": self._name}
         async with self._http.post(f"{self._shim.url}{BASE}/register", json=body) as response:
             self._cluster_id = (await response.json())["cluster_id"]
-        with far_agent(self._two.far, self._shim, self._cluster_id, self._port) as agent:
+        more = "Connection: close\r\n" if self._name == "closed" else ""
+        with far_agent(self._two.far, self._shim, self._cluster_id, self._port, more) as agent:
             return await getattr(self, self._name)(agent)
 
     async def _offer(self) -> None:
@@ -154,6 +161,17 @@ class Case:
         with self._two.cut(self._port):
             agent.kill()
         return await self._evidence()
+
+    async def closed(self, agent: FarAgent) -> str:
+        """The same, but the reply was the connection's last: the shim itself closes it."""
+        await self._offer()
+        agent.do(f"stop {self._shim.pid}")
+        await asyncio.to_thread(network.wait_half_closed, self._port)
+        with self._two.cut(self._port):
+            agent.kill()
+            await self._two.dropped(self._port, 3)
+            self._shim.send(signal.SIGCONT)
+            return await self._evidence()
 
     async def read(self, agent: FarAgent) -> str:
         """The agent has read the reply, and polls on another connection."""
