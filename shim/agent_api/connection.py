@@ -175,18 +175,10 @@ class AgentConnection(HttpConnection):
 
     def _note_acknowledgement(self, *, closed_by_peer: bool = False) -> None:
         wire, sock = self._wire, self._socket
-        if (
-            self._had_commands
-            and not self._acknowledged
-            and not self._aborted
-            and wire is not None
-            and sock is not None
-        ):
-            self._acknowledged = (
-                not wire.get_write_buffer_size()
-                and tcp_state.acknowledged(sock)
-                and (closed_by_peer or tcp_state.closed_or_present(sock, self._loop.time()))
-            )
+        if wire is None or sock is None or not self._had_commands or self._acknowledged or self._aborted:
+            return
+        is_there = closed_by_peer or tcp_state.closed_or_present(sock, self._loop.time())
+        self._acknowledged = is_there and not wire.get_write_buffer_size() and tcp_state.acknowledged(sock)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

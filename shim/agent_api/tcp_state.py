@@ -26,7 +26,7 @@ _LAST_ACK_RECEIVED = struct.Struct("=56xI")  # of struct tcp_info: milliseconds 
 _GRAIN_S = 0.02
 _MOST_PROBES = 127  # the highest number that the kernel accepts
 REPORT_EVERY_S = 0.25
-_PRESENT_S = 1.5  # longer than between two probes, shorter than the farewell after a last reply
+_PRESENT_S = 1.5  # longer than between two probes, shorter than `connection.FAREWELL_S` after a last reply
 
 
 def acknowledged(sock: socket.socket) -> bool:
@@ -126,7 +126,7 @@ def probe(sock: socket.socket, *, after_s: int, every_s: int) -> None:
 
 
 class PeerWatch:
-    """Reports of the agent's side of a connection: up to when it was open, while evidence is awaited."""
+    """Reporter of the time up to which the agent's side of a connection was open, while evidence is awaited on it."""
 
     def __init__(self, evidence: DeliveryEvidence, number: int) -> None:
         self._evidence = evidence

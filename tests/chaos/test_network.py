@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from tests.support import network
@@ -14,13 +10,7 @@ pytestmark = pytest.mark.needs(*network.TOOLS)
 
 
 def test_each_fault_is_seen_by_an_open_connection_and_heals() -> None:
-    reason = network.permitted()
-    if reason:
-        pytest.skip(reason)
-    command = [sys.executable, "-m", "tests.chaos.harness.network_probe"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = network.found_by("tests.chaos.harness.network_probe", 120)
     assert found["names"] == [network.FAR_ADDRESS, "gaierror", network.FAR_ADDRESS]
     assert found["cut"] == found["loss"] == "TimeoutError"  # nobody was told
     assert found["reset"] == "ConnectionResetError"

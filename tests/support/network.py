@@ -7,6 +7,7 @@ of it is gone with the process. `TwoHosts` then makes the far host; faults are a
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 FAR = "far"
 NEAR_ADDRESS = "10.213.0.1"
@@ -42,6 +46,17 @@ def permitted() -> str:
     probe = "ip link set lo up && iptables -L -n && ip netns list && ip link add type veth"
     done = subprocess.run(["unshare", "--net", "--mount", "sh", "-c", probe], capture_output=True, check=False)
     return "" if done.returncode == 0 else "network namespaces are not permitted here"
+
+
+def found_by(module: str, timeout_s: float) -> Any:
+    """Run a module that calls `reenter` and return the JSON that it prints. Skip the test where that is not permitted."""
+    reason = permitted()
+    if reason:
+        pytest.skip(reason)
+    command = [sys.executable, "-m", module]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def reenter(module: str, args: Sequence[str]) -> int | None:
