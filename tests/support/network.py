@@ -49,7 +49,7 @@ def permitted() -> str:
 
 
 def found_by(module: str, timeout_s: float) -> Any:
-    """Run a module that calls `reenter` and return the JSON that it prints. Skip the test where that is not permitted."""
+    """Run a module that calls `reenter`: the JSON that it prints. Skip the test where that is not permitted."""
     reason = permitted()
     if reason:
         pytest.skip(reason)
