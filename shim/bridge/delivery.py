@@ -166,6 +166,10 @@ class CommandDelivery:
         """Queue a command that was just stored, and offer it if a poll is held."""
         record, at = arrival.record, self._ctx.moment()
         key = self._ctx.sessions.home_of(arrival.session)  # the session may have been superseded during the write
+        twin = self._queues.get_or_create(key).get(record.id)
+        if twin is not None:  # the successor has this command already, and the store keeps the successor's
+            self._known(arrival, PutOutcome(twin.seq, duplicate=True, state=twin.state))
+            return
         self._queues.count("queued")
         log.info("command_queued", command=record.id, type=record.type, session=key.ident)
         expires_at = arrival.at + (record.expires_unix - record.arrived_unix)

@@ -362,6 +362,30 @@ async def test_what_a_successor_takes_over_goes_to_its_held_poll_and_the_former_
     assert len(world.bridge.delivery.evidence) == 0, "the former offer is not kept either"
 
 
+async def test_a_command_that_is_stored_while_its_session_moves_to_one_that_has_it_is_queued_once(
+    world: World,
+) -> None:
+    world.controller.manners.cluster_id = lambda payload: f"of-{payload['agent_id']}"
+    agent, successor = await living(world), await living(world, agent_id="pod-2")
+    former, ident = agent.cluster_id, successor.cluster_id
+    assert former != ident
+    world.controller.push("k1", cluster_id=ident)
+    await world.settle()
+    world.store.slow = True
+    world.controller.push("k1", cluster_id=former)
+    await world.settle()
+    world.controller.manners.cluster_id = lambda payload: ident
+    await agent.register()
+    await world.until(lambda: [each.key.ident for each in world.bridge.ctx.sessions] == [ident])
+    world.store.catch_up()
+    await world.settle()
+    assert await world.state("k1") == "queued", "the store has it once"
+    assert await successor.poll() == ["k1"]
+    await successor.heartbeat()
+    assert await successor.poll() == []
+    assert world.metric("commands_total", event="duplicate") == 1
+
+
 # --- polls while the state of the reply's connection is unknown -------------------------------------------------------
 
 
