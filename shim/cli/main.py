@@ -1,13 +1,14 @@
 """Entry point of the command `agent-shim`.
 
 Exit codes: 0 success, 1 a command failed or found a failure, 2 faults in the configuration or the command line, 70 an
-internal error, 78 the store was written by a newer version. `rollout` has 2 for a verdict and 64 for the command line.
+internal error, 78 the store was written by a newer version. `rollout` has 0, 1, 2 for verdicts, and 64 for no verdict.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -55,7 +56,11 @@ def _exit(error: Exception) -> NoReturn:
     elif isinstance(error, StoreVersionError):
         code, lines = EXIT_STORE_VERSION, [f"store: {error}"]
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
-        code, lines = EXIT_FAILED, [f"Error: the output cannot be written: {error.strerror}"]
+        code = vars(error).get("exit_code", EXIT_FAILED)
+        lines = [f"Error: the output cannot be written: {error.strerror}"]
+        # At its end Python writes what is left in the buffer. If that fails, its exit code is 120.
+        with open(os.devnull, "wb") as nothing, contextlib.suppress(OSError):  # noqa: PTH123 - a device
+            os.dup2(nothing.fileno(), 1)
     elif isinstance(error, ModuleNotFoundError) and package in _OPTIONAL:
         lines = [f"Error: this needs {package}: pip install 'agent-shim[{_OPTIONAL[package]}]'"]
     else:

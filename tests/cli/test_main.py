@@ -24,3 +24,17 @@ def test_a_fault_keeps_its_exit_code_where_nothing_can_be_printed() -> None:
     for redirection in ("2>&-", "2>/dev/full"):
         shell = f'exec "$0" -m shim run --set foo=bar {redirection}'
         assert subprocess.run(["sh", "-c", shell, sys.executable], timeout=120, check=False).returncode == 2
+
+
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_1() -> None:
+    """What `check-config` prints is longer than the buffer, which Python writes at its end."""
+    shell = 'exec "$0" -m shim check-config >/dev/full'
+    done = subprocess.run(["sh", "-c", shell, sys.executable], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (1, "Error: the output cannot be written: No space left on device\n")
+
+
+def test_a_closed_output_is_no_defect(tmp_path: Path) -> None:
+    (tmp_path / "pod.yaml").write_text("kind: Pod\nspec:\n  containers: [{name: pipeops-agent}]\n")
+    shell = f'exec "$0" -m shim inject -f {tmp_path}/pod.yaml --image registry.example/a:1 --own-token >&-'
+    done = subprocess.run(["sh", "-c", shell, sys.executable], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

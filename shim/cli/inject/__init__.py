@@ -78,7 +78,7 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
         after = "".join(
             difflib.unified_diff(before, new, name, f"{name} with the sidecar{'' if not remove else ' removed'}")
         )
-    sys.stdout.buffer.write(after.encode("utf-8"))
+    click.echo(after.encode("utf-8"), nl=False)
 
 
 def _check(text: str) -> NoReturn:

@@ -56,16 +56,19 @@ def remove(text: str) -> str:
 def _inject(text: str, options: Options) -> str:
     agents = 0
     out: list[str] = []
+    written: set[str] = set()
     for chunk in _chunks(text):
-        configs = []
+        configs: list[str] = []
         for template, container, namespace in chunk.agents(options.container):
             agents += 1
             sidecar.remove(template)
             with_shim = sidecar.recognise(container, options.image, options.config_map, options.own_token)
             sidecar.add(template, with_shim, container)
             configs.append(_config_map(with_shim, namespace, options.settings))
-        if options.config and configs:
-            out.append(f"{_HEAD}{configs[0]}" if chunk.has_head else f"{configs[0]}{_HEAD}")
+        # One for each namespace: a List may hold agents of several, and many tools take no object twice.
+        new = [each for each in dict.fromkeys(configs if options.config else ()) if each not in written]
+        out += [f"{_HEAD}{config}" if chunk.has_head else f"{config}{_HEAD}" for config in new]
+        written.update(new)
         out.append(chunk.text())
     if not agents:
         raise InjectError("no agent in it: no workload has a container named agent or pipeops-agent; see --container")
@@ -128,7 +131,7 @@ class _Chunk:
             if not isinstance(data, dict):
                 continue
             if data.get("kind") == "List":
-                pending.extend(data.get("items") or [])
+                pending.extend(reversed(data.get("items") or []))
             elif isinstance(data.get("kind"), str) and data["kind"] in WORKLOADS and isinstance(data.get("spec"), dict):
                 template = data if data["kind"] == "Pod" else data["spec"].get("template")
                 if isinstance(template, dict) and (template.get("spec") or {}).get("containers"):

@@ -91,7 +91,8 @@ def _require_place(key: str, value: Any) -> None:
 
 def _authority(key: str, path: str) -> str:
     try:
-        return read_regular(path, _MAX_CA_BYTES).decode("ascii").replace("\r\n", "\n")
+        # Bundles of authorities name them in comments, in letters of all languages.
+        return read_regular(path, _MAX_CA_BYTES).decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, ValueError) as error:
         why = "it is no PEM text" if isinstance(error, UnicodeDecodeError) else reason(error)
         raise ConfigError([Fault(key, f"{path} cannot be read: {why}")]) from None

@@ -82,12 +82,28 @@ def check(data: Any) -> None:
         for item in items if isinstance(items, list) else []:
             check(item)
     elif isinstance(kind, str) and kind in (*WORKLOADS, "ConfigMap"):
-        _require(kind, data)
+        _require(kind, _with_plain_keys(data, {}))
 
 
 def check_pod(data: Any) -> None:
     """Check a pod in a list of kubectl's. Raises `InjectError`."""
     _require("Pod", data)
+
+
+def _with_plain_keys(data: Any, seen: dict[int, Any]) -> Any:
+    """Return a copy whose keys are plain texts: those of a YAML reader that keeps quotes are a type of its own.
+
+    `seen` maps ids to copies, because aliases may share a value, or contain themselves.
+    """
+    if id(data) in seen or not isinstance(data, (dict, list)):
+        return seen.get(id(data), data)
+    if isinstance(data, list):
+        copies = seen[id(data)] = []
+        copies += [_with_plain_keys(each, seen) for each in data]
+        return copies
+    copy = seen[id(data)] = {}
+    copy.update((str(key) if isinstance(key, str) else key, _with_plain_keys(data[key], seen)) for key in data)
+    return copy
 
 
 def _require(kind: str, data: Any) -> None:

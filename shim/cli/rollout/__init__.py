@@ -27,24 +27,24 @@ HOUR_S = 3_600.0
 
 
 class _Group(click.Group):
-    """A group in which faults on the command line exit with 64: 2, click's own code, would mean to go back."""
+    """A group in which a failure without a verdict exits with 64: click's own codes, 1 and 2, are verdicts here."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Parse the arguments; a fault in them exits with 64."""
-        with _usage_exits_64():
+        with _failures_exit_64():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a fault in its arguments exits with 64."""
-        with _usage_exits_64():
+        """Run the command; a failure that leaves no verdict exits with 64."""
+        with _failures_exit_64():
             return super().invoke(ctx)
 
 
 @contextmanager
-def _usage_exits_64() -> Iterator[None]:
+def _failures_exit_64() -> Iterator[None]:
     try:
         yield
-    except click.UsageError as error:
+    except (click.ClickException, OSError) as error:  # `shim.cli.main` and click read the code
         vars(error)["exit_code"] = EXIT_USAGE
         raise
 

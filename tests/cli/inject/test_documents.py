@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from shim.cli.inject.documents import Options, inject, remove
-from shim.cli.inject.sidecar import InjectError
+from shim.cli.inject.sidecar import NAME, InjectError
 from tests.support.manifests import SHAPES, container, documents, env_of, one, pod_of, vendor_text
 
 IMAGE = "example/agent-shim:v9"
@@ -151,6 +153,39 @@ def test_a_list_of_kubectl_and_a_named_container() -> None:
     found = documents(inject(text, Options(IMAGE, container="mine", own_token=True)))[-1]
     assert found["items"][0]["spec"]["initContainers"][0]["name"] == "agent-shim"
     assert remove(inject(text, Options(IMAGE, container="mine", own_token=True))) == text
+
+
+def test_every_namespace_of_an_agent_gets_one_config_map() -> None:
+    def agent(name: str, namespace: str) -> dict[str, object]:
+        template = {"spec": {"containers": [{"name": "pipeops-agent", "image": "x"}]}}
+        metadata = {"name": name, "namespace": namespace}
+        return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": {"template": template}}
+
+    agents = [agent("one", "a"), agent("two", "b"), agent("three", "a")]
+    a_list = {"apiVersion": "v1", "kind": "List", "items": agents}
+    for text in (
+        yaml.safe_dump(a_list),
+        "---\n" + yaml.safe_dump(a_list),
+        yaml.safe_dump_all(agents),
+        yaml.safe_dump_all([a_list, agents[0]], explicit_start=True),
+    ):
+        once = inject(text, Options(IMAGE, own_token=True))
+        maps = [each["metadata"]["namespace"] for each in documents(once) if each["kind"] == "ConfigMap"]
+        assert maps == ["a", "b"]
+        assert inject(once, Options(IMAGE, own_token=True)) == once
+        assert documents(remove(once)) == documents(text)
+
+
+def test_keys_in_quotes_and_json_are_read() -> None:
+    """`kubectl get --output json` prints such a manifest."""
+    text = json.dumps(documents(vendor_text("manifest"))[-1], indent=2)
+    assert pod_of(inject(text, OPTIONS)) == pod_of(inject(vendor_text("manifest"), OPTIONS))
+    with pytest.raises(InjectError, match=r"not a Pod of Kubernetes: .* at `\$.metadata"):
+        inject('{"kind": "Pod", "metadata": "x"}', OPTIONS)
+
+
+def test_a_value_that_contains_itself_is_no_endless_loop() -> None:
+    assert f"name: {NAME}" in inject(f"{MINIMAL}x: &x [*x]\n", Options(IMAGE, own_token=True))
 
 
 def test_a_source_of_the_url_moves_over_and_comes_back() -> None:

@@ -50,9 +50,10 @@ def test_the_running_shim_reads_the_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])
-def test_an_authority_goes_into_the_config_map(tmp_path: Path, ends: str) -> None:
-    pem = trustme.CA().cert_pem.bytes().decode()
-    (tmp_path / "ca.pem").write_bytes(pem.replace("\n", ends).encode())
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_an_authority_goes_into_the_config_map(tmp_path: Path, encoding: str, ends: str) -> None:
+    pem = "# Főtanúsítvány\n" + trustme.CA().cert_pem.bytes().decode()
+    (tmp_path / "ca.pem").write_bytes(pem.replace("\n", ends).encode(encoding))
     files = injected("--set", f"upstream.ca_file={tmp_path / 'ca.pem'}")
     assert files["upstream-ca.pem"] == pem
     assert files["config.yaml"]["upstream"]["ca_file"] == "/etc/agent-shim/upstream-ca.pem"

@@ -112,7 +112,7 @@ def test_what_is_no_list_of_names(text: bytes, expected: str, tmp_path: Path) ->
     path = tmp_path / "names"
     path.write_bytes(text)
     code, out, err = preview("--from-file", str(path))
-    assert (code, out) == (1, "")
+    assert (code, out) == (64, "")  # 1 would mean to wait
     assert expected in err
     assert str(path) in err
 
@@ -139,6 +139,41 @@ def test_faults_on_the_command_line_have_an_exit_code_of_their_own(args: tuple[s
     code, out, err = preview(*args)
     assert (code, out) == (64, "")  # 2 would mean to go back
     assert expected in err
+
+
+def rollout(*args: str, stdout: str = "") -> tuple[int, str]:
+    """Run the command with a shell's redirection."""
+    shell = f'exec "$0" -m shim rollout "$@" {stdout}'
+    done = subprocess.run(
+        ["sh", "-c", shell, sys.executable, *args], capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("report", "--urls", "{gone}"),
+        ("report", "--urls", "{empty}"),
+        ("step", "--urls", "{one}", "--expect", "{gone}"),
+        ("report", "--kubeconfig-glob", "{gone}"),
+        ("report", "--prometheus", "http://127.0.0.1:1", "--token-file", "{gone}"),
+    ],
+)
+def test_files_without_which_there_is_no_verdict_exit_with_64(args: tuple[str, ...], tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("gone", "empty", "one")}
+    files["empty"].touch()
+    files["one"].write_text("one http://127.0.0.1:1\n")
+    code, err = rollout(*(each.format_map(files) for each in args))
+    assert code == 64, err
+    assert err.startswith("Error: ")
+
+
+def test_a_verdict_that_cannot_be_written_is_none(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("one http://127.0.0.1:1\n")
+    for form in ("--html", "--json"):
+        code, err = rollout("report", "--urls", str(tmp_path / "one"), form, stdout=">/dev/full")
+        assert (code, err) == (64, "Error: the output cannot be written: No space left on device\n")
 
 
 def test_names_that_could_control_a_terminal_are_shown_without_that() -> None:
