@@ -233,7 +233,7 @@ class DeliveryEvidence(Protocol):
     def connection_open(self, connection: int, until_s: float) -> bool:
         """Record that the agent's side of a connection was certainly open at `until_s` (monotonic seconds).
 
-        Called again and again while evidence is awaited. Returns False if none is awaited any longer.
+        Called again and again while such a report may be evidence. Returns False if none can be any longer.
         """
 
     def connection_closed(self, connection: int, clean: bool | None) -> None:

@@ -217,7 +217,8 @@ class PairedConnection(AgentConnection):
                 evidence.unwritten(receipt)
             case Note.OPEN.value if self._note_awaited:
                 with suppress(ValueError):
-                    evidence.connection_open(self.number, float(until))
+                    if (until_s := float(until)) <= self._loop.time():  # neither NaN nor a time that is yet to come
+                        evidence.connection_open(self.number, until_s)
             case Note.NEXT.value if self._note_awaited:
                 self._note_awaited = False
                 evidence.next_request(self.number)

@@ -155,7 +155,11 @@ class PeerWatch:
         return -math.inf if self._sock is None else open_until(self._sock, self._loop.time())
 
     def _report_open(self) -> None:
-        if self._evidence.connection_open(self._number, self.open_until()):
-            self._timer = self._loop.call_later(REPORT_EVERY_S, self._report_open)
-        else:
-            self.end()
+        awaited = False
+        try:
+            awaited = self._evidence.connection_open(self._number, self.open_until())
+        finally:
+            if awaited:
+                self._timer = self._loop.call_later(REPORT_EVERY_S, self._report_open)
+            else:
+                self.end()  # also after an exception: otherwise the next reply could not begin the watch again

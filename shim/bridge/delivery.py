@@ -381,13 +381,17 @@ class CommandDelivery:
     def connection_open(self, connection: int, until_s: float) -> bool:
         """Mark offers as delivered whose connection was open at `until_s`, after a later poll.
 
-        Returns False if no evidence is awaited on this connection any longer.
+        Returns False if no offer on this connection has such a poll or can get one: a poll after the offer has become
+        uncertain is none.
         """
+        awaited = False
         for batch in self.evidence.on(connection):
             queue = self._queues.get(batch.key)
             if queue is not None and batch.is_confirmed_by_open_at(until_s):
                 self._delivered(queue, batch, "poll", self._ctx.moment())
-        return bool(self.evidence.on(connection))
+            elif queue is not None:
+                awaited |= queue.offer is batch or batch.unconfirmed_poll_at is not None
+        return awaited
 
     def connection_closed(self, connection: int, clean: bool | None) -> None:
         """Record how the connection of an offer ended.

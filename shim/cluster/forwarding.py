@@ -58,24 +58,26 @@ class RemoteReceipt:
     """Receipt for a reply of another replica, which identifies it by the connection that carried it.
 
     `connection` is the agent's. The owner cannot see what becomes of its reply, so each step is sent to it as a note.
-    A connection is used again only after the last note about its reply.
+    A connection is used again only after the last note about its reply. The offer is uncertain at `due_s` (monotonic
+    seconds), if it is not settled before.
     """
 
     pool: ConnectionPool
     carrier: ReplicaConnection
     connection: int
     offset: ClockOffset
+    due_s: float
 
     def written(self, _open_until: OpenUntil) -> None:
         """Notify the owner that its reply was handed to the kernel."""
         self.carrier.notify(Note.WRITTEN)
 
     def connection_open(self, until_s: float) -> bool:
-        """Notify the owner up to when the agent's connection was open; True until there is evidence."""
+        """Notify the owner up to when the agent's connection was open; False once the offer is uncertain."""
         on_owners_clock = self.offset.to_peer(until_s)
         if on_owners_clock is not None and math.isfinite(on_owners_clock):
             self.carrier.notify_open(on_owners_clock)
-        return True
+        return until_s < self.due_s
 
     def unwritten(self) -> None:
         """Notify the owner that its reply was not written."""
@@ -125,12 +127,14 @@ class ReplicaForwarder:
         pool: ConnectionPool,
         clock: Clock,
         metrics: ClusterMetrics,
+        evidence_s: Callable[[], float],
     ) -> None:
         self._locator = locator
         self._membership = membership
         self._pool = pool
         self._clock = clock
         self._metrics = metrics
+        self._evidence_s = evidence_s
         self._answered = metrics.forwarded.labels("answered")
         self._offsets: defaultdict[str, ClockOffset] = defaultdict(ClockOffset)
         self._heartbeats: list[_Heartbeat] = []
@@ -235,7 +239,8 @@ class ReplicaForwarder:
             return respond(self._stream(connection, reply))
         body = await reply.read()
         if offers:
-            receipt = RemoteReceipt(self._pool, connection, request.caller.connection, offset)
+            due_s = self._clock.monotonic_s() + self._evidence_s()
+            receipt = RemoteReceipt(self._pool, connection, request.caller.connection, offset, due_s)
             return respond(body, receipt)
         self._pool.release(connection)
         return respond(body)

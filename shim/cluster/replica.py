@@ -126,7 +126,14 @@ class Replica:
         self.subject = Subject(self._ctx, self.shards.bridges, about, client.ask_others)
         self._admin = ClusterAdmin(self.subject, client, self._locator, context.spawn_isolated)
         self.agent_service = self.evidence = Router(self._locator, self._current)
-        self.forwarder = ReplicaForwarder(self._locator, self.membership, self._pool, context.clock, self._metrics)
+        self.forwarder = ReplicaForwarder(
+            self._locator,
+            self.membership,
+            self._pool,
+            context.clock,
+            self._metrics,
+            lambda: self._settings.commands.evidence_s,
+        )
         self.fallback = ClusterFallback(self._locator, self.shards, self._current, context.clock)
         self.websockets = WebSocketProxy(
             self._current, context.metrics, context.spawn_isolated, self._admin.websocket_event

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 
@@ -114,7 +115,9 @@ class ClockOffset:
         self._at = 0.0
 
     def update(self, its: float, ours: float) -> None:
-        """Record a message sent at `its` (peer's clock) and received at `ours`."""
+        """Record a message sent at `its` (peer's clock) and received at `ours`. An impossible time is ignored."""
+        if not math.isfinite(its):
+            return
         ahead = its - ours
         if self._ahead_s is None or ahead > self._ahead_s - (ours - self._at) * self.DRIFT:
             self._ahead_s, self._at = ahead, ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -134,6 +135,8 @@ async def test_a_note_tells_until_when_the_agents_connection_was_open() -> None:
         connection = await owning.offered()
         connection.notify_open(1.0)  # before the reply was written: of no meaning
         connection.notify(Note.WRITTEN)
+        for impossible in (math.nan, math.inf, asyncio.get_running_loop().time() + 3600):
+            connection.notify_open(impossible)
         connection.notify_open(12.5)
         await owning.board.until("open")
         assert owning.board.steps == ["call", "written", "open"]

@@ -10,6 +10,7 @@ import math
 import select
 import socket
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -355,6 +356,37 @@ def test_what_the_kernel_tells() -> None:
     assert tcp_state.hung_up(ours)
     assert not tcp_state.acknowledged(ours)
     assert not tcp_state.unread(ours)
+
+
+class FaultyEvidence(Board):
+    """Raises at the first report, and ends the watch at the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reports = 0
+        self.reported = asyncio.Event()
+
+    def connection_open(self, connection: int, until_s: float) -> bool:
+        self.reports += 1
+        self.reported.set()
+        if self.reports == 1:
+            raise RuntimeError("a defect")
+        return False
+
+
+async def test_a_watch_that_a_report_ended_begins_again_with_the_next_reply() -> None:
+    loop, faults = asyncio.get_running_loop(), list[dict[str, Any]]()
+    loop.set_exception_handler(lambda _, context: faults.append(context))
+    evidence, (ours, theirs) = FaultyEvidence(), _pair()
+    watch = tcp_state.PeerWatch(evidence, 1)
+    with ours, theirs:
+        for _ in range(3):
+            evidence.reported.clear()
+            watch.begin(ours)
+            async with asyncio.timeout(60):
+                await evidence.reported.wait()
+            assert watch.open_until() == -math.inf, "the watch has ended"
+    assert len(faults) == 1
 
 
 async def test_a_failing_agent_service_does_not_break_the_connection() -> None:

@@ -408,6 +408,33 @@ async def test_a_later_poll_is_evidence_once_a_report_shows_that_the_connection_
     assert (trace[-1].event, trace[-1].detail, trace[-1].wall) == ("delivered", "poll", world.clock.wall_s())
 
 
+async def test_reports_of_an_open_connection_end_when_none_can_be_evidence_any_longer(world: World) -> None:
+    agent = await given(world, "k1")
+    agent.open_until = unknown_open
+    assert await agent.poll() == ["k1"]
+    assert world.bridge.delivery.connection_open(agent.connection, world.now)
+    await world.pass_s(70)
+    assert await world.state("k1") == "uncertain"
+    assert not world.bridge.delivery.connection_open(agent.connection, world.now)
+    await agent.heartbeat()
+    await world.settle()
+    assert await world.state("k1") == "delivered", "the next request is evidence still"
+
+
+async def test_a_report_after_the_time_limit_confirms_a_poll_before_it(world: World) -> None:
+    agent = await given(world, "k1")
+    agent.open_until = unknown_open
+    assert await agent.poll() == ["k1"]
+    await world.pass_s(50)
+    assert await world.agent(cluster_id=agent.cluster_id).poll() == []
+    await world.pass_s(20)
+    delivery = world.bridge.delivery
+    assert delivery.connection_open(agent.connection, world.now - 60)
+    assert not delivery.connection_open(agent.connection, world.now)
+    await world.settle()
+    assert await world.state("k1") == "delivered"
+
+
 @pytest.mark.parametrize("clean", [True, False])
 async def test_a_waiting_poll_is_evidence_once_the_connection_before_it_is_closed_cleanly(
     make_world: MakeWorld, clean: bool

@@ -276,7 +276,7 @@ async def forwarding(rng: Random | None = None) -> AsyncIterator[Peer]:
         pool, view = MemoryPool(behind.connect, rng), cast("Any", Elsewhere())
         pool.secret = SECRET
         await pool.open_heartbeats(OWNER)
-        forwarder = ReplicaForwarder(view, view, pool, LoopClock(), ClusterMetrics(metrics))
+        forwarder = ReplicaForwarder(view, view, pool, LoopClock(), ClusterMetrics(metrics), lambda: 60.0)
         front = AgentServer(
             LISTEN, Backends(recorder.board, recorder.board, forwarder=forwarder), dialects.load(), metrics
         )

@@ -52,7 +52,8 @@ class Membership:
 def forwarder_to(owning: Owner) -> ReplicaForwarder:
     locator: Any = Locator(owning.member)
     membership: Any = Membership()
-    return ReplicaForwarder(locator, membership, owning.pool, Clock(), ClusterMetrics(Metrics(CollectorRegistry())))
+    metrics = ClusterMetrics(Metrics(CollectorRegistry()))
+    return ReplicaForwarder(locator, membership, owning.pool, Clock(), metrics, lambda: 60.0)
 
 
 async def test_an_agent_never_gets_the_refusal_of_a_replica_that_lost_the_shard() -> None:

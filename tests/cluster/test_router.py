@@ -39,6 +39,9 @@ class Carrier:
         self.released += 1
 
 
+DUE_S = 65.0
+
+
 def router() -> Router:
     locator: Any = None
     return Router(locator, Settings)
@@ -46,7 +49,7 @@ def router() -> Router:
 
 def remote(connection: int) -> tuple[RemoteReceipt, Carrier]:
     carrier: Any = Carrier()
-    return RemoteReceipt(carrier, carrier, connection, ClockOffset()), carrier
+    return RemoteReceipt(carrier, carrier, connection, ClockOffset(), DUE_S), carrier
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,7 @@ def test_an_owner_learns_on_its_own_clock_until_when_an_agents_connection_was_op
     for until_s in (5.0, unknown_open()):
         assert routing.connection_open(7, until_s)
     assert carrier.open_until == [105.0]
+    assert not routing.connection_open(7, DUE_S), "the offer is uncertain by then, and no report can change that"
     routing.next_request(7)
     assert not routing.connection_open(7, 6.0)
 

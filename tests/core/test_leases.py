@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +96,8 @@ def test_a_renewal_lasts_from_when_it_was_sent_and_one_that_overtakes_another_sh
 
 def test_a_time_on_another_clock_is_as_late_as_drift_allows() -> None:
     offset = ClockOffset()
+    for impossible in (math.nan, math.inf, -math.inf):
+        offset.update(impossible, 50.0)
     offset.update(100.0, 50.0)
     assert offset.to_peer(40.0) == 90.0
     assert offset.to_peer(50.0) == 100.0
