@@ -40,7 +40,7 @@ _GENERATED = "# Written by `make chart` from shim/cli/inject/sidecar.py.\n"
 
 
 def schema() -> str:
-    """Hand-written for the chart's own values (`values.schema.yaml`), the rest from the shim's settings."""
+    """Return the chart's schema: `schema/values.json`, written by hand, with `config` from the shim's settings."""
     own = json.loads((CHART / "schema" / "values.json").read_text())
     own["properties"]["config"] = _config_schema()
     return json.dumps(own, indent=2) + "\n"

@@ -11,6 +11,7 @@ from devtools.agents import CallOutcome, EventKind, LegacyAgent
 from devtools.fleet.command_load import CommandLoad
 from devtools.fleet.runner import FleetStats
 from devtools.latency import Summary, duration, histogram
+from shim.core.text import plural
 
 _CALLS = (EventKind.REGISTER, EventKind.HEARTBEAT, EventKind.POLL, EventKind.RESULT, EventKind.TUNNEL)
 _MAX_SHOWN = 5
@@ -106,7 +107,7 @@ def _pushed(pusher: CommandLoad, warm_up_s: float) -> Pushed:
 def lines(found: Report) -> list[str]:
     """Format the report as text without colours."""
     dialects = ", ".join(f"{count} {name}" for name, count in found.dialects.items())
-    herd = f"{sum(found.dialects.values())} agents ({dialects})"
+    herd = f"{plural(sum(found.dialects.values()), 'agent')} ({dialects})"
     shown = [
         f"{herd}, {found.duration_s:.1f} s, {found.connections_opened} connections opened",
         "",

@@ -152,7 +152,7 @@ async def test_ctrl_c_ends_it_early_with_a_report() -> None:
             end=server.until(lambda: len(server.of("/heartbeat")) == 1),
         )
         assert code == 0
-        assert "1 agents (1 clusters_agent)" in out
+        assert "1 agent (1 clusters_agent)" in out
 
 
 async def test_it_ends_by_itself_after_its_duration() -> None:

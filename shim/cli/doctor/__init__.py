@@ -36,6 +36,7 @@ from shim.cli.inject.missing_sidecars import agents
 from shim.config import loader
 from shim.config.settings import Settings, Upstream
 from shim.config.warnings import find_warnings
+from shim.core.text import plural
 from shim.errors import ConfigError
 from shim.hosts import is_loopback
 from shim.protocol.http import fallback_url, origin_of, under, ws_url
@@ -296,5 +297,5 @@ def examine_cluster(namespace: str) -> list[Finding]:
         found.append(failed("cluster", f"and {len(wrong) - _NAMED} more", "`agent-shim inject --check` lists them all"))
     if not wrong:
         out = sum(pod.opted_out for pod in pods)
-        found.append(passed("cluster", f"{len(pods) - out} agents in {where} have the shim, {out} opted out"))
+        found.append(passed("cluster", f"{plural(len(pods) - out, 'agent')} with the shim in {where}, {out} opted out"))
     return found

@@ -21,7 +21,7 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Result of one check; `todo` is the remedy, `""` if nothing is wrong."""
+    """Result of one check. `remedy` says what to do; it is empty if nothing is wrong."""
 
     check: str
     status: Status

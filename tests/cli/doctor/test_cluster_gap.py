@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TOLD = "1 agents in namespace pipeops-system have the shim, 0 opted out"
+TOLD = "1 agent with the shim in namespace pipeops-system, 0 opted out"
 SIDECAR = {"name": "agent-shim", "image": "x", "restartPolicy": "Always"}
 
 
