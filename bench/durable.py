@@ -20,7 +20,7 @@ from bench.controller import Send
 from bench.figures import Figure, Log, compared, spread
 from bench.load import Plan
 from bench.servers import Bench
-from shim.core.records import AddTrace, CommandRecord, PutCommand, SessionKey, TraceEntry
+from shim.core.records import CommandRecord, PutCommand, SessionKey
 from shim.process import tune_gc
 from shim.store import CommitProbe
 from shim.store.sqlite import SqliteStore
@@ -149,8 +149,7 @@ def _through_store(path: Path, records: list[CommandRecord], outstanding: int) -
             submit(coming.pop())
 
     def submit(record: CommandRecord) -> None:
-        step = AddTrace(record.session, (record.id,), TraceEntry(record.arrived_unix, "arrived", record.type))
-        store.submit(PutCommand(record), step, done=stored)
+        store.submit(PutCommand(record), done=stored)
 
     store = SqliteStore(path, posted.put, CommitProbe(time.monotonic, committed))
     store.open()

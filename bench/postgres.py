@@ -1,14 +1,16 @@
 """The store on PostgreSQL against bare psycopg, and against the file.
 
-A command goes in (stored), is offered, is delivered: three submissions, each told before the next one comes. Bare
-psycopg inserts a row of the same columns and deletes it, in pipelines of as many commands as are outstanding, with
-a commit for each of the two: the least that a durable queue can do.
+A command that finds a held poll is stored as offered, then delivered: two submissions, each told before the next one
+comes. One that waits for a poll is stored, offered, delivered: three. Bare psycopg inserts a row of the same columns
+and deletes it, in pipelines of as many commands as are outstanding, with a commit for each of the two: the least that a
+durable queue can do.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,12 +19,13 @@ from statistics import median
 from typing import Any
 
 import psycopg
+from msgspec.structs import replace
 
 from bench import database
 from bench.durable import _records
 from bench.figures import Figure, Log, compared
 from bench.servers import Bench
-from shim.core.records import AddTrace, CommandRecord, CommandState, MarkCommands, Operation, PutCommand, TraceEntry
+from shim.core.records import CommandRecord, CommandState, MarkCommands, Operation, PutCommand, TraceEntry
 from shim.ports import CommandStore
 from shim.process import tune_gc
 from shim.store.sqlite import SqliteStore
@@ -44,29 +47,28 @@ INSERT = (
 DELETE = "DELETE FROM bare WHERE session = %s AND id = %s"
 
 
-def through_store(make: Callable[[Any], CommandStore], records: Sequence[CommandRecord], outstanding: int) -> float:
-    """Commands per second, each stored, offered and delivered."""
+def through_store(
+    make: Callable[[Any], CommandStore], records: Sequence[CommandRecord], outstanding: int, *, held: bool
+) -> float:
+    """Commands per second, each stored, offered and delivered. If `held`, a held poll waits for each."""
     posted: SimpleQueue[Callable[[], None]] = SimpleQueue()
     store = make(posted.put)
     store.open()
     coming = list(reversed(records))
     done = 0
 
-    def steps(record: CommandRecord) -> list[list[Operation]]:
+    def steps(record: CommandRecord) -> list[Operation]:
         key, name = record.session, (record.id,)
-        arrived = AddTrace(key, name, TraceEntry(record.arrived_unix, "arrived", record.type))
-        offered = MarkCommands(key, name, CommandState.OFFERED, 2.0, attempts=1)
-        delivered = MarkCommands(key, name, CommandState.DELIVERED, 3.0)
-        return [
-            [delivered, AddTrace(key, name, TraceEntry(3.0, "delivered"))],
-            [offered, AddTrace(key, name, TraceEntry(2.0, "offered", "attempt 1"))],
-            [PutCommand(record), arrived],
-        ]
+        offer = TraceEntry(2.0, "offered", "attempt 1")
+        delivered = MarkCommands(key, name, CommandState.DELIVERED, TraceEntry(3.0, "delivered"))
+        if held:
+            return [delivered, PutCommand(replace(record, state=CommandState.OFFERED, attempts=1), offer)]
+        return [delivered, MarkCommands(key, name, CommandState.OFFERED, offer, attempts=1), PutCommand(record)]
 
-    def go_on(left: list[list[Operation]]) -> None:
+    def go_on(left: list[Operation]) -> None:
         nonlocal done
         if left:
-            store.submit(*left.pop(), done=lambda _outcome: go_on(left))
+            store.submit(left.pop(), done=lambda _outcome: go_on(left))
             return
         done += 1
         if coming:
@@ -112,18 +114,23 @@ def measure(bench: Bench, log: Log) -> list[Figure]:
     with database.running() as server:
         for outstanding, all_of_them in OUTSTANDING.items():
             records = _records(bench.pick(all_of_them, max(outstanding, all_of_them // 10)))
-            found: dict[str, list[float]] = {"bare": [], "postgresql": [], "sqlite": []}
+            plain: list[float] = []
+            found: dict[tuple[str, bool], list[float]] = defaultdict(list)
             for _ in range(bench.pick(ROUNDS, 1)):
                 url = server.create()
                 path = Path(tempfile.mkdtemp(dir=bench.folder)) / "shim.db"
-                found["bare"].append(bare(url, records, outstanding))
-                made = partial(postgres.store, url)
-                found["postgresql"].append(through_store(made, records, outstanding))
-                found["sqlite"].append(through_store(partial(SqliteStore, path), records, outstanding))
-            log(f"postgres, {outstanding} at a time: " + ", ".join(f"{k} {median(v):,.0f}/s" for k, v in found.items()))
-            what, ours = f"{outstanding} at a time", found["postgresql"]
-            rest: dict[str, Any] = {"against": "bare psycopg", "better": "more", "aim": AIMS[outstanding]}
-            figures.append(compared(PART, what, "1/s", ours, found["bare"], **rest))
-            rest = {"against": "the file", "better": "more"}
-            figures.append(compared(PART, what, "1/s", ours, found["sqlite"], **rest))
+                plain.append(bare(url, records, outstanding))
+                for held in (True, False):
+                    for name, made in (
+                        ("postgresql", partial(postgres.store, url)),
+                        ("sqlite", partial(SqliteStore, path)),
+                    ):
+                        found[name, held].append(through_store(made, records, outstanding, held=held))
+            for held in (True, False):
+                ours, file = found["postgresql", held], found["sqlite", held]
+                what = f"{outstanding} at a time, {'polls held' if held else 'polls later'}"
+                log(f"postgres, {what}: {median(ours):,.0f}/s, bare {median(plain):,.0f}/s, file {median(file):,.0f}/s")
+                rest: dict[str, Any] = {"against": "bare psycopg", "better": "more", "aim": AIMS[outstanding]}
+                figures.append(compared(PART, what, "1/s", ours, plain, **rest))
+                figures.append(compared(PART, what, "1/s", ours, file, against="the file", better="more"))
     return figures

@@ -19,7 +19,6 @@ from bench.durable import _records
 from bench.postgres import DELETE, INSERT, TABLE, bare_row
 from shim.config import settings
 from shim.core.records import (
-    AddTrace,
     CheckStore,
     CommandRecord,
     CommandState,
@@ -69,14 +68,10 @@ def _steps(records: Sequence[CommandRecord]) -> dict[str, list[list[Operation]]]
     def marked(record: CommandRecord, state: CommandState, wall: float, attempts: int) -> list[Operation]:
         key, names = record.session, (record.id,)
         step = TraceEntry(wall, state.value, f"attempt {attempts}" if attempts else "")
-        return [MarkCommands(key, names, state, wall, attempts), AddTrace(key, names, step)]
-
-    def put(record: CommandRecord) -> list[Operation]:
-        step = TraceEntry(record.arrived_unix, "arrived", record.type)
-        return [PutCommand(record), AddTrace(record.session, (record.id,), step)]
+        return [MarkCommands(key, names, state, step, attempts)]
 
     return {
-        "stored": [put(each) for each in records],
+        "stored": [[PutCommand(each)] for each in records],
         "offered": [marked(each, CommandState.OFFERED, 2.0, 1) for each in records],
         "delivered": [marked(each, CommandState.DELIVERED, 3.0, 0) for each in records],
         "empty batch": [[CheckStore()]],

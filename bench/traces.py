@@ -18,6 +18,7 @@ from typing import Any
 
 from bench import database
 from bench.durable import ROUNDS, _records
+from shim.core.records import PutCommand
 from shim.store import schema
 from shim.store.operations import COMMAND_COLUMNS
 from shim.store.rows import insert_parameters
@@ -68,7 +69,7 @@ def _lives(way: str, rows: Sequence[Sequence[Any]], transact: Transact) -> None:
 
 
 def _batches() -> list[list[tuple[Any, ...]]]:
-    rows = [insert_parameters(record, "arrived") for record in _records(COUNT)]
+    rows = [insert_parameters(PutCommand(record)) for record in _records(COUNT)]
     return [rows[first : first + BATCH] for first in range(0, COUNT, BATCH)]
 
 

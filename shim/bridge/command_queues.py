@@ -17,7 +17,6 @@ from shim.core.records import (
     VIA_HTTP,
     CommandRecord,
     CommandState,
-    MarkCommands,
     OutboxEntry,
     PutOutbox,
     SessionKey,
@@ -135,8 +134,7 @@ class CommandQueues:
         """Count, store and trace one transition of the given commands; do nothing without ids."""
         if ids:
             self.count(event, len(ids))
-            step = self._ctx.step(key, ids, wall, event, detail)
-            self._ctx.store.submit(MarkCommands(key, ids, state, wall, attempts), step)
+            self._ctx.store.submit(self._ctx.mark(key, ids, state, wall, event, detail, attempts=attempts))
 
     def handle_uncertain(self, key: SessionKey, outcome: UncertainOutcome, reason: str, wall: float) -> None:
         """Record commands without evidence of delivery: some will be offered again, the others end as DEAD."""
@@ -170,16 +168,15 @@ class CommandQueues:
         wall = self._ctx.clock.wall_s()
         session = self._ctx.sessions.get(key)
         report = self._outbox.failure_payload(session, record.id, wall, code=ending.code, error=ending.error)
-        mark = MarkCommands(key, ids, ending.state, wall)
-        step = self._ctx.step(key, ids, wall, ending.state.value, ending.error)
+        mark = self._ctx.mark(key, ids, ending.state, wall, ending.state.value, ending.error)
         self._ctx.arriving.add(0)
         if record.via == VIA_HTTP:  # the vendor's HTTP API has no way to receive a report
-            self._ctx.store.submit(mark, step, done=partial(self._final_state_stored, ending, None))
+            self._ctx.store.submit(mark, done=partial(self._final_state_stored, ending, None))
         else:
             reported = self._ctx.step(key, ids, wall, "reported", ending.code)
             put = PutOutbox(key, record.id, record.request_id, report)
             done = partial(self._final_state_stored, ending, None if again else report)
-            self._ctx.store.submit(put, mark, step, reported, done=done)
+            self._ctx.store.submit(put, mark, reported, done=done)
 
     def _final_state_stored(
         self, ending: _FinalState, report: dict[str, Any] | None, outcome: OutboxEntry | StoreError | None

@@ -14,7 +14,15 @@ from shim.config.settings import Settings
 from shim.core.backoff import BackoffPolicy
 from shim.core.call_records import FallbackRecord, RecentCalls
 from shim.core.command_queue import Arriving, QueuePolicy, RecentCommands
-from shim.core.records import AddTrace, Operation, SessionKey, StoreOperation, TraceEntry
+from shim.core.records import (
+    AddTrace,
+    CommandState,
+    MarkCommands,
+    Operation,
+    SessionKey,
+    StoreOperation,
+    TraceEntry,
+)
 from shim.core.sessions import Sessions
 from shim.errors import StoreError
 from shim.log import get
@@ -121,10 +129,30 @@ class BridgeContext(msgspec.Struct):
     def step(self, key: SessionKey, ids: tuple[str, ...], wall: float, event: str, detail: str = "") -> AddTrace:
         """Return a step for the trace of commands, to be stored together with the change that it describes."""
         entry = TraceEntry(wall, event, detail)
+        self.show_step(key, ids, entry)
+        return AddTrace(key, ids, entry)
+
+    def mark(
+        self,
+        key: SessionKey,
+        ids: tuple[str, ...],
+        state: CommandState,
+        wall: float,
+        event: str,
+        detail: str = "",
+        *,
+        attempts: int = 0,
+    ) -> MarkCommands:
+        """Return the change of commands to a state, with the step of their traces."""
+        entry = TraceEntry(wall, event, detail)
+        self.show_step(key, ids, entry)
+        return MarkCommands(key, ids, state, entry, attempts)
+
+    def show_step(self, key: SessionKey, ids: tuple[str, ...], entry: TraceEntry) -> None:
+        """Show a step of commands on the status page and to the trace collector."""
         self.recent_commands.note(key, ids, entry)
         if self.note_step is not None:
             self.note_step(key, ids, entry)
-        return AddTrace(key, ids, entry)
 
     def moment(self) -> Moment:
         """Return the time of an event that happens now."""

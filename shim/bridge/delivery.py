@@ -3,8 +3,9 @@
 | step | method | stored state |
 |---|---|---|
 | the controller sends a command | `arrive` | |
-| the command is stored | `_put_done`, `_stored` | QUEUED |
+| the command is stored | `_store`, `_put_done`, `_stored` | QUEUED |
 | it is put into the reply to a poll | `_offer`, `_offer_recorded` | OFFERED |
+| both at once, for a poll that is held | `_store`, `_put_done`, `_offer_stored` | OFFERED |
 | the reply is written | `written` | OFFERED |
 | there is evidence that the agent has received it | `_delivered` | DELIVERED |
 | the agent posts its result | `post_result`, `_result_stored` | ANSWERED |
@@ -24,7 +25,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from itertools import count
+from itertools import count, groupby
 from typing import Any
 
 import msgspec
@@ -40,12 +41,12 @@ from shim.core.records import (
     CommandRecord,
     CommandState,
     LookUpCommand,
-    MarkCommands,
     PutCommand,
     PutOutcome,
     PutResult,
     ResultOutcome,
     SessionKey,
+    TraceEntry,
 )
 from shim.core.sessions import Session
 from shim.errors import StoreError
@@ -60,12 +61,16 @@ MAX_HAND_OVER_SAMPLES = 1024
 
 
 class _Arrival(msgspec.Struct):
-    """One command that is being accepted or rejected. `at` is its arrival in monotonic seconds."""
+    """One command that is being accepted or rejected. `at` is its arrival in monotonic seconds.
+
+    `offer` is the held poll that it is stored for as offered, with the step of that offer.
+    """
 
     session: Session
     record: CommandRecord
     at: float
     settled: Callable[[bool], None]
+    offer: tuple[PendingPoll, TraceEntry] | None = None
 
 
 class PendingPoll:
@@ -87,6 +92,11 @@ class PendingPoll:
         """Resolve the poll; do nothing if it is resolved already."""
         if not self.offered.done():
             self.offered.set_result(batch)
+
+
+def _attempt(offered: QueuedCommand) -> str:
+    """Return the detail of a command's step `offered`."""
+    return f"attempt {offered.attempts}" + (f", {offered.reason}" if offered.reason else "")
 
 
 class CommandDelivery:
@@ -144,10 +154,23 @@ class CommandDelivery:
         elif not queue.room_for(record.size_bytes, self._ctx.queue_policy):
             self._look_up(arrival, "queue_full", REASONS["queue_full"])
         else:
-            queue.reserve(record.size_bytes)
-            self._ctx.arriving.add(record.size_bytes)
-            step = self._ctx.step(record.session, (record.id,), record.arrived_unix, "arrived", record.type)
-            self._ctx.store.submit(PutCommand(record), step, done=partial(self._put_done, arrival, queue))
+            self._store(arrival, queue)
+
+    def _store(self, arrival: _Arrival, queue: CommandQueue) -> None:
+        """Store a command. If it is the only one and a poll is held, store it as offered: one commit less to wait for.
+
+        The poll stays held until the command is stored.
+        """
+        record = arrival.record
+        put, poll = PutCommand(record), self._polls.get(record.session)
+        if poll is not None and queue.is_idle():
+            offered = TraceEntry(record.arrived_unix, "offered", "attempt 1")
+            arrival.offer = poll, offered
+            put = PutCommand(replace(record, state=CommandState.OFFERED, attempts=1), offered)
+        queue.reserve(record.size_bytes)
+        self._ctx.arriving.add(record.size_bytes)
+        self._ctx.show_step(record.session, (record.id,), put.arrived)
+        self._ctx.store.submit(put, done=partial(self._put_done, arrival, queue))
 
     def _put_done(self, arrival: _Arrival, queue: CommandQueue, outcome: PutOutcome | StoreError) -> None:
         record = arrival.record
@@ -175,10 +198,29 @@ class CommandDelivery:
         expires_at = arrival.at + (record.expires_unix - record.arrived_unix)
         queued = self._queues.add(replace(record, session=key, seq=seq), expires_at, at.now)
         queued.arrived_at = arrival.at
+        if arrival.offer is not None:
+            self._offer_stored(queued, *arrival.offer, at)
         if self._ctx.sessions.get(key) is None:
             self._queues.end_session(key)
         self.try_offer(key, at)
         arrival.settled(True)
+
+    def _offer_stored(self, queued: QueuedCommand, poll: PendingPoll, offered: TraceEntry, at: Moment) -> None:
+        """Answer the held poll with a command that was stored as offered, or requeue it if that is no longer possible.
+
+        During the write the poll may have ended, or another command may have come to the queue, as by a move.
+        """
+        key, ids = queued.record.session, (queued.record.id,)
+        self._ctx.show_step(key, ids, offered)
+        queue = self._queues.get_or_create(key)
+        if self._polls.get(key) is poll and queue.all() == (queued,):
+            del self._polls[key]
+            poll.batch = queue.take(next(self._numbers), poll.connection, poll.arrived_s, self._ctx.queue_policy)
+            self._answer(poll, at.now, recorded=True)
+        else:
+            self._queues.record_transition(
+                key, ids, CommandState.QUEUED, at.unix, "requeued", detail="not written", attempts=-1
+            )
 
     def _look_up(self, arrival: _Arrival, code: str, error: str) -> None:
         """Look up a command that may not be accepted: a known one is a duplicate, any other is rejected."""
@@ -279,12 +321,11 @@ class CommandDelivery:
         if batch is None:
             poll.answer(None)
             return
-        steps = []
-        for queued in batch.commands:
-            detail = f"attempt {queued.attempts}" + (f", {queued.reason}" if queued.reason else "")
-            steps.append(self._ctx.step(queue.key, (queued.record.id,), at.unix, "offered", detail))
-        mark = MarkCommands(queue.key, batch.ids, CommandState.OFFERED, at.unix, attempts=1)
-        self._ctx.store.submit(mark, *steps, done=partial(self._offer_recorded, queue, poll, batch, policy))
+        marks = []
+        for detail, commands in groupby(batch.commands, _attempt):
+            ids = tuple(queued.record.id for queued in commands)
+            marks.append(self._ctx.mark(queue.key, ids, CommandState.OFFERED, at.unix, "offered", detail, attempts=1))
+        self._ctx.store.submit(*marks, done=partial(self._offer_recorded, queue, poll, batch, policy))
 
     def _offer_recorded(
         self, queue: CommandQueue, poll: PendingPoll, batch: Batch, policy: QueuePolicy, outcome: StoreError | None
@@ -295,8 +336,12 @@ class CommandDelivery:
         now = self._ctx.now
         if outcome is not None:
             poll.batch = self._offer_without_record(queue, batch, policy, now)
+        self._answer(poll, now, recorded=outcome is None)
+
+    def _answer(self, poll: PendingPoll, now: float, *, recorded: bool) -> None:
+        """Answer a poll with its offer. `recorded` is the same as in `_observe_offer`."""
         if poll.batch is not None:
-            self._observe_offer(poll.batch, now, recorded=outcome is None)
+            self._observe_offer(poll.batch, now, recorded=recorded)
         poll.answer(poll.batch)
 
     def _offer_without_record(self, queue: CommandQueue, batch: Batch, policy: QueuePolicy, now: float) -> Batch | None:

@@ -24,7 +24,7 @@ from shim.core.agent_calls import (
     TunnelPollCall,
 )
 from shim.core.call_records import route_of
-from shim.core.records import VIA_HTTP, CommandState, FindCommand, MarkCommands, SessionKey
+from shim.core.records import VIA_HTTP, CommandState, FindCommand, SessionKey
 from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.log import get
@@ -197,9 +197,7 @@ class HttpFallbackBridge:
         """Close a command whose result the vendor's HTTP API has accepted."""
         key, wall = self._key(caller, call), self._ctx.clock.wall_s()
         ids = (call.command_id,)
-        self._ctx.store.submit(
-            MarkCommands(key, ids, CommandState.CLOSED, wall), self._ctx.step(key, ids, wall, "closed", "by HTTP")
-        )
+        self._ctx.store.submit(self._ctx.mark(key, ids, CommandState.CLOSED, wall, "closed", "by HTTP"))
         self._delivery.answered(key, call.command_id)
 
     def _key(self, caller: Caller, call: ResultCall) -> SessionKey:

@@ -256,6 +256,10 @@ class CommandQueue:
         """Return True if a command could be offered now."""
         return self.offer is None and bool(self._order)
 
+    def is_idle(self) -> bool:
+        """Return True if the queue is empty and no command for it is being stored."""
+        return not self._by_id and not self._reserved
+
     def room_for(self, size_bytes: int, policy: QueuePolicy) -> bool:
         """Return True if the bounds allow one more command of this size."""
         return (

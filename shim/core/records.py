@@ -154,9 +154,18 @@ class CommandDetails(NamedTuple):
 
 
 class PutCommand(StoreOperation[PutOutcome], frozen=True):
-    """Queue a command unless (session, id) is known."""
+    """Store a command unless (session, id) is known, and trace its arrival (`arrived`) also if it is.
+
+    `offered` is the step of its first offer if it is offered at once: the record's state is OFFERED then.
+    """
 
     record: CommandRecord
+    offered: TraceEntry | None = None
+
+    @property
+    def arrived(self) -> TraceEntry:
+        """The step of the command's arrival."""
+        return TraceEntry(self.record.arrived_unix, "arrived", self.record.type)
 
 
 class LookUpCommand(StoreOperation[PutOutcome | None], frozen=True):
@@ -167,12 +176,15 @@ class LookUpCommand(StoreOperation[PutOutcome | None], frozen=True):
 
 
 class MarkCommands(StoreOperation[None], frozen=True):
-    """Set the state of commands of a session and add `attempts` to their count. Unknown ids are ignored."""
+    """Set the state of commands of a session, add `attempts` to their count, and `step` to their traces.
+
+    Of an unknown id only the step is stored.
+    """
 
     session: SessionKey
     ids: tuple[str, ...]
     state: CommandState
-    wall: float
+    step: TraceEntry
     attempts: int = 0
 
 

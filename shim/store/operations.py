@@ -48,7 +48,6 @@ from shim.store.rows import (
     decode_object,
     encode_json,
     insert_parameters,
-    is_first_step,
     optional_object,
     parse_key,
 )
@@ -59,11 +58,11 @@ MAX_LONE_TRACES = 10_000
 
 COMMAND_COLUMNS = (
     "session, id, request_id, state, attempts, updated, arrived, expires, size_bytes, type, created_at, payload, via,"
-    " first_step"
+    " first_step, steps"
 )
 INSERT_COMMAND = (
     f"INSERT INTO commands ({COMMAND_COLUMNS})"  # noqa: S608 - constants
-    " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14) ON CONFLICT (session, id) DO NOTHING"
+    " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15) ON CONFLICT (session, id) DO NOTHING"
 )
 _SELECT_COMMAND = "SELECT seq, state, result FROM commands WHERE session = ?1 AND id = ?2"
 # The indexes begin with the session, because nearly all statements name one. A search in all sessions costs one probe
@@ -218,49 +217,33 @@ class Operations:
 
     def carry_out(self, operations: Sequence[Operation]) -> Any:
         """Carry out a submission and return the result of its first operation. Raises the engine's exceptions."""
-        if len(operations) == 2:
-            finish = self._at_once(*operations)
-            if finish is not None:
-                return finish()
         carriers = self._carriers
         result, *_ = [carriers[type(operation)](operation)() for operation in operations]
         return result
 
     def begin(self, operations: Sequence[Operation]) -> list[Finish[Any]]:
         """Queue the statements of a submission. Return functions for their results."""
-        if len(operations) == 2:
-            finish = self._at_once(*operations)
-            if finish is not None:
-                return [finish]
         return [self._carriers[type(operation)](operation) for operation in operations]
-
-    def _at_once(self, first: Operation, second: Operation) -> Finish[Any] | None:
-        """Carry out a change of a command together with its trace step, the most frequent pair of operations.
-
-        Returns `None` for any other pair.
-        """
-        if not isinstance(second, AddTrace):
-            return None
-        if isinstance(first, PutCommand):
-            return self.put_with_step(first, second)
-        if isinstance(first, MarkCommands) and (first.session, first.ids) == (second.session, second.ids):
-            return self.mark_with_step(first, second)
-        return None
 
     # --- commands and their traces ------------------------------------------------------------------------------------
 
-    def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
+    def put(self, operation: PutCommand) -> Finish[PutOutcome]:
         """Insert a command. The outcome names an existing one with the same id and its result."""
-        parameters = insert_parameters(operation.record, first_step)
-        seq = self._database.insert(INSERT_COMMAND, parameters)
+        seq = self._database.insert(INSERT_COMMAND, insert_parameters(operation))
         if seq is not None:
             return partial(PutOutcome, seq)
-        return self.look_up_known(parameters[:2])
-
-    def look_up_known(self, key: tuple[Any, ...]) -> Finish[PutOutcome]:
-        """Return the outcome for a command that exists: `key` is its session and id."""
-        outcome = duplicate(*self._execute(_SELECT_COMMAND, key).fetchone())
+        self.trace_arrival(operation)
+        outcome = self.look_up_known(operation)
         return lambda: outcome
+
+    def trace_arrival(self, duplicate: PutCommand) -> Finish[None]:
+        """Add the step that a new command's row implies to the trace of one that is stored already."""
+        return self.add_trace(AddTrace(duplicate.record.session, (duplicate.record.id,), duplicate.arrived))
+
+    def look_up_known(self, operation: PutCommand) -> PutOutcome:
+        """Return the outcome for a command that exists."""
+        record = operation.record
+        return duplicate(*self._execute(_SELECT_COMMAND, (str(record.session), record.id)).fetchone())
 
     def look_up(self, operation: LookUpCommand) -> Finish[PutOutcome | None]:
         """Look up a command by session and id; the result is None if there is none."""
@@ -273,37 +256,15 @@ class Operations:
 
         return finish
 
-    def put_with_step(self, operation: PutCommand, step: AddTrace) -> Finish[PutOutcome]:
-        """Store a command with a step of its trace.
-
-        For a new command whose step repeats columns of its row, one insert stores both (`is_first_step`).
-        """
-        if not is_first_step(operation.record, step):
-            finish = self.put(operation)
-            self.add_trace(step)
-            return finish
-        parameters = insert_parameters(operation.record, step.entry.event)
-        seq = self._database.insert(INSERT_COMMAND, parameters)
-        if seq is not None:
-            return partial(PutOutcome, seq)
-        self.add_trace(step)
-        return self.look_up_known(parameters[:2])
-
     def mark(self, operation: MarkCommands) -> Finish[None]:
-        """Change the state of commands of one session, and add `attempts`, which may be negative, to theirs."""
-        session = str(operation.session)
+        """Change the state of commands, add `attempts`, which may be negative, and a step to the trace of each."""
+        step, session = operation.step, str(operation.session)
+        text = rows.encode_step(step)
         for each in operation.ids:
-            self._execute(MARK, (operation.state.value, operation.attempts, operation.wall, session, each))
-        return nothing
-
-    def mark_with_step(self, operation: MarkCommands, step: AddTrace) -> Finish[None]:
-        """Change the state of commands and add a step to the trace of each, by one statement for a command."""
-        session, text = str(operation.session), rows.encode_step(step.entry)
-        for each in operation.ids:
-            values = (operation.state.value, operation.attempts, operation.wall, session, each)
+            values = (operation.state.value, operation.attempts, step.wall, session, each)
             if not self._execute(_MARK_WITH_STEP, (*values, text)).rowcount:
                 self._execute(MARK, values)
-                self._add_as_row(session, each, step.entry)
+                self._add_as_row(session, each, step)
         return nothing
 
     def requeue(self, operation: RequeueCommand) -> Finish[bool]:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from shim.core.records import (
-    AddTrace,
     CommandRecord,
     CommandState,
+    PutCommand,
     SessionKey,
     SessionRecord,
     StoreContents,
@@ -116,8 +116,9 @@ def optional_object(column: Any) -> dict[str, Any] | None:
         return None
 
 
-def insert_parameters(record: CommandRecord, first_step: str) -> tuple[Any, ...]:
+def insert_parameters(operation: PutCommand) -> tuple[Any, ...]:
     """Return the parameters of `operations.INSERT_COMMAND`."""
+    record, offered = operation.record, operation.offered
     return (
         str(record.session),
         record.id,
@@ -132,15 +133,9 @@ def insert_parameters(record: CommandRecord, first_step: str) -> tuple[Any, ...]
         record.created_at,
         encode_json(record.payload),
         record.via,
-        first_step,
+        operation.arrived.event,
+        encode_step(offered) if offered is not None else "",
     )
-
-
-def is_first_step(record: CommandRecord, step: AddTrace) -> bool:
-    """Return whether the row of `record` with `step.entry.event` as its `first_step` holds all of this step."""
-    entry = step.entry
-    implied = (record.session, (record.id,), record.arrived_unix, record.type)
-    return (step.session, step.ids, entry.wall, entry.detail) == implied
 
 
 def encode_step(entry: TraceEntry) -> str:

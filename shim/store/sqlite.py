@@ -15,13 +15,13 @@ from typing import Any
 from msgspec.structs import replace
 
 from shim.clock import Clock
-from shim.core.records import AddTrace, Operation, PutCommand, PutOutcome, StoreContents, WriteProbe
+from shim.core.records import Operation, PutCommand, PutOutcome, StoreContents, WriteProbe
 from shim.errors import StoreError
 from shim.store import files, rows, schema
 from shim.store.database import Database, Finish, Rows, nothing
 from shim.store.files import StoreLock
 from shim.store.operations import COMMAND_COLUMNS, Operations
-from shim.store.rows import insert_parameters, is_first_step
+from shim.store.rows import insert_parameters
 from shim.store.writer import (
     UNOBSERVED,
     CallThreadsafe,
@@ -381,8 +381,8 @@ class SqliteDatabase:
             self.execute("PRAGMA incremental_vacuum(1)")  # frees one page whatever N is: Python steps a pragma once
 
 
-# A new command's submission, which waits for others, and the parameters of its row.
-_Put = tuple[Sequence[Any], tuple[Any, ...]]
+# A new command, which waits for others, and the parameters of its row.
+_Put = tuple[PutCommand, tuple[Any, ...]]
 
 
 class SqliteOperations(Operations):
@@ -397,11 +397,10 @@ class SqliteOperations(Operations):
         results: list[Any] = []
         puts: list[_Put] = []
         for operations in batch:
-            if len(operations) == 2:
-                first, step = operations
-                if isinstance(first, PutCommand) and isinstance(step, AddTrace) and is_first_step(first.record, step):
-                    puts.append((operations, insert_parameters(first.record, step.entry.event)))
-                    continue
+            first = operations[0]
+            if len(operations) == 1 and isinstance(first, PutCommand):
+                puts.append((first, insert_parameters(first)))
+                continue
             if puts:
                 results += self._put_all(puts)
                 puts.clear()
@@ -428,13 +427,13 @@ class SqliteOperations(Operations):
         (first_seq,) = self._execute(_NEWEST, (inserted,)).fetchone()
         new: set[int] = set()
         outcomes = []
-        for (_, step), row in puts:
-            outcome = self.look_up_known(row[:2])()
+        for operation, _ in puts:
+            outcome = self.look_up_known(operation)
             if inserted and outcome.seq >= first_seq and outcome.seq not in new:
                 new.add(outcome.seq)
                 outcomes.append(PutOutcome(outcome.seq))
             else:
-                self.add_trace(step)
+                self.trace_arrival(operation)
                 outcomes.append(outcome)
         return outcomes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import pytest
@@ -11,6 +12,7 @@ from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.outbox import DRAINED
 from shim.core.agent_calls import Accepted, Commands, PollCall
 from shim.core.command_queue import Batch, unknown_open
+from shim.core.records import CommandState
 from shim.ports import CallResult
 from shim.protocol.rfc3339 import rfc3339
 from tests.bridge.conftest import MakeWorld, codes, given, living, offered
@@ -234,6 +236,172 @@ async def test_a_held_poll_gets_the_command_at_once(make_world: MakeWorld) -> No
     world.controller.push("k1")
     await world.settle()
     assert [command.id for command in agent.take(poll.result())] == ["k1"]
+
+
+# --- a command that finds its poll waiting is stored as offered -------------------------------------------------------
+
+
+async def waiting(make_world: MakeWorld, **commands: Any) -> tuple[World, Agent, asyncio.Task[CallResult]]:
+    """An agent whose poll is held, before a store that answers late."""
+    world = await make_world(poll={"hold": 20}, commands=commands)
+    agent = await living(world)
+    poll = agent.poll_task()
+    await world.pass_s(1)
+    world.store.slow = True
+    return world, agent, poll
+
+
+async def test_a_command_for_a_held_poll_costs_one_write(make_world: MakeWorld) -> None:
+    world, agent, poll = await waiting(make_world)
+    before = len(world.store.log)
+    world.controller.push("k1", type="scale")
+    await world.settle()
+    assert not poll.done(), "the command is not on disk yet"
+    world.store.catch_up()
+    assert await ids_of(world, agent, poll) == ["k1"]
+    assert len(world.store.log) == before + 1
+    [(record, _, trace)] = await world.store.find("k1")
+    assert (record.state, record.attempts) == (CommandState.OFFERED, 1)
+    assert [(step.event, step.detail) for step in trace] == [("arrived", "scale"), ("offered", "attempt 1")]
+    assert [step.event for step in world.bridge.ctx.recent_commands] == ["offered"]
+    assert world.metric("commands_total", event="offered") == 1
+    assert await agent.poll() == []
+    await world.settle()
+    assert await world.state("k1") == "delivered"
+
+
+async def test_what_comes_during_the_write_waits_for_the_next_poll(make_world: MakeWorld) -> None:
+    world, agent, poll = await waiting(make_world)
+    for name in ("k1", "k2", "k3"):
+        world.controller.push(name)
+    await world.settle()
+    world.store.catch_up()
+    assert await ids_of(world, agent, poll) == ["k1"]
+    assert await agent.poll() == ["k2", "k3"]
+    assert traces(world, "k2") == ["arrived: command", "offered: attempt 1"]
+
+
+async def hangs_up(world: World, poll: asyncio.Task[CallResult]) -> None:
+    poll.cancel()
+
+
+async def polls_again(world: World, poll: asyncio.Task[CallResult]) -> None:
+    second = world.agent().poll_task()
+    await world.settle()
+    assert poll.result().outcome == Commands((), 5)
+    second.cancel()
+
+
+async def hold_ends(world: World, poll: asyncio.Task[CallResult]) -> None:
+    await world.pass_s(20)
+    assert poll.result().outcome == Commands((), 5)
+
+
+@pytest.mark.parametrize("ends", [hangs_up, polls_again, hold_ends])
+async def test_a_poll_that_ends_during_the_write_swallows_nothing(
+    make_world: MakeWorld, ends: Callable[[World, asyncio.Task[CallResult]], Awaitable[None]]
+) -> None:
+    world, agent, poll = await waiting(make_world)
+    world.controller.push("k1")
+    await world.settle()
+    await ends(world, poll)
+    await world.settle()
+    world.store.catch_up()
+    await world.settle()
+    [(record, _, _)] = await world.store.find("k1")
+    assert (record.state, record.attempts) == (CommandState.QUEUED, 0)
+    assert await agent.poll() == ["k1"]
+    tried = ["offered: attempt 1", "requeued: not written", "offered: attempt 1"]
+    assert traces(world, "k1") == ["arrived: command", *tried]
+
+
+async def test_a_newer_poll_gets_what_was_stored_for_the_older_one(make_world: MakeWorld) -> None:
+    world, agent, _poll = await waiting(make_world)
+    world.controller.push("k1")
+    await world.settle()
+    newer = agent.poll_task()
+    await world.settle()
+    world.store.catch_up()
+    assert await ids_of(world, agent, newer) == ["k1"]
+    [(record, _, _)] = await world.store.find("k1")
+    assert (record.state, record.attempts) == (CommandState.OFFERED, 1)
+
+
+async def test_a_command_that_came_to_the_queue_meanwhile_is_offered_with_it_in_order(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 20})
+    agent = await living(world)
+    source = await living(world, cluster_id="c-2", agent_id="pod-2", name="other")
+    world.controller.push("k1", cluster_id=source.cluster_id)
+    poll = agent.poll_task()
+    await world.pass_s(1)
+    world.store.slow = True
+    world.controller.push("k2", cluster_id=agent.cluster_id)
+    await world.settle()
+    world.bridge.delivery.move(world.session(source.cluster_id).key, world.session(agent.cluster_id).key)
+    world.store.catch_up()
+    assert await ids_of(world, agent, poll) == ["k1"], "it was offered before the write was answered"
+    assert await agent.poll() == ["k2"]
+    [(record, _, _)] = await world.store.find("k2")
+    assert (record.state, record.attempts) == (CommandState.OFFERED, 1)
+
+
+async def test_a_full_disk_leaves_the_poll_held(make_world: MakeWorld) -> None:
+    world, agent, poll = await waiting(make_world)
+    world.store.slow = False
+    world.store.fail()
+    world.controller.push("k1")
+    await world.settle()
+    assert codes(world, "k1") == ["store_unavailable"]
+    assert not poll.done()
+    world.store.heal()
+    world.controller.push("k2")
+    assert await ids_of(world, agent, poll) == ["k2"]
+
+
+async def test_a_duplicate_leaves_the_poll_held_and_the_command_as_it_is(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 20})
+    agent = await given(world, "k1")
+    assert await agent.poll() == ["k1"]
+    poll = agent.poll_task()
+    await world.settle()
+    assert await world.state("k1") == "delivered"
+    world.controller.push("k1")
+    await world.settle()
+    assert not poll.done()
+    assert await world.state("k1") == "delivered"
+    world.controller.push("k2")
+    assert await ids_of(world, agent, poll) == ["k2"]
+
+
+@pytest.mark.parametrize("once, state", [([], "offered"), (["command"], "dead")])
+async def test_a_crash_behind_the_write_leaves_it_unknown_if_the_agent_has_it(
+    make_world: MakeWorld, once: list[str], state: str
+) -> None:
+    world, agent, poll = await waiting(make_world, at_most_once=once)
+    world.controller.push("k1")
+    await world.settle()
+    await world.crash()
+    poll.cancel()
+    world.start()
+    await world.settle()
+    poll = agent.poll_task()
+    await world.pass_s(21)
+    assert [each.id for each in agent.take(poll.result())] == ([] if once else ["k1"])
+    await world.settle()
+    assert await world.state("k1") == state
+
+
+async def test_a_session_that_is_forgotten_during_the_write_ends_its_command(make_world: MakeWorld) -> None:
+    world, agent, _poll = await waiting(make_world)
+    world.controller.push("k1")
+    await world.settle()
+    forgotten = asyncio.create_task(world.bridge.session_registry.forget(world.session(agent.cluster_id)))
+    await world.settle()
+    world.store.catch_up()
+    await forgotten
+    await world.settle()
+    assert await world.state("k1") == "expired"
+    assert codes(world, "k1") == ["expired"]
 
 
 async def test_a_reply_that_was_written_is_not_withdrawn(world: World) -> None:

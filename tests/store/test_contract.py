@@ -39,7 +39,7 @@ from shim.core.records import (
 from shim.errors import StoreError
 from shim.store import open_store
 from tests.support.memory_store import MAX_LONE_TRACES, MemoryStore
-from tests.support.stores import KEY, OTHER, POISON, STRANGER, StoreClient, command, put, session
+from tests.support.stores import KEY, OTHER, POISON, STRANGER, StoreClient, command, mark, put, session
 
 Make = Callable[[], StoreClient]
 Reopen = Callable[[StoreClient], StoreClient]
@@ -124,7 +124,7 @@ def test_a_number_is_never_given_twice(client: StoreClient) -> None:
 
 def test_the_same_id_is_a_duplicate_until_it_is_pruned(client: StoreClient, reopen: Reopen) -> None:
     seq = client.one(put("1")).seq
-    client.one(MarkCommands(KEY, ("1",), CommandState.DELIVERED, wall=110.0))
+    client.one(mark("1", CommandState.DELIVERED))
 
     client = reopen(client)
     client.open()
@@ -151,9 +151,9 @@ def test_a_duplicate_tells_the_result_also_after_the_controller_has_it(client: S
 
 def test_marking_counts_attempts_and_ignores_unknown_ids(client: StoreClient) -> None:
     client.run(put("1"), put("2"), put("1", OTHER))
-    client.one(MarkCommands(KEY, ("1", "nobody"), CommandState.OFFERED, wall=110.0, attempts=1))
-    client.one(MarkCommands(KEY, ("1", "2"), CommandState.OFFERED, wall=111.0, attempts=1))
-    client.one(MarkCommands(KEY, ("2",), CommandState.QUEUED, wall=112.0, attempts=-1))
+    client.one(mark(("1", "nobody"), CommandState.OFFERED, attempts=1))
+    client.one(mark(("1", "2"), CommandState.OFFERED, 111.0, attempts=1))
+    client.one(mark("2", CommandState.QUEUED, 112.0, attempts=-1))
 
     assert {(r.session, r.id): (r.state, r.attempts) for i in "12" for r, _, _ in found(client, i)} == {
         (KEY, "1"): (CommandState.OFFERED, 2),
@@ -166,7 +166,7 @@ def test_marking_counts_attempts_and_ignores_unknown_ids(client: StoreClient) ->
 def test_a_command_is_queued_again_by_hand_only_when_it_has_ended_without_a_result(
     client: StoreClient, reopen: Reopen, state: CommandState
 ) -> None:
-    client.run(put("1"), MarkCommands(KEY, ("1",), state, wall=110.0, attempts=5), put("1", OTHER))
+    client.run(put("1"), mark("1", state, attempts=5), put("1", OTHER))
     ended = state in (CommandState.DELIVERED, CommandState.EXPIRED, CommandState.DEAD)
     assert client.one(RequeueCommand(KEY, "1", wall=500.0, expires_unix=900.0)) is ended
     assert client.one(RequeueCommand(KEY, "nobody", wall=500.0, expires_unix=900.0)) is False
@@ -181,7 +181,7 @@ def test_a_command_is_queued_again_by_hand_only_when_it_has_ended_without_a_resu
 
 def test_only_commands_that_may_still_be_offered_are_loaded(client: StoreClient, reopen: Reopen) -> None:
     for each in CommandState:
-        client.run(put(each.value), MarkCommands(KEY, (each.value,), each, wall=110.0))
+        client.run(put(each.value), mark(each.value, each))
     loaded = reopen(client).open()
     assert [record.state for record in loaded.commands] == [
         CommandState.QUEUED,
@@ -193,7 +193,7 @@ def test_only_commands_that_may_still_be_offered_are_loaded(client: StoreClient,
 @pytest.mark.parametrize("state", CommandState)
 def test_pruning_forgets_what_ended_and_keeps_what_is_awaited(client: StoreClient, state: CommandState) -> None:
     trace = AddTrace(KEY, ("1",), TraceEntry(105.0, "arrived"))
-    client.run(put("1"), trace, MarkCommands(KEY, ("1",), state, wall=110.0))
+    client.run(put("1"), trace, mark("1", state))
 
     client.one(Prune(110.0))  # `updated` must be before it
     assert len(found(client, "1")) == 1
@@ -204,9 +204,7 @@ def test_pruning_forgets_what_ended_and_keeps_what_is_awaited(client: StoreClien
 
 
 def test_pruning_leaves_the_outbox_alone(client: StoreClient) -> None:
-    client.run(
-        put("1"), MarkCommands(KEY, ("1",), CommandState.EXPIRED, wall=110.0), PutOutbox(KEY, "1", "r-1", RESULT)
-    )
+    client.run(put("1"), mark("1", CommandState.EXPIRED), PutOutbox(KEY, "1", "r-1", RESULT))
     client.run(put("2"), PutResult(KEY, "2", RESULT, wall=110.0))
     client.one(Prune(1000.0))
     assert [entry.command_id for entry in outbox(client)] == ["1", "2"]
@@ -218,7 +216,7 @@ def test_pruning_leaves_the_outbox_alone(client: StoreClient) -> None:
 
 def test_a_command_is_found_by_its_id_with_result_and_trace(client: StoreClient) -> None:
     steps = [TraceEntry(100.0, "arrived", "exec"), TraceEntry(99.0, "offered"), TraceEntry(101.0, "result", "ok")]
-    client.run(put("1"), put("2"), AddTrace(KEY, ("1", "2"), steps[0]), AddTrace(KEY, ("1",), steps[1]))
+    client.run(put("1"), put("2"), AddTrace(KEY, ("1",), steps[1]))
     client.run(PutResult(KEY, "1", RESULT, wall=101.0), AddTrace(KEY, ("1",), steps[2]))
 
     ((record, result, trace),) = found(client, "1")
@@ -227,22 +225,32 @@ def test_a_command_is_found_by_its_id_with_result_and_trace(client: StoreClient)
     assert found(client, "3") == []
 
 
-@pytest.mark.parametrize(
-    "step",
-    [TraceEntry(100.0, "arrived", "exec"), TraceEntry(100.0, "arrived", "other"), TraceEntry(9.0, "arrived", "exec")],
-)
-def test_a_first_step_that_comes_with_its_command_is_traced_each_time(client: StoreClient, step: TraceEntry) -> None:
-    later = TraceEntry(101.0, "offered")
-    for _ in range(2):
-        client.run(put("1"), AddTrace(KEY, ("1",), step))
-    client.run(AddTrace(KEY, ("1",), later))
-    client.run(put("2"), AddTrace(KEY, ("2",), step))
-    client.run(put("3"), AddTrace(KEY, ("3", "2"), step))
-    client.run(put("4"), AddTrace(OTHER, ("4",), step))
-    assert found(client, "1")[0][2] == [step, step, later]
-    assert found(client, "2")[0][2] == [step, step]
-    assert found(client, "3")[0][2] == [step]
-    assert [(record.session, trace) for record, _, trace in found(client, "4")] == [(KEY, []), (OTHER, [step])]
+def test_the_arrival_of_a_command_is_traced_each_time(client: StoreClient) -> None:
+    first, again, later = (TraceEntry(unix, "arrived", "exec") for unix in (100.0, 104.0, 105.0))
+    for each in (put("1"), put("1", arrived_unix=104.0), mark("1", CommandState.OFFERED, 104.5)):
+        client.one(each)
+    client.one(put("1", arrived_unix=105.0))
+    assert found(client, "1")[0][2] == [first, again, TraceEntry(104.5, "offered"), later]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_command_may_be_stored_as_offered(client: StoreClient, reopen: Reopen, together: bool) -> None:
+    step = TraceEntry(100.0, "offered", "attempt 1")
+    offered = put("1", state=CommandState.OFFERED, attempts=1, offered=step)
+    outcomes = [client.submit(each) for each in (put("0"), offered, put("2"))] if together else [[client.one(offered)]]
+    assert not any(client.wait(each).duplicate for each in outcomes)
+    assert found(client, "1")[0][2] == [TraceEntry(100.0, "arrived", "exec"), step]
+    [record] = [each for each in reopen(client).open().commands if each.id == "1"]
+    assert (record.state, record.attempts) == (CommandState.OFFERED, 1)
+
+
+def test_a_duplicate_that_comes_as_offered_leaves_the_command_as_it_is(client: StoreClient) -> None:
+    client.run(put("1"), mark("1", CommandState.DELIVERED))
+    again = client.one(put("1", state=CommandState.OFFERED, attempts=1, offered=TraceEntry(120.0, "offered")))
+    assert (again.duplicate, again.state) == (True, CommandState.DELIVERED)
+    ((record, _, trace),) = found(client, "1")
+    assert (record.state, record.attempts) == (CommandState.DELIVERED, 0)
+    assert [step.event for step in trace] == ["arrived", "delivered", "arrived"]
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -250,11 +258,11 @@ def test_a_long_trace_keeps_its_steps_in_order(client: StoreClient, at_once: boo
     """More steps than a command's own row takes, and a duplicate and commands without a row among them."""
     first = TraceEntry(100.0, "arrived", "exec")
     steps = [TraceEntry(101.0 + number, "offered", f"'{number}\" \0, " + 60 * "ü") for number in range(40)]
-    submitted: list[list[Operation]] = [[put("1"), AddTrace(KEY, ("1",), first)]]
+    submitted: list[list[Operation]] = [[put("1")]]
     for number, step in enumerate(steps):
-        change = MarkCommands(KEY, ("1", "2"), CommandState.OFFERED, 5.0, 1)
-        submitted.append([*([change] if number % 2 else []), AddTrace(KEY, ("1", "2"), step)])
-    submitted.append([put("1"), AddTrace(KEY, ("1",), first)])
+        change = MarkCommands(KEY, ("1", "2"), CommandState.OFFERED, step, 1)
+        submitted.append([change if number % 2 else AddTrace(KEY, ("1", "2"), step)])
+    submitted.append([put("1")])
     outcomes = [client.submit(*each) if at_once else [client.run(*each)] for each in submitted]
     duplicate = [client.wait(each) for each in outcomes][-1]
 
@@ -285,8 +293,8 @@ def test_a_rejected_command_is_found_by_its_trace_until_that_is_old(client: Stor
 
 
 def test_what_was_traced_before_the_command_was_stored_belongs_to_it(client: StoreClient) -> None:
-    steps = [TraceEntry(100.0, "reported", "queue_full"), TraceEntry(110.0, "arrived")]
-    client.run(AddTrace(KEY, ("1",), steps[0]), put("1"), AddTrace(KEY, ("1",), steps[1]))
+    steps = [TraceEntry(100.0, "reported", "queue_full"), TraceEntry(110.0, "arrived", "exec")]
+    client.run(AddTrace(KEY, ("1",), steps[0]), put("1", arrived_unix=110.0))
     assert [trace for _, _, trace in found(client, "1")] == [steps]
 
 
@@ -312,7 +320,7 @@ def test_of_the_traces_of_refused_commands_the_newest_are_kept(make: Make) -> No
 
 @pytest.mark.parametrize("state", [s for s in CommandState if s not in {CommandState.ANSWERED, CommandState.CLOSED}])
 def test_the_first_result_is_stored_in_every_state(client: StoreClient, state: CommandState) -> None:
-    client.run(put("1"), MarkCommands(KEY, ("1",), state, wall=110.0))
+    client.run(put("1"), mark("1", state))
     outcome: ResultOutcome = client.one(PutResult(KEY, "1", RESULT, wall=120.0))
     assert (outcome.known, outcome.state) == (True, state)
     assert outcome.entry is not None
@@ -380,7 +388,7 @@ def test_the_outbox_is_read_in_order_by_owner_and_page(client: StoreClient, reop
 
 
 def test_closing_the_last_entry_closes_the_answered_command(client: StoreClient) -> None:
-    client.run(put("1"), MarkCommands(KEY, ("1",), CommandState.DEAD, wall=110.0))
+    client.run(put("1"), mark("1", CommandState.DEAD))
     failure: OutboxEntry = client.one(PutOutbox(KEY, "1", "r-1", {"code": "undeliverable"}))
     result: ResultOutcome = client.one(PutResult(KEY, "1", RESULT, wall=120.0))
     assert result.entry is not None
@@ -393,7 +401,7 @@ def test_closing_the_last_entry_closes_the_answered_command(client: StoreClient)
 
 
 def test_closing_a_failure_leaves_the_state_of_its_command(client: StoreClient) -> None:
-    client.run(put("1"), MarkCommands(KEY, ("1",), CommandState.EXPIRED, wall=110.0))
+    client.run(put("1"), mark("1", CommandState.EXPIRED))
     failure: OutboxEntry = client.one(PutOutbox(KEY, "1", "r-1", {"code": "expired"}))
     client.one(CloseOutbox((failure.seq,), wall=130.0))
     assert state_of(client, "1") is CommandState.EXPIRED
@@ -428,9 +436,9 @@ def test_deleting_a_session_deletes_its_aliases_and_tunnel_only(client: StoreCli
 
 
 def test_moving_a_session_takes_everything_along_to_the_new_owner(client: StoreClient, reopen: Reopen) -> None:
-    step = TraceEntry(100.0, "arrived")
+    step = TraceEntry(100.0, "arrived", "exec")
     client.run(SaveSession(session()), SaveAlias("default", "pod-1", KEY), SaveTunnel(KEY, {"a": 1}))
-    client.run(put("1"), AddTrace(KEY, ("1", "rejected"), step), PutOutbox(KEY, "1", "r-1", {"n": 1}))
+    client.run(put("1"), AddTrace(KEY, ("rejected",), step), PutOutbox(KEY, "1", "r-1", {"n": 1}))
     client.one(PutResult(KEY, "ghost", RESULT, wall=100.0))
     client.one(MoveSession(KEY, STRANGER))
 
@@ -454,9 +462,8 @@ def test_where_both_sessions_have_something_the_targets_stands(client: StoreClie
     client.run(put("1", OTHER, payload={"from": "target"}), AddTrace(OTHER, ("1",), TraceEntry(2.0, "target")))
     client.one(MoveSession(KEY, OTHER))
 
-    assert [(r.payload, trace) for r, _, trace in found(client, "1")] == [
-        ({"from": "target"}, [TraceEntry(2.0, "target")])
-    ]
+    [(record, _, trace)] = found(client, "1")
+    assert (record.payload, [step.event for step in trace]) == ({"from": "target"}, ["arrived", "target"])
     loaded = reopen(client).open()
     assert [(record.session, record.id) for record in loaded.commands] == [(OTHER, "2"), (OTHER, "1")]
     assert [record.key for record in loaded.sessions] == [OTHER]

@@ -17,7 +17,6 @@ from shim.core.records import (
     AddTrace,
     CommandState,
     FindCommand,
-    MarkCommands,
     PutOutbox,
     PutResult,
     ReadOutbox,
@@ -31,7 +30,7 @@ from shim.core.shards import shard_of
 from shim.errors import StoreError
 from shim.store.copy import copy
 from shim.store.sqlite import SqliteStore
-from tests.support.stores import KEY, OTHER, STRANGER, StoreClient, put, session
+from tests.support.stores import KEY, OTHER, STRANGER, StoreClient, mark, put, session
 
 pytest.importorskip("psycopg")
 
@@ -46,9 +45,7 @@ def fill(client: StoreClient) -> None:
     client.run(SaveSession(session()), SaveSession(session(OTHER)), SaveAlias("default", "pod-1", KEY))
     client.run(SaveTunnel(KEY, {"a": 1}), PutOutbox(KEY, "9", "r-9", {"success": False}))
     client.run(PutResult(KEY, "2", {"ok": True}, 110.0), PutResult(KEY, "unknown", {"ok": False}, 110.0))
-    client.run(
-        MarkCommands(KEY, ("4",), CommandState.DELIVERED, 111.0), AddTrace(KEY, ("4",), TraceEntry(111.0, "delivered"))
-    )
+    client.run(mark("4", CommandState.DELIVERED, 111.0))
     client.run(AddTrace(KEY, ("refused",), TraceEntry(1.0, "rejected", "why")))
 
 

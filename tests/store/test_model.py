@@ -57,8 +57,10 @@ words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 entries = st.builds(TraceEntry, walls, words, words)
 
 operations: st.SearchStrategy[Operation] = st.one_of(
-    st.builds(put, ids, keys, payload=payloads, arrived_unix=walls, via=st.sampled_from(("", "http"))),
-    st.builds(MarkCommands, keys, some_ids, states, walls, st.integers(-1, 1)),
+    st.builds(
+        put, ids, keys, st.none() | entries, payload=payloads, arrived_unix=walls, via=st.sampled_from(("", "http"))
+    ),
+    st.builds(MarkCommands, keys, some_ids, states, entries, st.integers(-1, 1)),
     st.builds(RequeueCommand, keys, ids, walls, walls),
     st.builds(PutResult, keys, ids, payloads, walls),
     st.builds(PutOutbox, keys, ids, ids, payloads),

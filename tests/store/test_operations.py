@@ -15,7 +15,6 @@ from shim.core.records import (
     DeleteSession,
     FindCommand,
     LookUpCommand,
-    MarkCommands,
     MoveSession,
     Operation,
     Prune,
@@ -32,13 +31,13 @@ from shim.core.records import (
 from shim.errors import StoreError
 from shim.store import schema, sqlite
 from shim.store.operations import Operations
-from tests.support.stores import KEY, OTHER, put, session
+from tests.support.stores import KEY, OTHER, mark, put, session
 
 STEP = TraceEntry(1.0, "arrived")
 ALL: list[Operation] = [
     put("1"),
     put("1"),
-    MarkCommands(KEY, ("1",), CommandState.OFFERED, 1.0, 1),
+    mark("1", CommandState.OFFERED, 1.0, attempts=1),
     RequeueCommand(KEY, "1", 1.0, 2.0),
     AddTrace(KEY, ("1", "2"), STEP),
     PutResult(KEY, "1", {}, 1.0),

@@ -10,7 +10,6 @@ import pytest
 from shim.core.records import (
     CommandState,
     FindCommand,
-    MarkCommands,
     OutboxEntry,
     PutOutbox,
     PutResult,
@@ -21,7 +20,7 @@ from shim.core.records import (
 )
 from shim.store.rows import MAX_COLUMN_CHARS, MAX_QUARANTINED
 from tests.support.databases import TestedDatabase
-from tests.support.stores import KEY, OTHER, put, session
+from tests.support.stores import KEY, OTHER, mark, put, session
 
 # PostgreSQL's columns have types: a value of another one, or text that is not UTF-8, cannot be in them.
 only_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
@@ -184,7 +183,7 @@ def test_a_result_that_cannot_be_read_is_answered_in_its_place(filled: TestedDat
 def test_an_ended_command_that_cannot_be_decoded_stays_a_duplicate(filled: TestedDatabase) -> None:
     client, _ = filled.open()
     client.run(PutResult(KEY, "1", {"success": True}, wall=110.0))
-    client.run(MarkCommands(KEY, ("2",), CommandState.DELIVERED, wall=110.0))
+    client.run(mark("2", CommandState.DELIVERED))
     client.close()
     filled.change("UPDATE commands SET result = '{' WHERE id = '1'")
     filled.change("UPDATE commands SET payload = '{' WHERE id = '2'")

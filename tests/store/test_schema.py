@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from shim.core.records import AddTrace, CommandState, FindCommand, MarkCommands, TraceEntry
+from shim.core.records import CommandState, FindCommand
 from shim.store.schema import MIGRATIONS, SCHEMA_VERSION, Migration, migrate
 from shim.store.sqlite import SqliteStore
-from tests.support.stores import KEY, StoreClient, put
+from tests.support.stores import KEY, StoreClient, mark, put
 
 
 def read(path: Path, statement: str) -> list[tuple[Any, ...]]:
@@ -75,8 +75,7 @@ def test_steps_of_the_first_schema_come_before_those_that_are_added(tmp_path: Pa
         connection.commit()
     client = StoreClient(lambda post: SqliteStore(path, post))
     client.open()
-    step = AddTrace(KEY, ("old",), TraceEntry(3.0, "delivered"))
-    client.run(MarkCommands(KEY, ("old",), CommandState.DELIVERED, 3.0), step)
+    client.run(mark("old", CommandState.DELIVERED, 3.0))
     ((record, _, trace),) = client.one(FindCommand("old"))
     assert (record.state, [each.event for each in trace]) == (
         CommandState.DELIVERED,

@@ -18,7 +18,6 @@ from shim.core.records import (
     CheckStore,
     CommandState,
     FindCommand,
-    MarkCommands,
     Prune,
     PutOutcome,
     ReadOutbox,
@@ -29,7 +28,7 @@ from shim.store import CommitProbe, open_store
 from shim.store.sqlite import LOG_LIMIT_BYTES, SqliteEngine, SqliteStore
 from shim.store.writer import QueuedStore
 from tests.store.conftest import Gate
-from tests.support.stores import KEY, TIMEOUT_S, StoreClient, put
+from tests.support.stores import TIMEOUT_S, StoreClient, mark, put
 
 
 def test_closing_checkpoints(client: StoreClient, path: Path) -> None:
@@ -59,7 +58,7 @@ def test_a_store_in_memory_releases_the_memory_of_deleted_commands() -> None:
     connection = connection_of(client)
     large = [str(number) for number in range(15)]
     client.run(*(put(each, payload={"x": "x" * 1_000_000}) for each in large))
-    client.one(MarkCommands(KEY, tuple(large), CommandState.DELIVERED, 200.0))
+    client.one(mark(tuple(large), CommandState.DELIVERED, 200.0))
     (full,) = connection.execute("PRAGMA page_count").fetchone()
     for _ in range(3):
         client.one(Prune(1e9))
@@ -176,7 +175,7 @@ def test_a_full_database_refuses_reads_on_and_recovers(client: StoreClient) -> N
             client.run(put(f"big-{attempt}", payload={"x": "x" * 100_000}))
     assert client.one(FindCommand("big-0")) == []
     assert client.one(ReadOutbox("default", 0, 10)) == []
-    client.run(MarkCommands(KEY, ("1",), CommandState.DELIVERED, wall=1.0))
+    client.run(mark("1", CommandState.DELIVERED, 1.0))
 
     limit_pages(client, 1000)
     assert not client.one(put("big-0", payload={"x": "x" * 100_000})).duplicate

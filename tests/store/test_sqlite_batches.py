@@ -11,24 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.core.records import AddTrace, CommandState, FindCommand, MarkCommands, Operation, PutResult, TraceEntry
+from shim.core.records import CommandState, FindCommand, Operation, PutResult, TraceEntry
 from shim.store import schema
 from shim.store.sqlite import SqliteDatabase, SqliteOperations
-from tests.support.stores import KEY, put
+from tests.support.stores import KEY, mark, put
 
 Batch = Sequence[Sequence[Operation]]
 
 
-def arrived(command_id: str, detail: str = "") -> list[Operation]:
-    """A command with its first step, which its row holds if `detail` is its type."""
-    operation = put(command_id)
-    step = TraceEntry(operation.record.arrived_unix, "arrived", detail or operation.record.type)
-    return [operation, AddTrace(KEY, (command_id,), step)]
-
-
-def offered(command_id: str) -> list[Operation]:
-    step = AddTrace(KEY, (command_id,), TraceEntry(5.0, "offered"))
-    return [MarkCommands(KEY, (command_id,), CommandState.OFFERED, 5.0, 1), step]
+OFFERED = TraceEntry(5.0, "offered", "attempt 1")
 
 
 @contextmanager
@@ -58,7 +49,7 @@ def plain(outcome: Any, seqs: dict[str, int]) -> Any:
 @pytest.mark.parametrize("count, most", [(1, 1), (32, 1), (100, 5), (256, 8)])
 def test_commands_that_arrive_together_take_few_statements(count: int, most: int) -> None:
     with operations() as (store, statements):
-        outcomes = store.carry_out_batch([arrived(f"k{number}") for number in range(count)])
+        outcomes = store.carry_out_batch([[put(f"k{number}")] for number in range(count)])
         assert [outcome.seq for outcome in outcomes] == list(range(1, count + 1))
         assert not any(outcome.duplicate for outcome in outcomes)
         assert len(statements) <= most
@@ -66,10 +57,9 @@ def test_commands_that_arrive_together_take_few_statements(count: int, most: int
 
 NAMES = [f"k{number}" for number in range(6)]
 submission = st.one_of(
-    st.sampled_from(NAMES).map(arrived),
-    st.sampled_from(NAMES).map(arrived),
-    st.sampled_from(NAMES).map(lambda name: arrived(name, "another detail")),
-    st.sampled_from(NAMES).map(offered),
+    st.sampled_from(NAMES).map(lambda name: [put(name)]),
+    st.sampled_from(NAMES).map(lambda name: [put(name, offered=OFFERED, state=CommandState.OFFERED, attempts=1)]),
+    st.sampled_from(NAMES).map(lambda name: [mark(name, CommandState.OFFERED, 5.0, attempts=1)]),
     st.sampled_from(NAMES).map(lambda name: [PutResult(KEY, name, {"success": True}, 6.0)]),
 )
 

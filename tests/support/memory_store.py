@@ -149,10 +149,12 @@ class MemoryStore:
         record = operation.record
         known = self._look_up(LookUpCommand(record.session, record.id))
         if known is not None:
+            self._add_trace(AddTrace(record.session, (record.id,), operation.arrived))
             return known
         self._last_command += 1
+        trace = [operation.arrived, *([operation.offered] if operation.offered is not None else [])]
         self._commands[record.session, record.id] = _StoredCommand(
-            replace(record, seq=self._last_command), record.arrived_unix, None, []
+            replace(record, seq=self._last_command), record.arrived_unix, None, trace
         )
         return PutOutcome(self._last_command)
 
@@ -166,7 +168,8 @@ class MemoryStore:
         for each in operation.ids:
             command = self._commands.get((operation.session, each))
             if command is not None:
-                command.enter(operation.state, operation.wall, operation.attempts)
+                command.enter(operation.state, operation.step.wall, operation.attempts)
+        self._add_trace(AddTrace(operation.session, operation.ids, operation.step))
 
     def _requeue(self, operation: RequeueCommand) -> bool:
         command = self._commands.get((operation.session, operation.command_id))

@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 
 from shim.core.records import (
     CommandRecord,
+    CommandState,
+    MarkCommands,
     Operation,
     PutCommand,
     SessionKey,
     SessionRecord,
     StoreContents,
     StoreOperation,
+    TraceEntry,
 )
 from shim.errors import StoreError
 from shim.ports import CommandStore
@@ -117,8 +120,16 @@ def command(command_id: str, session: SessionKey = KEY, **fields: Any) -> Comman
     return CommandRecord(session=session, id=command_id, **(defaults | fields))
 
 
-def put(command_id: str, session: SessionKey = KEY, **fields: Any) -> PutCommand:
-    return PutCommand(command(command_id, session, **fields))
+def put(command_id: str, session: SessionKey = KEY, offered: TraceEntry | None = None, **fields: Any) -> PutCommand:
+    return PutCommand(command(command_id, session, **fields), offered)
+
+
+def mark(
+    ids: str | tuple[str, ...], state: CommandState, unix: float = 110.0, attempts: int = 0, session: SessionKey = KEY
+) -> MarkCommands:
+    """The change of one or more commands to a state, traced under the state's name."""
+    names = (ids,) if isinstance(ids, str) else ids
+    return MarkCommands(session, names, state, TraceEntry(unix, state.value), attempts)
 
 
 def session(key: SessionKey = KEY, **fields: Any) -> SessionRecord:

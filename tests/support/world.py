@@ -28,7 +28,17 @@ from shim.core.agent_calls import (
     TunnelPollCall,
 )
 from shim.core.command_queue import OpenUntil
-from shim.core.records import AddTrace, CommandDetails, FindCommand, Operation, StoreContents, StoreOperation
+from shim.core.records import (
+    AddTrace,
+    CommandDetails,
+    FindCommand,
+    MarkCommands,
+    Operation,
+    PutCommand,
+    StoreContents,
+    StoreOperation,
+    TraceEntry,
+)
 from shim.core.sessions import Session, Sessions
 from shim.errors import ShimError, StoreError
 from shim.metrics import Metrics
@@ -420,9 +430,12 @@ class Agent:
 
 
 def traces(world: World, command_id: str) -> list[str]:
-    """Return the trace of a command in order, as `event: detail`."""
-    return [
-        f"{operation.entry.event}: {operation.entry.detail}"
-        for operation in world.store.log
-        if isinstance(operation, AddTrace) and command_id in operation.ids
-    ]
+    """Return the steps of a command that were submitted to the store, in order, as `event: detail`."""
+    steps: list[TraceEntry | None] = []
+    for operation in world.store.log:
+        match operation:
+            case PutCommand(record=record) if record.id == command_id:
+                steps += [operation.arrived, operation.offered]
+            case AddTrace(ids=ids, entry=step) | MarkCommands(ids=ids, step=step) if command_id in ids:
+                steps.append(step)
+    return [f"{step.event}: {step.detail}" for step in steps if step is not None]

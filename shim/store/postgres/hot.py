@@ -34,7 +34,7 @@ from shim.store.operations import (
     duplicate,
 )
 from shim.store.postgres.groups import GroupStatement, PostgresDatabase
-from shim.store.rows import MAX_STEPS_CHARS, encode_json, encode_step, insert_parameters, is_first_step
+from shim.store.rows import MAX_STEPS_CHARS, encode_json, encode_step, insert_parameters
 
 # Appends a step to the row of `c`, or a final space if the row is full: then the step becomes a row of `traces`.
 _STEPS = (
@@ -70,7 +70,7 @@ _PUT = GroupStatement(
     " SELECT NULL, array_agg(seq), NULL, NULL FROM new UNION ALL"
     " SELECT n - 1, ARRAY[c.seq], c.state, c.result FROM unnest(?1, ?2) WITH ORDINALITY AS given (session, id, n)"
     " JOIN commands AS c USING (session, id) WHERE (SELECT count(*) FROM new) < cardinality(?1)",
-    "ttttifffittbtt",
+    "ttttifffittbttt",
     _read_puts,
 )
 # The result is the numbers of the rows whose command is stored, in any order: negative if its trace is full.
@@ -124,39 +124,31 @@ class HotOperations(Operations):
             results.append(finish())
         return results[0]
 
-    def put(self, operation: PutCommand, first_step: str = "") -> Finish[PutOutcome]:
+    def put(self, operation: PutCommand) -> Finish[PutOutcome]:
         """Insert a command as a row of one grouped statement."""
-        parameters = insert_parameters(operation.record, first_step)
-        return self._execute_grouped(_PUT, (parameters[0], parameters[1]), parameters)
+        parameters = insert_parameters(operation)
+        stored = self._execute_grouped(_PUT, (parameters[0], parameters[1]), parameters)
 
-    def put_with_step(self, operation: PutCommand, step: AddTrace) -> Finish[PutOutcome]:
-        """Insert a command with a step of its trace."""
-        if not is_first_step(operation.record, step):
-            finish, finish_step = self.put(operation), self.add_trace(step)
-        else:
-            finish, finish_step = self.put(operation, step.entry.event), None
-
-        def finish_both() -> PutOutcome:
-            """Finish the command, whose outcome counts. Add the step that its row would have implied to a duplicate."""
-            outcome = finish()
-            if finish_step is not None:
-                finish_step()
-            elif outcome.duplicate:
-                self.add_trace(step)()
+        def finish() -> PutOutcome:
+            """Return the outcome."""
+            outcome: PutOutcome = stored()
+            if outcome.duplicate:
+                self.trace_arrival(operation)()
             return outcome
 
-        return finish_both
+        return finish
 
-    def mark_with_step(self, operation: MarkCommands, step: AddTrace) -> Finish[None]:
+    def mark(self, operation: MarkCommands) -> Finish[None]:
         """Change the state of commands and add a step to their traces, by one grouped statement."""
-        session, text = str(operation.session), encode_step(step.entry)
-        marked = (operation.state._value_, operation.attempts, operation.wall, session)
+        step, session = operation.step, str(operation.session)
+        text = encode_step(step)
+        marked = (operation.state._value_, operation.attempts, step.wall, session)
         full = [(each, self._execute_grouped(_MARK, (session, each), (*marked, each, text))) for each in operation.ids]
 
         def finish() -> None:
             """Add the step as a row where that is needed."""
             for each, is_full in full:
-                self._add_row_if_needed(is_full(), session, each, step.entry)
+                self._add_row_if_needed(is_full(), session, each, step)
 
         return finish
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shim.config import settings
-from shim.core.records import AddTrace, CommandState, FindCommand, MarkCommands, Prune, TraceEntry
+from shim.core.records import CommandState, FindCommand, Prune
 from shim.errors import StoreError, StoreVersionError
 
 pytest.importorskip("psycopg")
@@ -21,7 +21,7 @@ from shim.store.schema import SCHEMA_VERSION
 from tests.support import postgres as pg
 from tests.support.postgres_stores import client_of, stored, until
 from tests.support.processes import free_port, refusing_port
-from tests.support.stores import KEY
+from tests.support.stores import mark
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(240)]
 
@@ -108,8 +108,7 @@ def test_a_database_of_the_first_schema_is_used_with_what_it_holds(pg_url: str) 
     pg.query(pg_url, "INSERT INTO traces (command, wall, event, detail) SELECT seq, 2, 'offered', '' FROM commands")
 
     client = client_of(pg_url)
-    step = AddTrace(KEY, ("old",), TraceEntry(3.0, "delivered"))
-    client.run(MarkCommands(KEY, ("old",), CommandState.DELIVERED, 3.0), step)
+    client.run(mark("old", CommandState.DELIVERED, 3.0))
     ((record, _, trace),) = client.one(FindCommand("old"))
     assert (record.state, [each.event for each in trace]) == (
         CommandState.DELIVERED,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from shim.core.records import AddTrace, CommandState, FindCommand, MarkCommands, TraceEntry
+from shim.core.records import AddTrace, CommandState, FindCommand, TraceEntry
 from shim.store.rows import MAX_STEPS_CHARS
 
 pytest.importorskip("psycopg")
 
 from tests.support.postgres_stores import client_of, stored
-from tests.support.stores import KEY, put
+from tests.support.stores import KEY, mark, put
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(240)]
 
@@ -18,8 +18,7 @@ pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(240)]
 def test_commands_that_share_a_statement_keep_their_order_and_their_outcomes(pg_url: str) -> None:
     client = client_of(pg_url)
     names = [str(number) for number in range(75)]
-    steps = [[put(name), AddTrace(KEY, (name,), TraceEntry(100.0, "arrived", "exec"))] for name in [*names, "3", "40"]]
-    found = [client.wait(outcome) for outcome in [client.submit(*each) for each in steps]]
+    found = [client.wait(outcome) for outcome in [client.submit(put(name)) for name in [*names, "3", "40"]]]
     assert [each.duplicate for each in found] == [False] * 75 + [True] * 2
     assert (found[75].seq, found[76].seq) == (found[3].seq, found[40].seq)
     assert stored(pg_url) == names
@@ -33,10 +32,9 @@ def test_each_row_of_a_shared_statement_has_its_own_outcome(pg_url: str) -> None
     client = client_of(pg_url)
     client.run(put("1"), put("full"), put("2"))
     client.run(AddTrace(KEY, ("full",), TraceEntry(1.0, "long", "x" * MAX_STEPS_CHARS)))
-    step = TraceEntry(2.0, "offered", "attempt 1")
+    step = TraceEntry(2.0, "offered")
     names = ["1", "full", "never", "2"]
-    marks = [[MarkCommands(KEY, (each,), CommandState.OFFERED, 2.0, 1), AddTrace(KEY, (each,), step)] for each in names]
-    for outcome in [client.submit(*each) for each in marks]:
+    for outcome in [client.submit(mark(each, CommandState.OFFERED, 2.0, attempts=1)) for each in names]:
         assert client.wait(outcome) is None
     for name in names:
         (found,) = client.one(FindCommand(name))

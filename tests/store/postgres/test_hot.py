@@ -9,7 +9,6 @@ from shim.core.records import (
     CloseOutbox,
     CommandState,
     FindCommand,
-    MarkCommands,
     MoveSession,
     Operation,
     Prune,
@@ -26,7 +25,7 @@ from shim.store.postgres.database import prepare
 from shim.store.postgres.engine import PostgresEngine
 from tests.support import postgres as pg
 from tests.support.postgres_stores import client_of, stored
-from tests.support.stores import KEY, OTHER, put
+from tests.support.stores import KEY, OTHER, mark, put
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(240)]
 
@@ -39,10 +38,10 @@ def test_no_operation_of_a_command_reads_a_whole_table(pg_url: str) -> None:
     client = client_of(pg_url)
     names = [str(number) for number in range(300)]
     for name in names:
-        client.submit(put(name), AddTrace(KEY, (name,), TraceEntry(100.0, "arrived", "exec")))
+        client.submit(put(name))
     for state in (CommandState.OFFERED, CommandState.DELIVERED):
         for name in names:
-            client.submit(MarkCommands(KEY, (name,), state, 2.0, 1), AddTrace(KEY, (name,), TraceEntry(2.0, "step")))
+            client.submit(mark(name, state, 2.0, attempts=1))
     for name in names:
         client.submit(PutResult(KEY, name, {}, 3.0), AddTrace(KEY, (name,), TraceEntry(3.0, "result")))
     entries = client.one(ReadOutbox("default", 0, 1000))
