@@ -401,9 +401,17 @@ class App:
         return self._token or self._read_token()
 
     def _token_changed(self) -> None:
-        if self._runtime is not None:
+        """Dial again if the file has another token: a link that works outlives a file without one."""
+        if self._runtime is None:
+            return
+        before = self._token
+        try:
+            changed = self._read_token() != before
+        except ConfigError as error:
+            log.error("token_unreadable", error=str(error))
+            return
+        if changed:
             log.info("token_changed")
-            self._token = ""
             self._runtime.token_changed()
 
     def reload(self) -> None:

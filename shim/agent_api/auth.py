@@ -14,12 +14,13 @@ from aiohttp.http_parser import RawRequestMessage
 from multidict import istr
 
 from shim.config.settings import Listen
-from shim.errors import AgentError
+from shim.errors import AgentError, ConfigError
 from shim.hosts import is_loopback
 from shim.protocol.http import bearer, host_name
 
 _SEC_FETCH_SITE = istr("Sec-Fetch-Site")
 _REMEMBERED_HOSTS = 256
+RETRY_AFTER_S = 5  # a changed token file is noticed within this time
 
 
 class Guard:
@@ -50,12 +51,18 @@ class Guard:
                 raise AgentError(403, "the Host header names another host")
 
     def authorize(self, token: str) -> None:
-        """Raise `AgentError` 401 for a Bearer token that is not accepted; a missing token is an empty string."""
+        """Raise `AgentError` 401 for a Bearer token that is not accepted; a missing token is an empty string.
+
+        Raises `AgentError` 503 while the file with the expected token cannot be read.
+        """
         if self._token is None:
             if not token:
                 raise AgentError(401, "a token is required")
         elif self._required:
-            expected = self._token()
+            try:
+                expected = self._token()
+            except ConfigError:  # the log says why, for the link cannot be dialled either
+                raise AgentError(503, "the shim cannot read its own token", retry_after_s=RETRY_AFTER_S) from None
             # While the upstream token is not available yet it is empty, and must not equal the empty token of a call.
             if not expected or not hmac.compare_digest(token.encode(), expected.encode()):
                 raise AgentError(401, "the token is not accepted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -125,7 +126,7 @@ def read_token(settings: Settings) -> str:
 
 
 def read_secret(path: str, key: str) -> str:
-    """Return the one word in a secret file, without surrounding white space.
+    """Return the one word in a secret file, without surrounding white space and the mark that Windows writes first.
 
     `key` is the key in which `path` is configured.
 
@@ -135,7 +136,7 @@ def read_secret(path: str, key: str) -> str:
         data = read_regular(path, _MAX_SECRET_BYTES)
     except (OSError, ValueError) as exc:
         raise ConfigError([Fault(key, f"cannot be read: {reason(exc)}")]) from None
-    word = data.decode("ascii", "replace").strip()
+    word = data.removeprefix(codecs.BOM_UTF8).decode("ascii", "replace").strip()
     if not word:
         raise ConfigError([Fault(key, "the file is empty")])
     if not re.fullmatch(r"[!-~]+", word):

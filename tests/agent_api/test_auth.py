@@ -10,6 +10,7 @@ import pytest
 import trustme
 from cryptography import x509
 
+from shim.config.loader import read_secret
 from shim.config.settings import Listen, TlsFiles
 from shim.ports import Caller
 from tests.support.frontend import POLL, House, get, offering, running
@@ -73,6 +74,20 @@ async def test_each_request_is_judged_by_its_own_token() -> None:
 
 def test_a_token_is_never_shown() -> None:
     assert "canary" not in repr(Caller("canary", 1))
+
+
+async def test_a_token_of_the_shims_own_that_cannot_be_read_is_no_defect(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "token"
+    async with running(
+        Listen(port=0, auth="required"), token=lambda: read_secret(str(file), "upstream.token_file")
+    ) as house:
+        reply = await house.ask(authorized("t"))
+        assert (reply.status, reply.headers["retry-after"]) == (503, "5")
+        file.write_text("t")
+        assert (await house.ask(authorized("t"))).status == 200
+    assert "defect" not in caplog.text
 
 
 @pytest.mark.parametrize(

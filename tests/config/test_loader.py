@@ -325,6 +325,13 @@ def test_the_token_file_is_read_each_time(tmp_path: Path) -> None:
     assert read_token(settings) == "second"
 
 
+@pytest.mark.parametrize("data", [b"hunter2", b"\xef\xbb\xbfhunter2\r\n", b"\n hunter2 \n"])
+def test_what_editors_write_around_a_secret_is_no_part_of_it(data: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(data)
+    assert read_secret(str(file), "upstream.token_file") == "hunter2"
+
+
 def test_a_token_in_the_settings_and_none() -> None:
     assert read_token(load(None, {}, ["upstream.token=abc"])) == "abc"
     assert read_token(Settings()) == ""
@@ -334,6 +341,7 @@ def test_a_token_in_the_settings_and_none() -> None:
     "data,message",
     [
         (b" \n", "the file is empty"),
+        (b"\xef\xbb\xbf\n", "the file is empty"),
         (b"hunter2 hunter2", "the file must hold one word of printable ASCII"),
         (b"hunter2\x00", "the file must hold one word of printable ASCII"),
         (b"\xff\xfehunter2", "the file must hold one word of printable ASCII"),

@@ -22,7 +22,8 @@ REGISTER = {"agent_id": "agent-1", "name": "prod-cluster"}
 
 
 async def register(http: aiohttp.ClientSession, shim: Shim) -> str:
-    async with http.post(f"{shim.url}/api/v1/clusters/agent/register", json=REGISTER) as response:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with http.post(f"{shim.url}/api/v1/clusters/agent/register", json=REGISTER, headers=headers) as response:
         assert response.status == 200
         return str((await response.json())["cluster_id"])
 
@@ -142,6 +143,29 @@ async def test_a_swapped_token_file_is_used_at_once(tmp_path: Path, http: aiohtt
         await register(http, shim)
         assert "tok-that-is-wrong" not in "\n".join(shim.lines)
         assert TOKEN not in "\n".join(shim.lines)
+
+
+async def test_a_link_outlives_a_token_file_without_a_token_and_one_that_was_only_written_again(
+    tmp_path: Path, http: aiohttp.ClientSession
+) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    config = {"upstream": {"token": "", "token_file": str(token)}, "listen": {"auth": "required"}}
+    async with world(tmp_path, config) as (shim, _):
+        await shim.start()
+        await register(http, shim)
+        token.write_text("")
+        assert "upstream.token_file: the file is empty" in (await shim.event("token_unreadable"))["error"]
+        await register(http, shim)
+        token.write_text(f"{TOKEN}\n")
+        # Both files are looked at together: what follows from this one comes after all that follows from the other.
+        shim.write({**config, "poll": {"frequency_s": 7}})
+        await shim.event("config_reloaded")
+        token.write_text("tok-another")
+        await shim.event("token_changed")
+        assert len(shim.events("token_changed")) == 1
+        states = [each["state"] for each in shim.events("link_state")]
+        assert states.count("online") == 1
 
 
 async def test_bad_input_gets_json_and_hurts_nobody(tmp_path: Path, http: aiohttp.ClientSession) -> None:
