@@ -157,13 +157,14 @@ class ClientTls:
 class DialTrace(msgspec.Struct):
     """Facts about the newest dial, for doctor. Each is set as soon as it is known.
 
-    `tried` is true if the configuration allowed a dial. `resolved` has the addresses of the name. `tls`
-    describes the connection once it is open.
+    `tried` is true if the configuration allowed a dial. `resolved` has the addresses of the name. `reached` is true
+    once the first peer is connected, which may be a proxy. `tls` describes the connection once it is open.
     """
 
     tried: bool = False
     proxy: ProxyChoice = msgspec.field(default_factory=ProxyChoice)
     resolved: tuple[str, ...] = ()
+    reached: bool = False
     connected: bool = False
     tls: ssl.SSLObject | None = None
     status: int = 0
@@ -310,7 +311,7 @@ class Dialler:
             # share a look-up. One that hangs cannot be cancelled, and every further dial would add another.
             keep: dict[str, Any] = {"keepalive_timeout": KEEP_S} if self._keep else {"force_close": True}
             connector = Connector(
-                self._connected, limit=0, use_dns_cache=True, ttl_dns_cache=0, resolver=resolver, **keep
+                self._reached, self._connected, limit=0, use_dns_cache=True, ttl_dns_cache=0, resolver=resolver, **keep
             )
             connect_s = self._settings.connect_timeout_s
             self._session = aiohttp.ClientSession(
@@ -324,6 +325,10 @@ class Dialler:
                 ws_response_class=websocket_class(self._max_message_bytes + 1),
             )
         return self._session
+
+    def _reached(self) -> None:
+        if self._trace is not None:
+            self._trace.reached = True
 
     def _connected(self, transport: asyncio.BaseTransport | None) -> None:
         if self._trace is not None and transport is not None:

@@ -75,11 +75,15 @@ class LenientResponse(aiohttp.ClientResponse):
 class Connector(aiohttp.TCPConnector):
     """aiohttp's connector with a complete `Host` in CONNECT requests and a limit on interim responses.
 
-    `connected` is called with the transport of each connection that a request gets.
+    `reached` is called when the first peer is connected, a proxy or the server; `connected` with the transport of each
+    connection that a request gets.
     """
 
-    def __init__(self, connected: Callable[[asyncio.BaseTransport | None], None], **options: Any) -> None:
+    def __init__(
+        self, reached: Callable[[], None], connected: Callable[[asyncio.BaseTransport | None], None], **options: Any
+    ) -> None:
         super().__init__(**options)
+        self._reached = reached
         self._connected = connected
         self._factory = cast("partial[ResponseHandler]", partial(BoundedResponseHandler, loop=self._loop))
 
@@ -92,6 +96,18 @@ class Connector(aiohttp.TCPConnector):
         """Return a connection for a request."""
         connection = await super().connect(req, traces, timeout)
         self._connected(connection.transport)
+        return connection
+
+    async def _create_direct_connection(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the library's signature
+        **options: Any,
+    ) -> tuple[asyncio.Transport, ResponseHandler]:
+        """Connect to the server or to the proxy, and call `reached`."""
+        connection = await super()._create_direct_connection(req, traces, timeout, **options)
+        self._reached()
         return connection
 
     def _update_proxy_auth_header_and_build_proxy_req(self, req: aiohttp.ClientRequest) -> aiohttp.ClientRequest:

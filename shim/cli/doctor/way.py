@@ -192,9 +192,17 @@ def _files(dial: Dial) -> Finding | None:
 
 
 def _proxy_refusal(dial: Dial) -> Finding | None:
+    """Return the fault of a proxy that is connected, if the way ends there."""
     failure, key = dial.failure, dial.settings.key("proxy")
-    if failure is None or failure.reason != "proxy":
+    if failure is None or dial.trace.connected or not dial.trace.proxy.url or failure.reason == "tls":
         return None
+    if failure.reason == "handshake":
+        return failed("proxy", f"it does not answer CONNECT: {failure.detail}", "is it an HTTP proxy?")
+    if failure.reason != "proxy":
+        text = f"it is connected, and nothing behind it, {origin_of(dial.url)}: {failure.detail}"
+        return failed(
+            "proxy", text, "is it an HTTP proxy? let it allow CONNECT to this host and port, and look at its log"
+        )
     todo = _CREDENTIALS.format(key=key) if "407" in failure.detail else "let it allow CONNECT to this host and port"
     return failed("proxy", f"{failure.detail} for {origin_of(dial.url)}", todo)
 
@@ -232,7 +240,7 @@ def _dns(dial: Dial) -> Finding:
 
 def _tcp(dial: Dial) -> Finding:
     failure, (_, where) = dial.failure, _peer(dial)
-    if dial.trace.connected or failure is None:
+    if dial.trace.reached or failure is None:
         return passed("tcp", f"{where} answers")
     if failure.reason == "timeout":
         todo = "a firewall drops it (allow outbound TCP from this pod to there), or nobody there completes TLS"
@@ -240,8 +248,6 @@ def _tcp(dial: Dial) -> Finding:
     if failure.reason == "tcp" or failure.detail.startswith(PROXY_UNREACHED):
         todo = "is the port right, and is something listening there? a firewall may also reject it"
         return failed("tcp", f"{where}: {failure.detail}", todo)
-    if failure.reason == "handshake":  # only a proxy is contacted before there is a connection
-        return failed("proxy", f"it does not answer CONNECT: {failure.detail}", "is it an HTTP proxy?")
     return passed("tcp", f"{where} answers")
 
 

@@ -186,6 +186,34 @@ async def test_a_proxy_that_refuses(status: str, part: str, doctor: Doctor) -> N
     found.expect("proxy", "FAIL", f"HTTP {status[:3]}", part)
 
 
+@pytest.mark.parametrize(
+    "reply, hangs, part",
+    [
+        (b"", True, "nothing behind it, wss://controller.test: no answer in time"),
+        (b"", False, "does not answer CONNECT"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", False, "does not answer CONNECT"),
+        (answer("200 OK"), True, "nothing behind it, wss://controller.test: no answer in time"),
+        (answer("200 OK"), False, "nothing behind it, wss://controller.test: "),
+    ],
+)
+async def test_a_proxy_behind_which_the_way_ends(reply: bytes, hangs: bool, part: str, doctor: Doctor) -> None:
+    """The port of the proxy is open, so that no firewall on the way to it is to blame."""
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(reply)
+        if hangs:
+            await reader.read()
+            await reader.read()
+
+    async with tcp_server(converse) as port:
+        found = await doctor.examine(
+            upstream=upstream("https://controller.test", proxy=f"http://127.0.0.1:{port}", connect_timeout_s=1)
+        )
+    found.expect("tcp", "PASS", "(the proxy) answers")
+    found.expect("proxy", "FAIL", part)
+
+
 async def test_a_proxy_that_is_not_there(doctor: Doctor) -> None:
     async with tcp_server(lambda r, w: asyncio.sleep(0)) as port:
         pass
