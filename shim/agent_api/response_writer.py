@@ -63,12 +63,14 @@ class ResponseWriter:
         elif message.version != HttpVersion11:
             more += "Connection: keep-alive\r\n"
         response = self.response(request, reply, more)
-        if reply.status >= 400 and reply.status != MISDIRECTED:  # that one is for another replica, not for an agent
+        if reply.status >= 400:
             self._record_refusal(request, reply)
         written = await self._write(request, response)
         return await self._end(request, reply.status, written=written, keep=keep)
 
     def _record_refusal(self, request: RequestContext, reply: Reply) -> None:
+        if reply.status == MISDIRECTED:  # the other replica tries again: no agent sees this reply
+            return
         route = route_of(request.message.method, request.message.path, request.match)
         self._server_context.refused.note(request.connection.now_s(), reply.status, route, reply.body)
 

@@ -26,6 +26,7 @@ from shim.agent_api.internal import (
 )
 from shim.cluster.connection_pool import ConnectionPool, ReplicaConnection, ReplicaLost, make_identity
 from shim.config.settings import Listen
+from shim.core.call_records import RecentCalls
 from shim.core.shards import Member
 from shim.metrics import Metrics
 from shim.protocol import dialects
@@ -54,6 +55,7 @@ class Owner:
         self.member = member
         self.pool = ConnectionPool()
         self.operated: list[tuple[str, bytes]] = []
+        self.refused_calls = RecentCalls()
 
     async def offered(self) -> ReplicaConnection:
         """A connection that carried a reply with commands."""
@@ -69,6 +71,7 @@ async def owner(*, owns: bool = True) -> AsyncIterator[Owner]:
     board, (context, fingerprint) = Board(), make_identity(0.0)
     board.script = offering()
     operated: list[tuple[str, bytes]] = []
+    refused_calls = RecentCalls()
 
     async def operate(path: str, body: bytes) -> tuple[int, bytes]:
         operated.append((path, body))
@@ -83,10 +86,11 @@ async def owner(*, owns: bool = True) -> AsyncIterator[Owner]:
         secret=lambda: SECRET,
         owned=lambda token: owns and token == "t",
         operate=operate,
+        refused_calls=refused_calls,
     )
     host, port = await listener.start()
     made = Owner(board, Member("owner", "owner", f"{host}:{port}", fingerprint))
-    made.pool.secret, made.operated = SECRET, operated
+    made.pool.secret, made.operated, made.refused_calls = SECRET, operated, refused_calls
     try:
         yield made
     finally:
@@ -176,8 +180,14 @@ async def test_a_forwarded_request_arrived_when_the_other_replica_says() -> None
 async def test_a_request_for_a_shard_of_another_replica_is_not_forwarded_again() -> None:
     async with owner(owns=False) as owning:
         connection = await owning.pool.acquire(owning.member)
-        assert (await connection.exchange(POLL)).status == 421
+        result = request("POST /api/v1/clusters/agent/c1/commands/c/result", body=b'{"success":true}')
+        for whole in (POLL, result, HEARTBEAT):
+            reply = await connection.exchange(whole)
+            assert reply.status == 421
+            await reply.read()
         assert owning.board.calls == []
+        # No agent sees these replies: they must not appear among the calls of agents that were refused.
+        assert owning.refused_calls.last_minute(asyncio.get_running_loop().time()) == []
 
 
 async def test_heartbeats_of_many_agents_share_a_connection_and_polls_do_not() -> None:
