@@ -130,10 +130,12 @@ def _file(path: Path, option: str) -> Iterator[_File]:
     """
     if option == "--from" and not path.exists():
         raise StoreError(f"{option}: there is no such file")
-    store = SqliteStore(path, lambda _callback: None)
-    if store.open().moved_aside:
-        store.close()
-        raise StoreError(f"{option}: the file was damaged; what could not be read was moved aside")
+    # The path may be a slip of the pen: a file that is no database must not be moved aside, and an empty one be copied.
+    store = SqliteStore(path, lambda _callback: None, replace_corrupt=False)
+    try:
+        store.open()
+    except StoreError as error:
+        raise StoreError(f"{option}: {error}; {path} is left as it is") from error
     try:
         uri = f"{path.resolve().as_uri()}?mode=rw"
         with closing(schema.connect(uri, 5.0)) as connection:

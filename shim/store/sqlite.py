@@ -88,7 +88,8 @@ def _advice(code: int, path: Path) -> str:
 class SqliteStore(QueuedStore):
     """A `ports.CommandStore` in the file at `path`, which only one process may open at a time.
 
-    A commit waits up to `busy_timeout_s` for another program that locks the database, such as a backup.
+    A commit waits up to `busy_timeout_s` for another program that locks the database, such as a backup. Without
+    `replace_corrupt` a corrupt database, or a file that is none, is left as it is, and `open` raises `StoreError`.
     """
 
     def __init__(
@@ -97,11 +98,14 @@ class SqliteStore(QueuedStore):
         call_threadsafe: CallThreadsafe,
         probe: CommitProbe = UNOBSERVED,
         busy_timeout_s: float = BUSY_TIMEOUT_S,
+        *,
+        replace_corrupt: bool = True,
     ) -> None:
         super().__init__(call_threadsafe)
         self._path = path
         self._probe = probe
         self._busy_timeout_s = busy_timeout_s
+        self._replace_corrupt = replace_corrupt
         self._lock: StoreLock | None = None
 
     def open(self) -> StoreContents:
@@ -126,6 +130,8 @@ class SqliteStore(QueuedStore):
         try:
             connection, loaded = self._open(lock)
         except _CorruptError:
+            if not self._replace_corrupt:
+                raise
             with _translated(self._path):
                 moved_aside = str(files.move_aside(self._path))
             lock.release_database()

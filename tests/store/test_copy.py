@@ -135,6 +135,28 @@ def test_nothing_is_copied_into_what_is_used_or_not_empty(tmp_path: Path, pg_url
         copy(source, target)
 
 
+@pytest.mark.parametrize("damage", ["none", "cut", "overwritten"])
+def test_a_file_that_is_no_sound_database_is_left_as_it_is(damage: str, tmp_path: Path) -> None:
+    """A path may be a slip of the pen, and a damaged database is evidence: a copy must not rename either."""
+    path, sound = tmp_path / "shim.db", tmp_path / "sound.db"
+    for each in (path, sound):
+        client, _ = file_client(each)
+        fill(client)
+        client.close()
+    if damage == "none":
+        path.write_text("mode: websocket\n")
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 8192 + path.read_bytes()[12288:])
+    before = path.read_bytes()
+    for source, target, option in ((path, tmp_path / "new.db", "--from"), (sound, path, "--to")):
+        with pytest.raises(StoreError, match=rf"{option}: .*shim\.db is left as it is"):
+            copy(settings.Store(path=str(source)), settings.Store(path=str(target)))
+    assert path.read_bytes() == before
+    assert sorted(each.name for each in tmp_path.iterdir() if "lock" not in each.name) == ["shim.db", "sound.db"]
+
+
 def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path: Path, pg_url: str) -> None:
     path = tmp_path / "shim.db"
     client, _ = file_client(path)
