@@ -207,10 +207,13 @@ def change_store_shards(count: int, place: str, config: str | None) -> None:
     """Divide a database into COUNT shards: about four for each planned replica. No replica may run."""
     from shim.errors import StoreError
 
+    where = _store_at(place, config)
+    if not where.url:  # libpq would take the database that the environment names
+        raise click.BadParameter("expected postgresql://…: only a database has shards", param_hint="--at")
     try:
         from shim.store.postgres.offline import change_shards
 
-        before = change_shards(_store_at(place, config), count)
+        before = change_shards(where, count)
     except ModuleNotFoundError as error:
         click.echo(f"store shards needs agent-shim[postgres]: {error.name} is not installed", err=True)
         sys.exit(2)

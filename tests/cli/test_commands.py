@@ -174,3 +174,12 @@ def test_a_command_without_its_extra_says_what_to_install(
 def test_any_other_missing_module_is_a_defect(tmp_path: Path) -> None:
     _, _, exception = invoke(lazy(tmp_path, "raise ModuleNotFoundError('gone', name='shim.gone')\n"), tmp_path)
     assert isinstance(exception, ModuleNotFoundError)
+
+
+def test_only_a_database_has_shards(tmp_path: Path) -> None:
+    """The place of a file must not lead to the database that the environment names."""
+    done = agent_shim(
+        "store", "shards", "4", "--at", str(tmp_path / "shim.db"), env={"PGHOST": "127.0.0.1", "PGPORT": "1"}
+    )
+    assert done.returncode == 2
+    assert "--at: expected postgresql://" in done.stderr
