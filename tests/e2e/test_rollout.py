@@ -382,7 +382,7 @@ async def test_faults_on_the_command_line_are_no_verdict(args: tuple[str, ...], 
         assert expected in err
 
 
-async def test_lists_without_a_name_are_no_go(tmp_path: Path) -> None:
+async def test_lists_without_a_name_are_no_verdict(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n\n")
     for args in (
         ("--urls", str(tmp_path / "empty")),
@@ -390,7 +390,7 @@ async def test_lists_without_a_name_are_no_go(tmp_path: Path) -> None:
         ("--contexts", ","),
     ):
         code, out, err = await rollout("report", *args)
-        assert (code, out) == (1, "")
+        assert (code, out) == (64, "")
         assert "names no cluster" in err
     code, _, rows = await report("--contexts", "a", path=str(tmp_path))
     assert code == 1
