@@ -26,20 +26,32 @@ _INTERIM_FLOOD = DialFailure("handshake", detail="too many interim responses (HT
 
 
 class BoundedResponseHandler(ResponseHandler):
-    """aiohttp's `ResponseHandler` with a limit on interim responses.
+    """aiohttp's `ResponseHandler` for one response to each request, with a limit on interim responses.
 
-    aiohttp reads them without end, and never yields to other tasks meanwhile.
+    aiohttp reads interim responses without end, and never yields to other tasks meanwhile. It would take a response
+    behind the response to a request for that to the next request on the connection, which may be another agent's.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self._interim = 0
+        self._answered = False
+
+    def set_response_params(self, **options: Any) -> None:
+        """Prepare for the response to the next request."""
+        self._interim, self._answered = 0, False
+        super().set_response_params(**options)
 
     def feed_data(self, data: Any, size: int = 0) -> None:
         """Handle the head of a parsed response.
 
-        Interim responses beyond the limit are dropped and end the connection.
+        Responses behind the response to the request are dropped and end the connection, and so do interim responses
+        beyond the limit.
         """
+        if self._answered:
+            if self.transport is not None:
+                self.transport.close()
+            return
         code = data[0].code
         if 100 <= code < 200 and code != _SWITCHING_PROTOCOLS:
             self._interim += 1
@@ -52,7 +64,7 @@ class BoundedResponseHandler(ResponseHandler):
                         self.transport.pause_reading()
                 return
         else:
-            self._interim = 0
+            self._answered = True
         super().feed_data(data, size)
 
 

@@ -29,6 +29,7 @@ from tests.support.sockets import Events, Tasks, accept_websocket, answer, dial,
 
 TOKEN = "token-canary"
 UPGRADED = "101 Switching Protocols"
+EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
 
 
 @pytest.fixture
@@ -372,11 +373,50 @@ async def test_a_few_interim_responses_are_normal(way: Way) -> None:
 
     async def hints(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for _ in range(MAX_INTERIM_RESPONSES):
-            writer.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+            writer.write(EARLY_HINTS)
         await vendor.converse(reader, writer)
 
     async with tcp_server(hints) as port:
         assert await way(Upstream(), f"http://127.0.0.1:{port}") == "ok"
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        pytest.param(answer("200 OK"), id="a response"),
+        pytest.param(EARLY_HINTS, id="an interim response"),
+        pytest.param(EARLY_HINTS * (MAX_INTERIM_RESPONSES + 1), id="many interim responses"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_what_comes_behind_an_answer_is_no_answer_to_the_next_call(behind: bytes, at_once: bool) -> None:
+    """The next call on the connection may be another agent's."""
+    proxy, read, sent, call = ReverseProxy({}), asyncio.Event(), asyncio.Event(), 0
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal call
+        while await reader.read(1):
+            await read_head(reader)
+            call += 1
+            reply = f"HTTP/1.1 20{call} OK\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+            writer.write(reply + (behind if at_once else b""))
+            await read.wait()
+            writer.write(b"" if at_once else behind)
+            sent.set()
+
+    async def ask(port: int) -> int:
+        call = ProxyRequest("GET", "/x", (), b"", Caller("", 1), None, 0.0)
+        url = f"http://127.0.0.1:{port}"
+        return (await proxy.send(url, Fallback().dialling(Upstream()), call, None, whole=False)).status
+
+    async with tcp_server(converse) as port, tcp_server(Vendor().converse) as other:
+        assert await ask(port) == 201
+        read.set()
+        async with asyncio.timeout(60):
+            await sent.wait()
+        assert await ask(other) == 204  # by then the bytes have been seen
+        assert await ask(port) == 202
+        await proxy.close()
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
