@@ -253,13 +253,13 @@ class AdminActions:
         self, record: CommandRecord, answer: asyncio.Future[bool | StoreError], outcome: bool | StoreError
     ) -> None:
         """Queue a command inside the store's callback, before any other event can change it."""
+        resolve(answer, outcome)
         if outcome is True:
             at = self._ctx.moment()
             log.info("command_redelivered", command=record.id, session=record.session.ident)
             self._queues.count("redelivered_by_hand")
             self._queues.add(record, at.now + record.expires_unix - at.unix, at.now)
             self._delivery.try_offer(record.session, at)
-        resolve(answer, outcome)
 
     # --- removal of an agent ------------------------------------------------------------------------------------------
 

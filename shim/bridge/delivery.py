@@ -198,12 +198,12 @@ class CommandDelivery:
         expires_at = arrival.at + (record.expires_unix - record.arrived_unix)
         queued = self._queues.add(replace(record, session=key, seq=seq), expires_at, at.now)
         queued.arrived_at = arrival.at
+        arrival.settled(True)
         if arrival.offer is not None:
             self._offer_stored(queued, *arrival.offer, at)
         if self._ctx.sessions.get(key) is None:
             self._queues.end_session(key)
         self.try_offer(key, at)
-        arrival.settled(True)
 
     def _offer_stored(self, queued: QueuedCommand, poll: PendingPoll, offered: TraceEntry, at: Moment) -> None:
         """Answer the held poll with a command that was stored as offered, or requeue it if that is no longer possible.
@@ -241,17 +241,17 @@ class CommandDelivery:
     def _known(self, arrival: _Arrival, known: PutOutcome) -> None:
         """Acknowledge a duplicate. If its result is known, send that again."""
         record = arrival.record
+        arrival.settled(True)
         self._queues.count("duplicate")
         log.info("command_duplicate", command=record.id, session=record.session.ident, state=known.state.value)
         if known.result is not None:
             self._outbox.resend(record.session, record.id, record.request_id, known.result)
-        arrival.settled(True)
 
     def _refuse(self, arrival: _Arrival, code: str, error: str = "") -> None:
         record, error = arrival.record, error or REASONS[code]
+        arrival.settled(False)
         rejection = Rejection(record.session, record.id, record.request_id, code, error, session=arrival.session)
         self._rejections.reject(rejection, report=record.via != VIA_HTTP)
-        arrival.settled(False)
 
     # --- polls --------------------------------------------------------------------------------------------------------
 
@@ -340,9 +340,9 @@ class CommandDelivery:
 
     def _answer(self, poll: PendingPoll, now: float, *, recorded: bool) -> None:
         """Answer a poll with its offer. `recorded` is the same as in `_observe_offer`."""
+        poll.answer(poll.batch)
         if poll.batch is not None:
             self._observe_offer(poll.batch, now, recorded=recorded)
-        poll.answer(poll.batch)
 
     def _offer_without_record(self, queue: CommandQueue, batch: Batch, policy: QueuePolicy, now: float) -> Batch | None:
         """Return the part of an offer that may be sent although the store failed to record it.
@@ -520,8 +520,9 @@ class CommandDelivery:
         stored: asyncio.Future[StoreError | None],
         outcome: ResultOutcome | StoreError,
     ) -> None:
-        """Send a result that was just stored, even if its agent has hung up meanwhile."""
-        failed = outcome if isinstance(outcome, StoreError) else None
+        """Answer the agent, and send a result that was just stored, even if its agent has hung up meanwhile."""
+        # First, so that a defect in what follows does not keep the agent waiting: the result is on disk.
+        resolve(stored, outcome if isinstance(outcome, StoreError) else None)
         if not isinstance(outcome, StoreError):
             kind = "repeat" if outcome.entry is None else "known" if outcome.known else "unknown"
             self._ctx.metrics.results.labels(kind, "true" if success else "false").inc()
@@ -529,7 +530,6 @@ class CommandDelivery:
             if outcome.entry is not None:
                 self._outbox.added(outcome.entry, posted_at)
             self.answered(key, command_id)
-        resolve(stored, failed)
 
     def answered(self, key: SessionKey, command_id: str) -> None:
         """Mark a command as answered, and all commands of the same reply as delivered."""

@@ -12,7 +12,7 @@ from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.outbox import DRAINED
 from shim.core.agent_calls import Accepted, Commands, PollCall
 from shim.core.command_queue import Batch, unknown_open
-from shim.core.records import CommandState
+from shim.core.records import CommandState, SessionKey, TraceEntry
 from shim.ports import CallResult
 from shim.protocol.rfc3339 import rfc3339
 from tests.bridge.conftest import MakeWorld, codes, given, living, offered
@@ -623,6 +623,45 @@ async def test_a_waiting_poll_is_evidence_once_the_connection_before_it_is_close
     if not clean:
         await world.pass_s(20)
     assert await ids_of(world, other, held) == (["k2"] if clean else [])
+
+
+# --- defects in what follows a write ----------------------------------------------------------------------------------
+
+
+def defect_at(world: World, step: str) -> None:
+    """Let whatever observes the steps of commands fail at this one."""
+
+    def note(key: SessionKey, ids: tuple[str, ...], entry: TraceEntry) -> None:
+        if entry.event == step:
+            raise RuntimeError("a defect")
+
+    world.bridge.ctx.note_step = note
+
+
+async def test_an_agent_whose_result_is_stored_is_answered_in_spite_of_a_defect(world: World) -> None:
+    agent = await given(world, "k1", "k2")
+    await agent.poll()
+    defect_at(world, "delivered")
+    posting = world.loop.create_task(world.agent(cluster_id=agent.cluster_id).result("k1"))
+    await world.settle()
+    assert posting.done()
+    assert posting.result() == Accepted()
+    assert len(world.faults) == 1
+    world.faults.clear()
+
+
+async def test_a_stored_command_is_acknowledged_in_spite_of_a_defect(make_world: MakeWorld) -> None:
+    world = await make_world(upstream={"send_command_ack": True}, poll={"hold": 20})
+    agent = await living(world)
+    held = agent.poll_task()
+    await world.settle()
+    defect_at(world, "offered")
+    world.controller.push("k1")
+    await world.settle()
+    assert len(world.controller.got("command_ack")) == 1
+    held.cancel()
+    await world.settle()
+    world.faults.clear()
 
 
 # --- what is counted and traced ---------------------------------------------------------------------------------------
